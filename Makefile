@@ -21,6 +21,13 @@ KILLS ?= 200
 ROUNDS ?= 2
 ROLLBACKS ?= 5
 
+PIP := $(BIN)/python -m pip install --disable-pip-version-check --no-input --no-compile
+# C++ headers of 430 MB, for extensions of TensorFlow; no process reads them.
+HEADERS := tensorflow/include
+INSTALL := $(PIP) --progress-bar off --require-hashes
+PROGRESS := awk '/^Collecting/ { if (++n % 25 == 0) { print "packages     " n " found"; fflush() } } \
+	/^Installing collected/ { print "packages     " n " found, installing"; fflush() }'
+
 help: ## Lists the targets.
 	@sed -n 's/^\([a-z]*\):.*## /  make \1|/p' Makefile | column -t -s '|' 2>/dev/null || sed -n 's/^\([a-z]*\):.*## /  make \1  /p' Makefile
 
@@ -28,38 +35,39 @@ run: .venv/ready ## Sets everything up and starts the whole loop; ARGS="--kafka.
 	@exec $(BIN)/springtide up $(ARGS)
 
 # Types take a minute of one core: they are checked while the tests begin.
-test: .venv/ready ## Checks, and runs the tests and doctests; ARGS="tests/state -x" narrows the tests.
+test: .venv/ready-dev ## Checks, and runs the tests and doctests; ARGS="tests/state -x" narrows the tests.
 	@$(MAKE) --no-print-directory -j2 style debian
 	@$(MAKE) --no-print-directory -j2 types pytest
 
 check: style types ## Format, lint and types, without the tests.
 
-style: .venv/ready
+style: .venv/ready-dev
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 
-types: .venv/ready
+types: .venv/ready-dev
 	@$(BIN)/mypy
 
-pytest: .venv/ready
+pytest: .venv/ready-dev
 	@$(PYTEST) $(ARGS)
 
-debian: .venv/ready ## Fetches what only tests need, where it is missing and may be: Debian's Prometheus and Chromium.
+debian: .venv/ready-dev ## Fetches what only tests need, where it is missing and may be: Debian's Prometheus and Chromium.
 	@.ci/debian $(BIN)
 
-bench: .venv/ready ## Takes the figures; BENCHES="step windows" narrows them; JSON in build/bench.
+bench: .venv/ready-dev ## Takes the figures; BENCHES="step windows" narrows them; JSON in build/bench.
 	@for bench in $(BENCHES); do $(BIN)/python -m tests.bench.$$bench; done
 
-chaos: .venv/ready ## Kills every part and rolls back in both modes, then compares; SEED=7 KILLS=200 ROUNDS=2 ROLLBACKS=5 ARGS=--labels.
+chaos: .venv/ready-dev ## Kills every part and rolls back in both modes, then compares; SEED=7 KILLS=200 ROUNDS=2 ROLLBACKS=5 ARGS=--labels.
 	@$(BIN)/python -m tests.e2e.chaos --seed $(SEED) --kills $(KILLS) --rounds $(ROUNDS) --rollbacks $(ROLLBACKS) $(ARGS)
 
-soak: .venv/ready ## Half an hour at 10,000 clicks a second: nothing may grow; ARGS="--minutes 10 --rate 5000".
+soak: .venv/ready-dev ## Half an hour at 10,000 clicks a second: nothing may grow; ARGS="--minutes 10 --rate 5000".
 	@$(BIN)/python -m tests.e2e.soak $(ARGS)
 
 clean: ## Removes what was built here, .venv included; the state directory stays.
 	@rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './.springtide/*' -prune -exec rm -rf {} +
 
+# The packages of `make run`; those of tests and checks come on top in .venv/ready-dev.
 .venv/ready: constraints.txt constraints-apart.txt pyproject.toml
 	@if ! "$(PYTHON)" -c '$(IS_3_11)' >/dev/null 2>&1; then \
 		echo "springtide: needs Python 3.11, found $$("$(or $(PYTHON),python3)" --version 2>/dev/null || echo none); install it or name it with PYTHON=/path/to/python3.11" >&2; \
@@ -68,10 +76,17 @@ clean: ## Removes what was built here, .venv included; the state directory stays
 	@echo "packages     into .venv with $$("$(PYTHON)" --version); the first time this takes a few minutes"
 	@if ! $(BIN)/python -c '$(IS_3_11)' >/dev/null 2>&1; then "$(PYTHON)" -m venv --clear .venv; fi
 	@begin=$$SECONDS; \
-	$(BIN)/python -m pip install --disable-pip-version-check --no-input --progress-bar off --no-compile --require-hashes -r constraints.txt \
-		| awk '/^Collecting/ { if (++n % 25 == 0) { print "packages     " n " found"; fflush() } } \
-			/^Installing collected/ { print "packages     " n " found, installing"; fflush() }'; \
-	$(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet --no-compile --no-deps --require-hashes -r constraints-apart.txt; \
-	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --disable-pip-version-check --no-input --quiet --no-deps --editable .; \
+	$(INSTALL) -r constraints.txt | $(PROGRESS); \
+	$(INSTALL) --quiet --no-deps -r constraints-apart.txt; \
+	PYTHONWARNINGS=ignore $(PIP) --quiet --no-deps --editable .; \
+	rm -rf .venv/lib/python3.11/site-packages/$(HEADERS); \
+	echo "packages     ready after $$((SECONDS - begin)) s"
+	@touch $@
+
+# Without a resolver: constraints-dev.txt has all that is missing after .venv/ready.
+.venv/ready-dev: .venv/ready constraints-dev.txt
+	@echo "packages     of tests and checks"
+	@begin=$$SECONDS; \
+	$(INSTALL) --no-deps -r constraints-dev.txt | $(PROGRESS); \
 	echo "packages     ready after $$((SECONDS - begin)) s"
 	@touch $@

@@ -25,7 +25,7 @@ from deploy.watch.figures import Figures, Watch
 from deploy.watch.kafka_lag import kafka_lag
 from deploy.watch.live import Screen, live_line
 from deploy.watch.messages import seconds, shown
-from deploy.watch.panel import lines, panel, wrong
+from deploy.watch.panel import lines, panel, wanted, wrong
 from deploy.watch.scrape import Scrape
 from state.config.loading import load
 from state.config.settings import Settings
@@ -174,7 +174,7 @@ def status(settings: Settings, now_ms: int, between_s: float = BETWEEN_S) -> tup
     if first.up_s:
         time.sleep(max(0.0, begin_s + between_s - time.monotonic()))
     scrapes = scrape.scrape(asked)
-    figures = looks.look(scrapes, time.monotonic(), time.time())
+    figures = looks.look(scrapes, time.monotonic(), time.time()).with_kafka(others["kafka"])
     return figures, document(settings, figures, scrapes, others)
 
 
@@ -216,6 +216,8 @@ def document(
     """
     urls = scrape.urls(settings)
     return {
+        "troubles": wrong(figures),
+        "holds": wanted(figures),
         "figures": figures.to_json(),
         "processes": processes({name: scrapes[name] for name in urls}, figures.up_s),
         **others,

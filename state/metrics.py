@@ -8,6 +8,7 @@ are bounded, and no label carries an id.
 from __future__ import annotations
 
 import errno
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -53,9 +54,20 @@ def counter(name: str, text: str, *labels: str) -> Counter:
     return cast(Counter, _Declared(Counter, name, text, labels))
 
 
-def gauge(name: str, text: str, *labels: str) -> Gauge:
-    """Declares what rises and falls; of several workers that share their counters the largest is told."""
-    return cast(Gauge, _Declared(Gauge, name, text, labels, multiprocess_mode="max"))
+def gauge(name: str, text: str, *labels: str, of_workers: str = "max") -> Gauge:
+    """Declares what rises and falls; of several workers that share their counters the largest is shown, or the smallest (`min`)."""
+    return cast(Gauge, _Declared(Gauge, name, text, labels, multiprocess_mode=of_workers))
+
+
+def unset_gauge(name: str, text: str) -> Gauge:
+    """Declares a gauge of one process that is NaN, unknown, until it is set for the first time."""
+
+    def make(*, registry: CollectorRegistry) -> Gauge:
+        made = Gauge(name, text, registry=registry)
+        made.set(math.nan)
+        return made
+
+    return cast(Gauge, _Declared(make))
 
 
 def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
@@ -109,10 +121,12 @@ class StreamMetrics(Metrics):
         "springtide_stream_busy_seconds",
         "Time that the thread that reads clicks spent on what it had read, waiting for commits included.",
     )
-    lag_events = gauge("springtide_stream_lag_events", "Positions of the clicks topic not yet read and committed.")
-    lag_seconds = gauge(
+    lag_events = unset_gauge(
+        "springtide_stream_lag_events", "Positions of the clicks topic not yet read and committed; NaN while unknown."
+    )
+    lag_seconds = unset_gauge(
         "springtide_stream_lag_seconds",
-        "Wall time since the newest committed click was appended to Kafka; 0 when none wait.",
+        "Wall time since the newest committed click was appended to Kafka; 0 when none wait, NaN while unknown.",
     )
     microbatches = counter("springtide_stream_microbatches", "Micro-batches written.")
     microbatch_rows = histogram("springtide_stream_microbatch_rows", "Rows of a micro-batch.", ROWS)
@@ -295,10 +309,17 @@ class TrainerMetrics(Metrics):
     publish_stall_seconds = histogram(
         "springtide_trainer_publish_stall_seconds", "Time a publication kept the steps waiting.", SHORT_SECONDS
     )
-    lag_records = gauge("springtide_trainer_lag_records", "Positions of the training log not yet read.")
-    lag_seconds = gauge(
+    lag_records = unset_gauge(
+        "springtide_trainer_lag_records", "Positions of the training log not yet read; NaN while unknown."
+    )
+    lag_seconds = unset_gauge(
         "springtide_trainer_lag_seconds",
-        "Wall time since the newest record that the trainer has taken was appended to Kafka; 0 when none wait.",
+        "Wall time since the newest record that the trainer has taken was appended to Kafka; 0 when none wait, NaN while unknown.",
+    )
+    phase = gauge(
+        "springtide_trainer_phase",
+        "1 for what the trainer does now, 0 for the others: loading TensorFlow, compiling kernels, waiting for the bootstrap, building the model, lowering the program, loading the version, catching up, learning.",
+        "phase",
     )
     caught_up = gauge("springtide_trainer_caught_up", "1 once this epoch has read the training log to its end.")
     device_memory_bytes = gauge(
@@ -418,9 +439,9 @@ class ApplierMetrics(Metrics):
         "springtide_serving_swept_items",
         "Items and names taken out: nobody named them for long, or there were too many.",
     )
-    microbatch_lag_records = gauge(
+    microbatch_lag_records = unset_gauge(
         "springtide_serving_microbatch_lag_records",
-        "Positions of the micro-batch topic not yet taken into the histories.",
+        "Positions of the micro-batch topic not yet taken into the histories; NaN while unknown.",
     )
     history_epoch = gauge(
         "springtide_serving_history_epoch", "Epoch of the training log whose records serving's histories take."
@@ -560,8 +581,12 @@ class SupervisorMetrics(Metrics):
     deaths = counter("springtide_up_deaths", "Ends of a part that nobody asked for.", "part")
     deaths_in_a_row = gauge(
         "springtide_up_deaths_in_a_row",
-        "Ends of a part since it last ran for a minute; it starts again after 0.25 s, twice as long each time, 30 s at most.",
+        "Ends of a part since it last ran for a minute; it starts again after 0.25 s, twice as long each time, 30 s at most, or 4 s where it waits for Kafka, a disk or a store.",
         "part",
+    )
+    settled = gauge(
+        "springtide_up_settled",
+        "1 once every part has come up for the first time; 0 while `springtide up` starts them.",
     )
 
 
@@ -719,7 +744,19 @@ class SharedMetrics(Metrics):
     )
 
 
+class KernelMetrics(Metrics):
+    """What each process says of the kernels that it compiles, or loads from the cache, before it is ready."""
+
+    total = gauge("springtide_kernels_total", "Kernels that this process prepares at its start.")
+    ready = gauge(
+        "springtide_kernels_ready",
+        "Those of them that are ready; the process is not ready before all are.",
+        of_workers="min",
+    )
+
+
 PROCESSES = (
+    KernelMetrics,
     StreamMetrics,
     TrainerMetrics,
     ApplierMetrics,

@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from state.compiled import compiled
+from state.compiled import compiled, layout
 from state.compiled.mixing import mixed
 from streaming.waiting_queue import NONE, SHARES, Queue, begin, close, share_number, with_space
 
@@ -41,6 +41,7 @@ PLAIN, IMPRESSION, OUTCOME = 0, 1, 2
 OPENED, DROPPED, FEEDBACK, JOINED, EXPIRED = 1, 2, 3, 4, 5
 
 
+@layout("u1[::1], i8[::1], i8[::1], i8[::1], i8[::1], u8[::1], u8[::1]")
 class Arrived(NamedTuple):
     """Events, those of a stretch in order of arrival.
 
@@ -63,6 +64,7 @@ class Arrived(NamedTuple):
     user: U64
 
 
+@layout("i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], i8[::1]")
 class Stretches(NamedTuple):
     """Stretches of partitions, each gone through from its first position to its last.
 
@@ -83,6 +85,7 @@ class Stretches(NamedTuple):
     move_ms: I64
 
 
+@layout("u1[::1], i8[::1], i8[::1], i8[::1], i8[::1], u1[::1], i8[::1]")
 class Made(NamedTuple):
     """What events became, and what became known at which positions: stretch by stretch, in order.
 
@@ -191,7 +194,7 @@ def _end(
     return count
 
 
-@compiled
+@compiled("Queue, Arrived, Stretches, i8[::1], i8[::1], i8[::1], i8, i8, Made")
 def _attribute(
     queue: Queue,
     arrived: Arrived,

@@ -44,6 +44,7 @@ from state.process import log_lines
 from state.process.private_files import keep_private
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.recordings.options import add_file_arguments, as_settings, chosen
+from state.registry.model_fit import require_same_salt
 from state.registry.registry import Registry
 from state.statistics.baselines import baseline_files
 from state.statistics.protos import dataset
@@ -53,7 +54,7 @@ from streaming.bootstrap_job import TOPIC, Wanted, run_job
 from streaming.preprocessing import read_categories
 from streaming.preprocessing_check import check_preprocessing, is_own
 from streaming.sample import Sample, Say, open_sample
-from streaming.spec_document import document, require_same_salt
+from streaming.spec_document import document
 
 logger = logging.getLogger(__name__)
 
@@ -69,8 +70,7 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
     """
     spec, salt = FeatureSpec.from_settings(settings), own_salt(settings)
     registry = Registry(settings.registry_dir)
-    for name in registry.specs():
-        require_same_salt(registry.spec(name), settings, salt)
+    require_same_salt(registry, salt)
     known = registry.bootstrapped(spec.digest, settings.model)
     if known is not None and wanted.examples is None:
         return False

@@ -154,23 +154,23 @@ class Committer:
             for index in self._truncated:
                 metrics.truncated_histories.inc(int((piece.vectors.features[:, index] > 0).sum()))
             count_letters(metrics, piece.batch.dead)
-            for off, clicks in off_clocks(piece):
-                show_off_clock(metrics, off, clicks)
+            for off in off_clocks(piece):
+                show_off_clock(metrics, off)
         for outcome in outcomes.keys() - UNPLACED:
             metrics.events.labels(outcome).inc(outcomes[outcome])
         metrics.microbatch_rows.observe(sum(map(len, pieces)) / records)
 
 
-def off_clocks(piece: Rows) -> list[tuple[OffClock, int]]:
-    """The clocks that are off in a batch, and how many clicks each stands for: the newest that was refused for all."""
+def off_clocks(piece: Rows) -> list[OffClock]:
+    """The clocks that are off in a batch; the newest click that was refused stands for all of them."""
     refused = [one for one in piece.batch.dead if one.reason is Reason.IMPLAUSIBLE_TIME]
-    found = [(OffClock("refused", one.source.partition, one.offset, 0), len(refused)) for one in refused[-1:]]
-    return found + [(off, 1) for off in (() if piece.told is None else piece.told.off)]
+    found = [OffClock("refused", one.source.partition, one.offset, 0, len(refused)) for one in refused[-1:]]
+    return [*found, *(() if piece.told is None else piece.told.off)]
 
 
-def show_off_clock(metrics: StreamMetrics, off: OffClock, clicks: int) -> None:
-    """Counts clicks whose clock is off, and says where the newest of them is."""
-    metrics.clocks_off.labels(off.direction).inc(clicks)
+def show_off_clock(metrics: StreamMetrics, off: OffClock) -> None:
+    """Counts clicks whose clock is off, and shows where the newest of them is."""
+    metrics.clocks_off.labels(off.direction).inc(off.clicks)
     metrics.clock_off_partition.labels(off.direction).set(off.partition)
     metrics.clock_off_offset.labels(off.direction).set(off.offset)
     metrics.clock_off_seconds.labels(off.direction).set(off.by_ms / 1000)

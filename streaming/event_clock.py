@@ -6,7 +6,7 @@ committed with the batch's positions, so that after a crash it goes on from ther
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -20,6 +20,15 @@ from streaming.alignment import Reached
 from streaming.witnesses import AHEAD, ALL, BEHIND, NEVER_MS, QUORUM, TURNS, Witnesses, believe, crowd, hear
 
 PREFIX = "clock:"  # of the names of the store's extras, one for each source and one for all
+
+
+def clock_names(sources: Iterable[Source]) -> list[str]:
+    """The names of the store's extras: of the clock of all sources, and of each of these.
+
+    >>> clock_names([Source("ab" * 16, 3)])
+    ['clock:all', 'clock:abababababababababababababababab:3']
+    """
+    return [PREFIX + "all", *(PREFIX + str(source) for source in sources)]
 
 
 class TimedRows(Protocol):
@@ -43,19 +52,21 @@ class TimedRows(Protocol):
 
 
 class OffClock(NamedTuple):
-    """A click whose time is far from what the clicks around it say.
+    """Clicks whose time is far from what the clicks around them say.
 
     Attributes:
-        direction: `ahead` or `behind`, where it may only have come late; or `refused`, for its time.
+        direction: `ahead` or `behind`, where they may only have come late; or `refused`, for their time.
         partition: Of the topic of clicks.
-        offset: Its offset.
-        by_ms: How far.
+        offset: Of the newest of them.
+        by_ms: How far that one is.
+        clicks: How many they are.
     """
 
     direction: str
     partition: int
     offset: int
     by_ms: int
+    clicks: int = 1
 
 
 class Moves(NamedTuple):
@@ -92,11 +103,19 @@ class Told:
 
 
 class _Suspect(NamedTuple):
-    """A click that was ahead of what was believed, and may only be the first after a quiet time."""
+    """Clicks of one user that were ahead of what was believed, and may only be the first after a quiet time.
+
+    Attributes:
+        at_ms: Time of the newest.
+        offset: Its offset.
+        turn: Of the first: turns of the partition until then.
+        clicks: How many they are.
+    """
 
     at_ms: int
     offset: int
     turn: int
+    clicks: int
 
 
 def moves_of(
@@ -143,7 +162,7 @@ class EventClock:
     def __init__(self, extra: Callable[[str], bytes | None]) -> None:
         self._extra = extra
         self._keys: dict[Source, int] = {}
-        self._suspects: dict[int, _Suspect] = {}
+        self._suspects: dict[int, dict[int, _Suspect]] = {}  # by key and user
         self._known = Witnesses.of(8)
         self._load(ALL, "all")
         # The kernels are compiled, or their machine code loaded, before the first event.
@@ -207,13 +226,13 @@ class EventClock:
         found = []
         ends = dict(zip(keys.tolist(), clocks[:, 1].tolist(), strict=True))
         partitions = {key: part.source.partition for part, key in zip(ranges, keys.tolist(), strict=True)}
-        for key in [key for key in self._suspects if key in ends]:
-            suspect = self._suspects[key]
-            if suspect.at_ms <= ends[key] + TOLERANCE_MS:
-                del self._suspects[key]
-            elif self._known.turns(key) >= suspect.turn + TURNS:
-                del self._suspects[key]
-                found.append(OffClock("ahead", partitions[key], suspect.offset, suspect.at_ms - ends[key]))
+        for key in sorted(self._suspects.keys() & ends.keys()):
+            for user, (suspect_ms, offset, turn, clicks_ahead) in list(self._suspects[key].items()):
+                if suspect_ms <= ends[key] + TOLERANCE_MS:
+                    del self._suspects[key][user]
+                elif self._known.turns(key) >= turn + TURNS:
+                    del self._suspects[key][user]
+                    found.append(OffClock("ahead", partitions[key], offset, suspect_ms - ends[key], clicks_ahead))
         for row in np.flatnonzero(off).tolist():
             key, at_ms, offset = int(keys[clicks.source[row]]), int(clicks.at_ms[row]), int(clicks.offset[row])
             if off[row] == BEHIND:
@@ -221,5 +240,7 @@ class EventClock:
             elif at_ms > max(now_ms, ends[key]) + TOLERANCE_MS:
                 found.append(OffClock("ahead", partitions[key], offset, at_ms - ends[key]))
             elif off[row] == AHEAD and at_ms > ends[key] + TOLERANCE_MS:
-                self._suspects[key] = _Suspect(at_ms, offset, self._known.turns(key))
+                suspects, user = self._suspects.setdefault(key, {}), int(clicks.user[row])
+                before = suspects.get(user, _Suspect(at_ms, offset, self._known.turns(key), 0))
+                suspects[user] = before._replace(at_ms=at_ms, offset=offset, clicks=before.clicks + 1)
         return tuple(found)

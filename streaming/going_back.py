@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
@@ -20,12 +20,11 @@ from state.history.before import Before
 from state.history.rewinding import go_back
 from state.history.store import HistoryStore
 from state.log import Log, LogReader
-from state.microbatch.batch import MicroBatch
 from state.microbatch.cutting import trim
 from state.positions import Source
 from state.process import killpoints
 from streaming.desired import Desired
-from streaming.event_clock import EventClock
+from streaming.event_clock import EventClock, clock_names
 from streaming.rebuild_log import part_of
 
 LETTERS = "letters"  # name of the store's extra
@@ -38,15 +37,19 @@ def letters_told(store: HistoryStore) -> dict[Source, int]:
     return {Source.parse(source): int(after) for source, after in json.loads(store.extra(LETTERS) or b"{}").items()}
 
 
-def clocks_after(latest: Sequence[MicroBatch], ours: Collection[Source]) -> dict[str, bytes]:
-    """The store's extras of the event clock, as the latest events of our sources tell it."""
+def clocks_after(before: Before, ours: Collection[Source]) -> dict[str, bytes | None]:
+    """The store's extras of the event clock, by the latest clicks of our sources.
+
+    A source that has not moved since keeps its clock. Where no click of one that goes back was found near, its clock
+    begins again with its next click.
+    """
     clock, state, marks = EventClock(lambda _: None), dict[str, bytes](), dict[Source, int]()
-    for batch in latest:
+    for batch in before.latest:
         mine = part_of(batch, [part.source in ours for part in batch.header.ranges])
         if mine is not None:
             new, marks = trim(mine, marks)
             state |= clock.follow(mine.take(new), mine.header.ranges, mine.header.created_ms).state
-    return state
+    return {name: state.get(name) for name in clock_names(before.timed)} if before.timed else {}
 
 
 def take_back(
@@ -65,14 +68,14 @@ def take_back(
     letters = {LETTERS: json.dumps({str(source): after for source, after in told.items()}).encode()}
     ours = store.positions().keys()
 
-    def extra(_: int, before: Before) -> dict[str, bytes]:
-        return {**letters, **clocks_after(before.latest, ours)}
+    def extra(_: int, before: Before) -> dict[str, bytes | None]:
+        return {**letters, **clocks_after(before, ours)}
 
     def open_at(offset: int) -> LogReader:
         return log.reader(settings.kafka.microbatches_topic, [PARTITION], {PARTITION: offset})
 
     reach_ms = 1000 * round(spec.windows_s[-1] + settings.events.max_age_s)
-    found = go_back(store, desired.line, open_at, PARTITION, reach_ms, extra=extra)
+    found = go_back(store, desired.line, open_at, PARTITION, reach_ms, extra=extra, timed=True)
     if found is not None:
         logger.info("epoch %d of the training log: %s", desired.log_epoch, found)
     return letters_told(store)

@@ -223,6 +223,11 @@ def forget_other_topics(store: HistoryStore, topic_id: str) -> int:
     return len(ended)
 
 
+def unused_kernels(settings: Settings) -> Sequence[str]:
+    """The modules with kernels that a stream of these settings does not call, unless an earlier one left impressions that wait."""
+    return () if settings.labels.impressions else ("streaming.attribution", "streaming.waiting_queue")
+
+
 def open_labels(settings: Settings, store: HistoryStore, topic_id: str) -> Labels | None:
     """What the store and the settings let wait; None where neither does, and no event needs to be looked at."""
     if store.waiting_rows():

@@ -1,7 +1,7 @@
 """Opens what a stream process owns, in the order in which a mistake does the least harm.
 
 1. The directory with the store, which must be of this salt; the features must be those that are learned.
-2. The metrics' port.
+2. The metrics' port, then the kernels.
 3. The topics; a missing topic of clicks is an error, the two others are created.
 4. Control: the mask, and the line of the training log.
 5. The writer, which fences one with the same transactional id; attributes, read to the ends of their topics.
@@ -25,6 +25,7 @@ from state import metrics
 from state.attributes.follower import AttributeFollower, Report
 from state.attributes.store import AttributeStore
 from state.attributes.values import tables_of
+from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.events.identity import Salt
 from state.events.parser import Parser
@@ -33,7 +34,7 @@ from state.features.spec import FeatureSpec
 from state.history.rewinding import line_of
 from state.history.store import HistoryStore
 from state.layout import ATTRIBUTES
-from state.log import KafkaLog, Log, LogReader, LogTopics, TopicInfo, topic_plan
+from state.log import KERNELS, KafkaLog, Log, LogReader, LogTopics, TopicInfo, topic_plan
 from state.log.gaps import Consent
 from state.metrics import StreamMetrics
 from state.positions import Gap
@@ -53,7 +54,7 @@ from streaming.event_clock import EventClock
 from streaming.fencing import open_writer
 from streaming.going_back import take_back
 from streaming.histories import open_histories
-from streaming.labels import open_labels
+from streaming.labels import open_labels, unused_kernels
 from streaming.leaders import Leaders
 from streaming.letters import report_to
 from streaming.profile import Profiler
@@ -154,6 +155,7 @@ def serve_metrics(settings: Settings, stack: ExitStack, stopping: threading.Even
     if port := settings.stream.metrics_port:
         stack.callback(metrics.serve(registry, port, settings.metrics.host))
     stack.enter_context(copying(settings, registry, first=stopping))
+    Kernels(registry, logger, unused_kernels(settings), [KERNELS]).prepare(stopping.is_set)
     return counted, Room(STREAM, storage, stopping.wait)
 
 

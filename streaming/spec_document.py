@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from state.config.settings import Settings
-from state.errors import SaltMismatch
 from state.events.identity import Salt
 from streaming.sample import Sample
 
@@ -37,13 +35,3 @@ def document(sample: Sample, salt: Salt, categories: Mapping[int, int], now_ms: 
         "newest_ms": tally.newest_ms,
         "created_at_ms": now_ms,
     }
-
-
-def require_same_salt(about: Mapping[str, Any], settings: Settings, salt: Salt) -> None:
-    """Refuses a registry that was bootstrapped with another salt.
-
-    Raises:
-        SaltMismatch: It was.
-    """
-    if about["salt"] != salt.fingerprint:
-        raise SaltMismatch.between(f"the registry {settings.registry_dir}", about["salt"], salt.fingerprint)

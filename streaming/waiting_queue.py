@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from state.compiled import compiled
+from state.compiled import compiled, layout
 
 I64 = NDArray[np.int64]
 U64 = NDArray[np.uint64]
@@ -17,6 +17,9 @@ NONE = -1
 _FREE = 0
 
 
+@layout(
+    "i8[::1], i8[::1], i8[::1], u8[::1], u8[::1], i8[::1], i8[:, ::1], i8[::1], i8[:, ::1], i8[::1], i8[::1], i8[::1]"
+)
 class Queue(NamedTuple):
     """The impressions that wait, each in a slot; two chains of slots, by share of a partition and by pair.
 
@@ -85,6 +88,7 @@ class Queue(NamedTuple):
         )
 
 
+@layout("i8[::1], i8[::1], i8[::1], u8[::1], u8[::1], i8[::1]")
 class WaitingImpressions(NamedTuple):
     """Impressions that wait, those of a share in the order of their offsets.
 
@@ -119,7 +123,8 @@ def with_space(queue: Queue, more: int, partitions: int) -> Queue:
 def enter(queue: Queue, waiting: WaitingImpressions) -> Queue:
     """The queue with impressions that wait already."""
     queue = with_space(queue, len(waiting.offset), int(waiting.partition.max(initial=-1)) + 1)
-    _enter(queue, waiting)
+    # Copies: what a store read cannot be written to, which would be another type to compile for.
+    _enter(queue, WaitingImpressions._make(map(np.array, waiting)))
     return queue
 
 
@@ -184,7 +189,7 @@ def close(queue: Queue, slot: int) -> None:
     queue.sizes[_FREE] += 1
 
 
-@compiled
+@compiled("Queue, WaitingImpressions")
 def _enter(queue: Queue, waiting: WaitingImpressions) -> None:
     for n in range(waiting.offset.shape[0]):
         user = waiting.user[n]

@@ -26,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from state.compiled import compiled
+from state.compiled import compiled, layout
 from state.microbatch.log_time import TOLERANCE_MS
 
 I64 = NDArray[np.int64]
@@ -40,6 +40,7 @@ _USER, _AT, _READ, _TURN = 0, 1, 2, 3
 _TURNS, _CLOCK, _BELIEVED, _AGREED, _LATE, _LATE_USER = 0, 1, 2, 3, 4, 5
 
 
+@layout("i8[:, :, ::1], i8[:, ::1]")
 class Witnesses(NamedTuple):
     """The witnesses and the clocks of K keys: all partitions together, then each of them.
 
@@ -229,7 +230,7 @@ def _settle(known: Witnesses, key: int, times: I64) -> int:
     return int(clock)
 
 
-@compiled
+@compiled("Witnesses, i8[::1], i8[::1], i8[::1], i8, i8[::1]")
 def _hear(known: Witnesses, key: I64, user: I64, at_ms: I64, read_ms: int, clock_ms: I64) -> None:
     times = np.empty(TURNS, np.int64)
     heard = False
@@ -266,7 +267,7 @@ def _limit(crowd: int, count: int, now_ms: int) -> int:
     return min(now_ms, crowd + TOLERANCE_MS)
 
 
-@compiled
+@compiled("Witnesses, i8[::1], i8[::1], i8[::1], i8, i8[:, ::1], u1[::1]")
 def _believe(known: Witnesses, keys: I64, source: I64, at_ms: I64, now_ms: int, clocks: I64, off: U8) -> None:
     times = np.empty(TURNS, np.int64)
     limits, crowds = np.empty(keys.shape[0], np.int64), np.empty(keys.shape[0], np.int64)

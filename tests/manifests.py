@@ -126,6 +126,69 @@ def selects(selector: Mapping[str, Any], labels: Mapping[str, str]) -> bool:
     )
 
 
+@dataclass(frozen=True)
+class Peer:
+    """One end of a connection.
+
+    Attributes:
+        labels: Of the pod.
+        namespace: Labels of its namespace; None: it is in the namespace of the policies.
+    """
+
+    labels: Mapping[str, str]
+    namespace: Mapping[str, str] | None = None
+
+
+def connects(policies: Sequence[Document], client: Peer | None, server: Peer | None, port: int) -> bool:
+    """Whether network policies let a TCP connection out of the client's pod and into the server's.
+
+    Args:
+        policies: Of one namespace.
+        client: Who connects.
+        server: Who listens; None: an address of no pod that a policy knows.
+        port: Where.
+    """
+
+    def lets(direction: str, held: Peer | None, other: Peer | None) -> bool:
+        if held is None or held.namespace is not None:
+            return True
+        own = [
+            policy["spec"]
+            for policy in policies
+            if selects(policy["spec"]["podSelector"], held.labels)
+            and direction.capitalize() in policy["spec"]["policyTypes"]
+        ]
+        return not own or any(
+            _has_port(rule, port) and _has_peer(rule.get({"ingress": "from", "egress": "to"}[direction]), other)
+            for spec in own
+            for rule in spec.get(direction, ())
+        )
+
+    return lets("egress", client, server) and lets("ingress", server, client)
+
+
+def _has_port(rule: Mapping[str, Any], port: int) -> bool:
+    return not rule.get("ports") or any(
+        one["port"] == port and one.get("protocol", "TCP") == "TCP" for one in rule["ports"]
+    )
+
+
+def _has_peer(listed: Sequence[Mapping[str, Any]] | None, peer: Peer | None) -> bool:
+    if not listed:
+        return True
+    if peer is None:
+        return False
+    return any(
+        (
+            selects(one["namespaceSelector"], peer.namespace or {})
+            if "namespaceSelector" in one
+            else peer.namespace is None
+        )
+        and selects(one.get("podSelector", {}), peer.labels)
+        for one in listed
+    )
+
+
 BYTES = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 

@@ -11,11 +11,12 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from state.errors import ControlConflict, CorruptVersion, UnknownVersion, UnusableRegistry
+from state.errors import ControlConflict, UnusableRegistry
 from state.positions import Source
 from state.process import killpoints
 from state.process.said_once import SaidOnce
 from state.registry.control import Control, follow
+from state.registry.goals import ClickRanges, clicks_in, from_json, has_caught_up, learned_before
 from state.registry.registry import Registry
 from state.storage.waiting import is_full, unless_full
 from trainer.place import TrainingPlace
@@ -40,6 +41,7 @@ class CatchingUp:
         self._refused_s = float("-inf")
         self._began: Control | None = None
         self._goal: dict[Source, int] = {}
+        self._planned: ClickRanges = {}
         self._again: dict[str, int] | None = None
         self._watched = self._caught_up = False
         self._end = 0
@@ -48,10 +50,13 @@ class CatchingUp:
     def enter(self, control: Control, place: TrainingPlace) -> None:
         """At the trainer's entry into an epoch; what is written down already is not followed again, nor is an upgrade."""
         self._caught_up, self._again = False, None
-        self._watched = not self._knows(control.epoch) or control.serving.then_follow
+        self._watched = not has_caught_up(self._registry, control.epoch) or control.serving.then_follow
         self._began = self._registry.beginning_of(control.epoch) if self._watched else None
-        self._goal = self._before(control.epoch) if self._watched else {}
-        if self._watched and self._is_again(place, place.next):
+        self._goal = learned_before(self._registry, control.epoch) if self._watched else {}
+        plan = {} if self._began is None or self._began.plan is None else self._began.plan
+        self._planned = from_json(plan.get("again", {}))
+        is_at_base = self._began is not None and place.parent == self._began.base
+        if self._watched and not is_at_base and self._is_again(place, place.next):
             # What was read before this start is not known apart from what came later.
             self._again = {}
 
@@ -93,43 +98,33 @@ class CatchingUp:
             with unless_full(self._say):
                 self._watched = not self._let_follow(control)
 
-    def _before(self, epoch: int) -> dict[Source, int]:
-        """How far the clicks were learned when the epoch began; also before a rollback that it interrupted."""
-        goal: dict[Source, int] = {}
-        for number in sorted({*self._registry.versions(), *self._registry.recents()}, reverse=True):
-            try:
-                found = self._registry.either(number)
-            except (UnknownVersion, CorruptVersion):
-                continue
-            if found.epoch < epoch:
-                epoch = found.epoch
-                goal |= {source: max(mark, goal.get(source, 0)) for source, mark in found.marks.items()}
-                if self._knows(epoch):
-                    break
-        return goal
-
-    def _knows(self, epoch: int) -> bool:
-        """Whether nothing more is to be seen of an epoch: it was caught up, or is the first, or reads on after an upgrade."""
-        began = self._registry.beginning_of(epoch)
-        if began is None or began.base is None or began.action == "upgrade":
-            return True
-        return self._registry.outcome(epoch, "learned") is not None
-
     def _at_goal(self, place: TrainingPlace) -> bool:
         return all(place.marks.get(source, 0) >= mark for source, mark in self._goal.items())
 
     def _is_again(self, place: TrainingPlace, offset: int) -> bool:
-        """Whether all before `offset` is what the plan counted; an exact rollback's records are other ones than then."""
+        """Whether all before `offset` is what the plan counted.
+
+        The plan of an exact rollback counts clicks, because the stream writes other records of them.
+        """
         if self._began is None or self._began.plan is None or self._began.action != "rollback":
             return False
-        return self._at_goal(place) if self._began.mode == "exact" else offset >= int(self._began.plan["end"])
+        if self._began.mode == "exact":
+            return "again" in self._began.plan and all(
+                place.marks.get(source, 0) >= after for source, (_, after) in self._planned.items()
+            )
+        return offset >= int(self._began.plan["end"])
 
     def _since_base(self, place: TrainingPlace) -> dict[str, int]:
         began = self._began
         before = {} if began is None or began.base is None else self._registry.manifest(began.base).metrics
         counts = place.counts()
-        found = {name: counts[name] - int(before.get(f"account.{name}", 0)) for name in ("rows", "duplicate", "masked")}
-        return {"rows": found["rows"] - found["duplicate"], "masked": found["masked"]}
+        names = ("rows", "duplicate", "masked", "gap")
+        found = {name: counts[name] - int(before.get(f"account.{name}", 0)) for name in names}
+        rows = {"rows": found["rows"] - found["duplicate"], "masked": found["masked"]}
+        if began is None or began.mode != "exact":
+            return rows
+        read = {one: (first, min(after, place.marks.get(one, first))) for one, (first, after) in self._planned.items()}
+        return {**rows, "clicks": clicks_in(read) - found["gap"]}
 
     def _write(self, place: TrainingPlace) -> None:
         if self._began is None or self._began.base is None:

@@ -234,10 +234,13 @@ def check_own(settings: Settings, spec: FeatureSpec, preprocessing: Any = None) 
 
 def check_model(settings: Settings, spec: FeatureSpec, transform: Path | None) -> str:
     """As `check_own`, behind the graph in `transform`, then holds it to the version at hand and lowers the whole model of a tower."""
+    from trainer import device
     from trainer.model.default_ranker import DefaultRanker
     from trainer.versions.fit import require_settings_fit
     from trainer.versions.program import build, preprocessing_of
 
+    # Threads are fixed before TensorFlow's first operation, which loading the graph is.
+    device.prepare(settings.trainer.device, settings.trainer.threads)
     preprocessing = preprocessing_of(transform) if transform else None
     model = AskedModel.of(settings.model, {})
     said = check_own(dataclasses.replace(settings, model=model), spec, preprocessing)

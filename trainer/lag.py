@@ -44,6 +44,9 @@ class TrainingLag:
         metrics: Of the trainer.
         log: Where the training log is; the cluster of the settings where none is given.
         wall_s: Seconds since 1970.
+
+    Attributes:
+        records: The lag as last seen, in positions of the log; None before the first look.
     """
 
     def __init__(
@@ -59,6 +62,7 @@ class TrainingLag:
         self._log, self._wall_s = log or KafkaLog(kafka), wall_s
         self._topics: LogTopics | None = None
         self._told = -1
+        self.records: int | None = None
         self._say = SaidOnce(logger.warning)
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="lag", daemon=True)
@@ -85,6 +89,7 @@ class TrainingLag:
         _, end = self._topics.ends(topic, committed_only=True)[self._partition]
         lag = max(0, end - taken.next)
         self._metrics.lag_records.set(lag)
+        self.records = lag
         waits = lag and taken.at_ms
         self._metrics.lag_seconds.set(max(0.0, self._wall_s() - taken.at_ms / 1000) if waits else 0.0)
         if taken.next != self._told:

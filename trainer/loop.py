@@ -36,12 +36,14 @@ from typing import TYPE_CHECKING
 from prometheus_client import CollectorRegistry
 
 from state import layout
+from state.compiled.preparing import Kernels
 from state.config.loading import load
 from state.config.sections import Model
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import ModelMismatch, TruncatedLog, UnusableRegistry
 from state.features.spec import FeatureSpec
+from state.log import KERNELS as LOG_KERNELS
 from state.log import Reader
 from state.log.gap_options import take_options
 from state.log.gaps import Consent
@@ -64,6 +66,7 @@ from trainer.checks import check_own, is_own
 from trainer.compaction import Compaction, doubt
 from trainer.exporting.schedule import ScheduledExports
 from trainer.lag import Taken, TrainingLag
+from trainer.phases import BOOTSTRAP, IMPORTS, KERNELS, MODEL, PROGRAM, VERSION, Phases
 from trainer.recovery import recover
 
 if TYPE_CHECKING:
@@ -89,16 +92,29 @@ def await_spec(registry: Registry, digest: str, model: Model, stopping: threadin
     return True
 
 
-def _import_model() -> None:
+def unused_kernels(settings: Settings) -> list[str]:
+    """The modules with kernels that a trainer of these settings never calls."""
+    engine, private = settings.trainer.engine, settings.privacy.epsilon > 0
+    compiled = engine != "tensorflow" and not private and settings.model.ranker == Model().ranker
+    unused = [] if compiled else ["trainer.engine.compiled.heads"]
+    return unused if settings.churn.days else [*unused, "trainer.churn.regression"]
+
+
+def _import_model(kernels: Kernels, phases: Phases, stopping: threading.Event) -> None:
+    """Imports TensorFlow and the model, and prepares the kernels of the engine."""
     begun_s, begun_cpu_s = time.monotonic(), time.process_time()
     with quiet_stderr():
         importlib.import_module("trainer.learner")
         importlib.import_module("trainer.versions.program")
+        importlib.import_module("trainer.engine.making")
     logger.info(
         "TensorFlow loaded in %.1f s, %.1f s of processor time",
         time.monotonic() - begun_s,
         time.process_time() - begun_cpu_s,
     )
+    phases.enter(KERNELS)
+    kernels.prepare(stopping.is_set)
+    phases.enter(BOOTSTRAP)
 
 
 def _check_own(settings: Settings) -> None:
@@ -123,6 +139,7 @@ def prepare(
     room: Room,
     arguments: Sequence[str],
     stopping: threading.Event,
+    phases: Phases,
 ) -> Learner:
     """Builds the trainer and its program, and enters control's epoch; where it is to begin with past clicks, learns them.
 
@@ -131,6 +148,7 @@ def prepare(
         ProgramError: The model does not lower, or the program answers otherwise.
         SpringtideError: The registry or the training log cannot be used.
     """
+    phases.enter(MODEL)
     # Not at the top: TensorFlow reads its log level when it is loaded, and `main` sets it before.
     with quiet_stderr():
         from trainer import device
@@ -146,6 +164,7 @@ def prepare(
         # 3.
         trainer = trainer_of(settings, spec, preprocessing_of(registry.transform(name)))
         go_on_in_this_release(registry, settings, spec, trainer)
+        phases.enter(PROGRAM)
         program = registry.add_program(build(trainer.model))
     logger.info("program %s ready on %s", program[:12], trainer.device)
     device.show(trainer.device, metrics)
@@ -168,6 +187,7 @@ def prepare(
         begins=begins,
     )
     # 5.
+    phases.enter(VERSION)
     enter(learner, registry, control)
     return learner
 
@@ -235,9 +255,11 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         # Before TensorFlow: some settings alone tell that the newest version cannot be loaded.
         require_same_model(settings)
         _sweep(registry)
+        kernels, phases = Kernels(collected, logger, unused_kernels(settings), [LOG_KERNELS]), Phases(metrics)
         serve(collected, settings.trainer.metrics_port, settings.metrics.host)
-        # 2. TensorFlow's import takes seconds: it overlaps with the bootstrap.
-        imports = threading.Thread(target=_import_model, name="imports", daemon=True)
+        # 2. TensorFlow's import and the kernels take seconds: they overlap with the bootstrap.
+        phases.enter(IMPORTS)
+        imports = threading.Thread(target=_import_model, args=(kernels, phases, stopping), name="imports", daemon=True)
         imports.start()
         if is_own(settings.model):
             # Before the wait for clicks: what cannot be lowered is refused at once.
@@ -245,8 +267,11 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
             _check_own(settings)
         if not await_spec(registry, FeatureSpec.from_settings(settings).digest, settings.model, stopping):
             return
-        imports.join()
-        learner = prepare(settings, registry, metrics, consent, room, arguments, stopping)
+        while imports.is_alive() and not stopping.is_set():
+            imports.join(LOOK_S)
+        if stopping.is_set():
+            return
+        learner = prepare(settings, registry, metrics, consent, room, arguments, stopping, phases)
         compaction = Compaction(
             arguments, settings.trainer.base_every_s, lambda: doubt(registry, learner.place.durable), metrics
         )
@@ -262,6 +287,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
             while not stopping.is_set():
                 ownership.check()
                 learner.tick(WAIT_S, stopping.is_set)
+                phases.follow(learner.caught_up, lag.records)
                 compaction.tick(hurry=room.waits)
                 exports.tick()
                 holes.tick()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, fields
@@ -14,7 +15,7 @@ from deploy.capacity.load import Load
 from deploy.capacity.measured import MeasuredCosts, with_own
 from deploy.capacity.page import page
 from deploy.capacity.prices import Prices, bills, total
-from deploy.capacity.sizes import ANSWERS, Sizing
+from deploy.capacity.sizes import ANSWERS, AUTO, FORMS, Sizing
 from deploy.command_line import RefusingParser
 from state.config.loading import load
 from state.config.settings import Settings
@@ -24,7 +25,8 @@ from state.process.closed_output import while_read
 
 DESCRIPTION = "Says what a deployment takes (cores, memory, disk, network, partitions, cost a month) and which limit it meets first."
 EPILOG = (
-    "Settings are written --section.name VALUE and count too: features.history, model.dim, [registry], serving.keep_s. "
+    "Settings are written --section.name VALUE and count too: features.history, stream.max_users, serving.max_users, "
+    "trainer.max_rows, model.dim, [registry], serving.keep_s. "
     "Exit codes: 0 done, 1 the load is beyond a limit, 2 wrong use."
 )
 PRICES = {one.name: f"--price-{one.name.replace('_', '-')}" for one in fields(Prices)}
@@ -71,6 +73,9 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument(
         "--host-cores", type=int, default=Sizing.host_cores, metavar="N", help="cores of a serving host (16)"
     )
+    found.add_argument(
+        "--stream", choices=FORMS, default=AUTO, help="form of the stream; auto: flink where one process is not enough"
+    )
     found.add_argument("--replication", type=int, default=Sizing.replication, metavar="N", help="copies in Kafka (3)")
     found.add_argument(
         "--measured", action="append", default=[], metavar="NAME=VALUE", help="a figure of your machine; repeatable"
@@ -101,7 +106,7 @@ def sizing_of(asked: argparse.Namespace, settings: Settings) -> Sizing:
         answer=asked.answer,
     )
     figures = with_own(MeasuredCosts(), asked.measured)
-    return Sizing(wanted, settings, figures, asked.use, asked.host_cores, asked.replication)
+    return Sizing(wanted, settings, figures, asked.use, asked.host_cores, asked.replication, asked.stream)
 
 
 def as_text(sizing: Sizing, prices: Prices) -> str:
@@ -110,15 +115,16 @@ def as_text(sizing: Sizing, prices: Prices) -> str:
     lines = [
         *tables.parts(one, prices),
         "",
+        f"stream        {'a job on Flink' if one.on_flink else 'one local process'}",
         f"partitions    clicks {one.partitions}, training log 1 ({tables.size(one.log_bytes_s)}/s)",
         f"a new host    answers after {tables.duration(one.catch_up_s)}: it reads all of the training log that is kept",
         f"a base        {tables.size(one.base_bytes)}",
         "",
     ]
     for limit in limits(one):
-        most = tables.short(most_clicks_s(one, limit.name))
-        word = "BEYOND" if limit.share > 1 else "within"
-        lines.append(f"{word:<13} {limit.name}: {tables.told(limit)}; ends at {most} clicks/s")
+        most = most_clicks_s(one, limit.name)
+        ends = f"; ends at {tables.short(most)} clicks/s" if 0 < most < math.inf else ""
+        lines.append(f"{'BEYOND' if limit.share > 1 else 'within':<13} {limit.name}: {tables.told(limit)}{ends}")
     return "\n".join(lines)
 
 
@@ -128,6 +134,7 @@ def as_document(sizing: Sizing, prices: Prices) -> dict[str, object]:
     return {
         "parts": {part: asdict(one) for part, one in found.items()},
         "total": asdict(total(found)),
+        "stream": "flink" if sizing.on_flink else "local",
         "partitions": {"clicks": sizing.partitions, "training_log": 1},
         "hosts": sizing.hosts,
         "catch_up_s": sizing.catch_up_s,

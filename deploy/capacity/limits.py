@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from deploy.capacity.load import HOUR_S
-from deploy.capacity.sizes import Sizing
+from deploy.capacity.sizes import FLINK_BUCKETS, LOCAL, Sizing
 
 MEMORY_BYTES = 1e12
 """Of one machine: larger ones are there, and rare."""
+NETWORK_BYTES_S = 1.25e9
+"""In and out of one machine: 10 Gbit/s."""
 READY_S = HOUR_S
 """How long a new host may take until it answers."""
 
@@ -71,7 +73,22 @@ def _of_work(sizing: Sizing) -> list[Limit]:
             load.clicks_s,
             measured.stream_most * use,
             "clicks/s",
-            "`springtide stream` on Flink: buckets of users, as many as there are cores",
+            "`springtide stream --runner flink`",
+        )
+        if sizing.form == LOCAL
+        else Limit(
+            f"the stream on Flink has {FLINK_BUCKETS} buckets of users at most",
+            sizing.flink_cores,
+            FLINK_BUCKETS * use,
+            "cores",
+            "more buckets (`stream.buckets`)",
+        ),
+        Limit(
+            "one broker leads the training log's partition, and all readers read from it",
+            sizing.log_leader_bytes_s,
+            NETWORK_BYTES_S,
+            "bytes/s",
+            "the training log in partitions by user, and hosts that hold a share of the users; a faster network",
         ),
         Limit(
             "the training log is one partition, a transaction after another",
@@ -84,11 +101,26 @@ def _of_work(sizing: Sizing) -> list[Limit]:
 
 
 def _of_room(sizing: Sizing) -> list[Limit]:
-    """What one machine holds in memory."""
+    """What one machine holds in memory, and what the settings keep."""
+    settings, load = sizing.settings, sizing.load
     return [
         Limit(
+            "users beyond `max_users` have no history",
+            load.users,
+            min(settings.stream.max_users, settings.serving.max_users),
+            "users",
+            "`stream.max_users` and `serving.max_users`, where memory allows it",
+        ),
+        Limit(
+            "users or items beyond `max_rows` have no row",
+            max(load.users, load.items),
+            settings.trainer.max_rows,
+            "rows",
+            "`trainer.max_rows`, where memory allows it",
+        ),
+        Limit(
             "each host holds all histories and rows in memory",
-            sizing.histories_bytes + sizing.served_bytes,
+            sizing.host_histories_bytes + sizing.served_bytes,
             MEMORY_BYTES,
             "bytes",
             "hosts that hold a share of the users, asked by the user's hash; or histories on the disk",
@@ -98,7 +130,7 @@ def _of_room(sizing: Sizing) -> list[Limit]:
             sizing.table_bytes,
             MEMORY_BYTES,
             "bytes",
-            "rows sharded by id; `trainer.max_rows`, where the least used may leave",
+            "rows sharded by id; a lower `trainer.max_rows`, where the least used may leave",
         ),
     ]
 

@@ -1,4 +1,4 @@
-"""What a deployment has to bear, and what follows from it for everybody: events kept, rows changed, versions kept. Pure."""
+"""What a deployment has to bear, and what follows from it: events kept, versions kept. Pure."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Load:
 
     Attributes:
         clicks_s: Clicks a second, on the average of the busiest hour.
-        users: Users who click within the longest window, and so have a history and a row.
+        users: Users who click within the longest window; `max_users` of them have a history, `max_rows` a row.
         versions_s: Versions a second.
         answers_s: Answers a second, over all hosts.
         retention_h: How long Kafka keeps clicks and training log, hours.
-        items: Items and categories that have a row.
+        items: Items and categories; `max_rows` of them have a row.
         click_bytes: A click in Kafka, bytes, as producers compress it.
         answer: Kind of the answers: lean, full, recommend or explain.
     """
@@ -45,24 +45,17 @@ def touched(count: float, drawn: float) -> float:
     return -count * math.expm1(-drawn / count) if count else 0.0
 
 
-def changed_rows(load: Load, seconds: float) -> float:
-    """Rows that clicks of so many seconds change: of the users who click and of the items.
+def events_kept(load: Load, settings: Settings, users: float) -> float:
+    """Events in the history of each of so many users: those of the longest window, `features.history` at most.
 
-    >>> round(changed_rows(Load(10_000, 20_000, items=4_000), 10))
-    23865
-    """
-    clicks = load.clicks_s * seconds
-    return touched(load.users, clicks) + touched(load.items, clicks)
+    Where fewer users are kept than click, the ones kept are taken to make all clicks: those who clicked last stay.
 
-
-def events_kept(load: Load, settings: Settings) -> float:
-    """Events in a user's history: those of the longest window, `features.history` at most.
-
-    >>> events_kept(Load(10_000, 20_000), Settings()), round(events_kept(Load(100, 1e7), Settings()), 2)
+    >>> load = Load(clicks_s=100, users=1e7)
+    >>> events_kept(load, Settings(), 20_000), round(events_kept(load, Settings(), load.users), 2)
     (256.0, 6.05)
     """
     window_s = settings.features.windows_s[-1]
-    return min(float(settings.features.history), load.clicks_s * window_s / load.users)
+    return min(float(settings.features.history), load.clicks_s * window_s / users)
 
 
 def kept_versions(settings: Settings) -> list[tuple[float, float]]:

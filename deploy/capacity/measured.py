@@ -29,6 +29,21 @@ class MeasuredCosts:
     stream_most: float = _figure(
         64_900.0, "clicks/s", "python -m tests.bench.stream", "what one stream does that never waits, with 4 partitions"
     )
+    flink_us: float = _figure(
+        116.0,
+        "us a click",
+        "python -m tests.bench.flink",
+        "processor time of TaskManager and Python worker on Flink, 3.5 times the local form; 222 at 3,000 clicks/s, 89 at 7,000",
+    )
+    flink_bytes: float = _figure(
+        4.4e8, "bytes", "python -m tests.bench.flink", "memory of a TaskManager with little state"
+    )
+    flink_worker_bytes: float = _figure(
+        6.3e8,
+        "bytes",
+        "python -m tests.bench.flink",
+        "memory of a Python worker on Flink, histories of 20,000 users included",
+    )
     trainer_us: float = _figure(
         26.7, "us a row", SOAK, "processor time of the trainer less its publications; one thread does the steps"
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import fields, replace
 
-from deploy.capacity.limits import MEMORY_BYTES, READY_S, limits, most_clicks_s
+from deploy.capacity.limits import MEMORY_BYTES, NETWORK_BYTES_S, READY_S, limits, most_clicks_s
 from deploy.capacity.load import Load
 from deploy.capacity.measured import MeasuredCosts
 from deploy.capacity.prices import Prices, bills, total
@@ -24,16 +24,28 @@ EXAMPLES = (
 SHOWN = EXAMPLES[2]
 
 FORMULAS = (
-    ("stream, cores", "clicks/s x `stream_us`; a stream for each `stream_most` x use clicks/s"),
-    ("stream, memory", "`stream_bytes` + `stream.cache_users` x `features.history` x 40 bytes + its histories"),
+    (
+        "stream, cores",
+        "clicks/s x `stream_us` in one local process, up to `stream_most` x use clicks/s; beyond that clicks/s x `flink_us`, in "
+        "TaskManagers as large as a serving host",
+    ),
+    (
+        "stream, memory",
+        "`stream_bytes` + `stream.cache_users` x `features.history` x 40 bytes + its histories; a TaskManager: `flink_bytes` + "
+        "`flink_worker_bytes` a core + its histories twice, and three checkpoints of them on the disk",
+    ),
     (
         "histories",
-        "users x (`user_bytes` + events kept x `event_bytes`); events kept = min(`features.history`, clicks/s x longest window / users)",
+        "users, `stream.max_users` or `serving.max_users` at most, x (`user_bytes` + events kept x `event_bytes`); events kept = min(`features.history`, clicks/s x longest window / these users)",
     ),
     ("trainer, cores", "clicks/s x `trainer_us` + versions/s x `publish_ms` x changed rows / 10,000"),
     (
         "trainer, memory",
         "`trainer_bytes` + 2 x (users + items) x (`model.dim` x 4 bytes x 2 + 32); its room doubles when full",
+    ),
+    (
+        "rows",
+        "users and items, `trainer.max_rows` of each at most; the sizes above use settings as large as the load",
     ),
     ("changed rows in t seconds", "U (1 - exp(-clicks/s x t / U)) for users U, and likewise for items"),
     (
@@ -70,7 +82,11 @@ FORMULAS = (
         "Kafka, network",
         "what is written, once for each copy; clicks read once, the training log by trainer, validation and each host",
     ),
-    ("clicks topic, partitions", "two for each stream, four at least"),
+    (
+        "Kafka, the leader of the training log",
+        "clicks/s x `log_row_bytes` x (1 + the other copies + trainer + validation + hosts)",
+    ),
+    ("clicks topic, partitions", "two for each `stream_most` x use clicks/s, four at least"),
     ("training log, partitions", "one: its order is the order of the steps"),
     ("a new host, time until it answers", "retention x clicks/s x `history_us`: it reads all of the training log"),
     ("what is ordered", "cores / use, rounded up for each instance; memory and disk with a quarter more"),
@@ -79,8 +95,19 @@ FORMULAS = (
 
 def page(settings: Settings) -> str:
     """The page, by the settings' defaults and these examples."""
-    sizing = Sizing(SHOWN, settings, MeasuredCosts())
+    sizing = Sizing(SHOWN, roomy(settings, SHOWN), MeasuredCosts())
     return "\n".join([*_head(), *_sizes(sizing), *_ends(sizing), *_foot()])
+
+
+def roomy(settings: Settings, load: Load) -> Settings:
+    """The settings with `max_users` and `max_rows` as large as a load asks for."""
+    users, rows = int(load.users), int(max(load.users, load.items))
+    return replace(
+        settings,
+        stream=replace(settings.stream, max_users=max(settings.stream.max_users, users)),
+        serving=replace(settings.serving, max_users=max(settings.serving.max_users, users)),
+        trainer=replace(settings.trainer, max_rows=max(settings.trainer.max_rows, rows)),
+    )
 
 
 def _head() -> list[str]:
@@ -112,8 +139,9 @@ def _sizes(sizing: Sizing) -> list[str]:
         "",
         *_loads(sizing.settings),
         "",
-        "Where a limit is passed, the sizes are what the work takes, and not what one part bears: see below. Every host holds all "
-        "histories, so that memory is theirs times the hosts.",
+        "Where a limit is passed, the sizes are what the work takes, not what one part bears (see below). Every host holds all "
+        "histories. `max_users` and `max_rows` are at least as large as the load here; the defaults keep "
+        f"{short(sizing.settings.stream.max_users)} users and {short(sizing.settings.trainer.max_rows)} rows.",
         "",
         f"## {short(SHOWN.clicks_s)} clicks/s of {short(SHOWN.users)} users, by part",
         "",
@@ -126,8 +154,8 @@ def _ends(sizing: Sizing) -> list[str]:
     return [
         "## Where it ends",
         "",
-        f"Of the load above, what is asked of each part that there is one of. A machine has {size(MEMORY_BYTES)} of memory at most "
-        f"here, and a start may take {duration(READY_S)}.",
+        f"Of the load above, what is asked of each part that there is one of. A machine here has at most {size(MEMORY_BYTES)} of memory "
+        f"and a network of {size(NETWORK_BYTES_S)}/s, and a start may take {duration(READY_S)}.",
         "",
         *_limits(sizing),
         "",
@@ -160,6 +188,7 @@ def _loads(settings: Settings) -> list[str]:
         "clicks/s",
         "users",
         "answers/s",
+        "stream",
         "cores",
         "memory",
         "disk",
@@ -170,9 +199,10 @@ def _loads(settings: Settings) -> list[str]:
     ]
     rows = []
     for load in EXAMPLES:
-        sizing = Sizing(load, settings, MeasuredCosts())
+        sizing = Sizing(load, roomy(settings, load), MeasuredCosts())
         one = total(bills(sizing, Prices()))
         figures = [short(load.clicks_s), short(load.users), short(load.answers_s), f"{one.cores:,}"]
+        figures.insert(3, "Flink" if sizing.on_flink else "local")
         figures += [size(one.memory_gb * 1e9), size(one.disk_gb * 1e9), f"{size(one.network_mb_s * 1e6)}/s"]
         rows.append([*figures, str(sizing.partitions), str(sizing.hosts), f"{one.cost:,.0f}", str(len(broken(sizing)))])
     return table([*head, "limits passed"], rows)
@@ -188,11 +218,11 @@ def _limits(sizing: Sizing) -> list[str]:
 
 def _next(settings: Settings) -> Sequence[str]:
     first = limits(Sizing(replace(SHOWN, retention_h=1.0), settings, MeasuredCosts()))[0]
-    far = Sizing(EXAMPLES[-1], settings, MeasuredCosts())
-    shards = max(one.share for one in limits(far) if one.unit == "cores")
+    far = Sizing(EXAMPLES[-1], roomy(settings, EXAMPLES[-1]), MeasuredCosts())
+    shards = far.applier_cores / far.use
     return [
-        f"With an hour of training log, so that a new host is there soon, the first to end is: {first.name}. At "
-        f"{short(far.load.clicks_s)} clicks/s of {short(far.load.users)} users it would have to be done by {short(shards)} of them, "
+        f"With an hour of training log, so that a new host is ready soon, the first limit is: {first.name}. At "
+        f"{short(far.load.clicks_s)} clicks/s of {short(far.load.users)} users the work of the applier would take {short(shards)} hosts, "
         "each with a share of the users. That is the next step of the design, and not built:",
         "",
         "1. The training log in partitions by the user's hash, a stream's bucket each. Places are already (topic, partition, "

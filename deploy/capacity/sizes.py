@@ -2,7 +2,7 @@
 
 Cores are processor time a second, memory what a process has and what its stores
 take in memory, disk what lies there at most, network what comes in and goes out.
-Nothing here is a reserve: `Machines` adds it.
+Nothing here is a reserve: `prices` adds it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from deploy.capacity.load import HOUR_S, Load, changed_rows, events_kept, kept_versions
+from deploy.capacity.load import HOUR_S, Load, events_kept, kept_versions, touched
 from deploy.capacity.measured import MeasuredCosts
 from state.config.settings import Settings
 
@@ -20,6 +20,13 @@ SLOTS = 2
 INDEX_BYTES = 32
 BROKER_BYTES = 2e9
 BASES = 2
+FLINK_COPIES = 2
+"""Of the histories in memory on Flink: in the Python workers, and as the job's state in the heaps of TaskManagers."""
+FLINK_CHECKPOINTS = 3
+"""Checkpoints that Flink keeps (`deploy/flink/config.yaml`)."""
+FLINK_BUCKETS = 64
+"""Most buckets of users (`stream.buckets`), each on one core at a time."""
+LOCAL, FLINK, AUTO = FORMS = ("local", "flink", "auto")
 STREAM, TRAINER, SERVING, WORKERS, BESIDE, KAFKA, REGISTRY = (
     "stream",
     "trainer",
@@ -63,6 +70,7 @@ class Sizing:
         use: Share of a core that is planned to be used, 0 to 1.
         host_cores: Cores of a serving host.
         replication: Copies of each record in Kafka.
+        form: Of the stream: local, flink, or auto, which is flink where one local process is not enough.
     """
 
     load: Load
@@ -71,6 +79,7 @@ class Sizing:
     use: float = 0.6
     host_cores: int = 16
     replication: int = 3
+    form: str = AUTO
 
     @property
     def log_bytes_s(self) -> float:
@@ -78,21 +87,53 @@ class Sizing:
         return self.load.clicks_s * self.measured.log_row_bytes
 
     @property
-    def rows(self) -> float:
-        """Rows of the trainer's tables."""
-        return self.load.users + self.load.items
+    def log_leader_bytes_s(self) -> float:
+        """Bytes a second through the broker that leads the training log's partition.
+
+        The stream writes to it. Its followers, the trainer, the validation and each host read from it.
+        """
+        return self.log_bytes_s * (1 + (self.replication - 1) + 2 + self.hosts)
 
     @property
-    def histories_bytes(self) -> float:
-        """A store of all histories: the stream has one, and each serving host."""
-        one = self.measured
-        return self.load.users * (one.user_bytes + events_kept(self.load, self.settings) * one.event_bytes)
+    def users_with_row(self) -> float:
+        """Users with a row; beyond `trainer.max_rows` the least used leave."""
+        return min(self.load.users, self.settings.trainer.max_rows)
+
+    @property
+    def items_with_row(self) -> float:
+        """The same of items and categories."""
+        return min(self.load.items, self.settings.trainer.max_rows)
+
+    @property
+    def rows(self) -> float:
+        """Rows of the trainer's tables."""
+        return self.users_with_row + self.items_with_row
+
+    def changed_rows(self, seconds: float) -> float:
+        """Rows that the clicks of so many seconds change: of the users who click, and of the items."""
+        clicks = self.load.clicks_s * seconds
+        return touched(self.users_with_row, clicks) + touched(self.items_with_row, clicks)
+
+    @property
+    def stream_histories_bytes(self) -> float:
+        """The stream's store of histories, of `stream.max_users` at most."""
+        return self._histories_bytes(self.settings.stream.max_users)
+
+    @property
+    def host_histories_bytes(self) -> float:
+        """The store of each serving host, of `serving.max_users` at most."""
+        return self._histories_bytes(self.settings.serving.max_users)
+
+    def _histories_bytes(self, max_users: int) -> float:
+        users = min(self.load.users, max_users)
+        events = events_kept(self.load, self.settings, users)
+        return users * (self.measured.user_bytes + events * self.measured.event_bytes)
 
     @property
     def served_bytes(self) -> float:
         """Serving's rows: each once, and those of durable versions of the last `serving.keep_s` once more for each change."""
         durable_s, keep_s = self.settings.registry.durable_s, self.settings.serving.keep_s
-        again = changed_rows(self.load, durable_s) * keep_s / durable_s
+        again = self.changed_rows(durable_s) * keep_s / durable_s
         return (self.rows + again) * self.measured.served_row_bytes
 
     @property
@@ -104,7 +145,7 @@ class Sizing:
     def version_bytes_s(self) -> float:
         """What versions bring to each host, bytes a second: those not durable, five a second or so."""
         versions_s, one = self.load.versions_s, self.measured
-        changed = changed_rows(self.load, 1 / versions_s)
+        changed = self.changed_rows(1 / versions_s)
         return versions_s * (one.recent_bytes + changed * one.recent_row_bytes)
 
     @property
@@ -112,15 +153,30 @@ class Sizing:
         """All durable versions that `[registry]` asks to keep, and the newest bases."""
         one = self.measured
         deltas = sum(
-            count * (one.durable_bytes + changed_rows(self.load, seconds) * one.durable_row_bytes)
+            count * (one.durable_bytes + self.changed_rows(seconds) * one.durable_row_bytes)
             for count, seconds in kept_versions(self.settings)
         )
         return deltas + BASES * self.base_bytes
 
     @property
+    def local_streams(self) -> float:
+        """How many times the clicks that one local stream bears."""
+        return self.load.clicks_s / (self.measured.stream_most * self.use)
+
+    @property
+    def on_flink(self) -> bool:
+        """Whether the stream is a job on Flink."""
+        return self.form == FLINK or (self.form == AUTO and self.local_streams > 1)
+
+    @property
+    def flink_cores(self) -> float:
+        """Of TaskManagers and Python workers, were the stream a job on Flink."""
+        return self.load.clicks_s * self.measured.flink_us * 1e-6
+
+    @property
     def stream_cores(self) -> float:
-        """Of all streams."""
-        return self.load.clicks_s * self.measured.stream_us * 1e-6
+        """Of the stream, in its form."""
+        return self.flink_cores if self.on_flink else self.load.clicks_s * self.measured.stream_us * 1e-6
 
     @property
     def trainer_cores(self) -> float:
@@ -130,12 +186,12 @@ class Sizing:
     @property
     def publish_s(self) -> float:
         """How long a version keeps steps waiting: by its rows, as the figure is of 10,000."""
-        return self.measured.publish_ms * 1e-3 * changed_rows(self.load, 1 / self.load.versions_s) / 10_000
+        return self.measured.publish_ms * 1e-3 * self.changed_rows(1 / self.load.versions_s) / 10_000
 
     @property
     def applier_cores(self) -> float:
         """Of each host's applier, however many hosts there are."""
-        rows_s, one = self.load.versions_s * changed_rows(self.load, 1 / self.load.versions_s), self.measured
+        rows_s, one = self.load.versions_s * self.changed_rows(1 / self.load.versions_s), self.measured
         asking_us = self.shared_requests_s * one.shared_request_us
         return (self.load.clicks_s * one.applier_us + rows_s * one.apply_us + asking_us) * 1e-6
 
@@ -151,14 +207,9 @@ class Sizing:
         return self.load.answers_s * answer_us * 1e-6
 
     @property
-    def streams(self) -> int:
-        """Processes that the clicks take, each a share of its measured most."""
-        return max(1, math.ceil(self.load.clicks_s / (self.measured.stream_most * self.use)))
-
-    @property
     def partitions(self) -> int:
-        """Partitions of the clicks topic: two for each stream, so that one more stream finds some, and four at least."""
-        return max(4, 2 * self.streams)
+        """Partitions of the clicks topic: two for the clicks that one local stream bears, and four at least."""
+        return max(4, 2 * math.ceil(self.local_streams))
 
     @property
     def hosts(self) -> int:
@@ -181,7 +232,7 @@ class Sizing:
     def needs(self) -> Mapping[str, Need]:
         """Part -> what it takes."""
         return {
-            STREAM: self._stream(),
+            STREAM: self._flink() if self.on_flink else self._stream(),
             TRAINER: self._trainer(),
             SERVING: self._host(),
             WORKERS: self._workers(),
@@ -191,18 +242,28 @@ class Sizing:
         }
 
     def _stream(self) -> Need:
-        load, one, count = self.load, self.measured, self.streams
-        cache = min(self.settings.stream.cache_users, load.users / count) * self.settings.features.history * 40
-        store = self.histories_bytes / count
-        network = load.clicks_s * (load.click_bytes + one.log_row_bytes) / count
-        return Need(self.stream_cores / count, one.stream_bytes + cache + store, store, network, count)
+        cache = min(self.settings.stream.cache_users, self.load.users) * self.settings.features.history * 40
+        store = self.stream_histories_bytes
+        return Need(self.stream_cores, self.measured.stream_bytes + cache + store, store, self._stream_bytes_s)
+
+    def _flink(self) -> Need:
+        """Of one TaskManager with its Python workers, as large as a serving host."""
+        one, count = self.measured, max(1, math.ceil(self.stream_cores / (self.host_cores * self.use)))
+        cores, store = self.stream_cores / count, self.stream_histories_bytes / count
+        workers = math.ceil(cores / self.use) * one.flink_worker_bytes
+        memory, disk = one.flink_bytes + workers + FLINK_COPIES * store, FLINK_CHECKPOINTS * store
+        return Need(cores, memory, disk, self._stream_bytes_s / count, count)
+
+    @property
+    def _stream_bytes_s(self) -> float:
+        return self.load.clicks_s * self.load.click_bytes + self.log_bytes_s
 
     def _trainer(self) -> Need:
         network = self.log_bytes_s + self.version_bytes_s
         return Need(self.trainer_cores, self.measured.trainer_bytes + self.table_bytes, 0.0, network)
 
     def _host(self) -> Need:
-        memory = self.measured.applier_bytes + self.histories_bytes + self.served_bytes
+        memory = self.measured.applier_bytes + self.host_histories_bytes + self.served_bytes
         return Need(self.applier_cores, memory, 0.0, self.log_bytes_s + self.version_bytes_s, self.hosts)
 
     def _workers(self) -> Need:

@@ -82,8 +82,8 @@ def parts(sizing: Sizing, prices: Prices) -> list[str]:
 
 def told(one: Limit) -> str:
     """What a limit is asked for, in its unit."""
-    if one.unit == "bytes":
-        return f"{size(one.asked)} of {size(one.most)}"
+    if one.unit.startswith("bytes"):
+        return f"{size(one.asked)} of {size(one.most)}{one.unit.removeprefix('bytes')}"
     if one.unit == "s":
         return f"{duration(one.asked)} of {duration(one.most)}"
     return f"{short(one.asked)} of {short(one.most)} {one.unit}"

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from state.errors import StoreFull, UnreachableBroker, UnusableDisk, UnusablePlace, UnusableRegistry
+
+WAITS_FOR_OTHERS = (UnreachableBroker, StoreFull, UnusableDisk, UnusablePlace, UnusableRegistry)
 FIRST_WAIT_S = 0.25
 LONGEST_WAIT_S = 30.0
+LONGEST_WAIT_FOR_OTHERS_S = 4.0
 HEALTHY_S = 60.0
 
 
@@ -15,17 +19,27 @@ class Backoff:
 
     Attributes:
         deaths: How many.
+        waits_for_others: Whether the part died because a broker, a disk or a store was unavailable. A start then fails
+            within a second or two, and the part is to run soon after that is available again.
     """
 
     deaths: int = 0
+    waits_for_others: bool = False
 
-    def after(self, lived_s: float) -> Backoff:
+    def after(self, lived_s: float, last_line: str = "") -> Backoff:
         """The same after one more death; a healthy life makes it the first one.
 
-        >>> Backoff(3).after(1.0), Backoff(3).after(60.0)
-        (Backoff(deaths=4), Backoff(deaths=1))
+        Args:
+            lived_s: How long the part ran.
+            last_line: Of its log, which names the class of the error.
+
+        >>> Backoff(3).after(1.0).deaths, Backoff(3).after(60.0).deaths
+        (4, 1)
+        >>> Backoff().after(1.0, "trainer ERROR UnusableRegistry: registry: Permission denied").waits_for_others
+        True
         """
-        return Backoff(1 if lived_s >= HEALTHY_S else self.deaths + 1)
+        others = any(f" {error.__name__}: " in last_line for error in WAITS_FOR_OTHERS)
+        return Backoff(1 if lived_s >= HEALTHY_S else self.deaths + 1, others)
 
     @property
     def wait_s(self) -> float:
@@ -33,11 +47,14 @@ class Backoff:
 
         >>> [Backoff(deaths).wait_s for deaths in (0, 1, 2, 3, 7, 8, 99)]
         [0.0, 0.25, 0.5, 1.0, 16.0, 30.0, 30.0]
+        >>> Backoff(99, waits_for_others=True).wait_s
+        4.0
         """
         if not self.deaths:
             return 0.0
         # A power beyond the longest wait is the longest wait, however often it died.
-        return min(LONGEST_WAIT_S, FIRST_WAIT_S * 2.0 ** min(self.deaths - 1, 16))
+        longest_s = LONGEST_WAIT_FOR_OTHERS_S if self.waits_for_others else LONGEST_WAIT_S
+        return min(longest_s, FIRST_WAIT_S * 2.0 ** min(self.deaths - 1, 16))
 
     def told(self) -> str:
         """When the next start is, and how often it failed, in words.

@@ -87,9 +87,6 @@ class Supervisor:
         clock: Monotonic seconds.
         log_bytes: How large one log becomes.
         older_logs: How many full ones of a process are kept beside it.
-
-    Attributes:
-        settled: Whether the loop once ran as a whole: from then on no process's end is this one's.
     """
 
     def __init__(
@@ -103,7 +100,7 @@ class Supervisor:
         older_logs: int = OLDER_LOGS,
     ) -> None:
         self.logs = logs
-        self.settled = False
+        self._settled = False
         self._environment = dict(environment)
         self._say = say
         self._metrics = metrics
@@ -125,6 +122,16 @@ class Supervisor:
         environment = {name: value for name, value in environment.items() if not name.startswith("SPRINGTIDE_")}
         environment |= settings.environment() | {"PYTHONUNBUFFERED": "1"}
         return cls(settings.logs_dir, for_children(environment), say, metrics, clock, *log_sizes(settings))
+
+    @property
+    def settled(self) -> bool:
+        """Whether the loop once ran as a whole: from then on no process's end is this one's."""
+        return self._settled
+
+    @settled.setter
+    def settled(self, settled: bool) -> None:
+        self._settled = settled
+        self._metrics.settled.set(settled)
 
     def start(self, plan: ProcessPlan) -> None:
         """Starts a process; from now on `look` keeps it alive."""
@@ -272,17 +279,17 @@ class Supervisor:
             self._metrics.deaths_in_a_row.labels(plan.name).set(0)
             return
         last = self._last_line(plan.name)
-        if status == WRONG_USE and child.starts == 1 and not self.settled:
+        if status == WRONG_USE and child.starts == 1 and not self._settled:
             raise ProcessFailed(
                 f"{plan.name} died ({how(status)}): {last}", f"the whole log is {self.log_path(plan.name)}"
             )
         child.remedy = next((cure for error, cure in plan.remedies.items() if f" {error}: " in last), None)
-        self._fail(child, f"{plan.name} died ({how(status)}): {last}")
+        self._fail(child, f"{plan.name} died ({how(status)}): {last}", last)
 
-    def _fail(self, child: _Child, what: str) -> None:
+    def _fail(self, child: _Child, what: str, last_line: str = "") -> None:
         """Counts a death and says it; the process is started again after a while."""
         name = child.plan.name
-        child.backoff = child.backoff.after(self._clock() - child.started_at)
+        child.backoff = child.backoff.after(self._clock() - child.started_at, last_line)
         child.start_at = self._clock() + child.backoff.wait_s
         self._metrics.deaths.labels(name).inc()
         self._metrics.deaths_in_a_row.labels(name).set(child.backoff.deaths)

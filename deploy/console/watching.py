@@ -17,7 +17,6 @@ from deploy import status
 from deploy.console.series import EVERY_S, Curves
 from deploy.watch import quality, scrape
 from deploy.watch.figures import Figures, Watch
-from deploy.watch.panel import wanted, wrong
 from deploy.watch.scrape import Scrape
 from state.config.settings import Settings
 from state.process.said_once import SaidOnce
@@ -27,6 +26,8 @@ WATCHED_S = 20.0
 """How long somebody looks who has asked once."""
 LOOK_S = 1.0
 PARTS_S = 15.0
+AWAY_S = 5.0
+"""While Kafka is away: that it is back is to be seen soon."""
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class LoopWatch:
             self._parts_s = self._clock_s()
 
     def state(self) -> dict[str, Any]:
-        """All of it, as `springtide status -o json` prints it, with when it was seen, what is wrong and what is held in words."""
+        """All of it, as `springtide status -o json` prints it, with when it was seen."""
         self._asked_s = self._clock_s()
         self._wanted.set()
         if self._seen is None:
@@ -102,11 +103,10 @@ class LoopWatch:
             self.look_at_parts()
         assert self._seen is not None and self._parts is not None
         at_ms, figures, scrapes = self._seen
+        figures = figures.with_kafka(self._parts["kafka"])
         return status.document(self._settings, figures, scrapes, self._parts) | {
             "at_ms": at_ms,
             "parts_age_s": round(self._clock_s() - self._parts_s, 1),
-            "troubles": wrong(figures),
-            "holds": wanted(figures),
         }
 
     def _is_watched(self) -> bool:
@@ -123,7 +123,8 @@ class LoopWatch:
 
     def _run_parts(self) -> None:
         while not self._stopping.wait(LOOK_S):
-            if self._is_watched() and self._clock_s() - self._parts_s >= PARTS_S:
+            every_s = PARTS_S if self._parts is None or self._parts["kafka"]["answers"] else AWAY_S
+            if self._is_watched() and self._clock_s() - self._parts_s >= every_s:
                 self._attempt(self.look_at_parts)
 
     def _attempt(self, look: Callable[[], None]) -> None:

@@ -1,11 +1,16 @@
 """Chooses the version that a rollback goes back to: on the serving line, kept, loadable, and clean of what is masked.
 
-1. The newest version that by its manifest surely learned nothing masked (by
-   its positions, its newest event, its users).
-2. From there on the training log is read until the first masked row that was
-   learned. Up to it every version of the line is clean, behind it none.
-3. The version asked for must be among the clean ones, or it is the newest of
-   them; and the trainer must be able to read on from it.
+For a fast rollback a version is clean if it learned none of the clicks that the
+new masks name. For an exact one the training log before the version must have
+none of them, and the masks of earlier fast rollbacks count too: they left rows
+out of training, and the log still has those clicks.
+
+1. The newest version that is clean by its manifest: its positions, its newest
+   event, its users.
+2. From there the training log is read up to the first masked row. All versions
+   of the line before that row are clean, the others are not.
+3. The version asked for must be clean. Without one, the newest clean version is
+   taken. The trainer must be able to read on from it.
 """
 
 from __future__ import annotations
@@ -32,10 +37,12 @@ class Target:
     Attributes:
         to: A version, or None.
         before_ms: The newest version made before this moment, or None.
+        exact: Whether the training log before the version must have none of the masked clicks.
     """
 
     to: int | None = None
     before_ms: int | None = None
+    exact: bool = False
 
 
 def choose(
@@ -52,13 +59,13 @@ def choose(
         registry: Where versions are.
         control: The newest.
         target: What was asked for; the newest clean version where it names none.
-        new: What is to be left out and is not yet.
+        new: What is to be left out and is not yet; an exact rollback also considers what the log still has of older masks.
         view: Of the log; None where Kafka does not answer.
         wait_ms: How long a row may wait for its label.
 
     Raises:
         UnknownVersion: It is not kept, or cannot be put together any more.
-        UnfitVersion: It is abandoned, has learned a masked click, or the trainer cannot read on from it.
+        UnfitVersion: It is abandoned, it is not clean, or the trainer cannot read on from it.
         SettingsError: The mask names no row of the log.
         LogError: The log cannot be read.
     """
@@ -68,13 +75,17 @@ def choose(
         registry.chain(target.to)
     else:
         asked = _before(line, target.before_ms)
-    enough = line.newest.version if target.to is None else target.to
-    clean = _newest_clean(registry, control, line, new, view, wait_ms, enough) if new else line.newest
+    left_out = [*line.in_log(), *new] if target.exact else new
+    clean = _newest_clean(registry, line, target, left_out, view, wait_ms) if left_out else line.newest
     if target.to is not None:
         if asked.version > clean.version:
+            has = "comes after" if target.exact else "has learned"
+            others = [str(one.id) for one in left_out if one not in new]
+            also = f", those of mask {', '.join(others)} included: only training left them out so far" if others else ""
             raise UnfitVersion(
-                f"version {asked.version} has learned clicks that are to be left out",
-                f"the newest version of the serving line that has not is {told(clean)}: `--to {clean.version}`, or `--before-mask`",
+                f"version {asked.version} {has} clicks that are to be left out{also}",
+                f"the newest version of the serving line that can be taken is {told(clean)}: `--to {clean.version}`, "
+                "or `--before-mask`",
             )
         found = asked
     else:
@@ -97,24 +108,24 @@ def _before(line: ServingLine, before_ms: int | None) -> Manifest:
 
 def _newest_clean(
     registry: Registry,
-    control: Control,
     line: ServingLine,
-    new: Sequence[MaskEntry],
+    target: Target,
+    left_out: Sequence[MaskEntry],
     view: LogView | None,
     wait_ms: int,
-    enough: int,
 ) -> Manifest:
-    """The newest clean version, or one from `enough` on that is surely clean."""
-    sure = line.surely_clean(new, wait_ms)
+    """The newest clean version, or any clean one from the target's version on."""
+    control, enough = line.control, line.newest.version if target.to is None else target.to
+    sure = line.surely_clean(left_out, wait_ms, target.exact)
     if sure is None:
         oldest = line.oldest()
         raise UnfitVersion(
-            "no version is kept that has learned none of what is to be left out"
+            f"no version is kept that {'comes before all' if target.exact else 'has learned none'} of what is to be left out"
             + ("" if oldest is None else f"; the oldest is {told(oldest)}"),
             "name later clicks or fewer users; registry.base_keep_d says for how long versions are kept",
         )
     # Ranges that exist need name no row: then the log is not read, and answers turn the sooner.
-    if view is None or (enough <= sure.version and all(one.offsets is not None for one in new)):
+    if view is None or (enough <= sure.version and all(one.offsets is not None for one in left_out)):
         return sure
     if sure.log.next < view.begin and sure.version != line.newest.version:
         raise UnfitVersion(
@@ -122,9 +133,10 @@ def _newest_clean(
             f"at, and the trainer cannot read on from {sure.log.next}",
             f"let answers stay at it with `springtide pin {sure.version}`, or name later clicks",
         )
-    hit = _hit(registry, control, line, sure, new, view)
+    hit = _hit(registry, line, sure, left_out, view, target.exact)
     if hit is None:
-        if any(one.offsets is None for one in new) and not _under_way(registry, control):
+        is_new = any(one.offsets is None and one.generation > control.generation for one in left_out)
+        if is_new and not _under_way(registry, control):
             raise SettingsError(
                 "no row of the training log is named by --skip-time, --minutes or --skip-users: nothing would be left out",
                 f"the log was looked through from {iso(sure.event_time_ms)} on; check times and ids, and with "
@@ -141,14 +153,9 @@ def _under_way(registry: Registry, control: Control) -> bool:
 
 
 def _hit(
-    registry: Registry,
-    control: Control,
-    line: ServingLine,
-    sure: Manifest,
-    new: Sequence[MaskEntry],
-    view: LogView,
+    registry: Registry, line: ServingLine, sure: Manifest, left_out: Sequence[MaskEntry], view: LogView, exact: bool
 ) -> FirstHit | None:
-    segments = segments_to_end(registry, control, sure, line.newest, view.end)
+    segments = segments_to_end(registry, line.control, sure, line.newest, view.end)
     first = max(view.begin, min(segments[0].first, view.end))
     with view.reader(first) as reader:
-        return first_hit(reader, view.partition, segments, joined(new, 0))
+        return first_hit(reader, view.partition, segments, joined(left_out, 0), exact)

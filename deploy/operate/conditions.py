@@ -14,6 +14,7 @@ from deploy.operate.versions import open_registry
 from deploy.watch import scrape
 from deploy.watch.address import serving_address
 from deploy.watch.figures import Watch
+from deploy.watch.kafka_lag import kafka_lag
 from deploy.watch.panel import wrong
 from state.config.settings import Settings
 from state.errors import RegistryError, SettingsError, SpringtideError
@@ -80,9 +81,11 @@ def ready(settings: Settings) -> str:
 def well(settings: Settings) -> str:
     """Nothing is wrong; what an operator wanted is not."""
     asked, looks = scrape.watched_urls(settings), Watch(spread_s=None)
-    looks.look(scrape.scrape(asked), time.monotonic(), time.time())
-    time.sleep(BETWEEN_S)
-    return ", ".join(wrong(looks.look(scrape.scrape(asked), time.monotonic(), time.time())))
+    begin_s = time.monotonic()
+    looks.look(scrape.scrape(asked), begin_s, time.time())
+    kafka = kafka_lag(settings)
+    time.sleep(max(0.0, begin_s + BETWEEN_S - time.monotonic()))
+    return ", ".join(wrong(looks.look(scrape.scrape(asked), time.monotonic(), time.time()).with_kafka(kafka)))
 
 
 def caught_up(settings: Settings) -> str:
@@ -94,7 +97,8 @@ def caught_up(settings: Settings) -> str:
     if (epoch := trainer.value("springtide_trainer_epoch")) != control.epoch:
         return f"the trainer is in epoch {epoch or 0:.0f}, and epoch {control.epoch} is wanted"
     if not trainer.value("springtide_trainer_caught_up"):
-        return f"the trainer is {trainer.value('springtide_trainer_lag_records') or 0:,.0f} records behind"
+        lag = trainer.value("springtide_trainer_lag_records")
+        return "the trainer is starting" if lag is None else f"the trainer is {lag:,.0f} records behind"
     began = registry.beginning_of(control.epoch)
     if began is not None and began.action == "rollback" and registry.outcome(control.epoch, "learned") is None:
         return "what was learned before the rollback is not learned again yet"
@@ -103,17 +107,17 @@ def caught_up(settings: Settings) -> str:
 
 def answering(settings: Settings) -> str:
     """Answers of this host come from a version that control wants."""
-    _, control = _control(settings)
-    return _unlike(control, _applier(settings))
+    registry, control = _control(settings)
+    return _unlike(registry, control, _applier(settings))
 
 
 def following(settings: Settings) -> str:
     """Answers follow the newest version, and come from control's epoch already, with the histories that belong to it."""
-    _, control = _control(settings)
+    registry, control = _control(settings)
     if control.serving.mode != "follow":
         return f"answers are to stay at version {control.serving.version}: `springtide follow` lets them go"
     applier = _applier(settings)
-    if missing := _unlike(control, applier):
+    if missing := _unlike(registry, control, applier):
         return missing
     epoch, lag = (applier.value(f"springtide_serving_{name}") for name in ("history_epoch", "microbatch_lag_records"))
     if epoch != control.log[-1].epoch:
@@ -125,7 +129,7 @@ def _applier(settings: Settings) -> scrape.Scrape:
     return scrape.scrape({"applier": scrape.urls(settings)["applier"]})["applier"]
 
 
-def _unlike(control: Control, applier: scrape.Scrape) -> str:
+def _unlike(registry: Registry, control: Control, applier: scrape.Scrape) -> str:
     """In what answers differ from what control wants."""
     if applier.problem:
         return applier.problem
@@ -134,7 +138,17 @@ def _unlike(control: Control, applier: scrape.Scrape) -> str:
         is_wanted, wanted = version == control.serving.version, f"version {control.serving.version}"
     else:
         is_wanted, wanted = epoch == control.epoch, f"a version of epoch {control.epoch}"
+        is_wanted |= version == control.base and _learned_nothing(registry, control)
     return "" if is_wanted else f"answers come from version {version:.0f} of epoch {epoch:.0f}, and {wanted} is wanted"
+
+
+def _learned_nothing(registry: Registry, control: Control) -> bool:
+    """Whether control's epoch has caught up without a row to learn from: until a click comes it has only its base."""
+    learned = registry.outcome(control.epoch, "learned")
+    if learned is None or learned["rows"] > learned["masked"]:
+        return False
+    newest = max((*registry.versions(), *registry.recents()))
+    return registry.either(newest).epoch < control.epoch
 
 
 CONDITIONS: Mapping[str, Condition] = {

@@ -1,4 +1,4 @@
-"""What an exact rollback needs and costs: where the log turns off, the clicks read again, the histories rebuilt."""
+"""What an exact rollback needs and costs: where the log branches, the clicks read again, the histories rebuilt."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from state.config.settings import Settings
 from state.errors import LogError, StoreError, UnfitVersion
 from state.registry import log_line
 from state.registry.control import Control
+from state.registry.goals import ClickRanges, clicks_in, learned_before
 from state.registry.log_line import LogLine
 from state.registry.manifest import Manifest
+from state.registry.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -21,36 +23,52 @@ class ExactPlan:
 
     Attributes:
         line: The line of the training log that turns off at the version.
-        clicks: Positions of the clicks that the stream reads again.
+        again: The clicks that are read again until the trainer has learned what it had learned before.
         histories: Users whose history has to be found in the training log again; None where no stream's store is here,
             or it has gone back already.
     """
 
     line: LogLine
-    clicks: int
+    again: ClickRanges
     histories: int | None = None
 
     def lines(self) -> list[str]:
         """It for people, one line per fact.
 
-        >>> ExactPlan(log_line.WHOLE, 1234, 7).lines()[1]
+        >>> ExactPlan(log_line.WHOLE, {}, 7).lines()[1]
         'histories     7 to be rebuilt from the training log; the others give back what they gained'
         """
         rebuilt = "not counted: the stream's store is not on this machine, or has gone back already"
         if self.histories is not None:
             rebuilt = f"{self.histories:,} to be rebuilt from the training log; the others give back what they gained"
         return [
-            f"stream        goes back too: {self.clicks:,} positions of the clicks are read again, into a new epoch of the log",
+            f"stream        goes back too: {self.clicks:,} clicks are read again, into a new epoch of the log, until all that "
+            "was learned is learned again",
             f"histories     {rebuilt}",
         ]
+
+    @property
+    def clicks(self) -> int:
+        """How many clicks are read again."""
+        return clicks_in(self.again)
 
     def document(self) -> dict[str, Any]:
         """It as JSON values."""
         return {"clicks": self.clicks, "histories": self.histories, "log_epoch": self.line[-1].epoch}
 
 
-def exact_plan(control: Control, to: Manifest, view: LogView | None) -> ExactPlan:
-    """Where the log turns off, and what the stream reads again; histories are not counted yet.
+def exact_plan(
+    registry: Registry, control: Control, to: Manifest, view: LogView | None, again: ClickRanges | None = None
+) -> ExactPlan:
+    """Where the log branches, and what is read again; histories are not counted yet.
+
+    Args:
+        registry: Where versions are.
+        control: The one before the rollback.
+        to: The version gone back to.
+        view: Of the log.
+        again: The clicks that are read again, where they are known; those learned since `to`, or before a rollback
+            that this one interrupts, where they are not.
 
     Raises:
         UnfitVersion: The clicks no longer reach back to the version.
@@ -73,11 +91,10 @@ def exact_plan(control: Control, to: Manifest, view: LogView | None) -> ExactPla
                 f"{view.clicks[source.partition][0]}: the clicks between are deleted and cannot be read again",
                 "take a younger version, or go back without --mode exact, which needs the training log alone",
             )
-    # Of a partition in several buckets, all are read again from the least of them.
-    reached = dict[int, int]()
-    for source, at in to.marks.items():
-        reached[source.partition] = min(at, reached.get(source.partition, at))
-    again = sum(last - reached.get(one, first) for one, (first, last) in view.clicks.items())
+    if again is None:
+        goal = learned_before(registry, control.epoch + 1)
+        begins = {one: to.marks.get(one, view.clicks.get(one.partition, (0, 0))[0]) for one in goal}
+        again = {one: (begins[one], after) for one, after in goal.items() if after > begins[one]}
     return ExactPlan(log_line.turned(control.log, to.log.epoch, to.log.next, view.end, to.sources), again)
 
 

@@ -71,6 +71,8 @@ def compared(outcome: dict[str, Any]) -> str:
     >>> learned = {"seconds": 3.1, "again": {"rows": 5000, "masked": 120}}
     >>> compared({"planned": planned, "answered": {"seconds": 0.31}, "learned": learned})
     'answers after 0.3 s (planned 0.0 s); caught up after 3.1 s (2.4 s); 5,000 rows read again (5,000), 120 left out by the trainer (120)'
+    >>> compared({"planned": {"exact": {"clicks": 700}}, "answered": None, "learned": {"seconds": 3.1, "again": {"clicks": 700}}})
+    'when answers turned is not known; caught up after 3.1 s; 700 clicks read again (700)'
     >>> compared({"planned": None, "answered": None, "learned": None})
     'when answers turned is not known; not caught up yet'
     """
@@ -84,10 +86,13 @@ def compared(outcome: dict[str, Any]) -> str:
     expected_s = planned.get("replay_s") if planned else None
     parts.append(f"caught up after {age(learned['seconds'])}{'' if expected_s is None else f' ({age(expected_s)})'}")
     if (again := learned.get("again")) is not None:
+        if "clicks" in again:
+            # The stream writes other rows of them: without those masked now, with those of lifted masks.
+            clicks = f" ({planned['exact']['clicks']:,})" if planned else ""
+            parts.append(f"{again['clicks']:,} clicks read again{clicks}")
+            return "; ".join(parts)
         known = planned is not None and "rows" in planned
-        exact = known and planned["mode"] == "exact"  # then the stream leaves out what is masked
-        rows = f" ({planned['rows'] - exact * planned['masked']:,})" if known else ""
-        masked = f" ({(not exact) * planned['masked']:,})" if known else ""
+        rows, masked = (f" ({planned[name]:,})" if known else "" for name in ("rows", "masked"))
         parts.append(f"{again['rows']:,} rows read again{rows}, {again['masked']:,} left out by the trainer{masked}")
     return "; ".join(parts)
 

@@ -30,6 +30,7 @@ class ServingLine:
         control: The newest.
 
     Attributes:
+        control: The newest.
         newest: The newest version of control's epoch, or the one that the epoch begins from.
 
     Raises:
@@ -37,7 +38,7 @@ class ServingLine:
     """
 
     def __init__(self, registry: Registry, control: Control) -> None:
-        self._registry, self._control = registry, control
+        self._registry, self.control = registry, control
         self.newest = self._newest()
         self._numbers = [number for number in registry.versions() if sees(self.newest.visible, number)]
 
@@ -94,16 +95,24 @@ class ServingLine:
         """The oldest version kept; None where none can be read."""
         return self._manifest(0) if self._numbers else None
 
-    def surely_clean(self, entries: Sequence[MaskEntry], wait_ms: int) -> Manifest | None:
-        """The newest version that, by what versions say of themselves, learned nothing that `entries` name.
+    def in_log(self) -> list[MaskEntry]:
+        """The masks that count and whose clicks the training log may still have: those of fast rollbacks."""
+        return [one for one in self.control.masks if not one.excluded]
 
-        Newer ones may be clean too: where the first masked click lies, the log
-        tells.
+    def surely_clean(self, entries: Sequence[MaskEntry], wait_ms: int, exact: bool = False) -> Manifest | None:
+        """The newest version that, by its manifest and tables, learned nothing that `entries` name.
+
+        Newer ones may be clean too: the log tells where the first masked click is.
 
         Args:
-            entries: The new masks.
+            entries: The masks.
             wait_ms: How long a row may wait for its label, which is a masked click too.
+            exact: Whether the log before the version must have none of it. A manifest does not tell that of a version
+                that was trained under a mask of the log's clicks, nor of impressions that still wait at the version.
         """
+        hiding = [one for one in (*self.control.masks, *self.control.lifted) if exact and not one.excluded]
+        trained_before = min((one.generation for one in hiding), default=None)
+        margin_ms = wait_ms if exact else 0
         firsts = {
             (one.offsets[0], one.offsets[1]): one.offsets[2] for one in sorted(entries, key=_first) if one.offsets
         }
@@ -111,13 +120,24 @@ class ServingLine:
         users = [one.users for one in entries if one.users]
 
         def holds(version: Manifest) -> bool:
-            late = begin_ms is not None and newest_told_ms(version, wait_ms) >= begin_ms
+            if (
+                trained_before is not None
+                and (begin_ms is not None or users)
+                and version.mask_generation >= trained_before
+            ):
+                return False
+            late = begin_ms is not None and newest_told_ms(version, wait_ms) >= begin_ms - margin_ms
             return not late and all(after <= firsts.get(_word(source), after) for source, after in version.sources)
 
         found = self.last(holds)
         if found is None or not users:
             return found
-        return self._before(found, users)
+        found = self._before(found, users)
+        if found is None or not found.rows or not margin_ms:
+            return found
+        # Impressions of these users may wait at that version, and its tables do not have users of whom nothing was learned.
+        until_ms = newest_told_ms(found, wait_ms) - margin_ms
+        return self.last(lambda version: newest_told_ms(version, wait_ms) < until_ms)
 
     def _before(self, version: Manifest, users: Sequence[MaskedUsers]) -> Manifest | None:
         """The newest base up to `version` whose tables have none of the users, those not admitted yet included."""
@@ -143,16 +163,16 @@ class ServingLine:
         return np.empty(0, np.uint64) if found is None else np.asarray(found).view(np.uint64)
 
     def _newest(self) -> Manifest:
-        base = self._control.base
+        base = self.control.base
         for number in reversed(self._registry.versions()):
             try:
                 found = self._registry.manifest(number)
             except (CorruptVersion, UnknownVersion):
                 continue
-            if found.epoch == self._control.epoch or number == base:
+            if found.epoch == self.control.epoch or number == base:
                 return found
         raise UnknownVersion(
-            f"epoch {self._control.epoch} has no version yet", "the trainer publishes the first after the bootstrap"
+            f"epoch {self.control.epoch} has no version yet", "the trainer publishes the first after the bootstrap"
         )
 
     def _manifest(self, place: int) -> Manifest | None:

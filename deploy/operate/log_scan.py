@@ -32,10 +32,10 @@ POLL_S, STALLED_S, RECORDS = 0.5, 30.0, 512
 
 @dataclass(frozen=True, slots=True)
 class FirstHit:
-    """Where the first masked row lies that was learned.
+    """Where the first masked row is.
 
     Attributes:
-        epoch: Of control, in which it was learned.
+        epoch: Of control, in which its record was read.
         offset: Of the record in the training log.
         at_ms: The row's event time.
     """
@@ -96,21 +96,28 @@ def records(reader: LogReader, partition: int, first: int, end: int, line: LogLi
             )
 
 
-def first_hit(reader: LogReader, partition: int, segments: Sequence[LogSegment], mask: Mask) -> FirstHit | None:
-    """The first row along the line that `mask` names and that was learned; None where there is none.
+def first_hit(
+    reader: LogReader, partition: int, segments: Sequence[LogSegment], mask: Mask, exact: bool = False
+) -> FirstHit | None:
+    """The first row along the line that `mask` names and that was learned; None if there is none.
 
     Args:
         reader: Of the training log.
         partition: Its partition.
         segments: The parts of the line, oldest first, each with what was left out there already.
         mask: What is to be left out now.
+        exact: Whether rows count that were not learned: events for histories only, and rows that were left out already.
 
     Raises:
         LogError: The log cannot be read.
     """
     for segment in segments:
         for offset, batch in records(reader, partition, segment.first, segment.next, segment.line):
-            hit = trained(batch.kind) & masked(batch, mask)
+            hit = masked(batch, mask)
+            if not exact:
+                hit &= trained(batch.kind)
+            if exact and hit.any():
+                return FirstHit(segment.epoch, offset, int(batch.at_ms[hit][0]))
             if hit.any():
                 already = segment.mask_at(batch.header.mask_generation)
                 hit &= ~masked(batch, already) if already else True

@@ -37,7 +37,8 @@ def rollback(add: Add) -> argparse.ArgumentParser:
     target.add_argument(
         "--before-mask",
         action="store_true",
-        help="the newest version that has learned none of the clicks named (so without --to and --before)",
+        help="the newest version that has learned none of the clicks named; with --mode exact, the newest whose training log has "
+        "none of them, nor of those that earlier fast rollbacks left out (so without --to and --before)",
     )
     _skips(command)
     command.add_argument(

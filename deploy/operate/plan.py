@@ -69,7 +69,8 @@ class Plan:
         found = [
             f"go back to    version {self.to}, {age(self.age_s)} old",
             f"answers       {self.turning.line()}; they {answers}",
-            f"replay        {self.topic}, partition {self.partition}, offsets {self.first} to {self._replay()}",
+            f"{'replay ' if self.exact is None else 'abandon'}       {self.topic}, partition {self.partition}, offsets "
+            f"{self.first} to {self._replay()}",
             f"leave out     {describe(self.mask)}{self._masked()}",
         ]
         if self.mode == "fast" and self.counted is not None and self.counted.after:

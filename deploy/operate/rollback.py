@@ -17,7 +17,7 @@ import json
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from deploy.operate import answers, digests
 from deploy.operate.choice import Target, choose
@@ -37,6 +37,7 @@ from state.features.mask import Mask, always
 from state.process import killpoints
 from state.process.actor import actor
 from state.registry.control import Control, roll_back
+from state.registry.goals import from_json, to_json
 from state.registry.manifest import Manifest
 from state.registry.mask_entries import MaskEntry, added, joined
 from state.registry.registry import Registry
@@ -58,29 +59,34 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
     registry = open_registry(settings)
     control = current(registry, asked.if_generation)
     # 1.
-    to, mask, new, view = _chosen(settings, asked, registry, control, now_ms)
-    exactly = exact_plan(control, to, view) if asked.mode == "exact" else None
+    to, mask, new, view, is_done = _chosen(settings, asked, registry, control, now_ms)
+    exactly = exact_plan(registry, control, to, view) if asked.mode == "exact" else None
     turning = answers.turning(settings, registry, to)
     later = turning.here and not asked.dry_run and digests.total_bytes(registry, to.version) > CHECKED_FIRST_BYTES
     if not later:
         digests.require_sound(registry, to)
-    made = roll_back(
-        *(control, to.version, mask),
-        actor=actor(),
-        reason=asked.reason,
-        now_ms=now_ms,
-        log=None if exactly is None else exactly.line,
-        then_follow=asked.follow_when_caught_up,
+    made = (
+        control
+        if is_done
+        else roll_back(
+            *(control, to.version, mask),
+            actor=actor(),
+            reason=asked.reason,
+            now_ms=now_ms,
+            log=None if exactly is None else exactly.line,
+            then_follow=asked.follow_when_caught_up,
+        )
     )
     if view is not None and made is not control and made.epoch != control.epoch:
-        made = replace(made, plan={"end": view.end})
+        made = replace(made, plan={"end": view.end} | ({} if exactly is None else {"again": to_json(exactly.again)}))
 
-    if asked.dry_run:
+    if asked.dry_run and not is_done:
         plan = _plan(settings, control, to, new, view, turning, exactly, asked, now_ms)
         _tell(asked, say, {"plan": plan.document()}, [*plan.lines(), "dry run: nothing was changed"])
         return
     if made is control:
-        _count_again(settings, registry, control, to, view, turning, exactly, asked, now_ms)
+        if not asked.dry_run:
+            _count_again(settings, registry, control, to, view, turning, exactly, asked, now_ms)
         done = f"generation {control.generation}: it is so already; nothing was changed"
         _tell(asked, say, {"changed": False, "control": control_document(control)}, [done])
         return
@@ -107,23 +113,44 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
     _tell(asked, say, found | {"plan": plan.document()}, plan.lines())
 
 
-def _chosen(
-    settings: Settings, asked: argparse.Namespace, registry: Registry, control: Control, now_ms: int
-) -> tuple[Manifest, Mask, list[MaskEntry], LogView | None]:
-    """The version gone back to, what is asked to be left out, what of it is new, and the log as it is."""
-    if asked.to is None and asked.before is None and not _skips(asked):
+class Chosen(NamedTuple):
+    """What a rollback does.
+
+    Attributes:
+        to: The version gone back to.
+        mask: What is asked to be left out.
+        new: What of it is new.
+        view: The log as it is; None if Kafka does not answer.
+        is_done: Whether nothing is left to do: no version is named, and all of it is left out already.
+    """
+
+    to: Manifest
+    mask: Mask
+    new: list[MaskEntry]
+    view: LogView | None
+    is_done: bool = False
+
+
+def _chosen(settings: Settings, asked: argparse.Namespace, registry: Registry, control: Control, now_ms: int) -> Chosen:
+    line, exact = ServingLine(registry, control), asked.mode == "exact"
+    is_named = asked.to is not None or asked.before is not None
+    in_log = line.in_log() if exact else []
+    if not is_named and not _skips(asked) and not in_log:
         raise SettingsError(
             "rollback: neither a version nor clicks to leave out are named",
             "write --to V, --before TIME, or what to leave out; see `springtide rollback --help`",
         )
-    mask = mask_of(settings, asked, ServingLine(registry, control).newest, now_ms)
+    mask = mask_of(settings, asked, line.newest, now_ms)
     view = look(settings)
     if view is not None:
         require_positions(mask, view.clicks_id, view.clicks)
     new = added(control.masks, mask, control.last_mask, control.generation + 1)
+    if control.base is not None and not (is_named or new or in_log or control.lifted):
+        return Chosen(registry.manifest(control.base), mask, new, view, is_done=True)
     wait_ms = round(settings.labels.wait_s * 1000) if settings.labels.impressions else 0
-    target = Target(asked.to, None if asked.before is None else parse_time(asked.before, now_ms))
-    return choose(registry, control, target, new, view, wait_ms), mask, new, view
+    before_ms = None if asked.before is None else parse_time(asked.before, now_ms)
+    target = Target(asked.to, before_ms, exact)
+    return Chosen(choose(registry, control, target, new, view, wait_ms), mask, new, view)
 
 
 def _skips(asked: argparse.Namespace) -> bool:
@@ -195,7 +222,9 @@ def _count_again(
     new = [one for one in began.masks if one.generation == began.generation]
     if view is not None and began.plan is not None:
         view = replace(view, end=int(began.plan["end"]))
-    exactly = None if exactly is None else exact_plan(before, to, view)
+    if exactly is not None:
+        known = None if began.plan is None or "again" not in began.plan else from_json(began.plan["again"])
+        exactly = exact_plan(registry, before, to, view, known)
     plan = _plan(settings, before, to, new, view, turning, exactly, asked, now_ms)
     registry.add_outcome(control.epoch, "planned", plan.document())
 

@@ -82,7 +82,9 @@ def action_shares(n: int) -> F64:
     return np.asarray(shares / shares.sum())
 
 
-@compiled
+@compiled(
+    "i8[::1], i8[::1], f8[::1], i8[::1], i8[::1], bool[::1], i8[::1], f8[::1], i8[:, ::1], i8[::1], f8[::1], i8[::1]"
+)
 def walk(
     users: I64,
     at_ms: I64,

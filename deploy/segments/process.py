@@ -18,11 +18,12 @@ from prometheus_client import CollectorRegistry
 from deploy.segments.judging import open_host
 from deploy.segments.keeping import SegmentKeeper, require_segments
 from deploy.serving.host import Host
+from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import SettingsError, SpringtideError, of_disk
 from state.layout import SEGMENTS_LOCK
-from state.log import KafkaLog, Log
+from state.log import KERNELS, KafkaLog, Log
 from state.metrics import SegmentMetrics, served
 from state.process.ending import stop_on_signals
 from state.process.garbage import keep_what_is_there
@@ -91,6 +92,7 @@ def _run(settings: Settings, stop: threading.Event) -> None:
         DirectoryLock(settings.serving_dir, SEGMENTS_LOCK),
         served(settings.segments.metrics_port, settings.metrics.host) as registry,
     ):
+        Kernels(registry, _log, uses=[KERNELS]).prepare(stop.is_set)
         run(settings, KafkaLog(settings.kafka), registry, stop)
 
 

@@ -35,6 +35,7 @@ from deploy.serving.gauges import show_ages
 from deploy.serving.host_rows import HostRows
 from deploy.serving.splitting.forwarding import ExposureForwarder
 from state.attributes.values import tables_of
+from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import (
@@ -50,7 +51,7 @@ from state.history import opening
 from state.history.actions import ACTIONS, numbered
 from state.history.appends import Appends
 from state.layout import ATTRIBUTES, CURRENT, EXPOSURES, GAPS
-from state.log import KafkaLog, Reader, Topics
+from state.log import KERNELS, KafkaLog, Reader, Topics
 from state.log.accepted_gaps import Journal
 from state.metrics import ApplierMetrics, served
 from state.process.ending import stop_on_signals
@@ -289,6 +290,7 @@ def _run(settings: Settings, stop: threading.Event) -> None:
         served(port, host) as registry,
         copying(settings, registry),
     ):
+        Kernels(registry, _log, uses=[KERNELS]).prepare(stop.is_set)
         Applier(settings, registry, stop).run()
 
 

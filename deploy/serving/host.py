@@ -13,6 +13,7 @@ from deploy.serving.recommending.sources import ItemSources
 from deploy.serving.segments import HostSegments
 from state.attributes.store import AttributeStore
 from state.attributes.values import tables_of
+from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.errors import NotReady, SpringtideError, StoreError
 from state.events.identity import Salt
@@ -39,7 +40,11 @@ class Host:
 
     Attributes:
         segments: Who is in which.
+        kernels: Those that this process prepares; None where nobody waits for them.
+        warm: Whether answers of each kind were prepared.
     """
+
+    COLD = "the first answers are being prepared"
 
     def __init__(
         self,
@@ -51,6 +56,8 @@ class Host:
         self._settings = settings
         self._salt, self._pseudonym = salt, pseudonym
         self.segments = HostSegments(settings, salt)
+        self.kernels: Kernels | None = None
+        self.warm = True
         self._now_ms = now_ms
         self._spec = FeatureSpec.from_settings(settings)
         self._rows: RowStore | None = None
@@ -73,8 +80,10 @@ class Host:
         """What answers; opened again where a store's file is another one than a second ago.
 
         Raises:
-            NotReady: A store is not there yet.
+            NotReady: A store is not there yet, or kernels are still being compiled.
         """
+        if self.kernels is not None and not self.kernels.done:
+            raise NotReady(self.kernels.progress, "wait until /readyz answers 200")
         now_ms = self._now_ms()
         if self._predictor is None or not self._check_at_ms - _CHECK_MS <= now_ms < self._check_at_ms:
             self._check_at_ms = now_ms + _CHECK_MS
@@ -107,6 +116,8 @@ class Host:
 
         With `serving.max_age_s` also what is too old.
         """
+        if self.kernels is not None and not self.kernels.done:
+            return {"program": self.kernels.progress}
         try:
             predictor = self.predictor()
         except SpringtideError as error:
@@ -127,7 +138,7 @@ class Host:
             found["program"] = str(error)
         if max_age_s := self._settings.serving.max_age_s:
             found = self._currency.older_than(max_age_s, self._now_ms()) | found
-        return found
+        return found or ({} if self.warm else {"program": self.COLD})
 
     def degraded(self) -> dict[str, str]:
         """By part (histories, version) what it has missed for more than `DEGRADED_S`; answers go on without it."""

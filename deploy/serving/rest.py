@@ -28,7 +28,9 @@ from deploy.serving.grpc_api.server import GrpcServer
 from deploy.serving.host import Host
 from deploy.serving.http_api.app import App
 from deploy.serving.splitting.split import Split
+from deploy.serving.warming import Warming
 from deploy.serving.workers import Workers, count_as, end_with_parent
+from state.compiled.preparing import Kernels
 from state.config.loading import load
 from state.config.settings import Settings
 from state.events.identity import load_salt
@@ -36,7 +38,6 @@ from state.layout import WORKER_COUNTERS
 from state.metrics import add_process, say_build
 from state.process import log_lines
 from state.process.ending import reported
-from state.process.garbage import keep_what_is_there
 from state.process.private_files import keep_private
 from state.process.wall_clock import wall_ms
 
@@ -78,9 +79,10 @@ def serve(
     limits = ConnectionLimits(serving.max_head_bytes, serving.timeout_s, serving.max_connections, own_hosts)
     grpc = (lambda: grpc_server(settings, app, access, beside)) if serving.grpc_port else None
 
+    warming = Warming(host, Kernels(registry, _log))
+
     def accepts() -> None:
-        # Modules are a million objects: a full collection among them takes a tenth of a second, in which nobody is answered.
-        keep_what_is_there()
+        warming.start()
         app.metrics.worker_starts.inc()
         ready()
 

@@ -37,7 +37,7 @@ WAIT_S = 0.1
 COUNTERS = "PROMETHEUS_MULTIPROC_DIR"
 """The variable that tells prometheus_client where the counters lie."""
 
-KINDS = ("counter", "histogram", "gauge_max")
+KINDS = ("counter", "histogram", "gauge_max", "gauge_min")
 COUNTER_BYTES = 1 << 20
 """Of one kind and worker, as prometheus_client begins them."""
 

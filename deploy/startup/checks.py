@@ -7,13 +7,14 @@ answer and not a traceback.
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from state.errors import PortTaken, StoreFull, UnsupportedPython
+from state.errors import PortTaken, StoreFull, UnsupportedPython, UnusableDisk
 
 PYTHON = (3, 11)
 LEAST_FREE_BYTES = 256 * 2**20
@@ -43,13 +44,30 @@ def require_python(version: Sequence[object]) -> None:
         raise UnsupportedPython(f"Python {found} is not supported", f"install Python {wanted} and run `make clean run`")
 
 
+def require_directory(directory: Path) -> None:
+    """Refuses a state directory that is none, or that cannot be made or written.
+
+    Raises:
+        UnusableDisk: Says why.
+    """
+    do = "choose another directory with --state or paths.state"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise UnusableDisk(f"the state directory {directory} is a file", do) from None
+    except OSError as problem:
+        raise UnusableDisk(f"the state directory {directory} cannot be made ({problem.strerror})", do) from None
+    if not os.access(directory, os.W_OK | os.X_OK):
+        raise UnusableDisk(f"the state directory {directory} cannot be written", f"correct its access rights, or {do}")
+
+
 def require_disk(directory: Path, least_bytes: int = LEAST_FREE_BYTES) -> int:
     """Returns the bytes free where `directory` is or will be.
 
     Raises:
         StoreFull: Fewer than `least_bytes` are free.
     """
-    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if _can_be_seen(path))
     free = shutil.disk_usage(existing).free
     if free < least_bytes:
         raise StoreFull(
@@ -57,6 +75,13 @@ def require_disk(directory: Path, least_bytes: int = LEAST_FREE_BYTES) -> int:
             "free some space, or set paths.state to a larger disk",
         )
     return free
+
+
+def _can_be_seen(path: Path) -> bool:
+    try:
+        return path.exists()
+    except PermissionError:
+        return False
 
 
 def require_ports(ports: Sequence[Port]) -> None:

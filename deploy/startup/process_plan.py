@@ -15,7 +15,6 @@ from deploy.watch import scrape
 from state.config.settings import Settings
 from state.errors import CorruptStore
 
-KERNELS = "kernels"
 SHOPPERS = "shoppers"
 STREAM = "stream"
 BOOTSTRAP = "bootstrap"
@@ -34,7 +33,6 @@ OF_LOCAL_KAFKA = ("--accept-cut-back", "--reason", "the local Kafka lost what wa
 # Each is stopped before what it writes to, Kafka after all of them: nothing is cut in two.
 STOP_ORDER = (
     CONSOLE,
-    KERNELS,
     PROBE,
     SHOPPERS,
     BOOTSTRAP,
@@ -51,10 +49,7 @@ STOP_ORDER = (
     prometheus.NAME,
 )
 
-# These would otherwise compile the same kernels for ten seconds each.
-KERNEL_USERS = (STREAM, BOOTSTRAP, WORKER, TRIAL_HOST, SEGMENTS)
-
-# These answer from what an earlier run left on this machine, with Kafka or without.
+# These need no Kafka: they answer from what an earlier run left on this machine, and prepare their kernels.
 ANSWERING = (APPLIER, WORKER, TRIAL_HOST)
 
 # Histories in memory, a gigabyte or so, are saved on a slow disk.
@@ -85,7 +80,6 @@ def process_plans(
     # It builds aside: cut short it leaves the old store, and begins again.
     rebuild = plan(REBUILD, "streaming.rebuild", stop_s=1.0, lasting=False)
     listed = (
-        plan(KERNELS, "state.kernels", stop_s=1.0, lasting=False),
         plan(SHOPPERS, "deploy.replay", "--synthetic", "--head-start", str(head_start), stop_s=3.0),
         replace(
             plan(STREAM, "streaming.pipeline", *accepted, stop_s=SAVING_S), remedies={CorruptStore.__name__: rebuild}

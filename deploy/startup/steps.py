@@ -13,14 +13,12 @@ from prometheus_client import CollectorRegistry
 from deploy.children.supervisor import ProcessPlan, Supervisor
 from deploy.rollouts import offered as rollouts
 from deploy.startup import hints, own_model, prometheus, signs, upgrading
-from deploy.startup.checks import LEAST_FREE_BYTES, require_disk, require_ports
+from deploy.startup.checks import LEAST_FREE_BYTES, require_directory, require_disk, require_ports
 from deploy.startup.local_kafka import LocalKafka
 from deploy.startup.process_plan import (
     ANSWERING,
     BOOTSTRAP,
     CONSOLE,
-    KERNEL_USERS,
-    KERNELS,
     OF_LOCAL_KAFKA,
     REBUILD,
     SHOPPERS,
@@ -42,12 +40,15 @@ from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.events.identity import own_salt
 from state.metrics import SupervisorMetrics, serve
+from state.registry.model_fit import require_same_salt
+from state.registry.registry import Registry
 from state.storage.measuring import offer
 from state.storage.shares import KAFKA, LOGS
 
 STEPS = 9
 LOOK_S = 0.1
 REMIND_S = 30.0
+PROGRESS_S = 5.0
 
 Found = TypeVar("Found")
 
@@ -113,7 +114,7 @@ class Startup:
         """
         state = self._settings.state_dir
         require_disk(state, LEAST_FREE_BYTES)
-        state.mkdir(parents=True, exist_ok=True)
+        require_directory(state)
         with DirectoryLock(state):
             try:
                 self._go_up()
@@ -128,13 +129,15 @@ class Startup:
         settings = self._settings
         # 1. and 2. Nothing runs before what can be refused is refused.
         self._check()
-        # 3. and 4. A Kafka of the user's is only reached. The local one takes seconds to start, and what needs none
-        # of it goes on beside: answers from what an earlier run left on this machine, or the compiling of kernels.
+        # 3. and 4. A Kafka of the user's is only reached. The local one takes seconds to start. What needs none of it
+        # starts before: answers from what an earlier run left on this machine. In a fresh state directory the trainer
+        # too, which loads TensorFlow and compiles kernels until the bootstrap is done.
+        self._say_whose_kafka()
         topics = ensure_topics(settings, self._screen.say) if self._kafka is None else ""
         where = f"yours at {settings.kafka.bootstrap_servers}"
         goes_on = upgrading.is_bootstrapped(settings)
         self._supervisor = Supervisor.of(settings, self._screen.say, self._metrics, self._clock)
-        self._start(ANSWERING if goes_on else (KERNELS,))
+        self._start(ANSWERING if goes_on else (*ANSWERING, TRAINER))
         if self._kafka is not None:
             self._kafka.begin()
             self._wait(self._kafka.is_up, "starting Kafka")
@@ -167,11 +170,21 @@ class Startup:
             self._screen.say(f"checking {' and '.join(own_model.own(settings))}, some ten seconds")
             own_model.check(settings, self._screen.say)
         fresh, salt = not settings.salt_path.exists(), own_salt(settings)  # A lost salt too.
+        require_same_salt(Registry(settings.registry_dir), salt)
         self._step(
             "checks",
             f"Python {sys.version.split()[0]}, {free / 2**30:.0f} GiB free, ports free, state in {settings.state_dir}",
         )
         self._step("salt", f"{'made' if fresh else 'found'} in {settings.salt_path}, fingerprint {salt.fingerprint}")
+
+    def _say_whose_kafka(self) -> None:
+        """Says why no broker starts where the one that is named is where the local one would be."""
+        kafka, origin = self._settings.kafka, self._settings.origins.get("kafka.bootstrap_servers")
+        if origin and kafka.bootstrap_servers in (f"{host}:{kafka.port}" for host in ("127.0.0.1", "localhost")):
+            self._screen.say(
+                f"kafka.bootstrap_servers is set ({origin}), so that no broker is started; for a local one at "
+                f"{kafka.bootstrap_servers} leave it out and set kafka.port"
+            )
 
     def _start(self, names: Iterable[str]) -> None:
         """Starts those that are to run and do not yet."""
@@ -181,16 +194,13 @@ class Startup:
                 supervisor.start(self._plans[name])
 
     def _start_others(self, goes_on: bool) -> None:
-        settings, unwanted = self._settings, {KERNELS, REBUILD, CONSOLE}
+        settings, unwanted = self._settings, {REBUILD, CONSOLE}
         if goes_on:
             unwanted.add(BOOTSTRAP)
         if not self._shoppers:
             unwanted.add(SHOPPERS)
         unwanted |= left_out(settings)
         wanted = [name for name in self._plans if name not in unwanted]
-        if not goes_on:
-            self._start(name for name in wanted if name not in KERNEL_USERS)
-            self._wait(lambda: self._running().done(KERNELS), "compiling kernels")
         self._start(wanted)
         clicks = "no shoppers"
         if self._shoppers:
@@ -243,10 +253,14 @@ class Startup:
 
     def _wait(self, look: Callable[[], Found], what: str) -> Found:
         """Watches the processes until `look` finds something, and returns it; says what it waits for when that takes long."""
-        remind = self._clock() + REMIND_S
+        remind, report = self._clock() + REMIND_S, self._clock() + PROGRESS_S
         while not (found := look()):
             self._look()
             self._notice_answer()
+            if self._clock() >= report:
+                report = self._clock() + PROGRESS_S
+                if progress := signs.kernels_left(self._settings, self._running().names()):
+                    self._screen.say(f"{self._clock() - self._begin:7.1f} s       {progress}")
             if self._clock() >= remind:
                 remind = self._clock() + REMIND_S
                 self._screen.say(f"{self._clock() - self._begin:7.1f} s  still {what}; see {self._settings.logs_dir}")

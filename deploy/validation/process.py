@@ -19,11 +19,12 @@ from prometheus_client import CollectorRegistry
 from deploy.validation.judging import WindowJudge
 from deploy.validation.kept import KeptWindows
 from deploy.validation.windows import Windows, chosen
+from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import GapError, LogError, MicroBatchError, RegistryError, UnknownTopic, of_disk
 from state.features.spec import FeatureSpec
-from state.log import KafkaLog, Log, LogReader, PartitionBatch
+from state.log import KERNELS, KafkaLog, Log, LogReader, PartitionBatch
 from state.metrics import ValidationMetrics, served
 from state.microbatch.codec import decode
 from state.process.ending import stop_on_signals
@@ -159,6 +160,7 @@ def _run(settings: Settings, stop: threading.Event) -> None:
         DirectoryLock(settings.validation_dir),
         served(settings.validation.metrics_port, settings.metrics.host) as registry,
     ):
+        Kernels(registry, _log, uses=[KERNELS]).prepare(stop.is_set)
         run(settings, KafkaLog(settings.kafka), registry, stop)
 
 

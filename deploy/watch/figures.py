@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from deploy.watch import progress
 from deploy.watch.budget import BudgetLeft, budget_of
 from deploy.watch.clocks_off import ClocksOff, clocks_off
 from deploy.watch.quantiles import Buckets, Spread, between, spread
@@ -26,7 +27,11 @@ SPREAD_S = 60.0
 SLACK_S = 0.5
 Labels = Mapping[str, Collection[str]]
 ANSWERS: Labels = {"route": tuple(one for one in ANSWERING_ROUTES if one != "explain")}
-FAILED = ("500", "503", "INTERNAL", "UNAVAILABLE")
+FAILED = (
+    *("429", "INTERNAL", "UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"),
+    *map(str, range(500, 600)),
+)
+"""The codes of answers that failed; the recording rule job:springtide_requests_failed:rate5m counts the same."""
 
 # Tells a process that began anew apart from the one before it.
 BORN = {
@@ -54,6 +59,10 @@ class Figures:
     Attributes:
         up_s: Process -> seconds since it started, of those that answer.
         away: Process -> why it does not answer.
+        up: What `springtide up` does: `starting` its parts, or `running`; empty where it does not answer.
+        starting: Process that answers and does not work yet -> what it does, in words.
+        behind: Process -> what waits for it while it does nothing, or ever less than comes, in words.
+        kafka_away: Whether no broker answers, as far as anybody has asked.
         events: Positions of the clicks topic taken up since the stream's start.
         events_per_s: Their rate.
         lag_events: Positions of the clicks topic not yet taken up.
@@ -82,7 +91,7 @@ class Figures:
         weights_s: Age of the newest click trained into the version that answers use.
         answers_per_s: Requests for profiles.
         answers: Their number since the worker's start.
-        failed: Those of them with a status of 500 or more.
+        failed: Those of them that failed, or were refused because a worker had too many (429).
         failed_per_s: Their rate.
         cold_starts: Answers for unknown users.
         faults: Accounts that do not balance.
@@ -90,7 +99,7 @@ class Figures:
         differing: Sampled rows that were trained with other features than answers have.
         refused: The newest version that failed its probe, where it is newer than the one that answers.
         full: What waits for room on the disk, and who takes almost all of a share, in words.
-        dying: Part -> how often in a row it died, of those that `springtide up` starts again.
+        dying: Part that does not answer -> how often in a row it died, of those that `springtide up` starts again.
         shoppers: Whether `springtide up` runs synthetic shoppers.
         clocks_off: Direction -> the clicks whose clock is off.
         spreads: What is distributed -> how, in seconds.
@@ -99,6 +108,10 @@ class Figures:
 
     up_s: Mapping[str, float] = field(default_factory=dict)
     away: Mapping[str, str] = field(default_factory=dict)
+    up: str = ""
+    starting: Mapping[str, str] = field(default_factory=dict)
+    behind: Mapping[str, str] = field(default_factory=dict)
+    kafka_away: bool = False
     events: float | None = None
     events_per_s: float | None = None
     lag_events: float | None = None
@@ -149,6 +162,23 @@ class Figures:
             for name, one in found["spreads"].items()
         }
         return found
+
+    def with_kafka(self, kafka: Mapping[str, Any]) -> Figures:
+        """The figures with what a broker says: whether it answers and, where the stream does not say so, how many clicks wait.
+
+        >>> Figures().with_kafka({"answers": True, "lag": 7}).lag_events
+        7
+        >>> Figures().with_kafka({"answers": False, "away": True}).kafka_away
+        True
+
+        Args:
+            kafka: Of `kafka_lag`.
+        """
+        if not kafka["answers"]:
+            return dataclasses.replace(self, kafka_away=self.kafka_away or kafka["away"])
+        lag_events = kafka["lag"] if self.lag_events is None else self.lag_events
+        dying = {part: count for part, count in self.dying.items() if part != "kafka"}
+        return dataclasses.replace(self, lag_events=lag_events, dying=dying)
 
 
 @dataclass(frozen=True)
@@ -228,14 +258,23 @@ class Watch:
         self._looks.append((now_s, scrapes))
         figures = read(*(lately[name] for name in ("stream", "trainer", "applier", "worker")))
         born = {name: one.value(BORN[name]) for name, one in scrapes.items() if name in BORN}
+        up, kafka_runs = scrapes.get(UP, AWAY), progress.kafka_runs(scrapes)
+        answering = {name for name, one in scrapes.items() if one.values} | ({"kafka"} if kafka_runs else set())
+        behind = {
+            name: progress.falls_behind(name, one.now, one.earlier, one.elapsed_s) for name, one in lately.items()
+        }
         return dataclasses.replace(
             figures,
             up_s={name: max(0.0, wall_s - at_s) for name, at_s in born.items() if at_s is not None},
             # Parts may run without `springtide up`, whose own figures are then nowhere.
             away={name: one.problem for name, one in scrapes.items() if one.problem and name != UP},
+            up=progress.state_of_up(up),
+            starting=progress.starting(scrapes),
+            behind={name: words for name, words in behind.items() if words},
+            kafka_away=kafka_runs is False,
             full=full(scrapes.values()),
-            dying=dying(scrapes.get(UP, AWAY)),
-            shoppers=runs_shoppers(scrapes.get(UP, AWAY)),
+            dying={part: deaths for part, deaths in dying(up).items() if part not in answering},
+            shoppers=runs_shoppers(up),
             clocks_off=clocks_off(scrapes.get("stream", AWAY), wall_s),
             spreads={
                 name: spread(spanned[process].buckets(series, **labels))
@@ -282,9 +321,10 @@ def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
         budget=budget_of(trainer.now),
         paused=bool(trainer.now.value("springtide_trainer_paused")),
         publishing_held=bool(trainer.now.value("springtide_trainer_publishing_held")),
-        newest_version=trainer.now.value("springtide_trainer_version"),
-        version=applier.now.value("springtide_serving_version"),
-        epoch=applier.now.value("springtide_serving_epoch"),
+        # Versions and epochs begin with 1.
+        newest_version=trainer.now.value("springtide_trainer_version") or None,
+        version=applier.now.value("springtide_serving_version") or None,
+        epoch=applier.now.value("springtide_serving_epoch") or None,
         pinned=bool(applier.now.value("springtide_serving_pinned")),
         serving_lag=applier.now.value("springtide_serving_microbatch_lag_records"),
         # A gauge that is exactly 0 was never set.

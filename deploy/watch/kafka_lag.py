@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from state.config.settings import Settings
-from state.errors import SpringtideError
+from state.errors import SpringtideError, UnknownTopic
 from state.log import Topics
 
 LONGEST_WAIT_S = 3.0
@@ -22,9 +22,11 @@ def kafka_lag(settings: Settings, connect: Callable[[Any], Topics] = Topics) -> 
             committed = topics.committed(kafka.group, kafka.clicks_topic)
             training = topics.ends(kafka.microbatches_topic)
     except SpringtideError as error:
-        return {"answers": False, "problem": str(error)}
+        # A broker that says so is there: before `up` has made the topics there are none.
+        return {"answers": False, "problem": str(error), "away": not isinstance(error, UnknownTopic)}
     return {
         "answers": True,
+        "away": False,
         "problem": "",
         "servers": kafka.bootstrap_servers,
         "clicks": sum(end for _, end in ends.values()),

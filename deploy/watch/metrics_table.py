@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry
 from state import metrics
 
 OFFERED = {
+    metrics.KernelMetrics: "Each of them that uses compiled kernels: stream, trainer, applier, worker, validation, segments.",
     metrics.StreamMetrics: "The stream, on `stream.metrics_port`.",
     metrics.TrainerMetrics: "The trainer, on `trainer.metrics_port`.",
     metrics.ApplierMetrics: "The applier of a serving host, on `serving.metrics_port`.",

@@ -19,14 +19,14 @@ from deploy.watch.budget import lines_of_budget
 from deploy.watch.clocks_off import lines_of, troubles_of
 from deploy.watch.figures import SPREADS, Figures
 from deploy.watch.messages import decimal, duration, rate, seconds, shown
+from deploy.watch.progress import FEW_RECORDS, QUEUED_S
 from deploy.watch.quantiles import Spread
 
+STALE_S = 20.0
 # The alerts of deploy/prometheus/rules wait a while at the same bounds.
-STALE_S = 60.0
 MANY_LAG = 10_000
 DEAD_SHARE = 0.01
 SKIPPED_SHARE = 0.01
-FEW_RECORDS = 100  # of the training log: some ten seconds
 
 # Where cells begin; with 80 columns the last one has room for 26 letters, or for 33.
 HAPPENINGS = (16, 12, 26)
@@ -74,10 +74,17 @@ def wrong(figures: Figures) -> list[str]:
 
 
 def _wrong(figures: Figures) -> Iterator[str]:
-    if figures.away and not figures.up_s:
+    # Who cannot reach Kafka waits for it, or is away because of it: Kafka comes first.
+    nothing_runs = bool(figures.away) and not figures.up_s and not figures.up
+    if figures.kafka_away and not nothing_runs:
+        yield "Kafka away"
+    if nothing_runs:
         yield "nothing answers"
+    elif figures.up == "starting":
+        yield from (f"{name} not started yet" for name in figures.away)
     else:
         yield from (f"{name} away" for name in figures.away)
+    yield from (f"{name} {what}" for name, what in figures.starting.items())
     yield from (f"{part} cannot run, {shown(count)} deaths in a row" for part, count in figures.dying.items())
     yield from figures.full
     if figures.faults:
@@ -90,13 +97,14 @@ def _wrong(figures: Figures) -> Iterator[str]:
         yield f"the guard skips {(figures.skipped_per_s or 0.0) / figures.rows_per_s:.0%} of the rows"
     if figures.budget and figures.budget.spent:
         yield "training holds: the privacy budget is spent"
+    yield from (f"{name}: {what}" for name, what in figures.behind.items())
     clicks, old = bool(figures.events_per_s), old_clicks(figures)
     learned = old and figures.trainer_lag is not None and figures.trainer_lag <= FEW_RECORDS
     if clicks and not wanted(figures) and not learned and (figures.weights_s or 0.0) > STALE_S:
         yield f"weights {seconds(figures.weights_s)} old"
     if clicks and not old and (figures.features_s or 0.0) > STALE_S:
         yield f"features {seconds(figures.features_s)} old"
-    if (figures.lag_events or 0.0) > MANY_LAG:
+    if (figures.lag_events or 0.0) > MANY_LAG and "stream" not in figures.behind:
         yield f"{shown(figures.lag_events)} clicks wait"
     if figures.events_per_s and (figures.dead_per_s or 0.0) / figures.events_per_s > DEAD_SHARE:
         yield f"{(figures.dead_per_s or 0.0) / figures.events_per_s:.0%} dead letters"
@@ -115,9 +123,9 @@ def old_clicks(figures: Figures) -> bool:
     >>> old_clicks(Figures(lag_s=0.1, serving_lag=2.0, features_s=1_933_200.0))
     True
     """
-    if figures.lag_s is None or figures.serving_lag is None:
+    if figures.lag_s is None or figures.serving_lag is None or figures.kafka_away or "stream" in figures.behind:
         return False
-    waits = figures.lag_s > STALE_S or figures.serving_lag > FEW_RECORDS
+    waits = figures.lag_s > QUEUED_S or figures.serving_lag > FEW_RECORDS
     return not waits and (figures.features_s or 0.0) > STALE_S
 
 

@@ -37,13 +37,12 @@ class Scrape:
     problem: str = ""
 
     def value(self, name: str, **labels: str) -> float | None:
-        """One series; None where it is absent or not a number.
+        """One series; None where it is absent.
 
         >>> Scrape(parsed("held 1")).value("held")
         1.0
         """
-        found = self.values.get((name, tuple(sorted(labels.items()))))
-        return None if found is None or math.isnan(found) else found
+        return self.values.get((name, tuple(sorted(labels.items()))))
 
     def total(self, name: str, **labels: Collection[str]) -> float | None:
         r"""A series summed over its labels; None where it is absent.
@@ -89,15 +88,18 @@ class Scrape:
 
 
 def parsed(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """Prometheus's text form as a mapping.
+    """Prometheus's text form as a mapping, without samples that are NaN: their process does not know them.
 
     >>> parsed('up{job="a"} 1')
     {('up', (('job', 'a'),)): 1.0}
+    >>> parsed("lag NaN")
+    {}
     """
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): float(sample.value)
         for family in text_string_to_metric_families(text + "\n")
         for sample in family.samples
+        if not math.isnan(sample.value)
     }
 
 

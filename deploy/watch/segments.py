@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deploy.watch.messages import seconds
-from deploy.watch.panel import FEW_RECORDS
+from deploy.watch.progress import FEW_RECORDS
 from deploy.watch.scrape import SEGMENTS, Scrape
 from state.config.settings import Settings
 from state.segments.configured import texts_of

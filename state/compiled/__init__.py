@@ -3,46 +3,85 @@
 A pure NumPy window kernel costs some 10 us a row, a compiled loop 1-2 us, and
 integers give the same bits in both. Numba has no type stubs, so that strict
 type checks need this one place.
+
+A kernel that Python calls declares its argument types, so that a process can
+compile it, or load it from the cache, before it is called:
+
+    @compiled("i8[:, ::1], const(u8[::1]), i8, Tables")
+    def kernel(events: I64, ids: U64, at_ms: int, tables: Tables) -> None: ...
+
+Types are Numba's short names: `i8[:, ::1]` is a contiguous two-dimensional
+array of int64, `const(...)` a read-only one, and a named tuple is named by its
+class, whose fields declare theirs with `@layout`. `state.compiled.preparing`
+prepares all declared kernels of a process. A kernel that only kernels call
+declares nothing: it is compiled as a part of them.
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
-from collections.abc import Callable
-from functools import lru_cache
+import logging
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache, partial
 from pathlib import Path
 from types import FunctionType
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast, overload
 
 import numba
 import numpy as np
 from numba.core.caching import IndexDataCacheFile
+from numba.core.compiler_lock import global_compiler_lock
 
 Kernel = TypeVar("Kernel", bound=Callable[..., object])
+Class = TypeVar("Class", bound=type)
+
+_logger = logging.getLogger(__name__)
+
+PATIENCE_S = 300.0
+"""How long a process waits for another one that compiles the same kernel, before it compiles it too."""
+POLL_S = 0.02
 
 _REGROUPED = {"reassoc", "contract", "nsz"}
 
 
-def compiled(kernel: Kernel) -> Kernel:
-    """Compiles `kernel` at its first call for each set of argument types.
+@overload
+def compiled(kernel: Kernel, /) -> Kernel: ...
+@overload
+def compiled(signature: str, /, *more: str) -> Callable[[Kernel], Kernel]: ...
+def compiled(kernel: Any, /, *more: str) -> Any:
+    """Compiles a kernel for each set of argument types: those that it declares when its process starts, others at their first call.
 
     The machine code is cached beside the source file (or in the user's cache
-    folder where that is read-only), so that a second process starts at once. It
-    is compiled anew when the kernel's file has changed, or that of a kernel that
-    it calls, a constant or a named tuple that it uses: define these above it.
-    The kernel runs without the GIL; division follows NumPy, not Python.
+    folder where that is read-only), and shared by all processes: one compiles
+    it, the others wait and load it. It is compiled again when the kernel's file
+    has changed, or that of a kernel that it calls, a constant or a named tuple
+    that it uses: define these above it. The kernel runs without the GIL;
+    division follows NumPy, not Python.
+
+    Args:
+        kernel: The kernel, or the types of its arguments.
+        more: Further types that it is called with.
     """
-    return _cached(kernel, numba.njit(cache=True, nogil=True, error_model="numpy"))
+    return _decorated(kernel, more, numba.njit(cache=True, nogil=True, error_model="numpy"))
 
 
-def compiled_sums(kernel: Kernel) -> Kernel:
+@overload
+def compiled_sums(kernel: Kernel, /) -> Kernel: ...
+@overload
+def compiled_sums(signature: str, /, *more: str) -> Callable[[Kernel], Kernel]: ...
+def compiled_sums(kernel: Any, /, *more: str) -> Any:
     """As `compiled`, for floating-point sums: their terms may be regrouped to fill the processor's vectors.
 
     The grouping is fixed when the kernel is compiled for a processor, so that
     the same calls give the same bits there, and other bits on another kind.
     What such a kernel calls must be a `part_of_sums`.
     """
-    return _cached(kernel, numba.njit(cache=True, nogil=True, error_model="numpy", fastmath=_REGROUPED))
+    return _decorated(kernel, more, numba.njit(cache=True, fastmath=_REGROUPED, nogil=True, error_model="numpy"))
 
 
 def part_of_sums(part: Kernel) -> Kernel:
@@ -53,21 +92,171 @@ def part_of_sums(part: Kernel) -> Kernel:
     sums would be grouped by what was compiled when.
     """
     _STAMPS[part] = _stamp_of(part)
-    return cast(Kernel, numba.njit(nogil=True, error_model="numpy", fastmath=_REGROUPED, forceinline=True)(part))
+    return cast(Kernel, numba.njit(fastmath=_REGROUPED, forceinline=True, nogil=True, error_model="numpy")(part))
+
+
+def layout(types: str) -> Callable[[Class], Class]:
+    """Declares the types of a named tuple's fields, for kernels that take one."""
+
+    def declare(tuple_class: Class) -> Class:
+        _LAYOUTS[tuple_class] = types
+        return tuple_class
+
+    return declare
+
+
+class Declared(NamedTuple):
+    """A kernel that declares its argument types.
+
+    Attributes:
+        dispatcher: Numba's.
+        signatures: As declared.
+        names: What its module knows by name.
+    """
+
+    dispatcher: Any
+    signatures: tuple[str, ...]
+    names: dict[str, Any]
+
+    @property
+    def module(self) -> str:
+        """Where it is defined."""
+        return str(self.dispatcher.py_func.__module__)
+
+    @property
+    def types(self) -> list[tuple[Any, ...]]:
+        """Its argument types, one tuple for each signature."""
+        return [_types_of(signature, self.names) for signature in self.signatures]
+
+    @property
+    def busy(self) -> bool:
+        """Whether another process compiles it now."""
+        try:
+            handle = os.open(_LOCKS[self.dispatcher], os.O_RDWR)
+        except OSError:
+            return False
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+        finally:
+            os.close(handle)
+        return False
+
+    def prepare(self) -> None:
+        """Loads its machine code, or compiles it."""
+        for types in self.types:
+            _compile_once(self.dispatcher, types)
+
+
+def declared() -> list[Declared]:
+    """The kernels that declare their types, of all modules that this process has imported."""
+    return list(_DECLARED)
 
 
 _STAMPS: dict[Any, str] = {}
 """What the machine code of each kernel was made from, by its Python function."""
+_DECLARED: list[Declared] = []
+_LAYOUTS: dict[type, str] = {}
+FIRST_CALLS: list[str] = []
+"""What was compiled at its first call, which waited for it: kernels and types that were not prepared, for tests and people."""
+_LOCKS: dict[Any, Path] = {}
+"""The lock file of each kernel."""
+_LOCKED: set[Path] = set()
+"""Lock files that this process holds; changed by one thread at a time, the one that compiles."""
 
 
-def _cached(kernel: Kernel, compile: Callable[[Kernel], Any]) -> Kernel:
+def _decorated(kernel: Any, more: tuple[str, ...], compile: Callable[[Any], Any]) -> Any:
+    if isinstance(kernel, str):
+        return partial(_cached, compile=compile, signatures=(kernel, *more))
+    return _cached(kernel, compile)
+
+
+def _cached(kernel: Kernel, compile: Callable[[Kernel], Any], signatures: tuple[str, ...] = ()) -> Kernel:
     """The compiled kernel, whose cache looks at all that it was made from; Numba alone looks at the kernel's own file."""
-    found = compile(kernel)
-    stamp, cache = _stamp_of(kernel), found._cache
+    dispatcher = compile(kernel)
+    stamp, cache = _stamp_of(kernel), dispatcher._cache
+    base = cache._impl.filename_base
     # A file of its own for each stamp: an index names classes, and one that is gone could not even be read.
-    cache._cache_file = IndexDataCacheFile(cache._cache_path, f"{cache._impl.filename_base}-{stamp[:16]}", stamp)
+    cache._cache_file = IndexDataCacheFile(cache._cache_path, f"{base}-{stamp[:16]}", stamp)
     _STAMPS[kernel] = stamp
-    return cast(Kernel, found)
+    dispatcher.compile = partial(_compile_at_call, dispatcher)
+    _LOCKS[dispatcher] = Path(cache._cache_path, f"{base}.lock")
+    if signatures:
+        _DECLARED.append(Declared(dispatcher, signatures, cast(FunctionType, kernel).__globals__))
+    return cast(Kernel, dispatcher)
+
+
+def _compile_at_call(dispatcher: Any, signature: Any) -> Any:
+    """What Numba calls where Python, or a kernel that is being compiled, needs a kernel for new types."""
+    if not _LOCKED:
+        FIRST_CALLS.append(f"{dispatcher.py_func.__module__}.{dispatcher.py_func.__name__}{signature}")
+        _logger.info("%s was not prepared: its first call waits for it", FIRST_CALLS[-1])
+    return _compile_once(dispatcher, signature)
+
+
+def _compile_once(dispatcher: Any, signature: Any) -> Any:
+    """Compiles a kernel that no other process compiles meanwhile; it is loaded where another one has compiled it."""
+    # Numba's own lock comes first: a thread that holds it may need the kernel's.
+    with global_compiler_lock, _locked(_LOCKS[dispatcher]):
+        return type(dispatcher).compile(dispatcher, signature)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a lock between processes; goes on without it where it cannot be had."""
+    if path in _LOCKED:
+        yield
+        return
+    handle = None
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+    deadline_s = time.monotonic() + PATIENCE_S
+    while handle is not None and time.monotonic() < deadline_s:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError:
+            time.sleep(POLL_S)
+    _LOCKED.add(path)
+    try:
+        yield
+    finally:
+        _LOCKED.discard(path)
+        if handle is not None:
+            os.close(handle)
+
+
+def _const(array: Any) -> Any:
+    return array.copy(readonly=True)
+
+
+_TYPE_NAMES: dict[str, Any] = {
+    "const": _const,
+    "bool": numba.types.boolean,
+    **{name: getattr(numba.types, name) for name in ("u1", "u2", "u4", "u8", "i1", "i2", "i4", "i8", "f4", "f8")},
+}
+
+
+def _types_of(signature: str, names: dict[str, Any]) -> tuple[Any, ...]:
+    """Numba's types of the arguments.
+
+    >>> _types_of("i8[:, ::1], const(u8[::1]), bool", {})
+    (Array(int64, 2, 'C', False, aligned=True), Array(uint64, 1, 'C', True, aligned=True), bool)
+    """
+    found = eval(f"({signature},)", {**names, **_TYPE_NAMES, "__builtins__": {}})
+    return tuple(_type_of(one) for one in found)
+
+
+def _type_of(found: Any) -> Any:
+    """Numba's type of a named tuple's class, of a tuple of types, or the type that it is already."""
+    if isinstance(found, tuple):
+        return numba.types.BaseTuple.from_types([_type_of(one) for one in found])
+    if not isinstance(found, type):
+        return found
+    names = vars(sys.modules[found.__module__])
+    return numba.types.BaseTuple.from_types(_types_of(_LAYOUTS[found], names), found)
 
 
 def _stamp_of(kernel: Callable[..., object]) -> str:

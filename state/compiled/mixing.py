@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from state.compiled import compiled
 
 
-@compiled
+@compiled("u8")
 def mix(value: np.uint64) -> np.uint64:
     """splitmix64's finaliser (Steele, Lea and Flood 2014)."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)

@@ -1,7 +1,7 @@
 """The window kernel: one row of integers out of one user's recent events.
 
-The stream calls it for whole batches on its arena of rings, serving for one
-history; both run this code, so that the same events give the same bits. It
+The stream calls it for whole batches on its arena of rings, serving for
+histories; both run this code, so that the same events give the same bits. It
 sees integers only. For each row:
 
 1. The visible events are put in order, newest first, by (time, offset, source): `state/features/order.py`.
@@ -12,7 +12,7 @@ sees integers only. For each row:
 
 from __future__ import annotations
 
-from state.compiled import compiled
+from state.compiled import compiled, layout
 from state.features.arrays import I64, WORDS, Tables, Vector
 from state.features.mask import Hidden
 from state.features.order import follow, put_in_order
@@ -20,6 +20,11 @@ from state.features.scratch import Scratch, scratch_of
 from state.features.sequence import write_sequence
 from state.features.sums import sum_in_order, sum_up
 from state.features.writing import write_categories, write_features
+
+# Not beside the classes: a spec alone, its digest or names, needs no compiler.
+layout("i8[::1], i8[:, ::1], i8[::1], i8[:, ::1], i8[:, ::1], i8, i8")(Tables)
+layout("i8[:, ::1], i8[:, ::1]")(Hidden)
+layout("u2[:, ::1], u8[:, ::1], u2[:, :, ::1], u8[:, ::1], u8[:, ::1], u2[:, ::1], u2[:, ::1]")(Vector)
 
 
 @compiled
@@ -52,22 +57,7 @@ def _write_row(
     write_sequence(ring, at_ms, visible, tables, work, rows, n)
 
 
-@compiled
-def one_row(events: I64, at_ms: int, tables: Tables, hidden: Hidden, rows: Vector) -> None:
-    """Writes the row of one history.
-
-    Args:
-        events: `[m, 5]` int64, at most N events in append order.
-        at_ms: the time the row speaks of.
-        tables: the spec's constants.
-        hidden: the mask.
-        rows: of one row, written.
-    """
-    count = events.shape[0]
-    _write_row(events, count, count, at_ms, tables, hidden, scratch_of(tables), rows, 0)
-
-
-@compiled
+@compiled("i8[:, ::1], i8[::1], i8[::1], Tables, Hidden, Vector")
 def many_rows(events: I64, starts: I64, at_ms: I64, tables: Tables, hidden: Hidden, rows: Vector) -> None:
     """Writes the rows of n histories.
 
@@ -85,7 +75,7 @@ def many_rows(events: I64, starts: I64, at_ms: I64, tables: Tables, hidden: Hidd
         _write_row(events[starts[n] : starts[n + 1]], count, count, at_ms[n], tables, hidden, work, rows, n)
 
 
-@compiled
+@compiled("i8[:, :, ::1], i8[::1], i8[::1], i8[::1], i8[:, ::1], Tables, Hidden, Vector")
 def update_rows(
     rings: I64,
     ends: I64,

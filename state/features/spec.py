@@ -266,7 +266,7 @@ def vectorise(history: Events, at_ms: int, before: int | None, mask: Mask, spec:
     (1, 7, 0)
     """
     # Only here: a spec alone, its digest or names, needs no compiler, which takes a second to load.
-    from state.features.kernel import one_row
+    from state.features.kernel import many_rows
 
     events = history if before is None else history[:before]
     if user in mask.users:
@@ -274,5 +274,7 @@ def vectorise(history: Events, at_ms: int, before: int | None, mask: Mask, spec:
     elif mask.erased:
         events = events[~mask.erased.events(events, user)]
     rows = spec.empty(1)
-    one_row(words(events[-spec.history :]), at_ms, spec.tables, mask.hidden, rows)
+    # A copy: what a store reads cannot be written to, which would be another type to compile for.
+    seen = words(events[-spec.history :]).copy()
+    many_rows(seen, np.array([0, len(seen)]), np.array([at_ms]), spec.tables, mask.hidden, rows)
     return Vector(*[column[0] for column in rows])

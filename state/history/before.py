@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -14,6 +15,9 @@ from state.microbatch.batch import MicroBatch
 from state.microbatch.row_kinds import Kind, happened
 from state.positions import Source
 
+TURNS = 16
+"""How often the user of a source's latest clicks must have changed: as many users say what time it is, and one more."""
+
 
 class Before:
     """What was before a place of the training log, which is read block by block, the one nearest to the place first.
@@ -23,11 +27,14 @@ class Before:
         needed: By user how many of the latest events are wanted.
         waited: Impressions that are wanted.
         items: Items whose category is wanted.
+        timed: Sources whose latest clicks are wanted, because their clock goes back.
 
     Attributes:
         categories: By item the category that it was last seen in, as far as that was found.
         opened: The impressions found, each in a record's rows of its own.
-        latest: The events of the nearest block, record by record, in order.
+        latest: The events of the nearest block, record by record, in order; before them those of `timed` sources of which
+            that block has too few.
+        timed: As given.
     """
 
     def __init__(
@@ -36,6 +43,7 @@ class Before:
         needed: Mapping[int, int],
         waited: Iterable[Place] = (),
         items: Iterable[int] = (),
+        timed: Iterable[Source] = (),
     ) -> None:
         self._low: dict[Source, int] = dict(marks)
         self._lacking = dict(needed)
@@ -46,11 +54,18 @@ class Before:
         self.categories: dict[int, int] = {}
         self.opened: list[MicroBatch] = []
         self.latest: list[MicroBatch] = []
+        self.timed = frozenset(timed)
+        self._turns = Counter[Source]()
 
     @property
     def done(self) -> bool:
         """Whether nothing is wanted any more."""
-        return self.has_rows and len(self.categories) == len(self.items)
+        return self.has_rows and len(self.categories) == len(self.items) and not self._untimed
+
+    @property
+    def _untimed(self) -> set[Source]:
+        """The timed sources of which too few clicks were found."""
+        return {source for source in self.timed if self._turns[source] < TURNS and self._low.get(source, 0) > 0}
 
     @property
     def has_rows(self) -> bool:
@@ -59,21 +74,31 @@ class Before:
 
     def take_block(self, block: Iterable[MicroBatch]) -> int | None:
         """Takes a block of records in order, which lie before those taken so far; returns its newest event time."""
-        times, narrow, first = [0], list[MicroBatch](), not self.latest
+        times, narrow, latest = [0], list[MicroBatch](), list[MicroBatch]()
+        untimed = self._untimed if self.latest else None
         for batch in block:
             self._find_opened(batch)
             events = narrowed(batch, happened(batch.kind))
             times.append(int(events.at_ms.max(initial=0)))
-            if first:
-                self.latest.append(events)
+            mine = [untimed is None or part.source in untimed for part in events.header.ranges]
+            if any(mine):
+                latest.append(events.take(np.array(mine)[events.source]))
             named = np.isin(events.item, self._items) & (events.category != 0)
             narrow.append(events.take(np.isin(events.user, self._users) | named))
+        for events in latest:
+            self._count_turns(events)
+        self.latest = [*latest, *self.latest]
         for events in reversed(narrow):
             for item, category in zip(events.item[::-1].tolist(), events.category[::-1].tolist(), strict=True):
                 if item in self.items and category:
                     self.categories.setdefault(item, category)
             self._take(events)
         return max(times) or None
+
+    def _count_turns(self, events: MicroBatch) -> None:
+        for number, part in enumerate(events.header.ranges):
+            users = events.user[events.source == number]
+            self._turns[part.source] += int((users[1:] != users[:-1]).sum()) + (len(users) > 0)
 
     def _find_opened(self, batch: MicroBatch) -> None:
         for row in np.flatnonzero(batch.kind == Kind.OPENED).tolist() if self.waited else ():

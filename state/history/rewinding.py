@@ -95,6 +95,7 @@ def go_back(
     end: int | None = None,
     mask: Mask = Mask.NONE,
     extra: Extras = lambda _, __: {},
+    timed: bool = False,
 ) -> WentBack | None:
     """Takes `store` to the line `line`; the store is there when this returns.
 
@@ -107,6 +108,7 @@ def go_back(
         end: Up to where the store has read the log; None for the log's end.
         mask: The clicks that will not come again, where the owner keeps the categories of items.
         extra: More values of the owner's.
+        timed: Whether `extra` needs the latest clicks of each source that goes back.
 
     Returns:
         What was given back; None where the store was on that line already.
@@ -132,7 +134,8 @@ def go_back(
         for batch in records(reader, partition, found.offset, until, mine):
             since.take(batch)
         # 3.
-        before = Before(marks, store.lacking(since, marks), since.ended, since.masked_items)
+        clocks = since.sources if timed else ()
+        before = Before(marks, store.lacking(since, marks), since.ended, since.masked_items, clocks)
         needed = len(before.histories())
         look_back(reader, partition, found.offset, mine, before, reach_ms)
     # 4.
@@ -182,7 +185,8 @@ def records(reader: LogReader, partition: int, first: int, end: int, line: LogLi
 def look_back(reader: LogReader, partition: int, end: int, line: LogLine, before: Before, reach_ms: int) -> None:
     """Gives the records before `end` to `before`, newest first, until it has all it wants or no older event matters.
 
-    For categories of items alone it looks no further than `BLOCKS_FOR_ITEMS` blocks: a flood may have named new ones.
+    For categories of items and clocks of sources alone it reads at most `BLOCKS_FOR_ITEMS` blocks: a flood may have named
+    new items, and a partition may have had no click for long.
 
     Raises:
         LogError: The log cannot be read.

@@ -25,7 +25,11 @@ from state.log.records import PartitionBatch, TopicInfo
 from state.log.topics import Topics
 from state.log.writer import Writer
 
+KERNELS = "state.log.batch_decoder"
+"""The module whose kernels a reader uses; it is imported late, for it takes the compiler along."""
+
 __all__ = [
+    "KERNELS",
     "BulkWriter",
     "KafkaLog",
     "Log",

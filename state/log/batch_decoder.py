@@ -56,7 +56,7 @@ def _varint(data: npt.NDArray[np.uint8], at: int, end: int) -> tuple[int, int]:
     return 0, -1
 
 
-@compiled
+@compiled("const(u1[::1]), i8, i8, i8[:, ::1]")
 def scan_records(data: npt.NDArray[np.uint8], at: int, end: int, out: I64) -> bool:
     """Reads the records of one uncompressed batch in `data[at:end]`.
 

@@ -38,7 +38,7 @@ def _varint_size(value: int) -> int:
     return size
 
 
-@compiled
+@compiled("const(u1[::1]), i8[::1], const(u1[::1]), i8[::1], i8[::1], u1[::1]")
 def put_records(
     keys: npt.NDArray[np.uint8],
     key_sizes: I64,

@@ -34,6 +34,8 @@ METADATA_S = 1.0
 FETCH_WAIT_MS = 250
 # After a longer pause no fetch was waiting, and the topic is asked for its id.
 PAUSE_S = 0.1
+# A broker that has not answered a request for so long hangs, though its connections are open.
+HANGS_S = 5.0
 
 
 class Reader(LogReader):
@@ -138,8 +140,14 @@ class Reader(LogReader):
         return {partition: max(0, marks[partition] - ours) for partition, ours in self._positions.items()}
 
     def reachable(self) -> bool:
-        """Whether a connection to a broker is open; one that is only tried is none."""
-        return any(map((asked := self._consumer._client).connected, (one.node_id for one in asked.cluster.brokers())))
+        """Whether a broker answers: a connection is open, and no request waits for longer than a broker that runs takes."""
+        asked = self._consumer._client
+        open_to = [
+            asked._manager._conns[one.node_id] for one in asked.cluster.brokers() if asked.connected(one.node_id)
+        ]
+        # A broker that hangs keeps its connections. A fetch is answered after FETCH_WAIT_MS where nothing is new.
+        sent_s = time.monotonic() - HANGS_S
+        return any(not one.in_flight_requests or one.in_flight_requests[0][2] > sent_s for one in open_to)
 
     def refresh(self) -> list[int]:
         """Takes up partitions that the topic got meanwhile, from their beginning; returns them.

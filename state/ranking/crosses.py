@@ -103,7 +103,7 @@ def _half_octave(weight: int) -> int:
     return 2 * shift + (weight >> shift)
 
 
-@compiled
+@compiled("u2[:, ::1], i4[::1], i8, u8[:, ::1]", "const(u2[:, ::1]), i4[::1], i8, u8[:, ::1]")
 def _answers(features: U16, places: I32, first: int, values: U64) -> None:
     """Into the columns of `values` from `first` on; `places` are those that `Crosses` reads."""
     for i in range(features.shape[0]):
@@ -123,7 +123,7 @@ def _answers(features: U16, places: I32, first: int, values: U64) -> None:
         values[i, first + 7] = np.uint64(1 + _band(int(features[i, places[6]])))
 
 
-@compiled
+@compiled("u8[:, ::1], i4[:, ::1], u8[::1], u8[:, ::1]")
 def _cross(values: U64, pairs: I32, salts: U64, found: U64) -> None:
     for i in range(values.shape[0]):
         for c in range(pairs.shape[0]):

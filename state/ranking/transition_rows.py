@@ -32,7 +32,7 @@ SIGN_BYTES = WIDTH // 8
 _PART = np.uint64((1 << 21) - 1)
 
 
-@compiled
+@compiled("Lists, u1[:, ::1], f4[:, ::1]")
 def _pack(lists: Lists, signs: U8, rows: F32) -> None:
     for i in range(rows.shape[0]):
         for k in range(FOLLOWERS):
@@ -76,7 +76,7 @@ def signs_of(rows: F32) -> U8:
     return np.packbits(np.signbit(rows), axis=1)
 
 
-@compiled
+@compiled("f4[:, ::1], Lists")
 def _unpack(rows: F32, lists: Lists) -> None:
     for i in range(rows.shape[0]):
         for k in range(FOLLOWERS):

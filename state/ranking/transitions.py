@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from state.compiled import compiled
+from state.compiled import compiled, layout
 from state.compiled.mixing import mix
 
 U64 = NDArray[np.uint64]
@@ -39,6 +39,7 @@ COLUMNS = ("next_count", "next_share")
 _MOST_COUNT = 65_535
 
 
+@layout("i4[:, ::1], u8[:, ::1]")
 class Lists(NamedTuple):
     """Lists of what came next after n categories.
 
@@ -56,6 +57,7 @@ class Lists(NamedTuple):
         return cls(np.zeros((count, FOLLOWERS), np.int32), np.zeros((count, FOLLOWERS), np.uint64))
 
 
+@layout("u2[:, :, ::1], u2[:, :, ::1], u8[:, ::1], u2[:, :, ::1]")
 class Succession(NamedTuple):
     """What the lists say of n rows.
 
@@ -99,7 +101,7 @@ def _count(counts: I32, ids: U64, category: np.uint64) -> None:
         at -= 1
 
 
-@compiled
+@compiled("i4[::1], u8[::1], Lists, bool[::1]")
 def _record(at: I32, followers: U64, lists: Lists, halved: Flags) -> None:
     for i in range(at.shape[0]):
         if at[i] == 0 or followers[i] == 0:
@@ -144,7 +146,7 @@ def _say(count: int, total: int, out: U16) -> None:
     out[1] = count * 256 // (1 + total)
 
 
-@compiled
+@compiled("i4[::1], Lists, const(u8[:, ::1]), u8[::1], Succession", "i4[::1], Lists, u8[:, ::1], u8[::1], Succession")
 def _succeed(at: I32, lists: Lists, recent_categories: U64, popular: U64, found: Succession) -> None:
     # Of each list's followers, which popular category they are.
     ranks = np.empty((lists.ids.shape[0], FOLLOWERS), np.int32)

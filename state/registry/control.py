@@ -68,7 +68,8 @@ class Control:
         erased: Users who are forgotten; no generation takes one back.
         held: The update that the trainer's guard holds: training rests at its end; None for none.
         released: Ends of held updates, in the training log, that an operator let go on: they are not held again.
-        plan: Of a rollback what its command knew: `end`, the end of the training log. Of an upgrade what it goes on to,
+        plan: Of a rollback what its command knew: `end`, the end of the training log, and of an exact one `again`, the
+            clicks that are learned again, see `state/registry/goals.py`. Of an upgrade what it goes on to,
             see `state/registry/upgrades.py`. Of an accepted baseline its number. None for everything else.
     """
 
@@ -169,6 +170,9 @@ def roll_back(
     with nothing new to mask and no mask lifted, only the pin may change: the
     trainer need not learn the same again.
 
+    An exact rollback writes the log again under all masks, so that the log has
+    none of what they name. The caller must choose `to` from before all of it.
+
     Args:
         control: The control to start from.
         to: The version to go back to.
@@ -189,6 +193,7 @@ def roll_back(
     generation = control.generation + 1
     new = added(control.masks, mask, control.last_mask, generation)
     serving = ServingChoice("pin", to, then_follow)
+    masks = (*control.masks, *new)
     same = control.action != "start" and not control.upgraded
     done = same and control.base == to and not new and not control.lifted
     if done and (log is None or control.mode == "exact"):
@@ -202,7 +207,7 @@ def roll_back(
         serving=serving,
         epoch=control.epoch + 1,
         base=to,
-        masks=(*control.masks, *new),
+        masks=masks if log is None else tuple(replace(one, excluded=True) for one in masks),
         lifted=(),
         mask_generation=generation if new else control.mask_generation,
         last_mask=control.last_mask + len(new),

@@ -26,6 +26,7 @@ class MaskEntry:
         times: (from, to) of event time in milliseconds, or None.
         users: Pseudonyms; none where it is about offsets or times.
         lifted: The generation that lifted it; 0 while it counts.
+        excluded: Whether the training log has none of it, because an exact rollback wrote that log again under it.
     """
 
     id: int
@@ -34,6 +35,7 @@ class MaskEntry:
     times: tuple[int, int] | None = None
     users: MaskedUsers = MaskedUsers.NOBODY
     lifted: int = 0
+    excluded: bool = False
 
     @property
     def mask(self) -> Mask:
@@ -110,6 +112,8 @@ def to_json(entry: MaskEntry) -> dict[str, Any]:
         document["users"] = {"sha256": entry.users.digest, "count": len(entry.users)}
     if entry.lifted:
         document["lifted"] = entry.lifted
+    if entry.excluded:
+        document["excluded"] = True
     return document
 
 
@@ -132,4 +136,5 @@ def from_json(document: Mapping[str, Any], users_of: UsersOf) -> MaskEntry:
         times=None if times is None else (int(times[0]), int(times[1])),
         users=MaskedUsers.NOBODY if users is None else users_of(str(users["sha256"])),
         lifted=int(document.get("lifted", 0)),
+        excluded=bool(document.get("excluded")),
     )

@@ -18,7 +18,8 @@ from typing import Any
 from state import layout
 from state.config.sections import Model
 from state.config.settings import Settings
-from state.errors import ModelMismatch, RegistryError, SpecMismatch
+from state.errors import ModelMismatch, RegistryError, SaltMismatch, SpecMismatch
+from state.events.identity import Salt
 from state.features.spec import FeatureSpec
 from state.registry import tensor_files
 from state.registry.manifest import Manifest
@@ -56,6 +57,17 @@ def version_to_go_on_from(registry: Registry) -> Manifest | None:
         return None if found is None else registry.manifest(found)
     except RegistryError:
         return None
+
+
+def require_same_salt(registry: Registry, salt: Salt) -> None:
+    """Refuses a salt other than that with which the users of a registry were named.
+
+    Raises:
+        SaltMismatch: It is another one; says the fingerprints of both.
+    """
+    for name in registry.specs():
+        if (stored := str(registry.spec(name)["salt"])) != salt.fingerprint:
+            raise SaltMismatch.between(f"the registry {registry.path}", stored, salt.fingerprint)
 
 
 def require_same_model(settings: Settings) -> None:

@@ -76,8 +76,8 @@ class Showing:
             for outcome, count in from_json(part).outcomes.items():
                 if outcome not in (*UNPLACED, "elsewhere"):
                     counted.events.labels(outcome).inc(count)
-        for off, clicks in told["off"]:
-            show_off_clock(counted, OffClock(*off), clicks)
+        for off in told["off"]:
+            show_off_clock(counted, OffClock(*off))
         self._users |= told["users"]
         self._appended_ms = max(self._appended_ms, told["appended_ms"])
         self._latest, self._is_new = account, True

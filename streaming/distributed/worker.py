@@ -22,6 +22,7 @@ from typing import Protocol
 from prometheus_client import CollectorRegistry
 
 from state.attributes.follower import Report
+from state.compiled.preparing import Kernels
 from state.config.sections import known_settings
 from state.config.settings import Settings
 from state.config.sources import variable
@@ -29,7 +30,7 @@ from state.errors import SaltMismatch
 from state.events.identity import Salt, load_salt
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
-from state.log import KafkaLog, Log
+from state.log import KERNELS, KafkaLog, Log
 from state.log.gaps import Consent
 from state.metrics import StreamMetrics
 from state.positions import Source
@@ -40,6 +41,7 @@ from streaming.distributed.attribute_letters import told_once
 from streaming.distributed.bucket import BucketCore, BucketPlace
 from streaming.distributed.bucket_store import BucketStore
 from streaming.distributed.keeping import Cache
+from streaming.labels import unused_kernels
 from streaming.letters import report_to
 from streaming.open_shard import open_join
 from streaming.rows import Rows
@@ -134,6 +136,7 @@ class JobWorker:
         self._kept: dict[str, Closable] = {}
         # A host of its own has a copy of control, and reads nothing before it has looked for it.
         self.closing.enter_context(copying(self.settings, self.registry, first=threading.Event()))
+        Kernels(self.registry, logger, unused_kernels(self.settings), [KERNELS]).prepare()
 
     def mask_of(self, control: int) -> Mask:
         """What is left out by a generation of control; nothing by generation 0.

@@ -39,6 +39,7 @@ from tests.bench.quality import area_under_curve
 from tests.bench.recorded import SOURCE, Recorded, kuairand_settings, read_clicks, read_impressions
 from tests.bench.report import Figure, Stages, report
 from tests.bench.stream import passed, start, stop
+from trainer.device import prepare
 from trainer.engine.step import Trainer
 from trainer.model.preprocessing import Preprocessing
 from trainer.versions.program import preprocessing_of
@@ -148,6 +149,8 @@ def learned(batches: Iterator[MicroBatch], settings: Settings, preprocessing: Pr
 
 def analysis(batches: Sequence[MicroBatch], settings: Settings) -> Preprocessing:
     """What the bootstrap makes of the rows, once for all that is compared."""
+    # Threads are fixed before TensorFlow's first operation, which the analysis is.
+    prepare(settings.trainer.device, settings.trainer.threads)
     with tempfile.TemporaryDirectory(prefix="springtide-catch-up-") as folder:
         analysed(
             (batch.features for batch in batches),

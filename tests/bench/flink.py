@@ -51,12 +51,16 @@ class Look(NamedTuple):
         heap_bytes: Used of the TaskManager's.
         checkpoint_bytes: Of the newest one.
         other_bytes: Of it, of all steps but that of the histories.
+        manager_bytes: Resident memory of the TaskManager.
+        worker_bytes: Of its Python worker, which has the histories.
     """
 
     cpu_s: float
     heap_bytes: float
     checkpoint_bytes: int
     other_bytes: int
+    manager_bytes: int
+    worker_bytes: int
 
 
 class Looking(threading.Thread):
@@ -95,6 +99,7 @@ class Looking(threading.Thread):
             float(heap["value"]),
             newest["state_size"],
             sum(details["tasks"][one]["state_size"] for one in self._others),
+            *(process.memory_info().rss for process in self._processes),
         )
 
     def _ask(self, path: str) -> Any:
@@ -131,6 +136,8 @@ def measured(flink: LocalFlink, settings: Settings, rate: int, seconds: float, u
         "acknowledged to readable, p99": Figure(float(np.percentile(waits, 99)), "ms"),
         "TaskManager and worker": Figure(len(waits) / (after.cpu_s - before.cpu_s), "events/cpu-s"),
         "of a core": Figure((after.cpu_s - before.cpu_s) / took_s, "ratio"),
+        "memory of the TaskManager": Figure(after.manager_bytes / mb, "MiB"),
+        "memory of the worker": Figure(after.worker_bytes / mb, "MiB"),
         "state beside the histories, at first": Figure(first[0].other_bytes / 1000, "kB"),
         "state beside the histories, at last": Figure(last[-1].other_bytes / 1000, "kB"),
         "checkpoint, least of the first minute": Figure(min(one.checkpoint_bytes for one in first) / mb, "MiB"),

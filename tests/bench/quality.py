@@ -40,6 +40,7 @@ from tests.bench.recorded import (
     read_impressions,
 )
 from tests.bench.report import Figure, report
+from trainer.device import prepare
 from trainer.engine.report import Report
 from trainer.engine.step import Trainer
 from trainer.model.preprocessing import Preprocessing
@@ -69,6 +70,8 @@ def baselines(users: npt.NDArray[np.uint64], categories: npt.NDArray[np.uint64],
 
 def analysis(recorded: Recorded, spec: FeatureSpec, settings: Settings, steps: int | None = None) -> Preprocessing:
     """What the bootstrap makes of a log before anything is trained: the preprocessing, analysed over its beginning."""
+    # Threads are fixed before TensorFlow's first operation, which the analysis is.
+    prepare(settings.trainer.device, settings.trainer.threads)
     rows = settings.bootstrap.sample_rows if steps is None else min(settings.bootstrap.sample_rows, steps * STEP_ROWS)
     batches = islice(micro_batches(recorded, spec, settings.events.action_weights), -(-rows // STEP_ROWS))
     with tempfile.TemporaryDirectory(prefix="springtide-quality-") as folder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from prometheus_client import CollectorRegistry
 from deploy import status
 from deploy.kafka.configuration import free_port, free_ports
 from deploy.operate import registry_state
+from deploy.operate.conditions import CONDITIONS
 from deploy.watch import scrape
 from deploy.watch.figures import BORN, SPREADS, Watch
 from deploy.watch.kafka_lag import kafka_lag
@@ -108,6 +110,7 @@ def test_what_answers_is_shown_while_the_rest_is_away(tmp_path: Path) -> None:
     registry = CollectorRegistry()
     metrics = ApplierMetrics(registry)
     metrics.version.set(41)
+    metrics.epoch.set(2)
     metrics.pinned.set(1)
     metrics.weight_age_seconds.observe(0.25)
     stop = serve(registry, settings.serving.metrics_port)
@@ -120,18 +123,18 @@ def test_what_answers_is_shown_while_the_rest_is_away(tmp_path: Path) -> None:
     assert state["figures"]["spreads"]["weights_s"]["count"] == 1
     assert state["urls"]["profile"] == f"http://127.0.0.1:{settings.serving.port}/v1/profiles/USER"
     lines = {line[:16].strip(): line for line in status.as_text(figures, state, settings).splitlines() if line}
-    assert "stream away, trainer away, worker away, pinned by an operator" in lines["state"]
+    assert "Kafka away, stream away, trainer away, worker away, pinned by an operator" in lines["state"]
     assert lines["served version"].split() == [
         "served",
         "version",
         "41",
         "epoch",
-        "0,",
+        "2,",
         "pinned",
         "newest",
         "-,",
         "serving",
-        "0",
+        "-",
         "behind",
     ]
     assert lines["applier"].split()[:3] == ["applier", "runs", "up"]
@@ -178,6 +181,8 @@ def test_segments_are_told_with_their_sizes_and_a_keeper_that_is_away_is_wrong(t
 
 def test_kafka_lag_is_the_end_less_the_groups_position(tmp_path: Path, kafka_settings: Callable[..., Kafka]) -> None:
     kafka = kafka_settings()
+    found = until(lambda: not (one := kafka_lag(settings_of(tmp_path, kafka)))["away"] and one, "Kafka does not answer")
+    assert "topic" in found["problem"], "a broker without our topics is there"
     with Topics(kafka) as topics:
         topics.ensure(kafka.clicks_topic, 2)
         topics.ensure(kafka.microbatches_topic, 1)
@@ -189,6 +194,23 @@ def test_kafka_lag_is_the_end_less_the_groups_position(tmp_path: Path, kafka_set
         topics.commit(kafka.group, kafka.clicks_topic, {0: 3})
     found = until(lambda: (one := kafka_lag(settings_of(tmp_path, kafka)))["answers"] and one, "Kafka does not answer")
     assert (found["clicks"], found["lag"], found["training_log"]) == (10, 2 + 5, 0)
+
+
+@pytest.mark.usefixtures("collected")
+def test_a_broker_that_hangs_is_reported(tmp_path: Path) -> None:
+    registry = CollectorRegistry()
+    settings = settings_of(tmp_path)
+    ApplierMetrics(registry).version.set(41)
+    stop = serve(registry, settings.serving.metrics_port)
+    # As a stopped process does, it accepts connections and answers nothing.
+    with socket.create_server(("127.0.0.1", int(settings.kafka.bootstrap_servers.rpartition(":")[2]))):
+        try:
+            _, state = status.status(settings, now_ms=0, between_s=0.0)
+            said = CONDITIONS["well"].missing(settings)
+        finally:
+            stop()
+    assert state["troubles"][0] == "Kafka away"
+    assert said.startswith("Kafka away, ")
 
 
 def test_control_is_shown_with_who_decided_and_why(tmp_path: Path) -> None:
@@ -210,7 +232,19 @@ def test_main_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     flags = [word for name, value in _flags(settings) for word in (f"--{name}", str(value))]
     assert status.main(["-o", "json", *flags]) == 1, "something is wrong"
     assert set(json.loads(capsys.readouterr().out)) == {
-        *("figures", "processes", "kafka", "registry", "rollback", "storage", "rows", "histories", "accounting"),
+        *(
+            "troubles",
+            "holds",
+            "figures",
+            "processes",
+            "kafka",
+            "registry",
+            "rollback",
+            "storage",
+            "rows",
+            "histories",
+            "accounting",
+        ),
         *(
             "held",
             "parity",

@@ -69,6 +69,26 @@ def test_a_taken_port_is_one_line_with_the_setting_to_change(
     assert "serving.port" in line
 
 
+def test_a_broker_that_is_named_at_the_local_port_is_not_started_and_up_says_why(
+    capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    port = flags[flags.index("--kafka.port") + 1]
+    named = ["--kafka.bootstrap_servers", f"127.0.0.1:{port}", "--kafka.request_timeout_s", "1"]
+    assert up.main([*flags, *named]) == 1
+    said = capsys.readouterr().out
+    assert (
+        f"kafka.bootstrap_servers is set (flag --kafka.bootstrap_servers), so that no broker is started; for a local one at 127.0.0.1:{port} leave it out"
+        in said
+    )
+
+
+def test_a_state_directory_that_is_a_file_is_one_line(
+    capsys: pytest.CaptureFixture[str], flags: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "state").touch()
+    assert "is a file; choose another directory" in complaint(capsys, flags)
+
+
 def test_a_full_disk_is_one_line_before_anything_is_written(
     capsys: pytest.CaptureFixture[str], flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -80,6 +80,11 @@ class Stream:
         self._committer = Committer(self._shard.context)
         self._parse, self._update = ParseEvents(self._shard), UpdateProfiles(self._shard)
 
+    @property
+    def store(self) -> HistoryStore:
+        """Its histories."""
+        return self._shard.context.store
+
     def step(self) -> bool:
         """Takes a batch, or becomes what control asks for."""
         context = self._shard.context
@@ -193,22 +198,30 @@ class SmallLoop:
         salt: Of the users' pseudonyms; copied.
         lane: Which of the shared trainers it has; two loops at once need two.
         decided: Makes its first control generation of the plain one.
+        flags: More settings.
+        partitions: Of the clicks.
     """
 
     NAMES = ("stream", "trainer", "applier")
 
     def __init__(
-        self, folder: Path, salt: Path, lane: int = 0, decided: Callable[[Control], Control] = lambda first: first
+        self,
+        folder: Path,
+        salt: Path,
+        lane: int = 0,
+        decided: Callable[[Control], Control] = lambda first: first,
+        flags: Sequence[str] = (),
+        partitions: int = 1,
     ) -> None:
         folder.mkdir(parents=True)
         shutil.copy(salt, folder / "salt")
         state = ("--paths.state", str(folder), "--stream.map_gb", MAP_GB, "--stream.metrics_port", "0")
-        self.settings = small_settings(*state)
+        self.settings = small_settings(*state, *flags)
         ids = iter(TOPIC_IDS)
         self.log = MemoryLog(ids=lambda: next(ids))
         kafka = self.settings.kafka
         for topic in (kafka.clicks_topic, kafka.microbatches_topic, kafka.dead_letters_topic):
-            self.log.topics().ensure(topic, 1)
+            self.log.topics().ensure(topic, partitions if topic == kafka.clicks_topic else 1)
         self.registry = Registry(self.settings.registry_dir)
         self.registry.propose(decided(start(actor="trainer", reason="first start", now_ms=0)))
         self.parts: dict[str, StepPart] = {}
@@ -229,11 +242,11 @@ class SmallLoop:
         assert number is not None
         return self.registry.manifest(number)
 
-    def click(self, values: Sequence[bytes], times_ms: Sequence[int]) -> None:
+    def click(self, values: Sequence[bytes], times_ms: Sequence[int], partition: int = 0) -> None:
         """Writes clicks."""
         with self.log.writer() as writer:
             for value, at_ms in zip(values, times_ms, strict=True):
-                writer.send(self.settings.kafka.clicks_topic, 0, None, value, (), at_ms)
+                writer.send(self.settings.kafka.clicks_topic, partition, None, value, (), at_ms)
 
     def tick(self, name: str) -> bool:
         """Steps a part, which is started where it is not there; whether there may be more to do."""

@@ -15,12 +15,17 @@ from typing import Any, Literal
 
 import pytest
 
+from deploy import cli
+from deploy.operate import log_view
 from state.errors import ControlConflict
 from state.events.identity import Salt, load_salt, user_id
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
+from state.history import rewinding
+from state.history.store import HistoryStore
 from state.positions import Source
 from state.registry.control import Control, follow, roll_back
+from state.registry.log_line import turned
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
 from tests.e2e import small_loop
@@ -197,6 +202,137 @@ def learned_along(loop: SmallLoop, folder: Path, salt: Path, control: Control) -
     found = str(training.content()["weights"])
     again.close()
     return found
+
+
+@pytest.mark.parametrize("last", ["exact", "fast"])
+def test_an_outcome_is_what_the_plan_said(
+    tmp_path: Path, salt: Path, last: Mode, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while the trainer is behind the stream, after a mask was lifted, and during another rollback."""
+    loop, to = poisoned(tmp_path / "loop", salt)
+    monkeypatch.setattr(log_view, "open_log", lambda settings: loop.log)
+    for name, value in loop.settings.environment().items():
+        monkeypatch.setenv(name, value)
+
+    def command(*words: str) -> None:
+        cli.run([*words, "--reason", "bots"], lambda *_: None, BEGIN_MS + 10**7, lambda _: None)
+
+    def went(mode: Mode) -> dict[str, tuple[Any, Any]]:
+        """By what is counted the plan and the outcome."""
+        planned, learned = (loop.registry.outcome(loop.control.epoch, part) for part in ("planned", "learned"))
+        assert planned is not None
+        assert learned is not None
+        if mode == "exact":
+            return {"clicks": (planned["exact"]["clicks"], learned["again"]["clicks"])}
+        return {name: (planned[name], learned["again"][name]) for name in ("rows", "masked")}
+
+    back = ("rollback", "--to", str(to.version), "--mode")
+    # 1. The stream is ahead of the trainer.
+    loop.down = {"trainer"}
+    loop.click(*clicks(GOOD + BAD, LATER))
+    loop.settle()
+    loop.down.clear()
+    command(*back, "exact", "--skip", f"0:{GOOD}-{GOOD + 30}")
+    loop.settle()
+    assert went("exact") == {"clicks": (BAD, BAD)}
+    # 2. What was left out comes back.
+    command("unmask", "1")
+    command(*back, "exact", "--skip", f"0:{GOOD + 40}-{GOOD + 50}")
+    # 3. Another one, before all of it is learned again.
+    for name in ("stream", "stream", "stream", "trainer"):
+        loop.tick(name)
+    first = loop.control.epoch
+    command(*back, last, "--skip", f"0:{GOOD + 60}-{GOOD + 63}")
+    assert loop.registry.outcome(first, "learned") is None, "it was interrupted"
+    loop.settle()
+    both = went(last)
+    assert all(planned == learned for planned, learned in both.values()), both
+    assert last == "fast" or both["clicks"][0] == BAD + LATER
+    loop.close()
+
+
+LABELS = ("--labels.impressions", "favorite", "--labels.outcomes", "cart", "--labels.wait_s", "90")
+MINUTE_MS = 60_000
+MARGIN = 20 * BATCH
+
+
+def shown(
+    first: int, count: int, begin_ms: int, step_ms: int = 1000, who: str = "busy"
+) -> tuple[list[bytes], list[int]]:
+    """Impressions; each third click is the outcome of one before it. Nobody's clock is wrong."""
+    numbers = range(first, first + count)
+    times = [begin_ms + at * step_ms for at in range(count)]
+    values = [
+        click(number - 8 * (number % 3 == 0), user=f"{who}-{number % 3}-{number % 17}", time=at_ms, action="favorite")
+        if number % 3
+        else click(number - 7, user=f"{who}-{(number - 7) % 3}-{(number - 7) % 17}", time=at_ms, action="cart")
+        for number, at_ms in zip(numbers, times, strict=True)
+    ]
+    return values, times
+
+
+class LabelledStream:
+    """A stream with labels on clicks of two partitions, one of which is quiet for an hour; nothing else runs."""
+
+    def __init__(self, folder: Path, salt: Path, masks: Control | None = None) -> None:
+        decided = (lambda first: first) if masks is None else with_masks(masks)
+        self.loop = SmallLoop(folder, salt, 0, decided, LABELS, partitions=2)
+        self.loop.down = {"trainer", "applier"}
+        # 1. Both partitions have clicks; then only one has, until the place that is gone back to.
+        self.loop.click(*shown(0, 60, BEGIN_MS, 3000, "quiet"), partition=1)
+        self.busy(0, MARGIN)
+        self.busy(MARGIN, MARGIN)
+        self.offset, self.sources = self.end(), tuple(sorted(self.store().positions().items()))
+        # 2. The clicks that are read again.
+        self.busy(2 * MARGIN, MARGIN)
+        self.loop.click(*shown(60, 60, BEGIN_MS + 70 * MINUTE_MS, MINUTE_MS, "quiet"), partition=1)
+        self.loop.settle()
+
+    def busy(self, first: int, count: int) -> None:
+        for at in range(first, first + count, 2 * BATCH):
+            self.loop.click(*shown(at, 2 * BATCH, BEGIN_MS + at * 1000))
+            self.loop.settle()
+
+    def end(self) -> int:
+        return self.loop.log.topics().ends(self.loop.settings.kafka.microbatches_topic)[0][1]
+
+    def store(self) -> HistoryStore:
+        stream = self.loop.parts["stream"]
+        assert isinstance(stream, small_loop.Stream)
+        return stream.store
+
+    def go_back(self, mask: Mask) -> None:
+        line = turned(self.loop.control.log, 1, self.offset, self.end(), self.sources)
+        who = {"actor": "ann", "reason": "bots", "now_ms": 5}
+        self.loop.registry.change(lambda now: roll_back(now, 1, mask, log=line, **who))
+
+    def content(self) -> dict[str, Any]:
+        store = self.store()
+        rows = {"records": self.loop.records(), "waiting": dict(store.waiting()), "counts": store.counts()}
+        return {**rows, "histories": store.digest()}
+
+
+@pytest.mark.parametrize("between", [0, 5, None], ids=["at once", "half way", "when done"])
+def test_with_labels_an_exact_rollback_during_another_makes_the_rows_of_a_run_without_any(
+    tmp_path: Path, salt: Path, between: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock of each partition goes back, also where its last click is far before the place gone back to."""
+    monkeypatch.setattr(rewinding, "BLOCK", 4)
+    ours = LabelledStream(tmp_path / "ours", salt)
+    for first in (3, 30):
+        ours.go_back(offsets(2 * MARGIN + first, 2 * MARGIN + first + 6))
+        if between is None:
+            ours.loop.settle()
+        for _ in range(between or 0):
+            ours.loop.tick("stream")
+    ours.loop.settle()
+    theirs = LabelledStream(tmp_path / "theirs", salt, ours.loop.control)
+    found, expected = ours.content(), theirs.content()
+    for name, value in expected.items():
+        assert found[name] == value, name
+    assert expected["waiting"]
+    for one in (ours, theirs):
+        one.loop.close()
 
 
 def test_a_second_rollback_may_go_further_back_or_less_far(tmp_path: Path, salt: Path) -> None:

@@ -22,8 +22,10 @@ def test_no_two_rules_have_one_name() -> None:
 def test_each_alert_has_one_case_where_it_fires_and_one_where_it_is_silent(file: str) -> None:
     assert set(rules.CASES_OF[file]) == set(rules.ALERTS_OF[file])
     for alert, both in rules.CASES_OF[file].items():
-        assert set(both) == {"fires", "silent"}, alert
-        assert both["fires"].summary and both["silent"].summary is None, alert
+        assert {"fires", "silent"} <= set(both), alert
+        # More cases say in their names what they add.
+        for name, case in both.items():
+            assert bool(case.summary) == (name.split()[0] == "fires"), (alert, name)
 
 
 def used(name: str) -> set[str]:

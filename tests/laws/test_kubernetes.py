@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -186,7 +187,7 @@ def test_hosts_are_scaled_by_their_workers() -> None:
     (worker,) = (one for one in BOXES if one.owner == f"{target['kind']} {target['name']}" and one.name == "worker")
     (metric,) = scaler["spec"]["metrics"]
     assert metric["containerResource"]["container"] == worker.name
-    assert scaler["spec"]["minReplicas"] == worker.document["spec"]["replicas"]
+    assert "replicas" not in worker.document["spec"], "each `kubectl apply` would undo what the autoscaler decided"
 
 
 def track(labels: Mapping[str, str]) -> dict[str, str]:
@@ -227,6 +228,18 @@ def test_the_network_lets_in_what_a_pod_offers_and_lets_out_what_it_asks(box: Bo
     assert not (let_in - {port for one in BOXES for port in one.ports.values()}), "a port that nobody has"
     brokers = {int(one.rpartition(":")[2]) for one in box.settings(SIZES).kafka.bootstrap_servers.split(",")}
     assert brokers | {53} <= opened("egress", box.labels)
+
+
+def test_the_trainers_state_outlives_its_pod() -> None:
+    """The ledger of the privacy budget does, and the trainer refuses to start without the key of the noise."""
+    (trainer,) = (box for box in BOXES if box.name == "trainer")
+    (volume,) = (
+        volume
+        for volume in trainer.pod["volumes"]
+        if volume["name"] == trainer.mounts[str(trainer.settings(SIZES).privacy_key_path.parent)]
+    )
+    claimed = volume["persistentVolumeClaim"]["claimName"]
+    assert claimed in {claim["metadata"]["name"] for claim in of_kind(ALL, "PersistentVolumeClaim")}
 
 
 def test_everything_is_closed_that_no_policy_opens() -> None:
@@ -306,12 +319,28 @@ def test_the_image_is_what_the_manifests_expect() -> None:
     assert MALLOC.items() <= told.items(), "as `springtide up` starts its parts"
     exposed = {int(one) for one in re.findall(r"^EXPOSE (.*)$", IMAGE, re.M)[0].split()}
     assert exposed == {Settings().value(setting) for ports in PORTS.values() for setting in ports.values()}
-    assert not any("/" in one for one in re.findall(r"^FROM (\S+)", IMAGE, re.M)), "a registry's host"
     for source in re.findall(r"^COPY (?!--from)(.*) \S+$", IMAGE, re.M):
         assert all((ROOT / one).exists() for one in source.split())
     ignored = (ROOT / "deploy" / "container" / "Dockerfile.dockerignore").read_text()
     copied = {one for source in re.findall(r"^COPY (?!--from)(.*) \S+$", IMAGE, re.M) for one in source.split()}
     assert {*re.findall(r"^!(.*)$", ignored, re.M)} == copied
+
+
+@pytest.mark.parametrize(
+    ("base", "code"),
+    [("python:3.11-slim-bookworm", 1), ("", 1), (f"python:3.11-slim-bookworm@sha256:{'0' * 64}", 0)],
+)
+def test_the_image_is_built_only_on_a_base_with_a_digest(base: str, code: int) -> None:
+    assert {*re.findall(r"^FROM (\S+)", IMAGE, re.M)} == {"${BASE}"}
+    assert re.findall(r"^ARG BASE(.*)$", IMAGE, re.M) == ["", ""], "a default would be a tag that moves, or a guess"
+    (check,) = re.findall(r"^RUN (case .*)$", IMAGE, re.M)
+    done = subprocess.run(["sh", "-c", check], env={"BASE": base}, capture_output=True, text=True)
+    assert (done.returncode, "NAME@sha256:DIGEST" in done.stderr) == (code, code == 1)
+
+
+def test_the_image_has_no_packages_of_tests() -> None:
+    installed = re.findall(r"--require-hashes -r (\S+)", IMAGE)
+    assert installed == ["constraints.txt", "constraints-apart.txt"]
 
 
 def test_every_file_that_the_readme_names_is_there() -> None:

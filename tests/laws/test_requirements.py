@@ -1,4 +1,4 @@
-"""Requirements: each pinned, each with its reason, none missing and none idle."""
+"""Requirements of production and of development: each pinned, with its reason, none missing, none unused, none in the wrong file."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ MISSION = ["tensorflow", "apache-beam", "kafka-python", "tensorflow-transform", 
 UNSEEN = {
     "dm-tree",
     "mpmath",
+    "scipy",
     "moto",
     "boto3",
     "flask",
@@ -31,9 +32,18 @@ UNSEEN = {
     "ruff",
 }
 PARTS = {"google.protobuf": "protobuf"}
+# Writes the dashboards from code for developers; no process imports it.
+DASHBOARDS = "deploy/grafana/"
 APART = (ROOT / "constraints-apart.txt").read_text()
-LOCKED = (ROOT / "constraints.txt").read_text() + APART
-LINES = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and not line.startswith("#")]
+LOCKED, LOCKED_DEV = ((ROOT / name).read_text() for name in ("constraints.txt", "constraints-dev.txt"))
+
+
+def listed(file: str) -> list[str]:
+    return [line for line in (ROOT / file).read_text().splitlines() if line and not line.startswith("#")]
+
+
+PRODUCTION, DEVELOPMENT = listed("requirements.txt"), listed("requirements-dev.txt")
+LINES = [*PRODUCTION, *DEVELOPMENT]
 
 
 def canonical(name: str) -> str:
@@ -42,6 +52,14 @@ def canonical(name: str) -> str:
 
 def name(line: str) -> str:
     return canonical(re.split(r"[\[=]", line)[0])
+
+
+def locked_in(text: str) -> dict[str, str]:
+    """Version by name of each package in a file of constraints."""
+    entry = r"^([\w.-]+(?:\[[\w,]+\])?==\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)"
+    found = {name(line): line.partition("==")[2] for line, _ in re.findall(entry, text, re.M)}
+    assert len(found) == len(re.findall(r"^\w", text, re.M)), "a package without digests"
+    return found
 
 
 @functools.cache
@@ -68,7 +86,7 @@ def imported(*folders: str) -> dict[str, set[str]]:
 
 
 def test_the_missions_five_come_first() -> None:
-    assert [name(line) for line in LINES[:5]] == MISSION
+    assert [name(line) for line in PRODUCTION[:5]] == MISSION
 
 
 def test_a_requirement_is_pinned_and_has_its_reason() -> None:
@@ -80,6 +98,19 @@ def test_every_library_that_is_imported_is_pinned() -> None:
     pinned = {name(line) for line in (*LINES, *re.findall(r"^\w\S+", APART, re.M))}
     missing = {owner: sorted(files)[0] for owner, files in imported(*PACKAGES, "tests").items() if owner not in pinned}
     assert missing == {}
+
+
+def test_production_imports_only_what_production_installs() -> None:
+    pinned = {name(line) for line in (*PRODUCTION, *re.findall(r"^\w\S+", APART, re.M))}
+    files = {
+        owner: sorted(file for file in importing if not file.startswith(DASHBOARDS))
+        for owner, importing in imported(*PACKAGES).items()
+    }
+    assert {owner: importing for owner, importing in files.items() if importing and owner not in pinned} == {}
+
+
+def test_production_installs_nothing_that_tests_alone_import() -> None:
+    assert {name(line) for line in PRODUCTION} - set(imported(*PACKAGES)) - UNSEEN == set()
 
 
 def test_every_pinned_library_is_used() -> None:
@@ -94,11 +125,9 @@ def test_what_is_installed_apart_is_used_and_what_it_needs_is_there() -> None:
 
 
 def test_every_package_that_is_installed_is_locked_with_the_digests_of_its_files() -> None:
-    entries = re.findall(
-        r"^([\w.-]+(?:\[[\w,]+\])?==\S+) \\\n((?:    --hash=sha256:[0-9a-f]{64}(?: \\)?\n)+)", LOCKED, re.M
-    )
-    locked = {name(entry): entry.partition("==")[2] for entry, _ in entries}
-    assert len(locked) == len(re.findall(r"^\w", LOCKED, re.M))
+    production, development, apart = (locked_in(text) for text in (LOCKED, LOCKED_DEV, APART))
+    assert production.keys().isdisjoint(development)
+    locked = production | development | apart
     for line in LINES:
         assert locked.get(name(line)) == line.partition("==")[2].split()[0], f"make constraints.txt anew for {line}"
     ours = {"springtide", "pip", "setuptools", "wheel"}

@@ -99,6 +99,12 @@ def test_what_status_says_is_what_the_table_shows() -> None:
         up_s={"worker": 1.0},
         away={"stream": "refused"},
         dying={"trainer": 5.0},
+        kafka_away=True,
+        starting={"trainer": "starting", "stream": "compiling kernels, 12 of 30"},
+        behind={
+            "trainer": "5,673 records wait and none is read",
+            "stream": "12,000 clicks wait and their number grows",
+        },
         clocks_off={"ahead": ClocksOff(1.0, 0, 7, 3000.0, 1.0)},
         events_per_s=100.0,
         weights_s=75.0,
@@ -114,9 +120,12 @@ def test_what_status_says_is_what_the_table_shows() -> None:
         refused=17.0,
         differing=1.0,
     )
+    begins = Figures(away={"stream": "refused"}, up="starting")
+    stopped = Figures(away={"stream": "refused"})
+    many = Figures(lag_events=12_000.0)
     held = Figures(up_s={"worker": 1.0}, paused=True, publishing_held=True, pinned=True)
     table = "\n".join(runbook.STATUS.lines)
-    for said in (*troubles(wrong), *troubles(held)):
+    for said in (said for figures in (wrong, begins, stopped, many, held) for said in troubles(figures)):
         shown = re.sub(r" by an operator$| \(partition.*", "", said)
         assert shown in table, f"status says {said!r}, and the table does not"
 

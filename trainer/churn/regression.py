@@ -76,7 +76,7 @@ class OnlineRegression:
         self._covariance[np.triu_indices(self.mean.size)] = state["covariance"]
 
 
-@compiled_sums
+@compiled_sums("f8[:, ::1], f8[::1], f8[::1], f8[:, ::1], f8, f8, f8[::1]")
 def _learn(inputs: F64, outcomes: F64, mean: F64, covariance: F64, variance: float, drift: float, logits: F64) -> None:
     size = mean.shape[0]
     along = np.empty(size)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from state.compiled import layout
 from trainer.engine.record import Record
 
 F32 = npt.NDArray[np.float32]
@@ -18,6 +19,7 @@ CROSS = "cross"
 """The table of crosses, whose rows are learned row after row and have no derivative."""
 
 
+@layout("f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], i4[::1], f4[::1], f4[::1]")
 class Scores(NamedTuple):
     """The measures of a record, without dropout.
 

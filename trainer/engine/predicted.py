@@ -83,7 +83,7 @@ def of_model(scores: Scores, slot: I32) -> CategoryPrediction:
     return found
 
 
-@compiled_sums
+@compiled_sums("f4[:, ::1], f4[:, ::1], f4[:, ::1], i4[::1], i8[::1], i4[::1], f4[::1], i4[::1], f8[::1], i4[::1]")
 def _model(
     recent: F32,
     popular: F32,

@@ -12,14 +12,14 @@ from trainer.tables.index import I32
 F32 = npt.NDArray[np.float32]
 
 
-@compiled_sums
+@compiled_sums("f4[:, ::1], i4[::1], f4[:, ::1]")
 def _gather(sums: F32, at: I32, slopes: F32) -> None:
     for i in range(at.shape[0]):
         for d in range(slopes.shape[1]):
             sums[at[i], d] += slopes[i, d]
 
 
-@compiled_sums
+@compiled_sums("f4[:, ::1]")
 def _square(slopes: F32) -> float:
     total = 0.0
     for i in range(slopes.shape[0]):
@@ -30,7 +30,7 @@ def _square(slopes: F32) -> float:
     return total
 
 
-@compiled
+@compiled("u8, i8, f4, f4[::1]")
 def _drop(seed: np.uint64, least: int, factor: np.float32, kept: F32) -> None:
     word, left = np.uint64(0), 0
     for i in range(kept.shape[0]):

@@ -181,7 +181,9 @@ class Breakdown:
             self._total = np.array(state["slices.total"])
 
 
-@compiled
+@compiled(
+    "i8[:, ::1], i8[::1], bool[::1], i8[::1], f8[:, ::1], i8[::1], i8[::1], f8[::1], bool[::1], f8[::1], f8[:, :, ::1], f8[:, :, :, ::1], f8[:, :, :, ::1], f8[:, :, ::1], f8[:, ::1], f8[:, :, :, ::1]"
+)
 def _add(
     places: I64,
     partner: I64,

@@ -125,7 +125,7 @@ def fade(sums: F64, rows: int, power: int = 1) -> None:
     _fade(sums.reshape(-1), 0.5 ** (power * rows / HALF_LIFE_ROWS))
 
 
-@compiled
+@compiled("f8[::1], f8")
 def _fade(sums: F64, left: float) -> None:
     for i in range(sums.shape[0]):
         faded = sums[i] * left

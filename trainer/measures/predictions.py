@@ -114,7 +114,7 @@ def of_came_next(transitions: CountTable, newest: I32, category: U64) -> Categor
     return found
 
 
-@compiled
+@compiled("i4[::1], i4[:, ::1], u8[:, ::1], u8[::1], i4[::1], f8[::1], i4[::1]")
 def _came_next(at: I32, counts: I32, ids: U64, category: U64, rank: I32, log_share: F64, candidates: I32) -> None:
     for i in range(at.shape[0]):
         rank[i], log_share[i], candidates[i] = NONE, 0.0, 0

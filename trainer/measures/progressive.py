@@ -171,7 +171,7 @@ def row_sums(said: CategoryPrediction, known: Flags, miss: F64, categories: int,
     return found
 
 
-@compiled
+@compiled("i4[::1], f8[::1], i4[::1], bool[::1], f8[::1], i8, f8[:, ::1], f8[:, ::1]")
 def _judge(
     rank: I32, log_share: F64, candidates: I32, known: Flags, miss: F64, categories: int, rows: F64, sums: F64
 ) -> None:

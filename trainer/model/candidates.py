@@ -38,7 +38,7 @@ class Candidates(NamedTuple):
     other: U64
 
 
-@compiled
+@compiled("u8[::1], u8[::1], i8[::1], i8[::1]")
 def _partners(topics: U64, partitions: U64, offsets: I64, partners: I64) -> None:
     rows = partners.shape[0]
     for i in range(rows):
@@ -49,7 +49,10 @@ def _partners(topics: U64, partitions: U64, offsets: I64, partners: I64) -> None
         partners[i] = (i + 1 + step) % rows
 
 
-@compiled
+@compiled(
+    "const(u8[::1]), const(u8[:, ::1]), u8[::1], u8[:, ::1], i8[::1], i4[::1], f4[:, ::1], u8[::1]",
+    "u8[::1], u8[:, ::1], u8[::1], u8[:, ::1], i8[::1], i4[::1], f4[:, ::1], u8[::1]",
+)
 def _compete(
     category: U64,
     recent_categories: U64,

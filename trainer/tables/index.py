@@ -32,7 +32,7 @@ def _slot_of(keys: U64, key: np.uint64) -> np.int64:
     return np.int64(slot)
 
 
-@compiled
+@compiled("u8[::1], i4[::1], u8[::1], i4[::1]")
 def _insert(keys: U64, rows: I32, ids: U64, values: I32) -> int:
     fresh = 0
     for i in range(ids.shape[0]):
@@ -44,14 +44,14 @@ def _insert(keys: U64, rows: I32, ids: U64, values: I32) -> int:
     return fresh
 
 
-@compiled
+@compiled("u8[::1], i4[::1], const(u8[::1]), i4[::1]", "u8[::1], i4[::1], u8[::1], i4[::1]")
 def _find(keys: U64, rows: I32, ids: U64, found: I32) -> None:
     # An empty slot has key 0 and row 0, so that id 0 ("none") finds MISSING.
     for i in range(ids.shape[0]):
         found[i] = rows[_slot_of(keys, ids[i])]
 
 
-@compiled
+@compiled("u8[::1], i4[::1], u8[::1]")
 def _remove(keys: U64, rows: I32, ids: U64) -> int:
     """Takes ids out by shifting the rest of their run back, which leaves no marks behind."""
     mask = np.int64(keys.shape[0] - 1)
@@ -137,7 +137,7 @@ def _slots_for(ids: int) -> int:
     return slots
 
 
-@compiled
+@compiled("u8[::1], u8, f4[:, ::1]")
 def _draw(ids: U64, salt: np.uint64, out: F32) -> None:
     for i in range(ids.shape[0]):
         state = mix(ids[i] ^ salt)

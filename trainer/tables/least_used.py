@@ -34,7 +34,7 @@ def _rank(last_seen_ms: int, bits: int) -> int:
     return last_seen_ms + DOUBLING_MS * max(((bits >> 23) & 255) - 127, LEAST)
 
 
-@compiled
+@compiled("u8[::1], i8[::1], i4[::1], i8, i8, i8[::1]")
 def _counted(ids: U64, last_seen_ms: I64, bits: I32, lowest: int, width: int, counts: I64) -> None:
     """How many ids rank in each bucket of `width` from `lowest` on."""
     for place in range(ids.shape[0]):
@@ -42,7 +42,7 @@ def _counted(ids: U64, last_seen_ms: I64, bits: I32, lowest: int, width: int, co
             counts[(_rank(last_seen_ms[place], bits[place]) - lowest) // width] += 1
 
 
-@compiled
+@compiled("u8[::1], i8[::1], i4[::1], i8[::1]")
 def _bounds(ids: U64, last_seen_ms: I64, bits: I32, found: I64) -> None:
     """The lowest and the highest rank."""
     for place in range(ids.shape[0]):
@@ -52,7 +52,7 @@ def _bounds(ids: U64, last_seen_ms: I64, bits: I32, found: I64) -> None:
             found[1] = max(found[1], rank)
 
 
-@compiled
+@compiled("u8[::1], i8[::1], i4[::1], i8, i8, i4[::1], i8[::1]")
 def _below(ids: U64, last_seen_ms: I64, bits: I32, bound: int, width: int, found: I32, ranks: I64) -> int:
     """Places that rank below `bound` from the front on, and, with their ranks, those in the bucket behind it from the end."""
     below, behind = 0, found.shape[0]

@@ -24,7 +24,7 @@ def grown(held: npt.NDArray[Any], capacity: int) -> npt.NDArray[Any]:
     return np.concatenate([held, np.zeros((capacity - len(held), *held.shape[1:]), held.dtype)])
 
 
-@compiled
+@compiled("u8[::1], i8[::1], i8, i4[::1]")
 def _older(ids: U64, seen_ms: I64, before_ms: int, found: I32) -> int:
     count = 0
     for place in range(ids.shape[0]):

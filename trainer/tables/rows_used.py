@@ -14,7 +14,7 @@ from trainer.tables.index import F32, I32, U64
 I64 = npt.NDArray[np.int64]
 
 
-@compiled
+@compiled("i4[::1], u1[::1], i4[::1], i8")
 def mark_rows(rows: I32, flags: npt.NDArray[np.uint8], listed: I32, count: int) -> int:
     """Lists each of `[n]` rows that `flags` does not have yet behind the first `count`; returns how many are listed."""
     for i in range(rows.shape[0]):
@@ -26,7 +26,7 @@ def mark_rows(rows: I32, flags: npt.NDArray[np.uint8], listed: I32, count: int) 
     return count
 
 
-@compiled
+@compiled("i4[::1], const(i8[::1]), i8[::1]", "i4[::1], i8[::1], i8[::1]")
 def see(rows: I32, at_ms: I64, last_seen_ms: I64) -> None:
     """The newest of `[n]` log times, ms, becomes that of its row."""
     for i in range(rows.shape[0]):
@@ -34,7 +34,7 @@ def see(rows: I32, at_ms: I64, last_seen_ms: I64) -> None:
             last_seen_ms[rows[i]] = at_ms[i]
 
 
-@compiled
+@compiled("i4[::1], i4[::1], i4[::1], i4[::1]")
 def distinct_rows(rows: I32, scratch: I32, unique: I32, positions: I32) -> int:
     """Distinct rows in order of first use behind the missing row 0, and where each of `[n]` rows is; returns how many.
 

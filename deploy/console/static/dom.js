@@ -24,9 +24,16 @@ function filled(element, given, children) {
 
 export const at = (id) => document.getElementById(id);
 
-/** Sets a text only where it is another one: what did not change is not drawn, read out or selected anew. */
+/** The parts of a text in which code stands between backticks, as in the messages of commands. */
+export function marked(text) {
+  const parts = String(text).split("`");
+  return parts.length % 2 ? parts.map((part, place) => (place % 2 ? h("code", {}, part) : part)) : [text];
+}
+
+/** Sets a text, see `marked`, only where it is another one: what did not change is not drawn, read out or selected again. */
 export function tell(element, text) {
-  if (element.textContent !== text) element.textContent = text;
+  const parts = marked(text);
+  if (element.textContent !== parts.map((one) => one.textContent ?? one).join("")) element.replaceChildren(...parts);
 }
 
 /** Rows of a table whose columns have names; a cell is text or an element. */

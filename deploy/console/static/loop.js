@@ -6,42 +6,49 @@ import { NONE, count, decimal, rate, span } from "./words.js";
 const SIGNS = { ok: "●", held: "❚❚", slow: "▲", away: "■" };
 const SPARK = { width: 96, height: 22, points: 60 };
 
+/** The state of a process that does not work as it should: away, starting, or falling behind; undefined where it does. */
+function unwell(name, f, up) {
+  if (!up[name]) return f.up === "starting" ? ["slow", "not started yet"] : ["away", "away"];
+  const words = f.starting[name] ?? f.behind[name];
+  return words && ["slow", words];
+}
+
 // Each: name, what flows out of it, its curve, and what is known of it now.
 const STAGES = [
   {
     name: "Clicks", curve: "events_per_s",
     main: (f) => rate(f.events_per_s),
-    state: (f, up) => (!up.kafka ? ["away", "Kafka away"] : (f.dead_per_s ?? 0) > 0 ? ["slow", "dead letters"] : ["ok", "arriving"]),
+    state: (f, up) => (f.kafka_away ? ["away", "Kafka away"] : f.events === null ? ["slow", "unknown"] : (f.dead_per_s ?? 0) > 0 ? ["slow", "dead letters"] : ["ok", "arriving"]),
     facts: (f) => [["taken up", count(f.events)], ["dead letters", rate(f.dead_per_s)]],
   },
   {
     name: "Stream", curve: "lag_events",
     main: (f) => `${count(f.lag_events)} waiting`,
-    state: (f, up) => (!up.stream ? ["away", "away"] : (f.lag_events ?? 0) > 10000 ? ["slow", "behind"] : ["ok", "keeps up"]),
+    state: (f, up) => unwell("stream", f, up) ?? ((f.lag_events ?? 0) > 10000 ? ["slow", "behind"] : ["ok", "keeps up"]),
     facts: (f) => [["lag", span(f.lag_s)], ["commit", span(f.spreads.commit_s?.p50)]],
   },
   {
     name: "Micro-batches", curve: "microbatches_per_s",
     main: (f) => rate(f.microbatches_per_s),
-    state: (f, up) => (!up.kafka ? ["away", "Kafka away"] : (f.trainer_lag ?? 0) > 100 ? ["slow", "piling up"] : ["ok", "in the log"]),
+    state: (f, up) => (f.kafka_away ? ["away", "Kafka away"] : f.trainer_lag === null ? ["slow", "unknown"] : f.trainer_lag > 100 ? ["slow", "piling up"] : ["ok", "in the log"]),
     facts: (f) => [["rows each", decimal(f.microbatch_rows, 1)], ["unread", count(f.trainer_lag)]],
   },
   {
     name: "Training", curve: "rows_per_s",
     main: (f) => rate(f.rows_per_s, "rows"),
-    state: (f, up) => (!up.trainer ? ["away", "away"] : f.held ? ["slow", "held by the guard"] : f.budget?.spent ? ["slow", "privacy budget spent"] : f.paused ? ["held", "paused"] : ["ok", f.budget ? `learning, epsilon ${decimal(f.budget.left, 2)} of ${decimal(f.budget.epsilon, 2)} left` : "learning"]),
+    state: (f, up) => unwell("trainer", f, up) ?? (f.held ? ["slow", "held by the guard"] : f.budget?.spent ? ["slow", "privacy budget spent"] : f.paused ? ["held", "paused"] : ["ok", f.budget ? `learning, epsilon ${decimal(f.budget.left, 2)} of ${decimal(f.budget.epsilon, 2)} left` : "learning"]),
     facts: (f) => [["step", span(f.spreads.step_s?.p50)], ["log loss", decimal(f.log_loss)]],
   },
   {
     name: "Versions", curve: "newest_version",
     main: (f) => count(f.newest_version),
-    state: (f, up) => (!up.trainer ? ["away", "away"] : f.publishing_held ? ["held", "publishing held"] : f.refused ? ["slow", "one refused"] : ["ok", "published"]),
+    state: (f, up) => (!up.trainer ? ["away", "away"] : f.newest_version === null ? ["slow", "none yet"] : f.publishing_held ? ["held", "publishing held"] : f.refused ? ["slow", "one refused"] : ["ok", "published"]),
     facts: (f) => [["epoch", count(f.epoch)], ["publication", span(f.spreads.publication_s?.p50)]],
   },
   {
     name: "Answers", curve: "answers_per_s",
     main: (f) => rate(f.answers_per_s),
-    state: (f, up) => (!up.worker || !up.applier ? ["away", "away"] : (f.failed_per_s ?? 0) > 0 ? ["slow", "some fail"] : f.pinned ? ["held", "pinned"] : ["ok", "following"]),
+    state: (f, up) => unwell("worker", f, up) ?? unwell("applier", f, up) ?? ((f.failed_per_s ?? 0) > 0 ? ["slow", "some fail"] : f.pinned ? ["held", "pinned"] : ["ok", "following"]),
     facts: (f) => [["version", count(f.version)], ["p99", span(f.spreads.answer_s?.p99)]],
   },
 ];
@@ -64,7 +71,7 @@ export function begin() {
 /** Shows the state of now. */
 export function show(state) {
   const figures = state.figures;
-  const up = { ...Object.fromEntries(Object.entries(state.processes).map(([name, one]) => [name, one.answers])), kafka: state.kafka.answers };
+  const up = Object.fromEntries(Object.entries(state.processes).map(([name, one]) => [name, one.answers]));
   STAGES.forEach((stage, place) => {
     const parts = made[place];
     const [kind, words] = stage.state(figures, up);

@@ -1,7 +1,7 @@
 // One user's profile: interests as bars, and why one of them is as probable as it is.
 
 import { read } from "./asking.js";
-import { at, h, tell } from "./dom.js";
+import { at, h, marked, tell } from "./dom.js";
 import { age, count, percent } from "./words.js";
 
 let asked = 0;
@@ -13,7 +13,7 @@ async function lookUp(user, label) {
     const found = await read(`api/profiles/${encodeURIComponent(user)}${query}`);
     if (mine === asked) show(user, found);
   } catch (error) {
-    if (mine === asked) at("found").replaceChildren(h("p", { class: "problem" }, error.message));
+    if (mine === asked) at("found").replaceChildren(h("p", { class: "problem" }, marked(error.message)));
   }
 }
 

@@ -1,7 +1,7 @@
 // What changes something: each asks for a reason, and is done on what was shown or not at all.
 
 import { Refused, change, keepToken, read, token } from "./asking.js";
-import { at, h, tell } from "./dom.js";
+import { at, h, marked, tell } from "./dom.js";
 import { age, count, moment } from "./words.js";
 
 const NAME = "springtide-name";
@@ -15,7 +15,7 @@ export const mayOperate = () => role === "operate";
 /** Says something once, where a screen reader hears it. */
 export function say(text, kind = "done") {
   at("said").dataset.kind = kind;
-  at("said").textContent = text;
+  at("said").replaceChildren(...marked(text));
 }
 
 /** A dialog with fields; `does` is called with what was filled in, and closes it where it succeeds. */
@@ -23,7 +23,7 @@ function ask(title, told, fields, button, does) {
   const dialog = at("asking"), problem = h("p", { role: "alert", class: "problem" });
   const send = h("button", { type: "submit" }, button);
   const form = h(
-    "form", { method: "dialog" }, h("h2", { id: "asking-title" }, title), told ? h("p", {}, told) : null, fields, problem,
+    "form", { method: "dialog" }, h("h2", { id: "asking-title" }, title), told ? h("p", {}, marked(told)) : null, fields, problem,
     h("div", { class: "row end" }, h("button", { type: "button", class: "plain", onclick: () => dialog.close() }, "Cancel"), send),
   );
   form.addEventListener("submit", async (event) => {

@@ -40,6 +40,17 @@ def test_a_load_beyond_a_limit_says_which_and_ends_with_1(capsys: pytest.Capture
     assert found["partitions"] == {"clicks": found["partitions"]["clicks"], "training_log": 1}
 
 
+def test_max_users_max_rows_and_the_form_of_the_stream_count(capsys: pytest.CaptureFixture[str]) -> None:
+    def part(name: str, *words: str) -> dict[str, float]:
+        main(["--users", "1e7", "-o", "json", *words])
+        found: dict[str, float] = json.loads(capsys.readouterr().out)["parts"][name]
+        return found
+
+    assert part("trainer", "--trainer.max_rows", "20000000")["memory_gb"] > part("trainer")["memory_gb"]
+    assert part("applier", "--serving.max_users", "100000")["memory_gb"] < part("applier")["memory_gb"]
+    assert part("stream", "--stream", "flink")["cores"] > part("stream")["cores"]
+
+
 def test_figures_of_another_machine_and_settings_take_the_place_of_ours(capsys: pytest.CaptureFixture[str]) -> None:
     def cores(*words: str) -> int:
         main(["--clicks", "30000", "-o", "json", *words])
@@ -56,6 +67,7 @@ def test_figures_of_another_machine_and_settings_take_the_place_of_ours(capsys: 
         (["--measured", "speed=1"], "there is no figure speed"),
         (["--measured", "stream_us=fast"], "must be a number above 0"),
         (["--use", "1.5"], "--use is at most 1"),
+        (["--stream", "spark"], "invalid choice"),
         (["--cliks", "1"], "unrecognized arguments"),
     ],
 )

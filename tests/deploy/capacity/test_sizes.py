@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deploy.capacity.limits import limits, most_clicks_s
-from deploy.capacity.load import DAY_S, HOUR_S, Load, changed_rows, kept_versions
+from deploy.capacity.load import DAY_S, HOUR_S, Load, kept_versions
 from deploy.capacity.measured import MeasuredCosts
 from deploy.capacity.prices import GB, RESERVE, Prices, bills, total
-from deploy.capacity.sizes import BESIDE, KAFKA, REGISTRY, SERVING, STREAM, TRAINER, WORKERS, Sizing
+from deploy.capacity.sizes import BESIDE, FLINK, KAFKA, LOCAL, REGISTRY, SERVING, STREAM, TRAINER, WORKERS, Sizing
 from state.config.sections import Paths
 from state.config.settings import RegistrySettings, Settings
 
@@ -48,9 +48,9 @@ def test_the_deployment_that_was_measured_comes_out_as_measured() -> None:
     assert near(found.applier_cores, 0.451, 0.1)
     # So long the soak had run; rows of durable versions stay for 15 min.
     young = replace(found, settings=replace(SETTINGS, serving=replace(SETTINGS.serving, keep_s=580.0)))
-    assert near(found.histories_bytes, 3.23e8) and near(young.served_bytes, 9.97e8)
+    assert near(found.host_histories_bytes, 3.23e8) and near(young.served_bytes, 9.97e8)
     assert near(found.log_bytes_s, 2.88e6) and near(found.version_bytes_s, 4.65 * 0.9e6)
-    durable = MEASURED.durable_bytes + changed_rows(SOAK, 10) * MEASURED.durable_row_bytes
+    durable = MEASURED.durable_bytes + found.changed_rows(10) * MEASURED.durable_row_bytes
     assert near(durable, 5.9e6)
     needs = found.needs()
     cores = sum(needs[part].cores for part in (STREAM, TRAINER, SERVING, WORKERS, BESIDE))
@@ -110,7 +110,9 @@ def test_units() -> None:
     found = sized(load)
     assert found.stream_cores == pytest.approx(MEASURED.stream_us / 1e6)
     assert found.worker_cores == pytest.approx(1000 * MEASURED.lean_us / 1e6)
-    assert found.histories_bytes == MEASURED.user_bytes + 256 * MEASURED.event_bytes
+    assert (
+        found.stream_histories_bytes == found.host_histories_bytes == MEASURED.user_bytes + 256 * MEASURED.event_bytes
+    )
     assert found.log_bytes_s == MEASURED.log_row_bytes
     kafka = found.needs()[KAFKA]
     assert kafka.disk_bytes == pytest.approx((100 + MEASURED.log_row_bytes) * 3600) and kafka.count == 3
@@ -145,9 +147,50 @@ def test_versions_are_kept_as_the_registry_s_tiers_say() -> None:
 def test_settings_count() -> None:
     """A longer history takes more memory, a wider row more of the trainer's."""
     deep = replace(sized(SOAK), settings=replace(SETTINGS, features=replace(SETTINGS.features, history=512)))
-    assert deep.histories_bytes > 1.9 * sized(SOAK).histories_bytes
+    assert deep.host_histories_bytes > 1.9 * sized(SOAK).host_histories_bytes
     wide = replace(sized(SOAK), settings=replace(SETTINGS, model=replace(SETTINGS.model, dim=64)))
     assert wide.table_bytes > 1.5 * sized(SOAK).table_bytes
+
+
+def test_no_more_users_and_rows_are_counted_than_the_settings_keep() -> None:
+    load = Load(clicks_s=10_000, users=1e7, items=1e5)
+    few = Settings(
+        stream=replace(SETTINGS.stream, max_users=1_000_000),
+        serving=replace(SETTINGS.serving, max_users=500_000),
+        trainer=replace(SETTINGS.trainer, max_rows=1_000_000),
+    )
+    capped, kept = Sizing(load, few, MEASURED), sized(replace(load, users=1e6))
+    assert capped.rows == 1_100_000 and capped.table_bytes == kept.table_bytes
+    a_user = MEASURED.user_bytes + SETTINGS.features.history * MEASURED.event_bytes
+    assert capped.stream_histories_bytes == pytest.approx(1_000_000 * a_user)
+    assert capped.host_histories_bytes == pytest.approx(500_000 * a_user)
+    shares = {limit.name: limit.share for limit in limits(capped)}
+    assert shares["users beyond `max_users` have no history"] == 20
+    assert shares["users or items beyond `max_rows` have no row"] == 10
+
+
+def test_a_stream_that_one_process_does_not_bear_costs_what_it_takes_on_flink() -> None:
+    """Measured by `tests.bench.flink` and `tests.bench.stream`: a click takes 3 to 4 times as much there."""
+    small, large = sized(SOAK), sized(replace(SOAK, clicks_s=100_000))
+    assert (small.on_flink, large.on_flink) == (False, True)
+    assert 3 <= large.stream_cores / (10 * small.stream_cores) <= 4
+    assert replace(large, form=LOCAL).stream_cores == pytest.approx(10 * small.stream_cores)
+    asked = replace(small, form=FLINK).needs()[STREAM]
+    assert asked.cores == pytest.approx(10_000 * MEASURED.flink_us / 1e6)
+    need = large.needs()[STREAM]
+    assert need.cores * need.count == pytest.approx(100_000 * MEASURED.flink_us / 1e6)
+    assert need.count > 1 and need.cores <= large.host_cores * large.use
+    names = {limit.name for limit in limits(replace(large, form=LOCAL)) if limit.share > 1}
+    assert "the local stream is one process" in names
+
+
+def test_the_leader_of_the_training_log_sends_it_to_every_reader() -> None:
+    """30 GB a second at a million clicks a second: followers, trainer, validation and a hundred hosts read from it."""
+    far = sized(Load(clicks_s=1e6, users=1e6, answers_s=1e6))
+    assert far.hosts == 100
+    assert far.log_leader_bytes_s == pytest.approx(1e6 * MEASURED.log_row_bytes * (1 + 2 + 2 + 100))
+    (leader,) = (limit for limit in limits(far) if "leads the training log" in limit.name)
+    assert leader.asked == far.log_leader_bytes_s and leader.share > 20
 
 
 def test_each_figure_names_its_command() -> None:

@@ -98,6 +98,23 @@ def test_a_process_that_keeps_dying_is_tried_ever_more_slowly_and_ends_nothing(
     supervisor.stop_all(hurry=lambda: True)
 
 
+def test_a_process_that_waits_for_a_registry_is_tried_again_every_few_seconds(tmp_path: Path, lines: list[str]) -> None:
+    now = [0.0]
+    supervisor = Supervisor(tmp_path, os.environ, lines.append, SupervisorMetrics(CollectorRegistry()), lambda: now[0])
+    unreadable = "trainer ERROR UnusableRegistry: the registry cannot be read (registry: Permission denied)"
+    supervisor.start(python("trainer", f"raise SystemExit({unreadable!r})"))
+    for number in range(1, 9):
+        process = supervisor._children["trainer"].process
+        assert process is not None
+        process.wait(DEADLINE_S)
+        supervisor.look()
+        assert len(lines) == number
+        now[0] = supervisor._children["trainer"].start_at or 0.0
+        supervisor.look()
+    assert lines[-1] == f"trainer died (exit 1): {unreadable}; starting it again in 4 s, after 8 deaths in a row"
+    supervisor.stop_all(hurry=lambda: True)
+
+
 def test_a_healthy_life_is_told_and_begins_the_waits_anew(tmp_path: Path, lines: list[str]) -> None:
     now, collected = [0.0], CollectorRegistry()
     supervisor = Supervisor(tmp_path, os.environ, lines.append, SupervisorMetrics(collected), lambda: now[0])
@@ -133,8 +150,12 @@ def test_wrong_use_at_the_very_first_start_is_given_up_at_once(supervisor: Super
     until(given_up)
 
 
-def test_wrong_use_of_one_part_does_not_end_a_loop_that_ran(supervisor: Supervisor, lines: list[str]) -> None:
+def test_wrong_use_of_one_part_does_not_end_a_loop_that_ran(tmp_path: Path, lines: list[str]) -> None:
+    collected = CollectorRegistry()
+    supervisor = Supervisor(tmp_path, os.environ, lines.append, SupervisorMetrics(collected))
+    assert collected.get_sample_value("springtide_up_settled") == 0
     supervisor.settled = True
+    assert collected.get_sample_value("springtide_up_settled") == 1
     supervisor.start(python("stream", "raise SystemExit(2)"))
     until(lambda: (supervisor.look(), bool(lines))[1])
     assert lines[0].startswith("stream died (exit 2)")

@@ -8,7 +8,7 @@ import shutil
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from deploy.serving.edge.tokens import OPERATE, tokens_in
+from deploy.serving.edge.tokens import OPERATE, READ, tokens_in
 from tests.deploy.console.conftest import Reached
 from tests.deploy.operate.test_held import hold
 from tests.deploy.operating import Operator
@@ -31,6 +31,12 @@ def test_what_the_guard_holds_is_shown_and_gone_back_from_without_its_clicks(
         page = browser.new_page()
         page.add_init_script(f"sessionStorage.setItem('springtide-token', '{token}')")
         page.goto(console.url)
+        # What a command would write between backticks is shown as code.
+        page.get_by_role("button", name="Token: operate").click()
+        asking = page.locator("#asking")
+        expect(asking.locator("code")).to_have_text([OPERATE, READ])
+        expect(asking).not_to_contain_text("`")
+        asking.get_by_role("button", name="Cancel").click()
         suspect = page.locator("#suspect")
         expect(suspect).to_contain_text("share of one user is 30.5, usually 1.00 (user). Answers stay at version 3")
         expect(suspect).to_contain_text("1:400-479")

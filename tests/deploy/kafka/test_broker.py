@@ -15,7 +15,9 @@ import pytest
 from deploy.kafka import broker as broker_module
 from deploy.kafka.broker import Broker
 from deploy.kafka.configuration import free_port
+from state.config.sections import Kafka as KafkaSettings
 from state.errors import KafkaFailed, PortTaken
+from state.log import Reader, Topics
 from tests.one_kafka import Running
 from tests.reading import eventually
 
@@ -110,3 +112,24 @@ def test_the_broker_dies_with_its_parent(tmp_path: Path) -> None:
 def test_a_stopped_broker_starts_again_and_a_killed_one_is_reported(tmp_path: Path) -> None:
     output, _ = child(tmp_path, "restart").communicate(timeout=120)
     assert "ended with status -9" in output
+
+
+def test_a_broker_that_hangs_is_not_reachable_though_its_connections_are_open(tmp_path: Path) -> None:
+    settings = KafkaSettings(bootstrap_servers=f"127.0.0.1:{free_port()}")
+    broker = Broker(tmp_path, int(settings.bootstrap_servers.rpartition(":")[2]), heap_mb=192).start()
+    try:
+        with Topics(settings) as topics:
+            topics.ensure("clicks", 1)
+        with Reader(settings, "clicks") as reader:
+
+            def reachable() -> bool:
+                reader.poll(0.1)
+                return reader.reachable()
+
+            assert eventually(reachable)
+            os.kill(broker.pid or 0, signal.SIGSTOP)
+            assert eventually(lambda: not reachable())
+            os.kill(broker.pid or 0, signal.SIGCONT)
+            assert eventually(reachable)
+    finally:
+        broker.kill()

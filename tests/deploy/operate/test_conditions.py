@@ -20,6 +20,7 @@ from state.metrics import ApplierMetrics, TrainerMetrics, serve
 from state.registry import control
 from state.registry.log_line import WHOLE, turned
 from state.registry.registry import Registry
+from tests.deploy.operating import draft, files
 
 WHO = {"actor": "ann", "reason": "poison", "now_ms": 5}
 
@@ -70,7 +71,9 @@ def test_a_rollback_is_caught_up_once_it_is_learned_again(
     settings: Settings, registry: Registry, trainer: TrainerMetrics
 ) -> None:
     trainer.epoch.set(1)
-    assert "records behind" in missing("caught-up", settings)
+    assert missing("caught-up", settings) == "the trainer is starting"
+    trainer.lag_records.set(5673)
+    assert missing("caught-up", settings) == "the trainer is 5,673 records behind"
     trainer.caught_up.set(1)
     assert missing("caught-up", settings) == ""
     registry.change(lambda now: control.roll_back(now, 40, Mask.NONE, **WHO))
@@ -95,6 +98,23 @@ def test_answers_turn_and_then_follow(settings: Settings, registry: Registry, ap
     assert "a version of epoch 2 is wanted" in missing("following", settings)
     applier.epoch.set(2)
     assert missing("following", settings) == ""
+
+
+def test_answers_follow_from_the_base_where_a_rollback_has_nothing_to_learn(
+    settings: Settings, registry: Registry, applier: ApplierMetrics
+) -> None:
+    registry.publish(draft(1, None), files())
+    registry.publish(draft(2, 1), files())
+    applier.version.set(1)
+    applier.epoch.set(1)
+    applier.history_epoch.set(1)
+    registry.change(lambda now: control.roll_back(now, 1, Mask.NONE, **WHO))
+    registry.change(lambda now: control.follow(now, **WHO))
+    assert "a version of epoch 2 is wanted" in missing("following", settings), "it may still learn"
+    registry.add_outcome(2, "learned", {"rows": 7, "masked": 7})
+    assert missing("following", settings) == ""
+    registry.publish(draft(3, 1, epoch=2), files())
+    assert "a version of epoch 2 is wanted" in missing("following", settings)
 
 
 def test_answers_follow_only_with_the_histories_of_the_line_that_control_names(

@@ -81,6 +81,52 @@ def test_a_second_rollback_may_name_clicks_that_the_stream_has_yet_to_write_agai
     refused(operator, SettingsError, "no row of the training log is named", "--to", "3", "--skip-time", "4m..3m")
 
 
+@pytest.mark.parametrize("skip", ["--skip", "--skip-time", "--skip-users"])
+def test_an_exact_rollback_after_a_fast_one_starts_before_what_the_fast_one_left_out(
+    operator: Operator, tmp_path: Path, skip: str
+) -> None:
+    """The fast one only left rows out of training: the training log still has the clicks."""
+    salt = load_salt(tmp_path / "salt")
+    operator.registry.publish(replace(draft(6, 5), salt=salt.fingerprint), files())
+    (tmp_path / "users.txt").write_text("ann\n")
+    ours_are_the_bots(operator, user_id(salt, "ann"))
+    value = {"--skip": "1:360-399", "--skip-time": "6m..5m", "--skip-users": str(tmp_path / "users.txt")}[skip]
+    words = ("rollback", skip, value, "--reason", "bots", "-o", "json")
+    fast = json.loads(operator(*words))["control"]
+    made = replace(draft(7, fast["base"], epoch=2, records=32), salt=salt.fingerprint, mask_generation=2)
+    operator.registry.publish(made, files())
+    operator("follow", "--reason", "looks good")
+    # What was asked once is not done again.
+    assert json.loads(operator(*words))["changed"] is False
+    refused(
+        operator,
+        UnfitVersion,
+        rf"version 7 comes after.*of mask 1.*`--to {fast['base']}`",
+        "--to",
+        "7",
+        "--mode",
+        "exact",
+    )
+    exact = json.loads(operator(*words, "--mode", "exact"))
+    assert exact["control"]["base"] == fast["base"], "not the newest version, whose log has the clicks"
+    assert exact["plan"]["exact"]["clicks"] == 20 * (32 - 5 * fast["base"])
+    # Now the log has none of them: versions after them are clean.
+    made = replace(made, epoch=3, parent=fast["base"], mask_generation=2)
+    operator.registry.publish(replace(made, log=replace(made.log, epoch=2, next=70)), files())
+    operator("follow", "--reason", "looks good")
+    assert json.loads(operator(*words, "--mode", "exact"))["changed"] is False
+
+
+def test_an_exact_rollback_without_clicks_excludes_from_the_log_what_fast_ones_left_out(operator: Operator) -> None:
+    refused(operator, SettingsError, "neither a version nor clicks", "--mode", "exact")
+    operator("rollback", "--skip", "1:360-399", "--reason", "bots")
+    operator.registry.publish(replace(draft(6, 3, epoch=2, records=32), mask_generation=2), files())
+    operator("rollback", "--mode", "exact", "--reason", "their windows too")
+    assert (newest(operator).base, newest(operator).mode) == (3, "exact")
+    assert all(one.excluded for one in newest(operator).masks)
+    refused(operator, SettingsError, "neither a version nor clicks", "--mode", "exact")
+
+
 # What it goes back to
 
 
@@ -183,6 +229,9 @@ def ours_are_the_bots(operator: Operator, ours: int) -> None:
     kafka = Kafka()
     made.topics().ensure(kafka.clicks_topic, 2)
     made.topics().ensure(LOG, 1)
+    with made.writer() as writer:
+        for _ in range(640):
+            writer.send(kafka.clicks_topic, 1, None, b"")
     with made.writer("stream") as writer:
         for number in range(32):
             batch = decode(record(number))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -59,3 +60,20 @@ def test_each_alert_fires_where_it_must_and_is_silent_where_it_must(file: str, t
         path.write_text(json.dumps(document))
         said = told("test", "rules", path)
         assert said.returncode == 0, said.stdout + said.stderr
+
+
+PROVED_BY = {
+    "a minute": "[1m]",
+    "two minutes": "[2m]",
+    "five minutes": "[5m]",
+    "half an hour": "[30m]",
+    "an hour": "[1h]",
+}
+
+
+@pytest.mark.parametrize("alert", rules.ALERTS)
+def test_what_an_alert_says_is_true_from_its_first_moment(alert: str) -> None:
+    # Whoever looks reads the summary while the alert is pending: `for` has proved nothing yet.
+    rule = rules.ALERTS[alert]
+    spans = re.findall(r"\bfor ((?:half )?an? (?:hour|minute)|\w+ (?:minutes|hours))\b", rule["annotations"]["summary"])
+    assert [span for span in spans if PROVED_BY.get(span, span) not in rule["expr"]] == []

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.startup.checks import Port, require_disk, require_ports, require_python
-from state.errors import PortTaken, StoreFull, UnsupportedPython
+from deploy.startup.checks import Port, require_directory, require_disk, require_ports, require_python
+from state.errors import PortTaken, StoreFull, UnsupportedPython, UnusableDisk
 
 HOST = "127.0.0.1"
 
@@ -54,3 +54,18 @@ def test_port_zero_is_refused_since_the_parts_could_not_find_each_other() -> Non
 def test_an_address_of_another_machine_is_refused() -> None:
     with pytest.raises(PortTaken, match=r"192\.0\.2\.1.*serving\.port"):
         require_ports([Port("serving.port", "192.0.2.1", 8501)])
+
+
+@pytest.mark.parametrize(
+    ("where", "why"),
+    [("file", "is a file"), ("file/deep", "cannot be made"), ("/sys/springtide", "cannot be made")],
+)
+def test_a_state_directory_that_cannot_be_is_refused_with_the_flag(tmp_path: Path, where: str, why: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UnusableDisk, match=rf"{where}.* {why}.*choose another directory with --state"):
+        require_directory(tmp_path / where)
+
+
+def test_a_state_directory_is_made_where_it_is_missing(tmp_path: Path) -> None:
+    require_directory(tmp_path / "not" / "yet")
+    assert (tmp_path / "not" / "yet").is_dir()

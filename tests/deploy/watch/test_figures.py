@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 
+import grpc
 import numpy as np
 import pytest
 from hypothesis import given
@@ -20,7 +22,8 @@ from deploy.watch.live import live_line
 from deploy.watch.panel import panel, troubles
 from deploy.watch.quantiles import between, quantile, spread
 from deploy.watch.scrape import Scrape, parsed, scrape
-from state.metrics import ApplierMetrics, StreamMetrics, TrainerMetrics, WorkerMetrics, serve
+from state.metrics import ANSWERING_ROUTES, ApplierMetrics, StreamMetrics, TrainerMetrics, WorkerMetrics, serve
+from tests.rules import RECORDED
 
 
 @dataclasses.dataclass
@@ -67,6 +70,8 @@ def busy(loop: Loop) -> Figures:
     loop.trainer.log_loss.set(1.25)
     loop.trainer.auc.set(0.625)
     loop.trainer.version.set(35)
+    loop.trainer.lag_records.set(0)
+    loop.applier.microbatch_lag_records.set(0)
     for _ in range(10):
         loop.trainer.step_seconds.observe(0.0015)
     loop.applier.version.set(34)
@@ -150,6 +155,103 @@ def test_a_process_that_is_away_is_named_and_the_rest_is_shown() -> None:
     assert (found.events, found.events_per_s, found.answers, found.failed) == (None, None, None, None)
 
 
+def scraped(*lines: str) -> Scrape:
+    return Scrape(parsed("\n".join(lines)))
+
+
+def test_a_start_is_reported_with_its_progress_and_unknown_values_are_not_0(loop: Loop) -> None:
+    scrapes = loop.scrapes()
+    kernels = {("springtide_kernels_total", ()): 30.0, ("springtide_kernels_ready", ()): 12.0}
+    scrapes["stream"] = Scrape({**scrapes["stream"].values, **kernels})
+    found = Watch().look(scrapes, 0.0, 0.0)
+    assert troubles(found) == ["stream compiling kernels, 12 of 30", "trainer starting", "applier starting"]
+    unknown = (found.lag_events, found.lag_s, found.trainer_lag, found.serving_lag, found.version, found.newest_version)
+    assert unknown == (None,) * 6
+    loop.stream.lag_events.set(0)
+    loop.trainer.version.set(1)
+    loop.applier.version.set(1)
+    found = Watch().look(loop.scrapes(), 0.0, 0.0)
+    assert (troubles(found), found.lag_events) == ([], 0)
+
+
+def test_parts_that_up_has_still_to_start_are_not_called_away() -> None:
+    away = {name: Scrape(problem="refused") for name in ("stream", "trainer")}
+    found = Watch().look({**away, "up": scraped("springtide_up_settled 0")}, 0.0, 0.0)
+    assert troubles(found) == ["stream not started yet", "trainer not started yet"]
+    found = Watch().look({**away, "up": scraped("springtide_up_settled 1")}, 0.0, 0.0)
+    assert troubles(found) == ["stream away", "trainer away"]
+    assert troubles(Watch().look(away, 0.0, 0.0)) == ["nothing answers"]
+
+
+@pytest.mark.parametrize(
+    ("process", "earlier", "now", "words"),
+    [
+        # The trainer was killed; the one that started again has 5,673 records to read and reads none.
+        ("trainer", ("lag_records 5600", 'rows_total{outcome="trained"} 9'), ("lag_records 5673", 'rows_total{outcome="trained"} 9'), "trainer: 5,673 records wait and none is read"),
+        # It answered too late for the poll before, or did not know its lag then.
+        ("trainer", ("lag_records NaN",), ("lag_records 1147",), "trainer: 1,147 records wait"),
+        ("trainer", ("lag_records 5673",), ("lag_records 900", 'rows_total{outcome="trained"} 99999'), ""),
+        ("trainer", ("lag_records 140", 'rows_total{outcome="trained"} 9'), ("lag_records 150", 'rows_total{outcome="trained"} 19'), "trainer: 150 records wait and their number grows"),
+        ("trainer", ("lag_records 2", 'rows_total{outcome="trained"} 9'), ("lag_records 3", 'rows_total{outcome="trained"} 19'), ""),
+        ("trainer", ("lag_records 5600", "paused 1"), ("lag_records 5673", "paused 1"), "training is paused by an operator"),
+        ("stream", ("lag_events 40",), ("lag_events 60",), "stream: 60 clicks wait and none is read"),
+        ("stream", ("lag_events 4000", 'events_total{outcome="rows"} 1'), ("lag_events 4500", "lag_seconds 12", 'events_total{outcome="rows"} 9'), "stream: 4,500 clicks wait and their number grows"),
+        ("stream", ("lag_events 4000", 'events_total{outcome="rows"} 1'), ("lag_events 4500", "lag_seconds 0.3", 'events_total{outcome="rows"} 9'), ""),
+    ],
+)  # fmt: skip
+def test_a_part_that_falls_behind_is_a_trouble(
+    process: str, earlier: tuple[str, ...], now: tuple[str, ...], words: str
+) -> None:
+    watch = Watch(spread_s=None)
+    others = ("lag_events 0", "version 1")
+    for at_s, lines in ((0.0, earlier), (1.0, now)):
+        series = [f"springtide_{process}_{line}" for line in ("began_seconds 1", *others, *lines)]
+        found = watch.look({process: scraped(*series)}, at_s, 0.0)
+    assert troubles(found) == ([words] if words else [])
+
+
+def test_a_part_that_answers_again_is_not_said_to_be_unable_to_run() -> None:
+    series = "springtide_up_deaths_in_a_row"
+    up = scraped(f'{series}{{part="trainer"}} 9', f'{series}{{part="kafka"}} 3', "springtide_up_settled 1")
+    running = {"trainer": scraped("springtide_trainer_version 7", "springtide_trainer_began_seconds 1")}
+    found = Watch().look({**running, "up": up}, 0.0, 0.0)
+    assert troubles(found) == ["kafka cannot run, 3 deaths in a row"]
+    assert troubles(found.with_kafka({"answers": True, "lag": 0})) == []
+    found = Watch().look({"trainer": Scrape(problem="refused"), "up": up}, 0.0, 0.0)
+    assert "trainer cannot run, 9 deaths in a row" in troubles(found)
+
+
+def test_without_kafka_kafka_is_named_first() -> None:
+    scrapes = {
+        "stream": Scrape(problem="refused"),
+        "applier": scraped("springtide_serving_version 3", "springtide_serving_log_away 1"),
+        "up": scraped('springtide_up_deaths_in_a_row{part="stream"} 4'),
+    }
+    found = Watch().look(scrapes, 0.0, 0.0)
+    assert troubles(found) == ["Kafka away", "stream away", "stream cannot run, 4 deaths in a row"]
+    assert troubles(Figures(up_s={"stream": 9.0}).with_kafka({"answers": False, "away": True})) == ["Kafka away"]
+
+
+def test_what_failed_is_the_same_here_and_in_the_alert(loop: Loop) -> None:
+    counted = re.findall(r'(\w+)=~"([^"]*)"', RECORDED["job:springtide_requests_failed:rate5m"]["expr"])
+    fails = {label: re.compile(expression) for label, expression in counted}
+    watch = Watch()
+    watch.look(loop.scrapes(), 0.0, 0.0)
+    codes = [*map(str, range(200, 600)), "OK", *(one.name for one in grpc.StatusCode)]
+    routes = [*ANSWERING_ROUTES, "ready", "metrics", "other"]
+    for route in routes:
+        for code in codes:
+            loop.worker.requests.labels(route, code).inc()
+    found = watch.look(loop.scrapes(), 1.0, 0.0)
+    expected = sum(
+        bool(fails["route"].fullmatch(route) and fails["code"].fullmatch(code))
+        for route in routes
+        for code in set(codes)
+    )
+    assert found.failed == expected > 0
+    assert f"{found.failed_per_s:.0f}/s answers fail".replace(",", "") in troubles(found)[-1].replace(",", "")
+
+
 def counted(born: float, steps: int, slow: int = 0) -> dict[str, Scrape]:
     """A trainer that began at `born` with so many steps, some of them slow."""
     series = "springtide_trainer_step_seconds_bucket"
@@ -222,6 +324,8 @@ OLD_CLICKS = Figures(
         (Figures(rows_per_s=100.0, skipped_per_s=1.0), []),
         (Figures(budget=BudgetLeft(8.0, 0.1, False)), []),
         (Figures(budget=BudgetLeft(8.0, 0.1, True)), ["training holds: the privacy budget is spent"]),
+        (Figures(events_per_s=1.0, weights_s=26.0), ["weights 26 s old"]),
+        (Figures(events_per_s=1.0, weights_s=15.0), []),
         (Figures(events_per_s=1.0, weights_s=61.0), ["weights 61 s old"]),
         (Figures(events_per_s=0.0, weights_s=61.0), []),
         (Figures(events_per_s=1.0, weights_s=61.0, pinned=True), ["pinned by an operator"]),
@@ -250,6 +354,7 @@ def test_what_is_wrong_is_said_and_what_is_quiet_is_not(figures: Figures, words:
 def test_old_clicks_are_called_so_beside_their_age() -> None:
     figures = dataclasses.replace(OLD_CLICKS, trainer_lag=2.0)
     assert "features 537.0 h, weights 537.0 h old (old clicks)" in live_line(figures)
+    assert "(old clicks)" not in live_line(dataclasses.replace(figures, kafka_away=True))
     assert "(old clicks)" not in live_line(Figures(features_s=0.2, weights_s=0.4, lag_s=0.1, serving_lag=1.0))
     (line,) = (line for line in panel(figures) if line.startswith("features"))
     assert line.endswith("age of the newest, an old click") and len(line) < 80

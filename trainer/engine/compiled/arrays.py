@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from state.compiled import layout
 from trainer.engine.optimizers.fast_weights import FastSlots
 
 F32 = npt.NDArray[np.float32]
@@ -19,6 +20,12 @@ I32 = npt.NDArray[np.int32]
 U16 = npt.NDArray[np.uint16]
 
 
+@layout(
+    "u2[:, :, ::1], f4[::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], u2[:, :, ::1], u2[:, :, ::1], i4[:, ::1], i4[:, ::1], i4[::1], i4[::1], i4[::1], i4[::1], f4[::1], f4[::1], f4[::1], f4[::1], i4[:, ::1], i4[::1], f4[::1]"
+)
+@layout(
+    "u2[:, :, ::1], f4[::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], u2[:, :, ::1], u2[:, :, ::1], i4[:, ::1], i4[:, ::1], i4[::1], i4[::1], i4[::1], i4[::1], f4[::1], f4[::1], f4[::1], f4[::1], i4[:, ::1], i4[::1], f4[::1]"
+)
 class Facts(NamedTuple):
     """What the host knows of a step; rows are positions in the distinct rows of a table, 0 the missing one.
 
@@ -73,6 +80,7 @@ class Facts(NamedTuple):
     cross_prior: F32
 
 
+@layout("f4[:, ::1], f4[::1], f4[::1], f4[:, ::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[::1], f4[::1]")
 class FastWeights(NamedTuple):
     """The weights that move within a step, or derivatives by them, float32.
 
@@ -118,6 +126,12 @@ class FastWeights(NamedTuple):
 FAST = FastWeights._fields
 
 
+@layout(
+    "f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1], FastWeights"
+)
+@layout(
+    "f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1], FastWeights"
+)
 class HeadInputs(NamedTuple):
     """What the graph computed of a step, float32.
 
@@ -152,6 +166,7 @@ class HeadInputs(NamedTuple):
     fast: FastWeights
 
 
+@layout("f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[::1], f4[::1], FastWeights")
 class Gradients(NamedTuple):
     """Derivatives of the loss by what of `HeadInputs` is learned, in its shapes.
 

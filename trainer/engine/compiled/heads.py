@@ -42,7 +42,9 @@ FAST_ROWS = HYPERPARAMETERS.fast_rows
 _ZERO = np.float32(0.0)
 
 
-@compiled_sums
+@compiled_sums(
+    "Facts, HeadInputs, (f4[:, ::1],) * 4, f4[::1], f4[::1], Scores, Gradients, FastSlots, FastWeights, f4[::1], FastWeights, f4[::1], Workspace, f4, bool"
+)
 def _heads(
     facts: Facts,
     inputs: HeadInputs,

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from state.compiled import layout
 from trainer.engine.compiled.arrays import F32, I32, Facts
 from trainer.model.default_ranker import NET_HIDDEN, NEXT_HIDDEN
 
@@ -16,6 +17,12 @@ LANES = 32
 """Numbers that a loop over categories takes at once, on any processor."""
 
 
+@layout(
+    "i4[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[:, ::1], f4[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[::1]"
+)
+@layout(
+    "i4[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[:, ::1], f4[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[::1]"
+)
 class Workspace(NamedTuple):
     """Working memory for a block of `n` rows.
 

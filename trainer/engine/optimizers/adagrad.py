@@ -18,7 +18,7 @@ F32 = npt.NDArray[np.float32]
 EPSILON = np.float32(HYPERPARAMETERS.epsilon)
 
 
-@compiled_sums
+@compiled_sums("f4[:, ::1], f4[:, ::1], f4[:, ::1], f4, f4")
 def _adagrad(rows: F32, accum: F32, gradient: F32, learning_rate: np.float32, epsilon: np.float32) -> None:
     for i in range(rows.shape[0]):
         for d in range(rows.shape[1]):

@@ -96,7 +96,7 @@ def _learn_shares(
         known[c] += information * numbers[c] * numbers[c]
 
 
-@compiled_sums
+@compiled_sums("i4[:, ::1], i4[::1], f4[::1], f4[::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1]")
 def _crosses(
     at: I32, share_at: I32, prior: F32, firsts: F32, labels: F32, logits: F32, rows: F32, precision: F32
 ) -> None:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from state.compiled import part_of_sums
+from state.compiled import layout, part_of_sums
 from trainer.model.hyperparameters import HYPERPARAMETERS
 
 F32 = npt.NDArray[np.float32]
@@ -19,6 +19,7 @@ _BETA_2, _EPSILON = np.float32(HYPERPARAMETERS.beta_2), np.float32(HYPERPARAMETE
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
+@layout("f4[::1], f4[::1], f4[::1], f4[::1], f4[::1]")
 class FastSlots(NamedTuple):
     """The fast weights, one behind another, and their slots.
 

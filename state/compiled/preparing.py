@@ -1,0 +1,86 @@
+"""Prepares the kernels of a process before it reports ready: loads them from the cache, or compiles them, and shows how far it is."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from prometheus_client import CollectorRegistry
+
+from state.compiled import Declared, declared
+from state.metrics import KernelMetrics
+
+SAY_S = 2.0
+
+
+class Kernels:
+    """The kernels that this process declares: those of all modules that it has imported.
+
+    Processes that start together share the work: the machine code of a kernel that one of them has compiled is loaded
+    by the others.
+
+    Args:
+        registry: Where their number, and how many are ready, are shown; make this as soon as it is offered.
+        logger: Says how far it is.
+        without: Modules whose kernels the settings leave unused.
+        uses: Modules that are imported late, and whose kernels are prepared too.
+    """
+
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        logger: logging.Logger,
+        without: Sequence[str] = (),
+        uses: Sequence[str] = (),
+    ) -> None:
+        for module in uses:
+            importlib.import_module(module)
+        self._metrics, self._logger, self._without = KernelMetrics(registry), logger, frozenset(without)
+        # Imports may add more: nothing is ready before `prepare`.
+        self.total, self.ready = max(1, len(self._wanted())), 0
+        self._metrics.total.set(self.total)
+        self._metrics.ready.set(0)
+
+    @property
+    def done(self) -> bool:
+        """Whether all are ready."""
+        return self.ready == self.total
+
+    @property
+    def progress(self) -> str:
+        """Words for people."""
+        return f"compiling kernels, {self.ready} of {self.total}"
+
+    def prepare(self, stopping: Callable[[], bool] = lambda: False) -> None:
+        """Prepares all of them, in this thread; returns early where the process is to stop.
+
+        Args:
+            stopping: Whether it is.
+        """
+        waiting = deque(self._wanted())
+        begin_s = said_s = time.monotonic()
+        self.total, self.ready = len(waiting), 0
+        self._metrics.total.set(self.total)
+        passed = 0
+        while waiting:
+            if stopping():
+                return
+            if time.monotonic() >= said_s + SAY_S:
+                said_s = time.monotonic()
+                self._logger.info("%s", self.progress)
+            kernel = waiting.popleft()
+            # Those that another process compiles now come last: they need only be loaded then.
+            if passed < len(waiting) and kernel.busy:
+                waiting.append(kernel)
+                passed += 1
+                continue
+            kernel.prepare()
+            self.ready, passed = self.ready + 1, 0
+            self._metrics.ready.set(self.ready)
+        self._logger.info("%d kernels ready after %.1f s", self.total, time.monotonic() - begin_s)
+
+    def _wanted(self) -> list[Declared]:
+        return [kernel for kernel in declared() if kernel.module not in self._without]
