@@ -188,7 +188,7 @@ def measured(host: Host, settings: Settings, ids: Ids, base: Manifest) -> dict[s
     everything = host.ask("profiles with all fields", f"{PROFILE}?fields=features,vector,attributes", 0.5)
     with_item = host.ask("profiles with an item", f"{PROFILE}?item=item-7&category=category-7", 0.5)
     cold = host.ask("cold starts", "/v1/profiles/nobody-{user}", 0.5)
-    recommended = host.ask("recommendations", "/v1/recommendations/user-{user}", 0.5, connections=4)
+    recommended = host.ask("recommendations", "/v1/recommendations/user-{user}", 0.5, connections=1)
     batch = host.ask("batches", "/v1/profiles:batch", 0.5, connections=1, together=TOGETHER)
     after = host.ask("floor", "/healthz", 0.5)
     loaded = host.ask("profiles, open loop", PROFILE, rate=HALF * profiles.per_s)
@@ -215,7 +215,7 @@ def measured(host: Host, settings: Settings, ids: Ids, base: Manifest) -> dict[s
         f"{TOGETHER} users in a call, p99": Figure(batch.p99_ms, "ms", "<= 20"),
         f"users in calls of {TOGETHER}": Figure(TOGETHER * batch.per_s, "answers/s"),
         "recommendations": Figure(recommended.per_s, "answers/s"),
-        "recommendations p99, 4 connections": Figure(recommended.p99_ms, "ms"),
+        "recommendations p99, one connection": Figure(recommended.p99_ms, "ms"),
         "floor: /healthz": Figure(floor, "answers/s"),
         "floor p99": Figure(min(before.p99_ms, after.p99_ms), "ms"),
         "profile / floor": Figure(profiles.per_s / floor, "ratio"),
