@@ -14,10 +14,13 @@ from numpy.typing import NDArray
 from deploy.serving.answer import Interest
 from deploy.serving.catalogue import ShownName
 from deploy.serving.loaded_version import VersionRows
+from deploy.serving.program import PAIRS
 from state.ranking.transitions import Succession, succession
 
 U64 = NDArray[np.uint64]
 F32 = NDArray[np.float32]
+
+_PLACES = np.arange(PAIRS)[:, None]
 
 KINDS = ("recent", "popular", "successor")
 """Of candidates, in the order of their slots; so begin the names of the program's masks and logits."""
@@ -62,46 +65,51 @@ def softmax(logits: F32) -> F32:
     >>> softmax(np.array([[0.0, 0.0], [-1e9, 0.0]], np.float32)).tolist()
     [[0.5, 0.5], [0.0, 1.0]]
     """
-    shares = np.exp(logits - logits.max(1, keepdims=True))
-    return np.asarray(shares / shares.sum(1, keepdims=True), np.float32)
+    shares = np.exp(logits - np.maximum.reduce(logits, 1, keepdims=True))
+    return np.asarray(shares / np.add.reduce(shares, 1, keepdims=True), np.float32)
 
 
 def interests(
     users: Sequence[tuple[list[int], list[int]]],
-    popular: Sequence[ShownName],
+    popular: Sequence[int],
+    popular_names: Sequence[ShownName],
     name_of: Callable[[int], ShownName],
     most: Sequence[int | None],
-    inputs: Mapping[str, F32],
     outputs: Mapping[str, F32],
 ) -> list[list[Interest]]:
     """Each user's candidates, best first.
 
     Args:
         users: Each user's categories, and the successors.
-        popular: The names of the popular categories.
+        popular: The popular categories that there are, none twice.
+        popular_names: Their names.
         name_of: Names a category.
         most: How many of them each answer has at most; None for all.
-        inputs: The program's, for the masks.
         outputs: The program's, for the logits.
     """
-    kinds = [kind for kind in KINDS if f"{kind}_logits" in outputs]
-    parts = [outputs[f"{kind}_logits"] for kind in kinds]
+    names = [f"{kind}_logits" for kind in KINDS]
+    parts = [outputs[name][: len(users)] for name in names if name in outputs]
     logits = np.concatenate(parts, axis=1)
     slots, ranks = parts[0].shape[1], parts[1].shape[1]
+    has_successors, named = len(parts) == len(KINDS), set(popular)
+    counts = []
+    for (own, successors), top in zip(users, most, strict=True):
+        # A popular category that is the user's own is one candidate.
+        count = len(own) + len(popular) - len(named.intersection(own))
+        if has_successors:
+            count += len(successors) - successors.count(0)
+        counts.append(count if top is None else min(count, top))
     # What is no candidate has a logit far below any other, and comes last.
-    orders = np.argsort(-logits, axis=1, kind="stable")
-    shares = np.take_along_axis(softmax(logits), orders, 1)
-    counts = sum(inputs[f"{kind}_mask"].sum(1) for kind in kinds).astype(int).tolist()
+    orders = np.argsort(-logits, axis=1, kind="stable")[:, : max(counts, default=0)]
+    shares = softmax(logits)[_PLACES[: len(users)], orders].tolist()
     found: list[list[Interest]] = []
-    for place, (own, successors) in enumerate(users):
+    for (own, successors), count, order, its in zip(users, counts, orders.tolist(), shares, strict=True):
         best: list[Interest] = []
-        count, top = counts[place], most[place]
-        count = count if top is None else min(count, top)
-        for slot, share in zip(orders[place, :count].tolist(), shares[place, :count].tolist(), strict=True):
+        for slot, share in zip(order[:count], its, strict=False):
             if slot < slots:
                 name, identity = name_of(own[slot])
             elif slot < slots + ranks:
-                name, identity = popular[slot - slots]
+                name, identity = popular_names[slot - slots]
             else:
                 name, identity = name_of(successors[slot - slots - ranks])
             best.append({"label": name, "id": identity, "probability": share})

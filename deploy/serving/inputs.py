@@ -70,14 +70,15 @@ def program_inputs(
     for name, values in (("features", vectors.features), ("category_windows", vectors.category_windows)):
         if name in inputs:
             inputs[name][: len(asked)] = values
-    _add_categories(inputs, version, rows, asked, vectors)
-    has_row = []
+    _add_categories(inputs, version, rows, len(asked), vectors)
+    has_row, with_sequence = [], vectors.sequence_actions.shape[1] > 0
     for place, one in enumerate(asked):
         row = rows.user(one.user)
         has_row.append(row is not None)
         if row is not None and "user_row" in inputs:
             inputs["user_row"][place] = row
-        _add_sequence(inputs, place, vectors, rows)
+        if with_sequence:
+            _add_sequence(inputs, place, vectors, rows)
         if "context_row" in inputs:
             _add_context(inputs, place, one, rows)
     add_items(inputs, version, rows, asked, vectors, columns)
@@ -115,25 +116,19 @@ def item_rows(rows: VersionRows, asked: Sequence[Asked]) -> F32:
     return found
 
 
-def _add_categories(
-    inputs: Inputs, version: LoadedVersion, rows: VersionRows, asked: Sequence[Asked], vectors: Vector
-) -> None:
+def _add_categories(inputs: Inputs, version: LoadedVersion, rows: VersionRows, count: int, vectors: Vector) -> None:
     """The users' own categories, which are then no popular ones."""
-    count, recent = len(asked), vectors.recent_categories
-    given = recent != 0
+    recent = vectors.recent_categories
     if "recent_rows" in inputs:
-        # Categories come first and without gaps.
-        flat = [category for one in asked for category in one.recent_categories]
-        inputs["recent_rows"][:count][given] = rows.categories(flat)
-    inputs["recent_mask"][:count] = given
+        # 0 pads, and has no row.
+        inputs["recent_rows"][:count] = rows.categories(recent.reshape(-1).tolist()).reshape(*recent.shape, -1)
+    inputs["recent_mask"][:count] = recent != 0
     own = (recent[:, :, None] == version.popular).any(1)
     inputs["popular_mask"][:count] = np.where(own, np.float32(0.0), version.popular_known)
 
 
 def _add_sequence(inputs: Inputs, place: int, vectors: Vector, rows: VersionRows) -> None:
     """The user's latest events, for a program that reads them."""
-    if not vectors.sequence_actions.shape[1]:
-        return
     vector = Vector(*[column[place] for column in vectors])
     known = int((vector.sequence_actions != 0).sum())
     if "sequence_item_rows" in inputs:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,7 @@ OTHERS_LOADED = 3
 
 F32 = NDArray[np.float32]
 I32 = NDArray[np.int32]
+Row = TypeVar("Row")
 
 
 _INPUTS = {
@@ -60,6 +62,7 @@ class VersionRows:
         served: The version.
         widths: Of the rows of each table.
         category_rows: Rows of categories read so far; they recur in most answers.
+        item_rows: Likewise of items; recommendations ask for the same ones.
         lists: Likewise what came next after categories, as it is stored.
     """
 
@@ -69,12 +72,13 @@ class VersionRows:
         served: Served,
         widths: Mapping[str, int],
         category_rows: dict[int, bytes],
+        item_rows: dict[int, bytes],
         lists: dict[int, bytes | None],
     ) -> None:
         self.reader, self.served = reader, served
         self._widths = widths
         self._missing = {table: bytes(4 * width) for table, width in widths.items()}
-        self._category_rows, self._lists = category_rows, lists
+        self._category_rows, self._item_rows, self._lists = category_rows, item_rows, lists
 
     def user(self, identity: int) -> F32 | None:
         """`[dim]` float32; None for a user without a row."""
@@ -91,23 +95,26 @@ class VersionRows:
 
     def items(self, ids: Sequence[int]) -> F32:
         """Rows of n items, `[n, dim]` float32; zeros for those without one."""
-        reader, served, missing = self.reader, self.served, self._missing["item"]
-        found = b"".join([reader.row("item", one, served) or missing for one in ids])
-        return np.frombuffer(found, np.float32).reshape(len(ids), self._widths["item"])
+        return self._rows("item", self._item_rows, ids)
 
     def categories(self, ids: Sequence[int]) -> F32:
         """Rows of n categories, `[n, dim]` float32; zeros for those without one."""
-        if not self._widths["category"]:
+        return self._rows("category", self._category_rows, ids)
+
+    def _rows(self, table: str, known: dict[int, bytes], ids: Sequence[int]) -> F32:
+        if not self._widths[table]:
             return np.zeros((len(ids), 0), np.float32)
-        cached, found, missing = self._category_rows, [], self._missing["category"]
-        for category in ids:
-            row = cached.get(category)
-            if row is None:
-                if len(cached) >= ROWS_REMEMBERED:
-                    cached.clear()
-                row = cached[category] = self.reader.row("category", category, self.served) or missing
-            found.append(row)
-        return np.frombuffer(b"".join(found), np.float32).reshape(len(ids), self._widths["category"])
+        try:
+            found = b"".join(map(known.__getitem__, ids))
+        except KeyError:
+            if len(known) >= ROWS_REMEMBERED:
+                known.clear()
+            for one in ids:
+                if one not in known:
+                    # 0 pads.
+                    known[one] = (one and self.reader.row(table, one, self.served)) or self._missing[table]
+            found = b"".join(map(known.__getitem__, ids))
+        return np.frombuffer(found, np.float32).reshape(len(ids), self._widths[table])
 
     def transitions(self, categories: Sequence[int]) -> tuple[I32, Lists]:
         """What came next after n categories; 0 is none.
@@ -147,7 +154,8 @@ class LoadedVersion:
         program: With the version's weights.
         widths: Of the rows of each table; 0 of one that the program does not read.
         popular: `[P]` uint64, padded with 0.
-        popular_names: Of those there are.
+        popular_ids: Those there are.
+        popular_names: Of these.
         popular_rows: `[P, dim]` float32.
         popular_known: `[P]` float32, 1 where there is a popular category.
         own: The program's inputs that are rows of tables of the ranker's own.
@@ -155,6 +163,7 @@ class LoadedVersion:
         cross_shares: `[C, 2]` float32, how much weights and margins of crosses count.
         churn: What it tells of who leaves; None where nothing was learned of it.
         category_rows: Rows of categories read so far.
+        item_rows: Likewise of items.
         lists: What came next after categories, read so far.
     """
 
@@ -163,6 +172,7 @@ class LoadedVersion:
     program: LoadedProgram
     widths: Mapping[str, int]
     popular: NDArray[np.uint64]
+    popular_ids: list[int]
     popular_names: list[ShownName]
     popular_rows: F32
     popular_known: F32
@@ -171,17 +181,33 @@ class LoadedVersion:
     cross_shares: F32
     churn: ChurnWeights | None = None
     category_rows: dict[int, bytes] = field(default_factory=dict)
+    item_rows: dict[int, bytes] = field(default_factory=dict)
     lists: dict[int, bytes | None] = field(default_factory=dict)
 
     def rows(self, reader: RowReader) -> VersionRows:
         """The version's rows in a transaction."""
-        return VersionRows(reader, self.served, self.widths, self.category_rows, self.lists)
+        return VersionRows(reader, self.served, self.widths, self.category_rows, self.item_rows, self.lists)
 
 
 def named(reader: RowReader, most: int = 20) -> str:
     """The versions that are here in words, newest first."""
     numbers = [str(one.version) for one in reversed(reader.versions())]
     return ", ".join(numbers[:most]) + f" and {len(numbers) - most} older ones" * (len(numbers) > most)
+
+
+def _unchanged(
+    read: Mapping[int, Row], table: str, before: LoadedVersion, served: Served, reader: RowReader
+) -> dict[int, Row]:
+    """What was read of a table's rows in the version before and is the same in `served`; nothing where that is not known."""
+    if not read or before.served.program != served.program:
+        return {}
+    changed = reader.changed(table, before.served, served)
+    if changed is None:
+        return {}
+    kept = dict(read)
+    for identity in changed.tolist():
+        kept.pop(identity, None)
+    return kept
 
 
 class VersionLoader:
@@ -237,7 +263,7 @@ class VersionLoader:
         program = self._program[1]
         # A failed load may leave half of the weights: the next answer must load again.
         self._loaded = None
-        self._loaded = self._with_weights(reader, served, program, features)
+        self._loaded = self._with_weights(reader, served, program, features, loaded)
         return self._loaded
 
     def _other(self, reader: RowReader, version: int) -> LoadedVersion:
@@ -263,7 +289,12 @@ class VersionLoader:
         return self._features.of(served.version, served.spec)
 
     def _with_weights(
-        self, reader: RowReader, served: Served, program: LoadedProgram, features: VersionFeatures
+        self,
+        reader: RowReader,
+        served: Served,
+        program: LoadedProgram,
+        features: VersionFeatures,
+        before: LoadedVersion | None = None,
     ) -> LoadedVersion:
         weights = reader.dense(served.version)
         program.load(weights)
@@ -279,6 +310,7 @@ class VersionLoader:
             program=program,
             widths=widths,
             popular=np.pad(popular, (0, slots - len(popular))),
+            popular_ids=popular.tolist(),
             popular_names=[self._catalogue.name_of(category) for category in popular.tolist()],
             popular_rows=rows,
             popular_known=known,
@@ -286,6 +318,11 @@ class VersionLoader:
             own_popular={},
             cross_shares=crosses.shares_of(reader, served, features.crosses),
             churn=weights_in(weights, features.spec),
+            category_rows={}
+            if before is None
+            else _unchanged(before.category_rows, "category", before, served, reader),
+            item_rows={} if before is None else _unchanged(before.item_rows, "item", before, served, reader),
+            lists={} if before is None else _unchanged(before.lists, "transition", before, served, reader),
         )
         of_version = loaded.rows(reader)
         rows[: len(popular)] = of_version.categories(popular.tolist())

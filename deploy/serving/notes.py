@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import NamedTuple
 
 CONTROL_NOTE = "control"
 MASK_NOTE = "mask"
@@ -65,13 +66,33 @@ def item_parts(value: bytes) -> tuple[int, str]:
     return int.from_bytes(value[:8], "big"), value[8:].decode()
 
 
-def event_now(clock: bytes | None, now_ms: int) -> int | None:
-    """The event clock: the newest accepted event's time, and the wall time since it was accepted.
+class EventClock(NamedTuple):
+    """What `CLOCK_EXTRA` holds.
 
-    >>> event_now(b'{"event_ms": 100, "accepted_ms": 5000}', 5030), event_now(None, 5030)
-    (130, None)
+    Attributes:
+        event_ms: The newest accepted event's time.
+        accepted_ms: The wall clock when it was accepted.
     """
-    if clock is None:
-        return None
-    values = json.loads(clock)
-    return int(values["event_ms"]) + max(0, now_ms - int(values["accepted_ms"]))
+
+    event_ms: int
+    accepted_ms: int
+
+    @classmethod
+    def parse(cls, stored: bytes | None) -> EventClock | None:
+        """The clock; None before the first event.
+
+        >>> EventClock.parse(b'{"event_ms": 100, "accepted_ms": 5000}')
+        EventClock(event_ms=100, accepted_ms=5000)
+        """
+        if stored is None:
+            return None
+        values = json.loads(stored)
+        return cls(int(values["event_ms"]), int(values["accepted_ms"]))
+
+    def now(self, now_ms: int) -> int:
+        """The newest accepted event's time, and the wall time since it was accepted.
+
+        >>> EventClock(100, 5000).now(5030)
+        130
+        """
+        return self.event_ms + max(0, now_ms - self.accepted_ms)

@@ -34,10 +34,10 @@ from deploy.serving.inputs import Asked, Inputs, add_own_rows, program_inputs
 from deploy.serving.known_attributes import NOTHING, KnownAttributes
 from deploy.serving.leaving import leaving
 from deploy.serving.loaded_version import LoadedVersion, VersionLoader, VersionRows
-from deploy.serving.notes import CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE, event_now
+from deploy.serving.notes import CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE, EventClock
 from deploy.serving.program import BATCHES
 from deploy.serving.version_features import FeaturesOf
-from state.events.identity import Salt, context_id, public_id, user_id
+from state.events.identity import Salt, context_id, pseudonyms, public_id
 from state.features.arrays import Vector
 from state.features.many import vectorise_many
 from state.features.spec import EVENT, Events, FeatureSpec, Mask
@@ -117,7 +117,7 @@ class Predictor:
         self._attributes = attributes or NOTHING
         self._rows = rows
         self.histories = self._histories = histories
-        self._pseudonym = pseudonym or (lambda user: user_id(salt, user))
+        self._pseudonym = pseudonym or pseudonyms(salt)
         self.context_fields = tuple(context_fields)
         names = self._attributes.names
         self._clock = clock
@@ -129,6 +129,7 @@ class Predictor:
         )
         self._versions = VersionLoader(programs, features, salt, self._catalogue)
         self._control: tuple[bytes | None, Mask] = (None, Mask.NONE)
+        self._clock_read: tuple[bytes | None, EventClock | None] = (None, None)
 
     def profile(
         self,
@@ -205,7 +206,8 @@ class Predictor:
             (one.recent_categories, others) for one, others in zip(asked, prepared.successors.tolist(), strict=True)
         ]
         most = [one.query.top for one in asked]
-        ranked = interests(users, version.popular_names, self._catalogue.name_of, most, prepared.inputs, outputs)
+        popular, names = version.popular_ids, version.popular_names
+        ranked = interests(users, popular, names, self._catalogue.name_of, most, outputs)
         return answers(
             asked, prepared.has_row, prepared.clock, version, prepared.seen, ranked, outputs, prepared.vectors
         )
@@ -258,9 +260,11 @@ class Predictor:
 
     def _now(self, now_ms: int) -> tuple[int, str]:
         if self._clock == "event":
-            by_events = event_now(self._histories.extra(CLOCK_EXTRA), now_ms)
-            if by_events is not None:
-                return by_events, "event"
+            stored = self._histories.extra(CLOCK_EXTRA)
+            if stored != self._clock_read[0]:
+                self._clock_read = stored, EventClock.parse(stored)
+            if (events := self._clock_read[1]) is not None:
+                return events.now(now_ms), "event"
         return now_ms, "wall"
 
     def _asked(

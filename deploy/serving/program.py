@@ -6,12 +6,12 @@ tens of microseconds to load. No TensorFlow is imported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
-from ai_edge_litert.interpreter import Interpreter
+from ai_edge_litert.interpreter import Interpreter, SignatureRunner
 from numpy.typing import NDArray
 
 from state.errors import ProgramError
@@ -36,6 +36,49 @@ RENAMED = {
 Arrays = Mapping[str, NDArray[Any]]
 
 
+class _FixedBatch:
+    """Runs `predict` on inputs of one shape.
+
+    A `SignatureRunner` resizes all inputs and allocates all tensors in each call, which costs as much as the
+    computation of one row. Here both happen once. LiteRT has no public call for that: the wrapper's are used.
+
+    Args:
+        runner: Of an interpreter that nothing else computes with.
+        inputs: The program's own name of each input.
+        outputs: The name of each output by the program's own.
+        shapes: Of the inputs, by name.
+    """
+
+    def __init__(
+        self,
+        runner: SignatureRunner,
+        inputs: Mapping[str, str],
+        outputs: Mapping[str, str],
+        shapes: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self._runner = runner
+        self._wrapper, self._subgraph = runner._interpreter_wrapper, runner._subgraph_index
+        self._inputs = [(name, runner._inputs[own]) for name, own in inputs.items()]
+        self._outputs = [(outputs[own], index) for own, index in runner._outputs]
+        for name, index in self._inputs:
+            self._wrapper.ResizeInputTensor(index, np.array(shapes[name], np.int32), False, self._subgraph)
+        self._wrapper.AllocateTensors(self._subgraph)
+
+    def run(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
+        """The outputs; each is a copy.
+
+        Raises:
+            ValueError: There is another input than the program's, or one of another shape or type.
+        """
+        if len(inputs) != len(self._inputs):
+            raise ValueError(f"the program has {len(self._inputs)} inputs, not {len(inputs)}")
+        wrapper, subgraph = self._wrapper, self._subgraph
+        for name, index in self._inputs:
+            wrapper.SetTensor(index, inputs[name], subgraph)
+        wrapper.Invoke(subgraph)
+        return {name: wrapper.GetTensor(index, subgraph) for name, index in self._outputs}
+
+
 class LoadedProgram:
     """A program for batches of some fixed sizes; use it in one thread.
 
@@ -54,18 +97,18 @@ class LoadedProgram:
         try:
             # A runner does not keep its interpreter alive.
             self._interpreters = {rows: Interpreter(model_content=data, num_threads=1) for rows in BATCHES}
-            self._loads = [each.get_signature_runner("load") for each in self._interpreters.values()]
-            self._predicts = {rows: each.get_signature_runner("predict") for rows, each in self._interpreters.items()}
+            self._loads = {rows: each.get_signature_runner("load") for rows, each in self._interpreters.items()}
+            runners = {rows: each.get_signature_runner("predict") for rows, each in self._interpreters.items()}
         except (ValueError, RuntimeError) as error:
             raise ProgramError(
                 f"a program of {len(data)} bytes cannot be run ({error})",
                 "restart the trainer to lower the model again",
             ) from error
-        self._weights = sorted(self._loads[0].get_input_details())
-        inputs, outputs = self._predicts[1].get_input_details(), self._predicts[1].get_output_details()
+        self._weights = sorted(self._loads[1].get_input_details())
+        self._stale: set[int] = set()
+        inputs, outputs = runners[1].get_input_details(), runners[1].get_output_details()
         self._names = {RENAMED.get(name, name): name for name in inputs}
         self._outputs = {name: RENAMED.get(name, name) for name in outputs}
-        self._renames = any(name in RENAMED for name in (*inputs, *outputs))
         self.shapes = {
             name: tuple(int(size) for size in inputs[theirs]["shape_signature"]) for name, theirs in self._names.items()
         }
@@ -73,6 +116,8 @@ class LoadedProgram:
             name: tuple(int(size) for size in outputs[theirs]["shape_signature"])
             for theirs, name in self._outputs.items()
         }
+        with _quiet():
+            self._predicts = {rows: self._fixed(runner, rows) for rows, runner in runners.items()}
         # Any input with a row for each question tells how many there are.
         self._by_row = next(name for name, shape in self.shapes.items() if shape[0] < 0)
 
@@ -88,35 +133,44 @@ class LoadedProgram:
             raise ProgramError(
                 f"the version has no dense weights {', '.join(missing)}, which its program wants", "roll back"
             )
+        self._given, self._stale = given, {*self._loads}
+        # The other sizes of a batch take the weights at their next use: where little is asked, that is never.
+        self._set_weights(1)
+
+    def _set_weights(self, rows: int) -> None:
         try:
-            # LiteRT says once a process, past its log, what it computes with.
-            with nullcontext() if _spoken else quiet_stderr():
-                for load in self._loads:
-                    load(**{name: given[name] for name in self._weights})
-            _spoken[:] = [True]
-            self._given = given
+            with _quiet():
+                self._loads[rows](**{name: self._given[name] for name in self._weights})
         except (ValueError, RuntimeError) as error:
             raise ProgramError(f"the version's dense weights do not fit its program ({error})", "roll back") from error
+        self._stale.discard(rows)
 
     def predict(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
         """Runs `predict`; inputs and outputs by name, float32, as many rows as `batch_of` gave."""
-        outputs: dict[str, NDArray[np.float32]]
         rows = len(inputs[self._by_row])
         if rows == PAIRS and rows not in self._predicts:
             self._add_pairs()
-        run = self._predicts[rows]
-        if not self._renames:
-            outputs = run(**inputs)
-            return outputs
-        outputs = run(**{self._names[name]: value for name, value in inputs.items()})
-        return {self._outputs[name]: value for name, value in outputs.items()}
+        if rows in self._stale:
+            self._set_weights(rows)
+        return self._predicts[rows].run(inputs)
+
+    def _fixed(self, runner: SignatureRunner, rows: int) -> _FixedBatch:
+        shapes = {name: tuple(rows if size < 0 else size for size in shape) for name, shape in self.shapes.items()}
+        return _FixedBatch(runner, self._names, self._outputs, shapes)
 
     def _add_pairs(self) -> None:
         made = self._interpreters[PAIRS] = Interpreter(model_content=self._data, num_threads=1)
-        load = made.get_signature_runner("load")
-        load(**{name: self._given[name] for name in self._weights})
-        self._loads.append(load)
-        self._predicts[PAIRS] = made.get_signature_runner("predict")
+        self._loads[PAIRS] = made.get_signature_runner("load")
+        self._stale.add(PAIRS)
+        self._predicts[PAIRS] = self._fixed(made.get_signature_runner("predict"), PAIRS)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """LiteRT says once a process, past its log, what it computes with."""
+    with nullcontext() if _spoken else quiet_stderr():
+        yield
+    _spoken[:] = [True]
 
 
 def batch_of(rows: int) -> int:

@@ -34,10 +34,10 @@ class RequestCounts:
         clock_s: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._metrics, self._version, self.clock_s = metrics, version, clock_s
-        self._series: dict[tuple[str, str], tuple[Any, Any]] = {}
+        self._series: dict[tuple[str, str | int], tuple[Any, Any]] = {}
         self._due_s: dict[tuple[Any, int], float] = {}
 
-    def count(self, route: str, code: str, began_s: float) -> None:
+    def count(self, route: str, code: str | int, began_s: float) -> None:
         """Counts a request that was answered with `code` just now.
 
         Args:
@@ -48,7 +48,7 @@ class RequestCounts:
         series = self._series.get((route, code))
         if series is None:
             timed = route if route in ANSWERING_ROUTES else OTHER_ROUTES
-            series = (self._metrics.requests.labels(route, code), self._metrics.request_seconds.labels(timed))
+            series = (self._metrics.requests.labels(route, str(code)), self._metrics.request_seconds.labels(timed))
             self._series[route, code] = series
         now_s = self.clock_s()
         series[0].inc()

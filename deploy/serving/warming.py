@@ -19,6 +19,7 @@ from deploy.serving.recommending.recommending import WantedItems, recommend
 from deploy.serving.recommending.similar import NearWanted, similar
 from state.compiled.preparing import Kernels
 from state.errors import SpringtideError
+from state.process.garbage import keep_what_is_there
 
 USER = "springtide-warm-up"
 """Whom the answers are about: nobody."""
@@ -63,6 +64,8 @@ class Warming:
             except Exception:  # noqa: BLE001 - clients may ask for others
                 _log.exception("an answer could not be prepared")
             await asyncio.sleep(0)
+        # Modules are 100,000 objects. A full collection that visits them stops all answers for 60 ms.
+        keep_what_is_there()
         self._host.warm = True
         _log.info("ready: one answer of each kind prepared in %.1f s", time.monotonic() - began_s)
 

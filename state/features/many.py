@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from state.features.arrays import Vector, words
 from state.features.kernel import many_rows
 from state.features.mask import Mask
 from state.features.spec import EVENT, Events, FeatureSpec
+
+_NONE = words(np.empty(0, EVENT))
 
 
 def vectorise_many(
@@ -36,10 +39,9 @@ def vectorise_many(
     visible = [events[-spec.history :] for events in histories]
     if mask.users or mask.erased:
         visible = [_seen(events, user, mask, spec.history) for events, user in zip(histories, users, strict=True)]
-    starts = np.zeros(len(visible) + 1, np.int64)
-    np.cumsum([len(events) for events in visible], out=starts[1:])
+    starts = np.array([0, *accumulate(map(len, visible))], np.int64)
     # Words, for joining arrays with named fields is slow.
-    joined = np.concatenate([words(events) for events in (*visible, np.empty(0, EVENT))])
+    joined = np.concatenate([words(events) for events in visible] or [_NONE])
     rows = spec.empty(len(visible))
     many_rows(joined, starts, np.array(at_ms, np.int64), spec.tables, mask.hidden, rows)
     return rows

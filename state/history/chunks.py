@@ -56,10 +56,9 @@ def read(cursor: lmdb.Cursor, prefix: bytes, history: int) -> tuple[bytes, int]:
     total = number_of(key) * CHUNK + len(value) // EVENT_BYTES
     # Keys of older chunks are higher; those of other users lie beyond the user's oldest one.
     oldest = key_of(prefix, max(0, total - history) // CHUNK)
-    values = [value]
-    step, item = cursor.next, cursor.item
-    while step():
-        key, value = cast(tuple[bytes, bytes], item())
+    values = []
+    # From the newest chunk on, at which the cursor is.
+    for key, value in cast(Iterator[tuple[bytes, bytes]], iter(cursor)):
         if key > oldest:
             break
         values.append(value)

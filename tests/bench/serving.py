@@ -6,7 +6,10 @@ default model. The client is another process. The floor is the same server's
 /healthz in the same run; the peer is a plain FastAPI server around the same
 model as a SavedModel, which looks nothing up.
 
-    python -m tests.bench.serving [--users 20000] [--rows 1000000] [--seconds 8]
+    python -m tests.bench.serving [--users 20000] [--rows 1000000] [--seconds 8] [--old CHECKOUT]
+
+With a checkout of release 0.1.0 its worker is asked too, in turns with this one: the ratio of profiles per
+processor second of a worker is of one run.
 """
 
 from __future__ import annotations
@@ -29,7 +32,9 @@ from state.process.wall_clock import wall_ms
 from state.registry.manifest import Manifest
 from state.rows.store import RowStore
 from tests.bench.answers.asking import Load, Taken, measure
+from tests.bench.answers.bare import bare
 from tests.bench.answers.peer import export, peer
+from tests.bench.answers.release import release
 from tests.bench.answers.stores import SOURCE, Ids, fill, worker
 from tests.bench.report import Figure, Stages, report
 
@@ -38,6 +43,7 @@ PROFILE = "/v1/profiles/user-{user}"
 TOGETHER = 100
 HALF = 0.5  # of what a closed loop gets: the rate of an open one
 A_FIFTH = 0.2  # likewise, where an applier needs its part of two cores too
+TURNS = 3
 APPLIED = 10_000
 APPLY_EVERY_S = 0.2
 
@@ -69,6 +75,12 @@ class Host:
         """Processor time of the worker so far."""
         times = psutil.Process(self.process.pid).cpu_times()
         return float(times.user + times.system)
+
+    def per_cpu_s(self, stage: str) -> float:
+        """Profiles per processor second of the process, in a closed loop."""
+        began_s = self.cpu_s()
+        answers = self.ask(stage, PROFILE, HALF).per_s * self.seconds * HALF
+        return answers / (self.cpu_s() - began_s)
 
 
 class Applying:
@@ -115,7 +127,7 @@ class Applying:
             self.used_s.append((time.thread_time() - before_s) * APPLIED / len(ids))
 
 
-def main(users: int, events: int, rows: int, seconds: float) -> None:
+def main(users: int, events: int, rows: int, seconds: float, old: Path | None = None) -> None:
     """Measures and reports."""
     settings = Settings()
     # In memory, where the applier has them.
@@ -129,6 +141,12 @@ def main(users: int, events: int, rows: int, seconds: float) -> None:
         with worker(folder, port) as (process, ready_s):
             host = Host(port, process, users, seconds)
             figures = measured(host, settings, ids, base)
+            if old is not None:
+                with release(old, Path(folder, "old"), users, events, old_port := free_port()) as process:
+                    figures |= in_turns(host, Host(old_port, process, users, seconds))
+        with bare(port) as process:
+            least = Host(port, process, users, seconds)
+            figures["bare ASGI answers per cpu-second"] = Figure(least.per_cpu_s("a bare answer"), "answers/cpu-s")
         with peer(Path(folder, "peer"), port) as process:
             theirs = Host(port, process, users, seconds)
             theirs.ask("warm up the peer", PROFILE, 0.25)
@@ -147,6 +165,19 @@ def main(users: int, events: int, rows: int, seconds: float) -> None:
     report("serving", figures, {**conditions, "seconds": seconds})
 
 
+def in_turns(new: Host, old: Host) -> dict[str, Figure]:
+    """Profiles per processor second of both releases, `TURNS` times each; medians, and the median of the ratios."""
+    old.ask("warm up 0.1.0", PROFILE, 0.25)
+    found = [(old.per_cpu_s("0.1.0"), new.per_cpu_s("this release")) for _ in range(TURNS)]
+    return {
+        "0.1.0: profile answers per worker cpu-second": Figure(
+            float(np.median([a for a, _ in found])), "answers/cpu-s"
+        ),
+        "the same of this release, in turns": Figure(float(np.median([b for _, b in found])), "answers/cpu-s"),
+        "this release / 0.1.0": Figure(float(np.median([b / a for a, b in found])), "ratio", ">= 1.4"),
+    }
+
+
 def measured(host: Host, settings: Settings, ids: Ids, base: Manifest) -> dict[str, Figure]:
     """The figures of one worker."""
     host.ask("warm up", PROFILE, 0.25)
@@ -157,6 +188,7 @@ def measured(host: Host, settings: Settings, ids: Ids, base: Manifest) -> dict[s
     everything = host.ask("profiles with all fields", f"{PROFILE}?fields=features,vector,attributes", 0.5)
     with_item = host.ask("profiles with an item", f"{PROFILE}?item=item-7&category=category-7", 0.5)
     cold = host.ask("cold starts", "/v1/profiles/nobody-{user}", 0.5)
+    recommended = host.ask("recommendations", "/v1/recommendations/user-{user}", 0.5, connections=1)
     batch = host.ask("batches", "/v1/profiles:batch", 0.5, connections=1, together=TOGETHER)
     after = host.ask("floor", "/healthz", 0.5)
     loaded = host.ask("profiles, open loop", PROFILE, rate=HALF * profiles.per_s)
@@ -181,6 +213,9 @@ def measured(host: Host, settings: Settings, ids: Ids, base: Manifest) -> dict[s
         "profile answers with an item": Figure(with_item.per_s, "answers/s"),
         "cold-start answers": Figure(cold.per_s, "answers/s"),
         f"{TOGETHER} users in a call, p99": Figure(batch.p99_ms, "ms", "<= 20"),
+        f"users in calls of {TOGETHER}": Figure(TOGETHER * batch.per_s, "answers/s"),
+        "recommendations": Figure(recommended.per_s, "answers/s"),
+        "recommendations p99, one connection": Figure(recommended.p99_ms, "ms"),
         "floor: /healthz": Figure(floor, "answers/s"),
         "floor p99": Figure(min(before.p99_ms, after.p99_ms), "ms"),
         "profile / floor": Figure(profiles.per_s / floor, "ratio"),
@@ -195,5 +230,6 @@ if __name__ == "__main__":
     flags.add_argument("--events", type=int, default=TAOBAO_EVENTS, help="of each user")
     flags.add_argument("--rows", type=int, default=1_000_000, help="of users")
     flags.add_argument("--seconds", type=float, default=8.0)
+    flags.add_argument("--old", type=Path, help="a checkout of release 0.1.0")
     given = flags.parse_args()
-    main(given.users, given.events, given.rows, given.seconds)
+    main(given.users, given.events, given.rows, given.seconds, given.old)

@@ -14,6 +14,9 @@ A client may pipeline requests. They are answered in order, one at a time. While
 While uvloop's write buffer holds 64 KiB or more, the next answer waits. So a
 client that does not read its answers stops only its own connection.
 
+An application that has `respond` (`http_api/app.py`) is asked by that and not by ASGI: its answer is written at once,
+without a task, by the same rules.
+
 A client may close its half of the connection once it has asked; it is answered
 all the same. `look` is called for each connection every second, so that no
 request costs a timer.
@@ -21,15 +24,16 @@ request costs a timer.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, NamedTuple, cast
 
 import httptools
 from uvicorn.protocols.http.flow_control import FlowControl
-from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from deploy.serving.edge.hosts import one_host, require_own_host
-from deploy.serving.http_api.endpoints import LAST, answer, failure
+from deploy.serving.http_api.endpoints import JSON, LAST, Response, answer, failure
 from state.errors import Forbidden, HeadTooLarge, NotHttp, Overloaded, SpringtideError, TooSlow
 
 PIPELINED = 16
@@ -37,6 +41,9 @@ PIPELINED = 16
 
 PIECE_BYTES = 2048
 """Parsed at once. The parser cannot stop inside a piece, so one piece may exceed `PIPELINED` by its requests."""
+
+
+_JSON_LINE = b"".join(name + b": " + value + b"\r\n" for name, value in JSON) + b"content-length: "
 
 
 class ConnectionLimits(NamedTuple):
@@ -84,6 +91,8 @@ class BoundedConnection(HttpToolsProtocol):
         self._in_request = self._in_head = self._ended = False
         self._unparsed = memoryview(b"")
         self._known_hosts: list[bytes] | None = None
+        self._answered_s = self._since_s
+        self._respond = getattr(self.app, "respond", None)
 
     def connection_made(self, transport: Any) -> None:
         """One more; beyond the limit it is told so with each answer."""
@@ -91,13 +100,15 @@ class BoundedConnection(HttpToolsProtocol):
         self.flow = _Flow(transport)
         if len(self.connections) > self._limits.connections:
             self._refused("connections")
-            self.app = cast(Any, _too_many)
+            self.app, self._respond = cast(Any, _too_many), None
 
     def data_received(self, data: bytes) -> None:
         """Reads what has come; see the module for what is refused."""
         if self._ended:
             return
-        self._unset_keepalive_if_required()
+        if not self._unparsed and len(data) <= PIECE_BYTES and len(self.pipeline) < PIPELINED:
+            self._parse_piece(data)
+            return
         self._unparsed = memoryview(bytes(self._unparsed) + data if self._unparsed else data)
         self._parse()
 
@@ -112,7 +123,7 @@ class BoundedConnection(HttpToolsProtocol):
         if self._unparsed:
             self.flow.pause_reading()
 
-    def _parse_piece(self, data: memoryview) -> None:
+    def _parse_piece(self, data: bytes | memoryview) -> None:
         # Of what came with the end of another request it is not known how much is whose.
         only = self._requests + (not self._in_request)
         self._arriving_bytes = len(data)
@@ -134,11 +145,51 @@ class BoundedConnection(HttpToolsProtocol):
                 self._refuse("head", self._too_large())
 
     def on_response_complete(self) -> None:
-        """An answer is written: requests that were received and not parsed may come next."""
-        if self._unparsed and not self.transport.is_closing():
-            self._since_s = self.loop.time()
+        """An answer is written: requests that were received and not parsed may come next.
+
+        As uvicorn's, but that `look` closes what is idle and no answer costs a timer.
+        """
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self._answered_s = self.loop.time()
+        if self._unparsed:
+            self._since_s = self._answered_s
             self._parse()
-        super().on_response_complete()
+        self.flow.resume_reading()
+        if self.pipeline:
+            cycle, app = self.pipeline.pop()
+            self._start_asgi_task(cycle, app)
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        if self._respond is None:
+            super()._start_asgi_task(cycle, app)
+            return
+        answering = self._respond(cycle.scope, cycle.receive, partial(self._write, cycle))
+        if answering is not None:
+            self._start(answering)
+
+    def _start(self, coroutine: Coroutine[Any, Any, None]) -> None:
+        task = self.loop.create_task(coroutine)
+        task.add_done_callback(self.tasks.discard)
+        self.tasks.add(task)
+
+    def _write(self, cycle: RequestResponseCycle, response: Response) -> None:
+        """Writes an answer at once; where the client does not take what it has, or headers are more, as uvicorn does."""
+        if response.headers is not JSON or self.flow.write_paused or not cycle.keep_alive or cycle.disconnected:
+            self._start(answer(cast(Any, cycle.send), response))
+            return
+        cycle.response_started = cycle.response_complete = True
+        cycle.waiting_for_100_continue = False
+        cycle.message_event.set()
+        lines = [STATUS_LINE[response.status]]
+        for name, value in cycle.default_headers:
+            lines += (name, b": ", value, b"\r\n")
+        body = b"" if cycle.scope["method"] == "HEAD" else response.body
+        lines += (_JSON_LINE, b"%d\r\n\r\n" % len(response.body), body)
+        self.transport.write(b"".join(lines))
+        cycle.on_response()
+        cycle.on_response = _nothing
 
     def eof_received(self) -> bool:  # type: ignore[override]
         """The client sends no more: what it has asked for is still answered, but over TLS, which knows no half."""
@@ -210,6 +261,10 @@ class BoundedConnection(HttpToolsProtocol):
         Args:
             now_s: By the loop's clock.
         """
+        cycle = self.cycle
+        is_idle = cycle is not None and cycle.response_complete and not self._in_request and not self._unparsed
+        if is_idle and now_s - self._answered_s >= self.timeout_keep_alive:
+            self.transport.close()
         buffered = self.transport.get_write_buffer_size()
         if buffered < self._buffered:
             # The client takes its answer.
@@ -248,6 +303,10 @@ class BoundedConnection(HttpToolsProtocol):
             lines += [b"content-length: %d\r\n\r\n" % len(response.body), response.body]
             self.transport.write(b"".join(lines))
         self.transport.close()
+
+
+def _nothing() -> None:
+    """Takes the place of a callback that would keep its connection."""
 
 
 async def _too_many(scope: Any, receive: Any, send: Any) -> None:

@@ -71,6 +71,7 @@ class DrainingServer(uvicorn.Server):
     ) -> None:
         config = uvicorn.Config(
             cast(Any, app), loop="uvloop", http="httptools", ws="none", lifespan="off", access_log=False, log_config=None,
+            proxy_headers=False,
             log_level="warning", server_header=False, timeout_graceful_shutdown=GRACE_S, timeout_keep_alive=IDLE_S,
         )  # fmt: skip
         super().__init__(config)

@@ -7,9 +7,11 @@ this file is the whole of it for callers.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
+from typing import Any
 
 from prometheus_client import CollectorRegistry
 
@@ -21,6 +23,7 @@ from deploy.serving.http_api.endpoints import (
     Endpoint,
     Receive,
     Request,
+    Response,
     Routes,
     Scope,
     Send,
@@ -43,6 +46,8 @@ from state.metrics import WorkerMetrics
 
 UNKNOWN = "unknown"
 """What metrics name a request that no endpoint is for."""
+
+Done = Callable[[Response], None]
 
 _log = logging.getLogger(__name__)
 
@@ -111,20 +116,63 @@ class App:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one request."""
+        response = asyncio.get_running_loop().create_future()
+        answering = self.respond(scope, receive, response.set_result)
+        if answering is not None:
+            await answering
+        await answer(send, await response)
+
+    def respond(self, scope: Scope, receive: Receive, done: Done) -> Coroutine[Any, Any, None] | None:
+        """Answers one request with as little as it takes: the endpoint of a profile needs no task.
+
+        Args:
+            scope: Of ASGI.
+            receive: Likewise.
+            done: Is given the response, in a later turn of the event loop.
+
+        Returns:
+            What is to be awaited; None where nothing is.
+        """
         began_s, name = self._counts.clock_s(), UNKNOWN
         try:
             endpoint, placeholders = self._routes.find(scope)
             name = endpoint.name
             if self._tokens is not None:
                 self._tokens.require(header(scope, b"authorization"), endpoint.role)
-            answer_one = endpoint.answer if self._split is None else self._split.answer
-            response = await answer_one(Request(scope, receive, placeholders, endpoint, self._most_body_bytes))
-        except SpringtideError as error:
-            response = failure(error)
-        except Exception:  # noqa: BLE001 - the edge of the process: logged and counted, others are answered
-            _log.exception("a request for %s failed", name)
-            response = failure(WorkerFailed("the worker failed; its log says why", "report it with the worker's log"))
-        if self.draining:
-            response = response._replace(headers=[*response.headers, LAST])
-        await answer(send, response)
-        self._counts.count(name, str(response.status), began_s)
+            request = Request(scope, receive, placeholders, endpoint, self._most_body_bytes)
+            if endpoint.soon is None or self._split is not None:
+                return self._answer(request, done, began_s)
+            body = endpoint.soon(request)
+        except Exception as error:  # noqa: BLE001 - as of `_failure`
+            response = self._failure(name, error)
+            asyncio.get_running_loop().call_soon(lambda: done(self._counted(name, response, began_s)))
+            return None
+
+        def end(answered: asyncio.Future[bytes]) -> None:
+            try:
+                response = Response(200, answered.result())
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - as of `_failure`
+                response = self._failure(name, error)
+            done(self._counted(name, response, began_s))
+
+        body.add_done_callback(end)
+        return None
+
+    async def _answer(self, request: Request, done: Done, began_s: float) -> None:
+        name = request.endpoint.name
+        try:
+            response = await (request.endpoint.answer if self._split is None else self._split.answer)(request)
+        except Exception as error:  # noqa: BLE001 - as of `_failure`
+            response = self._failure(name, error)
+        done(self._counted(name, response, began_s))
+
+    def _failure(self, name: str, error: BaseException) -> Response:
+        """What an error is answered with: at the edge of the process others are logged, and further requests answered."""
+        if isinstance(error, SpringtideError):
+            return failure(error)
+        _log.error("a request for %s failed", name, exc_info=error)
+        return failure(WorkerFailed("the worker failed; its log says why", "report it with the worker's log"))
+
+    def _counted(self, name: str, response: Response, began_s: float) -> Response:
+        self._counts.count(name, response.status, began_s)
+        return response._replace(headers=[*response.headers, LAST]) if self.draining else response

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Awaitable, Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
@@ -129,6 +130,7 @@ class Endpoint:
         failures: The type of the JSON of each other status.
         placeholders: What more the document says of the values of placeholders, as JSON Schema.
         told_methods: Those of the document where `methods` has none; none: the endpoint is not in it.
+        soon: Gives the JSON to come of an answer with status 200, as `answer` would, but without a task.
     """
 
     name: str
@@ -145,6 +147,7 @@ class Endpoint:
     failures: Mapping[int, type] = field(default_factory=lambda: ASKED)
     placeholders: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     told_methods: tuple[str, ...] = ()
+    soon: Callable[[Request], asyncio.Future[bytes]] | None = None
     pattern: re.Pattern[str] = field(init=False, compare=False, repr=False)
 
     def __post_init__(self) -> None:

@@ -6,6 +6,8 @@ POST /v1/profiles:batch      {"profiles": [{"user_id": ..., "item": ..., ...}, .
 
 from __future__ import annotations
 
+import asyncio
+
 from deploy.serving.host import Host
 from deploy.serving.http_api.endpoints import SENT, Endpoint, Request, Response, encode
 from deploy.serving.http_api.requests import BATCH, EXAMPLE, ProfileParameters, question, questions
@@ -14,6 +16,8 @@ from deploy.serving.profile_batches import profile_batches
 from springtide_client.answers import Profile
 from springtide_client.answers import Profiles as ProfilesAnswer
 from state.metrics import WorkerMetrics
+
+_NOTHING_GIVEN = ProfileParameters()
 
 
 class Profiles:
@@ -39,6 +43,7 @@ class Profiles:
                 "One user's profile.",
                 parameters=ProfileParameters,
                 returns=(Profile,),
+                soon=self._soon,
             ),
             Endpoint(
                 "batch",
@@ -54,9 +59,11 @@ class Profiles:
         ]
 
     async def _one(self, request: Request) -> Response:
-        return Response(
-            200, await self._batcher.one(question(request.path["user_id"], request.parameters(ProfileParameters)))
-        )
+        return Response(200, await self._soon(request))
+
+    def _soon(self, request: Request) -> asyncio.Future[bytes]:
+        given = request.parameters(ProfileParameters) if request.query_string else _NOTHING_GIVEN
+        return self._batcher.one(question(request.path["user_id"], given))
 
     async def _many(self, request: Request) -> Response:
         answers = await self._batcher.many(questions(await request.document()))

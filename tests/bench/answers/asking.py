@@ -172,8 +172,12 @@ class Client:
             self._due.append(due_s)
             self._sent += 1
         self._send()
+        loop = asyncio.get_running_loop()
         if due_s <= self._until_s:
-            asyncio.get_running_loop().call_later(max(0.0, due_s - now_s), self._tick)
+            loop.call_later(max(0.0, due_s - now_s), self._tick)
+        else:
+            # The last answer may be there before the time is over.
+            loop.call_later(max(0.0, self._until_s - now_s) + 0.001, self._send)
 
     def _send(self) -> None:
         while self._due and self.idle:

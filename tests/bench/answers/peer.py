@@ -11,9 +11,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.bench.answers.stores import READY_S
+from tests.bench.answers.stores import until_answers
 
 INPUTS = "inputs.npz"
 VERSION = "1"
@@ -53,15 +50,8 @@ def peer(folder: Path, port: int) -> Iterator[subprocess.Popen[bytes]]:
         AssertionError: It ended, or did not answer within `READY_S`.
     """
     process = subprocess.Popen([sys.executable, "-m", "tests.bench.answers.peer", str(folder), str(port)])
-    deadline_s = time.monotonic() + READY_S
     try:
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/profiles/user-1").close()
-                break
-            except urllib.error.URLError:
-                assert time.monotonic() < deadline_s and process.poll() is None, "the peer does not answer"
-                time.sleep(0.1)
+        until_answers(f"http://127.0.0.1:{port}/v1/profiles/user-1", process)
         yield process
     finally:
         process.terminate()

@@ -12,11 +12,13 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.serving.notes import item_extra, item_value
 from state.config.settings import Settings
 from state.events.identity import load_salt, public_id, user_id
 from state.features.spec import EVENT, FeatureSpec
@@ -91,6 +93,8 @@ def _fill_histories(settings: Settings, ids: Ids, events: int, now_ms: int, rng:
         clicks["topic"] = SOURCE.topic
         histories.commit(Appends.of(np.repeat(some, events), clicks))
     names = {f"name:{one:016x}": f"category-{n}".encode() for n, one in enumerate(ids.categories.tolist())}
+    for n, item in enumerate(ids.items.tolist()):
+        names[item_extra(item)] = item_value(int(ids.categories[n % CATEGORIES]), f"item-{n}".encode())
     clock = {"clock": json.dumps({"event_ms": now_ms, "accepted_ms": now_ms}).encode(), "caught_up": b"1"}
     histories.commit(Appends.none(), (), names | clock)
     histories.close()
@@ -129,30 +133,41 @@ def _fill_rows(settings: Settings, ids: Ids, now_ms: int, rng: np.random.Generat
 
 
 @contextmanager
-def worker(state: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
+def worker(state: str, port: int, checkout: Path | None = None) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
     """A worker without gRPC, and how many seconds it took from its start until it was ready.
+
+    Args:
+        state: The state directory.
+        port: Where it listens.
+        checkout: Of another release; None for this one.
 
     Raises:
         AssertionError: It ended, or was not ready within `READY_S`.
     """
-    environment = os.environ | {
-        "SPRINGTIDE_PATHS_STATE": state,
-        "SPRINGTIDE_SERVING_PORT": str(port),
-        "SPRINGTIDE_SERVING_GRPC_PORT": "0",
-    }
+    environment = os.environ | {"SPRINGTIDE_PATHS_STATE": state, "SPRINGTIDE_SERVING_PORT": str(port)}
+    if checkout is None:
+        environment["SPRINGTIDE_SERVING_GRPC_PORT"] = "0"
     began_s = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "deploy.serving.rest"], env=environment)
+    process = subprocess.Popen([sys.executable, "-m", "deploy.serving.rest"], env=environment, cwd=checkout)
     try:
-        while True:
-            try:
-                urllib.request.urlopen(f"http://127.0.0.1:{port}/readyz").close()
-                break
-            except urllib.error.URLError:
-                assert time.monotonic() < began_s + READY_S and process.poll() is None, (
-                    "the worker did not become ready"
-                )
-                time.sleep(0.02)
+        until_answers(f"http://127.0.0.1:{port}/readyz", process)
         yield process, time.monotonic() - began_s
     finally:
         process.terminate()
         process.wait()
+
+
+def until_answers(url: str, process: subprocess.Popen[bytes]) -> None:
+    """Waits until a process answers.
+
+    Raises:
+        AssertionError: It ended, or did not within `READY_S`.
+    """
+    deadline_s = time.monotonic() + READY_S
+    while True:
+        try:
+            urllib.request.urlopen(url).close()
+            return
+        except urllib.error.URLError:
+            assert time.monotonic() < deadline_s and process.poll() is None, f"{url} does not answer"
+            time.sleep(0.02)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from deploy.serving.answer import Answer, Query
+from deploy.serving.http_api.endpoints import encode
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
 from deploy.serving.predictor import Predictor
 from deploy.serving.program import LoadedProgram
@@ -26,6 +27,8 @@ from state.features.spec import FeatureSpec, Mask, vectorise
 from state.history.actions import numbered
 from state.history.appends import Appends
 from state.layout import PROGRAMS
+from state.ranking import transition_rows
+from state.ranking.transitions import Lists, record
 from state.registry.registry import Registry
 from tests.deploy.serving.stocked import (
     DIM,
@@ -125,6 +128,38 @@ def test_a_user_without_a_row_is_known_by_the_clicks(stores: Stores) -> None:
     tea = f"{public_id('tea'):016x}"
     check(answer, outputs, [("books", "recent_logits", 0), (tea, "popular_logits", 0), ("shoes", "popular_logits", 1)])
     assert answer.known and answer.engagement is None
+
+
+def test_a_worker_that_followed_versions_answers_as_one_that_starts_at_the_last(stores: Stores) -> None:
+    """What it read of categories and items stays where a version does not change it: rows, lists, weights."""
+    lists = Lists.empty(2)
+    record(np.ones(9, np.int32), np.array([public_id(name) for name in ("tea", "hats", "tea")] * 3, np.uint64), lists)
+    signs = np.zeros((1, transition_rows.SIGN_BYTES), np.uint8)
+    queries = [Query("ann", at_ms=NOW_MS), Query("bob", at_ms=NOW_MS), Query("nobody", item="i1", at_ms=NOW_MS)]
+    asked, digest = predictor(stores), digest_of(stores.lowered)
+
+    def documents(one: Predictor, count: int) -> list[bytes]:
+        return [encode(answer.document()) for answer in one.profiles(queries[:count])]
+
+    changes: list[dict[str, Any]] = [
+        tensors(stores.lowered, 2, {"category": ["hats"]}, ["tea", "shoes"]),
+        tensors(stores.lowered, 3, {"user": ["bob"]}, ["books", "hats"])
+        | {"category.removed": np.array([public_id("shoes")], np.uint64)},
+        tensors(stores.lowered, 4, {"item": ["i1"]}, ["tea"])
+        | {"transition.ids": np.array([public_id("hats")], np.uint64)}
+        | {"transition.rows": transition_rows.pack(Lists(lists.counts[1:], lists.ids[1:]), signs)},
+        {name: 2 * value for name, value in tensors(stores.lowered, 5, {}, []).items() if name.startswith("dense.")}
+        | {"popular": np.array([public_id("tea")], np.uint64)},
+    ]
+    before = documents(asked, 1)
+    for version, content in enumerate(changes, 2):
+        stores.rows.apply(manifest(version, digest, version - 1), content, NOW_MS, follow=True)
+        # One question, then three: each size of a batch has weights of its own.
+        for count in (1, 3):
+            answered = documents(asked, count)
+            assert answered == documents(predictor(stores), count), (version, count)
+        assert answered[:1] != before
+        before = answered[:1]
 
 
 def test_an_unknown_user_gets_the_popular_labels(stores: Stores) -> None:

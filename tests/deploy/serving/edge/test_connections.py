@@ -25,12 +25,29 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
     await answer(send, Response(200, scope["path"].encode() + b"ok"))
 
 
-def run(test: Callable[[Listening], Awaitable[None]], app: Any = echo, **limits: Any) -> None:
-    async def go() -> None:
-        async with listening(app, LIMITS._replace(**limits)) as on:
+class Responding:
+    """Answers as `echo` does, but is asked as a worker's application is."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Is not asked so."""
+        raise AssertionError("it has `respond`")
+
+    async def respond(self, scope: Any, receive: Any, done: Callable[[Response], None]) -> None:
+        """Answers with the path, once the body is there."""
+        while (await receive()).get("more_body"):
+            pass
+        done(Response(200, scope["path"].encode() + b"ok"))
+
+
+def run(test: Callable[[Listening], Awaitable[None]], app: Any = None, **limits: Any) -> None:
+    """Runs a test with an application of its own, or with both kinds of one that answers with the path."""
+
+    async def go(asked: Any) -> None:
+        async with listening(asked, LIMITS._replace(**limits)) as on:
             await test(on)
 
-    uvloop.run(go())
+    for asked in (echo, Responding()) if app is None else (app,):
+        uvloop.run(go(asked))
 
 
 def send(client: socket.socket, *parts: bytes) -> None:
@@ -143,6 +160,23 @@ def test_a_connection_that_asks_nothing_is_closed() -> None:
         client = await on.client()
         (connection,) = cast(set[BoundedConnection], on.state.connections)
         connection.look(asyncio.get_running_loop().time() + 11.0)
+        assert await read(client, None) == b""
+
+    run(test)
+
+
+def test_a_connection_that_was_answered_and_asks_no_more_is_closed() -> None:
+    """After a minute, as long as nothing is on its way."""
+
+    async def test(on: Listening) -> None:
+        client = await on.client()
+        send(client, GET % 1)
+        await read(client)
+        (connection,) = cast(set[BoundedConnection], on.state.connections)
+        now_s = asyncio.get_running_loop().time()
+        connection.look(now_s + connection.timeout_keep_alive - 1.0)
+        assert not connection.transport.is_closing()
+        connection.look(now_s + connection.timeout_keep_alive + 1.0)
         assert await read(client, None) == b""
 
     run(test)
