@@ -96,7 +96,12 @@ def test_a_requirement_is_pinned_and_has_its_reason() -> None:
 
 def test_every_library_that_is_imported_is_pinned() -> None:
     pinned = {name(line) for line in (*LINES, *re.findall(r"^\w\S+", APART, re.M))}
-    missing = {owner: sorted(files)[0] for owner, files in imported(*PACKAGES, "tests").items() if owner not in pinned}
+    # A peer of a bench runs in an interpreter of its own, where it is installed.
+    files = {
+        owner: sorted(file for file in importing if not file.startswith("tests/bench/peers/"))
+        for owner, importing in imported(*PACKAGES, "tests").items()
+    }
+    missing = {owner: importing[0] for owner, importing in files.items() if importing and owner not in pinned}
     assert missing == {}
 
 
