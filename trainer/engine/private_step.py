@@ -11,6 +11,7 @@ import numpy.typing as npt
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
+from trainer.engine.optimizers.adam import Adam
 from trainer.engine.private import NOISE_FLOOR, PrivateLearning
 from trainer.engine.private import Update as PrivateUpdate
 from trainer.engine.record import Record
@@ -41,6 +42,7 @@ class PrivateTrainer(Trainer):
     def __init__(self, settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | None = None) -> None:
         self.private = PrivateLearning(settings, own_key(settings))
         super().__init__(settings, spec, preprocessing)
+        assert isinstance(self.optimizer, Adam)
         self.optimizer.epsilon = np.float32(NOISE_FLOOR * self.private.deviation)
         self._record_noise, self._number = "", 0
         self._under_way: PrivateUpdate | None = None

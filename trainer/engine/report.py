@@ -63,7 +63,9 @@ def joined_pairs(parts: Sequence[npt.NDArray[Any]], rows: Sequence[int]) -> npt.
 
 def candidates_of(scores: Scores) -> int:
     """How many candidates a row can have, the last slot included."""
-    return 1 + sum(part.shape[1] for part in scores[:3])
+    return 1 + sum(
+        int(part.shape[1]) for part in (scores.recent_logits, scores.popular_logits, scores.successor_logits)
+    )
 
 
 @dataclass(frozen=True)

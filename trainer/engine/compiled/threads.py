@@ -59,8 +59,7 @@ class Threads:
             other.result()
 
 
-@intrinsic
-def _add(_context: Any, array: Any, index: Any, value: Any) -> Any:
+def _adding(_context: Any, array: Any, index: Any, value: Any) -> Any:
     """Adds to one entry of an int64 array, atomically; returns what was there before."""
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
@@ -69,6 +68,9 @@ def _add(_context: Any, array: Any, index: Any, value: Any) -> Any:
         return builder.atomic_rmw("add", at, given[2], "seq_cst")
 
     return types.int64(array, types.intp, types.int64), generate
+
+
+_add: Any = intrinsic(_adding)
 
 
 @part_of_sums
