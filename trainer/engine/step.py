@@ -4,17 +4,17 @@ A step takes one micro-batch, already trimmed and unmasked:
 
 1. Sightings: ids are counted, those due get a row, old ones expire by log time
    (`state/microbatch/log_time.py`), and the least used leave a full table.
-2. Candidates, negatives and rows are found on the host; no id enters the graph.
-3. One graph scores the rows without dropout and computes the gradients with it.
-4. The guard judges loss and gradient.
-5. A second graph applies the gradients: Adagrad to the rows used, Adam to the
-   dense weights; crosses, and the shared weights of the evidence, were learned
-   while rows were scored. After a skip it does not run: no bit of a weight
-   changes. The sightings stay, because they are facts of the log and not of the
-   gradient, as do those of churn; rows admitted by a skipped step have their first values.
-6. The scores are added to the measures of quality, also those of a skipped step.
-   The clicks are added to the popular categories and to what came next; a skipped
-   step adds none.
+2. The record is learned in updates of `trainer.rows_per_update` rows. For each:
+   candidates, negatives and rows are found on the host, and the engine scores the
+   rows without dropout and computes the gradients with it.
+3. The guard judges the loss and the gradient of the update.
+4. If it accepts, the engine applies the gradients: Adagrad to the rows used, Adam
+   to the dense weights; crosses, and the fast weights, were learned while rows were
+   scored. Clicks are added to the popular categories and the transitions. If it
+   skips, no bit of a weight changes. Sightings stay, because they are facts of the
+   log and not of the gradient, as do those of churn; rows admitted by a skipped
+   update have their first values.
+5. The scores of all updates are added to the progressive measures, once a record.
 
 The loss is a sum over rows divided by 1,024, so that learning does not depend
 on how traffic was cut. Given the same state, batch and environment, the bits
