@@ -130,9 +130,17 @@ class Ranker(tf.Module):
         return specs(tuple(one for one in self.inputs if training or not one.training), self.sizes, self.tables)
 
     def hold(self, arrays: Mapping[str, F32]) -> None:
-        """From now on an engine trains `arrays` by name in place; `weights` returns them, `set_weights` sets them too."""
+        """From now on an engine trains `arrays` by name in place.
+
+        `weights` returns them and `set_weights` sets them too. The variables lag behind until `sync_variables`.
+        """
         # Past tf.Module, which would track the mapping and save it with the model.
         object.__setattr__(self, "_arrays", arrays)
+
+    def sync_variables(self) -> None:
+        """Gives the variables the weights that an engine trains in arrays; call it before a graph of the ranker runs."""
+        for name, array in (self._arrays or {}).items():
+            self.dense[name].assign(array)
 
     def weights(self) -> dict[str, F32]:
         """A host copy of every dense weight by name."""

@@ -22,10 +22,11 @@ class ProbedRanker:
         with tf.device("/CPU:0"):
             shapes = {name: tuple(spec.shape) for name, spec in ranker.specs().items()}
             given = {name: tf.constant(value) for name, value in probe.inputs(shapes).items()}
-        self._predict = tf.function(lambda: ranker.predict(given), autograph=False)
+        self._ranker, self._predict = ranker, tf.function(lambda: ranker.predict(given), autograph=False)
 
     def answers(self) -> dict[str, Array]:
         """The tensors `probe.<output>` of a version with these weights."""
         with tf.device("/CPU:0"):
+            self._ranker.sync_variables()
             outputs = self._predict()
         return {f"{probe.PREFIX}{name}": np.array(value.numpy()) for name, value in outputs.items()}

@@ -22,6 +22,7 @@ from trainer.engine.guard import Verdict
 from trainer.engine.record import _targets
 from trainer.engine.step import Trainer
 from trainer.model.candidates import candidates, partners
+from trainer.versions.probed import ProbedRanker
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -362,3 +363,15 @@ def test_a_click_of_a_probe_user_is_measured_by_nobody_and_no_half_of_a_pair() -
     assert not targets.label_weight[5]
     same = batch.item == batch.item[partner]
     assert (targets.negative_weight[~alone & ~same] > 0).all()
+
+
+def test_a_probe_is_answered_with_the_weights_that_steps_learned() -> None:
+    trainer, other = fresh(), Trainer(settings(), SPEC)
+    probed = ProbedRanker(trainer.model)
+    before = probed.answers()
+    learned(log(), trainer)
+    after = probed.answers()
+    other.model.set_weights(trainer.model.weights())
+    expected = ProbedRanker(other.model).answers()
+    assert {name for name, value in after.items() if (value != expected[name]).any()} == set()
+    assert any((value != before[name]).any() for name, value in after.items())
