@@ -46,17 +46,18 @@ def test_each_rule_is_computed_without_a_fault(watching: Watching) -> None:
     assert [rule for rule in found if rule["health"] != "ok"] == []
 
 
-NOT_YET = {
+NOT_YET = (
     "instance:springtide_serving_weight_freshness_seconds:above_5s",
+    "job:springtide_serving_weight_freshness_seconds_above_5s:",
     "instance:springtide_up_settled:starting",
-}
+)
 """Recorded series without a sample here: a host's first ten minutes are left out, and `up` has settled. promtool tries both rules."""
 
 
 def elsewhere(name: str) -> bool:
     """Whether a series is none of this loop's: it sends no probes, has its registry alone and no schedule, and a rollout in its test."""
     others = ("springtide_probe_", "springtide_retrain_", "springtide_rollout_", "springtide_shared_")
-    return name in NOT_YET or name.startswith((*others, "instance:springtide_shared_"))
+    return name.startswith((*others, *NOT_YET, "instance:springtide_shared_"))
 
 
 def test_each_series_that_a_rule_asks_for_is_there(loop: Loop, watching: Watching) -> None:

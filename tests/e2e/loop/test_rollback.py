@@ -87,15 +87,14 @@ def test_rollback_answers_with_the_version_at_once_and_a_new_epoch_leaves_the_po
 def test_an_exact_rollback_takes_stream_and_histories_back_while_clicks_go_on(loop: Loop) -> None:
     user, poison = "victim-of-other-bots", "flooded-category"
     loop.answer_trained_on(user, loop.click([(user, "book", "reading", "purchase")] * 5))
-    good, epoch = loop.kept()
+    _, epoch = loop.kept()
     began_s = time.time()
     loop.answer_trained_on(user, loop.click([(user, f"bot-{n}", poison, "purchase") for n in range(20)]))
     done_s = time.time()
     before = loop.springtide("status")["accounting"]
     span = f"{iso(began_s)}..{iso(done_s)}"
-    done = loop.springtide(
-        "rollback", "--to", str(good), "--mode", "exact", "--skip-time", span, "--reason", "bots clicked"
-    )
+    # The version is chosen: clicks that a fast rollback of another test left out are excluded from the log too.
+    done = loop.springtide("rollback", "--mode", "exact", "--skip-time", span, "--reason", "bots clicked")
     assert done["plan"]["exact"]["clicks"] > 20
     assert done["control"]["mode"] == "exact"
     loop.springtide("follow", "--reason", "the new epoch is good")
