@@ -76,7 +76,7 @@ def turn_back(terminal: Terminal, section: Section, user: str) -> str:
     answer = loop.answer_trained_on(user, ends, led_by(HONEST), counting("purchase.count_1h", 5))
     assert POISON not in labels(answer)
     happened = re.findall(r"^generation \d+: .*$", terminal.type("springtide history"), re.MULTILINE)[-1]
-    assert re.search(r"answers after .* caught up after .* rows read again", happened)
+    assert re.search(r"answers after .* caught up after .* (rows|clicks) read again", happened)
     print(f"{section.title}: {said}\nthe command took {answered_s:.2f} s, answers followed after {followed_s:.1f} s")
     print(happened)
     return span
