@@ -39,7 +39,7 @@ def joined_updates(updates: Sequence[Update]) -> Update:
         return updates[0]
     order = list(Verdict)
     verdict = max((update.verdict for update in updates), key=order.index)
-    scores = Scores(*(joined_rows(parts) for parts in zip(*(update.scores for update in updates), strict=True)))
+    scores = Scores(*(np.concatenate(parts) for parts in zip(*(update.scores for update in updates), strict=True)))
     halves = [len(update.record) for update in updates]
     scores = scores._replace(
         engagement=joined_pairs([update.scores.engagement for update in updates], halves),
@@ -48,11 +48,6 @@ def joined_updates(updates: Sequence[Update]) -> Update:
     return Update(
         joined_records([update.record for update in updates]), scores, verdict, max(update.norm for update in updates)
     )
-
-
-def joined_rows(parts: Sequence[npt.NDArray[Any]]) -> npt.NDArray[Any]:
-    """Rows one behind another."""
-    return np.concatenate(parts)
 
 
 def joined_pairs(parts: Sequence[npt.NDArray[Any]], rows: Sequence[int]) -> npt.NDArray[Any]:
