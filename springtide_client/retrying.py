@@ -34,6 +34,8 @@ class Retries:
         >>> Retries().wait_s(1, 2.0, 0.5), Retries().wait_s(1, 60.0, 0.5)
         (2.0, None)
         >>> Retries().wait_s(1, 2.0, 0.5, left_s=1.5)
+        >>> Retries(most=10_000).wait_s(5000, None, 1.0)
+        5.0
 
         Args:
             tried: Tries so far.
@@ -44,7 +46,8 @@ class Retries:
         if tried > self.most:
             return None
         if retry_after_s is None:
-            wait_s = min(self.first_wait_s * 2.0 ** (tried - 1), self.longest_wait_s) * (0.5 + chance / 2)
+            # 2.0**1024 overflows; the longest wait is reached long before.
+            wait_s = min(self.first_wait_s * 2.0 ** min(tried - 1, 1000), self.longest_wait_s) * (0.5 + chance / 2)
         else:
             wait_s = retry_after_s
         return wait_s if wait_s <= self.longest_wait_s and wait_s < left_s else None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import secrets
 import socket
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from functools import cache
 from pathlib import Path
 
 from state.errors import PortTaken
 
 HOST = "127.0.0.1"
+FIRST_PORT = 10_000
+"""The lowest port that `free_ports` gives."""
 
 _HERE = Path(__file__).parent
 
@@ -40,14 +44,30 @@ def properties(port: int, controller_port: int, data_dir: Path, retention_h: flo
 
 
 def free_ports(names: Iterable[str]) -> dict[str, int]:
-    """A port for each name, no two alike, that no one listens on at this moment (the kernel picks them)."""
+    """A port for each name, no two alike, that no one listens on at this moment.
+
+    They are outside the range from which the kernel takes the ports of outgoing connections: one of those could take a
+    port before its server listens.
+    """
     found = {}
     with ExitStack() as held:
         for name in names:
             probe = held.enter_context(socket.socket())
-            probe.bind((HOST, 0))
-            found[name] = int(probe.getsockname()[1])
+            while name not in found:
+                port = FIRST_PORT + secrets.randbelow(_first_outgoing_port() - FIRST_PORT)
+                with suppress(OSError):  # somebody listens on it
+                    probe.bind((HOST, port))
+                    found[name] = port
     return found
+
+
+@cache
+def _first_outgoing_port() -> int:
+    """Where the kernel's range of ports for outgoing connections begins."""
+    try:
+        return max(20_000, int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0]))
+    except OSError:
+        return 32_768
 
 
 def free_port() -> int:

@@ -269,7 +269,10 @@ def _beside(link: Path) -> Path:
 def _folders_in(memory: str) -> Iterator[Path]:
     """Directories of stores in `memory` that are ours to remove."""
     for folder in sorted(Path(memory).glob(f"{NAME}*")) if memory else ():
-        found = folder.lstat()
+        try:
+            found = folder.lstat()
+        except FileNotFoundError:  # Another process removed it since the directory was read.
+            continue
         if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid():
             yield folder
 
@@ -278,6 +281,9 @@ def _is_forgotten(folder: Path, now_s: float) -> bool:
     try:
         if now_s - folder.stat().st_mtime < FORGOTTEN_S:
             return False
+    except FileNotFoundError:
+        return False
+    try:
         link = Path((folder / LINK).read_text())
         if target_of(link) == folder / link.name:
             return False

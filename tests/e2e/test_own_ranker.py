@@ -133,7 +133,7 @@ def test_a_flood_is_held_and_the_rollback_that_status_prints_heals(loop: Loop, w
             loop.springtide(*shlex.split(loop.springtide("status")["held"]["commands"][0])[1:])
         return bool(version(loop)["epoch"] > epoch)
 
-    until(healed, "answers do not follow into the new epoch")
+    until(healed, "answers do not follow into the new epoch", 400.0)
     ends = loop.click([("honest", "book", "reading", "view")])
     answer = until(
         lambda: healed() and loop.if_trained_on("honest", ends), "no version has learned from an honest click", 400.0

@@ -57,7 +57,7 @@ class ServedHost:
     """`springtide serve` over a registry of its own, with so many versions."""
 
     def __init__(self, folder: Path, kafka: Kafka, lowered: Lowered, versions: int, **more: object) -> None:
-        self.state, self.port = folder / "state", free_port()
+        self.folder, self.state, self.port = folder, folder / "state", free_port()
         self.state.mkdir(parents=True)
         salt = folder / "salt"
         salt.write_bytes(SALT_KEY)
@@ -103,7 +103,11 @@ class Site:
         self.client, self.writer, self.written = httpx.Client(timeout=30.0), Writer(kafka), 0
         # Without a click of any time histories are not there yet; the first of these is of 1970.
         self._engage([user_id(SALT, "user-0")] * 2)
-        until(lambda: answers(self.live.port, "/readyz") and answers(self.trial.port, "/readyz"), PATIENCE_S)
+
+    def wait_until_ready(self) -> None:
+        for host in (self.live, self.trial):
+            until(lambda host=host: host.process.poll() is not None or answers(host.port, "/readyz"), PATIENCE_S)
+            assert host.process.poll() is None, (host.folder / "log").read_text()
 
     def ask(self, number: int) -> tuple[str | None, int]:
         """The arm that an answer names, and its version."""
@@ -215,6 +219,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, kafka: Any, lowered: Lowered)
     with ExitStack() as closing:
         made = Site(folder, settings, lowered)
         closing.callback(made.close)
+        made.wait_until_ready()
         yield made
 
 
@@ -258,7 +263,7 @@ def test_an_equal_trial_is_called_equal_and_an_operator_halts_resumes_and_takes_
 ) -> None:
     driving = Driving(site, tmp_path / "log", "steady", "--steps", "50,100", "--every", "1h")
     until(lambda: site.ask(1)[0] is not None)
-    crowd = np.random.default_rng(1).integers(0, USERS, (30, 200)).tolist()
+    crowd = np.random.default_rng(1).integers(0, USERS, (120, 200)).tolist()
     asked = site.use({TRIAL: 0.9, LIVE: 0.9}, lambda: site.finding() == "equal", crowd)
     trial = next(number for number, arm, _ in asked if arm == TRIAL)
     assert "halted, 0.5 of the users" in site.said("steady", "--halt", "--reason", "lunch")

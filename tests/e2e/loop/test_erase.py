@@ -15,6 +15,7 @@ from kafka.admin import ConfigResource, ConfigResourceType
 
 from deploy.operate.erasure_status import TAKEN_UP_MS
 from state import layout
+from state.errors import LogError
 from state.events.identity import load_salt, user_id
 from state.log import Topics, Writer, client_options
 from state.microbatch.codec import decode
@@ -136,7 +137,17 @@ def forget_before(loop: Loop) -> None:
         policy = {"cleanup.policy": "compact,delete"}
         admin.alter_configs([ConfigResource(ConfigResourceType.TOPIC, "users", configs=policy)])
         admin.close()
-        topics.delete_before("users", {partition: end for partition, (_, end) in topics.ends("users").items()})
+        until(lambda: emptied(topics, "users"), "the broker does not take up the new policy")
+
+
+def emptied(topics: Topics, name: str) -> bool:
+    """Whether a topic's records are deleted; the broker refuses until it has taken up a new `cleanup.policy`."""
+    try:
+        topics.delete_before(name, {partition: end for partition, (_, end) in topics.ends(name).items()})
+    except LogError as error:
+        assert "PolicyViolation" in str(error), error
+        return False
+    return True
 
 
 def newest(registry: Registry) -> Manifest:

@@ -6,8 +6,10 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -200,6 +202,27 @@ def test_rows_that_another_process_has_open_are_not_removed(link: Path, memory: 
         assert remove_forgotten(str(memory.path), time.time() + 2 * place.FORGOTTEN_S) == []
         holder.communicate()
     assert remove_forgotten(str(memory.path), time.time() + 2 * place.FORGOTTEN_S) == [found.path.parent]
+
+
+def test_directories_that_others_remove_meanwhile_do_not_stop_a_removal(tmp_path: Path) -> None:
+    """Each process of a host removes what is forgotten when it starts, all in one directory."""
+    churn, over = [tmp_path / f"{place.NAME}{number}" for number in range(200)], threading.Event()
+
+    def others() -> None:
+        while not over.is_set():
+            for folder in churn:
+                folder.mkdir()
+            for folder in churn:
+                folder.rmdir()
+
+    with ThreadPoolExecutor(1) as pool:
+        churning = pool.submit(others)
+        try:
+            for _ in range(500):
+                assert remove_forgotten(str(tmp_path)) == []
+        finally:
+            over.set()
+        churning.result()
 
 
 def test_rows_are_forgotten_wherever_they_lie(link: Path, memory: Disk) -> None:

@@ -159,7 +159,8 @@ def test_encoding_is_exact_and_splits_what_serving_needs_from_the_rest() -> None
 def test_the_environment_names_what_decides_the_bits() -> None:
     found = checkpoint.environment(small_settings(), "/CPU:0")
     assert found["tensorflow"].startswith("2.")
-    assert found["threads"] == "1"
+    assert found["threads"] == "any"
+    assert checkpoint.environment(small_settings(), "/CPU:0", "tensorflow")["threads"] == "1"
     assert {"numba", "llvmlite", "engine", "model_code"} <= found.keys()
 
 
@@ -171,4 +172,4 @@ def test_the_environment_has_every_tuned_number_and_another_one_is_not_comparabl
     changed = found | {f"hyperparameters.{name}": text for name, text in other.items()}
     assert environment_differences(found, changed) == ["hyperparameters.fast_rows was 32 and is 16"]
     engines = found, checkpoint.environment(small_settings(), "/CPU:0", "tensorflow")
-    assert environment_differences(*engines) == ["engine was compiled and is tensorflow"]
+    assert environment_differences(*engines) == ["engine was compiled and is tensorflow", "threads was any and is 1"]
