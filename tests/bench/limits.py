@@ -1,0 +1,277 @@
+"""What the whole loop can take: a backlog, the highest rate at which it keeps up, and freshness at half of that.
+
+    python -m tests.bench.limits [--old CHECKOUT] [--backlog N] [--users N] [--hold-s S] [--from-rate R] [--bursts N]
+
+With a checkout of another release, both are measured, one after the other, on
+brokers of their own with the same clicks. A loop is what `springtide up` runs,
+with its own Kafka outside: the backlog is written while the loop is down.
+
+A rate is held where, after `--hold-s`, the clicks of the last second are the
+only ones that no answer has learned yet. The next rate is an eighth higher.
+Freshness is from the acknowledgement of a burst to the first answer by weights
+that learned it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from deploy.kafka.broker import Broker
+from deploy.kafka.configuration import free_port, free_ports
+from state.config.sections import Kafka
+from state.log import BulkWriter, Topics, Writer, append_encoded, partition_of
+from state.process.wall_clock import wall_ms
+from tests.bench.report import Figure, Stages, report
+from tests.bench.stream import CHUNK, PACE_S, PARTITIONS, Clicks
+from tests.e2e.running import ROOT
+
+PORTS = ("serving.port", "stream.metrics_port", "trainer.metrics_port", "serving.metrics_port")
+OURS = ("serving.grpc_port", "validation.metrics_port", "segments.metrics_port", "up.metrics_port")
+"""Ports that 0.1.0 does not have."""
+FIRST = 20_000
+"""Clicks that are there at the first start, for the base."""
+STEP = 1.125
+LATE_S = 1.0
+START_S, CATCH_UP_S, PATIENCE_S = 300.0, 900.0, 30.0
+
+progress = Stages("limits")
+
+
+class Measured:
+    """The loop of one checkout, beside a broker.
+
+    Args:
+        name: In the figures.
+        checkout: Of a release.
+        folder: For its state.
+        users: Who click.
+    """
+
+    def __init__(self, name: str, checkout: Path, folder: Path, users: int) -> None:
+        self.name, self.checkout, self.folder = name, checkout, folder
+        folder.mkdir()
+        self.broker = Broker(folder / "kafka", free_port(), heap_mb=512)
+        self.broker.start()
+        self.kafka = Kafka(bootstrap_servers=self.broker.bootstrap_servers, clicks_partitions=PARTITIONS)
+        self.clicks = Clicks(users)
+        with Topics(self.kafka) as topics:
+            topics.ensure(self.kafka.clicks_topic, PARTITIONS)
+            self._id = topics.describe(self.kafka.clicks_topic).topic_id
+        self.ports = free_ports((*PORTS, *OURS) if checkout == ROOT else PORTS)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The loop, while it is open."""
+        flags: dict[str, object] = {
+            **self.ports, "kafka.bootstrap_servers": self.kafka.bootstrap_servers, "paths.state": self.folder / "state",
+            "shoppers.rate": 1, "bootstrap.min_rows": 2000,
+        }  # fmt: skip
+        if self.checkout == ROOT:
+            flags |= {"console.port": 0, "up.prometheus_port": free_port()}
+        words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+        with (self.folder / "log").open("ab") as log:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "deploy.up", *words],
+                cwd=self.checkout, env=dict(os.environ), stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+        try:
+            yield
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait(240)
+
+    def write(self, count: int) -> None:
+        """Writes clicks of now as fast as it goes."""
+        with BulkWriter(self.kafka, self.kafka.clicks_topic) as writer:
+            for _ in range(0, count, CHUNK):
+                append_encoded(writer, *self.clicks.take(CHUNK, wall_ms()))
+
+    def ends(self) -> dict[int, int]:
+        """The end of each partition of the clicks."""
+        with Topics(self.kafka) as topics:
+            return {number: end for number, (_, end) in topics.ends(self.kafka.clicks_topic).items()}
+
+    def learned(self) -> dict[int, int]:
+        """Position of each partition before which an answer of now has learned everything; empty where none answers."""
+        with suppress(OSError, http.client.HTTPException):
+            worker = http.client.HTTPConnection("127.0.0.1", self.ports["serving.port"], timeout=PATIENCE_S)
+            fields = "?fields=sources" if self.checkout == ROOT else ""
+            worker.request("GET", f"/v1/profiles/nobody{fields}")
+            answer: dict[str, Any] = json.loads(worker.getresponse().read())
+            worker.close()
+            sources = answer["version"]["sources"] if "version" in answer else {}
+            return {number: sources.get(f"{self._id}:{number}", 0) for number in range(PARTITIONS)}
+        return {}
+
+    def behind(self, ends: dict[int, int]) -> int:
+        """Clicks before `ends` that no answer has learned; -1 where none answers."""
+        learned = self.learned()
+        return sum(max(0, end - learned[number]) for number, end in ends.items()) if learned else -1
+
+    def wait_for(self, ends: dict[int, int], patience_s: float) -> None:
+        """Returns once an answer has learned everything before `ends`."""
+        deadline_s = time.monotonic() + patience_s
+        while behind := self.behind(ends):
+            progress.say(f"{self.name}: catching up", f"{behind:,} clicks behind")
+            if time.monotonic() > deadline_s:
+                raise SystemExit(
+                    f"{self.name}: {behind:,} clicks behind after {patience_s:.0f} s; see {self.folder}/log"
+                )
+            threading.Event().wait(0.1)
+
+    def backlog(self, count: int) -> tuple[float, float]:
+        """Writes a backlog while the loop is down; returns seconds from the start to the first and to fresh answers."""
+        self.write(count)
+        begin_s, ends = time.monotonic(), self.ends()
+        with self.running():
+            while self.behind(ends) < 0:
+                threading.Event().wait(0.1)
+            first_s = time.monotonic() - begin_s
+            self.wait_for(ends, CATCH_UP_S)
+            return first_s, time.monotonic() - begin_s
+
+    @contextmanager
+    def offered(self, rate: float) -> Iterator[None]:
+        """Writes `rate` clicks a second while it is open."""
+        over = threading.Event()
+
+        def write() -> None:
+            begin_s, sent = time.monotonic(), 0
+            with BulkWriter(self.kafka, self.kafka.clicks_topic) as writer:
+                while not over.wait(PACE_S):
+                    if (count := int((time.monotonic() - begin_s) * rate) - sent) > 0:
+                        append_encoded(writer, *self.clicks.take(count, wall_ms()))
+                        sent += count
+
+        writing = threading.Thread(target=write)
+        writing.start()
+        try:
+            yield
+        finally:
+            over.set()
+            writing.join()
+
+    def holds(self, rate: float, hold_s: float) -> bool:
+        """Whether answers keep up with `rate` clicks a second."""
+        with self.offered(rate):
+            found = []
+            begin_s = time.monotonic()
+            while (passed_s := time.monotonic() - begin_s) < hold_s:
+                progress.say(f"{self.name}: {rate:,.0f} clicks/s", f"{passed_s:.0f} of {hold_s:.0f} s")
+                threading.Event().wait(0.5)
+                if passed_s > 0.75 * hold_s:
+                    found.append(self.behind(self.ends()))
+            late = float(np.median(found))
+        progress.say(f"{self.name}: {rate:,.0f} clicks/s: {late:,.0f} clicks behind")
+        self.wait_for(self.ends(), CATCH_UP_S)
+        return late < LATE_S * rate
+
+    def highest(self, rate: float, hold_s: float) -> float:
+        """The highest rate that it holds."""
+        held = 0.0
+        while self.holds(rate, hold_s):
+            held, rate = rate, rate * STEP
+        while not held:
+            rate /= STEP
+            held = rate if self.holds(rate, hold_s) else 0.0
+        return held
+
+    def freshness(self, bursts: int) -> list[float]:
+        """Seconds from the acknowledgement of three clicks to an answer that learned them."""
+        found, worker = [], http.client.HTTPConnection("127.0.0.1", self.ports["serving.port"], timeout=PATIENCE_S)
+        fields = "?fields=sources" if self.checkout == ROOT else ""
+        with Topics(self.kafka) as topics, Writer(self.kafka) as writer:
+            for number in range(bursts):
+                progress.say(f"{self.name}: freshness", f"burst {number} of {bursts}")
+                user = f"burst-{number % 50}"
+                click = {
+                    "user": user,
+                    "item": f"item-{number}",
+                    "category": f"category-{number % 64}",
+                    "action": "view",
+                }
+                for _ in range(3):
+                    value = json.dumps(click | {"time": wall_ms()}).encode()
+                    writer.send(self.kafka.clicks_topic, None, user.encode(), value)
+                writer.flush()
+                acknowledged_s, partition = time.monotonic(), partition_of(user.encode(), PARTITIONS)
+                # Others write too: the end is at or after the burst.
+                end, source = topics.ends(self.kafka.clicks_topic)[partition][1], f"{self._id}:{partition}"
+                while True:
+                    worker.request("GET", f"/v1/profiles/{user}{fields}")
+                    answer = json.loads(worker.getresponse().read())
+                    if answer["version"]["sources"].get(source, 0) >= end:
+                        break
+                    if time.monotonic() - acknowledged_s > PATIENCE_S:
+                        raise SystemExit(f"{self.name}: no answer has learned burst {number}; see {self.folder}/log")
+                    threading.Event().wait(0.005)
+                found.append(time.monotonic() - acknowledged_s)
+        worker.close()
+        return found
+
+
+def main() -> None:
+    """Runs the benchmark."""
+    flags = argparse.ArgumentParser()
+    flags.add_argument("--old", type=Path, help="a checkout of another release")
+    flags.add_argument("--backlog", type=int, default=1_000_000)
+    flags.add_argument("--users", type=int, default=20_000)
+    flags.add_argument("--hold-s", type=float, default=300.0)
+    flags.add_argument("--from-rate", type=float, default=8000.0, help="the first rate, clicks/s")
+    flags.add_argument("--bursts", type=int, default=200)
+    given = flags.parse_args()
+    checkouts = {"this release": ROOT} | ({"old": given.old.absolute()} if given.old else {})
+    figures: dict[str, Figure] = {}
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory(prefix="springtide-limits-") as folder:
+        for place, (name, checkout) in enumerate(checkouts.items()):
+            loop = Measured(name, checkout, Path(folder, str(place)), given.users)
+            try:
+                loop.write(FIRST)
+                with loop.running():
+                    loop.wait_for(loop.ends(), START_S)
+                first_s, fresh_s = loop.backlog(given.backlog)
+                one = {"first answer after a start": first_s, "backlog to fresh answers": fresh_s}
+                with loop.running():
+                    loop.wait_for(loop.ends(), START_S)
+                    rate = one["highest rate"] = loop.highest(given.from_rate, given.hold_s)
+                    with loop.offered(rate / 2):
+                        threading.Event().wait(10.0)
+                        p50, p99 = np.percentile(loop.freshness(given.bursts), [50, 99])
+                    one |= {
+                        "freshness at half of it, p50": 1000 * float(p50),
+                        "freshness at half of it, p99": 1000 * float(p99),
+                    }
+            finally:
+                loop.broker.stop()
+            found[name] = one
+    goals = {"freshness at half of it, p50": "<= 150", "freshness at half of it, p99": "<= 400"}
+    for name, one in found.items():
+        for what, value in one.items():
+            unit = "clicks/s" if what == "highest rate" else "ms" if what in goals else "s"
+            figures[f"{name}: {what}"] = Figure(value, unit, goals.get(what, "") if name == "this release" else "")
+    if given.old:
+        new, old = found["this release"], found["old"]
+        figures["highest rate, ratio"] = Figure(new["highest rate"] / old["highest rate"], "ratio", ">= 1.3")
+        ratio = old["backlog to fresh answers"] / new["backlog to fresh answers"]
+        figures["backlog caught up, ratio of speeds"] = Figure(ratio, "ratio", ">= 1.3")
+    report("limits", figures, {"backlog": given.backlog, "held for s": given.hold_s})
+
+
+if __name__ == "__main__":
+    main()
