@@ -248,6 +248,8 @@ def main() -> None:
                 first_s, fresh_s = loop.backlog(given.backlog)
                 one = {"first answer after a start": first_s, "backlog to fresh answers": fresh_s}
                 with loop.running():
+                    # Serving answers long before the stream and the trainer have started.
+                    loop.write(FIRST)
                     loop.wait_for(loop.ends(), START_S)
                     rate = one["highest rate"] = loop.highest(given.from_rate, given.hold_s)
                     with loop.offered(rate / 2):
