@@ -139,7 +139,13 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def as_text(sizing: Sizing) -> str:
     """The answer in Markdown: the order of each part, and the limits."""
     parts = [
-        [part, f"{need.count:g}", f"{need.cores:,g}", number(need.memory_bytes / 1e9), number(need.disk_bytes / 1e9)]
+        [
+            part,
+            f"{need.instances:g}",
+            f"{need.cores:,g}",
+            number(need.memory_bytes / 1e9),
+            number(need.disk_bytes / 1e9),
+        ]
         for part, need in sizing.orders().items()
     ]
     limits = [

@@ -97,15 +97,15 @@ class Load:
 class Need(NamedTuple):
     """What one instance of a part uses, and how many instances there are."""
 
-    count: float = 1
+    instances: float = 1
     cores: float = 0.0
     memory_bytes: float = 0.0
     disk_bytes: float = 0.0
 
     def ordered(self, use: float) -> Need:
         """All instances together: whole cores at this utilisation, memory and disk with the reserve."""
-        memory_bytes, disk_bytes = (self.count * RESERVE * size for size in (self.memory_bytes, self.disk_bytes))
-        return Need(self.count, self.count * math.ceil(self.cores / use), memory_bytes, disk_bytes)
+        memory_bytes, disk_bytes = (self.instances * RESERVE * size for size in (self.memory_bytes, self.disk_bytes))
+        return Need(self.instances, self.instances * math.ceil(self.cores / use), memory_bytes, disk_bytes)
 
 
 class Limit(NamedTuple):

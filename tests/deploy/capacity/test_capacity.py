@@ -74,9 +74,9 @@ def test_more_load_takes_nothing_less(load: Load, name: str, factor: float) -> N
     then = after.parts()
     for part, need in before.parts().items():
         # Whole worker processes: on more hosts there may be one less a host.
-        slack = {"memory_bytes": then[part].count * VALUES["worker_bytes"]} if part == WORKERS else {}
+        slack = {"memory_bytes": then[part].instances * VALUES["worker_bytes"]} if part == WORKERS else {}
         for field in ("cores", "memory_bytes", "disk_bytes"):
-            old, new = (getattr(one, field) * one.count for one in (need, then[part]))
+            old, new = (getattr(one, field) * one.instances for one in (need, then[part]))
             assert new >= old * (1 - 1e-9) - slack.get(field, 0.0), (part, field)
     assert after.partitions >= before.partitions and after.hosts >= before.hosts
 
@@ -95,7 +95,7 @@ def test_units() -> None:
     assert found.worker_cores == pytest.approx(1000 * VALUES["lean_us"] / 1e6)
     assert found.stream_histories_bytes == VALUES["user_bytes"] + 256 * VALUES["event_bytes"]
     kafka = found.parts()[KAFKA]
-    assert kafka.disk_bytes == pytest.approx((100 + VALUES["log_row_bytes"]) * 3600) and kafka.count == 3
+    assert kafka.disk_bytes == pytest.approx((100 + VALUES["log_row_bytes"]) * 3600) and kafka.instances == 3
     assert found.catch_up_s == pytest.approx(3600 * VALUES["history_us"] / 1e6)
     assert found.base_bytes == VALUES["durable_bytes"] + 2 * VALUES["base_row_bytes"]
     order = found.orders()[STREAM]
@@ -133,7 +133,7 @@ def test_a_stream_beyond_one_process_is_sized_for_flink() -> None:
     assert (small.on_flink, large.on_flink) == (False, True)
     assert 3 <= large.stream_cores / (10 * small.stream_cores) <= 4
     need = large.parts()[STREAM]
-    assert need.count > 1 and need.cores * need.count == pytest.approx(large.stream_cores)
+    assert need.instances > 1 and need.cores * need.instances == pytest.approx(large.stream_cores)
     assert "one process of the local stream" in beyond(sized(replace(SOAK, clicks=100_000, stream="local")))
     assert sized(replace(SOAK, stream="flink")).on_flink
 
