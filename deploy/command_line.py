@@ -70,7 +70,7 @@ PROCESSES = {
     ),
     "capacity": (
         "deploy.capacity.command",
-        "Say what a deployment takes for so many clicks, users and answers, what it costs, and which limit it meets first.",
+        "Report what a deployment takes for so many clicks, users and answers, and which limit it meets first.",
     ),
     "bootstrap": (
         "streaming.bootstrap",

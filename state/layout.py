@@ -49,7 +49,7 @@
     ├── replay/<key>/            lock, journal                    deploy/replaying/journal.py
     ├── kafka/                   broker.lock, data; or where `paths.kafka` says      deploy/kafka/broker.py
     ├── prometheus/              prometheus.yml, data             deploy/startup/prometheus.py
-    ├── flink/                  lock, conf, checkpoints, savepoints, logs   deploy/flink/configuration.py
+    ├── flink/                  lock, conf, checkpoints, savepoints, logs   deploy/flink/processes.py
     └── logs/                    one file a process               deploy/children/supervisor.py
 
 A store's directory holds `data.mdb`, `lock.mdb` and `mark.json`.

@@ -1,288 +1,306 @@
-"""What each part takes under a load: cores, memory, disk, network. Pure; the formulas of `deploy/CAPACITY.md`.
-
-Cores are processor time a second, memory what a process has and what its stores
-take in memory, disk what lies there at most, network what comes in and goes out.
-Nothing here is a reserve: `prices` adds it.
-"""
+"""Sizes of a deployment from measured constants: what each part takes, and where the design ends. Pure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
-from deploy.capacity.load import HOUR_S, Load, events_kept, kept_versions, touched
-from deploy.capacity.measured import MeasuredCosts
 from state.config.settings import Settings
 
-ROW_BYTES = 4
-SLOTS = 2
-INDEX_BYTES = 32
+HOUR_S, DAY_S = 3600.0, 86_400.0
+SOAK = "python -m tests.e2e.soak"
+FLINK_BENCH, SERVING_BENCH = "python -m tests.bench.flink", "python -m tests.bench.serving"
+RESERVE = 1.25
+"""Ordered memory over used memory, as `storage.memory_dir` asks for, and the same for disks."""
+MEMORY_GB, NETWORK_GB_S = 1000.0, 1.25
+"""Most of one machine."""
+READY_H = 1.0
+"""How long a new host may take until it answers."""
 BROKER_BYTES = 2e9
-BASES = 2
-FLINK_COPIES = 2
-"""Of the histories in memory on Flink: in the Python workers, and as the job's state in the heaps of TaskManagers."""
-FLINK_CHECKPOINTS = 3
-"""Checkpoints that Flink keeps (`deploy/flink/config.yaml`)."""
-FLINK_BUCKETS = 64
-"""Most buckets of users (`stream.buckets`), each on one core at a time."""
-LOCAL, FLINK, AUTO = FORMS = ("local", "flink", "auto")
-STREAM, TRAINER, SERVING, WORKERS, BESIDE, KAFKA, REGISTRY = (
-    "stream",
-    "trainer",
-    "applier",
-    "workers",
-    "validation and console",
-    "kafka",
-    "registry",
-)
-ANSWERS = {"lean": "lean_us", "full": "full_us", "recommend": "recommend_us", "explain": "explain_us"}
-ANSWER_BYTES = {"lean": 1_135.0, "full": 4_983.0, "recommend": 3_000.0, "explain": 5_000.0}
+BUCKETS = 64
+"""Most buckets of users on Flink (`stream.buckets`), each on one core."""
+ANSWERS = ("lean", "full", "recommend", "explain")
+STREAM, TRAINER, APPLIER, WORKERS = "stream", "trainer", "applier", "workers"
+REST, KAFKA, REGISTRY = "validation and console", "kafka", "registry"
+
+
+class Constant(NamedTuple):
+    """A measured figure, and the command that measures it."""
+
+    value: float
+    unit: str
+    bench: str
+    meaning: str
+
+
+# Measured on two shared cores (AMD EPYC, 25 GB, Python 3.11) with default settings. The soak has 10,000 clicks/s of
+# 20,000 users and 4,000 items; its CPU times are from /proc/PID/stat over 152 s, from the eighth minute on.
+CONSTANTS: Mapping[str, Constant] = {
+    "stream_us": Constant(33.2, "us/click", SOAK, "CPU time of the stream in one local process"),
+    "stream_most": Constant(64_900, "clicks/s", "python -m tests.bench.stream", "throughput of one local stream"),
+    "flink_us": Constant(116, "us/click", FLINK_BENCH, "CPU time of TaskManager and Python worker on Flink"),
+    "flink_bytes": Constant(4.4e8, "bytes", FLINK_BENCH, "memory of a TaskManager with little state"),
+    "flink_worker_bytes": Constant(6.3e8, "bytes", FLINK_BENCH, "memory of a Python worker on Flink"),
+    "trainer_us": Constant(26.7, "us/row", SOAK, "CPU time of the trainer without publishing"),
+    "publish_ms": Constant(
+        7.7, "ms/version", "python -m tests.bench.publish", "stall of steps for 10,000 changed rows"
+    ),
+    "applier_us": Constant(38.9, "us/click", SOAK, "CPU time of an applier without rows of versions"),
+    "history_us": Constant(11.2, "us/row", "python -m tests.bench.new_host", "CPU time of a new host that catches up"),
+    "apply_us": Constant(3.4, "us/row", SERVING_BENCH, "CPU time to apply a row of a version"),
+    "validation_us": Constant(7, "us/row", SOAK, "CPU time of the validation"),
+    "broker_us": Constant(7.8, "us/click", SOAK, "CPU time of a broker"),
+    "lean_us": Constant(100, "us/answer", SERVING_BENCH, "CPU time of a worker for a lean profile"),
+    "full_us": Constant(219, "us/answer", SERVING_BENCH, "CPU time for a profile with all fields"),
+    "recommend_us": Constant(6_830, "us/answer", "python -m tests.bench.recommend", "CPU time for 20 of 1e6 items"),
+    "explain_us": Constant(12_000, "us/answer", "python -m tests.bench.explain", "CPU time for an explanation"),
+    "log_row_bytes": Constant(288, "bytes/row", SOAK, "training log, compressed"),
+    "event_bytes": Constant(60, "bytes/event", SOAK, "event in a store of histories"),
+    "user_bytes": Constant(890, "bytes/user", "python -m tests.bench.new_host", "user in a store, without events"),
+    "served_row_bytes": Constant(640, "bytes/row", SOAK, "row in serving's store"),
+    "base_row_bytes": Constant(260, "bytes/row", "python -m tests.bench.publish", "row in a base"),
+    "durable_row_bytes": Constant(208, "bytes/row", SOAK, "changed row in a durable version"),
+    "durable_bytes": Constant(1.1e6, "bytes/version", SOAK, "dense weights in a durable version"),
+    "stream_bytes": Constant(2.5e8, "bytes", SOAK, "memory of a stream without histories"),
+    "trainer_bytes": Constant(5.4e8, "bytes", SOAK, "memory of a trainer without tables"),
+    "applier_bytes": Constant(2.2e8, "bytes", SOAK, "memory of an applier without stores"),
+    "worker_bytes": Constant(1.05e8, "bytes", SOAK, "memory of a worker without shared stores"),
+    "rest_bytes": Constant(1.9e8, "bytes", SOAK, "memory of console and validation"),
+}
+VALUES: Mapping[str, float] = {name: constant.value for name, constant in CONSTANTS.items()}
+
+
+def _option(default: Any, meaning: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": meaning, "choices": choices})
 
 
 @dataclass(frozen=True)
-class Need:
-    """What a part takes; of what there is several of, one of them.
+class Load:
+    """What a deployment has to bear; the fields are the options of `springtide capacity`."""
 
-    Attributes:
-        cores: Processor seconds a second.
-        memory_bytes: Of its processes, and of stores in memory.
-        disk_bytes: On disks.
-        network_bytes_s: In and out.
-        count: How many of it there are.
-    """
+    clicks: float = _option(10_000.0, "clicks a second in the busiest hour")
+    users: float = _option(1e6, "users who click within the longest window")
+    items: float = _option(1e5, "items and categories that have a row")
+    answers: float = _option(1_000.0, "answers a second, over all hosts")
+    answer: str = _option("lean", "kind of the answers", choices=ANSWERS)
+    versions: float = _option(5.0, "versions a second")
+    retention_h: float = _option(168.0, "hours that Kafka keeps")
+    click_bytes: float = _option(100.0, "bytes of a click in Kafka")
+    use: float = _option(0.6, "planned utilisation of a core")
+    host_cores: float = _option(16, "cores of a serving host")
+    replication: float = _option(3, "copies in Kafka")
+    stream: str = _option("auto", "auto is flink where one process is not enough", choices=("local", "flink", "auto"))
 
+
+class Need(NamedTuple):
+    """What one instance of a part uses, and how many instances there are."""
+
+    instances: float = 1
     cores: float = 0.0
     memory_bytes: float = 0.0
     disk_bytes: float = 0.0
-    network_bytes_s: float = 0.0
-    count: int = 1
+
+    def ordered(self, use: float) -> Need:
+        """All instances together: whole cores at this utilisation, memory and disk with the reserve."""
+        memory_bytes, disk_bytes = (self.instances * RESERVE * size for size in (self.memory_bytes, self.disk_bytes))
+        return Need(self.instances, self.instances * math.ceil(self.cores / use), memory_bytes, disk_bytes)
+
+
+class Limit(NamedTuple):
+    """A bound on something that there is one of."""
+
+    name: str
+    asked: float
+    most: float
+    unit: str
+    remedy: str
+    by_clicks: bool = True
+    """Whether it is proportional to clicks a second."""
+
+    @property
+    def share(self) -> float:
+        """Above 1 the load is beyond the limit."""
+        return self.asked / self.most
 
 
 @dataclass(frozen=True)
 class Sizing:
-    """A load with all that its sizes follow from.
-
-    Attributes:
-        load: What is asked for.
-        settings: Of the deployment.
-        measured: What one thing takes.
-        use: Share of a core that is planned to be used, 0 to 1.
-        host_cores: Cores of a serving host.
-        replication: Copies of each record in Kafka.
-        form: Of the stream: local, flink, or auto, which is flink where one local process is not enough.
-    """
+    """The answers for one load. The docstrings of the properties are the formulas of `deploy/CAPACITY.md`."""
 
     load: Load
     settings: Settings
-    measured: MeasuredCosts
-    use: float = 0.6
-    host_cores: int = 16
-    replication: int = 3
-    form: str = AUTO
-
-    @property
-    def log_bytes_s(self) -> float:
-        """Bytes a second of the training log."""
-        return self.load.clicks_s * self.measured.log_row_bytes
-
-    @property
-    def log_leader_bytes_s(self) -> float:
-        """Bytes a second through the broker that leads the training log's partition.
-
-        The stream writes to it. Its followers, the trainer, the validation and each host read from it.
-        """
-        return self.log_bytes_s * (1 + (self.replication - 1) + 2 + self.hosts)
-
-    @property
-    def users_with_row(self) -> float:
-        """Users with a row; beyond `trainer.max_rows` the least used leave."""
-        return min(self.load.users, self.settings.trainer.max_rows)
-
-    @property
-    def items_with_row(self) -> float:
-        """The same of items and categories."""
-        return min(self.load.items, self.settings.trainer.max_rows)
+    constants: Mapping[str, float] = field(default_factory=lambda: VALUES)
 
     @property
     def rows(self) -> float:
-        """Rows of the trainer's tables."""
-        return self.users_with_row + self.items_with_row
+        """min(users, `trainer.max_rows`) + min(items, `trainer.max_rows`)"""
+        most = self.settings.trainer.max_rows
+        return min(self.load.users, most) + min(self.load.items, most)
 
     def changed_rows(self, seconds: float) -> float:
-        """Rows that the clicks of so many seconds change: of the users who click, and of the items."""
-        clicks = self.load.clicks_s * seconds
-        return touched(self.users_with_row, clicks) + touched(self.items_with_row, clicks)
+        """Rows that clicks change in so many seconds, users and items taken as equally active; skewed clicks change fewer."""
+        clicks, most = self.load.clicks * seconds, self.settings.trainer.max_rows
+        counts = (min(self.load.users, most), min(self.load.items, most))
+        return sum(-count * math.expm1(-clicks / count) for count in counts)
 
     @property
     def stream_histories_bytes(self) -> float:
-        """The stream's store of histories, of `stream.max_users` at most."""
+        """min(users, `stream.max_users`) x (`user_bytes` + events x `event_bytes`); events = min(`features.history`, clicks/s x longest window / these users)"""
         return self._histories_bytes(self.settings.stream.max_users)
 
     @property
     def host_histories_bytes(self) -> float:
-        """The store of each serving host, of `serving.max_users` at most."""
+        """The same with `serving.max_users`, on each host"""
         return self._histories_bytes(self.settings.serving.max_users)
 
     def _histories_bytes(self, max_users: int) -> float:
-        users = min(self.load.users, max_users)
-        events = events_kept(self.load, self.settings, users)
-        return users * (self.measured.user_bytes + events * self.measured.event_bytes)
+        features, users = self.settings.features, min(self.load.users, max_users)
+        events = min(float(features.history), self.load.clicks * features.windows_s[-1] / users)
+        return users * (self.constants["user_bytes"] + events * self.constants["event_bytes"])
 
     @property
     def served_bytes(self) -> float:
-        """Serving's rows: each once, and those of durable versions of the last `serving.keep_s` once more for each change."""
+        """(rows + changed rows of each durable version of the last `serving.keep_s`) x `served_row_bytes`"""
         durable_s, keep_s = self.settings.registry.durable_s, self.settings.serving.keep_s
-        again = self.changed_rows(durable_s) * keep_s / durable_s
-        return (self.rows + again) * self.measured.served_row_bytes
-
-    @property
-    def base_bytes(self) -> float:
-        """A base: every row, with its accumulators."""
-        return self.measured.durable_bytes + self.rows * self.measured.base_row_bytes
-
-    @property
-    def version_bytes_s(self) -> float:
-        """What versions bring to each host, bytes a second: those not durable, five a second or so."""
-        versions_s, one = self.load.versions_s, self.measured
-        changed = self.changed_rows(1 / versions_s)
-        return versions_s * (one.recent_bytes + changed * one.recent_row_bytes)
-
-    @property
-    def registry_bytes(self) -> float:
-        """All durable versions that `[registry]` asks to keep, and the newest bases."""
-        one = self.measured
-        deltas = sum(
-            count * (one.durable_bytes + self.changed_rows(seconds) * one.durable_row_bytes)
-            for count, seconds in kept_versions(self.settings)
-        )
-        return deltas + BASES * self.base_bytes
-
-    @property
-    def local_streams(self) -> float:
-        """How many times the clicks that one local stream bears."""
-        return self.load.clicks_s / (self.measured.stream_most * self.use)
-
-    @property
-    def on_flink(self) -> bool:
-        """Whether the stream is a job on Flink."""
-        return self.form == FLINK or (self.form == AUTO and self.local_streams > 1)
-
-    @property
-    def flink_cores(self) -> float:
-        """Of TaskManagers and Python workers, were the stream a job on Flink."""
-        return self.load.clicks_s * self.measured.flink_us * 1e-6
-
-    @property
-    def stream_cores(self) -> float:
-        """Of the stream, in its form."""
-        return self.flink_cores if self.on_flink else self.load.clicks_s * self.measured.stream_us * 1e-6
-
-    @property
-    def trainer_cores(self) -> float:
-        """Of the one trainer; above 1 one is not enough."""
-        return self.load.clicks_s * self.measured.trainer_us * 1e-6 + self.load.versions_s * self.publish_s
-
-    @property
-    def publish_s(self) -> float:
-        """How long a version keeps steps waiting: by its rows, as the figure is of 10,000."""
-        return self.measured.publish_ms * 1e-3 * self.changed_rows(1 / self.load.versions_s) / 10_000
-
-    @property
-    def applier_cores(self) -> float:
-        """Of each host's applier, however many hosts there are."""
-        rows_s, one = self.load.versions_s * self.changed_rows(1 / self.load.versions_s), self.measured
-        asking_us = self.shared_requests_s * one.shared_request_us
-        return (self.load.clicks_s * one.applier_us + rows_s * one.apply_us + asking_us) * 1e-6
-
-    @property
-    def shared_requests_s(self) -> float:
-        """What each host asks of a shared registry: at each look for control and for the next pack; none where it is one's own."""
-        return 2000 / self.settings.registry.look_ms if self.settings.paths.shared_registry else 0.0
-
-    @property
-    def worker_cores(self) -> float:
-        """Of all workers of all hosts."""
-        answer_us: float = getattr(self.measured, ANSWERS[self.load.answer])
-        return self.load.answers_s * answer_us * 1e-6
-
-    @property
-    def partitions(self) -> int:
-        """Partitions of the clicks topic: two for the clicks that one local stream bears, and four at least."""
-        return max(4, 2 * math.ceil(self.local_streams))
-
-    @property
-    def hosts(self) -> int:
-        """Serving hosts: two, or as many as bear the answers on the cores that their appliers leave."""
-        left = max(1.0, self.host_cores * self.use - self.applier_cores)
-        return max(2, math.ceil(self.worker_cores / left))
-
-    @property
-    def catch_up_s(self) -> float:
-        """How long a host takes that begins with no histories, reading all of the training log that is kept."""
-        seconds = self.load.retention_h * HOUR_S
-        return seconds * self.load.clicks_s * self.measured.history_us * 1e-6
+        return (self.rows + self.changed_rows(durable_s) * keep_s / durable_s) * self.constants["served_row_bytes"]
 
     @property
     def table_bytes(self) -> float:
-        """The trainer's tables: a row, its accumulators, its id in the index, its dates; room doubles, so up to twice that."""
-        width = self.settings.model.dim * ROW_BYTES * SLOTS
-        return 2 * self.rows * (width + INDEX_BYTES)
-
-    def needs(self) -> Mapping[str, Need]:
-        """Part -> what it takes."""
-        return {
-            STREAM: self._flink() if self.on_flink else self._stream(),
-            TRAINER: self._trainer(),
-            SERVING: self._host(),
-            WORKERS: self._workers(),
-            BESIDE: Need(self.load.clicks_s * self.measured.validation_us * 1e-6, self.measured.beside_bytes),
-            KAFKA: self._kafka(),
-            REGISTRY: Need(disk_bytes=self.registry_bytes, network_bytes_s=(1 + self.hosts) * self.version_bytes_s),
-        }
-
-    def _stream(self) -> Need:
-        cache = min(self.settings.stream.cache_users, self.load.users) * self.settings.features.history * 40
-        store = self.stream_histories_bytes
-        return Need(self.stream_cores, self.measured.stream_bytes + cache + store, store, self._stream_bytes_s)
-
-    def _flink(self) -> Need:
-        """Of one TaskManager with its Python workers, as large as a serving host."""
-        one, count = self.measured, max(1, math.ceil(self.stream_cores / (self.host_cores * self.use)))
-        cores, store = self.stream_cores / count, self.stream_histories_bytes / count
-        workers = math.ceil(cores / self.use) * one.flink_worker_bytes
-        memory, disk = one.flink_bytes + workers + FLINK_COPIES * store, FLINK_CHECKPOINTS * store
-        return Need(cores, memory, disk, self._stream_bytes_s / count, count)
+        """2 x rows x (`model.dim` x 8 bytes + 32): a row, its accumulators and its index entry; tables double when full"""
+        return 2 * self.rows * (8 * self.settings.model.dim + 32)
 
     @property
-    def _stream_bytes_s(self) -> float:
-        return self.load.clicks_s * self.load.click_bytes + self.log_bytes_s
+    def log_bytes_s(self) -> float:
+        """clicks/s x `log_row_bytes`"""
+        return self.load.clicks * self.constants["log_row_bytes"]
 
-    def _trainer(self) -> Need:
-        network = self.log_bytes_s + self.version_bytes_s
-        return Need(self.trainer_cores, self.measured.trainer_bytes + self.table_bytes, 0.0, network)
+    @property
+    def log_leader_bytes_s(self) -> float:
+        """Log bytes/s x (1 write + other copies + trainer + validation + hosts), for the broker that leads the training log"""
+        return self.log_bytes_s * (1 + (self.load.replication - 1) + 2 + self.hosts)
 
-    def _host(self) -> Need:
-        memory = self.measured.applier_bytes + self.host_histories_bytes + self.served_bytes
-        return Need(self.applier_cores, memory, 0.0, self.log_bytes_s + self.version_bytes_s, self.hosts)
+    @property
+    def base_bytes(self) -> float:
+        """`durable_bytes` + rows x `base_row_bytes`"""
+        return self.constants["durable_bytes"] + self.rows * self.constants["base_row_bytes"]
 
-    def _workers(self) -> Need:
-        """Of one host."""
-        cores = self.worker_cores / self.hosts
-        processes = max(1, math.ceil(cores / self.use))
-        network = self.load.answers_s * ANSWER_BYTES[self.load.answer] / self.hosts
-        return Need(cores, processes * self.measured.worker_bytes, 0.0, network, self.hosts)
+    @property
+    def registry_bytes(self) -> float:
+        """Two bases, and `durable_bytes` + changed rows x `durable_row_bytes` for each durable version: one each `durable_s` for `delta_keep_s`, each `thin_s` for `base_keep_h`, each `sparse_s` for `base_keep_d`"""
+        kept, size = self.settings.registry, 2 * self.base_bytes
+        newest_s, thin_s, sparse_s = kept.delta_keep_s, kept.base_keep_h * HOUR_S, kept.base_keep_d * DAY_S
+        tiers = ((newest_s, kept.durable_s), (thin_s - newest_s, kept.thin_s), (sparse_s - thin_s, kept.sparse_s))
+        for span_s, every_s in tiers:
+            version = self.changed_rows(every_s) * self.constants["durable_row_bytes"]
+            size += max(0.0, span_s) / every_s * (self.constants["durable_bytes"] + version)
+        return size
 
-    def _kafka(self) -> Need:
-        """Of one broker; each has a copy of everything."""
-        load, copies = self.load, self.replication
-        written = load.clicks_s * load.click_bytes + self.log_bytes_s
-        kept_s = load.retention_h * HOUR_S
-        read = load.clicks_s * load.click_bytes + self.log_bytes_s * (2 + self.hosts)
-        return Need(
-            cores=load.clicks_s * self.measured.broker_us * 1e-6,
-            memory_bytes=BROKER_BYTES,
-            disk_bytes=written * kept_s,
-            network_bytes_s=written + read / copies,
-            count=copies,
-        )
+    @property
+    def on_flink(self) -> bool:
+        """`--stream flink`, or auto and clicks/s > `stream_most` x use"""
+        return self.load.stream == "flink" or (self.load.stream == "auto" and self._local_streams > 1)
+
+    @property
+    def _local_streams(self) -> float:
+        return self.load.clicks / (self.constants["stream_most"] * self.load.use)
+
+    @property
+    def stream_cores(self) -> float:
+        """clicks/s x `stream_us`, or x `flink_us` on Flink"""
+        return self.load.clicks * self.constants["flink_us" if self.on_flink else "stream_us"] * 1e-6
+
+    @property
+    def trainer_cores(self) -> float:
+        """clicks/s x `trainer_us` + versions/s x `publish_ms` x changed rows / 10,000"""
+        stall_s = self.constants["publish_ms"] * 1e-3 * self.changed_rows(1 / self.load.versions) / 10_000
+        return self.load.clicks * self.constants["trainer_us"] * 1e-6 + self.load.versions * stall_s
+
+    @property
+    def applier_cores(self) -> float:
+        """clicks/s x `applier_us` + versions/s x changed rows x `apply_us`, on each host"""
+        rows_s = self.load.versions * self.changed_rows(1 / self.load.versions)
+        return (self.load.clicks * self.constants["applier_us"] + rows_s * self.constants["apply_us"]) * 1e-6
+
+    @property
+    def worker_cores(self) -> float:
+        """answers/s x `lean_us`, `full_us`, `recommend_us` or `explain_us`, over all hosts"""
+        return self.load.answers * self.constants[f"{self.load.answer}_us"] * 1e-6
+
+    @property
+    def hosts(self) -> int:
+        """max(2, worker cores / (cores of a host x use - applier cores))"""
+        left = max(1.0, self.load.host_cores * self.load.use - self.applier_cores)
+        return max(2, math.ceil(self.worker_cores / left))
+
+    @property
+    def partitions(self) -> int:
+        """Of the clicks topic: max(4, 2 x clicks/s / (`stream_most` x use)); the training log has one"""
+        return max(4, 2 * math.ceil(self._local_streams))
+
+    @property
+    def catch_up_s(self) -> float:
+        """Retention x clicks/s x `history_us`: a new host reads all of the training log that Kafka keeps"""
+        return self.load.retention_h * HOUR_S * self.load.clicks * self.constants["history_us"] * 1e-6
+
+    def parts(self) -> dict[str, Need]:
+        """Part -> what an instance uses."""
+        load, costs, hosts = self.load, self.constants, self.hosts
+        host_bytes = costs["applier_bytes"] + self.host_histories_bytes + self.served_bytes
+        cores = self.worker_cores / hosts
+        workers = max(1, math.ceil(cores / load.use))
+        kept_bytes = (load.clicks * load.click_bytes + self.log_bytes_s) * load.retention_h * HOUR_S
+        return {
+            STREAM: self._flink() if self.on_flink else self._local_stream(),
+            TRAINER: Need(1, self.trainer_cores, costs["trainer_bytes"] + self.table_bytes),
+            APPLIER: Need(hosts, self.applier_cores, host_bytes),
+            WORKERS: Need(hosts, cores, workers * costs["worker_bytes"]),
+            REST: Need(1, load.clicks * costs["validation_us"] * 1e-6, costs["rest_bytes"]),
+            KAFKA: Need(load.replication, load.clicks * costs["broker_us"] * 1e-6, BROKER_BYTES, kept_bytes),
+            REGISTRY: Need(disk_bytes=self.registry_bytes),
+        }
+
+    def _local_stream(self) -> Need:
+        store = self.stream_histories_bytes
+        cache = min(self.settings.stream.cache_users, self.load.users) * self.settings.features.history * 40
+        return Need(1, self.stream_cores, self.constants["stream_bytes"] + cache + store, store)
+
+    def _flink(self) -> Need:
+        """A TaskManager as large as a serving host: a Python worker a core, histories twice in memory, three checkpoints."""
+        count = max(1, math.ceil(self.stream_cores / (self.load.host_cores * self.load.use)))
+        cores, store = self.stream_cores / count, self.stream_histories_bytes / count
+        workers_bytes = math.ceil(cores / self.load.use) * self.constants["flink_worker_bytes"]
+        return Need(count, cores, self.constants["flink_bytes"] + workers_bytes + 2 * store, 3 * store)
+
+    def orders(self) -> dict[str, Need]:
+        """Part -> what to order for all its instances; `all` is the sum."""
+        found = {name: need.ordered(self.load.use) for name, need in self.parts().items()}
+        return {**found, "all": Need(*(sum(column) for column in zip(*found.values(), strict=True)))}
+
+    def limits(self) -> list[Limit]:
+        """All limits, the nearest first."""
+        use, kept, costs = self.load.use, self.settings, self.constants
+        users, max_users = self.load.users, min(kept.stream.max_users, kept.serving.max_users)
+        rows, max_rows = max(users, self.load.items), kept.trainer.max_rows
+        host_bytes = self.host_histories_bytes + self.served_bytes
+        shards = "hosts with a share of the users (not built)"
+        if self.on_flink:
+            stream = Limit("buckets of the stream on Flink", self.stream_cores, BUCKETS * use, "cores", "none")
+        else:
+            most = costs["stream_most"] * use
+            stream = Limit("one process of the local stream", self.load.clicks, most, "clicks/s", "`--runner flink`")
+        found = [
+            stream,
+            Limit("one trainer", self.trainer_cores, use, "cores", "several trainers (not built)"),
+            Limit("one applier a host", self.applier_cores, use, "cores", shards),
+            Limit("leader of the training log", self.log_leader_bytes_s / 1e9, NETWORK_GB_S, "GB/s", shards),
+            Limit("catch-up of a new host", self.catch_up_s / HOUR_S, READY_H, "h", "a shorter `kafka.retention_h`"),
+            Limit("`max_users`", users, max_users, "users", "a higher setting", False),
+            Limit("`trainer.max_rows`", rows, max_rows, "rows", "a higher setting", False),
+            Limit("memory of a host", host_bytes / 1e9, MEMORY_GB, "GB", shards, False),
+            Limit(
+                "memory of the trainer", self.table_bytes / 1e9, MEMORY_GB, "GB", "a lower `trainer.max_rows`", False
+            ),
+        ]
+        return sorted(found, key=lambda limit: -limit.share)

@@ -11,15 +11,12 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import psutil
 
 from deploy.children.ending import has_ended
-from deploy.flink import jars, looking
-from deploy.flink.cluster import Cluster
-from deploy.flink.ending import end_jobs
-from deploy.flink.process_plan import ports
+from deploy.flink import cluster, jars, status
+from deploy.flink.processes import LOGS, ports
 from deploy.startup.checks import require_disk, require_ports
 from deploy.up import Signals
 from state import layout
@@ -34,23 +31,20 @@ from state.process.private_files import keep_private
 from state.process.wall_clock import wall_ms
 
 DESCRIPTION = """A Flink cluster on this machine, for the stream on a distributed runner: JobManager, TaskManagers, job server
-and Python workers, as `[flink]` says. up runs it until Ctrl-C, and starts again what dies. down ends the jobs of a running
-one by savepoint, then all of it. status shows TaskManagers, slots, jobs, their last checkpoints and restarts, and what a job
-can be resumed from; what is wrong comes first, and makes the exit code 1. One's own cluster: deploy/flink/README.md."""
+and Python workers, as `[flink]` says. up runs it until Ctrl-C, and restarts what dies. down ends the jobs of a running
+cluster by savepoint, then all of it. status shows TaskManagers, slots, jobs, their last checkpoints and restarts, and what a
+job can be resumed from; problems come first, and make the exit code 1. For your own cluster see deploy/flink/README.md."""
+EPILOG = (
+    "Settings are written --section.name VALUE; `springtide config flink` lists them. Exit codes: 0 done, 1 failed or "
+    "something is wrong, 2 wrong use."
+)
 LEAST_FREE_BYTES = 1 << 30
-DOWN_S = 90.0
-LOOK_S = 0.1
+DOWN_S, POLL_S = 90.0, 0.1
 
 
 def parser() -> argparse.ArgumentParser:
     """The command's words; settings are taken out before."""
-    found = argparse.ArgumentParser(
-        prog="springtide flink",
-        description=DESCRIPTION,
-        epilog="Settings are written --section.name VALUE; `springtide config flink` lists them. Exit codes: 0 done, 1 "
-        "failed or something is wrong, 2 wrong use.",
-        allow_abbrev=False,
-    )
+    found = argparse.ArgumentParser(prog="springtide flink", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
     found.add_argument("action", choices=("up", "down", "status"), help="what to do")
     found.add_argument(
         "--no-savepoint", action="store_true", help="down: cancel jobs at their newest checkpoint, without a savepoint"
@@ -62,53 +56,45 @@ def parser() -> argparse.ArgumentParser:
     return found
 
 
-def up(settings: Settings) -> int:
-    """Runs the cluster until it is stopped; returns the exit code.
-
-    1. Locks its directory; checks disk and ports. 2. Finds its jars, or fetches and merges them. 3. Runs it.
+def up(settings: Settings) -> None:
+    """Runs the cluster until it is stopped.
 
     Raises:
-        SpringtideError: It cannot be started.
+        SpringtideError: It does not start.
     """
     say = functools.partial(print, flush=True)
-    # 1.
     require_disk(settings.flink_dir, LEAST_FREE_BYTES)
     with DirectoryLock(settings.flink_dir):
         require_ports(ports(settings.flink))
-        # 2. Ctrl-C still ends it as it ends any program.
+        # Until the signals are taken, Ctrl-C ends the fetch of jars at once.
         jar = jars.merged_jar(say)
-        # 3.
         signals = Signals()
-        return Cluster(settings, say, signals.stop, signals.hurry).run(jar)
+        cluster.run(settings, jar, say, signals.stop, signals.hurry)
 
 
-def down(settings: Settings, savepoint: bool) -> int:
-    """Ends jobs and cluster; returns the exit code.
+def down(settings: Settings, savepoint: bool) -> None:
+    """Ends jobs and cluster.
 
     Raises:
         FlinkFailed: None runs here, or it does not end.
     """
-    supervisor = holder(settings.flink_dir)
+    say, directory = functools.partial(print, flush=True), settings.flink_dir
+    supervisor = holder(directory)
     if supervisor is None:
-        raise FlinkFailed(
-            f"no cluster runs in {settings.flink_dir}", "correct paths.state, or end it where it was started"
-        )
-    # Here, so that what becomes of the jobs is said here. One whose JobManager is away has none to end.
+        raise FlinkFailed(f"no cluster runs in {directory}", "correct paths.state, or end it where it was started")
+    # Here rather than in the supervisor, so that this command reports what becomes of the jobs.
     try:
-        end_jobs(JobManager(url(settings)), functools.partial(print, flush=True), savepoint)
+        cluster.end_jobs(JobManager(url(settings)), say, savepoint)
     except FlinkFailed as failure:
-        print(f"{failure.what}: no job was ended", flush=True)
+        say(f"{failure.what}: no job was ended")
     with contextlib.suppress(psutil.NoSuchProcess):
         supervisor.send_signal(signal.SIGTERM)
-    deadline = time.monotonic() + DOWN_S
+    deadline_s = time.monotonic() + DOWN_S
     while not has_ended(supervisor):
-        if time.monotonic() >= deadline:
-            raise FlinkFailed(
-                f"process {supervisor.pid} did not end within {DOWN_S:.0f} s", f"see {settings.flink_dir / 'logs'}"
-            )
-        time.sleep(LOOK_S)
-    print("Flink is down", flush=True)
-    return 0
+        if time.monotonic() >= deadline_s:
+            raise FlinkFailed(f"process {supervisor.pid} did not end within {DOWN_S:.0f} s", f"see {directory / LOGS}")
+        time.sleep(POLL_S)
+    say("Flink is down")
 
 
 def holder(directory: Path) -> psutil.Process | None:
@@ -120,22 +106,14 @@ def holder(directory: Path) -> psutil.Process | None:
             return None
     except LockHeld:
         try:
-            written: dict[str, Any] = json.loads((directory / layout.LOCK).read_text())
-            return psutil.Process(written["pid"])
+            return psutil.Process(json.loads((directory / layout.LOCK).read_text())["pid"])
         except (OSError, ValueError, KeyError, psutil.NoSuchProcess):
             # It has just started, or just ended.
             return None
 
 
-def status(settings: Settings, other: str | None, output: str, now_ms: int) -> int:
-    """Prints the cluster's state; returns 1 where something is wrong."""
-    state = looking.look(settings, (other or url(settings)).rstrip("/"), now_ms, local=other is None)
-    print(json.dumps(state, indent=2) if output == "json" else looking.as_text(state, now_ms))
-    return int(looking.is_wrong(state))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
-    """Does what the words say; returns the exit code."""
+    """Runs the command; returns the exit code."""
     keep_private()
     return while_read(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
 
@@ -150,10 +128,15 @@ def _main(words: Sequence[str]) -> int:
             raise SettingsError("--no-savepoint is for down")
         settings = load(flags)
         if asked.action == "up":
-            return up(settings)
-        if asked.action == "down":
-            return down(settings, not asked.no_savepoint)
-        return status(settings, asked.url, asked.output, wall_ms())
+            up(settings)
+        elif asked.action == "down":
+            down(settings, not asked.no_savepoint)
+        else:
+            now_ms, other = wall_ms(), asked.url
+            state = status.read(settings, (other or url(settings)).rstrip("/"), now_ms, local=other is None)
+            print(json.dumps(state, indent=2) if asked.output == "json" else status.as_text(state, now_ms))
+            return int(status.is_wrong(state))
+        return 0
     except SpringtideError as error:
         print(f"springtide: {error}", file=sys.stderr, flush=True)
         return error.exit_code

@@ -1,20 +1,20 @@
-"""The jars of the local Flink: those that `jars.lock` beside this file names, and the one jar that they are merged into.
+"""The jars of the local Flink: those that `jars.lock` names, merged into one.
 
-The job server sends its class path to the JobManager with each job: 155 jars
-take 15 s, one merged jar takes 1 s. So they are merged once, into the user's
-cache; every Java process of the cluster runs from that one.
+The job server sends its class path to the JobManager with each job: 155 jars take 15 s, one merged jar takes 1 s. So
+they are merged once into the user's cache, and every Java process of the cluster runs from the merged jar.
 
-For another Flink or Beam, `python -m deploy.flink.jars` with new versions below resolves anew and writes `jars.lock`.
+For another Flink or Beam, change the versions below; `python -m deploy.flink.jars` resolves them and writes `jars.lock`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable
+import re
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from deploy.flink.merging import merge
 from deploy.java import jars
 from state.errors import FlinkFailed, reason_of
 
@@ -25,8 +25,14 @@ BEAM, VERSION = "2.62.0", "1.19.0"
 CONSISTS_OF = (
     f"org.apache.beam:beam-runners-flink-1.19:{BEAM}",
     f"org.apache.flink:flink-statebackend-rocksdb:{VERSION}",
-    # Without a binding for SLF4J nobody would say anything.
+    # Without a binding for SLF4J nothing is logged.
     "org.slf4j:slf4j-simple:1.7.30",
+)
+SERVICES, MANIFEST = "META-INF/services/", "META-INF/MANIFEST.MF"
+# Signatures are of single jars; native libraries of other systems and rare processors are never loaded.
+LEFT_OUT = re.compile(
+    r"/$|(^|/)module-info\.class$|^META-INF/.*\.(SF|DSA|RSA|EC)$"
+    r"|\.(dll|jnilib|dylib)$|(ppc64|s390|riscv|loongarch|linux32).*\.so$"
 )
 
 
@@ -39,38 +45,34 @@ def java() -> str:
     return jars.java(FLINK)
 
 
-def cache() -> Path:
-    """Directory of what is made once a user and can be made again."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "springtide"
-
-
 def merged_jar(say: Callable[[str], None], directory: Path | None = None, lock: Path = LOCK) -> Path:
     """The merged jar, made where it is missing or damaged.
 
     Args:
-        say: Takes lines of progress, where it takes long.
-        directory: Where it lies; the user's cache.
+        say: Takes lines of progress.
+        directory: Of the merged jar; the user's cache.
         lock: Names what is merged.
 
     Raises:
-        FlinkFailed: A jar cannot be had or is another one, or there is no room for the merged one.
+        FlinkFailed: A jar cannot be fetched or has another digest, or there is no room for the merged one.
     """
-    directory = cache() if directory is None else directory
+    if directory is None:
+        directory = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "springtide"
     name = f"flink-{hashlib.sha256(lock.read_bytes()).hexdigest()[:16]}"
     path, digest = directory / f"{name}.jar", directory / f"{name}.sha256"
     if path.is_file() and digest.is_file() and digest.read_text() == _digest(path):
         return path
     found = jars.resolve(FLINK, jars.locked(lock), say=say)
     say(f"merging {len(found)} jars into {path}, once")
+    temporary = directory / f"{name}.{os.getpid()}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        made = directory / f"{name}.{os.getpid()}"
         try:
-            merge(found, made)
-            written = _digest(made)
-            made.replace(path)
+            merge(found, temporary)
+            written = _digest(temporary)
+            temporary.replace(path)
         finally:
-            made.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
         digest.write_text(written)
     except OSError as problem:
         raise FlinkFailed(
@@ -80,11 +82,41 @@ def merged_jar(say: Callable[[str], None], directory: Path | None = None, lock: 
     return path
 
 
+def merge(paths: Sequence[Path], target: Path) -> None:
+    """Merges jars: the first of several files of a name wins, lists of services are joined.
+
+    Args:
+        paths: The jars, in the order of a class path.
+        target: The jar to write.
+
+    Raises:
+        OSError: A jar cannot be read, or the disk takes no more.
+    """
+    services: dict[str, dict[str, None]] = {}
+    seen = {MANIFEST}
+    with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as merged:
+        # Libraries have classes for newer releases of Java.
+        merged.writestr(MANIFEST, "Manifest-Version: 1.0\nMulti-Release: true\n")
+        for path in paths:
+            with zipfile.ZipFile(path) as jar:
+                for name in jar.namelist():
+                    if LEFT_OUT.search(name) or name in seen:
+                        continue
+                    if name.startswith(SERVICES):
+                        lines = (line.partition("#")[0].strip() for line in jar.read(name).decode().splitlines())
+                        services.setdefault(name, {}).update(dict.fromkeys(line for line in lines if line))
+                    else:
+                        seen.add(name)
+                        merged.writestr(name, jar.read(name), compress_type=zipfile.ZIP_DEFLATED)
+        for name, providers in services.items():
+            merged.writestr(name, "".join(f"{provider}\n" for provider in providers))
+
+
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 if __name__ == "__main__":
-    # `!`: each with the versions that its own makers chose. Those that Flink manages would take away what Beam calls.
+    # `!`: each with the versions that its own makers chose. Those that Flink manages lack what Beam calls.
     jars.write(LOCK, jars.consists_of(FLINK, "+".join(f"{one}!" for one in CONSISTS_OF)))

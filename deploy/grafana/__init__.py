@@ -1,1 +1,1 @@
-"""Grafana's dashboards, said in Python and written as JSON; only who changes them needs this package."""
+"""The Grafana dashboards: `dashboards.yml` is the source, `dashboards/*.json` is what Grafana reads."""

@@ -1,12 +1,10 @@
-"""Writes the dashboards: `python -m deploy.grafana`."""
+"""Writes the dashboards: `python -m deploy.grafana`. Needs the packages of requirements-dev.txt."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
-from deploy.grafana.boards import BOARDS
-from deploy.grafana.building import as_json
+from deploy.grafana.writer import FOLDER, load, render
 
 if __name__ == "__main__":
-    for board in BOARDS:
-        (Path(__file__).parent / "dashboards" / board.file).write_text(as_json(board))
+    source = load()
+    for dashboard in source.dashboards:
+        (FOLDER / dashboard.file).write_text(render(dashboard, source.annotations))

@@ -21,8 +21,7 @@ import httpx
 import numpy as np
 import psutil
 
-from deploy.flink.cluster import url
-from deploy.flink.ending import end_jobs
+from deploy.flink.cluster import end_jobs, url
 from deploy.kafka.broker import Broker
 from deploy.kafka.configuration import free_port
 from state.config.sections import Kafka, Paths, Stream

@@ -56,13 +56,6 @@ def test_only_the_log_knows_the_kafka_client() -> None:
     assert [name for name, tops in TOPS.items() if "kafka" in tops and not name.startswith(KAFKA_ALONE)] == []
 
 
-def test_dashboards_are_made_by_nobody_but_their_own_package() -> None:
-    """Who runs the system has their JSON, and needs no library for it."""
-    outside = {name: tree for name, tree in TREES.items() if not name.startswith("deploy.grafana")}
-    needed = ("deploy.grafana", "grafana_foundation_sdk")
-    assert [name for name, tree in outside.items() if any(one.startswith(needed) for one in imported(tree))] == []
-
-
 def test_nothing_is_pickled() -> None:
     assert {name: tops & PICKLES for name, tops in TOPS.items() if tops & PICKLES} == {}
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from deploy.flink import jars
-from deploy.flink.merging import SERVICES, merge
+from deploy.flink.jars import SERVICES, merge
 from deploy.java import jars as any_jars
 from state.errors import FlinkFailed
 

@@ -13,10 +13,7 @@ import pytest
 import yaml
 from apache_beam.options.pipeline_options import FlinkRunnerOptions, PortableOptions
 
-from deploy.capacity.load import Load
-from deploy.capacity.measured import MeasuredCosts
-from deploy.capacity.prices import RESERVE
-from deploy.capacity.sizes import SERVING, STREAM, TRAINER, Sizing
+from deploy.capacity.sizes import APPLIER, RESERVE, STREAM, TRAINER, Load, Sizing
 from deploy.watch import scrape
 from state import layout
 from state.config.sections import SegmentSettings
@@ -256,10 +253,8 @@ def sizing(overlay: str) -> Sizing:
     text = " ".join((FOLDER / "overlays" / overlay / "kustomization.yaml").read_text().split("\n# ")[:2]).split("`")[1]
     asked = dict(re.findall(r"--(\w+) ([\d.e]+)", text.replace("\n", " ")))
     assert asked.keys() == {"clicks", "users", "items", "answers"}
-    load = Load(
-        float(asked["clicks"]), float(asked["users"]), answers_s=float(asked["answers"]), items=float(asked["items"])
-    )
-    return Sizing(load, next(boxes(documents(BASE))).settings(sizes(overlay)), MeasuredCosts())
+    load = Load(**{name: float(value) for name, value in asked.items()})
+    return Sizing(load, next(boxes(documents(BASE))).settings(sizes(overlay)))
 
 
 def of_name(overlay: str, name: str) -> Box:
@@ -280,8 +275,8 @@ def memory_volume(box: Box) -> float:
 @with_kubectl
 @each_overlay
 def test_an_overlay_is_as_large_as_the_load_that_it_says_it_is_for(overlay: str) -> None:
-    wanted, needs = sizing(overlay), sizing(overlay).needs()
-    for part, name in ((STREAM, "stream"), (TRAINER, "trainer"), (SERVING, "applier")):
+    wanted, needs = sizing(overlay), sizing(overlay).parts()
+    for part, name in ((STREAM, "stream"), (TRAINER, "trainer"), (APPLIER, "applier")):
         request = of_name(overlay, name).told["resources"]["requests"]
         assert quantity(request["memory"]) >= RESERVE * needs[part].memory_bytes, name
         assert quantity(request["cpu"]) >= needs[part].cores, name
@@ -292,9 +287,9 @@ def test_an_overlay_is_as_large_as_the_load_that_it_says_it_is_for(overlay: str)
     assert claim(applier) >= RESERVE * wanted.host_histories_bytes
     (scaler,) = of_kind(found(overlay), "HorizontalPodAutoscaler")
     hosts, workers = scaler["spec"]["maxReplicas"], worker.settings(sizes(overlay)).serving.processes
-    assert hosts * workers * wanted.use >= wanted.worker_cores
+    assert hosts * workers * wanted.load.use >= wanted.worker_cores
     assert quantity(worker.told["resources"]["requests"]["cpu"]) >= workers
-    assert quantity(worker.told["resources"]["requests"]["memory"]) >= workers * wanted.measured.worker_bytes
+    assert quantity(worker.told["resources"]["requests"]["memory"]) >= workers * wanted.constants["worker_bytes"]
 
 
 @with_kubectl

@@ -31,8 +31,8 @@ from typing import Any
 
 import psutil
 
-from deploy.flink import looking
-from deploy.flink.ending import end_jobs
+from deploy.flink import status
+from deploy.flink.cluster import end_jobs
 from deploy.kafka.broker import Broker
 from deploy.watch import scrape
 from state import http
@@ -219,7 +219,7 @@ class FlinkChaos:
 
     def _state(self) -> dict[str, Any]:
         """What `springtide flink status` knows."""
-        return looking.look(self.settings, self._manager.url, wall_ms())
+        return status.read(self.settings, self._manager.url, wall_ms())
 
     def _settled(self) -> dict[str, Any] | None:
         """The job, once all of its tasks run and it has a checkpoint since it last began."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.flink.ending import end_jobs
+from deploy.flink.cluster import end_jobs
 from deploy.kafka.configuration import listens
 from state.config.settings import Settings
 from state.flink.rest import JobManager, url

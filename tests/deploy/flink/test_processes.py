@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy.flink.configuration import FIXED, configuration
-from deploy.flink.process_plan import java_options, ports, process_plans
+from deploy.flink.processes import EMPTIED, FIXED, configuration, java_options, ports, process_plans
 from state.config.loading import load
 from state.config.sections import FlinkSettings
 from state.errors import SettingsError
@@ -61,8 +60,7 @@ def test_each_process_has_a_place_of_its_own_for_what_it_leaves_behind() -> None
     of_java = [plan for plan in plans if "/java" in plan.command]
     assert len(of_java) == 4
     for plan in of_java:
-        first = ("/python", "-m", "deploy.flink.emptied", f"/state/flink/tmp/{plan.name}", "/java")
-        assert plan.command[:5] == first
+        assert plan.command[:5] == (*EMPTIED, f"/state/flink/tmp/{plan.name}", "/java")
         assert f"-Djava.io.tmpdir=/state/flink/tmp/{plan.name}" in plan.command
     ids = [word for plan in plans for word in plan.command if word.startswith("taskmanager.resource-id=")]
     assert ids == ["taskmanager.resource-id=task-manager-1", "taskmanager.resource-id=task-manager-2"]
