@@ -1,16 +1,22 @@
 """How long an installed checkout takes from `springtide up` to the first answer by learned weights, in a fresh state directory.
 
-    python -m tests.bench.cold [--state DIRECTORY]
+    python -m tests.bench.cold [--state DIRECTORY] [--installed]
 
-Two starts with Kafka's files in place: one with an empty cache of compiled kernels, and one with the cache that the first
-left. For each it prints what `up` and the processes report, on one time axis, and the processor time of each process.
+Kafka's jars are in place. The bench removes the machine code of all kernels from this checkout, then measures:
+
+1. A start that compiles them.
+2. What the installation does (`python -m state.kernels --all`), with the machine code removed again.
+3. A start after that. `--installed` measures only 2 and 3.
+
+For each start it prints what `up` and the processes report, on one time axis, and the processor time of each process.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import re
+import subprocess
+import sys
 import tempfile
 import time
 from datetime import datetime
@@ -18,8 +24,9 @@ from pathlib import Path
 
 import psutil
 
+from state.kernels import PACKAGES
 from tests.bench.report import Figure, report
-from tests.e2e.running import Loop
+from tests.e2e.running import ROOT, Loop
 
 PATIENCE_S = 300.0
 POLL_S = 0.1
@@ -31,12 +38,26 @@ def main() -> None:
     """Measures and reports."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--state", type=Path, help="keeps states and logs there")
-    folder = parser.parse_args().state or Path(tempfile.mkdtemp(prefix="springtide-cold-"))
-    os.environ["NUMBA_CACHE_DIR"] = str(folder / "kernels")
+    parser.add_argument("--installed", action="store_true", help="only a start after the installation")
+    options = parser.parse_args()
+    folder = options.state or Path(tempfile.mkdtemp(prefix="springtide-cold-"))
     figures: dict[str, Figure] = {}
-    for name in ("no kernel compiled", "kernels compiled"):
-        figures |= {f"{name}: {part}": figure for part, figure in started(folder / name.replace(" ", "-")).items()}
+    if not options.installed:
+        remove_machine_code()
+        figures |= {f"without kernels: {part}": figure for part, figure in started(folder / "without").items()}
+    remove_machine_code()
+    begun_s = time.monotonic()
+    subprocess.run([sys.executable, "-m", "state.kernels", "--all"], cwd=ROOT, check=True)
+    figures["installation of kernels"] = Figure(time.monotonic() - begun_s, "s")
+    figures |= {f"installed: {part}": figure for part, figure in started(folder / "installed").items()}
     report("cold", figures)
+
+
+def remove_machine_code() -> None:
+    """Removes what was compiled of this checkout's kernels."""
+    for package in PACKAGES:
+        for file in [*(ROOT / package).rglob("*.nbi"), *(ROOT / package).rglob("*.nbc")]:
+            file.unlink()
 
 
 def started(directory: Path) -> dict[str, Figure]:
