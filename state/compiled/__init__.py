@@ -46,6 +46,8 @@ PATIENCE_S = 300.0
 """How long a process waits for another one that compiles the same kernel, before it compiles it too."""
 POLL_S = 0.02
 
+_njit: Any = numba.njit
+"""Numba's own types leave out the options of wrappers."""
 _REGROUPED = {"reassoc", "contract", "nsz"}
 _NO_WRAPPERS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
 """For a part that only kernels call. With wrappers it would be compiled three times: by itself, and within each of them."""
@@ -70,7 +72,7 @@ def compiled(kernel: Any, /, *more: str) -> Any:
         kernel: The kernel, or the types of its arguments.
         more: Further types that it is called with.
     """
-    return _decorated(kernel, more, numba.njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True))
+    return _decorated(kernel, more, _njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True))
 
 
 def inlined(part: Kernel) -> Kernel:
@@ -80,7 +82,7 @@ def inlined(part: Kernel) -> Kernel:
     1.98 us with calls and 1.29 us without (15 events).
     """
     _STAMPS[part] = _stamp_of(part)
-    return cast(Kernel, numba.njit(nogil=True, error_model="numpy", forceinline=True, **_NO_WRAPPERS)(part))
+    return cast(Kernel, _njit(nogil=True, error_model="numpy", forceinline=True, **_NO_WRAPPERS)(part))
 
 
 @overload
@@ -97,7 +99,7 @@ def compiled_sums(kernel: Any, /, *more: str) -> Any:
     return _decorated(
         kernel,
         more,
-        numba.njit(cache=True, fastmath=_REGROUPED, nogil=True, error_model="numpy", no_cfunc_wrapper=True),
+        _njit(cache=True, fastmath=_REGROUPED, nogil=True, error_model="numpy", no_cfunc_wrapper=True),
     )
 
 
@@ -110,7 +112,7 @@ def part_of_sums(part: Kernel) -> Kernel:
     """
     _STAMPS[part] = _stamp_of(part)
     return cast(
-        Kernel, numba.njit(fastmath=_REGROUPED, forceinline=True, nogil=True, error_model="numpy", **_NO_WRAPPERS)(part)
+        Kernel, _njit(fastmath=_REGROUPED, forceinline=True, nogil=True, error_model="numpy", **_NO_WRAPPERS)(part)
     )
 
 
@@ -190,7 +192,7 @@ _LOCKED: set[Path] = set()
 """Lock files that this process holds; changed by one thread at a time, the one that compiles."""
 
 
-class _CacheFile(IndexDataCacheFile):  # type: ignore[misc]
+class _CacheFile(IndexDataCacheFile):
     """The machine code of a kernel: what processes compile, and what the installation compiled, which may be read-only.
 
     Args:
