@@ -187,7 +187,7 @@ _LAYOUTS: dict[type, str] = {}
 FIRST_CALLS: list[str] = []
 """What was compiled at its first call, which waited for it: kernels and types that were not prepared, for tests and people."""
 _LOCKS: dict[Any, Path] = {}
-"""The lock file of each kernel."""
+"""The lock file of each kernel: one for all kernels of a source file, for they are made of the same parts."""
 _LOCKED: set[Path] = set()
 """Lock files that this process holds; changed by one thread at a time, the one that compiles."""
 
@@ -237,7 +237,7 @@ def _cached(kernel: Kernel, compile: Callable[[Kernel], Any], signatures: tuple[
     cache._cache_file = _CacheFile(cache._cache_path, str(installed), f"{base}-{stamp[:16]}", stamp)
     _STAMPS[kernel] = stamp
     dispatcher.compile = partial(_compile_at_call, dispatcher)
-    _LOCKS[dispatcher] = Path(cache._cache_path, f"{base}.lock")
+    _LOCKS[dispatcher] = Path(cache._cache_path, f"{Path(function.__code__.co_filename).stem}.lock")
     if signatures:
         _DECLARED.append(Declared(dispatcher, signatures, function.__globals__))
     return cast(Kernel, dispatcher)
