@@ -9,6 +9,7 @@ Each process prepares its own kernels when it starts. This program is for what i
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import re
@@ -21,7 +22,7 @@ from prometheus_client import CollectorRegistry
 
 from state.compiled.preparing import Kernels
 from state.process import log_lines
-from state.process.quiet_stderr import quiet_tensorflow
+from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 
 USED = ("state.features.kernel", "state.log.batch_decoder", "state.ranking.crosses", "state.ranking.transition_rows")
 """Those of serving and the stream."""
@@ -48,8 +49,7 @@ def modules() -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prepares the kernels of the modules of `argv`, of all with `--all`, or of `USED`; returns the exit code."""
-    log_lines.begin("kernels")
-    # Some modules import it.
+    log_lines.begin("kernels", own_stderr())
     quiet_tensorflow(os.environ)
     words = list(sys.argv[1:] if argv is None else argv)
     others = []
@@ -61,7 +61,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             for _ in range(1, os.cpu_count() or 1)
         ]
-    Kernels(CollectorRegistry(), _log, uses=words or USED).prepare()
+    # Some modules import TensorFlow.
+    with quiet_stderr():
+        for module in words or USED:
+            importlib.import_module(module)
+    Kernels(CollectorRegistry(), _log).prepare()
     for other in others:
         said = other.communicate()[1]
         if other.returncode:
