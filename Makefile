@@ -81,6 +81,8 @@ clean: ## Removes what was built here, .venv included; the state directory stays
 	PYTHONWARNINGS=ignore $(PIP) --quiet --no-deps --editable .; \
 	rm -rf .venv/lib/python3.11/site-packages/$(HEADERS); \
 	echo "packages     ready after $$((SECONDS - begin)) s"
+	@echo "kernels      are compiled once, half a minute on two cores"
+	@$(BIN)/python -m state.kernels --all
 	@touch $@
 
 # Without a resolver: constraints-dev.txt has all that is missing after .venv/ready.

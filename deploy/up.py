@@ -7,8 +7,10 @@
 version. 8. Waits for the first answer. 9. Says what to try, then watches:
 restarts what dies, keeps a live line, and stops all of it in order.
 
-Where an earlier run left a version, serving starts before Kafka: answers come
-from what is on this machine, and 8 is said as soon as it is true.
+Serving starts before Kafka. Where an earlier run left a version, answers come
+from what is on this machine, and 8 is reported as soon as it is true. In a fresh
+state directory, bootstrap and trainer also start before Kafka, because their
+imports take as long as Kafka's start.
 """
 
 from __future__ import annotations

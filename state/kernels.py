@@ -1,29 +1,76 @@
-"""Fills the cache of compiled kernels, where processes share one: `python -m state.kernels [MODULE...]`.
+"""Compiles kernels before the processes that use them start: `python -m state.kernels [--all] [MODULE...]`.
 
-Each process prepares its own kernels at its start. This is for what must be done before that, such as an init container
-whose limit of processor time is higher than that of the containers behind it.
+Each process prepares its own kernels when it starts. This program is for what is done before:
+
+- An installation runs it with `--all`. It compiles the kernels of all modules into `__pycache__` next to their source
+  files, with one process for each core.
+- An init container fills a shared cache, because its limit of processor time is higher than that of the other containers.
 """
 
 from __future__ import annotations
 
+import importlib
 import logging
+import os
+import re
+import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from prometheus_client import CollectorRegistry
 
 from state.compiled.preparing import Kernels
 from state.process import log_lines
+from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 
 USED = ("state.features.kernel", "state.log.batch_decoder", "state.ranking.crosses", "state.ranking.transition_rows")
 """Those of serving and the stream."""
+ALL = "--all"
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("state", "streaming", "trainer", "deploy")
+DECLARES = re.compile(r"^@compiled(_sums)?\(", re.MULTILINE)
 _log = logging.getLogger(__name__)
 
 
+def modules() -> list[str]:
+    """The modules that declare kernels.
+
+    >>> {"streaming.attribution", *USED} <= {*modules()}
+    True
+    """
+    files = (file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py")))
+    return [
+        ".".join(file.relative_to(ROOT).with_suffix("").parts)
+        for file in files
+        if file.name != "__init__.py" and DECLARES.search(file.read_text())
+    ]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prepares the kernels of the modules of `argv`, or of `USED`; returns the exit code."""
-    log_lines.begin("kernels")
-    Kernels(CollectorRegistry(), _log, uses=(sys.argv[1:] if argv is None else argv) or USED).prepare()
+    """Prepares the kernels of the modules of `argv`, of all with `--all`, or of `USED`; returns the exit code."""
+    log_lines.begin("kernels", own_stderr())
+    quiet_tensorflow(os.environ)
+    words = list(sys.argv[1:] if argv is None else argv)
+    others = []
+    if ALL in words:
+        words = modules()
+        command = [sys.executable, "-m", "state.kernels", *words]
+        # They share the work as all processes do, and only this one reports progress.
+        others = [
+            subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+            for _ in range(1, os.cpu_count() or 1)
+        ]
+    # Some modules import TensorFlow.
+    with quiet_stderr():
+        for module in words or USED:
+            importlib.import_module(module)
+    Kernels(CollectorRegistry(), _log).prepare()
+    for other in others:
+        said = other.communicate()[1]
+        if other.returncode:
+            sys.stderr.write(said.decode(errors="replace"))
+            return other.returncode
     return 0
 
 

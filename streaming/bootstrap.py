@@ -77,7 +77,7 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
     if wanted.examples is not None:
         examples.require_empty(wanted.examples)
     # 1.
-    if is_own(settings.model.preprocessing) and known is None and not wanted.checked:
+    if is_own(settings.model.preprocessing) and known is None and not wanted.of_up:
         with quiet_stderr():
             checked = check_preprocessing(settings.model.preprocessing, spec, settings=settings.model)
         say(checked)
@@ -162,13 +162,13 @@ def asked(argv: Sequence[str]) -> tuple[Settings, Wanted]:
     parser.add_argument(
         "--examples", type=Path, metavar="DIR", help="also write the rows as tf.Examples, TFRecord files, to a new DIR"
     )
-    parser.add_argument("--checked", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--of-up", action="store_true", help=argparse.SUPPRESS)
     add_file_arguments(parser, "Times stay as recorded.")
     options = parser.parse_args(words)
     rows = [] if options.rows is None else [f"--bootstrap.sample_rows={options.rows}"]
     settings = load([*flags, *as_settings(options), *rows], os.environ)
     recording = chosen(options, settings.events) if options.files else None
-    return settings, Wanted(recording, options.sort, options.examples, options.checked)
+    return settings, Wanted(recording, options.sort, options.examples, options.of_up)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -33,13 +33,13 @@ class Wanted:
         recording: Files; None for the clicks topic.
         sort: How files are ordered: memory or assume.
         examples: Directory for tf.Examples; None for none.
-        checked: Whether the preprocessing was checked already.
+        of_up: Whether `up` started this: it has checked the preprocessing, and makes the topic once its Kafka runs.
     """
 
     recording: Recording | None = None
     sort: str = "memory"
     examples: Path | None = None
-    checked: bool = False
+    of_up: bool = False
 
 
 TOPIC = Wanted()
@@ -58,7 +58,7 @@ def build(pipeline: beam.Pipeline, handle: Handle[Sample], wanted: Wanted, outpu
     rows = (
         pipeline
         | "Start" >> beam.Impulse()
-        | "Read the sample" >> beam.ParDo(ReadSample(handle, wanted.recording, wanted.sort))
+        | "Read the sample" >> beam.ParDo(ReadSample(handle, wanted.recording, wanted.sort, wanted.of_up))
         | "Parse events" >> beam.ParDo(ParseEvents(handle))
         | "Compute windows" >> beam.ParDo(ComputeWindows(handle))
     )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from state.config.sections import Events
-from state.errors import SpringtideError
+from state.errors import SpringtideError, UnknownTopic, UnreachableBroker
 from state.log import PartitionBatch, Reader
 from state.recordings.crowd import RecordedTimes, told_apart
 from state.recordings.files import Recording, refuse_beyond_memory
@@ -22,8 +23,12 @@ NO_TIMESTAMP = -1
 Batches = Iterator[list[PartitionBatch]]
 
 
-def of_topic(sample: Sample) -> Batches:
+def of_topic(sample: Sample, await_topic: bool = False) -> Batches:
     """The beginning of the clicks topic; ends when enough is there and no more is waiting.
+
+    Args:
+        sample: What was read so far.
+        await_topic: Whether Kafka and the topic may come later, up to `bootstrap.timeout_s`.
 
     Raises:
         SpringtideError: `bootstrap.timeout_s` passed with less than `bootstrap.min_rows` clicks.
@@ -31,7 +36,8 @@ def of_topic(sample: Sample) -> Batches:
     """
     settings, wanted = sample.settings, sample.settings.bootstrap
     topic = settings.kafka.clicks_topic
-    with Reader(settings.kafka, topic) as reader:
+    with _reader(sample, await_topic) as reader:
+        began_s = sample.clock_s()
         while sample.left > 0:
             batches = reader.poll(POLL_S, sample.left)
             if batches:
@@ -40,7 +46,7 @@ def of_topic(sample: Sample) -> Batches:
             if sample.tally.clicks >= wanted.min_rows and sum(reader.lag().values()) < settings.stream.batch_events:
                 break
             sample.progress(f"of at least {wanted.min_rows:,} clicks of {topic}")
-            if sample.clock_s() - sample.began_s > wanted.timeout_s and sample.tally.clicks < wanted.min_rows:
+            if sample.clock_s() - began_s > wanted.timeout_s and sample.tally.clicks < wanted.min_rows:
                 raise SpringtideError(
                     f"after {wanted.timeout_s} s topic {topic} holds {sample.tally.clicks} usable clicks of the "
                     f"{wanted.min_rows} needed",
@@ -48,6 +54,17 @@ def of_topic(sample: Sample) -> Batches:
                     "bootstrap.min_rows, or name files of recorded clicks: `springtide bootstrap FILE...`",
                 )
     sample.end()
+
+
+def _reader(sample: Sample, await_topic: bool) -> Reader:
+    settings = sample.settings
+    while True:
+        try:
+            return Reader(settings.kafka, settings.kafka.clicks_topic)
+        except (UnreachableBroker, UnknownTopic):
+            if not await_topic or sample.clock_s() - sample.began_s > settings.bootstrap.timeout_s:
+                raise
+            time.sleep(POLL_S)
 
 
 def of_recording(sample: Sample, recording: Recording, sort: str) -> Batches:
@@ -153,16 +170,17 @@ class ReadSample(Step[Sample]):
         handle: Of the sample.
         recording: The files; None for the clicks topic.
         sort: As `of_recording` has it.
+        await_topic: As `of_topic` has it.
     """
 
-    def __init__(self, handle: Handle[Sample], recording: Recording | None, sort: str) -> None:
+    def __init__(self, handle: Handle[Sample], recording: Recording | None, sort: str, await_topic: bool) -> None:
         super().__init__(handle)
-        self._recording, self._sort = recording, sort
+        self._recording, self._sort, self._await_topic = recording, sort, await_topic
 
     def process(self, start: bytes) -> Batches:
         """Reads; what stands behind has taken a batch before the next one is read."""
         with self.handle.watched() as sample:
             if self._recording is None:
-                yield from of_topic(sample)
+                yield from of_topic(sample, self._await_topic)
             else:
                 yield from of_recording(sample, self._recording, self._sort)

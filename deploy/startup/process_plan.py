@@ -85,8 +85,8 @@ def process_plans(
             plan(STREAM, "streaming.pipeline", *accepted, stop_s=SAVING_S), remedies={CorruptStore.__name__: rebuild}
         ),
         rebuild,
-        # Its work is repeated from the start at the next run: there is nothing to wait for. `up` has checked the model.
-        plan(BOOTSTRAP, "streaming.bootstrap", "--checked", stop_s=1.0, lasting=False),
+        # Its work is repeated from the start at the next run: there is nothing to wait for.
+        plan(BOOTSTRAP, "streaming.bootstrap", "--of-up", stop_s=1.0, lasting=False),
         plan(TRAINER, "trainer.loop", *accepted_by_trainer),
         plan(VALIDATION, "deploy.validation.process"),
         plan(SEGMENTS, "deploy.segments.process"),

@@ -24,6 +24,7 @@ from deploy.startup.process_plan import (
     SHOPPERS,
     STOP_ORDER,
     TRAINER,
+    VALIDATION,
     WORKER,
     left_out,
     ports,
@@ -130,16 +131,18 @@ class Startup:
         # 1. and 2. Nothing runs before what can be refused is refused.
         self._check()
         # 3. and 4. A Kafka of the user's is only reached. The local one takes seconds to start. What needs none of it
-        # starts before: answers from what an earlier run left on this machine. In a fresh state directory the trainer
-        # too, which loads TensorFlow and compiles kernels until the bootstrap is done.
+        # starts before: answers from what an earlier run left on this machine. In a fresh state directory, first answers
+        # wait for Kafka and the bootstrap, so these come first. The trainer imports TensorFlow meanwhile.
         self._say_whose_kafka()
         topics = ensure_topics(settings, self._screen.say) if self._kafka is None else ""
         where = f"yours at {settings.kafka.bootstrap_servers}"
         goes_on = upgrading.is_bootstrapped(settings)
         self._supervisor = Supervisor.of(settings, self._screen.say, self._metrics, self._clock)
-        self._start(ANSWERING if goes_on else (*ANSWERING, TRAINER))
+        self._start(ANSWERING if goes_on else (BOOTSTRAP,))
         if self._kafka is not None:
             self._kafka.begin()
+        self._start(() if goes_on else (TRAINER, *ANSWERING))
+        if self._kafka is not None:
             self._wait(self._kafka.is_up, "starting Kafka")
             topics = ensure_topics(settings, self._screen.say, local=True)
             where = f"local broker on {settings.kafka.bootstrap_servers}, data in {settings.kafka_dir}"
@@ -149,6 +152,8 @@ class Startup:
         self._start_others(goes_on)
         # 6. to 8. come true one after another; where answers go on from an earlier run, 8. came before Kafka.
         self._await_bootstrap()
+        # No answer waits for the validation: it compares with what the bootstrap found, and reads what it missed.
+        self._start({VALIDATION} - left_out(settings))
         version = self._wait(lambda: signs.trained_version(settings), "waiting for the trainer's first version")
         self._step("trainer", f"version {version}")
         self._wait(lambda: self._answered, "waiting for the first answer")
@@ -194,7 +199,7 @@ class Startup:
                 supervisor.start(self._plans[name])
 
     def _start_others(self, goes_on: bool) -> None:
-        settings, unwanted = self._settings, {REBUILD, CONSOLE}
+        settings, unwanted = self._settings, {REBUILD, CONSOLE, VALIDATION}
         if goes_on:
             unwanted.add(BOOTSTRAP)
         if not self._shoppers:

@@ -46,7 +46,11 @@ PATIENCE_S = 300.0
 """How long a process waits for another one that compiles the same kernel, before it compiles it too."""
 POLL_S = 0.02
 
+_njit: Any = numba.njit
+"""Numba's own types leave out the options of wrappers."""
 _REGROUPED = {"reassoc", "contract", "nsz"}
+_NO_WRAPPERS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+"""For a part that only kernels call. With wrappers it would be compiled three times: by itself, and within each of them."""
 
 
 @overload
@@ -56,9 +60,10 @@ def compiled(signature: str, /, *more: str) -> Callable[[Kernel], Kernel]: ...
 def compiled(kernel: Any, /, *more: str) -> Any:
     """Compiles a kernel for each set of argument types: those that it declares when its process starts, others at their first call.
 
-    The machine code is cached beside the source file (or in the user's cache
-    folder where that is read-only), and shared by all processes: one compiles
-    it, the others wait and load it. It is compiled again when the kernel's file
+    The machine code is cached in `__pycache__` next to the source file, or in
+    the user's cache folder where that is read-only. Machine code that an
+    installation left in `__pycache__` is found in both cases. All processes
+    share it: one compiles, the others wait and load. It is compiled again when the kernel's file
     has changed, or that of a kernel that it calls, a constant or a named tuple
     that it uses: define these above it. The kernel runs without the GIL;
     division follows NumPy, not Python.
@@ -67,7 +72,7 @@ def compiled(kernel: Any, /, *more: str) -> Any:
         kernel: The kernel, or the types of its arguments.
         more: Further types that it is called with.
     """
-    return _decorated(kernel, more, numba.njit(cache=True, nogil=True, error_model="numpy"))
+    return _decorated(kernel, more, _njit(cache=True, nogil=True, error_model="numpy", no_cfunc_wrapper=True))
 
 
 def inlined(part: Kernel) -> Kernel:
@@ -77,7 +82,7 @@ def inlined(part: Kernel) -> Kernel:
     1.98 us with calls and 1.29 us without (15 events).
     """
     _STAMPS[part] = _stamp_of(part)
-    return cast(Kernel, numba.njit(nogil=True, error_model="numpy", forceinline=True)(part))
+    return cast(Kernel, _njit(nogil=True, error_model="numpy", forceinline=True, **_NO_WRAPPERS)(part))
 
 
 @overload
@@ -91,7 +96,11 @@ def compiled_sums(kernel: Any, /, *more: str) -> Any:
     the same calls give the same bits there, and other bits on another kind.
     What such a kernel calls must be a `part_of_sums`.
     """
-    return _decorated(kernel, more, numba.njit(cache=True, fastmath=_REGROUPED, nogil=True, error_model="numpy"))
+    return _decorated(
+        kernel,
+        more,
+        _njit(cache=True, fastmath=_REGROUPED, nogil=True, error_model="numpy", no_cfunc_wrapper=True),
+    )
 
 
 def part_of_sums(part: Kernel) -> Kernel:
@@ -102,7 +111,9 @@ def part_of_sums(part: Kernel) -> Kernel:
     sums would be grouped by what was compiled when.
     """
     _STAMPS[part] = _stamp_of(part)
-    return cast(Kernel, numba.njit(fastmath=_REGROUPED, forceinline=True, nogil=True, error_model="numpy")(part))
+    return cast(
+        Kernel, _njit(fastmath=_REGROUPED, forceinline=True, nogil=True, error_model="numpy", **_NO_WRAPPERS)(part)
+    )
 
 
 def layout(types: str) -> Callable[[Class], Class]:
@@ -132,6 +143,11 @@ class Declared(NamedTuple):
     def module(self) -> str:
         """Where it is defined."""
         return str(self.dispatcher.py_func.__module__)
+
+    @property
+    def size(self) -> int:
+        """Bytes of Python's code of the kernel and of all that it calls, for each signature: compiling takes as long as this is large."""
+        return len(self.signatures) * _size_of(self.dispatcher.py_func)
 
     @property
     def types(self) -> list[tuple[Any, ...]]:
@@ -171,9 +187,38 @@ _LAYOUTS: dict[type, str] = {}
 FIRST_CALLS: list[str] = []
 """What was compiled at its first call, which waited for it: kernels and types that were not prepared, for tests and people."""
 _LOCKS: dict[Any, Path] = {}
-"""The lock file of each kernel."""
+"""The lock file of each kernel: one for all kernels of a source file, for they are made of the same parts."""
 _LOCKED: set[Path] = set()
 """Lock files that this process holds; changed by one thread at a time, the one that compiles."""
+
+
+class _CacheFile(IndexDataCacheFile):
+    """The machine code of a kernel: what processes compile, and what the installation compiled, which may be read-only.
+
+    Args:
+        folder: What is compiled is written there.
+        installed: The folder that the installation wrote to.
+        name: Of the files, without their endings.
+        stamp: What the machine code is made from.
+    """
+
+    def __init__(self, folder: str, installed: str, name: str, stamp: str) -> None:
+        super().__init__(folder, name, stamp)
+        self._installed = IndexDataCacheFile(installed, name, stamp)
+
+    def load(self, key: Any) -> Any:
+        """The machine code for the types and processor of `key`; None where there is none."""
+        found = super().load(key)
+        if found is None:
+            # Another user's files may be unreadable.
+            with suppress(OSError):
+                found = self._installed.load(key)
+        return found
+
+
+def _size_of(function: FunctionType) -> int:
+    called = (getattr(function.__globals__.get(name), "py_func", None) for name in function.__code__.co_names)
+    return len(function.__code__.co_code) + sum(_size_of(part) for part in called if part is not None)
 
 
 def _decorated(kernel: Any, more: tuple[str, ...], compile: Callable[[Any], Any]) -> Any:
@@ -185,15 +230,16 @@ def _decorated(kernel: Any, more: tuple[str, ...], compile: Callable[[Any], Any]
 def _cached(kernel: Kernel, compile: Callable[[Kernel], Any], signatures: tuple[str, ...] = ()) -> Kernel:
     """The compiled kernel, whose cache looks at all that it was made from; Numba alone looks at the kernel's own file."""
     dispatcher = compile(kernel)
-    stamp, cache = _stamp_of(kernel), dispatcher._cache
+    stamp, cache, function = _stamp_of(kernel), dispatcher._cache, cast(FunctionType, kernel)
     base = cache._impl.filename_base
     # A file of its own for each stamp: an index names classes, and one that is gone could not even be read.
-    cache._cache_file = IndexDataCacheFile(cache._cache_path, f"{base}-{stamp[:16]}", stamp)
+    installed = Path(function.__code__.co_filename).with_name("__pycache__")
+    cache._cache_file = _CacheFile(cache._cache_path, str(installed), f"{base}-{stamp[:16]}", stamp)
     _STAMPS[kernel] = stamp
     dispatcher.compile = partial(_compile_at_call, dispatcher)
-    _LOCKS[dispatcher] = Path(cache._cache_path, f"{base}.lock")
+    _LOCKS[dispatcher] = Path(cache._cache_path, f"{Path(function.__code__.co_filename).stem}.lock")
     if signatures:
-        _DECLARED.append(Declared(dispatcher, signatures, cast(FunctionType, kernel).__globals__))
+        _DECLARED.append(Declared(dispatcher, signatures, function.__globals__))
     return cast(Kernel, dispatcher)
 
 

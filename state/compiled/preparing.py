@@ -40,7 +40,7 @@ class Kernels:
             importlib.import_module(module)
         self._metrics, self._logger, self._without = KernelMetrics(registry), logger, frozenset(without)
         # Imports may add more: nothing is ready before `prepare`.
-        self.total, self.ready = max(1, len(self._wanted())), 0
+        self.total, self.ready = max(1, len(self.wanted())), 0
         self._metrics.total.set(self.total)
         self._metrics.ready.set(0)
 
@@ -60,7 +60,7 @@ class Kernels:
         Args:
             stopping: Whether it is.
         """
-        waiting = deque(self._wanted())
+        waiting = deque(self.wanted())
         begin_s = said_s = time.monotonic()
         self.total, self.ready = len(waiting), 0
         self._metrics.total.set(self.total)
@@ -82,5 +82,10 @@ class Kernels:
             self._metrics.ready.set(self.ready)
         self._logger.info("%d kernels ready after %.1f s", self.total, time.monotonic() - begin_s)
 
-    def _wanted(self) -> list[Declared]:
-        return [kernel for kernel in declared() if kernel.module not in self._without]
+    def wanted(self) -> list[Declared]:
+        """The kernels that it prepares, in this order.
+
+        The largest come first, so that processes that share the work finish at about the same time.
+        """
+        kernels = [kernel for kernel in declared() if kernel.module not in self._without]
+        return sorted(kernels, key=lambda kernel: kernel.size, reverse=True)

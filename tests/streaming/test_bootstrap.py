@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
@@ -19,7 +20,7 @@ import pytest
 from state.config.loading import load
 from state.config.sections import Model
 from state.config.settings import Settings
-from state.errors import SaltMismatch, SettingsError, SpringtideError
+from state.errors import SaltMismatch, SettingsError, SpringtideError, UnknownTopic
 from state.events.identity import load_salt
 from state.features.spec import FeatureSpec
 from state.log import PartitionBatch, Topics, Writer
@@ -134,6 +135,23 @@ def test_the_first_clicks_become_constants_labels_and_names_once(settings: Setti
 
 def _popular(about: dict[str, Any]) -> list[tuple[int, int]]:
     return [(int(label, 16), clicks) for label, clicks in about["popular"]]
+
+
+def test_a_bootstrap_that_up_started_waits_for_the_topic(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
+    early = settings_of(kafka_settings(), tmp_path / "state", bootstrap__min_rows=300, bootstrap__timeout_s=600)
+    with pytest.raises(UnknownTopic):
+        run(early, silent)
+    asked: list[float] = []
+
+    def clock() -> float:
+        asked.append(time.time())
+        # The second time it is asked because the topic is missing.
+        if len(asked) == 2:
+            send_clicks(early, 400)
+        return asked[-1]
+
+    assert run(early, silent, Wanted(of_up=True), clock)
+    assert len(Registry(early.registry_dir).specs()) == 1
 
 
 def test_too_few_clicks_end_the_wait_with_what_to_do(settings: Settings) -> None:

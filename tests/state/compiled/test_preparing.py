@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import subprocess
@@ -12,14 +13,16 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from state.compiled import FIRST_CALLS
+from state.compiled import FIRST_CALLS, declared
 from state.compiled.preparing import Kernels
+from state.features.kernel import many_rows
 from state.features.many import vectorise_many
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
 from state.features.spec import EVENT, FeatureSpec, vectorise
 from state.history.appends import Appends
 from state.history.store import HistoryStore
+from state.kernels import modules
 from streaming.profile import Profiler
 
 ROOT = Path(__file__).parents[3]
@@ -58,25 +61,55 @@ print(sum(one.stats.cache_misses.total() for one in (part, whole)))
 """
 
 
-def test_processes_that_start_together_compile_a_kernel_once(tmp_path: Path) -> None:
-    (tmp_path / "slow.py").write_text(SLOW)
+def kernels_compiled(folder: Path, processes: int, **environment: str) -> list[int]:
+    """How many kernels each of some processes compiled, which started together."""
+    (folder / "slow.py").write_text(SLOW)
+    path = f"{folder}{os.pathsep}{ROOT}"
     started = [
         subprocess.Popen(
             [sys.executable, "-c", "import slow"],
-            env={**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}", "PYTHONDONTWRITEBYTECODE": "1"},
+            env={**os.environ, "PYTHONPATH": path, "PYTHONDONTWRITEBYTECODE": "1", **environment},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
-        for _ in range(3)
+        for _ in range(processes)
     ]
     compiled = []
     for process in started:
         out, err = process.communicate()
         assert process.returncode == 0, err
         compiled.append(int(out))
+    return sorted(compiled)
+
+
+def test_processes_that_start_together_compile_a_kernel_once(tmp_path: Path) -> None:
     # `whole`, and `part` for both of its types; two processes loaded them.
-    assert sorted(compiled) == [0, 0, 3]
+    assert kernels_compiled(tmp_path, 3) == [0, 0, 3]
+
+
+def test_a_process_with_a_cache_folder_of_its_own_finds_what_the_installation_compiled(tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert kernels_compiled(tmp_path, 1) == [3]
+    assert kernels_compiled(tmp_path, 1, NUMBA_CACHE_DIR=str(cache)) == [0]
+    assert not [*cache.rglob("*.nbc")]
+    # Machine code for another processor is not used.
+    assert kernels_compiled(tmp_path, 1, NUMBA_CACHE_DIR=str(cache), NUMBA_CPU_NAME="generic") == [3]
+
+
+def test_the_largest_kernels_are_prepared_first() -> None:
+    first = Kernels(CollectorRegistry(), logging.getLogger()).wanted()[:4]
+    # Its own code is short, and it is made of most of the window kernel's parts.
+    assert many_rows in [kernel.dispatcher for kernel in first]
+
+
+def test_an_installation_compiles_the_kernels_of_every_module() -> None:
+    names = modules()
+    for name in names:
+        importlib.import_module(name)
+    loaded = {kernel.module for kernel in declared()}
+    assert loaded & {*names} == {*names}
+    assert {module for module in loaded if not module.startswith("tests.")} <= {*names}
 
 
 def test_no_kernel_is_ready_before_all_were_prepared() -> None:
