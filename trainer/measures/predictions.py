@@ -71,12 +71,7 @@ def of_popular(popular: Popular, category: U64) -> CategoryPrediction:
     >>> found.rank.tolist(), np.exp(found.log_share).tolist(), found.candidates.tolist()
     ([1, -1], [0.25, 1.0], [2, 2])
     """
-    counts, total = popular.counts_of(category)
-    # Padding is no category: 0 is in no row.
-    top = popular.top()
-    order = np.argsort(top, kind="stable")
-    at = order[np.minimum(np.searchsorted(top[order], category), LISTED - 1)]
-    rank = np.where(top[at] == category, at, LISTED)
+    counts, rank, total = popular.standing_of(category)
     there = counts > 0
     return CategoryPrediction(
         np.where(there, rank, NONE).astype(np.int32),
