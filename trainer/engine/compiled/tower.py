@@ -23,7 +23,7 @@ import numpy as np
 from state.compiled import compiled_sums, layout, part_of_sums
 from trainer.engine.compiled.arrays import F32, I32, I64
 from trainer.engine.compiled.products import rows_of_block, transpose, weights_of_block
-from trainer.engine.compiled.threads import Threads, meet_all
+from trainer.engine.compiled.threads import Threads, Work
 from trainer.model.default_ranker import DefaultRanker
 from trainer.model.hyperparameters import HYPERPARAMETERS
 
@@ -128,8 +128,8 @@ class Tower:
         self._block = rows_of_block(max(kernel.size for kernel in (*self._kernels, self._query)))
         self._dim, self._buffers = ranker.settings.dim, dict[str, F32]()
 
-    def forward(self, prepared: F32, embedded: Embedded, kept: F32) -> Passed:
-        """Scores B rows without changing anything.
+    def forward(self, prepared: F32, embedded: Embedded, kept: F32) -> tuple[Passed, Work]:
+        """Scores B rows without changing anything, once all threads have done the work.
 
         Args:
             prepared: `[B, D']` float32, of the preprocessing.
@@ -170,11 +170,10 @@ class Tower:
             self._popular_bias,
         )
         limit, threads, block = np.float32(HYPERPARAMETERS.user_limit), self._threads.count, self._block
-        self._threads.run(lambda thread: _forward(thread, threads, block, prepared, embedded, layers, passed, limit))
-        return passed
+        return passed, lambda thread: _forward(thread, threads, block, prepared, embedded, layers, passed, limit)
 
-    def backward(self, passed: Passed, by_queries: F32, by_popular: F32) -> tuple[F32, F32]:
-        """Derivatives by the dense weights into `gradients`.
+    def backward(self, passed: Passed, by_queries: F32, by_popular: F32) -> tuple[F32, F32, tuple[Work, ...]]:
+        """Derivatives by the dense weights into `gradients`, once all threads have done the work.
 
         Args:
             passed: The forward pass.
@@ -182,7 +181,7 @@ class Tower:
             by_popular: `[B, P]` float32, by the logits of popular categories.
 
         Returns:
-            `[B, k dim]` float32 by the embedding rows in x, and `[P, 2 dim + 1]` by `popular_rows`.
+            `[B, k dim]` float32 by the embedding rows in x, `[P, 2 dim + 1]` by `popular_rows`, and the works in turn.
         """
         count, width = passed.x.shape
         slopes = tuple(self._buffer(f"slope_{i}", count, one.shape[1]) for i, one in enumerate(passed.learned))
@@ -199,23 +198,25 @@ class Tower:
         weights = (of_rows, *self._kernels[1:], self._query)
         backward = tuple(self._buffer(f"transposed_{i}", *one.T.shape) for i, one in enumerate(weights))
 
-        def work(thread: int) -> None:
-            _transposed(thread, threads, weights, backward)
-            meet_all(self._threads.meeting, threads)
+        sums = [
+            *zip(slopes, biases, strict=False),
+            (by_queries, biases[-1]),
+            (by_popular, gradients["interest.popular"]),
+        ]
+
+        def by_layers(thread: int) -> None:
             _slopes(
                 thread, threads, self._block, by_queries, by_popular, passed.popular_rows, backward,
                 passed.learned, passed.kept, slopes, by_rows,
             )  # fmt: skip
-            meet_all(self._threads.meeting, threads)
-            _by_weights(thread, threads, order, inputs, outputs, (*kernels, by_popular_rows))
-            if thread == 0:
-                for slope, bias in zip(outputs, (*biases, None), strict=True):
-                    if bias is not None:
-                        _by_bias(slope, bias)
-                _by_bias(by_popular, gradients["interest.popular"])
 
-        self._threads.run(work)
-        return by_rows, by_popular_rows
+        def by_weights(thread: int) -> None:
+            _by_weights(thread, threads, order, inputs, outputs, (*kernels, by_popular_rows))
+            for slope, bias in sums[thread::threads]:
+                _by_bias(slope, bias)
+
+        works = (lambda thread: _transposed(thread, threads, weights, backward), by_layers, by_weights)
+        return by_rows, by_popular_rows, works
 
     def _buffer(self, name: str, rows: int, width: int) -> F32:
         """Working memory `[rows, width]`, kept from step to step: fresh pages cost more than a small product."""
