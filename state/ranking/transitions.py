@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from state.compiled import compiled, layout
+from state.compiled import compiled, inlined, layout
 from state.compiled.mixing import mix
 
 U64 = NDArray[np.uint64]
@@ -146,10 +146,23 @@ def _say(count: int, total: int, out: U16) -> None:
     out[1] = count * 256 // (1 + total)
 
 
+@inlined
+def _find_all(ids: U64, among: U64, found: I32) -> None:
+    """The last place of each of `[n]` ids in `among`, -1 where there is none; the inner loop becomes vectors."""
+    for k in range(ids.shape[0]):
+        found[k] = -1
+    for j in range(among.shape[0]):
+        if among[j] != np.uint64(0):
+            for k in range(ids.shape[0]):
+                found[k] = j if ids[k] == among[j] else found[k]
+
+
 @compiled("i4[::1], Lists, const(u8[:, ::1]), u8[::1], Succession", "i4[::1], Lists, u8[:, ::1], u8[::1], Succession")
 def _succeed(at: I32, lists: Lists, recent_categories: U64, popular: U64, found: Succession) -> None:
     # Of each list's followers, which popular category they are.
     ranks = np.empty((lists.ids.shape[0], FOLLOWERS), np.int32)
+    # Of those of one row, which of the user's categories they are.
+    owns = np.empty(FOLLOWERS, np.int32)
     known = np.zeros(lists.ids.shape[0], np.uint8)
     for i in range(at.shape[0]):
         if at[i] == 0:
@@ -160,18 +173,11 @@ def _succeed(at: I32, lists: Lists, recent_categories: U64, popular: U64, found:
             length += 1
         if known[at[i]] == 0:
             known[at[i]] = 1
-            for k in range(length):
-                ranks[at[i], k] = -1
-                for p in range(popular.shape[0]):
-                    if popular[p] == ids[k]:
-                        ranks[at[i], k] = p
+            _find_all(ids[:length], popular, ranks[at[i]])
+        _find_all(ids[:length], recent_categories[i], owns)
         successors = 0
         for k in range(length):
-            own = -1
-            for j in range(recent_categories.shape[1]):
-                if recent_categories[i, j] == ids[k]:
-                    own = j
-            rank = ranks[at[i], k]
+            own, rank = owns[k], ranks[at[i], k]
             if own >= 0:
                 _say(int(counts[k]), total, found.recent_categories[i, own])
             elif rank >= 0:
