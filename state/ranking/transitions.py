@@ -157,17 +157,20 @@ def _find_all(ids: U64, among: U64, found: I32) -> None:
                 found[k] = j if ids[k] == among[j] else found[k]
 
 
-@compiled("i4[::1], Lists, const(u8[:, ::1]), u8[::1], Succession", "i4[::1], Lists, u8[:, ::1], u8[::1], Succession")
-def _succeed(at: I32, lists: Lists, recent_categories: U64, popular: U64, found: Succession) -> None:
+@compiled(
+    "i4[::1], i4[::1], Lists, const(u8[:, ::1]), u8[::1], Succession",
+    "i4[::1], i4[::1], Lists, u8[:, ::1], u8[::1], Succession",
+)
+def _succeed(at: I32, rows: I32, lists: Lists, recent_categories: U64, popular: U64, found: Succession) -> None:
     # Of each list's followers, which popular category they are.
-    ranks = np.empty((lists.ids.shape[0], FOLLOWERS), np.int32)
+    ranks = np.empty((rows.shape[0], FOLLOWERS), np.int32)
     # Of those of one row, which of the user's categories they are.
     owns = np.empty(FOLLOWERS, np.int32)
-    known = np.zeros(lists.ids.shape[0], np.uint8)
+    known = np.zeros(rows.shape[0], np.uint8)
     for i in range(at.shape[0]):
         if at[i] == 0:
             continue
-        counts, ids, total, length = lists.counts[at[i]], lists.ids[at[i]], 0, 0
+        counts, ids, total, length = lists.counts[rows[at[i]]], lists.ids[rows[at[i]]], 0, 0
         while length < FOLLOWERS and counts[length] > 0:
             total += counts[length]
             length += 1
@@ -188,7 +191,7 @@ def _succeed(at: I32, lists: Lists, recent_categories: U64, popular: U64, found:
                 successors += 1
 
 
-def succession(at: I32, lists: Lists, recent_categories: U64, popular: U64) -> Succession:
+def succession(at: I32, lists: Lists, recent_categories: U64, popular: U64, rows: I32 | None = None) -> Succession:
     """What the lists of users' newest categories say.
 
     Args:
@@ -196,6 +199,7 @@ def succession(at: I32, lists: Lists, recent_categories: U64, popular: U64) -> S
         lists: The first is that of no category.
         recent_categories: `[n, L]` uint64, the users' categories, padded with 0.
         popular: `[P]` uint64, padded with 0.
+        rows: `[u]` int32, which of the lists `at` numbers, the first that of no category; all of them by default.
 
     >>> lists = Lists.empty(2)
     >>> _ = record(np.ones(6, np.int32), np.array([7, 8, 7, 9, 9, 9], np.uint64), lists)
@@ -210,5 +214,7 @@ def succession(at: I32, lists: Lists, recent_categories: U64, popular: U64) -> S
         np.zeros((count, SUCCESSORS), np.uint64),
         np.zeros((count, SUCCESSORS, len(COLUMNS)), np.uint16),
     )
-    _succeed(at, lists, np.ascontiguousarray(recent_categories), popular, found)
+    if rows is None:
+        rows = np.arange(len(lists.ids), dtype=np.int32)
+    _succeed(at, rows, lists, np.ascontiguousarray(recent_categories), popular, found)
     return found

@@ -102,10 +102,9 @@ def of_came_next(transitions: CountTable, newest: I32, category: U64) -> Categor
         newest: `[t]` int32, the row of each newest category; 0 for none.
         category: `[t]` uint64, what was clicked.
     """
-    distinct, at = transitions.distinct(newest)
-    lists = transitions.lists(distinct)
-    found = CategoryPrediction(np.empty(at.size, np.int32), np.empty(at.size), np.empty(at.size, np.int32))
-    _came_next(at, lists.counts, lists.ids, np.array(category), *found)
+    lists, count = transitions.held, newest.size
+    found = CategoryPrediction(np.empty(count, np.int32), np.empty(count), np.empty(count, np.int32))
+    _came_next(newest, lists.counts, lists.ids, np.array(category), *found)
     return found
 
 
