@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from state.compiled import compiled, layout
+from state.compiled import compiled, inlined, layout
 from state.compiled.mixing import mix
 
 U64 = NDArray[np.uint64]
@@ -146,32 +146,41 @@ def _say(count: int, total: int, out: U16) -> None:
     out[1] = count * 256 // (1 + total)
 
 
-@compiled("i4[::1], Lists, const(u8[:, ::1]), u8[::1], Succession", "i4[::1], Lists, u8[:, ::1], u8[::1], Succession")
-def _succeed(at: I32, lists: Lists, recent_categories: U64, popular: U64, found: Succession) -> None:
+@inlined
+def _find_all(ids: U64, among: U64, found: I32) -> None:
+    """The last place of each of `[n]` ids in `among`, -1 where there is none; the inner loop becomes vectors."""
+    for k in range(ids.shape[0]):
+        found[k] = -1
+    for j in range(among.shape[0]):
+        if among[j] != np.uint64(0):
+            for k in range(ids.shape[0]):
+                found[k] = j if ids[k] == among[j] else found[k]
+
+
+@compiled(
+    "i4[::1], i4[::1], Lists, const(u8[:, ::1]), u8[::1], Succession",
+    "i4[::1], i4[::1], Lists, u8[:, ::1], u8[::1], Succession",
+)
+def _succeed(at: I32, rows: I32, lists: Lists, recent_categories: U64, popular: U64, found: Succession) -> None:
     # Of each list's followers, which popular category they are.
-    ranks = np.empty((lists.ids.shape[0], FOLLOWERS), np.int32)
-    known = np.zeros(lists.ids.shape[0], np.uint8)
+    ranks = np.empty((rows.shape[0], FOLLOWERS), np.int32)
+    # Of those of one row, which of the user's categories they are.
+    owns = np.empty(FOLLOWERS, np.int32)
+    known = np.zeros(rows.shape[0], np.uint8)
     for i in range(at.shape[0]):
         if at[i] == 0:
             continue
-        counts, ids, total, length = lists.counts[at[i]], lists.ids[at[i]], 0, 0
+        counts, ids, total, length = lists.counts[rows[at[i]]], lists.ids[rows[at[i]]], 0, 0
         while length < FOLLOWERS and counts[length] > 0:
             total += counts[length]
             length += 1
         if known[at[i]] == 0:
             known[at[i]] = 1
-            for k in range(length):
-                ranks[at[i], k] = -1
-                for p in range(popular.shape[0]):
-                    if popular[p] == ids[k]:
-                        ranks[at[i], k] = p
+            _find_all(ids[:length], popular, ranks[at[i]])
+        _find_all(ids[:length], recent_categories[i], owns)
         successors = 0
         for k in range(length):
-            own = -1
-            for j in range(recent_categories.shape[1]):
-                if recent_categories[i, j] == ids[k]:
-                    own = j
-            rank = ranks[at[i], k]
+            own, rank = owns[k], ranks[at[i], k]
             if own >= 0:
                 _say(int(counts[k]), total, found.recent_categories[i, own])
             elif rank >= 0:
@@ -182,7 +191,7 @@ def _succeed(at: I32, lists: Lists, recent_categories: U64, popular: U64, found:
                 successors += 1
 
 
-def succession(at: I32, lists: Lists, recent_categories: U64, popular: U64) -> Succession:
+def succession(at: I32, lists: Lists, recent_categories: U64, popular: U64, rows: I32 | None = None) -> Succession:
     """What the lists of users' newest categories say.
 
     Args:
@@ -190,6 +199,7 @@ def succession(at: I32, lists: Lists, recent_categories: U64, popular: U64) -> S
         lists: The first is that of no category.
         recent_categories: `[n, L]` uint64, the users' categories, padded with 0.
         popular: `[P]` uint64, padded with 0.
+        rows: `[u]` int32, which of the lists `at` numbers, the first that of no category; all of them by default.
 
     >>> lists = Lists.empty(2)
     >>> _ = record(np.ones(6, np.int32), np.array([7, 8, 7, 9, 9, 9], np.uint64), lists)
@@ -204,5 +214,7 @@ def succession(at: I32, lists: Lists, recent_categories: U64, popular: U64) -> S
         np.zeros((count, SUCCESSORS), np.uint64),
         np.zeros((count, SUCCESSORS, len(COLUMNS)), np.uint16),
     )
-    _succeed(at, lists, np.ascontiguousarray(recent_categories), popular, found)
+    if rows is None:
+        rows = np.arange(len(lists.ids), dtype=np.int32)
+    _succeed(at, rows, lists, np.ascontiguousarray(recent_categories), popular, found)
     return found

@@ -5,7 +5,10 @@
 Each size and the Keras peer run in a process of their own, on one thread but
 where threads are compared, by wall time: that wants a machine with idle cores.
 Seconds are processor seconds of that process, so that neighbours on the
-machine disturb them little. The peer is `train_on_batch` with Adam: three
+machine disturb them little. The speed-up by threads is measured, and predicted by
+Amdahl's law from the parts of a step on one thread: what is serial, the tower,
+which any number of threads share, and the heads, whose fast weights move after
+each 32 rows, so that at most `LANES` threads share them. The peer is `train_on_batch` with Adam: three
 `keras.layers.Embedding` of width 32 (1e7 users) and 128 -> 256 -> 128 -> 20.
 """
 
@@ -17,20 +20,76 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tests.bench.report import Figure, report
 
+if TYPE_CHECKING:
+    from state.microbatch.batch import MicroBatch
+    from trainer.engine.step import Trainer
+
 SIZES = (100_000, 1_000_000, 10_000_000)
 ROWS, FEWER = 1024, (40, 600)
 STEPS = 60
 THREADS = 2
+PREDICTED = (2, 4, 8, 16)
+PARTS = ("serial_ms", "heads_ms", "tower_ms")
 
 
-def measure_step(users: int, rows: int = ROWS, threads: int = 1) -> dict[str, float]:
-    """Milliseconds of one step of `rows` rows with `users` user rows."""
+def predicted_speed_up(parts: Mapping[str, float], threads: int) -> float:
+    """By how much threads make a step faster, from the milliseconds of its parts on one thread.
+
+    >>> predicted_speed_up({"serial_ms": 2.0, "heads_ms": 4.0, "tower_ms": 8.0}, 4)
+    2.333333333333333
+    """
+    from trainer.engine.compiled.heads import LANES
+
+    shared = parts["serial_ms"] + parts["heads_ms"] / min(threads, LANES) + parts["tower_ms"] / threads
+    return sum(parts[name] for name in PARTS) / shared
+
+
+def measure_parts(users: int, rows: int = ROWS) -> dict[str, float]:
+    """Processor milliseconds of the parts of one step on one thread."""
+    from trainer.engine.compiled.engine import CompiledEngine
+    from trainer.engine.compiled.threads import Threads, Work
+
+    class TimedThreads(Threads):
+        """Times the works of a step: the tower forward, the heads, and the tower backward in three works."""
+
+        def __init__(self) -> None:
+            super().__init__(1)
+            self.heads_s, self.tower_s = 0.0, 0.0
+
+        def run(self, *works: Work) -> None:
+            for number, work in enumerate(works):
+                began = time.process_time()
+                work(0)
+                took_s = time.process_time() - began
+                self.heads_s += took_s if number == 1 else 0.0
+                self.tower_s += took_s if number != 1 else 0.0
+
+    trainer, batches = made(users, rows, 1)
+    threads, engine = TimedThreads(), trainer.engine
+    assert isinstance(engine, CompiledEngine)
+    engine.threads = threads
+    for batch in batches[:10]:
+        trainer.step(batch)
+    found: dict[str, list[float]] = {name: [] for name in PARTS}
+    for batch in batches:
+        threads.heads_s, threads.tower_s, began = 0.0, 0.0, time.process_time()
+        trainer.step(batch)
+        whole_s = time.process_time() - began
+        parts_s = whole_s - threads.heads_s - threads.tower_s, threads.heads_s, threads.tower_s
+        for name, part_s in zip(PARTS, parts_s, strict=True):
+            found[name].append(part_s * 1e3)
+    return {name: float(np.median(values)) for name, values in found.items()}
+
+
+def made(users: int, rows: int, threads: int) -> tuple[Trainer, list[MicroBatch]]:
+    """A trainer with `users` user rows, and records of `rows` rows for it."""
     from state.config.settings import Settings
     from tests.trainer.batches import SPEC, START_MS, micro_batch, spread
     from trainer.engine.step import Trainer
@@ -48,9 +107,14 @@ def measure_step(users: int, rows: int = ROWS, threads: int = 1) -> dict[str, fl
     for first in range(1, users + 1, 1_000_000):
         numbers = np.arange(first, min(first + 1_000_000, users + 1))
         trainer.tables["user"].observe(spread(numbers), np.full(numbers.size, START_MS))
-    batches = [
+    return trainer, [
         micro_batch(rows, first=number * rows, users=users, items=50_000, categories=3000) for number in range(STEPS)
     ]
+
+
+def measure_step(users: int, rows: int = ROWS, threads: int = 1) -> dict[str, float]:
+    """Milliseconds of one step of `rows` rows with `users` user rows."""
+    trainer, batches = made(users, rows, threads)
     for batch in batches[:10]:
         trainer.step(batch)
     cpu, wall = [], []
@@ -114,7 +178,11 @@ def in_process(what: str, *numbers: int) -> dict[str, float]:
 def main() -> None:
     """Measures, prints and writes the figures."""
     if len(sys.argv) > 2:
-        kind: Callable[..., dict[str, float]] = {"step": measure_step, "keras": measure_keras}[sys.argv[1]]
+        kind: Callable[..., dict[str, float]] = {
+            "step": measure_step,
+            "parts": measure_parts,
+            "keras": measure_keras,
+        }[sys.argv[1]]
         print(json.dumps(kind(*map(int, sys.argv[2:]))))
         return
     steps = {users: in_process("step", users) for users in SIZES}
@@ -131,6 +199,11 @@ def main() -> None:
         )
     shared = in_process("step", SIZES[0], ROWS, THREADS)["wall_ms"]
     figures[f"speed-up of {THREADS} threads"] = Figure(steps[SIZES[0]]["wall_ms"] / shared, "ratio", ">= 1.7")
+    parts = in_process("parts", SIZES[0])
+    for name in PARTS:
+        figures[f"{name.removesuffix('_ms')} part of a step at 1e+05 user rows"] = Figure(parts[name], "cpu-ms")
+    for threads in PREDICTED:
+        figures[f"predicted speed-up of {threads} threads"] = Figure(predicted_speed_up(parts, threads), "ratio")
     figures["step at 1e7 over step at 1e5 user rows"] = Figure(
         steps[SIZES[-1]]["cpu_ms"] / steps[SIZES[0]]["cpu_ms"], "ratio", "<= 1.5"
     )

@@ -71,12 +71,7 @@ def of_popular(popular: Popular, category: U64) -> CategoryPrediction:
     >>> found.rank.tolist(), np.exp(found.log_share).tolist(), found.candidates.tolist()
     ([1, -1], [0.25, 1.0], [2, 2])
     """
-    counts, total = popular.counts_of(category)
-    # Padding is no category: 0 is in no row.
-    top = popular.top()
-    order = np.argsort(top, kind="stable")
-    at = order[np.minimum(np.searchsorted(top[order], category), LISTED - 1)]
-    rank = np.where(top[at] == category, at, LISTED)
+    counts, rank, total = popular.standing_of(category)
     there = counts > 0
     return CategoryPrediction(
         np.where(there, rank, NONE).astype(np.int32),
@@ -107,10 +102,9 @@ def of_came_next(transitions: CountTable, newest: I32, category: U64) -> Categor
         newest: `[t]` int32, the row of each newest category; 0 for none.
         category: `[t]` uint64, what was clicked.
     """
-    distinct, at = transitions.distinct(newest)
-    lists = transitions.lists(distinct)
-    found = CategoryPrediction(np.empty(at.size, np.int32), np.empty(at.size), np.empty(at.size, np.int32))
-    _came_next(at, lists.counts, lists.ids, np.array(category), *found)
+    lists, count = transitions.held, newest.size
+    found = CategoryPrediction(np.empty(count, np.int32), np.empty(count), np.empty(count, np.int32))
+    _came_next(newest, lists.counts, lists.ids, np.array(category), *found)
     return found
 
 

@@ -31,6 +31,11 @@ class CountTable(IdTable):
         self._lists = Lists.empty(self.capacity)
         self._signs: npt.NDArray[np.uint8] = np.zeros((self.capacity, transition_rows.SIGN_BYTES), np.uint8)
 
+    @property
+    def held(self) -> Lists:
+        """All lists by row, to be read until the table changes."""
+        return self._lists
+
     def lists(self, rows: I32) -> Lists:
         """Copies of the lists of rows, `[n]` int32; empty where there is none."""
         return Lists(self._lists.counts[rows], self._lists.ids[rows])
@@ -44,7 +49,7 @@ class CountTable(IdTable):
             popular: `[P]` uint64, padded with 0.
         """
         distinct, at = self.distinct(rows)
-        return transitions.succession(at, self.lists(distinct), recent_categories, popular)
+        return transitions.succession(at, self._lists, recent_categories, popular, distinct)
 
     def count(self, rows: I32, followers: U64) -> None:
         """Counts transitions in the order of the rows of a batch, and lists all of `rows` as changed.

@@ -2,8 +2,8 @@
 
 A count is in 1/65536 clicks and is multiplied by a fixed ratio each hour of
 log time, so that the same log gives the same list on every machine. The list
-is kept up to date from the categories a batch touched; only the hourly decay,
-which can make counts equal, looks at all of them.
+is updated from the categories of a batch; only the hourly decay, which can make
+counts equal, ranks all of them.
 """
 
 from __future__ import annotations
@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from state.compiled import compiled
 from trainer.tables.id_table import NO_CAP
-from trainer.tables.index import IdIndex
+from trainer.tables.index import I32, IdIndex
 from trainer.tables.least_used import ROOM, excess, least_used
 
 U64 = npt.NDArray[np.uint64]
 I64 = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
 
 ONE = 1 << 16
 HOUR_MS = 3_600_000
@@ -40,13 +42,43 @@ def decayed(counts: I64, times: int, kept: int = DECAY) -> I64:
     return counts
 
 
-def ranked(ids: U64, counts: I64, size: int) -> U64:
-    """The `size` ids with the largest counts, larger first, then the smaller id.
+@compiled
+def _before(place: int, other: int, ids: U64, counts: I64) -> bool:
+    """Whether a category has the larger count, or of equal ones the smaller id."""
+    return bool(counts[place] > counts[other] or (counts[place] == counts[other] and ids[place] < ids[other]))
 
-    >>> ranked(np.array([5, 3, 9], np.uint64), np.array([2, 2, 7]), 2).tolist()
-    [9, 3]
+
+@compiled("i4[::1], i8[::1], i8[::1]")
+def _count(places: I32, amounts: I64, counts: I64) -> None:
+    for i in range(places.shape[0]):
+        if places[i] != 0:
+            counts[places[i]] += amounts[i]
+
+
+@compiled("i4[::1], u8[::1], i8[::1], bool[::1], i4[::1]")
+def _rank(places: I32, ids: U64, counts: I64, seen: Flags, top: I32) -> int:
+    """Puts the largest categories among `[n]` places into `top`, the largest first; returns how many these are.
+
+    seen: `[used]` bool, all False before and after.
     """
-    return ids[np.lexsort((ids, -counts))[:size]]
+    found, most = 0, top.shape[0]
+    for i in range(places.shape[0]):
+        place = places[i]
+        if place == 0 or seen[place] or most == 0:
+            continue
+        seen[place] = True
+        if found < most:
+            found += 1
+        elif not _before(place, top[most - 1], ids, counts):
+            continue
+        at = found - 1
+        while at > 0 and _before(place, top[at - 1], ids, counts):
+            top[at] = top[at - 1]
+            at -= 1
+        top[at] = place
+    for i in range(places.shape[0]):
+        seen[places[i]] = False
+    return found
 
 
 class Popular:
@@ -68,32 +100,40 @@ class Popular:
         self._ids: U64 = np.zeros(1, np.uint64)
         self._counts: I64 = np.zeros(1, np.int64)
         self._index = IdIndex()
-        self._top: U64 = np.zeros(0, np.uint64)
+        # The places of the largest, the largest first.
+        self._top: I32 = np.zeros(0, np.int32)
 
     def __len__(self) -> int:
         """How many categories have a count."""
         return self._used - 1
 
-    def counts_of(self, ids: U64) -> tuple[I64, int]:
-        """The counts of some categories, `[n]` int64, 0 where it has none, and the sum of all counts."""
-        return self._counts[self._index.find(ids)], int(self._counts[1 : self._used].sum())
+    def standing_of(self, ids: U64) -> tuple[I64, I32, int]:
+        """The standing of `[n]` categories.
+
+        Returns:
+            `[n]` int64 counts, 0 where a category has none; `[n]` int32 places in the list, P behind it; the sum of all
+            counts.
+        """
+        places = self._index.find(ids)
+        ranks = np.full(self._used, self._size, np.int32)
+        ranks[self._top] = np.arange(self._top.size, dtype=np.int32)
+        return self._counts[places], ranks[places], int(self._counts[1 : self._used].sum())
 
     def top(self) -> U64:
         """The list as of the last update, `[P]` uint64, padded with 0."""
         padded = np.zeros(self._size, np.uint64)
-        padded[: self._top.size] = self._top
+        padded[: self._top.size] = self._ids[self._top]
         return padded
 
     def update(self, ids: U64, at_ms: int) -> None:
         """Counts one click of each id (`[n]` uint64, 0 ignored) at log time."""
-        touched, clicks = np.unique(ids[ids != 0], return_counts=True)
-        self.add(touched, clicks * ONE, at_ms)
+        self.add(ids, np.full(ids.size, ONE, np.int64), at_ms)
 
-    def add(self, touched: U64, amounts: I64, at_ms: int) -> None:
+    def add(self, ids: U64, amounts: I64, at_ms: int) -> None:
         """Adds to counts at log time.
 
         Args:
-            touched: `[n]` uint64, distinct ids, ascending, none 0.
+            ids: `[n]` uint64, 0 ignored.
             amounts: `[n]` int64, in 1/65536 clicks; with noise some are below 0.
             at_ms: Log time.
         """
@@ -102,20 +142,21 @@ class Popular:
         if ticked:
             self._decay(hour - self._hour if self._hour >= 0 else 0)
             self._hour = hour
-        fresh = touched[self._index.find(touched) == 0]
+        places = self._index.find(ids)
+        fresh = np.unique(ids[(places == 0) & (ids != 0)])
         if fresh.size:
             self._index.insert(fresh, np.arange(self._used, self._used + fresh.size, dtype=np.int32))
             self._reserve(self._used + fresh.size)
             self._ids[self._used : self._used + fresh.size] = fresh
             self._used += fresh.size
-        self._counts[self._index.find(touched)] += amounts
-        candidates = self._ids[1 : self._used] if ticked else np.union1d(self._top, touched)
-        self._top = ranked(candidates, self._counts[self._index.find(candidates)], self._size)
+            places = self._index.find(ids)
+        _count(places, amounts, self._counts)
+        self._rank(np.arange(1, self._used, dtype=np.int32) if ticked else np.concatenate([self._top, places]))
         if leaving := excess(self._used - 1, self._most):
-            ids, counts = self._ids[1 : self._used], self._counts[1 : self._used]
-            kept = np.ones(ids.size, np.bool_)
-            kept[least_used(ids, counts, np.zeros(ids.size, np.float32), leaving)] = False
-            self.load({"ids": ids[kept], "counts": counts[kept], "hour": self._hour})
+            held, counts = self._ids[1 : self._used], self._counts[1 : self._used]
+            kept = np.ones(held.size, np.bool_)
+            kept[least_used(held, counts, np.zeros(held.size, np.float32), leaving)] = False
+            self.load({"ids": held[kept], "counts": counts[kept], "hour": self._hour})
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """`ids` ascending, their `counts`, and the `hour` of the last decay."""
@@ -131,7 +172,11 @@ class Popular:
         self._counts = np.concatenate([np.zeros(1, np.int64), np.asarray(state["counts"], np.int64)])
         self._index = IdIndex(self._used)
         self._index.insert(ids, np.arange(1, self._used, dtype=np.int32))
-        self._top = ranked(ids, self._counts[1:], self._size)
+        self._rank(np.arange(1, self._used, dtype=np.int32))
+
+    def _rank(self, places: I32) -> None:
+        top = np.empty(self._size, np.int32)
+        self._top = top[: _rank(places, self._ids, self._counts, np.zeros(self._used, np.bool_), top)]
 
     def _decay(self, hours: int) -> None:
         if hours:

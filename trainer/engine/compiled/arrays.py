@@ -19,15 +19,23 @@ I64 = npt.NDArray[np.int64]
 U16 = npt.NDArray[np.uint16]
 
 
+def read_only(values: U16) -> U16:
+    """A contiguous view that cannot be written, as kernels take columns of a record: those of the log are read-only."""
+    view = np.ascontiguousarray(values).view()
+    view.flags.writeable = False
+    return view
+
+
 @layout(
-    "u2[:, :, ::1], f4[::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], u2[:, :, ::1], u2[:, :, ::1], i4[:, ::1], i4[:, ::1], i4[::1], i4[::1], i4[::1], i4[::1], f4[::1], f4[::1], f4[::1], f4[::1], i4[:, ::1], i4[::1], f4[::1]"
+    "const(u2[:, :, ::1]), u2[:, :, ::1], f4[::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], u2[:, :, ::1], u2[:, :, ::1], i4[:, ::1], i4[:, ::1], i4[::1], i4[::1], i4[::1], i4[::1], f4[::1], f4[::1], f4[::1], f4[::1], i4[:, ::1], i4[::1], f4[::1]"
 )
 class Facts(NamedTuple):
     """What the host knows of a step; rows are positions in the distinct rows of a table, 0 the missing one.
 
     Attributes:
-        windows: `[B, L, F]` uint16, of each category; the last two say how often it came next (`state/ranking/transitions.py`).
-        log_scale: `[F]` float32, the factor of a window's logarithm.
+        windows: `[B, L, F - 2]` uint16, of each category, read-only.
+        recent_next: `[B, L, 2]` uint16, how often each category came next (`state/ranking/transitions.py`).
+        log_scale: `[F]` float32, the factor of the logarithm of a window, and behind those of how often it came next.
         scale: `[F]` float32, the factor of the window itself.
         shift: `[F]` float32, added to both.
         recent_mask: `[B, L]` float32.
@@ -52,6 +60,7 @@ class Facts(NamedTuple):
     """
 
     windows: U16
+    recent_next: U16
     log_scale: F32
     scale: F32
     shift: F32

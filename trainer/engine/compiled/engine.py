@@ -29,6 +29,7 @@ from trainer.engine.compiled.arrays import (
     Gradients,
     HeadInputs,
     Learned,
+    read_only,
 )
 from trainer.engine.compiled.heads import Heads
 from trainer.engine.compiled.threads import Threads
@@ -79,6 +80,9 @@ class CompiledEngine:
         cross_precision: `[C]` float32, the precision of each cross's weight before anything was learned.
         attributes: A, of an item.
         threads: That share its loops.
+
+    Attributes:
+        threads: As given.
     """
 
     name = "compiled"
@@ -97,7 +101,7 @@ class CompiledEngine:
         ranker.hold(optimizer.weights)
         self._tower = Tower(ranker, optimizer.weights, optimizer.gradients, threads)
         self._prepare = prepared_by(ranker.preprocessing, ranker.sizes["D"] or 0)
-        self._run_heads = Heads(threads)
+        self._heads, self.threads = Heads(threads), threads
         self._weights = {name: optimizer.weights[weight] for weight, name in FROM_HEADS.items()}
 
     def measure(self, record: Record, move: bool = True) -> Measured:
@@ -113,14 +117,17 @@ class CompiledEngine:
             context=distinct["context"],
             context_at=at["context"].reshape(len(record), -1),
         )
-        passed = self._tower.forward(self._prepare(record.values["features"]), embedded, record.values["tower_kept"])
+        passed, forward = self._tower.forward(
+            self._prepare(record.values["features"]), embedded, record.values["tower_kept"]
+        )
         inputs = self._inputs(passed, distinct, self._tables[CROSS].gather_accum(rows[CROSS]), at)
         slots = self._optimizer.fast if move else None
         facts = self._facts(record, at)
-        scores, gradients, learned = self._run_heads(
+        scores, gradients, learned, heads = self._heads.prepare(
             facts, inputs, slots, self._optimizer.fast_rate, self._ranker.drops
         )
-        by_rows, by_popular_rows = self._tower.backward(passed, gradients.queries, gradients.popular_logits)
+        by_rows, by_popular_rows, backward = self._tower.backward(passed, gradients.queries, gradients.popular_logits)
+        self.threads.run(forward, heads, *backward)
         sparse = self._sparse(distinct, at, gradients)
         into = sparse["user"], sparse["category"], sparse["context"]
         scatter_rows(embedded, by_rows, gradients.queries, by_popular_rows, *into)
@@ -175,7 +182,8 @@ class CompiledEngine:
     def _facts(self, record: Record, at: Mapping[str, I32]) -> Facts:
         values, targets, scaling = record.values, record.targets, self._ranker.window_scaling
         return Facts(
-            windows=np.concatenate([values["category_windows"], values["recent_next"]], 2),
+            windows=read_only(values["category_windows"]),
+            recent_next=values["recent_next"],
             log_scale=scaling.log_scale,
             scale=scaling.scale,
             shift=scaling.shift,
@@ -246,9 +254,8 @@ def prepared_by(preprocessing: Preprocessing, features: int) -> Callable[[U16], 
         log_scale, scale = preprocessing.log_scale, preprocessing.scale
 
         def logarithms(raw: U16) -> F32:
-            found, raw = np.empty(raw.shape, np.float32), raw.view()
-            raw.flags.writeable = False
-            _logarithms(raw, LOGARITHMS, log_scale, scale, found)
+            found = np.empty(raw.shape, np.float32)
+            _logarithms(read_only(raw), LOGARITHMS, log_scale, scale, found)
             return found
 
         return logarithms

@@ -27,24 +27,27 @@ from typing import NamedTuple
 
 import numpy as np
 
-from state.compiled import compiled_sums, layout
+from state.compiled import compiled_sums, layout, part_of_sums
 from trainer.engine.compiled.arrays import F32, I32, I64, Facts, FastWeights, Gradients, HeadInputs, Learned
 from trainer.engine.compiled.engagement import engage
 from trainer.engine.compiled.interest import learn_interest, measure_interest, score_candidates
 from trainer.engine.compiled.softmax import exponentials, highest_of, normaliser_of
-from trainer.engine.compiled.threads import Threads, meet
+from trainer.engine.compiled.threads import Threads, Work, meet
 from trainer.engine.compiled.transition_net import transition_net, transition_net_gradients
 from trainer.engine.compiled.window_net import LOGARITHMS, user_hidden_of, window_net, window_net_gradients
 from trainer.engine.compiled.workspace import BLOCK, Workspace
 from trainer.engine.engine import Scores
 from trainer.engine.optimizers.crosses import crosses
-from trainer.engine.optimizers.fast_weights import FastSlots, move
+from trainer.engine.optimizers.fast_weights import FastSlots, count_move, move
 from trainer.model.hyperparameters import HYPERPARAMETERS
 
 FAST_ROWS = HYPERPARAMETERS.fast_rows
 
 LANES = FAST_ROWS // BLOCK
 """Blocks between two moves of the fast weights: as many threads can share the heads."""
+
+_PART = 64
+"""The fast weights are divided among threads in multiples of this: whole vectors."""
 
 _ZERO = np.float32(0.0)
 
@@ -74,6 +77,16 @@ class Own(NamedTuple):
     fast: FastWeights
     candidates: F32
     bits: I32
+
+
+@part_of_sums
+def _add_lanes(thread: int, threads: int, held: F32) -> None:
+    """`held` is `[LANES * n, d]`."""
+    rows = held.shape[0] // LANES
+    for row in range(thread, rows, threads):
+        for lane in range(1, LANES):
+            for d in range(held.shape[1]):
+                held[row, d] += held[lane * rows + row, d]
 
 
 @compiled_sums(
@@ -147,17 +160,32 @@ def _heads(
             window_net_gradients(begin, end, facts, inputs.user_features, weights, workspace, fast)
             for i in range(own.flat.shape[0]):
                 of_lanes[lane, i] = own.flat[i]
-        meet(meeting, threads)
-        # 5.
         if thread == 0:
-            summed = of_lanes[0]
-            for lane in range(1, LANES):
-                for i in range(summed.shape[0]):
-                    summed[i] += of_lanes[lane, i]
-            for i in range(summed.shape[0]):
-                total[i] += summed[i]
-            move(slots, summed, rate, weights.user.size)
+            count_move(slots)
         meet(meeting, threads)
+        # 5. Each thread moves its part of the weights.
+        size = total.shape[0]
+        part = (size // threads // _PART + 1) * _PART
+        here, there = min(thread * part, size), min((thread + 1) * part, size)
+        summed, whole = of_lanes[0, here:there], total[here:there]
+        for lane in range(1, LANES):
+            added = of_lanes[lane, here:there]
+            for i in range(summed.shape[0]):
+                summed[i] += added[i]
+        for i in range(summed.shape[0]):
+            whole[i] += summed[i]
+        move(slots, of_lanes[0], here, there, rate, weights.user.size)
+        meet(meeting, threads)
+
+
+@compiled_sums("i8, i8, Gradients")
+def _sum_lanes(thread: int, threads: int, gradients: Gradients) -> None:
+    """Adds the derivatives of the other lanes to those of the first; each thread takes some rows."""
+    _add_lanes(thread, threads, gradients.category)
+    _add_lanes(thread, threads, gradients.item)
+    _add_lanes(thread, threads, gradients.prior)
+    _add_lanes(thread, threads, gradients.item_bias)
+    _add_lanes(thread, threads, gradients.category_bias)
 
 
 class Heads:
@@ -169,7 +197,7 @@ class Heads:
 
     def __init__(self, threads: Threads) -> None:
         self._threads = threads
-        self._workspaces: tuple[Workspace, ...] = ()
+        self._owns: tuple[Own, ...] = ()
         self._buffers = dict[str, F32]()
 
     def __call__(
@@ -180,7 +208,15 @@ class Heads:
         rate: float = 0.0,
         apart: bool = True,
     ) -> tuple[Scores, Gradients, Learned]:
-        """Scores and gradients of a step, and what was learned within it.
+        """As `prepare`, with the work done."""
+        scores, gradients, learned, work = self.prepare(facts, inputs, slots, rate, apart)
+        self._threads.run(work)
+        return scores, gradients, learned
+
+    def prepare(
+        self, facts: Facts, inputs: HeadInputs, slots: FastSlots | None, rate: float, apart: bool
+    ) -> tuple[Scores, Gradients, Learned, Work]:
+        """Scores and gradients of a step, and what was learned within it, once all threads have done the work.
 
         Args:
             facts: What the host knows.
@@ -217,7 +253,8 @@ class Heads:
             category_bias=self._zeros("category_bias", LANES, inputs.category_bias.size),
             fast=FastWeights.of(total, inputs.fast),
         )
-        own = [self._own(number, facts, inputs, candidates + 1) for number in range(self._threads.count)]
+        if not self._owns:
+            self._owns = tuple(self._own(facts, inputs, candidates + 1) for _ in range(self._threads.count))
         biases = Biases(inputs.item_bias[None], inputs.category_bias[None])
         weights, step = FastWeights.of(moved.weights, inputs.fast), np.float32(rate if slots is not None else 0.0)
         of_lanes = self._zeros("of_lanes", LANES, flat.size)
@@ -225,26 +262,27 @@ class Heads:
         def work(thread: int) -> None:
             _heads(
                 thread, self._threads.count, self._threads.meeting, facts, inputs, biases, LOGARITHMS, crossed.logits,
-                scores, gradients, of_lanes, own[thread], weights, moved, total, step, apart,
+                scores, gradients, of_lanes, self._owns[thread], weights, moved, total, step, apart,
             )  # fmt: skip
+            _sum_lanes(thread, self._threads.count, gradients)
 
-        self._threads.run(work)
-        # Derivatives that are not finite are the guard's business.
-        with np.errstate(invalid="ignore", over="ignore"):
-            summed = {
-                name: getattr(gradients, name).reshape(LANES, *getattr(inputs, name).shape).sum(0)
-                for name in ("category", "item", "prior", "item_bias", "category_bias")
-            }
-        return scores, gradients._replace(**summed), Learned(crossed.rows, crossed.precision, moved)
+        summed = {
+            name: getattr(gradients, name)[: len(getattr(gradients, name)) // LANES].reshape(
+                getattr(inputs, name).shape
+            )
+            for name in ("category", "item", "prior", "item_bias", "category_bias")
+        }
+        return scores, gradients._replace(**summed), Learned(crossed.rows, crossed.precision, moved), work
 
-    def _own(self, thread: int, facts: Facts, inputs: HeadInputs, candidates: int) -> Own:
-        if not self._workspaces:
-            width = inputs.user_features.shape[1]
-            self._workspaces = tuple(Workspace.of(facts, width) for _ in range(self._threads.count))
-        flat = self._zeros(f"flat_{thread}", sum(part.size for part in inputs.fast))
-        rows = self._zeros(f"candidates_{thread}", 3, candidates)
+    @staticmethod
+    def _own(facts: Facts, inputs: HeadInputs, candidates: int) -> Own:
+        flat = np.zeros(sum(part.size for part in inputs.fast), np.float32)
         return Own(
-            self._workspaces[thread], flat, FastWeights.of(flat, inputs.fast), rows, np.empty(candidates, np.int32)
+            Workspace.of(facts, inputs.user_features.shape[1]),
+            flat,
+            FastWeights.of(flat, inputs.fast),
+            np.zeros((3, candidates), np.float32),
+            np.zeros(candidates, np.int32),
         )
 
     def _zeros(self, name: str, *shape: int) -> F32:

@@ -22,6 +22,8 @@ from threadpoolctl import threadpool_limits
 from state.compiled import compiled_sums, part_of_sums
 
 I64 = npt.NDArray[np.int64]
+Work = Callable[[int], None]
+"""What one thread does, by its number."""
 
 _SPINS = 2000
 """How often a thread looks before it lets others run: some microseconds."""
@@ -47,14 +49,24 @@ class Threads:
         self.meeting: I64 = np.zeros(2, np.int64)
         self._pool = ThreadPoolExecutor(count - 1, "step") if count > 1 else None
 
-    def run(self, work: Callable[[int], None]) -> None:
+    def run(self, *works: Work) -> None:
         """Calls `work(thread)` for each thread from 0 on, all at once; returns when all have returned.
+
+        Args:
+            works: Each begins when all threads have done the one before.
 
         Raises:
             Exception: What the first failed call raised.
         """
-        others = [self._pool.submit(work, thread) for thread in range(1, self.count)] if self._pool else []
-        work(0)
+
+        def part(thread: int) -> None:
+            for number, work in enumerate(works):
+                if number and self.count > 1:
+                    meet_all(self.meeting, self.count)
+                work(thread)
+
+        others = [self._pool.submit(part, thread) for thread in range(1, self.count)] if self._pool else []
+        part(0)
         for other in others:
             other.result()
 

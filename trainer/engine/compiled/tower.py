@@ -8,27 +8,26 @@ Forward, of rows x = [prepared features | user row | mean latest category row | 
 
 Every product of matrices is over a fixed block of rows (forward) or of weights
 (derivatives), so that a sum has the same bits however many threads share the
-blocks. With dropout the layers after the first run twice: once without it, for
+blocks. `products.py` chooses the size of the blocks. With dropout the layers after the first run twice: once without it, for
 the scores, and once with it, to learn.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 from state.compiled import compiled_sums, layout, part_of_sums
 from trainer.engine.compiled.arrays import F32, I32, I64
-from trainer.engine.compiled.threads import Threads, meet_all
+from trainer.engine.compiled.products import rows_of_block, transpose, weights_of_block
+from trainer.engine.compiled.threads import Threads, Work
 from trainer.model.default_ranker import DefaultRanker
 from trainer.model.hyperparameters import HYPERPARAMETERS
 
 LATEST = HYPERPARAMETERS.latest
-
-ROWS, WEIGHTS = 64, 128
-"""Rows of a block of the forward pass, and rows of a weight matrix in a block of derivatives."""
 
 _ZERO = np.float32(0.0)
 
@@ -126,10 +125,11 @@ class Tower:
         self._query, self._query_bias = weights["query.kernel"], weights["query.bias"]
         self._popular_bias, self._user_width = weights["interest.popular"], ranker.user_width
         self._gradients, self._drops = gradients, ranker.drops
+        self._block = rows_of_block(max(kernel.size for kernel in (*self._kernels, self._query)))
         self._dim, self._buffers = ranker.settings.dim, dict[str, F32]()
 
-    def forward(self, prepared: F32, embedded: Embedded, kept: F32) -> Passed:
-        """Scores B rows without changing anything.
+    def forward(self, prepared: F32, embedded: Embedded, kept: F32) -> tuple[Passed, Work]:
+        """Scores B rows without changing anything, once all threads have done the work.
 
         Args:
             prepared: `[B, D']` float32, of the preprocessing.
@@ -169,12 +169,11 @@ class Tower:
             self._query_bias,
             self._popular_bias,
         )
-        limit, threads = np.float32(HYPERPARAMETERS.user_limit), self._threads.count
-        self._threads.run(lambda thread: _forward(thread, threads, prepared, embedded, layers, passed, limit))
-        return passed
+        limit, threads, block = np.float32(HYPERPARAMETERS.user_limit), self._threads.count, self._block
+        return passed, lambda thread: _forward(thread, threads, block, prepared, embedded, layers, passed, limit)
 
-    def backward(self, passed: Passed, by_queries: F32, by_popular: F32) -> tuple[F32, F32]:
-        """Derivatives by the dense weights into `gradients`.
+    def backward(self, passed: Passed, by_queries: F32, by_popular: F32) -> tuple[F32, F32, tuple[Work, ...]]:
+        """Derivatives by the dense weights into `gradients`, once all threads have done the work.
 
         Args:
             passed: The forward pass.
@@ -182,7 +181,7 @@ class Tower:
             by_popular: `[B, P]` float32, by the logits of popular categories.
 
         Returns:
-            `[B, k dim]` float32 by the embedding rows in x, and `[P, 2 dim + 1]` by `popular_rows`.
+            `[B, k dim]` float32 by the embedding rows in x, `[P, 2 dim + 1]` by `popular_rows`, and the works in turn.
         """
         count, width = passed.x.shape
         slopes = tuple(self._buffer(f"slope_{i}", count, one.shape[1]) for i, one in enumerate(passed.learned))
@@ -194,30 +193,30 @@ class Tower:
         outputs = (*slopes, by_queries, passed.queries)
         kernels = (*(gradients[f"tower.kernel_{i}"] for i in range(len(slopes))), gradients["query.kernel"])
         biases = (*(gradients[f"tower.bias_{i}"] for i in range(len(slopes))), gradients["query.bias"])
-        blocks = [
-            (pair, first, min(first + WEIGHTS, one.shape[1]))
-            for pair, one in enumerate(inputs)
-            for first in range(0, one.shape[1], WEIGHTS)
+        shapes = tuple((given.shape[1], slope.shape[1]) for given, slope in zip(inputs, outputs, strict=True))
+        order = _blocks(count, shapes)
+        weights = (of_rows, *self._kernels[1:], self._query)
+        backward = tuple(self._buffer(f"transposed_{i}", *one.T.shape) for i, one in enumerate(weights))
+
+        sums = [
+            *zip(slopes, biases, strict=False),
+            (by_queries, biases[-1]),
+            (by_popular, gradients["interest.popular"]),
         ]
-        # The largest first, so that threads end together.
-        sizes = [(end - first) * outputs[pair].shape[1] for pair, first, end in blocks]
-        order = np.array(blocks, np.int64)[np.argsort(sizes, kind="stable")[::-1]]
 
-        def work(thread: int) -> None:
+        def by_layers(thread: int) -> None:
             _slopes(
-                thread, threads, by_queries, by_popular, passed.popular_rows, self._query, self._kernels,
-                passed.learned, passed.kept, slopes, of_rows, by_rows,
+                thread, threads, self._block, by_queries, by_popular, passed.popular_rows, backward,
+                passed.learned, passed.kept, slopes, by_rows,
             )  # fmt: skip
-            meet_all(self._threads.meeting, threads)
-            _by_weights(thread, threads, order, inputs, outputs, (*kernels, by_popular_rows))
-            if thread == 0:
-                for slope, bias in zip(outputs, (*biases, None), strict=True):
-                    if bias is not None:
-                        _by_bias(slope, bias)
-                _by_bias(by_popular, gradients["interest.popular"])
 
-        self._threads.run(work)
-        return by_rows, by_popular_rows
+        def by_weights(thread: int) -> None:
+            _by_weights(thread, threads, order, inputs, outputs, (*kernels, by_popular_rows))
+            for slope, bias in sums[thread::threads]:
+                _by_bias(slope, bias)
+
+        works = (lambda thread: _transposed(thread, threads, weights, backward), by_layers, by_weights)
+        return by_rows, by_popular_rows, works
 
     def _buffer(self, name: str, rows: int, width: int) -> F32:
         """Working memory `[rows, width]`, kept from step to step: fresh pages cost more than a small product."""
@@ -227,14 +226,35 @@ class Tower:
         return held[: rows * width].reshape(rows, width)
 
 
-@compiled_sums("i8, i8, f4[:, ::1], Embedded, Layers, Passed, f4")
+@lru_cache(64)
+def _blocks(rows: int, shapes: tuple[tuple[int, int], ...]) -> I64:
+    """Blocks of weight matrices of such shapes: (matrix, first row, end)."""
+    blocks = [
+        (pair, first, min(first + size, inputs))
+        for pair, (inputs, outputs) in enumerate(shapes)
+        for size in (weights_of_block(rows, outputs),)
+        for first in range(0, inputs, size)
+    ]
+    # The largest first, so that threads end together.
+    sizes = [(end - first) * shapes[pair][1] for pair, first, end in blocks]
+    return np.array(blocks, np.int64)[np.argsort(sizes, kind="stable")[::-1]]
+
+
+@compiled_sums("i8, i8, i8, f4[:, ::1], Embedded, Layers, Passed, f4")
 def _forward(
-    thread: int, threads: int, prepared: F32, embedded: Embedded, layers: Layers, passed: Passed, limit: np.float32
+    thread: int,
+    threads: int,
+    block: int,
+    prepared: F32,
+    embedded: Embedded,
+    layers: Layers,
+    passed: Passed,
+    limit: np.float32,
 ) -> None:
-    """One thread's blocks of rows."""
+    """One thread's blocks of `block` rows."""
     rows, drops = prepared.shape[0], passed.kept.shape[0] > 0
-    for begin in range(thread * ROWS, rows, threads * ROWS):
-        end = min(begin + ROWS, rows)
+    for begin in range(thread * block, rows, threads * block):
+        end = min(begin + block, rows)
         _input(begin, end, prepared, embedded, passed.x, passed.user_features, limit)
         _layers(begin, end, 0, passed.x, layers, passed.plain)
         _score(
@@ -320,37 +340,46 @@ def _score(
             popular[b, p] += popular_bias[p]
 
 
+@compiled_sums("i8, i8, (f4[:, ::1],) * 3, (f4[:, ::1],) * 3")
+def _transposed(thread: int, threads: int, weights: tuple[F32, ...], out: tuple[F32, ...]) -> None:
+    """One thread's part of the matrices that `_slopes` multiplies with."""
+    for i in range(len(weights)):
+        transpose(weights[i], 0, weights[i].shape[1], thread, threads, out[i])
+
+
 @compiled_sums(
-    "i8, i8, f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], (f4[:, ::1],) * 2, (f4[:, ::1],) * 2, f4[:, ::1], "
-    "(f4[:, ::1],) * 2, f4[:, ::1], f4[:, ::1]"
+    "i8, i8, i8, f4[:, ::1], f4[:, ::1], f4[:, ::1], (f4[:, ::1],) * 3, (f4[:, ::1],) * 2, f4[:, ::1], "
+    "(f4[:, ::1],) * 2, f4[:, ::1]"
 )
 def _slopes(
     thread: int,
     threads: int,
+    block: int,
     by_queries: F32,
     by_popular: F32,
     popular_rows: F32,
-    query: F32,
-    kernels: tuple[F32, ...],
+    backward: tuple[F32, ...],
     hidden: tuple[F32, ...],
     kept: F32,
     slopes: tuple[F32, ...],
-    of_rows: F32,
     by_rows: F32,
 ) -> None:
-    """Backward through queries and layers: one thread's blocks of rows."""
-    rows, last = by_queries.shape[0], len(kernels) - 1
-    for begin in range(thread * ROWS, rows, threads * ROWS):
-        end = min(begin + ROWS, rows)
+    """Backward through queries and layers: one thread's blocks of `block` rows.
+
+    backward: transposed weights of embedding rows in x, of each layer behind the first, and of queries.
+    """
+    rows, last = by_queries.shape[0], len(hidden) - 1
+    for begin in range(thread * block, rows, threads * block):
+        end = min(begin + block, rows)
         from_popular = np.dot(by_popular[begin:end], popular_rows)
         for b in range(begin, end):
             for d in range(by_queries.shape[1]):
                 by_queries[b, d] += from_popular[b - begin, d]
-        np.dot(by_queries[begin:end], query.T, slopes[last][begin:end])
+        np.dot(by_queries[begin:end], backward[last + 1], slopes[last][begin:end])
         for back in range(last + 1):
             i = last - back
             if i < last:
-                np.dot(slopes[i + 1][begin:end], kernels[i + 1].T, slopes[i][begin:end])
+                np.dot(slopes[i + 1][begin:end], backward[i + 1], slopes[i][begin:end])
             out, active = slopes[i], hidden[i]
             for b in range(begin, end):
                 for d in range(out.shape[1]):
@@ -359,7 +388,7 @@ def _slopes(
                 for b in range(begin, end):
                     for d in range(out.shape[1]):
                         out[b, d] *= kept[b, d]
-        np.dot(slopes[0][begin:end], of_rows.T, by_rows[begin:end])
+        np.dot(slopes[0][begin:end], backward[0], by_rows[begin:end])
 
 
 @compiled_sums("i8, i8, i8[:, ::1], (f4[:, ::1],) * 4, (f4[:, ::1],) * 4, (f4[:, ::1],) * 4")
@@ -369,8 +398,9 @@ def _by_weights(
     """Derivatives by weight matrices: one thread's blocks of (matrix, first row, end), inputs against slopes of outputs."""
     for block in range(thread, blocks.shape[0], threads):
         pair, first, end = blocks[block, 0], blocks[block, 1], blocks[block, 2]
-        part = np.ascontiguousarray(inputs[pair][:, first:end])
-        np.dot(part.T, slopes[pair], out[pair][first:end])
+        part = np.empty((end - first, inputs[pair].shape[0]), np.float32)
+        transpose(inputs[pair], first, end, 0, 1, part)
+        np.dot(part, slopes[pair], out[pair][first:end])
 
 
 @compiled_sums("f4[:, ::1], f4[::1]")

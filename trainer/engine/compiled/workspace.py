@@ -55,7 +55,7 @@ class Workspace(NamedTuple):
     @classmethod
     def of(cls, facts: Facts, user_width: int) -> Workspace:
         """For blocks of `BLOCK` rows of `facts`."""
-        _, recent_categories, width = facts.windows.shape
+        recent_categories, width = facts.windows.shape[1], facts.log_scale.size
         rows, both, most = BLOCK, NET_HIDDEN + NEXT_HIDDEN, BLOCK * recent_categories
         places = rows * (facts.popular_mask.shape[1] + facts.successor_mask.shape[1])
         columns = facts.popular_next.shape[2]

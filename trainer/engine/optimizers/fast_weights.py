@@ -45,16 +45,27 @@ class FastSlots(NamedTuple):
 
 
 @part_of_sums
-def move(slots: FastSlots, gradient: F32, rate: np.float32, users: int) -> None:
-    """One step of Adam without momentum, averaged (Defazio et al. 2024), in place; `gradient` is cleared. The first `users` weights move at `USER_LR_SCALE`."""
+def count_move(slots: FastSlots) -> None:
+    """One more move, which `move` takes next."""
     slots.moves[0] += _ONE
     slots.moves[1] *= _BETA_2
+
+
+@part_of_sums
+def move(slots: FastSlots, gradient: F32, begin: int, end: int, rate: np.float32, users: int) -> None:
+    """One step of Adam without momentum, averaged (Defazio et al. 2024), of weights `begin` to `end`, in place.
+
+    `gradient` is cleared. The first `users` weights move at `USER_LR_SCALE`. Call `count_move` before.
+    """
     step = rate * np.sqrt(_ONE - slots.moves[1])
     share = max(_ONE / AVERAGE_MOVES, FIRST_MOVES / (slots.moves[0] + FIRST_MOVES))
-    for i in range(gradient.shape[0]):
-        slots.second[i] += (gradient[i] * gradient[i] - slots.second[i]) * (_ONE - _BETA_2)
-        scaled = step * USER_LR_SCALE if i < users else step
-        slots.fast[i] -= scaled * gradient[i] / (np.sqrt(slots.second[i]) + _EPSILON)
-        slots.slow[i] += share * (slots.fast[i] - slots.slow[i])
-        slots.weights[i] = slots.fast[i] + AVERAGE_SHARE * (slots.slow[i] - slots.fast[i])
-        gradient[i] = _ZERO
+    # Loops over parts of arrays become vectors, those from `begin` to `end` do not.
+    weights, fast, slow = slots.weights[begin:end], slots.fast[begin:end], slots.slow[begin:end]
+    second, slopes = slots.second[begin:end], gradient[begin:end]
+    for i in range(slopes.shape[0]):
+        second[i] += (slopes[i] * slopes[i] - second[i]) * (_ONE - _BETA_2)
+        scaled = step * USER_LR_SCALE if begin + i < users else step
+        fast[i] -= scaled * slopes[i] / (np.sqrt(second[i]) + _EPSILON)
+        slow[i] += share * (fast[i] - slow[i])
+        weights[i] = fast[i] + AVERAGE_SHARE * (slow[i] - fast[i])
+        slopes[i] = _ZERO

@@ -9,7 +9,7 @@ import tensorflow as tf
 from state.config.sections import Model as ModelSettings
 from state.ranking.transitions import COLUMNS, SUCCESSORS
 from tests.trainer.batches import SPEC
-from trainer.engine.compiled.arrays import FAST, FROM_HEADS, Facts, FastWeights, Gradients, HeadInputs
+from trainer.engine.compiled.arrays import FAST, FROM_HEADS, Facts, FastWeights, Gradients, HeadInputs, read_only
 from trainer.engine.compiled.heads import FAST_ROWS, Heads
 from trainer.engine.compiled.threads import Threads
 from trainer.engine.engine import Scores
@@ -51,8 +51,10 @@ def step(ranker: DefaultRanker, labelled: bool = True, rows: int = ROWS) -> tupl
         _, first = np.unique(row, return_index=True)
         row[np.setdiff1d(np.arange(LABELS), first)] = 0
     pair_category_at = np.concatenate([recent_at[:, 0], drawn.integers(0, CATEGORIES, rows)]).astype(np.int32)
+    windows = drawn.integers(0, 300, (rows, LABELS, WIDTH + len(COLUMNS))).astype(np.uint16)
     facts = Facts(
-        windows=drawn.integers(0, 300, (rows, LABELS, WIDTH + len(COLUMNS))).astype(np.uint16),
+        windows=read_only(windows[..., :WIDTH]),
+        recent_next=windows[..., WIDTH:].copy(),
         log_scale=ranker.window_scaling.log_scale,
         scale=ranker.window_scaling.scale,
         shift=ranker.window_scaling.shift,
@@ -117,8 +119,8 @@ def inputs_of(facts: Facts, arrays: dict[str, tf.Tensor]) -> dict[str, tf.Tensor
         "successor_mask": facts.successor_mask,
         "popular_next": facts.popular_next.astype(np.float32),
         "successor_next": facts.successor_next.astype(np.float32),
-        "category_windows": facts.windows[:, :, :WIDTH].astype(np.float32),
-        "recent_next": facts.windows[:, :, WIDTH:].astype(np.float32),
+        "category_windows": facts.windows.astype(np.float32),
+        "recent_next": facts.recent_next.astype(np.float32),
         "cross": np.zeros(rows, np.float32),
         "other_row": tf.gather(category, facts.other_at),
         "other_mask": facts.other_mask,
