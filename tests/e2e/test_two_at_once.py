@@ -41,6 +41,7 @@ def at_work(part: Part) -> bool:
     return AT_WORK[part.name] in part.said()
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", AT_WORK)
 def test_a_second_one_is_refused_also_after_the_first_died_by_kill_9(
     kafka_settings: KafkaFactory, tmp_path: Path, parts: list[Part], name: str
@@ -113,6 +114,7 @@ def stopped(stream: StreamProcess) -> bool:
     return bool(psutil.Process(stream.process.pid).status() == psutil.STATUS_STOPPED)
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("heir_has", "at", "errors"),
     [
