@@ -119,12 +119,12 @@ PREPROCESSING = ("--model.preprocessing=shop:preprocessing_fn", "tf.UpperBound")
 TOWER = ("--model.tower=shop:build", "tf.BesselI0e")
 
 
-@pytest.mark.parametrize(("flag", "operation"), [PREPROCESSING, TOWER])
 def test_check_model_says_what_does_not_lower_in_one_line_with_the_operation(
-    flag: str, operation: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "shop.py").write_text(BAD)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    flag, operation = PREPROCESSING
     status, _, failed = check_model(flag, "--paths.state", str(tmp_path / "state"))
     assert status == 1, failed
     (said,) = failed.splitlines()
@@ -136,22 +136,11 @@ def refusal(flag: str, operation: str) -> str:
     return f"{setting} '{function}' does not lower to LiteRT: it has no {operation}"
 
 
-@pytest.mark.parametrize(
-    ("words", "flag", "operation"),
-    [
-        (("up",), *TOWER),
-        (("bootstrap", "clicks.csv"), *PREPROCESSING),
-    ],
-)
-def test_what_does_not_lower_is_one_line_with_the_operation_and_nothing_was_started(
-    words: tuple[str, ...], flag: str, operation: str, tmp_path: Path
-) -> None:
+def test_up_refuses_what_does_not_lower_in_one_line_with_the_operation_and_starts_nothing(tmp_path: Path) -> None:
     (tmp_path / "shop.py").write_text(BAD)
-    recording = tmp_path / "clicks.csv"
-    recording.write_text("user,item,category,action,time\nu,i,c,view,1700000000\n")
-    line = [str(recording) if word == "clicks.csv" else word for word in words]
-    ports = [f"--{name}={port}" for name, port in free_ports(PORTS).items()] if words == ("up",) else []
-    done = command(*line, flag, "--paths.state", str(tmp_path / "state"), *ports, path=tmp_path)
+    ports = [f"--{name}={port}" for name, port in free_ports(PORTS).items()]
+    flag, operation = TOWER
+    done = command("up", flag, "--paths.state", str(tmp_path / "state"), *ports, path=tmp_path)
     assert done.returncode == 1, done.stderr
     (said,) = done.stderr.splitlines()
     assert refusal(flag, operation) in said

@@ -110,6 +110,7 @@ def streamed(settings: Settings, log: Path) -> tuple[list[MicroBatch], dict[str,
     return found, totals
 
 
+@pytest.mark.nightly
 @needs(TAOBAO)
 def test_taobao_its_cut_line_and_its_rows_out_of_range_are_dead_letters(
     kafka_settings: KafkaFactory, tmp_path: Path
@@ -195,6 +196,7 @@ def test_kuairand_clicks_are_labels_outcomes_stay_out_and_attributes_are_those_o
     assert {"full_active", "high_active"} <= announced
 
 
+@pytest.mark.nightly
 @needs(KUAIRAND)
 def test_kept_times_pass_the_stream_as_they_are(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
     settings = settings_of("kuairand.toml", kafka_settings, tmp_path / "state")

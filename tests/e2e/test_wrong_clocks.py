@@ -107,8 +107,16 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return both
 
 
-@pytest.mark.parametrize("clicks", list(CLICKS))
-@pytest.mark.parametrize("read", list(READ))
+@pytest.mark.parametrize(
+    ("clicks", "read"),
+    [
+        pytest.param(
+            clicks, read, marks=[pytest.mark.nightly] * ((clicks, read) != ("here and there", "after an outage"))
+        )
+        for clicks in CLICKS
+        for read in READ
+    ],
+)
 def test_wrong_clocks_leave_for_all_others_what_right_ones_do(ran: Ran, clicks: str, read: str) -> None:
     ticks, found, right = ran(clicks, read)
     assert set(found.refused.values()) <= {"implausible_time"} and not right.refused

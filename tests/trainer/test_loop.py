@@ -82,6 +82,7 @@ def processes() -> Iterator[list[Process]]:
         process.child.wait()
 
 
+@pytest.mark.nightly
 def test_processes_killed_restarted_and_rolled_back_on_a_real_log(
     kafka_settings: KafkaFactory, tmp_path: Path, processes: list[Process]
 ) -> None:
