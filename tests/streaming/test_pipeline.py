@@ -194,10 +194,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 @pytest.mark.parametrize(
     "kill_at",
     [
-        "stream.taken:2",
-        "stream.sent:3",
+        pytest.param("stream.taken:2", marks=pytest.mark.nightly),
+        pytest.param("stream.sent:3", marks=pytest.mark.nightly),
         "stream.acknowledged:1",
-        "stream.committed:2",
+        pytest.param("stream.committed:2", marks=pytest.mark.nightly),
         "stream.grouped:1",
     ],
 )
