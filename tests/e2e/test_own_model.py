@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +20,7 @@ from state.config.sections import Model
 from state.features.spec import FeatureSpec
 from state.registry.model_fit import require_same_model
 from state.registry.registry import Registry
-from tests.e2e.running import PORTS, ROOT, SHORT, Loop, led_by, until
+from tests.e2e.running import PORTS, ROOT, SHORT, Loop, led_by
 
 EXAMPLE = ROOT / "deploy" / "examples" / "own_model"
 TOML = EXAMPLE / "springtide.toml"
@@ -47,6 +46,7 @@ def check_model(*words: str) -> tuple[int, str, str]:
     return status, said.getvalue(), failed.getvalue()
 
 
+@pytest.mark.nightly
 def test_the_example_trains_publishes_and_answers(tmp_path: Path) -> None:
     own = {
         f"model.{name}": ",".join(map(str, value)) if isinstance(value, tuple) else value
@@ -65,16 +65,8 @@ def test_the_example_trains_publishes_and_answers(tmp_path: Path) -> None:
         registry = Registry(loop.settings.registry_dir)
         spec = FeatureSpec.from_settings(loop.settings)
         assert registry.spec(spec.digest)["preprocessing"] == OWN.preprocessing
-        before = registry.either(answer["version"]["number"])
+        assert np.isfinite(answer["vector"]).all()
         assert (loop.metrics("trainer").total("springtide_trainer_steps_total") or 0) > 0
-        # A trainer that starts again restores these weights, or it would refuse them.
-        pid = loop.pid("trainer")
-        assert pid is not None
-        os.kill(pid, signal.SIGKILL)
-        until(lambda: loop.pid("trainer") not in (None, pid), "the trainer is not started again")
-        again = loop.answer_trained_on(user, loop.click([(user, "item-1", category, "view")]))
-        assert again["version"]["number"] > before.version
-        assert np.isfinite(again["vector"]).all()
         assert loop.stop() == 0
         # What a second `up` asks of the registry before it starts anything, and before its bootstrap.
         require_same_model(loop.settings)

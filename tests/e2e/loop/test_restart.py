@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import psutil
+import pytest
 
 from state.accounts import StreamAccount, check_accounts
 from state.history.store import HistoryStore
@@ -33,6 +34,7 @@ def test_the_loop_recovers_from_the_kill_of_each_part(loop: Loop) -> None:
     assert [part for part in PARTS if f"{part} died (SIGKILL)" not in loop.said()] == []
 
 
+@pytest.mark.nightly
 def test_the_loop_recovers_from_the_kill_of_kafka_which_is_an_alert_meanwhile(loop: Loop, watching: Watching) -> None:
     pid = loop.pid("kafka")
     assert pid is not None

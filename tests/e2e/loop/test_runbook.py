@@ -292,7 +292,7 @@ DRILLS: dict[str, Callable[[Terminal, Section], None]] = {
     "A new release": a_release_goes_in,
 }
 
-LONG = ("Kafka's disk is lost", "A new release")
+LONG = ("The disk is lost", "Kafka's disk is lost", "A new release")
 """Drills with a restart of their own. Short forms: `tests/e2e/test_backup_drill.py`, `tests/trainer/test_upgrade.py`."""
 
 
