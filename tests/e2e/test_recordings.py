@@ -218,15 +218,6 @@ def test_no_outcome_of_kuairand_can_be_context_without_saying_so(outcome: str) -
     assert load([*flags, f"--events.allow_outcomes={outcome}"], env={}).events.context == ("tab", outcome)
 
 
-def test_the_command_refuses_an_outcome_before_it_looks_at_anything(tmp_path: Path) -> None:
-    line = [sys.executable, "-m", "deploy.cli", "replay", "nowhere.csv", "--config", str(EXAMPLES / "kuairand.toml")]
-    done = subprocess.run(
-        [*line, "--events.context", "tab,long_view"], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "events.context names 'long_view', an outcome" in done.stderr
-
-
 def test_the_examples_are_settings_and_their_document_shows_their_commands() -> None:
     document = (EXAMPLES / "README.md").read_text()
     for path in sorted(EXAMPLES.glob("*.toml")):

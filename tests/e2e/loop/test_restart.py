@@ -5,15 +5,13 @@ from __future__ import annotations
 import os
 import re
 import signal
-import subprocess
-import sys
 
 import psutil
 import pytest
 
 from state.accounts import StreamAccount, check_accounts
 from state.history.store import HistoryStore
-from tests.e2e.running import ROOT, Loop, counting, led_by, until
+from tests.e2e.running import Loop, counting, led_by, until
 from tests.e2e.watching import Watching
 
 PARTS = ("stream", "trainer", "applier", "worker")
@@ -107,13 +105,3 @@ def test_ctrl_c_leaves_no_process_and_a_second_start_answers_before_its_kafka_is
     assert all(ends[source] >= position for source, position in positions.items())
     again = loop.answer_trained_on(user, ends, counting("purchase.count_7d", 8))
     assert again["version"]["number"] > early["version"]["number"]
-
-
-def test_a_second_up_on_the_same_state_is_refused_and_hurts_nobody(loop: Loop) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "deploy.up", *loop.flags], cwd=ROOT, capture_output=True, text=True, timeout=60
-    )
-    assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
-    assert f"is in use by process {loop.process.pid if loop.process else None}" in line
-    assert loop.get("/readyz")[0] == 200
