@@ -76,9 +76,13 @@ def test_the_example_trains_publishes_and_answers(tmp_path: Path) -> None:
             loop.stop()
 
 
-def test_the_readme_shows_the_settings_and_commands_of_the_example() -> None:
+def test_the_readme_shows_the_command_of_the_example() -> None:
     text = (EXAMPLE / "README.md").read_text()
     assert "springtide up --config deploy/examples/own_model/springtide.toml" in text
+
+
+@pytest.mark.nightly
+def test_the_example_passes_check_model_which_names_both_functions() -> None:
     status, said, failed = check_model("--config", str(TOML))
     assert status == 0, failed
     preprocessing, tower = said.splitlines()
