@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
-.PHONY: help run test check style types pytest debian bench chaos soak clean
+.PHONY: help run test nightly check style types pytest debian bench chaos soak clean
 
 BIN := .venv/bin
 # Packages are installed uncompiled: an environment that forbids .pyc files would compile them at each start.
@@ -38,6 +38,9 @@ run: .venv/ready ## Sets everything up and starts the whole loop; ARGS="--kafka.
 test: .venv/ready-dev ## Checks, and runs the tests and doctests; ARGS="tests/state -x" narrows the tests.
 	@$(MAKE) --no-print-directory -j2 style debian
 	@$(MAKE) --no-print-directory -j2 types pytest
+
+nightly: .venv/ready-dev debian ## Runs the long tests that `make test` leaves out; ARGS="tests/e2e/test_year.py" narrows them.
+	@$(PYTEST) -m nightly $(ARGS)
 
 check: style types ## Format, lint and types, without the tests.
 

@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
+import pytest
+
 from tests.e2e.chaos import Chaos
 from tests.e2e.findings import Findings
 from tests.e2e.running import ROOT
@@ -18,6 +20,7 @@ SEQUENCES = ("stream.", "back.", "enter.", "caught.", "loop.", "publish.", "appl
 RARE = {"apply.served", "caught.followed", "control.shared", "control.users", "follow.forgotten", "stream.forgotten"}
 
 
+@pytest.mark.nightly
 def test_some_kills_harm_nothing(tmp_path: Path) -> None:
     # Rollbacks under kills have short tests of their own: `test_rollback_steps.py`.
     findings = Chaos(tmp_path, seed=11, kills=KILLS, rounds=1, thorough=False, say=print, rollbacks=0).run()

@@ -183,6 +183,7 @@ def pods(tmp_path: Path, kafka_settings: KafkaFactory) -> Iterator[Pods]:
         shell.wait(30)
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not can_sandbox(), reason="this system lets nobody make a user and a mount namespace")
 def test_every_container_comes_up_without_root_on_a_read_only_tree_and_ends_when_asked(pods: Pods) -> None:
     def all_up() -> bool:

@@ -109,6 +109,7 @@ def watching(loop: Loop, tmp_path_factory: pytest.TempPathFactory) -> Iterator[W
         yield found
 
 
+@pytest.mark.nightly
 def test_answers_go_on_the_rest_waits_and_nothing_is_lost_or_doubled(
     loop: Loop, watching: Watching, capsys: pytest.CaptureFixture[str]
 ) -> None:

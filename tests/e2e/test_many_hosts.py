@@ -107,6 +107,7 @@ def command(loop: Loop, *words: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.nightly
 def test_clicks_and_versions_reach_all_hosts_and_a_pin_makes_their_answers_equal(
     loop: Loop, hosts: list[ServingHost]
 ) -> None:
@@ -124,6 +125,7 @@ def test_clicks_and_versions_reach_all_hosts_and_a_pin_makes_their_answers_equal
     reached(everywhere, lambda one: one["version"]["number"] > number)
 
 
+@pytest.mark.nightly
 def test_an_operator_on_another_host_pins_for_all(loop: Loop, hosts: list[ServingHost]) -> None:
     everywhere, third = all_of(loop, hosts), hosts[1]
     # Those that a host knows to be durable lie a second behind the trainer's.
@@ -140,6 +142,7 @@ def test_an_operator_on_another_host_pins_for_all(loop: Loop, hosts: list[Servin
     reached(everywhere, lambda one: one["version"]["number"] > number)
 
 
+@pytest.mark.nightly
 def test_a_host_that_was_away_until_nothing_led_on_from_what_it_has_catches_up(
     loop: Loop, hosts: list[ServingHost]
 ) -> None:
@@ -166,6 +169,7 @@ def test_a_host_that_was_away_until_nothing_led_on_from_what_it_has_catches_up(
     )
 
 
+@pytest.mark.nightly
 def test_answers_go_on_while_the_store_is_away_and_versions_come_when_it_is_back(
     loop: Loop, hosts: list[ServingHost], s3: S3Server, place: str
 ) -> None:
@@ -182,6 +186,7 @@ def test_answers_go_on_while_the_store_is_away_and_versions_come_when_it_is_back
     reached([third.profile], lambda one: one["version"]["number"] >= at, third.said)
 
 
+@pytest.mark.nightly
 def test_an_erased_user_is_nobody_on_all_hosts_and_status_names_the_host_that_is_away(
     loop: Loop, hosts: list[ServingHost]
 ) -> None:
@@ -202,6 +207,7 @@ def test_an_erased_user_is_nobody_on_all_hosts_and_status_names_the_host_that_is
     until(lambda: not [one for one in loop.springtide("erase", "--status")["holding"] if one["where"].startswith("serving-") and one["holds"] != "bytes on free pages of its stores"], "a host still has the user")  # fmt: skip
 
 
+@pytest.mark.nightly
 def test_over_a_slow_link_a_new_host_begins_versions_and_a_pin_come_and_answers_go_on(
     loop: Loop, s3: S3Server, place: str, tmp_path: Path
 ) -> None:

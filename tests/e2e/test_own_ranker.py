@@ -62,6 +62,7 @@ def test_the_readme_of_an_example_names_its_settings(name: str) -> None:
     assert f"--config deploy/examples/{name}/springtide.toml" in (EXAMPLES / name / "README.md").read_text()
 
 
+@pytest.mark.nightly
 def test_a_ranker_of_ones_own_trains_publishes_and_answers(loop: Loop) -> None:
     wanted = load(["--config", str(TOML)], env={})
     assert loop.settings.model == wanted.model
@@ -83,6 +84,7 @@ def version(loop: Loop) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.nightly
 def test_a_flood_is_held_and_the_rollback_that_status_prints_heals(loop: Loop, watching: Watching) -> None:
     until(
         lambda: (loop.metrics("trainer").value("springtide_trainer_guard_windows") or 0) >= 12,

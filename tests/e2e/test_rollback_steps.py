@@ -132,9 +132,19 @@ def left_alone(tmp_path_factory: pytest.TempPathFactory, salt: Path) -> dict[Mod
     return found
 
 
-@pytest.mark.parametrize("mode", ["fast", "exact"])
 @pytest.mark.parametrize(
-    ("part", "points"), [("command", COMMAND), ("stream", STREAM), ("trainer", TRAINER), ("applier", APPLIER)]
+    ("mode", "part", "points"),
+    [
+        ("exact", "command", COMMAND),
+        ("exact", "stream", STREAM),
+        ("exact", "trainer", TRAINER),
+        ("exact", "applier", APPLIER),
+        ("fast", "trainer", TRAINER),
+        # A fast rollback passes a part of the steps of an exact one.
+        pytest.param("fast", "command", COMMAND, marks=pytest.mark.nightly),
+        pytest.param("fast", "stream", STREAM, marks=pytest.mark.nightly),
+        pytest.param("fast", "applier", APPLIER, marks=pytest.mark.nightly),
+    ],
 )
 def test_killed_at_each_step_and_started_again_it_comes_to_what_it_comes_to_left_alone(
     tmp_path: Path,
@@ -165,12 +175,31 @@ def test_the_same_command_twice_changes_nothing_the_second_time(tmp_path: Path, 
     loop.close()
 
 
+MODES = [
+    ("fast", "exact"),
+    ("exact", "fast"),
+    ("exact", "exact"),
+    ("fast", "exact", "exact"),
+    ("exact", "fast", "exact"),
+]
+SHORT = {
+    (("exact", "fast"), 4),
+    (("fast", "exact", "exact"), 0),
+    (("exact", "fast", "exact"), 4),
+    (("exact", "exact"), None),
+}
+"""The ones that `make test` tries."""
+
+
 @pytest.mark.parametrize(
-    "modes",
-    [("fast", "exact"), ("exact", "fast"), ("exact", "exact"), ("fast", "exact", "exact"), ("exact", "fast", "exact")],
-    ids=" then ".join,
+    ("modes", "between"),
+    [
+        pytest.param(modes, ticks, id=f"{when}, {' then '.join(modes)}", marks=[pytest.mark.nightly] * long)
+        for modes in MODES
+        for ticks, when in ((0, "at once"), (4, "half way"), (None, "when done"))
+        for long in [(modes, ticks) not in SHORT]
+    ],
 )
-@pytest.mark.parametrize("between", [0, 4, None], ids=["at once", "half way", "when done"])
 def test_rollbacks_in_a_row_with_growing_masks_come_to_the_last_one(
     tmp_path: Path, salt: Path, modes: Sequence[Mode], between: int | None
 ) -> None:
@@ -312,7 +341,11 @@ class LabelledStream:
         return {**rows, "histories": store.digest()}
 
 
-@pytest.mark.parametrize("between", [0, 5, None], ids=["at once", "half way", "when done"])
+@pytest.mark.parametrize(
+    "between",
+    [pytest.param(0, marks=pytest.mark.nightly), 5, pytest.param(None, marks=pytest.mark.nightly)],
+    ids=["at once", "half way", "when done"],
+)
 def test_with_labels_an_exact_rollback_during_another_makes_the_rows_of_a_run_without_any(
     tmp_path: Path, salt: Path, between: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,8 +398,17 @@ def test_a_second_rollback_may_go_further_back_or_less_far(tmp_path: Path, salt:
         one.close()
 
 
-@pytest.mark.parametrize("mode", ["fast", "exact"])
-@pytest.mark.parametrize("down", ["stream", "trainer", "applier", "log"])
+@pytest.mark.parametrize(
+    ("mode", "down"),
+    [
+        ("exact", "stream"),
+        ("exact", "trainer"),
+        ("exact", "applier"),
+        ("fast", "log"),
+        pytest.param("exact", "log", marks=pytest.mark.nightly),
+        *(pytest.param("fast", part, marks=pytest.mark.nightly) for part in ("stream", "trainer", "applier")),
+    ],
+)
 def test_what_is_down_during_the_command_and_started_afterwards_converges_too(
     tmp_path: Path, salt: Path, left_alone: dict[Mode, dict[str, Any]], mode: Mode, down: str
 ) -> None:

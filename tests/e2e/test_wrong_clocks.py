@@ -107,8 +107,16 @@ def ran(tmp_path_factory: pytest.TempPathFactory) -> Ran:
     return both
 
 
-@pytest.mark.parametrize("clicks", list(CLICKS))
-@pytest.mark.parametrize("read", list(READ))
+@pytest.mark.parametrize(
+    ("clicks", "read"),
+    [
+        pytest.param(
+            clicks, read, marks=[pytest.mark.nightly] * ((clicks, read) != ("here and there", "after an outage"))
+        )
+        for clicks in CLICKS
+        for read in READ
+    ],
+)
 def test_wrong_clocks_leave_for_all_others_what_right_ones_do(ran: Ran, clicks: str, read: str) -> None:
     ticks, found, right = ran(clicks, read)
     assert set(found.refused.values()) <= {"implausible_time"} and not right.refused
@@ -127,6 +135,7 @@ def test_wrong_clocks_leave_for_all_others_what_right_ones_do(ran: Ran, clicks: 
     assert right.clocks[-1] == right.trained[-1][0] == ticks[-1][0].at_ms
 
 
+@pytest.mark.nightly
 def test_a_late_file_among_live_clicks_harms_nobody_and_is_learned_from(tmp_path: Path) -> None:
     ticks, drawn, left_out = world(3), world(4), dict[tuple[int, int], str]()
     late, offsets = [], [0] * PARTITIONS

@@ -34,12 +34,14 @@ def year(tmp_path_factory: pytest.TempPathFactory) -> Year:
     return live(PLAN, HORIZONS, tmp_path_factory.mktemp("year") / "state")
 
 
+@pytest.mark.nightly
 def test_every_table_store_topic_and_the_process_are_flat_after_their_horizon(year: Year) -> None:
     grown = flat(year, PLAN, HORIZONS)
     assert len(grown) > 35 and {"table.cross.rows", "serving.histories.meta", "process.resident"} < grown.keys()
     assert {name: ratio for name, ratio in grown.items() if ratio > MOST_GROWTH} == {}
 
 
+@pytest.mark.nightly
 def test_the_flood_reaches_the_caps_and_leaves_nothing_behind(year: Year) -> None:
     for name, most in (("user", HORIZONS.max_rows), ("item", HORIZONS.max_rows), ("cross", HORIZONS.max_crosses)):
         rows = [day[f"table.{name}.rows"] for day in year.days]
@@ -51,6 +53,7 @@ def test_the_flood_reaches_the_caps_and_leaves_nothing_behind(year: Year) -> Non
         assert max(held) > 3 * held[PLAN.flood_day - 1] and held[-1] < 1.2 * held[PLAN.flood_day - 1]
 
 
+@pytest.mark.nightly
 def test_answers_at_the_end_are_as_good_as_before(year: Year) -> None:
     # Each of the last two weeks begins with new categories, and the last but one has the flood.
     first, before, last = (year.quality(begin, begin + 6) for begin in (0, 7, 14))

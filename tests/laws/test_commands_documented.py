@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 import re
 import shlex
 import subprocess
@@ -52,11 +53,25 @@ def shown(program: str) -> Iterator[Shown]:
                     yield Shown(path.relative_to(ROOT).as_posix(), words, said)
 
 
+HELP = """
+import contextlib, importlib, io, json, sys
+helps = {}
+for module in sys.argv[1:]:
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        importlib.import_module(module).main(["--help"])
+    helps[module] = said.getvalue()
+print(json.dumps(helps))
+"""
+
+
 @functools.cache
-def own_help(module: str) -> str:
-    """What a command says of itself."""
-    asked = [sys.executable, "-m", module, "--help"]
-    return subprocess.run(asked, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+def own_helps() -> dict[str, str]:
+    """The help of each command with options of its own, by module; one process imports all of them."""
+    modules = [PROCESSES[name][0] for name in OWN_HELP]
+    done = subprocess.run([sys.executable, "-c", HELP, *modules], cwd=ROOT, capture_output=True, text=True, check=True)
+    found: dict[str, str] = json.loads(done.stdout)
+    assert all("usage:" in text for text in found.values()), found
+    return found
 
 
 def check(words: list[str]) -> None:
@@ -68,7 +83,7 @@ def check(words: list[str]) -> None:
     flags, rest = split_settings(words)
     asked, unknown = parser().parse_known_args(with_times(rest))
     if asked.command in OWN_HELP:
-        options = set(re.findall(r"--?[a-z][a-z-]*", own_help(PROCESSES[asked.command][0])))
+        options = set(re.findall(r"--?[a-z][a-z-]*", own_helps()[PROCESSES[asked.command][0]]))
         unknown = [word for word in unknown if word.startswith("-") and word.partition("=")[0] not in options]
     if unknown:
         raise SettingsError(f"unknown argument {unknown[0]}")

@@ -25,6 +25,9 @@ PICKLES = {"pickle", "dill", "cloudpickle", "marshal", "shelve"}
 HEAVY = {"tensorflow", "keras", "apache_beam", "tensorflow_transform", "torch", "jax"}
 
 
+IMPORTERS = ("import_module", "__import__")
+
+
 def imported(tree: ast.AST) -> Iterator[str]:
     """Absolute module names imported anywhere in a module, inside functions too."""
     for node in ast.walk(tree):
@@ -33,31 +36,47 @@ def imported(tree: ast.AST) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide where a name comes from"
             yield node.module or ""
-        elif isinstance(node, ast.Call) and ast.unparse(node.func) in ("importlib.import_module", "__import__"):
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in IMPORTERS:
             yield from (str(word.value) for word in node.args[:1] if isinstance(word, ast.Constant))
 
 
-# File -> the first parts of the modules that it imports.
-TOPS = {
-    path.relative_to(ROOT).as_posix(): {name.partition(".")[0] for name in imported(ast.parse(path.read_text()))}
-    for package in PACKAGES
-    for path in sorted((ROOT / package).rglob("*.py"))
-}
+@functools.cache
+def trees() -> dict[Path, ast.Module]:
+    """Each file of ours, parsed once and not before a test asks: every test process imports this module."""
+    paths = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+    return {path.relative_to(ROOT): ast.parse(path.read_text()) for path in paths}
+
+
+@functools.cache
+def tops_of_files() -> dict[str, set[str]]:
+    """File -> the first parts of the modules that it imports."""
+    return {path.as_posix(): {name.partition(".")[0] for name in imported(tree)} for path, tree in trees().items()}
+
+
+@functools.cache
+def trees_of_modules() -> dict[str, ast.Module]:
+    """Module -> its tree; a package counts by what its `__init__` imports."""
+    return {".".join(path.with_suffix("").parts).removesuffix(".__init__"): tree for path, tree in trees().items()}
 
 
 def test_a_package_imports_only_what_it_may() -> None:
     # What stands in for a user's own code builds on what the trainer offers.
-    allowed = {name: {*ALLOWED[name.partition("/")[0]], *(name.startswith(EXAMPLES) * ("trainer",))} for name in TOPS}
-    found = {name: tops & {*PACKAGES, "tests"} - allowed[name] for name, tops in TOPS.items()}
+    allowed = {
+        name: {*ALLOWED[name.partition("/")[0]], *(name.startswith(EXAMPLES) * ("trainer",))}
+        for name in tops_of_files()
+    }
+    found = {name: tops & {*PACKAGES, "tests"} - allowed[name] for name, tops in tops_of_files().items()}
     assert {name: tops for name, tops in found.items() if tops} == {}
 
 
 def test_only_the_log_knows_the_kafka_client() -> None:
-    assert [name for name, tops in TOPS.items() if "kafka" in tops and not name.startswith(KAFKA_ALONE)] == []
+    assert [
+        name for name, tops in tops_of_files().items() if "kafka" in tops and not name.startswith(KAFKA_ALONE)
+    ] == []
 
 
 def test_nothing_is_pickled() -> None:
-    assert {name: tops & PICKLES for name, tops in TOPS.items() if tops & PICKLES} == {}
+    assert {name: tops & PICKLES for name, tops in tops_of_files().items() if tops & PICKLES} == {}
 
 
 def circle(edges: Mapping[str, set[str]]) -> list[str]:
@@ -83,14 +102,6 @@ def test_a_circle_is_found() -> None:
     assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
 
 
-# Module -> its tree; a package counts by what its `__init__` imports.
-TREES = {
-    ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): ast.parse(path.read_text())
-    for package in PACKAGES
-    for path in sorted((ROOT / package).rglob("*.py"))
-}
-
-
 def edges(part: Callable[[str], str]) -> dict[str, set[str]]:
     """What each part imports of the others, in functions and for type checkers too.
 
@@ -98,9 +109,9 @@ def edges(part: Callable[[str], str]) -> dict[str, set[str]]:
         part: Of a module.
     """
     found: dict[str, set[str]] = {}
-    for module, tree in TREES.items():
+    for module, tree in trees_of_modules().items():
         # A name that is taken from a package may be a module of it, which is then what is imported.
-        wanted = {name for name in modules_of(tree) if name in TREES}
+        wanted = {name for name in modules_of(tree) if name in trees_of_modules()}
         targets = {part(name) for name in wanted if not any(other.startswith(f"{name}.") for other in wanted)}
         # A module that runs as a program imports itself by its real name.
         found.setdefault(part(module), set()).update(targets - {part(module)})

@@ -18,7 +18,6 @@ from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.log import Topics, Writer
 from state.microbatch.batch import MicroBatch
-from state.microbatch.codec import decode
 from streaming.profile import Profiler
 from tests.conftest import KafkaFactory
 from tests.streaming.streams import (
@@ -130,7 +129,10 @@ def test_each_row_has_what_was_known_when_it_was_made(shop: Settings, tmp_path: 
     assert [names[age(text)] for text in ("25-34", "65+")] == ["25-34", "65+"]
 
 
-@pytest.mark.parametrize("point", ["attributes.reported", "attributes.committed", "stream.acknowledged"])
+@pytest.mark.parametrize(
+    "point",
+    [pytest.param("attributes.reported", marks=pytest.mark.nightly), "attributes.committed", "stream.acknowledged"],
+)
 def test_after_a_kill_the_rows_written_first_count(shop: Settings, tmp_path: Path, point: str) -> None:
     """Clicks are read again with newer attributes, and dropped by their position."""
     kafka, crm = shop.kafka, shop.attributes.user_topic
@@ -151,16 +153,3 @@ def test_after_a_kill_the_rows_written_first_count(shop: Settings, tmp_path: Pat
     assert (first in found) == (point == "stream.acknowledged")
     letters = {(one["reason"], one["offset"]) for one in headers_of(kafka, kafka.dead_letters_topic)}
     assert letters == {("undecodable", "1")}
-
-
-def test_without_attributes_a_row_has_none(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
-    kafka = kafka_settings()
-    settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt")
-    with Topics(kafka) as topics:
-        topics.ensure(kafka.clicks_topic, 2, FOREVER)
-    with running(settings, tmp_path / "log") as stream:
-        values = sent(settings, stream, 0, 60)
-        assert stream.stop() == 0, stream.lines
-    batches = [decode(value) for value in values]
-    assert {batch.user_attributes.shape[1] + batch.item_attributes.shape[1] for batch in batches} == {0}
-    assert not (settings.stream_dir / "attributes").exists()

@@ -169,6 +169,7 @@ def test_a_reader_that_passes_over_a_change_of_leaders_takes_it_for_no_cut() -> 
         assert len(reader.poll(0.0, 2)[0]) == 2
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
 def test_a_stream_on_a_real_log_that_was_cut_back_and_grew_again(own: Broker, tmp_path: Path) -> None:
     kafka = Kafka(bootstrap_servers=own.bootstrap_servers)

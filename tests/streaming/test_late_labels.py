@@ -100,7 +100,9 @@ def store_of(settings: Settings) -> HistoryStore:
     return HistoryStore(settings.stream_dir / "histories", map_bytes=1 << 30)
 
 
-@pytest.mark.parametrize("kill_at", ["stream.acknowledged:3", "stream.committed:4"])
+@pytest.mark.parametrize(
+    "kill_at", ["stream.acknowledged:3", pytest.param("stream.committed:4", marks=pytest.mark.nightly)]
+)
 def test_after_kill_9_each_impression_is_learned_once_with_its_label_and_the_store_comes_back_from_the_log(
     kafka_settings: KafkaFactory, tmp_path: Path, kill_at: str
 ) -> None:

@@ -147,6 +147,7 @@ def test_clicks_deleted_and_made_again_are_another_topic(kafka_settings: KafkaFa
         assert {source.topic_id for source in marks} == {old, new}
 
 
+@pytest.mark.nightly
 def test_holes_that_compaction_left_are_absent(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
     kafka = kafka_settings()
     settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt")
@@ -184,6 +185,7 @@ def test_holes_that_compaction_left_are_absent(kafka_settings: KafkaFactory, tmp
 AWAY_S = float(os.environ.get("AWAY_S", "4"))
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
 def test_a_broker_away_restarted_and_with_a_damaged_batch(own: Broker, tmp_path: Path) -> None:
     kafka = Kafka(bootstrap_servers=own.bootstrap_servers)
@@ -236,6 +238,7 @@ def test_a_broker_away_restarted_and_with_a_damaged_batch(own: Broker, tmp_path:
         assert not any("Traceback" in line for line in (tmp_path / name).read_text().splitlines())
 
 
+@pytest.mark.nightly
 def test_on_a_full_disk_the_stream_waits_says_so_in_one_line_and_goes_on_where_there_is_room(
     kafka_settings: KafkaFactory, tmp_path: Path
 ) -> None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,12 @@ from state.errors import ProgramError, SettingsError
 from state.features.spec import FeatureSpec
 from state.process.check_command import OPTIONS_READ
 from tests.trainer.clicks import SPEC, batches, microbatch, small_settings
-from tests.trainer.logs import learner, run_to_end, started, write_transform, written
+from tests.trainer.logs import learner, run_to_end, shared, started, write_transform, written
+from trainer import loop
 from trainer.checks import check_model, check_tower
-from trainer.engine.step import Trainer
 from trainer.model.tower import width_in
 from trainer.versions.program import build as build_program
 
-ROOT = Path(__file__).parents[2]
 SMALL = ModelSettings(dim=8, hidden=(16, 8), popular=4)
 EXAMPLE = "deploy.examples.own_model.tower:build"
 
@@ -181,7 +178,8 @@ def test_an_option_that_the_default_functions_do_not_read_is_refused(tmp_path: P
 
 
 def test_a_tower_of_ones_own_trains_and_its_program_answers_as_it_does() -> None:
-    trainer = Trainer(small_settings("--model.tower", EXAMPLE), SPEC)
+    trainer = shared(0, "--model.tower", EXAMPLE)
+    trainer.clear()
     before = trainer.model.weights()
     losses = [trainer.step(batch).interest_log_loss for batch in batches(0, 40)]
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
@@ -198,7 +196,7 @@ def test_a_restart_with_a_tower_of_ones_own_gives_the_same_bits(tmp_path: Path) 
     for folder, cuts in (("one", [8]), ("two", [3, 8])):
         registry = started(tmp_path / folder)
         for cut in cuts:
-            trainer = Trainer(small_settings(*flags), SPEC)
+            trainer = shared(0, *flags)
             running = learner(registry, written(records[:cut]), *flags, trainer=trainer)
             run_to_end(running)
             running.close()
@@ -207,23 +205,10 @@ def test_a_restart_with_a_tower_of_ones_own_gives_the_same_bits(tmp_path: Path) 
         np.testing.assert_array_equal(weight, found[1][name], name)
 
 
-def test_the_trainer_refuses_it_in_one_line_before_it_waits_for_anything(tmp_path: Path) -> None:
-    (tmp_path / "shop_tower.py").write_text(
-        "import tensorflow as tf\n\n\nclass Tower(tf.Module):\n    def __call__(self, x, training, seed):\n"
-        "        return tf.math.bessel_i0e(x[:, :128])\n\n\ndef build(width_in, settings):\n    return Tower()\n"
+def test_the_trainer_refuses_it_before_it_waits_for_anything(tmp_path: Path) -> None:
+    settings = small_settings(
+        "--model.tower", f"{__name__}:build_bessel", "--trainer.metrics_port", "0", "--paths.state", str(tmp_path)
     )
-    line = [sys.executable, "-m", "trainer.loop", "--model.tower", "shop_tower:build", "--trainer.metrics_port", "0"]
-    done = subprocess.run(
-        [*line, "--paths.state", str(tmp_path / "state")],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 1
-    errors = [line for line in done.stderr.splitlines() if " ERROR " in line]
-    assert len(errors) == 1, done.stderr
-    assert "ProgramError: model.tower 'shop_tower:build' does not lower to LiteRT: it has no tf.BesselI0e" in errors[0]
-    assert "Traceback" not in done.stderr
-    assert not list((tmp_path / "state" / "registry" / "control").iterdir())
+    with pytest.raises(ProgramError, match=r"does not lower to LiteRT: it has no tf\.BesselI0e"):
+        loop.run(settings, [], threading.Event())
+    assert not list((settings.registry_dir / "control").iterdir())

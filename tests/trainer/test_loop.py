@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from state.config.settings import Settings
+from state.disk.lock import DirectoryLock
 from state.errors import LockHeld
 from state.layout import TRAINER_LOCK
 from state.log import Topics, Writer
@@ -30,6 +32,7 @@ from tests.trainer.logs import (
     written,
 )
 from tests.trainer.test_learner import POISON, RECORDS, rolled_back
+from trainer import loop
 from trainer.engine.step import Trainer
 from trainer.loop import await_spec
 from trainer.versions import checkpoint
@@ -39,13 +42,20 @@ from trainer.versions.program import preprocessing_of
 def test_the_wait_for_the_bootstrap_says_so_and_can_be_stopped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import threading
-
     stopping = threading.Event()
     stopping.set()
     with caplog.at_level(logging.INFO):
         assert not await_spec(Registry(tmp_path), SPEC.digest, Settings().model, stopping)
     assert "springtide bootstrap" in caplog.text
+
+
+def test_a_second_trainer_of_a_registry_is_refused(tmp_path: Path) -> None:
+    settings = small_settings("--paths.state", str(tmp_path), "--trainer.metrics_port", "0")
+    with (
+        DirectoryLock(settings.registry_dir, TRAINER_LOCK),
+        pytest.raises(LockHeld, match=f"process {os.getpid()}"),
+    ):
+        loop.run(settings, [], threading.Event())
 
 
 class Process:
@@ -82,6 +92,7 @@ def processes() -> Iterator[list[Process]]:
         process.child.wait()
 
 
+@pytest.mark.nightly
 def test_processes_killed_restarted_and_rolled_back_on_a_real_log(
     kafka_settings: KafkaFactory, tmp_path: Path, processes: list[Process]
 ) -> None:
@@ -130,8 +141,6 @@ def test_processes_killed_restarted_and_rolled_back_on_a_real_log(
         processes.append(running)
         until(lambda: "caught up" in log.read_text() and newest(1)[1] > 2 * number, running)
         with pytest.raises(LockHeld):
-            from state.disk.lock import DirectoryLock
-
             DirectoryLock(settings.registry_dir, TRAINER_LOCK).acquire()
         sent = number + 1
         to = newest(1)[0]

@@ -16,7 +16,7 @@ from state.registry.registry import Registry
 from tests.conftest import KafkaFactory
 from tests.disks import ROOT, small_disk
 from tests.trainer.clicks import microbatch, small_settings
-from tests.trainer.logs import learner, run_to_end, shared, started, written
+from tests.trainer.logs import learner, run_to_end, started, written
 from trainer import compactor
 from trainer.compaction import Compaction, doubt
 from trainer.learner import Learner
@@ -69,31 +69,6 @@ def test_a_training_log_made_again_is_never_read_on(kafka_settings: KafkaFactory
     assert registry.versions() == versions
 
 
-def test_on_a_full_disk_the_trainer_stops_and_then_goes_on_with_the_same_bits(tmp_path: Path) -> None:
-    whole = learner(started(tmp_path / "whole"), written(RECORDS))
-    run_to_end(whole)
-    expected = checkpoint.digest(whole._trainer)
-    whole.close()
-    with small_disk(tmp_path / "disk", "64m") as disk:
-        registry = started(disk.path / "registry")
-        running = learner(registry, written(RECORDS[:4]), trainer=shared(1))
-        run_to_end(running)
-        running.close()
-        good = registry.versions()
-        running = learner(registry, written(RECORDS), trainer=shared(1))
-        full = disk.fill()
-        with pytest.raises(UnusableRegistry, match=r"No space left on device.*free space"):
-            run_to_end(running)
-            running.close()
-        assert registry.versions() == good
-        assert not list((registry.path / "tmp").iterdir())
-        full.unlink()
-        again = learner(Registry(registry.path), written(RECORDS), trainer=shared(1))
-        run_to_end(again)
-        assert checkpoint.digest(again._trainer) == expected
-        again.close()
-
-
 def test_a_compactor_on_a_full_disk_removes_what_is_old_before_it_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,7 +113,12 @@ def test_a_trainer_that_builds_on_a_damaged_version_ends_when_its_compactor_fail
 
 
 @pytest.mark.parametrize(
-    "module", ["trainer.loop", "trainer.compactor", "streaming.pipeline", "deploy.serving.applier"]
+    "module",
+    [
+        "trainer.loop",
+        "deploy.serving.applier",
+        *(pytest.param(name, marks=pytest.mark.nightly) for name in ("trainer.compactor", "streaming.pipeline")),
+    ],
 )
 def test_on_a_read_only_disk_a_process_ends_with_one_line(tmp_path: Path, module: str) -> None:
     with small_disk(tmp_path / "disk", "1m") as disk:

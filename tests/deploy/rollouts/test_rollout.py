@@ -228,6 +228,7 @@ def told(site: Site) -> tuple[dict[str, Any] | None, Scrape]:
     return seen(load(site.live.flags, {}, "/dev/null"))
 
 
+@pytest.mark.nightly
 def test_a_worse_trial_is_stopped_at_one_percent(site: Site, tmp_path: Path) -> None:
     assert site.ask(1) == (None, 1), "nobody is told apart yet"
     driving = Driving(
@@ -258,6 +259,7 @@ def test_a_worse_trial_is_stopped_at_one_percent(site: Site, tmp_path: Path) -> 
     assert told(site)[0] is None and not told(site)[1].values
 
 
+@pytest.mark.nightly
 def test_an_equal_trial_is_called_equal_and_an_operator_halts_resumes_and_takes_it_back(
     site: Site, tmp_path: Path
 ) -> None:
@@ -333,6 +335,7 @@ def test_a_better_trial_comes_to_everybody_though_what_drives_it_is_killed(site:
     until(lambda: site.ask(1) == (None, 1))
 
 
+@pytest.mark.nightly
 def test_a_trial_that_does_not_answer_costs_nobody_an_answer_goes_back_and_begins_again_once_it_does(
     site: Site, tmp_path: Path
 ) -> None:

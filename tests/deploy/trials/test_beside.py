@@ -7,6 +7,7 @@ import signal
 import sys
 
 import psutil
+import pytest
 
 from deploy.kafka.configuration import free_port
 from deploy.watch import scrape
@@ -28,6 +29,7 @@ def commands(of: psutil.Popen) -> list[str]:
     return found
 
 
+@pytest.mark.nightly
 def test_a_trial_runs_while_it_is_wanted_and_then_the_next_one_is_waited_for(settings: Settings) -> None:
     operator, trials, port = Operator(settings.state_dir), Trials(settings.state_dir), free_port()
     environment = {name: text for name, text in os.environ.items() if not name.startswith("SPRINGTIDE_")}

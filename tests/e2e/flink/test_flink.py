@@ -72,38 +72,56 @@ def test_a_cluster_that_is_up_says_so_and_is_not_started_twice(flink: LocalFlink
     assert "is in use by process" in again.stderr
 
 
-def test_on_flink_the_rows_are_those_of_the_local_form(
-    flink: LocalFlink, kafka_settings: KafkaFactory, tmp_path: Path
-) -> None:
+@pytest.fixture
+def shop(kafka_settings: KafkaFactory, tmp_path: Path) -> Settings:
+    """A stream of two partitions that may run on the cluster."""
     kafka = kafka_settings()
     with Topics(kafka) as topics:
         topics.ensure(kafka.clicks_topic, 2, FOREVER)
-        topic_id = topics.describe(kafka.clicks_topic).topic_id
     settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt", buckets=4)
     settings.registry_dir.mkdir(parents=True)
-    reached = more_clicks(settings, 0)
-    first, second = tmp_path / "first.log", tmp_path / "second.log"
-    with handed_in(flink, settings, first) as following:
-        values_in(settings, reached)
+    return settings
+
+
+def test_on_flink_the_rows_are_those_of_the_local_form(flink: LocalFlink, shop: Settings, tmp_path: Path) -> None:
+    sent = more_clicks(shop, 0)
+    log = tmp_path / "job.log"
+    with handed_in(flink, shop, log) as following:
+        values = values_in(shop, sent)
         (job,) = flink.status()["job_manager"]["jobs"]
         assert (job["state"], job["running"]) == ("RUNNING", job["tasks"])
+        until(lambda: committed_all(shop), "the group knows what all buckets have")
+        assert rows_of(values) == rows_of(of_local_form(shop, tmp_path, sent))
+        end_jobs(JobManager(url(flink.settings)), lambda line: None)
+        # Who handed it in learns how it ended.
+        assert following.wait(60) == 0, log.read_text()
+
+
+@pytest.mark.nightly
+def test_a_killed_worker_a_savepoint_and_an_exact_rollback_leave_the_rows_of_the_local_form(
+    flink: LocalFlink, shop: Settings, tmp_path: Path
+) -> None:
+    with Topics(shop.kafka) as topics:
+        topic_id = topics.describe(shop.kafka.clicks_topic).topic_id
+    reached = more_clicks(shop, 0)
+    first, second = tmp_path / "first.log", tmp_path / "second.log"
+    with handed_in(flink, shop, first):
+        values_in(shop, reached)
         # A worker dies: its buckets go back to the last checkpoint, and rows come again.
-        reached = more_clicks(settings, reached)
+        reached = more_clicks(shop, reached)
         os.kill(flink.pids("worker")[0], signal.SIGKILL)
-        values_in(settings, reached)
-        until(lambda: committed_all(settings), "the group knows what all buckets have")
+        values_in(shop, reached)
+        until(lambda: committed_all(shop), "the group knows what all buckets have")
         said: list[str] = []
         end_jobs(JobManager(url(flink.settings)), said.append)
         (path,) = re.findall(r"--savepoint_path (\S+)", "\n".join(said))
-        # Who handed it in learns how it ended.
-        assert following.wait(60) == 0, first.read_text()
-        assert f"--savepoint_path={path}" in first.read_text()
-    reached = more_clicks(settings, reached)
-    with handed_in(flink, settings, second, [f"--savepoint_path={path}", "--parallelism=2"]) as following:
-        values = values_in(settings, reached)
-        assert rows_of(values) == rows_of(of_local_form(settings, tmp_path, reached))
+        until(lambda: f"--savepoint_path={path}" in first.read_text(), "the job does not report its savepoint")
+    reached = more_clicks(shop, reached)
+    with handed_in(flink, shop, second, [f"--savepoint_path={path}", "--parallelism=2"]) as following:
+        values = values_in(shop, reached)
+        assert rows_of(values) == rows_of(of_local_form(shop, tmp_path, reached))
         # An exact rollback to before what the job has read: no restart mends that.
-        turn(settings, {0: 6, 1: 6}, topic_id)
+        turn(shop, {0: 6, 1: 6}, topic_id)
         assert following.wait(60) == 1, second.read_text()
         assert "LineTurned: control's line of the training log turned off, into epoch 2" in second.read_text()
         until(lambda: not JobManager(url(flink.settings)).running(), "the job is cancelled")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import pytest
+
 from deploy import status
 from state.log import Topics, Writer
 from state.process.wall_clock import wall_ms
@@ -12,6 +14,7 @@ from tests.e2e.running import Loop, until
 from tests.e2e.watching import Watching
 
 
+@pytest.mark.nightly
 def test_answers_go_on_while_the_trainer_cannot_until_the_record_is_left_out(loop: Loop, watching: Watching) -> None:
     kafka = loop.settings.kafka
     worker, stream = loop.pid("worker"), loop.pid("stream")

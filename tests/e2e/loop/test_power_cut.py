@@ -20,6 +20,7 @@ import signal
 from pathlib import Path
 
 import psutil
+import pytest
 
 from state.log import Topics
 from state.registry.recent import MOST_BETWEEN
@@ -58,6 +59,7 @@ def lose_pages(store: Path) -> None:
     (store / "mark.json").write_text(json.dumps({"clean": False, "boot_id": "before the power cut"}))
 
 
+@pytest.mark.nightly
 def test_the_loop_heals_itself_after_a_power_cut(loop: Loop) -> None:
     settings = loop.settings
     before = loop.answer_trained_on(

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-
-from deploy.kafka.configuration import free_port
-from tests.e2e.running import DEADLINE_S, ROOT, Loop, until
+from tests.e2e.running import DEADLINE_S, Loop, until
 
 
 def test_a_probe_says_how_long_features_and_weights_took(loop: Loop) -> None:
@@ -20,14 +16,6 @@ def test_a_probe_says_how_long_features_and_weights_took(loop: Loop) -> None:
     answer = until(lambda: loop.profile("anyone"), "no answer")
     assert answer["version"]["sources"][source] > offset
     assert loop.metrics("stream").total("springtide_stream_dead_letters_total") == dead
-
-
-def test_a_probe_that_nobody_answers_fails_and_says_so(loop: Loop) -> None:
-    line = [sys.executable, "-m", "deploy.probe", *loop.flags, "--probe.url", f"http://127.0.0.1:{free_port()}"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert done.stderr.startswith("springtide probe: no answer came: ")
-    assert not done.stdout
 
 
 def test_answers_are_made_of_what_was_trained_in_the_running_loop(loop: Loop) -> None:

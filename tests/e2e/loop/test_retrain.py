@@ -58,6 +58,7 @@ def known(loop: Loop) -> Retraining:
     return Retrainings(loop.settings.state_dir).read() or Retraining(0)
 
 
+@pytest.mark.nightly
 def test_a_retrain_learns_the_topic_and_is_judged_through_kills(
     loop: Loop, judges: list[subprocess.Popen[bytes]]
 ) -> None:

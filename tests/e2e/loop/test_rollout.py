@@ -41,6 +41,7 @@ def answers_for_it(loop: Loop) -> bool:
     return process_of(loop, NAME, "deploy.serving.rest") is not None
 
 
+@pytest.mark.nightly
 def test_up_answers_for_a_trial_while_its_rollout_is_not_over(
     loop: Loop, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -224,6 +224,7 @@ def test_clicks_that_were_cut_back_and_grew_again_are_never_read_at_offsets_that
     engine.close()
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
 def test_a_log_that_ends_before_where_a_job_was_is_filled_up_where_somebody_accepts_it(
     own: Broker, tmp_path: Path

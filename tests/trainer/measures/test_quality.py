@@ -8,6 +8,7 @@ from tests.bench.quality import train, train_impressions
 from tests.bench.recorded import CLICKS, KUAIRAND
 
 
+@pytest.mark.nightly
 @pytest.mark.skipif(not CLICKS.exists(), reason="needs Taobao's UserBehavior.csv at ../shared/data/taobao")
 def test_one_pass_beats_the_previous_category_within_forty_steps() -> None:
     found = train(steps=40)

@@ -46,6 +46,7 @@ def said(flags: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[dict[str
     return document, capsys.readouterr().out
 
 
+@pytest.mark.nightly
 def test_a_killed_trainer_spends_nothing_twice_holds_at_the_end_of_its_budget_and_answers_go_on(
     kafka_settings: KafkaFactory, tmp_path: Path, stack: ExitStack, capsys: pytest.CaptureFixture[str]
 ) -> None:

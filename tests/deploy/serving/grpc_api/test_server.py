@@ -29,7 +29,7 @@ def channel_to(port: int) -> Iterator[grpc.Channel]:
         yield channel
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.nightly)])
 def test_health_follows_readiness_and_a_worker_ends_in_order(stores: Stores, workers: int) -> None:
     """Each worker of one port answers; those who watch are told before the end."""
     port, grpc_port = free_port(), free_port()
