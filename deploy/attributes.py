@@ -9,6 +9,10 @@ A row becomes a record: its key is the id, its fields are those that
 would refuse is not sent, so that the record which the topic has of that id
 stays; it is named and counted. The last row of an id wins, and a run that
 ended early is simply run again.
+
+Sends records of attributes into their topic: acknowledged, and refused rows named and counted.
+
+Rows of files as records of attributes, judged as the stream judges them. Pure.
 """
 
 from __future__ import annotations
@@ -17,25 +21,213 @@ import argparse
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import TextIO
 
+import numpy as np
+import orjson
+
 from deploy.operate.options import SETTINGS_HELP
-from deploy.replaying.attribute_records import AttributeFiles
-from deploy.replaying.attribute_sending import BY_SIDE, REFUSED, article, send, summary
 from deploy.replaying.progress import Progress
-from deploy.replaying.sender import LARGEST_VALUE, Outbox
-from state.attributes.values import SIDES, tables_of
+from deploy.replaying.sender import LARGEST_VALUE, Outbox, Piece, rows_within
+from state.attributes.values import SIDES, AttributeTable, id_of, tables_of
 from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
-from state.errors import SettingsError, SpringtideError
+from state.errors import DecodeError, SettingsError, SpringtideError
 from state.log import Topics, topic_plan
 from state.process.closed_output import while_read
 from state.process.ending import stop_on_signals
 from state.process.wall_clock import wall_ms
 from state.recordings.files import Recording, find
 from state.recordings.options import add_format_arguments
+from state.recordings.rows import RecordedRows, shown_reasons
+
+Record = tuple[bytes, bytes]
+Bad = tuple[int, str]
+
+
+@dataclass(frozen=True)
+class AttributeFiles:
+    """The files of one side and what they are.
+
+    Attributes:
+        side: user or item.
+        recording: The files.
+        table: What a record says.
+        topic: Where records go.
+        key: The column of the id.
+        most_bytes: Larger records are refused.
+    """
+
+    side: str
+    recording: Recording
+    table: AttributeTable
+    topic: str
+    key: str
+    most_bytes: int
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are read."""
+        return tuple(dict.fromkeys([self.key, *(one.path for one in self.table.fields)]))
+
+
+@dataclass(frozen=True)
+class AttributeRecords:
+    """Rows as records.
+
+    Attributes:
+        records: Key and value of each that the stream takes.
+        refused: Rows that it does not, with the reason.
+        valued: Per attribute the records that have a value.
+    """
+
+    records: list[Record]
+    refused: list[Bad]
+    valued: Counter[str]
+
+
+def encode(rows: RecordedRows, files: AttributeFiles) -> AttributeRecords:
+    """The records of rows, judged as the stream judges them.
+
+    Args:
+        rows: With the columns of `files`.
+        files: What they are.
+    """
+    table, made = files.table, AttributeRecords([], [], Counter())
+    paths = tuple(dict.fromkeys(one.path for one in table.fields))
+    columns = [rows.columns[path] for path in paths]
+    for row, (one, *values) in enumerate(zip(rows.columns[files.key], *columns, strict=True)):
+        try:
+            key = None if type(one) not in (str, int) else str(one).encode()
+            value = rows.text(row) if row in rows.broken else _value(dict(zip(paths, values, strict=True)), rows, row)
+            texts = table.read(value, files.most_bytes)
+            id_of(key)
+        except DecodeError as error:
+            made.refused.append((row, str(error.reason)))
+            continue
+        assert key is not None
+        made.records.append((key, value))
+        made.valued.update(name for name, text in zip(table.names, texts, strict=True) if text is not None)
+    return made
+
+
+def _value(fields: dict[str, object], rows: RecordedRows, row: int) -> bytes:
+    try:
+        return orjson.dumps(fields)
+    except (TypeError, ValueError):
+        # No JSON has such a value; as text it is refused.
+        return rows.text(row)
+
+
+ENOUGH_ROWS = 10  # so many rows and no record: the mapping is wrong
+REFUSED = "refused row"
+BY_SIDE = {"user": "users", "item": "items"}
+
+
+@dataclass
+class SentAttributes:
+    """What became of the rows of one side.
+
+    Attributes:
+        sent: Records.
+        refused: Rows by reason.
+        valued: Per attribute the records that have a value.
+        complete: Whether the files were read to their ends.
+    """
+
+    sent: int
+    refused: Counter[str]
+    valued: Counter[str]
+    complete: bool = False
+
+
+def send(
+    files: AttributeFiles,
+    deliver: Callable[[Piece], object],
+    progress: Progress,
+    stopped: threading.Event,
+    wall_ms: Callable[[], int],
+) -> SentAttributes:
+    """Sends the records of all files of one side, until their ends or `stopped`.
+
+    Args:
+        files: What to send.
+        deliver: Takes records and returns when they are acknowledged.
+        progress: Is told.
+        stopped: Ends it between two pieces.
+        wall_ms: Unix time, the records' timestamp.
+
+    Raises:
+        SettingsError: The columns do not fit, or none of the first rows is a record.
+        UnreadableRecording: A file is cut or damaged.
+        LogError: Kafka refused, or did not answer: run it again.
+    """
+    outcome = SentAttributes(0, Counter(), Counter())
+    for number, rows in _chunks(files):
+        made = encode(rows, files)
+        reasons = Counter(reason for _, reason in made.refused)
+        if not outcome.sent and not made.records and len(rows) >= ENOUGH_ROWS:
+            raise SettingsError(
+                f"none of the first {len(rows):,} rows of {files.recording.files[number].path} is a record of "
+                f"{article(files.side)}: {shown_reasons(reasons, REFUSED)}",
+                f"{files.recording.remedy}; nothing was sent",
+            )
+        for row, reason in made.refused:
+            progress.name(f"{files.recording.files[number].path}:{int(rows.lines[row])}", reason)
+        outcome.refused += reasons
+        outcome.valued += made.valued
+        left = made.records
+        while left:
+            if stopped.is_set():
+                return outcome
+            count = rows_within([len(key) + len(value) for key, value in left])
+            keys, values = zip(*left[:count], strict=True)
+            deliver(Piece(keys, values, np.full(count, wall_ms(), np.int64)))
+            left = left[count:]
+            outcome.sent += count
+            seen = outcome.sent + outcome.refused.total()
+            progress.show(seen, seen, None, outcome.refused.total())
+    outcome.complete = True
+    return outcome
+
+
+def _chunks(files: AttributeFiles) -> Iterator[tuple[int, RecordedRows]]:
+    for number in range(len(files.recording.files)):
+        for rows in files.recording.rows(number, files.columns):
+            yield number, rows
+
+
+def article(side: str) -> str:
+    """A side with its article.
+
+    >>> article("user"), article("item")
+    ('a user', 'an item')
+    """
+    return f"an {side}" if side == "item" else f"a {side}"
+
+
+def summary(files: AttributeFiles, outcome: SentAttributes, took_s: float) -> str:
+    """What a run did.
+
+    A name that no record has a value for may be misspelled; a file of JSON lines does not tell.
+    """
+    seen = outcome.sent + outcome.refused.total()
+    parts = [
+        f"sent {outcome.sent:,} records of {BY_SIDE[files.side]} to {files.topic} in {took_s:.1f} s "
+        f"({seen / took_s:,.0f} rows/s), {shown_reasons(outcome.refused, REFUSED)}",
+    ]
+    parts += [
+        f"no record has a value for {one.name}: is the field {one.path!r} spelled so?"
+        for one in files.table.fields
+        if outcome.sent and not outcome.valued[one.name]
+    ]
+    parts.append("complete" if outcome.complete else "stopped before the end: the same command sends all of it again")
+    return "; ".join(parts)
+
 
 NOT_THERE = "correct [attributes]"
 

@@ -4,25 +4,207 @@ A command either becomes a process of the loop (the interpreter is replaced, so
 that signals reach it), or is a command of the operator, done here. Settings
 may stand anywhere on the line, as in every process: `--kafka.port 9192`,
 `--config FILE`. Exit codes: 0 done, 1 failed, 2 wrong use.
+
+Shows the settings: the effective ones with their origin, one in full, and all of them as documentation.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from deploy.command_line import OWN_HELP, PROCESSES, READERS, parser, with_times
-from deploy.operate.settings_table import as_json, as_lines, as_markdown, as_pages, changed, chosen
 from state.config.loading import load
+from state.config.sections import SECTIONS, KnownSetting, known_settings
 from state.config.settings import Settings
-from state.config.sources import split_settings
+from state.config.sources import MASK, as_text, nearest, nearest_setting, split_settings, variable
 from state.errors import SettingsError, SpringtideError
 from state.process.closed_output import while_read
 from state.process.import_path import for_children
 from state.process.private_files import keep_private
 from state.process.wall_clock import wall_ms
+
+SERVERS = "kafka.bootstrap_servers"
+
+
+def chosen(names: Sequence[str]) -> list[KnownSetting]:
+    """The settings of these names and sections, in the order of their declaration; all where none is named.
+
+    >>> [one.name for one in chosen(["registry", "kafka.port"])][:2]
+    ['kafka.port', 'registry.durable_s']
+
+    Raises:
+        SettingsError: There is no such section or setting.
+    """
+    declared = list(known_settings())
+    known = {one.name: one for one in declared}
+    for name in names:
+        if "." not in name and name not in SECTIONS:
+            raise SettingsError(f"argument {name}: no such section", f"the nearest is {nearest(name, SECTIONS)}")
+        if "." in name and name not in known:
+            raise SettingsError(f"argument {name}: no such setting", f"the nearest is {nearest_setting(name, known)}")
+    return [one for one in declared if not names or {one.name, one.name.partition(".")[0]} & {*names}]
+
+
+def changed(settings: Settings, listed: Sequence[KnownSetting]) -> list[KnownSetting]:
+    """Those of `listed` that somebody has set."""
+    return [one for one in listed if one.name in settings.origins]
+
+
+def origin(settings: Settings, known: KnownSetting) -> str:
+    """Where a setting's value came from.
+
+    >>> from state.config.loading import load
+    >>> servers = next(known for known in known_settings() if known.name == SERVERS)
+    >>> origin(load(["--kafka.port", "9192"], env={}, path="/dev/null"), servers)
+    'the local Kafka of kafka.port'
+    """
+    local = known.name == SERVERS and SERVERS not in settings.origins
+    return "the local Kafka of kafka.port" if local else settings.origins.get(known.name, "default")
+
+
+def as_lines(settings: Settings, listed: Sequence[KnownSetting]) -> str:
+    """The effective settings as springtide.toml would write them, each with its origin.
+
+    What must not be read back is a comment: a masked secret, and the address of
+    the local Kafka, which names a cluster of the user's where it is set.
+    """
+    lines: list[str] = []
+    section = ""
+    for known in listed:
+        part, _, name = known.name.partition(".")
+        if part != section:
+            lines += [*([""] if lines else []), f"[{part}]"]
+            section = part
+        value, came_from = shown(settings, known), origin(settings, known)
+        aside = value == MASK or came_from not in (settings.origins.get(known.name), "default")
+        written = f"{'# ' if aside else ''}{name} = {as_toml(value)}"
+        lines.append(f"{written:<60}  # {came_from}")
+    return "\n".join(lines)
+
+
+def as_pages(settings: Settings, listed: Sequence[KnownSetting]) -> str:
+    """Each setting in full: value, origin, help, bounds, and how it is written in file, variable and flag."""
+    pages = [
+        "\n".join(
+            [
+                f"{known.name} = {as_toml(shown(settings, known))}{f' {known.unit}' if known.unit else ''}",
+                f"    {known.help}",
+                f"    from      {origin(settings, known)}",
+                f"    default   {as_toml(known.default)}",
+                *(f"    allowed   {bounds}" for bounds in [allowed(known)] if bounds),
+                f"    write     [{known.name.partition('.')[0]}] {known.name.partition('.')[2]} = ..., "
+                f"{variable(known.name)}=...{'' if known.secret else f', or --{known.name} ...'}",
+            ]
+        )
+        for known in listed
+    ]
+    return "\n\n".join(pages)
+
+
+def as_json(settings: Settings, listed: Sequence[KnownSetting]) -> str:
+    """The effective settings as a JSON list; secrets masked."""
+    entries = [
+        {
+            "name": known.name,
+            "value": shown(settings, known),
+            "default": known.default,
+            "unit": known.unit,
+            "allowed": allowed(known),
+            "origin": origin(settings, known),
+            "secret": known.secret,
+            "help": known.help,
+        }
+        for known in listed
+    ]
+    return json.dumps(entries, indent=2)
+
+
+def as_markdown() -> str:
+    """Documentation of every setting, one table per section, made from their declarations."""
+    lines = [
+        "# Settings",
+        "",
+        "Made by `springtide config --markdown`. Each is written in `springtide.toml` under its section, "
+        f"as a variable (`{variable('kafka.port')}`), or as a flag (`--kafka.port`), secrets excepted; the later wins. "
+        "A list is written with commas in a variable or a flag. What is not allowed, or not together, is refused before "
+        "anything starts, with its file and line, variable or flag.",
+    ]
+    for section, kind in SECTIONS.items():
+        lines += [
+            "",
+            f"## {section}",
+            "",
+            str(kind.__doc__),
+            "",
+            "| name | default | unit | allowed | what it does |",
+            "|---|---|---|---|---|",
+            *_rows(section),
+        ]
+    return "\n".join(lines)
+
+
+def _rows(section: str) -> Iterator[str]:
+    for known in chosen([section]):
+        secret = " Secret." if known.secret else ""
+        default = f"`{as_text(known.default)}`" if as_text(known.default) else ""
+        name = known.name.partition(".")[2]
+        yield f"| `{name}` | {default} | {known.unit} | {allowed(known)} | {known.help}{secret} |"
+
+
+def allowed(known: KnownSetting) -> str:
+    """The values that a setting may have by itself, in words; empty where its type is all there is.
+
+    >>> by_name = {known.name: known for known in known_settings()}
+    >>> [allowed(by_name[name]) for name in ("kafka.port", "trainer.device", "paths.state", "events.max_age_s")]
+    ['1 to 65535', 'auto, cpu or gpu', 'not empty', 'above 0, at most 3153600000']
+    """
+    if known.choices:
+        *others, last = filter(None, known.choices)
+        return f"{', '.join(others)} or {last}" if others else last
+    if known.filled:
+        return "not empty"
+    least, most = (None if bound is None else as_number(bound) for bound in (known.least, known.most))
+    if known.above is not None:
+        return f"above {as_number(known.above)}" + (f", at most {most}" if most else "")
+    if least is None or most is None:
+        return f"at least {least}" if least is not None else f"at most {most}" if most is not None else ""
+    return f"{least} to {most}"
+
+
+def as_number(bound: float) -> str:
+    """A bound without a needless point or exponent.
+
+    >>> as_number(65535.0), as_number(0.01), as_number(1e-12)
+    ('65535', '0.01', '1e-12')
+    """
+    return str(int(bound)) if float(bound).is_integer() else f"{bound:g}"
+
+
+def shown(settings: Settings, known: KnownSetting) -> Any:
+    """A setting's value as it may be shown.
+
+    >>> from state.config.settings import Kafka
+    >>> secret = next(known for known in known_settings() if known.name == "kafka.sasl_password")
+    >>> shown(Settings(kafka=Kafka(sasl_password="hunter2")), secret)
+    '********'
+    """
+    value = settings.value(known.name)
+    return MASK if known.secret and value else value
+
+
+def as_toml(value: Any) -> str:
+    """A value as TOML writes it.
+
+    >>> as_toml(("view", "cart")), as_toml(0.2), as_toml(7)
+    ('["view", "cart"]', '0.2', '7')
+    """
+    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
+
 
 Command = Callable[[Settings, argparse.Namespace, int, Callable[[str], None]], None]
 

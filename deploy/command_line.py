@@ -1,6 +1,8 @@
 """What may be written on `springtide`'s command line: its commands, their options and helps.
 
 Settings are taken out of the line before; see `state.config.sources`.
+
+What may be written behind `springtide trial`.
 """
 
 from __future__ import annotations
@@ -14,8 +16,44 @@ from typing import NoReturn
 from deploy.backup import options as backing_up
 from deploy.operate import options as operating
 from deploy.operate.options import SETTINGS_HELP, Add, positive
-from deploy.trials import options as trials
 from state.errors import SettingsError
+
+VERBS = ("start", "list", "stop", "promote", "report")
+
+
+def trial(add: Add) -> argparse.ArgumentParser:
+    """The command about trials."""
+    command = add(
+        "trial",
+        "Let a second trainer with other settings learn from the same rows, and compare it with the live one, row by row.",
+        "`springtide up` runs its trainer, on trials.cores at most. Both score each row before they learn it; what their losses "
+        "differ by is told with an interval that holds however often one looks. promote lets the live trainer go on from what "
+        "the trial learned, in a new epoch; `springtide rollback` takes that back.",
+    )
+    command.add_argument(
+        "what",
+        choices=VERBS,
+        help="start one; list all; stop one, which removes what it learned; promote one; report how the arms of its rollout compare",
+    )
+    command.add_argument("name", nargs="?", default="", metavar="NAME", help="the trial's name")
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.NAME=VALUE",
+        help="start: a setting of [model], [trainer] or [guard] in which it differs; repeatable",
+    )
+    command.add_argument(
+        "--from",
+        dest="origin",
+        choices=("live", "nothing", "clicks"),
+        default="live",
+        help="start: from the newest durable version (the default), from nothing and the training log's beginning, or from the clicks "
+        "of the last retrain.days and the training log behind them",
+    )
+    command.add_argument("--reason", default="", metavar="TEXT", help="why; kept with your name")
+    return command
+
 
 PROCESSES = {
     "up": (
@@ -195,7 +233,7 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
         "Check model.ranker, model.tower and model.preprocessing of your own: shapes, repeatability, lowering to LiteRT, parity.",
         "In seconds, and nothing is started or changed; up, bootstrap and train do the same before they start.",
     )
-    printing += [trials.trial(add), _history(add), _config(add)]
+    printing += [trial(add), _history(add), _config(add)]
     for one in printing:
         one.add_argument("-o", "--output", choices=("text", "json"), default="text", help="how to print (default text)")
     return whole

@@ -35,10 +35,10 @@
     │   ├── lookalikes/          of segments, as listed last      state/segments/lookalikes.py
     │   ├── current.version, current.histories   times only       deploy/serving/currency.py
     │   ├── exposures/           of workers, on their way to Kafka   deploy/serving/splitting/spool.py
-    │   ├── counters/            of workers that share a port     deploy/serving/workers.py
+    │   ├── counters/            of workers that share a port     deploy/serving/rest.py
     │   └── programs/            those of applied versions
     ├── exports/<version>/       SavedModels, or where `export.directory` says     trainer/exporting/saved_model.py
-    ├── validation/              place.json, windows/<log time>.pb       deploy/validation/windows.py
+    ├── validation/              place.json, windows/<log time>.pb       deploy/validation/process.py
     ├── trials/retrain.json     what became of the scheduled retrain    state/trials/retraining.py
     ├── trials/<name>/           trial.json, comparison.json             state/trials/trial.py
     │   ├── registry/            of its own, while it runs; beside versions and control as above:

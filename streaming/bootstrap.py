@@ -17,6 +17,10 @@ One bounded Beam job with the stream's own code for clicks and windows:
 
 The trainer and serving need neither Beam nor TensorFlow Transform: the result
 is a plain TensorFlow graph.
+
+What `specs/<digest>/spec.json` of the registry says: where constants came from, and the first categories with their names.
+
+The Beam job of a bootstrap: clicks read, made into rows by the stream's steps, analysed, and written as examples.
 """
 
 from __future__ import annotations
@@ -24,25 +28,31 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import math
 import os
 import shutil
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+import apache_beam as beam
+
+from state.config.asked_model import AskedModel
 from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError, of_disk
-from state.events.identity import own_salt
+from state.events.identity import Salt, own_salt
 from state.features.spec import FeatureSpec
 from state.process import log_lines
 from state.process.private_files import keep_private
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
+from state.recordings.files import Recording
 from state.recordings.options import add_file_arguments, as_settings, chosen
 from state.registry.model_fit import require_same_salt
 from state.registry.registry import Registry
@@ -50,11 +60,111 @@ from state.statistics.baselines import baseline_files
 from state.statistics.protos import dataset
 from state.statistics.schema import infer
 from streaming import examples
-from streaming.bootstrap_job import TOPIC, Wanted, run_job
-from streaming.preprocessing import read_categories
+from streaming.context import Handle
+from streaming.preprocessing import (
+    analyse,
+    analysis,
+    category_batch,
+    list_categories,
+    load_preprocessing,
+    read_categories,
+    record_batch,
+)
 from streaming.preprocessing_check import check_preprocessing, is_own
-from streaming.sample import Sample, Say, open_sample
-from streaming.spec_document import document
+from streaming.sample import ComputeWindows, Sample, Say, open_sample
+from streaming.sample_source import ReadSample
+from streaming.steps import ParseEvents
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to read and what to make of it.
+
+    Attributes:
+        recording: Files; None for the clicks topic.
+        sort: How files are ordered: memory or assume.
+        examples: Directory for tf.Examples; None for none.
+        of_up: Whether `up` started this: it has checked the preprocessing, and makes the topic once its Kafka runs.
+    """
+
+    recording: Recording | None = None
+    sort: str = "memory"
+    examples: Path | None = None
+    of_up: bool = False
+
+
+TOPIC = Wanted()
+
+
+def build(pipeline: beam.Pipeline, handle: Handle[Sample], wanted: Wanted, output: Path | None) -> None:
+    """Applies the job to `pipeline`, which is one of `analysis`.
+
+    Args:
+        pipeline: What to add to.
+        handle: Of the sample.
+        wanted: What to read and make.
+        output: Where the analyses go; None where they were done before.
+    """
+    settings, spec = handle.context.settings, handle.context.spec
+    rows = (
+        pipeline
+        | "Start" >> beam.Impulse()
+        | "Read the sample" >> beam.ParDo(ReadSample(handle, wanted.recording, wanted.sort, wanted.of_up))
+        | "Parse events" >> beam.ParDo(ParseEvents(handle))
+        | "Compute windows" >> beam.ParDo(ComputeWindows(handle))
+    )
+    if output is not None:
+        features = rows | "Take features" >> beam.Map(lambda one: record_batch(one.vectors.features))
+        analyse(
+            features,
+            len(spec.names),
+            load_preprocessing(settings.model.preprocessing, AskedModel.of(settings.model, handle.context.asked)),
+            output / "transform",
+        )
+        categories = rows | "Take categories" >> beam.Map(lambda one: category_batch(one.batch.category))
+        list_categories(categories, output / "categories")
+    if wanted.examples is not None:
+        shards = math.ceil(settings.bootstrap.sample_rows / settings.bootstrap.shard_rows)
+        examples.write_examples(rows, wanted.examples, settings.bootstrap.compression, shards)
+
+
+def run_job(handle: Handle[Sample], wanted: Wanted, output: Path | None) -> None:
+    """Runs the job over the sample in this process.
+
+    Raises:
+        SpringtideError: What a step raised.
+    """
+    with handle.as_raised(), analysis() as pipeline:
+        build(pipeline, handle, wanted, output)
+
+
+def document(sample: Sample, salt: Salt, categories: Mapping[int, int], now_ms: int) -> dict[str, Any]:
+    """What `spec.json` says beside the graph.
+
+    Args:
+        sample: The clicks analysed.
+        salt: What users' pseudonyms were made with.
+        categories: Clicks by category id. As many are listed as `model.popular`
+            says: most clicked first, lower id first among equals.
+        now_ms: Wall clock.
+    """
+    model, spec, tally = sample.settings.model, sample.spec, sample.tally
+    ranked = sorted(categories.items(), key=lambda entry: (-entry[1], entry[0]))[: model.popular]
+    return {
+        "spec": spec.to_json(),
+        "features": list(spec.names),
+        "label_windows": list(spec.window_names),
+        "salt": salt.fingerprint,
+        "preprocessing": model.preprocessing,
+        "options": list(model.options),
+        "asked": sample.asked,
+        "rows": tally.clicks,
+        "popular": [[f"{label:016x}", clicks] for label, clicks in ranked],
+        "names": {f"{label:016x}": name for label, name in sorted(tally.names.items())},
+        "newest_ms": tally.newest_ms,
+        "created_at_ms": now_ms,
+    }
+
 
 logger = logging.getLogger(__name__)
 

@@ -6,6 +6,15 @@ Settings are those of the trial's trainer; what is wanted lies in its registry
 meanwhile, histories and attributes, lies in a directory of its own in that
 registry, and goes with it; what one that was killed left goes with the next.
 It ends with 0 behind the last micro-batch, and where nobody reads any more.
+
+Past clicks as micro-batches: what the stream makes of them, over histories of its own that begin empty.
+
+Which records came in one batch and what a micro-batch ends with changes no bit
+of a row, see `streaming/profile.py`; so a row is what the stream made of its
+click, where histories reach as far back, and but for attributes, which are
+those that are known now.
+
+Where past clicks come from: the topic, from some time before the first row that is wanted up to the cut, or files.
 """
 
 from __future__ import annotations
@@ -16,32 +25,232 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from prometheus_client import CollectorRegistry
 
 from state.config.settings import Settings
-from state.errors import RegistryError
+from state.errors import LogError, RegistryError, UnknownTopic
 from state.events.identity import load_salt
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
-from state.log import KafkaLog, Log, PartitionBatch
+from state.log import KafkaLog, Log, LogTopics, PartitionBatch
 from state.metrics import StreamMetrics
 from state.microbatch.frames import END, framed
+from state.positions import Source
 from state.process.part import run_part
+from state.process.wall_clock import wall_ms
+from state.recordings.files import Recording, constants_of, find
 from state.registry.log_line import WHOLE
 from state.storage.shares import STREAM, map_bytes
 from state.trials.past import Past, read_past
+from streaming.aligned_reader import AlignedReader
+from streaming.alignment import Reached
+from streaming.attributes import Join
+from streaming.context import JobContext
+from streaming.cut import Cut, Cutter, clocks_of, encode_cut
 from streaming.desired import ControlWatch
+from streaming.masking import leave_out
 from streaming.open_shard import open_job, open_join
-from streaming.past_clicks import of_files, of_topic, recording_of, stretch_of
-from streaming.past_rows import PastContext, PastRows
-from streaming.sample_source import topic_of
+from streaming.sample_source import recorded_batches, topic_of
+from streaming.steps import rows_of
+from streaming.sweeping import StreamSweep
+from streaming.unlogged import commit_rows
+
+POLL_S = 0.5
+STALLED_S = 60.0
+
+
+class ClicksStretch(NamedTuple):
+    """The part of the clicks topic that is read.
+
+    Attributes:
+        topic_id: The topic's id.
+        begins: By partition its first offset.
+        ends: By partition the offset behind the last one, at least: what comes after it is learned from the training log.
+    """
+
+    topic_id: str
+    begins: Mapping[int, int]
+    ends: Mapping[int, int]
+
+    @property
+    def positions(self) -> int:
+        """How many there are."""
+        return sum(self.ends[one] - begin for one, begin in self.begins.items())
+
+    def done(self, position: Callable[[int], int]) -> int:
+        """How many are read where `position` says where each partition is."""
+        return sum(min(position(one), self.ends[one]) - begin for one, begin in self.begins.items())
+
+
+def stretch_of(settings: Settings, past: Past, topics: LogTopics) -> ClicksStretch:
+    """What is to be read: as much before the first row that is wanted as its longest window sees, where the topic has it.
+
+    By the records' timestamps; where those are later than the clicks' own times, as in a replay, there is more of it.
+
+    Raises:
+        UnknownTopic: The topic is gone, or was made anew since the cut.
+        LogError: Kafka does not answer.
+    """
+    topic, reach_ms = settings.kafka.clicks_topic, settings.features.windows_s[-1] * 1000
+    topic_id = topics.describe(topic).topic_id
+    ends: dict[int, int] = {}
+    for source, mark in past.sources:
+        if source.topic_id == topic_id:
+            # Of buckets the one that is ahead: whoever learns leaves out what is not before the cut.
+            ends[source.partition] = max(mark, ends.get(source.partition, 0))
+    if not ends:
+        raise UnknownTopic(
+            f"version {past.version} learned nothing of topic {topic} with id {topic_id}: it was made anew since then",
+            "stop the trial, and begin another once the live trainer has learned from the new topic; or name files in retrain.files",
+        )
+    kept, since = topics.ends(topic), topics.offset_before(topic, max(0, past.begin_ms - reach_ms))
+    begins = {one: min(max(since[one], kept[one][0]), end) for one, end in ends.items()}
+    return ClicksStretch(topic_id, {one: at for one, at in begins.items() if at < ends[one]}, ends)
+
+
+def of_topic(
+    settings: Settings,
+    stretch: ClicksStretch,
+    log: Log,
+    reached: Callable[[Source], Reached],
+    reach: Callable[[int], None] = lambda _: None,
+    elapsed: Callable[[], float] = time.monotonic,
+) -> Iterator[list[PartitionBatch]]:
+    """The clicks of a stretch in the order in which they happened, and some behind it.
+
+    Args:
+        settings: All settings.
+        stretch: Of the topic.
+        log: Where it is.
+        reached: What time it is where a source was read to, once what was given is known there.
+        reach: Told how many positions are read.
+        elapsed: Monotonic seconds.
+
+    Raises:
+        GapError: Clicks of it were deleted meanwhile.
+        LogError: Kafka gives nothing for a minute.
+    """
+    topic, begins = settings.kafka.clicks_topic, dict(stretch.begins)
+    if not begins:
+        return
+    with log.reader(topic, sorted(begins), begins) as reader:
+        aligned = AlignedReader(
+            reader, lambda one: reached(Source(stretch.topic_id, one)), settings.stream.max_skew_s, elapsed
+        )
+        heard_s = elapsed()
+        while any(reader.position(one) < stretch.ends[one] for one in begins):
+            aligned.begin(settings.stream.cut_rows)
+            if batches := aligned.poll(POLL_S):
+                heard_s = elapsed()
+                yield batches
+                reach(stretch.done(reader.position))
+            elif elapsed() - heard_s > STALLED_S:
+                raise LogError(
+                    f"topic {topic} gave nothing for {STALLED_S:.0f} s, {stretch.done(reader.position)} of {stretch.positions} "
+                    "positions of the past are read",
+                    "look after the broker; the trial begins again by itself",
+                )
+
+
+def recording_of(settings: Settings, past: Past) -> Recording:
+    """The files of a past.
+
+    Raises:
+        SettingsError: There is no such file, or its name tells no format.
+    """
+    events = settings.events
+    return Recording(find(past.files), events.columns, constants_of(events.constants, events))
+
+
+def of_files(
+    settings: Settings, recording: Recording, say: Callable[[str], None], reach: Callable[[int], None] = lambda _: None
+) -> Iterator[list[PartitionBatch]]:
+    """The clicks of files, ordered by time.
+
+    Args:
+        settings: All settings.
+        recording: The files.
+        say: Takes a line about strays.
+        reach: Told how many rows are read.
+
+    Raises:
+        SettingsError: The columns do not fit, or memory does not hold the files.
+        UnreadableRecording: A file is cut or damaged.
+    """
+    done, most = 0, settings.stream.cut_rows
+    for batches in recorded_batches(settings.events, recording, "memory", time.time(), say, lambda: most):
+        yield batches
+        done += sum(map(len, batches))
+        reach(done)
+
+
+NEVER_MS = 1 << 62
+
+
+@dataclass(frozen=True, kw_only=True)
+class PastContext(JobContext):
+    """What makes rows of past clicks; its store is new, and thrown away afterwards.
+
+    Attributes:
+        join: Attributes of users and items; None where none are configured.
+        metrics: Nobody reads them.
+    """
+
+    join: Join | None
+    metrics: StreamMetrics
+
+
+class PastRows:
+    """Makes micro-batches of clicks that are given in the order of their partitions. One thread.
+
+    Args:
+        context: What makes their rows.
+        salt: Fingerprint of the users' salt.
+        begin_ms: Micro-batches that end before this log time are left out: they only fill histories.
+    """
+
+    def __init__(self, context: PastContext, salt: str, begin_ms: int) -> None:
+        self._context, self._salt, self._begin_ms = context, salt, begin_ms
+        self._cutter, self._sweep = Cutter(context.settings.stream.cut_rows, NEVER_MS), StreamSweep(context)
+
+    def take(self, batches: list[PartitionBatch]) -> list[bytes]:
+        """Takes what a poll found; returns the micro-batches that are full.
+
+        Raises:
+            StoreError: The store of histories cannot take it.
+            MicroBatchError: A row is larger than a record may be.
+            SpringtideError: What ended the follower of attributes.
+        """
+        context, now_ms = self._context, wall_ms()
+        events = leave_out(context.parser.parse(batches), context.mask)
+        made = rows_of(context, context.join, events, now_ms)
+        rows = commit_rows(context.store, context.profiler, context.labels, made)
+        self._sweep.note([rows])
+        if (due_s := self._sweep.due_s) is not None and time.monotonic() >= due_s:
+            self._sweep.look()
+        return self._encoded(self._cutter.add(rows, now_ms))
+
+    def flush(self) -> list[bytes]:
+        """The last ones."""
+        return self._encoded(self._cutter.flush(wall_ms()))
+
+    def reached(self, source: Source) -> Reached:
+        """What time it is where a source was read to."""
+        return self._context.clock.reached(source)
+
+    def _encoded(self, cuts: Sequence[Cut]) -> list[bytes]:
+        context, stream = self._context, self._context.settings.stream
+        limits = stream.cut_rows, stream.max_record_bytes, context.mask.generation
+        wanted = [cut for cut in cuts if max((end for _, end in clocks_of(cut)), default=NEVER_MS) >= self._begin_ms]
+        return [value for cut in wanted for value in encode_cut(cut, context.spec.digest, self._salt, *limits)]
+
 
 KEPT = "past-"
 PROGRESS_S = 5.0

@@ -1,19 +1,33 @@
-"""The micro-batch log, for a rebuild: its rows are what the lost store had, its ranges are the positions."""
+"""The micro-batch log, for a rebuild: its rows are what the lost store had, its ranges are the positions.
+
+Which rows wait after a stretch of the micro-batch log: those that it opens and does not close.
+
+The clicks themselves, for a rebuild: what the micro-batch log no longer holds, as far as they reach back.
+"""
 
 from __future__ import annotations
 
 import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from state.config.settings import Settings
 from state.errors import MicroBatchError, SaltMismatch, SpecMismatch, UnknownTopic
+from state.events.event_batch import EventBatch
 from state.events.identity import Salt
+from state.events.parser import Parser
+from state.features.erased import Flags
+from state.features.mask import Mask
+from state.features.spec import FeatureSpec
 from state.history.actions import renumbered
 from state.history.appends import Appends, events_of
 from state.history.followed import new_ranges
 from state.history.store import HistoryStore
+from state.history.waiting import Changes, Extra, WaitingRows, keys_of, place_of
 from state.layout import GAPS
 from state.log import PartitionBatch, Reader, Topics, accepted_gaps
 from state.log.accepted_gaps import Journal
@@ -21,18 +35,208 @@ from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
 from state.microbatch.cutting import trim
 from state.microbatch.masked import erased_rows
-from state.microbatch.row_kinds import happened
+from state.microbatch.row_kinds import Kind, happened
 from state.positions import Range, Source
 from state.process import killpoints
 from state.process.progress_line import ProgressLine
+from state.process.wall_clock import wall_ms
 from state.registry.log_line import counts
 from state.registry.spec_actions import SpecActions
 from streaming.cut import merge_all, merge_appends
 from streaming.desired import NOTHING_DESIRED, Desired
 from streaming.event_clock import EventClock
-from streaming.rebuild_clicks import ClicksLeft, read_to
+from streaming.labels import Labels, open_labels
+from streaming.masking import leave_out
+from streaming.profile import Profiler
 from streaming.rebuild_report import Rebuilt, progress_line
-from streaming.rebuild_waiting import Waits
+from streaming.unlogged import commit_at_once
+
+CLICKS_AT_ONCE = 20_000
+POLL_S = 0.5
+STALLED_S = 60.0
+
+
+def read_to(reader: Reader, partition: int, end: int, most: int, what: str) -> Iterator[list[PartitionBatch]]:
+    """What each poll finds until the reader stands at `end`.
+
+    Args:
+        reader: Of the one partition.
+        partition: Its number.
+        end: An offset that the topic has reached.
+        most: The most records of a poll.
+        what: What the topic is called in a message.
+
+    Raises:
+        UnknownTopic: Nothing came for a minute.
+        LogError: Kafka is not reachable.
+    """
+    heard_s = time.monotonic()
+    while (at := reader.position(partition)) < end:
+        batches = reader.poll(POLL_S, most)
+        yield batches
+        heard_s = time.monotonic() if batches else heard_s
+        if time.monotonic() - heard_s > STALLED_S:
+            raise UnknownTopic(
+                f"{what} gave nothing for {STALLED_S:.0f} s at position {at} of {end}: a transaction may still be open",
+                "try again",
+            )
+
+
+class ClicksLeft:
+    """What the topic of clicks still holds, and what the stream had read of it by the word of its group.
+
+    Args:
+        settings: Of the stream.
+        store: Being rebuilt.
+        clock: Of its clicks.
+        salt: Of the users' pseudonyms.
+        topics: Of the cluster.
+        found: Counts what is taken and what is lost.
+        mask: The clicks that are left out.
+
+    Raises:
+        LogError: Kafka is not reachable.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        store: HistoryStore,
+        clock: EventClock,
+        salt: Salt,
+        topics: Topics,
+        found: Rebuilt,
+        mask: Mask = Mask.NONE,
+    ) -> None:
+        self._settings, self._store, self._clock = settings, store, clock
+        self._found, self._mask = found, mask
+        self._parser = Parser(settings.events, salt)
+        self._topic_id: str | None = None
+        self._kept: Mapping[int, tuple[int, int]] = {}
+        self._group: Mapping[int, int] = {}
+        kafka = settings.kafka
+        try:
+            self._topic_id = topics.describe(kafka.clicks_topic).topic_id
+            self._kept = topics.ends(kafka.clicks_topic)
+            self._group = topics.committed(kafka.group, kafka.clicks_topic)
+        except UnknownTopic as error:
+            logger.warning("%s; only what the micro-batch log holds is rebuilt", error)
+
+    def committed(self) -> dict[Source, int]:
+        """The next offset of each source as the group has it, in the order of the partitions."""
+        if self._topic_id is None:
+            return {}
+        return {Source(self._topic_id, partition): after for partition, after in sorted(self._group.items())}
+
+    def has(self, source: Source, mark: int | None, after: int) -> bool:
+        """Whether the clicks may still hold positions of `source` from `mark` (None: its first) to below `after`."""
+        if source.topic_id != self._topic_id or source.partition not in self._kept:
+            return False
+        return self._kept[source.partition][0] < after or mark is None
+
+    def fill(self, source: Source, mark: int | None, after: int) -> None:
+        """Takes the positions of `source` from `mark` up to `after` into the store; counts those that are gone.
+
+        Raises:
+            LogError: Kafka is not reachable, or stops answering.
+        """
+        at = mark or 0
+        first = min(max(at, self._kept[source.partition][0]), after)
+        self._found.lost += first - at
+        if mark is not None and first > at:
+            self._store.commit(Appends.none(), [Range(source, at, first, absent=first - at)])
+        if first == after:
+            return
+        logger.info("the log does not hold positions %d to %d of %s: reading the clicks", first, after, source)
+        self._found.clicks += after - first
+        labels = open_labels(self._settings, self._store, source.topic_id)
+        profiler = Profiler(self._store, FeatureSpec.from_settings(self._settings), 1, self._mask) if labels else None
+        kafka, partition = self._settings.kafka, source.partition
+        with Reader(kafka, kafka.clicks_topic, [partition], {partition: first}) as reader:
+            for batches in read_to(reader, partition, after, CLICKS_AT_ONCE, kafka.clicks_topic):
+                events = self._parser.parse([one.between(one.first, min(after, one.next)) for one in batches])
+                self._take(leave_out(events, self._mask), profiler, labels)
+
+    def _take(self, events: EventBatch, profiler: Profiler | None, labels: Labels | None) -> None:
+        """One commit for clicks; impressions among them may still wait, with the windows of then."""
+        now_ms = wall_ms()
+        if profiler is None or labels is None:
+            told = self._clock.follow(events, events.ranges, now_ms)
+            self._store.commit(Appends.of(events.user, events_of(events, events.ranges)), events.ranges, told.state)
+        else:
+            commit_at_once(self._store, profiler, self._clock, labels, events, now_ms)
+
+
+class Waits:
+    """Gathers from micro-batches what begins and ends to wait, until it is committed. One thread.
+
+    Args:
+        store: Being rebuilt.
+    """
+
+    def __init__(self, store: HistoryStore) -> None:
+        self._store = store
+        self._rows: WaitingRows | None = None
+        self._changes: Changes = {}
+        self._extra: Extra = {}
+        self._erased: set[bytes] = set()
+
+    def follow(self, batch: MicroBatch, erased: Flags, ranges: Sequence[Range]) -> list[Range]:
+        """Takes the new rows of a micro-batch; returns its ranges without closings of what was never opened here.
+
+        Where the log no longer holds an impression, but holds its label, the
+        row never waited in this store; its account leaves both out. What an
+        erased user was shown does not wait, and counts as opened.
+
+        Args:
+            batch: Rows that the store does not have.
+            erased: `[n]` bool, whether each row is of a user who was erased since.
+            ranges: What they came from.
+        """
+        rows = self._rows = self._rows or WaitingRows(self._store)
+        closing = np.flatnonzero(~happened(batch.kind))
+        opened = batch.kind == Kind.OPENED
+        if not (len(closing) or opened.any()):
+            return list(ranges)
+        sources = [part.source for part in batch.header.ranges]
+        now = rows.adopt(batch.columns, self._changes, self._extra)
+        if (waits := opened & ~erased).any():
+            keys = keys_of(sources, batch.source[waits], batch.offset[waits])
+            self._changes.update(zip(keys, now.pack(batch.take(waits).columns), strict=True))
+        self._erased.update(keys_of(sources, batch.source[opened & erased], batch.offset[opened & erased]))
+        keys = keys_of(sources, batch.source[closing], batch.opened[closing])
+        found = zip(keys, rows.values(keys, self._changes), strict=True)
+        known = np.array([value is not None or key in self._erased for key, value in found], np.bool_)
+        self._changes.update(dict.fromkeys(keys))
+        self._erased.difference_update(keys)
+        lost = closing[~known]
+        return [_without(part, batch.take(_named(lost, len(batch)))) for part in ranges] if len(lost) else list(ranges)
+
+    def to_commit(self) -> tuple[Changes, Extra]:
+        """What to commit; from then on the store is asked again."""
+        changes, extra, self._changes, self._extra, self._rows = self._changes, self._extra, {}, {}, None
+        return changes, extra
+
+    def dropped(self, marks: Mapping[Source, int]) -> list[Range]:
+        """What erased users were shown and no label ever closed, as it counts: dropped, at the marks of its sources."""
+        counted = Counter(place_of(key)[0] for key in self._erased)
+        return [Range(source, marks[source], marks[source], dropped=count) for source, count in counted.items()]
+
+
+def _named(rows: np.ndarray[tuple[int], np.dtype[np.int64]], count: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
+    named = np.zeros(count, np.bool_)
+    named[rows] = True
+    return named
+
+
+def _without(part: Range, lost: MicroBatch) -> Range:
+    """A range without the closings in `lost` that lie in it."""
+    sources = [one.source for one in lost.header.ranges]
+    mine = np.array([sources[number] == part.source for number in lost.source.tolist()], np.bool_)
+    mine &= (lost.offset >= part.first) & (lost.offset < part.next)
+    joined, expired = (int((lost.kind[mine] == kind).sum()) for kind in (Kind.JOINED, Kind.EXPIRED))
+    return replace(part, joined=part.joined - joined, expired=part.expired - expired)
+
 
 RECORDS_AT_ONCE = 64
 logger = logging.getLogger(__name__)

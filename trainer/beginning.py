@@ -1,23 +1,171 @@
-"""What a trainer begins with where there is no version to go on from: nothing, or, of some trials, past clicks."""
+"""What a trainer begins with where there is no version to go on from: nothing, or, of some trials, past clicks.
+
+Learns past clicks before the training log: a child makes their micro-batches (`streaming/past.py`), one is one step.
+
+The micro-batches are the stream's, of the same clicks; which of their rows
+count says `state.trials.past.Past`. Nothing is kept before all of it is learned:
+a crash leaves nothing, and the next start learns it again from the first click.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+import select
+import subprocess
+import sys
 import threading
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from state.config.settings import Settings
+from state.errors import ProcessFailed, UnknownTopic
+from state.features.spec import FeatureSpec
 from state.log import LogReader
+from state.microbatch.frames import Frames
+from state.process import killpoints
 from state.registry.control import Control
+from state.registry.log_line import onward
 from state.registry.registry import Registry
-from state.trials.past import read_past
+from state.trials.past import Past, read_past
 from trainer.engine.step import Trainer
-from trainer.past import PastLearning, from_child
+from trainer.intake import take_in
 from trainer.place import TrainingPlace
 from trainer.resume import OpenLog
 from trainer.versions import checkpoint
 from trainer.versions.first_version import nothing_learned
+
+LOOK_S, PROGRESS_S = 0.2, 10.0
+PIPE_BYTES = 1 << 20
+CHILD = "streaming.past"
+logger = logging.getLogger(__name__)
+
+Records = Callable[[], AbstractContextManager[Iterator[bytes]]]
+"""Gives the micro-batches of the past, encoded, for a block."""
+
+
+class PastLearning:
+    """What of the past a trainer learns. One thread.
+
+    Args:
+        past: The clicks and the cut.
+        records: Gives their micro-batches.
+        elapsed: Monotonic seconds.
+    """
+
+    def __init__(self, past: Past, records: Records, elapsed: Callable[[], float] = time.monotonic) -> None:
+        self._past, self._records, self._elapsed = past, records, elapsed
+
+    def learn(self, settings: Settings, trainer: Trainer, salt: str, control: Control) -> TrainingPlace:
+        """Lets `trainer` learn the past; returns the place at the cut.
+
+        Args:
+            settings: All settings.
+            trainer: Has learned nothing.
+            salt: Fingerprint of the users' salt.
+            control: Its masks count, and its erasures are taken into account.
+
+        Raises:
+            MicroBatchError, SpecMismatch, SaltMismatch: What was made is not what this trainer learns.
+            ProcessFailed, SystemExit: See `from_child`.
+        """
+        spec, past, began_s = FeatureSpec.from_settings(settings).digest, self._past, self._elapsed()
+        said_s, rows, records, told_ms = began_s, 0, 0, 0
+        logger.info("learning past clicks up to live version %d, offset %d", past.version, past.log.next)
+        with self._records() as made:
+            for value in made:
+                records += 1
+                found = take_in(value, {}, control.mask_at, spec, salt, f"micro-batch {records} of past clicks")
+                batch = found.batch.take(past.has(found.batch))
+                if len(batch):
+                    if trainer.guard.held:
+                        # As in a replay: what comes behind it may be learned from again.
+                        trainer.guard = trainer.guard.released()
+                    trainer.step(batch)
+                    rows, told_ms = rows + len(batch), max(told_ms, found.told_ms)
+                    killpoints.reach("past.stepped")
+                if self._elapsed() - said_s >= PROGRESS_S:
+                    said_s = self._elapsed()
+                    logger.info("%s rows of past clicks are learned in %.0f s", f"{rows:,}", said_s - began_s)
+        took_s, skipped = self._elapsed() - began_s, trainer.counters.skipped
+        logger.info("all %s rows of past clicks are learned in %.1f s, %d skipped", f"{rows:,}", took_s, skipped)
+        killpoints.reach("past.learned")
+        at = onward(control.log, past.log.next)
+        return TrainingPlace(
+            control.epoch,
+            parent=0,
+            first=at,
+            next=at,
+            marks=past.marks,
+            rows=rows,
+            durable_first=at,
+            told_ms=told_ms,
+            # Whom they name was left out.
+            erased=control.erased.last,
+        )
+
+    def open_behind(self, open_log: OpenLog, control: Control) -> LogReader:
+        """The training log at the cut.
+
+        Raises:
+            GapError: It does not reach back to it any more.
+            UnknownTopic: It was made anew since then.
+        """
+        cut = self._past.log
+        at = onward(control.log, cut.next)
+        # Who wrote what is passed over on the way there is not known.
+        log = open_log(at, cut.leader_epoch if at == cut.next else -1)
+        if log.topic_id != cut.topic_id:
+            log.close()
+            raise UnknownTopic(
+                f"the past ends at offset {cut.next} of topic id {cut.topic_id}, {cut.topic} is now {log.topic_id}: it was deleted "
+                "and made again",
+                "stop the trial, and begin another: `springtide trial stop NAME --reason TEXT`",
+            )
+        return log
+
+
+@contextmanager
+def from_child(arguments: Sequence[str], stopping: threading.Event) -> Iterator[Iterator[bytes]]:
+    """The micro-batches that a child makes, which ends with the block.
+
+    Args:
+        arguments: The command line of this process: the child has the same settings.
+        stopping: Set where this process is to end.
+
+    Raises:
+        ProcessFailed: The child ended before all of them were made.
+        SystemExit: This process is to end.
+    """
+    child = subprocess.Popen(
+        [sys.executable, "-m", CHILD, *arguments], stdin=subprocess.DEVNULL, stdout=subprocess.PIPE
+    )
+    try:
+        yield _read(child, stopping)
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def _read(child: subprocess.Popen[bytes], stopping: threading.Event) -> Iterator[bytes]:
+    assert child.stdout is not None, "it is a pipe"
+    pipe, frames = child.stdout.fileno(), Frames()
+    while not frames.ended:
+        if stopping.is_set():
+            logger.info("stopped; past clicks are learned from the first one at the next start")
+            raise SystemExit(0)
+        if not select.select([pipe], [], [], LOOK_S)[0]:
+            continue
+        data = os.read(pipe, PIPE_BYTES)
+        if not data:
+            raise ProcessFailed(
+                f"{CHILD} ended with exit code {child.wait()} before all past clicks were made into rows",
+                "read the lines before this one; it begins again by itself",
+            )
+        yield from frames.take(data)
 
 
 class Beginning(NamedTuple):

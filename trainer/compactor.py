@@ -1,6 +1,6 @@
 """Makes bases, merges the deltas of old versions, and removes what no one needs any more: `springtide compact`.
 
-0. Rows of erased users are taken out of all that is kept (`trainer/rewriting.py`).
+0. Rows of erased users are taken out of all that is kept (`trainer/compactor.py`).
 1. Where much is read beyond the newest base, it and the deltas since are merged into another: bit-equal to the state of
    the trainer that published them. No TensorFlow, no pause of the trainer. It appears at once.
 2. Deltas of versions that are too old to be kept each are merged into that of the next one that is
@@ -9,6 +9,14 @@
 4. Garbage goes by age (`state/registry/garbage.py`).
 
 What control names is never removed. A crash at any step leaves all that stays loadable, and the rest for the next time.
+
+Takes rows of erased users out of the versions and bases that are kept, whose files are written anew.
+
+A version says how far its trainer had taken erasures into account when it was
+made. One of before is rewritten without the users' rows, the oldest first; then
+the delta in which they went is, without the ids that say so. Nobody who loads
+such a version sees a difference: a trainer forgets the users as it enters, and
+answers do not use their rows.
 """
 
 from __future__ import annotations
@@ -18,24 +26,92 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from state import layout
 from state.config.settings import Settings
+from state.disk.files import HOST
 from state.disk.lock import DirectoryLock
 from state.errors import LockHeld, UnusableRegistry
+from state.features.erased import Erased
+from state.features.masked_users import MaskedUsers
 from state.features.spec import FeatureSpec
 from state.process import killpoints
 from state.process.part import run_part
+from state.process.wall_clock import wall_ms
 from state.ranking.configured import crosses_of
+from state.ranking.crosses import Crosses
 from state.registry.control import Control
+from state.registry.erasing import ErasureReport, report, reports
 from state.registry.garbage import collect
 from state.registry.labels import named
-from state.registry.manifest import Manifest
+from state.registry.manifest import Manifest, entries
 from state.registry.registry import SERVING, TRAINING, Registry
 from state.storage.shares import REGISTRY, kept_bytes
-from trainer.rewriting import rewrite
 from trainer.thinning import DAY_MS, HOUR_MS, Thinning, Tiers, plan
 from trainer.versions import content
+from trainer.versions.erased_rows import CrossedIds, without, without_tombstones
+
+PART = "compactor"
+
+
+def reported(registry: Registry) -> ErasureReport:
+    """What the compactor last said."""
+    said = [one for one in reports(registry.path) if one.part == PART]
+    return said[0] if said else ErasureReport(PART, HOST, str(registry.path), 0, 0)
+
+
+def rewrite(registry: Registry, crosses: Crosses, now_ms: Callable[[], int] = wall_ms) -> int:
+    """Takes erased users out of all that is kept; returns how many parts were rewritten.
+
+    Raises:
+        CorruptVersion: A file fails its digest.
+        UnusableRegistry: The disk refused.
+    """
+    control = registry.control()
+    if control is None or not control.erased:
+        return 0
+    erased, said, count = control.erased, reported(registry), 0
+    parts = [registry.manifest(version, "base") for version in registry.bases()]
+    parts += [registry.manifest(version, "delta") for version in registry.deltas()]
+    parts.sort(key=lambda part: part.version)
+    looked = said.version if said.through >= erased.last else 0
+    if any(_theirs(part, erased) for part in parts if part.version > looked):
+        # The oldest first: what an id that went stood for is gone when it is left out.
+        known = CrossedIds(crosses)
+        for part in parts:
+            count += _rewritten(registry, part, erased, known)
+    last = parts[-1].version if parts else 0
+    if (said.through, said.version) != (erased.last, last):
+        report(registry.path, replace(said, through=erased.last, pages=erased.last, version=last, at_ms=now_ms()))
+    if count:
+        logger.info("%d versions and bases written anew without rows of erased users", count)
+    return count
+
+
+def _theirs(part: Manifest, erased: Erased) -> tuple[MaskedUsers, MaskedUsers] | None:
+    """The users whose rows a part may have, and those that went in it; None where there are none."""
+    rows = erased.after(max(part.erased, part.rewritten)).users
+    went = [number for number, offset in part.erasures if offset >= part.log.first and number > part.rewritten]
+    ids = erased.after(part.rewritten).up_to(max(went)).users if went and part.kind != "base" else MaskedUsers.NOBODY
+    return (rows, ids) if rows or ids else None
+
+
+def _rewritten(registry: Registry, part: Manifest, erased: Erased, known: CrossedIds) -> bool:
+    """Writes a part anew where it has something of erased users."""
+    before = content.decode(registry.read(part, name) for name in (SERVING, TRAINING))
+    known.see(before)
+    theirs = _theirs(part, erased)
+    if theirs is None:
+        return False
+    rows, ids = theirs
+    after = without_tombstones(without(before, rows, known), ids, known)
+    if all(len(after[name]) == len(tensor) for name, tensor in before.items() if tensor.ndim):
+        return False
+    files = content.encode(after)
+    registry.replace(replace(part, files=entries(files), rewritten=erased.last), files)
+    return True
+
 
 NICENESS = 10
 PATIENCE_S, WAIT_S = 300.0, 0.5

@@ -7,7 +7,7 @@
    model no longer, an epoch begins that goes on from what fits; where the settings are others, that is refused.
 4. Creates control generation 1 where there is no control.
 5. Enters control's epoch: its newest version, else its base, else nothing, or the past clicks that a trial is to learn
-   first. Where the training log was cut back behind that, it goes back to the newest version that the log still leads to (`trainer/recovery.py`).
+   first. Where the training log was cut back behind that, it goes back to the newest version that the log still leads to (`trainer/loop.py`).
 6. Reads, steps, publishes and converges to control until SIGTERM or SIGINT;
    then publishes what is left and ends with 0.
 
@@ -19,6 +19,23 @@ out likewise, here and in every replay.
 A compactor runs beside it now and then, as a child, and so does an export where `export.every_s` asks for it. Everything else that ends
 the process is one line on the standard error and exit code 1 (2 for a wrong
 setting); started again, it goes on from the newest version.
+
+Exports beside the trainer: a child now and then, where a setting asks for it.
+
+What the trainer does at its start, as a gauge and in the log: a restart that takes long shows where it is.
+
+A trainer ahead of its log: it goes back to the newest version that the log still leads to.
+
+A version is on disk when it is published; the newest records of the training
+log may not be: a broker that loses power without other replicas, or a leader
+that is elected without them, takes them away, and others come in their place.
+Weights that learned the lost records are no function of the log any more. So
+the trainer takes control on by a generation of its own: an epoch more, from
+the newest version of the line that learned nothing beyond what is left, with
+everything else as it was. What comes after is recomputed bit for bit by
+`springtide verify`, and `springtide history` says who went back and why.
+
+The compactor beside the trainer: a child now and then, and what to look at when one fails.
 """
 
 from __future__ import annotations
@@ -63,15 +80,256 @@ from state.storage.measuring import offer
 from state.storage.shares import REGISTRY
 from state.storage.waiting import Room, is_full
 from trainer.checks import check_own, is_own
-from trainer.compaction import Compaction, doubt
-from trainer.exporting.schedule import ScheduledExports
 from trainer.lag import Taken, TrainingLag
-from trainer.phases import BOOTSTRAP, IMPORTS, KERNELS, MODEL, PROGRAM, VERSION, Phases
-from trainer.recovery import recover
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
     from trainer.learner import Learner
+import subprocess
+from collections.abc import Callable
+
+from state.errors import CorruptVersion, UnknownVersion
+from state.log.gaps import in_words
+from state.registry import control as transitions
+from state.registry.manifest import Manifest, sees
+
+HURRY_S = 30.0
+
+
+class Compaction:
+    """Starts the compactor every so often, one at a time, with the trainer's own settings.
+
+    Args:
+        arguments: The command line of this process.
+        every_s: Seconds from one start to the next.
+        on_failure: What to look at when one fails.
+        metrics: Where is told how many failed in a row.
+        elapsed: Monotonic seconds.
+
+    Where publishing waits for room one is started sooner: it removes what is beyond its tier.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        every_s: float,
+        on_failure: Callable[[], None] = lambda: None,
+        metrics: TrainerMetrics | None = None,
+        elapsed: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._command = [sys.executable, "-m", "trainer.compactor", *arguments]
+        self._every_s, self._elapsed, self._on_failure = every_s, elapsed, on_failure
+        self._last_s = elapsed()
+        self._next_s = self._last_s + every_s
+        self._child: subprocess.Popen[bytes] | None = None
+        self._metrics, self._failures = metrics, 0
+
+    def tick(self, hurry: bool = False) -> None:
+        """Starts one that is due and takes note of one that ended.
+
+        Args:
+            hurry: Whether the disk is full.
+
+        Raises:
+            SpringtideError: What `on_failure` found.
+        """
+        if self._child is not None:
+            code = self._child.poll()
+            if code is None:
+                return
+            if code != 0:
+                logger.error("the compactor failed with exit code %d; versions take room until one succeeds", code)
+            self._child = None
+            self._failures = self._failures + 1 if code != 0 else 0
+            if self._metrics is not None:
+                self._metrics.compactor_failures.set(self._failures)
+            if code != 0:
+                self._on_failure()
+        due_s = min(self._next_s, self._last_s + HURRY_S) if hurry else self._next_s
+        if self._elapsed() >= due_s:
+            self._last_s = self._elapsed()
+            self._next_s = self._last_s + self._every_s
+            self._child = subprocess.Popen(self._command)
+
+    def close(self) -> None:
+        """Ends a child; what it had not finished is absent."""
+        if self._child is not None:
+            self._child.terminate()
+            self._child.wait()
+
+
+def doubt(registry: Registry, version: int) -> None:
+    """Reads all that `version` is made from, while the trainer waits: what is built on damage can never be restored.
+
+    Raises:
+        CorruptVersion: A part of it is damaged.
+    """
+    try:
+        base, deltas = registry.chain(version)
+        for part in (base, *deltas):
+            registry.verify(part)
+    except CorruptVersion as error:
+        raise CorruptVersion(
+            error.what,
+            f"{error.do}, or start the trainer again: it sets the damaged one aside and learns what came after from the log",
+        ) from error
+
+
+def recover(registry: Registry, control: Control, lost: TruncatedLog, actor: str, now_ms: int) -> Control:
+    """Control's next generation, which goes back behind what was lost; durable when this returns.
+
+    Args:
+        registry: Where versions and control are.
+        control: That the trainer wanted to enter.
+        lost: What the log said.
+        actor: Who is named in the history.
+        now_ms: Wall clock.
+
+    Raises:
+        TruncatedLog: No version can be learned on from; with what to do.
+        ControlConflict: Somebody else changed control all the time.
+    """
+    kept = lost.kept
+    if control.log[-1].first > kept:
+        raise _hopeless(
+            lost,
+            f"the last exact rollback begins at {control.log[-1].first}, which is gone: repeat it with "
+            "`springtide rollback --to V --mode exact --reason TEXT`, and look at `springtide history`",
+        )
+    found = newest_within(registry, control, lost)
+    if found is None:
+        raise _hopeless(
+            lost,
+            "no version is kept that learned only what is left: restore the training log, or learn what it holds from its "
+            "beginning: `springtide upgrade --learn-anew --reason TEXT`",
+        )
+    reason = f"the training log {in_words(lost)}; version {found.version} learned nothing beyond"
+    logger.warning("%s: going back to version %d, epoch %d", lost.what, found.version, control.epoch + 1)
+    return registry.change(
+        lambda now: (
+            now
+            if now.epoch != control.epoch
+            else transitions.recover(now, found.version, actor=actor, reason=reason, now_ms=now_ms)
+        )
+    )
+
+
+def newest_within(registry: Registry, control: Control, lost: TruncatedLog) -> Manifest | None:
+    """The newest version on control's line that learned nothing beyond what is left of the log; None where there is none."""
+    (gap,) = lost.gaps
+    newest = registry.newest_good(control.epoch)
+    start = control.base if newest is None else newest
+    if start is None:
+        return None
+    visible = registry.manifest(start).visible
+    for number in reversed(registry.versions()):
+        if not sees(visible, number):
+            continue
+        one = registry.manifest(number)
+        if (one.log.topic_id, one.log.partition) != (gap.source.topic_id, gap.source.partition):
+            continue
+        try:
+            if one.log.next <= lost.kept and registry.chain(number):
+                return one
+        except UnknownVersion:
+            # Its base was given up: an older one may have its own.
+            continue
+    return None
+
+
+def _hopeless(lost: TruncatedLog, do: str) -> TruncatedLog:
+    return TruncatedLog(lost.what, do, lost.gaps)
+
+
+IMPORTS = "loading TensorFlow"
+KERNELS = "compiling kernels"
+BOOTSTRAP = "waiting for the bootstrap"
+MODEL = "building the model"
+PROGRAM = "lowering the program"
+VERSION = "loading the version"
+CATCHING_UP = "catching up"
+LEARNING = "learning"
+PHASES = (IMPORTS, KERNELS, BOOTSTRAP, MODEL, PROGRAM, VERSION, CATCHING_UP, LEARNING)
+
+SAY_S = 5.0
+
+
+class Phases:
+    """The phase of a trainer's start.
+
+    Args:
+        metrics: Of the trainer.
+    """
+
+    def __init__(self, metrics: TrainerMetrics) -> None:
+        self._metrics, self._phase = metrics, ""
+        self._since_s = self._said_s = time.monotonic()
+
+    def enter(self, phase: str) -> None:
+        """Shows the phase, and logs how long the one before took; the one that it is in already is entered once."""
+        if phase == self._phase:
+            return
+        now_s = time.monotonic()
+        if self._phase:
+            logger.info("%s: %.1f s; now %s", self._phase, now_s - self._since_s, phase)
+        self._phase, self._since_s, self._said_s = phase, now_s, now_s
+        for one in PHASES:
+            self._metrics.phase.labels(one).set(one == phase)
+
+    def follow(self, caught_up: bool, records_left: int | None) -> None:
+        """Shows whether the trainer has read the log to its end; until then how many records are left, every few seconds.
+
+        Args:
+            caught_up: Whether it has.
+            records_left: Positions of the log that it has not taken; None where that is not known yet.
+        """
+        self.enter(LEARNING if caught_up else CATCHING_UP)
+        if not caught_up and time.monotonic() >= self._said_s + SAY_S:
+            self._said_s = time.monotonic()
+            logger.info("catching up, %s records left", "unknown" if records_left is None else f"{records_left:,}")
+
+
+class ScheduledExports:
+    """Starts `springtide export` every so often, one at a time, with the trainer's own settings.
+
+    Args:
+        arguments: The command line of this process.
+        every_s: Seconds from one start to the next; 0: never.
+        elapsed: Monotonic seconds.
+        module: What is run.
+    """
+
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        every_s: float,
+        elapsed: Callable[[], float] = time.monotonic,
+        module: str = "trainer.exporting.command",
+    ) -> None:
+        self._command = [sys.executable, "-m", module, *arguments]
+        self._every_s, self._elapsed = every_s, elapsed
+        self._next_s = elapsed() + every_s
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def tick(self) -> None:
+        """Starts one that is due, and takes note of one that ended: a failure is said, and the next one is tried in its turn."""
+        if self._child is not None:
+            code = self._child.poll()
+            if code is None:
+                return
+            if code != 0:
+                logger.error("an export failed with exit code %d; the next one is tried in %g s", code, self._every_s)
+            self._child = None
+        if self._every_s and self._elapsed() >= self._next_s:
+            self._next_s = self._elapsed() + self._every_s
+            self._child = subprocess.Popen(self._command)
+
+    def close(self) -> None:
+        """Ends a child; what it had not finished has no place."""
+        if self._child is not None:
+            self._child.terminate()
+            self._child.wait()
+
 
 WAIT_S = 0.02
 PROGRESS_S = 5.0

@@ -3,32 +3,150 @@
 Only POST on one path changes something, and only with a token of the role
 operate, also where answers need none. A resolved alert changes nothing: an
 operator looks first, and lets answers follow.
+
+Pins answers to the newest version from before an alert began; what an operator decided is left as it is.
+
+What Alertmanager's webhook sends: which alert fires, and since when. Pure.
+
+https://prometheus.io/docs/alerting/latest/configuration/#webhook_config, version 4 of its JSON.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import orjson
 
-from deploy.alerting.notification import firing
-from deploy.alerting.pinning import pin_before
+from deploy.operate.commands import current
+from deploy.operate.line import ServingLine, told
+from deploy.operate.times import iso, parse_time
 from deploy.operate.versions import open_registry
 from deploy.serving.edge.tls import Certificate
 from deploy.serving.edge.tokens import OPERATE, Tokens, make_missing
 from state.config.loading import load
 from state.config.settings import Settings
-from state.errors import BadRequest, PortTaken, SpringtideError, TooLarge, UnknownPath, WrongMethod, of_disk
+from state.errors import (
+    BadRequest,
+    PortTaken,
+    SettingsError,
+    SpringtideError,
+    TooLarge,
+    UnknownPath,
+    UnknownVersion,
+    WrongMethod,
+    of_disk,
+)
 from state.process import log_lines
 from state.process.private_files import keep_private
 from state.process.wall_clock import wall_ms
+from state.registry import control as transitions
+from state.registry.registry import Registry
+
+VERSION = "4"
+MOST_TEXT = 300
+
+
+@dataclass(frozen=True)
+class Notification:
+    """The alert of a notification that began first.
+
+    Attributes:
+        alert: Its name.
+        began_ms: When it began to fire.
+        summary: What it says.
+    """
+
+    alert: str
+    began_ms: int
+    summary: str
+
+
+def firing(body: bytes) -> Notification | None:
+    """The first of the alerts that fire; None where all are resolved.
+
+    >>> one = {"status": "firing", "labels": {"alertname": "A"}, "annotations": {}, "startsAt": "2026-05-01T00:00:00Z"}
+    >>> firing(orjson.dumps({"version": "4", "alerts": [one]}))
+    Notification(alert='A', began_ms=1777593600000, summary='')
+    >>> firing(orjson.dumps({"version": "4", "alerts": [one | {"status": "resolved"}]}))
+
+    Raises:
+        BadRequest: The body is no notification of version 4.
+    """
+    try:
+        document = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise BadRequest(f"the body is no JSON ({error})", "send what Alertmanager's webhook sends") from None
+    if not isinstance(document, dict) or document.get("version") != VERSION:
+        raise BadRequest("the body is no notification of version 4", "send what Alertmanager's webhook sends")
+    alerts = document.get("alerts")
+    if not isinstance(alerts, list) or not alerts:
+        raise BadRequest("it has no alerts", "send what Alertmanager's webhook sends", "/alerts")
+    found = [_alert(one, number) for number, one in enumerate(alerts)]
+    return min((one for one in found if one is not None), key=lambda one: one.began_ms, default=None)
+
+
+def _alert(found: Any, number: int) -> Notification | None:
+    where = f"/alerts/{number}"
+    if not isinstance(found, dict) or found.get("status") not in ("firing", "resolved"):
+        raise BadRequest("an alert has the status firing or resolved", where=f"{where}/status")
+    labels, annotations = found.get("labels"), found.get("annotations", {})
+    name = labels.get("alertname") if isinstance(labels, dict) else None
+    # It becomes a name in the audit log, and no line of somebody else's making.
+    if not isinstance(name, str) or not re.fullmatch(r"[\w:-]{1,100}", name, re.ASCII):
+        raise BadRequest("an alert has a name of letters, digits and _:-", where=f"{where}/labels/alertname")
+    summary = annotations.get("summary", "") if isinstance(annotations, dict) else ""
+    try:
+        began_ms = parse_time(str(found["startsAt"]), 0)
+    except (KeyError, SettingsError):
+        raise BadRequest("an alert has a time at which it began", where=f"{where}/startsAt") from None
+    if found["status"] == "resolved":
+        return None
+    words = "".join(one if one.isprintable() else " " for one in str(summary)).split()
+    return Notification(name, began_ms, " ".join(words)[:MOST_TEXT])
+
+
+ACTOR = "alertmanager"
+
+
+def pin_before(registry: Registry, notification: Notification, before_s: float, now_ms: int) -> str:
+    """Pins, and says what was done; asked again it changes nothing. Durable when it returns.
+
+    Args:
+        registry: Where versions and control are.
+        notification: The alert.
+        before_s: How long before the alert began a version must have been made: the trouble is older than its alert.
+        now_ms: Wall clock.
+
+    Raises:
+        UnknownVersion: No such version is kept.
+        ControlConflict: Somebody else changed control meanwhile; Alertmanager asks again by itself.
+        RegistryError: There is no control yet.
+    """
+    control = current(registry)
+    if control.serving.mode == "pin":
+        return f"answers stay at version {control.serving.version} already; nothing was changed"
+    limit_ms = notification.began_ms - round(1000 * before_s)
+    line = ServingLine(registry, control)
+    found = line.last(lambda version: version.created_at_ms < limit_ms)
+    if found is None:
+        raise UnknownVersion(
+            f"no version of the serving line was made before {iso(limit_ms)}", "lower webhook.before_s, or pin by hand"
+        )
+    version = line.loadable(found)
+    actor = f"{ACTOR}: {notification.alert}"
+    reason = notification.summary or f"{notification.alert} fires"
+    registry.propose(transitions.pin(control, version.version, actor=actor, reason=reason, now_ms=now_ms))
+    return f"answers stay at {told(version)}; `springtide follow` undoes it"
+
 
 PATH = "/v1/alerts"
 MOST_BYTES = 1 << 20

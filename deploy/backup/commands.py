@@ -1,31 +1,340 @@
-"""`springtide backup` and `springtide restore`: what is asked for, done and told."""
+"""`springtide backup` and `springtide restore`: what is asked for, done and told.
+
+Makes a backup beside the running system: `springtide backup TO`.
+
+1. The place is ours: nobody prunes it meanwhile.
+2. The histories of each shard as of one moment, with their positions; then what lies beside them.
+3. Control, and the versions that there are under it.
+4. Serving's notes next to its histories, where this machine serves; the pieces that the place does not have yet.
+5. The document, which makes a backup of it; a crash before leaves none, and what was sent need not be sent again.
+
+Histories first: control that is newer than they are is what a stream meets after
+an outage, and goes back where it must. The trainer's place in its log and the
+stream's in the clicks are of different moments; both are read on from in Kafka,
+and rows that come twice are trimmed by their positions.
+
+A live store as a stream of bytes: one moment of it, without a second copy on the disk.
+"""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.metadata
 import json
+import os
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NamedTuple
 
-from deploy.backup import erasures, listing, making, restoring
-from deploy.backup.documents import Backup
+from deploy.backup import documents, erasures, listing, restoring, serving_start
+from deploy.backup.cut import RegistryCut, cut, newest_whole
+from deploy.backup.documents import Backup, KeptFile
+from deploy.backup.lease import Lease
+from deploy.backup.listing import ids, newest
 from deploy.backup.objects import Objects
+from deploy.backup.places import BACKUPS, usable
 from deploy.operate.commands import Say
 from deploy.operate.times import age, iso
 from deploy.operate.versions import table
+from state import layout
 from state.config.settings import Settings
-from state.errors import DamagedBackup
+from state.disk import clean_mark
+from state.disk.lmdb_store import LmdbStore
+from state.errors import BackupError, CorruptStore, DamagedBackup, SaltMismatch, StoreError
+from state.events.identity import load_salt
 from state.features.erased import Erased
 from state.features.spec import FeatureSpec
+from state.history.store import HistoryStore
 from state.places.opening import open_place
 from state.places.place import FilePlace
+from state.process import killpoints
 from state.process.actor import actor
 from state.process.progress_line import ProgressLine
+from state.registry.brought_files import MANIFEST
+from state.registry.manifest import FileEntry
+from state.registry.registry import Registry
+
+
+@contextmanager
+def snapshot(store: LmdbStore) -> Iterator[BinaryIO]:
+    """What `data.mdb` of a copy of the store as of now is, to be read in the block; its writer goes on meanwhile.
+
+    Raises:
+        StoreError: It cannot be read to its end.
+    """
+    reading, writing = os.pipe()
+    failed: list[StoreError] = []
+
+    def write() -> None:
+        try:
+            store.copy_as_is(writing)
+        except StoreError as error:
+            failed.append(error)
+        finally:
+            os.close(writing)
+
+    # The copy is made by native code, which waits where the pipe is full.
+    writer = threading.Thread(target=write, name="snapshot")
+    writer.start()
+    try:
+        with os.fdopen(reading, "rb", buffering=0) as stream:
+            yield stream
+    finally:
+        # A closed pipe ends it.
+        writer.join()
+    if failed:
+        raise failed[0]
+
+
+SALT_OF = "salt"  # an extra of the stream's histories
+BESIDE = (layout.WRITER, layout.LEADERS)
+TRIES = 50
+
+
+class Scope(NamedTuple):
+    """What is asked for.
+
+    Attributes:
+        with_salt: Also the secret of the pseudonyms.
+        newest_only: Of the versions only those on which the trainer goes on and that control names.
+    """
+
+    with_salt: bool = False
+    newest_only: bool = False
+
+
+class Notes(NamedTuple):
+    """What serving noted next to its histories.
+
+    Attributes:
+        files: What was kept of it; none where this machine does not serve.
+        left_out: Why that is none, where this machine serves.
+    """
+
+    files: tuple[KeptFile, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+class Shard(NamedTuple):
+    """The histories of one shard.
+
+    Attributes:
+        name: Of its directory.
+        files: What was kept of it.
+        positions: The next offset of each source, or further.
+        salt: Fingerprint of the salt that its users have.
+    """
+
+    name: str
+    files: list[KeptFile]
+    positions: dict[str, int]
+    salt: str
+
+
+def make(settings: Settings, place: FilePlace, scope: Scope, now_ms: int, said: Callable[[int], None]) -> Backup:
+    """Makes a backup.
+
+    Args:
+        settings: Of the system.
+        place: Where to.
+        scope: What of it.
+        now_ms: Wall clock.
+        said: Told how many bytes were taken, again and again.
+
+    Raises:
+        LockHeld: Another backup is made there.
+        BackupError: There is nothing to keep yet, or the place refused.
+        SaltMismatch: The salt's file is not that of the histories.
+        SpringtideError: The registry or a store cannot be read.
+    """
+    salt = load_salt(settings.salt_path, create=False)
+    # 1.
+    with Lease(place) as lease:
+        if (last := ids(place)[-1:]) >= [made_id := documents.id_at(now_ms)]:
+            raise BackupError(f"{place.told} has backup {last[0]}, and it is only {made_id} now", "put the clock right")
+        making = _Making(settings, place, lease, said)
+        # 2.
+        shards = [making.shard(path) for path in layout.streams(settings.state_dir)]
+        for shard in shards:
+            if shard.salt != salt.fingerprint:
+                raise SaltMismatch.between(shard.name, shard.salt, salt.fingerprint)
+        killpoints.reach("backup.histories")
+        # 3. and 4.
+        found, kept = making.registry(scope.newest_only)
+        notes = making.notes(shards)
+        files = [*(one for shard in shards for one in shard.files), *kept, *notes.files]
+        if scope.with_salt:
+            files.append(making.whole("salt", settings.salt_path))
+        newest = newest_whole(found.parts, found.control)
+        made = Backup(
+            id=made_id,
+            created_at_ms=now_ms,
+            release=release(),
+            salt=salt.fingerprint,
+            spec="" if newest is None else newest.spec,
+            generation=found.control.generation,
+            epoch=found.control.epoch,
+            version=None if newest is None else newest.version,
+            log=None if newest is None else newest.log,
+            positions={shard.name: shard.positions for shard in shards},
+            versions=len({one.version for one in found.parts.values()}),
+            files=tuple(files),
+            left_out=(
+                *(f"registry/{name}: {reason}" for name, reason in sorted(found.damaged.items())),
+                *notes.left_out,
+            ),
+            sent_bytes=making.sent_bytes,
+        )
+        # 5.
+        lease.require_held()
+        killpoints.reach("backup.sent")
+        place.write(f"{BACKUPS}/{made.id}.json", documents.encode(made))
+    return made
+
+
+def release() -> str:
+    """Of Springtide; empty where it runs from its source and is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("springtide")
+    return ""
+
+
+class _Making:
+    """One backup on its way."""
+
+    def __init__(self, settings: Settings, place: FilePlace, lease: Lease, said: Callable[[int], None]) -> None:
+        self._settings, self._lease, self._said = settings, lease, said
+        self._objects = Objects(place)
+        earlier = newest(place)
+        # Whole files by digest: those of versions never change, and are read once in their lives.
+        self._known = {} if earlier is None else {one.sha256: one for one in earlier.files}
+
+    @property
+    def sent_bytes(self) -> int:
+        return self._objects.sent_bytes
+
+    def shard(self, path: Path) -> Shard:
+        """Keeps the histories at `path`, then what lies beside them, which must not be older.
+
+        Raises:
+            CorruptStore: A power cut may have damaged them.
+            StoreError: They cannot be read.
+        """
+        mark, folder = clean_mark.read(path / layout.MARK), path.parent
+        if mark is not None and not mark.trusts(clean_mark.boot_id()):
+            raise CorruptStore(
+                f"{path} was open when the machine went down, so that pages may be missing; it is not copied",
+                "start the stream first, which makes it anew",
+            )
+        map_bytes = self._settings.stream.map_gb << 30
+        store = HistoryStore(path, self._settings.features.history, map_bytes, readonly=True)
+        try:
+            positions = {str(source): after for source, after in sorted(store.positions().items())}
+            salt = store.extra(SALT_OF) or b""
+            with snapshot(store) as pages:
+                name = f"{folder.name}/{layout.HISTORIES}/{layout.DATA}"
+                files = [self._through(self._objects.keep(name, pages))]
+        finally:
+            store.close()
+        files += [self.whole(f"{folder.name}/{one}", folder / one) for one in BESIDE if (folder / one).exists()]
+        return Shard(folder.name, files, positions, salt.decode())
+
+    def notes(self, shards: Sequence[Shard]) -> Notes:
+        """Keeps what serving knows of items and names, once it has taken the clicks of the backup's histories."""
+        path = self._settings.serving_dir / layout.HISTORIES
+        if not os.path.lexists(path):
+            return Notes()
+        try:
+            store = HistoryStore(
+                path, self._settings.features.history, self._settings.serving.map_gb << 30, readonly=True
+            )
+        except StoreError as error:
+            return Notes(left_out=(f"{serving_start.NOTES_PATH}: {error.what}",))
+        try:
+            for shard in shards:
+                serving_start.await_clicks(store, shard.positions)
+            with tempfile.TemporaryFile() as file:
+                serving_start.write_notes(store, file)
+                file.seek(0)
+                return Notes((self._through(self._objects.keep(serving_start.NOTES_PATH, file)),))
+        finally:
+            store.close()
+
+    def registry(self, newest_only: bool) -> tuple[RegistryCut, list[KeptFile]]:
+        """Keeps one moment of the registry; what the compactor took away meanwhile is looked for again.
+
+        Raises:
+            BackupError: It never holds still.
+            RegistryError: It cannot be read.
+        """
+        registry = Registry(self._settings.registry_dir)
+        for _ in range(TRIES):
+            found = cut(registry, newest_only)
+            try:
+                damaged, kept = dict(found.damaged), []
+                for folder, part in found.parts.items():
+                    try:
+                        kept += self._part(registry.path, folder, part.files)
+                    except _Differs as error:
+                        damaged[folder] = str(error)
+                kept += [self.whole(f"{layout.REGISTRY}/{name}", registry.path / name) for name in found.files]
+            except FileNotFoundError:
+                continue
+            good = {folder: part for folder, part in found.parts.items() if folder not in damaged}
+            return replace(found, parts=good, damaged=damaged), kept
+        raise BackupError(f"{registry.path} changed while it was copied, {TRIES} times", "repeat it")
+
+    def _part(self, path: Path, folder: str, entries: dict[str, FileEntry]) -> list[KeptFile]:
+        """The files of one version; those that the place has are not read."""
+        kept = []
+        for name, entry in entries.items():
+            known = self._known.get(entry.sha256)
+            named = f"{layout.REGISTRY}/{folder}/{name}"
+            if known is not None and self._objects.has(known):
+                kept.append(replace(known, path=named))
+                self._told(entry.bytes)
+                continue
+            made = self.whole(named, path / folder / name)
+            if (made.sha256, made.bytes) != (entry.sha256, entry.bytes):
+                raise _Differs(f"{name} fails its digest")
+            kept.append(made)
+        return [*kept, self.whole(f"{layout.REGISTRY}/{folder}/{MANIFEST}", path / folder / MANIFEST)]
+
+    def whole(self, name: str, path: Path) -> KeptFile:
+        """Keeps a file.
+
+        Raises:
+            FileNotFoundError: It is gone.
+            BackupError: It cannot be read.
+        """
+        with usable(str(path), "be read"), path.open("rb", buffering=0) as source:
+            made = self._through(self._objects.keep(name, source))
+        self._known[made.sha256] = made
+        return made
+
+    def _through(self, keeping: Generator[int, None, KeptFile]) -> KeptFile:
+        while True:
+            try:
+                self._told(next(keeping))
+            except StopIteration as end:
+                made: KeptFile = end.value
+                return made
+
+    def _told(self, taken: int) -> None:
+        self._lease.refresh()
+        self._said(taken)
+
+
+class _Differs(Exception):
+    """A file of a version is not what its manifest says."""
+
 
 LINE_EVERY_S = 10.0
 SALT_IN = (
@@ -38,7 +347,7 @@ def backup(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
     """Makes a backup, lists those of a place, or reads one again.
 
     Raises:
-        SpringtideError: See `deploy.backup.making.make`.
+        SpringtideError: See `make`.
     """
     place = open_place(asked.to)
     if asked.list:
@@ -50,8 +359,8 @@ def backup(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
         listing.check(place, found, progress)
         tell(asked, {"checked": summary(found)}, f"backup {found.id} is whole: {size(found.bytes)} read", say)
         return
-    scope = making.Scope(with_salt=asked.with_salt, newest_only=asked.versions == "newest")
-    made = making.make(settings, place, scope, now_ms, progress)
+    scope = Scope(with_salt=asked.with_salt, newest_only=asked.versions == "newest")
+    made = make(settings, place, scope, now_ms, progress)
     lines = [
         f"backup {made.id} at {place.told}: {described(made)}; {size(made.bytes)}, of which {size(made.sent_bytes)} were "
         f"sent, in {progress.took_s:.1f} s",

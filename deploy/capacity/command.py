@@ -1,14 +1,18 @@
-"""Reports how large a deployment must be: `springtide capacity`, `python -m deploy.capacity.command [options]`."""
+"""Reports how large a deployment must be: `springtide capacity`, `python -m deploy.capacity.command [options]`.
+
+Sizes of a deployment from measured constants: what each part takes, and where the design ends. Pure.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import fields, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
 
-from deploy.capacity.sizes import CONSTANTS, VALUES, Load, Sizing
 from deploy.command_line import RefusingParser
 from deploy.watch.messages import seconds
 from state.config.loading import load
@@ -16,6 +20,303 @@ from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError
 from state.process.closed_output import while_read
+
+HOUR_S, DAY_S = 3600.0, 86_400.0
+SOAK = "python -m tests.e2e.soak"
+FLINK_BENCH, SERVING_BENCH = "python -m tests.bench.flink", "python -m tests.bench.serving"
+RESERVE = 1.25
+"""Ordered memory over used memory, as `storage.memory_dir` asks for, and the same for disks."""
+MEMORY_GB, NETWORK_GB_S = 1000.0, 1.25
+"""Most of one machine."""
+READY_H = 1.0
+"""How long a new host may take until it answers."""
+BROKER_BYTES = 2e9
+BUCKETS = 64
+"""Most buckets of users on Flink (`stream.buckets`), each on one core."""
+ANSWERS = ("lean", "full", "recommend", "explain")
+STREAM, TRAINER, APPLIER, WORKERS = "stream", "trainer", "applier", "workers"
+REST, KAFKA, REGISTRY = "validation and console", "kafka", "registry"
+
+
+class Constant(NamedTuple):
+    """A measured figure, and the command that measures it."""
+
+    value: float
+    unit: str
+    bench: str
+    meaning: str
+
+
+# Measured on two shared cores (AMD EPYC, 25 GB, Python 3.11) with default settings. The soak has 10,000 clicks/s of
+# 20,000 users and 4,000 items; its CPU times are from /proc/PID/stat over 152 s, from the eighth minute on.
+CONSTANTS: Mapping[str, Constant] = {
+    "stream_us": Constant(33.2, "us/click", SOAK, "CPU time of the stream in one local process"),
+    "stream_most": Constant(64_900, "clicks/s", "python -m tests.bench.stream", "throughput of one local stream"),
+    "flink_us": Constant(116, "us/click", FLINK_BENCH, "CPU time of TaskManager and Python worker on Flink"),
+    "flink_bytes": Constant(4.4e8, "bytes", FLINK_BENCH, "memory of a TaskManager with little state"),
+    "flink_worker_bytes": Constant(6.3e8, "bytes", FLINK_BENCH, "memory of a Python worker on Flink"),
+    "trainer_us": Constant(26.7, "us/row", SOAK, "CPU time of the trainer without publishing"),
+    "publish_ms": Constant(
+        7.7, "ms/version", "python -m tests.bench.publish", "stall of steps for 10,000 changed rows"
+    ),
+    "applier_us": Constant(38.9, "us/click", SOAK, "CPU time of an applier without rows of versions"),
+    "history_us": Constant(11.2, "us/row", "python -m tests.bench.new_host", "CPU time of a new host that catches up"),
+    "apply_us": Constant(3.4, "us/row", SERVING_BENCH, "CPU time to apply a row of a version"),
+    "validation_us": Constant(7, "us/row", SOAK, "CPU time of the validation"),
+    "broker_us": Constant(7.8, "us/click", SOAK, "CPU time of a broker"),
+    "lean_us": Constant(100, "us/answer", SERVING_BENCH, "CPU time of a worker for a lean profile"),
+    "full_us": Constant(219, "us/answer", SERVING_BENCH, "CPU time for a profile with all fields"),
+    "recommend_us": Constant(6_830, "us/answer", "python -m tests.bench.recommend", "CPU time for 20 of 1e6 items"),
+    "explain_us": Constant(12_000, "us/answer", "python -m tests.bench.explain", "CPU time for an explanation"),
+    "log_row_bytes": Constant(288, "bytes/row", SOAK, "training log, compressed"),
+    "event_bytes": Constant(60, "bytes/event", SOAK, "event in a store of histories"),
+    "user_bytes": Constant(890, "bytes/user", "python -m tests.bench.new_host", "user in a store, without events"),
+    "served_row_bytes": Constant(640, "bytes/row", SOAK, "row in serving's store"),
+    "base_row_bytes": Constant(260, "bytes/row", "python -m tests.bench.publish", "row in a base"),
+    "durable_row_bytes": Constant(208, "bytes/row", SOAK, "changed row in a durable version"),
+    "durable_bytes": Constant(1.1e6, "bytes/version", SOAK, "dense weights in a durable version"),
+    "stream_bytes": Constant(2.5e8, "bytes", SOAK, "memory of a stream without histories"),
+    "trainer_bytes": Constant(5.4e8, "bytes", SOAK, "memory of a trainer without tables"),
+    "applier_bytes": Constant(2.2e8, "bytes", SOAK, "memory of an applier without stores"),
+    "worker_bytes": Constant(1.05e8, "bytes", SOAK, "memory of a worker without shared stores"),
+    "rest_bytes": Constant(1.9e8, "bytes", SOAK, "memory of console and validation"),
+}
+VALUES: Mapping[str, float] = {name: constant.value for name, constant in CONSTANTS.items()}
+
+
+def _option(default: Any, meaning: str, choices: tuple[str, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": meaning, "choices": choices})
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a deployment has to bear; the fields are the options of `springtide capacity`."""
+
+    clicks: float = _option(10_000.0, "clicks a second in the busiest hour")
+    users: float = _option(1e6, "users who click within the longest window")
+    items: float = _option(1e5, "items and categories that have a row")
+    answers: float = _option(1_000.0, "answers a second, over all hosts")
+    answer: str = _option("lean", "kind of the answers", choices=ANSWERS)
+    versions: float = _option(5.0, "versions a second")
+    retention_h: float = _option(168.0, "hours that Kafka keeps")
+    click_bytes: float = _option(100.0, "bytes of a click in Kafka")
+    use: float = _option(0.6, "planned utilisation of a core")
+    host_cores: float = _option(16, "cores of a serving host")
+    replication: float = _option(3, "copies in Kafka")
+    stream: str = _option("auto", "auto is flink where one process is not enough", choices=("local", "flink", "auto"))
+
+
+class Need(NamedTuple):
+    """What one instance of a part uses, and how many instances there are."""
+
+    instances: float = 1
+    cores: float = 0.0
+    memory_bytes: float = 0.0
+    disk_bytes: float = 0.0
+
+    def ordered(self, use: float) -> Need:
+        """All instances together: whole cores at this utilisation, memory and disk with the reserve."""
+        memory_bytes, disk_bytes = (self.instances * RESERVE * size for size in (self.memory_bytes, self.disk_bytes))
+        return Need(self.instances, self.instances * math.ceil(self.cores / use), memory_bytes, disk_bytes)
+
+
+class Limit(NamedTuple):
+    """A bound on something that there is one of."""
+
+    name: str
+    asked: float
+    most: float
+    unit: str
+    remedy: str
+    by_clicks: bool = True
+    """Whether it is proportional to clicks a second."""
+
+    @property
+    def share(self) -> float:
+        """Above 1 the load is beyond the limit."""
+        return self.asked / self.most
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """The answers for one load. The docstrings of the properties are the formulas of `deploy/CAPACITY.md`."""
+
+    load: Load
+    settings: Settings
+    constants: Mapping[str, float] = field(default_factory=lambda: VALUES)
+
+    @property
+    def rows(self) -> float:
+        """min(users, `trainer.max_rows`) + min(items, `trainer.max_rows`)"""
+        most = self.settings.trainer.max_rows
+        return min(self.load.users, most) + min(self.load.items, most)
+
+    def changed_rows(self, seconds: float) -> float:
+        """Rows that clicks change in so many seconds, users and items taken as equally active; skewed clicks change fewer."""
+        clicks, most = self.load.clicks * seconds, self.settings.trainer.max_rows
+        counts = (min(self.load.users, most), min(self.load.items, most))
+        return sum(-count * math.expm1(-clicks / count) for count in counts)
+
+    @property
+    def stream_histories_bytes(self) -> float:
+        """min(users, `stream.max_users`) x (`user_bytes` + events x `event_bytes`); events = min(`features.history`, clicks/s x longest window / these users)"""
+        return self._histories_bytes(self.settings.stream.max_users)
+
+    @property
+    def host_histories_bytes(self) -> float:
+        """The same with `serving.max_users`, on each host"""
+        return self._histories_bytes(self.settings.serving.max_users)
+
+    def _histories_bytes(self, max_users: int) -> float:
+        features, users = self.settings.features, min(self.load.users, max_users)
+        events = min(float(features.history), self.load.clicks * features.windows_s[-1] / users)
+        return users * (self.constants["user_bytes"] + events * self.constants["event_bytes"])
+
+    @property
+    def served_bytes(self) -> float:
+        """(rows + changed rows of each durable version of the last `serving.keep_s`) x `served_row_bytes`"""
+        durable_s, keep_s = self.settings.registry.durable_s, self.settings.serving.keep_s
+        return (self.rows + self.changed_rows(durable_s) * keep_s / durable_s) * self.constants["served_row_bytes"]
+
+    @property
+    def table_bytes(self) -> float:
+        """2 x rows x (`model.dim` x 8 bytes + 32): a row, its accumulators and its index entry; tables double when full"""
+        return 2 * self.rows * (8 * self.settings.model.dim + 32)
+
+    @property
+    def log_bytes_s(self) -> float:
+        """clicks/s x `log_row_bytes`"""
+        return self.load.clicks * self.constants["log_row_bytes"]
+
+    @property
+    def log_leader_bytes_s(self) -> float:
+        """Log bytes/s x (1 write + other copies + trainer + validation + hosts), for the broker that leads the training log"""
+        return self.log_bytes_s * (1 + (self.load.replication - 1) + 2 + self.hosts)
+
+    @property
+    def base_bytes(self) -> float:
+        """`durable_bytes` + rows x `base_row_bytes`"""
+        return self.constants["durable_bytes"] + self.rows * self.constants["base_row_bytes"]
+
+    @property
+    def registry_bytes(self) -> float:
+        """Two bases, and `durable_bytes` + changed rows x `durable_row_bytes` for each durable version: one each `durable_s` for `delta_keep_s`, each `thin_s` for `base_keep_h`, each `sparse_s` for `base_keep_d`"""
+        kept, size = self.settings.registry, 2 * self.base_bytes
+        newest_s, thin_s, sparse_s = kept.delta_keep_s, kept.base_keep_h * HOUR_S, kept.base_keep_d * DAY_S
+        tiers = ((newest_s, kept.durable_s), (thin_s - newest_s, kept.thin_s), (sparse_s - thin_s, kept.sparse_s))
+        for span_s, every_s in tiers:
+            version = self.changed_rows(every_s) * self.constants["durable_row_bytes"]
+            size += max(0.0, span_s) / every_s * (self.constants["durable_bytes"] + version)
+        return size
+
+    @property
+    def on_flink(self) -> bool:
+        """`--stream flink`, or auto and clicks/s > `stream_most` x use"""
+        return self.load.stream == "flink" or (self.load.stream == "auto" and self._local_streams > 1)
+
+    @property
+    def _local_streams(self) -> float:
+        return self.load.clicks / (self.constants["stream_most"] * self.load.use)
+
+    @property
+    def stream_cores(self) -> float:
+        """clicks/s x `stream_us`, or x `flink_us` on Flink"""
+        return self.load.clicks * self.constants["flink_us" if self.on_flink else "stream_us"] * 1e-6
+
+    @property
+    def trainer_cores(self) -> float:
+        """clicks/s x `trainer_us` + versions/s x `publish_ms` x changed rows / 10,000"""
+        stall_s = self.constants["publish_ms"] * 1e-3 * self.changed_rows(1 / self.load.versions) / 10_000
+        return self.load.clicks * self.constants["trainer_us"] * 1e-6 + self.load.versions * stall_s
+
+    @property
+    def applier_cores(self) -> float:
+        """clicks/s x `applier_us` + versions/s x changed rows x `apply_us`, on each host"""
+        rows_s = self.load.versions * self.changed_rows(1 / self.load.versions)
+        return (self.load.clicks * self.constants["applier_us"] + rows_s * self.constants["apply_us"]) * 1e-6
+
+    @property
+    def worker_cores(self) -> float:
+        """answers/s x `lean_us`, `full_us`, `recommend_us` or `explain_us`, over all hosts"""
+        return self.load.answers * self.constants[f"{self.load.answer}_us"] * 1e-6
+
+    @property
+    def hosts(self) -> int:
+        """max(2, worker cores / (cores of a host x use - applier cores))"""
+        left = max(1.0, self.load.host_cores * self.load.use - self.applier_cores)
+        return max(2, math.ceil(self.worker_cores / left))
+
+    @property
+    def partitions(self) -> int:
+        """Of the clicks topic: max(4, 2 x clicks/s / (`stream_most` x use)); the training log has one"""
+        return max(4, 2 * math.ceil(self._local_streams))
+
+    @property
+    def catch_up_s(self) -> float:
+        """Retention x clicks/s x `history_us`: a new host reads all of the training log that Kafka keeps"""
+        return self.load.retention_h * HOUR_S * self.load.clicks * self.constants["history_us"] * 1e-6
+
+    def parts(self) -> dict[str, Need]:
+        """Part -> what an instance uses."""
+        load, costs, hosts = self.load, self.constants, self.hosts
+        host_bytes = costs["applier_bytes"] + self.host_histories_bytes + self.served_bytes
+        cores = self.worker_cores / hosts
+        workers = max(1, math.ceil(cores / load.use))
+        kept_bytes = (load.clicks * load.click_bytes + self.log_bytes_s) * load.retention_h * HOUR_S
+        return {
+            STREAM: self._flink() if self.on_flink else self._local_stream(),
+            TRAINER: Need(1, self.trainer_cores, costs["trainer_bytes"] + self.table_bytes),
+            APPLIER: Need(hosts, self.applier_cores, host_bytes),
+            WORKERS: Need(hosts, cores, workers * costs["worker_bytes"]),
+            REST: Need(1, load.clicks * costs["validation_us"] * 1e-6, costs["rest_bytes"]),
+            KAFKA: Need(load.replication, load.clicks * costs["broker_us"] * 1e-6, BROKER_BYTES, kept_bytes),
+            REGISTRY: Need(disk_bytes=self.registry_bytes),
+        }
+
+    def _local_stream(self) -> Need:
+        store = self.stream_histories_bytes
+        cache = min(self.settings.stream.cache_users, self.load.users) * self.settings.features.history * 40
+        return Need(1, self.stream_cores, self.constants["stream_bytes"] + cache + store, store)
+
+    def _flink(self) -> Need:
+        """A TaskManager as large as a serving host: a Python worker a core, histories twice in memory, three checkpoints."""
+        count = max(1, math.ceil(self.stream_cores / (self.load.host_cores * self.load.use)))
+        cores, store = self.stream_cores / count, self.stream_histories_bytes / count
+        workers_bytes = math.ceil(cores / self.load.use) * self.constants["flink_worker_bytes"]
+        return Need(count, cores, self.constants["flink_bytes"] + workers_bytes + 2 * store, 3 * store)
+
+    def orders(self) -> dict[str, Need]:
+        """Part -> what to order for all its instances; `all` is the sum."""
+        found = {name: need.ordered(self.load.use) for name, need in self.parts().items()}
+        return {**found, "all": Need(*(sum(column) for column in zip(*found.values(), strict=True)))}
+
+    def limits(self) -> list[Limit]:
+        """All limits, the nearest first."""
+        use, kept, costs = self.load.use, self.settings, self.constants
+        users, max_users = self.load.users, min(kept.stream.max_users, kept.serving.max_users)
+        rows, max_rows = max(users, self.load.items), kept.trainer.max_rows
+        host_bytes = self.host_histories_bytes + self.served_bytes
+        shards = "hosts with a share of the users (not built)"
+        if self.on_flink:
+            stream = Limit("buckets of the stream on Flink", self.stream_cores, BUCKETS * use, "cores", "none")
+        else:
+            most = costs["stream_most"] * use
+            stream = Limit("one process of the local stream", self.load.clicks, most, "clicks/s", "`--runner flink`")
+        found = [
+            stream,
+            Limit("one trainer", self.trainer_cores, use, "cores", "several trainers (not built)"),
+            Limit("one applier a host", self.applier_cores, use, "cores", shards),
+            Limit("leader of the training log", self.log_leader_bytes_s / 1e9, NETWORK_GB_S, "GB/s", shards),
+            Limit("catch-up of a new host", self.catch_up_s / HOUR_S, READY_H, "h", "a shorter `kafka.retention_h`"),
+            Limit("`max_users`", users, max_users, "users", "a higher setting", False),
+            Limit("`trainer.max_rows`", rows, max_rows, "rows", "a higher setting", False),
+            Limit("memory of a host", host_bytes / 1e9, MEMORY_GB, "GB", shards, False),
+            Limit(
+                "memory of the trainer", self.table_bytes / 1e9, MEMORY_GB, "GB", "a lower `trainer.max_rows`", False
+            ),
+        ]
+        return sorted(found, key=lambda limit: -limit.share)
+
 
 DESCRIPTION = "Reports what a deployment takes (cores, memory, disk, partitions) and which limit it meets first."
 EPILOG = (

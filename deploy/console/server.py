@@ -3,28 +3,382 @@
 A process of its own, and not a part of a serving worker: it reads the registry
 and Kafka, changes control, and may wait for seconds, none of which answers to
 users are to feel.
+
+The console over HTTP, as an ASGI application: lets in, answers, says errors. It logs no path: that may name a user.
+
+The page's own files, read once; nothing of it comes from elsewhere.
+
+GET / and each file of `static`
+
+What the console shows: the loop now and over time, versions, history, masks, one user's profile with why.
+
+GET /api/session /api/state /api/series?after_ms= /api/versions?last= /api/history?last= /api/masks
+GET /api/profiles/{user_id}?label=
+
+Who may ask the console what, and from which page: tokens and origins; what each answer tells a browser.
+
+Nothing is a cookie, so a browser sends nothing by itself that another page
+could make use of: whoever changes something carries the token `operate` in a
+header. Beside it the request says that it is JSON, which a form cannot, and
+comes from this page, where a browser says from where. Where reading needs no
+token, the connection checks the host of each request (`deploy/serving/edge/connections.py`).
 """
 
 from __future__ import annotations
 
+import asyncio
+import hashlib
+import json
 import logging
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import quote, urlencode
 
-from deploy.console.app import Console
-from deploy.console.guarding import RequestGuard, open_to_read
+import msgspec
+from prometheus_client import CollectorRegistry
+
+from deploy.console.commands import give, status_of
+from deploy.console.lately_read import LatelyRead
+from deploy.console.steering import Steering
+from deploy.console.watching import LoopWatch
 from deploy.serving.edge.access import Access
 from deploy.serving.edge.connections import ConnectionLimits
 from deploy.serving.edge.listening import listen
 from deploy.serving.edge.server import DrainingServer
 from deploy.serving.edge.tls import Certificate
-from deploy.serving.edge.tokens import OPERATE, Tokens, make_missing
-from deploy.watch.address import address
+from deploy.serving.edge.tokens import OPEN, OPERATE, READ, Tokens, are_wanted, make_missing
+from deploy.serving.exposition import told
+from deploy.serving.http_api.endpoints import (
+    LAST,
+    METHODS,
+    Endpoint,
+    Headers,
+    Receive,
+    Request,
+    Response,
+    Routes,
+    Scope,
+    Send,
+    answer,
+    encode,
+    failure,
+    header,
+)
+from deploy.watch import scrape
+from deploy.watch.address import address, serving_address
 from state.config.settings import Settings
-from state.errors import SettingsError
+from state.errors import BadRequest, Forbidden, NotReady, SettingsError, SpringtideError, WorkerFailed
+from state.metrics import ConsoleMetrics, add_process
 from state.process.part import run_part
+from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
+
+READING = ("GET", "HEAD")
+POLICY = "; ".join(
+    (
+        "default-src 'none'",
+        "script-src 'self'",
+        "style-src 'self'",
+        "img-src 'self'",
+        "connect-src 'self'",
+        "base-uri 'none'",
+        "form-action 'none'",
+        "frame-ancestors 'none'",
+    )
+)
+"""What the page may load: its own files, and nothing that is written into the page itself."""
+TOLD: Headers = [
+    (b"content-security-policy", POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+]
+"""Headers of every answer."""
+
+
+class RequestGuard:
+    """Lets requests through, or says why not.
+
+    Args:
+        tokens: Of both roles.
+        open_to_read: Whether whoever reaches the port may read.
+    """
+
+    def __init__(self, tokens: Tokens, open_to_read: bool) -> None:
+        self._tokens, self.open_to_read = tokens, open_to_read
+
+    def require(self, scope: Scope, endpoint: Endpoint) -> None:
+        """Lets through who may ask for this.
+
+        Raises:
+            Unauthorized: It needs a token, and there is none or none of ours.
+            Forbidden: The token is of another role, or the request comes from another page.
+            BadRequest: It changes something and is no JSON.
+        """
+        if scope["method"] not in READING:
+            require_own_page(scope)
+        if endpoint.role != READ or not self.open_to_read:
+            self._tokens.require(header(scope, b"authorization"), endpoint.role)
+
+    def role(self, scope: Scope) -> str:
+        """The role of a request's token: `operate`, `read`, or nothing."""
+        for role in (OPERATE, READ):
+            try:
+                self._tokens.require(header(scope, b"authorization"), role)
+                return role
+            except BadRequest:
+                continue
+        return ""
+
+
+def open_to_read(settings: Settings) -> bool:
+    """Whether reading needs no token: neither here nor at the answers, which the console looks up.
+
+    >>> open_to_read(Settings())
+    True
+    """
+    return not are_wanted(settings) and not are_wanted(settings, settings.console.host)
+
+
+def require_own_page(scope: Scope) -> None:
+    """Refuses what a browser sends for another page.
+
+    Raises:
+        Forbidden: It does.
+        BadRequest: The body is not said to be JSON.
+    """
+    origin, site = header(scope, b"origin"), header(scope, b"sec-fetch-site")
+    foreign = origin is not None and origin.partition("://")[2] != header(scope, b"host")
+    if foreign or site not in (None, "same-origin", "none"):
+        raise Forbidden("the request comes from another page", "ask from the console's own page")
+    if (header(scope, b"content-type") or "").partition(";")[0].strip().lower() != "application/json":
+        raise BadRequest("the body is not said to be JSON", "send content-type: application/json")
+
+
+KEEP_S = {"versions": 3.0, "history": 1.0, "masks": 1.0}
+"""How long a list that was read counts as new."""
+ANSWER_S = 10.0
+FIELDS = "features,attributes"
+INTERESTS = "12"
+
+
+class SeriesParameters(msgspec.Struct, forbid_unknown_fields=True):
+    """Of the curves: those behind a moment, ms since 1970."""
+
+    after_ms: int = 0
+
+
+class ListParameters(msgspec.Struct, forbid_unknown_fields=True):
+    """Of a list: how many of the newest."""
+
+    last: Annotated[int, msgspec.Meta(ge=1, le=500)] = 40
+
+
+class ProfileLookup(msgspec.Struct, forbid_unknown_fields=True):
+    """Of a profile: the category that is explained; its first where none is named."""
+
+    label: str = ""
+
+
+class Reading:
+    """The endpoints that read.
+
+    Args:
+        settings: Of the system.
+        watch: Knows the loop.
+        guard: Knows roles.
+        lately: Lists read lately.
+        stores: Held while a store is open.
+        now_ms: Wall clock.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        watch: LoopWatch,
+        guard: RequestGuard,
+        lately: LatelyRead,
+        stores: threading.Lock,
+        now_ms: Callable[[], int],
+    ) -> None:
+        self._settings, self._watch, self._guard = settings, watch, guard
+        self._lately, self._stores, self._now_ms = lately, stores, now_ms
+
+    def endpoints(self) -> list[Endpoint]:
+        """What is offered."""
+        lists = [
+            Endpoint(name, METHODS, f"/api/{name}", self._list, parameters=ListParameters)
+            for name in ("versions", "history")
+        ]
+        return [
+            Endpoint("session", METHODS, "/api/session", self._session, role=OPEN),
+            Endpoint("state", METHODS, "/api/state", self._state),
+            Endpoint("series", METHODS, "/api/series", self._series, parameters=SeriesParameters),
+            *lists,
+            Endpoint("masks", METHODS, "/api/masks", self._list),
+            Endpoint("profile", METHODS, "/api/profiles/{user_id}", self._profile, parameters=ProfileLookup),
+        ]
+
+    async def _session(self, request: Request) -> Response:
+        """Whether reading needs a token, and what the one that was sent may do."""
+        role = self._guard.role(request.scope)
+        return Response(200, encode({"open_to_read": self._guard.open_to_read, "role": role}))
+
+    async def _state(self, request: Request) -> Response:
+        return Response(200, encode(await asyncio.to_thread(self._watch.state)))
+
+    async def _series(self, request: Request) -> Response:
+        return Response(200, encode(self._watch.curves.document(request.parameters(SeriesParameters).after_ms)))
+
+    async def _list(self, request: Request) -> Response:
+        name = request.endpoint.name
+        words = [name]
+        if name != "masks":
+            words.append(f"--last={request.parameters(ListParameters).last}")
+        return Response(200, encode(await asyncio.to_thread(self._listed, words)))
+
+    def _listed(self, words: Sequence[str]) -> Any:
+        def read() -> Any:
+            with self._stores:
+                return give(self._settings, words, self._now_ms())
+
+        return self._lately.of(tuple(words), KEEP_S[words[0]], read)
+
+    async def _profile(self, request: Request) -> Response:
+        """As serving answers; the user's id is passed on and kept nowhere."""
+        user_id, label = request.path["user_id"], request.parameters(ProfileLookup).label
+        return await asyncio.to_thread(self._looked_up, quote(user_id, safe=""), label)
+
+    def _looked_up(self, user: str, label: str) -> Response:
+        status, body = self._served(f"/v1/profiles/{user}?{urlencode({'fields': FIELDS, 'top': INTERESTS})}")
+        if status != 200:
+            return Response(status, body.encode())
+        profile, explanation = json.loads(body), None
+        label = label or next((one["label"] for one in profile["interests"]), "")
+        if label:
+            status, body = self._served(f"/v1/profiles/{user}/explain?{urlencode({'label': label, 'top': INTERESTS})}")
+            explanation = json.loads(body)
+        return Response(200, encode({"profile": profile, "explanation": explanation}))
+
+    def _served(self, path: str) -> tuple[int, str]:
+        status, body = scrape.fetch(serving_address(self._settings, path), ANSWER_S)
+        if not status:
+            raise NotReady(f"serving does not answer: {body}", "look at its log, or at `springtide status`")
+        return status, body
+
+
+STATIC = Path(__file__).with_name("static")
+KINDS = {
+    ".html": b"text/html; charset=utf-8",
+    ".css": b"text/css; charset=utf-8",
+    ".js": b"text/javascript; charset=utf-8",
+    ".svg": b"image/svg+xml",
+}
+
+
+def endpoints(folder: Path = STATIC) -> list[Endpoint]:
+    """One for each file; `index.html` is the page itself.
+
+    >>> [one.path for one in endpoints()][0]
+    '/'
+    """
+    files = sorted(path for path in folder.rglob("*") if path.suffix in KINDS)
+    files.sort(key=lambda path: path.name != "index.html")
+    return [
+        _endpoint("/" if path.name == "index.html" else f"/{path.relative_to(folder).as_posix()}", path)
+        for path in files
+    ]
+
+
+def _endpoint(name: str, path: Path) -> Endpoint:
+    content = path.read_bytes()
+    tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
+    # Asked for each time, and sent only where it is another one than before.
+    headers = [(b"content-type", KINDS[path.suffix]), (b"etag", tag.encode()), (b"cache-control", b"no-cache")]
+
+    async def answer(request: Request) -> Response:
+        if header(request.scope, b"if-none-match") == tag:
+            return Response(304, b"", headers)
+        return Response(200, b"" if request.scope["method"] == "HEAD" else content, headers)
+
+    return Endpoint("page", METHODS, name, answer, role=OPEN)
+
+
+MOST_BODY_BYTES = 16 << 10
+NO_STORE = (b"cache-control", b"no-store")
+
+
+class Console:
+    """The ASGI application.
+
+    Args:
+        settings: Of the system.
+        guard: Lets requests in.
+        now_ms: Wall clock.
+
+    Attributes:
+        watch: What knows the loop; whoever runs the application starts it.
+        endpoints: What is offered.
+        draining: Whether the process is about to end: answers then end their connections.
+    """
+
+    def __init__(self, settings: Settings, guard: RequestGuard, now_ms: Callable[[], int]) -> None:
+        stores, lately = threading.Lock(), LatelyRead()
+        self.watch = LoopWatch(settings, stores, wall_ms=now_ms)
+        self.draining = False
+        self.endpoints = [
+            *Reading(settings, self.watch, guard, lately, stores, now_ms).endpoints(),
+            *Steering(settings, lately, stores, self.watch.changed, now_ms).endpoints(),
+            Endpoint("metrics", METHODS, "/metrics", self._told),
+            *endpoints(),
+        ]
+        self._registry = CollectorRegistry()
+        self._metrics = ConsoleMetrics(self._registry)
+        add_process(self._registry)
+        self._guard, self._routes = guard, Routes(self.endpoints)
+        self._say = SaidOnce(_log.warning)
+
+    def count_refused(self, reason: str) -> None:
+        """Says once that something was refused at the door, and why."""
+        self._say(f"a connection or request was refused: {reason}")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        name = "unknown"
+        try:
+            endpoint, placeholders = self._routes.find(scope)
+            name = endpoint.name
+            self._guard.require(scope, endpoint)
+            response = await endpoint.answer(Request(scope, receive, placeholders, endpoint, MOST_BODY_BYTES))
+        except SpringtideError as error:
+            response = failure(error)._replace(status=status_of(error))
+        except Exception:  # noqa: BLE001 - the edge of the process: logged, others are answered
+            _log.exception("a request for %s failed", name)
+            response = failure(WorkerFailed("the console failed; its log says why", "report it with the console's log"))
+        self._metrics.requests.labels(outcome(response.status)).inc()
+        kept = any(one == b"cache-control" for one, _ in response.headers)
+        headers = [*response.headers, *TOLD, *(() if kept else (NO_STORE,)), *((LAST,) if self.draining else ())]
+        body = b"" if scope["method"] == "HEAD" else response.body
+        await answer(send, Response(response.status, body, headers))
+
+    async def _told(self, request: Request) -> Response:
+        body, media_type = told(self._registry, header(request.scope, b"accept") or "")
+        return Response(200, body, [(b"content-type", media_type.encode())])
+
+
+def outcome(status: int) -> str:
+    """What metrics call a status of HTTP.
+
+    >>> [outcome(status) for status in (200, 304, 403, 409, 503)]
+    ['answered', 'answered', 'refused', 'refused', 'failed']
+    """
+    return "answered" if status < 400 else "refused" if status < 500 else "failed"
+
 
 _log = logging.getLogger(__name__)
 

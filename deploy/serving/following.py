@@ -12,25 +12,31 @@
     V fails its probe  likewise; its rows are here, for the versions after it build on them
 
 Each version is one transaction; while following, the pointer moves in it.
+
+Which versions a host has, and which of them it forgets.
+
+Brings versions that have a label and are not on this host, one step at a time, while answers are where control wants them.
+
+Finds the newest version of an epoch, of either lifetime, whose manifest can be read.
+
+Which versions lead from what a host has to the version it wants, in which order.
+
+Versions that could not be had a moment ago: each is said once, and tried again after a while.
 """
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from deploy.serving.fit_versions import FitVersions
 from deploy.serving.gauges import show_control
-from deploy.serving.labelled import Labelled
-from deploy.serving.newest_version import NewestVersion
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
 from deploy.serving.program_files import ProgramFiles
-from deploy.serving.refusals import Refusals
-from deploy.serving.retention import applied_ms, too_old
-from deploy.serving.route import Route, route_to
 from deploy.serving.version_features import SpecFiles
 from state.errors import CorruptVersion, UnknownVersion
 from state.features.erased import Erased
@@ -41,11 +47,319 @@ from state.process.said_once import SaidOnce
 from state.ranking.crosses import Crosses
 from state.registry.control import Control
 from state.registry.labels import named
-from state.registry.manifest import Manifest
+from state.registry.manifest import Manifest, sees
 from state.registry.registry import SERVING, Registry
 from state.registry.tensor_files import unpack
 from state.rows.served import Served
 from state.rows.store import RowStore
+
+RETRY_MS = 1000
+REMEMBERED = 1000
+
+
+class Refusals:
+    """Remembers what was corrupt or gone.
+
+    Args:
+        metrics: Of the applier.
+        now_ms: The wall clock.
+    """
+
+    def __init__(self, metrics: ApplierMetrics, now_ms: Callable[[], int]) -> None:
+        self._metrics = metrics
+        self._now_ms = now_ms
+        self._again_ms: dict[tuple[str, int], int] = {}
+
+    def add(self, kind: str, version: int, error: Exception, answering: str) -> None:
+        """Remembers for a second that a version cannot be had, and says so once.
+
+        Args:
+            kind: `manifest`, `delta`, `base`, or `probe`, which is not tried again.
+            version: Which.
+            error: Why.
+            answering: What goes on answering.
+        """
+        if (kind, version) not in self._again_ms:
+            if isinstance(error, CorruptVersion):
+                self._metrics.corrupt_versions.inc()
+            _log.warning("%s; %s goes on answering", error, answering)
+        self._again_ms[kind, version] = self._now_ms() + RETRY_MS
+        if len(self._again_ms) > REMEMBERED:
+            # The one that was refused first.
+            del self._again_ms[next(iter(self._again_ms))]
+
+    def blocks(self, steps: Iterable[Manifest]) -> bool:
+        """Whether one of these versions was refused a moment ago."""
+        now_ms = self._now_ms()
+        # The upper bound is for a wall clock that was set back.
+        return any(now_ms < self._again_ms.get((step.kind, step.version), 0) <= now_ms + RETRY_MS for step in steps)
+
+    def of_manifests(self) -> bool:
+        """Whether a manifest could not be read since the last `clear`."""
+        return any(kind == "manifest" for kind, _ in self._again_ms)
+
+    def clear(self) -> None:
+        """Forgets all of it."""
+        self._again_ms.clear()
+
+
+@dataclass
+class Route:
+    """How to get to a version.
+
+    Attributes:
+        target: The version.
+        steps: What is still to apply, in this order; nothing where it is here.
+        rebuild: Into a lane of their own; else onto what is here.
+    """
+
+    target: int
+    steps: list[Manifest]
+    rebuild: bool
+
+
+def route_to(
+    wanted: int,
+    registry: Registry,
+    rows: RowStore,
+    here: Collection[int],
+    recents: Collection[int],
+    refusals: Refusals,
+    refuse: Callable[[str, int, Exception], None],
+) -> Route | None:
+    """The way to `wanted` without a version that was refused a moment ago; None while there is none.
+
+    1. Recent versions, from one that is here.
+    2. Durable ones from one that is here, or a base and those since, up to the last durable one before `wanted`;
+       recent ones from there on.
+
+    Args:
+        wanted: A version. Where it is a recent one that nothing leads to, the way is to the last durable one before it.
+        registry: Where versions are.
+        rows: The host's row store.
+        here: The versions in it.
+        recents: The recent versions that can be had.
+        refusals: What cannot be had.
+        refuse: Is told the kind of a version that cannot be read, its number, and why.
+    """
+    # 1.
+    steps = recent_steps(wanted, registry, here, recents)
+    first = steps[0].parent if steps else wanted
+    if steps and first in here and rows.accepts(steps[0]) and not refusals.blocks(steps):
+        return Route(wanted, steps, rebuild=False)
+    # 2.
+    durable = _last_durable(steps[-1], registry) if steps and wanted not in registry.versions() else wanted
+    if durable is None or (not steps and wanted in recents and wanted not in registry.versions()):
+        return None
+    tail = [step for step in steps if step.version > durable] if durable >= (first or 0) else []
+    target = tail[-1].version if tail else durable
+    if durable in here and not tail:
+        return Route(durable, [], rebuild=False)
+    try:
+        lead = onto_what_is_here(durable, registry, rows, here)
+        if lead is not None and not refusals.blocks(lead):
+            return Route(target, [*lead, *tail], rebuild=False)
+    except (CorruptVersion, UnknownVersion) as error:
+        refuse("delta", durable, error)
+    try:
+        base, deltas = registry.chain(durable)
+    except (CorruptVersion, UnknownVersion) as error:
+        refuse("base", durable, error)
+        return None
+    lead = [base, *deltas]
+    return None if refusals.blocks(lead) else Route(target, [*lead, *tail], rebuild=True)
+
+
+def recent_steps(wanted: int, registry: Registry, here: Collection[int], recents: Collection[int]) -> list[Manifest]:
+    """The recent versions that lead to `wanted`, oldest first, back to one that is here or that no recent one leads to."""
+    steps: list[Manifest] = []
+    version: int | None = wanted
+    while version is not None and version not in here and version in recents:
+        try:
+            found = registry.manifest(version, "recent")
+        except (CorruptVersion, UnknownVersion):
+            break
+        steps.append(found)
+        version = found.parent
+    return steps[::-1]
+
+
+def _last_durable(version: Manifest, registry: Registry) -> int | None:
+    """The newest durable version that a recent one descends from."""
+    return max((one for one in registry.versions() if sees(version.visible, one)), default=None)
+
+
+def onto_what_is_here(wanted: int, registry: Registry, rows: RowStore, here: Collection[int]) -> list[Manifest] | None:
+    """Deltas from the nearest ancestor that is here; None where a base is needed.
+
+    Raises:
+        CorruptVersion, UnknownVersion: One of them cannot be read.
+    """
+    steps: list[Manifest] = []
+    version = wanted
+    deltas = set(registry.deltas())
+    while version not in here:
+        if version not in deltas:
+            return None
+        manifest = registry.manifest(version, "delta")
+        if manifest.parent is None:
+            return None
+        steps.append(manifest)
+        version = manifest.parent
+    steps.reverse()
+    return steps if steps and rows.accepts(steps[0]) else None
+
+
+class NewestVersion:
+    """Lists the registry again only when there is another version.
+
+    Args:
+        registry: Where versions are.
+        refusals: What cannot be had.
+        refuse: Is told `manifest`, the number of a version whose manifest cannot be read, and why.
+    """
+
+    def __init__(self, registry: Registry, refusals: Refusals, refuse: Callable[[str, int, Exception], None]) -> None:
+        self._registry = registry
+        self._refusals = refusals
+        self._refuse = refuse
+        self._found: tuple[object, int | None] = (None, None)
+        self._lost: frozenset[int] = frozenset()
+
+    def of(self, epoch: int) -> int | None:
+        """The newest version of `epoch`; None where there is none."""
+        registry = self._registry
+        seen = (epoch, registry.recents()[-1:], registry.deltas()[-1:], registry.bases()[-1:], self._lost)
+        if self._found[0] != seen:
+            self._found = (None, self._find(epoch))
+            if not self._refusals.of_manifests():
+                self._found = (seen, self._found[1])
+        return self._found[1]
+
+    def recents(self) -> frozenset[int]:
+        """The recent versions that can be had, as far as is known."""
+        return frozenset(self._registry.recents()) - self._lost
+
+    def lose(self, version: int) -> None:
+        """A recent version cannot be had: it went meanwhile, or a power cut damaged it. Durable ones lead past it."""
+        self._lost = self._lost.intersection(self._registry.recents()) | {version}
+
+    def _find(self, epoch: int) -> int | None:
+        recents = self.recents()
+        for version in sorted({*self._registry.versions(), *recents}, reverse=True):
+            found = self._recent(version) if version in recents else self._durable(version)
+            if found is None:
+                continue
+            if found.epoch == epoch:
+                return version
+            if found.epoch < epoch:
+                return None
+        return None
+
+    def _durable(self, version: int) -> Manifest | None:
+        try:
+            return self._registry.manifest(version)
+        except (CorruptVersion, UnknownVersion) as error:
+            self._refuse("manifest", version, error)
+            return None
+
+    def _recent(self, version: int) -> Manifest | None:
+        try:
+            return self._registry.manifest(version, "recent")
+        except (CorruptVersion, UnknownVersion):
+            self.lose(version)
+            return self._durable(version) if version in self._registry.versions() else None
+
+
+class Labelled:
+    """Applies what labelled versions lack; used by the thread that writes the rows.
+
+    Args:
+        registry: Where versions are.
+        rows: The host's row store.
+        refusals: What cannot be had.
+        refuse: Is told the kind of a version that cannot be had, its number, and why.
+        apply: Applies a step; answers stay where they are. With the flag also where it is here, in a lane of its own.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        rows: RowStore,
+        refusals: Refusals,
+        refuse: Callable[[str, int, Exception], None],
+        apply: Callable[[Manifest, bool], None],
+    ) -> None:
+        self._registry, self._rows = registry, rows
+        self._refusals, self._refuse, self._apply = refusals, refuse, apply
+        self._target: int | None = None
+        self._steps: list[Manifest] = []
+        self._anew = False
+
+    def step(self, labels: Iterable[tuple[str, int]], here: Collection[int]) -> bool:
+        """Takes one step towards the first labelled version that is not here; says whether there was one to take."""
+        missing = [version for _, version in labels if version not in here]
+        if self._target not in missing:
+            self._target, self._steps = None, []
+        for version in [self._target] if self._target is not None else missing:
+            try:
+                if not self._steps:
+                    self._find(version, here)
+                if self._refusals.blocks(self._steps):
+                    self._target, self._steps = None, []
+                    continue
+                self._apply(self._steps[0], self._anew)
+            except (CorruptVersion, UnknownVersion) as error:
+                self._refuse(self._steps[0].kind if self._steps else "base", version, error)
+                self._target, self._steps = None, []
+                continue
+            self._target = version
+            self._steps.pop(0)
+            return True
+        return False
+
+    def _find(self, version: int, here: Collection[int]) -> None:
+        """The steps to a version: onto what is here, or all anew in a lane of their own."""
+        lead = onto_what_is_here(version, self._registry, self._rows, here)
+        self._anew = lead is None
+        if lead is None:
+            base, deltas = self._registry.chain(version)
+            lead = [base, *deltas]
+        self._steps = lead
+
+
+RECENT_MS = 10_000
+"""How long versions stay that are not durable."""
+
+
+def applied_ms(rows: RowStore) -> dict[int, int]:
+    """When each version in the store was applied, by its number."""
+    with rows.reader() as reader:
+        return {record.version: record.applied_at_ms for record in reader.versions()}
+
+
+def too_old(
+    here: Mapping[int, int], now_ms: int, keep_ms: int, durable: Collection[int], needed: Collection[int]
+) -> list[int]:
+    """The versions that go.
+
+    >>> too_old({1: 0, 2: 0, 3: 0, 4: 15_000}, 20_000, 60_000, durable={1}, needed={3})
+    [2]
+
+    Args:
+        here: When each was applied, by number.
+        now_ms: Now.
+        keep_ms: How long durable ones stay.
+        durable: Those that are.
+        needed: Those that stay in any case.
+    """
+    recent_ms = min(RECENT_MS, keep_ms)
+    return [
+        version
+        for version, applied_ms in here.items()
+        if now_ms - applied_ms > (keep_ms if version in durable else recent_ms) and version not in needed
+    ]
+
 
 ROUND_MS = 200
 SWEEP_MS = 10_000

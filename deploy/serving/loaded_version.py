@@ -1,4 +1,7 @@
-"""The version that answers: its program with its weights, and what stays the same until the next one."""
+"""The version that answers: its program with its weights, and what stays the same until the next one.
+
+Which inputs of a program are rows of tables of the ranker's own, by the program's signature.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,7 +17,6 @@ from numpy.typing import NDArray
 from deploy.serving import crosses
 from deploy.serving.catalogue import Catalogue, ShownName
 from deploy.serving.notes import REFUSED_NOTE, refused_versions
-from deploy.serving.own_rows import OwnInput, own_inputs
 from deploy.serving.program import LoadedProgram
 from deploy.serving.program_files import path_of, read_program
 from deploy.serving.version_features import FeaturesOf, VersionFeatures
@@ -25,6 +27,36 @@ from state.ranking.transition_rows import from_stored
 from state.ranking.transitions import Lists
 from state.rows.reader import RowReader
 from state.rows.served import Served
+from state.rows.tables import AVERAGED_IDS, own_rows_of
+
+
+class OwnInput(NamedTuple):
+    """An input that is rows of a table of the ranker's own.
+
+    Attributes:
+        name: Of the input.
+        table: The table.
+        ids: What looks it up, of `state.rows.tables.SERVED_IDS`.
+        width: Of its rows.
+        averaged: The mean of the rows is wanted.
+    """
+
+    name: str
+    table: str
+    ids: str
+    width: int
+    averaged: bool
+
+
+def own_inputs(shapes: Mapping[str, tuple[int, ...]]) -> tuple[OwnInput, ...]:
+    """Those of a program with inputs of these shapes.
+
+    >>> own_inputs({"item_row": (-1, 8), "attended_of_sequence_items": (-1, 20, 4)})
+    (OwnInput(name='attended_of_sequence_items', table='attended', ids='sequence_items', width=4, averaged=False),)
+    """
+    named = ((name, own_rows_of(name), shape[-1]) for name, shape in shapes.items())
+    return tuple(OwnInput(name, *own, width, own[1] in AVERAGED_IDS) for name, own, width in named if own is not None)
+
 
 ROWS_REMEMBERED = 10_000
 OTHERS_LOADED = 3

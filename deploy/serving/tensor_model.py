@@ -2,11 +2,14 @@
 
 The version is the one that answers, or any that this host's rows still hold,
 by number or by label. All rows of one request are answered from one version.
+
+Which version a label stands for on this host: what the operator said, else what answers and what answered before.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from typing import NamedTuple
 
@@ -14,9 +17,9 @@ import numpy as np
 
 from deploy.serving.answer import Answer, Query
 from deploy.serving.host import Host
-from deploy.serving.labels import labels_of
 from deploy.serving.line import Line, QueueLimits
 from deploy.serving.loaded_version import LoadedVersion, named
+from deploy.serving.notes import CONTROL_NOTE
 from deploy.serving.predictor import MOST_AT_ONCE
 from deploy.serving.program import batch_of
 from deploy.serving.signatures import BY_ID, CONTEXT, NOW, RAW, Signature, Tensor, Tensors, require, signatures_of
@@ -24,6 +27,22 @@ from state.errors import BadRequest, NotReady, UnknownModel
 from state.metrics import WorkerMetrics
 from state.rows.reader import RowReader
 from state.rows.served import Served
+
+STABLE, PREVIOUS, CANARY = "stable", "previous", "canary"
+
+
+def labels_of(reader: RowReader) -> dict[str, int]:
+    """The version of each label, whether or not its rows are here.
+
+    `stable` and `previous` are what answers and what answered before it where
+    nobody set them.
+    """
+    control, served, before = reader.note(CONTROL_NOTE), reader.served(), reader.before()
+    found = {} if served is None else {STABLE: served.version}
+    if before is not None:
+        found[PREVIOUS] = before
+    return found | (json.loads(control).get("labels", {}) if control else {})
+
 
 MODEL = "profile"
 MOST_ROWS = 1000

@@ -1,37 +1,36 @@
-"""The steps of `springtide up`, from the first check to the last stop."""
+"""The steps of `springtide up`, from the first check to the last stop.
+
+The topics that the loop needs, made where they are missing.
+
+The signs that the loop has come up: the trainer has a version, and serving answers with one.
+
+The local Kafka of one loop: started, started again when it dies, stopped last.
+
+The processes of the loop on one machine: their commands, ports and the order of their ends.
+"""
 
 from __future__ import annotations
 
 import functools
+import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 
+from deploy.children.backoff import HEALTHY_S, Backoff
+from deploy.children.last_words import shortened
 from deploy.children.supervisor import ProcessPlan, Supervisor
+from deploy.kafka.broker import Broker
 from deploy.rollouts import offered as rollouts
-from deploy.startup import hints, own_model, prometheus, signs, upgrading
-from deploy.startup.checks import LEAST_FREE_BYTES, require_directory, require_disk, require_ports
-from deploy.startup.local_kafka import LocalKafka
-from deploy.startup.process_plan import (
-    ANSWERING,
-    BOOTSTRAP,
-    CONSOLE,
-    OF_LOCAL_KAFKA,
-    REBUILD,
-    SHOPPERS,
-    STOP_ORDER,
-    TRAINER,
-    VALIDATION,
-    WORKER,
-    left_out,
-    ports,
-    process_plans,
-)
-from deploy.startup.topics import ensure_topics
+from deploy.rollouts.process_plan import TRIAL_HOST
+from deploy.startup import hints, own_model, prometheus, upgrading
+from deploy.startup.checks import LEAST_FREE_BYTES, Port, require_directory, require_disk, require_ports
 from deploy.trials import offered as trials
+from deploy.trials.process_plan import RETRAIN, TRIALS
 from deploy.watch import scrape
 from deploy.watch.address import serving_address
 from deploy.watch.figures import Watch
@@ -39,12 +38,313 @@ from deploy.watch.live import Screen, live_line
 from deploy.watch.panel import panel
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
+from state.errors import CorruptStore, KafkaFailed, PortTaken
 from state.events.identity import own_salt
-from state.metrics import SupervisorMetrics, serve
+from state.log import Topics, topic_plan
+from state.metrics import StorageMetrics, SupervisorMetrics, serve
 from state.registry.model_fit import require_same_salt
 from state.registry.registry import Registry
 from state.storage.measuring import offer
 from state.storage.shares import KAFKA, LOGS
+from state.storage.waiting import Room, is_full
+
+SHOPPERS = "shoppers"
+STREAM = "stream"
+BOOTSTRAP = "bootstrap"
+REBUILD = "rebuild-history"
+TRAINER = "trainer"
+APPLIER = "applier"
+WORKER = "worker"
+CONSOLE = "console"
+PROBE = "probe"
+VALIDATION = "validation"
+SEGMENTS = "segments"
+
+# What the local Kafka acknowledged in its last second may be gone after a power cut; nobody has it then.
+OF_LOCAL_KAFKA = ("--accept-cut-back", "--reason", "the local Kafka lost what was not on disk")
+
+# Each is stopped before what it writes to, Kafka after all of them: nothing is cut in two.
+STOP_ORDER = (
+    CONSOLE,
+    PROBE,
+    SHOPPERS,
+    BOOTSTRAP,
+    REBUILD,
+    STREAM,
+    RETRAIN,
+    TRIALS,
+    TRAINER,
+    VALIDATION,
+    SEGMENTS,
+    APPLIER,
+    WORKER,
+    TRIAL_HOST,
+    prometheus.NAME,
+)
+
+# These need no Kafka: they answer from what an earlier run left on this machine, and prepare their kernels.
+ANSWERING = (APPLIER, WORKER, TRIAL_HOST)
+
+# Histories in memory, a gigabyte or so, are saved on a slow disk.
+SAVING_S = 60.0
+
+
+def process_plans(
+    head_start: int = 0,
+    python: str = sys.executable,
+    accepted: Sequence[str] = (),
+    accepted_by_trainer: Sequence[str] = (),
+) -> dict[str, ProcessPlan]:
+    """All processes by name; settings reach them by the environment.
+
+    Args:
+        head_start: Clicks that the shoppers send at once.
+        python: The interpreter.
+        accepted: Words for the stream: gaps that the operator accepts.
+        accepted_by_trainer: Words for the trainer: gaps and bad records that the operator accepts.
+
+    >>> process_plans(python="python")["stream"].command
+    ('python', '-m', 'streaming.pipeline')
+    """
+
+    def plan(name: str, module: str, *arguments: str, stop_s: float = 10.0, lasting: bool = True) -> ProcessPlan:
+        return ProcessPlan(name, (python, "-m", module, *arguments), stop_s, lasting)
+
+    # It builds aside: cut short it leaves the old store, and begins again.
+    rebuild = plan(REBUILD, "streaming.rebuild", stop_s=1.0, lasting=False)
+    listed = (
+        plan(SHOPPERS, "deploy.replay", "--synthetic", "--head-start", str(head_start), stop_s=3.0),
+        replace(
+            plan(STREAM, "streaming.pipeline", *accepted, stop_s=SAVING_S), remedies={CorruptStore.__name__: rebuild}
+        ),
+        rebuild,
+        # Its work is repeated from the start at the next run: there is nothing to wait for.
+        plan(BOOTSTRAP, "streaming.bootstrap", "--of-up", stop_s=1.0, lasting=False),
+        plan(TRAINER, "trainer.loop", *accepted_by_trainer),
+        plan(VALIDATION, "deploy.validation.process"),
+        plan(SEGMENTS, "deploy.segments.process"),
+        plan(APPLIER, "deploy.serving.applier", stop_s=SAVING_S),
+        # With serving.workers above 1 it is the parent of them all.
+        plan(WORKER, "deploy.serving.rest", stop_s=15.0),
+        plan(CONSOLE, "deploy.console.server", stop_s=15.0),
+        plan(PROBE, "deploy.probe", "--continuously", stop_s=3.0),
+    )
+    return {one.name: one for one in listed}
+
+
+def left_out(settings: Settings) -> set[str]:
+    """The processes that the settings ask to do without.
+
+    >>> sorted(left_out(Settings()))
+    ['probe', 'segments']
+    """
+    return {PROBE, SEGMENTS, VALIDATION} - scrape.urls_beside(settings).keys()
+
+
+def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[Port]:
+    """The ports that the loop is going to listen on.
+
+    >>> [port.setting for port in ports(Settings(), local_kafka=True)][:2]
+    ['kafka.port', 'serving.port']
+    """
+    local, idle = "127.0.0.1", left_out(settings)
+    offered = settings.metrics.host
+    kafka = [Port("kafka.port", local, settings.kafka.port)] if local_kafka else []
+    return [
+        *kafka,
+        Port("serving.port", settings.serving.host, settings.serving.port),
+        *(
+            [Port("serving.grpc_port", settings.serving.host, settings.serving.grpc_port)]
+            if settings.serving.grpc_port
+            else []
+        ),
+        Port("stream.metrics_port", offered, settings.stream.metrics_port),
+        Port("trainer.metrics_port", offered, settings.trainer.metrics_port),
+        Port("serving.metrics_port", offered, settings.serving.metrics_port),
+        *(
+            [Port("validation.metrics_port", offered, settings.validation.metrics_port)]
+            if VALIDATION not in idle
+            else []
+        ),
+        *([Port("segments.metrics_port", offered, settings.segments.metrics_port)] if SEGMENTS not in idle else []),
+        *([Port("up.metrics_port", offered, settings.up.metrics_port)] if settings.up.metrics_port else []),
+        *([Port("console.port", settings.console.host, settings.console.port)] if settings.console.port else []),
+        *([Port("probe.metrics_port", offered, settings.probe.metrics_port)] if PROBE not in idle else []),
+        *([Port("up.prometheus_port", local, settings.up.prometheus_port)] if watched else []),
+    ]
+
+
+NAME, WHAT = "kafka", "Kafka"
+ROOM_S = 1.0
+
+
+class LocalKafka:
+    """A broker that is kept alive.
+
+    One whose disk is full ends. It is not tried again before there is room:
+    that waits, and is no death.
+
+    Args:
+        settings: The loop's settings.
+        say: Takes one line for the operator.
+        metrics: Where deaths and starts are counted.
+        clock: Monotonic seconds.
+        storage: Where its waits for room are shown.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        say: Callable[[str], None],
+        metrics: SupervisorMetrics,
+        clock: Callable[[], float],
+        storage: StorageMetrics,
+    ) -> None:
+        self._broker = Broker(settings.kafka_dir, settings.kafka.port, retention_h=settings.kafka.retention_h)
+        self._say = say
+        self._metrics = metrics
+        self._clock = clock
+        # Nobody waits in `wait_for`: `look` comes again by itself.
+        self._room = Room(KAFKA, storage, lambda _: True, lambda form, *words: say(form % words))
+        self._started_at: float | None = None
+        self._start_at: float | None = None
+        self._came_up = False
+        self._backoff = Backoff()
+
+    @property
+    def started(self) -> bool:
+        """Whether a start was tried."""
+        return self._started_at is not None
+
+    def begin(self) -> None:
+        """Starts it, and does not wait until it takes requests.
+
+        Raises:
+            PortTaken: Another process listens on its port.
+            KafkaFailed: It cannot run.
+        """
+        self._started_at, self._start_at = self._clock(), None
+        self._metrics.starts.labels(NAME).inc()
+        self._broker.begin()
+
+    def is_up(self) -> bool:
+        """Whether it takes requests.
+
+        Raises:
+            KafkaFailed: It ended, or takes too long; the message quotes its last words.
+        """
+        self._came_up = self._broker.is_up()
+        return self._came_up
+
+    def look(self) -> None:
+        """Takes notice of its death, and starts it again once that is due; what it cannot do is said."""
+        if self._start_at is None:
+            # One that never came up has an end in `is_up`.
+            failure = self._broker.failure() if self._came_up else None
+            if failure is not None:
+                self._bury(failure)
+            elif self._backoff.deaths and self._lived_s() >= HEALTHY_S:
+                self._backoff = Backoff()
+                self._metrics.deaths_in_a_row.labels(NAME).set(0)
+        elif self._clock() >= self._start_at:
+            try:
+                self._broker.require_disk()
+                self._room.found(WHAT)
+                self.begin()
+                self._broker.wait_until_up()
+            except (KafkaFailed, PortTaken) as failure:
+                if is_full(failure):
+                    self._room.refused(failure, WHAT)
+                    self._start_at = self._clock() + ROOM_S
+                else:
+                    self._bury(failure)
+
+    def _bury(self, failure: KafkaFailed | PortTaken) -> None:
+        self._backoff = self._backoff.after(self._lived_s())
+        self._start_at = self._clock() + self._backoff.wait_s
+        self._metrics.deaths.labels(NAME).inc()
+        self._metrics.deaths_in_a_row.labels(NAME).set(self._backoff.deaths)
+        self._say(f"{shortened(str(failure))}; {self._backoff.told()}")
+
+    def _lived_s(self) -> float:
+        return self._clock() - (self._started_at or 0.0)
+
+    def stop(self, timeout_s: float) -> None:
+        """Ends it, by force after `timeout_s`."""
+        self._broker.stop(timeout_s)
+
+
+PATIENCE_S = 0.5
+"""A process that compiles may answer late."""
+
+
+def trained_version(settings: Settings) -> int:
+    """The version that the trainer has loaded or made; 0 while there is none."""
+    addresses = {TRAINER: scrape.urls(settings)[TRAINER]}
+    return int(scrape.scrape(addresses)[TRAINER].value("springtide_trainer_version") or 0)
+
+
+def kernels_left(settings: Settings, running: Collection[str]) -> str:
+    """How far the running processes have prepared their kernels, for people; empty where all are ready, or nobody says."""
+    addresses = {
+        name: url for name, url in (scrape.urls(settings) | scrape.urls_beside(settings)).items() if name in running
+    }
+    found = scrape.scrape(addresses, lambda url: scrape.fetch(url, PATIENCE_S)) if addresses else {}
+    counts = {
+        name: (int(one.value("springtide_kernels_ready") or 0), int(one.value("springtide_kernels_total") or 0))
+        for name, one in found.items()
+    }
+    return kernels_text({name: count for name, count in counts.items() if count[0] < count[1]})
+
+
+def kernels_text(left: Mapping[str, tuple[int, int]]) -> str:
+    """Words for the kernels of processes that are not ready: how many are, and of how many.
+
+    >>> kernels_text({"trainer": (3, 20), "worker": (9, 10)})
+    'compiling kernels, 12 of 30 (trainer 3 of 20, worker 9 of 10)'
+    >>> kernels_text({})
+    ''
+    """
+    if not left:
+        return ""
+    ready, total = (sum(column) for column in zip(*left.values(), strict=True))
+    return f"compiling kernels, {ready} of {total} ({', '.join(f'{name} {one} of {all}' for name, (one, all) in left.items())})"
+
+
+def answered_version(settings: Settings) -> int:
+    """The version that an answer was given with just now; 0 where a worker gives none, or is not ready."""
+    if scrape.fetch(serving_address(settings, "/readyz"))[0] != 200:
+        return 0
+    status, answer = scrape.fetch(scrape.profile_url(settings))
+    return int(json.loads(answer)["version"]["number"]) if status == 200 else 0
+
+
+def ensure_topics(settings: Settings, say: Callable[[str], None], local: bool = False) -> str:
+    """Makes what is missing, and says which topics the loss of one broker would harm; returns the topics in words.
+
+    Args:
+        settings: The loop's settings.
+        say: Takes one line for the operator.
+        local: Whether the Kafka is the loop's own: its topics keep to their share of `storage.budget_gb` then.
+
+    Raises:
+        LogError: Kafka does not answer, or refused.
+    """
+    kafka = settings.kafka
+    wanted = [topic_plan.clicks(settings), topic_plan.dead_letters(settings), topic_plan.microbatches(settings)]
+    with Topics(kafka) as topics:
+        if settings.segments.expressions:
+            wanted.append(topic_plan.segments(settings))
+        for one in [*wanted, *topic_plan.attributes(settings)]:
+            topics.ensure(*one)
+            # The loop's own Kafka is one broker: there is nothing to ask.
+            if not local and (weakness := topics.copies(one.name).weakness()):
+                say(f"topic {one.name}: {weakness}")
+        for name, config in topic_plan.bounds(settings).items() if local else ():
+            topics.bound(name, config)
+        partitions = topics.describe(kafka.clicks_topic).partitions
+    return f"{kafka.clicks_topic} ({partitions} partitions), {kafka.dead_letters_topic}, {kafka.microbatches_topic}"
+
 
 STEPS = 9
 LOOK_S = 0.1
@@ -154,7 +454,7 @@ class Startup:
         self._await_bootstrap()
         # No answer waits for the validation: it compares with what the bootstrap found, and reads what it missed.
         self._start({VALIDATION} - left_out(settings))
-        version = self._wait(lambda: signs.trained_version(settings), "waiting for the trainer's first version")
+        version = self._wait(lambda: trained_version(settings), "waiting for the trainer's first version")
         self._step("trainer", f"version {version}")
         self._wait(lambda: self._answered, "waiting for the first answer")
         # 9. What to try. The page comes last: it is in nobody's way.
@@ -229,7 +529,7 @@ class Startup:
         """Says once that serving answers, and with which version."""
         if self._answered or self._running().pid(WORKER) is None:
             return
-        self._answered = signs.answered_version(self._settings)
+        self._answered = answered_version(self._settings)
         if self._answered:
             url, port = serving_address(self._settings), self._settings.serving.grpc_port
             where = f"{url} with version {self._answered}{f', gRPC on port {port}' if port else ''}"
@@ -264,7 +564,7 @@ class Startup:
             self._notice_answer()
             if self._clock() >= report:
                 report = self._clock() + PROGRESS_S
-                if progress := signs.kernels_left(self._settings, self._running().names()):
+                if progress := kernels_left(self._settings, self._running().names()):
                     self._screen.say(f"{self._clock() - self._begin:7.1f} s       {progress}")
             if self._clock() >= remind:
                 remind = self._clock() + REMIND_S

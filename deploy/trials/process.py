@@ -11,6 +11,8 @@ A trial that is not to run any more loses its trainer, then its registry, once
 nobody is to go on from it. All of it, trainers included, has `trials.cores` of
 the machine and steps back behind whoever else wants them. It ends once nothing
 is left to do.
+
+Follows the losses of both trainers, pairs them, and keeps the comparison of one trial.
 """
 
 from __future__ import annotations
@@ -20,15 +22,17 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from prometheus_client import CollectorRegistry
 
 from deploy.children.supervisor import ProcessPlan, Supervisor
-from deploy.trials.comparing import ComparedTrial
 from deploy.trials.trial_settings import flags_of
 from state import layout
+from state.config.sections import TrialSettings
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import LockHeld, SpringtideError, of_disk
@@ -38,9 +42,73 @@ from state.process.part import run_part
 from state.process.said_once import SaidOnce
 from state.registry.control import Control
 from state.registry.registry import Registry
-from state.trials import row_losses
+from state.trials import comparison, row_losses
+from state.trials.comparison import PairedComparison
 from state.trials.following import followed
+from state.trials.row_losses import LossReader
 from state.trials.trial import Trial, Trials
+
+KEEP_S = 5.0
+"""Between two times that the comparison is written."""
+READS_AT_ONCE = 8
+
+
+class ComparedTrial:
+    """The comparison of one trial while it runs; one thread.
+
+    Args:
+        folder: The trial's directory.
+        live: The registry of the live trainer.
+        own: That of the trial's.
+        settings: How sure, and after how many rows.
+        elapsed: Monotonic seconds.
+
+    Raises:
+        CorruptStore: What was compared before cannot be read.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        live: Path,
+        own: Path,
+        settings: TrialSettings,
+        elapsed: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._folder, self._elapsed = folder, elapsed
+        self._comparison = comparison.read(folder) or PairedComparison(settings.alpha, settings.planned_rows)
+        self._live, self._own = LossReader(live), LossReader(own)
+        self._kept_s, self._kept_records = elapsed(), self._comparison.records
+
+    def step(self) -> None:
+        """Reads on, and keeps what was compared where it is time.
+
+        Raises:
+            OSError: The disk refused; nothing is lost.
+        """
+        pairing = self._comparison.pairing
+        for _ in range(READS_AT_ONCE):
+            live_behind, own_behind = pairing.behind
+            live = self._live.read() if live_behind else []
+            own = self._own.read() if own_behind else []
+            if not live and not own:
+                break
+            pairing.add(live, own)
+            self._comparison.take(pairing.pairs())
+        if self._elapsed() - self._kept_s >= KEEP_S:
+            self.keep()
+
+    def keep(self) -> None:
+        """Writes what was compared; durable when this returns.
+
+        Raises:
+            OSError: The disk refused; it is tried again.
+        """
+        self._kept_s = self._elapsed()
+        if self._comparison.records != self._kept_records:
+            comparison.write(self._folder, self._comparison)
+            self._kept_records = self._comparison.records
+
 
 LOOK_S = 0.2
 STOP_S = 15.0

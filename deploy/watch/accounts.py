@@ -13,24 +13,245 @@ where the version is ahead of the store, the store is read again.
 
 A stream on an engine has its account there: of it there is what it shows on
 /metrics, a second old, which is not compared with the trainer's.
+
+Reads what the account is made of: the stream's stores on this machine, or what it shows, and the end of the training log.
+
+Counts the rows between the trainer's place and the stream's, and makes both accounts of what is stored. Pure.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import numpy as np
+
+from deploy.watch import scrape
 from deploy.watch.messages import shown
-from deploy.watch.rows_in_flight import Counts, InFlight, comparable, stream_account, trainer_account
-from deploy.watch.stored_accounts import quick, read_shown, read_stores, read_tail, settled
-from state.accounts import BrokerAccount, StreamAccount, check_accounts
+from state import layout
+from state.accounts import BrokerAccount, StreamAccount, TrainerAccount, check_accounts
 from state.config.settings import Settings
-from state.errors import SpringtideError
-from state.log import Topics
-from state.registry.log_line import WHOLE, LogLine
+from state.errors import MicroBatchError, SpringtideError
+from state.history.store import HistoryStore
+from state.log import Reader, Topics, accepted_gaps
+from state.microbatch.batch import MicroBatch
+from state.microbatch.codec import decode
+from state.microbatch.cutting import trim
+from state.microbatch.row_kinds import trained
+from state.positions import Source
+from state.registry.log_line import WHOLE, LogLine, counts, onward
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
+
+LONGEST_TAIL = 20_000
+
+Counts = Mapping[Source, Mapping[str, int]]
+
+
+@dataclass(frozen=True)
+class InFlight:
+    """Rows between the trainer's place and the stream's, counted on their own.
+
+    Attributes:
+        rows: New rows.
+        duplicate: Rows written again by a stream that crashed.
+        marks: The next offset of each source afterwards.
+        complete: Whether the log was read to its end.
+    """
+
+    rows: int
+    duplicate: int
+    marks: dict[Source, int]
+    complete: bool = True
+
+
+def in_flight(batches: Iterable[MicroBatch], marks: Mapping[Source, int], until: Mapping[Source, int]) -> InFlight:
+    """Counts the rows of `batches` that lie from `marks` on and before `until`. Pure."""
+    rows = duplicate = 0
+    at = dict(marks)
+    for batch in batches:
+        fresh, after = trim(batch, at)
+        ends = np.array([until.get(part.source, 0) for part in batch.header.ranges] or [0], np.int64)
+        counted = trained(batch.kind) & (batch.offset < ends[batch.source])
+        rows += int((fresh & counted).sum())
+        duplicate += int((~fresh & counted).sum())
+        at = after
+    return InFlight(rows, duplicate, at)
+
+
+def stream_account(counts: Counts) -> StreamAccount:
+    """The account over all sources.
+
+    >>> one = {"first": 0, "next": 3, "rows": 2, "dead": 1, "filtered": 0, "absent": 0}
+    >>> stream_account({Source("ab" * 16, 0): one, Source("ab" * 16, 1): one}).rows
+    4
+    """
+    parts = [StreamAccount.of(one) for one in counts.values()]
+    return StreamAccount(*(sum(getattr(one, each.name) for one in parts) for each in dataclasses.fields(StreamAccount)))
+
+
+def trainer_account(version: Manifest, flying: InFlight) -> TrainerAccount:
+    """The version's account, with what is in flight behind it."""
+    counted = {
+        name: int(version.metrics.get(f"account.{name}", 0))
+        for name in ("rows", "trained", "skipped", "duplicate", "masked", "gap", "other_features")
+    }
+    return TrainerAccount(
+        rows=counted["rows"] + flying.rows + flying.duplicate,
+        trained=counted["trained"],
+        skipped=counted["skipped"],
+        duplicate=counted["duplicate"] + flying.duplicate,
+        in_flight=flying.rows,
+        masked=counted["masked"],
+        gap=counted["gap"],
+        other_features=counted["other_features"],
+    )
+
+
+def comparable(counts: Counts, version: Manifest, flying: InFlight) -> str:
+    """Why the stream's rows and the trainer's cannot be compared; empty where they can. Pure.
+
+    Args:
+        counts: Of the stream's stores.
+        version: The trainer's newest version.
+        flying: What lies behind it.
+    """
+    if not flying.complete:
+        return f"the trainer is more than {LONGEST_TAIL:,} positions behind: rows in flight are not counted"
+    ahead = sum(max(0, mark - counts[source]["next"]) for source, mark in version.marks.items() if source in counts)
+    if ahead:
+        return f"the trainer has {ahead:,} positions that the stream has still to commit"
+    if unknown := [str(source) for source in version.marks if source not in counts]:
+        return f"the trainer has sources that no store here counts: {', '.join(unknown)}"
+    began = sum(one["first"] for source, one in counts.items() if source in flying.marks)
+    if "account.before" not in version.metrics:
+        return "the version was made by a release that did not count where its line began"
+    if flying.marks.keys() == version.marks.keys() and int(version.metrics["account.before"]) != began:
+        return "the trainer's line began later than the stream's store, or earlier: its log had been cut, or the store is new"
+    return ""
+
+
+LONGEST_S = 3.0
+SETTLE_S = 1.0
+
+
+class Stores(NamedTuple):
+    """What all stores of this machine count.
+
+    Attributes:
+        counts: By source.
+        accepted: The gaps that were accepted, as JSON values.
+        waiting: Rows that wait for their label.
+    """
+
+    counts: dict[Source, dict[str, int]]
+    accepted: list[dict[str, Any]]
+    waiting: int
+
+
+def read_stores(settings: Settings) -> Stores:
+    """What the stores of this machine count.
+
+    Raises:
+        SpringtideError: There is none, or one cannot be read.
+    """
+    counts: dict[Source, dict[str, int]] = {}
+    accepted: list[dict[str, Any]] = []
+    waiting = 0
+    for path in layout.streams(settings.state_dir):
+        store = HistoryStore(path, settings.features.history, settings.stream.map_gb << 30, readonly=True)
+        try:
+            of_store, waits = store.cut()
+            counts |= of_store
+            waiting += waits
+            accepted += [one.to_json() for one in accepted_gaps.decode(store.extra(layout.GAPS))]
+        finally:
+            store.close()
+    if not counts:
+        raise SpringtideError(f"no stream has committed anything under {settings.state_dir} yet")
+    return Stores(counts, accepted, waiting)
+
+
+class Shown(NamedTuple):
+    """What a stream says of itself on /metrics.
+
+    Attributes:
+        account: Over all sources; None where no stream answers, or it has committed nothing.
+        waiting: Rows that wait for their label.
+        unread: Positions of the clicks that it has still to read.
+    """
+
+    account: StreamAccount | None = None
+    waiting: int | None = None
+    unread: int = 0
+
+
+def read_shown(settings: Settings) -> Shown:
+    """What the stream shows, wherever it runs.
+
+    Raises:
+        SettingsError: `metrics.hosts` is not written as it should be.
+    """
+    stream = scrape.scrape({"stream": scrape.urls(settings)["stream"]})["stream"]
+    shown = stream.by("springtide_accounting_labels", "outcome") | stream.by(
+        "springtide_accounting_positions", "outcome"
+    )
+    if not shown.get("positions"):
+        return Shown()
+    account = StreamAccount(**{one.name: int(shown[one.name]) for one in dataclasses.fields(StreamAccount)})
+    return Shown(account, int(shown["waiting"]), int(stream.value("springtide_stream_lag_events") or 0))
+
+
+def read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int], line: LogLine = WHOLE) -> InFlight:
+    """The rows between the version's place in the log and the stream's, along a line of the log.
+
+    Raises:
+        LogError: The log cannot be read from there.
+    """
+    kafka = quick(settings)
+    partition, place = version.log.partition, onward(line, version.log.next)
+    with Topics(kafka) as topics:
+        _, end = topics.ends(version.log.topic)[partition]
+    if end - place > LONGEST_TAIL:
+        return InFlight(0, 0, version.marks, complete=False)
+    if end <= place:
+        return InFlight(0, 0, version.marks)
+    batches: list[MicroBatch] = []
+    deadline_s = time.monotonic() + LONGEST_S
+    with Reader(kafka, version.log.topic, [partition], {partition: place}) as reader:
+        while reader.position(partition) < end:
+            if time.monotonic() > deadline_s:
+                return InFlight(0, 0, version.marks, complete=False)
+            for batch in reader.poll(0.1):
+                for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
+                    # The trainer stops at what is no micro-batch, or leaves it out.
+                    with contextlib.suppress(MicroBatchError):
+                        found = decode(value or b"")
+                        batches += [found] if counts(line, found.header.log_epoch, offset) else []
+    return in_flight(batches, version.marks, until)
+
+
+def quick(settings: Settings) -> Any:
+    """The Kafka settings with a short patience."""
+    return dataclasses.replace(settings.kafka, request_timeout_s=min(LONGEST_S, settings.kafka.request_timeout_s))
+
+
+def settled(
+    settings: Settings, version: Manifest, read: Callable[[Settings], Stores] = read_stores, wait_s: float = SETTLE_S
+) -> Stores:
+    """The stores, once they have what the version has, or after a moment."""
+    deadline_s = time.monotonic() + wait_s
+    while True:
+        stores = read(settings)
+        counts = stores.counts
+        ahead = any(mark > counts[source]["next"] for source, mark in version.marks.items() if source in counts)
+        if not ahead or time.monotonic() >= deadline_s:
+            return stores
+
 
 OUTCOMES = ("rows", "dead", "filtered", "absent", "gap")
 RARE = ("opened", "feedback", "masked")

@@ -2,6 +2,8 @@
 
 Rates are of the last seconds, and the quantiles of the last minute or, for a single look, since each process started.
 Both need an earlier look at the same process: one that began anew since then is another.
+
+What `springtide up` offers of the parts that it keeps alive. Pure.
 """
 
 from __future__ import annotations
@@ -18,8 +20,33 @@ from deploy.watch.clocks_off import ClocksOff, clocks_off
 from deploy.watch.quantiles import Buckets, Spread, between, spread
 from deploy.watch.scrape import UP, Scrape
 from deploy.watch.storage import full
-from deploy.watch.supervised import dying, runs_shoppers
 from state.metrics import ANSWERING_ROUTES
+
+OFTEN = 2
+
+
+def dying(up: Scrape) -> dict[str, float]:
+    r"""The parts that die again and again, and how often they did, the worst first.
+
+    >>> from deploy.watch.scrape import parsed
+    >>> series = "springtide_up_deaths_in_a_row"
+    >>> dying(Scrape(parsed(f'{series}{{part="trainer"}} 3\n{series}{{part="stream"}} 0\n{series}{{part="applier"}} 1')))
+    {'trainer': 3.0}
+    """
+    found = up.by("springtide_up_deaths_in_a_row", "part")
+    often = {part: count for part, count in found.items() if count >= OFTEN}
+    return dict(sorted(often.items(), key=lambda one: -one[1]))
+
+
+def runs_shoppers(up: Scrape) -> bool:
+    r"""Whether synthetic shoppers are among them.
+
+    >>> from deploy.watch.scrape import parsed
+    >>> runs_shoppers(Scrape(parsed('springtide_up_starts_total{part="shoppers"} 1'))), runs_shoppers(Scrape())
+    (True, False)
+    """
+    return "shoppers" in up.by("springtide_up_starts_total", "part")
+
 
 AWAY = Scrape()
 RATE_S = 5.0

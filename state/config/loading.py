@@ -6,21 +6,379 @@
 
 The later wins. A name or value that cannot be is a `SettingsError` that names
 the file and line, the variable or the flag, and the nearest known name.
+
+Refuses settings that are possible alone and impossible together, before anything starts.
+
+Each rule is a pure function of the settings that yields conflicts. A conflict
+names the settings it is about, the one to change first; the refusal points at
+the first of them that somebody has set, for a default is never to blame.
+
+What a model that is learned anew every so often rules out.
+
+What differential privacy rules out: what lets one user's rows reach another user without a clipping bound and noise.
+
+Settings that are possible alone and impossible together, as a rule names them.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from state.config.rules import check_together
+from state.config.fields import fields_of
 from state.config.sections import SECTIONS, known_settings
 from state.config.settings import Settings
 from state.config.sources import PREFIX, checked, from_environment, from_file, from_flags
 from state.errors import SettingsError
+
+if TYPE_CHECKING:
+    from state.config.settings import Settings
+from typing import TYPE_CHECKING
+
+from state.config.spans import span_ms
+
+if TYPE_CHECKING:
+    from state.config.settings import Settings
+from typing import TYPE_CHECKING
+
+from state.config.sections import Model, TrainerSettings
+
+if TYPE_CHECKING:
+    from state.config.settings import Settings
+from typing import NamedTuple
+
+
+class Conflict(NamedTuple):
+    """Settings that cannot be so, why, and what to do where `why` does not say it."""
+
+    names: tuple[str, ...]
+    why: str
+    do: str = ""
+
+
+def privacy(settings: Settings) -> Iterator[Conflict]:
+    """Gradients are clipped by row, of the default ranker and tower, by the TensorFlow engine; nothing is learned beside them."""
+    if not settings.privacy.epsilon:
+        return
+    wanted = {"model.ranker": Model().ranker, "model.tower": Model().tower}
+    for name, only in wanted.items():
+        if settings.value(name) != only:
+            yield Conflict(
+                (name, "privacy.epsilon"),
+                f"{name} {settings.value(name)!r} cannot be learned with privacy.epsilon {settings.privacy.epsilon:g}: of "
+                "code of one's own nobody knows whether a row's loss reads other rows",
+                "take it out, or set privacy.epsilon to 0",
+            )
+    if settings.trainer.engine not in (TrainerSettings().engine, "tensorflow"):
+        yield Conflict(
+            ("trainer.engine", "privacy.epsilon"),
+            f"trainer.engine {settings.trainer.engine} cannot clip gradients by row, which privacy.epsilon needs",
+            "set trainer.engine to auto or tensorflow",
+        )
+    if settings.churn.days:
+        yield Conflict(
+            ("churn.days", "privacy.epsilon"),
+            "churn.days is set: who leaves is learned of each user's rows, neither clipped nor with noise, which privacy.epsilon rules out",
+            "set churn.days or privacy.epsilon to 0",
+        )
+    if settings.segments.lookalikes:
+        yield Conflict(
+            ("segments.lookalikes", "privacy.epsilon"),
+            f"segments.lookalikes is {settings.segments.lookalikes}: lookalikes compare the exact rows of different users, "
+            "so that the list of one user tells of others, which privacy.epsilon rules out",
+            "set segments.lookalikes or privacy.epsilon to 0",
+        )
+
+
+def retrain(settings: Settings) -> Iterator[Conflict]:
+    """Spans are written as spans, and no two trainers take one budget of privacy."""
+    for name in ("retrain.every", "retrain.limit"):
+        text = settings.value(name)
+        if (text or name == "retrain.limit") and not span_ms(text):
+            yield Conflict((name,), f"{name} {text!r} is no span of time", "write 1d, 12h, 30m or 90s")
+    if settings.retrain.every and settings.privacy.epsilon:
+        yield Conflict(
+            ("retrain.every", "privacy.epsilon"),
+            f"retrain.every {settings.retrain.every} begins trials, and with privacy.epsilon {settings.privacy.epsilon:g} there "
+            "are none: two trainers would take the same noise, and who compares them is rid of it",
+            "take retrain.every out, or set privacy.epsilon to 0",
+        )
+
+
+MOST_ACTIONS = 255
+MOST_WINDOWS = 16
+TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
+SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+):(\d{1,5})")
+
+Rule = Callable[["Settings"], Iterator[Conflict]]
+
+
+def check_together(settings: Settings) -> None:
+    """Refuses the first conflict.
+
+    Raises:
+        SettingsError: Names where the setting to change came from, the setting, and why.
+    """
+    for rule in RULES:
+        for names, why, do in rule(settings):
+            name = next((one for one in names if one in settings.origins), names[0])
+            others = "".join(f", {one} from {settings.origins[one]}" for one in names[1:] if one in settings.origins)
+            also = others if name == names[0] else ""
+            what = f"{settings.origins.get(name, 'default')}: {why}"
+            raise SettingsError(what, f"{do}{also}") if do else SettingsError(f"{what}{also}")
+
+
+def actions(settings: Settings) -> Iterator[Conflict]:
+    """Each action has one name and one weight."""
+    events = settings.events
+    names, weights = ("events.actions", "events.action_weights"), events.action_weights
+    if not 1 <= len(events.actions) <= MOST_ACTIONS:
+        yield Conflict(names[:1], f"events.actions must name 1 to {MOST_ACTIONS} actions, not {len(events.actions)}")
+    if twice := repeated(events.actions):
+        yield Conflict(names[:1], f"events.actions names {twice!r} twice", "name each action once")
+    if len(weights) != len(events.actions):
+        listed = ", ".join(events.actions)
+        yield Conflict(
+            names[::-1],
+            f"events.action_weights has {len(weights)} weights for {len(events.actions)} actions ({listed})",
+            "give each action one weight, in the order of events.actions",
+        )
+    if not any(weights):
+        yield Conflict(names[1:], "events.action_weights are all 0: nothing would be learned", "give one a weight")
+    if not events.action and len(events.actions) > 1:
+        yield Conflict(
+            ("events.action", "events.actions"),
+            f"events.action names no field, and events.actions has {len(events.actions)} actions",
+            "name the field, or leave one action",
+        )
+
+
+def fields(settings: Settings) -> Iterator[Conflict]:
+    """Fields are named once, and none of them gives the label away."""
+    events = settings.events
+    for name in ("context", "columns"):
+        named = tuple(one for one in getattr(events, name) if one != "-")
+        if twice := repeated(named):
+            yield Conflict((f"events.{name}",), f"events.{name} names {twice!r} twice", "name each field once")
+    known = {events.user, events.item, events.category, events.action, events.time, events.label, events.request}
+    known |= {*events.context}
+    for one in events.constants:
+        field, equals, _ = one.partition("=")
+        if not equals or not field:
+            yield Conflict(("events.constants",), f"events.constants {one!r} must be FIELD=VALUE, such as action=view")
+        elif field not in known:
+            listed = ", ".join(sorted(known - {""}))
+            yield Conflict(
+                ("events.constants",), f"events.constants {one!r}: [events] names no field {field!r}, only {listed}"
+            )
+    if twice := repeated([one.partition("=")[0] for one in events.constants]):
+        yield Conflict(("events.constants",), f"events.constants gives {twice!r} twice", "give each field one value")
+    leaks = {*events.outcomes, events.label} - {"", *events.allow_outcomes}
+    for name in ("user", "item", "category", "action", "context"):
+        leaking = leaks.intersection(events.context if name == "context" else (getattr(events, name),))
+        if leaking:
+            field = min(leaking)
+            yield Conflict(
+                (f"events.{name}", "events.outcomes", "events.label"),
+                f"events.{name} names {field!r}, an outcome: known only after the event, it would leak the label",
+                f"take it out, or say events.allow_outcomes {field}",
+            )
+
+
+def labels(settings: Settings) -> Iterator[Conflict]:
+    """Impressions and their outcomes are different actions, and there are both or neither."""
+    section, names = settings.labels, ("labels.impressions", "labels.outcomes")
+    for name in names:
+        if unknown := [one for one in settings.value(name) if one not in settings.events.actions]:
+            yield Conflict((name, "events.actions"), f"{name} names {unknown[0]!r}, which events.actions does not")
+    if bool(section.impressions) != bool(section.outcomes):
+        empty = names[bool(section.impressions)]
+        yield Conflict(
+            names[:: 1 if section.impressions else -1], f"{empty} must name an action too: the two go together"
+        )
+    if both := [one for one in section.outcomes if one in section.impressions]:
+        yield Conflict(names[::-1], f"labels.outcomes names {both[0]!r}, which is an impression already")
+
+
+def windows(settings: Settings) -> Iterator[Conflict]:
+    """Windows and half-lives ascend, for their place is part of a feature's meaning."""
+    for name in ("features.windows_s", "features.half_lives_s"):
+        values = settings.value(name)
+        if not values or list(values) != sorted(set(values)):
+            yield Conflict((name,), f"{name} must be ascending and not empty, not {list(values)}")
+        if len(values) > MOST_WINDOWS:
+            yield Conflict((name,), f"{name} may have {MOST_WINDOWS} values, not {len(values)}")
+
+
+def parts(settings: Settings) -> Iterator[Conflict]:
+    """A tower has layers, and functions are named so that they can be found."""
+    if not settings.model.hidden:
+        yield Conflict(("model.hidden",), "model.hidden must name at least one layer")
+    for one in settings.model.options:
+        if not re.fullmatch(r"\w+=.*", one):
+            yield Conflict(("model.options",), f"model.options {one!r} must be NAME=VALUE, such as heads=4")
+    if twice := repeated([one.partition("=")[0] for one in settings.model.options]):
+        yield Conflict(("model.options",), f"model.options gives {twice!r} twice", "give each option one value")
+    if settings.features.sequence > settings.features.history:
+        yield Conflict(
+            ("features.sequence", "features.history"),
+            f"features.sequence {settings.features.sequence} must not be above features.history = "
+            f"{settings.features.history}: no more events are remembered",
+        )
+    for name in ("events.decoder", "model.ranker", "model.tower", "model.preprocessing"):
+        if not re.fullmatch(r"[\w.]+:\w+", settings.value(name)):
+            yield Conflict((name,), f"{name} must be written module:name, not {settings.value(name)!r}")
+    address = settings.rollout.address
+    if address and not re.fullmatch(r"https?://[^/\s]+", address):
+        yield Conflict(
+            ("rollout.address",), f"rollout.address must be http://HOST:PORT or https://HOST:PORT, not {address!r}"
+        )
+
+
+def topics(settings: Settings) -> Iterator[Conflict]:
+    """Topics have names that Kafka takes, and no two the same."""
+    of_kafka = ("clicks", "dead_letters", "microbatches", "exposures")
+    names = (*(f"kafka.{what}_topic" for what in of_kafka), "segments.topic")
+    owners: dict[str, str] = {}
+    for name in names:
+        topic = settings.value(name)
+        if not TOPIC.fullmatch(topic) or topic in (".", ".."):
+            yield Conflict(
+                (name,),
+                f"{name} {topic!r} is no name of a topic: 1 to 249 letters, digits, dots, dashes and underscores",
+            )
+        if topic in owners:
+            yield Conflict(
+                (name, owners[topic]),
+                f"{name} and {owners[topic]} are both {topic!r}",
+                "they must be two different names",
+            )
+        owners[topic] = name
+
+
+def attributes(settings: Settings) -> Iterator[Conflict]:
+    """Attributes are written rightly, have a name each, and come out of topics of their own."""
+    taken = {settings.value(f"kafka.{name}_topic") for name in ("clicks", "dead_letters", "microbatches")}
+    taken.add(settings.segments.topic)
+    known: list[str] = []
+    for side in ("user", "item"):
+        named_topic, named_fields = f"attributes.{side}_topic", f"attributes.{side}_fields"
+        topic, written = settings.value(named_topic), settings.value(named_fields)
+        try:
+            known += [one.name for one in fields_of(written)]
+        except ValueError as error:
+            yield Conflict((named_fields,), f"{named_fields} {error}")
+        if twice := repeated(known):
+            yield Conflict(
+                (named_fields,),
+                f"{named_fields} names {twice!r} again",
+                "give each attribute, of users and items, a name",
+            )
+        if not topic:
+            continue
+        if not TOPIC.fullmatch(topic) or topic in (".", ".."):
+            yield Conflict((named_topic,), f"{named_topic} {topic!r} is no name of a topic")
+        if not written:
+            yield Conflict((named_topic,), f"{named_topic} needs {named_fields}: name what is to be read there")
+        if topic in taken:
+            yield Conflict((named_topic,), f"{named_topic} must be a topic of its own, not {topic}")
+        taken.add(topic)
+    for name in settings.attributes.slices:
+        if name not in known:
+            listed = ", ".join(known) or "none"
+            yield Conflict(
+                ("attributes.slices",),
+                f"attributes.slices names {name!r}, which is no attribute",
+                f"name one of {listed}",
+            )
+
+
+def brokers(settings: Settings) -> Iterator[Conflict]:
+    """Brokers have a host and a port; credentials and certificates are used, and there."""
+    kafka = settings.kafka
+    for server in kafka.bootstrap_servers.split(","):
+        written = SERVER.fullmatch(server.strip())
+        if not written or not 1 <= int(written[2]) <= 65535:
+            yield Conflict(
+                ("kafka.bootstrap_servers", "kafka.port"),
+                f"kafka.bootstrap_servers must be HOST:PORT, separated by commas, not {server.strip()!r}",
+            )
+    protocol = kafka.security_protocol
+    sasl = ("kafka.sasl_mechanism", "kafka.sasl_username")
+    if protocol.startswith("SASL"):
+        if not kafka.sasl_mechanism:
+            yield Conflict(
+                ("kafka.security_protocol",), f"kafka.security_protocol {protocol} needs kafka.sasl_mechanism"
+            )
+        if kafka.sasl_mechanism.startswith(("PLAIN", "SCRAM")):
+            for name in ("kafka.sasl_username", "kafka.sasl_password"):
+                if not settings.value(name):
+                    yield Conflict((sasl[0],), f"kafka.sasl_mechanism {kafka.sasl_mechanism} needs {name}")
+        if (kafka.sasl_mechanism == "OAUTHBEARER") != bool(kafka.sasl_token_provider):
+            yield Conflict(
+                ("kafka.sasl_token_provider", "kafka.sasl_mechanism"),
+                "kafka.sasl_mechanism OAUTHBEARER and kafka.sasl_token_provider need each other",
+                "set both, or neither",
+            )
+    else:
+        yield from _unused(settings, (*sasl, "kafka.sasl_token_provider"), "SASL_SSL")
+    files = ("kafka.ssl_cafile", "kafka.ssl_certfile", "kafka.ssl_keyfile")
+    if not protocol.endswith("SSL"):
+        yield from _unused(settings, files, "SSL")
+    for name in files:
+        if settings.value(name) and not Path(settings.value(name)).is_file():
+            yield Conflict((name,), f"{name} {settings.value(name)!r}: no such file", "correct the path")
+    if kafka.ssl_keyfile and not kafka.ssl_certfile:
+        yield Conflict(files[2:], "kafka.ssl_keyfile needs kafka.ssl_certfile, the certificate of the key")
+
+
+def replicas(settings: Settings) -> Iterator[Conflict]:
+    """No more replicas must be in step than there are."""
+    kafka = settings.kafka
+    if kafka.replication and kafka.min_insync_replicas > kafka.replication:
+        yield Conflict(
+            ("kafka.min_insync_replicas", "kafka.replication"),
+            f"kafka.min_insync_replicas {kafka.min_insync_replicas} is more than kafka.replication {kafka.replication}",
+            "no record would ever be acknowledged: lower it",
+        )
+
+
+def certificates(settings: Settings) -> Iterator[Conflict]:
+    """A certificate of the answers has its key, and both are there."""
+    for name, other in (("serving.tls_cert", "serving.tls_key"), ("serving.tls_key", "serving.tls_cert")):
+        path = settings.value(name)
+        if path and not settings.value(other):
+            yield Conflict((name,), f"{name} needs {other}: the two go together")
+        if path and not Path(path).is_file():
+            yield Conflict((name,), f"{name} {path!r}: no such file", "correct the path")
+
+
+def _unused(settings: Settings, names: Sequence[str], wanted: str) -> Iterator[Conflict]:
+    """What would silently not be used: the operator believes in a safety that is not there."""
+    for name in names:
+        if settings.value(name):
+            yield Conflict(
+                (name, "kafka.security_protocol"),
+                f"{name} is set, and kafka.security_protocol {settings.kafka.security_protocol} does not use it",
+                f"set kafka.security_protocol to {wanted}, or take {name} out",
+            )
+
+
+def repeated(values: Sequence[str]) -> str | None:
+    """The first value that came before; None where all differ.
+
+    >>> repeated(["view", "cart", "view"]), repeated(["view"])
+    ('view', None)
+    """
+    return next((one for place, one in enumerate(values) if one in values[:place]), None)
+
+
+RULES: tuple[Rule, ...] = (actions, fields, labels, windows, parts, topics, attributes, brokers, replicas, certificates, privacy, retrain)  # fmt: skip
+
 
 FILE = "springtide.toml"
 

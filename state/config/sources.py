@@ -3,13 +3,19 @@
 Every reader yields (dotted name, value, origin); `state.config.settings` puts them
 together. Unknown names and impossible values are refused here, with their
 origin and the nearest known name.
+
+Settings of earlier releases: what they are called now, and which ones decide nothing any more.
+
+Settings that are lists of `name=value`, whose elements may stand in the file as keys of their section: `name = "value"`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import difflib
 import json
+import logging
 import math
 import re
 import tomllib
@@ -17,10 +23,76 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from state.config.former import GONE, RENAMED, is_gone
-from state.config.named_elements import listed
 from state.config.sections import SECTIONS, KnownSetting
 from state.errors import SettingsError, reason_of
+
+NAMED = {"segments": "expressions"}
+"""Section -> the setting that takes them."""
+
+
+def listed(section: str, table: Mapping[str, Any], path: Path, lines: Mapping[str, int]) -> Mapping[str, Any]:
+    """A section of the file with such keys in the list that they belong to.
+
+    >>> listed("segments", {"busy": "events.visible > 20"}, Path(), {})
+    {'expressions': ['busy=events.visible > 20']}
+
+    Args:
+        section: Its name.
+        table: What the file says below it.
+        path: The file.
+        lines: The line of each key.
+
+    Raises:
+        SettingsError: Such a key is no text.
+    """
+    if section not in NAMED:
+        return table
+    settings = {declared.name for declared in dataclasses.fields(SECTIONS[section])}
+    named = {key: value for key, value in table.items() if key not in settings}
+    for key, value in named.items():
+        if not isinstance(value, str):
+            raise SettingsError(
+                f"{path}:{lines.get(f'{section}.{key}', 1)}: {section}.{key} must be a text, not {value!r}",
+                f"write it in quotes; the settings of [{section}] are {', '.join(sorted(settings))}",
+            )
+    if not named:
+        return table
+    others = {key: value for key, value in table.items() if key in settings}
+    given = others.get(NAMED[section], [])
+    more = [f"{key}={value}" for key, value in named.items()]
+    return {**others, NAMED[section]: [*(given if isinstance(given, list) else [given]), *more]}
+
+
+RENAMED = {"features.labels": "features.recent_categories"}
+"""What was called otherwise, and its name."""
+
+SHARDS = {"stream.shard": "0", "stream.shards": "1"}
+"""By which several streams could share the partitions, and their values where one read all."""
+
+_CUT = "a store that was open in a power cut is made anew"
+_ONE = "one stream reads all partitions"
+GONE = {"stream.sync_s": _CUT, "serving.sync_s": _CUT, **dict.fromkeys(SHARDS, _ONE)}
+"""What decides nothing any more, and why."""
+
+_logger = logging.getLogger(__name__)
+
+
+def is_gone(name: str, value: Any, origin: str) -> bool:
+    """Whether nothing asks for a setting any more, which is said; its value is passed over.
+
+    Raises:
+        SettingsError: It asks for what there is no more.
+    """
+    if name in SHARDS and str(value).strip() != SHARDS[name]:
+        raise SettingsError(
+            f"{origin}: there is no {name} any more: {_ONE}",
+            "stop all streams of this deployment, leave the setting out and start one; where histories of other shards "
+            "lie beside its own it asks for `springtide rebuild-history`, which `springtide up` runs by itself",
+        )
+    if name in GONE:
+        _logger.warning("%s: %s decides nothing any more: %s; leave it out", origin, name, GONE[name])
+    return name in GONE
+
 
 PREFIX = "SPRINGTIDE_"
 MASK = "********"

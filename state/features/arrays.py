@@ -44,7 +44,7 @@ class Vector(NamedTuple):
         features: `[D]` uint16.
         recent_categories: `[L]` uint64 ids, newest first; 0 pads.
         category_windows: `[L, F]` uint16.
-        sequence_items: `[T]` uint64 ids of the latest events, newest first; see `state/features/sequence.py`.
+        sequence_items: `[T]` uint64 ids of the latest events, newest first; see `state/features/kernel.py`.
         sequence_categories: `[T]` uint64 ids.
         sequence_actions: `[T]` uint16, 1 and up; 0 pads.
         sequence_ages: `[T]` uint16 recencies.

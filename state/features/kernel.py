@@ -4,22 +4,466 @@ The stream calls it for whole batches on its arena of rings, serving for
 histories; both run this code, so that the same events give the same bits. It
 sees integers only. For each row:
 
-1. The visible events are put in order, newest first, by (time, offset, source): `state/features/order.py`.
-2. They are summed up, newest first: `state/features/sums.py`.
-3. The sums are written out, saturated to 16 bits: `state/features/writing.py`.
-4. Where a spec asks for them, the latest events are written too: `state/features/sequence.py`.
+1. The visible events are put in order, newest first, by (time, offset, source): `state/features/kernel.py`.
+2. They are summed up, newest first: `state/features/kernel.py`.
+3. The sums are written out, saturated to 16 bits: `state/features/kernel.py`.
+4. Where a spec asks for them, the latest events are written too: `state/features/kernel.py`.
+
+The latest events themselves, newest first, for a ranker that looks at them one by one.
+
+Each has an item, a category, an action (1 and up, in the order of
+`events.actions`; one that is not named counts as the next number) and the age
+that it had at the row's time, as a recency: eight steps an octave of 1.024 s,
+0 to 254. An event without an item or without a category has 0 there. Places
+beyond the visible events are 0 in all four; the action tells them apart.
+
+Writes a row out of its sums, saturated to 16 bits, in the order of the names of `FeatureSpec`.
+
+Counts and decayed counts of the visible events: by action, by category, and of what was seen for the first time.
+
+The visible events of a history, newest first, and what their order alone says: sessions, gaps and switches.
+
+The memory that the window kernel works in, one for each thread.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import numpy as np
+
 from state.compiled import compiled, inlined, layout
-from state.features.arrays import I64, WORDS, Tables, Vector
+from state.features.ages import DAY_MS, EXACT, HOUR_MS, NEVER, quantise
+from state.features.arrays import (
+    FEW,
+    GAPS,
+    I64,
+    MANY,
+    OF_ORDER,
+    SLOTS,
+    SOURCE_BITS,
+    SWITCHES,
+    U16,
+    U64,
+    WORDS,
+    Tables,
+    Vector,
+)
 from state.features.mask import Hidden
-from state.features.order import follow, put_in_order
-from state.features.scratch import Scratch, scratch_of
-from state.features.sequence import write_sequence
-from state.features.sums import sum_in_order, sum_up
-from state.features.writing import write_categories, write_features
+
+
+class Scratch(NamedTuple):
+    """Working memory of one thread, kept from row to row."""
+
+    order: U64  # [N]: ring positions of visible events, newest first
+    recent_categories: I64  # [T, 2]: open addressing, key and generation << 16 | slot
+    items: I64  # [T, 2]
+    category_sums: I64  # [N, W + H + A + 1]: counts, decays, counts by action of each category
+    slots: I64  # [N]: the category's slot of each visible event, newest first; N without a category
+    of_order: (
+        I64  # [3, N + 1]: of each category among the latest FEW, the others of the latest MANY, next to the newest
+    )
+    kind_sums: I64  # [(A + 1) * 4, W + H]: the same by action and the two low flags
+    sums: I64  # [A + 2, W + H]: by action, labelled, positive
+    distinct: I64  # [2, W]: categories, items
+    tops: I64  # [2, W]: events of the top category, events with a category
+    gaps: I64  # [GAPS]
+    action_recency: I64  # [A + 1]
+
+
+@compiled
+def scratch_of(tables: Tables) -> Scratch:
+    """Working memory for the rows of a spec."""
+    # A quarter full at most: collisions cost more than memory.
+    size = 64
+    while size < 4 * tables.history:
+        size *= 2
+    width = tables.windows_ms.shape[0]
+    lives = tables.decay.shape[1]
+    return Scratch(
+        np.zeros(tables.history, np.uint64),
+        np.zeros((size, 2), np.int64),
+        np.zeros((size, 2), np.int64),
+        np.zeros((tables.history, width + lives + tables.actions + 1), np.int64),
+        np.zeros(tables.history, np.int64),
+        np.zeros((OF_ORDER, tables.history + 1), np.int64),
+        np.zeros((4 * (tables.actions + 1), width + lives), np.int64),
+        np.zeros((tables.actions + 2, width + lives), np.int64),
+        np.zeros((2, width), np.int64),
+        np.zeros((2, width), np.int64),
+        np.zeros(GAPS, np.int64),
+        np.zeros(tables.actions + 1, np.int64),
+    )
+
+
+SESSION_GAP_MS = 30 * 60_000
+
+step_of = inlined(quantise)
+
+
+class Course(NamedTuple):
+    """What the order of the visible events says."""
+
+    visible: int
+    session_events: int
+    session_start: int
+    sessions: int
+    same_category: int
+    switches: int
+    days: int
+
+
+@inlined
+def hides(hidden: Hidden, source: int, offset: int, at_ms: int) -> bool:
+    """Whether a mask takes out the event; `source` is topic | partition << 32."""
+    found = False
+    for k in range(hidden.offsets.shape[0]):
+        if source == hidden.offsets[k, 0] and hidden.offsets[k, 1] <= offset < hidden.offsets[k, 2]:
+            found = True
+    for k in range(hidden.times.shape[0]):
+        if hidden.times[k, 0] <= at_ms < hidden.times[k, 1]:
+            found = True
+    return found
+
+
+@inlined
+def newer(ring: I64, left: int, right: int) -> bool:
+    """Whether the event at `left` comes after that at `right`: by time, then offset, then source."""
+    if ring[left, 0] != ring[right, 0]:
+        return bool(ring[left, 0] > ring[right, 0])
+    if ring[left, 3] != ring[right, 3]:
+        return bool(ring[left, 3] > ring[right, 3])
+    # A partition added or a topic made anew can repeat an offset.
+    return bool((ring[left, 4] & SOURCE_BITS) > (ring[right, 4] & SOURCE_BITS))
+
+
+@inlined
+def put_in_order(
+    ring: I64, end: int, count: int, at_ms: int, tables: Tables, hidden: Hidden, order: U64
+) -> tuple[int, bool]:
+    """Writes `order`; returns how many events are visible, and whether older ones may have been lost.
+
+    Histories arrive nearly in order, so that insertion is one pass.
+    """
+    masked = hidden.offsets.shape[0] + hidden.times.shape[0] > 0
+    horizon = at_ms - tables.windows_ms[-1]
+    truncated = count == tables.history
+    visible = 0
+    oldest = at_ms
+    place = end
+    for _ in range(count):
+        place -= 1
+        if place < 0:
+            place += ring.shape[0]
+        time = ring[place, 0]
+        if time <= horizon:
+            truncated = False
+            continue
+        if time > at_ms:
+            continue
+        if masked and hides(hidden, ring[place, 4] & SOURCE_BITS, ring[place, 3], time):
+            continue
+        hole = visible
+        if time >= oldest:
+            while hole > 0 and newer(ring, place, order[hole - 1]):
+                order[hole] = order[hole - 1]
+                hole -= 1
+        else:
+            oldest = time
+        order[hole] = place
+        visible += 1
+    return visible, truncated
+
+
+@inlined
+def follow(ring: I64, at_ms: int, visible: int, tables: Tables, work: Scratch) -> Course:
+    """Walks from the newest visible event to the oldest; writes the gaps."""
+    work.gaps[:] = NEVER
+    session_events = sessions = same_category = switches = days = 0
+    session_start = newer_time = at_ms
+    newer_category = 0
+    day_start = at_ms + 1
+    open_session = True
+    for k in range(visible):
+        place = work.order[k]
+        time, category = ring[place, 0], ring[place, 1]
+        gap = newer_time - time
+        newer_time = time
+        # Without a branch: whether a session ends here cannot be predicted.
+        sessions += (k == 0) | (gap > SESSION_GAP_MS)
+        open_session &= gap <= SESSION_GAP_MS
+        if k < SWITCHES and k > 0:
+            if k <= GAPS:
+                work.gaps[k - 1] = tables.recency[step_of(gap >> 10)]
+            switches += category != newer_category
+            if k == 1 and category == newer_category and category != 0:
+                same_category = 1
+        newer_category = category
+        if time < day_start:
+            days += 1
+            day_start = time // DAY_MS * DAY_MS
+        if open_session:
+            session_events += 1
+            session_start = time
+    return Course(visible, session_events, session_start, sessions, same_category, switches, days)
+
+
+class Totals(NamedTuple):
+    """What the sums found besides those in `Scratch`."""
+
+    categories: int
+    session_categories: int
+    session_items: int
+    oldest_step: int
+
+
+@inlined
+def slot_of(table: I64, key: int, generation: int, fresh: int) -> int:
+    """Finds the slot of `key`, or gives it slot `fresh`."""
+    # Unsigned indices spare the check for a negative one, here and below.
+    mask = np.uint64(table.shape[0] - 1)
+    place = np.uint64(key) & mask
+    while (table[place, 1] >> 16) == generation:
+        if table[place, 0] == key:
+            return int(table[place, 1] & 0xFFFF)
+        place = (place + np.uint64(1)) & mask
+    table[place, 0] = key
+    table[place, 1] = (generation << 16) | fresh
+    return fresh
+
+
+@inlined
+def sum_up(
+    ring: I64,
+    at_ms: int,
+    visible: int,
+    session_events: int,
+    generation: int,
+    tables: Tables,
+    work: Scratch,
+    recent_categories: U64,
+    category_windows: U16,
+) -> Totals:
+    """Sums into `work`, and writes the categories in order with their recencies.
+
+    Ages only grow, so that the window, the step of the quantiser and "seen for the first time" need no search.
+    """
+    windows, recency = tables.windows_ms, tables.recency
+    width, lives, actions, slots = windows.shape[0], tables.decay.shape[1], tables.actions, recent_categories.shape[0]
+    _begin(work, recent_categories, category_windows)
+    category_count = item_count = session_categories = session_items = window = shift = step = 0
+    for k in range(visible):
+        place = work.order[k]
+        time, category, item, packed = ring[place, 0], ring[place, 1], ring[place, 2], ring[place, 4]
+        action = min((packed >> 48) & 0xFF, actions)
+        age = at_ms - time
+        while age >= windows[window]:
+            window += 1
+        units = age >> 10
+        while (units >> shift) >= EXACT:
+            shift += 1
+        step = 64 * shift + (units >> shift)
+        kind = np.uint64(4 * action + ((packed >> 56) & 3))
+        weights = tables.decay[np.uint64(step)]
+        work.kind_sums[kind, np.uint64(window)] += 1
+        for h in range(lives):
+            work.kind_sums[kind, np.uint64(width + h)] += weights[h]
+        if work.action_recency[action] == NEVER:
+            work.action_recency[action] = recency[step]
+        slot = tables.history
+        if category != 0:
+            slot = slot_of(work.recent_categories, category, generation, category_count)
+            if slot == category_count:
+                category_count += 1
+                work.distinct[0, window] += 1
+                work.category_sums[slot, :] = 0
+                if slot < slots:
+                    recent_categories[slot] = category
+                    category_windows[slot, width + lives] = recency[step]
+            sums = work.category_sums[np.uint64(slot)]
+            sums[np.uint64(window)] += 1
+            sums[np.uint64(width + lives + action)] += 1
+            for h in range(lives):
+                sums[np.uint64(width + h)] += weights[h]
+        work.slots[k] = slot
+        if item != 0 and slot_of(work.items, item, generation, item_count) == item_count:
+            item_count += 1
+            work.distinct[1, window] += 1
+        if k < session_events:
+            session_categories, session_items = category_count, item_count
+    return Totals(category_count, session_categories, session_items, step)
+
+
+@inlined
+def _begin(work: Scratch, recent_categories: U64, category_windows: U16) -> None:
+    work.kind_sums[:] = 0
+    work.distinct[:] = 0
+    work.action_recency[:] = NEVER
+    recent_categories[:] = 0
+    category_windows[:] = 0
+
+
+@inlined
+def sum_in_order(work: Scratch, visible: int, category_count: int) -> None:
+    """The sums of which only the order of events counts, of each category: `work.of_order`."""
+    slots, sums = work.slots, work.of_order
+    sums[:, :category_count] = 0
+    for k in range(min(visible, MANY)):
+        sums[np.uint64(k >= FEW), np.uint64(slots[k])] += 1
+    # The newest category has slot 0; an event without a category has nothing next to it.
+    if visible > 0 and slots[0] == 0:
+        for k in range(1, visible):
+            sums[2, np.uint64(slots[k - 1])] += slots[k] == 0
+
+
+@inlined
+def write_categories(tables: Tables, work: Scratch, category_count: int, any_last: bool, category_windows: U16) -> None:
+    """What each category did; in the order of `FeatureSpec.window_names`."""
+    width, lives = tables.windows_ms.shape[0], tables.decay.shape[1]
+    of_order, first = work.of_order, category_windows.shape[1] - OF_ORDER
+    for slot in range(category_windows.shape[0]):
+        if slot >= category_count:
+            category_windows[slot, width + lives] = NEVER
+            continue
+        total = 0
+        for w in range(width):
+            total += work.category_sums[slot, w]
+            category_windows[slot, w] = min(total, 65535)
+        for h in range(lives):
+            category_windows[slot, width + h] = min(work.category_sums[slot, width + h] >> 8, 65535)
+        # The recency at `width + lives` was written at first sight.
+        for action in range(tables.actions):
+            category_windows[slot, width + lives + 2 + action] = min(
+                work.category_sums[slot, width + lives + action], 65535
+            )
+        category_windows[slot, first] = of_order[0, slot]
+        category_windows[slot, first + 1] = of_order[0, slot] + of_order[1, slot]
+        category_windows[slot, first + 2] = of_order[2, slot]
+    category_windows[0, width + lives + 1] = any_last
+
+
+@inlined
+def write_features(
+    at_ms: int,
+    tables: Tables,
+    work: Scratch,
+    course: Course,
+    found: Totals,
+    truncated: bool,
+    category_windows: U16,
+    features: U16,
+) -> None:
+    """The row; in the order of `FeatureSpec.names`."""
+    f = _write_sums(tables, work, features)
+    f = _write_distinct(tables, work, found.categories, features, f)
+    for k in range(GAPS):
+        features[f] = work.gaps[k]
+        f += 1
+    recency = tables.recency
+    features[f] = course.session_events
+    features[f + 1] = recency[step_of((at_ms - course.session_start) >> 10)] if course.session_events else NEVER
+    features[f + 2] = found.session_categories
+    features[f + 3] = found.session_items
+    features[f + 4] = course.sessions
+    features[f + 5] = course.same_category
+    features[f + 6] = course.switches
+    features[f + 7] = course.visible
+    features[f + 8] = truncated
+    features[f + 9] = recency[found.oldest_step] if course.visible else NEVER
+    features[f + 10] = course.days
+    f = _write_clock(at_ms, tables, features, f + 11)
+    for slot in range(SLOTS):
+        for k in range(category_windows.shape[1] - OF_ORDER):
+            features[f] = category_windows[slot, k]
+            f += 1
+
+
+@inlined
+def _write_sums(tables: Tables, work: Scratch, features: U16) -> int:
+    """Actions first, then events with a known label, then with a positive one; returns where the next feature goes."""
+    width, lives, actions = tables.windows_ms.shape[0], tables.decay.shape[1], tables.actions
+    f = 0
+    sums = work.sums
+    sums[:] = 0
+    for kind in range(4 * (actions + 1)):
+        action = kind >> 2
+        events = 0
+        for w in range(width):
+            events += work.kind_sums[kind, w]
+        if events == 0:
+            continue
+        total = 0
+        for w in range(width + lives):
+            if w < width:
+                total += work.kind_sums[kind, w]
+            else:
+                total = work.kind_sums[kind, w]
+            if action < actions:
+                sums[action, w] += total
+            if kind & 1:
+                sums[actions, w] += total
+            if kind & 2:
+                sums[actions + 1, w] += total
+    for part in range(actions + 2):
+        for w in range(width + lives):
+            features[f] = min(sums[part, w] if w < width else sums[part, w] >> 8, 65535)
+            f += 1
+        if part < actions:
+            features[f] = work.action_recency[part]
+            f += 1
+    return f
+
+
+@inlined
+def _write_distinct(tables: Tables, work: Scratch, category_count: int, features: U16, f: int) -> int:
+    """How many categories and items there were, and the share of the top category in thousandths."""
+    width = tables.windows_ms.shape[0]
+    for kind in range(2):
+        total = 0
+        for w in range(width):
+            total += work.distinct[kind, w]
+            features[f] = min(total, 65535)
+            f += 1
+    work.tops[:] = 0
+    for slot in range(category_count):
+        total = 0
+        for w in range(width):
+            total += work.category_sums[slot, w]
+            work.tops[0, w] = max(work.tops[0, w], total)
+            work.tops[1, w] += total
+    for w in range(width):
+        features[f] = work.tops[0, w] * 1000 // work.tops[1, w] if work.tops[1, w] > 0 else 0
+        f += 1
+    return f
+
+
+@inlined
+def _write_clock(at_ms: int, tables: Tables, features: U16, f: int) -> int:
+    hour = at_ms // HOUR_MS % 24
+    weekday = (at_ms // DAY_MS + 3) % 7  # the first of January 1970 was a Thursday
+    features[f] = tables.hour[hour, 0]
+    features[f + 1] = tables.hour[hour, 1]
+    features[f + 2] = tables.weekday[weekday, 0]
+    features[f + 3] = tables.weekday[weekday, 1]
+    return f + 4
+
+
+@inlined
+def write_sequence(ring: I64, at_ms: int, visible: int, tables: Tables, work: Scratch, rows: Vector, n: int) -> None:
+    """Writes the four `sequence_*` of row `n`; nothing where they have no places."""
+    for k in range(rows.sequence_items.shape[1]):
+        if k >= visible:
+            rows.sequence_items[n, k] = 0
+            rows.sequence_categories[n, k] = 0
+            rows.sequence_actions[n, k] = 0
+            rows.sequence_ages[n, k] = 0
+            continue
+        place = work.order[k]
+        rows.sequence_items[n, k] = ring[place, 2]
+        rows.sequence_categories[n, k] = ring[place, 1]
+        rows.sequence_actions[n, k] = 1 + min((ring[place, 4] >> 48) & 0xFF, tables.actions)
+        rows.sequence_ages[n, k] = tables.recency[step_of((at_ms - ring[place, 0]) >> 10)]
+
 
 # Not beside the classes: a spec alone, its digest or names, needs no compiler.
 layout("i8[::1], i8[:, ::1], i8[::1], i8[:, ::1], i8[:, ::1], i8, i8")(Tables)

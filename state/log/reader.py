@@ -1,31 +1,262 @@
-"""Reads a topic by position: no group, no automatic commits, nothing skipped unseen.
+"""Reads a topic by position: no consumer group, no automatic commits, and nothing skipped unseen. Part of `state.log`.
 
-Part of `state.log`. The client hands over one object per record instead of one
-per record batch; `state.log.hook` changes that, else `plain` serves, slower.
+The Kafka client returns one object per record. A private hook makes it return
+whole record batches; its version is pinned below 3.1, and a test compares both
+ways. Where the hook cannot be installed, records are read one by one, slower.
+
+A reader holds one fetch of each partition beyond the one that it delivers.
+While some partitions wait for others, no more is fetched, so that memory is
+bounded.
+
+A reader that begins at a stored position asks the broker whether the log is
+still the one that was read up to there (KIP-320). The client does so by itself
+only after it has read a record.
 """
 
 from __future__ import annotations
 
+import importlib
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import kafka.errors as kafka_errors
 from kafka import KafkaConsumer
-from kafka.structs import TopicPartition
+from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from state.config.sections import Kafka
-from state.errors import TruncatedLog, UnreachableBroker
-from state.log import hook, plain, truncation
-from state.log.buffer import Buffer, rest
-from state.log.chunks import as_batch
+from state.errors import LogError, TruncatedLog, UnreachableBroker
+from state.log.chunks import Chunk, as_batch, of_records, take
 from state.log.client import connect, translated
 from state.log.contract import LogReader
-from state.log.failures import gap, made_again, unknown_partition
+from state.log.failures import gap, made_again, truncated, unknown_partition
 from state.log.leader_epochs import epoch_before, noted
 from state.log.records import PartitionBatch
 from state.log.topics import Topics
+
+
+class BatchRecords:
+    """Takes the place of kafka-python's `Fetcher.PartitionRecords`: yields chunks, not records.
+
+    Called by the fetcher in the thread of `poll`. It always gives all it has:
+    how many records one poll delivers is the reader's business.
+    """
+
+    def __init__(
+        self,
+        fetch_offset: int,
+        tp: TopicPartition,
+        records: Any,
+        aborted_transactions: Iterable[Any] | None = None,
+        on_drain: Callable[[BatchRecords], object] = lambda _: None,
+        isolation_level: Any = None,
+        **_: object,
+    ) -> None:
+        self.fetch_offset = self.next_fetch_offset = fetch_offset
+        self.topic_partition = tp
+        self.leader_epoch = -1
+        self.bytes_read = 0
+        self._records = records
+        self._aborted = [(each.producer_id, each.first_offset) for each in aborted_transactions or ()]
+        self._committed_only = getattr(isolation_level, "name", "READ_COMMITTED") == "READ_COMMITTED"
+        self._on_drain = on_drain
+
+    def __bool__(self) -> bool:
+        return self._records is not None
+
+    def take(self, n: int | None = None) -> list[Chunk]:
+        """All chunks; a second call has none."""
+        del n
+        if self._records is None:
+            return []
+        data = bytes(self._records._buffer)
+        self.bytes_read = len(data)
+        # Not at the top: it loads the compiler, and commands that ask for a topic's ends only are typed in a hurry.
+        from state.log.batch_decoder import decode_batches
+
+        chunks = decode_batches(data, self.fetch_offset, self._aborted, self._committed_only)
+        if chunks:
+            self.next_fetch_offset = chunks[-1].next
+            self.leader_epoch = chunks[-1].leader_epoch
+        self.drain()
+        return chunks
+
+    def drain(self) -> None:
+        """Says to the fetcher that this piece is done."""
+        if self._records is not None:
+            self._records = None
+            self._on_drain(self)
+
+
+def install(consumer: Any, on_error: Callable[[], None]) -> bool:
+    """Puts `BatchRecords` into the client; False where this client has no such place."""
+    fetcher: Any = getattr(consumer, "_fetcher", None)
+    parse = getattr(fetcher, "_parse_fetched_data", None)
+    if parse is None or not hasattr(fetcher, "PartitionRecords"):
+        return False
+    # Now, and not at the first records.
+    importlib.import_module("state.log.batch_decoder")
+
+    def watched(completed: Any) -> Any:
+        if completed.partition_data.error_code:
+            on_error()
+        return parse(completed)
+
+    fetcher._parse_fetched_data = watched
+    fetcher.PartitionRecords = BatchRecords
+    return True
+
+
+class Buffer:
+    """Chunks by partition, in order.
+
+    >>> buffer = Buffer()
+    >>> for first in (0, 4): buffer.add(1, [Chunk(first, first + 4)])
+    >>> 1 in buffer, buffer.full, buffer.ends({0: 3, 1: 0})
+    (True, {1}, {0: 3, 1: 8})
+    >>> [chunk.next for chunk in buffer.take(1, 10)], list(buffer)
+    ([4, 8], [])
+    """
+
+    def __init__(self) -> None:
+        self._now: dict[int, deque[Chunk]] = {}
+        self._ahead: dict[int, deque[Chunk]] = {}
+
+    def __contains__(self, partition: object) -> bool:
+        return partition in self._now
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(list(self._now))
+
+    def __bool__(self) -> bool:
+        return bool(self._now)
+
+    @property
+    def full(self) -> set[int]:
+        """The partitions that have a fetch ahead."""
+        return set(self._ahead)
+
+    def ends(self, positions: Mapping[int, int]) -> dict[int, int]:
+        """By partition the position after what is here, else that of `positions`."""
+        last = {one: chunks[-1].next for held in (self._now, self._ahead) for one, chunks in held.items()}
+        return {**positions, **last}
+
+    def add(self, partition: int, chunks: Iterable[Chunk]) -> None:
+        """Takes what one fetch found, at least one chunk, behind what is here."""
+        place = self._ahead if partition in self._now else self._now
+        place.setdefault(partition, deque()).extend(chunks)
+
+    def take(self, partition: int, max_records: int) -> list[Chunk]:
+        """At most so many records of a partition that has some, from the left."""
+        taken = take(self._now[partition], max_records)
+        while not self._now[partition]:
+            del self._now[partition]
+            if partition not in self._ahead:
+                break
+            self._now[partition] = self._ahead.pop(partition)
+            taken += take(self._now[partition], max_records - sum(len(chunk.values) for chunk in taken))
+        return taken
+
+    def drop(self, partition: int) -> None:
+        """Forgets what is here of a partition: it is fetched again."""
+        self._now.pop(partition, None)
+        self._ahead.pop(partition, None)
+
+
+def rest(consumer: Any, topic: str, full: Iterable[int]) -> None:
+    """Lets the client fetch of all partitions but those of `full`; what is on its way it keeps."""
+    wanted = {TopicPartition(topic, one) for one in full}
+    resting = consumer.paused()
+    consumer.pause(*(wanted - resting))
+    consumer.resume(*(resting - wanted))
+
+
+def seek(consumer: Any, partition: TopicPartition, offset: int, epoch: int) -> None:
+    """As the client's own `seek`, which forgets the epoch of the record before the position."""
+    consumer._subscription.seek(partition, OffsetAndMetadata(offset, "", epoch))
+
+
+def validate(consumer: Any, topic: str, timeout_s: float) -> None:
+    """Asks for each partition whose position has an epoch; what is not answered in time is asked again while it is read.
+
+    Raises:
+        LogTruncationError: The client's: the log was cut back behind a position.
+    """
+    assigned = consumer._subscription.assignment
+    asked = [one for one in assigned if assigned[one].position.leader_epoch >= 0]
+    if not asked:
+        return
+    for one in asked:
+        assigned[one].request_position_validation()
+    fetcher = consumer._fetcher
+    fetcher._manager.run(fetcher._validate_offsets_async, timeout_s * 1000)
+    fetcher.validate_offsets_if_needed()
+
+
+def as_error(
+    problem: kafka_errors.LogTruncationError,
+    topic: str,
+    topic_id: str,
+    positions: Mapping[int, int],
+    ends: Mapping[int, tuple[int, int]],
+) -> TruncatedLog:
+    """What the client found as an error of ours, of the first partition that it names.
+
+    Args:
+        problem: The client's.
+        topic: The topic's name.
+        topic_id: Its id.
+        positions: Where we are.
+        ends: First and next position of each partition.
+    """
+    partition = min(each.partition for each in problem.divergent_offsets)
+    found = problem.divergent_offsets[TopicPartition(topic, partition)]
+    begin, end = ends[partition]
+    # The broker may know nothing of that epoch any more: then nothing is known to be what we read.
+    kept = begin if found is None else max(begin, found.offset)
+    return truncated(topic, topic_id, partition, positions[partition], kept, end)
+
+
+def chunks_of(
+    consumer: Any, topic: str, positions: Mapping[int, int], found: Mapping[TopicPartition, Sequence[Any]]
+) -> dict[int, deque[Chunk]]:
+    """Chunks out of the client's own records; its position tells of those without any.
+
+    Args:
+        consumer: The client.
+        topic: The topic's name.
+        positions: Where we are.
+        found: What its poll gave.
+    """
+    buffer = {}
+    for partition, ours in positions.items():
+        each = TopicPartition(topic, partition)
+        records = found.get(each, ())
+        after = consumer.position(each)
+        if records or after > ours:
+            buffer[partition] = deque([of_records(ours, after, records)])
+    return buffer
+
+
+def skip_corrupt(consumer: Any, topic: str, positions: Mapping[int, int], problem: Exception) -> tuple[int, Chunk]:
+    """Goes past a corrupt batch, which without the hook shows only as an error of one of the partitions.
+
+    Returns:
+        The partition, and what is corrupt there.
+
+    Raises:
+        LogError: The error names none of the partitions.
+    """
+    for partition, ours in positions.items():
+        each = TopicPartition(topic, partition)
+        if f"{each}" in str(problem):
+            at = consumer.position(each)
+            consumer.seek(each, at + 1)
+            return partition, Chunk(ours, at + 1, corrupt=str(problem))
+    raise LogError(f"cannot read topic {topic}: {problem}") from problem
+
 
 FETCH_BYTES = 2 * 1024 * 1024
 METADATA_S = 1.0
@@ -117,7 +348,7 @@ class Reader(LogReader):
         self._buffer.drop(partition)
         known = self._leaders.get(partition, ()) if offset <= self._positions[partition] else ()
         self._leaders[partition], self._positions[partition] = known, offset
-        truncation.seek(self._consumer, TopicPartition(self.topic, partition), offset, epoch_before(known, offset))
+        seek(self._consumer, TopicPartition(self.topic, partition), offset, epoch_before(known, offset))
 
     def position(self, partition: int) -> int:
         """The position after the last one that `poll` covered."""
@@ -216,10 +447,10 @@ class Reader(LogReader):
             metrics_enabled=False,
             retry_backoff_ms=20,
         )
-        self._batched = batched and hook.install(self._consumer, self._doubt)
+        self._batched = batched and install(self._consumer, self._doubt)
         try:
             self._assign()
-            truncation.validate(self._consumer, topic, settings.request_timeout_s)
+            validate(self._consumer, topic, settings.request_timeout_s)
         except kafka_errors.LogTruncationError as problem:
             self._consumer.close(autocommit=False)
             raise self._truncated(problem) from problem
@@ -263,7 +494,7 @@ class Reader(LogReader):
             self._assign()
             return
         except kafka_errors.CorruptRecordError as problem:
-            partition, chunk = plain.skip_corrupt(self._consumer, self.topic, fetched_to, problem)
+            partition, chunk = skip_corrupt(self._consumer, self.topic, fetched_to, problem)
             self._buffer.add(partition, [chunk])
             return
         except kafka_errors.KafkaError as problem:
@@ -285,7 +516,7 @@ class Reader(LogReader):
         if self._batched:
             fetched = {each.partition: chunks for each, chunks in found.items()}
         else:
-            fetched = plain.chunks_of(self._consumer, self.topic, fetched_to, found)
+            fetched = chunks_of(self._consumer, self.topic, fetched_to, found)
         for partition, chunks in fetched.items():
             self._buffer.add(partition, chunks)
 
@@ -298,7 +529,7 @@ class Reader(LogReader):
 
     def _truncated(self, problem: kafka_errors.LogTruncationError) -> TruncatedLog:
         self._check()
-        return truncation.as_error(problem, self.topic, self.topic_id, self._positions, self._topics.ends(self.topic))
+        return as_error(problem, self.topic, self.topic_id, self._positions, self._topics.ends(self.topic))
 
     def _deliver(self, partition: int, max_records: int) -> PartitionBatch:
         taken = self._buffer.take(partition, max_records)

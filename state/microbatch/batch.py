@@ -82,7 +82,7 @@ class MicroBatch:
         request: `[n]` uint64 id by which an impression and its outcome are paired; 0 is none.
         user_attributes: `[n, Au]` uint64 ids, see `state/attributes/values.py`.
         item_attributes: `[n, Ai]` uint64 ids; never shown to the interest head.
-        sequence_items: `[n, T]` uint64 ids of the user's latest events, see `state/features/sequence.py`; T may be 0.
+        sequence_items: `[n, T]` uint64 ids of the user's latest events, see `state/features/kernel.py`; T may be 0.
         sequence_categories: `[n, T]` uint64 ids.
         sequence_actions: `[n, T]` uint16, 1 and up; 0 pads.
         sequence_ages: `[n, T]` uint16 recencies.

@@ -38,7 +38,7 @@ SEQUENCES: dict[str, np.dtype[Any]] = {
     "sequence_categories": np.dtype("<u8"),
     "sequence_actions": np.dtype("<u2"),
     "sequence_ages": np.dtype("<u2"),
-}  # there only where the feature spec asks for them; see `state/features/sequence.py`
+}  # there only where the feature spec asks for them; see `state/features/kernel.py`
 NAMES = (*SCALARS, *LISTS)
 KINDS = {**SCALARS, **LISTS, **SEQUENCES}
 WRITTEN = {

@@ -29,7 +29,7 @@ An example has
     label_windows  int64   [L * F] windows of each of them, named by `label_windows` of spec.json
 
 and, where `features.sequence` asks for them, `sequence_items`, `sequence_categories`, `sequence_actions` and
-`sequence_ages`, int64 `[T]`: the user's latest events before this click, see `state/features/sequence.py`.
+`sequence_ages`, int64 `[T]`: the user's latest events before this click, see `state/features/kernel.py`.
 """
 
 from __future__ import annotations

@@ -1,12 +1,158 @@
-"""Opens the place for files that a word names."""
+"""Opens the place for files that a word names.
+
+A file system of another machine as a place for files, as fsspec reaches it: what it says is written is taken for durable.
+
+A directory as a place for files: temporary file, fsync, rename or link, fsync of the directory.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from state.places.directory import DirectoryPlace
-from state.places.place import FilePlace
-from state.places.url import UrlPlace
+from state.disk import files as durable
+from state.errors import UnusablePlace
+from state.places.place import FilePlace, reached, usable, without_password
+
+_TEMPORARY = "~"
+_numbers = itertools.count()
+
+
+class DirectoryPlace:
+    """A directory, made at the first write. See `FilePlace`."""
+
+    def __init__(self, path: Path) -> None:
+        self.told = str(path)
+        self._path = path
+
+    def names(self, folder: str) -> list[str]:
+        """See `FilePlace`."""
+        root = self._path / folder
+        with usable(self.told, "be listed"):
+            found = [
+                Path(at, name).relative_to(root).as_posix()
+                for at, _, names in os.walk(root, onerror=_raised)
+                for name in names
+            ]
+        return sorted(name for name in found if _TEMPORARY not in name)
+
+    def read(self, name: str) -> bytes:
+        """See `FilePlace`."""
+        with usable(self.told, f"give {name}"):
+            return (self._path / name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        """See `FilePlace`."""
+        with usable(self.told, f"take {name}"), self._written(name, data) as (temporary, final):
+            temporary.replace(final)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """See `FilePlace`."""
+        with usable(self.told, f"take {name}"), self._written(name, data) as (temporary, final):
+            try:
+                os.link(temporary, final)
+            except FileExistsError:
+                return False
+        return True
+
+    def remove(self, name: str) -> None:
+        """See `FilePlace`."""
+        with usable(self.told, f"give up {name}"):
+            (self._path / name).unlink(missing_ok=True)
+
+    @contextmanager
+    def _written(self, name: str, data: bytes) -> Iterator[tuple[Path, Path]]:
+        """A synced temporary file beside the final one; what the block made of it is durable, the rest is gone."""
+        final = self._path / name
+        own = f"{os.getpid()}-{threading.get_ident()}-{next(_numbers)}"
+        temporary = final.with_name(f"{final.name}{_TEMPORARY}{own}")
+        if not final.parent.is_dir():
+            final.parent.mkdir(parents=True, exist_ok=True)
+            durable.sync_directory(final.parent.parent)
+        try:
+            durable.write(temporary, data)
+            yield temporary, final
+        finally:
+            temporary.unlink(missing_ok=True)
+        durable.sync_directory(final.parent)
+
+
+def _raised(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+class UrlPlace:
+    """A place that fsspec reaches, such as `sftp://host/folder`. See `FilePlace`.
+
+    Raises:
+        UnusablePlace: What its protocol needs is not installed, or it cannot be reached.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.told = without_password(url)
+        try:
+            import fsspec
+
+            with reached(self.told, "be opened"):
+                self._files, self._root = fsspec.url_to_fs(url)
+        except ImportError as error:
+            raise UnusablePlace(
+                f"{self.told} cannot be opened ({error})",
+                "install what fsspec names there, such as paramiko for sftp://",
+            ) from error
+        self._made: set[str] = set()
+
+    def names(self, folder: str) -> list[str]:
+        """See `FilePlace`."""
+        root = f"{self._root}/{folder}".rstrip("/")
+        with reached(self.told, "be listed"):
+            self._files.invalidate_cache()
+            try:
+                found: list[str] = self._files.find(root)
+            except FileNotFoundError:
+                found = []
+        # The root is a path from the root of the file system.
+        return sorted(name.removeprefix(root).removeprefix("/") for name in found if name.strip("/") != root.strip("/"))
+
+    def read(self, name: str) -> bytes:
+        """See `FilePlace`."""
+        with reached(self.told, f"give {name}"):
+            data: bytes = self._files.cat_file(f"{self._root}/{name}")
+            return data
+
+    def write(self, name: str, data: bytes) -> None:
+        """See `FilePlace`."""
+        with reached(self.told, f"take {name}"):
+            self._files.pipe_file(self._path(name), data)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """See `FilePlace`."""
+        try:
+            with reached(self.told, f"take {name}"):
+                self._files.pipe_file(self._path(name), data, mode="create")
+        except FileExistsError:
+            return False
+        return True
+
+    def remove(self, name: str) -> None:
+        """See `FilePlace`."""
+        with reached(self.told, f"give up {name}"), contextlib.suppress(FileNotFoundError):
+            self._files.rm_file(f"{self._root}/{name}")
+
+    def _path(self, name: str) -> str:
+        path = f"{self._root}/{name}"
+        folder = path.rpartition("/")[0]
+        if folder not in self._made:
+            self._files.makedirs(folder, exist_ok=True)
+            self._made.add(folder)
+        return path
+
 
 STORES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 """Protocols of object stores."""

@@ -12,6 +12,19 @@ parent's lane; what another lane holds is never seen, and a lane without
 versions is deleted.
 
 The store is a copy of the registry. After a power cut it is begun anew.
+
+What the row store deletes of erased users: every entry of before, in all lanes, whatever version still reads it.
+
+What a version writes: its rows as entries of the store, its dense weights, and how the beginning of one is taken back.
+
+Forgets versions of the row store in one short transaction, and deletes row by row what they leave, a little at a time.
+
+What a forgotten version wrote counts as written by the next one that stays.
+So each retained version knows which rows have entries since the one before it,
+and only those are looked at when that one is forgotten too.
+
+What is left to look at is in memory: where the process ends before, the rows
+keep an entry too many until they are looked at the next time.
 """
 
 from __future__ import annotations
@@ -30,9 +43,6 @@ from state.errors import StoreError, UnknownVersion
 from state.features.erased import Erased
 from state.process import killpoints
 from state.registry.manifest import Manifest
-from state.rows.entries import BEGUN, begin, entries_of, put_dense, take_back
-from state.rows.erasing import erase
-from state.rows.forgetting import ROUNDS, ROWS_AT_ONCE, ROWS_IN_TRANSACTION, Forgetting, Forgotten
 from state.rows.keys import LANES, u64
 from state.rows.reader import LastServed, RowReader, required, stored
 from state.rows.served import Served
@@ -40,6 +50,379 @@ from state.rows.sweep import has_rows
 
 if TYPE_CHECKING:
     from state.ranking.crosses import Crosses
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from state.rows.keys import lane_of, stem, version_of
+from state.rows.tables import CODES, OWN, TABLES
+
+if TYPE_CHECKING:
+    # Its kernels load a compiler, which commands do without.
+    from state.ranking.crosses import Crosses
+from bisect import bisect_left
+from collections import deque
+from typing import NamedTuple
+
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from state.churn.weights import PREFIX as CHURN
+from state.churn.weights import STORED
+from state.registry.manifest import Visible
+from state.rows.keys import TOP, row_keys
+from state.rows.lineage import Branch, branches_of
+from state.rows.reader import Databases
+from state.rows.sweep import delete_dead_lanes, sweep_row
+from state.rows.tables import tables_in
+
+ROWS_AT_ONCE = 1000
+ROWS_IN_TRANSACTION = 100
+"""That are looked at: LMDB keeps as many pages as its largest transaction changed, and each row's lie apart."""
+ROUNDS = 25
+"""Within so many looks at ROWS_AT_ONCE or more what is left is looked at, so that it stays as much as versions leave in them."""
+LANE_ROWS_AT_ONCE = 20 * ROWS_AT_ONCE  # what is deleted unread costs less
+
+Changes = NDArray[np.uint64]
+"""`[2, k]`: table and id of each row that versions wrote."""
+
+
+class Forgotten(NamedTuple):
+    """What one transaction did, which counts once it is committed.
+
+    Attributes:
+        versions: How many it forgot.
+        left: By lane the rows to look at now.
+        looked: How many rows of the first leftover it looked at.
+        floors: By lane the version up to which none may come back there.
+        dead: Whether a lane without versions may have rows; None where nobody looked.
+    """
+
+    versions: int = 0
+    left: Sequence[tuple[int, Changes]] = ()
+    looked: int = 0
+    floors: Mapping[str, int] = {}
+    dead: bool | None = None
+
+
+class Forgetting:
+    """The writer's memory of what is still to be looked at.
+
+    Args:
+        databases: The store's, by name.
+    """
+
+    def __init__(self, databases: Databases) -> None:
+        self._databases = databases
+        self._left: deque[tuple[int, Changes]] = deque()
+        self._dead = True
+
+    @property
+    def left(self) -> bool:
+        """Whether there is something to look at."""
+        return bool(self._left) or self._dead
+
+    @property
+    def rows_left(self) -> int:
+        """How many rows are to be looked at."""
+        return sum(rows.shape[1] for _, rows in self._left)
+
+    def took(self, done: Forgotten) -> None:
+        """The transaction that did this is committed."""
+        self._left += done.left
+        if done.looked:
+            lane, rows = self._left.popleft()
+            if done.looked < rows.shape[1]:
+                self._left.appendleft((lane, rows[:, done.looked :]))
+        self._dead = self._dead if done.dead is None else done.dead
+
+    def forget(self, transaction: lmdb.Transaction, versions: Collection[int]) -> Forgotten:
+        """Forgets those of `versions` that are applied, with their dense weights."""
+        records = self._records(transaction)
+        gone = [one for one in records if one.version in versions]
+        if not gone:
+            return Forgotten()
+        left: list[tuple[int, Changes]] = []
+        lanes = {one.lane for one in gone}
+        for lane in lanes:
+            stay = {one.version: one.visible for one in records if one.lane == lane and one.version not in versions}
+            mine = [one.version for one in gone if one.lane == lane]
+            left += [(lane, rows) for rows in self._hand_on(transaction, mine, stay)] if stay else []
+        for one in gone:
+            for name in ("versions", "dense", "popular", "changes"):
+                transaction.delete(u64(one.version), db=self._databases[name])
+        empty = lanes - {one.lane for one in records if one.version not in versions}
+        return Forgotten(len(gone), left, dead=True if empty else None)
+
+    def retained(self, transaction: lmdb.Transaction) -> dict[int, list[Branch]]:
+        """By lane the lines of descent that its versions are on; empty where nothing is left to look at."""
+        lanes = dict[int, dict[int, Visible]]()
+        for record in self._records(transaction) if self.left else ():
+            lanes.setdefault(record.lane, {})[record.version] = record.visible
+        return {lane: branches_of(versions) for lane, versions in lanes.items()}
+
+    def tidy(
+        self,
+        transaction: lmdb.Transaction,
+        retained: Mapping[int, Sequence[Branch]],
+        floors: Mapping[str, int],
+        at_most: int,
+    ) -> Forgotten:
+        """Deletes what nobody reads of the next `at_most` rows; once all were looked at, of lanes without versions."""
+        raised = dict(floors)
+        if not self._left:
+            empty = delete_dead_lanes(transaction, self._databases["rows"], {*retained}, LANE_ROWS_AT_ONCE)
+            raised = {lane: floor for lane, floor in raised.items() if int(lane) not in empty}
+            return Forgotten(floors=raised, dead=len(empty) + len(retained) < LANES)
+        lane, rows = self._left[0]
+        tables, ids = rows[:, :at_most].tolist()
+        for table, identity in zip(tables, ids, strict=True):
+            floor = sweep_row(transaction, self._databases["rows"], stem(lane, table, identity), retained.get(lane, ()))
+            raised[str(lane)] = max(raised.get(str(lane), 0), floor)
+        return Forgotten(looked=len(ids), floors={lane: floor for lane, floor in raised.items() if floor})
+
+    def _records(self, transaction: lmdb.Transaction) -> list[Served]:
+        return [Served.parse(record) for _, record in transaction.cursor(self._databases["versions"])]
+
+    def _hand_on(
+        self, transaction: lmdb.Transaction, gone: Sequence[int], stay: Mapping[int, Visible]
+    ) -> list[Changes]:
+        """Adds what forgotten versions of a lane wrote to what the next ones wrote; returns the rows to look at."""
+        changes, found = self._databases["changes"], list[Changes]()
+        one_line = len(branches_of(stay)) == 1
+
+        def wrote(version: int) -> Changes:
+            return np.frombuffer(required(transaction, version, changes), np.uint64).reshape(2, -1)
+
+        for heir, theirs in heirs_of(gone, sorted(stay)).items():
+            # Of what the oldest version of a line reads, only what later ones wrote too is useless now.
+            oldest = one_line and heir == min(stay)
+            rows = rows_of([*map(wrote, theirs[1:] if oldest else theirs), *([] if heir is None else [wrote(heir)])])
+            if heir is not None:
+                transaction.put(u64(heir), rows.tobytes(), db=changes)
+            if rows.shape[1]:
+                found.append(rows)
+        return found
+
+
+def rows_of(parts: Sequence[Changes]) -> Changes:
+    """Each row once, by table and id.
+
+    >>> rows_of([np.array([[1, 1], [9, 7]], np.uint64), np.array([[1], [9]], np.uint64)]).tolist()
+    [[1, 1], [7, 9]]
+    """
+    tables, ids = np.concatenate([np.empty((2, 0), np.uint64), *parts], axis=1)
+    found = [np.empty((2, 0), np.uint64)]
+    for table in np.unique(tables):
+        own = np.unique(ids[tables == table])
+        found.append(np.stack((np.full(len(own), table, np.uint64), own)))
+    return np.concatenate(found, axis=1)
+
+
+def heirs_of(gone: Sequence[int], stay: Sequence[int]) -> dict[int | None, list[int]]:
+    """The forgotten versions by the next one that stays, None where there is none; both ascending.
+
+    >>> heirs_of([1, 2, 4, 9], [3, 7])
+    {3: [1, 2], 7: [4], None: [9]}
+    """
+    found: dict[int | None, list[int]] = {}
+    for version in gone:
+        place = bisect_left(stay, version)
+        found.setdefault(stay[place] if place < len(stay) else None, []).append(version)
+    return found
+
+
+BEGUN = b"begun"
+"""In `meta`: version u64, lane u64, and u64[2, k] (table, id) of a version whose rows are written in several transactions."""
+
+
+class Entries(NamedTuple):
+    """The rows of one version.
+
+    Attributes:
+        pairs: Key and value of each, those of a table in the order of their keys.
+        changes: `[2, k]` uint64, table and id of each.
+        dims: By table the width of its rows, of tables that have some.
+    """
+
+    pairs: list[tuple[bytes, bytes]]
+    changes: NDArray[np.uint64]
+    dims: dict[str, int]
+
+
+def entries_of(tensors: Mapping[str, NDArray[Any]], lane: int, version: int) -> Entries:
+    """The entries of a version's rows, and empty ones of those that it removed.
+
+    Args:
+        tensors: `<table>.ids` `[k]` uint64, `<table>.rows` `[k, dim]` float32, `<table>.removed` `[r]` uint64.
+        lane: Where they go.
+        version: That wrote them.
+    """
+    pairs, dims = list[tuple[bytes, bytes]](), dict[str, int]()
+    changes = [np.empty((2, 0), np.uint64)]
+    for name in tables_in(tensors):
+        ids = np.asarray(tensors.get(f"{name}.ids", ()), np.uint64)
+        removed = np.asarray(tensors.get(f"{name}.removed", ()), np.uint64)
+        values: list[bytes] = []
+        if len(ids):
+            rows = np.ascontiguousarray(tensors[f"{name}.rows"], "<f4")
+            dims[name] = rows.shape[1]
+            order = np.argsort(ids, kind="stable")
+            ids, values = ids[order], pieces(rows[order].tobytes(), 4 * rows.shape[1])
+        every = np.concatenate((ids, removed))
+        keys = row_keys(lane, CODES[name], every, version)
+        pairs += zip(pieces(keys.tobytes(), keys.shape[1]), [*values, *[b""] * len(removed)], strict=True)
+        changes.append(np.stack((np.full(len(every), CODES[name], np.uint64), every)))
+    return Entries(pairs, np.concatenate(changes, axis=1), dims)
+
+
+def pieces(text: bytes, size: int) -> list[bytes]:
+    """`text` in pieces of `size` bytes.
+
+    >>> pieces(b"abcdef", 2)
+    [b'ab', b'cd', b'ef']
+    """
+    return [text[at : at + size] for at in range(0, len(text), size)]
+
+
+def begin(
+    transaction: lmdb.Transaction, databases: Databases, version: int, lane: int, changes: NDArray[np.uint64]
+) -> None:
+    """Notes that a version's rows are being written, before the first of them is."""
+    transaction.put(BEGUN, u64(version) + u64(lane) + changes.tobytes(), db=databases["meta"])
+
+
+def take_back(transaction: lmdb.Transaction, databases: Databases) -> None:
+    """Deletes the rows of a version that was begun and is not here: the process, or the room, ended in between."""
+    begun = stored(transaction, BEGUN, databases["meta"])
+    if begun is None:
+        return
+    version, lane = begun[:8], int.from_bytes(begun[8:16], "big")
+    if transaction.get(version, db=databases["versions"]) is None:
+        tail = u64(TOP - int.from_bytes(version, "big"))
+        for table, identity in np.frombuffer(begun[16:], np.uint64).reshape(2, -1).T.tolist():
+            transaction.delete(stem(lane, table, identity) + tail, db=databases["rows"])
+    transaction.delete(BEGUN, db=databases["meta"])
+
+
+def put_dense(
+    transaction: lmdb.Transaction,
+    databases: Databases,
+    version: int,
+    tensors: Mapping[str, NDArray[Any]],
+    parent: int | None,
+) -> None:
+    """Writes a version's dense weights and popular categories; what it does not have is its parent's.
+
+    What it tells of churn stands beside its dense weights.
+    """
+    dense = {name[6:]: np.ascontiguousarray(value) for name, value in tensors.items() if name.startswith("dense.")}
+    dense |= {f"{STORED}{name}": value for name, value in tensors.items() if name.startswith(CHURN)}
+    popular = tensors.get("popular")
+    if parent is not None:
+        # Those of a model that an upgrade left do not stay among the ones that are given.
+        dense = dense or load_tensors(required(transaction, parent, databases["dense"]))
+        if popular is None:
+            popular = np.frombuffer(required(transaction, parent, databases["popular"]), "<u8")
+    transaction.put(u64(version), save_tensors(dense), db=databases["dense"])
+    listed = np.asarray(() if popular is None else popular, "<u8")
+    transaction.put(u64(version), listed.tobytes(), db=databases["popular"])
+
+
+U64 = NDArray[np.uint64]
+
+
+def erase(
+    transaction: lmdb.Transaction,
+    databases: Mapping[str, lmdb._Database],
+    erased: Erased,
+    crosses: Crosses,
+    version: int | None = None,
+) -> int:
+    """Deletes what versions that have not taken erasures into account wrote of their users; returns how many entries.
+
+    Answers at such a version leave these users' rows out anyway.
+
+    Args:
+        transaction: Of the store.
+        databases: The store's, by name.
+        erased: The erasures.
+        crosses: With the columns of the settings.
+        version: Only what this version wrote; None for all that is here, which is noted.
+    """
+    rows, deleted = databases["rows"], 0
+    records = [Served.parse(record) for _, record in transaction.cursor(databases["versions"])]
+    known = [ids_in(transaction, rows, table) for table in ("item", "category", "context")]
+    for one in erased:
+        later = min((record.version for record in records if record.erased >= one.id), default=1 << 63)
+        wrote = (0, later) if version is None else (version, version + 1)
+        gone = dict.fromkeys(user_tables(records), one.users.ids)
+        pairs = [crosses.of_user(user, *known) for user in one.users]
+        gone["cross"] = np.concatenate([np.empty(0, np.uint64), *pairs])
+        deleted += delete_entries(transaction, rows, gone, *wrote)
+        before = [one_of.version for one_of in records if one_of.erased < one.id]
+        changes = databases["changes"]
+        _leave_out(transaction, changes, before if version is None else [version], np.concatenate([*gone.values()]))
+    if version is None:
+        transaction.put(b"erased", u64(erased.last), db=databases["meta"])
+    return deleted
+
+
+def _leave_out(transaction: lmdb.Transaction, changes: lmdb._Database, versions: Iterable[int], ids: U64) -> None:
+    """Takes ids out of the lists of what versions changed: there is no entry to look at any more."""
+    for version in versions:
+        written = np.frombuffer(transaction.get(u64(version), b"", db=changes), np.uint64).reshape(2, -1)
+        theirs = np.isin(written[1], ids)
+        if theirs.any():
+            transaction.put(u64(version), written[:, ~theirs].tobytes(), db=changes)
+
+
+def user_tables(records: Iterable[Served]) -> set[str]:
+    """The tables that may have rows of users: their own, and a ranker's own, in which no other id is a user's."""
+    return {"user", *(name for record in records for name in record.dims if name not in TABLES)}
+
+
+def ids_in(transaction: lmdb.Transaction, rows: lmdb._Database, table: str) -> U64:
+    """The ids that have an entry in a table of every version, ascending."""
+    cursor, found = transaction.cursor(rows), set[int]()
+    for lane in _lanes(cursor):
+        start = stem(lane, CODES[table], 0)[:1]
+        if cursor.set_range(start):
+            for key in cursor.iternext(values=False):
+                if key[:1] != start:
+                    break
+                found.add(int.from_bytes(key[1:9], "big"))
+    return np.array(sorted(found), np.uint64)
+
+
+def delete_entries(
+    transaction: lmdb.Transaction, rows: lmdb._Database, gone: Mapping[str, U64], first: int, after: int
+) -> int:
+    """Deletes the entries of ids, by table, that versions from `first` to before `after` wrote; returns how many."""
+    cursor, deleted = transaction.cursor(rows), 0
+    for lane in list(_lanes(cursor)):
+        for table, ids in gone.items():
+            for identity in ids.tolist():
+                start = stem(lane, CODES[table], identity)
+                found = cursor.set_range(start)
+                while found and (key := bytes(cursor.key()))[: len(start)] == start:
+                    if first <= version_of(key) < after:
+                        found = cursor.delete() and bool(cursor.key())
+                        deleted += 1
+                    else:
+                        found = cursor.next()
+    return deleted
+
+
+def _lanes(cursor: lmdb.Cursor) -> Iterator[int]:
+    """The lanes that have entries, by seeks."""
+    found = cursor.first()
+    while found:
+        lane = lane_of(bytes(cursor.key()))
+        yield lane
+        found = cursor.set_range(bytes([lane << 3 | OWN]) + b"\xff" * 21)
+
 
 Tensors = Mapping[str, NDArray[Any]]
 WRITTEN_AT_ONCE = 250
@@ -284,7 +667,7 @@ class RowStore(CompactStore):
         return self._forgetting.left
 
     def erase(self, erased: Erased, crosses: Crosses, version: int | None = None) -> int:
-        """Deletes what is here of erased users, or what one version wrote; see `state/rows/erasing.py`. Returns how many entries."""
+        """Deletes what is here of erased users, or what one version wrote; see `state/rows/store.py`. Returns how many entries."""
         with self._write() as transaction:
             return erase(transaction, self._databases, erased, crosses, version)
 

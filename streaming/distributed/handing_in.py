@@ -4,25 +4,550 @@ On Flink the job lives on the cluster. This process says how it goes, and its ow
 end ends nothing: a job is stopped by savepoint (`springtide flink down`), or
 cancelled on the cluster. On Prism, which is for tests and for trying things out,
 the job ends with this process.
+
+The distributed job as one sentence, and how it is handed to an engine.
+
+    read ─┬─ (bucket, portion) ─ update bucket ─ write ─── account
+          └─ of each source                 └── one stage ──┘   └─ one key
+
+The engine keeps positions, clocks, histories, rows that wait and the account in
+one checkpoint; what is behind a checkpoint is read and made again.
+
+The sink of a distributed job: what the buckets of a bundle made goes into micro-batches, acknowledged before the bundle ends.
+
+    process        gathers
+    finish_bundle  1. cuts and encodes   2. writes, acknowledged   3. tells the account
+
+An engine that takes a bundle back makes its rows again, perhaps in other
+bundles: readers drop them by their places. Whoever writes a bucket's rows began
+at a checkpoint, before which all of them were acknowledged; so the log has all
+of a bucket's positions up to the newest, whoever else still writes.
+
+Shows what is committed: the gauges of the account, the lag, the group's offsets for lag tools, and how far erasures are done.
+
+The process that has the account's one key does so, in a thread, once a second:
+where clicks stop coming, what is shown at rest is what is committed. Where the
+key has moved to another process, the group says more than this one knows: it
+leaves the port of the metrics to that one.
+
+What became of each position of the clicks, over all buckets. Pure.
+
+A partition was read up to the least that any of its buckets has; each offset is
+counted by the bucket whose user it is of, or by the first one.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import secrets
 import threading
-from collections.abc import Sequence
-from typing import cast
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, cast
 
+import apache_beam as beam
 import grpc
-from apache_beam.options.pipeline_options import GoogleCloudOptions
+from apache_beam.coders import BytesCoder
+from apache_beam.options.pipeline_options import GoogleCloudOptions, PipelineOptions
+from apache_beam.pvalue import PCollection
 from apache_beam.runners.runner import PipelineResult, PipelineState
+from apache_beam.transforms.periodicsequence import PeriodicImpulse, RebaseMode
+from apache_beam.transforms.userstate import ReadModifyWriteStateSpec
+from apache_beam.transforms.window import GlobalWindow
+from apache_beam.utils.timestamp import Timestamp
+from apache_beam.utils.windowed_value import WindowedValue
 
+from state import metrics
+from state.accounts import StreamAccount, check_accounts
 from state.config.settings import Settings
-from state.errors import JobFailed
+from state.disk.files import HOST
+from state.errors import JobFailed, PortTaken, PositionConflict, SettingsError, SpringtideError, UnreachableBroker
+from state.events.dead_letters import DeadLetter
+from state.events.identity import own_salt
+from state.features.spec import FeatureSpec
+from state.history.counts import Counts, advanced, summed
+from state.log import KafkaLog, Log, LogWriter, topic_plan
 from state.log.gaps import Consent
-from streaming.distributed.job import plan_of, run_distributed
+from state.metrics import StreamMetrics
+from state.positions import UNPLACED, Range, Source, from_json, to_json
+from state.process.wall_clock import wall_ms
+from state.registry.erasing import ErasureReport
+from state.registry.model_fit import require_same_features
+from streaming.accounts import show_faults, show_totals
+from streaming.commit import off_clocks, show_off_clock
+from streaming.cut import Cut, encode_cut
+from streaming.distributed.bucket import BucketRows
+from streaming.distributed.buckets import allowed
 from streaming.distributed.on_flink import FlinkJob
 from streaming.distributed.options import FLINK, beam_options
+from streaming.distributed.steps import ReadPartitions, UpdateBuckets, WorkerStep
+from streaming.distributed.wire import pack, unpack
+from streaming.distributed.worker import JobPlan, JobWorker, without_secrets
+from streaming.erasing import tell
+from streaming.event_clock import OffClock
+from streaming.letters import send_letters
+
+
+@dataclass
+class Account:
+    """The counts of all buckets.
+
+    Attributes:
+        counts: By source, as the histories of the local form count them.
+        conflicts: Ranges that did not go on where their source was: what the engine lost or repeated.
+        erased: By bucket the last erasure that it has taken into account.
+    """
+
+    counts: dict[Source, Counts] = field(default_factory=dict)
+    conflicts: int = 0
+    erased: dict[int, int] = field(default_factory=dict)
+
+    def take_bundle(self, told: Mapping[str, Any]) -> None:
+        """Takes what the sink told of a bundle."""
+        self.take(map(from_json, told["ranges"]))
+        self.erased |= {int(bucket): erased for bucket, erased in told["erased"].items()}
+
+    def take(self, ranges: Iterable[Range]) -> None:
+        """Takes ranges, those of one source in order."""
+        for part in ranges:
+            before = self.counts.get(part.source)
+            try:
+                self.counts[part.source] = advanced(before, part, "the account")
+            except PositionConflict:
+                assert before is not None
+                self.conflicts += 1
+                self.counts[part.source] = advanced({**before, "next": part.first}, part, "the account")
+
+    def reached(self, topic_id: str) -> dict[int, int]:
+        """By partition of a topic the offset up to which all buckets have it."""
+        found: dict[int, list[int]] = {}
+        wanted: dict[int, int] = {}
+        for source, counts in self.counts.items():
+            if source.topic_id == topic_id:
+                found.setdefault(source.partition, []).append(counts["next"])
+                wanted[source.partition] = source.buckets
+        return {one: min(nexts) for one, nexts in sorted(found.items()) if len(nexts) >= wanted[one]}
+
+    def forgotten(self, buckets: int) -> int:
+        """The last erasure that all of so many buckets have taken into account.
+
+        >>> Account(erased={0: 2, 1: 1}).forgotten(2), Account(erased={0: 2}).forgotten(2)
+        (1, 0)
+        """
+        return min(self.erased.get(bucket, 0) for bucket in range(buckets))
+
+    @property
+    def totals(self) -> Counts:
+        """Outcomes over all sources, with `positions`, their sum."""
+        return summed(self.counts.values())
+
+    @property
+    def waiting(self) -> int:
+        """Impressions that wait for their label."""
+        return sum(StreamAccount.of(one).waiting for one in self.counts.values())
+
+    def faults(self) -> tuple[str, ...]:
+        """Where it does not balance: ranges that did not go on, and partitions whose buckets do not add up to its offsets."""
+        found = [f"{self.conflicts} ranges did not begin where their bucket was"] if self.conflicts else []
+        partitions: dict[tuple[str, int, int], list[Mapping[str, int]]] = {}
+        for source, counts in self.counts.items():
+            found += [f"{source}: {fault}" for fault in check_accounts(StreamAccount.of(counts))]
+            partitions.setdefault((source.topic_id, source.partition, source.buckets), []).append(counts)
+        for (topic_id, partition, buckets), theirs in partitions.items():
+            spans = {(one["first"], one["next"]) for one in theirs}
+            # While some buckets are ahead of others their parts do not make a whole.
+            if len(spans) == 1 and len(theirs) == buckets:
+                ((first, after),) = spans
+                passed = summed(theirs)["positions"]
+                if passed != after - first:
+                    found.append(
+                        f"{topic_id}:{partition}: {after - first} offsets, and its buckets have {passed} of their own"
+                    )
+        return tuple(found)
+
+    def to_bytes(self) -> bytes:
+        """As the engine keeps it."""
+        counts = {str(source): one for source, one in self.counts.items()}
+        return json.dumps({"counts": counts, "conflicts": self.conflicts, "erased": self.erased}).encode()
+
+    @classmethod
+    def from_bytes(cls, value: bytes | None) -> Account:
+        """What `to_bytes` gave; None is an account of nothing.
+
+        >>> one = Account()
+        >>> one.take([Range(Source("ab" * 16, 0, 1, 2), 5, 9, rows=1, elsewhere=3)])
+        >>> Account.from_bytes(one.to_bytes()) == one, one.totals["positions"]
+        (True, 1)
+        """
+        if value is None:
+            return cls()
+        told = json.loads(value)
+        erased = {int(bucket): last for bucket, last in told["erased"].items()}
+        return cls({Source.parse(source): one for source, one in told["counts"].items()}, told["conflicts"], erased)
+
+
+SHOW_S = 1.0
+PART, WHERE = "stream-job", "the engine's state"  # of the report of erasures
+
+
+class Showing:
+    """The account as it is shown. `take` is called by one thread at a time, `close` by any.
+
+    Args:
+        worker: Of this process: its metrics, and where they are served.
+    """
+
+    def __init__(self, worker: JobWorker) -> None:
+        self._settings: Settings = worker.settings
+        self._log: Log = worker.log
+        self._metrics: StreamMetrics = worker.metrics
+        self._worker = worker
+        self._latest: Account | None = None
+        self._is_new = False
+        self._users: dict[str, int] = {}
+        self._appended_ms = 0
+        self._shown: Mapping[int, int] = {}
+        self._faults: tuple[str, ...] = ()
+        self._said: dict[str, str] = {}
+        self._forgotten: int | None = None
+        self._stop_offering: Callable[[], None] | None = None
+        self._stopping = threading.Event()
+        metrics.add_process(worker.registry)
+        self._thread = threading.Thread(target=self._run, name="account", daemon=True)
+        self._thread.start()
+
+    def take(self, account: Account, told: Mapping[str, Any]) -> None:
+        """Takes the account after a bundle, and counts what the bundle was."""
+        counted = self._metrics
+        counted.microbatches.inc(told["records"])
+        counted.commit_seconds.observe(told["seconds"])
+        if told["records"]:
+            counted.microbatch_rows.observe(told["rows"] / told["records"])
+        counted.truncated_histories.inc(told["truncated"])
+        for reason, count in told["letters"].items():
+            counted.dead_letters.labels(reason).inc(count)
+        for part in told["ranges"]:
+            for outcome, count in from_json(part).outcomes.items():
+                if outcome not in (*UNPLACED, "elsewhere"):
+                    counted.events.labels(outcome).inc(count)
+        for off in told["off"]:
+            show_off_clock(counted, OffClock(*off))
+        self._users |= told["users"]
+        self._appended_ms = max(self._appended_ms, told["appended_ms"])
+        self._latest, self._is_new = account, True
+
+    def close(self) -> None:
+        """Shows the last, and ends the thread."""
+        self._stopping.set()
+        self._thread.join()
+        self.show()
+        self._leave_port()
+
+    def show(self) -> None:
+        """Sets the gauges and tells the group; a cluster that does not answer is said once, and tried again."""
+        account, is_new = self._latest, self._is_new
+        if account is None:
+            return
+        self._is_new = False
+        self._take_port()
+        shown = self._metrics
+        show_totals(shown, account.totals, account.waiting)
+        shown.history_users.set(sum(self._users.values()))
+        shown.cached_users.set(self._worker.cache.users)
+        self._faults = show_faults(shown, account.faults(), self._faults)
+        self._report(account.forgotten(self._settings.stream.buckets))
+        self._tell(account, is_new)
+
+    def _report(self, through: int) -> None:
+        """Reports the last erasure that all buckets have taken into account; also that it is none, so that they are known."""
+        registry = self._settings.registry_dir
+        if through == self._forgotten or not registry.is_dir():
+            return
+        told = ErasureReport(PART, HOST, WHERE, through, through, 0, wall_ms())
+        if tell(registry, told, partial(self._say, "erasures")):
+            self._forgotten = through
+            self._said.pop("erasures", None)
+
+    def _take_port(self) -> None:
+        """Offers the metrics, as soon as no other process of this host does on their port."""
+        port = self._settings.stream.metrics_port
+        if not port or self._stop_offering is not None:
+            return
+        try:
+            self._stop_offering = metrics.offer(self._worker.registry, port, self._settings.metrics.host)
+            self._said.pop("port", None)
+        except PortTaken as error:
+            self._say("port", f"the stream's metrics are not shown yet: {error}")
+
+    def _leave_port(self) -> None:
+        if self._stop_offering is not None:
+            self._stop_offering()
+            self._stop_offering = None
+
+    def _tell(self, account: Account, is_new: bool) -> None:
+        """Tells the group what all buckets have, and says how far that is behind."""
+        kafka = self._settings.kafka
+        try:
+            with self._log.topics() as topics:
+                reached = account.reached(topics.describe(kafka.clicks_topic).topic_id)
+                if not is_new and _is_behind(reached, topics.committed(kafka.group, kafka.clicks_topic)):
+                    self._let_go(account)
+                    return
+                if reached and reached != self._shown:
+                    topics.commit(kafka.group, kafka.clicks_topic, reached)
+                    self._shown = reached
+                ends = topics.ends(kafka.clicks_topic)
+        except SpringtideError as error:
+            self._say("group", f"offsets of group {kafka.group} are not up to date: {error}")
+            return
+        self._said.pop("group", None)
+        lag = sum(max(0, end - reached.get(one, begin)) for one, (begin, end) in ends.items())
+        self._metrics.lag_events.set(lag)
+        self._metrics.lag_seconds.set(max(0.0, time.time() - self._appended_ms / 1000) if lag else 0.0)
+
+    def _let_go(self, account: Account) -> None:
+        """Shows nothing any more, unless clicks come here again."""
+        if self._latest is account:
+            self._latest = None
+        self._leave_port()
+        logger.info("another process has the account now, and shows it")
+
+    def _say(self, what: str, warning: str) -> None:
+        """Says what is wrong with something, once as long as it stays the same."""
+        if warning != self._said.get(what):
+            logger.warning("%s", warning)
+        self._said[what] = warning
+
+    def _run(self) -> None:
+        while not self._stopping.wait(SHOW_S):
+            try:
+                self.show()
+            # The edge of the thread: what is shown is no reason to end a job.
+            except Exception:
+                logger.exception("the account cannot be shown")
+
+
+def _is_behind(ours: Mapping[int, int], group: Mapping[int, int]) -> bool:
+    """Whether a group has more than we do of a partition that we know.
+
+    >>> _is_behind({0: 5}, {0: 7, 1: 9}), _is_behind({0: 5}, {0: 5, 1: 9}), _is_behind({}, {0: 1})
+    (True, False, False)
+    """
+    return any(group.get(partition, 0) > at for partition, at in ours.items())
+
+
+ACCOUNT = 0  # the one key of the step behind it
+TRIES = 10
+WAIT_S = 1.0
+
+
+def records_of(made: Sequence[BucketRows], worker: JobWorker, now_ms: int) -> list[bytes]:
+    """The micro-batches of a bundle; rows under different masks or epochs of the log are not mixed.
+
+    Raises:
+        MicroBatchError: A row is larger than a record may be.
+    """
+    groups: dict[tuple[int, int], list[BucketRows]] = {}
+    for one in made:
+        # One that read nothing only told its bucket of an erasure.
+        if not one.rows.batch.ranges:
+            continue
+        groups.setdefault((one.mask_generation, one.log_epoch), []).append(one)
+    stream, values = worker.settings.stream, list[bytes]()
+    for (generation, epoch), group in groups.items():
+        cut = Cut(tuple(one.rows for one in group), now_ms)
+        limits = stream.cut_rows, stream.max_record_bytes
+        values += encode_cut(cut, worker.spec.digest, worker.salt.fingerprint, *limits, generation, epoch)
+    return values
+
+
+def told(made: Sequence[BucketRows], records: int, seconds: float, truncated: Sequence[int]) -> bytes:
+    """What the account is told of a bundle.
+
+    Args:
+        made: Of the bundle, written.
+        records: Micro-batches.
+        seconds: That it took to write them.
+        truncated: The columns of features that say so.
+    """
+    batches = [one.rows.batch for one in made]
+    head: dict[str, Any] = {
+        "ranges": [to_json(part) for one in made for part in (*one.dropped, *one.rows.batch.ranges)],
+        "letters": Counter(str(letter.reason) for batch in batches for letter in batch.dead),
+        "off": [off for one in made for off in off_clocks(one.rows)],
+        "appended_ms": max((one.appended_ms for one in made), default=0),
+        "records": records,
+        "rows": sum(len(one.rows) for one in made),
+        "truncated": sum(int((one.rows.vectors.features[:, at] > 0).sum()) for one in made for at in truncated),
+        "seconds": seconds,
+        "users": {str(one.bucket): one.users for one in made},
+        "erased": {str(one.bucket): one.erased for one in made},
+    }
+    return pack(head, {})
+
+
+class WriteBuckets(WorkerStep):
+    """Writes what a bundle made, and gives what the account is told."""
+
+    _writer: LogWriter | None = None
+
+    def start_bundle(self) -> None:
+        """Nothing is gathered yet."""
+        self._made: list[BucketRows] = []
+
+    def process(self, element: BucketRows) -> Iterator[tuple[int, bytes]]:
+        """Gathers."""
+        self._made.append(element)
+        yield from ()
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        """Writes what was gathered.
+
+        Raises:
+            LogError: The cluster refused, or was away for long: the engine goes back to its checkpoint.
+        """
+        made, self._made = self._made, []
+        if not made:
+            return
+        worker, begun_s = self.worker, time.perf_counter()
+        now_ms = wall_ms()
+        values = records_of(made, worker, now_ms)
+        letters = [letter for one in made for letter in one.rows.batch.dead]
+        self._write(worker, values, letters, now_ms)
+        truncated = [at for at, name in enumerate(worker.spec.names) if name == "truncated"]
+        value = told(made, len(values), time.perf_counter() - begun_s, truncated)
+        yield WindowedValue((ACCOUNT, value), Timestamp.now(), (GlobalWindow(),))
+
+    def teardown(self) -> None:
+        """Closes the connection."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write(self, worker: JobWorker, values: Sequence[bytes], letters: Sequence[DeadLetter], now_ms: int) -> None:
+        """Writes, acknowledged when it returns; a broker that is away for a moment costs only time.
+
+        Where the outcome is unknown a new writer writes again: what is there then comes twice, with the same places.
+        """
+        kafka = worker.settings.kafka
+        for left in reversed(range(TRIES)):
+            try:
+                self._writer = writer = self._writer or worker.log.writer()
+                for value in values:
+                    writer.send(kafka.microbatches_topic, 0, None, value, [], now_ms)
+                send_letters(writer, kafka.dead_letters_topic, letters, now_ms)
+                writer.flush()
+                return
+            except UnreachableBroker as error:
+                if self._writer is not None:
+                    self._writer.close(0.0)
+                self._writer = None
+                if not left:
+                    raise
+                logger.warning("%s; these rows are written again as soon as it is back", error)
+                time.sleep(WAIT_S)
+
+
+NO_CONSENT = Consent()
+WAKE_S = 3600.0
+
+
+class KeepAccount(WorkerStep):
+    """Keeps the account of all buckets under one key, and shows it."""
+
+    ACCOUNT = ReadModifyWriteStateSpec("account", BytesCoder())
+
+    def process(
+        self,
+        element: tuple[int, bytes],
+        kept: Any = beam.DoFn.StateParam(ACCOUNT),  # noqa: B008  # Beam reads the default
+    ) -> Iterator[None]:
+        """Takes what was written of a bundle."""
+        told, _ = unpack(element[1])
+        account = Account.from_bytes(kept.read())
+        account.take_bundle(told)
+        kept.write(account.to_bytes())
+        worker = self.worker
+        # Of the process, not of this step: an engine lets steps go that had nothing to do for a minute.
+        showing = cast(Showing, worker.kept("showing", lambda: Showing(worker)))
+        showing.take(account, told)
+        yield from ()
+
+
+class WakeSources(beam.DoFn):
+    """Wakes each source.
+
+    Args:
+        sources: How many there are.
+    """
+
+    def __init__(self, sources: int) -> None:
+        super().__init__()
+        self._sources = sources
+
+    def process(self, element: object) -> Iterator[tuple[int, bytes]]:
+        """The number of each is its key."""
+        for source in range(self._sources):
+            yield source, b""
+
+
+def build_distributed(pipeline: beam.Pipeline, plan: JobPlan) -> PCollection[None]:
+    """Applies the job to `pipeline`."""
+    woken, portion, told = tuple[int, bytes], tuple[int, bytes], tuple[int, bytes]
+    # Sources call themselves. But where input ends an engine forgets what it keeps of keys, and Flink is busy with timers.
+    endless = PeriodicImpulse(fire_interval=WAKE_S, rebase=RebaseMode.REBASE_START)
+    accounted: PCollection[None] = (
+        pipeline
+        | "Start" >> (endless if plan.until is None else beam.Impulse())
+        | "Wake sources" >> beam.ParDo(WakeSources(plan.settings.stream.sources)).with_output_types(woken)
+        | "Read partitions" >> beam.ParDo(ReadPartitions(plan)).with_output_types(portion)
+        | "Update buckets" >> beam.ParDo(UpdateBuckets(plan)).with_output_types(BucketRows)
+        | "Write buckets" >> beam.ParDo(WriteBuckets(plan)).with_output_types(told)
+        | "Keep account" >> beam.ParDo(KeepAccount(plan))
+    )
+    return accounted
+
+
+def plan_of(
+    settings: Settings, consent: Consent = NO_CONSENT, until: Mapping[int, int] | None = None, log: Log | None = None
+) -> JobPlan:
+    """What the steps are told, once what would stop them was looked at.
+
+    Args:
+        settings: The effective settings.
+        consent: The losses that the operator accepts.
+        until: By partition where reading ends; None for never.
+        log: Where the topics are; the cluster of the settings where none is given.
+
+    Raises:
+        ModelMismatch: The features are others than what was learned, and nobody asked for an upgrade.
+        SettingsError: Users cannot be divided into so many buckets.
+        MissingSalt: The salt of what is stored here is gone.
+        LogError: The topic of clicks is missing, or Kafka is not reachable.
+    """
+    buckets = settings.stream.buckets
+    if not allowed(buckets):
+        raise SettingsError(f"stream.buckets {buckets} is no divisor of 64", "take 1, 2, 4, 8, 16, 32 or 64")
+    FeatureSpec.from_settings(settings)
+    require_same_features(settings)
+    salt = own_salt(settings)
+    with (log or KafkaLog(settings.kafka)).topics() as topics:
+        topics.describe(settings.kafka.clicks_topic)
+        topics.ensure(*topic_plan.dead_letters(settings))
+        topics.ensure(*topic_plan.microbatches(settings))
+    return JobPlan(secrets.token_hex(8), without_secrets(settings), salt.fingerprint, consent, until)
+
+
+def run_distributed(plan: JobPlan, options: PipelineOptions) -> PipelineResult:
+    """Hands the job to the engine that `options` name; returns its handle at once where the engine is elsewhere."""
+    pipeline = beam.Pipeline(options=options)
+    build_distributed(pipeline, plan)
+    return pipeline.run()
+
 
 LOOK_S = 0.5
 logger = logging.getLogger(__name__)

@@ -1,25 +1,416 @@
-"""The steps of a distributed job up to the rows: one keyed by source, which reads, and one keyed by bucket of users."""
+"""The steps of a distributed job up to the rows: one keyed by source, which reads, and one keyed by bucket of users.
+
+The partitions of one source: read for a moment, parsed, timed, and divided into buckets once a bundle.
+
+    poll until the moment is over ─ parse ─ leave masked clicks out ─ follow the clock ─ divide
+
+It stays open from bundle to bundle in its process, and is used again only where
+it stands exactly where the engine's checkpoint says.
+
+Opens the clicks of a source where it stands: behind losses that an operator accepted, and never at an offset that is used twice.
+
+    1. The topic; one that was made anew is read from its beginning.
+    2. Positions that were deleted unread: counted as a gap where somebody accepts it, else an error.
+    3. The reader. A log that was cut back behind a position is known by the leader's epoch before it, and filled up where
+       somebody accepts that.
+
+A step that fails begins its job anew from the last checkpoint, which meets the
+same loss: so the error says how to go on.
+
+How far a source has read: positions and clocks together, as the engine checkpoints them.
+
+Whatever a source gave out, the engine keeps the `SourceReading` after
+it in the same checkpoint; reading goes on from there, with the witnesses of the
+time as they were, so that each click gets the clock that it had before.
+"""
 
 from __future__ import annotations
 
+import logging
 import secrets
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, cast
 
 import apache_beam as beam
+import numpy as np
 from apache_beam.coders import BytesCoder
 from apache_beam.transforms.timeutil import TimeDomain
 from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateSpec, TimerSpec, on_timer
 from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import Timestamp
 
+from state.errors import GapError, LineTurned, StoreError, TruncatedLog, UnreachableBroker
+from state.events.event_batch import EventBatch
+from state.events.parser import Parser
+from state.features.mask import Mask
+from state.log import LogReader, PartitionBatch, accepted_gaps
+from state.log.accepted_gaps import Accepted
+from state.log.failures import made_again
+from state.log.gaps import how_to_go_on
+from state.positions import Gap, Source
+from state.process.wall_clock import wall_ms
+from state.registry.control import Control
+from state.registry.control_look import ControlLook
+from state.registry.log_line import FIRST_EPOCH, Stretch
+from streaming.accounts import as_ranges, missing, require_accepted
+from streaming.aligned_reader import AlignedReader
+from streaming.cut_back import fill, newly_accepted, open_behind
 from streaming.distributed.bucket import BucketRows
-from streaming.distributed.buckets import decode, encode
+from streaming.distributed.buckets import Portion, decode, divide, encode, gathered
 from streaming.distributed.keeping import Cells, take_portion
-from streaming.distributed.partitions import Partitions
-from streaming.distributed.reading import SourceReading
+from streaming.distributed.wire import pack, unpack
 from streaming.distributed.worker import JobPlan, JobWorker, worker_of
+from streaming.event_clock import EventClock
+from streaming.interleaving import in_order
+from streaming.masking import leave_out
+from streaming.source import appended_ms
+
+
+@dataclass(frozen=True)
+class SourceReading:
+    """How far one source has read.
+
+    Attributes:
+        topic_id: The topic of clicks; empty before the first poll.
+        next: By partition the next offset; a partition that is not named is read from its beginning.
+        clocks: What the event clock keeps, by name.
+        log_epoch: The epoch of the training log that was written so far; 0 before the first poll.
+        erased: The last erasure that all buckets were told of.
+        leaders: By partition the leader's epoch of the record before `next`, where it is known: it shows whether the
+            clicks were cut back since.
+        accepted: The losses that operators accepted, oldest first.
+    """
+
+    topic_id: str = ""
+    next: Mapping[int, int] = field(default_factory=dict)
+    clocks: Mapping[str, bytes] = field(default_factory=dict)
+    log_epoch: int = 0
+    erased: int = 0
+    leaders: Mapping[int, int] = field(default_factory=dict)
+    accepted: tuple[Accepted, ...] = ()
+
+    def positions(self) -> dict[Source, int]:
+        """By source the next offset."""
+        return {Source(self.topic_id, partition): at for partition, at in self.next.items()}
+
+    def to_bytes(self) -> bytes:
+        """As the state keeps it; equal readings have equal bytes."""
+        head = {
+            "topic_id": self.topic_id,
+            "next": sorted(self.next.items()),
+            "log_epoch": self.log_epoch,
+            "erased": self.erased,
+            "leaders": sorted(self.leaders.items()),
+            "accepted": [one.to_json() for one in self.accepted],
+        }
+        clocks = {name: np.frombuffer(self.clocks[name], np.uint8) for name in sorted(self.clocks)}
+        return pack(head, clocks)
+
+    @classmethod
+    def from_bytes(cls, value: bytes | None) -> SourceReading:
+        """What `to_bytes` gave; None is a source that was never read.
+
+        >>> from state.positions import Gap
+        >>> lost = Accepted(Gap(Source("ab" * 16, 3), 5, 6), "ann", "retention", 9)
+        >>> one = SourceReading("ab" * 16, {3: 7}, {"clock:all": b"12"}, 2, 1, {3: 4}, (lost,))
+        >>> SourceReading.from_bytes(one.to_bytes()) == one
+        True
+        """
+        if value is None:
+            return cls()
+        head, clocks = unpack(value)
+        found = {name: one.tobytes() for name, one in clocks.items()}
+        return cls(
+            head["topic_id"],
+            {int(one): int(at) for one, at in head["next"]},
+            found,
+            head["log_epoch"],
+            head["erased"],
+            {int(one): int(epoch) for one, epoch in head["leaders"]},
+            tuple(map(Accepted.from_json, head["accepted"])),
+        )
+
+
+RESUME = "springtide stream --runner RUNNER --savepoint_path=PATH"
+"""How a job is begun again that cannot go on; `springtide flink status` says what it is resumed from."""
+
+
+@dataclass(frozen=True)
+class OpenedClicks:
+    """The clicks of a source.
+
+    Attributes:
+        topic_id: The topic.
+        reading: Where they are read from, with what was accepted.
+        passed: The gaps before that; no bundle has told of them yet.
+        reader: Of its partitions; None where it has none, until the topic grows.
+    """
+
+    topic_id: str
+    reading: SourceReading
+    passed: list[Gap]
+    reader: LogReader | None
+
+
+def of_source(source: int, sources: int, partitions: int) -> list[int]:
+    """The partitions that a source reads, those made later included.
+
+    >>> of_source(1, 2, 5)
+    [1, 3]
+    """
+    return [one for one in range(partitions) if one % sources == source]
+
+
+def open_clicks(worker: JobWorker, source: int, reading: SourceReading) -> OpenedClicks:
+    """Opens the clicks of a source.
+
+    Args:
+        worker: Of this process.
+        source: Its number.
+        reading: How far it is.
+
+    Raises:
+        GapError: Positions are gone, or used twice, and nobody accepted it.
+        LogError: Kafka is not reachable, or the topic is missing.
+    """
+    kafka, consent = worker.settings.kafka, worker.plan.consent
+    now_ms = wall_ms()
+    with telling_how(), worker.log.topics() as topics:
+        # 1.
+        info, ends = topics.describe(kafka.clicks_topic), topics.ends(kafka.clicks_topic)
+        if reading.topic_id not in ("", info.topic_id):
+            logger.warning("topic %s is another one than before: reading it from its beginning", kafka.clicks_topic)
+            # The clock of all partitions goes on.
+            reading = replace(reading, topic_id="", next={}, leaders={})
+        mine = of_source(source, worker.settings.stream.sources, info.partitions)
+        known = {partition: at for partition, at in reading.next.items() if partition in mine}
+        # 2.
+        positions = replace(reading, topic_id=info.topic_id, next=known).positions()
+        passed = missing(info.topic_id, positions, {one: ends[one] for one in mine})
+        require_accepted(passed, consent, kafka.clicks_topic)
+        accepted = [*reading.accepted, *(accepted_gaps.accept(gap, consent, now_ms) for gap in passed)]
+        for gap in passed:
+            logger.warning("gap accepted by %s (%s): %s", consent.actor, consent.reason, gap)
+        at = known | {gap.source.partition: gap.next for gap in passed}
+        leaders = {one: epoch for one, epoch in reading.leaders.items() if at.get(one, -1) == known.get(one)}
+
+        # 3.
+        def opens(told: Mapping[int, int]) -> LogReader:
+            return worker.log.reader(kafka.clicks_topic, mine, at, leaders=told)
+
+        def accepts(lost: TruncatedLog) -> None:
+            accepted.extend(newly_accepted(accepted, consent, now_ms, lost))
+
+        fills = partial(fill, kafka, topics, worker.log.writer)
+        reader = open_behind(opens, leaders, accepts, fills) if mine else None
+    worker.metrics.gaps_accepted.inc(len(accepted) - len(reading.accepted))
+    return OpenedClicks(info.topic_id, replace(reading, accepted=tuple(accepted)), passed, reader)
+
+
+@contextmanager
+def telling_how() -> Iterator[None]:
+    """Lets the error of a loss say how the job goes on without it."""
+    try:
+        yield
+    except GapError as error:
+        raise how_to_go_on(error, RESUME) from error
+
+
+REFRESH_S = 1.0
+logger = logging.getLogger(__name__)
+
+
+class Partitions:
+    """The open partitions of one source. One thread at a time uses it.
+
+    Args:
+        worker: Of this process.
+        source: Its number.
+        reading: Where it begins.
+
+    Attributes:
+        at: How far it is, as the engine knows it.
+
+    Raises:
+        GapError: Positions are gone, and nobody accepted it.
+        LogError: Kafka is not reachable, or the topic is missing.
+    """
+
+    def __init__(self, worker: JobWorker, source: int, reading: SourceReading) -> None:
+        self._worker, self._source = worker, source
+        self._settings = worker.settings
+        self._parser = Parser(self._settings.events, worker.salt)
+        self._look = ControlLook(self._settings.registry_dir)
+        self._resting = threading.Event()
+        self.at = reading
+        if not source:
+            worker.tell_letters()
+        opened = open_clicks(worker, source, reading)
+        self._topic_id, self._passed, self._reading = opened.topic_id, opened.passed, opened.reading
+        self._clock = EventClock(opened.reading.clocks.get)
+        self._follow(opened.reader)
+        self._refresh_s = time.monotonic() + REFRESH_S
+
+    def _follow(self, reader: LogReader | None) -> None:
+        """Reads on with `reader`, by the times up to which its partitions were read."""
+        clock, topic_id = self._clock, self._topic_id
+        self._reader: LogReader | None = reader
+        self._aligned: AlignedReader | None = None
+        if reader is not None:
+            skew_s = self._settings.stream.max_skew_s
+            self._aligned = AlignedReader(reader, lambda one: clock.reached(Source(topic_id, one)), skew_s)
+
+    def read(self, moment_s: float) -> tuple[list[Portion], SourceReading | None]:
+        """What was read in a moment, divided, and how far that is; nothing and None where nothing is new.
+
+        Args:
+            moment_s: How long clicks are gathered.
+
+        Raises:
+            GapError, LogError: As at opening; or the topic was made anew.
+            LineTurned: Control asks for an older place of the log.
+        """
+        control = self._look.look()
+        log_epoch = self._epoch(control)
+        with telling_how():
+            batches = self._poll(moment_s)
+        # Buckets without clicks have to forget, too.
+        erased = self._reading.erased if control is None else control.erased.last
+        if not batches and not self._passed and erased == self._reading.erased:
+            return [], None
+        now_ms = wall_ms()
+        mask = Mask.NONE if control is None else control.mask
+        events = leave_out(self._events(batches), mask)
+        events, told = in_order(events, self._clock.follow(events, events.ranges, now_ms))
+        ends = {part.source.partition: part.next for part in events.ranges}
+        after = replace(
+            self._reading,
+            topic_id=self._topic_id,
+            next={**self._reading.next, **ends},
+            clocks={**self._reading.clocks, **told.state},
+            log_epoch=log_epoch,
+            erased=erased,
+            leaders=self._leaders(self._reading.leaders, ends),
+        )
+        generation = 0 if control is None else control.generation
+        newest_ms = max((appended_ms(batch, now_ms) for batch in batches), default=0)
+        parts = divide(events, told, self._settings.stream.buckets)
+        self.at = self._reading = after
+        return [Portion(batch, clock, generation, log_epoch, newest_ms) for batch, clock in parts], after
+
+    def _leaders(self, known: Mapping[int, int], at: Mapping[int, int]) -> dict[int, int]:
+        """By partition the leader's epoch of the record before a position: what was known, but for those that are at another one."""
+        reader = self._reader
+        found = {one: -1 if reader is None else reader.leader_epoch(one, offset) for one, offset in at.items()}
+        return {one: epoch for one, epoch in {**known, **found}.items() if epoch >= 0}
+
+    @property
+    def at_end(self) -> bool:
+        """Whether all of it was read, where reading ends at all."""
+        until, reader = self._worker.plan.until, self._reader
+        if until is None or reader is None:
+            return until is not None
+        return all(reader.position(one) >= until.get(one, 0) for one in reader.partitions)
+
+    def close(self) -> None:
+        """Closes the reader."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def _epoch(self, control: Control | None) -> int:
+        """The epoch of the log to write; reading goes on only where it had not got beyond where the line turned off."""
+        mine = self._reading.log_epoch
+        line = () if control is None else control.log
+        now = line[-1].epoch if line else (mine or FIRST_EPOCH)
+        if mine in (0, now):
+            return now
+        if mine > now:
+            raise StoreError(
+                f"the job is of epoch {mine} of the training log, and control knows {now}: it is another registry, or an "
+                "older copy of it",
+                "restore the registry, or start the job anew without a savepoint",
+            )
+        ahead = sorted({one for stretch in line if stretch.epoch > mine for one in self._ahead_of(stretch)})
+        if ahead:
+            raise LineTurned(
+                f"control's line of the training log turned off, into epoch {now}, before what this job has read: partition "
+                + ", ".join(f"{partition} at {at}" for partition, at in ahead),
+                "stop the job without a savepoint, and resume it from a savepoint or checkpoint that had read no further "
+                "than that; without one, start it anew: it reads the clicks from their beginning, and readers drop what "
+                "they have",
+            )
+        logger.info("epoch %d of the training log is written from here on", now)
+        return now
+
+    def _ahead_of(self, stretch: Stretch) -> list[tuple[int, int]]:
+        """The partitions that were read further than where a stretch of the line begins, and where that is."""
+        marks = dict[int, int]()
+        for source, at in stretch.sources:
+            if source.topic_id == self._reading.topic_id:
+                marks[source.partition] = min(at, marks.get(source.partition, at))
+        return [(one, marks.get(one, 0)) for one, ours in self._reading.next.items() if ours > marks.get(one, 0)]
+
+    def _poll(self, moment_s: float) -> list[PartitionBatch]:
+        """Gathers what comes until the moment is over, or enough has come."""
+        aligned = self._aligned
+        found: list[PartitionBatch] = []
+        ends_s = time.monotonic() + moment_s
+        if aligned is None:
+            self._resting.wait(moment_s)
+        else:
+            aligned.begin(self._settings.stream.bundle_events)
+            while not aligned.is_done and (rest_s := ends_s - time.monotonic()) > 0:
+                found += self._before_the_end(aligned.poll(rest_s))
+                if self.at_end:
+                    break
+        if time.monotonic() >= self._refresh_s:
+            self._refresh_s = time.monotonic() + REFRESH_S
+            self._take_new_partitions()
+        return found
+
+    def _before_the_end(self, batches: Sequence[PartitionBatch]) -> Iterator[PartitionBatch]:
+        """What lies before where reading ends, where it does: whole batches, of which the last may reach beyond."""
+        until = self._worker.plan.until
+        for batch in batches:
+            if until is None or batch.first < until.get(batch.partition, 0):
+                yield batch
+
+    def _events(self, batches: Sequence[PartitionBatch]) -> EventBatch:
+        """The events of what was read, with the gaps that were passed before it."""
+        events = self._parser.parse(batches)
+        passed, self._passed = as_ranges(self._passed), []
+        if passed:
+            # Gaps come first, so that what follows goes on from them.
+            events = replace(events, ranges=(*passed, *events.ranges), source=events.source + len(passed))
+        return gathered(events)
+
+    def _take_new_partitions(self) -> None:
+        """Opens the reader anew where the topic has more partitions of this source; these are read from their beginning.
+
+        Raises:
+            UnknownTopic: The topic is gone, or is another topic of that name.
+        """
+        reader, topic = self._reader, self._settings.kafka.clicks_topic
+        at = {} if reader is None else {one: reader.position(one) for one in reader.partitions}
+        # A broker that is away costs only time.
+        with suppress(UnreachableBroker):
+            with self._worker.log.topics() as topics:
+                info = topics.describe(topic)
+            if info.topic_id != self._topic_id:
+                raise made_again(topic, self._topic_id, info.topic_id)
+            mine = of_source(self._source, self._settings.stream.sources, info.partitions)
+            if len(mine) > len(at):
+                logger.info("reading new partitions of %s: %s", topic, sorted({*mine} - {*at}))
+                self._follow(self._worker.log.reader(topic, mine, at, leaders=self._leaders({}, at)))
+                if reader is not None:
+                    reader.close()
+
 
 TOKEN_BYTES = 16
 LEAST_S = 0.01  # for a source whose turn comes when the moment is over

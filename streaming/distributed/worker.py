@@ -4,6 +4,12 @@ An engine starts processes as it likes, makes the steps in them of pickles, and
 runs several bundles at once, each in a thread. So steps carry a `JobPlan`, and ask
 for the process's `JobWorker`, which lives as long as the process: whatever belongs
 to one thread at a time is taken out of it and given back.
+
+Dead letters of attributes, told once: each process of a job follows their topics, and one of them tells what was refused.
+
+That is the process that reads the first source. How far it has told
+stands in Kafka, as offsets of a group of its own: a process that takes its place
+reads the topics from their beginning, and tells on from there.
 """
 
 from __future__ import annotations
@@ -14,7 +20,7 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -23,10 +29,11 @@ from prometheus_client import CollectorRegistry
 
 from state.attributes.follower import Report
 from state.compiled.preparing import Kernels
-from state.config.sections import known_settings
+from state.config.sections import Kafka, known_settings
 from state.config.settings import Settings
 from state.config.sources import variable
 from state.errors import SaltMismatch
+from state.events.dead_letters import DeadLetter
 from state.events.identity import Salt, load_salt
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
@@ -37,7 +44,6 @@ from state.positions import Source
 from state.registry.controls import Controls
 from state.registry.sharing.running import copying
 from streaming.attributes import Join
-from streaming.distributed.attribute_letters import told_once
 from streaming.distributed.bucket import BucketCore, BucketPlace
 from streaming.distributed.bucket_store import BucketStore
 from streaming.distributed.keeping import Cache
@@ -45,6 +51,42 @@ from streaming.labels import unused_kernels
 from streaming.letters import report_to
 from streaming.open_shard import open_join
 from streaming.rows import Rows
+
+
+def group_of(kafka: Kafka) -> str:
+    """The group whose offsets say how far letters were told.
+
+    >>> group_of(Kafka(group="shop"))
+    'shop-attribute-letters'
+    """
+    return f"{kafka.group}-attribute-letters"
+
+
+def told_once(kafka: Kafka, topic: str, log: Log, report: Report, tells: Callable[[], bool]) -> Report:
+    """What becomes of refused records of a topic of attributes.
+
+    Args:
+        kafka: Names the group.
+        topic: Their topic.
+        log: Where the group's offsets are.
+        report: Tells letters for good.
+        tells: Whether this process is the one that tells.
+    """
+
+    def tell(bad: Sequence[DeadLetter]) -> None:
+        if not tells():
+            return
+        with log.topics() as topics:
+            told = topics.committed(group_of(kafka), topic)
+            new = [one for one in bad if one.offset >= told.get(one.source.partition, 0)]
+            if new:
+                report(new)
+                # Of each partition the last one counts.
+                ends = {one.source.partition: one.offset + 1 for one in sorted(new, key=lambda one: one.offset)}
+                topics.commit(group_of(kafka), topic, ends)
+
+    return tell
+
 
 MASKS_KEPT = 8
 logger = logging.getLogger(__name__)

@@ -32,9 +32,7 @@ from tests.bench.quality import area_under_curve
 from tests.bench.recorded import Recorded, plain, read_clicks
 from tests.bench.report import Figure, Stages, report
 from tests.trainer.churn.leavers import DAY_MS, batches, leavers, taken
-from trainer.churn.learning import ChurnLearner
-from trainer.churn.measures import TENTHS
-from trainer.churn.waiting import KnownExamples
+from trainer.churn.learning import TENTHS, ChurnLearner, KnownExamples
 
 F64 = npt.NDArray[np.float64]
 SPEC = FeatureSpec()

@@ -51,9 +51,8 @@ from tests.bench.recorded import (
 )
 from tests.bench.report import Figure, Stages, report
 from trainer.engine.step import Trainer
-from trainer.guard.watch import Standing, WatchLimits, WindowWatch
 from trainer.guard.window import WindowStart
-from trainer.holding import figures_of
+from trainer.holding import Standing, WatchLimits, WindowWatch, figures_of
 from trainer.versions import checkpoint
 
 WEEK_S = 7 * 86_400

@@ -16,8 +16,7 @@ import numpy as np
 
 from deploy.kafka.broker import Broker
 from deploy.kafka.configuration import free_port
-from deploy.replay import Sender
-from deploy.replaying.shoppers import ShopperCrowd
+from deploy.replay import Sender, ShopperCrowd
 from state.config.sections import Kafka
 from state.config.settings import Settings
 from state.log import Reader, Topics, Writer, append_encoded

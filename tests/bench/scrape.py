@@ -26,7 +26,7 @@ from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_late
 
 from deploy.kafka.configuration import free_port
 from deploy.serving.exposition import of_all_workers, told
-from deploy.serving.workers import COUNTERS, count_as, make_counters
+from deploy.serving.rest import COUNTERS, count_as, make_counters
 from state.metrics import ANSWER_SECONDS, ANSWERING_ROUTES, WorkerMetrics, add_process
 from tests.bench.report import Figure, Stages, report
 

@@ -27,7 +27,7 @@ def main() -> None:
     from state.trials.row_losses import want
     from tests.trainer.batches import SPEC, START_MS, micro_batch, spread
     from trainer.engine.step import Trainer
-    from trainer.loss_recording import LossRecorder
+    from trainer.learner import LossRecorder
 
     progress, base = Stages("trial"), Settings()
     own = dataclasses.replace(base.trainer, device="cpu", capacity=USERS + 2, max_rows=2 * USERS)

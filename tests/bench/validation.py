@@ -10,9 +10,8 @@ import numpy as np
 import psutil
 from prometheus_client import CollectorRegistry
 
-from deploy.validation.judging import WindowJudge
 from deploy.validation.kept import KeptWindows
-from deploy.validation.windows import Windows
+from deploy.validation.process import WindowJudge, Windows
 from state.config.settings import Settings
 from state.metrics import ValidationMetrics
 from state.microbatch.codec import decode

@@ -12,8 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from deploy.attributes import files_of, main, parser, run
-from deploy.replaying.attribute_sending import send, summary
+from deploy.attributes import files_of, main, parser, run, send, summary
 from deploy.replaying.progress import Progress
 from deploy.replaying.sender import Piece
 from state.config.loading import load

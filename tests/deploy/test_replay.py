@@ -19,8 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.replay import Sender, main, replay
-from deploy.replaying.shoppers import Clicks, ShopperCrowd, action_shares, encode, zipf
+from deploy.replay import Clicks, Sender, ShopperCrowd, action_shares, encode, main, replay, zipf
 from state.config.sections import Events, Kafka
 from state.config.settings import Settings
 from state.log import Reader, Topics, partition_of

@@ -15,10 +15,9 @@ from prometheus_client import CollectorRegistry
 from deploy import status
 from deploy.kafka.configuration import free_port, free_ports
 from deploy.operate import registry_state
-from deploy.operate.conditions import CONDITIONS
+from deploy.status import CONDITIONS, kafka_lag
 from deploy.watch import scrape
 from deploy.watch.figures import BORN, SPREADS, Watch
-from deploy.watch.kafka_lag import kafka_lag
 from deploy.watch.panel import wrong
 from state.config.loading import load
 from state.config.sections import Kafka, SegmentSettings

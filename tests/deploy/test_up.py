@@ -14,7 +14,7 @@ import pytest
 from deploy import up
 from deploy.kafka.configuration import free_port
 from deploy.startup.hints import commands, repeated_flags
-from deploy.startup.process_plan import STOP_ORDER, ports, process_plans
+from deploy.startup.steps import STOP_ORDER, ports, process_plans
 from deploy.startup.upgrading import has_spec
 from state.config.loading import load
 from state.config.settings import Settings

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deploy.replaying.shoppers import Clicks, ShopperCrowd, encode
+from deploy.replay import Clicks, ShopperCrowd, encode
 from state.attributes.values import SIDES
 from state.config.settings import Settings
 from state.errors import LogError

@@ -13,7 +13,7 @@ import psutil
 import pytest
 
 from deploy.backup import listing
-from deploy.backup.making import Scope, make
+from deploy.backup.commands import Scope, make
 from deploy.backup.restoring import By, Restored, restore
 from deploy.serving.host import Host
 from state.errors import BackupError

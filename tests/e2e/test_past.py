@@ -21,9 +21,8 @@ from tests.e2e.small_loop import BATCH, Dead, SmallLoop, kill_at, lowered
 from tests.streaming.streams import BEGIN_MS, click
 from tests.trainer.clicks import small_settings
 from tests.trainer.logs import ABOUT, learner, run_to_end, shared
-from trainer.beginning import from_past
+from trainer.beginning import PastLearning, from_past
 from trainer.learner import Learner
-from trainer.past import PastLearning
 from trainer.versions import checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_plan")

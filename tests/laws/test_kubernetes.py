@@ -13,9 +13,9 @@ import yaml
 
 from deploy.children.supervisor import MALLOC
 from deploy.command_line import PROCESSES
-from deploy.console.reading import Reading
+from deploy.console.server import Reading
 from deploy.serving.edge.tokens import OPEN, OPERATE, READ
-from deploy.serving.http_api.health import Health
+from deploy.serving.http_api.app import Health
 from deploy.watch import scrape
 from state.config.settings import Settings
 from tests.laws.test_commands_documented import check

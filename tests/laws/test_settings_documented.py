@@ -7,8 +7,8 @@ import dataclasses
 import re
 from pathlib import Path
 
+from deploy.cli import as_markdown
 from deploy.command_line import parser
-from deploy.operate.settings_table import as_markdown
 from state.config.sections import SECTIONS, KnownSetting, known_settings
 from state.config.settings import Settings
 

@@ -22,8 +22,8 @@ from state.log import LogWriter, MemoryLog, topic_plan
 from state.metrics import StorageMetrics, StreamMetrics
 from state.storage.waiting import Room
 from streaming.commit import Committer
+from streaming.pipeline import CommitThread
 from streaming.rows import Rows
-from streaming.sink import CommitThread
 from streaming.writer import ShardWriter
 from tests.streaming.pieces import ZERO, context_of
 

@@ -26,8 +26,7 @@ from state.registry.specs import fits
 from state.statistics.anomalies import validate
 from state.statistics.baselines import Baselines
 from state.statistics.protos import by_name, frequencies
-from streaming.bootstrap import run
-from streaming.bootstrap_job import Wanted
+from streaming.bootstrap import Wanted, run
 from streaming.context import Handle
 from streaming.preprocessing import CLIP, analysed, load_preprocessing, preprocessing_fn
 from streaming.rows import Rows

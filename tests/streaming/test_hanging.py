@@ -18,7 +18,7 @@ from state.errors import UnreachableBroker
 from state.log import Topics
 from state.microbatch.codec import decode
 from streaming.fencing import open_writer
-from streaming.hanging import end_hanging, read
+from streaming.rebuild import end_hanging, read
 from tests.segments import cut_back
 from tests.trainer.clicks import microbatch
 
@@ -78,7 +78,7 @@ def test_records_whose_marker_is_lost_are_seen_once_more(
     own.start()
     with pytest.raises(AssertionError, match="nobody reads past"):
         seen(settings, patience_s=3.0)
-    with caplog.at_level(logging.WARNING, "streaming.hanging"), open_writer(settings) as writer:
+    with caplog.at_level(logging.WARNING, "streaming.rebuild"), open_writer(settings) as writer:
         end_hanging(settings, writer)
     assert "positions 0 to 0 of" in caplog.text and "it is committed" in caplog.text
     assert seen(settings) == [first]
@@ -97,7 +97,7 @@ def test_records_whose_marker_is_lost_are_seen_once_more(
             raise UnreachableBroker("killed", "start it again")
     assert cut_back(data, topic, 0, end, in_a_transaction=True) == end - 1
     own.start()
-    with caplog.at_level(logging.WARNING, "streaming.hanging"), open_writer(settings) as writer:
+    with caplog.at_level(logging.WARNING, "streaming.rebuild"), open_writer(settings) as writer:
         assert seen(settings) == [first], "Kafka gave it up when the writer began"
         end_hanging(settings, writer)
         assert f"positions {end - 2} to {end - 2} of" in caplog.text and "written once more" in caplog.text
@@ -105,4 +105,4 @@ def test_records_whose_marker_is_lost_are_seen_once_more(
         # 3. Nothing hangs, nothing is hidden: nothing is done.
         end_hanging(settings, writer)
     assert seen(settings) == [first, second]
-    assert len([one for one in caplog.records if one.name == "streaming.hanging"]) == 2
+    assert len([one for one in caplog.records if one.name == "streaming.rebuild"]) == 2

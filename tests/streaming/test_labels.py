@@ -37,7 +37,7 @@ from streaming.cut import Cut, encode_cut, merge_all, merge_appends
 from streaming.event_clock import PREFIX, EventClock
 from streaming.labels import open_labels
 from streaming.profile import Profiler
-from streaming.rebuild_waiting import Waits
+from streaming.rebuild_log import Waits
 from streaming.rows import Rows
 from tests.streaming.test_attribution import NOTHING, Event, Resolved, by_hand
 

@@ -34,9 +34,7 @@ from state.registry.manifest import LogRange
 from state.trials.past import Past
 from streaming.attributes import Join
 from streaming.open_shard import open_job
-from streaming.past import run
-from streaming.past_clicks import of_topic, stretch_of
-from streaming.past_rows import PastContext, PastRows
+from streaming.past import PastContext, PastRows, of_topic, run, stretch_of
 from tests.streaming.distributed.shop import (
     ACTIONS,
     BASE_MS,

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from deploy.kafka import jars, java
+from deploy.kafka import broker as java
+from deploy.kafka import jars
 from deploy.kafka.configuration import free_port
 from deploy.watch.scrape import Scrape, scrape
 from state.accounts import StreamAccount, check_accounts

@@ -12,7 +12,7 @@ from state.attributes.store import AttributeStore, TopicPosition, pack
 from state.attributes.values import AttributeTable
 from state.config.fields import fields_of
 from state.events.id_table import ANNOUNCE_MS
-from streaming.recent_attributes import Recent
+from streaming.attributes import Recent
 
 CRM = AttributeTable("user", fields_of(["age", "level"]))
 PLACE = TopicPosition("identity", "ab" * 16, {0: 1})

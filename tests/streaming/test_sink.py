@@ -13,7 +13,7 @@ from state.errors import FencedWriter
 from state.log import topic_plan
 from state.process import killpoints
 from streaming.cut import Cut
-from streaming.sink import QUEUED_CUTS, CommitThread
+from streaming.pipeline import QUEUED_CUTS, CommitThread
 from tests.streaming.committing import sink, transactions
 from tests.streaming.pieces import ZERO, piece
 from tests.streaming.streams import DEADLINE_S, until

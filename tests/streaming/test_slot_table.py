@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from streaming.slot_table import ABSENT, SlotTable
+from streaming.profile import ABSENT, SlotTable
 
 
 @pytest.mark.parametrize("crowded", [False, True])

@@ -20,7 +20,7 @@ from state.errors import GapError
 from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.log import MemoryLog, PartitionBatch
-from state.log.memory_clients import MemoryReader
+from state.log.memory import MemoryReader
 from state.metrics import StreamMetrics
 from state.positions import Range, Source
 from streaming import pipeline

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from state.errors import UnreachableBroker
-from state.log.memory_clients import MemoryWriter
+from state.log.memory import MemoryWriter
 from streaming.cut import Cut
 from tests.streaming.committing import sink, transactions, with_history
 from tests.streaming.pieces import ZERO, piece

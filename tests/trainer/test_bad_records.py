@@ -15,7 +15,7 @@ from state.layout import GAPS
 from state.log import MemoryLog, PartitionBatch
 from state.log.accepted_gaps import Journal
 from state.log.gaps import Consent, parse_records
-from state.log.memory_clients import MemoryReader
+from state.log.memory import MemoryReader
 from state.microbatch.codec import decode, encode
 from tests.trainer.clicks import microbatch
 from tests.trainer.logs import append, learner, run_to_end, started, written

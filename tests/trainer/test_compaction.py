@@ -8,7 +8,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from state.metrics import TrainerMetrics
-from trainer.compaction import Compaction
+from trainer.loop import Compaction
 
 
 def test_a_compactor_is_started_when_due_and_one_at_a_time(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from state.features.mask import Mask
 from state.microbatch.codec import decode, encode
 from state.registry.control import Control, pin, publish, roll_back, train, unmask
 from state.registry.registry import Registry
-from state.registry.sharing import starting
+from state.registry.sharing import running as starting
 from tests.state.registry.sharing.hosts import away
 from tests.trainer.clicks import microbatch
 from tests.trainer.logs import append, learner, run_to_end, shared, started, without, written

@@ -22,8 +22,8 @@ from tests.trainer.test_exact_rollback import published
 from tests.trainer.test_learner import state
 from tests.trainer.test_verify import asked, started_with_spec
 from trainer import compactor
+from trainer.compactor import rewrite
 from trainer.learner import Learner
-from trainer.rewriting import rewrite
 from trainer.versions import checkpoint, content
 
 RECORDS = [microbatch(number) for number in range(24)]

@@ -19,7 +19,7 @@ from tests.disks import small_disk
 from tests.streaming.streams import DEADLINE_S, until
 from tests.trainer.clicks import microbatch
 from tests.trainer.logs import append, learner, publish_all, run_to_end, started, written
-from trainer.compaction import HURRY_S, Compaction
+from trainer.loop import HURRY_S, Compaction
 from trainer.versions import checkpoint
 
 RECORDS = [microbatch(number) for number in range(12)]

@@ -19,7 +19,7 @@ from state.registry.control import Control, roll_back
 from state.registry.held_update import HeldUpdate
 from state.registry.holding import release
 from state.registry.registry import Registry
-from state.registry.sharing import starting
+from state.registry.sharing import running as starting
 from state.registry.sharing.giving import DurableSender, RecentSender
 from tests.bench.guard import POISONS, SEGMENTED, SEGMENTS, traffic, value_with_share
 from tests.state.registry.sharing.hosts import CopyHost, away

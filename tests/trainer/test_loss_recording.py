@@ -14,8 +14,7 @@ from state.registry.registry import Registry
 from state.trials.row_losses import LossReader, RowLosses, segments, unwant, want
 from tests.trainer.clicks import batches, microbatch
 from tests.trainer.logs import append, learner, run_to_end, started, with_weight, written
-from trainer.learner import Learner
-from trainer.loss_recording import LossRecorder
+from trainer.learner import Learner, LossRecorder
 
 RECORDS = [microbatch(number) for number in range(8)]
 

@@ -6,8 +6,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from state.metrics import TrainerMetrics
-from trainer import phases
-from trainer.phases import CATCHING_UP, LEARNING, PHASES, VERSION, Phases
+from trainer import loop as phases
+from trainer.loop import CATCHING_UP, LEARNING, PHASES, VERSION, Phases
 
 
 def test_one_phase_is_shown_at_a_time_and_records_left_are_logged(

@@ -16,7 +16,7 @@ from tests.trainer.logs import LOG, append, learner, opener, run_to_end, shared,
 from tests.trainer.test_verify import asked, started_with_spec
 from trainer import compactor, loop
 from trainer.learner import Learner
-from trainer.recovery import recover
+from trainer.loop import recover
 from trainer.versions import checkpoint
 
 RECORDS = [microbatch(number) for number in range(20)]

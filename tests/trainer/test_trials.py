@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from deploy.operate.erasure_status import of_trials
+from deploy.operate.erase import of_trials
 from deploy.trials.commands import trial
 from deploy.trials.process import is_taken_over
 from state.config.settings import Settings

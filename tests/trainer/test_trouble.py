@@ -18,8 +18,8 @@ from tests.disks import ROOT, small_disk
 from tests.trainer.clicks import microbatch, small_settings
 from tests.trainer.logs import learner, run_to_end, started, written
 from trainer import compactor
-from trainer.compaction import Compaction, doubt
 from trainer.learner import Learner
+from trainer.loop import Compaction, doubt
 from trainer.versions import checkpoint
 
 RECORDS = [microbatch(number) for number in range(10)]

@@ -14,7 +14,7 @@ from state import probe
 from state.errors import GapError, LogError, UnknownVersion
 from state.features.mask import Mask
 from state.log import Log, MemoryLog
-from state.log.memory_clients import MemoryReader
+from state.log.memory import MemoryReader
 from state.registry.control import Control, follow, pin, roll_back
 from state.registry.holding import release
 from state.registry.registry import Registry
@@ -36,7 +36,7 @@ from tests.trainer.logs import (
 )
 from tests.trainer.test_learner import POISON
 from trainer import compactor, verify
-from trainer.comparison import Comparison
+from trainer.verify import Comparison
 from trainer.versions import checkpoint, content
 
 PINS: dict[str, Any] = {"actor": "ann", "reason": "to and fro", "now_ms": 6}

@@ -8,13 +8,34 @@ an outcome that no impression waited for the training log has no row to learn fr
 What is learned is two regressions in a row: one from inputs to a logit, and one
 with two weights from logits, as they were before their examples were learned,
 to calibrated probabilities (Platt 1999).
+
+How good the probabilities of churn are: each example is scored before it is learned.
+
+Sums are kept twice, since the beginning and with the half-life of
+`trainer/measures/evaluation.py`; AUC comes from histograms of logits as there.
+Calibration is looked at by tenths of the probability.
+
+The rows that wait until it is known whether their users left: a function of the log.
+
+1. Each row of a user ends the one before it: its time is when the next event came.
+2. A row has moments (`state/churn/moments.py`), the first at a hash of user and
+   time. One that lies at the next event or behind it is none of this row's; a
+   row without any is forgotten at once, as is most of a session.
+3. A moment's label is known when log time has passed its span, and what may
+   still come late: 1 where no event came in the span, else 0. Both labels of one
+   day are known on one day, so that what leaves early bends no shares.
+4. There are as many rows as fit. Where more come, every other user is no longer
+   looked at, by a hash of the user; where few are left, again more of them are.
+   So the users that are looked at are a fair share of all.
+
+A row that is older than its user's newest one is passed over.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +47,291 @@ from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
 from state.microbatch.row_kinds import Kind
-from trainer.churn.measures import ChurnMeasures
 from trainer.churn.regression import OnlineRegression
-from trainer.churn.waiting import ChurnWaiting, KnownExamples
-from trainer.tables.index import U64
+from trainer.measures.evaluation import BINS, LOGIT_RANGE, SOME, area_under_curve, fade
+from trainer.tables.index import U64, IdIndex, hashed_uniform
+
+I64 = npt.NDArray[np.int64]
+U16 = npt.NDArray[np.uint16]
+U8 = npt.NDArray[np.uint8]
+Flags = npt.NDArray[np.bool_]
+
+ROW_COLUMNS = ("user", "at_ms", "next_ms", "moment_ms", "windows", "action")
+"""What a version holds of each row that waits."""
+
+NEVER_MS = np.iinfo(np.int64).max
+_FIRST_CAPACITY = 1024
+_FEW = 4
+"""Below a fourth of the room more users are looked at."""
+
+
+class KnownExamples(NamedTuple):
+    """Examples whose label became known, in the order of that.
+
+    Attributes:
+        windows: `[m, C]` uint16, before each user's latest event.
+        action: `[m]` uint8, of that event.
+        age_ms: `[m]` int64, its age at the moment.
+        left: `[m]` bool, whether no event came in the span after the moment.
+        user: `[m]` uint64.
+        moment_ms: `[m]` int64, log time.
+    """
+
+    windows: U16
+    action: U8
+    age_ms: I64
+    left: Flags
+    user: U64
+    moment_ms: I64
+
+    def take(self, rows: I64 | Flags) -> KnownExamples:
+        """Some of them."""
+        return KnownExamples(
+            self.windows[rows],
+            self.action[rows],
+            self.age_ms[rows],
+            self.left[rows],
+            self.user[rows],
+            self.moment_ms[rows],
+        )
+
+
+class ChurnWaiting:
+    """Rows that wait.
+
+    Args:
+        horizon: What is asked.
+        late_ms: How much later than its own time a row may come.
+        most: Rows at most.
+        columns: `[C]` int64, which features are kept of a row.
+
+    Attributes:
+        dropped: Rows that were dropped for want of room, since the epoch began.
+    """
+
+    def __init__(self, horizon: Horizon, late_ms: int, most: int, columns: I64) -> None:
+        self._horizon, self._late_ms, self._most, self._columns = horizon, late_ms, most, columns
+        self.clear()
+
+    def __len__(self) -> int:
+        return self._size
+
+    def clear(self) -> None:
+        """Nothing waits."""
+        self.dropped, self._halvings, self._size = 0, 0, 0
+        # Place 0 is nobody's: the index finds 0 for whom it does not know.
+        self._free: list[int] = []
+        self._user: U64 = np.zeros(0, np.uint64)
+        self._at_ms, self._next_ms, self._moment_ms, self._due_ms = (np.zeros(0, np.int64) for _ in range(4))
+        self._windows: U16 = np.zeros((0, self._columns.size), np.uint16)
+        self._action: U8 = np.zeros(0, np.uint8)
+        self._newest = IdIndex()
+        self._reserve(_FIRST_CAPACITY)
+
+    def observe(self, user: U64, at_ms: I64, features: U16, action: U8) -> None:
+        """Takes rows in the order of the log.
+
+        Args:
+            user: `[n]` uint64; 0 is nobody.
+            at_ms: `[n]` int64 log time.
+            features: `[n, D]` uint16, before each.
+            action: `[n]` uint8.
+        """
+        places = self._newest.find(user)
+        taken = self._looked_at(user) & ((places == 0) | (at_ms >= self._at_ms[places]))
+        order = np.flatnonzero(taken)
+        order = order[np.lexsort((at_ms[order], user[order]))]
+        if not order.size:
+            return
+        user, at_ms = user[order], at_ms[order]
+        last = np.append(user[1:] != user[:-1], True)
+        first = np.insert(last[:-1], 0, True)
+        # 1. 2. The rows of before.
+        self._end(places[order[first]], at_ms[first])
+        # The rows of now, of which those with a moment of their own wait.
+        following_ms = np.where(last, NEVER_MS, np.append(at_ms[1:], NEVER_MS))
+        moment_ms = self._first_moment(user, at_ms)
+        waits = moment_ms < following_ms
+        rows = order[waits]
+        windows = features[np.ix_(rows, self._columns)]
+        self._put(user[waits], at_ms[waits], following_ms[waits], moment_ms[waits], windows, action[rows])
+        # 4.
+        while self._size > self._most:
+            self._halvings += 1
+            held = self._used()
+            self.dropped += self._remove(held[~self._looked_at(self._user[held])])
+        if self._halvings and self._size * _FEW < self._most:
+            self._halvings -= 1
+
+    def known(self, log_ms: int) -> KnownExamples:
+        """3. The examples whose label is known at a log time; each once."""
+        horizon = self._horizon
+        places = np.flatnonzero(self._due_ms < log_ms)
+        moment_ms, at_ms, next_ms = self._moment_ms[places], self._at_ms[places], self._next_ms[places]
+        last_ms = self._last_moment(places)
+        until_ms = np.minimum(last_ms, log_ms - horizon.span_ms - self._late_ms - 1)
+        counts = (until_ms - moment_ms) // horizon.stride_ms + 1
+        rows = np.repeat(np.arange(places.size), counts)
+        nth = np.arange(rows.size) - np.repeat(np.cumsum(counts) - counts, counts)
+        moments_ms = moment_ms[rows] + nth * horizon.stride_ms
+        found = KnownExamples(
+            self._windows[places[rows]],
+            self._action[places[rows]],
+            moments_ms - at_ms[rows],
+            next_ms[rows] > moments_ms + horizon.span_ms,
+            self._user[places[rows]],
+            moments_ms,
+        )
+        self._moment_ms[places] = moment_ms + counts * horizon.stride_ms
+        self._due_ms[places] = self._moment_ms[places] + horizon.span_ms + self._late_ms
+        self._remove(places[self._moment_ms[places] > last_ms])
+        # Where a row lies decides nothing.
+        order = np.lexsort((found.user, found.moment_ms))
+        return found.take(order)
+
+    def forget(self, users: U64) -> int:
+        """Removes all rows of users (`[n]` uint64); returns how many."""
+        places = self._used()
+        return self._remove(places[np.isin(self._user[places], users)])
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """All rows by user and time, and how many users are looked at, for a version."""
+        places = self._used()
+        places = places[np.lexsort((self._at_ms[places], self._user[places]))]
+        columns = {name: getattr(self, f"_{name}")[places] for name in ROW_COLUMNS}
+        return {**columns, "counts": np.array([self._halvings, self.dropped], np.int64)}
+
+    def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Replaces everything by what `state` returned."""
+        self.clear()
+        self._halvings, self.dropped = (int(one) for one in state["counts"])
+        self._put(*(np.array(state[name]) for name in ROW_COLUMNS))
+
+    def _looked_at(self, user: U64) -> Flags:
+        if not self._halvings:
+            return np.asarray(user != 0)
+        share = np.float32(2.0 ** (1 - self._halvings) - 1.0)
+        return np.asarray((hashed_uniform(user, 1, "churn.users")[:, 0] < share) & (user != 0))
+
+    def _first_moment(self, user: U64, at_ms: I64) -> I64:
+        """Within a stride after each row, `[n]` int64."""
+        drawn = hashed_uniform(user ^ at_ms.astype(np.uint64), 1, "churn.moments")[:, 0].astype(np.float64)
+        return np.asarray(at_ms + ((drawn + 1.0) * (self._horizon.stride_ms / 2)).astype(np.int64))
+
+    def _last_moment(self, places: I64) -> I64:
+        """The last millisecond at which a row may have a moment."""
+        return np.minimum(self._next_ms[places], self._at_ms[places] + self._horizon.reach_ms) - 1
+
+    def _end(self, places: npt.NDArray[np.int32], next_ms: I64) -> None:
+        """The next events of users came, whose newest rows lie at `places`; 0 for none."""
+        known = places != 0
+        held, next_ms = places[known].astype(np.int64), next_ms[known]
+        self._next_ms[held] = next_ms
+        self._newest.remove(self._user[held])
+        self._remove(held[self._moment_ms[held] >= next_ms])
+
+    def _put(self, user: U64, at_ms: I64, next_ms: I64, moment_ms: I64, windows: U16, action: U8) -> None:
+        if len(self._free) < user.size:
+            self._reserve(max(2 * self._user.size, self._size + user.size + 1))
+        places = np.array([self._free.pop() for _ in range(user.size)], np.int64)
+        self._user[places], self._at_ms[places], self._next_ms[places] = user, at_ms, next_ms
+        self._moment_ms[places], self._windows[places], self._action[places] = moment_ms, windows, action
+        self._due_ms[places] = moment_ms + self._horizon.span_ms + self._late_ms
+        self._size += user.size
+        newest = next_ms == NEVER_MS
+        self._newest.insert(user[newest], places[newest].astype(np.int32))
+
+    def _remove(self, places: I64) -> int:
+        newest = places[self._next_ms[places] == NEVER_MS]
+        self._newest.remove(self._user[newest])
+        self._user[places], self._due_ms[places] = 0, NEVER_MS
+        self._free += places.tolist()
+        self._size -= places.size
+        return int(places.size)
+
+    def _used(self) -> I64:
+        return np.flatnonzero(self._user)
+
+    def _reserve(self, capacity: int) -> None:
+        held = self._user.size
+        for name in ("_user", "_at_ms", "_next_ms", "_moment_ms", "_due_ms", "_windows", "_action"):
+            column = getattr(self, name)
+            grown = np.zeros((capacity, *column.shape[1:]), column.dtype)
+            grown[:held] = column
+            setattr(self, name, grown)
+        self._due_ms[held:] = NEVER_MS
+        self._free += range(capacity - 1, max(held, 1) - 1, -1)
+
+
+SUMS = ("rows", "log_loss", "predicted", "left")
+TENTHS = 10
+_LEAST = 1e-12
+
+
+class ChurnMeasures:
+    """The running measures."""
+
+    def __init__(self) -> None:
+        # [total and recent, sum]; [total and recent, stayed and left, bin]; [tenth, rows and predicted and left].
+        self._sums: F64 = np.zeros((2, len(SUMS)))
+        self._bins: F64 = np.zeros((2, 2, BINS))
+        self._tenths: F64 = np.zeros((TENTHS, 3))
+
+    def update(self, probability: F64, left: npt.NDArray[np.bool_]) -> None:
+        """Adds examples.
+
+        Args:
+            probability: `[n]` float64, before they were learned.
+            left: `[n]` bool.
+        """
+        for sums in (self._sums[1], self._bins[1], self._tenths):
+            fade(sums, left.size)
+        likely = np.clip(probability, _LEAST, 1.0 - _LEAST)
+        losses = -np.log(np.where(left, likely, 1.0 - likely))
+        self._sums += (left.size, losses.sum(), probability.sum(), left.sum())
+        logits = np.log(likely) - np.log1p(-likely)
+        placed = np.clip((logits + LOGIT_RANGE) * (BINS / (2 * LOGIT_RANGE)), 0, BINS - 1).astype(np.int64)
+        for outcome in (0, 1):
+            self._bins[:, outcome] += np.bincount(placed[left == bool(outcome)], minlength=BINS)
+        tenth = np.minimum((probability * TENTHS).astype(np.int64), TENTHS - 1)
+        for place, weights in enumerate((np.ones(left.size), probability, left)):
+            self._tenths[:, place] += np.bincount(tenth, weights, TENTHS)
+
+    @property
+    def seen(self) -> tuple[int, int]:
+        """How many stayed and how many left, since the beginning."""
+        return int(self._sums[0, 0] - self._sums[0, 3]), int(self._sums[0, 3])
+
+    def values(self) -> dict[str, float]:
+        """The measures by name, `churn.` before it: recent ones plain, those since the beginning under `churn.total.`.
+
+        rows; log_loss; left, the share that left; auc; calibration, predicted over observed; and, of recent ones,
+        calibration_error, how far predicted and observed lie apart in the mean over tenths of the probability. A measure
+        without rows is absent.
+        """
+        found: dict[str, float] = {}
+        for when, prefix in ((1, "churn."), (0, "churn.total.")):
+            rows, log_loss, predicted, left = self._sums[when].tolist()
+            found[f"{prefix}rows"] = rows
+            if rows >= SOME:
+                found |= {f"{prefix}log_loss": log_loss / rows, f"{prefix}left": left / rows}
+            if left >= SOME:
+                found[f"{prefix}calibration"] = predicted / left
+            area = area_under_curve(self._bins[when, 0], self._bins[when, 1])
+            if area is not None:
+                found[f"{prefix}auc"] = area
+        if (rows := float(self._tenths[:, 0].sum())) >= SOME:
+            found["churn.calibration_error"] = float(np.abs(self._tenths[:, 1] - self._tenths[:, 2]).sum()) / rows
+        return found
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """All sums, for a version."""
+        return {"sums": self._sums.copy(), "bins": self._bins.copy(), "tenths": self._tenths.copy()}
+
+    def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Sets what `state` returned."""
+        self._sums, self._bins, self._tenths = (np.array(state[name]) for name in ("sums", "bins", "tenths"))
+
 
 DAY_S = 86_400
 FEW = 50

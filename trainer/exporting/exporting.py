@@ -3,6 +3,10 @@
 1. The version is loaded into a trainer, as a restart would.
 2. A sample of serving's inputs is made of the latest records that it learned; made-up rows where the log is away.
 3. The SavedModel, or the device's file, is written, loaded as its user loads it, and compared with the version's program.
+
+How far apart two programs are on the same rows: in probabilities, and in who comes first.
+
+Inputs of serving for rows of the training log, by the tables of a restored trainer: what an export is compared on.
 """
 
 from __future__ import annotations
@@ -17,24 +21,199 @@ import numpy as np
 import numpy.typing as npt
 
 from state.disk import files as durable
-from state.errors import ProgramError
-from state.lowering import Quantize
+from state.errors import GapError, LogError, MicroBatchError, ProgramError
+from state.lowering import Quantize, difference
+from state.microbatch.batch import MicroBatch
+from state.microbatch.codec import decode
+from state.ranking.crosses import Values, logits_of
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
+from state.registry.segments import LogSegment
+from trainer.engine.engine import CROSS
+from trainer.engine.record import Recorder
 from trainer.engine.step import Trainer
 from trainer.exporting import device_file, saved_model
 from trainer.exporting.choosing import choose
-from trainer.exporting.comparison import Agreement, agreement, median_us, one_row
 from trainer.exporting.known_answers import KnownAnswers
-from trainer.exporting.sample import ROWS, Replayed, enough, latest
+from trainer.model.attributes import Columns
+from trainer.model.inputs import Input
+from trainer.replay import SegmentReader
+from trainer.tables.table import Table
 from trainer.verify import OpenLog
 from trainer.versions import checkpoint
 from trainer.versions.program import Program, sample
 
+ROWS = 256
+RECORDS = 64
+"""At most so many of the latest records of the log are read."""
+
+PATIENCE_S = 10.0
+U64 = npt.NDArray[np.uint64]
+
+
+class Replayed:
+    """The rows of some micro-batches as serving's program is asked about them.
+
+    Args:
+        trainer: Restored to the version.
+        batches: One or more.
+
+    Attributes:
+        ids: By name, as a record has them.
+        inputs: By name, as the program has them.
+    """
+
+    def __init__(self, trainer: Trainer, batches: Sequence[MicroBatch]) -> None:
+        settings = trainer.settings
+        columns = Columns(settings.attributes)
+        recorder = Recorder(settings, trainer.crosses, columns, 0)
+        self._trainer = trainer
+        popular, pieces = trainer.popular.top(), []
+        for batch in batches:
+            none = np.zeros((len(batch), 0), np.uint64)
+            record = recorder.record(batch, none, popular, trainer.transitions, (0, 0))
+            users, items = columns.users_of(batch), columns.items_of(batch)
+            pairs = Values(batch.user, batch.item, batch.category, batch.context, users, items, batch.features)
+            pieces.append((record.ids, {**record.values, "cross": self._crosses(pairs)}))
+        self.ids: dict[str, U64] = {
+            name: pieces[0][0][name] if name == "popular" else np.concatenate([ids[name] for ids, _ in pieces])[:ROWS]
+            for name in pieces[0][0]
+        }
+        values = {name: np.concatenate([held[name] for _, held in pieces])[:ROWS] for name in pieces[0][1]}
+        self.inputs: dict[str, F32] = {
+            one.name: self._rows(one) if one.table else np.asarray(values[one.name], np.float32)
+            for one in trainer.model.inputs
+            if not one.training
+        }
+
+    def _crosses(self, pairs: Values) -> F32:
+        """`[n]` float32: what the crosses of pairs add up to."""
+        table, crosses = self._trainer.tables[CROSS], self._trainer.crosses
+        assert isinstance(table, Table)
+        ids = crosses.ids(pairs)
+        rows = table.gather(table.find(ids.reshape(-1))).reshape(*ids.shape, -1)
+        return logits_of(rows, table.gather(table.find(crosses.shares)))
+
+    def _rows(self, one: Input) -> F32:
+        """The rows of an input, as serving finds them."""
+        found = self._looked_up(one.table, self.ids[one.ids])
+        if one.mean:
+            found = found.sum(-2) / np.float32(max(found.shape[-2], 1))
+        if one.attributes and (attributes := self.ids[one.attributes]).shape[1]:
+            found = found + self._looked_up("context", attributes).sum(1) / np.float32(attributes.shape[1])
+        return np.asarray(found, np.float32)
+
+    def _looked_up(self, name: str, ids: U64) -> F32:
+        table = self._trainer.tables[name]
+        assert isinstance(table, Table)
+        flat = table.find(np.ascontiguousarray(ids).reshape(-1))
+        return table.gather(flat).reshape(*ids.shape, table.dim)
+
+
+def latest(open_log: OpenLog, version: Manifest) -> list[MicroBatch]:
+    """The latest micro-batches that a version learned; none where the log does not have them any more, or cannot be asked."""
+    first, found = max(0, version.log.next - 2 * RECORDS), list[MicroBatch]()
+    if not version.log.topic_id:
+        return found
+    reader = SegmentReader(lambda offset: open_log(version.log.topic, offset), version.log, (), PATIENCE_S)
+    try:
+        for _, value in reader.records(LogSegment(first, version.log.next)):
+            batch = None if value is None else decode(value)
+            if batch is not None and len(batch) and batch.header.spec == version.spec:
+                found.append(batch)
+    except (GapError, LogError, MicroBatchError, OSError):
+        return found
+    finally:
+        reader.close()
+    return found
+
+
+def enough(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """The latest of them that have `ROWS` rows together."""
+    kept: list[Any] = []
+    for batch in reversed(batches):
+        kept.insert(0, batch)
+        if sum(map(len, kept)) >= ROWS:
+            break
+    return kept
+
+
+F32 = npt.NDArray[np.float32]
+Outputs = Mapping[str, F32]
+LOGITS = ("recent_logits", "popular_logits", "successor_logits")
+TIMED = 200
+
+
+class Agreement(NamedTuple):
+    """What of one program differs from another's.
+
+    Attributes:
+        rows: Compared.
+        outputs: The largest difference of any output, relative to 1 + the other's value.
+        probability: The largest difference of an interest's or an engagement's probability.
+        first: Share of rows in which the same category is the most probable.
+    """
+
+    rows: int
+    outputs: float
+    probability: float
+    first: float
+
+
+def agreement(ours: Outputs, theirs: Outputs) -> Agreement:
+    """Compares outputs of n rows.
+
+    Args:
+        ours: Of the program that is looked at.
+        theirs: Of the one that it should agree with, by the same names.
+    """
+    interests = [_softmax(np.concatenate([one[name] for name in LOGITS], 1)) for one in (ours, theirs)]
+    engagement = [1 / (1 + np.exp(-one["engagement_logit"].astype(np.float64))) for one in (ours, theirs)]
+    apart = [np.abs(one[0] - one[1]).max() for one in (interests, engagement)]
+    first = interests[0].argmax(1) == interests[1].argmax(1)
+    return Agreement(
+        len(first),
+        max(difference(ours[name], value) for name, value in theirs.items()),
+        float(max(apart)),
+        float(first.mean()),
+    )
+
+
+def _softmax(logits: F32) -> npt.NDArray[np.float64]:
+    grown = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+    return np.asarray(grown / grown.sum(1, keepdims=True))
+
+
+def median_us(call: Callable[[int], object], rows: int, elapsed: Callable[[], float]) -> float:
+    """Median microseconds of `call(row)`, one row after another.
+
+    Args:
+        call: Answers one row.
+        rows: How many there are.
+        elapsed: Monotonic seconds.
+    """
+    took = []
+    for count in range(TIMED):
+        began_s = elapsed()
+        call(count % rows)
+        took.append(elapsed() - began_s)
+    return float(np.median(took)) * 1e6
+
+
+def one_row(inputs: Mapping[str, npt.NDArray[Any]], fixed: frozenset[str], row: int) -> dict[str, npt.NDArray[Any]]:
+    """The inputs of one row alone.
+
+    Args:
+        inputs: By name, of n rows.
+        fixed: Names of those that are no row's own.
+        row: Which.
+    """
+    return {name: value if name in fixed else value[row : row + 1] for name, value in inputs.items()}
+
+
 TOLERANCE = 1e-5
 """How far a SavedModel may be from the program, relative to 1 + the program's value."""
 
-F32 = npt.NDArray[np.float32]
 Say = Callable[[str], None]
 
 

@@ -80,7 +80,7 @@ def without_tombstones(tensors: Tensors, users: MaskedUsers, known: CrossedIds) 
 
 
 def _without_waiting(tensors: Tensors, users: MaskedUsers) -> dict[str, Array]:
-    """The rows that wait for who leaves, see `trainer/churn/waiting.py`, without users; nothing where none wait."""
+    """The rows that wait for who leaves, see `trainer/churn/learning.py`, without users; nothing where none wait."""
     if f"{WAITING}user" not in tensors:
         return {}
     keep = ~users.has(tensors[f"{WAITING}user"])

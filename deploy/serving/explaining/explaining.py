@@ -6,28 +6,441 @@
    group becomes the user's, on average over orders. Values of the program alone are needed, so this holds for any
    ranker and preprocessing, and serving needs neither TensorFlow nor a second program.
 3. The parts are told with the events behind them; that they add up to the difference of the two answers is checked.
+
+Shapley values of groups of inputs: how much each changes the explained function, on average over orders.
+
+Some inputs are the user's and the others are an unknown user's. A group's
+Shapley value (Shapley 1953, "A Value for n-Person Games") is the mean, over
+all orders in which the groups become the user's, of the change that its own
+turn makes. Each order's changes add up to the whole difference, so the values
+do too. With more than `EXACT` groups `ORDERS` random orders stand for all:
+half of them, and the same ones reversed (Castro, Gomez and Tejada 2009).
+
+What is explained of a question: the probability of one of the candidates, or of engagement with an item.
+
+What lies behind the parts of an explanation, in words: "viewed phones 14 times in 7 days, last 3 min ago".
+
+The form of an explanation; its fields are those of the JSON.
+
+Which inputs of a program speak of the same thing, so that an explanation names them together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.serving.answer import Query
-from deploy.serving.explaining.explanation import ExplainedPart, Explanation
-from deploy.serving.explaining.groups import Group, groups_of
-from deploy.serving.explaining.shapley import F64, Coalitions
-from deploy.serving.explaining.target import ExplainedValue, candidate, no_candidate
-from deploy.serving.explaining.words import Words
+from deploy.serving.answer import About, Query, iso
+from deploy.serving.answering import STEEPEST_LOGIT
+from deploy.serving.candidates import KINDS
 from deploy.serving.inputs import Inputs
 from deploy.serving.predictor import Predictor, Prepared
 from deploy.serving.program import PAIRS, batch_of
 from state.errors import BadRequest, ProgramError
+from state.events.identity import public_id
+from state.features.spec import LABELLED, POSITIVE, Events, FeatureSpec
 from state.history.actions import exchanged
 from state.rows.reader import RowReader
+from state.rows.tables import own_rows_of
+
+I32 = NDArray[np.int32]
+
+
+class Group(NamedTuple):
+    """Inputs that speak of the same thing.
+
+    Attributes:
+        kind: What that is:
+            category    one of the user's categories: that it is scored as the user's own, with its windows
+            action      one action: its counts
+            outcomes    what was engaged with, of what has a label
+            variety     how many categories and items
+            rhythm      gaps, sessions, days
+            succession  what over all users came next after the newest category, and that it is scored for that
+            sequence    the latest events in their order
+            user        the user's row
+            context     the user's attributes
+            crosses     what crosses say of the pair
+            pair        the item and its category, the same in both answers
+        place: Of a category its slot, of an action its number; else 0.
+    """
+
+    kind: str
+    place: int = 0
+
+
+_KINDS = {
+    "user_row": "user",
+    "context_row": "context",
+    "cross": "crosses",
+    "popular_next": "succession",
+    "successor_next": "succession",
+    "successor_rows": "succession",
+    "successor_mask": "succession",
+}
+_OWN = {"user": "user", "context": "context", "successor": "succession"}
+_BY_CATEGORY = ("category_windows", "recent_next", "recent_rows", "recent_mask")
+_FEATURES = {"labelled": "outcomes", "positive": "outcomes", "labels": "variety", "items": "variety"}
+
+
+def groups_of(
+    spec: FeatureSpec, shapes: Mapping[str, tuple[int, ...]], own_popular: Sequence[int]
+) -> tuple[list[Group], dict[str, I32]]:
+    """The groups, and of each input that has a row for each question the number of the group of each of its values.
+
+    A popular category that is the user's own is scored once, as the user's own.
+    So its place among the popular ones belongs to the group of the category.
+
+    >>> shapes = {"user_row": (-1, 2), "recent_next": (-1, 2, 1), "popular_mask": (-1, 3), "popular_rows": (3, 2)}
+    >>> groups, numbers = groups_of(FeatureSpec(), shapes, [-1, 1, -1])
+    >>> [group.kind for group in groups], numbers["recent_next"].tolist(), numbers["popular_mask"].tolist()
+    (['user', 'category', 'category', 'pair'], [[1], [2]], [3, 2, 3])
+
+    Args:
+        spec: Names the features.
+        shapes: Of the program's inputs.
+        own_popular: Of each popular category its slot among the user's own, -1 of one that is none of them.
+    """
+    numbers = dict[Group, int]()
+
+    def number(group: Group) -> int:
+        return numbers.setdefault(group, len(numbers))
+
+    found = {}
+    for name, (rows, *shape) in shapes.items():
+        own = own_rows_of(name)
+        if rows >= 0:
+            continue
+        if name == "features":
+            of = [number(one) for one in _of_features(spec)]
+        elif name in _BY_CATEGORY or (own is not None and own[1] == "recent"):
+            of = [number(Group("category", slot)) for slot in range(shape[0])]
+        elif name == "popular_mask":
+            of = [number(Group("category", slot) if slot >= 0 else Group("pair")) for slot in own_popular]
+        else:
+            of = [number(Group(_kind(name)))] * (shape[0] if shape else 1)
+        found[name] = np.broadcast_to(np.array(of, np.int32).reshape(-1, *[1] * (len(shape) - 1)), shape or (1,))
+    return list(numbers), found
+
+
+def _of_features(spec: FeatureSpec) -> list[Group]:
+    """The group of each feature, in the order of the names."""
+    of_action = len(spec.windows_s) + len(spec.half_lives_s) + 1
+    groups = [Group("action", place) for place in range(len(spec.actions)) for _ in range(of_action)]
+    for name in spec.names[len(groups) :]:
+        head, _, rest = name.partition(".")
+        slot = int(rest.partition(".")[0]) - 1 if head == "label" else 0
+        groups.append(Group("category", slot) if head == "label" else Group(_FEATURES.get(head, "rhythm")))
+    return groups
+
+
+def _kind(name: str) -> str:
+    """The kind of an input all of whose values speak of the same thing."""
+    own = own_rows_of(name)
+    if own is not None:
+        return "sequence" if own[1].startswith("sequence") else _OWN.get(own[1], "pair")
+    return "sequence" if name.startswith("sequence") else _KINDS.get(name, "pair")
+
+
+class Behind(NamedTuple):
+    """What lies behind a part.
+
+    Attributes:
+        words: In words.
+        about: The category or the action that it is about; None where it is about neither.
+        events: The newest of the events behind it, each with `at`, `action`, `category` and `item`.
+    """
+
+    words: str
+    about: str | None
+    events: Sequence[dict[str, str | None]]
+
+
+class ExplainedPart(TypedDict):
+    """A part of the difference.
+
+    Attributes:
+        kind: Of `Group`.
+        about: The category or the action that it is about; None where it is about neither.
+        share: What it adds to the probability; negative where it takes away.
+        words: What lies behind it.
+        events: The newest events behind it.
+    """
+
+    kind: str
+    about: str | None
+    share: float
+    words: str
+    events: Sequence[dict[str, str | None]]
+
+
+@dataclass(slots=True)
+class Explanation(About):
+    """Why a probability is what it is, and not what it is for a user of whom nothing is known.
+
+    Attributes:
+        label: The category whose interest is explained; None for an item.
+        item: The item whose engagement is explained; None for a category.
+        probability: For this user.
+        cold_start_probability: For a user of whom nothing is known, asked for at the same moment.
+        reasons: The largest parts of the difference, the largest first.
+        rest: The sum of all smaller parts: reasons and rest add up to the difference of the probabilities.
+    """
+
+    label: str | None
+    item: str | None
+    probability: float
+    cold_start_probability: float
+    reasons: list[ExplainedPart]
+    rest: float
+
+
+EVENTS_SHOWN = 3
+NAMES_SHOWN = 3
+DAY_MS = 86_400_000
+UNITS = ((DAY_MS, "day"), (3_600_000, "h"), (60_000, "min"), (1000, "s"))
+
+VERBS = {
+    "view": "viewed {}",
+    "click": "clicked {}",
+    "favorite": "marked {} as favourite",
+    "cart": "put {} into the cart",
+    "purchase": "bought {}",
+    "buy": "bought {}",
+    "like": "liked {}",
+    "play": "played {}",
+}
+"""What somebody did who did an action, by its name; any other is named."""
+
+
+def duration(ms: int) -> str:
+    """A length of time in its largest whole unit.
+
+    >>> [duration(ms) for ms in (604_800_000, 86_400_000, 200_000, 400)]
+    ['7 days', '1 day', '3 min', '0 s']
+    """
+    size, unit = next((one for one in UNITS if ms >= one[0]), UNITS[-1])
+    count = ms // size
+    return f"{count} {unit}{'s' if unit == 'day' and count != 1 else ''}"
+
+
+def times(count: int) -> str:
+    """How often.
+
+    >>> times(1), times(14)
+    ('once', '14 times')
+    """
+    return "once" if count == 1 else f"{count} times"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Some names, and how many others there are.
+
+    >>> listed(["a", "b", "c", "d"]), listed(["a", "b"]), listed([])
+    ('a, b, c and 1 more', 'a, b', 'none')
+    """
+    more = len(names) - NAMES_SHOWN
+    return (", ".join(names[:NAMES_SHOWN]) or "none") + f" and {more} more" * (more > 0)
+
+
+class Words:
+    """Tells of one user's events.
+
+    Args:
+        events: `[m]` EVENT, newest first, those that windows count.
+        at_ms: The time that is answered for.
+        spec: Names actions and windows.
+        name_of: The name of a category.
+        recent_categories: The user's, newest first.
+        attributes: Of the user, as names and texts.
+    """
+
+    def __init__(
+        self,
+        events: Events,
+        at_ms: int,
+        spec: FeatureSpec,
+        name_of: Callable[[int], str],
+        recent_categories: Sequence[int],
+        attributes: Sequence[tuple[str, str | None]],
+    ) -> None:
+        self._events, self._at_ms, self._spec, self._name_of = events, at_ms, spec, name_of
+        self._recent, self._attributes = recent_categories, attributes
+        self._span = duration(spec.windows_s[-1] * 1000)
+
+    def of(self, group: Group) -> Behind:
+        """What lies behind a group of inputs."""
+        events = self._events
+        names = [self._name_of(one) for one in self._recent]
+        newest = names[0] if names else "none"
+        if group.kind == "category":
+            name = names[group.place] if group.place < len(names) else "none"
+            of_category = events[np.isin(events["category"], self._recent[group.place : group.place + 1])]
+            return self._told(of_category, name, name)
+        if group.kind == "action":
+            return self._told(events[events["action"] == group.place], "", self._spec.actions[group.place])
+        labelled, positive = ((events["flags"] & bit != 0) for bit in (LABELLED, POSITIVE))
+        items, days = len(set(events["item"].tolist()) - {0}), len(set((events["at_ms"] // DAY_MS).tolist()))
+        words = {
+            "outcomes": f"engaged with {int(positive.sum())} of {int(labelled.sum())} items whose outcome is known in {self._span}",
+            "variety": f"{len(set(events['category'].tolist()) - {0})} categories and {items} items in {self._span}",
+            "rhythm": f"{len(events)} events on {days} {'day' if days == 1 else 'days'} of the last {self._span}{self._last(events)}",
+            "succession": f"what over all users comes next after {newest}, the latest category",
+            "sequence": f"the order of the latest {self._spec.sequence} events",
+            "user": "what was learned from this user's clicks so far",
+            "context": "attributes: " + listed([f"{name}={text}" for name, text in self._attributes if text is not None]),
+            "crosses": "what was learned of this user and such users with this item and such items",
+        }  # fmt: skip
+        shown = {"outcomes": events[positive], "rhythm": events, "sequence": events}.get(group.kind, events[:0])
+        return Behind(words.get(group.kind, "the item and its category"), None, self._shown(shown))
+
+    def _told(self, events: Events, what: str, about: str) -> Behind:
+        """What was done, how often and when last: with one category, or one action with all."""
+        counts = np.bincount(events["action"], minlength=len(self._spec.actions)).tolist()
+        done = [
+            f"{' '.join(VERBS.get(name, f'did {name} with {{}}' if what else f'did {name}').format(what).split())} {times(count)}"
+            for name, count in zip(self._spec.actions, counts, strict=False)
+            if count
+        ]
+        words = f"{' and '.join(done) or 'nothing'} in {self._span}{self._last(events)}"
+        return Behind(words, about, self._shown(events))
+
+    def _last(self, events: Events) -> str:
+        if not len(events):
+            return ""
+        return f", last {duration(self._at_ms - int(events['at_ms'][0]))} ago"
+
+    def _shown(self, events: Events) -> list[dict[str, str | None]]:
+        """The newest of them."""
+        return [
+            {
+                "at": iso(int(one["at_ms"])),
+                "action": self._spec.actions[int(one["action"])] if one["action"] < len(self._spec.actions) else None,
+                "category": self._name_of(int(one["category"])) if one["category"] else None,
+                "item": f"{int(one['item']):016x}" if one["item"] else None,
+            }
+            for one in events[:EVENTS_SHOWN]
+        ]
+
+
+class ExplainedValue(NamedTuple):
+    """A number out of the program's outputs.
+
+    Attributes:
+        slots: Those in which the category may be scored, as the user's own or a popular one; none: engagement is meant.
+    """
+
+    slots: tuple[int, ...]
+
+    def of(self, inputs: Mapping[str, F32], outputs: Mapping[str, F32]) -> F64:
+        """Its value in each of n rows, `[n]` float64; 0 where the category is no candidate.
+
+        Args:
+            inputs: Of the program, with the masks of the candidates.
+            outputs: What it answers.
+        """
+        if not self.slots:
+            logits = outputs["engagement_logit"].reshape(-1).astype(np.float64)
+            return np.asarray(1.0 / (1.0 + np.exp(-np.clip(logits, -STEEPEST_LOGIT, STEEPEST_LOGIT))))
+        kinds = [kind for kind in KINDS if f"{kind}_logits" in outputs]
+        logits = np.concatenate([outputs[f"{kind}_logits"] for kind in kinds], axis=1)
+        there = np.concatenate([inputs[f"{kind}_mask"] for kind in kinds], axis=1) > 0
+        grown = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+        slots = list(self.slots)
+        return np.asarray((grown * there)[:, slots].sum(1) / grown.sum(1))
+
+
+def candidate(prepared: Prepared, place: int, label: str) -> int | None:
+    """The slot of a category in one of the questions; None where it is no candidate there.
+
+    Args:
+        prepared: Some questions.
+        place: Which of them.
+        label: The category's raw id, or the hexadecimal id that an answer shows where no name is known.
+    """
+    inputs, recent = prepared.inputs, prepared.vectors.recent_categories[place]
+    by_kind = {"recent": recent, "popular": prepared.version.popular, "successor": prepared.successors[place]}
+    kinds = [kind for kind in KINDS if f"{kind}_mask" in inputs]
+    ids = np.concatenate([by_kind[kind] for kind in kinds])
+    there = np.concatenate([inputs[f"{kind}_mask"][place] for kind in kinds]) > 0
+    for identity in (public_id(label), _written(label)):
+        found = np.flatnonzero(there & (ids == np.uint64(identity)))
+        if identity and len(found):
+            return int(found[0])
+    return None
+
+
+def _written(label: str) -> int:
+    """The id that is written in hexadecimal; 0 where it is none.
+
+    >>> _written("00000000000000ff"), _written("shoes")
+    (255, 0)
+    """
+    try:
+        return int(label, 16) if len(label) == 16 else 0
+    except ValueError:
+        return 0
+
+
+def no_candidate(label: str, others: list[str]) -> BadRequest:
+    """The refusal of a category that is not scored for the user."""
+    return BadRequest(
+        f"label={label[:100]!r} is none of this user's candidates", f"ask for one of {', '.join(others) or 'none'}"
+    )
+
+
+F64 = NDArray[np.float64]
+
+EXACT = 4
+"""Groups, at most, for which all orders are taken."""
+
+ORDERS = 32
+"""Even. The orders are always the same ones, so that an explanation can be had again."""
+
+
+class Coalitions:
+    """The sets of groups at which the function is wanted.
+
+    >>> coalitions = Coalitions(2)
+    >>> coalitions.members.tolist()
+    [[False, False], [False, True], [True, False], [True, True]]
+    >>> coalitions.shares(np.array([0.0, 0.0, 3.0, 4.0])).tolist()
+    [3.5, 0.5]
+
+    Args:
+        groups: One or more.
+
+    Attributes:
+        members: `[n, groups]` bool, the groups that are the user's; none in the first row, all in the last.
+    """
+
+    def __init__(self, groups: int) -> None:
+        if groups <= EXACT:
+            self._orders = np.array(list(permutations(range(groups))))
+        else:
+            rng = np.random.default_rng(groups)
+            half = np.array([rng.permutation(groups) for _ in range(ORDERS // 2)])
+            self._orders = np.concatenate([half, half[:, ::-1]])
+        turns = np.argsort(self._orders, axis=1)
+        joined = turns[:, None, :] < np.arange(groups + 1)[:, None]
+        self.members, at = np.unique(joined.reshape(-1, groups), axis=0, return_inverse=True)
+        self._at = at.reshape(len(self._orders), groups + 1)
+
+    def shares(self, values: F64) -> F64:
+        """The value of each group, `[groups]` float64; they add up to the last of `values` less the first.
+
+        Args:
+            values: `[n]` float64, the function at `members`.
+        """
+        found = np.zeros(self._orders.shape[1])
+        np.add.at(found, self._orders, np.diff(values[self._at], axis=1))
+        return found / len(self._orders)
+
 
 NOBODY = "\0"
 """A user id that nobody has."""

@@ -1,27 +1,180 @@
-"""A worker's gRPC server: the services, health and reflection, on the worker's own event loop."""
+"""A worker's gRPC server: the services, health and reflection, on the worker's own event loop.
+
+The service `springtide.v1.Profiles`: what HTTP answers of profiles and items, over gRPC, by the same core.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from typing import Any
 
 import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from deploy.serving.answer import Answer, Query
 from deploy.serving.edge.access import Access
 from deploy.serving.edge.tls import Certificate
+from deploy.serving.explaining.explaining import explain
 from deploy.serving.grpc_api.health import GrpcHealth
-from deploy.serving.grpc_api.messages import POOL
+from deploy.serving.grpc_api.messages import POOL, message
 from deploy.serving.grpc_api.model_services import model_services
-from deploy.serving.grpc_api.profiles import GrpcProfiles
-from deploy.serving.grpc_api.services import Handlers, Service
+from deploy.serving.grpc_api.services import Handlers, Method, Service
 from deploy.serving.host import Host
-from deploy.serving.line import QueueLimits
+from deploy.serving.http_api.item_requests import MOST_RECOMMENDED, RECOMMENDED
+from deploy.serving.http_api.requests import LATEST_MS, LEAN, MOST_PROFILES, MOST_TOP, TOP, fields_of, whole
+from deploy.serving.line import Line, QueueLimits
+from deploy.serving.profile_batches import profile_batches
+from deploy.serving.recommending.advertising import Cap
+from deploy.serving.recommending.ranking import MOST_ITEMS, CappedItems, NamedItem, RankedItems, rank
+from deploy.serving.recommending.recommending import Recommendations, WantedItems, recommend
+from deploy.serving.recommending.similar import NearWanted, SimilarItems, similar
+from deploy.serving.recommending.turns import ItemTurns, in_turns
+from state.errors import BadRequest
 from state.metrics import WorkerMetrics
+
+PACKAGE = "springtide.v1"
+
+
+class GrpcProfiles:
+    """Answers the methods of the service.
+
+    Args:
+        host: What answers.
+        metrics: Of the worker.
+        limits: How long a question may wait.
+    """
+
+    def __init__(self, host: Host, metrics: WorkerMetrics, limits: QueueLimits) -> None:
+        self._host, self._metrics, self._turns, self._line = host, metrics, ItemTurns(host), Line(limits)
+        self._batcher = profile_batches(host, metrics, _profile, limits)
+
+    def service(self) -> Service:
+        """What is offered."""
+        methods = {
+            "GetProfile": self._one,
+            "BatchGetProfiles": self._many,
+            "Rank": self._rank,
+            "Recommend": self._recommend,
+            "Explain": self._explain,
+            "Similar": self._similar,
+        }
+        return Service(
+            f"{PACKAGE}.Profiles",
+            [Method(name, f"{PACKAGE}.{name}Request", answer) for name, answer in methods.items()],
+        )
+
+    async def _one(self, request: Any) -> Any:
+        return await self._batcher.one(_query(request.question, _asked(request)))
+
+    async def _many(self, request: Any) -> Any:
+        asked = _asked(request)
+        if not 1 <= len(request.questions) <= MOST_PROFILES:
+            raise BadRequest(f"{len(request.questions)} questions", f"ask 1 to {MOST_PROFILES} at once")
+        answers = await self._batcher.many([_query(one, asked) for one in request.questions])
+        return _message("BatchGetProfilesResponse")(profiles=answers)
+
+    async def _rank(self, request: Any) -> Any:
+        if not 1 <= len(request.items) <= MOST_ITEMS:
+            raise BadRequest(f"{len(request.items)} items", f"name 1 to {MOST_ITEMS} at once")
+        items = [_named(one) for one in request.items]
+        query = _query(request, (LEAN, 0))
+        answer = await in_turns(rank(self._host.predictor(), query, items, self._host.impressions), self._line)
+        left_out = {"left_out": answer.left_out} if isinstance(answer, CappedItems) else {}
+        return self._of_items("RankResponse", answer, **left_out)
+
+    async def _recommend(self, request: Any) -> Any:
+        wanted = WantedItems(_count(request), _given(request, "category"), request.exclude_seen)
+        sources = self._turns.sources()
+        answer = await in_turns(
+            recommend(self._host.predictor(), sources, _query(request, (LEAN, None)), wanted), self._line
+        )
+        return self._of_items("RecommendResponse", answer)
+
+    async def _explain(self, request: Any) -> Any:
+        top = whole("top", request.top if request.HasField("top") else TOP, 1, MOST_TOP)
+        query, label = _query(request.question, (LEAN, top)), _given(request, "label")
+        answer = await in_turns(explain(self._host.predictor(), query, label), self._line)
+        self._metrics.cold_starts.inc(answer.cold_start)
+        return _message("Explanation")(**dataclasses.asdict(answer))
+
+    async def _similar(self, request: Any) -> Any:
+        wanted, near = NearWanted(_count(request), request.exclude_seen), self._turns.sources().near
+        answer = similar(self._host.predictor(), near, _query(request, (LEAN, 0)), wanted)
+        return self._of_items("SimilarResponse", answer)
+
+    def _of_items(self, name: str, answer: RankedItems | Recommendations | SimilarItems, **more: Any) -> Any:
+        self._metrics.cold_starts.inc(answer.cold_start)
+        return _message(name)(
+            user_id=answer.user_id,
+            known=answer.known,
+            cold_start=answer.cold_start,
+            version=dict(answer.version),
+            at=answer.at,
+            at_ms=answer.at_ms,
+            clock=answer.clock,
+            items=[dict(one) for one in answer.items],
+            **more,
+        )
+
+
+def _message(name: str) -> Any:
+    return message(f"{PACKAGE}.{name}")
+
+
+def _profile(answer: Answer) -> Any:
+    return _message("Profile")(**_without_nothing(answer.document()))
+
+
+def _asked(request: Any) -> tuple[frozenset[str], int | None]:
+    """The fields and the number of interests that are asked for."""
+    return fields_of(list(request.fields)), whole("top", request.top if request.HasField("top") else TOP, 1, MOST_TOP)
+
+
+def _query(one: Any, asked: tuple[frozenset[str], int | None]) -> Query:
+    """The question of a message that has `user_id`, `at_ms` and `context`.
+
+    Raises:
+        BadRequest: It names no user, or no time of the years 1970 to 9999.
+    """
+    if not one.user_id:
+        raise BadRequest("a question names no user_id", "name a user")
+    at_ms = whole("at_ms", one.at_ms, 0, LATEST_MS) if one.HasField("at_ms") else None
+    about = ("item", "category") if one.DESCRIPTOR.name == "Question" else ()
+    item, category = (_given(one, name) for name in about) if about else (None, None)
+    return Query(one.user_id, item, category, dict(one.context), at_ms, *asked)
+
+
+def _count(request: Any) -> int:
+    """How many items are wanted."""
+    return whole("n", request.n if request.HasField("n") else RECOMMENDED, 1, MOST_RECOMMENDED)
+
+
+def _named(one: Any) -> NamedItem:
+    """An item to rank."""
+    cap = Cap(one.cap.count, one.cap.within_s) if one.HasField("cap") else None
+    return NamedItem(one.item, _given(one, "category"), _given(one, "bid"), cap)
+
+
+def _given(one: Any, name: str) -> Any:
+    return getattr(one, name) if one.HasField(name) else None
+
+
+def _without_nothing(document: dict[str, Any]) -> dict[str, Any]:
+    """What a message of the same names takes: a map without what has no value, lists in place of arrays."""
+    found = dict(document)
+    if "vector" in found:
+        found["vector"] = found["vector"].tolist()
+    for owner in (found, found.get("engagement")):
+        if owner is not None and "attributes" in owner:
+            owner["attributes"] = {name: text for name, text in owner["attributes"].items() if text is not None}
+    return found
+
 
 MOST_MESSAGE_BYTES = 4 << 20
 LOOK_S = 0.2

@@ -3,6 +3,32 @@
 Errors are JSON: `error` says what happened, `do` what to do, and `where` names
 the place in the request, if it is one's fault. `API.md` beside
 this file is the whole of it for callers.
+
+Explanations over HTTP.
+
+GET /v1/profiles/{user_id}/explain?label=|item=&category=&at=&context.NAME=&top=
+
+Profiles over HTTP.
+
+GET  /v1/profiles/{user_id}?item=&category=&at=&context.NAME=&fields=&top=
+POST /v1/profiles:batch      {"profiles": [{"user_id": ..., "item": ..., ...}, ...]} or {"users": [...]}, "fields", "top"
+
+Whether a worker runs and can answer, and its metrics.
+
+GET  /healthz /readyz /metrics
+
+Items for a user over HTTP.
+
+POST /v1/rank      {"user_id": ..., "items": [...], "context": {...}, "at": ...}
+GET  /v1/recommendations/{user_id}?n=&category=&exclude_seen=&at=&context.NAME=
+GET  /v1/similar/{user_id}?n=&exclude_seen=&at=&context.NAME=
+
+Segments over HTTP.
+
+GET /v1/segments
+GET /v1/segments/{segment}?from=&n=
+GET /v1/segments/{segment}/users/{user_id}
+GET /v1/segments/{segment}/lookalikes?n=
 """
 
 from __future__ import annotations
@@ -10,16 +36,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Annotated, Any
 
+import msgspec
+from msgspec import Meta
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.edge.tokens import Tokens
+from deploy.serving.edge.tokens import OPEN, OPERATE, Tokens
+from deploy.serving.explaining.explaining import explain
+from deploy.serving.exposition import told
 from deploy.serving.host import Host
 from deploy.serving.http_api.documents import Documents
 from deploy.serving.http_api.endpoints import (
+    ASKED,
+    FAILED,
     LAST,
+    METHODS,
+    SENT,
     Endpoint,
     Receive,
     Request,
@@ -28,21 +62,376 @@ from deploy.serving.http_api.endpoints import (
     Scope,
     Send,
     answer,
+    encode,
     failure,
     header,
 )
-from deploy.serving.http_api.explanations import Explanations
-from deploy.serving.http_api.health import Health
-from deploy.serving.http_api.items import Items
+from deploy.serving.http_api.item_requests import (
+    RANK_EXAMPLE,
+    NearParameters,
+    RankQuestion,
+    RecommendationParameters,
+    near_question,
+    rank_question,
+    recommendation,
+)
 from deploy.serving.http_api.models import Models
-from deploy.serving.http_api.profiles import Profiles
-from deploy.serving.http_api.segments import Segments
-from deploy.serving.line import QueueLimits
+from deploy.serving.http_api.requests import (
+    BATCH,
+    EXAMPLE,
+    ExplanationParameters,
+    ProfileParameters,
+    explained,
+    question,
+    questions,
+)
+from deploy.serving.line import Line, QueueLimits
+from deploy.serving.profile_batches import profile_batches
+from deploy.serving.recommending.ranking import rank
+from deploy.serving.recommending.recommending import recommend
+from deploy.serving.recommending.similar import similar
+from deploy.serving.recommending.turns import ItemTurns, in_turns
 from deploy.serving.request_counts import RequestCounts
+from deploy.serving.segments import SegmentLookalikes, SegmentPage, SegmentSizes, UserSegment
 from deploy.serving.splitting.split import Split
+from springtide_client.answers import (
+    Alive,
+    Explanation,
+    Failure,
+    Profile,
+    Ranking,
+    Readiness,
+    Recommendations,
+    SimilarItems,
+)
+from springtide_client.answers import Profiles as ProfilesAnswer
 from state.config.sections import ServingSettings
 from state.errors import SpringtideError, WorkerFailed
 from state.metrics import WorkerMetrics
+from state.segments.configured import NAME
+
+MEMBERS = 100
+MOST_MEMBERS = 1000
+_NAMED: Mapping[str, Mapping[str, str]] = {"segment": {"pattern": f"^{NAME.pattern}$"}}
+
+
+class SegmentParameters(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The parameters of a segment's members."""
+
+    start: Annotated[
+        str, Meta(pattern="^[0-9a-f]{16}$", description="The pseudonym to begin with: `next` of the page before.")
+    ] = msgspec.field(default="0" * 16, name="from")
+    n: Annotated[int, Meta(ge=1, le=MOST_MEMBERS, description="How many members at most.")] = MEMBERS
+
+
+class LookalikeParameters(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The parameters of the lookalikes of a segment."""
+
+    n: Annotated[int, Meta(ge=1, le=MOST_MEMBERS, description="How many users at most.")] = MEMBERS
+
+
+class Segments:
+    """The endpoints that say who is in a segment.
+
+    Args:
+        host: What answers.
+    """
+
+    def __init__(self, host: Host) -> None:
+        self._host = host
+
+    def endpoints(self) -> list[Endpoint]:
+        """What is offered."""
+        there, named = {**FAILED, 503: Failure}, {**FAILED, 404: Failure, 503: Failure}
+        return [
+            Endpoint(
+                "segments",
+                ("GET",),
+                "/v1/segments",
+                self._all,
+                "All segments, and how many users are in each.",
+                returns=(SegmentSizes,),
+                failures=there,
+            ),
+            Endpoint(
+                "segment",
+                ("GET",),
+                "/v1/segments/{segment}",
+                self._one,
+                "A segment, and some of its members.",
+                parameters=SegmentParameters,
+                returns=(SegmentPage,),
+                failures=named,
+                placeholders=_NAMED,
+            ),
+            Endpoint(
+                "segment",
+                ("GET",),
+                "/v1/segments/{segment}/users/{user_id}",
+                self._user,
+                "Whether a user is in a segment.",
+                returns=(UserSegment,),
+                failures=named,
+                placeholders=_NAMED,
+            ),
+            Endpoint(
+                "lookalikes",
+                ("GET",),
+                "/v1/segments/{segment}/lookalikes",
+                self._near,
+                "The users nearest to the members of a segment, as they were listed last.",
+                parameters=LookalikeParameters,
+                returns=(SegmentLookalikes,),
+                failures=named,
+                placeholders=_NAMED,
+            ),
+        ]
+
+    async def _all(self, request: Request) -> Response:
+        return Response(200, encode(self._host.segments.sizes()))
+
+    async def _one(self, request: Request) -> Response:
+        asked = request.parameters(SegmentParameters)
+        return Response(200, encode(self._host.segments.page(request.path["segment"], int(asked.start, 16), asked.n)))
+
+    async def _user(self, request: Request) -> Response:
+        return Response(200, encode(self._host.segments.of_user(request.path["segment"], request.path["user_id"])))
+
+    async def _near(self, request: Request) -> Response:
+        asked = request.parameters(LookalikeParameters)
+        return Response(200, encode(self._host.segments.lookalikes(request.path["segment"], asked.n)))
+
+
+class Items:
+    """The endpoints that answer items.
+
+    Args:
+        host: What answers.
+        metrics: Of the worker.
+        limits: How long a question may wait.
+    """
+
+    def __init__(self, host: Host, metrics: WorkerMetrics, limits: QueueLimits) -> None:
+        self._host, self._metrics, self._turns, self._line = host, metrics, ItemTurns(host), Line(limits)
+
+    def endpoints(self) -> list[Endpoint]:
+        """What is offered."""
+        return [
+            Endpoint(
+                "rank",
+                ("POST",),
+                "/v1/rank",
+                self._rank,
+                "Items that the caller names, ranked for one user; by bids and with frequency caps where they have some.",
+                body=(RankQuestion,),
+                example=RANK_EXAMPLE,
+                returns=(Ranking,),
+                failures=SENT,
+            ),
+            Endpoint(
+                "recommendations",
+                ("GET",),
+                "/v1/recommendations/{user_id}",
+                self._recommend,
+                "Items for one user, each with its reason.",
+                parameters=RecommendationParameters,
+                returns=(Recommendations,),
+            ),
+            Endpoint(
+                "similar",
+                ("GET",),
+                "/v1/similar/{user_id}",
+                self._similar,
+                "The items nearest to one user by what was learned of both.",
+                parameters=NearParameters,
+                returns=(SimilarItems,),
+                failures={**ASKED, 501: Failure},
+            ),
+        ]
+
+    async def _rank(self, request: Request) -> Response:
+        query, items = rank_question(await request.document())
+        answer = await in_turns(rank(self._host.predictor(), query, items, self._host.impressions), self._line)
+        self._metrics.cold_starts.inc(answer.cold_start)
+        return Response(200, encode(answer))
+
+    async def _recommend(self, request: Request) -> Response:
+        query, wanted = recommendation(request.path["user_id"], request.parameters(RecommendationParameters))
+        answer = await in_turns(recommend(self._host.predictor(), self._turns.sources(), query, wanted), self._line)
+        self._metrics.cold_starts.inc(answer.cold_start)
+        return Response(200, encode(answer))
+
+    async def _similar(self, request: Request) -> Response:
+        query, wanted = near_question(request.path["user_id"], request.parameters(NearParameters))
+        answer = similar(self._host.predictor(), self._turns.sources().near, query, wanted)
+        self._metrics.cold_starts.inc(answer.cold_start)
+        return Response(200, encode(answer))
+
+
+_PLAIN = "text/plain; version=0.0.4; charset=utf-8"
+
+
+class Health:
+    """The endpoints that speak of the worker.
+
+    Args:
+        host: What answers.
+        told_metrics: What /metrics says.
+        draining: Whether the worker is about to end.
+    """
+
+    def __init__(self, host: Host, told_metrics: CollectorRegistry, draining: Callable[[], bool]) -> None:
+        self._host, self._told_metrics, self._draining = host, told_metrics, draining
+
+    def endpoints(self) -> list[Endpoint]:
+        """What is offered."""
+        return [
+            Endpoint(
+                "healthz",
+                METHODS,
+                "/healthz",
+                self._alive,
+                "That the process runs.",
+                role=OPEN,
+                returns=(Alive,),
+                failures=FAILED,
+            ),
+            Endpoint(
+                *("readyz", METHODS, "/readyz", self._ready, "Whether this worker can answer, and what it lacks."),
+                role=OPEN,
+                returns=(Readiness,),
+                failures={**FAILED, 503: Readiness},
+            ),
+            Endpoint(
+                *("metrics", METHODS, "/metrics", self._metrics, "Prometheus's text; OpenMetrics for who accepts it."),
+                role=OPERATE,
+                media_type=_PLAIN,
+                failures=FAILED,
+            ),
+        ]
+
+    async def _alive(self, _: Request) -> Response:
+        return Response(200, b'{"status":"ok"}')
+
+    async def _ready(self, _: Request) -> Response:
+        if self._draining():
+            return Response(503, encode({"ready": False, "error": "this worker is about to end", "do": "ask another"}))
+        missing = self._host.missing()
+        parts = {part: part not in missing for part in ("version", "program", "histories")}
+        refused = self._host.refused()
+        told: dict[str, object] = {}
+        if refused is not None:
+            told["refused"] = {"version": refused[0], "reason": refused[1]}
+        if degraded := self._host.degraded():
+            told["degraded"] = degraded
+        if not missing:
+            return Response(200, encode({"ready": True, **parts, **told}))
+        reasons = "; ".join(f"{part}: {reason}" for part, reason in missing.items())
+        return Response(
+            503,
+            encode(
+                {
+                    "ready": False,
+                    **parts,
+                    **told,
+                    "error": f"not ready: {reasons}",
+                    "do": "wait, or look at the applier's log",
+                }
+            ),
+        )
+
+    async def _metrics(self, request: Request) -> Response:
+        body, media_type = told(self._told_metrics, header(request.scope, b"accept") or "")
+        return Response(200, body, [(b"content-type", media_type.encode())])
+
+
+_NOTHING_GIVEN = ProfileParameters()
+
+
+class Profiles:
+    """The endpoints that answer profiles.
+
+    Args:
+        host: What answers.
+        metrics: Of the worker.
+        limits: How long a question may wait.
+    """
+
+    def __init__(self, host: Host, metrics: WorkerMetrics, limits: QueueLimits) -> None:
+        self._batcher = profile_batches(host, metrics, lambda answer: encode(answer.document()), limits)
+
+    def endpoints(self) -> list[Endpoint]:
+        """What is offered."""
+        return [
+            Endpoint(
+                "profile",
+                ("GET",),
+                "/v1/profiles/{user_id}",
+                self._one,
+                "One user's profile.",
+                parameters=ProfileParameters,
+                returns=(Profile,),
+                soon=self._soon,
+            ),
+            Endpoint(
+                "batch",
+                ("POST",),
+                "/v1/profiles:batch",
+                self._many,
+                "Profiles of many users, in the order they were asked for, all of one version.",
+                body=BATCH,
+                example=EXAMPLE,
+                returns=(ProfilesAnswer,),
+                failures=SENT,
+            ),
+        ]
+
+    async def _one(self, request: Request) -> Response:
+        return Response(200, await self._soon(request))
+
+    def _soon(self, request: Request) -> asyncio.Future[bytes]:
+        given = request.parameters(ProfileParameters) if request.query_string else _NOTHING_GIVEN
+        return self._batcher.one(question(request.path["user_id"], given))
+
+    async def _many(self, request: Request) -> Response:
+        answers = await self._batcher.many(questions(await request.document()))
+        return Response(200, b'{"profiles":[' + b",".join(answers) + b"]}")
+
+
+class Explanations:
+    """The endpoint that says why an answer is what it is.
+
+    Args:
+        host: What answers.
+        metrics: Of the worker.
+        limits: How long a question may wait.
+    """
+
+    def __init__(self, host: Host, metrics: WorkerMetrics, limits: QueueLimits) -> None:
+        self._host, self._metrics, self._line = host, metrics, Line(limits)
+
+    def endpoints(self) -> list[Endpoint]:
+        """What is offered."""
+        return [
+            Endpoint(
+                "explain",
+                ("GET",),
+                "/v1/profiles/{user_id}/explain",
+                self._explain,
+                "Why a probability of a profile is what it is.",
+                parameters=ExplanationParameters,
+                returns=(Explanation,),
+            )
+        ]
+
+    async def _explain(self, request: Request) -> Response:
+        given = request.parameters(ExplanationParameters)
+        answer = await in_turns(
+            explain(self._host.predictor(), explained(request.path["user_id"], given), given.label), self._line
+        )
+        self._metrics.cold_starts.inc(answer.cold_start)
+        return Response(200, encode(answer))
+
 
 UNKNOWN = "unknown"
 """What metrics name a request that no endpoint is for."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import orjson
 
-from deploy.replaying.shoppers import ShopperCrowd
+from deploy.replay import ShopperCrowd
 
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 ACTIONS = ("view", "cart", "favorite", "purchase")

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from deploy.backup import cut as cutting
+from deploy.backup.commands import Scope, make
 from deploy.backup.cut import chain_of, cut, newest_whole
-from deploy.backup.making import Scope, make
 from state.errors import BackupError
 from state.features.mask import Mask
 from state.places.opening import open_place

@@ -9,7 +9,7 @@ import pytest
 from deploy.backup.lease import REFRESH_S, STALE_S, Lease
 from state.disk.files import HOST
 from state.errors import BackupError, LockHeld
-from state.places.directory import DirectoryPlace
+from state.places.opening import DirectoryPlace
 
 DEAD = f"{HOST}@{2**22 + 1}@0.00"
 ELSEWHERE = "another-host@7@0.00"

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.capacity.command import main, page
-from deploy.capacity.sizes import (
+from deploy.capacity.command import (
     APPLIER,
     CONSTANTS,
     KAFKA,
@@ -24,6 +23,8 @@ from deploy.capacity.sizes import (
     WORKERS,
     Load,
     Sizing,
+    main,
+    page,
 )
 from state.config.settings import RegistrySettings, Settings
 from tests.manifests import ROOT

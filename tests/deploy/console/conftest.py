@@ -10,9 +10,7 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from deploy.console.app import Console
-from deploy.console.guarding import RequestGuard, open_to_read
-from deploy.console.server import access_of
+from deploy.console.server import Console, RequestGuard, access_of, open_to_read
 from deploy.kafka.configuration import free_port
 from deploy.serving.edge.connections import ConnectionLimits
 from deploy.serving.edge.listening import listen

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import re
 
-from deploy.console import pages
-from deploy.console.pages import STATIC
+from deploy.console import server as pages
+from deploy.console.server import STATIC
 from deploy.serving.edge.tokens import OPEN
 from tests.deploy.console.conftest import Reached
 

@@ -12,8 +12,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy import status
-from deploy.console.series import CURVES, LIFT, QUANTILES, Curves
-from deploy.console.watching import LoopWatch
+from deploy.console.watching import CURVES, LIFT, QUANTILES, Curves, LoopWatch
 from deploy.watch.figures import Figures
 from state.config.settings import Settings
 from state.metrics import ApplierMetrics, serve

@@ -14,7 +14,7 @@ from grafana_foundation_sdk.cog import plugins
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import dashboard, units
 
-from deploy.grafana.writer import DATASOURCE_UID, FOLDER, load, queries, render
+from deploy.grafana.__main__ import DATASOURCE_UID, FOLDER, load, queries, render
 from tests import runbook
 from tests.metric_use import misused
 from tests.rules import ALERTS

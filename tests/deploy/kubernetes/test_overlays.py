@@ -13,7 +13,7 @@ import pytest
 import yaml
 from apache_beam.options.pipeline_options import FlinkRunnerOptions, PortableOptions
 
-from deploy.capacity.sizes import APPLIER, RESERVE, STREAM, TRAINER, Load, Sizing
+from deploy.capacity.command import APPLIER, RESERVE, STREAM, TRAINER, Load, Sizing
 from deploy.watch import scrape
 from state import layout
 from state.config.sections import SegmentSettings

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry
 
 from deploy import status
 from deploy.kafka.configuration import free_ports
-from deploy.operate.conditions import CONDITIONS, condition_of, wait
+from deploy.status import CONDITIONS, condition_of, wait
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import SettingsError, SpringtideError

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deploy.replay import main
-from deploy.replaying.dry_run import PIECE_ROWS
+from deploy.replaying.command import PIECE_ROWS
 from tests.deploy.replaying.test_replay import BEGIN_S
 
 HEADER = "user,item,category,action,time"

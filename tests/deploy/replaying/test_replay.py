@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 from deploy.replaying import reading
 from deploy.replaying.clock import MAX
+from deploy.replaying.command import Outcome, replay
 from deploy.replaying.journal import ReplayJournal, key_of
 from deploy.replaying.options import Options
 from deploy.replaying.progress import Progress
-from deploy.replaying.replay import Outcome, replay
 from deploy.replaying.sender import LARGEST_VALUE, Piece, Record, missing
 from state.config.sections import Events
 from state.errors import CorruptStore, LogError, SettingsError

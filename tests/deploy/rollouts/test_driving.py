@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from deploy.rollouts.driving import HOLD_MS, RolloutDriver
-from deploy.serving.splitting.forwarding import ExposureForwarder
+from deploy.serving.applier import ExposureForwarder
 from deploy.serving.splitting.spool import FILE_MS, SETTLED_MS, ExposureSpool, make_room
 from state.config.settings import Settings
 from state.errors import UnknownTopic

@@ -14,7 +14,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy.segments.judging import pseudonym
-from deploy.segments.keeping import SegmentKeeper
+from deploy.segments.process import SegmentKeeper
 from deploy.serving.clicks import HistoryFollower
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
 from deploy.serving.predictor import Predictor

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from deploy.segments import keeping as keeping_module
+from deploy.segments import process as keeping_module
 from deploy.segments.lookalikes import vectors_of
 from state.config.sections import Kafka
 from state.errors import LogError

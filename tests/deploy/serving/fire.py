@@ -64,7 +64,7 @@ class Line:
     spec: FeatureSpec
 
     def __post_init__(self) -> None:
-        from trainer.versions.probed import ProbedRanker
+        from trainer.publications import ProbedRanker
 
         self.weights = self.model.weights()
         self._probed = ProbedRanker(self.model)

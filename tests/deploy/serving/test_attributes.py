@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.attributes import AttributesFollower
+from deploy.serving.applier import AttributesFollower
 from deploy.serving.host import Host
 from deploy.serving.known_attributes import KnownAttributes
 from deploy.serving.predictor import Predictor

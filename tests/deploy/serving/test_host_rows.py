@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.host_rows import FULL_S, HostRows
+from deploy.serving.applier import FULL_S, HostRows
 from deploy.watch import stores_place
 from state.config.settings import Settings
 from state.disk import memory_place as place

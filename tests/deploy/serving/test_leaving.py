@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from deploy.serving.grpc_api.profiles import _profile
+from deploy.serving.grpc_api.server import _profile
 from deploy.serving.http_api.endpoints import encode
 from deploy.serving.leaving import leaving
 from springtide_client.answers import Profile

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from deploy.serving.fit_versions import Probing
 from deploy.serving.host import Host
-from deploy.serving.probing import Probing
 from deploy.serving.program_files import path_of
 from state import probe
 from state.config.settings import Settings

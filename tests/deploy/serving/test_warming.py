@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry
 
 from deploy.kafka.configuration import free_port
 from deploy.serving.host import Host
-from deploy.serving.warming import Warming
+from deploy.serving.rest import Warming
 from deploy.watch.scrape import Scrape, parsed
 from state.compiled.preparing import Kernels
 from state.errors import NotReady
@@ -29,7 +29,7 @@ import asyncio, logging, sys
 from prometheus_client import CollectorRegistry
 from deploy.serving.host import Host
 from deploy.serving.http_api.app import App
-from deploy.serving.warming import Warming
+from deploy.serving.rest import Warming
 from state.compiled import FIRST_CALLS
 from state.compiled.preparing import Kernels
 from state.config.loading import load

@@ -11,7 +11,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 from deploy.kafka.configuration import free_port, listens
-from deploy.startup.local_kafka import LocalKafka
+from deploy.startup.steps import LocalKafka
 from state.config.loading import load
 from state.errors import KafkaFailed
 from state.metrics import StorageMetrics, SupervisorMetrics

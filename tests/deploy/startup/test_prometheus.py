@@ -11,7 +11,7 @@ import yaml
 
 from deploy import up
 from deploy.startup import prometheus
-from deploy.startup.process_plan import ports
+from deploy.startup.steps import ports
 from deploy.watch import scrape
 from state.config.loading import load
 from state.config.settings import Settings

@@ -30,8 +30,7 @@ from state.registry.registry import Registry
 from state.rollouts import rollout
 from state.rollouts.rollouts import Rollouts
 from state.trials import comparison
-from state.trials.comparison import PairedComparison
-from state.trials.pairing import Pair
+from state.trials.comparison import Pair, PairedComparison
 from state.trials.past import read_past
 from state.trials.retraining import Retraining, Retrainings
 from state.trials.trial import Trial, Trials

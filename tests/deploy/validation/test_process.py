@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.validation.judging import KINDS, MOST_LABELS, OTHERS, labels_of
 from deploy.validation.kept import KeptWindows
-from deploy.validation.process import LogValidation
+from deploy.validation.process import KINDS, MOST_LABELS, OTHERS, LogValidation, labels_of
 from state.config.settings import Settings
 from state.errors import LogError
 from state.log import MemoryLog

@@ -11,7 +11,7 @@ import pytest
 from tensorflow_metadata.proto.v0.anomalies_pb2 import AnomalyInfo
 from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics
 
-from deploy.validation.windows import Windows
+from deploy.validation.process import Windows
 from state.attributes.values import AttributeTable
 from state.config.sections import Validation
 from state.features.spec import FeatureSpec

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from deploy import status
-from deploy.watch import accounts, rows_in_flight, stored_accounts
+from deploy.watch import accounts
+from deploy.watch import accounts as rows_in_flight
+from deploy.watch import accounts as stored_accounts
 from state.config.loading import load
 from state.config.sections import Kafka
 from state.config.settings import Settings

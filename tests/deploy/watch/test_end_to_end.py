@@ -11,8 +11,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy import probe
-from deploy.startup.process_plan import ports, process_plans
-from deploy.watch.end_to_end import NEVER, Passage, Sent, Stopwatch, action_of, click_of
+from deploy.probe import NEVER, Passage, Sent, Stopwatch, action_of, click_of
+from deploy.startup.steps import ports, process_plans
 from springtide_client import ClientError, Profile, Refused, Unreachable, Version
 from state.config.sections import Events, LabelSettings, ProbeSettings
 from state.config.settings import Settings

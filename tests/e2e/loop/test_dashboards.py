@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from deploy.grafana.writer import load, queries
+from deploy.grafana.__main__ import load, queries
 from tests import rules
 from tests.e2e.running import Loop, until
 from tests.e2e.watching import Watching

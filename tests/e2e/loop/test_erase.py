@@ -12,7 +12,7 @@ from typing import Any
 from kafka import KafkaAdminClient, KafkaConsumer, TopicPartition
 from kafka.admin import ConfigResource, ConfigResourceType
 
-from deploy.operate.erasure_status import TAKEN_UP_MS
+from deploy.operate.erase import TAKEN_UP_MS
 from state import layout
 from state.errors import LogError
 from state.events.identity import load_salt, user_id

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deploy.operate.settings_table import as_toml
+from deploy.cli import as_toml
 from state.config.loading import load
 from state.config.sections import KnownSetting, known_settings
 from state.config.settings import Settings

@@ -12,7 +12,8 @@ from dataclasses import replace
 
 import pytest
 
-from deploy.kafka import jars, java
+from deploy.kafka import broker as java
+from deploy.kafka import jars
 from deploy.kafka.configuration import HOST, free_port, listens, properties
 from state.config.loading import load
 from state.config.sections import Kafka

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.replaying.judging import Judge
+from deploy.replaying.command import Judge
 from deploy.replaying.sender import Piece
 from state.config.loading import load
 from state.config.sections import Events

@@ -18,10 +18,9 @@ from state.errors import UnknownVersion
 from state.positions import Source
 from state.process import killpoints
 from state.registry.manifest import Kind, LogRange, Manifest
-from state.rows.forgetting import ROUNDS, ROWS_AT_ONCE, ROWS_IN_TRANSACTION
 from state.rows.reader import RowReader
 from state.rows.served import Served
-from state.rows.store import WRITTEN_AT_ONCE, RowStore
+from state.rows.store import ROUNDS, ROWS_AT_ONCE, ROWS_IN_TRANSACTION, WRITTEN_AT_ONCE, RowStore
 from tests.disks import folder_in_memory
 
 DIM = 4

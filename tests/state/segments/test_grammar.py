@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import SettingsError
-from state.segments.configured import segments_of, texts_of
+from state.segments.configured import DEEPEST, MOST_CHARACTERS, Vocabulary, parse, segments_of, texts_of
 from state.segments.expression import (
     COMPARISONS,
     Expression,
@@ -22,7 +22,6 @@ from state.segments.expression import (
     Relation,
     operands,
 )
-from state.segments.grammar import DEEPEST, MOST_CHARACTERS, Vocabulary, parse
 
 FEATURES = ("view.count_7d", "label.1.count_1h", "add-to-cart.count_7d", "user.count_7d", "it's", "or")
 KNOWN = Vocabulary(FEATURES, ("age_band", "level"), churn=True)

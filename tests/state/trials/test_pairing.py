@@ -10,8 +10,7 @@ import pytest
 
 from state.errors import CorruptStore
 from state.trials import comparison
-from state.trials.comparison import PairedComparison
-from state.trials.pairing import Pairing
+from state.trials.comparison import PairedComparison, Pairing
 from state.trials.row_losses import LossReader, LossWriter, RowLosses, is_wanted, remove_all, segments, unwant, want
 
 

@@ -16,8 +16,7 @@ from typing import Any
 
 from apache_beam.utils.timestamp import Timestamp
 
-from streaming.distributed.account import Account
-from streaming.distributed.sink import WriteBuckets
+from streaming.distributed.handing_in import Account, WriteBuckets
 from streaming.distributed.steps import ReadPartitions, UpdateBuckets
 from streaming.distributed.wire import unpack
 from streaming.distributed.worker import JobPlan, worker_of

@@ -11,7 +11,7 @@ from state.config.settings import Settings
 from state.events.parser import Parser
 from state.microbatch.codec import decode
 from streaming.distributed.bucket_store import BucketStore
-from streaming.distributed.job import plan_of
+from streaming.distributed.handing_in import plan_of
 from streaming.distributed.worker import JobWorker, close_workers
 from streaming.profile import Profiler
 from tests.conftest import KafkaFactory

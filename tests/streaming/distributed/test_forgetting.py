@@ -14,8 +14,7 @@ import pytest
 from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
-from deploy.operate.erase import erase
-from deploy.operate.erasure_status import holdings
+from deploy.operate.erase import erase, holdings
 from state.config.sections import Attributes
 from state.config.settings import Settings
 from state.events.identity import load_salt, user_id
@@ -29,10 +28,8 @@ from state.registry.controls import Controls
 from state.registry.erasing import erase as erasing
 from state.registry.erasing import reports
 from state.registry.registry import Registry
-from streaming.distributed.account import Account
-from streaming.distributed.job import build_distributed, plan_of
+from streaming.distributed.handing_in import PART, Account, build_distributed, plan_of
 from streaming.distributed.keeping import Head
-from streaming.distributed.showing import PART
 from streaming.distributed.worker import JobPlan, close_workers, worker_of
 from tests.conftest import KafkaFactory
 from tests.deploy.operating import draft

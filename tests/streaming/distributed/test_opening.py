@@ -16,9 +16,8 @@ from state.errors import GapError, UnknownTopic
 from state.log import Topics, Writer
 from state.log.gaps import Consent, parse_allowance
 from state.microbatch.codec import decode
-from streaming.distributed.account import Account
-from streaming.distributed.job import plan_of
-from streaming.distributed.reading import SourceReading
+from streaming.distributed.handing_in import Account, plan_of
+from streaming.distributed.steps import SourceReading
 from streaming.distributed.worker import JobPlan, worker_of
 from tests.conftest import KafkaFactory
 from tests.segments import cut_back

@@ -10,9 +10,7 @@ from state.config.settings import Settings
 from state.events.identity import load_salt
 from state.log import Topics
 from state.positions import Range, Source
-from streaming.distributed.account import Account
-from streaming.distributed.showing import Showing
-from streaming.distributed.sink import told
+from streaming.distributed.handing_in import Account, Showing, told
 from streaming.distributed.wire import unpack
 from streaming.distributed.worker import JobPlan, JobWorker
 from tests.conftest import KafkaFactory

@@ -11,8 +11,7 @@ import numpy.typing as npt
 from state.features.spec import EVENT, FeatureSpec
 from state.microbatch.batch import MicroBatch
 from tests.bench.recorded import SOURCE, Recorded, micro_batches, plain
-from trainer.churn.learning import ChurnLearner
-from trainer.churn.waiting import KnownExamples
+from trainer.churn.learning import ChurnLearner, KnownExamples
 
 DAY_MS = 86_400_000
 START_MS = 1_790_000_000_000

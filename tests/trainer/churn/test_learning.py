@@ -13,10 +13,8 @@ from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
 from tests.bench.quality import area_under_curve
 from tests.trainer.churn.leavers import DAY_MS, Leavers, batches, joined, leavers, taken
-from trainer.churn.learning import FEW, ChurnLearner
-from trainer.churn.measures import TENTHS
+from trainer.churn.learning import FEW, TENTHS, ChurnLearner, KnownExamples
 from trainer.churn.regression import OnlineRegression
-from trainer.churn.waiting import KnownExamples
 
 SPEC = FeatureSpec()
 WARM_UP_DAYS = 12

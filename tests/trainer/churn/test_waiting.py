@@ -10,7 +10,7 @@ import numpy.typing as npt
 
 from state.churn.moments import Horizon
 from state.features.spec import FeatureSpec
-from trainer.churn.waiting import NEVER_MS, ChurnWaiting, KnownExamples
+from trainer.churn.learning import NEVER_MS, ChurnWaiting, KnownExamples
 from trainer.tables.index import hashed_uniform
 
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000

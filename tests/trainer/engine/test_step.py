@@ -22,7 +22,7 @@ from trainer.engine.guard import Verdict
 from trainer.engine.record import _targets
 from trainer.engine.step import Trainer
 from trainer.model.candidates import candidates, partners
-from trainer.versions.probed import ProbedRanker
+from trainer.publications import ProbedRanker
 
 ROOT = Path(__file__).resolve().parents[3]
 

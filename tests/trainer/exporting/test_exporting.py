@@ -26,7 +26,7 @@ from tests.trainer.logs import ABOUT, learner, opener, run_to_end, started, writ
 from trainer.engine.step import Trainer
 from trainer.exporting import command, device_file, exporting, saved_model
 from trainer.exporting.choosing import choose, read_users
-from trainer.exporting.comparison import agreement
+from trainer.exporting.exporting import agreement
 from trainer.versions.program import Program, build, preprocessing_of
 
 SALT = Salt(b"a salt of the tests only")

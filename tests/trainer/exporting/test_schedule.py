@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from trainer.exporting.schedule import ScheduledExports
+from trainer.loop import ScheduledExports
 
 
 def ended(exports: ScheduledExports) -> None:

@@ -11,8 +11,8 @@ import pytest
 
 from trainer.guard.figures import BUCKETS, StepFigures
 from trainer.guard.rules import NAMES
-from trainer.guard.watch import Judgement, Standing, WatchLimits, WindowWatch
 from trainer.guard.window import WindowStart
+from trainer.holding import Judgement, Standing, WatchLimits, WindowWatch
 
 LIMITS = WatchLimits(window_s=10.0, window_rows=500, users=20, warm_up=30)
 ROWS, STEP_MS = 100, 1000

@@ -16,8 +16,8 @@ from tests.trainer.batches import micro_batch, spread
 from tests.trainer.clicks import SPEC
 from tests.trainer.logs import shared
 from trainer.engine.engine import Scores
-from trainer.engine.predicted import judged
 from trainer.engine.record import Record
+from trainer.engine.step import judged
 from trainer.measures.evaluation import HALF_LIFE_ROWS
 from trainer.measures.predictions import BASELINES, KEPT, LISTED, PREDICTORS, SPAN_MS, of_came_next
 from trainer.measures.progressive import Progressive

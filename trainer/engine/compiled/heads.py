@@ -18,6 +18,10 @@ For each row, in the order of the batch:
 A block has `BLOCK` rows. The blocks between two moves are shared by threads, each
 block with sums of its own, which are added in the order of the blocks. Sums have
 the same bits for any number of threads, and however rows lie in a table.
+
+The net over how often a candidate came next after the user's newest category: forwards and backwards.
+
+Interest: the logits of a row's candidates, what is measured of them, and the derivatives of their log loss.
 """
 
 from __future__ import annotations
@@ -30,16 +34,208 @@ import numpy as np
 from state.compiled import compiled_sums, layout, part_of_sums
 from trainer.engine.compiled.arrays import F32, I32, I64, Facts, FastWeights, Gradients, HeadInputs, Learned
 from trainer.engine.compiled.engagement import engage
-from trainer.engine.compiled.interest import learn_interest, measure_interest, score_candidates
-from trainer.engine.compiled.softmax import exponentials, highest_of, normaliser_of
+from trainer.engine.compiled.rows import add, dot
+from trainer.engine.compiled.softmax import exponentials, highest_of, normaliser_of, rank_of
 from trainer.engine.compiled.threads import Threads, Work, meet
-from trainer.engine.compiled.transition_net import transition_net, transition_net_gradients
 from trainer.engine.compiled.window_net import LOGARITHMS, user_hidden_of, window_net, window_net_gradients
 from trainer.engine.compiled.workspace import BLOCK, Workspace
 from trainer.engine.engine import Scores
 from trainer.engine.optimizers.crosses import crosses
 from trainer.engine.optimizers.fast_weights import FastSlots, count_move, move
+from trainer.model import ranker
+from trainer.model.default_ranker import NET_HIDDEN, NEXT_HIDDEN
 from trainer.model.hyperparameters import HYPERPARAMETERS
+
+MASKED = np.float32(ranker.MASKED)
+"""The logit of a candidate that is not there."""
+
+
+@part_of_sums
+def score_candidates(
+    b: int,
+    row: int,
+    facts: Facts,
+    weights: FastWeights,
+    queries: F32,
+    popular: F32,
+    category: F32,
+    workspace: Workspace,
+    out: F32,
+) -> None:
+    """The logits of categories, popular ones, successors and the last slot of row `b`, row `row` of its block, masked, `[L + P + S + 1]`."""
+    transition_logits, window_logits, m = workspace.transition_logits, workspace.window_logits, workspace.firsts[row]
+    recent_categories, ranks, successors = (
+        facts.recent_mask.shape[1],
+        facts.popular_mask.shape[1],
+        facts.successor_mask.shape[1],
+    )
+    for j in range(recent_categories):
+        out[j] = MASKED
+        if facts.recent_mask[b, j] != _ZERO:
+            out[j] = window_logits[m] + dot(queries, b, 0, category, facts.recent_at[b, j])
+            m += 1
+    transition_at = row * (ranks + successors)
+    for p in range(ranks):
+        out[recent_categories + p] = (
+            popular[b, p] + transition_logits[transition_at + p] if facts.popular_mask[b, p] != _ZERO else MASKED
+        )
+    for j in range(successors):
+        at = recent_categories + ranks + j
+        out[at] = MASKED
+        if facts.successor_mask[b, j] != _ZERO:
+            out[at] = (
+                weights.successor[j]
+                + transition_logits[transition_at + ranks + j]
+                + dot(queries, b, 0, category, facts.successor_at[b, j])
+            )
+    last = recent_categories + ranks + successors
+    out[last] = MASKED
+    if facts.other_mask[b] != _ZERO:
+        out[last] = weights.other[0] + dot(queries, b, 0, category, facts.other_at[b])
+
+
+@part_of_sums
+def measure_interest(b: int, facts: Facts, logits: F32, total: np.float32, highest: np.float32, scores: Scores) -> None:
+    """Loss and rank of row `b`, and a copy of its logits; `total` is the sum of exp(logit - highest)."""
+    recent_categories, ranks = facts.recent_mask.shape[1], facts.popular_mask.shape[1]
+    aim = facts.target[b]
+    if aim >= 0:
+        scores.interest_loss[b] = np.float32(math.log(total)) + highest - logits[aim]
+        scores.rank[b] = rank_of(logits, aim)
+    for j in range(recent_categories):
+        scores.recent_logits[b, j] = logits[j]
+    for p in range(ranks):
+        scores.popular_logits[b, p] = logits[recent_categories + p]
+    for j in range(facts.successor_mask.shape[1]):
+        scores.successor_logits[b, j] = logits[recent_categories + ranks + j]
+
+
+@part_of_sums
+def learn_interest(
+    b: int,
+    row: int,
+    lane: int,
+    facts: Facts,
+    inputs: HeadInputs,
+    workspace: Workspace,
+    shares: F32,
+    total: np.float32,
+    slope: F32,
+    gradients: Gradients,
+    fast_gradient: FastWeights,
+) -> None:
+    """The derivatives of row `b`, row `row` of its block.
+
+    shares: `[L + P + S + 1]` unnormalised softmax of the row's candidates; total: their sum; slope: working memory.
+    """
+    recent_mask, successor_mask = facts.recent_mask, facts.successor_mask
+    recent_at, successor_at, other_at = facts.recent_at, facts.successor_at, facts.other_at
+    queries, category = inputs.queries, inputs.category
+    to_queries, to_category = gradients.queries, gradients.category
+    recent_categories, ranks, successors = recent_mask.shape[1], facts.popular_mask.shape[1], successor_mask.shape[1]
+    dim, places, slots = category.shape[1], ranks + successors, slope.shape[0]
+    factor, of_lane = facts.weight[b] / total, lane * category.shape[0]
+    for i in range(slots):
+        slope[i] = shares[i] * factor
+    slope[facts.target[b]] -= facts.weight[b]
+    m = workspace.firsts[row]
+    for j in range(recent_categories):
+        if recent_mask[b, j] != _ZERO:
+            workspace.window_gradient[m] = slope[j]
+            m += 1
+            add(to_queries, b, 0, slope[j], category, recent_at[b, j], 0, dim)
+            add(to_category, of_lane + recent_at[b, j], 0, slope[j], queries, b, 0, dim)
+    for i in range(places):
+        workspace.transition_gradient[row * places + i] = slope[recent_categories + i]
+    for p in range(ranks):
+        gradients.popular_logits[b, p] = slope[recent_categories + p]
+    for j in range(successors):
+        g = slope[recent_categories + ranks + j]
+        if successor_mask[b, j] != _ZERO:
+            fast_gradient.successor[j] += g
+            add(to_queries, b, 0, g, category, successor_at[b, j], 0, dim)
+            add(to_category, of_lane + successor_at[b, j], 0, g, queries, b, 0, dim)
+    if facts.other_mask[b] != _ZERO:
+        fast_gradient.other[0] += slope[slots - 1]
+        add(to_queries, b, 0, slope[slots - 1], category, other_at[b], 0, dim)
+        add(to_category, of_lane + other_at[b], 0, slope[slots - 1], queries, b, 0, dim)
+
+
+@part_of_sums
+def transition_net(
+    begin: int, end: int, facts: Facts, weights: FastWeights, logarithms: F32, workspace: Workspace
+) -> None:
+    """The logits of popular categories and successors of rows `begin` to `end`, of how often they came next."""
+    user_hidden, logs = workspace.user_hidden, workspace.next_logs
+    hidden, logits = workspace.next_hidden, workspace.transition_logits
+    ranks, columns = facts.popular_next.shape[1], facts.popular_next.shape[2]
+    places, first = ranks + facts.successor_next.shape[1], facts.log_scale.shape[0] - columns
+    count = (end - begin) * places
+    for c in range(columns):
+        scale = facts.log_scale[first + c]
+        for b in range(begin, end):
+            at = (b - begin) * places
+            for p in range(ranks):
+                logs[c, at + p] = logarithms[facts.popular_next[b, p, c]] * scale
+            for j in range(places - ranks):
+                logs[c, at + ranks + j] = logarithms[facts.successor_next[b, j, c]] * scale
+    for row in range(end - begin):
+        for i in range(places):
+            logits[row * places + i] = _ZERO
+            for c in range(columns):
+                logits[row * places + i] += logs[c, row * places + i] * weights.next[0 if i < ranks else 1, c]
+        for k in range(NEXT_HIDDEN):
+            own = user_hidden[row, NET_HIDDEN + k]
+            for i in range(places):
+                hidden[k, row * places + i] = own
+    for k in range(NEXT_HIDDEN):
+        for c in range(columns):
+            weight = weights.next_0[c, k]
+            for i in range(count):
+                hidden[k, i] += logs[c, i] * weight
+        weight = weights.next_1[k]
+        for i in range(count):
+            hidden[k, i] = max(hidden[k, i], _ZERO)
+            logits[i] += hidden[k, i] * weight
+
+
+@part_of_sums
+def transition_net_gradients(
+    begin: int, end: int, facts: Facts, weights: FastWeights, workspace: Workspace, fast_gradient: FastWeights
+) -> None:
+    """Backwards through `transition_net`; spoils `next_hidden`."""
+    logs, hidden = workspace.next_logs, workspace.next_hidden
+    gradient, user_gradient = workspace.transition_gradient, workspace.user_gradient
+    ranks, columns = facts.popular_next.shape[1], facts.popular_next.shape[2]
+    places = ranks + facts.successor_next.shape[1]
+    count = (end - begin) * places
+    for c in range(columns):
+        for row in range(end - begin):
+            of_popular, of_successors = _ZERO, _ZERO
+            for i in range(row * places, row * places + ranks):
+                of_popular += gradient[i] * logs[c, i]
+            for i in range(row * places + ranks, (row + 1) * places):
+                of_successors += gradient[i] * logs[c, i]
+            fast_gradient.next[0, c] += of_popular
+            fast_gradient.next[1, c] += of_successors
+    for k in range(NEXT_HIDDEN):
+        total, weight = _ZERO, weights.next_1[k]
+        for i in range(count):
+            total += gradient[i] * hidden[k, i]
+        fast_gradient.next_1[k] += total
+        for i in range(count):
+            hidden[k, i] = gradient[i] * weight if hidden[k, i] > _ZERO else _ZERO
+        for c in range(columns):
+            total = _ZERO
+            for i in range(count):
+                total += logs[c, i] * hidden[k, i]
+            fast_gradient.next_0[c, k] += total
+        for row in range(end - begin):
+            total = _ZERO
+            for i in range(row * places, (row + 1) * places):
+                total += hidden[k, i]
+            user_gradient[row, NET_HIDDEN + k] = total
+
 
 FAST_ROWS = HYPERPARAMETERS.fast_rows
 

@@ -11,6 +11,10 @@ One graph measures a record:
 5. They go back through `encode` to dense weights and rows.
 
 A second graph applies: Adam to the dense weights, Adagrad to the rows.
+
+The Kalman filter of crosses in a graph, on any device: what `trainer/engine/optimizers/crosses.py` says, row after row.
+
+Scores and derivatives of a record block by block, so that fast weights move between blocks.
 """
 
 from __future__ import annotations
@@ -21,16 +25,253 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from state.ranking.crosses import FIRST_SHARES
 from trainer.engine.engine import CROSS, F32, I32, Measured, Scores
 from trainer.engine.optimizers.adam import Adam
 from trainer.engine.optimizers.fast_weights import FastSlots
 from trainer.engine.record import Record
-from trainer.engine.tensorflow.blocks import Blocks, Learning, distinct_tensors
-from trainer.engine.tensorflow.crosses import learn_crosses
+from trainer.model import losses
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.inputs import Input
 from trainer.model.ranker import Ranker, Targets
 from trainer.tables.table import Table
+
+
+class Learning(NamedTuple):
+    """What the blocks of a record read.
+
+    Attributes:
+        values: Inputs that are values, by name.
+        rows: Inputs of embedding rows.
+        encoded: With dropout.
+        plain: Without.
+        targets: What is learned.
+        slots: Of the fast weights before the record: fast, slow, second, moves.
+    """
+
+    values: Mapping[str, Tensor]
+    rows: Mapping[str, Tensor]
+    encoded: Any
+    plain: Any
+    targets: Targets
+    slots: tuple[Tensor, ...]
+
+
+class Blocks:
+    """Learns records block by block.
+
+    Args:
+        ranker: Any.
+        optimizer: Has the step size of the fast weights, and their epsilon.
+    """
+
+    def __init__(self, ranker: Ranker, optimizer: Adam) -> None:
+        self._ranker, self._optimizer, self._rate = ranker, optimizer, np.float32(optimizer.fast_rate)
+        self._fast = [ranker.dense[name] for name in ranker.fast_weights]
+        # In the shape of the flat weights: factors of the step size, the longest prefix says it.
+        known = sorted(ranker.fast_learning_rates.items(), key=lambda each: len(each[0]))
+        factors = [next((f for p, f in reversed(known) if name.startswith(p)), 1.0) for name in ranker.fast_weights]
+        sizes = [int(np.prod(weight.shape)) for weight in self._fast]
+        self._sizes, self._factors = sizes, np.repeat(np.array(factors, np.float32), sizes)
+        self._by_row = {one.name for one in ranker.inputs if one.shape.startswith("B")}
+
+    def learn(self, of: Learning, move: Tensor) -> tuple[Any, ...]:
+        """Scores and derivatives of a record.
+
+        Args:
+            of: The record.
+            move: bool, whether the fast weights move.
+
+        Returns:
+            The scores in the order of `Scores`; the derivatives by each tensor of `of.encoded`, by each of `of.rows`,
+            by each dense weight; and the slots of the fast weights after the record, themselves first.
+        """
+        count, size = tf.shape(of.targets.slot)[0], HYPERPARAMETERS.fast_rows
+        if not self._fast:
+            scores, by_encoded, by_rows, by_dense = self._block(of, 0, count)
+            return _joined(scores), by_encoded, by_rows, by_dense, (tf.zeros([0]), *of.slots)
+        blocks, before = (count + size - 1) // size, self._flat(self._fast)
+        # Derivatives by rows that the whole record shares add up; all others come one block behind another.
+        shared = [name not in self._by_row for name in of.rows]
+        rows = [
+            tf.zeros_like(each) if whole else _array(each, blocks)
+            for each, whole in zip(of.rows.values(), shared, strict=True)
+        ]
+        kinds = [_array(each, blocks) for each in self._kinds(of)]
+        encoded = [_array(each, blocks) for each in distinct_tensors(of.encoded)]
+        totals = [tf.zeros(weight.shape) for weight in self._ranker.dense.values()]
+
+        def body(number: Tensor, *state: Any) -> tuple[Any, ...]:
+            kinds, encoded, rows, totals, weights, slots = state
+            self._assign(weights)
+            begin = number * size
+            scores, by_encoded, by_rows, by_dense = self._block(of, begin, tf.minimum(begin + size, count))
+            kinds = [array.write(number, part) for array, part in zip(kinds, scores, strict=True)]
+            encoded = [array.write(number, part) for array, part in zip(encoded, by_encoded, strict=True)]
+            rows = [
+                held + part if whole else held.write(number, part)
+                for held, part, whole in zip(rows, by_rows, shared, strict=True)
+            ]
+            totals = [total + part for total, part in zip(totals, by_dense, strict=True)]
+            named = dict(zip(self._ranker.dense, by_dense, strict=True))
+            gradient = self._flat([named[name] for name in self._ranker.fast_weights])
+            weights, *slots = tf.cond(move, lambda: self.moved(gradient, slots), lambda: (weights, *slots))
+            return number + 1, kinds, encoded, rows, totals, weights, slots
+
+        state = (0, kinds, encoded, rows, totals, before, list(of.slots))
+        _, kinds, encoded, rows, totals, weights, slots = tf.while_loop(lambda n, *_: n < blocks, body, state)
+        self._assign(before)
+        by_rows = [held if whole else held.concat() for held, whole in zip(rows, shared, strict=True)]
+        scores = _joined([array.concat() for array in kinds])
+        return scores, [array.concat() for array in encoded], by_rows, totals, (weights, *slots)
+
+    def _kinds(self, of: Learning) -> list[Tensor]:
+        """Tensors of the types and row shapes of what `_block` says of scores."""
+        row = of.targets.weight
+        sizes = [self._ranker.sizes[letter] for letter in "LPS"]
+        logits = [tf.zeros([0, size]) for size in sizes]
+        return [*logits, row, tf.zeros([0], tf.int32), row, row, row, row]
+
+    def _block(self, of: Learning, begin: Tensor, end: Tensor) -> tuple[Any, ...]:
+        """Of rows `begin` to `end`: scores and losses, derivatives by what was encoded, by rows, by dense weights."""
+        values, rows = (
+            {name: part[begin:end] if name in self._by_row else part for name, part in parts.items()}
+            for parts in (of.values, of.rows)
+        )
+        targets, encoded, plain = (_cut(part, begin, end) for part in (of.targets, of.encoded, of.plain))
+        flat = distinct_tensors(encoded)
+        with tf.GradientTape() as tape:
+            tape.watch([flat, list(rows.values())])
+            loss = tf.reduce_sum(self._ranker.losses(encoded, values | rows, targets))
+        by_encoded, by_rows, by_dense = tape.gradient(
+            loss,
+            [flat, list(rows.values()), list(self._ranker.dense.values())],
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+        by_dense = [tf.convert_to_tensor(each) for each in by_dense]
+        scores = self._ranker.score(plain, values | rows)
+        own, drawn = losses.engagement_losses(scores, targets)
+        found = [scores[name] for name in ("recent_logits", "popular_logits", "successor_logits")]
+        found += [losses.interest_loss(scores, targets.slot), losses.rank(scores, targets.slot)]
+        found += [scores["engagement_logit"], scores["negative_logit"], own, drawn]
+        return found, by_encoded, by_rows, by_dense
+
+    def moved(self, gradient: Tensor, slots: list[Tensor]) -> tuple[Tensor, ...]:
+        """One move, as `trainer/engine/optimizers/fast_weights.py` says it."""
+        numbers, (fast, slow, second, moves) = HYPERPARAMETERS, slots
+        count, power = moves[0] + 1.0, moves[1] * numbers.beta_2
+        share = tf.maximum(1.0 / numbers.average_moves, numbers.first_moves / (count + numbers.first_moves))
+        second += (gradient * gradient - second) * (1.0 - numbers.beta_2)
+        step = self._rate * tf.sqrt(1.0 - power) * self._factors
+        fast -= step * gradient / (tf.sqrt(second) + self._optimizer.epsilon)
+        slow += share * (fast - slow)
+        return fast + numbers.average_share * (slow - fast), fast, slow, second, tf.stack([count, power])
+
+    def _flat(self, parts: list[Tensor]) -> Tensor:
+        return tf.concat([tf.reshape(part, [-1]) for part in parts], 0)
+
+    def _assign(self, flat: Tensor) -> None:
+        for weight, part in zip(self._fast, tf.split(flat, self._sizes), strict=True):
+            weight.assign(tf.reshape(part, weight.shape))
+
+
+def distinct_tensors(structure: Any) -> list[Tensor]:
+    """Each tensor of a structure once, in their order."""
+    return list({id(tensor): tensor for tensor in tf.nest.flatten(structure)}.values())
+
+
+def _cut(structure: Any, begin: Tensor, end: Tensor) -> Any:
+    """The structure of rows `begin` to `end`; a tensor that is in it twice is so afterwards."""
+    cut = {id(tensor): tensor[begin:end] for tensor in tf.nest.flatten(structure)}
+    return tf.nest.map_structure(lambda tensor: cut[id(tensor)], structure)
+
+
+def _array(like: Tensor, blocks: Tensor) -> Any:
+    """An array of blocks of rows of the type and shape of those of `like`."""
+    return tf.TensorArray(like.dtype, blocks, element_shape=[None, *like.shape[1:]], infer_shape=False)
+
+
+def _joined(scores: list[Tensor]) -> tuple[Tensor, ...]:
+    """In the order of `Scores`: the rows' own pairs and then their negatives."""
+    *logits, loss, rank, own, drawn, own_loss, drawn_loss = scores
+    return *logits, loss, rank, tf.concat([own, drawn], 0), tf.concat([own_loss, drawn_loss], 0)
+
+
+def learn_crosses(
+    at: Tensor, share_at: Tensor, prior: Tensor, labels: Tensor, rows: Tensor, precision: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores the crosses of a record and learns from its labels.
+
+    Args:
+        at: `[B, C]` int32 places in `rows`, 0 where there is no cross; all 0 in rows without a label.
+        share_at: `[C]` int32, the places of shares.
+        prior: `[C]` float32, the precision of each weight before anything was learned.
+        labels: `[B]` float32.
+        rows: `[w, 2]` float32, distinct rows of the table.
+        precision: `[w, 2]` float32, how much was learned of each.
+
+    Returns:
+        `[B]` float32 logits, each before its row was learned from; rows and precision after the record.
+    """
+    first = tf.constant(FIRST_SHARES, tf.float32)
+    shares, known = tf.gather(rows, share_at) + first, tf.gather(precision, share_at)
+
+    def body(b: Tensor, state: tuple[Tensor, ...], logits: Any) -> tuple[Any, ...]:
+        rows, precision, shares, known = state
+        places = at[b]
+        numbers, learned = tf.gather(rows, places), tf.gather(precision, places)
+        live = tf.cast(places != 0, tf.float32)
+        logit = tf.reduce_sum(shares * numbers)
+
+        def learn() -> tuple[Tensor, ...]:
+            to_rows, to_precision = _weights_and_marginals(numbers, learned, live, prior, labels[b])
+            more_shares, more_known = _shares(logit, labels[b], numbers, known)
+            at_rows = tf.expand_dims(places, 1)
+            return (
+                tf.tensor_scatter_nd_add(rows, at_rows, to_rows),
+                tf.tensor_scatter_nd_add(precision, at_rows, to_precision),
+                shares + more_shares,
+                known + more_known,
+            )
+
+        state = tf.cond(tf.reduce_any(places != 0), learn, lambda: (rows, precision, shares, known))
+        return b + 1, state, logits.write(b, logit)
+
+    count = tf.shape(at)[0]
+    logits = tf.TensorArray(tf.float32, count, element_shape=[])
+    _, (rows, precision, shares, known), logits = tf.while_loop(
+        lambda b, *_: b < count, body, (0, (rows, precision, shares, known), logits)
+    )
+    places = tf.expand_dims(share_at, 1)
+    rows = tf.tensor_scatter_nd_update(rows, places, shares - first)
+    return logits.stack(), rows, tf.tensor_scatter_nd_update(precision, places, known)
+
+
+def _weights_and_marginals(
+    numbers: Tensor, learned: Tensor, live: Tensor, prior: Tensor, label: Tensor
+) -> tuple[Tensor, Tensor]:
+    """What is added to the `[C, 2]` weights and marginal logits of a row's crosses, and to their precision."""
+    weight, marginal = numbers[:, 0], numbers[:, 1]
+    # The first cross, which every row has, learns the logit of all labels; the others what theirs add to it.
+    likely = tf.sigmoid(tf.concat([marginal[:1], marginal[1:] + marginal[0]], 0))
+    gained = likely * (1.0 - likely) * live
+    to_marginal = live * (label - likely) / (HYPERPARAMETERS.marginal_precision + learned[:, 1] + gained)
+    variance = live / (prior + learned[:, 0])
+    variances, likely = tf.reduce_sum(variance), tf.sigmoid(tf.reduce_sum(weight))
+    information = likely * (1.0 - likely)
+    error = (label - likely) / (1.0 + information * variances)
+    to_precision = live * information / (1.0 + information * (variances - variance))
+    return tf.stack([variance * error, to_marginal], 1), tf.stack([to_precision, gained], 1)
+
+
+def _shares(logit: Tensor, label: Tensor, numbers: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    """What is added to the `[C, 2]` shares, and to their precision."""
+    likely = tf.sigmoid(logit)
+    information = likely * (1.0 - likely)
+    precision = HYPERPARAMETERS.share_precision + known
+    error = (label - likely) / (1.0 + information * tf.reduce_sum(numbers * numbers / precision))
+    return numbers * error / precision, information * numbers * numbers
+
 
 Tensor = Any
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import uvloop
 
-from deploy.serving.edge.accepting import AT_ONCE, Acceptor
+from deploy.serving.edge.server import AT_ONCE, Acceptor
 from deploy.serving.edge.tls import Certificate
 from tests.deploy.serving.edge.certificates import write_certificate
 

@@ -6,10 +6,7 @@ import numpy as np
 import pytest
 
 from deploy.serving.answer import Query
-from deploy.serving.explaining.explaining import NOBODY, explain
-from deploy.serving.explaining.explanation import Explanation
-from deploy.serving.explaining.groups import Group, groups_of
-from deploy.serving.explaining.words import Words
+from deploy.serving.explaining.explaining import NOBODY, Explanation, Group, Words, explain, groups_of
 from deploy.serving.predictor import Predictor
 from state.errors import BadRequest
 from state.events.identity import Salt, public_id, user_id

@@ -14,10 +14,10 @@ from state.positions import Source
 from state.registry.control import start
 from state.registry.manifest import Draft, LogRange, Manifest
 from state.registry.registry import SERVING, TRAINING, Registry
-from state.registry.sharing import starting
+from state.registry.sharing import running as starting
 from state.registry.sharing.binding import bind
 from state.registry.sharing.giving import DurableSender, RecentSender
-from state.registry.sharing.taking import SILENT_S, Copier
+from state.registry.sharing.running import SILENT_S, Copier
 
 WHO = {"actor": "ann", "reason": "because", "now_ms": 5}
 SOURCE = Source("ab" * 16, 1)

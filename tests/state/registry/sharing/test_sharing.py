@@ -22,8 +22,8 @@ from state.registry.registry import SERVING, TRAINING, Registry
 from state.registry.sharing import pack
 from state.registry.sharing.binding import bind
 from state.registry.sharing.giving import KEPT_PACKS_S
+from state.registry.sharing.running import REST_S, SILENT_S, Copier
 from state.registry.sharing.small import all_reports, exchange_small
-from state.registry.sharing.taking import REST_S, SILENT_S, Copier
 from tests.state.registry.sharing.hosts import WHO, CopyHost, Link, Origin
 
 POINTS_OF_SENDER = ("share.pack", "share.file", "share.manifest", "share.named", "share.unnamed")
