@@ -8,7 +8,7 @@ The compiled engine: the default ranker's step on a processor, in compiled loops
 4. The tower runs backward; derivatives are gathered by distinct row.
 5. `apply` moves the gathered rows by Adagrad and the dense weights by Adam.
 
-TensorFlow takes part only where the preprocessing is a TensorFlow function.
+In a step TensorFlow takes part only where the preprocessing is a function of one's own.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class CompiledEngine:
         self._cross_precision, self._attributes = cross_precision, attributes
         ranker.hold(optimizer.weights)
         self._tower = Tower(ranker, optimizer.weights, optimizer.gradients, threads)
-        self._prepare = prepared_by(ranker.preprocessing, ranker.sizes["D"] or 0)
+        self._prepare = prepared_by(ranker.preprocessing, ranker.sizes["D"] or 0, ranker.settings.preprocessing)
         self._heads, self.threads = Heads(threads), threads
         self._weights = {name: optimizer.weights[weight] for weight, name in FROM_HEADS.items()}
 
@@ -264,8 +264,20 @@ class CompiledEngine:
         return sparse
 
 
-def prepared_by(preprocessing: Preprocessing, features: int) -> Callable[[U16], F32]:
-    """`[B, D]` uint16 features to what `preprocessing` makes of them, `[B, D']` float32."""
+def prepared_by(preprocessing: Preprocessing, features: int, name: str) -> Callable[[U16], F32]:
+    """Compiles a preprocessing.
+
+    The default one takes each feature by itself, and a feature has 65,536 values: TensorFlow computes them all once. A
+    call of its graph in each update took as long as the heads. `tests/trainer/engine/test_build.py` compares both.
+
+    Args:
+        preprocessing: `[B, D]` float32 raw integers to `[B, D']` float32.
+        features: D.
+        name: The setting `model.preprocessing`.
+
+    Returns:
+        `[B, D]` uint16 features to what `preprocessing` makes of them, `[B, D']` float32.
+    """
     if isinstance(preprocessing, Logarithms):
         log_scale, scale = preprocessing.log_scale, preprocessing.scale
 
@@ -278,7 +290,31 @@ def prepared_by(preprocessing: Preprocessing, features: int) -> Callable[[U16], 
     signature = [tf.TensorSpec([None, features], tf.uint16)]
     graph = tf.function(lambda raw: preprocessing(tf.cast(raw, tf.float32)), signature, autograph=False)
     concrete = graph.get_concrete_function()
-    return lambda raw: np.asarray(concrete(tf.constant(raw)).numpy(), np.float32)
+
+    def by_tensorflow(raw: U16) -> F32:
+        return np.asarray(concrete(tf.constant(raw)).numpy(), np.float32)
+
+    if name != ModelSettings().preprocessing:
+        return by_tensorflow
+    values = np.repeat(np.arange(1 << 16, dtype=np.uint16)[:, None], features, 1)
+    table = np.ascontiguousarray(by_tensorflow(values))
+
+    def by_table(raw: U16) -> F32:
+        found = np.empty(raw.shape, np.float32)
+        _look_up(read_only(raw), table, found)
+        return found
+
+    # The settings may name another function than the one that the bootstrap analysed.
+    sample = np.random.default_rng(0).geometric(1e-3, (256, features)).astype(np.uint16)
+    same = table.shape == values.shape and np.allclose(by_table(sample), by_tensorflow(sample), 1e-5, 1e-5)
+    return by_table if same else by_tensorflow
+
+
+@compiled("const(u2[:, ::1]), f4[:, ::1], f4[:, ::1]")
+def _look_up(raw: U16, table: F32, out: F32) -> None:
+    for b in range(raw.shape[0]):
+        for d in range(raw.shape[1]):
+            out[b, d] = table[raw[b, d], d]
 
 
 @compiled("const(u2[:, ::1]), f4[::1], f4[::1], f4[::1], f4[:, ::1]")
