@@ -1,18 +1,15 @@
-"""Attributes of users and items out of files, into their compacted topics.
+"""Sends attributes of users and items from files to their compacted Kafka topics.
 
     python -m deploy.attributes --users FILE... --items FILE... [--columns A,B,...] [--format F] [--delimiter C]
 
     read -> encode -> judge -> send -> acknowledged
 
-A row becomes a record: its key is the id, its fields are those that
-`[attributes]` names. The stream's own code judges each record first. What it
-would refuse is not sent, so that the record which the topic has of that id
-stays; it is named and counted. The last row of an id wins, and a run that
-ended early is simply run again.
+Each row becomes one record. Its key is the id, and its fields are those that `[attributes]` lists.
 
-Sends records of attributes into their topic: acknowledged, and refused rows named and counted.
+The stream's own code validates each record before it is sent. A record that the stream would refuse
+is not sent, so the topic keeps the record it has for that id. The refused row is named and counted.
 
-Rows of files as records of attributes, judged as the stream judges them. Pure.
+If an id occurs several times, the last row wins. If a run ends early, run it again.
 """
 
 from __future__ import annotations
@@ -47,6 +44,10 @@ from state.recordings.rows import RecordedRows, shown_reasons
 
 Record = tuple[bytes, bytes]
 Bad = tuple[int, str]
+ENOUGH_ROWS = 10  # if so many rows give no record, the mapping is wrong
+REFUSED = "refused row"
+BY_SIDE = {"user": "users", "item": "items"}
+NOT_THERE = "correct [attributes]"
 
 
 @dataclass(frozen=True)
@@ -121,11 +122,6 @@ def _value(fields: dict[str, object], rows: RecordedRows, row: int) -> bytes:
     except (TypeError, ValueError):
         # No JSON has such a value; as text it is refused.
         return rows.text(row)
-
-
-ENOUGH_ROWS = 10  # so many rows and no record: the mapping is wrong
-REFUSED = "refused row"
-BY_SIDE = {"user": "users", "item": "items"}
 
 
 @dataclass
@@ -227,9 +223,6 @@ def summary(files: AttributeFiles, outcome: SentAttributes, took_s: float) -> st
     ]
     parts.append("complete" if outcome.complete else "stopped before the end: the same command sends all of it again")
     return "; ".join(parts)
-
-
-NOT_THERE = "correct [attributes]"
 
 
 def parser() -> argparse.ArgumentParser:

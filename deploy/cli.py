@@ -1,11 +1,13 @@
-"""The command line: `springtide COMMAND [options] [--section.name VALUE ...]`.
+"""Entry point of the command line: `springtide COMMAND [options] [--section.name VALUE ...]`.
 
-A command either becomes a process of the loop (the interpreter is replaced, so
-that signals reach it), or is a command of the operator, done here. Settings
-may stand anywhere on the line, as in every process: `--kafka.port 9192`,
-`--config FILE`. Exit codes: 0 done, 1 failed, 2 wrong use.
+A command either becomes a process of the loop or is an operator's command that runs here. To become
+a process, it replaces the interpreter, so that signals reach the process directly.
 
-Shows the settings: the effective ones with their origin, one in full, and all of them as documentation.
+Settings may appear anywhere in the arguments, as for every process: `--kafka.port 9192`, `--config
+FILE`. Exit codes: 0 done, 1 failed, 2 wrong use.
+
+`springtide config` shows the effective settings with their origin, one setting in full, or all of
+them as documentation.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from state.process.private_files import keep_private
 from state.process.wall_clock import wall_ms
 
 SERVERS = "kafka.bootstrap_servers"
+Command = Callable[[Settings, argparse.Namespace, int, Callable[[str], None]], None]
 
 
 def chosen(names: Sequence[str]) -> list[KnownSetting]:
@@ -204,9 +207,6 @@ def as_toml(value: Any) -> str:
     ('["view", "cart"]', '0.2', '7')
     """
     return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
-
-
-Command = Callable[[Settings, argparse.Namespace, int, Callable[[str], None]], None]
 
 
 def config(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:

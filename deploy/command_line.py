@@ -1,8 +1,6 @@
-"""What may be written on `springtide`'s command line: its commands, their options and helps.
+"""Defines the argument parser of `springtide`: its commands, including `springtide trial`, their options and help texts.
 
-Settings are taken out of the line before; see `state.config.sources`.
-
-What may be written behind `springtide trial`.
+Settings are removed from the arguments before parsing; see `state.config.sources`.
 """
 
 from __future__ import annotations
@@ -19,6 +17,9 @@ from deploy.operate.options import SETTINGS_HELP, Add, positive
 from state.errors import SettingsError
 
 VERBS = ("start", "list", "stop", "promote", "report")
+READERS = ("stream", "train", "up")  # stop at a gap; continue if the loss is accepted
+_UNKNOWN = re.compile(r"argument .+: invalid choice: '(.*)' \(choose from (.*)\)", re.DOTALL)
+"""argparse's message for a word that is not one of its choices."""
 
 
 def trial(add: Add) -> argparse.ArgumentParser:
@@ -140,10 +141,6 @@ OWN_HELP = (
     "capacity",
     "segments",
 )  # their modules have options of their own and explain them
-READERS = ("stream", "train", "up")  # stop at a gap, and go on where the loss is accepted
-
-_UNKNOWN = re.compile(r"argument .+: invalid choice: '(.*)' \(choose from (.*)\)", re.DOTALL)
-"""How argparse refuses a word that is none of its choices."""
 
 
 class RefusingParser(argparse.ArgumentParser):

@@ -1,14 +1,15 @@
-"""The webhook's process: `springtide webhook` takes Alertmanager's notifications and pins; `deploy/prometheus/README.md` shows both ends.
+"""Receives Alertmanager notifications over HTTP and pins serving to the last good version: `springtide webhook`.
 
-Only POST on one path changes something, and only with a token of the role
-operate, also where answers need none. A resolved alert changes nothing: an
-operator looks first, and lets answers follow.
+`deploy/prometheus/README.md` shows how to configure both ends.
+The notification format is version 4 of Alertmanager's webhook JSON:
+https://prometheus.io/docs/alerting/latest/configuration/#webhook_config
 
-Pins answers to the newest version from before an alert began; what an operator decided is left as it is.
+A firing alert pins serving to the newest version that existed before the alert began. A decision
+that an operator made is not changed. A resolved alert changes nothing: an operator checks first and
+then lets serving follow the newest version again.
 
-What Alertmanager's webhook sends: which alert fires, and since when. Pure.
-
-https://prometheus.io/docs/alerting/latest/configuration/#webhook_config, version 4 of its JSON.
+Only POST on one path changes anything. It always needs a token of the role `operate`, even where
+read requests need no token.
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ from state.registry.registry import Registry
 
 VERSION = "4"
 MOST_TEXT = 300
+ACTOR = "alertmanager"
+PATH = "/v1/alerts"
+MOST_BYTES = 1 << 20
+TIMEOUT_S = 10.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -114,9 +120,6 @@ def _alert(found: Any, number: int) -> Notification | None:
     return Notification(name, began_ms, " ".join(words)[:MOST_TEXT])
 
 
-ACTOR = "alertmanager"
-
-
 def pin_before(registry: Registry, notification: Notification, before_s: float, now_ms: int) -> str:
     """Pins, and says what was done; asked again it changes nothing. Durable when it returns.
 
@@ -146,12 +149,6 @@ def pin_before(registry: Registry, notification: Notification, before_s: float, 
     reason = notification.summary or f"{notification.alert} fires"
     registry.propose(transitions.pin(control, version.version, actor=actor, reason=reason, now_ms=now_ms))
     return f"answers stay at {told(version)}; `springtide follow` undoes it"
-
-
-PATH = "/v1/alerts"
-MOST_BYTES = 1 << 20
-TIMEOUT_S = 10.0
-_log = logging.getLogger(__name__)
 
 
 class Webhook:

@@ -1,19 +1,22 @@
-"""`springtide backup` and `springtide restore`: what is asked for, done and told.
+"""The commands `springtide backup` and `springtide restore`, and the code that makes a backup.
 
-Makes a backup beside the running system: `springtide backup TO`.
+`springtide backup TO` backs up a running system:
 
-1. The place is ours: nobody prunes it meanwhile.
-2. The histories of each shard as of one moment, with their positions; then what lies beside them.
-3. Control, and the versions that there are under it.
-4. Serving's notes next to its histories, where this machine serves; the pieces that the place does not have yet.
-5. The document, which makes a backup of it; a crash before leaves none, and what was sent need not be sent again.
+1. Lock the backup location, so that nobody prunes it meanwhile.
+2. Copy the histories of each shard with their positions, each from one moment; then the files next
+   to them.
+3. Copy control, and the versions that exist under it.
+4. If this machine serves, copy serving's notes next to its histories. Upload the pieces that the
+   location lacks.
+5. Write the backup document, which makes the backup valid. After a crash before this step there is
+   no backup, but the pieces already uploaded are not sent again.
 
-Histories first: control that is newer than they are is what a stream meets after
-an outage, and goes back where it must. The trainer's place in its log and the
-stream's in the clicks are of different moments; both are read on from in Kafka,
-and rows that come twice are trimmed by their positions.
+Histories come before control. After an outage, a stream also meets control that is newer than its
+histories, and it rolls back where it must. The trainer's position in its log and the stream's
+position in the clicks come from different moments. Both continue from those positions in Kafka, and
+repeated rows are trimmed by position.
 
-A live store as a stream of bytes: one moment of it, without a second copy on the disk.
+`snapshot` streams a live store as it is at one moment, without a second copy on disk.
 """
 
 from __future__ import annotations
@@ -61,6 +64,15 @@ from state.registry.brought_files import MANIFEST
 from state.registry.manifest import FileEntry
 from state.registry.registry import Registry
 
+SALT_OF = "salt"  # an extra of the stream's histories
+BESIDE = (layout.WRITER, layout.LEADERS)
+TRIES = 50
+LINE_EVERY_S = 10.0
+SALT_IN = (
+    "the salt is in this backup: whoever reads it can tell which pseudonym is whose; keep it where only you can read it"
+)
+SALT_OUT = "the salt is not in it: keep a copy of {path} elsewhere, without it nothing can be restored"
+
 
 @contextmanager
 def snapshot(store: LmdbStore) -> Iterator[BinaryIO]:
@@ -91,11 +103,6 @@ def snapshot(store: LmdbStore) -> Iterator[BinaryIO]:
         writer.join()
     if failed:
         raise failed[0]
-
-
-SALT_OF = "salt"  # an extra of the stream's histories
-BESIDE = (layout.WRITER, layout.LEADERS)
-TRIES = 50
 
 
 class Scope(NamedTuple):
@@ -334,13 +341,6 @@ class _Making:
 
 class _Differs(Exception):
     """A file of a version is not what its manifest says."""
-
-
-LINE_EVERY_S = 10.0
-SALT_IN = (
-    "the salt is in this backup: whoever reads it can tell which pseudonym is whose; keep it where only you can read it"
-)
-SALT_OUT = "the salt is not in it: keep a copy of {path} elsewhere, without it nothing can be restored"
 
 
 def backup(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:

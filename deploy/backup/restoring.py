@@ -1,19 +1,20 @@
 """Restores a backup on an empty machine: `springtide restore FROM`.
 
-1. Nothing is there that would be lost or mixed with it, and the salt is the one of its users.
-2. Every file is built aside, under `restoring/`, and each piece compared with its digest.
-3. Its histories open and are as far as the backup says; its newest version has all that makes it up.
-   Serving gets a copy of the histories, so that it answers as before where Kafka has no clicks to read again.
-4. Numbers of versions that the lost system may have used stay taken, so that a serving host that
-   still has some never mixes them with new ones. Erasures of after the backup count again, as far as they are known.
-   Control says in a generation of its own who restored what.
-5. The files take their places: histories first, control last. A crash before leaves nothing but `restoring/`; one in
-   between a directory that the next restore refuses, and that is to be emptied.
+1. Check that the restore would lose or mix no existing state, and that the salt is the one of the
+   backup's users.
+2. Build every file under `restoring/`, and compare each piece with its digest.
+3. Check that the histories open and reach the backup's positions, and that the newest version is
+   complete. Serving gets a copy of the histories, so that answers stay the same if Kafka cannot
+   replay the clicks.
+4. Reserve the version numbers that the lost system may have used. A serving host that still has
+   such versions then never mixes them with new ones. Apply known erasures made after the backup
+   again. A new control generation records who restored what.
+5. Move the files to their final paths: histories first, control last. A crash before this step
+   leaves only `restoring/`. A crash during it leaves a directory that the next restore refuses;
+   empty it first.
 
-What goes on from there is an ordinary start after a crash: stream, trainer and
-serving read on in Kafka from where their parts of the backup were.
-
-What a restore refuses before it writes anything: state that is there already, and the salt of other users.
+Afterwards the system starts as after a crash. Stream, trainer and serving continue in Kafka from
+the positions in the backup.
 """
 
 from __future__ import annotations
@@ -55,6 +56,8 @@ RESTORING = "restoring"
 
 _MAY_BE_THERE = {layout.LOCK, layout.SALT, layout.KAFKA, layout.LOGS, layout.REPLAY, layout.REGISTRY, RESTORING}
 _MAY_BE_IN_REGISTRY = {layout.TRAINER_LOCK, layout.COMPACTOR_LOCK, RESTORING}
+SALT = "salt"
+MOST_VERSIONS_PER_S, MOST_BETWEEN = 100, 10_000
 
 
 def require_restorable(settings: Settings, backup: Backup) -> None:
@@ -115,10 +118,6 @@ def _entries(folder: Path) -> list[Path]:
 
 def _has_files(path: Path) -> bool:
     return not path.is_dir() or any(not one.is_dir() for one in path.rglob("*"))
-
-
-SALT = "salt"
-MOST_VERSIONS_PER_S, MOST_BETWEEN = 100, 10_000
 
 
 class By(NamedTuple):

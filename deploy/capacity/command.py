@@ -1,6 +1,7 @@
-"""Reports how large a deployment must be: `springtide capacity`, `python -m deploy.capacity.command [options]`.
+"""Calculates how large a deployment must be: `springtide capacity`, `python -m deploy.capacity.command [options]`.
 
-Sizes of a deployment from measured constants: what each part takes, and where the design ends. Pure.
+The sizes follow from measured constants: what each part of the system uses, and which limit the
+design meets first.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
-"""What the console changes: each call is one of the operator's commands, with a reason, on control as it was shown.
+"""Handles the console's requests that change something.
 
-POST /api/plan       what a rollback would do: nothing is changed
-POST /api/rollback   does a plan that was shown
-POST /api/pin /api/follow /api/hold /api/release /api/pause /api/resume /api/unmask
+Each call runs one of the operator's commands, with a reason, on control as the page showed it.
 
-Plans of rollbacks that were shown: only what was shown is done, and only while control is what it was then.
+    POST /api/plan       what a rollback would do; changes nothing
+    POST /api/rollback   executes a plan that was shown
+    POST /api/pin /api/follow /api/hold /api/release /api/pause /api/resume /api/unmask
+
+Plans of rollbacks are kept in memory. A rollback executes only a plan that was shown, and only
+while control is the same as when it was shown.
 """
 
 from __future__ import annotations
@@ -34,6 +37,10 @@ from state.errors import BadRequest, ControlConflict, RegistryError
 from state.process.actor import acting, actor
 
 MOST, KEEP_S = 32, 900.0
+LONGEST_REASON, LONGEST_NAME, MOST_SKIPS = 500, 64, 50
+Answer = Callable[[Request], Awaitable[Response]]
+Skips = Annotated[list[str], msgspec.Meta(max_length=MOST_SKIPS)]
+Number = Annotated[int, msgspec.Meta(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -100,13 +107,6 @@ class ShownPlans:
                 f"type {found.version} where it is what you want",
             )
         return found
-
-
-LONGEST_REASON, LONGEST_NAME, MOST_SKIPS = 500, 64, 50
-
-Answer = Callable[[Request], Awaitable[Response]]
-Skips = Annotated[list[str], msgspec.Meta(max_length=MOST_SKIPS)]
-Number = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class PlanWanted(msgspec.Struct, forbid_unknown_fields=True):

@@ -1,10 +1,11 @@
-"""What the console knows of the loop: figures each second while somebody looks, else now and then for the curves.
+"""Collects what the console shows of the loop, and keeps figures over time in memory for its curves.
 
-What no process tells on /metrics (Kafka, registry, accounts, disks) is asked
-for more seldom, and only while somebody looks. Stores are opened by one thread
-at a time: LMDB does not open one twice in a process.
+While somebody has the console open, figures are read every second; otherwise only as often as the
+curves need them. The curves have one point every few seconds and cover the last hour.
 
-Figures over time, kept in memory: one point each few seconds, the newest hour.
+Figures that no process exposes on /metrics (Kafka, registry, accounts, disks) are read less often,
+and only while somebody has the console open. One thread at a time opens stores, because LMDB cannot
+open the same store twice in a process.
 """
 
 from __future__ import annotations
@@ -56,6 +57,13 @@ QUANTILES: Mapping[str, tuple[str, str]] = {
 """Curve -> what is distributed, and which of its quantiles."""
 LIFT = "lift_top1"
 """The curve of how much more often the model is right than the best of what is simple."""
+WATCHED_S = 20.0
+"""How long after a request the console counts as open."""
+LOOK_S = 1.0
+PARTS_S = 15.0
+AWAY_S = 5.0
+"""Interval of reads while Kafka is unreachable; short, so that its return shows soon."""
+_log = logging.getLogger(__name__)
 
 
 class Curves:
@@ -109,16 +117,6 @@ class Curves:
 def _rounded(value: float | None) -> float | None:
     """Six digits, which is more than a curve shows."""
     return None if value is None else float(f"{value:.6g}")
-
-
-WATCHED_S = 20.0
-"""How long somebody looks who has asked once."""
-LOOK_S = 1.0
-PARTS_S = 15.0
-AWAY_S = 5.0
-"""While Kafka is away: that it is back is to be seen soon."""
-
-_log = logging.getLogger(__name__)
 
 
 class LoopWatch:
