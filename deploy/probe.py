@@ -1,14 +1,13 @@
-"""Sends clicks of probe users through the loop and times them: `springtide probe [-o json] [--continuously]`.
+"""Measures the latency of the whole loop with clicks of probe users: `springtide probe [-o json] [--continuously]`.
 
-Once, or each `probe.every_s` with the figures on /metrics. Clicks go to Kafka as
-any producer's, and answers are asked for as any client's, so that it may run
-wherever both are reached.
+It runs once, or every `probe.every_s` seconds with its figures on /metrics. It sends clicks to
+Kafka like any producer and requests answers like any client, so it runs wherever both can be
+reached.
 
-Times one click's way through the whole loop: sent as any producer's, looked for in answers as any client's.
-
-1. An answer before, which says that somebody answers, and when the user's last click was.
-2. The click, acknowledged by Kafka at a position.
-3. Answers, until the user's features show it, and until the version has learned from its position.
+1. Request an answer, which shows that serving works and when the user's last click was.
+2. Send the click; Kafka acknowledges it at a position.
+3. Request answers until the user's features show the click, and until the version has learned from
+   its position.
 """
 
 from __future__ import annotations
@@ -48,6 +47,10 @@ from state.process.wall_clock import wall_ms
 LOOK_S = 0.02
 DECODER = "state.events.decoding:decode_json"
 NEVER = 255
+REASONS = ("kafka", "answers", "refused", "features", "weights")
+EVERY_S = 30.0
+ANSWER_S = 5.0
+_log = logging.getLogger(__name__)
 
 
 class Sent(NamedTuple):
@@ -230,12 +233,6 @@ def _late(found: Passage, timeout_s: float) -> Passage:
         f"after {timeout_s:g} s: see whether it is pinned, or training is held"
     )
     return Passage(**{**asdict(found), "reason": "weights", "problem": said})
-
-
-REASONS = ("kafka", "answers", "refused", "features", "weights")
-EVERY_S = 30.0
-ANSWER_S = 5.0
-_log = logging.getLogger(__name__)
 
 
 class Probe:

@@ -1,24 +1,23 @@
-"""Clicks into the topic: of files, or of synthetic shoppers whose taste drifts.
+"""Sends clicks to the topic, from files or from synthetic shoppers whose taste drifts.
 
     python -m deploy.replay FILE... [--speed 60x|max] [--keep-time] [--limit N] [--sort memory|assume] [--dry-run]
     python -m deploy.replay --synthetic [--rate N] [--limit N] [--speed X] [--seed N]
     python -m deploy.replay --burst USER CATEGORY N
 
-Files are read by `state.recordings.files` and sent by `deploy.replaying.command`. The
-synthetic shoppers are pure and deterministic; `main` gives their clicks a time and sends them.
+`state.recordings.files` reads files and `deploy.replaying.command` sends them. `main` gives the
+synthetic shoppers' clicks a time and sends them.
 
-Each shopper has a taste: a vector of weights over the categories, nearly all
-of it on a few favourites, the strongest first.
+Each shopper has a taste: a vector of weights over the categories. A few favourites have nearly all
+of the weight, the strongest first.
 
-1. A shopper shops in sessions: consecutive clicks stay near one category with
-   probability `STAY`.
-2. Otherwise the category is drawn from the shopper's taste, or, with
-   probability `WANDER`, from what is popular with everybody (Zipf).
-3. The taste drifts: its focus moves from one favourite to the next, once in
-   `drift_s` on average, and a fifth of the moves jump to a new category.
-4. Items belong to categories; within a category they are Zipf too.
+1. A shopper shops in sessions: consecutive clicks stay near one category with probability `STAY`.
+2. Otherwise the category is drawn from the shopper's taste or, with probability `WANDER`, from the
+   overall popularity (Zipf).
+3. The taste drifts: its focus moves from one favourite to the next, once in `drift_s` on average. A
+   fifth of the moves jump to a new category.
+4. Items belong to categories. Within a category their popularity is Zipf too.
 
-Everything follows from the seed and the order of calls.
+The clicks are deterministic: they depend only on the seed and the order of calls.
 """
 
 from __future__ import annotations
@@ -60,6 +59,8 @@ FOCUS_WEIGHTS = np.array([0.70, 0.18, 0.08, 0.04])
 
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
+SLICE_S = 0.1
+MOST_PER_SLICE = 20_000
 
 
 @dataclass(frozen=True)
@@ -280,10 +281,6 @@ class ShopperCrowd:
         """`[n]` ranks drawn from cumulative probabilities."""
         drawn = np.searchsorted(cumulative, self._random.random(n), side="right")
         return np.minimum(drawn, len(cumulative) - 1)
-
-
-SLICE_S = 0.1
-MOST_PER_SLICE = 20_000
 
 
 class Sender:

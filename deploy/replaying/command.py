@@ -1,18 +1,17 @@
-"""The command `springtide replay FILE...`: its options, what it says, and where its parts come from.
-
-Looks at files and mapping before anything is sent, and before Kafka is asked.
-
-What a replay would send, without Kafka: counts, the refused rows by reason and line, the first events. `replay --dry-run`.
-
-Replays a recording: rows in order, each at its time, into the topic; goes on where it stopped.
+"""`springtide replay FILE...`: sends the rows of a recording to the clicks topic, in order and each at its time.
 
     read -> encode -> order -> stamp -> (wait) -> judge -> journal -> send -> acknowledged
 
-Every row of the files ends up in the topic, where the stream makes a click or
-a dead letter of it, or is counted and named here because no record can hold
-it.
+A journal records the progress, so that a replay that was interrupted continues where it stopped.
 
-Says before rows are sent which of them the stream refuses, why, and by which setting; stops where none is a click.
+Every row of the files ends up in the topic, where the stream makes it a click or a dead letter. A
+row that no record can hold is counted and named here instead.
+
+Before Kafka is contacted, the files and the mapping are checked. The command reports which rows the
+stream will refuse, why, and by which setting. It stops if no row is a click.
+
+`replay --dry-run` sends nothing and needs no Kafka. It reports counts, the refused rows by reason
+and line, and the first events.
 """
 
 from __future__ import annotations
@@ -54,6 +53,14 @@ from state.recordings.rows import I64, NO_TIME, EncodedRows, Encoder, mapped_fie
 
 ENOUGH_ROWS = 10  # so many refused rows and no click: something is wrong with all of them
 TOO_OLD, TOO_NEW = "events.max_age_s", "events.max_future_s"
+SLICE_S = 0.1
+LOOK_S = 0.5
+PIECE_ROWS = 4096
+NAMED_LINES = 5
+SHOWN_EVENTS = 3
+COLUMNS_ROWS = 1
+CHUNK_ROWS = 1000
+MOST_ROWS = 100_000
 
 
 class Judge:
@@ -117,10 +124,6 @@ def refuse_all_dead(refused: Mapping[int, str], count: int, oldest_s: float = 0.
     raise SettingsError(
         f"none of the first {count:,} rows is a click: {shown_reasons(reasons)}", f"{do}; nothing was sent"
     )
-
-
-SLICE_S = 0.1
-LOOK_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -337,11 +340,6 @@ class _Run:
         return f"{self._recording.files[int(encoded.file[row])].path}:{int(encoded.line[row])}"
 
 
-PIECE_ROWS = 4096
-NAMED_LINES = 5
-SHOWN_EVENTS = 3
-
-
 @dataclass
 class Found:
     """What a replay would send.
@@ -467,11 +465,6 @@ def _listed(places: Sequence[str]) -> str:
 
 def _span(span: tuple[int, int]) -> str:
     return f"{as_utc(span[0])} to {as_utc(span[1])}"
-
-
-COLUMNS_ROWS = 1
-CHUNK_ROWS = 1000
-MOST_ROWS = 100_000
 
 
 def check(recording: Recording, events: Events, latest_ms: int) -> None:

@@ -1,34 +1,35 @@
-"""The keeper of segments: `python -m deploy.segments.process`, `springtide segments run`.
+"""Keeps the members of each segment up to date: `python -m deploy.segments.process`, `springtide segments run`.
 
-Runs on one serving host, beside its applier and workers, and follows what they
-have. Nobody waits for it: where it is slow or dead, clicks, training and
-answers go on, and it looks at all users when it is back.
+The process runs on one serving host, next to its applier and workers, and reads their stores. No
+other process waits for it. If it is slow or dead, clicks, training and answers continue. After a
+restart it evaluates all users.
 
-Keeps who is in which segment: those who clicked at once, all users now and then, and all at once where control changed.
+It evaluates users who clicked at once, and all users periodically. After a change of control it
+evaluates all users at once. Each round (`SegmentKeeper.step`):
 
-1. Control, the mask and the pointer are looked at: after a rollback, a pin, a mask or an erasure everybody is judged anew,
-   erased users first.
-2. Users whose clicks came into the histories are due.
-3. Some of who is due are judged, as a worker would answer them now, and some of the walk over all users.
-4. Who came in or left is written to the topic, then to the store that workers read.
-5. Where all erased users have left, the store is written anew without their bytes, and the registry is told.
-6. Now and then a child lists lookalikes; where 1. finds a change all lists go.
+1. Read control, the mask and the pointer. After a rollback, a pin, a mask or an erasure all users
+   are evaluated again, erased users first.
+2. Mark the users as due whose clicks have reached this host's histories; they come from the
+   training log's records.
+3. Evaluate some of the due users, as a worker would answer for them now, and some users of the
+   periodic pass.
+4. Write each entry and exit to the topic, then to the store that workers read.
+5. Once all erased users have left, rewrite the store without their bytes, and report it to the
+   registry.
+6. Periodically a child process lists lookalikes. If step 1 finds a change, all lists are removed.
 
-Walks over all users again and again: windows empty by themselves, and versions learn, without a click of one's own.
+The periodic pass (`UserSweep`) is needed because windows expire and versions learn without a click
+of the user. It visits users with a history in the order of their pseudonyms, then members without
+one. A pass spreads its work over `every_s`; a pass that is hurried takes only the time that it
+needs.
 
-Those with a history come in the order of their pseudonyms, then members who
-have none any more. A pass takes `every_s` and spreads its work over it; one
-that is hurried takes the time that it needs.
+Memberships (`Members`) are written in an order that survives a crash:
 
-Who clicked: the users of the training log's records, once this host's histories have them.
+1. At the start, read the compacted topic from where this host's copy ends to the topic's end.
+2. Send each change as a record. Once it is acknowledged, commit it to the copy.
 
-Writes who comes into a segment and who leaves it: first to the compacted topic, then to this host's copy of it.
-
-1. At the start the topic is read to its end, from where the copy ends.
-2. A change is a record; once it is acknowledged it is committed to the copy.
-
-A crash between the two leaves a record that the next start reads. Nobody else
-writes the topic.
+A crash between the two leaves a record that the next start reads. No other process writes the
+topic.
 """
 
 from __future__ import annotations
@@ -80,6 +81,19 @@ from state.segments.store import SegmentsPlace, SegmentStore, all_members
 from state.storage.shares import SERVING, map_bytes
 
 POLL_S, STALLED_S = 0.5, 30.0
+RECORDS_AT_ONCE = 64
+MOST_WAITING = 500_000
+"""Maximum of users who wait for the histories, 8 bytes each; above it all users are evaluated instead."""
+AT_ONCE = 256
+"""Users evaluated per round, due ones and those of the periodic pass each; about 70 ms."""
+FETCH_S, SOON_S = 0.1, 0.01
+MOST_DUE = 200_000
+"""Maximum of due users, about 100 bytes each; above it all users are evaluated instead."""
+CLICK, SWEEP, CHANGE = "click", "sweep", "change"
+RETRY_S = 1.0
+NICENESS = 10
+"""Lets answers and clicks run first if there are few cores."""
+_log = logging.getLogger(__name__)
 
 
 class Members:
@@ -190,11 +204,6 @@ def _changes(batch: PartitionBatch) -> dict[Member, Membership | None]:
         else:
             found[member] = membership
     return found
-
-
-RECORDS_AT_ONCE = 64
-MOST_WAITING = 500_000
-"""Users who wait for the histories; with more nobody is waited for, and all users are looked at instead. 8 bytes each."""
 
 
 class _Record(NamedTuple):
@@ -352,14 +361,6 @@ class UserSweep:
                 yield [user for user, events in zip(users, histories, strict=True) if not len(events)]
 
 
-AT_ONCE = 256
-"""Users who are judged in a round, of either kind; some 70 ms."""
-FETCH_S, SOON_S = 0.1, 0.01
-MOST_DUE = 200_000
-"""Users who clicked and were not judged yet, some 100 bytes each; with more all are looked at instead."""
-CLICK, SWEEP, CHANGE = "click", "sweep", "change"
-
-
 class SegmentKeeper:
     """Keeps the segments of one deployment on one of its serving hosts; used by one thread.
 
@@ -498,12 +499,6 @@ def require_segments(settings: Settings) -> None:
     """
     if not segments_of(settings):
         raise SettingsError("[segments] names no segment: there is nothing to keep", 'write NAME = "EXPRESSION" there')
-
-
-RETRY_S = 1.0
-NICENESS = 10
-"""Answers and clicks come first where cores are few."""
-_log = logging.getLogger(__name__)
 
 
 def run(settings: Settings, log: Log, registry: CollectorRegistry, stop: threading.Event) -> None:

@@ -1,26 +1,21 @@
-"""The one process per serving host that writes: versions into rows, micro-batches into histories.
+"""The one process per serving host that writes its stores: versions into rows, micro-batches into histories.
 
-    thread      what it follows                        what it writes
-    main        registry and control, each poll_ms     rows, pointer, mask     host_rows.py, following.py
-    clicks      the micro-batch topic                  histories, event clock  clicks.py
-    attributes  their topics, where there are any      attributes              attributes.py
-    exposures   what workers kept, where there may be  their topic             splitting/forwarding.py
+    thread      what it follows                      what it writes          code
+    main        registry and control, each poll_ms   rows, pointer, mask     `HostRows`, following.py
+    clicks      the micro-batch topic                histories, event clock  clicks.py
+    attributes  the topics of attributes, if any     attributes              state/attributes/follower.py
+    exposures   exposures that workers kept, if any  the exposures topic     `ExposureForwarder`
 
-Each goes on without the other: with Kafka away new versions still arrive, with
-the registry away new clicks do, one whose store or disk is full waits for room
-alone, and answers go on in any case.
+The threads are independent. If Kafka is unreachable, new versions still arrive. If the registry is
+unreachable, new clicks still arrive. A thread whose store or disk is full waits alone. Workers
+answer in any case.
 
-What is done once in a while by a loop that turns more often.
+Rows are in memory where possible. If memory stays full, the row store and its follower move to the
+disk while workers continue to answer.
 
-Follows the topics of attributes into the serving host's store; the applier's part.
-
-Serving follows the topics of attributes itself: somebody whose record came a
-moment ago is answered by it, clicked or not. Whoever has no record is unknown,
-which the model has learned about like any other value.
-
-Sends the exposures that a host's workers kept to Kafka, in a thread of the applier; nothing waits for it.
-
-The host's row store and the follower that fills it; where memory stays full both move to the disk, and answers go on meanwhile.
+Serving reads the topics of attributes itself. So an answer uses a user's attributes moments after
+their record arrives, with or without a click. A user without a record has the value "unknown",
+which the model learns like any other value.
 """
 
 from __future__ import annotations
@@ -88,7 +83,14 @@ from state.storage.shares import SERVING, map_bytes
 from state.storage.waiting import Room, is_full
 
 FULL_S = 5.0
-"""How long memory may be full before the rows move to the disk: others in it may make room."""
+"""How long memory may be full before the rows move to the disk; other users of it may free some."""
+LOOK_S = 0.1
+SAMPLE_S = 0.1
+HOUSE_S = 1.0
+RETRY_S = 1.0
+FETCH_S = 0.5
+VERSIONS, CLICKS = "taking versions into the rows", "taking clicks into the histories"
+_log = logging.getLogger(__name__)
 
 
 class PlacedRows(NamedTuple):
@@ -213,9 +215,6 @@ class HostRows:
                 crosses_of(settings),
             ),
         )
-
-
-LOOK_S = 0.1
 
 
 class ExposureForwarder:
@@ -360,14 +359,6 @@ class Every:
             return False
         self._next_s = now_s + self._period_s
         return True
-
-
-SAMPLE_S = 0.1
-HOUSE_S = 1.0
-RETRY_S = 1.0
-FETCH_S = 0.5
-VERSIONS, CLICKS = "taking versions into the rows", "taking clicks into the histories"
-_log = logging.getLogger(__name__)
 
 
 class Applier:
