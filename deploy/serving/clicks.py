@@ -1,17 +1,18 @@
-"""Follows the micro-batch topic into the host's own histories, each record once.
+"""Follows the micro-batch topic and applies each record exactly once to the host's histories.
 
-1. Records are read by position; what was read is stored beside the histories.
-2. Rows that the histories have (the stream wrote them again after a crash) are left out.
-3. Positions that no micro-batch covers are a gap: counted, logged, passed.
-4. Histories, source positions, the topic's position, names, items' categories
-   and the event clock are one commit, for each record.
+1. Read records by position. The position read up to is stored with the histories.
+2. Skip rows that the histories already have (the stream wrote them again after a crash).
+3. Treat positions that no micro-batch covers as a gap: count it, log it, and continue.
+4. For each record, commit histories, source positions, the topic's position, names, items'
+   categories and the event clock together.
 
-Records that control's line of the log does not have are passed over. Where the
-line turned off before what the histories have, they go back there first.
+Records that are not on control's branch of the log are skipped. If the branch point is before the
+end of the histories, the histories are rolled back to it first.
 
-Opens the micro-batch topic where the histories end, or, where it was cut back behind that, where what is left ends.
+The topic is opened where the histories end. If the log was truncated before that position, reading
+starts where the remaining log ends.
 
-What a host does now and then so that its histories, items and names do not grow without bound.
+Periodic maintenance (`Upkeep`) bounds the growth of histories, items and names.
 """
 
 from __future__ import annotations
@@ -51,6 +52,14 @@ from state.microbatch.row_kinds import happened
 from state.positions import Range, Source
 from state.process import killpoints
 from state.registry.log_line import LogLine, counts, onward
+
+Open = Callable[[Mapping[int, int], Mapping[int, int]], LogReader]
+"""Makes a reader from positions and the leader epochs of the records before them."""
+SALT_EXTRA = "salt"
+RECORDS_AT_ONCE = 8  # between two polls of control and two rounds of maintenance
+EVERY_MS = 1000
+DEFAULTS = ServingSettings()
+_log = logging.getLogger(__name__)
 
 
 class Upkeep:
@@ -126,10 +135,6 @@ class Upkeep:
             self._metrics.remembered.labels(kind).set(count)
 
 
-Open = Callable[[Mapping[int, int], Mapping[int, int]], LogReader]
-"""Makes a reader at positions, told the leaders' epochs of the records before them."""
-
-
 def open_kept(positions: dict[int, int], leaders: dict[int, int], open_at: Open) -> LogReader:
     """A reader at `positions`, which are moved back to where the log is the one that was read.
 
@@ -166,13 +171,6 @@ def as_stored(topic_id: str, positions: Mapping[int, int], reader: LogReader) ->
         "leaders": {partition: epoch for partition, epoch in leaders.items() if epoch >= 0},
     }
     return json.dumps(document).encode()
-
-
-SALT_EXTRA = "salt"
-RECORDS_AT_ONCE = 8  # between two looks at control and at what is kept
-EVERY_MS = 1000
-DEFAULTS = ServingSettings()
-_log = logging.getLogger(__name__)
 
 
 class HistoryFollower:

@@ -1,10 +1,8 @@
-"""Which versions in a host's rows answers may be of: those that did not fail their probe.
+"""Tracks which versions in a host's rows may serve answers: those that did not fail their probe.
 
-A version that failed is in the rows all the same, for the versions after it
-build on them; what is noted beside the rows keeps answers from it, also after a
-restart.
-
-Asks the program of a version what its trainer asked the model, before anybody is answered with it.
+Before a version answers anybody, its program is asked the questions that its trainer asked the
+model. A version whose answers differ stays in the rows, because later versions build on it. A note
+next to the rows excludes it from serving, also after a restart.
 """
 
 from __future__ import annotations

@@ -1,27 +1,21 @@
-"""Brings the version that control wants into the row store, and moves the pointer to it.
+"""Applies the version that control wants to the host's row store, and moves the pointer to it.
 
-    control says       pin V: exactly V;  follow: the newest version of control's epoch, durable or recent
-    none of it yet     the epoch's base where it has one; else the pointer stays
-    V is not here      recent versions from an ancestor that is; else deltas from one that
-                       is, and recent versions from there on; else base and deltas in a
-                       lane of their own, while the old version goes on answering
-    V is older         a recent version answers on that its epoch has no more: the trainer
-                       was killed, and makes it again from the log
-    V has a label      it is brought too, while answers are where control wants them
-    V is corrupt       the last good version goes on answering; another base is tried
-    V fails its probe  likewise; its rows are here, for the versions after it build on them
+    situation                 what happens
+    control pins V            exactly V is wanted
+    control follows           the newest version of control's epoch is wanted, durable or recent
+    the epoch has none yet    the epoch's base is wanted if there is one; else the pointer stays
+    V is not on this host     recent versions are applied onto an ancestor on this host; else deltas onto one, then
+                              recent versions; else base and deltas in a separate lane, while the old version answers
+    V is older                a recent version that its epoch no longer has keeps answering: the trainer was killed, and
+                              makes it again from the log
+    V has a label             it is applied too, while answers are where control wants them, one step at a time
+    V is corrupt              the last good version keeps answering; another base is tried
+    V fails its probe         likewise; its rows stay on this host, because later versions build on them
 
-Each version is one transaction; while following, the pointer moves in it.
+Each version is one transaction. While control follows, that transaction also moves the pointer.
 
-Which versions a host has, and which of them it forgets.
-
-Brings versions that have a label and are not on this host, one step at a time, while answers are where control wants them.
-
-Finds the newest version of an epoch, of either lifetime, whose manifest can be read.
-
-Which versions lead from what a host has to the version it wants, in which order.
-
-Versions that could not be had a moment ago: each is said once, and tried again after a while.
+A version that cannot be read is logged once and tried again after a while. `VersionFollower.sweep`
+removes old versions from the host.
 """
 
 from __future__ import annotations
@@ -55,6 +49,11 @@ from state.rows.store import RowStore
 
 RETRY_MS = 1000
 REMEMBERED = 1000
+RECENT_MS = 10_000
+"""How long versions that are not durable are kept."""
+ROUND_MS = 200
+SWEEP_MS = 10_000
+_log = logging.getLogger(__name__)
 
 
 class Refusals:
@@ -328,10 +327,6 @@ class Labelled:
         self._steps = lead
 
 
-RECENT_MS = 10_000
-"""How long versions stay that are not durable."""
-
-
 def applied_ms(rows: RowStore) -> dict[int, int]:
     """When each version in the store was applied, by its number."""
     with rows.reader() as reader:
@@ -359,11 +354,6 @@ def too_old(
         for version, applied_ms in here.items()
         if now_ms - applied_ms > (keep_ms if version in durable else recent_ms) and version not in needed
     ]
-
-
-ROUND_MS = 200
-SWEEP_MS = 10_000
-_log = logging.getLogger(__name__)
 
 
 class VersionFollower:

@@ -1,31 +1,28 @@
-"""One client's connection: uvicorn's protocol, with limits on what a client may send and leave unread.
+"""One client's connection to a worker: uvicorn's protocol, with limits on what a client may send and leave unread.
 
-    what                                                  is answered, and the connection closed
-    no HTTP, of HTTP/1.1 also without one host            400
-    a host that may be anybody's, with `own_hosts`        403
-    the head of a request above `head_bytes`              431
-    a request that does not arrive within `timeout_s`     408
-    a connection above `connections`                      429, each request on it
-    an answer that is not taken for `timeout_s`           nothing
-    nothing asked for `timeout_s` since it was opened     nothing
+    event                                                      answer before the connection is closed
+    not HTTP, or HTTP/1.1 without exactly one host             400
+    a host that another site could own, with `own_hosts`       403
+    the head of a request is larger than `head_bytes`          431
+    a request does not arrive within `timeout_s`               408
+    more than `connections` connections                        429, each request on it
+    the client does not read an answer for `timeout_s`         none
+    no request for `timeout_s` after the connection opened     none
 
-A client may pipeline requests. They are answered in order, one at a time. While
-`PIPELINED` requests wait, the rest is neither parsed nor read from the socket.
-While uvloop's write buffer holds 64 KiB or more, the next answer waits. So a
-client that does not read its answers stops only its own connection.
+A client may pipeline requests. They are answered in order, one at a time. While `PIPELINED`
+requests wait, the rest is neither parsed nor read from the socket. While uvloop's write buffer
+holds 64 KiB or more, the next answer waits. So a client that does not read its answers stops only
+its own connection.
 
-An application that has `respond` (`http_api/app.py`) is asked by that and not by ASGI: its answer is written at once,
-without a task, by the same rules.
+If the application has `respond` (`http_api/app.py`), it is called instead of ASGI. Its answer is written
+at once, without a task, by the same rules.
 
-A client may close its half of the connection once it has asked; it is answered
-all the same. `look` is called for each connection every second, so that no
-request costs a timer.
+A client may close its half of the connection after its request, and is still answered. The server
+calls `look` for each connection every second, so that no request needs a timer.
 
-Which host a request may name, where nothing else keeps a foreign page out.
-
-A page of somebody else can have its own name lead to 127.0.0.1 (DNS
-rebinding). A browser then sends that page's requests here, with that name as
-their host. An address or `localhost` cannot be such a name.
+`own_hosts` protects against DNS rebinding where nothing else keeps another site's page out. Such a
+page can resolve its own name to 127.0.0.1. A browser then sends the page's requests here, with that
+name as their host. An address or `localhost` cannot be such a name.
 """
 
 from __future__ import annotations
@@ -41,6 +38,12 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from deploy.serving.http_api.endpoints import JSON, LAST, Response, answer, failure
 from state.errors import Forbidden, HeadTooLarge, NotHttp, Overloaded, SpringtideError, TooSlow
+
+PIPELINED = 16
+"""Requests of one connection that may wait behind the current one; parsing stops at this number."""
+PIECE_BYTES = 2048
+"""Bytes parsed at once. The parser cannot stop inside a piece, so one piece may exceed `PIPELINED` by its requests."""
+_JSON_LINE = b"".join(name + b": " + value + b"\r\n" for name, value in JSON) + b"content-length: "
 
 
 def one_host(hosts: list[bytes]) -> str:
@@ -81,16 +84,6 @@ def require_own_host(host: str) -> None:
         ) from None
 
 
-PIPELINED = 16
-"""Requests of one connection that may wait behind the one that is answered; parsing stops at so many."""
-
-PIECE_BYTES = 2048
-"""Parsed at once. The parser cannot stop inside a piece, so one piece may exceed `PIPELINED` by its requests."""
-
-
-_JSON_LINE = b"".join(name + b": " + value + b"\r\n" for name, value in JSON) + b"content-length: "
-
-
 class ConnectionLimits(NamedTuple):
     """What a connection may do.
 
@@ -98,7 +91,7 @@ class ConnectionLimits(NamedTuple):
         head_bytes: Request line and headers together.
         timeout_s: See the module.
         connections: Of one worker at a time.
-        own_hosts: Whether a request must name an address or localhost as its host (`hosts.py`).
+        own_hosts: Whether a request must name an address or localhost as its host.
     """
 
     head_bytes: int

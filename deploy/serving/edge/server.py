@@ -1,15 +1,16 @@
-"""A worker's server: uvicorn's, which looks after its connections every second and drains before it ends.
+"""A worker's HTTP server: uvicorn's, which checks its connections every second and drains before it stops.
 
-An end in order, at SIGTERM or SIGINT:
+Shutdown, at SIGTERM or SIGINT:
 
-1. /readyz is 503, gRPC's health NOT_SERVING, and each answer over HTTP says that it is the connection's last;
-   connections are still accepted, for `drain_s`, so that those who send requests here can turn elsewhere.
-2. Nothing is accepted any more; connections without a request are closed, requests under way are answered.
+1. /readyz answers 503, gRPC's health answers NOT_SERVING, and each HTTP answer announces that its
+   connection closes. Connections are still accepted for `drain_s`, so that clients can switch to
+   another host.
+2. No connection is accepted any more. Connections without a request are closed, and pending
+   requests are answered.
 
-Accepts the connections that wait at a socket, many in a turn of the event loop.
-
-uvloop's own server accepts one in each turn. Where turns are long because much
-is asked, a new client would wait for seconds.
+The server accepts many waiting connections in one iteration of the event loop. uvloop's own server
+accepts one per iteration. Under load, when iterations are long, a new client would then wait for
+seconds.
 """
 
 from __future__ import annotations
@@ -41,6 +42,10 @@ PAUSE_S = 0.5
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 _log = logging.getLogger(__name__)
+TICK_S = 0.1
+GRACE_S = 10
+IDLE_S = 60
+BACKLOG = 2048
 
 
 class Acceptor:
@@ -100,12 +105,6 @@ class Acceptor:
         # A client that goes away, or whose handshake fails, is no failure of ours.
         with suppress(OSError):
             await self._loop.connect_accepted_socket(self._make, client, ssl=self._tls, ssl_handshake_timeout=timeout_s)
-
-
-TICK_S = 0.1
-GRACE_S = 10
-IDLE_S = 60
-BACKLOG = 2048
 
 
 class Application(Protocol):

@@ -1,28 +1,26 @@
-"""Explains a probability: its difference from that of a user of whom nothing is known, in parts that add up.
+"""Explains a predicted probability: splits its difference from an unknown user's probability into parts that add up.
 
-1. Both questions, about the user and about nobody, are prepared and answered at one moment by one version.
-2. The inputs that differ are put into groups. The program is asked with some groups from the user's question and the
-   others from nobody's. A group's part is its Shapley value (`shapley.py`): how much the probability changes when the
-   group becomes the user's, on average over orders. Values of the program alone are needed, so this holds for any
-   ranker and preprocessing, and serving needs neither TensorFlow nor a second program.
-3. The parts are told with the events behind them; that they add up to the difference of the two answers is checked.
+The explained probability is that of one candidate, or of engagement with an item.
 
-Shapley values of groups of inputs: how much each changes the explained function, on average over orders.
+1. Two questions, one about the user and one about an unknown user, are prepared at one moment and
+   answered by one version.
+2. Inputs that differ are put into groups, by what they describe. The program is evaluated with some
+   groups from the user's question and the others from the unknown user's. A group's part is its
+   Shapley value: how much the probability changes when the group becomes the user's, on average
+   over orders.
+3. The parts are returned with the events behind them, in words: "viewed phones 14 times in 7 days,
+   last 3 min ago". A check confirms that the parts add up to the difference of the two answers.
 
-Some inputs are the user's and the others are an unknown user's. A group's
-Shapley value (Shapley 1953, "A Value for n-Person Games") is the mean, over
-all orders in which the groups become the user's, of the change that its own
-turn makes. Each order's changes add up to the whole difference, so the values
-do too. With more than `EXACT` groups `ORDERS` random orders stand for all:
-half of them, and the same ones reversed (Castro, Gomez and Tejada 2009).
+Only outputs of the program are needed. So this works for any ranker and preprocessing, and serving
+needs neither TensorFlow nor a second program.
 
-What is explained of a question: the probability of one of the candidates, or of engagement with an item.
+A group's Shapley value (Shapley 1953, "A Value for n-Person Games") is a mean over all orders in
+which the groups become the user's. It averages the change that the group's own step makes. The
+changes of each order add up to the whole difference, so the values do too. With more than `EXACT`
+groups, `ORDERS` random orders stand for all: half of them, and the same ones reversed (Castro,
+Gomez and Tejada 2009).
 
-What lies behind the parts of an explanation, in words: "viewed phones 14 times in 7 days, last 3 min ago".
-
-The form of an explanation; its fields are those of the JSON.
-
-Which inputs of a program speak of the same thing, so that an explanation names them together.
+The fields of the explanation are those of the JSON that the API returns.
 """
 
 from __future__ import annotations
@@ -49,6 +47,45 @@ from state.rows.reader import RowReader
 from state.rows.tables import own_rows_of
 
 I32 = NDArray[np.int32]
+_KINDS = {
+    "user_row": "user",
+    "context_row": "context",
+    "cross": "crosses",
+    "popular_next": "succession",
+    "successor_next": "succession",
+    "successor_rows": "succession",
+    "successor_mask": "succession",
+}
+_OWN = {"user": "user", "context": "context", "successor": "succession"}
+_BY_CATEGORY = ("category_windows", "recent_next", "recent_rows", "recent_mask")
+_FEATURES = {"labelled": "outcomes", "positive": "outcomes", "labels": "variety", "items": "variety"}
+EVENTS_SHOWN = 3
+NAMES_SHOWN = 3
+DAY_MS = 86_400_000
+UNITS = ((DAY_MS, "day"), (3_600_000, "h"), (60_000, "min"), (1000, "s"))
+VERBS = {
+    "view": "viewed {}",
+    "click": "clicked {}",
+    "favorite": "marked {} as favourite",
+    "cart": "put {} into the cart",
+    "purchase": "bought {}",
+    "buy": "bought {}",
+    "like": "liked {}",
+    "play": "played {}",
+}
+"""Wording of an action, by its name; other actions are shown by their name."""
+F64 = NDArray[np.float64]
+EXACT = 4
+"""Maximum of groups for which all orders are evaluated."""
+ORDERS = 32
+"""Orders evaluated for more groups; even. They are always the same, so explanations are reproducible."""
+NOBODY = "\0"
+"""A user id that no user has: the unknown user."""
+TOLERANCE = 0.01
+"""Largest fraction of the difference by which the sum of the parts may deviate."""
+NEGLIGIBLE = 1e-6
+"""Differences of probabilities up to this are rounding errors."""
+F32 = NDArray[np.float32]
 
 
 class Group(NamedTuple):
@@ -72,20 +109,6 @@ class Group(NamedTuple):
 
     kind: str
     place: int = 0
-
-
-_KINDS = {
-    "user_row": "user",
-    "context_row": "context",
-    "cross": "crosses",
-    "popular_next": "succession",
-    "successor_next": "succession",
-    "successor_rows": "succession",
-    "successor_mask": "succession",
-}
-_OWN = {"user": "user", "context": "context", "successor": "succession"}
-_BY_CATEGORY = ("category_windows", "recent_next", "recent_rows", "recent_mask")
-_FEATURES = {"labelled": "outcomes", "positive": "outcomes", "labels": "variety", "items": "variety"}
 
 
 def groups_of(
@@ -198,24 +221,6 @@ class Explanation(About):
     cold_start_probability: float
     reasons: list[ExplainedPart]
     rest: float
-
-
-EVENTS_SHOWN = 3
-NAMES_SHOWN = 3
-DAY_MS = 86_400_000
-UNITS = ((DAY_MS, "day"), (3_600_000, "h"), (60_000, "min"), (1000, "s"))
-
-VERBS = {
-    "view": "viewed {}",
-    "click": "clicked {}",
-    "favorite": "marked {} as favourite",
-    "cart": "put {} into the cart",
-    "purchase": "bought {}",
-    "buy": "bought {}",
-    "like": "liked {}",
-    "play": "played {}",
-}
-"""What somebody did who did an action, by its name; any other is named."""
 
 
 def duration(ms: int) -> str:
@@ -394,15 +399,6 @@ def no_candidate(label: str, others: list[str]) -> BadRequest:
     )
 
 
-F64 = NDArray[np.float64]
-
-EXACT = 4
-"""Groups, at most, for which all orders are taken."""
-
-ORDERS = 32
-"""Even. The orders are always the same ones, so that an explanation can be had again."""
-
-
 class Coalitions:
     """The sets of groups at which the function is wanted.
 
@@ -440,18 +436,6 @@ class Coalitions:
         found = np.zeros(self._orders.shape[1])
         np.add.at(found, self._orders, np.diff(values[self._at], axis=1))
         return found / len(self._orders)
-
-
-NOBODY = "\0"
-"""A user id that nobody has."""
-
-TOLERANCE = 0.01
-"""How much of the difference the parts may miss."""
-
-NEGLIGIBLE = 1e-6
-"""A difference of probabilities that is rounding."""
-
-F32 = NDArray[np.float32]
 
 
 class Part(NamedTuple):

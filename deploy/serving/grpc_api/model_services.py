@@ -1,6 +1,6 @@
-"""TensorFlow Serving's services over gRPC: `PredictionService` and `ModelService`, as far as they mean something here.
+"""TensorFlow Serving's gRPC services `PredictionService` and `ModelService`, as far as they apply to this model.
 
-Tensors as TensorFlow's messages, both ways; strings are bytes in arrays of objects.
+It converts tensors from and to TensorFlow's messages. Strings are bytes in arrays of objects.
 """
 
 from __future__ import annotations
@@ -38,6 +38,23 @@ _FIELDS = {
 """NumPy's type, and where the values stand that are not in `tensor_content`."""
 _TYPES = {dtype: NUMBER_OF[name] for name, (dtype, _) in _FIELDS.items()}
 MOST_VALUES = 1 << 20
+PACKAGE = "tensorflow.serving"
+SIGNATURE_DEF = "signature_def"
+NOT_OFFERED = {
+    "PredictionService": {
+        "Classify": "use Predict: the signature serving_default answers interests",
+        "Regress": "use Predict: the signature serving_default answers engagement",
+        "MultiInference": "use Predict",
+    },
+    "ModelService": {
+        "HandleReloadConfigRequest": "new versions are taken up by themselves; `springtide pin` and `springtide label` choose one"
+    },
+}
+PredictResponse = message(f"{PACKAGE}.PredictResponse")
+MetadataResponse = message(f"{PACKAGE}.GetModelMetadataResponse")
+StatusResponse = message(f"{PACKAGE}.GetModelStatusResponse")
+VersionStatus = message(f"{PACKAGE}.ModelVersionStatus")
+SignatureDefMap = message(f"{PACKAGE}.SignatureDefMap")
 
 
 def to_array(name: str, proto: Any) -> Tensor:
@@ -114,26 +131,6 @@ def _defaults(signature: Signature) -> Mapping[str, Tensor]:
         name: np.array([one.default], one.dtype) for name, one in signature.inputs.items() if one.default is not None
     }
     return own | dict(signature.kept)
-
-
-PACKAGE = "tensorflow.serving"
-SIGNATURE_DEF = "signature_def"
-NOT_OFFERED = {
-    "PredictionService": {
-        "Classify": "use Predict: the signature serving_default answers interests",
-        "Regress": "use Predict: the signature serving_default answers engagement",
-        "MultiInference": "use Predict",
-    },
-    "ModelService": {
-        "HandleReloadConfigRequest": "new versions are taken up by themselves; `springtide pin` and `springtide label` choose one"
-    },
-}
-
-PredictResponse = message(f"{PACKAGE}.PredictResponse")
-MetadataResponse = message(f"{PACKAGE}.GetModelMetadataResponse")
-StatusResponse = message(f"{PACKAGE}.GetModelStatusResponse")
-VersionStatus = message(f"{PACKAGE}.ModelVersionStatus")
-SignatureDefMap = message(f"{PACKAGE}.SignatureDefMap")
 
 
 def model_services(host: Host, metrics: WorkerMetrics, limits: QueueLimits) -> list[Service]:

@@ -1,6 +1,7 @@
-"""A worker's gRPC server: the services, health and reflection, on the worker's own event loop.
+"""A worker's gRPC server: its services, health and reflection, on the worker's own event loop.
 
-The service `springtide.v1.Profiles`: what HTTP answers of profiles and items, over gRPC, by the same core.
+The service `springtide.v1.Profiles` gives the same answers about profiles and items as HTTP, from
+the same core.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ from state.errors import BadRequest
 from state.metrics import WorkerMetrics
 
 PACKAGE = "springtide.v1"
+MOST_MESSAGE_BYTES = 4 << 20
+LOOK_S = 0.2
+"""Interval of polls for the server's end; while a call is open, only a poll notices it."""
+AGAIN_S = 0.05
+"""Wait before the next attempt to bind the port of a server that ended."""
+_log = logging.getLogger(__name__)
 
 
 class GrpcProfiles:
@@ -174,15 +181,6 @@ def _without_nothing(document: dict[str, Any]) -> dict[str, Any]:
         if owner is not None and "attributes" in owner:
             owner["attributes"] = {name: text for name, text in owner["attributes"].items() if text is not None}
     return found
-
-
-MOST_MESSAGE_BYTES = 4 << 20
-LOOK_S = 0.2
-"""Between two looks whether the server has ended: while a call is open it is told at a look only."""
-AGAIN_S = 0.05
-"""Between two tries to have the port of a server that ended."""
-
-_log = logging.getLogger(__name__)
 
 
 def offered(host: Host, metrics: WorkerMetrics, limits: QueueLimits) -> list[Service]:

@@ -1,34 +1,30 @@
-"""A worker's answers over HTTP, as an ASGI application: finds the endpoint, answers, says errors, counts.
+"""A worker's HTTP API, as an ASGI application: routes requests, answers them, reports errors and counts.
 
-Errors are JSON: `error` says what happened, `do` what to do, and `where` names
-the place in the request, if it is one's fault. `API.md` beside
-this file is the whole of it for callers.
+Errors are JSON. `error` says what happened, `do` says what to do, and `where` names the position in
+the request if the request is at fault. `API.md` in this directory documents the API for callers.
 
-Explanations over HTTP.
+Profiles and explanations:
 
-GET /v1/profiles/{user_id}/explain?label=|item=&category=&at=&context.NAME=&top=
+    GET  /v1/profiles/{user_id}?item=&category=&at=&context.NAME=&fields=&top=
+    POST /v1/profiles:batch      {"profiles": [{"user_id": ..., "item": ..., ...}, ...]} or {"users": [...]}, "fields", "top"
+    GET  /v1/profiles/{user_id}/explain?label=|item=&category=&at=&context.NAME=&top=
 
-Profiles over HTTP.
+Items for a user:
 
-GET  /v1/profiles/{user_id}?item=&category=&at=&context.NAME=&fields=&top=
-POST /v1/profiles:batch      {"profiles": [{"user_id": ..., "item": ..., ...}, ...]} or {"users": [...]}, "fields", "top"
+    POST /v1/rank      {"user_id": ..., "items": [...], "context": {...}, "at": ...}
+    GET  /v1/recommendations/{user_id}?n=&category=&exclude_seen=&at=&context.NAME=
+    GET  /v1/similar/{user_id}?n=&exclude_seen=&at=&context.NAME=
 
-Whether a worker runs and can answer, and its metrics.
+Segments:
 
-GET  /healthz /readyz /metrics
+    GET /v1/segments
+    GET /v1/segments/{segment}?from=&n=
+    GET /v1/segments/{segment}/users/{user_id}
+    GET /v1/segments/{segment}/lookalikes?n=
 
-Items for a user over HTTP.
+Whether the worker runs and can answer, and its metrics:
 
-POST /v1/rank      {"user_id": ..., "items": [...], "context": {...}, "at": ...}
-GET  /v1/recommendations/{user_id}?n=&category=&exclude_seen=&at=&context.NAME=
-GET  /v1/similar/{user_id}?n=&exclude_seen=&at=&context.NAME=
-
-Segments over HTTP.
-
-GET /v1/segments
-GET /v1/segments/{segment}?from=&n=
-GET /v1/segments/{segment}/users/{user_id}
-GET /v1/segments/{segment}/lookalikes?n=
+    GET /healthz /readyz /metrics
 """
 
 from __future__ import annotations
@@ -113,6 +109,12 @@ from state.segments.configured import NAME
 MEMBERS = 100
 MOST_MEMBERS = 1000
 _NAMED: Mapping[str, Mapping[str, str]] = {"segment": {"pattern": f"^{NAME.pattern}$"}}
+_PLAIN = "text/plain; version=0.0.4; charset=utf-8"
+_NOTHING_GIVEN = ProfileParameters()
+UNKNOWN = "unknown"
+"""Metrics' label value of a request that matches no endpoint."""
+Done = Callable[[Response], None]
+_log = logging.getLogger(__name__)
 
 
 class SegmentParameters(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -268,9 +270,6 @@ class Items:
         return Response(200, encode(answer))
 
 
-_PLAIN = "text/plain; version=0.0.4; charset=utf-8"
-
-
 class Health:
     """The endpoints that speak of the worker.
 
@@ -343,9 +342,6 @@ class Health:
     async def _metrics(self, request: Request) -> Response:
         body, media_type = told(self._told_metrics, header(request.scope, b"accept") or "")
         return Response(200, body, [(b"content-type", media_type.encode())])
-
-
-_NOTHING_GIVEN = ProfileParameters()
 
 
 class Profiles:
@@ -431,14 +427,6 @@ class Explanations:
         )
         self._metrics.cold_starts.inc(answer.cold_start)
         return Response(200, encode(answer))
-
-
-UNKNOWN = "unknown"
-"""What metrics name a request that no endpoint is for."""
-
-Done = Callable[[Response], None]
-
-_log = logging.getLogger(__name__)
 
 
 class App:

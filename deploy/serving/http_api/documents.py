@@ -1,8 +1,8 @@
-"""What the interface says of itself: its OpenAPI document, and the same as a page to read, which needs no internet.
+"""Serves the HTTP API's OpenAPI document, and the same document as an HTML page.
 
-GET  /openapi.json /docs
+    GET /openapi.json /docs
 
-The OpenAPI document as one page of HTML, without a script and without anything from elsewhere.
+The page is one file without scripts. It loads nothing from elsewhere and needs no internet.
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ POLICY = "; ".join(
 )
 """The page's Content-Security-Policy: its own style and nothing else."""
 _CODE = re.compile(r"`([^`]+)`")
+_PAGE: Headers = [
+    (b"content-type", HTML.encode()),
+    (b"content-security-policy", POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+]
 
 
 def page(document: Mapping[str, Any]) -> str:
@@ -173,13 +178,6 @@ def _text(words: str) -> str:
     '<code>at</code> is &lt;no&gt; time'
     """
     return _CODE.sub(r"<code>\1</code>", escape(words, quote=False))
-
-
-_PAGE: Headers = [
-    (b"content-type", HTML.encode()),
-    (b"content-security-policy", POLICY.encode()),
-    (b"x-content-type-options", b"nosniff"),
-]
 
 
 class Documents:
