@@ -1,14 +1,16 @@
-"""Says what runs and how well: `springtide status`, `python -m deploy.status [-o json] [--watch | --wait-for CONDITION]`.
+"""Reports what runs and how well: `springtide status`.
 
-Each part is asked on its own, so that whatever is away, the rest still shows.
-Rates are of the seconds that a look takes; quantiles are since each process
-started, and with `--watch` of the last minute.
+    python -m deploy.status [-o json] [--watch | --wait-for CONDITION]
 
-What `springtide status --wait-for` waits for: each condition looks at the running loop and says what is still missing.
+Each part is queried separately, so an unreachable part does not hide the others. Rates cover the
+seconds that a reading takes. Quantiles cover the time since each process started, and with
+`--watch` the last minute.
 
-Looks cost some milliseconds; a part that does not answer is what is missing.
+`--wait-for` polls the running loop and reports what is still missing. A poll costs some
+milliseconds; a part that does not answer counts as missing.
 
-How far the clicks in Kafka are and how far the stream has committed them, for `springtide status`.
+For the clicks, the report compares Kafka's ends of partitions with the offsets that the stream has
+committed.
 """
 
 from __future__ import annotations
@@ -45,6 +47,23 @@ from state.registry.control import Control
 from state.registry.registry import Registry
 
 LONGEST_WAIT_S = 3.0
+LOOK_S = 0.2
+NEAR_RECORDS = 64  # the applier's batch size
+Missing = Callable[[Settings], str]
+"""Polls once; returns what is missing, or an empty text if the condition holds."""
+NUMBERS: Mapping[str, tuple[str, str]] = {
+    "version": ("trainer", "springtide_trainer_version"),
+    "epoch": ("trainer", "springtide_trainer_epoch"),
+    "answers": ("applier", "springtide_serving_version"),
+}
+"""Names that a condition may compare with a number -> process and series."""
+BETWEEN_S = 1.0
+TIMEOUT_S = 60.0
+PARTS = (16, 12)
+DESCRIPTION = """Shows what runs and how well: clicks a second, lag, dead letters by reason, step time, log loss, AUC, the
+served version, freshness, accounts. Rates are of the seconds that the look takes; p50 and p99 are since each process
+started, with --watch of the last minute. What is wrong comes first, and makes the exit code 1; what an operator holds
+does not."""
 
 
 def kafka_lag(settings: Settings, connect: Callable[[Any], Topics] = Topics) -> dict[str, Any]:
@@ -68,13 +87,6 @@ def kafka_lag(settings: Settings, connect: Callable[[Any], Topics] = Topics) -> 
         "lag": sum(end - committed.get(partition, begin) for partition, (begin, end) in ends.items()),
         "training_log": sum(end for _, end in training.values()),
     }
-
-
-LOOK_S = 0.2
-NEAR_RECORDS = 64  # what the applier takes at once
-
-Missing = Callable[[Settings], str]
-"""Looks once; returns what is missing, and nothing where the condition holds."""
 
 
 class Condition(NamedTuple):
@@ -208,14 +220,6 @@ CONDITIONS: Mapping[str, Condition] = {
 }
 
 
-NUMBERS: Mapping[str, tuple[str, str]] = {
-    "version": ("trainer", "springtide_trainer_version"),
-    "epoch": ("trainer", "springtide_trainer_epoch"),
-    "answers": ("applier", "springtide_serving_version"),
-}
-"""What may be compared with a number -> process and series."""
-
-
 def condition_of(text: str) -> Condition:
     """The condition that an operator wrote: one of `CONDITIONS`, or one of `NUMBERS` with = or >= and a number.
 
@@ -252,13 +256,6 @@ def _control(settings: Settings) -> tuple[Registry, Control]:
     return registry, control
 
 
-BETWEEN_S = 1.0
-TIMEOUT_S = 60.0
-PARTS = (16, 12)
-DESCRIPTION = """Shows what runs and how well: clicks a second, lag, dead letters by reason, step time, log loss, AUC, the
-served version, freshness, accounts. Rates are of the seconds that the look takes; p50 and p99 are since each process
-started, with --watch of the last minute. What is wrong comes first, and makes the exit code 1; what an operator holds
-does not."""
 EPILOG = (
     "Conditions: "
     + "; ".join(f"{name}: {one.meaning}" for name, one in CONDITIONS.items())

@@ -1,6 +1,6 @@
-"""The version that answers: its program with its weights, and what stays the same until the next one.
+"""The version that a worker answers with: its program and weights, and all that stays the same until the next version.
 
-Which inputs of a program are rows of tables of the ranker's own, by the program's signature.
+The program's signature determines which inputs are rows of the ranker's own tables.
 """
 
 from __future__ import annotations
@@ -29,6 +29,21 @@ from state.rows.reader import RowReader
 from state.rows.served import Served
 from state.rows.tables import AVERAGED_IDS, own_rows_of
 
+ROWS_REMEMBERED = 10_000
+OTHERS_LOADED = 3
+"""Versions kept loaded in addition to the serving one, with a program each."""
+F32 = NDArray[np.float32]
+I32 = NDArray[np.int32]
+Row = TypeVar("Row")
+_INPUTS = {
+    "user": ("user_row",),
+    "item": ("item_row", "sequence_item_rows"),
+    "category": ("popular_rows", "recent_rows", "successor_rows", "category_row", "sequence_category_rows"),
+    # Rows of an item's attributes are added to the item's row.
+    "context": ("context_row", "item_row"),
+}
+"""The inputs of a program that are rows of each table."""
+
 
 class OwnInput(NamedTuple):
     """An input that is rows of a table of the ranker's own.
@@ -56,25 +71,6 @@ def own_inputs(shapes: Mapping[str, tuple[int, ...]]) -> tuple[OwnInput, ...]:
     """
     named = ((name, own_rows_of(name), shape[-1]) for name, shape in shapes.items())
     return tuple(OwnInput(name, *own, width, own[1] in AVERAGED_IDS) for name, own, width in named if own is not None)
-
-
-ROWS_REMEMBERED = 10_000
-OTHERS_LOADED = 3
-"""Versions that are kept loaded beside the one that answers, with a program each."""
-
-F32 = NDArray[np.float32]
-I32 = NDArray[np.int32]
-Row = TypeVar("Row")
-
-
-_INPUTS = {
-    "user": ("user_row",),
-    "item": ("item_row", "sequence_item_rows"),
-    "category": ("popular_rows", "recent_rows", "successor_rows", "category_row", "sequence_category_rows"),
-    # Rows of attributes are added to those of their items.
-    "context": ("context_row", "item_row"),
-}
-"""Inputs of a program that are rows of each table."""
 
 
 def widths_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:

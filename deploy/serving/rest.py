@@ -1,19 +1,18 @@
 """A serving worker's process: `python -m deploy.serving.rest [flags]`, HTTP and gRPC on one event loop.
 
-One process, one thread answers; with `serving.workers` above 1 this process is
-the parent of several (`workers.py`).
+One thread of one process answers. If `serving.workers` is above 1, this process is the parent of
+several workers on one port (`Workers`). A worker that dies is started again while the others
+continue.
 
-Prepares a worker before it reports ready: its kernels, then one answer of each kind, so that the first client waits no longer than the second.
+The parent owns the socket, and all workers accept from it. So a new connection goes to a worker
+that runs, and none is lost when a worker ends. Counters are stored in files, one set per worker,
+which its successor continues. Each worker's /metrics therefore shows the sum of all workers.
 
-Several workers on one port, and what becomes of one that dies: it is started again, and the others go on.
+If a worker never accepts a connection, its settings cannot work, and all workers end. They also end
+when the parent is killed.
 
-The socket is this process's, and all workers accept from it: a connection goes
-to one that is there, and none is lost with one that ends. Counters lie in
-files, one set a worker, which its successor takes up, so that each worker's
-/metrics are the sum of all of them.
-
-A worker that never accepted a connection has been told something impossible:
-then all end. So they do when this process is killed.
+Before a worker reports ready, it prepares its kernels and computes one answer of each kind. So the
+first client waits no longer than the second.
 """
 
 from __future__ import annotations
@@ -79,6 +78,14 @@ COUNTERS = "PROMETHEUS_MULTIPROC_DIR"
 KINDS = ("counter", "histogram", "gauge_max", "gauge_min")
 COUNTER_BYTES = 1 << 20
 """Of one kind and worker, as prometheus_client begins them."""
+USER = "springtide-warm-up"
+"""User id of the warm-up answers; no user has it."""
+ITEMS = BATCHES[-1] + 1
+"""So many items need the program for many pairs."""
+POLL_S = 0.1
+OWN_FILES = 256
+"""Open files of a worker in addition to its connections."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -216,13 +223,6 @@ def count_as(number: int) -> None:
     values.ValueClass = kind
 
 
-USER = "springtide-warm-up"
-"""Whom the answers are about: nobody."""
-ITEMS = BATCHES[-1] + 1
-"""So many items are scored by the program for many pairs."""
-POLL_S = 0.1
-
-
 class Warming:
     """Prepares the worker of a host in its event loop.
 
@@ -288,12 +288,6 @@ def _last(steps: Generator[None, None, Any]) -> Any:
             next(steps)
         except StopIteration as end:
             return end.value
-
-
-_log = logging.getLogger(__name__)
-
-OWN_FILES = 256
-"""Open files of a worker that are no connections."""
 
 
 def serve(

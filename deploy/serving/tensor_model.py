@@ -1,9 +1,8 @@
-"""Asks the model with named tensors and answers with named tensors; knows neither HTTP nor gRPC.
+"""Evaluates the model on named tensors and returns named tensors, independent of HTTP and gRPC.
 
-The version is the one that answers, or any that this host's rows still hold,
-by number or by label. All rows of one request are answered from one version.
-
-Which version a label stands for on this host: what the operator said, else what answers and what answered before.
+A request uses the serving version, or any version that this host's rows still hold, by number or by
+label. One version answers all rows of a request. A label refers to the version that the operator
+assigned. Without one, `stable` is the version that answers and `previous` the one before it.
 """
 
 from __future__ import annotations
@@ -29,6 +28,10 @@ from state.rows.reader import RowReader
 from state.rows.served import Served
 
 STABLE, PREVIOUS, CANARY = "stable", "previous", "canary"
+MODEL = "profile"
+MOST_ROWS = 1000
+VECTOR = frozenset(("vector",))
+LATEST_MS = 253_402_300_799_000  # the end of the year 9999
 
 
 def labels_of(reader: RowReader) -> dict[str, int]:
@@ -42,12 +45,6 @@ def labels_of(reader: RowReader) -> dict[str, int]:
     if before is not None:
         found[PREVIOUS] = before
     return found | (json.loads(control).get("labels", {}) if control else {})
-
-
-MODEL = "profile"
-MOST_ROWS = 1000
-VECTOR = frozenset(("vector",))
-LATEST_MS = 253_402_300_799_000  # the end of the year 9999
 
 
 class ModelChoice(NamedTuple):

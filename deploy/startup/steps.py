@@ -1,12 +1,9 @@
-"""The steps of `springtide up`, from the first check to the last stop.
+"""Runs the steps of `springtide up`, from the first check to the last stop.
 
-The topics that the loop needs, made where they are missing.
-
-The signs that the loop has come up: the trainer has a version, and serving answers with one.
-
-The local Kafka of one loop: started, started again when it dies, stopped last.
-
-The processes of the loop on one machine: their commands, ports and the order of their ends.
+- The loop's processes on one machine: their commands, ports and stop order.
+- The local Kafka, if the loop uses one: it starts first, is restarted when it dies, and stops last.
+- The topics that the loop needs: missing ones are created.
+- The signs that the loop is up: the trainer has a version, and serving answers with one.
 """
 
 from __future__ import annotations
@@ -87,6 +84,15 @@ ANSWERING = (APPLIER, WORKER, TRIAL_HOST)
 
 # Histories in memory, a gigabyte or so, are saved on a slow disk.
 SAVING_S = 60.0
+NAME, WHAT = "kafka", "Kafka"  # the local broker, as a process and in messages
+ROOM_S = 1.0
+PATIENCE_S = 0.5
+"""Timeout of a request to a process; one that compiles may answer late."""
+STEPS = 9
+LOOK_S = 0.1
+REMIND_S = 30.0
+PROGRESS_S = 5.0
+Found = TypeVar("Found")
 
 
 def process_plans(
@@ -172,10 +178,6 @@ def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[
         *([Port("probe.metrics_port", offered, settings.probe.metrics_port)] if PROBE not in idle else []),
         *([Port("up.prometheus_port", local, settings.up.prometheus_port)] if watched else []),
     ]
-
-
-NAME, WHAT = "kafka", "Kafka"
-ROOM_S = 1.0
 
 
 class LocalKafka:
@@ -274,10 +276,6 @@ class LocalKafka:
         self._broker.stop(timeout_s)
 
 
-PATIENCE_S = 0.5
-"""A process that compiles may answer late."""
-
-
 def trained_version(settings: Settings) -> int:
     """The version that the trainer has loaded or made; 0 while there is none."""
     addresses = {TRAINER: scrape.urls(settings)[TRAINER]}
@@ -344,14 +342,6 @@ def ensure_topics(settings: Settings, say: Callable[[str], None], local: bool = 
             topics.bound(name, config)
         partitions = topics.describe(kafka.clicks_topic).partitions
     return f"{kafka.clicks_topic} ({partitions} partitions), {kafka.dead_letters_topic}, {kafka.microbatches_topic}"
-
-
-STEPS = 9
-LOOK_S = 0.1
-REMIND_S = 30.0
-PROGRESS_S = 5.0
-
-Found = TypeVar("Found")
 
 
 class Stopped(Exception):

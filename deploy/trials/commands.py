@@ -1,19 +1,23 @@
-"""`springtide trial start|list|stop|promote|report`: what is wanted of trials; the process of `springtide up` converges to it.
+"""The commands `springtide trial start|list|stop|promote|report`.
 
-Gives a trial a registry of its own: the live version as links to its files, the feature spec, and a first control.
+A command writes the wanted state of a trial; the trials' process of `springtide up` converges to
+it.
 
-Files of versions are never changed, only replaced by others of their name: a
-link costs no room, and outlives what the live compactor removes.
+`start` gives a trial its own registry: the live version as links to its files, the feature spec,
+and a first control. Files of versions are never modified, only replaced under the same name. So a
+link uses no space, and stays valid when the live compactor removes the file.
 
-`springtide trial promote`: the live trainer goes on, in a new epoch, from what a trial learned.
+`promote` lets the live trainer continue, in a new epoch, from what the trial learned:
 
-1. The settings must be those that the trial tried; where the live version is of another model, the live trainer must rest.
-2. `promoting` is wanted: the trial's trainer ends, with a last durable version.
-3. The next control generation begins an epoch from the live version, whose first version is what the trial learned.
-4. `promoted` is written down; the trial's registry goes once that version is there.
+1. Check that the settings are those of the trial. If the live version is of another model, the live
+   trainer must be stopped.
+2. Set the wanted state to `promoting`: the trial's trainer ends with a last durable version.
+3. Create the next control generation. It begins an epoch from the live version, whose first version
+   is what the trial learned.
+4. Record `promoted`. The trial's registry is removed once that first version exists.
 
-A crash before 3 leaves the trial `promoting`: the same command goes on. The live
-line stays as it is, so that `springtide rollback` takes it back.
+After a crash before step 3 the trial stays `promoting`, and the same command continues. The live
+branch is kept, so that `springtide rollback` can undo the promotion.
 """
 
 from __future__ import annotations
@@ -63,6 +67,7 @@ from state.trials.trial import MOST_RUNNING, Trial, Trials, Wanted, require_name
 WAIT_S = 60.0
 LOOK_S = 0.1
 PROMOTING: Wanted = "promoting"
+_TRIES = 3
 
 
 def promote(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
@@ -184,9 +189,6 @@ def _learned(own: Registry, trial: Trial) -> Manifest:
         )
     own.chain(number)
     return own.manifest(number)
-
-
-_TRIES = 3
 
 
 def require_bootstrapped(live: Registry, tried: Settings) -> str:

@@ -1,18 +1,18 @@
-"""Runs the trials of a state directory: `python -m deploy.trials.process`, a child of `springtide up` while there is one.
+"""Runs the trials of a state directory: `python -m deploy.trials.process`.
 
-For each trial that is to run it
+`springtide up` starts it as a child while a trial exists.
 
-1. lets the live trainer write its losses,
-2. takes over what the live control wants of anybody who learns (`state/trials/following.py`), before its trainer begins,
-3. keeps the trial's trainer alive, a process of its own registry,
-4. pairs both trainers' losses and keeps the comparison.
+For each trial that should run, the process
 
-A trial that is not to run any more loses its trainer, then its registry, once
-nobody is to go on from it. All of it, trainers included, has `trials.cores` of
-the machine and steps back behind whoever else wants them. It ends once nothing
-is left to do.
+1. makes the live trainer write its losses,
+2. before the trial's trainer starts, copies what live control requires of every trainer
+   (`state/trials/following.py`),
+3. keeps the trial's trainer running, as a process with its own registry,
+4. pairs the losses of both trainers and stores the comparison.
 
-Follows the losses of both trainers, pairs them, and keeps the comparison of one trial.
+When a trial should no longer run, its trainer is stopped. Its registry is removed once no promotion
+needs it. The process and its trainers use `trials.cores` of the machine, at a lower priority than
+other processes. It ends when nothing is left to do.
 """
 
 from __future__ import annotations
@@ -49,8 +49,13 @@ from state.trials.row_losses import LossReader
 from state.trials.trial import Trial, Trials
 
 KEEP_S = 5.0
-"""Between two times that the comparison is written."""
+"""Interval at which the comparison is written."""
 READS_AT_ONCE = 8
+LOOK_S = 0.2
+STOP_S = 15.0
+NICENESS = 10
+ACTOR = "trials"
+logger = logging.getLogger(__name__)
 
 
 class ComparedTrial:
@@ -108,13 +113,6 @@ class ComparedTrial:
         if self._comparison.records != self._kept_records:
             comparison.write(self._folder, self._comparison)
             self._kept_records = self._comparison.records
-
-
-LOOK_S = 0.2
-STOP_S = 15.0
-NICENESS = 10
-ACTOR = "trials"
-logger = logging.getLogger(__name__)
 
 
 def part_of(name: str) -> str:

@@ -1,15 +1,15 @@
-"""Learns a model anew every so often: `python -m deploy.trials.retraining`, a child of `springtide up` while one is due or under way.
+"""Retrains the model on a schedule: `python -m deploy.trials.retraining`.
 
-1. One that is due is written down.
-2. Its trial begins, from the clicks of the last days; the process of trials runs it.
-3. It is judged (`deploy/trials/retraining.py`), and promoted or stopped as an operator would do it.
-4. What became of it is written down.
+`springtide up` starts it as a child while a retrain is due or running.
 
-Killed anywhere it goes on there: the name in the document is that of the trial,
-which is there or begins, and what was decided of the trial is read from it. It
-ends once nothing is due.
+1. Record that a retrain is due.
+2. Start its trial, from the clicks of the last days; the trials' process runs it.
+3. Judge it by its trial, its comparison and a rollout. Promote or stop it with the operator's
+   commands.
+4. Record the outcome (promoted, dropped or failed) and the reason.
 
-What becomes of a retrain: promoted, dropped or failed, and why, by its trial, its comparison and a rollout. Pure.
+After a kill at any point it continues. The document has the trial's name: that trial exists or is
+started, and its document shows what was decided. The process ends when nothing is due.
 """
 
 from __future__ import annotations
@@ -45,6 +45,8 @@ from state.trials.trial import Trial, Trials
 
 ACTOR = "retrain"
 """Who decides where nobody commanded it."""
+LOOK_S = 1.0
+logger = logging.getLogger(__name__)
 
 
 class RetrainDecision(NamedTuple):
@@ -140,10 +142,6 @@ def _decided(trial: Trial) -> RetrainDecision | None:
     if trial.wanted == "stopped":
         return RetrainDecision("dropped", f"{by}{trial.reason}")
     return RetrainDecision("dropped", f"it ended: {trial.reason}") if trial.wanted == "ended" else None
-
-
-LOOK_S = 1.0
-logger = logging.getLogger(__name__)
 
 
 class Retrainer:

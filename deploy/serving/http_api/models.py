@@ -1,11 +1,10 @@
-"""TensorFlow Serving's REST interface: status, metadata and predictions of the model, in its forms and with its codes.
+"""TensorFlow Serving's REST interface: status, metadata and predictions of the model, with its formats and status codes.
 
-GET  /v1/models/profile[/versions/V|/labels/L][/metadata]
-POST /v1/models/profile[/versions/V|/labels/L]:predict    {"instances": [...]} or {"inputs": {...}}
+    GET  /v1/models/profile[/versions/V|/labels/L][/metadata]
+    POST /v1/models/profile[/versions/V|/labels/L]:predict    {"instances": [...]} or {"inputs": {...}}
 
-Errors are `{"error": TEXT}`, as clients of TensorFlow Serving read them.
-
-Tensors in JSON as TensorFlow Serving has them: by row (`instances`) or by column (`inputs`), bytes as `{"b64": TEXT}`.
+Tensors in JSON are as in TensorFlow Serving: by row (`instances`) or by column (`inputs`), with
+bytes as `{"b64": TEXT}`. Errors are `{"error": TEXT}`, as clients of TensorFlow Serving read them.
 """
 
 from __future__ import annotations
@@ -35,6 +34,14 @@ from state.metrics import WorkerMetrics
 FORM = 'send {"instances": [...]} or {"inputs": {...}}'
 _KINDS = {"f": "iuf", "i": "iu", "b": "b"}
 """NumPy's kinds of JSON numbers that each kind of tensor takes."""
+CHOICES = ("", "/versions/{version}", "/labels/{label}")
+LARGEST = 2**63 - 1
+_PLACEHOLDERS: Mapping[str, Mapping[str, Any]] = {"model": {"enum": [MODEL]}, "version": {"pattern": "^[0-9]{1,18}$"}}
+_FAILURES: Mapping[int, type] = {**FAILED, 400: ModelFailure, 404: ModelFailure, 503: ModelFailure}
+_FAILURES_OF_PREDICT = {**_FAILURES, 413: ModelFailure, 504: ModelFailure}
+PREDICT = "Predictions by user id, or from raw inputs, as TensorFlow Serving gives them."
+METADATA = "The signatures of the model, as TensorFlow Serving says them."
+STATUS = "The versions that can be asked for, as TensorFlow Serving's model status."
 
 
 def document_of(body: bytes) -> dict[str, Any]:
@@ -178,16 +185,6 @@ def _listed(values: Tensor) -> list[Any]:
     if values.ndim == 1:
         return [one.decode() for one in values.tolist()]
     return [[one.decode() for one in row] for row in values.tolist()]
-
-
-CHOICES = ("", "/versions/{version}", "/labels/{label}")
-LARGEST = 2**63 - 1
-_PLACEHOLDERS: Mapping[str, Mapping[str, Any]] = {"model": {"enum": [MODEL]}, "version": {"pattern": "^[0-9]{1,18}$"}}
-_FAILURES: Mapping[int, type] = {**FAILED, 400: ModelFailure, 404: ModelFailure, 503: ModelFailure}
-_FAILURES_OF_PREDICT = {**_FAILURES, 413: ModelFailure, 504: ModelFailure}
-PREDICT = "Predictions by user id, or from raw inputs, as TensorFlow Serving gives them."
-METADATA = "The signatures of the model, as TensorFlow Serving says them."
-STATUS = "The versions that can be asked for, as TensorFlow Serving's model status."
 
 
 class QuestionsByRow(msgspec.Struct, frozen=True):

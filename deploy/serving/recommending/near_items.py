@@ -1,32 +1,29 @@
-"""Items whose rows are near to what a user's engagement is multiplied with, in one worker's memory.
+"""Finds the items whose rows have the largest product with a user's query vector, from an index in one worker's memory.
 
-An index only proposes: whoever answers reads the rows of what it proposes at
-the version of the answer. So it may be some tenths of a second behind, and need
-not hold each version apart. It follows a host's rows in turns of some
-milliseconds, from the first question on:
+An index only proposes items. The caller reads the rows of the proposed items at the version of the
+answer. So the index may be some tenths of a second behind, and need not separate versions. From the
+first question on, it follows a host's rows in batches of some milliseconds (`NearItems`):
 
-1. The version that answers says which items' rows were written since the one
-   before (`RowReader.changed`); each is due once, however often it is written.
-2. What is due is read at the version of the turn, and put into the index.
-3. Where it is not known what changed (the first time, after a rollback, or
-   where a worker slept longer than versions are kept), and where there are four
-   times as many rows as the index was laid out for, one is made anew, by a walk
-   over all rows; the one before answers meanwhile.
+1. The serving version reports which items' rows were written since the one before
+   (`RowReader.changed`). Each is due once, however often it is written.
+2. Due rows are read at the version of the batch, and put into the index.
+3. A new index is built by a pass over all rows if it is unknown what changed. That happens the
+   first time, after a rollback, or if a worker slept longer than versions are kept. It is also
+   built when there are four times as many rows as the index was built for. The old index answers
+   meanwhile.
 
-A turn costs the same whatever comes: with more clicks it only takes longer
-until all rows are followed. A host at rest costs nothing.
+A batch costs the same whatever arrives: with more clicks, following all rows only takes longer. An
+idle host costs nothing.
 
-The rows with the largest products with a query, among a million: faiss's inverted file, rows in half precision.
+`ItemIndex` is a faiss inverted file, with rows in half precision, for up to a million rows. Each
+row is in the list of the centre with which its product is largest. A query searches the lists of
+some centres. Centres have unit length and stand for directions: item rows differ in length by how
+often they were clicked, and the longest are near to many users.
 
-Rows lie in lists by the centre that their product is largest with; a query
-looks into the lists of some centres. Centres are of unit length, the middles of
-directions: rows of items differ in length by how often they were clicked, and
-the longest are near to many users.
-
-Of a million rows of 32 numbers on a core at 2 GHz or so: 0.9 us to add one,
-1.5 us to put one anew, 3 ms to find those near to a user, 135 MB. A graph
-(usearch, HNSW) finds them in 0.3 ms, and takes 43 us to add one of only 60,000
-and 940 us to put one anew: five versions a second rewrite thousands of rows.
+Costs for a million rows of 32 numbers on a core at about 2 GHz: 0.9 us to add a row, 1.5 us to
+replace one, 3 ms for a query, 135 MB. A graph (usearch, HNSW) answers a query in 0.3 ms. But it
+takes 43 us to add a row to only 60,000, and 940 us to replace one. Five versions a second rewrite
+thousands of rows.
 """
 
 from __future__ import annotations
@@ -55,6 +52,13 @@ ROUNDS = 5
 
 F32 = NDArray[np.float32]
 U64 = NDArray[np.uint64]
+_NOTHING = (1 << 64) - 1
+"""faiss's -1 as an unsigned id: no item."""
+MOST_ITEMS = 1_000_000
+"""Maximum in the index, about 130 MB. Other items replace some of them at their next click."""
+ROWS_AT_ONCE = 400
+OUTGROWN = 4
+_IDS = 1 << 64
 
 # A worker answers in one thread.
 faiss.omp_set_num_threads(1)
@@ -133,17 +137,6 @@ def _centres(sample: F32, lists: int) -> F32:
     )
     learned.train(sample)
     return np.asarray(learned.centroids, np.float32)
-
-
-_NOTHING = (1 << 64) - 1
-"""faiss's -1."""
-
-
-MOST_ITEMS = 1_000_000
-"""In the index; some 130 MB. Others in place of them come with their next click."""
-ROWS_AT_ONCE = 400
-OUTGROWN = 4
-_IDS = 1 << 64
 
 
 @dataclass
