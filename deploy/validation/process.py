@@ -1,18 +1,14 @@
-"""The validation: `python -m deploy.validation.process`, `springtide validate`.
+"""Validates live clicks against the baseline: `python -m deploy.validation.process`, `springtide validate`.
 
-Follows the training log beside the trainer, takes the statistics of each window
-of log time, and judges it when it is over. Nobody waits for it: where it is slow
-or dead, clicks, training and answers go on, and it takes the log up again where
-its open window began.
+The process follows the training log in parallel to the trainer. It collects the statistics of each
+window of log time. When a window ends, it compares the window with the baseline and the window
+before. It reports findings as metrics and log lines. No other process waits for it. If it is slow
+or dead, clicks, training and answers continue. It resumes the log where its open window began.
 
-Holds each window against the baseline and the window before, and says what was found: metrics, and lines in the log.
-
-Parts the training log into windows of log time and takes the statistics of each: the same log gives the same windows.
-
-A record belongs whole to the window in which its log time lies: what time it was
-by the clocks of many users after its last event, and never before that of a record
-before it. A window ends with the first record of a later one. Of about one in
-`every` records the rows count, chosen by a hash of its offset.
+The same log always gives the same windows. A record belongs as a whole to the window of its log
+time: the time by many users' clocks after its last event, and never earlier than that of the
+previous record. The first record of a later window ends a window. The rows of about one in `every`
+records are counted, chosen by a hash of the record's offset.
 """
 
 from __future__ import annotations
@@ -50,6 +46,28 @@ from state.statistics.collecting import FEATURES, Statistics
 from state.statistics.protos import by_name, common, dataset
 
 _SPREAD = 0x9E3779B97F4A7C15
+MOST_LABELS = 40
+SETTLED_WINDOWS = 24
+OTHERS = "others"
+KINDS = (
+    "SCHEMA_MISSING_COLUMN",
+    "SCHEMA_NEW_COLUMN",
+    "FEATURE_TYPE_LOW_FRACTION_PRESENT",
+    "UNEXPECTED_DATA_TYPE",
+    "ENUM_TYPE_UNEXPECTED_STRING_VALUES",
+    "INT_TYPE_SMALL_INT",
+    "INT_TYPE_BIG_INT",
+    "FLOAT_TYPE_SMALL_FLOAT",
+    "FLOAT_TYPE_BIG_FLOAT",
+    "COMPARATOR_L_INFTY_HIGH",
+    "COMPARATOR_JENSEN_SHANNON_DIVERGENCE_HIGH",
+)
+"""The kinds of anomalies that `state/statistics/anomalies.py` can find."""
+FETCH_S = 0.5
+RETRY_S = 1.0
+RECORDS_AT_ONCE = 64
+LOOK_BACK_WINDOWS = 2
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -117,11 +135,6 @@ class Windows:
             self.open = Window(start_ms, start_ms + self._length_ms, offset, self._new(), whole)
         self.open.statistics.add(batch.columns, batch.header.attributes)
         return ended
-
-
-MOST_LABELS = 40
-SETTLED_WINDOWS = 24
-OTHERS = "others"
 
 
 def labels_of(names: Iterable[str]) -> dict[str, str]:
@@ -272,29 +285,6 @@ def kinds(found: Anomalies) -> Iterable[int]:
     """The kinds of anomalies, each once a feature."""
     for info in found.anomaly_info.values():
         yield from sorted({reason.type for reason in info.reason})
-
-
-KINDS = (
-    "SCHEMA_MISSING_COLUMN",
-    "SCHEMA_NEW_COLUMN",
-    "FEATURE_TYPE_LOW_FRACTION_PRESENT",
-    "UNEXPECTED_DATA_TYPE",
-    "ENUM_TYPE_UNEXPECTED_STRING_VALUES",
-    "INT_TYPE_SMALL_INT",
-    "INT_TYPE_BIG_INT",
-    "FLOAT_TYPE_SMALL_FLOAT",
-    "FLOAT_TYPE_BIG_FLOAT",
-    "COMPARATOR_L_INFTY_HIGH",
-    "COMPARATOR_JENSEN_SHANNON_DIVERGENCE_HIGH",
-)
-"""Those that `state/statistics/anomalies.py` can find."""
-
-
-FETCH_S = 0.5
-RETRY_S = 1.0
-RECORDS_AT_ONCE = 64
-LOOK_BACK_WINDOWS = 2
-_log = logging.getLogger(__name__)
 
 
 class LogValidation:

@@ -1,22 +1,18 @@
-"""One consistent cut of the whole account: broker, stream, training log, trainer; for `springtide status`.
+"""Reads one consistent account of all rows, for `springtide status`: broker, stream, training log and trainer.
 
-The order of reading makes the cut exact while everything moves:
+The order of reading makes the account exact while everything runs:
 
-1. The newest version: what became of the rows the trainer had, and its marks.
+1. The newest version: what became of the rows the trainer had, and the next offset of each source.
 2. The stream's store: what became of the positions it has committed.
-3. The training log from the version's place on: the rows in flight, counted
-   up to where the store was and no further.
+3. The training log from the version's position on: the rows in flight, counted up to the store's
+   position and no further.
 4. The broker's first and last offsets.
 
-A row is in the log before the store counts it, and in the store soon after; so
-where the version is ahead of the store, the store is read again.
+A row is in the log before the store counts it, and in the store soon after. So if the version is
+ahead of the store, the store is read again.
 
-A stream on an engine has its account there: of it there is what it shows on
-/metrics, a second old, which is not compared with the trainer's.
-
-Reads what the account is made of: the stream's stores on this machine, or what it shows, and the end of the training log.
-
-Counts the rows between the trainer's place and the stream's, and makes both accounts of what is stored. Pure.
+If the stream runs on an engine, its stores are on the engine's machines. Its account is then what
+it shows on /metrics, up to a second old, and is not compared with the trainer's.
 """
 
 from __future__ import annotations
@@ -50,6 +46,13 @@ from state.registry.registry import Registry
 LONGEST_TAIL = 20_000
 
 Counts = Mapping[Source, Mapping[str, int]]
+LONGEST_S = 3.0
+SETTLE_S = 1.0
+OUTCOMES = ("rows", "dead", "filtered", "absent", "gap")
+RARE = ("opened", "feedback", "masked")
+AS_SHOWN = (
+    "no stream has a store here: its account is what it shows on /metrics, and is not compared with the trainer's"
+)
 
 
 @dataclass(frozen=True)
@@ -133,10 +136,6 @@ def comparable(counts: Counts, version: Manifest, flying: InFlight) -> str:
     if flying.marks.keys() == version.marks.keys() and int(version.metrics["account.before"]) != began:
         return "the trainer's line began later than the stream's store, or earlier: its log had been cut, or the store is new"
     return ""
-
-
-LONGEST_S = 3.0
-SETTLE_S = 1.0
 
 
 class Stores(NamedTuple):
@@ -251,13 +250,6 @@ def settled(
         ahead = any(mark > counts[source]["next"] for source, mark in version.marks.items() if source in counts)
         if not ahead or time.monotonic() >= deadline_s:
             return stores
-
-
-OUTCOMES = ("rows", "dead", "filtered", "absent", "gap")
-RARE = ("opened", "feedback", "masked")
-AS_SHOWN = (
-    "no stream has a store here: its account is what it shows on /metrics, and is not compared with the trainer's"
-)
 
 
 def account(settings: Settings) -> dict[str, Any]:
