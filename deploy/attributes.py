@@ -57,7 +57,7 @@ class AttributeFiles:
     Attributes:
         side: user or item.
         recording: The files.
-        table: What a record says.
+        table: What a record contains.
         topic: Where records go.
         key: The column of the id.
         most_bytes: Larger records are refused.
@@ -81,7 +81,7 @@ class AttributeRecords:
     """Rows as records.
 
     Attributes:
-        records: Key and value of each that the stream takes.
+        records: Key and value of each record that the stream accepts.
         refused: Rows that it does not, with the reason.
         valued: Per attribute the records that have a value.
     """
@@ -153,7 +153,7 @@ def send(
     Args:
         files: What to send.
         deliver: Takes records and returns when they are acknowledged.
-        progress: Is told.
+        progress: Receives the progress.
         stopped: Ends it between two pieces.
         wall_ms: Unix time, the records' timestamp.
 
@@ -209,7 +209,7 @@ def article(side: str) -> str:
 def summary(files: AttributeFiles, outcome: SentAttributes, took_s: float) -> str:
     """What a run did.
 
-    A name that no record has a value for may be misspelled; a file of JSON lines does not tell.
+    A name without a value in any record may be misspelled; JSON lines have no header to check.
     """
     seen = outcome.sent + outcome.refused.total()
     parts = [
@@ -226,7 +226,7 @@ def summary(files: AttributeFiles, outcome: SentAttributes, took_s: float) -> st
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's options; settings are taken out of the line before."""
+    """The command's options; settings are removed from the arguments before."""
     made = argparse.ArgumentParser(
         prog="springtide attributes",
         description="Write attributes of users and items to their compacted topics. [attributes] names the topics and "
@@ -246,7 +246,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def files_of(options: argparse.Namespace, settings: Settings) -> list[AttributeFiles]:
-    """What the command line and `[attributes]` say to send.
+    """What to send according to the command line and `[attributes]`.
 
     Raises:
         SettingsError: A side has no topic, no fields or no file, or its id no column.
@@ -284,7 +284,7 @@ def run(
     say: Callable[[str], None] = print,
     progress_to: TextIO = sys.stderr,
 ) -> None:
-    """Sends the files of the command line.
+    """Sends the files named on the command line.
 
     Raises:
         SpringtideError: Files, settings or Kafka are in the way.

@@ -175,11 +175,11 @@ class _Version(argparse.Action):
 
 
 def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
-    """The command line's parser; settings are taken out of the line before.
+    """The parser of the command line; settings are removed from the arguments before.
 
     Args:
-        words: What it is for. Options whose import takes long (the log, for those that read it) are left out of
-            commands that these words do not name; none are without words.
+        words: The arguments to parse. Options whose import takes long (those of the log) are only added to commands
+            that these words name; without words they are added to all.
     """
     whole = RefusingParser(
         prog="springtide",
@@ -288,7 +288,7 @@ def _config(add: Add) -> argparse.ArgumentParser:
 
 
 def with_times(words: Sequence[str]) -> list[str]:
-    """Joins an option and a relative time, which argparse would take for another option.
+    """Joins an option and a relative time, which argparse would mistake for another option.
 
     >>> with_times(["rollback", "--before", "-10m", "--dry-run"])
     ['rollback', '--before=-10m', '--dry-run']

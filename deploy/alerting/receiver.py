@@ -68,7 +68,7 @@ class Notification:
     Attributes:
         alert: Its name.
         began_ms: When it began to fire.
-        summary: What it says.
+        summary: Its text.
     """
 
     alert: str
@@ -106,7 +106,7 @@ def _alert(found: Any, number: int) -> Notification | None:
         raise BadRequest("an alert has the status firing or resolved", where=f"{where}/status")
     labels, annotations = found.get("labels"), found.get("annotations", {})
     name = labels.get("alertname") if isinstance(labels, dict) else None
-    # It becomes a name in the audit log, and no line of somebody else's making.
+    # The name goes into the audit log, so it must not contain a line break.
     if not isinstance(name, str) or not re.fullmatch(r"[\w:-]{1,100}", name, re.ASCII):
         raise BadRequest("an alert has a name of letters, digits and _:-", where=f"{where}/labels/alertname")
     summary = annotations.get("summary", "") if isinstance(annotations, dict) else ""
@@ -121,7 +121,7 @@ def _alert(found: Any, number: int) -> Notification | None:
 
 
 def pin_before(registry: Registry, notification: Notification, before_s: float, now_ms: int) -> str:
-    """Pins, and says what was done; asked again it changes nothing. Durable when it returns.
+    """Pins serving and returns what was done; a repeated call changes nothing. Durable when it returns.
 
     Args:
         registry: Where versions and control are.
@@ -164,7 +164,7 @@ class Webhook:
         self._settings, self._tokens, self._now_ms = settings, tokens, now_ms
 
     def let_in(self, authorization: str | None) -> None:
-        """Lets through whoever may operate.
+        """Accepts only requests with the role `operate`.
 
         Raises:
             Unauthorized: There is no token, or none of ours.
@@ -195,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         try:
-            # Read before anything is refused: what is left unread would cut the answer off.
+            # Read the body before any refusal: unread bytes would cut the answer off.
             body = self._body()
             if self.path != PATH:
                 raise UnknownPath(f"nothing answers at {self.path!r:.100}", f"POST {PATH}")

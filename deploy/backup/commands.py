@@ -76,7 +76,7 @@ SALT_OUT = "the salt is not in it: keep a copy of {path} elsewhere, without it n
 
 @contextmanager
 def snapshot(store: LmdbStore) -> Iterator[BinaryIO]:
-    """What `data.mdb` of a copy of the store as of now is, to be read in the block; its writer goes on meanwhile.
+    """Streams `data.mdb` of a copy of the store as it is now, to be read in the block; the writer continues meanwhile.
 
     Raises:
         StoreError: It cannot be read to its end.
@@ -110,7 +110,7 @@ class Scope(NamedTuple):
 
     Attributes:
         with_salt: Also the secret of the pseudonyms.
-        newest_only: Of the versions only those on which the trainer goes on and that control names.
+        newest_only: Only the versions from which the trainer continues and those that control names.
     """
 
     with_salt: bool = False
@@ -122,7 +122,7 @@ class Notes(NamedTuple):
 
     Attributes:
         files: What was kept of it; none where this machine does not serve.
-        left_out: Why that is none, where this machine serves.
+        left_out: Why there are none although this machine serves.
     """
 
     files: tuple[KeptFile, ...] = ()
@@ -150,14 +150,14 @@ def make(settings: Settings, place: FilePlace, scope: Scope, now_ms: int, said: 
 
     Args:
         settings: Of the system.
-        place: Where to.
+        place: Destination of the backup.
         scope: What of it.
         now_ms: Wall clock.
-        said: Told how many bytes were taken, again and again.
+        said: Called repeatedly with the number of bytes copied.
 
     Raises:
         LockHeld: Another backup is made there.
-        BackupError: There is nothing to keep yet, or the place refused.
+        BackupError: There is nothing to back up yet, or the destination refused.
         SaltMismatch: The salt's file is not that of the histories.
         SpringtideError: The registry or a store cannot be read.
     """
@@ -228,7 +228,7 @@ class _Making:
         return self._objects.sent_bytes
 
     def shard(self, path: Path) -> Shard:
-        """Keeps the histories at `path`, then what lies beside them, which must not be older.
+        """Copies the histories at `path`, then the files next to them, which must not be older.
 
         Raises:
             CorruptStore: A power cut may have damaged them.
@@ -254,7 +254,7 @@ class _Making:
         return Shard(folder.name, files, positions, salt.decode())
 
     def notes(self, shards: Sequence[Shard]) -> Notes:
-        """Keeps what serving knows of items and names, once it has taken the clicks of the backup's histories."""
+        """Copies serving's items and names, once serving has applied the clicks of the copied histories."""
         path = self._settings.serving_dir / layout.HISTORIES
         if not os.path.lexists(path):
             return Notes()
@@ -275,7 +275,7 @@ class _Making:
             store.close()
 
     def registry(self, newest_only: bool) -> tuple[RegistryCut, list[KeptFile]]:
-        """Keeps one moment of the registry; what the compactor took away meanwhile is looked for again.
+        """Copies one moment of the registry; files that the compactor removed meanwhile are looked up again.
 
         Raises:
             BackupError: It never holds still.
@@ -299,7 +299,7 @@ class _Making:
         raise BackupError(f"{registry.path} changed while it was copied, {TRIES} times", "repeat it")
 
     def _part(self, path: Path, folder: str, entries: dict[str, FileEntry]) -> list[KeptFile]:
-        """The files of one version; those that the place has are not read."""
+        """The files of one version; files that the backup location already has are not read."""
         kept = []
         for name, entry in entries.items():
             known = self._known.get(entry.sha256)
@@ -340,11 +340,11 @@ class _Making:
 
 
 class _Differs(Exception):
-    """A file of a version is not what its manifest says."""
+    """A file of a version does not match its manifest."""
 
 
 def backup(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Makes a backup, lists those of a place, or reads one again.
+    """Makes a backup, lists those of a location, or verifies one.
 
     Raises:
         SpringtideError: See `make`.
@@ -427,10 +427,10 @@ def later_erasures(place: FilePlace, found: Backup, registry: Path | None) -> tu
     """What is known of erasures after a backup: by the newest one there, and by a registry that was not lost.
 
     Returns:
-        The longer of the two, and what is to be said where the newest backup cannot be read.
+        The larger of the two, and a message if the newest backup cannot be read.
 
     Raises:
-        BackupError: `registry` is none.
+        BackupError: `registry` is not a registry.
     """
     known, said = [Erased.NOBODY], []
     if registry is not None:
@@ -446,7 +446,7 @@ def later_erasures(place: FilePlace, found: Backup, registry: Path | None) -> tu
 
 
 def show(place: FilePlace, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Lists the backups of a place, oldest first."""
+    """Lists the backups of a location, oldest first."""
     found = [listing.backup(place, one) for one in listing.ids(place)]
     head = ["backup", "age", "version", "versions", "size", "sent", "salt"]
     rows = [

@@ -93,7 +93,7 @@ POLICY = "; ".join(
         "frame-ancestors 'none'",
     )
 )
-"""What the page may load: its own files, and nothing that is written into the page itself."""
+"""Content security policy: the page may load its own files, and nothing inline."""
 TOLD: Headers = [
     (b"content-security-policy", POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
@@ -123,11 +123,11 @@ _log = logging.getLogger(__name__)
 
 
 class RequestGuard:
-    """Lets requests through, or says why not.
+    """Authorizes requests, or refuses them with a reason.
 
     Args:
         tokens: Of both roles.
-        open_to_read: Whether whoever reaches the port may read.
+        open_to_read: Whether every client that reaches the port may read.
     """
 
     def __init__(self, tokens: Tokens, open_to_read: bool) -> None:
@@ -137,7 +137,7 @@ class RequestGuard:
         """Lets through who may ask for this.
 
         Raises:
-            Unauthorized: It needs a token, and there is none or none of ours.
+            Unauthorized: A token is required, and the request has none or an unknown one.
             Forbidden: The token is of another role, or the request comes from another page.
             BadRequest: It changes something and is no JSON.
         """
@@ -158,7 +158,7 @@ class RequestGuard:
 
 
 def open_to_read(settings: Settings) -> bool:
-    """Whether reading needs no token: neither here nor at the answers, which the console looks up.
+    """Whether reading needs no token, neither here nor at the serving API that the console queries.
 
     >>> open_to_read(Settings())
     True
@@ -171,7 +171,7 @@ def require_own_page(scope: Scope) -> None:
 
     Raises:
         Forbidden: It does.
-        BadRequest: The body is not said to be JSON.
+        BadRequest: The body is not declared as JSON.
     """
     origin, site = header(scope, b"origin"), header(scope, b"sec-fetch-site")
     foreign = origin is not None and origin.partition("://")[2] != header(scope, b"host")
@@ -194,7 +194,7 @@ class ListParameters(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ProfileLookup(msgspec.Struct, forbid_unknown_fields=True):
-    """Of a profile: the category that is explained; its first where none is named."""
+    """The category of a profile that is explained; the first one if none is named."""
 
     label: str = ""
 
@@ -239,7 +239,7 @@ class Reading:
         ]
 
     async def _session(self, request: Request) -> Response:
-        """Whether reading needs a token, and what the one that was sent may do."""
+        """Whether reading needs a token, and what the request's token permits."""
         role = self._guard.role(request.scope)
         return Response(200, encode({"open_to_read": self._guard.open_to_read, "role": role}))
 
@@ -323,7 +323,7 @@ class Console:
         now_ms: Wall clock.
 
     Attributes:
-        watch: What knows the loop; whoever runs the application starts it.
+        watch: Collects the loop's figures; the caller that runs the application starts it.
         endpoints: What is offered.
         draining: Whether the process is about to end: answers then end their connections.
     """

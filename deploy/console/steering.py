@@ -96,7 +96,7 @@ class ShownPlans:
             confirmed: The version that the operator types once more.
 
         Raises:
-            ControlConflict: No such plan was shown of late, or it goes back to another version.
+            ControlConflict: No such plan was shown recently, or it rolls back to another version.
         """
         found = self._plans.get(digest)
         if found is None or self._clock_s() - found.shown_s > KEEP_S:
@@ -243,7 +243,7 @@ class Steering:
             with self._stores, acting(who):
                 return give(self._settings, line, self._now_ms())
         finally:
-            # Also where it failed: somebody else may have changed control.
+            # Also after a failure: somebody else may have changed control.
             self._lately.forget()
             self._changed()
 
@@ -259,7 +259,7 @@ def words_of(wanted: PlanWanted, now_ms: int) -> list[str]:
     ['rollback', '--mode=exact', '--skip=0:5-9', '--skip-time=1799999940000..1800000000000']
 
     Raises:
-        SettingsError: A time is none.
+        SettingsError: It is not a time.
     """
     times = [parse_times(text, now_ms) for text in wanted.skip_time]
     if wanted.minutes is not None:
