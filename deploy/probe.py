@@ -54,7 +54,7 @@ _log = logging.getLogger(__name__)
 
 
 class Sent(NamedTuple):
-    """Where a click lies: "topic id:partition" of the clicks, and its offset there."""
+    """Position of a click: "topic id:partition" of the clicks topic, and the offset."""
 
     source: str
     offset: int
@@ -68,8 +68,8 @@ class Passage:
         source: "topic id:partition" that it was sent to; empty where it was not.
         offset: Its offset; -1 where it was not sent.
         feature_seconds: From sending it until an answer's features showed it; None where none did.
-        weight_seconds: From sending it until an answer's version had learned from it; None where none had.
-        version: That version, or the one that answered last; 0 for none.
+        weight_seconds: From sending it until an answer's version had learned from it; None if no version did.
+        version: That version, or the last one that answered; 0 for none.
         reason: Why it did not come through: kafka, answers, refused, features, weights; empty where it did.
         problem: The same in words.
     """
@@ -102,7 +102,7 @@ class Passage:
 
 
 def action_of(settings: Settings) -> str:
-    """The action of probe clicks: the first that waits for no label, and is none.
+    """The action of probe clicks: the first that waits for no label and is no label.
 
     >>> action_of(Settings())
     'view'
@@ -141,12 +141,12 @@ class Stopwatch:
 
     Args:
         settings: Of the loop.
-        send: Sends a click of a user and returns where it lies, acknowledged.
+        send: Sends a click of a user and returns its position once it is acknowledged.
         ask: Gives a profile with features and sources, of a user at a time.
         now_ms: The wall clock.
         clock: Monotonic seconds.
         sleep: Waits so many seconds.
-        stopped: Whether to give up.
+        stopped: Whether to stop early.
     """
 
     def __init__(
@@ -240,8 +240,8 @@ class Probe:
 
     Args:
         settings: Of the loop.
-        stop: Gives up what is under way.
-        first: The number of the first probe user; each probe takes the next.
+        stop: Ends the probe that is running.
+        first: The number of the first probe user; each probe uses the next one.
     """
 
     def __init__(self, settings: Settings, stop: threading.Event, first: int) -> None:
@@ -320,7 +320,7 @@ def run(settings: Settings, stop: threading.Event, time_one: Callable[[], Passag
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's options; settings are read beside them."""
+    """The command's options; settings are parsed separately."""
     made = argparse.ArgumentParser(
         prog="springtide probe",
         description="Sends a click of a probe user through the loop and says after how long answers show it, and after how "
@@ -342,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     asked, flags = parser().parse_known_args(sys.argv[1:] if argv is None else argv)
     stop = stop_on_signals()
-    # What the client says of each try is said once by what failed.
+    # A failed attempt is reported once, with what failed; the client's own messages would repeat it.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     try:
         settings = load(flags)

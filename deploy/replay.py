@@ -242,7 +242,7 @@ class ShopperCrowd:
         )
 
     def click(self, n: int) -> Clicks:
-        """The next n clicks; the clock goes on by n / rate seconds."""
+        """The next n clicks; the clock advances by n / rate seconds."""
         at_ms = self._start_ms + ((self._made + np.arange(1, n + 1)) * self._step_ms).astype(np.int64)
         self._made += n
         users = self._draw(self._activity, n)
@@ -351,7 +351,7 @@ def replay(
     Args:
         shoppers: Whose clicks; their clock starts at `wall_s()`, less the head start.
         send: Takes clicks and returns when they are acknowledged.
-        rate: Clicks per second of the shoppers' clock; 0: as fast as `send` takes them.
+        rate: Clicks per second of the shoppers' clock; 0: as fast as `send` accepts them.
         limit: So many clicks in all; None for no end.
         speed: Seconds of the shoppers' clock per second of the wall's.
         stopped: Ends the replay between two slices.
@@ -432,7 +432,7 @@ def make_clicks(options: argparse.Namespace, settings: Settings, stopped: thread
         made_s = options.head_start / rate if rate > 0 and speed != MAX else 0.0
         shoppers = ShopperCrowd.from_settings(settings, options.seed, rate, int((time.time() - made_s) * 1000))
         started_s = time.monotonic()
-        # At full speed the shoppers' clock keeps its rate, and nobody waits for it.
+        # At full speed the shoppers' clock keeps its rate, and there is no waiting.
         rate = 0.0 if speed == MAX else rate
         sent = replay(shoppers, sender.send, rate, options.limit, speed, stopped, head_start_s=made_s / speed)
         took_s = max(time.monotonic() - started_s, 1e-9)

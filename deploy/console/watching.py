@@ -48,15 +48,15 @@ CURVES = (
     "version",
     "newest_version",
 )
-"""The figures that are kept; each is a name of `Figures`."""
+"""The figures with a curve; each is a field of `Figures`."""
 QUANTILES: Mapping[str, tuple[str, str]] = {
     "answer_p50_s": ("answer", "p50"),
     "answer_p99_s": ("answer", "p99"),
     "step_p50_s": ("step", "p50"),
 }
-"""Curve -> what is distributed, and which of its quantiles."""
+"""Curve -> the histogram and its quantile."""
 LIFT = "lift_top1"
-"""The curve of how much more often the model is right than the best of what is simple."""
+"""The curve of the model's top-1 hit rate compared with the best simple baseline."""
 WATCHED_S = 20.0
 """How long after a request the console counts as open."""
 LOOK_S = 1.0
@@ -155,12 +155,12 @@ class LoopWatch:
         threading.Thread(target=self._run_parts, name="parts", daemon=True).start()
 
     def stop(self) -> None:
-        """Looks no more."""
+        """Stops polling."""
         self._stopping.set()
         self._wanted.set()
 
     def look(self) -> None:
-        """One look at what the processes tell."""
+        """Polls the processes' metrics once."""
         with self._looking:
             scrapes = self._get(self._addresses)
             at_ms = self._wall_ms()
@@ -170,11 +170,11 @@ class LoopWatch:
             self._seen = at_ms, figures, scrapes
 
     def changed(self) -> None:
-        """Lets everything else be looked at soon: somebody has changed something."""
+        """Polls everything else soon, because somebody changed something."""
         self._parts_s = float("-inf")
 
     def look_at_parts(self) -> None:
-        """One look at everything else."""
+        """Polls everything else once."""
         with self._asking:
             with self._stores:
                 self._parts = status.parts(self._settings, self._wall_ms())
@@ -215,8 +215,8 @@ class LoopWatch:
                 self._attempt(self.look_at_parts)
 
     def _attempt(self, look: Callable[[], None]) -> None:
-        """Does it; what fails is said once, and tried again."""
+        """Runs it; a failure is logged once, and the call is tried again."""
         try:
             look()
-        except Exception as error:  # noqa: BLE001 - the edge of the thread: said, and what was seen before stays
+        except Exception as error:  # noqa: BLE001 - the edge of the thread: logged, and the last figures stay
             self._say(f"the loop could not be looked at: {type(error).__name__}: {error}")

@@ -57,13 +57,13 @@ CHECKED_FIRST_BYTES = 64_000_000
 
 @dataclass(frozen=True)
 class ExactPlan:
-    """What an exact rollback does beside a fast one.
+    """What an exact rollback does in addition to a fast one.
 
     Attributes:
-        line: The line of the training log that turns off at the version.
+        line: The branch of the training log that begins at the version.
         again: The clicks that are read again until the trainer has learned what it had learned before.
-        histories: Users whose history has to be found in the training log again; None where no stream's store is here,
-            or it has gone back already.
+        histories: Users whose history must be rebuilt from the training log; None if no stream's store is on this
+            host, or it has rolled back already.
     """
 
     line: LogLine
@@ -71,7 +71,7 @@ class ExactPlan:
     histories: int | None = None
 
     def lines(self) -> list[str]:
-        """It for people, one line per fact.
+        """The plan for people, one line per fact.
 
         >>> ExactPlan(log_line.WHOLE, {}, 7).lines()[1]
         'histories     7 to be rebuilt from the training log; the others give back what they gained'
@@ -103,14 +103,14 @@ def exact_plan(
     Args:
         registry: Where versions are.
         control: The one before the rollback.
-        to: The version gone back to.
+        to: The version to roll back to.
         view: Of the log.
         again: The clicks that are read again, where they are known; those learned since `to`, or before a rollback
             that this one interrupts, where they are not.
 
     Raises:
         UnfitVersion: The clicks no longer reach back to the version.
-        LogError: Kafka does not answer, or the clicks topic was made anew.
+        LogError: Kafka does not answer, or the clicks topic was recreated.
     """
     if view is None:
         raise LogError(
@@ -137,12 +137,12 @@ def exact_plan(
 
 
 def with_histories(plan: ExactPlan, settings: Settings, line: LogLine, to: Manifest, view: LogView) -> ExactPlan:
-    """The plan with how many users' histories have lost events that they had at `to`.
+    """The plan, with the number of users whose histories have lost events that they had at `to`.
 
     Args:
         plan: Of the rollback.
         settings: All settings.
-        line: The line of the log as it is before.
+        line: The branch of the log before the rollback.
         to: The version.
         view: Of the log.
 
@@ -179,19 +179,19 @@ class Plan:
     """A rollback.
 
     Attributes:
-        to: The version gone back to.
+        to: The version to roll back to.
         age_s: Its age.
-        mode: Whether the stream goes back too.
+        mode: Whether the stream rolls back too.
         topic: Name of the training log.
         partition: Its partition.
-        first: Offset that the trainer goes back to.
-        end: End of the log; the newest version's offset where Kafka did not answer.
+        first: Offset to which the trainer rewinds.
+        end: End of the log; the newest version's offset if Kafka did not answer.
         mask: The events left out from now on.
-        turning: How answers turn.
-        then_follow: Whether they follow once the trainer has caught up.
-        counted: What lies between in the log; None where Kafka did not answer.
-        rows_per_s: How fast the trainer learns, as measured; None where it does not answer.
-        exact: What an exact rollback does besides.
+        turning: How serving switches to the version.
+        then_follow: Whether serving follows again once the trainer has caught up.
+        counted: The records between in the log; None if Kafka did not answer.
+        rows_per_s: The trainer's measured rate; None if it does not answer.
+        exact: What an exact rollback does in addition.
     """
 
     to: int
@@ -210,7 +210,7 @@ class Plan:
 
     @property
     def replay_s(self) -> float | None:
-        """About how long the trainer learns until it is where it was; None where that is not known."""
+        """About how long the trainer needs to reach its old position; None if that is unknown."""
         if self.counted is None or not self.rows_per_s:
             return None
         return (self.counted.rows - self.counted.masked) / self.rows_per_s
@@ -295,7 +295,7 @@ def require_sound(registry: Registry, version: Manifest) -> None:
     """Refuses a version of which a file fails its digest.
 
     Raises:
-        UnknownVersion: A part is not kept any more.
+        UnknownVersion: A part is no longer kept.
         UnfitVersion: A file is damaged; the version before the damage is named.
     """
     base, deltas = registry.chain(version.version)
@@ -318,7 +318,7 @@ def _problem(registry: Registry, part: Manifest) -> CorruptVersion | None:
 
 
 def _before(registry: Registry, version: Manifest, bad: Manifest) -> str:
-    """What to take in place of a version whose part `bad` is damaged."""
+    """The version to use instead of one whose part `bad` is damaged."""
     if bad.kind == "delta" and bad.parent is not None:
         return f"take {bad.parent}, the version before the damage"
     older = [one for one in registry.bases() if one < bad.version and sees(version.visible, one)]
@@ -387,7 +387,7 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
     try:
         plan = _plan(settings, control, to, new, view, turning, exactly, asked, now_ms)
     except LogError as error:
-        # Control is changed, and stands: only the figures are missing.
+        # The control generation exists; only the figures are missing.
         _tell(asked, say, found | {"problem": str(error)}, [f"the plan could not be counted: {error}"])
         return
     registry.add_outcome(made.epoch, "planned", plan.document())
@@ -398,7 +398,7 @@ class Chosen(NamedTuple):
     """What a rollback does.
 
     Attributes:
-        to: The version gone back to.
+        to: The version to roll back to.
         mask: What is asked to be left out.
         new: What of it is new.
         view: The log as it is; None if Kafka does not answer.
@@ -495,7 +495,7 @@ def _count_again(
     asked: argparse.Namespace,
     now_ms: int,
 ) -> None:
-    """Keeps the plan of a rollback whose command was killed between 2 and 4, as far as it can still be counted."""
+    """Stores the plan of a rollback whose command was killed between steps 2 and 4, as far as it can still be counted."""
     began = registry.beginning_of(control.epoch)
     if began is None or began.action != "rollback" or registry.outcome(control.epoch, "planned") is not None:
         return
@@ -511,7 +511,7 @@ def _count_again(
 
 
 def _count(settings: Settings, control: Control, to: Manifest, new: list[MaskEntry], view: LogView) -> Counted:
-    """What the trainer will find in the log; the log is read from the version's place to its end."""
+    """What the trainer will find in the log, which is read from the version's position to its end."""
     # A rollback ends what lifted masks still left out.
     counting = Counting(to.marks, always(control.mask), new, max(settings.features.windows_s) * 1000)
     with view.reader(max(view.begin, to.log.next)) as reader:

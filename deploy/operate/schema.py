@@ -112,7 +112,7 @@ class Bootstrapped(NamedTuple):
 
     Attributes:
         name: Its name in the registry.
-        about: What it says.
+        about: What the feature means.
     """
 
     name: str

@@ -115,11 +115,11 @@ class Members:
         self._writer: LogWriter | None = None
 
     def read_topic(self) -> None:
-        """1. Takes what the topic has and the store has not; then members of segments that are no more leave.
+        """1. Applies the part of the topic that the store lacks; then removes members of segments that no longer exist.
 
         Raises:
             LogError: It cannot be read, or nothing came for half a minute.
-            StoreFull: The store has no room; what is there stays.
+            StoreFull: The store has no room; its content stays.
         """
         with self._kafka.topics() as topics:
             topic_id, ends = topics.describe(self._topic).topic_id, topics.ends(self._topic)
@@ -150,7 +150,7 @@ class Members:
 
         Raises:
             LogError: The topic cannot be written; come again with the same users.
-            StoreFull: The store has no room; likewise.
+            StoreFull: The store has no room; its content stays.
         """
         wanted = [(name, one) for one in judged for name in self._names]
         before = self._store.memberships([(name, one.user) for name, one in wanted])
@@ -191,7 +191,7 @@ class Members:
 
 
 def _changes(batch: PartitionBatch) -> dict[Member, Membership | None]:
-    """What records say, the last one of each member; one that says nothing of ours is left out."""
+    """The memberships in records, the last one of each member; records of other segments are left out."""
     found: dict[Member, Membership | None] = {}
     for offset, key, value in zip(batch.offsets.tolist(), batch.keys, batch.values, strict=True):
         member = member_of(key)
@@ -222,8 +222,8 @@ class ClickedUsers:
         metrics: Of the process.
 
     Attributes:
-        missed: Whether users clicked of whom nothing is known here: at the start, and after a gap. Whoever looks at all
-            users instead sets it back.
+        missed: Whether unknown users clicked: at the start, and after a gap. The caller evaluates all users
+            instead, and resets it.
     """
 
     def __init__(self, settings: Settings, log: Log, metrics: SegmentMetrics) -> None:
@@ -234,7 +234,7 @@ class ClickedUsers:
         self.missed = True
 
     def take(self, histories: HistoryStore, timeout_s: float) -> list[int]:
-        """The users whose clicks came into the histories since the last time, each once.
+        """The users whose clicks reached the histories since the last call, each once.
 
         Args:
             histories: This host's.
@@ -265,7 +265,7 @@ class ClickedUsers:
 
     @property
     def waits(self) -> bool:
-        """Whether users clicked whose clicks the histories do not have yet."""
+        """Whether there are users whose clicks the histories do not have yet."""
         return bool(self._waiting)
 
     def disconnect(self) -> None:
@@ -296,13 +296,13 @@ class ClickedUsers:
 
 
 class UserSweep:
-    """Says whom to look at next; used by one thread.
+    """Chooses the users to evaluate next; used by one thread.
 
     Args:
         histories: Gives this host's, which may be opened again.
         store: The members.
         names: The segments.
-        every_s: How long a pass takes.
+        every_s: Duration of a pass.
         clock_s: A monotonic clock.
         at_once: The most users at a time.
 
@@ -328,11 +328,11 @@ class UserSweep:
         self.hurried, self.took_s = False, 0.0
 
     def hurry(self) -> None:
-        """Begins a pass now, in place of the one that is under way."""
+        """Begins a pass now, in place of the running one."""
         self._pass, self.hurried = None, True
 
     def users(self) -> list[int]:
-        """Whom to look at now; nobody where it is too early."""
+        """The users to evaluate now; none if it is too early."""
         now_s = self._clock_s()
         if not self.hurried and now_s < self._due_s:
             return []
@@ -373,7 +373,7 @@ class SegmentKeeper:
         clock_s: A monotonic clock.
 
     Raises:
-        SettingsError: An expression is none.
+        SettingsError: An expression is invalid.
         StoreError: The store of members cannot be opened.
     """
 
@@ -408,7 +408,7 @@ class SegmentKeeper:
         """One round; waits for clicks `FETCH_S` at most where there is nothing else to do.
 
         Raises:
-            SpringtideError: Something that this needs is away; come again.
+            SpringtideError: A store or topic is unreachable; call again later.
             OSError: Likewise.
         """
         if not self._begun:
@@ -471,10 +471,10 @@ class SegmentKeeper:
         self._sweep.hurry()
 
     def _take(self, users: list[int], cause: str) -> None:
-        """Judges users, and takes them in and out."""
+        """Evaluates users, and adds or removes memberships."""
         if not users:
             return
-        # Asked for anew: each time the stores may be opened again, and those of before are closed then.
+        # Get them each time: the stores may be reopened, and the old ones are closed then.
         self._members.take(self._judge.judge(self._predictor(), users))
         for user in users:
             self._due.pop(user, None)
@@ -511,7 +511,7 @@ def run(settings: Settings, log: Log, registry: CollectorRegistry, stop: threadi
         stop: Ends it, within some tenths of a second.
 
     Raises:
-        SettingsError: There are no segments, or an expression is none.
+        SettingsError: There are no segments, or an expression is invalid.
     """
     require_segments(settings)
     metrics, say = SegmentMetrics(registry), SaidOnce(_log.warning)
@@ -534,7 +534,7 @@ def run(settings: Settings, log: Log, registry: CollectorRegistry, stop: threadi
                 say(f"{of_disk(error)}; members stay as they are, and it is tried again")
                 metrics.failures_in_a_row.inc()
                 if keeper is not None:
-                    # It looks at all users when it is connected again.
+                    # After a reconnect it evaluates all users.
                     keeper.disconnect()
                 stop.wait(RETRY_S)
     finally:
