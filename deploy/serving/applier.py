@@ -94,7 +94,7 @@ _log = logging.getLogger(__name__)
 
 
 class PlacedRows(NamedTuple):
-    """A row store, where it lies, and what fills it."""
+    """A row store, its location, and the follower that fills it."""
 
     place: Place
     store: RowStore
@@ -102,13 +102,13 @@ class PlacedRows(NamedTuple):
 
 
 class HostRows:
-    """The rows that answers of this host read; used by one thread, with the lock of the serving directory held.
+    """The rows that this host's workers read; used by one thread that holds the lock of the serving directory.
 
     Args:
         settings: Of the whole system.
         metrics: Of the applier.
         now_ms: The wall clock.
-        clock_s: A clock that never goes back.
+        clock_s: A monotonic clock.
 
     Raises:
         StoreError: The store cannot be opened.
@@ -139,7 +139,7 @@ class HostRows:
         return self._rows.versions
 
     def step(self) -> bool:
-        """One round of following and of forgetting old versions; says whether there may be more to do at once.
+        """One round of following and of removing old versions; returns whether there may be more to do at once.
 
         Raises:
             StoreFull: There is no room now; nothing was changed, and the next call tries again.
@@ -151,7 +151,7 @@ class HostRows:
             more = self._rows.versions.step()
             self._rows.versions.sweep()
         except StoreFull as error:
-            # What a sweep gives back may be all that is missing.
+            # A sweep may free the room that is missing.
             with suppress(StoreFull):
                 self._rows.versions.sweep()
             if not self._stays_full():
@@ -178,7 +178,7 @@ class HostRows:
         self._rows.store.close()
 
     def _stays_full(self) -> bool:
-        """Whether the rows lie in memory because nobody said otherwise, and it has been full for a while."""
+        """Whether the rows are in memory by default, and memory has been full for a while."""
         if self._settings.serving.rows_dir or not self._rows.place.in_memory:
             return False
         now_s = self._clock_s()
@@ -186,7 +186,7 @@ class HostRows:
         return now_s - self._full_since_s >= FULL_S
 
     def _move(self, to: PlacedRows) -> bool:
-        """Fills the store on the disk, and lets answers turn to it once it is where they want to be."""
+        """Fills the store on the disk, and switches to it once it has the wanted version."""
         more = to.versions.step()
         if more or to.versions.served is None:
             return more
@@ -218,7 +218,7 @@ class HostRows:
 
 
 class ExposureForwarder:
-    """Sends what workers keep, until it is told to stop.
+    """Sends the exposures that workers keep, until `stop` is set.
 
     Args:
         folder: The host's directory of exposures.
@@ -232,7 +232,7 @@ class ExposureForwarder:
         self._writer: LogWriter | None = None
 
     def run(self, stop: threading.Event) -> None:
-        """Sends until `stop`; what is left then is sent after the next start."""
+        """Sends until `stop`; what is left is sent after the next start."""
         say = SaidOnce(_log.warning)
         try:
             while not stop.is_set():
@@ -249,12 +249,12 @@ class ExposureForwarder:
             self._close()
 
     def step(self) -> int:
-        """Sends the files that nobody writes any more; returns how many exposures there were.
+        """Sends the files that no worker writes any more; returns the number of exposures.
 
         1. All records of a file are sent, keyed by their user. 2. Kafka acknowledges them. 3. The file is removed.
 
         Raises:
-            LogError: Kafka is away, or has no such topic; the file stays.
+            LogError: Kafka is unreachable or has no such topic; the file stays.
             OSError: A file cannot be read or removed.
         """
         sent = 0
@@ -278,7 +278,7 @@ class ExposureForwarder:
 
 
 class _Keyed(msgspec.Struct):
-    """Of an exposure, whose it is."""
+    """The user of an exposure."""
 
     user: str
 
@@ -290,7 +290,7 @@ class AttributesFollower:
         settings: Of the whole system; at least one topic of attributes is configured.
         path: Directory of the store.
         metrics: Of the applier.
-        room: The room that the store needs.
+        room: The space that the store needs.
 
     Raises:
         MissingSalt: The salt's file is missing.
@@ -302,7 +302,7 @@ class AttributesFollower:
         salt = load_salt(settings.salt_path, create=False)
         self.store = AttributeStore.open_anew(path, map_bytes(settings, SERVING, ATTRIBUTES, path))
         topics = {"user": wanted.user_topic, "item": wanted.item_topic}
-        # The stream makes dead letters of refused records; here they only change nothing.
+        # The stream writes dead letters for refused records; here they are ignored.
         self._followers = [
             AttributeFollower(
                 settings.kafka, topics[side], table, salt, self.store, lambda bad: None, settings.events.max_event_bytes
@@ -330,7 +330,7 @@ class AttributesFollower:
         self._count(side)
         removed, now_s = sum(one.place.counts["removed"] for one in self._followers), time.monotonic()
         if removed != self._removed and now_s >= self._due_s:
-            # What was taken out stays on free pages of the file; a copy of it is dear where that comes one by one.
+            # Erased data stays on free pages of the file. Compact once for many erasures, because a copy is expensive.
             self._removed, self._due_s = removed, now_s + PAGES_MS / 1000
             try:
                 self.store.compact()
@@ -367,7 +367,7 @@ class Applier:
     Args:
         settings: Of the whole system.
         registry: Where the metrics go.
-        stop: Ends all threads; the one that fails sets it.
+        stop: Ends all threads; a thread that fails sets it.
         now_ms: The wall clock.
     """
 
@@ -411,7 +411,7 @@ class Applier:
 
     @property
     def versions(self) -> VersionFollower:
-        """What brings versions to the rows that answers read."""
+        """Applies versions to the rows that workers read."""
         return self._rows.versions
 
     def _number_actions(self, spec: FeatureSpec, known: SpecActions) -> None:
@@ -426,7 +426,7 @@ class Applier:
         """Follows until `stop`; then everything applied is durable and the stores are closed.
 
         Raises:
-            SpringtideError: A follower cannot go on.
+            SpringtideError: A follower cannot continue.
         """
         threads = [threading.Thread(target=self._guarded, args=(self._follow_clicks,), name="clicks")]
         if self._attributes is not None:
@@ -460,11 +460,11 @@ class Applier:
         ExposureForwarder(folder, KafkaLog(kafka), kafka.exposures_topic, self._now_ms).run(self._stop)
 
     def _room(self) -> Room:
-        """The room that one thread needs."""
+        """The space that one thread needs."""
         return Room(SERVING, self._storage, self._stop.wait, _log.warning)
 
     def _registry_ms(self) -> int:
-        """Up to when the registry's directory has all versions: now, or when the place it is shared at was reached last."""
+        """Until when the registry's directory has all versions: now, or the last time its shared location was reached."""
         now_ms = self._now_ms()
         if not self._settings.paths.shared_registry:
             return now_ms
@@ -526,7 +526,7 @@ class Applier:
                     self._connect()
                     say.clear()
                 if self.clicks.step(FETCH_S):
-                    # What was refused is read again; a look that finds nothing yet says nothing of room.
+                    # Refused records are read again; a poll without records says nothing about free space.
                     room.found(CLICKS)
                 if self._settings.serving.max_age_s:
                     self._check_log(check)
@@ -543,7 +543,7 @@ class Applier:
         self.clicks.disconnect()
 
     def _check_log(self, check: LogCheck) -> None:
-        """Notes up to when the histories hold what the log held."""
+        """Records until when the histories have what the log has."""
         now_ms, kafka = self._now_ms(), self._settings.kafka
         if check.due(now_ms):
             with Topics(kafka) as topics:

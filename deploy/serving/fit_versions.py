@@ -83,13 +83,13 @@ def _answers(program: LoadedProgram) -> dict[str, NDArray[np.float32]]:
 
 
 class FitVersions:
-    """All but those that failed; used by the thread that writes the rows.
+    """All versions except those that failed; used by the thread that writes the rows.
 
     Args:
         rows: The host's row store, in which they are noted.
         programs: Directory with the host's copies of programs.
         metrics: Of the applier.
-        refuse: Is told `probe`, the number of a version that fails, and why.
+        refuse: Called with `probe`, the number of a version that fails, and the reason.
     """
 
     def __init__(
@@ -121,13 +121,13 @@ class FitVersions:
         return version in self
 
     def keep(self, here: Container[int]) -> None:
-        """Forgets those that are not in the rows any more."""
+        """Removes versions that are no longer in the rows."""
         kept = {version: why for version, why in self._refused.items() if version in here}
         if kept != self._refused:
             self._note(kept)
 
     def show(self, served: Served | None) -> None:
-        """Says in the metrics which one would answer now, had it not failed."""
+        """Shows in the metrics which version would serve now if it had not failed."""
         newer = [version for version in self._refused if served is None or version > served.version]
         self._metrics.refused_version.set(max(newer, default=0))
 

@@ -53,7 +53,7 @@ def one_host(hosts: list[bytes]) -> str:
     'localhost'
 
     Raises:
-        NotHttp: There is none, or more than one.
+        NotHttp: The request has no host, or more than one.
     """
     if len(hosts) != 1:
         raise NotHttp(f"the request has {len(hosts)} headers `host`", "send one")
@@ -61,7 +61,7 @@ def one_host(hosts: list[bytes]) -> str:
 
 
 def require_own_host(host: str) -> None:
-    """Refuses a name that may be anybody's.
+    """Refuses a name that another site could own.
 
     >>> for host in ("127.0.0.1:8502", "localhost", "[::1]:8502"):
     ...     require_own_host(host)
@@ -88,7 +88,7 @@ class ConnectionLimits(NamedTuple):
     """What a connection may do.
 
     Attributes:
-        head_bytes: Request line and headers together.
+        head_bytes: Size of request line and headers together.
         timeout_s: See the module.
         connections: Of one worker at a time.
         own_hosts: Whether a request must name an address or localhost as its host.
@@ -115,8 +115,8 @@ class BoundedConnection(HttpToolsProtocol):
 
     Args:
         limits: The limits.
-        refused: Counts what is refused, by reason.
-        given: What uvicorn gives its protocols.
+        refused: Counts refusals, by reason.
+        given: The arguments that uvicorn passes to its protocols.
     """
 
     flow: _Flow
@@ -133,7 +133,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._respond = getattr(self.app, "respond", None)
 
     def connection_made(self, transport: Any) -> None:
-        """One more; beyond the limit it is told so with each answer."""
+        """Counts a new connection; above the limit each of its requests is refused."""
         super().connection_made(transport)
         self.flow = _Flow(transport)
         if len(self.connections) > self._limits.connections:
@@ -141,7 +141,7 @@ class BoundedConnection(HttpToolsProtocol):
             self.app, self._respond = cast(Any, _too_many), None
 
     def data_received(self, data: bytes) -> None:
-        """Reads what has come; see the module for what is refused."""
+        """Parses received data; the module docstring lists what is refused."""
         if self._ended:
             return
         if not self._unparsed and len(data) <= PIECE_BYTES and len(self.pipeline) < PIPELINED:
@@ -162,7 +162,7 @@ class BoundedConnection(HttpToolsProtocol):
             self.flow.pause_reading()
 
     def _parse_piece(self, data: bytes | memoryview) -> None:
-        # Of what came with the end of another request it is not known how much is whose.
+        # For bytes that arrived with the end of another request, it is unknown which request they belong to.
         only = self._requests + (not self._in_request)
         self._arriving_bytes = len(data)
         try:
@@ -185,7 +185,7 @@ class BoundedConnection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """An answer is written: requests that were received and not parsed may come next.
 
-        As uvicorn's, but that `look` closes what is idle and no answer costs a timer.
+        As in uvicorn, except that `look` closes idle connections and no answer needs a timer.
         """
         self.server_state.total_requests += 1
         if self.transport.is_closing():
@@ -213,7 +213,7 @@ class BoundedConnection(HttpToolsProtocol):
         self.tasks.add(task)
 
     def _write(self, cycle: RequestResponseCycle, response: Response) -> None:
-        """Writes an answer at once; where the client does not take what it has, or headers are more, as uvicorn does."""
+        """Writes an answer at once; if the client does not read, or there are more headers, the way uvicorn does."""
         if response.headers is not JSON or self.flow.write_paused or not cycle.keep_alive or cycle.disconnected:
             self._start(answer(cast(Any, cycle.send), response))
             return
@@ -230,7 +230,7 @@ class BoundedConnection(HttpToolsProtocol):
         cycle.on_response = _nothing
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client sends no more: what it has asked for is still answered, but over TLS, which knows no half."""
+        """The client sends no more. Its requests are still answered, except over TLS, which has no half-closed state."""
         if self.scheme == "https" or self._in_request or self.cycle is None or self.cycle.response_complete:
             return False
         self._ended = True
@@ -294,7 +294,7 @@ class BoundedConnection(HttpToolsProtocol):
             super().on_message_complete()
 
     def look(self, now_s: float) -> None:
-        """Ends what takes too long; called every second.
+        """Closes a connection that exceeds a time limit; called every second.
 
         Args:
             now_s: By the loop's clock.
@@ -305,7 +305,7 @@ class BoundedConnection(HttpToolsProtocol):
             self.transport.close()
         buffered = self.transport.get_write_buffer_size()
         if buffered < self._buffered:
-            # The client takes its answer.
+            # The client reads its answer.
             self._since_s = now_s
         self._buffered = buffered
         if now_s - self._since_s < self._limits.timeout_s:
@@ -326,7 +326,7 @@ class BoundedConnection(HttpToolsProtocol):
         )
 
     def _refuse(self, reason: str, error: SpringtideError) -> None:
-        """Answers instead of the application, after what is still owed, and ends the connection."""
+        """Answers in place of the application, after all pending answers, and closes the connection."""
         self._refused(reason)
         self._ended = True
         cycle = self.cycle
@@ -344,7 +344,7 @@ class BoundedConnection(HttpToolsProtocol):
 
 
 def _nothing() -> None:
-    """Takes the place of a callback that would keep its connection."""
+    """Replaces a callback that would keep a reference to its connection."""
 
 
 async def _too_many(scope: Any, receive: Any, send: Any) -> None:

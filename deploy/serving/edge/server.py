@@ -28,7 +28,7 @@ from deploy.serving.edge.access import Access
 from deploy.serving.edge.connections import BoundedConnection, ConnectionLimits
 
 if TYPE_CHECKING:
-    # The console has this server without gRPC, and loads none.
+    # The console uses this server without gRPC, and does not import it.
     from deploy.serving.grpc_api.server import GrpcServer
 import errno
 import logging
@@ -36,7 +36,7 @@ import ssl
 from contextlib import suppress
 
 AT_ONCE = 64
-"""In one turn."""
+"""Connections accepted in one iteration of the event loop."""
 HANDSHAKE_S = 10.0
 PAUSE_S = 0.5
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
@@ -49,7 +49,7 @@ BACKLOG = 2048
 
 
 class Acceptor:
-    """Accepts from its making on until `close`; what uvicorn takes for a server.
+    """Accepts connections from its creation until `close`; stands in for the server object that uvicorn expects.
 
     Args:
         bound: The socket.
@@ -70,7 +70,7 @@ class Acceptor:
         self._listen()
 
     def close(self) -> None:
-        """Accepts no more; connections that are there stay."""
+        """Accepts no more connections; open ones stay."""
         if self._again is not None:
             self._again.cancel()
         self._loop.remove_reader(self._bound)
@@ -102,7 +102,7 @@ class Acceptor:
 
     async def _open(self, client: socket.socket) -> None:
         timeout_s = HANDSHAKE_S if self._tls is not None else None
-        # A client that goes away, or whose handshake fails, is no failure of ours.
+        # A client that disconnects, or whose handshake fails, is not an error of the server.
         with suppress(OSError):
             await self._loop.connect_accepted_socket(self._make, client, ssl=self._tls, ssl_handshake_timeout=timeout_s)
 
@@ -155,7 +155,7 @@ class DrainingServer(uvicorn.Server):
         self._grpc: GrpcServer | None = None
 
     def end_on_signals(self) -> None:
-        """Makes SIGTERM and SIGINT the orderly end, from now on and not only once the server runs.
+        """Lets SIGTERM and SIGINT start the shutdown from now on, not only once the server runs.
 
         uvicorn has handlers of its own while it runs, and raises the signal again
         after its end; a signal between this process's start and that moment
@@ -188,7 +188,7 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends in order."""
-        # 1. Others may turn elsewhere.
+        # 1. Clients may switch to another host.
         self._app.draining = True
         if self._grpc is not None:
             self._grpc.look()

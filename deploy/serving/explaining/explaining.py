@@ -102,9 +102,9 @@ class Group(NamedTuple):
             sequence    the latest events in their order
             user        the user's row
             context     the user's attributes
-            crosses     what crosses say of the pair
+            crosses     the pair's crosses
             pair        the item and its category, the same in both answers
-        place: Of a category its slot, of an action its number; else 0.
+        place: The slot of a category, the number of an action; else 0.
     """
 
     kind: str
@@ -114,10 +114,10 @@ class Group(NamedTuple):
 def groups_of(
     spec: FeatureSpec, shapes: Mapping[str, tuple[int, ...]], own_popular: Sequence[int]
 ) -> tuple[list[Group], dict[str, I32]]:
-    """The groups, and of each input that has a row for each question the number of the group of each of its values.
+    """The groups, and for each input with a row per question the group number of each of its values.
 
-    A popular category that is the user's own is scored once, as the user's own.
-    So its place among the popular ones belongs to the group of the category.
+    A popular category that is also the user's own is scored once, as the user's own.
+    So its slot among the popular ones belongs to the group of the category.
 
     >>> shapes = {"user_row": (-1, 2), "recent_next": (-1, 2, 1), "popular_mask": (-1, 3), "popular_rows": (3, 2)}
     >>> groups, numbers = groups_of(FeatureSpec(), shapes, [-1, 1, -1])
@@ -127,7 +127,7 @@ def groups_of(
     Args:
         spec: Names the features.
         shapes: Of the program's inputs.
-        own_popular: Of each popular category its slot among the user's own, -1 of one that is none of them.
+        own_popular: For each popular category its slot among the user's own, or -1.
     """
     numbers = dict[Group, int]()
 
@@ -163,7 +163,7 @@ def _of_features(spec: FeatureSpec) -> list[Group]:
 
 
 def _kind(name: str) -> str:
-    """The kind of an input all of whose values speak of the same thing."""
+    """The kind of an input whose values all describe the same thing."""
     own = own_rows_of(name)
     if own is not None:
         return "sequence" if own[1].startswith("sequence") else _OWN.get(own[1], "pair")
@@ -171,7 +171,7 @@ def _kind(name: str) -> str:
 
 
 class Behind(NamedTuple):
-    """What lies behind a part.
+    """What explains a part.
 
     Attributes:
         words: In words.
@@ -190,8 +190,8 @@ class ExplainedPart(TypedDict):
     Attributes:
         kind: Of `Group`.
         about: The category or the action that it is about; None where it is about neither.
-        share: What it adds to the probability; negative where it takes away.
-        words: What lies behind it.
+        share: What it adds to the probability; may be negative.
+        words: The events behind it, in words.
         events: The newest events behind it.
     """
 
@@ -204,13 +204,13 @@ class ExplainedPart(TypedDict):
 
 @dataclass(slots=True)
 class Explanation(About):
-    """Why a probability is what it is, and not what it is for a user of whom nothing is known.
+    """Why a probability differs from that of an unknown user.
 
     Attributes:
         label: The category whose interest is explained; None for an item.
         item: The item whose engagement is explained; None for a category.
         probability: For this user.
-        cold_start_probability: For a user of whom nothing is known, asked for at the same moment.
+        cold_start_probability: The probability for an unknown user, computed at the same moment.
         reasons: The largest parts of the difference, the largest first.
         rest: The sum of all smaller parts: reasons and rest add up to the difference of the probabilities.
     """
@@ -257,7 +257,7 @@ class Words:
     """Tells of one user's events.
 
     Args:
-        events: `[m]` EVENT, newest first, those that windows count.
+        events: `[m]` EVENT, newest first, the ones that windows count.
         at_ms: The time that is answered for.
         spec: Names actions and windows.
         name_of: The name of a category.
@@ -279,7 +279,7 @@ class Words:
         self._span = duration(spec.windows_s[-1] * 1000)
 
     def of(self, group: Group) -> Behind:
-        """What lies behind a group of inputs."""
+        """Describes the events behind a group of inputs."""
         events = self._events
         names = [self._name_of(one) for one in self._recent]
         newest = names[0] if names else "none"
@@ -365,7 +365,7 @@ def candidate(prepared: Prepared, place: int, label: str) -> int | None:
 
     Args:
         prepared: Some questions.
-        place: Which of them.
+        place: Index of the input.
         label: The category's raw id, or the hexadecimal id that an answer shows where no name is known.
     """
     inputs, recent = prepared.inputs, prepared.vectors.recent_categories[place]
@@ -381,7 +381,7 @@ def candidate(prepared: Prepared, place: int, label: str) -> int | None:
 
 
 def _written(label: str) -> int:
-    """The id that is written in hexadecimal; 0 where it is none.
+    """The id written in hexadecimal; 0 if it is not one.
 
     >>> _written("00000000000000ff"), _written("shoes")
     (255, 0)

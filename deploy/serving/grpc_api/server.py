@@ -173,7 +173,7 @@ def _given(one: Any, name: str) -> Any:
 
 
 def _without_nothing(document: dict[str, Any]) -> dict[str, Any]:
-    """What a message of the same names takes: a map without what has no value, lists in place of arrays."""
+    """The fields of a message with the same names: a map without missing values, lists in place of arrays."""
     found = dict(document)
     if "vector" in found:
         found["vector"] = found["vector"].tolist()
@@ -194,18 +194,18 @@ class GrpcServer:
     Args:
         host: What answers.
         metrics: Of the worker.
-        address: `host:port` to listen on; port 0 takes a free one.
+        address: `host:port` to listen on; port 0 selects a free one.
         shared: Whether other workers listen there too.
         limits: How long a question may wait.
         ready: Whether the worker can answer.
         access: How clients are let in.
-        most_calls: At a time, those that watch among them; further ones are refused.
+        most_calls: Concurrent calls, watching ones included; further ones are refused.
 
     Attributes:
         port: That it listens on.
 
     Raises:
-        RuntimeError: The address cannot be had.
+        RuntimeError: The address cannot be bound.
     """
 
     def __init__(
@@ -235,11 +235,11 @@ class GrpcServer:
         self._tasks = [asyncio.create_task(self._health.follow()), asyncio.create_task(self._keep())]
 
     def look(self) -> None:
-        """Tells those who watch at once where the worker is ready no more, or again."""
+        """Notifies watching clients at once when the worker becomes ready or stops being ready."""
         self._health.look()
 
     async def stop(self, grace_s: float) -> None:
-        """Takes no more requests, tells so those who watch, and returns when those under way are answered or `grace_s` is over."""
+        """Stops accepting requests, notifies watching clients, and returns when open requests are answered or `grace_s` is over."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -249,7 +249,7 @@ class GrpcServer:
     def _made(self, address: str) -> tuple[grpc.aio.Server, int]:
         """A server that has the port of the address, and the port."""
         options = [
-            # By default grpc shares its port with whoever comes.
+            # By default grpc shares its port with other processes.
             ("grpc.so_reuseport", int(self._shared)),
             ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
             ("grpc.max_send_message_length", -1),
@@ -263,7 +263,7 @@ class GrpcServer:
         return server, server.add_secure_port(address, _credentials(self._access.certificate))
 
     async def _keep(self) -> None:
-        """Begins the server anew where it ended by itself: grpc's does at a request whose path is no UTF-8."""
+        """Restarts the server if it ended by itself: grpc's does so at a request whose path is not UTF-8."""
         address = f"{self._address.rpartition(':')[0]}:{self.port}"
         while True:
             # It raises what it ended with, whatever that was. Without a time limit a cancelled wait would end its end.

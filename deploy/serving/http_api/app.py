@@ -133,7 +133,7 @@ class LookalikeParameters(msgspec.Struct, forbid_unknown_fields=True, frozen=Tru
 
 
 class Segments:
-    """The endpoints that say who is in a segment.
+    """The endpoints that list segments and their members.
 
     Args:
         host: What answers.
@@ -275,7 +275,7 @@ class Health:
 
     Args:
         host: What answers.
-        told_metrics: What /metrics says.
+        told_metrics: Renders /metrics.
         draining: Whether the worker is about to end.
     """
 
@@ -395,7 +395,7 @@ class Profiles:
 
 
 class Explanations:
-    """The endpoint that says why an answer is what it is.
+    """The endpoint that explains an answer.
 
     Args:
         host: What answers.
@@ -436,10 +436,10 @@ class App:
         host: What answers.
         registry: Where the metrics are.
         serving: The limits of requests.
-        told_metrics: What /metrics says; None for `registry`.
+        told_metrics: Renders /metrics; None for `registry`.
         tokens: That requests need; None where they need none.
         clock_s: A monotonic clock.
-        split: Answers a share of the users by a trial; None where this host takes part in no rollout.
+        split: Answers a share of the users from a trial; None if this host takes part in no rollout.
 
     Attributes:
         host: What answers.
@@ -500,12 +500,12 @@ class App:
         await answer(send, await response)
 
     def respond(self, scope: Scope, receive: Receive, done: Done) -> Coroutine[Any, Any, None] | None:
-        """Answers one request with as little as it takes: the endpoint of a profile needs no task.
+        """Answers one request with minimal overhead: the endpoint of a profile needs no task.
 
         Args:
             scope: Of ASGI.
             receive: Likewise.
-            done: Is given the response, in a later turn of the event loop.
+            done: Called with the response, in a later iteration of the event loop.
 
         Returns:
             What is to be awaited; None where nothing is.
