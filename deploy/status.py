@@ -75,7 +75,7 @@ def kafka_lag(settings: Settings, connect: Callable[[Any], Topics] = Topics) -> 
             committed = topics.committed(kafka.group, kafka.clicks_topic)
             training = topics.ends(kafka.microbatches_topic)
     except SpringtideError as error:
-        # A broker that says so is there: before `up` has made the topics there are none.
+        # A broker that answers this exists: before `up` creates the topics there are none.
         return {"answers": False, "problem": str(error), "away": not isinstance(error, UnknownTopic)}
     return {
         "answers": True,
@@ -83,7 +83,7 @@ def kafka_lag(settings: Settings, connect: Callable[[Any], Topics] = Topics) -> 
         "problem": "",
         "servers": kafka.bootstrap_servers,
         "clicks": sum(end for _, end in ends.values()),
-        # A group that has committed nothing stands at the beginning.
+        # A group that has committed nothing is at the beginning.
         "lag": sum(end - committed.get(partition, begin) for partition, (begin, end) in ends.items()),
         "training_log": sum(end for _, end in training.values()),
     }
@@ -133,7 +133,7 @@ def _looked(condition: Condition, settings: Settings) -> str:
 
 
 def ready(settings: Settings) -> str:
-    """Serving says that it can answer."""
+    """Serving reports that it can answer."""
     code, said = scrape.fetch(serving_address(settings, "/readyz"))
     return "" if code == 200 else said or "nothing answers"
 
@@ -227,7 +227,7 @@ def condition_of(text: str) -> Condition:
     'answers is 176'
 
     Raises:
-        SettingsError: It is none.
+        SettingsError: It is not a condition.
     """
     if text in CONDITIONS:
         return CONDITIONS[text]
@@ -368,7 +368,7 @@ def as_table(state: Mapping[str, Any]) -> str:
 
 
 def _part(name: str, word: str, text: str) -> list[Sequence[str]]:
-    """A part's lines: what its text says in several sentences stands below each other."""
+    """The lines of a part: the sentences of its text are put below each other."""
     first, *others = text.split("; ")
     return [(name, word, first), *(("", "", one) for one in others)]
 
@@ -379,12 +379,12 @@ def status(settings: Settings, now_ms: int, between_s: float = BETWEEN_S) -> tup
     Args:
         settings: The loop's settings.
         now_ms: Wall clock.
-        between_s: Least time between the two looks that the rates come from.
+        between_s: Minimum time between the two polls that the rates come from.
     """
     looks, asked = Watch(spread_s=None), scrape.watched_urls(settings)
     begin_s = time.monotonic()
     first = looks.look(scrape.scrape(asked), begin_s, time.time())
-    # The other parts are asked between the two looks.
+    # The other parts are queried between the two polls.
     others = parts(settings, now_ms)
     if first.up_s:
         time.sleep(max(0.0, begin_s + between_s - time.monotonic()))
@@ -394,7 +394,7 @@ def status(settings: Settings, now_ms: int, between_s: float = BETWEEN_S) -> tup
 
 
 def parts(settings: Settings, now_ms: int) -> dict[str, Any]:
-    """What is beside the line, as JSON values: asked of Kafka, the registry, the stores, the disks and the validation.
+    """The state of Kafka, registry, stores, disks, validation, trials and rollouts, as JSON values.
 
     Args:
         settings: The loop's settings.

@@ -51,7 +51,7 @@ class OwnInput(NamedTuple):
     Attributes:
         name: Of the input.
         table: The table.
-        ids: What looks it up, of `state.rows.tables.SERVED_IDS`.
+        ids: The kind of id that selects the row, one of `state.rows.tables.SERVED_IDS`.
         width: Of its rows.
         averaged: The mean of the rows is wanted.
     """
@@ -180,7 +180,7 @@ class LoadedVersion:
         served: The version.
         features: What its numbers mean.
         program: With the version's weights.
-        widths: Of the rows of each table; 0 of one that the program does not read.
+        widths: Width of the rows of each table; 0 for a table that the program does not read.
         popular: `[P]` uint64, padded with 0.
         popular_ids: Those there are.
         popular_names: Of these.
@@ -189,7 +189,7 @@ class LoadedVersion:
         own: The program's inputs that are rows of tables of the ranker's own.
         own_popular: Those of them that are rows of the popular categories, by name.
         cross_shares: `[C, 2]` float32, how much weights and margins of crosses count.
-        churn: What it tells of who leaves; None where nothing was learned of it.
+        churn: What the version predicts about churn; None if it learned nothing about it.
         category_rows: Rows of categories read so far.
         item_rows: Likewise of items.
         lists: What came next after categories, read so far.
@@ -259,15 +259,15 @@ class VersionLoader:
 
     @property
     def number(self) -> int | None:
-        """That of the version that answers, as it was taken up last; None before."""
+        """The version that answers, as it was last loaded; None before that."""
         return None if self._loaded is None else self._loaded.served.version
 
     def take_up(self, reader: RowReader, version: int | None = None) -> LoadedVersion:
-        """The version that answers now, loaded where it changed; or another one that is here.
+        """The version that answers now, reloaded if it changed, or another one on this host.
 
         Args:
             reader: Of the transaction.
-            version: Which; None for the one that answers.
+            version: Its number; None for the version that answers.
 
         Raises:
             NotReady: There is no version yet.

@@ -76,7 +76,7 @@ class TensorModel:
         self._host, self._metrics, self._line = host, metrics, Line(limits)
 
     def versions(self, choice: ModelChoice) -> list[Served]:
-        """The version that is asked for; all that can be, the one that answers first, where none is named.
+        """The version that is requested; if none is named, all that are available, the serving one first.
 
         Raises:
             UnknownModel: There is no such model, version or label here.
@@ -159,7 +159,7 @@ class TensorModel:
 
 
 def resolve(reader: RowReader, choice: ModelChoice) -> int | None:
-    """The version of a choice; None for the one that answers.
+    """The version of a choice; None for the serving one.
 
     Raises:
         UnknownModel: There is no such model or label.
@@ -192,7 +192,7 @@ def _queries(inputs: Tensors, rows: int) -> list[Query]:
     """The questions that rows by id ask.
 
     Raises:
-        BadRequest: A string is no UTF-8, or a time is none.
+        BadRequest: A string is not UTF-8, or a time is invalid.
     """
     texts = {name: _texts(name, values) for name, values in inputs.items() if name != "at"}
     times = inputs["at"].tolist() if "at" in inputs else [NOW] * rows
@@ -246,7 +246,7 @@ def tensors_of(answers: Sequence[Answer], signature: Signature) -> dict[str, Ten
 
 
 def _run(version: LoadedVersion, signature: Signature, given: Tensors, at: int, rows: int) -> dict[str, Tensor]:
-    """What the program says of one piece of raw rows."""
+    """What the program answers for one part of the raw rows."""
     here = min(MOST_AT_ONCE, rows - at)
     fed: dict[str, Tensor] = {}
     for name, spec in signature.inputs.items():

@@ -74,7 +74,7 @@ def promote(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
     """Promotes one trial.
 
     Raises:
-        SettingsError: The settings are not those of the trial; the message says which.
+        SettingsError: The settings differ from those of the trial; the message says which.
         RegistryError: It runs no longer, or learned nothing yet.
         LockHeld: The live trainer runs with another model, or the trial's does not end.
         ControlConflict: The live trainer went on elsewhere meanwhile.
@@ -122,7 +122,7 @@ def promote(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
 
 @contextmanager
 def _resting(live: Registry, trial: Trial) -> Iterator[None]:
-    """Holds the live trainer's lock: one that runs with another model could not go on from the trial."""
+    """Holds the live trainer's lock: a running trainer with another model could not continue from the trial."""
     try:
         with DirectoryLock(live.path, layout.TRAINER_LOCK):
             yield
@@ -224,7 +224,7 @@ def version_for(live: Registry, origin: str) -> Manifest | None:
 
 
 def plan_of(live: Registry, version: Manifest | None, tried: Settings) -> dict[str, Any] | None:
-    """What an upgrade within the trial goes on to, where its model is another one; None where it is the version's own."""
+    """The model to which an upgrade within the trial changes; None if it is the version's own."""
     spec = FeatureSpec.from_settings(tried)
     if version is None or not differences(live, version, tried, spec):
         return None
@@ -266,13 +266,13 @@ def filler(
 
 
 def _link_version(live: Registry, own: Registry, version: int) -> None:
-    """Links all that a version is made from; the compactor may put a merged delta in place of others meanwhile."""
+    """Links all files that a version consists of; the compactor may replace them with a merged delta meanwhile."""
     for left in reversed(range(_TRIES)):
         base, deltas = live.chain(version)
         try:
             for part in (base, *deltas):
                 for name in part.files:
-                    # One that is not here yet is brought.
+                    # Fetch a file that is not on this host yet.
                     live.path_of(part, name)
                 shutil.copytree(live.folder_of(part), own.folder_of(part), copy_function=_linked, dirs_exist_ok=True)
             own.chain(version)
@@ -338,7 +338,7 @@ def _report(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
     """How the arms of the trial's newest rollout compare."""
     if not asked.name:
         raise SettingsError("trial report needs a name", "see `springtide trial list`")
-    # What the client says of each try is said once by what failed.
+    # A failed attempt is reported once, with what failed; the client's own messages would repeat it.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     say_report(settings, asked.name, asked.output, KafkaLog(settings.kafka), say)
 

@@ -59,17 +59,17 @@ logger = logging.getLogger(__name__)
 
 
 class ComparedTrial:
-    """The comparison of one trial while it runs; one thread.
+    """The comparison of one running trial; used by one thread.
 
     Args:
         folder: The trial's directory.
         live: The registry of the live trainer.
-        own: That of the trial's.
-        settings: How sure, and after how many rows.
+        own: The registry of the trial's trainer.
+        settings: Confidence level and planned rows.
         elapsed: Monotonic seconds.
 
     Raises:
-        CorruptStore: What was compared before cannot be read.
+        CorruptStore: The stored comparison cannot be read.
     """
 
     def __init__(
@@ -86,10 +86,10 @@ class ComparedTrial:
         self._kept_s, self._kept_records = elapsed(), self._comparison.records
 
     def step(self) -> None:
-        """Reads on, and keeps what was compared where it is time.
+        """Reads new losses, and stores the comparison if it is due.
 
         Raises:
-            OSError: The disk refused; nothing is lost.
+            OSError: The write failed; nothing is lost.
         """
         pairing = self._comparison.pairing
         for _ in range(READS_AT_ONCE):
@@ -104,7 +104,7 @@ class ComparedTrial:
             self.keep()
 
     def keep(self) -> None:
-        """Writes what was compared; durable when this returns.
+        """Stores the comparison; durable when this returns.
 
         Raises:
             OSError: The disk refused; it is tried again.
@@ -116,7 +116,7 @@ class ComparedTrial:
 
 
 def part_of(name: str) -> str:
-    """What the trainer of a trial is called among processes; also its log.
+    """Name of a trial's trainer among the processes, and of its log.
 
     >>> part_of("wider")
     'trial-wider'
@@ -163,7 +163,7 @@ class TrialRunner:
         self._trials.sweep()
 
     def step(self) -> bool:
-        """Takes each trial to what is wanted of it; False where nothing is left to do."""
+        """Moves each trial towards its wanted state; returns False if nothing is left to do."""
         for name in self._trials.open():
             say = self._say.setdefault(name, SaidOnce(logger.warning))
             try:
@@ -179,7 +179,7 @@ class TrialRunner:
         return bool(self._trials.open())
 
     def close(self) -> None:
-        """Ends all trainers; the next start goes on where they were."""
+        """Ends all trainers; the next start resumes them."""
         self._supervisor.stop_all()
         for running in self._running.values():
             with suppress(OSError):
@@ -233,7 +233,7 @@ class TrialRunner:
 
 
 def step_back(cores: int) -> None:
-    """Lets this process and its children have so many cores at most, and those only where nobody else wants them."""
+    """Limits this process and its children to this many cores, at low priority."""
     os.nice(NICENESS)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])
 

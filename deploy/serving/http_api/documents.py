@@ -136,13 +136,13 @@ def _content(of: Mapping[str, Any]) -> str:
 
 
 def _description(schema: Mapping[str, Any]) -> str:
-    """What is said of a type, or of the one kind that may be absent."""
+    """The description in a schema; for an optional type, the description of its value."""
     said = [schema.get("description", ""), *(one.get("description", "") for one in schema.get("anyOf", ()))]
     return next(filter(None, said), "")
 
 
 def _type(schema: Mapping[str, Any]) -> str:
-    """A type in few words, with links to those that have a name.
+    """A type in few words, with links to the types that have a name.
 
     >>> _type({"type": "array", "items": {"$ref": "#/components/schemas/Interest"}})
     'list of <a href="#type-Interest">Interest</a>'

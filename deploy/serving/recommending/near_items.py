@@ -43,11 +43,11 @@ from state.rows.store import RowStore
 
 MOST_LISTS = 256
 LOOKED_AT = 0.6
-"""Of the lists, so many are looked into. What users' engagement is multiplied with lies in other directions than most rows,
-so that fewer miss some: of Taobao's users' 20 nearest half of the lists hold 99 of 100, a quarter 86."""
+"""Fraction of the lists that a query searches. Queries have other directions than most rows, so fewer lists miss
+some: of the 20 nearest to Taobao's users, half of the lists hold 99 of 100, a quarter 86."""
 FEWEST_LOOKED_AT = 16
 POINTS = 20
-"""Rows of the sample for each list: the centres are learned in some 30 ms."""
+"""Rows of the sample for each list; the centres are learned in about 30 ms."""
 ROUNDS = 5
 
 F32 = NDArray[np.float32]
@@ -103,12 +103,12 @@ class ItemIndex:
             self._index.add_with_ids(rows, ids.view(np.int64))
 
     def remove(self, ids: U64) -> None:
-        """Takes out the rows of ids, those that there are."""
+        """Removes the rows of these ids, if they are in the index."""
         if len(ids):
             self._index.remove_ids(faiss.IDSelectorArray(np.ascontiguousarray(ids).view(np.int64)))
 
     def oldest(self, most: int) -> U64:
-        """So many ids at most, of the fullest list those that are in it for longest, or nearly so."""
+        """At most this many ids of the fullest list, approximately the oldest ones in it."""
         lists = self._index.invlists
         fullest = max(range(self._index.nlist), key=lists.list_size)
         count = min(most, lists.list_size(fullest))
@@ -141,13 +141,13 @@ def _centres(sample: F32, lists: int) -> F32:
 
 @dataclass
 class _Walk:
-    """An index that is being made, and how far the walk over all rows is.
+    """An index that is being built, and the progress of the pass over all rows.
 
     Attributes:
-        following: The id at which the walk goes on.
-        sample: Rows of which the centres are made, before there is an index.
-        index: Once there is.
-        planned: The rows that it is laid out for.
+        following: The id at which the pass continues.
+        sample: Rows from which the centres are learned, before the index exists.
+        index: The new index, once it exists.
+        planned: The number of rows that it is built for.
     """
 
     following: int = 0
@@ -173,7 +173,7 @@ class NearItems:
         self._wanted = False
 
     def nearest(self, query: F32, most: int) -> list[int]:
-        """The items whose rows have the largest products with a query, the largest first; fewer while they are still read.
+        """The items whose rows have the largest products with a query, largest first; fewer while rows are still being read.
 
         Args:
             query: `[dim]` float32.
@@ -185,7 +185,7 @@ class NearItems:
         return self._index.nearest(query, most)
 
     def turn(self) -> bool:
-        """Reads some of what is not read yet, once anything was asked for; whether there is more."""
+        """Reads some of the outstanding rows, after the first query; returns whether there are more."""
         if not self._wanted:
             return False
         with self._rows.reader() as reader:
@@ -200,7 +200,7 @@ class NearItems:
         return self._making is not None or bool(self._due)
 
     def _follow(self, reader: RowReader, served: Served) -> None:
-        """1. 3. What is due since the last turn."""
+        """1. and 3. Determine what is due since the last batch."""
         before, self._at = self._at, served
         changed = None if before is None else reader.changed("item", before, served)
         grown = self._index is not None and len(self._index) > OUTGROWN * self._planned and self._planned < MOST_ITEMS
@@ -213,7 +213,7 @@ class NearItems:
         self._due.update(dict.fromkeys(changed.tolist()))
 
     def _put(self, index: ItemIndex, reader: RowReader, served: Served) -> None:
-        """2. Some of what is due."""
+        """2. Read some of the due rows."""
         some = list(islice(self._due, ROWS_AT_ONCE))
         for one in some:
             del self._due[one]
@@ -237,11 +237,11 @@ class NearItems:
             making.following = following
 
     def _sample(self, making: _Walk, reader: RowReader, served: Served) -> None:
-        """Reads rows until there are enough for each list: ids are hashes, so that the first ones are as good as any."""
+        """Reads rows until there are enough for each list; ids are hashes, so the first ones are a random sample."""
         ids, rows, following = reader.rows_from("item", making.following, ROWS_AT_ONCE, served)
         making.sample.append((ids, rows))
         read = sum(len(some) for some, _ in making.sample)
-        # As many ids in the rest as in what is read.
+        # Assume as many ids in the rest as in the part already read.
         planned = read if following is None else round(read * _IDS / following)
         if following is not None and read < POINTS * lists_for(planned):
             making.following = following
