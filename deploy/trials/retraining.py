@@ -44,7 +44,7 @@ from state.trials.retraining import Outcome, Retraining, Retrainings
 from state.trials.trial import Trial, Trials
 
 ACTOR = "retrain"
-"""Who decides where nobody commanded it."""
+"""The actor of decisions that no operator made."""
 LOOK_S = 1.0
 logger = logging.getLogger(__name__)
 
@@ -72,16 +72,16 @@ def judge(
 ) -> RetrainDecision | None:
     """Judges a retrain; None while that is too early.
 
-    1. What somebody decided of its trial counts, and what ended it.
-    2. A rollout of it that is open is waited for, and one that went back drops it.
-    3. The interval that holds at all looks: worse, or better; better alone is enough where no rollout is asked for. While
-       the trial's guard holds it, its comparison decides nothing.
-    4. So many rows, or so much time, and neither.
+    1. A decision by somebody about its trial counts, and so does whatever ended the trial.
+    2. An open rollout of it is awaited, and one that was rolled back drops it.
+    3. The confidence sequence, valid at all times, shows worse or better. Better is enough alone if no rollout is
+       configured. While the trial's guard holds it, its comparison decides nothing.
+    4. The maximum of rows or time is reached without a decision.
 
     Args:
         trial: Its trial.
         compared: The figures of its comparison; None before anything was compared.
-        held: What the trial's guard holds, in words; None for nothing.
+        held: What the trial's guard holds, as text; None for nothing.
         rollout: The newest rollout; None where there was none.
         settings: After how many rows, and how much time.
         begun_at_ms: When it began, wall clock.
@@ -89,7 +89,7 @@ def judge(
     """
     # 1.
     if trial.wanted == "promoting":
-        # One that we ourselves promote goes on where that was cut short.
+        # A promotion of our own continues where it was interrupted.
         return RetrainDecision("promoted", trial.reason) if trial.actor == ACTOR else None
     if (over := _decided(trial)) is not None:
         return over
@@ -119,7 +119,7 @@ def judge(
 def _too_late(
     trial: Trial, rows: int, verdict: str, told: str, settings: RetrainSettings, took_ms: int
 ) -> RetrainDecision | None:
-    """What becomes of one that so many rows, or so much time, did not decide; None before that."""
+    """The outcome of a retrain that the maximum of rows or time did not decide; None before that."""
     if rows >= settings.rows and verdict != "better":
         return RetrainDecision("dropped", f"no better: {told}")
     if took_ms < (span_ms(settings.limit) or 0.0):

@@ -99,7 +99,7 @@ def chosen(offset: int, every: int) -> bool:
 
 
 def log_time_ms(batch: MicroBatch) -> int:
-    """What time it was after the last event of a batch by the clocks of many users, ms; 0 where nothing says.
+    """The time after the last event of a batch by the clocks of many users, ms; 0 if it is unknown.
 
     What 0.1.0 wrote has no clocks: the newest of the rows' own times then.
     """
@@ -146,7 +146,7 @@ def labels_of(names: Iterable[str]) -> dict[str, str]:
     {'category': 'category', 'features.view.count_1h': 'features.view', 'features.view.recency': 'features.view'}
     """
     found = {name: ".".join(name.split(".")[:2]) if name.startswith(f"{FEATURES}.") else name for name in names}
-    # Inputs first: there may be as many actions as a byte can say.
+    # Inputs first: there may be up to 255 actions.
     ordered = sorted({*found.values()}, key=lambda label: (label.startswith(f"{FEATURES}."), label))
     kept = {*ordered[: MOST_LABELS - 1]} if len(ordered) > MOST_LABELS else {*ordered}
     return {name: label if label in kept else OTHERS for name, label in found.items()}
@@ -168,7 +168,7 @@ class WindowJudge:
         self._seen: set[str] = set()
 
     def judge(self, window: Window) -> Anomalies | None:
-        """Keeps a window and says what is wrong with it; None where it is held against nothing.
+        """Stores a window and returns its anomalies; None if there is nothing to compare it with.
 
         Raises:
             RegistryError: The registry cannot be read, or a baseline is damaged.
@@ -226,7 +226,7 @@ class WindowJudge:
         return found
 
     def _clear(self) -> None:
-        """What was said of an earlier window is not said of this one."""
+        """Clears the metrics of the previous window, so that none of them is shown for this one."""
         for one in (self._metrics.distance, self._metrics.missing_ratio):
             one.clear()
         self._count({})
@@ -248,7 +248,7 @@ class WindowJudge:
             self._metrics.anomalies.labels(kind).set(features.get(kind, 0))
 
     def _tell(self, found: Anomalies, rows: int) -> None:
-        """Each anomaly in a line when it begins, and that it is over."""
+        """Logs each anomaly in one line when it begins, and when it is over."""
         now = {*found.anomaly_info}
         for name in sorted(now - self._seen):
             _log.warning("%s: %s (%d rows)", name, found.anomaly_info[name].description, rows)
@@ -330,7 +330,7 @@ class LogValidation:
             self._reader = None
 
     def _open(self) -> LogReader:
-        """A reader where the open window began, or, where nobody knows, some windows back."""
+        """A reader at the start of the open window or, if that is unknown, some windows back."""
         topic, partition = self._settings.kafka.microbatches_topic, self._settings.trainer.partition
         with self._kafka.topics() as topics:
             topic_id, (begin, end) = topics.describe(topic).topic_id, topics.ends(topic)[partition]
