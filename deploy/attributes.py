@@ -1,18 +1,15 @@
-"""Attributes of users and items out of files, into their compacted topics.
+"""Sends attributes of users and items from files to their compacted Kafka topics.
 
     python -m deploy.attributes --users FILE... --items FILE... [--columns A,B,...] [--format F] [--delimiter C]
 
     read -> encode -> judge -> send -> acknowledged
 
-A row becomes a record: its key is the id, its fields are those that
-`[attributes]` names. The stream's own code judges each record first. What it
-would refuse is not sent, so that the record which the topic has of that id
-stays; it is named and counted. The last row of an id wins, and a run that
-ended early is simply run again.
+Each row becomes one record. Its key is the id, and its fields are those that `[attributes]` lists.
 
-Sends records of attributes into their topic: acknowledged, and refused rows named and counted.
+The stream's own code validates each record before it is sent. A record that the stream would refuse
+is not sent, so the topic keeps the record it has for that id. The refused row is named and counted.
 
-Rows of files as records of attributes, judged as the stream judges them. Pure.
+If an id occurs several times, the last row wins. If a run ends early, run it again.
 """
 
 from __future__ import annotations
@@ -47,6 +44,10 @@ from state.recordings.rows import RecordedRows, shown_reasons
 
 Record = tuple[bytes, bytes]
 Bad = tuple[int, str]
+ENOUGH_ROWS = 10  # if so many rows give no record, the mapping is wrong
+REFUSED = "refused row"
+BY_SIDE = {"user": "users", "item": "items"}
+NOT_THERE = "correct [attributes]"
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class AttributeFiles:
     Attributes:
         side: user or item.
         recording: The files.
-        table: What a record says.
+        table: What a record contains.
         topic: Where records go.
         key: The column of the id.
         most_bytes: Larger records are refused.
@@ -80,7 +81,7 @@ class AttributeRecords:
     """Rows as records.
 
     Attributes:
-        records: Key and value of each that the stream takes.
+        records: Key and value of each record that the stream accepts.
         refused: Rows that it does not, with the reason.
         valued: Per attribute the records that have a value.
     """
@@ -123,11 +124,6 @@ def _value(fields: dict[str, object], rows: RecordedRows, row: int) -> bytes:
         return rows.text(row)
 
 
-ENOUGH_ROWS = 10  # so many rows and no record: the mapping is wrong
-REFUSED = "refused row"
-BY_SIDE = {"user": "users", "item": "items"}
-
-
 @dataclass
 class SentAttributes:
     """What became of the rows of one side.
@@ -157,7 +153,7 @@ def send(
     Args:
         files: What to send.
         deliver: Takes records and returns when they are acknowledged.
-        progress: Is told.
+        progress: Receives the progress.
         stopped: Ends it between two pieces.
         wall_ms: Unix time, the records' timestamp.
 
@@ -213,7 +209,7 @@ def article(side: str) -> str:
 def summary(files: AttributeFiles, outcome: SentAttributes, took_s: float) -> str:
     """What a run did.
 
-    A name that no record has a value for may be misspelled; a file of JSON lines does not tell.
+    A name without a value in any record may be misspelled; JSON lines have no header to check.
     """
     seen = outcome.sent + outcome.refused.total()
     parts = [
@@ -229,11 +225,8 @@ def summary(files: AttributeFiles, outcome: SentAttributes, took_s: float) -> st
     return "; ".join(parts)
 
 
-NOT_THERE = "correct [attributes]"
-
-
 def parser() -> argparse.ArgumentParser:
-    """The command's options; settings are taken out of the line before."""
+    """The command's options; settings are removed from the arguments before."""
     made = argparse.ArgumentParser(
         prog="springtide attributes",
         description="Write attributes of users and items to their compacted topics. [attributes] names the topics and "
@@ -253,7 +246,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def files_of(options: argparse.Namespace, settings: Settings) -> list[AttributeFiles]:
-    """What the command line and `[attributes]` say to send.
+    """What to send according to the command line and `[attributes]`.
 
     Raises:
         SettingsError: A side has no topic, no fields or no file, or its id no column.
@@ -291,7 +284,7 @@ def run(
     say: Callable[[str], None] = print,
     progress_to: TextIO = sys.stderr,
 ) -> None:
-    """Sends the files of the command line.
+    """Sends the files named on the command line.
 
     Raises:
         SpringtideError: Files, settings or Kafka are in the way.

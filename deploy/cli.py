@@ -1,11 +1,13 @@
-"""The command line: `springtide COMMAND [options] [--section.name VALUE ...]`.
+"""Entry point of the command line: `springtide COMMAND [options] [--section.name VALUE ...]`.
 
-A command either becomes a process of the loop (the interpreter is replaced, so
-that signals reach it), or is a command of the operator, done here. Settings
-may stand anywhere on the line, as in every process: `--kafka.port 9192`,
-`--config FILE`. Exit codes: 0 done, 1 failed, 2 wrong use.
+A command either becomes a process of the loop or is an operator's command that runs here. To become
+a process, it replaces the interpreter, so that signals reach the process directly.
 
-Shows the settings: the effective ones with their origin, one in full, and all of them as documentation.
+Settings may appear anywhere in the arguments, as for every process: `--kafka.port 9192`, `--config
+FILE`. Exit codes: 0 done, 1 failed, 2 wrong use.
+
+`springtide config` shows the effective settings with their origin, one setting in full, or all of
+them as documentation.
 """
 
 from __future__ import annotations
@@ -29,10 +31,11 @@ from state.process.private_files import keep_private
 from state.process.wall_clock import wall_ms
 
 SERVERS = "kafka.bootstrap_servers"
+Command = Callable[[Settings, argparse.Namespace, int, Callable[[str], None]], None]
 
 
 def chosen(names: Sequence[str]) -> list[KnownSetting]:
-    """The settings of these names and sections, in the order of their declaration; all where none is named.
+    """The settings of these names and sections, in the order of their declaration; all if no name is given.
 
     >>> [one.name for one in chosen(["registry", "kafka.port"])][:2]
     ['kafka.port', 'registry.durable_s']
@@ -51,7 +54,7 @@ def chosen(names: Sequence[str]) -> list[KnownSetting]:
 
 
 def changed(settings: Settings, listed: Sequence[KnownSetting]) -> list[KnownSetting]:
-    """Those of `listed` that somebody has set."""
+    """The settings of `listed` that were set explicitly."""
     return [one for one in listed if one.name in settings.origins]
 
 
@@ -206,9 +209,6 @@ def as_toml(value: Any) -> str:
     return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
 
 
-Command = Callable[[Settings, argparse.Namespace, int, Callable[[str], None]], None]
-
-
 def config(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
     """Shows the settings."""
     if asked.markdown:
@@ -278,13 +278,13 @@ def operator_command(name: str) -> Command:
 
 
 def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: int, say: Callable[[str], None]) -> None:
-    """Does one command line.
+    """Runs one command line.
 
     Args:
         argv: The words after `springtide`.
         become: Replaces this process by `python -m MODULE FLAGS`.
         now_ms: Wall clock.
-        say: Takes what is printed.
+        say: Prints a line.
 
     Raises:
         SpringtideError: What went wrong; the message is for the operator.
@@ -294,7 +294,7 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
     if unknown and asked.command not in OWN_HELP and not getattr(asked, "runner", None):
         raise SettingsError(f"unknown argument {unknown[0]}", f"see `springtide {asked.command} --help`")
     if asked.command in PROCESSES:
-        # A mistake is said here, with status 2, before anything starts.
+        # Report a mistake here, with exit code 2, before anything starts.
         settings = load(flags)
         if asked.command == "bootstrap" and not {"--help", "-h"} & {*words}:
             # The preprocessing is checked by the bootstrap itself.
@@ -305,7 +305,7 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
 
 
 def _accepted(asked: argparse.Namespace) -> list[str]:
-    """The words of the gaps that the operator accepts; what is wrong with them is said here too."""
+    """The arguments for the gaps that the operator accepts; mistakes in them are reported here too."""
     if asked.command not in READERS:
         return []
     from state.log import gap_options

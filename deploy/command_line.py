@@ -1,8 +1,6 @@
-"""What may be written on `springtide`'s command line: its commands, their options and helps.
+"""Defines the argument parser of `springtide`: its commands, including `springtide trial`, their options and help texts.
 
-Settings are taken out of the line before; see `state.config.sources`.
-
-What may be written behind `springtide trial`.
+Settings are removed from the arguments before parsing; see `state.config.sources`.
 """
 
 from __future__ import annotations
@@ -19,6 +17,9 @@ from deploy.operate.options import SETTINGS_HELP, Add, positive
 from state.errors import SettingsError
 
 VERBS = ("start", "list", "stop", "promote", "report")
+READERS = ("stream", "train", "up")  # stop at a gap; continue if the loss is accepted
+_UNKNOWN = re.compile(r"argument .+: invalid choice: '(.*)' \(choose from (.*)\)", re.DOTALL)
+"""argparse's message for a word that is not one of its choices."""
 
 
 def trial(add: Add) -> argparse.ArgumentParser:
@@ -140,10 +141,6 @@ OWN_HELP = (
     "capacity",
     "segments",
 )  # their modules have options of their own and explain them
-READERS = ("stream", "train", "up")  # stop at a gap, and go on where the loss is accepted
-
-_UNKNOWN = re.compile(r"argument .+: invalid choice: '(.*)' \(choose from (.*)\)", re.DOTALL)
-"""How argparse refuses a word that is none of its choices."""
 
 
 class RefusingParser(argparse.ArgumentParser):
@@ -178,11 +175,11 @@ class _Version(argparse.Action):
 
 
 def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
-    """The command line's parser; settings are taken out of the line before.
+    """The parser of the command line; settings are removed from the arguments before.
 
     Args:
-        words: What it is for. Options whose import takes long (the log, for those that read it) are left out of
-            commands that these words do not name; none are without words.
+        words: The arguments to parse. Options whose import takes long (those of the log) are only added to commands
+            that these words name; without words they are added to all.
     """
     whole = RefusingParser(
         prog="springtide",
@@ -291,7 +288,7 @@ def _config(add: Add) -> argparse.ArgumentParser:
 
 
 def with_times(words: Sequence[str]) -> list[str]:
-    """Joins an option and a relative time, which argparse would take for another option.
+    """Joins an option and a relative time, which argparse would mistake for another option.
 
     >>> with_times(["rollback", "--before", "-10m", "--dry-run"])
     ['rollback', '--before=-10m', '--dry-run']

@@ -1,14 +1,13 @@
-"""Sends clicks of probe users through the loop and times them: `springtide probe [-o json] [--continuously]`.
+"""Measures the latency of the whole loop with clicks of probe users: `springtide probe [-o json] [--continuously]`.
 
-Once, or each `probe.every_s` with the figures on /metrics. Clicks go to Kafka as
-any producer's, and answers are asked for as any client's, so that it may run
-wherever both are reached.
+It runs once, or every `probe.every_s` seconds with its figures on /metrics. It sends clicks to
+Kafka like any producer and requests answers like any client, so it runs wherever both can be
+reached.
 
-Times one click's way through the whole loop: sent as any producer's, looked for in answers as any client's.
-
-1. An answer before, which says that somebody answers, and when the user's last click was.
-2. The click, acknowledged by Kafka at a position.
-3. Answers, until the user's features show it, and until the version has learned from its position.
+1. Request an answer, which shows that serving works and when the user's last click was.
+2. Send the click; Kafka acknowledges it at a position.
+3. Request answers until the user's features show the click, and until the version has learned from
+   its position.
 """
 
 from __future__ import annotations
@@ -48,10 +47,14 @@ from state.process.wall_clock import wall_ms
 LOOK_S = 0.02
 DECODER = "state.events.decoding:decode_json"
 NEVER = 255
+REASONS = ("kafka", "answers", "refused", "features", "weights")
+EVERY_S = 30.0
+ANSWER_S = 5.0
+_log = logging.getLogger(__name__)
 
 
 class Sent(NamedTuple):
-    """Where a click lies: "topic id:partition" of the clicks, and its offset there."""
+    """Position of a click: "topic id:partition" of the clicks topic, and the offset."""
 
     source: str
     offset: int
@@ -65,8 +68,8 @@ class Passage:
         source: "topic id:partition" that it was sent to; empty where it was not.
         offset: Its offset; -1 where it was not sent.
         feature_seconds: From sending it until an answer's features showed it; None where none did.
-        weight_seconds: From sending it until an answer's version had learned from it; None where none had.
-        version: That version, or the one that answered last; 0 for none.
+        weight_seconds: From sending it until an answer's version had learned from it; None if no version did.
+        version: That version, or the last one that answered; 0 for none.
         reason: Why it did not come through: kafka, answers, refused, features, weights; empty where it did.
         problem: The same in words.
     """
@@ -99,7 +102,7 @@ class Passage:
 
 
 def action_of(settings: Settings) -> str:
-    """The action of probe clicks: the first that waits for no label, and is none.
+    """The action of probe clicks: the first that waits for no label and is no label.
 
     >>> action_of(Settings())
     'view'
@@ -138,12 +141,12 @@ class Stopwatch:
 
     Args:
         settings: Of the loop.
-        send: Sends a click of a user and returns where it lies, acknowledged.
+        send: Sends a click of a user and returns its position once it is acknowledged.
         ask: Gives a profile with features and sources, of a user at a time.
         now_ms: The wall clock.
         clock: Monotonic seconds.
         sleep: Waits so many seconds.
-        stopped: Whether to give up.
+        stopped: Whether to stop early.
     """
 
     def __init__(
@@ -232,19 +235,13 @@ def _late(found: Passage, timeout_s: float) -> Passage:
     return Passage(**{**asdict(found), "reason": "weights", "problem": said})
 
 
-REASONS = ("kafka", "answers", "refused", "features", "weights")
-EVERY_S = 30.0
-ANSWER_S = 5.0
-_log = logging.getLogger(__name__)
-
-
 class Probe:
     """A stopwatch on a real loop; a probe begins with connections of its own, as after any failure.
 
     Args:
         settings: Of the loop.
-        stop: Gives up what is under way.
-        first: The number of the first probe user; each probe takes the next.
+        stop: Ends the probe that is running.
+        first: The number of the first probe user; each probe uses the next one.
     """
 
     def __init__(self, settings: Settings, stop: threading.Event, first: int) -> None:
@@ -323,7 +320,7 @@ def run(settings: Settings, stop: threading.Event, time_one: Callable[[], Passag
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's options; settings are read beside them."""
+    """The command's options; settings are parsed separately."""
     made = argparse.ArgumentParser(
         prog="springtide probe",
         description="Sends a click of a probe user through the loop and says after how long answers show it, and after how "
@@ -345,7 +342,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     asked, flags = parser().parse_known_args(sys.argv[1:] if argv is None else argv)
     stop = stop_on_signals()
-    # What the client says of each try is said once by what failed.
+    # A failed attempt is reported once, with what failed; the client's own messages would repeat it.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     try:
         settings = load(flags)

@@ -1,24 +1,23 @@
-"""Clicks into the topic: of files, or of synthetic shoppers whose taste drifts.
+"""Sends clicks to the topic, from files or from synthetic shoppers whose taste drifts.
 
     python -m deploy.replay FILE... [--speed 60x|max] [--keep-time] [--limit N] [--sort memory|assume] [--dry-run]
     python -m deploy.replay --synthetic [--rate N] [--limit N] [--speed X] [--seed N]
     python -m deploy.replay --burst USER CATEGORY N
 
-Files are read by `state.recordings.files` and sent by `deploy.replaying.command`. The
-synthetic shoppers are pure and deterministic; `main` gives their clicks a time and sends them.
+`state.recordings.files` reads files and `deploy.replaying.command` sends them. `main` gives the
+synthetic shoppers' clicks a time and sends them.
 
-Each shopper has a taste: a vector of weights over the categories, nearly all
-of it on a few favourites, the strongest first.
+Each shopper has a taste: a vector of weights over the categories. A few favourites have nearly all
+of the weight, the strongest first.
 
-1. A shopper shops in sessions: consecutive clicks stay near one category with
-   probability `STAY`.
-2. Otherwise the category is drawn from the shopper's taste, or, with
-   probability `WANDER`, from what is popular with everybody (Zipf).
-3. The taste drifts: its focus moves from one favourite to the next, once in
-   `drift_s` on average, and a fifth of the moves jump to a new category.
-4. Items belong to categories; within a category they are Zipf too.
+1. A shopper shops in sessions: consecutive clicks stay near one category with probability `STAY`.
+2. Otherwise the category is drawn from the shopper's taste or, with probability `WANDER`, from the
+   overall popularity (Zipf).
+3. The taste drifts: its focus moves from one favourite to the next, once in `drift_s` on average. A
+   fifth of the moves jump to a new category.
+4. Items belong to categories. Within a category their popularity is Zipf too.
 
-Everything follows from the seed and the order of calls.
+The clicks are deterministic: they depend only on the seed and the order of calls.
 """
 
 from __future__ import annotations
@@ -60,6 +59,8 @@ FOCUS_WEIGHTS = np.array([0.70, 0.18, 0.08, 0.04])
 
 I64 = npt.NDArray[np.int64]
 F64 = npt.NDArray[np.float64]
+SLICE_S = 0.1
+MOST_PER_SLICE = 20_000
 
 
 @dataclass(frozen=True)
@@ -241,7 +242,7 @@ class ShopperCrowd:
         )
 
     def click(self, n: int) -> Clicks:
-        """The next n clicks; the clock goes on by n / rate seconds."""
+        """The next n clicks; the clock advances by n / rate seconds."""
         at_ms = self._start_ms + ((self._made + np.arange(1, n + 1)) * self._step_ms).astype(np.int64)
         self._made += n
         users = self._draw(self._activity, n)
@@ -280,10 +281,6 @@ class ShopperCrowd:
         """`[n]` ranks drawn from cumulative probabilities."""
         drawn = np.searchsorted(cumulative, self._random.random(n), side="right")
         return np.minimum(drawn, len(cumulative) - 1)
-
-
-SLICE_S = 0.1
-MOST_PER_SLICE = 20_000
 
 
 class Sender:
@@ -354,7 +351,7 @@ def replay(
     Args:
         shoppers: Whose clicks; their clock starts at `wall_s()`, less the head start.
         send: Takes clicks and returns when they are acknowledged.
-        rate: Clicks per second of the shoppers' clock; 0: as fast as `send` takes them.
+        rate: Clicks per second of the shoppers' clock; 0: as fast as `send` accepts them.
         limit: So many clicks in all; None for no end.
         speed: Seconds of the shoppers' clock per second of the wall's.
         stopped: Ends the replay between two slices.
@@ -435,7 +432,7 @@ def make_clicks(options: argparse.Namespace, settings: Settings, stopped: thread
         made_s = options.head_start / rate if rate > 0 and speed != MAX else 0.0
         shoppers = ShopperCrowd.from_settings(settings, options.seed, rate, int((time.time() - made_s) * 1000))
         started_s = time.monotonic()
-        # At full speed the shoppers' clock keeps its rate, and nobody waits for it.
+        # At full speed the shoppers' clock keeps its rate, and there is no waiting.
         rate = 0.0 if speed == MAX else rate
         sent = replay(shoppers, sender.send, rate, options.limit, speed, stopped, head_start_s=made_s / speed)
         took_s = max(time.monotonic() - started_s, 1e-9)

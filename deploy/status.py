@@ -1,14 +1,16 @@
-"""Says what runs and how well: `springtide status`, `python -m deploy.status [-o json] [--watch | --wait-for CONDITION]`.
+"""Reports what runs and how well: `springtide status`.
 
-Each part is asked on its own, so that whatever is away, the rest still shows.
-Rates are of the seconds that a look takes; quantiles are since each process
-started, and with `--watch` of the last minute.
+    python -m deploy.status [-o json] [--watch | --wait-for CONDITION]
 
-What `springtide status --wait-for` waits for: each condition looks at the running loop and says what is still missing.
+Each part is queried separately, so an unreachable part does not hide the others. Rates cover the
+seconds that a reading takes. Quantiles cover the time since each process started, and with
+`--watch` the last minute.
 
-Looks cost some milliseconds; a part that does not answer is what is missing.
+`--wait-for` polls the running loop and reports what is still missing. A poll costs some
+milliseconds; a part that does not answer counts as missing.
 
-How far the clicks in Kafka are and how far the stream has committed them, for `springtide status`.
+For the clicks, the report compares Kafka's ends of partitions with the offsets that the stream has
+committed.
 """
 
 from __future__ import annotations
@@ -45,6 +47,23 @@ from state.registry.control import Control
 from state.registry.registry import Registry
 
 LONGEST_WAIT_S = 3.0
+LOOK_S = 0.2
+NEAR_RECORDS = 64  # the applier's batch size
+Missing = Callable[[Settings], str]
+"""Polls once; returns what is missing, or an empty text if the condition holds."""
+NUMBERS: Mapping[str, tuple[str, str]] = {
+    "version": ("trainer", "springtide_trainer_version"),
+    "epoch": ("trainer", "springtide_trainer_epoch"),
+    "answers": ("applier", "springtide_serving_version"),
+}
+"""Names that a condition may compare with a number -> process and series."""
+BETWEEN_S = 1.0
+TIMEOUT_S = 60.0
+PARTS = (16, 12)
+DESCRIPTION = """Shows what runs and how well: clicks a second, lag, dead letters by reason, step time, log loss, AUC, the
+served version, freshness, accounts. Rates are of the seconds that the look takes; p50 and p99 are since each process
+started, with --watch of the last minute. What is wrong comes first, and makes the exit code 1; what an operator holds
+does not."""
 
 
 def kafka_lag(settings: Settings, connect: Callable[[Any], Topics] = Topics) -> dict[str, Any]:
@@ -56,7 +75,7 @@ def kafka_lag(settings: Settings, connect: Callable[[Any], Topics] = Topics) -> 
             committed = topics.committed(kafka.group, kafka.clicks_topic)
             training = topics.ends(kafka.microbatches_topic)
     except SpringtideError as error:
-        # A broker that says so is there: before `up` has made the topics there are none.
+        # A broker that answers this exists: before `up` creates the topics there are none.
         return {"answers": False, "problem": str(error), "away": not isinstance(error, UnknownTopic)}
     return {
         "answers": True,
@@ -64,17 +83,10 @@ def kafka_lag(settings: Settings, connect: Callable[[Any], Topics] = Topics) -> 
         "problem": "",
         "servers": kafka.bootstrap_servers,
         "clicks": sum(end for _, end in ends.values()),
-        # A group that has committed nothing stands at the beginning.
+        # A group that has committed nothing is at the beginning.
         "lag": sum(end - committed.get(partition, begin) for partition, (begin, end) in ends.items()),
         "training_log": sum(end for _, end in training.values()),
     }
-
-
-LOOK_S = 0.2
-NEAR_RECORDS = 64  # what the applier takes at once
-
-Missing = Callable[[Settings], str]
-"""Looks once; returns what is missing, and nothing where the condition holds."""
 
 
 class Condition(NamedTuple):
@@ -121,7 +133,7 @@ def _looked(condition: Condition, settings: Settings) -> str:
 
 
 def ready(settings: Settings) -> str:
-    """Serving says that it can answer."""
+    """Serving reports that it can answer."""
     code, said = scrape.fetch(serving_address(settings, "/readyz"))
     return "" if code == 200 else said or "nothing answers"
 
@@ -208,14 +220,6 @@ CONDITIONS: Mapping[str, Condition] = {
 }
 
 
-NUMBERS: Mapping[str, tuple[str, str]] = {
-    "version": ("trainer", "springtide_trainer_version"),
-    "epoch": ("trainer", "springtide_trainer_epoch"),
-    "answers": ("applier", "springtide_serving_version"),
-}
-"""What may be compared with a number -> process and series."""
-
-
 def condition_of(text: str) -> Condition:
     """The condition that an operator wrote: one of `CONDITIONS`, or one of `NUMBERS` with = or >= and a number.
 
@@ -223,7 +227,7 @@ def condition_of(text: str) -> Condition:
     'answers is 176'
 
     Raises:
-        SettingsError: It is none.
+        SettingsError: It is not a condition.
     """
     if text in CONDITIONS:
         return CONDITIONS[text]
@@ -252,13 +256,6 @@ def _control(settings: Settings) -> tuple[Registry, Control]:
     return registry, control
 
 
-BETWEEN_S = 1.0
-TIMEOUT_S = 60.0
-PARTS = (16, 12)
-DESCRIPTION = """Shows what runs and how well: clicks a second, lag, dead letters by reason, step time, log loss, AUC, the
-served version, freshness, accounts. Rates are of the seconds that the look takes; p50 and p99 are since each process
-started, with --watch of the last minute. What is wrong comes first, and makes the exit code 1; what an operator holds
-does not."""
 EPILOG = (
     "Conditions: "
     + "; ".join(f"{name}: {one.meaning}" for name, one in CONDITIONS.items())
@@ -371,7 +368,7 @@ def as_table(state: Mapping[str, Any]) -> str:
 
 
 def _part(name: str, word: str, text: str) -> list[Sequence[str]]:
-    """A part's lines: what its text says in several sentences stands below each other."""
+    """The lines of a part: the sentences of its text are put below each other."""
     first, *others = text.split("; ")
     return [(name, word, first), *(("", "", one) for one in others)]
 
@@ -382,12 +379,12 @@ def status(settings: Settings, now_ms: int, between_s: float = BETWEEN_S) -> tup
     Args:
         settings: The loop's settings.
         now_ms: Wall clock.
-        between_s: Least time between the two looks that the rates come from.
+        between_s: Minimum time between the two polls that the rates come from.
     """
     looks, asked = Watch(spread_s=None), scrape.watched_urls(settings)
     begin_s = time.monotonic()
     first = looks.look(scrape.scrape(asked), begin_s, time.time())
-    # The other parts are asked between the two looks.
+    # The other parts are queried between the two polls.
     others = parts(settings, now_ms)
     if first.up_s:
         time.sleep(max(0.0, begin_s + between_s - time.monotonic()))
@@ -397,7 +394,7 @@ def status(settings: Settings, now_ms: int, between_s: float = BETWEEN_S) -> tup
 
 
 def parts(settings: Settings, now_ms: int) -> dict[str, Any]:
-    """What is beside the line, as JSON values: asked of Kafka, the registry, the stores, the disks and the validation.
+    """The state of Kafka, registry, stores, disks, validation, trials and rollouts, as JSON values.
 
     Args:
         settings: The loop's settings.

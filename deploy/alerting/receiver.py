@@ -1,14 +1,15 @@
-"""The webhook's process: `springtide webhook` takes Alertmanager's notifications and pins; `deploy/prometheus/README.md` shows both ends.
+"""Receives Alertmanager notifications over HTTP and pins serving to the last good version: `springtide webhook`.
 
-Only POST on one path changes something, and only with a token of the role
-operate, also where answers need none. A resolved alert changes nothing: an
-operator looks first, and lets answers follow.
+`deploy/prometheus/README.md` shows how to configure both ends.
+The notification format is version 4 of Alertmanager's webhook JSON:
+https://prometheus.io/docs/alerting/latest/configuration/#webhook_config
 
-Pins answers to the newest version from before an alert began; what an operator decided is left as it is.
+A firing alert pins serving to the newest version that existed before the alert began. A decision
+that an operator made is not changed. A resolved alert changes nothing: an operator checks first and
+then lets serving follow the newest version again.
 
-What Alertmanager's webhook sends: which alert fires, and since when. Pure.
-
-https://prometheus.io/docs/alerting/latest/configuration/#webhook_config, version 4 of its JSON.
+Only POST on one path changes anything. It always needs a token of the role `operate`, even where
+read requests need no token.
 """
 
 from __future__ import annotations
@@ -53,6 +54,11 @@ from state.registry.registry import Registry
 
 VERSION = "4"
 MOST_TEXT = 300
+ACTOR = "alertmanager"
+PATH = "/v1/alerts"
+MOST_BYTES = 1 << 20
+TIMEOUT_S = 10.0
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,7 +68,7 @@ class Notification:
     Attributes:
         alert: Its name.
         began_ms: When it began to fire.
-        summary: What it says.
+        summary: Its text.
     """
 
     alert: str
@@ -100,7 +106,7 @@ def _alert(found: Any, number: int) -> Notification | None:
         raise BadRequest("an alert has the status firing or resolved", where=f"{where}/status")
     labels, annotations = found.get("labels"), found.get("annotations", {})
     name = labels.get("alertname") if isinstance(labels, dict) else None
-    # It becomes a name in the audit log, and no line of somebody else's making.
+    # The name goes into the audit log, so it must not contain a line break.
     if not isinstance(name, str) or not re.fullmatch(r"[\w:-]{1,100}", name, re.ASCII):
         raise BadRequest("an alert has a name of letters, digits and _:-", where=f"{where}/labels/alertname")
     summary = annotations.get("summary", "") if isinstance(annotations, dict) else ""
@@ -114,11 +120,8 @@ def _alert(found: Any, number: int) -> Notification | None:
     return Notification(name, began_ms, " ".join(words)[:MOST_TEXT])
 
 
-ACTOR = "alertmanager"
-
-
 def pin_before(registry: Registry, notification: Notification, before_s: float, now_ms: int) -> str:
-    """Pins, and says what was done; asked again it changes nothing. Durable when it returns.
+    """Pins serving and returns what was done; a repeated call changes nothing. Durable when it returns.
 
     Args:
         registry: Where versions and control are.
@@ -148,12 +151,6 @@ def pin_before(registry: Registry, notification: Notification, before_s: float, 
     return f"answers stay at {told(version)}; `springtide follow` undoes it"
 
 
-PATH = "/v1/alerts"
-MOST_BYTES = 1 << 20
-TIMEOUT_S = 10.0
-_log = logging.getLogger(__name__)
-
-
 class Webhook:
     """What a notification does.
 
@@ -167,7 +164,7 @@ class Webhook:
         self._settings, self._tokens, self._now_ms = settings, tokens, now_ms
 
     def let_in(self, authorization: str | None) -> None:
-        """Lets through whoever may operate.
+        """Accepts only requests with the role `operate`.
 
         Raises:
             Unauthorized: There is no token, or none of ours.
@@ -198,7 +195,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         try:
-            # Read before anything is refused: what is left unread would cut the answer off.
+            # Read the body before any refusal: unread bytes would cut the answer off.
             body = self._body()
             if self.path != PATH:
                 raise UnknownPath(f"nothing answers at {self.path!r:.100}", f"POST {PATH}")

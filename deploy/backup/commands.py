@@ -1,19 +1,22 @@
-"""`springtide backup` and `springtide restore`: what is asked for, done and told.
+"""The commands `springtide backup` and `springtide restore`, and the code that makes a backup.
 
-Makes a backup beside the running system: `springtide backup TO`.
+`springtide backup TO` backs up a running system:
 
-1. The place is ours: nobody prunes it meanwhile.
-2. The histories of each shard as of one moment, with their positions; then what lies beside them.
-3. Control, and the versions that there are under it.
-4. Serving's notes next to its histories, where this machine serves; the pieces that the place does not have yet.
-5. The document, which makes a backup of it; a crash before leaves none, and what was sent need not be sent again.
+1. Lock the backup location, so that nobody prunes it meanwhile.
+2. Copy the histories of each shard with their positions, each from one moment; then the files next
+   to them.
+3. Copy control, and the versions that exist under it.
+4. If this machine serves, copy serving's notes next to its histories. Upload the pieces that the
+   location lacks.
+5. Write the backup document, which makes the backup valid. After a crash before this step there is
+   no backup, but the pieces already uploaded are not sent again.
 
-Histories first: control that is newer than they are is what a stream meets after
-an outage, and goes back where it must. The trainer's place in its log and the
-stream's in the clicks are of different moments; both are read on from in Kafka,
-and rows that come twice are trimmed by their positions.
+Histories come before control. After an outage, a stream also meets control that is newer than its
+histories, and it rolls back where it must. The trainer's position in its log and the stream's
+position in the clicks come from different moments. Both continue from those positions in Kafka, and
+repeated rows are trimmed by position.
 
-A live store as a stream of bytes: one moment of it, without a second copy on the disk.
+`snapshot` streams a live store as it is at one moment, without a second copy on disk.
 """
 
 from __future__ import annotations
@@ -61,10 +64,19 @@ from state.registry.brought_files import MANIFEST
 from state.registry.manifest import FileEntry
 from state.registry.registry import Registry
 
+SALT_OF = "salt"  # an extra of the stream's histories
+BESIDE = (layout.WRITER, layout.LEADERS)
+TRIES = 50
+LINE_EVERY_S = 10.0
+SALT_IN = (
+    "the salt is in this backup: whoever reads it can tell which pseudonym is whose; keep it where only you can read it"
+)
+SALT_OUT = "the salt is not in it: keep a copy of {path} elsewhere, without it nothing can be restored"
+
 
 @contextmanager
 def snapshot(store: LmdbStore) -> Iterator[BinaryIO]:
-    """What `data.mdb` of a copy of the store as of now is, to be read in the block; its writer goes on meanwhile.
+    """Streams `data.mdb` of a copy of the store as it is now, to be read in the block; the writer continues meanwhile.
 
     Raises:
         StoreError: It cannot be read to its end.
@@ -93,17 +105,12 @@ def snapshot(store: LmdbStore) -> Iterator[BinaryIO]:
         raise failed[0]
 
 
-SALT_OF = "salt"  # an extra of the stream's histories
-BESIDE = (layout.WRITER, layout.LEADERS)
-TRIES = 50
-
-
 class Scope(NamedTuple):
     """What is asked for.
 
     Attributes:
         with_salt: Also the secret of the pseudonyms.
-        newest_only: Of the versions only those on which the trainer goes on and that control names.
+        newest_only: Only the versions from which the trainer continues and those that control names.
     """
 
     with_salt: bool = False
@@ -115,7 +122,7 @@ class Notes(NamedTuple):
 
     Attributes:
         files: What was kept of it; none where this machine does not serve.
-        left_out: Why that is none, where this machine serves.
+        left_out: Why there are none although this machine serves.
     """
 
     files: tuple[KeptFile, ...] = ()
@@ -143,14 +150,14 @@ def make(settings: Settings, place: FilePlace, scope: Scope, now_ms: int, said: 
 
     Args:
         settings: Of the system.
-        place: Where to.
+        place: Destination of the backup.
         scope: What of it.
         now_ms: Wall clock.
-        said: Told how many bytes were taken, again and again.
+        said: Called repeatedly with the number of bytes copied.
 
     Raises:
         LockHeld: Another backup is made there.
-        BackupError: There is nothing to keep yet, or the place refused.
+        BackupError: There is nothing to back up yet, or the destination refused.
         SaltMismatch: The salt's file is not that of the histories.
         SpringtideError: The registry or a store cannot be read.
     """
@@ -221,7 +228,7 @@ class _Making:
         return self._objects.sent_bytes
 
     def shard(self, path: Path) -> Shard:
-        """Keeps the histories at `path`, then what lies beside them, which must not be older.
+        """Copies the histories at `path`, then the files next to them, which must not be older.
 
         Raises:
             CorruptStore: A power cut may have damaged them.
@@ -247,7 +254,7 @@ class _Making:
         return Shard(folder.name, files, positions, salt.decode())
 
     def notes(self, shards: Sequence[Shard]) -> Notes:
-        """Keeps what serving knows of items and names, once it has taken the clicks of the backup's histories."""
+        """Copies serving's items and names, once serving has applied the clicks of the copied histories."""
         path = self._settings.serving_dir / layout.HISTORIES
         if not os.path.lexists(path):
             return Notes()
@@ -268,7 +275,7 @@ class _Making:
             store.close()
 
     def registry(self, newest_only: bool) -> tuple[RegistryCut, list[KeptFile]]:
-        """Keeps one moment of the registry; what the compactor took away meanwhile is looked for again.
+        """Copies one moment of the registry; files that the compactor removed meanwhile are looked up again.
 
         Raises:
             BackupError: It never holds still.
@@ -292,7 +299,7 @@ class _Making:
         raise BackupError(f"{registry.path} changed while it was copied, {TRIES} times", "repeat it")
 
     def _part(self, path: Path, folder: str, entries: dict[str, FileEntry]) -> list[KeptFile]:
-        """The files of one version; those that the place has are not read."""
+        """The files of one version; files that the backup location already has are not read."""
         kept = []
         for name, entry in entries.items():
             known = self._known.get(entry.sha256)
@@ -333,18 +340,11 @@ class _Making:
 
 
 class _Differs(Exception):
-    """A file of a version is not what its manifest says."""
-
-
-LINE_EVERY_S = 10.0
-SALT_IN = (
-    "the salt is in this backup: whoever reads it can tell which pseudonym is whose; keep it where only you can read it"
-)
-SALT_OUT = "the salt is not in it: keep a copy of {path} elsewhere, without it nothing can be restored"
+    """A file of a version does not match its manifest."""
 
 
 def backup(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Makes a backup, lists those of a place, or reads one again.
+    """Makes a backup, lists those of a location, or verifies one.
 
     Raises:
         SpringtideError: See `make`.
@@ -427,10 +427,10 @@ def later_erasures(place: FilePlace, found: Backup, registry: Path | None) -> tu
     """What is known of erasures after a backup: by the newest one there, and by a registry that was not lost.
 
     Returns:
-        The longer of the two, and what is to be said where the newest backup cannot be read.
+        The larger of the two, and a message if the newest backup cannot be read.
 
     Raises:
-        BackupError: `registry` is none.
+        BackupError: `registry` is not a registry.
     """
     known, said = [Erased.NOBODY], []
     if registry is not None:
@@ -446,7 +446,7 @@ def later_erasures(place: FilePlace, found: Backup, registry: Path | None) -> tu
 
 
 def show(place: FilePlace, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Lists the backups of a place, oldest first."""
+    """Lists the backups of a location, oldest first."""
     found = [listing.backup(place, one) for one in listing.ids(place)]
     head = ["backup", "age", "version", "versions", "size", "sent", "salt"]
     rows = [

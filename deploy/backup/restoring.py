@@ -1,19 +1,20 @@
 """Restores a backup on an empty machine: `springtide restore FROM`.
 
-1. Nothing is there that would be lost or mixed with it, and the salt is the one of its users.
-2. Every file is built aside, under `restoring/`, and each piece compared with its digest.
-3. Its histories open and are as far as the backup says; its newest version has all that makes it up.
-   Serving gets a copy of the histories, so that it answers as before where Kafka has no clicks to read again.
-4. Numbers of versions that the lost system may have used stay taken, so that a serving host that
-   still has some never mixes them with new ones. Erasures of after the backup count again, as far as they are known.
-   Control says in a generation of its own who restored what.
-5. The files take their places: histories first, control last. A crash before leaves nothing but `restoring/`; one in
-   between a directory that the next restore refuses, and that is to be emptied.
+1. Check that the restore would lose or mix no existing state, and that the salt is the one of the
+   backup's users.
+2. Build every file under `restoring/`, and compare each piece with its digest.
+3. Check that the histories open and reach the backup's positions, and that the newest version is
+   complete. Serving gets a copy of the histories, so that answers stay the same if Kafka cannot
+   replay the clicks.
+4. Reserve the version numbers that the lost system may have used. A serving host that still has
+   such versions then never mixes them with new ones. Apply known erasures made after the backup
+   again. A new control generation records who restored what.
+5. Move the files to their final paths: histories first, control last. A crash before this step
+   leaves only `restoring/`. A crash during it leaves a directory that the next restore refuses;
+   empty it first.
 
-What goes on from there is an ordinary start after a crash: stream, trainer and
-serving read on in Kafka from where their parts of the backup were.
-
-What a restore refuses before it writes anything: state that is there already, and the salt of other users.
+Afterwards the system starts as after a crash. Stream, trainer and serving continue in Kafka from
+the positions in the backup.
 """
 
 from __future__ import annotations
@@ -51,10 +52,12 @@ from state.registry.manifest import sees
 from state.registry.registry import Registry
 
 RESTORING = "restoring"
-"""The directory in which a restore builds; what is left in it is worthless."""
+"""The directory in which a restore builds its files; leftovers in it have no use."""
 
 _MAY_BE_THERE = {layout.LOCK, layout.SALT, layout.KAFKA, layout.LOGS, layout.REPLAY, layout.REGISTRY, RESTORING}
 _MAY_BE_IN_REGISTRY = {layout.TRAINER_LOCK, layout.COMPACTOR_LOCK, RESTORING}
+SALT = "salt"
+MOST_VERSIONS_PER_S, MOST_BETWEEN = 100, 10_000
 
 
 def require_restorable(settings: Settings, backup: Backup) -> None:
@@ -72,7 +75,7 @@ def _require_empty(settings: Settings) -> None:
     """Refuses where state is there that would be lost, or mixed with another.
 
     Raises:
-        BackupError: It names what is there.
+        BackupError: State exists already; the message names it.
     """
     state, registry = settings.state_dir, settings.registry_dir
     there = [
@@ -93,7 +96,7 @@ def _require_salt(settings: Settings, backup: Backup) -> None:
     """Refuses another salt than that of the backup's users, and none where the backup has none.
 
     Raises:
-        MissingSalt: There is none.
+        MissingSalt: There is no salt.
         SaltMismatch: It is another.
         SettingsError: It cannot be read.
     """
@@ -117,10 +120,6 @@ def _has_files(path: Path) -> bool:
     return not path.is_dir() or any(not one.is_dir() for one in path.rglob("*"))
 
 
-SALT = "salt"
-MOST_VERSIONS_PER_S, MOST_BETWEEN = 100, 10_000
-
-
 class By(NamedTuple):
     """Who restores, and when.
 
@@ -140,10 +139,10 @@ class Restored(NamedTuple):
         backup: Of which backup.
         users: How many users have a history, over all shards.
         positions: By shard the next offset of each source.
-        generation: The control generation that says so.
+        generation: The control generation that records the restore.
         first_number: The least number that the next version may have.
         erasures: How many erasures of after the backup count again.
-        version: The version that the trainer goes on from; None where there is none.
+        version: The version that the trainer continues from; None without one.
     """
 
     backup: Backup
@@ -164,16 +163,16 @@ def restore(
     erased: Erased = Erased.NOBODY,
     kafka_lost: bool = False,
 ) -> Restored:
-    """Puts a backup in place; durable when this returns.
+    """Restores a backup; durable when this returns.
 
     Args:
         settings: Where to.
-        place: Where it lies.
+        place: Location of the backup.
         backup: Which one.
         by: Who does it, and when.
-        said: Told how many bytes were written, again and again.
-        erased: Erasures that somebody still knows of; those that the backup does not know count again.
-        kafka_lost: Whether the topics are gone too, so that the trainer goes on in another log.
+        said: Called repeatedly with the number of bytes written.
+        erased: Erasures that are still known elsewhere; those that the backup lacks are applied again.
+        kafka_lost: Whether the topics are lost too, so that the trainer continues in another log.
 
     Raises:
         BackupError: Something is there already, the disk refused, or the erasures are of another system.
@@ -209,7 +208,7 @@ def restore(
 
 @contextmanager
 def _built_aside(settings: Settings) -> Iterator[list[Path]]:
-    """The empty directories to build in; what is left in them goes where the block fails."""
+    """The empty directories to build in; their content is removed if the block fails."""
     aside = [settings.state_dir / RESTORING, settings.registry_dir / RESTORING]
     with usable(str(settings.state_dir), "be written"):
         for folder in aside:
@@ -252,13 +251,13 @@ def _write(path: Path, pieces: Iterator[bytes], said: Callable[[int], None]) -> 
 
 
 def _finish_stores(settings: Settings, backup: Backup, kafka_lost: bool) -> tuple[int, dict[str, dict[str, int]]]:
-    """Marks the stores as closed in order, and looks whether they are as far as the backup says."""
+    """Marks the stores as closed cleanly, and checks that they reach the backup's positions."""
     users, positions = 0, dict[str, dict[str, int]]()
     for path in layout.streams(settings.state_dir / RESTORING):
         clean_mark.write(path / layout.MARK, CleanMark(True, clean_mark.boot_id()))
         opened = (path, settings.features.history, settings.stream.map_gb << 30)
         if kafka_lost:
-            # The line of a log that is gone leads nowhere.
+            # A branch of a log that no longer exists leads nowhere.
             writing = HistoryStore(*opened)
             writing.commit(Appends.none(), (), line_extra(WHOLE))
             writing.close()
@@ -289,7 +288,7 @@ def _begin_serving(settings: Settings, backup: Backup, kafka_lost: bool) -> None
 
 
 def _keep_numbers(registry: Registry, backup: Backup, now_ms: int) -> int:
-    """Keeps the numbers taken that the lost system may have used; returns the first that is free."""
+    """Reserves the version numbers that the lost system may have used; returns the first free one."""
     elapsed_s = max(now_ms - backup.created_at_ms, 0) // 1000
     last = registry.next_number() - 1 + MOST_BETWEEN + MOST_VERSIONS_PER_S * elapsed_s
     durable.write(registry.path / layout.RECENT / f"{last:012d}.last", b"")
@@ -299,7 +298,7 @@ def _keep_numbers(registry: Registry, backup: Backup, now_ms: int) -> int:
 def _say_so(
     registry: Registry, backup: Backup, positions: Mapping[str, Mapping[str, int]], by: By, kafka_lost: bool
 ) -> tuple[int | None, int]:
-    """Writes the generation of control that says who restored what; returns the version to go on from, and its number."""
+    """Writes the control generation that records the restore; returns the version to continue from, and the generation's number."""
     who: Any = {"actor": by.actor, "reason": f"restored backup {backup.id}", "now_ms": by.now_ms}
     if not kafka_lost:
         return backup.version, registry.change(lambda now: transitions.restored(now, **who)).generation
@@ -313,7 +312,7 @@ def _say_so(
 
 
 def _not_ahead(registry: Registry, backup: Backup, positions: Mapping[Source, int]) -> int | None:
-    """The newest version on the line that learned no click that the histories lack, for nobody can read it again."""
+    """The newest version on the branch that learned no click missing from the histories, because such a click cannot be read again."""
     if backup.version is None:
         return None
     line = registry.visible(backup.version)
@@ -331,7 +330,7 @@ def _take(aside: list[Path]) -> None:
     for folder in aside:
         durable.sync_tree(folder)
     for folder in aside:
-        # Control is what makes a registry: the trainer writes a first one where there is none.
+        # Control makes a directory a registry: the trainer creates the first control if it is missing.
         for one in sorted(folder.iterdir(), key=lambda one: (one.name == layout.CONTROL, one.name)):
             final = folder.parent / one.name
             if final.is_dir():

@@ -1,6 +1,7 @@
-"""Reports how large a deployment must be: `springtide capacity`, `python -m deploy.capacity.command [options]`.
+"""Calculates how large a deployment must be: `springtide capacity`, `python -m deploy.capacity.command [options]`.
 
-Sizes of a deployment from measured constants: what each part takes, and where the design ends. Pure.
+The sizes follow from measured constants: what each part of the system uses, and which limit the
+design meets first.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ HOUR_S, DAY_S = 3600.0, 86_400.0
 SOAK = "python -m tests.e2e.soak"
 FLINK_BENCH, SERVING_BENCH = "python -m tests.bench.flink", "python -m tests.bench.serving"
 RESERVE = 1.25
-"""Ordered memory over used memory, as `storage.memory_dir` asks for, and the same for disks."""
+"""Provisioned memory over used memory, as `storage.memory_dir` requires; the same for disks."""
 MEMORY_GB, NETWORK_GB_S = 1000.0, 1.25
-"""Most of one machine."""
+"""Limits of one machine."""
 READY_H = 1.0
 """How long a new host may take until it answers."""
 BROKER_BYTES = 2e9
 BUCKETS = 64
-"""Most buckets of users on Flink (`stream.buckets`), each on one core."""
+"""Maximum of `stream.buckets` on Flink, each on one core."""
 ANSWERS = ("lean", "full", "recommend", "explain")
 STREAM, TRAINER, APPLIER, WORKERS = "stream", "trainer", "applier", "workers"
 REST, KAFKA, REGISTRY = "validation and console", "kafka", "registry"
@@ -152,7 +153,7 @@ class Sizing:
         return min(self.load.users, most) + min(self.load.items, most)
 
     def changed_rows(self, seconds: float) -> float:
-        """Rows that clicks change in so many seconds, users and items taken as equally active; skewed clicks change fewer."""
+        """Rows that clicks change in this many seconds, if users and items are equally active; skewed clicks change fewer."""
         clicks, most = self.load.clicks * seconds, self.settings.trainer.max_rows
         counts = (min(self.load.users, most), min(self.load.items, most))
         return sum(-count * math.expm1(-clicks / count) for count in counts)

@@ -1,27 +1,31 @@
-"""The console's process: `python -m deploy.console.server [flags]`, `springtide console`; one of those under `springtide up`.
+"""Serves the operator's console over HTTP: `python -m deploy.console.server [flags]`, `springtide console`.
 
-A process of its own, and not a part of a serving worker: it reads the registry
-and Kafka, changes control, and may wait for seconds, none of which answers to
-users are to feel.
+`springtide up` starts it too. It is its own process and not part of a serving worker. It reads the
+registry and Kafka, changes control, and may block for seconds, which must not delay answers to
+users.
 
-The console over HTTP, as an ASGI application: lets in, answers, says errors. It logs no path: that may name a user.
+The ASGI application authorizes requests, answers them and reports errors. It logs no request path,
+because a path may contain a user id. It answers these read requests; `steering.py` has those that
+change something:
 
-The page's own files, read once; nothing of it comes from elsewhere.
+    GET /                   the page, and each file of `static`; all are read once and nothing is loaded from elsewhere
+    GET /api/session
+    GET /api/state
+    GET /api/series?after_ms=
+    GET /api/versions?last=
+    GET /api/history?last=
+    GET /api/masks
+    GET /api/profiles/{user_id}?label=    one user's profile, with an explanation
 
-GET / and each file of `static`
+Access control uses tokens and origins, not cookies. So a browser never sends anything on its own
+that another page could use. A request that changes something must
 
-What the console shows: the loop now and over time, versions, history, masks, one user's profile with why.
+- carry a token of the role `operate` in a header,
+- declare a JSON body, which an HTML form cannot,
+- come from this page, if the browser sends an origin.
 
-GET /api/session /api/state /api/series?after_ms= /api/versions?last= /api/history?last= /api/masks
-GET /api/profiles/{user_id}?label=
-
-Who may ask the console what, and from which page: tokens and origins; what each answer tells a browser.
-
-Nothing is a cookie, so a browser sends nothing by itself that another page
-could make use of: whoever changes something carries the token `operate` in a
-header. Beside it the request says that it is JSON, which a form cannot, and
-comes from this page, where a browser says from where. Where reading needs no
-token, the connection checks the host of each request (`deploy/serving/edge/connections.py`).
+Where reading needs no token, the connection checks the host of each request
+(`deploy/serving/edge/connections.py`).
 """
 
 from __future__ import annotations
@@ -89,7 +93,7 @@ POLICY = "; ".join(
         "frame-ancestors 'none'",
     )
 )
-"""What the page may load: its own files, and nothing that is written into the page itself."""
+"""Content security policy: the page may load its own files, and nothing inline."""
 TOLD: Headers = [
     (b"content-security-policy", POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
@@ -99,14 +103,31 @@ TOLD: Headers = [
     (b"cross-origin-resource-policy", b"same-origin"),
 ]
 """Headers of every answer."""
+KEEP_S = {"versions": 3.0, "history": 1.0, "masks": 1.0}
+"""How long each list that was read is reused, seconds."""
+ANSWER_S = 10.0
+FIELDS = "features,attributes"
+INTERESTS = "12"
+STATIC = Path(__file__).with_name("static")
+KINDS = {
+    ".html": b"text/html; charset=utf-8",
+    ".css": b"text/css; charset=utf-8",
+    ".js": b"text/javascript; charset=utf-8",
+    ".svg": b"image/svg+xml",
+}
+MOST_BODY_BYTES = 16 << 10
+NO_STORE = (b"cache-control", b"no-store")
+CONNECTIONS = 256
+DRAIN_S = 0.0
+_log = logging.getLogger(__name__)
 
 
 class RequestGuard:
-    """Lets requests through, or says why not.
+    """Authorizes requests, or refuses them with a reason.
 
     Args:
         tokens: Of both roles.
-        open_to_read: Whether whoever reaches the port may read.
+        open_to_read: Whether every client that reaches the port may read.
     """
 
     def __init__(self, tokens: Tokens, open_to_read: bool) -> None:
@@ -116,7 +137,7 @@ class RequestGuard:
         """Lets through who may ask for this.
 
         Raises:
-            Unauthorized: It needs a token, and there is none or none of ours.
+            Unauthorized: A token is required, and the request has none or an unknown one.
             Forbidden: The token is of another role, or the request comes from another page.
             BadRequest: It changes something and is no JSON.
         """
@@ -137,7 +158,7 @@ class RequestGuard:
 
 
 def open_to_read(settings: Settings) -> bool:
-    """Whether reading needs no token: neither here nor at the answers, which the console looks up.
+    """Whether reading needs no token, neither here nor at the serving API that the console queries.
 
     >>> open_to_read(Settings())
     True
@@ -150,7 +171,7 @@ def require_own_page(scope: Scope) -> None:
 
     Raises:
         Forbidden: It does.
-        BadRequest: The body is not said to be JSON.
+        BadRequest: The body is not declared as JSON.
     """
     origin, site = header(scope, b"origin"), header(scope, b"sec-fetch-site")
     foreign = origin is not None and origin.partition("://")[2] != header(scope, b"host")
@@ -158,13 +179,6 @@ def require_own_page(scope: Scope) -> None:
         raise Forbidden("the request comes from another page", "ask from the console's own page")
     if (header(scope, b"content-type") or "").partition(";")[0].strip().lower() != "application/json":
         raise BadRequest("the body is not said to be JSON", "send content-type: application/json")
-
-
-KEEP_S = {"versions": 3.0, "history": 1.0, "masks": 1.0}
-"""How long a list that was read counts as new."""
-ANSWER_S = 10.0
-FIELDS = "features,attributes"
-INTERESTS = "12"
 
 
 class SeriesParameters(msgspec.Struct, forbid_unknown_fields=True):
@@ -180,7 +194,7 @@ class ListParameters(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class ProfileLookup(msgspec.Struct, forbid_unknown_fields=True):
-    """Of a profile: the category that is explained; its first where none is named."""
+    """The category of a profile that is explained; the first one if none is named."""
 
     label: str = ""
 
@@ -225,7 +239,7 @@ class Reading:
         ]
 
     async def _session(self, request: Request) -> Response:
-        """Whether reading needs a token, and what the one that was sent may do."""
+        """Whether reading needs a token, and what the request's token permits."""
         role = self._guard.role(request.scope)
         return Response(200, encode({"open_to_read": self._guard.open_to_read, "role": role}))
 
@@ -272,15 +286,6 @@ class Reading:
         return status, body
 
 
-STATIC = Path(__file__).with_name("static")
-KINDS = {
-    ".html": b"text/html; charset=utf-8",
-    ".css": b"text/css; charset=utf-8",
-    ".js": b"text/javascript; charset=utf-8",
-    ".svg": b"image/svg+xml",
-}
-
-
 def endpoints(folder: Path = STATIC) -> list[Endpoint]:
     """One for each file; `index.html` is the page itself.
 
@@ -309,10 +314,6 @@ def _endpoint(name: str, path: Path) -> Endpoint:
     return Endpoint("page", METHODS, name, answer, role=OPEN)
 
 
-MOST_BODY_BYTES = 16 << 10
-NO_STORE = (b"cache-control", b"no-store")
-
-
 class Console:
     """The ASGI application.
 
@@ -322,7 +323,7 @@ class Console:
         now_ms: Wall clock.
 
     Attributes:
-        watch: What knows the loop; whoever runs the application starts it.
+        watch: Collects the loop's figures; the caller that runs the application starts it.
         endpoints: What is offered.
         draining: Whether the process is about to end: answers then end their connections.
     """
@@ -378,12 +379,6 @@ def outcome(status: int) -> str:
     ['answered', 'answered', 'refused', 'refused', 'failed']
     """
     return "answered" if status < 400 else "refused" if status < 500 else "failed"
-
-
-_log = logging.getLogger(__name__)
-
-CONNECTIONS = 256
-DRAIN_S = 0.0
 
 
 def access_of(settings: Settings) -> tuple[Access, RequestGuard]:

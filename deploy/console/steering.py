@@ -1,10 +1,13 @@
-"""What the console changes: each call is one of the operator's commands, with a reason, on control as it was shown.
+"""Handles the console's requests that change something.
 
-POST /api/plan       what a rollback would do: nothing is changed
-POST /api/rollback   does a plan that was shown
-POST /api/pin /api/follow /api/hold /api/release /api/pause /api/resume /api/unmask
+Each call runs one of the operator's commands, with a reason, on control as the page showed it.
 
-Plans of rollbacks that were shown: only what was shown is done, and only while control is what it was then.
+    POST /api/plan       what a rollback would do; changes nothing
+    POST /api/rollback   executes a plan that was shown
+    POST /api/pin /api/follow /api/hold /api/release /api/pause /api/resume /api/unmask
+
+Plans of rollbacks are kept in memory. A rollback executes only a plan that was shown, and only
+while control is the same as when it was shown.
 """
 
 from __future__ import annotations
@@ -34,6 +37,10 @@ from state.errors import BadRequest, ControlConflict, RegistryError
 from state.process.actor import acting, actor
 
 MOST, KEEP_S = 32, 900.0
+LONGEST_REASON, LONGEST_NAME, MOST_SKIPS = 500, 64, 50
+Answer = Callable[[Request], Awaitable[Response]]
+Skips = Annotated[list[str], msgspec.Meta(max_length=MOST_SKIPS)]
+Number = Annotated[int, msgspec.Meta(ge=1)]
 
 
 @dataclass(frozen=True)
@@ -89,7 +96,7 @@ class ShownPlans:
             confirmed: The version that the operator types once more.
 
         Raises:
-            ControlConflict: No such plan was shown of late, or it goes back to another version.
+            ControlConflict: No such plan was shown recently, or it rolls back to another version.
         """
         found = self._plans.get(digest)
         if found is None or self._clock_s() - found.shown_s > KEEP_S:
@@ -100,13 +107,6 @@ class ShownPlans:
                 f"type {found.version} where it is what you want",
             )
         return found
-
-
-LONGEST_REASON, LONGEST_NAME, MOST_SKIPS = 500, 64, 50
-
-Answer = Callable[[Request], Awaitable[Response]]
-Skips = Annotated[list[str], msgspec.Meta(max_length=MOST_SKIPS)]
-Number = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class PlanWanted(msgspec.Struct, forbid_unknown_fields=True):
@@ -243,7 +243,7 @@ class Steering:
             with self._stores, acting(who):
                 return give(self._settings, line, self._now_ms())
         finally:
-            # Also where it failed: somebody else may have changed control.
+            # Also after a failure: somebody else may have changed control.
             self._lately.forget()
             self._changed()
 
@@ -259,7 +259,7 @@ def words_of(wanted: PlanWanted, now_ms: int) -> list[str]:
     ['rollback', '--mode=exact', '--skip=0:5-9', '--skip-time=1799999940000..1800000000000']
 
     Raises:
-        SettingsError: A time is none.
+        SettingsError: It is not a time.
     """
     times = [parse_times(text, now_ms) for text in wanted.skip_time]
     if wanted.minutes is not None:

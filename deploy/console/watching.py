@@ -1,10 +1,11 @@
-"""What the console knows of the loop: figures each second while somebody looks, else now and then for the curves.
+"""Collects what the console shows of the loop, and keeps figures over time in memory for its curves.
 
-What no process tells on /metrics (Kafka, registry, accounts, disks) is asked
-for more seldom, and only while somebody looks. Stores are opened by one thread
-at a time: LMDB does not open one twice in a process.
+While somebody has the console open, figures are read every second; otherwise only as often as the
+curves need them. The curves have one point every few seconds and cover the last hour.
 
-Figures over time, kept in memory: one point each few seconds, the newest hour.
+Figures that no process exposes on /metrics (Kafka, registry, accounts, disks) are read less often,
+and only while somebody has the console open. One thread at a time opens stores, because LMDB cannot
+open the same store twice in a process.
 """
 
 from __future__ import annotations
@@ -47,15 +48,22 @@ CURVES = (
     "version",
     "newest_version",
 )
-"""The figures that are kept; each is a name of `Figures`."""
+"""The figures with a curve; each is a field of `Figures`."""
 QUANTILES: Mapping[str, tuple[str, str]] = {
     "answer_p50_s": ("answer", "p50"),
     "answer_p99_s": ("answer", "p99"),
     "step_p50_s": ("step", "p50"),
 }
-"""Curve -> what is distributed, and which of its quantiles."""
+"""Curve -> the histogram and its quantile."""
 LIFT = "lift_top1"
-"""The curve of how much more often the model is right than the best of what is simple."""
+"""The curve of the model's top-1 hit rate compared with the best simple baseline."""
+WATCHED_S = 20.0
+"""How long after a request the console counts as open."""
+LOOK_S = 1.0
+PARTS_S = 15.0
+AWAY_S = 5.0
+"""Interval of reads while Kafka is unreachable; short, so that its return shows soon."""
+_log = logging.getLogger(__name__)
 
 
 class Curves:
@@ -111,16 +119,6 @@ def _rounded(value: float | None) -> float | None:
     return None if value is None else float(f"{value:.6g}")
 
 
-WATCHED_S = 20.0
-"""How long somebody looks who has asked once."""
-LOOK_S = 1.0
-PARTS_S = 15.0
-AWAY_S = 5.0
-"""While Kafka is away: that it is back is to be seen soon."""
-
-_log = logging.getLogger(__name__)
-
-
 class LoopWatch:
     """Looks at the loop in a thread of its own.
 
@@ -157,12 +155,12 @@ class LoopWatch:
         threading.Thread(target=self._run_parts, name="parts", daemon=True).start()
 
     def stop(self) -> None:
-        """Looks no more."""
+        """Stops polling."""
         self._stopping.set()
         self._wanted.set()
 
     def look(self) -> None:
-        """One look at what the processes tell."""
+        """Polls the processes' metrics once."""
         with self._looking:
             scrapes = self._get(self._addresses)
             at_ms = self._wall_ms()
@@ -172,11 +170,11 @@ class LoopWatch:
             self._seen = at_ms, figures, scrapes
 
     def changed(self) -> None:
-        """Lets everything else be looked at soon: somebody has changed something."""
+        """Polls everything else soon, because somebody changed something."""
         self._parts_s = float("-inf")
 
     def look_at_parts(self) -> None:
-        """One look at everything else."""
+        """Polls everything else once."""
         with self._asking:
             with self._stores:
                 self._parts = status.parts(self._settings, self._wall_ms())
@@ -217,8 +215,8 @@ class LoopWatch:
                 self._attempt(self.look_at_parts)
 
     def _attempt(self, look: Callable[[], None]) -> None:
-        """Does it; what fails is said once, and tried again."""
+        """Runs it; a failure is logged once, and the call is tried again."""
         try:
             look()
-        except Exception as error:  # noqa: BLE001 - the edge of the thread: said, and what was seen before stays
+        except Exception as error:  # noqa: BLE001 - the edge of the thread: logged, and the last figures stay
             self._say(f"the loop could not be looked at: {type(error).__name__}: {error}")

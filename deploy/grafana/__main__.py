@@ -1,8 +1,7 @@
-"""Writes the dashboards: `python -m deploy.grafana`. Needs the packages of requirements-dev.txt.
+"""Writes the Grafana dashboards from `dashboards.yml`: `python -m deploy.grafana`.
 
-Reads `dashboards.yml` and renders each dashboard as the JSON that Grafana reads.
-
-`dashboards.yml` explains the fields. The JSON follows Grafana's dashboard schema:
+It needs the packages of requirements-dev.txt. `dashboards.yml` explains its fields. Each dashboard
+becomes one JSON file that follows Grafana's dashboard schema:
 https://grafana.com/docs/grafana/latest/dashboards/build-dashboards/view-dashboard-json-model/
 """
 
@@ -22,7 +21,7 @@ FOLDER = Path(__file__).parent / "dashboards"
 DATASOURCE_UID = "springtide-prometheus"
 """The datasource of `provisioning`; `$datasource` starts with it."""
 RATE_INTERVAL = "$__rate_interval"
-"""Grafana's variable: four scrapes, or a step of the graph and one scrape where that is longer."""
+"""Grafana's variable: the longer of four scrapes, and a graph step plus one scrape."""
 COLUMNS = 24
 
 _DATASOURCE = {"type": "prometheus", "uid": "${datasource}"}
@@ -68,7 +67,7 @@ class Panel(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=Tru
 
     @property
     def description(self) -> str:
-        """Markdown: what it shows, what is normal, what to do, its alerts and its section of the runbook."""
+        """Markdown: what the panel shows, what is normal, what to do, its alerts and its section of the runbook."""
         alerts = f"Alerts: {', '.join(self.alerts)}. " if self.alerts else ""
         return (
             f"{self.shows}\n\nNormal: {self.normal}\n\nOtherwise: {self.otherwise}\n\n"
@@ -202,7 +201,7 @@ def _annotation(annotation: Annotation) -> dict[str, Any]:
 
 
 def _panels(rows: tuple[Row, ...]) -> Iterator[dict[str, Any]]:
-    """Lays panels out in a grid of `COLUMNS` columns: stats four to a line, graphs three; a short line is stretched."""
+    """Arranges panels in a grid of `COLUMNS` columns: four stats or three graphs per row; a shorter row is widened."""
     ids, y = itertools.count(1), 0
     for row in rows:
         yield {
@@ -217,7 +216,7 @@ def _panels(rows: tuple[Row, ...]) -> Iterator[dict[str, Any]]:
         for height, group in itertools.groupby(row.panels, key=lambda panel: panel.height):
             rest, most = list(group), 4 if height == 4 else 3
             while rest:
-                # Four graphs are two lines of two, so that none is alone.
+                # Four graphs become two rows of two, so that no row has a single graph.
                 count = 2 if len(rest) == 4 and most == 3 else min(most, len(rest))
                 width = COLUMNS // count
                 for column, panel in enumerate(rest[:count]):

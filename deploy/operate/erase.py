@@ -1,16 +1,17 @@
-"""`springtide erase`: users are forgotten, and `--status` says what still holds something of them and until when.
+"""`springtide erase`: erases users, and reports with `--status` what still holds their data and until when.
 
-1. The users' attributes are taken out of their topic, by the plain id.
-2. The place is found: the ends of the clicks' partitions, and all of topics that were read before.
-3. The next control generation names pseudonyms and place: one exclusive create.
+1. Remove the users' attributes from their topic, by the plain id.
+2. Determine the positions: the ends of the clicks' partitions, and all of topics that were read
+   before.
+3. Create the next control generation, which names pseudonyms and positions, with one exclusive
+   create.
 
-Serving, stream, trainer and compactor find it and forget. The plain id is
-written nowhere else: not in control, a log, or what this command says. A
-command that ended early is simply given again.
+Serving, stream, trainer and compactor read that generation and erase. The plain id is written
+nowhere else: not to control, a log, or this command's output. If the command ends early, run it
+again.
 
-What still holds something of erased users, where, and until when: told from control, versions, reports and the ends of topics.
-
-Whether a compacted topic still has records of erased users: its ends do not tell.
+`--status` derives its report from control, versions, the processes' reports and the ends of topics.
+For a compacted topic the ends are not enough, so its records are read.
 """
 
 from __future__ import annotations
@@ -53,19 +54,27 @@ from state.trials.trial import Trials
 POLL_S, STALLED_S = 0.5, 30.0
 
 Whose = Callable[[bytes | None], int]
-"""The pseudonym of whom a record with this key is; 0, which nobody has, where it names no user."""
+"""Returns the pseudonym of the user that a record's key names; 0, which no user has, if it names none."""
+COMPACTOR = "compactor"
+TAKEN_UP_MS = 5_000
+"""For this long after an erasure, a busy stream may still write rows from before it."""
+NOT_OURS = (
+    "copies that backups and you made are yours to remove, `bootstrap --examples` and savepoints of jobs among them; what "
+    "shared weights and counts learned of erased users stays in them"
+)
+STDIN = Path("-")
 
 
 def first_left(log: Log, topic: str, whose: Whose, erased: Erased) -> int | None:
     """The first erasure of which the topic has a record; None where it has none.
 
-    A record of before the erasure is one, and any tombstone: its key names
-    the user. What a user who came back has sent since then is none.
+    A record from before the erasure counts, and so does any tombstone, because its key names
+    the user. Records that a returning user sent after the erasure do not count.
 
     Args:
         log: Where the topic is. All of it is read: some 5 s for a million users.
         topic: Its name.
-        whose: Says of whom a record is.
+        whose: Returns the pseudonym of a record's user.
         erased: The erasures.
 
     Raises:
@@ -91,7 +100,7 @@ def first_left(log: Log, topic: str, whose: Whose, erased: Erased) -> int | None
 
 
 def of_attributes(salt: Salt) -> Whose:
-    """Of the topic of users' attributes, whose keys are plain ids."""
+    """For the topic of users' attributes, whose keys are plain ids."""
 
     def whose(key: bytes | None) -> int:
         try:
@@ -112,18 +121,9 @@ def of_segments(key: bytes | None) -> int:
     return 0 if member is None else member[1]
 
 
-COMPACTOR = "compactor"
-TAKEN_UP_MS = 5_000
-"""So long after an erasure a stream that was busy may still write rows of before it."""
-NOT_OURS = (
-    "copies that backups and you made are yours to remove, `bootstrap --examples` and savepoints of jobs among them; what "
-    "shared weights and counts learned of erased users stays in them"
-)
-
-
 @dataclass(frozen=True)
 class Holding:
-    """Something that still has, or may have, what is of an erased user.
+    """Something that still has, or may have, data of an erased user.
 
     Attributes:
         where: What it is.
@@ -217,7 +217,7 @@ def of_versions(
 
 
 def of_trials(settings: Settings, control: Control) -> list[Holding]:
-    """The trainers of trials, and what they published: their own compactors take rows out, and an end takes all away.
+    """The trainers of trials and their versions: their own compactors remove rows, and the end of a trial removes everything.
 
     Raises:
         RegistryError: What is there cannot be read.
@@ -248,7 +248,7 @@ def _expected(settings: Settings) -> list[str]:
 
 
 def of_processes(said: Sequence[ErasureReport], expected: Iterable[str], last: int) -> list[Holding]:
-    """Streams and serving hosts that have not forgotten, or have not said so.
+    """Streams and serving hosts that have not erased yet, or have not reported it.
 
     >>> told = ErasureReport("stream-0", "h", "state/stream-0", through=2, pages=1, at_ms=0)
     >>> [(one.where, one.erasure, one.until) for one in of_processes([told], ["state/stream-0", "state/serving"], 2)]
@@ -313,7 +313,7 @@ def of_topics(settings: Settings, control: Control, now_ms: int) -> list[Holding
 
 
 def _first_attributes(settings: Settings, log: Log, control: Control) -> int | None:
-    """The first erasure whose users the topic of attributes names; None where it names none, or there is no such topic.
+    """The first erasure whose users the topic of attributes names; None if it names none or does not exist.
 
     Raises:
         LogError: It cannot be read.
@@ -324,12 +324,12 @@ def _first_attributes(settings: Settings, log: Log, control: Control) -> int | N
     try:
         return first_left(log, topic, of_attributes(load_salt(settings.salt_path, create=False)), control.erased)
     except MissingSalt:
-        # Nobody can tell whose they are.
+        # It is unknown to which users they belong.
         return 1
 
 
 def _first_member(settings: Settings, log: Log, control: Control) -> int | None:
-    """The first erasure whose users the topic of segments names; None where it names none, or there is no such topic.
+    """The first erasure whose users the topic of segments names; None if it names none or does not exist.
 
     Raises:
         LogError: It cannot be read.
@@ -346,7 +346,7 @@ def _has_clicks(erasure: Erasure, word: int, begins: Mapping[int, int]) -> bool:
 
 
 def _gone_by(erasure: Erasure, config: Mapping[str, str]) -> str:
-    """When a topic that is made by our plan has nothing of before an erasure any more."""
+    """When a topic created by our plan has no records from before an erasure any more."""
     kept_ms = int(config.get("retention.ms", -1))
     return (
         "its own retention" if kept_ms < 0 else f"its retention, {iso(erasure.at_ms + kept_ms)} as Springtide makes it"
@@ -354,7 +354,7 @@ def _gone_by(erasure: Erasure, config: Mapping[str, str]) -> str:
 
 
 def set_aside(settings: Settings, registry: Registry, control: Control) -> list[Holding]:
-    """What was set aside as damaged, or replaced, before the newest erasure: nothing opens it, so nobody forgets in it."""
+    """Stores set aside as damaged, or replaced, before the newest erasure: no process opens them, so none erases in them."""
     places = [registry.path / name for name in (layout.VERSIONS, layout.BASES, layout.MERGED)]
     places += [settings.state_dir, *(path.parent for path in layout.streams(settings.state_dir)), settings.serving_dir]
     found = []
@@ -364,9 +364,6 @@ def set_aside(settings: Settings, registry: Registry, control: Control) -> list[
             if newer:
                 found.append(Holding(str(path), newer[0], "whatever it had", "you remove it: nothing opens it"))
     return found
-
-
-STDIN = Path("-")
 
 
 def erase(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
@@ -453,7 +450,7 @@ def take_attributes(settings: Settings, log: Log, plain: Sequence[str]) -> int:
     """Sends a tombstone for each user into each partition of the attributes' topic: who wrote them chose which; returns how many users.
 
     Raises:
-        LogError: The topic is not there, or Kafka does not take it.
+        LogError: The topic does not exist, or Kafka refused the record.
     """
     topic = settings.attributes.user_topic
     if not topic:

@@ -1,19 +1,18 @@
-"""`springtide rollback`: the whole system goes back to a version and trains on without the clicks that are named.
+"""`springtide rollback`: rolls the whole system back to a version, and trains on without the named clicks.
 
-1. The version is chosen, or refused with what to do (`deploy/operate/choice.py`).
-2. The next control generation is created: one exclusive create.
-3. Answers of this host turn; the command waits for that, and says when.
-4. The rest of the plan is counted in the training log, told, and kept beside
-   control, where the trainer adds what happened.
+1. Choose the version, or refuse and say what to do (`deploy/operate/choice.py`).
+2. Create the next control generation, with one exclusive create.
+3. Wait until this host answers from that version, and report when it does.
+4. Count the rest of the plan in the training log, report it, and store it next to control, where
+   the trainer adds what happened.
 
-A dry run does 1 and 4. Asked twice, the second time changes nothing; where the
-first one was killed between 2 and 4, the second does 4.
+A dry run does steps 1 and 4. A second identical command changes nothing. If the first one was
+killed between steps 2 and 4, the second one does step 4.
 
-Reads every file that a version is put together from, and compares the digests, before the system goes back to it.
-
-What a rollback does, in figures and words: worked out before anything changes where it is a dry run. Pure.
-
-What an exact rollback needs and costs: where the log branches, the clicks read again, the histories rebuilt.
+Before the rollback, every file that makes up the version is read and its digest compared. The plan
+states the effects in figures and words; a dry run computes it before anything changes. For an exact
+rollback it also states requirements and costs: where the log branches, which clicks are read again,
+and which histories are rebuilt.
 """
 
 from __future__ import annotations
@@ -51,16 +50,20 @@ from state.registry.manifest import Manifest, sees
 from state.registry.mask_entries import MaskEntry, added, joined
 from state.registry.registry import Registry
 
+THREADS = 4  # digests are computed without the GIL
+CHECKED_FIRST_BYTES = 64_000_000
+"""Larger files are compared with their digests after serving has switched, if it can switch at once."""
+
 
 @dataclass(frozen=True)
 class ExactPlan:
-    """What an exact rollback does beside a fast one.
+    """What an exact rollback does in addition to a fast one.
 
     Attributes:
-        line: The line of the training log that turns off at the version.
+        line: The branch of the training log that begins at the version.
         again: The clicks that are read again until the trainer has learned what it had learned before.
-        histories: Users whose history has to be found in the training log again; None where no stream's store is here,
-            or it has gone back already.
+        histories: Users whose history must be rebuilt from the training log; None if no stream's store is on this
+            host, or it has rolled back already.
     """
 
     line: LogLine
@@ -68,7 +71,7 @@ class ExactPlan:
     histories: int | None = None
 
     def lines(self) -> list[str]:
-        """It for people, one line per fact.
+        """The plan for people, one line per fact.
 
         >>> ExactPlan(log_line.WHOLE, {}, 7).lines()[1]
         'histories     7 to be rebuilt from the training log; the others give back what they gained'
@@ -100,14 +103,14 @@ def exact_plan(
     Args:
         registry: Where versions are.
         control: The one before the rollback.
-        to: The version gone back to.
+        to: The version to roll back to.
         view: Of the log.
         again: The clicks that are read again, where they are known; those learned since `to`, or before a rollback
             that this one interrupts, where they are not.
 
     Raises:
         UnfitVersion: The clicks no longer reach back to the version.
-        LogError: Kafka does not answer, or the clicks topic was made anew.
+        LogError: Kafka does not answer, or the clicks topic was recreated.
     """
     if view is None:
         raise LogError(
@@ -134,12 +137,12 @@ def exact_plan(
 
 
 def with_histories(plan: ExactPlan, settings: Settings, line: LogLine, to: Manifest, view: LogView) -> ExactPlan:
-    """The plan with how many users' histories have lost events that they had at `to`.
+    """The plan, with the number of users whose histories have lost events that they had at `to`.
 
     Args:
         plan: Of the rollback.
         settings: All settings.
-        line: The line of the log as it is before.
+        line: The branch of the log before the rollback.
         to: The version.
         view: Of the log.
 
@@ -176,19 +179,19 @@ class Plan:
     """A rollback.
 
     Attributes:
-        to: The version gone back to.
+        to: The version to roll back to.
         age_s: Its age.
-        mode: Whether the stream goes back too.
+        mode: Whether the stream rolls back too.
         topic: Name of the training log.
         partition: Its partition.
-        first: Offset that the trainer goes back to.
-        end: End of the log; the newest version's offset where Kafka did not answer.
+        first: Offset to which the trainer rewinds.
+        end: End of the log; the newest version's offset if Kafka did not answer.
         mask: The events left out from now on.
-        turning: How answers turn.
-        then_follow: Whether they follow once the trainer has caught up.
-        counted: What lies between in the log; None where Kafka did not answer.
-        rows_per_s: How fast the trainer learns, as measured; None where it does not answer.
-        exact: What an exact rollback does besides.
+        turning: How serving switches to the version.
+        then_follow: Whether serving follows again once the trainer has caught up.
+        counted: The records between in the log; None if Kafka did not answer.
+        rows_per_s: The trainer's measured rate; None if it does not answer.
+        exact: What an exact rollback does in addition.
     """
 
     to: int
@@ -207,7 +210,7 @@ class Plan:
 
     @property
     def replay_s(self) -> float | None:
-        """About how long the trainer learns until it is where it was; None where that is not known."""
+        """About how long the trainer needs to reach its old position; None if that is unknown."""
         if self.counted is None or not self.rows_per_s:
             return None
         return (self.counted.rows - self.counted.masked) / self.rows_per_s
@@ -278,9 +281,6 @@ class Plan:
         return f": {self.counted.masked:,} rows; what is new hits {len(self.counted.users):,} users"
 
 
-THREADS = 4  # a digest is computed without the interpreter's lock
-
-
 def total_bytes(registry: Registry, version: int) -> int:
     """The bytes of all files that a version is put together from.
 
@@ -295,7 +295,7 @@ def require_sound(registry: Registry, version: Manifest) -> None:
     """Refuses a version of which a file fails its digest.
 
     Raises:
-        UnknownVersion: A part is not kept any more.
+        UnknownVersion: A part is no longer kept.
         UnfitVersion: A file is damaged; the version before the damage is named.
     """
     base, deltas = registry.chain(version.version)
@@ -318,17 +318,13 @@ def _problem(registry: Registry, part: Manifest) -> CorruptVersion | None:
 
 
 def _before(registry: Registry, version: Manifest, bad: Manifest) -> str:
-    """What to take in place of a version whose part `bad` is damaged."""
+    """The version to use instead of one whose part `bad` is damaged."""
     if bad.kind == "delta" and bad.parent is not None:
         return f"take {bad.parent}, the version before the damage"
     older = [one for one in registry.bases() if one < bad.version and sees(version.visible, one)]
     if older:
         return f"take {older[-1]}, the base before it"
     return "no older base is kept: restore the file from a copy"
-
-
-CHECKED_FIRST_BYTES = 64_000_000
-"""Files of more bytes are compared with their digests only once answers have turned, where they can turn at once."""
 
 
 def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
@@ -391,7 +387,7 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
     try:
         plan = _plan(settings, control, to, new, view, turning, exactly, asked, now_ms)
     except LogError as error:
-        # Control is changed, and stands: only the figures are missing.
+        # The control generation exists; only the figures are missing.
         _tell(asked, say, found | {"problem": str(error)}, [f"the plan could not be counted: {error}"])
         return
     registry.add_outcome(made.epoch, "planned", plan.document())
@@ -402,7 +398,7 @@ class Chosen(NamedTuple):
     """What a rollback does.
 
     Attributes:
-        to: The version gone back to.
+        to: The version to roll back to.
         mask: What is asked to be left out.
         new: What of it is new.
         view: The log as it is; None if Kafka does not answer.
@@ -499,7 +495,7 @@ def _count_again(
     asked: argparse.Namespace,
     now_ms: int,
 ) -> None:
-    """Keeps the plan of a rollback whose command was killed between 2 and 4, as far as it can still be counted."""
+    """Stores the plan of a rollback whose command was killed between steps 2 and 4, as far as it can still be counted."""
     began = registry.beginning_of(control.epoch)
     if began is None or began.action != "rollback" or registry.outcome(control.epoch, "planned") is not None:
         return
@@ -515,7 +511,7 @@ def _count_again(
 
 
 def _count(settings: Settings, control: Control, to: Manifest, new: list[MaskEntry], view: LogView) -> Counted:
-    """What the trainer will find in the log; the log is read from the version's place to its end."""
+    """What the trainer will find in the log, which is read from the version's position to its end."""
     # A rollback ends what lifted masks still left out.
     counting = Counting(to.marks, always(control.mask), new, max(settings.features.windows_s) * 1000)
     with view.reader(max(view.begin, to.log.next)) as reader:

@@ -1,13 +1,11 @@
-"""`springtide schema`: what live clicks are held against, how the newest window lies to it, and a new baseline.
+"""`springtide schema`: shows the schema that live clicks are validated against, compares it, and accepts a new baseline.
 
     show      the baseline: each feature with type, presence, values and how far it may move; --pbtxt for the schema's text
-    diff      the newest window against the baseline and the window before, the farthest first
+    diff      the newest window against the baseline and the window before, largest distance first
     accept    the newest window becomes the baseline; --schema FILE takes domains and thresholds as edited
 
-An accepted baseline is also a control generation that changes nothing else, so that
-`springtide history` names who, when and why.
-
-How `springtide schema` tells a feature: its type, presence, typical values and thresholds, in words and as JSON. Pure.
+Output is text or JSON. An accepted baseline also creates a control generation that changes nothing
+else, so that `springtide history` shows who accepted it, when and why.
 """
 
 from __future__ import annotations
@@ -37,6 +35,8 @@ from state.statistics.anomalies import validate
 from state.statistics.baselines import AcceptedBaseline, Baseline, Baselines, accepted
 from state.statistics.protos import by_name, common, frequencies
 from state.statistics.schema import as_text, infer, of_text
+
+LISTED = 12
 
 
 def present(one: FeatureNameStatistics | None) -> float:
@@ -107,15 +107,12 @@ def with_names(text: str, names: Mapping[str, str]) -> str:
     return text
 
 
-LISTED = 12
-
-
 class Bootstrapped(NamedTuple):
     """The bootstrap that the settings ask for.
 
     Attributes:
         name: Its name in the registry.
-        about: What it says.
+        about: What the feature means.
     """
 
     name: str

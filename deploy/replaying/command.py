@@ -1,18 +1,17 @@
-"""The command `springtide replay FILE...`: its options, what it says, and where its parts come from.
-
-Looks at files and mapping before anything is sent, and before Kafka is asked.
-
-What a replay would send, without Kafka: counts, the refused rows by reason and line, the first events. `replay --dry-run`.
-
-Replays a recording: rows in order, each at its time, into the topic; goes on where it stopped.
+"""`springtide replay FILE...`: sends the rows of a recording to the clicks topic, in order and each at its time.
 
     read -> encode -> order -> stamp -> (wait) -> judge -> journal -> send -> acknowledged
 
-Every row of the files ends up in the topic, where the stream makes a click or
-a dead letter of it, or is counted and named here because no record can hold
-it.
+A journal records the progress, so that a replay that was interrupted continues where it stopped.
 
-Says before rows are sent which of them the stream refuses, why, and by which setting; stops where none is a click.
+Every row of the files ends up in the topic, where the stream makes it a click or a dead letter. A
+row that no record can hold is counted and named here instead.
+
+Before Kafka is contacted, the files and the mapping are checked. The command reports which rows the
+stream will refuse, why, and by which setting. It stops if no row is a click.
+
+`replay --dry-run` sends nothing and needs no Kafka. It reports counts, the refused rows by reason
+and line, and the first events.
 """
 
 from __future__ import annotations
@@ -52,19 +51,27 @@ from state.recordings.files import Recording, digest
 from state.recordings.options import add_file_arguments, chosen
 from state.recordings.rows import I64, NO_TIME, EncodedRows, Encoder, mapped_fields, shown_reasons
 
-ENOUGH_ROWS = 10  # so many refused rows and no click: something is wrong with all of them
+ENOUGH_ROWS = 10  # if so many rows are refused and none is a click, all of them have an error
 TOO_OLD, TOO_NEW = "events.max_age_s", "events.max_future_s"
+SLICE_S = 0.1
+LOOK_S = 0.5
+PIECE_ROWS = 4096
+NAMED_LINES = 5
+SHOWN_EVENTS = 3
+COLUMNS_ROWS = 1
+CHUNK_ROWS = 1000
+MOST_ROWS = 100_000
 
 
 class Judge:
-    """Says which records will be dead letters, by the parser that the stream runs.
+    """Determines which records will be dead letters, with the parser that the stream runs.
 
     Args:
         events: The section `[events]`.
     """
 
     def __init__(self, events: Events) -> None:
-        # What is dead does not depend on the salt, and nothing of what is parsed is kept.
+        # Whether a record is refused does not depend on the salt, and no parsed data is kept.
         self._parser = Parser(events, Salt(b"only judges"))
         self._decode = load_decoder(events)
         self._events = events
@@ -96,7 +103,7 @@ def refuse_all_dead(refused: Mapping[int, str], count: int, oldest_s: float = 0.
     Args:
         refused: Row -> reason, of the first rows.
         count: How many rows those are.
-        oldest_s: How far the oldest of them lies before its Kafka timestamp.
+        oldest_s: Age of the oldest record relative to its Kafka timestamp.
 
     Raises:
         SettingsError: None of them is a click.
@@ -119,10 +126,6 @@ def refuse_all_dead(refused: Mapping[int, str], count: int, oldest_s: float = 0.
     )
 
 
-SLICE_S = 0.1
-LOOK_S = 0.5
-
-
 @dataclass(frozen=True)
 class Outcome:
     """What a run did.
@@ -131,7 +134,7 @@ class Outcome:
         sent: Rows of this run.
         late: Of these, those after a row of a later time.
         total: Rows of the recording, where they are known.
-        position: Where the replay stands.
+        position: Progress of the replay.
     """
 
     sent: int
@@ -169,12 +172,12 @@ def replay(
     stopped: threading.Event,
     wall_ms: Callable[[], int],
 ) -> Outcome:
-    """Sends the recording from where the journal says to its end, `options.limit` or `stopped`.
+    """Sends the recording from the journal's position to its end, `options.limit` or `stopped`.
 
-    1. A piece that was in flight when the last run ended is looked up in the
-       topic, and what did not arrive is sent.
-    2. For each piece: the journal says what is about to be sent; it is sent;
-       all of it is acknowledged.
+    1. Look up in the topic the piece that was in flight when the last run ended,
+       and send the part that did not arrive.
+    2. For each piece: record it in the journal, send it, and wait until all of it
+       is acknowledged.
 
     Raises:
         SettingsError: The columns do not fit, or no row is a click.
@@ -221,7 +224,7 @@ class _Run:
         self._sent = self._late = 0
 
     def outcome(self) -> Outcome:
-        """Sends what is left; returns what the run did."""
+        """Sends the rest; returns what the run did."""
         opened = self._opened
         if opened.crowd is not None and opened.crowd.first is not None:
             file, line = opened.crowd.first
@@ -242,7 +245,7 @@ class _Run:
             if hand is None:
                 # 1. What was in flight.
                 encoded = self._recovered(chunk, clock)
-                # A pause between two runs is no gap: the clock goes on from now.
+                # A pause between two runs is not a gap: the clock continues from now.
                 hand = Hand(self._position.hand.high_ms, float(self._wall_ms()))
                 self._position = replace(self._position, hand=hand, ends=self._destination.ends())
             # 2. Piece by piece.
@@ -337,19 +340,14 @@ class _Run:
         return f"{self._recording.files[int(encoded.file[row])].path}:{int(encoded.line[row])}"
 
 
-PIECE_ROWS = 4096
-NAMED_LINES = 5
-SHOWN_EVENTS = 3
-
-
 @dataclass
 class Found:
     """What a replay would send.
 
     Attributes:
         rows: Rows read.
-        refused: Reason -> how many rows the stream would refuse, and where the first of them stand.
-        unsendable: Where the rows stand that no record holds.
+        refused: Reason -> number of rows that the stream would refuse, and the lines of the first of them.
+        unsendable: Lines of the rows that no record can hold.
         first: The first events as they would be sent.
         recorded: Earliest and latest recorded time of the clicks; NO_TIME where none has one.
         sent: The same as they would be sent.
@@ -469,11 +467,6 @@ def _span(span: tuple[int, int]) -> str:
     return f"{as_utc(span[0])} to {as_utc(span[1])}"
 
 
-COLUMNS_ROWS = 1
-CHUNK_ROWS = 1000
-MOST_ROWS = 100_000
-
-
 def check(recording: Recording, events: Events, latest_ms: int) -> None:
     """Opens each file, and reads on in them until a row is a click.
 
@@ -559,11 +552,11 @@ def run(
     say: Callable[[str], None] = print,
     progress_to: TextIO = sys.stderr,
 ) -> None:
-    """Replays the files of the command line.
+    """Replays the files named on the command line.
 
-    1. Files, columns and mapping are looked at.
-    2. `--dry-run` ends with what it found.
-    3. Kafka is asked, and the rows are sent.
+    1. Check files, columns and mapping.
+    2. With `--dry-run`, report the findings and stop.
+    3. Contact Kafka, and send the rows.
 
     Raises:
         SpringtideError: Files, settings, Kafka or another replay of the same files are in the way.
@@ -606,7 +599,7 @@ def run(
 
 
 def summary(outcome: Outcome, topic: str, took_s: float) -> str:
-    """What a run did and how to go on."""
+    """What a run did and how to continue."""
     position = outcome.position
     if position.complete and not outcome.sent:
         return f"all {position.acknowledged:,} rows are in {topic} already; --restart sends them again"

@@ -1,34 +1,35 @@
-"""The keeper of segments: `python -m deploy.segments.process`, `springtide segments run`.
+"""Keeps the members of each segment up to date: `python -m deploy.segments.process`, `springtide segments run`.
 
-Runs on one serving host, beside its applier and workers, and follows what they
-have. Nobody waits for it: where it is slow or dead, clicks, training and
-answers go on, and it looks at all users when it is back.
+The process runs on one serving host, next to its applier and workers, and reads their stores. No
+other process waits for it. If it is slow or dead, clicks, training and answers continue. After a
+restart it evaluates all users.
 
-Keeps who is in which segment: those who clicked at once, all users now and then, and all at once where control changed.
+It evaluates users who clicked at once, and all users periodically. After a change of control it
+evaluates all users at once. Each round (`SegmentKeeper.step`):
 
-1. Control, the mask and the pointer are looked at: after a rollback, a pin, a mask or an erasure everybody is judged anew,
-   erased users first.
-2. Users whose clicks came into the histories are due.
-3. Some of who is due are judged, as a worker would answer them now, and some of the walk over all users.
-4. Who came in or left is written to the topic, then to the store that workers read.
-5. Where all erased users have left, the store is written anew without their bytes, and the registry is told.
-6. Now and then a child lists lookalikes; where 1. finds a change all lists go.
+1. Read control, the mask and the pointer. After a rollback, a pin, a mask or an erasure all users
+   are evaluated again, erased users first.
+2. Mark the users as due whose clicks have reached this host's histories; they come from the
+   training log's records.
+3. Evaluate some of the due users, as a worker would answer for them now, and some users of the
+   periodic pass.
+4. Write each entry and exit to the topic, then to the store that workers read.
+5. Once all erased users have left, rewrite the store without their bytes, and report it to the
+   registry.
+6. Periodically a child process lists lookalikes. If step 1 finds a change, all lists are removed.
 
-Walks over all users again and again: windows empty by themselves, and versions learn, without a click of one's own.
+The periodic pass (`UserSweep`) is needed because windows expire and versions learn without a click
+of the user. It visits users with a history in the order of their pseudonyms, then members without
+one. A pass spreads its work over `every_s`; a pass that is hurried takes only the time that it
+needs.
 
-Those with a history come in the order of their pseudonyms, then members who
-have none any more. A pass takes `every_s` and spreads its work over it; one
-that is hurried takes the time that it needs.
+Memberships (`Members`) are written in an order that survives a crash:
 
-Who clicked: the users of the training log's records, once this host's histories have them.
+1. At the start, read the compacted topic from where this host's copy ends to the topic's end.
+2. Send each change as a record. Once it is acknowledged, commit it to the copy.
 
-Writes who comes into a segment and who leaves it: first to the compacted topic, then to this host's copy of it.
-
-1. At the start the topic is read to its end, from where the copy ends.
-2. A change is a record; once it is acknowledged it is committed to the copy.
-
-A crash between the two leaves a record that the next start reads. Nobody else
-writes the topic.
+A crash between the two leaves a record that the next start reads. No other process writes the
+topic.
 """
 
 from __future__ import annotations
@@ -80,6 +81,19 @@ from state.segments.store import SegmentsPlace, SegmentStore, all_members
 from state.storage.shares import SERVING, map_bytes
 
 POLL_S, STALLED_S = 0.5, 30.0
+RECORDS_AT_ONCE = 64
+MOST_WAITING = 500_000
+"""Maximum of users who wait for the histories, 8 bytes each; above it all users are evaluated instead."""
+AT_ONCE = 256
+"""Users evaluated per round, due ones and those of the periodic pass each; about 70 ms."""
+FETCH_S, SOON_S = 0.1, 0.01
+MOST_DUE = 200_000
+"""Maximum of due users, about 100 bytes each; above it all users are evaluated instead."""
+CLICK, SWEEP, CHANGE = "click", "sweep", "change"
+RETRY_S = 1.0
+NICENESS = 10
+"""Lets answers and clicks run first if there are few cores."""
+_log = logging.getLogger(__name__)
 
 
 class Members:
@@ -101,11 +115,11 @@ class Members:
         self._writer: LogWriter | None = None
 
     def read_topic(self) -> None:
-        """1. Takes what the topic has and the store has not; then members of segments that are no more leave.
+        """1. Applies the part of the topic that the store lacks; then removes members of segments that no longer exist.
 
         Raises:
             LogError: It cannot be read, or nothing came for half a minute.
-            StoreFull: The store has no room; what is there stays.
+            StoreFull: The store has no room; its content stays.
         """
         with self._kafka.topics() as topics:
             topic_id, ends = topics.describe(self._topic).topic_id, topics.ends(self._topic)
@@ -136,7 +150,7 @@ class Members:
 
         Raises:
             LogError: The topic cannot be written; come again with the same users.
-            StoreFull: The store has no room; likewise.
+            StoreFull: The store has no room; its content stays.
         """
         wanted = [(name, one) for one in judged for name in self._names]
         before = self._store.memberships([(name, one.user) for name, one in wanted])
@@ -177,7 +191,7 @@ class Members:
 
 
 def _changes(batch: PartitionBatch) -> dict[Member, Membership | None]:
-    """What records say, the last one of each member; one that says nothing of ours is left out."""
+    """The memberships in records, the last one of each member; records of other segments are left out."""
     found: dict[Member, Membership | None] = {}
     for offset, key, value in zip(batch.offsets.tolist(), batch.keys, batch.values, strict=True):
         member = member_of(key)
@@ -190,11 +204,6 @@ def _changes(batch: PartitionBatch) -> dict[Member, Membership | None]:
         else:
             found[member] = membership
     return found
-
-
-RECORDS_AT_ONCE = 64
-MOST_WAITING = 500_000
-"""Users who wait for the histories; with more nobody is waited for, and all users are looked at instead. 8 bytes each."""
 
 
 class _Record(NamedTuple):
@@ -213,8 +222,8 @@ class ClickedUsers:
         metrics: Of the process.
 
     Attributes:
-        missed: Whether users clicked of whom nothing is known here: at the start, and after a gap. Whoever looks at all
-            users instead sets it back.
+        missed: Whether unknown users clicked: at the start, and after a gap. The caller evaluates all users
+            instead, and resets it.
     """
 
     def __init__(self, settings: Settings, log: Log, metrics: SegmentMetrics) -> None:
@@ -225,7 +234,7 @@ class ClickedUsers:
         self.missed = True
 
     def take(self, histories: HistoryStore, timeout_s: float) -> list[int]:
-        """The users whose clicks came into the histories since the last time, each once.
+        """The users whose clicks reached the histories since the last call, each once.
 
         Args:
             histories: This host's.
@@ -256,7 +265,7 @@ class ClickedUsers:
 
     @property
     def waits(self) -> bool:
-        """Whether users clicked whose clicks the histories do not have yet."""
+        """Whether there are users whose clicks the histories do not have yet."""
         return bool(self._waiting)
 
     def disconnect(self) -> None:
@@ -287,13 +296,13 @@ class ClickedUsers:
 
 
 class UserSweep:
-    """Says whom to look at next; used by one thread.
+    """Chooses the users to evaluate next; used by one thread.
 
     Args:
         histories: Gives this host's, which may be opened again.
         store: The members.
         names: The segments.
-        every_s: How long a pass takes.
+        every_s: Duration of a pass.
         clock_s: A monotonic clock.
         at_once: The most users at a time.
 
@@ -319,11 +328,11 @@ class UserSweep:
         self.hurried, self.took_s = False, 0.0
 
     def hurry(self) -> None:
-        """Begins a pass now, in place of the one that is under way."""
+        """Begins a pass now, in place of the running one."""
         self._pass, self.hurried = None, True
 
     def users(self) -> list[int]:
-        """Whom to look at now; nobody where it is too early."""
+        """The users to evaluate now; none if it is too early."""
         now_s = self._clock_s()
         if not self.hurried and now_s < self._due_s:
             return []
@@ -352,14 +361,6 @@ class UserSweep:
                 yield [user for user, events in zip(users, histories, strict=True) if not len(events)]
 
 
-AT_ONCE = 256
-"""Users who are judged in a round, of either kind; some 70 ms."""
-FETCH_S, SOON_S = 0.1, 0.01
-MOST_DUE = 200_000
-"""Users who clicked and were not judged yet, some 100 bytes each; with more all are looked at instead."""
-CLICK, SWEEP, CHANGE = "click", "sweep", "change"
-
-
 class SegmentKeeper:
     """Keeps the segments of one deployment on one of its serving hosts; used by one thread.
 
@@ -372,7 +373,7 @@ class SegmentKeeper:
         clock_s: A monotonic clock.
 
     Raises:
-        SettingsError: An expression is none.
+        SettingsError: An expression is invalid.
         StoreError: The store of members cannot be opened.
     """
 
@@ -407,7 +408,7 @@ class SegmentKeeper:
         """One round; waits for clicks `FETCH_S` at most where there is nothing else to do.
 
         Raises:
-            SpringtideError: Something that this needs is away; come again.
+            SpringtideError: A store or topic is unreachable; call again later.
             OSError: Likewise.
         """
         if not self._begun:
@@ -470,10 +471,10 @@ class SegmentKeeper:
         self._sweep.hurry()
 
     def _take(self, users: list[int], cause: str) -> None:
-        """Judges users, and takes them in and out."""
+        """Evaluates users, and adds or removes memberships."""
         if not users:
             return
-        # Asked for anew: each time the stores may be opened again, and those of before are closed then.
+        # Get them each time: the stores may be reopened, and the old ones are closed then.
         self._members.take(self._judge.judge(self._predictor(), users))
         for user in users:
             self._due.pop(user, None)
@@ -500,12 +501,6 @@ def require_segments(settings: Settings) -> None:
         raise SettingsError("[segments] names no segment: there is nothing to keep", 'write NAME = "EXPRESSION" there')
 
 
-RETRY_S = 1.0
-NICENESS = 10
-"""Answers and clicks come first where cores are few."""
-_log = logging.getLogger(__name__)
-
-
 def run(settings: Settings, log: Log, registry: CollectorRegistry, stop: threading.Event) -> None:
     """Keeps the segments until `stop` is set.
 
@@ -516,7 +511,7 @@ def run(settings: Settings, log: Log, registry: CollectorRegistry, stop: threadi
         stop: Ends it, within some tenths of a second.
 
     Raises:
-        SettingsError: There are no segments, or an expression is none.
+        SettingsError: There are no segments, or an expression is invalid.
     """
     require_segments(settings)
     metrics, say = SegmentMetrics(registry), SaidOnce(_log.warning)
@@ -539,7 +534,7 @@ def run(settings: Settings, log: Log, registry: CollectorRegistry, stop: threadi
                 say(f"{of_disk(error)}; members stay as they are, and it is tried again")
                 metrics.failures_in_a_row.inc()
                 if keeper is not None:
-                    # It looks at all users when it is connected again.
+                    # After a reconnect it evaluates all users.
                     keeper.disconnect()
                 stop.wait(RETRY_S)
     finally:

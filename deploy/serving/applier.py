@@ -1,26 +1,21 @@
-"""The one process per serving host that writes: versions into rows, micro-batches into histories.
+"""The one process per serving host that writes its stores: versions into rows, micro-batches into histories.
 
-    thread      what it follows                        what it writes
-    main        registry and control, each poll_ms     rows, pointer, mask     host_rows.py, following.py
-    clicks      the micro-batch topic                  histories, event clock  clicks.py
-    attributes  their topics, where there are any      attributes              attributes.py
-    exposures   what workers kept, where there may be  their topic             splitting/forwarding.py
+    thread      what it follows                      what it writes          code
+    main        registry and control, each poll_ms   rows, pointer, mask     `HostRows`, following.py
+    clicks      the micro-batch topic                histories, event clock  clicks.py
+    attributes  the topics of attributes, if any     attributes              state/attributes/follower.py
+    exposures   exposures that workers kept, if any  the exposures topic     `ExposureForwarder`
 
-Each goes on without the other: with Kafka away new versions still arrive, with
-the registry away new clicks do, one whose store or disk is full waits for room
-alone, and answers go on in any case.
+The threads are independent. If Kafka is unreachable, new versions still arrive. If the registry is
+unreachable, new clicks still arrive. A thread whose store or disk is full waits alone. Workers
+answer in any case.
 
-What is done once in a while by a loop that turns more often.
+Rows are in memory where possible. If memory stays full, the row store and its follower move to the
+disk while workers continue to answer.
 
-Follows the topics of attributes into the serving host's store; the applier's part.
-
-Serving follows the topics of attributes itself: somebody whose record came a
-moment ago is answered by it, clicked or not. Whoever has no record is unknown,
-which the model has learned about like any other value.
-
-Sends the exposures that a host's workers kept to Kafka, in a thread of the applier; nothing waits for it.
-
-The host's row store and the follower that fills it; where memory stays full both move to the disk, and answers go on meanwhile.
+Serving reads the topics of attributes itself. So an answer uses a user's attributes moments after
+their record arrives, with or without a click. A user without a record has the value "unknown",
+which the model learns like any other value.
 """
 
 from __future__ import annotations
@@ -88,11 +83,18 @@ from state.storage.shares import SERVING, map_bytes
 from state.storage.waiting import Room, is_full
 
 FULL_S = 5.0
-"""How long memory may be full before the rows move to the disk: others in it may make room."""
+"""How long memory may be full before the rows move to the disk; other users of it may free some."""
+LOOK_S = 0.1
+SAMPLE_S = 0.1
+HOUSE_S = 1.0
+RETRY_S = 1.0
+FETCH_S = 0.5
+VERSIONS, CLICKS = "taking versions into the rows", "taking clicks into the histories"
+_log = logging.getLogger(__name__)
 
 
 class PlacedRows(NamedTuple):
-    """A row store, where it lies, and what fills it."""
+    """A row store, its location, and the follower that fills it."""
 
     place: Place
     store: RowStore
@@ -100,13 +102,13 @@ class PlacedRows(NamedTuple):
 
 
 class HostRows:
-    """The rows that answers of this host read; used by one thread, with the lock of the serving directory held.
+    """The rows that this host's workers read; used by one thread that holds the lock of the serving directory.
 
     Args:
         settings: Of the whole system.
         metrics: Of the applier.
         now_ms: The wall clock.
-        clock_s: A clock that never goes back.
+        clock_s: A monotonic clock.
 
     Raises:
         StoreError: The store cannot be opened.
@@ -137,7 +139,7 @@ class HostRows:
         return self._rows.versions
 
     def step(self) -> bool:
-        """One round of following and of forgetting old versions; says whether there may be more to do at once.
+        """One round of following and of removing old versions; returns whether there may be more to do at once.
 
         Raises:
             StoreFull: There is no room now; nothing was changed, and the next call tries again.
@@ -149,7 +151,7 @@ class HostRows:
             more = self._rows.versions.step()
             self._rows.versions.sweep()
         except StoreFull as error:
-            # What a sweep gives back may be all that is missing.
+            # A sweep may free the room that is missing.
             with suppress(StoreFull):
                 self._rows.versions.sweep()
             if not self._stays_full():
@@ -176,7 +178,7 @@ class HostRows:
         self._rows.store.close()
 
     def _stays_full(self) -> bool:
-        """Whether the rows lie in memory because nobody said otherwise, and it has been full for a while."""
+        """Whether the rows are in memory by default, and memory has been full for a while."""
         if self._settings.serving.rows_dir or not self._rows.place.in_memory:
             return False
         now_s = self._clock_s()
@@ -184,7 +186,7 @@ class HostRows:
         return now_s - self._full_since_s >= FULL_S
 
     def _move(self, to: PlacedRows) -> bool:
-        """Fills the store on the disk, and lets answers turn to it once it is where they want to be."""
+        """Fills the store on the disk, and switches to it once it has the wanted version."""
         more = to.versions.step()
         if more or to.versions.served is None:
             return more
@@ -215,11 +217,8 @@ class HostRows:
         )
 
 
-LOOK_S = 0.1
-
-
 class ExposureForwarder:
-    """Sends what workers keep, until it is told to stop.
+    """Sends the exposures that workers keep, until `stop` is set.
 
     Args:
         folder: The host's directory of exposures.
@@ -233,7 +232,7 @@ class ExposureForwarder:
         self._writer: LogWriter | None = None
 
     def run(self, stop: threading.Event) -> None:
-        """Sends until `stop`; what is left then is sent after the next start."""
+        """Sends until `stop`; what is left is sent after the next start."""
         say = SaidOnce(_log.warning)
         try:
             while not stop.is_set():
@@ -250,12 +249,12 @@ class ExposureForwarder:
             self._close()
 
     def step(self) -> int:
-        """Sends the files that nobody writes any more; returns how many exposures there were.
+        """Sends the files that no worker writes any more; returns the number of exposures.
 
         1. All records of a file are sent, keyed by their user. 2. Kafka acknowledges them. 3. The file is removed.
 
         Raises:
-            LogError: Kafka is away, or has no such topic; the file stays.
+            LogError: Kafka is unreachable or has no such topic; the file stays.
             OSError: A file cannot be read or removed.
         """
         sent = 0
@@ -279,7 +278,7 @@ class ExposureForwarder:
 
 
 class _Keyed(msgspec.Struct):
-    """Of an exposure, whose it is."""
+    """The user of an exposure."""
 
     user: str
 
@@ -291,7 +290,7 @@ class AttributesFollower:
         settings: Of the whole system; at least one topic of attributes is configured.
         path: Directory of the store.
         metrics: Of the applier.
-        room: The room that the store needs.
+        room: The space that the store needs.
 
     Raises:
         MissingSalt: The salt's file is missing.
@@ -303,7 +302,7 @@ class AttributesFollower:
         salt = load_salt(settings.salt_path, create=False)
         self.store = AttributeStore.open_anew(path, map_bytes(settings, SERVING, ATTRIBUTES, path))
         topics = {"user": wanted.user_topic, "item": wanted.item_topic}
-        # The stream makes dead letters of refused records; here they only change nothing.
+        # The stream writes dead letters for refused records; here they are ignored.
         self._followers = [
             AttributeFollower(
                 settings.kafka, topics[side], table, salt, self.store, lambda bad: None, settings.events.max_event_bytes
@@ -331,7 +330,7 @@ class AttributesFollower:
         self._count(side)
         removed, now_s = sum(one.place.counts["removed"] for one in self._followers), time.monotonic()
         if removed != self._removed and now_s >= self._due_s:
-            # What was taken out stays on free pages of the file; a copy of it is dear where that comes one by one.
+            # Erased data stays on free pages of the file. Compact once for many erasures, because a copy is expensive.
             self._removed, self._due_s = removed, now_s + PAGES_MS / 1000
             try:
                 self.store.compact()
@@ -362,21 +361,13 @@ class Every:
         return True
 
 
-SAMPLE_S = 0.1
-HOUSE_S = 1.0
-RETRY_S = 1.0
-FETCH_S = 0.5
-VERSIONS, CLICKS = "taking versions into the rows", "taking clicks into the histories"
-_log = logging.getLogger(__name__)
-
-
 class Applier:
     """The followers and their upkeep. `run` until `stop` is set.
 
     Args:
         settings: Of the whole system.
         registry: Where the metrics go.
-        stop: Ends all threads; the one that fails sets it.
+        stop: Ends all threads; a thread that fails sets it.
         now_ms: The wall clock.
     """
 
@@ -420,7 +411,7 @@ class Applier:
 
     @property
     def versions(self) -> VersionFollower:
-        """What brings versions to the rows that answers read."""
+        """Applies versions to the rows that workers read."""
         return self._rows.versions
 
     def _number_actions(self, spec: FeatureSpec, known: SpecActions) -> None:
@@ -435,7 +426,7 @@ class Applier:
         """Follows until `stop`; then everything applied is durable and the stores are closed.
 
         Raises:
-            SpringtideError: A follower cannot go on.
+            SpringtideError: A follower cannot continue.
         """
         threads = [threading.Thread(target=self._guarded, args=(self._follow_clicks,), name="clicks")]
         if self._attributes is not None:
@@ -469,11 +460,11 @@ class Applier:
         ExposureForwarder(folder, KafkaLog(kafka), kafka.exposures_topic, self._now_ms).run(self._stop)
 
     def _room(self) -> Room:
-        """The room that one thread needs."""
+        """The space that one thread needs."""
         return Room(SERVING, self._storage, self._stop.wait, _log.warning)
 
     def _registry_ms(self) -> int:
-        """Up to when the registry's directory has all versions: now, or when the place it is shared at was reached last."""
+        """Until when the registry's directory has all versions: now, or the last time its shared location was reached."""
         now_ms = self._now_ms()
         if not self._settings.paths.shared_registry:
             return now_ms
@@ -535,7 +526,7 @@ class Applier:
                     self._connect()
                     say.clear()
                 if self.clicks.step(FETCH_S):
-                    # What was refused is read again; a look that finds nothing yet says nothing of room.
+                    # Refused records are read again; a poll without records says nothing about free space.
                     room.found(CLICKS)
                 if self._settings.serving.max_age_s:
                     self._check_log(check)
@@ -552,7 +543,7 @@ class Applier:
         self.clicks.disconnect()
 
     def _check_log(self, check: LogCheck) -> None:
-        """Notes up to when the histories hold what the log held."""
+        """Records until when the histories have what the log has."""
         now_ms, kafka = self._now_ms(), self._settings.kafka
         if check.due(now_ms):
             with Topics(kafka) as topics:

@@ -1,17 +1,18 @@
-"""Follows the micro-batch topic into the host's own histories, each record once.
+"""Follows the micro-batch topic and applies each record exactly once to the host's histories.
 
-1. Records are read by position; what was read is stored beside the histories.
-2. Rows that the histories have (the stream wrote them again after a crash) are left out.
-3. Positions that no micro-batch covers are a gap: counted, logged, passed.
-4. Histories, source positions, the topic's position, names, items' categories
-   and the event clock are one commit, for each record.
+1. Read records by position. The position read up to is stored with the histories.
+2. Skip rows that the histories already have (the stream wrote them again after a crash).
+3. Treat positions that no micro-batch covers as a gap: count it, log it, and continue.
+4. For each record, commit histories, source positions, the topic's position, names, items'
+   categories and the event clock together.
 
-Records that control's line of the log does not have are passed over. Where the
-line turned off before what the histories have, they go back there first.
+Records that are not on control's branch of the log are skipped. If the branch point is before the
+end of the histories, the histories are rolled back to it first.
 
-Opens the micro-batch topic where the histories end, or, where it was cut back behind that, where what is left ends.
+The topic is opened where the histories end. If the log was truncated before that position, reading
+starts where the remaining log ends.
 
-What a host does now and then so that its histories, items and names do not grow without bound.
+Periodic maintenance (`Upkeep`) bounds the growth of histories, items and names.
 """
 
 from __future__ import annotations
@@ -52,9 +53,17 @@ from state.positions import Range, Source
 from state.process import killpoints
 from state.registry.log_line import LogLine, counts, onward
 
+Open = Callable[[Mapping[int, int], Mapping[int, int]], LogReader]
+"""Makes a reader from positions and the leader epochs of the records before them."""
+SALT_EXTRA = "salt"
+RECORDS_AT_ONCE = 8  # between two polls of control and two rounds of maintenance
+EVERY_MS = 1000
+DEFAULTS = ServingSettings()
+_log = logging.getLogger(__name__)
+
 
 class Upkeep:
-    """Sweeps a host's histories and what is noted beside them; used by the store's writing thread.
+    """Sweeps a host's histories and the data next to them; used by the store's writing thread.
 
     Args:
         store: The host's histories.
@@ -62,7 +71,7 @@ class Upkeep:
         kept: How many users and items are kept, and how long.
         metrics: Of the applier.
         now_ms: The wall clock.
-        lose: Told where users whose events still count were taken out.
+        lose: Called when users whose events still count were removed.
     """
 
     def __init__(
@@ -79,7 +88,7 @@ class Upkeep:
         self.begin()
 
     def begin(self) -> None:
-        """Begins anew with what the store has: it went back, or refused a commit."""
+        """Restarts from the store's content, after it was rolled back or refused a commit."""
         self._remembered = Remembered(self._store, self._kept.items_keep_d, self._kept.max_items)
         self._feed = ItemFeed(self._store)
         self._sweeper = Sweeper(
@@ -92,13 +101,13 @@ class Upkeep:
         return found | self._feed.news(events, found, clock_ms)
 
     def look(self, newest_ms: int) -> None:
-        """Looks at some users and items where that is due, and takes out what has to go.
+        """Checks some users and items if that is due, and removes what has expired.
 
         Args:
-            newest_ms: Log time; 0 where there is none.
+            newest_ms: Log time; 0 if it is unknown.
 
         Raises:
-            StoreFull: There is no room to write what is left; nothing was changed.
+            StoreFull: There is no room to write; nothing was changed.
         """
         if newest_ms:
             metrics, removed = self._metrics, self._sweeper.look(newest_ms)
@@ -126,12 +135,8 @@ class Upkeep:
             self._metrics.remembered.labels(kind).set(count)
 
 
-Open = Callable[[Mapping[int, int], Mapping[int, int]], LogReader]
-"""Makes a reader at positions, told the leaders' epochs of the records before them."""
-
-
 def open_kept(positions: dict[int, int], leaders: dict[int, int], open_at: Open) -> LogReader:
-    """A reader at `positions`, which are moved back to where the log is the one that was read.
+    """A reader at `positions`, moved back where the log no longer is the one that was read.
 
     Args:
         positions: By partition where the histories end.
@@ -168,25 +173,18 @@ def as_stored(topic_id: str, positions: Mapping[int, int], reader: LogReader) ->
     return json.dumps(document).encode()
 
 
-SALT_EXTRA = "salt"
-RECORDS_AT_ONCE = 8  # between two looks at control and at what is kept
-EVERY_MS = 1000
-DEFAULTS = ServingSettings()
-_log = logging.getLogger(__name__)
-
-
 class HistoryFollower:
-    """Keeps the histories up with the micro-batch topic; used by one thread, the store's only writer.
+    """Applies the micro-batch topic to the histories; used by one thread, the store's only writer.
 
     Args:
         store: The host's histories.
-        spec: For how long an event can matter.
+        spec: Its longest window determines how long an event counts.
         max_age_s: How late an event may arrive.
         metrics: Of the applier.
         now_ms: The wall clock.
-        accepted: The losses that operators accepted, records that the trainer leaves out among them.
-        actions: Names the actions of a record by its feature spec; None of one that is not known.
-        own_salt: Fingerprint of the salt here; records of others before the first of ours are left out.
+        accepted: The losses that operators accepted, including records that the trainer leaves out.
+        actions: Returns the action names of a record by its feature spec; None for an unknown spec.
+        own_salt: Fingerprint of this host's salt; records with another salt before the first one with ours are left out.
         kept: How many users and items are kept, and how long; how often a row is compared.
     """
 
@@ -243,7 +241,7 @@ class HistoryFollower:
                 )  # fmt: skip
                 ours = begin
             positions[partition] = ours
-        # Not at the next look only: who waits for the histories would take the lag from before for the one of now.
+        # Set it now, not at the next poll: a reader that waits for the histories would take the old lag as current.
         self._metrics.microbatch_lag_records.set(
             sum(end - positions[partition] for partition, (_, end) in ends.items())
         )
@@ -254,18 +252,18 @@ class HistoryFollower:
         self._positions = positions
 
     def turn(self, line: LogLine, mask: Mask, partition: int, open_at: OpenAt) -> bool:
-        """Takes the histories to the line of the log that control names; whether they went back.
+        """Moves the histories to the log branch that control names; returns whether they were rolled back.
 
         They are disconnected then: `connect` again.
 
         Args:
-            line: The line.
+            line: The branch.
             mask: The clicks that do not come again.
-            partition: Of the topic, which the line is of.
+            partition: The topic's partition that the branch belongs to.
             open_at: Opens that partition at an offset.
 
         Raises:
-            GapError: The log no longer reaches back to where the line turned off.
+            GapError: The log no longer reaches back to the branch point.
             LogError: The broker refused.
             StoreFull: Nothing was changed.
         """
@@ -293,7 +291,7 @@ class HistoryFollower:
         return self._reader is not None
 
     def disconnect(self) -> None:
-        """Closes the reader; `connect` goes on where the histories end."""
+        """Closes the reader; `connect` continues where the histories end."""
         self._metrics.log_away.set(1)
         if self._reader is not None:
             self._reader.close()
@@ -371,7 +369,7 @@ class HistoryFollower:
         self._marks = marks
 
     def _decode(self, value: bytes | None, log: Source, offset: int) -> MicroBatch | None:
-        """The micro-batch, or None for a record that is none; it is data, and does not stop serving."""
+        """The micro-batch, or None if the record is not one; that is data and does not stop serving."""
         try:
             found = decode(value or b"")
         except MicroBatchError as error:
@@ -385,7 +383,7 @@ class HistoryFollower:
                 return None
             raise SaltMismatch.between(f"record {offset} of partition {log.partition}", found.header.salt, self._salt)
         self._begun = True
-        # Where nobody knows what its numbers mean, they are taken as ours.
+        # Where the meaning of its numbers is unknown, they count as ours.
         return renumbered(found, self._named(found.header.spec) or self._actions, self._actions)
 
     def _commit(

@@ -1,10 +1,8 @@
-"""Which versions in a host's rows answers may be of: those that did not fail their probe.
+"""Tracks which versions in a host's rows may serve answers: those that did not fail their probe.
 
-A version that failed is in the rows all the same, for the versions after it
-build on them; what is noted beside the rows keeps answers from it, also after a
-restart.
-
-Asks the program of a version what its trainer asked the model, before anybody is answered with it.
+Before a version answers anybody, its program is asked the questions that its trainer asked the
+model. A version whose answers differ stays in the rows, because later versions build on it. A note
+next to the rows excludes it from serving, also after a restart.
 """
 
 from __future__ import annotations
@@ -85,13 +83,13 @@ def _answers(program: LoadedProgram) -> dict[str, NDArray[np.float32]]:
 
 
 class FitVersions:
-    """All but those that failed; used by the thread that writes the rows.
+    """All versions except those that failed; used by the thread that writes the rows.
 
     Args:
         rows: The host's row store, in which they are noted.
         programs: Directory with the host's copies of programs.
         metrics: Of the applier.
-        refuse: Is told `probe`, the number of a version that fails, and why.
+        refuse: Called with `probe`, the number of a version that fails, and the reason.
     """
 
     def __init__(
@@ -123,13 +121,13 @@ class FitVersions:
         return version in self
 
     def keep(self, here: Container[int]) -> None:
-        """Forgets those that are not in the rows any more."""
+        """Removes versions that are no longer in the rows."""
         kept = {version: why for version, why in self._refused.items() if version in here}
         if kept != self._refused:
             self._note(kept)
 
     def show(self, served: Served | None) -> None:
-        """Says in the metrics which one would answer now, had it not failed."""
+        """Shows in the metrics which version would serve now if it had not failed."""
         newer = [version for version in self._refused if served is None or version > served.version]
         self._metrics.refused_version.set(max(newer, default=0))
 

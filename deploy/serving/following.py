@@ -1,27 +1,21 @@
-"""Brings the version that control wants into the row store, and moves the pointer to it.
+"""Applies the version that control wants to the host's row store, and moves the pointer to it.
 
-    control says       pin V: exactly V;  follow: the newest version of control's epoch, durable or recent
-    none of it yet     the epoch's base where it has one; else the pointer stays
-    V is not here      recent versions from an ancestor that is; else deltas from one that
-                       is, and recent versions from there on; else base and deltas in a
-                       lane of their own, while the old version goes on answering
-    V is older         a recent version answers on that its epoch has no more: the trainer
-                       was killed, and makes it again from the log
-    V has a label      it is brought too, while answers are where control wants them
-    V is corrupt       the last good version goes on answering; another base is tried
-    V fails its probe  likewise; its rows are here, for the versions after it build on them
+    situation                 what happens
+    control pins V            exactly V is wanted
+    control follows           the newest version of control's epoch is wanted, durable or recent
+    the epoch has none yet    the epoch's base is wanted if there is one; else the pointer stays
+    V is not on this host     recent versions are applied onto an ancestor on this host; else deltas onto one, then
+                              recent versions; else base and deltas in a separate lane, while the old version answers
+    V is older                a recent version that its epoch no longer has keeps answering: the trainer was killed, and
+                              makes it again from the log
+    V has a label             it is applied too, while answers are where control wants them, one step at a time
+    V is corrupt              the last good version keeps answering; another base is tried
+    V fails its probe         likewise; its rows stay on this host, because later versions build on them
 
-Each version is one transaction; while following, the pointer moves in it.
+Each version is one transaction. While control follows, that transaction also moves the pointer.
 
-Which versions a host has, and which of them it forgets.
-
-Brings versions that have a label and are not on this host, one step at a time, while answers are where control wants them.
-
-Finds the newest version of an epoch, of either lifetime, whose manifest can be read.
-
-Which versions lead from what a host has to the version it wants, in which order.
-
-Versions that could not be had a moment ago: each is said once, and tried again after a while.
+A version that cannot be read is logged once and tried again after a while. `VersionFollower.sweep`
+removes old versions from the host.
 """
 
 from __future__ import annotations
@@ -55,6 +49,11 @@ from state.rows.store import RowStore
 
 RETRY_MS = 1000
 REMEMBERED = 1000
+RECENT_MS = 10_000
+"""How long versions that are not durable are kept."""
+ROUND_MS = 200
+SWEEP_MS = 10_000
+_log = logging.getLogger(__name__)
 
 
 class Refusals:
@@ -71,13 +70,13 @@ class Refusals:
         self._again_ms: dict[tuple[str, int], int] = {}
 
     def add(self, kind: str, version: int, error: Exception, answering: str) -> None:
-        """Remembers for a second that a version cannot be had, and says so once.
+        """Remembers for a second that a version cannot be read, and logs it once.
 
         Args:
             kind: `manifest`, `delta`, `base`, or `probe`, which is not tried again.
             version: Which.
             error: Why.
-            answering: What goes on answering.
+            answering: The version that keeps answering.
         """
         if (kind, version) not in self._again_ms:
             if isinstance(error, CorruptVersion):
@@ -85,7 +84,7 @@ class Refusals:
             _log.warning("%s; %s goes on answering", error, answering)
         self._again_ms[kind, version] = self._now_ms() + RETRY_MS
         if len(self._again_ms) > REMEMBERED:
-            # The one that was refused first.
+            # The version that was refused first.
             del self._again_ms[next(iter(self._again_ms))]
 
     def blocks(self, steps: Iterable[Manifest]) -> bool:
@@ -109,8 +108,8 @@ class Route:
 
     Attributes:
         target: The version.
-        steps: What is still to apply, in this order; nothing where it is here.
-        rebuild: Into a lane of their own; else onto what is here.
+        steps: Steps still to apply, in this order; empty if the version is on this host.
+        rebuild: Whether the steps go into a separate lane; else onto a version on this host.
     """
 
     target: int
@@ -127,20 +126,20 @@ def route_to(
     refusals: Refusals,
     refuse: Callable[[str, int, Exception], None],
 ) -> Route | None:
-    """The way to `wanted` without a version that was refused a moment ago; None while there is none.
+    """The route to `wanted` without a recently refused version; None while there is none.
 
-    1. Recent versions, from one that is here.
-    2. Durable ones from one that is here, or a base and those since, up to the last durable one before `wanted`;
+    1. Recent versions, from one on this host.
+    2. Durable ones from one on this host, or a base and the deltas since, up to the last durable one before `wanted`;
        recent ones from there on.
 
     Args:
-        wanted: A version. Where it is a recent one that nothing leads to, the way is to the last durable one before it.
+        wanted: A version. If it is recent and nothing leads to it, the route ends at the last durable one before it.
         registry: Where versions are.
         rows: The host's row store.
         here: The versions in it.
-        recents: The recent versions that can be had.
-        refusals: What cannot be had.
-        refuse: Is told the kind of a version that cannot be read, its number, and why.
+        recents: The recent versions that can be read.
+        refusals: The versions that cannot be read.
+        refuse: Called with the kind of a version that cannot be read, its number, and the reason.
     """
     # 1.
     steps = recent_steps(wanted, registry, here, recents)
@@ -171,7 +170,7 @@ def route_to(
 
 
 def recent_steps(wanted: int, registry: Registry, here: Collection[int], recents: Collection[int]) -> list[Manifest]:
-    """The recent versions that lead to `wanted`, oldest first, back to one that is here or that no recent one leads to."""
+    """The recent versions that lead to `wanted`, oldest first, back to a version on this host or the oldest readable one."""
     steps: list[Manifest] = []
     version: int | None = wanted
     while version is not None and version not in here and version in recents:
@@ -215,8 +214,8 @@ class NewestVersion:
 
     Args:
         registry: Where versions are.
-        refusals: What cannot be had.
-        refuse: Is told `manifest`, the number of a version whose manifest cannot be read, and why.
+        refusals: The versions that cannot be read.
+        refuse: Called with `manifest`, the number of a version whose manifest cannot be read, and the reason.
     """
 
     def __init__(self, registry: Registry, refusals: Refusals, refuse: Callable[[str, int, Exception], None]) -> None:
@@ -227,7 +226,7 @@ class NewestVersion:
         self._lost: frozenset[int] = frozenset()
 
     def of(self, epoch: int) -> int | None:
-        """The newest version of `epoch`; None where there is none."""
+        """The newest version of `epoch`; None without one."""
         registry = self._registry
         seen = (epoch, registry.recents()[-1:], registry.deltas()[-1:], registry.bases()[-1:], self._lost)
         if self._found[0] != seen:
@@ -237,11 +236,11 @@ class NewestVersion:
         return self._found[1]
 
     def recents(self) -> frozenset[int]:
-        """The recent versions that can be had, as far as is known."""
+        """The recent versions that can be read, as far as is known."""
         return frozenset(self._registry.recents()) - self._lost
 
     def lose(self, version: int) -> None:
-        """A recent version cannot be had: it went meanwhile, or a power cut damaged it. Durable ones lead past it."""
+        """A recent version cannot be read: it was removed meanwhile, or a power cut damaged it. Durable ones lead past it."""
         self._lost = self._lost.intersection(self._registry.recents()) | {version}
 
     def _find(self, epoch: int) -> int | None:
@@ -277,9 +276,9 @@ class Labelled:
     Args:
         registry: Where versions are.
         rows: The host's row store.
-        refusals: What cannot be had.
-        refuse: Is told the kind of a version that cannot be had, its number, and why.
-        apply: Applies a step; answers stay where they are. With the flag also where it is here, in a lane of its own.
+        refusals: The versions that cannot be read.
+        refuse: Called with the kind of a version that cannot be read, its number, and the reason.
+        apply: Applies a step without moving the pointer. With the flag, into a separate lane even if it is on this host.
     """
 
     def __init__(
@@ -297,7 +296,7 @@ class Labelled:
         self._anew = False
 
     def step(self, labels: Iterable[tuple[str, int]], here: Collection[int]) -> bool:
-        """Takes one step towards the first labelled version that is not here; says whether there was one to take."""
+        """Applies one step towards the first labelled version that is not on this host; returns whether there was one."""
         missing = [version for _, version in labels if version not in here]
         if self._target not in missing:
             self._target, self._steps = None, []
@@ -319,17 +318,13 @@ class Labelled:
         return False
 
     def _find(self, version: int, here: Collection[int]) -> None:
-        """The steps to a version: onto what is here, or all anew in a lane of their own."""
+        """Finds the steps to a version: onto a version on this host, or all of them in a separate lane."""
         lead = onto_what_is_here(version, self._registry, self._rows, here)
         self._anew = lead is None
         if lead is None:
             base, deltas = self._registry.chain(version)
             lead = [base, *deltas]
         self._steps = lead
-
-
-RECENT_MS = 10_000
-"""How long versions stay that are not durable."""
 
 
 def applied_ms(rows: RowStore) -> dict[int, int]:
@@ -341,7 +336,7 @@ def applied_ms(rows: RowStore) -> dict[int, int]:
 def too_old(
     here: Mapping[int, int], now_ms: int, keep_ms: int, durable: Collection[int], needed: Collection[int]
 ) -> list[int]:
-    """The versions that go.
+    """The versions to remove.
 
     >>> too_old({1: 0, 2: 0, 3: 0, 4: 15_000}, 20_000, 60_000, durable={1}, needed={3})
     [2]
@@ -349,9 +344,9 @@ def too_old(
     Args:
         here: When each was applied, by number.
         now_ms: Now.
-        keep_ms: How long durable ones stay.
-        durable: Those that are.
-        needed: Those that stay in any case.
+        keep_ms: How long durable versions are kept.
+        durable: The durable versions.
+        needed: Versions to keep in any case.
     """
     recent_ms = min(RECENT_MS, keep_ms)
     return [
@@ -361,13 +356,8 @@ def too_old(
     ]
 
 
-ROUND_MS = 200
-SWEEP_MS = 10_000
-_log = logging.getLogger(__name__)
-
-
 class VersionFollower:
-    """Keeps the row store at what control wants; used by one thread, the store's only writer.
+    """Keeps the row store at the version that control wants; used by one thread, the store's only writer.
 
     Args:
         registry: Where versions and control are.
@@ -376,10 +366,10 @@ class VersionFollower:
         metrics: Of the applier.
         keep_s: How long versions stay after they were applied.
         now_ms: The wall clock.
-        crosses: With the columns of the settings, so that those of erased users can be found; None where none are.
+        crosses: The crosses in the settings, to find those of erased users; None without crosses.
 
     Attributes:
-        erased: The last erasure of whose users the store has nothing any more.
+        erased: The last erasure whose users have no data in the store any more.
     """
 
     def __init__(
@@ -416,12 +406,12 @@ class VersionFollower:
         self._swept_ms = 0
 
     def step(self) -> bool:
-        """One round of at most some `ROUND_MS`; says whether there may be more to do at once.
+        """One round of at most about `ROUND_MS`; returns whether there may be more to do at once.
 
-        1. Control; its mask counts from here on.
-        2. The version it wants.
-        3. What is missing of it.
-        4. The pointer.
+        1. Read control; its mask applies from here on.
+        2. Determine the version it wants.
+        3. Apply the missing part of it.
+        4. Move the pointer.
         """
         control = self._registry.control()
         if control is None:
@@ -432,10 +422,10 @@ class VersionFollower:
             self._take_up(control)
         self._erased = control.erased
         if self.erased < control.erased.last and self._crosses is not None:
-            # Answers leave them out already, by the mask.
+            # The mask already excludes them from answers.
             self._rows.erase(control.erased.after(self.erased), self._crosses)
             self.erased = control.erased.last
-            # What says that rows went leaves with its version: only then is nothing of them in the file.
+            # The record of removed rows leaves with its version; only then the file has nothing of the erased users.
             self._anew_ms = self._now_ms() + max(PAGES_MS, 3 * (self._keep_ms + SWEEP_MS))
         show_control(control, self._metrics)
         # 2.
@@ -455,13 +445,13 @@ class VersionFollower:
         return False
 
     def sweep(self) -> None:
-        """Forgets versions that are too old and that nobody needs, every few seconds; deletes what they leave a little at a time.
+        """Removes versions that are too old and unused, every few seconds; deletes their data in small pieces.
 
-        Those that are not durable are forgotten after some seconds, the others after `keep_s`.
+        Versions that are not durable are removed after some seconds, the others after `keep_s`.
 
         Raises:
             StoreFull: There is no room for that; nothing was changed.
-            RegistryError: It cannot be said which are durable.
+            RegistryError: It is unknown which versions are durable.
         """
         self._rows.tidy()
         now_ms = self._now_ms()
@@ -483,7 +473,7 @@ class VersionFollower:
         self._fit.keep(self._here)
 
     def _take_up(self, control: Control) -> None:
-        """Stores control and mask where answers look, with the pointer where the pinned version is here."""
+        """Stores control and mask where workers read them, with the pointer if the pinned version is on this host."""
         pin = control.serving.version if control.serving.mode == "pin" else None
         at_once = pin if pin in self._here and pin in self._fit else None
         told = {"generation": control.generation, "epoch": control.epoch, "pin": pin, "labels": dict(control.labels)}
@@ -544,11 +534,11 @@ class VersionFollower:
         return True
 
     def _give_up(self, step: Manifest, error: Exception) -> bool:
-        """A step cannot be had; says whether to look at once for another way."""
+        """A step cannot be read; returns whether to look for another route at once."""
         if step.kind == "recent":
             self._newest.lose(step.version)
             return True
-        # The compactor may have merged what was being read: look again first.
+        # The compactor may have merged the version that was being read: look it up again first.
         if isinstance(error, UnknownVersion) and self._looked_again != step:
             self._looked_again = step
             return True
@@ -565,7 +555,7 @@ class VersionFollower:
         return False
 
     def _may_follow(self, manifest: Manifest | Served, control: Control) -> bool:
-        """Whether answers may use this version on the way to the one that is wanted."""
+        """Whether workers may serve this version on the route to the wanted one."""
         if control.serving.mode == "pin":
             return manifest.version == control.serving.version
         if manifest.epoch != control.epoch and manifest.version != control.base:

@@ -1,6 +1,6 @@
-"""The version that answers: its program with its weights, and what stays the same until the next one.
+"""The version that a worker answers with: its program and weights, and all that stays the same until the next version.
 
-Which inputs of a program are rows of tables of the ranker's own, by the program's signature.
+The program's signature determines which inputs are rows of the ranker's own tables.
 """
 
 from __future__ import annotations
@@ -29,6 +29,21 @@ from state.rows.reader import RowReader
 from state.rows.served import Served
 from state.rows.tables import AVERAGED_IDS, own_rows_of
 
+ROWS_REMEMBERED = 10_000
+OTHERS_LOADED = 3
+"""Versions kept loaded in addition to the serving one, with a program each."""
+F32 = NDArray[np.float32]
+I32 = NDArray[np.int32]
+Row = TypeVar("Row")
+_INPUTS = {
+    "user": ("user_row",),
+    "item": ("item_row", "sequence_item_rows"),
+    "category": ("popular_rows", "recent_rows", "successor_rows", "category_row", "sequence_category_rows"),
+    # Rows of an item's attributes are added to the item's row.
+    "context": ("context_row", "item_row"),
+}
+"""The inputs of a program that are rows of each table."""
+
 
 class OwnInput(NamedTuple):
     """An input that is rows of a table of the ranker's own.
@@ -36,7 +51,7 @@ class OwnInput(NamedTuple):
     Attributes:
         name: Of the input.
         table: The table.
-        ids: What looks it up, of `state.rows.tables.SERVED_IDS`.
+        ids: The kind of id that selects the row, one of `state.rows.tables.SERVED_IDS`.
         width: Of its rows.
         averaged: The mean of the rows is wanted.
     """
@@ -56,25 +71,6 @@ def own_inputs(shapes: Mapping[str, tuple[int, ...]]) -> tuple[OwnInput, ...]:
     """
     named = ((name, own_rows_of(name), shape[-1]) for name, shape in shapes.items())
     return tuple(OwnInput(name, *own, width, own[1] in AVERAGED_IDS) for name, own, width in named if own is not None)
-
-
-ROWS_REMEMBERED = 10_000
-OTHERS_LOADED = 3
-"""Versions that are kept loaded beside the one that answers, with a program each."""
-
-F32 = NDArray[np.float32]
-I32 = NDArray[np.int32]
-Row = TypeVar("Row")
-
-
-_INPUTS = {
-    "user": ("user_row",),
-    "item": ("item_row", "sequence_item_rows"),
-    "category": ("popular_rows", "recent_rows", "successor_rows", "category_row", "sequence_category_rows"),
-    # Rows of attributes are added to those of their items.
-    "context": ("context_row", "item_row"),
-}
-"""Inputs of a program that are rows of each table."""
 
 
 def widths_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
@@ -184,7 +180,7 @@ class LoadedVersion:
         served: The version.
         features: What its numbers mean.
         program: With the version's weights.
-        widths: Of the rows of each table; 0 of one that the program does not read.
+        widths: Width of the rows of each table; 0 for a table that the program does not read.
         popular: `[P]` uint64, padded with 0.
         popular_ids: Those there are.
         popular_names: Of these.
@@ -193,7 +189,7 @@ class LoadedVersion:
         own: The program's inputs that are rows of tables of the ranker's own.
         own_popular: Those of them that are rows of the popular categories, by name.
         cross_shares: `[C, 2]` float32, how much weights and margins of crosses count.
-        churn: What it tells of who leaves; None where nothing was learned of it.
+        churn: What the version predicts about churn; None if it learned nothing about it.
         category_rows: Rows of categories read so far.
         item_rows: Likewise of items.
         lists: What came next after categories, read so far.
@@ -263,15 +259,15 @@ class VersionLoader:
 
     @property
     def number(self) -> int | None:
-        """That of the version that answers, as it was taken up last; None before."""
+        """The version that answers, as it was last loaded; None before that."""
         return None if self._loaded is None else self._loaded.served.version
 
     def take_up(self, reader: RowReader, version: int | None = None) -> LoadedVersion:
-        """The version that answers now, loaded where it changed; or another one that is here.
+        """The version that answers now, reloaded if it changed, or another one on this host.
 
         Args:
             reader: Of the transaction.
-            version: Which; None for the one that answers.
+            version: Its number; None for the version that answers.
 
         Raises:
             NotReady: There is no version yet.

@@ -1,19 +1,18 @@
 """A serving worker's process: `python -m deploy.serving.rest [flags]`, HTTP and gRPC on one event loop.
 
-One process, one thread answers; with `serving.workers` above 1 this process is
-the parent of several (`workers.py`).
+One thread of one process answers. If `serving.workers` is above 1, this process is the parent of
+several workers on one port (`Workers`). A worker that dies is started again while the others
+continue.
 
-Prepares a worker before it reports ready: its kernels, then one answer of each kind, so that the first client waits no longer than the second.
+The parent owns the socket, and all workers accept from it. So a new connection goes to a worker
+that runs, and none is lost when a worker ends. Counters are stored in files, one set per worker,
+which its successor continues. Each worker's /metrics therefore shows the sum of all workers.
 
-Several workers on one port, and what becomes of one that dies: it is started again, and the others go on.
+If a worker never accepts a connection, its settings cannot work, and all workers end. They also end
+when the parent is killed.
 
-The socket is this process's, and all workers accept from it: a connection goes
-to one that is there, and none is lost with one that ends. Counters lie in
-files, one set a worker, which its successor takes up, so that each worker's
-/metrics are the sum of all of them.
-
-A worker that never accepted a connection has been told something impossible:
-then all end. So they do when this process is killed.
+Before a worker reports ready, it prepares its kernels and computes one answer of each kind. So the
+first client waits no longer than the second.
 """
 
 from __future__ import annotations
@@ -74,11 +73,19 @@ from state.process.wall_clock import wall_ms
 
 WAIT_S = 0.1
 COUNTERS = "PROMETHEUS_MULTIPROC_DIR"
-"""The variable that tells prometheus_client where the counters lie."""
+"""Environment variable with prometheus_client's directory of counters."""
 
 KINDS = ("counter", "histogram", "gauge_max", "gauge_min")
 COUNTER_BYTES = 1 << 20
-"""Of one kind and worker, as prometheus_client begins them."""
+"""Initial size of a counter file, as prometheus_client creates it; one per kind and worker."""
+USER = "springtide-warm-up"
+"""User id of the warm-up answers; no user has it."""
+ITEMS = BATCHES[-1] + 1
+"""So many items need the program for many pairs."""
+POLL_S = 0.1
+OWN_FILES = 256
+"""Open files of a worker in addition to its connections."""
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -103,14 +110,14 @@ class Worker:
 
 
 class Workers:
-    """The workers of a host. `run` until `stop`.
+    """Starts and supervises a host's workers; `run` returns after `stop`.
 
     Args:
-        bound: What all of them accept connections of.
-        count: How many there are.
+        bound: The socket from which all workers accept.
+        count: Number of workers.
         counters: Directory of their counters; emptied.
         target: What a worker's process calls, by name: (number, socket, event, parent's arguments).
-        arguments: Of the command line.
+        arguments: The command-line arguments.
         clock_s: A monotonic clock.
     """
 
@@ -131,17 +138,17 @@ class Workers:
         self.workers = [Worker(number, self._context.Event()) for number in range(count)]
 
     def stop(self, *_: object) -> None:
-        """Ends all of them in order."""
+        """Ends all workers cleanly."""
         self._stopping = True
         for worker in self.workers:
             if worker.process is not None and worker.process.is_alive():
                 worker.process.terminate()
 
     def run(self) -> int:
-        """Returns the exit code once all have ended: 1 where one of them never came up."""
+        """Returns the exit code once all have ended: 1 if a worker never became ready."""
         failed = False
         while not self._stopping:
-            # Each of them is looked at, also behind one that failed.
+            # Check every worker, also after one that failed.
             failed = False in {self._look_at(worker) for worker in self.workers}
             if failed:
                 self.stop()
@@ -155,7 +162,7 @@ class Workers:
         return int(failed)
 
     def _look_at(self, worker: Worker) -> bool:
-        """Starts a worker, or starts it again when it is time; false where it never came up."""
+        """Starts a worker, or restarts it when that is due; false if it never became ready."""
         now_s = self._clock_s()
         if worker.again_s is None:
             process = worker.process
@@ -165,7 +172,7 @@ class Workers:
             process.join()
             if not worker.ready.is_set():
                 return self._stopping
-            # One that was told to end did not die: its successor may come at once.
+            # A worker that was asked to end did not crash: its successor may start at once.
             worker.deaths = Backoff() if process.exitcode == 0 else worker.deaths.after(now_s - worker.since_s)
             worker.again_s = now_s + worker.deaths.wait_s
             ended = how(process.exitcode or 0)
@@ -183,10 +190,10 @@ class Workers:
 
 
 def make_counters(folder: Path, count: int) -> None:
-    """Makes the files of the counters of so many workers, empty, with all the room that they will take.
+    """Creates empty counter files for this many workers, at their full size.
 
     Raises:
-        OSError: There is no room. Later it would end a worker that writes there.
+        OSError: There is no space. Later that would end a worker that writes there.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -197,7 +204,7 @@ def make_counters(folder: Path, count: int) -> None:
 
 
 def end_with_parent() -> None:
-    """Makes this process end in order when its parent is gone, which could not end it: it would hold the port for ever."""
+    """Makes this process end cleanly when its parent is gone; otherwise it would hold the port for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -209,18 +216,11 @@ def end_with_parent() -> None:
 
 
 def count_as(number: int) -> None:
-    """Lets this process's counters go on from those of the workers of this number before it; it keeps its own exemplars."""
+    """Makes this process continue the counters of earlier workers with this number; exemplars are its own."""
     kind = values.MultiProcessValue(process_identifier=lambda: number)
     kind.set_exemplar = lambda value, exemplar: setattr(value, "_exemplar", exemplar)
     kind.get_exemplar = lambda value: getattr(value, "_exemplar", None)
     values.ValueClass = kind
-
-
-USER = "springtide-warm-up"
-"""Whom the answers are about: nobody."""
-ITEMS = BATCHES[-1] + 1
-"""So many items are scored by the program for many pairs."""
-POLL_S = 0.1
 
 
 class Warming:
@@ -264,7 +264,7 @@ class Warming:
 
 
 def one_of_each(host: Host) -> list[Callable[[], Any]]:
-    """Computes an answer of each kind, about a user who is not known; none is counted or kept."""
+    """Computes an answer of each kind, about an unknown user; none is counted or kept."""
     everything, lean = Query(USER, fields=FIELDS), Query(USER, fields=frozenset(), top=0)
     items = [NamedItem(str(number)) for number in range(ITEMS)]
 
@@ -288,12 +288,6 @@ def _last(steps: Generator[None, None, Any]) -> Any:
             next(steps)
         except StopIteration as end:
             return end.value
-
-
-_log = logging.getLogger(__name__)
-
-OWN_FILES = 256
-"""Open files of a worker that are no connections."""
 
 
 def serve(
@@ -320,7 +314,7 @@ def serve(
     app = App(host, registry, serving, of_all_workers(registry) if beside else None, access.tokens, split=split)
     if beside:
         say_build(registry)
-        # Counters go on from those of workers that ended.
+        # Counters continue from those of workers that ended.
         app.metrics.began.set(psutil.Process(os.getppid()).create_time())
     else:
         add_process(registry)
@@ -344,7 +338,7 @@ def serve(
 
 
 def require_grpc_port(settings: Settings) -> None:
-    """Looks whether the port of gRPC can be had, where there is to be one.
+    """Checks whether the gRPC port can be bound, if there is to be one.
 
     Raises:
         PortTaken: Somebody listens there.
@@ -362,7 +356,7 @@ def grpc_server(settings: Settings, app: App, access: Access, shared: bool) -> G
 
 
 def shared_worker(number: int, bound: socket.socket, ready: Event, argv: list[str]) -> None:
-    """A worker beside others, whose counters it adds to its own."""
+    """One of several workers; it adds the counters of the others to its own."""
     end_with_parent()
     count_as(number)
 

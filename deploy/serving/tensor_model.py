@@ -1,9 +1,8 @@
-"""Asks the model with named tensors and answers with named tensors; knows neither HTTP nor gRPC.
+"""Evaluates the model on named tensors and returns named tensors, independent of HTTP and gRPC.
 
-The version is the one that answers, or any that this host's rows still hold,
-by number or by label. All rows of one request are answered from one version.
-
-Which version a label stands for on this host: what the operator said, else what answers and what answered before.
+A request uses the serving version, or any version that this host's rows still hold, by number or by
+label. One version answers all rows of a request. A label refers to the version that the operator
+assigned. Without one, `stable` is the version that answers and `previous` the one before it.
 """
 
 from __future__ import annotations
@@ -29,6 +28,10 @@ from state.rows.reader import RowReader
 from state.rows.served import Served
 
 STABLE, PREVIOUS, CANARY = "stable", "previous", "canary"
+MODEL = "profile"
+MOST_ROWS = 1000
+VECTOR = frozenset(("vector",))
+LATEST_MS = 253_402_300_799_000  # the end of the year 9999
 
 
 def labels_of(reader: RowReader) -> dict[str, int]:
@@ -42,12 +45,6 @@ def labels_of(reader: RowReader) -> dict[str, int]:
     if before is not None:
         found[PREVIOUS] = before
     return found | (json.loads(control).get("labels", {}) if control else {})
-
-
-MODEL = "profile"
-MOST_ROWS = 1000
-VECTOR = frozenset(("vector",))
-LATEST_MS = 253_402_300_799_000  # the end of the year 9999
 
 
 class ModelChoice(NamedTuple):
@@ -79,7 +76,7 @@ class TensorModel:
         self._host, self._metrics, self._line = host, metrics, Line(limits)
 
     def versions(self, choice: ModelChoice) -> list[Served]:
-        """The version that is asked for; all that can be, the one that answers first, where none is named.
+        """The version that is requested; if none is named, all that are available, the serving one first.
 
         Raises:
             UnknownModel: There is no such model, version or label here.
@@ -162,7 +159,7 @@ class TensorModel:
 
 
 def resolve(reader: RowReader, choice: ModelChoice) -> int | None:
-    """The version of a choice; None for the one that answers.
+    """The version of a choice; None for the serving one.
 
     Raises:
         UnknownModel: There is no such model or label.
@@ -195,7 +192,7 @@ def _queries(inputs: Tensors, rows: int) -> list[Query]:
     """The questions that rows by id ask.
 
     Raises:
-        BadRequest: A string is no UTF-8, or a time is none.
+        BadRequest: A string is not UTF-8, or a time is invalid.
     """
     texts = {name: _texts(name, values) for name, values in inputs.items() if name != "at"}
     times = inputs["at"].tolist() if "at" in inputs else [NOW] * rows
@@ -249,7 +246,7 @@ def tensors_of(answers: Sequence[Answer], signature: Signature) -> dict[str, Ten
 
 
 def _run(version: LoadedVersion, signature: Signature, given: Tensors, at: int, rows: int) -> dict[str, Tensor]:
-    """What the program says of one piece of raw rows."""
+    """What the program answers for one part of the raw rows."""
     here = min(MOST_AT_ONCE, rows - at)
     fed: dict[str, Tensor] = {}
     for name, spec in signature.inputs.items():

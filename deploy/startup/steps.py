@@ -1,12 +1,9 @@
-"""The steps of `springtide up`, from the first check to the last stop.
+"""Runs the steps of `springtide up`, from the first check to the last stop.
 
-The topics that the loop needs, made where they are missing.
-
-The signs that the loop has come up: the trainer has a version, and serving answers with one.
-
-The local Kafka of one loop: started, started again when it dies, stopped last.
-
-The processes of the loop on one machine: their commands, ports and the order of their ends.
+- The loop's processes on one machine: their commands, ports and stop order.
+- The local Kafka, if the loop uses one: it starts first, is restarted when it dies, and stops last.
+- The topics that the loop needs: missing ones are created.
+- The signs that the loop is up: the trainer has a version, and serving answers with one.
 """
 
 from __future__ import annotations
@@ -60,10 +57,10 @@ PROBE = "probe"
 VALIDATION = "validation"
 SEGMENTS = "segments"
 
-# What the local Kafka acknowledged in its last second may be gone after a power cut; nobody has it then.
+# What the local Kafka acknowledged in its last second may be lost after a power cut; there is no other copy.
 OF_LOCAL_KAFKA = ("--accept-cut-back", "--reason", "the local Kafka lost what was not on disk")
 
-# Each is stopped before what it writes to, Kafka after all of them: nothing is cut in two.
+# Each process stops before the ones it writes to, and Kafka stops last: no write is interrupted.
 STOP_ORDER = (
     CONSOLE,
     PROBE,
@@ -82,11 +79,20 @@ STOP_ORDER = (
     prometheus.NAME,
 )
 
-# These need no Kafka: they answer from what an earlier run left on this machine, and prepare their kernels.
+# These need no Kafka: they answer from an earlier run's data on this machine, and prepare their kernels.
 ANSWERING = (APPLIER, WORKER, TRIAL_HOST)
 
-# Histories in memory, a gigabyte or so, are saved on a slow disk.
+# Time to save histories in memory, about a gigabyte, to a slow disk.
 SAVING_S = 60.0
+NAME, WHAT = "kafka", "Kafka"  # the local broker, as a process and in messages
+ROOM_S = 1.0
+PATIENCE_S = 0.5
+"""Timeout of a request to a process; one that compiles may answer late."""
+STEPS = 9
+LOOK_S = 0.1
+REMIND_S = 30.0
+PROGRESS_S = 5.0
+Found = TypeVar("Found")
 
 
 def process_plans(
@@ -174,22 +180,17 @@ def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[
     ]
 
 
-NAME, WHAT = "kafka", "Kafka"
-ROOM_S = 1.0
-
-
 class LocalKafka:
     """A broker that is kept alive.
 
-    One whose disk is full ends. It is not tried again before there is room:
-    that waits, and is no death.
+    A broker whose disk is full ends. It is started again when there is room; this wait does not count as a death.
 
     Args:
         settings: The loop's settings.
-        say: Takes one line for the operator.
+        say: Prints a line for the operator.
         metrics: Where deaths and starts are counted.
         clock: Monotonic seconds.
-        storage: Where its waits for room are shown.
+        storage: Metrics of its waits for free space.
     """
 
     def __init__(
@@ -204,7 +205,7 @@ class LocalKafka:
         self._say = say
         self._metrics = metrics
         self._clock = clock
-        # Nobody waits in `wait_for`: `look` comes again by itself.
+        # No wait in `wait_for`: `look` is called again anyway.
         self._room = Room(KAFKA, storage, lambda _: True, lambda form, *words: say(form % words))
         self._started_at: float | None = None
         self._start_at: float | None = None
@@ -217,7 +218,7 @@ class LocalKafka:
         return self._started_at is not None
 
     def begin(self) -> None:
-        """Starts it, and does not wait until it takes requests.
+        """Starts it without waiting until it accepts requests.
 
         Raises:
             PortTaken: Another process listens on its port.
@@ -228,16 +229,16 @@ class LocalKafka:
         self._broker.begin()
 
     def is_up(self) -> bool:
-        """Whether it takes requests.
+        """Whether it accepts requests.
 
         Raises:
-            KafkaFailed: It ended, or takes too long; the message quotes its last words.
+            KafkaFailed: It ended, or takes too long; the message quotes its last log lines.
         """
         self._came_up = self._broker.is_up()
         return self._came_up
 
     def look(self) -> None:
-        """Takes notice of its death, and starts it again once that is due; what it cannot do is said."""
+        """Notices its death and restarts it once that is due; failures are reported."""
         if self._start_at is None:
             # One that never came up has an end in `is_up`.
             failure = self._broker.failure() if self._came_up else None
@@ -274,18 +275,14 @@ class LocalKafka:
         self._broker.stop(timeout_s)
 
 
-PATIENCE_S = 0.5
-"""A process that compiles may answer late."""
-
-
 def trained_version(settings: Settings) -> int:
-    """The version that the trainer has loaded or made; 0 while there is none."""
+    """The version that the trainer has loaded or made; 0 without one."""
     addresses = {TRAINER: scrape.urls(settings)[TRAINER]}
     return int(scrape.scrape(addresses)[TRAINER].value("springtide_trainer_version") or 0)
 
 
 def kernels_left(settings: Settings, running: Collection[str]) -> str:
-    """How far the running processes have prepared their kernels, for people; empty where all are ready, or nobody says."""
+    """How far the running processes have prepared their kernels, as text; empty if all are ready or none reports it."""
     addresses = {
         name: url for name, url in (scrape.urls(settings) | scrape.urls_beside(settings)).items() if name in running
     }
@@ -312,7 +309,7 @@ def kernels_text(left: Mapping[str, tuple[int, int]]) -> str:
 
 
 def answered_version(settings: Settings) -> int:
-    """The version that an answer was given with just now; 0 where a worker gives none, or is not ready."""
+    """The version of an answer requested just now; 0 if a worker gives none or is not ready."""
     if scrape.fetch(serving_address(settings, "/readyz"))[0] != 200:
         return 0
     status, answer = scrape.fetch(scrape.profile_url(settings))
@@ -320,11 +317,11 @@ def answered_version(settings: Settings) -> int:
 
 
 def ensure_topics(settings: Settings, say: Callable[[str], None], local: bool = False) -> str:
-    """Makes what is missing, and says which topics the loss of one broker would harm; returns the topics in words.
+    """Creates missing topics and reports which topics the loss of one broker would harm; returns the topics as text.
 
     Args:
         settings: The loop's settings.
-        say: Takes one line for the operator.
+        say: Prints a line for the operator.
         local: Whether the Kafka is the loop's own: its topics keep to their share of `storage.budget_gb` then.
 
     Raises:
@@ -346,14 +343,6 @@ def ensure_topics(settings: Settings, say: Callable[[str], None], local: bool = 
     return f"{kafka.clicks_topic} ({partitions} partitions), {kafka.dead_letters_topic}, {kafka.microbatches_topic}"
 
 
-STEPS = 9
-LOOK_S = 0.1
-REMIND_S = 30.0
-PROGRESS_S = 5.0
-
-Found = TypeVar("Found")
-
-
 class Stopped(Exception):
     """The operator asked to stop while a step waited."""
 
@@ -368,7 +357,7 @@ class Startup:
         stop: Whether the operator asked to stop.
         hurry: Whether the operator asked again.
         accepted: Words for stream and for trainer: losses that the operator accepts.
-        beside: What else runs, such as a Prometheus.
+        beside: Other processes to run, such as a Prometheus.
         clock: Monotonic seconds.
         sleep: Waits a number of seconds, or until a signal.
     """
@@ -430,9 +419,9 @@ class Startup:
         settings = self._settings
         # 1. and 2. Nothing runs before what can be refused is refused.
         self._check()
-        # 3. and 4. A Kafka of the user's is only reached. The local one takes seconds to start. What needs none of it
-        # starts before: answers from what an earlier run left on this machine. In a fresh state directory, first answers
-        # wait for Kafka and the bootstrap, so these come first. The trainer imports TensorFlow meanwhile.
+        # 3. and 4. A Kafka of the user's is only contacted. The local one takes seconds to start. Parts that need no Kafka
+        # start before it: serving answers from an earlier run's data. In a fresh state directory the first answers wait
+        # for Kafka and the bootstrap, so these come first. The trainer imports TensorFlow meanwhile.
         self._say_whose_kafka()
         topics = ensure_topics(settings, self._screen.say) if self._kafka is None else ""
         where = f"yours at {settings.kafka.bootstrap_servers}"
@@ -448,16 +437,16 @@ class Startup:
             where = f"local broker on {settings.kafka.bootstrap_servers}, data in {settings.kafka_dir}"
         self._step("Kafka", where)
         self._step("topics", topics)
-        # 5. All others at once: each waits for what it needs, and imports and compilers take the longest.
+        # 5. All others at once: each waits for what it needs; imports and compilers take most of the time.
         self._start_others(goes_on)
-        # 6. to 8. come true one after another; where answers go on from an earlier run, 8. came before Kafka.
+        # 6. to 8. become true one after another; if an earlier run's version answers, 8. came before Kafka.
         self._await_bootstrap()
         # No answer waits for the validation: it compares with what the bootstrap found, and reads what it missed.
         self._start({VALIDATION} - left_out(settings))
         version = self._wait(lambda: trained_version(settings), "waiting for the trainer's first version")
         self._step("trainer", f"version {version}")
         self._wait(lambda: self._answered, "waiting for the first answer")
-        # 9. What to try. The page comes last: it is in nobody's way.
+        # 9. What to try. The page comes last, because no other step waits for it.
         self._start((CONSOLE,) if settings.console.port else ())
         self._running().settled = True
         self._say_what_to_try()
@@ -483,7 +472,7 @@ class Startup:
         self._step("salt", f"{'made' if fresh else 'found'} in {settings.salt_path}, fingerprint {salt.fingerprint}")
 
     def _say_whose_kafka(self) -> None:
-        """Says why no broker starts where the one that is named is where the local one would be."""
+        """Explains why no broker is started if the configured address is the local broker's."""
         kafka, origin = self._settings.kafka, self._settings.origins.get("kafka.bootstrap_servers")
         if origin and kafka.bootstrap_servers in (f"{host}:{kafka.port}" for host in ("127.0.0.1", "localhost")):
             self._screen.say(
@@ -492,7 +481,7 @@ class Startup:
             )
 
     def _start(self, names: Iterable[str]) -> None:
-        """Starts those that are to run and do not yet."""
+        """Starts the wanted processes that do not run yet."""
         supervisor = self._running()
         for name in names:
             if name in self._plans and name not in supervisor.names():
@@ -557,7 +546,7 @@ class Startup:
             self._sleep(LOOK_S)
 
     def _wait(self, look: Callable[[], Found], what: str) -> Found:
-        """Watches the processes until `look` finds something, and returns it; says what it waits for when that takes long."""
+        """Watches the processes until `look` returns something, and returns that; reports what it waits for if it takes long."""
         remind, report = self._clock() + REMIND_S, self._clock() + PROGRESS_S
         while not (found := look()):
             self._look()
@@ -577,7 +566,7 @@ class Startup:
 
         Raises:
             Stopped: The operator asked for it.
-            ProcessFailed: A process says at its first start that it was used wrongly.
+            ProcessFailed: A process reports wrong use at its first start.
         """
         if self._stop():
             raise Stopped

@@ -1,19 +1,23 @@
-"""`springtide trial start|list|stop|promote|report`: what is wanted of trials; the process of `springtide up` converges to it.
+"""The commands `springtide trial start|list|stop|promote|report`.
 
-Gives a trial a registry of its own: the live version as links to its files, the feature spec, and a first control.
+A command writes the wanted state of a trial; the trials' process of `springtide up` converges to
+it.
 
-Files of versions are never changed, only replaced by others of their name: a
-link costs no room, and outlives what the live compactor removes.
+`start` gives a trial its own registry: the live version as links to its files, the feature spec,
+and a first control. Files of versions are never modified, only replaced under the same name. So a
+link uses no space, and stays valid when the live compactor removes the file.
 
-`springtide trial promote`: the live trainer goes on, in a new epoch, from what a trial learned.
+`promote` lets the live trainer continue, in a new epoch, from what the trial learned:
 
-1. The settings must be those that the trial tried; where the live version is of another model, the live trainer must rest.
-2. `promoting` is wanted: the trial's trainer ends, with a last durable version.
-3. The next control generation begins an epoch from the live version, whose first version is what the trial learned.
-4. `promoted` is written down; the trial's registry goes once that version is there.
+1. Check that the settings are those of the trial. If the live version is of another model, the live
+   trainer must be stopped.
+2. Set the wanted state to `promoting`: the trial's trainer ends with a last durable version.
+3. Create the next control generation. It begins an epoch from the live version, whose first version
+   is what the trial learned.
+4. Record `promoted`. The trial's registry is removed once that first version exists.
 
-A crash before 3 leaves the trial `promoting`: the same command goes on. The live
-line stays as it is, so that `springtide rollback` takes it back.
+After a crash before step 3 the trial stays `promoting`, and the same command continues. The live
+branch is kept, so that `springtide rollback` can undo the promotion.
 """
 
 from __future__ import annotations
@@ -63,13 +67,14 @@ from state.trials.trial import MOST_RUNNING, Trial, Trials, Wanted, require_name
 WAIT_S = 60.0
 LOOK_S = 0.1
 PROMOTING: Wanted = "promoting"
+_TRIES = 3
 
 
 def promote(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
     """Promotes one trial.
 
     Raises:
-        SettingsError: The settings are not those of the trial; the message says which.
+        SettingsError: The settings differ from those of the trial; the message says which.
         RegistryError: It runs no longer, or learned nothing yet.
         LockHeld: The live trainer runs with another model, or the trial's does not end.
         ControlConflict: The live trainer went on elsewhere meanwhile.
@@ -117,7 +122,7 @@ def promote(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
 
 @contextmanager
 def _resting(live: Registry, trial: Trial) -> Iterator[None]:
-    """Holds the live trainer's lock: one that runs with another model could not go on from the trial."""
+    """Holds the live trainer's lock: a running trainer with another model could not continue from the trial."""
     try:
         with DirectoryLock(live.path, layout.TRAINER_LOCK):
             yield
@@ -186,9 +191,6 @@ def _learned(own: Registry, trial: Trial) -> Manifest:
     return own.manifest(number)
 
 
-_TRIES = 3
-
-
 def require_bootstrapped(live: Registry, tried: Settings) -> str:
     """The name of the analysis of clicks that the trial's preprocessing needs.
 
@@ -222,7 +224,7 @@ def version_for(live: Registry, origin: str) -> Manifest | None:
 
 
 def plan_of(live: Registry, version: Manifest | None, tried: Settings) -> dict[str, Any] | None:
-    """What an upgrade within the trial goes on to, where its model is another one; None where it is the version's own."""
+    """The model to which an upgrade within the trial changes; None if it is the version's own."""
     spec = FeatureSpec.from_settings(tried)
     if version is None or not differences(live, version, tried, spec):
         return None
@@ -264,13 +266,13 @@ def filler(
 
 
 def _link_version(live: Registry, own: Registry, version: int) -> None:
-    """Links all that a version is made from; the compactor may put a merged delta in place of others meanwhile."""
+    """Links all files that a version consists of; the compactor may replace them with a merged delta meanwhile."""
     for left in reversed(range(_TRIES)):
         base, deltas = live.chain(version)
         try:
             for part in (base, *deltas):
                 for name in part.files:
-                    # One that is not here yet is brought.
+                    # Fetch a file that is not on this host yet.
                     live.path_of(part, name)
                 shutil.copytree(live.folder_of(part), own.folder_of(part), copy_function=_linked, dirs_exist_ok=True)
             own.chain(version)
@@ -336,7 +338,7 @@ def _report(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
     """How the arms of the trial's newest rollout compare."""
     if not asked.name:
         raise SettingsError("trial report needs a name", "see `springtide trial list`")
-    # What the client says of each try is said once by what failed.
+    # A failed attempt is reported once, with what failed; the client's own messages would repeat it.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     say_report(settings, asked.name, asked.output, KafkaLog(settings.kafka), say)
 

@@ -1,18 +1,18 @@
-"""Runs the trials of a state directory: `python -m deploy.trials.process`, a child of `springtide up` while there is one.
+"""Runs the trials of a state directory: `python -m deploy.trials.process`.
 
-For each trial that is to run it
+`springtide up` starts it as a child while a trial exists.
 
-1. lets the live trainer write its losses,
-2. takes over what the live control wants of anybody who learns (`state/trials/following.py`), before its trainer begins,
-3. keeps the trial's trainer alive, a process of its own registry,
-4. pairs both trainers' losses and keeps the comparison.
+For each trial that should run, the process
 
-A trial that is not to run any more loses its trainer, then its registry, once
-nobody is to go on from it. All of it, trainers included, has `trials.cores` of
-the machine and steps back behind whoever else wants them. It ends once nothing
-is left to do.
+1. makes the live trainer write its losses,
+2. before the trial's trainer starts, copies what live control requires of every trainer
+   (`state/trials/following.py`),
+3. keeps the trial's trainer running, as a process with its own registry,
+4. pairs the losses of both trainers and stores the comparison.
 
-Follows the losses of both trainers, pairs them, and keeps the comparison of one trial.
+When a trial should no longer run, its trainer is stopped. Its registry is removed once no promotion
+needs it. The process and its trainers use `trials.cores` of the machine, at a lower priority than
+other processes. It ends when nothing is left to do.
 """
 
 from __future__ import annotations
@@ -49,22 +49,27 @@ from state.trials.row_losses import LossReader
 from state.trials.trial import Trial, Trials
 
 KEEP_S = 5.0
-"""Between two times that the comparison is written."""
+"""Interval at which the comparison is written."""
 READS_AT_ONCE = 8
+LOOK_S = 0.2
+STOP_S = 15.0
+NICENESS = 10
+ACTOR = "trials"
+logger = logging.getLogger(__name__)
 
 
 class ComparedTrial:
-    """The comparison of one trial while it runs; one thread.
+    """The comparison of one running trial; used by one thread.
 
     Args:
         folder: The trial's directory.
         live: The registry of the live trainer.
-        own: That of the trial's.
-        settings: How sure, and after how many rows.
+        own: The registry of the trial's trainer.
+        settings: Confidence level and planned rows.
         elapsed: Monotonic seconds.
 
     Raises:
-        CorruptStore: What was compared before cannot be read.
+        CorruptStore: The stored comparison cannot be read.
     """
 
     def __init__(
@@ -81,10 +86,10 @@ class ComparedTrial:
         self._kept_s, self._kept_records = elapsed(), self._comparison.records
 
     def step(self) -> None:
-        """Reads on, and keeps what was compared where it is time.
+        """Reads new losses, and stores the comparison if it is due.
 
         Raises:
-            OSError: The disk refused; nothing is lost.
+            OSError: The write failed; nothing is lost.
         """
         pairing = self._comparison.pairing
         for _ in range(READS_AT_ONCE):
@@ -99,7 +104,7 @@ class ComparedTrial:
             self.keep()
 
     def keep(self) -> None:
-        """Writes what was compared; durable when this returns.
+        """Stores the comparison; durable when this returns.
 
         Raises:
             OSError: The disk refused; it is tried again.
@@ -110,15 +115,8 @@ class ComparedTrial:
             self._kept_records = self._comparison.records
 
 
-LOOK_S = 0.2
-STOP_S = 15.0
-NICENESS = 10
-ACTOR = "trials"
-logger = logging.getLogger(__name__)
-
-
 def part_of(name: str) -> str:
-    """What the trainer of a trial is called among processes; also its log.
+    """Name of a trial's trainer among the processes, and of its log.
 
     >>> part_of("wider")
     'trial-wider'
@@ -165,7 +163,7 @@ class TrialRunner:
         self._trials.sweep()
 
     def step(self) -> bool:
-        """Takes each trial to what is wanted of it; False where nothing is left to do."""
+        """Moves each trial towards its wanted state; returns False if nothing is left to do."""
         for name in self._trials.open():
             say = self._say.setdefault(name, SaidOnce(logger.warning))
             try:
@@ -181,7 +179,7 @@ class TrialRunner:
         return bool(self._trials.open())
 
     def close(self) -> None:
-        """Ends all trainers; the next start goes on where they were."""
+        """Ends all trainers; the next start resumes them."""
         self._supervisor.stop_all()
         for running in self._running.values():
             with suppress(OSError):
@@ -235,7 +233,7 @@ class TrialRunner:
 
 
 def step_back(cores: int) -> None:
-    """Lets this process and its children have so many cores at most, and those only where nobody else wants them."""
+    """Limits this process and its children to this many cores, at low priority."""
     os.nice(NICENESS)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])
 

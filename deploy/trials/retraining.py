@@ -1,15 +1,15 @@
-"""Learns a model anew every so often: `python -m deploy.trials.retraining`, a child of `springtide up` while one is due or under way.
+"""Retrains the model on a schedule: `python -m deploy.trials.retraining`.
 
-1. One that is due is written down.
-2. Its trial begins, from the clicks of the last days; the process of trials runs it.
-3. It is judged (`deploy/trials/retraining.py`), and promoted or stopped as an operator would do it.
-4. What became of it is written down.
+`springtide up` starts it as a child while a retrain is due or running.
 
-Killed anywhere it goes on there: the name in the document is that of the trial,
-which is there or begins, and what was decided of the trial is read from it. It
-ends once nothing is due.
+1. Record that a retrain is due.
+2. Start its trial, from the clicks of the last days; the trials' process runs it.
+3. Judge it by its trial, its comparison and a rollout. Promote or stop it with the operator's
+   commands.
+4. Record the outcome (promoted, dropped or failed) and the reason.
 
-What becomes of a retrain: promoted, dropped or failed, and why, by its trial, its comparison and a rollout. Pure.
+After a kill at any point it continues. The document has the trial's name: that trial exists or is
+started, and its document shows what was decided. The process ends when nothing is due.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ from state.trials.retraining import Outcome, Retraining, Retrainings
 from state.trials.trial import Trial, Trials
 
 ACTOR = "retrain"
-"""Who decides where nobody commanded it."""
+"""The actor of decisions that no operator made."""
+LOOK_S = 1.0
+logger = logging.getLogger(__name__)
 
 
 class RetrainDecision(NamedTuple):
@@ -70,16 +72,16 @@ def judge(
 ) -> RetrainDecision | None:
     """Judges a retrain; None while that is too early.
 
-    1. What somebody decided of its trial counts, and what ended it.
-    2. A rollout of it that is open is waited for, and one that went back drops it.
-    3. The interval that holds at all looks: worse, or better; better alone is enough where no rollout is asked for. While
-       the trial's guard holds it, its comparison decides nothing.
-    4. So many rows, or so much time, and neither.
+    1. A decision by somebody about its trial counts, and so does whatever ended the trial.
+    2. An open rollout of it is awaited, and one that was rolled back drops it.
+    3. The confidence sequence, valid at all times, shows worse or better. Better is enough alone if no rollout is
+       configured. While the trial's guard holds it, its comparison decides nothing.
+    4. The maximum of rows or time is reached without a decision.
 
     Args:
         trial: Its trial.
         compared: The figures of its comparison; None before anything was compared.
-        held: What the trial's guard holds, in words; None for nothing.
+        held: What the trial's guard holds, as text; None for nothing.
         rollout: The newest rollout; None where there was none.
         settings: After how many rows, and how much time.
         begun_at_ms: When it began, wall clock.
@@ -87,7 +89,7 @@ def judge(
     """
     # 1.
     if trial.wanted == "promoting":
-        # One that we ourselves promote goes on where that was cut short.
+        # A promotion of our own continues where it was interrupted.
         return RetrainDecision("promoted", trial.reason) if trial.actor == ACTOR else None
     if (over := _decided(trial)) is not None:
         return over
@@ -117,7 +119,7 @@ def judge(
 def _too_late(
     trial: Trial, rows: int, verdict: str, told: str, settings: RetrainSettings, took_ms: int
 ) -> RetrainDecision | None:
-    """What becomes of one that so many rows, or so much time, did not decide; None before that."""
+    """The outcome of a retrain that the maximum of rows or time did not decide; None before that."""
     if rows >= settings.rows and verdict != "better":
         return RetrainDecision("dropped", f"no better: {told}")
     if took_ms < (span_ms(settings.limit) or 0.0):
@@ -140,10 +142,6 @@ def _decided(trial: Trial) -> RetrainDecision | None:
     if trial.wanted == "stopped":
         return RetrainDecision("dropped", f"{by}{trial.reason}")
     return RetrainDecision("dropped", f"it ended: {trial.reason}") if trial.wanted == "ended" else None
-
-
-LOOK_S = 1.0
-logger = logging.getLogger(__name__)
 
 
 class Retrainer:

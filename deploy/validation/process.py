@@ -1,18 +1,14 @@
-"""The validation: `python -m deploy.validation.process`, `springtide validate`.
+"""Validates live clicks against the baseline: `python -m deploy.validation.process`, `springtide validate`.
 
-Follows the training log beside the trainer, takes the statistics of each window
-of log time, and judges it when it is over. Nobody waits for it: where it is slow
-or dead, clicks, training and answers go on, and it takes the log up again where
-its open window began.
+The process follows the training log in parallel to the trainer. It collects the statistics of each
+window of log time. When a window ends, it compares the window with the baseline and the window
+before. It reports findings as metrics and log lines. No other process waits for it. If it is slow
+or dead, clicks, training and answers continue. It resumes the log where its open window began.
 
-Holds each window against the baseline and the window before, and says what was found: metrics, and lines in the log.
-
-Parts the training log into windows of log time and takes the statistics of each: the same log gives the same windows.
-
-A record belongs whole to the window in which its log time lies: what time it was
-by the clocks of many users after its last event, and never before that of a record
-before it. A window ends with the first record of a later one. Of about one in
-`every` records the rows count, chosen by a hash of its offset.
+The same log always gives the same windows. A record belongs as a whole to the window of its log
+time: the time by many users' clocks after its last event, and never earlier than that of the
+previous record. The first record of a later window ends a window. The rows of about one in `every`
+records are counted, chosen by a hash of the record's offset.
 """
 
 from __future__ import annotations
@@ -50,6 +46,28 @@ from state.statistics.collecting import FEATURES, Statistics
 from state.statistics.protos import by_name, common, dataset
 
 _SPREAD = 0x9E3779B97F4A7C15
+MOST_LABELS = 40
+SETTLED_WINDOWS = 24
+OTHERS = "others"
+KINDS = (
+    "SCHEMA_MISSING_COLUMN",
+    "SCHEMA_NEW_COLUMN",
+    "FEATURE_TYPE_LOW_FRACTION_PRESENT",
+    "UNEXPECTED_DATA_TYPE",
+    "ENUM_TYPE_UNEXPECTED_STRING_VALUES",
+    "INT_TYPE_SMALL_INT",
+    "INT_TYPE_BIG_INT",
+    "FLOAT_TYPE_SMALL_FLOAT",
+    "FLOAT_TYPE_BIG_FLOAT",
+    "COMPARATOR_L_INFTY_HIGH",
+    "COMPARATOR_JENSEN_SHANNON_DIVERGENCE_HIGH",
+)
+"""The kinds of anomalies that `state/statistics/anomalies.py` can find."""
+FETCH_S = 0.5
+RETRY_S = 1.0
+RECORDS_AT_ONCE = 64
+LOOK_BACK_WINDOWS = 2
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -81,7 +99,7 @@ def chosen(offset: int, every: int) -> bool:
 
 
 def log_time_ms(batch: MicroBatch) -> int:
-    """What time it was after the last event of a batch by the clocks of many users, ms; 0 where nothing says.
+    """The time after the last event of a batch by the clocks of many users, ms; 0 if it is unknown.
 
     What 0.1.0 wrote has no clocks: the newest of the rows' own times then.
     """
@@ -119,11 +137,6 @@ class Windows:
         return ended
 
 
-MOST_LABELS = 40
-SETTLED_WINDOWS = 24
-OTHERS = "others"
-
-
 def labels_of(names: Iterable[str]) -> dict[str, str]:
     """The value of the metrics' label `feature` of each feature, at most `MOST_LABELS` different ones.
 
@@ -133,7 +146,7 @@ def labels_of(names: Iterable[str]) -> dict[str, str]:
     {'category': 'category', 'features.view.count_1h': 'features.view', 'features.view.recency': 'features.view'}
     """
     found = {name: ".".join(name.split(".")[:2]) if name.startswith(f"{FEATURES}.") else name for name in names}
-    # Inputs first: there may be as many actions as a byte can say.
+    # Inputs first: there may be up to 255 actions.
     ordered = sorted({*found.values()}, key=lambda label: (label.startswith(f"{FEATURES}."), label))
     kept = {*ordered[: MOST_LABELS - 1]} if len(ordered) > MOST_LABELS else {*ordered}
     return {name: label if label in kept else OTHERS for name, label in found.items()}
@@ -155,7 +168,7 @@ class WindowJudge:
         self._seen: set[str] = set()
 
     def judge(self, window: Window) -> Anomalies | None:
-        """Keeps a window and says what is wrong with it; None where it is held against nothing.
+        """Stores a window and returns its anomalies; None if there is nothing to compare it with.
 
         Raises:
             RegistryError: The registry cannot be read, or a baseline is damaged.
@@ -213,7 +226,7 @@ class WindowJudge:
         return found
 
     def _clear(self) -> None:
-        """What was said of an earlier window is not said of this one."""
+        """Clears the metrics of the previous window, so that none of them is shown for this one."""
         for one in (self._metrics.distance, self._metrics.missing_ratio):
             one.clear()
         self._count({})
@@ -235,7 +248,7 @@ class WindowJudge:
             self._metrics.anomalies.labels(kind).set(features.get(kind, 0))
 
     def _tell(self, found: Anomalies, rows: int) -> None:
-        """Each anomaly in a line when it begins, and that it is over."""
+        """Logs each anomaly in one line when it begins, and when it is over."""
         now = {*found.anomaly_info}
         for name in sorted(now - self._seen):
             _log.warning("%s: %s (%d rows)", name, found.anomaly_info[name].description, rows)
@@ -272,29 +285,6 @@ def kinds(found: Anomalies) -> Iterable[int]:
     """The kinds of anomalies, each once a feature."""
     for info in found.anomaly_info.values():
         yield from sorted({reason.type for reason in info.reason})
-
-
-KINDS = (
-    "SCHEMA_MISSING_COLUMN",
-    "SCHEMA_NEW_COLUMN",
-    "FEATURE_TYPE_LOW_FRACTION_PRESENT",
-    "UNEXPECTED_DATA_TYPE",
-    "ENUM_TYPE_UNEXPECTED_STRING_VALUES",
-    "INT_TYPE_SMALL_INT",
-    "INT_TYPE_BIG_INT",
-    "FLOAT_TYPE_SMALL_FLOAT",
-    "FLOAT_TYPE_BIG_FLOAT",
-    "COMPARATOR_L_INFTY_HIGH",
-    "COMPARATOR_JENSEN_SHANNON_DIVERGENCE_HIGH",
-)
-"""Those that `state/statistics/anomalies.py` can find."""
-
-
-FETCH_S = 0.5
-RETRY_S = 1.0
-RECORDS_AT_ONCE = 64
-LOOK_BACK_WINDOWS = 2
-_log = logging.getLogger(__name__)
 
 
 class LogValidation:
@@ -340,7 +330,7 @@ class LogValidation:
             self._reader = None
 
     def _open(self) -> LogReader:
-        """A reader where the open window began, or, where nobody knows, some windows back."""
+        """A reader at the start of the open window or, if that is unknown, some windows back."""
         topic, partition = self._settings.kafka.microbatches_topic, self._settings.trainer.partition
         with self._kafka.topics() as topics:
             topic_id, (begin, end) = topics.describe(topic).topic_id, topics.ends(topic)[partition]

@@ -1,22 +1,18 @@
-"""One consistent cut of the whole account: broker, stream, training log, trainer; for `springtide status`.
+"""Reads one consistent account of all rows, for `springtide status`: broker, stream, training log and trainer.
 
-The order of reading makes the cut exact while everything moves:
+The order of reading makes the account exact while everything runs:
 
-1. The newest version: what became of the rows the trainer had, and its marks.
+1. The newest version: what became of the rows the trainer had, and the next offset of each source.
 2. The stream's store: what became of the positions it has committed.
-3. The training log from the version's place on: the rows in flight, counted
-   up to where the store was and no further.
+3. The training log from the version's position on: the rows in flight, counted up to the store's
+   position and no further.
 4. The broker's first and last offsets.
 
-A row is in the log before the store counts it, and in the store soon after; so
-where the version is ahead of the store, the store is read again.
+A row is in the log before the store counts it, and in the store soon after. So if the version is
+ahead of the store, the store is read again.
 
-A stream on an engine has its account there: of it there is what it shows on
-/metrics, a second old, which is not compared with the trainer's.
-
-Reads what the account is made of: the stream's stores on this machine, or what it shows, and the end of the training log.
-
-Counts the rows between the trainer's place and the stream's, and makes both accounts of what is stored. Pure.
+If the stream runs on an engine, its stores are on the engine's machines. Its account is then what
+it shows on /metrics, up to a second old, and is not compared with the trainer's.
 """
 
 from __future__ import annotations
@@ -50,11 +46,18 @@ from state.registry.registry import Registry
 LONGEST_TAIL = 20_000
 
 Counts = Mapping[Source, Mapping[str, int]]
+LONGEST_S = 3.0
+SETTLE_S = 1.0
+OUTCOMES = ("rows", "dead", "filtered", "absent", "gap")
+RARE = ("opened", "feedback", "masked")
+AS_SHOWN = (
+    "no stream has a store here: its account is what it shows on /metrics, and is not compared with the trainer's"
+)
 
 
 @dataclass(frozen=True)
 class InFlight:
-    """Rows between the trainer's place and the stream's, counted on their own.
+    """Rows between the trainer's position and the stream's, counted separately.
 
     Attributes:
         rows: New rows.
@@ -70,7 +73,7 @@ class InFlight:
 
 
 def in_flight(batches: Iterable[MicroBatch], marks: Mapping[Source, int], until: Mapping[Source, int]) -> InFlight:
-    """Counts the rows of `batches` that lie from `marks` on and before `until`. Pure."""
+    """Counts the rows of `batches` from `marks` up to, but not including, `until`."""
     rows = duplicate = 0
     at = dict(marks)
     for batch in batches:
@@ -95,7 +98,7 @@ def stream_account(counts: Counts) -> StreamAccount:
 
 
 def trainer_account(version: Manifest, flying: InFlight) -> TrainerAccount:
-    """The version's account, with what is in flight behind it."""
+    """The version's account, with the rows in flight after it."""
     counted = {
         name: int(version.metrics.get(f"account.{name}", 0))
         for name in ("rows", "trained", "skipped", "duplicate", "masked", "gap", "other_features")
@@ -113,12 +116,12 @@ def trainer_account(version: Manifest, flying: InFlight) -> TrainerAccount:
 
 
 def comparable(counts: Counts, version: Manifest, flying: InFlight) -> str:
-    """Why the stream's rows and the trainer's cannot be compared; empty where they can. Pure.
+    """Why the stream's rows and the trainer's cannot be compared; empty if they can.
 
     Args:
         counts: Of the stream's stores.
         version: The trainer's newest version.
-        flying: What lies behind it.
+        flying: The rows in flight after it.
     """
     if not flying.complete:
         return f"the trainer is more than {LONGEST_TAIL:,} positions behind: rows in flight are not counted"
@@ -133,10 +136,6 @@ def comparable(counts: Counts, version: Manifest, flying: InFlight) -> str:
     if flying.marks.keys() == version.marks.keys() and int(version.metrics["account.before"]) != began:
         return "the trainer's line began later than the stream's store, or earlier: its log had been cut, or the store is new"
     return ""
-
-
-LONGEST_S = 3.0
-SETTLE_S = 1.0
 
 
 class Stores(NamedTuple):
@@ -157,7 +156,7 @@ def read_stores(settings: Settings) -> Stores:
     """What the stores of this machine count.
 
     Raises:
-        SpringtideError: There is none, or one cannot be read.
+        SpringtideError: There is no version, or one cannot be read.
     """
     counts: dict[Source, dict[str, int]] = {}
     accepted: list[dict[str, Any]] = []
@@ -177,7 +176,7 @@ def read_stores(settings: Settings) -> Stores:
 
 
 class Shown(NamedTuple):
-    """What a stream says of itself on /metrics.
+    """The account that a stream shows on /metrics.
 
     Attributes:
         account: Over all sources; None where no stream answers, or it has committed nothing.
@@ -207,7 +206,7 @@ def read_shown(settings: Settings) -> Shown:
 
 
 def read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int], line: LogLine = WHOLE) -> InFlight:
-    """The rows between the version's place in the log and the stream's, along a line of the log.
+    """The rows between the version's position in the log and the stream's, along a branch of the log.
 
     Raises:
         LogError: The log cannot be read from there.
@@ -228,7 +227,7 @@ def read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int]
                 return InFlight(0, 0, version.marks, complete=False)
             for batch in reader.poll(0.1):
                 for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
-                    # The trainer stops at what is no micro-batch, or leaves it out.
+                    # The trainer stops at a record that is no micro-batch, or leaves it out.
                     with contextlib.suppress(MicroBatchError):
                         found = decode(value or b"")
                         batches += [found] if counts(line, found.header.log_epoch, offset) else []
@@ -253,15 +252,8 @@ def settled(
             return stores
 
 
-OUTCOMES = ("rows", "dead", "filtered", "absent", "gap")
-RARE = ("opened", "feedback", "masked")
-AS_SHOWN = (
-    "no stream has a store here: its account is what it shows on /metrics, and is not compared with the trainer's"
-)
-
-
 def account(settings: Settings) -> dict[str, Any]:
-    """The whole account as JSON values; what cannot be read says why, and the rest is checked all the same."""
+    """The whole account as JSON values; a part that cannot be read has a reason, and the rest is still checked."""
     found: dict[str, Any] = {"answers": True, "problem": "", "notes": [], "faults": []}
     (version, line), counts, waiting, unread = _newest(settings, found), None, None, 0
     stream: StreamAccount | None = None
@@ -310,7 +302,7 @@ def account(settings: Settings) -> dict[str, Any]:
 
 
 def _newest(settings: Settings, found: dict[str, Any]) -> tuple[Manifest | None, LogLine]:
-    """The newest version of control's epoch, and the line of the log that control names."""
+    """The newest version of control's epoch, and the branch of the log that control names."""
     # 1.
     try:
         if not (settings.registry_dir / "versions").is_dir():

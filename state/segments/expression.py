@@ -5,7 +5,7 @@
     user.age_band == '25-34'     an attribute; without a value it equals no text, and `!=` holds
     churn > 0.8                  the probability of no further event; without one no comparison holds
 
-`grammar.py` reads them.
+`configured.py` parses them.
 """
 
 from __future__ import annotations

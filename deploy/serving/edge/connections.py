@@ -1,31 +1,28 @@
-"""One client's connection: uvicorn's protocol, with limits on what a client may send and leave unread.
+"""One client's connection to a worker: uvicorn's protocol, with limits on what a client may send and leave unread.
 
-    what                                                  is answered, and the connection closed
-    no HTTP, of HTTP/1.1 also without one host            400
-    a host that may be anybody's, with `own_hosts`        403
-    the head of a request above `head_bytes`              431
-    a request that does not arrive within `timeout_s`     408
-    a connection above `connections`                      429, each request on it
-    an answer that is not taken for `timeout_s`           nothing
-    nothing asked for `timeout_s` since it was opened     nothing
+    event                                                      answer before the connection is closed
+    not HTTP, or HTTP/1.1 without exactly one host             400
+    a host that another site could own, with `own_hosts`       403
+    the head of a request is larger than `head_bytes`          431
+    a request does not arrive within `timeout_s`               408
+    more than `connections` connections                        429, each request on it
+    the client does not read an answer for `timeout_s`         none
+    no request for `timeout_s` after the connection opened     none
 
-A client may pipeline requests. They are answered in order, one at a time. While
-`PIPELINED` requests wait, the rest is neither parsed nor read from the socket.
-While uvloop's write buffer holds 64 KiB or more, the next answer waits. So a
-client that does not read its answers stops only its own connection.
+A client may pipeline requests. They are answered in order, one at a time. While `PIPELINED`
+requests wait, the rest is neither parsed nor read from the socket. While uvloop's write buffer
+holds 64 KiB or more, the next answer waits. So a client that does not read its answers stops only
+its own connection.
 
-An application that has `respond` (`http_api/app.py`) is asked by that and not by ASGI: its answer is written at once,
-without a task, by the same rules.
+If the application has `respond` (`http_api/app.py`), it is called instead of ASGI. Its answer is written
+at once, without a task, by the same rules.
 
-A client may close its half of the connection once it has asked; it is answered
-all the same. `look` is called for each connection every second, so that no
-request costs a timer.
+A client may close its half of the connection after its request, and is still answered. The server
+calls `look` for each connection every second, so that no request needs a timer.
 
-Which host a request may name, where nothing else keeps a foreign page out.
-
-A page of somebody else can have its own name lead to 127.0.0.1 (DNS
-rebinding). A browser then sends that page's requests here, with that name as
-their host. An address or `localhost` cannot be such a name.
+`own_hosts` protects against DNS rebinding where nothing else keeps another site's page out. Such a
+page can resolve its own name to 127.0.0.1. A browser then sends the page's requests here, with that
+name as their host. An address or `localhost` cannot be such a name.
 """
 
 from __future__ import annotations
@@ -42,6 +39,12 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from deploy.serving.http_api.endpoints import JSON, LAST, Response, answer, failure
 from state.errors import Forbidden, HeadTooLarge, NotHttp, Overloaded, SpringtideError, TooSlow
 
+PIPELINED = 16
+"""Requests of one connection that may wait behind the current one; parsing stops at this number."""
+PIECE_BYTES = 2048
+"""Bytes parsed at once. The parser cannot stop inside a piece, so one piece may exceed `PIPELINED` by its requests."""
+_JSON_LINE = b"".join(name + b": " + value + b"\r\n" for name, value in JSON) + b"content-length: "
+
 
 def one_host(hosts: list[bytes]) -> str:
     """The host of a request of HTTP/1.1, out of the values of its header `host`.
@@ -50,7 +53,7 @@ def one_host(hosts: list[bytes]) -> str:
     'localhost'
 
     Raises:
-        NotHttp: There is none, or more than one.
+        NotHttp: The request has no host, or more than one.
     """
     if len(hosts) != 1:
         raise NotHttp(f"the request has {len(hosts)} headers `host`", "send one")
@@ -58,7 +61,7 @@ def one_host(hosts: list[bytes]) -> str:
 
 
 def require_own_host(host: str) -> None:
-    """Refuses a name that may be anybody's.
+    """Refuses a name that another site could own.
 
     >>> for host in ("127.0.0.1:8502", "localhost", "[::1]:8502"):
     ...     require_own_host(host)
@@ -81,24 +84,14 @@ def require_own_host(host: str) -> None:
         ) from None
 
 
-PIPELINED = 16
-"""Requests of one connection that may wait behind the one that is answered; parsing stops at so many."""
-
-PIECE_BYTES = 2048
-"""Parsed at once. The parser cannot stop inside a piece, so one piece may exceed `PIPELINED` by its requests."""
-
-
-_JSON_LINE = b"".join(name + b": " + value + b"\r\n" for name, value in JSON) + b"content-length: "
-
-
 class ConnectionLimits(NamedTuple):
     """What a connection may do.
 
     Attributes:
-        head_bytes: Request line and headers together.
+        head_bytes: Size of request line and headers together.
         timeout_s: See the module.
         connections: Of one worker at a time.
-        own_hosts: Whether a request must name an address or localhost as its host (`hosts.py`).
+        own_hosts: Whether a request must name an address or localhost as its host.
     """
 
     head_bytes: int
@@ -122,8 +115,8 @@ class BoundedConnection(HttpToolsProtocol):
 
     Args:
         limits: The limits.
-        refused: Counts what is refused, by reason.
-        given: What uvicorn gives its protocols.
+        refused: Counts refusals, by reason.
+        given: The arguments that uvicorn passes to its protocols.
     """
 
     flow: _Flow
@@ -140,7 +133,7 @@ class BoundedConnection(HttpToolsProtocol):
         self._respond = getattr(self.app, "respond", None)
 
     def connection_made(self, transport: Any) -> None:
-        """One more; beyond the limit it is told so with each answer."""
+        """Counts a new connection; above the limit each of its requests is refused."""
         super().connection_made(transport)
         self.flow = _Flow(transport)
         if len(self.connections) > self._limits.connections:
@@ -148,7 +141,7 @@ class BoundedConnection(HttpToolsProtocol):
             self.app, self._respond = cast(Any, _too_many), None
 
     def data_received(self, data: bytes) -> None:
-        """Reads what has come; see the module for what is refused."""
+        """Parses received data; the module docstring lists what is refused."""
         if self._ended:
             return
         if not self._unparsed and len(data) <= PIECE_BYTES and len(self.pipeline) < PIPELINED:
@@ -169,7 +162,7 @@ class BoundedConnection(HttpToolsProtocol):
             self.flow.pause_reading()
 
     def _parse_piece(self, data: bytes | memoryview) -> None:
-        # Of what came with the end of another request it is not known how much is whose.
+        # For bytes that arrived with the end of another request, it is unknown which request they belong to.
         only = self._requests + (not self._in_request)
         self._arriving_bytes = len(data)
         try:
@@ -192,7 +185,7 @@ class BoundedConnection(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """An answer is written: requests that were received and not parsed may come next.
 
-        As uvicorn's, but that `look` closes what is idle and no answer costs a timer.
+        As in uvicorn, except that `look` closes idle connections and no answer needs a timer.
         """
         self.server_state.total_requests += 1
         if self.transport.is_closing():
@@ -220,7 +213,7 @@ class BoundedConnection(HttpToolsProtocol):
         self.tasks.add(task)
 
     def _write(self, cycle: RequestResponseCycle, response: Response) -> None:
-        """Writes an answer at once; where the client does not take what it has, or headers are more, as uvicorn does."""
+        """Writes an answer at once; if the client does not read, or there are more headers, the way uvicorn does."""
         if response.headers is not JSON or self.flow.write_paused or not cycle.keep_alive or cycle.disconnected:
             self._start(answer(cast(Any, cycle.send), response))
             return
@@ -237,7 +230,7 @@ class BoundedConnection(HttpToolsProtocol):
         cycle.on_response = _nothing
 
     def eof_received(self) -> bool:  # type: ignore[override]
-        """The client sends no more: what it has asked for is still answered, but over TLS, which knows no half."""
+        """The client sends no more. Its requests are still answered, except over TLS, which has no half-closed state."""
         if self.scheme == "https" or self._in_request or self.cycle is None or self.cycle.response_complete:
             return False
         self._ended = True
@@ -301,7 +294,7 @@ class BoundedConnection(HttpToolsProtocol):
             super().on_message_complete()
 
     def look(self, now_s: float) -> None:
-        """Ends what takes too long; called every second.
+        """Closes a connection that exceeds a time limit; called every second.
 
         Args:
             now_s: By the loop's clock.
@@ -312,7 +305,7 @@ class BoundedConnection(HttpToolsProtocol):
             self.transport.close()
         buffered = self.transport.get_write_buffer_size()
         if buffered < self._buffered:
-            # The client takes its answer.
+            # The client reads its answer.
             self._since_s = now_s
         self._buffered = buffered
         if now_s - self._since_s < self._limits.timeout_s:
@@ -333,7 +326,7 @@ class BoundedConnection(HttpToolsProtocol):
         )
 
     def _refuse(self, reason: str, error: SpringtideError) -> None:
-        """Answers instead of the application, after what is still owed, and ends the connection."""
+        """Answers in place of the application, after all pending answers, and closes the connection."""
         self._refused(reason)
         self._ended = True
         cycle = self.cycle
@@ -351,7 +344,7 @@ class BoundedConnection(HttpToolsProtocol):
 
 
 def _nothing() -> None:
-    """Takes the place of a callback that would keep its connection."""
+    """Replaces a callback that would keep a reference to its connection."""
 
 
 async def _too_many(scope: Any, receive: Any, send: Any) -> None:

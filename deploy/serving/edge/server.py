@@ -1,15 +1,16 @@
-"""A worker's server: uvicorn's, which looks after its connections every second and drains before it ends.
+"""A worker's HTTP server: uvicorn's, which checks its connections every second and drains before it stops.
 
-An end in order, at SIGTERM or SIGINT:
+Shutdown, at SIGTERM or SIGINT:
 
-1. /readyz is 503, gRPC's health NOT_SERVING, and each answer over HTTP says that it is the connection's last;
-   connections are still accepted, for `drain_s`, so that those who send requests here can turn elsewhere.
-2. Nothing is accepted any more; connections without a request are closed, requests under way are answered.
+1. /readyz answers 503, gRPC's health answers NOT_SERVING, and each HTTP answer announces that its
+   connection closes. Connections are still accepted for `drain_s`, so that clients can switch to
+   another host.
+2. No connection is accepted any more. Connections without a request are closed, and pending
+   requests are answered.
 
-Accepts the connections that wait at a socket, many in a turn of the event loop.
-
-uvloop's own server accepts one in each turn. Where turns are long because much
-is asked, a new client would wait for seconds.
+The server accepts many waiting connections in one iteration of the event loop. uvloop's own server
+accepts one per iteration. Under load, when iterations are long, a new client would then wait for
+seconds.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from deploy.serving.edge.access import Access
 from deploy.serving.edge.connections import BoundedConnection, ConnectionLimits
 
 if TYPE_CHECKING:
-    # The console has this server without gRPC, and loads none.
+    # The console uses this server without gRPC, and does not import it.
     from deploy.serving.grpc_api.server import GrpcServer
 import errno
 import logging
@@ -35,16 +36,20 @@ import ssl
 from contextlib import suppress
 
 AT_ONCE = 64
-"""In one turn."""
+"""Connections accepted in one iteration of the event loop."""
 HANDSHAKE_S = 10.0
 PAUSE_S = 0.5
 _NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 _log = logging.getLogger(__name__)
+TICK_S = 0.1
+GRACE_S = 10
+IDLE_S = 60
+BACKLOG = 2048
 
 
 class Acceptor:
-    """Accepts from its making on until `close`; what uvicorn takes for a server.
+    """Accepts connections from its creation until `close`; stands in for the server object that uvicorn expects.
 
     Args:
         bound: The socket.
@@ -65,7 +70,7 @@ class Acceptor:
         self._listen()
 
     def close(self) -> None:
-        """Accepts no more; connections that are there stay."""
+        """Accepts no more connections; open ones stay."""
         if self._again is not None:
             self._again.cancel()
         self._loop.remove_reader(self._bound)
@@ -97,15 +102,9 @@ class Acceptor:
 
     async def _open(self, client: socket.socket) -> None:
         timeout_s = HANDSHAKE_S if self._tls is not None else None
-        # A client that goes away, or whose handshake fails, is no failure of ours.
+        # A client that disconnects, or whose handshake fails, is not an error of the server.
         with suppress(OSError):
             await self._loop.connect_accepted_socket(self._make, client, ssl=self._tls, ssl_handshake_timeout=timeout_s)
-
-
-TICK_S = 0.1
-GRACE_S = 10
-IDLE_S = 60
-BACKLOG = 2048
 
 
 class Application(Protocol):
@@ -156,7 +155,7 @@ class DrainingServer(uvicorn.Server):
         self._grpc: GrpcServer | None = None
 
     def end_on_signals(self) -> None:
-        """Makes SIGTERM and SIGINT the orderly end, from now on and not only once the server runs.
+        """Lets SIGTERM and SIGINT start the shutdown from now on, not only once the server runs.
 
         uvicorn has handlers of its own while it runs, and raises the signal again
         after its end; a signal between this process's start and that moment
@@ -189,7 +188,7 @@ class DrainingServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Ends in order."""
-        # 1. Others may turn elsewhere.
+        # 1. Clients may switch to another host.
         self._app.draining = True
         if self._grpc is not None:
             self._grpc.look()

@@ -1,28 +1,26 @@
-"""Explains a probability: its difference from that of a user of whom nothing is known, in parts that add up.
+"""Explains a predicted probability: splits its difference from an unknown user's probability into parts that add up.
 
-1. Both questions, about the user and about nobody, are prepared and answered at one moment by one version.
-2. The inputs that differ are put into groups. The program is asked with some groups from the user's question and the
-   others from nobody's. A group's part is its Shapley value (`shapley.py`): how much the probability changes when the
-   group becomes the user's, on average over orders. Values of the program alone are needed, so this holds for any
-   ranker and preprocessing, and serving needs neither TensorFlow nor a second program.
-3. The parts are told with the events behind them; that they add up to the difference of the two answers is checked.
+The explained probability is that of one candidate, or of engagement with an item.
 
-Shapley values of groups of inputs: how much each changes the explained function, on average over orders.
+1. Two questions, one about the user and one about an unknown user, are prepared at one moment and
+   answered by one version.
+2. Inputs that differ are put into groups, by what they describe. The program is evaluated with some
+   groups from the user's question and the others from the unknown user's. A group's part is its
+   Shapley value: how much the probability changes when the group becomes the user's, on average
+   over orders.
+3. The parts are returned with the events behind them, in words: "viewed phones 14 times in 7 days,
+   last 3 min ago". A check confirms that the parts add up to the difference of the two answers.
 
-Some inputs are the user's and the others are an unknown user's. A group's
-Shapley value (Shapley 1953, "A Value for n-Person Games") is the mean, over
-all orders in which the groups become the user's, of the change that its own
-turn makes. Each order's changes add up to the whole difference, so the values
-do too. With more than `EXACT` groups `ORDERS` random orders stand for all:
-half of them, and the same ones reversed (Castro, Gomez and Tejada 2009).
+Only outputs of the program are needed. So this works for any ranker and preprocessing, and serving
+needs neither TensorFlow nor a second program.
 
-What is explained of a question: the probability of one of the candidates, or of engagement with an item.
+A group's Shapley value (Shapley 1953, "A Value for n-Person Games") is a mean over all orders in
+which the groups become the user's. It averages the change that the group's own step makes. The
+changes of each order add up to the whole difference, so the values do too. With more than `EXACT`
+groups, `ORDERS` random orders stand for all: half of them, and the same ones reversed (Castro,
+Gomez and Tejada 2009).
 
-What lies behind the parts of an explanation, in words: "viewed phones 14 times in 7 days, last 3 min ago".
-
-The form of an explanation; its fields are those of the JSON.
-
-Which inputs of a program speak of the same thing, so that an explanation names them together.
+The fields of the explanation are those of the JSON that the API returns.
 """
 
 from __future__ import annotations
@@ -49,6 +47,45 @@ from state.rows.reader import RowReader
 from state.rows.tables import own_rows_of
 
 I32 = NDArray[np.int32]
+_KINDS = {
+    "user_row": "user",
+    "context_row": "context",
+    "cross": "crosses",
+    "popular_next": "succession",
+    "successor_next": "succession",
+    "successor_rows": "succession",
+    "successor_mask": "succession",
+}
+_OWN = {"user": "user", "context": "context", "successor": "succession"}
+_BY_CATEGORY = ("category_windows", "recent_next", "recent_rows", "recent_mask")
+_FEATURES = {"labelled": "outcomes", "positive": "outcomes", "labels": "variety", "items": "variety"}
+EVENTS_SHOWN = 3
+NAMES_SHOWN = 3
+DAY_MS = 86_400_000
+UNITS = ((DAY_MS, "day"), (3_600_000, "h"), (60_000, "min"), (1000, "s"))
+VERBS = {
+    "view": "viewed {}",
+    "click": "clicked {}",
+    "favorite": "marked {} as favourite",
+    "cart": "put {} into the cart",
+    "purchase": "bought {}",
+    "buy": "bought {}",
+    "like": "liked {}",
+    "play": "played {}",
+}
+"""Wording of an action, by its name; other actions are shown by their name."""
+F64 = NDArray[np.float64]
+EXACT = 4
+"""Maximum of groups for which all orders are evaluated."""
+ORDERS = 32
+"""Orders evaluated for more groups; even. They are always the same, so explanations are reproducible."""
+NOBODY = "\0"
+"""A user id that no user has: the unknown user."""
+TOLERANCE = 0.01
+"""Largest fraction of the difference by which the sum of the parts may deviate."""
+NEGLIGIBLE = 1e-6
+"""Differences of probabilities up to this are rounding errors."""
+F32 = NDArray[np.float32]
 
 
 class Group(NamedTuple):
@@ -65,36 +102,22 @@ class Group(NamedTuple):
             sequence    the latest events in their order
             user        the user's row
             context     the user's attributes
-            crosses     what crosses say of the pair
+            crosses     the pair's crosses
             pair        the item and its category, the same in both answers
-        place: Of a category its slot, of an action its number; else 0.
+        place: The slot of a category, the number of an action; else 0.
     """
 
     kind: str
     place: int = 0
 
 
-_KINDS = {
-    "user_row": "user",
-    "context_row": "context",
-    "cross": "crosses",
-    "popular_next": "succession",
-    "successor_next": "succession",
-    "successor_rows": "succession",
-    "successor_mask": "succession",
-}
-_OWN = {"user": "user", "context": "context", "successor": "succession"}
-_BY_CATEGORY = ("category_windows", "recent_next", "recent_rows", "recent_mask")
-_FEATURES = {"labelled": "outcomes", "positive": "outcomes", "labels": "variety", "items": "variety"}
-
-
 def groups_of(
     spec: FeatureSpec, shapes: Mapping[str, tuple[int, ...]], own_popular: Sequence[int]
 ) -> tuple[list[Group], dict[str, I32]]:
-    """The groups, and of each input that has a row for each question the number of the group of each of its values.
+    """The groups, and for each input with a row per question the group number of each of its values.
 
-    A popular category that is the user's own is scored once, as the user's own.
-    So its place among the popular ones belongs to the group of the category.
+    A popular category that is also the user's own is scored once, as the user's own.
+    So its slot among the popular ones belongs to the group of the category.
 
     >>> shapes = {"user_row": (-1, 2), "recent_next": (-1, 2, 1), "popular_mask": (-1, 3), "popular_rows": (3, 2)}
     >>> groups, numbers = groups_of(FeatureSpec(), shapes, [-1, 1, -1])
@@ -104,7 +127,7 @@ def groups_of(
     Args:
         spec: Names the features.
         shapes: Of the program's inputs.
-        own_popular: Of each popular category its slot among the user's own, -1 of one that is none of them.
+        own_popular: For each popular category its slot among the user's own, or -1.
     """
     numbers = dict[Group, int]()
 
@@ -140,7 +163,7 @@ def _of_features(spec: FeatureSpec) -> list[Group]:
 
 
 def _kind(name: str) -> str:
-    """The kind of an input all of whose values speak of the same thing."""
+    """The kind of an input whose values all describe the same thing."""
     own = own_rows_of(name)
     if own is not None:
         return "sequence" if own[1].startswith("sequence") else _OWN.get(own[1], "pair")
@@ -148,7 +171,7 @@ def _kind(name: str) -> str:
 
 
 class Behind(NamedTuple):
-    """What lies behind a part.
+    """What explains a part.
 
     Attributes:
         words: In words.
@@ -167,8 +190,8 @@ class ExplainedPart(TypedDict):
     Attributes:
         kind: Of `Group`.
         about: The category or the action that it is about; None where it is about neither.
-        share: What it adds to the probability; negative where it takes away.
-        words: What lies behind it.
+        share: What it adds to the probability; may be negative.
+        words: The events behind it, in words.
         events: The newest events behind it.
     """
 
@@ -181,13 +204,13 @@ class ExplainedPart(TypedDict):
 
 @dataclass(slots=True)
 class Explanation(About):
-    """Why a probability is what it is, and not what it is for a user of whom nothing is known.
+    """Why a probability differs from that of an unknown user.
 
     Attributes:
         label: The category whose interest is explained; None for an item.
         item: The item whose engagement is explained; None for a category.
         probability: For this user.
-        cold_start_probability: For a user of whom nothing is known, asked for at the same moment.
+        cold_start_probability: The probability for an unknown user, computed at the same moment.
         reasons: The largest parts of the difference, the largest first.
         rest: The sum of all smaller parts: reasons and rest add up to the difference of the probabilities.
     """
@@ -198,24 +221,6 @@ class Explanation(About):
     cold_start_probability: float
     reasons: list[ExplainedPart]
     rest: float
-
-
-EVENTS_SHOWN = 3
-NAMES_SHOWN = 3
-DAY_MS = 86_400_000
-UNITS = ((DAY_MS, "day"), (3_600_000, "h"), (60_000, "min"), (1000, "s"))
-
-VERBS = {
-    "view": "viewed {}",
-    "click": "clicked {}",
-    "favorite": "marked {} as favourite",
-    "cart": "put {} into the cart",
-    "purchase": "bought {}",
-    "buy": "bought {}",
-    "like": "liked {}",
-    "play": "played {}",
-}
-"""What somebody did who did an action, by its name; any other is named."""
 
 
 def duration(ms: int) -> str:
@@ -252,7 +257,7 @@ class Words:
     """Tells of one user's events.
 
     Args:
-        events: `[m]` EVENT, newest first, those that windows count.
+        events: `[m]` EVENT, newest first, the ones that windows count.
         at_ms: The time that is answered for.
         spec: Names actions and windows.
         name_of: The name of a category.
@@ -274,7 +279,7 @@ class Words:
         self._span = duration(spec.windows_s[-1] * 1000)
 
     def of(self, group: Group) -> Behind:
-        """What lies behind a group of inputs."""
+        """Describes the events behind a group of inputs."""
         events = self._events
         names = [self._name_of(one) for one in self._recent]
         newest = names[0] if names else "none"
@@ -360,7 +365,7 @@ def candidate(prepared: Prepared, place: int, label: str) -> int | None:
 
     Args:
         prepared: Some questions.
-        place: Which of them.
+        place: Index of the input.
         label: The category's raw id, or the hexadecimal id that an answer shows where no name is known.
     """
     inputs, recent = prepared.inputs, prepared.vectors.recent_categories[place]
@@ -376,7 +381,7 @@ def candidate(prepared: Prepared, place: int, label: str) -> int | None:
 
 
 def _written(label: str) -> int:
-    """The id that is written in hexadecimal; 0 where it is none.
+    """The id written in hexadecimal; 0 if it is not one.
 
     >>> _written("00000000000000ff"), _written("shoes")
     (255, 0)
@@ -392,15 +397,6 @@ def no_candidate(label: str, others: list[str]) -> BadRequest:
     return BadRequest(
         f"label={label[:100]!r} is none of this user's candidates", f"ask for one of {', '.join(others) or 'none'}"
     )
-
-
-F64 = NDArray[np.float64]
-
-EXACT = 4
-"""Groups, at most, for which all orders are taken."""
-
-ORDERS = 32
-"""Even. The orders are always the same ones, so that an explanation can be had again."""
 
 
 class Coalitions:
@@ -440,18 +436,6 @@ class Coalitions:
         found = np.zeros(self._orders.shape[1])
         np.add.at(found, self._orders, np.diff(values[self._at], axis=1))
         return found / len(self._orders)
-
-
-NOBODY = "\0"
-"""A user id that nobody has."""
-
-TOLERANCE = 0.01
-"""How much of the difference the parts may miss."""
-
-NEGLIGIBLE = 1e-6
-"""A difference of probabilities that is rounding."""
-
-F32 = NDArray[np.float32]
 
 
 class Part(NamedTuple):

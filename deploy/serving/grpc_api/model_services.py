@@ -1,6 +1,6 @@
-"""TensorFlow Serving's services over gRPC: `PredictionService` and `ModelService`, as far as they mean something here.
+"""TensorFlow Serving's gRPC services `PredictionService` and `ModelService`, as far as they apply to this model.
 
-Tensors as TensorFlow's messages, both ways; strings are bytes in arrays of objects.
+It converts tensors from and to TensorFlow's messages. Strings are bytes in arrays of objects.
 """
 
 from __future__ import annotations
@@ -35,9 +35,26 @@ _FIELDS = {
     "DT_UINT64": ("<u8", "uint64_val"),
     "DT_STRING": ("O", "string_val"),
 }
-"""NumPy's type, and where the values stand that are not in `tensor_content`."""
+"""NumPy type, and the field with the values that are not in `tensor_content`."""
 _TYPES = {dtype: NUMBER_OF[name] for name, (dtype, _) in _FIELDS.items()}
 MOST_VALUES = 1 << 20
+PACKAGE = "tensorflow.serving"
+SIGNATURE_DEF = "signature_def"
+NOT_OFFERED = {
+    "PredictionService": {
+        "Classify": "use Predict: the signature serving_default answers interests",
+        "Regress": "use Predict: the signature serving_default answers engagement",
+        "MultiInference": "use Predict",
+    },
+    "ModelService": {
+        "HandleReloadConfigRequest": "new versions are taken up by themselves; `springtide pin` and `springtide label` choose one"
+    },
+}
+PredictResponse = message(f"{PACKAGE}.PredictResponse")
+MetadataResponse = message(f"{PACKAGE}.GetModelMetadataResponse")
+StatusResponse = message(f"{PACKAGE}.GetModelStatusResponse")
+VersionStatus = message(f"{PACKAGE}.ModelVersionStatus")
+SignatureDefMap = message(f"{PACKAGE}.SignatureDefMap")
 
 
 def to_array(name: str, proto: Any) -> Tensor:
@@ -72,7 +89,7 @@ def to_array(name: str, proto: Any) -> Tensor:
         raise BadRequest(f"the input {name!r} has {len(given)} values for the shape {shape}", f"send {count}")
     values = np.empty(count, dtype)
     values[: len(given)] = list(given)
-    # As in TensorFlow the last value stands for all that follow.
+    # As in TensorFlow, the last value repeats for the rest.
     values[len(given) :] = given[-1] if count else 0
     return values.reshape(shape)
 
@@ -109,31 +126,11 @@ def _info(name: str, spec: TensorSpec) -> Any:
 
 
 def _defaults(signature: Signature) -> Mapping[str, Tensor]:
-    """What stands for each input that is left out; of those of a row's own one row."""
+    """The default of each input that is left out; for inputs with one row per request row, one row."""
     own = {
         name: np.array([one.default], one.dtype) for name, one in signature.inputs.items() if one.default is not None
     }
     return own | dict(signature.kept)
-
-
-PACKAGE = "tensorflow.serving"
-SIGNATURE_DEF = "signature_def"
-NOT_OFFERED = {
-    "PredictionService": {
-        "Classify": "use Predict: the signature serving_default answers interests",
-        "Regress": "use Predict: the signature serving_default answers engagement",
-        "MultiInference": "use Predict",
-    },
-    "ModelService": {
-        "HandleReloadConfigRequest": "new versions are taken up by themselves; `springtide pin` and `springtide label` choose one"
-    },
-}
-
-PredictResponse = message(f"{PACKAGE}.PredictResponse")
-MetadataResponse = message(f"{PACKAGE}.GetModelMetadataResponse")
-StatusResponse = message(f"{PACKAGE}.GetModelStatusResponse")
-VersionStatus = message(f"{PACKAGE}.ModelVersionStatus")
-SignatureDefMap = message(f"{PACKAGE}.SignatureDefMap")
 
 
 def model_services(host: Host, metrics: WorkerMetrics, limits: QueueLimits) -> list[Service]:
@@ -224,7 +221,7 @@ def _fill(spec: Any, version: int, signature: str = "") -> None:
 
 
 def _not_offered(service: str) -> list[Method]:
-    """Methods of TensorFlow Serving that say what to use in their place."""
+    """The methods of TensorFlow Serving that are not offered; they answer what to use instead."""
 
     def saying(name: str, instead: str) -> Callable[[Any], Any]:
         async def refuse(_: Any) -> Any:

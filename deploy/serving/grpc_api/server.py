@@ -1,6 +1,7 @@
-"""A worker's gRPC server: the services, health and reflection, on the worker's own event loop.
+"""A worker's gRPC server: its services, health and reflection, on the worker's own event loop.
 
-The service `springtide.v1.Profiles`: what HTTP answers of profiles and items, over gRPC, by the same core.
+The service `springtide.v1.Profiles` gives the same answers about profiles and items as HTTP, from
+the same core.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ from state.errors import BadRequest
 from state.metrics import WorkerMetrics
 
 PACKAGE = "springtide.v1"
+MOST_MESSAGE_BYTES = 4 << 20
+LOOK_S = 0.2
+"""Interval of polls for the server's end; while a call is open, only a poll notices it."""
+AGAIN_S = 0.05
+"""Wait before the next attempt to bind the port of a server that ended."""
+_log = logging.getLogger(__name__)
 
 
 class GrpcProfiles:
@@ -166,7 +173,7 @@ def _given(one: Any, name: str) -> Any:
 
 
 def _without_nothing(document: dict[str, Any]) -> dict[str, Any]:
-    """What a message of the same names takes: a map without what has no value, lists in place of arrays."""
+    """The fields of a message with the same names: a map without missing values, lists in place of arrays."""
     found = dict(document)
     if "vector" in found:
         found["vector"] = found["vector"].tolist()
@@ -174,15 +181,6 @@ def _without_nothing(document: dict[str, Any]) -> dict[str, Any]:
         if owner is not None and "attributes" in owner:
             owner["attributes"] = {name: text for name, text in owner["attributes"].items() if text is not None}
     return found
-
-
-MOST_MESSAGE_BYTES = 4 << 20
-LOOK_S = 0.2
-"""Between two looks whether the server has ended: while a call is open it is told at a look only."""
-AGAIN_S = 0.05
-"""Between two tries to have the port of a server that ended."""
-
-_log = logging.getLogger(__name__)
 
 
 def offered(host: Host, metrics: WorkerMetrics, limits: QueueLimits) -> list[Service]:
@@ -196,18 +194,18 @@ class GrpcServer:
     Args:
         host: What answers.
         metrics: Of the worker.
-        address: `host:port` to listen on; port 0 takes a free one.
+        address: `host:port` to listen on; port 0 selects a free one.
         shared: Whether other workers listen there too.
         limits: How long a question may wait.
         ready: Whether the worker can answer.
         access: How clients are let in.
-        most_calls: At a time, those that watch among them; further ones are refused.
+        most_calls: Concurrent calls, watching ones included; further ones are refused.
 
     Attributes:
         port: That it listens on.
 
     Raises:
-        RuntimeError: The address cannot be had.
+        RuntimeError: The address cannot be bound.
     """
 
     def __init__(
@@ -237,11 +235,11 @@ class GrpcServer:
         self._tasks = [asyncio.create_task(self._health.follow()), asyncio.create_task(self._keep())]
 
     def look(self) -> None:
-        """Tells those who watch at once where the worker is ready no more, or again."""
+        """Notifies watching clients at once when the worker becomes ready or stops being ready."""
         self._health.look()
 
     async def stop(self, grace_s: float) -> None:
-        """Takes no more requests, tells so those who watch, and returns when those under way are answered or `grace_s` is over."""
+        """Stops accepting requests, notifies watching clients, and returns when open requests are answered or `grace_s` is over."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -251,7 +249,7 @@ class GrpcServer:
     def _made(self, address: str) -> tuple[grpc.aio.Server, int]:
         """A server that has the port of the address, and the port."""
         options = [
-            # By default grpc shares its port with whoever comes.
+            # By default grpc shares its port with other processes.
             ("grpc.so_reuseport", int(self._shared)),
             ("grpc.max_receive_message_length", MOST_MESSAGE_BYTES),
             ("grpc.max_send_message_length", -1),
@@ -265,7 +263,7 @@ class GrpcServer:
         return server, server.add_secure_port(address, _credentials(self._access.certificate))
 
     async def _keep(self) -> None:
-        """Begins the server anew where it ended by itself: grpc's does at a request whose path is no UTF-8."""
+        """Restarts the server if it ended by itself: grpc's does so at a request whose path is not UTF-8."""
         address = f"{self._address.rpartition(':')[0]}:{self.port}"
         while True:
             # It raises what it ended with, whatever that was. Without a time limit a cancelled wait would end its end.

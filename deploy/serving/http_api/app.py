@@ -1,34 +1,30 @@
-"""A worker's answers over HTTP, as an ASGI application: finds the endpoint, answers, says errors, counts.
+"""A worker's HTTP API, as an ASGI application: routes requests, answers them, reports errors and counts.
 
-Errors are JSON: `error` says what happened, `do` what to do, and `where` names
-the place in the request, if it is one's fault. `API.md` beside
-this file is the whole of it for callers.
+Errors are JSON. `error` says what happened, `do` says what to do, and `where` names the position in
+the request if the request is at fault. `API.md` in this directory documents the API for callers.
 
-Explanations over HTTP.
+Profiles and explanations:
 
-GET /v1/profiles/{user_id}/explain?label=|item=&category=&at=&context.NAME=&top=
+    GET  /v1/profiles/{user_id}?item=&category=&at=&context.NAME=&fields=&top=
+    POST /v1/profiles:batch      {"profiles": [{"user_id": ..., "item": ..., ...}, ...]} or {"users": [...]}, "fields", "top"
+    GET  /v1/profiles/{user_id}/explain?label=|item=&category=&at=&context.NAME=&top=
 
-Profiles over HTTP.
+Items for a user:
 
-GET  /v1/profiles/{user_id}?item=&category=&at=&context.NAME=&fields=&top=
-POST /v1/profiles:batch      {"profiles": [{"user_id": ..., "item": ..., ...}, ...]} or {"users": [...]}, "fields", "top"
+    POST /v1/rank      {"user_id": ..., "items": [...], "context": {...}, "at": ...}
+    GET  /v1/recommendations/{user_id}?n=&category=&exclude_seen=&at=&context.NAME=
+    GET  /v1/similar/{user_id}?n=&exclude_seen=&at=&context.NAME=
 
-Whether a worker runs and can answer, and its metrics.
+Segments:
 
-GET  /healthz /readyz /metrics
+    GET /v1/segments
+    GET /v1/segments/{segment}?from=&n=
+    GET /v1/segments/{segment}/users/{user_id}
+    GET /v1/segments/{segment}/lookalikes?n=
 
-Items for a user over HTTP.
+Whether the worker runs and can answer, and its metrics:
 
-POST /v1/rank      {"user_id": ..., "items": [...], "context": {...}, "at": ...}
-GET  /v1/recommendations/{user_id}?n=&category=&exclude_seen=&at=&context.NAME=
-GET  /v1/similar/{user_id}?n=&exclude_seen=&at=&context.NAME=
-
-Segments over HTTP.
-
-GET /v1/segments
-GET /v1/segments/{segment}?from=&n=
-GET /v1/segments/{segment}/users/{user_id}
-GET /v1/segments/{segment}/lookalikes?n=
+    GET /healthz /readyz /metrics
 """
 
 from __future__ import annotations
@@ -113,6 +109,12 @@ from state.segments.configured import NAME
 MEMBERS = 100
 MOST_MEMBERS = 1000
 _NAMED: Mapping[str, Mapping[str, str]] = {"segment": {"pattern": f"^{NAME.pattern}$"}}
+_PLAIN = "text/plain; version=0.0.4; charset=utf-8"
+_NOTHING_GIVEN = ProfileParameters()
+UNKNOWN = "unknown"
+"""Metrics' label value of a request that matches no endpoint."""
+Done = Callable[[Response], None]
+_log = logging.getLogger(__name__)
 
 
 class SegmentParameters(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
@@ -131,7 +133,7 @@ class LookalikeParameters(msgspec.Struct, forbid_unknown_fields=True, frozen=Tru
 
 
 class Segments:
-    """The endpoints that say who is in a segment.
+    """The endpoints that list segments and their members.
 
     Args:
         host: What answers.
@@ -268,15 +270,12 @@ class Items:
         return Response(200, encode(answer))
 
 
-_PLAIN = "text/plain; version=0.0.4; charset=utf-8"
-
-
 class Health:
     """The endpoints that speak of the worker.
 
     Args:
         host: What answers.
-        told_metrics: What /metrics says.
+        told_metrics: Renders /metrics.
         draining: Whether the worker is about to end.
     """
 
@@ -345,9 +344,6 @@ class Health:
         return Response(200, body, [(b"content-type", media_type.encode())])
 
 
-_NOTHING_GIVEN = ProfileParameters()
-
-
 class Profiles:
     """The endpoints that answer profiles.
 
@@ -399,7 +395,7 @@ class Profiles:
 
 
 class Explanations:
-    """The endpoint that says why an answer is what it is.
+    """The endpoint that explains an answer.
 
     Args:
         host: What answers.
@@ -433,14 +429,6 @@ class Explanations:
         return Response(200, encode(answer))
 
 
-UNKNOWN = "unknown"
-"""What metrics name a request that no endpoint is for."""
-
-Done = Callable[[Response], None]
-
-_log = logging.getLogger(__name__)
-
-
 class App:
     """The ASGI application.
 
@@ -448,10 +436,10 @@ class App:
         host: What answers.
         registry: Where the metrics are.
         serving: The limits of requests.
-        told_metrics: What /metrics says; None for `registry`.
+        told_metrics: Renders /metrics; None for `registry`.
         tokens: That requests need; None where they need none.
         clock_s: A monotonic clock.
-        split: Answers a share of the users by a trial; None where this host takes part in no rollout.
+        split: Answers a share of the users from a trial; None if this host takes part in no rollout.
 
     Attributes:
         host: What answers.
@@ -512,12 +500,12 @@ class App:
         await answer(send, await response)
 
     def respond(self, scope: Scope, receive: Receive, done: Done) -> Coroutine[Any, Any, None] | None:
-        """Answers one request with as little as it takes: the endpoint of a profile needs no task.
+        """Answers one request with minimal overhead: the endpoint of a profile needs no task.
 
         Args:
             scope: Of ASGI.
             receive: Likewise.
-            done: Is given the response, in a later turn of the event loop.
+            done: Called with the response, in a later iteration of the event loop.
 
         Returns:
             What is to be awaited; None where nothing is.

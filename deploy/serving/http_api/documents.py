@@ -1,8 +1,8 @@
-"""What the interface says of itself: its OpenAPI document, and the same as a page to read, which needs no internet.
+"""Serves the HTTP API's OpenAPI document, and the same document as an HTML page.
 
-GET  /openapi.json /docs
+    GET /openapi.json /docs
 
-The OpenAPI document as one page of HTML, without a script and without anything from elsewhere.
+The page is one file without scripts. It loads nothing from elsewhere and needs no internet.
 """
 
 from __future__ import annotations
@@ -44,6 +44,11 @@ POLICY = "; ".join(
 )
 """The page's Content-Security-Policy: its own style and nothing else."""
 _CODE = re.compile(r"`([^`]+)`")
+_PAGE: Headers = [
+    (b"content-type", HTML.encode()),
+    (b"content-security-policy", POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+]
 
 
 def page(document: Mapping[str, Any]) -> str:
@@ -131,13 +136,13 @@ def _content(of: Mapping[str, Any]) -> str:
 
 
 def _description(schema: Mapping[str, Any]) -> str:
-    """What is said of a type, or of the one kind that may be absent."""
+    """The description in a schema; for an optional type, the description of its value."""
     said = [schema.get("description", ""), *(one.get("description", "") for one in schema.get("anyOf", ()))]
     return next(filter(None, said), "")
 
 
 def _type(schema: Mapping[str, Any]) -> str:
-    """A type in few words, with links to those that have a name.
+    """A type in few words, with links to the types that have a name.
 
     >>> _type({"type": "array", "items": {"$ref": "#/components/schemas/Interest"}})
     'list of <a href="#type-Interest">Interest</a>'
@@ -173,13 +178,6 @@ def _text(words: str) -> str:
     '<code>at</code> is &lt;no&gt; time'
     """
     return _CODE.sub(r"<code>\1</code>", escape(words, quote=False))
-
-
-_PAGE: Headers = [
-    (b"content-type", HTML.encode()),
-    (b"content-security-policy", POLICY.encode()),
-    (b"x-content-type-options", b"nosniff"),
-]
 
 
 class Documents:

@@ -1,11 +1,10 @@
-"""TensorFlow Serving's REST interface: status, metadata and predictions of the model, in its forms and with its codes.
+"""TensorFlow Serving's REST interface: status, metadata and predictions of the model, with its formats and status codes.
 
-GET  /v1/models/profile[/versions/V|/labels/L][/metadata]
-POST /v1/models/profile[/versions/V|/labels/L]:predict    {"instances": [...]} or {"inputs": {...}}
+    GET  /v1/models/profile[/versions/V|/labels/L][/metadata]
+    POST /v1/models/profile[/versions/V|/labels/L]:predict    {"instances": [...]} or {"inputs": {...}}
 
-Errors are `{"error": TEXT}`, as clients of TensorFlow Serving read them.
-
-Tensors in JSON as TensorFlow Serving has them: by row (`instances`) or by column (`inputs`), bytes as `{"b64": TEXT}`.
+Tensors in JSON are as in TensorFlow Serving: by row (`instances`) or by column (`inputs`), with
+bytes as `{"b64": TEXT}`. Errors are `{"error": TEXT}`, as clients of TensorFlow Serving read them.
 """
 
 from __future__ import annotations
@@ -34,11 +33,19 @@ from state.metrics import WorkerMetrics
 
 FORM = 'send {"instances": [...]} or {"inputs": {...}}'
 _KINDS = {"f": "iuf", "i": "iu", "b": "b"}
-"""NumPy's kinds of JSON numbers that each kind of tensor takes."""
+"""Kind of tensor -> the NumPy kinds of JSON values that it accepts."""
+CHOICES = ("", "/versions/{version}", "/labels/{label}")
+LARGEST = 2**63 - 1
+_PLACEHOLDERS: Mapping[str, Mapping[str, Any]] = {"model": {"enum": [MODEL]}, "version": {"pattern": "^[0-9]{1,18}$"}}
+_FAILURES: Mapping[int, type] = {**FAILED, 400: ModelFailure, 404: ModelFailure, 503: ModelFailure}
+_FAILURES_OF_PREDICT = {**_FAILURES, 413: ModelFailure, 504: ModelFailure}
+PREDICT = "Predictions by user id, or from raw inputs, as TensorFlow Serving gives them."
+METADATA = "The signatures of the model, as TensorFlow Serving says them."
+STATUS = "The versions that can be asked for, as TensorFlow Serving's model status."
 
 
 def document_of(body: bytes) -> dict[str, Any]:
-    """What a body says.
+    """The content of a request body.
 
     Raises:
         BadRequest: It is no JSON object, or has not one of `instances` and `inputs`.
@@ -70,7 +77,7 @@ def tensors(document: Mapping[str, Any], signature: Signature) -> Tensors:
     """The inputs of a document.
 
     Raises:
-        BadRequest: They are not of the signature's form; the error says where.
+        BadRequest: They do not match the signature; the error names the position.
     """
     given = _by_row(document["instances"], signature) if "instances" in document else document["inputs"]
     if not isinstance(given, dict) or _is_bytes(given):
@@ -82,7 +89,7 @@ def tensors(document: Mapping[str, Any], signature: Signature) -> Tensors:
 
 
 def _by_row(instances: Any, signature: Signature) -> dict[str, list[Any]]:
-    """Rows turned into columns; a row may leave out what may be left out."""
+    """Converts rows to columns; a row may omit optional inputs."""
     if not isinstance(instances, list) or not instances:
         raise BadRequest("'instances' is no list with at least one element", FORM)
     first_is_object = isinstance(instances[0], dict) and not _is_bytes(instances[0])
@@ -180,16 +187,6 @@ def _listed(values: Tensor) -> list[Any]:
     return [[one.decode() for one in row] for row in values.tolist()]
 
 
-CHOICES = ("", "/versions/{version}", "/labels/{label}")
-LARGEST = 2**63 - 1
-_PLACEHOLDERS: Mapping[str, Mapping[str, Any]] = {"model": {"enum": [MODEL]}, "version": {"pattern": "^[0-9]{1,18}$"}}
-_FAILURES: Mapping[int, type] = {**FAILED, 400: ModelFailure, 404: ModelFailure, 503: ModelFailure}
-_FAILURES_OF_PREDICT = {**_FAILURES, 413: ModelFailure, 504: ModelFailure}
-PREDICT = "Predictions by user id, or from raw inputs, as TensorFlow Serving gives them."
-METADATA = "The signatures of the model, as TensorFlow Serving says them."
-STATUS = "The versions that can be asked for, as TensorFlow Serving's model status."
-
-
 class QuestionsByRow(msgspec.Struct, frozen=True):
     """Questions by row: objects of equal form, or plain values where one input must be given."""
 
@@ -217,7 +214,7 @@ class Models:
         self._model = TensorModel(host, metrics, limits)
 
     def endpoints(self) -> list[Endpoint]:
-        """What is offered; what stands behind a colon is looked for first."""
+        """The endpoints; paths with a colon are matched first."""
         model = "/v1/models/{model}"
         predict, metadata, status = (
             _told(self._predict, "POST"),

@@ -1,32 +1,29 @@
-"""Items whose rows are near to what a user's engagement is multiplied with, in one worker's memory.
+"""Finds the items whose rows have the largest product with a user's query vector, from an index in one worker's memory.
 
-An index only proposes: whoever answers reads the rows of what it proposes at
-the version of the answer. So it may be some tenths of a second behind, and need
-not hold each version apart. It follows a host's rows in turns of some
-milliseconds, from the first question on:
+An index only proposes items. The caller reads the rows of the proposed items at the version of the
+answer. So the index may be some tenths of a second behind, and need not separate versions. From the
+first question on, it follows a host's rows in batches of some milliseconds (`NearItems`):
 
-1. The version that answers says which items' rows were written since the one
-   before (`RowReader.changed`); each is due once, however often it is written.
-2. What is due is read at the version of the turn, and put into the index.
-3. Where it is not known what changed (the first time, after a rollback, or
-   where a worker slept longer than versions are kept), and where there are four
-   times as many rows as the index was laid out for, one is made anew, by a walk
-   over all rows; the one before answers meanwhile.
+1. The serving version reports which items' rows were written since the one before
+   (`RowReader.changed`). Each is due once, however often it is written.
+2. Due rows are read at the version of the batch, and put into the index.
+3. A new index is built by a pass over all rows if it is unknown what changed. That happens the
+   first time, after a rollback, or if a worker slept longer than versions are kept. It is also
+   built when there are four times as many rows as the index was built for. The old index answers
+   meanwhile.
 
-A turn costs the same whatever comes: with more clicks it only takes longer
-until all rows are followed. A host at rest costs nothing.
+A batch costs the same whatever arrives: with more clicks, following all rows only takes longer. An
+idle host costs nothing.
 
-The rows with the largest products with a query, among a million: faiss's inverted file, rows in half precision.
+`ItemIndex` is a faiss inverted file, with rows in half precision, for up to a million rows. Each
+row is in the list of the centre with which its product is largest. A query searches the lists of
+some centres. Centres have unit length and stand for directions: item rows differ in length by how
+often they were clicked, and the longest are near to many users.
 
-Rows lie in lists by the centre that their product is largest with; a query
-looks into the lists of some centres. Centres are of unit length, the middles of
-directions: rows of items differ in length by how often they were clicked, and
-the longest are near to many users.
-
-Of a million rows of 32 numbers on a core at 2 GHz or so: 0.9 us to add one,
-1.5 us to put one anew, 3 ms to find those near to a user, 135 MB. A graph
-(usearch, HNSW) finds them in 0.3 ms, and takes 43 us to add one of only 60,000
-and 940 us to put one anew: five versions a second rewrite thousands of rows.
+Costs for a million rows of 32 numbers on a core at about 2 GHz: 0.9 us to add a row, 1.5 us to
+replace one, 3 ms for a query, 135 MB. A graph (usearch, HNSW) answers a query in 0.3 ms. But it
+takes 43 us to add a row to only 60,000, and 940 us to replace one. Five versions a second rewrite
+thousands of rows.
 """
 
 from __future__ import annotations
@@ -46,15 +43,22 @@ from state.rows.store import RowStore
 
 MOST_LISTS = 256
 LOOKED_AT = 0.6
-"""Of the lists, so many are looked into. What users' engagement is multiplied with lies in other directions than most rows,
-so that fewer miss some: of Taobao's users' 20 nearest half of the lists hold 99 of 100, a quarter 86."""
+"""Fraction of the lists that a query searches. Queries have other directions than most rows, so fewer lists miss
+some: of the 20 nearest to Taobao's users, half of the lists hold 99 of 100, a quarter 86."""
 FEWEST_LOOKED_AT = 16
 POINTS = 20
-"""Rows of the sample for each list: the centres are learned in some 30 ms."""
+"""Rows of the sample for each list; the centres are learned in about 30 ms."""
 ROUNDS = 5
 
 F32 = NDArray[np.float32]
 U64 = NDArray[np.uint64]
+_NOTHING = (1 << 64) - 1
+"""faiss's -1 as an unsigned id: no item."""
+MOST_ITEMS = 1_000_000
+"""Maximum in the index, about 130 MB. Other items replace some of them at their next click."""
+ROWS_AT_ONCE = 400
+OUTGROWN = 4
+_IDS = 1 << 64
 
 # A worker answers in one thread.
 faiss.omp_set_num_threads(1)
@@ -99,12 +103,12 @@ class ItemIndex:
             self._index.add_with_ids(rows, ids.view(np.int64))
 
     def remove(self, ids: U64) -> None:
-        """Takes out the rows of ids, those that there are."""
+        """Removes the rows of these ids, if they are in the index."""
         if len(ids):
             self._index.remove_ids(faiss.IDSelectorArray(np.ascontiguousarray(ids).view(np.int64)))
 
     def oldest(self, most: int) -> U64:
-        """So many ids at most, of the fullest list those that are in it for longest, or nearly so."""
+        """At most this many ids of the fullest list, approximately the oldest ones in it."""
         lists = self._index.invlists
         fullest = max(range(self._index.nlist), key=lists.list_size)
         count = min(most, lists.list_size(fullest))
@@ -135,26 +139,15 @@ def _centres(sample: F32, lists: int) -> F32:
     return np.asarray(learned.centroids, np.float32)
 
 
-_NOTHING = (1 << 64) - 1
-"""faiss's -1."""
-
-
-MOST_ITEMS = 1_000_000
-"""In the index; some 130 MB. Others in place of them come with their next click."""
-ROWS_AT_ONCE = 400
-OUTGROWN = 4
-_IDS = 1 << 64
-
-
 @dataclass
 class _Walk:
-    """An index that is being made, and how far the walk over all rows is.
+    """An index that is being built, and the progress of the pass over all rows.
 
     Attributes:
-        following: The id at which the walk goes on.
-        sample: Rows of which the centres are made, before there is an index.
-        index: Once there is.
-        planned: The rows that it is laid out for.
+        following: The id at which the pass continues.
+        sample: Rows from which the centres are learned, before the index exists.
+        index: The new index, once it exists.
+        planned: The number of rows that it is built for.
     """
 
     following: int = 0
@@ -180,7 +173,7 @@ class NearItems:
         self._wanted = False
 
     def nearest(self, query: F32, most: int) -> list[int]:
-        """The items whose rows have the largest products with a query, the largest first; fewer while they are still read.
+        """The items whose rows have the largest products with a query, largest first; fewer while rows are still being read.
 
         Args:
             query: `[dim]` float32.
@@ -192,7 +185,7 @@ class NearItems:
         return self._index.nearest(query, most)
 
     def turn(self) -> bool:
-        """Reads some of what is not read yet, once anything was asked for; whether there is more."""
+        """Reads some of the outstanding rows, after the first query; returns whether there are more."""
         if not self._wanted:
             return False
         with self._rows.reader() as reader:
@@ -207,7 +200,7 @@ class NearItems:
         return self._making is not None or bool(self._due)
 
     def _follow(self, reader: RowReader, served: Served) -> None:
-        """1. 3. What is due since the last turn."""
+        """1. and 3. Determine what is due since the last batch."""
         before, self._at = self._at, served
         changed = None if before is None else reader.changed("item", before, served)
         grown = self._index is not None and len(self._index) > OUTGROWN * self._planned and self._planned < MOST_ITEMS
@@ -220,7 +213,7 @@ class NearItems:
         self._due.update(dict.fromkeys(changed.tolist()))
 
     def _put(self, index: ItemIndex, reader: RowReader, served: Served) -> None:
-        """2. Some of what is due."""
+        """2. Read some of the due rows."""
         some = list(islice(self._due, ROWS_AT_ONCE))
         for one in some:
             del self._due[one]
@@ -244,11 +237,11 @@ class NearItems:
             making.following = following
 
     def _sample(self, making: _Walk, reader: RowReader, served: Served) -> None:
-        """Reads rows until there are enough for each list: ids are hashes, so that the first ones are as good as any."""
+        """Reads rows until there are enough for each list; ids are hashes, so the first ones are a random sample."""
         ids, rows, following = reader.rows_from("item", making.following, ROWS_AT_ONCE, served)
         making.sample.append((ids, rows))
         read = sum(len(some) for some, _ in making.sample)
-        # As many ids in the rest as in what is read.
+        # Assume as many ids in the rest as in the part already read.
         planned = read if following is None else round(read * _IDS / following)
         if following is not None and read < POINTS * lists_for(planned):
             making.following = following
