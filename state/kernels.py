@@ -3,7 +3,7 @@
 Each process prepares its own kernels when it starts. This program is for what is done before:
 
 - An installation runs it with `--all`. It compiles the kernels of all modules into `__pycache__` next to their source
-  files, with one process for each core.
+  files, with one process for each core, four at most.
 - An init container fills a shared cache, because its limit of processor time is higher than that of the other containers.
 """
 
@@ -27,6 +27,8 @@ from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflo
 USED = ("state.features.kernel", "state.log.batch_decoder", "state.ranking.crosses", "state.ranking.transition_rows")
 """Those of serving and the stream."""
 ALL = "--all"
+MOST_PROCESSES = 4
+"""Of `--all`: each imports TensorFlow, and the largest kernel takes as long as a quarter of all."""
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("state", "streaming", "trainer", "deploy")
 DECLARES = re.compile(r"^@compiled(_sums)?\(", re.MULTILINE)
@@ -59,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # They share the work as all processes do, and only this one reports progress.
         others = [
             subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-            for _ in range(1, os.cpu_count() or 1)
+            for _ in range(1, min(MOST_PROCESSES, os.cpu_count() or 1))
         ]
     # Some modules import TensorFlow.
     with quiet_stderr():
