@@ -7,8 +7,8 @@ Without it, a prune could remove objects that a backup in progress relies on.
    least one does.
 
 A dead writer on this machine is recognised by its process id, one on another machine by its silence. Before a
-backup becomes valid, its writer checks that it still holds its lock. A writer that was suspended for long finds its
-file removed and must be repeated.
+backup becomes valid, its writer checks that it still holds its lock. If a writer was suspended for long, its lock has
+been removed and the backup must be repeated.
 """
 
 from __future__ import annotations
