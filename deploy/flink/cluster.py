@@ -27,7 +27,7 @@ from state.metrics import SupervisorMetrics
 Say = Callable[[str], None]
 START_S, REMIND_S, POLL_S = 180.0, 30.0, 0.1
 SAVEPOINT_S, CANCEL_S = 120.0, 30.0
-# The process that follows a job polls its state every 2 s or less, and would miss the end of a cluster that stops faster.
+# The process that follows a job polls its state a few times every 2 s; it would miss a faster end.
 FOLLOWED_S = 2.5
 
 
