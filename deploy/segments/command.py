@@ -1,4 +1,4 @@
-"""`springtide segments run | list | export | lookalikes`: the operator's commands on segments of users."""
+"""`springtide segments run | list | export | lookalikes`, `python -m deploy.segments.command`: segments for operators."""
 
 from __future__ import annotations
 

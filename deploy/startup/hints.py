@@ -38,7 +38,7 @@ def addresses(settings: Settings, shoppers: bool) -> list[tuple[str, str]]:
 
     Args:
         settings: The loop's settings.
-        shoppers: Whether synthetic users click.
+        shoppers: Whether synthetic shoppers click.
     """
     metrics = [f"{url} ({name})" for name, url in scrape.urls(settings).items()]
     return [
@@ -49,7 +49,7 @@ def addresses(settings: Settings, shoppers: bool) -> list[tuple[str, str]]:
 
 
 def commands(settings: Settings, shoppers: bool, watched: bool = False) -> list[str]:
-    """Returns the lines that `up` prints once everything runs, with or without synthetic users and Prometheus."""
+    """Returns the lines that `up` prints once everything runs, with or without synthetic shoppers and Prometheus."""
     command = springtide_command()
     lines = [
         question(settings, shoppers),
