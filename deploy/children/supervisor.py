@@ -124,7 +124,7 @@ class Supervisor:
 
     @property
     def settled(self) -> bool:
-        """Whether all of the loop once ran; from then on no failure of one process ends this process."""
+        """Whether the whole loop has run once; from then on no failure of one process ends this process."""
         return self._settled
 
     @settled.setter

@@ -101,7 +101,10 @@ def _prepare(settings: Settings, directory: Path) -> None:
 
 
 def _supervisor(settings: Settings, directory: Path, say: Say) -> Supervisor:
-    """Creates a supervisor whose processes find the settings and the paths of this release in their environment."""
+    """Creates a supervisor whose processes find the settings in their environment.
+
+    This release comes first in their PYTHONPATH, and its Python first in their PATH.
+    """
     environment = {**MALLOC, **os.environ}
     environment = {name: value for name, value in environment.items() if not name.startswith("SPRINGTIDE_")}
     environment |= settings.environment() | {"PYTHONUNBUFFERED": "1"}
@@ -148,7 +151,7 @@ def _missing(settings: Settings, manager: JobManager) -> str:
 
 
 def end_jobs(manager: JobManager, say: Say, savepoint: bool = True, hurry: Callable[[], bool] = lambda: False) -> None:
-    """Ends all jobs and reports what each can be resumed from; a job whose savepoint fails is cancelled.
+    """Ends all jobs and reports what each can be resumed from; a job without a savepoint is cancelled.
 
     Args:
         manager: The JobManager of the jobs.

@@ -118,5 +118,5 @@ def _digest(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    # `!`: each artifact keeps the versions that its own POM names. Those that Flink manages lack what Beam calls.
+    # `!`: each artifact has the versions that its own authors chose. Those that Flink manages lack what Beam calls.
     jars.write(LOCK, jars.consists_of(FLINK, "+".join(f"{one}!" for one in CONSISTS_OF)))

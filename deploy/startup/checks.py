@@ -28,7 +28,7 @@ class Port(NamedTuple):
 
 
 def require_python(version: Sequence[object]) -> None:
-    """Checks that Python is 3.11, the only release that both TensorFlow and Beam support here.
+    """Checks that Python is 3.11, the release at which TensorFlow and Beam pin each other.
 
     Args:
         version: Major and minor number first, such as `sys.version_info`.

@@ -70,7 +70,7 @@ def run(module: str, settings: Settings, *words: str) -> str:
 
     Raises:
         SettingsError: The check ended with status 2; the message is the check's.
-        ProgramError: The check ended with another status but 0; the message is the check's.
+        ProgramError: The check ended with another nonzero status; the message is the check's.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SPRINGTIDE_")}
     done = subprocess.run(
