@@ -1,1 +1,1 @@
-"""What stands in front of users and operators: serving, the command line, the local broker, the dashboards."""
+"""What users and operators meet: serving, the command line, the local broker, the dashboards."""

@@ -1,8 +1,7 @@
 """Serving on one host: starts the applier and the workers, and stops them together.
 
-`python -m deploy.serve [flags]`. SIGTERM and SIGINT stop all of them; when one
-dies by itself the others are stopped too and this process ends with status 1,
-so that whoever supervises it starts a whole host again.
+`python -m deploy.serve [flags]`. SIGTERM and SIGINT stop all processes. If one dies by itself, the others are stopped
+and this process ends with status 1, so that its supervisor restarts the whole host.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ LOOK_S = 0.1
 
 
 def commands(flags: Sequence[str]) -> list[tuple[str, list[str]]]:
-    """Names and command lines of a host's processes; the workers share one parent of their own.
+    """Returns names and command lines of a host's processes; all workers have one parent process.
 
     >>> [name for name, _ in commands([])]
     ['applier', 'workers']
@@ -43,15 +42,15 @@ def run(
     stopping: Callable[[], bool],
     stop_s: float = STOP_S,
 ) -> None:
-    """Keeps `programs` running until `stopping` says so, then ends them, the last one first.
+    """Keeps `programs` running until `stopping` returns True, then ends them, the last one first.
 
     Raises:
-        ProcessFailed: One ended by itself; the others were stopped.
+        ProcessFailed: One program ended by itself; the others were stopped.
     """
     running: list[tuple[str, subprocess.Popen[bytes]]] = []
     try:
         for name, command in programs:
-            # A session of their own: Ctrl-C is for this process, which then stops them in order.
+            # A session of its own: Ctrl-C goes to this process, which then stops the programs in order.
             process = subprocess.Popen(
                 command, env=dict(environment), start_new_session=True, preexec_fn=die_with(os.getpid())
             )
@@ -84,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda got, _: asked.append(got))
     try:
-        drain_s = load(flags).serving.drain_s  # and a mistake is said once, not by each of them
+        drain_s = load(flags).serving.drain_s  # an invalid setting is reported once, not by each process
         run(commands(flags), os.environ, lambda: bool(asked), STOP_S + drain_s)
     except SpringtideError as error:
         print(f"springtide serve: {error}", file=sys.stderr)

@@ -1,16 +1,18 @@
 """Runs the whole loop on one machine: `python -m deploy.up`, `springtide up`, `make run`.
 
-1. Checks Python, the state directory's lock, disk and ports. 2. Makes the salt.
-3. Starts a local Kafka, or reaches the one that was named. 4. Makes the topics.
-5. Starts shoppers, stream and the slow starters behind them, all at once.
-6. Waits for the bootstrap on the first clicks. 7. Waits for the trainer's first
-version. 8. Waits for the first answer. 9. Says what to try, then watches:
-restarts what dies, keeps a live line, and stops all of it in order.
+1. Check Python, the state directory's lock, disk and ports.
+2. Create the salt.
+3. Start a local Kafka, or connect to the configured one.
+4. Create the topics.
+5. Start synthetic shoppers, stream and the slow starters after them, all at once.
+6. Wait for the bootstrap on the first clicks.
+7. Wait for the trainer's first version.
+8. Wait for the first answer.
+9. Print hints, then watch: restart processes that die, update the live view, and stop everything in order.
 
-Serving starts before Kafka. Where an earlier run left a version, answers come
-from what is on this machine, and 8 is reported as soon as it is true. In a fresh
-state directory, bootstrap and trainer also start before Kafka, because their
-imports take as long as Kafka's start.
+Serving starts before Kafka. If an earlier run left a version, answers come from local state, and step 8 is reported as
+soon as it is true. In a fresh state directory, bootstrap and trainer also start before Kafka, because their imports
+take as long as Kafka's start.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ synthetic shoppers. A second run goes on where the last one stopped.
 
 
 class Signals:
-    """What SIGINT and SIGTERM asked for: the first to stop, the second to hurry."""
+    """Counts SIGINT, SIGTERM and SIGHUP: the first asks to stop, the second to stop at once."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -58,20 +60,20 @@ class Signals:
         self.count += 1
 
     def stop(self) -> bool:
-        """Whether to stop."""
+        """Returns whether to stop."""
         return self.count > 0
 
     def hurry(self) -> bool:
-        """Whether to stop at once."""
+        """Returns whether to stop at once."""
         return self.count > 1
 
 
 class AcceptedLosses(NamedTuple):
-    """The losses that the operator accepts, as words for those who meet them.
+    """The data losses that the operator accepts, as arguments for the processes that meet them.
 
     Attributes:
-        stream: For the stream.
-        trainer: For the trainer.
+        stream: Arguments of the stream.
+        trainer: Arguments of the trainer.
     """
 
     stream: Sequence[str] = ()
@@ -79,7 +81,7 @@ class AcceptedLosses(NamedTuple):
 
 
 def take_accepted(words: Sequence[str]) -> tuple[AcceptedLosses, list[str]]:
-    """Takes the losses that the operator accepts out of a command line; returns them and the rest.
+    """Removes the accepted losses from a command line; returns them and the remaining arguments.
 
     >>> accepted, rest = take_accepted(["--no-shoppers", "--accept-gap", "abababab:3:10-19", "--reason", "old"])
     >>> accepted.stream, rest
@@ -88,7 +90,7 @@ def take_accepted(words: Sequence[str]) -> tuple[AcceptedLosses, list[str]]:
     AcceptedLosses(stream=[], trainer=['--skip-record', '7', '--reason', 'a test wrote it'])
 
     Raises:
-        SettingsError: A loss is not written as it should be, a gap names no topic, or there is no reason.
+        SettingsError: A loss has an invalid form, a gap names no topic, or there is no reason.
     """
     from state.errors import SettingsError
     from state.log import gap_options
@@ -114,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         require_python(sys.version_info)
-        # Only now: the rest needs Python 3.11.
+        # Imported here, because these modules need Python 3.11.
         from deploy.rollouts import process_plan as rollouts
         from deploy.startup import prometheus
         from deploy.startup.steps import Startup
@@ -132,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = load([word for word in words if word not in ("--no-shoppers", "--prometheus")])
         beside = [*trials.plans(settings), *rollouts.plans(settings)]
         beside += [prometheus.plan(settings, prometheus.require_program())] if watched else []
-        # Before anything starts: expressions that are none, and settings with which the newest version cannot be loaded.
+        # Before anything starts, check the segment expressions, and that the settings can load the newest version.
         segments_of(settings)
         upgrade_or_refuse(settings, upgrade, functools.partial(print, flush=True))
         signals = Signals()

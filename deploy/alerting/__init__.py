@@ -1,1 +1,1 @@
-"""What an alert may do by itself: a webhook for Alertmanager that pins answers to a version from before the trouble."""
+"""Automatic reaction to alerts: an Alertmanager webhook pins serving to a version from before the incident."""

@@ -1,1 +1,1 @@
-"""Copies of what was learned, in a directory or an object store: made beside the running system, and restored on an empty machine."""
+"""Backup of a running system to a directory or an object store, and restore on an empty machine."""

@@ -1,9 +1,8 @@
-"""What of a registry goes into a backup: one moment of it, although trainer, compactor and operator go on.
+"""Selects what of a registry goes into a backup: one consistent cut, while trainer, compactor and operator continue.
 
-Versions are directories that never change: they appear and go by one rename,
-and what another is made from goes after it. So where all that were listed are
-still there once the list is complete, there was a moment at which all of them
-were: the cut. Control is read before and after; what is of no generation yet is not of the cut.
+Versions are immutable directories. They appear and disappear by one rename, and a version is removed only before
+the versions that it depends on. If every listed directory still exists once the list is complete, they all existed
+at one moment: the cut. Control is read before and after. Files of a later control generation are not in the cut.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ from state.registry.registry import Registry
 TRIES = 100
 VERSIONED = (layout.VERSIONS, layout.MERGED, layout.BASES)
 _LEFT_ALONE = (*VERSIONED, layout.RECENT, layout.TEMPORARY, layout.ERASURES)
-"""Of these, what processes say of their own copies is no part of the state."""
+"""Folders that `list_files` skips. What processes report about their own copies is not part of the state."""
 
 
 @dataclass(frozen=True)
 class RegistryCut:
-    """One moment of a registry.
+    """One consistent cut of a registry.
 
     Attributes:
-        control: Its newest generation.
+        control: The newest control generation.
         parts: The directories of versions, relative to the registry, with their manifests.
-        files: Everything else that is kept: control, masks, outcomes, gaps, programs, specs.
+        files: All other files in the backup: control, masks, outcomes, gaps, programs, specs.
         damaged: Directories of versions whose manifest cannot be read, with the reason.
     """
 
@@ -47,14 +46,14 @@ class RegistryCut:
 
 
 def cut(registry: Registry, newest_only: bool = False) -> RegistryCut:
-    """One moment of `registry`.
+    """Takes one consistent cut of `registry`.
 
     Args:
-        registry: The live one.
-        newest_only: Take of the versions only those on which the trainer goes on and that control names.
+        registry: The live registry.
+        newest_only: Take only the versions that the trainer needs to continue and those that control names.
 
     Raises:
-        BackupError: There is no control yet, or it changes all the time.
+        BackupError: There is no control yet, or it never stops changing.
         CorruptVersion: Control is damaged.
     """
     for _ in range(TRIES):
@@ -69,7 +68,7 @@ def cut(registry: Registry, newest_only: bool = False) -> RegistryCut:
                 parts = {name: parts[name] for name in parts if name in wanted}
             files = list_files(registry.path, control.generation)
         except FileNotFoundError:
-            # The compactor has put one in place of others.
+            # The compactor has replaced a version by a merged one.
             continue
         if set(folders) <= set(list_folders(registry.path)) and registry.control() == control:
             return RegistryCut(control, parts, files, damaged)
@@ -77,7 +76,7 @@ def cut(registry: Registry, newest_only: bool = False) -> RegistryCut:
 
 
 def list_folders(path: Path) -> list[str]:
-    """The directories of durable versions, those set aside left out, relative to the registry at `path`."""
+    """Lists the directories of durable versions, relative to the registry at `path`; quarantined ones are left out."""
     with usable(str(path), "be listed"):
         return sorted(
             f"{folder}/{one.name}"
@@ -89,7 +88,7 @@ def list_folders(path: Path) -> list[str]:
 
 
 def list_files(path: Path, generation: int) -> tuple[str, ...]:
-    """The files beside the versions, control's only up to `generation`, relative to the registry at `path`."""
+    """Lists all other files, relative to the registry at `path`; control files only up to `generation`."""
     with usable(str(path), "be listed"):
         found = [
             one
@@ -98,23 +97,26 @@ def list_files(path: Path, generation: int) -> tuple[str, ...]:
             for one in sorted(folder.rglob("*"))
             if one.is_file()
         ]
-    # A note in control of which generation is the newest is of no generation, and may be of a later one.
+    # Control's pointer to its newest generation belongs to no generation, and may point to a later one.
     kept = {f"{number:08d}.json" for number in range(generation + 1)}
     left = {one for one in found if one.parent.name == layout.CONTROL and one.name not in kept}
     return tuple(one.relative_to(path).as_posix() for one in found if one not in left)
 
 
 def chain_of(parts: Mapping[str, Manifest], version: int) -> set[str] | None:
-    """Of `parts` the directories that make up a version, as a registry that has no others would read it; None where one lacks.
+    """Returns the directories in `parts` that make up a version, as a registry with only these parts would read it.
 
     Args:
         parts: Directories of versions, with their manifests.
-        version: Which one.
+        version: The version.
+
+    Returns:
+        The directories; None if one is missing.
     """
     bases = {one.version: name for name, one in parts.items() if one.kind == "base"}
     deltas: dict[int, str] = {}
     for name, one in parts.items():
-        # A merged one counts before the delta, of several merged ones that which reaches back furthest.
+        # A merged version takes precedence over the delta, and among merged ones the one with the oldest parent.
         if one.kind != "base" and (one.version not in deltas or _rank(one) < _rank(parts[deltas[one.version]])):
             deltas[one.version] = name
     newest = deltas.get(version) or bases.get(version)
@@ -133,7 +135,7 @@ def chain_of(parts: Mapping[str, Manifest], version: int) -> set[str] | None:
 
 
 def newest_whole(parts: Mapping[str, Manifest], control: Control) -> Manifest | None:
-    """The newest version of control's epoch of which all is there; that which the epoch began from where it has none."""
+    """Returns the newest complete version of control's epoch; the epoch's base if the epoch has none."""
     ours = {one.version: one for one in parts.values() if one.epoch == control.epoch or one.version == control.base}
     return next((ours[number] for number in sorted(ours, reverse=True) if chain_of(parts, number)), None)
 
@@ -157,7 +159,7 @@ def _manifests(path: Path, folders: Collection[str], control: Control) -> tuple[
 
 
 def _needed(parts: Mapping[str, Manifest], control: Control) -> set[str]:
-    """The directories of the versions on which the trainer goes on and that control names, those that are there."""
+    """Returns the existing directories of the versions that the trainer needs to continue and that control names."""
     newest = newest_whole(parts, control)
     wanted = named(control) if newest is None else named(control) | {newest.version}
     return set().union(*(chain_of(parts, one) or () for one in wanted))

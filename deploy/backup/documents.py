@@ -1,4 +1,4 @@
-"""What a backup says about itself: one document, sealed with its digest, written last."""
+"""The document of a backup: what the backup contains. It is sealed with its digest and written last."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ class KeptFile:
     """A file in a backup.
 
     Attributes:
-        path: Where it belongs: under `registry/`, `stream-<shard>/`, or `salt`.
+        path: Its path in a restored system: under `registry/`, `stream-<shard>/`, or `salt`.
         bytes: Its size.
         sha256: Digest of its bytes, hexadecimal.
-        pieces: The digests of its pieces, in order; each is an object.
+        pieces: The digests of its pieces, in order; each piece is an object.
     """
 
     path: str
@@ -33,23 +33,23 @@ class KeptFile:
 
 @dataclass(frozen=True, slots=True)
 class Backup:
-    """One backup.
+    """The contents of one backup.
 
     Attributes:
-        id: When it was begun, in UTC; ids ascend.
-        created_at_ms: Likewise, wall clock.
-        release: Of Springtide.
+        id: When the backup started, in UTC; ids ascend.
+        created_at_ms: When the backup started, wall clock.
+        release: The Springtide release that made it.
         salt: Fingerprint of the users' salt.
-        spec: Digest of the feature spec of `version`; empty where there is none.
-        generation: The newest control generation in it.
-        epoch: The trainer's epoch of that.
-        version: The newest version of that epoch, on which the trainer goes on; None where there was none yet.
-        log: Where the trainer reads on.
-        positions: By shard the next offset of each source; its histories are there, or further.
-        versions: How many versions are in it.
-        files: All of it.
-        left_out: What was damaged and is not in it, with the reason.
-        sent_bytes: How many bytes were new to the place, as they lie there.
+        spec: Digest of the feature spec of `version`; empty if there is none.
+        generation: The newest control generation in the backup.
+        epoch: The trainer's epoch in that generation.
+        version: The newest version of that epoch, from which the trainer continues; None if there was none yet.
+        log: The position in the training log from which the trainer continues.
+        positions: By shard, the next offset of each source; the shard's histories are at least that far.
+        versions: How many versions are in the backup.
+        files: All files of the backup.
+        left_out: Damaged parts that are not in the backup, with the reason.
+        sent_bytes: How many bytes this backup added to the object store, after compression.
     """
 
     id: str
@@ -70,17 +70,17 @@ class Backup:
 
     @property
     def bytes(self) -> int:
-        """The size of all files."""
+        """The total size of all files."""
         return sum(one.bytes for one in self.files)
 
     @property
     def with_salt(self) -> bool:
-        """Whether the salt is in it."""
+        """Whether the backup contains the salt."""
         return any(one.path == "salt" for one in self.files)
 
 
 def id_at(now_ms: int) -> str:
-    """The id of a backup begun now.
+    """Returns the id of a backup that starts now.
 
     >>> id_at(1_795_719_672_345)
     '20261126T190112.345Z'
@@ -92,7 +92,7 @@ def id_at(now_ms: int) -> str:
 
 
 def is_id(text: str) -> bool:
-    """Whether this may be a backup's id.
+    """Returns whether a text has the form of a backup's id.
 
     >>> is_id("20261126T190112.345Z"), is_id("../x")
     (True, False)
@@ -101,15 +101,15 @@ def is_id(text: str) -> bool:
 
 
 def encode(backup: Backup) -> bytes:
-    """`backup` as canonical JSON with its digest."""
+    """Encodes `backup` as canonical JSON with its digest."""
     return sealed.encode(backup)
 
 
 def decode(data: bytes) -> Backup:
-    """The backup that `encode` wrote.
+    """Decodes a backup that `encode` wrote.
 
     Raises:
-        ValueError: The bytes fail their digest, are of a format that this release does not read, or name impossible files.
+        ValueError: The digest does not match, this release does not read the format, or a file entry is invalid.
     """
     found = sealed.decode(data, Backup)
     if found.format != FORMAT:
@@ -121,7 +121,7 @@ def decode(data: bytes) -> Backup:
 
 
 def is_inside(path: str) -> bool:
-    """Whether a path stays below the directory that it is taken from.
+    """Returns whether a relative path stays below its base directory.
 
     >>> is_inside("registry/control/00000001.json"), is_inside("registry/../x"), is_inside("/etc/passwd"), is_inside("")
     (True, False, False, False)

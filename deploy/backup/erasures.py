@@ -1,9 +1,8 @@
-"""Erasures that were decided after a backup: they count in what it brings back, as far as somebody still knows of them.
+"""Repeats, after a restore, the erasures that happened after the backup, as far as they are still known.
 
-Who was erased meanwhile is in the histories and rows of an older backup. The
-newest backup at the same place knows later erasures, and so does a registry
-that was not lost. They are given again, in order, each in a generation of its
-own; erased copies then go as after any erasure.
+The histories and rows of an older backup still hold users who were erased later. The newest backup in the same
+object store knows the later erasures, and so does a registry that was not lost. They are repeated in order, each
+in its own control generation. The erased copies then disappear as after any erasure.
 """
 
 from __future__ import annotations
@@ -24,16 +23,16 @@ CONTROL_FILES = tuple(f"{layout.REGISTRY}/{folder}/" for folder in (layout.CONTR
 
 
 def known_to(backup: Backup, objects: Objects, folder: Path) -> Erased:
-    """The erasures that a backup knows.
+    """Returns the erasures recorded in a backup.
 
     Args:
-        backup: Any at the place.
-        objects: Of the place.
-        folder: Where its control is written; a directory that does not exist.
+        backup: Any backup in the object store.
+        objects: The objects of that store.
+        folder: Where to write the backup's control; a directory that does not exist.
 
     Raises:
-        DamagedBackup: An object of it is missing or fails its digest.
-        CorruptVersion: Control in it is damaged.
+        DamagedBackup: An object of the backup is missing or fails its digest.
+        CorruptVersion: Control in the backup is damaged.
     """
     for file in backup.files:
         if file.path.startswith(CONTROL_FILES):
@@ -44,11 +43,11 @@ def known_to(backup: Backup, objects: Objects, folder: Path) -> Erased:
 
 
 def in_registry(path: Path) -> Erased:
-    """The erasures that a registry knows which was not lost.
+    """Returns the erasures recorded in a registry that was not lost.
 
     Raises:
-        BackupError: It is none.
-        CorruptVersion: Its control is damaged.
+        BackupError: `path` is not a registry.
+        CorruptVersion: The registry's control is damaged.
     """
     if not (path / layout.CONTROL).is_dir():
         raise BackupError(f"{path} is no registry", "name a directory with control/ in it")
@@ -56,22 +55,22 @@ def in_registry(path: Path) -> Erased:
 
 
 def of(controls: Controls) -> Erased:
-    """The erasures that control knows.
+    """Returns the erasures recorded in control.
 
     Raises:
-        CorruptVersion: It is damaged.
+        CorruptVersion: Control is damaged.
     """
     control = controls.control()
     return Erased.NOBODY if control is None else control.erased
 
 
 def missing(here: Erased, known: Erased) -> tuple[Erasure, ...]:
-    """Those of `known` that are to be given again, in order.
+    """Returns the erasures of `known` that must be repeated, in order.
 
     Raises:
-        BackupError: The two are not of one system.
+        BackupError: `here` and `known` belong to different systems.
     """
-    # Given again once, an erasure has another generation.
+    # A repeated erasure has another generation, so generations are not compared.
     mine, theirs = ([(one.users, one.until) for one in erased] for erased in (here, known))
     shared = min(len(mine), len(theirs))
     if mine[:shared] != theirs[:shared]:
@@ -83,10 +82,10 @@ def missing(here: Erased, known: Erased) -> tuple[Erasure, ...]:
 
 
 def give_again(registry: Registry, erasures: tuple[Erasure, ...], backup_id: str, actor: str, now_ms: int) -> None:
-    """Makes each a generation of control.
+    """Repeats each erasure as a new control generation.
 
     Raises:
-        RegistryError: The registry refused.
+        RegistryError: The registry refused the change.
     """
     for one in erasures:
         reason = f"erasure {one.id}, of after backup {backup_id}, counts again"

@@ -1,11 +1,14 @@
-"""One writer at a place: who makes a backup there, or prunes, is alone, so that nobody removes what another counts on.
+"""The lock of a backup location: only one process at a time makes a backup there or prunes.
 
-1. A file under `locks/` says who, and when it was last looked after.
-2. Whoever then sees another one takes its own away and gives up: of two at once both may, never none.
+Without it, a prune could remove objects that a backup in progress relies on.
 
-A writer that died on this machine is known by its process; one elsewhere by
-its silence. Before a backup counts its writer looks whether it still is alone:
-one that slept for long, a suspended machine, finds its file gone and begins anew.
+1. The writer creates a file under `locks/` with its identity and the time of its last refresh.
+2. If it then sees another lock, it removes its own and gives up. Of two writers at once both may give up, but at
+   least one does.
+
+A dead writer on this machine is recognised by its process id, one on another machine by its silence. Before a
+backup becomes valid, its writer checks that it still holds its lock. If a writer was suspended for long, its lock has
+been removed and the backup must be repeated.
 """
 
 from __future__ import annotations
@@ -25,15 +28,15 @@ REFRESH_S, STALE_S = 60.0, 3600.0
 
 
 class Lease:
-    """Holds a place in its block.
+    """Context manager that holds the lock of a backup location.
 
     Args:
-        place: The place.
+        place: The backup location.
         clock: The wall clock, seconds.
-        owner: Who holds it: host, pid and start time.
+        owner: Identity of the holder: host, pid and start time.
 
     Raises:
-        LockHeld: Another one writes there.
+        LockHeld: Another process writes there.
     """
 
     def __init__(self, place: FilePlace, clock: Callable[[], float] = time.time, owner: str = "") -> None:
@@ -43,7 +46,7 @@ class Lease:
         self._written_s = 0.0
 
     def __enter__(self) -> Lease:
-        """Takes it."""
+        """Acquires the lock."""
         # 1.
         self._write()
         # 2.
@@ -62,17 +65,17 @@ class Lease:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Gives it back."""
+        """Releases the lock."""
         self._place.remove(self._name)
 
     def refresh(self) -> None:
-        """Says that its holder lives; cheap enough to call all the time."""
+        """Renews the lock if `REFRESH_S` has passed; cheap enough to call often."""
         if self._clock() - self._written_s >= REFRESH_S:
             self.require_held()
             self._write()
 
     def require_held(self) -> None:
-        """Raises BackupError where somebody took it for one of the dead."""
+        """Raises BackupError if another process removed the lock as stale."""
         if self._name.rpartition("/")[2] not in self._place.names(LOCKS):
             raise BackupError(
                 f"{self._place.told} was given to another while this one was silent",
@@ -85,7 +88,7 @@ class Lease:
         self._place.write(self._name, json.dumps(document).encode())
 
     def _lives(self, name: str) -> bool:
-        """Whether a holder lives; the file of one that does not is removed."""
+        """Returns whether a lock's holder is alive; removes the lock of a dead holder."""
         try:
             document = json.loads(self._place.read(f"{LOCKS}/{name}"))
             silent_s = self._clock() - document["at_ms"] / 1000
@@ -93,7 +96,7 @@ class Lease:
         except FileNotFoundError:
             return False
         except (ValueError, KeyError, TypeError):
-            # Of a disk that filled up at that moment; who holds it cannot be told.
+            # The file is incomplete, because the disk was full when it was written; its holder is unknown.
             dead = False
         if dead:
             self._place.remove(f"{LOCKS}/{name}")

@@ -1,4 +1,4 @@
-"""Which backups a place has, and what goes where only the newest are to stay."""
+"""Lists, reads, checks and prunes the backups of a location."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from state.process import killpoints
 
 
 class Pruned(NamedTuple):
-    """What went.
+    """What `prune` removed.
 
     Attributes:
         backups: How many backups.
-        objects: How many objects that none of those left names.
+        objects: How many objects that no remaining backup uses.
     """
 
     backups: int
@@ -28,17 +28,17 @@ class Pruned(NamedTuple):
 
 
 def ids(place: FilePlace) -> list[str]:
-    """The backups of a place, oldest first."""
+    """Returns the ids of all backups of a location, oldest first."""
     found = [name.removesuffix(".json") for name in place.names(BACKUPS)]
     return [one for one in found if documents.is_id(one)]
 
 
 def backup(place: FilePlace, wanted: str = "") -> Backup:
-    """A backup of a place; the newest where none is named.
+    """Reads the document of a backup; of the newest one if `wanted` is empty.
 
     Raises:
-        BackupError: There is none, or none of this id.
-        DamagedBackup: Its document fails its digest.
+        BackupError: There is no backup, or none with this id.
+        DamagedBackup: The document fails its digest.
     """
     known = ids(place)
     if not known:
@@ -58,7 +58,7 @@ def backup(place: FilePlace, wanted: str = "") -> Backup:
 
 
 def newest(place: FilePlace) -> Backup | None:
-    """The newest backup of a place whose document can be read; None where there is none."""
+    """Returns the newest backup of a location whose document can be read; None if there is none."""
     for one in reversed(ids(place)):
         try:
             return backup(place, one)
@@ -68,14 +68,14 @@ def newest(place: FilePlace) -> Backup | None:
 
 
 def prune(place: FilePlace, keep: int) -> Pruned:
-    """Removes all but the newest `keep` backups, and the objects that none of those left names.
+    """Removes all but the newest `keep` backups, and the objects that no remaining backup uses.
 
-    1. Documents, oldest first: from here on they are no backups any more.
-    2. Objects; a crash before leaves some that nobody names, and the next one removes them.
+    1. Removes the documents, oldest first. A backup without its document no longer counts.
+    2. Removes the objects. After a crash before this step, unused objects remain until the next prune.
 
     Raises:
-        LockHeld: A backup is made there.
-        DamagedBackup: One that stays cannot be read, so that nobody knows what it names; no object was removed.
+        LockHeld: Another process writes to the location.
+        DamagedBackup: A remaining backup cannot be read, so that its objects are unknown; no object was removed.
     """
     with Lease(place) as lease:
         known = ids(place)
@@ -94,12 +94,12 @@ def prune(place: FilePlace, keep: int) -> Pruned:
 
 
 def check(place: FilePlace, wanted: Backup, said: Callable[[int], None]) -> None:
-    """Reads all of a backup.
+    """Reads a whole backup and verifies every digest.
 
     Args:
-        place: Where it lies.
-        wanted: Which one.
-        said: Told how many bytes were read, again and again.
+        place: Where the backup is stored.
+        wanted: The backup.
+        said: Called with the number of bytes of each piece read.
 
     Raises:
         DamagedBackup: Something is missing or fails its digest; the message names it.

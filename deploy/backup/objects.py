@@ -1,7 +1,7 @@
-"""Files as pieces of at most 4 MiB, each an object that its SHA-256 names: what did not change is there already.
+"""Content-addressed storage of backup files: pieces of at most 4 MiB, each an object named by its SHA-256.
 
-A piece is compressed (zstd); its digest is that of its plain bytes, and every
-read compares it. One piece is in memory at a time, whatever the file's size.
+A piece that is stored already is not sent again. A piece is compressed (zstd); its digest is that of the
+uncompressed bytes, and every read verifies it. Only one piece is in memory at a time, whatever the file's size.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _LEVEL = 3
 
 
 class Objects:
-    """The objects of a place, as one backup or one restore uses them.
+    """The objects of a backup location, as used by one backup or one restore.
 
     Args:
-        place: Where they lie.
-        listed: Whether to look which are there, as who adds to them must.
+        place: Where the objects are stored.
+        listed: Whether to list the existing objects first; a backup must, because it adds to them.
     """
 
     def __init__(self, place: FilePlace, listed: bool = True) -> None:
@@ -38,17 +38,17 @@ class Objects:
         self.sent_bytes = 0
 
     def has(self, file: KeptFile) -> bool:
-        """Whether all pieces of a file are there."""
+        """Returns whether all pieces of a file are stored."""
         return self._there.issuperset(file.pieces)
 
     def keep(self, path: str, source: BinaryIO) -> Generator[int, None, KeptFile]:
-        """Keeps what `source` gives, to its end.
+        """Stores the content of `source`, to its end.
 
         Yields:
-            How many bytes were taken, after each piece.
+            The number of bytes stored, after each piece.
 
         Returns:
-            The file, as the backup names it.
+            The entry of the file in the backup.
         """
         whole, size, pieces = hashlib.sha256(), 0, []
         while piece := _piece(source):
@@ -69,11 +69,11 @@ class Objects:
         return digest
 
     def read(self, file: KeptFile) -> Iterator[bytes]:
-        """The bytes of a file, piece by piece; the last one comes when all of it is what it was.
+        """Yields a file piece by piece; the last piece comes only after the whole file is verified.
 
         Raises:
             DamagedBackup: An object is missing or fails its digest; the message names it.
-            BackupError: The place cannot be reached.
+            BackupError: The backup location cannot be reached.
         """
         whole, size, held = hashlib.sha256(), 0, b""
         for digest in file.pieces:
@@ -104,7 +104,7 @@ class Objects:
 
 
 def damaged(what: str, told: str, how: str = " fails its digest") -> DamagedBackup:
-    """The error, of something at a place.
+    """Returns the error for a damaged object of a backup location.
 
     >>> damaged("objects/ab/ab12", "/mnt/backups").what
     'objects/ab/ab12 at /mnt/backups fails its digest'
@@ -116,7 +116,7 @@ def damaged(what: str, told: str, how: str = " fails its digest") -> DamagedBack
 
 
 def name_of(digest: str) -> str:
-    """Where an object lies.
+    """Returns the path of an object in the backup location.
 
     >>> name_of("ab12")
     'objects/ab/ab12'
@@ -125,12 +125,12 @@ def name_of(digest: str) -> str:
 
 
 def digests(place: FilePlace) -> list[str]:
-    """Those of all objects at a place."""
+    """Returns the digests of all objects in a backup location."""
     return [name.rpartition("/")[2] for name in place.names(OBJECTS)]
 
 
 def _piece(source: BinaryIO) -> bytes:
-    """The next piece: whole but for the last one, also where the source gives less at once, as a pipe does."""
+    """Reads the next piece. Every piece but the last has full size, even if `source` is a pipe with short reads."""
     found, left = [], PIECE_BYTES
     while left and (part := source.read(left)):
         found.append(part)

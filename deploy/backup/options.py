@@ -1,4 +1,4 @@
-"""What may be written behind `springtide backup` and `springtide restore`."""
+"""Arguments of `springtide backup` and `springtide restore`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from deploy.operate.options import Add, positive
 
 
 def commands(add: Add) -> list[argparse.ArgumentParser]:
-    """The two commands."""
+    """Adds the two commands and returns their parsers."""
     keeping = add(
         "backup",
         "Copy what was learned to a directory or an object store, beside the running system.",

@@ -1,7 +1,7 @@
-"""What lies at a place for backups, see `state/places`, and what is said where a file of the system cannot be read.
+"""Layout of a backup location (`state/places`), and the error for files that cannot be read.
 
 objects/<first two digits>/<sha256>   pieces of files, zstd     deploy/backup/objects.py
-backups/<id>.json                     what makes one up         deploy/backup/documents.py
+backups/<id>.json                     document of a backup      deploy/backup/documents.py
 locks/<owner>.json                    who writes here now       deploy/backup/lease.py
 """
 
@@ -15,4 +15,4 @@ from state.places import place
 OBJECTS, BACKUPS, LOCKS = "objects", "backups", "locks"
 
 usable = partial(place.usable, failed=BackupError)
-"""As for any place; what the operating system refuses is a `BackupError`."""
+"""`state.places.place.usable` that raises a `BackupError` for an error of the operating system."""

@@ -1,13 +1,13 @@
-"""What a restored serving host begins with: the stream's histories, and what serving noted next to its own.
+"""Builds the state of a restored serving host from the stream's histories and serving's own notes.
 
 Serving's histories are a copy of the training log, which may be lost, or shorter
 than the windows. A backup therefore keeps serving's notes: categories and names
-of items, items clicked lately, and the event clock. A restore gives serving a
-copy of the stream's histories with these notes. Clicks that the copy has already
-are trimmed by their positions when the log is read.
+of items, recently clicked items, and the event clock. A restore gives serving a
+copy of the stream's histories with these notes. When serving reads the log, the
+positions skip the clicks that the copy already contains.
 
-`serving/notes` in a backup is a sequence of (name, value), each with its length
-before it, 4 bytes big endian.
+`serving/notes` in a backup is a sequence of names and values in turn, each preceded by its length as a 4-byte
+big-endian integer.
 """
 
 from __future__ import annotations
@@ -35,27 +35,27 @@ from state.layout import HISTORIES, SERVING
 NOTES = "notes"
 NOTES_PATH = f"{SERVING}/{NOTES}"
 PREFIXES = (CLOCK_EXTRA, SEEN, *KINDS, *FEED_EXTRAS)
-"""The beginnings of the names of what serving notes, apart from what depends on the host's own place in the log."""
+"""Name prefixes of serving's notes, apart from those that depend on the host's own position in the log."""
 SHARED = {SALT_EXTRA, ACTIONS, LINE, FORGOTTEN, READ_TIMES}
-"""Extras that stream and serving keep under one name with one meaning."""
+"""Extras that stream and serving store under the same name with the same meaning."""
 WAIT_S, POLL_S = 10.0, 0.05
 AT_ONCE = 10_000
 _LENGTH = struct.Struct(">I")
 
 
 def await_clicks(store: HistoryStore, positions: Mapping[str, int]) -> None:
-    """Waits until serving's histories have what the backup's histories have, so that the notes know all its items.
+    """Waits until serving's histories have reached the backup's positions, so that the notes know all its items.
 
-    It does not wait for a store that nobody writes, and at most `WAIT_S`.
+    It waits at most `WAIT_S`, and not at all for a store that no process writes.
 
     Args:
         store: The host's histories, read only.
-        positions: By source the next offset in the backup.
+        positions: By source, the next offset in the backup.
     """
     deadline_s = time.monotonic() + WAIT_S
     while True:
         found = {str(source): after for source, after in store.positions().items()}
-        # A source that serving never met lies before the beginning of its log.
+        # The clicks of a source that serving never saw are before the beginning of its log.
         if all(found.get(source, after) >= after for source, after in positions.items()):
             return
         if store.closed_in_order() or time.monotonic() > deadline_s:
@@ -64,7 +64,7 @@ def await_clicks(store: HistoryStore, positions: Mapping[str, int]) -> None:
 
 
 def write_notes(store: HistoryStore, file: BinaryIO) -> None:
-    """Writes the notes of a host's histories."""
+    """Writes the notes of a host's histories to `file`."""
     for prefix in PREFIXES:
         for name, value in _extras(store, prefix):
             for part in (name.encode(), value):
@@ -72,7 +72,7 @@ def write_notes(store: HistoryStore, file: BinaryIO) -> None:
 
 
 def read_notes(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
-    """The notes that `write_notes` wrote; the file was compared with its digest."""
+    """Yields the notes that `write_notes` wrote; the file's digest has been verified."""
 
     def part() -> bytes:
         return file.read(_LENGTH.unpack(length)[0])
@@ -84,28 +84,28 @@ def read_notes(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
 
 
 def begin(stream: Path, serving: Path, opened: tuple[int, int], created_at_ms: int) -> None:
-    """Makes serving's histories of the stream's, at a place where there are none.
+    """Creates serving's histories from the stream's, in a directory that has none.
 
     Args:
         stream: The stream's histories, closed in order.
-        serving: Serving's directory; the notes in it are read and removed.
-        opened: How to open a store: events kept of a user, and the bytes that it may grow to.
+        serving: Serving's directory; its notes file is read and removed.
+        opened: Arguments for opening a store: events kept per user, and the maximum size in bytes.
         created_at_ms: When the backup was made, wall clock.
 
     Raises:
-        StoreError: The disk is full or refused.
+        StoreError: The disk is full, or the operating system refused the access.
     """
     path, notes = serving / HISTORIES, serving / NOTES
     HistoryStore.copied(stream, path, *opened)
     store = HistoryStore(path, *opened)
     try:
-        # 1. What belongs to the stream alone.
+        # 1. Remove what belongs to the stream alone.
         foreign = [name for name, _ in _extras(store, "") if name not in SHARED]
         _commit(store, ((name, None) for name in foreign))
         waiting = [key for key, _ in store.waiting()]
         for first in range(0, len(waiting), AT_ONCE):
             store.commit(Appends.none(), waiting=dict.fromkeys(waiting[first : first + AT_ONCE]))
-        # 2. What serving knew. The stream's histories lack no event, so serving's do not either.
+        # 2. Add serving's notes. The stream's histories lack no event, so serving's do not either.
         _commit(store, [(WHOLE_EXTRA, b"0")])
         if notes.exists():
             with notes.open("rb") as file:
@@ -127,7 +127,7 @@ def _extras(store: HistoryStore, prefix: str) -> Iterator[tuple[str, bytes]]:
 
 
 def _commit(store: HistoryStore, extras: Iterable[tuple[str, bytes | None]]) -> None:
-    """Commits extras, some thousands at once."""
+    """Commits extras in batches of `AT_ONCE`."""
     some: dict[str, bytes | None] = {}
     for name, value in extras:
         some[name] = value
@@ -139,7 +139,7 @@ def _commit(store: HistoryStore, extras: Iterable[tuple[str, bytes | None]]) -> 
 
 
 def _newest_ms(store: HistoryStore) -> int:
-    """The newest event time of all users, ms; 0 where there are none."""
+    """Returns the newest event time of all users, ms; 0 if there are none."""
     newest_ms, start = 0, 0
     while True:
         ends = store.ends(start, AT_ONCE)

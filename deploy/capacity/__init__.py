@@ -1,1 +1,1 @@
-"""How large a deployment must be, and where it breaks first, computed from measured figures: `springtide capacity`."""
+"""`springtide capacity`: computes the size of a deployment and its first bottleneck from measured figures."""

@@ -1,1 +1,1 @@
-"""Child processes: they die with their parent, are kept alive, and their last words are kept."""
+"""Supervised child processes: they end with their parent, are restarted, and write their logs to files."""

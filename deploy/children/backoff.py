@@ -1,4 +1,4 @@
-"""How long a part that died waits for its next start: longer each time, until one start has lived for a while. Pure."""
+"""How long a process that died waits before its next start; exponential until one start stays healthy. Pure."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ HEALTHY_S = 60.0
 
 @dataclass(frozen=True)
 class Backoff:
-    """Deaths in a row, none of them after a healthy life.
+    """Consecutive deaths of a process without a healthy run between them.
 
     Attributes:
-        deaths: How many.
-        waits_for_others: Whether the part died because a broker, a disk or a store was unavailable. A start then fails
-            within a second or two, and the part is to run soon after that is available again.
+        deaths: How many deaths.
+        waits_for_others: Whether the process died because a broker, a disk or a store was unavailable. Such a start
+            fails within a second or two, and the process should run soon after the dependency is available again.
     """
 
     deaths: int = 0
     waits_for_others: bool = False
 
     def after(self, lived_s: float, last_line: str = "") -> Backoff:
-        """The same after one more death; a healthy life makes it the first one.
+        """Returns the backoff after one more death; after a healthy run it counts as the first.
 
         Args:
-            lived_s: How long the part ran.
-            last_line: Of its log, which names the class of the error.
+            lived_s: How long the process ran.
+            last_line: The last line of its log, which names the class of the error.
 
         >>> Backoff(3).after(1.0).deaths, Backoff(3).after(60.0).deaths
         (4, 1)
@@ -43,7 +43,7 @@ class Backoff:
 
     @property
     def wait_s(self) -> float:
-        """How long to wait before the next start; nothing where nobody died.
+        """How long to wait before the next start; 0 if there was no death.
 
         >>> [Backoff(deaths).wait_s for deaths in (0, 1, 2, 3, 7, 8, 99)]
         [0.0, 0.25, 0.5, 1.0, 16.0, 30.0, 30.0]
@@ -52,12 +52,12 @@ class Backoff:
         """
         if not self.deaths:
             return 0.0
-        # A power beyond the longest wait is the longest wait, however often it died.
+        # The exponent is capped, so that the power cannot overflow after many deaths.
         longest_s = LONGEST_WAIT_FOR_OTHERS_S if self.waits_for_others else LONGEST_WAIT_S
         return min(longest_s, FIRST_WAIT_S * 2.0 ** min(self.deaths - 1, 16))
 
     def told(self) -> str:
-        """When the next start is, and how often it failed, in words.
+        """Describes when the next start is and how often the process died.
 
         >>> Backoff(1).told(), Backoff(3).told()
         ('starting it again in 0.25 s', 'starting it again in 1 s, after 3 deaths in a row')

@@ -1,4 +1,4 @@
-"""How a process is ended, and when it has."""
+"""Ends a process, and tests whether one has ended."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import psutil
 
 
 def end(process: subprocess.Popen[bytes], timeout_s: float) -> None:
-    """Returns once the child has ended: SIGTERM, and SIGKILL where it does not end in time; it may have ended before.
+    """Ends a child and waits for it: SIGTERM, then SIGKILL after the timeout. The child may have ended before.
 
     Args:
         process: The child.
-        timeout_s: How long it may take.
+        timeout_s: How long it may take to end after SIGTERM.
     """
     process.terminate()
     try:
@@ -23,7 +23,7 @@ def end(process: subprocess.Popen[bytes], timeout_s: float) -> None:
 
 
 def has_ended(process: psutil.Process) -> bool:
-    """Whether a process has; one that its parent has not waited for is still listed, as a zombie, and does nothing."""
+    """Returns whether a process has ended; a zombie, which its parent has not waited for, counts as ended."""
     try:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

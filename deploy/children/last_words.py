@@ -1,4 +1,4 @@
-"""How a child ended, in words: its status and the last line of its log."""
+"""Describes how a child ended: its exit status and the last line of its log."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LONGEST_QUOTE = 300
 
 
 def how(status: int) -> str:
-    """A process's end in words.
+    """Describes an exit status.
 
     >>> how(1), how(-9)
     ('exit 1', 'SIGKILL')
@@ -22,7 +22,7 @@ def how(status: int) -> str:
 
 
 def last_line(log: Path) -> str:
-    """The last line of a log that is not empty."""
+    """Returns the last nonempty line of a log."""
     try:
         with log.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -34,7 +34,7 @@ def last_line(log: Path) -> str:
 
 
 def as_text(line: str) -> str:
-    """A line for people, also where `logs.format` is json.
+    """Returns a log line as plain text, also if `logs.format` is json.
 
     >>> as_text('{"time": "2026-07-03T10:00:00.000Z", "part": "stream", "level": "ERROR", "message": "LockHeld: ..."}')
     'stream ERROR LockHeld: ...'
@@ -49,7 +49,7 @@ def as_text(line: str) -> str:
 
 
 def shortened(text: str, most: int = LONGEST_QUOTE) -> str:
-    """A text cut to a length that a terminal can show.
+    """Cuts a text to a length that a terminal can show.
 
     >>> shortened("one two three", 7)
     'one two...'

@@ -1,10 +1,8 @@
-"""Takes what children say into log files of a bounded size, which take turns while the children run.
+"""Writes the output of child processes to rotated log files of bounded size.
 
-A child writes to a pipe, and one thread for all children reads the pipes into
-`<name>.log`. A file that is full becomes `<name>.log.1`, the one before it
-`<name>.log.2`, and so on: no line is lost or cut in two, for nobody but the
-thread writes. Where the disk takes nothing, lines are dropped and counted in the
-log, and no child waits.
+A child writes to a pipe, and one thread reads the pipes of all children into `<name>.log`. A full file becomes
+`<name>.log.1`, the one before it `<name>.log.2`, and so on. No line is lost or split, because only this thread
+writes. If the disk accepts no data, lines are dropped and counted in the log, and no child blocks.
 """
 
 from __future__ import annotations
@@ -24,7 +22,7 @@ CHILDREN = 16  # that the share of the logs is meant for
 
 
 def log_sizes(settings: Settings) -> tuple[int, int]:
-    """How large one log may become, so that all of them keep to their share, and how many older ones are kept.
+    """Returns the maximum bytes of one log file, so that all logs fit their storage share, and how many old ones stay.
 
     >>> from state.config.sections import StorageSettings
     >>> log_sizes(Settings()), log_sizes(Settings(storage=StorageSettings(budget_gb=0.5)))
@@ -35,12 +33,12 @@ def log_sizes(settings: Settings) -> tuple[int, int]:
 
 
 class LogFile:
-    """The log of one child, and those before it.
+    """The log of one child, with its older files.
 
     Args:
         path: `<name>.log`.
-        most_bytes: Of one file, and somewhat more: what is read at once is not cut but at a line.
-        older: How many files are kept beside the one that is written.
+        most_bytes: Maximum size of one file. A file can be somewhat larger, because data is split only at a line end.
+        older: How many older files are kept.
     """
 
     def __init__(self, path: Path, most_bytes: int, older: int) -> None:
@@ -48,11 +46,11 @@ class LogFile:
         self._lost = 0
 
     def add(self, said: bytes) -> None:
-        """Appends what a child said; the next file begins with a line."""
+        """Appends a child's output, and rotates the file at a line end if it is full."""
         try:
             size = self._path.stat().st_size if self._path.exists() else 0
             if size + len(said) > self._most_bytes and size:
-                # What belongs to the line that was begun stays with it.
+                # The rest of an unfinished line stays in the same file.
                 begun = said.find(b"\n") + 1 if not self._ends_a_line() else 0
                 self._append(said[:begun])
                 said = said[begun:]
@@ -88,7 +86,7 @@ class LogPump:
     """Reads the pipes of all children into their logs.
 
     Args:
-        most_bytes: Of one file.
+        most_bytes: Maximum size of one file.
         older: How many full files of each child are kept.
     """
 
@@ -99,8 +97,8 @@ class LogPump:
         self._thread: threading.Thread | None = None
 
     def open(self, path: Path) -> int:
-        """The descriptor that a child writes to, whose log is `path`; close it once the child has it."""
-        # A log that cannot be made refuses the start, and is not found out later.
+        """Returns a descriptor for a child to write its log `path` to; close it once the child has inherited it."""
+        # A log that cannot be created prevents the start, instead of failing later.
         path.open("ab").close()
         reads, writes = os.pipe()
         os.set_blocking(reads, False)
@@ -112,7 +110,7 @@ class LogPump:
         return writes
 
     def catch_up(self) -> None:
-        """Takes all that has been said by now; any thread may call it."""
+        """Reads everything that the children have written so far; any thread may call it."""
         with self._lock:
             for _ in range(MOST_READS):
                 ready = self._selector.select(0)
@@ -126,7 +124,7 @@ class LogPump:
                 self.catch_up()
 
     def _read(self, key: selectors.SelectorKey) -> bool:
-        """Reads a pipe once; False where there was nothing to read."""
+        """Reads a pipe once; returns False if there was nothing to read."""
         try:
             said = os.read(key.fd, READ_BYTES)
         except BlockingIOError:
@@ -135,7 +133,7 @@ class LogPump:
             log: LogFile = key.data
             log.add(said)
             return True
-        # All who could write have closed it.
+        # All writers have closed the pipe.
         self._selector.unregister(key.fd)
         os.close(key.fd)
         return False

@@ -1,4 +1,4 @@
-"""Ends a child when its parent is gone, however the parent ended (Linux)."""
+"""Ends a child process when its parent ends, however the parent ended (Linux)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ _PR_SET_PDEATHSIG = 1
 
 
 def die_with(parent: int, by: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
-    """A function for a child, between fork and exec or later: the kernel ends it when the parent's starting thread ends.
+    """Returns a function that binds a child to its parent; the child calls it between fork and exec, or later.
+
+    The kernel then ends the child when the parent's thread that started it ends.
 
     Args:
         parent: The parent's process id.
@@ -23,7 +25,7 @@ def die_with(parent: int, by: signal.Signals = signal.SIGKILL) -> Callable[[], N
     def arrange() -> None:
         if libc is not None:
             libc.prctl(_PR_SET_PDEATHSIG, by)
-            # The parent may have ended before the kernel was asked.
+            # The parent may have ended before prctl was called.
             if os.getppid() != parent:
                 os._exit(1)
 

@@ -1,13 +1,11 @@
-"""Keeps the loop's processes alive: starts, restarts after a death, stops in order.
+"""Supervises the processes of the loop: starts them, restarts them after a death, stops them in order.
 
-A process that cannot run waits longer before each next start
-(`deploy/children/backoff.py`) and harms no other. One that ends with an error
-that has a remedy gets it first: the remedy is a process of its own, and the
-one that died starts again once it is done.
+A process that cannot run waits longer before each next start (`deploy/children/backoff.py`), and does not affect the
+others. If a process ends with an error that has a remedy, the remedy runs first, as a process of its own. The failed
+process starts again once the remedy is done.
 
-Every child ends with this process, however that ends: the kernel kills it when
-the thread that started it is gone (Linux), so `start` and `look` are for the
-main thread only.
+Every child ends with this process, however this process ends. The kernel kills a child when the thread that started
+it ends (Linux), so call `start` and `look` only from the main thread.
 """
 
 from __future__ import annotations
@@ -36,8 +34,9 @@ MALLOC = {
     "MALLOC_MMAP_THRESHOLD_": str(256 << 10),
     "MALLOC_TRIM_THRESHOLD_": str(16 << 20),
 }
-"""What glibc's allocator is told where the caller's environment does not say otherwise: few arenas, and large pieces apart.
-Left to itself it moves these bounds up with what is freed, and a trainer that copies its tables grows for hours."""
+"""Settings of glibc's allocator, unless the caller's environment overrides them: few arenas, large blocks separate.
+By default glibc raises these thresholds with the size of freed blocks. The memory of a trainer that copies its tables
+then grows for hours."""
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,13 @@ class ProcessPlan:
     """One process of the loop.
 
     Attributes:
-        name: What it is called in messages and the name of its log.
+        name: Its name in messages and the name of its log.
         command: The program and its arguments.
         stop_s: How long it may take to end after SIGTERM.
-        lasting: Whether it runs for ever; others end with status 0 when their work is done.
-        remedies: Class of an error that its last line names -> what has to be done before it starts again.
-        wanted: Of one that runs only now and then: whether there is something to do. It starts then, and ends with status 0
-            when it is done; None for all others.
+        lasting: Whether it runs forever; other processes end with status 0 when their work is done.
+        remedies: By class of an error in its last log line, the process that must finish before it starts again.
+        wanted: For a process that runs only now and then: returns whether there is work. It starts then, and ends with
+            status 0 when the work is done. None for all other processes.
     """
 
     name: str
@@ -77,16 +76,16 @@ class _Child:
 
 
 class Supervisor:
-    """The processes of one loop.
+    """Supervises the processes of one loop.
 
     Args:
-        logs: Directory of the logs; `<name>.log` takes a process's stdout and stderr.
+        logs: Directory of the logs; `<name>.log` receives a process's stdout and stderr.
         environment: The processes' environment.
-        say: Takes one line for the operator.
-        metrics: Where deaths and starts are counted.
+        say: Receives one line for the operator.
+        metrics: Counts deaths and starts.
         clock: Monotonic seconds.
-        log_bytes: How large one log becomes.
-        older_logs: How many full ones of a process are kept beside it.
+        log_bytes: Maximum size of one log file.
+        older_logs: How many full log files are kept per process.
     """
 
     def __init__(
@@ -117,7 +116,7 @@ class Supervisor:
         metrics: SupervisorMetrics,
         clock: Callable[[], float] = time.monotonic,
     ) -> Supervisor:
-        """The processes of a loop with these settings, which they find in their environment."""
+        """Creates a supervisor for these settings, which the processes receive in their environment."""
         environment = {**MALLOC, **os.environ}
         environment = {name: value for name, value in environment.items() if not name.startswith("SPRINGTIDE_")}
         environment |= settings.environment() | {"PYTHONUNBUFFERED": "1"}
@@ -125,7 +124,7 @@ class Supervisor:
 
     @property
     def settled(self) -> bool:
-        """Whether the loop once ran as a whole: from then on no process's end is this one's."""
+        """Whether the whole loop has run once; from then on no failure of one process ends this process."""
         return self._settled
 
     @settled.setter
@@ -134,7 +133,7 @@ class Supervisor:
         self._metrics.settled.set(settled)
 
     def start(self, plan: ProcessPlan) -> None:
-        """Starts a process; from now on `look` keeps it alive."""
+        """Starts a process; from now on `look` restarts it after a death."""
         child = self._children[plan.name] = _Child(plan)
         if plan.wanted is None:
             self._launch(child)
@@ -142,12 +141,12 @@ class Supervisor:
             child.start_at = self._clock()
 
     def look(self) -> None:
-        """Takes notice of deaths and starts again what is due; never waits.
+        """Detects deaths and starts the processes that are due; never blocks.
 
         Raises:
-            ProcessFailed: A process says at its very first start, before the loop ran, that it was used wrongly.
+            ProcessFailed: A process reports wrong usage at its very first start, before the loop ran.
         """
-        # A remedy becomes a child while we look.
+        # The loop can add a remedy to the children.
         for child in list(self._children.values()):
             process = child.process
             if process is not None and process.poll() is not None:
@@ -158,25 +157,25 @@ class Supervisor:
                 self._launch(child)
 
     def done(self, name: str) -> bool:
-        """Whether a process that is not lasting has ended well."""
+        """Returns whether a process that is not lasting has ended with status 0."""
         return self._children[name].done
 
     def pid(self, name: str) -> int | None:
-        """The process's id, or None while it does not run."""
+        """Returns the process's id, or None while it does not run."""
         child = self._children.get(name)
         process = child.process if child else None
         return process.pid if process is not None and process.poll() is None else None
 
     def names(self) -> tuple[str, ...]:
-        """The names of all processes started, in order."""
+        """Returns the names of all processes, in start order."""
         return tuple(self._children)
 
     def log_path(self, name: str) -> Path:
-        """The process's log file."""
+        """Returns the path of the process's log file."""
         return self.logs / f"{name}.log"
 
     def stop(self, name: str, hurry: Callable[[], bool] = lambda: False) -> None:
-        """Ends a process: SIGTERM, and SIGKILL after its deadline or when `hurry` says so."""
+        """Ends a process: SIGTERM, then SIGKILL after its deadline or when `hurry` returns True."""
         child = self._children.pop(name, None)
         process = child.process if child else None
         if child is None or process is None:
@@ -196,7 +195,7 @@ class Supervisor:
         process.wait()
 
     def stop_all(self, hurry: Callable[[], bool] = lambda: False) -> None:
-        """Ends what still runs, the latest start first."""
+        """Ends all processes, the latest started first."""
         for name in reversed(self.names()):
             self.stop(name, hurry)
 
@@ -206,7 +205,7 @@ class Supervisor:
         try:
             child.process = self._process(child.plan)
         except OSError as problem:
-            # A full disk takes no new log, and a machine in need no process: either passes.
+            # A full disk accepts no new log, and a machine short of resources no process; both can recover.
             self._fail(child, f"{child.plan.name} was not started: {reason_of(problem)}")
             return
         self._metrics.starts.labels(child.plan.name).inc()
@@ -221,7 +220,7 @@ class Supervisor:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=self._environment,
-                # Ctrl-C on the terminal is for the parent, which then stops in order.
+                # Ctrl-C in the terminal goes to the parent, which then stops the children in order.
                 start_new_session=True,
                 preexec_fn=die_with(os.getpid()),
             )
@@ -229,12 +228,12 @@ class Supervisor:
             os.close(log)
 
     def _last_line(self, name: str) -> str:
-        """The last line that a process said."""
+        """Returns the last line that a process logged."""
         self._pump.catch_up()
         return last_line(self.log_path(name))
 
     def _watch(self, child: _Child) -> None:
-        """Notes that a process is healthy again, and says how far a remedy is."""
+        """Resets the backoff of a process that is healthy again, and reports the progress of a remedy."""
         name, now = child.plan.name, self._clock()
         if child.backoff.deaths and now - child.started_at >= HEALTHY_S:
             self._say(f"{name} has run for {HEALTHY_S:g} s again")
@@ -247,11 +246,11 @@ class Supervisor:
             child.told = line
 
     def _may_start(self, child: _Child) -> bool:
-        """Whether there is something for it to do, and nothing to be done before; begins what has to be."""
+        """Returns whether the process has work and no pending remedy; starts the remedy if there is one."""
         return (child.plan.wanted is None or child.plan.wanted()) and self._is_cured(child)
 
     def _is_cured(self, child: _Child) -> bool:
-        """Whether nothing has to be done before the start; begins what has to be."""
+        """Returns whether no remedy is pending; starts the remedy if there is one."""
         if child.remedy is None:
             return True
         cure = self._children.get(child.remedy.name)
@@ -287,7 +286,7 @@ class Supervisor:
         self._fail(child, f"{plan.name} died ({how(status)}): {last}", last)
 
     def _fail(self, child: _Child, what: str, last_line: str = "") -> None:
-        """Counts a death and says it; the process is started again after a while."""
+        """Counts and reports a death, and schedules the next start."""
         name = child.plan.name
         child.backoff = child.backoff.after(self._clock() - child.started_at, last_line)
         child.start_at = self._clock() + child.backoff.wait_s

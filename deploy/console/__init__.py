@@ -1,1 +1,1 @@
-"""The console: one page that shows the running loop and steers it, and the interface behind the page."""
+"""The console: a web page that shows and controls the running loop, and the page's HTTP interface."""

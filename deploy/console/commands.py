@@ -1,4 +1,4 @@
-"""Gives an operator's commands from within a process: each is read by the command line's own parser and answers in JSON."""
+"""Runs operator commands inside a process: the command line's own parser reads them, and they answer in JSON."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ COMMANDS = {
     "unmask": control.unmask,
     **dict.fromkeys(control.SWITCHES, control.switch),
 }
-"""Command -> what does it; it says one JSON document."""
+"""By command, the function that runs it; the function outputs one JSON document."""
 
 
 def give(settings: Settings, words: Sequence[str], now_ms: int) -> Any:
-    """Gives a command; returns what it says.
+    """Runs a command and returns its JSON output.
 
     Args:
-        settings: Of the system.
-        words: As they are typed behind `springtide`. What comes from elsewhere is written `--option=VALUE`, so that it is
-            never taken for an option.
+        settings: Settings of the system.
+        words: The arguments as typed after `springtide`. Pass untrusted values as `--option=VALUE`, so that they are
+            never parsed as options.
         now_ms: Wall clock.
 
     Raises:
-        SettingsError: The words are not as they should be.
-        SpringtideError: As the command.
+        SettingsError: The arguments are invalid.
+        SpringtideError: The command failed.
     """
     said: list[str] = []
     say: Say = said.append
@@ -46,7 +46,7 @@ def give(settings: Settings, words: Sequence[str], now_ms: int) -> Any:
 
 
 def status_of(error: SpringtideError) -> int:
-    """The status of HTTP of a command's error: whose fault it is, or what it crossed.
+    """Returns the HTTP status of a command's error: client error, conflict or server error.
 
     >>> from state.errors import ControlConflict, LogError, SettingsError
     >>> status_of(SettingsError("--minutes x")), status_of(ControlConflict("generation 4")), status_of(LogError("away"))

@@ -1,4 +1,4 @@
-"""Remembers for a moment what takes long to read, so that many who look cost what one does."""
+"""A short-lived cache for slow reads: many clients of the page cost as much as one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 class LatelyRead:
-    """What was read lately. Any thread may ask.
+    """Cache of recently read values; thread-safe.
 
     Args:
         clock_s: Monotonic seconds.
@@ -32,16 +32,16 @@ class LatelyRead:
         self._found: dict[Hashable, tuple[float, Any]] = {}
 
     def of(self, key: Hashable, keep_s: float, read: Callable[[], Any]) -> Any:
-        """What `read` gives, or gave within the last `keep_s`; one thread reads, others wait for it."""
+        """Returns what `read` returned within the last `keep_s`, or calls it; one thread reads, others wait for it."""
         with self._lock:
             known = self._found.get(key)
             if known is None or self._clock_s() - known[0] > keep_s:
-                # What is asked for with other words is not kept beside: there are few keys at any time.
+                # Entries older than a minute are dropped, so that the cache stays small.
                 self._found = {one: found for one, found in self._found.items() if self._clock_s() - found[0] <= 60.0}
                 known = self._found[key] = (self._clock_s(), read())
             return known[1]
 
     def forget(self) -> None:
-        """Lets all be read again, after a change."""
+        """Clears the cache, after a change."""
         with self._lock:
             self._found.clear()

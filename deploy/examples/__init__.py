@@ -1,1 +1,1 @@
-"""Examples: settings of public recordings, and a model of one's own."""
+"""Examples: settings for public data sets, a custom model, custom rankers and a custom decoder."""

@@ -1,4 +1,4 @@
-"""Runs a local Flink cluster from its configuration to its end, and ends the jobs of a cluster."""
+"""Runs a local Flink cluster from start to stop, and ends the jobs of any cluster."""
 
 from __future__ import annotations
 
@@ -27,25 +27,28 @@ from state.metrics import SupervisorMetrics
 Say = Callable[[str], None]
 START_S, REMIND_S, POLL_S = 180.0, 30.0, 0.1
 SAVEPOINT_S, CANCEL_S = 120.0, 30.0
-# The process that follows a job polls its state some times in two seconds, and would miss the end of a cluster that is faster.
+# The process that follows a job polls its state a few times every 2 s; it would miss a faster end.
 FOLLOWED_S = 2.5
 
 
 def run(settings: Settings, jar: Path, say: Say, stop: Callable[[], bool], hurry: Callable[[], bool]) -> None:
     """Runs the cluster until it is stopped; the caller holds the lock of its directory.
 
-    1. Writes the configuration. 2. Starts all processes at once. 3. Waits until jobs can be submitted. 4. Keeps the
-    processes alive. 5. Ends jobs by savepoint, then the processes, the latest first.
+    1. Writes the configuration.
+    2. Starts all processes at once.
+    3. Waits until jobs can be submitted.
+    4. Restarts processes that die.
+    5. Ends jobs by savepoint, then the processes, the latest started first.
 
     Args:
-        settings: Of the cluster, and of the stream whose workers run in it.
+        settings: Settings of the cluster, and of the stream whose workers run in it.
         jar: Class path of every Java process.
-        say: Takes a line for the operator.
-        stop: Whether the operator asked to stop.
-        hurry: Whether the operator asked again.
+        say: Receives a line for the operator.
+        stop: Returns whether the operator asked to stop.
+        hurry: Returns whether the operator asked again.
 
     Raises:
-        SpringtideError: It does not start; nothing of it runs then.
+        SpringtideError: The cluster does not start; none of its processes is left running.
     """
     begin_s, directory, manager = time.monotonic(), settings.flink_dir.absolute(), JobManager(url(settings))
     # 1.
@@ -73,7 +76,7 @@ def run(settings: Settings, jar: Path, say: Say, stop: Callable[[], bool], hurry
     finally:
         # 5.
         begin_s = time.monotonic()
-        # A JobManager that does not answer has no savepoint to give.
+        # A JobManager that does not answer cannot make a savepoint.
         with contextlib.suppress(FlinkFailed):
             end_jobs(manager, say, hurry=hurry)
         supervisor.stop_all(hurry)
@@ -98,7 +101,10 @@ def _prepare(settings: Settings, directory: Path) -> None:
 
 
 def _supervisor(settings: Settings, directory: Path, say: Say) -> Supervisor:
-    """Its processes find the settings in their environment; this release and its Python come first in the paths."""
+    """Creates a supervisor whose processes find the settings in their environment.
+
+    This release comes first in their PYTHONPATH, and its Python first in their PATH.
+    """
     environment = {**MALLOC, **os.environ}
     environment = {name: value for name, value in environment.items() if not name.startswith("SPRINGTIDE_")}
     environment |= settings.environment() | {"PYTHONUNBUFFERED": "1"}
@@ -112,10 +118,10 @@ def _supervisor(settings: Settings, directory: Path, say: Say) -> Supervisor:
 def _wait_until_up(
     settings: Settings, manager: JobManager, supervisor: Supervisor, say: Say, stop: Callable[[], bool]
 ) -> bool:
-    """Returns True once a job can be submitted, False where the operator stops it before.
+    """Returns True once a job can be submitted, False if the operator stops the cluster before.
 
     Raises:
-        FlinkFailed: That takes too long.
+        FlinkFailed: The cluster is not ready within `START_S`.
     """
     deadline_s, remind_s = time.monotonic() + START_S, time.monotonic() + REMIND_S
     while missing := _missing(settings, manager):
@@ -133,7 +139,7 @@ def _wait_until_up(
 
 
 def _missing(settings: Settings, manager: JobManager) -> str:
-    """The first process that cannot be used yet; empty where all can."""
+    """Returns the name of the first process that is not ready; empty if all are ready."""
     if not manager.answers():
         return processes.JOB_MANAGER
     reported = manager.overview().task_managers
@@ -145,13 +151,13 @@ def _missing(settings: Settings, manager: JobManager) -> str:
 
 
 def end_jobs(manager: JobManager, say: Say, savepoint: bool = True, hurry: Callable[[], bool] = lambda: False) -> None:
-    """Ends all jobs and reports what each can be resumed from; a job without a savepoint is cancelled all the same.
+    """Ends all jobs and reports what each can be resumed from; a job without a savepoint is cancelled.
 
     Args:
-        manager: Of the jobs.
-        say: Takes lines for the operator.
+        manager: The JobManager of the jobs.
+        say: Receives lines for the operator.
         savepoint: Whether to make savepoints.
-        hurry: Whether to stop waiting.
+        hurry: Returns whether to stop waiting.
 
     Raises:
         FlinkFailed: The JobManager does not answer.
@@ -179,10 +185,10 @@ def end_jobs(manager: JobManager, say: Say, savepoint: bool = True, hurry: Calla
 
 
 def _savepoint(manager: JobManager, job: str, hurry: Callable[[], bool]) -> str:
-    """Path of the savepoint.
+    """Makes a savepoint and returns its path.
 
     Raises:
-        FlinkFailed: It was not made, or not in time.
+        FlinkFailed: The savepoint failed, or was not ready within `SAVEPOINT_S`.
     """
     request, deadline_s = manager.begin_savepoint(job), time.monotonic() + SAVEPOINT_S
     while not (path := manager.savepoint(job, request)):

@@ -43,7 +43,7 @@ DOWN_S, POLL_S = 90.0, 0.1
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's words; settings are taken out before."""
+    """Returns the parser of the command; settings have been removed from the arguments before."""
     found = argparse.ArgumentParser(prog="springtide flink", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
     found.add_argument("action", choices=("up", "down", "status"), help="what to do")
     found.add_argument(
@@ -60,29 +60,29 @@ def up(settings: Settings) -> None:
     """Runs the cluster until it is stopped.
 
     Raises:
-        SpringtideError: It does not start.
+        SpringtideError: The cluster does not start.
     """
     say = functools.partial(print, flush=True)
     require_disk(settings.flink_dir, LEAST_FREE_BYTES)
     with DirectoryLock(settings.flink_dir):
         require_ports(ports(settings.flink))
-        # Until the signals are taken, Ctrl-C ends the fetch of jars at once.
+        # Until the signal handlers are installed, Ctrl-C aborts the download of jars at once.
         jar = jars.merged_jar(say)
         signals = Signals()
         cluster.run(settings, jar, say, signals.stop, signals.hurry)
 
 
 def down(settings: Settings, savepoint: bool) -> None:
-    """Ends jobs and cluster.
+    """Ends the jobs and the cluster.
 
     Raises:
-        FlinkFailed: None runs here, or it does not end.
+        FlinkFailed: No cluster runs here, or it does not end.
     """
     say, directory = functools.partial(print, flush=True), settings.flink_dir
     supervisor = holder(directory)
     if supervisor is None:
         raise FlinkFailed(f"no cluster runs in {directory}", "correct paths.state, or end it where it was started")
-    # Here rather than in the supervisor, so that this command reports what becomes of the jobs.
+    # Jobs are ended here rather than in the supervisor, so that this command reports what becomes of them.
     try:
         cluster.end_jobs(JobManager(url(settings)), say, savepoint)
     except FlinkFailed as failure:
@@ -98,7 +98,7 @@ def down(settings: Settings, savepoint: bool) -> None:
 
 
 def holder(directory: Path) -> psutil.Process | None:
-    """The process that runs the cluster of a directory; None where none does."""
+    """Returns the process that runs the cluster of a directory; None if none does."""
     if not directory.is_dir():
         return None
     try:
@@ -108,7 +108,7 @@ def holder(directory: Path) -> psutil.Process | None:
         try:
             return psutil.Process(json.loads((directory / layout.LOCK).read_text())["pid"])
         except (OSError, ValueError, KeyError, psutil.NoSuchProcess):
-            # It has just started, or just ended.
+            # The process has just started, or just ended.
             return None
 
 

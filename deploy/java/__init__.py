@@ -1,1 +1,1 @@
-"""Java programs on this machine: a runtime from a wheel, and jars from Maven Central, each with its SHA-256."""
+"""Java programs on this machine: a Java runtime from a wheel, and jars from Maven Central verified by SHA-256."""

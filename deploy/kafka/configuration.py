@@ -1,4 +1,4 @@
-"""A local broker's configuration: the fixed part, then this machine's; and its ports."""
+"""Configuration and ports of the local Kafka broker."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from state.errors import PortTaken
 
 HOST = "127.0.0.1"
 FIRST_PORT = 10_000
-"""The lowest port that `free_ports` gives."""
+"""The lowest port that `free_ports` returns."""
 
 _HERE = Path(__file__).parent
 
 
 def properties(port: int, controller_port: int, data_dir: Path, retention_h: float) -> str:
-    """The broker's configuration file: the fixed part, then this machine's.
+    """Returns the broker's configuration file: the fixed part, then this machine's paths, ports and retention.
 
     >>> text = properties(9092, 9093, Path("/state/kafka/data"), 168)
     >>> "advertised.listeners=PLAINTEXT://127.0.0.1:9092" in text
@@ -37,16 +37,16 @@ def properties(port: int, controller_port: int, data_dir: Path, retention_h: flo
             ("controller.quorum.voters", f"1@{HOST}:{controller_port}"),
             ("log.dirs", str(data_dir)),
             ("log.retention.ms", str(retention_ms)),
-            # Positions of a stopped stream are kept as long as the clicks.
+            # Committed offsets of a stopped stream are kept as long as the clicks.
             ("offsets.retention.minutes", str(max(1, retention_ms // 60_000))),
         )
     )
 
 
 def free_ports(names: Iterable[str]) -> dict[str, int]:
-    """A port for each name, no two alike, that no one listens on at this moment.
+    """Returns a distinct port for each name, on which no process listens at this moment.
 
-    They are outside the range from which the kernel takes the ports of outgoing connections: one of those could take a
+    The ports are outside the kernel's range for outgoing connections. Otherwise an outgoing connection could take a
     port before its server listens.
     """
     found = {}
@@ -63,7 +63,7 @@ def free_ports(names: Iterable[str]) -> dict[str, int]:
 
 @cache
 def _first_outgoing_port() -> int:
-    """Where the kernel's range of ports for outgoing connections begins."""
+    """Returns the start of the kernel's port range for outgoing connections."""
     try:
         return max(20_000, int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0]))
     except OSError:
@@ -71,15 +71,15 @@ def _first_outgoing_port() -> int:
 
 
 def free_port() -> int:
-    """A port that no one listens on at this moment."""
+    """Returns a port on which no process listens at this moment."""
     return free_ports(["port"])["port"]
 
 
 def require_free(port: int) -> None:
-    """Refuses a port that somebody listens on.
+    """Checks that no process listens on a port.
 
     Raises:
-        PortTaken: Names the setting.
+        PortTaken: The port is in use; the message names the setting.
     """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -93,7 +93,7 @@ def require_free(port: int) -> None:
 
 
 def listens(port: int) -> bool:
-    """Whether somebody listens on a port of this machine."""
+    """Returns whether a process listens on a port of this machine."""
     with socket.socket() as probe:
         probe.settimeout(1.0)
         return probe.connect_ex((HOST, port)) == 0

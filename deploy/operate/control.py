@@ -1,7 +1,7 @@
-"""The operator's verbs on control: pin and follow, label, hold and release, pause and resume, unmask.
+"""The operator's commands on control: pin and follow, label, hold and release, pause and resume, unmask.
 
-A command only writes the next control generation; serving, trainer and stream
-find it and converge. Asked twice, it changes nothing the second time.
+A command only writes the next control generation; serving, trainer and stream read it and converge. A repeated
+command changes nothing.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from state.registry import holding, labels
 
 
 def pin(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Answers stay at one version; training goes on.
+    """Pins serving to one version; training continues.
 
     Raises:
-        UnknownVersion: It is not kept, or cannot be put together any more.
-        ControlConflict: Somebody else changed control meanwhile.
+        UnknownVersion: The version is not kept, or its parts are not all available any more.
+        ControlConflict: Another client changed control in the meantime.
     """
     registry = open_registry(settings)
     registry.chain(asked.version)
@@ -33,13 +33,13 @@ def pin(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) ->
 
 
 def label(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Gives a label to a version, or takes it away.
+    """Sets a label on a version, or removes the label.
 
     Raises:
-        SettingsError: There is neither a version nor `--remove`, or both.
-        UnknownVersion: The version is not kept, or cannot be put together any more.
-        UnfitVersion: The label is of another form, or there are too many.
-        ControlConflict: Somebody else changed control meanwhile.
+        SettingsError: Neither a version nor `--remove` is given, or both are.
+        UnknownVersion: The version is not kept, or its parts are not all available any more.
+        UnfitVersion: The label has an invalid form, or there are too many labels.
+        ControlConflict: Another client changed control in the meantime.
     """
     if (asked.version is None) != asked.remove:
         raise SettingsError("a label needs either a version or --remove", "see `springtide label --help`")
@@ -53,10 +53,10 @@ def label(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
 
 
 def follow(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Answers follow the newest version again.
+    """Makes serving follow the newest version again.
 
     Raises:
-        ControlConflict: Somebody else changed control meanwhile.
+        ControlConflict: Another client changed control in the meantime.
     """
     registry = open_registry(settings)
     control = current(registry, asked.if_generation)
@@ -65,10 +65,10 @@ def follow(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
 
 
 def switch(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Holds or releases the publishing of versions, pauses or resumes training; both let go what the guard holds.
+    """Holds or releases publishing, pauses or resumes training; release and resume also clear a hold of the guard.
 
     Raises:
-        ControlConflict: Somebody else changed control meanwhile.
+        ControlConflict: Another client changed control in the meantime.
     """
     registry = open_registry(settings)
     control = current(registry, asked.if_generation)
@@ -84,11 +84,11 @@ def switch(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
 
 
 def unmask(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Lifts masks, and says how what was left out comes back.
+    """Lifts masks, and reports how the masked clicks come back.
 
     Raises:
-        UnfitMask: There is none of such a number.
-        ControlConflict: Somebody else changed control meanwhile.
+        UnfitMask: There is no mask with such a number.
+        ControlConflict: Another client changed control in the meantime.
     """
     registry = open_registry(settings)
     control = current(registry, asked.if_generation)
@@ -97,7 +97,7 @@ def unmask(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
 
 
 def coming_back(control: transitions.Control) -> str:
-    """How the clicks of lifted masks come back.
+    """Describes how the clicks of lifted masks come back.
 
     >>> first = transitions.start(actor="trainer", reason="first start", now_ms=0)
     >>> coming_back(first)

@@ -1,4 +1,4 @@
-"""What the trainer's guard holds, and what an operator types about it: turn back without the suspect clicks, or go on."""
+"""The update that the trainer's guard holds, with the commands to roll back without suspect clicks or to release."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from state.registry.held_update import HeldUpdate
 
 
 def look(settings: Settings) -> dict[str, Any] | None:
-    """What is held as JSON values, with the commands; None where nothing is, or nobody knows."""
+    """Returns the held update and the commands as JSON values; None if nothing is held or control is unreadable."""
     try:
         control = open_registry(settings).control()
     except (SpringtideError, OSError):
@@ -23,7 +23,7 @@ def look(settings: Settings) -> dict[str, Any] | None:
 
 
 def document(held: HeldUpdate) -> dict[str, Any]:
-    """What is held, in words, and what to type.
+    """Describes a held update, with the commands to type.
 
     >>> from state.registry.held_update import SuspectClicks
     >>> held = HeldUpdate("user", "share of one user", 30.0, 1.0, 7, 40, 90, 0, 9000, (SuspectClicks("ab" * 16, 2, 5, 80),))
@@ -34,7 +34,7 @@ def document(held: HeldUpdate) -> dict[str, Any]:
 
 
 def turn_back(held: HeldUpdate) -> str:
-    """The rollback that leaves the suspect clicks out, ready to run."""
+    """Returns the rollback command that masks the suspect clicks, ready to run."""
     words = ["springtide", "rollback", *(("--to", str(held.version)) if held.version else ("--before-mask",))]
     for one in held.clicks:
         words += ["--skip", f"{one.partition}:{one.first}-{one.next - 1}"]
@@ -42,7 +42,7 @@ def turn_back(held: HeldUpdate) -> str:
 
 
 def as_text(found: Mapping[str, Any]) -> tuple[str, str]:
-    """A word and the rest, a sentence a line, for `springtide status`."""
+    """Formats the held update for `springtide status`: a keyword and a description."""
     back, go_on = found["commands"]
     stays = (
         f"answers stay at version {found['version']}"

@@ -1,4 +1,4 @@
-"""`springtide history` and `springtide masks`: what was decided by whom, what came of it, and what is left out."""
+"""`springtide history` and `springtide masks`: who decided what, with what outcome, and which clicks are masked."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ PARTS: tuple[Part, ...] = ("planned", "answered", "learned")
 
 
 def history(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Lists control generations: who decided what, when and why, and what became of a rollback.
+    """Lists control generations: who decided what, when and why, and the outcome of each rollback.
 
     Raises:
         RegistryError: There is no registry.
     """
     registry = open_registry(settings)
-    # One more: what came of a generation is told from the one before it.
+    # One generation more, because an outcome is computed from a generation and the one before it.
     read = registry.controls(None if asked.all else asked.last + 1)
     controls = read if asked.all else read[-asked.last :]
     befores = [None, *read][-1 - len(controls) : -1]
@@ -58,14 +58,14 @@ def history(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
 
 
 def outcome(registry: Registry, control: Control, before: Control | None) -> dict[str, Any]:
-    """What was planned and what happened, of the rollback that began an epoch; nothing of other generations."""
+    """Returns plan and result of a rollback that began an epoch; empty for other generations."""
     if control.action != "rollback" or (before is not None and before.epoch == control.epoch):
         return {}
     return {"outcome": {part: registry.outcome(control.epoch, part) for part in PARTS}}
 
 
 def compared(outcome: dict[str, Any]) -> str:
-    """An outcome against its plan, in words.
+    """Compares an outcome with its plan, in words.
 
     >>> planned = {"mode": "fast", "rows": 5000, "masked": 120, "replay_s": 2.4, "answers": {"serves": True, "seconds": 0.0}}
     >>> learned = {"seconds": 3.1, "again": {"rows": 5000, "masked": 120}}
@@ -87,7 +87,7 @@ def compared(outcome: dict[str, Any]) -> str:
     parts.append(f"caught up after {age(learned['seconds'])}{'' if expected_s is None else f' ({age(expected_s)})'}")
     if (again := learned.get("again")) is not None:
         if "clicks" in again:
-            # The stream writes other rows of them: without those masked now, with those of lifted masks.
+            # The stream rewrites different rows: without the newly masked ones, with those of lifted masks.
             clicks = f" ({planned['exact']['clicks']:,})" if planned else ""
             parts.append(f"{again['clicks']:,} clicks read again{clicks}")
             return "; ".join(parts)
@@ -98,7 +98,7 @@ def compared(outcome: dict[str, Any]) -> str:
 
 
 def masks(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Lists what is left out: each mask with who set it, when and why, its rows and users, and those lifted.
+    """Lists all masks, lifted ones included: who set each, when and why, with its rows and users.
 
     Raises:
         RegistryError: There is no registry, or no control.

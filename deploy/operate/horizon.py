@@ -1,4 +1,4 @@
-"""How far back a rollback reaches: to the oldest version that is kept and that the training log still leads on from."""
+"""How far back a rollback can go: to the oldest kept version from which the training log is still complete."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ ASK_KAFKA_S = 1.0
 
 
 def oldest(registry: Registry, reaches: Callable[[Manifest], bool]) -> Manifest | None:
-    """The oldest version of the newest one's line that can be gone back to; None where there is none.
+    """Returns the oldest version of the newest one's branch that a rollback can return to; None if there is none.
 
     Args:
-        registry: Where versions are.
-        reaches: Whether the training log leads on from a version.
+        registry: The registry with the versions.
+        reaches: Returns whether the training log is complete from a version on.
     """
     numbers = registry.versions()
     with suppress(CorruptVersion, UnknownVersion):
         line = registry.visible(numbers[-1]) if numbers else ()
         for number in numbers:
-            # What is removed or damaged meanwhile is passed over.
+            # Versions that are damaged, or removed in the meantime, are skipped.
             with suppress(CorruptVersion, UnknownVersion):
                 if sees(line, number) and reaches(found := registry.manifest(number)):
                     return found
@@ -35,7 +35,7 @@ def oldest(registry: Registry, reaches: Callable[[Manifest], bool]) -> Manifest 
 
 
 def look(settings: Settings, now_ms: int) -> dict[str, Any] | None:
-    """The horizon as JSON values; None where nobody knows: no registry, or no answer from Kafka."""
+    """Returns the horizon as JSON values; None if it is unknown: no registry, or no answer from Kafka."""
     if not settings.registry_dir.is_dir():
         return None
     try:
@@ -48,12 +48,12 @@ def look(settings: Settings, now_ms: int) -> dict[str, Any] | None:
 
 
 def of(version: Manifest, now_ms: int) -> dict[str, Any]:
-    """What is shown of the oldest version."""
+    """Returns the number and age of the oldest version as JSON values."""
     return {"version": version.version, "age_s": max(0, now_ms - version.created_at_ms) / 1000}
 
 
 def as_text(found: Mapping[str, Any]) -> tuple[str, str]:
-    """A word and the rest, in words.
+    """Formats the horizon for `springtide status`: a keyword and a description.
 
     >>> as_text({"version": 7, "age_s": 5400.0})
     ('reaches', 'back 1 h 30 min, to version 7')

@@ -1,4 +1,4 @@
-"""The serving line: the versions that the newest one of control's epoch descends from, and which of them surely learned nothing masked."""
+"""The serving branch: the ancestry of the newest version in control's epoch, searched for versions clean of masks."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from state.registry.registry import SERVING, TRAINING, Registry
 from state.registry.tensor_files import tensor_in
 
 FAR_AHEAD_MS = 3_900_000
-"""An hour and five minutes: how far a broker lets a timestamp lie ahead, and an event after its timestamp, by default."""
+"""How far an event time can be ahead by default: a broker accepts timestamps 1 h ahead, plus 5 min for the event."""
 
 
 class ServingLine:
-    """The kept versions of the line, oldest first. What is asked of them is found by halving: a manifest is a file.
+    """The kept versions of the serving branch, oldest first. Searches are binary, because each manifest is a file.
 
     Args:
-        registry: Where they are.
-        control: The newest.
+        registry: The registry with the versions.
+        control: The newest control generation.
 
     Attributes:
-        control: The newest.
-        newest: The newest version of control's epoch, or the one that the epoch begins from.
+        control: The newest control generation.
+        newest: The newest version of control's epoch, or the epoch's base.
 
     Raises:
         UnknownVersion: There is no version yet.
@@ -43,11 +43,11 @@ class ServingLine:
         self._numbers = [number for number in registry.versions() if sees(self.newest.visible, number)]
 
     def require(self, version: int) -> Manifest:
-        """The manifest of a version that is on the line.
+        """Returns the manifest of a version, which must be on the branch.
 
         Raises:
-            UnknownVersion: It is not kept.
-            UnfitVersion: A rollback abandoned it.
+            UnknownVersion: The version is not kept.
+            UnfitVersion: A rollback abandoned the version.
         """
         found = self._registry.manifest(version)
         if not sees(self.newest.visible, version):
@@ -61,7 +61,10 @@ class ServingLine:
         return found
 
     def last(self, holds: Callable[[Manifest], bool]) -> Manifest | None:
-        """The newest version for which something holds that holds for all older ones too; None where it does for none."""
+        """Returns the newest version for which `holds` is true, by binary search; None if there is none.
+
+        `holds` must be monotone: if it is true for a version, it is true for all older ones.
+        """
         low, high = 0, len(self._numbers)
         while low < high:
             middle = (low + high) // 2
@@ -75,7 +78,7 @@ class ServingLine:
         return self._manifest(low - 1) if low else None
 
     def loadable(self, version: Manifest) -> Manifest:
-        """It, or the newest one before it on the line that can be put together.
+        """Returns `version`, or the newest version before it on the branch that can be loaded.
 
         Raises:
             UnknownVersion: There is none.
@@ -92,23 +95,23 @@ class ServingLine:
         return version
 
     def oldest(self) -> Manifest | None:
-        """The oldest version kept; None where none can be read."""
+        """Returns the oldest kept version; None if none can be read."""
         return self._manifest(0) if self._numbers else None
 
     def in_log(self) -> list[MaskEntry]:
-        """The masks that count and whose clicks the training log may still have: those of fast rollbacks."""
+        """Returns the active masks whose clicks the training log may still contain: those of fast rollbacks."""
         return [one for one in self.control.masks if not one.excluded]
 
     def surely_clean(self, entries: Sequence[MaskEntry], wait_ms: int, exact: bool = False) -> Manifest | None:
-        """The newest version that, by its manifest and tables, learned nothing that `entries` name.
+        """Returns the newest version that, by its manifest and tables, learned nothing that `entries` name.
 
-        Newer ones may be clean too: the log tells where the first masked click is.
+        Newer versions may be clean too; only the log shows where the first masked click is.
 
         Args:
             entries: The masks.
-            wait_ms: How long a row may wait for its label, which is a masked click too.
-            exact: Whether the log before the version must have none of it. A manifest does not tell that of a version
-                that was trained under a mask of the log's clicks, nor of impressions that still wait at the version.
+            wait_ms: How long a row may wait for its label; the label can be a masked click too.
+            exact: Whether the log before the version must also contain none of it. A manifest cannot show this for a
+                version trained under a mask whose clicks are in the log, nor for impressions that wait at the version.
         """
         hiding = [one for one in (*self.control.masks, *self.control.lifted) if exact and not one.excluded]
         trained_before = min((one.generation for one in hiding), default=None)
@@ -135,12 +138,12 @@ class ServingLine:
         found = self._before(found, users)
         if found is None or not found.rows or not margin_ms:
             return found
-        # Impressions of these users may wait at that version, and its tables do not have users of whom nothing was learned.
+        # Impressions of these users may wait at that version; its tables lack users of whom it has learned nothing.
         until_ms = newest_told_ms(found, wait_ms) - margin_ms
         return self.last(lambda version: newest_told_ms(version, wait_ms) < until_ms)
 
     def _before(self, version: Manifest, users: Sequence[MaskedUsers]) -> Manifest | None:
-        """The newest base up to `version` whose tables have none of the users, those not admitted yet included."""
+        """Returns the newest base up to `version` whose tables have none of the users, pending ones included."""
         for number in reversed(
             [one for one in self._registry.bases() if one <= version.version and one in self._numbers]
         ):
@@ -158,7 +161,7 @@ class ServingLine:
         return None
 
     def _ids(self, base: Manifest, name: str, tensor: str) -> np.ndarray[tuple[int], np.dtype[np.uint64]]:
-        # Not the whole file, which a read with its digest would take: it is read in full before anything is loaded.
+        # Reads one tensor without verifying the file; the file is read in full before anything is loaded.
         found = tensor_in(self._registry.path_of(base, name), tensor)
         return np.empty(0, np.uint64) if found is None else np.asarray(found).view(np.uint64)
 
@@ -176,7 +179,7 @@ class ServingLine:
         )
 
     def _manifest(self, place: int) -> Manifest | None:
-        """The manifest at a place; one that was removed meanwhile, or is damaged, leaves the line."""
+        """Returns the manifest at an index; a version that was removed or is damaged is dropped from the branch."""
         try:
             return self._registry.manifest(self._numbers[place])
         except (CorruptVersion, UnknownVersion):
@@ -185,13 +188,13 @@ class ServingLine:
 
 
 def newest_told_ms(version: Manifest, wait_ms: int) -> int:
-    """No row that the version learned told a later time, of its event or of its label.
+    """Returns an upper bound of the times of all rows that the version learned, of their events and labels, ms.
 
-    Clocks that were farther ahead of the log than `FAR_AHEAD_MS` are not
-    asked: one of them would make every version look as if it were of then.
+    Times more than `FAR_AHEAD_MS` ahead are ignored; otherwise one wrong clock would make every version look newer
+    than it is.
 
     Args:
-        version: Its manifest; 0.1.0 wrote the newest event's time only.
+        version: The version's manifest; release 0.1.0 recorded the newest event time only.
         wait_ms: How long a row may wait for its label.
     """
     found = version.metrics.get(TOLD_MS)
@@ -199,10 +202,10 @@ def newest_told_ms(version: Manifest, wait_ms: int) -> int:
 
 
 def told(version: Manifest) -> str:
-    """A version and when it was made.
+    """Describes a version by its number and creation time.
 
     Args:
-        version: Its manifest.
+        version: The version's manifest.
     """
     return f"version {version.version} of {iso(version.created_at_ms)}"
 
@@ -212,5 +215,5 @@ def _word(source: Source) -> tuple[int, int]:
 
 
 def _first(entry: MaskEntry) -> int:
-    """Later ones first: of several ranges in a partition the earliest is to win."""
+    """Sort key, later offsets first: of several ranges in a partition the earliest wins."""
     return -entry.offsets[2] if entry.offsets else 0

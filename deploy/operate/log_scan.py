@@ -1,7 +1,7 @@
-"""Looks through the training log for what a mask names: where the first such row lies, and how many there are.
+"""Scans the training log for rows that a mask names: finds the first such row, and counts them.
 
-Only the columns that say which clicks the rows are get decoded: 0.2 ms a
-record, some fiftieth of what learning it takes.
+Only the columns that identify the clicks are decoded: 0.2 ms a record, about a fiftieth of the time that training on
+the record takes.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ POLL_S, STALLED_S, RECORDS = 0.5, 30.0, 512
 
 @dataclass(frozen=True, slots=True)
 class FirstHit:
-    """Where the first masked row is.
+    """The position of the first masked row.
 
     Attributes:
-        epoch: Of control, in which its record was read.
-        offset: Of the record in the training log.
-        at_ms: The row's event time.
+        epoch: Control epoch in which the record was read.
+        offset: Offset of the record in the training log.
+        at_ms: Event time of the row.
     """
 
     epoch: int
@@ -47,15 +47,15 @@ class FirstHit:
 
 @dataclass
 class Counted:
-    """What the trainer will find between a version and the log's end.
+    """What the trainer will read between a version and the log's end.
 
     Attributes:
-        records: Records on the line.
-        rows: Rows to learn from, each once.
-        masked: Of them, rows that are left out.
-        users: Users of the rows that new masks leave out.
-        after: Rows behind a masked row of the same user, so near in time that their windows count it.
-        by_mask: Of each new mask: its rows, and their users.
+        records: Records on the branch.
+        rows: Rows to learn from, each counted once.
+        masked: How many of these rows are masked.
+        users: Users of the rows that new masks exclude.
+        after: Rows after a masked row of the same user, so soon after it that their windows include it.
+        by_mask: By id of each new mask, the number of its rows, and their users.
     """
 
     records: int = 0
@@ -67,10 +67,12 @@ class Counted:
 
 
 def records(reader: LogReader, partition: int, first: int, end: int, line: LogLine) -> Iterator[tuple[int, MicroBatch]]:
-    """The records of a line at offsets from `first` to before `end`; one that cannot be read is left out, as the trainer does.
+    """Yields the records of a branch at offsets from `first` up to `end`, exclusive, with their offsets.
+
+    Like the trainer, it skips a record that cannot be decoded.
 
     Raises:
-        LogError: Nothing came for half a minute, or the log cannot be read.
+        LogError: No record arrived for `STALLED_S`, or the log cannot be read.
     """
     at = onward(line, first)
     if at >= end:
@@ -99,14 +101,14 @@ def records(reader: LogReader, partition: int, first: int, end: int, line: LogLi
 def first_hit(
     reader: LogReader, partition: int, segments: Sequence[LogSegment], mask: Mask, exact: bool = False
 ) -> FirstHit | None:
-    """The first row along the line that `mask` names and that was learned; None if there is none.
+    """Finds the first row along the branch that `mask` names and that was learned; None if there is none.
 
     Args:
-        reader: Of the training log.
+        reader: Reads the training log.
         partition: Its partition.
-        segments: The parts of the line, oldest first, each with what was left out there already.
-        mask: What is to be left out now.
-        exact: Whether rows count that were not learned: events for histories only, and rows that were left out already.
+        segments: The segments of the branch, oldest first, each with its masks at that time.
+        mask: What is masked now.
+        exact: Whether to include rows that were not learned: events for histories only, and rows already masked.
 
     Raises:
         LogError: The log cannot be read.
@@ -127,11 +129,11 @@ def first_hit(
 
 
 class Counting:
-    """Counts along a line from a version to the log's end; takes the records in order.
+    """Counts rows along a branch from a version to the log's end; takes the records in order.
 
     Args:
         marks: The next offset of each source at the version.
-        mask_at: What is left out already.
+        mask_at: What is masked already.
         new: The new masks.
         longest_ms: The longest window.
     """
@@ -144,7 +146,7 @@ class Counting:
         self.found = Counted(by_mask={one.id: (0, set()) for one in new})
 
     def take(self, batch: MicroBatch) -> None:
-        """Takes the next record of the line."""
+        """Counts the next record of the branch."""
         unseen, self._marks = trim(batch, self._marks)
         fresh = trained(batch.kind) & unseen
         already = self._mask_at(batch.header.mask_generation)

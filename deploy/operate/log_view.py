@@ -1,4 +1,4 @@
-"""The training log and the clicks as a command sees them: their ends, and a reader; short of patience where Kafka is away."""
+"""A command's view of the training log and the clicks topic: their ends, and a reader; Kafka must answer soon."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ ASK_KAFKA_S = 5.0
 
 
 def open_log(settings: Settings) -> Log:
-    """The log of these settings."""
+    """Opens the log of these settings."""
     return KafkaLog(settings.kafka)
 
 
 @dataclass(frozen=True)
 class LogView:
-    """What the topics were when they were looked at.
+    """The state of both topics at one moment.
 
     Attributes:
-        log: Where they are.
-        topic: Name of the training log.
-        topic_id: Its id.
-        partition: Its partition.
-        begin: Its first offset kept.
-        end: Where its next record goes.
+        log: The log that holds the topics.
+        topic: Name of the training log's topic.
+        topic_id: Id of that topic.
+        partition: Partition of the training log.
+        begin: Its first kept offset.
+        end: The offset of its next record.
         clicks_id: Id of the clicks topic.
-        clicks: The ends of its partitions.
+        clicks: By partition of the clicks topic, its first kept and its next offset.
     """
 
     log: Log
@@ -47,23 +47,23 @@ class LogView:
     clicks: Mapping[int, tuple[int, int]]
 
     def reader(self, offset: int) -> LogReader:
-        """Reads the training log from `offset`.
+        """Returns a reader of the training log from `offset` on.
 
         Raises:
-            LogError: It cannot be read.
+            LogError: The log cannot be read.
         """
         return self.log.reader(self.topic, [self.partition], {self.partition: offset})
 
     def reaches(self, registry: Registry, version: Manifest) -> bool:
-        """Whether the trainer could read on from a version, over the gaps that were accepted."""
+        """Returns whether the trainer could continue from a version, across accepted gaps."""
         accepted = Journal(registry.path / layout.GAPS).accepted()
         return past(accepted, Source(self.topic_id, self.partition), version.log.next) >= self.begin
 
     def require_reach(self, registry: Registry, to: Manifest) -> None:
-        """Refuses a version from which the trainer could not read on.
+        """Checks that the trainer could continue from a version.
 
         Raises:
-            UnfitVersion: The log begins behind it, or was made anew since.
+            UnfitVersion: The log begins after the version's position, or the topic was recreated since.
         """
         if to.log.topic_id and to.log.topic_id != self.topic_id:
             raise UnfitVersion(
@@ -81,7 +81,7 @@ class LogView:
 
 
 def look(settings: Settings, patience_s: float = ASK_KAFKA_S) -> LogView | None:
-    """Asks Kafka for the ends of both topics; None where it does not answer in time, or a topic is not there."""
+    """Asks Kafka for the ends of both topics; returns None if it does not answer in time or a topic does not exist."""
     partition = settings.trainer.partition
     kafka = replace(settings.kafka, request_timeout_s=min(patience_s, settings.kafka.request_timeout_s))
     try:

@@ -1,4 +1,4 @@
-"""What the operator asks to leave out: read from the command line, checked against clocks and topics, told in words."""
+"""Masks as operators write them: parses the options, validates them against clock and topics, and describes masks."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from state.features.masked_users import MaskedUsers
 from state.registry.manifest import Manifest
 
 Ends = Mapping[int, tuple[int, int]]
-"""Of the clicks: partition -> the first position kept, the position of the next record."""
+"""Of the clicks topic: by partition, the first kept offset and the offset of the next record."""
 
 
 def mask_of(settings: Settings, asked: argparse.Namespace, newest: Manifest, now_ms: int) -> Mask:
-    """The mask of --skip, --skip-time, --minutes and --skip-users.
+    """Builds the mask from --skip, --skip-time, --minutes and --skip-users.
 
     Raises:
-        SettingsError: One of them is not written as it should be, or ends in the future.
+        SettingsError: An option has an invalid form, or ends in the future.
     """
     topic_ids = {source.topic_id for source, _ in newest.sources}
     times = [parse_times(text, now_ms) for text in asked.skip_time]
@@ -46,17 +46,17 @@ def mask_of(settings: Settings, asked: argparse.Namespace, newest: Manifest, now
 
 
 def require_positions(mask: Mask, topic_id: str, ends: Ends) -> None:
-    """Refuses offsets that the clicks topic does not have yet.
+    """Checks that the clicks topic has all offsets of a mask.
 
     Args:
-        mask: What is to be left out.
-        topic_id: Of the clicks topic; offsets of another one are not looked at.
-        ends: Of its partitions.
+        mask: The mask.
+        topic_id: Id of the clicks topic; offsets of other topics are not checked.
+        ends: The ends of its partitions.
 
     >>> require_positions(Mask(offsets=((42, 3, 5, 20),)), "0000002a" + "0" * 24, {3: (0, 20)})
 
     Raises:
-        SettingsError: A partition or an offset is not there.
+        SettingsError: A partition or an offset does not exist.
     """
     for word, partition, first, last in mask.offsets:
         if word != int(topic_id[:8], 16):
@@ -73,17 +73,17 @@ def require_positions(mask: Mask, topic_id: str, ends: Ends) -> None:
 
 
 def parse_place(text: str, topic_ids: Collection[str]) -> tuple[int, int, int, int]:
-    """A mask entry of `PARTITION:A-B` (both included), or `TOPIC_ID:PARTITION:A-B`.
+    """Parses a mask entry from `PARTITION:A-B` (both included), or `TOPIC_ID:PARTITION:A-B`.
 
     Args:
-        text: What the operator wrote.
+        text: The text that the operator typed.
         topic_ids: Ids of the click topics that versions were trained on, 32 hexadecimal digits each.
 
     >>> parse_place("3:100-199", ["0000002a" + "0" * 24])
     (42, 3, 100, 200)
 
     Raises:
-        SettingsError: It is not of that form, or the topic is not clear.
+        SettingsError: The text has another form, or the topic is ambiguous.
     """
     match = re.fullmatch(r"(?:([0-9a-f]+):)?(\d+):(\d+)-(\d+)", text.strip())
     if not match or int(match[3]) > int(match[4]):
@@ -98,16 +98,16 @@ def parse_place(text: str, topic_ids: Collection[str]) -> tuple[int, int, int, i
 
 
 def users_of(settings: Settings, file: Path, fingerprint: str) -> MaskedUsers:
-    """The pseudonyms of a file's users, one id a line.
+    """Returns the pseudonyms of a file's users; the file has one id a line.
 
     Args:
-        settings: They name the salt.
+        settings: Names the salt.
         file: The file.
-        fingerprint: Of the salt that the versions were trained with; another one would mask nobody.
+        fingerprint: Fingerprint of the salt that the versions were trained with; another salt would match no user.
 
     Raises:
         MissingSalt: The salt file is missing.
-        SaltMismatch: It is another one.
+        SaltMismatch: The salt is another one.
         SettingsError: The file cannot be read.
     """
     try:
@@ -123,7 +123,7 @@ def users_of(settings: Settings, file: Path, fingerprint: str) -> MaskedUsers:
 
 
 def describe(mask: Mask) -> str:
-    """A mask in words, without a user's id.
+    """Describes a mask in words, without user ids.
 
     >>> describe(Mask(times=((0, 60_000),), users=MaskedUsers.of([7])))
     'clicks from 1970-01-01T00:00:00Z to 1970-01-01T00:01:00Z; all of 1 user'
@@ -139,5 +139,5 @@ def describe(mask: Mask) -> str:
 
 
 def mask_document(mask: Mask) -> dict[str, Any]:
-    """A mask as JSON values; users are counted, not listed."""
+    """Returns a mask as JSON values; users are counted, not listed."""
     return {**replace(mask, users=MaskedUsers.NOBODY).to_json(), "users": len(mask.users)}

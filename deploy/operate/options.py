@@ -1,4 +1,4 @@
-"""What may be written behind `springtide rollback`, `erase`, `masks`, `unmask` and `schema`."""
+"""Arguments of `springtide rollback`, `erase`, `masks`, `unmask` and `schema`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 Add = Callable[..., argparse.ArgumentParser]
-"""Adds a command: name, help, description."""
+"""Adds a command with its name, help and description."""
 
 WAIT_S = 10.0
 SETTINGS_HELP = (
@@ -17,7 +17,7 @@ SETTINGS_HELP = (
 
 
 def rollback(add: Add) -> argparse.ArgumentParser:
-    """The command that goes back."""
+    """Adds `rollback` and returns its parser."""
     command = add(
         "rollback",
         "Go back to a version, and train on from it without the clicks you name.",
@@ -87,7 +87,7 @@ def _skips(command: argparse.ArgumentParser) -> None:
 
 
 def if_generation(command: argparse.ArgumentParser) -> None:
-    """Adds the option by which two operators do not cross each other."""
+    """Adds `--if-generation`, which prevents two operators from overwriting each other's change."""
     command.add_argument(
         "--if-generation",
         type=positive,
@@ -97,7 +97,7 @@ def if_generation(command: argparse.ArgumentParser) -> None:
 
 
 def erase(add: Add) -> argparse.ArgumentParser:
-    """The command that forgets users."""
+    """Adds `erase` and returns its parser."""
     command = add(
         "erase",
         "Forget users: their clicks so far, and all that is kept of them; or show what still holds something.",
@@ -117,7 +117,7 @@ def erase(add: Add) -> argparse.ArgumentParser:
 
 
 def masks(add: Add) -> list[argparse.ArgumentParser]:
-    """The commands that list what is left out, and lift it."""
+    """Adds `masks` and `unmask` and returns their parsers."""
     listing = add("masks", "List what rollbacks left out: each mask with its rows and users, who set it, and why.")
     lifting = add(
         "unmask",
@@ -131,7 +131,7 @@ def masks(add: Add) -> list[argparse.ArgumentParser]:
 
 
 def schema(add: Add) -> argparse.ArgumentParser:
-    """The command about the baseline of live clicks."""
+    """Adds `schema` and returns its parser."""
     command = add(
         "schema",
         "Show what live clicks are held against, compare the newest window with it, or accept that as the new baseline.",
@@ -151,7 +151,7 @@ def schema(add: Add) -> argparse.ArgumentParser:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on.
+    """Parses an integer that is at least 1.
 
     >>> positive("7")
     7
@@ -162,7 +162,7 @@ def positive(text: str) -> int:
 
 
 def seconds(text: str) -> float:
-    """Seconds, 0 or more.
+    """Parses seconds, 0 or more.
 
     >>> seconds("2.5")
     2.5

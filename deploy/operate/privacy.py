@@ -1,4 +1,4 @@
-"""What of the privacy budget is spent and left, as the trainer's ledger says."""
+"""The privacy budget for `springtide status`: what the trainer's ledger reports as spent and left."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from state.registry.privacy_ledger import PrivacyLedger
 
 
 def look(settings: Settings) -> dict[str, Any] | None:
-    """The budget as JSON values; None where there is none, or nobody knows."""
+    """Returns the budget as JSON values; None if there is no budget or the ledger cannot be read."""
     try:
         ledger = privacy_ledger.read(settings.privacy_ledger_path)
     except (SpringtideError, OSError):
@@ -21,11 +21,11 @@ def look(settings: Settings) -> dict[str, Any] | None:
 
 
 def document(ledger: PrivacyLedger, periods: int) -> dict[str, Any]:
-    """What is spent and left.
+    """Returns what is spent and left as JSON values.
 
     Args:
-        ledger: The trainer's.
-        periods: That the budget is for.
+        ledger: The trainer's ledger.
+        periods: How many periods the budget covers.
     """
     return {
         "unit": ledger.unit,
@@ -41,7 +41,7 @@ def document(ledger: PrivacyLedger, periods: int) -> dict[str, Any]:
 
 
 def as_text(found: Mapping[str, Any]) -> tuple[str, str]:
-    """A word and the rest, for `springtide status`.
+    """Formats the budget for `springtide status`: a keyword and a description.
 
     >>> from state.registry.privacy_ledger import PrivacyPeriod
     >>> ledger = PrivacyLedger("1f", "user", (PrivacyPeriod(1, 7, 8, 9.0),), 8.0, 1e-06, 1.5)

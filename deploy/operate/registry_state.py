@@ -1,4 +1,4 @@
-"""The registry as `springtide status` tells it: its newest version, and what control wants."""
+"""The registry's state for `springtide status`: its newest version, and the desired state in control."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from state.errors import SpringtideError
 
 
 def look(settings: Settings, now_ms: int) -> dict[str, Any]:
-    """Newest version and what control wants, as JSON values; where it cannot be read, why."""
+    """Returns newest version and control as JSON values; if the registry cannot be read, the reason."""
     try:
         registry = open_registry(settings)
         control = registry.control()
@@ -25,7 +25,7 @@ def look(settings: Settings, now_ms: int) -> dict[str, Any]:
         "problem": "",
         "versions": len(numbers),
         "newest": newest.version if newest else None,
-        # A version may be newer than the command that asks.
+        # A version can be newer than `now_ms`, the start of the command.
         "newest_age_s": max(0, now_ms - newest.created_at_ms) / 1000 if newest else None,
         "control": control
         and {
@@ -42,7 +42,7 @@ def look(settings: Settings, now_ms: int) -> dict[str, Any]:
 
 
 def as_text(registry: Mapping[str, Any]) -> str:
-    """It in words, of a registry that answers."""
+    """Describes the state in words; the registry must be readable."""
     control = registry["control"]
     newest = f"newest version {shown(registry['newest'])}, {seconds(registry['newest_age_s'])} old, {registry['versions']} kept"
     if control is None:

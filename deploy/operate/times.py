@@ -1,4 +1,4 @@
-"""The operator's ways to write a time, and how times are told. Pure."""
+"""Parses times that operators type, and formats times and durations. Pure."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from state.errors import SettingsError
 
 
 def parse_time(text: str, now_ms: int) -> int:
-    """A moment in ms: ISO 8601 (UTC unless it says otherwise), seconds or ms since 1970, `now`, or `10m` (ago).
+    """Parses a time to ms: ISO 8601 (UTC by default), seconds or ms since 1970, `now`, or `10m` (ago).
 
     >>> parse_time("10m", 1_000_000), parse_time("1970-01-01T00:01", 0), parse_time("1700000000", 0)
     (400000, 60000, 1700000000000)
 
     Raises:
-        SettingsError: It is none of these.
+        SettingsError: The text has none of these forms.
     """
     text = text.strip()
     if text == "now":
@@ -35,13 +35,13 @@ def parse_time(text: str, now_ms: int) -> int:
 
 
 def parse_times(text: str, now_ms: int) -> tuple[int, int]:
-    """The half-open range of `A..B`.
+    """Parses `A..B` to a half-open range in ms.
 
     >>> parse_times("10m..now", 1_000_000)
     (400000, 1000000)
 
     Raises:
-        SettingsError: It is no range, or B does not come after A.
+        SettingsError: The text is not a range, or B is not after A.
     """
     first, dots, last = text.partition("..")
     if not dots:
@@ -53,7 +53,7 @@ def parse_times(text: str, now_ms: int) -> tuple[int, int]:
 
 
 def age(seconds: float) -> str:
-    """A duration as people say it.
+    """Formats a duration with its two largest units.
 
     >>> [age(seconds) for seconds in (0.24, 75, 3 * 3600 + 120, 200_000)]
     ['0.2 s', '1 min 15 s', '3 h 2 min', '2 d 7 h']
@@ -68,7 +68,7 @@ def age(seconds: float) -> str:
 
 
 def iso(time_ms: int) -> str:
-    """A moment in UTC, to the second.
+    """Formats a time in UTC, to the second.
 
     >>> iso(61_000)
     '1970-01-01T00:01:01Z'

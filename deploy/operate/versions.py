@@ -1,4 +1,4 @@
-"""Lists the versions of a registry, and which of them answers use."""
+"""`springtide versions`: lists the versions of a registry, and which one this host serves."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ FIGURES = {
     "log loss": "log_loss", "AUC": "auc", "top 1": "top1", "top 5": "top5", "known top 1": "known.top1",
     "known top 5": "known.top5", "lift": "lift.top1",
 }  # fmt: skip
-"""Columns, and which measure each is: recent ones, scored before learning."""
+"""Column titles and their metrics; the metrics are recent and measured before learning."""
 
 
 def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
-    """Lists the versions with age, log range, metrics, which one serves, and which can do no more than that.
+    """Lists the versions with age, log range, metrics, which one is served, and which ones can only be served.
 
     Raises:
         RegistryError: There is no registry.
@@ -46,7 +46,7 @@ def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Ca
     kept = numbers if asked.all else numbers[max(0, len(numbers) - asked.last) :]
     if served is not None and served in numbers and served not in kept:
         kept = [served, *kept]
-    # Not at the top: other commands that open a registry need no log.
+    # Imported here, because other commands that open a registry need no log.
     from deploy.operate import horizon
     from deploy.operate.log_view import look
 
@@ -80,10 +80,10 @@ def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Ca
 
 
 def open_registry(settings: Settings) -> Registry:
-    """The registry of these settings, where there is one; a shared one as it is in its place now.
+    """Opens the registry of these settings, which must exist; a shared one is synced from its object store first.
 
     Raises:
-        RegistryError: There is none; a command that looks must not make one. Or its place cannot be reached.
+        RegistryError: There is no registry, and a read-only command must not create one; or its store is unreachable.
     """
     visit(settings)
     if not settings.registry_dir.is_dir():
@@ -95,7 +95,7 @@ def open_registry(settings: Settings) -> Registry:
 
 
 def readable(registry: Registry) -> Iterator[Manifest]:
-    """The manifests of all versions, newest first, without those that are corrupt or were removed meanwhile."""
+    """Yields the manifests of all versions, newest first, without those that are corrupt or were removed meanwhile."""
     for number in reversed(registry.versions()):
         with suppress(CorruptVersion, UnknownVersion):
             yield registry.manifest(number)
@@ -103,7 +103,7 @@ def readable(registry: Registry) -> Iterator[Manifest]:
 
 @contextmanager
 def rows_here(serving_dir: Path) -> Iterator[RowReader | None]:
-    """The rows that this host answers from; None where there is no row store, or none that can be read."""
+    """Opens this host's row store for reading; yields None if there is none, or none that can be read."""
     path = serving_dir / layout.ROWS
     store = None
     if path.is_dir():
@@ -120,14 +120,14 @@ def rows_here(serving_dir: Path) -> Iterator[RowReader | None]:
 
 
 def served_version(serving_dir: Path) -> int | None:
-    """The version that answers on this host use; None where nothing serves here."""
+    """Returns the version that this host serves; None if nothing serves here."""
     with rows_here(serving_dir) as reader:
         served = None if reader is None else reader.served()
         return None if served is None else served.version
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
-    """Rows in aligned columns.
+    """Formats rows in aligned columns.
 
     >>> print(table([["version", "age"], ["7", "2 s"]]))
     version  age
@@ -141,7 +141,7 @@ def table(rows: Sequence[Sequence[str]]) -> str:
 def _entry(
     registry: Registry, number: int, control: Control | None, served: int | None, now_ms: int, view: LogView | None
 ) -> dict[str, Any] | None:
-    """What is known of a version; None where retention has removed it meanwhile."""
+    """Describes a version as JSON values; None if retention has removed it in the meantime."""
     marks = ["served"] if number == served else []
     if control is not None and control.serving.version == number:
         marks.append("pinned")
@@ -159,7 +159,7 @@ def _entry(
     return {
         "version": number,
         "epoch": found.epoch,
-        # A version may be newer than the command that lists it.
+        # A version can be newer than `now_ms`, the start of the command.
         "age_s": max(0, now_ms - found.created_at_ms) / 1000,
         "created_at_ms": found.created_at_ms,
         "kind": "base" if number in registry.bases() else found.kind,
@@ -177,6 +177,6 @@ def _entry(
 
 def _figure(entry: dict[str, Any], name: str) -> str:
     measured = entry.get("metrics", {})
-    # A version of 0.1.0 calls log loss what cannot be compared, see `trainer/measures/evaluation.py`.
+    # Release 0.1.0 used the name `log_loss` for a value that is not comparable, see `trainer/measures/evaluation.py`.
     value = None if name == "log_loss" and "training_loss" not in measured else measured.get(name)
     return "-" if value is None else f"{value:.4f}"

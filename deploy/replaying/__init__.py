@@ -1,1 +1,1 @@
-"""Into the topics: clicks, of recordings at their times or of synthetic shoppers, and attributes out of files."""
+"""Sends data into the topics: recorded clicks at their times, synthetic clicks, and attributes from files."""

@@ -6,16 +6,16 @@
     kept      max     recorded                          none              at once
     kept      60x     recorded                          none              paced
 
-`now` is the wall clock when the replay began. Rebased at full speed, the newest
-click is of now and the gaps stay as recorded. Rebased at 60x an hour passes in
-a minute: the click that is being sent is of now, and gaps are a sixtieth. A
-click that comes after a later one is late by as much as in the recording,
-divided by the speed. A kept time is never compared with today: those records
-carry no Kafka timestamp, so that neither the parser's bounds nor the topic's
-retention judges them by it.
+`now` is the wall clock at the start of the replay.
 
-A row after `newest` is a stray (`state.recordings.crowd`): it moves no clock,
-and lies as far after the others as in the recording.
+- Rebased at full speed, the newest click gets the time `now`, and gaps stay as recorded.
+- Rebased at 60x, an hour passes in a minute. The click being sent gets the current time, and gaps are a sixtieth. A
+  click that follows a later one is late by as much as in the recording, divided by the speed.
+- A kept time is never compared with today. Those records carry no Kafka timestamp, so that neither the parser's bounds
+  nor the topic's retention apply to them.
+
+A row after `newest` is a stray (`state.recordings.crowd`). It does not advance the clock, and keeps its recorded
+distance from the others.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ F64 = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Clock:
-    """How times are made.
+    """How event times, timestamps and send times are computed.
 
     Attributes:
-        speed: Seconds of the recording per second of the wall; MAX: no pacing.
-        keep: Leave event times as recorded.
-        now_ms: Wall clock when the replay began; also after a restart.
-        newest_ms: Latest recorded time but for strays; NO_TIME where times are kept, and then no row is one.
-        longest_wait_ms: A gap takes no longer than this, however long it is in the recording.
+        speed: Seconds of the recording per second of wall clock; MAX: no pacing.
+        keep: Keep event times as recorded.
+        now_ms: Wall clock at the start of the replay; unchanged by a restart.
+        newest_ms: Latest recorded time apart from strays; NO_TIME if times are kept, and then no row is a stray.
+        longest_wait_ms: Upper bound of the pause for one gap, however long the gap is in the recording.
     """
 
     speed: float
@@ -56,7 +56,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Hand:
-    """Where the clock stands: the latest recorded time so far (NO_TIME: none), and when that was due, wall ms."""
+    """The clock's state: the latest recorded time so far (NO_TIME: none), and when it was due, wall clock ms."""
 
     high_ms: int
     due_ms: float
@@ -69,7 +69,7 @@ class Stamped:
     Attributes:
         at_ms: `[n]` int64, event times; NO_TIME where the row has none.
         kafka_ms: `[n]` int64, Kafka timestamps; NO_TIMESTAMP for none.
-        due_ms: `[n]` float64, wall clock from when on each may be sent.
+        due_ms: `[n]` float64, wall clock from which each record may be sent.
         high_ms: `[n]` int64, the latest recorded time so far.
     """
 
@@ -79,23 +79,23 @@ class Stamped:
     high_ms: I64
 
     def oldest_s(self, rows: int) -> float:
-        """How far the oldest of the first `rows` records lies before its Kafka timestamp."""
+        """Returns how far the oldest of the first `rows` records is before its Kafka timestamp, seconds."""
         timed = (self.at_ms[:rows] != NO_TIME) & (self.kafka_ms[:rows] != NO_TIMESTAMP)
         return int((self.kafka_ms[:rows] - self.at_ms[:rows])[timed].max(initial=0)) / 1000
 
     def hand(self, row: int) -> Hand:
-        """The clock after record `row`."""
+        """Returns the clock's state after record `row`."""
         return Hand(int(self.high_ms[row]), float(self.due_ms[row]))
 
 
 def parse_speed(text: str) -> float:
-    """Reads a speed: seconds of the recording per second.
+    """Parses a speed: seconds of the recording per second.
 
     >>> parse_speed("60x"), parse_speed("0.5"), parse_speed("max")
     (60.0, 0.5, inf)
 
     Raises:
-        SettingsError: It is none.
+        SettingsError: The text is not a speed.
     """
     try:
         speed = MAX if text == "max" else float(text.removesuffix("x"))
@@ -107,12 +107,12 @@ def parse_speed(text: str) -> float:
 
 
 def stamp(at_ms: I64, clock: Clock, hand: Hand) -> Stamped:
-    """The times of consecutive records.
+    """Computes the times of consecutive records.
 
     Args:
-        at_ms: `[n]` int64, recorded times, or NO_TIME: such a record goes with the one before it.
-        clock: How times are made.
-        hand: The clock before the first.
+        at_ms: `[n]` int64, recorded times, or NO_TIME: such a record is sent together with the one before it.
+        clock: How times are computed.
+        hand: The clock's state before the first record.
 
     >>> stamped = stamp(np.array([0, 60_000, NO_TIME]), Clock(60.0, False, 0, 60_000), Hand(NO_TIME, 1e6))
     >>> stamped.at_ms.tolist() == [1_000_000, 1_001_000, NO_TIME], stamped.due_ms.tolist()
@@ -123,12 +123,12 @@ def stamp(at_ms: I64, clock: Clock, hand: Hand) -> Stamped:
     high = np.maximum.accumulate(np.concatenate([[np.int64(hand.high_ms)], np.where(stray, NO_TIME, at_ms)]))
     steps = np.zeros(len(at_ms))
     if not math.isinf(clock.speed):
-        known = high[:-1] != NO_TIME  # the first click of all has no gap before it
+        known = high[:-1] != NO_TIME  # the first click has no gap before it
         steps[known] = np.minimum((high[1:][known] - high[:-1][known]) / clock.speed, clock.longest_wait_ms)
     due = hand.due_ms + np.cumsum(steps)
     at = at_ms.copy()
     if clock.keep:
-        # A row whose time is none is not of the recording's time: it is judged by today's.
+        # A row without a time gets a Kafka timestamp of today, because it has no recorded time.
         return Stamped(at, np.where(timed, NO_TIMESTAMP, clock.now_ms), due, high[1:])
     if math.isinf(clock.speed):
         if timed.any():

@@ -1,9 +1,8 @@
-"""How far a replay has come: what makes a second run go on where the first one ended.
+"""The journal of a replay: its progress on disk, from which a second run continues.
 
-One small file per recording, topic and options, written before each piece is
-sent: what is acknowledged, what is being sent, and from which positions on to
-look for it. After a kill the piece in flight is looked up in the topic, so
-that it is neither lost nor sent twice. It holds numbers and no click.
+There is one small file per recording, topic and options. It is written before each piece is sent, and stores what is
+acknowledged, what is in flight, and the positions from which to look for it. After a kill, the next run searches the
+topic for the piece in flight, so that the piece is neither lost nor sent twice. The file contains numbers but no click.
 """
 
 from __future__ import annotations
@@ -26,17 +25,17 @@ FILE = "journal.json"
 
 @dataclass(frozen=True)
 class Position:
-    """Where a replay stands.
+    """The position of a replay.
 
     Attributes:
-        now_ms: Wall clock when its first run began.
-        newest_ms: Latest time of the recording; NO_TIME where nobody asked for it.
+        now_ms: Wall clock at the start of its first run.
+        newest_ms: Latest time of the recording; NO_TIME if it was not needed.
         acknowledged: Rows of the recording that are done.
-        sending: Rows that are done when the piece in flight has arrived; equal to `acknowledged` when none is.
-        hand: The clock before the piece in flight.
-        ends: Per partition a position before which nothing of the piece in flight can be.
-        refused: Per reason the rows the stream makes dead letters of, so far.
-        unsendable: Rows too large for a record, so far.
+        sending: Rows that are done when the piece in flight has arrived; equal to `acknowledged` if there is none.
+        hand: The clock's state before the piece in flight.
+        ends: By partition, a position before which nothing of the piece in flight can be.
+        refused: By reason, the rows so far that become dead letters in the stream.
+        unsendable: Rows so far that are too large for a record.
         complete: Whether the recording has ended.
     """
 
@@ -51,12 +50,12 @@ class Position:
     complete: bool = False
 
     def after(self, hand: Hand, ends: Mapping[int, int]) -> Position:
-        """The position when the piece in flight has arrived."""
+        """Returns the position once the piece in flight has arrived."""
         return replace(self, acknowledged=self.sending, hand=hand, ends=dict(ends))
 
 
 def key_of(identity: Mapping[str, Any]) -> str:
-    """A name for a recording with its options: 16 hexadecimal digits.
+    """Returns the key of a recording with its options: 16 hexadecimal digits.
 
     >>> key_of({"files": ["ab"], "sort": "memory"}) == key_of({"sort": "memory", "files": ["ab"]})
     True
@@ -65,7 +64,7 @@ def key_of(identity: Mapping[str, Any]) -> str:
 
 
 class ReplayJournal:
-    """The position of one replay, on disk. One process at a time: hold a lock on `folder`.
+    """The position of one replay, on disk. For one process at a time: hold a lock on `folder`.
 
     Args:
         folder: Its directory; it must exist.
@@ -75,10 +74,10 @@ class ReplayJournal:
         self._path = folder / FILE
 
     def read(self) -> Position | None:
-        """The stored position; None where there is none.
+        """Returns the stored position; None if there is none.
 
         Raises:
-            CorruptStore: It cannot be read, or another release wrote it.
+            CorruptStore: The file cannot be read, or another release wrote it.
         """
         try:
             fields = json.loads(self._path.read_text())
@@ -95,7 +94,7 @@ class ReplayJournal:
             ) from None
 
     def write(self, position: Position) -> None:
-        """Stores a position; durable when it returns."""
+        """Stores a position durably."""
         draft = self._path.with_suffix(".draft")
         draft.unlink(missing_ok=True)
         durable.write(draft, json.dumps({"format": FORMAT, **asdict(position)}).encode())
@@ -103,13 +102,13 @@ class ReplayJournal:
         durable.sync_directory(self._path.parent)
 
     def forget(self) -> None:
-        """Begins anew: nothing is stored."""
+        """Removes the stored position, so that the replay starts again from the beginning."""
         self._path.unlink(missing_ok=True)
         durable.sync_directory(self._path.parent)
 
 
 def folder_of(state_dir: Path, key: str) -> Path:
-    """The journal's directory, made where it is missing."""
+    """Returns the journal's directory; creates it if it is missing."""
     folder = state_dir / layout.REPLAY / key
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -1,4 +1,4 @@
-"""How to replay: order, pace and times, as the command line has them."""
+"""Options of a replay from the command line: order, pace and times."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from deploy.replaying.clock import MAX, Clock
 
 @dataclass(frozen=True)
 class Options:
-    """How to replay.
+    """Options of a replay.
 
     Attributes:
         sort: memory (read everything, then order by time) or assume (the files are in order).
         speed: Seconds of the recording per second, or MAX.
-        keep: Leave times as recorded.
-        limit: So many rows in this run; None: all.
-        longest_wait_s: A gap takes no longer than this.
+        keep: Keep times as recorded.
+        limit: How many rows to send in this run; None: all.
+        longest_wait_s: Upper bound of the pause for one gap.
     """
 
     sort: str = "memory"
@@ -26,5 +26,5 @@ class Options:
     longest_wait_s: float = 10.0
 
     def clock(self, now_ms: int, newest_ms: int) -> Clock:
-        """The clock of a replay that began at `now_ms`, of a recording whose newest time is `newest_ms`."""
+        """Returns the clock of a replay that started at `now_ms`; the recording's newest time is `newest_ms`."""
         return Clock(self.speed, self.keep, now_ms, newest_ms, self.longest_wait_s * 1000)

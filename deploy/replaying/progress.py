@@ -1,4 +1,4 @@
-"""Shows how a replay goes: one line that moves on a terminal, else a line every ten seconds."""
+"""Shows the progress of a replay: one updating line in a terminal, otherwise a line every ten seconds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAMED_ROWS = 5
 
 
 def progress_line(done: int, total: int | None, rate: float, bad: int, called: str = "dead letter") -> str:
-    """The state of a replay in one line; `called` is what becomes of a bad row.
+    """Formats the progress of a replay as one line; `called` is the name of a bad row.
 
     >>> progress_line(500, 1000, 250.0, 2)
     '[##########----------]  50 %  500 of 1,000 rows  250 rows/s  2 dead letters'
@@ -30,10 +30,10 @@ class Progress:
     """Writes the progress of one replay.
 
     Args:
-        out: Where to.
-        monotonic_s: Seconds that never go back.
-        row: What a good row is.
-        called: What becomes of a bad one.
+        out: Where to write.
+        monotonic_s: Monotonic clock, seconds.
+        row: Name of a good row.
+        called: Name of a bad row.
     """
 
     def __init__(
@@ -49,18 +49,18 @@ class Progress:
         return self._line.took_s
 
     def show(self, sent: int, done: int, total: int | None, bad: int) -> None:
-        """Shows the state, if it is time to.
+        """Shows the progress if an update is due.
 
         Args:
             sent: Rows of this run.
-            done: Rows of this run and those before.
-            total: Rows of the recording; None where they are not counted yet.
-            bad: Rows that are none.
+            done: Rows of this run and earlier runs.
+            total: Rows of the recording; None if they are not counted yet.
+            bad: Bad rows.
         """
         self._line.show(lambda: progress_line(done, total, sent / self.took_s, bad, self._called))
 
     def name(self, row: str, reason: str) -> None:
-        """Names a row that is bad; after the first few only their number is shown, at the end."""
+        """Reports a bad row; after the first few, bad rows are only counted and shown at the end."""
         self._named += 1
         if self._named <= NAMED_ROWS:
             self.say(f"{row}: no {self._row}: {reason}")
@@ -68,5 +68,5 @@ class Progress:
             self.say(f"further rows that are no {self._row}s are counted, not named")
 
     def say(self, line: str) -> None:
-        """Writes a line of its own."""
+        """Writes a separate line."""
         self._line.say(line)

@@ -1,4 +1,4 @@
-"""Reads a recording from where a replay stands: its rows in the order of sending, and what is known of all of them."""
+"""Reads a recording from a replay's position: the remaining rows in send order, and facts about the whole recording."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Opened(NamedTuple):
 
     Attributes:
         encoder: Completes the rows.
-        chunks: The rows that are not acknowledged yet, in the order of sending.
-        newest_ms: The newest recorded time, but for strays; NO_TIME where nobody asked for it.
-        total: Rows of the recording; None where they are not counted yet.
-        crowd: How that time was found; None where it was known, or nobody asked.
+        chunks: The rows that are not acknowledged yet, in send order.
+        newest_ms: The newest recorded time apart from strays; NO_TIME if it is not needed.
+        total: Rows of the recording; None if they are not counted yet.
+        crowd: How `newest_ms` was found; None if it was known, or not needed.
     """
 
     encoder: Encoder
@@ -37,20 +37,20 @@ class Opened(NamedTuple):
 
 
 def open_recording(recording: Recording, events: Events, options: Options, position: Position) -> Opened:
-    """The rows behind those that are acknowledged.
+    """Opens a recording after the acknowledged rows.
 
     Args:
         recording: The files.
         events: Names of fields, and the unit of times.
-        options: In which order, and whether times are moved: then the newest is found before the first row.
-        position: Where the replay stands.
+        options: The order, and whether times are rebased; if they are, the newest time is found before the first row.
+        position: The replay's position.
 
     Raises:
-        SettingsError: They do not fit into memory, or the columns are not there.
-        UnreadableRecording: A file is cut or damaged.
+        SettingsError: The files do not fit into memory, or columns are missing.
+        UnreadableRecording: A file is truncated or damaged.
     """
     find_newest, times = not options.keep and position.newest_ms == NO_TIME, RecordedTimes()
-    # A recording is of the past.
+    # Times of a recording are in the past.
     latest_ms = position.now_ms + round(events.max_future_s * 1000)
     encoder, total, done = Encoder(events, recording.constants or {}, latest_ms), None, position.acknowledged
     if options.sort == "memory":
@@ -68,7 +68,7 @@ def open_recording(recording: Recording, events: Events, options: Options, posit
 
 
 def recorded_times(recording: Recording, events: Events, latest_ms: int) -> RecordedTimes:
-    """All recorded times; reads the time column of all files."""
+    """Collects all recorded times; reads the time column of all files."""
     field, unit, times = events.time, events.time_unit, RecordedTimes()
     if not field:
         return times

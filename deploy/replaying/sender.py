@@ -1,4 +1,4 @@
-"""Sends pieces of a recording: acknowledged, and each user's in one partition."""
+"""Sends pieces of a recording to Kafka with acknowledgement; all records of a user go to one partition."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Piece:
         return len(self.keys)
 
     def take(self, rows: Sequence[int]) -> Piece:
-        """The records `rows`."""
+        """Returns the piece with only the records `rows`."""
         return Piece(
             [self.keys[row] for row in rows],
             [self.values[row] for row in rows],
@@ -47,12 +47,12 @@ class Piece:
         )
 
     def records(self) -> list[Record]:
-        """Key, value and timestamp of each."""
+        """Returns key, value and timestamp of each record."""
         return list(zip(self.keys, self.values, self.kafka_ms.tolist(), strict=True))
 
 
 def rows_within(sizes: Sequence[int], limit: int = PIECE_BYTES) -> int:
-    """How many of the first records, of these bytes, fit into one piece; at least one.
+    """Returns how many of the first records, of these sizes, fit into one piece; at least one.
 
     >>> rows_within([4, 4, 4], limit=10), rows_within([11], limit=10)
     (2, 1)
@@ -61,7 +61,7 @@ def rows_within(sizes: Sequence[int], limit: int = PIECE_BYTES) -> int:
 
 
 def missing(piece: Piece, arrived: Sequence[Record]) -> Piece:
-    """The records of `piece` that are not among those that arrived; equal records count one by one.
+    """Returns the records of `piece` that have not arrived; equal records are counted individually.
 
     >>> piece = Piece([b"u", b"u"], [b"{}", b"{}"], np.array([5, 5]))
     >>> len(missing(piece, [(b"u", b"{}", 5)])), len(missing(piece, [(b"u", b"{}", 6)]))
@@ -78,11 +78,11 @@ def missing(piece: Piece, arrived: Sequence[Record]) -> Piece:
 
 
 class Outbox:
-    """Sends pieces into a topic. Used by one thread.
+    """Sends pieces to a topic. Used by one thread.
 
     Args:
-        kafka: How to connect.
-        topic: Which; it exists.
+        kafka: Connection settings.
+        topic: An existing topic.
     """
 
     def __init__(self, kafka: Kafka, topic: str) -> None:
@@ -92,10 +92,10 @@ class Outbox:
         self._partitions: dict[bytes, int] = {}
 
     def send(self, piece: Piece) -> dict[int, int]:
-        """Sends a piece and returns when all of it is acknowledged.
+        """Sends a piece; returns when all of it is acknowledged.
 
         Returns:
-            Per partition that got records the position after them.
+            By partition that received records, the position after them.
 
         Raises:
             LogError: Kafka refused, or did not answer; part of the piece may have arrived.
@@ -117,7 +117,7 @@ class Outbox:
         return {partition: begin + len(rows[partition]) for partition, begin in begins.items()}
 
     def ends(self) -> dict[int, int]:
-        """The position of the next record of each partition.
+        """Returns the position of the next record of each partition.
 
         Raises:
             LogError: Kafka does not answer.
@@ -126,7 +126,7 @@ class Outbox:
             return {partition: end for partition, (_, end) in topics.ends(self._topic).items()}
 
     def arrived_since(self, ends: Mapping[int, int]) -> list[Record]:
-        """What the topic holds from the positions `ends` on, whoever sent it.
+        """Returns all records in the topic from the positions `ends` on, of any producer.
 
         Raises:
             LogError: Kafka does not answer.

@@ -1,1 +1,1 @@
-"""`springtide rollout`: takes a trial from a few users to all of them, or back, by what they do."""
+"""`springtide rollout`: shifts traffic to a trial step by step, and advances, halts or reverts it by what users do."""

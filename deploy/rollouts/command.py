@@ -1,8 +1,8 @@
-"""Takes a trial to more and more users: `springtide rollout NAME [--steps 1,5,50,100] [--every 30m]`.
+"""Rolls a trial out to a growing share of users: `springtide rollout NAME [--steps 1,5,50,100] [--every 30m]`.
 
-The command stays and drives the rollout until it is done, goes back, or Ctrl-C;
-given again it goes on where it was. Without it shares stay as they are. With
-`--halt`, `--resume`, `--back` or `--end` it does that alone.
+The command stays in the foreground and drives the rollout until it is done, is rolled back, or Ctrl-C. Run again, it
+continues where it was. While it does not run, shares stay as they are. `--halt`, `--resume`, `--back` and `--end`
+change the rollout and return.
 """
 
 from __future__ import annotations
@@ -45,11 +45,11 @@ Say = Callable[[str], None]
 VERBS = {"halt": rollout.halt, "resume": rollout.resume, "back": rollout.back, "end": rollout.end}
 RETRY_S = 1.0
 LOOK_S, READY_S = 0.25, 2.0
-"""Between two times that the trial is asked whether it answers, and how long it may take to say so."""
+"""Interval between two checks that the trial answers, and the timeout of a check."""
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's options; settings are read beside them."""
+    """Returns the parser of the command; settings are parsed separately."""
     made = argparse.ArgumentParser(
         prog="springtide rollout",
         description="Answers a growing share of the users by a trial, whose workers are at rollout.address, and goes on, halts or "
@@ -80,11 +80,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(settings: Settings, asked: argparse.Namespace, log: Log, stop: threading.Event, say: Say) -> None:
-    """Does what is asked.
+    """Runs the command.
 
     Raises:
-        SettingsError: The steps are none, or no address is set.
-        ControlConflict: Another rollout is open, or this one cannot do what is asked.
+        SettingsError: The steps are invalid, or no address is set.
+        ControlConflict: Another rollout is open, or this one cannot make the requested change.
         LogError: Kafka does not answer.
     """
     rollouts = Rollouts(settings.registry_dir)
@@ -107,7 +107,7 @@ def run(settings: Settings, asked: argparse.Namespace, log: Log, stop: threading
 def drive(
     settings: Settings, asked: argparse.Namespace, log: Log, rollouts: Rollouts, stop: threading.Event, say: Say
 ) -> None:
-    """Starts the rollout, or goes on with it, until it is over or `stop`."""
+    """Starts the rollout, or continues it, until it is over or `stop` is set."""
     newest = rollouts.newest()
     if newest is None or newest.name != asked.name or newest.is_over:
         started = rollout.start(
@@ -148,7 +148,10 @@ def drive(
 def _when_it_answers(
     settings: Settings, rollouts: Rollouts, newest: Rollout, stop: threading.Event, complain: Callable[[str], None]
 ) -> Rollout:
-    """The newest generation once the trial answers, somebody ended it, or `stop`: before, its users would be failed by it."""
+    """Waits until the trial answers, the rollout is ended, or `stop` is set; returns the newest generation.
+
+    Without the wait, the trial would fail the requests of its first users.
+    """
     while newest.phase == "starting" and not stop.is_set():
         status, why = http.ask(f"{settings.rollout.address}/readyz", READY_S)
         if status == 200:
@@ -161,7 +164,7 @@ def _when_it_answers(
 
 
 def _places(settings: Settings, log: Log) -> tuple[int, int]:
-    """Where exposures and the training log end; the topic of exposures is made where it is missing."""
+    """Returns the end offsets of exposures and training log; creates the topic of exposures if it is missing."""
     kafka = settings.kafka
     with log.topics() as topics:
         topics.ensure(*topic_plan.exposures(settings))
@@ -188,7 +191,7 @@ def _steps(text: str) -> tuple[float, ...]:
 
 
 def _duration(text: str) -> float:
-    """Seconds.
+    """Parses a duration to seconds.
 
     >>> _duration("30m"), _duration("1.5s")
     (1800.0, 1.5)
@@ -202,7 +205,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     asked, flags = parser().parse_known_args(sys.argv[1:] if argv is None else argv)
     stop = stop_on_signals()
-    # What the client says of each try is said once by what failed.
+    # The Kafka client logs every attempt; the command reports each failure once.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     try:
         settings = load(flags)

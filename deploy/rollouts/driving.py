@@ -1,12 +1,11 @@
-"""Drives a rollout: reads who was exposed and who engaged, asks the gate, and writes the next generation.
+"""Drives a rollout: reads exposures and engagements, evaluates the gate, and writes the next generation.
 
-All that it knows comes out of the two topics from the places on where the
-rollout began, so that a restart knows the same. Nobody waits for it: while it
-is away, shares stay as they are.
+All evidence comes from the two topics, from the offsets at which the rollout began, so a restart has the same evidence.
+No other process waits for the driver; while it does not run, shares stay as they are. Each step:
 
-1. Exposures, up to their topic's end.
-2. Engagements, each some time after it became known: the exposure before it may come later.
-3. Once both are read to their ends, the gate.
+1. Read exposures, up to their topic's end.
+2. Read engagements and count each after a delay, because the exposure before it can arrive later.
+3. Once both topics are read to their ends, evaluate the gate.
 """
 
 from __future__ import annotations
@@ -36,10 +35,11 @@ from state.rollouts.rollout import GATE, Rollout
 from state.rollouts.rollouts import Rollouts
 
 KEEP_MS = 2000
-"""Between two times that what is known is kept for whoever tells of it."""
+"""Interval at which the figures are stored for `springtide status`, the page and metrics."""
 
 HOLD_MS = 2000
-"""So long after it became known, or was read where that clock is ahead, an engagement counts: exposures are on their way for less."""
+"""Delay after which an engagement counts, from when it became known or was read, whichever is earlier. Exposures arrive
+within less time."""
 
 FETCH_S = 0.1
 RECORDS_AT_ONCE = 10_000
@@ -50,17 +50,17 @@ _TRANSITIONS: Mapping[str, Transition] = {"next": rollout.next_step, "halt": rol
 
 
 class RolloutDriver:
-    """Drives the newest rollout of a registry; one thread. `close` it.
+    """Drives the newest rollout of a registry. Used by one thread; call `close` at the end.
 
     Args:
-        settings: Of the loop.
-        log: Where the topics are.
-        rollouts: The generations.
-        began: The newest one, whose name it drives.
+        settings: Settings of the loop.
+        log: The log with the topics.
+        rollouts: The generations of rollouts.
+        began: The newest generation; the driver drives the rollout of its name.
         now_ms: The wall clock.
 
     Attributes:
-        evidence: What is known of the arms.
+        evidence: The evidence about both arms.
     """
 
     def __init__(
@@ -82,12 +82,12 @@ class RolloutDriver:
             raise
 
     def close(self) -> None:
-        """Ends its connections."""
+        """Closes the readers."""
         self._exposures.close()
         self._clicks.close()
 
     def step(self) -> Rollout:
-        """Takes what came, and decides; waits `FETCH_S` at most. Returns the newest generation.
+        """Reads new records and evaluates the gate; blocks at most `FETCH_S`. Returns the newest generation.
 
         Raises:
             LogError: The log cannot be read.
@@ -104,11 +104,11 @@ class RolloutDriver:
         return newest if decision is None else self._apply(newest, decision)
 
     def report(self) -> RolloutReport:
-        """What is to be said of the arms now."""
+        """Returns the current report about both arms."""
         return report(self.evidence, self._settings.rollout.equal_within)
 
     def keep(self) -> None:
-        """Keeps what is known for whoever tells of it; a disk that refuses is said, and tried again."""
+        """Stores the figures for status, page and metrics; a disk error is logged, and the next call retries."""
         self._kept_ms = self._now_ms()
         try:
             self._rollouts.keep_figures(self._began, figures(self.report()), self._kept_ms)
@@ -117,7 +117,7 @@ class RolloutDriver:
             self._say(f"what is known of the rollout cannot be kept: {error}")
 
     def read(self) -> None:
-        """Takes what came.
+        """Reads new records from both topics.
 
         Raises:
             LogError: The log cannot be read.
@@ -136,7 +136,7 @@ class RolloutDriver:
 
     @property
     def caught_up(self) -> bool:
-        """Whether all that was written some seconds ago is taken into account."""
+        """Whether both topics are read to their ends."""
         return not (self._exposures.unread(0) or self._clicks.unread(self._partition))
 
     def _hold(self, batch: PartitionBatch, now_ms: int) -> None:
@@ -153,7 +153,7 @@ class RolloutDriver:
                 self._held.append((min(now_ms, known_ms) + HOLD_MS, known_ms, users))
 
     def _engaged(self, batch: MicroBatch) -> NDArray[np.bool_]:
-        """Which rows are engagements: those labelled so; in a log of clicks alone, all clicks."""
+        """Returns which rows are engagements: those with a positive label, or all clicks in a log without labels."""
         rows: NDArray[np.bool_] = trained(batch.kind)
         settings = self._settings
         if settings.events.label or settings.labels.impressions:
@@ -161,7 +161,7 @@ class RolloutDriver:
         return rows
 
     def _apply(self, judged: Rollout, decision: Decision) -> Rollout:
-        """Writes the next generation, unless somebody decided otherwise meanwhile."""
+        """Writes the next generation, unless the newest one has changed since the decision."""
         take = _TRANSITIONS[decision.action]
 
         def transition(newest: Rollout) -> Rollout:
@@ -172,7 +172,7 @@ class RolloutDriver:
         return self._rollouts.change(transition)
 
     def _reader(self, topic: str, partition: int, offset: int) -> LogReader:
-        """A reader from where the rollout began, or from what retention left of it."""
+        """Opens a reader at the offset where the rollout began, or at the first offset that retention has kept."""
         arguments: dict[str, Any] = {"topic": topic, "partitions": [partition]}
         try:
             return self._log.reader(**arguments, positions={partition: offset})

@@ -1,8 +1,7 @@
-"""Answers for a trial while its rollout is not over: `python -m deploy.rollouts.host`, a child of `springtide up`.
+"""Serves a trial until its rollout is over: `python -m deploy.rollouts.host`, a child of `springtide up`.
 
-An applier and a worker as `springtide serve` runs them, of the trial's registry,
-at `rollout.address`; their state lies in the trial's directory and goes with
-the rollout. It ends with status 0 once the rollout is over.
+It runs an applier and a worker like `springtide serve`, on the trial's registry, at `rollout.address`. Their state is
+in the trial's directory and is removed with the rollout. It ends with status 0 once the rollout is over.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 
 def flags_of(settings: Settings, name: str) -> list[str]:
-    """What is another's of the trial's host, as flags for processes that have the loop's settings in their environment.
+    """Returns the settings that differ for the trial's host, as flags that override the loop's settings.
 
     >>> from state.config.loading import load
     >>> flags_of(load(["--rollout.address=http://127.0.0.1:8601"], {}, "/dev/null"), "wider")[:2]
@@ -47,7 +46,7 @@ def flags_of(settings: Settings, name: str) -> list[str]:
         "serving.port": address.port,
         "serving.grpc_port": 0,
         "serving.metrics_port": 0,
-        # Nobody but this machine's workers asks it.
+        # Only workers of this machine connect to it.
         "serving.tls_cert": "",
         "serving.tls_key": "",
         "rollout.address": "",
@@ -56,10 +55,10 @@ def flags_of(settings: Settings, name: str) -> list[str]:
 
 
 def run(settings: Settings, stopping: Callable[[], bool]) -> None:
-    """Answers until the rollout is over, or `stopping` says so.
+    """Serves the trial until its rollout is over, or `stopping` returns True.
 
     Raises:
-        ProcessFailed: One of the two ended by itself.
+        ProcessFailed: Applier or worker ended by itself.
         RegistryError: The rollouts cannot be read.
     """
     rollouts, state = Rollouts(settings.registry_dir), settings.state_dir
@@ -80,10 +79,10 @@ def run(settings: Settings, stopping: Callable[[], bool]) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Removes what the host kept, what of it lies in memory first.
+    """Removes the host's state; stores in memory are removed first.
 
     Raises:
-        OSError: The disk refused.
+        OSError: The operating system refused.
     """
     for store in (layout.ROWS, layout.HISTORIES):
         if (link := folder / layout.SERVING / store).is_symlink():
@@ -93,7 +92,7 @@ def remove(folder: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Answers with the settings of `argv`; returns the exit code."""
+    """Serves the trial with the settings of `argv`; returns the exit code."""
     stopping = stop_on_signals()
     return run_part("trial-host", lambda settings: run(settings, stopping.is_set), argv, logger)
 

@@ -1,4 +1,4 @@
-"""How the newest rollout does, on /metrics: read from its documents when somebody asks, so that nobody has to run for it."""
+"""Metrics of the newest rollout, read from its documents at each scrape, so that no process must run for them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ENDS = {"mean": "value", "low": "low", "high": "high"}
 
 
 class RolloutCollector(Collector):
-    """Tells of the newest rollout, while there is something to tell.
+    """Exports the newest rollout, unless it is over and the gate did not stop it.
 
     Args:
         registry: The registry's directory.
@@ -30,7 +30,7 @@ class RolloutCollector(Collector):
         self._registry = registry
 
     def collect(self) -> Iterable[Metric]:
-        """The metrics of now."""
+        """Returns the current metrics."""
         registry, rollouts = CollectorRegistry(), Rollouts(self._registry)
         metrics = RolloutMetrics(registry)
         try:
@@ -63,5 +63,5 @@ def _tell(metrics: RolloutMetrics, name: str, figures: Mapping[str, Any]) -> Non
 
 
 def offer(registry: CollectorRegistry, versions: Path) -> None:
-    """Adds them to what a process offers; `versions` is the registry's directory."""
+    """Registers the collector with a process's metrics; `versions` is the registry's directory."""
     registry.register(RolloutCollector(versions))

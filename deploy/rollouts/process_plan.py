@@ -1,4 +1,4 @@
-"""The process that answers for a trial, as `springtide up` starts it: only while a rollout of a trial of this machine is not over."""
+"""The process that serves a trial, as `springtide up` starts it while the rollout of a local trial is not over."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _HERE = re.compile(r"http://(127\.0\.0\.1|localhost|\[::1\]):\d{1,5}")
 
 
 def plans(settings: Settings) -> list[ProcessPlan]:
-    """The process, where `rollout.address` is one of this machine; settings reach it by the environment.
+    """Returns the process if `rollout.address` is on this machine; it reads settings from its environment.
 
     >>> plans(Settings())
     []
@@ -32,7 +32,7 @@ def plans(settings: Settings) -> list[ProcessPlan]:
 
 
 def is_here(address: str) -> bool:
-    """Whether an address names a port of this machine alone.
+    """Returns whether an address is a loopback address with a port.
 
     >>> is_here("http://127.0.0.1:8601"), is_here("http://trial-host:8501"), is_here("")
     (True, False, False)
@@ -41,7 +41,7 @@ def is_here(address: str) -> bool:
 
 
 def wanted(settings: Settings) -> Callable[[], bool]:
-    """Says whether there is a rollout to answer for."""
+    """Returns a function that tells whether there is a rollout to serve."""
     rollouts, state = Rollouts(settings.registry_dir), settings.state_dir
 
     def look() -> bool:
@@ -54,5 +54,5 @@ def wanted(settings: Settings) -> Callable[[], bool]:
 
 
 def hosted(newest: Rollout | None, state: Path) -> bool:
-    """Whether the newest rollout is to be answered for here: it is not over, and its trial is one of this machine."""
+    """Returns whether this machine must serve the newest rollout: it is not over, and its trial is local."""
     return newest is not None and not newest.is_over and layout.trial_registry(state, newest.name).is_dir()

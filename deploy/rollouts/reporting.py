@@ -1,4 +1,4 @@
-"""`springtide trial report NAME`: how the arms of a trial's newest rollout compare, by all that its two topics say so far."""
+"""`springtide trial report NAME`: compares the arms of a trial's newest rollout by all evidence in its two topics."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from state.rollouts.report import as_document, as_lines
 from state.rollouts.rollouts import Rollouts
 
 SETTLE_S = 30.0
-"""How long a report waits until what is known is read."""
+"""How long a report reads the topics at most."""
 
 
 def say_report(settings: Settings, name: str, output: str, log: Log, say: Say) -> None:
-    """Reads all that is known of the newest rollout of a trial, and says it.
+    """Reads all evidence about the newest rollout of a trial, and prints the report.
 
     Raises:
-        ControlConflict: There is none of this name.
+        ControlConflict: There is no rollout of this name.
         LogError: Kafka does not answer.
     """
     rollouts = Rollouts(settings.registry_dir)

@@ -1,4 +1,4 @@
-"""What is told of the newest rollout, by `springtide status` and the page, as JSON values and in words, until somebody ends it."""
+"""Status of the newest rollout for `springtide status` and the page, as JSON values and in words, until it is ended."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from state.rollouts.rollouts import Rollouts
 
 WORDS = {"halted": "HALTED", "back": "BACK"}
 UNWATCHED_S = 60.0
-"""Who drives a running rollout judges it every two seconds."""
+"""A running rollout not judged for this long has no driver; a driver judges it every two seconds."""
 
 
 def look(settings: Settings) -> dict[str, Any] | None:
-    """The newest rollout; None where there is none, or nothing of it to tell, or it cannot be read."""
+    """Returns the newest rollout as JSON values; None if there is none to show, or it cannot be read."""
     rollouts = Rollouts(settings.registry_dir)
     try:
         newest = rollouts.newest()
@@ -29,16 +29,16 @@ def look(settings: Settings) -> dict[str, Any] | None:
 
 
 def judged_ms(newest: Rollout, figures: Mapping[str, Any] | None) -> int:
-    """When somebody last judged it, or decided about it."""
+    """Returns when the rollout was last judged or changed, wall clock ms."""
     return max(newest.at_ms, int(figures["judged_ms"]) if figures else 0)
 
 
 def document(newest: Rollout, figures: Mapping[str, Any] | None, now_ms: int) -> dict[str, Any]:
-    """A rollout as JSON values.
+    """Returns a rollout as JSON values.
 
     Args:
         newest: Its newest generation.
-        figures: What is known of its arms; None before anything is.
+        figures: The figures of its arms; None before there are any.
         now_ms: Wall clock.
     """
     unwatched_s = (now_ms - judged_ms(newest, figures)) / 1000 if newest.phase == "running" else 0.0
@@ -58,7 +58,7 @@ def document(newest: Rollout, figures: Mapping[str, Any] | None, now_ms: int) ->
 
 
 def as_text(one: Mapping[str, Any]) -> tuple[str, str]:
-    """What becomes of a rollout in a word, and more of it in sentences.
+    """Formats a rollout's status: a keyword and a description.
 
     >>> arms = {"trial": {"users": 12, "answers": 100, "rate": 0.31}, "live": {"users": 990, "answers": 9_000, "rate": 0.3}}
     >>> word, text = as_text({"name": "wider", "phase": "back", "share": 0.0, "actor": "gate", "reason": "it is worse",

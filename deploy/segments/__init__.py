@@ -1,1 +1,1 @@
-"""Keeps who is in which segment, beside serving; exports members, and finds the users who are like them."""
+"""Keeps segment memberships up to date next to serving; exports members, and finds similar users (lookalikes)."""

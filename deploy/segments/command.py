@@ -1,4 +1,4 @@
-"""Segments for operators: `springtide segments run | list | export | lookalikes`, `python -m deploy.segments.command`."""
+"""`springtide segments run | list | export | lookalikes`, `python -m deploy.segments.command`: segments for operators."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Say = Callable[[str], None]
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's options; settings are taken out of the line before."""
+    """Returns the parser of the command; settings have been removed from the arguments before."""
     made = RefusingParser(
         prog="springtide segments",
         description="Keep, list and export segments of users, and find users who are like their members: run | list [-o json] | "
@@ -61,10 +61,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(asked: argparse.Namespace, settings: Settings, say: Say) -> None:
-    """Does what is asked.
+    """Runs `list`, `export` or `lookalikes`.
 
     Raises:
-        SpringtideError: There is no such segment, or nobody keeps members on this host.
+        SpringtideError: There is no such segment, or no segment store on this host.
         OSError: The file cannot be written.
     """
     segments = segments_of(settings)
@@ -87,7 +87,7 @@ def run(asked: argparse.Namespace, settings: Settings, say: Say) -> None:
 
 @contextmanager
 def opened(settings: Settings) -> Iterator[SegmentStore]:
-    """This host's members, read only."""
+    """Opens this host's segment store, read only."""
     store = SegmentStore(settings.serving_dir / SEGMENTS, settings.serving.map_gb << 30, readonly=True)
     try:
         yield store
@@ -110,7 +110,7 @@ def export(asked: argparse.Namespace, settings: Settings, store: SegmentStore, s
 
 
 def lookalikes(asked: argparse.Namespace, settings: Settings, store: SegmentStore, say: Say) -> None:
-    """Finds who is like the members."""
+    """Finds the users nearest to the members of a segment, and prints or writes them."""
     within = [user for page in all_members(store, asked.name) for user, _ in page]
     if not within:
         raise NotReady(f"nobody is in {asked.name}", "look again when somebody is: `springtide segments list`")

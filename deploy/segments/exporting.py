@@ -1,4 +1,4 @@
-"""Writes rows of users to a Parquet file: whole, or not at all."""
+"""Writes rows of users to a Parquet file atomically."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MEMBERS = pa.schema(
         pa.field("version", pa.int64(), nullable=False),
     ]
 )
-"""Of members: 16 hexadecimal digits, log time, and the version by which they came in."""
+"""Columns of members: the pseudonym in 16 hexadecimal digits, entry time of the log, and the version at entry."""
 LOOKALIKES = pa.schema(
     [pa.field("pseudonym", pa.string(), nullable=False), pa.field("similarity", pa.float32(), nullable=False)]
 )
@@ -27,7 +27,7 @@ ROWS_AT_ONCE = 10_000
 
 
 def members(store: SegmentStore, segment: str) -> Iterator[pa.RecordBatch]:
-    """The members of a segment, in the order of their pseudonyms."""
+    """Yields the members of a segment, in the order of their pseudonyms."""
     for page in all_members(store, segment, ROWS_AT_ONCE):
         columns = [
             [f"{user:016x}" for user, _ in page],
@@ -38,16 +38,16 @@ def members(store: SegmentStore, segment: str) -> Iterator[pa.RecordBatch]:
 
 
 def write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], wrote: Callable[[int], None]) -> int:
-    """Writes a file, in place of one that is there; returns its rows.
+    """Writes a file, or replaces an existing one; returns the number of rows.
 
     Args:
         path: The file.
-        schema: Of the rows.
+        schema: Schema of the rows.
         batches: The rows.
-        wrote: Is told how many are written, now and then.
+        wrote: Called with the number of rows written so far, after each batch.
 
     Raises:
-        OSError: It cannot be written; what was there stays.
+        OSError: The file cannot be written; an existing file stays as it was.
     """
     temporary, rows = path.with_name(f".{path.name}.{os.getpid()}"), 0
     try:

@@ -1,4 +1,4 @@
-"""Holds profiles against the expressions of segments: each profile is what a worker would answer now."""
+"""Evaluates the expressions of segments on users' profiles; each profile is what a worker would answer now."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from state.segments.expression import ProfileFacts, operands
 
 
 class JudgedUser(NamedTuple):
-    """One user's profile, held against all expressions.
+    """The result of evaluating all expressions on one user's profile.
 
     Attributes:
         user: The pseudonym.
-        at_ms: The time that the profile speaks of.
-        version: Which version it is from.
-        within: The segments whose expression holds; none for who is unknown.
+        at_ms: The time for which the profile was computed.
+        version: The version that computed it.
+        within: The segments whose expression holds; empty for an unknown user.
     """
 
     user: int
@@ -32,10 +32,10 @@ class JudgedUser(NamedTuple):
 
 
 class ProfileJudge:
-    """Judges users; use it in one thread.
+    """Evaluates all segments for users; use it in one thread.
 
     Args:
-        segments: By name.
+        segments: The segments by name.
     """
 
     def __init__(self, segments: Mapping[str, Segment]) -> None:
@@ -46,10 +46,10 @@ class ProfileJudge:
         self._top = None if "interest" in kinds else 0
 
     def judge(self, predictor: Predictor, users: Sequence[int]) -> list[JudgedUser]:
-        """Judges users, each batch by one version.
+        """Evaluates users; each batch uses one version.
 
         Args:
-            predictor: What answers; its questions call users by their pseudonyms.
+            predictor: Computes the profiles; its queries identify users by pseudonym.
             users: Their pseudonyms.
 
         Raises:
@@ -63,14 +63,14 @@ class ProfileJudge:
         return found
 
     def _judged(self, answer: Answer) -> JudgedUser:
-        # Whoever nothing is known of is in no segment, whatever an expression says of zeros.
+        # An unknown user is in no segment, even if an expression holds for all-zero features.
         facts = facts_of(answer)
         within = (name for name, one in self._expressions.items() if answer.known and one.holds(facts))
         return JudgedUser(pseudonym(answer.user_id), answer.at_ms, answer.version["number"], frozenset(within))
 
 
 def facts_of(answer: Answer) -> ProfileFacts:
-    """What an expression may ask of an answer; of several categories with one name the most probable counts."""
+    """Returns what expressions can refer to in an answer; of categories with the same name the most probable counts."""
     interests: dict[str, float] = {}
     for one in answer.interests:
         interests.setdefault(one["label"], one["probability"])
@@ -78,7 +78,7 @@ def facts_of(answer: Answer) -> ProfileFacts:
 
 
 def open_host(settings: Settings) -> Host:
-    """This host's stores as a worker reads them; questions call users by their pseudonyms, as `named` does.
+    """Opens this host's stores as a worker does; queries identify users by pseudonym in the form of `named`.
 
     Raises:
         MissingSalt: There is no salt.
@@ -87,7 +87,7 @@ def open_host(settings: Settings) -> Host:
 
 
 def named(user: int) -> str:
-    """How a question calls a user here.
+    """Returns the user id that a query has for a pseudonym.
 
     >>> pseudonym(named(171))
     171
@@ -96,5 +96,5 @@ def named(user: int) -> str:
 
 
 def pseudonym(text: str) -> int:
-    """Whom a question of `named` is about."""
+    """Returns the pseudonym in a user id from `named`."""
     return int(text, 16)

@@ -1,7 +1,7 @@
-"""Lists the users nearest to the members of each segment once: `python -m deploy.segments.listing`, a child of the keeper.
+"""Lists the users nearest to each segment's members once: `python -m deploy.segments.listing`.
 
-The lists lie in a directory aside, whole when this ends well; the keeper puts
-them in place where nothing was turned back or erased meanwhile.
+It is a child of the process that keeps members. It writes the lists to a temporary directory. After a successful end
+the parent moves them to their final location, unless a rollback or an erasure happened in the meantime.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _log = logging.getLogger(__name__)
 
 
 def run(settings: Settings) -> None:
-    """Writes a list of each segment that has members, with what the stores of this host have now.
+    """Writes the list of each segment that has members, from the current stores of this host.
 
     Raises:
-        SpringtideError: Something that this needs is not there.
-        OSError: The disk refused.
+        SpringtideError: A required store or file does not exist.
+        OSError: The disk is full, or the operating system refused the access.
     """
     host, folder = open_host(settings), aside(settings)
     folder.mkdir()
@@ -60,7 +60,7 @@ def run(settings: Settings) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Lists with the settings of `argv`; returns the exit code."""
+    """Writes the lists with the settings of `argv`; returns the exit code."""
     return run_part("segments", run, argv, _log)
 
 

@@ -1,4 +1,4 @@
-"""Keeps the lists of lookalikes that workers read: made anew by a child now and then, gone at once where control changes."""
+"""Keeps the lookalike lists that workers read: rebuilt periodically by a child, removed at once if control changes."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ _log = logging.getLogger(__name__)
 
 
 def aside(settings: Settings) -> Path:
-    """Where lists lie until they are in place."""
+    """Returns the temporary directory where a child writes lists."""
     return settings.serving_dir / f"{LOOKALIKES}.new"
 
 
 class LookalikeLists:
-    """The lists of one host; used by the thread that keeps members, the main one.
+    """The lookalike lists of one host; used by the main thread, which keeps members.
 
     Args:
-        settings: Of the loop; without `segments.lookalikes` there are no lists.
+        settings: Settings of the loop; without `segments.lookalikes` there are no lists.
         clock_s: A monotonic clock.
     """
 
@@ -38,14 +38,14 @@ class LookalikeLists:
         self._wanted = bool(settings.segments.lookalikes)
         self._child: subprocess.Popen[bytes] | None = None
         self._due_s = clock_s()
-        # Control may have changed while nobody kept them.
+        # Control may have changed while this process did not run.
         self.drop()
 
     def tick(self) -> None:
-        """Puts lists in place that a child has made, and begins the next ones where they are due.
+        """Publishes the lists of a finished child, and starts the next child if it is due.
 
         Raises:
-            OSError: The disk or the machine refused; what was there stays, and it is tried again.
+            OSError: The operating system refused; existing lists stay, and a later call tries again.
         """
         if not self._wanted:
             return
@@ -66,14 +66,14 @@ class LookalikeLists:
             self._child = subprocess.Popen(command, env=environment, preexec_fn=die_with(os.getpid()))
 
     def drop(self) -> None:
-        """Removes all lists, and what a child was about to list; the next tick begins anew."""
+        """Removes all lists and stops the child; the next tick starts again."""
         self.close()
         for folder in (self._folder, self._aside):
             shutil.rmtree(folder, ignore_errors=True)
         self._due_s = self._clock_s()
 
     def close(self) -> None:
-        """Ends a child; what it had not finished is absent."""
+        """Kills the child; its unfinished lists are not used."""
         if self._child is not None:
             self._child.kill()
             self._child.wait()

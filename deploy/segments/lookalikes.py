@@ -3,14 +3,12 @@
     v_u     the vector of user u less the mean over all users, at unit length
     s(u)    v_u . mean of v_m over the members m: the mean cosine of u with the members
 
-The mean is taken away because all vectors share it: without it everybody is
-near to everybody. One question is asked of all users, so that all products are
-computed, exactly; an index pays for many questions.
+The mean is subtracted because all vectors share it; without this all users are near to each other. One query runs
+against all users, so all products are computed exactly; an index pays off only for many queries.
 
-How good it is, is measured with members that are held back: a fifth of them,
-chosen by their pseudonyms, are put among those who are no members, and it is
-counted how many are found among the first k; beside it those who clicked most,
-and chance (precision at k).
+The quality is measured with held-out members. A fifth of the members, chosen by pseudonym, are added to the users who
+are not members. The measure is precision at k: the share of held-out members among the first k. It is compared with
+the order by most clicks, and with chance.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ from deploy.serving.predictor import MOST_AT_ONCE, Predictor
 from state.segments.lookalikes import PrecisionAt
 
 HELD_BACK = 5
-"""One of so many members is held back."""
+"""One of this many members is held out."""
 FEWEST_HELD_BACK = 10
 CUTS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 _VECTOR, _CLICKS = frozenset(("vector", "features")), "events.visible"
@@ -37,13 +35,13 @@ Flags = NDArray[np.bool_]
 
 
 class UserVectors(NamedTuple):
-    """n users who are known.
+    """n known users.
 
     Attributes:
         users: `[n]` uint64, pseudonyms.
         vectors: `[n, width]` float32.
         clicks: `[n]` int64, visible events.
-        version: That of the newest answer.
+        version: The version of the newest answer.
     """
 
     users: NDArray[np.uint64]
@@ -53,11 +51,11 @@ class UserVectors(NamedTuple):
 
 
 def vectors_of(predictor: Predictor, looked: Callable[[int], None]) -> UserVectors:
-    """The vectors of all users with a history, as they would be answered now: 4 bytes a number and user.
+    """Computes the current vectors of all users with a history; needs 4 bytes per number and user.
 
     Args:
-        predictor: What answers; its questions call users by their pseudonyms.
-        looked: Is told how many were looked at, now and then.
+        predictor: Computes the profiles; its queries identify users by pseudonym.
+        looked: Called with the number of users read so far, after each batch.
 
     Raises:
         NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: As `Predictor.profiles`.
@@ -90,7 +88,7 @@ def _users(predictor: Predictor) -> Iterator[list[int]]:
 
 
 def similarities(vectors: F32, members: Flags) -> F32:
-    """`[n]` float32, the mean cosine of each user with the members.
+    """Returns the mean cosine of each user with the members, `[n]` float32.
 
     >>> vectors = np.array([[2, 1], [4, 2], [-3, 0], [-3, -3]], np.float32)
     >>> [f"{one:.2f}" for one in similarities(vectors, np.array([True, False, False, False]))]
@@ -98,7 +96,7 @@ def similarities(vectors: F32, members: Flags) -> F32:
 
     Args:
         vectors: `[n, width]` float32.
-        members: `[n]` bool; at least one is.
+        members: `[n]` bool; at least one is True.
     """
     centred = vectors - vectors.mean(axis=0)
     length = np.linalg.norm(centred, axis=1, keepdims=True)
@@ -108,7 +106,7 @@ def similarities(vectors: F32, members: Flags) -> F32:
 
 
 def nearest(found: UserVectors, members: Flags, most: int) -> list[tuple[int, float]]:
-    """The `most` users who are no members and are nearest to them, the nearest first, with their similarities."""
+    """Returns the `most` users nearest to the members who are not members, nearest first, with their similarities."""
     if not members.any():
         return []
     scores = similarities(found.vectors, members)
@@ -118,12 +116,12 @@ def nearest(found: UserVectors, members: Flags, most: int) -> list[tuple[int, fl
 
 
 def precision_curve(found: UserVectors, members: Flags, cuts: Sequence[int] = CUTS) -> list[PrecisionAt]:
-    """How many members that are held back each order has among its first k; empty where there are too few.
+    """Returns precision at k with held-out members; empty if there are too few members.
 
     Args:
         found: All users.
         members: `[n]` bool.
-        cuts: The values of k; those beyond the number of users are left out.
+        cuts: The values of k; values beyond the number of users are left out.
     """
     held = members & (found.users % np.uint64(HELD_BACK) == 0)
     given, asked = members & ~held, ~members | held

@@ -1,1 +1,1 @@
-"""How the loop on one machine comes up, stays up and goes down."""
+"""Startup of the loop on one machine: checks, hints, upgrades and Prometheus for `springtide up`."""

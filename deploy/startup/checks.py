@@ -1,7 +1,6 @@
-"""Looks before the loop starts: Python, disk and ports, each with one clear refusal.
+"""Checks before the loop starts: Python, disk and ports; each failure is one clear error.
 
-This file imports nothing that needs Python 3.11, so that an older one gets its
-answer and not a traceback.
+This file imports nothing that needs Python 3.11, so that an older Python reports an error and not a traceback.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ LEAST_FREE_BYTES = 256 * 2**20
 
 
 class Port(NamedTuple):
-    """A port the loop is going to listen on, and the setting that chooses it."""
+    """A port that the loop will listen on, and the setting that chooses it."""
 
     setting: str
     host: str
@@ -29,13 +28,13 @@ class Port(NamedTuple):
 
 
 def require_python(version: Sequence[object]) -> None:
-    """Refuses every Python but 3.11; TensorFlow and Beam pin each other there.
+    """Checks that Python is 3.11, the release at which TensorFlow and Beam pin each other.
 
     Args:
         version: Major and minor number first, such as `sys.version_info`.
 
     Raises:
-        UnsupportedPython: It is another one.
+        UnsupportedPython: The version is another one.
 
     >>> require_python((3, 11, 7))
     """
@@ -45,10 +44,10 @@ def require_python(version: Sequence[object]) -> None:
 
 
 def require_directory(directory: Path) -> None:
-    """Refuses a state directory that is none, or that cannot be made or written.
+    """Checks that the state directory exists or can be created, and can be written.
 
     Raises:
-        UnusableDisk: Says why.
+        UnusableDisk: The directory cannot be used; the message says why.
     """
     do = "choose another directory with --state or paths.state"
     try:
@@ -62,7 +61,7 @@ def require_directory(directory: Path) -> None:
 
 
 def require_disk(directory: Path, least_bytes: int = LEAST_FREE_BYTES) -> int:
-    """Returns the bytes free where `directory` is or will be.
+    """Returns the free bytes of the disk where `directory` is or will be.
 
     Raises:
         StoreFull: Fewer than `least_bytes` are free.
@@ -85,10 +84,10 @@ def _can_be_seen(path: Path) -> bool:
 
 
 def require_ports(ports: Sequence[Port]) -> None:
-    """Refuses a port that is in use, or that two settings name.
+    """Checks that no port is in use or named by two settings.
 
     Raises:
-        PortTaken: Names the port, the setting to change and, where it can be seen, the owner.
+        PortTaken: Names the port, the setting to change and, if known, the process that uses the port.
     """
     owners: dict[int, str] = {}
     for setting, host, port in ports:
@@ -107,7 +106,7 @@ def require_ports(ports: Sequence[Port]) -> None:
 def _require_port(setting: str, host: str, port: int) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:
-        # As the servers do: a port in TIME_WAIT can be had.
+        # As the servers do: a port in TIME_WAIT can be used.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
@@ -120,7 +119,7 @@ def _require_port(setting: str, host: str, port: int) -> None:
 
 
 def _owner(port: int) -> str:
-    """Words that name who listens on `port`; empty where the system does not say."""
+    """Names the process that listens on `port`; empty if the system does not report it."""
     import psutil
 
     try:

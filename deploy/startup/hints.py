@@ -1,4 +1,4 @@
-"""What the operator can try while the loop runs: commands to type and addresses to open."""
+"""Hints for the operator while the loop runs: commands to type and addresses to open."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from state.config.sources import as_text
 
 
 def question(settings: Settings, shoppers: bool) -> str:
-    """How to ask for an answer: of a synthetic shopper, or of a user whose id only the operator knows.
+    """Returns a command that queries a profile: of a synthetic user, or of a placeholder id.
 
     >>> question(Settings(), shoppers=True)
     'curl -s http://127.0.0.1:8501/v1/profiles/shopper-1'
@@ -31,7 +31,7 @@ def question(settings: Settings, shoppers: bool) -> str:
 
 
 def addresses(settings: Settings, shoppers: bool) -> list[tuple[str, str]]:
-    """An answer, the metrics of each process and the logs, each with a word before it.
+    """Returns a query, the metrics address of each process and the logs, each with a keyword.
 
     >>> addresses(Settings(), shoppers=True)[0]
     ('try', 'curl -s http://127.0.0.1:8501/v1/profiles/shopper-1')
@@ -49,7 +49,7 @@ def addresses(settings: Settings, shoppers: bool) -> list[tuple[str, str]]:
 
 
 def commands(settings: Settings, shoppers: bool, watched: bool = False) -> list[str]:
-    """What `up` says once everything runs, with synthetic shoppers or without, and with a Prometheus or without."""
+    """Returns the lines that `up` prints once everything runs, with or without synthetic shoppers and Prometheus."""
     command = springtide_command()
     lines = [
         question(settings, shoppers),
@@ -66,7 +66,7 @@ def commands(settings: Settings, shoppers: bool, watched: bool = False) -> list[
 
 
 def console(settings: Settings) -> list[str]:
-    """Where the page is, and what it takes to steer with it; nothing where there is none.
+    """Returns the address of the page and the token that it needs to control the loop; empty if the page is off.
 
     >>> console(Settings())
     ['page: http://127.0.0.1:8502, to steer with the token in .springtide/tokens/operate']
@@ -78,7 +78,7 @@ def console(settings: Settings) -> list[str]:
 
 
 def springtide_command() -> str:
-    """How the operator can call `springtide` from here."""
+    """Returns the shell command that runs `springtide` from the current directory."""
     script = Path(sys.executable).with_name("springtide")
     if not script.exists():
         return f"{sys.executable} -m deploy.cli"
@@ -86,7 +86,7 @@ def springtide_command() -> str:
 
 
 def repeated_flags(settings: Settings) -> str:
-    """The flags of this run that other commands need too, a file that was named among them.
+    """Returns the flags of this run that other commands need too, including a configuration file.
 
     >>> repeated_flags(Settings(origins={"kafka.port": "flag --kafka.port", "stream.cut_ms": "my shop.toml:3"}))
     " --config 'my shop.toml' --kafka.port 9092"

@@ -1,7 +1,7 @@
-"""Checks a preprocessing and a ranker or tower of the user's own before anything starts: `springtide check-model`, `springtide up`.
+"""Checks a custom preprocessing, ranker or tower before anything starts: `springtide check-model`, `springtide up`.
 
-Each check is a process of the part that knows how: TensorFlow is loaded
-there and gone afterwards. Ranker and tower are checked behind the preprocessing.
+Each check runs in a process of its own, so that TensorFlow is loaded only there. Ranker and tower are checked with the
+output of the preprocessing.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FUNCTIONS = ("ranker", "tower", "preprocessing")
 
 
 def own(settings: Settings) -> list[str]:
-    """The functions of the user's own that settings name.
+    """Returns the custom functions that settings name.
 
     >>> own(Settings())
     []
@@ -33,16 +33,16 @@ def own(settings: Settings) -> list[str]:
 
 
 def is_own(settings: Settings) -> bool:
-    """Whether there is one."""
+    """Returns whether settings name a custom function."""
     return bool(own(settings))
 
 
 def check(settings: Settings, say: Callable[[str], None]) -> None:
-    """Checks what is the user's own and returns; where all functions are the default and `model.options` is empty there is nothing to do.
+    """Checks all custom functions; does nothing if all functions are the default and `model.options` is empty.
 
     Raises:
-        SettingsError: A function cannot be loaded, or nothing reads one of `model.options`.
-        ProgramError: A function is not what it has to be, or does not lower to LiteRT.
+        SettingsError: A function cannot be loaded, or no function reads one of `model.options`.
+        ProgramError: A function violates its contract, or does not lower to LiteRT.
     """
     if not is_own(settings) and not settings.model.options:
         return
@@ -55,22 +55,22 @@ def check(settings: Settings, say: Callable[[str], None]) -> None:
 
 
 def check_tower(settings: Settings) -> None:
-    """Checks the ranker or the tower alone; where both are the default there is nothing to do.
+    """Checks only the ranker or the tower; does nothing if both are the default.
 
     Raises:
-        SettingsError: It cannot be loaded.
-        ProgramError: It is not what it has to be, or does not lower to LiteRT.
+        SettingsError: The function cannot be loaded.
+        ProgramError: The function violates its contract, or does not lower to LiteRT.
     """
     if (settings.model.ranker, settings.model.tower) != (Model().ranker, Model().tower):
         run("trainer.checks", settings)
 
 
 def run(module: str, settings: Settings, *words: str) -> str:
-    """Runs one check as a process with these settings; returns what it said.
+    """Runs one check as a process with these settings; returns its output.
 
     Raises:
-        SettingsError: It ended with 2; the message is its own.
-        ProgramError: It ended otherwise but well; the message is its own.
+        SettingsError: The check ended with status 2; the message is the check's.
+        ProgramError: The check ended with another nonzero status; the message is the check's.
     """
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SPRINGTIDE_")}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""The Prometheus of `springtide up --prometheus`: found, told what to scrape and which rules to compute, and kept small."""
+"""The Prometheus of `springtide up --prometheus`: its program, its scrape targets, its rules and its retention."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STOP_S = 15.0
 
 
 def require_program() -> str:
-    """Where the program is: beside our Python, or on the path.
+    """Returns the path of the program, from the directory of this Python or from PATH.
 
     Raises:
         SettingsError: It is not installed.
@@ -36,7 +36,7 @@ def require_program() -> str:
 
 
 def address(settings: Settings) -> str:
-    """Where it answers.
+    """Returns the URL of this Prometheus.
 
     >>> address(Settings())
     'http://127.0.0.1:9090'
@@ -45,7 +45,7 @@ def address(settings: Settings) -> str:
 
 
 def targets(settings: Settings) -> dict[str, str]:
-    """Where each process of this loop offers its metrics.
+    """Returns the metrics URL of each process of this loop.
 
     >>> list(targets(Settings()))
     ['stream', 'trainer', 'applier', 'worker', 'up', 'validation', 'console']
@@ -54,7 +54,7 @@ def targets(settings: Settings) -> dict[str, str]:
 
 
 def configuration(settings: Settings) -> dict[str, Any]:
-    """What it scrapes, and the rules that it computes: `prometheus.yml` for the ports of this loop.
+    """Returns the content of `prometheus.yml`: scrape targets for the ports of this loop, and rule files.
 
     >>> configuration(Settings())["scrape_configs"][1]["static_configs"]
     [{'targets': ['127.0.0.1:9102']}]
@@ -77,13 +77,13 @@ def _job(name: str, url: str) -> dict[str, Any]:
     if isinstance(url, Address) and url.token_file is not None:
         job["authorization"] = {"credentials_file": str(url.token_file.absolute())}
     if scheme == "https":
-        # On this machine nobody but us has the port; its certificate is for another name.
+        # On this machine only the loop uses the port; its certificate is for another name.
         job["tls_config"] = {"insecure_skip_verify": True}
     return job
 
 
 def write_configuration(settings: Settings) -> bool:
-    """Writes it into the state directory; JSON is YAML. True: there is one now."""
+    """Writes the configuration to the state directory, as JSON, which is valid YAML. Always returns True."""
     folder = settings.prometheus_dir
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prometheus.yml").write_text(json.dumps(configuration(settings), indent=2) + "\n")
@@ -91,11 +91,11 @@ def write_configuration(settings: Settings) -> bool:
 
 
 def plan(settings: Settings, program: str) -> ProcessPlan:
-    """The process.
+    """Returns the process of Prometheus.
 
     Args:
         settings: The loop's settings.
-        program: Of `require_program`.
+        program: The path from `require_program`.
     """
     folder = settings.prometheus_dir
     return ProcessPlan(

@@ -1,6 +1,7 @@
-"""`springtide up` where what was learned was learned with other settings: it says what would go on, and goes on only when asked.
+"""Upgrades at `springtide up`, when the registry was trained with other settings.
 
-Another release goes on by itself: the trainer sees to that.
+It reports what an upgrade would carry over, and upgrades only on request. A change of the release needs no request:
+the trainer handles it.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ MODULE = "trainer.upgrade"
 
 
 def take_upgrade(words: Sequence[str]) -> tuple[str | None, list[str]]:
-    """Takes `--upgrade` out of a command line; returns its reason, None where it is not there, and the rest.
+    """Removes `--upgrade` from a command line; returns its reason (None if it is absent) and the rest.
 
-    The rest keeps `--reason TEXT`, which may be that of an accepted loss too.
+    The rest keeps `--reason TEXT`, because it can also be the reason of an accepted loss.
 
     >>> take_upgrade(["--upgrade", "--reason", "wider rows", "--model.dim", "64"])
     ('wider rows', ['--reason', 'wider rows', '--model.dim', '64'])
@@ -44,11 +45,11 @@ def take_upgrade(words: Sequence[str]) -> tuple[str | None, list[str]]:
 
 
 def upgrade_or_refuse(settings: Settings, reason: str | None, say: Callable[[str], None]) -> None:
-    """Goes on with these settings from what others learned, where `reason` says why; else refuses, with the plan.
+    """Upgrades the model to these settings if `reason` is given; otherwise refuses other settings and prints the plan.
 
     Raises:
-        ModelMismatch: The settings are others, and nobody asked for an upgrade.
-        SpringtideError: The plan cannot be made; what is there stays as it is.
+        ModelMismatch: The settings differ, and no upgrade was requested.
+        SpringtideError: The plan cannot be made; existing state stays as it is.
     """
     if reason is not None:
         if not (settings.registry_dir / layout.VERSIONS).is_dir():
@@ -62,16 +63,16 @@ def upgrade_or_refuse(settings: Settings, reason: str | None, say: Callable[[str
         try:
             say(run(MODULE, settings, "--dry-run"))
         except SpringtideError as unknown:
-            # The refusal is what matters.
+            # The mismatch is the error to report.
             say(f"what an upgrade would carry over is not known: {unknown}")
         raise
 
 
 def is_bootstrapped(settings: Settings) -> bool:
-    """Whether the clicks were analysed for the features and the preprocessing of these settings.
+    """Returns whether the bootstrap has analysed clicks for the features and the preprocessing of these settings.
 
     Raises:
-        CorruptVersion: What the analysis wrote is damaged.
+        CorruptVersion: The output of the analysis is damaged.
     """
     if not (settings.registry_dir / layout.SPECS).is_dir():
         return False
@@ -80,5 +81,5 @@ def is_bootstrapped(settings: Settings) -> bool:
 
 
 def has_spec(registry_dir: Path) -> bool:
-    """Whether a bootstrap has left a feature spec in the registry."""
+    """Returns whether a bootstrap has left a feature spec in the registry."""
     return any((registry_dir / layout.SPECS).glob("*/spec.json"))

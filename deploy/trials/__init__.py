@@ -1,1 +1,1 @@
-"""`springtide trial`: second trainers of other settings on the same training log, beside the live one."""
+"""`springtide trial`: trainers with other settings that read the same training log in parallel with the live one."""

@@ -1,9 +1,8 @@
-"""Runs trials where no `springtide up` does, as in the trainer's pod of Kubernetes: `python -m deploy.trials.beside`.
+"""Runs trials without `springtide up`, as in the trainer's Kubernetes pod: `python -m deploy.trials.beside`.
 
-While there is a trial to run, or one to remove, `deploy/trials/process.py` is a
-child of this process, and `deploy/trials/retraining.py` while a scheduled retrain
-is due or under way; their logs and those of the trials' trainers lie in the
-directory of logs. How trials compare is on `trials.metrics_port`.
+While there is a trial to run or to remove, `deploy/trials/process.py` is a child of this process.
+`deploy/trials/retraining.py` is one while a scheduled retrain is due or running. Their logs and those of the trials'
+trainers are in the directory of logs. Metrics that compare the trials are on `trials.metrics_port`.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ logger = logging.getLogger(__name__)
 
 
 def run(settings: Settings, registry: CollectorRegistry, stop: threading.Event) -> None:
-    """Runs the trials that there are, until `stop` is set; for the main thread.
+    """Runs all trials until `stop` is set; call it from the main thread.
 
     Args:
-        settings: Of the loop.
-        registry: Where metrics are collected.
-        stop: Ends it, and all that it began.
+        settings: Settings of the loop.
+        registry: Where metrics are registered.
+        stop: Ends this process and its children.
     """
     offered.offer(registry, settings)
     supervisor = Supervisor.of(settings, lambda line: logger.warning("%s", line), SupervisorMetrics(registry))
-    # The settings were read here: a child that cannot run is tried again.
+    # This process has read the settings, so a child that cannot run is restarted.
     supervisor.settled = True
     for plan in process_plan.plans(settings):
         supervisor.start(plan)

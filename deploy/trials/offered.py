@@ -1,4 +1,4 @@
-"""How trials compare and what became of retrains, on /metrics: read from their documents when somebody asks, so that nobody has to run for it."""
+"""Metrics of trials and retrains, read from their documents at each scrape, so that no process must run for them."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ ENDS = {"mean": "difference", "low": "low", "high": "high"}
 
 
 class TrialCollector(Collector):
-    """Tells of the trials that run.
+    """Exports the comparison of the running trials.
 
     Args:
-        settings: Of the loop.
+        settings: Settings of the loop.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._trials = Trials(settings.state_dir)
 
     def collect(self) -> Iterable[Metric]:
-        """The metrics of now."""
+        """Returns the current metrics."""
         registry = CollectorRegistry()
         metrics = TrialMetrics(registry)
         with suppress(SpringtideError, OSError):
@@ -49,17 +49,17 @@ class TrialCollector(Collector):
 
 
 class RetrainCollector(Collector):
-    """Tells of the scheduled retrain.
+    """Exports the state of the scheduled retrain.
 
     Args:
-        settings: Of the loop, which has a schedule.
+        settings: Settings of the loop, with a schedule.
     """
 
     def __init__(self, settings: Settings) -> None:
         self._known, self._every_ms = Retrainings(settings.state_dir), span_ms(settings.retrain.every) or 0.0
 
     def collect(self) -> Iterable[Metric]:
-        """The metrics of now; none where nobody looked at the schedule yet."""
+        """Returns the current metrics; none before the schedule was first evaluated."""
         registry = CollectorRegistry()
         with suppress(SpringtideError):
             if (known := self._known.read()) is not None:
@@ -74,7 +74,7 @@ class RetrainCollector(Collector):
 
 
 def offer(registry: CollectorRegistry, settings: Settings) -> None:
-    """Adds them to what a process offers."""
+    """Registers the collectors with a process's metrics."""
     registry.register(TrialCollector(settings))
     if settings.retrain.every:
         registry.register(RetrainCollector(settings))

@@ -1,4 +1,4 @@
-"""The processes that run trials and begin scheduled ones, as `springtide up` starts them: only while there is something to do."""
+"""The processes for trials and scheduled retrains, as `springtide up` starts them: only while there is work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STOP_S = 30.0
 
 
 def plans(settings: Settings) -> list[ProcessPlan]:
-    """The processes; settings reach them by the environment."""
+    """Returns the processes; they read settings from their environment."""
     return [_trials(settings), *([_retrain(settings)] if settings.retrain.every else [])]
 
 
@@ -34,7 +34,7 @@ def _retrain(settings: Settings) -> ProcessPlan:
         try:
             found = known.read()
         except SpringtideError:
-            # The process says what is wrong.
+            # The process reports the error.
             return True
         return found is None or found.under_way or found.is_due(every_ms, wall_ms())
 

@@ -1,4 +1,4 @@
-"""What is told of the scheduled retrain: by `springtide status` and `springtide trial list`, as JSON values and in words."""
+"""Status of the scheduled retrain for `springtide status` and `springtide trial list`, as JSON values and in words."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ WORDS = {"promoted": "PROMOTED", "dropped": "dropped", "failed": "FAILED", "": "
 
 
 def look(settings: Settings, now_ms: int) -> dict[str, Any] | None:
-    """The schedule and the newest retrain; None where none was ever wanted.
+    """Returns the schedule and the newest retrain; None if there is no schedule and never was one.
 
     Args:
-        settings: Of the loop.
+        settings: Settings of the loop.
         now_ms: Wall clock.
     """
     try:
@@ -39,7 +39,7 @@ def look(settings: Settings, now_ms: int) -> dict[str, Any] | None:
 
 
 def as_text(told: Mapping[str, Any]) -> tuple[str, str]:
-    """A word, and more of it in sentences.
+    """Formats the retrain's status: a keyword and a description.
 
     >>> from state.trials.retraining import Retraining
     >>> over = as_values(Retraining(0).begin(60_000).end("dropped", "worse: +0.2 nats a row", 90_000))

@@ -1,4 +1,4 @@
-"""What is told of trials: by `springtide trial list` and `springtide status`, as JSON values and in words."""
+"""Status of trials for `springtide trial list` and `springtide status`, as JSON values and in words."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from state.trials.comparison import figures_in
 from state.trials.trial import Trial, Trials
 
 STANDINGS = {"held": "held by its guard", "paused": "paused", "down": "no trainer"}
-"""Where a trial that is to run does not learn, so that no row is added to its comparison."""
+"""Reasons why a running trial does not train, so that its comparison gets no rows."""
 
 WORDS = {
     "better": "BETTER",
@@ -30,17 +30,17 @@ WORDS = {
 
 
 def look(settings: Settings) -> list[dict[str, Any]]:
-    """All trials, the newest last.
+    """Returns all trials as JSON values, the newest last.
 
     Raises:
-        RegistryError: The document of one is damaged.
+        RegistryError: The document of a trial is damaged.
     """
     trials = Trials(settings.state_dir)
     return [_document(trials, one) for one in sorted(trials.all(), key=lambda one: one.begun_at_ms)]
 
 
 def running(settings: Settings) -> list[dict[str, Any]]:
-    """Those that run, or that the live trainer is about to go on from; none where one cannot be read."""
+    """Returns the trials that run or are being promoted; none if a document cannot be read."""
     with suppress(SpringtideError):
         return [one for one in look(settings) if one["wanted"] in ("running", "promoting")]
     return []
@@ -63,12 +63,12 @@ def _document(trials: Trials, trial: Trial) -> dict[str, Any]:
 
 
 def held_by_guard(control: Control | None) -> str | None:
-    """What a trainer's guard holds, in words; None where it holds nothing."""
+    """Describes what the guard of a trainer holds; None if it holds nothing."""
     return None if control is None or control.held is None else control.held.in_words()
 
 
 def as_table(found: Sequence[Mapping[str, Any]]) -> str:
-    """A line a trial."""
+    """Formats trials as a table with one line per trial."""
     if not found:
         return "there was no trial yet: `springtide trial start NAME --reason TEXT` begins one"
     head = ["trial", "is", "since", "by", "from", "with", "rows", "log loss", "live", "difference", "", "reason"]
@@ -94,7 +94,7 @@ def _line(one: Mapping[str, Any]) -> list[str]:
 
 
 def difference(compared: Mapping[str, Any]) -> str:
-    """The mean difference with its interval.
+    """Formats the mean difference with its interval.
 
     >>> difference({"difference": -0.02, "low": -0.03, "high": -0.01}), difference({"difference": 0.0, "low": None})
     ('-0.0200 (-0.0300 to -0.0100)', '+0.0000')
@@ -108,7 +108,7 @@ def difference(compared: Mapping[str, Any]) -> str:
 
 
 def as_text(one: Mapping[str, Any]) -> tuple[str, str]:
-    """The verdict on a trial, or why it does not learn, and more of it in sentences.
+    """Formats a trial's status: the verdict, or why it does not train, and a description.
 
     >>> compared = {"rows": 9, "live_log_loss": 2.5, "trial_log_loss": 2.4, "difference": -0.1, "low": -0.2, "high": -0.05,
     ...             "alpha": 0.05, "verdict": "better"}

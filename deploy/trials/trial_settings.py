@@ -1,4 +1,4 @@
-"""The settings of a trial's trainer: those of the loop, but for what the trial tries and what must be its own."""
+"""The settings of a trial's trainer: the loop's, except for the trial's overrides, and its own paths and ports."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from state.errors import SettingsError
 
 SECTIONS = ("model", "trainer", "guard")
 OWN = ("trainer.metrics_port", "trainer.partition", "trainer.publish_s", "trainer.device")
-"""Of these sections; they are no matter of what is learned, or the trial's own."""
+"""Settings of these sections that a trial cannot override: they do not affect training, or each trial has its own."""
 
 
 def overrides_of(words: Sequence[str]) -> dict[str, str]:
-    """The settings that a trial tries, of words like `model.hidden=24,8`.
+    """Parses the overrides of a trial from arguments like `model.hidden=24,8`.
 
     >>> overrides_of(["model.hidden=24,8"])
     {'model.hidden': '24,8'}
 
     Raises:
-        SettingsError: One is written otherwise, or cannot be tried beside the live trainer.
+        SettingsError: An argument has another form, or its setting cannot differ from the live trainer's.
     """
     found = {}
     for word in words:
@@ -41,12 +41,12 @@ def overrides_of(words: Sequence[str]) -> dict[str, str]:
 
 
 def flags_of(settings: Settings, overrides: Mapping[str, str], registry: Path) -> list[str]:
-    """The flags of a trial's trainer, for a process that has the loop's settings in its environment.
+    """Returns the flags of a trial's trainer, for a process with the loop's settings in its environment.
 
     Args:
-        settings: Of the loop.
-        overrides: Of the trial.
-        registry: Its own.
+        settings: Settings of the loop.
+        overrides: Overrides of the trial.
+        registry: The trial's registry.
 
     >>> flags_of(Settings(), {"model.dim": "16"}, Path("r"))[:2]
     ['--model.dim=16', '--paths.registry=r']
@@ -55,7 +55,7 @@ def flags_of(settings: Settings, overrides: Mapping[str, str], registry: Path) -
         "paths.registry": registry,
         "paths.shared_registry": "",
         "trainer.metrics_port": 0,
-        # Nobody follows its versions: only those that one can take over are made.
+        # No host follows these versions, so only durable ones are published; a promotion needs those.
         "trainer.publish_s": settings.registry.durable_s,
         "registry.delta_keep_gb": settings.trials.registry_gb,
         "export.every_s": 0,
@@ -64,16 +64,16 @@ def flags_of(settings: Settings, overrides: Mapping[str, str], registry: Path) -
 
 
 def settings_of(settings: Settings, overrides: Mapping[str, str], registry: Path) -> Settings:
-    """The settings of a trial's trainer.
+    """Returns the settings of a trial's trainer.
 
     Raises:
-        SettingsError: A setting is unknown, or its value impossible.
+        SettingsError: A setting is unknown, or its value is invalid.
     """
     return load(flags_of(settings, overrides, registry), settings.environment(), "/dev/null")
 
 
 def not_taken(settings: Settings, tried: Settings, overrides: Mapping[str, str]) -> list[str]:
-    """The overrides of a trial that the loop's settings do not have, as settings are written in flags.
+    """Returns the overrides of a trial that differ from the loop's settings, as flags.
 
     >>> from dataclasses import replace
     >>> tried = replace(Settings(), model=replace(Settings().model, dim=16))

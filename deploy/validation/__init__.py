@@ -1,1 +1,1 @@
-"""The process that takes statistics of what the trainer learns from, window by window, and looks for anomalies and drift."""
+"""Validation of live clicks: computes statistics of the trainer's input per window, and detects anomalies and drift."""

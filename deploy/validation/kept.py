@@ -1,10 +1,10 @@
-"""What stays of windows on disk: the statistics of the newest ones, and where in the training log the open one began.
+"""Stored state of the validation: statistics of the newest windows, and the log offset where the open window begins.
 
     validation/windows/<end of the window, log time in ms>.pb    a binary DatasetFeatureStatisticsList
     validation/place.json                                       topic id, and offset of the open window's first record
 
-After any end the process reads on at that offset and counts the open window anew,
-so nothing else needs to be kept. What is lost here costs a window.
+After a restart the process reads from that offset and counts the open window again, so it stores nothing else. If
+these files are lost, one window is lost.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class KeptWindow(NamedTuple):
     """The statistics of a window.
 
     Attributes:
-        end_ms: When it was over, log time.
-        statistics: Of its rows.
+        end_ms: End of the window, log time.
+        statistics: Statistics of its rows.
     """
 
     end_ms: int
@@ -35,17 +35,17 @@ class KeptWindow(NamedTuple):
 
 
 class KeptWindows:
-    """The windows in one directory; one process writes.
+    """The windows in one directory, written by one process.
 
     Args:
-        path: The directory `validation`, which the first write makes.
+        path: The directory `validation`; the first write creates it.
     """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def add(self, window: KeptWindow, keep: int) -> None:
-        """Keeps a window, and of all the `keep` newest."""
+        """Stores a window, and removes all but the `keep` newest."""
         folder = self._path / WINDOWS
         folder.mkdir(parents=True, exist_ok=True)
         _replace(folder / f"{window.end_ms}.pb", as_list(window.statistics).SerializeToString(deterministic=True))
@@ -53,15 +53,15 @@ class KeptWindows:
             (folder / f"{end_ms}.pb").unlink(missing_ok=True)
 
     def ends(self) -> list[int]:
-        """When each of them was over, ascending."""
+        """Returns the end times of all windows, ascending."""
         folder = self._path / WINDOWS
         return sorted(int(one.stem) for one in folder.glob("*.pb") if one.stem.isdigit()) if folder.is_dir() else []
 
     def read(self, end_ms: int) -> KeptWindow:
-        """One window.
+        """Reads one window.
 
         Raises:
-            SettingsError: Its file is damaged or gone.
+            SettingsError: Its file is damaged or missing.
         """
         path = self._path / WINDOWS / f"{end_ms}.pb"
         try:
@@ -72,7 +72,7 @@ class KeptWindows:
             ) from error
 
     def newest(self, before_ms: int | None = None) -> KeptWindow | None:
-        """The newest window, or the newest that was over by `before_ms`; None where there is none.
+        """Reads the newest window, or the newest that ended by `before_ms`; returns None if there is none.
 
         Raises:
             SettingsError: Its file is damaged.
@@ -81,12 +81,12 @@ class KeptWindows:
         return self.read(ends[-1]) if ends else None
 
     def note_place(self, topic_id: str, offset: int) -> None:
-        """Notes where to read on after an end of this process."""
+        """Stores the offset to continue from after a restart."""
         self._path.mkdir(parents=True, exist_ok=True)
         _replace(self._path / PLACE, json.dumps({"topic_id": topic_id, "offset": offset}).encode())
 
     def place(self, topic_id: str) -> int | None:
-        """The offset to read on at; None where none is noted for this topic."""
+        """Returns the offset to continue from; None if none is stored for this topic."""
         try:
             noted = json.loads((self._path / PLACE).read_bytes())
             return int(noted["offset"]) if noted["topic_id"] == topic_id else None

@@ -1,1 +1,1 @@
-"""What an operator sees: figures of the running loop, its accounts, one screen of text."""
+"""Monitoring for operators: metrics of the running loop, its accounting, and a text screen."""

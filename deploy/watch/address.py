@@ -1,4 +1,4 @@
-"""A URL of our own serving, with what a process of the same operator needs to be let in there."""
+"""URLs of the operator's own serving processes, with the token and the certificate that a request needs."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from state.config.settings import Settings
 
 
 class Address(str):
-    """A URL; its files are read at each request, for they may change.
+    """A URL with its credentials; their files are read at each request, because they can change.
 
     Args:
         url: The URL.
-        token_file: Has the token to send; None where none is needed.
-        certificate: That the server must have; None without TLS.
+        token_file: File with the token to send; None if none is needed.
+        certificate: File with the server's certificate; None without TLS.
     """
 
     token_file: Path | None
     certificate: Path | None
 
     def __new__(cls, url: str, token_file: Path | None = None, certificate: Path | None = None) -> Self:
-        """Makes it, as `str` does."""
+        """Creates the string with its attributes."""
         made = super().__new__(cls, url)
         made.token_file, made.certificate = token_file, certificate
         return made
 
     def request(self) -> urllib.request.Request:
-        """A GET that is let in.
+        """Returns a GET request with the token.
 
         Raises:
             SettingsError: The token cannot be read.
@@ -39,7 +39,7 @@ class Address(str):
         return urllib.request.Request(self, headers=headers)
 
     def context(self) -> ssl.SSLContext | None:
-        """Trusts the server's own certificate, whoever signed it and whatever name it has; None without TLS.
+        """Returns a context that trusts the server's own certificate, with any issuer and name; None without TLS.
 
         Raises:
             OSError: The certificate cannot be read.
@@ -53,7 +53,7 @@ class Address(str):
 
 
 def reached(host: str) -> str:
-    """How a host is written in a URL to whoever listens on it; all addresses of this machine are its loopback.
+    """Returns the form of a listening host in a client's URL; wildcard addresses become loopback.
 
     >>> reached("0.0.0.0"), reached("::1"), reached("stream")
     ('127.0.0.1', '[::1]', 'stream')
@@ -62,13 +62,13 @@ def reached(host: str) -> str:
 
 
 def address(settings: Settings, host: str, port: int, path: str = "") -> Address:
-    """Where a port of ours is reached on this machine.
+    """Returns the address of one of our ports on this machine.
 
     Args:
-        settings: They have tokens and certificate, of which there is one set.
+        settings: Settings with the tokens and the certificate, which all ports share.
         host: The address that the port listens on.
         port: The port.
-        path: Behind it.
+        path: Path of the URL.
 
     >>> address(Settings(), "0.0.0.0", 8502)
     'http://127.0.0.1:8502'
@@ -80,7 +80,7 @@ def address(settings: Settings, host: str, port: int, path: str = "") -> Address
 
 
 def serving_address(settings: Settings, path: str = "") -> Address:
-    """Where serving is reached on this machine.
+    """Returns the address of serving on this machine.
 
     >>> serving_address(Settings(), "/readyz")
     'http://127.0.0.1:8501/readyz'
@@ -89,12 +89,12 @@ def serving_address(settings: Settings, path: str = "") -> Address:
 
 
 def console_address(settings: Settings, path: str = "") -> Address:
-    """Where the page is reached on this machine.
+    """Returns the address of the page on this machine.
 
     >>> console_address(Settings(), "/metrics")
     'http://127.0.0.1:8502/metrics'
     """
     found = address(settings, settings.console.host, settings.console.port, path)
-    # It shows what serving answers too, so that it asks for a token where either of them does.
+    # The page shows serving's answers too, so it requires a token if either of them does.
     token_file = settings.tokens_dir / OPERATE if are_wanted(settings) else found.token_file
     return Address(found, token_file, found.certificate)

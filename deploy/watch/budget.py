@@ -1,4 +1,4 @@
-"""What of the privacy budget is left, as the trainer's metrics say. Pure."""
+"""The remaining privacy budget, from the trainer's metrics. Pure."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ SERIES = "springtide_trainer_privacy"
 
 @dataclass(frozen=True)
 class BudgetLeft:
-    """The privacy budget of now.
+    """The current privacy budget.
 
     Attributes:
-        epsilon: All of it.
-        left: What of it no period took.
-        spent: Whether training holds, for the next period would take more than is left.
+        epsilon: The whole budget.
+        left: The part that no period has used.
+        spent: Whether training holds, because the next period would use more than is left.
     """
 
     epsilon: float
@@ -26,7 +26,7 @@ class BudgetLeft:
 
 
 def budget_of(trainer: Scrape) -> BudgetLeft | None:
-    """The budget; None where none is set, or nobody knows.
+    """Returns the budget; None if none is set, or the trainer does not report it.
 
     >>> from deploy.watch.scrape import parsed
     >>> lines = (f"{SERIES}_{name} {value}" for name, value in (("epsilon_limit", 8), ("epsilon_spent", 6.5), ("held", 1)))
@@ -38,7 +38,7 @@ def budget_of(trainer: Scrape) -> BudgetLeft | None:
 
 
 def lines_of_budget(budget: BudgetLeft | None) -> list[Sequence[str]]:
-    """The cells of a line, where a budget is set.
+    """Returns the cells of the budget's line; empty if no budget is set.
 
     >>> lines_of_budget(BudgetLeft(8.0, 1.5, False)), lines_of_budget(None)
     ([('privacy', '1.50 left', 'of epsilon 8.00')], [])

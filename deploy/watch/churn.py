@@ -1,4 +1,4 @@
-"""How well the trainer knows who leaves, as it says on /metrics: for `springtide status`."""
+"""Quality of the churn prediction for `springtide status`, from the trainer's metrics."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ SERIES = {
     "calibration": "calibration_ratio",
     "calibration_error": "calibration_error",
 }
-"""What each figure is called here, and how its series ends."""
+"""By name of the figure, the suffix of its series."""
 
 
 def look(trainer: Scrape) -> dict[str, float] | None:
-    """The figures by name; None where nothing waits and nothing was learned, or where the trainer is away."""
+    """Returns the figures by name; None if there are no examples and none wait, or if the trainer does not answer."""
     found = {name: trainer.value(PREFIX + end) or 0.0 for name, end in SERIES.items()}
     return found if found["examples"] or found["waiting"] else None
 
 
 def as_text(found: Mapping[str, Any]) -> tuple[str, str]:
-    """The area under the curve, and more in sentences.
+    """Formats the figures for `springtide status`: the area under the curve, and a description.
 
     >>> figures = dict.fromkeys(SERIES, 0.0) | {"examples": 2100.0, "waiting": 300.0, "left": 0.25, "auc": 0.8125}
     >>> word, text = as_text(figures | {"log_loss": 0.4, "calibration": 1.02, "calibration_error": 0.013})

@@ -1,4 +1,4 @@
-"""The clocks that are off, as the stream's metrics name them: how many clicks, and where the newest one is. Pure."""
+"""Clicks whose clock is off, from the stream's metrics: how many, and the position of the newest one. Pure."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class ClocksOff:
 
     Attributes:
         clicks: Their number since the stream's start.
-        partition: Of the newest one.
-        offset: Of the newest one.
-        by_s: How far that is off; 0 where nobody knows.
-        age_s: When it was read, seconds ago.
+        partition: Partition of the newest one.
+        offset: Offset of the newest one.
+        by_s: How far the newest one is off, seconds; 0 if unknown.
+        age_s: How long ago the newest one was read, seconds.
     """
 
     clicks: float
@@ -34,7 +34,7 @@ class ClocksOff:
 
 
 def clocks_off(stream: Scrape, wall_s: float) -> dict[str, ClocksOff]:
-    """By direction the clocks that are off.
+    """Returns the clocks that are off, by direction.
 
     >>> from deploy.watch.scrape import parsed
     >>> lines = (f'springtide_stream_clock{name}{{direction="ahead"}} {value}' for name, value in (
@@ -58,7 +58,7 @@ def clocks_off(stream: Scrape, wall_s: float) -> dict[str, ClocksOff]:
 
 
 def lines_of(found: Mapping[str, ClocksOff]) -> list[Sequence[str]]:
-    """The cells of a line for each direction: a word, how many, and where the newest one is.
+    """Returns the cells of a line for each direction: a label, the count, and the position of the newest click.
 
     >>> lines_of({"ahead": ClocksOff(2.0, 1, 70, 3000.0, 4.0)})
     [('clocks ahead', '2', 'partition 1 offset 70: 50 min ahead')]
@@ -70,7 +70,7 @@ def lines_of(found: Mapping[str, ClocksOff]) -> list[Sequence[str]]:
 
 
 def troubles_of(found: Mapping[str, ClocksOff]) -> Iterator[str]:
-    """A clock that was found ahead of all others lately; one behind may only be late.
+    """Yields a problem if a clock was recently ahead of all others; a click with a clock behind may only be late.
 
     >>> list(troubles_of({"ahead": ClocksOff(2.0, 1, 70, 3000.0, 4.0), "behind": ClocksOff(9.0, 0, 7, 3000.0, 4.0)}))
     ['a clock is 50 min ahead (partition 1 offset 70)']
@@ -81,7 +81,7 @@ def troubles_of(found: Mapping[str, ClocksOff]) -> Iterator[str]:
 
 
 def far(span_s: float) -> str:
-    """A time span that may be long.
+    """Formats a time span that can be long.
 
     >>> far(3000.0), far(260_000.0), far(2.5e9)
     ('50 min', '3 days', '79 years')

@@ -1,7 +1,7 @@
-"""The operator's terminal: lines that stay, and below them a view of the running loop that is rewritten.
+"""The operator's terminal: permanent lines, and below them a view of the running loop that is redrawn.
 
-The view is a screen of figures where there is room for it, one line where the
-terminal is small, and a line now and then where there is no terminal.
+The view is a screen of figures if the terminal has room, and one line if it is small. If the output is not a terminal,
+the view is an occasional line.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ BESIDE_LINES = 2
 
 
 def live_line(figures: Figures) -> str:
-    """A look in one line.
+    """Formats figures as one line.
 
     >>> live_line(Figures(events_per_s=200.0, lag_events=3.0, version=17.0, epoch=1.0, features_s=0.21, weights_s=0.4))
     '200 events/s, lag 3 | version 17, epoch 1 | features 0.2 s, weights 0.4 s old | log loss -'
     """
-    # A terminal cuts the end off: what is not as usual comes first.
+    # A terminal cuts off the end, so problems come first.
     parts = [
         *troubles(figures),
         f"{rate(figures.events_per_s, 'events')}, lag {shown(figures.lag_events)}",
@@ -42,11 +42,11 @@ def live_line(figures: Figures) -> str:
 
 
 class Screen:
-    """Writes lines that stay and, on a terminal, rewrites what stands below them.
+    """Writes permanent lines and, on a terminal, redraws the view below them.
 
     Args:
         out: Where to write.
-        size: Columns and lines of the terminal, asked anew for each view.
+        size: Returns columns and lines of the terminal; called for each view.
     """
 
     def __init__(
@@ -59,36 +59,36 @@ class Screen:
 
     @property
     def every_s(self) -> float:
-        """Time between views: each stays where this is no terminal, so that they are fewer."""
+        """Time between views; longer without a terminal, because each view is then a permanent line."""
         return EVERY_S if self.terminal else EVERY_QUIET_S
 
     def say(self, text: str) -> None:
-        """Writes a line that stays."""
+        """Writes a permanent line."""
         self._write(self._erase() + text + "\n")
         self._open = 0
 
     def live(self, line: str, panel: Sequence[str] = ()) -> None:
-        """Rewrites the view: the panel where it fits, otherwise the line; where this is no terminal, writes the line."""
+        """Redraws the view: the panel if it fits, otherwise the line; without a terminal, writes the line."""
         if not self.terminal:
             self.say(line)
             return
         columns, lines = self._size()
         fits = bool(panel) and columns >= LEAST_COLUMNS and lines >= len(panel) + BESIDE_LINES
         wanted = ["", *panel] if fits else [line]
-        # A line as wide as the terminal would take two, and the next view would not find its place.
+        # A line as wide as the terminal would wrap, and the next view would start at the wrong line.
         text = "\n".join(one[: max(1, columns - 1)] for one in wanted)
         self._write(self._erase() + text)
         self._open = len(wanted)
 
     def _erase(self) -> str:
-        """What takes the view away: to the begin of its first line, and everything from there."""
+        """Returns the control sequence that moves to the view's first line and clears everything from there."""
         if not self._open:
             return ""
         up = f"\x1b[{self._open - 1}A" if self._open > 1 else ""
         return f"\r{up}\x1b[J"
 
     def _write(self, text: str) -> None:
-        # A terminal that went away must not keep the loop from stopping in order.
+        # A closed terminal must not prevent the loop from stopping in order.
         with contextlib.suppress(OSError):
             self._out.write(text)
             self._out.flush()

@@ -1,4 +1,4 @@
-"""What the validation found in the newest window of live clicks, for `springtide status`."""
+"""Result of the validation for the newest window of live clicks, for `springtide status`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ PREFIX = "springtide_validation_"
 
 
 def look(settings: Settings) -> dict[str, Any] | None:
-    """Rows of that window, the number of its baseline, and features that have an anomaly by type; None before one ended, or where nobody looks."""
+    """Returns the window's rows, the number of its baseline, and by anomaly type the number of features.
+
+    Returns None before the first window has ended, or if the validation does not run.
+    """
     urls = scrape.urls_beside(settings)
     if "validation" not in urls:
         return None
@@ -25,7 +28,7 @@ def look(settings: Settings) -> dict[str, Any] | None:
 
 
 def as_text(found: Mapping[str, Any]) -> tuple[str, str]:
-    """A word and the rest, in words.
+    """Formats the result for `springtide status`: a keyword and a description.
 
     >>> as_text({"rows": 12000, "baseline": 0, "anomalies": {}})
     ('as ever', 'the newest window, of 12,000 rows, is like the baseline of the bootstrap')

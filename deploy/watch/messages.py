@@ -1,10 +1,10 @@
-"""How figures are written for people: numbers, rates, time spans; a dash where nobody knows."""
+"""Formats figures for people: numbers, rates, time spans; a dash for unknown values."""
 
 from __future__ import annotations
 
 
 def shown(value: float | None, group: str = ",") -> str:
-    """A whole number, or a dash.
+    """Formats a whole number, or a dash.
 
     >>> shown(12345.0), shown(None)
     ('12,345', '-')
@@ -13,7 +13,7 @@ def shown(value: float | None, group: str = ",") -> str:
 
 
 def rate(value: float | None, what: str = "") -> str:
-    """Something per second: a decimal where it is slow.
+    """Formats a rate per second, with a decimal if it is low.
 
     >>> rate(22640.0), rate(9.94, "steps"), rate(0.0), rate(None)
     ('22,640/s', '9.9 steps/s', '0/s', '-')
@@ -25,7 +25,7 @@ def rate(value: float | None, what: str = "") -> str:
 
 
 def decimal(value: float | None, digits: int = 3) -> str:
-    """A number with decimals, or a dash.
+    """Formats a number with decimals, or a dash.
 
     >>> decimal(1.45678), decimal(None)
     ('1.457', '-')
@@ -34,7 +34,7 @@ def decimal(value: float | None, digits: int = 3) -> str:
 
 
 def seconds(value: float | None) -> str:
-    """A time span, or a dash.
+    """Formats a time span, or a dash.
 
     >>> seconds(0.234), seconds(75.0), seconds(9000.0), seconds(None)
     ('0.2 s', '75 s', '2.5 h', '-')
@@ -53,7 +53,7 @@ def seconds(value: float | None) -> str:
 
 
 def duration(value: float | None) -> str:
-    """A short time span with two digits that mean something, or a dash.
+    """Formats a short time span with two significant digits, or a dash.
 
     >>> [duration(value) for value in (0.00041, 0.0043, 0.0218, 0.234, 12.3, None)]
     ['0.4 ms', '4.3 ms', '22 ms', '0.23 s', '12 s', '-']

@@ -1,4 +1,4 @@
-"""The table of all metrics, as a page: `python -m deploy.watch.metrics_table > deploy/prometheus/METRICS.md`."""
+"""Generates the table of all metrics: `python -m deploy.watch.metrics_table > deploy/prometheus/METRICS.md`."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ OFFERED = {
     metrics.SharedMetrics: "The trainer and the applier, where `paths.shared_registry` names a place.",
     metrics.BuildMetrics: "Each of them.",
 }
-"""By class who offers its metrics, and where."""
+"""By metrics class, which process exports them, and on which port."""
 
 
 def as_markdown() -> str:
-    """The page.
+    """Returns the page as Markdown.
 
     >>> as_markdown().splitlines()[0]
     '# Metrics'

@@ -1,4 +1,4 @@
-"""The loop's figures as one screen of text: what is wrong first, then what happens, then how fast.
+"""The loop's figures as one screen of text: problems first, then throughput, then latencies.
 
     state           nothing is wrong                      up 12 min
     clicks          226/s       lag 0 events, 0.0 s       1,234,567 taken up
@@ -8,7 +8,7 @@
     ...
     try             curl -s http://127.0.0.1:8501/v1/profiles/shopper-1
 
-Columns keep their place while the numbers change. Pure.
+Columns keep their positions while the numbers change. Pure.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from deploy.watch.progress import FEW_RECORDS, QUEUED_S
 from deploy.watch.quantiles import Spread
 
 STALE_S = 20.0
-# The alerts of deploy/prometheus/rules wait a while at the same bounds.
+# The alerts of deploy/prometheus/rules use the same bounds, with a delay.
 MANY_LAG = 10_000
 DEAD_SHARE = 0.01
 SKIPPED_SHARE = 0.01
 
-# Where cells begin; with 80 columns the last one has room for 26 letters, or for 33.
+# Widths of columns; with 80 columns the last cell has room for 26 characters, or for 33.
 HAPPENINGS = (16, 12, 26)
 DISTRIBUTIONS = (16, 10, 10, 10)
 MOST_REASONS = 4
@@ -45,7 +45,7 @@ MEANINGS = {
 
 
 def troubles(figures: Figures) -> list[str]:
-    """What is not as it should be, the worst first.
+    """Returns all problems and operator holds, the worst first.
 
     >>> troubles(Figures(held=True, paused=True))
     ['training is held by the guard', 'training is paused by an operator']
@@ -54,7 +54,7 @@ def troubles(figures: Figures) -> list[str]:
 
 
 def wanted(figures: Figures) -> list[str]:
-    """What an operator holds; nothing is wrong for that.
+    """Returns what an operator holds; a hold is not a fault.
 
     >>> wanted(Figures(paused=True))
     ['training is paused by an operator']
@@ -62,19 +62,19 @@ def wanted(figures: Figures) -> list[str]:
     held = {
         "training is paused by an operator": figures.paused,
         "publishing is held by an operator": figures.publishing_held,
-        # What the guard holds it pins.
+        # A hold of the guard also pins, so the pin is not reported separately.
         "pinned by an operator": figures.pinned and not figures.held,
     }
     return [said for said, holds in held.items() if holds]
 
 
 def wrong(figures: Figures) -> list[str]:
-    """What is wrong, the worst first."""
+    """Returns what is wrong, the worst first."""
     return list(_wrong(figures))
 
 
 def _wrong(figures: Figures) -> Iterator[str]:
-    # Who cannot reach Kafka waits for it, or is away because of it: Kafka comes first.
+    # Without Kafka other processes wait or do not answer, so Kafka comes first.
     nothing_runs = bool(figures.away) and not figures.up_s and not figures.up
     if figures.kafka_away and not nothing_runs:
         yield "Kafka away"
@@ -118,7 +118,7 @@ def _wrong(figures: Figures) -> Iterator[str]:
 
 
 def old_clicks(figures: Figures) -> bool:
-    """Whether the clicks that come are themselves of long ago, as in a replay: none waits, and the newest is old.
+    """Returns whether incoming clicks are old themselves, as in a replay: none waits, and the newest is old.
 
     >>> old_clicks(Figures(lag_s=0.1, serving_lag=2.0, features_s=1_933_200.0))
     True
@@ -130,10 +130,10 @@ def old_clicks(figures: Figures) -> bool:
 
 
 def happenings(figures: Figures, workers: int = 1) -> list[Sequence[str]]:
-    """The cells of what happens: a word, how much a second, and more of it.
+    """Returns the cells of the throughput lines: a label, the rate, and details.
 
     Args:
-        figures: Of one look.
+        figures: Figures of one poll.
         workers: Worker processes of this host, whose figures are summed.
     """
     top1 = "-" if figures.top1 is None else f"{figures.top1:.1%}"
@@ -176,7 +176,7 @@ def happenings(figures: Figures, workers: int = 1) -> list[Sequence[str]]:
 
 
 def distributions(figures: Figures) -> list[Sequence[str]]:
-    """The cells of what is distributed: a word, now, median, 99th percentile, and what it is."""
+    """Returns the cells of the latency lines: a label, the current value, median, 99th percentile, and the meaning."""
     now = {"features": duration(figures.features_s), "weights": duration(figures.weights_s)}
     means = MEANINGS | ({"features": "age of the newest, an old click"} if old_clicks(figures) else {})
     return [
@@ -186,7 +186,7 @@ def distributions(figures: Figures) -> list[Sequence[str]]:
 
 
 def uptime(up_s: Mapping[str, float]) -> str:
-    """How long the loop is up, and which process began anew since.
+    """Formats how long the loop has been up, and which processes have restarted since.
 
     >>> uptime({"stream": 720.0, "trainer": 718.0}), uptime({"stream": 720.0, "trainer": 8.0})
     ('up 12 min', 'up 12 min, trainer 8.0 s')
@@ -197,7 +197,7 @@ def uptime(up_s: Mapping[str, float]) -> str:
 
 
 def bounded(one: Spread) -> tuple[str, str]:
-    """Median and 99th percentile; a sign where they lie beyond what is measured.
+    """Formats median and 99th percentile, with `>` if they exceed the highest bucket.
 
     >>> bounded(Spread(100, 0.004, 5.0, most=5.0)), bounded(Spread())
     (('4.0 ms', '> 5.0 s'), ('-', '-'))
@@ -209,7 +209,7 @@ def bounded(one: Spread) -> tuple[str, str]:
 
 
 def reasons(dead: Mapping[str, float]) -> str:
-    """Dead letters since the start by reason, the most frequent first.
+    """Formats dead letters since the start by reason, the most frequent first.
 
     >>> reasons({"implausible_time": 10.0, "missing_field": 2.0}), reasons({})
     ('12: 10 implausible_time, 2 missing_field', 'none since the start')
@@ -222,7 +222,7 @@ def reasons(dead: Mapping[str, float]) -> str:
 
 
 def span(spread_s: float | None) -> str:
-    """What the quantiles are of, in words.
+    """Describes the period that the quantiles cover.
 
     >>> span(60.0), span(None)
     ('over the last 60 s', 'since each process started')
@@ -231,7 +231,7 @@ def span(spread_s: float | None) -> str:
 
 
 def aligned(cells: Sequence[str], columns: Sequence[int]) -> str:
-    """One line: each cell in its column, and a long one over the empty ones behind it.
+    """Formats one line with each cell in its column; a long cell extends over empty ones after it.
 
     >>> aligned(("clicks", "", "lag 0"), (10, 10))
     'clicks              lag 0'
@@ -245,11 +245,11 @@ def aligned(cells: Sequence[str], columns: Sequence[int]) -> str:
 
 
 def panel(figures: Figures, hints: Sequence[tuple[str, str]] = (), workers: int = 1) -> list[str]:
-    """The lines of the screen.
+    """Returns the lines of the screen.
 
     Args:
-        figures: Of one look.
-        hints: What to try: a word and what to type or to open.
+        figures: Figures of one poll.
+        hints: What to try: a label, and what to type or to open.
         workers: Worker processes of this host.
     """
     return [
@@ -261,5 +261,5 @@ def panel(figures: Figures, hints: Sequence[tuple[str, str]] = (), workers: int 
 
 
 def lines(cells: Sequence[Sequence[str]], columns: Sequence[int] = HAPPENINGS) -> list[str]:
-    """Each line's cells in their columns."""
+    """Formats lines with their cells in columns."""
     return [aligned(one, columns) for one in cells]

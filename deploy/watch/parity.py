@@ -1,4 +1,4 @@
-"""Whether what was trained is what answers are made of, by the rows that the applier computed again."""
+"""Training/serving parity: whether serving computes the features that were trained on, from the applier's metrics."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ SERIES = "springtide_serving_parity_rows_total"
 
 
 def look(applier: Scrape) -> dict[str, int] | None:
-    """Rows by outcome since the applier's start; None where it is away, or compares none."""
+    """Returns rows by outcome since the applier's start; None if it does not answer, or has compared no row."""
     found = {outcome: int(count) for outcome, count in applier.by(SERIES, "outcome").items()}
     return found if any(found.values()) else None
 
 
 def as_text(rows: Mapping[str, int]) -> tuple[str, str]:
-    """A word and the rest, in words.
+    """Formats the comparison for `springtide status`: a keyword and a description.
 
     >>> as_text({"equal": 1200, "differs": 0, "unknown": 3})
     ('holds', '1,200 rows of the training log have the same features here; 3 cannot be compared')

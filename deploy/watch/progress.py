@@ -1,6 +1,6 @@
-"""Whether each process of the loop works: what one that still starts waits for, and what one that falls behind has left. Pure.
+"""Reports which processes of the loop are still starting, and which ones fall behind and by how much. Pure.
 
-Both are words for people, by process, so that `status`, `up` and the page say the same.
+Both reports are texts by process, so that `status`, `up` and the page show the same.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from deploy.watch.messages import shown
 from deploy.watch.scrape import Scrape
 
 KERNELS = "springtide_kernels"
-"""Prefix of two gauges of a process that compiles kernels: `_total` and, of those, `_ready`."""
+"""Prefix of two gauges of a process that compiles kernels: `_total` for all kernels, `_ready` for the compiled ones."""
 LEAST_BETWEEN_S = 0.9
-FEW_RECORDS = 100  # of the training log: some ten seconds
+FEW_RECORDS = 100  # of the training log: about ten seconds
 QUEUED_S = 10.0
 
-# A process that answers on /metrics works once this gauge is known; a number of a version is known once it is not 0.
+# A process that answers on /metrics works once this gauge is known; a version number is known once it is not 0.
 KNOWN_ONCE_WORKING = {
     "stream": "springtide_stream_lag_events",
     "trainer": "springtide_trainer_version",
     "applier": "springtide_serving_version",
 }
-# An operator or the guard stops training for a reason, which is reported by itself.
+# An operator or the guard stops training on purpose; this is reported separately.
 HELD = ("held", "paused", "privacy_held")
 
 
 class Backlog(NamedTuple):
-    """What waits for a process.
+    """The metrics that describe what waits for a process.
 
     Attributes:
-        waiting: Name of the gauge of how many wait.
-        done: Name of the counter of what the process has done with them; empty where there is none.
-        what: What waits, in words.
+        waiting: Name of the gauge with the number of waiting items.
+        done: Name of the counter of processed items; empty if there is none.
+        what: Name of the items in messages.
         most: How many may wait while their number grows.
-        seconds: Name of the gauge of how long they have waited, which counts in place of `most`; empty where there is none.
+        seconds: Name of the gauge with their waiting time, which is used instead of `most`; empty if there is none.
     """
 
     waiting: str
@@ -55,7 +55,7 @@ BACKLOGS = {
 
 
 def state_of_up(up: Scrape) -> str:
-    """What `springtide up` does: `starting` its parts, or `running`; empty where it does not answer.
+    """Returns the state of `springtide up`: `starting` or `running`; empty if it does not answer.
 
     >>> from deploy.watch.scrape import parsed
     >>> state_of_up(Scrape(parsed("springtide_up_settled 0"))), state_of_up(Scrape())
@@ -67,7 +67,7 @@ def state_of_up(up: Scrape) -> str:
 
 
 def starting(scrapes: Mapping[str, Scrape]) -> dict[str, str]:
-    r"""Process that answers on /metrics and does not work yet -> what it does.
+    r"""Returns, by process that answers on /metrics but does not work yet, what it does.
 
     >>> from deploy.watch.scrape import parsed
     >>> kernels = "springtide_kernels_total 30\nspringtide_kernels_ready 12"
@@ -88,7 +88,7 @@ def starting(scrapes: Mapping[str, Scrape]) -> dict[str, str]:
 
 
 def falls_behind(name: str, now: Scrape, earlier: Scrape | None, elapsed_s: float) -> str:
-    r"""What waits for a process that does nothing about it, or ever less than comes; empty where it keeps up.
+    r"""Describes the backlog of a process that makes no progress, or too little; empty if it keeps up.
 
     >>> from deploy.watch.scrape import parsed
     >>> lag = "springtide_trainer_lag_records"
@@ -106,8 +106,8 @@ def falls_behind(name: str, now: Scrape, earlier: Scrape | None, elapsed_s: floa
     Args:
         name: The process.
         now: Its metrics.
-        earlier: Those of an earlier poll; None where there was none.
-        elapsed_s: The time between.
+        earlier: Its metrics at an earlier poll; None if there was none.
+        elapsed_s: The time between the two polls.
     """
     backlog = BACKLOGS.get(name)
     if backlog is None:
@@ -118,7 +118,7 @@ def falls_behind(name: str, now: Scrape, earlier: Scrape | None, elapsed_s: floa
     long = (now.value(backlog.seconds) or 0.0) > QUEUED_S if backlog.seconds else waiting > backlog.most
     before = None if earlier is None or elapsed_s < LEAST_BETWEEN_S else earlier.value(backlog.waiting)
     if earlier is None or before is None:
-        # Whether it is doing something about them is unknown.
+        # Without an earlier poll its progress is unknown.
         return f"{shown(waiting)} {backlog.what} wait" if waiting and long else ""
     if not before or waiting < before:
         return ""
@@ -128,7 +128,7 @@ def falls_behind(name: str, now: Scrape, earlier: Scrape | None, elapsed_s: floa
 
 
 def kafka_runs(scrapes: Mapping[str, Scrape]) -> bool | None:
-    """Whether serving reaches Kafka; None where that is unknown.
+    """Returns whether serving reaches Kafka; None if unknown.
 
     >>> from deploy.watch.scrape import parsed
     >>> kafka_runs({"applier": Scrape(parsed("springtide_serving_log_away 1"))}), kafka_runs({})

@@ -1,4 +1,4 @@
-"""How good the model is beside what is simple, as the trainer says on /metrics: for `springtide status`."""
+"""Quality of the model compared with simple baselines, for `springtide status`, from the trainer's metrics."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ PREFIX = "springtide_trainer_quality_"
 SERIES = {
     "log_loss": "log_loss", "mrr": "reciprocal_rank", "top1": "top1_ratio", "top5": "top5_ratio", "missed": "missed_ratio",
 }  # fmt: skip
-"""What each measure is called here, and how its series ends."""
+"""By name of the measure, the suffix of its series."""
 
 USERS = ("all", "new", "known")
 WORDS = {
@@ -19,11 +19,11 @@ WORDS = {
     "previous": "the user's previous category",
     "came_next": "what came next after it",
 }
-"""The baselines."""
+"""The baselines and their descriptions."""
 
 
 def look(trainer: Scrape) -> dict[str, Any] | None:
-    """The measures by who predicted and for which users, and the lift; None before anything was scored, or where it is away."""
+    """Returns the measures by predictor and group of users, and the lift; None before any row was scored."""
     found = {
         predictor: {users: {name: trainer.value(PREFIX + end, predictor=predictor, users=users) for name, end in SERIES.items()}
                     for users in (USERS if predictor == "model" else USERS[:1])}
@@ -39,7 +39,7 @@ def look(trainer: Scrape) -> dict[str, Any] | None:
 
 
 def as_text(found: Mapping[str, Any]) -> tuple[str, str]:
-    """By how many points of 100 the model is more often right, and more of it in sentences.
+    """Formats the quality for `springtide status`: lift of top 1 in percentage points, and a description.
 
     >>> one = dict.fromkeys(SERIES, 0.25) | {"log_loss": 3.5}
     >>> simple = {name: {"all": one | {"top1": 0.2}} for name in WORDS}

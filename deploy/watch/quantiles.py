@@ -1,7 +1,6 @@
-"""Quantiles of what a process counted in buckets, as Prometheus computes them.
+"""Quantiles of histograms on /metrics, computed as Prometheus does.
 
-A histogram on /metrics counts from the start of its process. The difference of
-two looks at it is the histogram of what lay between them.
+A histogram counts from the start of its process. The difference of two polls is the histogram of the time between them.
 """
 
 from __future__ import annotations
@@ -12,18 +11,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 Buckets = Mapping[float, float]
-"""Upper bound -> how many were at most that; the last bound is infinite."""
+"""By upper bound, how many observations were at most that; the last bound is infinite."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How something was distributed.
+    """Summary of a distribution.
 
     Attributes:
-        count: Of how many observations.
-        p50: The median; None where there is no observation.
-        p99: The 99th percentile, likewise.
-        most: The highest finite bound: a quantile that reaches it may be larger.
+        count: Number of observations.
+        p50: The median; None without observations.
+        p99: The 99th percentile; None without observations.
+        most: The highest finite bound; a quantile that reaches it may be larger.
     """
 
     count: float = 0.0
@@ -33,7 +32,9 @@ class Spread:
 
 
 def quantile(buckets: Buckets, q: float) -> float | None:
-    """The q-quantile, linear within its bucket; the highest finite bound where it lies beyond; None without observations.
+    """Returns the q-quantile, interpolated linearly within its bucket; None without observations.
+
+    If the quantile is beyond the highest finite bound, that bound is returned.
 
     >>> quantile({1: 50, 2: 100, math.inf: 100}, 0.75)
     1.5
@@ -55,7 +56,7 @@ def quantile(buckets: Buckets, q: float) -> float | None:
 
 
 def between(after: Buckets, before: Buckets) -> Buckets:
-    """What was counted after `before`; all of it where the process began anew since.
+    """Returns what was counted after `before`; all of `after` if the process has restarted since.
 
     >>> between({1.0: 3, math.inf: 5}, {1.0: 1, math.inf: 2})
     {1.0: 2, inf: 3}
@@ -67,7 +68,7 @@ def between(after: Buckets, before: Buckets) -> Buckets:
 
 
 def spread(buckets: Buckets) -> Spread:
-    """Median and 99th percentile.
+    """Computes the median and the 99th percentile.
 
     >>> spread({0.1: 50, 0.2: 100, math.inf: 100})
     Spread(count=100, p50=0.1, p99=0.198, most=0.2)

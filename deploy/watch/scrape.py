@@ -1,4 +1,4 @@
-"""Reads what the loop's processes offer on /metrics."""
+"""Reads the metrics of the loop's processes from /metrics."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from state import http
 from state.config.settings import Settings
 from state.errors import SettingsError
 
-TIMEOUT_S = 3.0  # a busy machine answers late; where nobody listens it is refused at once
+TIMEOUT_S = 3.0  # a busy machine answers late; a port without a listener refuses at once
 UP = "up"
 SAMPLE_USER = "shopper-1"  # one of the synthetic shoppers; another user has a cold-start answer
-ANY_USER = "USER"  # to be replaced, where nobody knows an id
+ANY_USER = "USER"  # placeholder if no user id is known
 LINE = ("stream", "trainer", "applier")
 SEGMENTS = "segments"
 ELSEWHERE = (*LINE, SEGMENTS)  # may be on other machines
@@ -29,15 +29,15 @@ class Scrape:
     """The series of one process at one moment.
 
     Attributes:
-        values: (name, labels sorted by name) -> value; empty where the process did not answer.
-        problem: Why it did not answer; empty where it did.
+        values: By name and labels (sorted by name), the value; empty if the process did not answer.
+        problem: Why it did not answer; empty if it did.
     """
 
     values: Mapping[tuple[str, tuple[tuple[str, str], ...]], float] = field(default_factory=dict)
     problem: str = ""
 
     def value(self, name: str, **labels: str) -> float | None:
-        """One series; None where it is absent.
+        """Returns one series; None if it is absent.
 
         >>> Scrape(parsed("held 1")).value("held")
         1.0
@@ -45,11 +45,11 @@ class Scrape:
         return self.values.get((name, tuple(sorted(labels.items()))))
 
     def total(self, name: str, **labels: Collection[str]) -> float | None:
-        r"""A series summed over its labels; None where it is absent.
+        r"""Returns a series summed over its labels; None if it is absent.
 
         Args:
             name: The series.
-            labels: Label -> the values that count; all of them for a label that is not named.
+            labels: By label, the values to include; all values of a label that is not named.
 
         >>> text = 'rows_total{outcome="dead"} 2\nrows_total{outcome="rows"} 3'
         >>> Scrape(parsed(text)).total("rows_total"), Scrape(parsed(text)).total("rows_total", outcome=["dead"])
@@ -59,7 +59,7 @@ class Scrape:
         return sum(found) if found else None
 
     def buckets(self, name: str, **labels: Collection[str]) -> dict[float, float]:
-        r"""A histogram summed over its labels: upper bound -> how many were at most that.
+        r"""Returns a histogram summed over its labels: by upper bound, how many observations were at most that.
 
         >>> text = 'step_seconds_bucket{le="0.1"} 2\nstep_seconds_bucket{le="+Inf"} 3'
         >>> Scrape(parsed(text)).buckets("step_seconds")
@@ -79,7 +79,7 @@ class Scrape:
                     yield own, value
 
     def by(self, name: str, label: str) -> dict[str, float]:
-        """A series by one of its labels.
+        """Returns the values of a series by one of its labels.
 
         >>> Scrape(parsed('rows_total{outcome="dead"} 2')).by("rows_total", "outcome")
         {'dead': 2.0}
@@ -88,7 +88,7 @@ class Scrape:
 
 
 def parsed(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """Prometheus's text form as a mapping, without samples that are NaN: their process does not know them.
+    """Parses the Prometheus text format; leaves out NaN samples, which the process reports as unknown.
 
     >>> parsed('up{job="a"} 1')
     {('up', (('job', 'a'),)): 1.0}
@@ -104,14 +104,14 @@ def parsed(text: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
 
 
 def hosts(settings: Settings) -> dict[str, str]:
-    """The hosts of parts that `metrics.hosts` names.
+    """Returns the hosts of processes that `metrics.hosts` names.
 
     >>> from state.config.settings import MetricsSettings
     >>> hosts(Settings(metrics=MetricsSettings(hosts=("trainer=train-0",))))
     {'trainer': 'train-0'}
 
     Raises:
-        SettingsError: One is not written as it should be.
+        SettingsError: An entry has an invalid form.
     """
     found = dict(one.partition("=")[::2] for one in settings.metrics.hosts)
     if not (found.keys() <= {*ELSEWHERE} and all(found.values())):
@@ -123,13 +123,13 @@ def hosts(settings: Settings) -> dict[str, str]:
 
 
 def urls(settings: Settings) -> dict[str, str]:
-    """Where each process offers its metrics, in the order of the data.
+    """Returns the metrics URL of each process, in the order of the data flow.
 
     >>> urls(Settings())["trainer"]
     'http://127.0.0.1:9102/metrics'
 
     Raises:
-        SettingsError: `metrics.hosts` is not written as it should be.
+        SettingsError: An entry of `metrics.hosts` has an invalid form.
     """
     elsewhere = hosts(settings)
     ports = (settings.stream.metrics_port, settings.trainer.metrics_port, settings.serving.metrics_port)
@@ -140,12 +140,12 @@ def urls(settings: Settings) -> dict[str, str]:
 
 
 def metrics_url(settings: Settings, port: int, host: str | None = None) -> str:
-    """Where a port of `/metrics` is, on this machine where no host is named."""
+    """Returns the URL of `/metrics` on a port, by default on this machine."""
     return f"http://{reached(host or settings.metrics.host)}:{port}/metrics"
 
 
 def supervisor_urls(settings: Settings) -> dict[str, str]:
-    """Where `springtide up` offers its own metrics; nowhere with `up.metrics_port` 0.
+    """Returns the metrics URL of `springtide up`; empty if `up.metrics_port` is 0.
 
     >>> supervisor_urls(Settings())
     {'up': 'http://127.0.0.1:9104/metrics'}
@@ -155,7 +155,7 @@ def supervisor_urls(settings: Settings) -> dict[str, str]:
 
 
 def urls_beside(settings: Settings) -> dict[str, str]:
-    """Where those that look on offer their metrics, the validation, the segments, the probe and the page, as far as `springtide up` runs them.
+    """Returns the metrics URLs of other processes that `springtide up` runs: validation, segments, probe and page.
 
     >>> urls_beside(Settings())
     {'validation': 'http://127.0.0.1:9106/metrics', 'console': 'http://127.0.0.1:8502/metrics'}
@@ -171,7 +171,7 @@ def urls_beside(settings: Settings) -> dict[str, str]:
 
 
 def watched_urls(settings: Settings) -> dict[str, str]:
-    """Where those offer their metrics without whom something is wrong: the line, the keeper of segments where any are named, `up`.
+    """Returns the metrics URLs of processes that must run: the loop, `up`, and the keeper of segments if any are named.
 
     >>> list(watched_urls(Settings()))
     ['stream', 'trainer', 'applier', 'worker', 'up']
@@ -181,7 +181,7 @@ def watched_urls(settings: Settings) -> dict[str, str]:
 
 
 def profile_url(settings: Settings, user: str = SAMPLE_USER) -> Address:
-    """Where a profile is had on this machine.
+    """Returns the address of a profile on this machine.
 
     >>> profile_url(Settings())
     'http://127.0.0.1:8501/v1/profiles/shopper-1'
@@ -190,22 +190,22 @@ def profile_url(settings: Settings, user: str = SAMPLE_USER) -> Address:
 
 
 def fetch(url: str | urllib.request.Request, timeout_s: float = TIMEOUT_S) -> tuple[int, str]:
-    """Status and body of a GET, or of another request; status 0 and the reason where nobody answers, or nobody is let in."""
+    """Returns status and body of a request; status 0 and the reason if the server or a credential is unavailable."""
     try:
         if isinstance(url, Address):
             return http.ask(url.request(), timeout_s, url.context())
-    # The files that an address needs to be let in.
+    # Errors of the files with token and certificate.
     except (OSError, ValueError, SettingsError) as problem:
         return 0, str(getattr(problem, "reason", problem))
     return http.ask(url, timeout_s)
 
 
 def scrape(addresses: Mapping[str, str], get: Callable[[str], tuple[int, str]] = fetch) -> dict[str, Scrape]:
-    """Reads all processes at once.
+    """Reads the metrics of all processes in parallel.
 
     Args:
-        addresses: Process -> URL.
-        get: Gives status and body of a URL.
+        addresses: URLs by process.
+        get: Returns status and body of a URL.
     """
 
     def one(url: str) -> Scrape:

@@ -1,4 +1,4 @@
-"""Who is in which segment, as its keeper says on /metrics: for `springtide status` and the page."""
+"""Sizes of segments and progress of their keeper, from its metrics, for `springtide status` and the page."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from state.segments.configured import texts_of
 
 PREFIX = "springtide_segments_"
 FIGURES = {"lag": "lag_records", "waiting": "waiting", "sweep_s": "sweep_seconds"}
-"""What each figure is called here, and how its series ends."""
+"""By name of the figure, the suffix of its series."""
 FEW_USERS = 20_000
-"""That are judged within six seconds. The alerts wait a while at this bound and at FEW_RECORDS."""
+"""Waiting users that are evaluated within six seconds. Alerts use this bound and FEW_RECORDS, with a delay."""
 
 
 def look(settings: Settings, scrapes: Mapping[str, Scrape]) -> dict[str, Any] | None:
-    """Each segment with its users, and how far the keeper is; None where none is named.
+    """Returns each segment with its size, and the keeper's progress; None if no segment is configured.
 
     Args:
-        settings: Of the loop.
-        scrapes: The keeper's among them.
+        settings: Settings of the loop.
+        scrapes: Metrics by process, including the keeper's.
     """
     texts, found = texts_of(settings), scrapes.get(SEGMENTS)
     if not texts or found is None:
@@ -40,7 +40,7 @@ def look(settings: Settings, scrapes: Mapping[str, Scrape]) -> dict[str, Any] | 
 
 
 def as_text(found: Mapping[str, Any]) -> tuple[str, str]:
-    """A word and the rest, in words.
+    """Formats segments for `springtide status`: a keyword and a description.
 
     >>> kept = {"problem": "", "lag": 2.0, "waiting": 0.0, "sweep_s": 41.0}
     >>> kept["segments"] = [{"name": "sporty", "users": 1200, "expression": "..."}, {"name": "idle", "users": 0, "expression": "..."}]

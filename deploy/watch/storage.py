@@ -1,4 +1,4 @@
-"""What the parts take of `storage.budget_gb`: as this machine's disks have it, and, of what is wrong, as /metrics tell."""
+"""Disk usage of each part against `storage.budget_gb`: measured on this machine, or, for problems, from /metrics."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WAITS = {
 
 
 def look(settings: Settings) -> dict[str, Any] | None:
-    """What each part takes here, as JSON values; None where nothing is kept here."""
+    """Returns the usage of each part on this machine as JSON values; None if nothing is stored here."""
     there = {part: [one for one in shares.folders(settings, part) if one.is_dir()] for part in shares.SHARES}
     parts = {
         part: {"used_bytes": used_bytes(folders), "limit_bytes": shares.limit_bytes(settings, part)}
@@ -39,7 +39,7 @@ def look(settings: Settings) -> dict[str, Any] | None:
 
 
 def as_text(kept: Mapping[str, Any]) -> tuple[str, str]:
-    """A word and the rest, in words.
+    """Formats the usage for `springtide status`: a keyword and a description.
 
     >>> parts = {"logs": {"used_bytes": 2e8, "limit_bytes": 5e8}, "kafka": {"used_bytes": 0, "limit_bytes": 4e9}}
     >>> as_text({"used_bytes": 2e8, "budget_bytes": 10e9, "free_bytes": 7e9, "parts": parts})
@@ -57,7 +57,7 @@ def _gb(count: float) -> str:
 
 
 def full(scrapes: Iterable[Scrape]) -> list[str]:
-    r"""What waits for room, and which parts take almost all of their share, in words; the worst first.
+    r"""Describes which parts wait for disk space, and which ones use almost all of their share; the worst first.
 
     >>> from deploy.watch.scrape import parsed
     >>> name = "springtide_storage_"

@@ -1,4 +1,4 @@
-"""Where the stores lie that change all over, what they take, and why they lie on the disk where they do."""
+"""Location and size of the stores with random writes, and why a store is on disk instead of in memory."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from state.disk import memory_place as place
 
 
 def look(settings: Settings) -> dict[str, Any] | None:
-    """The place of the rows that answers of this host read, as JSON values; None where there are no rows."""
+    """Returns the location of this host's row store as JSON values; None if there is none."""
     return _look(settings, settings.serving_dir / layout.ROWS, settings.serving.rows_dir, "serving starts again")
 
 
 def look_at_histories(settings: Settings) -> list[dict[str, Any]]:
-    """The places of the histories here, the stream's and serving's, as JSON values: on the disk while nobody writes them."""
+    """Returns the locations of the histories of stream and serving; on disk while no process writes them."""
     links = [*layout.streams(settings.state_dir), settings.serving_dir / layout.HISTORIES]
     found = ((link, _look(settings, link, "", "their writer starts")) for link in links)
     return [{"name": f"{link.parent.name}/{link.name}", **one} for link, one in found if one is not None]
 
 
 def as_text(stored: Mapping[str, Any]) -> tuple[str, str]:
-    """A word and the rest, in words.
+    """Formats a location for `springtide status`: a keyword and a description.
 
     >>> as_text({"path": "state/serving/rows.disk", "in_memory": False, "bytes": 5e6, "why": "/dev/shm is missing"})
     ('on disk', 'state/serving/rows.disk, 5 MB; /dev/shm is missing')
@@ -37,7 +37,7 @@ def _look(settings: Settings, link: Path, asked: str, moves: str) -> dict[str, A
     found, memory = place.current(link), settings.storage.memory_dir
     if found is None:
         return None
-    # Where a setting names a directory, or none, nobody looks for room elsewhere.
+    # If a setting names a directory, or memory is disabled, the location is intended and needs no reason.
     settled = found.in_memory or asked or not memory
     return {
         "path": str(found.path),

@@ -1,1 +1,1 @@
-"""A ranker that attends to the items a user looked at lately, as DIN does."""
+"""A ranker with attention over a user's latest items, after Deep Interest Network (DIN)."""

@@ -7,10 +7,11 @@ For a user with latest events k (item i_k, category c_k, action a_k, age t_k) an
     a(c)   = mean over k of w_k(c) V h_k
     s(c)   = MLP([ x(u) | a(c) | e_c ]) + b_slot,           x(u) = tower([ prepared features | e_u | mean context ])
 
-Rows k of items as events and r of actions are tables of this ranker's own, `attended` and `action`; rows e are those
-every ranker has. What an item says of a user who clicked it is then learned apart from what makes users click it.
+The ranker has two tables of its own: `attended` with rows k of items as events, and `action` with rows r of actions.
+Rows e are those that every ranker has. What a click on an item says about the user is thus learned separately from
+what makes users click the item.
 
-An item is engaged with as its category is clicked, and by what x(u) says of the item: a s(c_i) + (P x(u)) . e_i + b.
+The engagement logit of an item i with category c_i is a s(c_i) + (P x(u)) . e_i + b.
 """
 
 from __future__ import annotations
@@ -38,12 +39,12 @@ ACTION_WIDTH = 4
 
 
 class Din(Ranker):
-    """The formula above.
+    """The ranker of the module's formula.
 
     Args:
         settings: The section `[model]`; the option `attention` is the width of the attention.
-        spec: Has the length of sequences.
-        preprocessing: `[B, D]` float32 raw integers to `[B, D']`; None takes logarithms.
+        spec: The feature spec, which defines the length of sequences.
+        preprocessing: Maps `[B, D]` float32 raw integers to `[B, D']`; None takes logarithms.
     """
 
     def __init__(self, settings: Model, spec: FeatureSpec, preprocessing: Any = None) -> None:
@@ -77,7 +78,7 @@ class Din(Ranker):
             "score.candidate": kernel("score.candidate", attention + dim, width),
             "score.bias": zeros("score.bias", width),
             "score.out": kernel("score.out", width, 1),
-            # The order of slots: the newest category first, far below them the popular ones.
+            # Initial order of slots: the newest category first, popular ones far below the user's own.
             "score.slot": tf.Variable(-0.5 * np.log(np.arange(1, slots + 1, dtype=np.float32)), name="score.slot"),
             "score.other": zeros("score.other", 1),
             "pair.scale": tf.Variable(np.array([1.0, 0.0], np.float32), name="pair.scale"),
@@ -86,7 +87,7 @@ class Din(Ranker):
         self.learning_rates = {"score.slot": 10.0}
 
     def encode(self, inputs: Mapping[str, Any], training: bool, seed: Any) -> dict[str, Any]:
-        """The user's vector, and keys and values of the latest events."""
+        """Returns the user's vector, and keys and values of the latest events."""
         rows = [self.prepare(inputs["features"]), inputs["user_row"], inputs["context_row"]]
         vector = tf.nn.relu(tf.matmul(tf.concat(rows, 1), self.dense["user.kernel"]) + self.dense["user.bias"])
         ages = tf.expand_dims(inputs["sequence_ages"] / 32.0, 2)
@@ -99,7 +100,7 @@ class Din(Ranker):
         }
 
     def _candidates(self, encoded: Mapping[str, Any], mask: Any, rows: Any) -> Any:
-        """Logits `[B, C]` of candidates with rows `[B, C, dim]`."""
+        """Returns logits `[B, C]` of candidates with rows `[B, C, dim]`."""
         query = tf.expand_dims(_times(rows, self.dense["attend.query"]), 2)  # [B, C, 1, A]
         keys = tf.expand_dims(encoded["keys"], 1)  # [B, 1, T, A]
         both = keys * query
@@ -112,9 +113,9 @@ class Din(Ranker):
         return tf.squeeze(_times(tf.nn.relu(hidden), self.dense["score.out"]), 2)
 
     def score(self, encoded: Mapping[str, Any], inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Each candidate attends to the events by itself."""
+        """Scores the candidates; each candidate attends to the events independently."""
         mask = inputs["sequence_mask"]
-        # The same for everybody: [P, dim] to [B, P, dim].
+        # Popular rows are the same for all users: [P, dim] to [B, P, dim].
         popular = tf.expand_dims(inputs["popular_rows"], 0) + 0.0 * inputs["recent_rows"][:, :1, :]
         parts = [inputs["recent_rows"], popular, inputs["successor_rows"]]
         pairs = [inputs["category_row"]]
@@ -139,19 +140,19 @@ class Din(Ranker):
         return scores
 
     def _pair(self, encoded: Mapping[str, Any], category: Any, item: Any) -> Any:
-        """`[B]`, of each user with an item of row `[B, dim]` whose category has the logit `[B]`."""
+        """Returns engagement logits `[B]` from items' rows `[B, dim]` and their categories' logits `[B]`."""
         vector = encoded["vector"]
         query = tf.matmul(vector, tf.reshape(self.dense["pair.item"], [vector.shape[1], item.shape[1]]))
         scale = self.dense["pair.scale"]
         return scale[0] * category + tf.reduce_sum(query * item, 1) + scale[1]
 
     def losses(self, encoded: Any, inputs: Mapping[str, Any], targets: Targets) -> Any:
-        """Softmax over the candidates, and the log loss of pairs."""
+        """Returns the softmax loss over the candidates and the log loss of pairs."""
         return losses.log_losses(self.score(encoded, inputs), targets)
 
 
 def _times(x: Any, kernel: Any) -> Any:
-    """`[..., n]` by `[n, m]`, as one product of two matrices: LiteRT has no other."""
+    """Multiplies `[..., n]` by `[n, m]` as one product of two matrices, the only form that LiteRT supports."""
     shape = tf.concat([tf.shape(x)[:-1], [kernel.shape[1]]], 0)
     found = tf.reshape(tf.matmul(tf.reshape(x, [-1, kernel.shape[0]]), kernel), shape)
     found.set_shape([*x.shape[:-1], kernel.shape[1]])

@@ -1,1 +1,1 @@
-"""A decoder of one's own, for clicks that are no JSON."""
+"""A custom decoder, for clicks that are not JSON."""

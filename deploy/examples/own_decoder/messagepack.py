@@ -1,7 +1,6 @@
 """Clicks as MessagePack maps: `[events] decoder = "deploy.examples.own_decoder.messagepack:decode_messagepack"`.
 
-A decoder takes a record's bytes apart and nothing more: types, ids, times and
-labels are checked by the parser, whatever decoder it is.
+A decoder only splits a record's bytes into fields. With every decoder, the parser checks types, ids, times and labels.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ FIELDS = ("user", "item", "category", "action", "time", "label", "request")
 
 
 def decode_messagepack(settings: Events) -> Decoder:
-    """Makes the decoder; fields have the names that `[events]` gives them.
+    """Creates the decoder; fields have the names that `[events]` gives them.
 
     >>> read = decode_messagepack(Events(user="who"))
     >>> read(msgspec.msgpack.encode({"who": 7, "more": []})).user

@@ -1,1 +1,1 @@
-"""A model of one's own: a preprocessing with quantile buckets, a tower with a feature cross and a residual block."""
+"""A custom model: a preprocessing with quantile buckets, and a tower with a feature cross and a residual block."""

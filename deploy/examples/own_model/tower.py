@@ -1,4 +1,4 @@
-"""A tower: one layer, a feature cross of the input with it, and a residual block."""
+"""A custom user tower: one layer, a feature cross of the input with this layer, and a residual block."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class ResidualTower(tf.Module):
     """`y = h + (x A) * (h B) C + relu(h K1 + b1) K2` with `h = relu(x K0 + b0)`.
 
     Args:
-        width_in: Width of what it is given.
-        width: Width of what it gives.
+        width_in: Width of the input.
+        width: Width of the output.
         dropout: Share of `h` dropped while training.
     """
 
     def __init__(self, width_in: int, width: int, dropout: float) -> None:
         super().__init__()
         self.dropout = dropout
-        # A fixed seed: the first weights are the same in every process.
+        # A fixed seed: the initial weights are the same in every process.
         drawn = np.random.default_rng(7)
 
         def weight(name: str, rows: int, columns: int) -> Any:
@@ -39,10 +39,10 @@ class ResidualTower(tf.Module):
         self.kernel_2 = weight("kernel_2", width, width)
 
     def __call__(self, x: Any, training: bool, seed: Any) -> Any:
-        """`[B, width_in]` float32 and a `[2]` int32 seed to `[B, width]` float32."""
+        """Maps `[B, width_in]` float32 and a `[2]` int32 seed to `[B, width]` float32."""
         h = tf.nn.relu(tf.nn.bias_add(tf.matmul(x, self.kernel_0), self.bias_0))
         if training:
-            # Drawn from the seed, which is a hash of the step's place in the log: a replay drops the same units.
+            # The seed is a hash of the step's position in the log, so a replay drops the same units.
             kept = tf.random.stateless_uniform(tf.shape(h), seed) >= self.dropout
             h = h * tf.cast(kept, tf.float32) / (1.0 - self.dropout)
         crossed = tf.matmul(tf.matmul(x, self.cross_in) * tf.matmul(h, self.cross_hidden), self.cross_out)
@@ -54,7 +54,7 @@ def build(width_in: int, settings: Any) -> ResidualTower:
     """Builds the tower of the setting `model.tower`.
 
     Args:
-        width_in: Width of what the tower is given.
-        settings: The section `[model]`; the last of `hidden` is the width of the vector.
+        width_in: Width of the tower's input.
+        settings: The section `[model]`; the last element of `hidden` is the width of the vector.
     """
     return ResidualTower(width_in, settings.hidden[-1], settings.dropout)

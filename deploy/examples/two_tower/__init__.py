@@ -1,1 +1,1 @@
-"""A two-tower ranker, learned with softmax over what others clicked meanwhile."""
+"""A two-tower ranker, trained with a softmax over the categories that other users clicked in the same batch."""

@@ -4,13 +4,12 @@
     v(c)  = e_c + candidate tower(e_c),   v(i) = e_i + e_c + candidate tower(e_i + e_c)
     s(c)  = u . v(c) / temperature, both of unit length,   engagement: a s(i) + b
 
-The latest are weighted means, the newest event first: 1, 1/2, 1/3 and so on.
-Both towers begin at nothing, so that what is like the latest categories comes first.
+The latest items and categories are weighted means, the newest event first: 1, 1/2, 1/3 and so on. The last layer of
+both towers starts at zero, so candidates similar to the latest categories rank first in the beginning.
 
-Interest is learned from the categories that the other rows of a record were
-about: a softmax of row j over them, each logit less log Q(c), where Q(c) is the
-share of rows with c. Without it, what everybody clicks would be pushed down
-for being drawn so often. A row of the same category is no negative.
+Interest is learned from the categories of the other rows of a record: a softmax of row j over them, each logit less
+log Q(c), where Q(c) is the share of rows with c. Without this correction, popular categories would be pushed down,
+because they are sampled so often. A row of the same category is not a negative.
 """
 
 from __future__ import annotations
@@ -35,16 +34,16 @@ READ = (
     "popular_mask", "successor_rows", "successor_mask", "sequence_item_rows", "sequence_category_rows", "sequence_mask",
     "other_row", "negative_item_row", "negative_category_row",
 )  # fmt: skip
-SAME = 1e-5  # share of their squares, below whose squared distance two rows are of one category
+SAME = 1e-5  # rows are of one category if their squared distance is at most this share of their summed squared norms
 
 
 class TwoTower(Ranker):
-    """The formula above.
+    """The ranker of the module's formula.
 
     Args:
         settings: The section `[model]`; the option `temperature` divides every score.
-        spec: Has the length of sequences.
-        preprocessing: `[B, D]` float32 raw integers to `[B, D']`; None takes logarithms.
+        spec: The feature spec, which defines the length of sequences.
+        preprocessing: Maps `[B, D]` float32 raw integers to `[B, D']`; None takes logarithms.
     """
 
     def __init__(self, settings: Model, spec: FeatureSpec, preprocessing: Any = None) -> None:
@@ -70,7 +69,7 @@ class TwoTower(Ranker):
         self.layers = len(hidden)
 
     def _tower(self, name: str, x: Any, begin: Any) -> Any:
-        """`[n, width]` and `[n, dim]` to their sum behind the layers, `[n, dim]` of unit length."""
+        """Adds the layers' output for `[n, width]` to `begin`, `[n, dim]`; returns `[n, dim]` of unit length."""
         for layer in range(self.layers):
             x = tf.matmul(x, self.dense[f"{name}.kernel_{layer}"]) + self.dense[f"{name}.bias_{layer}"]
             x = tf.nn.relu(x) if layer + 1 < self.layers else x
@@ -78,7 +77,7 @@ class TwoTower(Ranker):
         return x / tf.sqrt(tf.reduce_sum(x * x, 1, keepdims=True) + 1e-6)
 
     def encode(self, inputs: Mapping[str, Any], training: bool, seed: Any) -> Any:
-        """`[B, hidden[-1]]`, the user."""
+        """Returns the user's vector, `[B, hidden[-1]]`."""
         shares = inputs["sequence_mask"] / np.arange(1, inputs["sequence_mask"].shape[1] + 1, dtype=np.float32)
         shares = tf.expand_dims(shares, 2)
         known = tf.reduce_sum(shares, 1) + 1e-6
@@ -87,7 +86,7 @@ class TwoTower(Ranker):
         return self._tower("user", tf.concat(rows, 1), latest[1])
 
     def _scores(self, user: Any, rows: Any) -> Any:
-        """`[B, C]` of the users with candidates of rows `[B, C, dim]`."""
+        """Returns scores `[B, C]` of the users for candidates with rows `[B, C, dim]`."""
         count = rows.shape[1]
         flat = tf.reshape(rows, [-1, rows.shape[2]])
         candidates = self._tower("candidate", flat, flat)
@@ -99,7 +98,7 @@ class TwoTower(Ranker):
         return self.dense["pair"][0] * logits + self.dense["pair"][1]
 
     def score(self, encoded: Any, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Every candidate by its own tower; the popular ones once for all users."""
+        """Scores every candidate with the candidate tower; popular candidates are encoded once for all users."""
         popular = tf.matmul(
             encoded, self._tower("candidate", inputs["popular_rows"], inputs["popular_rows"]), transpose_b=True
         )
@@ -121,7 +120,7 @@ class TwoTower(Ranker):
         return scores
 
     def losses(self, encoded: Any, inputs: Mapping[str, Any], targets: Targets) -> Any:
-        """The sampled softmax over the record's own categories, and the log loss of pairs."""
+        """Returns the sampled softmax loss over the record's own categories, plus the log loss of pairs."""
         rows = inputs["category_row"]
         logits = tf.matmul(encoded, self._tower("candidate", rows, rows), transpose_b=True) / self.temperature  # [B, B]
         square = tf.reduce_sum(rows * rows, 1)
