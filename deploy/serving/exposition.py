@@ -70,7 +70,7 @@ class Summed(Collector):
 
 
 class Processes(Collector):
-    """Collects the total CPU time, memory and files of the workers and their parent; CPU time includes ended workers."""
+    """Collects total CPU time, memory and files of the workers and their parent; CPU time includes ended workers."""
 
     def collect(self) -> Iterator[Metric]:
         """Yields the families of `OF_ANY_PROCESS`."""

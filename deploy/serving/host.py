@@ -143,7 +143,7 @@ class Host:
         return found or ({} if self.warm else {"program": self.COLD})
 
     def degraded(self) -> dict[str, str]:
-        """Returns a message for each part (histories, version) that is more than `DEGRADED_S` behind; answers continue."""
+        """Returns a message for each part (histories, version) that is more than `DEGRADED_S` behind."""
         return {
             part: f"what came in the last {age_s:.0f} s is not all taken up"
             for part, age_s in self._currency.ages_s(self._now_ms()).items()
@@ -151,7 +151,7 @@ class Host:
         }
 
     def refused(self) -> tuple[int, str] | None:
-        """Returns the newest version that is newer than the served one and failed its probe, with the reason; else None."""
+        """Returns the newest version after the served one that failed its probe, with the reason; None without one."""
         if self._rows is None:
             return None
         with self._rows.reader() as reader:
@@ -196,7 +196,7 @@ class Host:
         )
 
     def _file(self, name: str) -> tuple[int, int]:
-        """Returns a store file's identity: the device too, because inode numbers are unique only within one."""
+        """Returns a store file's device and inode; inode numbers are unique only within one device."""
         path: Path = self._settings.serving_dir / name / DATA
         try:
             found = path.stat()

@@ -61,7 +61,7 @@ class GrpcHealth(HealthServicer):
         while True:
             news, ended, status = self._news, self._ended, self._status(request.service)
             if status != told:
-                # Hold no lock or resource here: the client may never read.
+                # No lock is held during this write: the client may never read.
                 await context.write(HealthCheckResponse(status=status))
                 told = status
             if ended:
