@@ -39,7 +39,7 @@ class Query(NamedTuple):
 
 
 class Version(TypedDict):
-    """The model version of an answer; `age_s` is its age since publication, `sources` the positions it covers."""
+    """The model version of an answer: `age_s` since its publication; `sources` has the next offset of each source."""
 
     number: int
     epoch: int

@@ -25,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 def name_of(folder: Path, part: str = "serving") -> str:
-    """Returns the name under which a host reports; it includes the host name and a digest of the directory path.
+    """Returns the name under which a host reports, unique because it contains the host name and a digest of the path.
 
     >>> name_of(Path("/srv/state/serving")).startswith(f"serving-{HOST}-")
     True

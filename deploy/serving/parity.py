@@ -7,8 +7,8 @@ for bit. The outcomes are:
 
     equal    they are equal
     differs  they differ: training and serving use different features
-    unknown  they may differ: another feature spec, a mask that only one side knows yet, or histories that may
-             lack events (from before this host started, or in a gap) which a window still covers
+    unknown  they may differ for a known reason: another feature spec, or a mask that only one side has yet; or
+             histories may lack events that a window covers (from before this host started, or in a gap)
 
 Each comparison is one read of one user and one call of the window kernel, outside the transaction.
 """
@@ -38,7 +38,7 @@ WHOLE_EXTRA = "whole"
 """An extra of the histories: the log time in ms before which they may lack events; 0 if they lack none."""
 
 EQUAL, DIFFERS, UNKNOWN = OUTCOMES = ("equal", "differs", "unknown")
-IDS = {"recent_categories", "sequence_items", "sequence_categories"}  # whose values say nothing to a reader
+IDS = {"recent_categories", "sequence_items", "sequence_categories"}  # ids, whose values mean nothing to a reader
 _log = logging.getLogger(__name__)
 
 

@@ -213,7 +213,7 @@ class Predictor:
         )
 
     def take_up(self, reader: RowReader, number: int | None = None) -> LoadedVersion:
-        """Loads the version that `reader` sees, or version `number`, with its weights; raises the errors of `profiles`."""
+        """Loads the version that `reader` sees, or version `number`, with its weights; raises as `profiles` does."""
         return self._versions.take_up(reader, number)
 
     def items_of(self, asked: Asked, items: Sequence[tuple[int, int]]) -> list[Asked]:

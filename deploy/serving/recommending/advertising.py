@@ -74,8 +74,8 @@ def check_caps(caps: Sequence[Cap | None], spec: FeatureSpec) -> None:
         spec: The served version's feature spec, which defines how many events a history holds, and for how long.
 
     Raises:
-        BadRequest: A count is less than 1 or more than a history holds, or a period is not above 0 or is longer than
-            the longest window.
+        BadRequest: A count is less than 1 or more than a history holds. Or a period is not above 0, or exceeds the
+            longest window.
     """
     longest_s = spec.windows_s[-1]
     for place, cap in enumerate(caps):
