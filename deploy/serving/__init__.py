@@ -1,1 +1,1 @@
-"""Answers about users: one applier per host keeps the stores fresh, any number of workers read them."""
+"""Serves predictions about users: one applier per host updates the stores, and any number of workers read them."""

@@ -1,4 +1,4 @@
-"""What is asked of a user, and what is answered; the fields of an answer are those of the JSON."""
+"""The query and answer types of serving; the fields of an answer are the fields of the JSON response."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 FIELDS = frozenset(("features", "vector", "attributes", "sources"))
-"""What an answer has on request only."""
+"""Fields that an answer has only on request."""
 
 
 class Query(NamedTuple):
-    """A question.
+    """A query about one user.
 
     Attributes:
-        user: The raw id; it is used for the pseudonym and returned, and never stored.
+        user: The raw id. It is used to compute the pseudonym and is returned, but never stored.
         item: An item to score the engagement for.
-        category: The item's category; by default the one it was last seen in.
+        category: The item's category; by default the one the item was last seen in.
         context: Values of context fields.
-        at_ms: The time to answer for; by default now by the configured clock.
-        fields: Of `FIELDS`, those that the answer has.
-        top: The most interests that it has; None for all.
+        at_ms: The time to answer for; by default the current time of the configured clock.
+        fields: The subset of `FIELDS` to include in the answer.
+        top: The maximum number of interests in the answer; None for all.
     """
 
     user: str
@@ -39,7 +39,7 @@ class Query(NamedTuple):
 
 
 class Version(TypedDict):
-    """Which version an answer is from; `age_s` since it was published, `sources` as far as it was trained."""
+    """The model version of an answer: `age_s` since its publication; `sources` has the next offset of each source."""
 
     number: int
     epoch: int
@@ -49,7 +49,7 @@ class Version(TypedDict):
 
 
 class Interest(TypedDict):
-    """A candidate: the category's name (or id where it has none), its id, its probability."""
+    """A candidate category: its name (its id if it has no name), its id, and its probability."""
 
     label: str
     id: str
@@ -57,7 +57,7 @@ class Interest(TypedDict):
 
 
 class Engagement(TypedDict):
-    """How probable it is that the user engages with the item, whose attributes are named as the user's are."""
+    """The probability that the user engages with an item, and the item's attributes by name."""
 
     item: str
     probability: float
@@ -66,16 +66,16 @@ class Engagement(TypedDict):
 
 @dataclass(slots=True)
 class About:
-    """Whom and which moment an answer is about.
+    """The user, time and model version of an answer.
 
     Attributes:
-        user_id: As it was asked for.
+        user_id: The id in the query.
         known: Whether the user has a visible click or a row.
-        cold_start: Whether the answer is the one for unknown users.
-        version: Which version it is from.
-        at: The time the windows speak of, ISO 8601.
-        at_ms: The same in milliseconds.
-        clock: Where it comes from: `event`, `wall` or `request`.
+        cold_start: Whether this is the answer for unknown users.
+        version: The version that computed the answer.
+        at: The time at which the windows are evaluated, ISO 8601.
+        at_ms: The same time in milliseconds.
+        clock: The source of that time: `event`, `wall` or `request`.
     """
 
     user_id: str
@@ -89,15 +89,16 @@ class About:
 
 @dataclass(slots=True)
 class Answer(About):
-    """What is known of one user at one moment.
+    """The profile of one user at one time.
 
     Attributes:
-        interests: Candidates, best first; the probabilities of all sum to 1.
-        engagement: For the item asked for; else None.
-        vector: `[width]` float32; None where it is not asked for.
-        features: The windows by name, likewise.
-        attributes: Of the user, by name, likewise; None where the record has no such value. Empty without a record.
-        churn: That the user has no event in the next `churn.days`; None where that is off or not known.
+        interests: Candidates, best first; the probabilities of all candidates sum to 1.
+        engagement: For the item of the query; None if the query has no item.
+        vector: `[width]` float32; None unless requested.
+        features: The windows by name; None unless requested.
+        attributes: The user's attributes by name; None unless requested. A value is None if the record lacks it. The
+            mapping is empty if there is no record.
+        churn: Probability that the user has no event in the next `churn.days`; None if churn is off or unknown.
     """
 
     interests: list[Interest]
@@ -108,7 +109,7 @@ class Answer(About):
     churn: float | None = None
 
     def document(self) -> dict[str, Any]:
-        """The fields that there are, by name."""
+        """Returns the fields by name, without optional fields that are None."""
         document: dict[str, Any] = {
             "user_id": self.user_id,
             "known": self.known,

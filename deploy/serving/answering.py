@@ -1,4 +1,4 @@
-"""Answers out of what the program says of questions: probabilities, names of features, the version."""
+"""Builds answers from the outputs of the model program: probabilities, feature names and the version."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from state.features.mask import Mask
 from state.rows.served import Served
 
 STEEPEST_LOGIT = 60.0
-"""Beyond it a probability is 0 or 1 in float64, and its exponential may overflow."""
+"""Logits are clipped to this magnitude; beyond it a float64 probability is 0 or 1, and `exp` may overflow."""
 
 F32 = NDArray[np.float32]
 
@@ -31,16 +31,16 @@ def answers(
     outputs: Mapping[str, F32],
     vectors: Vector,
 ) -> list[Answer]:
-    """The answers to n questions, each with the fields that it asks for.
+    """Builds the answers to n queries, each with the fields that the query requests.
 
     Args:
-        asked: The questions.
+        asked: The prepared queries.
         has_row: Whether each user has a row in the version.
-        clock: What gave the time of those that name none.
-        version: What answers.
+        clock: The clock that gives the time of queries without a time.
+        version: The loaded version.
         seen: The wall clock in milliseconds, and the mask.
-        interests: Of each question.
-        outputs: Of the program.
+        interests: The interests for each query.
+        outputs: The program's outputs.
         vectors: The windows.
     """
     lean = version_of(version.served, *seen)
@@ -81,7 +81,7 @@ def answers(
 
 
 def version_of(served: Served, now_ms: int, mask: Mask) -> Version:
-    """The version as answers name it, without its sources."""
+    """Describes the version as answers do, without its sources."""
     return {
         "number": served.version,
         "epoch": served.epoch,

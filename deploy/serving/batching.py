@@ -1,9 +1,10 @@
-"""Answers together what has arrived together; nobody waits for a batch to fill, and nobody for longer than is bearable.
+"""Batches queries that arrive together, without waiting for a batch to fill.
 
-What comes while a batch is computed is read from the network when it ends,
-and is one batch then. A question is refused at once where it would wait too
-long: behind it lies the number of questions before it and what a batch took
-lately. One that nobody waits for any more is not computed.
+Queries that arrive while a batch is computed are read from the network when it
+ends, and form the next batch. A query is refused at once if its expected wait
+is too long. The expected wait is derived from the number of queries ahead and
+the recent duration of a batch. A query whose client no longer waits is not
+computed.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from deploy.serving.predictor import MOST_AT_ONCE
 
 Body = TypeVar("Body")
 Answer = Callable[[Sequence[Query]], list[Body]]
-"""Gives the bodies of at most `MOST_AT_ONCE` questions, in their order."""
+"""Returns the bodies for at most `MOST_AT_ONCE` queries, in their order."""
 
 
 class Waiting(NamedTuple, Generic[Body]):
-    """A question, who waits for its answer, and since when."""
+    """A queued query, the future of its answer, and the time it was queued."""
 
     query: Query
     answer: asyncio.Future[Body]
@@ -33,12 +34,12 @@ class Waiting(NamedTuple, Generic[Body]):
 
 
 class Batcher(Generic[Body]):
-    """Gathers questions until the event loop is free, and answers them in one batch. Used by one event loop.
+    """Collects queries until the event loop is free, and answers them in one batch. Used by one event loop.
 
     Args:
-        answer: Answers from the version of now.
-        held: Answers from one version as long as it is open, whatever comes meanwhile.
-        limits: How long a question may wait.
+        answer: Answers from the current version.
+        held: A context manager whose function answers from one version while it is open, even if a newer one arrives.
+        limits: How long a query may wait.
         clock_s: A monotonic clock.
     """
 
@@ -57,10 +58,10 @@ class Batcher(Generic[Body]):
         self._ended_s: float | None = None
 
     def one(self, query: Query) -> asyncio.Future[Body]:
-        """The answer to come; questions of the same round of the event loop are answered together.
+        """Queues a query and returns a future; queries of one event loop iteration are answered together.
 
         Raises:
-            Overloaded: It would wait too long.
+            Overloaded: The expected wait is too long.
         """
         self._admit()
         loop = asyncio.get_running_loop()
@@ -71,11 +72,11 @@ class Batcher(Generic[Body]):
         return answer
 
     async def many(self, queries: Sequence[Query]) -> list[Body]:
-        """The answers to the questions of one request, in their order, all from one version.
+        """Returns the answers to the queries of one request, in their order, all from one version.
 
         Raises:
-            Overloaded: They would wait too long.
-            TookTooLong: They did.
+            Overloaded: The expected wait is too long.
+            TookTooLong: The actual wait was too long.
         """
         self._admit()
         answers: list[Body] = []
@@ -88,7 +89,7 @@ class Batcher(Generic[Body]):
                         raise too_late(self._limits)
                     some = queries[first : first + MOST_AT_ONCE]
                     answers += answer(some)
-                    # Others must not wait for a whole request.
+                    # Yield, so that other queries do not wait for the whole request.
                     await asyncio.sleep(0)
         finally:
             self._of_requests -= len(queries)
@@ -96,15 +97,15 @@ class Batcher(Generic[Body]):
 
     @property
     def expected_s(self) -> float:
-        """How long one more question would wait."""
+        """The expected wait of one more query, in seconds."""
         return (len(self._waiting) + self._of_requests) // MOST_AT_ONCE * self._batch_s
 
     def _admit(self) -> None:
-        # Where less than a batch waits, the next one takes it, however long batches took.
+        # If less than a full batch waits, the query joins the next batch, so batch duration does not matter.
         refuse_beyond(self._limits, self.expected_s)
 
     def _answer_waiting(self) -> None:
-        """One batch; more where reading and refusing took long meanwhile, so that these take half of the time at most."""
+        """Answers one batch, or more after a long gap, so that reading and refusing take at most half of the time."""
         began_s = self._clock_s()
         gap_s = 0.0 if self._ended_s is None else began_s - self._ended_s
         batches = 0
@@ -115,7 +116,7 @@ class Batcher(Generic[Body]):
             asyncio.get_running_loop().call_soon(self._answer_waiting)
         now_s = self._clock_s()
         self._batch_s = expected_next(self._batch_s, (now_s - began_s + gap_s) / batches)
-        # Where nobody waits, what lies before the next batch is no part of it.
+        # If the queue is empty, the idle time before the next batch does not count.
         self._ended_s = now_s if self._waiting else None
 
     def _answer_batch(self) -> None:

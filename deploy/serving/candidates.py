@@ -1,6 +1,7 @@
-"""Whose probability an answer tells: a user's categories, popular ones, and what over all users came next after the newest.
+"""Candidate categories of an answer: a user's categories, popular ones, and successors of the newest category.
 
-A candidate's slot is its place in the program's logits: the user's categories,
+Successors are the categories that came next most often over all users. A
+candidate's slot is its index in the program's logits: the user's categories,
 newest first, then the popular ones, then the successors.
 """
 
@@ -23,14 +24,14 @@ F32 = NDArray[np.float32]
 _PLACES = np.arange(PAIRS)[:, None]
 
 KINDS = ("recent", "popular", "successor")
-"""Of candidates, in the order of their slots; so begin the names of the program's masks and logits."""
+"""Kinds of candidates, in slot order; the names of the program's masks and logits begin with them."""
 
 
 def came_next(rows: VersionRows, recent_categories: U64, popular: U64) -> Succession:
-    """What the version's lists of users' newest categories say; a category without a list says nothing.
+    """Looks up the transition lists of users' newest categories; a category without a list contributes nothing.
 
     Args:
-        rows: Of the version; one of a release without lists, or with others, has none.
+        rows: The version's rows; a version of a release without lists, or with other lists, has none.
         recent_categories: `[n, L]` uint64, the users' categories, newest first, padded with 0.
         popular: `[P]` uint64, padded with 0.
     """
@@ -39,12 +40,12 @@ def came_next(rows: VersionRows, recent_categories: U64, popular: U64) -> Succes
 
 
 def add_succession(inputs: Mapping[str, F32], found: Succession, rows: F32) -> None:
-    """Says in the program's inputs how often each candidate came next, and which are candidates for that alone.
+    """Fills in the program's inputs for transitions: how often each candidate came next, and the successors.
 
     Args:
-        inputs: Zeros, of as many rows as there are users or more; nothing is said to the program of a release
-            without successors.
-        found: Of n users.
+        inputs: Zeros, with at least one row per user; left unchanged for the program of a release without
+            successors.
+        found: The transitions of n users.
         rows: `[n S, dim]` float32 rows of the successors' categories.
     """
     if "successor_mask" not in inputs:
@@ -60,7 +61,7 @@ def add_succession(inputs: Mapping[str, F32], found: Succession, rows: F32) -> N
 
 
 def softmax(logits: F32) -> F32:
-    """Probabilities of logits, `[n, k]` float32 each, by row.
+    """Computes the softmax of each row; input and output are `[n, k]` float32.
 
     >>> softmax(np.array([[0.0, 0.0], [-1e9, 0.0]], np.float32)).tolist()
     [[0.5, 0.5], [0.0, 1.0]]
@@ -77,15 +78,15 @@ def interests(
     most: Sequence[int | None],
     outputs: Mapping[str, F32],
 ) -> list[list[Interest]]:
-    """Each user's candidates, best first.
+    """Ranks each user's candidates, best first.
 
     Args:
-        users: Each user's categories, and the successors.
-        popular: The popular categories that there are, none twice.
+        users: Each user's categories and successors.
+        popular: The distinct popular categories.
         popular_names: Their names.
-        name_of: Names a category.
-        most: How many of them each answer has at most; None for all.
-        outputs: The program's, for the logits.
+        name_of: Returns the name of a category.
+        most: The maximum number of candidates for each answer; None for all.
+        outputs: The program's outputs, which contain the logits.
     """
     names = [f"{kind}_logits" for kind in KINDS]
     parts = [outputs[name][: len(users)] for name in names if name in outputs]
@@ -94,12 +95,12 @@ def interests(
     has_successors, named = len(parts) == len(KINDS), set(popular)
     counts = []
     for (own, successors), top in zip(users, most, strict=True):
-        # A popular category that is the user's own is one candidate.
+        # A popular category that is also the user's own counts as one candidate.
         count = len(own) + len(popular) - len(named.intersection(own))
         if has_successors:
             count += len(successors) - successors.count(0)
         counts.append(count if top is None else min(count, top))
-    # What is no candidate has a logit far below any other, and comes last.
+    # An empty slot has a logit far below all others, so it sorts last.
     orders = np.argsort(-logits, axis=1, kind="stable")[:, : max(counts, default=0)]
     shares = softmax(logits)[_PLACES[: len(users)], orders].tolist()
     found: list[list[Interest]] = []

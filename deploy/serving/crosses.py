@@ -1,4 +1,4 @@
-"""What crosses say of pairs of a user and an item, out of the rows of one version."""
+"""Computes the logits of feature crosses for user-item pairs from the rows of one version."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _NONE = bytes(4 * WIDTH)
 
 
 def shares_of(reader: RowReader, served: Served, crosses: Crosses) -> F32:
-    """How much weights and margins count, `[C, 2]` float32; `[0, 2]` where the version has none.
+    """Returns the scale of weights and margins, `[C, 2]` float32; `[0, 2]` if the version has none.
 
-    That is one that has learned no label, or of a release without crosses or with others.
+    A version has none if it has learned no label, or if its release has no crosses or other crosses.
     """
     if served.dims.get("cross") != WIDTH:
         return np.empty((0, WIDTH), np.float32)
@@ -25,17 +25,17 @@ def shares_of(reader: RowReader, served: Served, crosses: Crosses) -> F32:
 
 
 def logits(reader: RowReader, served: Served, crosses: Crosses, shares: F32, pairs: Values) -> F32:
-    """`[n]` float32 of n pairs; a cross without a row says nothing.
+    """Returns the logits of n pairs, `[n]` float32; a cross without a row contributes nothing.
 
     Args:
-        reader: Of the transaction.
+        reader: The reader of the transaction.
         served: The version.
-        crosses: With the columns of the settings.
-        shares: `[C, 2]` float32 of `shares_of`, not empty.
-        pairs: What of them is crossed.
+        crosses: The crosses, with the columns of the settings.
+        shares: `[C, 2]` float32 from `shares_of`, not empty.
+        pairs: The values to cross.
     """
     ids = crosses.ids(pairs)
     rows = [reader.row("cross", one, served) if one else None for one in ids.reshape(-1).tolist()]
-    # Rows of another width were written by a release with other crosses.
+    # Rows of another width come from a release with other crosses.
     numbers = b"".join(row if row and len(row) == len(_NONE) else _NONE for row in rows)
     return logits_of(np.frombuffer(numbers, np.float32).reshape(*ids.shape, WIDTH), shares)

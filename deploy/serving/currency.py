@@ -1,12 +1,13 @@
-"""How current a host's stores are: the moment up to which they hold all that there was, noted by the applier for workers.
+"""Records how current a host's stores are: the time up to which they are complete.
 
-Not the age of what they hold: where nobody clicks, old histories are current.
-The applier asks the log where it ends, and once it has read to there, its
-histories hold all that the log held when it asked; likewise a look at the
-registry that finds nothing new. So a broker, a registry or an applier that is
-away is seen, and so is an applier that falls behind.
+The applier writes that time, and workers read it. It is not the age of the
+data: without new clicks, old histories are current. The applier reads the end
+offsets of the log. Once it has consumed up to them, its histories hold all that
+the log held at that time. A poll of the registry that finds nothing new counts
+in the same way. So an unreachable broker or registry, a stopped applier and an
+applier that falls behind all become visible.
 
-The moment is the time of a file, so that noting it costs nearly nothing.
+The time is the modification time of a file, so recording it is cheap.
 """
 
 from __future__ import annotations
@@ -17,17 +18,17 @@ from contextlib import suppress
 from pathlib import Path
 
 VERSIONS, CLICKS = "version", "histories"
-"""The parts, as /readyz names them."""
+"""The parts, named as in /readyz."""
 
 NOTE_MS = 1000
 
 
 class Currency:
-    """The notes of one host.
+    """The files that record how current the stores of one host are.
 
     Args:
-        folder: Of serving.
-        name: What the files' names begin with.
+        folder: The serving directory.
+        name: The prefix of the file names.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -35,18 +36,18 @@ class Currency:
         self._noted_ms = dict.fromkeys(self._paths, 0)
 
     def note(self, part: str, at_ms: int) -> None:
-        """The part holds all that there was at that moment; kept at most once a second."""
+        """Records that the part is complete up to `at_ms`; written at most once a second."""
         if 0 <= at_ms - self._noted_ms[part] < NOTE_MS:
             return
         self._noted_ms[part] = at_ms
         path = self._paths[part]
-        # Where a disk is full before there is a file nothing is noted, and readiness says so.
+        # If the disk is full before the file exists, nothing is recorded, and readiness reports it.
         with suppress(OSError):
             path.touch()
             os.utime(path, ns=(at_ms * 1_000_000, at_ms * 1_000_000))
 
     def ages_s(self, now_ms: int) -> dict[str, float | None]:
-        """By part for how long it has not held all that there was; None where that was never noted."""
+        """Returns, by part, the time in seconds since it was last complete; None if that was never recorded."""
         found = dict[str, float | None]()
         for part, path in self._paths.items():
             try:
@@ -56,7 +57,7 @@ class Currency:
         return found
 
     def older_than(self, max_age_s: float, now_ms: int) -> dict[str, str]:
-        """By part what is wrong with those that were current longer ago, or never."""
+        """Returns a message for each part that was last complete more than `max_age_s` ago, or never."""
         found = {}
         for part, age_s in self.ages_s(now_ms).items():
             if age_s is None:
@@ -69,10 +70,10 @@ class Currency:
 
 
 class LogCheck:
-    """Whether histories hold what the log held when it was last asked where it ends. Used by one thread.
+    """Checks whether histories have reached the end offsets that the log last reported. Used by one thread.
 
     Args:
-        every_ms: How often the log is asked.
+        every_ms: The interval between requests for the end offsets.
     """
 
     def __init__(self, every_ms: int) -> None:
@@ -81,15 +82,15 @@ class LogCheck:
         self._wanted: tuple[int, Mapping[int, int]] | None = None
 
     def due(self, now_ms: int) -> bool:
-        """Whether to ask now."""
+        """Whether to request the end offsets now."""
         return self._wanted is None and not 0 <= now_ms - self._asked_ms < self._every_ms
 
     def asked(self, now_ms: int, ends: Mapping[int, int]) -> None:
-        """The log ended there, by partition, when it was asked at that moment."""
+        """Records the end offsets by partition, requested at `now_ms`."""
         self._asked_ms, self._wanted = now_ms, (now_ms, ends)
 
     def reached(self, positions: Mapping[int, int]) -> int | None:
-        """The moment at which it was asked, once, when the positions are all at those ends.
+        """Returns the time of the request, once, when all positions have reached the end offsets; else None.
 
         >>> check = LogCheck(1000)
         >>> check.asked(5000, {0: 10})

@@ -1,7 +1,8 @@
-"""What a host forgets of erased users in its histories, and how far it tells the registry that it is.
+"""Erases users from a host's histories, and reports the progress to the registry.
 
-Answers leave erased users out as soon as the applier knows control, by the
-mask. Here what lies in the stores goes; the row store is `following.py`'s.
+Answers exclude erased users, by the mask, as soon as the applier has read
+control. This module deletes their data from the histories; `following.py`
+handles the row store.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _log = logging.getLogger(__name__)
 
 
 def name_of(folder: Path, part: str = "serving") -> str:
-    """The name under which a host reports: two may have directories of one name, and one host several.
+    """Returns the name under which a host reports, unique because it contains the host name and a digest of the path.
 
     >>> name_of(Path("/srv/state/serving")).startswith(f"serving-{HOST}-")
     True
@@ -33,13 +34,13 @@ def name_of(folder: Path, part: str = "serving") -> str:
 
 
 class HostErasures:
-    """The erasures of one host, but for its rows. Used by the thread that writes the histories.
+    """Applies erasures to the histories of one host. Used by the thread that writes the histories.
 
     Args:
         folder: The serving directory.
-        registry: Where it is told.
-        histories: The host's.
-        rows: How far the rows have forgotten.
+        registry: The registry that receives the reports.
+        histories: The host's histories.
+        rows: Returns the number of the erasure up to which the row store is done.
         now_ms: The wall clock.
     """
 
@@ -57,7 +58,7 @@ class HostErasures:
         self._say = SaidOnce(_log.warning)
 
     def take_up(self, erased: Erased) -> None:
-        """Forgets who was erased since, and says how far that is where it is further than before; cheap where it is not.
+        """Erases newly erased users, and reports the progress if it has changed; cheap if there is nothing to do.
 
         Raises:
             StoreFull: Nothing was changed.

@@ -1,4 +1,4 @@
-"""What /metrics of a worker says: where it is the only one its own metrics, else those of all workers together."""
+"""The content of a worker's /metrics: its own metrics if it is the only worker, else those of all workers combined."""
 
 from __future__ import annotations
 
@@ -17,7 +17,10 @@ from state.metrics import OF_ANY_PROCESS
 
 
 def told(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
-    """The metrics in the form that a client accepts, and its media type: OpenMetrics with exemplars, or Prometheus's text.
+    """Renders metrics in a format that the client accepts: OpenMetrics with exemplars, or Prometheus text.
+
+    Returns:
+        The rendered metrics and their media type.
 
     >>> told(CollectorRegistry(), "application/openmetrics-text; version=1.0.0")[0].decode().strip()
     '# EOF'
@@ -29,10 +32,10 @@ def told(registry: CollectorRegistry, accept: str) -> tuple[bytes, str]:
 
 
 def of_all_workers(own: CollectorRegistry) -> CollectorRegistry:
-    """The metrics of all workers of this one's parent.
+    """Returns the combined metrics of all workers with the same parent process.
 
     Args:
-        own: Those of this one, whose exemplars are told: they are in no file.
+        own: This worker's metrics. Exemplars come only from these, because they are not written to files.
     """
     registry = CollectorRegistry()
     registry.register(Summed(own))
@@ -41,17 +44,17 @@ def of_all_workers(own: CollectorRegistry) -> CollectorRegistry:
 
 
 class Summed(Collector):
-    """The sums of what all workers counted, in their files.
+    """Collects the sums over all workers, from their metric files.
 
     Args:
-        own: The metrics of this one.
+        own: This worker's metrics.
     """
 
     def __init__(self, own: CollectorRegistry) -> None:
         self._own = own
 
     def collect(self) -> Iterator[Metric]:
-        """Each family, with this worker's exemplars."""
+        """Yields each metric family, with this worker's exemplars."""
         exemplars = {
             (one.name, frozenset(one.labels.items())): one.exemplar
             for family in self._own.collect()
@@ -67,10 +70,10 @@ class Summed(Collector):
 
 
 class Processes(Collector):
-    """Processor time, memory and files of the workers and their parent together; workers that ended still count."""
+    """Collects total CPU time, memory and files of the workers and their parent; CPU time includes ended workers."""
 
     def collect(self) -> Iterator[Metric]:
-        """The families of `OF_ANY_PROCESS`."""
+        """Yields the families of `OF_ANY_PROCESS`."""
         parent = psutil.Process(os.getppid())
         cpu_s, memory, mapped, files = 0.0, 0, 0, 0
         for process in (parent, *parent.children()):
@@ -78,7 +81,7 @@ class Processes(Collector):
                 with process.oneshot():
                     cpu, used, open_files = process.cpu_times(), process.memory_info(), process.num_fds()
             except psutil.NoSuchProcess:
-                # Its time is its parent's from now on.
+                # Its CPU time is now part of its parent's.
                 continue
             cpu_s += cpu.user + cpu.system + cpu.children_user + cpu.children_system
             memory, mapped, files = memory + used.rss, mapped + used.vms, files + open_files

@@ -1,4 +1,4 @@
-"""What the applier shows of control and of how old is what answers use, as the metrics that `state/metrics.py` declares."""
+"""Sets the applier's metrics about control and about the age of the data that answers use (see `state/metrics.py`)."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from state.rows.served import Served
 
 
 def show_control(control: Control, metrics: ApplierMetrics) -> None:
-    """Sets the gauges of what control asks of serving."""
+    """Sets the gauges for control's settings of serving."""
     metrics.control_generation.set(control.generation)
     metrics.pinned.set(control.serving.mode == "pin")
     metrics.masks.set(len(control.masks))
 
 
 def show_ages(served: Served | None, newest_ms: int, now_ms: int, metrics: ApplierMetrics) -> None:
-    """Samples how old what answers use is.
+    """Records the age of the version and of the histories.
 
     Args:
-        served: The version that answers; None while there is none.
+        served: The served version; None while there is none.
         newest_ms: Time of the newest click in the histories; 0 while there is none.
         now_ms: The wall clock.
-        metrics: Of the applier.
+        metrics: The applier's metrics.
     """
     if served is not None:
         metrics.version_age_seconds.set((now_ms - served.created_at_ms) / 1000)

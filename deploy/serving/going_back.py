@@ -1,4 +1,4 @@
-"""Takes a host's histories back to where control's line of the training log turned off, with all that is noted beside them."""
+"""Rewinds a host's histories, and the metadata stored with them, to the branch point of the training log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ POSITION_EXTRA = "microbatches"
 
 
 def clock_of(store: HistoryStore) -> int:
-    """The event clock that the store has, ms; 0 for none."""
+    """Returns the store's event clock in milliseconds; 0 if it has none."""
     clock = store.extra(CLOCK_EXTRA)
     return 0 if clock is None else int(json.loads(clock)["event_ms"])
 
@@ -24,27 +24,28 @@ def clock_of(store: HistoryStore) -> int:
 def take_back(
     store: HistoryStore, line: LogLine, mask: Mask, partition: int, open_at: OpenAt, reach_ms: int, now_ms: int
 ) -> WentBack | None:
-    """Takes `store` to `line`, in one transaction with the topic's position, the event clock and items' categories.
+    """Rewinds `store` to the branch `line`.
 
-    An item that none but masked clicks named since has the category again that
-    it had before; where none is found near, it has none until the next click.
+    One transaction also sets the topic's position, the event clock and items' categories. An item that only
+    masked clicks have named since the branch point gets its previous category back. If none is found nearby,
+    the item has no category until the next click.
 
     Args:
         store: The host's histories.
-        line: What control names.
-        mask: The clicks that do not come again.
-        partition: Of the topic, which the line is of.
+        line: The branch that control names.
+        mask: The clicks that are not read again.
+        partition: The partition of the topic that the branch belongs to.
         open_at: Opens that partition at an offset.
-        reach_ms: How much older than the newest event one can be that still matters.
-        now_ms: Wall clock.
+        reach_ms: The maximum age, relative to the newest event, of an event that still matters.
+        now_ms: The wall clock.
 
     Raises:
-        GapError: The log no longer reaches back to where the line turned off.
-        LogError: The broker refused.
+        GapError: The log no longer reaches back to the branch point.
+        LogError: The broker refused a request.
         StoreFull: Nothing was changed.
     """
     stored = json.loads(store.extra(POSITION_EXTRA) or b"{}")
-    # Restored histories know no position in the log; what they have may lie anywhere in it.
+    # Restored histories have no position in the log; their events may come from anywhere in it.
     at = stored.get("next", {}).get(str(partition))
 
     def extra(offset: int, before: Before) -> dict[str, bytes | None]:

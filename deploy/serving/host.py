@@ -1,4 +1,4 @@
-"""Opens what a worker reads on its host, and opens it again when the applier has begun it anew."""
+"""Opens the stores that a worker reads on its host, and reopens them when the applier has rebuilt them."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ from state.layout import ATTRIBUTES, CURRENT, DATA, HISTORIES, PROGRAMS, ROWS
 from state.rows.store import RowStore
 
 DEGRADED_S = 60.0
-"""As long as the alert on a shared registry waits (`SpringtideSharedAway`)."""
+"""The delay before a part counts as degraded; the same as that of the alert `SpringtideSharedAway`."""
 
 _CHECK_MS = 1000
 
 
 class Host:
-    """The stores of one serving host as a worker sees them; use it in one thread.
+    """The stores of one serving host, as a worker reads them. Used by one thread.
 
     Args:
-        settings: Where the stores are, and what their features mean.
+        settings: The locations of the stores and the definition of their features.
         salt: The salt of the pseudonyms.
         now_ms: The wall clock.
-        pseudonym: Of what a question calls a user; None where that is the raw id.
+        pseudonym: Maps a query's user to a pseudonym; None if queries contain raw ids.
 
     Attributes:
-        segments: Who is in which.
-        kernels: Those that this process prepares; None where nobody waits for them.
-        warm: Whether answers of each kind were prepared.
+        segments: The segments and their members.
+        kernels: The kernels that this process compiles; None if answers do not wait for them.
+        warm: Whether answers of each kind have been computed once to warm up.
     """
 
     COLD = "the first answers are being prepared"
@@ -72,15 +72,15 @@ class Host:
 
     @property
     def impressions(self) -> tuple[int, ...]:
-        """Numbers of the actions that are impressions (`labels.impressions`); none where every event is what it is."""
+        """The numbers of the actions that are impressions (`labels.impressions`); empty if none are configured."""
         settings = self._settings
         return tuple(n for n, name in enumerate(settings.events.actions) if name in settings.labels.impressions)
 
     def predictor(self) -> Predictor:
-        """What answers; opened again where a store's file is another one than a second ago.
+        """Returns the predictor; checks once a second whether a store's file was replaced, and then reopens all stores.
 
         Raises:
-            NotReady: A store is not there yet, or kernels are still being compiled.
+            NotReady: A store does not exist yet, or kernels are still being compiled.
         """
         if self.kernels is not None and not self.kernels.done:
             raise NotReady(self.kernels.progress, "wait until /readyz answers 200")
@@ -96,14 +96,16 @@ class Host:
 
     @property
     def version(self) -> int | None:
-        """The version that answered last; None before the first answer."""
+        """The version of the last answer; None before the first answer."""
         return None if self._predictor is None else self._predictor.version
 
     def sources(self) -> ItemSources:
-        """Where items come from, as far as its user has let it read; begun anew where the stores are opened again.
+        """Returns the sources of candidate items; they are rebuilt when the stores are reopened.
+
+        The caller decides how far they are read.
 
         Raises:
-            NotReady: A store is not there yet.
+            NotReady: A store does not exist yet.
         """
         histories = self.predictor().histories
         if self._sources is None:
@@ -112,9 +114,9 @@ class Host:
         return self._sources
 
     def missing(self) -> dict[str, str]:
-        """What keeps this worker from answering, by part (histories, version, program); empty when it is ready.
+        """Returns the reasons why this worker cannot answer, by part (histories, version, program); empty when ready.
 
-        With `serving.max_age_s` also what is too old.
+        If `serving.max_age_s` is set, parts that are too old are included.
         """
         if self.kernels is not None and not self.kernels.done:
             return {"program": self.kernels.progress}
@@ -141,7 +143,7 @@ class Host:
         return found or ({} if self.warm else {"program": self.COLD})
 
     def degraded(self) -> dict[str, str]:
-        """By part (histories, version) what it has missed for more than `DEGRADED_S`; answers go on without it."""
+        """Returns a message for each part (histories, version) that is more than `DEGRADED_S` behind."""
         return {
             part: f"what came in the last {age_s:.0f} s is not all taken up"
             for part, age_s in self._currency.ages_s(self._now_ms()).items()
@@ -149,7 +151,7 @@ class Host:
         }
 
     def refused(self) -> tuple[int, str] | None:
-        """The newest version that is newer than the one that answers and failed its probe, and why; None where there is none."""
+        """Returns the newest version after the served one that failed its probe, with the reason; None without one."""
         if self._rows is None:
             return None
         with self._rows.reader() as reader:
@@ -194,7 +196,7 @@ class Host:
         )
 
     def _file(self, name: str) -> tuple[int, int]:
-        """Which file a store is; two disks may give two files one number."""
+        """Returns a store file's device and inode; inode numbers are unique only within one device."""
         path: Path = self._settings.serving_dir / name / DATA
         try:
             found = path.stat()

@@ -1,4 +1,4 @@
-"""What a program is asked: the inputs of one batch, from what is known of each question and from the version's rows."""
+"""Builds the model program's inputs for a batch of queries, from the host's data and the version's rows."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ Inputs = dict[str, F32]
 
 
 class Asked(NamedTuple):
-    """A question, and what the host knows about it.
+    """A query with the host's data about its user and item.
 
     Attributes:
-        query: The question.
-        user: The pseudonym; 0 where the version must know nobody.
-        at_ms: The time the answer speaks of.
-        recent_categories: The user's categories, newest first, without the padding.
-        user_attributes: Of the user.
-        item: The item's id; 0 where none is asked for.
-        category: The item's category; 0 where none is known.
-        item_attributes: Of the item.
-        context: One id for each context field; 0 where it is not given.
-        churn: How probable it is that the user leaves; None where that is not known.
+        query: The query.
+        user: The pseudonym; 0 if the version must treat the user as unknown.
+        at_ms: The time at which the answer is evaluated.
+        recent_categories: The user's categories, newest first, without padding.
+        user_attributes: The user's attributes.
+        item: The item's id; 0 if the query has no item.
+        category: The item's category; 0 if unknown.
+        item_attributes: The item's attributes.
+        context: One id per context field; 0 if the field is not given.
+        churn: The probability that the user churns; None if unknown.
     """
 
     query: Query
@@ -51,17 +51,18 @@ class Asked(NamedTuple):
 def program_inputs(
     version: LoadedVersion, rows: VersionRows, asked: Sequence[Asked], vectors: Vector, columns: Crosses
 ) -> tuple[Inputs, list[bool]]:
-    """The inputs of all questions, without what says which category came next, and whether each user has a row.
+    """Builds the inputs for all queries, except those for transitions between categories.
 
     Args:
-        version: What answers.
-        rows: Its rows.
-        asked: n questions.
+        version: The loaded version.
+        rows: The version's rows.
+        asked: n queries.
         vectors: The windows of their users, n rows.
-        columns: Of the crosses.
+        columns: The columns of the crosses.
 
     Returns:
-        By name zeros or more, float32, of as many rows as the program's batch has; and n flags.
+        The inputs by name, float32, padded with zeros to the program's batch size; and n flags, whether each user has
+        a row.
     """
     shapes, count = version.program.shapes, batch_of(len(asked))
     inputs = {name: np.zeros((count, *shape[1:]), np.float32) for name, shape in shapes.items() if shape[0] < 0}
@@ -93,7 +94,7 @@ def add_items(
     vectors: Vector,
     columns: Crosses,
 ) -> None:
-    """What is said of the item of each question that has one; arguments as of `program_inputs`."""
+    """Adds the inputs for the item of each query that has one; see `program_inputs` for the arguments."""
     about = [place for place, one in enumerate(asked) if one.query.item is not None]
     if about and "item_row" in inputs:
         inputs["item_row"][about] = item_rows(rows, [asked[place] for place in about])
@@ -106,7 +107,7 @@ def add_items(
 
 
 def item_rows(rows: VersionRows, asked: Sequence[Asked]) -> F32:
-    """The rows of n items, each with the mean of its attributes' rows, `[n, dim]` float32; zeros where there is none."""
+    """Returns the rows of n items plus the mean of each item's attribute rows, `[n, dim]` float32; 0 without rows."""
     found = rows.items([one.item for one in asked])
     if any(one.item_attributes.ids for one in asked):
         found = found.copy()
@@ -117,10 +118,10 @@ def item_rows(rows: VersionRows, asked: Sequence[Asked]) -> F32:
 
 
 def _add_categories(inputs: Inputs, version: LoadedVersion, rows: VersionRows, count: int, vectors: Vector) -> None:
-    """The users' own categories, which are then no popular ones."""
+    """Adds the users' own categories, and masks them out of the popular ones."""
     recent = vectors.recent_categories
     if "recent_rows" in inputs:
-        # 0 pads, and has no row.
+        # 0 is padding and has no row.
         inputs["recent_rows"][:count] = rows.categories(recent.reshape(-1).tolist()).reshape(*recent.shape, -1)
     inputs["recent_mask"][:count] = recent != 0
     own = (recent[:, :, None] == version.popular).any(1)
@@ -128,7 +129,7 @@ def _add_categories(inputs: Inputs, version: LoadedVersion, rows: VersionRows, c
 
 
 def _add_sequence(inputs: Inputs, place: int, vectors: Vector, rows: VersionRows) -> None:
-    """The user's latest events, for a program that reads them."""
+    """Adds the user's latest events, for a program that reads them."""
     vector = Vector(*[column[place] for column in vectors])
     known = int((vector.sequence_actions != 0).sum())
     if "sequence_item_rows" in inputs:
@@ -144,10 +145,10 @@ def _add_sequence(inputs: Inputs, place: int, vectors: Vector, rows: VersionRows
 
 
 def _add_context(inputs: Inputs, place: int, one: Asked, rows: VersionRows) -> None:
-    """The mean over the context fields and the user's attributes."""
+    """Adds the mean of the rows of the context fields and the user's attributes."""
     given = [field for field in one.context if field]
     if given or one.user_attributes.ids:
-        # As in training a field that is not given counts as zeros.
+        # As in training, a field that is not given counts as zeros.
         count = len(one.context) + len(one.user_attributes.ids)
         inputs["context_row"][place] = rows.context_sum([*given, *one.user_attributes.ids]) / np.float32(count)
 
@@ -160,13 +161,13 @@ def add_own_rows(
     vectors: Vector,
     successors: NDArray[np.uint64],
 ) -> None:
-    """Rows of tables of the ranker's own, for a program that names some.
+    """Adds rows of the ranker's custom tables, for a program that uses some.
 
     Args:
-        inputs: Zeros, of as many rows as there are questions or more.
-        version: What answers.
-        rows: Its rows.
-        asked: n questions.
+        inputs: Zeros, with at least one row per query.
+        version: The loaded version.
+        rows: The version's rows.
+        asked: n queries.
         vectors: The windows of their users, n rows.
         successors: `[n, S]` uint64, padded with 0.
     """
@@ -186,7 +187,7 @@ def add_own_rows(
 
 
 def _ids_of(one: Asked, vector: Vector, successors: NDArray[np.uint64]) -> dict[str, list[int]]:
-    """The ids of a question by name; those of an item where one is asked for."""
+    """Returns the ids of a query by name; those of the item only if the query has one."""
     about_item = one.query.item is not None
     return {
         "user": [one.user],
@@ -205,14 +206,14 @@ def _ids_of(one: Asked, vector: Vector, successors: NDArray[np.uint64]) -> dict[
 def cross_logits(
     version: LoadedVersion, rows: VersionRows, asked: Sequence[Asked], features: NDArray[np.uint16], columns: Crosses
 ) -> F32:
-    """What the crosses of n pairs of user and item say, `[n]` float32; one without a row says nothing.
+    """Returns the cross logits of n user-item pairs, `[n]` float32; a cross without a row contributes nothing.
 
     Args:
-        version: What answers; one that has learned crosses.
-        rows: Its rows.
+        version: The loaded version, which must have learned crosses.
+        rows: The version's rows.
         asked: The pairs.
-        features: `[n, D]` uint16, of their users.
-        columns: Of the crosses.
+        features: `[n, D]` uint16, the features of their users.
+        columns: The columns of the crosses.
     """
     values = Values(
         user=np.array([one.user for one in asked], np.uint64),
@@ -227,5 +228,5 @@ def cross_logits(
 
 
 def _table(ids: Sequence[Sequence[int]]) -> NDArray[np.uint64]:
-    """`[n, k]` uint64; k may be 0."""
+    """Converts ids to an array `[n, k]` uint64; k may be 0."""
     return np.array(ids, np.uint64).reshape(len(ids), -1)

@@ -1,11 +1,12 @@
-"""Which items were clicked lately, and which for the first time: noted by the applier with the clicks, read by workers.
+"""A feed of recently clicked items and of new items; the applier writes it with the clicks, and workers read it.
 
-    feed            seq u64, new u64: how many notes there are of either kind
-    clicked:<slot>  seq u64, log time i64, CLICKED of one commit; the last `SLOTS` of them
-    new:<slot>      seq u64, item u64, category u64, log time i64; the last `NEW_SLOTS` items that were clicked for the first time
+    feed            seq u64, new u64: the number of entries of each kind
+    clicked:<slot>  seq u64, log time i64, CLICKED of one commit; the last `SLOTS` commits
+    new:<slot>      seq u64, item u64, category u64, log time i64; the last `NEW_SLOTS` items clicked for the first time
 
-All are extras of the histories, and go after a day of log time. No user is in
-them. Who reads too late misses clicks in its counts, and nothing else.
+All are extras of the histories, and are deleted after a day of log time. They
+contain no users. A reader that falls behind misses clicks in its counts, and
+nothing else.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from state.history.store import HistoryStore
 
 FEED = "feed"
 EXTRAS = (FEED, "clicked:", "new:")
-"""The names of the extras, or their beginnings."""
+"""The names of the extras, or their prefixes."""
 SLOTS = 256
 NEW_SLOTS = 4096
 MOST_ITEMS = 4096
-"""Items of one commit in its note: those with the most clicks."""
+"""The maximum number of items in a commit's entry; those with the most clicks are kept."""
 NEW_MS = 86_400_000
-"""How long an item counts as new, and a note is kept."""
+"""How long an item counts as new, and how long an entry is kept."""
 GONE_AT_ONCE = 64
-"""Notes of either kind that one commit takes away at most."""
+"""The maximum number of entries of each kind that one commit deletes."""
 
 CLICKED = np.dtype([("item", "<u8"), ("category", "<u8"), ("clicks", "<u4")])
 _HEAD = struct.Struct(">QQ")
@@ -40,27 +41,27 @@ _NEW_ITEM = struct.Struct("<QQq")
 
 
 class Feed(NamedTuple):
-    """How many notes there are of either kind."""
+    """The number of entries of each kind: `seq` of clicks, `new` of new items."""
 
     seq: int = 0
     new: int = 0
 
     @classmethod
     def of(cls, store: HistoryStore) -> Feed:
-        """What the store says."""
+        """Reads the counts from the store."""
         head = store.extra(FEED)
         return cls() if head is None else cls(*_HEAD.unpack(head))
 
 
 class Clicked(NamedTuple):
-    """One commit: log time, and `[k]` CLICKED."""
+    """The clicks of one commit: log time, and `[k]` CLICKED."""
 
     at_ms: int
     items: np.ndarray[tuple[int], np.dtype[np.void]]
 
 
 class ItemFeed:
-    """Writes the notes; used by the thread that commits to the histories.
+    """Writes the feed. Used by the thread that commits to the histories.
 
     Args:
         store: The histories.
@@ -71,11 +72,11 @@ class ItemFeed:
         self._oldest = Feed(max(0, self._feed.seq - SLOTS), max(0, self._feed.new - NEW_SLOTS))
 
     def news(self, events: Events, categories: Mapping[str, bytes], clock_ms: int) -> dict[str, bytes | None]:
-        """The extras to commit with some clicks.
+        """Returns the extras to commit together with clicks.
 
         Args:
             events: `[m]` EVENT.
-            categories: The extras with items' categories that are committed with them: those of all new items are among them.
+            categories: The extras with items' categories that are committed with them; they include all new items.
             clock_ms: Log time.
         """
         clicked = _clicked(events)
@@ -95,7 +96,7 @@ class ItemFeed:
         return found | {FEED: _HEAD.pack(*self._feed)}
 
     def _gone(self, clock_ms: int) -> dict[str, bytes | None]:
-        """The notes that are too old, each to be taken away."""
+        """Returns the entries that are too old, each with None so that it is deleted."""
         found: dict[str, bytes | None] = {}
         (seq, number), horizon_ms = self._oldest, clock_ms - NEW_MS
         while seq < self._feed.seq and len(found) < GONE_AT_ONCE:
@@ -117,7 +118,7 @@ class ItemFeed:
 
 
 def _clicked(events: Events) -> np.ndarray[tuple[int], np.dtype[np.void]]:
-    """`[k]` CLICKED: the clicks of each item that has a category, the last one it was clicked in."""
+    """Counts the clicks of each item with a category, `[k]` CLICKED; the category is that of its last click."""
     some = events[(events["item"] != 0) & (events["category"] != 0)][::-1]
     items, first, clicks = np.unique(some["item"], return_index=True, return_counts=True)
     found = np.zeros(len(items), CLICKED)
@@ -126,7 +127,7 @@ def _clicked(events: Events) -> np.ndarray[tuple[int], np.dtype[np.void]]:
 
 
 def clicked_at(store: HistoryStore, seq: int) -> Clicked | None:
-    """One note of clicks; None where it is overwritten or was never committed."""
+    """Reads one entry of clicks; None if it was overwritten or never committed."""
     note = store.extra(f"clicked:{seq % SLOTS}")
     if note is None or _NOTE.unpack_from(note)[0] != seq:
         return None
@@ -134,7 +135,7 @@ def clicked_at(store: HistoryStore, seq: int) -> Clicked | None:
 
 
 def new_at(store: HistoryStore, number: int) -> tuple[int, int, int] | None:
-    """One note of an item that was new: item, category, log time; None where it is overwritten or was never committed."""
+    """Reads one entry of a new item: item, category, log time; None if it was overwritten or never committed."""
     note = store.extra(f"new:{number % NEW_SLOTS}")
     if note is None or _NEW.unpack_from(note)[0] != number:
         return None

@@ -1,8 +1,8 @@
-"""Writes what this host answers about named users and items at this moment, for an export that knows them by id.
+"""Writes this host's current answers about given users and items to a file, for an exported model that takes ids.
 
 `python -m deploy.serving.known_answers --users FILE [--items FILE] --version V --to FILE`
-reads the host's stores beside its workers, and writes an `.npz` file whose form
-`trainer/exporting/known_answers.py` says.
+reads the host's stores in parallel with its workers, and writes an `.npz` file.
+`trainer/exporting/known_answers.py` defines the format.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from state.process.wall_clock import wall_ms
 from state.rows.reader import RowReader
 
 NOBODY = "\0"
-"""A user id that nobody has."""
+"""A user id that no user has."""
 
 MOST_PAIRS = 1_000_000
 
 
 def read_ids(path: Path | None) -> list[str]:
-    """The ids in a file, one a line, each once; empty lines are passed over.
+    """Reads the distinct ids in a file, one per line; empty lines are skipped.
 
     Raises:
         SettingsError: The file cannot be read.
@@ -52,18 +52,18 @@ def read_ids(path: Path | None) -> list[str]:
 
 
 def answers(predictor: Predictor, number: int, users: Sequence[str], items: Sequence[str]) -> bytes:
-    """The file's content: answers of one version, all for the same time.
+    """Computes the content of the file: answers of one version, all for the same time.
 
     Args:
-        predictor: What answers.
+        predictor: Computes the answers.
         number: The version.
-        users: Raw ids.
-        items: Likewise.
+        users: Raw user ids.
+        items: Raw item ids.
 
     Raises:
-        SettingsError: There are too many pairs.
-        UnknownModel: The version is not here.
-        SpringtideError: As `Predictor.profiles`.
+        SettingsError: There are more than `MOST_PAIRS` pairs.
+        UnknownModel: The version is not on this host.
+        SpringtideError: See `Predictor.profiles`.
     """
     if len(users) * len(items) > MOST_PAIRS:
         raise SettingsError(
@@ -101,7 +101,7 @@ def _answered(predictor: Predictor, reader: RowReader, number: int, queries: Seq
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes one file; returns the exit code."""
+    """Runs the command; returns the exit code."""
     keep_private()
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--users", type=Path, required=True)

@@ -1,4 +1,4 @@
-"""The newest attributes of users and items, as a worker reads them from the host's store."""
+"""Reads the newest attributes of users and items from the host's store, for a worker."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from state.attributes.values import SIDES, AttributeTable
 
 
 class AttributeValues(NamedTuple):
-    """What is known of one user or item.
+    """The attributes of one user or item.
 
     Attributes:
-        ids: Of its attributes, A of them; none where there is nothing to know.
-        texts: By name; None where the record has no such value. Empty without a record.
+        ids: The ids of its A attribute values; empty if no attributes are configured.
+        texts: The values by name; None for a value that the record lacks. Empty without a record.
     """
 
     ids: Sequence[int]
@@ -22,14 +22,14 @@ class AttributeValues(NamedTuple):
 
 
 class KnownAttributes:
-    """Attributes by id; use it in one thread.
+    """Looks up attributes by id. Used by one thread.
 
     Args:
-        store: The host's attributes, read only; None without any.
-        tables: By side.
+        store: The host's attributes, opened read-only; None if there are none.
+        tables: The attribute tables by side (user or item).
 
     Attributes:
-        names: Of the attributes by side; none of a side that has no table.
+        names: The names of the attributes by side; empty for a side without a table.
     """
 
     def __init__(self, store: AttributeStore | None, tables: Mapping[str, AttributeTable]) -> None:
@@ -38,7 +38,7 @@ class KnownAttributes:
         self._unknown = {side: AttributeValues(table.unknown.tolist(), {}) for side, table in tables.items()}
 
     def of(self, side: str, ids: Sequence[int]) -> list[AttributeValues]:
-        """What is known now, in the order of `ids`."""
+        """Returns the current attributes, in the order of `ids`."""
         table = self._tables.get(side)
         if table is None or self._store is None:
             return [AttributeValues((), {})] * len(ids)
@@ -53,4 +53,4 @@ class KnownAttributes:
 
 
 NOTHING = KnownAttributes(None, {})
-"""Where no attributes are configured."""
+"""Used if no attributes are configured."""

@@ -1,7 +1,7 @@
-"""The probability that a user leaves, by the version's weights and the windows before the user's latest event.
+"""Computes churn probabilities from the version's weights and the windows before each user's latest event.
 
-These are computed of the history as they were when the event came, so that they
-are those of its row in the training log, from which was learned.
+The windows are computed as of the arrival of that event. So they equal those of
+its row in the training log, which the weights were trained on.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ def leaving(
     spec: FeatureSpec,
     users: Sequence[int],
 ) -> list[float | None]:
-    """What is said of n users, each at a time of its own.
+    """Computes the churn probabilities of n users, each at its own time.
 
     Args:
-        weights: Of the version; None where it has none.
-        histories: n times `[m]` EVENT in append order.
-        at_ms: n times, milliseconds.
-        mask: Events to leave out.
-        spec: The version's.
+        weights: The version's churn weights; None if it has none.
+        histories: n arrays `[m]` EVENT in append order.
+        at_ms: n times in milliseconds.
+        mask: The events to exclude.
+        spec: The version's feature spec.
         users: n pseudonyms.
 
     Returns:
-        None of a user without an event, or whose latest one is longer ago than anything that was learned.
+        n probabilities; None for a user without events, or whose latest event is older than the trained horizon.
     """
     found: list[float | None] = [None] * len(histories)
     if weights is None:
@@ -57,7 +57,7 @@ def leaving(
 
 
 def _latest(events: Events, now_ms: int, mask: Mask, user: int) -> int | None:
-    """Where the latest visible event lies, of several of one time the one that came last; None without one."""
+    """Returns the index of the latest visible event, the last one appended if times are equal; None without one."""
     visible = np.flatnonzero(events["at_ms"] <= now_ms)
     if mask:
         visible = visible[~mask.events(events[visible], user)]

@@ -1,8 +1,9 @@
-"""Who waits for a worker, for how long, and who is refused for it.
+"""Admission control for a worker's request queue.
 
-An event loop does one thing at a time. A request is let in where what waits
-before it, by what such work took lately, is done soon enough; else it is told
-at once when to come again. One that has waited too long is given up.
+An event loop does one thing at a time. A request is admitted if its expected
+wait is short enough. The expected wait is derived from the queue's length and the
+recent duration of such work. Otherwise the request is refused at once, with the
+time after which to retry. A request that has waited too long is dropped.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ from typing import NamedTuple
 from state.errors import Overloaded, TookTooLong
 
 _FASTER = 0.1
-"""The weight of the newest piece where it took less than those before it."""
+"""The weight of the newest piece if it was faster than expected."""
 _SLOWER = 4
 _AT_LEAST_S = 0.002
 
 
 class QueueLimits(NamedTuple):
-    """How long a question may wait.
+    """How long a query may wait.
 
     Attributes:
-        expected_s: It is refused where it would wait longer.
-        waited_s: It is given up where it has waited longer.
+        expected_s: A query with a longer expected wait is refused.
+        waited_s: A query that has waited longer is dropped.
     """
 
     expected_s: float = math.inf
@@ -34,7 +35,7 @@ class QueueLimits(NamedTuple):
 
 
 class Line:
-    """Requests that are answered in pieces, those of others between them. Used by one event loop.
+    """A queue of requests that are answered in interleaved pieces. Used by one event loop.
 
     Args:
         limits: How long a request may wait.
@@ -47,10 +48,10 @@ class Line:
 
     @contextmanager
     def admit(self, pieces: int = 1) -> Iterator[float]:
-        """Lets a request of so many pieces in, for as long as the block lasts; gives the time at which it came.
+        """Admits a request of `pieces` pieces for the duration of the block; yields its arrival time.
 
         Raises:
-            Overloaded: It would wait too long.
+            Overloaded: The expected wait is too long.
         """
         refuse_beyond(self._limits, self._waiting * self._piece_s)
         self._waiting += pieces
@@ -60,23 +61,23 @@ class Line:
             self._waiting -= pieces
 
     def measure(self, piece_s: float) -> None:
-        """A piece took so long."""
+        """Records the duration of a piece."""
         self._piece_s = expected_next(self._piece_s, piece_s)
 
     def look(self, since_s: float) -> None:
-        """Before a piece of a request that came at that time.
+        """Checks, before each piece, that a request that arrived at `since_s` has not waited too long.
 
         Raises:
-            TookTooLong: Nobody waits for it any more.
+            TookTooLong: It has.
         """
         if self.clock_s() - since_s > self._limits.waited_s:
             raise too_late(self._limits)
 
 
 def expected_next(before_s: float, took_s: float) -> float:
-    """What the next piece takes: four times as much at most where one was slower, a tenth less at most where one was faster.
+    """Estimates the duration of the next piece: grows at most fourfold after a slow one, shrinks at most by a tenth.
 
-    A few slow ones are believed soon; one alone, such as the first of a process, counts for little.
+    The estimate adapts quickly to several slow pieces. A single one, such as the first of a process, counts little.
 
     >>> expected_next(1.0, 1.5), expected_next(1.0, 9.0), expected_next(1.0, 0.5), expected_next(0.0, 9.0)
     (1.5, 4.0, 0.95, 0.002)
@@ -87,10 +88,10 @@ def expected_next(before_s: float, took_s: float) -> float:
 
 
 def refuse_beyond(limits: QueueLimits, expected_s: float) -> None:
-    """Refuses who would wait longer than bearable.
+    """Refuses a request with too long an expected wait.
 
     Raises:
-        Overloaded: It would, and when to come again.
+        Overloaded: The wait exceeds `limits.expected_s`; the error has a retry-after header.
     """
     if expected_s > limits.expected_s:
         refusal = Overloaded("more is asked than can be answered in time", "ask again later, and less at a time")
@@ -99,7 +100,7 @@ def refuse_beyond(limits: QueueLimits, expected_s: float) -> None:
 
 
 def too_late(limits: QueueLimits) -> TookTooLong:
-    """The error of who waited too long.
+    """Returns the error for a request that waited too long.
 
     >>> str(too_late(QueueLimits(waited_s=2.0)))
     'no answer within 2 s; ask again later, and less at a time'

@@ -1,4 +1,4 @@
-"""What the applier notes in a host's stores for workers, by name; the stores themselves are in `state.layout`."""
+"""Names and formats of the metadata that the applier writes to a host's stores for workers; see also `state.layout`."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import NamedTuple
 
 CONTROL_NOTE = "control"
 MASK_NOTE = "mask"
-"""Notes in the rows: the control generation that answers know, and its mask."""
+"""Notes in the row store: the control generation that answers respect, and its mask."""
 
 REFUSED_NOTE = "refused"
-"""A note in the rows: why each version that is here is not answered with, JSON by number."""
+"""A note in the row store: the reason why each refused version is not served, as JSON by version number."""
 
 CLOCK_EXTRA = "clock"
 CAUGHT_UP_EXTRA = "caught_up"
-"""Extras of the histories: the event clock, and whether the micro-batch topic was once read to its end."""
+"""Extras of the histories: the event clock, and whether the micro-batch topic was ever read to its end."""
 
 SEEN = "seen:"
-"""Begins the extra with the day of log time, 4 bytes big endian, on which an item or a name was last met."""
+"""Prefix of the extra with the day of log time, 4 bytes big-endian, on which an item or a name was last seen."""
 
 ITEM = "item:"
-"""Begins the extra with an item's category, 8 bytes big endian, and its name, if any."""
+"""Prefix of the extra with an item's category, 8 bytes big-endian, and its name, if any."""
 
 DAY_MS = 86_400_000
 
 
 def refused_versions(note: bytes | None) -> dict[int, str]:
-    """What `REFUSED_NOTE` says.
+    """Parses the value of `REFUSED_NOTE`.
 
     >>> refused_versions(b'{"7": "it answers otherwise"}'), refused_versions(None)
     ({7: 'it answers otherwise'}, {})
@@ -35,7 +35,7 @@ def refused_versions(note: bytes | None) -> dict[int, str]:
 
 
 def name_extra(category: int) -> str:
-    """The extra with a category's name.
+    """Returns the key of the extra with a category's name.
 
     >>> name_extra(7)
     'name:0000000000000007'
@@ -44,7 +44,7 @@ def name_extra(category: int) -> str:
 
 
 def item_extra(item: int) -> str:
-    """The extra with the id of an item's category, and its name.
+    """Returns the key of the extra with an item's category id and name.
 
     >>> item_extra(7)
     'item:0000000000000007'
@@ -53,7 +53,7 @@ def item_extra(item: int) -> str:
 
 
 def item_value(category: int, name: bytes = b"") -> bytes:
-    """What is in an item's extra.
+    """Encodes the value of an item's extra.
 
     >>> item_parts(item_value(7, b"i1"))
     (7, 'i1')
@@ -62,12 +62,12 @@ def item_value(category: int, name: bytes = b"") -> bytes:
 
 
 def item_parts(value: bytes) -> tuple[int, str]:
-    """The category of an item and its name; empty where none is known, as after a release that kept none."""
+    """Decodes an item's category and name; the name is empty if unknown, as in values from older releases."""
     return int.from_bytes(value[:8], "big"), value[8:].decode()
 
 
 class EventClock(NamedTuple):
-    """What `CLOCK_EXTRA` holds.
+    """The value of `CLOCK_EXTRA`.
 
     Attributes:
         event_ms: The newest accepted event's time.
@@ -79,7 +79,7 @@ class EventClock(NamedTuple):
 
     @classmethod
     def parse(cls, stored: bytes | None) -> EventClock | None:
-        """The clock; None before the first event.
+        """Parses the clock; None before the first event.
 
         >>> EventClock.parse(b'{"event_ms": 100, "accepted_ms": 5000}')
         EventClock(event_ms=100, accepted_ms=5000)
@@ -90,7 +90,7 @@ class EventClock(NamedTuple):
         return cls(int(values["event_ms"]), int(values["accepted_ms"]))
 
     def now(self, now_ms: int) -> int:
-        """The newest accepted event's time, and the wall time since it was accepted.
+        """Returns the newest accepted event's time plus the wall time since it was accepted.
 
         >>> EventClock(100, 5000).now(5030)
         130

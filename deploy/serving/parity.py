@@ -1,13 +1,14 @@
-"""Compares what was trained with what serving would answer: one row of the training log now and then, number by number.
+"""Detects training-serving skew: compares sampled rows of the training log with features computed by serving.
 
-A row of the log carries the windows that the stream computed before its click,
-and that the trainer learned from. When the applier takes that click into
-serving's histories, these must say the same of the same moment, bit for bit:
+A row of the log contains the windows that the stream computed before its click;
+the trainer learns from them. When the applier adds that click to serving's
+histories, the windows computed from these must be equal for the same time, bit
+for bit. The outcomes are:
 
-    equal    they do
-    differs  they do not: weights are learned from other numbers than answers are made of
-    unknown  they need not: another feature spec, a mask that one side does not know yet, or histories
-             that may lack what lay before this host's beginning, or in a gap, until no window sees that
+    equal    they are equal
+    differs  they differ: training and serving use different features
+    unknown  they may differ for a known reason: another feature spec, or a mask that only one side has yet; or
+             histories may lack events that a window covers (from before this host started, or in a gap)
 
 Each comparison is one read of one user and one call of the window kernel, outside the transaction.
 """
@@ -34,15 +35,15 @@ from state.positions import Range, Source
 from state.process.said_once import SaidOnce
 
 WHOLE_EXTRA = "whole"
-"""An extra of the histories: the log time in ms before which they may lack events, 0 where they lack none."""
+"""An extra of the histories: the log time in ms before which they may lack events; 0 if they lack none."""
 
 EQUAL, DIFFERS, UNKNOWN = OUTCOMES = ("equal", "differs", "unknown")
-IDS = {"recent_categories", "sequence_items", "sequence_categories"}  # whose values say nothing to a reader
+IDS = {"recent_categories", "sequence_items", "sequence_categories"}  # ids, whose values mean nothing to a reader
 _log = logging.getLogger(__name__)
 
 
 def differences(trained: Vector, served: Vector, spec: FeatureSpec) -> Iterator[str]:
-    """What differs between two rows, in words.
+    """Describes each difference between two rows.
 
     >>> spec = FeatureSpec()
     >>> one, other = (Vector(*[column[0] for column in spec.empty(1)]) for _ in range(2))
@@ -73,19 +74,19 @@ def differences(trained: Vector, served: Vector, spec: FeatureSpec) -> Iterator[
 
 
 class Parity:
-    """Samples rows as they are taken into the histories; used by the thread that writes these.
+    """Samples rows as they are added to the histories. Used by the thread that writes the histories.
 
     Args:
         store: The host's histories.
-        spec: Of the settings.
-        reach_ms: How much older than a row an event can be that it sees.
-        kept: How often to compare.
-        metrics: Of the applier.
+        spec: The feature spec of the settings.
+        reach_ms: The maximum age, relative to a row, of an event that its windows cover.
+        kept: The serving settings, which define how often to compare.
+        metrics: The applier's metrics.
         now_ms: The wall clock.
-        choose: Gives one of so many rows, counted from 0.
+        choose: Returns a random row index from 0, given the number of rows.
 
     Attributes:
-        mask: What control leaves out.
+        mask: The mask of control.
     """
 
     def __init__(
@@ -104,25 +105,25 @@ class Parity:
         self._said, self._looked_ms, self.mask = SaidOnce(_log.error), 0, Mask.NONE
         whole = store.extra(WHOLE_EXTRA)
         self._whole_ms = 0 if whole is None else int(json.loads(whole))
-        # An earlier release did not note what its histories lacked.
+        # An earlier release did not record what its histories lack.
         self._lost = whole is None and bool(store.positions())
 
     def lose(self) -> None:
-        """Tells that the histories lack events, or may, of the time up to now."""
+        """Records that the histories may lack events up to now."""
         self._lost = True
 
     def meet(self, ranges: Sequence[Range], marks: Mapping[Source, int], missing: int) -> None:
-        """Takes note of the ranges of a record: of positions that are in none, also before the first.
+        """Checks the ranges of a record for positions that no record covers, including those before the first range.
 
         Args:
-            ranges: Of its header.
-            marks: By source the next offset that the histories lack.
-            missing: Positions that no record covered.
+            ranges: The ranges in the record's header.
+            marks: By source, the next offset that the histories need.
+            missing: The number of positions that no record covered.
         """
         self._lost |= missing > 0 or any(part.first > 0 and part.source not in marks for part in ranges)
 
     def news(self, clock_ms: int) -> dict[str, bytes | None]:
-        """What to commit beside the clicks; `clock_ms` is log time after them."""
+        """Returns the extras to commit with the clicks; `clock_ms` is the log time after them."""
         if not self._lost:
             return {}
         self._whole_ms, self._lost = clock_ms, False
@@ -131,13 +132,13 @@ class Parity:
     def look(
         self, rows: MicroBatch, place: tuple[int, int], users: Sequence[NDArray[np.uint64]], events: Sequence[Events]
     ) -> None:
-        """Compares one row of a record where that is due.
+        """Compares one row of a record if a comparison is due.
 
         Args:
-            rows: Those that the histories are about to take, one for each event.
-            place: Partition and offset of the record in the training log.
-            users: Of what is about to be committed with them, these last.
-            events: The events of those.
+            rows: The rows about to be added to the histories, one for each event.
+            place: The partition and offset of the record in the training log.
+            users: The users of each part of the pending commit; the last part belongs to `rows`.
+            events: The events of each part.
         """
         now_ms = self._now_ms()
         if not self._every_ms or not len(rows) or 0 <= now_ms - self._looked_ms < self._every_ms:
@@ -174,6 +175,6 @@ class Parity:
         )
 
     def _excused(self, rows: MicroBatch, row: int) -> bool:
-        """Whether the two need not be equal."""
+        """Whether the features may differ for a known reason."""
         whole = not self._lost and (not self._whole_ms or int(rows.at_ms[row]) - self._reach_ms >= self._whole_ms)
         return not whole or rows.header.mask_generation != self.mask.generation

@@ -1,19 +1,19 @@
-"""Users' profiles from the host's stores: histories to windows, rows to logits, logits to answers.
+"""Computes users' profiles from the host's stores: histories to windows, rows to logits, logits to answers.
 
 Every answer reads one version in one transaction over pointer, rows, dense
-weights and mask, and one moment of the user's history. No TensorFlow. The
-questions that arrived together are answered together: the program takes 55 us
-for one row and 150 us for sixteen.
+weights and mask, and one snapshot of the user's history. It does not use
+TensorFlow. Queries that arrive together are answered in one batch: the program
+takes 55 us for one row and 150 us for sixteen.
 
-1. Pointer, control and mask; program and dense weights, when the version changed.
-2. The users' pseudonyms, by the salt, and their histories.
-3. The windows as of `at`, without what the mask takes out; categories, and the attributes of user and item.
-4. Rows of the user, the context, the categories, the item, and of the attributes of user and item; where an item is
-   asked for, what the pair's crosses say.
-5. Candidates = the user's categories, the popular ones that are not among them, and of what over all users came next
-   after the newest category the most frequent that are neither; of each, how often it came next. Rows of tables of
-   the ranker's own.
-6. Logits, softmax over the candidates, names.
+1. Read pointer, control and mask; load program and dense weights if the version changed.
+2. Compute the users' pseudonyms with the salt, and read their histories.
+3. Compute the windows as of `at`, without masked events; look up categories, and the attributes of user and item.
+4. Read the rows of the user, the context, the categories, the item, and the attributes of user and item. For an item,
+   compute the crosses of the user-item pair.
+5. Build the candidates: the user's categories, the other popular ones, and the successors. Successors are the most
+   frequent other categories that came next after the newest category over all users. Add how often each candidate
+   came next, and the rows of the ranker's custom tables.
+6. Compute logits and the softmax over the candidates, and look up names.
 """
 
 from __future__ import annotations
@@ -54,17 +54,17 @@ F32 = NDArray[np.float32]
 
 
 class Prepared(NamedTuple):
-    """n questions, what is known of them, and what the program is asked; good as long as the reader is.
+    """n queries with their data and the program's inputs; valid as long as the reader is open.
 
     Attributes:
-        version: What answers.
-        rows: Its rows.
-        asked: The questions.
+        version: The loaded version.
+        rows: The version's rows.
+        asked: The queries.
         vectors: The windows of their users, n rows.
         has_row: Whether each user has a row in the version.
-        successors: `[n, S]` uint64, candidates for what came next; 0 pads.
-        inputs: The program's.
-        clock: What gave the time of those that name none.
+        successors: `[n, S]` uint64, the successor candidates, padded with 0.
+        inputs: The program's inputs.
+        clock: The clock that gives the time of queries without a time.
         seen: The wall clock in milliseconds, and the mask.
     """
 
@@ -80,25 +80,25 @@ class Prepared(NamedTuple):
 
 
 class Predictor:
-    """Answers from one host's stores; use it in one thread.
+    """Answers queries from one host's stores. Used by one thread.
 
     Args:
-        rows: The row store, read only.
-        histories: The history store, read only.
+        rows: The row store, opened read-only.
+        histories: The history store, opened read-only.
         programs: The directory with the applier's copies of programs.
         spec: The feature spec of the settings.
         salt: The salt of the pseudonyms.
-        context_fields: Names of the context fields, as the stream has them.
+        context_fields: The names of the context fields, as in the stream.
         clock: `event` or `wall`.
         now_ms: The wall clock.
-        attributes: What is known of users and items; None where nothing is configured.
-        pseudonym: Of what a question calls a user; None where that is the raw id.
+        attributes: The attributes of users and items; None if none are configured.
+        pseudonym: Maps a query's user to a pseudonym; None if queries contain raw ids.
 
     Attributes:
-        context_fields: As given.
+        context_fields: The names of the context fields.
         histories: The history store.
-        catalogue: What it knows of items and categories.
-        item_attributes: Whether any are configured.
+        catalogue: Looks up the names and categories of items in the histories.
+        item_attributes: Whether item attributes are configured.
     """
 
     def __init__(
@@ -139,33 +139,33 @@ class Predictor:
         context: Mapping[str, str] | None = None,
         at_ms: int | None = None,
     ) -> Answer:
-        """Answers one question; see `profiles`."""
+        """Answers one query; see `profiles`."""
         return self.profiles([Query(user, item, category, context or {}, at_ms)])[0]
 
     @property
     def version(self) -> int | None:
-        """The version that was taken up last, of those that answer by themselves; None before the first one."""
+        """The served version that was loaded last, not counting versions requested by number; None before the first."""
         return self._versions.number
 
     def reading(self) -> AbstractContextManager[RowReader]:
-        """One moment of versions and mask, for several calls of `profiles`."""
+        """Opens a snapshot of versions and mask, for several calls of `profiles`."""
         return self._rows.reader()
 
     def profiles(
         self, queries: Sequence[Query], held: RowReader | None = None, number: int | None = None
     ) -> list[Answer]:
-        """Answers questions in their order, all from the same version.
+        """Answers queries in their order, all from the same version.
 
         Args:
             queries: At most `MOST_AT_ONCE`.
-            held: The moment of versions and mask; None for now.
-            number: The version; None for the one that answers.
+            held: A snapshot of versions and mask; None for the current state.
+            number: The version; None for the served one.
 
         Raises:
             NotReady: There is no version yet.
-            UnknownModel: The version is not here.
-            SaltMismatch: The version's pseudonyms are of another salt.
-            SpecMismatch: The version's features cannot be computed here.
+            UnknownModel: The version is not on this host.
+            SaltMismatch: The version's pseudonyms use another salt.
+            SpecMismatch: The version's features cannot be computed on this host.
             ProgramError: The version's program cannot be run.
             CorruptVersion: The program's file is missing or damaged.
         """
@@ -175,14 +175,14 @@ class Predictor:
         return self.answered(prepared, prepared.version.program.predict(prepared.inputs))
 
     def prepare(self, queries: Sequence[Query], reader: RowReader, number: int | None = None) -> Prepared:
-        """All that is known of questions and that the program is asked; raises as `profiles`.
+        """Collects the data of queries and builds the program's inputs; raises the errors of `profiles`.
 
-        The program has the version's weights until another one is prepared.
+        The program keeps the version's weights until queries are prepared for another version.
 
         Args:
             queries: At most `MOST_AT_ONCE`.
-            reader: The moment of versions and mask.
-            number: The version; None for the one that answers.
+            reader: The snapshot of versions and mask.
+            number: The version; None for the served one.
         """
         now_ms = self._now_ms()
         # 1. Version and mask.
@@ -200,7 +200,7 @@ class Predictor:
         return Prepared(version, rows, asked, vectors, has_row, found.ids, inputs, clock, (now_ms, mask))
 
     def answered(self, prepared: Prepared, outputs: Mapping[str, F32]) -> list[Answer]:
-        """The answers to questions, out of what the program says of them."""
+        """Builds the answers to prepared queries from the program's outputs."""
         asked, version = prepared.asked, prepared.version
         users = [
             (one.recent_categories, others) for one, others in zip(asked, prepared.successors.tolist(), strict=True)
@@ -213,15 +213,15 @@ class Predictor:
         )
 
     def take_up(self, reader: RowReader, number: int | None = None) -> LoadedVersion:
-        """Gives the program the weights of the version that `reader` sees, or of another one that is here; raises as `profiles`."""
+        """Loads the version that `reader` sees, or version `number`, with its weights; raises as `profiles` does."""
         return self._versions.take_up(reader, number)
 
     def items_of(self, asked: Asked, items: Sequence[tuple[int, int]]) -> list[Asked]:
-        """The question of one user about each of n items.
+        """Returns one query for each of n items, all about the same user.
 
         Args:
-            asked: The question about none.
-            items: The id of each item and of its category; 0 where the one that it was last seen in counts.
+            asked: The query without an item.
+            items: The id of each item and of its category; 0 for the category that the item was last seen in.
         """
         query = asked.query._replace(item="")
         attributes = self._attributes.of("item", [item for item, _ in items])
@@ -231,11 +231,11 @@ class Predictor:
         ]
 
     def events_by(self, asked: Asked, mask: Mask) -> Events:
-        """The user's events up to the time that is asked for, without what the mask takes out; the newest first.
+        """Returns the user's unmasked events up to the time of the query, newest first.
 
         Args:
-            asked: The question.
-            mask: What answers know of.
+            asked: The query.
+            mask: The mask that answers respect.
         """
         events = self._histories.read(asked.user) if asked.user else np.empty(0, EVENT)
         visible = events[~mask.events(events, asked.user) & (events["at_ms"] <= asked.at_ms)]
@@ -243,16 +243,16 @@ class Predictor:
         return found
 
     def ready(self) -> Served:
-        """The version that answers would use now.
+        """Returns the version that answers would use now.
 
         Raises:
-            NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: As `profiles`.
+            NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: See `profiles`.
         """
         with self._rows.reader() as reader:
             return self._versions.take_up(reader).served
 
     def _mask(self, reader: RowReader) -> Mask:
-        """The mask of the newest control that the applier has seen."""
+        """Returns the mask of the newest control that the applier has read."""
         control = reader.note(CONTROL_NOTE)
         if control != self._control[0]:
             self._control = (control, Mask.from_bytes(reader.note(MASK_NOTE) or b"{}"))
@@ -270,9 +270,9 @@ class Predictor:
     def _asked(
         self, queries: Sequence[Query], mask: Mask, default_ms: int, version: LoadedVersion
     ) -> tuple[list[Asked], Vector]:
-        """What the host knows of each question: the item's category and attributes, whether the user leaves, and the windows.
+        """Collects each query's data on this host: windows, categories, attributes and churn.
 
-        Who was erased later than the version knows is nobody in it.
+        A user who was erased after the version was trained counts as unknown.
         """
         features, erased = version.features, version.served.erased
         users = [self._pseudonym(query.user) for query in queries]

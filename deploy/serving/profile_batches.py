@@ -1,4 +1,4 @@
-"""Profiles as a worker answers them over any protocol: in batches, each batch of one version, cold starts counted."""
+"""Batches a worker's profile queries for any protocol: one version per batch; counts cold starts."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from state.metrics import WorkerMetrics
 def profile_batches(
     host: Host, metrics: WorkerMetrics, body: Callable[[Answer], Body], limits: QueueLimits
 ) -> Batcher[Body]:
-    """A batcher of questions about users.
+    """Creates a batcher of profile queries.
 
     Args:
-        host: What answers.
-        metrics: Of the worker.
-        body: What a protocol makes of an answer.
-        limits: How long a question may wait.
+        host: The host whose stores answer.
+        metrics: The worker's metrics.
+        body: Converts an answer to a response body of the protocol.
+        limits: How long a query may wait.
     """
 
     def bodies(answers: Sequence[Answer]) -> list[Body]:

@@ -1,7 +1,7 @@
-"""A LiteRT program with the two signatures of the model: `load(weights)` and `predict(inputs)`.
+"""Runs a LiteRT program with the model's two signatures: `load(weights)` and `predict(inputs)`.
 
-The program is shipped once; weights are data of each version and take some
-tens of microseconds to load. No TensorFlow is imported.
+The program is shipped once. Weights are data of each version and load in tens of
+microseconds. This module does not import TensorFlow.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from state.process.quiet_stderr import quiet_stderr
 
 BATCHES = (1, 4, 16)
 PAIRS = 256
-"""One more size of a batch, for many items of one user; its interpreter is made at its first use."""
+"""An additional batch size, for many items of one user; its interpreter is created at its first use."""
 
 _spoken: list[bool] = []
 
@@ -31,7 +31,7 @@ RENAMED = {
     "label_mask": "recent_mask",
     "label_logits": "recent_logits",
 }
-"""Inputs and outputs of programs that release 0.1.0 lowered, and what they are called."""
+"""Names of inputs and outputs in programs lowered by release 0.1.0, and their current names."""
 
 Arrays = Mapping[str, NDArray[Any]]
 
@@ -40,13 +40,14 @@ class _FixedBatch:
     """Runs `predict` on inputs of one shape.
 
     A `SignatureRunner` resizes all inputs and allocates all tensors in each call, which costs as much as the
-    computation of one row. Here both happen once. LiteRT has no public call for that: the wrapper's are used.
+    computation of one row. This class does both once. LiteRT has no public API for that, so it uses the wrapper's
+    methods.
 
     Args:
-        runner: Of an interpreter that nothing else computes with.
-        inputs: The program's own name of each input.
-        outputs: The name of each output by the program's own.
-        shapes: Of the inputs, by name.
+        runner: A runner of an interpreter that nothing else uses.
+        inputs: Input name to the program's own name.
+        outputs: The program's own name of an output to its name.
+        shapes: The shapes of the inputs, by name.
     """
 
     def __init__(
@@ -65,10 +66,10 @@ class _FixedBatch:
         self._wrapper.AllocateTensors(self._subgraph)
 
     def run(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        """The outputs; each is a copy.
+        """Runs the program; each output is a copy.
 
         Raises:
-            ValueError: There is another input than the program's, or one of another shape or type.
+            ValueError: The number of inputs differs from the program's, or an input has a wrong shape or type.
         """
         if len(inputs) != len(self._inputs):
             raise ValueError(f"the program has {len(self._inputs)} inputs, not {len(inputs)}")
@@ -80,16 +81,16 @@ class _FixedBatch:
 
 
 class LoadedProgram:
-    """A program for batches of some fixed sizes; use it in one thread.
+    """A program for a few fixed batch sizes. Used by one thread.
 
-    A change of the batch's size costs more than an answer, so that each size
-    has an interpreter of its own and smaller batches are filled up with zeros.
+    A change of the batch size costs more than an answer. So each size has its
+    own interpreter, and smaller batches are padded with zeros.
 
     Args:
         data: The bytes of a `.tflite` file.
 
     Raises:
-        ProgramError: It is no program, or lacks a signature.
+        ProgramError: The data is not a program, or lacks a signature.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -118,14 +119,14 @@ class LoadedProgram:
         }
         with _quiet():
             self._predicts = {rows: self._fixed(runner, rows) for rows, runner in runners.items()}
-        # Any input with a row for each question tells how many there are.
+        # Any input with one row per query gives the number of queries.
         self._by_row = next(name for name, shape in self.shapes.items() if shape[0] < 0)
 
     def load(self, weights: Arrays) -> None:
         """Sets the dense weights; `predict` gives NaN before the first load.
 
         Raises:
-            ProgramError: A weight is missing or of another shape.
+            ProgramError: A weight is missing or has a wrong shape.
         """
         given = {argument(name): value for name, value in weights.items()}
         missing = [name for name in self._weights if name not in given]
@@ -134,7 +135,7 @@ class LoadedProgram:
                 f"the version has no dense weights {', '.join(missing)}, which its program wants", "roll back"
             )
         self._given, self._stale = given, {*self._loads}
-        # The other sizes of a batch take the weights at their next use: where little is asked, that is never.
+        # The other batch sizes load the weights at their next use; under low load that never happens.
         self._set_weights(1)
 
     def _set_weights(self, rows: int) -> None:
@@ -146,7 +147,7 @@ class LoadedProgram:
         self._stale.discard(rows)
 
     def predict(self, inputs: Arrays) -> dict[str, NDArray[np.float32]]:
-        """Runs `predict`; inputs and outputs by name, float32, as many rows as `batch_of` gave."""
+        """Runs `predict`; inputs and outputs are by name, float32, with the number of rows from `batch_of`."""
         rows = len(inputs[self._by_row])
         if rows == PAIRS and rows not in self._predicts:
             self._add_pairs()
@@ -167,14 +168,14 @@ class LoadedProgram:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """LiteRT says once a process, past its log, what it computes with."""
+    """Silences stderr at its first use: once per process, LiteRT writes its backend there, bypassing its log."""
     with nullcontext() if _spoken else quiet_stderr():
         yield
     _spoken[:] = [True]
 
 
 def batch_of(rows: int) -> int:
-    """The smallest batch that holds so many rows, at most `PAIRS`.
+    """Returns the smallest batch size that holds `rows` rows; `rows` is at most `PAIRS`.
 
     >>> [batch_of(rows) for rows in (1, 2, 4, 5, 17)]
     [1, 4, 4, 16, 256]

@@ -1,4 +1,4 @@
-"""The host's copies of programs: the applier brings them from the registry, workers read them."""
+"""A host's local copies of programs: the applier fetches them from the registry, and workers read them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ class ProgramFiles:
     """Copies programs from the registry, so that workers read only this host's disk.
 
     Args:
-        folder: Where to; it is made where it is missing.
-        registry: Where from.
+        folder: The target directory; created if it is missing.
+        registry: The source registry.
     """
 
     def __init__(self, folder: Path, registry: Registry) -> None:
@@ -25,10 +25,10 @@ class ProgramFiles:
         folder.mkdir(parents=True, exist_ok=True)
 
     def bring(self, digest: str) -> None:
-        """Copies a program where it is not here yet; a damaged copy is replaced. Durable when it returns.
+        """Copies a program if it is missing or its copy is damaged. The copy is durable when this returns.
 
         Raises:
-            CorruptVersion, UnknownVersion: The registry's file is damaged or gone.
+            CorruptVersion, UnknownVersion: The registry's file is damaged or missing.
         """
         if digest in self._brought:
             return
@@ -44,7 +44,7 @@ class ProgramFiles:
 
 
 def path_of(folder: Path, digest: str) -> Path:
-    """A program's file.
+    """Returns the path of a program's file.
 
     >>> path_of(Path("programs"), "ab").as_posix()
     'programs/ab.tflite'
@@ -53,10 +53,10 @@ def path_of(folder: Path, digest: str) -> Path:
 
 
 def read_program(path: Path) -> bytes:
-    """The bytes of a program file whose name is its SHA-256.
+    """Reads a program file, whose name is its SHA-256.
 
     Raises:
-        CorruptVersion: It is missing or fails its digest.
+        CorruptVersion: The file is missing, or its digest does not match.
     """
     try:
         data = path.read_bytes()

@@ -1,14 +1,14 @@
-"""What a host remembers of items and names beside its histories: since when nobody named one, and which have to go.
+"""Stores the items and names that a host has seen, and removes those that have not been seen for long.
 
-    item:<id>        the category that it was last seen in, and its name
+    item:<id>        the category that the item was last seen in, and its name
     name:<id>        the text of a category, of a measured attribute value, or of an item without a category
-    seen:item:<id>   the day of log time on which it was last named, 4 bytes; so for names
+    seen:item:<id>   the day of log time on which the item was last seen, 4 bytes; also `seen:name:<id>` for names
 
-All are extras of the histories, and committed with the clicks that name them. A
-pass over all of them begins with each day of log time. It takes out what nobody
-named for so many days; and where there are too many, as many of those that were
-named longest ago, of one day those with the lowest ids. What an older release
-left without a day counts from the first pass on.
+All are extras of the histories, and are committed with the clicks that contain
+them. A pass over all of them begins with each day of log time. It removes entries
+that have not been seen for the configured number of days. If there are too many, it
+also removes those seen longest ago; within one day, those with the lowest ids.
+An entry without a day, from an older release, counts as seen at the first pass.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from state.history.store import HistoryStore
 ITEMS_REMEMBERED = 1_000_000
 AT_ONCE = 500
 KINDS = ("item:", "name:")
-SPARE = 50  # one in so many goes beyond what has to
+SPARE = 50  # a pass over a full store removes 1/SPARE of the limit more than necessary
 
 
 @dataclass
 class _Kind:
-    """Items, or names: how many there are at most, and what the next pass takes out."""
+    """The state of one kind, items or names: an upper bound on their number, and what the next pass removes."""
 
     kept: Counter[int] = field(default_factory=Counter)
     count: int = 0
@@ -38,7 +38,7 @@ class _Kind:
     more: int = 0
 
     def end(self, most: int) -> None:
-        """After a pass: which day everything has to go before, and how many more of that day."""
+        """Ends a pass: computes the day before which all entries are removed, and how many more of that day."""
         self.count, self.before, self.more = self.kept.total(), 0, 0
         going = self.count - most + most // SPARE if self.count > most else 0
         for day in sorted(self.kept):
@@ -49,7 +49,7 @@ class _Kind:
         self.kept.clear()
 
     def goes(self, day: int) -> bool:
-        """Whether one that was last named on `day` has to go."""
+        """Whether to remove an entry that was last seen on `day`."""
         if day == self.before and self.more:
             self.more -= 1
             return True
@@ -57,17 +57,17 @@ class _Kind:
 
 
 class Remembered:
-    """Items and names of one host's histories; used by the thread that commits to them.
+    """The items and names in one host's histories. Used by the thread that commits to them.
 
     Args:
         store: The histories.
-        keep_days: Days of log time without being named after which one goes.
-        most: The most items, and the most names.
+        keep_days: Entries that have not been seen for more days of log time are removed.
+        most: The maximum number of items, and of names.
     """
 
     def __init__(self, store: HistoryStore, keep_days: int, most: int) -> None:
         self._store, self._keep_days, self._most = store, keep_days, most
-        # Twice the category, and 1 more of those that have a name.
+        # Item to twice its category, plus 1 if the item has a name.
         self._known: dict[int, int] = {}
         self._today: set[int] = set()
         self._day = 0
@@ -77,15 +77,15 @@ class Remembered:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How many items and names there are; too many rather than too few until the next pass has counted them."""
+        """The numbers of items and names; they may be too high until the next pass has counted."""
         return {kind.rstrip(":"): self._kinds[kind].count for kind in KINDS}
 
     def news(self, events: Events, names: Mapping[int, str], clock_ms: int) -> dict[str, bytes]:
-        """The extras to commit with some clicks: categories that are new or have changed, names, and today's first sightings.
+        """Returns the extras to commit with clicks: new or changed categories, names, and entries first seen today.
 
         Args:
             events: `[m]` EVENT.
-            names: That came with them.
+            names: The names that came with the events, by id.
             clock_ms: Log time.
         """
         self._turn(clock_ms)
@@ -114,12 +114,12 @@ class Remembered:
         return found
 
     def forget(self) -> None:
-        """Forgets what is in memory: the store went back."""
+        """Clears the in-memory caches, after a rewind of the store."""
         self._known.clear()
         self._today.clear()
 
     def look(self, clock_ms: int) -> int:
-        """Looks at some hundred items or names, and takes out those that have to go; returns how many."""
+        """Scans a few hundred items or names, and removes those that are due; returns the number of removed entries."""
         self._turn(clock_ms)
         if self._walk is None:
             if self._walked_day == self._day and all(kind.count <= self._most for kind in self._kinds.values()):
@@ -136,7 +136,7 @@ class Remembered:
         return removed
 
     def _take(self, prefix: str, start: str) -> tuple[int, str | None]:
-        """Looks at those from `start` on; returns how many went, and where to go on."""
+        """Scans entries from `start`; returns the number of removed entries, and where to continue."""
         kind, changes = self._kinds[prefix], dict[str, bytes | None]()
         found = self._store.extras(prefix, start, AT_ONCE + 1)
         following = found[AT_ONCE][0] if len(found) > AT_ONCE else None
@@ -160,7 +160,7 @@ class Remembered:
         return removed, following
 
     def _turn(self, clock_ms: int) -> None:
-        """Begins a new day of log time, and forgets what does not fit into memory."""
+        """Starts a new day of log time if it is due, and clears caches that are too large."""
         if clock_ms // DAY_MS != self._day or len(self._today) > ITEMS_REMEMBERED:
             self._day = clock_ms // DAY_MS
             self._today.clear()

@@ -1,9 +1,8 @@
-"""Counts a worker's requests over any protocol and times them; some of them name the version that answered.
+"""Counts and times a worker's requests over any protocol, with exemplars that name the version that answered.
 
-Only routes that a version answers are timed apart, so that a worker has few
-series. In OpenMetrics a bucket shows one request of its own as an exemplar:
-the newest that was noted, at most one a second, so that it costs other
-requests nothing.
+Only routes that a version answers have their own latency series, so a worker has
+few series. In OpenMetrics, each bucket shows a recent request as an exemplar. An
+exemplar is recorded at most once a second, so it costs other requests nothing.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ EXEMPLAR_S = 1.0
 
 
 class RequestCounts:
-    """The requests of one protocol; use it in one event loop.
+    """Counts and times the requests of one protocol. Used by one event loop.
 
     Args:
-        metrics: Of the worker.
-        version: The version that it answered with last; None before its first answer.
+        metrics: The worker's metrics.
+        version: The version that the worker last answered with; None before its first answer.
         clock_s: A monotonic clock.
     """
 
@@ -38,12 +37,12 @@ class RequestCounts:
         self._due_s: dict[tuple[Any, int], float] = {}
 
     def count(self, route: str, code: str | int, began_s: float) -> None:
-        """Counts a request that was answered with `code` just now.
+        """Counts a request that has just been answered with `code`.
 
         Args:
-            route: Its endpoint or method.
-            code: Of HTTP or gRPC.
-            began_s: When it came, by the clock.
+            route: The endpoint or method.
+            code: The HTTP or gRPC status code.
+            began_s: The arrival time, by `clock_s`.
         """
         series = self._series.get((route, code))
         if series is None:

@@ -1,4 +1,4 @@
-"""Who is in which segment, as a worker reads it from the host's copy of the topic."""
+"""Reads segments and their members from the host's copy of the segments topic, for a worker."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from state.segments.store import SegmentStore
 
 
 class SegmentSize(TypedDict):
-    """A segment: its name, its expression, and how many users are in it."""
+    """A segment: its name, its expression, and its number of users."""
 
     name: str
     expression: str
@@ -30,7 +30,7 @@ class SegmentSizes(TypedDict):
 
 
 class SegmentMember(TypedDict):
-    """A user by the pseudonym, 16 hexadecimal digits; since when, as log time has it, and by which version."""
+    """A member: the pseudonym (16 hexadecimal digits), the log time of joining, and the version that decided it."""
 
     pseudonym: str
     since: str
@@ -39,7 +39,7 @@ class SegmentMember(TypedDict):
 
 
 class SegmentPage(SegmentSize):
-    """Some members, in the order of pseudonyms; `next` begins the next page, null where there is none."""
+    """A page of members in the order of pseudonyms; `next` is the start of the next page, null on the last page."""
 
     members: list[SegmentMember]
     next: str | None
@@ -49,18 +49,18 @@ UserSegment = TypedDict(
     "UserSegment",
     {"segment": str, "user_id": str, "in": bool, "since": str | None, "since_ms": int | None, "version": int | None},
 )
-"""Whether a user is in a segment, and since when."""
+"""Whether a user is in a segment, since when, and by which version."""
 
 
 class Lookalike(TypedDict):
-    """A user by the pseudonym, 16 hexadecimal digits, and the mean cosine with the members."""
+    """A lookalike: the pseudonym (16 hexadecimal digits), and the mean cosine similarity to the members."""
 
     pseudonym: str
     similarity: float
 
 
 class ListPrecision(TypedDict):
-    """Of the first k, the share that are members held back: by likeness, by most clicks, by chance."""
+    """Precision at k: the share of held-out members in the first k, ranked by similarity, by clicks, and by chance."""
 
     k: int
     lookalikes: float
@@ -69,7 +69,7 @@ class ListPrecision(TypedDict):
 
 
 class SegmentLookalikes(TypedDict):
-    """The users nearest to the members when they were listed, the nearest first; who came in since is left out."""
+    """The users nearest to the members at the time of listing, nearest first, without users who have joined since."""
 
     segment: str
     version: int
@@ -82,10 +82,10 @@ class SegmentLookalikes(TypedDict):
 
 
 class HostSegments:
-    """Reads the members; use it in one thread.
+    """Reads segments, members and lookalikes. Used by one thread.
 
     Args:
-        settings: Which segments there are, and where their members lie.
+        settings: The definitions of the segments, and the location of their members.
         salt: The salt of the pseudonyms.
     """
 
@@ -97,25 +97,25 @@ class HostSegments:
         self._file = (0, 0)
 
     def sizes(self) -> SegmentSizes:
-        """All segments.
+        """Returns all segments with their sizes.
 
         Raises:
-            NotReady: Nobody keeps them on this host.
+            NotReady: This host has no store of members.
         """
         sizes = self._opened().sizes() if self._texts else {}
         return {"segments": [self._size(name, sizes) for name in self._texts]}
 
     def page(self, segment: str, start: int, most: int) -> SegmentPage:
-        """Some members of a segment.
+        """Returns a page of a segment's members.
 
         Args:
-            segment: Its name.
-            start: The pseudonym to begin with.
-            most: How many at most.
+            segment: The segment's name.
+            start: The pseudonym to start from.
+            most: The maximum number of members.
 
         Raises:
-            UnknownSegment: There is none of this name.
-            NotReady: Nobody keeps them on this host.
+            UnknownSegment: No segment has this name.
+            NotReady: This host has no store of members.
         """
         self._require(segment)
         store = self._opened()
@@ -127,7 +127,7 @@ class HostSegments:
         }
 
     def of_user(self, segment: str, user: str) -> UserSegment:
-        """Whether the user with this raw id is in a segment; raises as `page`."""
+        """Returns whether the user with this raw id is in a segment; raises the errors of `page`."""
         self._require(segment)
         (found,) = self._opened().memberships([(segment, user_id(self._salt, user))])
         since = (None, None, None) if found is None else (iso(found.since_ms), *found)
@@ -141,15 +141,15 @@ class HostSegments:
         }
 
     def lookalikes(self, segment: str, most: int) -> SegmentLookalikes:
-        """Who is like the members of a segment.
+        """Returns the lookalikes of a segment's members.
 
         Args:
-            segment: Its name.
-            most: How many at most.
+            segment: The segment's name.
+            most: The maximum number of users.
 
         Raises:
-            UnknownSegment: There is none of this name.
-            NotReady: Nobody keeps members on this host, or nobody is listed yet.
+            UnknownSegment: No segment has this name.
+            NotReady: This host has no store of members, or no list of lookalikes yet.
             CorruptStore: The list is damaged.
         """
         self._require(segment)
@@ -177,13 +177,13 @@ class HostSegments:
         }
 
     def close(self) -> None:
-        """Closes the store; the next question opens it again."""
+        """Closes the store; the next query reopens it."""
         if self._store is not None:
             self._store.close()
             self._store = None
 
     def _opened(self) -> SegmentStore:
-        """The store, opened again where its file is another one."""
+        """Returns the store, reopened if its file was replaced."""
         path = self._path / DATA
         file = (path.stat().st_dev, path.stat().st_ino) if path.exists() else (0, 0)
         if self._store is None or file != self._file:

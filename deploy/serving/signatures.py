@@ -1,7 +1,7 @@
-"""The signatures under which the model is asked with tensors: what goes in, what comes out, each with type and shape.
+"""The signatures of the TensorFlow Serving API: inputs and outputs as tensors with types and shapes.
 
-serving_default   users by id: histories, windows and rows are looked up here
-raw               the program's own inputs, as the version's graph names them
+serving_default   users by id: serving looks up histories, windows and rows
+raw               the program's own inputs, with the names in the version's graph
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from state.errors import BadRequest
 BY_ID, RAW = "serving_default", "raw"
 CONTEXT = "context."
 NOW = -1
-"""What `at` says where the time is not given."""
+"""The default value of `at`: the current time."""
 
 Tensor = NDArray[Any]
 Tensors = Mapping[str, Tensor]
-"""By name; strings are bytes in arrays of objects."""
+"""Tensors by name; strings are bytes in object arrays."""
 
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One input or output.
+    """The type and shape of one input or output.
 
     Attributes:
-        dtype: `str` of a NumPy type, `O` for strings.
-        shape: -1 where any size goes; the first one counts the rows.
-        default: Of an input that may be left out, for each row.
+        dtype: The NumPy type string; `O` for strings.
+        shape: The shape, with -1 for any size; the first dimension is the number of rows.
+        default: The value for each row if an optional input is missing; None for a required input.
     """
 
     dtype: str
@@ -44,12 +44,12 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Signature:
-    """What is asked and answered under one name.
+    """The inputs and outputs of one signature.
 
     Attributes:
-        inputs: By name, those that must be given first.
-        outputs: By name.
-        kept: Inputs of no row's own that the version has a value for, by name.
+        inputs: The inputs by name, required ones first.
+        outputs: The outputs by name.
+        kept: Inputs without a row dimension for which the version has a value, by name.
     """
 
     inputs: Mapping[str, TensorSpec]
@@ -57,12 +57,12 @@ class Signature:
     kept: Tensors = field(default_factory=dict)
 
     def required(self) -> list[str]:
-        """The names of inputs that must be given."""
+        """Returns the names of required inputs."""
         return [name for name, one in self.inputs.items() if one.default is None and name not in self.kept]
 
 
 def signatures_of(version: LoadedVersion, context_fields: Sequence[str]) -> dict[str, Signature]:
-    """The signatures of a version by name."""
+    """Returns the signatures of a version by name."""
     return {BY_ID: _by_id(version, context_fields), RAW: _raw(version)}
 
 
@@ -94,10 +94,11 @@ def _raw(version: LoadedVersion) -> Signature:
 
 
 def require(signature: Signature, inputs: Tensors) -> int:
-    """How many rows these inputs have.
+    """Checks inputs against a signature, and returns their number of rows.
 
     Raises:
-        BadRequest: A name is unknown or missing, or a tensor is of another type, shape or number of rows.
+        BadRequest: A name is unknown or missing, a tensor has a wrong type, shape or number of rows, or there are no
+            rows.
     """
     known = ", ".join(signature.inputs)
     rows: int | None = None

@@ -1,7 +1,7 @@
-"""The features of the version that answers, whatever the settings say by now: an old version goes on with its own.
+"""The features of a served version, which uses its own feature spec even if the settings have changed since.
 
-The applier brings the feature specs of versions from the registry, as it brings
-their programs; a worker reads them on its host.
+The applier fetches the feature specs of versions from the registry, together with
+their programs. A worker reads them on its host.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from state.registry.registry import Registry
 
 @dataclass(frozen=True)
 class VersionFeatures:
-    """What the numbers mean that a version's program is given.
+    """The definition of the features that a version's program takes.
 
     Attributes:
-        spec: Its feature spec.
-        crosses: With its columns.
-        actions: By number of the settings' actions that of the version's; None where they are the same.
+        spec: The version's feature spec.
+        crosses: The crosses, with the version's columns.
+        actions: Maps the number of an action in the settings to its number in the version; None if they are equal.
     """
 
     spec: FeatureSpec
@@ -39,8 +39,8 @@ class SpecFiles:
     """Copies feature specs from the registry, so that workers read only this host's disk.
 
     Args:
-        folder: Where to.
-        registry: Where from.
+        folder: The target directory.
+        registry: The source registry.
     """
 
     def __init__(self, folder: Path, registry: Registry) -> None:
@@ -49,7 +49,7 @@ class SpecFiles:
         self._brought: set[str] = set()
 
     def bring(self, digest: str) -> None:
-        """Copies a spec where it is not here yet, durably; nothing where the registry has none: who needs it says so."""
+        """Copies a missing spec durably; does nothing if the registry lacks it, because `FeaturesOf` reports that."""
         if digest in self._brought:
             return
         try:
@@ -67,7 +67,7 @@ class SpecFiles:
 
 
 def path_of(folder: Path, digest: str) -> Path:
-    """A spec's file.
+    """Returns the path of a spec's file.
 
     >>> path_of(Path("programs"), "ab").as_posix()
     'programs/ab.spec.json'
@@ -76,12 +76,12 @@ def path_of(folder: Path, digest: str) -> Path:
 
 
 class FeaturesOf:
-    """The features of each version that a worker answers with. One thread.
+    """Returns the features of each version that a worker serves. Used by one thread.
 
     Args:
-        folder: With the applier's copies.
+        folder: The directory with the applier's copies of specs.
         spec: The feature spec of the settings.
-        crosses: Of a feature spec, with the other columns of the settings.
+        crosses: Builds the crosses for a feature spec, with the other columns of the settings.
     """
 
     def __init__(self, folder: Path, spec: FeatureSpec, crosses: Callable[[FeatureSpec], Crosses]) -> None:
@@ -89,10 +89,10 @@ class FeaturesOf:
         self._known = {spec.digest: VersionFeatures(spec, crosses(spec))}
 
     def of(self, version: int, digest: str) -> VersionFeatures:
-        """Those of a version.
+        """Returns the features of a version.
 
         Raises:
-            SpecMismatch: Its spec is not here, or another release computes other windows.
+            SpecMismatch: The spec is not on this host, or belongs to a release that computes other windows.
         """
         if digest not in self._known:
             self._known[digest] = self._read(version, digest)

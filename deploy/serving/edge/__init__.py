@@ -1,1 +1,1 @@
-"""What stands between the network and the answers: connections and their limits, tokens, TLS, the way in and out."""
+"""The network edge of serving: connections and their limits, tokens and TLS."""

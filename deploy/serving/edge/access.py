@@ -1,4 +1,4 @@
-"""How a host lets clients in: with which certificate, and with which tokens."""
+"""The TLS certificate and the tokens with which a worker authenticates clients."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass
 class Access:
-    """What a worker checks at its door.
+    """The access control of a worker.
 
     Attributes:
         certificate: None without TLS.
-        tokens: None where requests need none.
+        tokens: None if requests need no token.
     """
 
     certificate: Certificate | None = None
@@ -30,17 +30,17 @@ class Access:
 
     @classmethod
     def of(cls, settings: Settings) -> Access:
-        """As the settings have it.
+        """Builds the access control from the settings.
 
         Raises:
-            SettingsError: The files that they name cannot be used.
+            SettingsError: The files that the settings name cannot be used.
         """
         serving = settings.serving
         certificate = Certificate(Path(serving.tls_cert), Path(serving.tls_key)) if serving.tls_cert else None
         return cls(certificate, Tokens(settings.tokens_dir) if are_wanted(settings) else None)
 
     def look(self) -> None:
-        """Takes up files that have changed; those of before go on where the new ones cannot be used."""
+        """Reloads files that have changed; if the new ones cannot be used, the previous ones stay in effect."""
         for one in (self.certificate, self.tokens):
             if one is not None:
                 try:

@@ -1,4 +1,4 @@
-"""A socket bound to the port that a setting chose."""
+"""Binds a socket to the port of a setting."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from state.errors import PortTaken
 
 
 def listen(host: str, port: int, setting: str = "serving.port") -> socket.socket:
-    """A bound socket on the port that `setting` chose.
+    """Binds a socket to a port; `setting` names the setting to change if the port is in use.
 
     Raises:
-        PortTaken: Somebody listens there.
+        PortTaken: The port is in use.
     """
     bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,4 +1,4 @@
-"""The certificate of a serving host: read from its files, and again when they change, without a restart."""
+"""The TLS certificate of a serving host, reloaded from its files without a restart when they change."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from state.errors import SettingsError
 
 
 class Certificate:
-    """A certificate with its key.
+    """A certificate with its private key.
 
     Args:
-        cert: PEM file of the certificate and those between it and its authority.
+        cert: PEM file of the certificate and its intermediate certificates.
         key: PEM file of the key.
 
     Attributes:
-        context: For HTTP; connections from now on use what was loaded last.
-        pem: Key and certificate, loaded last.
+        context: For HTTP; new connections use the certificate that was loaded last.
+        pem: The key and certificate that were loaded last.
 
     Raises:
-        SettingsError: They cannot be read, or do not belong together.
+        SettingsError: The files cannot be read, or do not match.
     """
 
     def __init__(self, cert: Path, key: Path) -> None:
@@ -33,10 +33,10 @@ class Certificate:
         self._load()
 
     def look(self) -> None:
-        """Loads the files again where they are others than before.
+        """Reloads the files if they have changed.
 
         Raises:
-            SettingsError: They cannot be used; the certificate of before goes on.
+            SettingsError: They cannot be used; the previous certificate stays in effect.
         """
         if self._files.changed():
             self._load()
@@ -44,7 +44,7 @@ class Certificate:
     def _load(self) -> None:
         try:
             cert, key = self._cert.read_bytes(), self._key.read_bytes()
-            # Tried apart first: a context that failed halfway would have the one without the other.
+            # Try a separate context first: a load that fails halfway would leave a certificate without its key.
             ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(self._cert, self._key)
         except (OSError, ssl.SSLError) as error:
             raise SettingsError(

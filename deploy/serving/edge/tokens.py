@@ -1,9 +1,10 @@
-"""Who may ask what: a file of tokens for each role, which only its owner reads, made at the first start.
+"""Bearer tokens of serving: one file of tokens per role, readable only by its owner, created at the first start.
 
-`read` may ask for answers; `operate` for those, for metrics, and for whatever
-changes something. A request carries its token as `Authorization: Bearer TOKEN`,
-over HTTP and gRPC alike. A file has a token a line, so that a new one can be
-given out before the old one is taken away; what changed counts within a second.
+The role `read` may request answers. The role `operate` may also request metrics
+and every operation that changes something. A request carries its token as
+`Authorization: Bearer TOKEN`, over HTTP and gRPC alike. A file has one token per
+line, so a new token can be issued before the old one is revoked. A change takes
+effect within a second.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from state.errors import Forbidden, SettingsError, Unauthorized
 from state.process.private_files import others_may
 
 OPEN, READ, OPERATE = "", "read", "operate"
-"""What everybody may ask, and the two roles: `operate` may do what `read` may."""
+"""The level that needs no token, and the two roles; `operate` includes `read`."""
 
 _BYTES = 32
 _LEAST_LENGTH = 16
@@ -31,10 +32,10 @@ class Tokens:
     """The tokens of a host.
 
     Args:
-        folder: With a file a role.
+        folder: The directory with one file per role.
 
     Raises:
-        SettingsError: A file is not there, others can read it, or it has no token.
+        SettingsError: A file is missing, other users can read it, or it has no valid tokens.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -43,30 +44,30 @@ class Tokens:
         self._roles = self._load()
 
     def look(self) -> None:
-        """Loads the files again where they are others than before.
+        """Reloads the files if they have changed.
 
         Raises:
-            SettingsError: They cannot be used; the tokens of before go on.
+            SettingsError: They cannot be used; the previous tokens stay in effect.
         """
         if self._files.changed():
             self._roles = self._load()
 
     def require(self, authorization: str | None, role: str) -> None:
-        """Lets through who may ask for what this role may.
+        """Checks that a request has the given role.
 
         Args:
-            authorization: The header, if there is one.
+            authorization: The `Authorization` header, if there is one.
             role: `OPEN`, `READ` or `OPERATE`.
 
         Raises:
-            Unauthorized: There is no token, or none of ours.
-            Forbidden: It is one of `read`, and this needs `operate`.
+            Unauthorized: The token is missing or unknown.
+            Forbidden: The token has the role `read`, but the request needs `operate`.
         """
         if role == OPEN:
             return
         if authorization is None or authorization[: len(_SCHEME)].lower() != _SCHEME:
             raise Unauthorized("this needs a token", "send `Authorization: Bearer TOKEN`")
-        # Digests are looked up, so that how long it takes says nothing of the tokens.
+        # Look up digests, so that the time of the lookup reveals nothing about the tokens.
         found = self._roles.get(_digest(authorization[len(_SCHEME) :].strip()))
         if found is None:
             raise Unauthorized("this token is none of this host's", "send one of its tokens")
@@ -74,16 +75,16 @@ class Tokens:
             raise Forbidden("this token may read only", "send one of the role operate")
 
     def _load(self) -> dict[bytes, str]:
-        # The last one counts where a token has both roles.
+        # If a token is in both files, the last role wins: `operate`.
         return {_digest(token): role for role in (READ, OPERATE) for token in tokens_in(self._folder / role)}
 
 
 def are_wanted(settings: Settings, host: str | None = None) -> bool:
-    """Whether requests need tokens: by `serving.tokens`, and with `auto` where others than this machine reach the port.
+    """Whether requests need tokens: `serving.tokens` decides; `auto` requires them unless the address is loopback.
 
     Args:
-        settings: Of the system.
-        host: The address that the port listens on; None: that of the answers.
+        settings: The system's settings.
+        host: The address that the port listens on; None for `serving.host`.
 
     >>> are_wanted(Settings()), are_wanted(Settings(), "0.0.0.0")
     (False, True)
@@ -95,7 +96,7 @@ def are_wanted(settings: Settings, host: str | None = None) -> bool:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a port at that address.
+    """Whether only this machine can reach a port at this address.
 
     >>> is_loopback("127.0.0.1"), is_loopback("localhost"), is_loopback("0.0.0.0")
     (True, True, False)
@@ -107,10 +108,10 @@ def is_loopback(host: str) -> bool:
 
 
 def tokens_in(path: Path) -> list[str]:
-    """The tokens of a file.
+    """Reads the tokens of a file.
 
     Raises:
-        SettingsError: It is not there, others can read it, or one is too short or there is none.
+        SettingsError: The file is missing, other users can read it, it is empty, or a token is too short.
     """
     try:
         readable = others_may(path)
@@ -129,10 +130,10 @@ def tokens_in(path: Path) -> list[str]:
 
 
 def make_missing(folder: Path) -> list[Path]:
-    """Makes the files that are not there yet, each with a token of its own; several processes may do so at once.
+    """Creates the missing files, each with a new token; safe for several processes at once.
 
     Returns:
-        Those that were made.
+        The files that were created.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     made = []
@@ -148,7 +149,7 @@ def make_missing(folder: Path) -> list[Path]:
         finally:
             os.close(handle)
         try:
-            # A link fails where another process was first; its token counts.
+            # The link fails if another process was first; then its token is valid.
             os.link(temporary, path)
             made.append(path)
         except FileExistsError:

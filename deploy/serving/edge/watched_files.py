@@ -1,4 +1,4 @@
-"""Says when files are others than before."""
+"""Detects changes of files."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from pathlib import Path
 
 
 class WatchedFiles:
-    """Files that somebody may replace or write to.
+    """Detects when files are replaced or modified.
 
     Args:
-        paths: Which.
+        paths: The files to watch.
     """
 
     def __init__(self, paths: Sequence[Path]) -> None:
@@ -18,7 +18,7 @@ class WatchedFiles:
         self._seen = self._states()
 
     def changed(self) -> bool:
-        """Whether one of them is another than at the last call, or than at the beginning."""
+        """Whether a file has changed since the last call, or since construction."""
         before, self._seen = self._seen, self._states()
         return before != self._seen
 

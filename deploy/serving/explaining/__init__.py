@@ -1,1 +1,1 @@
-"""Why an answer is what it is: its difference from the one for unknown users, in parts, each with the events behind it."""
+"""Explains an answer: splits its difference from the answer for unknown users into parts, each with its events."""

@@ -1,6 +1,6 @@
-"""The answers over gRPC: the server, the messages, and the services that are offered."""
+"""The gRPC API of serving: the server, the messages and the services."""
 
 import os
 
-# Read when grpc is loaded: else it writes into the worker's log what clients send, whatever that is.
+# grpc reads this when it is imported. Without it, grpc writes data sent by clients to the worker's log.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")

@@ -1,7 +1,7 @@
-"""The standard health service: says SERVING while the worker can answer, as `/readyz` does.
+"""The standard gRPC health service: reports SERVING while the worker can answer, like `/readyz`.
 
-Not that of `grpc_health`, whose watchers of one service lose their news as
-soon as one of them leaves, and keep a server from ending.
+It replaces the implementation of `grpc_health`. There, all watchers of a service
+miss updates once one of them leaves, and watchers keep the server from stopping.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ LOOK_S = 1.0
 
 
 class GrpcHealth(HealthServicer):
-    """Answers `Check` with a look of its own, and tells those who `Watch` what changed once a second.
+    """Implements `Check`, which polls at each call, and `Watch`, which reports changes once a second.
 
     Args:
         ready: Whether the worker can answer.
-        services: What is asked about, beside the whole worker (the empty name).
+        services: The names of the services, in addition to the whole worker (the empty name).
     """
 
     def __init__(self, ready: Callable[[], bool], services: Collection[str]) -> None:
@@ -31,37 +31,37 @@ class GrpcHealth(HealthServicer):
         self._news = asyncio.Event()
 
     def look(self) -> None:
-        """Takes up how the worker is now."""
+        """Polls the worker's status, and notifies watchers of a change."""
         ready = self._ready()
         if ready != self._is_ready:
             self._is_ready = ready
             self._tell()
 
     async def follow(self) -> None:
-        """Looks until it is cancelled."""
+        """Polls until it is cancelled."""
         while True:
             self.look()
             await asyncio.sleep(LOOK_S)
 
     def end(self) -> None:
-        """Ends all watches, once they are told that nothing is served any more."""
+        """Reports NOT_SERVING to all watchers, then ends their watches."""
         self._is_ready, self._ended = False, True
         self._tell()
 
     async def Check(self, request: HealthCheckRequest, context: Any) -> Any:
-        """How the worker, or one service, is now."""
+        """Returns the current status of the worker or of one service."""
         self.look()
         if request.service not in self._services:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"there is no service {request.service[:200]!r}")
         return HealthCheckResponse(status=self._status(request.service))
 
     async def Watch(self, request: HealthCheckRequest, context: Any) -> None:
-        """How it is now, and each time that it has changed."""
+        """Sends the current status, and then each change."""
         told: int | None = None
         while True:
             news, ended, status = self._news, self._ended, self._status(request.service)
             if status != told:
-                # Nothing is held meanwhile: the client may never read.
+                # No lock is held during this write: the client may never read.
                 await context.write(HealthCheckResponse(status=status))
                 told = status
             if ended:

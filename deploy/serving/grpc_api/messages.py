@@ -1,7 +1,7 @@
-"""The messages of the gRPC answers: those of `protos/*.proto`, in a descriptor pool of their own.
+"""The messages of the gRPC API: those of `protos/*.proto`, in a separate descriptor pool.
 
-TensorFlow's messages are of the same names in protobuf's default pool, and one
-pool cannot have both. `protos/descriptors.pb` is made of the `.proto` files by
+TensorFlow's messages have the same names in protobuf's default pool, and one pool
+cannot contain both. These commands build `protos/descriptors.pb` from the `.proto` files:
 
     cd deploy/serving/grpc_api/protos
     python -m grpc_tools.protoc -I. --include_imports --descriptor_set_out=descriptors.pb *.proto
@@ -22,7 +22,7 @@ PROTOS = Path(__file__).with_name("protos")
 
 
 def _pool() -> DescriptorPool:
-    """The messages and services that are offered, those of others included: reflection tells of all."""
+    """Returns the pool of all messages and services, including health and reflection, so that reflection lists all."""
     pool = DescriptorPool()
     for file in FileDescriptorSet.FromString((PROTOS / "descriptors.pb").read_bytes()).file:
         pool.AddSerializedFile(file.SerializeToString())
@@ -35,10 +35,10 @@ POOL = _pool()
 
 
 def message(name: str) -> Any:
-    """The class of a message of our pool.
+    """Returns the class of a message in this module's pool.
 
     Args:
-        name: With its package.
+        name: The full name, with the package.
 
     >>> message("tensorflow.serving.ModelSpec")(name="profile").name
     'profile'

@@ -1,4 +1,4 @@
-"""A service of the gRPC interface: its methods and what answers; how an error is told, and what is counted."""
+"""gRPC services: declares methods, creates their handlers, reports errors and counts requests."""
 
 from __future__ import annotations
 
@@ -30,19 +30,19 @@ CODES = {
     503: grpc.StatusCode.UNAVAILABLE,
     504: grpc.StatusCode.DEADLINE_EXCEEDED,
 }
-"""By the HTTP status of an error."""
+"""gRPC status codes by the HTTP status of an error."""
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Method:
-    """What is offered under one name.
+    """A method of a service.
 
     Attributes:
-        name: As the `.proto` file has it.
-        request: The full name of the request's message; empty where requests need not be read.
-        answer: Answers a request, or raises what it cannot be answered for.
+        name: The name in the `.proto` file.
+        request: The full name of the request's message; empty if `answer` takes the raw bytes.
+        answer: Answers a request, or raises an error.
     """
 
     name: str
@@ -52,19 +52,19 @@ class Method:
 
 @dataclass(frozen=True)
 class Service:
-    """Methods under the full name of their service, which is in the pool of `messages`."""
+    """A service: its full name, which must be in the pool of `messages`, and its methods."""
 
     name: str
     methods: Sequence[Method]
 
 
 class Handlers:
-    """Makes what grpc calls of services.
+    """Creates gRPC handlers for services.
 
     Args:
-        metrics: Of the worker.
-        tokens: That requests need; None where they need none.
-        version: The version that the worker answered with last; None before its first answer.
+        metrics: The worker's metrics.
+        tokens: The tokens that requests need; None if they need none.
+        version: The version that the worker last answered with; None before its first answer.
         clock_s: A monotonic clock.
     """
 
@@ -78,7 +78,7 @@ class Handlers:
         self._tokens, self._counts = tokens, RequestCounts(metrics, version, clock_s)
 
     def of(self, service: Service) -> grpc.GenericRpcHandler:
-        """The handlers of all methods of a service."""
+        """Returns the handlers of all methods of a service."""
         return grpc.method_handlers_generic_handler(
             service.name,
             {
@@ -113,10 +113,10 @@ class Handlers:
 
 
 def _read(name: str, data: bytes) -> Any:
-    """The message of a request. By grpc's own reading one that is none would be a failure of the server.
+    """Parses a request. If grpc parsed it, an invalid message would be reported as a server failure.
 
     Raises:
-        BadRequest: It is none.
+        BadRequest: The data is not a valid message.
     """
     if not name:
         return data

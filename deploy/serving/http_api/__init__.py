@@ -1,1 +1,1 @@
-"""The answers over HTTP: which endpoints there are, what each is asked, and what it answers."""
+"""The HTTP API of serving: its endpoints, their requests and their responses."""

@@ -1,4 +1,4 @@
-"""An endpoint of the HTTP interface: its path, its methods, and what answers; and which one a request is for."""
+"""The types of the HTTP API, requests, responses and endpoints, and the router from requests to endpoints."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ Headers = Sequence[tuple[bytes, bytes]]
 
 MOST_BODY_BYTES = 1 << 20
 METHODS = ("GET", "HEAD")
-"""Of what is only read."""
+"""The methods of read-only endpoints."""
 LAST = (b"connection", b"close")
-"""A header: this answer is the connection's last."""
+"""A header that marks the last response of a connection."""
 JSON: Headers = [(b"content-type", b"application/json")]
 FAILED: Mapping[int, type] = dict.fromkeys((400, 408, 429, 431, 500), Failure)
-"""What anything can be answered with instead, by the status of HTTP, and the form of it."""
+"""The error responses that every endpoint can return: HTTP status to type of the JSON."""
 ASKED = {**FAILED, 503: Failure, 504: Failure}
-"""Likewise where a version answers."""
+"""The error responses of endpoints that a model version answers."""
 SENT = {**ASKED, 413: Failure}
-"""Likewise where the question is a body."""
+"""The error responses of endpoints with a request body."""
 _NO_ESCAPE = re.compile("%(?![0-9A-Fa-f]{2}).{0,2}")
 _PLACEHOLDER = re.compile(r"\\{(\w+)\\}")
 
 
 class Request(NamedTuple):
-    """What a request asks.
+    """An HTTP request.
 
     Attributes:
-        scope: Of ASGI.
-        receive: Likewise.
-        path: By name what stands in the placeholders of the endpoint's path, decoded.
+        scope: The ASGI scope.
+        receive: The ASGI receive function.
+        path: The decoded values of the placeholders in the endpoint's path, by name.
         endpoint: The endpoint.
-        most_body_bytes: A larger body is refused.
+        most_body_bytes: The maximum body size; a larger body is refused.
     """
 
     scope: Scope
@@ -57,32 +57,33 @@ class Request(NamedTuple):
 
     @property
     def query_string(self) -> bytes:
-        """What stands behind the question mark, as it was sent."""
+        """The raw query string, without the question mark."""
         query_string: bytes = self.scope["query_string"]
         return query_string
 
     def parameters(self, kind: type[reading.Asked]) -> reading.Asked:
-        """The parameters, as the type that the endpoint declares.
+        """Parses the query parameters as `kind`, the type that the endpoint declares.
 
         Raises:
-            BadRequest: They are not of this type.
+            BadRequest: They do not match the type.
         """
         return reading.parameters(self.query_string, kind)
 
     async def document(self) -> Any:
-        """The JSON of the body, as one of the types that the endpoint declares.
+        """Parses the JSON body as one of the types that the endpoint declares.
 
         Raises:
-            BadRequest: It is of none.
-            TooLarge: As `body`.
+            BadRequest: It matches none of them.
+            TooLarge: The body is too large.
         """
         return reading.document(await self.body(), self.endpoint.body, self.endpoint.example)
 
     async def body(self) -> bytes:
-        """The whole body.
+        """Reads the whole body.
 
         Raises:
-            TooLarge: It is.
+            BadRequest: The client disconnected before the body was complete.
+            TooLarge: The body exceeds `most_body_bytes`.
         """
         body, more = b"", True
         while more:
@@ -97,12 +98,12 @@ class Request(NamedTuple):
 
 
 class Response(NamedTuple):
-    """What a request is answered with.
+    """An HTTP response.
 
     Attributes:
-        status: Of HTTP.
-        body: The whole of it.
-        headers: Without the body's length.
+        status: The HTTP status.
+        body: The whole body.
+        headers: The headers, without content-length.
     """
 
     status: int
@@ -112,25 +113,26 @@ class Response(NamedTuple):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """What is offered at one path.
+    """An endpoint of the HTTP API.
 
     Attributes:
-        name: As metrics name it.
-        methods: Of HTTP; none where `answer` itself sees to methods and parameters.
-        path: With placeholders, such as `/v1/profiles/{user_id}`: each holds any characters but a slash that is not
-            percent-encoded.
+        name: The name in metrics.
+        methods: The HTTP methods; empty if `answer` checks methods and parameters itself.
+        path: The path with placeholders, such as `/v1/profiles/{user_id}`. A placeholder matches any characters except
+            a slash that is not percent-encoded.
         answer: Answers a request.
-        summary: What is answered, in a sentence.
-        parameters: The type of the query's parameters; None where there are none, and then any is refused.
-        body: The types that the body may have; none where none is read.
-        example: Of a body, for who sent another one.
-        role: Who may ask, where requests need tokens.
-        returns: The types that the answer's JSON may have; none where it is no JSON.
-        media_type: Of an answer that is no JSON.
+        summary: A sentence that describes the response.
+        parameters: The type of the query parameters; None if there are none, and then any parameter is refused.
+        body: The types that the body may have; empty if no body is read.
+        example: An example body, shown in the error about an invalid one.
+        role: The role that a request needs, if requests need tokens.
+        returns: The types that the response's JSON may have; empty if the response is not JSON.
+        media_type: The media type of a response that is not JSON.
         failures: The type of the JSON of each other status.
-        placeholders: What more the document says of the values of placeholders, as JSON Schema.
-        told_methods: Those of the document where `methods` has none; none: the endpoint is not in it.
-        soon: Gives the JSON to come of an answer with status 200, as `answer` would, but without a task.
+        placeholders: Additional JSON Schema in the OpenAPI document for the values of placeholders.
+        told_methods: The methods in the OpenAPI document if `methods` is empty; if both are empty, the endpoint is
+            omitted.
+        soon: Returns a future of the JSON of a response with status 200, as `answer` would, but without a task.
     """
 
     name: str
@@ -156,7 +158,7 @@ class Endpoint:
 
     @property
     def shown_methods(self) -> tuple[str, ...]:
-        """The methods of the document."""
+        """The methods in the OpenAPI document."""
         return self.methods or self.told_methods
 
 
@@ -164,7 +166,7 @@ class Routes:
     """Finds the endpoint of a request.
 
     Args:
-        endpoints: Where two match a path, the first one is taken.
+        endpoints: The endpoints; if two match a path, the first one is used.
     """
 
     def __init__(self, endpoints: Sequence[Endpoint]) -> None:
@@ -172,13 +174,13 @@ class Routes:
         self._fixed = {one.path: one for one in self._endpoints if "{" not in one.path}
 
     def find(self, scope: Scope) -> tuple[Endpoint, dict[str, str]]:
-        """The endpoint of a request, and what stands in its placeholders.
+        """Returns the endpoint of a request and the values of its placeholders.
 
         Raises:
-            UnknownPath: There is none at this path.
-            WrongMethod: There is one, for other methods.
-            BadRequest: The path is not rightly percent-encoded, what stands in a placeholder is no UTF-8, or there are
-                parameters and none are declared.
+            UnknownPath: No endpoint has this path.
+            WrongMethod: The endpoint does not offer the method.
+            BadRequest: The path's percent-encoding is invalid, a placeholder's value is not UTF-8, or there are
+                parameters but none are declared.
         """
         raw: str = scope["raw_path"].decode("latin-1")
         if wrong := _NO_ESCAPE.search(raw):
@@ -209,7 +211,7 @@ class Routes:
 
 
 def header(scope: Scope, name: bytes) -> str | None:
-    """A header of a request, by its name in small letters.
+    """Returns a request header by its lowercase name; None if it is missing.
 
     >>> header({"headers": [(b"accept", b"*/*")]}, b"accept")
     '*/*'
@@ -218,12 +220,12 @@ def header(scope: Scope, name: bytes) -> str | None:
 
 
 def encode(document: object) -> bytes:
-    """JSON; numpy arrays and dataclasses included."""
+    """Encodes a document as JSON; it may contain NumPy arrays and dataclasses."""
     return orjson.dumps(document, option=orjson.OPT_SERIALIZE_NUMPY)
 
 
 def failure(error: SpringtideError) -> Response:
-    """An error: what happened, what to do, and where in the request, if it is there."""
+    """Builds an error response: what happened, what to do, and the position in the request if one is known."""
     said = {"error": error.what, "do": error.do}
     if isinstance(error, BadRequest) and error.where:
         said["where"] = error.where

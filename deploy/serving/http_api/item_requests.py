@@ -1,4 +1,4 @@
-"""What a request about items asks: the types of its body and parameters, and the questions that they are."""
+"""Requests about items: the types of bodies and parameters, and their conversion to queries."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ BID = "What an engagement is worth: items are ranked by probability × bid. All 
 
 
 class FrequencyCap(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """How often at most the user may have seen an item."""
+    """The maximum number of times that the user may have seen an item."""
 
     count: Annotated[int, Meta(ge=1, description="From so many on the item is left out.")]
     within_s: Annotated[float, Meta(gt=0, description="In so many seconds before the time to answer for.")]
 
 
 class ItemToRank(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """An item with its category; with a bid, by which it is ranked, and with a cap."""
+    """An item with an optional category, bid (items are then ranked by bid) and frequency cap."""
 
     item: Id
     category: Id | None = None
@@ -61,13 +61,13 @@ class RecommendationParameters(NearParameters, forbid_unknown_fields=True, froze
 
 
 def rank_question(given: RankQuestion) -> tuple[Query, list[NamedItem]]:
-    """The user and the items of `POST /v1/rank`.
+    """Converts the body of `POST /v1/rank` to a query and the items to rank.
 
     >>> rank_question(RankQuestion(7, ["i1", ItemToRank(2, "hats")]))[1]
     [NamedItem(item='i1', category=None, bid=None, cap=None), NamedItem(item='2', category='hats', bid=None, cap=None)]
 
     Raises:
-        BadRequest: `at` is no time.
+        BadRequest: `at` is not a time.
     """
     query = Query(
         str(given.user_id),
@@ -87,26 +87,26 @@ def _item(one: str | int | ItemToRank) -> NamedItem:
 
 
 def recommendation(user: str, given: RecommendationParameters) -> tuple[Query, WantedItems]:
-    """What `GET /v1/recommendations/{user_id}` asks.
+    """Converts the parameters of `GET /v1/recommendations/{user_id}` to a query and the wanted items.
 
     >>> recommendation("ann", RecommendationParameters(n=3, exclude_seen=True))[1]
     WantedItems(most=3, category=None, exclude_seen=True)
 
     Raises:
-        BadRequest: `at` is no time.
+        BadRequest: `at` is not a time.
     """
     query, wanted = near_question(user, given)
     return query._replace(top=None), WantedItems(wanted.most, given.category, wanted.exclude_seen)
 
 
 def near_question(user: str, given: NearParameters) -> tuple[Query, NearWanted]:
-    """What `GET /v1/similar/{user_id}` asks.
+    """Converts the parameters of `GET /v1/similar/{user_id}` to a query and the wanted items.
 
     >>> near_question("ann", NearParameters(n=3))[1]
     NearWanted(most=3, exclude_seen=False)
 
     Raises:
-        BadRequest: `at` is no time.
+        BadRequest: `at` is not a time.
     """
     at_ms = None if given.at is None else time_ms(given.at)
     return Query(user, context=given.context, at_ms=at_ms, fields=LEAN, top=0), NearWanted(given.n, given.exclude_seen)

@@ -1,4 +1,4 @@
-"""The OpenAPI 3.1 document of the HTTP interface, made from the table of endpoints and the types that it names."""
+"""Builds the OpenAPI 3.1 document of the HTTP API from the table of endpoints and their types."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ Schemas = Mapping[Any, dict[str, Any]]
 
 
 def document(endpoints: Sequence[Endpoint], release: str) -> dict[str, Any]:
-    """The document, as JSON takes it; what has no method to show is left out.
+    """Builds the document as a JSON-compatible dict; endpoints without a method to show are omitted.
 
     Args:
-        endpoints: The whole table.
-        release: The version of the interface.
+        endpoints: All endpoints.
+        release: The version of the API.
     """
     shown = [one for one in endpoints if one.shown_methods]
     kinds = list(dict.fromkeys(kind for one in shown for kind in _kinds(one)))
@@ -73,14 +73,14 @@ def document(endpoints: Sequence[Endpoint], release: str) -> dict[str, Any]:
 
 
 def _kinds(endpoint: Endpoint) -> Iterator[Any]:
-    """The types of an endpoint's bodies, answers and errors."""
+    """Yields the types of an endpoint's bodies, responses and errors."""
     yield from endpoint.body
     yield from endpoint.returns
     yield from _failures(endpoint).values()
 
 
 def _failures(endpoint: Endpoint) -> Mapping[int, Any]:
-    """The type of the JSON of each status but 200."""
+    """Returns the type of the JSON for each status except 200."""
     return endpoint.failures if endpoint.role == OPEN else {**endpoint.failures, 401: Failure, 403: Failure}
 
 
@@ -102,13 +102,13 @@ def _operation(endpoint: Endpoint, method: str, schemas: Schemas) -> dict[str, A
 
 
 def _json(kinds: Sequence[Any], schemas: Schemas) -> dict[str, Any]:
-    """JSON of one of these types."""
+    """Returns the content object for JSON of one of these types."""
     named = [schemas[kind] for kind in kinds]
     return {"application/json": {"schema": named[0] if len(named) == 1 else {"oneOf": named}}}
 
 
 def operation_name(endpoint: Endpoint) -> str:
-    """Of an endpoint, alone in the document: several may be counted under one name.
+    """Returns the operation id of an endpoint, unique in the document; several endpoints may share a metrics name.
 
     >>> from types import SimpleNamespace
     >>> operation_name(SimpleNamespace(name="model", path="/v1/models/{model}/labels/{label}"))
@@ -120,14 +120,14 @@ def operation_name(endpoint: Endpoint) -> str:
 
 
 def _placeholders(endpoint: Endpoint) -> Iterator[dict[str, Any]]:
-    """What stands in a path: any text of one character or more."""
+    """Yields the path parameters; a value is any text of at least one character."""
     for name in _PLACEHOLDER.findall(endpoint.path):
         schema = {"type": "string", "minLength": 1, **endpoint.placeholders.get(name, {})}
         yield {"name": name, "in": "path", "required": True, "schema": schema}
 
 
 def _parameters(endpoint: Endpoint) -> Iterator[dict[str, Any]]:
-    """The parameters of a query; of a dict, one with any number of names that begin with its own and a dot."""
+    """Yields the query parameters; a dict field becomes one parameter whose names begin with its own and a dot."""
     for field in () if endpoint.parameters is None else msgspec.structs.fields(endpoint.parameters):
         schema = _without_null(msgspec.json.schema(field.type))
         made = {
@@ -148,7 +148,7 @@ def _parameters(endpoint: Endpoint) -> Iterator[dict[str, Any]]:
 
 
 def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
-    """A type without the null that stands for a parameter that is not given.
+    """Removes the null type from the schema of an optional parameter.
 
     >>> _without_null({"anyOf": [{"type": "string"}, {"type": "null"}]})
     {'type': 'string'}

@@ -1,8 +1,8 @@
-"""Reads a request into the type that its endpoint declares, or refuses it with the place of what is wrong.
+"""Parses a request into the type that its endpoint declares, or refuses it with the position of the error.
 
-A type is a `msgspec.Struct` that forbids unknown fields; the document of the
-interface is made from the same types. A place is a JSON pointer into the body,
-or the name of a parameter.
+A type is a `msgspec.Struct` that forbids unknown fields; the OpenAPI document is
+built from the same types. A position is a JSON pointer into the body, or the name
+of a parameter.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SHOWN = 200
 
 
 def parameters(query_string: bytes, kind: type[Asked]) -> Asked:
-    """The parameters of a query string. A field that is a dict takes all parameters `FIELD.NAME`.
+    """Parses the parameters of a query string. A dict field collects all parameters named `FIELD.NAME`.
 
     >>> class Wanted(msgspec.Struct, forbid_unknown_fields=True):
     ...     n: int = 20
@@ -33,7 +33,7 @@ def parameters(query_string: bytes, kind: type[Asked]) -> Asked:
     Wanted(n=3, context={'device': 'tv'})
 
     Raises:
-        BadRequest: A parameter is unknown, of another type, or no UTF-8.
+        BadRequest: A parameter is unknown, has the wrong type, or is not UTF-8.
     """
     if not query_string:
         return kind()
@@ -58,30 +58,30 @@ def parameters(query_string: bytes, kind: type[Asked]) -> Asked:
 
 
 def no_parameters(query_string: bytes) -> None:
-    """Refuses any parameter.
+    """Refuses a query string with parameters.
 
     Raises:
-        BadRequest: There is one.
+        BadRequest: There is a parameter.
     """
     for name, _ in pairs(query_string):
         raise unknown_parameter(name, ())
 
 
 def unknown_parameter(name: str, known: Iterable[str]) -> BadRequest:
-    """The error, with those that are known."""
+    """Returns the error about an unknown parameter; it lists the known ones."""
     listed = ", ".join(known)
     do = f"the parameters of this path are {listed}" if listed else "this path takes no parameters"
     return BadRequest(f"there is no parameter {name[:_SHOWN]!r}", do, name[:_SHOWN])
 
 
 def pairs(query_string: bytes) -> Iterable[tuple[str, str]]:
-    """Names and values of a query string; one without a name is passed over.
+    """Yields the names and values of a query string; pairs without a name are skipped.
 
     >>> list(pairs(b"a=1&b=%C3%A9+x&c"))
     [('a', '1'), ('b', 'é x'), ('c', '')]
 
     Raises:
-        BadRequest: One is no UTF-8.
+        BadRequest: A name or value is not UTF-8.
     """
     for pair in query_string.split(b"&"):
         name, _, value = (unquote_to_bytes(part) for part in pair.replace(b"+", b" ").partition(b"="))
@@ -91,10 +91,10 @@ def pairs(query_string: bytes) -> Iterable[tuple[str, str]]:
 
 
 def text(given: bytes, where: str) -> str:
-    """UTF-8 as text.
+    """Decodes UTF-8.
 
     Raises:
-        BadRequest: It is none.
+        BadRequest: The bytes are not UTF-8.
     """
     try:
         return given.decode()
@@ -103,7 +103,7 @@ def text(given: bytes, where: str) -> str:
 
 
 def document(body: bytes, kinds: Sequence[type[msgspec.Struct]], example: str) -> Any:
-    """The JSON of a body, as the first of the types whose required fields are all there.
+    """Parses a JSON body as the first of the types whose required fields are all present.
 
     >>> class Many(msgspec.Struct, forbid_unknown_fields=True):
     ...     users: list[str]
@@ -111,7 +111,7 @@ def document(body: bytes, kinds: Sequence[type[msgspec.Struct]], example: str) -
     Many(users=['ann'])
 
     Raises:
-        BadRequest: It is no JSON, or of no such type.
+        BadRequest: The body is not JSON, or does not match the type.
     """
     try:
         kind = kinds[0]
@@ -127,12 +127,12 @@ def document(body: bytes, kinds: Sequence[type[msgspec.Struct]], example: str) -
 
 
 def required(kind: type[msgspec.Struct]) -> set[str]:
-    """The names of the fields that must be there."""
+    """Returns the names of the required fields."""
     return {field.encode_name for field in msgspec.structs.fields(kind) if field.required}
 
 
 def said(error: msgspec.ValidationError) -> tuple[str, str]:
-    """What is wrong, in a sentence's middle, and the place as a JSON pointer; `*` stands for a name of the caller's.
+    """Splits an error into its message, in lower case, and its position as a JSON pointer; `*` replaces a caller's key.
 
     >>> said(msgspec.ValidationError("Expected `str`, got `int` - at `$.profiles[3].context[...]`"))
     ('expected `str`, got `int`', '/profiles/3/context/*')
@@ -145,5 +145,5 @@ def said(error: msgspec.ValidationError) -> tuple[str, str]:
 
 
 def is_dict(kind: Any) -> bool:
-    """Whether a type is a dict, or one or None."""
+    """Whether a type is a dict or an optional dict."""
     return get_origin(kind) is dict or any(get_origin(one) is dict for one in get_args(kind))

@@ -1,4 +1,4 @@
-"""What is asked of profiles: the parameters of one, the body of many, and the questions that they are."""
+"""Requests for profiles: parameters of a single profile, bodies of a batch, and their conversion to queries."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ MOST_PROFILES = 1000
 LATEST_MS = 253_402_300_799_000  # the end of the year 9999
 EXAMPLE = '{"profiles": [{"user_id": "ann", "item": "i1"}]} or {"users": ["ann"]}'
 TOP = 10
-"""Interests of an answer where nobody says how many."""
+"""The default number of interests in an answer."""
 MOST_TOP = 10_000
 LEAN: frozenset[str] = frozenset()
 _SHOWN = 100
 
 Id = str | int
-"""An id; a number stands for its decimal digits."""
+"""An id; a number means its decimal digits."""
 
 AT = "The time to answer for: milliseconds since 1970, or ISO 8601 (UTC unless it says otherwise); by default now."
 CONTEXT = "Values of the fields of `events.context`."
@@ -72,7 +72,7 @@ class ExplanationParameters(msgspec.Struct, forbid_unknown_fields=True, frozen=T
 
 
 class ProfileQuestion(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """What is asked of one user."""
+    """The query for one user's profile."""
 
     user_id: Annotated[Id, Meta(description="The raw id.", examples=["ann", 7])]
     item: Item | None = None
@@ -82,7 +82,7 @@ class ProfileQuestion(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class ProfilesQuestion(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Profiles, each with what is asked of it."""
+    """A batch of profiles, each with its own query."""
 
     profiles: Annotated[list[ProfileQuestion], Meta(min_length=1, max_length=MOST_PROFILES)]
     fields: Fields = ()
@@ -90,7 +90,7 @@ class ProfilesQuestion(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
 
 
 class UsersQuestion(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
-    """Profiles of users, nothing else asked."""
+    """A batch of profiles by user id only."""
 
     users: Annotated[list[Id], Meta(min_length=1, max_length=MOST_PROFILES)]
     fields: Fields = ()
@@ -101,13 +101,13 @@ BATCH = (ProfilesQuestion, UsersQuestion)
 
 
 def time_ms(given: str | int, where: str = "at") -> int:
-    """A time given as milliseconds since 1970 or as ISO 8601 (UTC unless it says otherwise).
+    """Parses a time given as milliseconds since 1970 or as ISO 8601 (UTC without an offset).
 
     >>> time_ms("1500"), time_ms("1970-01-01T00:00:01.5Z")
     (1500, 1500)
 
     Raises:
-        BadRequest: It is neither, or lies outside of the years 1970 to 9999.
+        BadRequest: It is neither, or is outside the years 1970 to 9999.
     """
     try:
         if isinstance(given, int) or (given.isascii() and given.isdigit()):
@@ -128,13 +128,13 @@ def time_ms(given: str | int, where: str = "at") -> int:
 
 
 def question(user: str, given: ProfileParameters) -> Query:
-    """What a GET asks.
+    """Converts the parameters of a GET request to a query.
 
     >>> question("ann", ProfileParameters(item="i1", context={"device": "tv"}))
     Query(user='ann', item='i1', category=None, context={'device': 'tv'}, at_ms=None, fields=frozenset(), top=10)
 
     Raises:
-        BadRequest: `at` is no time, or `fields` names one that there is not.
+        BadRequest: `at` is not a time, or `fields` names an unknown field.
     """
     at_ms = None if given.at is None else time_ms(given.at)
     fields = LEAN if given.fields is None else fields_of(given.fields.split(","))
@@ -142,26 +142,26 @@ def question(user: str, given: ProfileParameters) -> Query:
 
 
 def explained(user: str, given: ExplanationParameters) -> Query:
-    """What is asked of a user where an answer is to be explained.
+    """Converts the parameters of an explanation to a query.
 
     >>> explained("ann", ExplanationParameters(item="i1", top=3))
     Query(user='ann', item='i1', category=None, context={}, at_ms=None, fields=frozenset(), top=3)
 
     Raises:
-        BadRequest: `at` is no time.
+        BadRequest: `at` is not a time.
     """
     at_ms = None if given.at is None else time_ms(given.at)
     return Query(user, given.item, given.category, given.context, at_ms, LEAN, given.top)
 
 
 def fields_of(names: list[str]) -> frozenset[str]:
-    """The fields that are asked for beside those of every answer.
+    """Returns the requested optional fields.
 
     >>> fields_of(["vector"])
     frozenset({'vector'})
 
     Raises:
-        BadRequest: There is none of that name.
+        BadRequest: A field is unknown.
     """
     for name in names:
         if name not in FIELDS:
@@ -171,7 +171,7 @@ def fields_of(names: list[str]) -> frozenset[str]:
 
 
 def whole(name: str, given: int, least: int, most: int) -> int:
-    """A whole number out of a request.
+    """Checks that an integer in a request is within bounds, and returns it.
 
     >>> whole("top", 5, 1, 10)
     5
@@ -185,13 +185,13 @@ def whole(name: str, given: int, least: int, most: int) -> int:
 
 
 def questions(given: ProfilesQuestion | UsersQuestion) -> list[Query]:
-    """What a batch asks.
+    """Converts the body of a batch to queries.
 
     >>> questions(ProfilesQuestion([ProfileQuestion("ann", item=7)]))
     [Query(user='ann', item='7', category=None, context={}, at_ms=None, fields=frozenset(), top=10)]
 
     Raises:
-        BadRequest: An `at` is no time.
+        BadRequest: An `at` is not a time.
     """
     fields = frozenset[str](given.fields)
     if isinstance(given, UsersQuestion):

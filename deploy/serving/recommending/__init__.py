@@ -1,1 +1,1 @@
-"""Items for a user: those that a caller names, ranked, and those that are recommended."""
+"""Items for a user: ranks the items that a caller names, and recommends items."""

@@ -1,9 +1,9 @@
-"""What an advertiser asks of a ranking: bids, and how often a user may see an item. Pure.
+"""Bids and frequency caps for ranking, as advertising needs them. Pure functions.
 
-With bids the order is by expected value, probability × bid. A cap counts what the
-user's history has of the item: its impressions where actions are configured as
-such (`labels.impressions`), else all its events. How fast a budget is spent is
-the caller's to pace: nothing is remembered of what was answered.
+With bids, items are ordered by expected value: probability × bid. A cap counts the
+item's events in the user's history: only impressions if actions are configured as
+such (`labels.impressions`), else all events. The caller paces the spending of a
+budget, because serving keeps no record of its answers.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from state.features.spec import Events, FeatureSpec
 
 @dataclass(frozen=True)
 class Cap:
-    """How often at most a user may have seen an item.
+    """The maximum number of times that a user may have seen an item.
 
     Attributes:
-        count: From so many on it is left out.
-        within_s: In so many seconds before the time that is asked for.
+        count: The item is left out once it was seen this many times.
+        within_s: The number of seconds before the time of the query in which events count.
     """
 
     count: int
@@ -34,7 +34,7 @@ class Cap:
 
 
 class LeftOut(TypedDict):
-    """An item that is not ranked, why, and how often the user saw it within its cap's time."""
+    """An item that is not ranked, the reason, and how often the user saw it within the cap's period."""
 
     item: str
     reason: Literal["cap"]
@@ -42,13 +42,13 @@ class LeftOut(TypedDict):
 
 
 def bids_of(bids: Sequence[float | None]) -> NDArray[np.float64] | None:
-    """The bids of n items, `[n]` float64; None where no item has one.
+    """Returns the bids of n items, `[n]` float64; None if no item has one.
 
     >>> bids_of([1.5, 0.0]).tolist(), bids_of([None, None])
     ([1.5, 0.0], None)
 
     Raises:
-        BadRequest: Some items have one and others do not, or one is negative or not finite.
+        BadRequest: Some items have a bid and others do not, or a bid is negative or not finite.
     """
     if all(one is None for one in bids):
         return None
@@ -65,16 +65,17 @@ def bids_of(bids: Sequence[float | None]) -> NDArray[np.float64] | None:
 
 
 def check_caps(caps: Sequence[Cap | None], spec: FeatureSpec) -> None:
-    """Refuses caps of which a history cannot say whether they are reached.
+    """Refuses caps that cannot be checked against a history.
 
     >>> check_caps([Cap(3, 86400.0), None], FeatureSpec())
 
     Args:
-        caps: Of n items.
-        spec: Of the version that answers: how many events a history holds, and for how long it surely has them.
+        caps: The caps of n items.
+        spec: The served version's feature spec, which defines how many events a history holds, and for how long.
 
     Raises:
-        BadRequest: A count is less than 1 or more than a history holds, or a time is not above 0 or beyond the longest window.
+        BadRequest: A count is less than 1 or more than a history holds. Or a period is not above 0, or exceeds the
+            longest window.
     """
     longest_s = spec.windows_s[-1]
     for place, cap in enumerate(caps):
@@ -91,14 +92,14 @@ def check_caps(caps: Sequence[Cap | None], spec: FeatureSpec) -> None:
 def over_caps(
     items: Sequence[int], caps: Sequence[Cap | None], events: Events, impressions: Sequence[int], at_ms: int
 ) -> dict[int, int]:
-    """Which of n items have reached their caps, by place, and how often the user saw each within its cap's time.
+    """Returns the items that have reached their caps: index to the number of times seen within the cap's period.
 
     Args:
-        items: Their ids.
-        caps: Of each the cap; None where it has none.
-        events: The user's, as they count for this answer.
-        impressions: Numbers of the actions that are counted; all where there are none.
-        at_ms: The time that is asked for; events up to it count, and those later than `within_s` before it.
+        items: The ids of n items.
+        caps: The cap of each item; None if it has none.
+        events: The user's events that count for this answer.
+        impressions: The numbers of the actions that count; if empty, all count.
+        at_ms: The time of the query; events count that are at most this late and less than `within_s` older.
     """
     shown = events[np.isin(events["action"], impressions)] if len(impressions) else events
     times: dict[int, list[int]] = {}

@@ -1,9 +1,9 @@
-"""How probable it is that one user engages with each of many items, by one version.
+"""Scores how likely one user is to engage with each of many items, with one version.
 
-The program answers pairs: one row, one user and one item. What it is told of
-the user is written once for all rows of a batch. Where it says what items are
-near to (`item_query`, see `trainer/model/ranker.py`), it is asked once for each
-category, without an item, and each item adds one product and its crosses.
+The program scores pairs: each row is one user and one item. The user's inputs are
+written once for all rows of a batch. If the program has the output `item_query`
+(see `trainer/model/ranker.py`), it runs once per category, without an item. Each
+item then adds one dot product and its crosses.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from state.features.arrays import Vector
 F32 = NDArray[np.float32]
 
 ITEM_INPUTS = ("item_row", "category_row", "cross")
-"""The program's inputs that speak of the item; with them the rows of the ranker's own tables that do."""
+"""The program's inputs that depend on the item, in addition to the item's rows of the ranker's custom tables."""
 
 
 class UserPairs:
-    """Scores items for one user; as good as what is prepared.
+    """Scores items for one user; valid as long as the prepared query.
 
     Args:
-        predictor: What answers.
-        prepared: One question, without an item.
-        outputs: What the program says of it.
+        predictor: The predictor.
+        prepared: One prepared query, without an item.
+        outputs: The program's outputs for it.
 
     Attributes:
-        categories: Of all items so far, those that they count as of; 0 where none is known.
-        query: What items are near to, `[dim]` float32; None where the version's program does not say.
+        categories: The categories of all items scored so far; 0 if unknown.
+        query: The vector that item rows are multiplied with, `[dim]` float32; None if the program does not have it.
     """
 
     def __init__(self, predictor: Predictor, prepared: Prepared, outputs: Mapping[str, F32]) -> None:
@@ -46,10 +46,10 @@ class UserPairs:
         self.query: F32 | None = outputs["item_query"][0].copy() if "item_query" in outputs else None
 
     def logits(self, items: Sequence[tuple[int, int]]) -> F32:
-        """The engagement logit of each item, `[n]` float32. The program must have the version's weights.
+        """Returns the engagement logit of each item, `[n]` float32. The program must have the version's weights loaded.
 
         Args:
-            items: At most `PAIRS`: the id of each and of its category; 0 where the one that it was last seen in counts.
+            items: At most `PAIRS` pairs of item id and category id; 0 for the category the item was last seen in.
         """
         prepared = self._prepared
         if self.query is not None and not prepared.version.own:
@@ -59,7 +59,7 @@ class UserPairs:
         return self._engagement(asked, batch_of(len(items)))
 
     def _near(self, items: Sequence[tuple[int, int]], query: F32) -> F32:
-        """What the category of each item says, its row times the query, and its crosses."""
+        """Computes logits as the sum of the category's logit, the item's row times the query, and the crosses."""
         prepared, predictor, size = self._prepared, self._predictor, BATCHES[-1]
         version, rows = prepared.version, prepared.rows
         categories = predictor.catalogue.categories_of(items)
@@ -81,7 +81,7 @@ class UserPairs:
         return found
 
     def _engagement(self, asked: Sequence[Asked], size: int) -> F32:
-        """What the program says of each, in one batch of `size` rows."""
+        """Runs the program on each pair, in one batch of `size` rows."""
         version, rows, count = self._prepared.version, self._prepared.rows, len(asked)
         vectors, inputs = self._vectors(count), self._batch(size)
         for name in ITEM_INPUTS:
@@ -93,12 +93,12 @@ class UserPairs:
         return version.program.predict(inputs)["engagement_logit"][:count].reshape(count).copy()
 
     def _vectors(self, count: int) -> Vector:
-        """The user's windows, as often as that."""
+        """Repeats the user's windows `count` times."""
         columns: list[Any] = [np.broadcast_to(one, (count, *one.shape[1:])) for one in self._prepared.vectors]
         return Vector(*columns)
 
     def _batch(self, size: int) -> Inputs:
-        """What the program is told of the user, in `size` rows."""
+        """Returns the user's inputs, repeated in `size` rows."""
         if size not in self._batches:
             shapes = self._prepared.version.program.shapes
             self._batches[size] = {
@@ -109,7 +109,7 @@ class UserPairs:
 
 
 def in_batches(items: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
-    """Items in pieces of at most `PAIRS`.
+    """Splits items into batches of at most `PAIRS`.
 
     >>> [len(piece) for piece in in_batches([(1, 0)] * 300)]
     [256, 44]

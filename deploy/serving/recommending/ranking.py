@@ -1,4 +1,4 @@
-"""Ranks the items that a caller names, for one user, all by one version."""
+"""Ranks the items that a caller names for one user, all with one version."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ MOST_ITEMS = 1000
 
 
 class NamedItem(NamedTuple):
-    """An item as a caller names it.
+    """An item to rank.
 
     Attributes:
         item: The raw id.
         category: The raw id of its category; by default the one it was last seen in.
-        bid: What an engagement is worth; None where items are ranked by probability.
-        cap: How often the user may see it; None where that does not matter.
+        bid: The value of an engagement; None to rank items by probability.
+        cap: How often the user may see the item; None for no limit.
     """
 
     item: str
@@ -36,9 +36,9 @@ class NamedItem(NamedTuple):
 
 
 class RankedItem(TypedDict):
-    """An item with the name of the category that it counts as of, None where none is known, and the probability.
+    """A ranked item: the name of its category (None if unknown), and the engagement probability.
 
-    With bids also its own, and what both make: probability × bid.
+    With bids, it also has its bid and the expected value: probability × bid.
     """
 
     item: str
@@ -53,8 +53,8 @@ class RankedItems(About):
     """The items of one user, best first.
 
     Attributes:
-        items: The most probable first, with bids the one of the highest expected value; of equal ones the one that was
-            named first.
+        items: The items by descending probability, or with bids by descending expected value; ties keep the order of
+            the request.
     """
 
     items: list[RankedItem]
@@ -62,10 +62,10 @@ class RankedItems(About):
 
 @dataclass(slots=True)
 class CappedItems(RankedItems):
-    """The same where some items have caps.
+    """The items of one user, best first, if some items have caps.
 
     Attributes:
-        left_out: Those that have reached theirs, in the order in which they were named.
+        left_out: The items that have reached their caps, in the order of the request.
     """
 
     left_out: list[LeftOut]
@@ -74,17 +74,17 @@ class CappedItems(RankedItems):
 def rank(
     predictor: Predictor, query: Query, items: Sequence[NamedItem], impressions: Sequence[int] = ()
 ) -> Generator[None, None, RankedItems]:
-    """Ranks items; stops after each batch, so that others are answered meanwhile, and returns the answer.
+    """Ranks items and returns the answer; yields after each batch, so that other requests are answered in between.
 
     Args:
-        predictor: What answers.
-        query: About the user, without an item.
-        items: At least one, at most `MOST_ITEMS`.
-        impressions: Numbers of the actions that caps count; all where there are none.
+        predictor: The predictor.
+        query: The query about the user, without an item.
+        items: 1 to `MOST_ITEMS` items.
+        impressions: The numbers of the actions that caps count; if empty, all count.
 
     Raises:
-        BadRequest: Bids or caps are none; see `advertising.py`.
-        NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: As `Predictor.profiles`.
+        BadRequest: Bids or caps are invalid; see `advertising.py`.
+        NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: See `Predictor.profiles`.
     """
     ids = [(public_id(one.item), 0 if one.category is None else public_id(one.category)) for one in items]
     bids = bids_of([one.bid for one in items])
@@ -96,7 +96,7 @@ def rank(
         kept = [place for place in range(len(items)) if place not in over]
         pairs, found = UserPairs(predictor, prepared, outputs), [np.empty(0, np.float32)]
         for piece in in_batches([ids[place] for place in kept]):
-            # Others may have been answered by a version that came meanwhile.
+            # Other requests may have loaded a newer version in between.
             predictor.take_up(reader)
             found.append(pairs.logits(piece))
             yield
@@ -128,7 +128,7 @@ def _over(
     ids: Sequence[tuple[int, int]],
     impressions: Sequence[int],
 ) -> dict[int, int]:
-    """The places of items that have reached their caps, with how often the user saw each; histories are read only where there are caps."""
+    """Returns `over_caps` of the items; reads the history only if some items have caps."""
     caps = [one.cap for one in items]
     if all(one is None for one in caps):
         return {}
@@ -139,7 +139,7 @@ def _over(
 
 
 def about_user(about: Answer, items: list[RankedItem]) -> RankedItems:
-    """The answer about a user's items."""
+    """Builds the answer about a user's items."""
     return RankedItems(
         about.user_id, about.known, about.cold_start, about.version, about.at, about.at_ms, about.clock, items
     )

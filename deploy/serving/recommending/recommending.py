@@ -1,10 +1,10 @@
-"""Recommends items to one user: proposes some hundreds, ranks them by engagement, and gives new ones a share of their own.
+"""Recommends items to one user: generates hundreds of candidates, ranks them, and reserves a share for new items.
 
-1. The user's categories, popular ones and what came next over all users, as the version ranks them; and what was clicked.
-2. Candidates: of each category its most clicked items, the more the more probable it is; new items; what the user clicked;
-   items whose rows are near to what the user's engagement is multiplied with.
-3. The engagement of each, by the same version; more for what the user came back to.
-4. The best, of which a share is new.
+1. Rank the candidate categories with the version (the user's, popular ones and successors), and read the user's clicks.
+2. Generate candidates: the most clicked items of each category, more of them for a more probable category; new items;
+   items that the user clicked; items whose rows are nearest to the user's item query vector.
+3. Score the engagement with each item, with the same version; add a bonus for items that the user clicked before.
+4. Choose the best items, a share of which is new.
 """
 
 from __future__ import annotations
@@ -32,28 +32,29 @@ from state.features.mask import Mask
 
 MOST_CANDIDATES = 2 * PAIRS
 FRESH_SHARE = 0.1
-"""Of the items of an answer, so many are new where there are so many new ones."""
+"""The share of new items in an answer, if there are enough new ones."""
 FRESH_CANDIDATES = 64
 FEW = 4
 MOST_OF_CATEGORY = 128
 SEEN_CANDIDATES = 64
 RETURN, VISITS = 6.0, 2.0
-"""How much more probable a click on something that the user clicked before is than its engagement says, as logits: for
-being that, and for the logarithm of its visits. Engagement is learned against items of others, and hardly tells who
-comes back to what: on Taobao's clicks, of which a quarter repeat an item, 20 items ranked by it alone have the next one
-4 times of 100, with these 16 times, and the user's own 20 latest 15 times (`tests/bench/recommend.py`)."""
+"""The logit bonus for an item that the user clicked before: `RETURN`, plus `VISITS` times the logarithm of its visits.
+
+Engagement is trained against items of other users, so it hardly predicts repeated clicks. On Taobao's clicks, a quarter
+repeat an item. There, the top 20 by engagement alone contain the next item 4 times in 100, with the bonus 16 times.
+The user's own 20 latest items contain it 15 times (`tests/bench/recommend.py`)."""
 SIMILAR_CANDIDATES = 96
 
 Reason = Literal["again", "category", "next", "popular", "similar", "fresh"]
 
 
 class WantedItems(NamedTuple):
-    """What is to be recommended.
+    """The parameters of a recommendation.
 
     Attributes:
-        most: So many items at most.
-        category: Only items of the category with this raw id.
-        exclude_seen: Leaves out what the user clicked.
+        most: The maximum number of items.
+        category: Recommend only items of the category with this raw id.
+        exclude_seen: Whether to leave out items that the user clicked.
     """
 
     most: int
@@ -62,7 +63,7 @@ class WantedItems(NamedTuple):
 
 
 class Recommended(TypedDict):
-    """An item (its name, or id where it has none), its id, its category's name, the probability, and why it is here."""
+    """A recommended item: its name (its id if it has no name), id, category name, probability and reason."""
 
     item: str
     id: str
@@ -73,13 +74,13 @@ class Recommended(TypedDict):
 
 @dataclass(slots=True)
 class Recommendations(About):
-    """The items of one user, best first; those that the user clicked before come earlier than their probabilities say."""
+    """The items of one user, best first; items that the user clicked before rank above their probability."""
 
     items: list[Recommended]
 
 
 class Proposed(NamedTuple):
-    """Why an item is a candidate, and of which category; 0 for the one that it was last seen in."""
+    """The reason why an item is a candidate, and its category; 0 for the category it was last seen in."""
 
     reason: Reason
     category: int
@@ -88,16 +89,16 @@ class Proposed(NamedTuple):
 def recommend(
     predictor: Predictor, sources: ItemSources, query: Query, wanted: WantedItems
 ) -> Generator[None, None, Recommendations]:
-    """Recommends items; stops after each batch, so that others are answered meanwhile, and returns the answer.
+    """Recommends items and returns the answer; yields after each batch, so that other requests are answered in between.
 
     Args:
-        predictor: What answers.
-        sources: Where items come from.
-        query: About the user, without an item, and with all interests.
-        wanted: What is to be recommended.
+        predictor: The predictor.
+        sources: The sources of candidate items.
+        query: The query about the user, without an item, and with all interests.
+        wanted: The parameters of the recommendation.
 
     Raises:
-        NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: As `Predictor.profiles`.
+        NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: See `Predictor.profiles`.
     """
     with predictor.reading() as reader:
         # 1.
@@ -118,7 +119,7 @@ def recommend(
         ids = [(item, proposed.category) for item, proposed in found.items()]
         # 3.
         for piece in in_batches(ids):
-            # Others may have been answered by a version that came meanwhile.
+            # Other requests may have loaded a newer version in between.
             predictor.take_up(reader)
             parts.append(pairs.logits(piece))
             yield
@@ -144,20 +145,20 @@ def recommend(
 
 
 def _shares(about: Answer, only: int | None) -> dict[int, float]:
-    """The categories to look in, each with its probability; the one that is asked for where one is."""
+    """Returns the categories to take candidates from, with their probabilities; only the requested one if given."""
     if only is not None:
         return {only: 1.0}
     return {int(one["id"], 16): one["probability"] for one in about.interests}
 
 
 def _kinds(prepared: Prepared) -> dict[int, Reason]:
-    """Why each category is a candidate."""
+    """Returns the reason why each category is a candidate."""
     kinds: dict[int, Reason] = dict.fromkeys(prepared.successors[0].tolist(), "next")
     return kinds | dict.fromkeys(prepared.asked[0].recent_categories, "category")
 
 
 def _new(shelves: Shelves, shares: Mapping[int, float], at_ms: int, mask: Mask) -> list[NewItem]:
-    """New items, those of the likeliest categories first, then others, without those first clicked while masked."""
+    """Returns new items of the likeliest categories and of all; excludes items first clicked in a masked period."""
     likely = sorted(shares, key=lambda category: -shares[category])[:8]
     found = {one.item: one for category in likely for one in shelves.newest(FEW, category)}
     if len(shares) > 1:
@@ -178,16 +179,16 @@ def candidates(
     visits: Mapping[int, float],
     near: Sequence[int],
 ) -> dict[int, Proposed]:
-    """At most `MOST_CANDIDATES` items, each with why it is one.
+    """Generates at most `MOST_CANDIDATES` items, each with the reason.
 
     Args:
-        shelves: What is known of items.
-        shares: The probability of each category to look in.
-        kinds: Why each of them is one; popular where that is not said.
-        new: Items that are new.
-        wanted: What is to be recommended.
-        visits: What the user clicked, as `visits_of` has it.
-        near: Items near to the user.
+        shelves: The candidate index: items by category.
+        shares: The probability of each category to take candidates from.
+        kinds: The reason for each category; `popular` if missing.
+        new: The new items.
+        wanted: The parameters of the recommendation.
+        visits: The items that the user clicked, from `visits_of`.
+        near: The items nearest to the user.
     """
     found = {one.item: Proposed("fresh", one.category) for one in new}
     if wanted.category is None and not wanted.exclude_seen:
@@ -207,16 +208,16 @@ def candidates(
 
 
 def visits_of(items: NDArray[np.uint64]) -> dict[int, float]:
-    """How much a user visited each item, the most visited first.
+    """Computes how much a user visited each item; the most visited come first.
 
     >>> visits_of(np.array([7, 9, 0, 7], np.uint64))
     {7: 1.5, 9: 0.7071067811865475}
 
     Args:
-        items: `[n]` uint64, those of the user's events, the newest first; 0 is none.
+        items: `[n]` uint64, the items of the user's events, newest first; 0 for an event without an item.
 
     Returns:
-        By item the sum over its events of 1 / sqrt(k), where k is 1 of the newest event, 2 of the one before, and so on.
+        By item, the sum over its events of 1 / sqrt(k), where k is 1 for the user's newest event, 2 for the next, ...
     """
     found, first, place = np.unique(items, return_index=True, return_inverse=True)
     sums = np.bincount(place, 1.0 / np.sqrt(np.arange(1, len(items) + 1)), len(found))
@@ -225,7 +226,7 @@ def visits_of(items: NDArray[np.uint64]) -> dict[int, float]:
 
 
 def returning(visits: Sequence[float]) -> NDArray[np.float32]:
-    """What is added to the logits of items that the user clicked before, `[n]` float32; 0 of others, which have no visits.
+    """Returns the logit bonus of items that the user clicked before, `[n]` float32; 0 for items without visits.
 
     >>> returning([0.0, 1.0]).tolist()
     [0.0, 6.0]
@@ -235,7 +236,7 @@ def returning(visits: Sequence[float]) -> NDArray[np.float32]:
 
 
 def best(scores: NDArray[np.float32], fresh: NDArray[np.bool_], count: int) -> NDArray[np.intp]:
-    """The places of the best, best first; a share of them are fresh where there are so many fresh ones.
+    """Returns the indices of the best items, best first; reserves `FRESH_SHARE` for fresh items if there are enough.
 
     >>> best(np.array([3.0, 2.0, 1.0, 0.0]), np.array([False, False, False, True]), 2).tolist()
     [0, 3]

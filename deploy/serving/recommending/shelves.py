@@ -1,9 +1,9 @@
-"""Which items a host knows by category: how much they are clicked, and since when. In one worker's memory.
+"""An in-memory candidate index of one worker: items by category, with click weights and first-click times.
 
-It only proposes: whoever answers reads the rows of what is proposed at the
-version of the answer. It begins with the newest clicks of users, and goes on
-with the feed that the applier writes (`deploy/serving/item_feed.py`). A click
-counts half after a day of log time. Nothing is read but what a turn asks for.
+The index only proposes items; the answer reads their rows at its own version. The
+index is built from users' newest clicks, and then follows the feed that the applier
+writes (`deploy/serving/item_feed.py`). The weight of a click halves per day of log
+time. Only `turn` reads from the stores.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from state.history.store import HistoryStore
 HALF_MS = 86_400_000
 MOST_ON_A_SHELF = 512
 MOST_ITEMS = 300_000
-"""On all shelves; some 40 MB."""
+"""The maximum number of items in all categories; about 40 MB."""
 MOST_USERS = 100_000
-"""Users whose newest click is counted at the beginning."""
+"""The maximum number of users whose newest click is counted when the index is built."""
 USERS_AT_ONCE = 50
 NEW_AT_ONCE = 200
 NOTES_AT_ONCE = 8
 
 
 class NewItem(NamedTuple):
-    """An item that was clicked for the first time: its category, and when, in milliseconds of log time."""
+    """A new item, its category, and the log time of its first click in milliseconds."""
 
     item: int
     category: int
@@ -36,13 +36,13 @@ class NewItem(NamedTuple):
 
 @dataclass
 class _Shelf:
-    """The items of one category: weights, and the order by weight where it is still right."""
+    """The items of one category: weights, and the cached order by weight (None if outdated)."""
 
     weights: dict[int, float] = field(default_factory=dict)
     ordered: list[int] | None = None
 
     def add(self, item: int, weight: float) -> int:
-        """Counts a click; returns how many items there are more than before."""
+        """Adds a click's weight; returns the change in the number of items."""
         before = len(self.weights)
         self.weights[item] = self.weights.get(item, 0.0) + weight
         self.ordered = None
@@ -51,7 +51,7 @@ class _Shelf:
         return len(self.weights) - before
 
     def keep(self, most: int) -> int:
-        """Forgets all but the best; returns how many."""
+        """Drops all items except the best; returns the number of dropped items."""
         before = len(self.weights)
         self.weights, self.ordered = {one: self.weights[one] for one in self.best(most)}, None
         return before - len(self.weights)
@@ -63,10 +63,10 @@ class _Shelf:
 
 
 class Shelves:
-    """Items by category; use it in one thread.
+    """The candidate index: items by category. Used by one thread.
 
     Args:
-        histories: The host's histories, read only.
+        histories: The host's histories, opened read-only.
     """
 
     def __init__(self, histories: HistoryStore) -> None:
@@ -82,20 +82,20 @@ class Shelves:
         self._read = Feed(max(0, head.seq - SLOTS), max(0, head.new - NEW_SLOTS))
 
     def turn(self) -> bool:
-        """Reads some of what is not read yet, at most a few milliseconds' worth; whether there is more."""
+        """Reads the next part of the feed, for at most a few milliseconds; returns whether there is more."""
         head = Feed.of(self._histories)
         if head.seq < self._read.seq or head.new < self._read.new:
-            # The store was begun anew.
+            # The store was rebuilt.
             self._read = Feed()
         return any((self._turn_new(head), self._turn_clicked(head), self._turn_users()))
 
     def best(self, category: int, most: int) -> list[int]:
-        """The items of a category with the most clicks, the best first."""
+        """Returns the items of a category with the highest click weights, best first."""
         shelf = self._shelves.get(category)
         return [] if shelf is None else shelf.best(most)
 
     def newest(self, most: int, category: int | None = None) -> list[NewItem]:
-        """The items that were clicked for the first time last, the newest first; of one category where one is given."""
+        """Returns the latest new items, newest first; only of one category if it is given."""
         found = self._new if category is None else self._new_of.get(category, ())
         return [one for one, _ in zip(reversed(found), range(most), strict=False)]
 
@@ -142,7 +142,7 @@ class Shelves:
         return self._next_user is not None
 
     def _weight(self, at_ms: int) -> float:
-        """How much a click counts; that of later ones is larger, so that nothing that is counted has to change."""
+        """Returns a click's weight; later clicks weigh more, so that stored weights need no decay."""
         self._begun_ms = self._begun_ms or at_ms
         return float(2.0 ** min(500.0, max(-500.0, (at_ms - self._begun_ms) / HALF_MS)))
 
@@ -152,7 +152,7 @@ class Shelves:
             shelf = self._shelves[category] = _Shelf()
         self._items += shelf.add(item, weight)
         while self._items > MOST_ITEMS:
-            # Each shelf in its turn gives half of what it has, so that no call has much to do.
+            # Halve one category after another, so that each call does little work.
             first = next(iter(self._shelves))
             shelf = self._shelves.pop(first)
             self._items -= shelf.keep(len(shelf.weights) // 2)

@@ -1,4 +1,4 @@
-"""Items near to one user, by nothing but the rows: what the user's engagement is multiplied with, times the item's row."""
+"""Finds the items nearest to one user: the dot product of the user's item query vector and each item's row."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from deploy.serving.recommending.near_items import NearItems
 from state.errors import NotOffered
 
 PROPOSED = 4
-"""So many times the items that are asked for are looked at: the index may be behind, and knows no attributes."""
+"""The factor by which candidates exceed the requested items: the index may lag, and does not include attributes."""
 
 
 class NearWanted(NamedTuple):
-    """What is asked for.
+    """The parameters of a request for similar items.
 
     Attributes:
-        most: So many items at most.
-        exclude_seen: Leaves out what the user clicked.
+        most: The maximum number of items.
+        exclude_seen: Whether to leave out items that the user clicked.
     """
 
     most: int
@@ -33,7 +33,7 @@ class NearWanted(NamedTuple):
 
 
 class SimilarItem(TypedDict):
-    """An item (its name, or id where it has none), its id, its category's name or None, and how near it is."""
+    """A similar item: its name (its id if it has no name), id, category name or None, and similarity."""
 
     item: str
     id: str
@@ -43,23 +43,23 @@ class SimilarItem(TypedDict):
 
 @dataclass(slots=True)
 class SimilarItems(About):
-    """The items near to one user, the nearest first."""
+    """The items nearest to one user, nearest first."""
 
     items: list[SimilarItem]
 
 
 def similar(predictor: Predictor, near: NearItems, query: Query, wanted: NearWanted) -> SimilarItems:
-    """Finds them; all rows are of one version.
+    """Finds the items nearest to a user; all rows are from one version.
 
     Args:
-        predictor: What answers.
-        near: What proposes.
-        query: About the user, without an item.
-        wanted: What is asked for.
+        predictor: The predictor.
+        near: The index that proposes items.
+        query: The query about the user, without an item.
+        wanted: The parameters of the request.
 
     Raises:
-        NotOffered: The version's model has no query of items.
-        NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: As `Predictor.profiles`.
+        NotOffered: The version's model has no output `item_query`.
+        NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: See `Predictor.profiles`.
     """
     with predictor.reading() as reader:
         prepared = predictor.prepare([query], reader)
@@ -92,13 +92,13 @@ def similar(predictor: Predictor, near: NearItems, query: Query, wanted: NearWan
 
 
 def near_to(near: NearItems, user: NDArray[np.float32], rows: VersionRows, most: int) -> Sequence[int]:
-    """The items near to a user that the version has a row of, nearly in order.
+    """Returns the items nearest to a user that have a row in the version, approximately in order.
 
     Args:
-        near: What proposes.
-        user: `[dim]` float32, what the user's engagement is multiplied with.
-        rows: Of the version.
-        most: How many at most.
+        near: The index that proposes items.
+        user: `[dim]` float32, the user's item query vector.
+        rows: The version's rows.
+        most: The maximum number of items.
     """
     return [item for item in near.nearest(user, most) if rows.has_item(item)]
 

@@ -1,4 +1,4 @@
-"""Where items to recommend come from, in one worker's memory: those clicked by category, and those near to a user."""
+"""In-memory sources of candidate items in one worker: clicked items by category, and items nearest to a user."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from state.rows.store import RowStore
 
 
 class ItemSources:
-    """Both, followed together; use them in one thread.
+    """Both sources of candidate items, updated together. Used by one thread.
 
     Args:
-        histories: The host's histories, read only.
-        rows: The host's rows, read only.
+        histories: The host's histories, opened read-only.
+        rows: The host's rows, opened read-only.
     """
 
     def __init__(self, histories: HistoryStore, rows: RowStore) -> None:
         self.shelves, self.near = Shelves(histories), NearItems(rows)
 
     def turn(self) -> bool:
-        """Reads some of what is not read yet, at most a few milliseconds' worth; whether there is more."""
+        """Reads the next part of the stores, for at most a few milliseconds; returns whether there is more."""
         return any((self.shelves.turn(), self.near.turn()))

@@ -1,4 +1,4 @@
-"""How the event loop of a worker takes turns: long answers in steps, and items followed between requests."""
+"""Interleaves work in a worker's event loop: runs long answers in steps, and updates item sources between requests."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from deploy.serving.recommending.sources import ItemSources
 from state.errors import SpringtideError
 
 TURN_S = 0.1
-"""Items are followed so often, once somebody asked for some."""
+"""The interval between updates of the item sources, after the first request for items."""
 MORE_S = 0.005
-"""The same while there is more to read."""
+"""The interval while there is more to read."""
 
 Found = TypeVar("Found")
 
 
 class ItemTurns:
-    """Follows the items of a host from the first request for some on; used by one event loop.
+    """Keeps a host's item sources up to date after the first request for items. Used by one event loop.
 
     Args:
-        host: Whose items.
+        host: The host whose stores are read.
     """
 
     def __init__(self, host: Host) -> None:
@@ -32,10 +32,10 @@ class ItemTurns:
         self._timer: asyncio.TimerHandle | None = None
 
     def sources(self) -> ItemSources:
-        """Where items come from, followed up to now or nearly so.
+        """Returns the sources of candidate items, nearly up to date.
 
         Raises:
-            NotReady: A store is not there yet.
+            NotReady: A store does not exist yet.
         """
         sources = self._host.sources()
         sources.turn()
@@ -52,15 +52,15 @@ class ItemTurns:
 
 
 async def in_turns(steps: Generator[None, None, Found], line: Line) -> Found:
-    """What a generator returns in the end; others are answered between its steps.
+    """Runs a generator and returns its result; other requests are answered between its steps.
 
     Args:
         steps: The generator.
-        line: That it stands in, as one piece.
+        line: The queue that admits it, as one piece.
 
     Raises:
-        Overloaded: It would wait too long.
-        TookTooLong: It did.
+        Overloaded: The expected wait is too long.
+        TookTooLong: The actual wait was too long.
     """
     spent_s = 0.0
     try:

@@ -1,1 +1,1 @@
-"""Splitting: while a rollout is open, a share of the users is answered by the trial's workers, and each answer is an exposure."""
+"""Traffic splitting: during a rollout, the trial's workers answer a share of the users; each answer is an exposure."""

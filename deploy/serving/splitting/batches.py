@@ -1,4 +1,4 @@
-"""A batch of questions, divided between the arms of a rollout, and the rows of its answers put together again. Pure."""
+"""Splits a batch of queries between the arms of a rollout, and merges the rows of the answers. Pure functions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import msgspec
 from state.rollouts.assignment import Arm
 
 QUESTIONS = ("profiles", "users")
-"""The names under which a batch has its questions: objects with `user_id`, or ids."""
+"""The fields in which a batch can have its queries: objects with `user_id`, or ids."""
 
 
 class Asker(msgspec.Struct):
-    """Of a question, whom it is about."""
+    """The user of a query."""
 
     user_id: str | int
 
@@ -25,13 +25,13 @@ class _Answered(msgspec.Struct):
 
 
 class QuestionBatch(msgspec.Struct, frozen=True):
-    """A batch as it was sent.
+    """A batch of queries, as the client sent it.
 
     Attributes:
-        name: Under which it has its questions.
-        questions: Each as it was sent.
-        users: The raw id that each is about.
-        rest: What else is asked, by name.
+        name: The field with the queries.
+        questions: The queries as raw JSON.
+        users: The raw user id of each query.
+        rest: The other fields by name, as raw JSON.
     """
 
     name: str
@@ -40,7 +40,7 @@ class QuestionBatch(msgspec.Struct, frozen=True):
     rest: Mapping[str, msgspec.Raw]
 
     def part(self, places: Iterable[int]) -> bytes:
-        """The body of a batch of these questions alone.
+        """Encodes the body of a batch with only the queries at `places`.
 
         >>> found = read(b'{"users": ["ann", 7, "bob"], "top": 3}')
         >>> found.users, found.part([0, 1])
@@ -50,7 +50,7 @@ class QuestionBatch(msgspec.Struct, frozen=True):
 
 
 def read(body: bytes) -> QuestionBatch | None:
-    """The batch of a request's body; None where it is none, and whoever answers says what is wrong.
+    """Parses a request's body; returns None if it is not a valid batch, and then the endpoint reports the error.
 
     >>> read(b'{"profiles": [{"user_id": 7, "item": "i1"}]}').users, read(b'{"users": 7}'), read(b"{}")
     (['7'], None, None)
@@ -69,7 +69,7 @@ def read(body: bytes) -> QuestionBatch | None:
 
 
 def rows(body: bytes) -> list[bytes] | None:
-    """The rows of an answer, each as it was sent; None where it is no answer to a batch.
+    """Returns the rows of an answer as raw JSON; None if it is not an answer to a batch.
 
     >>> rows(b'{"profiles":[{"a":1},{"a":2}]}'), rows(b"{}")
     ([b'{"a":1}', b'{"a":2}'], None)
@@ -81,7 +81,7 @@ def rows(body: bytes) -> list[bytes] | None:
 
 
 def joined(answers: Iterable[tuple[Arm, bytes]]) -> bytes:
-    """The answer to a batch, each row of which names its arm.
+    """Builds the answer to a batch; each row names its arm.
 
     >>> joined([("live", b'{"a":1}'), ("trial", b'{"a":2}')])
     b'{"profiles":[{"a":1,"arm":"live"},{"a":2,"arm":"trial"}]}'

@@ -1,12 +1,13 @@
-"""Answers a share of the users by the trial's workers while a rollout is open, and notes who was answered by which arm.
+"""Splits traffic during a rollout: sends a share of the users to the trial's workers, and records the exposures.
 
-1. The user of the question, whose place decides the arm (`state/rollouts/assignment.py`).
-2. Of the arm `trial`, the question goes to the workers at `rollout.address` as it came.
-3. Where they do not answer, this worker does: nobody goes without an answer for a trial. The exposure says that they failed.
-4. The answer says its arm, in the header `springtide-arm`, and the exposure is kept.
+1. Read the user of the query; a keyed hash of the user decides the arm (`state/rollouts/assignment.py`).
+2. For the arm `trial`, forward the query unchanged to the workers at `rollout.address`.
+3. If they do not answer, this worker answers, so a failed trial costs no user an answer. The exposure records the
+   failure.
+4. The answer names its arm in the header `springtide-arm`, and the exposure is stored.
 
-Of a batch each row has its own arm: the trial's workers are asked for theirs while this worker answers the others. No
-latency is compared by it, for the parts are of different sizes.
+In a batch, each row has its own arm. The trial's workers answer their rows while this worker answers the others.
+Batches have no latency comparison, because the parts differ in size.
 """
 
 from __future__ import annotations
@@ -36,29 +37,29 @@ from state.rollouts.rollout import Rollout
 from state.rollouts.rollouts import Rollouts
 
 ROUTES = frozenset(("profile", "explain", "rank", "recommendations", "similar"))
-"""Those that answer one user."""
+"""The endpoints that answer about one user."""
 
 MANY = "batch"
-"""The one that answers several."""
+"""The endpoint that answers about several users."""
 
 LOOK_S = 0.25
 
 MOST_IDLE = 64
-"""Connections to the trial that are kept; there are as many as questions under way."""
+"""The maximum number of idle connections to the trial; each query in flight uses one connection."""
 
 _PASSED_ON = (b"authorization", b"content-type", b"accept")
 _log = logging.getLogger(__name__)
 
 
 class Split:
-    """Splits the questions of one worker; used in its event loop.
+    """Splits the queries of one worker. Used in its event loop.
 
     Args:
-        settings: Of the whole system.
-        salt: Of the pseudonyms.
+        settings: The system's settings.
+        salt: The salt of the pseudonyms.
         now_ms: The wall clock.
         clock_s: A monotonic clock.
-        transport: What carries questions to the trial; by default httpx's own.
+        transport: The HTTP transport to the trial; by default httpx's own.
     """
 
     def __init__(
@@ -84,10 +85,10 @@ class Split:
         self._say = SaidOnce(_log.warning)
 
     async def answer(self, request: Request) -> Response:
-        """Answers a request, whichever arm its user is in; as the endpoint does where no rollout is open.
+        """Answers a request with its user's arm; without an open rollout, the endpoint answers.
 
         Raises:
-            SpringtideError: Of the endpoint.
+            SpringtideError: The endpoint raised it.
         """
         rollout = self._open_rollout()
         if rollout is None or request.endpoint.name not in (*ROUTES, MANY):
@@ -98,7 +99,7 @@ class Split:
         if request.endpoint.name == MANY:
             batch = batches.read(body)
             if batch is None or not 1 <= len(batch.users) <= MOST_PROFILES:
-                # The endpoint says what is wrong.
+                # The endpoint reports the error.
                 return await request.endpoint.answer(request)
             return await self._many(request, batch, rollout, at_ms)
         user = _asker(request, body)
@@ -115,13 +116,13 @@ class Split:
             if error.http_status >= 500:
                 self._note([noted], failed=ARMS, took_us=self._took_us(began_s))
             raise
-        # 4. A question that is refused exposes nobody to anything.
+        # 4. A refused query is not an exposure.
         if response.status < 400:
             self._note([noted], failed=(TRIAL,) if failed else (), took_us=self._took_us(began_s))
         return response._replace(headers=[*response.headers, (b"springtide-arm", noted.arm.encode())])
 
     async def _many(self, request: Request, batch: QuestionBatch, rollout: Rollout, at_ms: int) -> Response:
-        """Answers a batch, each row by its user's arm."""
+        """Answers a batch, each row with its user's arm."""
         # 1.
         noted = [self._exposure(rollout, user, at_ms) for user in batch.users]
         places = {arm: [place for place, one in enumerate(noted) if one.arm == arm] for arm in ARMS}
@@ -134,7 +135,7 @@ class Split:
             failed = theirs is None
             rows = [*(await _ours(request, batch, places[TRIAL]) if theirs is None else theirs), *ours]
         except BadRequest:
-            # It names a place in a part; in the whole batch that is another one.
+            # The error names a position in a part of the batch; the whole batch gives the right position.
             return await request.endpoint.answer(request)
         except SpringtideError as error:
             if error.http_status >= 500:
@@ -146,7 +147,7 @@ class Split:
         return Response(200, batches.joined((one.arm, by_place[place]) for place, one in enumerate(noted)))
 
     async def _theirs(self, request: Request, batch: QuestionBatch, places: Sequence[int]) -> list[bytes] | None:
-        """The rows of the trial's workers; None where they do not answer, or fail."""
+        """Returns the rows from the trial's workers; None if they do not answer, or fail."""
         if not places:
             return []
         given = await self._forwarded(request, batch.part(places))
@@ -154,13 +155,13 @@ class Split:
         return rows if rows is not None and len(rows) == len(places) else None
 
     def _exposure(self, rollout: Rollout, user: str, at_ms: int) -> Exposure:
-        """Of a user who asks, what can be said before the answer."""
+        """Builds the exposure of a user, with the fields that are known before the answer."""
         pseudonym = user_id(self._salt, user)
         arm = arm_of(place_of(self._salt, rollout.name, pseudonym), rollout.share)
         return Exposure(f"{pseudonym:016x}", rollout.name, rollout.step, rollout.share, arm, at_ms, None)
 
     def _note(self, noted: Sequence[Exposure], failed: Sequence[Arm], took_us: int | None = None) -> None:
-        """Keeps exposures; those of the arms `failed` say that they failed."""
+        """Stores exposures; marks those of the arms `failed` as failed."""
         told = (msgspec.structs.replace(one, took_us=took_us, failed=one.arm in failed) for one in noted)
         self._spool.write(b"\n".join(map(encode, told)))
 
@@ -168,11 +169,11 @@ class Split:
         return round(1e6 * (self._clock_s() - began_s))
 
     def close(self) -> None:
-        """Ends the file of exposures."""
+        """Closes the file of exposures."""
         self._spool.close()
 
     def _open_rollout(self) -> Rollout | None:
-        """The rollout that is open, as of a quarter of a second ago at most; where it cannot be read, the one of before."""
+        """Returns the open rollout, at most `LOOK_S` old; if it cannot be read, the last known one."""
         now_s = self._clock_s()
         if now_s - self._look_s >= LOOK_S:
             self._look_s = now_s
@@ -183,7 +184,7 @@ class Split:
         return self._rollout if self._rollout is not None and self._rollout.is_open else None
 
     async def _forwarded(self, request: Request, body: bytes) -> Response | None:
-        """What the trial's workers answer; None where they do not, or fail."""
+        """Forwards a request to the trial's workers; returns None if they do not answer, or fail."""
         query, path = request.query_string, request.scope["raw_path"].decode("latin-1")
         named = {one.decode(): value for one in _PASSED_ON if (value := header(request.scope, one)) is not None}
         try:
@@ -204,10 +205,10 @@ class Split:
 
 
 async def _ours(request: Request, batch: QuestionBatch, places: Sequence[int]) -> list[bytes]:
-    """The rows that this worker answers.
+    """Computes the rows of this worker's arm.
 
     Raises:
-        SpringtideError: Of the endpoint.
+        SpringtideError: The endpoint raised it.
     """
     if not places:
         return []
@@ -218,18 +219,18 @@ async def _ours(request: Request, batch: QuestionBatch, places: Sequence[int]) -
 
 
 def _asker(request: Request, body: bytes) -> str | None:
-    """The raw id of the user whom a question is about; None where it names none."""
+    """Returns the raw user id of a query; None if there is none."""
     if (user := request.path.get("user_id")) is not None:
         return user
     try:
         return str(msgspec.json.decode(body, type=Asker).user_id)
     except (msgspec.MsgspecError, UnicodeDecodeError):
-        # The endpoint says what is wrong.
+        # The endpoint reports the error.
         return None
 
 
 def _whole(body: bytes) -> Receive:
-    """Gives a body that was read already once more."""
+    """Returns an ASGI receive function that replays a body."""
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": body, "more_body": False}

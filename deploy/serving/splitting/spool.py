@@ -1,9 +1,9 @@
-"""Exposures on their way from workers, which know no Kafka, to the applier of their host, which sends them.
+"""A spool of exposures: workers, which do not use Kafka, write files that the applier of their host sends to Kafka.
 
-Each worker writes files of its own, one each quarter of a second in which it
-answers somebody. The applier takes those that nobody writes any more, sends
-them, and removes them once Kafka has acknowledged them: after a crash in
-between some are sent twice. They count users, not records.
+Each worker writes its own files, one per quarter of a second in which it answers
+queries. The applier sends the files that are no longer written, and removes them
+once Kafka has acknowledged them. After a crash in between, some exposures are sent
+twice. That does no harm, because exposures count users, not records.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from pathlib import Path
 from state.process.said_once import SaidOnce
 
 FILE_MS = 250
-"""For so long a file is written."""
+"""How long a worker writes to one file."""
 
 SETTLED_MS = 500
-"""After so long nobody writes it any more."""
+"""The age after which a file is no longer written."""
 
 MOST_BYTES = 256 << 20
-"""Of all files: while Kafka is away the oldest make room."""
+"""The maximum size of all files; if Kafka is unreachable, the oldest files beyond it are removed."""
 
 _ENDING = ".jsonl"
 
 
 class ExposureSpool:
-    """Writes the exposures of one worker; one thread.
+    """Writes the exposures of one worker. Used by one thread.
 
     Args:
         folder: The host's directory of exposures.
         now_ms: The wall clock.
-        say: Takes a line for the log.
+        say: Logs a message.
     """
 
     def __init__(self, folder: Path, now_ms: Callable[[], int], say: Callable[[str, str], object]) -> None:
@@ -40,7 +40,7 @@ class ExposureSpool:
         self._handle, self._opened_ms = -1, 0
 
     def write(self, record: bytes) -> None:
-        """Keeps one; where the disk refuses, that is said, and the answer goes its way without it."""
+        """Writes an exposure; a disk error is only logged, and does not affect the answer."""
         now_ms = self._now_ms()
         try:
             if self._handle < 0 or not self._opened_ms <= now_ms < self._opened_ms + FILE_MS:
@@ -51,7 +51,7 @@ class ExposureSpool:
             self._say(f"exposures are lost: {error}")
 
     def close(self) -> None:
-        """Ends the file that is written."""
+        """Closes the current file."""
         if self._handle >= 0:
             os.close(self._handle)
         self._handle = -1
@@ -65,7 +65,7 @@ class ExposureSpool:
 
 
 def settled(folder: Path, now_ms: int) -> Iterator[tuple[Path, list[bytes]]]:
-    """The files that nobody writes any more, oldest first, each with its records; a torn last one is left out.
+    """Yields the files that are no longer written, oldest first, with their records, without a torn last record.
 
     Args:
         folder: The host's directory of exposures.
@@ -78,7 +78,7 @@ def settled(folder: Path, now_ms: int) -> Iterator[tuple[Path, list[bytes]]]:
 
 
 def make_room(folder: Path, most_bytes: int = MOST_BYTES) -> int:
-    """Removes the oldest files beyond so many bytes; returns how many."""
+    """Removes the oldest files until at most `most_bytes` are left; returns the number of removed files."""
     files = _files(folder)
     left, removed = sum(path.stat().st_size for path in files), 0
     for path in files:
