@@ -1,4 +1,4 @@
-"""The clicks that a trainer learns again after a rollback: from the version rolled back to up to the last one learned."""
+"""The clicks to learn again after a rollback: from the version rolled back to, up to the last one learned before."""
 
 from __future__ import annotations
 
