@@ -26,8 +26,8 @@ def close_to_others(directory: Path) -> None:
 def others_may(path: Path) -> bool:
     """Whether users other than this process's user may read or write a file that holds a secret.
 
-    A file of root that is readable by one of our groups counts as private. Kubernetes mounts a secret this way for a
-    user other than root, and nobody else is in that group.
+    A file of root may be readable by its group if that is one of ours. Kubernetes mounts a secret this way for a user
+    other than root, and nobody else is in that group.
 
     Raises:
         OSError: The file does not exist.

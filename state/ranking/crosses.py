@@ -25,9 +25,9 @@ The shares are learned too, one pair for each name of a cross.
     with user   item, category, each context field, each attribute of the item
     in context  each context field with category and with each attribute of the item
 
-An answer is a banded summary of the user's labels and events so far, such as
-how many of how many impressions were positive, or that this event is the third
-of a session. A missing value (id 0) removes the crosses that it is part of.
+An answer is a banded summary of the user's labels and events so far. Examples
+are how many of how many impressions were positive, or that this event is the
+third of a session. A missing value (id 0) removes the crosses that it is part of.
 """
 
 from __future__ import annotations

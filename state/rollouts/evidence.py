@@ -1,8 +1,8 @@
 """Evidence about the two arms of a rollout: exposures, and the engagements that followed them. Pure.
 
 An engagement counts for the arm and the step of its user's last exposure before
-it became known, by the clocks of this system's own processes. The rate is
-engagements per answer. Arms are compared within each step, because users behave
+it became known. Times are by the clocks of this system's own processes. The rate
+is engagements per answer. Arms are compared within each step, because users behave
 differently at different hours (`state/statistics/strata.py`). The variance is
 that of sums per user.
 

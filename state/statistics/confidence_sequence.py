@@ -15,8 +15,8 @@ central limit theory and asymptotic confidence sequences, 2021, theorem 2.2, wit
 1 / rho^2 there as `r` here).
 
 Rows of one user are not independent. So all rows of a user are in one of BLOCKS
-blocks, and the variance is that of the blocks' sums, whatever the dependence
-within a block (the ratio estimator of cluster sampling: Cochran, Sampling
+blocks. The variance is that of the blocks' sums, whatever the dependence within
+a block (the ratio estimator of cluster sampling: Cochran, Sampling
 Techniques, 1977, chapter 9A). Sums whose later parts correlate with their earlier
 ones meet a boundary more rarely than a random walk of the same variances (Slepian,
 The one-sided barrier problem for Gaussian noise, 1962), so the sequence stays valid.
@@ -49,9 +49,9 @@ UNBOUNDED = (-math.inf, math.inf)
 def tuning(planned_rows: float, alpha: float) -> float:
     """The `r` of the normal mixture for which intervals are about as narrow as possible after `planned_rows` rows.
 
-    r = n / (log(1 / alpha^2) + log(1 + log(1 / alpha^2))) (Howard et al. 2021, section 3.5). It must be fixed before the
-    first row. At other times intervals are wider than the narrowest possible ones: by a quarter after a tenth of the
-    rows, by 7 % after ten times as many.
+    r = n / (log(1 / alpha^2) + log(1 + log(1 / alpha^2))) (Howard et al. 2021, section 3.5). It must be fixed before
+    the first row. At other times intervals are wider than the narrowest possible ones: by a quarter after a tenth of
+    the rows, by 7 % after ten times as many.
 
     Args:
         planned_rows: More than 0.

@@ -6,7 +6,7 @@ differ although the arms do not (Simpson's paradox). Within one stratum the rows
 are of the same time.
 
 The differences of the strata are weighted by their effective number of rows, 1 /
-(1 / n + 1 / m), as in post-stratification (Cochran, Sampling Techniques, 1977,
+(1 / n + 1 / m). This is post-stratification (Cochran, Sampling Techniques, 1977,
 chapter 5A). These numbers add up to the clock of the whole. Strata follow each
 other in time, so the weighted sum continues from one to the next, and the
 boundary of a single difference stays valid (`arms.py`).

@@ -3,10 +3,11 @@
     losses/<name>.wanted       a reader exists: a trainer writes only while there is such a file
     losses/<number>.losses     frames, one for each record of the training log, in the order of training
 
-A frame is its header (offset int64, rows uint32, CRC-32 of the rest, uint32). It
-is followed by the user block of each row with a category (uint16, `users modulo
-BLOCKS`, so it contains no pseudonym), then by their log losses (float64). All
-values are little-endian.
+A frame has three parts, all little-endian:
+
+- its header: offset int64, rows uint32, CRC-32 of the rest, uint32;
+- for each row with a category the block of its user, uint16: `users modulo BLOCKS`, so it has no pseudonym;
+- the log loss of each of these rows, float64.
 
 Each start of a trainer begins a new file, so only the last frame of a file may be
 torn; a torn frame is never read. Records that a trainer learns again after a crash

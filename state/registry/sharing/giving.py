@@ -1,9 +1,9 @@
 """Pushes the versions of a shared registry's trainer to the object store: recent ones in packs, durable ones by file.
 
-Recent versions are sent as soon as they exist and the pack before is sent,
-several in one pack and at most one pack per `share_s`. A durable version is sent
-with its program: its files, its manifest, the catalogue. So it is visible
-completely or not at all. A version that is deleted leaves the catalogue first.
+Recent versions are sent as soon as they exist and the pack before is sent. A pack
+has several versions, and there is at most one pack per `share_s`. A durable
+version is sent with its program: its files, its manifest, the catalogue. So it is
+visible completely or not at all. A version that is deleted leaves the catalogue first.
 
 If a request fails, the version stays here, durable, and is sent once the store
 can be reached again. Training and publishing on this host never wait for it.
