@@ -1,8 +1,8 @@
-"""Named places where a process may be killed, so that tests can crash it between any two steps.
+"""Named kill points: places in the code where a test can kill or stop the process, to crash it between any two steps.
 
-`SPRINGTIDE_KILL_AT=publish.renamed:3` kills the process, as kill -9 does, when
-it reaches that place for the third time; `publish.renamed:3:stop` stops it
-there, as kill -STOP does. Switched off, a place costs one comparison.
+`SPRINGTIDE_KILL_AT=publish.renamed:3` kills the process with SIGKILL when it
+reaches that kill point for the third time. `publish.renamed:3:stop` stops it
+there with SIGSTOP. A kill point that is not armed costs one comparison.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ STOP = ":stop"
 
 @dataclass
 class Armed:
-    """A place that is waited for.
+    """A kill point that is armed.
 
     Attributes:
-        name: The place.
-        left: How often it must still be reached.
-        strike: What then happens.
+        name: Name of the kill point.
+        left: How often it must still be reached before `strike` is called.
+        strike: Kills or stops the process.
     """
 
     name: str
@@ -33,13 +33,13 @@ class Armed:
 
 
 def parse(text: str, strike: Callable[[], None]) -> Armed | None:
-    """The place that `name`, `name:count` or `name:count:stop` arms; None for the empty text.
+    """Parses `name`, `name:count` or `name:count:stop`; returns None for an empty string.
 
     >>> parse("publish.renamed:3", lambda: None).left, parse("", lambda: None)
     (3, None)
 
     Raises:
-        ValueError: The count is no number.
+        ValueError: The count is not a number.
     """
     if not text:
         return None
@@ -48,13 +48,13 @@ def parse(text: str, strike: Callable[[], None]) -> Armed | None:
 
 
 def _kill() -> None:
-    """Ends this process at once, with nothing flushed."""
+    """Kills this process at once, without flushing anything."""
     os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _stop() -> None:
-    """Stops this process until somebody continues it."""
-    # To this thread: sent to the process, another thread may take it, and this one would go on for a while.
+    """Stops this process until it gets SIGCONT."""
+    # The signal goes to this thread. Sent to the process, another thread may receive it while this one runs on.
     signal.pthread_kill(threading.get_ident(), signal.SIGSTOP)
 
 
@@ -63,7 +63,7 @@ armed: Armed | None = parse(_wanted, _stop if _wanted.endswith(STOP) else _kill)
 
 
 def reach(name: str) -> None:
-    """Strikes if `name` is armed and was reached often enough."""
+    """Counts one visit to the kill point `name`, and strikes if it is armed and the count is reached."""
     if armed is None or armed.name != name:
         return
     armed.left -= 1

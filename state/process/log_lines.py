@@ -1,9 +1,9 @@
-"""How a process says what happens: one line an event, as text or JSON, with version, partition and offset where they apply.
+"""Log lines of a process: one line an event, as text or JSON, with version, partition and offset where they apply.
 
-`begin` is called before a process knows its settings, `follow` once it does.
-What is said again and again is said so many times a minute; what was left out
-is counted, and the count is a line of its own when the minute is over. No line
-holds the id of a user as it was sent.
+Call `begin` before the process knows its settings, and `follow` once it does.
+An event that repeats is written only a limited number of times a minute. The
+suppressed lines are counted, and the count is logged when the minute is over.
+No line contains a user id as the client sent it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from state.config.sections import LogSettings
 
 FIELDS = ("version", "epoch", "partition", "offset")
 NOISY = ("kafka", "apache_beam", "absl", "tensorflow")
-"""What goes wrong there is said once by those who call them, and not each time by the library."""
+"""Noisy libraries. Their callers log each failure once, so the libraries' own log lines are switched off."""
 _PLACE = re.compile(rf"\b({'|'.join(FIELDS)}) (\d+)\b")
 _CONVERSION = re.compile(r"%[-+ #0-9.]*[a-zA-Z]")
 MINUTE_S = 60.0
@@ -29,16 +29,16 @@ MOST_EVENTS = 1000
 
 
 def event_of(record: logging.LogRecord) -> str:
-    """What all lines of one event have in common: its form, or, where that is a bare text, the text without numbers."""
+    """The key that all lines of one event share: the format string, or for a bare "%s" the text with digits masked."""
     form = str(record.msg)
     return form if form != "%s" else re.sub(r"\d+", "#", record.getMessage())
 
 
 def places(record: logging.LogRecord) -> dict[str, int]:
-    """The version, epoch, partition and offset that a line names: the first of each.
+    """The first version, epoch, partition and offset that a line names.
 
-    Looked at is what stands before a number in the form of the line, and the
-    texts of errors; what an operator gave as a reason is not.
+    The function searches the format string and the texts of errors. It does not
+    search other string arguments, such as a reason that an operator typed.
 
     >>> places(logging.LogRecord("", 20, "", 0, "epoch %d: at version %d, by %s", (2, 7, "ann, version 3"), None))
     {'epoch': 2, 'version': 7}
@@ -59,7 +59,7 @@ def places(record: logging.LogRecord) -> dict[str, int]:
 
 
 def _filled(form: str, value: str) -> tuple[str, str]:
-    """A form up to its first place for a value, with the value there, and the rest."""
+    """Splits a format string after its first placeholder: the part before it with `value` filled in, and the rest."""
     match = _CONVERSION.search(form)
     if match is None:
         return form, ""
@@ -67,10 +67,10 @@ def _filled(form: str, value: str) -> tuple[str, str]:
 
 
 class OwnLine(logging.Formatter):
-    """A line of one process.
+    """Base class of the formatters: formats the log lines of one process.
 
     Args:
-        part: The process.
+        part: Name of the process.
     """
 
     def __init__(self, part: str) -> None:
@@ -79,10 +79,10 @@ class OwnLine(logging.Formatter):
 
 
 class TextLine(OwnLine):
-    """A line for people: when, who, how bad, what happened, and where."""
+    """Formats a line for people: time, process, level, message, and version, epoch, partition and offset."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line; a traceback is in it, its lines apart by bars."""
+        """Formats the record as one line; the lines of a message or traceback are separated by bars."""
         told = [record.getMessage(), *([self.formatException(record.exc_info)] if record.exc_info else ())]
         where = "".join(f" {name}={value}" for name, value in places(record).items())
         text = " | ".join(line.rstrip() for one in told for line in one.splitlines() if line.strip())
@@ -90,10 +90,10 @@ class TextLine(OwnLine):
 
 
 class JsonLine(OwnLine):
-    """A line for machines: an object with time, part, level, logger, event, message, and the place."""
+    """Formats a line for machines: a JSON object with time, part, level, logger, event, message and the `places`."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """The object; `event` is the same for all lines of one kind, and times are UTC."""
+        """Formats the record as JSON. `event` is the same for all lines of one kind; times are UTC."""
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         said: dict[str, Any] = {
             "time": f"{seconds}.{int(record.msecs):03d}Z",
@@ -117,10 +117,10 @@ class _Said:
 
 
 class Repeats:
-    """Counts how often each event was said within a minute.
+    """Rate limit: counts how often each event is logged within a minute.
 
     Args:
-        most: Of one event a minute.
+        most: Lines of one event that are written in a minute.
 
     >>> repeats = Repeats(most=2)
     >>> [repeats.admits("the broker is away", now_s) for now_s in (0.0, 1.0, 2.0, 3.0)]
@@ -134,11 +134,11 @@ class Repeats:
         self._said: dict[Any, _Said] = {}
 
     def admits(self, event: Any, now_s: float) -> bool:
-        """Whether one more line of this event is written."""
+        """Counts a line of this event; returns whether it is written."""
         said = self._said.get(event)
         if said is None or now_s - said.since_s >= MINUTE_S:
             if len(self._said) >= MOST_EVENTS:
-                # The one that is known for longest.
+                # Drops the event that is known for longest.
                 del self._said[next(iter(self._said))]
             self._said[event] = _Said(now_s)
             return True
@@ -149,18 +149,18 @@ class Repeats:
         return False
 
     def over(self, now_s: float) -> Iterator[tuple[Any, int]]:
-        """The events whose minute is over and of which lines were left out, and how many; those are forgotten."""
+        """Yields the events whose minute is over and how many of their lines were suppressed, and forgets them."""
         done = [event for event, said in self._said.items() if said.left_out and now_s - said.since_s >= MINUTE_S]
         for event in done:
             yield event, self._said.pop(event).left_out
 
 
 class Lines(logging.StreamHandler[TextIO]):
-    """Writes a process's lines; any thread may say something.
+    """The log handler of a process; thread-safe.
 
     Args:
-        part: The process.
-        stream: Where to.
+        part: Name of the process.
+        stream: Where the lines are written.
         clock_s: A monotonic clock.
     """
 
@@ -171,19 +171,19 @@ class Lines(logging.StreamHandler[TextIO]):
         self.setFormatter(TextLine(part))
 
     def use(self, logs: LogSettings) -> None:
-        """Writes on as the settings have it."""
+        """Applies the log settings: format and rate limit."""
         self._repeats.most = logs.repeats
         self.setFormatter(JsonLine(self._part) if logs.format == "json" else TextLine(self._part))
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Writes a line, where its event is not said too often; before it what is to be said of those left out."""
+        """Writes a line unless its event exceeds the rate limit; counts of suppressed lines that are due come first."""
         now_s = self._clock_s()
         self._say_left_out(now_s)
         if self._repeats.admits((record.name, record.levelno, event_of(record)), now_s):
             super().emit(record)
 
     def close(self) -> None:
-        """Says what was left out lately, and ends."""
+        """Writes the counts of suppressed lines that are left, and closes the handler."""
         self._say_left_out(float("inf"))
         super().close()
 
@@ -194,12 +194,12 @@ class Lines(logging.StreamHandler[TextIO]):
 
 
 def begin(part: str, stream: TextIO | None = None, level: int = logging.INFO) -> None:
-    """Lets this process say what happens on its standard error, as text until `follow`; where nobody listens yet.
+    """Starts logging to standard error, as text until `follow` is called. Keeps handlers that exist already.
 
     Args:
-        part: The process, as each line names it.
-        stream: Where to instead.
-        level: The least that is said.
+        part: Name of the process in each line.
+        stream: Where to write instead of standard error.
+        level: The lowest level that is logged.
     """
     root = logging.getLogger()
     if not root.handlers:
@@ -210,7 +210,7 @@ def begin(part: str, stream: TextIO | None = None, level: int = logging.INFO) ->
 
 
 def follow(logs: LogSettings) -> None:
-    """Says it from now on as the settings have it."""
+    """Applies the log settings to the handlers of this process."""
     for handler in logging.getLogger().handlers:
         if isinstance(handler, Lines):
             handler.use(logs)

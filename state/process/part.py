@@ -1,4 +1,4 @@
-"""What the processes of all parts begin with: private files, log lines under their name, and the settings of their command line."""
+"""Entry point shared by all processes: private files, log lines under the process's name, command-line settings."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from state.process.private_files import keep_private
 def run_part(
     name: str, work: Callable[[Settings], int | None], argv: Sequence[str] | None, logger: logging.Logger
 ) -> int:
-    """Does the work of a process; an error that ends it is said in one line.
+    """Loads the settings and runs a process; an error that ends it is logged in one line.
 
     Args:
-        name: Of the part, in its log lines.
-        work: Does it; what it returns is the exit code, None for 0.
+        name: Name of the process in its log lines.
+        work: Runs the process with its settings. It returns the exit code, None for 0.
         argv: The flags; None for those of this process.
-        logger: Says what ended it.
+        logger: Logs the error that ended the process.
 
     Returns:
         The exit code.

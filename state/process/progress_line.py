@@ -1,4 +1,4 @@
-"""How far a long command is: one line that moves on a terminal, else a line now and then."""
+"""Progress of a long command: one line that is updated in place on a terminal, otherwise a line now and then."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ CLEAR = "\r\x1b[K"
 
 
 def bar(done: int, total: int, width: int) -> str:
-    """A bar and the share in percent.
+    """A progress bar with the share in percent.
 
     >>> bar(500, 1000, 10)
     '[#####-----]  50 %'
@@ -21,12 +21,12 @@ def bar(done: int, total: int, width: int) -> str:
 
 
 class ProgressLine:
-    """Writes a line that the next one replaces.
+    """Writes progress lines; on a terminal each line replaces the one before.
 
     Args:
-        out: Where to.
-        line_every_s: Time between lines where this is no terminal: there they all stay.
-        monotonic_s: Seconds that never go back.
+        out: The stream to write to.
+        line_every_s: Seconds between lines when `out` is not a terminal.
+        monotonic_s: A monotonic clock in seconds.
         at_once: Whether a terminal shows the first line without waiting.
     """
 
@@ -47,11 +47,11 @@ class ProgressLine:
 
     @property
     def took_s(self) -> float:
-        """Seconds since the beginning, never 0."""
+        """Seconds since the start, never 0."""
         return max(self._monotonic_s() - self._begun_s, 1e-9)
 
     def show(self, line: Callable[[], str], last: bool = False) -> None:
-        """Shows a line if it is time to; always with `last`, and that one stays."""
+        """Shows a line if one is due. With `last` it is always shown, and is not replaced."""
         now_s = self._monotonic_s()
         if not last and now_s - self._shown_s < self._every_s:
             return
@@ -60,7 +60,7 @@ class ProgressLine:
         self._write(f"{CLEAR}{line()}{chr(10) * last}" if self._terminal else f"{line()}\n")
 
     def say(self, line: str) -> None:
-        """Writes a line that stays."""
+        """Writes a line that is not replaced."""
         self._write(f"{CLEAR * self._open}{line}\n")
         self._open = False
 

@@ -1,7 +1,7 @@
-"""Keeps the talk of native libraries off the standard error; everything else still gets there.
+"""Filters the startup chatter of native libraries out of standard error.
 
-TensorFlow prints some lines before its own log level is in force, past
-Python's `sys.stderr`. They say nothing an operator could act on.
+TensorFlow prints some lines before its own log level takes effect, bypassing
+Python's `sys.stderr`. An operator can do nothing about them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ _TALK = re.compile(
     rb"|[IWE]\d{4} \d\d:\d\d:\d\d\.\d+ |[IWE]0000 00:00:\d+\.\d+ "
     rb"|INFO: Created TensorFlow Lite"
     rb"|To enable the following instructions:"
-    # What the converter to LiteRT says twice: its exception has all of it.
+    # The LiteRT converter prints these in addition to its exception, which contains all of it.
     rb"|loc\(.*error: |error: failed while converting|Some ops |(Custom|TF Select) ops: |Details:|\ttf\.\w+\(|\s*$"
 )
 _TURN = threading.Lock()
 
 
 def is_talk(line: bytes) -> bool:
-    """Whether a line is talk.
+    """Whether a line is chatter.
 
     >>> is_talk(b"I0000 00:00:1795578140.2 6784 port.cc:153] oneDNN custom operations are on."), is_talk(b"Killed")
     (True, False)
@@ -36,22 +36,22 @@ def is_talk(line: bytes) -> bool:
 
 
 def quiet_tensorflow(environment: MutableMapping[str, str]) -> None:
-    """Lowers TensorFlow's log level, and hides a GPU driver's absence; before TensorFlow is loaded."""
+    """Lowers TensorFlow's log level and hides a missing GPU driver. Call it before TensorFlow is loaded."""
     environment.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     if not any(Path("/dev").glob("nvidia[0-9]*")):
         environment.setdefault("CUDA_VISIBLE_DEVICES", "-1")
 
 
 def own_stderr() -> TextIO:
-    """The present standard error as a stream that `quiet_stderr` does not hold back: for the process's own log."""
+    """The current standard error as a stream that `quiet_stderr` does not hold back, for the process's own log."""
     return os.fdopen(os.dup(2), "w", buffering=1)
 
 
 @contextmanager
 def quiet_stderr() -> Iterator[None]:
-    """Holds back what the process writes to the standard error meanwhile, then writes all but the talk."""
+    """Holds back what the process writes to standard error inside the block, then writes all of it but the chatter."""
     sys.stderr.flush()
-    # The descriptor belongs to the whole process: two threads take turns. In memory: no disk need have room.
+    # The descriptor belongs to the whole process, so threads take turns. A memory file works even on a full disk.
     with _TURN, os.fdopen(os.memfd_create("stderr"), "w+b") as held:
         kept = os.dup(2)
         os.dup2(held.fileno(), 2)

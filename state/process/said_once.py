@@ -1,4 +1,4 @@
-"""Says a line only when it is another one than before: a loop that waits does not fill the log."""
+"""Logs a line only when it differs from the previous one, so that a waiting loop does not fill the log."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 
 class SaidOnce:
-    """Takes lines and passes on those that differ from the last.
+    """Logs lines, but skips one that equals the previous line.
 
     Args:
-        log: Takes a form and what goes into it, as a logger's methods do.
+        log: A logger's method: takes a format string and its argument.
 
     >>> say = SaidOnce(lambda form, line: print(form % line))
     >>> for line in ("waiting", "waiting", "there"):
@@ -23,11 +23,11 @@ class SaidOnce:
         self._last = ""
 
     def __call__(self, line: str) -> None:
-        """Says the line, where it differs from the last one."""
+        """Logs the line if it differs from the last one."""
         if line != self._last:
             self._last = line
             self._log("%s", line)
 
     def clear(self) -> None:
-        """Lets the same line be said again."""
+        """Allows the same line to be logged again."""
         self._last = ""

@@ -1,4 +1,4 @@
-"""A file with a secret key: read, or made once with mode 0600, whoever of several processes is first."""
+"""A file with a secret key. It is created once with mode 0600, safely when several processes start at once."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ def fingerprint(key: bytes) -> str:
 
 
 def read(path: Path, what: str, setting: str) -> bytes:
-    """The key in a file: hexadecimal; any other content is taken as the key itself.
+    """Reads the key in a file. The content is hexadecimal; any other content is the key itself.
 
     Args:
-        path: The file, which is there.
+        path: The file, which exists.
         what: What the key is called, for messages.
         setting: The setting that names the file.
 
@@ -53,7 +53,7 @@ def read(path: Path, what: str, setting: str) -> bytes:
 
 
 def make(path: Path) -> bool:
-    """Makes a file with a new key; False where another process was first, whose key counts."""
+    """Creates a file with a new key. Returns False if another process created it first; then that key counts."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
     handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -63,7 +63,7 @@ def make(path: Path) -> bool:
     finally:
         os.close(handle)
     try:
-        # A link fails where another process was first.
+        # Creating the link fails if another process created the file first.
         os.link(temporary, path)
     except FileExistsError:
         return False

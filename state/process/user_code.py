@@ -1,4 +1,4 @@
-"""Functions of the user's own that a setting names as `module:name`: how they are loaded, and how their errors are told."""
+"""Loads the user's own functions that a setting names as `module:name`, and formats their errors."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from state.process.import_path import look_here_last
 
 
 def load_named(path: str, setting: str) -> Any:
-    """The function that `path` names, in a module that Python finds or that lies in the current directory.
+    """Loads the function that `path` names, from a module on Python's path or in the current directory.
 
     >>> load_named("state.process.user_code:told", "model.tower").__name__
     'told'
 
     Args:
         path: `module:name`.
-        setting: Where it stands, for the message.
+        setting: The setting that names the function, for the message.
 
     Raises:
-        SettingsError: There is none.
+        SettingsError: The function cannot be loaded.
     """
     module, _, name = path.partition(":")
     look_here_last()
     try:
         return getattr(importlib.import_module(module), name)
-    # A module of the user's own may fail in any way.
+    # The user's module may fail in any way.
     except Exception as error:
         raise SettingsError(
             f"{setting} {path!r} cannot be loaded ({type(error).__name__}: {error})",
@@ -37,7 +37,7 @@ def load_named(path: str, setting: str) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text that says anything.
+    """The first line of an error's text that is not blank.
 
     >>> first_line(ValueError("  in user code: x is negative "))
     'in user code: x is negative'
@@ -46,7 +46,7 @@ def first_line(error: BaseException) -> str:
 
 
 def told(error: BaseException) -> str:
-    """An error of the user's code in one line, with where it was raised.
+    """Formats an error of the user's code in one line, with the file and line that raised it.
 
     >>> told(ValueError("x is negative"))
     'ValueError: x is negative'

@@ -1,4 +1,4 @@
-"""The wall clock, as those take it who are given a clock."""
+"""The wall clock, in the form of a function that can be passed as a clock."""
 
 from __future__ import annotations
 
@@ -6,5 +6,5 @@ import time
 
 
 def wall_ms() -> int:
-    """Milliseconds since 1970."""
+    """Milliseconds since the Unix epoch."""
     return time.time_ns() // 1_000_000

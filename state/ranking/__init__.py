@@ -1,1 +1,1 @@
-"""What trainer and serving must compute alike when candidates are ranked: crosses and transitions."""
+"""Ranking code that the trainer and serving share: crosses and transitions."""

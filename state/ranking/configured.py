@@ -1,4 +1,4 @@
-"""The crosses that settings make, alike in trainer, compactor and serving."""
+"""Builds the crosses of a model from its settings; trainer, compactor and serving share this function."""
 
 from __future__ import annotations
 

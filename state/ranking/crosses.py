@@ -1,28 +1,33 @@
-"""Crosses: what a row's values, alone and in pairs, are called in the table of their weights.
+"""Crosses: single values and pairs of values of a row, hashed to ids in the table of cross weights.
 
 A cross is a value, such as the item or the user's age band, or a pair, such as
-the user and the category: that this user likes that category is then a number
+the user and the category. That this user likes that category is then a number
 of its own, which no product of two embedding rows has to find. The trainer and
-serving name crosses with this one function, so that the same row has the same
-numbers in both. Integers only: the same bits on every machine.
+serving compute ids with this one function, so a row has the same ids in both.
+It uses integers only, so the bits are the same on every machine.
 
-Each cross has two learned numbers, both logits. Its weight is what it adds to
-the sum of all weights of a row, where each leaves to the others what they can
-say too. Its marginal logit is by how much the labels of its own rows differ from those
-of all, whatever else those rows had in common: known after few rows, and not
-moved by what others learn. They err in different ways, so that a mixture of
-both is nearer than either: a part of a row's engagement logit is
+Each cross has two learned numbers, both logits:
+
+- The weight is a term of the sum of all weights of a row. The weights are
+  learned together, so each explains only what the others do not.
+- The marginal logit is by how much the labels of the cross's own rows differ
+  from those of all rows. It ignores what else those rows have in common. It is
+  known after few rows, and does not move with what other crosses learn.
+
+Their errors differ, so a mixture of both is more accurate than either. The
+crosses' part of a row's engagement logit is
 
     sum over its crosses c of  weight share of c * weight + marginal share of c * marginal logit
 
-with shares that are learned too, a pair for each name of a cross.
+The shares are learned too, one pair for each name of a cross.
 
     alone       user, item, category, each context field, each attribute of user and item, each answer
     with user   item, category, each context field, each attribute of the item
     in context  each context field with category and with each attribute of the item
 
-An answer is what the user's labels and events so far say, in bands: of so many
-impressions so many were positive, and this is the third of a session. A value that is not there (id 0) takes its crosses out.
+An answer is a banded summary of the user's labels and events so far. Examples
+are how many of how many impressions were positive, or that this event is the
+third of a session. A missing value (id 0) removes the crosses that it is part of.
 """
 
 from __future__ import annotations
@@ -44,12 +49,12 @@ I32 = NDArray[np.int32]
 F32 = NDArray[np.float32]
 
 ANSWERS = ("share", "share by weight", "positive of labelled", "labelled", "pause", "pause before", "session", "days")
-"""What the answers are.
+"""Names of the answers, the banded summaries of a user's history.
 
-share                 positive of labelled, decayed, in sixteenths, drawn to a half where there are few
+share                 positive of labelled, decayed, in sixteenths, shrunk towards a half when there are few
 share by weight       the same in eighths, for each half octave of labelled
 positive of labelled  both counts in the longest window
-labelled              of them the second
+labelled              the second of these counts
 pause                 octaves since the last event
 pause before          octaves between the last two
 session               events of the session so far
@@ -57,14 +62,14 @@ days                  days with an event
 """
 
 WIDTH = 2
-"""Numbers of a cross: weight and marginal logit."""
+"""Learned numbers of a cross: weight and marginal logit."""
 
 FIRST_SHARES = (0.5, 0.0)
-"""How much weight and marginal logit count before anything was learned. Half of the sum of weights is about right beside the other."""
+"""Initial shares of weight and marginal logit. Half of the sum of weights is about right next to the other terms."""
 
 
 class Values(NamedTuple):
-    """What of n rows is crossed; ids, 0 where there is none.
+    """The values of n rows that are crossed: ids, 0 where a value is missing.
 
     Attributes:
         user: `[n]` uint64.
@@ -87,7 +92,7 @@ class Values(NamedTuple):
 
 @compiled
 def _band(count: int) -> int:
-    """Counts below 16 as they are, then four bands an octave."""
+    """The band of a count: counts below 16 as they are, then four bands an octave."""
     shift = 0
     while (count >> shift) >= 16:
         shift += 1
@@ -96,7 +101,7 @@ def _band(count: int) -> int:
 
 @compiled
 def _half_octave(weight: int) -> int:
-    """Two bands an octave."""
+    """The band of a weight: two bands an octave."""
     shift = 0
     while (weight >> shift) >= 4:
         shift += 1
@@ -105,7 +110,7 @@ def _half_octave(weight: int) -> int:
 
 @compiled("u2[:, ::1], i4[::1], i8, u8[:, ::1]", "const(u2[:, ::1]), i4[::1], i8, u8[:, ::1]")
 def _answers(features: U16, places: I32, first: int, values: U64) -> None:
-    """Into the columns of `values` from `first` on; `places` are those that `Crosses` reads."""
+    """Writes the answers into the columns of `values` from `first` on; `places` are the feature columns to read."""
     for i in range(features.shape[0]):
         labelled, positive = int(features[i, places[0]]), int(features[i, places[1]])
         counted, taken = int(features[i, places[2]]), int(features[i, places[3]])
@@ -140,11 +145,11 @@ def _hashed(kind: str, names: Sequence[str]) -> U64:
 
 
 def logits_of(rows: F32, shares: F32) -> F32:
-    """What crosses add to the logit of rows.
+    """The logit that a row's crosses contribute.
 
     Args:
         rows: `[n, C, 2]` float32 weights and marginal logits, 0 where there is no cross.
-        shares: `[C, 2]` float32, what is added to the first shares.
+        shares: `[C, 2]` float32, learned offsets to the initial shares.
 
     Returns:
         `[n]` float32.
@@ -154,19 +159,18 @@ def logits_of(rows: F32, shares: F32) -> F32:
 
 
 class Crosses:
-    """The crosses of rows with some columns.
+    """The crosses of rows with given columns.
 
     Args:
-        spec: Names the features.
+        spec: Feature spec, which names the features.
         context: Names of the context fields.
         users: Names of the users' attributes.
         items: Names of the items' attributes.
 
     Attributes:
-        names: Of the C crosses, such as `user*category`.
-        kinds: Of the C crosses, what of values they are, such as `user*context`: those of a kind are alike before
-            anything was learned.
-        shares: `[C]` uint64, under which ids what is added to the first shares of each name is kept.
+        names: Names of the C crosses, such as `user*category`.
+        kinds: Kinds of the C crosses, such as `user*context`. Crosses of one kind start from the same state.
+        shares: `[C]` uint64, the row ids under which the learned offsets to each name's initial shares are stored.
 
     >>> crosses = Crosses(FeatureSpec(), ("tab",), (), ("author",))
     >>> crosses.names[1:9]
@@ -201,14 +205,14 @@ class Crosses:
         self._places: I32 = np.array([spec.names.index(name) for name in read], np.int32)
 
     def __len__(self) -> int:
-        """C."""
+        """The number of crosses, C."""
         return len(self.names)
 
     def ids(self, rows: Values) -> U64:
-        """The crosses of rows, `[n, C]` uint64; 0 where one of its values is not there.
+        """The crosses of rows, `[n, C]` uint64; 0 where one of the values is missing.
 
         Args:
-            rows: With the columns that this was made for.
+            rows: Values with the columns that this object was built for.
         """
         count = len(rows.user)
         values = np.empty((count, self._width), np.uint64)
@@ -225,13 +229,13 @@ class Crosses:
         return found
 
     def of_user(self, user: int, items: U64, categories: U64, contexts: U64) -> U64:
-        """All crosses of one user with what there is, `[n]` uint64: those that may have a row.
+        """The ids of all crosses of one user with the given values, `[n]` uint64. Only these may have a row.
 
         Args:
             user: The pseudonym.
-            items: `[i]` uint64, the items that are known.
-            categories: `[c]` uint64, likewise.
-            contexts: `[k]` uint64, likewise the values of context fields and of attributes.
+            items: `[i]` uint64, the known items.
+            categories: `[c]` uint64, the known categories.
+            contexts: `[k]` uint64, the known values of context fields and of attributes.
 
         >>> crosses, values = Crosses(FeatureSpec(), ("tab",)), np.arange(2, 9, dtype=np.uint64)
         >>> found = crosses.of_user(1, values[:2], values[2:3], values[3:5])

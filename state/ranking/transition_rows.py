@@ -1,13 +1,14 @@
-"""Lists of transitions as rows: the float32 that versions and serving's row store hold.
+"""Packs lists of transitions into float32 rows, the format of versions and of serving's row store.
 
-A list is a row of the table `transition`, float32 like the rows of every table:
-all values are whole numbers below 2^24, and an id is three of them.
+A list is a row of the table `transition`, float32 like the rows of every table.
+All values are whole numbers below 2^24, and an id takes three of them.
 
     count x FOLLOWERS | bits 42.. of the id x FOLLOWERS | bits 21..41 | bits 0..20
 
-Behind a list's end there are zeros. They say nothing, but have signs: a new row is
-numbers between -1 and 1 times 0, as of an embedding that begins at nothing. Digests
-and `verify` compare bits, so that the trainer keeps the signs beside its lists.
+Slots behind a list's end hold zeros. Their signs carry no information, but they
+exist: a new row holds numbers between -1 and 1 times 0, like an embedding that
+is initialised with zero. Digests and `verify` compare bits, so the trainer
+keeps the signs next to its lists.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ def _pack(lists: Lists, signs: U8, rows: F32) -> None:
 
 
 def pack(lists: Lists, signs: U8) -> F32:
-    """Lists as rows.
+    """Packs lists into rows.
 
     Args:
         lists: n lists.
-        signs: `[n, SIGN_BYTES]` uint8, of `signs_of`.
+        signs: `[n, SIGN_BYTES]` uint8, from `signs_of`.
 
     Returns:
         `[n, WIDTH]` float32.
@@ -72,7 +73,7 @@ def pack(lists: Lists, signs: U8) -> F32:
 
 
 def signs_of(rows: F32) -> U8:
-    """The signs of the values of `[n, WIDTH]` rows, `[n, SIGN_BYTES]` uint8; only zeros may have one."""
+    """The signs of the values of `[n, WIDTH]` rows, `[n, SIGN_BYTES]` uint8. Only zeros may be negative."""
     return np.packbits(np.signbit(rows), axis=1)
 
 
@@ -88,20 +89,21 @@ def _unpack(rows: F32, lists: Lists) -> None:
 
 
 def unpack(rows: F32) -> Lists:
-    """The lists of `[n, WIDTH]` float32 rows."""
+    """Unpacks `[n, WIDTH]` float32 rows into lists."""
     lists = Lists.empty(len(rows))
     _unpack(np.ascontiguousarray(rows), lists)
     return lists
 
 
 def from_stored(stored: Sequence[bytes | None]) -> tuple[I32, Lists]:
-    """The lists of n categories out of the row store.
+    """Unpacks the lists of n categories that were read from the row store.
 
     Args:
-        stored: The bytes of each row; None where the version has none. One of a release with other lists is as none.
+        stored: The bytes of each row, None where the version has none. A row of another width, from a release with
+            other lists, counts as None.
 
     Returns:
-        `[n]` int32, which list is each category's, 0 for none; and the lists, of which the first is that of no category.
+        `[n]` int32, the index of each category's list, 0 for none; and the lists. List 0 is that of no category.
 
     >>> at, lists = from_stored([None, np.ones(WIDTH, "<f4").tobytes(), b"1234"])
     >>> at.tolist(), lists.counts[:, 0].tolist()

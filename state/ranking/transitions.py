@@ -1,12 +1,14 @@
-"""Transitions: which categories came next after a category, over all users, and what that says of a user's candidates.
+"""Transitions: which categories came next after a category, over all users, as features and candidates.
 
-Each category has a list of the FOLLOWERS categories that most often came next, with
-counts, itself included. How lists are stored says `transition_rows.py`.
+Each category has a list of the FOLLOWERS categories that most often came next,
+with counts. The category itself may be in it. `transition_rows.py` defines how
+lists are stored.
 
-The trainer and serving read a list with this one function: of each category of the
-user and of each popular one, how often it came next after the user's newest
-category; and as candidates of their own the SUCCESSORS categories that came next most
-often and are neither. Integers only: the same bits on every machine.
+The trainer and serving read a list with this one function. For each category of
+the user and each popular one, it returns how often it came next after the user's
+newest category. The SUCCESSORS most frequent followers that are neither become
+candidates of their own. It uses integers only, so the bits are the same on every
+machine.
 """
 
 from __future__ import annotations
@@ -28,20 +30,20 @@ FOLLOWERS = 64
 """Categories in a list."""
 
 SUCCESSORS = 8
-"""Candidates that a list gives."""
+"""Number of candidates that a list adds."""
 
 MOST = 4096
-"""Transitions of a list at which all its counts are halved: what came next long ago counts less."""
+"""When a list has this many transitions, all its counts are halved, so that old transitions count less."""
 
 COLUMNS = ("next_count", "next_share")
-"""What is said of a category: how often it came next, and that in 1/256 of all transitions of the list."""
+"""Features of a category: how often it came next, and that in 1/256 of all transitions of the list."""
 
 _MOST_COUNT = 65_535
 
 
 @layout("i4[:, ::1], u8[:, ::1]")
 class Lists(NamedTuple):
-    """Lists of what came next after n categories.
+    """Transition lists of n categories.
 
     Attributes:
         counts: `[n, FOLLOWERS]` int32, how often each follower came next, in descending order; 0 behind the list's end.
@@ -53,18 +55,18 @@ class Lists(NamedTuple):
 
     @classmethod
     def empty(cls, count: int) -> Lists:
-        """Lists in which nothing is counted."""
+        """Lists without any counts."""
         return cls(np.zeros((count, FOLLOWERS), np.int32), np.zeros((count, FOLLOWERS), np.uint64))
 
 
 @layout("u2[:, :, ::1], u2[:, :, ::1], u8[:, ::1], u2[:, :, ::1]")
 class Succession(NamedTuple):
-    """What the lists say of n rows.
+    """Transition features and candidates of n rows.
 
     Attributes:
         recent_categories: `[n, L, 2]` uint16, COLUMNS of the user's categories.
-        popular: `[n, P, 2]` uint16, of the popular ones.
-        ids: `[n, SUCCESSORS]` uint64, the candidates of their own, the most frequent first; 0 where there is none.
+        popular: `[n, P, 2]` uint16, COLUMNS of the popular categories.
+        ids: `[n, SUCCESSORS]` uint64, the additional candidates, the most frequent first; 0 for none.
         successors: `[n, SUCCESSORS, 2]` uint16, COLUMNS of these.
     """
 
@@ -76,11 +78,12 @@ class Succession(NamedTuple):
 
 @compiled
 def _count(counts: I32, ids: U64, category: np.uint64) -> None:
-    """One transition to `category` in one list; its counts stay in descending order.
+    """Counts one transition to `category` in one list and keeps the counts in descending order.
 
-    In a full list a category that is not in it adds to the last count, and takes
-    that place in one of so many cases, so that each count is right on average
-    (Ting 2018, Unbiased Space Saving). A hash of category and total chooses.
+    When the list is full and lacks the category, the last count is incremented. The
+    category replaces the last entry with probability 1 / new count, which keeps each
+    count unbiased (Ting 2018, Unbiased Space Saving). A hash of category and total
+    makes the choice.
     """
     at, total = -1, 0
     for k in range(FOLLOWERS):
@@ -125,7 +128,7 @@ def record(at: I32, followers: U64, lists: Lists) -> Flags:
     Args:
         at: `[n]` int32, the list of each row's newest category before its event; 0 for none.
         followers: `[n]` uint64, the category that came next; 0 for none.
-        lists: Changed. The first is that of no category.
+        lists: Updated in place. List 0 is that of no category.
 
     Returns:
         `[n]` bool, where the counts of the row's list were halved.
@@ -148,7 +151,7 @@ def _say(count: int, total: int, out: U16) -> None:
 
 @inlined
 def _find_all(ids: U64, among: U64, found: I32) -> None:
-    """The last place of each of `[n]` ids in `among`, -1 where there is none; the inner loop becomes vectors."""
+    """Finds the last index of each of `[n]` ids in `among`, -1 if absent. The inner loop is vectorised."""
     for k in range(ids.shape[0]):
         found[k] = -1
     for j in range(among.shape[0]):
@@ -162,9 +165,9 @@ def _find_all(ids: U64, among: U64, found: I32) -> None:
     "i4[::1], i4[::1], Lists, u8[:, ::1], u8[::1], Succession",
 )
 def _succeed(at: I32, rows: I32, lists: Lists, recent_categories: U64, popular: U64, found: Succession) -> None:
-    # Of each list's followers, which popular category they are.
+    # For each list: the index of each follower among the popular categories.
     ranks = np.empty((rows.shape[0], FOLLOWERS), np.int32)
-    # Of those of one row, which of the user's categories they are.
+    # For one row: the index of each follower among the user's categories.
     owns = np.empty(FOLLOWERS, np.int32)
     known = np.zeros(rows.shape[0], np.uint8)
     for i in range(at.shape[0]):
@@ -192,14 +195,14 @@ def _succeed(at: I32, rows: I32, lists: Lists, recent_categories: U64, popular: 
 
 
 def succession(at: I32, lists: Lists, recent_categories: U64, popular: U64, rows: I32 | None = None) -> Succession:
-    """What the lists of users' newest categories say.
+    """Reads transition features and candidates from the lists of the users' newest categories.
 
     Args:
         at: `[n]` int32, the list of each user's newest category; 0 for none.
-        lists: The first is that of no category.
+        lists: The lists. List 0 is that of no category.
         recent_categories: `[n, L]` uint64, the users' categories, padded with 0.
         popular: `[P]` uint64, padded with 0.
-        rows: `[u]` int32, which of the lists `at` numbers, the first that of no category; all of them by default.
+        rows: `[u]` int32, the lists that `at` indexes, first that of no category; all lists by default.
 
     >>> lists = Lists.empty(2)
     >>> _ = record(np.ones(6, np.int32), np.array([7, 8, 7, 9, 9, 9], np.uint64), lists)

@@ -1,1 +1,1 @@
-"""Files of clicks and attributes: CSV, JSON lines and Parquet as columns in chunks."""
+"""Reads files of clicks and attributes (CSV, JSON lines and Parquet) as columns in chunks."""

@@ -1,13 +1,13 @@
-"""Which of a recording's times is its newest, where a few stray rows lie long after all the others. Pure.
+"""Finds the newest time of a recording, ignoring a few stray rows far after all the others. Pure.
 
-A replay at full speed moves the newest time to now, and `events.max_age_s`
-decides which of the others are too old. One row with a wrong clock, weeks
-after the rest, would have all the rest refused. So a row counts as stray where
-leaving it out spares many others: the newest time is the one that costs least,
-a stray counting as `STRAY_COST` refused rows, and rows are told apart only
-where that halves the cost.
+A replay at full speed shifts the newest time to now, and `events.max_age_s`
+decides which other rows are too old. One row with a wrong clock, weeks after
+the rest, would make all other rows too old. So the newest time is the one with
+the lowest cost: `STRAY_COST` for each row after it, called a stray, plus one
+for each row that is too old. Strays are excluded only if that at least halves
+the cost.
 
-Times are counted by the hour: a recording larger than memory is judged too.
+Times are counted by the hour, so this also works for a recording larger than memory.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from state.recordings.rows import I64, NO_TIME
 
 HOUR_MS = 3_600_000
 STRAY_COST = 25
-SMALL = 4  # of fewer than 100 rows a quarter is the cost, so that one of ten may be told apart
+SMALL = 4  # with fewer than 100 rows a stray costs a quarter of them, so that one of ten can be excluded
 
 
 @dataclass(frozen=True)
 class Crowd:
-    """What most rows of a recording agree on.
+    """The newest time of a recording without its strays.
 
     Attributes:
-        newest_ms: The newest time but for strays; NO_TIME where no row has a time.
-        strays: Rows after that.
+        newest_ms: The newest time without strays; NO_TIME if no row has a time.
+        strays: Number of rows after that.
         first: File and line of the first stray; None without one.
-        latest_ms: The newest time of all.
-        spared: Rows that would be too old if that were the newest.
+        latest_ms: The newest time of all rows.
+        spared: Rows that would be too old only if `latest_ms` were the newest time.
     """
 
     newest_ms: int
@@ -60,8 +60,8 @@ class RecordedTimes:
 
         Args:
             at_ms: `[n]` int64, times; NO_TIME for none.
-            file: `[n]` int64, or one number: which file each is of.
-            line: `[n]` int64, which line of it.
+            file: `[n]` int64, or one number: the file number of each row.
+            line: `[n]` int64, the line number of each row.
         """
         rows = np.flatnonzero(at_ms != NO_TIME)
         files = np.broadcast_to(np.asarray(file, np.int64), len(at_ms))
@@ -79,7 +79,7 @@ class RecordedTimes:
                 self._hours[hour] = _Hour(known.rows + count, max(known.newest_ms, newest_ms), min(known.first, place))
 
     def crowd(self, max_age_ms: int) -> Crowd:
-        """The newest time, strays told apart.
+        """The newest time, without strays.
 
         >>> times, day = RecordedTimes(), 86_400_000
         >>> times.add(np.array([*range(0, 9 * day, day), 60 * day]), 0, np.arange(2, 12))
@@ -87,7 +87,7 @@ class RecordedTimes:
         Crowd(newest_ms=691200000, strays=1, first=(0, 11), latest_ms=5184000000, spared=9)
 
         Args:
-            max_age_ms: A row that lies further before the newest one is refused.
+            max_age_ms: A row further before the newest time than this is refused.
         """
         if not self._hours:
             return Crowd(NO_TIME)
@@ -98,7 +98,7 @@ class RecordedTimes:
         old = until[np.searchsorted(newest, newest - max_age_ms)]
         strays = total - until[1:]
         cost = strays * min(STRAY_COST, total / SMALL) + old
-        # The latest of those that cost least.
+        # Of several hours with the lowest cost, the latest.
         best = len(hours) - 1 - int(np.argmin(cost[::-1]))
         if not cost[best] <= cost[-1] / 2 or not strays[best]:
             return Crowd(int(newest[-1]), latest_ms=int(newest[-1]))
@@ -112,7 +112,7 @@ class RecordedTimes:
 
 
 def as_utc(at_ms: int) -> str:
-    """A time as text.
+    """Formats a time as text.
 
     >>> as_utc(1_511_544_070_000)
     '2017-11-24T17:21:10Z'
@@ -121,15 +121,15 @@ def as_utc(at_ms: int) -> str:
 
 
 def told_apart(crowd: Crowd, first: str, max_age_s: float) -> str:
-    """What was told apart, in a sentence.
+    """Describes the excluded strays in a sentence.
 
     >>> told_apart(Crowd(0, 1, (0, 17), 10**12, 900), "clicks.csv:17", 2_592_000.0)
     'clicks.csv:17: 1 row lies long after all the others (2001-09-09T01:46:40Z): if it set the clock, events.max_age_s (2,592,000 s) would refuse 900 of them; the newest of the others sets it (1970-01-01T00:00:00Z)'
 
     Args:
-        crowd: With strays.
-        first: Where the first stray stands.
-        max_age_s: The setting that decides.
+        crowd: A result with strays.
+        first: File and line of the first stray, as text.
+        max_age_s: The value of `events.max_age_s`.
     """
     one = crowd.strays == 1
     rows = "1 row lies" if one else f"this row and {crowd.strays - 1:,} more lie"

@@ -1,12 +1,12 @@
-"""Files of clicks: which there are, of which format, and their rows as columns in chunks.
+"""Finds files of clicks, detects their format, and reads their rows as columns in chunks.
 
     CSV         .csv .tsv .txt          state/recordings/text.py
     JSON lines  .json .jsonl .ndjson    state/recordings/text.py
     Parquet     .parquet .pq            state/recordings/parquet.py
 
 CSV and JSON lines may be compressed (.gz .zst .bz2 .lz4). Only the columns
-that `[events]` names are read: an outcome that nobody mapped cannot become a
-feature.
+that `[events]` names are read, so an outcome that nobody mapped cannot become
+a feature.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ class RecordedFile:
     """A file of clicks.
 
     Attributes:
-        path: Where it is.
+        path: Path of the file.
         format: csv, json or parquet.
-        delimiter: Between the cells of a CSV file.
+        delimiter: Delimiter of a CSV file.
     """
 
     path: Path
@@ -62,13 +62,13 @@ class RecordedFile:
 
 @dataclass(frozen=True)
 class Recording:
-    """Files and how their columns are fields.
+    """Files of clicks, and how their columns map to fields.
 
     Attributes:
-        files: In the order in which they are read.
-        columns: Names of the columns of CSV files without a header; empty: they have one.
+        files: The files in read order.
+        columns: Column names of CSV files without a header; empty if they have one.
         constants: Field -> the value that each row has.
-        remedy: What to do about a field that is no column.
+        remedy: Advice for the error about a field without a column.
     """
 
     files: tuple[RecordedFile, ...]
@@ -77,11 +77,11 @@ class Recording:
     remedy: str = REMEDY
 
     def rows(self, number: int, fields: Sequence[str], chunk_rows: int = CHUNK_ROWS) -> Generator[RecordedRows]:
-        """The rows of file `number`, their `fields` as columns; constants are not read.
+        """Reads the rows of file `number`, their `fields` as columns; constants are not read.
 
         Raises:
-            SettingsError: A field is no column of the file.
-            UnreadableRecording: The file is cut or damaged.
+            SettingsError: The file has no column for a field.
+            UnreadableRecording: The file is truncated or damaged.
         """
         file = self.files[number]
         wanted = [name for name in fields if name not in (self.constants or {})]
@@ -108,7 +108,7 @@ class Recording:
             ) from None
 
     def encoded(self, encoder: Encoder, events: Events) -> Iterator[EncodedRows]:
-        """All rows of all files as records, in the order of the files.
+        """Encodes all rows of all files as records, in the order of the files.
 
         Raises:
             SettingsError: As `rows`.
@@ -121,20 +121,20 @@ class Recording:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """The uncompressed bytes; unlike gzip and zstandard's own readers it refuses a cut file and reads all frames."""
+    """Opens a file decompressed. Unlike the gzip and zstandard readers, it refuses a cut file and reads all frames."""
     return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(path), compression="detect"), BUFFER_BYTES))
 
 
 def find(patterns: Sequence[str], format: str = "", delimiter: str = "") -> tuple[RecordedFile, ...]:
-    """The files that names and globs mean, each once, those of one glob sorted by name.
+    """Finds the files that paths and globs name, each once, those of one glob sorted by name.
 
     Args:
-        patterns: Paths, or globs that the shell left alone.
-        format: One of FORMATS; empty: by each file's name.
-        delimiter: Of CSV; empty: a tab for .tsv, else a comma.
+        patterns: Paths, or globs that the shell did not expand.
+        format: One of FORMATS; if empty, the file name decides.
+        delimiter: Delimiter of CSV; if empty, a tab for .tsv, else a comma.
 
     Raises:
-        SettingsError: A pattern means no file, or a file's name tells no format.
+        SettingsError: A pattern matches no file, or a file name does not reveal a format.
     """
     paths: dict[Path, None] = {}
     for pattern in patterns:
@@ -159,13 +159,13 @@ def _described(path: Path, format: str, delimiter: str) -> RecordedFile:
 
 
 def constants_of(written: Sequence[str], events: Events) -> dict[str, str]:
-    """Constants written as `field=value`.
+    """Parses constants written as `field=value`.
 
     >>> constants_of(["action=view"], Events())
     {'action': 'view'}
 
     Raises:
-        SettingsError: One is written differently, or is of no field that `[events]` names.
+        SettingsError: A constant is malformed, or names a field that `[events]` does not have.
     """
     constants: dict[str, str] = {}
     fields = mapped_fields(events)
@@ -180,13 +180,13 @@ def constants_of(written: Sequence[str], events: Events) -> dict[str, str]:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
+    """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def refuse_beyond_memory(recording: Recording, available: int) -> None:
-    """Refuses to sort what memory would not hold.
+    """Refuses to sort files that do not fit into memory.
 
     Raises:
         SettingsError: The files are too large.

@@ -1,4 +1,4 @@
-"""The options of commands that read files of clicks: which files, of which format, and how columns are fields."""
+"""Options of commands that read files of clicks: the files, their format, and how columns map to fields."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from state.recordings.files import FORMATS, Recording, constants_of, find
 
 
 def add_file_arguments(parser: argparse.ArgumentParser, about: str) -> None:
-    """Adds `FILE...` and the options that say how to read them.
+    """Adds `FILE...` and the options for reading the files.
 
     Args:
-        parser: Where to.
+        parser: The parser to extend.
         about: What the command does with the rows, one or two sentences for its help.
     """
     parser.add_argument("files", nargs="*", metavar="FILE", help="CSV, JSON lines or Parquet; .gz, .zst; globs")
@@ -38,11 +38,11 @@ def add_file_arguments(parser: argparse.ArgumentParser, about: str) -> None:
 
 
 def add_format_arguments(parser: argparse._ActionsContainer, of: str = "") -> None:
-    """Adds the options that say what all files are.
+    """Adds the options for the format of the files.
 
     Args:
-        parser: Where to, or a group of its options.
-        of: Of which files the columns are, where not of all.
+        parser: The parser, or a group of its options.
+        of: Text for the help that says which files `--columns` applies to; empty for all.
     """
     parser.add_argument("--format", choices=FORMATS, default="", help="of all files; else each file's name tells")
     parser.add_argument("--delimiter", default="", metavar="C", help="between CSV cells (default , and a tab for .tsv)")
@@ -55,7 +55,7 @@ def add_format_arguments(parser: argparse._ActionsContainer, of: str = "") -> No
 
 
 def as_settings(options: argparse.Namespace) -> list[str]:
-    """The options that are settings, as their flags.
+    """Converts the options that are settings to their flags.
 
     >>> as_settings(argparse.Namespace(columns="user,time", constant=["action=view"], allow_outcome=[]))
     ['--events.columns=user,time', '--events.constants=action=view']
@@ -72,10 +72,10 @@ def as_settings(options: argparse.Namespace) -> list[str]:
 
 
 def chosen(options: argparse.Namespace, events: Events) -> Recording:
-    """The recording that the options and `[events]` describe.
+    """Builds the recording that the options and `[events]` describe.
 
     Raises:
-        SettingsError: A file is not there, its format is not known, or `[events]` names no user.
+        SettingsError: A file does not exist, its format is unknown, or `[events]` names no user.
     """
     recording = Recording(
         files=find(options.files, options.format, options.delimiter),

@@ -26,8 +26,8 @@ def parquet_rows(
     """Reads Parquet; only the wanted columns are decoded.
 
     Raises:
-        SettingsError: A wanted field is no column.
-        pyarrow.ArrowException: The file is no Parquet, or damaged.
+        SettingsError: The file has no column for a wanted field.
+        pyarrow.ArrowException: The file is not Parquet, or is damaged.
         OSError: Likewise.
     """
     with pq.ParquetFile(path) as file:
@@ -49,10 +49,10 @@ def parquet_rows(
 
 
 def as_values(column: pa.Array) -> list[Any]:
-    """A column as Python values that JSON has; nulls and NaN are None.
+    """Converts a column to Python values that JSON can represent; nulls and NaN become None.
 
-    pandas writes whole numbers with gaps as floats: 7.0 becomes 7 again, for
-    it is an id.
+    pandas writes a column of integers with gaps as floats. So 7.0 becomes 7, because
+    it is likely an id.
 
     >>> as_values(pa.array([7.0, float("nan"), 0.5])), as_values(pa.array([b"a", None]))
     ([7, None, 0.5], ['a', None])
@@ -62,7 +62,7 @@ def as_values(column: pa.Array) -> list[Any]:
         column = column.dictionary_decode()
         kind = column.type
     if pa.types.is_timestamp(kind):
-        # Nanoseconds have no Python type of their own.
+        # Python has no type for nanoseconds.
         return list(column.cast(pa.timestamp("us", kind.tz), safe=False).to_pylist())
     values: list[Any] = column.to_pylist()
     if pa.types.is_floating(kind):
@@ -83,7 +83,7 @@ def _exact(value: Decimal) -> int | str:
 
 
 def _as_text(value: bytes) -> str | bytes:
-    """Text, or the bytes as they are: no JSON has them, and the row is sent as a dead letter."""
+    """Decodes bytes as UTF-8. Other bytes stay bytes: JSON cannot represent them, so the row becomes a dead letter."""
     try:
         return value.decode()
     except UnicodeDecodeError:

@@ -1,9 +1,9 @@
-"""Rows of a recording become records of the topic: JSON objects with the field names of `[events]`.
+"""Encodes rows of a recording as records of the topic: JSON objects with the field names of `[events]`.
 
-The time of a row is left open until it is sent, since a replay moves it. What
-cannot be a click is not dropped: a row whose fields are wrong goes out with
-them, a row that cannot be split into fields goes out as its text, and the
-stream's parser makes a dead letter of each. Pure.
+The time of a row is added when it is sent, since a replay shifts it. Rows that
+cannot be clicks are not dropped. A row with wrong fields is sent with them, and
+a row that cannot be split into fields is sent as its text. The stream's parser
+turns each into a dead letter. Pure.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ class RecordedRows:
 
     Attributes:
         columns: Field -> n values, None where a row has none.
-        lines: `[n]` int64, the line each row begins on (for Parquet its number), from 1.
-        broken: The rows that cannot be split into fields.
-        text: A row as it stands in the file.
+        lines: `[n]` int64, the line on which each row begins (for Parquet the row number), from 1.
+        broken: Indices of the rows that cannot be split into fields.
+        text: Returns the original text of a row.
     """
 
     columns: Mapping[str, Sequence[Any]]
@@ -50,12 +50,12 @@ class RecordedRows:
 
 @dataclass(frozen=True, slots=True)
 class EncodedRows:
-    """n records, complete but for their time.
+    """n records, complete except for their time.
 
     Attributes:
         keys: n keys, the raw ids of users.
-        bodies: n values; where `at_ms` is a time, the object lacks `,"time":...}` at its end.
-        at_ms: `[n]` int64, recorded time; NO_TIME where the row has none that can be read: it is sent as it is.
+        bodies: n values. Where `at_ms` is a time, the object lacks its end, `,"time":...}`; others are complete.
+        at_ms: `[n]` int64, recorded time; NO_TIME if the row has no readable time.
         file: `[n]` int64, number of the file.
         line: `[n]` int64, line in the file.
     """
@@ -99,7 +99,7 @@ def joined(parts: Sequence[EncodedRows]) -> EncodedRows:
 
 
 def order(at_ms: I64) -> I64:
-    """`[n]` int64: rows by time; equal times keep their order, and a row without one stays behind the row before it.
+    """Sorts rows by time, `[n]` int64. Equal times keep their order; a row without a time follows the row before it.
 
     >>> order(np.array([30, NO_TIME, 10, 30])).tolist()
     [2, 0, 1, 3]
@@ -109,7 +109,7 @@ def order(at_ms: I64) -> I64:
 
 
 def mapped_fields(events: Events) -> tuple[str, ...]:
-    """The fields that `[events]` names, each once; no other column of a file is ever sent.
+    """The fields that `[events]` names, each once. No other column of a file is ever sent.
 
     >>> mapped_fields(Events(action="", label="is_click", context=("tab", "item")))
     ('user', 'item', 'category', 'time', 'is_click', 'tab')
@@ -128,7 +128,7 @@ def mapped_fields(events: Events) -> tuple[str, ...]:
 
 
 def as_label(value: Any) -> Any:
-    """A label written as text, as CSV has it, becomes a number; what is none stays, for the parser to refuse.
+    """Converts a label that is text, as in CSV, to a number. Other text stays, and the parser refuses it.
 
     >>> [as_label(value) for value in ("1", "0.5", "true", "", "often", 1)]
     [1, 0.5, True, None, 'often', 1]
@@ -148,7 +148,7 @@ def as_label(value: Any) -> Any:
 
 
 def time_of(value: Any, unit: str, latest_ms: int) -> int:
-    """A row's time in milliseconds; NO_TIME for what is none or lies after `latest_ms`.
+    """A row's time in milliseconds; NO_TIME if it is not a time or is after `latest_ms`.
 
     >>> time_of("1511544070", "auto", 1 << 52), time_of("soon", "auto", 1 << 52) == NO_TIME
     (1511544070000, True)
@@ -165,7 +165,7 @@ def time_of(value: Any, unit: str, latest_ms: int) -> int:
 
 
 def times_as(at_ms: I64, unit: str) -> list[bytes]:
-    """`[n]` int64 times as JSON in the configured unit.
+    """Formats `[n]` int64 times as JSON in the configured unit.
 
     >>> times_as(np.array([1_511_544_070_500]), "s"), times_as(np.array([1_511_544_070_500]), "iso")
     ([b'1511544070.5'], [b'"2017-11-24T17:21:10.500Z"'])
@@ -182,12 +182,12 @@ def times_as(at_ms: I64, unit: str) -> list[bytes]:
 
 
 class Encoder:
-    """Makes records of rows.
+    """Encodes rows as records.
 
     Args:
         events: The section `[events]`.
         constants: Field -> the value that every row has.
-        latest_ms: A later time is none: a recording is of the past.
+        latest_ms: A later time counts as none, because a recording is of the past.
     """
 
     def __init__(self, events: Events, constants: Mapping[str, str], latest_ms: int) -> None:
@@ -200,7 +200,7 @@ class Encoder:
         self._time_key = b"," + orjson.dumps(events.time) + b":"
 
     def encode(self, rows: RecordedRows, file: int) -> EncodedRows:
-        """The records of `rows` of file number `file`."""
+        """Encodes `rows` of file number `file`."""
         events, count = self._events, len(rows)
         columns = [self._column(rows, name) for name in self._names]
         times = self._column(rows, events.time) if events.time else [None] * count
@@ -224,12 +224,12 @@ class Encoder:
                 else:
                     bodies.append(dumps(fields | ({events.time: times[row]} if events.time else {})))
             except (TypeError, ValueError):
-                # No JSON has such a value, say a number of 30 digits.
+                # JSON cannot represent such a value, for example a number of 30 digits.
                 bodies.append(rows.text(row))
         return EncodedRows(keys, bodies, at_ms, np.full(count, file, np.int64), rows.lines)
 
     def values(self, encoded: EncodedRows, at_ms: I64) -> list[bytes]:
-        """Complete values with the times to send; where `encoded` has no time, its body as it is."""
+        """Completes the values with the times to send; a body without a time is returned as it is."""
         endings = times_as(np.where(encoded.at_ms == NO_TIME, 1 << 41, at_ms), self._events.time_unit)
         has_time = (encoded.at_ms != NO_TIME).tolist()
         key = self._time_key
@@ -248,7 +248,7 @@ class Encoder:
 
 
 def shown_reasons(refused: Mapping[str, int], called: str = "dead letter") -> str:
-    """Dead letters by reason, the most frequent first.
+    """Formats the number of dead letters by reason, the most frequent first.
 
     >>> shown_reasons({"undecodable": 1, "implausible_time": 35}), shown_reasons({})
     ('36 dead letters (35 implausible_time, 1 undecodable)', '0 dead letters')

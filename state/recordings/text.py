@@ -1,8 +1,7 @@
-"""Reads rows from lines of text: CSV and JSON lines.
+"""Reads rows from text files: CSV and JSON lines.
 
-A line that cannot be split into fields is a broken row of the result, never
-an exception and never left out: one bad line spoils no other. Blank lines are
-no rows.
+A line that cannot be split into fields becomes a broken row of the result. It
+never raises an exception and never affects other lines. Blank lines are skipped.
 """
 
 from __future__ import annotations
@@ -43,13 +42,13 @@ def csv_rows(
         stream: The bytes.
         where: The file's name, for messages.
         wanted: The fields to read.
-        columns: Names of the columns of a file without a header; empty: the first line is the header.
+        columns: Column names of a file without a header; if empty, the first line is the header.
         delimiter: One character.
         chunk_rows: Rows at a time.
-        remedy: What to do about a column that is not there.
+        remedy: Advice for the error about a missing column.
 
     Raises:
-        SettingsError: A wanted field is no column.
+        SettingsError: The file has no column for a wanted field.
     """
     names, records = _named(stream, where, columns, delimiter)
     places = {name: names.index(name) for name in wanted if name in names}
@@ -71,7 +70,7 @@ def csv_rows(
 
 
 def _named(stream: BinaryIO, where: str, columns: Sequence[str], delimiter: str) -> tuple[list[str], Iterator[Record]]:
-    """The names of the columns and the rows below them."""
+    """Returns the column names and the rows below the header."""
     lines = enumerate(stream, 1)
     for number, line in lines:
         text = line.removeprefix(BOM) if number == 1 else line
@@ -99,7 +98,7 @@ def _named(stream: BinaryIO, where: str, columns: Sequence[str], delimiter: str)
 
 
 def _no_column(where: str, missing: str, names: Sequence[str], given: bool, remedy: str) -> tuple[str, str]:
-    """That a column is not there, and what to do about it."""
+    """The error message for a missing column, and the advice."""
     if given:
         return f"--columns {','.join(names)}: has no {missing!r}", f"name the column, or {remedy}"
     shown = ", ".join(names[:30])
@@ -111,7 +110,7 @@ def _no_column(where: str, missing: str, names: Sequence[str], given: bool, reme
 
 
 def _split(text: bytes, delimiter: str) -> list[str] | None:
-    """The cells of one line; None if it is not UTF-8 or its quotes are wrong.
+    """Splits one line into cells; None if it is not UTF-8 or its quotes are wrong.
 
     >>> _split(b'1,"a, b",c', ","), _split(b'1,"a', ",")
     (['1', 'a, b', 'c'], None)
@@ -124,7 +123,7 @@ def _split(text: bytes, delimiter: str) -> list[str] | None:
 
 
 def _quoted(text: str, delimiter: str) -> list[str] | None:
-    r"""The cells of the one record that `text` is; None if its quotes are wrong.
+    r"""Splits `text`, which must be one record, into cells; None if its quotes are wrong.
 
     >>> _quoted('1,"two\nlines"', ",")
     ['1', 'two\nlines']
@@ -137,7 +136,7 @@ def _quoted(text: str, delimiter: str) -> list[str] | None:
 
 
 def _records(lines: Iterator[tuple[int, bytes]], delimiter: str, width: int) -> Iterator[Record]:
-    """Line, text and cells of each row; cells None where the text has not `width` cells."""
+    """Yields line number, text and cells of each row; cells are None unless the text has `width` cells."""
     waiting: deque[tuple[int, bytes]] = deque()
     while (found := waiting.popleft() if waiting else next(lines, None)) is not None:
         number, text = found
@@ -148,8 +147,8 @@ def _records(lines: Iterator[tuple[int, bytes]], delimiter: str, width: int) -> 
         if b'"' not in text or text.count(b'"') % 2 == 0:
             cells = _split(text, delimiter)
         else:
-            # A quoted field may go on in the next lines. Where no quote ends it, or what ends there is no row, the
-            # quote is a stray one, and only its line is broken.
+            # A quoted field may continue in the next lines. If no quote ends it, or the result is not a row, the quote
+            # is a stray one and only its line is broken.
             held = [found]
             while len(held) < LONGEST_RECORD_LINES and (more := waiting.popleft() if waiting else next(lines, None)):
                 held.append(more)
@@ -172,7 +171,7 @@ def json_rows(
     Args:
         stream: The bytes.
         where: The file's name, for messages.
-        wanted: The fields to read; other fields are skipped unread.
+        wanted: The fields to read; other fields are skipped.
         chunk_rows: Rows at a time.
 
     Raises:
@@ -192,7 +191,7 @@ def json_rows(
 
 
 def _decoder(wanted: Sequence[str]) -> Callable[[bytes], tuple[Any, ...]]:
-    """Reads the wanted fields of one object, in their order."""
+    """Returns a decoder that reads the wanted fields of one object, in their order."""
     fields: list[Any] = [(f"field_{place}", Any, None) for place in range(len(wanted))]
     rename = {f"field_{place}": name for place, name in enumerate(wanted)}
     decode = msgspec.json.Decoder(msgspec.defstruct("Row", fields, rename=rename, gc=False)).decode
@@ -220,7 +219,7 @@ def _json_chunk(
 
 
 def _chunks(items: Iterator[Any], count: int) -> Iterator[list[Any]]:
-    """Lists of at most `count` items."""
+    """Groups items into lists of at most `count`."""
     chunk: list[Any] = []
     for item in items:
         chunk.append(item)

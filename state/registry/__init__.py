@@ -1,1 +1,1 @@
-"""Versions, complete or absent, and control: which of them should be used."""
+"""Registry of model versions, each complete or absent, and of control, which decides which of them to use."""

@@ -1,8 +1,8 @@
-"""The files of durable versions, where a shared registry's directory may have their names alone: what is read is brought, and stays.
+"""Reads the files of durable versions, and fetches missing ones from the object store of a shared registry.
 
-A copy knows a version by its folder, which may be empty. What is missing there
-is read from the place where the registry is shared, compared with its digest
-and kept. A folder that the place has no more goes here too.
+In a copy of a shared registry, a version may be an empty folder. A missing file
+is read from the object store, checked against its digest and kept. A folder that
+the object store no longer has is removed here too.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ VERSIONED = (layout.VERSIONS, layout.MERGED, layout.BASES)
 
 
 def fits(entry: FileEntry, data: bytes) -> bool:
-    """Whether these are a file's bytes.
+    """Whether these bytes match a file's size and digest.
 
     >>> fits(FileEntry(hashlib.sha256(b"12").hexdigest(), 2), b"12"), fits(FileEntry("", 2), b"13")
     (True, False)
@@ -31,19 +31,19 @@ def fits(entry: FileEntry, data: bytes) -> bool:
 
 
 class BroughtFiles(Folders):
-    """The files of one registry's versions, here or in the place where it is shared."""
+    """The files of one registry's versions, read from this directory or fetched from the object store."""
 
     @property
     def is_copy(self) -> bool:
-        """Whether what is here was brought from elsewhere, and can be again."""
+        """Whether this directory is a copy whose files can be fetched again."""
         found = self.binding
         return found is not None and found.is_copy
 
     def manifest_bytes(self, folder: Path) -> bytes:
-        """The manifest in a version's folder.
+        """Reads the manifest in a version's folder.
 
         Raises:
-            FileNotFoundError: There is none, here or where the registry is shared.
+            FileNotFoundError: It exists neither here nor in the object store.
             UnusableRegistry: It cannot be read.
         """
         path = folder / MANIFEST
@@ -57,7 +57,10 @@ class BroughtFiles(Folders):
         return data
 
     def file_here_or_brought(self, path: Path, entry: FileEntry) -> bytes | None:
-        """The bytes of a version's file; None where there is none. What was brought and fits is kept; compare what is returned.
+        """Reads a version's file, and fetches it if it is missing; None if it does not exist.
+
+        A fetched file that matches its digest is kept. The caller must check the
+        digest of the returned bytes.
 
         Raises:
             UnusableRegistry: It cannot be read.
@@ -71,12 +74,12 @@ class BroughtFiles(Folders):
                 if found is not None and fits(entry, found):
                     self.keep_copy(path, found)
                     return found
-                # Rewritten or removed meanwhile, where there is nothing: the manifest says which.
+                # The version was rewritten or removed meanwhile; the manifest shows which.
                 self.renew(path.parent)
                 return found
             return None
         if not fits(entry, data) and self.is_copy:
-            # Damaged here, or rewritten there.
+            # Damaged here, or rewritten in the object store.
             self.renew(path.parent)
             with usable("be read"):
                 path.unlink(missing_ok=True)
@@ -84,14 +87,14 @@ class BroughtFiles(Folders):
         return data
 
     def renew(self, folder: Path, mark: str = "") -> bool:
-        """Brings a copy's manifest again; where it is another one, all files of before go. Nothing happens elsewhere.
+        """Fetches a copy's manifest again, and removes the version's other files if it changed. No-op outside a copy.
 
         Args:
-            folder: Of a version.
-            mark: Of the manifest there; empty where it is not known.
+            folder: Folder of a version.
+            mark: Mark of the manifest in the object store; empty if unknown.
 
         Returns:
-            Whether it was another one, or the folder went.
+            Whether the manifest changed or the folder was removed.
 
         Raises:
             UnusableRegistry: It cannot be read.
@@ -118,7 +121,7 @@ class BroughtFiles(Folders):
         return True
 
     def give_up(self, folder: Path) -> None:
-        """Takes the folder of a version away by one rename; one that is gone is no error.
+        """Removes the folder of a version with one rename; a missing folder is not an error.
 
         Raises:
             UnusableRegistry: The disk refused.

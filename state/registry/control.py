@@ -1,9 +1,9 @@
-"""What should be: a control generation, and the pure transitions from one to the next.
+"""Control: the desired state of the system in numbered generations, with pure transitions from one to the next.
 
-The operator writes the next generation; serving and trainer converge to it and
-report what they run. A generation is never changed: the sequence of all of
-them is the audit log. `state/registry/controls.py` stores them, as
-`state/registry/control_codec.py` writes them.
+The operator writes the next generation. Serving and trainer converge to it and
+report what they run. A generation never changes, so the sequence of all
+generations is the audit log. `state/registry/controls.py` stores them in the
+format of `state/registry/control_codec.py`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ Mode = Literal["fast", "exact"]
 
 @dataclass(frozen=True, slots=True)
 class ServingChoice:
-    """Which version answers should use.
+    """The version that serving uses.
 
     Attributes:
-        mode: `follow` the newest version of the control's epoch, or stay at the `pin`.
+        mode: `follow` the newest version of the control's epoch, or stay at a pinned version with `pin`.
         version: The pinned version; None while following.
-        then_follow: Whether the trainer lets answers follow once it has caught up.
+        then_follow: Whether the trainer switches serving to `follow` once it has caught up.
     """
 
     mode: Literal["follow", "pin"] = "follow"
@@ -44,33 +44,33 @@ class ServingChoice:
 
 @dataclass(frozen=True)
 class Control:
-    """The desired state of the whole system.
+    """One generation of the desired state of the whole system.
 
     Attributes:
-        generation: Its number; the newest generation counts.
-        created_at_ms: When it was decided, wall clock.
+        generation: Its number; the newest generation is in force.
+        created_at_ms: Wall clock time of the decision.
         actor: Who decided.
         reason: Why, in the actor's words.
-        action: What was decided.
-        epoch: The trainer's life since a rollback; versions of another epoch are refused.
-        base: The version that the epoch starts from; None where it starts from nothing.
-        serving: Which version answers should use.
-        masks: What training and windows leave out, by number.
-        lifted: Masks that were lifted since the epoch began, each with the generation that did.
-        mask_generation: That of the last change of `masks` or `erased`.
+        action: The kind of decision.
+        epoch: Number of the trainer's epoch; a rollback begins a new one. Versions of another epoch are refused.
+        base: The version that the epoch starts from; None if it starts from scratch.
+        serving: The version that serving uses.
+        masks: Masks in force: what training and windows leave out, by number.
+        lifted: Masks that were lifted since the epoch began, each with the generation that lifted it.
+        mask_generation: Generation of the last change of `masks` or `erased`.
         last_mask: The last number given to a mask.
-        mode: Of the rollback that the epoch began with: `exact` where the stream went back too.
-        log: The records of the training log that count.
-        upgraded: Whether the epoch began with an upgrade, so that its versions are of another model than its base.
+        mode: Mode of the rollback that began the epoch: `exact` if the stream was rolled back too.
+        log: The branch of the training log: the records that count.
+        upgraded: Whether the epoch began with an upgrade, so that its versions have another model than its base.
         publishing: Whether the trainer publishes versions.
-        training: Whether the trainer takes records.
+        training: Whether the trainer consumes records.
         labels: Names of versions, each with its version, in order.
-        erased: Users who are forgotten; no generation takes one back.
-        held: The update that the trainer's guard holds: training rests at its end; None for none.
-        released: Ends of held updates, in the training log, that an operator let go on: they are not held again.
-        plan: Of a rollback what its command knew: `end`, the end of the training log, and of an exact one `again`, the
-            clicks that are learned again, see `state/registry/goals.py`. Of an upgrade what it goes on to,
-            see `state/registry/upgrades.py`. Of an accepted baseline its number. None for everything else.
+        erased: Erased users; no generation restores one.
+        held: The update that the trainer's guard holds, None for none. Training pauses at its end.
+        released: End offsets, in the training log, of held updates that an operator released. They are not held again.
+        plan: Facts that the command recorded, None if there are none. A rollback records `end`, the end of the training
+            log; an exact one also `again`, the clicks that are learned again, see `state/registry/goals.py`. An upgrade
+            records its target, see `state/registry/upgrades.py`. An accepted baseline records its number.
     """
 
     generation: int
@@ -98,15 +98,15 @@ class Control:
 
     @cached_property
     def mask(self) -> Mask:
-        """The events that windows, the stream and answers leave out; its generation is the one that decided it."""
+        """The events that windows, stream and serving leave out. Its generation is that of the last change of masks."""
         return replace(joined(self.masks, self.mask_generation), erased=self.erased)
 
     def mask_at(self, generation: int) -> Mask:
-        """The rows that training leaves out of a record that the stream wrote under the mask of `generation`.
+        """The mask that training applies to a record that the stream wrote under the mask of `generation`.
 
-        A mask that was lifted since the epoch began still counts for records
-        that were written before: where in the log it ends is no matter of
-        when the trainer looked.
+        A mask that was lifted since the epoch began still applies to records written
+        before that. So the offset at which it ends does not depend on when the trainer
+        polled control.
         """
         kept = tuple(one for one in self.lifted if one.lifted > generation)
         if not kept:
@@ -121,7 +121,7 @@ class Control:
 
 
 def start(*, actor: str, reason: str, now_ms: int) -> Control:
-    """Generation 1: train from nothing, serve the newest version.
+    """Generation 1: train from scratch, serve the newest version.
 
     >>> start(actor="trainer", reason="first start", now_ms=0).epoch
     1
@@ -130,7 +130,7 @@ def start(*, actor: str, reason: str, now_ms: int) -> Control:
 
 
 def pin(control: Control, version: int, *, actor: str, reason: str, now_ms: int) -> Control:
-    """Answers stay at `version`; training goes on. The same control where that is so already.
+    """Pins serving to `version`; training continues. Returns the same control if nothing changes.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
     >>> pinned = pin(first, 7, actor="ann", reason="odd answers", now_ms=5)
@@ -143,7 +143,7 @@ def pin(control: Control, version: int, *, actor: str, reason: str, now_ms: int)
 
 
 def follow(control: Control, *, actor: str, reason: str, now_ms: int) -> Control:
-    """Answers follow the newest version of the epoch. The same control where they do already.
+    """Makes serving follow the newest version of the epoch. Returns the same control if nothing changes.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
     >>> follow(first, actor="ann", reason="no need", now_ms=5) is first
@@ -163,25 +163,25 @@ def roll_back(
     log: LogLine | None = None,
     then_follow: bool = False,
 ) -> Control:
-    """The whole system goes back: answers pinned to version `to`, a new epoch that trains on from it.
+    """Rolls the whole system back: serving is pinned to version `to`, and a new epoch trains from it.
 
-    What was masked before stays masked, so that an old poison does not come
-    back with a second rollback. Where the epoch started from `to` already,
-    with nothing new to mask and no mask lifted, only the pin may change: the
-    trainer need not learn the same again.
+    Masks in force stay in force, so that a second rollback does not bring poisoned
+    events back. If the epoch already started from `to`, with nothing new to mask
+    and no mask lifted, only the pin may change. The trainer then does not repeat
+    its work.
 
-    An exact rollback writes the log again under all masks, so that the log has
-    none of what they name. The caller must choose `to` from before all of it.
+    An exact rollback rewrites the log under all masks, so that the log has none of
+    the masked events. The caller must choose a `to` from before all of them.
 
     Args:
         control: The control to start from.
-        to: The version to go back to.
-        mask: What to leave out from now on, beside what is left out already.
+        to: The version to roll back to.
+        mask: What to leave out from now on, in addition to the masks in force.
         actor: Who decided.
         reason: Why.
         now_ms: Wall clock.
-        log: The line that turns off at `to`, for an exact rollback; None for a fast one, which reads on as before.
-        then_follow: Whether answers follow again once the trainer has caught up.
+        log: The log branch that starts at `to`, for an exact rollback; None for a fast one, which stays on its branch.
+        then_follow: Whether serving follows again once the trainer has caught up.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
     >>> back = roll_back(first, 40, Mask.NONE, actor="ann", reason="poison", now_ms=9)
@@ -219,7 +219,7 @@ def roll_back(
 
 
 def recover(control: Control, to: int, *, actor: str, reason: str, now_ms: int) -> Control:
-    """The trainer goes back to version `to`, the newest that it can learn on from; answers and masks stay as they are wanted.
+    """Rewinds the trainer to version `to`, the newest that it can continue from; serving choice and masks stay.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
     >>> back = recover(first, 40, actor="trainer", reason="the training log ends before version 41", now_ms=9)
@@ -231,10 +231,10 @@ def recover(control: Control, to: int, *, actor: str, reason: str, now_ms: int) 
 
 
 def unmask(control: Control, numbers: Collection[int], *, actor: str, reason: str, now_ms: int) -> Control:
-    """Lifts masks: from now on nothing that they named is left out. The same control where all were lifted already.
+    """Lifts masks: from now on nothing that they name is left out. Returns the same control if all were lifted already.
 
-    What was left out meanwhile is not learned by that: it comes back with an
-    exact rollback.
+    Events that were left out meanwhile are not learned by this. Only an exact
+    rollback brings them back.
 
     Raises:
         UnfitMask: One of the numbers was never given.
@@ -266,24 +266,24 @@ def unmask(control: Control, numbers: Collection[int], *, actor: str, reason: st
 
 
 def publish(control: Control, publishing: bool, *, actor: str, reason: str, now_ms: int) -> Control:
-    """The trainer publishes versions, or holds them while it learns on. The same control where that is so already."""
+    """Lets the trainer publish versions, or hold them while it trains. Returns the same control if nothing changes."""
     return _next(control, "release" if publishing else "hold", actor, reason, now_ms, publishing=publishing)
 
 
 def train(control: Control, training: bool, *, actor: str, reason: str, now_ms: int) -> Control:
-    """The trainer takes records, or pauses. The same control where that is so already."""
+    """Lets the trainer consume records, or pauses it. Returns the same control if nothing changes."""
     return _next(control, "resume" if training else "pause", actor, reason, now_ms, training=training)
 
 
 def _next(control: Control, action: Action, actor: str, reason: str, now_ms: int, **changes: Any) -> Control:
-    """The next generation with these changes; `control` itself where they change nothing."""
+    """The next generation with these changes; `control` itself if they change nothing."""
     if all(getattr(control, name) == value for name, value in changes.items()):
         return control
     return following(control, action, actor, reason, now_ms, **changes)
 
 
 def following(control: Control, action: Action, actor: str, reason: str, now_ms: int, **changes: Any) -> Control:
-    """The next generation with these changes; its plan is its own, None where `changes` name none."""
+    """The next generation with these changes. Its plan is None unless `changes` has one."""
     decided: dict[str, Any] = {
         "created_at_ms": now_ms,
         "actor": actor,

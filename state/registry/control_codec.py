@@ -1,4 +1,4 @@
-"""How a control generation is written: canonical JSON, users of masks in files of their own. Pure."""
+"""Encodes control generations as canonical JSON; users of masks are in files of their own. Pure."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from state.registry.log_line import WHOLE
 from state.registry.mask_entries import UsersOf
 
 FORMAT, EXTENDED = 1, 2
-"""Of what 0.1.0 knew, and of what a release that reads format 1 only would do wrong."""
+"""FORMAT holds what 0.1.0 knew. EXTENDED holds what a release that reads only format 1 would get wrong."""
 
 
 def encode(control: Control) -> bytes:
-    """`control` as canonical JSON: the same control gives the same bytes."""
+    """Encodes `control` as canonical JSON: equal controls give equal bytes."""
     document: dict[str, Any] = {
         "generation": control.generation,
         "created_at_ms": control.created_at_ms,
@@ -64,7 +64,7 @@ def encode(control: Control) -> bytes:
 
 
 def no_files(digest: str) -> MaskedUsers:
-    """Has no users' file.
+    """Default `users_of` of `decode`: finds no file.
 
     Raises:
         ValueError: Always.
@@ -73,11 +73,11 @@ def no_files(digest: str) -> MaskedUsers:
 
 
 ErasedOf = Callable[[str], Erased]
-"""Reads the erasures that the file of this SHA-256 ends."""
+"""Reads the erasures up to and including the file with this SHA-256."""
 
 
 def no_erasures(digest: str) -> Erased:
-    """Has no erasures' file.
+    """Default `erased_of` of `decode`: finds no file.
 
     Raises:
         ValueError: Always.
@@ -86,10 +86,10 @@ def no_erasures(digest: str) -> Erased:
 
 
 def decode(document: Mapping[str, Any], users_of: UsersOf = no_files, erased_of: ErasedOf = no_erasures) -> Control:
-    """The control that `encode` wrote, after JSON parsing; fields of later releases are left out.
+    """Decodes the control that `encode` wrote, after JSON parsing; fields of later releases are ignored.
 
     Args:
-        document: What was written.
+        document: The parsed JSON document.
         users_of: Reads the users of a mask.
         erased_of: Reads the erasures.
 
@@ -99,7 +99,7 @@ def decode(document: Mapping[str, Any], users_of: UsersOf = no_files, erased_of:
     True
 
     Raises:
-        ValueError: It is of a format that this release does not read, or a field is missing.
+        ValueError: This release does not read its format, or a field is missing.
     """
     if document.get("format") not in (FORMAT, EXTENDED):
         raise ValueError(f"control of format {document.get('format')!r}; this release reads {FORMAT} and {EXTENDED}")
@@ -131,7 +131,7 @@ def decode(document: Mapping[str, Any], users_of: UsersOf = no_files, erased_of:
 
 
 def _masks(document: Mapping[str, Any], users_of: UsersOf) -> dict[str, Any]:
-    """The fields of control about masks; the one mask of format 1 is taken apart."""
+    """The fields of control about masks; the single mask of format 1 is split into entries."""
     if document["format"] == FORMAT:
         mask = Mask.from_json(document["mask"])
         held = tuple(mask_entries.entries(mask))

@@ -1,4 +1,4 @@
-"""Control as a process sees it that goes on without it: where there is no registry, or it cannot be read, nothing changes."""
+"""Reads control for a process that keeps running without it: if it is missing or unreadable, nothing changes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ logger = logging.getLogger(__name__)
 
 
 class ControlLook:
-    """Looks at control. One thread.
+    """Polls control. Use it from one thread only.
 
     Args:
-        registry: The registry's directory, which need not be there.
+        registry: The registry's directory, which may not exist.
     """
 
     def __init__(self, registry: Path) -> None:
@@ -28,7 +28,7 @@ class ControlLook:
         self._say = SaidOnce(logger.warning)
 
     def look(self) -> Control | None:
-        """The newest control; the last one seen where it cannot be read, which is said once; None where there is none."""
+        """The newest control; None if there is none. If it cannot be read, warns once and returns the last one read."""
         try:
             self._seen = self.read()
         except RegistryError as error:
@@ -36,7 +36,7 @@ class ControlLook:
         return self._seen
 
     def read(self) -> Control | None:
-        """The newest control; None where there is none.
+        """The newest control; None if there is none.
 
         Raises:
             RegistryError: It cannot be read.

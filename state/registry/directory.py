@@ -1,4 +1,4 @@
-"""The registry's directory: what each part of it is written and read with."""
+"""The registry's directory: reading and writing its files, here and in the object store of a shared registry."""
 
 from __future__ import annotations
 
@@ -18,23 +18,23 @@ from state.registry.sharing.binding import Binding, bound
 
 
 class Directory:
-    """A directory with a folder for what is being written, whose names carry their writer.
+    """A directory with a folder for temporary files, whose names carry their writer.
 
     Args:
         path: The registry's directory.
-        folders: The names of the folders that this part of the registry uses.
+        folders: Names of the folders that this part of the registry uses.
     """
 
     def __init__(self, path: Path, *folders: str) -> None:
         self.path = path
         self._place: FilePlace | None = None
-        # Whoever only reads may do without, and an applier waits for its registry: the first use says what is wrong.
+        # A reader may do without the folders, and an applier waits for its registry. The first use reports the error.
         with suppress(OSError):
             for name in (*folders, layout.TEMPORARY):
                 (path / name).mkdir(parents=True, exist_ok=True)
 
     def sweep(self) -> list[str]:
-        """Deletes what dead writers left under `tmp/`; returns the names."""
+        """Deletes the files of dead writers under `tmp/`; returns the names."""
         with usable("be swept"):
             left = [
                 path
@@ -46,21 +46,21 @@ class Directory:
         return [path.name for path in left]
 
     def temporary(self, what: str) -> Path:
-        """A path for what is written next, by this process alone."""
+        """A path for a temporary file or folder of this process."""
         path = self.path / layout.TEMPORARY / f"{what}~{durable.owner_mark()}"
         shutil.rmtree(path, ignore_errors=True)
         return path
 
-    # Where it is shared
+    # Shared registry
 
     @property
     def binding(self) -> Binding | None:
-        """Where the registry is shared, and whether this directory is a copy; None where it is shared with nobody."""
+        """Where the registry is shared, and whether this directory is a copy; None if it is not shared."""
         return bound(self.path)
 
     @property
     def shared(self) -> FilePlace | None:
-        """The place in which the registry is shared; None where it is shared with nobody.
+        """The object store in which the registry is shared; None if it is not shared.
 
         Raises:
             UnusableRegistry: It cannot be opened.
@@ -72,14 +72,14 @@ class Directory:
 
     @shared.setter
     def shared(self, place: FilePlace) -> None:
-        """Another way to the same place, such as one that counts requests."""
+        """Replaces the client of the same object store, for example by one that counts requests."""
         self._place = place
 
     def from_shared(self, path: Path) -> bytes | None:
-        """The bytes that a file of this directory has in the place where it is shared; None where it has none there.
+        """Reads a file of this directory from the object store; None if it is missing there or nothing is shared.
 
         Raises:
-            UnusableRegistry: The place cannot be reached.
+            UnusableRegistry: The object store cannot be reached.
         """
         place = self.shared
         if place is None:
@@ -91,12 +91,12 @@ class Directory:
             return None
 
     def content(self, path: Path, sha256: str) -> bytes:
-        """The bytes of a file that is known by its digest, brought from where the registry is shared if it is not here.
+        """Reads a file that is known by its digest; fetches it from the object store if it is missing here.
 
         Raises:
-            FileNotFoundError: Nobody has it.
+            FileNotFoundError: It exists neither here nor in the object store.
             ValueError: It fails its digest.
-            UnusableRegistry: It cannot be read, or the place cannot be reached.
+            UnusableRegistry: It cannot be read, or the object store cannot be reached.
         """
         try:
             data, brought = file_bytes(path), False
@@ -112,9 +112,9 @@ class Directory:
         return data
 
     def keep_copy(self, path: Path, data: bytes) -> None:
-        """Writes what was brought from there to its file in this directory, durably; one that is there is replaced.
+        """Writes fetched bytes to their file in this directory, durably; an existing file is replaced.
 
-        Nothing is written where its folder went meanwhile.
+        Nothing is written if the file's folder was removed meanwhile.
 
         Raises:
             UnusableRegistry: The disk refused.
@@ -132,10 +132,10 @@ class Directory:
 
 @contextmanager
 def sharing() -> Iterator[None]:
-    """Turns what the place of a shared registry refuses into an error of the registry.
+    """Converts an error of a shared registry's object store to an error of the registry.
 
     Raises:
-        UnusableRegistry: It cannot be reached, or refuses.
+        UnusableRegistry: The object store cannot be reached, or refuses.
     """
     try:
         yield
@@ -145,13 +145,13 @@ def sharing() -> Iterator[None]:
 
 @contextmanager
 def usable(doing: str) -> Iterator[None]:
-    """Turns what the operating system refuses into an error of ours.
+    """Converts an error of the operating system to an error of the registry.
 
-    A file that cannot be read is not a damaged one: nothing is set aside, and
-    nothing older is taken in its place.
+    A file that cannot be read is not treated as damaged: nothing is set aside, and
+    nothing older replaces it.
 
     Raises:
-        UnusableRegistry: The disk is full or read-only, or rights are missing.
+        UnusableRegistry: The disk is full or read-only, or permissions are missing.
     """
     try:
         yield
@@ -163,11 +163,11 @@ def usable(doing: str) -> Iterator[None]:
 
 
 def file_bytes(path: Path) -> bytes:
-    """The bytes of a file.
+    """Reads a file.
 
     Raises:
-        FileNotFoundError: There is none.
-        UnusableRegistry: It is there and cannot be read.
+        FileNotFoundError: It does not exist.
+        UnusableRegistry: It exists and cannot be read.
     """
     with usable("be read"):
         try:

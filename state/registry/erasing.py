@@ -1,4 +1,4 @@
-"""The transition of control by which users are forgotten, and what each process says of how far it has done so."""
+"""Erasure of users: the control transition that requests it, and each process's report of its progress."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from state.registry.control import Control, following
 
 @dataclass(frozen=True)
 class ErasureReport:
-    """How far one process has taken erasures into account in the copies that are its own.
+    """How far one process has applied erasures to its own copies of user data.
 
     Attributes:
-        part: Which process, such as `stream-0`; also the name of its file.
-        host: Where it runs.
+        part: Name of the process, such as `stream-0`; also the name of its file.
+        host: Host of the process.
         path: The directory of its copies.
-        through: The last erasure whose users' records are gone there.
-        pages: Likewise, also from pages of the store's file that are free: they hold old bytes until it is written anew.
-        version: Of the compactor: the versions up to this one were looked at.
-        at_ms: When it said so, wall clock.
+        through: The last erasure whose users' records are deleted there.
+        pages: Likewise, including free pages of the store's file, which hold old bytes until the file is rewritten.
+        version: For the compactor: versions up to this one were checked.
+        at_ms: Wall clock time of the report.
     """
 
     part: str
@@ -52,7 +52,7 @@ def report(registry: Path, told: ErasureReport) -> None:
 
 
 def reports(registry: Path) -> list[ErasureReport]:
-    """What all processes said, by their names; one that cannot be read said nothing."""
+    """The reports of all processes, sorted by name; unreadable ones are skipped."""
     found = []
     for path in sorted((registry / layout.ERASURES).glob("*.json")):
         try:
@@ -71,9 +71,9 @@ def erase(
     reason: str,
     now_ms: int,
 ) -> Control:
-    """Users are forgotten: their clicks before `until`, and all that is kept of them.
+    """Erases users: their clicks before `until`, and everything that is stored about them.
 
-    Asked again it forgets what they have clicked since.
+    Erasing the same users again erases what they have clicked since.
 
     Args:
         control: The control to start from.

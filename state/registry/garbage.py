@@ -1,13 +1,14 @@
-"""Takes away what a registry keeps without need, by age: the compactor calls it under its lock.
+"""Garbage collection of a registry by age. The compactor calls it under its lock.
 
-| what | goes when it is old and |
+| files | deleted when old and |
 |---|---|
-| `versions/`, `merged/`, `bases/`: `*.bad` | a version with a higher number is kept, so that the number is not used again |
-| `programs/`, `specs/` | no kept version names it, and it is not the newest one, which the trainer may be about to use; of a shared registry programs only |
-| `outcomes/` | no kept version is of its epoch, nor is control; of a shared registry they stay |
+| `versions/`, `merged/`, `bases/`: `*.bad` | a version with a higher number is kept, so that no number is reused |
+| `programs/`, `specs/` (shared registry: only `programs/`) | no kept version names it, and it is not the newest one |
+| `outcomes/` (shared registry: never) | neither a kept version nor control is of its epoch |
 | `tmp/` | its writer is dead, or on another machine |
 
-Control is the audit log and stays, with all the users that it names (`masks/`).
+The newest program or spec stays because the trainer may be about to use it. Control
+is the audit log and is never deleted, nor are the users that it names (`masks/`).
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ def collect(registry: Registry, keep_ms: int, now_ms: int, in_use: Collection[st
     """Removes garbage older than `keep_ms`; returns the paths, relative to the registry.
 
     Args:
-        registry: Of which the caller holds the compactor's lock.
-        keep_ms: How long what nobody names is kept; what is in `tmp/`, a day.
+        registry: The registry. The caller holds the compactor's lock.
+        keep_ms: How long unreferenced files are kept; files in `tmp/` are kept for a day.
         now_ms: Wall clock.
         in_use: Digests of specs that stay.
 
@@ -41,7 +42,7 @@ def collect(registry: Registry, keep_ms: int, now_ms: int, in_use: Collection[st
     with usable("be cleared of what nobody needs"):
         gone = [*_garbage(registry, keep_ms, now_ms, frozenset(in_use)), *_left_by_writers(registry, now_ms)]
         for path in gone:
-            # By one rename, as versions go: a crash leaves nothing that is half there.
+            # One rename, as for versions, so that a crash leaves no half-deleted folder.
             grave = registry.temporary(f"garbage-{path.name.partition('~')[0]}")
             path.rename(grave)
             shutil.rmtree(grave) if grave.is_dir() else grave.unlink()
@@ -59,7 +60,7 @@ def _garbage(registry: Registry, keep_ms: int, now_ms: int, in_use: frozenset[st
             continue
         aside = [path for path in _older(registry.path / folder, keep_ms, now_ms) if ".bad" in path.name]
         found += [path for path in aside if int(path.name.partition(".")[0].partition("-")[0]) < newest_version]
-    # What is small and shared is brought again where it is missing: it stays.
+    # A copy fetches small shared files again if they are missing, so specs and outcomes stay.
     shared = registry.binding is not None
     named_by = {layout.PROGRAMS: {one.program for one in kept}, layout.SPECS: {one.spec for one in kept}}
     for folder, named in named_by.items():
@@ -80,7 +81,7 @@ def _garbage(registry: Registry, keep_ms: int, now_ms: int, in_use: frozenset[st
 
 
 def _left_by_writers(registry: Registry, now_ms: int) -> list[Path]:
-    """What lies in `tmp/` of writers that are gone: the dead of this machine, others once a day has passed."""
+    """Files in `tmp/` of writers that are gone: dead ones of this machine, and others after a day."""
     found = []
     for path in (registry.path / layout.TEMPORARY).iterdir():
         owner = path.name.rpartition("~")[2]
@@ -95,5 +96,5 @@ def _older(folder: Path, keep_ms: int, now_ms: int) -> list[Path]:
 
 
 def _age_of(path: Path) -> float:
-    """When it was written, ms."""
+    """Modification time, ms."""
     return path.stat().st_mtime * 1000

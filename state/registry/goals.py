@@ -1,4 +1,4 @@
-"""Which clicks a trainer learns again after a rollback: from the version gone back to up to what was learned before."""
+"""The clicks to learn again after a rollback: from the version rolled back to, up to the last one learned before."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from state.positions import Source
 from state.registry.registry import Registry
 
 ClickRanges = Mapping[Source, tuple[int, int]]
-"""By source the first click and the one after the last."""
+"""By source: the first click, and the offset after the last one."""
 
 
 def learned_before(registry: Registry, epoch: int) -> dict[Source, int]:
-    """The next click of each source that was not learned when `epoch` began.
+    """For each source, the first click that was not learned when `epoch` began.
 
-    Where the epoch before had not caught up, that is what was learned before it.
+    If the previous epoch had not caught up, the epochs before it count too.
 
     Args:
-        registry: Where versions, control and outcomes are.
-        epoch: Of control; versions of it and of later ones do not count.
+        registry: Holds versions, control and outcomes.
+        epoch: Epoch of control; its versions and those of later epochs do not count.
 
     Raises:
         CorruptVersion: A control generation or an outcome fails its digest.
@@ -39,7 +39,7 @@ def learned_before(registry: Registry, epoch: int) -> dict[Source, int]:
 
 
 def has_caught_up(registry: Registry, epoch: int) -> bool:
-    """Whether nothing more is to be seen of an epoch: it was caught up, or is the first, or reads on after an upgrade.
+    """Whether an epoch has caught up: the trainer recorded that, or it is the first epoch, or began with an upgrade.
 
     Raises:
         CorruptVersion: A control generation or the outcome fails its digest.
@@ -51,7 +51,7 @@ def has_caught_up(registry: Registry, epoch: int) -> bool:
 
 
 def clicks_in(ranges: ClickRanges) -> int:
-    """How many clicks ranges have; of a partition in several buckets each counts once.
+    """The number of clicks in ranges; a click of a partition that is in several buckets counts once.
 
     >>> zero, one = Source("ab" * 16, 0, 0, 2), Source("ab" * 16, 0, 1, 2)
     >>> clicks_in({zero: (4, 9), one: (5, 10)})
@@ -65,7 +65,7 @@ def clicks_in(ranges: ClickRanges) -> int:
 
 
 def to_json(ranges: ClickRanges) -> dict[str, list[int]]:
-    """Ranges as JSON values.
+    """Converts ranges to JSON values.
 
     >>> from_json(to_json({Source("ab" * 16, 0): (4, 9)}))[Source("ab" * 16, 0)]
     (4, 9)
@@ -74,5 +74,5 @@ def to_json(ranges: ClickRanges) -> dict[str, list[int]]:
 
 
 def from_json(document: Mapping[str, list[int]]) -> dict[Source, tuple[int, int]]:
-    """The ranges that `to_json` gave."""
+    """Reads the ranges that `to_json` returned."""
     return {Source.parse(source): (int(first), int(after)) for source, (first, after) in document.items()}

@@ -1,4 +1,4 @@
-"""An update that the trainer's guard holds: which rule, with what numbers, from which place, and how it is written. Pure."""
+"""An update that the trainer's guard holds: the rule, its numbers and the offsets, and their JSON form. Pure."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import msgspec
 
 MOST_RELEASED = 32
-"""Verdicts that an operator called false, the newest, which are not held again where the log is read again."""
+"""How many released updates, the newest, are remembered. They are not held again when the log is read again."""
 
 
 @dataclass(frozen=True, slots=True)
 class SuspectClicks:
-    """The offsets `[first, next)` of one partition of the clicks that a held update has.
+    """The offsets `[first, next)` of one partition of clicks that a held update contains.
 
     Attributes:
         topic_id: The topic's id, 32 hexadecimal digits.
@@ -31,20 +31,20 @@ class SuspectClicks:
 
 @dataclass(frozen=True, slots=True)
 class HeldUpdate:
-    """What the guard holds, for answers, operators and the trainer that is started again.
+    """The update that the guard holds, stored for serving, operators and a restarted trainer.
 
     Attributes:
         rule: Name of the rule.
-        meaning: What it looks at, in words.
-        signal: Its number in the suspect window.
-        usual: What it usually is.
-        version: The newest durable version before the suspect window; 0 where there is none.
-        first: Offset of the training log where that window begins.
-        next: Offset of the training log after the record at which it was held: training rests there.
-        first_ms: Log time where that window begins.
-        next_ms: Log time where training rests.
-        clicks: Its clicks by partition.
-        followed: Whether answers followed the newest version, so that a release lets them follow again.
+        meaning: The quantity that the rule checks, in words.
+        signal: Its value in the suspect window.
+        usual: Its usual value.
+        version: The newest durable version before the suspect window; 0 if there is none.
+        first: Offset of the training log where the window begins.
+        next: Offset of the training log after the record at which the update was held. Training pauses there.
+        first_ms: Log time where the window begins.
+        next_ms: Log time where training pauses.
+        clicks: The update's clicks by partition.
+        followed: Whether serving followed the newest version, so that a release lets it follow again.
     """
 
     rule: str
@@ -60,7 +60,7 @@ class HeldUpdate:
     followed: bool = True
 
     def in_words(self) -> str:
-        """Rule, numbers and place in one line.
+        """Rule, numbers and offsets in one line.
 
         >>> HeldUpdate("user", "share of one user", 30.0, 1.0, 7, 40, 90, 0, 9000, (SuspectClicks("ab" * 16, 2, 5, 80),)).in_words()
         'user: share of one user is 30, usually 1, from partition 2 offset 5 on (training log 40 to 89)'
@@ -72,19 +72,19 @@ class HeldUpdate:
 
 
 def to_json(held: HeldUpdate) -> dict[str, Any]:
-    """As JSON values."""
+    """Converts to JSON values."""
     return asdict(held)
 
 
 def from_json(document: Mapping[str, Any]) -> HeldUpdate:
-    """What `to_json` made; fields of later releases are left out.
+    """Reads what `to_json` returned; fields of later releases are ignored.
 
     >>> held = HeldUpdate("user", "share", 30.0, 1.0, 7, 40, 90, 0, 9000, (SuspectClicks("ab" * 16, 2, 5, 80),))
     >>> from_json(to_json(held)) == held
     True
 
     Raises:
-        ValueError: A field is missing, or of another type.
+        ValueError: A field is missing or has another type.
     """
     try:
         return msgspec.convert(document, HeldUpdate)

@@ -1,4 +1,4 @@
-"""What control does about an update that the trainer's guard holds: answers stay before it, until an operator decides. Pure."""
+"""Control transitions for an update that the guard holds: serving stays before it until an operator decides."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from state.registry.held_update import MOST_RELEASED, HeldUpdate
 
 
 def hold(control: Control, held: HeldUpdate, *, actor: str, reason: str, now_ms: int) -> Control:
-    """Training rests, and answers that followed stay at the version before what is suspect.
+    """Pauses training, and pins serving, if it followed, to the version before the suspect window.
 
-    The same control where something is held already, or where an operator let go on at this place before.
+    Returns the same control if an update is held already, or if an operator released this one before.
 
     >>> from state.registry.control import start
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
@@ -38,9 +38,9 @@ def hold(control: Control, held: HeldUpdate, *, actor: str, reason: str, now_ms:
 def release(
     control: Control, *, actor: str, reason: str, now_ms: int, action: Literal["release", "resume"] = "release"
 ) -> Control:
-    """Training goes on with what was held, and it is remembered that this place is good. The same control where nothing is held.
+    """Lets training continue with the held update, and remembers it as good. No change if nothing is held.
 
-    Answers follow again where they did before, and nobody chose another version meanwhile.
+    Serving follows again if it did before and nobody chose another version meanwhile.
     """
     held = control.held
     if held is None:

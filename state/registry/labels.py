@@ -1,4 +1,4 @@
-"""Labels: names that the operator gives to versions, so that clients ask for a name; and which versions control names at all. Pure."""
+"""Labels: names that the operator gives to versions, so that clients can ask for a name. Pure."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ MOST = 16
 
 
 def label(control: Control, name: str, version: int | None, *, actor: str, reason: str, now_ms: int) -> Control:
-    """Gives a label to a version, or takes it away. The same control where that is so already.
+    """Gives a label to a version, or removes it. Returns the same control if nothing changes.
 
     Args:
         control: The control to start from.
         name: The label.
-        version: Which it stands for from now on; None for none.
+        version: The version that gets the label; None to remove the label.
         actor: Who decided.
         reason: Why.
         now_ms: Wall clock.
 
     Raises:
-        UnfitVersion: The label is of another form, or there would be too many.
+        UnfitVersion: The label is malformed, or there would be too many.
 
     >>> from state.registry.control import start
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
@@ -50,6 +50,6 @@ def label(control: Control, name: str, version: int | None, *, actor: str, reaso
 
 
 def named(control: Control) -> frozenset[int]:
-    """The versions that control names, which stay whatever their age: the epoch's base, the pinned one, those with a label."""
+    """The versions that control names: the epoch's base, the pinned one, labelled ones. They are kept at any age."""
     versions = {control.base, control.serving.version, *(version for _, version in control.labels)}
     return frozenset(version for version in versions if version is not None)

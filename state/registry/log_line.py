@@ -1,9 +1,10 @@
-"""Which records of the training log count, and where to read on where a stretch of it ends. Pure.
+"""Branches of the training log: which records count, and where to read next when a segment ends. Pure.
 
-An exact rollback makes the stream go back and write its clicks again, at the
-log's end, into a new epoch of the log. What it had written since the version
-gone back to counts no more. So the log that is read is a line of stretches:
-each has an epoch, which its records name, and lies behind the one before.
+An exact rollback rewinds the stream. It then writes its clicks again at the
+log's end, into a new epoch of the log. The records that it had written since
+the version rolled back to no longer count. So the reader follows a branch: a
+sequence of segments (`Stretch`), each with an epoch, which its records name,
+and each behind the previous one.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ FIRST_EPOCH = 1
 
 
 class Stretch(NamedTuple):
-    """The records of one epoch of the log at offsets `[first, until)`.
+    """A segment of a branch: the records of one epoch of the log at offsets `[first, until)`.
 
     Attributes:
-        epoch: Of the log; a record's header names it.
-        first: No record of the epoch lies before it.
-        until: Where the next stretch takes over; None for the last one.
+        epoch: Epoch of the log; a record's header names it.
+        first: No record of the epoch is before this offset.
+        until: Offset at which the next segment takes over; None for the last one.
         sources: Per source the offset of the clicks from which the epoch was written; none for the first epoch.
     """
 
@@ -32,7 +33,7 @@ class Stretch(NamedTuple):
     sources: tuple[tuple[Source, int], ...] = ()
 
     def reaches(self, offset: int) -> bool:
-        """Whether `offset` lies before its end."""
+        """Whether `offset` is before the segment's end."""
         return self.until is None or offset < self.until
 
 
@@ -41,11 +42,11 @@ WHOLE: LogLine = (Stretch(FIRST_EPOCH, 0),)
 
 
 class Parting(NamedTuple):
-    """Where two lines part.
+    """The point at which two branches diverge.
 
     Attributes:
-        offset: Of the log: what one line has from here on, the other has not.
-        sources: Per source the offset of the clicks up to which both have them.
+        offset: Offset of the log. From here on, the branches have different records.
+        sources: Per source the offset of the clicks up to which both branches have them.
     """
 
     offset: int
@@ -53,7 +54,7 @@ class Parting(NamedTuple):
 
 
 def counts(line: LogLine, epoch: int, offset: int) -> bool:
-    """Whether the record of `epoch` at `offset` is on the line.
+    """Whether the record of `epoch` at `offset` is on the branch.
 
     >>> line = turned(WHOLE, 1, 40, 60, ())
     >>> [counts(line, 1, 39), counts(line, 1, 40), counts(line, 1, 70), counts(line, 2, 70)]
@@ -63,7 +64,7 @@ def counts(line: LogLine, epoch: int, offset: int) -> bool:
 
 
 def onward(line: LogLine, offset: int) -> int:
-    """Where a reader that stands at `offset` goes on: there, or where the next stretch begins.
+    """The next offset to read for a reader at `offset`: that offset, or the start of the next segment.
 
     >>> line = turned(WHOLE, 1, 40, 60, ())
     >>> onward(line, 39), onward(line, 40), onward(line, 61)
@@ -73,12 +74,12 @@ def onward(line: LogLine, offset: int) -> int:
 
 
 def epoch_at(line: LogLine, offset: int) -> int:
-    """The epoch of the stretch that a reader at `offset` is in, or comes to."""
+    """The epoch of the segment that a reader at `offset` is in, or reaches next."""
     return _at(line, offset).epoch
 
 
 def has(line: LogLine, epoch: int, offset: int) -> bool:
-    """Whether a reader that took the records of `epoch` up to before `offset` last has read nothing but the line.
+    """Whether a reader whose last records were of `epoch`, up to before `offset`, has read only records of the branch.
 
     >>> line = turned(WHOLE, 1, 40, 60, ())
     >>> [has(line, 1, 40), has(line, 1, 41), has(line, 1, 70), has(line, 2, 60)]
@@ -90,21 +91,21 @@ def has(line: LogLine, epoch: int, offset: int) -> bool:
 
 
 def turned(line: LogLine, epoch: int, offset: int, end: int, sources: Sequence[tuple[Source, int]]) -> LogLine:
-    """The line that turns off at a place of `line`, into a new epoch at the log's end.
+    """Creates a branch: it leaves `line` at a branch point and continues in a new epoch at the log's end.
 
     Args:
-        line: Has that place.
-        epoch: Of the log at the place.
-        offset: The place.
+        line: The branch to start from; it has the branch point.
+        epoch: Epoch of the log at the branch point.
+        offset: Offset of the branch point.
         end: Where the log ends now, or before.
-        sources: Per source the offset of the clicks at the place.
+        sources: Per source the offset of the clicks at the branch point.
 
     >>> twice = turned(turned(WHOLE, 1, 40, 60, ()), 1, 30, 90, ())
     >>> [(one.epoch, one.first, one.until) for one in twice]
     [(1, 0, 30), (3, 90, None)]
 
     Raises:
-        ValueError: The place is not on the line.
+        ValueError: The branch point is not on the branch.
     """
     if not has(line, epoch, offset):
         raise ValueError(f"offset {offset} of log epoch {epoch} is not on the line {line}")
@@ -114,14 +115,14 @@ def turned(line: LogLine, epoch: int, offset: int, end: int, sources: Sequence[t
 
 
 def parting(mine: LogLine, now: LogLine) -> Parting | None:
-    """Where a reader of the line `mine` has to go back to, to read `now`; None where they are the same.
+    """The point to which a reader of branch `mine` must rewind to read `now`; None if the branches are equal.
 
     >>> once = turned(WHOLE, 1, 40, 60, ())
     >>> [parting(WHOLE, once).offset, parting(once, turned(once, 2, 70, 90, ())).offset, parting(once, once)]
     [40, 70, None]
 
     Raises:
-        ValueError: `now` does not go on beyond what they share: it is not a later line.
+        ValueError: `now` does not continue beyond the common part, so it is not a later branch.
     """
     if mine == now:
         return None
@@ -138,7 +139,7 @@ def parting(mine: LogLine, now: LogLine) -> Parting | None:
 
 
 def to_json(line: LogLine) -> list[dict[str, Any]]:
-    """A line as JSON values.
+    """Converts a branch to JSON values.
 
     >>> from_json(to_json(WHOLE)) == WHOLE
     True
@@ -155,7 +156,7 @@ def to_json(line: LogLine) -> list[dict[str, Any]]:
 
 
 def from_json(document: Sequence[Mapping[str, Any]]) -> LogLine:
-    """The line that `to_json` gave.
+    """Reads the branch that `to_json` returned.
 
     Raises:
         KeyError: A field is missing.

@@ -1,8 +1,8 @@
-"""What a version says about itself, and the versions that one descends from.
+"""Manifests: the description of a version, and the versions that it descends from.
 
 A version is a set of files and this manifest. The manifest carries everything
-that a restart, a rollback or an answer must know without reading the weights:
-the place in the training log, the source watermarks, the line of descent.
+that a restart, a rollback or serving must know without reading the weights:
+the offset in the training log, the offsets of the sources, and the descent.
 """
 
 from __future__ import annotations
@@ -18,27 +18,32 @@ from state.registry import sealed
 
 FORMAT = 1
 TOLD_MS = "told_ms"
-"""Among the metrics: the newest time that a row learned from told itself, of its event or its label."""
+"""Name of a metric: the newest time that a trained row itself reports, of its event or its label."""
 
 Kind = Literal["base", "delta", "merged", "recent"]
-"""How a version is kept: `base`, its full state; `delta`, what changed since the durable version before it; `merged`, since
-an older one, several deltas in one; `recent`, since the version before it of either lifetime, for a few seconds."""
+"""How a version is stored.
+
+base    its full state
+delta   what changed since the durable version before it
+merged  several deltas in one: what changed since an older version
+recent  what changed since the version before it, durable or recent; kept for a few seconds
+"""
 Visible = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class LogRange:
-    """The part `[first, next)` of the training log that lies between a version and its parent.
+    """The range `[first, next)` of the training log between a version and its parent.
 
     Attributes:
         topic: The topic's name, for people.
         topic_id: The topic's id, 32 hexadecimal digits; empty before the first record.
         partition: The partition.
         first: The offset of the first record.
-        next: Where the trainer reads on.
-        epoch: The epoch of the log that it is in there, see `state/registry/log_line.py`.
-        leader_epoch: Kafka's epoch of the leader that wrote the record before `next`, which shows whether the log was cut
-            back behind it; -1 where it is not known, as in versions of 0.1.0.
+        next: The offset at which the trainer continues.
+        epoch: The epoch of the log at `next`, see `state/registry/log_line.py`.
+        leader_epoch: Kafka's leader epoch of the record before `next`. It shows whether the log was truncated there.
+            -1 if unknown, as in versions of 0.1.0.
     """
 
     topic: str = ""
@@ -52,7 +57,7 @@ class LogRange:
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """What a file of a version must be.
+    """Digest and size that a file of a version must have.
 
     Attributes:
         sha256: Digest of its bytes, hexadecimal.
@@ -65,29 +70,29 @@ class FileEntry:
 
 @dataclass(frozen=True, slots=True)
 class Draft:
-    """Everything of a manifest that its author knows; the registry adds number, descent and files.
+    """The part of a manifest that its author knows; the registry adds number, descent and files.
 
     Attributes:
-        kind: `base` holds the full state, `delta` what changed since the durable version `parent`, `recent` what answers
-            need of what changed since `parent`, whichever that is, and is not durable.
-        epoch: The control's epoch it was trained in.
+        kind: `base` holds the full state, `delta` what changed since the durable version `parent`. `recent` holds what
+            serving needs of what changed since `parent`, durable or not, and is not durable.
+        epoch: The control's epoch in which it was trained.
         parent: The version it continues; None for the very first.
-        log: The part of the training log since the parent.
-        sources: Per source the offset after the newest row trained, duplicates dropped by it.
-        steps: Steps since the beginning of the line of descent.
+        log: The range of the training log since the parent.
+        sources: Per source the offset after the newest row trained; duplicates are dropped by it.
+        steps: Steps since the beginning of the descent.
         rows: Rows trained since then.
         created_at_ms: Wall clock.
         event_time_ms: Time of the newest event trained; 0 for none.
         spec: Digest of the feature spec.
-        program: SHA-256 of the program that answers use with these weights.
+        program: SHA-256 of the program that serving uses with these weights.
         salt: Fingerprint of the users' salt.
         mask_generation: Generation of the mask it was trained under.
         metrics: Progressive metrics at this point.
         environment: What the bits depend on: TensorFlow, NumPy, device, instruction set, threads.
-        erased: The last erasure of control whose users' rows it has not any more; see `state/features/erased.py`.
-        erasures: (erasure, offset of the training log) of those that its epoch has taken into account, and where; the newest.
-        verdict: Of the guard: `pass`; empty where nobody judged it. Only a version that passed is published.
-        guard: Rule of the guard -> how near it was to a hold, which is 1; those that were off at all.
+        erased: The last erasure of control whose users' rows it no longer has; see `state/features/erased.py`.
+        erasures: The newest erasures that its epoch applied, each with the offset of the training log where it did.
+        verdict: The guard's verdict: `pass`, or empty without a check. Only a version that passed is published.
+        guard: Rule of the guard -> how close it was to a hold, which is 1; only rules that deviated at all.
     """
 
     kind: Kind
@@ -113,13 +118,13 @@ class Draft:
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """A complete version. Fields are those of `Draft`, and:
+    """A complete version. Its fields are those of `Draft`, and:
 
     Attributes:
         version: Its number; one increasing integer over all epochs.
-        visible: The versions it descends from, itself included, as closed intervals, newest first.
+        visible: The versions it descends from, including itself, as closed intervals, newest first.
         files: Its files by name.
-        rewritten: The last erasure whose users' rows were taken out of its files after it was made; 0 for none.
+        rewritten: The last erasure whose users' rows were removed from its files after it was created; 0 for none.
     """
 
     version: int
@@ -149,17 +154,17 @@ class Manifest:
 
     @property
     def durable(self) -> bool:
-        """Whether one can go back to it; else it is there for a few seconds, and the log makes it again."""
+        """Whether a rollback to it is possible. Others exist for seconds, and can be trained again from the log."""
         return self.kind != "recent"
 
     @property
     def marks(self) -> dict[Source, int]:
-        """The next offset of each source, as `trim` takes them."""
+        """The next offset of each source, in the form that `trim` takes."""
         return dict(self.sources)
 
 
 def complete(draft: Draft, version: int, ancestors: Visible, files: Mapping[str, bytes]) -> Manifest:
-    """The manifest of `draft` as version `version`, whose parent sees `ancestors`."""
+    """Builds the manifest of `draft` as version `version`, whose parent sees `ancestors`."""
     return Manifest(
         version=version,
         kind=draft.kind,
@@ -187,17 +192,17 @@ def complete(draft: Draft, version: int, ancestors: Visible, files: Mapping[str,
 
 
 def complete_twin(draft: Draft, recent: Manifest, files: Mapping[str, bytes]) -> Manifest:
-    """The manifest of a version, as `draft` keeps it, that is in `recent/` already: of its number and descent."""
+    """Builds the manifest of a version that is in `recent/` already, as `draft` stores it: same number and descent."""
     return replace(recent, kind=draft.kind, parent=draft.parent, log=draft.log, files=entries(files))
 
 
 def complete_base(of: Manifest, files: Mapping[str, bytes]) -> Manifest:
-    """The manifest of the full state at the version `of`."""
+    """Builds the manifest of the full state at the version `of`."""
     return replace(of, kind="base", files=entries(files))
 
 
 def complete_merged(parts: Sequence[Manifest], files: Mapping[str, bytes]) -> Manifest:
-    """The manifest of deltas of which each continues the one before, in one."""
+    """Builds the manifest of one file set that merges consecutive deltas."""
     first, last = parts[0], parts[-1]
     log = replace(last.log, first=first.log.first)
     rewritten = max(part.rewritten for part in parts)
@@ -205,7 +210,7 @@ def complete_merged(parts: Sequence[Manifest], files: Mapping[str, bytes]) -> Ma
 
 
 def entries(files: Mapping[str, bytes]) -> dict[str, FileEntry]:
-    """What each file must be from now on.
+    """Digest and size of each file.
 
     >>> entries({"a": b"12"})["a"].bytes
     2
@@ -216,8 +221,7 @@ def entries(files: Mapping[str, bytes]) -> dict[str, FileEntry]:
 def extend(ancestors: Visible, parent: int | None, version: int) -> Visible:
     """The versions that `version` sees when its parent sees `ancestors`.
 
-    Versions after the parent that are not on the line (abandoned by a
-    rollback) fall between two intervals.
+    Versions after the parent that a rollback abandoned fall between two intervals.
 
     >>> extend(((1, 30),), 30, 31)
     ((1, 31),)
@@ -235,7 +239,7 @@ def extend(ancestors: Visible, parent: int | None, version: int) -> Visible:
 
 
 def sees(visible: Visible, version: int) -> bool:
-    """Whether `version` lies on the line of descent `visible`.
+    """Whether `version` is in the descent `visible`.
 
     >>> [sees(((51, 52), (1, 30)), version) for version in (30, 31, 52)]
     [True, False, True]
@@ -244,15 +248,15 @@ def sees(visible: Visible, version: int) -> bool:
 
 
 def encode(manifest: Manifest) -> bytes:
-    """`manifest` as canonical JSON with its digest."""
+    """Encodes `manifest` as canonical JSON with its digest."""
     return sealed.encode(manifest)
 
 
 def decode(data: bytes) -> Manifest:
-    """The manifest that `encode` wrote; fields of later releases are left out.
+    """Decodes the manifest that `encode` wrote; fields of later releases are ignored.
 
     Raises:
-        ValueError: The bytes fail their digest, or are of a format that this release does not read.
+        ValueError: The bytes fail their digest, or have a format that this release does not read.
     """
     manifest = sealed.decode(data, Manifest)
     if manifest.format != FORMAT:

@@ -1,4 +1,4 @@
-"""The masks that control holds, each with a number by which it is listed and lifted. Pure."""
+"""The masks of control, each with a number by which it is listed and lifted. Pure."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ UsersOf = Callable[[str], MaskedUsers]
 
 @dataclass(frozen=True, slots=True)
 class MaskEntry:
-    """What one option of a rollback left out: a range of offsets, a span of time, or users.
+    """One mask, from one option of a rollback: a range of offsets, a time span, or users.
 
     Attributes:
-        id: Its number; none is given twice.
-        generation: Of the control that set it.
+        id: Its number; numbers are never reused.
+        generation: Generation of the control that set it.
         offsets: (topic word, partition, first, next), or None.
         times: (from, to) of event time in milliseconds, or None.
-        users: Pseudonyms; none where it is about offsets or times.
-        lifted: The generation that lifted it; 0 while it counts.
-        excluded: Whether the training log has none of it, because an exact rollback wrote that log again under it.
+        users: Pseudonyms; empty for a mask of offsets or times.
+        lifted: The generation that lifted it; 0 while it is in force.
+        excluded: Whether the training log has none of its events, because an exact rollback rewrote the log under it.
     """
 
     id: int
@@ -39,12 +39,12 @@ class MaskEntry:
 
     @property
     def mask(self) -> Mask:
-        """It alone, as a mask."""
+        """This entry alone, as a mask."""
         return joined((self,), self.generation)
 
 
 def entries(mask: Mask) -> list[MaskEntry]:
-    """The parts of a mask, numbered from 1.
+    """Splits a mask into entries, numbered from 1.
 
     >>> [one.id for one in entries(Mask(3, times=((0, 9), (20, 30)), users=MaskedUsers.of([7])))]
     [1, 2, 3]
@@ -60,10 +60,10 @@ def added(held: Sequence[MaskEntry], mask: Mask, last: int, generation: int) -> 
     """The parts of `mask` that `held` does not have.
 
     Args:
-        held: The entries that count.
-        mask: What to leave out besides.
+        held: The entries in force.
+        mask: What to leave out in addition.
         last: The last number given.
-        generation: Of the control that sets them.
+        generation: Generation of the control that sets them.
 
     >>> held = entries(Mask(times=((0, 9),)))
     >>> [(one.id, one.times) for one in added(held, Mask(times=((0, 9), (5, 7))), 4, 3)]
@@ -85,7 +85,7 @@ def added(held: Sequence[MaskEntry], mask: Mask, last: int, generation: int) -> 
 
 
 def joined(held: Iterable[MaskEntry], generation: int) -> Mask:
-    """All of `held` as one mask.
+    """Joins all of `held` into one mask.
 
     >>> joined(entries(Mask(2, times=((0, 9),))), 5)
     Mask(generation=5, offsets=(), times=((0, 9),), users=MaskedUsers(0), erased=Erased(0))
@@ -102,7 +102,7 @@ def joined(held: Iterable[MaskEntry], generation: int) -> Mask:
 
 
 def to_json(entry: MaskEntry) -> dict[str, Any]:
-    """An entry as JSON values; of its users the file's SHA-256 and how many."""
+    """Converts an entry to JSON values. Users are given by the SHA-256 of their file and their number."""
     document: dict[str, Any] = {"id": entry.id, "generation": entry.generation}
     if entry.offsets is not None:
         document["offsets"] = list(entry.offsets)
@@ -118,11 +118,11 @@ def to_json(entry: MaskEntry) -> dict[str, Any]:
 
 
 def from_json(document: Mapping[str, Any], users_of: UsersOf) -> MaskEntry:
-    """The entry that `to_json` gave.
+    """Reads the entry that `to_json` returned.
 
     Raises:
         KeyError: A field is missing.
-        ValueError: Offsets or times are not written as they should be.
+        ValueError: Offsets or times are malformed.
     """
     offsets, times, users = document.get("offsets"), document.get("times"), document.get("users")
     place: Place | None = None

@@ -1,11 +1,12 @@
-"""Whether the version that training goes on from fits the settings: said early, and what to type where it does not.
+"""Checks early whether the version that training continues from fits the settings, and says what to do if not.
 
-Its manifest names the settings that it was trained with, and the heads of its
-files the shapes of its weights; neither needs TensorFlow. What the settings
-alone decide is refused by `require_same_model` before anything starts; what
-only a built model knows, such as the weights of a tower of the user's own, by
-`require_fit` before its program is lowered. An upgrade that an operator asked
-for goes on from it all the same.
+The version's manifest names the settings that it was trained with. The headers
+of its files have the shapes of its weights. Neither needs TensorFlow.
+
+`require_same_model` checks what the settings alone decide, before anything
+starts. `require_fit` checks what only a built model knows, such as the weights
+of the user's own tower, before its program is lowered. An upgrade that an
+operator requested passes both checks.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from state.registry.upgrades import SETTINGS, is_accepted
 
 SHOWN = 3
 FORMER_TOWERS = ("trainer.network:build", "trainer.model.network:build")
-"""What earlier releases called the default tower; settings and versions may still name it so."""
+"""Names of the default tower in earlier releases, which settings and versions may still use."""
 
 FEATURES = {
     "actions": "events.actions",
@@ -38,15 +39,15 @@ FEATURES = {
     "labels": "features.recent_categories",
     "sequence": "features.sequence",
 }
-"""Names in a feature spec's document -> the settings that make it."""
+"""Names in a feature spec's document -> the settings that determine them."""
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
 def version_to_go_on_from(registry: Registry) -> Manifest | None:
-    """The newest version of control's epoch, else the one that the epoch starts from; None where none can be read.
+    """The newest version of control's epoch, else the epoch's base; None if it cannot be read.
 
-    A damaged one is nothing to compare with: whoever loads versions sets it aside.
+    A damaged version cannot be compared. The code that loads versions sets it aside.
     """
     try:
         control = registry.control()
@@ -60,10 +61,10 @@ def version_to_go_on_from(registry: Registry) -> Manifest | None:
 
 
 def require_same_salt(registry: Registry, salt: Salt) -> None:
-    """Refuses a salt other than that with which the users of a registry were named.
+    """Refuses a salt other than the one with which the registry's users were pseudonymised.
 
     Raises:
-        SaltMismatch: It is another one; says the fingerprints of both.
+        SaltMismatch: It is another salt; the message has both fingerprints.
     """
     for name in registry.specs():
         if (stored := str(registry.spec(name)["salt"])) != salt.fingerprint:
@@ -71,9 +72,9 @@ def require_same_salt(registry: Registry, salt: Salt) -> None:
 
 
 def require_same_model(settings: Settings) -> None:
-    """Refuses settings that mean something else than those of the version at hand, as far as they alone tell.
+    """Refuses settings that contradict those of the current version, as far as the settings alone show.
 
-    Where nothing was trained yet, or the registry cannot be read, others will say so.
+    Does nothing if nothing was trained yet or the registry cannot be read; other code reports that.
 
     Raises:
         ModelMismatch: The features, the preprocessing, or the rows' or the layers' widths differ.
@@ -82,7 +83,7 @@ def require_same_model(settings: Settings) -> None:
 
 
 def require_same_features(settings: Settings) -> None:
-    """As `require_same_model`, of the features alone: for the stream, which knows no model.
+    """Like `require_same_model`, but checks only the features: for the stream, which knows no model.
 
     Raises:
         ModelMismatch: The features differ.
@@ -108,17 +109,17 @@ def _require(settings: Settings, features_only: bool) -> None:
 
 
 def _decisive(own: Model, differing: Collection[str]) -> list[str]:
-    """The settings of `[model]` that cannot fit, whatever is built of them."""
+    """The settings of `[model]` that decide on their own that the model cannot fit."""
     default = Model()
     if own.ranker != default.ranker or "model.ranker" in differing:
         return ["model.preprocessing"]
-    # A tower of the user's own need not ask for the layers.
+    # The user's own tower may ignore the layers.
     own_tower = own.tower != default.tower or "model.tower" in differing
     return ["model.preprocessing", "model.dim", *([] if own_tower else ["model.hidden"])]
 
 
 def _asked_otherwise(registry: Registry, version: Manifest, model: Model) -> bool:
-    """Whether an option differs that the version's preprocessing asked for: its graph holds the options."""
+    """Whether an option differs that the version's preprocessing asked for; its graph contains the options."""
     before = dict(one.split("=", 1) for one in ast.literal_eval(version.environment.get("model.options", "()")))
     for name in registry.specs():
         about = registry.spec(name) if name.partition(".")[0] == version.spec else {}
@@ -129,7 +130,7 @@ def _asked_otherwise(registry: Registry, version: Manifest, model: Model) -> boo
 
 
 def accepted(registry: Registry, settings: Settings, spec: FeatureSpec) -> bool:
-    """Whether an operator said that these settings go on from the version at hand; False where the registry cannot be read."""
+    """Whether an operator accepted these settings for the current version; False if the registry cannot be read."""
     try:
         control = registry.control()
         return control is not None and is_accepted(registry, control, settings, spec.digest)
@@ -145,10 +146,10 @@ def require_fit(
     widths: Mapping[str, int],
     optional: Collection[str],
 ) -> None:
-    """Refuses a built model whose weights the version at hand does not have.
+    """Refuses a built model whose weights the current version does not have.
 
     Args:
-        registry: With the trainer's lock held.
+        registry: The registry; the caller holds the trainer's lock.
         settings: All settings.
         spec: Their feature spec.
         dense: The shape of each dense weight.
@@ -168,7 +169,7 @@ def require_fit(
         for name, shape in wanted.items()
         if (found := _last(shapes.get(name), len(shape))) != shape
     ]
-    # A table that an upgrade left is there with rows of no width.
+    # A table that an upgrade dropped still exists, with rows of width 0.
     theirs = {name.removesuffix(".rows") for name, shape in shapes.items() if name.endswith(".rows") and shape[-1]}
     wrong += [f"{table}.rows none, but in the version" for table in sorted(theirs - {*widths, *optional})]
     if (wrong or version.spec != spec.digest) and _undamaged(registry, version):
@@ -180,7 +181,7 @@ def require_fit(
 
 
 def _undamaged(registry: Registry, version: Manifest) -> bool:
-    """Whether the shapes were read from the file that was written."""
+    """Whether the version's serving file, from which the shapes were read, is intact."""
     try:
         registry.read(version, SERVING)
     except RegistryError:
@@ -189,16 +190,16 @@ def _undamaged(registry: Registry, version: Manifest) -> bool:
 
 
 def shapes_of(registry: Registry, version: Manifest) -> Shapes | None:
-    """The shapes of what serving is given of a version, out of the head of its file; None where it cannot be read."""
+    """The shapes of the tensors that a version gives to serving, from its file's header; None if it cannot be read."""
     try:
         return tensor_files.shapes_in(registry.path_of(version, SERVING))
-    # Whoever loads the version says what is wrong with it.
+    # The code that loads the version reports what is wrong with it.
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
 def mismatch(version: Manifest, settings: Settings, differing: Mapping[str, str], told: Sequence[str]) -> ModelMismatch:
-    """The refusal, with what to type."""
+    """Builds the error, with the commands to type."""
     before = {f"model.{name}": version.environment.get(f"model.{name}") for name in SETTINGS}
     back = [
         f"--{name} {shlex.quote(_as_flag(written))}" for name in differing if (written := before.get(name)) is not None
@@ -226,7 +227,7 @@ def differences(registry: Registry, version: Manifest, settings: Settings, spec:
 
 
 def _features(registry: Registry, version: Manifest, spec: FeatureSpec) -> dict[str, str]:
-    """Of the features; nothing where only what this release computes differs."""
+    """The differences in features; empty if only features that this release computes differ."""
     if version.spec == spec.digest:
         return {}
     try:
@@ -246,7 +247,7 @@ def _listed(value: Any) -> str:
 
 
 def _as_flag(written: str) -> str:
-    """A setting's value as a flag has it.
+    """Formats a setting's value as a flag.
 
     >>> _as_flag("(256, 128)"), _as_flag("32"), _as_flag("()"), _as_flag("my.tower:build")
     ('256,128', '32', '', 'my.tower:build')
@@ -257,7 +258,7 @@ def _as_flag(written: str) -> str:
 
 
 def _last(shape: tuple[int, ...] | None, axes: int) -> tuple[int, ...] | None:
-    """The last axes of a tensor: tables have as many rows as they have ids."""
+    """The last axes of a tensor's shape, because the number of a table's rows is the number of its ids."""
     return shape if shape is None or len(shape) <= axes else shape[len(shape) - axes :]
 
 

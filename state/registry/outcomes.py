@@ -1,4 +1,4 @@
-"""What became of rollbacks, one file an epoch beside control: written once by whoever saw it, and never changed."""
+"""Outcomes of rollbacks, one file for each epoch and part next to control. Each is written once and never changes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,22 @@ from state.registry import sealed
 from state.registry.directory import Directory, file_bytes, usable
 
 Part = Literal["planned", "answered", "learned"]
-"""What the command counted; what it saw once answers had turned; what the trainer saw once it had caught up."""
+"""Part of an outcome.
+
+planned   what the command counted
+answered  what the command saw once serving had switched
+learned   what the trainer saw once it had caught up
+"""
 
 
 class Outcomes(Directory):
-    """The outcomes in one registry directory."""
+    """The outcomes stored in one registry directory."""
 
     def __init__(self, path: Path, *folders: str) -> None:
         super().__init__(path, *folders, layout.OUTCOMES)
 
     def add_outcome(self, epoch: int, part: Part, document: Mapping[str, Any]) -> bool:
-        """Keeps a part of the outcome of the rollback that began `epoch`, durably; False where it is there already.
+        """Stores a part of the outcome of the rollback that began `epoch`, durably; False if it exists already.
 
         Raises:
             UnusableRegistry: The disk refused.
@@ -46,7 +51,7 @@ class Outcomes(Directory):
         return True
 
     def outcome(self, epoch: int, part: Part) -> dict[str, Any] | None:
-        """A part of the outcome of the rollback that began `epoch`; None while nobody wrote it.
+        """A part of the outcome of the rollback that began `epoch`; None if it is not written yet.
 
         Raises:
             CorruptVersion: Its file fails its digest.

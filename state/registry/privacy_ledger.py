@@ -1,8 +1,8 @@
-"""The ledger of the privacy budget: which periods were charged, and how much of the log may have been learned. Pure but for `read` and `write`.
+"""The privacy ledger: which periods were charged, and how much of the log may have been learned.
 
-It is no part of a version. A version that is rolled back to knows nothing of
-what was released since, and who saw that does not forget it: so the ledger only
-grows.
+It is not part of a version. A version that is rolled back to knows nothing of
+later releases, but people who saw them do not forget them. So the ledger only
+grows. Pure, except for `read` and `write`.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from state.disk import files as durable
 from state.errors import RegistryError
 
 FORMAT = 2
-"""Format 1 has no format number, no lines and no position of the training log."""
+"""Version of the format. Format 1 has no format number, no lines and no position of the training log."""
 
 MOST_LINES = 64
-"""Lines that a period remembers; one that is forgotten is charged again when it returns."""
+"""Lines that a period remembers; a forgotten one is charged again when it returns."""
 
 
 class PrivacyPeriod(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A charge: a period of which one unit takes part in so many updates.
+    """A charge for one period, in which one unit takes part in a bounded number of updates.
 
     Attributes:
         epoch: Control's epoch.
         number: With unit user, log time divided by the length of a period; else 0.
-        updates: In how many updates one unit takes part, at most.
+        updates: Maximum number of updates in which one unit takes part.
         noise: Standard deviation of the noise over the clipping bound.
-        lines: The lines that the charge covers, oldest first; see `trainer/privacy/history.py`. None of format 1.
+        lines: The lines that the charge covers, oldest first; see `trainer/privacy/history.py`. Empty in format 1.
     """
 
     epoch: int
@@ -41,19 +41,19 @@ class PrivacyPeriod(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class PrivacyLedger(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """All charges.
+    """All charges, and the state of the budget.
 
     Attributes:
         key: Fingerprint of the noise key.
-        unit: What is hidden: user or example.
+        unit: The unit of privacy: user or example.
         periods: The charges, oldest first.
-        epsilon: The budget, as the trainer's settings say.
+        epsilon: The budget in the trainer's settings.
         delta: Likewise.
         spent: Epsilon of all charges together, at that delta.
         held: Whether training is held, because the next charge exceeds the budget.
-        source: Topic id and partition of the training log that `through` is an offset of.
-        through: Records before this offset may have been learned, no record from here on was.
-        format: Of the ledger.
+        source: Topic id and partition of the training log to which `through` belongs.
+        through: Records before this offset may have been learned; no record from here on was.
+        format: Format of the ledger.
     """
 
     key: str
@@ -74,9 +74,9 @@ def is_charged(ledger: PrivacyLedger, period: PrivacyPeriod) -> bool:
 
 
 def charged(ledger: PrivacyLedger, period: PrivacyPeriod, again: bool) -> PrivacyLedger:
-    """The ledger with a charge that covers the line of `period`.
+    """Adds a charge that covers the line of `period`.
 
-    A line may go on from the newest charge without another one, where none of the records that follow was learned before.
+    A line may extend the newest charge at no cost if none of the following records was learned before.
 
     >>> first = charged(PrivacyLedger("1f", "user"), PrivacyPeriod(1, 7, 8, 2.5, ("a",)), again=False)
     >>> onward = charged(first, PrivacyPeriod(1, 7, 8, 2.5, ("b",)), again=False)
@@ -86,9 +86,9 @@ def charged(ledger: PrivacyLedger, period: PrivacyPeriod, again: bool) -> Privac
     [('a', 'b'), ('c',)]
 
     Args:
-        ledger: Does not cover it.
-        period: Has one line.
-        again: Whether records that follow may have been learned before.
+        ledger: A ledger that does not cover it.
+        period: A period with one line.
+        again: Whether the following records may have been learned before.
     """
     *before, last = ledger.periods or (None,)
     if last is None or again or not _same_terms(last, period):
@@ -98,7 +98,7 @@ def charged(ledger: PrivacyLedger, period: PrivacyPeriod, again: bool) -> Privac
 
 
 def encode(ledger: PrivacyLedger) -> bytes:
-    """As JSON.
+    """Encodes the ledger as JSON.
 
     >>> decode(encode(PrivacyLedger("1f", "user", (PrivacyPeriod(1, 7, 8, 2.5),))), "there").periods[0].noise
     2.5
@@ -107,11 +107,11 @@ def encode(ledger: PrivacyLedger) -> bytes:
 
 
 def decode(data: bytes, where: str) -> PrivacyLedger:
-    """What `encode` made, of this release or a former one.
+    """Decodes what `encode` wrote, in this release or an earlier one.
 
     Args:
         data: The bytes.
-        where: Names them, for messages.
+        where: Their location, for messages.
 
     Raises:
         RegistryError: They are damaged, or a later release wrote them.
@@ -125,9 +125,9 @@ def decode(data: bytes, where: str) -> PrivacyLedger:
 
 
 def upgraded(document: dict[str, Any]) -> dict[str, Any]:
-    """A ledger's JSON values in this format.
+    """Upgrades a ledger's JSON values to this format.
 
-    Charges of format 1 stay spent. They name no line, so that they cover nothing: that release added other noise.
+    Charges of format 1 stay spent. They have no lines and so cover nothing, because that release added other noise.
 
     Raises:
         ValueError: A later release wrote it.
@@ -138,7 +138,7 @@ def upgraded(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def read(path: Path) -> PrivacyLedger | None:
-    """The ledger in a file; None where there is none.
+    """Reads the ledger in a file; None if the file does not exist.
 
     Raises:
         RegistryError: It is damaged, or a later release wrote it.

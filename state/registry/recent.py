@@ -1,12 +1,12 @@
-"""The versions in a registry directory that are followed and not kept: how they come, are found, and go.
+"""Recent versions of a registry: short-lived versions that serving follows and that are not durable.
 
-A version between two durable ones costs no sync and lies in `recent/` for some
-seconds, so short that the kernel drops its pages before it writes them. Nobody
-goes back to one: the training log makes it again, bit for bit. A durable
-version lies in `recent/` too, as what changed since the version before it.
+A version between two durable ones is stored in `recent/` for some seconds,
+without sync. It is removed before the kernel writes its pages to disk. Nobody
+rolls back to one: the training log reproduces it, bit for bit. A durable version
+is in `recent/` too, as what changed since the version before it.
 
-Numbers never come twice, although a power cut may take `recent/` away: after
-another start of the machine they go on beyond any that may have been there.
+Numbers are never reused, although a power failure may destroy `recent/`. After
+a reboot of the machine they continue beyond any number that may have been there.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from state.registry.manifest import Manifest
 from state.registry.versions import Versions
 
 MOST_BETWEEN = 10_000
-"""Fewer versions lie between two durable ones."""
+"""Upper limit of the number of versions between two durable ones."""
 
 
 class Recents(Versions):
-    """The versions of both lifetimes of one registry directory."""
+    """The durable and recent versions of one registry directory."""
 
     def either(self, version: int) -> Manifest:
-        """The manifest of a version, the recent one where there are both.
+        """The manifest of a version; the recent one if both exist.
 
         Raises:
-            UnknownVersion: It is neither here nor kept.
+            UnknownVersion: The version is neither recent nor durable.
             CorruptVersion: Its manifest fails its digest.
         """
         try:
@@ -46,9 +46,9 @@ class Recents(Versions):
             return self.manifest(version)
 
     def latest(self, epoch: int | None) -> Manifest | None:
-        """The newest version of `epoch` of either lifetime, or of all epochs; None while there is none.
+        """The newest version of `epoch`, or of all epochs, durable or recent; None if there is none.
 
-        Recent ones that go meanwhile, or that a power cut has damaged, are passed over.
+        Skips recent versions that are removed meanwhile or that a power failure damaged.
 
         Raises:
             CorruptVersion: The manifest of the newest durable one fails its digest.
@@ -66,7 +66,7 @@ class Recents(Versions):
         return None if newest is None else self.manifest(newest)
 
     def next_after(self, version: int) -> int | None:
-        """The next version of either lifetime with a higher number, of whatever epoch; cheap enough to poll."""
+        """The next version, durable or recent, with a higher number, of any epoch. Cheap enough to poll."""
         with usable("be read"):
             if (self.folder("recent", version + 1) / MANIFEST).exists():
                 return version + 1
@@ -75,10 +75,10 @@ class Recents(Versions):
     def add_recent(
         self, made: Manifest, files: Mapping[str, bytes], last_check: Callable[[], None] = lambda: None
     ) -> bool:
-        """Adds a version to `recent/`; complete when this returns, and never synced. False where the number is taken.
+        """Adds a version to `recent/`, complete when this returns and never synced. False if the number is taken.
 
         Raises:
-            UnusableRegistry: The disk refused; nothing of it is left.
+            UnusableRegistry: The disk refused; nothing of the version is left.
         """
         final, temporary = self.folder_of(made), self.temporary(f"recent-{made.version}")
         with usable(f"take version {made.version}"):
@@ -98,18 +98,18 @@ class Recents(Versions):
         return True
 
     def sweep_recent(self, boot: str | None = None) -> int:
-        """Takes all of `recent/` away; only for the process that holds the trainer's lock, before it publishes.
+        """Removes everything in `recent/`. Only the process with the trainer's lock calls it, before it publishes.
 
-        1. The highest number that may have been used stays taken: a file of that name and the ending `.last`. It is
-           durable where the machine was started again, since `recent/` may have lost names then.
-        2. Under which start of the machine numbers are taken from here on is written down.
-        3. The versions go.
+        1. The highest number that may have been used stays taken, by a file with that name and the suffix `.last`. The
+           file is durable, since `recent/` may have lost names when the machine was restarted.
+        2. The boot id of the machine, under which numbers are taken from here on, is stored.
+        3. The versions are removed.
 
         Args:
-            boot: Which start of the machine this is; by default the kernel's.
+            boot: Boot id of the machine; by default the kernel's.
 
         Returns:
-            How many went.
+            How many versions were removed.
 
         Raises:
             UnusableRegistry: The disk refused.

@@ -1,18 +1,18 @@
-"""The registry: versions, the control generations that say which should be used, and what versions refer to.
+"""The registry: versions, control generations that say which to use, and the files that versions refer to.
 
     versions/<number>/         a durable version, what changed since the one before: manifest.json and its files
     merged/<number>-<parent>/  likewise since an older one: several deltas in one, made by the compactor
     bases/<number>/            the full state at that version: the first one, and those of the compactor
-    recent/<number>/           for some seconds each version, for those who follow: what changed since the one before
-    control/<generation>.json  what should be; never changed, never deleted
+    recent/<number>/           each version for some seconds, for followers: what changed since the one before
+    control/<generation>.json  the desired state; never changed, never deleted
     masks/<sha256>.users       users that masks of control name, 8 bytes each in order
-    outcomes/<epoch>-*.json    what became of the rollback that began an epoch
-    programs/<sha256>.tflite   programs that answers run
+    outcomes/<epoch>-*.json    the outcome of the rollback that began an epoch
+    programs/<sha256>.tflite   programs that serving runs
     specs/<digest>/            spec.json and transform/ of the bootstrap
-    tmp/                       what is being written; names carry their writer
+    tmp/                       files being written; names carry their writer
 
-Any number of processes may read. The trainer, under its lock, is the only one
-to publish versions; whoever may write the directory may propose control.
+Any number of processes may read. Only the trainer, under its lock, publishes
+versions. Every process that may write the directory may propose control.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ TRAINING = "training.safetensors"
 
 
 class Registry(Recents, Controls, Outcomes, Specs):
-    """One registry directory. One object per thread, except that `read` may run in any."""
+    """One registry directory. Use one object per thread; only `read` may run in any thread."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
 
     def publish(self, draft: Draft, files: Mapping[str, bytes], recent: Manifest | None = None) -> Manifest:
-        """Adds a version; it is complete and visible to every reader when this returns, and durable unless it is recent.
+        """Publishes a version: complete and visible to all readers when this returns, and durable unless recent.
 
         Args:
-            draft: What it says of itself; its kind says whether it is recent.
+            draft: The author's part of the manifest; its kind says whether the version is recent.
             files: Its files by name.
-            recent: The same version in `recent/`, for one that lies there already.
+            recent: The manifest of the same version in `recent/`, if it is there already.
 
         Raises:
             WrongEpoch: Control is at another epoch; nothing was added.
@@ -65,13 +65,13 @@ class Registry(Recents, Controls, Outcomes, Specs):
                 raise RuntimeError(f"version {made.version} was published before")
 
     def add_base(self, of: Manifest, files: Mapping[str, bytes]) -> Manifest:
-        """Keeps the full state at the version `of`; nothing is added where there is one."""
+        """Stores the full state at the version `of`; does nothing if it exists."""
         made = manifest.complete_base(of, files)
         self.add(made, files)
         return made
 
     def add_merged(self, parts: Sequence[Manifest], files: Mapping[str, bytes]) -> Manifest:
-        """Keeps what changed in `parts`, deltas of which each continues the one before, as one delta of the last."""
+        """Stores `parts`, consecutive deltas, merged into one delta of the last one."""
         made = manifest.complete_merged(parts, files)
         self.add(made, files)
         return made

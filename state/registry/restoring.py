@@ -1,9 +1,10 @@
-"""The transitions of control by which a backup came back, with the training log that it was learned from or without it. Pure but for reading.
+"""Control transitions for a restored backup, with the training log that it was learned from or without it.
 
-Where Kafka's data is lost too, the version goes on in an epoch of its own, on
-another log from its beginning. The generation that begins it has as its plan
-`log`, `anew`, and `lost`: how many positions of clicks the histories had that
-the version had not learned, and that nobody can learn any more.
+If Kafka's data is lost too, training continues from the version in a new epoch,
+on a new log from its beginning. The plan of the generation that begins it has
+`log`, `anew`, and `lost`. `lost` is the number of click positions that the
+histories had and the version had not learned; nobody can learn them any more.
+Pure, except for reading.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ ACTION = "restore"
 
 
 def restored(control: Control, *, actor: str, reason: str, now_ms: int) -> Control:
-    """Somebody brought all of it back: a generation that changes nothing else.
+    """Records that a full backup was restored: a generation that changes nothing else.
 
     >>> from state.registry.control import start
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
@@ -33,12 +34,12 @@ def restored(control: Control, *, actor: str, reason: str, now_ms: int) -> Contr
 def restored_without_log(
     control: Control, version: int | None, lost: int, *, actor: str, reason: str, now_ms: int
 ) -> Control:
-    """Somebody brought it back, and the log is another one: a new epoch goes on from `version`, on the new log from its beginning.
+    """Records that a backup was restored without its log: a new epoch continues from `version` on the new log.
 
     Args:
         control: The control to start from.
-        version: To go on from; None where there was none yet.
-        lost: Positions of clicks between the version and the histories.
+        version: The version to continue from; None if there was none yet.
+        lost: Click positions between the version and the histories.
         actor: Who decided.
         reason: Why.
         now_ms: Wall clock.
@@ -55,7 +56,7 @@ def restored_without_log(
 
 
 def without_lost_log(controls: Controls, control: Control, version: Manifest) -> Manifest:
-    """A version as control's epoch goes on from it: where its log was lost it is at no place of any log, and owns to what is lost.
+    """A version as control's epoch continues from it. If its log was lost, it has no log position and counts the loss.
 
     Raises:
         CorruptVersion: Control is damaged.

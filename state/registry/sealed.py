@@ -1,4 +1,4 @@
-"""JSON documents with a digest of their own, as manifests, control and all small files beside them are written. Pure."""
+"""JSON documents with a digest of their own: the format of manifests, control and the small files. Pure."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class _Envelope(msgspec.Struct):
 
 
 def seal(body: bytes) -> bytes:
-    """A JSON document with its own digest, so that a flipped bit in it is seen."""
+    """Wraps a JSON document with its digest, so that a flipped bit is detected."""
     digest = hashlib.sha256(body).hexdigest()
     return b'{"sha256":"' + digest.encode() + b'","body":' + body + b"}"
 
 
 def unseal(data: bytes) -> bytes:
-    """The document that `seal` wrapped.
+    """Returns the document that `seal` wrapped.
 
     >>> unseal(seal(b"[1]"))
     b'[1]'
 
     Raises:
-        ValueError: It is no such document, or its digest differs.
+        ValueError: It is not such a document, or its digest differs.
     """
     envelope = _as_kind(data, _Envelope)
     body = bytes(envelope.body)
@@ -40,10 +40,10 @@ def unseal(data: bytes) -> bytes:
 
 
 def _as_kind(data: bytes, kind: type[Document]) -> Document:
-    """JSON as what a type says.
+    """Decodes JSON as a type.
 
     Raises:
-        ValueError: It is no JSON, or of another shape.
+        ValueError: It is not JSON, or has another shape.
     """
     try:
         return msgspec.json.decode(data, type=kind)
@@ -52,12 +52,12 @@ def _as_kind(data: bytes, kind: type[Document]) -> Document:
 
 
 def encode(document: Any) -> bytes:
-    """A dataclass as JSON with its digest, the same bytes for equal ones."""
+    """Encodes a dataclass as JSON with its digest; equal dataclasses give equal bytes."""
     return seal(msgspec.json.encode(document, order="deterministic"))
 
 
 def decode(data: bytes, kind: type[Document]) -> Document:
-    """What `encode` wrote; fields of later releases are left out.
+    """Decodes what `encode` wrote; fields of later releases are ignored.
 
     >>> from dataclasses import make_dataclass
     >>> Place = make_dataclass("Place", [("row", int)])
@@ -71,6 +71,6 @@ def decode(data: bytes, kind: type[Document]) -> Document:
 
 
 def as_values(document: Any) -> dict[str, Any]:
-    """A dataclass as JSON values, for whoever prints it."""
+    """Converts a dataclass to JSON values, for printing."""
     found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(document))
     return found

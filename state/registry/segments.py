@@ -1,4 +1,4 @@
-"""The line of a version: the base that it can be recomputed from, and the parts of the training log between."""
+"""Log segments of a version: the base that it can be recomputed from, and the ranges of the training log in between."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ NOTHING = always(Mask.NONE)
 
 @dataclass(frozen=True, slots=True)
 class LogSegment:
-    """A part of the training log that was learned in one epoch.
+    """A range of the training log that was learned in one epoch.
 
     Attributes:
         first: Its first offset.
-        next: The offset after it.
-        mask_at: The rows left out.
-        line: The records that count.
-        epoch: Of control.
-        forget: Users whose rows go before its first record.
-        erased: The last erasure that counts in it.
+        next: The offset after its last record.
+        mask_at: The mask at each generation: the rows left out.
+        line: The branch: the records that count.
+        epoch: Epoch of control.
+        forget: Users whose rows are removed before its first record.
+        erased: The last erasure in force in it.
     """
 
     first: int
@@ -41,10 +41,10 @@ class LogSegment:
 
 
 def base_of(registry: Registry, target: Manifest, wanted: int | None) -> Manifest | None:
-    """The version to begin from: the one asked for, else the nearest base below `target`; None to begin from nothing.
+    """The version to start from: `wanted`, else the nearest base below `target`; None to start from scratch.
 
     Raises:
-        UnknownVersion: There is none, it is not kept, or it does not lead to `target`.
+        UnknownVersion: There is none, it is not kept, or `target` does not descend from it.
     """
     if wanted is not None:
         if wanted > target.version or not sees(target.visible, wanted):
@@ -67,17 +67,17 @@ def base_of(registry: Registry, target: Manifest, wanted: int | None) -> Manifes
 def segments_to_end(
     registry: Registry, control: Control, base: Manifest, newest: Manifest, end: int
 ) -> list[LogSegment]:
-    """The parts of the log from `base` on along the line of `newest`, and on to offset `end` as `control` wants it.
+    """The segments from `base` along the branch of `newest`, and on to offset `end` under `control`.
 
     Args:
-        registry: Where versions and control are.
-        control: The newest.
-        base: A version that `newest` descends from, or itself.
+        registry: Holds versions and control.
+        control: The newest control.
+        base: A version that `newest` descends from, or `newest` itself.
         newest: The newest version of control's epoch, or the version that the epoch begins from.
-        end: Of the log.
+        end: End offset of the log.
 
     Raises:
-        UnknownVersion: A version that an epoch began from is not kept any more.
+        UnknownVersion: A version that an epoch began from is no longer kept.
     """
     lasts = registry.last_of_epochs(base.epoch, newest.epoch)
     found = segments_of(registry, lasts, base, newest) if base.version != newest.version else []
@@ -87,10 +87,10 @@ def segments_to_end(
 def segments_of(
     registry: Registry, controls: Sequence[Control], base: Manifest | None, target: Manifest
 ) -> list[LogSegment]:
-    """The parts of the log from `base` to `target`, oldest first, each with its epoch's mask.
+    """The segments from `base` to `target`, oldest first, each with its epoch's mask.
 
     Raises:
-        UnknownVersion: A version that an epoch began from is not kept any more.
+        UnknownVersion: A version that an epoch began from is no longer kept.
     """
     # The last control of an epoch knows which of its masks were lifted, and when.
     last = {control.epoch: control for control in controls}
@@ -115,16 +115,16 @@ def segments_of(
 
 
 def parted(whole: LogSegment, end: Manifest, control: Control, erased: int) -> list[LogSegment]:
-    """A segment, parted where its epoch took erasures into account.
+    """Splits a segment at the offsets where its epoch applied erasures.
 
     Args:
         whole: The segment.
-        end: The version that it leads to, which names those places.
-        control: The last one of its epoch.
-        erased: The last erasure that was taken into account before it.
+        end: The version at its end, which names those offsets.
+        control: The last control of its epoch.
+        erased: The last erasure that was applied before it.
 
     Raises:
-        UnknownVersion: There were more of them than a version names.
+        UnknownVersion: There were more erasures than a version names.
     """
     if end.erasures and end.erasures[0][0] > erased + 1 and end.erased - erased > len(end.erasures):
         raise UnknownVersion(
@@ -143,7 +143,7 @@ def parted(whole: LogSegment, end: Manifest, control: Control, erased: int) -> l
 
 
 def limited(mask_at: MaskAt, erased: int) -> MaskAt:
-    """The masks of `mask_at` with the erasures up to that number."""
+    """The masks of `mask_at`, with only the erasures up to number `erased`."""
 
     @cache
     def found(generation: int) -> Mask:

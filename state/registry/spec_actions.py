@@ -1,4 +1,4 @@
-"""What the numbers of actions mean under each feature spec that was ever bootstrapped here."""
+"""Names of actions by number, under each feature spec that was ever bootstrapped in this registry."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from state.registry.specs import Specs
 
 
 class SpecActions:
-    """Names actions by the digest of a feature spec; what is known once is remembered.
+    """Looks up the names of actions by the digest of a feature spec, with a cache.
 
     Args:
-        registry: The registry's directory, which need not be there.
+        registry: The registry's directory, which may not exist.
         own: The spec of the settings.
     """
 
@@ -23,10 +23,10 @@ class SpecActions:
         self._known = {own.digest: own.actions}
 
     def of(self, spec: str) -> tuple[str, ...] | None:
-        """The names, in the order of their numbers; None of a spec that is not known."""
+        """The names, in the order of their numbers; None for an unknown spec."""
         if spec not in self._known:
             try:
-                # Who only reads makes no registry.
+                # A reader does not create a registry.
                 if not (self._registry / layout.SPECS).is_dir():
                     return None
                 self._known[spec] = tuple(Specs(self._registry).spec(spec)["spec"]["actions"])

@@ -1,4 +1,4 @@
-"""What versions of a registry refer to, kept by digest: the programs that answers run, and the specs of the bootstrap."""
+"""Files that versions refer to by digest: the programs that serving runs, and the specs of the bootstrap."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Specs(Directory):
         super().__init__(path, *folders, layout.PROGRAMS, layout.SPECS)
 
     def add_program(self, program: bytes) -> str:
-        """Keeps a program; returns its SHA-256, which names it. A damaged copy of it is replaced.
+        """Stores a program; returns its SHA-256, which is its name. Replaces a damaged copy.
 
         Raises:
             UnusableRegistry: The disk refused.
@@ -38,7 +38,7 @@ class Specs(Directory):
         final = self.path / layout.PROGRAMS / f"{digest}.tflite"
         with usable(f"keep program {digest[:12]}"):
             if final.exists() and final.read_bytes() == program:
-                # It is in use again: its age is asked for where garbage goes.
+                # It is in use again. Garbage collection goes by its age.
                 os.utime(final)
             else:
                 temporary = self.temporary(f"program-{digest}")
@@ -63,15 +63,15 @@ class Specs(Directory):
             raise CorruptVersion(str(error), "remove it and restart the trainer to lower the model again") from None
 
     def specs(self) -> list[str]:
-        """The names of the bootstraps that were done: digests of feature specs, see `bootstrapped`."""
+        """The names of completed bootstraps: digests of feature specs, see `bootstrapped`."""
         with usable("be listed"):
             return sorted(path.name for path in (self.path / layout.SPECS).iterdir() if (path / SPEC).exists())
 
     def bootstrapped(self, spec: str, model: Model) -> str | None:
-        """The name under which a feature spec was bootstrapped with the preprocessing of `model`; None where it was not.
+        """The name under which a feature spec was bootstrapped with the preprocessing of `model`; None if it was not.
 
-        The first one has the spec's digest for its name, as every release calls it; those with another preprocessing
-        a number behind it.
+        The first bootstrap is named by the spec's digest, as in every release. Those with another preprocessing have a
+        number appended.
 
         Raises:
             CorruptVersion: A file fails its digest.
@@ -90,12 +90,12 @@ class Specs(Directory):
         return next(name for name in names if name not in taken)
 
     def add_spec(self, digest: str, document: Mapping[str, Any], fill: Callable[[Path], None]) -> bool:
-        """Keeps what the bootstrap found out; False where another was faster, whose result stays.
+        """Stores the result of a bootstrap; False if another process was faster, whose result stays.
 
         Args:
-            digest: Of the feature spec, or `free_name`.
-            document: Anything JSON.
-            fill: Writes the directory `transform/` into the folder it is given.
+            digest: Digest of the feature spec, or `free_name`.
+            document: Any JSON values.
+            fill: Writes the directory `transform/` into the folder that it receives.
 
         Raises:
             UnusableRegistry: The disk refused.
@@ -129,7 +129,7 @@ class Specs(Directory):
         return True
 
     def spec(self, digest: str) -> dict[str, Any]:
-        """What the bootstrap wrote about a feature spec.
+        """The document that the bootstrap wrote for a feature spec.
 
         Raises:
             SpecMismatch: It was not bootstrapped here.
@@ -149,7 +149,7 @@ class Specs(Directory):
         return document
 
     def transform(self, digest: str) -> Path:
-        """The directory with the transform graph of a feature spec, every file checked.
+        """The directory with the transform graph of a feature spec, with every file checked.
 
         Raises:
             SpecMismatch: It was not bootstrapped here.
@@ -166,12 +166,12 @@ class Specs(Directory):
 
 
 def fits(about: Mapping[str, Any], model: Model) -> bool:
-    """Whether a bootstrap was done with this preprocessing and the options that it asked for.
+    """Whether a bootstrap was done with this preprocessing and with the options that it asked for.
 
-    Its graph holds these. Others, of a ranker or a tower, may change: versions name them.
+    Its graph contains these options. Options of a ranker or a tower may change: versions record them.
 
     Args:
-        about: What the bootstrap wrote.
+        about: The document that the bootstrap wrote.
         model: The section `[model]`.
     """
     if about.get("preprocessing", model.preprocessing) != model.preprocessing:

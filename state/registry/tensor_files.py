@@ -1,9 +1,10 @@
-"""The files of tensors of durable versions: safetensors, in which tensors may be packed without loss.
+"""Tensor files of durable versions: safetensors, with lossless compression of tensors.
 
-A packed tensor lies in the file as uint8: its bytes, the first of each element
-before the second of each (neighbouring weights share their exponents), as one
-zstd frame. `packed` in the file's metadata names each with type and shape, JSON.
-A file of an earlier release has none, and is read all the same.
+A packed tensor is stored as uint8: its bytes as one zstd frame, in byte planes.
+The first bytes of all elements come before the second bytes, because
+neighbouring weights share their exponents. `packed` in the file's metadata has
+type and shape of each packed tensor, as JSON. Files of earlier releases have
+no `packed`, and can be read too.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ Array = npt.NDArray[Any]
 
 LEVEL = 3
 LEAST_BYTES = 256
-"""Smaller tensors gain nothing."""
-HEAD_BYTES = 8  # the length of a file's JSON head, little endian
+"""Tensors with fewer bytes are not packed, since they gain nothing."""
+HEAD_BYTES = 8  # the length of a file's JSON header, little endian
 _METADATA, _PACKED = "__metadata__", "packed"
 
 
 def pack(tensors: Mapping[str, Array]) -> bytes:
-    """A file of `tensors`; equal tensors give equal bytes.
+    """Encodes `tensors` as a file; equal tensors give equal bytes.
 
     >>> unpack(pack({"a": np.arange(1000, dtype=np.uint64)}))["a"][-1]
     np.uint64(999)
@@ -50,21 +51,21 @@ def pack(tensors: Mapping[str, Array]) -> bytes:
 
 
 def unpack(data: bytes) -> dict[str, Array]:
-    """The tensors in a file, packed or not.
+    """Decodes the tensors in a file, packed or not.
 
     Raises:
-        ValueError: It is no such file; whoever compared its digest meets none.
+        ValueError: It is not such a file. This cannot happen after a digest check.
     """
     packed = json.loads(_head(data).get(_METADATA, {}).get(_PACKED, "{}"))
     return {name: _whole(tensor, packed.get(name)) for name, tensor in load(data).items()}
 
 
 def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shape of each tensor in a file, out of its head.
+    """Reads the shape of each tensor from a file's header.
 
     Raises:
-        OSError: It cannot be read.
-        ValueError, KeyError, TypeError, AttributeError: Its head is damaged.
+        OSError: The file cannot be read.
+        ValueError, KeyError, TypeError, AttributeError: Its header is damaged.
     """
     with path.open("rb") as file:
         length = int.from_bytes(file.read(HEAD_BYTES), "little")
@@ -75,10 +76,10 @@ def shapes_in(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def tensor_in(path: Path, name: str) -> Array | None:
-    """One tensor of a file, without the rest of it; None where it has none of that name.
+    """Reads one tensor of a file, without the rest; None if the file has none of that name.
 
     Raises:
-        OSError: It cannot be read.
+        OSError: The file cannot be read.
         SafetensorError: It is damaged.
     """
     with safe_open(path, "np") as file:

@@ -1,14 +1,14 @@
-"""What an upgrade is in control: the settings that an epoch goes on to, and the feature specs that it left.
+"""Control transition for an upgrade, the plan that it records, and the feature specs that upgrades replaced.
 
-The generation that begins such an epoch carries, as its plan:
+The generation that begins the epoch of an upgrade has this plan:
 
-    spec        digest of the feature spec that training goes on with
-    was         digest of that of the version it goes on from; none where it learns anew
-    model       the settings of `SETTINGS` that it goes on with, by name, as text
-    carried     of the version, what goes on; `trainer.versions.carrying` says how
-    anew        what begins anew, in words
+    spec        digest of the feature spec that training continues with
+    was         digest of the feature spec of the base version; none if training starts from scratch
+    model       the settings of `SETTINGS` that training continues with, by name, as text
+    carried     what is carried over from the version; `trainer.versions.carrying` defines how
+    anew        what starts from scratch, in words
 
-Until the epoch has a version of its own, what trains in it may carry its base over.
+Until the epoch has a version of its own, the trainer may carry its base over.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from state.registry.manifest import Manifest, sees
 from state.registry.registry import Registry
 
 SETTINGS = ("ranker", "tower", "dim", "hidden", "options", "preprocessing")
-"""Settings of `[model]` that may change the weights of a version, or what they mean."""
+"""Settings of `[model]` that may change the weights of a version, or their meaning."""
 
 
 def going_on_to(settings: Settings, spec: str) -> dict[str, Any]:
-    """What a plan says of the settings.
+    """The part of a plan that describes the settings.
 
     >>> going_on_to(Settings(), "ab")["model"]["dim"]
     '32'
 
     Args:
-        settings: Those to go on with.
+        settings: The settings to continue with.
         spec: Digest of their feature spec.
     """
     return {"spec": spec, "model": {name: str(getattr(settings.model, name)) for name in SETTINGS}}
@@ -48,16 +48,16 @@ def upgrade(
     now_ms: int,
     answers: int | None = None,
 ) -> Control:
-    """A new epoch in which another model, feature spec or release goes on from version `base`.
+    """Begins an epoch in which another model, feature spec or release continues from version `base`.
 
     Args:
         control: The control to start from.
-        base: The version to go on from; None to learn anew, from nothing.
-        plan: What is carried over, and what for; see the module.
+        base: The version to continue from; None to train from scratch.
+        plan: What is carried over to which settings; see the module.
         actor: Who decided.
         reason: Why.
         now_ms: Wall clock.
-        answers: The version that answers come from until the trainer has caught up; None to leave answers as they are.
+        answers: The version to pin serving to until the trainer has caught up; None to leave serving as it is.
 
     >>> from state.registry.control import start
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
@@ -83,7 +83,7 @@ def upgrade(
 
 
 def pending(registry: Registry, control: Control) -> Control | None:
-    """The generation that began control's epoch, where that is an upgrade of which there is no version yet.
+    """The generation that began control's epoch, if it is an upgrade without a version so far; otherwise None.
 
     Raises:
         CorruptVersion: A manifest or a generation fails its digest.
@@ -95,7 +95,7 @@ def pending(registry: Registry, control: Control) -> Control | None:
 
 
 def is_accepted(registry: Registry, control: Control, settings: Settings, spec: str) -> bool:
-    """Whether an operator said that these settings go on from what other ones learned.
+    """Whether an operator accepted that these settings continue from what others learned.
 
     Raises:
         CorruptVersion: As `pending`.
@@ -110,7 +110,7 @@ def former_specs(beginnings: Iterable[Control]) -> frozenset[str]:
     """The digests of all feature specs that upgrades went from and to.
 
     Args:
-        beginnings: The generations that began epochs, at least: an upgrade begins one.
+        beginnings: At least the generations that began epochs, since an upgrade begins one.
     """
     plans = [one.plan for one in beginnings if one.action == "upgrade" and one.plan is not None]
     return frozenset(str(spec) for plan in plans for spec in (plan.get("spec"), plan.get("was")) if spec)
@@ -119,10 +119,10 @@ def former_specs(beginnings: Iterable[Control]) -> frozenset[str]:
 def first_after(
     registry: Registry, beginnings: Sequence[Control], base: Manifest | None, target: Manifest
 ) -> Manifest | None:
-    """The oldest version kept on the line of `target` behind the last upgrade after `base`; None where there is no upgrade.
+    """The oldest kept version of `target`'s descent after the last upgrade since `base`; None if there is no upgrade.
 
     Raises:
-        UnknownVersion: A version that an epoch began from is not kept any more.
+        UnknownVersion: A version that an epoch began from is no longer kept.
     """
     began = {one.epoch: one for one in beginnings}
     epoch = target.epoch

@@ -1,10 +1,10 @@
-"""The durable versions in a registry directory: what makes one up, and how one comes and goes.
+"""Durable versions of a registry directory: what a version consists of, and how it is added and removed.
 
-A version is complete or absent: it is written under `tmp/`, synced, and
-appears by one rename; it goes by one rename likewise. Every read checks the
-digest, and what fails is never returned. Several deltas may be merged into one
-while somebody reads them: the merged one appears before the others go, and a
-reader that lost a file finds it when it looks again.
+A version is complete or absent. It is written under `tmp/`, synced, and appears
+with one rename; it is removed with one rename too. Every read checks the digest
+and never returns data that fails it. Deltas may be merged while somebody reads
+them. The merged delta appears before the others are removed, so a reader that
+misses a file finds it on its next read.
 """
 
 from __future__ import annotations
@@ -25,35 +25,35 @@ from state.registry.folders import BadPart, appears
 from state.registry.manifest import Kind, Manifest, Visible, sees
 
 _REMEMBERED = 64
-"""Manifests kept in memory, some 33 kB each: the newest, and what leads to them. Reading one again takes 0.1 ms."""
+"""Manifests kept in memory, some 33 kB each: the most recently used. Reading one again takes 0.1 ms."""
 
 _log = logging.getLogger(__name__)
 
 
 class Chain(NamedTuple):
-    """What makes up one version: a full state, and the changes since, oldest first."""
+    """The parts of one version: a full state, and the changes since, oldest first."""
 
     base: Manifest
     deltas: list[Manifest]
 
 
 class Versions(BroughtFiles):
-    """The versions of one registry directory. One object per thread, except that `read` may run in any."""
+    """The versions of one registry directory. Use one object per thread; only `read` may run in any thread."""
 
     def __init__(self, path: Path, *folders: str) -> None:
         super().__init__(path, *folders)
         self._manifests: dict[Path, Manifest] = {}
 
     def manifest(self, version: int, kind: Kind | None = None) -> Manifest:
-        """The manifest of a version's delta, or of its base where it has no delta; or of the `kind` asked for.
+        """The manifest of a version: of its delta, else of its base, or of the given `kind`.
 
         Raises:
-            UnknownVersion: It is not kept.
+            UnknownVersion: The version is not kept.
             CorruptVersion: Its manifest fails its digest.
         """
         for folder in self._places(version, kind):
             if found := self._manifests.pop(folder, None):
-                # The ones used last stay.
+                # Moves it to the end: the least recently used are dropped first.
                 self._manifests[folder] = found
                 return found
             try:
@@ -74,7 +74,7 @@ class Versions(BroughtFiles):
         self._manifests[folder] = found
 
     def read(self, version: Manifest | int, name: str) -> bytes:
-        """The bytes of a version's file, checked against its manifest.
+        """Reads a version's file and checks it against its manifest.
 
         Raises:
             UnknownVersion: The version is not kept.
@@ -98,14 +98,14 @@ class Versions(BroughtFiles):
         return data
 
     def path_of(self, version: Manifest, name: str) -> Path:
-        """The path of a version's file, which is brought where it is not here; it may be damaged, or missing all the same."""
+        """The path of a version's file, fetched if it is missing here. The file may still be damaged or missing."""
         path = self.folder_of(version) / name
         if not path.exists() and name in version.files:
             self.file_here_or_brought(path, version.files[name])
         return path
 
     def _rewritten(self, found: Manifest) -> Manifest | None:
-        """The manifest of a part that `replace` gave other files meanwhile; None where it is as it was."""
+        """The manifest of a part to which `replace` gave other files meanwhile; None if it is unchanged."""
         folder = self.folder_of(found)
         self._manifests.pop(folder, None)
         try:
@@ -115,20 +115,20 @@ class Versions(BroughtFiles):
         return None if now.files == found.files else now
 
     def verify(self, version: Manifest) -> None:
-        """Reads every file of a delta or base.
+        """Reads and checks every file of a delta or base.
 
         Raises:
             UnknownVersion: It is not kept.
-            CorruptVersion: One of its files is not what the manifest says.
+            CorruptVersion: A file does not match the manifest.
         """
         for name in version.files:
             self.read(version, name)
 
     def newest(self, epoch: int | None) -> int | None:
-        """The newest durable version of `epoch`, or of all epochs; None while there is none.
+        """The newest durable version of `epoch`, or of all epochs; None if there is none.
 
         Raises:
-            CorruptVersion: The manifest of it, or of a newer one, fails its digest.
+            CorruptVersion: Its manifest, or that of a newer version, fails its digest.
         """
         for version in reversed(self.versions()):
             if epoch in (None, self.manifest(version).epoch):
@@ -136,7 +136,7 @@ class Versions(BroughtFiles):
         return None
 
     def visible(self, version: int) -> Visible:
-        """The versions that `version` descends from, itself included, as closed intervals, newest first."""
+        """The versions that `version` descends from, including itself, as closed intervals, newest first."""
         return self.manifest(version).visible
 
     def chain(self, version: int) -> Chain:
@@ -144,7 +144,7 @@ class Versions(BroughtFiles):
 
         Raises:
             UnknownVersion: One of them is not kept.
-            CorruptVersion: A manifest of them fails its digest.
+            CorruptVersion: One of their manifests fails its digest.
         """
         line = self.manifest(version).visible
         base = max((number for number in self.bases() if number <= version and sees(line, number)), default=None)
@@ -156,7 +156,7 @@ class Versions(BroughtFiles):
             delta = self.manifest(at, "delta")
             if delta.parent is None or not base <= delta.parent < at:
                 if base not in self.bases():
-                    # The compactor has just merged deltas beyond it.
+                    # The compactor has just merged deltas across the base.
                     return self.chain(version)
                 raise BadPart(
                     self.folder_of(delta), at, f"its parent {delta.parent} does not lie between base {base} and itself"
@@ -166,11 +166,11 @@ class Versions(BroughtFiles):
         return Chain(self.manifest(base, "base"), deltas[::-1])
 
     def newest_good(self, epoch: int) -> int | None:
-        """The newest version of `epoch` of whose whole chain every file is good; None where there is none.
+        """The newest version of `epoch` with an intact chain: every file passes its check. None if there is none.
 
-        A corrupt version is set aside with a logged reason, and so is one that
-        it alone led to: nobody loads them, nobody falls back unseen. Only for
-        the process that holds the trainer's lock.
+        A corrupt version is set aside and the reason is logged, and so is a version
+        that needs one that is gone. So nothing loads them, and no fallback goes
+        unnoticed. Only the process with the trainer's lock calls it.
         """
         doubted: object = None
         while True:
@@ -188,14 +188,14 @@ class Versions(BroughtFiles):
             except UnknownVersion as error:
                 if version is None:
                     raise
-                # A compactor may have put something else in place of what was being read: look again first.
+                # A compactor may have replaced what was being read, so try again first.
                 if doubted != (version, here):
                     doubted = (version, here)
                     continue
                 self.set_aside(self.folder_of(self.manifest(version)), version, f"a version it needs is gone: {error}")
 
     def set_aside(self, folder: Path, version: int, reason: str) -> Path:
-        """Renames the directory of a version to `<name>.bad`, where nothing loads it; its number is not used again."""
+        """Renames the directory of a version to `<name>.bad`, so that nothing loads it. Its number is not reused."""
         aside = next(
             path
             for count in range(1_000_000)
@@ -209,16 +209,16 @@ class Versions(BroughtFiles):
         return aside
 
     def remove(self, kind: Kind, version: int, parent: int | None = None) -> None:
-        """Takes a version away for good, as it is kept as `kind` (a merged one with `parent`); it vanishes by one rename."""
+        """Deletes a version of the given `kind` (a merged one with `parent`) for good, with one rename."""
         self._remove(self.folder(kind, version, parent))
 
     def remove_delta(self, version: int) -> None:
-        """Takes a version's delta away for good, merged or not."""
+        """Deletes a version's delta for good, merged or not."""
         for folder in self._delta_folders(version):
             self._remove(folder)
 
     def remove_superseded(self, version: int) -> None:
-        """Takes away what lies beside the merged delta of a version that holds it too."""
+        """Deletes the deltas of a version that its merged delta contains."""
         for folder in self._delta_folders(version)[1:]:
             self._remove(folder)
 
@@ -227,14 +227,14 @@ class Versions(BroughtFiles):
         self.give_up(folder)
 
     def replace(self, made: Manifest, files: Mapping[str, bytes]) -> None:
-        """Gives a part that is kept other files; a crash leaves the old ones or the new ones.
+        """Replaces the files of a stored part; after a crash either the old or the new files are there.
 
         1. Files and manifest are written under `tmp/` and synced.
-        2. Both directories change names; the directories are synced.
-        3. The old files go.
+        2. Both directories exchange names; the directories are synced.
+        3. The old files are removed.
 
         Raises:
-            UnusableRegistry: The disk refused; the old ones are there.
+            UnusableRegistry: The disk refused; the old files are unchanged.
         """
         final = self.folder_of(made)
         temporary = self.temporary(f"rewritten-{made.kind}-{final.name}")
@@ -257,14 +257,14 @@ class Versions(BroughtFiles):
                 shutil.rmtree(temporary, ignore_errors=True)
 
     def add(self, made: Manifest, files: Mapping[str, bytes], last_check: Callable[[], None] = lambda: None) -> bool:
-        """Adds a delta or base; complete and durable when this returns. False where the number is taken.
+        """Adds a delta or base. It is complete and durable when this returns. False if the number is taken.
 
         1. Files and manifest are written under `tmp/` and synced.
-        2. `last_check` may still refuse by an exception.
-        3. One rename makes it appear; the directory is synced.
+        2. `last_check` may still refuse by raising an exception.
+        3. One rename makes the version visible; the directory is synced.
 
         Raises:
-            UnusableRegistry: The disk refused; nothing of it is left.
+            UnusableRegistry: The disk refused; nothing of the version is left.
         """
         with usable(f"take version {made.version}"):
             return self._add(made, files, last_check)

@@ -1,1 +1,1 @@
-"""Rollouts: a growing share of users is answered by a trial, and what they do decides how it goes on."""
+"""Rollouts: a trial serves a growing share of users, and measured results decide whether it continues."""

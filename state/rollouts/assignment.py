@@ -1,4 +1,4 @@
-"""Who is in which arm: a keyed hash of the pseudonym, so that shares are nested and a user stays where they were. Pure."""
+"""Assigns users to arms of a rollout by a keyed hash of the pseudonym: nested shares, stable as shares grow. Pure."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ ARMS = (TRIAL, LIVE)
 
 
 def place_of(salt: Salt, name: str, user: int) -> float:
-    """Where a user stands between 0 and 1: HMAC-SHA-256 of the rollout's name and the pseudonym, by the salt.
+    """The user's position between 0 and 1: HMAC-SHA-256 of the rollout's name and the pseudonym, keyed by the salt.
 
-    Nobody without the salt can choose an id that comes into an arm, and the places of two rollouts have nothing to do with
-    each other.
+    Without the salt nobody can choose an id that falls into a given arm. The positions of a user in two rollouts are
+    independent.
 
     >>> salt = Salt(b"not a secret")
     >>> place_of(salt, "wider", 7) == place_of(salt, "wider", 7) != place_of(salt, "deeper", 7)
@@ -28,7 +28,7 @@ def place_of(salt: Salt, name: str, user: int) -> float:
 
 
 def arm_of(place: float, share: float) -> Arm:
-    """The arm at a share of the users: who is in at 5 % is in at 50 %.
+    """The arm of a user when the trial has the given share. A user in the trial at 5 % is in it at 50 % too.
 
     >>> arm_of(0.04, 0.05), arm_of(0.04, 0.5), arm_of(0.4, 0.05), arm_of(0.99, 1.0)
     ('trial', 'trial', 'live', 'trial')

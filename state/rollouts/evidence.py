@@ -1,14 +1,14 @@
-"""What is known of the two arms of a rollout: its exposures, and what users did after theirs. Pure.
+"""Evidence about the two arms of a rollout: exposures, and the engagements that followed them. Pure.
 
-An engagement counts for the arm and the step that its user was last exposed in
-when it became known, by the clocks of this system's own processes. The rate is
-engagements an answer. Arms are compared within each step, for users do other
-things at other hours (`state/statistics/strata.py`), with the variance of users'
-sums.
+An engagement counts for the arm and the step of its user's last exposure before
+it became known. Times are by the clocks of this system's own processes. The rate
+is engagements per answer. Arms are compared within each step, because users behave
+differently at different hours (`state/statistics/strata.py`). The variance is
+that of sums per user.
 
 Failures, latencies and the sample ratio are those of the newest step. A user who
-comes from one arm into the other, with a larger share, has a part in both, which
-makes their difference vary less than it is taken to.
+moves from one arm to the other when the share grows contributes to both. Their
+difference then varies less than the interval assumes.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from state.statistics.sample_ratio import SampleRatio
 from state.statistics.strata import StratifiedArm, stratified
 
 MOST_USERS = 1_000_000
-"""Users that are told apart; of those who come later nothing counts but failures and latencies. Up to 500 bytes each."""
+"""Users that are tracked, up to 500 bytes each. Later users count only for failures and latencies."""
 
 MISMATCH_ALPHA = 0.001
-"""The rate of false alarms of the sample ratio: it ends a rollout that may have been good."""
+"""False alarm rate of the sample ratio test. It is low because an alarm stops a rollout that may be good."""
 
 
 @dataclass
 class StepSums:
-    """What one arm did in one step.
+    """Sums of one arm in one step.
 
     Attributes:
         answers: Exposures.
-        failures: Of them those that the arm could not answer.
-        took: `[BINS]` int64, how long those outside of batches took.
-        users: Who they were of.
+        failures: Exposures for which the arm could not answer.
+        took: `[BINS]` int64, histogram of the latencies of answers outside of batches.
+        users: Users of the exposures.
     """
 
     answers: int = 0
@@ -56,14 +56,14 @@ class Evidence:
     """The sums of one rollout.
 
     Args:
-        name: Of the trial.
-        planned_answers: After how many answers of the smaller arm intervals shall be narrowest for what they are.
+        name: Name of the trial.
+        planned_answers: Number of answers of the smaller arm for which intervals are tuned to be narrowest.
 
     Attributes:
-        step: The newest step that was heard of; -1 before the first.
-        of_step: By arm what was done in it.
-        rates: By step and arm engagements over answers.
-        users: By arm how many were ever exposed in it.
+        step: The newest step seen; -1 before the first.
+        of_step: Sums of that step, by arm.
+        rates: Engagements and answers by step and arm.
+        users: Number of users ever exposed, by arm.
     """
 
     def __init__(self, name: str, planned_answers: int) -> None:
@@ -72,13 +72,14 @@ class Evidence:
         self.of_step = {arm: StepSums() for arm in ARMS}
         self.rates: dict[int, dict[Arm, BlockSums]] = {}
         self.users = dict.fromkeys(ARMS, 0)
-        # Of each user since when in which step and arm: after a restart all exposures are read before the engagements.
+        # user -> (since ms, step, arm) for each step of the user. After a restart all exposures are read before the
+        # engagements.
         self._since: dict[int, tuple[tuple[int, int, Arm], ...]] = {}
         self._in_step: set[int] = set()
         self._ratio: SampleRatio | None = None
 
     def expose(self, exposures: Iterable[Exposure]) -> None:
-        """Takes exposures; those of other rollouts are passed over, and late ones of an earlier step count in the rates alone."""
+        """Adds exposures. Skips those of other rollouts; late ones of an earlier step count only in the rates."""
         found: dict[tuple[int, Arm], list[int]] = {}
         came = dict.fromkeys(ARMS, 0)
         for one in exposures:
@@ -97,10 +98,10 @@ class Evidence:
             self._sums(step)[arm].add(np.zeros(len(users)), np.array(users, np.uint64))
 
     def engage(self, users: NDArray[np.uint64], known_ms: int) -> None:
-        """Takes engagements.
+        """Adds engagements.
 
         Args:
-            users: `[n]` uint64, whose they are.
+            users: `[n]` uint64, the user of each engagement.
             known_ms: When they became known to the stream, wall clock.
         """
         found: dict[tuple[int, Arm], list[int]] = {}
@@ -112,29 +113,29 @@ class Evidence:
             self._sums(step)[arm].credit(np.ones(len(engaged)), np.array(engaged, np.uint64))
 
     def difference(self) -> Contrast:
-        """Engagements an answer of the trial, less those of the live one."""
+        """Engagements per answer of the trial, minus those of the live arm."""
         return arms.difference(*self._both(), ALPHA, self._planned)
 
     def lift(self) -> Contrast | None:
-        """By which part those of the trial are more; None where one arm has none."""
+        """The relative difference of the trial's rate to the live arm's; None if an arm has no engagements."""
         return arms.lift(*self._both(), ALPHA, self._planned)
 
     @property
     def mismatch(self) -> bool:
-        """Whether users came to the arms otherwise than the shares say."""
+        """Whether the split of users between the arms contradicts the shares."""
         return self._ratio is not None and self._ratio.mismatch(MISMATCH_ALPHA)
 
     @property
     def mismatch_p(self) -> float:
-        """How probable it is that chance alone makes so much of a difference; valid at all looks."""
+        """P-value of the sample ratio test: valid at any time, however often it is read."""
         return 1.0 if self._ratio is None else self._ratio.p_value
 
     def answers(self, arm: Arm) -> int:
-        """Exposures of an arm, of the whole rollout."""
+        """Exposures of an arm over the whole rollout."""
         return sum(of_step[arm].rows for of_step in self.rates.values())
 
     def engagements(self, arm: Arm) -> int:
-        """Those that followed them."""
+        """Engagements that followed an arm's exposures."""
         return round(sum(float(of_step[arm].totals.sum()) for of_step in self.rates.values()))
 
     def _both(self) -> tuple[StratifiedArm, StratifiedArm]:
@@ -146,7 +147,7 @@ class Evidence:
     def _begin(self, step: int, share: float) -> None:
         self.step, self._in_step = step, set()
         self.of_step = {arm: StepSums() for arm in ARMS}
-        # Of everybody there is no ratio.
+        # With all users in one arm there is no ratio.
         if 0 < share < 1:
             shares = [share, 1 - share]
             if self._ratio is None:
@@ -172,7 +173,7 @@ class Evidence:
         came.update(dict.fromkeys(ARMS, 0))
 
     def _is_known(self, user: int, one: Exposure) -> bool:
-        """Whether the user is told apart; notes step and arm, and since when."""
+        """Whether the user is tracked; records step, arm and time of a new step."""
         before = self._since.get(user, ())
         if not before and len(self._since) >= MOST_USERS:
             return False

@@ -1,7 +1,7 @@
-"""An exposure: that a user was answered while a rollout was open, by which arm; a record of `kafka.exposures_topic`.
+"""Exposures: records of `kafka.exposures_topic`, each for one answer to a user during a rollout, with the arm.
 
-JSON, one object a record, keyed by the pseudonym; `state/FORMATS.md` has an example. What an exposure does not have is
-anything of the answer, or the user's id as it was sent.
+A record is one JSON object, keyed by the pseudonym; `state/FORMATS.md` has an example. An exposure contains neither
+the content of the answer nor the user's id as it was sent.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ from state.rollouts.assignment import Arm
 
 
 class Exposure(msgspec.Struct, frozen=True):
-    """One answer.
+    """An answer to a user during a rollout.
 
     Attributes:
         user: The pseudonym, 16 hexadecimal digits.
         rollout: The trial's name.
-        step: Which step of the rollout it was.
-        share: Of the users that are in its arm `trial` there.
-        arm: The user's. Where the trial could not answer, the live trainer's version did, and the arm is the user's all the same:
-            else whom the trial fails would be counted for the other side.
-        at_ms: When the question came, wall clock.
-        took_us: Until the answer, microseconds; None in a batch, where each arm answers a part of another size.
+        step: Step of the rollout.
+        share: Share of users in the arm `trial` at this step.
+        arm: The user's arm, even if the trial could not answer and the live trainer's version did. Otherwise users
+            whom the trial fails would count for the other side.
+        at_ms: When the request arrived, wall clock.
+        took_us: Latency in microseconds; None in a batch, where each arm answers a part of another size.
         failed: Whether the arm could not answer.
     """
 
@@ -37,7 +37,7 @@ class Exposure(msgspec.Struct, frozen=True):
 
 
 def encode(exposure: Exposure) -> bytes:
-    """A record's value.
+    """Encodes a record's value.
 
     >>> encode(Exposure("00000000000000ff", "wider", 0, 0.01, "live", 5, 900))[:38]
     b'{"user":"00000000000000ff","rollout":"'
@@ -46,7 +46,7 @@ def encode(exposure: Exposure) -> bytes:
 
 
 def decode(value: bytes) -> Exposure | None:
-    """The exposure of a record; None where it is none: whoever else writes there spoils no verdict.
+    """Decodes the exposure of a record; None if it is not one, so that other writers cannot distort a verdict.
 
     >>> decode(b"{}") is None
     True

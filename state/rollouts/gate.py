@@ -1,12 +1,12 @@
-"""Decides how a rollout goes on, by what is known of its arms. Pure.
+"""Decides how a rollout continues, from the evidence about its arms. Pure.
 
-In this order:
+Checks in this order:
 
-1. The trial fails more often than the live one: back to nobody.
-2. It is slower: back.
-3. Users come to the arms otherwise than the share says: halt. What they do counts for nothing then.
-4. It has fewer engagements an answer, by an interval that holds at all looks: back.
-5. The step is over, and the trial has answered: the next step.
+1. The trial fails more often than the live arm: roll back to no users.
+2. It is slower: roll back.
+3. The split of users between the arms contradicts the share: halt. The engagements are then meaningless.
+4. It has fewer engagements per answer, by an interval that is valid at any time: roll back.
+5. The step is over, and the trial has answered: next step.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from state.rollouts.latencies import quantile_ms
 from state.rollouts.rollout import Rollout
 
 LEAST_FAILURES = 10
-"""Failures of a step below which the trial is not judged by them."""
+"""Minimum number of failures in a step before the trial is judged by them."""
 
 LEAST_ANSWERS = 500
-"""Answers of each arm below which latencies are not compared: the slowest hundredth must be a few."""
+"""Minimum answers of each arm before latencies are compared, so that the slowest hundredth is a few answers."""
 
 
 class Decision(NamedTuple):
-    """What becomes of a rollout, and why."""
+    """The next action for a rollout, and the reason."""
 
     action: Literal["next", "halt", "back"]
     reason: str
 
 
 def decide(rollout: Rollout, evidence: Evidence, settings: RolloutSettings, now_ms: int) -> Decision | None:
-    """What is to be done now; None for nothing.
+    """Decides the next action; None for no action.
 
     Args:
         rollout: Its newest generation.
-        evidence: Of its arms.
+        evidence: Evidence about its arms.
         settings: The bounds.
         now_ms: Wall clock.
     """
@@ -57,7 +57,7 @@ def decide(rollout: Rollout, evidence: Evidence, settings: RolloutSettings, now_
 
 
 def _against(evidence: Evidence, settings: RolloutSettings) -> Decision | None:
-    """What speaks against going on."""
+    """The first check that fails; None if none does."""
     trial, live = evidence.of_step[TRIAL], evidence.of_step[LIVE]
     more = _failing(trial) - _failing(live)
     if trial.failures >= LEAST_FAILURES and more > settings.max_failures:

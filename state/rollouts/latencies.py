@@ -1,4 +1,4 @@
-"""How long answers took: a histogram of equal ratios, so that quantiles are known within a tenth. Pure."""
+"""Histogram of latencies with bins of equal ratio, so that quantiles are accurate within 10 %. Pure."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from numpy.typing import NDArray
 
 BINS = 160
 LEAST_US, RATIO = 100.0, 1.1
-"""The upper edge of the first bin, and how much larger that of each is than the one before it: the last is some 6 min."""
+"""Upper edge of the first bin, and the ratio between the edges of neighbouring bins. The last edge is about 6 min."""
 
 
 def empty() -> NDArray[np.int64]:
-    """`[BINS]` int64 of no answer."""
+    """An empty histogram, `[BINS]` int64."""
     return np.zeros(BINS, np.int64)
 
 
@@ -29,7 +29,7 @@ def bin_of(took_us: float) -> int:
 
 
 def quantile_ms(counts: NDArray[np.int64], share: float) -> float:
-    """Below which duration so large a share of the answers lies, ms: the upper edge of its bin; 0 of none.
+    """The quantile of the latencies, ms: the upper edge of its bin; 0 for an empty histogram.
 
     >>> counts = empty()
     >>> counts[bin_of(1000)] += 99
@@ -38,8 +38,8 @@ def quantile_ms(counts: NDArray[np.int64], share: float) -> float:
     (True, True)
 
     Args:
-        counts: `[BINS]` int64.
-        share: 0 to 1.
+        counts: `[BINS]` int64, the histogram.
+        share: The quantile, 0 to 1.
     """
     total = int(counts.sum())
     if not total:

@@ -1,4 +1,4 @@
-"""What is to be said of a rollout: by arm what was counted, the lift with its interval, and a verdict in words. Pure."""
+"""Report on a rollout: figures by arm, the lift with its interval, and a verdict in words. Pure."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Finding = Literal["mismatch", "too early", "better", "worse", "equal", "undecide
 
 
 class ArmFigures(NamedTuple):
-    """What was counted of one arm.
+    """Figures of one arm.
 
     Attributes:
-        users: Ever exposed in it.
-        answers: Of the whole rollout.
-        engagements: After their users' exposures.
-        rate: Engagements an answer.
-        failures: Of the newest step.
-        p50_ms: Of the newest step.
-        p99_ms: Likewise.
+        users: Users ever exposed in it.
+        answers: Answers over the whole rollout.
+        engagements: Engagements after its users' exposures.
+        rate: Engagements per answer.
+        failures: Failures of the newest step.
+        p50_ms: Median latency of the newest step.
+        p99_ms: 99th percentile of it.
     """
 
     users: int
@@ -38,15 +38,15 @@ class ArmFigures(NamedTuple):
 
 
 class RolloutReport(NamedTuple):
-    """A report.
+    """A report on a rollout.
 
     Attributes:
-        arms: By arm.
-        difference: Engagements an answer of the trial, less those of the live one, compared within each step.
-        lift: The same as a part of the live one's; None where one arm has none.
-        mismatch_p: Of the sample ratio.
-        finding: In a word.
-        verdict: In a sentence.
+        arms: Figures by arm.
+        difference: Engagements per answer of the trial minus those of the live arm, compared within each step.
+        lift: The same relative to the live arm; None if an arm has no engagements.
+        mismatch_p: P-value of the sample ratio test.
+        finding: The result in a word.
+        verdict: The result in a sentence.
     """
 
     arms: Mapping[str, ArmFigures]
@@ -58,11 +58,11 @@ class RolloutReport(NamedTuple):
 
 
 def report(evidence: Evidence, equal_within: float) -> RolloutReport:
-    """What is to be said of the arms.
+    """Builds the report from the evidence.
 
     Args:
-        evidence: Of them.
-        equal_within: Arms are equal where the whole interval of the lift lies within plus and minus this.
+        evidence: Evidence about the arms.
+        equal_within: Arms are equal if the whole interval of the lift is within plus and minus this.
     """
     lift = evidence.lift()
     finding, verdict = _verdict(evidence, lift, equal_within)
@@ -96,7 +96,7 @@ def _verdict(evidence: Evidence, lift: Contrast | None, equal_within: float) -> 
 
 
 def figures(found: RolloutReport) -> dict[str, Any]:
-    """What was counted and found, as JSON values; ends that are infinite are null."""
+    """Figures and finding as JSON values; infinite interval ends are null."""
     return {
         "arms": {arm: one._asdict() for arm, one in found.arms.items()},
         "difference": _ends(found.difference),
@@ -108,7 +108,7 @@ def figures(found: RolloutReport) -> dict[str, Any]:
 
 
 def as_document(found: RolloutReport, generations: Sequence[Rollout]) -> dict[str, Any]:
-    """A report as JSON values."""
+    """The report as JSON values."""
     newest = generations[-1]
     return {
         "name": newest.name,
@@ -123,7 +123,7 @@ def as_document(found: RolloutReport, generations: Sequence[Rollout]) -> dict[st
 
 
 def as_lines(found: RolloutReport, generations: Sequence[Rollout]) -> list[str]:
-    """A report as lines to read."""
+    """The report as text lines."""
     newest = generations[-1]
     lines = [f"{newest.name}: {newest.phase}, {newest.share:g} of the users ({newest.actor}: {newest.reason})"]
     lines.append(
@@ -142,7 +142,7 @@ def as_lines(found: RolloutReport, generations: Sequence[Rollout]) -> list[str]:
 
 
 def interval(contrast: Contrast, form: str) -> str:
-    """A value, and where the true one is.
+    """Formats a value with its interval.
 
     >>> interval(Contrast(0.1, 0.05, 0.15), "+.1%"), interval(Contrast(0.1, -math.inf, math.inf), "+.1%")
     ('+10.0% (+5.0% to +15.0%)', '+10.0%')

@@ -1,16 +1,15 @@
-"""What should become of a rollout: a generation of its desired state, and the pure transitions from one to the next.
+"""Desired state of a rollout in numbered generations, with pure transitions from one to the next.
 
-Whoever decides, the gate or an operator, writes the next generation; workers
-take it up within a quarter of a second. A generation is never changed: all of
-them are the audit of what was decided, by whom, and why
-(`state/rollouts/rollouts.py`).
+The gate or an operator writes the next generation. Workers apply it within a
+quarter of a second. A generation never changes. All of them together are the
+audit log of decisions, actors and reasons (`state/rollouts/rollouts.py`).
 
-    starting  nobody yet: the trial does not answer so far
-    running   the share of the step; the gate takes it to the next one
-    halted    the share stays as it is until somebody resumes it
-    done      the last step is over: its share stays until somebody ends it
-    back      everybody is answered by the live trainer's versions again
-    ended     likewise, and nobody has to look at it any more
+    starting  no users yet: the trial cannot answer so far
+    running   the share of the step; the gate advances it to the next one
+    halted    the share stays as it is until somebody resumes the rollout
+    done      the last step is over: its share stays until somebody ends the rollout
+    back      the live trainer's versions serve all users again
+    ended     likewise, and the rollout needs no more attention
 """
 
 from __future__ import annotations
@@ -26,27 +25,27 @@ OVER = ("back", "ended")
 STEPS = (1.0, 5.0, 50.0, 100.0)
 EVERY_S = 1800.0
 GATE = "gate"
-"""Who decides where nobody commanded it."""
+"""The actor of decisions that nobody commanded."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """A generation of the desired state.
+    """A generation of the desired state of a rollout.
 
     Attributes:
-        generation: Its number; the newest one counts.
-        name: Of the trial that is rolled out.
-        steps: Percent of the users, ascending.
-        every_s: How long a step lasts, at least.
-        step: Which of them; from 0.
-        phase: See above.
+        generation: Its number; the newest one is in force.
+        name: Name of the trial that is rolled out.
+        steps: Shares of the users in percent, ascending.
+        every_s: Minimum duration of a step.
+        step: Index of the current step, from 0.
+        phase: One of the phases above.
         started_ms: When the rollout began, wall clock.
         since_ms: When this step began.
-        at_ms: When this was decided.
+        at_ms: When this generation was decided.
         actor: Who decided.
         reason: Why.
-        exposures_from: Where its exposures begin in their topic.
-        log_from: Where the training log was when it began.
+        exposures_from: Offset at which its exposures begin in their topic.
+        log_from: Offset of the training log when the rollout began.
     """
 
     generation: int
@@ -65,37 +64,37 @@ class Rollout:
 
     @property
     def is_open(self) -> bool:
-        """Whether users are told apart."""
+        """Whether users are split between the arms."""
         return self.phase in OPEN
 
     @property
     def is_over(self) -> bool:
-        """Whether the trial is to answer nobody any more."""
+        """Whether the trial serves nobody any more."""
         return self.phase in OVER
 
     @property
     def is_stopped(self) -> bool:
-        """Whether the gate halted it or took it back, and nobody has decided anything since."""
+        """Whether the gate halted it or rolled it back, and nobody has decided anything since."""
         return self.phase in ("halted", "back") and self.actor == GATE
 
     @property
     def is_told(self) -> bool:
-        """Whether there is something to tell: it is not over, or the gate stopped it."""
+        """Whether it should be reported: it is not over, or the gate stopped it."""
         return self.is_stopped or not self.is_over
 
     @property
     def share(self) -> float:
-        """The share of the users whom the trial answers, 0 to 1."""
+        """The share of the users whom the trial serves, 0 to 1."""
         return self.steps[self.step] / 100 if self.is_open else 0.0
 
 
 def require_steps(steps: tuple[float, ...]) -> None:
-    """Refuses what are no steps.
+    """Refuses invalid steps.
 
     >>> require_steps((1.0, 5.0, 50.0, 100.0))
 
     Raises:
-        SettingsError: They are none, or do not ascend, or are no percentages.
+        SettingsError: They are empty, not ascending, or not percentages.
     """
     if not steps or list(steps) != sorted(set(steps)) or not 0 < steps[0] <= steps[-1] <= 100:
         shown = ",".join(f"{one:g}" for one in steps)
@@ -113,14 +112,14 @@ def start(
     reason: str,
     now_ms: int,
 ) -> Rollout:
-    """A rollout that waits for its trial to answer.
+    """Starts a rollout, which waits until its trial can answer.
 
     Args:
         before: The newest generation; None before the first.
-        name: Of the trial.
-        steps: Percent of the users.
-        every_s: How long a step lasts.
-        places: Where exposures and the training log end.
+        name: Name of the trial.
+        steps: Shares of the users in percent.
+        every_s: Minimum duration of a step.
+        places: End offsets of the exposures and of the training log.
         actor: Who starts it.
         reason: Why.
         now_ms: Wall clock.
@@ -130,8 +129,8 @@ def start(
     (1, 0.0, 'starting')
 
     Raises:
-        SettingsError: The steps are none.
-        ControlConflict: Another one is open.
+        SettingsError: The steps are invalid.
+        ControlConflict: Another rollout is open.
     """
     require_steps(steps)
     if before is not None and not before.is_over:
@@ -144,7 +143,7 @@ def start(
 
 
 def begin(rollout: Rollout, *, actor: str, reason: str, now_ms: int) -> Rollout:
-    """The first step, once the trial answers; the same where it began.
+    """Begins the first step, once the trial can answer; returns the same rollout if it has begun.
 
     >>> first = begin(start(None, "wider", STEPS, 60, (0, 0), actor="ann", reason="try it", now_ms=0), actor="gate",
     ...               reason="it answers", now_ms=5)
@@ -159,7 +158,7 @@ def begin(rollout: Rollout, *, actor: str, reason: str, now_ms: int) -> Rollout:
 
 
 def next_step(rollout: Rollout, *, actor: str, reason: str, now_ms: int) -> Rollout:
-    """The next share, or `done` behind the last one.
+    """Advances to the next share, or to `done` after the last one.
 
     >>> first = start(None, "wider", (50.0, 100.0), 60, (0, 0), actor="ann", reason="try it", now_ms=0)
     >>> first = begin(first, actor="gate", reason="it answers", now_ms=0)
@@ -177,20 +176,20 @@ def next_step(rollout: Rollout, *, actor: str, reason: str, now_ms: int) -> Roll
 
 
 def halt(rollout: Rollout, *, actor: str, reason: str, now_ms: int) -> Rollout:
-    """The share stays as it is; the same where it does already.
+    """Halts the rollout at its share; returns the same rollout if it is halted.
 
     Raises:
-        ControlConflict: It is over.
+        ControlConflict: It is not running or halted.
     """
     _require(rollout, ("running", "halted"), "be halted")
     return rollout if rollout.phase == "halted" else _next(rollout, actor, reason, now_ms, phase="halted")
 
 
 def resume(rollout: Rollout, *, actor: str, reason: str, now_ms: int) -> Rollout:
-    """Its step begins again; the same where it runs.
+    """Resumes the rollout at the beginning of its step; returns the same rollout if it is running.
 
     Raises:
-        ControlConflict: It is over.
+        ControlConflict: It is not running or halted.
     """
     _require(rollout, ("running", "halted"), "be resumed")
     if rollout.phase == "running":
@@ -199,17 +198,17 @@ def resume(rollout: Rollout, *, actor: str, reason: str, now_ms: int) -> Rollout
 
 
 def back(rollout: Rollout, *, actor: str, reason: str, now_ms: int) -> Rollout:
-    """Back to nobody; the same where it is there.
+    """Rolls back to no users; returns the same rollout if that is done.
 
     Raises:
-        ControlConflict: It was ended otherwise.
+        ControlConflict: The rollout was ended.
     """
     _require(rollout, ("starting", *OPEN, "back"), "go back")
     return rollout if rollout.phase == "back" else _next(rollout, actor, reason, now_ms, phase="back")
 
 
 def end(rollout: Rollout, *, actor: str, reason: str, now_ms: int) -> Rollout:
-    """Nobody is told apart any more, and nobody has to look at what the gate found; the same where it is ended."""
+    """Ends the rollout: users are no longer split, and no finding needs attention. The same rollout if it was ended."""
     return rollout if rollout.phase == "ended" else _next(rollout, actor, reason, now_ms, phase="ended")
 
 

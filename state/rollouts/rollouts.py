@@ -1,4 +1,4 @@
-"""The generations of rollouts in a registry: read, and taken on by one file that only one can create."""
+"""Stores the generations of rollouts in a registry; a new generation is one exclusively created file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _TRIES = 8
 
 
 class Rollouts:
-    """The rollouts of one registry, one open at a time. One object per thread.
+    """The rollouts of one registry, one open at a time. Use one object per thread.
 
     Args:
         registry: The registry's directory.
@@ -32,7 +32,7 @@ class Rollouts:
         self._newest: Rollout | None = None
 
     def newest(self) -> Rollout | None:
-        """The newest generation; None before the first. Costs one look at a file name: poll it.
+        """The newest generation; None before the first. Cheap enough to poll: it checks for one file name.
 
         Raises:
             CorruptVersion: The file fails its digest.
@@ -47,7 +47,7 @@ class Rollouts:
         return self._newest
 
     def history(self, name: str) -> list[Rollout]:
-        """The generations of the newest rollout of one trial in order; empty where there is none.
+        """The generations of the newest rollout of one trial, in order; empty if there is none.
 
         Raises:
             CorruptVersion: A file fails its digest.
@@ -61,12 +61,12 @@ class Rollouts:
         """Makes a generation the newest one, durably.
 
         1. It is written to a temporary file.
-        2. A hard link by its number, which only one can make: from here on it counts.
+        2. A hard link with its number is created, which only one process can do. The generation is in force from here.
         3. The directory is synced.
 
         Raises:
-            ControlConflict: Somebody else was faster.
-            UnusableRegistry: The disk refused; nothing was changed.
+            ControlConflict: Another process was faster.
+            UnusableRegistry: The disk refused; nothing changed.
         """
         with usable(f"take generation {rollout.generation} of rollouts"):
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -89,9 +89,9 @@ class Rollouts:
         return rollout
 
     def keep_figures(self, rollout: Rollout, figures: Mapping[str, Any], now_ms: int) -> None:
-        """Keeps what is known of a rollout's arms, for whoever tells of it, in place of what was known before; durable then.
+        """Stores the figures of a rollout's arms for reports, replacing earlier ones; durable when this returns.
 
-        Nothing goes on from it: who drives a rollout reads its topics again.
+        They are for display only. The process that drives a rollout reads its topics again.
 
         Args:
             rollout: A generation of it.
@@ -99,13 +99,13 @@ class Rollouts:
             now_ms: Wall clock.
 
         Raises:
-            OSError: The disk refused; what was there stays.
+            OSError: The disk refused; the earlier figures stay.
         """
         document = {"started_ms": rollout.started_ms, "judged_ms": now_ms, **figures}
         durable.replace(self._folder / FIGURES, msgspec.json.encode(document))
 
     def figures(self, rollout: Rollout) -> dict[str, Any] | None:
-        """What is known of a rollout's arms; None before anything was counted, or where it cannot be read."""
+        """The figures of a rollout's arms; None if there are none yet or they cannot be read."""
         try:
             found: dict[str, Any] = msgspec.json.decode((self._folder / FIGURES).read_bytes())
             return found if found["started_ms"] == rollout.started_ms else None
@@ -113,14 +113,14 @@ class Rollouts:
             return None
 
     def change(self, transition: Callable[[Rollout], Rollout], name: str = "") -> Rollout:
-        """Takes the newest rollout on by a pure transition, again from the newest one when somebody was faster.
+        """Applies a pure transition to the newest rollout; retries with the new one if another process was faster.
 
         Args:
-            transition: From one generation to the next; the same one where nothing changes.
-            name: Of the trial that must be the newest one; whichever it is where that is empty.
+            transition: Maps a generation to the next, or to itself if nothing changes.
+            name: Trial whose rollout must be the newest one; empty for any.
 
         Raises:
-            ControlConflict: There is none, it is another trial's, the transition refuses, or others were faster all the time.
+            ControlConflict: There is none, it is another trial's, the transition refuses, or others kept being faster.
         """
         for _ in range(_TRIES):
             newest = self.newest()

@@ -1,1 +1,1 @@
-"""Serving's embedding rows of many versions: an answer reads exactly one."""
+"""Stores serving's embedding rows of many versions, so that an answer reads exactly one version."""

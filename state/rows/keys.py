@@ -1,8 +1,8 @@
-"""The keys of stored rows: lane and table, id, and the version inverted, so that the newest entry comes first.
+"""Keys of stored rows: lane and table, id, and the inverted version, so that the newest entry sorts first.
 
 lane|table u8, id u64, ~version u64   (big-endian)
 
-Table 7 is any of a ranker's own: u32 of its name's hash lies before the id.
+Table 7 stands for a ranker's own tables: u32 of the name's hash precedes the id.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from state.rows.tables import OWN
 
 LANES = 32
 VERSION_BYTES = 8
-TOP = (1 << 64) - 1  # less the version: what a key ends with
+TOP = (1 << 64) - 1  # a key ends with this minus the version
 
 
 def u64(number: int) -> bytes:
-    """A number as keys have it."""
+    """Encodes a number as in keys."""
     return number.to_bytes(8, "big")
 
 
 def stem(lane: int, table: int, identity: int) -> bytes:
-    """What the keys of one row begin with, whatever the version; `table` is of `state.rows.tables.CODES`.
+    """The prefix of all keys of one row, without the version; `table` is one of `state.rows.tables.CODES`.
 
     >>> stem(1, 2, 258).hex(), stem(1, 5 << 3 | OWN, 258).hex()
     ('0a0000000000000102', '0f000000050000000000000102')
@@ -43,7 +43,7 @@ def version_of(key: bytes) -> int:
 
 
 def lane_start(lane: int) -> bytes:
-    """What is at or before each key of a lane, and after those of the lanes below."""
+    """A key that sorts at or before every key of a lane, and after those of lower lanes."""
     return bytes([lane << 3])
 
 
@@ -57,7 +57,7 @@ def row_keys(lane: int, table: int, ids: NDArray[np.uint64], version: int) -> ND
 
     Args:
         lane: Below 32.
-        table: Of `state.rows.tables.CODES`.
+        table: One of `state.rows.tables.CODES`.
         ids: `[k]` uint64.
         version: The version that wrote them.
 

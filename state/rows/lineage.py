@@ -1,9 +1,9 @@
-"""Which entries of an embedding row must stay, so that each retained version reads as before.
+"""Decides which entries of an embedding row must be kept, so that each retained version reads the same values.
 
-Version numbers only grow; a rollback to version 30 makes the next epoch begin
-at, say, 51 with parent 30. What version 52 may see is then written as closed
+Version numbers only grow. After a rollback to version 30 the next epoch begins
+at, say, 51 with parent 30. The versions that version 52 may see are then closed
 intervals, newest first: `((51, 52), (1, 30))`. Versions 31 to 50 are abandoned:
-their rows may still be stored, and no reader of 52 sees them.
+their rows may still be stored, but no reader of 52 sees them.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from state.registry.manifest import Visible, sees
 
 
 class Branch(NamedTuple):
-    """Retained versions of one line of descent.
+    """Retained versions of one branch.
 
     Attributes:
-        start: The first version of the line since it left another one.
-        before: What they see of the time before, newest interval first.
-        versions: The retained ones, ascending.
+        start: The first version of the branch after its branch point.
+        before: The versions before it that they see, newest interval first.
+        versions: The retained versions, ascending.
     """
 
     start: int
@@ -30,7 +30,7 @@ class Branch(NamedTuple):
 
 
 def branches_of(retained: Mapping[int, Visible]) -> list[Branch]:
-    """The lines of descent that `retained` versions are on.
+    """The branches that the `retained` versions are on.
 
     >>> branches_of({52: ((51, 52), (1, 30)), 29: ((1, 29),), 30: ((1, 30),)})
     [Branch(start=1, before=(), versions=[29, 30]), Branch(start=51, before=((1, 30),), versions=[52])]
@@ -43,7 +43,7 @@ def branches_of(retained: Mapping[int, Visible]) -> list[Branch]:
 
 
 def newest_visible(versions: Iterable[int], visible: Visible) -> int | None:
-    """The first of `versions` (newest first) that lies inside `visible`, or None.
+    """The first of `versions` (newest first) that is inside `visible`, or None.
 
     >>> newest_visible([52, 44, 12, 3], ((51, 51), (1, 30)))
     12
@@ -55,7 +55,7 @@ def newest_visible(versions: Iterable[int], visible: Visible) -> int | None:
 
 
 def needed(versions: Sequence[int], branches: Iterable[Branch]) -> set[int]:
-    """Which entries of one row (their versions, newest first) some retained version reads.
+    """The entries of one row (their versions, newest first) that some retained version reads.
 
     >>> needed([9, 7, 5, 2], [Branch(1, (), [6, 7, 8])]) == {7, 5}
     True
@@ -68,7 +68,7 @@ def needed(versions: Sequence[int], branches: Iterable[Branch]) -> set[int]:
         for version in versions:
             if version < start:
                 break
-            # The oldest reader that may see it reads it unless a newer one hides it.
+            # The oldest reader that may see it reads it, unless a newer entry hides it.
             place = bisect_left(readers, version)
             if place < len(readers) and (newer is None or readers[place] < newer):
                 kept.add(version)

@@ -1,7 +1,7 @@
-"""What a reader of the row store sees: one moment, and in it each version as it was applied.
+"""Reads the row store: a consistent snapshot with each applied version.
 
-The version is inverted in the keys, so that one range seek a row finds the
-newest entry not above the version that is asked for.
+The version is inverted in the keys. So one range seek per row finds the newest
+entry that is not above the requested version.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Databases = Mapping[str, lmdb._Database]
 
 @dataclass
 class LastServed:
-    """The record that was parsed last, which most readers ask for again.
+    """Cache of the last parsed version record, which most readers request again.
 
     Attributes:
-        pointer: Version and serial that the store's pointer named then.
-        record: The version's.
+        pointer: Version and serial that the store's pointer had then.
+        record: The record of that version.
     """
 
     pointer: bytes = b""
@@ -38,16 +38,16 @@ class LastServed:
 
 
 def stored(transaction: lmdb.Transaction, key: bytes, database: lmdb._Database) -> bytes | None:
-    """What is under `key`; None where nothing is."""
+    """The value under `key`; None if there is none."""
     value = transaction.get(key, db=database)
     return None if value is None else bytes(value)
 
 
 def required(transaction: lmdb.Transaction, version: int, database: lmdb._Database) -> bytes:
-    """What a database has of an applied version.
+    """The value that a database has for an applied version.
 
     Raises:
-        UnknownVersion: It is not applied.
+        UnknownVersion: The version is not applied.
     """
     value = stored(transaction, u64(version), database)
     if value is None:
@@ -56,12 +56,12 @@ def required(transaction: lmdb.Transaction, version: int, database: lmdb._Databa
 
 
 class RowReader:
-    """One read transaction: everything it returns is of one moment. Use it in one thread.
+    """One read transaction: everything it returns is of one snapshot. Use it from one thread only.
 
     Args:
         transaction: The transaction.
-        databases: The store's, by name.
-        last: What the store's readers share.
+        databases: The store's databases, by name.
+        last: Cache that the store's readers share.
     """
 
     def __init__(self, transaction: lmdb.Transaction, databases: Databases, last: LastServed) -> None:
@@ -71,7 +71,7 @@ class RowReader:
         self._cursor = transaction.cursor(databases["rows"])
 
     def served(self) -> Served | None:
-        """The version that answers use; None before the first."""
+        """The version that serving uses; None before the first."""
         pointer = stored(self._transaction, b"served", self._databases["meta"])
         if pointer is None:
             return None
@@ -82,12 +82,12 @@ class RowReader:
         return self._last.record
 
     def before(self) -> int | None:
-        """The version that answers used before the one of now; None before the second."""
+        """The version that serving used before the current one; None before the second."""
         version = stored(self._transaction, b"before", self._databases["meta"])
         return None if version is None else int.from_bytes(version, "big")
 
     def note(self, name: str) -> bytes | None:
-        """What `steer` last stored under `name`."""
+        """The value that `steer` last stored under `name`."""
         return stored(self._transaction, b"note:" + name.encode(), self._databases["meta"])
 
     def version(self, version: int) -> Served | None:
@@ -100,10 +100,10 @@ class RowReader:
         return [Served.parse(record) for _, record in self._transaction.cursor(self._databases["versions"])]
 
     def get(self, table: str, ids: Sequence[int], at: Served) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Rows of `ids` as version `at` has them.
+        """Rows of `ids` at version `at`.
 
         Args:
-            table: Its name.
+            table: Name of the table.
             ids: Ids of rows.
             at: An applied version.
 
@@ -117,7 +117,7 @@ class RowReader:
         return rows, np.array([row is not None for row in found], np.bool_)
 
     def row(self, table: str, identity: int, at: Served) -> bytes | None:
-        """The bytes of one row, `[dim]` float32, as version `at` has it; None where it has none."""
+        """The bytes of one row, `[dim]` float32, at version `at`; None if it has none."""
         cursor = self._cursor
         start = stem(at.lane, CODES[table], identity)
         for lowest, highest in at.visible:
@@ -128,22 +128,22 @@ class RowReader:
                 return None
             if TOP - int.from_bytes(key[-VERSION_BYTES:], "big") >= lowest:
                 return bytes(cursor.value()) or None
-            # The entry is of an abandoned version or of an older interval: seek again from the next one.
+            # The entry is of an abandoned version or of an older interval. Seek again from the next interval.
         return None
 
     def rows_from(
         self, table: str, start: int, most: int, at: Served
     ) -> tuple[NDArray[np.uint64], NDArray[np.float32], int | None]:
-        """Rows of a table as version `at` has them, in the order of their ids.
+        """Rows of a table at version `at`, in the order of their ids.
 
         Args:
-            table: Of `TABLES`.
+            table: One of `TABLES`.
             start: The first id.
-            most: How many ids to look at, those that `at` has no row of included.
+            most: How many ids to check, including those without a row at `at`.
             at: An applied version.
 
         Returns:
-            `[k]` uint64 ids and `[k, dim]` float32 rows, and the id to go on from; None at the end.
+            `[k]` uint64 ids and `[k, dim]` float32 rows, and the id to continue from; None at the end.
         """
         code, dim, following = CODES[table], at.dims.get(table, 0), None
         cursor, found = self._transaction.cursor(self._databases["rows"]), dict[int, bytes | None]()
@@ -164,9 +164,9 @@ class RowReader:
         return np.array([*rows], np.uint64), values, following
 
     def changed(self, table: str, since: Served, at: Served) -> NDArray[np.uint64] | None:
-        """The ids of a table's rows that may be others in version `at` than in an earlier one, `[k]` uint64, each once.
+        """The ids of a table's rows that may differ between version `at` and an earlier one, `[k]` uint64, each once.
 
-        None where that is not known: `at` does not go on from `since`, or `since` is forgotten.
+        Returns None if that is unknown: `at` does not continue from `since`, or `since` is no longer stored.
         """
         if since.serial == at.serial:
             return np.empty(0, np.uint64)
@@ -182,7 +182,7 @@ class RowReader:
         return np.unique(np.concatenate(found))
 
     def dense(self, version: int) -> dict[str, NDArray[Any]]:
-        """The dense tensors of an applied version, by their names without `dense.`; beside them what it tells of churn."""
+        """The dense tensors of an applied version, by their names without `dense.`, and those of the churn model."""
         return load_tensors(required(self._transaction, version, self._databases["dense"]))
 
     def popular(self, version: int) -> NDArray[np.uint64]:

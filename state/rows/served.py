@@ -1,4 +1,4 @@
-"""The record of one version that was applied: where its rows are, what it may see, and where it comes from."""
+"""Record of an applied version: the location of its rows, the versions that it may see, and its origin."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ class Served:
     """One applied version.
 
     Attributes:
-        serial: Number of the application; a version applied again has another one.
-        lane: Where its rows are.
-        visible: Which entries of the lane it sees, newest interval first.
+        serial: Number of the application; a version that is applied again gets another one.
+        lane: Lane of the row store with its rows.
+        visible: The entries of the lane that it sees, newest interval first.
         dims: Width of each table's rows.
         sources: Next offset of each source that it was trained on, by the source's text form.
-        erased: The last erasure that it has taken into account.
+        erased: The last erasure that it has applied.
     """
 
     version: int
@@ -41,20 +41,20 @@ class Served:
 
     @classmethod
     def parse(cls, record: bytes | memoryview) -> Served:
-        """The version that `to_json` wrote."""
+        """Parses the record that `to_json` wrote."""
         fields = json.loads(bytes(record))
         fields["visible"] = tuple((low, high) for low, high in fields["visible"])
         return cls(**fields)
 
     def to_json(self) -> bytes:
-        """This version as a JSON object."""
+        """Encodes this record as a JSON object."""
         return json.dumps(asdict(self)).encode()
 
     @classmethod
     def of(
         cls, manifest: Manifest, parent: Served | None, serial: int, lane: int, dims: Mapping[str, int], now_ms: int
     ) -> Served:
-        """The record of a version as it is applied; a base, which has no parent, sees its own rows only."""
+        """Builds the record of a version as it is applied; a base, which has no parent, sees only its own rows."""
         version = manifest.version
         return cls(
             version=version,
@@ -77,11 +77,11 @@ class Served:
 
 
 def joined(parent: Served, manifest: Manifest) -> Visible:
-    """What a delta sees that is applied onto `parent`.
+    """The versions that a delta sees when it is applied onto `parent`.
 
-    The versions between two durable ones are of one line with both: what is
-    there of them is of the newer one's past, and one interval holds it all.
-    A reader seeks once an interval.
+    Recent versions between two durable ones are on one branch with both. Those that
+    are stored belong to the past of the newer one, so one interval contains them
+    all. This saves seeks: a reader seeks once for each interval.
     """
     (low, high), *older = parent.visible
     if high == parent.version and any(first <= high and manifest.version <= last for first, last in manifest.visible):

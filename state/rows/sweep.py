@@ -1,4 +1,4 @@
-"""What is deleted from the row store: entries that no retained version reads, and lanes without versions."""
+"""Deletes from the row store the entries that no retained version reads, and lanes without versions."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from state.rows.lineage import Branch, needed
 
 
 def sweep_row(transaction: lmdb.Transaction, rows: lmdb._Database, start: bytes, branches: Sequence[Branch]) -> int:
-    """Deletes the entries of one row that nobody reads.
+    """Deletes the entries of one row that no version reads.
 
     Args:
         transaction: A write transaction.
         rows: The database of rows.
-        start: What the keys of the row begin with.
-        branches: Of the versions that are retained in its lane.
+        start: Prefix of the keys of the row.
+        branches: Branches of the versions that are retained in its lane.
 
     Returns:
-        The version up to which none may come back to this lane, for a tombstone was dropped; 0 where all may.
+        The newest tombstone that was dropped: no version up to it may be applied to this lane again. 0 if none was.
     """
     cursor, size = transaction.cursor(rows), len(start)
     entries: list[tuple[int, bool]] = []
@@ -31,7 +31,7 @@ def sweep_row(transaction: lmdb.Transaction, rows: lmdb._Database, start: bytes,
     floor = 0
     kept = needed([version for version, _ in entries], branches)
     for version, empty in reversed(entries):
-        # A tombstone with nothing older under it says nothing; but no version up to it may come back to this lane.
+        # A tombstone with nothing older under it is redundant, but no version up to it may be applied here again.
         if version in kept and not empty:
             break
         if version in kept:
@@ -44,18 +44,18 @@ def sweep_row(transaction: lmdb.Transaction, rows: lmdb._Database, start: bytes,
 
 
 def has_rows(transaction: lmdb.Transaction, rows: lmdb._Database, lane: int) -> bool:
-    """Whether a lane has any."""
+    """Whether a lane has any rows."""
     cursor = transaction.cursor(rows)
     return bool(cursor.set_range(lane_start(lane))) and lane_of(bytes(cursor.key())) == lane
 
 
 def delete_dead_lanes(transaction: lmdb.Transaction, rows: lmdb._Database, alive: set[int], at_most: int) -> set[int]:
-    """Deletes rows of lanes without versions, `at_most` so many; returns the lanes that have none left."""
+    """Deletes at most `at_most` rows of lanes without versions; returns those of these lanes that are empty then."""
     empty = set(range(LANES)) - alive
     for lane in sorted(empty):
         cursor = transaction.cursor(rows)
         cursor.set_range(lane_start(lane))
-        # Behind the last row of all there is an empty key.
+        # The cursor has an empty key after the last row of all.
         while (key := bytes(cursor.key())) and lane_of(key) == lane:
             if not at_most:
                 empty.discard(lane)

@@ -1,8 +1,8 @@
-"""The names of tables of rows: those of every version, and a ranker's own with the inputs of a program that are their rows.
+"""Names of the tables of rows: those of every version, and a ranker's own tables with their program inputs.
 
-A ranker's own table has a name of small letters, digits and underscores. Its
-rows go into a program as inputs called `<table>_of_<ids>`: whoever runs the
-program finds in its signature which rows it wants.
+The name of a ranker's own table has small letters, digits and underscores. Its
+rows are inputs of a program, called `<table>_of_<ids>`. So the signature of a
+program tells the runner which rows to look up.
 
 >>> own_input("attended", "sequence_items"), own_rows_of("attended_of_sequence_items")
 ('attended_of_sequence_items', ('attended', 'sequence_items'))
@@ -15,28 +15,28 @@ import re
 from collections.abc import Iterable
 
 TABLES = ("user", "item", "category", "context", "cross", "transition")
-"""Of every version, in the order of their numbers in keys."""
+"""Tables of every version, in the order of their numbers in keys."""
 
 TAKEN = frozenset({*TABLES, "dense", "slots", "state", "popular", "churn"})
-"""Names that a ranker's own table may not have: in a version's files they begin the names of other tensors."""
+"""Names that a ranker's own table may not have: other tensors in a version's files begin with them."""
 
 OWN = 7
-"""The number in keys of all tables of rankers' own; the name's hash tells them apart."""
+"""The number in keys of all rankers' own tables; the hash of the name distinguishes them."""
 
 SERVED_IDS = (
     "user", "item", "category", "context", "item_attributes", "recent", "popular", "successor", "sequence_items",
     "sequence_categories", "sequence_actions",
 )  # fmt: skip
-"""The ids whose rows an answer can look up in a ranker's own table."""
+"""The ids whose rows serving can look up in a ranker's own table."""
 
 AVERAGED_IDS = frozenset({"context", "item_attributes", "negative_item_attributes"})
-"""Those of which the mean of the rows is taken, since settings say how many they are."""
+"""Ids whose rows are averaged, since settings determine how many there are."""
 
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
 
 
 class _Codes(dict[str, int]):
-    """The code of each table by name: its number in keys; of a ranker's own the name's hash (32 bits) before `OWN`."""
+    """Code of each table by name: its number in keys. A ranker's own has the name's hash (32 bits) before `OWN`."""
 
     def __missing__(self, table: str) -> int:
         code = int.from_bytes(hashlib.sha256(table.encode()).digest()[:4], "big") << 3 | OWN
@@ -48,7 +48,7 @@ CODES = _Codes({name: number for number, name in enumerate(TABLES)})
 
 
 def is_name(text: str) -> bool:
-    """Whether a ranker's own table may be called so.
+    """Whether a ranker's own table may have this name.
 
     >>> is_name("attended"), is_name("Attended"), is_name("cross")
     (True, False, False)
@@ -57,7 +57,7 @@ def is_name(text: str) -> bool:
 
 
 def tables_in(tensors: Iterable[str]) -> tuple[str, ...]:
-    """The tables of a version by the names of its tensors: those of every version, then a ranker's own by name.
+    """The tables of a version, from the names of its tensors: those of every version, then a ranker's own by name.
 
     >>> tables_in(["item.ids", "attended.ids", "attended.rows", "state.popular.ids"])[len(TABLES):]
     ('attended',)
@@ -66,12 +66,12 @@ def tables_in(tensors: Iterable[str]) -> tuple[str, ...]:
 
 
 def own_input(table: str, ids: str) -> str:
-    """What a program calls the input of the rows of `ids` in the ranker's own `table`."""
+    """The name of a program's input for the rows of `ids` in the ranker's own `table`."""
     return f"{table}_of_{ids}"
 
 
 def own_rows_of(name: str) -> tuple[str, str] | None:
-    """The table and the ids of a program's input of that name; None for any other input.
+    """Parses the name of a program's input into table and ids; None for any other input.
 
     >>> own_rows_of("item_row")
     """

@@ -1,1 +1,1 @@
-"""Segments: named groups of users by what their profiles say. Expressions, and what is kept of members."""
+"""Segments: named groups of users, defined by expressions over their profiles, and their stored members."""

@@ -1,7 +1,7 @@
-"""What decides whether a user is in a segment: comparisons of what a profile says, joined by `and`, `or` and `not`. Pure.
+"""Segment expressions: comparisons of profile values, joined by `and`, `or` and `not`. Pure.
 
-    0.3 < interest['Sport']      the probability of a category; 0 where it is none of the profile's candidates
-    view.count_7d >= 5           a feature, by the name of its dimension; feature['add-to-cart.count_7d'] where that is no word
+    0.3 < interest['Sport']      the probability of a category; 0 if it is not a candidate of the profile
+    view.count_7d >= 5           a feature, by its name; feature['add-to-cart.count_7d'] if that is not a word
     user.age_band == '25-34'     an attribute; without a value it equals no text, and `!=` holds
     churn > 0.8                  the probability of no further event; without one no comparison holds
 
@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 
 Kind = Literal["number", "text", "feature", "interest", "attribute", "churn"]
 TEXTS = ("text", "attribute")
-"""The kinds of operands that are texts; all others are numbers."""
+"""The kinds of operands that are text; all others are numbers."""
 COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
     ">=": operator.ge,
     "<=": operator.le,
@@ -33,13 +33,13 @@ _PREFIX, _CHURN = "user.", "churn"
 
 
 class ProfileFacts(NamedTuple):
-    """What an expression may ask of one profile.
+    """The values of one profile that an expression may use.
 
     Attributes:
-        features: By name.
+        features: Features by name.
         interests: The probability of each candidate, by its category's name.
-        attributes: By name; None where the user's record has no such value.
-        churn: The probability of no further event; None where the profile has none.
+        attributes: Attributes by name; None if the user's record has no such value.
+        churn: The probability of no further event; None if the profile has none.
     """
 
     features: Mapping[str, int]
@@ -50,10 +50,10 @@ class ProfileFacts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Operand:
-    """What is compared: a constant, or something of the profile by its name.
+    """An operand: a constant, or a profile value by name.
 
     Attributes:
-        kind: Which.
+        kind: Kind of the operand.
         what: The constant, or the name; empty for churn.
     """
 
@@ -62,11 +62,11 @@ class Operand:
 
     @property
     def is_text(self) -> bool:
-        """Whether it is a text; a number otherwise."""
+        """Whether it is text; otherwise it is a number."""
         return self.kind in TEXTS
 
     def of(self, facts: ProfileFacts) -> float | str | None:
-        """Its value in a profile; None where that has none."""
+        """Its value in a profile; None if the profile has none."""
         match self.kind:
             case "feature":
                 return facts.features.get(str(self.what))
@@ -96,14 +96,14 @@ class Operand:
 
 @dataclass(frozen=True, slots=True)
 class Relation:
-    """Two operands of one type and one of `COMPARISONS`."""
+    """A comparison of two operands of one type by one of `COMPARISONS`."""
 
     left: Operand
     sign: str
     right: Operand
 
     def holds(self, facts: ProfileFacts) -> bool:
-        """Whether it is true of a profile."""
+        """Whether the comparison is true for a profile."""
         left, right = self.left.of(facts), self.right.of(facts)
         if not self.left.is_text and (left is None or right is None):
             return False
@@ -115,12 +115,12 @@ class Relation:
 
 @dataclass(frozen=True, slots=True)
 class Negated:
-    """What must not hold."""
+    """A negated expression."""
 
     inner: Expression
 
     def holds(self, facts: ProfileFacts) -> bool:
-        """Whether it is true of a profile."""
+        """Whether the expression is true for a profile."""
         return not self.inner.holds(facts)
 
     def __str__(self) -> str:
@@ -129,18 +129,18 @@ class Negated:
 
 @dataclass(frozen=True, slots=True)
 class Junction:
-    """Two or more parts, of which all must hold, or any.
+    """Two or more expressions joined by `and` or `or`.
 
     Attributes:
         word: `and` or `or`.
-        parts: None of them is joined by the same word.
+        parts: The expressions; none of them is a junction with the same word.
     """
 
     word: Literal["and", "or"]
     parts: tuple[Expression, ...]
 
     def holds(self, facts: ProfileFacts) -> bool:
-        """Whether it is true of a profile."""
+        """Whether the expression is true for a profile."""
         found = (part.holds(facts) for part in self.parts)
         return all(found) if self.word == "and" else any(found)
 
@@ -156,7 +156,7 @@ def _inner(expression: Expression) -> str:
 
 
 def operands(expression: Expression) -> Iterator[Operand]:
-    """All that it compares.
+    """All operands of an expression.
 
     >>> [str(one) for one in operands(Relation(Operand("churn"), ">", Operand("number", 0.5)))]
     ['churn', '0.5']
@@ -169,7 +169,7 @@ def operands(expression: Expression) -> Iterator[Operand]:
 
 
 def quoted(text: str) -> str:
-    """A text as an expression writes it: a quote in it stands twice.
+    """Quotes a text for an expression; quotes in it are doubled.
 
     >>> quoted("kids' wear")
     "'kids'' wear'"
@@ -178,7 +178,7 @@ def quoted(text: str) -> str:
 
 
 def is_bare(name: str) -> bool:
-    """Whether a feature may be written without quotes: it is a word, and none that means something else.
+    """Whether a feature can be written without quotes: its name is a word that means nothing else.
 
     >>> is_bare("view.count_7d"), is_bare("add-to-cart.count_7d"), is_bare("user.count_7d"), is_bare("churn")
     (True, False, False, False)

@@ -1,9 +1,9 @@
-"""The users nearest to a segment's members as they were found last, for workers of this host: a file a segment.
+"""Lookalikes of each segment: the users nearest to its members, in one file a segment for the workers of this host.
 
     lookalikes/<segment>.json   `LookalikeList` as JSON, with its digest
 
-They are whole or absent. Whoever keeps members removes all of them where control
-changes: an erased user is in none, and none is of a version that was left.
+A file is complete or absent. The process that stores members removes all files
+when control changes. So no file has an erased user or a rolled-back version.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from state.registry import sealed
 
 
 class NearUser(NamedTuple):
-    """A user by the pseudonym, 16 hexadecimal digits, and the mean cosine with the members."""
+    """A user, by the pseudonym (16 hexadecimal digits), and the mean cosine similarity with the members."""
 
     pseudonym: str
     similarity: float
 
 
 class PrecisionAt(NamedTuple):
-    """Of the first k of several orders, which share are members that were held back."""
+    """Precision at k of several rankings: the share of held-out members among the first k."""
 
     k: int
     lookalikes: float
@@ -35,15 +35,15 @@ class PrecisionAt(NamedTuple):
 
 
 class LookalikeList(msgspec.Struct, frozen=True):
-    """One segment's.
+    """The lookalikes of one segment.
 
     Attributes:
-        version: By which they were found.
-        at_ms: When, wall clock.
+        version: The version whose embeddings were used.
+        at_ms: When they were found, wall clock.
         members: How many members were compared with.
-        users: How many users were looked at.
-        lookalikes: The nearest first.
-        precision: How good the order is; empty where too few members could be held back.
+        users: How many users were compared.
+        lookalikes: The users, nearest first.
+        precision: Quality of the ranking; empty if too few members could be held out.
     """
 
     version: int
@@ -64,7 +64,7 @@ def write(folder: Path, segment: str, found: LookalikeList) -> None:
 
 
 def read(folder: Path, segment: str) -> LookalikeList | None:
-    """A segment's list; None where there is none.
+    """Reads a segment's list; None if there is none.
 
     Raises:
         CorruptStore: It is damaged.

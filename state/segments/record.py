@@ -3,9 +3,9 @@
     key     <pseudonym, 16 hexadecimal digits>:<segment>
     value   {"in": true, "since": "<ISO 8601>", "since_ms": ..., "version": ...}, or none: the user is out
 
-`since_ms` is the time that the answer spoke of by which the user came in, and
-`version` the version that gave it. Nothing is said of who left: the record is a
-tombstone, which takes the one before away when Kafka compacts the topic.
+`since_ms` is the time of the profile by which the user joined, and `version` the
+version that computed it. A user who leaves gets a tombstone. It removes the
+record before when Kafka compacts the topic.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _KEY = re.compile(rb"([0-9a-f]{16}):([A-Za-z0-9_-]{1,64})")
 
 
 class Membership(NamedTuple):
-    """Since when a user is in a segment, milliseconds since 1970, and by which version."""
+    """When a user joined a segment, milliseconds since the Unix epoch, and by which version."""
 
     since_ms: int
     version: int
@@ -40,7 +40,7 @@ def key_of(member: Member) -> bytes:
 
 
 def value_of(membership: Membership | None) -> bytes | None:
-    """The value of a record; None, a tombstone, of who is out.
+    """The value of a record; None, a tombstone, for a user who is out.
 
     >>> value_of(Membership(1500, 7))
     b'{"in": true, "since": "1970-01-01T00:00:01.500Z", "since_ms": 1500, "version": 7}'
@@ -53,7 +53,7 @@ def value_of(membership: Membership | None) -> bytes | None:
 
 
 def member_of(key: bytes | None) -> Member | None:
-    """Of whom and which segment a record with this key speaks; None where it is none of ours.
+    """Segment and user of a record with this key; None if the key is malformed.
 
     >>> member_of(b"00000000000000ab:sporty"), member_of(b"ab"), member_of(None)
     (('sporty', 171), None, None)
@@ -63,13 +63,13 @@ def member_of(key: bytes | None) -> Member | None:
 
 
 def membership_of(value: bytes | None) -> Membership | None:
-    """What a record says.
+    """The membership in a record's value; None for a tombstone.
 
     >>> membership_of(value_of(Membership(1500, 7))), membership_of(None)
     (Membership(since_ms=1500, version=7), None)
 
     Raises:
-        ValueError: It is no record of a membership.
+        ValueError: It is not a record of a membership.
     """
     if value is None:
         return None

@@ -1,10 +1,10 @@
 """The members of each segment in LMDB: a copy of the compacted topic, for workers and commands of this host.
 
     members   <segment>, 0, pseudonym u64 BE -> since i64 BE, version u64 BE
-    meta      size:<segment> -> how many; place -> `SegmentsPlace` as JSON; format
+    meta      size:<segment> -> number of members; place -> `SegmentsPlace` as JSON; format
 
-A member takes some 50 bytes. The topic has all of it: where the store cannot
-be trusted it is begun anew, and the topic read from its beginning.
+A member takes some 50 bytes. The topic has all of the data. If the store cannot
+be trusted, it is rebuilt from the beginning of the topic.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ LAST_USER = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class SegmentsPlace:
-    """How far the topic was read.
+    """Position up to which the topic was read.
 
     Attributes:
-        topic_id: Of the topic; positions in another one do not count.
+        topic_id: Id of the topic; positions in another topic do not count.
         next: Partition -> next offset.
     """
 
@@ -42,9 +42,9 @@ class SegmentStore(CompactStore):
 
     Args:
         path: The store's directory.
-        map_bytes: The most it may grow to.
-        readonly: For readers; the writer must have made it.
-        boot_id: Which start of the machine this is; by default the kernel's.
+        map_bytes: Maximum size.
+        readonly: For readers; the writer must have created the store.
+        boot_id: Boot id of the machine; by default the kernel's.
 
     Raises:
         CorruptStore: It cannot be trusted; see `open_anew`.
@@ -62,14 +62,14 @@ class SegmentStore(CompactStore):
         self._members = self._databases["members"]
 
     def place(self) -> SegmentsPlace | None:
-        """How far the topic was read; None before anything was."""
+        """The position up to which the topic was read; None before anything was read."""
         if (stored := self._stored(_PLACE)) is None:
             return None
         fields = json.loads(stored)
         return SegmentsPlace(fields["topic_id"], {int(partition): at for partition, at in fields["next"].items()})
 
     def sizes(self) -> dict[str, int]:
-        """How many members each segment has, as of one moment; those without any may be missing."""
+        """The number of members of each segment, in one snapshot; empty segments may be missing."""
         found = {}
         with self._env.begin(db=self._meta) as transaction:
             cursor = transaction.cursor()
@@ -81,7 +81,7 @@ class SegmentStore(CompactStore):
         return found
 
     def memberships(self, members: Sequence[Member]) -> list[Membership | None]:
-        """Of each whether the user is in the segment, as of one moment; None for who is not."""
+        """The membership of each user in the segment, in one snapshot; None for a user who is not in it."""
         with self._env.begin(db=self._members) as transaction:
             return [_membership(transaction.get(_key(one))) for one in members]
 
@@ -99,11 +99,11 @@ class SegmentStore(CompactStore):
         return found
 
     def commit(self, changes: Mapping[Member, Membership | None], place: SegmentsPlace | None = None) -> None:
-        """Takes members in and, with None, out, and with `place` notes how far the topic was read: all or nothing.
+        """Adds members, or removes those with None, and stores `place`, if given, as the position: all or nothing.
 
         Raises:
-            StoreFull: The map or the disk is full; nothing was changed.
-            UnusableDisk: The disk refused; nothing was changed.
+            StoreFull: The map or the disk is full; nothing changed.
+            UnusableDisk: The disk refused; nothing changed.
         """
         moved = dict[str, int]()
         with self._write() as transaction:
@@ -118,7 +118,7 @@ class SegmentStore(CompactStore):
             self._note(transaction, moved, place)
 
     def begin_anew(self, place: SegmentsPlace) -> None:
-        """Forgets all of it; the topic is read again from `place`."""
+        """Deletes everything; the topic is then read again from `place`."""
         sizes = {name: -size for name, size in self.sizes().items()}
         with self._write() as transaction:
             transaction.drop(self._members, delete=False)
@@ -137,7 +137,7 @@ class SegmentStore(CompactStore):
 
 
 def all_members(store: SegmentStore, segment: str, at_once: int = 1000) -> Iterator[list[tuple[int, Membership]]]:
-    """All members of a segment in the order of pseudonyms, some at a time: who comes in or leaves meanwhile may be missed."""
+    """All members of a segment in the order of pseudonyms, in pages. Concurrent changes may be missed."""
     start: int | None = 0
     while start is not None:
         page = store.page(segment, start, at_once)

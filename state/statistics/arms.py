@@ -1,11 +1,12 @@
-"""Two arms of independent users: the difference of their means, and the lift, with intervals that hold at all looks at once. Pure.
+"""Compares two arms of independent users: difference of means, and lift, with anytime-valid intervals. Pure.
 
-The difference of two running means has, at two times s < t, the covariance of its
-variance at t; divided by its variance it is a random walk in the time 1 /
+The difference of two running means has, at two times s < t, a covariance equal
+to its variance at t. Divided by its variance it is a random walk in the time 1 /
 variance, whatever shares of the rows the arms have and had. So the boundary of a
-single mean holds (`confidence_sequence.py`), with the rows that the difference is
-worth, 1 / (1 / n + 1 / m), for its clock. A share that grows from 1 to 50 % spoils
-nothing as long as what users do stays as it is; where it changes with the hour, `strata.py` compares within each share.
+single mean is valid (`confidence_sequence.py`). Its clock is the effective number
+of rows of the difference, 1 / (1 / n + 1 / m). A share that grows from 1 to
+50 % causes no bias as long as user behaviour is constant. If behaviour changes
+with the hour, `strata.py` compares within each share.
 """
 
 from __future__ import annotations
@@ -17,32 +18,32 @@ from state.statistics.confidence_sequence import ALPHA, PLANNED_ROWS, UNBOUNDED,
 
 
 class ArmMean(Protocol):
-    """What is known of the mean of an arm: `BlockSums`, or those of several strata (`strata.py`)."""
+    """The mean of an arm: `BlockSums`, or those of several strata (`strata.py`)."""
 
     @property
     def rows(self) -> float:
-        """How many there are."""
+        """Number of rows."""
 
     @property
     def mean(self) -> float:
-        """Of all values."""
+        """Mean of all values."""
 
     @property
     def variance(self) -> float:
-        """Of the mean."""
+        """Variance of the mean."""
 
     @property
     def telling(self) -> bool:
-        """Whether there is enough to say something."""
+        """Whether there is enough data for an interval."""
 
 
 class Contrast(NamedTuple):
-    """An arm held against the other.
+    """The comparison of an arm with the other.
 
     Attributes:
-        value: What was found.
-        low: From where on it may be.
-        high: Up to where.
+        value: The estimate.
+        low: Lower end of the interval.
+        high: Upper end of the interval.
     """
 
     value: float
@@ -51,17 +52,17 @@ class Contrast(NamedTuple):
 
 
 def difference(arm: ArmMean, other: ArmMean, alpha: float = ALPHA, planned_rows: float = PLANNED_ROWS) -> Contrast:
-    """The mean of an arm less that of the other.
+    """The mean of an arm minus that of the other.
 
     Args:
-        arm: Values of its rows, by blocks of its users: of a click rate, 1 where it was clicked and else 0.
+        arm: Values of its rows, by blocks of its users. For a click rate, a value is 1 for a click and else 0.
         other: Likewise, of other users.
         alpha: The rate of false alarms over all looks together.
-        planned_rows: What the difference shall be worth where its interval is narrowest for what it is, 1 / (1 / n + 1 /
-            m); fixed before the first look.
+        planned_rows: Effective number of rows, 1 / (1 / n + 1 / m), for which the interval is tuned to be narrowest.
+            Fixed before the first look.
 
     Returns:
-        Infinite ends until both arms have something other than 0 in enough blocks.
+        Infinite ends until both arms have values other than 0 in enough blocks.
     """
     value = arm.mean - other.mean
     if not (arm.telling and other.telling):
@@ -71,19 +72,19 @@ def difference(arm: ArmMean, other: ArmMean, alpha: float = ALPHA, planned_rows:
 
 
 def lift(arm: ArmMean, other: ArmMean, alpha: float = ALPHA, planned_rows: float = PLANNED_ROWS) -> Contrast | None:
-    """By which part the mean of an arm is more than that of the other: 0.1 is a tenth more.
+    """The relative difference of the mean of an arm to that of the other: 0.1 is a tenth more.
 
-    The interval is that of the difference of logarithms, whose variances are those of the means over the means'
-    squares (the delta method).
+    The interval is that of the difference of logarithms. Their variances are those of the means over the means' squares
+    (the delta method).
 
     Args:
-        arm: Values that are not negative, as in `difference`.
+        arm: Nonnegative values, as in `difference`.
         other: Likewise.
         alpha: The rate of false alarms over all looks together.
         planned_rows: As in `difference`.
 
     Returns:
-        None where one arm has nothing but 0: there is no ratio; the ends are -1 and infinite until both have enough.
+        None if an arm has only zeros, as there is no ratio. The ends are -1 and infinite until both have enough data.
     """
     if arm.mean <= 0 or other.mean <= 0:
         return None

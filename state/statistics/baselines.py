@@ -1,13 +1,13 @@
-"""What live clicks are held against: the schema and statistics of the bootstrap, or those that an operator accepted since.
+"""Baselines that live clicks are compared with: the bootstrap's schema and statistics, or those accepted since.
 
-    specs/<name>/schema.pbtxt, statistics.pb           of the bootstrap; a release before had none
+    specs/<name>/schema.pbtxt, statistics.pb           of the bootstrap; older releases wrote none
     baselines/<name>/<number>/schema.pbtxt, statistics.pb
                              /baseline.json             who accepted them, when and why
 
-`schema.pbtxt` is the text of a `Schema`, `statistics.pb` a binary
-`DatasetFeatureStatisticsList` with one dataset, as `tfdv.load_schema_text` and
-`tfdv.load_stats_binary` read them. The highest number counts; none is changed or
-deleted.
+`schema.pbtxt` is the text of a `Schema`. `statistics.pb` is a binary
+`DatasetFeatureStatisticsList` with one dataset. `tfdv.load_schema_text` and
+`tfdv.load_stats_binary` read them. The highest number is in force; none is
+changed or deleted.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ SCHEMA, STATISTICS, ABOUT = "schema.pbtxt", "statistics.pb", "baseline.json"
 
 @dataclass(frozen=True)
 class AcceptedBaseline:
-    """How a baseline came to be.
+    """The origin of a baseline.
 
     Attributes:
-        number: Which, 0 for that of the bootstrap.
-        actor: Who accepted it; the bootstrap has none.
+        number: Its number, 0 for that of the bootstrap.
+        actor: Who accepted it; empty for the bootstrap.
         reason: Why.
         at_ms: When, wall clock.
     """
@@ -54,12 +54,12 @@ class AcceptedBaseline:
 
 @dataclass(frozen=True)
 class Baseline:
-    """What live clicks are held against.
+    """A baseline that live clicks are compared with.
 
     Attributes:
-        accepted: How it came to be.
+        accepted: Its origin.
         schema: Domains and thresholds.
-        statistics: What was counted.
+        statistics: Statistics of its rows.
     """
 
     accepted: AcceptedBaseline
@@ -68,7 +68,7 @@ class Baseline:
 
 
 def accepted(control: Control, baseline: AcceptedBaseline) -> Control:
-    """An operator took live statistics for the new baseline: a generation that changes nothing else.
+    """Records that an operator accepted live statistics as the new baseline: a generation that changes nothing else.
 
     >>> from state.registry.control import start
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
@@ -89,16 +89,16 @@ def baseline_files(schema: Schema, statistics: DatasetFeatureStatistics) -> dict
 
 
 class Baselines(Directory):
-    """The baselines in one registry directory."""
+    """The baselines of one registry directory."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
 
     def newest_number(self, spec: str) -> int:
-        """The number of the baseline that counts; 0 for the bootstrap's.
+        """The number of the baseline in force; 0 for the bootstrap's.
 
         Args:
-            spec: The name of a bootstrap, of `Registry.bootstrapped`.
+            spec: The name of a bootstrap, from `Registry.bootstrapped`.
         """
         with usable("be listed"):
             folder = self.path / layout.BASELINES / spec
@@ -106,7 +106,7 @@ class Baselines(Directory):
         return max(found, default=0)
 
     def newest(self, spec: str) -> Baseline | None:
-        """The baseline that counts; None where the bootstrap was one of a release that made none.
+        """The baseline in force; None if the bootstrap is of a release that wrote none.
 
         Raises:
             CorruptVersion: A file is missing or fails its digest.
@@ -129,16 +129,16 @@ class Baselines(Directory):
     def add(
         self, spec: str, accepted: AcceptedBaseline, schema: Schema, statistics: DatasetFeatureStatistics
     ) -> AcceptedBaseline:
-        """Keeps a baseline, durably; from then on it is the one that counts.
+        """Stores a baseline, durably; from then on it is in force.
 
         Args:
             spec: The name of a bootstrap.
-            accepted: Its number follows the newest one.
+            accepted: Its origin; the number follows the newest one.
             schema: Domains and thresholds.
-            statistics: What was counted.
+            statistics: Statistics of its rows.
 
         Raises:
-            ControlConflict: Another one with this number was just accepted.
+            ControlConflict: Another baseline with this number was just accepted.
             UnusableRegistry: The disk refused.
         """
         files = baseline_files(schema, statistics)

@@ -1,10 +1,10 @@
-"""What is counted of a feature whose values are ids: how often each occurs, how many differ, how many rows have none.
+"""Statistics of a categorical feature, whose values are ids: frequent values, distinct values, and missing values.
 
-Two mergeable sketches of tfx-bsl, which TensorFlow Data Validation counts with
-too: Misra-Gries (Misra and Gries, Finding repeated elements, 1982) for the most
-frequent values, exact while there are no more than it has buckets, and K minimum
-values (Bar-Yossef et al., Counting distinct elements in a data stream, 2002) for
-how many there are.
+It uses two mergeable sketches of tfx-bsl, which TensorFlow Data Validation uses
+too. Misra-Gries (Misra and Gries, Finding repeated elements, 1982) finds the most
+frequent values; it is exact while there are no more values than buckets. K
+minimum values (Bar-Yossef et al., Counting distinct elements in a data stream,
+2002) estimates the number of distinct values.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ DISTINCT_BUCKETS = 2048
 
 
 class Categorical:
-    """Counts the ids of one feature; 0 is no value.
+    """Counts the ids of one feature; 0 is a missing value.
 
     Args:
-        listed: Whether the most frequent values are kept; of users it is only how many there are.
+        listed: Whether the most frequent values are stored. For users only the number of distinct ids is.
 
     >>> counted = Categorical()
     >>> counted.add(np.array([7, 9, 7, 0], np.uint64))
@@ -54,7 +54,7 @@ class Categorical:
             self._frequent.AddValues(values, pa.array(counts.astype(np.float32)))
 
     def merge(self, other: Categorical) -> None:
-        """Counts what `other` counted too; it stays as it is."""
+        """Adds the counts of `other`, which does not change."""
         self.rows += other.rows
         self.missing += other.missing
         self._frequent.Merge(other._frequent)
@@ -62,16 +62,16 @@ class Categorical:
 
     @property
     def distinct(self) -> int:
-        """About how many different values there were, exact up to some two thousand."""
+        """Estimated number of distinct values, exact up to about two thousand."""
         return int(self._different.Estimate())
 
     def frequent(self, most: int = BUCKETS) -> list[tuple[int, float]]:
-        """The values that occurred most often with their counts, most first, lower id first among equals."""
+        """The most frequent values with their counts, highest count first, lower id first among equals."""
         estimate: Any = self._frequent.Estimate()
         if not len(estimate):
             return []
         values: Sequence[bytes] = estimate.field("values").to_pylist()
         counts: Sequence[float] = estimate.field("counts").to_pylist()
-        # The sketch writes an id as a signed decimal number.
+        # The sketch returns an id as a signed decimal number.
         found = [(int(value) % 2**64, count) for value, count in zip(values, counts, strict=True)]
         return sorted(found, key=lambda entry: (-entry[1], entry[0]))[:most]

@@ -1,16 +1,16 @@
-"""Collects statistics of training rows: mergeable, and deterministic in the rows and how they were cut.
+"""Collects statistics of training rows: mergeable, and deterministic given the rows and their batches.
 
-    action, category, item       ids of an event; of items only the most frequent are kept
-    user                         how many there are; no id of one is kept
+    action, category, item       ids of an event; of items only the most frequent are stored
+    user                         number of distinct users; no id is stored
     context.NAME                 ids of `events.context`
-    user_attributes.NAME         ids of attribute values that were joined to the row; none for whoever is not known
+    user_attributes.NAME         ids of attribute values that were joined to the row; none for an unknown user
     item_attributes.NAME         likewise
-    label                        engagement label of rows that are learned from, from 0 to 1
+    label                        engagement label of rows that are trained on, from 0 to 1
     delay_s                      how much later than the event its label became known
     features.NAME                each integer of the feature spec
 
-An event counts once, where it happened; its label and its delay count where they
-became known (`state/microbatch/row_kinds.py`).
+An event counts once, in the row where it happened. Its label and its delay count
+in the row where they became known (`state/microbatch/row_kinds.py`).
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ LONGEST_DELAY_S = 65_535
 
 @dataclass
 class Statistics:
-    """What was counted of some rows.
+    """Statistics of some rows.
 
     Attributes:
         actions: Names of the actions, in the order of their numbers.
         names: Names of the D features of the spec.
         context: Names of the K fields of `events.context`.
-        rows: Rows that were counted: events, each once.
-        categorical: By name what was counted of ids.
-        label: Of the label.
-        delay: Of the delay, whole seconds.
-        features: Of the D features.
+        rows: Number of events, each counted once.
+        categorical: Statistics of ids, by feature name.
+        label: Statistics of the label.
+        delay: Statistics of the delay in whole seconds.
+        features: Statistics of the D features.
     """
 
     actions: Sequence[str]
@@ -64,7 +64,7 @@ class Statistics:
         """Counts rows.
 
         Args:
-            columns: Of a micro-batch by name, `[n, ...]` each.
+            columns: Columns of a micro-batch by name, `[n, ...]` each.
             attributes: Names of the attributes of users and of items, in the order of their columns.
         """
         kinds = columns["kind"]
@@ -89,7 +89,7 @@ class Statistics:
         self.delay.add(after_s.astype(np.uint16).reshape(-1, 1))
 
     def merge(self, other: Statistics) -> None:
-        """Counts what `other` counted too; it stays as it is."""
+        """Adds the counts of `other`, which does not change."""
         self.rows += other.rows
         for name, counted in other.categorical.items():
             self._ids(name).merge(counted)
@@ -107,7 +107,7 @@ class Statistics:
 
 
 def _known(side: str, names: Sequence[str], ids: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Attributes `[n, A]` uint64 with 0 where nothing is known of a user or an item, or its record has no such value."""
+    """Attributes `[n, A]` uint64 with 0 where the user or item is unknown, or its record has no such value."""
     table = AttributeTable(side.partition("_")[0], ())
     absent = [[table.unknown_id(name), table.none_id(name)] for name in names]
     if not absent:

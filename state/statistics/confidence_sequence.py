@@ -1,25 +1,25 @@
-"""Confidence sequences: intervals of a mean that hold at every look at once, however often and long one looks. Pure.
+"""Confidence sequences: intervals for a mean that are valid at all times at once, however often one looks. Pure.
 
-An interval of fixed size, taken again after each row, leaves the true mean out
-sooner or later. These are wider by a logarithm and leave it out, at any of all
-looks, with probability `alpha` at most. So one may stop when one has seen
-enough, and go on where one has not.
+If an interval of fixed size is computed after each row, it misses the true mean
+sooner or later. These intervals are wider by a logarithm. The probability that
+any of them ever misses the true mean is at most `alpha`. So it is valid to stop
+as soon as the result is clear, and to continue while it is not.
 
 The boundary is the two-sided normal mixture (Robbins, Statistical methods related to
 the law of the iterated logarithm, 1970; Howard, Ramdas, McAuliffe and Sekhon,
 Time-uniform, nonparametric, nonasymptotic confidence sequences, 2021, equation 14):
 S with variance process V meets |S| >= sqrt((V + r) log((V + r) / (alpha^2 r))) at
-some time with probability alpha at most. The variance is estimated, which holds
+some time with probability at most alpha. The variance is estimated, which is valid
 asymptotically (Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas, Time-uniform
 central limit theory and asymptotic confidence sequences, 2021, theorem 2.2, with
 1 / rho^2 there as `r` here).
 
-Rows of one user are no independent rows. All rows of a user lie in one of
-BLOCKS blocks, and the variance is that of the blocks' sums, whatever goes on
-within one (the ratio estimator of cluster sampling: Cochran, Sampling
-Techniques, 1977, chapter 9A). Sums whose later parts follow their earlier ones
-meet a boundary more rarely than a random walk of the same variances (Slepian, The
-one-sided barrier problem for Gaussian noise, 1962), so that the sequence stays valid.
+Rows of one user are not independent. So all rows of a user are in one of BLOCKS
+blocks. The variance is that of the blocks' sums, whatever the dependence within
+a block (the ratio estimator of cluster sampling: Cochran, Sampling
+Techniques, 1977, chapter 9A). Sums whose later parts correlate with their earlier
+ones meet a boundary more rarely than a random walk of the same variances (Slepian,
+The one-sided barrier problem for Gaussian noise, 1962), so the sequence stays valid.
 """
 
 from __future__ import annotations
@@ -32,10 +32,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 BLOCKS = 512
-"""Of users; so many that the estimated variance is off by 6 % (sqrt(2 / BLOCKS)), which moves the rate of false alarms little."""
+"""Number of user blocks.
+
+The error of the estimated variance is about 6 % (sqrt(2 / BLOCKS)), which changes the rate of false alarms little.
+"""
 
 TELLING_BLOCKS = 64
-"""How many blocks must have a sum other than 0 before an interval is told: the normal approximation needs some."""
+"""Blocks that must have a sum other than 0 before there is an interval. The normal approximation needs some."""
 
 ALPHA = 0.05
 PLANNED_ROWS = 100_000
@@ -44,11 +47,11 @@ UNBOUNDED = (-math.inf, math.inf)
 
 
 def tuning(planned_rows: float, alpha: float) -> float:
-    """The `r` of the normal mixture with which intervals are about as narrow as they can be after so many rows.
+    """The `r` of the normal mixture for which intervals are about as narrow as possible after `planned_rows` rows.
 
-    r = n / (log(1 / alpha^2) + log(1 + log(1 / alpha^2))) (Howard et al. 2021, section 3.5). It must be fixed before the
-    first row. Intervals are wider elsewhere, beside the narrowest there could be: by a quarter after a tenth of the rows,
-    by 7 % after ten times as many.
+    r = n / (log(1 / alpha^2) + log(1 + log(1 / alpha^2))) (Howard et al. 2021, section 3.5). It must be fixed before
+    the first row. At other times intervals are wider than the narrowest possible ones: by a quarter after a tenth of
+    the rows, by 7 % after ten times as many.
 
     Args:
         planned_rows: More than 0.
@@ -64,12 +67,12 @@ def tuning(planned_rows: float, alpha: float) -> float:
 def half_width(variance: float, rows: float, tuned: float, alpha: float) -> float:
     """Half the width of the interval of a mean.
 
-    The boundary above, divided by the rows: sqrt(variance (1 + r / n) log((n + r) / (alpha^2 r))).
+    It is the boundary above, divided by the rows: sqrt(variance (1 + r / n) log((n + r) / (alpha^2 r))).
 
     Args:
-        variance: Of the mean, estimated.
-        rows: Independent ones, n; more than 0. The clock in which the variance of the sum grows evenly.
-        tuned: `tuning` of the planned rows, r.
+        variance: Estimated variance of the mean.
+        rows: Number of independent rows n, more than 0. The variance of the sum grows in proportion to it.
+        tuned: r, the `tuning` for the planned rows.
         alpha: The rate of false alarms.
 
     >>> round(half_width(1 / 1000, 1000, tuning(1000, 0.05), 0.05) / (1.96 * math.sqrt(1 / 1000)), 2)
@@ -79,11 +82,11 @@ def half_width(variance: float, rows: float, tuned: float, alpha: float) -> floa
 
 
 class BlockSums:
-    """Sums of values and of rows, by blocks of users.
+    """Sums of values and numbers of rows, by blocks of users.
 
     Attributes:
         totals: `[BLOCKS]` float64, the sum of the values of each block.
-        counts: `[BLOCKS]` int64, how many there were.
+        counts: `[BLOCKS]` int64, the number of rows of each block.
 
     >>> sums = BlockSums()
     >>> sums.add(np.array([1.0, 3.0]))
@@ -100,7 +103,7 @@ class BlockSums:
 
         Args:
             values: `[n]` float, finite.
-            users: `[n]` uint64 pseudonyms, whose low bits are spread evenly; without them each row is taken for
+            users: `[n]` uint64 pseudonyms, whose low bits are evenly distributed. Without them each row counts as
                 independent of all others.
         """
         if users is None:
@@ -111,34 +114,34 @@ class BlockSums:
         self.counts += np.bincount(blocks, minlength=BLOCKS)
 
     def credit(self, values: NDArray[np.floating[Any]], users: NDArray[np.uint64]) -> None:
-        """Adds to the values of rows that were added before, such as clicks on what was shown.
+        """Adds to the values of rows that were added before, such as clicks on items that were shown.
 
         Args:
             values: `[n]` float, finite.
-            users: `[n]` uint64, whose rows they belong to.
+            users: `[n]` uint64, the users of these rows.
         """
         self.totals += np.bincount((users % np.uint64(BLOCKS)).astype(np.int64), values, BLOCKS)
 
     @property
     def rows(self) -> int:
-        """How many were added."""
+        """Number of rows added."""
         return int(self.counts.sum())
 
     @property
     def mean(self) -> float:
-        """Of all values; 0 of none."""
+        """Mean of all values; 0 if there are none."""
         return float(self.totals.sum()) / max(self.rows, 1)
 
     @property
     def telling(self) -> bool:
-        """Whether there is enough in enough blocks to say something."""
+        """Whether enough blocks have enough data for an interval."""
         return int(np.count_nonzero(self.totals)) >= TELLING_BLOCKS
 
     @property
     def variance(self) -> float:
-        """Of the mean: the squares of the blocks' sums less what their rows let expect, b / (b - 1) times for b blocks.
+        """Variance of the mean: the squared deviations of the blocks' sums from their expectation, times b / (b - 1).
 
-        0 where fewer than two blocks have rows.
+        b is the number of blocks with rows; 0 if fewer than two have rows.
         """
         used = int(np.count_nonzero(self.counts))
         if used < 2:
@@ -147,15 +150,15 @@ class BlockSums:
         return float((apart * apart).sum()) / self.rows**2 * used / (used - 1)
 
     def document(self) -> dict[str, Any]:
-        """As JSON keeps it, to the last bit."""
+        """The sums as JSON values, exact to the last bit."""
         return {"totals": self.totals.tolist(), "counts": self.counts.tolist()}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> BlockSums:
-        """What `document` made.
+        """Restores the sums that `document` returned.
 
         Raises:
-            KeyError, ValueError: It is none of `BLOCKS` blocks.
+            KeyError, ValueError: The document does not have `BLOCKS` blocks.
         """
         sums = cls()
         sums.totals[:] = np.asarray(document["totals"], np.float64).reshape(BLOCKS)
@@ -164,11 +167,11 @@ class BlockSums:
 
 
 class ConfidenceSequence:
-    """The mean of differences, paired row by row, with an interval that holds at all looks at once.
+    """The mean of paired differences, one a row, with an interval that is valid at all times at once.
 
     Args:
         alpha: The rate of false alarms over all looks together.
-        planned_rows: After how many rows the interval shall be narrowest for what it is; fixed for good.
+        planned_rows: Number of rows for which the interval is tuned to be narrowest; cannot be changed later.
 
     >>> sequence = ConfidenceSequence(alpha=0.05, planned_rows=10_000)
     >>> sequence.add(np.random.default_rng(8).normal(0.1, 1.0, 10_000))
@@ -184,27 +187,27 @@ class ConfidenceSequence:
         """Adds rows.
 
         Args:
-            differences: `[n]` float, one a row, such as the loss of one ranker less that of the other.
-            users: `[n]` uint64 pseudonyms of their users. Give them: a user has several rows, which are alike.
+            differences: `[n]` float, one a row, such as the loss of one ranker minus that of the other.
+            users: `[n]` uint64 pseudonyms of their users. Always pass them: a user has several rows, which correlate.
         """
         self._sums.add(differences, users)
 
     @property
     def rows(self) -> int:
-        """How many were added."""
+        """Number of rows added."""
         return self._sums.rows
 
     @property
     def mean(self) -> float:
-        """Of all differences; 0 of none."""
+        """Mean of all differences; 0 if there are none."""
         return self._sums.mean
 
     def interval(self) -> tuple[float, float]:
-        """Where the true mean is, at this look and at all others.
+        """The interval of the true mean, valid at this look and at all others.
 
         Returns:
-            Lower and upper end; infinite ones until `TELLING_BLOCKS` blocks have something other than 0. So where no row
-            differs there is no interval, however many rows there are, and the mean is 0.
+            Lower and upper end; infinite until `TELLING_BLOCKS` blocks have a sum other than 0. So if no row differs,
+            there is no interval, however many rows there are, and the mean is 0.
         """
         if not self._sums.telling:
             return UNBOUNDED
@@ -212,15 +215,15 @@ class ConfidenceSequence:
         return self.mean - half, self.mean + half
 
     def document(self) -> dict[str, Any]:
-        """All that goes on after a restart as if there had been none, as JSON keeps it."""
+        """The whole state as JSON values; a sequence restored from it continues as if nothing had happened."""
         return {"alpha": self.alpha, "planned_rows": self.planned_rows, **self._sums.document()}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> ConfidenceSequence:
-        """What `document` made.
+        """Restores the sequence that `document` returned.
 
         Raises:
-            KeyError, ValueError: It is none of a sequence, or of another number of blocks.
+            KeyError, ValueError: The document is not a sequence, or has another number of blocks.
         """
         sequence = cls(document["alpha"], document["planned_rows"])
         sequence._sums = BlockSums.from_json(document)

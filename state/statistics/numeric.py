@@ -1,9 +1,9 @@
-"""What is counted of features that are numbers: a histogram of fixed buckets, and the exact sums beside it.
+"""Statistics of numeric features: a histogram with fixed buckets, and exact sums.
 
-The buckets are the same for every window and every baseline, so that counts can
-be added, and two histograms compared, without any assumption about where in a
-bucket the values lay. Whole numbers have a bucket each up to 7 and four an
-octave from there on, up to 65,535; shares have ten of equal width.
+The buckets are the same for every window and every baseline. So counts can be
+added and histograms compared without assumptions about the distribution within
+a bucket. Whole numbers have one bucket each up to 7, and four buckets an octave
+from there up to 65,535. Shares have ten buckets of equal width.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ import numpy as np
 from numpy.typing import NDArray
 
 WHOLE = np.array([*range(8), *(8 * 2**octave * quarter // 4 for octave in range(13) for quarter in range(4, 8)), 65536])
-"""`[61]` int64 bounds of the buckets of whole numbers from 0 to 65,535; each bucket has its lower one."""
+"""`[61]` int64 bounds of the buckets of whole numbers from 0 to 65,535; a bucket includes its lower bound."""
 
 SHARES = np.linspace(0.0, 1.0, 11)
-"""`[11]` float64 bounds of the buckets of numbers from 0 to 1; the last bucket has both."""
+"""`[11]` float64 bounds of the buckets of numbers from 0 to 1; the last bucket includes both of its bounds."""
 
 _BUCKET_OF = np.repeat(np.arange(len(WHOLE) - 1, dtype=np.int64), np.diff(WHOLE))
 
 
 class Numeric:
-    """Counts the values of D features together.
+    """Statistics of D features with the same rows.
 
     Args:
         width: D.
         edges: Bounds of the buckets: `WHOLE` or `SHARES`.
 
     Attributes:
-        rows: Rows that were counted.
+        rows: Number of rows.
         missing: `[D]` int64, rows in which the feature had no value.
         counts: `[D, buckets]` int64.
-        total: `[D]` float64 sum of the values.
-        squares: `[D]` float64 sum of their squares.
-        zeros: `[D]` int64.
-        least: `[D]` float64; infinite where there was no value.
-        most: `[D]` float64, likewise.
+        total: `[D]` float64, sum of the values.
+        squares: `[D]` float64, sum of their squares.
+        zeros: `[D]` int64, number of zeros.
+        least: `[D]` float64, minimum; infinite if there was no value.
+        most: `[D]` float64, maximum; likewise.
 
     >>> counted = Numeric(2)
     >>> counted.add(np.array([[1, 300], [1, 0]], np.uint16))
@@ -54,7 +54,7 @@ class Numeric:
         self._first = np.arange(width, dtype=np.int64) * (len(edges) - 1)
 
     def add(self, values: NDArray[np.uint16]) -> None:
-        """Counts `[n, D]` uint16, none of them missing."""
+        """Counts `[n, D]` uint16 values without missing ones."""
         if not len(values):
             return
         self.rows += len(values)
@@ -62,14 +62,14 @@ class Numeric:
         self.counts += np.bincount(buckets.reshape(-1), minlength=self.counts.size).reshape(self.counts.shape)
         self.total += values.sum(axis=0, dtype=np.int64)
         wide = values.astype(np.float64)
-        # Whole numbers up to 2**53: no sum depends on its order.
+        # Sums of whole numbers up to 2**53 are exact, so they do not depend on the order.
         self.squares += (wide * wide).sum(axis=0)
         self.zeros = self.counts[:, 0].copy()
         self.least = np.minimum(self.least, values.min(axis=0))
         self.most = np.maximum(self.most, values.max(axis=0))
 
     def add_reals(self, values: NDArray[np.float64]) -> None:
-        """Counts `[n]` float64 of the one feature there is; NaN is no value. What lies outside the buckets is in the next one."""
+        """Counts `[n]` float64 of a single feature; NaN is missing. Values outside all buckets count in the nearest."""
         there = values[~np.isnan(values)]
         self.rows += len(values)
         self.missing += len(values) - len(there)
@@ -83,7 +83,7 @@ class Numeric:
         self.least, self.most = np.minimum(self.least, there.min()), np.maximum(self.most, there.max())
 
     def merge(self, other: Numeric) -> None:
-        """Counts what `other` counted too."""
+        """Adds the counts of `other`."""
         self.rows += other.rows
         for name in ("missing", "counts", "total", "squares", "zeros"):
             getattr(self, name).__iadd__(getattr(other, name))
@@ -91,11 +91,11 @@ class Numeric:
 
 
 def median(counts: NDArray[np.int64], edges: NDArray[np.int64] | NDArray[np.float64]) -> float:
-    """The median by a histogram, as if the values of a bucket were spread over it evenly.
+    """The median of a histogram, as if the values of a bucket were evenly distributed in it.
 
     Args:
         counts: `[buckets]` int64, not all 0.
-        edges: `[buckets + 1]`, their bounds.
+        edges: `[buckets + 1]`, bounds of the buckets.
 
     >>> median(np.array([2, 2]), np.array([0, 10, 30]))
     10.0

@@ -1,9 +1,9 @@
-"""Statistics as a `DatasetFeatureStatisticsList` of TensorFlow Metadata, as TensorFlow Data Validation reads and writes it.
+"""Converts statistics to TensorFlow Metadata's `DatasetFeatureStatisticsList`, which TensorFlow Data Validation reads.
 
-A categorical feature has `string_stats`: its values are written as 16
-hexadecimal digits, an action by its name. A numeric one has `num_stats` with one
-STANDARD histogram. The most frequent values stand in `rank_histogram`; of a
-feature with more of them than that the rest is only in the totals.
+A categorical feature has `string_stats`. Its values are written as 16 hexadecimal
+digits, those of an action by name. A numeric feature has `num_stats` with one
+STANDARD histogram. `rank_histogram` has the most frequent values. If a feature
+has more values than that, the rest counts only in the totals.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ TOP_VALUES = 10
 
 
 def dataset(statistics: Statistics, name: str) -> DatasetFeatureStatistics:
-    """The statistics as TensorFlow Data Validation has them of one dataset.
+    """Converts the statistics to one dataset of TensorFlow Data Validation.
 
     Args:
-        statistics: What was counted.
-        name: What the dataset is called.
+        statistics: The statistics.
+        name: Name of the dataset.
 
     >>> made = dataset(Statistics(("view",), ()), "none")
     >>> made.name, made.num_examples, [one.path.step[0] for one in made.features]
@@ -51,15 +51,15 @@ def dataset(statistics: Statistics, name: str) -> DatasetFeatureStatistics:
 
 
 def as_list(*datasets: DatasetFeatureStatistics) -> DatasetFeatureStatisticsList:
-    """What is written to a file."""
+    """Wraps datasets in the message that is written to a file."""
     return DatasetFeatureStatisticsList(datasets=datasets)
 
 
 def of_bytes(data: bytes) -> DatasetFeatureStatistics:
-    """The one dataset in a binary `DatasetFeatureStatisticsList`.
+    """Parses a binary `DatasetFeatureStatisticsList` and returns its one dataset.
 
     Raises:
-        ValueError: It is none, or has not one dataset.
+        ValueError: The bytes are not such a message, or it does not have exactly one dataset.
     """
     from google.protobuf.message import DecodeError
 
@@ -78,13 +78,13 @@ def by_name(statistics: DatasetFeatureStatistics) -> dict[str, FeatureNameStatis
 
 
 def common(one: FeatureNameStatistics) -> CommonStatistics:
-    """What both kinds of features have."""
+    """The statistics that both kinds of features have."""
     found = one.string_stats if one.HasField("string_stats") else one.num_stats
     return found.common_stats
 
 
 def frequencies(one: FeatureNameStatistics) -> dict[str, float]:
-    """How often each listed value of a categorical feature occurred."""
+    """The count of each listed value of a categorical feature."""
     return {bucket.label: bucket.sample_count for bucket in one.string_stats.rank_histogram.buckets}
 
 
@@ -110,7 +110,7 @@ def _add_categorical(
         strings.rank_histogram.buckets.add(low_rank=rank, high_rank=rank, label=label, sample_count=count)
         if rank < TOP_VALUES:
             strings.top_values.add(value=label, frequency=count)
-    # Of all values: ids have one length, and actions are few.
+    # Also the mean over all values: ids have one length, and actions are few.
     strings.avg_length = float(np.mean([len(label) for label, _ in found])) if found else 0.0
 
 

@@ -1,13 +1,13 @@
-"""Whether users come to the arms of an experiment as its shares say, tested at every look. Pure.
+"""Sample ratio test: whether the split of users between the arms of an experiment matches its shares. Pure.
 
-A share that is not what it should be says that users or their events are lost on
-one side, and then no other comparison of the arms counts.
+A mismatch means that users or their events are lost on one side. Then no other
+comparison of the arms is valid. The test is valid at any time.
 
 The test is that of Lindon and Malek, Anytime-valid inference for multinomial
-count data, 2022: the Bayes factor of a Dirichlet mixture against the
-shares is a martingale where they are right, so that it ever reaches 1 / alpha
-with probability alpha at most (Ville, 1939). Where the shares are changed, a new
-factor begins with the next user, and the product of all is a martingale as well.
+count data, 2022. The Bayes factor of a Dirichlet mixture against the shares is a
+martingale if they are right. So it ever reaches 1 / alpha with probability at
+most alpha (Ville, 1939). When the shares change, a new factor begins with the
+next user, and the product of all factors is a martingale too.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 CONCENTRATION = 100.0
-"""How near to the stated shares the mixture looks, in users; small deviations of many users are found sooner with more."""
+"""How close the mixture is to the stated shares, in users. More detects small deviations of many users sooner."""
 
 
 def log_evidence(counts: Sequence[int], shares: Sequence[float], concentration: float = CONCENTRATION) -> float:
@@ -27,7 +27,7 @@ def log_evidence(counts: Sequence[int], shares: Sequence[float], concentration: 
 
     Args:
         counts: Users of each arm, n.
-        shares: What they should be, p; each more than 0, of sum 1.
+        shares: Expected shares p; each more than 0, with sum 1.
         concentration: c.
 
     >>> round(log_evidence([500, 500], [0.5, 0.5]), 2), round(log_evidence([450, 550], [0.5, 0.5]), 2)
@@ -45,12 +45,12 @@ def log_evidence(counts: Sequence[int], shares: Sequence[float], concentration: 
 
 
 class SampleRatio:
-    """The users of each arm since the shares were last changed, and what was found before.
+    """Test state: the users of each arm since the shares last changed, and the evidence before.
 
     A user counts once under the same shares.
 
     Args:
-        shares: What they should be, each more than 0, of sum 1.
+        shares: Expected shares, each more than 0, with sum 1.
 
     >>> ratio = SampleRatio([0.5, 0.5])
     >>> ratio.add([480, 520])
@@ -64,26 +64,26 @@ class SampleRatio:
         self._shares, self._counts, self._before, self._most = list(shares), [0] * len(shares), 0.0, 0.0
 
     def add(self, counts: Sequence[int]) -> None:
-        """Counts users that came, of each arm."""
+        """Adds new users of each arm."""
         self._counts = [have + came for have, came in zip(self._counts, counts, strict=True)]
         self._most = max(self._most, self.log_evidence)
 
     def change(self, shares: Sequence[float]) -> None:
-        """From now on the shares are these."""
+        """Sets the shares that are in force from now on."""
         self._before, self._shares, self._counts = self.log_evidence, list(shares), [0] * len(shares)
 
     @property
     def log_evidence(self) -> float:
-        """Against all shares so far."""
+        """Logarithm of the evidence against all shares so far."""
         return self._before + log_evidence(self._counts, self._shares)
 
     @property
     def p_value(self) -> float:
-        """Valid at all looks: one over the most evidence that ever was."""
+        """One over the highest evidence ever reached; valid at any time."""
         return math.exp(-self._most)
 
     def mismatch(self, alpha: float) -> bool:
-        """Whether users came otherwise than the shares say.
+        """Whether the split of users contradicts the shares.
 
         Args:
             alpha: The rate of false alarms over all looks together.
@@ -91,15 +91,15 @@ class SampleRatio:
         return self.p_value <= alpha
 
     def document(self) -> dict[str, Any]:
-        """As JSON keeps it."""
+        """The state as JSON values."""
         return {"shares": self._shares, "counts": self._counts, "before": self._before, "most": self._most}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> SampleRatio:
-        """What `document` made.
+        """Restores the state that `document` returned.
 
         Raises:
-            KeyError: It is none of a sample ratio.
+            KeyError: The document is not a sample ratio.
         """
         ratio = cls(document["shares"])
         ratio._counts, ratio._before, ratio._most = list(document["counts"]), document["before"], document["most"]

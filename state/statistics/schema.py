@@ -1,10 +1,10 @@
-"""The schema that a baseline's statistics suggest: types, domains, presence, and how far a window may lie from it.
+"""Infers a schema from a baseline's statistics: types, domains, presence, and allowed distance of a window.
 
-A `Schema` of TensorFlow Metadata, as `tfdv.infer_schema` makes one. Its
-comparators say what TensorFlow Data Validation means by them:
-`skew_comparator` is about a window and the baseline, `drift_comparator` about a
-window and the one before it. Who finds a threshold unfit edits the text and takes
-it in by `springtide schema accept --schema FILE`.
+It is a `Schema` of TensorFlow Metadata, like that of `tfdv.infer_schema`. Its
+comparators have the meaning of TensorFlow Data Validation. `skew_comparator`
+compares a window with the baseline, `drift_comparator` compares a window with the
+one before it. To change a threshold, edit the text and accept it with
+`springtide schema accept --schema FILE`.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ if TYPE_CHECKING:
 
 LARGEST = 65_535
 _BOUNDS = {"is_last": 1, "truncated": 1, "same_label": 1, "recency": 255, "age": 255, "oldest": 255}
-"""Of a feature by the end of its name: the largest value that the kernel writes, where that is not 65,535."""
+"""By the last part of a feature's name: the largest value that the kernel writes, if it is not 65,535."""
 
 
 def infer(statistics: DatasetFeatureStatistics, thresholds: Validation, warm: bool) -> Schema:
-    """The schema that `statistics` suggest.
+    """Infers the schema of `statistics`.
 
     Args:
-        statistics: Of a baseline.
+        statistics: Statistics of a baseline.
         thresholds: The section `[validation]`.
-        warm: Whether windows were full: their integers are then held against the baseline too. Of a bootstrap they are
-            not, for its histories begin with its first click.
+        warm: Whether windows were full. Only then are their integers compared with the baseline too. A bootstrap's are
+            not, since its histories begin with its first click.
     """
     schema = Schema()
     for one in statistics.features:
@@ -44,7 +44,7 @@ def infer(statistics: DatasetFeatureStatistics, thresholds: Validation, warm: bo
         rows = counted.num_non_missing + counted.num_missing
         present = counted.num_non_missing / rows if rows else 0.0
         feature.value_count.min = feature.value_count.max = 1
-        # What was there now and then is not missed.
+        # A feature that was present only now and then may be absent.
         feature.presence.min_fraction = max(0.0, round(present - thresholds.missing_share, 6))
         if one.HasField("string_stats"):
             feature.type = schema_pb2.BYTES
@@ -56,7 +56,7 @@ def infer(statistics: DatasetFeatureStatistics, thresholds: Validation, warm: bo
 
 
 def bounds(name: str) -> tuple[int, int]:
-    """The least and the largest value that a feature of the spec can have.
+    """The minimum and maximum value that a feature of the spec can have.
 
     >>> bounds("features.view.recency"), bounds("features.gap.1"), bounds("features.view.count_1h")
     ((0, 255), (0, 255), (0, 65535))
@@ -72,15 +72,15 @@ def bounds(name: str) -> tuple[int, int]:
 
 
 def as_text(schema: Schema) -> str:
-    """The schema as `schema.pbtxt` holds it."""
+    """Formats the schema as the text of `schema.pbtxt`."""
     return str(text_format.MessageToString(schema))
 
 
 def of_text(text: str) -> Schema:
-    """The schema in the text of a `schema.pbtxt`.
+    """Parses the text of a `schema.pbtxt`.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is not a schema.
     """
     try:
         return text_format.Parse(text, Schema())
@@ -94,7 +94,7 @@ def _categorical(feature: schema_pb2.Feature, one: FeatureNameStatistics, thresh
         return
     feature.string_domain.value.extend(sorted(found))
     listed = sum(found.values()) / total
-    # Good, The population frequencies of species, 1953: what was seen once is to the rest as the next one that is new.
+    # Good, The population frequencies of species, 1953: the next value is new with the share of values seen once.
     unseen = sum(count == 1 for count in found.values()) / total
     feature.distribution_constraints.min_domain_mass = max(0.0, listed - unseen - thresholds.new_values_share)
     for comparator in (feature.skew_comparator, feature.drift_comparator):
@@ -115,7 +115,7 @@ def _numeric(feature: schema_pb2.Feature, name: str, thresholds: Validation, war
 def _comparators(feature: schema_pb2.Feature, name: str, warm: bool) -> Sequence[schema_pb2.FeatureComparator]:
     if not name.startswith(f"{FEATURES}."):
         return feature.skew_comparator, feature.drift_comparator
-    # The hour is another one in each window, and a history's age is the age of the log until it is full.
+    # The hour differs between windows. A history's age is the age of the log until the history is full.
     if name.removeprefix(f"{FEATURES}.").startswith(("clock.", "events.", "sessions.count")):
         return ()
     return (feature.skew_comparator, feature.drift_comparator) if warm else (feature.drift_comparator,)

@@ -1,13 +1,15 @@
-"""Two arms of which one grows: compared within each time in which the shares were the same, and put together. Pure.
+"""Compares two arms whose shares change over time: within each period of constant shares, then combined. Pure.
 
-What users do changes with the hour. Where the share of one arm grows meanwhile,
-its rows are of other hours than those of the other arm, so that the means over
-all rows differ where the arms do not (Simpson's paradox). Within one stratum they
-are of the same time. The differences of the strata are weighted by what each is
-worth, 1 / (1 / n + 1 / m) rows, as in post-stratification (Cochran, Sampling
-Techniques, 1977, chapter 5A); the worths add up to the clock of the whole. Strata
-follow each other in time, so that the weighted sum goes on where it was, and the
-boundary of a single difference holds (`arms.py`).
+User behaviour changes with the hour. If the share of one arm grows meanwhile, its
+rows are of other hours than those of the other arm. The means over all rows then
+differ although the arms do not (Simpson's paradox). Within one stratum the rows
+are of the same time.
+
+The differences of the strata are weighted by their effective number of rows, 1 /
+(1 / n + 1 / m). This is post-stratification (Cochran, Sampling Techniques, 1977,
+chapter 5A). These numbers add up to the clock of the whole. Strata follow each
+other in time, so the weighted sum continues from one to the next, and the
+boundary of a single difference stays valid (`arms.py`).
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ from state.statistics.confidence_sequence import BLOCKS, TELLING_BLOCKS, BlockSu
 
 
 class StratifiedArm(NamedTuple):
-    """An arm over all strata, as `arms.difference` and `arms.lift` take it.
+    """An arm over all strata, in the form that `arms.difference` and `arms.lift` take.
 
     Attributes:
-        rows: What both arms together are worth, as rows of each of two arms of equal size.
+        rows: Effective number of rows of both arms together, as rows of each of two arms of equal size.
         mean: The weighted mean of the strata's means.
-        variance: Of the mean, by blocks of users, whose rows may lie in several strata.
-        telling: Whether there is enough in enough blocks to say something.
+        variance: Variance of the mean, by blocks of users, whose rows may be in several strata.
+        telling: Whether enough blocks have enough data for an interval.
     """
 
     rows: float
@@ -37,10 +39,10 @@ class StratifiedArm(NamedTuple):
 
 
 def stratified(strata: Sequence[tuple[BlockSums, BlockSums]]) -> tuple[StratifiedArm, StratifiedArm]:
-    """Both arms over all strata.
+    """Combines both arms over all strata.
 
     Args:
-        strata: Of each the sums of both arms; one of which an arm has no rows tells nothing.
+        strata: The sums of both arms in each stratum. A stratum without rows of one arm is ignored.
 
     >>> one, other = BlockSums(), BlockSums()
     >>> one.add(np.array([1.0, 3.0]))

@@ -1,1 +1,1 @@
-"""One budget of disk space, `storage.budget_gb`: the parts' shares of it, what each takes, and what is done where a disk is full."""
+"""The disk budget `storage.budget_gb`: each part's share, its measured use, and the behaviour when a disk is full."""

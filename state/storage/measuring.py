@@ -1,4 +1,4 @@
-"""Measures what a part takes on its disk, and offers that on /metrics: looked at when asked, and not again for some seconds."""
+"""Measures the disk use of a part and exports it on /metrics; it measures on request, at most once in some seconds."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from state.metrics import StorageMetrics
 from state.storage import shares
 
 FRESH_S = 5.0
-_BLOCK = 512  # of st_blocks, whatever the file system's own are
+_BLOCK = 512  # the unit of st_blocks, whatever the block size of the file system
 
 
 def used_bytes(folders: Iterable[Path]) -> int:
-    """What the files under `folders` take on their disks; a file with holes counts without them.
+    """The disk space of the files under `folders`; holes of sparse files do not count.
 
     >>> used_bytes([Path("no/such/folder")])
     0
     """
     total, left = 0, [os.fspath(one) for one in folders]
     while left:
-        # What is removed while we look takes nothing.
+        # Files that are removed meanwhile take no space.
         with contextlib.suppress(OSError), os.scandir(left.pop()) as entries:
             for entry in entries:
                 with contextlib.suppress(OSError):
@@ -41,10 +41,10 @@ def used_bytes(folders: Iterable[Path]) -> int:
 
 
 def free_bytes(folder: Path) -> int:
-    """The bytes free where `folder` is or will be, for whoever asks.
+    """The free bytes of the disk where `folder` is or will be.
 
     Raises:
-        OSError: The disk cannot be asked.
+        OSError: The disk cannot be queried.
     """
     return shutil.disk_usage(_existing(folder)).free
 
@@ -53,7 +53,7 @@ def disk_bytes(folder: Path) -> int:
     """The bytes of the disk where `folder` is or will be.
 
     Raises:
-        OSError: The disk cannot be asked.
+        OSError: The disk cannot be queried.
     """
     return shutil.disk_usage(_existing(folder)).total
 
@@ -63,7 +63,7 @@ def _existing(folder: Path) -> Path:
 
 
 def _told(ask: Callable[[Path], int], folder: Path) -> float:
-    """What the disk says; NaN where it cannot be asked, so that all else is told all the same."""
+    """The disk's answer; NaN if it cannot be queried, so that the other metrics are still exported."""
     try:
         return float(ask(folder))
     except OSError:
@@ -71,10 +71,10 @@ def _told(ask: Callable[[Path], int], folder: Path) -> float:
 
 
 class PartUse:
-    """What one part takes, measured at most every `FRESH_S`. Any thread may call it.
+    """The disk use of one part, measured at most every `FRESH_S`. Thread-safe.
 
     Args:
-        folders: Its directories.
+        folders: The part's directories.
         clock: Monotonic seconds.
     """
 
@@ -83,7 +83,7 @@ class PartUse:
         self._used, self._due_s = 0, float("-inf")
 
     def __call__(self) -> float:
-        """Its bytes."""
+        """Returns the bytes."""
         now_s = self._clock()
         if now_s >= self._due_s:
             self._used = used_bytes(self._folders)
@@ -92,12 +92,12 @@ class PartUse:
 
 
 def offer(collected: CollectorRegistry, settings: Settings, parts: Iterable[str]) -> StorageMetrics:
-    """Offers used bytes, limit and disk of the parts that this process owns.
+    """Exports used bytes, limit and disk of the parts that this process owns.
 
     Args:
         collected: The metrics of this process.
         settings: The effective settings.
-        parts: Names of `state.storage.shares`.
+        parts: Names of parts in `state.storage.shares`.
     """
     metrics = StorageMetrics(collected)
     for part in parts:

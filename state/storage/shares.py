@@ -1,19 +1,19 @@
-"""How `storage.budget_gb` is divided among the parts, and how much of it each store and topic may take. Pure.
+"""Divides `storage.budget_gb` among the parts, and limits each store and topic. Pure.
 
-| part | share | what lies there | what keeps it there |
+| part | share | contents | enforced by |
 |---|---|---|---|
 | `kafka` | 40 % | the local Kafka: clicks, training log, dead letters, attributes | each topic's `retention.bytes` |
 | `registry` | 25 % | versions, bases, control | the compactor thins, and drops the oldest first |
-| `stream` | 15 % | the stream's attributes; its histories while it is stopped, or where memory has no room | the stores' maps |
-| `serving` | 15 % | serving's attributes and members of segments; its histories likewise, and its rows where memory has no room | the stores' maps |
+| `stream` | 15 % | attributes; histories, while stopped or if memory has no room | the stores' maps |
+| `serving` | 15 % | attributes, segments; likewise histories; rows if memory has no room | the stores' maps |
 | `logs` | 5 % | one log a process, and older ones | rotation by size |
 
-What lies in memory takes nothing of the disk; the share limits histories there
-too, for at a clean stop they come back.
+Stores in memory take no disk space. The share limits histories there too,
+because a clean stop writes them to disk.
 
-A part is kept at `KEPT` of its share, so that one beyond 90 % tells that what
-should keep it there does not. A cluster of one's own is not touched; nobody
-else takes its share then.
+A part is kept at `KEPT` of its share. So a part above 90 % shows that its
+mechanism fails. A Kafka cluster of the user's own is not limited; nothing else
+uses its share then.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ KAFKA, REGISTRY, STREAM, SERVING, LOGS = "kafka", "registry", "stream", "serving
 SHARES: Mapping[str, float] = {KAFKA: 0.40, REGISTRY: 0.25, STREAM: 0.15, SERVING: 0.15, LOGS: 0.05}
 KEPT = 0.8
 
-# Of a part's share; what is left over is for small files.
+# Shares of a part's share; the rest is for small files.
 _STORES: Mapping[str, Mapping[str, float]] = {
     STREAM: {layout.HISTORIES: 0.85, layout.ATTRIBUTES: 0.15},
     SERVING: {layout.HISTORIES: 0.65, layout.ATTRIBUTES: 0.1, layout.ROWS: 0.2, layout.SEGMENTS: 0.04},
 }
 _PAGE = 4096
-# A store that was larger than its share before there was one goes on, and has this much room to become smaller.
+# A store that was larger than its share before limits existed keeps working, and gets this much room to shrink.
 _SLACK, _SLACK_BYTES = 1.05, 64 << 20
 
 
 def budget_bytes(settings: Settings) -> int:
-    """The whole.
+    """The whole budget.
 
     >>> from state.config.settings import Settings
     >>> budget_bytes(Settings())
@@ -52,7 +52,7 @@ def budget_bytes(settings: Settings) -> int:
 
 
 def limit_bytes(settings: Settings, part: str) -> int:
-    """A part's share.
+    """The share of a part.
 
     >>> from state.config.settings import Settings
     >>> limit_bytes(Settings(), "registry")
@@ -62,7 +62,7 @@ def limit_bytes(settings: Settings, part: str) -> int:
 
 
 def kept_bytes(settings: Settings, part: str) -> int:
-    """How much a part should take at most: what removes the oldest aims at this.
+    """The target size of a part, for code that removes the oldest data.
 
     >>> from state.config.settings import Settings
     >>> kept_bytes(Settings(), "registry")
@@ -72,7 +72,7 @@ def kept_bytes(settings: Settings, part: str) -> int:
 
 
 def store_bytes(settings: Settings, part: str, store: str) -> int:
-    """The most that a store of a part may grow to, in whole pages.
+    """Maximum size of a store of a part, in whole pages.
 
     >>> from state.config.settings import Settings
     >>> store_bytes(Settings(), "stream", "histories")
@@ -82,13 +82,13 @@ def store_bytes(settings: Settings, part: str, store: str) -> int:
 
 
 def map_bytes(settings: Settings, part: str, store: str, folder: Path) -> int:
-    """The map that the writer of the store in `folder` opens it with: its share, or a little more than it has already.
+    """The map size with which the writer opens the store in `folder`: its share, or a little above its present size.
 
     Args:
         settings: The effective settings.
         part: `stream` or `serving`.
         store: Its name in `state/layout.py`.
-        folder: Where it lies or will lie.
+        folder: Present or future directory of the store.
     """
     most = {STREAM: settings.stream.map_gb, SERVING: settings.serving.map_gb}[part] << 30
     data = folder / layout.DATA
@@ -98,7 +98,7 @@ def map_bytes(settings: Settings, part: str, store: str, folder: Path) -> int:
 
 
 def folders(settings: Settings, part: str) -> list[Path]:
-    """The directories of a part; the stream's are all of its own under this state directory."""
+    """The directories of a part; for the stream, those of all streams under this state directory."""
     if part == STREAM:
         return [one.parent for one in layout.streams(settings.state_dir)]
     named = {

@@ -1,4 +1,4 @@
-"""Waits for room where a disk is full: what was refused is done again until it is done, is said once, and is counted."""
+"""Waits for disk space: retries an action until it succeeds, logs the wait once and counts it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error says that there is no room, itself or what it came from.
+    """Whether an error, or one of its causes, means that a disk or store is full.
 
     >>> is_full(OSError(28, "No space left on device")), is_full(OSError(5, "Input/output error"))
     (True, False)
@@ -36,10 +36,10 @@ def is_full(error: BaseException) -> bool:
 
 @contextmanager
 def unless_full(say: Callable[[str], object]) -> Iterator[None]:
-    """Ends the block where the disk is full, and says so: the caller sees that it was not done, and comes again.
+    """Ends the block quietly if the disk is full, and reports that. The caller has to notice and retry.
 
     Args:
-        say: Takes what was refused, and what to do.
+        say: Called with the error and what to do about it.
     """
     try:
         yield
@@ -50,13 +50,13 @@ def unless_full(say: Callable[[str], object]) -> Iterator[None]:
 
 
 class Room:
-    """The room that one part of a process needs. One thread calls `wait_for`.
+    """Waits for the disk space that one part of a process needs. One thread calls `wait_for`.
 
     Args:
-        part: Which one, of `state.storage.shares`.
-        metrics: Of this process.
-        sleep: Waits so many seconds; True where nobody is to wait any more.
-        say: Takes a form and what goes into it, as a logger's methods do.
+        part: Name of the part in `state.storage.shares`.
+        metrics: Metrics of this process.
+        sleep: Sleeps for the given seconds; returns True if the wait is to end.
+        say: A logger's method: takes a format string and its arguments.
     """
 
     def __init__(
@@ -71,19 +71,19 @@ class Room:
 
     @property
     def waits(self) -> bool:
-        """Whether something was refused and not done since."""
+        """Whether an action was refused and has not succeeded since."""
         return self._waits
 
     def wait_for(self, act: Callable[[], Done], what: str) -> Done:
-        """Does `act` again and again while it is refused for want of room; it must change nothing where it is refused.
+        """Retries `act` while there is no disk space. A refused `act` must have changed nothing.
 
         Args:
-            act: What needs room.
-            what: What waits, for the log.
+            act: The action that needs space.
+            what: Name of the waiting activity, for the log.
 
         Raises:
-            StoreFull, UnusableRegistry, OSError: There is no room, and nobody is to wait any more.
-            Exception: What `act` raises for another reason.
+            StoreFull, UnusableRegistry, OSError: There is no space, and the wait is to end.
+            Exception: Any other error of `act`.
         """
         while True:
             try:
@@ -99,7 +99,7 @@ class Room:
                 return done
 
     def refused(self, error: BaseException, what: str) -> None:
-        """There is no room: says so where that is new, and counts it."""
+        """Records that there is no space; logs and counts it if that is new."""
         if not self._waits:
             self._waits = True
             self._metrics.waits.labels(self._part).inc()
@@ -107,7 +107,7 @@ class Room:
             self._say("%s waits for room: %s", what, error)
 
     def found(self, what: str) -> None:
-        """There is room: says so where that is new."""
+        """Records that there is space; logs it if that is new."""
         if self._waits:
             self._waits = False
             self._metrics.waiting.labels(self._part).dec()

@@ -1,1 +1,1 @@
-"""Trials: second trainers on the same training log, where they lie, and how what they predict compares with what the live one does."""
+"""Trials: additional trainers on the same training log, their location, and the comparison with the live trainer."""

@@ -1,7 +1,7 @@
-"""What a trial's control takes over from the live one: who is left out, who is forgotten, and whether an operator pauses training.
+"""What a trial's control copies from the live control: masks, erasures, and whether training is paused.
 
-All of it is said with the live numbers: records of the training log name the
-generation of the live control that their stream knew.
+The generation numbers are those of the live control, because records of the
+training log name the live generation that their stream knew.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ FOLLOWED = ("masks", "lifted", "mask_generation", "last_mask", "erased", "traini
 def begun(
     live: Control, version: int | None, plan: dict[str, Any] | None, *, actor: str, reason: str, now_ms: int
 ) -> Control:
-    """The first generation of a trial's control: an epoch of its own, from a version of the live line or from nothing.
+    """The first generation of a trial's control: its own epoch, from a version of the live branch or from scratch.
 
     Args:
         live: The control of the live trainer.
-        version: To go on from; None for nothing.
-        plan: Of an upgrade, where the trial's model is another one; see `state/registry/upgrades.py`.
+        version: The version to continue from; None to start from scratch.
+        plan: Plan of an upgrade, if the trial has another model; see `state/registry/upgrades.py`.
         actor: Who began it.
         reason: Why.
         now_ms: Wall clock.
@@ -39,7 +39,7 @@ def begun(
 
 
 def followed(own: Control, live: Control) -> Control:
-    """The next generation of a trial's control; the same one where the live control wants nothing new.
+    """The next generation of a trial's control; the same one if the live control has nothing new.
 
     >>> from state.registry.control import train
     >>> live = start(actor="trainer", reason="first start", now_ms=0)

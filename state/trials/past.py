@@ -1,15 +1,15 @@
-"""What a trial's trainer learns before it follows the training log: past clicks up to a cut, where the log goes on.
+"""Past clicks that a trial's trainer learns before it follows the training log, up to a cut where the log takes over.
 
-    <its registry>/past.json    this; sealed as a manifest is, written once
+    <its registry>/past.json    this; sealed like a manifest, written once
 
-The cut is a durable version of the live trainer: the offset at which the
-training log goes on from it, and of each source of clicks the mark below which
-its rows are in the log before that offset. A row of a past click is learned
-where the live trainer would drop it behind the cut, as one that it has
-(`state.microbatch.cutting.trim`); what it would not drop comes with the log. So
-each click of the topic is learned once. Of files nobody knows the offsets: the
-cut is in log time there, and a click that reached the log late, with a time
-before the cut, is learned twice where a file has it too.
+The cut is a durable version of the live trainer. It gives the offset at which the
+training log continues from it. For each source of clicks it gives the mark below
+which rows are in the log before that offset. A past row is learned if the live
+trainer would drop it after the cut as a duplicate (`state.microbatch.cutting.trim`).
+Other rows come with the log. So each click of the topic is learned once.
+
+Files have no offsets, so for them the cut is in log time. A click that reached
+the log late, with a time before the cut, is learned twice if a file has it too.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Past:
     """The clicks to learn from, and the cut.
 
     Attributes:
-        files: Paths or globs of recorded clicks; empty: the clicks topic.
-        begin_ms: Log time from which on rows are learned; those before only fill histories.
+        files: Paths or globs of recorded clicks; if empty, the clicks topic.
+        begin_ms: Log time from which rows are learned; earlier ones only fill histories.
         until_ms: Log time of the cut.
         version: The live version at the cut.
-        log: Its part of the training log, whose `next` is the cut.
-        sources: Its marks.
+        log: That version's range of the training log, whose `next` is the cut.
+        sources: That version's next offset of each source.
     """
 
     files: tuple[str, ...]
@@ -58,7 +58,7 @@ class Past:
         return dict(self.sources)
 
     def has(self, batch: MicroBatch) -> NDArray[np.bool_]:
-        """`[n]` bool: which rows of a micro-batch in log time are to be learned."""
+        """The rows of a micro-batch in log time that are to be learned, `[n]` bool."""
         since: NDArray[np.bool_] = batch.at_ms >= self.begin_ms
         if self.files:
             return since & (batch.at_ms <= self.until_ms)
@@ -71,10 +71,10 @@ def past_until(version: Manifest | None, settings: RetrainSettings) -> Past:
 
     Args:
         version: The newest durable version of the live trainer; None for none.
-        settings: How far back, and from where.
+        settings: The length of the past, and its source.
 
     Raises:
-        RegistryError: Nothing was learned yet, so that there is no place at which the log could go on.
+        RegistryError: Nothing was learned yet, so there is no cut at which the log could continue.
     """
     if version is None or not version.sources or not version.event_time_ms:
         raise RegistryError(
@@ -86,7 +86,7 @@ def past_until(version: Manifest | None, settings: RetrainSettings) -> Past:
 
 
 def write_past(registry: Path, past: Past) -> None:
-    """Writes it into a trial's registry, which is being made; durable when this returns.
+    """Writes the past into a trial's registry under construction; durable when this returns.
 
     Raises:
         OSError: The disk refused.
@@ -95,7 +95,7 @@ def write_past(registry: Path, past: Past) -> None:
 
 
 def read_past(registry: Path) -> Past | None:
-    """The past that a trainer of a registry learns first; None for all but such trials.
+    """Reads the past that a registry's trainer learns first; None for a trainer without one.
 
     Raises:
         RegistryError: It is damaged.

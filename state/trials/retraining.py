@@ -1,11 +1,11 @@
-"""What is known of the scheduled retrain: since when, the newest one, and what became of it. The schedule is pure.
+"""State of the scheduled retrain: start of the schedule, the newest retrain, and its outcome. The schedule is pure.
 
-    trials/retrain.json    this; sealed as a manifest is, replaced as a whole
+    trials/retrain.json    this; sealed like a manifest, replaced as a whole
 
-The next one is due a span after the last one began, or after the schedule was
-first looked at; never while one is under way. A time that was missed is not
-made up for. A retrain is a trial of its name; what becomes of it is written here
-once, when it is over.
+The next retrain is due one interval after the last one began, or after the
+schedule was first read. It never begins while another is in progress. A missed
+time is not made up for. A retrain is a trial of its name; its outcome is written
+here once, when it is over.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from state.errors import RegistryError
 from state.registry import sealed
 
 Outcome = Literal["", "promoted", "dropped", "failed"]
-"""Empty while it is under way; `failed` where it could not be judged."""
+"""Empty while the retrain is in progress; `failed` if it could not be judged."""
 OUTCOMES = ("promoted", "dropped", "failed")
 
 
@@ -31,14 +31,14 @@ class Retraining:
     """The schedule and the newest retrain.
 
     Attributes:
-        since_ms: When the schedule was first looked at, wall clock.
-        name: Of the newest one's trial; empty before the first.
+        since_ms: When the schedule was first read, wall clock.
+        name: Name of the newest retrain's trial; empty before the first.
         begun_at_ms: When it began.
-        outcome: What became of it.
+        outcome: Its outcome.
         reason: Why.
-        ended_at_ms: When that was known; 0 while it is under way.
-        judged_at_ms: When one was last judged, promoted or dropped; 0 for never.
-        promoted_at_ms: When one was last promoted; 0 for never.
+        ended_at_ms: When the outcome was known; 0 while it is in progress.
+        judged_at_ms: When a retrain was last judged, promoted or dropped; 0 for never.
+        promoted_at_ms: When a retrain was last promoted; 0 for never.
     """
 
     since_ms: int
@@ -52,7 +52,7 @@ class Retraining:
 
     @property
     def under_way(self) -> bool:
-        """Whether one began and is not over.
+        """Whether a retrain began and is not over.
 
         >>> schedule = Retraining(0)
         >>> schedule.under_way, schedule.begin(5).under_way, schedule.begin(5).end("dropped", "worse", 9).under_way
@@ -61,7 +61,7 @@ class Retraining:
         return bool(self.name) and not self.outcome
 
     def due_ms(self, every_ms: float) -> int:
-        """When the next one is to begin, where none is under way.
+        """When the next retrain is due, if none is in progress.
 
         >>> Retraining(100).due_ms(1000), Retraining(100).begin(5000).end("dropped", "worse", 5900).due_ms(1000)
         (1100, 6000)
@@ -69,7 +69,7 @@ class Retraining:
         return max(self.since_ms, self.begun_at_ms) + round(every_ms)
 
     def is_due(self, every_ms: float, now_ms: int) -> bool:
-        """Whether one is to begin now.
+        """Whether a retrain is due now.
 
         >>> schedule = Retraining(0).begin(1000)
         >>> schedule.is_due(500, 9000), schedule.end("dropped", "worse", 1200).is_due(500, 1499)
@@ -78,7 +78,7 @@ class Retraining:
         return not self.under_way and now_ms >= self.due_ms(every_ms)
 
     def begin(self, now_ms: int) -> Retraining:
-        """Once one begins; it is named after the moment.
+        """The state when a retrain begins; its name is its time.
 
         >>> Retraining(0).begin(1_795_737_600_000).name
         'retrain-20261127-000000'
@@ -87,7 +87,7 @@ class Retraining:
         return replace(self, name=name, begun_at_ms=now_ms, outcome="", reason="", ended_at_ms=0)
 
     def end(self, outcome: Outcome, reason: str, now_ms: int) -> Retraining:
-        """Once it is over."""
+        """The state when the retrain is over."""
         ended = replace(self, outcome=outcome, reason=reason, ended_at_ms=now_ms)
         if outcome != "failed":
             ended = replace(ended, judged_at_ms=now_ms)
@@ -105,7 +105,7 @@ class Retrainings:
         self.path = state / layout.TRIALS / layout.RETRAIN
 
     def read(self) -> Retraining | None:
-        """What is known; None before anybody looked at the schedule.
+        """Reads the document; None before the schedule was first read.
 
         Raises:
             RegistryError: It is damaged.
@@ -121,11 +121,11 @@ class Retrainings:
             ) from error
 
     def change(self, transition: Callable[[Retraining | None], Retraining]) -> Retraining:
-        """Takes it on; durable when this returns.
+        """Applies a transition; durable when this returns.
 
         Raises:
-            RegistryError: It is damaged.
-            OSError: The disk refused; what was there stays.
+            RegistryError: The document is damaged.
+            OSError: The disk refused; the document is unchanged.
         """
         before = self.read()
         after = transition(before)

@@ -1,16 +1,18 @@
-"""The losses of each row of the training log as one trainer scored it, before it learned: bounded files beside its registry.
+"""Files with the loss of each row of the training log, as one trainer scored it before learning. Bounded size.
 
-    losses/<name>.wanted       somebody reads them: a trainer writes only while there is one
-    losses/<number>.losses     frames, one a record of the training log, in the order in which it was taken
+    losses/<name>.wanted       a reader exists: a trainer writes only while there is such a file
+    losses/<number>.losses     frames, one for each record of the training log, in the order of training
 
-A frame is its head (offset int64, rows uint32, CRC-32 of what follows, uint32),
-then of each row with a category the block of its user (uint16, `users modulo
-BLOCKS`: no pseudonym is in it), then its log loss (float64), all little-endian.
+A frame has three parts, all little-endian:
 
-Each start of a trainer begins another file, so that only the last frame of one
-may be torn; it is never read. What a trainer learns again after a crash is in
-the files again. Nothing is synced: what a power cut takes is paired with
-nothing.
+- its header: offset int64, rows uint32, CRC-32 of the rest, uint32;
+- for each row with a category the block of its user, uint16: `users modulo BLOCKS`, so it has no pseudonym;
+- the log loss of each of these rows, float64.
+
+Each start of a trainer begins a new file, so only the last frame of a file may be
+torn; a torn frame is never read. Records that a trainer learns again after a crash
+are in the files again. Nothing is synced. Losses that a power failure destroys are
+left out of the comparison.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ F64 = NDArray[np.float64]
 
 SEGMENT_BYTES = 4 << 20
 SEGMENTS = 8
-"""Files that are kept; at 5,000 rows a second one is filled in 80 s."""
+"""Number of files that are kept; at 5,000 rows a second one is filled in 80 s."""
 
 _HEAD = struct.Struct("<qII")
 _ROW_BYTES = 10
@@ -43,10 +45,10 @@ _WANTED, _SEGMENT = ".wanted", ".losses"
 
 
 class RowLosses(NamedTuple):
-    """The rows of one record that have a category.
+    """Losses of the rows of one record that have a category.
 
     Attributes:
-        offset: The record's, in the training log.
+        offset: Offset of the record in the training log.
         blocks: `[n]` uint16, the blocks of their users.
         losses: `[n]` float64, their log losses in nats.
     """
@@ -65,11 +67,11 @@ def blocks_of(users: NDArray[np.uint64]) -> Blocks:
     return (users % np.uint64(BLOCKS)).astype(np.uint16)
 
 
-# Who reads
+# Readers
 
 
 def want(registry: Path, name: str) -> None:
-    """Lets the trainer of a registry write its losses; asked again it changes nothing.
+    """Requests that the trainer of a registry writes its losses; idempotent.
 
     Raises:
         OSError: The disk refused.
@@ -81,7 +83,7 @@ def want(registry: Path, name: str) -> None:
 
 
 def unwant(registry: Path, name: str) -> None:
-    """Takes that back; the trainer removes the files where nobody else reads them.
+    """Withdraws the request; the trainer removes the files if there is no other reader.
 
     Raises:
         OSError: The disk refused.
@@ -90,14 +92,14 @@ def unwant(registry: Path, name: str) -> None:
 
 
 def is_wanted(registry: Path) -> bool:
-    """Whether somebody reads the losses of a registry's trainer."""
+    """Whether the losses of a registry's trainer have a reader."""
     try:
         return any(path.name.endswith(_WANTED) for path in (registry / layout.LOSSES).iterdir())
     except OSError:
         return False
 
 
-# What is written
+# Files
 
 
 def segments(registry: Path) -> list[int]:
@@ -110,23 +112,23 @@ def segments(registry: Path) -> list[int]:
 
 
 def path_of(registry: Path, segment: int) -> Path:
-    """The file of a number."""
+    """The path of a file by its number."""
     return registry / layout.LOSSES / f"{segment:08d}{_SEGMENT}"
 
 
 def remove_all(registry: Path) -> None:
-    """Removes what was written; only for the trainer."""
+    """Removes all files of losses. Only the trainer calls it."""
     for segment in segments(registry):
         path_of(registry, segment).unlink(missing_ok=True)
 
 
 class LossWriter:
-    """Writes the losses of one start of a trainer, in files that begin with it. One thread.
+    """Writes the losses of one start of a trainer, in new files. Use it from one thread only.
 
     Args:
-        registry: The trainer's registry; its `losses/` is there.
-        segment_bytes: How large a file becomes.
-        kept: How many files are kept.
+        registry: The trainer's registry; its `losses/` exists.
+        segment_bytes: Size at which a new file begins.
+        kept: Number of files that are kept.
     """
 
     def __init__(self, registry: Path, segment_bytes: int = SEGMENT_BYTES, kept: int = SEGMENTS) -> None:
@@ -134,10 +136,10 @@ class LossWriter:
         self._handle, self._bytes = -1, 0
 
     def append(self, record: RowLosses) -> None:
-        """Writes a record's frame with one call of the system: a reader in another process sees it at once.
+        """Writes a record's frame with one system call, so that a reader in another process sees it at once.
 
         Raises:
-            OSError: The disk refused; the next frame begins another file.
+            OSError: The disk refused; the next frame begins a new file.
         """
         body = record.blocks.astype("<u2").tobytes() + record.losses.astype("<f8").tobytes()
         frame = _HEAD.pack(record.offset, len(record.losses), zlib.crc32(body)) + body
@@ -149,7 +151,7 @@ class LossWriter:
         self._bytes += len(frame)
 
     def close(self) -> None:
-        """Ends the file."""
+        """Closes the file."""
         if self._handle >= 0:
             os.close(self._handle)
         self._handle = -1
@@ -164,11 +166,11 @@ class LossWriter:
         self._bytes = 0
 
 
-# What is read
+# Reading
 
 
 class LossReader:
-    """Reads what a trainer writes, from the oldest file that is kept on. One thread.
+    """Reads a trainer's losses, beginning with the oldest file that is kept. Use it from one thread only.
 
     Args:
         registry: The trainer's registry.
@@ -179,7 +181,7 @@ class LossReader:
         self._segment = self._at = 0
 
     def read(self) -> list[RowLosses]:
-        """What came since the last call, of one file at most; a torn frame at the end of an older file is passed over."""
+        """Returns the new records of at most one file. Skips a torn frame at the end of an older file."""
         for segment in segments(self._registry):
             if segment < self._segment:
                 continue
@@ -198,7 +200,7 @@ class LossReader:
 
 
 def _frames(data: bytes) -> Iterator[RowLosses]:
-    """The whole frames at the beginning of `data`."""
+    """The complete frames at the beginning of `data`."""
     at = 0
     while at + _HEAD.size <= len(data):
         offset, rows, checksum = _HEAD.unpack_from(data, at)

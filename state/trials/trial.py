@@ -1,13 +1,13 @@
-"""What a trial is, and where trials lie: a directory each, with a document that says what somebody wants of it.
+"""Trials and their directories, each with a document of the trial's desired state.
 
     trials/lock                  of the process that runs them
-    trials/<name>/trial.json     who wants what of it; replaced as a whole, under its `lock`
-    trials/<name>/registry/      of its own trainer; it goes once nobody needs what it learned
+    trials/<name>/trial.json     the desired state; replaced as a whole, under its `lock`
+    trials/<name>/registry/      of its own trainer; removed once nobody needs its weights
     trials/<name>/comparison.json    see `state/trials/comparison.py`
 
-Commands write what is wanted; the process that runs trials converges to it,
-also after an outage. A trial is tied to the epoch of the live trainer in which
-it began: where that one goes back, so that it learns other rows, the trial ends.
+Commands write the desired state. The process that runs trials converges to it,
+also after an outage. A trial belongs to the epoch of the live trainer in which it
+began. If the live trainer is rolled back, it learns other rows, so the trial ends.
 """
 
 from __future__ import annotations
@@ -29,10 +29,15 @@ from state.registry import sealed
 
 DOCUMENT = "trial.json"
 MOST_RUNNING = 4
-"""Trials at once: each has a trainer, whose memory is that of the live one."""
+"""Trials at once. Each has a trainer, which needs as much memory as the live one."""
 
 Wanted = Literal["running", "promoting", "promoted", "stopped", "ended"]
-"""`promoting` while its trainer ends, `promoted` once the live trainer is to go on from it, `ended` by itself."""
+"""Desired state of a trial.
+
+promoting  its trainer is shutting down
+promoted   the live trainer continues from it
+ended      it ended without a command
+"""
 Origin = Literal["live", "nothing", "clicks"]
 
 _GONE = ".gone."
@@ -41,22 +46,22 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
 
 @dataclass(frozen=True)
 class Trial:
-    """A trial.
+    """A trial and its desired state.
 
     Attributes:
         name: Its name.
-        wanted: What is wanted of it.
-        actor: Who wants that.
+        wanted: The desired state.
+        actor: Who requested that state.
         reason: Why.
-        at_ms: Since when, wall clock.
-        begun_by: Who began it.
+        at_ms: When, wall clock.
+        begun_by: Who began the trial.
         begun_for: Why.
         begun_at_ms: When.
-        origin: What its trainer began with: the live version, nothing, or past clicks (`state/trials/past.py`).
-        version: That version; None for the others.
-        epoch: Of the live trainer when it began.
-        overrides: Settings in which it differs, by name, as text.
-        promoted_epoch: In which the live trainer goes on from it; 0 for none.
+        origin: What its trainer started from: the live version, nothing, or past clicks (`state/trials/past.py`).
+        version: That version; None for the other origins.
+        epoch: Epoch of the live trainer when the trial began.
+        overrides: Settings that differ from the live ones, by name, as text.
+        promoted_epoch: Epoch in which the live trainer continues from it; 0 for none.
     """
 
     name: str
@@ -75,20 +80,20 @@ class Trial:
 
     @property
     def runs(self) -> bool:
-        """Whether its trainer is to run."""
+        """Whether its trainer should run."""
         return self.wanted == "running"
 
     def wants(self, wanted: Wanted, *, actor: str, reason: str, now_ms: int, promoted_epoch: int = 0) -> Trial:
-        """The trial once something else is wanted of it."""
+        """The trial with another desired state."""
         changes: dict[str, Any] = {"actor": actor, "reason": reason, "at_ms": now_ms, "promoted_epoch": promoted_epoch}
         return replace(self, wanted=wanted, **changes)
 
 
 def require_name(name: str) -> None:
-    """Refuses what cannot be a trial's name: it is one of a directory, a log and a label.
+    """Refuses an invalid name of a trial. It names a directory, a log and a label too.
 
     Raises:
-        SettingsError: It is none.
+        SettingsError: The name is invalid.
 
     >>> require_name("wider-rows")
     """
@@ -113,7 +118,7 @@ class Trials:
         return self.path / name
 
     def registry(self, name: str) -> Path:
-        """The registry of a trial; it is there as long as somebody may need what it learned."""
+        """The registry of a trial; it exists as long as somebody may need what it learned."""
         return layout.trial_registry(self.path.parent, name)
 
     def all(self) -> list[Trial]:
@@ -125,7 +130,7 @@ class Trials:
         return [self.read(path.parent.name) for path in sorted(self.path.glob(f"[!.]*/{DOCUMENT}"))]
 
     def open(self) -> list[str]:
-        """The names of trials that still have a registry, or a part of one: there is something to run, or to remove."""
+        """The names of trials with a registry or a part of one: there is something to run or to remove."""
         left = (path for name in (layout.REGISTRY, f"{_GONE}*") for path in self.path.glob(f"[!.]*/{name}"))
         return sorted({path.parent.name for path in left})
 
@@ -147,21 +152,21 @@ class Trials:
             ) from error
 
     def has(self, name: str) -> bool:
-        """Whether there is, or was, a trial of a name."""
+        """Whether a trial of this name exists or existed."""
         return (self.folder(name) / DOCUMENT).exists()
 
     def add(self, trial: Trial, fill: Callable[[Path], None]) -> None:
-        """Adds a trial; it is there whole, or not at all.
+        """Adds a trial, completely or not at all.
 
-        1. It is built aside, and synced.
-        2. One rename makes it appear.
+        1. It is built under a temporary name, and synced.
+        2. One rename makes it visible.
 
         Args:
             trial: The trial.
-            fill: Fills its registry's directory, which is there.
+            fill: Fills its registry's directory, which exists.
 
         Raises:
-            RegistryError: There is one of its name.
+            RegistryError: A trial of that name exists.
             OSError: The disk refused.
         """
         final, aside = self.folder(trial.name), self.path / f".{trial.name}~{durable.owner_mark()}"
@@ -183,12 +188,12 @@ class Trials:
             shutil.rmtree(aside, ignore_errors=True)
 
     def change(self, name: str, transition: Callable[[Trial], Trial]) -> Trial:
-        """Takes a trial on by a pure transition; durable when this returns.
+        """Applies a pure transition to a trial; durable when this returns.
 
         Raises:
             RegistryError: There is no such trial.
-            LockHeld: Somebody else does so right now.
-            SpringtideError: Of the transition.
+            LockHeld: Another process is changing it.
+            SpringtideError: Raised by the transition.
         """
         with self._changing(name):
             before = self.read(name)
@@ -204,20 +209,20 @@ class Trials:
             yield
 
     def drop_registry(self, name: str) -> None:
-        """Removes what a trial's trainer learned; its document and its comparison stay.
+        """Removes the registry of a trial; its document and its comparison stay.
 
         Raises:
             OSError: The disk refused.
         """
         registry, folder = self.registry(name), self.folder(name)
         if registry.is_dir():
-            # By one rename: a half removed one is never taken for a registry.
+            # One rename, so that a half-removed registry is never taken for one.
             registry.rename(folder / f"{_GONE}{os.urandom(4).hex()}")
         for gone in folder.glob(f"{_GONE}*"):
             shutil.rmtree(gone)
 
     def sweep(self) -> None:
-        """Removes what commands that died left of trials that they were about to add.
+        """Removes what killed commands left of trials that they were adding.
 
         Raises:
             OSError: The disk refused.

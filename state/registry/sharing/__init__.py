@@ -1,1 +1,1 @@
-"""A registry that several hosts share: what lies in an object store, and how each host's directory is kept in step with it."""
+"""Sharing a registry between hosts through an object store, and keeping each host's directory in sync with it."""

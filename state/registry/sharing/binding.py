@@ -1,11 +1,11 @@
-"""Where a registry is shared: the note in its directory of the place, and whether the directory is a copy or the origin.
+"""Binding of a registry directory to the object store where it is shared, as the origin or as a copy.
 
-A registry that is shared lies in a place for files (`state/places`), by the
-names that its directory has, and each host has a directory of its own. The
-trainer's is the origin: what it publishes is durable there first and goes to
-the place behind its back. All others are copies: names of versions are brought
-at once, their files when somebody reads them. Control is created in the place,
-where only one can, before it counts anywhere.
+A shared registry is in an object store (`state/places`), under the file names of
+a registry directory. Each host has a directory of its own. The trainer's is the
+origin: what it publishes is durable there first, and is pushed to the object
+store in the background. All others are copies: they fetch names of versions at
+once, and files when they are read. Control is created exclusively in the object
+store before it takes effect anywhere.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ from state.places.place import FilePlace
 
 FILE = "shared.json"
 EXCLUSIVE = "exclusive"
-"""The file by which a place shows that it creates exclusively."""
+"""The file with which a store is tested for exclusive creation."""
 
 
 @dataclass(frozen=True)
 class Binding:
-    """What a registry's directory notes.
+    """Where a registry's directory is shared, as stored in the directory.
 
     Attributes:
-        url: The place.
-        claim: The number under which the trainer here owns the versions; 0 where the directory is a copy.
+        url: URL of the object store.
+        claim: The claim number under which the trainer here owns the versions; 0 for a copy.
     """
 
     url: str
@@ -40,15 +40,15 @@ class Binding:
 
     @property
     def is_copy(self) -> bool:
-        """Whether another host's trainer makes the versions, or none does yet."""
+        """Whether another host's trainer creates the versions, or none does yet."""
         return self.claim == 0
 
 
 def bound(path: Path) -> Binding | None:
-    """What the directory notes; None where it is shared with nobody.
+    """Reads the binding of a directory; None if it is not shared.
 
     Raises:
-        SettingsError: The note is damaged.
+        SettingsError: The binding is damaged.
     """
     try:
         return Binding(**json.loads((path / FILE).read_bytes()))
@@ -61,10 +61,10 @@ def bound(path: Path) -> Binding | None:
 
 
 def bind(path: Path, url: str) -> Binding:
-    """Notes where the registry is shared, durably, where that is new.
+    """Binds a directory to an object store, durably, unless it is bound already.
 
     Raises:
-        SettingsError: It is shared elsewhere already.
+        SettingsError: The directory is bound to another store.
         OSError: The directory cannot be written.
     """
     found = bound(path)
@@ -74,10 +74,10 @@ def bind(path: Path, url: str) -> Binding:
 
 
 def require_as_set(settings: Settings) -> None:
-    """Refuses settings that say otherwise than the note.
+    """Refuses settings that contradict the binding.
 
     Raises:
-        SettingsError: The directory is shared elsewhere, or is shared and the settings do not say so.
+        SettingsError: The directory is bound to another store, or is bound and the settings name no store.
     """
     found, url = bound(settings.registry_dir), settings.paths.shared_registry
     if found is not None and found.url != url:
@@ -92,7 +92,7 @@ def _elsewhere(path: Path, url: str, asked: str) -> SettingsError:
 
 
 def note(path: Path, binding: Binding) -> Binding:
-    """Writes the note, durably.
+    """Writes the binding, durably.
 
     Raises:
         OSError: The directory cannot be written.
@@ -106,10 +106,10 @@ def note(path: Path, binding: Binding) -> Binding:
 
 
 def open_exclusive(url: str) -> FilePlace:
-    """The place, which has shown that of two who create a file one is refused.
+    """Opens the object store after a test that it supports exclusive creation.
 
     Raises:
-        UnusablePlace: It cannot be reached, or replaces what is there.
+        UnusablePlace: It cannot be reached, or replaces existing files.
     """
     place = open_place(url)
     if place.create(EXCLUSIVE, b"") and place.create(EXCLUSIVE, b""):

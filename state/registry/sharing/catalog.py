@@ -1,8 +1,8 @@
-"""The catalogue of a shared registry: which versions and programs lie there, so that one request tells a host what there is.
+"""Catalogue of a shared registry: the versions and programs in the object store, readable with one request.
 
-Whoever sends a version writes its files, its manifest, then the catalogue;
-whoever takes one away writes the catalogue first. So what the catalogue names
-is complete, but for a moment in which something goes.
+A sender of a version writes its files, its manifest, then the catalogue. A
+deletion changes the catalogue first. So everything that the catalogue names is
+complete, except for a moment during a deletion.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ NAME = "catalog.json"
 
 @dataclass(frozen=True)
 class Catalog:
-    """What lies in the place.
+    """The contents of the object store.
 
     Attributes:
-        serial: Grows with each change.
-        claim: Of the trainer that wrote it.
+        serial: Serial number; grows with each change.
+        claim: Claim of the trainer that wrote it.
         last: The highest number that any version has had.
-        folders: Of each durable version its folder, such as `bases/000000000001`, and the mark of its manifest.
+        folders: Folder of each durable version, such as `bases/000000000001` -> mark of its manifest.
         programs: Digests of the programs.
     """
 
@@ -38,10 +38,10 @@ class Catalog:
 
 
 def at_place(place: FilePlace) -> Catalog:
-    """The catalogue there, for whoever writes it; an empty one where there is none, or a damaged one.
+    """Reads the catalogue in order to update it; an empty one if it is missing or damaged.
 
     Raises:
-        UnusablePlace: The place cannot be reached.
+        UnusablePlace: The object store cannot be reached.
     """
     try:
         return decode(place.read(NAME))
@@ -59,7 +59,7 @@ def version_of(folder: str) -> int:
 
 
 def mark_of(data: bytes) -> str:
-    """What tells a manifest that was rewritten from the one before.
+    """A mark that changes when a manifest is rewritten.
 
     >>> len(mark_of(b"{}"))
     16
@@ -68,7 +68,7 @@ def mark_of(data: bytes) -> str:
 
 
 def encode(catalog: Catalog) -> bytes:
-    """`catalog` as JSON with its digest.
+    """Encodes `catalog` as JSON with its digest.
 
     >>> decode(encode(Catalog(3, 1, 7, {"bases/000000000001": "ab"}))).folders
     {'bases/000000000001': 'ab'}
@@ -84,7 +84,7 @@ def encode(catalog: Catalog) -> bytes:
 
 
 def decode(data: bytes) -> Catalog:
-    """What `encode` wrote.
+    """Decodes what `encode` wrote.
 
     Raises:
         ValueError: It is damaged.

@@ -1,9 +1,9 @@
-"""Which trainer owns the versions of a shared registry: the one with the newest claim, whoever else still runs.
+"""Ownership of a shared registry's versions: the trainer with the newest claim owns them, even if others still run.
 
-A claim is a file `trainers/<number>.json`, created exclusively. Before it sends
-anything a trainer looks whether there is a newer claim than its own: one that
-was thought dead ends there, as a fenced writer of Kafka does. A new owner's
-numbers of versions begin far beyond any that the one before may have used.
+A claim is a file `trainers/<number>.json`, created exclusively. Before a trainer
+sends anything, it checks for a claim newer than its own. A trainer that was
+presumed dead stops there, like a fenced producer of Kafka. The version numbers
+of a new owner begin far beyond any that the previous one may have used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def take(place: FilePlace, now_ms: int) -> int:
     """Claims the versions; returns the claim's number.
 
     Raises:
-        UnusablePlace: The place cannot be reached.
+        UnusablePlace: The object store cannot be reached.
     """
     number = newest(place) + 1
     while not place.create(_name(number), json.dumps({"host": HOST, "at_ms": now_ms}).encode()):
@@ -30,20 +30,20 @@ def take(place: FilePlace, now_ms: int) -> int:
 
 
 def newest(place: FilePlace) -> int:
-    """The number of the newest claim; 0 where there is none.
+    """The number of the newest claim; 0 if there is none.
 
     Raises:
-        UnusablePlace: The place cannot be reached.
+        UnusablePlace: The object store cannot be reached.
     """
     return max((int(name.partition(".")[0]) for name in place.names(FOLDER)), default=0)
 
 
 def require_newest(place: FilePlace, own: int) -> None:
-    """Looks whether the claim is still the newest one; one request.
+    """Checks with one request that the claim is still the newest one.
 
     Raises:
         LockHeld: Another trainer has claimed the versions since.
-        UnusablePlace: The place cannot be reached.
+        UnusablePlace: The object store cannot be reached.
     """
     try:
         by = json.loads(place.read(_name(own + 1)))["host"]

@@ -1,14 +1,15 @@
-"""Sends what the trainer of a shared registry publishes to its place: recent versions in packs, durable ones file by file.
+"""Pushes the versions of a shared registry's trainer to the object store: recent ones in packs, durable ones by file.
 
-A recent version goes as soon as it is there and the one before it has gone,
-several in one pack, at most one pack each `share_s`. A durable one goes with
-its program: its files, its manifest, the catalogue; so it is there whole or
-not at all. One that goes leaves the catalogue first. What is refused stays
-here, durable, and is sent when the place can be reached again; the steps and
-the versions of this host never wait for it.
+Recent versions are sent as soon as they exist and the pack before is sent. A pack
+has several versions, and there is at most one pack per `share_s`. A durable
+version is sent with its program: its files, its manifest, the catalogue. So it is
+visible completely or not at all. A version that is deleted leaves the catalogue first.
 
-Before anything counts there the claim is looked at: another trainer's that is
-newer ends this one (`claims.py`).
+If a request fails, the version stays here, durable, and is sent once the store
+can be reached again. Training and publishing on this host never wait for it.
+
+Before anything takes effect in the store, the claim is checked. A newer claim of
+another trainer ends this one (`claims.py`).
 """
 
 from __future__ import annotations
@@ -32,21 +33,21 @@ from state.registry.sharing import pack as packs
 from state.registry.sharing.catalog import Catalog
 
 KEPT_PACKS_S = 60.0
-"""How long a pack stays there; the newest one stays until there is another."""
+"""How long a pack is kept in the store; the newest one stays until there is another."""
 FENCE_S = 5.0
 MOST_IN_PACK = 64
 TICK_NS = 100_000_000
-"""A directory that changes again within one tick of the file system's clock keeps its time."""
+"""A directory that changes twice within one tick of the file system's clock keeps its modification time."""
 
 
 class RecentSender:
-    """Sends recent versions. One thread.
+    """Pushes recent versions. Use it from one thread only.
 
     Args:
-        path: The registry's directory, of which the caller holds the trainer's lock.
-        place: Where the registry is shared.
-        claim: The number under which this trainer owns the versions.
-        serial: Of the newest catalogue.
+        path: The registry's directory; the caller holds the trainer's lock.
+        place: The object store.
+        claim: The claim number under which this trainer owns the versions.
+        serial: Returns the serial number of the newest catalogue.
         elapsed: Monotonic seconds.
     """
 
@@ -66,10 +67,10 @@ class RecentSender:
         self._old: list[str] | None = None
 
     def send(self) -> int:
-        """Sends what came since the last call; returns how many versions went.
+        """Sends the versions that are new since the last call; returns how many.
 
         Raises:
-            UnusablePlace: The place cannot be reached; they go with the next call, where they are still here.
+            UnusablePlace: The object store cannot be reached. The next call sends them if they still exist here.
             LockHeld: Another trainer owns the versions.
         """
         if self._old is None:
@@ -90,7 +91,7 @@ class RecentSender:
         return len(versions)
 
     def _whole(self, numbers: list[int]) -> Iterator[tuple[int, Mapping[str, bytes]]]:
-        """The files of recent versions that are still here, the manifest the last of each."""
+        """The files of recent versions that still exist here; the manifest is the last file of each."""
         for number in numbers:
             folder = self._registry.folder("recent", number)
             try:
@@ -101,7 +102,7 @@ class RecentSender:
             yield number, files | {MANIFEST: manifest.encode(found)}
 
     def _remove_old(self) -> None:
-        """What a trainer before this one left goes once there is something newer."""
+        """Removes old packs, and those of a previous trainer once there is something newer."""
         while self._old:
             self._place.remove(self._old[-1])
             self._old.pop()
@@ -111,12 +112,12 @@ class RecentSender:
 
 
 class DurableSender:
-    """Sends durable versions, and takes those away that went here. One thread.
+    """Pushes durable versions, and deletes those that were deleted here. Use it from one thread only.
 
     Args:
-        path: The registry's directory, of which the caller holds the trainer's lock.
-        place: Where the registry is shared.
-        claim: The number under which this trainer owns the versions.
+        path: The registry's directory; the caller holds the trainer's lock.
+        place: The object store.
+        claim: The claim number under which this trainer owns the versions.
     """
 
     def __init__(self, path: Path, place: FilePlace, claim: int) -> None:
@@ -130,14 +131,14 @@ class DurableSender:
 
     @property
     def serial(self) -> int:
-        """Of the newest catalogue."""
+        """Serial number of the newest catalogue."""
         return 0 if self._catalog is None else self._catalog.serial
 
     def send(self) -> bool:
-        """Sends one version, the oldest that is missing there, or takes away what went here; says whether there was anything.
+        """Sends the oldest version that the store lacks, or deletes what was deleted here; returns whether it did so.
 
         Raises:
-            UnusablePlace: The place cannot be reached; nothing that the catalogue there names is incomplete.
+            UnusablePlace: The object store cannot be reached. Everything that its catalogue names is complete.
             LockHeld: Another trainer owns the versions.
         """
         if self._catalog is None:
@@ -159,12 +160,12 @@ class DurableSender:
         return bool(missing or gone)
 
     def _changed_ns(self) -> tuple[int, ...]:
-        """When names in the folders of durable versions changed last."""
+        """When the folders of durable versions last changed."""
         with usable("be listed"):
             return tuple((self._path / folder).stat().st_mtime_ns for folder in VERSIONED)
 
     def _begin(self) -> Catalog:
-        """The catalogue there; what a trainer that was killed left beside it goes."""
+        """Reads the catalogue, and removes files that a killed trainer left outside it."""
         found = catalogs.at_place(self._place)
         here = self._here(found.folders)
         for folder in VERSIONED:
@@ -175,7 +176,7 @@ class DurableSender:
         return found
 
     def _here(self, known: Mapping[str, str]) -> dict[str, str]:
-        """Folder -> mark of its manifest, of all durable versions here; those that are not brought yet as they are known."""
+        """Folder -> mark of its manifest, for all durable versions here; `known` marks for those not fetched yet."""
         found = {}
         with usable("be listed"):
             for folder in VERSIONED:
@@ -206,10 +207,10 @@ class DurableSender:
             files = {name: self._registry.read(found, name) for name in found.files}
             program = self._program(found.program)
         except (FileNotFoundError, UnknownVersion):
-            # The compactor took it away meanwhile.
+            # The compactor removed it meanwhile.
             return
         except (ValueError, CorruptVersion):
-            # Whoever loads it here sets it aside; nobody is given it.
+            # The code that loads it here sets it aside; it is not sent to anyone.
             self._damaged.add((folder, catalogs.mark_of(data)))
             return
         claims.require_newest(self._place, self._claim)
@@ -229,7 +230,7 @@ class DurableSender:
         killpoints.reach("share.named")
 
     def _program(self, digest: str) -> bytes | None:
-        """A program that is not there yet; None where it is, or where nobody has it."""
+        """A program that the store lacks; None if the store has it or it does not exist."""
         assert self._catalog is not None
         if digest in self._catalog.programs:
             return None
@@ -239,7 +240,7 @@ class DurableSender:
             return None
 
     def _take_away(self, gone: list[str]) -> None:
-        """1. The catalogue. 2. Manifests. 3. Files. 4. Programs that nobody names here any more."""
+        """1. The catalogue. 2. Manifests. 3. Files. 4. Programs that no longer exist here."""
         assert self._catalog is not None
         folders = {name: mark for name, mark in self._catalog.folders.items() if name not in gone}
         kept = {path.stem for path in (self._path / layout.PROGRAMS).glob("*.tflite")}
@@ -259,7 +260,7 @@ class DurableSender:
             self._place.remove(f"{layout.PROGRAMS}/{digest}.tflite")
 
     def _write(self, folders: Mapping[str, str], programs: set[str]) -> None:
-        """Writes the catalogue, where nobody else owns the versions by now."""
+        """Writes the catalogue, unless another trainer owns the versions by now."""
         claims.require_newest(self._place, self._claim)
         last = self._registry.next_number() - 1
         made = Catalog(self.serial + 1, self._claim, last, dict(folders), tuple(sorted(programs)))
@@ -268,7 +269,7 @@ class DurableSender:
 
 
 def _age(folder: str) -> tuple[int, bool]:
-    """By number, a base before a delta of the same number: whoever follows meanwhile finds what leads on.
+    """Sort key: by number, a base before a delta of the same number, so that followers find the base first.
 
     >>> sorted(["versions/000000000002", "bases/000000000002", "versions/000000000001"], key=_age)
     ['versions/000000000001', 'bases/000000000002', 'versions/000000000002']

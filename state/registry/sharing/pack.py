@@ -1,11 +1,11 @@
-"""Several recent versions in one file: what a host has to bring once a second, by one request. Pure.
+"""Packs several recent versions into one file, so that a host fetches them with one request a second. Pure.
 
     32 bytes   SHA-256 of what follows
-    the rest   one zstd frame: 8 bytes, the length of the head (little endian); the head, JSON; the files one after another
+    the rest   one zstd frame: head length (8 bytes, little endian), head (JSON), the files one after another
 
-The head names the files of each version with their sizes, and the serial of
-the catalogue. A pack is named by its first version, so that whoever has the
-version before knows what to ask for.
+The head has the files of each version with their sizes, and the serial number of
+the catalogue. A pack is named by its first version, so a host that has the
+previous version knows the name to request.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ FOLDER = "recent"
 DIGEST_BYTES, LENGTH_BYTES = 32, 8
 LEVEL = 1
 MOST_BYTES = 1 << 32
-"""Of a pack that is unpacked; one of a second of the busiest trainer has some megabytes."""
+"""Size limit of an unpacked pack. One second of the busiest trainer takes some megabytes."""
 
 
 class Pack(NamedTuple):
-    """What a pack holds.
+    """The contents of a pack.
 
     Attributes:
-        serial: Of the catalogue when it was made.
+        serial: Serial number of the catalogue when the pack was built.
         versions: (number, files by name) of each version, ascending.
     """
 
@@ -46,7 +46,7 @@ def name_of(first: int) -> str:
 
 
 def encode(pack: Pack) -> bytes:
-    """`pack` as a file.
+    """Encodes `pack` as a file.
 
     >>> decode(encode(Pack(4, [(7, {"manifest.json": b"{}", "a": b"12"})])))
     Pack(serial=4, versions=[(7, {'manifest.json': b'{}', 'a': b'12'})])
@@ -60,10 +60,10 @@ def encode(pack: Pack) -> bytes:
 
 
 def decode(data: bytes) -> Pack:
-    """What `encode` wrote.
+    """Decodes what `encode` wrote.
 
     Raises:
-        ValueError: It is cut or damaged.
+        ValueError: It is truncated or damaged.
     """
     frame = data[DIGEST_BYTES:]
     if hashlib.sha256(frame).digest() != data[:DIGEST_BYTES]:

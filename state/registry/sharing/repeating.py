@@ -1,4 +1,4 @@
-"""A thread that does one thing again and again: what a place or a disk refuses is tried again, and said once."""
+"""A background thread that repeats one action, retries when the store or the disk fails, and logs a failure once."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _log = logging.getLogger(__name__)
 
 
 class Repeating:
-    """A thread that does one thing again and again; what the place or the disk refuses is tried again.
+    """A thread that repeats one action; errors of the object store, the registry and the disk are retried.
 
     Args:
-        name: Of the thread.
-        act: Does it; True where there is more to do at once.
-        pause_s: From one time to the next, where there is no more.
-        stop: Ends it.
-        failed: Is told what ends it otherwise.
+        name: Name of the thread.
+        act: The action. It returns True if there is more to do at once.
+        pause_s: Pause between two calls if there is not.
+        stop: Event that ends the thread.
+        failed: Called with any other error, which ends the thread.
     """
 
     def __init__(
@@ -37,16 +37,16 @@ class Repeating:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        """Starts it."""
+        """Starts the thread."""
         self._thread.start()
 
     def join(self) -> None:
-        """Waits for its end; a request that hangs ends with the process."""
+        """Waits for the thread to end. A request that hangs ends with the process."""
         self._thread.join(JOIN_S)
 
     @property
     def runs(self) -> bool:
-        """Whether it has not ended."""
+        """Whether the thread is alive."""
         return self._thread.is_alive()
 
     def _run(self) -> None:
@@ -58,7 +58,7 @@ class Repeating:
             raise
 
     def _once(self) -> float:
-        """Does it; returns how long to wait then."""
+        """Calls the action; returns how long to wait before the next call."""
         try:
             more = self._act()
         except (UnusablePlace, RegistryError, OSError) as error:

@@ -1,8 +1,8 @@
-"""What is small in a shared registry and never changes: each host gives the place what it lacks and takes what it has not.
+"""Syncs the small immutable files of a shared registry: each host pushes and fetches what the other side lacks.
 
-Specs of bootstraps, outcomes of rollbacks, accepted baselines and accepted
-losses: whoever makes one has it in its own directory first. The file that says
-that a folder is whole is the last one, both ways.
+These are specs of bootstraps, outcomes of rollbacks, accepted baselines and
+accepted losses. Each is created in the directory of one host first. The file
+that marks a folder as complete is copied last, in both directions.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ _WHOLE = ("spec.json", "baseline.json")
 
 
 def exchange_small(registry: Registry, place: FilePlace) -> int:
-    """Gives and takes; returns how many files came or went.
+    """Pushes and fetches; returns how many files were copied.
 
     Raises:
-        UnusableRegistry: The place cannot be reached, or the disk refused.
+        UnusableRegistry: The object store cannot be reached, or the disk refused.
     """
     count = 0
     for folder in FOLDERS:
@@ -50,10 +50,10 @@ def exchange_small(registry: Registry, place: FilePlace) -> int:
 
 
 def all_reports(registry: Registry) -> list[ErasureReport]:
-    """What the processes of all hosts said of erasures, by their names; of this host's own what they said here.
+    """The erasure reports of the processes of all hosts, by name. For processes of this host, the local report counts.
 
     Raises:
-        UnusableRegistry: The place where the registry is shared cannot be reached.
+        UnusableRegistry: The object store of the shared registry cannot be reached.
     """
     found = {one.part: one for one in reports(registry.path)}
     if (place := registry.shared) is not None:
@@ -76,7 +76,7 @@ def _own(folder: Path) -> set[str]:
 
 
 def _is_small(name: str) -> bool:
-    """Whether it is a file that stays, and nothing that is being written or was set aside."""
+    """Whether it is a permanent file: neither being written nor set aside."""
     return "~" not in name and ".bad" not in name
 
 
