@@ -1,10 +1,8 @@
-"""The client of programs without an event loop.
+"""The synchronous client, for programs without an event loop.
 
-The deadline of a synchronous call: its connection reads and writes only until then.
-
-httpx limits each single read and write. A server that sends one byte at a time
-is within such a limit for ever. Here every read and write gets the time that is
-left of the call. `AsyncClient` needs none of this: a task can be cancelled.
+`Deadline` bounds a whole call. httpx limits each single read and write, so a server that sends one byte at a time
+never reaches such a limit. Here every read and write gets only the time that is left of the call. `AsyncClient`
+needs none of this, because a task can be cancelled.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""The figures of the running loop, from what its processes offer on /metrics.
+"""Computes the figures of the running loop from the metrics that its processes serve on /metrics.
 
-Rates are of the last seconds, and the quantiles of the last minute or, for a single look, since each process started.
-Both need an earlier look at the same process: one that began anew since then is another.
+Rates cover the last `RATE_S` seconds. Quantiles cover the last minute, or, for a single poll, the time since each
+process started. Both compare with an earlier poll of the same process; a process that has restarted since then
+counts as another one.
 
-What `springtide up` offers of the parts that it keeps alive. Pure.
+The metrics of `springtide up` add which processes keep dying and whether synthetic shoppers run.
 """
 
 from __future__ import annotations

@@ -1,23 +1,19 @@
-"""Reads the settings of every process: springtide.toml, then the environment, then flags.
+"""Reads the settings of every process from springtide.toml, the environment and flags, and refuses conflicts.
 
     springtide.toml   [kafka] port = 9192           (or the file of --config)
     environment       SPRINGTIDE_KAFKA_PORT=9192
     flags             --kafka.port 9192
 
-The later wins. A name or value that cannot be is a `SettingsError` that names
-the file and line, the variable or the flag, and the nearest known name.
+The later source wins. An unknown name or impossible value is a `SettingsError`. It names the file and line, the
+variable or the flag, and the nearest known name.
 
-Refuses settings that are possible alone and impossible together, before anything starts.
+Settings can be valid alone and impossible together; `check_together` refuses these before any process starts.
+Each rule in `RULES` is a pure function of the settings that yields conflicts. A conflict lists its settings, the
+one to change first at the front. The error points at the first of them that is set explicitly, because a default is
+never the cause.
 
-Each rule is a pure function of the settings that yields conflicts. A conflict
-names the settings it is about, the one to change first; the refusal points at
-the first of them that somebody has set, for a default is never to blame.
-
-What a model that is learned anew every so often rules out.
-
-What differential privacy rules out: what lets one user's rows reach another user without a clipping bound and noise.
-
-Settings that are possible alone and impossible together, as a rule names them.
+`privacy` lists what differential privacy rules out. That is everything that lets one user's rows reach another user
+without a clipping bound and noise. `retrain` lists what scheduled retraining rules out.
 """
 
 from __future__ import annotations

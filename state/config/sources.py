@@ -1,12 +1,11 @@
-"""Reads single settings from a TOML file, from variables and from flags, and checks each value.
+"""Reads single settings from a TOML file, from environment variables and from flags, and checks each value.
 
-Every reader yields (dotted name, value, origin); `state.config.settings` puts them
-together. Unknown names and impossible values are refused here, with their
-origin and the nearest known name.
+Every reader yields (dotted name, value, origin); `state.config.settings` puts them together. Unknown names and
+impossible values are refused here, with their origin and the nearest known name.
 
-Settings of earlier releases: what they are called now, and which ones decide nothing any more.
-
-Settings that are lists of `name=value`, whose elements may stand in the file as keys of their section: `name = "value"`.
+Settings of earlier releases are handled here too: `RENAMED` maps them to their present names, and `GONE` lists those
+that no longer have an effect. A setting that is a list of `name=value` may also be written in the file as keys of its
+section: `name = "value"` (`NAMED`).
 """
 
 from __future__ import annotations

@@ -1,15 +1,10 @@
-"""A log in memory, of one process: it behaves as Kafka does, without a broker.
+"""A log in the memory of one process that behaves as Kafka does, without a broker.
 
-For tests and for trying things out: partitions, positions, transactions whose
-markers take positions, writers that fence one another, retention, compaction,
-and a log that is away for a while. `tests/conformance/test_logs.py` holds it
-and Kafka to the same promises.
+It is for tests and experiments. It has partitions, positions, transactions whose markers occupy positions, writer
+fencing, retention, compaction, and a log that is unreachable for a while. `tests/conformance/test_logs.py` checks it
+and Kafka against the same contract.
 
-A reader and a writer of a log in memory; each keeps the promises of `state.log.contract`.
-
-Part of `state.log`; `state.log.memory.MemoryLog` makes them.
-
-The topics of a log in memory. Part of `state.log`; `state.log.memory.MemoryLog` makes them.
+`MemoryLog` creates the topics, readers and writers; readers and writers keep the promises of `state.log.contract`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Opens the place for files that a word names.
+"""Opens a location for files by its name: a directory, an object store, or a URL that fsspec knows.
 
-A file system of another machine as a place for files, as fsspec reaches it: what it says is written is taken for durable.
-
-A directory as a place for files: temporary file, fsync, rename or link, fsync of the directory.
+`DirectoryPlace` is a directory. Each write uses a temporary file, fsync, a rename or link, and an fsync of the
+directory. `UrlPlace` is a file system of another machine, accessed through fsspec. What fsspec reports as written
+is taken as durable.
 """
 
 from __future__ import annotations

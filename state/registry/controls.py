@@ -1,9 +1,8 @@
-"""The control generations in a registry: read, and taken on by one file that only one can create.
+"""Reads and appends the control generations of a registry; each one is a file that only one process can create.
 
-The files of users that control names, by digest: those of masks, and erasures, each of which names the one before.
-
-Where the registry is shared they lie in its place before a generation names
-them, and are brought from there when one does.
+`UsersFiles` keeps the files of users that control refers to by digest: masks, and erasures, each of which names its
+predecessor. In a shared registry they are uploaded before a generation refers to them. Other hosts fetch them when
+a generation does.
 """
 
 from __future__ import annotations

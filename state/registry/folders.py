@@ -1,6 +1,7 @@
-"""Where the files of each version lie, by how it is kept, and which versions there are.
+"""Locates the directories of each version, by how it is kept, and lists which versions exist.
 
-The versions that a directory holds, by the names of its entries, listed again only when it changed.
+`Numbers` lists the versions of one directory from the names of its entries. It lists them again only when the
+directory changed.
 """
 
 from __future__ import annotations

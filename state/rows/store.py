@@ -1,30 +1,23 @@
-"""Serving's multi-version embedding rows in LMDB: an answer reads exactly one version.
+"""Serving's multi-version store of embedding rows in LMDB: each request reads exactly one version.
 
-    rows      as `state/rows/keys.py` says -> f32[dim]; empty: removed
+    rows      key of `state/rows/keys.py`  -> f32[dim]; empty: removed
     versions  version u64                  -> `Served`, JSON
     dense     version u64                  -> dense tensors, safetensors
     popular   version u64                  -> u64[P] categories
-    changes   version u64                  -> u64[2, k] (table, id) written since the version before it that is here
+    changes   version u64                  -> u64[2, k] (table, id) written since the preceding stored version
     meta      "served", "before", "serial", "floor", "erased", "format", "begun"; note:<name> -> bytes of the owner
 
-A base goes into a lane of its own (there are 32), and deltas follow their
-parent's lane; what another lane holds is never seen, and a lane without
-versions is deleted.
+A base gets a lane of its own, of which there are 32; deltas use their parent's lane. Entries of other lanes are never
+visible, and a lane without versions is deleted. A version whose writing was interrupted is rolled back (`take_back`).
 
-The store is a copy of the registry. After a power cut it is begun anew.
+Old versions are forgotten in one short transaction. Rows that only they needed are deleted afterwards, a few at a
+time. What a forgotten version wrote counts as written by the next retained one. So each retained version knows which
+rows have entries since its predecessor, and only those are checked when it is forgotten too. The list of rows to
+check is in memory. If the process ends first, those rows keep one entry too many until their next check.
 
-What the row store deletes of erased users: every entry of before, in all lanes, whatever version still reads it.
+For erased users every earlier entry is deleted, in all lanes, whatever version still reads it.
 
-What a version writes: its rows as entries of the store, its dense weights, and how the beginning of one is taken back.
-
-Forgets versions of the row store in one short transaction, and deletes row by row what they leave, a little at a time.
-
-What a forgotten version wrote counts as written by the next one that stays.
-So each retained version knows which rows have entries since the one before it,
-and only those are looked at when that one is forgotten too.
-
-What is left to look at is in memory: where the process ends before, the rows
-keep an entry too many until they are looked at the next time.
+The store is a copy of the registry. After a power cut it is rebuilt.
 """
 
 from __future__ import annotations

@@ -1,6 +1,4 @@
-"""The segments that the settings name, read and checked.
-
-Reads an expression of a segment; what is wrong is said with its column. Pure.
+"""Reads and checks the segments that the settings define.
 
     expression   all { "or" all }
     all          one { "and" one }
@@ -8,9 +6,9 @@ Reads an expression of a segment; what is wrong is said with its column. Pure.
     operand      number | text | NAME | user.NAME | churn | interest[text] | feature[text]
     sign         >= <= == != > <
 
-A descent by hand: the grammar has five rules, its errors name columns and the
-nearest name that there is, and both take no more lines than a library's
-grammar file, tree classes and translation of errors would.
+`parse` is a recursive-descent parser for this grammar; its errors give the column and the nearest known name. It is
+written by hand because the grammar has only five rules. A library's grammar file, tree classes and translation of
+errors would take as many lines.
 """
 
 from __future__ import annotations

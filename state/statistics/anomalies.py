@@ -1,24 +1,20 @@
-"""What is wrong with a window's statistics, as `tfdv.validate_statistics` says it: an `Anomalies` of TensorFlow Metadata. Pure.
+"""Finds anomalies in a window's statistics, as `tfdv.validate_statistics` does: an `Anomalies` of TensorFlow Metadata.
 
-Of what TensorFlow Data Validation checks these are checked here, with its names:
+These checks of TensorFlow Data Validation exist here, under its names:
 
     SCHEMA_MISSING_COLUMN                       a feature has no value in any row
     SCHEMA_NEW_COLUMN                           a feature that the schema does not know
     FEATURE_TYPE_LOW_FRACTION_PRESENT           fewer rows have a value than `presence` asks for
     UNEXPECTED_DATA_TYPE                        a feature is of another type
-    ENUM_TYPE_UNEXPECTED_STRING_VALUES          more than `min_domain_mass` allows lies outside the domain
+    ENUM_TYPE_UNEXPECTED_STRING_VALUES          more than `min_domain_mass` allows is outside the domain
     INT_TYPE_SMALL_INT, INT_TYPE_BIG_INT        a number outside its domain
     FLOAT_TYPE_SMALL_FLOAT, FLOAT_TYPE_BIG_FLOAT
-    COMPARATOR_L_INFTY_HIGH                     a categorical feature moved, see `state/statistics/anomalies.py`
-    COMPARATOR_JENSEN_SHANNON_DIVERGENCE_HIGH   a numeric one did
+    COMPARATOR_L_INFTY_HIGH                     a categorical feature moved, see `l_infinity`
+    COMPARATOR_JENSEN_SHANNON_DIVERGENCE_HIGH   a numeric one did, see `jensen_shannon`
 
-Every distance is in `drift_skew_info`, whether it is beyond its threshold or not:
-skew is from the baseline, drift from the window before.
-
-Distances of two distributions: L-infinity of categorical features, Jensen-Shannon divergence of numeric ones. Pure.
-
-Both as TensorFlow Data Validation has them (`anomalies/metrics.cc` there), so
-that a threshold means the same here and there.
+`drift_skew_info` has every distance, whether it is beyond its threshold or not. Skew is the distance from the
+baseline, drift the distance from the preceding window. Both distances are computed as in TensorFlow Data Validation
+(`anomalies/metrics.cc` there), so a threshold means the same in both.
 """
 
 from __future__ import annotations

@@ -1,31 +1,30 @@
-"""The threads that keep a shared registry in step, beside the process that needs it: one copier a host, and the trainer's senders.
+"""Runs the threads that keep a shared registry in step next to the process that needs it.
 
-How a trainer comes to own the versions of a shared registry, and how a host joins one.
+Each host has one copier; the trainer has the senders. `own` is how a trainer comes to own the versions of a shared
+registry. What it does depends on the local directory and on the shared store:
 
-the directory here       the place           what happens
-empty, or a copy         anything            claimed; what the place has is brought, numbers begin far beyond it
-with versions, unbound   empty               claimed; what is here is given to the place
-with versions, unbound   of this registry    likewise
-with versions, unbound   of another one      refused
-the origin               claimed by nobody   goes on under its own claim
-else
-the origin               claimed by another  refused: two would train
+    local directory          shared store        result
+    empty, or a copy         anything            claimed; the store's content is fetched, numbers begin far beyond it
+    with versions, unbound   empty               claimed; the local content is pushed to the store
+    with versions, unbound   of this registry    likewise
+    with versions, unbound   of another one      refused
+    the origin               not claimed since   continues under its own claim
+    the origin               claimed by another  refused: two would train
 
-Keeps a host's directory of a shared registry in step with its place: control, what versions there are, recent ones, what is small.
+`Copier` keeps a host's directory in step with the store:
 
     what           how it is found                                        requests
-    control        the file of the next generation                        one a look
-    recent         the pack that begins with the next version             one a look; more to catch up
+    control        the file of the next generation                        one per poll
+    recent         the pack that begins with the next version             one per poll; more to catch up
     versions       the catalogue, when a pack names a newer one           one for each durable version
-    the rest       lists of four folders, both ways                       four each `SMALL_S`
-    erasures       what this host's processes say, when it changed        one each
+    small files    lists of four folders, both ways                       four each `SMALL_S`
+    erasures       the reports of this host's processes, when changed     one each
 
-Where nothing came for `SILENT_S` catalogue and packs are looked for anew: the
-numbers of a trainer that was killed go on elsewhere. Where packs came for so
-long without an end the link carries less than comes: it is left to durable
-versions for `REST_S`, then packs are taken from the one that leads on. Files of
-durable versions come when somebody reads them, see
-`state/registry/brought_files.py`. On the trainer's own host versions are not taken.
+If no version arrives for `SILENT_S`, the copier reads the catalogue and lists the packs again, because the numbers
+of a killed trainer continue elsewhere. If packs keep coming for `SILENT_S` without an end, the link is too slow for
+them. The copier then takes durable versions only for `REST_S`, and resumes with the pack that continues from the
+newest one. Files of durable versions are fetched when a process reads them, see
+`state/registry/brought_files.py`. The trainer's own host fetches no versions.
 """
 
 from __future__ import annotations
