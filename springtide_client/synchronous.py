@@ -27,7 +27,10 @@ from springtide_client.questions import READY, Item, Question, User
 from springtide_client.retrying import AGAIN, Retries, retry_after_s
 
 _WRITTEN_BYTES = 1 << 16
-"""Written at once; the time that is left is looked up before each."""
+"""Most bytes of one write; the remaining time is read before each."""
+
+T = TypeVar("T")
+TIMEOUT_S = 10.0
 
 
 class Deadline(threading.local):
@@ -112,10 +115,6 @@ class _Stream(httpcore.NetworkStream):
 
     def get_extra_info(self, info: str) -> Any:
         return self._inner.get_extra_info(info)
-
-
-T = TypeVar("T")
-TIMEOUT_S = 10.0
 
 
 class Client:

@@ -1,15 +1,14 @@
-"""Joins each row with what is known of its user and its item when the row is made.
+"""Joins each row with the attributes of its user and its item that are known when the row is made.
 
-    thread "attributes"   topics -> store -> ids that changed     state/attributes/follower.py
+    thread "attributes"   topics -> store -> changed ids          state/attributes/follower.py
     Beam thread           rows, and the store of recent ids       `Join`, `Recent`
 
-At the start the topics are read to their ends before the first click; from
-then on a row gets what the stream has read by that moment. The joined ids are
-part of the micro-batch: whoever reads the log again, gets the same. Clicks
-read again after a crash may be joined with newer attributes; the rows written
-first count, since readers drop the others by their position.
+At the start the topics are read to their ends before the first click. From then on a row gets what the stream has
+read by that moment. The joined ids are part of the micro-batch, so every reader of the log gets the same ones.
+Clicks read again after a crash may be joined with newer attributes. The rows written first count, because readers
+drop the others by their positions.
 
-The newest attributes of recent ids in memory, so that a batch of rows asks the store only for the others.
+`Recent` keeps the newest attributes of recent ids in memory, so a batch of rows asks the store only for the others.
 """
 
 from __future__ import annotations
@@ -31,6 +30,8 @@ from state.metrics import StreamMetrics
 from streaming.rows import Rows
 
 REMEMBERED = 200_000
+TOLD_S = 5.0
+logger = logging.getLogger(__name__)
 
 
 class Recent:
@@ -109,10 +110,6 @@ class Recent:
         if len(self._texts) > self._remembered:
             self._texts.clear()
             self._announced.clear()
-
-
-TOLD_S = 5.0
-logger = logging.getLogger(__name__)
 
 
 class Join:

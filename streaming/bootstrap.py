@@ -1,4 +1,4 @@
-"""The bootstrap: what past clicks say about features and categories, and training examples of them.
+"""The bootstrap: analyses past clicks for feature constants and categories, and writes training examples of them.
 
     python -m streaming.bootstrap [FILE...] [--rows N] [--examples DIR] [--section.name VALUE ...]
 
@@ -6,21 +6,17 @@ One bounded Beam job with the stream's own code for clicks and windows:
 
                                             ┌─ TensorFlow Transform: constants of the preprocessing
     read ─ parse events ─ compute windows ──┼─ TensorFlow Transform: vocabulary of the categories
-                                            └─ tf.Examples for training offline, where asked for
+                                            └─ tf.Examples for training offline, if requested
 
-1. A preprocessing of the user's own is checked on made-up rows.
-2. The job reads files, or the beginning of the clicks topic (it waits for
-   `bootstrap.min_rows` clicks there), at most `bootstrap.sample_rows` of them.
-3. `specs/<digest>/` of the registry appears at once with graph, labels, schema and statistics,
-   once for each feature spec, and once more, with a number behind the digest,
-   for another preprocessing of it.
+1. A custom preprocessing is checked on made-up rows.
+2. The job reads files, or the beginning of the clicks topic (it waits for `bootstrap.min_rows` clicks there). It reads
+   at most `bootstrap.sample_rows` clicks.
+3. `specs/<digest>/` of the registry appears at once with graph, labels, schema and statistics. It is written once for
+   each feature spec. Another preprocessing of the same spec gets a directory with a number after the digest.
 
-The trainer and serving need neither Beam nor TensorFlow Transform: the result
-is a plain TensorFlow graph.
+`specs/<digest>/spec.json` records where the constants came from, and the first categories with their names.
 
-What `specs/<digest>/spec.json` of the registry says: where constants came from, and the first categories with their names.
-
-The Beam job of a bootstrap: clicks read, made into rows by the stream's steps, analysed, and written as examples.
+The trainer and serving need neither Beam nor TensorFlow Transform: the result is a plain TensorFlow graph.
 """
 
 from __future__ import annotations
@@ -74,6 +70,8 @@ from streaming.preprocessing_check import check_preprocessing, is_own
 from streaming.sample import ComputeWindows, Sample, Say, open_sample
 from streaming.sample_source import ReadSample
 from streaming.steps import ParseEvents
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -164,9 +162,6 @@ def document(sample: Sample, salt: Salt, categories: Mapping[int, int], now_ms: 
         "newest_ms": tally.newest_ms,
         "created_at_ms": now_ms,
     }
-
-
-logger = logging.getLogger(__name__)
 
 
 def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[], float] = time.time) -> bool:

@@ -1,20 +1,18 @@
-"""Makes past clicks into rows once more, for a trainer that learns them: `python -m streaming.past`, its child.
+"""Makes rows of past clicks again, for a trainer that learns them: `python -m streaming.past`, its child process.
 
-Settings are those of the trial's trainer; what is wanted lies in its registry
-(`state/trials/past.py`). Micro-batches go to the standard output, framed as in
-`state/microbatch/frames.py`; lines go to the standard error. What it keeps
-meanwhile, histories and attributes, lies in a directory of its own in that
-registry, and goes with it; what one that was killed left goes with the next.
-It ends with 0 behind the last micro-batch, and where nobody reads any more.
+The settings are those of the trial's trainer; its registry holds the request (`state/trials/past.py`). Past clicks
+come from files or from the topic. From the topic it reads up to the cut, and starts early enough to fill the windows
+of the first requested row.
 
-Past clicks as micro-batches: what the stream makes of them, over histories of its own that begin empty.
+Micro-batches go to the standard output, framed as in `state/microbatch/frames.py`; log lines go to the standard error.
+The process exits with 0 after the last micro-batch, or when its reader has closed the pipe.
 
-Which records came in one batch and what a micro-batch ends with changes no bit
-of a row, see `streaming/profile.py`; so a row is what the stream made of its
-click, where histories reach as far back, and but for attributes, which are
-those that are known now.
+Histories begin empty and grow by the stream's own code. How clicks are batched changes no bit of a row, see
+`streaming/profile.py`. So a row equals the stream's row of that click, as far as its history reaches back. Only
+attributes differ: they are the ones known now.
 
-Where past clicks come from: the topic, from some time before the first row that is wanted up to the cut, or files.
+Histories and attributes are kept in a temporary directory of that registry and deleted at the end. The next run
+deletes what a killed process left.
 """
 
 from __future__ import annotations
@@ -64,6 +62,10 @@ from streaming.unlogged import commit_rows
 
 POLL_S = 0.5
 STALLED_S = 60.0
+PROGRESS_S = 5.0
+NEVER_MS = 1 << 62
+KEPT = "past-"
+logger = logging.getLogger(__name__)
 
 
 class ClicksStretch(NamedTuple):
@@ -191,9 +193,6 @@ def of_files(
         reach(done)
 
 
-NEVER_MS = 1 << 62
-
-
 @dataclass(frozen=True, kw_only=True)
 class PastContext(JobContext):
     """What makes rows of past clicks; its store is new, and thrown away afterwards.
@@ -250,11 +249,6 @@ class PastRows:
         limits = stream.cut_rows, stream.max_record_bytes, context.mask.generation
         wanted = [cut for cut in cuts if max((end for _, end in clocks_of(cut)), default=NEVER_MS) >= self._begin_ms]
         return [value for cut in wanted for value in encode_cut(cut, context.spec.digest, self._salt, *limits)]
-
-
-KEPT = "past-"
-PROGRESS_S = 5.0
-logger = logging.getLogger(__name__)
 
 
 class ReadingProgress:

@@ -1,19 +1,16 @@
-"""The job as one sentence, and the process around it: `python -m streaming.pipeline [--section.name VALUE ...]`.
+"""The stream's Beam job and its process: `python -m streaming.pipeline [--section.name VALUE ...]`.
 
-Where clicks were deleted before they were read the process ends and says which; with
-`--accept-gap P:A-B --reason TEXT` it counts them as a gap and goes on.
+If clicks were deleted before they were read, the process ends and lists them. With
+`--accept-gap P:A-B --reason TEXT` it counts them as a gap and continues.
 
-SIGTERM and SIGINT end it cleanly: the source returns, what is gathered is
-written and committed, and the process ends with 0. Everything else that ends
-it is one line on the standard error and exit code 1 (2 for a wrong setting).
+SIGTERM and SIGINT end it cleanly: the source returns, gathered rows are written and committed, and the process
+exits with 0. Any other end is one line on the standard error and exit code 1 (2 for a wrong setting).
 
-With `--runner flink`, `prism` or another of Beam's runners the same cores run
-as a job of that engine (`streaming/distributed`); Beam's options pass through.
+With `--runner flink`, `prism` or another of Beam's runners the same code runs as a job of that engine
+(`streaming/distributed`); Beam's options pass through.
 
-The sink: cuts batches of rows, and commits the cuts in a thread of its own while the next rows are made.
-
-The thread also shows what it committed, at most once a second; where no cut
-comes it wakes for what is still to show or to sync, and then only for a cut.
+The sink cuts batches of rows. A thread commits the cuts while the next rows are made, and publishes what it committed
+at most once a second. Without a cut it wakes only to publish or sync what is left, and then sleeps until the next cut.
 """
 
 from __future__ import annotations
@@ -53,6 +50,8 @@ from streaming.steps import ParseEvents, UpdateProfiles
 
 # One cut is written while two wait; more would only make answers older.
 QUEUED_CUTS = 2
+
+logger = logging.getLogger(__name__)
 
 
 class CommitThread:
@@ -171,9 +170,6 @@ class WriteMicroBatches(Step[StreamContext]):
             for cut in self._cutter.flush(wall_ms()):
                 self._commits.put(cut)
             self._commits.flush()
-
-
-logger = logging.getLogger(__name__)
 
 
 def build(pipeline: beam.Pipeline, shard: Handle[StreamContext]) -> PCollection[None]:

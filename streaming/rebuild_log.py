@@ -1,8 +1,8 @@
-"""The micro-batch log, for a rebuild: its rows are what the lost store had, its ranges are the positions.
+"""Reads the micro-batch log and, for what it no longer holds, the clicks, to rebuild a lost store of histories.
 
-Which rows wait after a stretch of the micro-batch log: those that it opens and does not close.
-
-The clicks themselves, for a rebuild: what the micro-batch log no longer holds, as far as they reach back.
+The rows of the micro-batch log are what the lost store had; its ranges are the positions (`Rebuild`). Impressions that
+a segment of the log opens and does not close wait again (`Waits`). Positions that the log no longer holds come from
+the clicks topic, as far as it reaches back (`ClicksLeft`).
 """
 
 from __future__ import annotations
@@ -55,6 +55,9 @@ CLICKS_AT_ONCE = 20_000
 POLL_S = 0.5
 STALLED_S = 60.0
 
+RECORDS_AT_ONCE = 64
+logger = logging.getLogger(__name__)
+
 
 def read_to(reader: Reader, partition: int, end: int, most: int, what: str) -> Iterator[list[PartitionBatch]]:
     """What each poll finds until the reader stands at `end`.
@@ -83,7 +86,7 @@ def read_to(reader: Reader, partition: int, end: int, most: int, what: str) -> I
 
 
 class ClicksLeft:
-    """What the topic of clicks still holds, and what the stream had read of it by the word of its group.
+    """What the topic of clicks still holds, and what the stream had read of it according to its group's offsets.
 
     Args:
         settings: Of the stream.
@@ -91,7 +94,7 @@ class ClicksLeft:
         clock: Of its clicks.
         salt: Of the users' pseudonyms.
         topics: Of the cluster.
-        found: Counts what is taken and what is lost.
+        found: Counts positions that are read and that are lost.
         mask: The clicks that are left out.
 
     Raises:
@@ -236,10 +239,6 @@ def _without(part: Range, lost: MicroBatch) -> Range:
     mine &= (lost.offset >= part.first) & (lost.offset < part.next)
     joined, expired = (int((lost.kind[mine] == kind).sum()) for kind in (Kind.JOINED, Kind.EXPIRED))
     return replace(part, joined=part.joined - joined, expired=part.expired - expired)
-
-
-RECORDS_AT_ONCE = 64
-logger = logging.getLogger(__name__)
 
 
 class Rebuild:

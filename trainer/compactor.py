@@ -54,6 +54,10 @@ from trainer.versions.erased_rows import CrossedIds, without, without_tombstones
 
 PART = "compactor"
 
+NICENESS = 10
+PATIENCE_S, WAIT_S = 300.0, 0.5
+logger = logging.getLogger(__name__)
+
 
 def reported(registry: Registry) -> ErasureReport:
     """What the compactor last said."""
@@ -111,11 +115,6 @@ def _rewritten(registry: Registry, part: Manifest, erased: Erased, known: Crosse
     files = content.encode(after)
     registry.replace(replace(part, files=entries(files), rewritten=erased.last), files)
     return True
-
-
-NICENESS = 10
-PATIENCE_S, WAIT_S = 300.0, 0.5
-logger = logging.getLogger(__name__)
 
 
 def tiers_of(settings: Settings) -> Tiers:

@@ -63,6 +63,18 @@ Where windows are longer than that, because few click, what is suspect passes th
 SLICES = "slices."
 """How names begin of what is remembered of slices."""
 
+ACTOR = "guard"
+STEPS = "steps"
+"""The rule by which the guard of steps holds training (`trainer/engine/guard.py`), whether `[guard]` is on or off."""
+
+AGAIN_S = 1.0
+"""Between two tries to write a hold."""
+
+_MEANINGS = {rule.name: rule.meaning for rule in (*RULES, SLICE)} | {
+    STEPS: "number of records in a row with rows that are not finite or far too large"
+}
+logger = logging.getLogger(__name__)
+
 
 class Standing(enum.StrEnum):
     """What is to become of the versions that have a step."""
@@ -361,19 +373,6 @@ def suspect_clicks(since: WindowStart, after: TrainingPlace) -> tuple[SuspectCli
     return tuple(
         SuspectClicks(*name, first.get(name, 0), at) for name, at in sorted(ends.items()) if at > first.get(name, 0)
     )
-
-
-ACTOR = "guard"
-STEPS = "steps"
-"""The rule by which the guard of steps holds training (`trainer/engine/guard.py`), whether `[guard]` is on or off."""
-
-AGAIN_S = 1.0
-"""Between two tries to write a hold."""
-
-_MEANINGS = {rule.name: rule.meaning for rule in (*RULES, SLICE)} | {
-    STEPS: "number of records in a row with rows that are not finite or far too large"
-}
-logger = logging.getLogger(__name__)
 
 
 class UnwrittenHold(NamedTuple):

@@ -77,6 +77,17 @@ ROUNDING = 1e-6
 RESERVED = 256
 """Offsets of the training log that one write of the ledger reserves."""
 
+LOOK_S = 1.0
+"""Between two looks at whether somebody reads."""
+AGAIN_S = 10.0
+"""After the disk refused."""
+
+_LOG_LOSS = SUMS.index("log_loss")
+
+CONTROL_S, RECORDS = 0.05, 32
+NO_CONSENT = Consent()
+logger = logging.getLogger(__name__)
+
 
 class PrivacyBudget:
     """The budget of one trainer. The step thread calls every method.
@@ -218,14 +229,6 @@ class PrivacyBudget:
             self._metrics.privacy_held.set(self.held)
 
 
-LOOK_S = 1.0
-"""Between two looks at whether somebody reads."""
-AGAIN_S = 10.0
-"""After the disk refused."""
-
-_LOG_LOSS = SUMS.index("log_loss")
-
-
 class LossRecorder:
     """Writes the losses of one trainer. The step thread calls every method.
 
@@ -272,11 +275,6 @@ class LossRecorder:
                 self._writer.close()
                 row_losses.remove_all(self._registry)
         return self._wanted
-
-
-CONTROL_S, RECORDS = 0.05, 32
-NO_CONSENT = Consent()
-logger = logging.getLogger(__name__)
 
 
 class Learner:

@@ -44,10 +44,11 @@ import getpass
 import importlib
 import logging
 import os
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
@@ -58,12 +59,12 @@ from state.config.loading import load
 from state.config.sections import Model
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
-from state.errors import ModelMismatch, TruncatedLog, UnusableRegistry
+from state.errors import CorruptVersion, ModelMismatch, TruncatedLog, UnknownVersion, UnusableRegistry
 from state.features.spec import FeatureSpec
 from state.log import KERNELS as LOG_KERNELS
 from state.log import Reader
 from state.log.gap_options import take_options
-from state.log.gaps import Consent
+from state.log.gaps import Consent, in_words
 from state.metrics import TrainerMetrics, serve
 from state.process import log_lines
 from state.process.actor import actor
@@ -72,7 +73,9 @@ from state.process.garbage import Holes, keep_what_is_there
 from state.process.private_files import keep_private
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.process.wall_clock import wall_ms
+from state.registry import control as transitions
 from state.registry.control import Control, start
+from state.registry.manifest import Manifest, sees
 from state.registry.model_fit import require_same_model, version_to_go_on_from
 from state.registry.registry import Registry
 from state.registry.sharing.running import owning
@@ -85,15 +88,26 @@ from trainer.lag import Taken, TrainingLag
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
     from trainer.learner import Learner
-import subprocess
-from collections.abc import Callable
-
-from state.errors import CorruptVersion, UnknownVersion
-from state.log.gaps import in_words
-from state.registry import control as transitions
-from state.registry.manifest import Manifest, sees
 
 HURRY_S = 30.0
+
+IMPORTS = "loading TensorFlow"
+KERNELS = "compiling kernels"
+BOOTSTRAP = "waiting for the bootstrap"
+MODEL = "building the model"
+PROGRAM = "lowering the program"
+VERSION = "loading the version"
+CATCHING_UP = "catching up"
+LEARNING = "learning"
+PHASES = (IMPORTS, KERNELS, BOOTSTRAP, MODEL, PROGRAM, VERSION, CATCHING_UP, LEARNING)
+
+SAY_S = 5.0
+
+WAIT_S = 0.02
+PROGRESS_S = 5.0
+LOOK_S = 0.2
+NO_CONSENT = Consent()
+logger = logging.getLogger(__name__)
 
 
 class Compaction:
@@ -241,19 +255,6 @@ def _hopeless(lost: TruncatedLog, do: str) -> TruncatedLog:
     return TruncatedLog(lost.what, do, lost.gaps)
 
 
-IMPORTS = "loading TensorFlow"
-KERNELS = "compiling kernels"
-BOOTSTRAP = "waiting for the bootstrap"
-MODEL = "building the model"
-PROGRAM = "lowering the program"
-VERSION = "loading the version"
-CATCHING_UP = "catching up"
-LEARNING = "learning"
-PHASES = (IMPORTS, KERNELS, BOOTSTRAP, MODEL, PROGRAM, VERSION, CATCHING_UP, LEARNING)
-
-SAY_S = 5.0
-
-
 class Phases:
     """The phase of a trainer's start.
 
@@ -329,13 +330,6 @@ class ScheduledExports:
         if self._child is not None:
             self._child.terminate()
             self._child.wait()
-
-
-WAIT_S = 0.02
-PROGRESS_S = 5.0
-LOOK_S = 0.2
-NO_CONSENT = Consent()
-logger = logging.getLogger(__name__)
 
 
 def await_spec(registry: Registry, digest: str, model: Model, stopping: threading.Event) -> bool:

@@ -24,11 +24,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from state import layout
+from state import layout, probe
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import GapError, LogError, RegistryError, SpringtideError, UnknownVersion, of_disk
@@ -44,19 +44,16 @@ from state.registry.manifest import Manifest
 from state.registry.registry import Registry
 from state.registry.segments import base_of, segments_of
 from state.registry.upgrades import first_after, former_specs
-from trainer.replay import Replay, ReplayProgress, SegmentReader, replay
-
-if TYPE_CHECKING:
-    from trainer.engine.step import Trainer
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from state import probe
-from trainer.replay import ACCOUNT
+from trainer.replay import ACCOUNT, Replay, ReplayProgress, SegmentReader, replay
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
     from trainer.versions.difference import Difference
+
+NICENESS = 10
+
+OpenLog = Callable[[str, int], LogReader]
+"""Opens the training log, by the name of its topic, at an offset."""
 
 
 @dataclass(frozen=True)
@@ -167,12 +164,6 @@ def compare(registry: Registry, target: Manifest, trainer: Trainer, done: Replay
         if found is None and counted is not None and int(counted) != done.account[name]:
             found = Difference(f"account.{name}", "", None, None, str(int(counted)), str(done.account[name]))
     return found, content.digest(kept)
-
-
-NICENESS = 10
-
-OpenLog = Callable[[str, int], LogReader]
-"""Opens the training log, by the name of its topic, at an offset."""
 
 
 def verify(

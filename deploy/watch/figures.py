@@ -24,10 +24,39 @@ from deploy.watch.storage import full
 from state.metrics import ANSWERING_ROUTES
 
 OFTEN = 2
+AWAY = Scrape()
+RATE_S = 5.0
+SPREAD_S = 60.0
+SLACK_S = 0.5
+Labels = Mapping[str, Collection[str]]
+ANSWERS: Labels = {"route": tuple(one for one in ANSWERING_ROUTES if one != "explain")}
+FAILED = (
+    *("429", "INTERNAL", "UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"),
+    *map(str, range(500, 600)),
+)
+"""The codes of failed answers; the recording rule job:springtide_requests_failed:rate5m counts the same ones."""
+
+# The gauge of each process that changes when it restarts.
+BORN = {
+    "stream": "springtide_stream_began_seconds",
+    "trainer": "springtide_trainer_began_seconds",
+    "applier": "springtide_serving_began_seconds",
+    "worker": "springtide_worker_began_seconds",
+}
+
+# Name of a quantile -> process, histogram, and the labels that count.
+SPREADS: Mapping[str, tuple[str, str, Labels]] = {
+    "features": ("applier", "springtide_serving_feature_age_seconds", {}),
+    "weights": ("applier", "springtide_serving_weight_age_seconds", {}),
+    "commit": ("stream", "springtide_stream_commit_seconds", {}),
+    "step": ("trainer", "springtide_trainer_step_seconds", {}),
+    "publication": ("trainer", "springtide_trainer_publish_seconds", {}),
+    "answer": ("worker", "springtide_request_seconds", ANSWERS),
+}
 
 
 def dying(up: Scrape) -> dict[str, float]:
-    r"""The parts that die again and again, and how often they did, the worst first.
+    r"""The processes that keep dying, and how often in a row they did, the worst first.
 
     >>> from deploy.watch.scrape import parsed
     >>> series = "springtide_up_deaths_in_a_row"
@@ -40,44 +69,13 @@ def dying(up: Scrape) -> dict[str, float]:
 
 
 def runs_shoppers(up: Scrape) -> bool:
-    r"""Whether synthetic shoppers are among them.
+    r"""Whether `springtide up` runs synthetic shoppers.
 
     >>> from deploy.watch.scrape import parsed
     >>> runs_shoppers(Scrape(parsed('springtide_up_starts_total{part="shoppers"} 1'))), runs_shoppers(Scrape())
     (True, False)
     """
     return "shoppers" in up.by("springtide_up_starts_total", "part")
-
-
-AWAY = Scrape()
-RATE_S = 5.0
-SPREAD_S = 60.0
-SLACK_S = 0.5
-Labels = Mapping[str, Collection[str]]
-ANSWERS: Labels = {"route": tuple(one for one in ANSWERING_ROUTES if one != "explain")}
-FAILED = (
-    *("429", "INTERNAL", "UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"),
-    *map(str, range(500, 600)),
-)
-"""The codes of answers that failed; the recording rule job:springtide_requests_failed:rate5m counts the same."""
-
-# Tells a process that began anew apart from the one before it.
-BORN = {
-    "stream": "springtide_stream_began_seconds",
-    "trainer": "springtide_trainer_began_seconds",
-    "applier": "springtide_serving_began_seconds",
-    "worker": "springtide_worker_began_seconds",
-}
-
-# What is distributed -> its process, its histogram, and which of its labels count.
-SPREADS: Mapping[str, tuple[str, str, Labels]] = {
-    "features": ("applier", "springtide_serving_feature_age_seconds", {}),
-    "weights": ("applier", "springtide_serving_weight_age_seconds", {}),
-    "commit": ("stream", "springtide_stream_commit_seconds", {}),
-    "step": ("trainer", "springtide_trainer_step_seconds", {}),
-    "publication": ("trainer", "springtide_trainer_publish_seconds", {}),
-    "answer": ("worker", "springtide_request_seconds", ANSWERS),
-}
 
 
 @dataclass(frozen=True)
@@ -257,7 +255,7 @@ class Seen:
 
 
 class Watch:
-    """Looks at the loop one after another.
+    """Computes figures from successive polls of the loop.
 
     Args:
         spread_s: How far back the quantiles reach; None: to the start of each process.
@@ -272,7 +270,7 @@ class Watch:
 
         Args:
             scrapes: Process -> its metrics.
-            now_s: Monotonic time of the look.
+            now_s: Monotonic time of the poll.
             wall_s: Seconds since 1970, for how long a process is up.
         """
         longest_s = max(RATE_S, self._spread_s or 0.0) + SLACK_S
@@ -294,7 +292,7 @@ class Watch:
         return dataclasses.replace(
             figures,
             up_s={name: max(0.0, wall_s - at_s) for name, at_s in born.items() if at_s is not None},
-            # Parts may run without `springtide up`, whose own figures are then nowhere.
+            # Processes may run without `springtide up`; its own figures are then missing.
             away={name: one.problem for name, one in scrapes.items() if one.problem and name != UP},
             up=progress.state_of_up(up),
             starting=progress.starting(scrapes),
@@ -312,7 +310,7 @@ class Watch:
         )
 
     def _seen(self, name: str, scrapes: Mapping[str, Scrape], now_s: float, within_s: float) -> Seen:
-        """The process now and at its oldest look within that time, or else at its last one."""
+        """The process now and at its oldest poll within that time, or else at its last poll."""
         now = scrapes.get(name, AWAY)
         born = now.value(BORN[name])
         looks = [(at_s, seen[name]) for at_s, seen in self._looks if name in seen and not seen[name].problem]
@@ -324,7 +322,7 @@ class Watch:
 
 
 def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
-    """The figures of the four processes, without what `Watch` adds. Pure."""
+    """The figures of the four processes, without those that `Watch` adds."""
     learned = bool(trainer.now.total("springtide_trainer_steps_total"))
     dead = stream.now.by("springtide_stream_dead_letters_total", "reason")
     accounts = {"stream": stream, "trainer": trainer}.items()

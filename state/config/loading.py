@@ -23,29 +23,20 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from state.config.fields import fields_of
-from state.config.sections import SECTIONS, known_settings
+from state.config.sections import SECTIONS, Model, TrainerSettings, known_settings
 from state.config.settings import Settings
 from state.config.sources import PREFIX, checked, from_environment, from_file, from_flags
+from state.config.spans import span_ms
 from state.errors import SettingsError
 
-if TYPE_CHECKING:
-    from state.config.settings import Settings
-from typing import TYPE_CHECKING
-
-from state.config.spans import span_ms
-
-if TYPE_CHECKING:
-    from state.config.settings import Settings
-from typing import TYPE_CHECKING
-
-from state.config.sections import Model, TrainerSettings
-
-if TYPE_CHECKING:
-    from state.config.settings import Settings
-from typing import NamedTuple
+MOST_ACTIONS = 255
+MOST_WINDOWS = 16
+TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
+SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+):(\d{1,5})")
+FILE = "springtide.toml"
 
 
 class Conflict(NamedTuple):
@@ -104,11 +95,6 @@ def retrain(settings: Settings) -> Iterator[Conflict]:
             "take retrain.every out, or set privacy.epsilon to 0",
         )
 
-
-MOST_ACTIONS = 255
-MOST_WINDOWS = 16
-TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
-SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+):(\d{1,5})")
 
 Rule = Callable[["Settings"], Iterator[Conflict]]
 
@@ -374,9 +360,6 @@ def repeated(values: Sequence[str]) -> str | None:
 
 
 RULES: tuple[Rule, ...] = (actions, fields, labels, windows, parts, topics, attributes, brokers, replicas, certificates, privacy, retrain)  # fmt: skip
-
-
-FILE = "springtide.toml"
 
 
 def load(

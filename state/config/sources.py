@@ -25,12 +25,30 @@ from typing import Any
 from state.config.sections import SECTIONS, KnownSetting
 from state.errors import SettingsError, reason_of
 
+PREFIX = "SPRINGTIDE_"
+MASK = "********"
+NO_SETTINGS = ("SPRINGTIDE_CONFIG", "SPRINGTIDE_KILL_AT")
+SHORT_FLAGS = {"bootstrap-servers": "kafka.bootstrap_servers", "state": "paths.state"}
+
 NAMED = {"segments": "expressions"}
-"""Section -> the setting that takes them."""
+"""Section -> the list setting that collects the section's other keys."""
+
+RENAMED = {"features.labels": "features.recent_categories"}
+"""Former name -> present name."""
+
+SHARDS = {"stream.shard": "0", "stream.shards": "1"}
+"""Former settings that shared the partitions among several streams, and their values for a single stream."""
+
+_CUT = "a store that was open in a power cut is made anew"
+_ONE = "one stream reads all partitions"
+GONE = {"stream.sync_s": _CUT, "serving.sync_s": _CUT, **dict.fromkeys(SHARDS, _ONE)}
+"""Settings that no longer have an effect, and why."""
+
+_logger = logging.getLogger(__name__)
 
 
 def listed(section: str, table: Mapping[str, Any], path: Path, lines: Mapping[str, int]) -> Mapping[str, Any]:
-    """A section of the file with such keys in the list that they belong to.
+    """A section of the file whose unknown keys are moved into the section's list of `name=value`.
 
     >>> listed("segments", {"busy": "events.visible > 20"}, Path(), {})
     {'expressions': ['busy=events.visible > 20']}
@@ -42,7 +60,7 @@ def listed(section: str, table: Mapping[str, Any], path: Path, lines: Mapping[st
         lines: The line of each key.
 
     Raises:
-        SettingsError: Such a key is no text.
+        SettingsError: The value of such a key is not a string.
     """
     if section not in NAMED:
         return table
@@ -62,25 +80,11 @@ def listed(section: str, table: Mapping[str, Any], path: Path, lines: Mapping[st
     return {**others, NAMED[section]: [*(given if isinstance(given, list) else [given]), *more]}
 
 
-RENAMED = {"features.labels": "features.recent_categories"}
-"""What was called otherwise, and its name."""
-
-SHARDS = {"stream.shard": "0", "stream.shards": "1"}
-"""By which several streams could share the partitions, and their values where one read all."""
-
-_CUT = "a store that was open in a power cut is made anew"
-_ONE = "one stream reads all partitions"
-GONE = {"stream.sync_s": _CUT, "serving.sync_s": _CUT, **dict.fromkeys(SHARDS, _ONE)}
-"""What decides nothing any more, and why."""
-
-_logger = logging.getLogger(__name__)
-
-
 def is_gone(name: str, value: Any, origin: str) -> bool:
-    """Whether nothing asks for a setting any more, which is said; its value is passed over.
+    """Whether a setting no longer has an effect; if so, a warning is logged and its value is ignored.
 
     Raises:
-        SettingsError: It asks for what there is no more.
+        SettingsError: It asks for a removed feature.
     """
     if name in SHARDS and str(value).strip() != SHARDS[name]:
         raise SettingsError(
@@ -91,12 +95,6 @@ def is_gone(name: str, value: Any, origin: str) -> bool:
     if name in GONE:
         _logger.warning("%s: %s decides nothing any more: %s; leave it out", origin, name, GONE[name])
     return name in GONE
-
-
-PREFIX = "SPRINGTIDE_"
-MASK = "********"
-NO_SETTINGS = ("SPRINGTIDE_CONFIG", "SPRINGTIDE_KILL_AT")
-SHORT_FLAGS = {"bootstrap-servers": "kafka.bootstrap_servers", "state": "paths.state"}
 
 
 def variable(name: str) -> str:

@@ -22,6 +22,9 @@ from state.places.place import FilePlace, reached, usable, without_password
 _TEMPORARY = "~"
 _numbers = itertools.count()
 
+STORES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
+"""Protocols of object stores."""
+
 
 class DirectoryPlace:
     """A directory, made at the first write. See `FilePlace`."""
@@ -152,10 +155,6 @@ class UrlPlace:
             self._files.makedirs(folder, exist_ok=True)
             self._made.add(folder)
         return path
-
-
-STORES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
-"""Protocols of object stores."""
 
 
 def open_place(text: str) -> FilePlace:

@@ -24,6 +24,11 @@ from state.registry import control_codec, sealed
 from state.registry.control import Control
 from state.registry.directory import Directory, file_bytes, sharing, usable
 
+_TRIES = 8
+NEWEST = "newest"  # the file next to the generations that records the newest one
+MOST_BYTES = 100_000
+"""Limit of a generation's file: every process reads it when it changes, and all of them are kept."""
+
 
 class UsersFiles(Directory):
     """The users' files of one registry directory. One object per thread."""
@@ -103,12 +108,6 @@ class UsersFiles(Directory):
 
     def _erasure_path(self, digest: str) -> Path:
         return self.path / layout.MASKS / f"{digest}.erased"
-
-
-_TRIES = 8
-NEWEST = "newest"  # the file beside the generations that notes the newest one
-MOST_BYTES = 100_000
-"""Of a generation's file: every part reads it when it changes, and all of them are kept."""
 
 
 class Controls(UsersFiles):

@@ -18,6 +18,13 @@ from state.registry.manifest import Kind, Manifest
 # A directory that changes again within one tick of the file system's clock keeps its time.
 _TICK_NS = 100_000_000
 
+_FOLDERS: dict[Kind, str] = {
+    "delta": layout.VERSIONS,
+    "merged": layout.MERGED,
+    "base": layout.BASES,
+    "recent": layout.RECENT,
+}
+
 
 class Numbers:
     """The versions in one directory, whose entries are named by number, or by number and parent: `<number>-<parent>`.
@@ -76,14 +83,6 @@ class Numbers:
         self._good, self._among, self._oldest_parents = tuple(sorted(good)), frozenset(good), parents
         self._last = max((self._last, *(int(name.partition(".")[0].partition("-")[0]) for name in names)))
         self._changed_ns = changed_ns if time.time_ns() - changed_ns > _TICK_NS else -1
-
-
-_FOLDERS: dict[Kind, str] = {
-    "delta": layout.VERSIONS,
-    "merged": layout.MERGED,
-    "base": layout.BASES,
-    "recent": layout.RECENT,
-}
 
 
 def appears(temporary: Path, final: Path) -> bool:

@@ -23,62 +23,54 @@ The store is a copy of the registry. After a power cut it is rebuilt.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import lmdb
-from numpy.typing import NDArray
-
-from state.disk.compact_store import CompactStore
-from state.errors import StoreError, UnknownVersion
-from state.features.erased import Erased
-from state.process import killpoints
-from state.registry.manifest import Manifest
-from state.rows.keys import LANES, u64
-from state.rows.reader import LastServed, RowReader, required, stored
-from state.rows.served import Served
-from state.rows.sweep import has_rows
-
-if TYPE_CHECKING:
-    from state.ranking.crosses import Crosses
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-import numpy as np
-
-from state.rows.keys import lane_of, stem, version_of
-from state.rows.tables import CODES, OWN, TABLES
-
-if TYPE_CHECKING:
-    # Its kernels load a compiler, which commands do without.
-    from state.ranking.crosses import Crosses
 from bisect import bisect_left
 from collections import deque
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import lmdb
+import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from state.churn.weights import PREFIX as CHURN
 from state.churn.weights import STORED
-from state.registry.manifest import Visible
-from state.rows.keys import TOP, row_keys
+from state.disk.compact_store import CompactStore
+from state.errors import StoreError, UnknownVersion
+from state.features.erased import Erased
+from state.process import killpoints
+from state.registry.manifest import Manifest, Visible
+from state.rows.keys import LANES, TOP, lane_of, row_keys, stem, u64, version_of
 from state.rows.lineage import Branch, branches_of
-from state.rows.reader import Databases
-from state.rows.sweep import delete_dead_lanes, sweep_row
-from state.rows.tables import tables_in
+from state.rows.reader import Databases, LastServed, RowReader, required, stored
+from state.rows.served import Served
+from state.rows.sweep import delete_dead_lanes, has_rows, sweep_row
+from state.rows.tables import CODES, OWN, TABLES, tables_in
+
+if TYPE_CHECKING:
+    # Its kernels load a compiler, which commands do without.
+    from state.ranking.crosses import Crosses
 
 ROWS_AT_ONCE = 1000
 ROWS_IN_TRANSACTION = 100
-"""That are looked at: LMDB keeps as many pages as its largest transaction changed, and each row's lie apart."""
+"""Rows checked per transaction. LMDB keeps as many pages as its largest transaction changed, and rows share no pages."""
 ROUNDS = 25
-"""Within so many looks at ROWS_AT_ONCE or more what is left is looked at, so that it stays as much as versions leave in them."""
-LANE_ROWS_AT_ONCE = 20 * ROWS_AT_ONCE  # what is deleted unread costs less
+"""Rounds of at least ROWS_AT_ONCE rows in which all rows left to check are checked, so that they do not pile up."""
+LANE_ROWS_AT_ONCE = 20 * ROWS_AT_ONCE  # rows that are deleted unread cost less
 
+U64 = NDArray[np.uint64]
+Tensors = Mapping[str, NDArray[Any]]
 Changes = NDArray[np.uint64]
 """`[2, k]`: table and id of each row that versions wrote."""
+
+BEGUN = b"begun"
+"""In `meta`: version u64, lane u64, and u64[2, k] (table, id) of a version whose rows are written in several transactions."""
+
+WRITTEN_AT_ONCE = 250
+"""Rows of a version per transaction; as fast as a thousand."""
 
 
 class Forgotten(NamedTuple):
@@ -86,10 +78,10 @@ class Forgotten(NamedTuple):
 
     Attributes:
         versions: How many it forgot.
-        left: By lane the rows to look at now.
-        looked: How many rows of the first leftover it looked at.
-        floors: By lane the version up to which none may come back there.
-        dead: Whether a lane without versions may have rows; None where nobody looked.
+        left: By lane the rows to check now.
+        looked: How many rows of the first leftover it checked.
+        floors: By lane the version up to which none may return there.
+        dead: Whether a lane without versions may have rows; None if that was not checked.
     """
 
     versions: int = 0
@@ -100,7 +92,7 @@ class Forgotten(NamedTuple):
 
 
 class Forgetting:
-    """The writer's memory of what is still to be looked at.
+    """The writer's list of rows that are still to be checked.
 
     Args:
         databases: The store's, by name.
@@ -113,12 +105,12 @@ class Forgetting:
 
     @property
     def left(self) -> bool:
-        """Whether there is something to look at."""
+        """Whether rows are left to check."""
         return bool(self._left) or self._dead
 
     @property
     def rows_left(self) -> int:
-        """How many rows are to be looked at."""
+        """How many rows are left to check."""
         return sum(rows.shape[1] for _, rows in self._left)
 
     def took(self, done: Forgotten) -> None:
@@ -149,7 +141,7 @@ class Forgetting:
         return Forgotten(len(gone), left, dead=True if empty else None)
 
     def retained(self, transaction: lmdb.Transaction) -> dict[int, list[Branch]]:
-        """By lane the lines of descent that its versions are on; empty where nothing is left to look at."""
+        """By lane the branches of its versions; empty if nothing is left to check."""
         lanes = dict[int, dict[int, Visible]]()
         for record in self._records(transaction) if self.left else ():
             lanes.setdefault(record.lane, {})[record.version] = record.visible
@@ -162,7 +154,7 @@ class Forgetting:
         floors: Mapping[str, int],
         at_most: int,
     ) -> Forgotten:
-        """Deletes what nobody reads of the next `at_most` rows; once all were looked at, of lanes without versions."""
+        """Deletes unread entries of the next `at_most` rows; once all are checked, those of lanes without versions."""
         raised = dict(floors)
         if not self._left:
             empty = delete_dead_lanes(transaction, self._databases["rows"], {*retained}, LANE_ROWS_AT_ONCE)
@@ -181,7 +173,7 @@ class Forgetting:
     def _hand_on(
         self, transaction: lmdb.Transaction, gone: Sequence[int], stay: Mapping[int, Visible]
     ) -> list[Changes]:
-        """Adds what forgotten versions of a lane wrote to what the next ones wrote; returns the rows to look at."""
+        """Adds what forgotten versions of a lane wrote to what the next ones wrote; returns the rows to check."""
         changes, found = self._databases["changes"], list[Changes]()
         one_line = len(branches_of(stay)) == 1
 
@@ -224,10 +216,6 @@ def heirs_of(gone: Sequence[int], stay: Sequence[int]) -> dict[int | None, list[
         place = bisect_left(stay, version)
         found.setdefault(stay[place] if place < len(stay) else None, []).append(version)
     return found
-
-
-BEGUN = b"begun"
-"""In `meta`: version u64, lane u64, and u64[2, k] (table, id) of a version whose rows are written in several transactions."""
 
 
 class Entries(NamedTuple):
@@ -282,7 +270,7 @@ def pieces(text: bytes, size: int) -> list[bytes]:
 def begin(
     transaction: lmdb.Transaction, databases: Databases, version: int, lane: int, changes: NDArray[np.uint64]
 ) -> None:
-    """Notes that a version's rows are being written, before the first of them is."""
+    """Records that a version's rows are being written, before the first of them is."""
     transaction.put(BEGUN, u64(version) + u64(lane) + changes.tobytes(), db=databases["meta"])
 
 
@@ -323,9 +311,6 @@ def put_dense(
     transaction.put(u64(version), listed.tobytes(), db=databases["popular"])
 
 
-U64 = NDArray[np.uint64]
-
-
 def erase(
     transaction: lmdb.Transaction,
     databases: Mapping[str, lmdb._Database],
@@ -363,7 +348,7 @@ def erase(
 
 
 def _leave_out(transaction: lmdb.Transaction, changes: lmdb._Database, versions: Iterable[int], ids: U64) -> None:
-    """Takes ids out of the lists of what versions changed: there is no entry to look at any more."""
+    """Removes ids from the lists of what versions changed, because they have no entries any more."""
     for version in versions:
         written = np.frombuffer(transaction.get(u64(version), b"", db=changes), np.uint64).reshape(2, -1)
         theirs = np.isin(written[1], ids)
@@ -415,11 +400,6 @@ def _lanes(cursor: lmdb.Cursor) -> Iterator[int]:
         lane = lane_of(bytes(cursor.key()))
         yield lane
         found = cursor.set_range(bytes([lane << 3 | OWN]) + b"\xff" * 21)
-
-
-Tensors = Mapping[str, NDArray[Any]]
-WRITTEN_AT_ONCE = 250
-"""Rows of a version in a transaction; as fast as a thousand."""
 
 
 class RowStore(CompactStore):
@@ -660,7 +640,7 @@ class RowStore(CompactStore):
         return self._forgetting.left
 
     def erase(self, erased: Erased, crosses: Crosses, version: int | None = None) -> int:
-        """Deletes what is here of erased users, or what one version wrote; see `state/rows/store.py`. Returns how many entries."""
+        """Deletes entries of erased users, of all versions or of one; see `erase`. Returns how many."""
         with self._write() as transaction:
             return erase(transaction, self._databases, erased, crosses, version)
 

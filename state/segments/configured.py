@@ -38,6 +38,11 @@ _TOKEN = re.compile(
 )
 _SIGNS = ", ".join(COMPARISONS)
 
+MOST_SEGMENTS = 64
+"""Each is a value of a metric's label, and is asked of each user who clicked."""
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+SETTING = "segments.expressions"
+
 
 class Vocabulary(NamedTuple):
     """What profiles have.
@@ -225,12 +230,6 @@ def _unquoted(token: _Token) -> str:
 
 def _wrong(column: int, what: str) -> ValueError:
     return ValueError(f"column {column}: {what}")
-
-
-MOST_SEGMENTS = 64
-"""Each is a value of a metric's label, and is asked of each user who clicked."""
-NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-SETTING = "segments.expressions"
 
 
 class Segment(NamedTuple):

@@ -31,6 +31,16 @@ from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics
 
 from state.statistics.protos import by_name, common, frequencies
 
+NAMED_VALUES = 3
+Measurement = DriftSkewInfo.Measurement
+
+_TYPES = {
+    FeatureNameStatistics.INT: schema_pb2.INT,
+    FeatureNameStatistics.FLOAT: schema_pb2.FLOAT,
+    FeatureNameStatistics.STRING: schema_pb2.BYTES,
+    FeatureNameStatistics.BYTES: schema_pb2.BYTES,
+}
+
 
 class Largest(NamedTuple):
     """A distance and the value that makes it.
@@ -126,17 +136,6 @@ def aligned(
         return made
 
     return over(one), over(other)
-
-
-NAMED_VALUES = 3
-Measurement = DriftSkewInfo.Measurement
-
-_TYPES = {
-    FeatureNameStatistics.INT: schema_pb2.INT,
-    FeatureNameStatistics.FLOAT: schema_pb2.FLOAT,
-    FeatureNameStatistics.STRING: schema_pb2.BYTES,
-    FeatureNameStatistics.BYTES: schema_pb2.BYTES,
-}
 
 
 class Finding(NamedTuple):

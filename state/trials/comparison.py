@@ -1,17 +1,14 @@
-"""How a trial compares with the live trainer so far: sums over paired rows, and a confidence sequence of their differences.
+"""Compares a trial with the live trainer: sums over paired rows, and a confidence sequence of their differences.
 
-A difference is the trial's log loss less the live one's, of one row that both
-scored before they learned from it: below 0 the trial was better. The interval
-of the mean holds at all looks at once (`state/statistics/confidence_sequence.py`),
-so that one may look as often as one likes, and stop when one has seen enough.
-All of it is in one document, replaced as a whole: a restart goes on from there.
+A difference is the trial's log loss minus the live one's, for one row that both scored before they learned from it.
+Below 0 the trial was better. The interval of the mean holds at all times at once
+(`state/statistics/confidence_sequence.py`), so it may be checked as often as wanted, and stopped early.
+All of it is in one document, replaced as a whole; a restart continues from there.
 
-Pairs what two trainers said of the same records of the training log, row by row. Pure.
-
-Each side comes in the order of the log, but for what a trainer learns again
-after a crash, and may begin later, lag or stop. A record is paired once, where
-both have it with the same rows; what one side lacks, as rows that one left out
-by a mask that the other did not know yet, is counted and compared with nothing.
+`Pairing` matches the rows that two trainers scored of the same records of the training log. Each side arrives in the
+order of the log, except for what a trainer learns again after a crash. A side may begin later, lag or stop.
+A record is paired once, if both sides have it with the same rows. Rows that one side lacks are counted and not
+compared; for example, a mask removed them that the other side did not have yet.
 """
 
 from __future__ import annotations
@@ -31,6 +28,10 @@ from state.statistics.confidence_sequence import ConfidenceSequence
 from state.trials.row_losses import Blocks, RowLosses
 
 F64 = NDArray[np.float64]
+
+COMPARISON = "comparison.json"
+
+Finding = Literal["better", "worse", "undecided", "the same"]
 
 
 class Pair(NamedTuple):
@@ -111,11 +112,6 @@ class Pairing:
             for offset in passed:
                 del side[offset]
         return found
-
-
-COMPARISON = "comparison.json"
-
-Finding = Literal["better", "worse", "undecided", "the same"]
 
 
 class PairedComparison:

@@ -1,39 +1,32 @@
-"""Hands the job in to an engine, and stays with it: what the command `springtide stream --runner ...` does.
+"""Submits the distributed job to an engine and follows it: the command `springtide stream --runner ...`.
 
-On Flink the job lives on the cluster. This process says how it goes, and its own
-end ends nothing: a job is stopped by savepoint (`springtide flink down`), or
-cancelled on the cluster. On Prism, which is for tests and for trying things out,
-the job ends with this process.
-
-The distributed job as one sentence, and how it is handed to an engine.
+On Flink the job runs on the cluster. This process reports its progress, and ending this process does not end the job.
+A job is stopped by savepoint (`springtide flink down`), or cancelled on the cluster. On Prism, which is for tests and
+experiments, the job ends with this process.
 
     read ─┬─ (bucket, portion) ─ update bucket ─ write ─── account
           └─ of each source                 └── one stage ──┘   └─ one key
 
-The engine keeps positions, clocks, histories, rows that wait and the account in
-one checkpoint; what is behind a checkpoint is read and made again.
+The engine keeps positions, clocks, histories, waiting rows and the account in one checkpoint. Everything after a
+checkpoint is read and computed again after a failure.
 
-The sink of a distributed job: what the buckets of a bundle made goes into micro-batches, acknowledged before the bundle ends.
+The sink puts the rows that the buckets of a bundle made into micro-batches. They are acknowledged before the bundle
+ends:
 
     process        gathers
-    finish_bundle  1. cuts and encodes   2. writes, acknowledged   3. tells the account
+    finish_bundle  1. cuts and encodes   2. writes, acknowledged   3. reports to the account
 
-An engine that takes a bundle back makes its rows again, perhaps in other
-bundles: readers drop them by their places. Whoever writes a bucket's rows began
-at a checkpoint, before which all of them were acknowledged; so the log has all
-of a bucket's positions up to the newest, whoever else still writes.
+An engine that rolls back a bundle makes its rows again, perhaps in other bundles; readers drop them by their
+positions. Each writer of a bucket's rows started from a checkpoint, before which all of them were acknowledged. So
+the log has all of a bucket's positions up to the newest, even if an older writer is still active.
 
-Shows what is committed: the gauges of the account, the lag, the group's offsets for lag tools, and how far erasures are done.
+`Account` has the fate of each click position, over all buckets. A partition counts as read up to the lowest position
+of any of its buckets. Each offset is counted by the bucket of its user; an offset without a user by the first bucket.
 
-The process that has the account's one key does so, in a thread, once a second:
-where clicks stop coming, what is shown at rest is what is committed. Where the
-key has moved to another process, the group says more than this one knows: it
-leaves the port of the metrics to that one.
-
-What became of each position of the clicks, over all buckets. Pure.
-
-A partition was read up to the least that any of its buckets has; each offset is
-counted by the bucket whose user it is of, or by the first one.
+`Showing` publishes what is committed: the gauges of the account, the lag, the group's offsets for lag tools, and the
+progress of erasures. The process that has the account's one key does so once a second, in a thread. So the committed
+state is shown even when no clicks arrive. If the key has moved to another process, the group is ahead of this one.
+This process then leaves the metrics port to the other.
 """
 
 from __future__ import annotations
@@ -90,6 +83,16 @@ from streaming.distributed.worker import JobPlan, JobWorker, without_secrets
 from streaming.erasing import tell
 from streaming.event_clock import OffClock
 from streaming.letters import send_letters
+
+SHOW_S = 1.0
+PART, WHERE = "stream-job", "the engine's state"  # of the report of erasures
+ACCOUNT = 0  # the only key of the step that keeps the account
+TRIES = 10
+WAIT_S = 1.0
+WAKE_S = 3600.0
+LOOK_S = 0.5
+NO_CONSENT = Consent()
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -188,10 +191,6 @@ class Account:
         told = json.loads(value)
         erased = {int(bucket): last for bucket, last in told["erased"].items()}
         return cls({Source.parse(source): one for source, one in told["counts"].items()}, told["conflicts"], erased)
-
-
-SHOW_S = 1.0
-PART, WHERE = "stream-job", "the engine's state"  # of the report of erasures
 
 
 class Showing:
@@ -340,11 +339,6 @@ def _is_behind(ours: Mapping[int, int], group: Mapping[int, int]) -> bool:
     return any(group.get(partition, 0) > at for partition, at in ours.items())
 
 
-ACCOUNT = 0  # the one key of the step behind it
-TRIES = 10
-WAIT_S = 1.0
-
-
 def records_of(made: Sequence[BucketRows], worker: JobWorker, now_ms: int) -> list[bytes]:
     """The micro-batches of a bundle; rows under different masks or epochs of the log are not mixed.
 
@@ -452,10 +446,6 @@ class WriteBuckets(WorkerStep):
                 time.sleep(WAIT_S)
 
 
-NO_CONSENT = Consent()
-WAKE_S = 3600.0
-
-
 class KeepAccount(WorkerStep):
     """Keeps the account of all buckets under one key, and shows it."""
 
@@ -547,10 +537,6 @@ def run_distributed(plan: JobPlan, options: PipelineOptions) -> PipelineResult:
     pipeline = beam.Pipeline(options=options)
     build_distributed(pipeline, plan)
     return pipeline.run()
-
-
-LOOK_S = 0.5
-logger = logging.getLogger(__name__)
 
 
 def run_elsewhere(

@@ -1,27 +1,27 @@
 """The steps of a distributed job up to the rows: one keyed by source, which reads, and one keyed by bucket of users.
 
-The partitions of one source: read for a moment, parsed, timed, and divided into buckets once a bundle.
+`Partitions` are the open partitions of one source. Once per bundle they are read for a moment, parsed, timed, and
+divided into buckets:
 
     poll until the moment is over ─ parse ─ leave masked clicks out ─ follow the clock ─ divide
 
-It stays open from bundle to bundle in its process, and is used again only where
-it stands exactly where the engine's checkpoint says.
+They stay open in their process from bundle to bundle. They are used again only if their position is exactly the one
+in the engine's checkpoint.
 
-Opens the clicks of a source where it stands: behind losses that an operator accepted, and never at an offset that is used twice.
+`open_clicks` opens the clicks of a source at its position. It continues after losses that an operator accepted, and
+never reads from an offset that is used twice:
 
-    1. The topic; one that was made anew is read from its beginning.
-    2. Positions that were deleted unread: counted as a gap where somebody accepts it, else an error.
-    3. The reader. A log that was cut back behind a position is known by the leader's epoch before it, and filled up where
-       somebody accepts that.
+1. The topic. A recreated topic is read from its beginning.
+2. Positions that were deleted unread. They count as a gap if an operator accepts it, else they are an error.
+3. The reader. A log that was cut back behind a position is detected by the preceding leader epoch. It is filled up if
+   an operator accepts that.
 
-A step that fails begins its job anew from the last checkpoint, which meets the
-same loss: so the error says how to go on.
+A step that fails restarts its job from the last checkpoint, which meets the same loss. So the error says how to
+continue.
 
-How far a source has read: positions and clocks together, as the engine checkpoints them.
-
-Whatever a source gave out, the engine keeps the `SourceReading` after
-it in the same checkpoint; reading goes on from there, with the witnesses of the
-time as they were, so that each click gets the clock that it had before.
+`SourceReading` is how far a source has read: positions and clocks together. The engine stores it in the same
+checkpoint as the clicks that were emitted before it. Reading continues from it with the same watermark quorum, so each
+click gets the same clock again.
 """
 
 from __future__ import annotations
@@ -69,6 +69,14 @@ from streaming.event_clock import EventClock
 from streaming.interleaving import in_order
 from streaming.masking import leave_out
 from streaming.source import appended_ms
+
+RESUME = "springtide stream --runner RUNNER --savepoint_path=PATH"
+"""How a stopped job is resumed; `springtide flink status` shows the savepoint or checkpoint."""
+
+REFRESH_S = 1.0
+TOKEN_BYTES = 16
+LEAST_S = 0.01  # for a source whose turn comes when the moment is over
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -134,10 +142,6 @@ class SourceReading:
             {int(one): int(epoch) for one, epoch in head["leaders"]},
             tuple(map(Accepted.from_json, head["accepted"])),
         )
-
-
-RESUME = "springtide stream --runner RUNNER --savepoint_path=PATH"
-"""How a job is begun again that cannot go on; `springtide flink status` says what it is resumed from."""
 
 
 @dataclass(frozen=True)
@@ -219,10 +223,6 @@ def telling_how() -> Iterator[None]:
         yield
     except GapError as error:
         raise how_to_go_on(error, RESUME) from error
-
-
-REFRESH_S = 1.0
-logger = logging.getLogger(__name__)
 
 
 class Partitions:
@@ -410,10 +410,6 @@ class Partitions:
                 self._follow(self._worker.log.reader(topic, mine, at, leaders=self._leaders({}, at)))
                 if reader is not None:
                     reader.close()
-
-
-TOKEN_BYTES = 16
-LEAST_S = 0.01  # for a source whose turn comes when the moment is over
 
 
 class WorkerStep(beam.DoFn):

@@ -1,15 +1,12 @@
-"""What the steps of a distributed job share in one process of an engine: opened once, by whichever step comes first.
+"""What the steps of a distributed job share in one process of an engine: opened once, by the first step that needs it.
 
-An engine starts processes as it likes, makes the steps in them of pickles, and
-runs several bundles at once, each in a thread. So steps carry a `JobPlan`, and ask
-for the process's `JobWorker`, which lives as long as the process: whatever belongs
-to one thread at a time is taken out of it and given back.
+An engine starts processes as it likes, unpickles the steps in them, and runs several bundles at once, each in a
+thread. So steps carry a `JobPlan` and ask for the process's `JobWorker`, which lives as long as the process. Each
+part that only one thread may use is taken from the worker and returned to it.
 
-Dead letters of attributes, told once: each process of a job follows their topics, and one of them tells what was refused.
-
-That is the process that reads the first source. How far it has told
-stands in Kafka, as offsets of a group of its own: a process that takes its place
-reads the topics from their beginning, and tells on from there.
+Every process of a job follows the topics of attributes, but only one reports their dead letters: the one that reads
+the first source. How far it has reported is stored in Kafka, as offsets of a separate group. A process that
+replaces it reads the topics from their beginning, and reports from that offset on.
 """
 
 from __future__ import annotations
@@ -52,9 +49,12 @@ from streaming.letters import report_to
 from streaming.open_shard import open_join
 from streaming.rows import Rows
 
+MASKS_KEPT = 8
+logger = logging.getLogger(__name__)
+
 
 def group_of(kafka: Kafka) -> str:
-    """The group whose offsets say how far letters were told.
+    """The group whose offsets say how far dead letters were reported.
 
     >>> group_of(Kafka(group="shop"))
     'shop-attribute-letters'
@@ -63,14 +63,14 @@ def group_of(kafka: Kafka) -> str:
 
 
 def told_once(kafka: Kafka, topic: str, log: Log, report: Report, tells: Callable[[], bool]) -> Report:
-    """What becomes of refused records of a topic of attributes.
+    """Reports the refused records of a topic of attributes, each one once.
 
     Args:
         kafka: Names the group.
         topic: Their topic.
         log: Where the group's offsets are.
-        report: Tells letters for good.
-        tells: Whether this process is the one that tells.
+        report: Reports dead letters durably.
+        tells: Whether this process is the one that reports.
     """
 
     def tell(bad: Sequence[DeadLetter]) -> None:
@@ -86,10 +86,6 @@ def told_once(kafka: Kafka, topic: str, log: Log, report: Report, tells: Callabl
                 topics.commit(group_of(kafka), topic, ends)
 
     return tell
-
-
-MASKS_KEPT = 8
-logger = logging.getLogger(__name__)
 
 
 class Closable(Protocol):

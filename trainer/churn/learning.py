@@ -64,6 +64,20 @@ _FIRST_CAPACITY = 1024
 _FEW = 4
 """Below a fourth of the room more users are looked at."""
 
+SUMS = ("rows", "log_loss", "predicted", "left")
+TENTHS = 10
+_LEAST = 1e-12
+
+DAY_S = 86_400
+FEW = 50
+"""So many must have left and so many have stayed before anybody is answered."""
+
+_VARIANCE, _DRIFT = 1.0, 1e-8
+_CALIBRATION_VARIANCE, _CALIBRATION_DRIFT = 0.05, 1e-7
+
+F64 = npt.NDArray[np.float64]
+logger = logging.getLogger(__name__)
+
 
 class KnownExamples(NamedTuple):
     """Examples whose label became known, in the order of that.
@@ -263,11 +277,6 @@ class ChurnWaiting:
         self._free += range(capacity - 1, max(held, 1) - 1, -1)
 
 
-SUMS = ("rows", "log_loss", "predicted", "left")
-TENTHS = 10
-_LEAST = 1e-12
-
-
 class ChurnMeasures:
     """The running measures."""
 
@@ -331,17 +340,6 @@ class ChurnMeasures:
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
         """Sets what `state` returned."""
         self._sums, self._bins, self._tenths = (np.array(state[name]) for name in ("sums", "bins", "tenths"))
-
-
-DAY_S = 86_400
-FEW = 50
-"""So many must have left and so many have stayed before anybody is answered."""
-
-_VARIANCE, _DRIFT = 1.0, 1e-8
-_CALIBRATION_VARIANCE, _CALIBRATION_DRIFT = 0.05, 1e-7
-
-F64 = npt.NDArray[np.float64]
-logger = logging.getLogger(__name__)
 
 
 class ChurnLearner:

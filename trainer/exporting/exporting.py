@@ -50,6 +50,16 @@ RECORDS = 64
 PATIENCE_S = 10.0
 U64 = npt.NDArray[np.uint64]
 
+F32 = npt.NDArray[np.float32]
+Outputs = Mapping[str, F32]
+LOGITS = ("recent_logits", "popular_logits", "successor_logits")
+TIMED = 200
+
+TOLERANCE = 1e-5
+"""How far a SavedModel may be from the program, relative to 1 + the program's value."""
+
+Say = Callable[[str], None]
+
 
 class Replayed:
     """The rows of some micro-batches as serving's program is asked about them.
@@ -138,12 +148,6 @@ def enough(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
     return kept
 
 
-F32 = npt.NDArray[np.float32]
-Outputs = Mapping[str, F32]
-LOGITS = ("recent_logits", "popular_logits", "successor_logits")
-TIMED = 200
-
-
 class Agreement(NamedTuple):
     """What of one program differs from another's.
 
@@ -209,12 +213,6 @@ def one_row(inputs: Mapping[str, npt.NDArray[Any]], fixed: frozenset[str], row: 
         row: Which.
     """
     return {name: value if name in fixed else value[row : row + 1] for name, value in inputs.items()}
-
-
-TOLERANCE = 1e-5
-"""How far a SavedModel may be from the program, relative to 1 + the program's value."""
-
-Say = Callable[[str], None]
 
 
 class Compared(NamedTuple):

@@ -17,6 +17,8 @@ from trainer.tables.rows_used import mark_rows
 
 _FOLD = 65_536
 
+I64 = npt.NDArray[np.int64]
+
 
 class ListedIds:
     """A list of ids.
@@ -47,9 +49,6 @@ class ListedIds:
         ids: U64 = np.sort(np.concatenate([np.zeros(1, np.uint64), *self._parts]))
         found: U64 = ids[1:][ids[1:] != ids[:-1]]
         return found
-
-
-I64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,14 @@ from trainer.tables.least_used import excess, least_used
 from trainer.tables.places import Places, grown
 from trainer.tables.rows_used import distinct_rows, first_occurrences, see
 
+I64 = npt.NDArray[np.int64]
+
+MISSING = 0
+"""The row of every id that has none: always zero, never trained."""
+
+NO_CAP = 2**31 - 1
+"""Of a table: as many rows as there are numbers for."""
+
 
 class Sightings(NamedTuple):
     """Of distinct ids.
@@ -136,16 +144,6 @@ class Pending:
             self._counts, self._seen_ms = grown(self._counts, self.capacity), grown(self._seen_ms, self.capacity)
         places = self._places.find(seen.ids)
         self._counts[places], self._seen_ms[places] = seen.counts, seen.seen_ms
-
-
-I64 = npt.NDArray[np.int64]
-
-MISSING = 0
-"""The row of every id that has none: always zero, never trained."""
-
-
-NO_CAP = 2**31 - 1
-"""Of a table: as many rows as there are numbers for."""
 
 
 class IdTable(ABC):

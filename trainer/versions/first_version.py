@@ -37,6 +37,8 @@ from trainer.versions.content import PENDING, Array, Tensors
 TRIAL = "trial"
 """In the plan of a control generation: the name of the trial that the epoch goes on from."""
 
+logger = logging.getLogger(__name__)
+
 
 def take_over(
     live: Registry, plan: Mapping[str, Any], version: int, trainer: Trainer, spec: str
@@ -102,9 +104,6 @@ def ends(old: Tensors, mine: Tensors) -> dict[str, Array]:
             for name, column in ended.items()
         }
     return found
-
-
-logger = logging.getLogger(__name__)
 
 
 class CarriedOver(NamedTuple):

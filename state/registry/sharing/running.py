@@ -71,7 +71,13 @@ from state.registry.sharing.small import exchange_small
 
 SMALL_S, SILENT_S, REST_S = 30.0, 5.0, 30.0
 AT_ONCE = 16
-"""Generations of control that are brought at once to a host that has none."""
+"""Generations of control that are fetched in parallel by a host that has none."""
+
+RETRY_S, STAND_BY_S = 1.0, 1.0
+NOTE_MS = 1000
+LAST_S, LOOKED_S = 10.0, 0.1
+"""How long an ending trainer continues to send, and how often it is checked whether a copier has begun."""
+_log = logging.getLogger(__name__)
 
 
 class Copier:
@@ -299,13 +305,13 @@ class Copier:
 
 
 def own(path: Path, url: str, now_ms: int) -> tuple[FilePlace, int]:
-    """Makes the directory the origin of what the place has, or finds that it is.
+    """Makes the directory the origin of the shared store, or finds that it is.
 
-    1. What is here goes there, where the directory was shared with nobody: masks, then control.
+    1. The local content is pushed if the directory was not shared before: masks, then control.
     2. The versions are claimed.
-    3. What is there comes here: control, the names of versions, programs, what is small.
-    4. Numbers that the trainer before may have used are passed over.
-    5. The directory is the origin.
+    3. The store's content is fetched: control, the names of versions, programs, small files.
+    4. Numbers that the preceding trainer may have used are skipped.
+    5. The directory is bound as the origin.
 
     Args:
         path: The registry's directory, with the trainer's lock held.
@@ -385,13 +391,6 @@ def pass_over(registry: Registry, last: int) -> None:
     if last and not keeper.exists():
         durable.write(keeper, b"")
         durable.sync_directory(keeper.parent)
-
-
-RETRY_S, STAND_BY_S = 1.0, 1.0
-NOTE_MS = 1000
-LAST_S, LOOKED_S = 10.0, 0.1
-"""How long a trainer that ends goes on sending, and how often is looked whether a copier has begun."""
-_log = logging.getLogger(__name__)
 
 
 class HostCopier:

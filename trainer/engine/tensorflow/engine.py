@@ -36,6 +36,8 @@ from trainer.model.inputs import Input
 from trainer.model.ranker import Ranker, Targets
 from trainer.tables.table import Table
 
+Tensor = Any
+
 
 class Learning(NamedTuple):
     """What the blocks of a record read.
@@ -271,9 +273,6 @@ def _shares(logit: Tensor, label: Tensor, numbers: Tensor, known: Tensor) -> tup
     precision = HYPERPARAMETERS.share_precision + known
     error = (label - likely) / (1.0 + information * tf.reduce_sum(numbers * numbers / precision))
     return numbers * error / precision, information * numbers * numbers
-
-
-Tensor = Any
 
 
 class TensorsFound(NamedTuple):
