@@ -1,10 +1,9 @@
-"""What a trainer begins with where there is no version to go on from: nothing, or, of some trials, past clicks.
+"""Where a trainer without a version to start from begins: with no knowledge, or, for some trials, with past clicks.
 
-Learns past clicks before the training log: a child makes their micro-batches (`streaming/past.py`), one is one step.
-
-The micro-batches are the stream's, of the same clicks; which of their rows
-count says `state.trials.past.Past`. Nothing is kept before all of it is learned:
-a crash leaves nothing, and the next start learns it again from the first click.
+Past clicks are learned before the training log. A child process makes their micro-batches (`streaming/past.py`); each
+one is one step. They are the stream's micro-batches of the same clicks; `state.trials.past.Past` defines which of
+their rows count. No version is kept before all of the past is learned. After a crash the next start learns it
+again from the first click.
 """
 
 from __future__ import annotations
@@ -44,11 +43,11 @@ CHILD = "streaming.past"
 logger = logging.getLogger(__name__)
 
 Records = Callable[[], AbstractContextManager[Iterator[bytes]]]
-"""Gives the micro-batches of the past, encoded, for a block."""
+"""A context manager that yields the encoded micro-batches of the past."""
 
 
 class PastLearning:
-    """What of the past a trainer learns. One thread.
+    """Lets a trainer learn past clicks. One thread.
 
     Args:
         past: The clicks and the cut.
@@ -183,7 +182,7 @@ class Beginning(NamedTuple):
 
 
 class Begins(Protocol):
-    """Makes a trainer one that may begin."""
+    """Prepares a trainer for its first epoch."""
 
     def __call__(
         self, settings: Settings, trainer: Trainer, about: Mapping[str, Any], open_log: OpenLog, control: Control
@@ -203,7 +202,7 @@ class Begins(Protocol):
 def from_nothing(
     settings: Settings, trainer: Trainer, about: Mapping[str, Any], open_log: OpenLog, control: Control
 ) -> Beginning:
-    """Nothing, and the training log from its beginning."""
+    """Starts from scratch, with the training log from its beginning."""
     log = open_log(None)
     begin = log.position(settings.trainer.partition)
     place = TrainingPlace(control.epoch, parent=0, first=begin, next=begin, durable_first=begin)
@@ -218,10 +217,10 @@ def from_past(
     open_log: OpenLog,
     control: Control,
 ) -> Beginning:
-    """Past clicks, and the training log from the cut on.
+    """Starts with past clicks, and the training log from the cut on.
 
-    1. The past is learned; a crash here leaves nothing, and it begins again.
-    2. The log is opened behind it.
+    1. The past is learned; after a crash here it is learned again.
+    2. The log is opened at the cut.
 
     Raises:
         GapError: The log does not reach back to the cut any more.

@@ -1,20 +1,18 @@
-"""Takes each record to the guard, keeps versions back while one is suspect, and asks control to hold what is bad.
+"""Passes each record to the guard, withholds versions while one is suspect, and asks control to hold bad ones.
 
-Where control cannot be written, as while the store of a shared registry is
-away, the hold waits: nothing is published and no record taken until it is
-written, so that nobody is ever answered by what is held.
+If control cannot be written, for example while the store of a shared registry is unreachable, the hold waits. Until it
+is written, no version is published and no record is learned, so that a held update never serves traffic.
 
-What the guard is told of a record, and which version and clicks a hold names. Pure but for the registry that it reads.
+`WindowWatch` judges each step of the training log by the preceding windows: pass, suspect or hold.
 
-Judges each step of the training log by the windows before it: passes, suspect, or to be held.
+- Windows follow each other in log time. A window ends when it has its length and enough rows to judge. From that many
+  rows on, the open window is judged with each step.
+- The remembered windows are a function of the log. A trainer that restarts, or reads the log again, reaches the same
+  verdicts at the same offsets. An operator's actions change none of them.
+- At a hold everything is forgotten, because later steps are compared with what the operator let pass.
 
-Windows follow each other in log time. One ends when it is as long as it should
-be and has rows enough to say something; from that many rows on the open one is
-judged with each step. What is remembered is a function of the log: a trainer
-that is started again, or reads the log again, comes to the same verdicts at the
-same offsets, and what an operator does changes none of them. At a verdict to
-hold everything is forgotten, for what comes after is compared with what it was
-let go on with.
+`figures_of` computes what the guard receives of a record. `version_before` and `suspect_clicks` find the version and
+the clicks that a hold names.
 """
 
 from __future__ import annotations
@@ -54,21 +52,21 @@ from trainer.versions.content import GUARDED
 F32 = npt.NDArray[np.float32]
 
 REMEMBERED = 120
-"""Windows that a signal is compared with: 20 minutes of the default ones."""
+"""Windows that a signal is compared with: 20 minutes of windows of the default length."""
 
 MOST_WAIT_MS = 30_000
-"""Log time for which versions wait where the guard is not sure: half of what answers may be behind before somebody is called.
-Where windows are longer than that, because few click, what is suspect passes then, and may be held later."""
+"""Log time for which versions wait while the guard is unsure: half the delay of serving that raises an alert.
+If windows are longer than that, because few users click, a suspect version passes then, and may be held later."""
 
 SLICES = "slices."
-"""How names begin of what is remembered of slices."""
+"""Prefix of the names of slice state."""
 
 ACTOR = "guard"
 STEPS = "steps"
-"""The rule by which the guard of steps holds training (`trainer/engine/guard.py`), whether `[guard]` is on or off."""
+"""The rule by which the step guard holds training (`trainer/engine/guard.py`), whether `[guard]` is on or off."""
 
 AGAIN_S = 1.0
-"""Between two tries to write a hold."""
+"""Between two attempts to write a hold."""
 
 _MEANINGS = {rule.name: rule.meaning for rule in (*RULES, SLICE)} | {
     STEPS: "number of records in a row with rows that are not finite or far too large"
@@ -77,7 +75,7 @@ logger = logging.getLogger(__name__)
 
 
 class Standing(enum.StrEnum):
-    """What is to become of the versions that have a step."""
+    """The verdict on the versions that contain a step."""
 
     PASS = "pass"
     SUSPECT = "suspect"
@@ -128,11 +126,11 @@ class WatchLimits:
 
 
 class WindowWatch:
-    """Remembers the windows of one line of the training log. One thread.
+    """Remembers the windows of one branch of the training log. One thread.
 
     Args:
         limits: The settings.
-        slices: What the places of slices are, in words; of other ones nothing is remembered.
+        slices: Describes the slice numbers; state of another description is dropped.
     """
 
     def __init__(self, limits: WatchLimits, slices: str = "") -> None:
@@ -180,7 +178,7 @@ class WindowWatch:
         return len(self._past)
 
     def shares_of_limit(self) -> dict[str, float]:
-        """How near each rule was to a hold when the last window ended: 1 is one."""
+        """How near each rule was to a hold when the last window ended: 1 is a hold."""
         near = {name: total / LIMIT for name, total in zip(NAMES, self._sums.tolist(), strict=True)}
         return {**near, SLICE.name: self._slices.total / LIMIT}
 
@@ -207,7 +205,7 @@ class WindowWatch:
         return Judgement(standing, rule.name, _shown(signal, rule), _shown(known[0], rule), total, since)
 
     def _in_time(self, found: Judgement, log_ms: int) -> Judgement:
-        """The judgement, a pass where versions have waited long enough."""
+        """The judgement, or a pass once versions have waited long enough."""
         if found.standing is not Standing.SUSPECT:
             self._doubt_ms = None
             return found
@@ -232,11 +230,11 @@ class WindowWatch:
 
     @property
     def _crowded(self) -> bool:
-        """Whether so many users click usually that anything is judged."""
+        """Whether enough users usually click for a judgement."""
         return len(self._users) > 0 and float(np.median(self._users)) >= self._limits.users
 
     def _compare(self) -> None:
-        """What is usual from now on; None for rules that know too little yet."""
+        """Updates the usual values; None for rules with too few windows yet."""
         crowded = self._crowded
         enough = np.count_nonzero(~np.isnan(self._past), axis=0) >= self._limits.warm_up
         self._usual = [
@@ -270,7 +268,7 @@ class WindowWatch:
         return found | {"added": window.sums.copy(), "crowds": window.crowds.copy()} | opened
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Sets what `state` returned; that of other rules, or nothing, is a new beginning, of other slices that of slices."""
+        """Loads the result of `state`. State of other rules is dropped; of other slices, only the slice state is."""
         self.clear()
         about = json.loads(state["about"].tobytes()) if "about" in state else {}
         if about.get("names") != list(NAMES):
@@ -295,7 +293,7 @@ def _shown(signal: float, rule: Rule) -> float:
 
 
 def _of_slice(off: OffSlice, says: bool) -> Judgement:
-    """The judgement by the slice that is furthest off; where the window says nothing yet, nothing is held."""
+    """The judgement by the slice with the largest deviation; a window with too few rows holds nothing."""
     if off.total < SUSPECT:
         return PASSED
     standing = Standing.HOLD if off.total >= LIMIT and says else Standing.SUSPECT
@@ -304,7 +302,7 @@ def _of_slice(off: OffSlice, says: bool) -> Judgement:
 
 
 def figures_of(batch: MicroBatch, report: Report | None, log_ms: int) -> StepFigures:
-    """What one record tells the guard.
+    """The figures of one record for the guard.
 
     Args:
         batch: What was learned of it.
@@ -339,7 +337,7 @@ def figures_of(batch: MicroBatch, report: Report | None, log_ms: int) -> StepFig
 
 
 def version_before(registry: Registry, place: TrainingPlace, offset: int) -> int:
-    """The newest durable version of the trainer's line that learned nothing from `offset` of the training log on; 0 for none."""
+    """The newest durable version of the trainer's branch that learned nothing from `offset` of the log on; 0 for none."""
     if not place.durable:
         return 0
     visible = registry.manifest(place.durable).visible
@@ -356,7 +354,7 @@ def version_before(registry: Registry, place: TrainingPlace, offset: int) -> int
 
 
 def clicks_learned(place: TrainingPlace) -> tuple[tuple[str, int, int], ...]:
-    """How far the clicks of each partition were learned; of a partition in several shares, all of them."""
+    """How far the clicks of each partition were learned; for a partition in several shares, the lowest of them."""
     found: dict[tuple[str, int], int] = {}
     for source, at in place.marks.items():
         name = (source.topic_id, source.partition)
@@ -365,7 +363,7 @@ def clicks_learned(place: TrainingPlace) -> tuple[tuple[str, int, int], ...]:
 
 
 def suspect_clicks(since: WindowStart, after: TrainingPlace) -> tuple[SuspectClicks, ...]:
-    """The clicks between both places."""
+    """The clicks between both positions."""
     first, ends = {(topic, part): at for topic, part, at in since.clicks}, dict[tuple[str, int], int]()
     for source, at in after.marks.items():
         name = (source.topic_id, source.partition)

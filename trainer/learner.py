@@ -1,19 +1,19 @@
 """Takes records of the training log, steps, publishes, and converges to control: the only writer of weights.
 
-The weights are a function of (base, log range, mask). Whatever happens in between, a restart or a rollback, comes down
-to one thing: load a version and read on from its place in the log.
+The weights are a function of (base, log range, mask). A restart or a rollback therefore comes down to one operation:
+load a version and read on from its position in the log.
 
-Lets whoever compares this trainer with another one have the loss of each row, as it was scored before it was learned.
+`PrivacyBudget` charges the ledger before records are learned, and holds training if too little of the budget is left.
+A record is learned only under a charge for its period and its branch (`trainer/privacy/history.py`). The order matters:
 
-Nothing is written, and nothing copied, while nobody reads (`state/trials/row_losses.py`).
+1. The ledger is written. It also names an offset, `through`, before which records may have been learned. It is raised
+   by `RESERVED` offsets at a time.
+2. The record is learned.
 
-Charges the ledger before records are learned, and holds training where too little of the budget is left.
+A change at or after `through` costs no budget, because no record from there on was learned before.
 
-A record is learned only under a charge for its period and its line
-(`trainer/privacy/history.py`). The ledger is written before the record is
-learned. It also names an offset, `through`, before which records may have been
-learned; it is raised by `RESERVED` offsets at a time. What changes at or behind
-that offset costs nothing: no record from there on was learned before.
+`LossRecorder` records the loss of each row, as it was scored before it was learned, for comparison with another
+trainer. Without a reader it neither writes nor copies anything (`state/trials/row_losses.py`).
 """
 
 from __future__ import annotations
@@ -72,18 +72,18 @@ from trainer.versions.first_version import restore_or_carry
 from trainer.versions.publisher import Publisher
 
 ROUNDING = 1e-6
-"""By so much of itself epsilon may be above the budget: what a search leaves."""
+"""Relative tolerance of epsilon above the budget: the precision of the search."""
 
 RESERVED = 256
 """Offsets of the training log that one write of the ledger reserves."""
 
 LOOK_S = 1.0
-"""Between two looks at whether somebody reads."""
+"""Between two checks for a reader of row losses."""
+
 AGAIN_S = 10.0
-"""After the disk refused."""
+"""Wait after a failed write of row losses."""
 
 _LOG_LOSS = SUMS.index("log_loss")
-
 CONTROL_S, RECORDS = 0.05, 32
 NO_CONSENT = Consent()
 logger = logging.getLogger(__name__)

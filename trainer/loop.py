@@ -1,41 +1,32 @@
 """The trainer's process: `python -m trainer.loop [--section.name VALUE ...]`.
 
 1. Takes the registry's trainer lock; a second trainer ends here.
-2. Checks a tower of the user's own, then waits until the bootstrap has
-   analysed the feature spec of the settings.
-3. Builds the trainer and lowers its program, checked against the model. Where the newest version fits this release's
-   model no longer, an epoch begins that goes on from what fits; where the settings are others, that is refused.
-4. Creates control generation 1 where there is no control.
-5. Enters control's epoch: its newest version, else its base, else nothing, or the past clicks that a trial is to learn
-   first. Where the training log was cut back behind that, it goes back to the newest version that the log still leads to (`trainer/loop.py`).
-6. Reads, steps, publishes and converges to control until SIGTERM or SIGINT;
-   then publishes what is left and ends with 0.
+2. Checks a custom tower, then waits until the bootstrap has analysed the feature spec of the settings.
+3. Builds the trainer and lowers its program, checked against the model. If the newest version no longer fits this
+   release's model, an epoch begins from the parts that fit. If the settings differ, that is refused.
+4. Creates control generation 1 if there is no control.
+5. Enters control's epoch: its newest version, else its base, else from scratch, or with the past clicks of a trial. If
+   the training log was cut back behind that version, the trainer rewinds first (`recover`, below).
+6. Reads, steps, publishes and converges to control until SIGTERM or SIGINT. Then it publishes what is left and exits
+   with 0.
 
-Where records of the training log, or clicks before it, are gone, it ends and
-says which; with `--accept-gap P:A-B --reason TEXT` it counts them and goes on. Where
-a record cannot be learned from, `--skip-record OFFSET --reason TEXT` leaves it
-out likewise, here and in every replay.
+If records of the training log, or clicks before it, are gone, it ends and lists them. With
+`--accept-gap P:A-B --reason TEXT` it counts them and continues. If a record cannot be learned from,
+`--skip-record OFFSET --reason TEXT` leaves it out in the same way, here and in every replay.
 
-A compactor runs beside it now and then, as a child, and so does an export where `export.every_s` asks for it. Everything else that ends
-the process is one line on the standard error and exit code 1 (2 for a wrong
-setting); started again, it goes on from the newest version.
+Any other end is one line on the standard error and exit code 1 (2 for a wrong setting). A restarted trainer continues
+from the newest version.
 
-Exports beside the trainer: a child now and then, where a setting asks for it.
+Two child processes run next to the trainer from time to time: the compactor (`Compaction`), and an export if
+`export.every_s` is set (`ScheduledExports`). A failed compaction makes the trainer check the version (`doubt`).
+`Phases` reports the phase of the start, as a gauge and in the log, so that a slow restart shows its cause.
 
-What the trainer does at its start, as a gauge and in the log: a restart that takes long shows where it is.
-
-A trainer ahead of its log: it goes back to the newest version that the log still leads to.
-
-A version is on disk when it is published; the newest records of the training
-log may not be: a broker that loses power without other replicas, or a leader
-that is elected without them, takes them away, and others come in their place.
-Weights that learned the lost records are no function of the log any more. So
-the trainer takes control on by a generation of its own: an epoch more, from
-the newest version of the line that learned nothing beyond what is left, with
-everything else as it was. What comes after is recomputed bit for bit by
-`springtide verify`, and `springtide history` says who went back and why.
-
-The compactor beside the trainer: a child now and then, and what to look at when one fails.
+A trainer can be ahead of its log. A published version is on disk, but the newest records of the training log may not
+be. A broker that loses power without other replicas loses them, and so does the election of a leader without them.
+Other records then take their offsets. Weights that learned the lost records are no longer a function of the log. So
+the trainer writes a control generation of its own. It has the next epoch, and starts from the newest version of the
+branch that learned nothing beyond the remaining log. Everything else stays unchanged. `springtide verify` recomputes
+the following versions bit for bit, and `springtide history` shows who rewound and why.
 """
 
 from __future__ import annotations
@@ -102,7 +93,6 @@ LEARNING = "learning"
 PHASES = (IMPORTS, KERNELS, BOOTSTRAP, MODEL, PROGRAM, VERSION, CATCHING_UP, LEARNING)
 
 SAY_S = 5.0
-
 WAIT_S = 0.02
 PROGRESS_S = 5.0
 LOOK_S = 0.2
@@ -111,16 +101,16 @@ logger = logging.getLogger(__name__)
 
 
 class Compaction:
-    """Starts the compactor every so often, one at a time, with the trainer's own settings.
+    """Starts the compactor at an interval, one at a time, with the trainer's own settings.
 
     Args:
         arguments: The command line of this process.
         every_s: Seconds from one start to the next.
-        on_failure: What to look at when one fails.
-        metrics: Where is told how many failed in a row.
+        on_failure: Check that runs when one fails.
+        metrics: Reports how many failed in a row.
         elapsed: Monotonic seconds.
 
-    Where publishing waits for room one is started sooner: it removes what is beyond its tier.
+    If publishing waits for disk space, one is started sooner, because it removes what is beyond its tier.
     """
 
     def __init__(
@@ -139,7 +129,7 @@ class Compaction:
         self._metrics, self._failures = metrics, 0
 
     def tick(self, hurry: bool = False) -> None:
-        """Starts one that is due and takes note of one that ended.
+        """Starts a compactor that is due, and records the end of one.
 
         Args:
             hurry: Whether the disk is full.
@@ -166,14 +156,14 @@ class Compaction:
             self._child = subprocess.Popen(self._command)
 
     def close(self) -> None:
-        """Ends a child; what it had not finished is absent."""
+        """Ends a child; its unfinished work is absent."""
         if self._child is not None:
             self._child.terminate()
             self._child.wait()
 
 
 def doubt(registry: Registry, version: int) -> None:
-    """Reads all that `version` is made from, while the trainer waits: what is built on damage can never be restored.
+    """Reads all parts of `version` while the trainer waits: versions built on a damaged part can never be restored.
 
     Raises:
         CorruptVersion: A part of it is damaged.
@@ -190,18 +180,18 @@ def doubt(registry: Registry, version: int) -> None:
 
 
 def recover(registry: Registry, control: Control, lost: TruncatedLog, actor: str, now_ms: int) -> Control:
-    """Control's next generation, which goes back behind what was lost; durable when this returns.
+    """Writes control's next generation, which rewinds to before the loss; durable when this returns.
 
     Args:
         registry: Where versions and control are.
-        control: That the trainer wanted to enter.
-        lost: What the log said.
-        actor: Who is named in the history.
+        control: The generation that the trainer wanted to enter.
+        lost: The error of the log.
+        actor: Recorded in the history.
         now_ms: Wall clock.
 
     Raises:
-        TruncatedLog: No version can be learned on from; with what to do.
-        ControlConflict: Somebody else changed control all the time.
+        TruncatedLog: There is no version to continue from; the error says what to do.
+        ControlConflict: Other processes kept changing control.
     """
     kept = lost.kept
     if control.log[-1].first > kept:
@@ -229,7 +219,7 @@ def recover(registry: Registry, control: Control, lost: TruncatedLog, actor: str
 
 
 def newest_within(registry: Registry, control: Control, lost: TruncatedLog) -> Manifest | None:
-    """The newest version on control's line that learned nothing beyond what is left of the log; None where there is none."""
+    """The newest version on control's branch that learned nothing beyond the remaining log; None if there is none."""
     (gap,) = lost.gaps
     newest = registry.newest_good(control.epoch)
     start = control.base if newest is None else newest
@@ -291,7 +281,7 @@ class Phases:
 
 
 class ScheduledExports:
-    """Starts `springtide export` every so often, one at a time, with the trainer's own settings.
+    """Starts `springtide export` at an interval, one at a time, with the trainer's own settings.
 
     Args:
         arguments: The command line of this process.
@@ -370,7 +360,7 @@ def _import_model(kernels: Kernels, phases: Phases, stopping: threading.Event) -
 
 
 def _check_own(settings: Settings) -> None:
-    """Checks a ranker or tower of the user's own; the preprocessing's width is not known yet, and both take any.
+    """Checks a custom ranker or tower; the preprocessing's width is not known yet, and both take any.
 
     Raises:
         ProgramError: It is not what it has to be.
@@ -445,7 +435,7 @@ def prepare(
 
 
 def go_on_in_this_release(registry: Registry, settings: Settings, spec: FeatureSpec, trainer: Trainer) -> None:
-    """Begins an epoch by itself where only this release's own code keeps the newest version from being loaded.
+    """Begins an epoch automatically if only this release's own code keeps the newest version from being loaded.
 
     Raises:
         ModelMismatch: It is the settings, or code of the user's own, and nobody asked for an upgrade.
@@ -468,7 +458,7 @@ def go_on_in_this_release(registry: Registry, settings: Settings, spec: FeatureS
 
 
 def enter(learner: Learner, registry: Registry, control: Control) -> None:
-    """Enters control's epoch; where the log was cut back behind its version, one that goes back as far as that.
+    """Enters control's epoch; if the log was cut back behind its version, an epoch that rewinds as far as that.
 
     Raises:
         TruncatedLog: No version can be learned on from.

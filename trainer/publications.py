@@ -1,6 +1,7 @@
-"""When the learner's work becomes a version, recent or durable, and what is copied for it in the step thread.
+"""Decides when the learner's work becomes a version, recent or durable, and copies its data in the step thread.
 
-The trainer's own answers to a version's probe, see `state/probe.py`: who serves the version compares its answers with them.
+`ProbedRanker` computes the trainer's own answers to a version's probe, see `state/probe.py`. A process that serves the
+version compares its answers with them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ from trainer.versions.publisher import Publisher, Saving
 
 
 class ProbedRanker:
-    """Answers the probe with the weights of now; only the step thread may ask.
+    """Answers the probe with the current weights; only the step thread may call it.
 
     Args:
         ranker: The model.

@@ -1,18 +1,17 @@
 """Recomputes a version from a base and the training log: `springtide verify VERSION`.
 
-1. The line of the version is followed back to a base (or to `--from`), epoch
-   by epoch, not beyond an upgrade; each epoch's part of the log has its own mask.
-2. An environment that differs from the version's makes the two not comparable.
+1. The branch of the version is followed back to a base (or to `--from`), epoch by epoch, not beyond an upgrade. Each
+   epoch's part of the log has its own mask.
+2. If the environment differs from the version's, the two are not comparable.
 3. The base is restored and the log replayed, record by record.
-4. Rows ordered by id, accumulators, dense weights, slots, counters, marks and
-   the account are compared bit by bit; but for rows of erased users, where those were taken out of the version's files.
-   Where they were taken out of the base, and the log has clicks of theirs that were learned, the two are not comparable.
+4. Rows ordered by id, accumulators, dense weights, slots, counters, marks and the account are compared bit by bit.
+   Rows of erased users are left out if they were removed from the version's files. The two are not comparable if those
+   rows were removed from the base, and the log has clicks of those users that were learned.
 
-It runs beside the live system: it reads the registry and the log with its own
-reader, takes no lock and writes nothing. Exit codes: 0 equal, 1 different, not
-comparable, or not replayable any more; 2 wrong use.
+The result (`Comparison`) is equal, different with the first difference, or not comparable.
 
-A version beside what was computed anew: equal, different and where first, or not comparable.
+It runs next to the live system: it reads the registry and the log with its own reader, takes no lock and writes
+nothing. Exit codes: 0 equal, 1 different, not comparable, or not replayable any more; 2 wrong use.
 """
 
 from __future__ import annotations
@@ -51,7 +50,6 @@ if TYPE_CHECKING:
     from trainer.versions.difference import Difference
 
 NICENESS = 10
-
 OpenLog = Callable[[str, int], LogReader]
 """Opens the training log, by the name of its topic, at an offset."""
 

@@ -1,34 +1,27 @@
-"""Learns the probability that a user leaves from the rows of the trainer's steps, whatever becomes of the steps.
+"""Learns the probability that a user leaves (churn), from the rows of the trainer's steps.
 
-A row says that its user was there, also where the guard skips its step: that is
-a fact of the log. A row whose label came later stands for its impression, or,
-where an outcome made the label, for the outcome, for then the user was there. Of
-an outcome that no impression waited for the training log has no row to learn from.
+A row shows that its user was active, even if the guard skips its step, because that is a fact of the log. A row with
+a delayed label stands for its impression, or, where an outcome made the label, for the outcome: the user was active
+then. An outcome without a waiting impression has no row in the training log, so nothing is learned from it.
 
-What is learned is two regressions in a row: one from inputs to a logit, and one
-with two weights from logits, as they were before their examples were learned,
-to calibrated probabilities (Platt 1999).
+Rows wait until it is known whether their users left (`ChurnWaiting`). Which rows wait is a function of the log:
 
-How good the probabilities of churn are: each example is scored before it is learned.
+1. Each row of a user ends the preceding one: its time is when the next event came.
+2. A row has moments (`state/churn/moments.py`), the first at a hash of user and time. A moment at or after the next
+   event does not belong to the row. A row without moments is dropped at once, as are most rows of a session.
+3. A moment's label is known when log time has passed its span plus the time for late events. It is 1 if no event came
+   in the span, else 0. Both labels of a day become known on the same day, so early leavers do not bias the shares.
+4. The number of rows is bounded. If more arrive, every other user is dropped, by a hash of the user; if few are left,
+   more users are sampled again. So the sampled users are a fair share of all.
 
-Sums are kept twice, since the beginning and with the half-life of
-`trainer/measures/evaluation.py`; AUC comes from histograms of logits as there.
-Calibration is looked at by tenths of the probability.
+A row that is older than its user's newest one is ignored.
 
-The rows that wait until it is known whether their users left: a function of the log.
+Two regressions are learned in sequence: one from inputs to a logit, then one with two weights from logits to
+calibrated probabilities (Platt 1999). The second uses logits from before their examples were learned.
 
-1. Each row of a user ends the one before it: its time is when the next event came.
-2. A row has moments (`state/churn/moments.py`), the first at a hash of user and
-   time. One that lies at the next event or behind it is none of this row's; a
-   row without any is forgotten at once, as is most of a session.
-3. A moment's label is known when log time has passed its span, and what may
-   still come late: 1 where no event came in the span, else 0. Both labels of one
-   day are known on one day, so that what leaves early bends no shares.
-4. There are as many rows as fit. Where more come, every other user is no longer
-   looked at, by a hash of the user; where few are left, again more of them are.
-   So the users that are looked at are a fair share of all.
-
-A row that is older than its user's newest one is passed over.
+`ChurnMeasures` scores each example before it is learned. It keeps sums twice: since the beginning, and with the
+half-life of `trainer/measures/evaluation.py`. AUC comes from histograms of logits as there; calibration is measured by
+tenths of the probability.
 """
 
 from __future__ import annotations
@@ -54,15 +47,16 @@ from trainer.tables.index import U64, IdIndex, hashed_uniform
 I64 = npt.NDArray[np.int64]
 U16 = npt.NDArray[np.uint16]
 U8 = npt.NDArray[np.uint8]
+F64 = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
 ROW_COLUMNS = ("user", "at_ms", "next_ms", "moment_ms", "windows", "action")
-"""What a version holds of each row that waits."""
+"""The columns of each waiting row that a version holds."""
 
 NEVER_MS = np.iinfo(np.int64).max
 _FIRST_CAPACITY = 1024
 _FEW = 4
-"""Below a fourth of the room more users are looked at."""
+"""Below a fourth of the capacity more users are sampled."""
 
 SUMS = ("rows", "log_loss", "predicted", "left")
 TENTHS = 10
@@ -70,17 +64,16 @@ _LEAST = 1e-12
 
 DAY_S = 86_400
 FEW = 50
-"""So many must have left and so many have stayed before anybody is answered."""
+"""Users that must have left, and that must have stayed, before probabilities are served."""
 
 _VARIANCE, _DRIFT = 1.0, 1e-8
 _CALIBRATION_VARIANCE, _CALIBRATION_DRIFT = 0.05, 1e-7
 
-F64 = npt.NDArray[np.float64]
 logger = logging.getLogger(__name__)
 
 
 class KnownExamples(NamedTuple):
-    """Examples whose label became known, in the order of that.
+    """Examples whose label became known, in the order in which it did.
 
     Attributes:
         windows: `[m, C]` uint16, before each user's latest event.
@@ -111,16 +104,16 @@ class KnownExamples(NamedTuple):
 
 
 class ChurnWaiting:
-    """Rows that wait.
+    """Rows that wait until it is known whether their users left.
 
     Args:
-        horizon: What is asked.
+        horizon: The span of the prediction.
         late_ms: How much later than its own time a row may come.
         most: Rows at most.
         columns: `[C]` int64, which features are kept of a row.
 
     Attributes:
-        dropped: Rows that were dropped for want of room, since the epoch began.
+        dropped: Rows that were dropped because the capacity was reached, since the epoch began.
     """
 
     def __init__(self, horizon: Horizon, late_ms: int, most: int, columns: I64) -> None:
@@ -131,7 +124,7 @@ class ChurnWaiting:
         return self._size
 
     def clear(self) -> None:
-        """Nothing waits."""
+        """Drops all waiting rows."""
         self.dropped, self._halvings, self._size = 0, 0, 0
         # Place 0 is nobody's: the index finds 0 for whom it does not know.
         self._free: list[int] = []

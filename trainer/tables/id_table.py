@@ -1,15 +1,14 @@
-"""Which ids have a row: admitted, dated, expired, evicted, and listed when changed; what a row holds is a subclass's own.
+"""Manages which ids of a table have a row: admission, dating, expiry, eviction and change lists.
 
-The id -> row index, admission and expiry live on the host in compiled loops.
-Where a row lies is nobody's business: every value that leaves a table is
-ordered by id. So two tables with other capacities, or one that was restored, go
-on with the same bits. Who leaves, too, follows from what a version holds.
-Changes are listed since the last version and, once that was taken, since the
-last durable one: a step lists a row once.
+A subclass defines what a row holds. The id -> row index, admission and expiry run on the host in compiled loops. The
+position of a row is private: every value that leaves a table is ordered by id. So two tables with different
+capacities, or a restored one, continue with the same bits. Evictions, too, follow from the contents of a version.
 
-One thread, the trainer's step thread, calls everything here.
+Changes are listed since the last version and, once that was taken, since the last durable one. A step lists a row once.
 
-Ids that were seen too seldom to have a row yet, with their sightings: bounded, and forgotten by log time.
+`Pending` holds the ids with too few sightings for a row, and their counts. It is bounded, and forgets by log time.
+
+Only the trainer's step thread uses these classes.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ MISSING = 0
 """The row of every id that has none: always zero, never trained."""
 
 NO_CAP = 2**31 - 1
-"""Of a table: as many rows as there are numbers for."""
+"""Row limit of a table without a limit: as many rows as an int32 can number."""
 
 
 class Sightings(NamedTuple):
@@ -62,11 +61,11 @@ def sightings(ids: U64, at_ms: I64) -> Sightings:
 
 
 class Pending:
-    """Who waits for a row.
+    """Ids that wait for a row, with their sightings.
 
     Args:
         admit_after: Sightings an id needs.
-        most: Ids that wait at most; the least used go first.
+        most: Most ids that wait; the least used are dropped first.
     """
 
     def __init__(self, admit_after: int, most: int) -> None:
@@ -81,14 +80,14 @@ class Pending:
 
     @property
     def capacity(self) -> int:
-        """Ids there is room for."""
+        """Number of ids that fit."""
         return self._places.capacity
 
     def count(self, seen: Sightings) -> tuple[U64, U64]:
         """Counts sightings.
 
         Returns:
-            The ids whose sightings are another number now, and those among them that wait no more: they are due a row.
+            The ids whose counts changed, and those among them that are due a row and no longer wait.
         """
         before = self.of(seen.ids)
         counts, seen_ms = before.counts + seen.counts, np.maximum(before.seen_ms, seen.seen_ms)
@@ -97,7 +96,7 @@ class Pending:
         return seen.ids, seen.ids[due]
 
     def of(self, ids: U64) -> Sightings:
-        """The sightings of `[n]` ids, 0 of whoever does not wait."""
+        """The sightings of `[n]` ids, 0 for ids that do not wait."""
         places = self._places.find(ids)
         return Sightings(ids, self._counts[places], self._seen_ms[places])
 

@@ -1,13 +1,12 @@
-"""What a trainer has at the beginning of an epoch, and what the epoch's first version holds.
+"""Prepares a trainer for the beginning of an epoch, and builds what the epoch's first version holds.
 
-An epoch goes on from its base bit for bit; or an upgrade carries the base over
-into another model; or there is nothing to go on from.
+An epoch continues from its base bit for bit, or an upgrade carries the base over into another model, or the trainer
+starts from scratch.
 
-Makes the live trainer what a trial's trainer was at its last version, and says what the first version of the epoch holds.
-
-That version is a delta of the live version that the epoch begins from, as any
-upgrade's is: all that the trial learned, and the end of all rows that only the
-live one had. So nothing that reads versions needs to know of trials.
+To promote a trial, `take_over` gives the live trainer the state of the trial's trainer at its last version. The first
+version of the epoch is then a delta of the live version that the epoch begins from, as for any upgrade. It has
+everything that the trial learned, and removes all rows that only the live version had. So readers of versions need
+no knowledge of trials.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from trainer.versions.carrying import plan as carrying_plan
 from trainer.versions.content import PENDING, Array, Tensors
 
 TRIAL = "trial"
-"""In the plan of a control generation: the name of the trial that the epoch goes on from."""
+"""Key in the plan of a control generation: the name of the trial that the epoch continues from."""
 
 logger = logging.getLogger(__name__)
 
@@ -167,7 +166,7 @@ def restore_or_carry(
 
 
 def nothing_learned(trainer: Trainer, about: Mapping[str, Any]) -> dict[str, content.Array]:
-    """Makes `trainer` one that has learned nothing; returns what the first base holds.
+    """Clears everything that `trainer` has learned; returns what the first base holds.
 
     Args:
         trainer: Is cleared first.

@@ -1,20 +1,16 @@
-"""The TensorFlow engine: gathers what a ranker reads, differentiates its losses, and moves weights and rows on the device.
+"""The TensorFlow engine: gathers a ranker's inputs, differentiates its losses, and moves weights and rows on the device.
 
 One graph measures a record:
 
-1. Distinct rows of each table are gathered, and the ranker's inputs out of them.
-2. Crosses are scored and learned, row after row (`crosses.py`).
+1. Distinct rows of each table are gathered, and the ranker's inputs are taken from them.
+2. Crosses are scored and learned, row after row (`learn_crosses`): the Kalman filter of
+   `trainer/engine/optimizers/crosses.py` as a graph, on any device.
 3. `encode` runs once without dropout and once with it.
-4. `score` and `losses` run over blocks of rows. After each block the fast
-   weights move, before the next one is scored; without fast weights all rows
-   are one block. Derivatives by what was encoded and gathered are collected.
-5. They go back through `encode` to dense weights and rows.
+4. `score` and `losses` run over blocks of rows (`Blocks`). After each block the fast weights move, before the next one
+   is scored; without fast weights all rows are one block. Derivatives by the encoded and gathered values are collected.
+5. The derivatives go back through `encode` to dense weights and rows.
 
 A second graph applies: Adam to the dense weights, Adagrad to the rows.
-
-The Kalman filter of crosses in a graph, on any device: what `trainer/engine/optimizers/crosses.py` says, row after row.
-
-Scores and derivatives of a record block by block, so that fast weights move between blocks.
 """
 
 from __future__ import annotations
@@ -40,7 +36,7 @@ Tensor = Any
 
 
 class Learning(NamedTuple):
-    """What the blocks of a record read.
+    """The inputs of the blocks of a record.
 
     Attributes:
         values: Inputs that are values, by name.
@@ -159,7 +155,7 @@ class Blocks:
         return found, by_encoded, by_rows, by_dense
 
     def moved(self, gradient: Tensor, slots: list[Tensor]) -> tuple[Tensor, ...]:
-        """One move, as `trainer/engine/optimizers/fast_weights.py` says it."""
+        """One update of the fast weights, as defined in `trainer/engine/optimizers/fast_weights.py`."""
         numbers, (fast, slow, second, moves) = HYPERPARAMETERS, slots
         count, power = moves[0] + 1.0, moves[1] * numbers.beta_2
         share = tf.maximum(1.0 / numbers.average_moves, numbers.first_moves / (count + numbers.first_moves))
@@ -178,7 +174,7 @@ class Blocks:
 
 
 def distinct_tensors(structure: Any) -> list[Tensor]:
-    """Each tensor of a structure once, in their order."""
+    """Each tensor of a structure once, in the order of the structure."""
     return list({id(tensor): tensor for tensor in tf.nest.flatten(structure)}.values())
 
 
@@ -487,5 +483,5 @@ class TensorflowEngine:
 
 
 def place_of(one: Input) -> str:
-    """What the places of an input's rows are called: tables may be looked up by the same ids."""
+    """The name of the positions of an input's rows; several tables may be read by the same ids."""
     return f"{one.table}.{one.ids}"
