@@ -54,7 +54,7 @@ class Deadline(threading.local):
         return left_s
 
     def hold(self, client: httpx.Client) -> None:
-        """Makes each connection that this client opens keep the deadline; transports that are not httpx's own do not.
+        """Makes each connection that this client opens keep the deadline; only httpx's own transports support this.
 
         httpx offers no way to give a network backend to the transports that it
         makes for an address and for the proxies of the environment.
@@ -118,17 +118,17 @@ class _Stream(httpcore.NetworkStream):
 
 
 class Client:
-    """Asks one address; threads may share it. Use it in a `with`, or `close` it.
+    """Sends requests to one address; threads may share it. Use it in a `with`, or `close` it.
 
     Args:
-        url: Of a worker, or of what stands before several, such as `http://localhost:8501`.
+        url: Of a worker, or of a load balancer in front of several, such as `http://localhost:8501`.
         timeout_s: Until an answer, all tries and the waits between them included. Only the look-up of the
             address's name is not limited by it.
-        retries: How patient it is where it is refused for now.
-        token: Goes with each request as `authorization: Bearer`, where the server wants one.
-        headers: Of each request, such as a proxy wants them.
-        verify: Whether the certificate of an `https` address must be good, or the context that says which ones are.
-        transport: What carries requests; by default httpx's own.
+        retries: How requests that are refused for now are retried.
+        token: Sent with each request as `authorization: Bearer`, if the server requires one.
+        headers: Added to each request, for example for a proxy.
+        verify: Whether the certificate of an `https` address must be valid, or the context that decides it.
+        transport: Sends the requests; by default httpx's own.
         sleep: Waits so many seconds.
         chance: A number from 0 to 1.
     """
@@ -181,11 +181,11 @@ class Client:
 
         Args:
             user_id: The raw id.
-            item: An item; how probable it is that the user engages with it is answered too.
+            item: An item; the answer then has the probability that the user engages with it.
             category: The item's category; by default the one that it was last seen in.
             at: The time to answer for: milliseconds since 1970, or ISO 8601; by default now.
             context: Values of context fields.
-            fields: What the answer has beside the rest: of `features`, `vector`, `attributes`, `sources`.
+            fields: Optional parts of the answer: of `features`, `vector`, `attributes`, `sources`.
             top: The most interests of the answer; by default 10.
 
         Raises:
@@ -209,7 +209,7 @@ class Client:
     ) -> Ranking:
         """Up to 1,000 items, the most probable for this user first; arguments and errors as of `profile`.
 
-        With bids the one of the highest expected value comes first; what has reached its cap is in `left_out` alone.
+        With bids the item of the highest expected value comes first; items at their cap are only in `left_out`.
         """
         return self._ask(questions.rank(user_id, items, at, context))
 
@@ -227,7 +227,7 @@ class Client:
 
         Args:
             user_id: The raw id.
-            n: How many items at most, up to 100; by default 20.
+            n: The most items, up to 100; by default 20.
             category: Only items of this category.
             exclude_seen: Whether items that the user clicked are left out.
             at: As of `profile`.
@@ -282,10 +282,10 @@ class Client:
         return self._ask(questions.explain(user_id, label, item, category, at, context, top))
 
     def ready(self) -> Readiness:
-        """Whether the worker can answer, and what it lacks; it is asked once.
+        """Whether the worker can answer, and what it lacks; there are no retries.
 
         Raises:
-            ClientError: Nobody answers.
+            ClientError: The worker does not answer.
         """
         self._deadline.at_s = time.monotonic() + self._timeout_s
         return questions.read(READY, self._send(READY))
@@ -311,7 +311,7 @@ class Client:
         return self._retries.wait_s(tried, pause_s, self._chance(), self._deadline.at_s - time.monotonic())
 
     def _send(self, question: Question[T]) -> httpx.Response:
-        """The one place where the network is used."""
+        """Sends one request; the only method that uses the network."""
         try:
             return self._http.request(
                 question.method,

@@ -55,7 +55,7 @@ def listed(section: str, table: Mapping[str, Any], path: Path, lines: Mapping[st
 
     Args:
         section: Its name.
-        table: What the file says below it.
+        table: Its keys and values in the file.
         path: The file.
         lines: The line of each key.
 
@@ -215,7 +215,7 @@ def from_flags(argv: Sequence[str], known: Mapping[str, KnownSetting]) -> Iterat
 
 
 def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits a line into flags of settings and the rest.
+    """Splits a command line into flags of settings and the rest.
 
     >>> split_settings(["pin", "--paths.state", "here", "7", "--reason", "odd"])
     (['--paths.state', 'here'], ['pin', '7', '--reason', 'odd'])
@@ -244,7 +244,7 @@ def _known_name(name: str, known: Mapping[str, KnownSetting], origin: str, prefi
 
 
 def nearest_setting(name: str, known: Mapping[str, object]) -> str:
-    """The setting that `name` was meant to be: the same key in another section before a like one.
+    """The setting that `name` was meant to be: the same key in another section before a similar one.
 
     >>> known = {"kafka.port": 1, "trainer.publish_s": 2, "stream.poll_ms": 3}
     >>> [nearest_setting(name, known) for name in ("stream.publish_s", "stream.pol_ms", "port")]
@@ -258,13 +258,13 @@ def nearest_setting(name: str, known: Mapping[str, object]) -> str:
 
 
 def _nearest_key(key: str, known: Mapping[str, object]) -> str:
-    """The setting whose key, without its section, is most like `key`."""
+    """The setting whose key, without its section, is most similar to `key`."""
     near = nearest(key, {one.partition(".")[2]: 1 for one in known})
     return next(one for one in known if one.partition(".")[2] == near)
 
 
 def nearest(name: str, candidates: Mapping[str, object]) -> str:
-    """The candidate most like `name`.
+    """The candidate most similar to `name`.
 
     >>> nearest("kafka.prot", {"kafka.port": 1, "kafka.group": 2})
     'kafka.port'

@@ -27,7 +27,7 @@ STORES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
 
 
 class DirectoryPlace:
-    """A directory, made at the first write. See `FilePlace`."""
+    """A directory, created at the first write. See `FilePlace`."""
 
     def __init__(self, path: Path) -> None:
         self.told = str(path)
@@ -70,7 +70,7 @@ class DirectoryPlace:
 
     @contextmanager
     def _written(self, name: str, data: bytes) -> Iterator[tuple[Path, Path]]:
-        """A synced temporary file beside the final one; what the block made of it is durable, the rest is gone."""
+        """A synced temporary file next to the final one; the block makes it durable, or it is removed."""
         final = self._path / name
         own = f"{os.getpid()}-{threading.get_ident()}-{next(_numbers)}"
         temporary = final.with_name(f"{final.name}{_TEMPORARY}{own}")
@@ -91,10 +91,10 @@ def _raised(error: OSError) -> None:
 
 
 class UrlPlace:
-    """A place that fsspec reaches, such as `sftp://host/folder`. See `FilePlace`.
+    """A location that fsspec reaches, such as `sftp://host/folder`. See `FilePlace`.
 
     Raises:
-        UnusablePlace: What its protocol needs is not installed, or it cannot be reached.
+        UnusablePlace: The library for its protocol is not installed, or it cannot be reached.
     """
 
     def __init__(self, url: str) -> None:
@@ -158,18 +158,18 @@ class UrlPlace:
 
 
 def open_place(text: str) -> FilePlace:
-    """The place that a word of the command line or a setting names: a directory, an object store, or a URL that fsspec knows.
+    """The location that an argument or a setting names: a directory, an object store, or a URL that fsspec knows.
 
     >>> open_place("/mnt/backups").told, open_place("file:///mnt/backups").told
     ('/mnt/backups', '/mnt/backups')
 
     Raises:
-        UnusablePlace: It cannot be reached, or nothing that reaches it is installed.
+        UnusablePlace: It cannot be reached, or the library for its protocol is not installed.
     """
     if "://" not in text or text.startswith("file://"):
         return DirectoryPlace(Path(text.removeprefix("file://")))
     if text.partition("://")[0] in STORES:
-        # Whoever has none needs neither its client nor that of AWS.
+        # Only deployments with an object store need its client and that of AWS.
         from state.places.store import StorePlace
 
         return StorePlace(text)

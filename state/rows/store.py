@@ -181,7 +181,7 @@ class Forgetting:
             return np.frombuffer(required(transaction, version, changes), np.uint64).reshape(2, -1)
 
         for heir, theirs in heirs_of(gone, sorted(stay)).items():
-            # Of what the oldest version of a line reads, only what later ones wrote too is useless now.
+            # Rows that the oldest version of a branch reads are useless only if later versions wrote them too.
             oldest = one_line and heir == min(stay)
             rows = rows_of([*map(wrote, theirs[1:] if oldest else theirs), *([] if heir is None else [wrote(heir)])])
             if heir is not None:
@@ -206,7 +206,7 @@ def rows_of(parts: Sequence[Changes]) -> Changes:
 
 
 def heirs_of(gone: Sequence[int], stay: Sequence[int]) -> dict[int | None, list[int]]:
-    """The forgotten versions by the next one that stays, None where there is none; both ascending.
+    """The forgotten versions by the next retained one, None if there is none; both ascending.
 
     >>> heirs_of([1, 2, 4, 9], [3, 7])
     {3: [1, 2], 7: [4], None: [9]}
@@ -237,8 +237,8 @@ def entries_of(tensors: Mapping[str, NDArray[Any]], lane: int, version: int) -> 
 
     Args:
         tensors: `<table>.ids` `[k]` uint64, `<table>.rows` `[k, dim]` float32, `<table>.removed` `[r]` uint64.
-        lane: Where they go.
-        version: That wrote them.
+        lane: The lane of the entries.
+        version: The version that wrote them.
     """
     pairs, dims = list[tuple[bytes, bytes]](), dict[str, int]()
     changes = [np.empty((2, 0), np.uint64)]
@@ -275,7 +275,7 @@ def begin(
 
 
 def take_back(transaction: lmdb.Transaction, databases: Databases) -> None:
-    """Deletes the rows of a version that was begun and is not here: the process, or the room, ended in between."""
+    """Deletes the rows of a version whose writing was interrupted, by the end of the process or a full disk."""
     begun = stored(transaction, BEGUN, databases["meta"])
     if begun is None:
         return
@@ -294,15 +294,15 @@ def put_dense(
     tensors: Mapping[str, NDArray[Any]],
     parent: int | None,
 ) -> None:
-    """Writes a version's dense weights and popular categories; what it does not have is its parent's.
+    """Writes a version's dense weights and popular categories; those that it does not have are its parent's.
 
-    What it tells of churn stands beside its dense weights.
+    Its churn weights are stored next to its dense weights.
     """
     dense = {name[6:]: np.ascontiguousarray(value) for name, value in tensors.items() if name.startswith("dense.")}
     dense |= {f"{STORED}{name}": value for name, value in tensors.items() if name.startswith(CHURN)}
     popular = tensors.get("popular")
     if parent is not None:
-        # Those of a model that an upgrade left do not stay among the ones that are given.
+        # Weights of a model that an upgrade replaced are not kept.
         dense = dense or load_tensors(required(transaction, parent, databases["dense"]))
         if popular is None:
             popular = np.frombuffer(required(transaction, parent, databases["popular"]), "<u8")
@@ -318,16 +318,16 @@ def erase(
     crosses: Crosses,
     version: int | None = None,
 ) -> int:
-    """Deletes what versions that have not taken erasures into account wrote of their users; returns how many entries.
+    """Deletes entries of erased users that versions from before the erasures wrote; returns how many.
 
-    Answers at such a version leave these users' rows out anyway.
+    Serving at such a version leaves these users' rows out anyway.
 
     Args:
         transaction: Of the store.
         databases: The store's, by name.
         erased: The erasures.
         crosses: With the columns of the settings.
-        version: Only what this version wrote; None for all that is here, which is noted.
+        version: Only what this version wrote; None for all stored versions, which is recorded.
     """
     rows, deleted = databases["rows"], 0
     records = [Served.parse(record) for _, record in transaction.cursor(databases["versions"])]
@@ -357,7 +357,7 @@ def _leave_out(transaction: lmdb.Transaction, changes: lmdb._Database, versions:
 
 
 def user_tables(records: Iterable[Served]) -> set[str]:
-    """The tables that may have rows of users: their own, and a ranker's own, in which no other id is a user's."""
+    """The tables that may have rows of users: the user table, and a ranker's own tables with user ids only."""
     return {"user", *(name for record in records for name in record.dims if name not in TABLES)}
 
 
@@ -377,7 +377,7 @@ def ids_in(transaction: lmdb.Transaction, rows: lmdb._Database, table: str) -> U
 def delete_entries(
     transaction: lmdb.Transaction, rows: lmdb._Database, gone: Mapping[str, U64], first: int, after: int
 ) -> int:
-    """Deletes the entries of ids, by table, that versions from `first` to before `after` wrote; returns how many."""
+    """Deletes the entries of ids, by table, of versions from `first` to before `after`; returns how many."""
     cursor, deleted = transaction.cursor(rows), 0
     for lane in list(_lanes(cursor)):
         for table, ids in gone.items():
@@ -406,7 +406,7 @@ class RowStore(CompactStore):
     """The store; one process writes (one thread of it), any number of processes read.
 
     Args:
-        path: Its directory, made where it is missing.
+        path: Its directory, created if it is missing.
         map_bytes: Upper bound of its size; address space, not memory.
         readonly: Opens an existing store for reading only.
         boot_id: Which start of the machine this is; by default the kernel's.
@@ -441,7 +441,7 @@ class RowStore(CompactStore):
             yield RowReader(transaction, self._databases, self._last)
 
     def accepts(self, manifest: Manifest) -> bool:
-        """Whether `apply` would take this version now: a base, or a delta whose parent's lane still holds all it needs."""
+        """Whether `apply` accepts this version now: a base, or a delta whose parent's lane still holds all it needs."""
         with self._env.begin() as transaction:
             return manifest.kind == "base" or self._parent(manifest, transaction) is not None
 
@@ -455,7 +455,7 @@ class RowStore(CompactStore):
         return parent
 
     def _required_parent(self, manifest: Manifest, transaction: lmdb.Transaction) -> Served | None:
-        """What a delta builds on; None for a base."""
+        """The stored parent of a delta; None for a base."""
         if manifest.kind == "base":
             return None
         parent = self._parent(manifest, transaction)
@@ -473,10 +473,10 @@ class RowStore(CompactStore):
     def apply(
         self, manifest: Manifest, tensors: Tensors, now_ms: int, follow: bool = False, replace: bool = False
     ) -> bool:
-        """Adds one version, at one moment for all readers; with `follow` answers use it from then on.
+        """Adds one version, atomically for all readers; with `follow` serving uses it from then on.
 
-        Rows beyond WRITTEN_AT_ONCE are written before, where nobody sees them: LMDB keeps the memory of as many pages as its
-        largest transaction changed, and nearly each row lies on a page of its own.
+        Rows beyond WRITTEN_AT_ONCE are written before, invisible to readers. LMDB keeps the memory of as many pages as its
+        largest transaction changed, and nearly each row is on a page of its own.
 
         Args:
             manifest: The version; a base sees its own rows only, a delta its parent's too.
@@ -487,12 +487,12 @@ class RowStore(CompactStore):
             replace: Applies it again where it is applied already (a rebuilt lane).
 
         Returns:
-            Whether it was added; False where it was there.
+            Whether it was added; False if it was stored already.
 
         Raises:
-            UnknownVersion: The parent is not here, or what the delta builds on was swept.
-            StoreFull: Disk or map are full; nothing that anybody reads was changed.
-            UnusableDisk: The disk refused; nothing that anybody reads was changed.
+            UnknownVersion: The parent is not stored, or entries that the delta needs were deleted.
+            StoreFull: Disk or map are full; no visible row was changed.
+            UnusableDisk: The disk refused; no visible row was changed.
         """
         with self._write() as transaction:
             take_back(transaction, self._databases)
@@ -512,7 +512,7 @@ class RowStore(CompactStore):
             del entries.pairs[:WRITTEN_AT_ONCE]
             killpoints.reach("rows.begun")
         with self._write() as transaction:
-            # What it wrote in its lane counts as written by the next version there.
+            # Its changes in the former lane count as written by the next version there.
             replaced = self._forgetting.forget(transaction, {manifest.version}) if is_here else Forgotten()
             transaction.cursor(self._rows).putmulti(entries.pairs)
             transaction.delete(BEGUN, db=self._meta)
@@ -550,7 +550,7 @@ class RowStore(CompactStore):
         transaction.put(b"served", u64(version) + u64(record.serial), db=self._meta)
 
     def serve(self, version: int) -> None:
-        """Moves the pointer: from now on answers use `version`.
+        """Moves the pointer: from now on serving uses `version`.
 
         Raises:
             UnknownVersion: It is not applied here.
@@ -573,7 +573,7 @@ class RowStore(CompactStore):
         taken = {Served.parse(record).lane for _, record in transaction.cursor(self._versions)}
         for lane in range(LANES):
             if lane not in taken and not has_rows(transaction, self._rows, lane):
-                # Any version may come here again.
+                # Any version may be added here again.
                 floors = {one: floor for one, floor in self._floors(transaction).items() if one != str(lane)}
                 transaction.put(b"floor", json.dumps(floors).encode(), db=self._meta)
                 return lane
@@ -601,7 +601,7 @@ class RowStore(CompactStore):
         return forgotten
 
     def forget(self, versions: Collection[int]) -> int:
-        """Forgets these versions but for the served one, with their dense weights; `tidy` deletes what they leave.
+        """Forgets these versions except the served one, with their dense weights; `tidy` deletes their leftover rows.
 
         Returns:
             How many there were.
@@ -616,13 +616,13 @@ class RowStore(CompactStore):
         return found.versions
 
     def tidy(self, at_most: int | None = None) -> bool:
-        """Looks at some rows of forgotten versions and deletes what nobody reads; whether there are more to look at.
+        """Checks some rows of forgotten versions and deletes unread entries; returns whether rows are left to check.
 
         Args:
-            at_most: How many rows, so that no version waits long; None for ROWS_AT_ONCE, and more where many are left.
+            at_most: How many rows, so that no version waits long; None for ROWS_AT_ONCE, and more if many are left.
 
         Raises:
-            StoreFull: What was not looked at is left to look at.
+            StoreFull: Unchecked rows are left to check.
         """
         if at_most is None:
             at_most = max(ROWS_AT_ONCE, self._forgetting.rows_left // ROUNDS)
@@ -635,7 +635,7 @@ class RowStore(CompactStore):
                 if done.floors != floors:
                     transaction.put(b"floor", json.dumps(done.floors).encode(), db=self._meta)
             self._forgetting.took(done)
-            # Lanes without versions are looked at once no row is left, by so much a call.
+            # Lanes without versions are cleaned once no row is left, this many rows per call.
             at_most = at_most - done.looked if done.looked else 0
         return self._forgetting.left
 
@@ -645,7 +645,7 @@ class RowStore(CompactStore):
             return erase(transaction, self._databases, erased, crosses, version)
 
     def erased(self) -> int:
-        """The last erasure of whose users all that was here is deleted."""
+        """The last erasure whose users have no earlier entries here."""
         with self._env.begin() as transaction:
             return int.from_bytes(stored(transaction, b"erased", self._meta) or b"", "big")
 

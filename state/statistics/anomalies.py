@@ -47,7 +47,7 @@ class Largest(NamedTuple):
 
     Attributes:
         distance: From 0 to 1.
-        value: Whose share differs most; empty where nothing was counted.
+        value: The value whose share differs most; empty if nothing was counted.
     """
 
     distance: float
@@ -109,8 +109,7 @@ def aligned(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Two histograms over the bounds of both, as if the values of a bucket were spread over it evenly.
 
-    What was counted here has the same bounds everywhere and is only brought together; a histogram of another origin is
-    parted.
+    Histograms of Springtide have the same bounds everywhere and are only merged; those of another origin are split.
 
     Args:
         one: Counts by bucket, (lower, upper) bound, none of them infinite.
@@ -158,13 +157,13 @@ def validate(
     baseline: DatasetFeatureStatistics | None = None,
     previous: DatasetFeatureStatistics | None = None,
 ) -> Anomalies:
-    """Holds a window against the schema, the baseline and the window before it.
+    """Compares a window with the schema, the baseline and the preceding window.
 
     Args:
         statistics: Of the window.
         schema: With the thresholds.
-        baseline: What `skew_comparator` is about; None where nothing is to be compared with it.
-        previous: What `drift_comparator` is about, likewise.
+        baseline: The statistics that `skew_comparator` compares with; None for no comparison.
+        previous: Those that `drift_comparator` compares with, likewise.
     """
     found = Anomalies(baseline=schema)
     here = by_name(statistics)
@@ -203,7 +202,7 @@ def _note(found: Anomalies, name: str, findings: list[Finding], severity: int = 
 
 
 def _of_feature(feature: Feature, one: FeatureNameStatistics | None) -> Iterator[Finding]:
-    """What the window alone has wrong."""
+    """The anomalies of the window alone."""
     least = feature.presence.min_fraction
     if one is None or not (there := common(one).num_non_missing):
         if least > 0:
@@ -258,7 +257,7 @@ def _outside_bounds(feature: Feature, one: FeatureNameStatistics) -> Iterator[Fi
 def _compared(
     side: str, comparator: FeatureComparator, one: FeatureNameStatistics, before: FeatureNameStatistics | None
 ) -> Iterator[tuple[DriftSkewInfo.Measurement, Finding]]:
-    """The distances that a comparator asks for, and what to say where one is beyond its threshold."""
+    """The distances that a comparator asks for, and the findings for those beyond their thresholds."""
     if before is None or not common(before).num_non_missing:
         return
     what = "the baseline" if side == "skew" else "the window before"

@@ -81,7 +81,7 @@ _log = logging.getLogger(__name__)
 
 
 class Copier:
-    """One host's copier. One thread, and one for control where that is taken apart.
+    """One host's copier. One thread, and optionally a second one for control.
 
     Args:
         path: The registry's directory, which is bound to the place.
@@ -113,7 +113,7 @@ class Copier:
         """One round.
 
         Args:
-            control: Whether it takes control too, which another thread may do.
+            control: Whether it fetches control too; another thread may do that.
 
         Raises:
             UnusableRegistry: The place cannot be reached, or the disk refused.
@@ -142,7 +142,7 @@ class Copier:
     # Control
 
     def take_control(self) -> None:
-        """Generations in their order; a host that just began lists them, others ask for the next one. Any one thread.
+        """Fetches generations in order. A host that just started lists them; others ask for the next. Any one thread.
 
         Raises:
             UnusableRegistry: The place cannot be reached, or the disk refused.
@@ -171,13 +171,13 @@ class Copier:
     # Recent versions
 
     def _find_packs(self) -> None:
-        """Which pack to begin with: the one that leads on from the newest durable version, or the first that was missed."""
+        """Finds the pack to begin with: the one that continues the newest durable version, or the first missed one."""
         with sharing():
             firsts = sorted(int(name) for name in self._place.names(packs.FOLDER) if name.isdecimal())
         if not firsts:
             return
         behind = max(self._taken, *(catalogs.version_of(folder) for folder in self._catalog.folders), 0)
-        # One that ends where the next one begins has nothing that a durable version does not lead to.
+        # A pack whose successor begins at or before the durable version has nothing new.
         useful = [
             first
             for first, after in zip(firsts, [*firsts[1:], None], strict=True)
@@ -186,12 +186,12 @@ class Copier:
         self._next = useful[0] if useful else self._next
 
     def _take_packs(self, anew: bool) -> bool:
-        """Takes packs until there is no next one, or for `SILENT_S`; says whether a version came.
+        """Fetches packs until there is no next one, or for `SILENT_S`; returns whether a version came.
 
-        A look after one that saw the end takes one: that is the newest, or the next look sees more.
+        A poll after one that reached the end fetches one pack: that is the newest, or the next poll finds more.
 
         Args:
-            anew: It is looked for the pack to begin with.
+            anew: Whether to find the first pack again.
         """
         if anew:
             self._find_packs()
@@ -247,7 +247,12 @@ class Copier:
     # Durable versions
 
     def _take_catalog(self) -> None:
-        """1. Folders of versions that are new, empty. 2. What was rewritten or is gone there goes here. 3. The catalogue is kept."""
+        """Applies the newest catalogue.
+
+        1. New versions get empty folders.
+        2. Versions that were rewritten or removed in the store are renewed or removed here.
+        3. The catalogue is stored.
+        """
         data = self._bytes(catalogs.NAME)
         if data is None:
             return
@@ -287,7 +292,7 @@ class Copier:
     # Erasures
 
     def _tell_erasures(self) -> None:
-        """What processes of this host say of how far they have forgotten, where that is new."""
+        """Pushes the erasure reports of this host's processes that changed."""
         for path in (self._registry.path / layout.ERASURES).glob("*.json"):
             with usable("be read"):
                 changed_ns, data = path.stat().st_mtime_ns, path.read_bytes()
@@ -359,11 +364,11 @@ def own(path: Path, url: str, now_ms: int) -> tuple[FilePlace, int]:
 
 
 def give_control(registry: Registry, place: FilePlace) -> None:
-    """Gives an empty place the control of a registry that was shared with nobody, all generations in their order.
+    """Pushes the control of a registry that was not shared to an empty store, all generations in order.
 
     Raises:
-        SettingsError: The place has another registry's.
-        UnusableRegistry: The place cannot be reached.
+        SettingsError: The store has the control of another registry.
+        UnusableRegistry: The store cannot be reached.
     """
     newest = registry.control()
     if newest is None:
@@ -382,7 +387,7 @@ def give_control(registry: Registry, place: FilePlace) -> None:
 
 
 def pass_over(registry: Registry, last: int) -> None:
-    """Begins the numbers of versions here beyond all that the trainer before may have used.
+    """Begins the numbers of versions here beyond all that the preceding trainer may have used.
 
     Raises:
         OSError: The disk refused.
@@ -394,14 +399,14 @@ def pass_over(registry: Registry, last: int) -> None:
 
 
 class HostCopier:
-    """The copier of one host, of whose processes one has it and the others stand by.
+    """The copier of one host; one of its processes runs it and the others stand by.
 
     Args:
         settings: Of the whole system; `paths.shared_registry` is set.
-        metrics: Where requests are counted.
+        metrics: Counts requests.
 
     Attributes:
-        looked: Set once this process has looked there, or another one of the host does.
+        looked: Set once this process has polled the store, or another one of the host does so.
     """
 
     def __init__(self, settings: Settings, metrics: SharedMetrics) -> None:
@@ -415,10 +420,10 @@ class HostCopier:
         self._say = SaidOnce(_log.info)
 
     def step(self) -> None:
-        """One round where no other process of this host has it.
+        """One round, unless another process of this host has the copier.
 
         Raises:
-            RegistryError: The place cannot be reached, or the disk refused.
+            RegistryError: The store cannot be reached, or the disk refused.
         """
         if not self._joined():
             self.looked.set()
@@ -431,7 +436,7 @@ class HostCopier:
                 time.sleep(STAND_BY_S)
                 return
             if not self._began:
-                # From here on its age says how long the place has been away.
+                # From here on its age shows how long the store has been unreachable.
                 self._began = True
                 self._metrics.looked_seconds.set_to_current_time()
             copier = Copier(self._settings.registry_dir, self._place, self._settings.registry.recent_s)
@@ -444,26 +449,26 @@ class HostCopier:
         self.looked.set()
 
     def step_control(self) -> None:
-        """Takes control where this process has the copier; in a thread of its own, so that no version keeps a pin waiting.
+        """Fetches control if this process has the copier; in a separate thread, so that versions do not delay a pin.
 
         Raises:
-            RegistryError: The place cannot be reached, or the disk refused.
+            RegistryError: The store cannot be reached, or the disk refused.
         """
         if self._copier is not None:
             self._copier.take_control()
 
     def _note(self, at_ms: int) -> None:
-        """Says to the other processes of this host that the place was reached at that moment; at most once a second."""
+        """Records for the other processes of this host that the store was reached then; at most once a second."""
         if not 0 <= at_ms - self._noted_ms < NOTE_MS:
             self._noted_ms = at_ms
             path = self._settings.registry_dir / layout.SHARED_LOOKED
-            # On a full disk nothing is noted, and readiness says so.
+            # On a full disk nothing is recorded, and readiness reports it.
             with suppress(OSError):
                 path.touch()
                 os.utime(path, ns=(at_ms * 1_000_000, at_ms * 1_000_000))
 
     def _joined(self) -> bool:
-        """Whether the directory is bound; one that has control of its own is given to the place by its trainer first."""
+        """Whether the directory is bound; if it has control of its own, its trainer pushes that to the store first."""
         path = self._settings.registry_dir
         if bound(path) is None:
             if any((path / layout.CONTROL).glob("*.json")):
@@ -473,12 +478,12 @@ class HostCopier:
         return True
 
     def close(self) -> None:
-        """Lets another process have it."""
+        """Releases the copier for another process."""
         self._lock.release()
 
 
 def reached_ms(registry: Path) -> int:
-    """When a process of this host last reached the place of the shared registry, in milliseconds since 1970; 0 for never.
+    """When a process of this host last reached the store of the shared registry, in milliseconds since 1970; 0 for never.
 
     Args:
         registry: The directory of this host's copy.
@@ -490,13 +495,13 @@ def reached_ms(registry: Path) -> int:
 
 
 class Ownership:
-    """What the trainer's loop looks at: whether it still owns the versions."""
+    """Whether the trainer still owns the versions; its loop polls this."""
 
     def __init__(self) -> None:
         self._failure: BaseException | None = None
 
     def fail(self, error: BaseException) -> None:
-        """Another trainer does, or a thread broke."""
+        """Records that another trainer owns them, or that a thread failed."""
         self._failure = self._failure or error
 
     def check(self) -> None:
@@ -511,16 +516,17 @@ class Ownership:
 
 @contextmanager
 def copying(settings: Settings, collected: CollectorRegistry, first: threading.Event | None = None) -> Iterator[None]:
-    """Keeps this host's directory in step while the block runs; nothing where the registry is shared with nobody.
+    """Keeps this host's directory in step while the block runs; does nothing if the registry is not shared.
 
     Args:
         settings: Of the whole system.
-        collected: Where the metrics go.
-        first: Begin once it has looked there, or another process of this host does, or this is set; None: begin at once.
+        collected: The registry of the metrics.
+        first: The block begins after the first poll of the store by a process of this host, or when this is set. None:
+            it begins at once.
 
     Raises:
-        SettingsError: The directory belongs to another place.
-        UnusablePlace: Nothing that reaches the place is installed.
+        SettingsError: The directory belongs to another store.
+        UnusablePlace: The library for the store's protocol is not installed.
     """
     require_as_set(settings)
     if not settings.paths.shared_registry:
@@ -549,13 +555,13 @@ def owning(
     stopping: threading.Event,
     now_ms: Callable[[], int] = wall_ms,
 ) -> Iterator[Ownership]:
-    """Owns the versions of a shared registry while the block runs, and sends them; nothing where it is shared with nobody.
+    """Owns the versions of a shared registry while the block runs, and sends them; does nothing if it is not shared.
 
-    Waits for the place at the start, until `stopping`: who trains must know that nobody else does.
+    Waits for the store at the start, until `stopping`: a trainer must know that no other one trains.
 
     Args:
         settings: Of the whole system; the trainer's lock is held.
-        collected: Where the metrics go.
+        collected: The registry of the metrics.
         stopping: The process is to end.
         now_ms: Wall clock.
 
@@ -605,7 +611,7 @@ def owning(
 
 
 def _send_the_rest(recent: RecentSender, durable: DurableSender) -> None:
-    """What a trainer that ends in order published last; what cannot be sent now is sent at its next start."""
+    """Sends the last versions of a trainer that stops cleanly; those that fail are sent at its next start."""
     until_s = time.monotonic() + LAST_S
     try:
         recent.send()
@@ -632,11 +638,11 @@ def _send_durable(sender: DurableSender, metrics: SharedMetrics) -> bool:
 
 
 def visit(settings: Settings) -> None:
-    """Brings this host's directory up to date for one command, where no process of the host does; else nothing.
+    """Updates this host's directory for one command, unless a process of the host does so.
 
     Raises:
-        SettingsError: The directory belongs to another place.
-        RegistryError: The place cannot be reached, or the disk refused.
+        SettingsError: The directory belongs to another store.
+        RegistryError: The store cannot be reached, or the disk refused.
     """
     url, path = settings.paths.shared_registry, settings.registry_dir
     if not url or (bound(path) is None and any((path / layout.CONTROL).glob("*.json"))):
