@@ -38,8 +38,8 @@ class Recent:
     """The newest attributes of one side's recent ids. One thread calls `take`, any calls `forget`.
 
     Args:
-        store: The newest attributes of all.
-        table: What the attributes are.
+        store: The newest attributes of all ids.
+        table: Defines the attributes.
         slices: Names of the attributes whose values are announced.
         remembered: Ids held in memory.
     """
@@ -56,12 +56,12 @@ class Recent:
         self._clear()
 
     def forget(self, ids: Iterable[int]) -> None:
-        """Tells that the store has new values of `ids`."""
+        """Drops `ids` from memory, because the store has new values."""
         self._changed.extend(ids)
 
     def take(self, ids: U64) -> U64:
         """The attributes of `[n]` ids as of now, `[n, A]` uint64; zeros for id 0, which is none."""
-        # The store had each new value before its id came here: what is read below is at least as new.
+        # The store had each new value before its id was reported here, so the values read below are at least as new.
         while self._changed:
             self._slots.pop(self._changed.popleft(), None)
         wanted = ids.tolist()
@@ -113,13 +113,13 @@ class Recent:
 
 
 class Join:
-    """What the stream knows of users and items, and its follower.
+    """Joins rows with the attributes of users and items, and follows their topics.
 
     `rows` is called by the Beam thread. `catch_up` and then `start` are called
     once, `close` at the end; an error of the thread surfaces in `rows`.
 
     Args:
-        store: Where attributes are kept; closed with this.
+        store: Keeps the attributes; closed with this.
         followers: Of the configured topics.
         tables: By side.
         slices: Names of the attributes whose values are announced.
@@ -146,7 +146,7 @@ class Join:
         """The rows with the attributes that are known now.
 
         Raises:
-            SpringtideError: What ended the follower's thread.
+            SpringtideError: The follower's thread failed.
         """
         if self._failure is not None:
             raise self._failure
@@ -161,7 +161,7 @@ class Join:
         return replace(rows, attributes=Joined(found[0], found[1], names, self._fields))
 
     def catch_up(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Reads the topics to where they end now, so that the first click is joined with what is known.
+        """Reads the topics to their present ends, so that the first click is joined with current attributes.
 
         Raises:
             LogError: A topic is missing or cannot be read.

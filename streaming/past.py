@@ -74,7 +74,7 @@ class ClicksStretch(NamedTuple):
     Attributes:
         topic_id: The topic's id.
         begins: By partition its first offset.
-        ends: By partition the offset behind the last one, at least: what comes after it is learned from the training log.
+        ends: By partition at least the offset after the last one; later clicks are learned from the training log.
     """
 
     topic_id: str
@@ -87,17 +87,17 @@ class ClicksStretch(NamedTuple):
         return sum(self.ends[one] - begin for one, begin in self.begins.items())
 
     def done(self, position: Callable[[int], int]) -> int:
-        """How many are read where `position` says where each partition is."""
+        """How many are read if `position` gives each partition's position."""
         return sum(min(position(one), self.ends[one]) - begin for one, begin in self.begins.items())
 
 
 def stretch_of(settings: Settings, past: Past, topics: LogTopics) -> ClicksStretch:
-    """What is to be read: as much before the first row that is wanted as its longest window sees, where the topic has it.
+    """The part to read: it starts one longest window before the first requested row, if the topic has that.
 
-    By the records' timestamps; where those are later than the clicks' own times, as in a replay, there is more of it.
+    Record timestamps decide. If they are later than the clicks' own times, as in a replay, more is read.
 
     Raises:
-        UnknownTopic: The topic is gone, or was made anew since the cut.
+        UnknownTopic: The topic is gone, or was recreated since the cut.
         LogError: Kafka does not answer.
     """
     topic, reach_ms = settings.kafka.clicks_topic, settings.features.windows_s[-1] * 1000
@@ -105,7 +105,7 @@ def stretch_of(settings: Settings, past: Past, topics: LogTopics) -> ClicksStret
     ends: dict[int, int] = {}
     for source, mark in past.sources:
         if source.topic_id == topic_id:
-            # Of buckets the one that is ahead: whoever learns leaves out what is not before the cut.
+            # Of several buckets the furthest: the learner leaves out rows that are not before the cut.
             ends[source.partition] = max(mark, ends.get(source.partition, 0))
     if not ends:
         raise UnknownTopic(
@@ -125,19 +125,19 @@ def of_topic(
     reach: Callable[[int], None] = lambda _: None,
     elapsed: Callable[[], float] = time.monotonic,
 ) -> Iterator[list[PartitionBatch]]:
-    """The clicks of a stretch in the order in which they happened, and some behind it.
+    """The clicks of a segment in the order in which they happened, and some after it.
 
     Args:
         settings: All settings.
-        stretch: Of the topic.
-        log: Where it is.
-        reached: What time it is where a source was read to, once what was given is known there.
-        reach: Told how many positions are read.
+        stretch: The segment of the topic.
+        log: The log that has the topic.
+        reached: Returns the time that a source has reached, once the yielded clicks are processed.
+        reach: Called with the number of positions that are read.
         elapsed: Monotonic seconds.
 
     Raises:
         GapError: Clicks of it were deleted meanwhile.
-        LogError: Kafka gives nothing for a minute.
+        LogError: No record arrived from Kafka for a minute.
     """
     topic, begins = settings.kafka.clicks_topic, dict(stretch.begins)
     if not begins:
@@ -165,7 +165,7 @@ def recording_of(settings: Settings, past: Past) -> Recording:
     """The files of a past.
 
     Raises:
-        SettingsError: There is no such file, or its name tells no format.
+        SettingsError: There is no such file, or its name has no known format.
     """
     events = settings.events
     return Recording(find(past.files), events.columns, constants_of(events.constants, events))
@@ -179,8 +179,8 @@ def of_files(
     Args:
         settings: All settings.
         recording: The files.
-        say: Takes a line about strays.
-        reach: Told how many rows are read.
+        say: Called with a message about stray rows.
+        reach: Called with the number of rows that are read.
 
     Raises:
         SettingsError: The columns do not fit, or memory does not hold the files.
@@ -195,11 +195,11 @@ def of_files(
 
 @dataclass(frozen=True, kw_only=True)
 class PastContext(JobContext):
-    """What makes rows of past clicks; its store is new, and thrown away afterwards.
+    """The parts that make rows of past clicks; the store is new, and deleted afterwards.
 
     Attributes:
-        join: Attributes of users and items; None where none are configured.
-        metrics: Nobody reads them.
+        join: Attributes of users and items; None if none are configured.
+        metrics: Not served.
     """
 
     join: Join | None
@@ -207,10 +207,10 @@ class PastContext(JobContext):
 
 
 class PastRows:
-    """Makes micro-batches of clicks that are given in the order of their partitions. One thread.
+    """Makes micro-batches of clicks that arrive in the order of their partitions. One thread.
 
     Args:
-        context: What makes their rows.
+        context: Makes their rows.
         salt: Fingerprint of the users' salt.
         begin_ms: Micro-batches that end before this log time are left out: they only fill histories.
     """
@@ -220,12 +220,12 @@ class PastRows:
         self._cutter, self._sweep = Cutter(context.settings.stream.cut_rows, NEVER_MS), StreamSweep(context)
 
     def take(self, batches: list[PartitionBatch]) -> list[bytes]:
-        """Takes what a poll found; returns the micro-batches that are full.
+        """Takes the records of a poll; returns the micro-batches that are full.
 
         Raises:
             StoreError: The store of histories cannot take it.
             MicroBatchError: A row is larger than a record may be.
-            SpringtideError: What ended the follower of attributes.
+            SpringtideError: The follower of attributes failed.
         """
         context, now_ms = self._context, wall_ms()
         events = leave_out(context.parser.parse(batches), context.mask)
@@ -237,11 +237,11 @@ class PastRows:
         return self._encoded(self._cutter.add(rows, now_ms))
 
     def flush(self) -> list[bytes]:
-        """The last ones."""
+        """Returns the last micro-batches."""
         return self._encoded(self._cutter.flush(wall_ms()))
 
     def reached(self, source: Source) -> Reached:
-        """What time it is where a source was read to."""
+        """The time that a source has reached."""
         return self._context.clock.reached(source)
 
     def _encoded(self, cuts: Sequence[Cut]) -> list[bytes]:
@@ -252,10 +252,10 @@ class PastRows:
 
 
 class ReadingProgress:
-    """Says now and then how far the reading is.
+    """Logs the progress of reading from time to time.
 
     Args:
-        total: Positions to read; None where that is not known.
+        total: Positions to read; None if that is not known.
         elapsed: Monotonic seconds.
     """
 
@@ -265,9 +265,9 @@ class ReadingProgress:
         self._began: tuple[float, int] | None = None
 
     def reach(self, done: int) -> None:
-        """Notes that so many are read."""
+        """Records that this many positions are read."""
         now_s = self._elapsed()
-        # The first rows load what computes them: the pace is measured from there.
+        # The first rows load the kernels: the pace is measured from there.
         self._began = began_s, began = self._began or (now_s, done)
         if now_s - self._said_s < PROGRESS_S or done == began:
             return
@@ -280,17 +280,17 @@ class ReadingProgress:
 
 
 def run(settings: Settings, wanted: Past, log: Log, out: Callable[[bytes], object]) -> None:
-    """Gives `out` the micro-batches of the past.
+    """Writes the micro-batches of the past to `out`.
 
     Args:
-        settings: Of the trial's trainer: its registry, and its control, which says who is left out.
+        settings: Of the trial's trainer: its registry, and its control, which names the masked users.
         wanted: The past.
-        log: Where the clicks are.
+        log: The log that has the clicks.
         out: Takes each encoded micro-batch.
 
     Raises:
         SpringtideError: Clicks, files or the disk cannot be used.
-        OSError: The disk refused, or nobody reads any more.
+        OSError: The disk refused, or the reader has closed the pipe.
     """
     spec, salt = FeatureSpec.from_settings(settings), load_salt(settings.salt_path, create=False)
     with ExitStack() as stack:
@@ -326,7 +326,7 @@ def run(settings: Settings, wanted: Past, log: Log, out: Callable[[bytes], objec
 
 
 def _own_folder(registry: Path, stack: ExitStack) -> Path:
-    """A directory that goes with the block; those of processes that were killed go now."""
+    """A directory that is deleted after the block; those of killed processes are deleted now."""
     for left in registry.glob(f"{KEPT}*"):
         shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=KEPT, dir=registry))
@@ -347,13 +347,13 @@ def _write_all(settings: Settings, out: BinaryIO) -> None:
         out.flush()
     except BrokenPipeError:
         logger.warning("nobody reads on: the trainer ended")
-        # What is not written is nobody's: closing must not try again.
+        # Unwritten data is discarded: closing must not try again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes all of it; returns the exit code."""
-    # Whatever a library prints must not come between the frames.
+    """Writes all micro-batches; returns the exit code."""
+    # Output of libraries must not come between the frames.
     with os.fdopen(os.dup(1), "wb") as out:
         os.dup2(2, 1)
         return run_part("past clicks", lambda settings: _write_all(settings, out), argv, logger)

@@ -174,7 +174,7 @@ def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine, say: 
 
     Raises:
         LockHeld: The stream, a shard of it, or another rebuild, holds the directory.
-        CorruptStore: The copy was not closed in order either.
+        CorruptStore: The copy was not closed cleanly either.
         SpringtideError: See `Rebuild.run`.
     """
     folder, spec = settings.stream_dir, FeatureSpec.from_settings(settings)
@@ -210,7 +210,7 @@ def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine, say: 
 
 
 def are_lost(settings: Settings) -> bool:
-    """Whether the histories were open where the machine or its container went down; not where there are none yet.
+    """Whether the histories were open when the machine or its container went down; False if there are none yet.
 
     Raises:
         LockHeld: The stream has them open.
@@ -221,12 +221,12 @@ def are_lost(settings: Settings) -> bool:
 
 
 class RebuildLine(NamedTuple):
-    """What a command line says.
+    """The arguments of `rebuild-history`.
 
     Attributes:
         copy: A store to begin with.
-        if_lost: Whether nothing is to be done where the histories can be opened.
-        flags: Of settings.
+        if_lost: Whether to do nothing if the histories can be opened.
+        flags: Flags of settings.
     """
 
     copy: Path | None
@@ -235,13 +235,13 @@ class RebuildLine(NamedTuple):
 
 
 def asked(argv: Sequence[str]) -> RebuildLine:
-    """Takes a command line apart.
+    """Parses a command line.
 
     >>> asked(["--from", "copy", "--kafka.port", "9192"])
     RebuildLine(copy=PosixPath('copy'), if_lost=False, flags=['--kafka.port', '9192'])
 
     Raises:
-        SettingsError: The line is wrong.
+        SettingsError: The command line is wrong.
     """
     parser = argparse.ArgumentParser(prog="springtide rebuild-history", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

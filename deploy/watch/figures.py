@@ -80,41 +80,41 @@ def runs_shoppers(up: Scrape) -> bool:
 
 @dataclass(frozen=True)
 class Figures:
-    """What is known of the loop at one moment; None where nobody knows.
+    """The figures of the loop at one moment; None for unknown ones.
 
     Attributes:
         up_s: Process -> seconds since it started, of those that answer.
         away: Process -> why it does not answer.
-        up: What `springtide up` does: `starting` its parts, or `running`; empty where it does not answer.
-        starting: Process that answers and does not work yet -> what it does, in words.
-        behind: Process -> what waits for it while it does nothing, or ever less than comes, in words.
-        kafka_away: Whether no broker answers, as far as anybody has asked.
-        events: Positions of the clicks topic taken up since the stream's start.
+        up: The state of `springtide up`: `starting` its processes, or `running`; empty if it does not answer.
+        starting: Process that answers and does not work yet -> its phase, in words.
+        behind: Process that stands still or falls behind -> the work that waits for it, in words.
+        kafka_away: Whether no broker answers, as far as known.
+        events: Positions of the clicks topic read since the stream's start.
         events_per_s: Their rate.
-        lag_events: Positions of the clicks topic not yet taken up.
-        lag_s: Wall time since the newest click taken up was appended to Kafka; 0 where none waits.
+        lag_events: Positions of the clicks topic not yet read.
+        lag_s: Wall time since the newest click read was appended to Kafka; 0 if none waits.
         dead: Reason -> dead letters since the stream's start.
         dead_per_s: Their rate.
         microbatches_per_s: Micro-batches written.
         microbatch_rows: Rows of one, on average.
         steps_per_s: Training steps.
-        rows_per_s: Rows of the training log read, whatever became of them.
+        rows_per_s: Rows of the training log read, with any outcome.
         trainer_lag: Positions of the training log the trainer has not read.
         log_loss: Of the interests, scored before learning.
         auc: Of the engagement, scored before learning.
         top1: Share of rows whose category led, scored before learning.
         skipped_per_s: Rows of the training log that the guard skipped.
         held: Whether the guard holds training.
-        budget: The privacy budget; None where none is set.
+        budget: The privacy budget; None if none is set.
         paused: Whether an operator pauses training.
         publishing_held: Whether an operator holds the publishing of versions.
-        version: Version that answers use.
+        version: Version that serving uses.
         epoch: Its epoch.
         newest_version: The trainer's newest.
         pinned: Whether an operator pins the version.
         serving_lag: Positions of the training log not in serving's histories.
-        features_s: Age of the newest click in the histories that answers use.
-        weights_s: Age of the newest click trained into the version that answers use.
+        features_s: Age of the newest click in the histories that serving uses.
+        weights_s: Age of the newest click trained into the version that serving uses.
         answers_per_s: Requests for profiles.
         answers: Their number since the worker's start.
         failed: Those of them that failed, or were refused because a worker had too many (429).
@@ -122,14 +122,14 @@ class Figures:
         cold_starts: Answers for unknown users.
         faults: Accounts that do not balance.
         corrupt: Versions that serving refused for their digests.
-        differing: Sampled rows that were trained with other features than answers have.
-        refused: The newest version that failed its probe, where it is newer than the one that answers.
-        full: What waits for room on the disk, and who takes almost all of a share, in words.
-        dying: Part that does not answer -> how often in a row it died, of those that `springtide up` starts again.
+        differing: Sampled rows that were trained with other features than serving computes.
+        refused: The newest version that failed its probe, if it is newer than the served one.
+        full: What waits for disk space, and which data takes almost all of a share, in words.
+        dying: Process that does not answer -> how often in a row it died, of those that `springtide up` restarts.
         shoppers: Whether `springtide up` runs synthetic shoppers.
         clocks_off: Direction -> the clicks whose clock is off.
-        spreads: What is distributed -> how, in seconds.
-        spread_s: The quantiles are of so many last seconds; None: since each process's start.
+        spreads: Name -> quantiles, in seconds.
+        spread_s: The quantiles cover this many last seconds; None: since each process's start.
     """
 
     up_s: Mapping[str, float] = field(default_factory=dict)
@@ -190,7 +190,7 @@ class Figures:
         return found
 
     def with_kafka(self, kafka: Mapping[str, Any]) -> Figures:
-        """The figures with what a broker says: whether it answers and, where the stream does not say so, how many clicks wait.
+        """The figures with those of a broker: whether it answers and, if the stream does not report it, the lag.
 
         >>> Figures().with_kafka({"answers": True, "lag": 7}).lag_events
         7
@@ -209,11 +209,11 @@ class Figures:
 
 @dataclass(frozen=True)
 class Seen:
-    """One process now and at an earlier look, if there was one.
+    """One process now and at an earlier poll, if there was one.
 
     Attributes:
         now: Its metrics.
-        earlier: What they were then.
+        earlier: Its metrics then.
         elapsed_s: The time between.
     """
 
@@ -222,7 +222,7 @@ class Seen:
     elapsed_s: float = 0.0
 
     def rate(self, series: str, **labels: Collection[str]) -> float | None:
-        """Growth a second of a counter; None without an earlier look.
+        """Growth of a counter per second; None without an earlier poll.
 
         >>> from deploy.watch.scrape import parsed
         >>> counted = [Scrape(parsed(f"steps_total {steps}")) for steps in (10, 30)]
@@ -235,21 +235,21 @@ class Seen:
         return grown / self.elapsed_s if grown >= 0 else None
 
     def count(self, series: str, **labels: Collection[str]) -> float | None:
-        """A counter since the process's start; 0 before its first event, None where the process is away."""
+        """A counter since the process's start; 0 before its first event, None if the process is unreachable."""
         return self.now.total(series, **labels) or (0.0 if self.now.values else None)
 
     def buckets(self, series: str, **labels: Collection[str]) -> Buckets:
-        """A histogram's growth; all of it without an earlier look."""
+        """A histogram's growth; all of it without an earlier poll."""
         after = self.now.buckets(series, **labels)
         return after if self.earlier is None else between(after, self.earlier.buckets(series, **labels))
 
     def mean(self, series: str) -> float | None:
-        """The mean of what a histogram observed since the earlier look; None without an observation."""
+        """The mean of a histogram's observations since the earlier poll; None without an observation."""
         total, count = (self._grown(f"{series}_{part}") for part in ("sum", "count"))
         return total / count if count > 0 else None
 
     def _grown(self, series: str, **labels: Collection[str]) -> float:
-        # A counter with labels offers nothing before its first event.
+        # A counter with labels has no series before its first event.
         before = self.earlier.total(series, **labels) if self.earlier else None
         return (self.now.total(series, **labels) or 0.0) - (before or 0.0)
 

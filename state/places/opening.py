@@ -70,7 +70,7 @@ class DirectoryPlace:
 
     @contextmanager
     def _written(self, name: str, data: bytes) -> Iterator[tuple[Path, Path]]:
-        """A synced temporary file next to the final one; the block makes it durable, or it is removed."""
+        """Yields a synced temporary file and the final path; then removes the former and syncs the directory."""
         final = self._path / name
         own = f"{os.getpid()}-{threading.get_ident()}-{next(_numbers)}"
         temporary = final.with_name(f"{final.name}{_TEMPORARY}{own}")

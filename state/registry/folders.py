@@ -160,7 +160,7 @@ class Folders(Directory):
         return first + sorted(folder for folder in merged if folder not in first and "." not in folder.name)
 
     def _not_kept(self, version: int) -> tuple[str, str]:
-        """The error for a version that cannot be rolled back to; it names the version to use instead."""
+        """The message for a version that cannot be rolled back to, and the version to use instead."""
         if version in self._numbers["recent"]:
             said = f"version {version} can be followed and not gone back to: it is not durable, the log makes it again"
         else:

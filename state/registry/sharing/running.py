@@ -501,7 +501,7 @@ class Ownership:
         self._failure: BaseException | None = None
 
     def fail(self, error: BaseException) -> None:
-        """Records that another trainer owns them, or that a thread failed."""
+        """Records the error that ended the ownership: another trainer's claim, or that of a failed thread."""
         self._failure = self._failure or error
 
     def check(self) -> None:
