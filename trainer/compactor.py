@@ -135,11 +135,11 @@ def needed(control: Control | None) -> frozenset[int]:
 
 
 def compact(registry: Registry, load_bytes: int = 0) -> Manifest | None:
-    """Makes a base of the newest version of control's epoch; None where there is nothing new, or little to read.
+    """Makes a base of the newest version of control's epoch; None if there is nothing new, or little to read.
 
     Args:
         registry: With the compactor's lock held.
-        load_bytes: So much, and as much as a base has, may be read beyond it.
+        load_bytes: Bytes that may be read beyond the base, in addition to its own size.
 
     Raises:
         CorruptVersion: A file of its chain fails its digest.
@@ -160,16 +160,16 @@ def thin(registry: Registry, tiers: Tiers, now_ms: int) -> Thinning:
     Raises:
         CorruptVersion: A file that is to be merged fails its digest.
     """
-    # What a crash has left beside the delta that was made of it.
+    # Parts that a crash left next to the delta into which they were merged.
     for version in registry.deltas():
         registry.remove_superseded(version)
     deltas = [registry.manifest(version, "delta") for version in registry.deltas()]
     bases = [registry.manifest(version, "base") for version in registry.bases()]
     found = plan(deltas, bases, needed(registry.control()), tiers, now_ms)
     passed = {version for merge in found.merges for version in merge.path}
-    # What is beyond its time goes first, the newest first: merging wants room, and nothing is left that lacks its parent.
+    # Expired parts are removed first, the newest first: merging needs disk space, and no part may lack its parent.
     _remove(registry, [one for one in found.deltas if one not in passed])
-    # A merged delta reaches back beyond these bases; what is loaded from them can be loaded without them.
+    # A merged delta reaches back beyond these bases; versions that load from them can be loaded without them.
     for version in sorted(found.bases, key=lambda one: (one in passed, -one)):
         registry.remove("base", version)
     for merge in found.merges:
@@ -213,7 +213,7 @@ def run(settings: Settings, clock: Callable[[], float] = time.time) -> None:
             rewrite(registry, crosses_of(settings))
             made = compact(registry, tiers.load_bytes)
         except UnusableRegistry:
-            # A full disk is the best reason to remove what is beyond its tier.
+            # On a full disk, parts beyond their tiers are still removed.
             thin(registry, tiers, now_ms)
             raise
         if made is not None:

@@ -84,16 +84,16 @@ class Standing(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """Of one step.
+    """The judgement on one step.
 
     Attributes:
-        standing: What is to become of its versions.
-        rule: The rule that is furthest off; empty where none is.
-        signal: Its number in this window, or in the one before where this one says nothing yet; logarithms undone.
-        usual: What it usually is.
-        total: The sum of what was beyond the slack; LIMIT is too much.
-        since: The beginning of the window before the first one that was off: what is suspect lies from there on.
-        place: Of rule `slice`, which one: measure, dimension and place in it.
+        standing: The verdict on its versions.
+        rule: The rule with the largest deviation; empty if there is none.
+        signal: Its value in this window, or in the preceding one if this one has too few rows; not logarithmic.
+        usual: Its usual value.
+        total: The sum of deviations beyond the slack; LIMIT is too much.
+        since: The beginning of the window before the first deviating one: everything from there on is suspect.
+        place: For rule `slice`, the slice: measure, dimension and index in it.
     """
 
     standing: Standing
@@ -114,8 +114,8 @@ class WatchLimits:
 
     Attributes:
         window_s: Least log time of a window.
-        window_rows: Rows from which on a window says something.
-        users: Users who usually click in a window, below which nothing is judged.
+        window_rows: Least rows of a window that is judged.
+        users: Usual users per window below which nothing is judged.
         warm_up: Windows before the first judgement.
     """
 
@@ -154,7 +154,7 @@ class WindowWatch:
         """Adds one record and judges the update that it made.
 
         Args:
-            step: What it tells.
+            step: The figures of the record.
             start: Where it begins, with the log time before it.
         """
         if self._open is None:
@@ -305,7 +305,7 @@ def figures_of(batch: MicroBatch, report: Report | None, log_ms: int) -> StepFig
     """The figures of one record for the guard.
 
     Args:
-        batch: What was learned of it.
+        batch: The rows that were learned.
         report: Of the step; None without a row.
         log_ms: Log time after it.
     """
@@ -348,7 +348,7 @@ def version_before(registry: Registry, place: TrainingPlace, offset: int) -> int
             if registry.manifest(number).log.next <= offset and registry.chain(number):
                 return number
         except UnknownVersion:
-            # Its base was given up: an older one may have its own.
+            # Its base was removed; an older version may have one.
             continue
     return 0
 
@@ -374,11 +374,11 @@ def suspect_clicks(since: WindowStart, after: TrainingPlace) -> tuple[SuspectCli
 
 
 class UnwrittenHold(NamedTuple):
-    """A hold that control does not have yet.
+    """A hold that is not in control yet.
 
     Attributes:
-        held: What is held.
-        after: Where the trainer was then.
+        held: The held update.
+        after: The trainer's position then.
     """
 
     held: HeldUpdate
@@ -390,11 +390,11 @@ class UpdateGuard:
 
     Args:
         settings: All settings.
-        registry: Where control and versions are.
-        metrics: What is shown.
+        registry: The registry of control and versions.
+        metrics: The trainer's metrics.
         clock: Wall clock in seconds.
         elapsed: Monotonic seconds.
-        shown: Of each dimension of slices the names of its places, as they are now.
+        shown: By slice dimension the present names of its slices.
     """
 
     def __init__(
@@ -417,22 +417,22 @@ class UpdateGuard:
         self._tried_s, self._say = float("-inf"), SaidOnce(logger.error)
 
     def enter(self, kept: Mapping[str, npt.NDArray[Any]]) -> None:
-        """At the beginning of an epoch, or after a start: the guard is as it was at the version that was loaded.
+        """At the beginning of an epoch, or after a start: restores the guard's state at the loaded version.
 
         Args:
-            kept: What that version kept of it, without the prefix; nothing where it kept nothing.
+            kept: The guard state in that version, without the prefix; empty if it has none.
         """
         self._watch.load(kept)
         self._last, self._skipped, self._unwritten = PASSED, 0, None
 
     @property
     def passes(self) -> bool:
-        """Whether what was learned so far may become a version."""
+        """Whether the present weights may become a version."""
         return self._last.standing is Standing.PASS
 
     @property
     def waits(self) -> bool:
-        """Whether a hold is still to be written: no record is to be taken until it is."""
+        """Whether a hold is still to be written: no record may be learned until it is."""
         return self._unwritten is not None
 
     def take(
@@ -443,19 +443,19 @@ class UpdateGuard:
         after: TrainingPlace,
         log_ms: tuple[int, int],
     ) -> bool:
-        """Judges one record; True where control holds it from now on.
+        """Judges one record; returns True if control holds it from now on.
 
         Args:
-            batch: What was learned of it; perhaps no row.
+            batch: The rows that were learned; perhaps none.
             report: Of the step; None without a row.
-            before: Where the trainer was.
-            after: Where it is.
+            before: The trainer's position before the record.
+            after: Its position after it.
             log_ms: Log time before and after.
 
         Raises:
-            ControlConflict: Somebody changed control all the time.
+            ControlConflict: Other processes kept changing control.
         """
-        # Where the trainer was before may be behind a marker, or not yet.
+        # The position before may be on either side of a transaction marker.
         start = WindowStart(after.next - 1, log_ms[0], clicks_learned(before))
         found = self._watch.take(figures_of(batch, report, log_ms[1]), start) if self._enabled else PASSED
         if report is not None:
@@ -474,10 +474,10 @@ class UpdateGuard:
         return self.write()
 
     def write(self) -> bool:
-        """Writes the hold that waits, where one does, again after `AGAIN_S` where it cannot be; True where control holds it now.
+        """Writes a waiting hold, and retries after `AGAIN_S` if that fails; returns True if control holds it now.
 
         Raises:
-            ControlConflict: Somebody changed control all the time.
+            ControlConflict: Other processes kept changing control.
         """
         waiting = self._unwritten
         if waiting is None or self._elapsed() - self._tried_s < AGAIN_S:
@@ -497,7 +497,7 @@ class UpdateGuard:
         return written
 
     def look(self, control: Control, version: int) -> None:
-        """Takes up what control says: what an operator let go on passes, until the guard says otherwise.
+        """Applies new control: an update that an operator released passes, until the guard judges otherwise.
 
         Args:
             control: The newest.
@@ -524,17 +524,17 @@ class UpdateGuard:
         self._metrics.guard_windows.set(self._watch.windows)
         self._metrics.withheld.set(not self.passes)
 
-    # What a version says and keeps
+    # What a version reports and keeps
 
     def verdict(self) -> tuple[str, dict[str, float]]:
-        """What a version made now says: that it passed, and how near each rule is to a hold; nothing where nobody judges."""
+        """The guard's entry in a new version: that it passed, and how near each rule is to a hold; empty if it is off."""
         if not self._enabled:
             return "", {}
         near = {rule: round(share, 4) for rule, share in self._watch.shares_of_limit().items() if share > 0}
         return self._last.standing.value, near
 
     def kept(self) -> dict[str, npt.NDArray[Any]]:
-        """What a durable version keeps, by name; a copy."""
+        """The guard state for a durable version, by name; a copy."""
         return {f"{GUARDED}{name}": array for name, array in self._watch.state().items()} if self._enabled else {}
 
     def _named(self, found: Judgement) -> str:
@@ -566,7 +566,7 @@ class UpdateGuard:
         )
 
     def _hold(self, held: HeldUpdate, after: TrainingPlace) -> bool:
-        """Asks control to hold it; True where it does from now on."""
+        """Asks control to hold it; returns True if it does from now on."""
 
         def asked(control: Control) -> Control:
             if control.epoch != after.epoch:

@@ -135,7 +135,7 @@ class Compaction:
             hurry: Whether the disk is full.
 
         Raises:
-            SpringtideError: What `on_failure` found.
+            SpringtideError: `on_failure` found damage.
         """
         if self._child is not None:
             code = self._child.poll()
@@ -236,7 +236,7 @@ def newest_within(registry: Registry, control: Control, lost: TruncatedLog) -> M
             if one.log.next <= lost.kept and registry.chain(number):
                 return one
         except UnknownVersion:
-            # Its base was given up: an older one may have its own.
+            # Its base was removed; an older version may have one.
             continue
     return None
 
@@ -257,7 +257,7 @@ class Phases:
         self._since_s = self._said_s = time.monotonic()
 
     def enter(self, phase: str) -> None:
-        """Shows the phase, and logs how long the one before took; the one that it is in already is entered once."""
+        """Shows the phase, and logs how long the preceding one took; entering the present phase again does nothing."""
         if phase == self._phase:
             return
         now_s = time.monotonic()
@@ -268,11 +268,11 @@ class Phases:
             self._metrics.phase.labels(one).set(one == phase)
 
     def follow(self, caught_up: bool, records_left: int | None) -> None:
-        """Shows whether the trainer has read the log to its end; until then how many records are left, every few seconds.
+        """Shows whether the trainer has read the log to its end; until then logs the records left, every few seconds.
 
         Args:
             caught_up: Whether it has.
-            records_left: Positions of the log that it has not taken; None where that is not known yet.
+            records_left: Positions of the log that it has not taken; None if that is not known yet.
         """
         self.enter(LEARNING if caught_up else CATCHING_UP)
         if not caught_up and time.monotonic() >= self._said_s + SAY_S:
@@ -287,7 +287,7 @@ class ScheduledExports:
         arguments: The command line of this process.
         every_s: Seconds from one start to the next; 0: never.
         elapsed: Monotonic seconds.
-        module: What is run.
+        module: The module that is run.
     """
 
     def __init__(
@@ -303,7 +303,7 @@ class ScheduledExports:
         self._child: subprocess.Popen[bytes] | None = None
 
     def tick(self) -> None:
-        """Starts one that is due, and takes note of one that ended: a failure is said, and the next one is tried in its turn."""
+        """Starts an export that is due. Logs the failure of one that ended; the next one starts at its usual time."""
         if self._child is not None:
             code = self._child.poll()
             if code is None:
@@ -316,14 +316,14 @@ class ScheduledExports:
             self._child = subprocess.Popen(self._command)
 
     def close(self) -> None:
-        """Ends a child; what it had not finished has no place."""
+        """Ends a child; an unfinished export does not appear."""
         if self._child is not None:
             self._child.terminate()
             self._child.wait()
 
 
 def await_spec(registry: Registry, digest: str, model: Model, stopping: threading.Event) -> bool:
-    """Waits for the bootstrap of feature spec `digest`, saying so; False where the process is to stop instead."""
+    """Waits for the bootstrap of feature spec `digest` and logs that; returns False if the process is to stop instead."""
     said = float("-inf")
     while registry.bootstrapped(digest, model) is None:
         if time.monotonic() - said >= PROGRESS_S:
@@ -363,7 +363,7 @@ def _check_own(settings: Settings) -> None:
     """Checks a custom ranker or tower; the preprocessing's width is not known yet, and both take any.
 
     Raises:
-        ProgramError: It is not what it has to be.
+        ProgramError: It does not meet the contract.
     """
     with quiet_stderr():
         from trainer import device
@@ -383,11 +383,11 @@ def prepare(
     stopping: threading.Event,
     phases: Phases,
 ) -> Learner:
-    """Builds the trainer and its program, and enters control's epoch; where it is to begin with past clicks, learns them.
+    """Builds the trainer and its program, and enters control's epoch; learns past clicks first if that is requested.
 
     Raises:
         ModelMismatch: The newest version was trained with another model.
-        ProgramError: The model does not lower, or the program answers otherwise.
+        ProgramError: The model does not lower, or the program's outputs differ from the model's.
         SpringtideError: The registry or the training log cannot be used.
     """
     phases.enter(MODEL)
@@ -438,7 +438,7 @@ def go_on_in_this_release(registry: Registry, settings: Settings, spec: FeatureS
     """Begins an epoch automatically if only this release's own code keeps the newest version from being loaded.
 
     Raises:
-        ModelMismatch: It is the settings, or code of the user's own, and nobody asked for an upgrade.
+        ModelMismatch: The settings or custom code differ, and no upgrade was requested.
         SpringtideError: The registry cannot be used.
     """
     from trainer.upgrade import planned_for, propose
@@ -461,7 +461,7 @@ def enter(learner: Learner, registry: Registry, control: Control) -> None:
     """Enters control's epoch; if the log was cut back behind its version, an epoch that rewinds as far as that.
 
     Raises:
-        TruncatedLog: No version can be learned on from.
+        TruncatedLog: There is no version to continue from.
         SpringtideError: See `Learner.enter`.
     """
     while True:
@@ -469,7 +469,7 @@ def enter(learner: Learner, registry: Registry, control: Control) -> None:
             learner.enter(control)
             return
         except TruncatedLog as lost:
-            # Each time an older version: that one's end of the log may be gone too.
+            # Each round takes an older version, whose end of the log may be gone too.
             who = f"trainer:{getpass.getuser()}"
             control = recover(registry, control, lost, who, wall_ms())
 
@@ -494,7 +494,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
     # 1.
     with DirectoryLock(settings.registry_dir, layout.TRAINER_LOCK), owning(settings, collected, stopping) as ownership:
         registry = Registry(settings.registry_dir)
-        # Before TensorFlow: some settings alone tell that the newest version cannot be loaded.
+        # Before TensorFlow: some settings alone show that the newest version cannot be loaded.
         require_same_model(settings)
         _sweep(registry)
         kernels, phases = Kernels(collected, logger, unused_kernels(settings), [LOG_KERNELS]), Phases(metrics)
@@ -504,7 +504,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         imports = threading.Thread(target=_import_model, args=(kernels, phases, stopping), name="imports", daemon=True)
         imports.start()
         if is_own(settings.model):
-            # Before the wait for clicks: what cannot be lowered is refused at once.
+            # Before the wait for clicks: a model that does not lower is refused at once.
             imports.join()
             _check_own(settings)
         if not await_spec(registry, FeatureSpec.from_settings(settings).digest, settings.model, stopping):

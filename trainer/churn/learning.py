@@ -126,7 +126,7 @@ class ChurnWaiting:
     def clear(self) -> None:
         """Drops all waiting rows."""
         self.dropped, self._halvings, self._size = 0, 0, 0
-        # Place 0 is nobody's: the index finds 0 for whom it does not know.
+        # Slot 0 is unused: the index returns 0 for unknown users.
         self._free: list[int] = []
         self._user: U64 = np.zeros(0, np.uint64)
         self._at_ms, self._next_ms, self._moment_ms, self._due_ms = (np.zeros(0, np.int64) for _ in range(4))
@@ -139,7 +139,7 @@ class ChurnWaiting:
         """Takes rows in the order of the log.
 
         Args:
-            user: `[n]` uint64; 0 is nobody.
+            user: `[n]` uint64; 0 is no user.
             at_ms: `[n]` int64 log time.
             features: `[n, D]` uint16, before each.
             action: `[n]` uint8.
@@ -192,7 +192,7 @@ class ChurnWaiting:
         self._moment_ms[places] = moment_ms + counts * horizon.stride_ms
         self._due_ms[places] = self._moment_ms[places] + horizon.span_ms + self._late_ms
         self._remove(places[self._moment_ms[places] > last_ms])
-        # Where a row lies decides nothing.
+        # The slot of a row must not affect the order.
         order = np.lexsort((found.user, found.moment_ms))
         return found.take(order)
 
@@ -202,7 +202,7 @@ class ChurnWaiting:
         return self._remove(places[np.isin(self._user[places], users)])
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """All rows by user and time, and how many users are looked at, for a version."""
+        """All rows by user and time, and the share of sampled users, for a version."""
         places = self._used()
         places = places[np.lexsort((self._at_ms[places], self._user[places]))]
         columns = {name: getattr(self, f"_{name}")[places] for name in ROW_COLUMNS}
@@ -230,7 +230,7 @@ class ChurnWaiting:
         return np.minimum(self._next_ms[places], self._at_ms[places] + self._horizon.reach_ms) - 1
 
     def _end(self, places: npt.NDArray[np.int32], next_ms: I64) -> None:
-        """The next events of users came, whose newest rows lie at `places`; 0 for none."""
+        """Takes the next events of users whose newest rows are at `places`; 0 for none."""
         known = places != 0
         held, next_ms = places[known].astype(np.int64), next_ms[known]
         self._next_ms[held] = next_ms
@@ -308,8 +308,8 @@ class ChurnMeasures:
         """The measures by name, `churn.` before it: recent ones plain, those since the beginning under `churn.total.`.
 
         rows; log_loss; left, the share that left; auc; calibration, predicted over observed; and, of recent ones,
-        calibration_error, how far predicted and observed lie apart in the mean over tenths of the probability. A measure
-        without rows is absent.
+        calibration_error, the mean distance of predicted and observed over tenths of the probability. A measure without
+        rows is absent.
         """
         found: dict[str, float] = {}
         for when, prefix in ((1, "churn."), (0, "churn.total.")):
@@ -336,7 +336,7 @@ class ChurnMeasures:
 
 
 class ChurnLearner:
-    """Everything of churn that a trainer has. One thread.
+    """The churn model of a trainer, with its waiting rows and measures. One thread.
 
     Args:
         spec: The feature spec of the micro-batches.
@@ -360,7 +360,7 @@ class ChurnLearner:
 
     @classmethod
     def of(cls, settings: Settings, spec: FeatureSpec) -> ChurnLearner | None:
-        """That of the settings; None where `churn.days` is 0."""
+        """The learner of the settings; None if `churn.days` is 0."""
         wanted, labels = settings.churn, settings.labels
         if not wanted.days:
             return None
@@ -368,7 +368,7 @@ class ChurnLearner:
         return cls(spec, max(1, round(wanted.days * DAY_S * 1000)), round(late_s * 1000), wanted.examples)
 
     def clear(self) -> None:
-        """Nothing is learned, and nothing waits."""
+        """Forgets everything learned, and drops the waiting rows."""
         self.waiting.clear()
         self._regression.clear()
         self._calibration.clear()
@@ -387,8 +387,8 @@ class ChurnLearner:
             self.learn(known)
 
     def observe(self, batch: MicroBatch) -> None:
-        """Takes rows, in log time, that say that their users were there."""
-        # Clicks that ask how long the loop takes name nothing, and are nobody's.
+        """Takes rows, in log time, that show that their users were active."""
+        # Probe clicks that measure the loop's latency belong to no user.
         user = np.where((batch.item != 0) | (batch.category != 0), batch.user, np.uint64(0))
         after_ms = np.where(batch.kind == Kind.JOINED, np.maximum(batch.delay_ms, 0), 0)
         self.waiting.observe(user, batch.at_ms + after_ms, batch.features, batch.action)
@@ -402,14 +402,14 @@ class ChurnLearner:
         return told
 
     def weights(self) -> ChurnWeights | None:
-        """What answers need; None before enough was learned."""
+        """The weights for serving; None before enough was learned."""
         if min(self.measures.seen) < FEW:
             return None
         slope, intercept = self._calibration.mean.tolist()
         return ChurnWeights(self._horizon, self._inputs, slope, intercept, self._regression.mean)
 
     def served(self) -> dict[str, npt.NDArray[Any]]:
-        """The tensors that answers need, none before enough was learned."""
+        """The tensors for serving, none before enough was learned."""
         weights = self.weights()
         return {} if weights is None else tensors_of(weights)
 
@@ -419,7 +419,7 @@ class ChurnLearner:
         return self.measures.values() | counted
 
     def forget(self, users: U64) -> int:
-        """Removes the waiting rows of users (`[n]` uint64); returns how many. What was learned of all of them stays."""
+        """Removes the waiting rows of users (`[n]` uint64); returns how many. The learned weights stay."""
         return self.waiting.forget(users)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
@@ -434,7 +434,7 @@ class ChurnLearner:
         return {"about": self._about.copy(), **held}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Sets what `state` returned; begins anew where a version has none, or one of another span, spec or code."""
+        """Loads the result of `state`; starts from scratch if a version has none, or another span, spec or code."""
         self.clear()
         if not state:
             return

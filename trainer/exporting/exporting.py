@@ -59,7 +59,7 @@ Say = Callable[[str], None]
 
 
 class Replayed:
-    """The rows of some micro-batches as serving's program is asked about them.
+    """The rows of some micro-batches as inputs of serving's program.
 
     Args:
         trainer: Restored to the version.
@@ -165,8 +165,8 @@ def agreement(ours: Outputs, theirs: Outputs) -> Agreement:
     """Compares outputs of n rows.
 
     Args:
-        ours: Of the program that is looked at.
-        theirs: Of the one that it should agree with, by the same names.
+        ours: Of the program under test.
+        theirs: Of the reference program, by the same names.
     """
     interests = [_softmax(np.concatenate([one[name] for name in LOGITS], 1)) for one in (ours, theirs)]
     engagement = [1 / (1 + np.exp(-one["engagement_logit"].astype(np.float64))) for one in (ours, theirs)]
@@ -206,8 +206,8 @@ def one_row(inputs: Mapping[str, npt.NDArray[Any]], fixed: frozenset[str], row: 
 
     Args:
         inputs: By name, of n rows.
-        fixed: Names of those that are no row's own.
-        row: Which.
+        fixed: Names of inputs that all rows share.
+        row: The row's number.
     """
     return {name: value if name in fixed else value[row : row + 1] for name, value in inputs.items()}
 
@@ -220,8 +220,8 @@ class Compared(NamedTuple):
         version: Its manifest.
         program: What serving runs, with its weights.
         inputs: Of the sample, by name.
-        ids: Likewise; None of made-up rows.
-        of: What the sample is, in words.
+        ids: Likewise; None for made-up rows.
+        of: A description of the sample.
     """
 
     trainer: Trainer
@@ -233,7 +233,7 @@ class Compared(NamedTuple):
 
     @property
     def kept(self) -> dict[str, F32]:
-        """The inputs that are no row's own, by name."""
+        """The inputs that all rows share, by name."""
         rows = self.trainer.model.specs()
         return {name: value for name, value in self.inputs.items() if rows[name].shape[0] is not None}
 
@@ -275,7 +275,7 @@ def export_saved_model(of: Compared, folder: Path, say: Say, known: KnownAnswers
         known: Answers by id; None for none.
 
     Raises:
-        ProgramError: It answers otherwise than serving; it gets no place.
+        ProgramError: Its outputs differ from serving's; it is not stored.
     """
     writing = saved_model.write(folder, of.version.version, of.trainer.model, of.kept, known)
     exported = saved_model.Exported(writing)

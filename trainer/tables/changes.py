@@ -110,23 +110,23 @@ class ChangeList:
         return self._listed[: self._count]
 
     def clear(self) -> None:
-        """The point is now."""
+        """Starts the list again from now."""
         self._flags[self.rows()] = 0
         self._count, self.removed, self.pending = 0, ListedIds(), ListedIds()
 
     def move_to(self, older: ChangeList) -> None:
-        """Adds all of it to a list since an earlier point; here the point is now."""
+        """Adds all of it to a list since an earlier point, and starts this list again from now."""
         older.touch(self.rows())
         older.removed.add(self.removed.distinct())
         older.pending.add(self.pending.distinct())
         self.clear()
 
     def resize(self, capacity: int, former: I32 | None = None) -> None:
-        """The table has other places.
+        """Follows a table that moved its rows.
 
         Args:
-            capacity: Places.
-            former: Which places those at 0, 1, 2 .. were before; None where all stay.
+            capacity: Row slots.
+            former: The former slots of rows 0, 1, 2 ..; None if all stay.
         """
         if former is None:
             self._flags, self._listed = grown(self._flags, capacity), grown(self._listed, capacity)

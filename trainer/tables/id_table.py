@@ -35,7 +35,7 @@ NO_CAP = 2**31 - 1
 
 
 class Sightings(NamedTuple):
-    """Of distinct ids.
+    """Sightings of distinct ids.
 
     Attributes:
         ids: `[n]` uint64, ascending.
@@ -101,17 +101,17 @@ class Pending:
         return Sightings(ids, self._counts[places], self._seen_ms[places])
 
     def ids(self) -> U64:
-        """Who waits, ascending."""
+        """The ids that wait, ascending."""
         return np.sort(self._places.ids[self._places.held()])
 
     def load(self, seen: Sightings) -> None:
-        """Sets sightings; a count of 0 takes an id out."""
+        """Sets sightings; a count of 0 removes an id."""
         here = seen.counts > 0
         self._places.drop(seen.ids[~here])
         self._set(Sightings(seen.ids[here], seen.counts[here], seen.seen_ms[here]))
 
     def expire(self, before_ms: int) -> U64:
-        """Forgets who was last seen before `before_ms` of log time; returns them."""
+        """Forgets ids last seen before `before_ms` of log time; returns them."""
         return self._forget(self._places.older(self._seen_ms, before_ms))
 
     def forget(self, ids: U64) -> U64:
@@ -120,7 +120,7 @@ class Pending:
         return self._forget(np.unique(places[places != 0]))
 
     def evict(self) -> U64:
-        """Forgets the least used, where too many wait; returns them."""
+        """Forgets the least used ids if too many wait; returns them."""
         leaving = excess(len(self), self._most)
         if leaving == 0:
             return np.empty(0, np.uint64)
@@ -151,9 +151,9 @@ class IdTable(ABC):
     Args:
         name: Of the table in versions; part of the hash that a new row starts from.
         dim: Width of a row in versions.
-        capacity: Rows there is room for at first; it doubles when full, and is given back when few are left.
+        capacity: Initial number of rows; it doubles when full, and shrinks when few are left.
         admit_after: Sightings an id needs before it gets a row.
-        max_rows: Ids that have a row, and those that wait for one, at most.
+        max_rows: Most ids that have a row or wait for one.
     """
 
     def __init__(self, name: str, dim: int, capacity: int, admit_after: int, max_rows: int = NO_CAP) -> None:
@@ -164,7 +164,7 @@ class IdTable(ABC):
         self._forget()
 
     def clear(self) -> None:
-        """Forgets every id, and gives back what they took."""
+        """Forgets every id, and frees the memory."""
         former = self.capacity
         self._forget()
         if self.capacity != former:
@@ -184,7 +184,7 @@ class IdTable(ABC):
 
     @property
     def capacity(self) -> int:
-        """Rows there is room for, the missing one included."""
+        """Number of rows that fit, the missing one included."""
         return self._places.capacity
 
     @property
@@ -193,11 +193,11 @@ class IdTable(ABC):
         return len(self._pending)
 
     def find(self, ids: U64) -> I32:
-        """The row of each id, `[n]` int32, MISSING where it has none. Admits nothing."""
+        """The row of each id, `[n]` int32, MISSING if it has none. Admits no ids."""
         return self._places.find(ids)
 
     def known(self) -> U64:
-        """The ids that have a row or wait for one, in no order that counts."""
+        """The ids that have a row or wait for one, in any order."""
         return np.concatenate([self._places.ids[self._places.held()], self._pending.ids()])
 
     def has(self, ids: U64) -> bool:
@@ -237,9 +237,8 @@ class IdTable(ABC):
     def distinct(self, rows: I32) -> tuple[I32, I32]:
         """Each row once, in order of first occurrence, and where each argument went.
 
-        The order depends on the events only, never on where a row lies: sums of
-        gradients have the same bits in every layout. The missing row comes first
-        always, so that applying a step can leave it out.
+        The order depends on the events only, never on the position of a row: sums of gradients have the same bits in
+        every layout. The missing row always comes first, so that applying a step can leave it out.
 
         Args:
             rows: `[n]` int32.
@@ -260,7 +259,7 @@ class IdTable(ABC):
         return int(old.size)
 
     def evict(self) -> int:
-        """Removes the least used, where more than `max_rows` have a row or wait for one; returns how many had one.
+        """Removes the least used ids if more than `max_rows` have a row or wait for one; returns how many had one.
 
         Call it once all ids of a step were observed, before their rows are looked up.
         """
@@ -279,14 +278,14 @@ class IdTable(ABC):
         return int(rows.size)
 
     def take_served(self) -> dict[str, npt.NDArray[Any]]:
-        """What answers need of what changed since the last take of either kind: `ids`, `rows`, `removed`, as in `Changes`."""
+        """The changes for serving since the last take of either kind: `ids`, `rows`, `removed`, as in `Changes`."""
         rows = self._ordered(self._since_version.rows())
         removed = self._gone(self._since_version)
         self._since_version.move_to(self._since_durable)
         return {"ids": self._places.ids[rows], "rows": self._served(rows), "removed": removed}
 
     def take_changes(self) -> Changes:
-        """What changed since the last take of this kind; both lists begin anew."""
+        """The changes since the last take of this kind; both lists start again."""
         since = self._since_durable
         self._since_version.move_to(since)
         changes = self._collect(self._ordered(since.rows()), self._gone(since), since.pending.distinct())
@@ -294,12 +293,12 @@ class IdTable(ABC):
         return changes
 
     def state(self) -> Changes:
-        """Every row, for a base; the list of changes goes on."""
+        """Every row, for a base; the list of changes continues."""
         held = self._ordered(self._places.held())
         return self._collect(held, np.empty(0, np.uint64), self._pending.ids())
 
     def load(self, changes: Changes) -> None:
-        """Sets what `changes` says on top of what is here, and lists none of it as changed.
+        """Applies `changes` to the present rows, and lists none of them as changed.
 
         Call `clear` first for a base; deltas follow in their order.
         """
@@ -334,7 +333,7 @@ class IdTable(ABC):
 
     @abstractmethod
     def _begin(self, ids: U64, rows: I32) -> None:
-        """Gives the rows of ids that were just admitted their first values."""
+        """Sets the initial values of the rows of newly admitted ids."""
 
     @abstractmethod
     def _use(self) -> F32:
@@ -346,7 +345,7 @@ class IdTable(ABC):
 
         Args:
             capacity: Rows.
-            former: Which rows those at 0, 1, 2 .. were before; None where all stay at their places.
+            former: The former positions of rows 0, 1, 2 ..; None if all stay.
         """
 
     def _place(self, ids: U64) -> I32:
@@ -362,7 +361,7 @@ class IdTable(ABC):
         return rows
 
     def _leave(self, rows: I32) -> None:
-        """Removes rows, and gives room back where most of it is unused."""
+        """Removes rows, and frees memory if most of it is unused."""
         ids = self._places.ids[rows]
         self._places.drop(ids)
         self._since_version.removed.add(ids)

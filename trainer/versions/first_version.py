@@ -52,7 +52,7 @@ def take_over(
         spec: Digest of its feature spec.
 
     Returns:
-        The trial's manifest in the place of the live version, and what the epoch's first version holds.
+        The trial's manifest, to use instead of the live version's, and what the epoch's first version holds.
 
     Raises:
         UnknownVersion: The trial's registry is gone, or a version of it.
@@ -76,7 +76,7 @@ def take_over(
 
 
 def ends(old: Tensors, mine: Tensors) -> dict[str, Array]:
-    """What a delta from `old` to `mine` says of rows and sightings that only `old` has, in tables that both have.
+    """The removals in a delta from `old` to `mine`: rows and sightings that only `old` has, in tables that both have.
 
     Args:
         old: A full state.
@@ -106,12 +106,12 @@ def ends(old: Tensors, mine: Tensors) -> dict[str, Array]:
 
 
 class CarriedOver(NamedTuple):
-    """A version that a trainer of another model goes on from.
+    """A version that a trainer of another model continues from.
 
     Attributes:
         manifest: Of that version.
-        planned: What goes on and what does not.
-        changes: What the first version says beside what goes on, as `content.encode` takes it.
+        planned: Which parts are carried over and which are not.
+        changes: The content of the first version besides the carried parts, as `content.encode` takes it.
     """
 
     manifest: Manifest
@@ -120,10 +120,10 @@ class CarriedOver(NamedTuple):
 
 
 def carry_over(versions: Versions, version: int, trainer: Trainer) -> CarriedOver:
-    """Makes `trainer` one that has of `version` what fits it; the rest is as before learning.
+    """Loads the fitting parts of `version` into `trainer`; the rest is initialised.
 
     Args:
-        versions: Where the version is.
+        versions: The registry of the version.
         version: Its number.
         trainer: Is cleared first.
 
@@ -137,7 +137,7 @@ def carry_over(versions: Versions, version: int, trainer: Trainer) -> CarriedOve
     fresh = checkpoint.full(trainer)
     planned = plan(old, fresh)
     checkpoint.load(trainer, carried(old, fresh, planned, trainer.model.fast_weights))
-    # Rows that go on are the base's: the version need not hold them again.
+    # Carried rows are the base's: the version need not repeat them.
     changes = checkpoint.changes(trainer) | removals(old, fresh, planned)
     return CarriedOver(deltas[-1] if deltas else base, planned, changes)
 
@@ -145,14 +145,14 @@ def carry_over(versions: Versions, version: int, trainer: Trainer) -> CarriedOve
 def restore_or_carry(
     registry: Registry, control: Control, version: int, trainer: Trainer, spec: str
 ) -> tuple[Manifest, dict[str, content.Array] | None]:
-    """Makes `trainer` the one that published `version`, or that goes on from it where an upgrade begins.
+    """Restores the trainer that published `version`, or carries it over if an upgrade begins.
 
     Returns:
-        The manifest of the version, and what the first version of an upgrade holds; None where there is none.
+        The manifest of the version, and what the first version of an upgrade holds; None without an upgrade.
 
     Raises:
         UnknownVersion, CorruptVersion: The version cannot be read.
-        SpecMismatch, SettingsError: It is of other features or another model, and nobody asked for an upgrade.
+        SpecMismatch, SettingsError: It has other features or another model, and no upgrade was requested.
     """
     began = pending(registry, control)
     if began is not None and began.plan is not None and TRIAL in began.plan:

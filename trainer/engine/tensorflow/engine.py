@@ -66,7 +66,7 @@ class Blocks:
     def __init__(self, ranker: Ranker, optimizer: Adam) -> None:
         self._ranker, self._optimizer, self._rate = ranker, optimizer, np.float32(optimizer.fast_rate)
         self._fast = [ranker.dense[name] for name in ranker.fast_weights]
-        # In the shape of the flat weights: factors of the step size, the longest prefix says it.
+        # In the shape of the flat weights: factors of the step size, chosen by the longest matching prefix.
         known = sorted(ranker.fast_learning_rates.items(), key=lambda each: len(each[0]))
         factors = [next((f for p, f in reversed(known) if name.startswith(p)), 1.0) for name in ranker.fast_weights]
         sizes = [int(np.prod(weight.shape)) for weight in self._fast]
@@ -89,7 +89,7 @@ class Blocks:
             scores, by_encoded, by_rows, by_dense = self._block(of, 0, count)
             return _joined(scores), by_encoded, by_rows, by_dense, (tf.zeros([0]), *of.slots)
         blocks, before = (count + size - 1) // size, self._flat(self._fast)
-        # Derivatives by rows that the whole record shares add up; all others come one block behind another.
+        # Derivatives by rows that the whole record shares are summed; all others are concatenated by block.
         shared = [name not in self._by_row for name in of.rows]
         rows = [
             tf.zeros_like(each) if whole else _array(each, blocks)
@@ -124,14 +124,14 @@ class Blocks:
         return scores, [array.concat() for array in encoded], by_rows, totals, (weights, *slots)
 
     def _kinds(self, of: Learning) -> list[Tensor]:
-        """Tensors of the types and row shapes of what `_block` says of scores."""
+        """Tensors with the types and row shapes of the scores of `_block`."""
         row = of.targets.weight
         sizes = [self._ranker.sizes[letter] for letter in "LPS"]
         logits = [tf.zeros([0, size]) for size in sizes]
         return [*logits, row, tf.zeros([0], tf.int32), row, row, row, row]
 
     def _block(self, of: Learning, begin: Tensor, end: Tensor) -> tuple[Any, ...]:
-        """Of rows `begin` to `end`: scores and losses, derivatives by what was encoded, by rows, by dense weights."""
+        """Scores and losses of rows `begin` to `end`, and derivatives by encoded values, rows and dense weights."""
         values, rows = (
             {name: part[begin:end] if name in self._by_row else part for name, part in parts.items()}
             for parts in (of.values, of.rows)
@@ -179,7 +179,7 @@ def distinct_tensors(structure: Any) -> list[Tensor]:
 
 
 def _cut(structure: Any, begin: Tensor, end: Tensor) -> Any:
-    """The structure of rows `begin` to `end`; a tensor that is in it twice is so afterwards."""
+    """The structure of rows `begin` to `end`; a tensor that occurs twice still does so."""
     cut = {id(tensor): tensor[begin:end] for tensor in tf.nest.flatten(structure)}
     return tf.nest.map_structure(lambda tensor: cut[id(tensor)], structure)
 
@@ -201,8 +201,8 @@ def learn_crosses(
     """Scores the crosses of a record and learns from its labels.
 
     Args:
-        at: `[B, C]` int32 places in `rows`, 0 where there is no cross; all 0 in rows without a label.
-        share_at: `[C]` int32, the places of shares.
+        at: `[B, C]` int32 positions in `rows`, 0 for no cross; all 0 in rows without a label.
+        share_at: `[C]` int32, the positions of shares.
         prior: `[C]` float32, the precision of each weight before anything was learned.
         labels: `[B]` float32.
         rows: `[w, 2]` float32, distinct rows of the table.
@@ -248,7 +248,7 @@ def learn_crosses(
 def _weights_and_marginals(
     numbers: Tensor, learned: Tensor, live: Tensor, prior: Tensor, label: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What is added to the `[C, 2]` weights and marginal logits of a row's crosses, and to their precision."""
+    """The updates of the `[C, 2]` weights and marginal logits of a row's crosses, and of their precision."""
     weight, marginal = numbers[:, 0], numbers[:, 1]
     # The first cross, which every row has, learns the logit of all labels; the others what theirs add to it.
     likely = tf.sigmoid(tf.concat([marginal[:1], marginal[1:] + marginal[0]], 0))
@@ -263,7 +263,7 @@ def _weights_and_marginals(
 
 
 def _shares(logit: Tensor, label: Tensor, numbers: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """What is added to the `[C, 2]` shares, and to their precision."""
+    """The updates of the `[C, 2]` shares, and of their precision."""
     likely = tf.sigmoid(logit)
     information = likely * (1.0 - likely)
     precision = HYPERPARAMETERS.share_precision + known
@@ -272,7 +272,7 @@ def _shares(logit: Tensor, label: Tensor, numbers: Tensor, known: Tensor) -> tup
 
 
 class TensorsFound(NamedTuple):
-    """What the first graph found; tensors stay on the device.
+    """The outputs of the first graph; tensors stay on the device.
 
     Attributes:
         scores: Without dropout, in the order of `Scores`.
@@ -354,7 +354,7 @@ class TensorflowEngine:
         self._optimizer.fast = FastSlots(*(np.array(slot.numpy()) for slot in found.fast))
 
     def _traced(self, given: Mapping[str, Any], crosses: int) -> Any:
-        """The graph for records of any length, as one with so many crosses asks for."""
+        """The graph for records of any length with this many crosses."""
         if crosses not in self._traces:
             fixed = {
                 place_of(one) if one.table else one.name for one in self._ranker.inputs if not one.shape.startswith("B")
