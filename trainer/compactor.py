@@ -139,7 +139,7 @@ def compact(registry: Registry, load_bytes: int = 0) -> Manifest | None:
 
     Args:
         registry: With the compactor's lock held.
-        load_bytes: Bytes that may be read beyond the base, in addition to its own size.
+        load_bytes: A base is made only if the deltas beyond the last one exceed this, and that base's own size.
 
     Raises:
         CorruptVersion: A file of its chain fails its digest.

@@ -52,7 +52,7 @@ def take_over(
         spec: Digest of its feature spec.
 
     Returns:
-        The trial's manifest, to use instead of the live version's, and what the epoch's first version holds.
+        The trial's manifest with the identity of the live version, and what the epoch's first version holds.
 
     Raises:
         UnknownVersion: The trial's registry is gone, or a version of it.
