@@ -1,10 +1,8 @@
-"""The client of programs without an event loop.
+"""The synchronous client, for programs without an event loop.
 
-The deadline of a synchronous call: its connection reads and writes only until then.
-
-httpx limits each single read and write. A server that sends one byte at a time
-is within such a limit for ever. Here every read and write gets the time that is
-left of the call. `AsyncClient` needs none of this: a task can be cancelled.
+`Deadline` bounds a whole call. httpx limits each single read and write, so a server that sends one byte at a time
+never reaches such a limit. Here every read and write gets only the time that is left of the call. `AsyncClient`
+needs none of this, because a task can be cancelled.
 """
 
 from __future__ import annotations
@@ -29,7 +27,10 @@ from springtide_client.questions import READY, Item, Question, User
 from springtide_client.retrying import AGAIN, Retries, retry_after_s
 
 _WRITTEN_BYTES = 1 << 16
-"""Written at once; the time that is left is looked up before each."""
+"""Most bytes of one write; the remaining time is read before each."""
+
+T = TypeVar("T")
+TIMEOUT_S = 10.0
 
 
 class Deadline(threading.local):
@@ -53,7 +54,7 @@ class Deadline(threading.local):
         return left_s
 
     def hold(self, client: httpx.Client) -> None:
-        """Makes each connection that this client opens keep the deadline; transports that are not httpx's own do not.
+        """Makes each connection that this client opens keep the deadline; only httpx's own transports support this.
 
         httpx offers no way to give a network backend to the transports that it
         makes for an address and for the proxies of the environment.
@@ -116,22 +117,18 @@ class _Stream(httpcore.NetworkStream):
         return self._inner.get_extra_info(info)
 
 
-T = TypeVar("T")
-TIMEOUT_S = 10.0
-
-
 class Client:
-    """Asks one address; threads may share it. Use it in a `with`, or `close` it.
+    """Sends requests to one address; threads may share it. Use it in a `with`, or `close` it.
 
     Args:
-        url: Of a worker, or of what stands before several, such as `http://localhost:8501`.
+        url: Of a worker, or of a load balancer in front of several, such as `http://localhost:8501`.
         timeout_s: Until an answer, all tries and the waits between them included. Only the look-up of the
             address's name is not limited by it.
-        retries: How patient it is where it is refused for now.
-        token: Goes with each request as `authorization: Bearer`, where the server wants one.
-        headers: Of each request, such as a proxy wants them.
-        verify: Whether the certificate of an `https` address must be good, or the context that says which ones are.
-        transport: What carries requests; by default httpx's own.
+        retries: How requests that are refused for now are retried.
+        token: Sent with each request as `authorization: Bearer`, if the server requires one.
+        headers: Added to each request, for example for a proxy.
+        verify: Whether the certificate of an `https` address must be valid, or the context that decides it.
+        transport: Sends the requests; by default httpx's own.
         sleep: Waits so many seconds.
         chance: A number from 0 to 1.
     """
@@ -184,11 +181,11 @@ class Client:
 
         Args:
             user_id: The raw id.
-            item: An item; how probable it is that the user engages with it is answered too.
+            item: An item; the answer then has the probability that the user engages with it.
             category: The item's category; by default the one that it was last seen in.
             at: The time to answer for: milliseconds since 1970, or ISO 8601; by default now.
             context: Values of context fields.
-            fields: What the answer has beside the rest: of `features`, `vector`, `attributes`, `sources`.
+            fields: Optional parts of the answer: of `features`, `vector`, `attributes`, `sources`.
             top: The most interests of the answer; by default 10.
 
         Raises:
@@ -212,7 +209,7 @@ class Client:
     ) -> Ranking:
         """Up to 1,000 items, the most probable for this user first; arguments and errors as of `profile`.
 
-        With bids the one of the highest expected value comes first; what has reached its cap is in `left_out` alone.
+        With bids the item of the highest expected value comes first; items at their cap are only in `left_out`.
         """
         return self._ask(questions.rank(user_id, items, at, context))
 
@@ -230,7 +227,7 @@ class Client:
 
         Args:
             user_id: The raw id.
-            n: How many items at most, up to 100; by default 20.
+            n: The most items, up to 100; by default 20.
             category: Only items of this category.
             exclude_seen: Whether items that the user clicked are left out.
             at: As of `profile`.
@@ -285,10 +282,10 @@ class Client:
         return self._ask(questions.explain(user_id, label, item, category, at, context, top))
 
     def ready(self) -> Readiness:
-        """Whether the worker can answer, and what it lacks; it is asked once.
+        """Whether the worker can answer, and what it lacks; there are no retries.
 
         Raises:
-            ClientError: Nobody answers.
+            ClientError: The worker does not answer.
         """
         self._deadline.at_s = time.monotonic() + self._timeout_s
         return questions.read(READY, self._send(READY))
@@ -314,7 +311,7 @@ class Client:
         return self._retries.wait_s(tried, pause_s, self._chance(), self._deadline.at_s - time.monotonic())
 
     def _send(self, question: Question[T]) -> httpx.Response:
-        """The one place where the network is used."""
+        """Sends one request; the only method that uses the network."""
         try:
             return self._http.request(
                 question.method,

@@ -1,15 +1,14 @@
-"""Joins each row with what is known of its user and its item when the row is made.
+"""Joins each row with the attributes of its user and its item that are known when the row is made.
 
-    thread "attributes"   topics -> store -> ids that changed     state/attributes/follower.py
+    thread "attributes"   topics -> store -> changed ids          state/attributes/follower.py
     Beam thread           rows, and the store of recent ids       `Join`, `Recent`
 
-At the start the topics are read to their ends before the first click; from
-then on a row gets what the stream has read by that moment. The joined ids are
-part of the micro-batch: whoever reads the log again, gets the same. Clicks
-read again after a crash may be joined with newer attributes; the rows written
-first count, since readers drop the others by their position.
+At the start the topics are read to their ends before the first click. From then on a row gets what the stream has
+read by that moment. The joined ids are part of the micro-batch, so every reader of the log gets the same ones.
+Clicks read again after a crash may be joined with newer attributes. The rows written first count, because readers
+drop the others by their positions.
 
-The newest attributes of recent ids in memory, so that a batch of rows asks the store only for the others.
+`Recent` keeps the newest attributes of recent ids in memory, so a batch of rows asks the store only for the others.
 """
 
 from __future__ import annotations
@@ -31,14 +30,16 @@ from state.metrics import StreamMetrics
 from streaming.rows import Rows
 
 REMEMBERED = 200_000
+TOLD_S = 5.0
+logger = logging.getLogger(__name__)
 
 
 class Recent:
     """The newest attributes of one side's recent ids. One thread calls `take`, any calls `forget`.
 
     Args:
-        store: The newest attributes of all.
-        table: What the attributes are.
+        store: The newest attributes of all ids.
+        table: Defines the attributes.
         slices: Names of the attributes whose values are announced.
         remembered: Ids held in memory.
     """
@@ -55,12 +56,12 @@ class Recent:
         self._clear()
 
     def forget(self, ids: Iterable[int]) -> None:
-        """Tells that the store has new values of `ids`."""
+        """Drops `ids` from memory, because the store has new values."""
         self._changed.extend(ids)
 
     def take(self, ids: U64) -> U64:
         """The attributes of `[n]` ids as of now, `[n, A]` uint64; zeros for id 0, which is none."""
-        # The store had each new value before its id came here: what is read below is at least as new.
+        # The store had each new value before its id was reported here, so the values read below are at least as new.
         while self._changed:
             self._slots.pop(self._changed.popleft(), None)
         wanted = ids.tolist()
@@ -111,18 +112,14 @@ class Recent:
             self._announced.clear()
 
 
-TOLD_S = 5.0
-logger = logging.getLogger(__name__)
-
-
 class Join:
-    """What the stream knows of users and items, and its follower.
+    """Joins rows with the attributes of users and items, and follows their topics.
 
     `rows` is called by the Beam thread. `catch_up` and then `start` are called
     once, `close` at the end; an error of the thread surfaces in `rows`.
 
     Args:
-        store: Where attributes are kept; closed with this.
+        store: Keeps the attributes; closed with this.
         followers: Of the configured topics.
         tables: By side.
         slices: Names of the attributes whose values are announced.
@@ -149,7 +146,7 @@ class Join:
         """The rows with the attributes that are known now.
 
         Raises:
-            SpringtideError: What ended the follower's thread.
+            SpringtideError: The follower's thread failed.
         """
         if self._failure is not None:
             raise self._failure
@@ -164,7 +161,7 @@ class Join:
         return replace(rows, attributes=Joined(found[0], found[1], names, self._fields))
 
     def catch_up(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Reads the topics to where they end now, so that the first click is joined with what is known.
+        """Reads the topics to their present ends, so that the first click is joined with current attributes.
 
         Raises:
             LogError: A topic is missing or cannot be read.

@@ -1,4 +1,4 @@
-"""The bootstrap: what past clicks say about features and categories, and training examples of them.
+"""The bootstrap: analyses past clicks for feature constants and categories, and writes training examples of them.
 
     python -m streaming.bootstrap [FILE...] [--rows N] [--examples DIR] [--section.name VALUE ...]
 
@@ -6,21 +6,17 @@ One bounded Beam job with the stream's own code for clicks and windows:
 
                                             ┌─ TensorFlow Transform: constants of the preprocessing
     read ─ parse events ─ compute windows ──┼─ TensorFlow Transform: vocabulary of the categories
-                                            └─ tf.Examples for training offline, where asked for
+                                            └─ tf.Examples for training offline, if requested
 
-1. A preprocessing of the user's own is checked on made-up rows.
-2. The job reads files, or the beginning of the clicks topic (it waits for
-   `bootstrap.min_rows` clicks there), at most `bootstrap.sample_rows` of them.
-3. `specs/<digest>/` of the registry appears at once with graph, labels, schema and statistics,
-   once for each feature spec, and once more, with a number behind the digest,
-   for another preprocessing of it.
+1. A custom preprocessing is checked on made-up rows.
+2. The job reads files, or the beginning of the clicks topic (it waits for `bootstrap.min_rows` clicks there). It reads
+   at most `bootstrap.sample_rows` clicks.
+3. `specs/<digest>/` of the registry appears at once with graph, labels, schema and statistics. It is written once for
+   each feature spec. Another preprocessing of the same spec gets a directory with a number after the digest.
 
-The trainer and serving need neither Beam nor TensorFlow Transform: the result
-is a plain TensorFlow graph.
+`specs/<digest>/spec.json` records where the constants came from, and the first categories with their names.
 
-What `specs/<digest>/spec.json` of the registry says: where constants came from, and the first categories with their names.
-
-The Beam job of a bootstrap: clicks read, made into rows by the stream's steps, analysed, and written as examples.
+The trainer and serving need neither Beam nor TensorFlow Transform: the result is a plain TensorFlow graph.
 """
 
 from __future__ import annotations
@@ -75,16 +71,18 @@ from streaming.sample import ComputeWindows, Sample, Say, open_sample
 from streaming.sample_source import ReadSample
 from streaming.steps import ParseEvents
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to read and what to make of it.
+    """The input and output of a bootstrap.
 
     Attributes:
         recording: Files; None for the clicks topic.
         sort: How files are ordered: memory or assume.
         examples: Directory for tf.Examples; None for none.
-        of_up: Whether `up` started this: it has checked the preprocessing, and makes the topic once its Kafka runs.
+        of_up: Whether `up` started this: it has checked the preprocessing, and creates the topic once its Kafka runs.
     """
 
     recording: Recording | None = None
@@ -103,7 +101,7 @@ def build(pipeline: beam.Pipeline, handle: Handle[Sample], wanted: Wanted, outpu
         pipeline: What to add to.
         handle: Of the sample.
         wanted: What to read and make.
-        output: Where the analyses go; None where they were done before.
+        output: Directory of the analyses; None if they were done before.
     """
     settings, spec = handle.context.settings, handle.context.spec
     rows = (
@@ -132,18 +130,18 @@ def run_job(handle: Handle[Sample], wanted: Wanted, output: Path | None) -> None
     """Runs the job over the sample in this process.
 
     Raises:
-        SpringtideError: What a step raised.
+        SpringtideError: A step failed.
     """
     with handle.as_raised(), analysis() as pipeline:
         build(pipeline, handle, wanted, output)
 
 
 def document(sample: Sample, salt: Salt, categories: Mapping[int, int], now_ms: int) -> dict[str, Any]:
-    """What `spec.json` says beside the graph.
+    """The content of `spec.json` next to the graph.
 
     Args:
         sample: The clicks analysed.
-        salt: What users' pseudonyms were made with.
+        salt: The salt of the users' pseudonyms.
         categories: Clicks by category id. As many are listed as `model.popular`
             says: most clicked first, lower id first among equals.
         now_ms: Wall clock.
@@ -166,15 +164,12 @@ def document(sample: Sample, salt: Salt, categories: Mapping[int, int], now_ms: 
     }
 
 
-logger = logging.getLogger(__name__)
-
-
 def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[], float] = time.time) -> bool:
-    """Bootstraps the feature spec of `settings`, and writes examples; False where nothing was to do.
+    """Bootstraps the feature spec of `settings`, and writes examples; returns False if there was nothing to do.
 
     Raises:
-        MissingSalt: The salt of what is stored here is gone.
-        SaltMismatch: It was done with another salt.
+        MissingSalt: The salt of the stored data is gone.
+        SaltMismatch: An earlier bootstrap used another salt.
         ProgramError: The preprocessing does not lower, or is no function of its input.
         SpringtideError: There are too few clicks, or Kafka does not answer.
     """
@@ -248,17 +243,17 @@ def _import_analysis() -> None:
 
 
 class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are errors of ours."""
+    """An argument parser that raises Springtide's errors."""
 
     def error(self, message: str) -> NoReturn:
         raise SettingsError(message, f"see `{self.prog} --help`")
 
 
 def asked(argv: Sequence[str]) -> tuple[Settings, Wanted]:
-    """What a command line says.
+    """Parses a command line.
 
     Raises:
-        SettingsError: It is wrong.
+        SettingsError: The command line is wrong.
         SystemExit: It asked for help.
     """
     flags, words = split_settings(argv)
@@ -284,7 +279,7 @@ def asked(argv: Sequence[str]) -> tuple[Settings, Wanted]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Bootstraps once; returns the exit code."""
     keep_private()
-    # What goes wrong is said once, below; Beam says it with its traceback.
+    # Errors are reported once, below; Beam would log them with its traceback.
     log_lines.begin("bootstrap", own_stderr(), logging.CRITICAL)
     logger.setLevel(logging.INFO)
     began = time.monotonic()

@@ -1,20 +1,18 @@
-"""Makes past clicks into rows once more, for a trainer that learns them: `python -m streaming.past`, its child.
+"""Makes rows of past clicks again, for a trainer that learns them: `python -m streaming.past`, its child process.
 
-Settings are those of the trial's trainer; what is wanted lies in its registry
-(`state/trials/past.py`). Micro-batches go to the standard output, framed as in
-`state/microbatch/frames.py`; lines go to the standard error. What it keeps
-meanwhile, histories and attributes, lies in a directory of its own in that
-registry, and goes with it; what one that was killed left goes with the next.
-It ends with 0 behind the last micro-batch, and where nobody reads any more.
+The settings are those of the trial's trainer; its registry holds the request (`state/trials/past.py`). Past clicks
+come from files or from the topic. From the topic it reads up to the cut, and starts early enough to fill the windows
+of the first requested row.
 
-Past clicks as micro-batches: what the stream makes of them, over histories of its own that begin empty.
+Micro-batches go to the standard output, framed as in `state/microbatch/frames.py`; log lines go to the standard error.
+The process exits with 0 after the last micro-batch, or when its reader has closed the pipe.
 
-Which records came in one batch and what a micro-batch ends with changes no bit
-of a row, see `streaming/profile.py`; so a row is what the stream made of its
-click, where histories reach as far back, and but for attributes, which are
-those that are known now.
+Histories begin empty and grow by the stream's own code. How clicks are batched changes no bit of a row, see
+`streaming/profile.py`. So a row equals the stream's row of that click, as far as its history reaches back. Only
+attributes differ: they are the ones known now.
 
-Where past clicks come from: the topic, from some time before the first row that is wanted up to the cut, or files.
+Histories and attributes are kept in a temporary directory of that registry and deleted at the end. The next run
+deletes what a killed process left.
 """
 
 from __future__ import annotations
@@ -64,6 +62,10 @@ from streaming.unlogged import commit_rows
 
 POLL_S = 0.5
 STALLED_S = 60.0
+PROGRESS_S = 5.0
+NEVER_MS = 1 << 62
+KEPT = "past-"
+logger = logging.getLogger(__name__)
 
 
 class ClicksStretch(NamedTuple):
@@ -72,7 +74,7 @@ class ClicksStretch(NamedTuple):
     Attributes:
         topic_id: The topic's id.
         begins: By partition its first offset.
-        ends: By partition the offset behind the last one, at least: what comes after it is learned from the training log.
+        ends: By partition at least the offset after the last one; later clicks are learned from the training log.
     """
 
     topic_id: str
@@ -85,17 +87,17 @@ class ClicksStretch(NamedTuple):
         return sum(self.ends[one] - begin for one, begin in self.begins.items())
 
     def done(self, position: Callable[[int], int]) -> int:
-        """How many are read where `position` says where each partition is."""
+        """How many are read if `position` gives each partition's position."""
         return sum(min(position(one), self.ends[one]) - begin for one, begin in self.begins.items())
 
 
 def stretch_of(settings: Settings, past: Past, topics: LogTopics) -> ClicksStretch:
-    """What is to be read: as much before the first row that is wanted as its longest window sees, where the topic has it.
+    """The part to read: it starts one longest window before the first requested row, if the topic has that.
 
-    By the records' timestamps; where those are later than the clicks' own times, as in a replay, there is more of it.
+    Record timestamps decide. If they are later than the clicks' own times, as in a replay, more is read.
 
     Raises:
-        UnknownTopic: The topic is gone, or was made anew since the cut.
+        UnknownTopic: The topic is gone, or was recreated since the cut.
         LogError: Kafka does not answer.
     """
     topic, reach_ms = settings.kafka.clicks_topic, settings.features.windows_s[-1] * 1000
@@ -103,7 +105,7 @@ def stretch_of(settings: Settings, past: Past, topics: LogTopics) -> ClicksStret
     ends: dict[int, int] = {}
     for source, mark in past.sources:
         if source.topic_id == topic_id:
-            # Of buckets the one that is ahead: whoever learns leaves out what is not before the cut.
+            # Of several buckets the furthest: the learner leaves out rows that are not before the cut.
             ends[source.partition] = max(mark, ends.get(source.partition, 0))
     if not ends:
         raise UnknownTopic(
@@ -123,19 +125,19 @@ def of_topic(
     reach: Callable[[int], None] = lambda _: None,
     elapsed: Callable[[], float] = time.monotonic,
 ) -> Iterator[list[PartitionBatch]]:
-    """The clicks of a stretch in the order in which they happened, and some behind it.
+    """The clicks of a segment in the order in which they happened, and some after it.
 
     Args:
         settings: All settings.
-        stretch: Of the topic.
-        log: Where it is.
-        reached: What time it is where a source was read to, once what was given is known there.
-        reach: Told how many positions are read.
+        stretch: The segment of the topic.
+        log: The log that has the topic.
+        reached: Returns the time that a source has reached, once the yielded clicks are processed.
+        reach: Called with the number of positions that are read.
         elapsed: Monotonic seconds.
 
     Raises:
         GapError: Clicks of it were deleted meanwhile.
-        LogError: Kafka gives nothing for a minute.
+        LogError: No record arrived from Kafka for a minute.
     """
     topic, begins = settings.kafka.clicks_topic, dict(stretch.begins)
     if not begins:
@@ -163,7 +165,7 @@ def recording_of(settings: Settings, past: Past) -> Recording:
     """The files of a past.
 
     Raises:
-        SettingsError: There is no such file, or its name tells no format.
+        SettingsError: There is no such file, or its name has no known format.
     """
     events = settings.events
     return Recording(find(past.files), events.columns, constants_of(events.constants, events))
@@ -177,8 +179,8 @@ def of_files(
     Args:
         settings: All settings.
         recording: The files.
-        say: Takes a line about strays.
-        reach: Told how many rows are read.
+        say: Called with a message about stray rows.
+        reach: Called with the number of rows that are read.
 
     Raises:
         SettingsError: The columns do not fit, or memory does not hold the files.
@@ -191,16 +193,13 @@ def of_files(
         reach(done)
 
 
-NEVER_MS = 1 << 62
-
-
 @dataclass(frozen=True, kw_only=True)
 class PastContext(JobContext):
-    """What makes rows of past clicks; its store is new, and thrown away afterwards.
+    """The parts that make rows of past clicks; the store is new, and deleted afterwards.
 
     Attributes:
-        join: Attributes of users and items; None where none are configured.
-        metrics: Nobody reads them.
+        join: Attributes of users and items; None if none are configured.
+        metrics: Not served.
     """
 
     join: Join | None
@@ -208,10 +207,10 @@ class PastContext(JobContext):
 
 
 class PastRows:
-    """Makes micro-batches of clicks that are given in the order of their partitions. One thread.
+    """Makes micro-batches of clicks that arrive in the order of their partitions. One thread.
 
     Args:
-        context: What makes their rows.
+        context: Makes their rows.
         salt: Fingerprint of the users' salt.
         begin_ms: Micro-batches that end before this log time are left out: they only fill histories.
     """
@@ -221,12 +220,12 @@ class PastRows:
         self._cutter, self._sweep = Cutter(context.settings.stream.cut_rows, NEVER_MS), StreamSweep(context)
 
     def take(self, batches: list[PartitionBatch]) -> list[bytes]:
-        """Takes what a poll found; returns the micro-batches that are full.
+        """Takes the records of a poll; returns the micro-batches that are full.
 
         Raises:
             StoreError: The store of histories cannot take it.
             MicroBatchError: A row is larger than a record may be.
-            SpringtideError: What ended the follower of attributes.
+            SpringtideError: The follower of attributes failed.
         """
         context, now_ms = self._context, wall_ms()
         events = leave_out(context.parser.parse(batches), context.mask)
@@ -238,11 +237,11 @@ class PastRows:
         return self._encoded(self._cutter.add(rows, now_ms))
 
     def flush(self) -> list[bytes]:
-        """The last ones."""
+        """Returns the last micro-batches."""
         return self._encoded(self._cutter.flush(wall_ms()))
 
     def reached(self, source: Source) -> Reached:
-        """What time it is where a source was read to."""
+        """The time that a source has reached."""
         return self._context.clock.reached(source)
 
     def _encoded(self, cuts: Sequence[Cut]) -> list[bytes]:
@@ -252,16 +251,11 @@ class PastRows:
         return [value for cut in wanted for value in encode_cut(cut, context.spec.digest, self._salt, *limits)]
 
 
-KEPT = "past-"
-PROGRESS_S = 5.0
-logger = logging.getLogger(__name__)
-
-
 class ReadingProgress:
-    """Says now and then how far the reading is.
+    """Logs the progress of reading from time to time.
 
     Args:
-        total: Positions to read; None where that is not known.
+        total: Positions to read; None if that is not known.
         elapsed: Monotonic seconds.
     """
 
@@ -271,9 +265,9 @@ class ReadingProgress:
         self._began: tuple[float, int] | None = None
 
     def reach(self, done: int) -> None:
-        """Notes that so many are read."""
+        """Records that this many positions are read."""
         now_s = self._elapsed()
-        # The first rows load what computes them: the pace is measured from there.
+        # The first rows load the kernels: the pace is measured from there.
         self._began = began_s, began = self._began or (now_s, done)
         if now_s - self._said_s < PROGRESS_S or done == began:
             return
@@ -286,17 +280,17 @@ class ReadingProgress:
 
 
 def run(settings: Settings, wanted: Past, log: Log, out: Callable[[bytes], object]) -> None:
-    """Gives `out` the micro-batches of the past.
+    """Writes the micro-batches of the past to `out`.
 
     Args:
-        settings: Of the trial's trainer: its registry, and its control, which says who is left out.
+        settings: Of the trial's trainer: its registry, and its control, which names the masked users.
         wanted: The past.
-        log: Where the clicks are.
+        log: The log that has the clicks.
         out: Takes each encoded micro-batch.
 
     Raises:
         SpringtideError: Clicks, files or the disk cannot be used.
-        OSError: The disk refused, or nobody reads any more.
+        OSError: The disk refused, or the reader has closed the pipe.
     """
     spec, salt = FeatureSpec.from_settings(settings), load_salt(settings.salt_path, create=False)
     with ExitStack() as stack:
@@ -332,7 +326,7 @@ def run(settings: Settings, wanted: Past, log: Log, out: Callable[[bytes], objec
 
 
 def _own_folder(registry: Path, stack: ExitStack) -> Path:
-    """A directory that goes with the block; those of processes that were killed go now."""
+    """A directory that is deleted after the block; those of killed processes are deleted now."""
     for left in registry.glob(f"{KEPT}*"):
         shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=KEPT, dir=registry))
@@ -353,13 +347,13 @@ def _write_all(settings: Settings, out: BinaryIO) -> None:
         out.flush()
     except BrokenPipeError:
         logger.warning("nobody reads on: the trainer ended")
-        # What is not written is nobody's: closing must not try again.
+        # Unwritten data is discarded: closing must not try again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Writes all of it; returns the exit code."""
-    # Whatever a library prints must not come between the frames.
+    """Writes all micro-batches; returns the exit code."""
+    # Output of libraries must not come between the frames.
     with os.fdopen(os.dup(1), "wb") as out:
         os.dup2(2, 1)
         return run_part("past clicks", lambda settings: _write_all(settings, out), argv, logger)

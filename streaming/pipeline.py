@@ -1,19 +1,16 @@
-"""The job as one sentence, and the process around it: `python -m streaming.pipeline [--section.name VALUE ...]`.
+"""The stream's Beam job and its process: `python -m streaming.pipeline [--section.name VALUE ...]`.
 
-Where clicks were deleted before they were read the process ends and says which; with
-`--accept-gap P:A-B --reason TEXT` it counts them as a gap and goes on.
+If clicks were deleted before they were read, the process ends and lists them. With
+`--accept-gap P:A-B --reason TEXT` it counts them as a gap and continues.
 
-SIGTERM and SIGINT end it cleanly: the source returns, what is gathered is
-written and committed, and the process ends with 0. Everything else that ends
-it is one line on the standard error and exit code 1 (2 for a wrong setting).
+SIGTERM and SIGINT end it cleanly: the source returns, gathered rows are written and committed, and the process
+exits with 0. Any other end is one line on the standard error and exit code 1 (2 for a wrong setting).
 
-With `--runner flink`, `prism` or another of Beam's runners the same cores run
-as a job of that engine (`streaming/distributed`); Beam's options pass through.
+With `--runner flink`, `prism` or another of Beam's runners the same code runs as a job of that engine
+(`streaming/distributed`); Beam's options pass through.
 
-The sink: cuts batches of rows, and commits the cuts in a thread of its own while the next rows are made.
-
-The thread also shows what it committed, at most once a second; where no cut
-comes it wakes for what is still to show or to sync, and then only for a cut.
+The sink cuts batches of rows. A thread commits the cuts while the next rows are made, and publishes what it committed
+at most once a second. Without a cut it wakes only to publish or sync what is left, and then sleeps until the next cut.
 """
 
 from __future__ import annotations
@@ -51,8 +48,10 @@ from streaming.rows import Rows
 from streaming.source import ReadClicks
 from streaming.steps import ParseEvents, UpdateProfiles
 
-# One cut is written while two wait; more would only make answers older.
+# One cut is written while two wait; a longer queue would only delay the data of serving.
 QUEUED_CUTS = 2
+
+logger = logging.getLogger(__name__)
 
 
 class CommitThread:
@@ -62,7 +61,7 @@ class CommitThread:
     the thread and surfaces in the next call of `put`, `check` or `flush`.
 
     Args:
-        committer: What the thread commits with.
+        committer: Used by the thread to commit.
     """
 
     def __init__(self, committer: Committer) -> None:
@@ -76,10 +75,10 @@ class CommitThread:
         self._thread.start()
 
     def put(self, cut: Cut) -> None:
-        """Queues a cut; waits while two are queued, which holds back the reading of clicks.
+        """Queues a cut; waits while two are queued, which slows down the reading of clicks.
 
         Raises:
-            SpringtideError: What ended the thread.
+            SpringtideError: The thread failed.
         """
         self._wait(lambda: len(self._queue) < QUEUED_CUTS)
         with self._changed:
@@ -87,15 +86,15 @@ class CommitThread:
             self._changed.notify_all()
 
     def check(self) -> None:
-        """Raises what ended the thread, if anything did."""
+        """Raises the error that ended the thread, if there was one."""
         if self._failure is not None:
             raise self._failure
 
     def flush(self) -> None:
-        """Returns when all that was put is committed, and the group's offsets say so.
+        """Returns when all queued cuts are committed, and so are the group's offsets.
 
         Raises:
-            SpringtideError: What ended the thread.
+            SpringtideError: The thread failed.
         """
         self._wait(lambda: not self._queue and not self._busy)
         self._committer.show()
@@ -129,7 +128,7 @@ class CommitThread:
                 self._changed.notify_all()
 
     def _take(self) -> list[Cut] | None:
-        """Waits for cuts and takes all of them: none where something else is due, None when the thread should end."""
+        """Waits for cuts and takes all of them: none if something else is due, None when the thread should end."""
         due_s = self._committer.due_s
         with self._changed:
             self._changed.wait_for(
@@ -151,14 +150,14 @@ class WriteMicroBatches(Step[StreamContext]):
     _commits: CommitThread
 
     def setup(self) -> None:
-        """Starts the commit thread; Beam calls it once, for one process has one bundle."""
+        """Starts the commit thread; Beam calls it once, because one process has one bundle."""
         context = self.handle.context
         self._cutter = Cutter(context.settings.stream.cut_rows, context.settings.stream.cut_ms)
         self._commits = CommitThread(Committer(context))
         context.closing.callback(self._commits.close)
 
     def process(self, rows: Rows) -> Iterator[None]:
-        """Takes a batch; an empty one tells the time."""
+        """Takes a batch; an empty one only advances the time."""
         with self.handle.watched():
             self._commits.check()
             for cut in self._cutter.add(rows, wall_ms()):
@@ -173,11 +172,8 @@ class WriteMicroBatches(Step[StreamContext]):
             self._commits.flush()
 
 
-logger = logging.getLogger(__name__)
-
-
 def build(pipeline: beam.Pipeline, shard: Handle[StreamContext]) -> PCollection[None]:
-    """Applies the job to `pipeline`: one fused stage, for nothing may stand behind an endless source."""
+    """Applies the job to `pipeline`: one fused stage, because no stage may follow an endless source."""
     written: PCollection[None] = (
         pipeline
         | "Start" >> beam.Impulse()
@@ -193,7 +189,7 @@ def run(shard: Handle[StreamContext]) -> None:
     """Runs the job in this process until the shard is `stopping` or control has changed; returns when all is committed.
 
     Raises:
-        SpringtideError: What a step raised.
+        SpringtideError: A step failed.
     """
     # Named: DirectRunner would first try to download another runner.
     pipeline = beam.Pipeline(runner=FnApiRunner(), options=PipelineOptions(["--streaming"]))
@@ -206,10 +202,10 @@ def run_here(settings: Settings, consent: Consent, stopping: threading.Event) ->
     """Runs the stream in this process until it is asked to stop.
 
     Raises:
-        SpringtideError: What ended it.
+        SpringtideError: The stream failed.
     """
     while not stopping.is_set():
-        # Again where control has changed: opening the shard is what brings it to what control asks for.
+        # Again if control has changed: opening the shard applies the new control.
         with open_shard(settings, consent, stopping) as shard:
             run(shard)
     logger.info("stopped; everything read is committed")

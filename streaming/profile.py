@@ -1,10 +1,10 @@
-"""Histories read, windows computed, rows made: the arena of recent users.
+"""Reads histories, computes windows and makes rows, in an arena that holds each recent user's last N events as a ring.
 
-The arena holds each recent user's last N events as a ring. A user who is not
-there is read from the store; a user may leave only when the store has all of
-that user's events, so that leaving changes nothing but the time it takes.
+A user who is not in the arena is read from the store. A user may leave only when the store has all of that user's
+events, so leaving affects only the time, not the result.
 
-Slots by user: a hash table with open addressing that finds whole columns of users in compiled code.
+`SlotTable` maps users to slots. It is a hash table with open addressing that finds whole columns of users in compiled
+code.
 """
 
 from __future__ import annotations

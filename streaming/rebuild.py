@@ -1,32 +1,19 @@
 """Rebuilds a stream's lost histories from Kafka: `springtide rebuild-history [--from COPY] [--if-lost]`.
 
-1. Takes the directory's lock and fences the stream's writer, so that the
-   micro-batch log has an end; where an earlier release had shards, theirs too.
-2. Reads the micro-batch log to its end, from a copy's positions or from
-   nothing, along the line that control names. Its rows are what the lost store had; its ranges are the positions.
-   Impressions that it opens and does not close wait again.
-3. Positions that the log does not cover, because it no longer reaches back to
-   them, come from the clicks themselves. What is gone there too is counted.
-4. The store is built aside and takes the old one's place at the end; the old
-   one is set aside.
+1. Takes the directory's lock and fences the stream's writer, so that the micro-batch log has an end. If an earlier
+   release had shards, their writers are fenced too.
+2. Reads the micro-batch log to its end, from a copy's positions or from the beginning, along the branch that control
+   names. Its rows are what the lost store had; its ranges are the positions. Impressions that it opens and does not
+   close wait again.
+3. Reads positions that the log no longer covers from the clicks themselves. Positions that are gone there too are
+   counted.
+4. Builds the store in another directory and swaps it in at the end; the old one is kept.
 
-The result is the lost store, event by event and offset by offset, if it had
-committed all that it wrote; else it is what the store would have been.
+The result equals the lost store, event by event and offset by offset, if that had committed everything it wrote.
+Otherwise it is what the store would have been.
 
-Keeps the end of the training log after a power cut: what was acknowledged there stays visible, and nobody waits behind it.
-
-Of the newest transaction its marker may be lost, and its records not. What
-Kafka's coordinator knows of it comes from another log, so that there are two cases:
-
-1. It takes the transaction for ended. Then nobody reads past it. The next
-   transaction of the same writer ends it too, for its marker closes what is
-   open before it: a micro-batch without rows is written in one.
-2. It takes one for open, the next one perhaps, and gives that one up when the
-   writer begins. Its marker closes what is open before it likewise, and hides
-   records that others may have learned and answered from. They are written once
-   more: whoever has them passes over them by position.
-
-Both are done by the stream's own writer, which has fenced any other before.
+The end of the training log is repaired too, because a power cut may have left a transaction open there. Acknowledged
+records stay visible, and no reader waits behind that transaction.
 """
 
 from __future__ import annotations
@@ -73,7 +60,10 @@ from streaming.rebuild_report import Rebuilt, progress_on, told
 ENDED_S = 3.0
 LOOK_S = 0.1
 TAIL = 64
-"""Positions that are looked at for what is hidden; a transaction has two or three."""
+"""Last positions that are searched for hidden records; a transaction has two or three."""
+
+Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
 
 
 class KeptRecord(NamedTuple):
@@ -84,7 +74,18 @@ class KeptRecord(NamedTuple):
 
 
 def end_hanging(settings: Settings, writer: LogWriter) -> None:
-    """Does what the first lines of this file say.
+    """Repairs the end of the training log after a power cut.
+
+    Acknowledged records stay visible, and no reader waits behind them. The newest transaction may have lost its
+    marker but not its records. What Kafka's coordinator knows of it comes from another log, so there are two cases:
+
+    1. The coordinator considers it ended. Then no reader gets past it. The next transaction of the same writer ends
+       it too, because its marker closes everything open before it. A micro-batch without rows is written in one.
+    2. The coordinator considers a transaction open, perhaps the following one, and aborts it when the writer starts.
+       Its marker also closes everything open before it, and hides records that others may have learned and served
+       from. They are written again; readers that have them skip them by position.
+
+    The stream's own writer does both, after it has fenced any other.
 
     Raises:
         LogError: Kafka is not reachable, or refuses.
@@ -122,7 +123,7 @@ def end_hanging(settings: Settings, writer: LogWriter) -> None:
 
 
 def hidden_at_the_end(kafka: Kafka, begin: int, end: int) -> dict[int, KeptRecord]:
-    """By position the micro-batches behind the last one that readers see.
+    """By position the micro-batches after the last one that readers see.
 
     Args:
         kafka: Where the training log is; no transaction is open there.
@@ -138,7 +139,7 @@ def hidden_at_the_end(kafka: Kafka, begin: int, end: int) -> dict[int, KeptRecor
 
 
 def read(kafka: Kafka, first: int, end: int, committed_only: bool) -> Mapping[int, KeptRecord]:
-    """By position the micro-batches at the positions `[first, end)`; what is none is left out.
+    """By position the micro-batches at the positions `[first, end)`; other records are left out.
 
     Raises:
         LogError: Kafka is not reachable.
@@ -168,17 +169,12 @@ def _without_rows(record: KeptRecord) -> bytes:
     return encode(replace(whole.header, ranges=(), clocks=()), whole.take(np.zeros(len(whole), np.bool_)).columns)
 
 
-logger = logging.getLogger(__name__)
-
-Say = Callable[[str], None]
-
-
 def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine, say: Say) -> Rebuilt:
     """Rebuilds the stream's histories and puts them in place.
 
     Raises:
         LockHeld: The stream, a shard of it, or another rebuild, holds the directory.
-        CorruptStore: The copy was not closed in order either.
+        CorruptStore: The copy was not closed cleanly either.
         SpringtideError: See `Rebuild.run`.
     """
     folder, spec = settings.stream_dir, FeatureSpec.from_settings(settings)
@@ -214,7 +210,7 @@ def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine, say: 
 
 
 def are_lost(settings: Settings) -> bool:
-    """Whether the histories were open where the machine or its container went down; not where there are none yet.
+    """Whether the histories were open when the machine or its container went down; False if there are none yet.
 
     Raises:
         LockHeld: The stream has them open.
@@ -225,12 +221,12 @@ def are_lost(settings: Settings) -> bool:
 
 
 class RebuildLine(NamedTuple):
-    """What a command line says.
+    """The arguments of `rebuild-history`.
 
     Attributes:
         copy: A store to begin with.
-        if_lost: Whether nothing is to be done where the histories can be opened.
-        flags: Of settings.
+        if_lost: Whether to do nothing if the histories can be opened.
+        flags: Flags of settings.
     """
 
     copy: Path | None
@@ -239,13 +235,13 @@ class RebuildLine(NamedTuple):
 
 
 def asked(argv: Sequence[str]) -> RebuildLine:
-    """Takes a command line apart.
+    """Parses a command line.
 
     >>> asked(["--from", "copy", "--kafka.port", "9192"])
     RebuildLine(copy=PosixPath('copy'), if_lost=False, flags=['--kafka.port', '9192'])
 
     Raises:
-        SettingsError: The line is wrong.
+        SettingsError: The command line is wrong.
     """
     parser = argparse.ArgumentParser(prog="springtide rebuild-history", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -1,8 +1,8 @@
-"""The micro-batch log, for a rebuild: its rows are what the lost store had, its ranges are the positions.
+"""Reads the micro-batch log and, for what it no longer holds, the clicks, to rebuild a lost store of histories.
 
-Which rows wait after a stretch of the micro-batch log: those that it opens and does not close.
-
-The clicks themselves, for a rebuild: what the micro-batch log no longer holds, as far as they reach back.
+The rows of the micro-batch log are what the lost store had; its ranges are the positions (`Rebuild`). Impressions that
+a segment of the log opens and does not close wait again (`Waits`). Positions that the log no longer holds come from
+the clicks topic, as far as it reaches back (`ClicksLeft`).
 """
 
 from __future__ import annotations
@@ -55,19 +55,22 @@ CLICKS_AT_ONCE = 20_000
 POLL_S = 0.5
 STALLED_S = 60.0
 
+RECORDS_AT_ONCE = 64
+logger = logging.getLogger(__name__)
+
 
 def read_to(reader: Reader, partition: int, end: int, most: int, what: str) -> Iterator[list[PartitionBatch]]:
-    """What each poll finds until the reader stands at `end`.
+    """Yields the records of each poll until the reader is at `end`.
 
     Args:
         reader: Of the one partition.
         partition: Its number.
         end: An offset that the topic has reached.
         most: The most records of a poll.
-        what: What the topic is called in a message.
+        what: The name of the topic in a message.
 
     Raises:
-        UnknownTopic: Nothing came for a minute.
+        UnknownTopic: No record arrived for a minute.
         LogError: Kafka is not reachable.
     """
     heard_s = time.monotonic()
@@ -83,7 +86,7 @@ def read_to(reader: Reader, partition: int, end: int, most: int, what: str) -> I
 
 
 class ClicksLeft:
-    """What the topic of clicks still holds, and what the stream had read of it by the word of its group.
+    """What the topic of clicks still holds, and what the stream had read of it according to its group's offsets.
 
     Args:
         settings: Of the stream.
@@ -91,7 +94,7 @@ class ClicksLeft:
         clock: Of its clicks.
         salt: Of the users' pseudonyms.
         topics: Of the cluster.
-        found: Counts what is taken and what is lost.
+        found: Counts positions that are read and that are lost.
         mask: The clicks that are left out.
 
     Raises:
@@ -135,7 +138,7 @@ class ClicksLeft:
         return self._kept[source.partition][0] < after or mark is None
 
     def fill(self, source: Source, mark: int | None, after: int) -> None:
-        """Takes the positions of `source` from `mark` up to `after` into the store; counts those that are gone.
+        """Reads the positions of `source` from `mark` up to `after` into the store; counts those that are gone.
 
         Raises:
             LogError: Kafka is not reachable, or stops answering.
@@ -158,7 +161,7 @@ class ClicksLeft:
                 self._take(leave_out(events, self._mask), profiler, labels)
 
     def _take(self, events: EventBatch, profiler: Profiler | None, labels: Labels | None) -> None:
-        """One commit for clicks; impressions among them may still wait, with the windows of then."""
+        """One commit for clicks; impressions among them may still wait, with the windows of that time."""
         now_ms = wall_ms()
         if profiler is None or labels is None:
             told = self._clock.follow(events, events.ranges, now_ms)
@@ -168,7 +171,7 @@ class ClicksLeft:
 
 
 class Waits:
-    """Gathers from micro-batches what begins and ends to wait, until it is committed. One thread.
+    """Gathers from micro-batches which rows begin and end to wait, until they are committed. One thread.
 
     Args:
         store: Being rebuilt.
@@ -182,16 +185,15 @@ class Waits:
         self._erased: set[bytes] = set()
 
     def follow(self, batch: MicroBatch, erased: Flags, ranges: Sequence[Range]) -> list[Range]:
-        """Takes the new rows of a micro-batch; returns its ranges without closings of what was never opened here.
+        """Takes the new rows of a micro-batch; returns its ranges without closings of rows that were never opened here.
 
-        Where the log no longer holds an impression, but holds its label, the
-        row never waited in this store; its account leaves both out. What an
-        erased user was shown does not wait, and counts as opened.
+        If the log no longer holds an impression but holds its label, the row never waited in this store; its account
+        leaves both out. Impressions of an erased user do not wait, and count as opened.
 
         Args:
             batch: Rows that the store does not have.
             erased: `[n]` bool, whether each row is of a user who was erased since.
-            ranges: What they came from.
+            ranges: The ranges that the rows came from.
         """
         rows = self._rows = self._rows or WaitingRows(self._store)
         closing = np.flatnonzero(~happened(batch.kind))
@@ -213,12 +215,12 @@ class Waits:
         return [_without(part, batch.take(_named(lost, len(batch)))) for part in ranges] if len(lost) else list(ranges)
 
     def to_commit(self) -> tuple[Changes, Extra]:
-        """What to commit; from then on the store is asked again."""
+        """Returns the rows to commit and forgets them; later lookups read the store again."""
         changes, extra, self._changes, self._extra, self._rows = self._changes, self._extra, {}, {}, None
         return changes, extra
 
     def dropped(self, marks: Mapping[Source, int]) -> list[Range]:
-        """What erased users were shown and no label ever closed, as it counts: dropped, at the marks of its sources."""
+        """Unclosed impressions of erased users, counted as dropped at the marks of their sources."""
         counted = Counter(place_of(key)[0] for key in self._erased)
         return [Range(source, marks[source], marks[source], dropped=count) for source, count in counted.items()]
 
@@ -230,7 +232,7 @@ def _named(rows: np.ndarray[tuple[int], np.dtype[np.int64]], count: int) -> np.n
 
 
 def _without(part: Range, lost: MicroBatch) -> Range:
-    """A range without the closings in `lost` that lie in it."""
+    """A range without those of its closings that are in `lost`."""
     sources = [one.source for one in lost.header.ranges]
     mine = np.array([sources[number] == part.source for number in lost.source.tolist()], np.bool_)
     mine &= (lost.offset >= part.first) & (lost.offset < part.next)
@@ -238,23 +240,19 @@ def _without(part: Range, lost: MicroBatch) -> Range:
     return replace(part, joined=part.joined - joined, expired=part.expired - expired)
 
 
-RECORDS_AT_ONCE = 64
-logger = logging.getLogger(__name__)
-
-
 class Rebuild:
     """Fills an empty or copied store from Kafka. One thread.
 
     1. The micro-batch log is read to its end, record by record.
-    2. What lies before a record and is in no earlier one comes from the clicks, in the order of its source.
-    3. So do the positions of a partition that the log does not name, and the group does.
+    2. Positions before a record that no earlier one has come from the clicks, in the order of their source.
+    3. So do the positions of partitions that the group names and the log does not.
 
     Args:
         settings: Of the stream.
-        store: Built aside; positions it has are gone on from.
+        store: Built in another directory; its positions are where reading continues.
         actions: Names the actions of each record by its feature spec.
         salt: Of the users' pseudonyms.
-        progress: Where it is shown how far the log is read.
+        progress: Shows how far the log is read.
         desired: The records that count, and the clicks that are left out.
     """
 
@@ -278,7 +276,7 @@ class Rebuild:
         self.found = Rebuilt()
 
     def run(self) -> Rebuilt:
-        """Reads what there is; the store holds it when this returns.
+        """Reads everything available; the store holds it when this returns.
 
         Raises:
             SaltMismatch: The log's pseudonyms are of another salt.
@@ -322,14 +320,14 @@ class Rebuild:
         self._progress.show(lambda: progress_line(done, total, self.found.rows, self._progress.took_s), last)
 
     def _take(self, batch: PartitionBatch, clicks: ClicksLeft) -> None:
-        """One commit for what one poll found, and one before each stretch of clicks."""
+        """One commit for the records of one poll, and one before each segment of clicks."""
         for first, after, reason in batch.corrupt:
             self.found.unreadable += 1
             logger.error("the micro-batch log's positions [%d, %d) are corrupt: %s", first, after, reason)
         log = Source(batch.topic_id, batch.partition)
         for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
             self.found.records += 1
-            # What the trainer leaves out for good is no record here either.
+            # Records that the trainer skips for good do not count here either.
             if accepted_gaps.left_out(self._accepted, log, offset):
                 self.found.unreadable += 1
                 continue
@@ -355,7 +353,7 @@ class Rebuild:
         killpoints.reach("rebuild.committed")
 
     def _fill_before(self, part: Range, clicks: ClicksLeft) -> None:
-        """Takes what lies between the mark of a range's source and the range from the clicks."""
+        """Reads the positions between the mark of a range's source and the range from the clicks."""
         mark = self._marks.get(part.source)
         if mark is not None and mark >= part.first:
             return
@@ -373,7 +371,7 @@ class Rebuild:
         self._appends, self._ranges, self._clocks = [], [], {}
 
     def _decode(self, value: bytes | None, offset: int) -> MicroBatch | None:
-        """The record's micro-batch; None where it does not count or cannot be read."""
+        """The record's micro-batch; None if it does not count or cannot be read."""
         where = f"{self._settings.kafka.microbatches_topic}:0 offset {offset}"
         try:
             whole = decode(value or b"")
@@ -386,7 +384,7 @@ class Rebuild:
             return None
         if header.salt != self._salt.fingerprint:
             raise SaltMismatch.between(where, header.salt, self._salt.fingerprint)
-        # What was computed of an event is nothing to histories: only its action's number depends on the features.
+        # Histories do not keep computed features: only an action's number depends on the feature spec.
         named = self._actions.of(header.spec)
         if named is None:
             raise SpecMismatch(
@@ -397,11 +395,11 @@ class Rebuild:
 
 
 def part_of(whole: MicroBatch, ours: list[bool]) -> MicroBatch | None:
-    """The rows of some ranges of a micro-batch, as a micro-batch; None where there are no such ranges.
+    """The rows of some ranges of a micro-batch, as a micro-batch; None if there are no such ranges.
 
     Args:
         whole: With all ranges.
-        ours: By range whether it is wanted.
+        ours: By range whether it is selected.
     """
     if all(ours):
         return whole

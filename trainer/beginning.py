@@ -1,10 +1,9 @@
-"""What a trainer begins with where there is no version to go on from: nothing, or, of some trials, past clicks.
+"""Where a trainer without a version to start from begins: with no knowledge, or, for some trials, with past clicks.
 
-Learns past clicks before the training log: a child makes their micro-batches (`streaming/past.py`), one is one step.
-
-The micro-batches are the stream's, of the same clicks; which of their rows
-count says `state.trials.past.Past`. Nothing is kept before all of it is learned:
-a crash leaves nothing, and the next start learns it again from the first click.
+Past clicks are learned before the training log. A child process makes their micro-batches (`streaming/past.py`); each
+one is one step. They are the stream's micro-batches of the same clicks; `state.trials.past.Past` defines which of
+their rows count. No version is kept before all of the past is learned. After a crash the next start learns it
+again from the first click.
 """
 
 from __future__ import annotations
@@ -44,11 +43,11 @@ CHILD = "streaming.past"
 logger = logging.getLogger(__name__)
 
 Records = Callable[[], AbstractContextManager[Iterator[bytes]]]
-"""Gives the micro-batches of the past, encoded, for a block."""
+"""A context manager that yields the encoded micro-batches of the past."""
 
 
 class PastLearning:
-    """What of the past a trainer learns. One thread.
+    """Lets a trainer learn past clicks. One thread.
 
     Args:
         past: The clicks and the cut.
@@ -60,7 +59,7 @@ class PastLearning:
         self._past, self._records, self._elapsed = past, records, elapsed
 
     def learn(self, settings: Settings, trainer: Trainer, salt: str, control: Control) -> TrainingPlace:
-        """Lets `trainer` learn the past; returns the place at the cut.
+        """Lets `trainer` learn the past; returns the position at the cut.
 
         Args:
             settings: All settings.
@@ -69,7 +68,7 @@ class PastLearning:
             control: Its masks count, and its erasures are taken into account.
 
         Raises:
-            MicroBatchError, SpecMismatch, SaltMismatch: What was made is not what this trainer learns.
+            MicroBatchError, SpecMismatch, SaltMismatch: The micro-batches do not fit this trainer.
             ProcessFailed, SystemExit: See `from_child`.
         """
         spec, past, began_s = FeatureSpec.from_settings(settings).digest, self._past, self._elapsed()
@@ -82,7 +81,7 @@ class PastLearning:
                 batch = found.batch.take(past.has(found.batch))
                 if len(batch):
                     if trainer.guard.held:
-                        # As in a replay: what comes behind it may be learned from again.
+                        # As in a replay: later records may be learned from again.
                         trainer.guard = trainer.guard.released()
                     trainer.step(batch)
                     rows, told_ms = rows + len(batch), max(told_ms, found.told_ms)
@@ -103,7 +102,7 @@ class PastLearning:
             rows=rows,
             durable_first=at,
             told_ms=told_ms,
-            # Whom they name was left out.
+            # The users of these erasures were left out.
             erased=control.erased.last,
         )
 
@@ -111,12 +110,12 @@ class PastLearning:
         """The training log at the cut.
 
         Raises:
-            GapError: It does not reach back to it any more.
-            UnknownTopic: It was made anew since then.
+            GapError: It does not reach back to the cut any more.
+            UnknownTopic: It was recreated since the cut.
         """
         cut = self._past.log
         at = onward(control.log, cut.next)
-        # Who wrote what is passed over on the way there is not known.
+        # The leader epochs of the skipped records are unknown.
         log = open_log(at, cut.leader_epoch if at == cut.next else -1)
         if log.topic_id != cut.topic_id:
             log.close()
@@ -134,7 +133,7 @@ def from_child(arguments: Sequence[str], stopping: threading.Event) -> Iterator[
 
     Args:
         arguments: The command line of this process: the child has the same settings.
-        stopping: Set where this process is to end.
+        stopping: Set when this process is to end.
 
     Raises:
         ProcessFailed: The child ended before all of them were made.
@@ -169,11 +168,11 @@ def _read(child: subprocess.Popen[bytes], stopping: threading.Event) -> Iterator
 
 
 class Beginning(NamedTuple):
-    """Where a trainer begins.
+    """The position at which a trainer begins.
 
     Attributes:
-        log: The training log, open there.
-        place: There.
+        log: The training log, open at the position.
+        place: The position.
         tensors: What the first base holds.
     """
 
@@ -183,19 +182,19 @@ class Beginning(NamedTuple):
 
 
 class Begins(Protocol):
-    """Makes a trainer one that may begin."""
+    """Prepares a trainer for its first epoch."""
 
     def __call__(
         self, settings: Settings, trainer: Trainer, about: Mapping[str, Any], open_log: OpenLog, control: Control
     ) -> Beginning:
-        """The trainer has learned what it begins with when this returns.
+        """When this returns, the trainer has learned everything that it begins with.
 
         Args:
             settings: All settings.
             trainer: Is cleared first.
-            about: What the bootstrap wrote about the feature spec.
+            about: The bootstrap's document of the feature spec.
             open_log: Opens the training log.
-            control: Whose epoch begins.
+            control: The generation whose epoch begins.
         """
         ...
 
@@ -203,7 +202,7 @@ class Begins(Protocol):
 def from_nothing(
     settings: Settings, trainer: Trainer, about: Mapping[str, Any], open_log: OpenLog, control: Control
 ) -> Beginning:
-    """Nothing, and the training log from its beginning."""
+    """Starts from scratch, with the training log from its beginning."""
     log = open_log(None)
     begin = log.position(settings.trainer.partition)
     place = TrainingPlace(control.epoch, parent=0, first=begin, next=begin, durable_first=begin)
@@ -218,14 +217,14 @@ def from_past(
     open_log: OpenLog,
     control: Control,
 ) -> Beginning:
-    """Past clicks, and the training log from the cut on.
+    """Starts with past clicks, and the training log from the cut on.
 
-    1. The past is learned; a crash here leaves nothing, and it begins again.
-    2. The log is opened behind it.
+    1. The past is learned; after a crash here it is learned again.
+    2. The log is opened at the cut.
 
     Raises:
         GapError: The log does not reach back to the cut any more.
-        UnknownTopic: The log was made anew since the cut.
+        UnknownTopic: The log was recreated since the cut.
         SpringtideError: See `PastLearning.learn`.
     """
     # 1.
@@ -233,20 +232,20 @@ def from_past(
     place = learning.learn(settings, trainer, str(about["salt"]), control)
     # 2.
     log = learning.open_behind(open_log, control)
-    # The next version need not hold again what this one does.
+    # The next version need not repeat the content of this one.
     return Beginning(log, place, checkpoint.changes(trainer) | checkpoint.full(trainer))
 
 
 def beginning_of(registry: Registry, arguments: Sequence[str], stopping: threading.Event) -> Begins:
-    """How a registry's trainer begins.
+    """How the trainer of a registry begins.
 
     Args:
-        registry: Its own.
+        registry: The trainer's own.
         arguments: The command line of this process.
-        stopping: Set where it is to end.
+        stopping: Set when the process is to end.
 
     Raises:
-        RegistryError: What it is to learn first cannot be read.
+        RegistryError: The request for past clicks cannot be read.
     """
     past = read_past(registry.path)
     if past is None:

@@ -1,22 +1,21 @@
-"""Makes bases, merges the deltas of old versions, and removes what no one needs any more: `springtide compact`.
+"""Makes bases, merges the deltas of old versions, and removes data that is no longer needed: `springtide compact`.
 
-0. Rows of erased users are taken out of all that is kept (`trainer/compactor.py`).
-1. Where much is read beyond the newest base, it and the deltas since are merged into another: bit-equal to the state of
-   the trainer that published them. No TensorFlow, no pause of the trainer. It appears at once.
-2. Deltas of versions that are too old to be kept each are merged into that of the next one that is
-   (`trainer/thinning.py`): what is left is loaded with the same bits. The merged one appears at once.
-3. What it was made of goes, and what is beyond its time or beyond the bytes, the oldest first.
-4. Garbage goes by age (`state/registry/garbage.py`).
+0. Rows of erased users are removed from all that is kept (`rewrite`).
+1. If much is read beyond the newest base, it and the deltas since are merged into another base. It is bit-equal to
+   the state of the trainer that published them. This needs no TensorFlow and no pause of the trainer. The base appears
+   at once.
+2. Deltas of versions that are too old to be kept each are merged into that of the next kept one
+   (`trainer/thinning.py`). The rest is loaded with the same bits. The merged delta appears at once.
+3. The merged parts are removed. Then whatever exceeds its time or the bytes is removed, the oldest first.
+4. Garbage is removed by age (`state/registry/garbage.py`).
 
-What control names is never removed. A crash at any step leaves all that stays loadable, and the rest for the next time.
+Versions that control names are never removed. A crash at any step leaves all kept versions loadable, and the rest of
+the work for the next run.
 
-Takes rows of erased users out of the versions and bases that are kept, whose files are written anew.
-
-A version says how far its trainer had taken erasures into account when it was
-made. One of before is rewritten without the users' rows, the oldest first; then
-the delta in which they went is, without the ids that say so. Nobody who loads
-such a version sees a difference: a trainer forgets the users as it enters, and
-answers do not use their rows.
+For step 0, a version records how far its trainer had applied erasures when it was made. Earlier versions are rewritten
+without the users' rows, the oldest first. Then the delta that removed those rows is rewritten without the ids of the
+removed rows. Loading such a version gives the same result: a trainer forgets the users as it enters the epoch, and
+serving does not use their rows.
 """
 
 from __future__ import annotations
@@ -53,16 +52,19 @@ from trainer.versions import content
 from trainer.versions.erased_rows import CrossedIds, without, without_tombstones
 
 PART = "compactor"
+NICENESS = 10
+PATIENCE_S, WAIT_S = 300.0, 0.5
+logger = logging.getLogger(__name__)
 
 
 def reported(registry: Registry) -> ErasureReport:
-    """What the compactor last said."""
+    """The last report of the compactor."""
     said = [one for one in reports(registry.path) if one.part == PART]
     return said[0] if said else ErasureReport(PART, HOST, str(registry.path), 0, 0)
 
 
 def rewrite(registry: Registry, crosses: Crosses, now_ms: Callable[[], int] = wall_ms) -> int:
-    """Takes erased users out of all that is kept; returns how many parts were rewritten.
+    """Removes rows of erased users from all that is kept; returns how many parts were rewritten.
 
     Raises:
         CorruptVersion: A file fails its digest.
@@ -77,7 +79,7 @@ def rewrite(registry: Registry, crosses: Crosses, now_ms: Callable[[], int] = wa
     parts.sort(key=lambda part: part.version)
     looked = said.version if said.through >= erased.last else 0
     if any(_theirs(part, erased) for part in parts if part.version > looked):
-        # The oldest first: what an id that went stood for is gone when it is left out.
+        # The oldest first: when the id of a removed row is left out, the row itself is gone already.
         known = CrossedIds(crosses)
         for part in parts:
             count += _rewritten(registry, part, erased, known)
@@ -90,7 +92,7 @@ def rewrite(registry: Registry, crosses: Crosses, now_ms: Callable[[], int] = wa
 
 
 def _theirs(part: Manifest, erased: Erased) -> tuple[MaskedUsers, MaskedUsers] | None:
-    """The users whose rows a part may have, and those that went in it; None where there are none."""
+    """The users whose rows a part may have, and those whose rows it removes; None if there are none."""
     rows = erased.after(max(part.erased, part.rewritten)).users
     went = [number for number, offset in part.erasures if offset >= part.log.first and number > part.rewritten]
     ids = erased.after(part.rewritten).up_to(max(went)).users if went and part.kind != "base" else MaskedUsers.NOBODY
@@ -98,7 +100,7 @@ def _theirs(part: Manifest, erased: Erased) -> tuple[MaskedUsers, MaskedUsers] |
 
 
 def _rewritten(registry: Registry, part: Manifest, erased: Erased, known: CrossedIds) -> bool:
-    """Writes a part anew where it has something of erased users."""
+    """Rewrites a part if it has rows or ids of erased users."""
     before = content.decode(registry.read(part, name) for name in (SERVING, TRAINING))
     known.see(before)
     theirs = _theirs(part, erased)
@@ -111,11 +113,6 @@ def _rewritten(registry: Registry, part: Manifest, erased: Erased, known: Crosse
     files = content.encode(after)
     registry.replace(replace(part, files=entries(files), rewritten=erased.last), files)
     return True
-
-
-NICENESS = 10
-PATIENCE_S, WAIT_S = 300.0, 0.5
-logger = logging.getLogger(__name__)
 
 
 def tiers_of(settings: Settings) -> Tiers:
@@ -138,11 +135,11 @@ def needed(control: Control | None) -> frozenset[int]:
 
 
 def compact(registry: Registry, load_bytes: int = 0) -> Manifest | None:
-    """Makes a base of the newest version of control's epoch; None where there is nothing new, or little to read.
+    """Makes a base of the newest version of control's epoch; None if there is nothing new, or little to read.
 
     Args:
         registry: With the compactor's lock held.
-        load_bytes: So much, and as much as a base has, may be read beyond it.
+        load_bytes: A base is made only if the deltas beyond the last one exceed this, and that base's own size.
 
     Raises:
         CorruptVersion: A file of its chain fails its digest.
@@ -163,16 +160,16 @@ def thin(registry: Registry, tiers: Tiers, now_ms: int) -> Thinning:
     Raises:
         CorruptVersion: A file that is to be merged fails its digest.
     """
-    # What a crash has left beside the delta that was made of it.
+    # Parts that a crash left next to the delta into which they were merged.
     for version in registry.deltas():
         registry.remove_superseded(version)
     deltas = [registry.manifest(version, "delta") for version in registry.deltas()]
     bases = [registry.manifest(version, "base") for version in registry.bases()]
     found = plan(deltas, bases, needed(registry.control()), tiers, now_ms)
     passed = {version for merge in found.merges for version in merge.path}
-    # What is beyond its time goes first, the newest first: merging wants room, and nothing is left that lacks its parent.
+    # Expired parts are removed first, the newest first: merging needs disk space, and no part may lack its parent.
     _remove(registry, [one for one in found.deltas if one not in passed])
-    # A merged delta reaches back beyond these bases; what is loaded from them can be loaded without them.
+    # A merged delta reaches back beyond these bases; versions that load from them can be loaded without them.
     for version in sorted(found.bases, key=lambda one: (one in passed, -one)):
         registry.remove("base", version)
     for merge in found.merges:
@@ -216,7 +213,7 @@ def run(settings: Settings, clock: Callable[[], float] = time.time) -> None:
             rewrite(registry, crosses_of(settings))
             made = compact(registry, tiers.load_bytes)
         except UnusableRegistry:
-            # A full disk is the best reason to remove what is beyond its tier.
+            # On a full disk, parts beyond their tiers are still removed.
             thin(registry, tiers, now_ms)
             raise
         if made is not None:
@@ -235,7 +232,7 @@ def run(settings: Settings, clock: Callable[[], float] = time.time) -> None:
 
 
 def run_after_others(settings: Settings) -> None:
-    """As `run`, once another compactor is done: the trainer starts one now and then.
+    """Like `run`, after a running compactor has ended; the trainer starts one from time to time.
 
     Raises:
         LockHeld: It is not done within `PATIENCE_S`.

@@ -1,20 +1,18 @@
-"""Takes each record to the guard, keeps versions back while one is suspect, and asks control to hold what is bad.
+"""Passes each record to the guard, withholds versions while one is suspect, and asks control to hold bad ones.
 
-Where control cannot be written, as while the store of a shared registry is
-away, the hold waits: nothing is published and no record taken until it is
-written, so that nobody is ever answered by what is held.
+If control cannot be written, for example while the store of a shared registry is unreachable, the hold waits. Until it
+is written, no version is published and no record is learned, so that a held update never serves traffic.
 
-What the guard is told of a record, and which version and clicks a hold names. Pure but for the registry that it reads.
+`WindowWatch` judges each step of the training log by the preceding windows: pass, suspect or hold.
 
-Judges each step of the training log by the windows before it: passes, suspect, or to be held.
+- Windows follow each other in log time. A window ends when it has its length and enough rows to judge. From that many
+  rows on, the open window is judged with each step.
+- The remembered windows are a function of the log. A trainer that restarts, or reads the log again, reaches the same
+  verdicts at the same offsets. An operator's actions change none of them.
+- At a hold everything is forgotten, because later steps are compared with what the operator let pass.
 
-Windows follow each other in log time. One ends when it is as long as it should
-be and has rows enough to say something; from that many rows on the open one is
-judged with each step. What is remembered is a function of the log: a trainer
-that is started again, or reads the log again, comes to the same verdicts at the
-same offsets, and what an operator does changes none of them. At a verdict to
-hold everything is forgotten, for what comes after is compared with what it was
-let go on with.
+`figures_of` computes what the guard receives of a record. `version_before` and `suspect_clicks` find the version and
+the clicks that a hold names.
 """
 
 from __future__ import annotations
@@ -54,18 +52,30 @@ from trainer.versions.content import GUARDED
 F32 = npt.NDArray[np.float32]
 
 REMEMBERED = 120
-"""Windows that a signal is compared with: 20 minutes of the default ones."""
+"""Windows that a signal is compared with: 20 minutes of windows of the default length."""
 
 MOST_WAIT_MS = 30_000
-"""Log time for which versions wait where the guard is not sure: half of what answers may be behind before somebody is called.
-Where windows are longer than that, because few click, what is suspect passes then, and may be held later."""
+"""Log time for which versions wait while the guard is unsure: half the delay of serving that raises an alert.
+If windows are longer than that, because few users click, a suspect version passes then, and may be held later."""
 
 SLICES = "slices."
-"""How names begin of what is remembered of slices."""
+"""Prefix of the names of slice state."""
+
+ACTOR = "guard"
+STEPS = "steps"
+"""The rule by which the step guard holds training (`trainer/engine/guard.py`), whether `[guard]` is on or off."""
+
+AGAIN_S = 1.0
+"""Between two attempts to write a hold."""
+
+_MEANINGS = {rule.name: rule.meaning for rule in (*RULES, SLICE)} | {
+    STEPS: "number of records in a row with rows that are not finite or far too large"
+}
+logger = logging.getLogger(__name__)
 
 
 class Standing(enum.StrEnum):
-    """What is to become of the versions that have a step."""
+    """The verdict on the versions that contain a step."""
 
     PASS = "pass"
     SUSPECT = "suspect"
@@ -74,16 +84,16 @@ class Standing(enum.StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Judgement:
-    """Of one step.
+    """The judgement on one step.
 
     Attributes:
-        standing: What is to become of its versions.
-        rule: The rule that is furthest off; empty where none is.
-        signal: Its number in this window, or in the one before where this one says nothing yet; logarithms undone.
-        usual: What it usually is.
-        total: The sum of what was beyond the slack; LIMIT is too much.
-        since: The beginning of the window before the first one that was off: what is suspect lies from there on.
-        place: Of rule `slice`, which one: measure, dimension and place in it.
+        standing: The verdict on its versions.
+        rule: The rule with the largest deviation; empty if there is none.
+        signal: Its value in this window, or in the preceding one if this one has too few rows; not logarithmic.
+        usual: Its usual value.
+        total: The sum of deviations beyond the slack; LIMIT is too much.
+        since: The beginning of the window before the first deviating one: everything from there on is suspect.
+        place: For rule `slice`, the slice: measure, dimension and index in it.
     """
 
     standing: Standing
@@ -104,8 +114,8 @@ class WatchLimits:
 
     Attributes:
         window_s: Least log time of a window.
-        window_rows: Rows from which on a window says something.
-        users: Users who usually click in a window, below which nothing is judged.
+        window_rows: Least rows of a window that is judged.
+        users: Usual users per window below which nothing is judged.
         warm_up: Windows before the first judgement.
     """
 
@@ -116,11 +126,11 @@ class WatchLimits:
 
 
 class WindowWatch:
-    """Remembers the windows of one line of the training log. One thread.
+    """Remembers the windows of one branch of the training log. One thread.
 
     Args:
         limits: The settings.
-        slices: What the places of slices are, in words; of other ones nothing is remembered.
+        slices: Describes the slice numbers; state of another description is dropped.
     """
 
     def __init__(self, limits: WatchLimits, slices: str = "") -> None:
@@ -144,7 +154,7 @@ class WindowWatch:
         """Adds one record and judges the update that it made.
 
         Args:
-            step: What it tells.
+            step: The figures of the record.
             start: Where it begins, with the log time before it.
         """
         if self._open is None:
@@ -168,7 +178,7 @@ class WindowWatch:
         return len(self._past)
 
     def shares_of_limit(self) -> dict[str, float]:
-        """How near each rule was to a hold when the last window ended: 1 is one."""
+        """How near each rule was to a hold when the last window ended: 1 is a hold."""
         near = {name: total / LIMIT for name, total in zip(NAMES, self._sums.tolist(), strict=True)}
         return {**near, SLICE.name: self._slices.total / LIMIT}
 
@@ -195,7 +205,7 @@ class WindowWatch:
         return Judgement(standing, rule.name, _shown(signal, rule), _shown(known[0], rule), total, since)
 
     def _in_time(self, found: Judgement, log_ms: int) -> Judgement:
-        """The judgement, a pass where versions have waited long enough."""
+        """The judgement, or a pass once versions have waited long enough."""
         if found.standing is not Standing.SUSPECT:
             self._doubt_ms = None
             return found
@@ -220,11 +230,11 @@ class WindowWatch:
 
     @property
     def _crowded(self) -> bool:
-        """Whether so many users click usually that anything is judged."""
+        """Whether enough users usually click for a judgement."""
         return len(self._users) > 0 and float(np.median(self._users)) >= self._limits.users
 
     def _compare(self) -> None:
-        """What is usual from now on; None for rules that know too little yet."""
+        """Updates the usual values; None for rules with too few windows yet."""
         crowded = self._crowded
         enough = np.count_nonzero(~np.isnan(self._past), axis=0) >= self._limits.warm_up
         self._usual = [
@@ -258,7 +268,7 @@ class WindowWatch:
         return found | {"added": window.sums.copy(), "crowds": window.crowds.copy()} | opened
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Sets what `state` returned; that of other rules, or nothing, is a new beginning, of other slices that of slices."""
+        """Loads the result of `state`. State of other rules is dropped; of other slices, only the slice state is."""
         self.clear()
         about = json.loads(state["about"].tobytes()) if "about" in state else {}
         if about.get("names") != list(NAMES):
@@ -283,7 +293,7 @@ def _shown(signal: float, rule: Rule) -> float:
 
 
 def _of_slice(off: OffSlice, says: bool) -> Judgement:
-    """The judgement by the slice that is furthest off; where the window says nothing yet, nothing is held."""
+    """The judgement by the slice with the largest deviation; a window with too few rows holds nothing."""
     if off.total < SUSPECT:
         return PASSED
     standing = Standing.HOLD if off.total >= LIMIT and says else Standing.SUSPECT
@@ -292,10 +302,10 @@ def _of_slice(off: OffSlice, says: bool) -> Judgement:
 
 
 def figures_of(batch: MicroBatch, report: Report | None, log_ms: int) -> StepFigures:
-    """What one record tells the guard.
+    """The figures of one record for the guard.
 
     Args:
-        batch: What was learned of it.
+        batch: The rows that were learned.
         report: Of the step; None without a row.
         log_ms: Log time after it.
     """
@@ -327,7 +337,7 @@ def figures_of(batch: MicroBatch, report: Report | None, log_ms: int) -> StepFig
 
 
 def version_before(registry: Registry, place: TrainingPlace, offset: int) -> int:
-    """The newest durable version of the trainer's line that learned nothing from `offset` of the training log on; 0 for none."""
+    """The newest durable version of the trainer's branch that learned nothing from `offset` of the log on; 0 for none."""
     if not place.durable:
         return 0
     visible = registry.manifest(place.durable).visible
@@ -338,13 +348,13 @@ def version_before(registry: Registry, place: TrainingPlace, offset: int) -> int
             if registry.manifest(number).log.next <= offset and registry.chain(number):
                 return number
         except UnknownVersion:
-            # Its base was given up: an older one may have its own.
+            # Its base was removed; an older version may have one.
             continue
     return 0
 
 
 def clicks_learned(place: TrainingPlace) -> tuple[tuple[str, int, int], ...]:
-    """How far the clicks of each partition were learned; of a partition in several shares, all of them."""
+    """How far the clicks of each partition were learned; for a partition in several shares, the lowest of them."""
     found: dict[tuple[str, int], int] = {}
     for source, at in place.marks.items():
         name = (source.topic_id, source.partition)
@@ -353,7 +363,7 @@ def clicks_learned(place: TrainingPlace) -> tuple[tuple[str, int, int], ...]:
 
 
 def suspect_clicks(since: WindowStart, after: TrainingPlace) -> tuple[SuspectClicks, ...]:
-    """The clicks between both places."""
+    """The clicks between both positions."""
     first, ends = {(topic, part): at for topic, part, at in since.clicks}, dict[tuple[str, int], int]()
     for source, at in after.marks.items():
         name = (source.topic_id, source.partition)
@@ -363,25 +373,12 @@ def suspect_clicks(since: WindowStart, after: TrainingPlace) -> tuple[SuspectCli
     )
 
 
-ACTOR = "guard"
-STEPS = "steps"
-"""The rule by which the guard of steps holds training (`trainer/engine/guard.py`), whether `[guard]` is on or off."""
-
-AGAIN_S = 1.0
-"""Between two tries to write a hold."""
-
-_MEANINGS = {rule.name: rule.meaning for rule in (*RULES, SLICE)} | {
-    STEPS: "number of records in a row with rows that are not finite or far too large"
-}
-logger = logging.getLogger(__name__)
-
-
 class UnwrittenHold(NamedTuple):
-    """A hold that control does not have yet.
+    """A hold that is not in control yet.
 
     Attributes:
-        held: What is held.
-        after: Where the trainer was then.
+        held: The held update.
+        after: The trainer's position then.
     """
 
     held: HeldUpdate
@@ -393,11 +390,11 @@ class UpdateGuard:
 
     Args:
         settings: All settings.
-        registry: Where control and versions are.
-        metrics: What is shown.
+        registry: The registry of control and versions.
+        metrics: The trainer's metrics.
         clock: Wall clock in seconds.
         elapsed: Monotonic seconds.
-        shown: Of each dimension of slices the names of its places, as they are now.
+        shown: By slice dimension the present names of its slices.
     """
 
     def __init__(
@@ -420,22 +417,22 @@ class UpdateGuard:
         self._tried_s, self._say = float("-inf"), SaidOnce(logger.error)
 
     def enter(self, kept: Mapping[str, npt.NDArray[Any]]) -> None:
-        """At the beginning of an epoch, or after a start: the guard is as it was at the version that was loaded.
+        """At the beginning of an epoch, or after a start: restores the guard's state at the loaded version.
 
         Args:
-            kept: What that version kept of it, without the prefix; nothing where it kept nothing.
+            kept: The guard state in that version, without the prefix; empty if it has none.
         """
         self._watch.load(kept)
         self._last, self._skipped, self._unwritten = PASSED, 0, None
 
     @property
     def passes(self) -> bool:
-        """Whether what was learned so far may become a version."""
+        """Whether the present weights may become a version."""
         return self._last.standing is Standing.PASS
 
     @property
     def waits(self) -> bool:
-        """Whether a hold is still to be written: no record is to be taken until it is."""
+        """Whether a hold is still to be written: no record may be learned until it is."""
         return self._unwritten is not None
 
     def take(
@@ -446,19 +443,19 @@ class UpdateGuard:
         after: TrainingPlace,
         log_ms: tuple[int, int],
     ) -> bool:
-        """Judges one record; True where control holds it from now on.
+        """Judges one record; returns True if control holds it from now on.
 
         Args:
-            batch: What was learned of it; perhaps no row.
+            batch: The rows that were learned; perhaps none.
             report: Of the step; None without a row.
-            before: Where the trainer was.
-            after: Where it is.
+            before: The trainer's position before the record.
+            after: Its position after it.
             log_ms: Log time before and after.
 
         Raises:
-            ControlConflict: Somebody changed control all the time.
+            ControlConflict: Other processes kept changing control.
         """
-        # Where the trainer was before may be behind a marker, or not yet.
+        # The position before may be on either side of a transaction marker.
         start = WindowStart(after.next - 1, log_ms[0], clicks_learned(before))
         found = self._watch.take(figures_of(batch, report, log_ms[1]), start) if self._enabled else PASSED
         if report is not None:
@@ -477,10 +474,10 @@ class UpdateGuard:
         return self.write()
 
     def write(self) -> bool:
-        """Writes the hold that waits, where one does, again after `AGAIN_S` where it cannot be; True where control holds it now.
+        """Writes a waiting hold, and retries after `AGAIN_S` if that fails; returns True if control holds it now.
 
         Raises:
-            ControlConflict: Somebody changed control all the time.
+            ControlConflict: Other processes kept changing control.
         """
         waiting = self._unwritten
         if waiting is None or self._elapsed() - self._tried_s < AGAIN_S:
@@ -500,7 +497,7 @@ class UpdateGuard:
         return written
 
     def look(self, control: Control, version: int) -> None:
-        """Takes up what control says: what an operator let go on passes, until the guard says otherwise.
+        """Applies new control: an update that an operator released passes, until the guard judges otherwise.
 
         Args:
             control: The newest.
@@ -527,17 +524,17 @@ class UpdateGuard:
         self._metrics.guard_windows.set(self._watch.windows)
         self._metrics.withheld.set(not self.passes)
 
-    # What a version says and keeps
+    # What a version reports and keeps
 
     def verdict(self) -> tuple[str, dict[str, float]]:
-        """What a version made now says: that it passed, and how near each rule is to a hold; nothing where nobody judges."""
+        """The guard's entry in a new version: that it passed, and how near each rule is to a hold; empty if it is off."""
         if not self._enabled:
             return "", {}
         near = {rule: round(share, 4) for rule, share in self._watch.shares_of_limit().items() if share > 0}
         return self._last.standing.value, near
 
     def kept(self) -> dict[str, npt.NDArray[Any]]:
-        """What a durable version keeps, by name; a copy."""
+        """The guard state for a durable version, by name; a copy."""
         return {f"{GUARDED}{name}": array for name, array in self._watch.state().items()} if self._enabled else {}
 
     def _named(self, found: Judgement) -> str:
@@ -569,7 +566,7 @@ class UpdateGuard:
         )
 
     def _hold(self, held: HeldUpdate, after: TrainingPlace) -> bool:
-        """Asks control to hold it; True where it does from now on."""
+        """Asks control to hold it; returns True if it does from now on."""
 
         def asked(control: Control) -> Control:
             if control.epoch != after.epoch:

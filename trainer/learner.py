@@ -1,19 +1,19 @@
 """Takes records of the training log, steps, publishes, and converges to control: the only writer of weights.
 
-The weights are a function of (base, log range, mask). Whatever happens in between, a restart or a rollback, comes down
-to one thing: load a version and read on from its place in the log.
+The weights are a function of (base, log range, mask). A restart or a rollback therefore comes down to one operation:
+load a version and read on from its position in the log.
 
-Lets whoever compares this trainer with another one have the loss of each row, as it was scored before it was learned.
+`PrivacyBudget` charges the ledger before records are learned, and holds training if too little of the budget is left.
+A record is learned only under a charge for its period and its branch (`trainer/privacy/history.py`). The order matters:
 
-Nothing is written, and nothing copied, while nobody reads (`state/trials/row_losses.py`).
+1. The ledger is written. It also names an offset, `through`, before which records may have been learned. It is raised
+   by `RESERVED` offsets at a time.
+2. The record is learned.
 
-Charges the ledger before records are learned, and holds training where too little of the budget is left.
+A change at or after `through` costs no budget, because no record from there on was learned before.
 
-A record is learned only under a charge for its period and its line
-(`trainer/privacy/history.py`). The ledger is written before the record is
-learned. It also names an offset, `through`, before which records may have been
-learned; it is raised by `RESERVED` offsets at a time. What changes at or behind
-that offset costs nothing: no record from there on was learned before.
+`LossRecorder` records the loss of each row, as it was scored before it was learned, for comparison with another
+trainer. Without a reader it neither writes nor copies anything (`state/trials/row_losses.py`).
 """
 
 from __future__ import annotations
@@ -72,23 +72,34 @@ from trainer.versions.first_version import restore_or_carry
 from trainer.versions.publisher import Publisher
 
 ROUNDING = 1e-6
-"""By so much of itself epsilon may be above the budget: what a search leaves."""
+"""Relative tolerance of epsilon above the budget: the precision of the search."""
 
 RESERVED = 256
 """Offsets of the training log that one write of the ledger reserves."""
+
+LOOK_S = 1.0
+"""Between two checks for a reader of row losses."""
+
+AGAIN_S = 10.0
+"""Wait after a failed write of row losses."""
+
+_LOG_LOSS = SUMS.index("log_loss")
+CONTROL_S, RECORDS = 0.05, 32
+NO_CONSENT = Consent()
+logger = logging.getLogger(__name__)
 
 
 class PrivacyBudget:
     """The budget of one trainer. The step thread calls every method.
 
     Args:
-        settings: All settings; with `privacy.epsilon` 0 nothing is ever asked.
-        trainer: Whose records they are.
-        metrics: What is shown.
-        environment: What the bits of a step depend on beside the log, as in manifests.
+        settings: All settings; with `privacy.epsilon` 0 there is no budget.
+        trainer: The trainer of the records.
+        metrics: The trainer's metrics.
+        environment: What the bits of a step depend on besides the log, as in manifests.
 
     Attributes:
-        held: Whether training holds, for the next period would take more than is left.
+        held: Whether training holds, because the next period would cost more than is left.
     """
 
     def __init__(
@@ -102,18 +113,18 @@ class PrivacyBudget:
         self._learned: tuple[str, int] | None = None
         metrics.privacy_epsilon_limit.set(self._wanted.epsilon)
         if self._wanted.epsilon:
-            # Not at the top: what computes a budget takes a second to load.
+            # Not at the top: the accountant's import takes a second.
             from trainer.engine.private_step import PrivateTrainer
 
             assert isinstance(trainer, PrivateTrainer), "what trainer_of makes where a budget is set"
             self._private, self._key = trainer.private, secret_file.fingerprint(own_key(settings))
 
     def enter(self) -> None:
-        """At the beginning of an epoch, or after a start: takes up what is spent.
+        """At the beginning of an epoch, or after a start: reads the spent budget.
 
         Raises:
-            RegistryError: The ledger is gone, or it is damaged.
-            SettingsError: It is of another key, or of another unit.
+            RegistryError: The ledger is gone or damaged.
+            SettingsError: It has another key, or another unit.
         """
         if not self._wanted.epsilon:
             return
@@ -133,19 +144,19 @@ class PrivacyBudget:
                 f"put {name} back, or begin a new state directory (paths.state)",
             )
         self._ledger, self.held = found or PrivacyLedger(*ours), False
-        # Source and offset before which others may have learned; None where nobody did.
+        # Source and offset before which other trainers may have learned; None if there were none.
         self._learned = (self._ledger.source, self._ledger.through) if self._ledger.periods else None
         self._allowed = None
         self._show()
 
     def noise_place(self, found: Intake, source: Source, offset: int, control: Control) -> NoisePlace:
-        """The record at `offset` as its noise sees it.
+        """The identity of the record at `offset` for its noise.
 
         Args:
-            found: What is learned of it.
+            found: The rows that are learned.
             source: Of the training log.
             offset: Of the record.
-            control: That the trainer is at.
+            control: The generation that the trainer follows.
         """
         mask = control.mask_at(found.batch.header.mask_generation)
         return NoisePlace(
@@ -157,8 +168,8 @@ class PrivacyBudget:
 
         Args:
             at: Of `noise_place`.
-            found: What is learned of it; no row costs nothing.
-            place: Before the record.
+            found: The rows that are learned; without rows there is no charge.
+            place: The position before the record.
             leader_epoch: Kafka's epoch of the leader that wrote the record.
 
         Raises:
@@ -169,7 +180,7 @@ class PrivacyBudget:
         self._metrics.privacy_rows_left_out.set(self._private.allowance.left_out)
         log_ms = max(self._trainer.counters.log_ms, int(found.batch.at_ms.max()))
         number = int(log_ms // (1000 * self._wanted.period_s)) if self._wanted.unit == "user" else 0
-        # A rewritten log and accepted losses change which records a line has; the history sees them only afterwards.
+        # A rewritten log and accepted losses change which records a branch has; the history sees them only afterwards.
         lost = place.left_out + place.gap + sum(first - mark for _, mark, first in found.gaps)
         line = self._private.history.line_at(at) + f"leader {leader_epoch} lost {lost}".encode()
         name = hashlib.blake2b(line, digest_size=16).hexdigest()
@@ -191,7 +202,7 @@ class PrivacyBudget:
         return not self.held
 
     def _paid(self, ledger: PrivacyLedger) -> PrivacyLedger:
-        """`ledger` with what its charges cost; or the present one, held, where that is more than the budget."""
+        """`ledger` with the cost of its charges; or the present one, held, if the cost exceeds the budget."""
         from trainer.privacy.accounting import spent
 
         assert self._ledger is not None
@@ -218,14 +229,6 @@ class PrivacyBudget:
             self._metrics.privacy_held.set(self.held)
 
 
-LOOK_S = 1.0
-"""Between two looks at whether somebody reads."""
-AGAIN_S = 10.0
-"""After the disk refused."""
-
-_LOG_LOSS = SUMS.index("log_loss")
-
-
 class LossRecorder:
     """Writes the losses of one trainer. The step thread calls every method.
 
@@ -241,9 +244,9 @@ class LossRecorder:
         self._say = SaidOnce(logger.warning)
 
     def take(self, offset: int, users: npt.NDArray[np.uint64], report: Report) -> None:
-        """Writes what an accepted step scored, where somebody reads it; where the disk refuses, it is said and left out for a while.
+        """Writes the losses of an accepted step if there is a reader. After a disk error, logs it and pauses writing.
 
-        Rows of a record of which the guard skipped any are left out: a comparison is of rows that both trainers learn.
+        A record with rows that the guard skipped is left out, because a comparison needs rows that both trainers learn.
 
         Args:
             offset: Of the record in the training log.
@@ -268,15 +271,10 @@ class LossRecorder:
             before, self._wanted = self._wanted, row_losses.is_wanted(self._registry)
             self._look_s = now_s
             if before and not self._wanted:
-                # Also at the start: an earlier one may have left some.
+                # Also at the start: an earlier process may have left some.
                 self._writer.close()
                 row_losses.remove_all(self._registry)
         return self._wanted
-
-
-CONTROL_S, RECORDS = 0.05, 32
-NO_CONSENT = Consent()
-logger = logging.getLogger(__name__)
 
 
 class Learner:
@@ -284,17 +282,18 @@ class Learner:
 
     Args:
         settings: All settings.
-        registry: Where versions and control are; the trainer's lock is held.
+        registry: The registry of versions and control; the trainer's lock is held.
         trainer: The weights and the step.
         open_log: Opens the training log.
         program: SHA-256 of the program that fits the model.
         spec: Digest of the feature spec.
-        about: What the bootstrap wrote about it.
-        metrics: What is counted.
-        clock, elapsed: Wall clock in seconds, for times in manifests; monotonic seconds, for the pace of publishing and how long recent versions stay.
+        about: The bootstrap's document of it.
+        metrics: The trainer's metrics.
+        clock, elapsed: Wall clock in seconds, for times in manifests. Monotonic seconds, for the pace of publishing and
+            the retention of recent versions.
         consent: The losses that the operator accepts.
-        room: Where a version waits for room on the disk; None: one that has none ends the trainer.
-        begins: What it learns where there is no version to go on from.
+        room: Lets a version wait for disk space; None: a full disk ends the trainer.
+        begins: Prepares the trainer if there is no version to continue from.
     """
 
     def __init__(
@@ -334,13 +333,13 @@ class Learner:
         self._looked, self.caught_up, self.taken_ms = float("-inf"), False, 0
 
     def enter(self, control: Control) -> None:
-        """Becomes the trainer that `control` wants: the newest version of its epoch, else its base, else nothing.
+        """Becomes the trainer that `control` asks for: the newest version of its epoch, else its base, else from scratch.
 
         Raises:
             UnknownVersion: The base is not kept.
             CorruptVersion: The base fails its digest.
-            UnknownTopic: The training log was made anew since that version.
-            GapError: The log does not lead on from it: deleted, and nobody accepted it, or cut back (TruncatedLog).
+            UnknownTopic: The training log was recreated since that version.
+            GapError: The log does not continue from it: deleted without acceptance, or cut back (TruncatedLog).
         """
         self.control, settings, specs = control, self._settings, former_specs(self._registry.beginnings())
         self._is_former = former(specs, lambda: self._trainer.counters.steps)
@@ -368,12 +367,12 @@ class Learner:
         logger.info("epoch %d: at version %d, reading the training log from offset %d", *where)
 
     def tick(self, wait_s: float, stopping: Callable[[], bool] = lambda: False) -> int:
-        """Looks at control, takes what the log has, publishes what is due; returns the records taken.
+        """Polls control, takes the records of the log, publishes a due version; returns the number of records taken.
 
         Raises:
-            GapError: Records or clicks are gone, and nobody accepted it.
+            GapError: Records or clicks are gone, and no operator accepted it.
             LogError: The log cannot be read on.
-            MicroBatchError, SpecMismatch, SaltMismatch: A record is not what this stream writes, and nobody left it out.
+            MicroBatchError, SpecMismatch, SaltMismatch: A record does not fit this stream, and no operator skipped it.
             RegistryError: A version needed cannot be loaded.
         """
         if self._between():
@@ -402,7 +401,7 @@ class Learner:
                 if self._between():
                     return taken
                 if stopping() or self._resting:
-                    # What was polled and not taken is polled again.
+                    # Records that were polled and not taken are polled again.
                     self._reader.seek(partition, self.place.next)
                     return taken
             self.place = replace(self.place, next=batch.next)
@@ -418,12 +417,12 @@ class Learner:
         return taken
 
     def _account(self) -> dict[str, int]:
-        """What became of the rows of the training log, since this line began."""
+        """Outcomes of the rows of the training log, since this branch began."""
         counters = self._trainer.counters
         return self.place.counts() | {"trained": counters.trained, "skipped": counters.skipped}
 
     def _take(self, record: LogRecord) -> None:
-        """One record is one step, where a row is left to learn from."""
+        """Takes one record, as one step if a row is left to learn from."""
         offset, marks, control, salt = record.first, self.place.marks, self.control, str(self._about["salt"])
         self._catching_up.pass_by(offset, self.place)
         source = Source(self._reader.topic_id, self._settings.trainer.partition)
@@ -452,25 +451,25 @@ class Learner:
             self._looked = float("-inf")
 
     def _let_go(self) -> None:
-        """Lets the guard of steps go on where control holds nothing: an operator released it, now or before a restart."""
+        """Releases the step guard if control holds nothing: an operator released it, now or before a restart."""
         if self._trainer.guard.held and self.control.held is None and not self._updates.waits:
             logger.info("training goes on after %d skipped steps", self._trainer.guard.skipped)
             self._trainer.guard = self._trainer.guard.released()
 
     @property
     def _resting(self) -> bool:
-        """Whether no record is to be taken: guard or operator hold training or what was learned, or no budget is left."""
+        """Whether no record may be taken: guard or operator hold training or an update, or no budget is left."""
         held = self._trainer.guard.held or self._budget.held or bool(self.control.held)
         return held or self._updates.waits or not self.control.training
 
     def _between(self) -> bool:
-        """Between two records; True where the epoch changed."""
+        """Runs between two records; returns True if the epoch changed."""
         self._publish_if_due()
         self._looked = float("-inf") if self._updates.write() else self._looked
         return self._look_at_control()
 
     def _look_at_control(self) -> bool:
-        """Converges to the newest control, looked at a few times a second; True where the epoch changed."""
+        """Converges to the newest control, polled a few times a second; returns True if the epoch changed."""
         if self._elapsed() - self._looked < CONTROL_S:
             return False
         self._looked = self._elapsed()
@@ -484,7 +483,7 @@ class Learner:
         return self._converge(control)
 
     def _converge(self, control: Control) -> bool:
-        """Becomes what a new generation wants; True where that is another epoch."""
+        """Applies a new generation; returns True if that is another epoch."""
         if control.epoch != self.place.epoch:
             try:
                 self._settle(wait=True)
@@ -509,7 +508,7 @@ class Learner:
             self._looked = float("-inf")
 
     def publish(self, last: bool = False) -> None:
-        """Hands what changed to the publisher; the copy is made here, in the step thread. The `last` one is durable."""
+        """Hands the changes to the publisher; the copy is made here, in the step thread. The `last` one is durable."""
         leader = self._reader.leader_epoch(self._settings.trainer.partition, self.place.next)
         place, topic_id = replace(self.place, leader_epoch=leader), self._reader.topic_id
         self.place = self._publications.publish(place, self.control, self._account(), topic_id, last)
@@ -519,7 +518,7 @@ class Learner:
             self.place = self.place.at_version(made)
 
     def close(self) -> None:
-        """Publishes what is left, durably, and ends; the next start goes on from here, or from before what is held.
+        """Publishes the rest durably, and ends; the next start continues from here, or from before a held update.
 
         Raises:
             OSError: The disk refused.

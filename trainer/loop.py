@@ -1,41 +1,32 @@
 """The trainer's process: `python -m trainer.loop [--section.name VALUE ...]`.
 
 1. Takes the registry's trainer lock; a second trainer ends here.
-2. Checks a tower of the user's own, then waits until the bootstrap has
-   analysed the feature spec of the settings.
-3. Builds the trainer and lowers its program, checked against the model. Where the newest version fits this release's
-   model no longer, an epoch begins that goes on from what fits; where the settings are others, that is refused.
-4. Creates control generation 1 where there is no control.
-5. Enters control's epoch: its newest version, else its base, else nothing, or the past clicks that a trial is to learn
-   first. Where the training log was cut back behind that, it goes back to the newest version that the log still leads to (`trainer/loop.py`).
-6. Reads, steps, publishes and converges to control until SIGTERM or SIGINT;
-   then publishes what is left and ends with 0.
+2. Checks a custom tower, then waits until the bootstrap has analysed the feature spec of the settings.
+3. Builds the trainer and lowers its program, checked against the model. If the newest version no longer fits this
+   release's model, an epoch begins from the parts that fit. If the settings differ, that is refused.
+4. Creates control generation 1 if there is no control.
+5. Enters control's epoch: its newest version, else its base, else from scratch, or with the past clicks of a trial. If
+   the training log was cut back behind that version, the trainer rewinds first (`recover`, below).
+6. Reads, steps, publishes and converges to control until SIGTERM or SIGINT. Then it publishes what is left and exits
+   with 0.
 
-Where records of the training log, or clicks before it, are gone, it ends and
-says which; with `--accept-gap P:A-B --reason TEXT` it counts them and goes on. Where
-a record cannot be learned from, `--skip-record OFFSET --reason TEXT` leaves it
-out likewise, here and in every replay.
+If records of the training log, or clicks before it, are gone, it ends and lists them. With
+`--accept-gap P:A-B --reason TEXT` it counts them and continues. If a record cannot be learned from,
+`--skip-record OFFSET --reason TEXT` leaves it out in the same way, here and in every replay.
 
-A compactor runs beside it now and then, as a child, and so does an export where `export.every_s` asks for it. Everything else that ends
-the process is one line on the standard error and exit code 1 (2 for a wrong
-setting); started again, it goes on from the newest version.
+Any other end is one line on the standard error and exit code 1 (2 for a wrong setting). A restarted trainer continues
+from the newest version.
 
-Exports beside the trainer: a child now and then, where a setting asks for it.
+Two child processes run next to the trainer from time to time: the compactor (`Compaction`), and an export if
+`export.every_s` is set (`ScheduledExports`). A failed compaction makes the trainer check the version (`doubt`).
+`Phases` reports the phase of the start, as a gauge and in the log, so that a slow restart shows its cause.
 
-What the trainer does at its start, as a gauge and in the log: a restart that takes long shows where it is.
-
-A trainer ahead of its log: it goes back to the newest version that the log still leads to.
-
-A version is on disk when it is published; the newest records of the training
-log may not be: a broker that loses power without other replicas, or a leader
-that is elected without them, takes them away, and others come in their place.
-Weights that learned the lost records are no function of the log any more. So
-the trainer takes control on by a generation of its own: an epoch more, from
-the newest version of the line that learned nothing beyond what is left, with
-everything else as it was. What comes after is recomputed bit for bit by
-`springtide verify`, and `springtide history` says who went back and why.
-
-The compactor beside the trainer: a child now and then, and what to look at when one fails.
+A trainer can be ahead of its log. A published version is on disk, but the newest records of the training log may not
+be. A broker that loses power without other replicas loses them, and so does the election of a leader without them.
+Other records then take their offsets. Weights that learned the lost records are no longer a function of the log. So
+the trainer writes a control generation of its own. It has the next epoch, and starts from the newest version of the
+branch that learned nothing beyond the remaining log. Everything else stays unchanged. `springtide verify` recomputes
+the following versions bit for bit, and `springtide history` shows who rewound and why.
 """
 
 from __future__ import annotations
@@ -44,10 +35,11 @@ import getpass
 import importlib
 import logging
 import os
+import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
@@ -58,12 +50,12 @@ from state.config.loading import load
 from state.config.sections import Model
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
-from state.errors import ModelMismatch, TruncatedLog, UnusableRegistry
+from state.errors import CorruptVersion, ModelMismatch, TruncatedLog, UnknownVersion, UnusableRegistry
 from state.features.spec import FeatureSpec
 from state.log import KERNELS as LOG_KERNELS
 from state.log import Reader
 from state.log.gap_options import take_options
-from state.log.gaps import Consent
+from state.log.gaps import Consent, in_words
 from state.metrics import TrainerMetrics, serve
 from state.process import log_lines
 from state.process.actor import actor
@@ -72,7 +64,9 @@ from state.process.garbage import Holes, keep_what_is_there
 from state.process.private_files import keep_private
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.process.wall_clock import wall_ms
+from state.registry import control as transitions
 from state.registry.control import Control, start
+from state.registry.manifest import Manifest, sees
 from state.registry.model_fit import require_same_model, version_to_go_on_from
 from state.registry.registry import Registry
 from state.registry.sharing.running import owning
@@ -85,28 +79,38 @@ from trainer.lag import Taken, TrainingLag
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
     from trainer.learner import Learner
-import subprocess
-from collections.abc import Callable
-
-from state.errors import CorruptVersion, UnknownVersion
-from state.log.gaps import in_words
-from state.registry import control as transitions
-from state.registry.manifest import Manifest, sees
 
 HURRY_S = 30.0
 
+IMPORTS = "loading TensorFlow"
+KERNELS = "compiling kernels"
+BOOTSTRAP = "waiting for the bootstrap"
+MODEL = "building the model"
+PROGRAM = "lowering the program"
+VERSION = "loading the version"
+CATCHING_UP = "catching up"
+LEARNING = "learning"
+PHASES = (IMPORTS, KERNELS, BOOTSTRAP, MODEL, PROGRAM, VERSION, CATCHING_UP, LEARNING)
+
+SAY_S = 5.0
+WAIT_S = 0.02
+PROGRESS_S = 5.0
+LOOK_S = 0.2
+NO_CONSENT = Consent()
+logger = logging.getLogger(__name__)
+
 
 class Compaction:
-    """Starts the compactor every so often, one at a time, with the trainer's own settings.
+    """Starts the compactor at an interval, one at a time, with the trainer's own settings.
 
     Args:
         arguments: The command line of this process.
         every_s: Seconds from one start to the next.
-        on_failure: What to look at when one fails.
-        metrics: Where is told how many failed in a row.
+        on_failure: Check that runs when one fails.
+        metrics: Reports how many failed in a row.
         elapsed: Monotonic seconds.
 
-    Where publishing waits for room one is started sooner: it removes what is beyond its tier.
+    If publishing waits for disk space, one is started sooner, because it removes what is beyond its tier.
     """
 
     def __init__(
@@ -125,13 +129,13 @@ class Compaction:
         self._metrics, self._failures = metrics, 0
 
     def tick(self, hurry: bool = False) -> None:
-        """Starts one that is due and takes note of one that ended.
+        """Starts a compactor that is due, and records the end of one.
 
         Args:
             hurry: Whether the disk is full.
 
         Raises:
-            SpringtideError: What `on_failure` found.
+            SpringtideError: `on_failure` found damage.
         """
         if self._child is not None:
             code = self._child.poll()
@@ -152,14 +156,14 @@ class Compaction:
             self._child = subprocess.Popen(self._command)
 
     def close(self) -> None:
-        """Ends a child; what it had not finished is absent."""
+        """Ends a child; its unfinished work is absent."""
         if self._child is not None:
             self._child.terminate()
             self._child.wait()
 
 
 def doubt(registry: Registry, version: int) -> None:
-    """Reads all that `version` is made from, while the trainer waits: what is built on damage can never be restored.
+    """Reads all parts of `version` while the trainer waits: versions built on a damaged part can never be restored.
 
     Raises:
         CorruptVersion: A part of it is damaged.
@@ -176,18 +180,18 @@ def doubt(registry: Registry, version: int) -> None:
 
 
 def recover(registry: Registry, control: Control, lost: TruncatedLog, actor: str, now_ms: int) -> Control:
-    """Control's next generation, which goes back behind what was lost; durable when this returns.
+    """Writes control's next generation, which rewinds to before the loss; durable when this returns.
 
     Args:
         registry: Where versions and control are.
-        control: That the trainer wanted to enter.
-        lost: What the log said.
-        actor: Who is named in the history.
+        control: The generation that the trainer wanted to enter.
+        lost: The error of the log.
+        actor: Recorded in the history.
         now_ms: Wall clock.
 
     Raises:
-        TruncatedLog: No version can be learned on from; with what to do.
-        ControlConflict: Somebody else changed control all the time.
+        TruncatedLog: There is no version to continue from; the error says what to do.
+        ControlConflict: Other processes kept changing control.
     """
     kept = lost.kept
     if control.log[-1].first > kept:
@@ -215,7 +219,7 @@ def recover(registry: Registry, control: Control, lost: TruncatedLog, actor: str
 
 
 def newest_within(registry: Registry, control: Control, lost: TruncatedLog) -> Manifest | None:
-    """The newest version on control's line that learned nothing beyond what is left of the log; None where there is none."""
+    """The newest version on control's branch that learned nothing beyond the remaining log; None if there is none."""
     (gap,) = lost.gaps
     newest = registry.newest_good(control.epoch)
     start = control.base if newest is None else newest
@@ -232,26 +236,13 @@ def newest_within(registry: Registry, control: Control, lost: TruncatedLog) -> M
             if one.log.next <= lost.kept and registry.chain(number):
                 return one
         except UnknownVersion:
-            # Its base was given up: an older one may have its own.
+            # Its base was removed; an older version may have one.
             continue
     return None
 
 
 def _hopeless(lost: TruncatedLog, do: str) -> TruncatedLog:
     return TruncatedLog(lost.what, do, lost.gaps)
-
-
-IMPORTS = "loading TensorFlow"
-KERNELS = "compiling kernels"
-BOOTSTRAP = "waiting for the bootstrap"
-MODEL = "building the model"
-PROGRAM = "lowering the program"
-VERSION = "loading the version"
-CATCHING_UP = "catching up"
-LEARNING = "learning"
-PHASES = (IMPORTS, KERNELS, BOOTSTRAP, MODEL, PROGRAM, VERSION, CATCHING_UP, LEARNING)
-
-SAY_S = 5.0
 
 
 class Phases:
@@ -266,7 +257,7 @@ class Phases:
         self._since_s = self._said_s = time.monotonic()
 
     def enter(self, phase: str) -> None:
-        """Shows the phase, and logs how long the one before took; the one that it is in already is entered once."""
+        """Shows the phase, and logs how long the preceding one took; entering the present phase again does nothing."""
         if phase == self._phase:
             return
         now_s = time.monotonic()
@@ -277,11 +268,11 @@ class Phases:
             self._metrics.phase.labels(one).set(one == phase)
 
     def follow(self, caught_up: bool, records_left: int | None) -> None:
-        """Shows whether the trainer has read the log to its end; until then how many records are left, every few seconds.
+        """Shows whether the trainer has read the log to its end; until then logs the records left, every few seconds.
 
         Args:
             caught_up: Whether it has.
-            records_left: Positions of the log that it has not taken; None where that is not known yet.
+            records_left: Positions of the log that it has not taken; None if that is not known yet.
         """
         self.enter(LEARNING if caught_up else CATCHING_UP)
         if not caught_up and time.monotonic() >= self._said_s + SAY_S:
@@ -290,13 +281,13 @@ class Phases:
 
 
 class ScheduledExports:
-    """Starts `springtide export` every so often, one at a time, with the trainer's own settings.
+    """Starts `springtide export` at an interval, one at a time, with the trainer's own settings.
 
     Args:
         arguments: The command line of this process.
         every_s: Seconds from one start to the next; 0: never.
         elapsed: Monotonic seconds.
-        module: What is run.
+        module: The module that is run.
     """
 
     def __init__(
@@ -312,7 +303,7 @@ class ScheduledExports:
         self._child: subprocess.Popen[bytes] | None = None
 
     def tick(self) -> None:
-        """Starts one that is due, and takes note of one that ended: a failure is said, and the next one is tried in its turn."""
+        """Starts an export that is due. Logs the failure of one that ended; the next one starts at its usual time."""
         if self._child is not None:
             code = self._child.poll()
             if code is None:
@@ -325,21 +316,14 @@ class ScheduledExports:
             self._child = subprocess.Popen(self._command)
 
     def close(self) -> None:
-        """Ends a child; what it had not finished has no place."""
+        """Ends a child; an unfinished export does not appear."""
         if self._child is not None:
             self._child.terminate()
             self._child.wait()
 
 
-WAIT_S = 0.02
-PROGRESS_S = 5.0
-LOOK_S = 0.2
-NO_CONSENT = Consent()
-logger = logging.getLogger(__name__)
-
-
 def await_spec(registry: Registry, digest: str, model: Model, stopping: threading.Event) -> bool:
-    """Waits for the bootstrap of feature spec `digest`, saying so; False where the process is to stop instead."""
+    """Waits for the bootstrap of feature spec `digest` and logs that; returns False if the process is to stop instead."""
     said = float("-inf")
     while registry.bootstrapped(digest, model) is None:
         if time.monotonic() - said >= PROGRESS_S:
@@ -376,10 +360,10 @@ def _import_model(kernels: Kernels, phases: Phases, stopping: threading.Event) -
 
 
 def _check_own(settings: Settings) -> None:
-    """Checks a ranker or tower of the user's own; the preprocessing's width is not known yet, and both take any.
+    """Checks a custom ranker or tower; the preprocessing's width is not known yet, and both take any.
 
     Raises:
-        ProgramError: It is not what it has to be.
+        ProgramError: It does not meet the contract.
     """
     with quiet_stderr():
         from trainer import device
@@ -399,11 +383,11 @@ def prepare(
     stopping: threading.Event,
     phases: Phases,
 ) -> Learner:
-    """Builds the trainer and its program, and enters control's epoch; where it is to begin with past clicks, learns them.
+    """Builds the trainer and its program, and enters control's epoch; learns past clicks first if that is requested.
 
     Raises:
         ModelMismatch: The newest version was trained with another model.
-        ProgramError: The model does not lower, or the program answers otherwise.
+        ProgramError: The model does not lower, or the program's outputs differ from the model's.
         SpringtideError: The registry or the training log cannot be used.
     """
     phases.enter(MODEL)
@@ -451,10 +435,10 @@ def prepare(
 
 
 def go_on_in_this_release(registry: Registry, settings: Settings, spec: FeatureSpec, trainer: Trainer) -> None:
-    """Begins an epoch by itself where only this release's own code keeps the newest version from being loaded.
+    """Begins an epoch automatically if only this release's own code keeps the newest version from being loaded.
 
     Raises:
-        ModelMismatch: It is the settings, or code of the user's own, and nobody asked for an upgrade.
+        ModelMismatch: The settings or custom code differ, and no upgrade was requested.
         SpringtideError: The registry cannot be used.
     """
     from trainer.upgrade import planned_for, propose
@@ -474,10 +458,10 @@ def go_on_in_this_release(registry: Registry, settings: Settings, spec: FeatureS
 
 
 def enter(learner: Learner, registry: Registry, control: Control) -> None:
-    """Enters control's epoch; where the log was cut back behind its version, one that goes back as far as that.
+    """Enters control's epoch; if the log was cut back behind its version, an epoch that rewinds as far as that.
 
     Raises:
-        TruncatedLog: No version can be learned on from.
+        TruncatedLog: There is no version to continue from.
         SpringtideError: See `Learner.enter`.
     """
     while True:
@@ -485,7 +469,7 @@ def enter(learner: Learner, registry: Registry, control: Control) -> None:
             learner.enter(control)
             return
         except TruncatedLog as lost:
-            # Each time an older version: that one's end of the log may be gone too.
+            # Each round takes an older version, whose end of the log may be gone too.
             who = f"trainer:{getpass.getuser()}"
             control = recover(registry, control, lost, who, wall_ms())
 
@@ -510,7 +494,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
     # 1.
     with DirectoryLock(settings.registry_dir, layout.TRAINER_LOCK), owning(settings, collected, stopping) as ownership:
         registry = Registry(settings.registry_dir)
-        # Before TensorFlow: some settings alone tell that the newest version cannot be loaded.
+        # Before TensorFlow: some settings alone show that the newest version cannot be loaded.
         require_same_model(settings)
         _sweep(registry)
         kernels, phases = Kernels(collected, logger, unused_kernels(settings), [LOG_KERNELS]), Phases(metrics)
@@ -520,7 +504,7 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         imports = threading.Thread(target=_import_model, args=(kernels, phases, stopping), name="imports", daemon=True)
         imports.start()
         if is_own(settings.model):
-            # Before the wait for clicks: what cannot be lowered is refused at once.
+            # Before the wait for clicks: a model that does not lower is refused at once.
             imports.join()
             _check_own(settings)
         if not await_spec(registry, FeatureSpec.from_settings(settings).digest, settings.model, stopping):

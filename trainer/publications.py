@@ -1,6 +1,7 @@
-"""When the learner's work becomes a version, recent or durable, and what is copied for it in the step thread.
+"""Decides when the learner's work becomes a version, recent or durable, and copies its data in the step thread.
 
-The trainer's own answers to a version's probe, see `state/probe.py`: who serves the version compares its answers with them.
+`ProbedRanker` computes the trainer's own answers to a version's probe, see `state/probe.py`. A process that serves the
+version compares its answers with them.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from trainer.versions.publisher import Publisher, Saving
 
 
 class ProbedRanker:
-    """Answers the probe with the weights of now; only the step thread may ask.
+    """Answers the probe with the current weights; only the step thread may call it.
 
     Args:
         ranker: The model.
     """
 
     def __init__(self, ranker: Ranker) -> None:
-        # Where a processor and an accelerator round differently, serving has the processor.
+        # On the CPU, because serving runs there and an accelerator may round differently.
         with tf.device("/CPU:0"):
             shapes = {name: tuple(spec.shape) for name, spec in ranker.specs().items()}
             given = {name: tf.constant(value) for name, value in probe.inputs(shapes).items()}
@@ -58,9 +59,9 @@ class Publications:
 
     Args:
         publisher: Writes them in the background.
-        drafter: What all of them say.
+        drafter: Fills in what all manifests have.
         trainer: The weights.
-        metrics: What is counted.
+        metrics: The trainer's metrics.
         pace_s: Least seconds between two.
         durable_s: Least seconds between two durable ones.
         clock: Wall clock in seconds.
@@ -96,7 +97,7 @@ class Publications:
         self._last_s, self._saved_s = self._elapsed(), float("-inf")
 
     def due(self, place: TrainingPlace, control: Control) -> bool:
-        """Whether what was learned since the last version, or the last durable one, is to become one now."""
+        """Whether a version, or a durable one, is due now."""
         if not (place.changed or place.unsaved) or not control.publishing or self.busy or not self._updates.passes:
             return False
         now_s = self._elapsed()
@@ -117,14 +118,14 @@ class Publications:
     def publish(
         self, place: TrainingPlace, control: Control, account: Mapping[str, int], topic_id: str, last: bool = False
     ) -> TrainingPlace:
-        """Hands what changed to the publisher; the copy is made here. Returns the place afterwards.
+        """Hands the changes to the publisher; the copy is made here. Returns the position afterwards.
 
         Args:
-            place: Where the trainer is.
-            control: That it learned under.
-            account: What became of the rows.
+            place: The trainer's position.
+            control: The generation that it learned under.
+            account: The outcomes of the rows.
             topic_id: Of the training log.
-            last: It is to be durable, whenever the last one was.
+            last: Makes it durable, whenever the last durable one was.
         """
         began = time.perf_counter()
         durable = (
@@ -135,7 +136,7 @@ class Publications:
         probe = self._probed.answers()
         served = checkpoint.served(self._trainer) | probe
         if (at := onward(control.log, place.next)) != place.next:
-            # Who wrote what is passed over on the way there is not known.
+            # The leader epochs of the skipped records are unknown.
             place = replace(place, next=at, leader_epoch=-1)
         slices = self.slices() if durable else ()
         draft = self.draft("recent", place, control, account, topic_id, slices)
@@ -164,9 +165,9 @@ class Publications:
         topic_id: str,
         tensors: Mapping[str, Any],
     ) -> TrainingPlace:
-        """Publishes the first version of an epoch that does not just go on; returns the place once it is durable.
+        """Publishes the first version of an epoch that does not just continue; returns the position once it is durable.
 
-        Serving has something to answer with. It is a base where there is nothing before it.
+        So serving has a version to use. It is a base if there is no version before it.
 
         Raises:
             WrongEpoch: Control is at another epoch by now.
@@ -180,7 +181,7 @@ class Publications:
         return place.at_version(made).handed_over(True)
 
     def slices(self) -> Sequence[SliceMeasures]:
-        """What is measured of slices now."""
+        """The present measures of slices."""
         trainer = self._trainer
         return trainer.breakdown.measures(shown_of(trainer.settings.events.actions, trainer.slices))
 
@@ -193,7 +194,7 @@ class Publications:
         topic_id: str,
         slices: Sequence[SliceMeasures] = (),
     ) -> Draft:
-        """What a version made now says of itself."""
+        """The manifest of a version made now."""
         now_ms = int(self._clock() * 1000)
         verdict = self._updates.verdict()
         return self._drafter.draft(kind, place, self._trainer, account, topic_id, control, now_ms, verdict, slices)

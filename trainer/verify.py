@@ -1,18 +1,17 @@
 """Recomputes a version from a base and the training log: `springtide verify VERSION`.
 
-1. The line of the version is followed back to a base (or to `--from`), epoch
-   by epoch, not beyond an upgrade; each epoch's part of the log has its own mask.
-2. An environment that differs from the version's makes the two not comparable.
+1. The branch of the version is followed back to a base (or to `--from`), epoch by epoch, not beyond an upgrade. Each
+   epoch's part of the log has its own mask.
+2. If the environment differs from the version's, the two are not comparable.
 3. The base is restored and the log replayed, record by record.
-4. Rows ordered by id, accumulators, dense weights, slots, counters, marks and
-   the account are compared bit by bit; but for rows of erased users, where those were taken out of the version's files.
-   Where they were taken out of the base, and the log has clicks of theirs that were learned, the two are not comparable.
+4. Rows ordered by id, accumulators, dense weights, slots, counters, marks and the account are compared bit by bit.
+   Rows of erased users are left out if they were removed from the version's files. The two are not comparable if those
+   rows were removed from the base, and the log has clicks of those users that were learned.
 
-It runs beside the live system: it reads the registry and the log with its own
-reader, takes no lock and writes nothing. Exit codes: 0 equal, 1 different, not
-comparable, or not replayable any more; 2 wrong use.
+The result (`Comparison`) is equal, different with the first difference, or not comparable.
 
-A version beside what was computed anew: equal, different and where first, or not comparable.
+It runs next to the live system: it reads the registry and the log with its own reader, takes no lock and writes
+nothing. Exit codes: 0 equal, 1 different, not comparable, or not replayable any more; 2 wrong use.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from state import layout
+from state import layout, probe
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import GapError, LogError, RegistryError, SpringtideError, UnknownVersion, of_disk
@@ -44,36 +43,32 @@ from state.registry.manifest import Manifest
 from state.registry.registry import Registry
 from state.registry.segments import base_of, segments_of
 from state.registry.upgrades import first_after, former_specs
-from trainer.replay import Replay, ReplayProgress, SegmentReader, replay
-
-if TYPE_CHECKING:
-    from trainer.engine.step import Trainer
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-from state import probe
-from trainer.replay import ACCOUNT
+from trainer.replay import ACCOUNT, Replay, ReplayProgress, SegmentReader, replay
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
     from trainer.versions.difference import Difference
 
+NICENESS = 10
+OpenLog = Callable[[str, int], LogReader]
+"""Opens the training log, by the name of its topic, at an offset."""
+
 
 @dataclass(frozen=True)
 class Comparison:
-    """What came out.
+    """The result of a verification.
 
     Attributes:
-        version: The version that was asked about.
-        base: The version that the replay began from; 0 for nothing.
+        version: The version under test.
+        base: The version that the replay began from; 0 if it began from scratch.
         first: The first offset replayed.
         next: The offset after the last one.
         steps: Steps done.
         rows: Rows read.
         outcome: `equal`, `different` or `not comparable`.
-        environment: What differs there; only where not comparable.
-        erased_rows: Rows learned of users whose rows are gone from the base; only where not comparable for that.
-        difference: The first one; only where different.
+        environment: Differences of the environment; only if not comparable.
+        erased_rows: Rows learned of users whose rows are gone from the base; only if not comparable for that.
+        difference: The first one; only if different.
         digest: Of the version's state.
         seconds: How long it took.
     """
@@ -93,7 +88,7 @@ class Comparison:
 
     @property
     def origin(self) -> str:
-        """What the replay began from, in words."""
+        """The start of the replay, in words."""
         return f"version {self.base}" if self.base else "nothing"
 
     def with_result(self, done: Replay, difference: Difference | None, digest: str, seconds: float) -> Comparison:
@@ -110,7 +105,7 @@ class Comparison:
         )
 
     def text(self) -> str:
-        """What came out, for people, in one line."""
+        """The result for people, in one line."""
         what = f"recomputed from {self.origin}, training log offsets {self.first} to {self.next}: {self.steps} steps, {self.rows:,} rows"
         if self.erased_rows:
             return (
@@ -124,7 +119,7 @@ class Comparison:
         return f"version {self.version}: equal ({what} in {self.seconds:.1f} s); digest {self.digest[:16]}"
 
     def document(self) -> dict[str, Any]:
-        """What came out, as JSON values."""
+        """The result as JSON values."""
         difference = self.difference and {
             "table": self.difference.table,
             "field": self.difference.field,
@@ -149,13 +144,13 @@ class Comparison:
 
 
 def compare(registry: Registry, target: Manifest, trainer: Trainer, done: Replay) -> tuple[Difference | None, str]:
-    """The first difference between the version and what was computed, and the version's digest."""
+    """The first difference between the version and the recomputed one, and the version's digest."""
     from trainer.versions import checkpoint, content
     from trainer.versions.difference import Difference, first_difference, marks_difference
     from trainer.versions.erased_rows import CrossedIds, without
 
     base, deltas = registry.chain(target.version)
-    # What a version was asked to show that it answers rightly is no state.
+    # The probe of a version is not part of its state.
     kept = probe.without(content.merge(checkpoint.tensors_of(registry, part) for part in (base, *deltas)))
     computed, control = checkpoint.full(trainer), registry.control()
     if control is not None and any(part.rewritten > part.erased for part in (base, *deltas)):
@@ -167,12 +162,6 @@ def compare(registry: Registry, target: Manifest, trainer: Trainer, done: Replay
         if found is None and counted is not None and int(counted) != done.account[name]:
             found = Difference(f"account.{name}", "", None, None, str(int(counted)), str(done.account[name]))
     return found, content.digest(kept)
-
-
-NICENESS = 10
-
-OpenLog = Callable[[str, int], LogReader]
-"""Opens the training log, by the name of its topic, at an offset."""
 
 
 def verify(
@@ -188,7 +177,7 @@ def verify(
     """Recomputes `version`; see the module.
 
     Args:
-        settings: All settings: those that the trainer has.
+        settings: All settings, the same as the trainer's.
         registry: Is only read.
         version: The version.
         wanted_base: Where to begin; None for the nearest base before it.
@@ -198,7 +187,7 @@ def verify(
         elapsed: Monotonic seconds.
 
     Raises:
-        UnknownVersion: It, or what it is made from, is not kept.
+        UnknownVersion: It, or a part of its chain, is not kept.
         GapError: The log does not reach back to the base any more.
         SpringtideError: Registry or log cannot be read.
     """
@@ -237,7 +226,7 @@ def verify(
 def origin_of(
     registry: Registry, beginnings: Sequence[Control], target: Manifest, wanted_base: int | None
 ) -> Manifest | None:
-    """The version to begin from, not before an upgrade: another model learned what is there. None to begin from nothing.
+    """The version to begin from, not before an upgrade, where another model learned. None to begin from scratch.
 
     Raises:
         UnknownVersion: There is none, it is not kept, or does not lead to `target`.
@@ -254,7 +243,7 @@ def origin_of(
 
 
 def taken_out(registry: Registry, base: Manifest | None) -> Erased:
-    """The erasures whose users' rows were taken out of a base after it was made."""
+    """The erasures whose users' rows were removed from a base after it was made."""
     control = registry.control()
     if base is None or control is None:
         return Erased.NOBODY
@@ -267,7 +256,7 @@ def open_at(open_log: OpenLog, target: Manifest, origin: str, offset: int) -> Lo
 
     Raises:
         GapError: The log does not reach back to it any more.
-        LogError: It cannot be read, or was made anew.
+        LogError: It cannot be read, or was recreated.
     """
     topic = target.log.topic
     try:
@@ -299,7 +288,7 @@ def run(settings: Settings, version: int, wanted_base: int | None, say: Callable
     spec = FeatureSpec.from_settings(settings)
 
     def make_trainer() -> Trainer:
-        # TensorFlow is loaded only once the version is known to be there.
+        # TensorFlow is loaded only once the version is known to exist.
         with quiet_stderr():
             from trainer import device
             from trainer.engine.making import trainer_of

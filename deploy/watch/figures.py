@@ -1,9 +1,10 @@
-"""The figures of the running loop, from what its processes offer on /metrics.
+"""Computes the figures of the running loop from the metrics that its processes serve on /metrics.
 
-Rates are of the last seconds, and the quantiles of the last minute or, for a single look, since each process started.
-Both need an earlier look at the same process: one that began anew since then is another.
+Rates cover the last `RATE_S` seconds. Quantiles cover the last minute, or, for a single poll, the time since each
+process started. Both compare with an earlier poll of the same process; a process that has restarted since then
+counts as another one.
 
-What `springtide up` offers of the parts that it keeps alive. Pure.
+The metrics of `springtide up` add which processes keep dying and whether synthetic shoppers run.
 """
 
 from __future__ import annotations
@@ -23,10 +24,39 @@ from deploy.watch.storage import full
 from state.metrics import ANSWERING_ROUTES
 
 OFTEN = 2
+AWAY = Scrape()
+RATE_S = 5.0
+SPREAD_S = 60.0
+SLACK_S = 0.5
+Labels = Mapping[str, Collection[str]]
+ANSWERS: Labels = {"route": tuple(one for one in ANSWERING_ROUTES if one != "explain")}
+FAILED = (
+    *("429", "INTERNAL", "UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"),
+    *map(str, range(500, 600)),
+)
+"""The codes of failed answers; the recording rule job:springtide_requests_failed:rate5m counts the same ones."""
+
+# The gauge of each process that changes when it restarts.
+BORN = {
+    "stream": "springtide_stream_began_seconds",
+    "trainer": "springtide_trainer_began_seconds",
+    "applier": "springtide_serving_began_seconds",
+    "worker": "springtide_worker_began_seconds",
+}
+
+# Name of a quantile -> process, histogram, and the labels that count.
+SPREADS: Mapping[str, tuple[str, str, Labels]] = {
+    "features": ("applier", "springtide_serving_feature_age_seconds", {}),
+    "weights": ("applier", "springtide_serving_weight_age_seconds", {}),
+    "commit": ("stream", "springtide_stream_commit_seconds", {}),
+    "step": ("trainer", "springtide_trainer_step_seconds", {}),
+    "publication": ("trainer", "springtide_trainer_publish_seconds", {}),
+    "answer": ("worker", "springtide_request_seconds", ANSWERS),
+}
 
 
 def dying(up: Scrape) -> dict[str, float]:
-    r"""The parts that die again and again, and how often they did, the worst first.
+    r"""The processes that keep dying, and how often in a row they did, the worst first.
 
     >>> from deploy.watch.scrape import parsed
     >>> series = "springtide_up_deaths_in_a_row"
@@ -39,7 +69,7 @@ def dying(up: Scrape) -> dict[str, float]:
 
 
 def runs_shoppers(up: Scrape) -> bool:
-    r"""Whether synthetic shoppers are among them.
+    r"""Whether `springtide up` runs synthetic shoppers.
 
     >>> from deploy.watch.scrape import parsed
     >>> runs_shoppers(Scrape(parsed('springtide_up_starts_total{part="shoppers"} 1'))), runs_shoppers(Scrape())
@@ -48,74 +78,43 @@ def runs_shoppers(up: Scrape) -> bool:
     return "shoppers" in up.by("springtide_up_starts_total", "part")
 
 
-AWAY = Scrape()
-RATE_S = 5.0
-SPREAD_S = 60.0
-SLACK_S = 0.5
-Labels = Mapping[str, Collection[str]]
-ANSWERS: Labels = {"route": tuple(one for one in ANSWERING_ROUTES if one != "explain")}
-FAILED = (
-    *("429", "INTERNAL", "UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"),
-    *map(str, range(500, 600)),
-)
-"""The codes of answers that failed; the recording rule job:springtide_requests_failed:rate5m counts the same."""
-
-# Tells a process that began anew apart from the one before it.
-BORN = {
-    "stream": "springtide_stream_began_seconds",
-    "trainer": "springtide_trainer_began_seconds",
-    "applier": "springtide_serving_began_seconds",
-    "worker": "springtide_worker_began_seconds",
-}
-
-# What is distributed -> its process, its histogram, and which of its labels count.
-SPREADS: Mapping[str, tuple[str, str, Labels]] = {
-    "features": ("applier", "springtide_serving_feature_age_seconds", {}),
-    "weights": ("applier", "springtide_serving_weight_age_seconds", {}),
-    "commit": ("stream", "springtide_stream_commit_seconds", {}),
-    "step": ("trainer", "springtide_trainer_step_seconds", {}),
-    "publication": ("trainer", "springtide_trainer_publish_seconds", {}),
-    "answer": ("worker", "springtide_request_seconds", ANSWERS),
-}
-
-
 @dataclass(frozen=True)
 class Figures:
-    """What is known of the loop at one moment; None where nobody knows.
+    """The figures of the loop at one moment; None for unknown ones.
 
     Attributes:
         up_s: Process -> seconds since it started, of those that answer.
         away: Process -> why it does not answer.
-        up: What `springtide up` does: `starting` its parts, or `running`; empty where it does not answer.
-        starting: Process that answers and does not work yet -> what it does, in words.
-        behind: Process -> what waits for it while it does nothing, or ever less than comes, in words.
-        kafka_away: Whether no broker answers, as far as anybody has asked.
-        events: Positions of the clicks topic taken up since the stream's start.
+        up: The state of `springtide up`: `starting` its processes, or `running`; empty if it does not answer.
+        starting: Process that answers and does not work yet -> its phase, in words.
+        behind: Process that stands still or falls behind -> the work that waits for it, in words.
+        kafka_away: Whether no broker answers, as far as known.
+        events: Positions of the clicks topic read since the stream's start.
         events_per_s: Their rate.
-        lag_events: Positions of the clicks topic not yet taken up.
-        lag_s: Wall time since the newest click taken up was appended to Kafka; 0 where none waits.
+        lag_events: Positions of the clicks topic not yet read.
+        lag_s: Wall time since the newest click read was appended to Kafka; 0 if none waits.
         dead: Reason -> dead letters since the stream's start.
         dead_per_s: Their rate.
         microbatches_per_s: Micro-batches written.
         microbatch_rows: Rows of one, on average.
         steps_per_s: Training steps.
-        rows_per_s: Rows of the training log read, whatever became of them.
+        rows_per_s: Rows of the training log read, with any outcome.
         trainer_lag: Positions of the training log the trainer has not read.
         log_loss: Of the interests, scored before learning.
         auc: Of the engagement, scored before learning.
         top1: Share of rows whose category led, scored before learning.
         skipped_per_s: Rows of the training log that the guard skipped.
         held: Whether the guard holds training.
-        budget: The privacy budget; None where none is set.
+        budget: The privacy budget; None if none is set.
         paused: Whether an operator pauses training.
         publishing_held: Whether an operator holds the publishing of versions.
-        version: Version that answers use.
+        version: Version that serving uses.
         epoch: Its epoch.
         newest_version: The trainer's newest.
         pinned: Whether an operator pins the version.
         serving_lag: Positions of the training log not in serving's histories.
-        features_s: Age of the newest click in the histories that answers use.
-        weights_s: Age of the newest click trained into the version that answers use.
+        features_s: Age of the newest click in the histories that serving uses.
+        weights_s: Age of the newest click trained into the version that serving uses.
         answers_per_s: Requests for profiles.
         answers: Their number since the worker's start.
         failed: Those of them that failed, or were refused because a worker had too many (429).
@@ -123,14 +122,14 @@ class Figures:
         cold_starts: Answers for unknown users.
         faults: Accounts that do not balance.
         corrupt: Versions that serving refused for their digests.
-        differing: Sampled rows that were trained with other features than answers have.
-        refused: The newest version that failed its probe, where it is newer than the one that answers.
-        full: What waits for room on the disk, and who takes almost all of a share, in words.
-        dying: Part that does not answer -> how often in a row it died, of those that `springtide up` starts again.
+        differing: Sampled rows that were trained with other features than serving computes.
+        refused: The newest version that failed its probe, if it is newer than the served one.
+        full: What waits for disk space, and which data takes almost all of a share, in words.
+        dying: Process that does not answer -> how often in a row it died, of those that `springtide up` restarts.
         shoppers: Whether `springtide up` runs synthetic shoppers.
         clocks_off: Direction -> the clicks whose clock is off.
-        spreads: What is distributed -> how, in seconds.
-        spread_s: The quantiles are of so many last seconds; None: since each process's start.
+        spreads: Name -> quantiles, in seconds.
+        spread_s: The quantiles cover this many last seconds; None: since each process's start.
     """
 
     up_s: Mapping[str, float] = field(default_factory=dict)
@@ -191,7 +190,7 @@ class Figures:
         return found
 
     def with_kafka(self, kafka: Mapping[str, Any]) -> Figures:
-        """The figures with what a broker says: whether it answers and, where the stream does not say so, how many clicks wait.
+        """The figures with those of a broker: whether it answers and, if the stream does not report it, the lag.
 
         >>> Figures().with_kafka({"answers": True, "lag": 7}).lag_events
         7
@@ -210,11 +209,11 @@ class Figures:
 
 @dataclass(frozen=True)
 class Seen:
-    """One process now and at an earlier look, if there was one.
+    """One process now and at an earlier poll, if there was one.
 
     Attributes:
         now: Its metrics.
-        earlier: What they were then.
+        earlier: Its metrics then.
         elapsed_s: The time between.
     """
 
@@ -223,7 +222,7 @@ class Seen:
     elapsed_s: float = 0.0
 
     def rate(self, series: str, **labels: Collection[str]) -> float | None:
-        """Growth a second of a counter; None without an earlier look.
+        """Growth of a counter per second; None without an earlier poll.
 
         >>> from deploy.watch.scrape import parsed
         >>> counted = [Scrape(parsed(f"steps_total {steps}")) for steps in (10, 30)]
@@ -236,27 +235,27 @@ class Seen:
         return grown / self.elapsed_s if grown >= 0 else None
 
     def count(self, series: str, **labels: Collection[str]) -> float | None:
-        """A counter since the process's start; 0 before its first event, None where the process is away."""
+        """A counter since the process's start; 0 before its first event, None if the process is unreachable."""
         return self.now.total(series, **labels) or (0.0 if self.now.values else None)
 
     def buckets(self, series: str, **labels: Collection[str]) -> Buckets:
-        """A histogram's growth; all of it without an earlier look."""
+        """A histogram's growth; all of it without an earlier poll."""
         after = self.now.buckets(series, **labels)
         return after if self.earlier is None else between(after, self.earlier.buckets(series, **labels))
 
     def mean(self, series: str) -> float | None:
-        """The mean of what a histogram observed since the earlier look; None without an observation."""
+        """The mean of a histogram's observations since the earlier poll; None without an observation."""
         total, count = (self._grown(f"{series}_{part}") for part in ("sum", "count"))
         return total / count if count > 0 else None
 
     def _grown(self, series: str, **labels: Collection[str]) -> float:
-        # A counter with labels offers nothing before its first event.
+        # A counter with labels has no series before its first event.
         before = self.earlier.total(series, **labels) if self.earlier else None
         return (self.now.total(series, **labels) or 0.0) - (before or 0.0)
 
 
 class Watch:
-    """Looks at the loop one after another.
+    """Computes figures from successive polls of the loop.
 
     Args:
         spread_s: How far back the quantiles reach; None: to the start of each process.
@@ -271,7 +270,7 @@ class Watch:
 
         Args:
             scrapes: Process -> its metrics.
-            now_s: Monotonic time of the look.
+            now_s: Monotonic time of the poll.
             wall_s: Seconds since 1970, for how long a process is up.
         """
         longest_s = max(RATE_S, self._spread_s or 0.0) + SLACK_S
@@ -293,7 +292,7 @@ class Watch:
         return dataclasses.replace(
             figures,
             up_s={name: max(0.0, wall_s - at_s) for name, at_s in born.items() if at_s is not None},
-            # Parts may run without `springtide up`, whose own figures are then nowhere.
+            # Processes may run without `springtide up`; its own figures are then missing.
             away={name: one.problem for name, one in scrapes.items() if one.problem and name != UP},
             up=progress.state_of_up(up),
             starting=progress.starting(scrapes),
@@ -311,7 +310,7 @@ class Watch:
         )
 
     def _seen(self, name: str, scrapes: Mapping[str, Scrape], now_s: float, within_s: float) -> Seen:
-        """The process now and at its oldest look within that time, or else at its last one."""
+        """The process now and at its oldest poll within that time, or else at its last poll."""
         now = scrapes.get(name, AWAY)
         born = now.value(BORN[name])
         looks = [(at_s, seen[name]) for at_s, seen in self._looks if name in seen and not seen[name].problem]
@@ -323,7 +322,7 @@ class Watch:
 
 
 def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
-    """The figures of the four processes, without what `Watch` adds. Pure."""
+    """The figures of the four processes, without those that `Watch` adds."""
     learned = bool(trainer.now.total("springtide_trainer_steps_total"))
     dead = stream.now.by("springtide_stream_dead_letters_total", "reason")
     accounts = {"stream": stream, "trainer": trainer}.items()

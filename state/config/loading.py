@@ -1,23 +1,19 @@
-"""Reads the settings of every process: springtide.toml, then the environment, then flags.
+"""Reads the settings of every process from springtide.toml, the environment and flags, and refuses conflicts.
 
     springtide.toml   [kafka] port = 9192           (or the file of --config)
     environment       SPRINGTIDE_KAFKA_PORT=9192
     flags             --kafka.port 9192
 
-The later wins. A name or value that cannot be is a `SettingsError` that names
-the file and line, the variable or the flag, and the nearest known name.
+The later source wins. An unknown name or impossible value is a `SettingsError`. It names the file and line, the
+variable or the flag, and the nearest known name.
 
-Refuses settings that are possible alone and impossible together, before anything starts.
+Settings can be valid alone and impossible together; `check_together` refuses these before any process starts.
+Each rule in `RULES` is a pure function of the settings that yields conflicts. A conflict lists its settings, the
+one to change first at the front. The error points at the first of them that is set explicitly, because a default is
+never the cause.
 
-Each rule is a pure function of the settings that yields conflicts. A conflict
-names the settings it is about, the one to change first; the refusal points at
-the first of them that somebody has set, for a default is never to blame.
-
-What a model that is learned anew every so often rules out.
-
-What differential privacy rules out: what lets one user's rows reach another user without a clipping bound and noise.
-
-Settings that are possible alone and impossible together, as a rule names them.
+`privacy` lists what differential privacy rules out. That is everything that lets one user's rows reach another user
+without a clipping bound and noise. `retrain` lists what scheduled retraining rules out.
 """
 
 from __future__ import annotations
@@ -27,33 +23,24 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 from state.config.fields import fields_of
-from state.config.sections import SECTIONS, known_settings
+from state.config.sections import SECTIONS, Model, TrainerSettings, known_settings
 from state.config.settings import Settings
 from state.config.sources import PREFIX, checked, from_environment, from_file, from_flags
+from state.config.spans import span_ms
 from state.errors import SettingsError
 
-if TYPE_CHECKING:
-    from state.config.settings import Settings
-from typing import TYPE_CHECKING
-
-from state.config.spans import span_ms
-
-if TYPE_CHECKING:
-    from state.config.settings import Settings
-from typing import TYPE_CHECKING
-
-from state.config.sections import Model, TrainerSettings
-
-if TYPE_CHECKING:
-    from state.config.settings import Settings
-from typing import NamedTuple
+MOST_ACTIONS = 255
+MOST_WINDOWS = 16
+TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
+SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+):(\d{1,5})")
+FILE = "springtide.toml"
 
 
 class Conflict(NamedTuple):
-    """Settings that cannot be so, why, and what to do where `why` does not say it."""
+    """Settings that contradict each other, why, and what to do if `why` does not say it."""
 
     names: tuple[str, ...]
     why: str
@@ -61,7 +48,7 @@ class Conflict(NamedTuple):
 
 
 def privacy(settings: Settings) -> Iterator[Conflict]:
-    """Gradients are clipped by row, of the default ranker and tower, by the TensorFlow engine; nothing is learned beside them."""
+    """Only the TensorFlow engine clips gradients by row, only for the default ranker and tower; nothing else is learned."""
     if not settings.privacy.epsilon:
         return
     wanted = {"model.ranker": Model().ranker, "model.tower": Model().tower}
@@ -95,7 +82,7 @@ def privacy(settings: Settings) -> Iterator[Conflict]:
 
 
 def retrain(settings: Settings) -> Iterator[Conflict]:
-    """Spans are written as spans, and no two trainers take one budget of privacy."""
+    """Time spans are valid, and no two trainers share a privacy budget."""
     for name in ("retrain.every", "retrain.limit"):
         text = settings.value(name)
         if (text or name == "retrain.limit") and not span_ms(text):
@@ -109,11 +96,6 @@ def retrain(settings: Settings) -> Iterator[Conflict]:
         )
 
 
-MOST_ACTIONS = 255
-MOST_WINDOWS = 16
-TOPIC = re.compile(r"[A-Za-z0-9._-]{1,249}")
-SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:\[\]]+):(\d{1,5})")
-
 Rule = Callable[["Settings"], Iterator[Conflict]]
 
 
@@ -121,7 +103,7 @@ def check_together(settings: Settings) -> None:
     """Refuses the first conflict.
 
     Raises:
-        SettingsError: Names where the setting to change came from, the setting, and why.
+        SettingsError: Two settings conflict; the error names the setting to change, its origin, and why.
     """
     for rule in RULES:
         for names, why, do in rule(settings):
@@ -158,7 +140,7 @@ def actions(settings: Settings) -> Iterator[Conflict]:
 
 
 def fields(settings: Settings) -> Iterator[Conflict]:
-    """Fields are named once, and none of them gives the label away."""
+    """Fields are named once, and none of them reveals the label."""
     events = settings.events
     for name in ("context", "columns"):
         named = tuple(one for one in getattr(events, name) if one != "-")
@@ -190,7 +172,7 @@ def fields(settings: Settings) -> Iterator[Conflict]:
 
 
 def labels(settings: Settings) -> Iterator[Conflict]:
-    """Impressions and their outcomes are different actions, and there are both or neither."""
+    """Impressions and their outcomes are different actions, and both or neither are set."""
     section, names = settings.labels, ("labels.impressions", "labels.outcomes")
     for name in names:
         if unknown := [one for one in settings.value(name) if one not in settings.events.actions]:
@@ -205,7 +187,7 @@ def labels(settings: Settings) -> Iterator[Conflict]:
 
 
 def windows(settings: Settings) -> Iterator[Conflict]:
-    """Windows and half-lives ascend, for their place is part of a feature's meaning."""
+    """Windows and half-lives ascend, because their position is part of a feature's meaning."""
     for name in ("features.windows_s", "features.half_lives_s"):
         values = settings.value(name)
         if not values or list(values) != sorted(set(values)):
@@ -215,7 +197,7 @@ def windows(settings: Settings) -> Iterator[Conflict]:
 
 
 def parts(settings: Settings) -> Iterator[Conflict]:
-    """A tower has layers, and functions are named so that they can be found."""
+    """A tower has layers, and functions are named so that they can be imported."""
     if not settings.model.hidden:
         yield Conflict(("model.hidden",), "model.hidden must name at least one layer")
     for one in settings.model.options:
@@ -240,7 +222,7 @@ def parts(settings: Settings) -> Iterator[Conflict]:
 
 
 def topics(settings: Settings) -> Iterator[Conflict]:
-    """Topics have names that Kafka takes, and no two the same."""
+    """Topics have names that Kafka accepts, and no two have the same name."""
     of_kafka = ("clicks", "dead_letters", "microbatches", "exposures")
     names = (*(f"kafka.{what}_topic" for what in of_kafka), "segments.topic")
     owners: dict[str, str] = {}
@@ -261,7 +243,7 @@ def topics(settings: Settings) -> Iterator[Conflict]:
 
 
 def attributes(settings: Settings) -> Iterator[Conflict]:
-    """Attributes are written rightly, have a name each, and come out of topics of their own."""
+    """Attributes are well formed, have distinct names, and come from topics of their own."""
     taken = {settings.value(f"kafka.{name}_topic") for name in ("clicks", "dead_letters", "microbatches")}
     taken.add(settings.segments.topic)
     known: list[str] = []
@@ -298,7 +280,7 @@ def attributes(settings: Settings) -> Iterator[Conflict]:
 
 
 def brokers(settings: Settings) -> Iterator[Conflict]:
-    """Brokers have a host and a port; credentials and certificates are used, and there."""
+    """Brokers have a host and a port; credentials and certificates exist and are used."""
     kafka = settings.kafka
     for server in kafka.bootstrap_servers.split(","):
         written = SERVER.fullmatch(server.strip())
@@ -337,7 +319,7 @@ def brokers(settings: Settings) -> Iterator[Conflict]:
 
 
 def replicas(settings: Settings) -> Iterator[Conflict]:
-    """No more replicas must be in step than there are."""
+    """The required in-sync replicas do not exceed the replicas."""
     kafka = settings.kafka
     if kafka.replication and kafka.min_insync_replicas > kafka.replication:
         yield Conflict(
@@ -348,7 +330,7 @@ def replicas(settings: Settings) -> Iterator[Conflict]:
 
 
 def certificates(settings: Settings) -> Iterator[Conflict]:
-    """A certificate of the answers has its key, and both are there."""
+    """The certificate of serving has its key, and both files exist."""
     for name, other in (("serving.tls_cert", "serving.tls_key"), ("serving.tls_key", "serving.tls_cert")):
         path = settings.value(name)
         if path and not settings.value(other):
@@ -358,7 +340,7 @@ def certificates(settings: Settings) -> Iterator[Conflict]:
 
 
 def _unused(settings: Settings, names: Sequence[str], wanted: str) -> Iterator[Conflict]:
-    """What would silently not be used: the operator believes in a safety that is not there."""
+    """Security settings that would have no effect, although the operator relies on them."""
     for name in names:
         if settings.value(name):
             yield Conflict(
@@ -369,7 +351,7 @@ def _unused(settings: Settings, names: Sequence[str], wanted: str) -> Iterator[C
 
 
 def repeated(values: Sequence[str]) -> str | None:
-    """The first value that came before; None where all differ.
+    """The first value that is repeated; None if all differ.
 
     >>> repeated(["view", "cart", "view"]), repeated(["view"])
     ('view', None)
@@ -378,9 +360,6 @@ def repeated(values: Sequence[str]) -> str | None:
 
 
 RULES: tuple[Rule, ...] = (actions, fields, labels, windows, parts, topics, attributes, brokers, replicas, certificates, privacy, retrain)  # fmt: skip
-
-
-FILE = "springtide.toml"
 
 
 def load(
@@ -423,11 +402,11 @@ def load(
         for section, kind in SECTIONS.items()
     }
     if "kafka.bootstrap_servers" not in origins:
-        # Without a cluster of the user's, every part looks for the local Kafka where kafka.port puts it.
+        # Without a configured cluster, every process connects to the local Kafka at kafka.port.
         local = f"127.0.0.1:{parts['kafka'].port}"
         parts["kafka"] = replace(parts["kafka"], bootstrap_servers=local)
     if "events.action_weights" not in origins:
-        # Where nobody gives weights each action weighs as much as any other.
+        # Without weights all actions have the same weight.
         parts["events"] = replace(parts["events"], action_weights=(1.0,) * len(parts["events"].actions))
     settings = Settings(**parts, origins=origins)
     check_together(settings)

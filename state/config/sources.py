@@ -1,12 +1,11 @@
-"""Reads single settings from a TOML file, from variables and from flags, and checks each value.
+"""Reads single settings from a TOML file, from environment variables and from flags, and checks each value.
 
-Every reader yields (dotted name, value, origin); `state.config.settings` puts them
-together. Unknown names and impossible values are refused here, with their
-origin and the nearest known name.
+Every reader yields (dotted name, value, origin); `state.config.settings` puts them together. Unknown names and
+impossible values are refused here, with their origin and the nearest known name.
 
-Settings of earlier releases: what they are called now, and which ones decide nothing any more.
-
-Settings that are lists of `name=value`, whose elements may stand in the file as keys of their section: `name = "value"`.
+Settings of earlier releases are handled here too: `RENAMED` maps them to their present names, and `GONE` lists those
+that no longer have an effect. A setting that is a list of `name=value` may also be written in the file as keys of its
+section: `name = "value"` (`NAMED`).
 """
 
 from __future__ import annotations
@@ -26,24 +25,42 @@ from typing import Any
 from state.config.sections import SECTIONS, KnownSetting
 from state.errors import SettingsError, reason_of
 
+PREFIX = "SPRINGTIDE_"
+MASK = "********"
+NO_SETTINGS = ("SPRINGTIDE_CONFIG", "SPRINGTIDE_KILL_AT")
+SHORT_FLAGS = {"bootstrap-servers": "kafka.bootstrap_servers", "state": "paths.state"}
+
 NAMED = {"segments": "expressions"}
-"""Section -> the setting that takes them."""
+"""Section -> the list setting that collects the section's other keys."""
+
+RENAMED = {"features.labels": "features.recent_categories"}
+"""Former name -> present name."""
+
+SHARDS = {"stream.shard": "0", "stream.shards": "1"}
+"""Former settings that shared the partitions among several streams, and their values for a single stream."""
+
+_CUT = "a store that was open in a power cut is made anew"
+_ONE = "one stream reads all partitions"
+GONE = {"stream.sync_s": _CUT, "serving.sync_s": _CUT, **dict.fromkeys(SHARDS, _ONE)}
+"""Settings that no longer have an effect, and why."""
+
+_logger = logging.getLogger(__name__)
 
 
 def listed(section: str, table: Mapping[str, Any], path: Path, lines: Mapping[str, int]) -> Mapping[str, Any]:
-    """A section of the file with such keys in the list that they belong to.
+    """A section of the file whose unknown keys are moved into the section's list of `name=value`.
 
     >>> listed("segments", {"busy": "events.visible > 20"}, Path(), {})
     {'expressions': ['busy=events.visible > 20']}
 
     Args:
         section: Its name.
-        table: What the file says below it.
+        table: Its keys and values in the file.
         path: The file.
         lines: The line of each key.
 
     Raises:
-        SettingsError: Such a key is no text.
+        SettingsError: The value of such a key is not a string.
     """
     if section not in NAMED:
         return table
@@ -63,25 +80,11 @@ def listed(section: str, table: Mapping[str, Any], path: Path, lines: Mapping[st
     return {**others, NAMED[section]: [*(given if isinstance(given, list) else [given]), *more]}
 
 
-RENAMED = {"features.labels": "features.recent_categories"}
-"""What was called otherwise, and its name."""
-
-SHARDS = {"stream.shard": "0", "stream.shards": "1"}
-"""By which several streams could share the partitions, and their values where one read all."""
-
-_CUT = "a store that was open in a power cut is made anew"
-_ONE = "one stream reads all partitions"
-GONE = {"stream.sync_s": _CUT, "serving.sync_s": _CUT, **dict.fromkeys(SHARDS, _ONE)}
-"""What decides nothing any more, and why."""
-
-_logger = logging.getLogger(__name__)
-
-
 def is_gone(name: str, value: Any, origin: str) -> bool:
-    """Whether nothing asks for a setting any more, which is said; its value is passed over.
+    """Whether a setting no longer has an effect; if so, a warning is logged and its value is ignored.
 
     Raises:
-        SettingsError: It asks for what there is no more.
+        SettingsError: It asks for a removed feature.
     """
     if name in SHARDS and str(value).strip() != SHARDS[name]:
         raise SettingsError(
@@ -92,12 +95,6 @@ def is_gone(name: str, value: Any, origin: str) -> bool:
     if name in GONE:
         _logger.warning("%s: %s decides nothing any more: %s; leave it out", origin, name, GONE[name])
     return name in GONE
-
-
-PREFIX = "SPRINGTIDE_"
-MASK = "********"
-NO_SETTINGS = ("SPRINGTIDE_CONFIG", "SPRINGTIDE_KILL_AT")
-SHORT_FLAGS = {"bootstrap-servers": "kafka.bootstrap_servers", "state": "paths.state"}
 
 
 def variable(name: str) -> str:
@@ -218,7 +215,7 @@ def from_flags(argv: Sequence[str], known: Mapping[str, KnownSetting]) -> Iterat
 
 
 def split_settings(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Splits a line into flags of settings and the rest.
+    """Splits a command line into flags of settings and the rest.
 
     >>> split_settings(["pin", "--paths.state", "here", "7", "--reason", "odd"])
     (['--paths.state', 'here'], ['pin', '7', '--reason', 'odd'])
@@ -247,7 +244,7 @@ def _known_name(name: str, known: Mapping[str, KnownSetting], origin: str, prefi
 
 
 def nearest_setting(name: str, known: Mapping[str, object]) -> str:
-    """The setting that `name` was meant to be: the same key in another section before a like one.
+    """The setting that `name` was meant to be: the same key in another section before a similar one.
 
     >>> known = {"kafka.port": 1, "trainer.publish_s": 2, "stream.poll_ms": 3}
     >>> [nearest_setting(name, known) for name in ("stream.publish_s", "stream.pol_ms", "port")]
@@ -261,13 +258,13 @@ def nearest_setting(name: str, known: Mapping[str, object]) -> str:
 
 
 def _nearest_key(key: str, known: Mapping[str, object]) -> str:
-    """The setting whose key, without its section, is most like `key`."""
+    """The setting whose key, without its section, is most similar to `key`."""
     near = nearest(key, {one.partition(".")[2]: 1 for one in known})
     return next(one for one in known if one.partition(".")[2] == near)
 
 
 def nearest(name: str, candidates: Mapping[str, object]) -> str:
-    """The candidate most like `name`.
+    """The candidate most similar to `name`.
 
     >>> nearest("kafka.prot", {"kafka.port": 1, "kafka.group": 2})
     'kafka.port'

@@ -1,15 +1,10 @@
-"""A log in memory, of one process: it behaves as Kafka does, without a broker.
+"""A log in the memory of one process that behaves as Kafka does, without a broker.
 
-For tests and for trying things out: partitions, positions, transactions whose
-markers take positions, writers that fence one another, retention, compaction,
-and a log that is away for a while. `tests/conformance/test_logs.py` holds it
-and Kafka to the same promises.
+It is for tests and experiments. It has partitions, positions, transactions whose markers occupy positions, writer
+fencing, retention, compaction, and a log that is unreachable for a while. `tests/conformance/test_logs.py` checks it
+and Kafka against the same contract.
 
-A reader and a writer of a log in memory; each keeps the promises of `state.log.contract`.
-
-Part of `state.log`; `state.log.memory.MemoryLog` makes them.
-
-The topics of a log in memory. Part of `state.log`; `state.log.memory.MemoryLog` makes them.
+`MemoryLog` creates the topics, readers and writers; readers and writers keep the promises of `state.log.contract`.
 """
 
 from __future__ import annotations
@@ -34,7 +29,7 @@ from state.process.wall_clock import wall_ms
 
 
 class MemoryTopics(LogTopics):
-    """What topics a log in memory has."""
+    """The topics of a log in memory."""
 
     def __init__(self, state: MemoryState) -> None:
         self._state = state
@@ -43,7 +38,7 @@ class MemoryTopics(LogTopics):
     def ensure(
         self, name: str, partitions: int, config: Mapping[str, str] | None = None, replication: int = 0
     ) -> TopicInfo:
-        """Makes the topic if there is none; an existing one stays as it is."""
+        """Creates the topic if it does not exist; an existing one stays as it is."""
         with self._state.changed:
             self._state.require(f"create topic {name}")
             if name not in self._state.topics:
@@ -162,7 +157,7 @@ class MemoryReader(LogReader):
     def poll(
         self, timeout_s: float, max_records: int = 10_000, shares: Mapping[int, int] | None = None
     ) -> list[PartitionBatch]:
-        """Waits until something new is there, at most `timeout_s`."""
+        """Waits until new records arrive, at most `timeout_s`."""
         wanted = dict.fromkeys(self._positions, max_records) if shares is None else shares
         with self._state.changed:
             if not self._state.changed.wait_for(lambda: self._has_news(wanted), timeout_s):
@@ -179,7 +174,7 @@ class MemoryReader(LogReader):
             return found
 
     def seek(self, partition: int, offset: int) -> None:
-        """The next poll of this partition begins at `offset`; who wrote what is passed over is not known then."""
+        """The next poll of this partition begins at `offset`; the leader epoch before it is then unknown."""
         self._leaders[partition] = self._leaders.get(partition, ()) if offset <= self._positions[partition] else ()
         self._positions[partition] = offset
 
@@ -192,23 +187,23 @@ class MemoryReader(LogReader):
         return epoch_before(self._leaders.get(partition, ()), offset)
 
     def unread(self, partition: int) -> int:
-        """How many positions lie between ours and the end of a partition."""
+        """How many positions are between this reader's and the end of a partition."""
         with self._state.changed:
             topic = self._state.topics.get(self.topic)
             return max(0, topic.partitions[partition].end - self._positions[partition]) if topic else 1
 
     def lag(self) -> dict[int, int]:
-        """Per partition how many positions lie between ours and the log's end."""
+        """Per partition how many positions are between this reader's and the log's end."""
         with self._state.changed:
             found = self._state.topic(self.topic, f"read ends of {self.topic}").partitions
             return {number: max(0, found[number].end - ours) for number, ours in self._positions.items()}
 
     def reachable(self) -> bool:
-        """Whether the log is there."""
+        """Whether the log is reachable."""
         return not self._state.away
 
     def refresh(self) -> list[int]:
-        """Takes up partitions that the topic got meanwhile, from their beginning; returns them."""
+        """Adds partitions that the topic got meanwhile, from their beginning; returns them."""
         with self._state.changed:
             known = range(len(self._require_same().partitions)) if self._all else ()
             added = [number for number in known if number not in self._positions]
@@ -229,7 +224,7 @@ class MemoryReader(LogReader):
         self.close()
 
     def _has_news(self, wanted: Mapping[int, int]) -> bool:
-        """Whether a poll has something to say, if only that the topic is another one."""
+        """Whether a poll has something to report, for example that the topic was recreated."""
         if self._state.away:
             return False
         now = self._state.topics.get(self.topic)
@@ -277,7 +272,7 @@ class MemoryReader(LogReader):
 
 
 class MemoryWriter(LogWriter):
-    """Sends records to a log in memory; they are there once `flush` or the transaction's end returns."""
+    """Sends records to a log in memory; they are in it once `flush` or the transaction's end returns."""
 
     def __init__(self, state: MemoryState, transactional_id: str | None = None) -> None:
         self._state, self._id = state, transactional_id
@@ -304,7 +299,7 @@ class MemoryWriter(LogWriter):
                 self._require_ours(doing)
                 if self._transaction is None:
                     raise LogError(f"cannot {doing}: a writer with a transactional id writes in transactions only")
-            # As with Kafka, a log that is away is noticed when the record is to be acknowledged.
+            # As with Kafka, an unreachable log is noticed when the record is to be acknowledged.
             if not self._state.away:
                 known = len(self._state.topic(topic, doing).partitions)
                 if partition is None:
@@ -329,7 +324,7 @@ class MemoryWriter(LogWriter):
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """What is sent inside becomes visible together when the block ends, or not at all."""
+        """Records sent inside become visible together when the block ends, or not at all."""
         if self._id is None:
             raise LogError("cannot begin a transaction: this writer has no transactional id")
         with self._state.changed:
@@ -343,7 +338,7 @@ class MemoryWriter(LogWriter):
                 self._require_ours("commit a transaction")
                 self._state.end(self._id, committed=True)
         except UnreachableBroker:
-            # Nobody would hear the abort; whoever takes the id next ends the transaction.
+            # The abort would reach nothing; the next writer with this id ends the transaction.
             raise
         except BaseException:
             self._pending = []
@@ -355,7 +350,7 @@ class MemoryWriter(LogWriter):
             self._transaction = None
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Writes what was sent, if the log is there."""
+        """Writes the sent records, if the log is reachable."""
         if self._pending and not self._state.away and self._transaction is None:
             self.flush()
         self._pending = []
@@ -387,8 +382,8 @@ class MemoryLog(Log):
 
     Args:
         settings: The section `[kafka]`: its group is shown to lag tools.
-        clock_ms: Wall clock: timestamps of records, and what retention goes by.
-        ids: Gives each topic made its id, 32 hexadecimal digits.
+        clock_ms: Wall clock, for timestamps of records and for retention.
+        ids: Returns the id of each new topic, 32 hexadecimal digits.
     """
 
     def __init__(
@@ -400,7 +395,7 @@ class MemoryLog(Log):
         self._state = MemoryState(settings or Kafka(), clock_ms, ids)
 
     def topics(self) -> MemoryTopics:
-        """What topics there are."""
+        """The topics."""
         return MemoryTopics(self._state)
 
     def reader(
@@ -416,7 +411,7 @@ class MemoryLog(Log):
         return MemoryReader(self._state, topic, partitions, positions, committed_only, from_end, leaders)
 
     def writer(self, transactional_id: str | None = None) -> MemoryWriter:
-        """Sends records; with a transactional id also ends what a predecessor left open."""
+        """Sends records; with a transactional id also ends a transaction that a predecessor left open."""
         return MemoryWriter(self._state, transactional_id)
 
     def records(self, topic: str) -> list[MemoryRecord]:
@@ -432,7 +427,7 @@ class MemoryLog(Log):
             ]
 
     def cut_back(self, topic: str, positions: Mapping[int, int]) -> None:
-        """Loses what lies from a position on, per partition, as an unclean election does; it grows again under another leader.
+        """Loses all records from a position on, per partition, as an unclean election does. Another leader then appends.
 
         Raises:
             UnknownTopic: There is no such topic.
@@ -444,18 +439,18 @@ class MemoryLog(Log):
             self._state.changed.notify_all()
 
     def go_away(self) -> None:
-        """Until `come_back` nobody answers: a poll finds nothing, everything else raises UnreachableBroker."""
+        """Makes the log unreachable until `come_back`: a poll finds nothing, everything else raises UnreachableBroker."""
         with self._state.changed:
             self._state.away = True
 
     def come_back(self) -> None:
-        """Answers again; what was written before is still there."""
+        """Makes the log reachable again, with everything written before."""
         with self._state.changed:
             self._state.away = False
             self._state.changed.notify_all()
 
     def clean(self) -> None:
-        """Does what Kafka does now and then: compacts, and deletes what is older than `retention.ms`."""
+        """Does Kafka's periodic cleaning: compacts, and deletes records that are older than `retention.ms`."""
         with self._state.changed:
             for topic in self._state.topics.values():
                 keep_ms = int(topic.config.get("retention.ms", -1))

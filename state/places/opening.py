@@ -1,8 +1,8 @@
-"""Opens the place for files that a word names.
+"""Opens a location for files by its name: a directory, an object store, or a URL that fsspec knows.
 
-A file system of another machine as a place for files, as fsspec reaches it: what it says is written is taken for durable.
-
-A directory as a place for files: temporary file, fsync, rename or link, fsync of the directory.
+`DirectoryPlace` is a directory. Each write uses a temporary file, fsync, a rename or link, and an fsync of the
+directory. `UrlPlace` is a file system of another machine, accessed through fsspec. What fsspec reports as written
+is taken as durable.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from state.places.place import FilePlace, reached, usable, without_password
 _TEMPORARY = "~"
 _numbers = itertools.count()
 
+STORES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
+"""Protocols of object stores."""
+
 
 class DirectoryPlace:
-    """A directory, made at the first write. See `FilePlace`."""
+    """A directory, created at the first write. See `FilePlace`."""
 
     def __init__(self, path: Path) -> None:
         self.told = str(path)
@@ -67,7 +70,7 @@ class DirectoryPlace:
 
     @contextmanager
     def _written(self, name: str, data: bytes) -> Iterator[tuple[Path, Path]]:
-        """A synced temporary file beside the final one; what the block made of it is durable, the rest is gone."""
+        """Yields a synced temporary file and the final path; then removes the former and syncs the directory."""
         final = self._path / name
         own = f"{os.getpid()}-{threading.get_ident()}-{next(_numbers)}"
         temporary = final.with_name(f"{final.name}{_TEMPORARY}{own}")
@@ -88,10 +91,10 @@ def _raised(error: OSError) -> None:
 
 
 class UrlPlace:
-    """A place that fsspec reaches, such as `sftp://host/folder`. See `FilePlace`.
+    """A location that fsspec reaches, such as `sftp://host/folder`. See `FilePlace`.
 
     Raises:
-        UnusablePlace: What its protocol needs is not installed, or it cannot be reached.
+        UnusablePlace: The library for its protocol is not installed, or it cannot be reached.
     """
 
     def __init__(self, url: str) -> None:
@@ -154,23 +157,19 @@ class UrlPlace:
         return path
 
 
-STORES = ("s3", "s3a", "gs", "az", "abfs", "abfss")
-"""Protocols of object stores."""
-
-
 def open_place(text: str) -> FilePlace:
-    """The place that a word of the command line or a setting names: a directory, an object store, or a URL that fsspec knows.
+    """The location that an argument or a setting names: a directory, an object store, or a URL that fsspec knows.
 
     >>> open_place("/mnt/backups").told, open_place("file:///mnt/backups").told
     ('/mnt/backups', '/mnt/backups')
 
     Raises:
-        UnusablePlace: It cannot be reached, or nothing that reaches it is installed.
+        UnusablePlace: It cannot be reached, or the library for its protocol is not installed.
     """
     if "://" not in text or text.startswith("file://"):
         return DirectoryPlace(Path(text.removeprefix("file://")))
     if text.partition("://")[0] in STORES:
-        # Whoever has none needs neither its client nor that of AWS.
+        # Only deployments with an object store need its client and that of AWS.
         from state.places.store import StorePlace
 
         return StorePlace(text)

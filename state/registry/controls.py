@@ -1,9 +1,8 @@
-"""The control generations in a registry: read, and taken on by one file that only one can create.
+"""Reads and appends the control generations of a registry; each one is a file that only one process can create.
 
-The files of users that control names, by digest: those of masks, and erasures, each of which names the one before.
-
-Where the registry is shared they lie in its place before a generation names
-them, and are brought from there when one does.
+`UsersFiles` keeps the files of users that control refers to by digest: masks, and erasures, each of which names its
+predecessor. In a shared registry they are uploaded before a generation refers to them. Other hosts fetch them when
+a generation does.
 """
 
 from __future__ import annotations
@@ -25,6 +24,11 @@ from state.registry import control_codec, sealed
 from state.registry.control import Control
 from state.registry.directory import Directory, file_bytes, sharing, usable
 
+_TRIES = 8
+NEWEST = "newest"  # the file next to the generations that records the newest one
+MOST_BYTES = 100_000
+"""Limit of a generation's file: every process reads it when it changes, and all of them are kept."""
+
 
 class UsersFiles(Directory):
     """The users' files of one registry directory. One object per thread."""
@@ -35,11 +39,11 @@ class UsersFiles(Directory):
         self._erased: dict[str, Erased] = {"": Erased.NOBODY}
 
     def keep_users_of(self, control: Control) -> None:
-        """Writes the users of its masks and its erasures, each to a file of their own, durably; those known stay.
+        """Writes the users of its masks and its erasures, each to a separate file, durably; existing files stay.
 
         Raises:
             OSError: The disk refused.
-            UnusableRegistry: The place where the registry is shared did.
+            UnusableRegistry: The shared store refused.
         """
         for entry in (*control.masks, *control.lifted):
             self._keep_users(entry.users)
@@ -75,7 +79,7 @@ class UsersFiles(Directory):
         return self._users[digest]
 
     def erasures(self, digest: str) -> Erased:
-        """The erasures that the file of this SHA-256 ends, each read once; control generations share them.
+        """The chain of erasures up to the file of this SHA-256, each read once; control generations share them.
 
         Raises:
             ValueError: A file is missing or damaged.
@@ -106,12 +110,6 @@ class UsersFiles(Directory):
         return self.path / layout.MASKS / f"{digest}.erased"
 
 
-_TRIES = 8
-NEWEST = "newest"  # the file beside the generations that notes the newest one
-MOST_BYTES = 100_000
-"""Of a generation's file: every part reads it when it changes, and all of them are kept."""
-
-
 class Controls(UsersFiles):
     """The generations of one registry directory. One object per thread."""
 
@@ -120,7 +118,7 @@ class Controls(UsersFiles):
         self._control: Control | None = None
 
     def control(self) -> Control | None:
-        """The newest control generation; None before the first. Costs one look at a file name: poll it.
+        """The newest control generation; None before the first. It is cheap to poll: it checks one file name.
 
         Raises:
             CorruptVersion: The file fails its digest.
@@ -137,7 +135,7 @@ class Controls(UsersFiles):
         """The generations in order: the audit log.
 
         Args:
-            last: How many of the newest; None for all, of which a system that is years old has many.
+            last: How many of the newest; None for all, which can be many in an old system.
 
         Raises:
             CorruptVersion: A file fails its digest.
@@ -146,7 +144,7 @@ class Controls(UsersFiles):
         return [self._read_control(number) for number in (numbers if last is None else numbers[-last:])]
 
     def beginning_of(self, epoch: int) -> Control | None:
-        """The generation that began `epoch`; None where there is no such epoch.
+        """The generation that began `epoch`; None if there is no such epoch.
 
         Raises:
             CorruptVersion: A file fails its digest.
@@ -188,16 +186,17 @@ class Controls(UsersFiles):
 
         1. The users of its masks and its erasures, each in a file of their own.
         2. The generation, in a temporary file.
-        3. Where the registry is shared, its file there, which only one can create: from there on it counts.
-        4. A hard link by its number, which only one can make: from here on it counts at the latest.
+        3. If the registry is shared, its file in the shared store, which only one process can create. It counts from then
+           on.
+        4. A hard link by its number, which only one process can make. It counts from here on at the latest.
         5. The directory is synced.
 
-        A crash before 3 leaves control as it was; one after it makes it count here once it is brought. Proposing the newest
-        generation again, as after a crash, changes nothing.
+        A crash before 3 leaves control as it was. After a later crash it counts here once it is fetched. Proposing the
+        newest generation again, as after a crash, changes nothing.
 
         Raises:
             ControlConflict: Its generation exists and differs, or does not follow the newest one.
-            UnfitMask: It would not fit in its file.
+            UnfitMask: It does not fit in its file.
             UnusableRegistry: The disk refused; nothing was changed.
         """
         with usable(f"take control generation {control.generation}"):
@@ -247,11 +246,11 @@ class Controls(UsersFiles):
         return control
 
     def _create_shared(self, generation: int, data: bytes) -> None:
-        """Creates the file of a generation where the registry is shared; nothing where it is shared with nobody.
+        """Creates the file of a generation in the shared store; does nothing if the registry is not shared.
 
         Raises:
-            FileExistsError: Somebody else created it; theirs is here.
-            UnusableRegistry: The place cannot be reached.
+            FileExistsError: Another process created it; that file is now here.
+            UnusableRegistry: The shared store cannot be reached.
         """
         if (place := self.shared) is None:
             return
@@ -259,18 +258,18 @@ class Controls(UsersFiles):
         with sharing():
             if place.create(name, data):
                 return
-            # An answer that was lost on the way leaves our own there.
+            # If the reply was lost, the file there is our own.
             theirs = place.read(name)
         if theirs != data:
             self.receive(generation, theirs)
             raise FileExistsError(name)
 
     def receive(self, generation: int, data: bytes) -> None:
-        """Takes up a generation that was created where the registry is shared, durably; the users that it names first.
+        """Stores a generation from the shared store here, durably; the files of its users first.
 
         Raises:
             CorruptVersion: It fails its digest, or a file of users is missing there.
-            UnusableRegistry: The disk refused, or the place cannot be reached.
+            UnusableRegistry: The disk refused, or the shared store cannot be reached.
         """
         final = self._control_path(generation)
         self._decoded(final, data)
@@ -300,14 +299,14 @@ class Controls(UsersFiles):
             ) from error
 
     def _note(self, generation: int) -> None:
-        """Notes which generation is the newest, so that nobody has to list all; a note that is lost or late harms nothing."""
+        """Records which generation is the newest, to avoid listing all; a lost or late record does no harm."""
         temporary = self.temporary(f"newest-{os.urandom(4).hex()}")
         with suppress(OSError):
             temporary.write_text(str(generation))
             temporary.replace(self.path / layout.CONTROL / NEWEST)
 
     def _noted(self) -> int:
-        """The generation noted, where it is there; 0 where none is. Newer ones may follow it."""
+        """The recorded generation, if it exists, else 0. Newer ones may follow it."""
         try:
             number = int((self.path / layout.CONTROL / NEWEST).read_text())
         except (OSError, ValueError):
@@ -315,13 +314,13 @@ class Controls(UsersFiles):
         return number if self._is_there(number) else 0
 
     def change(self, transition: Callable[[Control], Control]) -> Control:
-        """Takes control on by a pure transition, again from the newest generation when somebody was faster.
+        """Writes the next generation by a pure transition; retries from the newest one if another process was faster.
 
         Returns:
-            The newest generation; the one there was where the transition changes nothing.
+            The newest generation; the existing one if the transition changes nothing.
 
         Raises:
-            ControlConflict: There is no control yet, or others were faster all the time.
+            ControlConflict: There is no control yet, or other processes were faster each time.
         """
         for _ in range(_TRIES):
             control = self.control()
@@ -337,7 +336,7 @@ class Controls(UsersFiles):
         raise conflict
 
     def _generations(self) -> list[int]:
-        # Not by glob, which takes a directory that it may not read for an empty one.
+        # Not by glob, which treats an unreadable directory as an empty one.
         with usable("be listed"):
             names = [path.name for path in (self.path / layout.CONTROL).iterdir()]
         stems = (name.removesuffix(".json") for name in names if name.endswith(".json"))

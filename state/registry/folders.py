@@ -1,6 +1,7 @@
-"""Where the files of each version lie, by how it is kept, and which versions there are.
+"""Locates the directories of each version, by how it is kept, and lists which versions exist.
 
-The versions that a directory holds, by the names of its entries, listed again only when it changed.
+`Numbers` lists the versions of one directory from the names of its entries. It lists them again only when the
+directory changed.
 """
 
 from __future__ import annotations
@@ -14,15 +15,22 @@ from state.errors import CorruptVersion
 from state.registry.directory import Directory, usable
 from state.registry.manifest import Kind, Manifest
 
-# A directory that changes again within one tick of the file system's clock keeps its time.
+# A directory that changes again within one tick of the file system's clock keeps its modification time.
 _TICK_NS = 100_000_000
+
+_FOLDERS: dict[Kind, str] = {
+    "delta": layout.VERSIONS,
+    "merged": layout.MERGED,
+    "base": layout.BASES,
+    "recent": layout.RECENT,
+}
 
 
 class Numbers:
     """The versions in one directory, whose entries are named by number, or by number and parent: `<number>-<parent>`.
 
     Args:
-        path: The directory; one that is missing holds nothing.
+        path: The directory; a missing one counts as empty.
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,12 +52,12 @@ class Numbers:
         return version in self._among
 
     def oldest_parent(self, version: int) -> int | None:
-        """Of the entries of a version the lowest parent that one is named by; None where none is."""
+        """The lowest parent in the names of a version's entries; None if no name has one."""
         self._refresh()
         return self._oldest_parents.get(version)
 
     def last(self) -> int:
-        """The highest number ever seen here, those set aside included."""
+        """The highest number ever seen here, including damaged versions that were set aside."""
         self._refresh()
         return self._last
 
@@ -77,16 +85,8 @@ class Numbers:
         self._changed_ns = changed_ns if time.time_ns() - changed_ns > _TICK_NS else -1
 
 
-_FOLDERS: dict[Kind, str] = {
-    "delta": layout.VERSIONS,
-    "merged": layout.MERGED,
-    "base": layout.BASES,
-    "recent": layout.RECENT,
-}
-
-
 def appears(temporary: Path, final: Path) -> bool:
-    """Whether a version that was written under `tmp/` gets its place, by one rename; False where the number is taken."""
+    """Moves a version from `tmp/` to its final path by one rename; returns False if the number is taken."""
     try:
         temporary.rename(final)
     except OSError:
@@ -117,33 +117,33 @@ class Folders(Directory):
         return sorted({*self.deltas(), *self.bases()})
 
     def deltas(self) -> tuple[int, ...]:
-        """The durable versions of which the change since an older one is kept, ascending."""
+        """The durable versions whose delta to an older version is kept, ascending."""
         merged = self._numbers["merged"].good()
         return tuple(sorted({*self._numbers["delta"].good(), *merged})) if merged else self._numbers["delta"].good()
 
     def bases(self) -> tuple[int, ...]:
-        """The versions of which the full state is kept, ascending."""
+        """The versions whose full state is kept, ascending."""
         return self._numbers["base"].good()
 
     def recents(self) -> tuple[int, ...]:
-        """The versions that can be followed and not gone back to, those that are durable too among them, ascending."""
+        """The versions that can be followed but not rolled back to, ascending; some of them are durable too."""
         return self._numbers["recent"].good()
 
     def folder(self, kind: Kind, version: int, parent: int | None = None) -> Path:
-        """Where the files of a version lie that is kept as `kind`; of a merged one its `parent` is part of the name."""
+        """The directory of a version that is kept as `kind`; for a merged one `parent` is part of the name."""
         name = f"{version:012d}-{parent or 0:012d}" if kind == "merged" else f"{version:012d}"
         return self.path / _FOLDERS[kind] / name
 
     def folder_of(self, part: Manifest) -> Path:
-        """Where the files lie that a manifest names."""
+        """The directory of the files that a manifest names."""
         return self.folder(part.kind, part.version, part.parent)
 
     def next_number(self) -> int:
-        """The number that the next version takes: numbers only grow, over all epochs and both lifetimes."""
+        """The number of the next version: numbers only grow, over all epochs and both lifetimes."""
         return 1 + max(numbers.last() for numbers in self._numbers.values())
 
     def _places(self, version: int, kind: Kind | None) -> list[Path]:
-        """Where a version lies, the best place first: a delta that was merged is read in one piece."""
+        """The directories of a version, the best first: a merged delta is read in one piece."""
         places = []
         parent = self._numbers["merged"].oldest_parent(version)
         if kind in (None, "delta", "merged") and parent is not None:
@@ -154,13 +154,13 @@ class Folders(Directory):
         ]
 
     def _delta_folders(self, version: int) -> list[Path]:
-        """All places of a version's delta, that which counts first."""
+        """All directories of a version's delta, the effective one first."""
         first = self._places(version, "delta")
         merged = (self.path / layout.MERGED).glob(f"{version:012d}-*")
         return first + sorted(folder for folder in merged if folder not in first and "." not in folder.name)
 
     def _not_kept(self, version: int) -> tuple[str, str]:
-        """What is said of a version that cannot be gone back to, and what to take in its place."""
+        """The message for a version that cannot be rolled back to, and the version to use instead."""
         if version in self._numbers["recent"]:
             said = f"version {version} can be followed and not gone back to: it is not durable, the log makes it again"
         else:

@@ -1,91 +1,76 @@
-"""Serving's multi-version embedding rows in LMDB: an answer reads exactly one version.
+"""Serving's multi-version store of embedding rows in LMDB: each request reads exactly one version.
 
-    rows      as `state/rows/keys.py` says -> f32[dim]; empty: removed
+    rows      key of `state/rows/keys.py`  -> f32[dim]; empty: removed
     versions  version u64                  -> `Served`, JSON
     dense     version u64                  -> dense tensors, safetensors
     popular   version u64                  -> u64[P] categories
-    changes   version u64                  -> u64[2, k] (table, id) written since the version before it that is here
+    changes   version u64                  -> u64[2, k] (table, id) written since the preceding stored version
     meta      "served", "before", "serial", "floor", "erased", "format", "begun"; note:<name> -> bytes of the owner
 
-A base goes into a lane of its own (there are 32), and deltas follow their
-parent's lane; what another lane holds is never seen, and a lane without
-versions is deleted.
+A base gets a lane of its own, of which there are 32; deltas use their parent's lane. Entries of other lanes are never
+visible, and a lane without versions is deleted. A version whose writing was interrupted is rolled back (`take_back`).
 
-The store is a copy of the registry. After a power cut it is begun anew.
+Old versions are forgotten in one short transaction. Rows that only they needed are deleted afterwards, a few at a
+time. What a forgotten version wrote counts as written by the next retained one. So each retained version knows which
+rows have entries since its predecessor, and only those are checked when it is forgotten too. The list of rows to
+check is in memory. If the process ends first, those rows keep one entry too many until their next check.
 
-What the row store deletes of erased users: every entry of before, in all lanes, whatever version still reads it.
+For erased users every earlier entry is deleted, in all lanes, whatever version still reads it.
 
-What a version writes: its rows as entries of the store, its dense weights, and how the beginning of one is taken back.
-
-Forgets versions of the row store in one short transaction, and deletes row by row what they leave, a little at a time.
-
-What a forgotten version wrote counts as written by the next one that stays.
-So each retained version knows which rows have entries since the one before it,
-and only those are looked at when that one is forgotten too.
-
-What is left to look at is in memory: where the process ends before, the rows
-keep an entry too many until they are looked at the next time.
+The store is a copy of the registry. After a power cut it is rebuilt.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import lmdb
-from numpy.typing import NDArray
-
-from state.disk.compact_store import CompactStore
-from state.errors import StoreError, UnknownVersion
-from state.features.erased import Erased
-from state.process import killpoints
-from state.registry.manifest import Manifest
-from state.rows.keys import LANES, u64
-from state.rows.reader import LastServed, RowReader, required, stored
-from state.rows.served import Served
-from state.rows.sweep import has_rows
-
-if TYPE_CHECKING:
-    from state.ranking.crosses import Crosses
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
-
-import numpy as np
-
-from state.rows.keys import lane_of, stem, version_of
-from state.rows.tables import CODES, OWN, TABLES
-
-if TYPE_CHECKING:
-    # Its kernels load a compiler, which commands do without.
-    from state.ranking.crosses import Crosses
 from bisect import bisect_left
 from collections import deque
-from typing import NamedTuple
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import lmdb
+import numpy as np
+from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from state.churn.weights import PREFIX as CHURN
 from state.churn.weights import STORED
-from state.registry.manifest import Visible
-from state.rows.keys import TOP, row_keys
+from state.disk.compact_store import CompactStore
+from state.errors import StoreError, UnknownVersion
+from state.features.erased import Erased
+from state.process import killpoints
+from state.registry.manifest import Manifest, Visible
+from state.rows.keys import LANES, TOP, lane_of, row_keys, stem, u64, version_of
 from state.rows.lineage import Branch, branches_of
-from state.rows.reader import Databases
-from state.rows.sweep import delete_dead_lanes, sweep_row
-from state.rows.tables import tables_in
+from state.rows.reader import Databases, LastServed, RowReader, required, stored
+from state.rows.served import Served
+from state.rows.sweep import delete_dead_lanes, has_rows, sweep_row
+from state.rows.tables import CODES, OWN, TABLES, tables_in
+
+if TYPE_CHECKING:
+    # Its kernels load a compiler, which commands do without.
+    from state.ranking.crosses import Crosses
 
 ROWS_AT_ONCE = 1000
 ROWS_IN_TRANSACTION = 100
-"""That are looked at: LMDB keeps as many pages as its largest transaction changed, and each row's lie apart."""
+"""Rows checked per transaction. LMDB keeps as many pages as its largest transaction changed, and rows share no pages."""
 ROUNDS = 25
-"""Within so many looks at ROWS_AT_ONCE or more what is left is looked at, so that it stays as much as versions leave in them."""
-LANE_ROWS_AT_ONCE = 20 * ROWS_AT_ONCE  # what is deleted unread costs less
+"""Rounds of at least ROWS_AT_ONCE rows in which all rows left to check are checked, so that they do not pile up."""
+LANE_ROWS_AT_ONCE = 20 * ROWS_AT_ONCE  # rows that are deleted unread cost less
 
+U64 = NDArray[np.uint64]
+Tensors = Mapping[str, NDArray[Any]]
 Changes = NDArray[np.uint64]
 """`[2, k]`: table and id of each row that versions wrote."""
+
+BEGUN = b"begun"
+"""In `meta`: version u64, lane u64, and u64[2, k] (table, id) of a version whose rows are written in several transactions."""
+
+WRITTEN_AT_ONCE = 250
+"""Rows of a version per transaction; as fast as a thousand."""
 
 
 class Forgotten(NamedTuple):
@@ -93,10 +78,10 @@ class Forgotten(NamedTuple):
 
     Attributes:
         versions: How many it forgot.
-        left: By lane the rows to look at now.
-        looked: How many rows of the first leftover it looked at.
-        floors: By lane the version up to which none may come back there.
-        dead: Whether a lane without versions may have rows; None where nobody looked.
+        left: By lane the rows to check now.
+        looked: How many rows of the first leftover it checked.
+        floors: By lane the version up to which none may return there.
+        dead: Whether a lane without versions may have rows; None if that was not checked.
     """
 
     versions: int = 0
@@ -107,7 +92,7 @@ class Forgotten(NamedTuple):
 
 
 class Forgetting:
-    """The writer's memory of what is still to be looked at.
+    """The writer's list of rows that are still to be checked.
 
     Args:
         databases: The store's, by name.
@@ -120,12 +105,12 @@ class Forgetting:
 
     @property
     def left(self) -> bool:
-        """Whether there is something to look at."""
+        """Whether rows are left to check."""
         return bool(self._left) or self._dead
 
     @property
     def rows_left(self) -> int:
-        """How many rows are to be looked at."""
+        """How many rows are left to check."""
         return sum(rows.shape[1] for _, rows in self._left)
 
     def took(self, done: Forgotten) -> None:
@@ -156,7 +141,7 @@ class Forgetting:
         return Forgotten(len(gone), left, dead=True if empty else None)
 
     def retained(self, transaction: lmdb.Transaction) -> dict[int, list[Branch]]:
-        """By lane the lines of descent that its versions are on; empty where nothing is left to look at."""
+        """By lane the branches of its versions; empty if nothing is left to check."""
         lanes = dict[int, dict[int, Visible]]()
         for record in self._records(transaction) if self.left else ():
             lanes.setdefault(record.lane, {})[record.version] = record.visible
@@ -169,7 +154,7 @@ class Forgetting:
         floors: Mapping[str, int],
         at_most: int,
     ) -> Forgotten:
-        """Deletes what nobody reads of the next `at_most` rows; once all were looked at, of lanes without versions."""
+        """Deletes unread entries of the next `at_most` rows; once all are checked, those of lanes without versions."""
         raised = dict(floors)
         if not self._left:
             empty = delete_dead_lanes(transaction, self._databases["rows"], {*retained}, LANE_ROWS_AT_ONCE)
@@ -188,7 +173,7 @@ class Forgetting:
     def _hand_on(
         self, transaction: lmdb.Transaction, gone: Sequence[int], stay: Mapping[int, Visible]
     ) -> list[Changes]:
-        """Adds what forgotten versions of a lane wrote to what the next ones wrote; returns the rows to look at."""
+        """Adds what forgotten versions of a lane wrote to what the next ones wrote; returns the rows to check."""
         changes, found = self._databases["changes"], list[Changes]()
         one_line = len(branches_of(stay)) == 1
 
@@ -196,7 +181,7 @@ class Forgetting:
             return np.frombuffer(required(transaction, version, changes), np.uint64).reshape(2, -1)
 
         for heir, theirs in heirs_of(gone, sorted(stay)).items():
-            # Of what the oldest version of a line reads, only what later ones wrote too is useless now.
+            # Rows that the oldest version of a branch reads are useless only if later versions wrote them too.
             oldest = one_line and heir == min(stay)
             rows = rows_of([*map(wrote, theirs[1:] if oldest else theirs), *([] if heir is None else [wrote(heir)])])
             if heir is not None:
@@ -221,7 +206,7 @@ def rows_of(parts: Sequence[Changes]) -> Changes:
 
 
 def heirs_of(gone: Sequence[int], stay: Sequence[int]) -> dict[int | None, list[int]]:
-    """The forgotten versions by the next one that stays, None where there is none; both ascending.
+    """The forgotten versions by the next retained one, None if there is none; both ascending.
 
     >>> heirs_of([1, 2, 4, 9], [3, 7])
     {3: [1, 2], 7: [4], None: [9]}
@@ -231,10 +216,6 @@ def heirs_of(gone: Sequence[int], stay: Sequence[int]) -> dict[int | None, list[
         place = bisect_left(stay, version)
         found.setdefault(stay[place] if place < len(stay) else None, []).append(version)
     return found
-
-
-BEGUN = b"begun"
-"""In `meta`: version u64, lane u64, and u64[2, k] (table, id) of a version whose rows are written in several transactions."""
 
 
 class Entries(NamedTuple):
@@ -256,8 +237,8 @@ def entries_of(tensors: Mapping[str, NDArray[Any]], lane: int, version: int) -> 
 
     Args:
         tensors: `<table>.ids` `[k]` uint64, `<table>.rows` `[k, dim]` float32, `<table>.removed` `[r]` uint64.
-        lane: Where they go.
-        version: That wrote them.
+        lane: The lane of the entries.
+        version: The version that wrote them.
     """
     pairs, dims = list[tuple[bytes, bytes]](), dict[str, int]()
     changes = [np.empty((2, 0), np.uint64)]
@@ -289,12 +270,12 @@ def pieces(text: bytes, size: int) -> list[bytes]:
 def begin(
     transaction: lmdb.Transaction, databases: Databases, version: int, lane: int, changes: NDArray[np.uint64]
 ) -> None:
-    """Notes that a version's rows are being written, before the first of them is."""
+    """Records that a version's rows are being written, before the first of them is."""
     transaction.put(BEGUN, u64(version) + u64(lane) + changes.tobytes(), db=databases["meta"])
 
 
 def take_back(transaction: lmdb.Transaction, databases: Databases) -> None:
-    """Deletes the rows of a version that was begun and is not here: the process, or the room, ended in between."""
+    """Deletes the rows of a version whose writing was interrupted, by the end of the process or a full disk."""
     begun = stored(transaction, BEGUN, databases["meta"])
     if begun is None:
         return
@@ -313,24 +294,21 @@ def put_dense(
     tensors: Mapping[str, NDArray[Any]],
     parent: int | None,
 ) -> None:
-    """Writes a version's dense weights and popular categories; what it does not have is its parent's.
+    """Writes a version's dense weights and popular categories; those that it does not have are its parent's.
 
-    What it tells of churn stands beside its dense weights.
+    Its churn weights are stored next to its dense weights.
     """
     dense = {name[6:]: np.ascontiguousarray(value) for name, value in tensors.items() if name.startswith("dense.")}
     dense |= {f"{STORED}{name}": value for name, value in tensors.items() if name.startswith(CHURN)}
     popular = tensors.get("popular")
     if parent is not None:
-        # Those of a model that an upgrade left do not stay among the ones that are given.
+        # Weights of a model that an upgrade replaced are not kept.
         dense = dense or load_tensors(required(transaction, parent, databases["dense"]))
         if popular is None:
             popular = np.frombuffer(required(transaction, parent, databases["popular"]), "<u8")
     transaction.put(u64(version), save_tensors(dense), db=databases["dense"])
     listed = np.asarray(() if popular is None else popular, "<u8")
     transaction.put(u64(version), listed.tobytes(), db=databases["popular"])
-
-
-U64 = NDArray[np.uint64]
 
 
 def erase(
@@ -340,16 +318,16 @@ def erase(
     crosses: Crosses,
     version: int | None = None,
 ) -> int:
-    """Deletes what versions that have not taken erasures into account wrote of their users; returns how many entries.
+    """Deletes entries of erased users that versions from before the erasures wrote; returns how many.
 
-    Answers at such a version leave these users' rows out anyway.
+    Serving at such a version leaves these users' rows out anyway.
 
     Args:
         transaction: Of the store.
         databases: The store's, by name.
         erased: The erasures.
         crosses: With the columns of the settings.
-        version: Only what this version wrote; None for all that is here, which is noted.
+        version: Only what this version wrote; None for all stored versions, which is recorded.
     """
     rows, deleted = databases["rows"], 0
     records = [Served.parse(record) for _, record in transaction.cursor(databases["versions"])]
@@ -370,7 +348,7 @@ def erase(
 
 
 def _leave_out(transaction: lmdb.Transaction, changes: lmdb._Database, versions: Iterable[int], ids: U64) -> None:
-    """Takes ids out of the lists of what versions changed: there is no entry to look at any more."""
+    """Removes ids from the lists of what versions changed, because they have no entries any more."""
     for version in versions:
         written = np.frombuffer(transaction.get(u64(version), b"", db=changes), np.uint64).reshape(2, -1)
         theirs = np.isin(written[1], ids)
@@ -379,7 +357,7 @@ def _leave_out(transaction: lmdb.Transaction, changes: lmdb._Database, versions:
 
 
 def user_tables(records: Iterable[Served]) -> set[str]:
-    """The tables that may have rows of users: their own, and a ranker's own, in which no other id is a user's."""
+    """The tables that may have rows of users: the user table, and a ranker's own tables with user ids only."""
     return {"user", *(name for record in records for name in record.dims if name not in TABLES)}
 
 
@@ -399,7 +377,7 @@ def ids_in(transaction: lmdb.Transaction, rows: lmdb._Database, table: str) -> U
 def delete_entries(
     transaction: lmdb.Transaction, rows: lmdb._Database, gone: Mapping[str, U64], first: int, after: int
 ) -> int:
-    """Deletes the entries of ids, by table, that versions from `first` to before `after` wrote; returns how many."""
+    """Deletes the entries of ids, by table, of versions from `first` to before `after`; returns how many."""
     cursor, deleted = transaction.cursor(rows), 0
     for lane in list(_lanes(cursor)):
         for table, ids in gone.items():
@@ -424,16 +402,11 @@ def _lanes(cursor: lmdb.Cursor) -> Iterator[int]:
         found = cursor.set_range(bytes([lane << 3 | OWN]) + b"\xff" * 21)
 
 
-Tensors = Mapping[str, NDArray[Any]]
-WRITTEN_AT_ONCE = 250
-"""Rows of a version in a transaction; as fast as a thousand."""
-
-
 class RowStore(CompactStore):
     """The store; one process writes (one thread of it), any number of processes read.
 
     Args:
-        path: Its directory, made where it is missing.
+        path: Its directory, created if it is missing.
         map_bytes: Upper bound of its size; address space, not memory.
         readonly: Opens an existing store for reading only.
         boot_id: Which start of the machine this is; by default the kernel's.
@@ -468,7 +441,7 @@ class RowStore(CompactStore):
             yield RowReader(transaction, self._databases, self._last)
 
     def accepts(self, manifest: Manifest) -> bool:
-        """Whether `apply` would take this version now: a base, or a delta whose parent's lane still holds all it needs."""
+        """Whether `apply` accepts this version now: a base, or a delta whose parent's lane still holds all it needs."""
         with self._env.begin() as transaction:
             return manifest.kind == "base" or self._parent(manifest, transaction) is not None
 
@@ -482,7 +455,7 @@ class RowStore(CompactStore):
         return parent
 
     def _required_parent(self, manifest: Manifest, transaction: lmdb.Transaction) -> Served | None:
-        """What a delta builds on; None for a base."""
+        """The stored parent of a delta; None for a base."""
         if manifest.kind == "base":
             return None
         parent = self._parent(manifest, transaction)
@@ -500,10 +473,10 @@ class RowStore(CompactStore):
     def apply(
         self, manifest: Manifest, tensors: Tensors, now_ms: int, follow: bool = False, replace: bool = False
     ) -> bool:
-        """Adds one version, at one moment for all readers; with `follow` answers use it from then on.
+        """Adds one version, atomically for all readers; with `follow` serving uses it from then on.
 
-        Rows beyond WRITTEN_AT_ONCE are written before, where nobody sees them: LMDB keeps the memory of as many pages as its
-        largest transaction changed, and nearly each row lies on a page of its own.
+        Rows beyond WRITTEN_AT_ONCE are written before, invisible to readers. LMDB keeps the memory of as many pages as its
+        largest transaction changed, and nearly each row is on a page of its own.
 
         Args:
             manifest: The version; a base sees its own rows only, a delta its parent's too.
@@ -514,12 +487,12 @@ class RowStore(CompactStore):
             replace: Applies it again where it is applied already (a rebuilt lane).
 
         Returns:
-            Whether it was added; False where it was there.
+            Whether it was added; False if it was stored already.
 
         Raises:
-            UnknownVersion: The parent is not here, or what the delta builds on was swept.
-            StoreFull: Disk or map are full; nothing that anybody reads was changed.
-            UnusableDisk: The disk refused; nothing that anybody reads was changed.
+            UnknownVersion: The parent is not stored, or entries that the delta needs were deleted.
+            StoreFull: Disk or map are full; no visible row was changed.
+            UnusableDisk: The disk refused; no visible row was changed.
         """
         with self._write() as transaction:
             take_back(transaction, self._databases)
@@ -539,7 +512,7 @@ class RowStore(CompactStore):
             del entries.pairs[:WRITTEN_AT_ONCE]
             killpoints.reach("rows.begun")
         with self._write() as transaction:
-            # What it wrote in its lane counts as written by the next version there.
+            # Its changes in the former lane count as written by the next version there.
             replaced = self._forgetting.forget(transaction, {manifest.version}) if is_here else Forgotten()
             transaction.cursor(self._rows).putmulti(entries.pairs)
             transaction.delete(BEGUN, db=self._meta)
@@ -577,7 +550,7 @@ class RowStore(CompactStore):
         transaction.put(b"served", u64(version) + u64(record.serial), db=self._meta)
 
     def serve(self, version: int) -> None:
-        """Moves the pointer: from now on answers use `version`.
+        """Moves the pointer: from now on serving uses `version`.
 
         Raises:
             UnknownVersion: It is not applied here.
@@ -600,7 +573,7 @@ class RowStore(CompactStore):
         taken = {Served.parse(record).lane for _, record in transaction.cursor(self._versions)}
         for lane in range(LANES):
             if lane not in taken and not has_rows(transaction, self._rows, lane):
-                # Any version may come here again.
+                # Any version may be added here again.
                 floors = {one: floor for one, floor in self._floors(transaction).items() if one != str(lane)}
                 transaction.put(b"floor", json.dumps(floors).encode(), db=self._meta)
                 return lane
@@ -628,7 +601,7 @@ class RowStore(CompactStore):
         return forgotten
 
     def forget(self, versions: Collection[int]) -> int:
-        """Forgets these versions but for the served one, with their dense weights; `tidy` deletes what they leave.
+        """Forgets these versions except the served one, with their dense weights; `tidy` deletes their leftover rows.
 
         Returns:
             How many there were.
@@ -643,13 +616,13 @@ class RowStore(CompactStore):
         return found.versions
 
     def tidy(self, at_most: int | None = None) -> bool:
-        """Looks at some rows of forgotten versions and deletes what nobody reads; whether there are more to look at.
+        """Checks some rows of forgotten versions and deletes unread entries; returns whether rows are left to check.
 
         Args:
-            at_most: How many rows, so that no version waits long; None for ROWS_AT_ONCE, and more where many are left.
+            at_most: How many rows, so that no version waits long; None for ROWS_AT_ONCE, and more if many are left.
 
         Raises:
-            StoreFull: What was not looked at is left to look at.
+            StoreFull: Unchecked rows are left to check.
         """
         if at_most is None:
             at_most = max(ROWS_AT_ONCE, self._forgetting.rows_left // ROUNDS)
@@ -662,17 +635,17 @@ class RowStore(CompactStore):
                 if done.floors != floors:
                     transaction.put(b"floor", json.dumps(done.floors).encode(), db=self._meta)
             self._forgetting.took(done)
-            # Lanes without versions are looked at once no row is left, by so much a call.
+            # Lanes without versions are cleaned once no row is left, this many rows per call.
             at_most = at_most - done.looked if done.looked else 0
         return self._forgetting.left
 
     def erase(self, erased: Erased, crosses: Crosses, version: int | None = None) -> int:
-        """Deletes what is here of erased users, or what one version wrote; see `state/rows/store.py`. Returns how many entries."""
+        """Deletes entries of erased users, of all versions or of one; see `erase`. Returns how many."""
         with self._write() as transaction:
             return erase(transaction, self._databases, erased, crosses, version)
 
     def erased(self) -> int:
-        """The last erasure of whose users all that was here is deleted."""
+        """The last erasure whose users have no earlier entries here."""
         with self._env.begin() as transaction:
             return int.from_bytes(stored(transaction, b"erased", self._meta) or b"", "big")
 

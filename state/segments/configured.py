@@ -1,6 +1,4 @@
-"""The segments that the settings name, read and checked.
-
-Reads an expression of a segment; what is wrong is said with its column. Pure.
+"""Reads and checks the segments that the settings define.
 
     expression   all { "or" all }
     all          one { "and" one }
@@ -8,9 +6,9 @@ Reads an expression of a segment; what is wrong is said with its column. Pure.
     operand      number | text | NAME | user.NAME | churn | interest[text] | feature[text]
     sign         >= <= == != > <
 
-A descent by hand: the grammar has five rules, its errors name columns and the
-nearest name that there is, and both take no more lines than a library's
-grammar file, tree classes and translation of errors would.
+`parse` is a recursive-descent parser for this grammar; its errors give the column and the nearest known name. It is
+written by hand because the grammar has only five rules. A library's grammar file, tree classes and translation of
+errors would take as many lines.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ from state.segments.expression import COMPARISONS, WORDS, Expression, Junction, 
 
 MOST_CHARACTERS = 2000
 DEEPEST = 50
-"""Parentheses and `not` inside one another."""
+"""Nesting limit of parentheses and `not`."""
 _TOKEN = re.compile(
     r"""\s*(?:(?P<number>-?\d+(?:\.\d+)?(?:[eE][+-]?\d+)?)(?![\w.])
     |(?P<text>'(?:[^']|'')*'|"(?:[^"]|"")*")
@@ -40,14 +38,19 @@ _TOKEN = re.compile(
 )
 _SIGNS = ", ".join(COMPARISONS)
 
+MOST_SEGMENTS = 64
+"""Each is a value of a metric's label, and is evaluated for each user who clicked."""
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+SETTING = "segments.expressions"
+
 
 class Vocabulary(NamedTuple):
-    """What profiles have.
+    """The names that an expression may use.
 
     Attributes:
         features: The names of the features.
         attributes: The names of users' attributes.
-        churn: Whether profiles say how probable it is that the user is gone.
+        churn: Whether profiles have a churn probability.
     """
 
     features: Collection[str]
@@ -56,7 +59,7 @@ class Vocabulary(NamedTuple):
 
 
 class _Token(NamedTuple):
-    """A piece of the text: its kind, itself, and its column, from 1 on."""
+    """A token: its kind, its text, and its column, from 1 on."""
 
     kind: str
     text: str
@@ -64,7 +67,7 @@ class _Token(NamedTuple):
 
 
 def parse(text: str, known: Vocabulary) -> Expression:
-    """The expression in a text.
+    """Parses an expression.
 
     >>> known = Vocabulary(["view.count_7d"], ["age_band"])
     >>> str(parse("view.count_7d>=5 and(not interest['Sport'] < .3)", known))
@@ -74,11 +77,11 @@ def parse(text: str, known: Vocabulary) -> Expression:
     "view.count_7d >= 5.0 and not interest['Sport'] < 0.3"
 
     Args:
-        text: What is written.
-        known: What it may ask for.
+        text: The expression.
+        known: The names that it may use.
 
     Raises:
-        ValueError: It is no expression, or asks for something that there is not; the message begins with the column.
+        ValueError: It is not an expression, or uses an unknown name; the message begins with the column.
     """
     if len(text) > MOST_CHARACTERS:
         raise _wrong(MOST_CHARACTERS + 1, f"an expression has {MOST_CHARACTERS} characters at most")
@@ -102,7 +105,7 @@ def _tokens(text: str) -> Iterator[_Token]:
 
 
 class _Descent:
-    """Goes through the tokens once."""
+    """A recursive-descent parser that reads the tokens once."""
 
     def __init__(self, tokens: list[_Token], known: Vocabulary) -> None:
         self._tokens, self._known, self._at, self._depth = tokens, known, 0, 0
@@ -122,7 +125,7 @@ class _Descent:
         return self._tokens[self._at - 1]
 
     def _took(self, text: str) -> bool:
-        """Whether the next token is this word or mark; it is passed then."""
+        """Whether the next token is this word or mark; if so, it is consumed."""
         found = self._next.text == text and self._next.kind in ("name", "mark")
         self._at += found
         return found
@@ -194,7 +197,7 @@ class _Descent:
         return self._named("feature", token.text, self._known.features, token.column)
 
     def _index(self) -> str:
-        """The text in the brackets behind a word."""
+        """The text in the brackets after a word."""
         if not self._took("["):
             raise self._expected("`[`")
         if self._next.kind != "text":
@@ -229,14 +232,8 @@ def _wrong(column: int, what: str) -> ValueError:
     return ValueError(f"column {column}: {what}")
 
 
-MOST_SEGMENTS = 64
-"""Each is a value of a metric's label, and is asked of each user who clicked."""
-NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
-SETTING = "segments.expressions"
-
-
 class Segment(NamedTuple):
-    """One segment: its name, its expression as the settings write it, and what that says."""
+    """One segment: its name, its expression as written in the settings, and the parsed expression."""
 
     name: str
     text: str
@@ -244,7 +241,7 @@ class Segment(NamedTuple):
 
 
 def texts_of(settings: Settings) -> dict[str, str]:
-    """The expression of each segment by name, as they are written; nothing is checked.
+    """The expression of each segment by name, as written and unchecked.
 
     >>> from state.config.sections import SegmentSettings
     >>> texts_of(Settings(segments=SegmentSettings(expressions=("busy=view.count_1d >= 20",))))
@@ -256,7 +253,7 @@ def texts_of(settings: Settings) -> dict[str, str]:
 
 
 def vocabulary(settings: Settings) -> Vocabulary:
-    """What an expression may ask of a profile of this deployment."""
+    """The names that an expression of this deployment may use."""
     wanted = settings.attributes
     return Vocabulary(
         features=FeatureSpec.from_settings(settings).names,
@@ -266,10 +263,10 @@ def vocabulary(settings: Settings) -> Vocabulary:
 
 
 def segments_of(settings: Settings) -> Mapping[str, Segment]:
-    """The segments by name, in their order; empty where none are wanted.
+    """The segments by name, in their order; empty if none are configured.
 
     Raises:
-        SettingsError: One has no name, a name that another has, or an expression that is none; says the column.
+        SettingsError: A segment has no name, a duplicate name, or an invalid expression; the error has the column.
     """
     written = settings.segments.expressions
     origin = settings.origins.get(SETTING, SETTING)

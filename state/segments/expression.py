@@ -1,11 +1,11 @@
-"""Segment expressions: comparisons of profile values, joined by `and`, `or` and `not`. Pure.
+"""Expressions that decide whether a user is in a segment: comparisons of profile values, joined by `and`, `or`, `not`.
 
     0.3 < interest['Sport']      the probability of a category; 0 if it is not a candidate of the profile
-    view.count_7d >= 5           a feature, by its name; feature['add-to-cart.count_7d'] if that is not a word
+    view.count_7d >= 5           a feature, by its dimension's name; feature['add-to-cart.count_7d'] if that is no word
     user.age_band == '25-34'     an attribute; without a value it equals no text, and `!=` holds
     churn > 0.8                  the probability of no further event; without one no comparison holds
 
-`configured.py` parses them.
+`state/segments/configured.py` parses them.
 """
 
 from __future__ import annotations

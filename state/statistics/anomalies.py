@@ -1,24 +1,20 @@
-"""What is wrong with a window's statistics, as `tfdv.validate_statistics` says it: an `Anomalies` of TensorFlow Metadata. Pure.
+"""Finds anomalies in a window's statistics, as `tfdv.validate_statistics` does: an `Anomalies` of TensorFlow Metadata.
 
-Of what TensorFlow Data Validation checks these are checked here, with its names:
+These checks of TensorFlow Data Validation exist here, under its names:
 
     SCHEMA_MISSING_COLUMN                       a feature has no value in any row
     SCHEMA_NEW_COLUMN                           a feature that the schema does not know
     FEATURE_TYPE_LOW_FRACTION_PRESENT           fewer rows have a value than `presence` asks for
     UNEXPECTED_DATA_TYPE                        a feature is of another type
-    ENUM_TYPE_UNEXPECTED_STRING_VALUES          more than `min_domain_mass` allows lies outside the domain
+    ENUM_TYPE_UNEXPECTED_STRING_VALUES          more than `min_domain_mass` allows is outside the domain
     INT_TYPE_SMALL_INT, INT_TYPE_BIG_INT        a number outside its domain
     FLOAT_TYPE_SMALL_FLOAT, FLOAT_TYPE_BIG_FLOAT
-    COMPARATOR_L_INFTY_HIGH                     a categorical feature moved, see `state/statistics/anomalies.py`
-    COMPARATOR_JENSEN_SHANNON_DIVERGENCE_HIGH   a numeric one did
+    COMPARATOR_L_INFTY_HIGH                     a categorical feature moved, see `l_infinity`
+    COMPARATOR_JENSEN_SHANNON_DIVERGENCE_HIGH   a numeric one did, see `jensen_shannon`
 
-Every distance is in `drift_skew_info`, whether it is beyond its threshold or not:
-skew is from the baseline, drift from the window before.
-
-Distances of two distributions: L-infinity of categorical features, Jensen-Shannon divergence of numeric ones. Pure.
-
-Both as TensorFlow Data Validation has them (`anomalies/metrics.cc` there), so
-that a threshold means the same here and there.
+`drift_skew_info` has every distance, whether it is beyond its threshold or not. Skew is the distance from the
+baseline, drift the distance from the preceding window. Both distances are computed as in TensorFlow Data Validation
+(`anomalies/metrics.cc` there), so a threshold means the same in both.
 """
 
 from __future__ import annotations
@@ -35,13 +31,23 @@ from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics
 
 from state.statistics.protos import by_name, common, frequencies
 
+NAMED_VALUES = 3
+Measurement = DriftSkewInfo.Measurement
+
+_TYPES = {
+    FeatureNameStatistics.INT: schema_pb2.INT,
+    FeatureNameStatistics.FLOAT: schema_pb2.FLOAT,
+    FeatureNameStatistics.STRING: schema_pb2.BYTES,
+    FeatureNameStatistics.BYTES: schema_pb2.BYTES,
+}
+
 
 class Largest(NamedTuple):
     """A distance and the value that makes it.
 
     Attributes:
         distance: From 0 to 1.
-        value: Whose share differs most; empty where nothing was counted.
+        value: The value whose share differs most; empty if nothing was counted.
     """
 
     distance: float
@@ -103,8 +109,7 @@ def aligned(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Two histograms over the bounds of both, as if the values of a bucket were spread over it evenly.
 
-    What was counted here has the same bounds everywhere and is only brought together; a histogram of another origin is
-    parted.
+    Histograms of Springtide have the same bounds everywhere and are only merged; those of another origin are split.
 
     Args:
         one: Counts by bucket, (lower, upper) bound, none of them infinite.
@@ -132,17 +137,6 @@ def aligned(
     return over(one), over(other)
 
 
-NAMED_VALUES = 3
-Measurement = DriftSkewInfo.Measurement
-
-_TYPES = {
-    FeatureNameStatistics.INT: schema_pb2.INT,
-    FeatureNameStatistics.FLOAT: schema_pb2.FLOAT,
-    FeatureNameStatistics.STRING: schema_pb2.BYTES,
-    FeatureNameStatistics.BYTES: schema_pb2.BYTES,
-}
-
-
 class Finding(NamedTuple):
     """One thing that is wrong with a feature.
 
@@ -163,13 +157,13 @@ def validate(
     baseline: DatasetFeatureStatistics | None = None,
     previous: DatasetFeatureStatistics | None = None,
 ) -> Anomalies:
-    """Holds a window against the schema, the baseline and the window before it.
+    """Compares a window with the schema, the baseline and the preceding window.
 
     Args:
         statistics: Of the window.
         schema: With the thresholds.
-        baseline: What `skew_comparator` is about; None where nothing is to be compared with it.
-        previous: What `drift_comparator` is about, likewise.
+        baseline: The statistics that `skew_comparator` compares with; None for no comparison.
+        previous: Those that `drift_comparator` compares with, likewise.
     """
     found = Anomalies(baseline=schema)
     here = by_name(statistics)
@@ -208,7 +202,7 @@ def _note(found: Anomalies, name: str, findings: list[Finding], severity: int = 
 
 
 def _of_feature(feature: Feature, one: FeatureNameStatistics | None) -> Iterator[Finding]:
-    """What the window alone has wrong."""
+    """The anomalies of the window alone."""
     least = feature.presence.min_fraction
     if one is None or not (there := common(one).num_non_missing):
         if least > 0:
@@ -263,7 +257,7 @@ def _outside_bounds(feature: Feature, one: FeatureNameStatistics) -> Iterator[Fi
 def _compared(
     side: str, comparator: FeatureComparator, one: FeatureNameStatistics, before: FeatureNameStatistics | None
 ) -> Iterator[tuple[DriftSkewInfo.Measurement, Finding]]:
-    """The distances that a comparator asks for, and what to say where one is beyond its threshold."""
+    """The distances that a comparator asks for, and the findings for those beyond their thresholds."""
     if before is None or not common(before).num_non_missing:
         return
     what = "the baseline" if side == "skew" else "the window before"

@@ -1,17 +1,14 @@
-"""How a trial compares with the live trainer so far: sums over paired rows, and a confidence sequence of their differences.
+"""Compares a trial with the live trainer: sums over paired rows, and a confidence sequence of their differences.
 
-A difference is the trial's log loss less the live one's, of one row that both
-scored before they learned from it: below 0 the trial was better. The interval
-of the mean holds at all looks at once (`state/statistics/confidence_sequence.py`),
-so that one may look as often as one likes, and stop when one has seen enough.
-All of it is in one document, replaced as a whole: a restart goes on from there.
+A difference is the trial's log loss minus the live one's, for one row that both scored before they learned from it.
+Below 0 the trial was better. The interval of the mean holds at all times at once
+(`state/statistics/confidence_sequence.py`), so it may be checked as often as wanted, and stopped early.
+All of it is in one document, replaced as a whole; a restart continues from there.
 
-Pairs what two trainers said of the same records of the training log, row by row. Pure.
-
-Each side comes in the order of the log, but for what a trainer learns again
-after a crash, and may begin later, lag or stop. A record is paired once, where
-both have it with the same rows; what one side lacks, as rows that one left out
-by a mask that the other did not know yet, is counted and compared with nothing.
+`Pairing` matches the rows that two trainers scored of the same records of the training log. Each side arrives in the
+order of the log, except for what a trainer learns again after a crash. A side may begin later, lag or stop.
+A record is paired once, if both sides have it with the same rows. Rows that one side lacks are counted and not
+compared; for example, a mask removed them that the other side did not have yet.
 """
 
 from __future__ import annotations
@@ -31,6 +28,10 @@ from state.statistics.confidence_sequence import ConfidenceSequence
 from state.trials.row_losses import Blocks, RowLosses
 
 F64 = NDArray[np.float64]
+
+COMPARISON = "comparison.json"
+
+Finding = Literal["better", "worse", "undecided", "the same"]
 
 
 class Pair(NamedTuple):
@@ -53,12 +54,12 @@ class Pairing:
     """The records of two sides that wait for each other.
 
     Args:
-        next: Records before this offset were paired, or passed by, before.
+        next: Records before this offset were paired or skipped before.
 
     Attributes:
         next: Likewise, now.
-        alone: Records that one side had and the other passed by.
-        unlike: Records of which the sides had other rows.
+        alone: Records that one side had and the other skipped.
+        unlike: Records for which the sides had different rows.
 
     >>> def record(offset, *losses):
     ...     return RowLosses(offset, np.zeros(len(losses), np.uint16), np.array(losses))
@@ -74,7 +75,7 @@ class Pairing:
         self._newest = [-1, -1]
 
     def add(self, live: Iterable[RowLosses] = (), trial: Iterable[RowLosses] = ()) -> None:
-        """Takes records of both sides; one that comes again takes the place of itself."""
+        """Takes records of both sides; a repeated record replaces the earlier copy."""
         for place, records in enumerate((live, trial)):
             for one in records:
                 self._newest[place] = max(self._newest[place], one.offset)
@@ -83,9 +84,9 @@ class Pairing:
 
     @property
     def behind(self) -> tuple[bool, bool]:
-        """Whether the live side, and the trial's, is not ahead of the other: who is ahead need not be read on.
+        """Whether to read on for the live side and for the trial's: the side that is ahead waits.
 
-        So what waits here is bounded by what one reading brings.
+        So the waiting records are bounded by one read.
         """
         live, trial = self._newest
         return live <= trial, trial <= live
@@ -103,7 +104,7 @@ class Pairing:
                 self.unlike += 1
         if both:
             self.next = both[-1] + 1
-        # Both sides come in order: what is older than all that the other has was passed by there.
+        # Both sides come in order: records older than all of the other side's were skipped there.
         for side, other in ((live, trial), (trial, live)):
             bound = max(self.next, min(other, default=0))
             passed = [offset for offset in side if offset < bound]
@@ -113,21 +114,16 @@ class Pairing:
         return found
 
 
-COMPARISON = "comparison.json"
-
-Finding = Literal["better", "worse", "undecided", "the same"]
-
-
 class PairedComparison:
     """The comparison of one trial; one thread.
 
     Args:
-        alpha: How often a difference is told where there is none, over all looks together.
+        alpha: Probability that a difference is ever reported if there is none.
         planned_rows: After how many rows the interval is about as narrow as it can be.
 
     Attributes:
-        pairing: Who waits for whom.
-        sequence: Of the differences, in nats a row.
+        pairing: The records that wait for the other side.
+        sequence: Of the differences, in nats per row.
         records: Records that were paired.
         differing: Rows of which the two losses differ in a bit at least.
     """
@@ -148,7 +144,7 @@ class PairedComparison:
             self.sequence.add(differences, one.blocks.astype(np.uint64))
 
     def figures(self) -> dict[str, Any]:
-        """What people and metrics are told; None for what is not known yet."""
+        """The figures for people and metrics; None for those that are not known yet."""
         rows, (low, high) = self.sequence.rows, self.sequence.interval()
         return {
             "rows": rows,
@@ -166,16 +162,16 @@ class PairedComparison:
         }
 
     def document(self) -> dict[str, Any]:
-        """All that a restart goes on from, and `figures`."""
+        """The state from which a restart continues, and `figures`."""
         sums = {"next": self.pairing.next, "live": self._live, "trial": self._trial}
         return {"figures": self.figures(), "sums": sums, "sequence": self.sequence.document()}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> PairedComparison:
-        """What `document` made.
+        """Loads the result of `document`.
 
         Raises:
-            KeyError, TypeError, ValueError: It is none.
+            KeyError, TypeError, ValueError: It is not such a document.
         """
         sequence = ConfidenceSequence.from_json(document["sequence"])
         found, sums, figures = cls(sequence.alpha, sequence.planned_rows), document["sums"], document["figures"]
@@ -187,7 +183,7 @@ class PairedComparison:
 
 
 def verdict(rows: int, differing: int, low: float, high: float) -> Finding:
-    """What can be said of the trial, in words.
+    """The verdict on the trial.
 
     >>> verdict(9, 9, -0.3, -0.1), verdict(9, 9, 0.1, 0.3), verdict(9, 9, -0.1, 0.1), verdict(9, 0, -math.inf, math.inf)
     ('better', 'worse', 'undecided', 'the same')
@@ -201,7 +197,7 @@ def write(folder: Path, comparison: PairedComparison) -> None:
     """Replaces the document of a trial; durable when this returns.
 
     Raises:
-        OSError: The disk refused; the one before is there.
+        OSError: The disk refused; the former document is unchanged.
     """
     durable.replace(folder / COMPARISON, json.dumps(comparison.document()).encode())
 
@@ -224,7 +220,7 @@ def read(folder: Path) -> PairedComparison | None:
 
 
 def figures_in(folder: Path) -> dict[str, Any] | None:
-    """What a trial's document says for people; None where there is none, or it cannot be read."""
+    """The figures in a trial's document; None if there is none, or it cannot be read."""
     try:
         found: dict[str, Any] = json.loads((folder / COMPARISON).read_bytes())["figures"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -1,39 +1,32 @@
-"""Hands the job in to an engine, and stays with it: what the command `springtide stream --runner ...` does.
+"""Submits the distributed job to an engine and follows it: the command `springtide stream --runner ...`.
 
-On Flink the job lives on the cluster. This process says how it goes, and its own
-end ends nothing: a job is stopped by savepoint (`springtide flink down`), or
-cancelled on the cluster. On Prism, which is for tests and for trying things out,
-the job ends with this process.
-
-The distributed job as one sentence, and how it is handed to an engine.
+On Flink the job runs on the cluster. This process reports its progress, and ending this process does not end the job.
+A job is stopped by savepoint (`springtide flink down`), or cancelled on the cluster. On Prism, which is for tests and
+experiments, the job ends with this process.
 
     read ─┬─ (bucket, portion) ─ update bucket ─ write ─── account
           └─ of each source                 └── one stage ──┘   └─ one key
 
-The engine keeps positions, clocks, histories, rows that wait and the account in
-one checkpoint; what is behind a checkpoint is read and made again.
+The engine keeps positions, clocks, histories, waiting rows and the account in one checkpoint. Everything after a
+checkpoint is read and computed again after a failure.
 
-The sink of a distributed job: what the buckets of a bundle made goes into micro-batches, acknowledged before the bundle ends.
+The sink puts the rows that the buckets of a bundle made into micro-batches. They are acknowledged before the bundle
+ends:
 
     process        gathers
-    finish_bundle  1. cuts and encodes   2. writes, acknowledged   3. tells the account
+    finish_bundle  1. cuts and encodes   2. writes, acknowledged   3. reports to the account
 
-An engine that takes a bundle back makes its rows again, perhaps in other
-bundles: readers drop them by their places. Whoever writes a bucket's rows began
-at a checkpoint, before which all of them were acknowledged; so the log has all
-of a bucket's positions up to the newest, whoever else still writes.
+An engine that rolls back a bundle makes its rows again, perhaps in other bundles; readers drop them by their
+positions. Each writer of a bucket's rows started from a checkpoint, before which all of them were acknowledged. So
+the log has all of a bucket's positions up to the newest, even if an older writer is still active.
 
-Shows what is committed: the gauges of the account, the lag, the group's offsets for lag tools, and how far erasures are done.
+`Account` has the fate of each click position, over all buckets. A partition counts as read up to the lowest position
+of any of its buckets. Each offset is counted by the bucket of its user; an offset without a user by the first bucket.
 
-The process that has the account's one key does so, in a thread, once a second:
-where clicks stop coming, what is shown at rest is what is committed. Where the
-key has moved to another process, the group says more than this one knows: it
-leaves the port of the metrics to that one.
-
-What became of each position of the clicks, over all buckets. Pure.
-
-A partition was read up to the least that any of its buckets has; each offset is
-counted by the bucket whose user it is of, or by the first one.
+`Showing` publishes what is committed: the gauges of the account, the lag, the group's offsets for lag tools, and the
+progress of erasures. The process that has the account's one key does so once a second, in a thread. So the committed
+state is shown even when no clicks arrive. If the key has moved to another process, the group is ahead of this one.
+This process then leaves the metrics port to the other.
 """
 
 from __future__ import annotations
@@ -91,15 +84,25 @@ from streaming.erasing import tell
 from streaming.event_clock import OffClock
 from streaming.letters import send_letters
 
+SHOW_S = 1.0
+PART, WHERE = "stream-job", "the engine's state"  # of the report of erasures
+ACCOUNT = 0  # the only key of the step that keeps the account
+TRIES = 10
+WAIT_S = 1.0
+WAKE_S = 3600.0
+LOOK_S = 0.5
+NO_CONSENT = Consent()
+logger = logging.getLogger(__name__)
+
 
 @dataclass
 class Account:
     """The counts of all buckets.
 
     Attributes:
-        counts: By source, as the histories of the local form count them.
-        conflicts: Ranges that did not go on where their source was: what the engine lost or repeated.
-        erased: By bucket the last erasure that it has taken into account.
+        counts: By source, counted as in the histories of the local stream.
+        conflicts: Ranges that did not continue from their source's position: the engine lost or repeated something.
+        erased: By bucket the last erasure that it has applied.
     """
 
     counts: dict[Source, Counts] = field(default_factory=dict)
@@ -107,7 +110,7 @@ class Account:
     erased: dict[int, int] = field(default_factory=dict)
 
     def take_bundle(self, told: Mapping[str, Any]) -> None:
-        """Takes what the sink told of a bundle."""
+        """Takes the sink's report of a bundle."""
         self.take(map(from_json, told["ranges"]))
         self.erased |= {int(bucket): erased for bucket, erased in told["erased"].items()}
 
@@ -133,7 +136,7 @@ class Account:
         return {one: min(nexts) for one, nexts in sorted(found.items()) if len(nexts) >= wanted[one]}
 
     def forgotten(self, buckets: int) -> int:
-        """The last erasure that all of so many buckets have taken into account.
+        """The last erasure that all of this many buckets have applied.
 
         >>> Account(erased={0: 2, 1: 1}).forgotten(2), Account(erased={0: 2}).forgotten(2)
         (1, 0)
@@ -151,7 +154,7 @@ class Account:
         return sum(StreamAccount.of(one).waiting for one in self.counts.values())
 
     def faults(self) -> tuple[str, ...]:
-        """Where it does not balance: ranges that did not go on, and partitions whose buckets do not add up to its offsets."""
+        """The faults: ranges that did not continue, and partitions whose buckets do not add up to their offsets."""
         found = [f"{self.conflicts} ranges did not begin where their bucket was"] if self.conflicts else []
         partitions: dict[tuple[str, int, int], list[Mapping[str, int]]] = {}
         for source, counts in self.counts.items():
@@ -159,7 +162,7 @@ class Account:
             partitions.setdefault((source.topic_id, source.partition, source.buckets), []).append(counts)
         for (topic_id, partition, buckets), theirs in partitions.items():
             spans = {(one["first"], one["next"]) for one in theirs}
-            # While some buckets are ahead of others their parts do not make a whole.
+            # While some buckets are ahead of others, their parts do not add up.
             if len(spans) == 1 and len(theirs) == buckets:
                 ((first, after),) = spans
                 passed = summed(theirs)["positions"]
@@ -170,13 +173,13 @@ class Account:
         return tuple(found)
 
     def to_bytes(self) -> bytes:
-        """As the engine keeps it."""
+        """The bytes that the engine keeps."""
         counts = {str(source): one for source, one in self.counts.items()}
         return json.dumps({"counts": counts, "conflicts": self.conflicts, "erased": self.erased}).encode()
 
     @classmethod
     def from_bytes(cls, value: bytes | None) -> Account:
-        """What `to_bytes` gave; None is an account of nothing.
+        """Decodes the result of `to_bytes`; None is an empty account.
 
         >>> one = Account()
         >>> one.take([Range(Source("ab" * 16, 0, 1, 2), 5, 9, rows=1, elsewhere=3)])
@@ -190,15 +193,11 @@ class Account:
         return cls({Source.parse(source): one for source, one in told["counts"].items()}, told["conflicts"], erased)
 
 
-SHOW_S = 1.0
-PART, WHERE = "stream-job", "the engine's state"  # of the report of erasures
-
-
 class Showing:
-    """The account as it is shown. `take` is called by one thread at a time, `close` by any.
+    """Publishes the account. `take` is called by one thread at a time, `close` by any.
 
     Args:
-        worker: Of this process: its metrics, and where they are served.
+        worker: Of this process: its metrics, and their address.
     """
 
     def __init__(self, worker: JobWorker) -> None:
@@ -221,7 +220,7 @@ class Showing:
         self._thread.start()
 
     def take(self, account: Account, told: Mapping[str, Any]) -> None:
-        """Takes the account after a bundle, and counts what the bundle was."""
+        """Takes the account after a bundle, and counts the bundle."""
         counted = self._metrics
         counted.microbatches.inc(told["records"])
         counted.commit_seconds.observe(told["seconds"])
@@ -241,14 +240,14 @@ class Showing:
         self._latest, self._is_new = account, True
 
     def close(self) -> None:
-        """Shows the last, and ends the thread."""
+        """Publishes the last account, and ends the thread."""
         self._stopping.set()
         self._thread.join()
         self.show()
         self._leave_port()
 
     def show(self) -> None:
-        """Sets the gauges and tells the group; a cluster that does not answer is said once, and tried again."""
+        """Sets the gauges and commits the group's offsets; an unreachable cluster is logged once, and retried."""
         account, is_new = self._latest, self._is_new
         if account is None:
             return
@@ -263,7 +262,7 @@ class Showing:
         self._tell(account, is_new)
 
     def _report(self, through: int) -> None:
-        """Reports the last erasure that all buckets have taken into account; also that it is none, so that they are known."""
+        """Reports the last erasure that all buckets have applied; reports 0 too, so that the job is known."""
         registry = self._settings.registry_dir
         if through == self._forgotten or not registry.is_dir():
             return
@@ -273,7 +272,7 @@ class Showing:
             self._said.pop("erasures", None)
 
     def _take_port(self) -> None:
-        """Offers the metrics, as soon as no other process of this host does on their port."""
+        """Serves the metrics as soon as no other process of this host uses their port."""
         port = self._settings.stream.metrics_port
         if not port or self._stop_offering is not None:
             return
@@ -289,7 +288,7 @@ class Showing:
             self._stop_offering = None
 
     def _tell(self, account: Account, is_new: bool) -> None:
-        """Tells the group what all buckets have, and says how far that is behind."""
+        """Commits the offsets that all buckets have to the group, and sets the lag."""
         kafka = self._settings.kafka
         try:
             with self._log.topics() as topics:
@@ -310,14 +309,14 @@ class Showing:
         self._metrics.lag_seconds.set(max(0.0, time.time() - self._appended_ms / 1000) if lag else 0.0)
 
     def _let_go(self, account: Account) -> None:
-        """Shows nothing any more, unless clicks come here again."""
+        """Stops publishing, unless clicks come here again."""
         if self._latest is account:
             self._latest = None
         self._leave_port()
         logger.info("another process has the account now, and shows it")
 
     def _say(self, what: str, warning: str) -> None:
-        """Says what is wrong with something, once as long as it stays the same."""
+        """Logs a problem, once as long as it stays the same."""
         if warning != self._said.get(what):
             logger.warning("%s", warning)
         self._said[what] = warning
@@ -326,23 +325,18 @@ class Showing:
         while not self._stopping.wait(SHOW_S):
             try:
                 self.show()
-            # The edge of the thread: what is shown is no reason to end a job.
+            # The edge of the thread: a failure to publish must not end the job.
             except Exception:
                 logger.exception("the account cannot be shown")
 
 
 def _is_behind(ours: Mapping[int, int], group: Mapping[int, int]) -> bool:
-    """Whether a group has more than we do of a partition that we know.
+    """Whether a group is ahead of this process in a partition that both know.
 
     >>> _is_behind({0: 5}, {0: 7, 1: 9}), _is_behind({0: 5}, {0: 5, 1: 9}), _is_behind({}, {0: 1})
     (True, False, False)
     """
     return any(group.get(partition, 0) > at for partition, at in ours.items())
-
-
-ACCOUNT = 0  # the one key of the step behind it
-TRIES = 10
-WAIT_S = 1.0
 
 
 def records_of(made: Sequence[BucketRows], worker: JobWorker, now_ms: int) -> list[bytes]:
@@ -353,7 +347,7 @@ def records_of(made: Sequence[BucketRows], worker: JobWorker, now_ms: int) -> li
     """
     groups: dict[tuple[int, int], list[BucketRows]] = {}
     for one in made:
-        # One that read nothing only told its bucket of an erasure.
+        # A portion without ranges only reported an erasure to its bucket.
         if not one.rows.batch.ranges:
             continue
         groups.setdefault((one.mask_generation, one.log_epoch), []).append(one)
@@ -366,13 +360,13 @@ def records_of(made: Sequence[BucketRows], worker: JobWorker, now_ms: int) -> li
 
 
 def told(made: Sequence[BucketRows], records: int, seconds: float, truncated: Sequence[int]) -> bytes:
-    """What the account is told of a bundle.
+    """The report of a bundle for the account.
 
     Args:
         made: Of the bundle, written.
         records: Micro-batches.
-        seconds: That it took to write them.
-        truncated: The columns of features that say so.
+        seconds: Time that writing them took.
+        truncated: The feature columns that mark truncated histories.
     """
     batches = [one.rows.batch for one in made]
     head: dict[str, Any] = {
@@ -391,12 +385,12 @@ def told(made: Sequence[BucketRows], records: int, seconds: float, truncated: Se
 
 
 class WriteBuckets(WorkerStep):
-    """Writes what a bundle made, and gives what the account is told."""
+    """Writes the rows of a bundle, and emits the report for the account."""
 
     _writer: LogWriter | None = None
 
     def start_bundle(self) -> None:
-        """Nothing is gathered yet."""
+        """Starts with no gathered rows."""
         self._made: list[BucketRows] = []
 
     def process(self, element: BucketRows) -> Iterator[tuple[int, bytes]]:
@@ -405,10 +399,10 @@ class WriteBuckets(WorkerStep):
         yield from ()
 
     def finish_bundle(self) -> Iterator[WindowedValue]:
-        """Writes what was gathered.
+        """Writes the gathered rows.
 
         Raises:
-            LogError: The cluster refused, or was away for long: the engine goes back to its checkpoint.
+            LogError: The cluster refused, or was unreachable for long: the engine rolls back to its checkpoint.
         """
         made, self._made = self._made, []
         if not made:
@@ -429,9 +423,9 @@ class WriteBuckets(WorkerStep):
             self._writer = None
 
     def _write(self, worker: JobWorker, values: Sequence[bytes], letters: Sequence[DeadLetter], now_ms: int) -> None:
-        """Writes, acknowledged when it returns; a broker that is away for a moment costs only time.
+        """Writes, acknowledged when it returns; a broker that is briefly unreachable costs only time.
 
-        Where the outcome is unknown a new writer writes again: what is there then comes twice, with the same places.
+        If the outcome is unknown, a new writer writes again: records may then be in the log twice, with the same positions.
         """
         kafka = worker.settings.kafka
         for left in reversed(range(TRIES)):
@@ -452,12 +446,8 @@ class WriteBuckets(WorkerStep):
                 time.sleep(WAIT_S)
 
 
-NO_CONSENT = Consent()
-WAKE_S = 3600.0
-
-
 class KeepAccount(WorkerStep):
-    """Keeps the account of all buckets under one key, and shows it."""
+    """Keeps the account of all buckets under one key, and publishes it."""
 
     ACCOUNT = ReadModifyWriteStateSpec("account", BytesCoder())
 
@@ -466,13 +456,13 @@ class KeepAccount(WorkerStep):
         element: tuple[int, bytes],
         kept: Any = beam.DoFn.StateParam(ACCOUNT),  # noqa: B008  # Beam reads the default
     ) -> Iterator[None]:
-        """Takes what was written of a bundle."""
+        """Takes the report of a bundle."""
         told, _ = unpack(element[1])
         account = Account.from_bytes(kept.read())
         account.take_bundle(told)
         kept.write(account.to_bytes())
         worker = self.worker
-        # Of the process, not of this step: an engine lets steps go that had nothing to do for a minute.
+        # Owned by the process, not by this step: an engine drops steps that were idle for a minute.
         showing = cast(Showing, worker.kept("showing", lambda: Showing(worker)))
         showing.take(account, told)
         yield from ()
@@ -490,7 +480,7 @@ class WakeSources(beam.DoFn):
         self._sources = sources
 
     def process(self, element: object) -> Iterator[tuple[int, bytes]]:
-        """The number of each is its key."""
+        """Emits the number of each source as its key."""
         for source in range(self._sources):
             yield source, b""
 
@@ -498,7 +488,7 @@ class WakeSources(beam.DoFn):
 def build_distributed(pipeline: beam.Pipeline, plan: JobPlan) -> PCollection[None]:
     """Applies the job to `pipeline`."""
     woken, portion, told = tuple[int, bytes], tuple[int, bytes], tuple[int, bytes]
-    # Sources call themselves. But where input ends an engine forgets what it keeps of keys, and Flink is busy with timers.
+    # Sources wake themselves. But when input ends, an engine drops the state of keys, and Flink is busy with timers.
     endless = PeriodicImpulse(fire_interval=WAKE_S, rebase=RebaseMode.REBASE_START)
     accounted: PCollection[None] = (
         pipeline
@@ -515,18 +505,18 @@ def build_distributed(pipeline: beam.Pipeline, plan: JobPlan) -> PCollection[Non
 def plan_of(
     settings: Settings, consent: Consent = NO_CONSENT, until: Mapping[int, int] | None = None, log: Log | None = None
 ) -> JobPlan:
-    """What the steps are told, once what would stop them was looked at.
+    """The plan for the steps; conditions that would stop them are checked first.
 
     Args:
         settings: The effective settings.
         consent: The losses that the operator accepts.
-        until: By partition where reading ends; None for never.
-        log: Where the topics are; the cluster of the settings where none is given.
+        until: By partition the offset at which reading ends; None for never.
+        log: The log with the topics; by default the cluster of the settings.
 
     Raises:
-        ModelMismatch: The features are others than what was learned, and nobody asked for an upgrade.
-        SettingsError: Users cannot be divided into so many buckets.
-        MissingSalt: The salt of what is stored here is gone.
+        ModelMismatch: The features differ from the learned ones, and no upgrade was requested.
+        SettingsError: Users cannot be divided into this many buckets.
+        MissingSalt: The salt of the stored data is gone.
         LogError: The topic of clicks is missing, or Kafka is not reachable.
     """
     buckets = settings.stream.buckets
@@ -543,31 +533,27 @@ def plan_of(
 
 
 def run_distributed(plan: JobPlan, options: PipelineOptions) -> PipelineResult:
-    """Hands the job to the engine that `options` name; returns its handle at once where the engine is elsewhere."""
+    """Submits the job to the engine that `options` name; returns its handle at once if the engine is remote."""
     pipeline = beam.Pipeline(options=options)
     build_distributed(pipeline, plan)
     return pipeline.run()
 
 
-LOOK_S = 0.5
-logger = logging.getLogger(__name__)
-
-
 def run_elsewhere(
     settings: Settings, consent: Consent, runner: str, words: Sequence[str], stopping: threading.Event
 ) -> None:
-    """Hands the job in, and returns when it has ended, or when this process is asked to stop.
+    """Submits the job, and returns when it has ended, or when this process is asked to stop.
 
     Args:
         settings: The effective settings.
         consent: The losses that the operator accepts.
-        runner: As it was named.
+        runner: The runner's name as given.
         words: Options of Beam that were given.
         stopping: Set by a signal.
 
     Raises:
-        JobFailed: The job could not be handed in, or has failed.
-        SpringtideError: What would stop the steps was found before.
+        JobFailed: The job could not be submitted, or has failed.
+        SpringtideError: A condition that would stop the steps was found first.
     """
     plan = plan_of(settings, consent)
     logger.info("handing the job in to %s: %d buckets of users", runner, settings.stream.buckets)
@@ -588,18 +574,18 @@ def run_elsewhere(
 
 
 def follow(result: PipelineResult, runner: str, stopping: threading.Event, job: FlinkJob | None = None) -> None:
-    """Says how the job goes until it ends, or until this process is asked to stop.
+    """Logs the state of the job until it ends, or until this process is asked to stop.
 
-    A job that fails for what no restart mends is cancelled.
+    A job with a failure that no restart repairs is cancelled.
 
     Args:
-        result: What the runner gave.
-        runner: As it was named.
+        result: The runner's result.
+        runner: The runner's name as given.
         stopping: Set by a signal.
         job: The same job as its JobManager knows it.
 
     Raises:
-        JobFailed: It has failed, or nobody says how it goes.
+        JobFailed: It has failed, or its state cannot be read.
     """
     said = None
     while not stopping.wait(LOOK_S):
@@ -631,10 +617,10 @@ def _state_of(result: PipelineResult, runner: str) -> str | None:
 
 
 def _say_end(state: str, runner: str, job: FlinkJob | None) -> None:
-    """Says how a job was ended by somebody.
+    """Logs how an operator ended the job.
 
     Raises:
-        JobFailed: Nobody ended it, or nobody says so.
+        JobFailed: No operator ended it, or its state cannot be read.
     """
     savepoint = None if job is None else job.ended_by()
     if savepoint:
@@ -642,7 +628,7 @@ def _say_end(state: str, runner: str, job: FlinkJob | None) -> None:
     elif savepoint is not None:
         logger.info("the job was cancelled; `springtide flink status` names the checkpoint that it is resumed from")
     elif state in (PipelineState.FAILED, PipelineState.UNRECOGNIZED):
-        # Beam calls a job failed, too, that was cancelled with its savepoint.
+        # Beam also reports a job as failed that was cancelled with a savepoint.
         also = ", which is also said of one that was stopped by savepoint" if job is None else ""
         raise JobFailed(
             f"the job has ended on {runner}, {state.lower()}{also}",

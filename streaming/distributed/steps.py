@@ -1,27 +1,27 @@
 """The steps of a distributed job up to the rows: one keyed by source, which reads, and one keyed by bucket of users.
 
-The partitions of one source: read for a moment, parsed, timed, and divided into buckets once a bundle.
+`Partitions` are the open partitions of one source. Once per bundle they are read for a moment, parsed, timed, and
+divided into buckets:
 
     poll until the moment is over ─ parse ─ leave masked clicks out ─ follow the clock ─ divide
 
-It stays open from bundle to bundle in its process, and is used again only where
-it stands exactly where the engine's checkpoint says.
+They stay open in their process from bundle to bundle. They are used again only if their position is exactly the one
+in the engine's checkpoint.
 
-Opens the clicks of a source where it stands: behind losses that an operator accepted, and never at an offset that is used twice.
+`open_clicks` opens the clicks of a source at its position. It continues after losses that an operator accepted, and
+never reads from an offset that is used twice:
 
-    1. The topic; one that was made anew is read from its beginning.
-    2. Positions that were deleted unread: counted as a gap where somebody accepts it, else an error.
-    3. The reader. A log that was cut back behind a position is known by the leader's epoch before it, and filled up where
-       somebody accepts that.
+1. The topic. A recreated topic is read from its beginning.
+2. Positions that were deleted unread. They count as a gap if an operator accepts it, else they are an error.
+3. The reader. A log that was cut back behind a position is detected by the preceding leader epoch. It is filled up if
+   an operator accepts that.
 
-A step that fails begins its job anew from the last checkpoint, which meets the
-same loss: so the error says how to go on.
+A step that fails restarts its job from the last checkpoint, which meets the same loss. So the error says how to
+continue.
 
-How far a source has read: positions and clocks together, as the engine checkpoints them.
-
-Whatever a source gave out, the engine keeps the `SourceReading` after
-it in the same checkpoint; reading goes on from there, with the witnesses of the
-time as they were, so that each click gets the clock that it had before.
+`SourceReading` is how far a source has read: positions and clocks together. The engine stores it in the same
+checkpoint as the clicks that were emitted before it. Reading continues from it with the same watermark quorum, so each
+click gets the same clock again.
 """
 
 from __future__ import annotations
@@ -70,6 +70,14 @@ from streaming.interleaving import in_order
 from streaming.masking import leave_out
 from streaming.source import appended_ms
 
+RESUME = "springtide stream --runner RUNNER --savepoint_path=PATH"
+"""How a stopped job is resumed; `springtide flink status` shows the savepoint or checkpoint."""
+
+REFRESH_S = 1.0
+TOKEN_BYTES = 16
+LEAST_S = 0.01  # for a source whose turn comes when the moment is over
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class SourceReading:
@@ -77,12 +85,12 @@ class SourceReading:
 
     Attributes:
         topic_id: The topic of clicks; empty before the first poll.
-        next: By partition the next offset; a partition that is not named is read from its beginning.
-        clocks: What the event clock keeps, by name.
+        next: By partition the next offset; a missing partition is read from its beginning.
+        clocks: The state of the event clock, by name.
         log_epoch: The epoch of the training log that was written so far; 0 before the first poll.
-        erased: The last erasure that all buckets were told of.
-        leaders: By partition the leader's epoch of the record before `next`, where it is known: it shows whether the
-            clicks were cut back since.
+        erased: The last erasure that was sent to all buckets.
+        leaders: By partition the leader epoch of the record before `next`, if known: it shows whether the clicks were
+            cut back since.
         accepted: The losses that operators accepted, oldest first.
     """
 
@@ -99,7 +107,7 @@ class SourceReading:
         return {Source(self.topic_id, partition): at for partition, at in self.next.items()}
 
     def to_bytes(self) -> bytes:
-        """As the state keeps it; equal readings have equal bytes."""
+        """The bytes for the engine's state; equal readings have equal bytes."""
         head = {
             "topic_id": self.topic_id,
             "next": sorted(self.next.items()),
@@ -113,7 +121,7 @@ class SourceReading:
 
     @classmethod
     def from_bytes(cls, value: bytes | None) -> SourceReading:
-        """What `to_bytes` gave; None is a source that was never read.
+        """Decodes the result of `to_bytes`; None is a source that was never read.
 
         >>> from state.positions import Gap
         >>> lost = Accepted(Gap(Source("ab" * 16, 3), 5, 6), "ann", "retention", 9)
@@ -136,19 +144,15 @@ class SourceReading:
         )
 
 
-RESUME = "springtide stream --runner RUNNER --savepoint_path=PATH"
-"""How a job is begun again that cannot go on; `springtide flink status` says what it is resumed from."""
-
-
 @dataclass(frozen=True)
 class OpenedClicks:
     """The clicks of a source.
 
     Attributes:
         topic_id: The topic.
-        reading: Where they are read from, with what was accepted.
-        passed: The gaps before that; no bundle has told of them yet.
-        reader: Of its partitions; None where it has none, until the topic grows.
+        reading: The position to read from, with the accepted losses.
+        passed: The gaps before that; no bundle has reported them yet.
+        reader: Of its partitions; None if it has none, until the topic grows.
     """
 
     topic_id: str
@@ -158,7 +162,7 @@ class OpenedClicks:
 
 
 def of_source(source: int, sources: int, partitions: int) -> list[int]:
-    """The partitions that a source reads, those made later included.
+    """The partitions that a source reads, including later ones.
 
     >>> of_source(1, 2, 5)
     [1, 3]
@@ -175,7 +179,7 @@ def open_clicks(worker: JobWorker, source: int, reading: SourceReading) -> Opene
         reading: How far it is.
 
     Raises:
-        GapError: Positions are gone, or used twice, and nobody accepted it.
+        GapError: Positions are gone, or used twice, and no operator accepted it.
         LogError: Kafka is not reachable, or the topic is missing.
     """
     kafka, consent = worker.settings.kafka, worker.plan.consent
@@ -185,7 +189,7 @@ def open_clicks(worker: JobWorker, source: int, reading: SourceReading) -> Opene
         info, ends = topics.describe(kafka.clicks_topic), topics.ends(kafka.clicks_topic)
         if reading.topic_id not in ("", info.topic_id):
             logger.warning("topic %s is another one than before: reading it from its beginning", kafka.clicks_topic)
-            # The clock of all partitions goes on.
+            # The clock of all partitions continues.
             reading = replace(reading, topic_id="", next={}, leaders={})
         mine = of_source(source, worker.settings.stream.sources, info.partitions)
         known = {partition: at for partition, at in reading.next.items() if partition in mine}
@@ -214,15 +218,11 @@ def open_clicks(worker: JobWorker, source: int, reading: SourceReading) -> Opene
 
 @contextmanager
 def telling_how() -> Iterator[None]:
-    """Lets the error of a loss say how the job goes on without it."""
+    """Adds to the error of a loss how the job continues without the lost positions."""
     try:
         yield
     except GapError as error:
         raise how_to_go_on(error, RESUME) from error
-
-
-REFRESH_S = 1.0
-logger = logging.getLogger(__name__)
 
 
 class Partitions:
@@ -231,13 +231,13 @@ class Partitions:
     Args:
         worker: Of this process.
         source: Its number.
-        reading: Where it begins.
+        reading: The position at which it begins.
 
     Attributes:
         at: How far it is, as the engine knows it.
 
     Raises:
-        GapError: Positions are gone, and nobody accepted it.
+        GapError: Positions are gone, and no operator accepted it.
         LogError: Kafka is not reachable, or the topic is missing.
     """
 
@@ -266,20 +266,20 @@ class Partitions:
             self._aligned = AlignedReader(reader, lambda one: clock.reached(Source(topic_id, one)), skew_s)
 
     def read(self, moment_s: float) -> tuple[list[Portion], SourceReading | None]:
-        """What was read in a moment, divided, and how far that is; nothing and None where nothing is new.
+        """The clicks of a moment by bucket, and the new reading; empty and None if nothing is new.
 
         Args:
             moment_s: How long clicks are gathered.
 
         Raises:
-            GapError, LogError: As at opening; or the topic was made anew.
-            LineTurned: Control asks for an older place of the log.
+            GapError, LogError: As at opening; or the topic was recreated.
+            LineTurned: Control asks for an older position of the log.
         """
         control = self._look.look()
         log_epoch = self._epoch(control)
         with telling_how():
             batches = self._poll(moment_s)
-        # Buckets without clicks have to forget, too.
+        # Buckets without clicks must apply erasures, too.
         erased = self._reading.erased if control is None else control.erased.last
         if not batches and not self._passed and erased == self._reading.erased:
             return [], None
@@ -304,14 +304,14 @@ class Partitions:
         return [Portion(batch, clock, generation, log_epoch, newest_ms) for batch, clock in parts], after
 
     def _leaders(self, known: Mapping[int, int], at: Mapping[int, int]) -> dict[int, int]:
-        """By partition the leader's epoch of the record before a position: what was known, but for those that are at another one."""
+        """By partition the leader epoch of the record before a position; former ones only if the position is the same."""
         reader = self._reader
         found = {one: -1 if reader is None else reader.leader_epoch(one, offset) for one, offset in at.items()}
         return {one: epoch for one, epoch in {**known, **found}.items() if epoch >= 0}
 
     @property
     def at_end(self) -> bool:
-        """Whether all of it was read, where reading ends at all."""
+        """Whether everything was read, if reading ends at all."""
         until, reader = self._worker.plan.until, self._reader
         if until is None or reader is None:
             return until is not None
@@ -324,7 +324,7 @@ class Partitions:
             self._reader = None
 
     def _epoch(self, control: Control | None) -> int:
-        """The epoch of the log to write; reading goes on only where it had not got beyond where the line turned off."""
+        """The epoch of the log to write; reading continues only if it has not passed the branch point."""
         mine = self._reading.log_epoch
         line = () if control is None else control.log
         now = line[-1].epoch if line else (mine or FIRST_EPOCH)
@@ -349,7 +349,7 @@ class Partitions:
         return now
 
     def _ahead_of(self, stretch: Stretch) -> list[tuple[int, int]]:
-        """The partitions that were read further than where a stretch of the line begins, and where that is."""
+        """The partitions that were read beyond the start of a segment of the branch, with that start."""
         marks = dict[int, int]()
         for source, at in stretch.sources:
             if source.topic_id == self._reading.topic_id:
@@ -357,7 +357,7 @@ class Partitions:
         return [(one, marks.get(one, 0)) for one, ours in self._reading.next.items() if ours > marks.get(one, 0)]
 
     def _poll(self, moment_s: float) -> list[PartitionBatch]:
-        """Gathers what comes until the moment is over, or enough has come."""
+        """Gathers records until the moment is over, or there are enough."""
         aligned = self._aligned
         found: list[PartitionBatch] = []
         ends_s = time.monotonic() + moment_s
@@ -375,30 +375,30 @@ class Partitions:
         return found
 
     def _before_the_end(self, batches: Sequence[PartitionBatch]) -> Iterator[PartitionBatch]:
-        """What lies before where reading ends, where it does: whole batches, of which the last may reach beyond."""
+        """The batches before the end of reading, if there is one; the last batch may reach beyond it."""
         until = self._worker.plan.until
         for batch in batches:
             if until is None or batch.first < until.get(batch.partition, 0):
                 yield batch
 
     def _events(self, batches: Sequence[PartitionBatch]) -> EventBatch:
-        """The events of what was read, with the gaps that were passed before it."""
+        """The events of the records, with the preceding gaps."""
         events = self._parser.parse(batches)
         passed, self._passed = as_ranges(self._passed), []
         if passed:
-            # Gaps come first, so that what follows goes on from them.
+            # Gaps come first, so that later ranges continue from them.
             events = replace(events, ranges=(*passed, *events.ranges), source=events.source + len(passed))
         return gathered(events)
 
     def _take_new_partitions(self) -> None:
-        """Opens the reader anew where the topic has more partitions of this source; these are read from their beginning.
+        """Reopens the reader if the topic has more partitions of this source; these are read from their beginning.
 
         Raises:
             UnknownTopic: The topic is gone, or is another topic of that name.
         """
         reader, topic = self._reader, self._settings.kafka.clicks_topic
         at = {} if reader is None else {one: reader.position(one) for one in reader.partitions}
-        # A broker that is away costs only time.
+        # An unreachable broker costs only time.
         with suppress(UnreachableBroker):
             with self._worker.log.topics() as topics:
                 info = topics.describe(topic)
@@ -410,10 +410,6 @@ class Partitions:
                 self._follow(self._worker.log.reader(topic, mine, at, leaders=self._leaders({}, at)))
                 if reader is not None:
                     reader.close()
-
-
-TOKEN_BYTES = 16
-LEAST_S = 0.01  # for a source whose turn comes when the moment is over
 
 
 class WorkerStep(beam.DoFn):
@@ -429,22 +425,22 @@ class WorkerStep(beam.DoFn):
 
     @property
     def worker(self) -> JobWorker:
-        """What this process owns."""
+        """The worker of this process."""
         return worker_of(self._plan)
 
 
 class ReadPartitions(WorkerStep):
-    """Reads the partitions of a source for a moment, gives each bucket its part, and does so again in the next bundle.
+    """Reads the partitions of a source for a moment, emits each bucket's part, and does so again in the next bundle.
 
-    Keyed by source. How far it is and the timer that calls it again are state of the
-    key: with what it gives out they are one checkpoint of the engine.
+    Keyed by source. The reading and the timer of the next bundle are state of the key. With the emitted portions they
+    are one checkpoint of the engine.
     """
 
     READING = ReadModifyWriteStateSpec("reading", BytesCoder())
     AGAIN = TimerSpec("again", TimeDomain.REAL_TIME)
 
     def start_bundle(self) -> None:
-        """A moment begins, which all sources of the bundle share."""
+        """Begins a moment, which all sources of the bundle share."""
         self._ends_s = time.monotonic() + self.worker.settings.stream.bundle_ms / 1000
 
     def process(
@@ -462,7 +458,7 @@ class ReadPartitions(WorkerStep):
         kept: Any = beam.DoFn.StateParam(READING),  # noqa: B008  # Beam reads the defaults
         again: Any = beam.DoFn.TimerParam(AGAIN),  # noqa: B008
     ) -> Iterator[TimestampedValue[tuple[int, bytes]]]:
-        """Gives `(bucket, bytes of a portion)`, in the order of the log for each bucket."""
+        """Yields `(bucket, bytes of a portion)`, in the order of the log for each bucket."""
         worker = self.worker
         partitions = self._open(worker, source, SourceReading.from_bytes(kept.read()))
         try:
@@ -478,7 +474,7 @@ class ReadPartitions(WorkerStep):
         else:
             worker.keep_reading(source, partitions)
             again.set(now)
-        # Prism hands out what a key gets by timestamp.
+        # Prism delivers the elements of a key by timestamp.
         for bucket, portion in enumerate(portions):
             yield TimestampedValue((bucket, encode(portion)), now)
 

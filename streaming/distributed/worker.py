@@ -1,15 +1,12 @@
-"""What the steps of a distributed job share in one process of an engine: opened once, by whichever step comes first.
+"""What the steps of a distributed job share in one process of an engine: opened once, by the first step that needs it.
 
-An engine starts processes as it likes, makes the steps in them of pickles, and
-runs several bundles at once, each in a thread. So steps carry a `JobPlan`, and ask
-for the process's `JobWorker`, which lives as long as the process: whatever belongs
-to one thread at a time is taken out of it and given back.
+An engine starts processes as it likes, unpickles the steps in them, and runs several bundles at once, each in a
+thread. So steps carry a `JobPlan` and ask for the process's `JobWorker`, which lives as long as the process. Each
+part that only one thread may use is taken from the worker and returned to it.
 
-Dead letters of attributes, told once: each process of a job follows their topics, and one of them tells what was refused.
-
-That is the process that reads the first source. How far it has told
-stands in Kafka, as offsets of a group of its own: a process that takes its place
-reads the topics from their beginning, and tells on from there.
+Every process of a job follows the topics of attributes, but only one reports their dead letters: the one that reads
+the first source. How far it has reported is stored in Kafka, as offsets of a separate group. A process that
+replaces it reads the topics from their beginning, and reports from that offset on.
 """
 
 from __future__ import annotations
@@ -52,9 +49,12 @@ from streaming.letters import report_to
 from streaming.open_shard import open_join
 from streaming.rows import Rows
 
+MASKS_KEPT = 8
+logger = logging.getLogger(__name__)
+
 
 def group_of(kafka: Kafka) -> str:
-    """The group whose offsets say how far letters were told.
+    """The group whose offsets say how far dead letters were reported.
 
     >>> group_of(Kafka(group="shop"))
     'shop-attribute-letters'
@@ -63,14 +63,14 @@ def group_of(kafka: Kafka) -> str:
 
 
 def told_once(kafka: Kafka, topic: str, log: Log, report: Report, tells: Callable[[], bool]) -> Report:
-    """What becomes of refused records of a topic of attributes.
+    """Reports the refused records of a topic of attributes, each one once.
 
     Args:
         kafka: Names the group.
         topic: Their topic.
         log: Where the group's offsets are.
-        report: Tells letters for good.
-        tells: Whether this process is the one that tells.
+        report: Reports dead letters durably.
+        tells: Whether this process is the one that reports.
     """
 
     def tell(bad: Sequence[DeadLetter]) -> None:
@@ -81,19 +81,15 @@ def told_once(kafka: Kafka, topic: str, log: Log, report: Report, tells: Callabl
             new = [one for one in bad if one.offset >= told.get(one.source.partition, 0)]
             if new:
                 report(new)
-                # Of each partition the last one counts.
+                # Of each partition the last offset counts.
                 ends = {one.source.partition: one.offset + 1 for one in sorted(new, key=lambda one: one.offset)}
                 topics.commit(group_of(kafka), topic, ends)
 
     return tell
 
 
-MASKS_KEPT = 8
-logger = logging.getLogger(__name__)
-
-
 class Closable(Protocol):
-    """What is kept open between bundles."""
+    """A resource that is kept open between bundles."""
 
     def close(self) -> None:
         """Ends it."""
@@ -101,10 +97,10 @@ class Closable(Protocol):
 
 @dataclass(frozen=True)
 class JobPlan:
-    """What every step of a job is told where the job is handed in.
+    """The parameters of every step, fixed when the job is submitted.
 
     Attributes:
-        job: Of this very job: a process that serves another one next begins anew.
+        job: Id of this job: a process that serves another job next starts from scratch.
         settings: The effective settings, without secrets: each process has those in its own environment.
         salt: Fingerprint of the salt, which each process reads from `paths.salt_file`.
         consent: The losses that the operator accepts.
@@ -119,7 +115,7 @@ class JobPlan:
 
 
 def without_secrets(settings: Settings) -> Settings:
-    """The settings as a job carries them: an engine keeps and shows what it was handed.
+    """The settings as a job carries them, without secrets: an engine stores and shows submitted jobs.
 
     >>> from state.config.sections import Kafka
     >>> without_secrets(Settings(kafka=Kafka(sasl_password="x"))).kafka.sasl_password
@@ -146,16 +142,16 @@ def _with(settings: Settings, values: Mapping[str, str]) -> Settings:
 
 
 class JobWorker:
-    """What one process owns for a job. Any thread.
+    """The resources of one process for a job. Any thread.
 
     Args:
         plan: Of the job.
-        log: Where clicks and micro-batches are; the cluster of the settings where none is given.
-        join: What is known of users and items; read from their topics, where these are configured and none is given.
+        log: The log of clicks and micro-batches; by default the cluster of the settings.
+        join: The attributes of users and items; by default read from their topics, if these are configured.
 
     Raises:
         MissingSalt, SettingsError: The salt is not here, or cannot be read.
-        SaltMismatch: It is another one than where the job was handed in.
+        SaltMismatch: It differs from the salt where the job was submitted.
     """
 
     def __init__(self, plan: JobPlan, log: Log | None = None, join: Join | None = None) -> None:
@@ -176,12 +172,12 @@ class JobWorker:
         self._join = self._given = join
         self._following, self._tells = ExitStack(), False
         self._kept: dict[str, Closable] = {}
-        # A host of its own has a copy of control, and reads nothing before it has looked for it.
+        # A remote host has a copy of control, and reads nothing before it has polled for it.
         self.closing.enter_context(copying(self.settings, self.registry, first=threading.Event()))
         Kernels(self.registry, logger, unused_kernels(self.settings), [KERNELS]).prepare()
 
     def mask_of(self, control: int) -> Mask:
-        """What is left out by a generation of control; nothing by generation 0.
+        """The mask of a generation of control; empty for generation 0.
 
         Raises:
             CorruptVersion: The registry does not have it.
@@ -196,7 +192,7 @@ class JobWorker:
             return self._masks[control]
 
     def join(self, rows: Rows) -> Rows:
-        """The rows with what is known of users and items now; as they are where nothing is configured.
+        """The rows with the present attributes of users and items; unchanged if none are configured.
 
         Raises:
             SpringtideError: The topics cannot be read.
@@ -209,14 +205,14 @@ class JobWorker:
             return self._join.rows(rows)
 
     def tell_letters(self) -> None:
-        """From here on this process tells which records of attributes are refused; what it read before it reads again."""
+        """From here on this process reports refused records of attributes; it reads earlier ones again."""
         with self._joining:
             if not self._tells:
                 self._tells, self._join = True, self._given
                 self._following.close()
 
     def _open_join(self) -> Join:
-        """The attributes as the topics have them now, in a place of this process's own, and their follower."""
+        """The attributes of the topics, in a directory of this process, and their follower."""
         scratch = self._following.enter_context(tempfile.TemporaryDirectory(prefix="springtide-attributes-"))
         there = replace(self.settings, paths=replace(self.settings.paths, state=scratch))
         kafka, metrics = self.settings.kafka, self.metrics
@@ -229,27 +225,27 @@ class JobWorker:
         return found
 
     def open_core(self, store: BucketStore, places: dict[Source, BucketPlace], erased: int) -> BucketCore:
-        """The core of a bucket, of what the engine's state has of it.
+        """The core of a bucket, from the engine's state of it.
 
         Raises:
-            SaltMismatch: It is of another salt.
+            SaltMismatch: The state has another salt.
         """
         return BucketCore(self.settings, self.spec, self.plan.salt, store, places, erased)
 
     def take_reading(self, source: int) -> Closable | None:
-        """The open partitions of a source, which nobody else gets then; None where they are not here."""
+        """Takes the open partitions of a source for exclusive use; None if they are not here."""
         with self._lock:
             return self._reading.pop(source, None)
 
     def keep_reading(self, source: int, partitions: Closable) -> None:
-        """Gives them back."""
+        """Returns them."""
         with self._lock:
             before, self._reading[source] = self._reading.get(source), partitions
         if before is not None:
             before.close()
 
     def kept(self, name: str, opens: Callable[[], Closable]) -> Closable:
-        """What this process has once, opened where it is asked for first; it ends with the worker."""
+        """A resource that this process opens once, at the first request; it ends with the worker."""
         with self._lock:
             if name not in self._kept:
                 self._kept[name] = opens()
@@ -272,11 +268,11 @@ _opening = threading.Lock()
 
 
 def worker_of(plan: JobPlan, log: Log | None = None, join: Join | None = None) -> JobWorker:
-    """This process's worker of a job; those of other jobs end, for a process serves one at a time.
+    """This process's worker of a job; those of other jobs end, because a process serves one at a time.
 
     Args:
         plan: Of the job.
-        log: See `JobWorker`; counts where it is opened here.
+        log: See `JobWorker`; used if the worker is opened here.
         join: Likewise.
 
     Raises:

@@ -1,34 +1,27 @@
-"""Learns the probability that a user leaves from the rows of the trainer's steps, whatever becomes of the steps.
+"""Learns the probability that a user leaves (churn), from the rows of the trainer's steps.
 
-A row says that its user was there, also where the guard skips its step: that is
-a fact of the log. A row whose label came later stands for its impression, or,
-where an outcome made the label, for the outcome, for then the user was there. Of
-an outcome that no impression waited for the training log has no row to learn from.
+A row shows that its user was active, even if the guard skips its step, because that is a fact of the log. A row with
+a delayed label stands for its impression, or, where an outcome made the label, for the outcome: the user was active
+then. An outcome without a waiting impression has no row in the training log, so nothing is learned from it.
 
-What is learned is two regressions in a row: one from inputs to a logit, and one
-with two weights from logits, as they were before their examples were learned,
-to calibrated probabilities (Platt 1999).
+Rows wait until it is known whether their users left (`ChurnWaiting`). Which rows wait is a function of the log:
 
-How good the probabilities of churn are: each example is scored before it is learned.
+1. Each row of a user ends the preceding one: its time is when the next event came.
+2. A row has moments (`state/churn/moments.py`), the first at a hash of user and time. A moment at or after the next
+   event does not belong to the row. A row without moments is dropped at once, as are most rows of a session.
+3. A moment's label is known when log time has passed its span plus the time for late events. It is 1 if no event came
+   in the span, else 0. Both labels of a day become known on the same day, so early leavers do not bias the shares.
+4. The number of rows is bounded. If more arrive, every other user is dropped, by a hash of the user; if few are left,
+   more users are sampled again. So the sampled users are a fair share of all.
 
-Sums are kept twice, since the beginning and with the half-life of
-`trainer/measures/evaluation.py`; AUC comes from histograms of logits as there.
-Calibration is looked at by tenths of the probability.
+A row that is older than its user's newest one is ignored.
 
-The rows that wait until it is known whether their users left: a function of the log.
+Two regressions are learned in sequence: one from inputs to a logit, then one with two weights from logits to
+calibrated probabilities (Platt 1999). The second uses logits from before their examples were learned.
 
-1. Each row of a user ends the one before it: its time is when the next event came.
-2. A row has moments (`state/churn/moments.py`), the first at a hash of user and
-   time. One that lies at the next event or behind it is none of this row's; a
-   row without any is forgotten at once, as is most of a session.
-3. A moment's label is known when log time has passed its span, and what may
-   still come late: 1 where no event came in the span, else 0. Both labels of one
-   day are known on one day, so that what leaves early bends no shares.
-4. There are as many rows as fit. Where more come, every other user is no longer
-   looked at, by a hash of the user; where few are left, again more of them are.
-   So the users that are looked at are a fair share of all.
-
-A row that is older than its user's newest one is passed over.
+`ChurnMeasures` scores each example before it is learned. It keeps sums twice: since the beginning, and with the
+half-life of `trainer/measures/evaluation.py`. AUC comes from histograms of logits as there; calibration is measured by
+tenths of the probability.
 """
 
 from __future__ import annotations
@@ -54,19 +47,33 @@ from trainer.tables.index import U64, IdIndex, hashed_uniform
 I64 = npt.NDArray[np.int64]
 U16 = npt.NDArray[np.uint16]
 U8 = npt.NDArray[np.uint8]
+F64 = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
 ROW_COLUMNS = ("user", "at_ms", "next_ms", "moment_ms", "windows", "action")
-"""What a version holds of each row that waits."""
+"""The columns of each waiting row that a version holds."""
 
 NEVER_MS = np.iinfo(np.int64).max
 _FIRST_CAPACITY = 1024
 _FEW = 4
-"""Below a fourth of the room more users are looked at."""
+"""Below a fourth of the capacity more users are sampled."""
+
+SUMS = ("rows", "log_loss", "predicted", "left")
+TENTHS = 10
+_LEAST = 1e-12
+
+DAY_S = 86_400
+FEW = 50
+"""Users that must have left, and that must have stayed, before probabilities are served."""
+
+_VARIANCE, _DRIFT = 1.0, 1e-8
+_CALIBRATION_VARIANCE, _CALIBRATION_DRIFT = 0.05, 1e-7
+
+logger = logging.getLogger(__name__)
 
 
 class KnownExamples(NamedTuple):
-    """Examples whose label became known, in the order of that.
+    """Examples whose label became known, in the order in which it did.
 
     Attributes:
         windows: `[m, C]` uint16, before each user's latest event.
@@ -97,16 +104,16 @@ class KnownExamples(NamedTuple):
 
 
 class ChurnWaiting:
-    """Rows that wait.
+    """Rows that wait until it is known whether their users left.
 
     Args:
-        horizon: What is asked.
+        horizon: The span of the prediction.
         late_ms: How much later than its own time a row may come.
         most: Rows at most.
         columns: `[C]` int64, which features are kept of a row.
 
     Attributes:
-        dropped: Rows that were dropped for want of room, since the epoch began.
+        dropped: Rows that were dropped because the capacity was reached, since the epoch began.
     """
 
     def __init__(self, horizon: Horizon, late_ms: int, most: int, columns: I64) -> None:
@@ -117,9 +124,9 @@ class ChurnWaiting:
         return self._size
 
     def clear(self) -> None:
-        """Nothing waits."""
+        """Drops all waiting rows."""
         self.dropped, self._halvings, self._size = 0, 0, 0
-        # Place 0 is nobody's: the index finds 0 for whom it does not know.
+        # Slot 0 is unused: the index returns 0 for unknown users.
         self._free: list[int] = []
         self._user: U64 = np.zeros(0, np.uint64)
         self._at_ms, self._next_ms, self._moment_ms, self._due_ms = (np.zeros(0, np.int64) for _ in range(4))
@@ -132,7 +139,7 @@ class ChurnWaiting:
         """Takes rows in the order of the log.
 
         Args:
-            user: `[n]` uint64; 0 is nobody.
+            user: `[n]` uint64; 0 is no user.
             at_ms: `[n]` int64 log time.
             features: `[n, D]` uint16, before each.
             action: `[n]` uint8.
@@ -185,7 +192,7 @@ class ChurnWaiting:
         self._moment_ms[places] = moment_ms + counts * horizon.stride_ms
         self._due_ms[places] = self._moment_ms[places] + horizon.span_ms + self._late_ms
         self._remove(places[self._moment_ms[places] > last_ms])
-        # Where a row lies decides nothing.
+        # The slot of a row must not affect the order.
         order = np.lexsort((found.user, found.moment_ms))
         return found.take(order)
 
@@ -195,7 +202,7 @@ class ChurnWaiting:
         return self._remove(places[np.isin(self._user[places], users)])
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """All rows by user and time, and how many users are looked at, for a version."""
+        """All rows by user and time, and the share of sampled users, for a version."""
         places = self._used()
         places = places[np.lexsort((self._at_ms[places], self._user[places]))]
         columns = {name: getattr(self, f"_{name}")[places] for name in ROW_COLUMNS}
@@ -223,7 +230,7 @@ class ChurnWaiting:
         return np.minimum(self._next_ms[places], self._at_ms[places] + self._horizon.reach_ms) - 1
 
     def _end(self, places: npt.NDArray[np.int32], next_ms: I64) -> None:
-        """The next events of users came, whose newest rows lie at `places`; 0 for none."""
+        """Takes the next events of users whose newest rows are at `places`; 0 for none."""
         known = places != 0
         held, next_ms = places[known].astype(np.int64), next_ms[known]
         self._next_ms[held] = next_ms
@@ -261,11 +268,6 @@ class ChurnWaiting:
             setattr(self, name, grown)
         self._due_ms[held:] = NEVER_MS
         self._free += range(capacity - 1, max(held, 1) - 1, -1)
-
-
-SUMS = ("rows", "log_loss", "predicted", "left")
-TENTHS = 10
-_LEAST = 1e-12
 
 
 class ChurnMeasures:
@@ -306,8 +308,8 @@ class ChurnMeasures:
         """The measures by name, `churn.` before it: recent ones plain, those since the beginning under `churn.total.`.
 
         rows; log_loss; left, the share that left; auc; calibration, predicted over observed; and, of recent ones,
-        calibration_error, how far predicted and observed lie apart in the mean over tenths of the probability. A measure
-        without rows is absent.
+        calibration_error, the mean distance of predicted and observed over tenths of the probability. A measure without
+        rows is absent.
         """
         found: dict[str, float] = {}
         for when, prefix in ((1, "churn."), (0, "churn.total.")):
@@ -333,19 +335,8 @@ class ChurnMeasures:
         self._sums, self._bins, self._tenths = (np.array(state[name]) for name in ("sums", "bins", "tenths"))
 
 
-DAY_S = 86_400
-FEW = 50
-"""So many must have left and so many have stayed before anybody is answered."""
-
-_VARIANCE, _DRIFT = 1.0, 1e-8
-_CALIBRATION_VARIANCE, _CALIBRATION_DRIFT = 0.05, 1e-7
-
-F64 = npt.NDArray[np.float64]
-logger = logging.getLogger(__name__)
-
-
 class ChurnLearner:
-    """Everything of churn that a trainer has. One thread.
+    """The churn model of a trainer, with its waiting rows and measures. One thread.
 
     Args:
         spec: The feature spec of the micro-batches.
@@ -369,7 +360,7 @@ class ChurnLearner:
 
     @classmethod
     def of(cls, settings: Settings, spec: FeatureSpec) -> ChurnLearner | None:
-        """That of the settings; None where `churn.days` is 0."""
+        """The learner of the settings; None if `churn.days` is 0."""
         wanted, labels = settings.churn, settings.labels
         if not wanted.days:
             return None
@@ -377,7 +368,7 @@ class ChurnLearner:
         return cls(spec, max(1, round(wanted.days * DAY_S * 1000)), round(late_s * 1000), wanted.examples)
 
     def clear(self) -> None:
-        """Nothing is learned, and nothing waits."""
+        """Forgets everything learned, and drops the waiting rows."""
         self.waiting.clear()
         self._regression.clear()
         self._calibration.clear()
@@ -396,8 +387,8 @@ class ChurnLearner:
             self.learn(known)
 
     def observe(self, batch: MicroBatch) -> None:
-        """Takes rows, in log time, that say that their users were there."""
-        # Clicks that ask how long the loop takes name nothing, and are nobody's.
+        """Takes rows, in log time, that show that their users were active."""
+        # Probe clicks that measure the loop's latency belong to no user.
         user = np.where((batch.item != 0) | (batch.category != 0), batch.user, np.uint64(0))
         after_ms = np.where(batch.kind == Kind.JOINED, np.maximum(batch.delay_ms, 0), 0)
         self.waiting.observe(user, batch.at_ms + after_ms, batch.features, batch.action)
@@ -411,14 +402,14 @@ class ChurnLearner:
         return told
 
     def weights(self) -> ChurnWeights | None:
-        """What answers need; None before enough was learned."""
+        """The weights for serving; None before enough was learned."""
         if min(self.measures.seen) < FEW:
             return None
         slope, intercept = self._calibration.mean.tolist()
         return ChurnWeights(self._horizon, self._inputs, slope, intercept, self._regression.mean)
 
     def served(self) -> dict[str, npt.NDArray[Any]]:
-        """The tensors that answers need, none before enough was learned."""
+        """The tensors for serving, none before enough was learned."""
         weights = self.weights()
         return {} if weights is None else tensors_of(weights)
 
@@ -428,7 +419,7 @@ class ChurnLearner:
         return self.measures.values() | counted
 
     def forget(self, users: U64) -> int:
-        """Removes the waiting rows of users (`[n]` uint64); returns how many. What was learned of all of them stays."""
+        """Removes the waiting rows of users (`[n]` uint64); returns how many. The learned weights stay."""
         return self.waiting.forget(users)
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
@@ -443,7 +434,7 @@ class ChurnLearner:
         return {"about": self._about.copy(), **held}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Sets what `state` returned; begins anew where a version has none, or one of another span, spec or code."""
+        """Loads the result of `state`; starts from scratch if a version has none, or another span, spec or code."""
         self.clear()
         if not state:
             return

@@ -1,14 +1,15 @@
-"""What a trainer is made of, by its settings: ranker, tables, optimizer, engine.
+"""Builds what a trainer consists of from its settings: ranker, tables, optimizer and engine.
 
-The compiled engine: the default ranker's step on a processor, in compiled loops and products of matrices.
+It also holds the compiled engine, `CompiledEngine`. That runs the default ranker's step on a CPU, in compiled loops
+and matrix products:
 
-1. Distinct rows of each table are found and gathered (`_rows`).
-2. The tower runs forward (`tower.py`).
-3. The heads score candidates and pairs, and learn within the record (`heads.py`).
+1. Distinct rows of each table are found and gathered.
+2. The tower runs forward (`trainer/engine/compiled/tower.py`).
+3. The heads score candidates and pairs, and learn within the record (`trainer/engine/compiled/heads.py`).
 4. The tower runs backward; derivatives are gathered by distinct row.
 5. `apply` moves the gathered rows by Adagrad and the dense weights by Adam.
 
-In a step TensorFlow takes part only where the preprocessing is a function of one's own.
+A step calls TensorFlow only if `model.preprocessing` names a function of your own.
 """
 
 from __future__ import annotations

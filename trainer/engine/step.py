@@ -2,27 +2,22 @@
 
 A step takes one micro-batch, already trimmed and unmasked:
 
-1. Sightings: ids are counted, those due get a row, old ones expire by log time
-   (`state/microbatch/log_time.py`), and the least used leave a full table.
-2. The record is learned in updates of `trainer.rows_per_update` rows. For each:
-   candidates, negatives and rows are found on the host, and the engine scores the
-   rows without dropout and computes the gradients with it.
+1. Sightings: ids are counted, those due get a row, old ones expire by log time (`state/microbatch/log_time.py`), and
+   the least used leave a full table.
+2. The record is learned in updates of `trainer.rows_per_update` rows. For each, candidates, negatives and rows are
+   found on the host. The engine scores the rows without dropout and computes the gradients with it.
 3. The guard judges the loss and the gradient of the update.
-4. If it accepts, the engine applies the gradients: Adagrad to the rows used, Adam
-   to the dense weights; crosses, and the fast weights, were learned while rows were
-   scored. Clicks are added to the popular categories and the transitions. If it
-   skips, no bit of a weight changes. Sightings stay, because they are facts of the
-   log and not of the gradient, as do those of churn; rows admitted by a skipped
-   update have their first values.
-5. The scores of all updates are added to the progressive measures, once a record.
+4. If it accepts, the engine applies the gradients: Adagrad to the rows used, Adam to the dense weights. Crosses and the
+   fast weights were learned while rows were scored. Clicks are added to the popular categories and the transitions.
+   If it skips, no bit of a weight changes. Sightings and churn examples stay, because they are facts of the log and
+   not of the gradient. Rows admitted by a skipped update have their initial values.
+5. The scores of all updates are added to the progressive measures, once a record. `judged` puts the predictions of the
+   model and the baselines into the arrays that `trainer/measures` reads.
 
-The loss is a sum over rows divided by 1,024, so that learning does not depend
-on how traffic was cut. Given the same state, batch and environment, the bits
-that come out are the same.
+The loss is a sum over rows divided by 1,024, so that learning does not depend on how traffic was cut. The same state,
+batch and environment give the same bits.
 
-What a trainer counts over its steps.
-
-What the model and the baselines say of a record, in the arrays that `trainer/measures` judges them by.
+`Counters` is what a trainer counts over its steps.
 """
 
 from __future__ import annotations

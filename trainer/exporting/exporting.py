@@ -1,12 +1,10 @@
-"""Exports a version: writes it, compares it with what serving runs on rows of the training log, and tells.
+"""Exports a version: writes it, compares it with serving's program on rows of the training log, and reports the result.
 
 1. The version is loaded into a trainer, as a restart would.
-2. A sample of serving's inputs is made of the latest records that it learned; made-up rows where the log is away.
-3. The SavedModel, or the device's file, is written, loaded as its user loads it, and compared with the version's program.
-
-How far apart two programs are on the same rows: in probabilities, and in who comes first.
-
-Inputs of serving for rows of the training log, by the tables of a restored trainer: what an export is compared on.
+2. A sample of serving's inputs is made of the latest records that the version learned, by the tables of the restored
+   trainer. If the log is unreachable, made-up rows are used.
+3. The SavedModel, or the device's file, is written and loaded as its user loads it. Its outputs are compared with those
+   of the version's program on the same rows: by probabilities, and by which candidate comes first.
 """
 
 from __future__ import annotations
@@ -43,16 +41,25 @@ from trainer.verify import OpenLog
 from trainer.versions import checkpoint
 from trainer.versions.program import Program, sample
 
+U64 = npt.NDArray[np.uint64]
+F32 = npt.NDArray[np.float32]
+Outputs = Mapping[str, F32]
+
 ROWS = 256
 RECORDS = 64
-"""At most so many of the latest records of the log are read."""
+"""Most records of the log that are read, from the latest backwards."""
 
 PATIENCE_S = 10.0
-U64 = npt.NDArray[np.uint64]
+LOGITS = ("recent_logits", "popular_logits", "successor_logits")
+TIMED = 200
+TOLERANCE = 1e-5
+"""How far a SavedModel may be from the program, relative to 1 + the program's value."""
+
+Say = Callable[[str], None]
 
 
 class Replayed:
-    """The rows of some micro-batches as serving's program is asked about them.
+    """The rows of some micro-batches as inputs of serving's program.
 
     Args:
         trainer: Restored to the version.
@@ -111,7 +118,7 @@ class Replayed:
 
 
 def latest(open_log: OpenLog, version: Manifest) -> list[MicroBatch]:
-    """The latest micro-batches that a version learned; none where the log does not have them any more, or cannot be asked."""
+    """The latest micro-batches that a version learned; none if the log no longer has them, or is unreachable."""
     first, found = max(0, version.log.next - 2 * RECORDS), list[MicroBatch]()
     if not version.log.topic_id:
         return found
@@ -129,7 +136,7 @@ def latest(open_log: OpenLog, version: Manifest) -> list[MicroBatch]:
 
 
 def enough(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-    """The latest of them that have `ROWS` rows together."""
+    """The latest micro-batches that have `ROWS` rows together."""
     kept: list[Any] = []
     for batch in reversed(batches):
         kept.insert(0, batch)
@@ -138,14 +145,8 @@ def enough(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
     return kept
 
 
-F32 = npt.NDArray[np.float32]
-Outputs = Mapping[str, F32]
-LOGITS = ("recent_logits", "popular_logits", "successor_logits")
-TIMED = 200
-
-
 class Agreement(NamedTuple):
-    """What of one program differs from another's.
+    """How far the outputs of two programs agree.
 
     Attributes:
         rows: Compared.
@@ -164,8 +165,8 @@ def agreement(ours: Outputs, theirs: Outputs) -> Agreement:
     """Compares outputs of n rows.
 
     Args:
-        ours: Of the program that is looked at.
-        theirs: Of the one that it should agree with, by the same names.
+        ours: Of the program under test.
+        theirs: Of the reference program, by the same names.
     """
     interests = [_softmax(np.concatenate([one[name] for name in LOGITS], 1)) for one in (ours, theirs)]
     engagement = [1 / (1 + np.exp(-one["engagement_logit"].astype(np.float64))) for one in (ours, theirs)]
@@ -205,28 +206,22 @@ def one_row(inputs: Mapping[str, npt.NDArray[Any]], fixed: frozenset[str], row: 
 
     Args:
         inputs: By name, of n rows.
-        fixed: Names of those that are no row's own.
-        row: Which.
+        fixed: Names of inputs that all rows share.
+        row: The row's number.
     """
     return {name: value if name in fixed else value[row : row + 1] for name, value in inputs.items()}
 
 
-TOLERANCE = 1e-5
-"""How far a SavedModel may be from the program, relative to 1 + the program's value."""
-
-Say = Callable[[str], None]
-
-
 class Compared(NamedTuple):
-    """What an export is compared on, and with.
+    """The sample and the program that an export is compared with.
 
     Attributes:
         trainer: Restored to the version.
         version: Its manifest.
         program: What serving runs, with its weights.
         inputs: Of the sample, by name.
-        ids: Likewise; None of made-up rows.
-        of: What the sample is, in words.
+        ids: Likewise; None for made-up rows.
+        of: A description of the sample.
     """
 
     trainer: Trainer
@@ -238,13 +233,13 @@ class Compared(NamedTuple):
 
     @property
     def kept(self) -> dict[str, F32]:
-        """The inputs that are no row's own, by name."""
+        """The inputs that all rows share, by name."""
         rows = self.trainer.model.specs()
         return {name: value for name, value in self.inputs.items() if rows[name].shape[0] is not None}
 
 
 def load(registry: Registry, number: int, trainer: Trainer, spec: str, open_log: OpenLog) -> Compared:
-    """The version, and a sample for it.
+    """Loads the version, and makes a sample for it.
 
     Args:
         registry: Is only read.
@@ -280,7 +275,7 @@ def export_saved_model(of: Compared, folder: Path, say: Say, known: KnownAnswers
         known: Answers by id; None for none.
 
     Raises:
-        ProgramError: It answers otherwise than serving; it gets no place.
+        ProgramError: Its outputs differ from serving's; it is not stored.
     """
     writing = saved_model.write(folder, of.version.version, of.trainer.model, of.kept, known)
     exported = saved_model.Exported(writing)

@@ -1,6 +1,6 @@
-"""What changed in a table since a point: listed while steps go on, and taken as rows by id, and ids that went or wait.
+"""What changed in a table since a point: rows by id, and ids that were removed or wait.
 
-Ids listed as changed: as they come, told once each.
+Steps only list ids, each once per take, and keep running meanwhile. A take returns the rows.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from trainer.tables.index import F32, I32, U64
 from trainer.tables.places import grown
 from trainer.tables.rows_used import mark_rows
 
+I64 = npt.NDArray[np.int64]
 _FOLD = 65_536
 
 
 class ListedIds:
-    """A list of ids.
+    """A list of changed ids; each is returned once, however often it was added.
 
     >>> listed = ListedIds()
     >>> listed.add(np.array([9, 3], np.uint64)); listed.add(np.array([9], np.uint64))
@@ -37,7 +38,7 @@ class ListedIds:
             return
         self._parts.append(ids)
         self._waiting += ids.size
-        # While nobody takes the list it is folded, so that it holds no more than twice as many as are distinct.
+        # A list that is not taken is folded, so that it holds at most twice the number of distinct ids.
         if self._waiting > max(_FOLD, self._parts[0].size):
             self._parts, self._waiting = [self.distinct()], 0
 
@@ -47,9 +48,6 @@ class ListedIds:
         ids: U64 = np.sort(np.concatenate([np.zeros(1, np.uint64), *self._parts]))
         found: U64 = ids[1:][ids[1:] != ids[:-1]]
         return found
-
-
-I64 = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -90,10 +88,10 @@ class ChangeList:
     """What changed in a table since a point, each row once; steps list rows, and nothing is copied.
 
     Args:
-        capacity: Places of the table.
+        capacity: Row slots of the table.
 
     Attributes:
-        removed: Ids that went; those that came back among them have a row.
+        removed: Ids whose rows were removed; those that returned since have a row.
         pending: Ids without a row that were seen, or are not waiting any more.
     """
 
@@ -112,23 +110,23 @@ class ChangeList:
         return self._listed[: self._count]
 
     def clear(self) -> None:
-        """The point is now."""
+        """Starts the list again from now."""
         self._flags[self.rows()] = 0
         self._count, self.removed, self.pending = 0, ListedIds(), ListedIds()
 
     def move_to(self, older: ChangeList) -> None:
-        """Adds all of it to a list since an earlier point; here the point is now."""
+        """Adds all of it to a list since an earlier point, and starts this list again from now."""
         older.touch(self.rows())
         older.removed.add(self.removed.distinct())
         older.pending.add(self.pending.distinct())
         self.clear()
 
     def resize(self, capacity: int, former: I32 | None = None) -> None:
-        """The table has other places.
+        """Follows a table that moved its rows.
 
         Args:
-            capacity: Places.
-            former: Which places those at 0, 1, 2 .. were before; None where all stay.
+            capacity: Row slots.
+            former: The former slots of rows 0, 1, 2 ..; None if all stay.
         """
         if former is None:
             self._flags, self._listed = grown(self._flags, capacity), grown(self._listed, capacity)

@@ -1,15 +1,14 @@
-"""Which ids have a row: admitted, dated, expired, evicted, and listed when changed; what a row holds is a subclass's own.
+"""Manages which ids of a table have a row: admission, dating, expiry, eviction and change lists.
 
-The id -> row index, admission and expiry live on the host in compiled loops.
-Where a row lies is nobody's business: every value that leaves a table is
-ordered by id. So two tables with other capacities, or one that was restored, go
-on with the same bits. Who leaves, too, follows from what a version holds.
-Changes are listed since the last version and, once that was taken, since the
-last durable one: a step lists a row once.
+A subclass defines what a row holds. The id -> row index, admission and expiry run on the host in compiled loops. The
+position of a row is private: every value that leaves a table is ordered by id. So two tables with different
+capacities, or a restored one, continue with the same bits. Evictions, too, follow from the contents of a version.
 
-One thread, the trainer's step thread, calls everything here.
+Changes are listed since the last version and, once that was taken, since the last durable one. A step lists a row once.
 
-Ids that were seen too seldom to have a row yet, with their sightings: bounded, and forgotten by log time.
+`Pending` holds the ids with too few sightings for a row, and their counts. It is bounded, and forgets by log time.
+
+Only the trainer's step thread uses these classes.
 """
 
 from __future__ import annotations
@@ -26,9 +25,17 @@ from trainer.tables.least_used import excess, least_used
 from trainer.tables.places import Places, grown
 from trainer.tables.rows_used import distinct_rows, first_occurrences, see
 
+I64 = npt.NDArray[np.int64]
+
+MISSING = 0
+"""The row of every id that has none: always zero, never trained."""
+
+NO_CAP = 2**31 - 1
+"""Row limit of a table without a limit: as many rows as an int32 can number."""
+
 
 class Sightings(NamedTuple):
-    """Of distinct ids.
+    """Sightings of distinct ids.
 
     Attributes:
         ids: `[n]` uint64, ascending.
@@ -54,11 +61,11 @@ def sightings(ids: U64, at_ms: I64) -> Sightings:
 
 
 class Pending:
-    """Who waits for a row.
+    """Ids that wait for a row, with their sightings.
 
     Args:
         admit_after: Sightings an id needs.
-        most: Ids that wait at most; the least used go first.
+        most: Most ids that wait; the least used are dropped first.
     """
 
     def __init__(self, admit_after: int, most: int) -> None:
@@ -73,14 +80,14 @@ class Pending:
 
     @property
     def capacity(self) -> int:
-        """Ids there is room for."""
+        """Number of ids that fit."""
         return self._places.capacity
 
     def count(self, seen: Sightings) -> tuple[U64, U64]:
         """Counts sightings.
 
         Returns:
-            The ids whose sightings are another number now, and those among them that wait no more: they are due a row.
+            The ids whose counts changed, and those among them that are due a row and no longer wait.
         """
         before = self.of(seen.ids)
         counts, seen_ms = before.counts + seen.counts, np.maximum(before.seen_ms, seen.seen_ms)
@@ -89,22 +96,22 @@ class Pending:
         return seen.ids, seen.ids[due]
 
     def of(self, ids: U64) -> Sightings:
-        """The sightings of `[n]` ids, 0 of whoever does not wait."""
+        """The sightings of `[n]` ids, 0 for ids that do not wait."""
         places = self._places.find(ids)
         return Sightings(ids, self._counts[places], self._seen_ms[places])
 
     def ids(self) -> U64:
-        """Who waits, ascending."""
+        """The ids that wait, ascending."""
         return np.sort(self._places.ids[self._places.held()])
 
     def load(self, seen: Sightings) -> None:
-        """Sets sightings; a count of 0 takes an id out."""
+        """Sets sightings; a count of 0 removes an id."""
         here = seen.counts > 0
         self._places.drop(seen.ids[~here])
         self._set(Sightings(seen.ids[here], seen.counts[here], seen.seen_ms[here]))
 
     def expire(self, before_ms: int) -> U64:
-        """Forgets who was last seen before `before_ms` of log time; returns them."""
+        """Forgets ids last seen before `before_ms` of log time; returns them."""
         return self._forget(self._places.older(self._seen_ms, before_ms))
 
     def forget(self, ids: U64) -> U64:
@@ -113,7 +120,7 @@ class Pending:
         return self._forget(np.unique(places[places != 0]))
 
     def evict(self) -> U64:
-        """Forgets the least used, where too many wait; returns them."""
+        """Forgets the least used ids if too many wait; returns them."""
         leaving = excess(len(self), self._most)
         if leaving == 0:
             return np.empty(0, np.uint64)
@@ -138,25 +145,15 @@ class Pending:
         self._counts[places], self._seen_ms[places] = seen.counts, seen.seen_ms
 
 
-I64 = npt.NDArray[np.int64]
-
-MISSING = 0
-"""The row of every id that has none: always zero, never trained."""
-
-
-NO_CAP = 2**31 - 1
-"""Of a table: as many rows as there are numbers for."""
-
-
 class IdTable(ABC):
     """The rows of one kind of id.
 
     Args:
         name: Of the table in versions; part of the hash that a new row starts from.
         dim: Width of a row in versions.
-        capacity: Rows there is room for at first; it doubles when full, and is given back when few are left.
+        capacity: Initial number of rows; it doubles when full, and shrinks when few are left.
         admit_after: Sightings an id needs before it gets a row.
-        max_rows: Ids that have a row, and those that wait for one, at most.
+        max_rows: Most ids that have a row or wait for one.
     """
 
     def __init__(self, name: str, dim: int, capacity: int, admit_after: int, max_rows: int = NO_CAP) -> None:
@@ -167,7 +164,7 @@ class IdTable(ABC):
         self._forget()
 
     def clear(self) -> None:
-        """Forgets every id, and gives back what they took."""
+        """Forgets every id, and frees the memory."""
         former = self.capacity
         self._forget()
         if self.capacity != former:
@@ -187,7 +184,7 @@ class IdTable(ABC):
 
     @property
     def capacity(self) -> int:
-        """Rows there is room for, the missing one included."""
+        """Number of rows that fit, the missing one included."""
         return self._places.capacity
 
     @property
@@ -196,11 +193,11 @@ class IdTable(ABC):
         return len(self._pending)
 
     def find(self, ids: U64) -> I32:
-        """The row of each id, `[n]` int32, MISSING where it has none. Admits nothing."""
+        """The row of each id, `[n]` int32, MISSING if it has none. Admits no ids."""
         return self._places.find(ids)
 
     def known(self) -> U64:
-        """The ids that have a row or wait for one, in no order that counts."""
+        """The ids that have a row or wait for one, in any order."""
         return np.concatenate([self._places.ids[self._places.held()], self._pending.ids()])
 
     def has(self, ids: U64) -> bool:
@@ -240,9 +237,8 @@ class IdTable(ABC):
     def distinct(self, rows: I32) -> tuple[I32, I32]:
         """Each row once, in order of first occurrence, and where each argument went.
 
-        The order depends on the events only, never on where a row lies: sums of
-        gradients have the same bits in every layout. The missing row comes first
-        always, so that applying a step can leave it out.
+        The order depends on the events only, never on the position of a row: sums of gradients have the same bits in
+        every layout. The missing row always comes first, so that applying a step can leave it out.
 
         Args:
             rows: `[n]` int32.
@@ -263,7 +259,7 @@ class IdTable(ABC):
         return int(old.size)
 
     def evict(self) -> int:
-        """Removes the least used, where more than `max_rows` have a row or wait for one; returns how many had one.
+        """Removes the least used ids if more than `max_rows` have a row or wait for one; returns how many had one.
 
         Call it once all ids of a step were observed, before their rows are looked up.
         """
@@ -282,14 +278,14 @@ class IdTable(ABC):
         return int(rows.size)
 
     def take_served(self) -> dict[str, npt.NDArray[Any]]:
-        """What answers need of what changed since the last take of either kind: `ids`, `rows`, `removed`, as in `Changes`."""
+        """The changes for serving since the last take of either kind: `ids`, `rows`, `removed`, as in `Changes`."""
         rows = self._ordered(self._since_version.rows())
         removed = self._gone(self._since_version)
         self._since_version.move_to(self._since_durable)
         return {"ids": self._places.ids[rows], "rows": self._served(rows), "removed": removed}
 
     def take_changes(self) -> Changes:
-        """What changed since the last take of this kind; both lists begin anew."""
+        """The changes since the last take of this kind; both lists start again."""
         since = self._since_durable
         self._since_version.move_to(since)
         changes = self._collect(self._ordered(since.rows()), self._gone(since), since.pending.distinct())
@@ -297,12 +293,12 @@ class IdTable(ABC):
         return changes
 
     def state(self) -> Changes:
-        """Every row, for a base; the list of changes goes on."""
+        """Every row, for a base; the list of changes continues."""
         held = self._ordered(self._places.held())
         return self._collect(held, np.empty(0, np.uint64), self._pending.ids())
 
     def load(self, changes: Changes) -> None:
-        """Sets what `changes` says on top of what is here, and lists none of it as changed.
+        """Applies `changes` to the present rows, and lists none of them as changed.
 
         Call `clear` first for a base; deltas follow in their order.
         """
@@ -337,7 +333,7 @@ class IdTable(ABC):
 
     @abstractmethod
     def _begin(self, ids: U64, rows: I32) -> None:
-        """Gives the rows of ids that were just admitted their first values."""
+        """Sets the initial values of the rows of newly admitted ids."""
 
     @abstractmethod
     def _use(self) -> F32:
@@ -349,7 +345,7 @@ class IdTable(ABC):
 
         Args:
             capacity: Rows.
-            former: Which rows those at 0, 1, 2 .. were before; None where all stay at their places.
+            former: The former positions of rows 0, 1, 2 ..; None if all stay.
         """
 
     def _place(self, ids: U64) -> I32:
@@ -365,7 +361,7 @@ class IdTable(ABC):
         return rows
 
     def _leave(self, rows: I32) -> None:
-        """Removes rows, and gives room back where most of it is unused."""
+        """Removes rows, and frees memory if most of it is unused."""
         ids = self._places.ids[rows]
         self._places.drop(ids)
         self._since_version.removed.add(ids)

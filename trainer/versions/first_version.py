@@ -1,13 +1,12 @@
-"""What a trainer has at the beginning of an epoch, and what the epoch's first version holds.
+"""Prepares a trainer for the beginning of an epoch, and builds what the epoch's first version holds.
 
-An epoch goes on from its base bit for bit; or an upgrade carries the base over
-into another model; or there is nothing to go on from.
+An epoch continues from its base bit for bit, or an upgrade carries the base over into another model, or the trainer
+starts from scratch.
 
-Makes the live trainer what a trial's trainer was at its last version, and says what the first version of the epoch holds.
-
-That version is a delta of the live version that the epoch begins from, as any
-upgrade's is: all that the trial learned, and the end of all rows that only the
-live one had. So nothing that reads versions needs to know of trials.
+To promote a trial, `take_over` gives the live trainer the state of the trial's trainer at its last version. The first
+version of the epoch is then a delta of the live version that the epoch begins from, as for any upgrade. It has
+everything that the trial learned, and removes all rows that only the live version had. So readers of versions need
+no knowledge of trials.
 """
 
 from __future__ import annotations
@@ -35,7 +34,9 @@ from trainer.versions.carrying import plan as carrying_plan
 from trainer.versions.content import PENDING, Array, Tensors
 
 TRIAL = "trial"
-"""In the plan of a control generation: the name of the trial that the epoch goes on from."""
+"""Key in the plan of a control generation: the name of the trial that the epoch continues from."""
+
+logger = logging.getLogger(__name__)
 
 
 def take_over(
@@ -51,7 +52,7 @@ def take_over(
         spec: Digest of its feature spec.
 
     Returns:
-        The trial's manifest in the place of the live version, and what the epoch's first version holds.
+        The trial's manifest with the identity of the live version, and what the epoch's first version holds.
 
     Raises:
         UnknownVersion: The trial's registry is gone, or a version of it.
@@ -75,7 +76,7 @@ def take_over(
 
 
 def ends(old: Tensors, mine: Tensors) -> dict[str, Array]:
-    """What a delta from `old` to `mine` says of rows and sightings that only `old` has, in tables that both have.
+    """The removals in a delta from `old` to `mine`: rows and sightings that only `old` has, in tables that both have.
 
     Args:
         old: A full state.
@@ -104,16 +105,13 @@ def ends(old: Tensors, mine: Tensors) -> dict[str, Array]:
     return found
 
 
-logger = logging.getLogger(__name__)
-
-
 class CarriedOver(NamedTuple):
-    """A version that a trainer of another model goes on from.
+    """A version that a trainer of another model continues from.
 
     Attributes:
         manifest: Of that version.
-        planned: What goes on and what does not.
-        changes: What the first version says beside what goes on, as `content.encode` takes it.
+        planned: Which parts are carried over and which are not.
+        changes: The content of the first version besides the carried parts, as `content.encode` takes it.
     """
 
     manifest: Manifest
@@ -122,10 +120,10 @@ class CarriedOver(NamedTuple):
 
 
 def carry_over(versions: Versions, version: int, trainer: Trainer) -> CarriedOver:
-    """Makes `trainer` one that has of `version` what fits it; the rest is as before learning.
+    """Loads the fitting parts of `version` into `trainer`; the rest is initialised.
 
     Args:
-        versions: Where the version is.
+        versions: The registry of the version.
         version: Its number.
         trainer: Is cleared first.
 
@@ -139,7 +137,7 @@ def carry_over(versions: Versions, version: int, trainer: Trainer) -> CarriedOve
     fresh = checkpoint.full(trainer)
     planned = plan(old, fresh)
     checkpoint.load(trainer, carried(old, fresh, planned, trainer.model.fast_weights))
-    # Rows that go on are the base's: the version need not hold them again.
+    # Carried rows are the base's: the version need not repeat them.
     changes = checkpoint.changes(trainer) | removals(old, fresh, planned)
     return CarriedOver(deltas[-1] if deltas else base, planned, changes)
 
@@ -147,14 +145,14 @@ def carry_over(versions: Versions, version: int, trainer: Trainer) -> CarriedOve
 def restore_or_carry(
     registry: Registry, control: Control, version: int, trainer: Trainer, spec: str
 ) -> tuple[Manifest, dict[str, content.Array] | None]:
-    """Makes `trainer` the one that published `version`, or that goes on from it where an upgrade begins.
+    """Restores the trainer that published `version`, or carries it over if an upgrade begins.
 
     Returns:
-        The manifest of the version, and what the first version of an upgrade holds; None where there is none.
+        The manifest of the version, and what the first version of an upgrade holds; None without an upgrade.
 
     Raises:
         UnknownVersion, CorruptVersion: The version cannot be read.
-        SpecMismatch, SettingsError: It is of other features or another model, and nobody asked for an upgrade.
+        SpecMismatch, SettingsError: It has other features or another model, and no upgrade was requested.
     """
     began = pending(registry, control)
     if began is not None and began.plan is not None and TRIAL in began.plan:
@@ -168,7 +166,7 @@ def restore_or_carry(
 
 
 def nothing_learned(trainer: Trainer, about: Mapping[str, Any]) -> dict[str, content.Array]:
-    """Makes `trainer` one that has learned nothing; returns what the first base holds.
+    """Clears everything that `trainer` has learned; returns what the first base holds.
 
     Args:
         trainer: Is cleared first.

@@ -1,31 +1,30 @@
-"""The threads that keep a shared registry in step, beside the process that needs it: one copier a host, and the trainer's senders.
+"""Runs the threads that keep a shared registry in step next to the process that needs it.
 
-How a trainer comes to own the versions of a shared registry, and how a host joins one.
+Each host has one copier; the trainer has the senders. `own` is how a trainer comes to own the versions of a shared
+registry. What it does depends on the local directory and on the shared store:
 
-the directory here       the place           what happens
-empty, or a copy         anything            claimed; what the place has is brought, numbers begin far beyond it
-with versions, unbound   empty               claimed; what is here is given to the place
-with versions, unbound   of this registry    likewise
-with versions, unbound   of another one      refused
-the origin               claimed by nobody   goes on under its own claim
-else
-the origin               claimed by another  refused: two would train
+    local directory          shared store        result
+    empty, or a copy         anything            claimed; the store's content is fetched, numbers begin far beyond it
+    with versions, unbound   empty               claimed; the local content is pushed to the store
+    with versions, unbound   of this registry    likewise
+    with versions, unbound   of another one      refused
+    the origin               not claimed since   continues under its own claim
+    the origin               claimed by another  refused: two would train
 
-Keeps a host's directory of a shared registry in step with its place: control, what versions there are, recent ones, what is small.
+`Copier` keeps a host's directory in step with the store:
 
     what           how it is found                                        requests
-    control        the file of the next generation                        one a look
-    recent         the pack that begins with the next version             one a look; more to catch up
+    control        the file of the next generation                        one per poll
+    recent         the pack that begins with the next version             one per poll; more to catch up
     versions       the catalogue, when a pack names a newer one           one for each durable version
-    the rest       lists of four folders, both ways                       four each `SMALL_S`
-    erasures       what this host's processes say, when it changed        one each
+    small files    lists of four folders, both ways                       four each `SMALL_S`
+    erasures       the reports of this host's processes, when changed     one each
 
-Where nothing came for `SILENT_S` catalogue and packs are looked for anew: the
-numbers of a trainer that was killed go on elsewhere. Where packs came for so
-long without an end the link carries less than comes: it is left to durable
-versions for `REST_S`, then packs are taken from the one that leads on. Files of
-durable versions come when somebody reads them, see
-`state/registry/brought_files.py`. On the trainer's own host versions are not taken.
+If no version arrives for `SILENT_S`, the copier reads the catalogue and lists the packs again, because the numbers
+of a killed trainer continue elsewhere. If packs keep coming for `SILENT_S` without an end, the link is too slow for
+them. The copier then takes durable versions only for `REST_S`, and resumes with the pack that continues from the
+newest one. Files of durable versions are fetched when a process reads them, see
+`state/registry/brought_files.py`. The trainer's own host fetches no versions.
 """
 
 from __future__ import annotations
@@ -72,11 +71,17 @@ from state.registry.sharing.small import exchange_small
 
 SMALL_S, SILENT_S, REST_S = 30.0, 5.0, 30.0
 AT_ONCE = 16
-"""Generations of control that are brought at once to a host that has none."""
+"""Generations of control that are fetched in parallel by a host that has none."""
+
+RETRY_S, STAND_BY_S = 1.0, 1.0
+NOTE_MS = 1000
+LAST_S, LOOKED_S = 10.0, 0.1
+"""How long an ending trainer continues to send, and how often it is checked whether a copier has begun."""
+_log = logging.getLogger(__name__)
 
 
 class Copier:
-    """One host's copier. One thread, and one for control where that is taken apart.
+    """One host's copier. One thread, and optionally a second one for control.
 
     Args:
         path: The registry's directory, which is bound to the place.
@@ -108,7 +113,7 @@ class Copier:
         """One round.
 
         Args:
-            control: Whether it takes control too, which another thread may do.
+            control: Whether it fetches control too; another thread may do that.
 
         Raises:
             UnusableRegistry: The place cannot be reached, or the disk refused.
@@ -137,7 +142,7 @@ class Copier:
     # Control
 
     def take_control(self) -> None:
-        """Generations in their order; a host that just began lists them, others ask for the next one. Any one thread.
+        """Fetches generations in order. A host that just started lists them; others ask for the next. Any one thread.
 
         Raises:
             UnusableRegistry: The place cannot be reached, or the disk refused.
@@ -166,13 +171,13 @@ class Copier:
     # Recent versions
 
     def _find_packs(self) -> None:
-        """Which pack to begin with: the one that leads on from the newest durable version, or the first that was missed."""
+        """Finds the pack to begin with: the one that continues the newest durable version, or the first missed one."""
         with sharing():
             firsts = sorted(int(name) for name in self._place.names(packs.FOLDER) if name.isdecimal())
         if not firsts:
             return
         behind = max(self._taken, *(catalogs.version_of(folder) for folder in self._catalog.folders), 0)
-        # One that ends where the next one begins has nothing that a durable version does not lead to.
+        # A pack whose successor begins at or before the durable version has nothing new.
         useful = [
             first
             for first, after in zip(firsts, [*firsts[1:], None], strict=True)
@@ -181,12 +186,12 @@ class Copier:
         self._next = useful[0] if useful else self._next
 
     def _take_packs(self, anew: bool) -> bool:
-        """Takes packs until there is no next one, or for `SILENT_S`; says whether a version came.
+        """Fetches packs until there is no next one, or for `SILENT_S`; returns whether a version came.
 
-        A look after one that saw the end takes one: that is the newest, or the next look sees more.
+        A poll after one that reached the end fetches one pack: that is the newest, or the next poll finds more.
 
         Args:
-            anew: It is looked for the pack to begin with.
+            anew: Whether to find the first pack again.
         """
         if anew:
             self._find_packs()
@@ -242,7 +247,12 @@ class Copier:
     # Durable versions
 
     def _take_catalog(self) -> None:
-        """1. Folders of versions that are new, empty. 2. What was rewritten or is gone there goes here. 3. The catalogue is kept."""
+        """Applies the newest catalogue.
+
+        1. New versions get empty folders.
+        2. Versions that were rewritten or removed in the store are renewed or removed here.
+        3. The catalogue is stored.
+        """
         data = self._bytes(catalogs.NAME)
         if data is None:
             return
@@ -282,7 +292,7 @@ class Copier:
     # Erasures
 
     def _tell_erasures(self) -> None:
-        """What processes of this host say of how far they have forgotten, where that is new."""
+        """Pushes the erasure reports of this host's processes that changed."""
         for path in (self._registry.path / layout.ERASURES).glob("*.json"):
             with usable("be read"):
                 changed_ns, data = path.stat().st_mtime_ns, path.read_bytes()
@@ -300,13 +310,13 @@ class Copier:
 
 
 def own(path: Path, url: str, now_ms: int) -> tuple[FilePlace, int]:
-    """Makes the directory the origin of what the place has, or finds that it is.
+    """Makes the directory the origin of the shared store, or finds that it is.
 
-    1. What is here goes there, where the directory was shared with nobody: masks, then control.
+    1. The local content is pushed if the directory was not shared before: masks, then control.
     2. The versions are claimed.
-    3. What is there comes here: control, the names of versions, programs, what is small.
-    4. Numbers that the trainer before may have used are passed over.
-    5. The directory is the origin.
+    3. The store's content is fetched: control, the names of versions, programs, small files.
+    4. Numbers that the preceding trainer may have used are skipped.
+    5. The directory is bound as the origin.
 
     Args:
         path: The registry's directory, with the trainer's lock held.
@@ -354,11 +364,11 @@ def own(path: Path, url: str, now_ms: int) -> tuple[FilePlace, int]:
 
 
 def give_control(registry: Registry, place: FilePlace) -> None:
-    """Gives an empty place the control of a registry that was shared with nobody, all generations in their order.
+    """Pushes the control of a registry that was not shared to an empty store, all generations in order.
 
     Raises:
-        SettingsError: The place has another registry's.
-        UnusableRegistry: The place cannot be reached.
+        SettingsError: The store has the control of another registry.
+        UnusableRegistry: The store cannot be reached.
     """
     newest = registry.control()
     if newest is None:
@@ -377,7 +387,7 @@ def give_control(registry: Registry, place: FilePlace) -> None:
 
 
 def pass_over(registry: Registry, last: int) -> None:
-    """Begins the numbers of versions here beyond all that the trainer before may have used.
+    """Begins the numbers of versions here beyond all that the preceding trainer may have used.
 
     Raises:
         OSError: The disk refused.
@@ -388,22 +398,15 @@ def pass_over(registry: Registry, last: int) -> None:
         durable.sync_directory(keeper.parent)
 
 
-RETRY_S, STAND_BY_S = 1.0, 1.0
-NOTE_MS = 1000
-LAST_S, LOOKED_S = 10.0, 0.1
-"""How long a trainer that ends goes on sending, and how often is looked whether a copier has begun."""
-_log = logging.getLogger(__name__)
-
-
 class HostCopier:
-    """The copier of one host, of whose processes one has it and the others stand by.
+    """The copier of one host; one of its processes runs it and the others stand by.
 
     Args:
         settings: Of the whole system; `paths.shared_registry` is set.
-        metrics: Where requests are counted.
+        metrics: Counts requests.
 
     Attributes:
-        looked: Set once this process has looked there, or another one of the host does.
+        looked: Set once this process has polled the store, or another one of the host does so.
     """
 
     def __init__(self, settings: Settings, metrics: SharedMetrics) -> None:
@@ -417,10 +420,10 @@ class HostCopier:
         self._say = SaidOnce(_log.info)
 
     def step(self) -> None:
-        """One round where no other process of this host has it.
+        """One round, unless another process of this host has the copier.
 
         Raises:
-            RegistryError: The place cannot be reached, or the disk refused.
+            RegistryError: The store cannot be reached, or the disk refused.
         """
         if not self._joined():
             self.looked.set()
@@ -433,7 +436,7 @@ class HostCopier:
                 time.sleep(STAND_BY_S)
                 return
             if not self._began:
-                # From here on its age says how long the place has been away.
+                # From here on its age shows how long the store has been unreachable.
                 self._began = True
                 self._metrics.looked_seconds.set_to_current_time()
             copier = Copier(self._settings.registry_dir, self._place, self._settings.registry.recent_s)
@@ -446,26 +449,26 @@ class HostCopier:
         self.looked.set()
 
     def step_control(self) -> None:
-        """Takes control where this process has the copier; in a thread of its own, so that no version keeps a pin waiting.
+        """Fetches control if this process has the copier; in a separate thread, so that versions do not delay a pin.
 
         Raises:
-            RegistryError: The place cannot be reached, or the disk refused.
+            RegistryError: The store cannot be reached, or the disk refused.
         """
         if self._copier is not None:
             self._copier.take_control()
 
     def _note(self, at_ms: int) -> None:
-        """Says to the other processes of this host that the place was reached at that moment; at most once a second."""
+        """Records for the other processes of this host that the store was reached then; at most once a second."""
         if not 0 <= at_ms - self._noted_ms < NOTE_MS:
             self._noted_ms = at_ms
             path = self._settings.registry_dir / layout.SHARED_LOOKED
-            # On a full disk nothing is noted, and readiness says so.
+            # On a full disk nothing is recorded, and readiness reports it.
             with suppress(OSError):
                 path.touch()
                 os.utime(path, ns=(at_ms * 1_000_000, at_ms * 1_000_000))
 
     def _joined(self) -> bool:
-        """Whether the directory is bound; one that has control of its own is given to the place by its trainer first."""
+        """Whether the directory is bound; if it has control of its own, its trainer pushes that to the store first."""
         path = self._settings.registry_dir
         if bound(path) is None:
             if any((path / layout.CONTROL).glob("*.json")):
@@ -475,12 +478,12 @@ class HostCopier:
         return True
 
     def close(self) -> None:
-        """Lets another process have it."""
+        """Releases the copier for another process."""
         self._lock.release()
 
 
 def reached_ms(registry: Path) -> int:
-    """When a process of this host last reached the place of the shared registry, in milliseconds since 1970; 0 for never.
+    """When a process of this host last reached the store of the shared registry, in milliseconds since 1970; 0 for never.
 
     Args:
         registry: The directory of this host's copy.
@@ -492,13 +495,13 @@ def reached_ms(registry: Path) -> int:
 
 
 class Ownership:
-    """What the trainer's loop looks at: whether it still owns the versions."""
+    """Whether the trainer still owns the versions; its loop polls this."""
 
     def __init__(self) -> None:
         self._failure: BaseException | None = None
 
     def fail(self, error: BaseException) -> None:
-        """Another trainer does, or a thread broke."""
+        """Records the error that ended the ownership: another trainer's claim, or that of a failed thread."""
         self._failure = self._failure or error
 
     def check(self) -> None:
@@ -513,16 +516,17 @@ class Ownership:
 
 @contextmanager
 def copying(settings: Settings, collected: CollectorRegistry, first: threading.Event | None = None) -> Iterator[None]:
-    """Keeps this host's directory in step while the block runs; nothing where the registry is shared with nobody.
+    """Keeps this host's directory in step while the block runs; does nothing if the registry is not shared.
 
     Args:
         settings: Of the whole system.
-        collected: Where the metrics go.
-        first: Begin once it has looked there, or another process of this host does, or this is set; None: begin at once.
+        collected: The registry of the metrics.
+        first: The block begins after the first poll of the store by a process of this host, or when this is set. None:
+            it begins at once.
 
     Raises:
-        SettingsError: The directory belongs to another place.
-        UnusablePlace: Nothing that reaches the place is installed.
+        SettingsError: The directory belongs to another store.
+        UnusablePlace: The library for the store's protocol is not installed.
     """
     require_as_set(settings)
     if not settings.paths.shared_registry:
@@ -551,13 +555,13 @@ def owning(
     stopping: threading.Event,
     now_ms: Callable[[], int] = wall_ms,
 ) -> Iterator[Ownership]:
-    """Owns the versions of a shared registry while the block runs, and sends them; nothing where it is shared with nobody.
+    """Owns the versions of a shared registry while the block runs, and sends them; does nothing if it is not shared.
 
-    Waits for the place at the start, until `stopping`: who trains must know that nobody else does.
+    Waits for the store at the start, until `stopping`: a trainer must know that no other one trains.
 
     Args:
         settings: Of the whole system; the trainer's lock is held.
-        collected: Where the metrics go.
+        collected: The registry of the metrics.
         stopping: The process is to end.
         now_ms: Wall clock.
 
@@ -607,7 +611,7 @@ def owning(
 
 
 def _send_the_rest(recent: RecentSender, durable: DurableSender) -> None:
-    """What a trainer that ends in order published last; what cannot be sent now is sent at its next start."""
+    """Sends the last versions of a trainer that stops cleanly; those that fail are sent at its next start."""
     until_s = time.monotonic() + LAST_S
     try:
         recent.send()
@@ -634,11 +638,11 @@ def _send_durable(sender: DurableSender, metrics: SharedMetrics) -> bool:
 
 
 def visit(settings: Settings) -> None:
-    """Brings this host's directory up to date for one command, where no process of the host does; else nothing.
+    """Updates this host's directory for one command, unless a process of the host does so.
 
     Raises:
-        SettingsError: The directory belongs to another place.
-        RegistryError: The place cannot be reached, or the disk refused.
+        SettingsError: The directory belongs to another store.
+        RegistryError: The store cannot be reached, or the disk refused.
     """
     url, path = settings.paths.shared_registry, settings.registry_dir
     if not url or (bound(path) is None and any((path / layout.CONTROL).glob("*.json"))):

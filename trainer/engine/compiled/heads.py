@@ -1,27 +1,21 @@
 """Loss and gradients of both heads for one step: compiled loops over rows, candidates and pairs.
 
-`trainer/model/default_ranker.py` says what the heads are; here the same sums are taken with
-their derivatives, some rows at a time, while all of theirs is in the processor's
-nearest memory. As some three hundred operations of TensorFlow over
-`[B * L, F]` they cost more than the tower. A test holds the two together:
-logits and every derivative against TensorFlow's own.
+`trainer/model/default_ranker.py` defines the heads. Here the same sums are computed with their derivatives, a block of
+rows at a time. So the block's data stays in the nearest cache. As some three hundred TensorFlow operations over
+`[B * L, F]` they cost more than the tower. A test compares logits and every derivative with TensorFlow's own.
 
 For each row, in the order of the batch:
 
-1. Windows and transitions become logits, a block of rows at a time (`window_net.py`, `transition_net.py`).
-2. Candidates are scored, without dropout for the measures: softmax, log loss, rank of the target (`interest.py`).
-3. Engagement: the row's own item, and its negative where one was drawn. What its
-   crosses add is known before (`trainer/engine/optimizers/crosses.py`).
-4. The derivatives of interest, with dropout where there is any.
+1. Windows and transitions become logits, a block of rows at a time (`window_net.py`, `transition_net`). The transition
+   net reads how often a candidate came next after the user's newest category.
+2. Candidates are scored without dropout for the measures: softmax, log loss, rank of the target (`measure_interest`).
+3. Engagement: the row's own item, and its negative if one was drawn. The contribution of its crosses is computed
+   before (`trainer/engine/optimizers/crosses.py`).
+4. The derivatives of interest, with dropout if there is any (`learn_interest`).
 5. After each `FAST_ROWS` rows the fast weights move, before the next row is scored.
 
-A block has `BLOCK` rows. The blocks between two moves are shared by threads, each
-block with sums of its own, which are added in the order of the blocks. Sums have
-the same bits for any number of threads, and however rows lie in a table.
-
-The net over how often a candidate came next after the user's newest category: forwards and backwards.
-
-Interest: the logits of a row's candidates, what is measured of them, and the derivatives of their log loss.
+A block has `BLOCK` rows. Threads share the blocks between two moves. Each block has sums of its own, which are added
+in the order of the blocks. So sums have the same bits for any number of threads, and for any order of rows in a table.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The default ranker's tower and queries, forward and backward, on a processor.
+"""The default ranker's tower and queries, forward and backward, on a CPU.
 
 Forward, of rows x = [prepared features | user row | mean latest category row | mean context row]:
 
@@ -6,21 +6,16 @@ Forward, of rows x = [prepared features | user row | mean latest category row | 
     q   = v W + w + [user row | user row | 0]          the queries
     p   = q [popular rows | 0]^T + b                   the logits of popular categories
 
-Every product of matrices is over a fixed block of rows (forward) or of weights
-(derivatives), so that a sum has the same bits however many threads share the
-blocks. `products.py` chooses the size of the blocks. With dropout the layers after the first run twice: once without it, for
-the scores, and once with it, to learn.
+With dropout the layers after the first run twice: once without it, for the scores, and once with it, to learn.
 
-Sizes of the blocks in which the tower multiplies matrices, and the transposed copies that it multiplies with.
+Every matrix product is over a fixed block of rows (forward) or of weights (derivatives). So a sum has the same bits
+however many threads share the blocks. The block size follows from the shapes and the kind of processor alone, never
+from the number of threads (`rows_of_block`, `weights_of_block`).
 
-Before it multiplies, OpenBLAS copies both matrices into its own layout. For a
-block of 64 rows that takes a quarter of the time. For processors with AVX-512 it
-has kernels for small products that copy nothing: where rows, columns and depth
-multiply to at most `SMALL`, and neither matrix is transposed. There blocks are
-that small; elsewhere they are large.
-
-The size follows from the shapes and the kind of processor alone, never from the
-number of threads: sums have the same bits for any number of threads.
+Before it multiplies, OpenBLAS copies both matrices into its own layout. For a block of 64 rows that takes a quarter of
+the time. For processors with AVX-512 it has kernels for small products that copy nothing. They apply if rows, columns
+and depth multiply to at most `SMALL`, and neither matrix is transposed. There the blocks are that small, and transposed
+copies are kept for them (`transpose`). On other processors the blocks are large.
 """
 
 from __future__ import annotations

@@ -1,20 +1,16 @@
-"""The TensorFlow engine: gathers what a ranker reads, differentiates its losses, and moves weights and rows on the device.
+"""The TensorFlow engine: gathers a ranker's inputs, differentiates its losses, and moves weights and rows on the device.
 
 One graph measures a record:
 
-1. Distinct rows of each table are gathered, and the ranker's inputs out of them.
-2. Crosses are scored and learned, row after row (`crosses.py`).
+1. Distinct rows of each table are gathered, and the ranker's inputs are taken from them.
+2. Crosses are scored and learned, row after row (`learn_crosses`): the Kalman filter of
+   `trainer/engine/optimizers/crosses.py` as a graph, on any device.
 3. `encode` runs once without dropout and once with it.
-4. `score` and `losses` run over blocks of rows. After each block the fast
-   weights move, before the next one is scored; without fast weights all rows
-   are one block. Derivatives by what was encoded and gathered are collected.
-5. They go back through `encode` to dense weights and rows.
+4. `score` and `losses` run over blocks of rows (`Blocks`). After each block the fast weights move, before the next one
+   is scored; without fast weights all rows are one block. Derivatives by the encoded and gathered values are collected.
+5. The derivatives go back through `encode` to dense weights and rows.
 
 A second graph applies: Adam to the dense weights, Adagrad to the rows.
-
-The Kalman filter of crosses in a graph, on any device: what `trainer/engine/optimizers/crosses.py` says, row after row.
-
-Scores and derivatives of a record block by block, so that fast weights move between blocks.
 """
 
 from __future__ import annotations
@@ -36,9 +32,11 @@ from trainer.model.inputs import Input
 from trainer.model.ranker import Ranker, Targets
 from trainer.tables.table import Table
 
+Tensor = Any
+
 
 class Learning(NamedTuple):
-    """What the blocks of a record read.
+    """The inputs of the blocks of a record.
 
     Attributes:
         values: Inputs that are values, by name.
@@ -68,7 +66,7 @@ class Blocks:
     def __init__(self, ranker: Ranker, optimizer: Adam) -> None:
         self._ranker, self._optimizer, self._rate = ranker, optimizer, np.float32(optimizer.fast_rate)
         self._fast = [ranker.dense[name] for name in ranker.fast_weights]
-        # In the shape of the flat weights: factors of the step size, the longest prefix says it.
+        # In the shape of the flat weights: factors of the step size, chosen by the longest matching prefix.
         known = sorted(ranker.fast_learning_rates.items(), key=lambda each: len(each[0]))
         factors = [next((f for p, f in reversed(known) if name.startswith(p)), 1.0) for name in ranker.fast_weights]
         sizes = [int(np.prod(weight.shape)) for weight in self._fast]
@@ -91,7 +89,7 @@ class Blocks:
             scores, by_encoded, by_rows, by_dense = self._block(of, 0, count)
             return _joined(scores), by_encoded, by_rows, by_dense, (tf.zeros([0]), *of.slots)
         blocks, before = (count + size - 1) // size, self._flat(self._fast)
-        # Derivatives by rows that the whole record shares add up; all others come one block behind another.
+        # Derivatives by rows that the whole record shares are summed; all others are concatenated by block.
         shared = [name not in self._by_row for name in of.rows]
         rows = [
             tf.zeros_like(each) if whole else _array(each, blocks)
@@ -126,14 +124,14 @@ class Blocks:
         return scores, [array.concat() for array in encoded], by_rows, totals, (weights, *slots)
 
     def _kinds(self, of: Learning) -> list[Tensor]:
-        """Tensors of the types and row shapes of what `_block` says of scores."""
+        """Tensors with the types and row shapes of the scores of `_block`."""
         row = of.targets.weight
         sizes = [self._ranker.sizes[letter] for letter in "LPS"]
         logits = [tf.zeros([0, size]) for size in sizes]
         return [*logits, row, tf.zeros([0], tf.int32), row, row, row, row]
 
     def _block(self, of: Learning, begin: Tensor, end: Tensor) -> tuple[Any, ...]:
-        """Of rows `begin` to `end`: scores and losses, derivatives by what was encoded, by rows, by dense weights."""
+        """Scores and losses of rows `begin` to `end`, and derivatives by encoded values, rows and dense weights."""
         values, rows = (
             {name: part[begin:end] if name in self._by_row else part for name, part in parts.items()}
             for parts in (of.values, of.rows)
@@ -157,7 +155,7 @@ class Blocks:
         return found, by_encoded, by_rows, by_dense
 
     def moved(self, gradient: Tensor, slots: list[Tensor]) -> tuple[Tensor, ...]:
-        """One move, as `trainer/engine/optimizers/fast_weights.py` says it."""
+        """One update of the fast weights, as defined in `trainer/engine/optimizers/fast_weights.py`."""
         numbers, (fast, slow, second, moves) = HYPERPARAMETERS, slots
         count, power = moves[0] + 1.0, moves[1] * numbers.beta_2
         share = tf.maximum(1.0 / numbers.average_moves, numbers.first_moves / (count + numbers.first_moves))
@@ -176,12 +174,12 @@ class Blocks:
 
 
 def distinct_tensors(structure: Any) -> list[Tensor]:
-    """Each tensor of a structure once, in their order."""
+    """Each tensor of a structure once, in the order of the structure."""
     return list({id(tensor): tensor for tensor in tf.nest.flatten(structure)}.values())
 
 
 def _cut(structure: Any, begin: Tensor, end: Tensor) -> Any:
-    """The structure of rows `begin` to `end`; a tensor that is in it twice is so afterwards."""
+    """The structure of rows `begin` to `end`; a tensor that occurs twice still does so."""
     cut = {id(tensor): tensor[begin:end] for tensor in tf.nest.flatten(structure)}
     return tf.nest.map_structure(lambda tensor: cut[id(tensor)], structure)
 
@@ -203,8 +201,8 @@ def learn_crosses(
     """Scores the crosses of a record and learns from its labels.
 
     Args:
-        at: `[B, C]` int32 places in `rows`, 0 where there is no cross; all 0 in rows without a label.
-        share_at: `[C]` int32, the places of shares.
+        at: `[B, C]` int32 positions in `rows`, 0 for no cross; all 0 in rows without a label.
+        share_at: `[C]` int32, the positions of shares.
         prior: `[C]` float32, the precision of each weight before anything was learned.
         labels: `[B]` float32.
         rows: `[w, 2]` float32, distinct rows of the table.
@@ -250,7 +248,7 @@ def learn_crosses(
 def _weights_and_marginals(
     numbers: Tensor, learned: Tensor, live: Tensor, prior: Tensor, label: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """What is added to the `[C, 2]` weights and marginal logits of a row's crosses, and to their precision."""
+    """The updates of the `[C, 2]` weights and marginal logits of a row's crosses, and of their precision."""
     weight, marginal = numbers[:, 0], numbers[:, 1]
     # The first cross, which every row has, learns the logit of all labels; the others what theirs add to it.
     likely = tf.sigmoid(tf.concat([marginal[:1], marginal[1:] + marginal[0]], 0))
@@ -265,7 +263,7 @@ def _weights_and_marginals(
 
 
 def _shares(logit: Tensor, label: Tensor, numbers: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """What is added to the `[C, 2]` shares, and to their precision."""
+    """The updates of the `[C, 2]` shares, and of their precision."""
     likely = tf.sigmoid(logit)
     information = likely * (1.0 - likely)
     precision = HYPERPARAMETERS.share_precision + known
@@ -273,11 +271,8 @@ def _shares(logit: Tensor, label: Tensor, numbers: Tensor, known: Tensor) -> tup
     return numbers * error / precision, information * numbers * numbers
 
 
-Tensor = Any
-
-
 class TensorsFound(NamedTuple):
-    """What the first graph found; tensors stay on the device.
+    """The outputs of the first graph; tensors stay on the device.
 
     Attributes:
         scores: Without dropout, in the order of `Scores`.
@@ -359,7 +354,7 @@ class TensorflowEngine:
         self._optimizer.fast = FastSlots(*(np.array(slot.numpy()) for slot in found.fast))
 
     def _traced(self, given: Mapping[str, Any], crosses: int) -> Any:
-        """The graph for records of any length, as one with so many crosses asks for."""
+        """The graph for records of any length with this many crosses."""
         if crosses not in self._traces:
             fixed = {
                 place_of(one) if one.table else one.name for one in self._ranker.inputs if not one.shape.startswith("B")
@@ -488,5 +483,5 @@ class TensorflowEngine:
 
 
 def place_of(one: Input) -> str:
-    """What the places of an input's rows are called: tables may be looked up by the same ids."""
+    """The name of the positions of an input's rows; several tables may be read by the same ids."""
     return f"{one.table}.{one.ids}"
