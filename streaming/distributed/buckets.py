@@ -97,7 +97,10 @@ def _of_bucket(part: Range, bucket: int, buckets: int, rows: int) -> Range:
 
 
 def _of_turns(moves: Moves, ranges: Sequence[Range], bucket: int, buckets: int) -> Moves:
-    """The clock moves that a bucket's shares see: their turns are at each `buckets`th offset (`streaming.attribution`)."""
+    """The clock moves as seen by a bucket's shares, whose turns are at each `buckets`th offset.
+
+    See `streaming.attribution`.
+    """
     ends = np.array([part.next for part in ranges], np.int64)[moves.source]
     offset = moves.offset + (bucket - moves.offset) % buckets
     seen = offset < ends
