@@ -1,5 +1,4 @@
-"""Rolls the stream's histories back to the branch point of the training log that control asks for, before any click is
-read.
+"""Rolls the stream's histories back to the training log's branch point, before any click is read.
 
 The writer of the shard is opened first, which fences any other one. So the log contains all that this shard wrote on
 its old branch. A crash before the histories are rolled back leaves the same to be done, with another writer that fences
