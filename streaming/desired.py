@@ -23,7 +23,7 @@ LOOK_S = 0.1
 
 @dataclass(frozen=True)
 class Desired:
-    """The state that control asks of the stream.
+    """What control asks of the stream.
 
     Attributes:
         line: The branch of the training log; the stream writes its last epoch.
@@ -55,14 +55,9 @@ class ControlWatch:
         own: The branch that the histories belong to.
         clock: Monotonic clock in seconds.
 
-    Args:
-        registry: The registry's directory, which need not be there.
-        own: The line that the histories are on.
-        clock: Seconds that never go back.
-
     Raises:
         RegistryError: Control cannot be read.
-        StoreError: The histories are of a later epoch of the log than control knows.
+        StoreError: The histories have a later epoch of the training log than control knows.
     """
 
     def __init__(self, registry: Path, own: LogLine, clock: Callable[[], float] = time.monotonic) -> None:

@@ -224,7 +224,7 @@ class EventClock:
         off: NDArray[np.uint8],
         now_ms: int,
     ) -> tuple[OffClock, ...]:
-        """The clocks that are certainly wrong: ahead of the wall clock or, after fifteen turns, still ahead of the crowd."""
+        """The clocks that are certainly wrong: ahead of the wall clock or, fifteen turns later, ahead of the crowd."""
         found = []
         ends = dict(zip(keys.tolist(), clocks[:, 1].tolist(), strict=True))
         partitions = {key: part.source.partition for part, key in zip(ranges, keys.tolist(), strict=True)}

@@ -154,7 +154,7 @@ class ComputeWindows(Step[Sample]):
     """Turns events into rows, as in the stream: impressions wait for their label, in event time."""
 
     def process(self, events: EventBatch) -> Iterator[Rows]:
-        """Yields the rows of one batch and of earlier impressions that it labels; nothing for a batch without events."""
+        """Yields the rows of one batch and of earlier impressions that it labels; skips batches without events."""
         with self.handle.watched() as sample:
             sample.tally.count_events(events)
             now_ms = round(sample.clock_s() * 1000)

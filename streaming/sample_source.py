@@ -30,12 +30,8 @@ def of_topic(sample: Sample, await_topic: bool = False) -> Batches:
         sample: Counts what was read so far.
         await_topic: Whether to wait for Kafka and the topic, up to `bootstrap.timeout_s`.
 
-    Args:
-        sample: What was read so far.
-        await_topic: Whether Kafka and the topic may come later, up to `bootstrap.timeout_s`.
-
     Raises:
-        SpringtideError: `bootstrap.timeout_s` passed with less than `bootstrap.min_rows` clicks.
+        SpringtideError: `bootstrap.timeout_s` passed with fewer than `bootstrap.min_rows` clicks.
         LogError: The topic cannot be read.
     """
     settings, wanted = sample.settings, sample.settings.bootstrap

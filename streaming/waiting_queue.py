@@ -1,4 +1,4 @@
-"""In-memory queue of impressions that wait for their label: in order by share of a partition, and indexed by pair. Pure."""
+"""In-memory queue of impressions that wait for their label, ordered by share of a partition, indexed by pair. Pure."""
 
 from __future__ import annotations
 

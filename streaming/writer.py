@@ -1,4 +1,4 @@
-"""Writes the shard's micro-batches and dead letters in acknowledged transactions, and waits for a broker that is away."""
+"""Writes the shard's micro-batches and dead letters in acknowledged transactions, and waits out broker outages."""
 
 from __future__ import annotations
 
@@ -29,14 +29,6 @@ class ShardWriter:
         stopping: Set once the stream was asked to stop; from then on it does not wait for an outage to end.
         opens: Creates a writer of the shard, here and after each outage.
         desired: Provides the mask and the epoch of the log.
-
-    Args:
-        settings: The effective settings.
-        spec: Digest of the feature spec.
-        salt: Fingerprint of the salt.
-        stopping: Set once the stream was asked to stop: then no outage is waited for.
-        opens: Makes a writer of the shard, here and after each outage.
-        desired: Names the mask and the epoch of the log.
 
     Raises:
         UnreachableBroker: No broker answered in time.
