@@ -168,7 +168,7 @@ class LeftOutItem(Struct, frozen=True):
 
 
 class Ranking(About, frozen=True, kw_only=True, omit_defaults=True):
-    """Items that the caller named, the most probable first; with bids, the one of the highest expected value."""
+    """The items of a request by descending probability or, with bids, by descending expected value."""
 
     items: list[RankedItem]
     left_out: Annotated[
