@@ -1,4 +1,4 @@
-"""The client of applications: asks a serving host over HTTP, with types for what is answered; imports nothing of the server."""
+"""Python client for the HTTP API of a Springtide serving host, with typed responses. It imports no server code."""
 
 from springtide_client.answers import (
     Engagement,

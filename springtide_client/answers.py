@@ -1,6 +1,6 @@
-"""What is answered: one type for each answer of the HTTP interface, of which its OpenAPI document is made too.
+"""Response types of the HTTP API, one for each response; the server's OpenAPI document is generated from them too.
 
-Fields of a later release are passed over.
+Fields that a later release adds are ignored.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Attributes = Annotated[
 
 
 class Version(Struct, frozen=True):
-    """The one version that all of an answer is from."""
+    """The model version that the whole response was computed from."""
 
     number: Annotated[int, Meta(ge=1)]
     epoch: Annotated[int, Meta(ge=1)]
@@ -49,7 +49,7 @@ class Version(Struct, frozen=True):
 
 
 class Interest(Struct, frozen=True):
-    """A category that the user's next click may be in."""
+    """A category that the user may click next."""
 
     label: Annotated[str, Meta(description="Its name; its id where no click named it yet.")]
     id: PublicId
@@ -57,7 +57,7 @@ class Interest(Struct, frozen=True):
 
 
 class Engagement(Struct, frozen=True):
-    """How probable it is that the user engages with the item that was asked for."""
+    """The probability that the user engages with the requested item."""
 
     item: str
     probability: Probability
@@ -65,7 +65,7 @@ class Engagement(Struct, frozen=True):
 
 
 class About(Struct, frozen=True, kw_only=True):
-    """Whom and which moment an answer is about."""
+    """The user, the model version and the time that a response refers to."""
 
     user_id: Annotated[str, Meta(description="As it was asked for.")]
     known: Annotated[bool, Meta(description="The user has a visible click, or a row in this version.")]
@@ -77,7 +77,7 @@ class About(Struct, frozen=True, kw_only=True):
 
 
 class Profile(About, frozen=True, kw_only=True):
-    """What is known of one user at one moment."""
+    """The profile of one user at one time."""
 
     interests: Annotated[
         list[Interest], Meta(description="The most probable first; the probabilities of all of them sum to 1.")
@@ -111,7 +111,7 @@ class Profile(About, frozen=True, kw_only=True):
 
 
 class BehindIt(Struct, frozen=True):
-    """An event that lies behind a reason."""
+    """An event that contributed to a reason."""
 
     at: str
     action: str | None = None
@@ -120,7 +120,7 @@ class BehindIt(Struct, frozen=True):
 
 
 class ReasonFor(Struct, frozen=True):
-    """A part of what makes a probability another one than a stranger's."""
+    """One contribution to the difference between the user's probability and that of an unknown user."""
 
     kind: Annotated[
         str,
@@ -133,7 +133,7 @@ class ReasonFor(Struct, frozen=True):
 
 
 class Explanation(About, frozen=True, kw_only=True):
-    """Why a probability is what it is: the parts of its difference from what it would be of a stranger."""
+    """Why a probability has its value: its difference from that of an unknown user, split into contributions."""
 
     label: Annotated[str | None, Meta(description="The category, where one is explained.")]
     item: Annotated[str | None, Meta(description="The item, where an engagement is explained.")]
@@ -144,13 +144,13 @@ class Explanation(About, frozen=True, kw_only=True):
 
 
 class Profiles(Struct, frozen=True):
-    """Profiles in the order they were asked for, all of one version; while a rollout is open those of one arm."""
+    """Profiles in request order, all of one model version; during a rollout, all of one arm."""
 
     profiles: list[Profile]
 
 
 class RankedItem(Struct, frozen=True, omit_defaults=True):
-    """An item that the caller named."""
+    """An item of the request, ranked."""
 
     item: str
     category: Annotated[str | None, Meta(description="The category that it counts as of; null where none is known.")]
@@ -160,7 +160,7 @@ class RankedItem(Struct, frozen=True, omit_defaults=True):
 
 
 class LeftOutItem(Struct, frozen=True):
-    """An item that the caller named and that is not ranked."""
+    """An item of the request that was not ranked."""
 
     item: str
     reason: Annotated[Literal["cap"], Meta(description="The user saw it as often as its cap allows.")]
@@ -168,7 +168,7 @@ class LeftOutItem(Struct, frozen=True):
 
 
 class Ranking(About, frozen=True, kw_only=True, omit_defaults=True):
-    """Items that the caller named, the most probable first; with bids, the one of the highest expected value."""
+    """The items of a request by descending probability or, with bids, by descending expected value."""
 
     items: list[RankedItem]
     left_out: Annotated[
@@ -177,7 +177,7 @@ class Ranking(About, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class RecommendedItem(Struct, frozen=True):
-    """An item that is recommended, and why."""
+    """A recommended item and the reason for it."""
 
     item: Annotated[str, Meta(description="As clicks name it; its id where no name is known.")]
     id: PublicId
@@ -187,13 +187,13 @@ class RecommendedItem(Struct, frozen=True):
 
 
 class Recommendations(About, frozen=True, kw_only=True):
-    """Items for one user: what the user comes back to, then the most probable first but for the share of new ones."""
+    """Items for one user: first those the user comes back to, then by probability, except for the share of new ones."""
 
     items: list[RecommendedItem]
 
 
 class SimilarItem(Struct, frozen=True):
-    """An item that is near to a user."""
+    """An item that is similar to a user."""
 
     item: Annotated[str, Meta(description="As clicks name it; its id where no name is known.")]
     id: PublicId
@@ -205,28 +205,28 @@ class SimilarItem(Struct, frozen=True):
 
 
 class SimilarItems(About, frozen=True, kw_only=True):
-    """The items that are nearest to one user, the nearest first."""
+    """The items most similar to one user, in descending order."""
 
     items: list[SimilarItem]
 
 
 class Alive(Struct, frozen=True):
-    """The process runs."""
+    """The process is running."""
 
     status: Literal["ok"]
 
 
 class RefusedVersion(Struct, frozen=True):
-    """A version that is newer than the one that answers, and why it does not answer."""
+    """A version newer than the one being served, and why it is not served."""
 
     version: int
     reason: str
 
 
 class Readiness(Struct, frozen=True):
-    """Whether a worker can answer, and what it lacks; `error` and `do` say why and what to do.
+    """Whether a worker can serve requests, and what it lacks; `error` and `do` give the cause and the remedy.
 
-    `degraded` has by part (`version`, `histories`) what the host has missed for more than a minute.
+    `degraded` maps a part (`version`, `histories`) to what the host has lacked for more than a minute.
     """
 
     ready: bool
@@ -240,7 +240,7 @@ class Readiness(Struct, frozen=True):
 
 
 class Failure(Struct, frozen=True):
-    """Why a request was not answered, what to do, and, where it is about a place in the request, which."""
+    """Why a request failed, what to do, and, if one part of the request is at fault, which."""
 
     error: str
     do: str = ""
@@ -248,20 +248,20 @@ class Failure(Struct, frozen=True):
 
 
 class ModelFailure(Struct, frozen=True):
-    """An error as clients of TensorFlow Serving read it."""
+    """An error in the format of TensorFlow Serving."""
 
     error: str
 
 
 class Status(Struct, frozen=True):
-    """As TensorFlow Serving has it."""
+    """The status of a version, in the format of TensorFlow Serving."""
 
     error_code: Literal["OK"]
     error_message: str
 
 
 class ModelVersion(Struct, frozen=True):
-    """A version that can be asked for."""
+    """A version that can be requested."""
 
     version: Annotated[str, Meta(pattern="^[0-9]+$")]
     state: Literal["AVAILABLE"]
@@ -269,13 +269,13 @@ class ModelVersion(Struct, frozen=True):
 
 
 class ModelStatus(Struct, frozen=True):
-    """The versions that can be asked for, the one that answers first."""
+    """The versions that can be requested, starting with the one that is served."""
 
     model_version_status: list[ModelVersion]
 
 
 class ModelSpec(Struct, frozen=True):
-    """Which version the metadata is of."""
+    """The model and version that the metadata describes."""
 
     name: str
     signature_name: str
@@ -283,19 +283,19 @@ class ModelSpec(Struct, frozen=True):
 
 
 class ModelMetadata(Struct, frozen=True):
-    """The signatures of a version, as TensorFlow Serving has them."""
+    """The signatures of a version, in the format of TensorFlow Serving."""
 
     model_spec: ModelSpec
     metadata: dict[str, dict[str, Any]]
 
 
 class ModelPredictions(Struct, frozen=True):
-    """Predictions by row: an object each, or the value itself where there is one output."""
+    """Predictions by row: one object a row, or the value itself if there is only one output."""
 
     predictions: list[Any]
 
 
 class ModelOutputs(Struct, frozen=True):
-    """Predictions by column: lists by output, or one list where there is one."""
+    """Predictions by column: a list for each output, or the list itself if there is only one output."""
 
     outputs: dict[str, Any] | list[Any]

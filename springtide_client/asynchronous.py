@@ -1,4 +1,4 @@
-"""The client of programs with an event loop; the same calls as of `Client`, to be awaited."""
+"""Asynchronous client of the HTTP API for asyncio programs, with the same methods as `Client`."""
 
 from __future__ import annotations
 
@@ -22,18 +22,20 @@ T = TypeVar("T")
 
 
 class AsyncClient:
-    """Asks one address; tasks of one loop may share it. Use it in an `async with`, or `close` it.
+    """Asynchronous client of one serving address. Use it in an `async with`, or call `close`.
+
+    Tasks of one event loop may share it.
 
     Args:
-        url: Of a worker, or of what stands before several, such as `http://localhost:8501`.
-        timeout_s: Until an answer, all tries and the waits between them included.
-        retries: How patient it is where it is refused for now.
-        token: Goes with each request as `authorization: Bearer`, where the server wants one.
-        headers: Of each request, such as a proxy wants them.
-        verify: Whether the certificate of an `https` address must be good, or the context that says which ones are.
-        transport: What carries requests; by default httpx's own.
-        sleep: Waits so many seconds.
-        chance: A number from 0 to 1.
+        url: Address of a worker, or of a load balancer in front of several, such as `http://localhost:8501`.
+        timeout_s: Time limit of a call in seconds, including all retries and the waits between them.
+        retries: How often, and for how long, a temporarily refused call is retried.
+        token: Sent with each request as `authorization: Bearer`, if the server requires one.
+        headers: Additional headers of each request, for example for a proxy.
+        verify: Whether to verify the certificate of an `https` address, or the SSL context to verify it with.
+        transport: Sends the requests; by default httpx's own transport.
+        sleep: Waits the given number of seconds.
+        chance: Returns a random number from 0 to 1.
     """
 
     def __init__(
@@ -83,11 +85,11 @@ class AsyncClient:
 
         Args:
             user_id: The raw id.
-            item: An item; how probable it is that the user engages with it is answered too.
+            item: An item; the answer then has the probability that the user engages with it.
             category: The item's category; by default the one that it was last seen in.
             at: The time to answer for: milliseconds since 1970, or ISO 8601; by default now.
             context: Values of context fields.
-            fields: What the answer has beside the rest: of `features`, `vector`, `attributes`, `sources`.
+            fields: Optional parts of the answer: of `features`, `vector`, `attributes`, `sources`.
             top: The most interests of the answer; by default 10.
 
         Raises:
@@ -111,7 +113,7 @@ class AsyncClient:
     ) -> Ranking:
         """Up to 1,000 items, the most probable for this user first; arguments and errors as of `profile`.
 
-        With bids the one of the highest expected value comes first; what has reached its cap is in `left_out` alone.
+        With bids the item of the highest expected value comes first; items at their cap are only in `left_out`.
         """
         return await self._ask(questions.rank(user_id, items, at, context))
 
@@ -129,7 +131,7 @@ class AsyncClient:
 
         Args:
             user_id: The raw id.
-            n: How many items at most, up to 100; by default 20.
+            n: The most items, up to 100; by default 20.
             category: Only items of this category.
             exclude_seen: Whether items that the user clicked are left out.
             at: As of `profile`.
@@ -184,10 +186,10 @@ class AsyncClient:
         return await self._ask(questions.explain(user_id, label, item, category, at, context, top))
 
     async def ready(self) -> Readiness:
-        """Whether the worker can answer, and what it lacks; it is asked once.
+        """Whether the worker can answer, and what it lacks; there are no retries.
 
         Raises:
-            ClientError: Nobody answers.
+            ClientError: The worker does not answer.
         """
         return questions.read(READY, await self._send(READY, self._deadline_s()))
 
@@ -208,7 +210,7 @@ class AsyncClient:
             await self._sleep(wait_s)
 
     def _deadline_s(self) -> float:
-        """When a call that begins now ends, by the loop's clock."""
+        """The deadline, by the loop's clock, of a call that starts now."""
         return asyncio.get_running_loop().time() + self._timeout_s
 
     def _wait_s(self, tried: int, pause_s: float | None, deadline_s: float) -> float | None:
@@ -216,7 +218,7 @@ class AsyncClient:
         return self._retries.wait_s(tried, pause_s, self._chance(), left_s)
 
     async def _send(self, question: Question[T], deadline_s: float) -> httpx.Response:
-        """The one place where the network is used."""
+        """Sends one request; the only method that uses the network."""
         try:
             async with asyncio.timeout_at(deadline_s):
                 return await self._http.request(

@@ -1,19 +1,19 @@
-"""The one tree of what a call can raise; each says what happened and what to do.
+"""Exceptions of the client; each message gives the cause and the remedy.
 
 ClientError
-├── Unreachable         nobody answered at the address
-├── TimedOut            no answer came in time
-├── Refused             the answer is an error: status, what, do, where
-│   ├── Overloaded      429: more is asked than can be answered in time
+├── Unreachable         the address cannot be reached
+├── TimedOut            no response arrived in time
+├── Refused             the response is an error: status, what, do, where
+│   ├── Overloaded      429: more requests than can be served in time
 │   └── ServerFailed    5xx: not ready, too late, or failed
-└── UnexpectedAnswer    what answers is no Springtide, or one of another form
+└── UnexpectedAnswer    the response is not from Springtide, or has another format
 """
 
 from __future__ import annotations
 
 
 class ClientError(Exception):
-    """A call that was not answered.
+    """Base class of the client's errors: a call got no response, or an error.
 
     Args:
         what: What happened.
@@ -30,22 +30,22 @@ class ClientError(Exception):
 
 
 class Unreachable(ClientError):
-    """Nobody answered at the address. Look whether a worker runs there."""
+    """The address cannot be reached. Check whether a worker runs there."""
 
 
 class TimedOut(ClientError):
-    """No answer came in time. Give more time, or ask for less at once."""
+    """No response arrived in time. Allow more time, or request less at once."""
 
 
 class Refused(ClientError):
-    """The answer is an error.
+    """The response is an error.
 
     Args:
-        status: Of HTTP.
+        status: HTTP status code.
         what: What happened.
         do: What to do.
-        where: The place in the request, if it is one's fault: a parameter, or a JSON pointer into the body.
-        retry_after_s: When the worker says to come again; None where it does not.
+        where: The part of the request at fault, if there is one: a parameter, or a JSON pointer into the body.
+        retry_after_s: When the worker asks to retry, in seconds; None if it does not say.
 
     Attributes:
         status: As given.
@@ -61,12 +61,12 @@ class Refused(ClientError):
 
 
 class Overloaded(Refused):
-    """More is asked than can be answered in time. Ask less often, or run more workers."""
+    """The worker receives more requests than it can serve in time. Send fewer, or run more workers."""
 
 
 class ServerFailed(Refused):
-    """The worker is not ready, was too late, or failed. Its log says why."""
+    """The worker is not ready, exceeded its deadline, or failed. Its log gives the cause."""
 
 
 class UnexpectedAnswer(ClientError):
-    """What answers is no Springtide, or one of another form. Look at the address, and what stands in between."""
+    """The response is not from Springtide, or has another format. Check the address and any proxies in between."""

@@ -1,4 +1,4 @@
-"""What is asked: each call as a request, and an answer read into its type or raised; shared by both clients."""
+"""Builds the request of each call, and decodes its response or raises its error; both clients use it."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Cap:
-    """How often at most a user may have seen an item.
+    """The maximum number of times that a user may see an item within a period.
 
     Attributes:
-        count: From so many on it is left out.
-        within_s: In so many seconds before the time to answer for.
+        count: The item is left out once the user has seen it this many times.
+        within_s: Length in seconds of the period, which ends at the requested time (`at`).
     """
 
     count: int
@@ -53,9 +53,9 @@ class Item(NamedTuple):
 
     Attributes:
         item: The raw id.
-        category: Its category; without one it counts as of the category that it was last seen in.
-        bid: What an engagement is worth; all items have one, or none.
-        cap: How often the user may have seen it.
+        category: Its category; by default the one it was last seen in.
+        bid: What an engagement is worth; either all items have a bid, or none.
+        cap: How often the user may see it.
     """
 
     item: str
@@ -65,13 +65,13 @@ class Item(NamedTuple):
 
 
 class User(NamedTuple):
-    """What is asked of one user of a batch.
+    """One user of a batch request.
 
     Attributes:
         user_id: The raw id.
-        item: An item; how probable it is that the user engages with it is answered too.
-        category: The item's category; by default the one that it was last seen in.
-        at: The time to answer for: milliseconds since 1970, or ISO 8601; by default now.
+        item: An item; the response then includes the probability that the user engages with it.
+        category: The item's category; by default the one it was last seen in.
+        at: The time to compute the profile for: milliseconds since 1970, or ISO 8601; by default now.
         context: Values of context fields.
     """
 
@@ -83,15 +83,15 @@ class User(NamedTuple):
 
 
 class Question(NamedTuple, Generic[T]):
-    """A request, and the type of its answer.
+    """An HTTP request and the type of its response.
 
     Attributes:
-        method: Of HTTP.
-        path: With the user's id percent-encoded.
-        answer: The type.
-        parameters: Of the query.
-        body: As JSON takes it.
-        answered_by: Statuses that are an answer.
+        method: HTTP method.
+        path: URL path, with the user's id percent-encoded.
+        answer: The type of the response.
+        parameters: Query parameters.
+        body: JSON body.
+        answered_by: Status codes whose body is decoded as `answer`.
     """
 
     method: str
@@ -111,7 +111,7 @@ def profile(
     fields: Sequence[str],
     top: int | None,
 ) -> Question[Profile]:
-    """One profile.
+    """Builds the request for one profile.
 
     >>> profile("a/b", "i1", None, 1500, {"device": "tv"}, ["vector"], None)[1:4:2]
     ('/v1/profiles/a%2Fb', {'item': 'i1', 'at': '1500', 'fields': 'vector', 'context.device': 'tv'})
@@ -121,7 +121,7 @@ def profile(
 
 
 def profiles(users: Sequence[str | User], fields: Sequence[str], top: int | None) -> Question[Profiles]:
-    """Many profiles.
+    """Builds the request for several profiles.
 
     >>> profiles(["ann", User("bob", item="i1")], [], 3).body
     {'profiles': [{'user_id': 'ann'}, {'user_id': 'bob', 'item': 'i1'}], 'top': 3}
@@ -134,7 +134,7 @@ def profiles(users: Sequence[str | User], fields: Sequence[str], top: int | None
 def rank(
     user_id: str, items: Sequence[str | Item], at: str | int | None, context: Mapping[str, str] | None
 ) -> Question[Ranking]:
-    """Items of the caller's, ranked.
+    """Builds the request that ranks the caller's items.
 
     >>> rank("ann", ["i1", Item("i2", "hats")], None, None).body
     {'user_id': 'ann', 'items': ['i1', {'item': 'i2', 'category': 'hats'}]}
@@ -158,7 +158,7 @@ def recommend(
     at: str | int | None,
     context: Mapping[str, str] | None,
 ) -> Question[Recommendations]:
-    """Items of the server's choice."""
+    """Builds the request for recommended items."""
     given = {"n": n, "category": category, "exclude_seen": "true" if exclude_seen else None, "at": at}
     path = f"/v1/recommendations/{in_path(user_id)}"
     return Question("GET", path, Recommendations, _parameters(given, context))
@@ -167,7 +167,7 @@ def recommend(
 def similar(
     user_id: str, n: int | None, exclude_seen: bool, at: str | int | None, context: Mapping[str, str] | None
 ) -> Question[SimilarItems]:
-    """Items near to a user."""
+    """Builds the request for the items most similar to a user."""
     given = {"n": n, "exclude_seen": "true" if exclude_seen else None, "at": at}
     return Question("GET", f"/v1/similar/{in_path(user_id)}", SimilarItems, _parameters(given, context))
 
@@ -181,7 +181,7 @@ def explain(
     context: Mapping[str, str] | None,
     top: int | None,
 ) -> Question[Explanation]:
-    """Why a probability is what it is."""
+    """Builds the request that explains a probability."""
     given = {"label": label, "item": item, "category": category, "at": at, "top": top}
     path = f"/v1/profiles/{in_path(user_id)}/explain"
     return Question("GET", path, Explanation, _parameters(given, context))
@@ -191,13 +191,13 @@ READY = Question("GET", "/readyz", Readiness, answered_by=(200, 503))
 
 
 def in_path(user_id: str) -> str:
-    """An id as it stands in a path; dots alone would be a step in it.
+    """Percent-encodes a user id for a URL path, including ids of dots only, which would be path segments.
 
     >>> in_path("a/b c"), in_path("..")
     ('a%2Fb%20c', '%2E%2E')
 
     Raises:
-        ClientError: It is empty, or has a character that UTF-8 has not.
+        ClientError: The id is empty, or UTF-8 cannot encode it.
     """
     if not user_id:
         raise ClientError("the user id is empty", "name a user")
@@ -209,11 +209,11 @@ def in_path(user_id: str) -> str:
 
 
 def read(question: Question[T], response: httpx.Response) -> T:
-    """The answer that a response is.
+    """Decodes a response.
 
     Raises:
-        Refused: It is an error; one of 429 and 5xx may also be a proxy's, in any form.
-        UnexpectedAnswer: It is not of the form.
+        Refused: The response is an error. A 429 or 5xx may also come from a proxy, in any format.
+        UnexpectedAnswer: The response has another format.
     """
     status = response.status_code
     kind: type[Refused] = Overloaded if status == 429 else ServerFailed if status >= 500 else Refused
@@ -232,7 +232,7 @@ def read(question: Question[T], response: httpx.Response) -> T:
 
 
 def failed(error: Exception, base_url: str) -> ClientError:
-    """The error to raise for a request that was not answered, or could not be written."""
+    """The client error for a request that could not be encoded, or got no response."""
     if isinstance(error, UnicodeEncodeError):
         return ClientError(
             f"the question has the character {error.object[error.start]!a}, which UTF-8 cannot encode",
@@ -246,7 +246,7 @@ def failed(error: Exception, base_url: str) -> ClientError:
 
 
 def _shape(path: str) -> str:
-    """A path without the user's id.
+    """Replaces the user's id in a path with a placeholder.
 
     >>> _shape("/v1/profiles/ann/explain"), _shape("/v1/profiles:batch")
     ('/v1/profiles/{user_id}/explain', '/v1/profiles:batch')

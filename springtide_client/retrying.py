@@ -1,6 +1,6 @@
-"""When a call is tried again, and after how long: what a worker refused for now, and connections that ended.
+"""Decides when to retry a call, and after how long: on temporary refusals and broken connections.
 
-Every call only reads, so that one that was perhaps answered may be asked again.
+Every call only reads, so a call whose response was lost can safely be sent again.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ import math
 from dataclasses import dataclass
 
 AGAIN = frozenset((429, 503))
-"""Statuses of HTTP that say "not now"."""
+"""HTTP status codes of temporary refusals."""
 
 
 @dataclass(frozen=True)
 class Retries:
-    """How patient a client is.
+    """How often and for how long a client retries.
 
     Attributes:
-        most: Tries after the first one; 0 for none.
-        longest_wait_s: Before one try. A worker that wants a longer pause is not asked again.
-        first_wait_s: Before the second try where nobody says how long; twice as long each time.
+        most: Maximum number of retries after the first attempt; 0 for none.
+        longest_wait_s: Maximum wait before one retry. If a worker asks for a longer one, the call is not retried.
+        first_wait_s: Wait before the first retry if the worker asks for none; it doubles with each retry.
     """
 
     most: int = 3
@@ -27,7 +27,7 @@ class Retries:
     first_wait_s: float = 0.1
 
     def wait_s(self, tried: int, retry_after_s: float | None, chance: float, left_s: float = math.inf) -> float | None:
-        """How long to wait before the next try; None for no more tries.
+        """Returns how long to wait before the next attempt; None for no further attempt.
 
         >>> [Retries(most=3).wait_s(tried, None, 1.0) for tried in (1, 2, 3, 4)]
         [0.1, 0.2, 0.4, None]
@@ -38,15 +38,15 @@ class Retries:
         5.0
 
         Args:
-            tried: Tries so far.
-            retry_after_s: What the worker asks for; None where it says nothing.
-            chance: From 0 to 1; waits of clients are spread by it, between half of it and the whole.
-            left_s: Until the deadline of the call; there is no try after it.
+            tried: Attempts so far.
+            retry_after_s: The wait that the worker asks for; None if it asks for none.
+            chance: From 0 to 1; jitter, which scales the wait to between half of it and the whole.
+            left_s: Time until the deadline of the call, after which there is no attempt.
         """
         if tried > self.most:
             return None
         if retry_after_s is None:
-            # 2.0**1024 overflows; the longest wait is reached long before.
+            # 2.0**1024 overflows; the wait reaches its maximum long before.
             wait_s = min(self.first_wait_s * 2.0 ** min(tried - 1, 1000), self.longest_wait_s) * (0.5 + chance / 2)
         else:
             wait_s = retry_after_s
@@ -54,7 +54,7 @@ class Retries:
 
 
 def retry_after_s(value: str | None) -> float | None:
-    """The header `retry-after` in seconds; None where there is none, or a date.
+    """Parses the `retry-after` header in seconds; None if it is absent or a date.
 
     >>> retry_after_s("2"), retry_after_s(None), retry_after_s("Wed, 21 Oct 2026 07:28:00 GMT")
     (2.0, None, None)

@@ -1,1 +1,1 @@
-"""The Beam job: clicks in, micro-batches and remembered histories out."""
+"""The Beam job that turns clicks into micro-batches and user histories."""

@@ -1,8 +1,8 @@
-"""What the stream owes an account of: each position's outcome, and the gaps that nobody can read any more.
+"""Accounts for every position of the clicks: outcomes, imbalances, and gaps (positions deleted before they were read).
 
-A gap that an operator accepts goes through the same two steps as clicks do:
-the training log says it in the ranges of a micro-batch without rows, then the
-store moves over it, with who accepted it, in one commit.
+A gap that an operator accepts takes the same two steps as clicks do:
+first a micro-batch without rows names it in its ranges, in the training log.
+Then the store moves past it, and records who accepted it, in one commit.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ def missing(topic_id: str, committed: Mapping[Source, int], ends: Mapping[int, t
     [Gap(source=Source(topic_id='abababababababababababababababab', partition=1, bucket=0, buckets=1), first=7, next=10)]
 
     Args:
-        topic_id: Id of the topic as it is now.
+        topic_id: Current id of the topic.
         committed: The next offset of each source.
-        ends: By partition the first offset kept and the offset after the last one.
+        ends: By partition, the first retained offset and the end offset.
     """
     at = {partition: committed.get(Source(topic_id, partition)) for partition in sorted(ends)}
     return [
@@ -47,25 +47,25 @@ def missing(topic_id: str, committed: Mapping[Source, int], ends: Mapping[int, t
 
 
 def positions_in(store: HistoryStore, topic_id: str) -> dict[int, int]:
-    """By partition of one topic the next offset that the store has not read."""
+    """By partition of one topic, the next offset that the store has not read."""
     return {source.partition: after for source, after in store.positions().items() if source.topic_id == topic_id}
 
 
 def as_ranges(found: Sequence[Gap]) -> tuple[Range, ...]:
-    """Ranges in which every position is a gap."""
+    """Converts gaps to ranges in which every position counts as a gap."""
     return tuple(Range(gap.source, gap.first, gap.next, gap=gap.positions) for gap in found)
 
 
 def accepted(store: HistoryStore) -> list[Accepted]:
-    """The gaps that were ever passed, oldest first."""
+    """All gaps that were ever accepted, oldest first."""
     return accepted_gaps.decode(store.extra(GAPS))
 
 
 def require_accepted(found: Sequence[Gap], consent: Consent, topic: str) -> None:
-    """Refuses gaps that `consent` does not cover.
+    """Raises an error for gaps that `consent` does not cover.
 
     Raises:
-        GapError: There are such.
+        GapError: At least one gap is not covered.
     """
     refused = [gap for gap in found if not consent.covers(gap, gap.source.topic_id)]
     if refused:
@@ -84,18 +84,18 @@ def pass_gaps(
     now_ms: int,
     write: Callable[[Sequence[Gap], int], None],
 ) -> None:
-    """Moves the stream over gaps that `consent` covers; does nothing where there is none.
+    """Moves the stream past gaps that `consent` covers; does nothing if there are none.
 
-    1. `write` tells the training log; a crash after it tells it twice, and readers trim that.
-    2. The store moves on, counts the positions as `gap` and keeps who accepted them.
+    1. `write` adds the gaps to the training log. After a crash here it adds them twice, and readers drop the duplicate.
+    2. The store moves on, counts the positions as `gap` and records who accepted them.
 
     Args:
-        store: The stream's.
-        found: What is missing.
+        store: The stream's store.
+        found: The gaps.
         consent: What the operator accepts.
         topic: The topic's name, for the message.
         now_ms: Wall clock.
-        write: Writes the micro-batch with the gaps, made at that time, acknowledged.
+        write: Writes the micro-batch with the gaps, created at that time; returns once it is acknowledged.
 
     Raises:
         GapError: One of them is not accepted; nothing was changed.
@@ -116,7 +116,7 @@ def pass_gaps(
 
 
 def faults(store: HistoryStore) -> tuple[str, ...]:
-    """Where the store's accounts do not balance, source by source, and that of the rows that wait over all."""
+    """Describes where the store's accounts do not balance: by source, and for all waiting impressions together."""
     counts, waiting = store.cut()
     accounts = {source: StreamAccount.of(one) for source, one in counts.items()}
     found = [f"{source}: {fault}" for source, one in accounts.items() for fault in check_accounts(one)]
@@ -127,7 +127,7 @@ def faults(store: HistoryStore) -> tuple[str, ...]:
 
 
 def show(store: HistoryStore, metrics: StreamMetrics, known: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Sets the gauges of the account, which go on over restarts; says aloud what does not balance beyond `known`."""
+    """Sets the account's gauges, which survive restarts, and returns the imbalances; logs those other than `known`."""
     show_totals(metrics, store.totals, store.waiting_rows())
     return show_faults(metrics, faults(store), known)
 
@@ -137,21 +137,21 @@ def show_totals(metrics: StreamMetrics, counts: Mapping[str, int], waiting: int)
 
     Args:
         metrics: Of the process.
-        counts: As `state.history.counts.summed` gives them.
-        waiting: Impressions that wait.
+        counts: The result of `state.history.counts.summed`.
+        waiting: Number of waiting impressions.
     """
     totals = dict.fromkeys(RARE, 0) | dict(counts)
     for name in ("positions", *OUTCOMES, *OF_LABELS, "gap", "masked"):
         metrics.accounting_positions.labels(name).set(totals[name])
     for name in ("opened", "joined", "expired", "dropped"):
         metrics.accounting_labels.labels(name).set(totals[name])
-    # An outcome labels one impression at most.
+    # An outcome labels at most one impression.
     metrics.accounting_labels.labels("unmatched").set(totals["feedback"] - totals["joined"])
     metrics.accounting_labels.labels("waiting").set(waiting)
 
 
 def show_faults(metrics: StreamMetrics, found: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
-    """Counts what does not balance, and says it aloud where it is another than `known`; returns `found`."""
+    """Sets the gauge of imbalances, and logs them if they differ from `known`; returns `found`."""
     if found and found != known:
         logger.error("the account of the clicks does not balance: %s", "; ".join(found))
     metrics.accounting_faults.set(len(found))

@@ -1,4 +1,4 @@
-"""Polls a log's partitions as `streaming.alignment` says: the thin use of a reader, the same on every runner."""
+"""Polls the partitions of a log in approximate event-time order, as `streaming.alignment` decides, on every runner."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from streaming.alignment import Alignment, Reached, ReadingPlace
 
 
 class AlignedReader:
-    """Reads batches of about one event time. One thread.
+    """Reads batches whose event times are close to each other. Not thread-safe.
 
     Args:
-        reader: Of the partitions.
-        reached: What time it is where a partition was read to; it is asked once all that was read is known to it.
+        reader: Reads the partitions.
+        reached: Event time at the position of a partition. It is called once everything read so far is included in it.
         max_skew_s: How far a partition may be read ahead of others.
-        clock_s: Seconds that never go back.
+        clock_s: Monotonic clock in seconds.
     """
 
     def __init__(
@@ -33,16 +33,16 @@ class AlignedReader:
         self._most = 0
 
     def begin(self, most: int) -> None:
-        """Decides what the next polls take together: at most so many records over all partitions.
+        """Decides what the next polls read together: at most `most` records over all partitions.
 
-        All that was read before is known to `reached` by now.
+        By now `reached` must include everything read before.
         """
         reader, partitions = self._reader, self._reader.partitions
         self._left, self._most = None, most
         if len(partitions) < 2:
             return
         for partition in partitions:
-            # At first the time up to which an earlier process had read.
+            # At first, the time that an earlier process had reached.
             if partition in self._read or not self._alignment.knows(partition):
                 self._alignment.follow(partition, self._read.get(partition, 0), self._reached(partition))
         self._read = {}
@@ -50,7 +50,9 @@ class AlignedReader:
         self._left = self._alignment.shares(places, most)
 
     def poll(self, timeout_s: float) -> list[PartitionBatch]:
-        """The next batches of what was decided, in order within a partition; empty after `timeout_s` without records.
+        """Returns the next batches of those decided, in order within a partition.
+
+        The list is empty after `timeout_s` without records.
 
         Raises:
             LogError: See `LogReader.poll`.
@@ -70,5 +72,5 @@ class AlignedReader:
 
     @property
     def is_done(self) -> bool:
-        """Whether all that was decided was read."""
+        """Whether everything decided by `begin` was read."""
         return self._most <= 0 or (self._left is not None and max(self._left.values(), default=0) <= 0)

@@ -1,19 +1,19 @@
-"""How much to read of each partition next, so that a backlog comes in about the order in which it happened. Pure.
+"""Decides how much to read of each partition next, so that a backlog is read in approximate event-time order. Pure.
 
-Each partition is as late as the crowd of its users says (`streaming/event_clock.py`): no user's wrong clock holds
-anybody up or lets anybody go, and neither does a record's Kafka timestamp.
+The clock of a partition is the median event time of its latest users (`streaming/event_clock.py`). So no single user's
+wrong clock, and no Kafka timestamp of a record, can block a partition or release it.
 
-1. A partition waits while its clock is more than the largest skew ahead of one that holds it up.
-2. A partition holds others up as long as it has records that are there and come: not at its end, and not where it was
-   asked in vain for a second (its broker is away, or a transaction is open), until it gives something again.
-3. It holds nobody up while it reads clicks that are late by its own clock, as those of an old file that was sent to it:
-   they come as they are read, beside the others.
-4. Nobody waits for what came into the log after the wait began: a partition whose clock runs ahead for good, or is
-   behind for good, costs others the order and never the turn.
-5. Those that are read come to the same time, by the time that their records took lately; so the partitions are as far
-   apart as the largest skew and what one poll brings.
+1. A partition waits while its clock is more than the maximum skew ahead of a partition that holds it back.
+2. A partition holds others back while it has unread records that arrive. It stops at its end, or after a second of
+   polls without records (its broker is away, or a transaction is open), until it returns records again.
+3. A partition holds no others back while it reads clicks that are late by its own clock, such as those of an old file.
+   These are read as they arrive, in parallel with the others.
+4. A partition never waits for records that were appended after its wait began. So a clock that is permanently ahead or
+   behind can disturb the order, but never blocks reading.
+5. Partitions that are read are advanced to one common event time, estimated from the event time that their latest
+   records took. So their clocks differ by at most the maximum skew and what one poll returns.
 
-What is kept is some numbers for each partition, and of one that waits where the others ended.
+The state is a few numbers for each partition and, for one that waits, the end offsets of the others.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from typing import NamedTuple
 from state.microbatch.log_time import TOLERANCE_MS
 
 SILENT_S = 1.0
-LEAST_PACE_MS = 1e-3  # of a record; many may have one time
-PROBE = 16  # records of a partition whose pace is not known
-PACE_RECORDS = 64  # a batch of so many is half of the pace
-AT_END_SHARE = 4  # of as many parts of the rows those at their ends, or silent, get one together, for what comes
+LEAST_PACE_MS = 1e-3  # of a record; many records may share one time
+PROBE = 16  # records to read of a partition whose pace is unknown
+PACE_RECORDS = 64  # a batch of this size has half of the weight in the pace
+AT_END_SHARE = 4  # partitions at their end, or silent, share one such part (1/4) of the rows, for new records
 
 
 class ReadingPlace(NamedTuple):
-    """Where reading a partition is.
+    """The read position of a partition.
 
     Attributes:
         position: Of the next record.
-        unread: How many positions lie before its end, as last heard.
+        unread: Number of positions before its end, as last reported.
     """
 
     position: int
@@ -44,11 +44,11 @@ class ReadingPlace(NamedTuple):
 
 
 class Reached(NamedTuple):
-    """What time it is where a partition was read to.
+    """The event time at the read position of a partition.
 
     Attributes:
-        crowd_ms: What half of its latest users say at least; None where nobody has said anything.
-        late: Whether its clicks are late, by what its own crowd said before.
+        crowd_ms: The median: half of its latest users report at least this time; None before the first click.
+        late: Whether its clicks are late by its own clock.
     """
 
     crowd_ms: int | None
@@ -57,16 +57,16 @@ class Reached(NamedTuple):
 
 @dataclass
 class _Partition:
-    """What is known of a partition.
+    """The state of a partition.
 
     Attributes:
-        clock_ms: What time it is there; None: nothing was read, or it says nothing.
-        newest_ms: The newest that it was.
+        clock_ms: Its clock; None if nothing was read, or the records gave no time.
+        newest_ms: The maximum of its clock so far.
         pace_ms: Event time that a record takes; None until two batches were read.
         late: Whether it reads late clicks.
         begun: Whether anything was read.
-        vain_s: For how long it was asked in vain.
-        ends: Where the others ended when it began to wait; None while it does not.
+        vain_s: For how long polls of it returned nothing.
+        ends: End offsets of the partitions when it began to wait; None while it does not wait.
     """
 
     clock_ms: int | None = None
@@ -80,9 +80,9 @@ class _Partition:
 
 @dataclass
 class Alignment:
-    """Which partitions to read, and how much of each. One thread.
+    """Decides which partitions to read, and how much of each. Not thread-safe.
 
-    Before each poll `shares`, after it `asked`; what the rows say of a partition's time, as soon as it is known, `follow`.
+    Call `shares` before each poll and `asked` after it. Call `follow` once the rows show a partition's event time.
 
     Attributes:
         max_skew_ms: How far a partition that is read may be ahead of another one.
@@ -92,11 +92,11 @@ class Alignment:
     _known: dict[int, _Partition] = field(default_factory=dict)
 
     def knows(self, partition: int) -> bool:
-        """Whether anything was said of a partition."""
+        """Whether an earlier call named this partition."""
         return partition in self._known
 
     def follow(self, partition: int, records: int, reached: Reached) -> None:
-        """Takes what time it is in a partition after `records` more records; 0 where a reader begins."""
+        """Updates the clock of a partition after `records` more records; 0 where a reader begins."""
         one = self._known.setdefault(partition, _Partition())
         one.begun = one.begun or records > 0
         if reached.crowd_ms is None:
@@ -110,7 +110,7 @@ class Alignment:
         one.late = reached.late or one.clock_ms < one.newest_ms - TOLERANCE_MS
 
     def asked(self, shares: Iterable[int], came: Iterable[int], took_s: float) -> None:
-        """Takes which partitions a poll of `took_s` seconds was asked for, and which of them gave something."""
+        """Records which partitions a poll of `took_s` seconds requested, and which of them returned records."""
         given = set(came)
         for partition in shares:
             one = self._known.setdefault(partition, _Partition())
@@ -118,7 +118,7 @@ class Alignment:
             one.ends = None if partition in given else one.ends
 
     def shares(self, places: Mapping[int, ReadingPlace], most: int) -> dict[int, int]:
-        """How many records to read of each partition; those that wait are absent.
+        """Returns how many records to read of each partition; partitions that wait are absent.
 
         >>> two = Alignment(max_skew_ms=60_000)
         >>> for number, crowd_ms in ((0, 1_000_000), (1, 0)): two.follow(number, 0, Reached(crowd_ms, False))
@@ -127,7 +127,7 @@ class Alignment:
 
         Args:
             places: Of all partitions that are read.
-            most: How many records over all.
+            most: Maximum number of records over all partitions.
         """
         known = {number: self._known.setdefault(number, _Partition()) for number in places}
         holders = [number for number, place in places.items() if place.unread > 0 and _holds(known[number])]
@@ -136,14 +136,14 @@ class Alignment:
         if not behind:
             return dict.fromkeys(going, most)
         at_end = {one: max(1, most // (AT_END_SHARE * len(places))) for one in going if one not in behind}
-        # Those that wait get nothing of their parts, and nobody else does: else one alone would run far ahead of them.
+        # The parts of waiting partitions are not given to others; otherwise a single one would run far ahead of them.
         found = _divided(known, behind, max(1, most - sum(at_end.values())))
         return {one: found[one] for one in behind if one in going and found[one] > 0} | at_end
 
     def _may_go(
         self, number: int, known: Mapping[int, _Partition], holders: Sequence[int], places: Mapping[int, ReadingPlace]
     ) -> bool:
-        """Whether nobody holds a partition up; notes where the others ended when that began."""
+        """Whether no other partition holds this one back; records the end offsets when a wait begins."""
         one = known[number]
         ahead = [other for other in holders if _ahead_ms(one, known[other]) > self.max_skew_ms]
         if not ahead:
@@ -156,22 +156,22 @@ class Alignment:
 
 
 def _holds(one: _Partition) -> bool:
-    """Whether a partition that is not at its end holds others up: 2. and 3., and one that says nothing does not."""
+    """Whether a partition that is not at its end holds others back: rules 2 and 3; one without a clock does not."""
     return one.vain_s < SILENT_S and not one.late and (one.clock_ms is not None or not one.begun)
 
 
 def _ahead_ms(one: _Partition, other: _Partition) -> float:
-    """How far `one` is ahead of what holds others up; of what was never read nobody knows how old it is."""
+    """How far `one` is ahead of `other`, which holds others back; infinite if `other` was never read."""
     if one.late or one.clock_ms is None:
         return 0.0
     return float("inf") if other.clock_ms is None else one.clock_ms - other.clock_ms
 
 
 def _divided(known: Mapping[int, _Partition], behind: Sequence[int], most: int) -> dict[int, int]:
-    """Of each of `behind` its part of `most` records: equal parts where the time is not known, the rest by 5."""
+    """Divides `most` records among `behind`: equal parts if the clock is unknown, the rest by rule 5."""
     timed = [number for number in behind if known[number].pace_ms is not None and not known[number].late]
     equal = max(1, most // len(behind))
-    # Of a partition whose pace is not known nobody knows how far its records go.
+    # If the pace is unknown, so is how much event time its records cover.
     found = {one: min(equal, PROBE) if _is_new(known[one]) else equal for one in behind if one not in timed}
     if timed:
         clocks = [(known[one].clock_ms or 0, max(known[one].pace_ms or 0.0, LEAST_PACE_MS)) for one in timed]
@@ -180,16 +180,16 @@ def _divided(known: Mapping[int, _Partition], behind: Sequence[int], most: int) 
 
 
 def _is_new(one: _Partition) -> bool:
-    """Whether a partition has a pace that is not known yet."""
+    """Whether the pace of a partition is still unknown."""
     return not one.late and one.pace_ms is None and (one.clock_ms is not None or not one.begun)
 
 
 def to_one_time(clocks: Sequence[tuple[int, float]], most: int) -> list[int]:
-    """How many records of each partition bring those that are behind to one time.
+    """How many records to read of each partition so that the earliest ones reach a common event time.
 
     Args:
-        clocks: Of each partition its time, ms, and the time that a record takes, ms, above 0.
-        most: How many records over all; they may be some fewer, and at least one comes from the earliest.
+        clocks: For each partition its clock in ms, and the event time that a record takes in ms, above 0.
+        most: Maximum number of records over all. The result may be slightly lower; the earliest gets at least one.
 
     >>> to_one_time([(0, 10.0), (0, 30.0)], 100), to_one_time([(0, 10.0), (500, 10.0), (9_999, 10.0)], 100)
     ([75, 25], [75, 25, 0])

@@ -1,21 +1,20 @@
-"""Which impressions an event labels: those that wait, joined by an outcome or over with their time. Pure.
+"""Attributes outcomes to impressions: decides which waiting impressions an event labels, and which expire. Pure.
 
-Position by position, in the order of a partition's log, by the clock of `streaming.witnesses`,
-which is the newest event time so far unless somebody's clock is wrong:
+Positions are processed in the order of a partition's log, by the clock of `streaming.witnesses`. That clock is the
+newest event time so far, unless some user's clock is wrong.
 
-1. An outcome labels the latest impression of the same pair that waits, whose
-   time is not after the outcome's, and whose wait is not over.
-2. An impression begins to wait at its time, or at the clock where it is ahead of
-   that; not where its wait is over already, since no outcome could have joined
-   it, nor where too many wait.
-3. Impressions of a share of the users leave in the order in which they came, once their wait is over: at an event
-   of the first one's own user, and where it is their share's turn. That is at each `SHARES`th offset,
-   whatever lies there, a click or nothing: so nobody else's click, late or not, says where a wait ends.
-   At most `MOST_EXPIRED` at once, so that the rows of one position stay few.
+1. An outcome labels the latest waiting impression of the same pair whose time is not after the outcome's, and whose
+   wait is not over.
+2. An impression begins to wait at its time, or at the clock if its time is ahead of the clock. It does not wait if its
+   wait would already be over, since no outcome could join it, or if too many wait.
+3. Impressions of a share of the users expire in order of arrival once their wait is over: at an event of the first
+   one's own user, or at the share's turn. The turn is at each `SHARES`th offset, whatever that offset contains, a click
+   or nothing. So no other user's click, late or not, decides where a wait ends. At most `MOST_EXPIRED` expire at once,
+   so that one position yields few rows.
 
-Nothing here knows the time of day, where one batch ends, or of other shares, so
-that any cutting of the log and any division of the users gives the same. A row
-that waits costs some 100 bytes of memory; what it says is in the store.
+Nothing here depends on the time of day, on batch boundaries, or on other shares. So any division of the log into
+batches, and of the users into shares, gives the same result. A waiting row costs about 100 bytes of memory; its content
+is in the store.
 """
 
 from __future__ import annotations
@@ -36,18 +35,18 @@ U8 = NDArray[np.uint8]
 MOST_EXPIRED = 8
 NEVER_MS = np.iinfo(np.int64).min
 
-# What an action is, and the kinds of `state.microbatch.row_kinds`, whose numbers a test compares.
+# Roles of actions, and the kinds of `state.microbatch.row_kinds`; a test compares the numbers.
 PLAIN, IMPRESSION, OUTCOME = 0, 1, 2
 OPENED, DROPPED, FEEDBACK, JOINED, EXPIRED = 1, 2, 3, 4, 5
 
 
 @layout("u1[::1], i8[::1], i8[::1], i8[::1], i8[::1], u8[::1], u8[::1]")
 class Arrived(NamedTuple):
-    """Events, those of a stretch in order of arrival.
+    """Events; those of a segment are in order of arrival.
 
     Attributes:
         role: `[n]` uint8: PLAIN, IMPRESSION or OUTCOME.
-        stretch: `[n]` int64, in which of the stretches it lies.
+        stretch: `[n]` int64, index of the segment that contains it.
         offset: `[n]` int64.
         at_ms: `[n]` int64.
         clock_ms: `[n]` int64, its partition's clock after it.
@@ -66,15 +65,15 @@ class Arrived(NamedTuple):
 
 @layout("i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], i8[::1]")
 class Stretches(NamedTuple):
-    """Stretches of partitions, each gone through from its first position to its last.
+    """Segments of partitions, each processed from its first position to its last.
 
     Attributes:
         partition: `[r]` int64, its number.
         first: `[r]` int64 offset.
         next: `[r]` int64, the offset after the last one.
-        move_stretch: `[m]` int64, ascending: in which stretch the clock moved,
-        move_offset: `[m]` int64, from which offset on, ascending in a stretch,
-        move_ms: `[m]` int64, and to what time.
+        move_stretch: `[m]` int64, ascending: the segment in which the clock moved,
+        move_offset: `[m]` int64, the offset from which on it moved, ascending in a segment,
+        move_ms: `[m]` int64, and its new time.
     """
 
     partition: I64
@@ -87,12 +86,12 @@ class Stretches(NamedTuple):
 
 @layout("u1[::1], i8[::1], i8[::1], i8[::1], i8[::1], u1[::1], i8[::1]")
 class Made(NamedTuple):
-    """What events became, and what became known at which positions: stretch by stretch, in order.
+    """The kind of each event, and the labels that became known at which positions: segment by segment, in order.
 
     Attributes:
         kind: `[n]` uint8 `Kind` of each event.
-        by: `[m]` int64, the last event of the stretch that is not after the position; `NONE` before the first one.
-        stretch: `[m]` int64, in which the position lies.
+        by: `[m]` int64, the last event of the segment that is not after the position; `NONE` before the first one.
+        stretch: `[m]` int64, the segment of the position.
         at: `[m]` int64 offset of the position.
         opened: `[m]` int64 offset of the impression.
         known: `[m]` uint8, JOINED or EXPIRED.
@@ -109,7 +108,9 @@ class Made(NamedTuple):
 
 
 def pairs(user: U64, item: U64, request: U64) -> U64:
-    """`[n]` uint64: by what an impression and its outcome are paired; two of 1e6 others collide with probability below 1e-13.
+    """`[n]` uint64 keys that pair an impression with its outcome.
+
+    A pair collides with one of 1e6 others with probability below 1e-13.
 
     >>> ids = np.array([1, 1, 2], np.uint64)
     >>> len(set(pairs(ids, ids[::-1].copy(), ids).tolist()))
@@ -122,14 +123,14 @@ def pairs(user: U64, item: U64, request: U64) -> U64:
 
 
 def attribute(queue: Queue, arrived: Arrived, stretches: Stretches, wait_ms: int, most: int) -> tuple[Queue, Made]:
-    """Goes through stretches of partitions; returns the queue to go on with, and what became known where.
+    """Processes segments of partitions; returns the queue to continue with, and the labels that became known.
 
     Args:
-        queue: What waits; changed.
-        arrived: The events in them.
-        stretches: Each goes on where an earlier one of its partition ended.
-        wait_ms: The longest wait.
-        most: The most impressions of a share of a partition that wait.
+        queue: The waiting impressions; changed.
+        arrived: The events in the segments.
+        stretches: The segments; each continues where an earlier one of its partition ended.
+        wait_ms: The maximum wait.
+        most: Maximum number of waiting impressions of a share of a partition.
     """
     events, impressions = len(arrived.role), int((arrived.role == IMPRESSION).sum())
     queue = with_space(queue, impressions, int(stretches.partition.max(initial=-1)) + 1)
@@ -165,7 +166,7 @@ def _join(queue: Queue, arrived: Arrived, n: int, share: int, wait_ms: int, made
     slot = queue.buckets[np.int64(arrived.pair[n] & np.uint64(queue.buckets.shape[0] - 1))]
     while slot != NONE:
         mine = queue.pair[slot] == arrived.pair[n] and queue.share[slot] == share
-        # Its own user's clock counts too: it may go before the others' or behind them.
+        # The user's own clock counts too: it may be ahead of the others' or behind them.
         if mine and over_ms <= queue.begun_ms[slot] and time - wait_ms <= queue.at_ms[slot] <= time:
             return _make_known(queue, made, count, n, arrived.stretch[n], arrived.offset[n], slot, JOINED)
         slot = queue.chain[slot, 2]
@@ -185,7 +186,7 @@ def _end(
     made: Made,
     count: int,
 ) -> int:
-    """Ends waits of a share that are over, oldest first; `own`: only while they are of the user of the event `by`."""
+    """Expires waits of a share that are over, oldest first; `own`: only those of the user of the event `by`."""
     for _ in range(MOST_EXPIRED):
         slot = queue.first[share, 0]
         if slot == NONE or queue.begun_ms[slot] >= over_ms or (own and queue.user[slot] != arrived.user[by]):
@@ -213,14 +214,14 @@ def _attribute(
         for number in range(begins[r], begins[r + 1] + 1):
             n = order[number] if number < begins[r + 1] else NONE
             to = arrived.offset[n] if n != NONE else stretches.next[r]
-            # 3. where it is a share's turn, from the event before on.
+            # 3. at the turn of a share, starting from the previous event.
             while at < to:
                 while move < moves[r + 1] and stretches.move_offset[move] <= at:
                     turn_over_ms = stretches.move_ms[move] - wait_ms
                     move += 1
                 until = min(to, stretches.move_offset[move]) if move < moves[r + 1] else to
                 idle = 0
-                # Once each share had its turn in vain, all others would be in vain too.
+                # Once the turn of each share expired nothing, no further turn can.
                 while at < until and idle < SHARES:
                     before = count
                     share = partition * SHARES + at % SHARES

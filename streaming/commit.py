@@ -1,22 +1,20 @@
-"""The commit sequence: micro-batches and dead letters out, then histories and positions committed.
+"""The commit sequence of the stream: writes micro-batches and dead letters, then commits histories and positions.
 
 For all the cuts that are queued at that moment:
 
     1. One Kafka transaction with their micro-batches and dead letters.
-    2. One commit of the store: histories, rows that wait, clocks, next offsets, counters.
-    3. Once a second the gauges of the account, and the offsets of the consumer group for lag tools; nothing is read
-       from there. Now and then some users' histories are swept.
+    2. One commit of the store: histories, waiting rows, clocks, next offsets, counters.
+    3. Once a second, the gauges of the account, and the offsets of the consumer group for lag tools; they are never
+       read back. From time to time, some users' histories are swept.
 
-The store is synced at a clean stop only: one that was open in a power cut is
-made anew, whatever of it had reached the disk.
+The store is synced only at a clean stop. A store that was open during a power failure is rebuilt, whatever had reached
+the disk.
 
-Where clicks stop coming, 3 is done once more, so that what is shown at rest is
-what is committed.
+When clicks stop arriving, step 3 runs once more, so that the idle metrics match what is committed.
 
-A crash before 1 is acknowledged leaves nothing. Between 1 and 2 the rows are
-written again after the restart, with the same positions, and every reader of
-the micro-batch log trims them. After 2 nothing is written again. Where 2 has no
-room it waits for it, and holds back the reading of clicks.
+A crash before step 1 is acknowledged leaves nothing. After a crash between 1 and 2 the rows are written again at the
+restart, with the same positions, and every reader of the micro-batch log drops the duplicates. After 2 nothing is
+written again. If the disk has no space for 2, it waits, and so holds back the reading of clicks.
 """
 
 from __future__ import annotations
@@ -47,10 +45,10 @@ WHAT = "the stream"
 
 
 class Committer:
-    """Commits cuts in the order in which they come. One thread, but for `show`.
+    """Commits cuts in the order in which they arrive. Not thread-safe, except for `show`.
 
     Args:
-        context: What the process owns.
+        context: The resources of the process.
     """
 
     def __init__(self, context: StreamContext) -> None:
@@ -67,10 +65,10 @@ class Committer:
         """Writes and commits `cuts`; durable in Kafka and visible in the store when it returns.
 
         Raises:
-            CorruptStore: The store lacks an impression that waits.
-            PositionConflict: Somebody else moved the store's positions.
+            CorruptStore: The store lacks a waiting impression.
+            PositionConflict: Another process moved the store's positions.
             StoreFull: The store or its disk is full, and the stream was asked to stop.
-            LogError: The cluster refused; or the broker is away and the stream was asked to stop.
+            LogError: The cluster refused; or the broker is unreachable and the stream was asked to stop.
         """
         context = self._context
         killpoints.reach("stream.taken")
@@ -107,12 +105,12 @@ class Committer:
 
     @property
     def due_s(self) -> float | None:
-        """From which monotonic time on `catch_up` has something to do; None where nothing was committed since."""
+        """The monotonic time from which `catch_up` has something to do; None if nothing was committed since."""
         due = [self._show_due_s] * self._unshown + ([] if self._sweep.due_s is None else [self._sweep.due_s])
         return min(due, default=None)
 
     def catch_up(self) -> None:
-        """Shows what was committed and sweeps some histories, each where that is due."""
+        """Shows what was committed and sweeps some histories, if each is due."""
         now_s = time.monotonic()
         if self._unshown and now_s >= self._show_due_s:
             self.show()
@@ -121,18 +119,18 @@ class Committer:
             self._sweep.look()
 
     def show(self) -> None:
-        """Sets the gauges of the account and tells Kafka the group's offsets, of what is committed now.
+        """Sets the gauges of the account and commits the consumer group's offsets to Kafka, as of the last commit.
 
         Any thread may call it.
         """
         with self._showing:
             self._faults = accounts.show(self._context.store, self._context.metrics, self._faults)
-            # A group that could not be told is told again.
+            # If the group's offsets were not committed, the next call tries again.
             self._unshown = not self._told_group()
             self._show_due_s = time.monotonic() + SHOW_S
 
     def _told_group(self) -> bool:
-        """Tells Kafka the committed offsets of this topic; a failure is logged once and stops nothing."""
+        """Commits this topic's offsets of the consumer group; a failure is logged once and is not fatal."""
         context = self._context
         try:
             context.reader.commit_group(accounts.positions_in(context.store, context.topic_id))
@@ -144,7 +142,7 @@ class Committer:
         return not self._group_fails
 
     def _count(self, pieces: Sequence[Rows], records: int) -> None:
-        """Adds what was committed to the metrics."""
+        """Adds the committed rows to the metrics."""
         metrics = self._context.metrics
         metrics.microbatches.inc(records)
         outcomes: Counter[str] = Counter()
@@ -162,14 +160,14 @@ class Committer:
 
 
 def off_clocks(piece: Rows) -> list[OffClock]:
-    """The clocks that are off in a batch; the newest click that was refused stands for all of them."""
+    """The wrong clocks in a batch; the newest refused click stands for all refused ones."""
     refused = [one for one in piece.batch.dead if one.reason is Reason.IMPLAUSIBLE_TIME]
     found = [OffClock("refused", one.source.partition, one.offset, 0, len(refused)) for one in refused[-1:]]
     return [*found, *(() if piece.told is None else piece.told.off)]
 
 
 def show_off_clock(metrics: StreamMetrics, off: OffClock) -> None:
-    """Counts clicks whose clock is off, and shows where the newest of them is."""
+    """Counts clicks with a wrong clock, and sets gauges to the newest of them."""
     metrics.clocks_off.labels(off.direction).inc(off.clicks)
     metrics.clock_off_partition.labels(off.direction).set(off.partition)
     metrics.clock_off_offset.labels(off.direction).set(off.offset)

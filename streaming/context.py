@@ -1,9 +1,8 @@
-"""What the steps of a job share in one process, and how a step reaches it.
+"""The resources that the steps of a job share in one process, and how a step reaches them.
 
-Beam builds the steps of a job from pickles, and a store, a Kafka consumer or a
-thread cannot be pickled. So main opens a context and the steps carry its
-`Handle`, a number by which they find it in the process that opened it. Each
-job is one fused stage in that one process.
+Beam builds the steps of a job from pickles, and a store, a Kafka consumer or a thread cannot be pickled. So main opens
+a context and the steps carry its `Handle`, a number that identifies it in the process that opened it. Each job is one
+fused stage in that one process.
 """
 
 from __future__ import annotations
@@ -36,16 +35,16 @@ from streaming.writer import ShardWriter
 
 @dataclass(frozen=True, kw_only=True)
 class JobContext:
-    """What makes rows of records, in the stream as in the bootstrap.
+    """What turns records into rows, in the stream and in the bootstrap.
 
     Attributes:
         settings: The effective settings.
         spec: The feature spec.
-        store: Histories, positions and impressions that wait.
-        parser: Records to events; used by the Beam thread only.
-        profiler: Histories in memory; used by the Beam thread, told of commits by the thread that commits.
-        clock: What time it is by the clicks; used by the Beam thread only.
-        labels: Impressions that wait; None where none can. The Beam thread attributes, the one that commits looks up.
+        store: Histories, positions and waiting impressions.
+        parser: Parses records into events; used by the Beam thread only.
+        profiler: Histories in memory; used by the Beam thread, and notified of commits by the commit thread.
+        clock: The event clock; used by the Beam thread only.
+        labels: Waiting impressions; None if none can wait. The Beam thread attributes, the commit thread looks up.
         mask: The clicks that are left out.
     """
 
@@ -61,19 +60,19 @@ class JobContext:
 
 @dataclass(frozen=True, kw_only=True)
 class StreamContext(JobContext):
-    """Everything that one stream process owns; made by `open_shard`.
+    """All resources of one stream process; created by `open_shard`.
 
     Attributes:
         topic_id: The id of the topic of clicks.
-        reader: The clicks; used by the Beam thread only, but for `commit_group` and `leader_epoch`.
-        leaders: Who wrote the newest click before each position; used by the commit thread only.
-        writer: Micro-batches and dead letters; used by the commit thread only.
-        metrics: What the process counts.
-        room: Where a commit waits for room on the disk; used by the commit thread only.
-        join: Attributes of users and items; None where none are configured.
-        closing: What runs, last in first out, before the above is closed.
-        stopping: Set by a signal: no further poll begins.
-        watch: Control as the Beam thread sees it: where it has changed no further poll begins either.
+        reader: Reads the clicks; used by the Beam thread only, except for `commit_group` and `leader_epoch`.
+        leaders: Leader epoch of the newest click before each position; used by the commit thread only.
+        writer: Writes micro-batches and dead letters; used by the commit thread only.
+        metrics: Metrics of the process.
+        room: Lets a commit wait for disk space; used by the commit thread only.
+        join: Attributes of users and items; None if none are configured.
+        closing: Callbacks that run, last in first out, before the above is closed.
+        stopping: Set by a signal; no further poll begins then.
+        watch: Control, as polled by the Beam thread; no further poll begins once it has changed.
     """
 
     topic_id: str
@@ -103,7 +102,7 @@ _numbers = itertools.count()
 
 
 class Handle(Generic[Context]):
-    """A context that this process has open, as a step carries it; it survives Beam's pickling.
+    """A picklable reference to a context that this process has open; steps of a job carry it.
 
     Args:
         number: Of `opened`.
@@ -114,13 +113,13 @@ class Handle(Generic[Context]):
 
     @property
     def context(self) -> Context:
-        """What the handle stands for."""
+        """The context that the handle refers to."""
         found: Context = _open[self._number].context
         return found
 
     @contextmanager
     def watched(self) -> Iterator[Context]:
-        """The context; remembers the first exception that leaves the block."""
+        """Yields the context, and records the first exception that leaves the block."""
         here = _open[self._number]
         try:
             yield here.context
@@ -130,17 +129,17 @@ class Handle(Generic[Context]):
 
     @contextmanager
     def as_raised(self) -> Iterator[None]:
-        """Around the run of a job: what left a `watched` block of a step leaves this one too, as it was raised."""
+        """Wraps the run of a job: re-raises the original exception that left a `watched` block of a step."""
         try:
             yield
-        # Beam turns an exception of a step into a RuntimeError with its traceback as text.
+        # Beam turns an exception of a step into a RuntimeError with the traceback as text.
         except RuntimeError as error:
             raise _open[self._number].failure or error from None
 
 
 @contextmanager
 def opened(context: Owned) -> Iterator[Handle[Owned]]:
-    """A handle by which the steps of a job find `context` in the block."""
+    """Registers `context` for the block, and yields the handle by which the steps of a job reach it."""
     number = next(_numbers)
     _open[number] = _Open(context)
     try:
@@ -153,7 +152,7 @@ class Step(beam.DoFn, Generic[Context]):
     """A step of a job that uses the process's context.
 
     Args:
-        handle: Of the context.
+        handle: Refers to the context.
     """
 
     def __init__(self, handle: Handle[Context]) -> None:

@@ -1,8 +1,7 @@
-"""When a micro-batch is cut, and what is in it: pure rules without Kafka, LMDB or Beam.
+"""Decides when a micro-batch is cut, and what it contains: pure rules without Kafka, LMDB or Beam.
 
-Only the stream decides the cut, and it is durable once acknowledged. Batches
-of events are gathered whole: a cut ends where a batch ends, so that histories
-and positions are committed with exactly the rows that were written.
+Only the stream decides the cut, and the cut is durable once acknowledged. Batches of events are never split: a cut ends
+where a batch ends. So histories and positions are committed with exactly the rows that were written.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from streaming.rows import Rows
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The batches that are written together, in the order of the log.
+    """The batches that are written together, in log order.
 
     Attributes:
         pieces: The batches with their windows.
@@ -35,11 +34,11 @@ class Cut:
 
 
 class Cutter:
-    """Gathers batches until there are enough rows, or the first one has waited long enough.
+    """Collects batches until there are enough rows, or the first one has waited long enough.
 
     Args:
-        cut_rows: Rows that a cut reaches for; one batch larger than that is a cut of its own.
-        cut_ms: The longest wait of the first position gathered, ms.
+        cut_rows: Target number of rows of a cut; a single larger batch is a cut of its own.
+        cut_ms: The maximum wait of the first collected position, ms.
     """
 
     def __init__(self, cut_rows: int, cut_ms: int) -> None:
@@ -50,10 +49,10 @@ class Cutter:
         self._since_ms = 0
 
     def add(self, rows: Rows, now_ms: int) -> list[Cut]:
-        """Takes a batch, which may be empty, and returns what is due at `now_ms`, oldest first.
+        """Adds a batch, which may be empty, and returns the cuts that are due at `now_ms`, oldest first.
 
-        A batch without rows that still passed positions (dead, filtered,
-        absent) is gathered too; one without positions only tells the time.
+        A batch without rows that still covers positions (dead, filtered, absent) is collected too. One without
+        positions only advances the time.
         """
         due = []
         count = len(rows)
@@ -64,14 +63,14 @@ class Cutter:
                 self._since_ms = now_ms
             self._pieces.append(rows)
             self._rows += count
-        # A wall clock that was set back would else hold the rows until it is there again.
+        # Otherwise a wall clock that was set back would hold the rows until it catches up.
         waited = not 0 <= now_ms - self._since_ms < self._cut_ms
         if self._pieces and (self._rows >= self._cut_rows or waited):
             due.extend(self.flush(now_ms))
         return due
 
     def flush(self, now_ms: int) -> list[Cut]:
-        """Returns all that is gathered as one cut; nothing where there is nothing."""
+        """Returns everything collected as one cut; an empty list if there is nothing."""
         if not self._pieces:
             return []
         cut = Cut(tuple(self._pieces), now_ms)
@@ -80,7 +79,7 @@ class Cutter:
 
 
 def merge_all(ranges: Iterable[Range]) -> tuple[Range, ...]:
-    """One range per source, in the order in which sources first appear.
+    """Merges ranges to one range for each source, in order of first appearance.
 
     >>> zero, one = Source("ab" * 16, 0), Source("ab" * 16, 1)
     >>> merged = merge_all([Range(zero, 0, 1, rows=1), Range(one, 7, 8, dead=1), Range(zero, 1, 3, rows=2)])
@@ -98,7 +97,7 @@ def merge_all(ranges: Iterable[Range]) -> tuple[Range, ...]:
 
 
 def clocks_of(cut: Cut) -> tuple[tuple[int, int], ...]:
-    """Of each range of the merged ones what time it was before and after it; none where a piece does not say."""
+    """For each merged range, the event clock before and after it; empty if one of the batches has no clock."""
     merged: dict[Source, tuple[int, int]] = {}
     for piece in cut.pieces:
         if piece.told is None:
@@ -109,7 +108,7 @@ def clocks_of(cut: Cut) -> tuple[tuple[int, int], ...]:
 
 
 def gather(cut: Cut) -> tuple[tuple[Range, ...], dict[str, NDArray[Any]]]:
-    """The ranges of a cut and its columns, whose `source` counts in those ranges."""
+    """The ranges of a cut and its columns; the column `source` is an index into those ranges."""
     ranges = merge_all(part for piece in cut.pieces for part in piece.batch.ranges)
     number = {part.source: index for index, part in enumerate(ranges)}
     parts = []
@@ -132,16 +131,16 @@ def encode_cut(
     mask_generation: int = 0,
     log_epoch: int = 1,
 ) -> list[bytes]:
-    """The values of the micro-batch records of a cut: one, unless a limit asks for more.
+    """Encodes a cut as micro-batch records: one, unless a limit requires more.
 
     Args:
-        cut: What was gathered.
+        cut: The collected batches.
         spec: Digest of the feature spec.
         salt: Fingerprint of the salt.
-        max_rows: The most rows of one record.
-        max_record_bytes: The most bytes of one record.
-        mask_generation: Of the mask that its windows were computed under.
-        log_epoch: The epoch of the log that it is written in.
+        max_rows: Maximum number of rows of one record.
+        max_record_bytes: Maximum size of one record in bytes.
+        mask_generation: Generation of the mask that its windows were computed with.
+        log_epoch: The epoch of the training log that it is written in.
 
     Raises:
         MicroBatchError: One row exceeds `max_record_bytes`.
@@ -157,7 +156,7 @@ def encode_cut(
 
 
 def merge_appends(parts: Sequence[Appends]) -> Appends:
-    """The same events as one set of appends; a user's events keep the order of `parts`."""
+    """Merges appends into one set; a user's events keep the order of `parts`."""
     if len(parts) == 1:
         return parts[0]
     users = [np.repeat(part.users, part.lengths) for part in parts]

@@ -1,9 +1,8 @@
-"""Opens the clicks behind a place where they were cut back, where somebody accepts that.
+"""Opens the clicks after a truncation lost records before the read position, if the operator accepts the loss.
 
-Offsets that are used twice are one position each for everybody behind us: the
-click that is there now would be taken for the one that we read. So reading goes
-on where we were, never before it. Where the log ends before that, it is filled
-up with empty records first: what comes next has offsets of its own.
+Downstream, each offset is one position. So a new click at an offset that was read before would be taken for the old
+one. Reading therefore continues at the old position, never before it. If the log now ends before that position, it is
+first filled up with empty records, so that new clicks get new offsets.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ AT_ONCE = 1000
 logger = logging.getLogger(__name__)
 
 Opens = Callable[[Mapping[int, int]], LogReader]
-"""Opens the clicks where they were read to, told these leaders' epochs."""
+"""Opens the clicks at the position read so far, with these leader epochs by partition."""
 
 
 def open_behind(
@@ -36,17 +35,17 @@ def open_behind(
     accepts: Callable[[TruncatedLog], None],
     fill: Callable[[Gap], None],
 ) -> LogReader:
-    """The clicks from where they were read to, behind what was cut back and accepted as lost.
+    """Opens the clicks at the position read so far, past any truncation that was accepted as lost.
 
     Args:
-        opens: Opens them.
-        told: By partition the leader's epoch of the record before the position.
-        accepts: Keeps who accepted a loss, or raises it.
-        fill: Makes the log reach to the end of a gap.
+        opens: Opens the reader.
+        told: By partition, the leader epoch of the record before the position.
+        accepts: Records who accepted a loss, or raises it.
+        fill: Extends the log to the end of a gap.
 
     Raises:
-        TruncatedLog: Nobody accepts it.
-        LogError: Kafka is not reachable.
+        TruncatedLog: The truncation is not accepted.
+        LogError: Kafka is unreachable.
     """
     left = dict(told)
     while True:
@@ -60,10 +59,10 @@ def open_behind(
 
 
 def accept(store: HistoryStore, consent: Consent, now_ms: int, lost: TruncatedLog) -> None:
-    """Keeps who accepted it, durably; does nothing where it was accepted before.
+    """Durably records who accepted the truncation; does nothing if it was accepted before.
 
     Raises:
-        TruncatedLog: Nobody accepts it; nothing was changed.
+        TruncatedLog: The truncation is not accepted; nothing was changed.
     """
     known = accounts.accepted(store)
     new = newly_accepted(known, consent, now_ms, lost)
@@ -73,10 +72,10 @@ def accept(store: HistoryStore, consent: Consent, now_ms: int, lost: TruncatedLo
 
 
 def newly_accepted(known: Sequence[Accepted], consent: Consent, now_ms: int, lost: TruncatedLog) -> list[Accepted]:
-    """What is to be kept of a loss that somebody accepts: nothing where it was accepted before.
+    """The records to store for an accepted truncation; empty if it was accepted before.
 
     Raises:
-        TruncatedLog: Nobody accepts it.
+        TruncatedLog: The truncation is not accepted.
     """
     (gap,) = lost.gaps
     if any(one.gap == gap for one in known):
@@ -92,10 +91,10 @@ def newly_accepted(known: Sequence[Accepted], consent: Consent, now_ms: int, los
 
 
 def fill(kafka: Kafka, topics: LogTopics, make: Callable[[], LogWriter], gap: Gap) -> None:
-    """Writes empty records to the clicks until they reach to the end of `gap`.
+    """Appends empty records to the clicks until they reach the end of `gap`.
 
     Raises:
-        LogError: Kafka is not reachable, or refuses.
+        LogError: Kafka is unreachable, or refuses.
     """
     topic, partition = kafka.clicks_topic, gap.source.partition
     while (end := topics.ends(topic)[partition][1]) < gap.next:

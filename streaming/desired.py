@@ -1,9 +1,8 @@
 """What control asks of the stream: which clicks are left out, and in which epoch of the training log it writes.
 
-A stream without a registry beside it leaves nothing out, and goes on in the
-epoch that its histories are in. One that runs looks at control ten times a
-second; where it asks for something else the job ends in order and is opened
-again, as after a restart, in the same process.
+A stream without a registry leaves no clicks out, and continues in the epoch of its histories. A running stream polls
+control ten times a second. When control changes, the job ends in order and is opened again in the same process, as
+after a restart.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ class Desired:
     """What control asks of the stream.
 
     Attributes:
-        line: The line of the training log; the stream writes its last epoch.
+        line: The branch of the training log; the stream writes its last epoch.
         mask: The clicks that are left out.
     """
 
@@ -36,7 +35,7 @@ class Desired:
 
     @property
     def log_epoch(self) -> int:
-        """The epoch of the log that is written.
+        """The epoch of the training log that is written.
 
         >>> from state.registry.log_line import WHOLE
         >>> Desired(WHOLE).log_epoch
@@ -49,16 +48,16 @@ NOTHING_DESIRED = Desired(WHOLE)
 
 
 class ControlWatch:
-    """Looks at control for one shard. One thread.
+    """Polls control for one shard. Not thread-safe.
 
     Args:
-        registry: The registry's directory, which need not be there.
-        own: The line that the histories are on.
-        clock: Seconds that never go back.
+        registry: The registry's directory, which need not exist.
+        own: The branch that the histories belong to.
+        clock: Monotonic clock in seconds.
 
     Raises:
         RegistryError: Control cannot be read.
-        StoreError: The histories are of a later epoch of the log than control knows.
+        StoreError: The histories have a later epoch of the training log than control knows.
     """
 
     def __init__(self, registry: Path, own: LogLine, clock: Callable[[], float] = time.monotonic) -> None:
@@ -74,11 +73,11 @@ class ControlWatch:
             )
 
     def open_again_in(self, seconds: float | None) -> None:
-        """From when on the shard is to be opened again, whatever control asks for; None for never."""
+        """Schedules the shard to be opened again in `seconds`, whatever control asks for; None cancels it."""
         self._again_s = float("inf") if seconds is None else self._clock() + seconds
 
     def changed(self) -> bool:
-        """Whether control asks for something else than it did, or the shard is to be opened again; looks at most each `LOOK_S`."""
+        """Whether control has changed, or the shard is to be opened again; polls control at most once per `LOOK_S`."""
         now_s = self._clock()
         if now_s >= self._again_s:
             return True

@@ -1,4 +1,4 @@
-"""Lets a shard's histories forget erased users before a click is read, and tells the registry how far that is."""
+"""Removes erased users from a shard's histories before any click is read, and reports the progress to the registry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 def tell(registry: Path, told: ErasureReport, say: Callable[[str], None]) -> bool:
-    """Tells how far erasures are taken into account; returns whether it is told. Where not, `say` is told why."""
+    """Reports to the registry which erasures were applied; returns whether it succeeded, and calls `say` if not."""
     try:
         report(registry, told)
     except OSError as error:
@@ -29,25 +29,25 @@ def tell(registry: Path, told: ErasureReport, say: Callable[[str], None]) -> boo
 
 
 def is_due(store: HistoryStore, erased: Erased, now_ms: int) -> bool:
-    """Whether stores of this shard are to be written anew, so that free pages have nothing of erased users."""
+    """Whether the stores of this shard must be rewritten, so that free pages contain no data of erased users."""
     told = forgotten(store)
     return told.pages < erased.last and now_ms >= told.paged_ms + PAGES_MS
 
 
 def take_up(store: HistoryStore, registry: Path, erased: Erased, now_ms: int) -> float | None:
-    """Lets `store` forget, and reports it; a crash in between leaves the same to be done.
+    """Removes erased users from `store`, and reports it; after a crash in between, the same work is due again.
 
     Args:
-        store: The shard's, back on its line of the log.
-        registry: Where it is told.
+        store: The shard's store, already rolled back to its branch of the log.
+        registry: Where to report.
         erased: All erasures.
         now_ms: Wall clock.
 
     Returns:
-        In how many seconds the store is to be written anew; None where it need not be.
+        In how many seconds the store must be rewritten; None if it need not be.
 
     Raises:
-        CorruptStore: A row that waits cannot be read.
+        CorruptStore: A waiting row cannot be read.
         StoreFull: Nothing was changed.
     """
     if not erased:
@@ -68,5 +68,5 @@ def take_up(store: HistoryStore, registry: Path, erased: Erased, now_ms: int) ->
     due_ms = told.due_ms()
     if due_ms is None:
         return None
-    # Where there was no room it is tried again later.
+    # If there was no space, it is tried again later.
     return (due_ms - now_ms if due_ms > now_ms else PAGES_MS) / 1000

@@ -1,7 +1,7 @@
-"""The event clock of a stream: what its witnesses say after each batch, what readers are told, and whose clock is off.
+"""The event clock of a stream: its value after each batch, the value reported to readers, and users with wrong clocks.
 
-It is followed by one thread, batch by batch; what it says of a batch is
-committed with the batch's positions, so that after a crash it goes on from there.
+One thread updates it batch by batch. Its state is committed with the positions of the batch, so that it continues from
+there after a crash.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from state.positions import Range, Source
 from streaming.alignment import Reached
 from streaming.witnesses import AHEAD, ALL, BEHIND, NEVER_MS, QUORUM, TURNS, Witnesses, believe, crowd, hear
 
-PREFIX = "clock:"  # of the names of the store's extras, one for each source and one for all
+PREFIX = "clock:"  # prefix of the names of the store's extras: one for each source and one for all together
 
 
 def clock_names(sources: Iterable[Source]) -> list[str]:
-    """The names of the store's extras: of the clock of all sources, and of each of these.
+    """The names of the store's extras: of the clock of all sources together, and of each of the given sources.
 
     >>> clock_names([Source("ab" * 16, 3)])
     ['clock:all', 'clock:abababababababababababababababab:3']
@@ -52,14 +52,15 @@ class TimedRows(Protocol):
 
 
 class OffClock(NamedTuple):
-    """Clicks whose time is far from what the clicks around them say.
+    """Clicks whose time is far from that of the clicks around them.
 
     Attributes:
-        direction: `ahead` or `behind`, where they may only have come late; or `refused`, for their time.
+        direction: `ahead`; `behind`, which may also be late arrivals; or `refused`, if they were refused for their
+            time.
         partition: Of the topic of clicks.
-        offset: Of the newest of them.
-        by_ms: How far that one is.
-        clicks: How many they are.
+        offset: Offset of the newest of these clicks.
+        by_ms: How far that one is off.
+        clicks: Number of these clicks.
     """
 
     direction: str
@@ -70,10 +71,11 @@ class OffClock(NamedTuple):
 
 
 class Moves(NamedTuple):
-    """Where the clocks of partitions move: from its offset on, each says its time.
+    """Where the clocks of partitions move: each entry gives the clock from its offset on.
 
     Attributes:
-        source: `[m]` uint16, an index of the ranges, ascending; the first of a range says what time it is where that begins.
+        source: `[m]` uint16, an index of the ranges, ascending; the first entry of a range is the clock at its
+            beginning.
         offset: `[m]` int64, ascending in a range.
         clock_ms: `[m]` int64.
     """
@@ -85,14 +87,14 @@ class Moves(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Told:
-    """What time it was in a batch of events.
+    """The event clock during a batch of events.
 
     Attributes:
-        clock_ms: `[n]` int64, of each event its partition's clock after it.
-        moves: Where that clock moves, also for whoever has a part of the events only.
-        clocks: Of each range what readers may believe, before its first and after its last event, ms.
-        state: What to commit with the batch: names of the store's extras and their values.
-        off: The clocks that are off.
+        clock_ms: `[n]` int64, for each event its partition's clock after it.
+        moves: Where that clock moves; also for consumers that have only a part of the events.
+        clocks: For each range the time that readers may believe, before its first and after its last event, ms.
+        state: Names of the store's extras and their values, to commit with the batch.
+        off: The clocks that are wrong.
     """
 
     clock_ms: NDArray[np.int64]
@@ -103,13 +105,13 @@ class Told:
 
 
 class _Suspect(NamedTuple):
-    """Clicks of one user that were ahead of what was believed, and may only be the first after a quiet time.
+    """Clicks of one user that were ahead of the believed time, but may only be the first after a quiet period.
 
     Attributes:
         at_ms: Time of the newest.
         offset: Its offset.
-        turn: Of the first: turns of the partition until then.
-        clicks: How many they are.
+        turn: Number of turns of the partition before the first of them.
+        clicks: Number of these clicks.
     """
 
     at_ms: int
@@ -121,13 +123,13 @@ class _Suspect(NamedTuple):
 def moves_of(
     ranges: Sequence[Range], begin_ms: NDArray[np.int64], clicks: TimedRows, clock_ms: NDArray[np.int64]
 ) -> Moves:
-    """Where the clocks of a batch's partitions move; in the gap with which a range begins there is none, for nobody read it.
+    """Where the clocks of a batch's partitions move; none in the gap at the start of a range, which was never read.
 
     Args:
         ranges: What `clicks.source` is an index of.
-        begin_ms: `[r]` int64, the clock before the first click of each; `NEVER_MS` where nobody has said anything.
+        begin_ms: `[r]` int64, the clock of each range before its first click; `NEVER_MS` if there was no click yet.
         clicks: In order of arrival.
-        clock_ms: `[n]` int64, of each click its partition's clock after it.
+        clock_ms: `[n]` int64, for each click its partition's clock after it.
     """
     firsts = np.array([part.first + part.gap for part in ranges], np.int64)
     source = np.concatenate([np.arange(len(ranges), dtype=np.uint16), clicks.source])
@@ -140,9 +142,9 @@ def moves_of(
 
 
 def clock_of_all(clocks: Mapping[Source, int], reach_ms: int) -> int:
-    """The log time that all sources have reached, ms, without those that stand still for longer than the reach.
+    """The log time that all sources have reached, ms, except those that are further behind than the reach.
 
-    After an outage one partition may be read to its end before another one is begun.
+    After an outage, one partition may be read to its end before another one is begun.
 
     >>> zero, one = Source("ab" * 16, 0), Source("ab" * 16, 1)
     >>> clock_of_all({zero: 900, one: 700}, 300), clock_of_all({zero: 900, one: 500}, 300)
@@ -153,10 +155,10 @@ def clock_of_all(clocks: Mapping[Source, int], reach_ms: int) -> int:
 
 
 class EventClock:
-    """What time it is in each partition. One thread.
+    """The event clock of each partition. Not thread-safe.
 
     Args:
-        extra: An extra of the store by name.
+        extra: Returns an extra of the store by name.
     """
 
     def __init__(self, extra: Callable[[str], bytes | None]) -> None:
@@ -165,13 +167,13 @@ class EventClock:
         self._suspects: dict[int, dict[int, _Suspect]] = {}  # by key and user
         self._known = Witnesses.of(8)
         self._load(ALL, "all")
-        # The kernels are compiled, or their machine code loaded, before the first event.
+        # Compile the kernels, or load their machine code, before the first event.
         nothing = np.empty(0, np.int64)
         hear(self._known, nothing, nothing.view(np.uint64), nothing, 0)
         believe(self._known, nothing, nothing, nothing, 0)
 
     def follow(self, clicks: TimedRows, ranges: Sequence[Range], now_ms: int) -> Told:
-        """Takes a batch of events.
+        """Updates the clocks with a batch of events, and returns them.
 
         Args:
             clicks: In order of arrival.
@@ -179,7 +181,7 @@ class EventClock:
             now_ms: Wall clock.
         """
         keys = np.array([self._key(part.source) for part in ranges], np.int64)
-        # Copies: of arrays that cannot be written, or lie apart, the kernels would be compiled once more.
+        # Copies: for read-only or non-contiguous arrays the kernels would be compiled again.
         source, at_ms, user = clicks.source.astype(np.int64), clicks.at_ms.copy(), clicks.user.copy()
         begin_ms = self._known.clocks(keys)
         clock_ms = hear(self._known, keys[source] if len(source) else source, user, at_ms, now_ms)
@@ -193,7 +195,7 @@ class EventClock:
         return Told(clock_ms, moves, reached, state, self._off(clicks, ranges, keys, clocks, off, now_ms))
 
     def reached(self, source: Source) -> Reached:
-        """What time it is where a source was followed to, as far as no user alone can say so."""
+        """The event time of a source so far, as its crowd reports it; no single user decides it."""
         crowd_ms, late = crowd(self._known, self._key(source))
         return Reached(crowd_ms, late >= QUORUM)
 
@@ -204,7 +206,7 @@ class EventClock:
             self._known = self._known.with_space(key + 1)
             self._load(key, str(source))
             if not self._known.turns(key):
-                # Before there were witnesses, the clock of rows that wait was the newest event time.
+                # Before the watermark quorum existed, the clock of waiting rows was the newest event time.
                 self._known.set_clock(key, decode_clocks(self._extra(CLOCKS)).get(source))
         return key
 
@@ -222,7 +224,7 @@ class EventClock:
         off: NDArray[np.uint8],
         now_ms: int,
     ) -> tuple[OffClock, ...]:
-        """The clocks that are off for certain: ahead of wall clock or, fifteen turns later, still of the crowd."""
+        """The clocks that are certainly wrong: ahead of the wall clock or, fifteen turns later, ahead of the crowd."""
         found = []
         ends = dict(zip(keys.tolist(), clocks[:, 1].tolist(), strict=True))
         partitions = {key: part.source.partition for part, key in zip(ranges, keys.tolist(), strict=True)}

@@ -1,4 +1,4 @@
-"""Writes training rows as tf.Examples, sharded TFRecord files, for those who train offline."""
+"""Writes training rows as tf.Examples in sharded TFRecord files, for offline training."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMPRESSIONS = {"gzip": CompressionTypes.GZIP, "none": CompressionTypes.UNCOMPRE
 
 
 class EncodeExamples(beam.DoFn):
-    """Makes the serialised examples of each batch of rows."""
+    """Encodes each batch of rows as serialised tf.Examples."""
 
     def setup(self) -> None:
         """Loads the encoder, which cannot be pickled."""
@@ -36,21 +36,21 @@ class EncodeExamples(beam.DoFn):
 
 
 def require_empty(folder: Path) -> None:
-    """Refuses a directory that has something in it: examples of two runs must not mix.
+    """Refuses a directory that is not empty: examples of two runs must not mix.
 
     Raises:
-        SettingsError: It has.
+        SettingsError: It is not empty.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SettingsError(f"--examples {folder}: is there already", "name a new or empty directory")
 
 
 def write_examples(rows: PCollection[Rows], folder: Path, compression: str, shards: int) -> None:
-    """Adds to a job what writes the rows as examples into `folder`; `describe` completes it.
+    """Adds the steps to a job that write the rows as examples into `folder`; `describe` completes it.
 
     Args:
         rows: Batches of rows.
-        folder: Where to.
+        folder: Output directory.
         compression: gzip or none.
         shards: Number of files.
     """
@@ -68,13 +68,13 @@ def write_examples(rows: PCollection[Rows], folder: Path, compression: str, shar
 
 
 def describe(folder: Path, spec: FeatureSpec, context: tuple[str, ...], about: Mapping[str, Any]) -> None:
-    """Writes schema.pbtxt and then spec.json beside examples, durably: now they are complete.
+    """Writes schema.pbtxt and then spec.json next to the examples, durably; after that the examples are complete.
 
     Args:
-        folder: Of the examples.
-        spec: Of their features.
+        folder: Directory of the examples.
+        spec: Spec of their features.
         context: The names of the K context fields.
-        about: Where they came from; becomes part of spec.json.
+        about: Origin of the examples; becomes part of spec.json.
     """
     durable.write(folder / SCHEMA, str(schema(spec, len(context))).encode())
     document = {

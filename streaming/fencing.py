@@ -1,12 +1,11 @@
-"""The transactional id of a stream, by which Kafka fences a stream that was thought dead, and no stream of another deployment.
+"""The transactional id of a stream: Kafka fences zombies of this stream with it, but no stream of another deployment.
 
-The id is made of the topics' ids and the consumer group: two
-deployments on one Kafka have two, whatever they are called, and a stream that
-is started again, here or from a copy of its state, has the one it had. The last
-id is kept beside the histories. Where it was another (a topic was made again,
-the group renamed, or the release was 0.1.0, whose id was the same in every
-deployment), its writer is fenced first: what it left open ends, and a zombie
-of then cannot write.
+The id is derived from the topics' ids and the consumer group. So two deployments on one Kafka have different ids,
+whatever their names. A restarted stream, here or from a copy of its state, keeps its id.
+
+The last id is stored next to the histories. It differs if a topic was recreated, if the group was renamed, or if the
+release was 0.1.0, whose id was the same in every deployment. Then the writer of the last id is fenced first: its open
+transaction ends, and a zombie with that id cannot write.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def transactional_id(clicks: str, microbatches: str, group: str, shard: int = 0) -> str:
-    """By which Kafka fences a zombie.
+    """The id with which Kafka fences a zombie.
 
     >>> transactional_id("ab" * 16, "cd" * 16, "springtide-stream")
     'springtide-stream-91d1bb5e31a6fa6b-0'
@@ -33,14 +32,14 @@ def transactional_id(clicks: str, microbatches: str, group: str, shard: int = 0)
         clicks: Id of the topic of clicks.
         microbatches: Id of the topic of micro-batches.
         group: The consumer group.
-        shard: 0; another one for what an earlier release called a shard.
+        shard: 0; another number for a shard of an earlier release.
     """
     digest = hashlib.sha256("\n".join((clicks, microbatches, group)).encode()).hexdigest()
     return f"springtide-stream-{digest[:16]}-{shard}"
 
 
 def id_of_first_release(shard: int = 0) -> str:
-    """The id that 0.1.0 had.
+    """The id that 0.1.0 used.
 
     >>> id_of_first_release()
     'springtide-stream-0'
@@ -49,17 +48,17 @@ def id_of_first_release(shard: int = 0) -> str:
 
 
 def open_writer(settings: Settings, log: Log | None = None) -> LogWriter:
-    """The writer of the stream; it ends what a predecessor left open, and fences it.
+    """Opens the writer of the stream; this ends a predecessor's open transaction, and fences the predecessor.
 
     Args:
         settings: The effective settings.
-        log: Where it writes; the cluster of the settings where none is given.
+        log: Where to write; by default the cluster of the settings.
 
     Raises:
         UnknownTopic: The topic of clicks or of micro-batches is missing.
         UnreachableBroker: No broker answered in time.
         LogError: The cluster refused.
-        OSError: The id cannot be kept.
+        OSError: The id cannot be stored.
     """
     kafka, log = settings.kafka, log or KafkaLog(settings.kafka)
     with log.topics() as topics:
@@ -78,7 +77,7 @@ def open_writer(settings: Settings, log: Log | None = None) -> LogWriter:
 
 
 def note_first_release(folder: Path) -> None:
-    """Notes the id of 0.1.0 where that release left histories; called before anybody makes any.
+    """Stores the id of 0.1.0 if that release left histories; must run before new histories are created.
 
     Raises:
         OSError: It cannot be written.
@@ -88,13 +87,13 @@ def note_first_release(folder: Path) -> None:
 
 
 def last_id(folder: Path) -> str | None:
-    """The id that the stream of `folder` had last; None for one that never ran."""
+    """The last id of the stream of `folder`; None if it never ran."""
     place = folder / WRITER
     return place.read_text().strip() if place.exists() else None
 
 
 def keep_id(folder: Path, mine: str) -> None:
-    """Keeps the id; durable when this returns.
+    """Stores the id; durable when this returns.
 
     Raises:
         OSError: It cannot be written.

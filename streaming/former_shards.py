@@ -1,8 +1,8 @@
-"""Histories of shards, in which earlier releases kept the partitions that one stream reads now: nobody goes on beside them.
+"""Handles the histories of former shards: earlier releases split the partitions that one stream reads now.
 
-A deployment that had one stream has none. Else a rebuild makes one store of
-all partitions: it ends what the shards' writers left open, and fences them,
-also those on other hosts. When the new store has its place theirs are set aside.
+A stream never continues next to such histories. A deployment that had one stream has none of them. Otherwise a rebuild
+creates one store of all partitions. It ends the open transactions of the shards' writers and fences them, also those on
+other hosts. Once the new store is in place, theirs are set aside.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ logger = logging.getLogger(__name__)
 
 
 def former_shards(state: Path) -> list[Path]:
-    """The directories of other shards than the first that still have histories, by name."""
+    """The directories of all shards but the first that still have histories, by name."""
     return [one.parent for one in layout.streams(state) if one.parent != layout.stream(state)]
 
 
 def refuse_beside(state: Path) -> None:
-    """Refuses to go on where some partitions are known to other shards only.
+    """Refuses to continue while histories of former shards exist.
 
     Raises:
         CorruptStore: There are such histories.
@@ -43,11 +43,11 @@ def refuse_beside(state: Path) -> None:
 
 @contextmanager
 def replaced(settings: Settings, log: Log) -> Iterator[None]:
-    """Around a rebuild: nobody else has the shards' directories, their writers are fenced, and then their stores set aside.
+    """Wraps a rebuild: locks the shards' directories, fences their writers, and then sets their stores aside.
 
     Raises:
         LockHeld: A shard's stream runs here.
-        LogError: Kafka is not reachable, or a topic is missing.
+        LogError: Kafka is unreachable, or a topic is missing.
     """
     found = former_shards(settings.state_dir)
     with ExitStack() as stack:
@@ -62,7 +62,7 @@ def replaced(settings: Settings, log: Log) -> Iterator[None]:
 
 
 def _fence(settings: Settings, log: Log, found: list[Path]) -> None:
-    """Takes over the transactional id of each shard that there can have been: one beyond the partitions read nothing."""
+    """Takes over the transactional id of each possible shard; a shard beyond the number of partitions read nothing."""
     kafka = settings.kafka
     with log.topics() as topics:
         clicks, microbatches = topics.describe(kafka.clicks_topic), topics.describe(kafka.microbatches_topic)

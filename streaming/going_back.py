@@ -1,11 +1,10 @@
-"""Takes the stream's histories back to where control's line of the training log turned off, before a click is read.
+"""Rolls the stream's histories back to the training log's branch point, before any click is read.
 
-It comes after the writer of the shard was opened, which fenced any other: the
-log has all that this shard wrote on its old line. A crash before the histories
-are back leaves the same to be done, with another writer that fences this one;
-after it the first record that is written is of the new epoch. Dead letters are
-in their topic once, so that those written already are noted and not written
-again.
+The writer of the shard is opened first, which fences any other one. So the log contains all that this shard wrote on
+its old branch. A crash before the histories are rolled back leaves the same to be done, with another writer that fences
+this one. After that, the first record that is written has the new epoch.
+
+Dead letters are in their topic only once: those already written are recorded, and not written again.
 """
 
 from __future__ import annotations
@@ -33,15 +32,15 @@ logger = logging.getLogger(__name__)
 
 
 def letters_told(store: HistoryStore) -> dict[Source, int]:
-    """By source the offset below which every dead letter is in its topic, where the stream went back since."""
+    """By source the offset below which every dead letter is already in its topic, if the stream was rolled back."""
     return {Source.parse(source): int(after) for source, after in json.loads(store.extra(LETTERS) or b"{}").items()}
 
 
 def clocks_after(before: Before, ours: Collection[Source]) -> dict[str, bytes | None]:
-    """The store's extras of the event clock, by the latest clicks of our sources.
+    """The store's extras of the event clock after a rollback, computed from the latest clicks of our sources.
 
-    A source that has not moved since keeps its clock. Where no click of one that goes back was found near, its clock
-    begins again with its next click.
+    A source that has not moved since keeps its clock. If no recent click of a rolled-back source was found, its clock
+    starts again with its next click.
     """
     clock, state, marks = EventClock(lambda _: None), dict[str, bytes](), dict[Source, int]()
     for batch in before.latest:
@@ -55,10 +54,10 @@ def clocks_after(before: Before, ours: Collection[Source]) -> dict[str, bytes | 
 def take_back(
     log: Log, settings: Settings, spec: FeatureSpec, store: HistoryStore, desired: Desired
 ) -> dict[Source, int]:
-    """Takes `store` to the line that is desired; returns `letters_told`.
+    """Rolls `store` back to the desired branch; returns `letters_told`.
 
     Raises:
-        GapError: The training log no longer reaches back to where the line turned off.
+        GapError: The training log no longer reaches back to the branch point.
         LogError: The log cannot be read.
         StoreFull: Nothing was changed.
     """

@@ -1,4 +1,4 @@
-"""The stream's store of histories: opened where its directory has it, bound to its salt, and to features that may change."""
+"""Opens the stream's store of histories, which is bound to its users' salt; the features may change."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[HistoryStore, Salt]]:
-    """The store of a stream's directory, which belongs to this process in the block, and its users' salt.
+    """Opens the store of a stream's directory and its users' salt; the block owns both exclusively.
 
-    1. The directory's lock, so that nobody else has the store.
-    2. The salt, which is made at the first start.
-    3. A complete rebuild takes its place, if one was cut short; beside histories of shards of an earlier release nobody goes on.
-    4. The store, in memory where there is room, which must be of this salt. Its events know no feature spec: windows of another one are computed out of
-       them, once what was learned goes on with it.
+    1. Lock the directory, so that no other process has the store.
+    2. Load the salt, which is created at the first start.
+    3. Complete a rebuild that was interrupted after its store was finished. Refuse to continue next to histories of
+       shards of an earlier release.
+    4. Open the store, in memory if there is space. It must have been filled with this salt. Its events do not depend on
+       a feature spec: windows of another spec are computed from them, once the model continues with it.
 
     Args:
         settings: The effective settings.
@@ -42,15 +43,15 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
 
     Raises:
         LockHeld: Another process has the directory.
-        ModelMismatch: The features are others than what was learned, and nobody asked for an upgrade.
+        ModelMismatch: The features differ from those of the model, and no upgrade was requested.
         SaltMismatch: The store was filled with another salt.
-        SpecMismatch: The store's actions are not known.
-        MissingSalt: The salt of what is stored here is gone.
+        SpecMismatch: The store's actions are unknown.
+        MissingSalt: The salt of the stored data is missing.
         SettingsError: The salt cannot be read.
         StoreError: The store cannot be opened, or an earlier release had shards.
     """
     folder = settings.stream_dir
-    # Windows that nobody learns from yet are not written into the training log.
+    # Windows that the model does not use yet are not written to the training log.
     require_same_features(settings)
     # 1.
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,17 +73,17 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
 
 
 def check_identity(store: HistoryStore, spec: FeatureSpec, salt: str, known: SpecActions) -> None:
-    """Binds a store to the features of the settings, and to the salt of its users for good.
+    """Binds a store to the features of the settings, and permanently to the salt of its users.
 
     Args:
-        store: Whatever features it was filled under.
+        store: The store, filled under any features.
         spec: Of the settings.
         salt: The salt's fingerprint.
-        known: Names actions under former features.
+        known: Names the actions of former features.
 
     Raises:
         SaltMismatch: The store was filled with another salt.
-        SpecMismatch: The names of its actions are not known.
+        SpecMismatch: The names of its actions are unknown.
     """
     stored_spec, stored_salt = store.extra(SPEC), store.extra(SALT)
     if stored_salt is not None and stored_salt != salt.encode():

@@ -1,7 +1,7 @@
-"""Brings the rows that one poll found in several partitions into the order in which they happened. Pure.
+"""Sorts the rows that one poll read from several partitions by event time. Pure.
 
-By the clocks of the partitions, not by the clicks' own times: one wrong clock
-moves no other user's rows, and of one partition no row passes another.
+The order follows the partitions' clocks, not the clicks' own times. So one wrong clock moves no other user's rows, and
+rows of one partition keep their order.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from streaming.masking import COLUMNS
 
 
 def in_order(batch: EventBatch, told: Told) -> tuple[EventBatch, Told]:
-    """The batch with its rows in the order of time, and what was told of them.
+    """Returns the batch with its rows in order of time, and their event clock in the same order.
 
     Args:
-        batch: Rows partition by partition, each in the order of its log.
-        told: What `EventClock.follow` said of the batch.
+        batch: Rows partition by partition, each in log order.
+        told: The result of `EventClock.follow` for the batch.
     """
     if len(batch.ranges) < 2 or not len(batch):
         return batch, told

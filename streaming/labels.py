@@ -1,10 +1,9 @@
-"""Labels that arrive later: the impressions of a stream that wait for an outcome, around the rules of `streaming.attribution`.
+"""Delayed labels: the impressions of a stream that wait for an outcome, by the rules of `streaming.attribution`.
 
-A batch of events passes twice. The Beam thread lets `attribute` say which of
-its events wait, and which earlier impressions they label. The commit thread
-lets `look_up` fetch what those impressions were: from the store, or from the
-cuts at hand. What begins and ends to wait is committed with histories and
-positions, so that after a crash both start from the same event.
+A batch of events passes twice. In the Beam thread, `attribute` decides which of its events wait, and which earlier
+impressions they label. In the commit thread, `look_up` reads those impressions from the store, or from the current
+cuts. The changes to the waiting rows are committed with histories and positions. So after a crash both continue from
+the same event.
 """
 
 from __future__ import annotations
@@ -36,11 +35,11 @@ logger = logging.getLogger(__name__)
 
 
 class LookedUp(NamedTuple):
-    """Cuts that are complete, and what is committed with them.
+    """Completed cuts, and what is committed with them.
 
     Attributes:
-        cuts: With the columns of earlier impressions.
-        waiting: Rows that begin to wait, by key; None for one that ends.
+        cuts: Including the columns of earlier impressions.
+        waiting: Rows that begin to wait, by key; None for a row whose wait ends.
         extra: Values of the store's owner.
     """
 
@@ -50,21 +49,20 @@ class LookedUp(NamedTuple):
 
 
 class Labels:
-    """The impressions of one stream that wait, or of one bucket of its users.
+    """The waiting impressions of one stream, or of one bucket of its users.
 
-    `attribute` is called by one thread, `look_up` by one, which commits what
-    it returns before it calls again.
+    One thread calls `attribute`. One thread calls `look_up`, and commits its result before it calls again.
 
     Args:
         settings: `[labels]` and the actions are used.
-        store: The committed rows that wait.
+        store: The committed waiting rows.
     """
 
     def __init__(self, settings: Settings, store: WaitingStore) -> None:
         labels = settings.labels
         named = {**dict.fromkeys(labels.impressions, IMPRESSION), **dict.fromkeys(labels.outcomes, OUTCOME)}
         self._roles = np.array([named.get(name, PLAIN) for name in settings.events.actions], np.uint8)
-        # Each share of a partition has its part of them: no share knows how many wait in another.
+        # Each share of a partition has its part of the maximum: no share knows how many wait in another.
         self._wait_ms, self._most = round(labels.wait_s * 1000), -(-labels.max_waiting // SHARES)
         self._rows = WaitingRows(store)
         self._numbers: dict[tuple[str, int], int] = {}
@@ -85,12 +83,12 @@ class Labels:
         return queue
 
     def _number(self, sources: Sequence[Source]) -> NDArray[np.int64]:
-        """`[n]` int64, a number for the partition of each source, whatever bucket it is."""
+        """`[n]` int64, a number for the partition of each source, the same for all its buckets."""
         known = self._numbers
         return np.array([known.setdefault((one.topic_id, one.partition), len(known)) for one in sources], np.int64)
 
     def attribute(self, rows: Rows) -> Rows:
-        """Says of each event whether it waits, and which earlier impressions become known, by the clocks of `rows.told`."""
+        """Decides which events wait, and which earlier impressions become known, by the clocks of `rows.told`."""
         batch, told = rows.batch, rows.told
         if not batch.ranges:
             return rows
@@ -134,7 +132,7 @@ class Labels:
         return replace(rows, batch=replace(batch, ranges=ranges), kind=made.kind, known=known, delay_ms=delay_ms)
 
     def look_up(self, cuts: Sequence[Cut]) -> LookedUp:
-        """Completes cuts with what the earlier impressions were.
+        """Completes cuts with the columns of the earlier impressions.
 
         Raises:
             CorruptStore: The store lacks one.
@@ -172,7 +170,7 @@ class Labels:
 
 
 def relabelled(opened: dict[str, NDArray[Any]], known: Known) -> dict[str, NDArray[Any]]:
-    """The columns of impressions with their labels, at the position where these became known.
+    """The columns of impressions with their labels, at the position where the labels became known.
 
     Args:
         opened: Their columns as they began to wait, `[m]`.
@@ -197,7 +195,7 @@ def counted(
     known_source: NDArray[np.uint16],
     known: NDArray[np.uint8],
 ) -> tuple[Range, ...]:
-    """Ranges whose rows are told apart by kind, with the earlier impressions that became known in them."""
+    """Ranges with rows counted by kind, including the earlier impressions that became known in them."""
     sources, kinds = np.concatenate([source, known_source]), np.concatenate([kind, known])
     kept = ("dead", "filtered", "absent", "gap", "masked", "elsewhere")
     return tuple(
@@ -207,7 +205,7 @@ def counted(
 
 
 def forget_other_topics(store: HistoryStore, topic_id: str) -> int:
-    """Ends the wait of impressions of another topic, whose outcomes cannot come any more; returns how many they were."""
+    """Drops waiting impressions of another topic, whose outcomes can no longer arrive; returns how many."""
     dropped = {
         source: waiting
         for source, counts in store.counts().items()
@@ -224,12 +222,12 @@ def forget_other_topics(store: HistoryStore, topic_id: str) -> int:
 
 
 def unused_kernels(settings: Settings) -> Sequence[str]:
-    """The modules with kernels that a stream of these settings does not call, unless an earlier one left impressions that wait."""
+    """The modules with kernels that a stream of these settings does not call, unless earlier impressions still wait."""
     return () if settings.labels.impressions else ("streaming.attribution", "streaming.waiting_queue")
 
 
 def open_labels(settings: Settings, store: HistoryStore, topic_id: str) -> Labels | None:
-    """What the store and the settings let wait; None where neither does, and no event needs to be looked at."""
+    """Opens the labels, as the store and the settings require; None if neither has impressions that wait."""
     if store.waiting_rows():
         forget_other_topics(store, topic_id)
     if not settings.labels.impressions and not store.waiting_rows():

@@ -1,11 +1,10 @@
-"""Which leader wrote the newest click before each position of the shard, kept beside the histories.
+"""Stores which leader epoch wrote the newest click before each position of the shard, next to the histories.
 
     leaders.json   {"<topic id>:<partition>": [[first offset, leader's epoch], ...]}
 
-It shows at the next start whether the clicks were cut back behind a position
-(`state/log/leader_epochs.py`). It is written when a partition got another
-leader, before anything of that leader is committed; so it also holds for
-positions that a rebuild or a rollback found.
+At the next start it shows whether the clicks were truncated before a position (`state/log/leader_epochs.py`). It is
+written when a partition gets another leader, before anything of that leader is committed. So it also holds for
+positions that result from a rebuild or a rollback.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from state.positions import Range, Source
 
 
 class Leaders:
-    """The leaders' epochs of one shard. One thread notes.
+    """The leader epochs of one shard. Only one thread may call `note`.
 
     Args:
         folder: The shard's directory, which exists.
@@ -39,7 +38,7 @@ class Leaders:
         self._unwritten = False
 
     def at(self, topic_id: str, positions: Mapping[int, int]) -> dict[int, int]:
-        """By partition the epoch of the record before its position, of those where it is known."""
+        """By partition the epoch of the record before its position, for those where it is known."""
         found = {
             partition: epoch_before(self._known.get(Source(topic_id, partition), ()), offset)
             for partition, offset in positions.items()
@@ -47,7 +46,7 @@ class Leaders:
         return {partition: epoch for partition, epoch in found.items() if epoch >= 0}
 
     def note(self, ranges: Iterable[Range], reader: LogReader) -> None:
-        """Keeps the epochs of the last records of `ranges`, as `reader` read them; durable when this returns.
+        """Stores the epochs of the last records of `ranges`, as `reader` read them; durable when this returns.
 
         Raises:
             OSError: The file cannot be written.
@@ -56,8 +55,9 @@ class Leaders:
             known = self._known.get(part.source, ())
             epoch = reader.leader_epoch(part.source.partition, part.next)
             if epoch >= 0 and epoch_before(known, part.next) != epoch:
-                # From the first record on: a rollback may go back into the range, and an epoch that had ended before its
-                # place would look like a log that was cut back.
+                # From the first record on: a rollback may end inside the range, and an epoch that ended before that
+                # position
+                # would look like a truncated log.
                 self._known[part.source] = noted(known, part.first, epoch)
                 self._unwritten = True
         if self._unwritten:

@@ -1,13 +1,11 @@
 """Dead letters: what a refused record leaves in the topic of dead letters, and how it is counted.
 
-Why a record is refused is one of `state.events.dead_letters.Reason`. A letter has
-the coordinates and the reason in its headers, and its key is the refused record's
-position. It has neither that record's key, which is a user's id, nor its value.
+The reason is one of `state.events.dead_letters.Reason`. A letter has the coordinates and the reason in its headers, and
+its key is the refused record's position. It contains neither that record's key, which is a user's id, nor its value.
 
-A letter may come more than once. The local form writes letters in the
-transaction of their rows, so that only an unknown outcome or a crash before the
-histories are committed repeats them. A distributed job repeats those since the
-engine's last checkpoint. Readers count distinct keys.
+A letter may occur more than once; readers count distinct keys. The local form writes letters in the transaction of
+their rows. So it repeats them only after an unknown outcome, or a crash before the histories are committed. A
+distributed job repeats those since the engine's last checkpoint.
 """
 
 from __future__ import annotations
@@ -35,7 +33,7 @@ def letter_headers(letter: DeadLetter) -> Headers:
 
 
 def letter_key(letter: DeadLetter) -> bytes:
-    """The key of a dead letter: the refused record's position. Letters of one key are of one record.
+    """The key of a dead letter: the refused record's position. Letters with the same key refer to the same record.
 
     >>> from state.events.dead_letters import Reason
     >>> from state.positions import Source
@@ -46,13 +44,13 @@ def letter_key(letter: DeadLetter) -> bytes:
 
 
 def send_letters(writer: LogWriter, topic: str, letters: Sequence[DeadLetter], at_ms: int | None = None) -> None:
-    """Hands letters over to `writer`; they are acknowledged with its flush or transaction.
+    """Passes letters to `writer`; they are acknowledged with its flush or transaction.
 
     Args:
         writer: Of the process.
         topic: The topic of dead letters.
         letters: Refused records.
-        at_ms: Their timestamp; None for when they are written.
+        at_ms: Their timestamp; None for the time of writing.
 
     Raises:
         LogError: The cluster refused.
@@ -68,7 +66,7 @@ def count_letters(metrics: StreamMetrics, letters: Sequence[DeadLetter]) -> None
 
 
 def report_to(kafka: Kafka, metrics: StreamMetrics) -> Report:
-    """What becomes of refused records of attributes: letters, acknowledged, and counted.
+    """Returns a function that writes refused records of attributes as dead letters, acknowledged, and counts them.
 
     Args:
         kafka: How to connect, and the topic of dead letters.

@@ -1,4 +1,4 @@
-"""Leaves masked clicks out before histories and rows see them; their positions are counted as masked. Pure."""
+"""Removes masked clicks before histories and rows use them, and counts their positions as masked. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COLUMNS = ("user", "item", "category", "action", "at_ms", "label", "weight", "co
 
 
 def leave_out(batch: EventBatch, mask: Mask) -> EventBatch:
-    """The batch without the events that `mask` names."""
+    """Returns the batch without the events that `mask` matches."""
     if not mask or not len(batch):
         return batch
     out = mask.rows(batch.user, batch.at_ms, batch.source, batch.offset, batch.ranges)

@@ -1,12 +1,12 @@
-"""Opens what a stream process owns, in the order in which a mistake does the least harm.
+"""Opens the resources of a stream process, in the order in which a mistake does the least harm.
 
-1. The directory with the store, which must be of this salt; the features must be those that are learned.
+1. The directory with the store, which must have this salt; the features must be those of the model.
 2. The metrics' port, then the kernels.
 3. The topics; a missing topic of clicks is an error, the two others are created.
-4. Control: the mask, and the line of the training log.
+4. Control: the mask, and the branch of the training log.
 5. The writer, which fences one with the same transactional id; attributes, read to the ends of their topics.
-6. Histories go back where the line turned off, and forget erased users.
-7. The gaps that the operator accepts are passed, with a record of it; any other one ends the process.
+6. The histories are rolled back to the branch point, and erased users are removed from them.
+7. Gaps that the operator accepts are passed and recorded; any other gap ends the process.
 8. The reader, at the store's positions.
 """
 
@@ -69,19 +69,19 @@ NO_CONSENT = Consent()
 def open_shard(
     settings: Settings, consent: Consent = NO_CONSENT, stopping: threading.Event | None = None, log: Log | None = None
 ) -> Iterator[Handle[StreamContext]]:
-    """A stream process's context, opened in the order of this module and closed the other way round.
+    """Opens a stream process's context in the order of this module, and closes it in reverse order.
 
     Args:
         settings: The effective settings.
         consent: The losses that the operator accepts.
-        stopping: Set by a signal; made here where none is given.
-        log: Where clicks and micro-batches are; the cluster of the settings where none is given.
+        stopping: Set by a signal; created here by default.
+        log: Contains clicks and micro-batches; by default the cluster of the settings.
 
     Raises:
         LockHeld: Another process has the directory.
         ModelMismatch, SaltMismatch, SpecMismatch: See `streaming.histories.open_histories`.
         SettingsError, PortTaken: The salt cannot be read, or the metrics' port is in use.
-        GapError: Positions are gone, and nobody accepted it.
+        GapError: Positions were deleted, and the gap is not accepted.
         RegistryError, StoreError, LogError: Control, the store or Kafka cannot be read, or a topic is missing.
     """
     spec, stopping = FeatureSpec.from_settings(settings), stopping or threading.Event()
@@ -131,7 +131,7 @@ def open_shard(
 def open_job(
     settings: Settings, spec: FeatureSpec, store: HistoryStore, salt: Salt, topic_id: str, mask: Mask
 ) -> JobContext:
-    """What makes rows of the shard's clicks, as far as the store has come."""
+    """Creates the context that turns the shard's clicks into rows, starting from the state of the store."""
     return JobContext(
         settings=settings,
         spec=spec,
@@ -145,7 +145,10 @@ def open_job(
 
 
 def serve_metrics(settings: Settings, stack: ExitStack, stopping: threading.Event) -> tuple[StreamMetrics, Room]:
-    """The metrics of this process, served on `stream.metrics_port` (0: not) until `stack` ends, and its waits for room.
+    """Serves this process's metrics on `stream.metrics_port` (0: off) until `stack` closes.
+
+    Returns:
+        The metrics, and the waits for disk space.
 
     Raises:
         PortTaken: The port is in use.
@@ -160,10 +163,10 @@ def serve_metrics(settings: Settings, stack: ExitStack, stopping: threading.Even
 
 
 def ensure_topics(settings: Settings, topics: LogTopics) -> TopicInfo:
-    """Creates what the stream writes to, and says what it reads from.
+    """Creates the topics that the stream writes to, and describes the one it reads.
 
     Raises:
-        LogError: The topic of clicks is missing, or Kafka is not reachable.
+        LogError: The topic of clicks is missing, or Kafka is unreachable.
     """
     clicks = topics.describe(settings.kafka.clicks_topic)
     topics.ensure(*topic_plan.dead_letters(settings))
@@ -172,7 +175,7 @@ def ensure_topics(settings: Settings, topics: LogTopics) -> TopicInfo:
 
 
 def write_gaps(writer: ShardWriter, parser: Parser, profiler: Profiler, found: Sequence[Gap], now_ms: int) -> None:
-    """Tells the readers of the training log about gaps: a micro-batch without rows, whose ranges name them."""
+    """Reports gaps to readers of the training log: a micro-batch without rows, whose ranges name them."""
     nothing = replace(parser.parse([]), ranges=accounts.as_ranges(found))
     writer.write_once(Cut((profiler.update(nothing),), now_ms))
 
@@ -185,10 +188,10 @@ def open_join(
     anew: bool = False,
     reports: Callable[[str], Report] | None = None,
 ) -> Join | None:
-    """The attributes as the topics have them now, and their follower, which ends with `stack`; None where none are configured.
+    """Opens the attributes, up to date with their topics, and their follower; None if none are configured.
 
-    With `anew` their store is written anew, without free pages. `reports` gives what takes the refused records of a topic;
-    by default they become dead letters.
+    The follower ends with `stack`. With `anew` the store of attributes is rewritten without free pages. `reports`
+    returns the handler for the refused records of a topic; by default they become dead letters.
 
     Raises:
         LogError: A topic is missing or cannot be read.
@@ -225,11 +228,11 @@ def open_reader(
     topics: LogTopics,
     consent: Consent,
 ) -> LogReader:
-    """The clicks of all partitions, those that come later included, from where the store has read them to.
+    """Opens the clicks of all partitions, including later ones, at the positions of the store.
 
     Raises:
-        TruncatedLog: They were cut back behind that, and nobody accepted it.
-        LogError: Kafka is not reachable.
+        TruncatedLog: The log was truncated before those positions, and the loss is not accepted.
+        LogError: Kafka is unreachable.
     """
     kafka = settings.kafka
     positions = accounts.positions_in(store, clicks.topic_id)
@@ -247,7 +250,7 @@ def open_reader(
 
 
 def say_where(context: StreamContext, clicks: TopicInfo) -> None:
-    """Shows the account, logs where reading begins, and counts the gaps that were ever passed."""
+    """Shows the account, logs the start positions, and sets the metric of gaps ever accepted."""
     accounts.show(context.store, context.metrics)
     context.metrics.gaps_accepted.inc(len(accounts.accepted(context.store)))
     positions = accounts.positions_in(context.store, clicks.topic_id)

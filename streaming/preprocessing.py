@@ -1,4 +1,4 @@
-"""The preprocessing: which function, the default one, and its TensorFlow Transform analysis as a Beam job."""
+"""The preprocessing function of the model: its loading, the default one, and its TensorFlow Transform analysis."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FEATURES = "features"
 CATEGORY = "category"
 VOCABULARY = "categories"
 LEAST_DEVIATION = 0.25
-"""Of a logarithm: rarer columns are not blown up to unit variance."""
+"""Minimum standard deviation of a logarithm, so that rare columns are not inflated to unit variance."""
 
 CLIP = 6.0
 DEFAULT = Model()
@@ -32,10 +32,10 @@ Preprocessing = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 def preprocessing_fn(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """TensorFlow Transform preprocessing: logarithms, centred and scaled by what past clicks showed.
+    """TensorFlow Transform preprocessing: logarithms, centred and scaled by the statistics of past clicks.
 
-    A function of your own takes its place by the setting `model.preprocessing`.
-    It must use operations that LiteRT has built in (no bucketize).
+    The setting `model.preprocessing` replaces it with a function of the user's. That function must use operations that
+    are built into LiteRT (no bucketize).
 
     Args:
         inputs: `features`, `[B, D]` float32: the raw integers.
@@ -55,13 +55,13 @@ def preprocessing_fn(inputs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load_preprocessing(path: str, settings: Model = DEFAULT) -> Preprocessing:
-    """The function that `module:name` names; one of two arguments gets the settings too, and so its options.
+    """Loads the function that `module:name` names; a function of two arguments also gets the settings and its options.
 
     >>> load_preprocessing("streaming.preprocessing:preprocessing_fn").__name__
     'preprocessing_fn'
 
     Raises:
-        SettingsError: There is none.
+        SettingsError: There is no such function.
     """
     found: Any = load_named(path, "model.preprocessing")
     if not callable(found) or len(inspect.signature(found).parameters) < 2:
@@ -77,10 +77,10 @@ def load_preprocessing(path: str, settings: Model = DEFAULT) -> Preprocessing:
 
 @contextmanager
 def analysis() -> Iterator[beam.Pipeline]:
-    """A job of this process in which TensorFlow Transform can analyse; it runs at the end of the block."""
+    """Yields a local Beam pipeline with a TensorFlow Transform context; it runs at the end of the block."""
     import tensorflow_transform.beam as tft_beam
 
-    # Named: DirectRunner would first try to download another runner.
+    # An explicit runner, because DirectRunner would first try to download another one.
     with (
         tempfile.TemporaryDirectory(prefix="springtide-analysis-") as scratch,
         beam.Pipeline(runner=FnApiRunner()) as pipeline,
@@ -90,13 +90,13 @@ def analysis() -> Iterator[beam.Pipeline]:
 
 
 def analyse(features: PCollection[pa.RecordBatch], width: int, preprocessing: Preprocessing, output: Path) -> None:
-    """Adds to a job of `analysis` what finds the constants; it writes `transform_fn/` to the directory `output`.
+    """Adds the analysis to a pipeline of `analysis`; it writes `transform_fn/` to the directory `output`.
 
     Args:
-        features: What `record_batch` makes.
+        features: Results of `record_batch`.
         width: D.
         preprocessing: A TensorFlow Transform preprocessing function of one input, `features`.
-        output: Where to.
+        output: Output directory.
     """
     import tensorflow_transform.beam as tft_beam
     from tensorflow_metadata.proto.v0 import schema_pb2
@@ -111,11 +111,11 @@ def analyse(features: PCollection[pa.RecordBatch], width: int, preprocessing: Pr
 
 
 def list_categories(categories: PCollection[pa.RecordBatch], output: Path) -> None:
-    """Adds to a job of `analysis` what counts the categories: TensorFlow Transform's vocabulary, most frequent first.
+    """Adds the category count to a pipeline of `analysis`: TensorFlow Transform's vocabulary, most frequent first.
 
     Args:
-        categories: What `category_batch` makes.
-        output: Directory for it; `read_categories` reads it.
+        categories: Results of `category_batch`.
+        output: Output directory; `read_categories` reads it.
     """
     import tensorflow_transform as tft
     import tensorflow_transform.beam as tft_beam
@@ -135,18 +135,18 @@ def list_categories(categories: PCollection[pa.RecordBatch], output: Path) -> No
 
 
 def read_categories(output: Path) -> dict[int, int]:
-    """Category id -> clicks, of what `list_categories` wrote."""
+    """Returns clicks by category id, as written by `list_categories`."""
     counts: dict[int, int] = {}
     for line in (output / "transform_fn" / "assets" / VOCABULARY).read_text().splitlines():
         clicks, _, category = line.partition(" ")
-        # An empty sample has one entry that is no category.
+        # The vocabulary of an empty sample has one entry that is not a category.
         if int(clicks) > 0:
             counts[int(category, 16)] = int(clicks)
     return counts
 
 
 def analysed(features: Iterable[npt.NDArray[np.uint16]], preprocessing: Preprocessing, output: Path) -> None:
-    """Analyses chunks of `[n, D]` uint16 that are in memory: `transform_fn/` in the directory `output`."""
+    """Analyses in-memory chunks of `[n, D]` uint16; writes `transform_fn/` to the directory `output`."""
     chunks = list(features)
     with analysis() as pipeline:
         batches = pipeline | "Take the rows" >> beam.Create(chunks) | "Make record batches" >> beam.Map(record_batch)
@@ -158,7 +158,7 @@ _CATEGORIES = pa.schema([(CATEGORY, pa.list_(pa.binary()))])
 
 
 def record_batch(features: npt.NDArray[np.uint16]) -> pa.RecordBatch:
-    """`[n, D]` uint16 as the Arrow column that TensorFlow Transform takes.
+    """Converts `[n, D]` uint16 to the Arrow column that TensorFlow Transform takes.
 
     >>> record_batch(np.array([[1, 2], [3, 4]], np.uint16)).to_pydict()
     {'features': [[1.0, 2.0], [3.0, 4.0]]}
@@ -170,7 +170,7 @@ def record_batch(features: npt.NDArray[np.uint16]) -> pa.RecordBatch:
 
 
 def category_batch(categories: npt.NDArray[np.uint64]) -> pa.RecordBatch:
-    """`[n]` uint64 category ids, 0 for none, as the Arrow column of their vocabulary.
+    """Converts `[n]` uint64 category ids, 0 for none, to the Arrow column of their vocabulary.
 
     >>> category_batch(np.array([255, 0], np.uint64)).to_pydict()
     {'category': [[b'00000000000000ff']]}

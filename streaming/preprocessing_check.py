@@ -1,10 +1,10 @@
-"""Checks a preprocessing of the user's own before anything starts: `python -m streaming.preprocessing_check`.
+"""Checks a user's preprocessing function before anything starts: `python -m streaming.preprocessing_check`.
 
-On made-up rows, in a few seconds:
+The check takes a few seconds on synthetic rows:
 
-1. It can be loaded, and gives `features` as `[B, D']` float32.
-2. It is a function of the rows alone: the same rows give the same bits, also
-   after a second analysis, and a row gives alone what it gives in a batch.
+1. The function can be loaded, and returns `features` as `[B, D']` float32.
+2. It depends on the rows alone. The same rows give the same bits, also after a second analysis. A row gives the same
+   output alone as in a batch.
 3. It lowers to LiteRT's built-in operations, and LiteRT computes the same.
 """
 
@@ -36,22 +36,22 @@ F32 = npt.NDArray[np.float32]
 
 
 def is_own(path: str) -> bool:
-    """Whether `model.preprocessing` is not the default, which needs no check."""
+    """Whether `model.preprocessing` differs from the default, which needs no check."""
     return path != Model().preprocessing
 
 
 def check_preprocessing(path: str, spec: FeatureSpec, keep: Path | None = None, settings: Model = DEFAULT) -> str:
-    """Checks the function that `model.preprocessing` names; returns what it is in one line.
+    """Checks the function that `model.preprocessing` names; returns a description in one line.
 
     Args:
         path: `module:name`.
         spec: Names the D columns.
         keep: Directory to leave the analysed graph in, `transform_fn/`.
-        settings: For a function that takes them.
+        settings: Passed to a function of two arguments.
 
     Raises:
         SettingsError: There is no such function.
-        ProgramError: It is not what a preprocessing has to be; the message says what it did and what is wanted.
+        ProgramError: It does not meet the requirements; the message says what it did and what is required.
     """
     what = f"model.preprocessing {path!r}"
     function = load_preprocessing(path, settings)
@@ -99,7 +99,7 @@ def check_preprocessing(path: str, spec: FeatureSpec, keep: Path | None = None, 
 
 
 def made_up(spec: FeatureSpec) -> F32:
-    """`[256, D]` float32: the same integers each time, many small ones, corners included."""
+    """`[256, D]` float32 synthetic rows: always the same integers, many of them small, extremes included."""
     drawn = np.random.default_rng(7)
     rows = np.minimum(drawn.lognormal(2.0, 2.0, (ROWS, len(spec.names))), 65535.0)
     rows[drawn.random(rows.shape) < 0.3] = 0.0
@@ -108,7 +108,7 @@ def made_up(spec: FeatureSpec) -> F32:
 
 
 def _analysed(function: Preprocessing, rows: F32, output: Path, what: str, width: int) -> None:
-    """Runs the analysis; an error of the user's function is told in the user's terms."""
+    """Runs the analysis; an error in the user's function is reported as such."""
     failures: list[ProgramError] = []
 
     def checked(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -123,7 +123,7 @@ def _analysed(function: Preprocessing, rows: F32, output: Path, what: str, width
 
     try:
         analysed([rows.astype(np.uint16)], checked, output)
-    # Whatever TensorFlow and Beam make of it, the first cause is the user's.
+    # TensorFlow and Beam wrap the error; the first cause is the user's function.
     except Exception as error:
         if failures:
             raise failures[0] from error
@@ -166,7 +166,7 @@ class _Transform:
 
 
 def _lowered(transform: _Transform, rows: F32, folder: Path, what: str) -> F32:
-    """What LiteRT computes."""
+    """The output that LiteRT computes."""
     import tensorflow as tf
 
     module = tf.Module()
@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_and_keep(settings: Settings, keep: Path | None) -> str:
-    """As `check_preprocessing`; leaves the names of the options that the function read in `keep`, too."""
+    """Runs `check_preprocessing`; also writes the names of the options that the function read to `keep`."""
     model = AskedModel.of(settings.model, {})
     said = check_preprocessing(model.preprocessing, FeatureSpec.from_settings(settings), keep, model)
     if keep is not None:
@@ -193,7 +193,7 @@ def check_and_keep(settings: Settings, keep: Path | None) -> str:
 
 
 if __name__ == "__main__":
-    # By its real name: what Beam pickles must not live in __main__.
+    # Imported by its real name: objects that Beam pickles must not be defined in __main__.
     from streaming.preprocessing_check import main as run_main
 
     sys.exit(run_main())

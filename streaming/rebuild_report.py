@@ -1,4 +1,4 @@
-"""What a rebuild says: how far it is while it reads the log, and in the end what it found."""
+"""Output of a rebuild of the histories: its progress while it reads the log, and its result."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ LINE_EVERY_S = 5.0
 
 @dataclass
 class Rebuilt:
-    """What a rebuild found.
+    """The result of a rebuild.
 
     Attributes:
         records: Records of the micro-batch log.
         rows: Events taken from them.
         clicks: Positions taken from the clicks instead.
-        unreadable: Records of the log that are damaged; their positions were taken from the clicks.
-        lost: Positions that neither has any more.
+        unreadable: Damaged records of the log; their positions were taken from the clicks.
+        lost: Positions that neither topic contains any more.
         users: Users with a history.
-        incomplete: Users whose history may lack its oldest events: of those with fewer than N, where positions are lost.
-        aside: Where the old store is now.
+        incomplete: Users whose history may lack its oldest events: those with fewer than N events, if positions are
+            lost.
+        aside: Current path of the old store.
     """
 
     records: int = 0
@@ -38,7 +39,7 @@ class Rebuilt:
 
 
 def told(found: Rebuilt, place: Path) -> str:
-    """The result in one line.
+    """Formats the result in one line.
 
     >>> told(Rebuilt(records=10, rows=500, users=17), Path("histories"))
     'histories: 17 users, 500 rows of 10 records of the log; complete'
@@ -56,7 +57,7 @@ def told(found: Rebuilt, place: Path) -> str:
 
 
 def progress_line(done: int, total: int, rows: int, seconds: float) -> str:
-    """How far the log is read, in one line.
+    """Formats the progress through the log in one line.
 
     >>> progress_line(500, 1000, 90_000, 3.0)
     '[###############---------------]  50 %  500 of 1,000 positions of the log  90,000 rows  30,000 rows/s'
@@ -66,5 +67,5 @@ def progress_line(done: int, total: int, rows: int, seconds: float) -> str:
 
 
 def progress_on(out: TextIO) -> ProgressLine:
-    """Where a rebuild shows how far it is: one line that moves on a terminal, else a line every few seconds."""
+    """Displays the progress of a rebuild: one updating line on a terminal, otherwise a line every few seconds."""
     return ProgressLine(out, LINE_EVERY_S, at_once=True)

@@ -1,4 +1,4 @@
-"""Rows on their way through the stream: a batch of events with their windows, and what histories gain by them."""
+"""Rows of the stream: a batch of events with their windows, and the events to append to histories."""
 
 from __future__ import annotations
 
@@ -23,17 +23,18 @@ def _each_event_is_a_row() -> NDArray[np.uint8]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Rows:
-    """A batch of events with their windows and what the histories gain by them.
+    """A batch of events with their windows, and the events to append to histories.
 
     Attributes:
-        batch: The events, in the order of arrival.
-        vectors: What the window kernel wrote of each event, `[n, ...]`.
+        batch: The events, in order of arrival.
+        vectors: Output of the window kernel for each event, `[n, ...]`.
         appends: The events by user, for `HistoryStore.commit`.
         kind: `[n]` uint8 `Kind`; by default each event is a row.
         known: Earlier impressions whose label became known.
-        attributes: What is known of users and items; None where nothing is configured.
-        told: What time it was; None where nobody asks.
-        delay_ms: `[n]` int64, how far an impression's time is ahead of its partition's clock, at most 0; none by default.
+        attributes: Attributes of users and items; None if none are configured.
+        told: The event clock; None if it is not needed.
+        delay_ms: `[n]` int64, how far an impression's time is ahead of its partition's clock, at most 0; empty by
+            default.
     """
 
     batch: EventBatch
@@ -50,7 +51,7 @@ class Rows:
         return len(self.batch.offset) + (0 if self.known is None else len(self.known))
 
     def __bool__(self) -> bool:
-        """None of them still moves positions."""
+        """True even without rows, because an empty batch still advances positions."""
         return True
 
     @property
@@ -67,7 +68,7 @@ class Rows:
             **{name: getattr(batch, name) for name in (*SCALARS, "context") if name not in SINCE_2},
             **{name: absent_column(name, rows) for name in SINCE_2},
             **{name: column for name, column in added.items() if len(column) == rows},
-            # Sequences are columns only where the spec asks for them.
+            # Sequences are columns only if the spec asks for them.
             **{name: column for name, column in self.vectors._asdict().items() if column.shape[1] or name in LISTS},
             "user_attributes": none if self.attributes is None else self.attributes.user,
             "item_attributes": none if self.attributes is None else self.attributes.item,
@@ -75,7 +76,10 @@ class Rows:
 
     @property
     def columns(self) -> dict[str, NDArray[Any]]:
-        """The columns of a micro-batch by name, each event before what became known behind it; `source` counts in the batch's ranges."""
+        """The columns of a micro-batch by name; `source` is an index of the batch's ranges.
+
+        Each event comes before the impressions that became known after it.
+        """
         events = self.events
         if self.known is None or not len(self.known):
             return events

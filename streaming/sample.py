@@ -1,4 +1,4 @@
-"""The sample of a bootstrap: histories of its own, rows made by the stream's code, and what is said of them."""
+"""The sample of clicks that a bootstrap reads: its own histories, rows computed by the stream's code, statistics."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ Say = Callable[[str], None]
 
 @dataclass
 class Tally:
-    """What was found so far.
+    """Counts of a sample so far.
 
     Attributes:
         clicks: Events.
-        examples: Rows that are learned from: events, less impressions without a label yet and their outcomes.
+        examples: Rows used for training: events, except impressions without a label yet and their outcomes.
         dropped: Impressions that could not wait.
         records: Records.
-        refused: Records that are no clicks, by reason.
+        refused: Records that are not clicks, by reason.
         names: Names of category ids.
         newest_ms: Time of the newest click.
-        said_s: When progress was last said.
+        said_s: When progress was last reported.
     """
 
     clicks: int = 0
@@ -55,7 +55,7 @@ class Tally:
     said_s: float = 0.0
 
     def count_events(self, events: EventBatch) -> None:
-        """Takes note of parsed records."""
+        """Counts parsed records."""
         self.clicks += len(events)
         self.records += len(events) + len(events.dead)
         self.refused.update(str(letter.reason) for letter in events.dead)
@@ -63,7 +63,7 @@ class Tally:
         self.newest_ms = max(self.newest_ms, int(events.at_ms.max(initial=0)))
 
     def count_rows(self, rows: Rows) -> None:
-        """Takes note of the rows of a batch."""
+        """Counts the rows of a batch."""
         kinds = rows.columns["kind"]
         self.examples += int(trained(kinds).sum())
         self.dropped += int((kinds == Kind.DROPPED).sum())
@@ -71,15 +71,15 @@ class Tally:
 
 @dataclass(frozen=True, kw_only=True)
 class Sample(JobContext):
-    """What one bootstrap reads; its store is thrown away afterwards.
+    """The context of one bootstrap; its store is deleted afterwards.
 
     Attributes:
-        say: Takes lines about the progress.
+        say: Receives progress messages.
         clock_s: Wall clock, seconds.
         began_s: When reading began.
-        tally: What was found so far.
+        tally: Counts so far.
         statistics: Of the rows so far.
-        asked: The options that the preprocessing asked for, of `AskedModel`.
+        asked: The options that the preprocessing read, of `AskedModel`.
     """
 
     say: Say
@@ -91,18 +91,18 @@ class Sample(JobContext):
 
     @property
     def left(self) -> int:
-        """How many records the next batch may have."""
+        """Maximum number of records of the next batch."""
         return min(self.settings.stream.batch_events, self.settings.bootstrap.sample_rows - self.tally.clicks)
 
     def progress(self, wanted: str) -> None:
-        """Says how far the reading is, now and then."""
+        """Reports the progress, at most once per `PROGRESS_S`."""
         now_s = self.clock_s()
         if now_s - max(self.tally.said_s, self.began_s) >= PROGRESS_S:
             self.tally.said_s = now_s
             self.say(f"{self.tally.clicks:,} {wanted} read, {self._rate(now_s):,.0f} rows/s")
 
     def end(self) -> None:
-        """Says what was read; called when the last record was."""
+        """Reports what was read; called after the last record."""
         now_s, tally = self.clock_s(), self.tally
         dead = f" and {shown_reasons(tally.refused)}" if tally.refused else ""
         self.say(
@@ -111,7 +111,7 @@ class Sample(JobContext):
 
     @property
     def unlabelled(self) -> str:
-        """The impressions that got no label, in words; empty for none."""
+        """Describes the impressions that got no label; empty if there are none."""
         waiting, dropped = self.store.waiting_rows(), self.tally.dropped
         parts = [
             f"{waiting:,} impressions still waited for their label when the clicks ended" * (waiting > 0),
@@ -127,7 +127,7 @@ class Sample(JobContext):
 def open_sample(
     settings: Settings, spec: FeatureSpec, salt: Salt, clock: Callable[[], float], say: Say
 ) -> Iterator[Handle[Sample]]:
-    """A new sample, whose store is gone after the block."""
+    """Yields a new sample, whose store is deleted after the block."""
     with tempfile.TemporaryDirectory(prefix="springtide-bootstrap-") as folder:
         store = HistoryStore(Path(folder), history=spec.history, map_bytes=settings.stream.map_gb << 30)
         try:
@@ -151,10 +151,10 @@ def open_sample(
 
 
 class ComputeWindows(Step[Sample]):
-    """Events to rows, as in the stream: impressions wait for their label, by the time of the events."""
+    """Turns events into rows, as in the stream: impressions wait for their label, in event time."""
 
     def process(self, events: EventBatch) -> Iterator[Rows]:
-        """Makes the rows of one batch, and of earlier impressions that it labels; a batch without events has none."""
+        """Yields the rows of one batch and of earlier impressions that it labels; skips batches without events."""
         with self.handle.watched() as sample:
             sample.tally.count_events(events)
             now_ms = round(sample.clock_s() * 1000)

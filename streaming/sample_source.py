@@ -1,4 +1,4 @@
-"""The clicks that a bootstrap looks at: read from a topic's beginning or from files."""
+"""Reads the clicks of a bootstrap, either from a topic's beginning or from files."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ Batches = Iterator[list[PartitionBatch]]
 
 
 def of_topic(sample: Sample, await_topic: bool = False) -> Batches:
-    """The beginning of the clicks topic; ends when enough is there and no more is waiting.
+    """Reads the clicks topic from its beginning; ends when there are enough clicks and no more are waiting.
 
     Args:
-        sample: What was read so far.
-        await_topic: Whether Kafka and the topic may come later, up to `bootstrap.timeout_s`.
+        sample: Counts what was read so far.
+        await_topic: Whether to wait for Kafka and the topic, up to `bootstrap.timeout_s`.
 
     Raises:
-        SpringtideError: `bootstrap.timeout_s` passed with less than `bootstrap.min_rows` clicks.
+        SpringtideError: `bootstrap.timeout_s` passed with fewer than `bootstrap.min_rows` clicks.
         LogError: The topic cannot be read.
     """
     settings, wanted = sample.settings, sample.settings.bootstrap
@@ -42,7 +42,7 @@ def of_topic(sample: Sample, await_topic: bool = False) -> Batches:
             batches = reader.poll(POLL_S, sample.left)
             if batches:
                 yield batches
-            # Where clicks keep coming no poll is empty: caught up to one batch is enough.
+            # While clicks keep arriving no poll is empty, so a lag of less than one batch is enough.
             if sample.tally.clicks >= wanted.min_rows and sum(reader.lag().values()) < settings.stream.batch_events:
                 break
             sample.progress(f"of at least {wanted.min_rows:,} clicks of {topic}")
@@ -68,14 +68,13 @@ def _reader(sample: Sample, await_topic: bool) -> Reader:
 
 
 def of_recording(sample: Sample, recording: Recording, sort: str) -> Batches:
-    """The rows of files with their times as recorded, as one partition.
+    """Reads the rows of files with their recorded times, as one partition.
 
-    They are judged as a replay at full speed would have them judged: a time is
-    compared with the newest one of the recording, strays told apart. Where the files are not
-    read to their end (`sort` is assume), no time is compared with another.
+    Rows are accepted or refused as in a replay at full speed: a time is compared with the newest one of the recording,
+    not counting strays. If the files are not read to their end (`sort` is assume), no times are compared.
 
     Args:
-        sample: What was read so far.
+        sample: Counts what was read so far.
         recording: The files.
         sort: memory (read everything, then order by time) or assume (the files are in order).
 
@@ -102,18 +101,18 @@ def of_recording(sample: Sample, recording: Recording, sort: str) -> Batches:
 def recorded_batches(
     events: Events, recording: Recording, sort: str, now_s: float, say: Say, most: Callable[[], int]
 ) -> Batches:
-    """The rows of files with their times as recorded, as one partition.
+    """Yields the rows of files with their recorded times, as one partition.
 
     Args:
         events: Names of fields, and which times are believed.
         recording: The files.
         sort: memory (read everything, then order by time) or assume (the files are in order).
-        now_s: Wall clock: a later time is none.
-        say: Takes a line about strays.
-        most: How many rows the next batch may have; 0 ends the reading.
+        now_s: Wall clock; a later time counts as none.
+        say: Receives a message about strays.
+        most: Maximum number of rows of the next batch; 0 ends the reading.
 
     Raises:
-        SettingsError: The columns do not fit, or memory does not hold the files.
+        SettingsError: The columns do not fit, or the files do not fit in memory.
         UnreadableRecording: A file is cut or damaged.
     """
     encoder = Encoder(events, recording.constants or {}, round((now_s + events.max_future_s) * 1000))
@@ -138,7 +137,7 @@ def recorded_batches(
 
 
 def _newest(events: Events, recording: Recording, whole: EncodedRows, say: Say) -> int:
-    """The newest time, which the others are compared with; says which rows are strays."""
+    """The newest time, which the others are compared with; reports strays."""
     times, max_age_s = RecordedTimes(), events.max_age_s
     times.add(whole.at_ms, whole.file, whole.line)
     crowd = times.crowd(round(max_age_s * 1000))
@@ -149,7 +148,7 @@ def _newest(events: Events, recording: Recording, whole: EncodedRows, say: Say) 
 
 
 def topic_of(recording: Recording) -> str:
-    """An id in place of a topic's, by the files' names and sizes."""
+    """A replacement for a topic id, derived from the files' names and sizes."""
     named = "\n".join(f"{file.path.name} {file.path.stat().st_size}" for file in recording.files)
     return hashlib.sha256(named.encode()).hexdigest()[:32]
 
@@ -169,8 +168,8 @@ class ReadSample(Step[Sample]):
     Args:
         handle: Of the sample.
         recording: The files; None for the clicks topic.
-        sort: As `of_recording` has it.
-        await_topic: As `of_topic` has it.
+        sort: See `of_recording`.
+        await_topic: See `of_topic`.
     """
 
     def __init__(self, handle: Handle[Sample], recording: Recording | None, sort: str, await_topic: bool) -> None:
@@ -178,7 +177,7 @@ class ReadSample(Step[Sample]):
         self._recording, self._sort, self._await_topic = recording, sort, await_topic
 
     def process(self, start: bytes) -> Batches:
-        """Reads; what stands behind has taken a batch before the next one is read."""
+        """Reads the clicks; the next steps process a batch before the next one is read."""
         with self.handle.watched() as sample:
             if self._recording is None:
                 yield from of_topic(sample, self._await_topic)

@@ -1,9 +1,8 @@
-"""Clicks as columnar batches: the one endless element of a splittable DoFn.
+"""The source of the stream: reads clicks as columnar batches, in one unbounded element of a splittable DoFn.
 
-The DoFn blocks in `poll` and never defers: an unbounded source that defers
-costs 5-200 ms a bundle and leaks, one that blocks does neither. One element
-reads all partitions; with one element for each partition the last
-one waits for the others.
+The DoFn blocks in `poll` and never defers. An unbounded source that defers costs 5-200 ms a bundle and leaks; one that
+blocks does neither. One element reads all partitions. With one element for each partition, the last one would wait for
+the others.
 """
 
 from __future__ import annotations
@@ -34,17 +33,17 @@ LATEST = 15
 
 
 class UntilStopped(RestrictionTracker):
-    """A restriction without an end that is done when the process was asked to end the job; it never splits."""
+    """An unbounded restriction that is done when the process was asked to end the job; it never splits."""
 
     def __init__(self) -> None:
         self._done = False
 
     def current_restriction(self) -> bool:
-        """True: there is nothing to say about where it ends."""
+        """True, as a placeholder: the restriction has no bounds."""
         return True
 
     def current_progress(self) -> RestrictionProgress:
-        """None of it is done until all of it is."""
+        """Zero until it is done, then one."""
         return RestrictionProgress(fraction=float(self._done))
 
     def try_claim(self, stopping: bool) -> bool:
@@ -56,39 +55,38 @@ class UntilStopped(RestrictionTracker):
         """Refuses: the partitions belong to one process."""
 
     def check_done(self) -> None:
-        """Raises ValueError where the DoFn returned without being asked to."""
+        """Raises ValueError if the DoFn returned without a request to stop."""
         if not self._done:
             raise ValueError("reading ended without a request to stop")
 
     def is_bounded(self) -> bool:
-        """Whether it ends by itself: no."""
+        """False: it never ends by itself."""
         return False
 
 
 class Forever(RestrictionProvider):
-    """Gives the element its restriction."""
+    """Provides the restriction of the element."""
 
     def initial_restriction(self, element: Any) -> bool:
-        """The whole."""
+        """The whole restriction."""
         return True
 
     def create_tracker(self, restriction: bool) -> UntilStopped:
-        """A tracker of the whole."""
+        """A tracker of the whole restriction."""
         return UntilStopped()
 
     def restriction_size(self, element: Any, restriction: bool) -> int:
-        """One: there is nothing to weigh it against."""
+        """Always one, because there is only one restriction."""
         return 1
 
 
 class ClickReader:
-    """Polls the partitions and looks after what must happen now and then.
+    """Polls the partitions, and does periodic upkeep: new partitions and lag metrics.
 
-    Everything here runs in the Beam thread, because a Kafka consumer belongs
-    to one thread.
+    Everything here runs in the Beam thread, because a Kafka consumer belongs to one thread.
 
     Args:
-        context: What the process owns.
+        context: The resources of the process.
     """
 
     def __init__(self, context: StreamContext) -> None:
@@ -96,17 +94,19 @@ class ClickReader:
         self._due_s = 0.0
         self._lag = Lag()
         self._away = False
-        # What was read before is in rows by the next poll: the clock knows it.
+        # By the next poll, everything read before has become rows, so the clock includes it.
         clock, topic_id = context.clock, context.topic_id
         self._reader = AlignedReader(
             context.reader, lambda one: clock.reached(Source(topic_id, one)), context.settings.stream.max_skew_s
         )
 
     def poll(self) -> list[PartitionBatch]:
-        """The next batches, in order within a partition, and of about one time; empty after `stream.poll_ms` without records.
+        """Returns the next batches, in order within a partition and of similar event times.
+
+        The list is empty after `stream.poll_ms` without records.
 
         Raises:
-            LogError: Positions are gone, or the broker stays away.
+            LogError: Positions are gone, or the broker stays unreachable.
         """
         stream = self._context.settings.stream
         self._reader.begin(stream.batch_events)
@@ -120,14 +120,14 @@ class ClickReader:
         return batches
 
     def _look_after(self) -> None:
-        """Once a second: new partitions, and how far we are behind."""
+        """Looks for new partitions, and updates the lag metrics; runs once a second."""
         context, reader = self._context, self._context.reader
         try:
             for partition in reader.refresh():
                 logger.info("reading new partition %d of %s", partition, context.settings.kafka.clicks_topic)
             unread = sum(reader.lag().values())
             self._away = False
-        # A broker that comes back costs only time, here as in poll.
+        # A temporary outage of the broker only costs time, here as in poll.
         except UnreachableBroker as error:
             if not self._away:
                 logger.warning("new partitions and lag are unknown for now: %s", error)
@@ -139,13 +139,16 @@ class ClickReader:
 
 
 def appended_ms(batch: PartitionBatch, now_ms: int) -> int:
-    """When Kafka took the newest record of a batch; 0 for none. A producer may set any timestamp: one far after the others is passed over."""
+    """When Kafka received the newest record of a batch, ms; 0 for none.
+
+    A producer may set any timestamp, so one that is far ahead of the others is ignored.
+    """
     last = batch.timestamps_ms[-LATEST:]
     return min(int(last[last <= np.median(last) + TOLERANCE_MS].max()), now_ms) if len(last) else 0
 
 
 class Lag:
-    """How far the commits are behind the log, by what was read and not committed.
+    """How far the commits are behind the log, computed from positions that were read and not committed.
 
     >>> lag, zero = Lag(), Source("ab" * 16, 0)
     >>> lag.note(zero, 0, 4, newest_ms=1000); lag.note(zero, 4, 6, newest_ms=3000)
@@ -159,16 +162,16 @@ class Lag:
         self._newest_ms = 0
 
     def read(self, batch: PartitionBatch, now_ms: int) -> None:
-        """Notes a batch that was read."""
+        """Adds a batch that was read."""
         self.note(Source(batch.topic_id, batch.partition), batch.first, batch.next, appended_ms(batch, now_ms))
 
     def note(self, source: Source, first: int, after: int, newest_ms: int) -> None:
-        """Notes that `[first, after)` was read, whose newest record Kafka took at `newest_ms`; 0 for none."""
+        """Adds the range `[first, after)` that was read; Kafka received its newest record at `newest_ms` (0: none)."""
         self._begun.setdefault(source, first)
         self._read.setdefault(source, deque()).append((after, newest_ms))
 
     def uncommitted(self, committed: dict[Source, int]) -> int:
-        """Positions read and not committed; forgets those that are."""
+        """Number of positions read and not committed; removes the committed ones."""
         waiting = 0
         for source, read in self._read.items():
             done = committed.get(source, self._begun[source])
@@ -179,12 +182,12 @@ class Lag:
         return waiting
 
     def seconds(self, now_s: float) -> float:
-        """Wall time since Kafka took the newest click that is committed; 0 before the first one."""
+        """Wall time since Kafka received the newest committed click; 0 before the first one."""
         return max(0.0, now_s - self._newest_ms / 1000) if self._newest_ms else 0.0
 
 
 class ReadClicks(Step[StreamContext]):
-    """The unbounded element: lists of `PartitionBatch`, an empty one when nothing came, until asked to stop."""
+    """The unbounded element: yields lists of `PartitionBatch`, empty if nothing arrived, until asked to stop."""
 
     @beam.DoFn.unbounded_per_element()
     def process(
@@ -192,13 +195,13 @@ class ReadClicks(Step[StreamContext]):
         element: bytes,
         tracker: Any = beam.DoFn.RestrictionParam(Forever()),  # noqa: B008  # Beam reads the default
     ) -> Iterator[list[PartitionBatch]]:
-        """Polls until the process was asked to stop, or control asks for something else."""
+        """Polls until the process was asked to stop, or control has changed."""
         context = self.handle.context
         clicks = ClickReader(context)
         while tracker.try_claim(context.stopping.is_set() or context.watch.changed()):
             with self.handle.watched():
                 batches = clicks.poll()
             begun_s = time.perf_counter()
-            # All steps behind this one run before the generator goes on.
+            # All downstream steps run before the generator continues.
             yield batches
             context.metrics.busy_seconds.inc(time.perf_counter() - begun_s)

@@ -1,4 +1,4 @@
-"""The steps between source and sink: records become events, events become rows."""
+"""The Beam steps between source and sink: records become events, events become rows."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from streaming.rows import Rows
 
 
 class ParseEvents(Step[JobContext]):
-    """Makes one `EventBatch` of each list of partition batches: bad records are dead letters in it, masked ones are left out."""
+    """Parses each list of partition batches into one `EventBatch`.
+
+    Bad records become dead letters in it; masked events are left out.
+    """
 
     def process(self, batches: list[PartitionBatch]) -> Iterator[EventBatch]:
         """Decodes, validates and pseudonymises."""
@@ -26,11 +29,11 @@ class ParseEvents(Step[JobContext]):
 
 
 def rows_of(context: JobContext, join: Join | None, batch: EventBatch, now_ms: int) -> Rows:
-    """Makes the rows of one batch: what time it is, windows, then attributes, then what waits for its label.
+    """Computes the rows of one batch: event clock, windows, then attributes, then delayed labels.
 
     Args:
-        context: Whose clock, histories and impressions that wait go on.
-        join: Attributes of users and items; None where none are configured.
+        context: Provides the clock, histories and waiting impressions, and is updated.
+        join: Attributes of users and items; None if none are configured.
         batch: In order of arrival.
         now_ms: Wall clock.
     """
@@ -42,10 +45,10 @@ def rows_of(context: JobContext, join: Join | None, batch: EventBatch, now_ms: i
 
 
 class UpdateProfiles(Step[StreamContext]):
-    """Makes rows of events, see `rows_of`."""
+    """Turns events into rows; see `rows_of`."""
 
     def process(self, batch: EventBatch) -> Iterator[Rows]:
-        """Makes the rows of one batch; an empty batch is passed on."""
+        """Yields the rows of one batch; an empty batch is passed on."""
         with self.handle.watched() as context:
             rows = rows_of(context, context.join, batch, wall_ms())
             context.metrics.cached_users.set(context.profiler.cached_users)

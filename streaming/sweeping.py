@@ -1,4 +1,4 @@
-"""Sweeps the stream's histories, in the thread that commits: what time it is by the clicks committed, and what went, counted."""
+"""Sweeps the stream's histories in the commit thread, by the event time of committed clicks; counts what is removed."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class SweptContext(Protocol):
-    """What a sweep needs of the process whose histories it sweeps."""
+    """The resources that a sweep needs from the process."""
 
     @property
     def settings(self) -> Settings:
@@ -39,18 +39,18 @@ class SweptContext(Protocol):
 
     @property
     def profiler(self) -> Profiler:
-        """Who has some of them in memory."""
+        """The cache of histories."""
 
     @property
     def metrics(self) -> StreamMetrics:
-        """Where what goes is counted."""
+        """The metrics that count what is removed."""
 
 
 class StreamSweep:
-    """The sweep of one shard. Used by the commit thread.
+    """The sweep of one shard; used by the commit thread.
 
     Args:
-        context: What the process owns.
+        context: The resources of the process.
     """
 
     def __init__(self, context: SweptContext) -> None:
@@ -61,7 +61,7 @@ class StreamSweep:
         self._noted = False
 
     def note(self, pieces: Sequence[Rows]) -> None:
-        """Takes what time it was in batches that are committed."""
+        """Updates the log time from committed batches."""
         for piece in pieces:
             if piece.told is None or not piece.batch.ranges:
                 continue
@@ -73,7 +73,7 @@ class StreamSweep:
 
     @property
     def due_s(self) -> float | None:
-        """From which monotonic time on `look` has something to do; None where log time has to go on first."""
+        """The monotonic time from which `look` has something to do; None if log time must advance first."""
         sweeper = self._sweeper
         if sweeper is None or not self._clocks or (sweeper.resting and not self._noted):
             return None
@@ -81,11 +81,11 @@ class StreamSweep:
 
     @property
     def log_time_ms(self) -> int:
-        """What time it is by all that was committed; only once a batch was noted."""
+        """The log time of everything committed; valid only after a batch was noted."""
         return clock_of_all(self._clocks, self._reach_ms)
 
     def look(self) -> None:
-        """Looks at some users, and takes out what may go; a store that is full is no reason to end."""
+        """Sweeps some users, and removes what may go; a full store is logged and is not fatal."""
         metrics, sweeper = self._context.metrics, self._sweeper
         assert sweeper is not None
         try:
@@ -102,13 +102,13 @@ class StreamSweep:
 
     @contextmanager
     def making_room(self) -> Iterator[None]:
-        """Around a commit: where the store refuses it for want of room, many users are looked at before it is tried again."""
+        """Wraps a commit: if the store is full, sweeps many users and re-raises, so that the commit is tried again."""
         try:
             yield
         except StoreFull:
             self._sweeper = self._sweeper or self._open()
             if self._clocks:
-                # What cannot be done now is left.
+                # Whatever cannot be removed now is left for later.
                 with suppress(StoreFull, UnusableDisk):
                     self._sweeper.hurry(self.log_time_ms)
             raise

@@ -1,13 +1,12 @@
-"""Puts a history store that was built aside in the place of the old one, however often that is cut short.
+"""Replaces a history store with one that was built next to it, and survives a crash at any point.
 
     histories             the store that the stream opens
     histories.rebuilding  being built; worthless after a crash
-    histories.rebuilt     complete, synced and closed: it only waits for its place
-    histories.bad<n>      what it took the place of; nothing opens it, remove it when you like
+    histories.rebuilt     complete, synced and closed; waits to replace the old store
+    histories.bad<n>      a replaced store; nothing opens it, remove it when you like
 
-Both the stream and the rebuild call `finish` under the directory's lock
-before they look at `histories`, so that nobody starts on an empty store
-between two renames.
+Both the stream and the rebuild call `finish` under the directory's lock before they open `histories`. So neither starts
+with an empty store between two renames.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ BAD = f"{HISTORIES}.bad"
 
 
 def begin(folder: Path) -> Path:
-    """An empty place to build a store in; what an earlier attempt left there is removed."""
+    """Returns an empty path to build a store at; removes the remains of an earlier attempt."""
     place = folder / REBUILDING
     if place.exists():
         shutil.rmtree(place)
@@ -36,7 +35,7 @@ def begin(folder: Path) -> Path:
 
 
 def promise(folder: Path) -> None:
-    """Declares the store under `histories.rebuilding`, closed and synced, complete: from now on it will be taken."""
+    """Declares the closed and synced store `histories.rebuilding` complete: from now on it will replace the old one."""
     durable.sync_tree(folder / REBUILDING)
     (folder / REBUILDING).rename(folder / REBUILT)
     durable.sync_directory(folder)
@@ -44,13 +43,13 @@ def promise(folder: Path) -> None:
 
 
 def finish(folder: Path) -> Path | None:
-    """Takes a complete store into use, if there is one.
+    """Puts a complete store into use, if there is one.
 
-    1. The old store, out of memory if it lies there, is set aside under a name that nothing opens.
-    2. The new one gets its place.
+    1. The old store is moved out of memory if it is there, and set aside under a name that nothing opens.
+    2. The new store takes its path.
 
     Returns:
-        Where the old store is now; None where there was nothing to take or no old store.
+        Where the old store is now; None if there was no complete store or no old one.
     """
     rebuilt, place = folder / REBUILT, folder / HISTORIES
     if not rebuilt.exists():
@@ -65,9 +64,9 @@ def finish(folder: Path) -> Path | None:
 
 
 def is_lost(folder: Path) -> bool:
-    """Whether the store was open when the machine or its container went down, so that nobody may open it; cheap.
+    """Whether the store was open when the machine or its container went down, so that it must not be opened; cheap.
 
-    A store that is not there yet is not lost, nor is one that an earlier release left without a mark.
+    A store that does not exist yet is not lost, nor is one that an earlier release left without a marker.
     """
     place = folder / HISTORIES
     if memory_place.target_of(place) is not None and not place.exists():
@@ -77,7 +76,7 @@ def is_lost(folder: Path) -> bool:
 
 
 def set_aside(place: Path) -> Path | None:
-    """Gives a store, out of memory if it lies there, a name that nothing opens; None where there is none."""
+    """Renames a store to a name that nothing opens, after moving it out of memory; None if there is none."""
     bring_back(place)
     if not place.exists():
         return None

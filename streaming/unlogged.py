@@ -1,4 +1,4 @@
-"""Events taken into a store at once, where no micro-batch is written: a bootstrap's sample, clicks that a rebuild reads."""
+"""Commits events to a store without a micro-batch: for a bootstrap's sample, and for clicks that a rebuild reads."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from streaming.rows import Rows
 def commit_at_once(
     store: HistoryStore, profiler: Profiler, clock: EventClock, labels: Labels | None, events: EventBatch, now_ms: int
 ) -> Rows:
-    """Makes the rows of a batch as the stream does, and commits what they append; returns them complete.
+    """Computes the rows of a batch as the stream does, commits them to the store, and returns them complete.
 
     Args:
         store: Of `profiler` and `labels`.
-        profiler: Makes the windows.
-        clock: What time it is by the clicks.
-        labels: Impressions that wait; None where none can.
+        profiler: Computes the windows.
+        clock: The event clock.
+        labels: Waiting impressions; None if none can wait.
         events: In order of arrival.
         now_ms: Wall clock.
 
     Raises:
-        CorruptStore: The store lacks an impression that waits.
-        PositionConflict: The events do not go on where the store ends.
+        CorruptStore: The store lacks a waiting impression.
+        PositionConflict: The events do not start at the store's positions.
         StoreFull: The store or its disk is full.
     """
     told = clock.follow(events, events.ranges, now_ms)
@@ -37,17 +37,17 @@ def commit_at_once(
 
 
 def commit_rows(store: HistoryStore, profiler: Profiler, labels: Labels | None, rows: Rows) -> Rows:
-    """Commits what the rows of a batch append; returns them complete.
+    """Commits the rows of a batch to the store; returns them complete.
 
     Args:
         store: Of `profiler` and `labels`.
-        profiler: Made them.
-        labels: Attributed them, where impressions can wait.
-        rows: What time it was is said.
+        profiler: Computed the rows.
+        labels: Attributed them, if impressions can wait.
+        rows: With their event clock.
 
     Raises:
-        CorruptStore: The store lacks an impression that waits.
-        PositionConflict: They do not go on where the store ends.
+        CorruptStore: The store lacks a waiting impression.
+        PositionConflict: The rows do not start at the store's positions.
         StoreFull: The store or its disk is full.
     """
     found = LookedUp([], {}, {})

@@ -1,4 +1,4 @@
-"""The impressions of a stream that wait for their label, in memory: by share of a partition in order, and by pair. Pure."""
+"""In-memory queue of impressions that wait for their label, ordered by share of a partition, indexed by pair. Pure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from state.compiled import compiled, layout
 I64 = NDArray[np.int64]
 U64 = NDArray[np.uint64]
 
-SHARES = 64  # those of `state.positions`, which a test compares
+SHARES = 64  # as in `state.positions`; a test compares the two
 NONE = -1
 _FREE = 0
 
@@ -21,7 +21,7 @@ _FREE = 0
     "i8[::1], i8[::1], i8[::1], u8[::1], u8[::1], i8[::1], i8[:, ::1], i8[::1], i8[:, ::1], i8[::1], i8[::1], i8[::1]"
 )
 class Queue(NamedTuple):
-    """The impressions that wait, each in a slot; two chains of slots, by share of a partition and by pair.
+    """The waiting impressions, each in a slot; slots are linked into two chains, by share of a partition and by pair.
 
     Attributes:
         offset: `[S]` int64.
@@ -29,12 +29,12 @@ class Queue(NamedTuple):
         begun_ms: `[S]` int64, when it began to wait.
         pair: `[S]` uint64.
         user: `[S]` uint64.
-        share: `[S]` int64, `SHARES` times the number of the partition, and which of its shares.
-        chain: `[S, 4]` int64: the next and the one before of the share, the older and the newer of the bucket.
-        buckets: `[B]` int64, the newest slot of the pairs of each bucket; B is a power of two.
+        share: `[S]` int64, `SHARES` times the number of the partition, plus the index of the share in it.
+        chain: `[S, 4]` int64: next and previous slot of the share, older and newer slot of the bucket.
+        buckets: `[B]` int64, for each bucket the newest slot of its pairs; B is a power of two.
         first: `[Q, 2]` int64, the oldest and the newest slot of each share.
-        waiting: `[Q]` int64, how many wait.
-        free: `[S]` int64, slots without an impression, the first `sizes[0]` of them.
+        waiting: `[Q]` int64, number of waiting impressions.
+        free: `[S]` int64, the free slots; the first `sizes[0]` entries are valid.
         sizes: `[1]` int64.
     """
 
@@ -72,11 +72,11 @@ class Queue(NamedTuple):
 
     @property
     def free_slots(self) -> int:
-        """How many more may begin to wait."""
+        """How many more impressions may begin to wait."""
         return int(self.sizes[_FREE])
 
     def rows(self) -> WaitingImpressions:
-        """All that wait, those of a share in order."""
+        """All waiting impressions, those of a share in order."""
         found: list[int] = []
         for slot in self.first[:, 0].tolist():
             while slot != NONE:
@@ -90,7 +90,7 @@ class Queue(NamedTuple):
 
 @layout("i8[::1], i8[::1], i8[::1], u8[::1], u8[::1], i8[::1]")
 class WaitingImpressions(NamedTuple):
-    """Impressions that wait, those of a share in the order of their offsets.
+    """Waiting impressions, those of a share in the order of their offsets.
 
     Attributes:
         offset: `[n]` int64.
@@ -110,7 +110,7 @@ class WaitingImpressions(NamedTuple):
 
 
 def with_space(queue: Queue, more: int, partitions: int) -> Queue:
-    """A queue with space for `more` impressions and `partitions` partitions; `queue` itself where it has that."""
+    """Returns a queue with space for `more` impressions and `partitions` partitions; `queue` itself if it has that."""
     slots, known = len(queue.offset), len(queue.waiting) // SHARES
     if queue.free_slots >= more and known >= partitions:
         return queue
@@ -121,22 +121,22 @@ def with_space(queue: Queue, more: int, partitions: int) -> Queue:
 
 
 def enter(queue: Queue, waiting: WaitingImpressions) -> Queue:
-    """The queue with impressions that wait already."""
+    """Adds impressions that already wait."""
     queue = with_space(queue, len(waiting.offset), int(waiting.partition.max(initial=-1)) + 1)
-    # Copies: what a store read cannot be written to, which would be another type to compile for.
+    # Copies: arrays from a store are read-only, which would be another type to compile for.
     _enter(queue, WaitingImpressions._make(map(np.array, waiting)))
     return queue
 
 
 @compiled
 def share_number(partition: int, user: int) -> int:
-    """Where a user's impressions wait: the number of the partition's share."""
+    """The number of the share in which a user's impressions of a partition wait."""
     return partition * SHARES + int(np.int64(np.uint64(user) % np.uint64(SHARES)))
 
 
 @compiled
 def begin(queue: Queue, offset: int, at_ms: int, begun_ms: int, pair: int, user: int, share: int) -> None:
-    """Lets an impression wait, the newest of its share."""
+    """Adds an impression as the newest of its share."""
     queue.sizes[_FREE] -= 1
     slot = queue.free[queue.sizes[_FREE]]
     queue.offset[slot] = offset
@@ -167,7 +167,7 @@ def begin(queue: Queue, offset: int, at_ms: int, begun_ms: int, pair: int, user:
 
 @compiled
 def close(queue: Queue, slot: int) -> None:
-    """Ends the wait of the impression in a slot."""
+    """Removes the impression in a slot."""
     share = queue.share[slot]
     after, before, older, newer = queue.chain[slot, 0], queue.chain[slot, 1], queue.chain[slot, 2], queue.chain[slot, 3]
     if before == NONE:

@@ -1,22 +1,21 @@
-"""What time it is by the clicks of many users: a clock that no user alone can move. Pure.
+"""The watermark quorum: computes event time from the clicks of many users, so that no single user can move it. Pure.
 
-The witnesses of a partition are the users of its last `TURNS` turns, each with
-the time of the latest click; clicks of one user in a row are one turn, so that
-a thousand of them weigh no more than one.
+A witness is a user whose clicks vote on a partition's time. The witnesses of a partition are the users of its last
+`TURNS` turns, each with the time of the latest click. Consecutive clicks of one user are one turn, so a thousand of
+them weigh no more than one.
 
-1. The crowd's time is the lower median of what the witnesses say: at least half of them are as late.
-2. A time is believed up to `TOLERANCE_MS` after the crowd's. The clock is the newest time that was believed; where
-   all clocks are right it is the newest event time.
-3. A clock that `QUORUM` witnesses agree on does not go back: a click far behind it is late, and late clicks, be they
-   a whole file of them, say nothing of what time it is. Only after `PATIENCE` turns of nothing else it begins anew.
-4. A clock that fewer agree on, as that of a first click, holds until two others say otherwise.
+1. The crowd's time is the lower median of the witnesses' times: at least half of them report that time or a later one.
+2. A time is believed up to `TOLERANCE_MS` after the crowd's. The clock is the newest time that was believed. If all
+   users' clocks are right, it is the newest event time.
+3. A clock that `QUORUM` witnesses agree on does not go back. A click far behind it is late, and late clicks, even a
+   whole file of them, do not affect the clock. Only after `PATIENCE` turns of nothing else does the clock start again.
+4. A clock that fewer agree on, such as that of a first click, holds until two others contradict it.
 
-Such a clock depends on the log of the partition alone, however it is read.
-What a micro-batch tells its readers (`believe`) also knows when each click was
-read. A witness's time goes on with the wall clock, so that after a quiet night
-the first click is believed at once; the wall clock is a witness too; and no time
-beyond it is believed unless `QUORUM` witnesses are there. Where a partition has
-fewer than `ENOUGH`, those of all partitions together, under key 0, speak for it.
+This clock depends on the log of the partition alone, however it is read. The time that a micro-batch reports to its
+readers (`believe`) also uses the time when each click was read. A witness's time advances with the wall clock, so that
+the first click after a quiet night is believed at once. The wall clock is a witness too. No time beyond it is believed
+unless there are `QUORUM` witnesses. If a partition has fewer than `ENOUGH` witnesses, those of all partitions together,
+under key 0, replace them.
 """
 
 from __future__ import annotations
@@ -42,13 +41,14 @@ _TURNS, _CLOCK, _BELIEVED, _AGREED, _LATE, _LATE_USER = 0, 1, 2, 3, 4, 5
 
 @layout("i8[:, :, ::1], i8[:, ::1]")
 class Witnesses(NamedTuple):
-    """The witnesses and the clocks of K keys: all partitions together, then each of them.
+    """The witnesses and the clocks of K keys: all partitions together, then each partition.
 
     Attributes:
-        said: `[K, TURNS, 4]` int64: the user, the time of the latest click, when it was read, and its turn; turn 0 is
-            nobody's.
+        said: `[K, TURNS, 4]` int64: the user, the time of the latest click, when it was read, and its turn; turn 0
+            marks an empty entry.
         marks: `[K, 6]` int64: turns so far, the clock, the newest time that readers were told to believe, 1 once
-            `QUORUM` agreed, turns of late clicks since the last one that was not late, and whose the last of them was.
+            `QUORUM` agreed, turns of late clicks since the last one that was not late, and the user of the last late
+            one.
     """
 
     said: I64
@@ -56,13 +56,13 @@ class Witnesses(NamedTuple):
 
     @classmethod
     def of(cls, keys: int) -> Witnesses:
-        """Nobody has said anything."""
+        """Creates the state before any click."""
         marks = np.zeros((keys, 6), np.int64)
         marks[:, [_CLOCK, _BELIEVED]] = NEVER_MS
         return cls(np.zeros((keys, TURNS, 4), np.int64), marks)
 
     def with_space(self, keys: int) -> Witnesses:
-        """The same with space for `keys` keys; itself where there is enough."""
+        """Returns a copy with space for `keys` keys; itself if there is enough."""
         if len(self.marks) >= keys:
             return self
         grown = Witnesses.of(max(keys, 2 * len(self.marks)))
@@ -71,32 +71,32 @@ class Witnesses(NamedTuple):
         return grown
 
     def turns(self, key: int) -> int:
-        """How many turns there were."""
+        """Number of turns so far."""
         return int(self.marks[key, _TURNS])
 
     def clocks(self, keys: I64) -> I64:
-        """`[r]` int64, the clock of each of `[r]` keys; `NEVER_MS` where nobody has said anything."""
+        """`[r]` int64, the clock of each of `[r]` keys; `NEVER_MS` if there was no click yet."""
         found: I64 = self.marks[keys, _CLOCK]
         return found
 
     def set_clock(self, key: int, clock_ms: int | None) -> None:
-        """Sets a clock of which no witness is left; None leaves it."""
+        """Sets a clock whose witnesses are not stored; None leaves it unchanged."""
         if clock_ms is not None:
             self.marks[key, _CLOCK] = clock_ms
 
     def pack(self, key: int) -> bytes:
-        """What is known under one key, int64 little-endian: `marks`, then `said`."""
+        """Encodes the state of one key as int64 little-endian: `marks`, then `said`."""
         return np.concatenate([self.marks[key], self.said[key].ravel()]).astype("<i8").tobytes()
 
     def unpack(self, key: int, value: bytes) -> None:
-        """Sets what `pack` gave; of another release, nobody has said anything."""
+        """Restores the result of `pack`; a value of another release is ignored."""
         found = np.frombuffer(value, "<i8")
         if len(found) == 6 + TURNS * 4:
             self.marks[key], self.said[key] = found[:6], found[6:].reshape(TURNS, 4)
 
 
 def believed_in(packed: bytes | None) -> int | None:
-    """The newest time that readers were told to believe, ms, by what `Witnesses.pack` gave; None where there is none.
+    """The newest time that readers were told to believe, ms, from a result of `Witnesses.pack`; None if there is none.
 
     >>> known = Witnesses.of(1)
     >>> known.marks[0, _BELIEVED] = 70
@@ -108,11 +108,11 @@ def believed_in(packed: bytes | None) -> int | None:
 
 
 def hear(known: Witnesses, key: I64, user: NDArray[np.uint64], at_ms: I64, read_ms: int) -> I64:
-    """Takes clicks in order of arrival; returns `[n]` int64, the clock of each one's partition after it.
+    """Adds clicks in order of arrival; returns `[n]` int64, for each click its partition's clock after it.
 
     Args:
         known: Changed.
-        key: `[n]` int64, of each click's partition.
+        key: `[n]` int64, the key of each click's partition.
         user: `[n]` uint64.
         at_ms: `[n]` int64.
         read_ms: Wall clock.
@@ -123,18 +123,18 @@ def hear(known: Witnesses, key: I64, user: NDArray[np.uint64], at_ms: I64, read_
 
 
 def believe(known: Witnesses, keys: I64, source: I64, at_ms: I64, now_ms: int) -> tuple[I64, U8]:
-    """How late readers may believe it is in each partition, once `hear` knows the clicks.
+    """The event time that readers may believe in each partition; call it after `hear` with the same clicks.
 
     Args:
         known: Changed.
         keys: `[r]` int64, of the partitions.
-        source: `[n]` int64, of each click its partition, an index of `keys`.
+        source: `[n]` int64, the partition of each click, as an index of `keys`.
         at_ms: `[n]` int64.
         now_ms: Wall clock.
 
     Returns:
-        `[r, 2]` int64, before the first click and after the last one; and `[n]` uint8: AHEAD of what is believed,
-        far BEHIND it, or 0.
+        `[r, 2]` int64, the time before the first click and after the last one; and `[n]` uint8: AHEAD of the believed
+        time, far BEHIND it, or 0.
     """
     clocks, off = np.empty((len(keys), 2), np.int64), np.zeros(len(at_ms), np.uint8)
     _believe(known, keys, source, at_ms, now_ms, clocks, off)
@@ -142,7 +142,7 @@ def believe(known: Witnesses, keys: I64, source: I64, at_ms: I64, now_ms: int) -
 
 
 def crowd(known: Witnesses, key: int) -> tuple[int | None, int]:
-    """What half of a key's witnesses say at least, ms, None where there are none; and the turns of late clicks since then."""
+    """The lower median of a key's witnesses, ms, None if there are none; and its consecutive turns of late clicks."""
     said = known.said[key]
     heard = np.sort(said[said[:, _TURN] > max(known.turns(key) - TURNS, 0), _AT])
     return (int(heard[(len(heard) - 1) // 2]) if len(heard) else None), int(known.marks[key, _LATE])
@@ -150,7 +150,7 @@ def crowd(known: Witnesses, key: int) -> tuple[int | None, int]:
 
 @compiled
 def _take(known: Witnesses, key: int, user: int, at_ms: int, read_ms: int) -> None:
-    """Notes what a user said; a user who speaks again has one word still."""
+    """Records a user's click; a user's later click replaces the earlier one."""
     turn = known.marks[key, _TURNS]
     slot = oldest = 0
     same = False
@@ -174,7 +174,7 @@ def _take(known: Witnesses, key: int, user: int, at_ms: int, read_ms: int) -> No
 
 @compiled
 def _sorted(known: Witnesses, key: int, now_ms: int, times: I64) -> int:
-    """Puts what the witnesses say into `times`, ascending, each as it would be at `now_ms`; returns how many they are."""
+    """Writes the witnesses' times, advanced to `now_ms`, to `times` in ascending order; returns their number."""
     count = 0
     since = known.marks[key, _TURNS] - TURNS
     for one in range(TURNS):
@@ -193,7 +193,7 @@ def _sorted(known: Witnesses, key: int, now_ms: int, times: I64) -> int:
 
 @compiled
 def _is_late(known: Witnesses, key: int, user: int, at_ms: int) -> bool:
-    """Whether a click says nothing of what time it is; after too many of them, everything is forgotten."""
+    """Whether a late click must not affect the clock; after `PATIENCE` turns of late clicks, the state is reset."""
     mark = known.marks[key]
     if mark[_AGREED] == 0 or at_ms >= mark[_CLOCK] - TOLERANCE_MS:
         mark[_LATE] = 0
@@ -211,7 +211,7 @@ def _is_late(known: Witnesses, key: int, user: int, at_ms: int) -> bool:
 
 @compiled
 def _settle(known: Witnesses, key: int, times: I64) -> int:
-    """The clock by what the witnesses say."""
+    """Computes the clock from the witnesses' times."""
     # 1.
     count = _sorted(known, key, 0, times)
     latest = times[(count - 1) // 2] + TOLERANCE_MS
@@ -243,7 +243,7 @@ def _hear(known: Witnesses, key: I64, user: I64, at_ms: I64, read_ms: int, clock
         if not _is_late(known, ALL, user[n], at_ms[n]):
             _take(known, ALL, user[n], at_ms[n], read_ms)
             heard = True
-    # Only readers are told of all partitions, once a batch.
+    # The clock of all partitions is only for readers, so once a batch is enough.
     if heard:
         _settle(known, ALL, times)
 
@@ -282,7 +282,7 @@ def _believe(known: Witnesses, keys: I64, source: I64, at_ms: I64, now_ms: int, 
         limits[r] = _limit(crowd, count, now_ms)
         crowds[r] = min(crowd, limits[r])
         before = known.marks[keys[r], _BELIEVED]
-        # What was believed, unless it is not any more.
+        # The time believed before, unless it is beyond the limit now.
         clocks[r, 0] = clocks[r, 1] = before if before <= limits[r] else NEVER_MS
     for n in range(at_ms.shape[0]):
         r = source[n]

@@ -1,4 +1,4 @@
-"""The shard's writer of micro-batches and dead letters: acknowledged transactions, whatever time the broker is away."""
+"""Writes the shard's micro-batches and dead letters in acknowledged transactions, and waits out broker outages."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ logger = logging.getLogger(__name__)
 
 
 class ShardWriter:
-    """Writes cuts, each call in one transaction. One thread at a time uses it.
+    """Writes cuts, each call in one transaction. Not thread-safe.
 
     Args:
         settings: The effective settings.
         spec: Digest of the feature spec.
         salt: Fingerprint of the salt.
-        stopping: Set once the stream was asked to stop: then no outage is waited for.
-        opens: Makes a writer of the shard, here and after each outage.
-        desired: Names the mask and the epoch of the log.
+        stopping: Set once the stream was asked to stop; from then on it does not wait for an outage to end.
+        opens: Creates a writer of the shard, here and after each outage.
+        desired: Provides the mask and the epoch of the log.
 
     Raises:
         UnreachableBroker: No broker answered in time.
@@ -50,22 +50,22 @@ class ShardWriter:
         self._writer = opens(settings)
 
     def told(self, until: Mapping[Source, int]) -> None:
-        """Says that letters of positions below `until` are in the topic: they are not written again."""
+        """Declares that letters of positions below `until` are in the topic, so that they are not written again."""
         self._told = until
 
     def write(self, cuts: Sequence[Cut]) -> int:
         """Writes the micro-batches and the dead letters of cuts, acknowledged when it returns.
 
-        Where the outcome of a transaction is unknown its records are written
-        again with a writer that first ends the old transaction: what was
-        visible then comes twice, with the same positions, as after a crash.
+        If the outcome of a transaction is unknown, its records are written again with a new writer, which first ends
+        the old transaction. Records that were already visible then occur twice, with the same positions, as after a
+        crash.
 
         Returns:
             The number of micro-batches.
 
         Raises:
             MicroBatchError: A row is larger than a record may be.
-            LogError: The cluster refused; or the broker is away and the stream was asked to stop.
+            LogError: The cluster refused; or the broker is unreachable and the stream was asked to stop.
         """
         values = [value for cut in cuts for value in self._encoded(cut)]
         dead = (letter for cut in cuts for piece in cut.pieces for letter in piece.batch.dead)
@@ -85,7 +85,7 @@ class ShardWriter:
                 self._reopen()
 
     def write_once(self, cut: Cut) -> None:
-        """Writes the micro-batches of a cut, acknowledged when it returns; waits for no broker.
+        """Writes the micro-batches of a cut, acknowledged when it returns; does not wait for an unreachable broker.
 
         Raises:
             UnreachableBroker: No broker answered in time.
@@ -95,7 +95,7 @@ class ShardWriter:
             self._send(self._encoded(cut), cut.created_ms)
 
     def close(self) -> None:
-        """Closes the connection; a transaction under way does not count."""
+        """Closes the connection; an open transaction is discarded."""
         self._writer.close()
 
     def _encoded(self, cut: Cut) -> list[bytes]:
@@ -108,7 +108,7 @@ class ShardWriter:
             self._writer.send(self._settings.kafka.microbatches_topic, 0, None, value, [], created_ms)
 
     def _reopen(self) -> None:
-        """Takes a new writer, once a broker answers."""
+        """Opens a new writer as soon as a broker answers."""
         self._writer.close(0.0)
         while True:
             try:

@@ -1,1 +1,1 @@
-"""The stream as a job of a distributed engine (Flink, Prism): the cores of the local form, a keyed step for each bucket of users."""
+"""The stream as a job of a distributed engine (Flink, Prism): the core of the local form, one keyed step per bucket."""

@@ -1,8 +1,7 @@
-"""One bucket of users: the stream's own profiler and labels over a store in memory; it knows neither Beam nor an engine.
+"""One bucket of users: the stream's profiler and labels over an in-memory store, independent of Beam and any engine.
 
-What it makes of a portion depends on the log alone. So a bucket that an engine
-takes back to a checkpoint, here or on another machine, makes the same rows
-again, and readers drop them by their places.
+Its output for a portion depends on the log alone. So after an engine restores a bucket from a checkpoint, here or on
+another machine, the bucket produces the same rows again. Readers drop them by their positions.
 """
 
 from __future__ import annotations
@@ -34,15 +33,15 @@ from streaming.rows import Rows
 SALT = "salt"  # name of the store's extra
 
 Joins = Callable[[Rows], Rows]
-"""Adds what is known of users and items."""
+"""Adds the attributes of users and items."""
 
 
 class BucketPlace(NamedTuple):
-    """How far a bucket is in a source.
+    """The position of a bucket in a source.
 
     Attributes:
         next: The next offset.
-        clock_ms: What time readers were told it was there.
+        clock_ms: The event clock at that position, as readers were told, ms.
     """
 
     next: int
@@ -51,18 +50,18 @@ class BucketPlace(NamedTuple):
 
 @dataclass(frozen=True, slots=True, eq=False)
 class BucketRows:
-    """What a bucket made of a portion.
+    """The output of a bucket for one portion.
 
     Attributes:
-        rows: To be written; their ranges are the bucket's.
-        mask_generation: Of the mask under which windows were computed.
-        log_epoch: Of the training log.
-        dropped: Impressions of erased users, or of a topic that is gone, which wait no more: ranges without positions,
-            which come before those of the rows.
-        users: With a history.
+        rows: The rows to write; their ranges are the bucket's.
+        mask_generation: Generation of the mask that windows were computed with.
+        log_epoch: Epoch of the training log.
+        dropped: Impressions that no longer wait because their user was erased or their topic is gone. They are ranges
+            without positions, which come before those of the rows.
+        users: Number of users with a history.
         appended_ms: Of the portion.
         bucket: Its number.
-        erased: The last erasure that it has taken into account.
+        erased: The last erasure that it has applied.
     """
 
     rows: Rows
@@ -76,15 +75,15 @@ class BucketRows:
 
 
 class BucketCore:
-    """The cores of one bucket. One thread at a time uses it.
+    """The core objects of one bucket: profiler, labels, store and positions. Not thread-safe.
 
     Args:
         settings: The effective settings.
         spec: The feature spec.
         salt: Fingerprint of the salt of its users.
-        store: What the bucket has.
-        places: How far it is.
-        erased: The last erasure that it has taken into account.
+        store: Histories and waiting rows of the bucket.
+        places: Its positions by source.
+        erased: The last erasure that it has applied.
 
     Raises:
         SaltMismatch: The store was filled with another salt.
@@ -114,28 +113,28 @@ class BucketCore:
 
     @property
     def cached_users(self) -> int:
-        """How many users' rings are in memory."""
+        """How many users' histories are cached in memory."""
         return self._profiler.cached_users
 
     def update(self, portion: Portion, mask: Mask, join: Joins) -> tuple[BucketRows, Delta]:
-        """Makes the rows of a portion; the store has them when it returns.
+        """Computes the rows of a portion; the store includes them when it returns.
 
         Args:
-            portion: Goes on where the bucket is.
+            portion: Starts at the bucket's positions.
             mask: The clicks that no row may use.
-            join: Adds what is known of users and items.
+            join: Adds the attributes of users and items.
 
         Returns:
-            What to write, and what the store has gained.
+            What to write, and what was added to the store.
 
         Raises:
-            PositionConflict: It begins elsewhere.
-            CorruptStore: The store lacks an impression that waits.
+            PositionConflict: The portion starts at another position.
+            CorruptStore: The store lacks a waiting impression.
         """
         batch = portion.batch
         if len(batch):
-            # Another source may not have heard of an erasure yet: what it brings is forgotten with the next portion
-            # of one that has.
+            # Another source may not have applied an erasure yet. Its events are forgotten with the next portion of a
+            # source that has.
             self.erased = min(self.erased, mask.erased.last)
         ended = self._of_topics_gone(batch.ranges)
         dropped = self._end_waits(ended)
@@ -155,19 +154,19 @@ class BucketCore:
         return made, delta
 
     def forget(self, mask: Mask) -> tuple[Range, ...]:
-        """Forgets users who were erased since; returns what of theirs waits no more.
+        """Forgets users erased since the last call; returns the ranges of their impressions, which no longer wait.
 
-        The deltas have their events still: a snapshot is to be written.
+        The deltas still contain their events, so a snapshot must be written.
         """
         gone = mask.erased.after(self.erased)
         self.store.forget(gone)
-        # Rings and queue are filled from the store, which has nothing of them any more.
+        # The caches and the queue are refilled from the store, which no longer contains these users.
         self._profiler.forget([*gone.users])
         self.erased = mask.erased.last
         return self._end_waits(self.store.waiting_of(gone))
 
     def sweep(self) -> None:
-        """Takes away what no row that still comes can see, and where there are too many users, those read longest ago."""
+        """Removes events that no future row can use and, if there are too many users, those read longest ago."""
         marked_ms = self._read.newest_ms
         if marked_ms is None or not self.places:
             return
@@ -190,14 +189,14 @@ class BucketCore:
         self._profiler.forget(evicted)
 
     def _of_topics_gone(self, ranges: Sequence[Range]) -> list[bytes]:
-        """The keys of rows that wait for outcomes of a topic in whose place there is another one now."""
+        """The keys of rows that wait for outcomes of a topic that was replaced by a new one."""
         new = {part.source.topic_id for part in ranges if part.source not in self.places}
         if not new - {source.topic_id for source in self.places}:
             return []
         return [key for key, _ in self.store.waiting() if place_of(key)[0].topic_id not in new]
 
     def _end_waits(self, keys: Sequence[bytes]) -> tuple[Range, ...]:
-        """Ends the wait of rows whose outcomes cannot come any more; returns by source how many these are."""
+        """Ends the wait of rows whose outcomes can no longer arrive; returns their count by source."""
         if not keys:
             return ()
         self.store.take(Delta(waiting=dict.fromkeys(keys)))
@@ -220,7 +219,7 @@ class BucketCore:
         return clock_of_all({source: place.clock_ms for source, place in self.places.items()}, self._reach_ms)
 
     def _marked(self) -> dict[str, bytes]:
-        """Notes how far the bucket was read at what time, each time log time has gone on by a step."""
+        """Records positions and clock each time the log time has advanced by one step."""
         if not self.places:
             return {}
         clock_ms, marked_ms = self._clock_ms(), self._read.newest_ms

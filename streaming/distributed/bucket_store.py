@@ -1,8 +1,8 @@
-"""The histories of one bucket's users, and its rows that wait, in memory: what the cores of the stream ask a store for.
+"""The in-memory store of one bucket: its users' histories and waiting rows, with the interface the stream expects.
 
-It is made of the deltas that an engine keeps, and knows neither the engine nor
-LMDB. Its events are numbered by the names of actions that it has met, as those
-of `state.history.store` are, so that the setting may change from savepoint to job.
+It is built from the deltas that an engine stores, and depends on neither the engine nor LMDB. Actions in its events are
+numbered by the names met so far, as in `state.history.store`. So the setting of actions may change between a savepoint
+and the next job.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from state.history.waiting import WaitingRows, place_of
 from state.positions import Range
 from streaming.distributed.delta import Delta
 
-PART_BYTES = 900_000  # of a snapshot: engines handle values of some megabytes badly
+PART_BYTES = 900_000  # of one part of a snapshot; engines handle values of several megabytes badly
 _EVENT_BYTES = EVENT.itemsize
 
 IsOld = Callable[[Events], NDArray[np.bool_]]
-"""Of `[m]` EVENT which are old, `[m]` bool."""
+"""Maps `[m]` EVENT to `[m]` bool: which of them are old."""
 
 
 class BucketStore:
-    """One bucket's store. One thread at a time uses it.
+    """The store of one bucket. Not thread-safe.
 
     Args:
-        history: N, events kept of a user.
+        history: N, the number of events kept for a user.
     """
 
     def __init__(self, history: int) -> None:
@@ -42,7 +42,7 @@ class BucketStore:
         self._numbering = Numbering()
 
     def name_actions(self, actions: Sequence[str]) -> dict[str, bytes]:
-        """Numbers actions as the settings call them; returns what is to be kept with that."""
+        """Numbers the actions of the settings; returns the extra values to store."""
         self._numbering, extra = numbered(self.extra(ACTIONS), actions)
         self._extra |= extra
         return extra
@@ -58,15 +58,15 @@ class BucketStore:
         return [outwards(np.frombuffer(known.get(user, b""), EVENT)) for user in users]
 
     def extra(self, name: str) -> bytes | None:
-        """A value of the owner's."""
+        """A named value of the store's owner; None if it is not set."""
         return self._extra.get(name)
 
     def waiting(self) -> Iterator[tuple[bytes, bytes]]:
-        """The rows that wait, in the order of their keys."""
+        """The waiting rows as pairs of key and value, sorted by key."""
         return iter(sorted(self._waiting.items()))
 
     def waiting_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """The rows under `keys`; None for one that does not wait."""
+        """The rows under `keys`; None for a row that does not wait."""
         return [self._waiting.get(key) for key in keys]
 
     def waiting_rows(self) -> int:
@@ -74,12 +74,12 @@ class BucketStore:
         return len(self._waiting)
 
     def inwards(self, appends: Appends) -> Appends:
-        """Appends as the store keeps them."""
+        """Converts appends to the store's numbering of actions."""
         events = self._numbering.inwards(appends.events)
         return appends if events is appends.events else Appends(appends.users, appends.starts, appends.lengths, events)
 
     def take(self, delta: Delta) -> None:
-        """Takes what the store gains; its events are numbered by `inwards`."""
+        """Applies a delta; its events are already numbered by `inwards`."""
         appends, most = delta.appends, self._history * _EVENT_BYTES
         data, known = appends.events.tobytes(), self._events
         starts, ends = (appends.starts * _EVENT_BYTES), (appends.starts + appends.lengths) * _EVENT_BYTES
@@ -98,16 +98,16 @@ class BucketStore:
                 self._extra[name] = said
 
     def leave_old(self, is_old: IsOld) -> int:
-        """Takes away the leading events of each user that are old; returns how many users have none left.
+        """Removes the leading old events of each user; returns how many users have none left.
 
-        Only leading ones: a history keeps the last N events, and which these are must not change.
+        It removes only leading events: a history keeps the last N events, and which ones these are must not change.
         """
         users, lengths = [*self._events], np.array([len(one) for one in self._events.values()], np.int64)
         if not users:
             return 0
         fresh = ~is_old(np.frombuffer(b"".join(self._events.values()), EVENT))
         ends = np.cumsum(lengths // _EVENT_BYTES)
-        # The place of the first event at or behind each place that is not old.
+        # For each index, the index of the first event at or after it that is not old.
         places = np.where(fresh, np.arange(len(fresh)), len(fresh))
         following = np.minimum.accumulate(places[::-1])[::-1]
         starts = ends - lengths // _EVENT_BYTES
@@ -123,17 +123,17 @@ class BucketStore:
         return gone
 
     def newest(self) -> tuple[list[int], Events]:
-        """All users, and of each the newest event, `[k]` EVENT."""
+        """All users, and the newest event of each, `[k]` EVENT."""
         tails = b"".join(one[-_EVENT_BYTES:] for one in self._events.values())
         return [*self._events], np.frombuffer(tails, EVENT)
 
     def evict(self, users: Sequence[int]) -> None:
-        """Takes users away; they are unknown then, as before the first click."""
+        """Removes users; they are then unknown, as before their first click."""
         for user in users:
             del self._events[user]
 
     def forget(self, erased: Erased) -> None:
-        """Takes away the events of erased users."""
+        """Removes the events of erased users."""
         for user in erased.users:
             if (stored := self._events.get(user)) is not None:
                 events = np.frombuffer(stored, EVENT)
@@ -144,7 +144,7 @@ class BucketStore:
                     del self._events[user]
 
     def waiting_of(self, erased: Erased) -> list[bytes]:
-        """The keys of the rows of erased users that wait."""
+        """The keys of the waiting rows of erased users."""
         rows, keys = WaitingRows(self), sorted(self._waiting)
         if rows.format is None or not keys:
             return []
@@ -159,7 +159,7 @@ class BucketStore:
         return [keys[at] for at in np.flatnonzero(gone).tolist()]
 
     def snapshot(self) -> Iterator[Delta]:
-        """All that it has, as the gains of an empty store, in parts of some `PART_BYTES`."""
+        """Yields the whole content as deltas to an empty store, in parts of about `PART_BYTES`."""
         yield Delta(extra=dict(self._extra))
         users: list[int] = []
         size = 0

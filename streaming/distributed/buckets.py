@@ -1,7 +1,7 @@
-"""The events of a bundle divided once into buckets of users, and how a bucket's part travels. Pure.
+"""Divides the events of a bundle into buckets of users, and encodes the part of each bucket. Pure.
 
-Each bucket gets a part, also one without events: its ranges cover all offsets
-of the partitions that were read, so that its positions move on.
+Each bucket gets a part, even one without events. Its ranges cover all offsets that were read of the partitions, so that
+the bucket's positions advance.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from streaming.masking import COLUMNS
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Portion:
-    """What one bucket gets of a bundle.
+    """The part of a bundle that one bucket receives.
 
     Attributes:
         batch: Its users' events; the ranges are the bucket's.
-        told: What time it was; `state` is empty, for it stays with the positions of the source.
+        told: The event clock; `state` is empty, because it stays with the positions of the source.
         control: The generation of control whose mask left events out; 0 for none.
         log_epoch: The epoch of the training log that is written.
-        appended_ms: When Kafka took the newest record of the bundle; 0 for none.
+        appended_ms: When Kafka received the newest record of the bundle; 0 for none.
     """
 
     batch: EventBatch
@@ -42,7 +42,7 @@ class Portion:
 
 
 def gathered(events: EventBatch) -> EventBatch:
-    """The batch with one range a partition, where several polls found a part of it each."""
+    """Merges the ranges of several polls to one range for each partition."""
     if len({part.source for part in events.ranges}) == len(events.ranges):
         return events
     ranges = merge_all(events.ranges)
@@ -52,12 +52,12 @@ def gathered(events: EventBatch) -> EventBatch:
 
 
 def divide(events: EventBatch, told: Told, buckets: int) -> list[tuple[EventBatch, Told]]:
-    """What each of the buckets gets, in their order.
+    """Divides a batch; returns the parts in the order of the buckets.
 
     Args:
-        events: One range a partition.
-        told: What time it was.
-        buckets: How many there are, a divisor of `SHARES`.
+        events: The batch, with one range for each partition.
+        told: Its event clock.
+        buckets: Number of buckets, a divisor of `SHARES`.
     """
     mine, parts = share_of(events.user) % buckets, len(events.ranges)
     order = np.argsort(mine, kind="stable")
@@ -82,14 +82,14 @@ def divide(events: EventBatch, told: Told, buckets: int) -> list[tuple[EventBatc
         off = () if bucket else told.off
         moves = _of_turns(told.moves, events.ranges, bucket, buckets)
         found.append((batch, Told(told.clock_ms[keep], moves, told.clocks, {}, off)))
-    # What names no event goes with the first bucket.
+    # Names without an event go to the first bucket.
     first, clock = found[0]
     found[0] = replace(first, names=first.names | categories, item_names=first.item_names | items), clock
     return found
 
 
 def _of_bucket(part: Range, bucket: int, buckets: int, rows: int) -> Range:
-    """A bucket's range: what became of offsets without a user is counted by the first one."""
+    """A bucket's range; offsets without a user are counted by the first bucket."""
     source = part.source._replace(bucket=bucket, buckets=buckets)
     if bucket:
         return Range(source, part.first, part.next, rows=rows, elsewhere=part.next - part.first - rows)
@@ -97,7 +97,10 @@ def _of_bucket(part: Range, bucket: int, buckets: int, rows: int) -> Range:
 
 
 def _of_turns(moves: Moves, ranges: Sequence[Range], bucket: int, buckets: int) -> Moves:
-    """Where the clocks move as a bucket's shares see it, whose turns are at each `buckets`th offset (`streaming.attribution`)."""
+    """The clock moves as seen by a bucket's shares, whose turns are at each `buckets`th offset.
+
+    See `streaming.attribution`.
+    """
     ends = np.array([part.next for part in ranges], np.int64)[moves.source]
     offset = moves.offset + (bucket - moves.offset) % buckets
     seen = offset < ends
@@ -106,12 +109,12 @@ def _of_turns(moves: Moves, ranges: Sequence[Range], bucket: int, buckets: int) 
 
 
 def _named(left: dict[int, str], ids: NDArray[np.uint64]) -> dict[int, str]:
-    """Takes the names of ids that occur in a bucket out of those that are left."""
+    """Removes the names of ids that occur in a bucket from the remaining names, and returns them."""
     return {one: left.pop(one) for one in left.keys() & {*ids.tolist()}} if left else {}
 
 
 def encode(portion: Portion) -> bytes:
-    """The bytes of a portion; of dead letters nothing but their coordinates and reason."""
+    """Encodes a portion; dead letters keep only their coordinates and reason."""
     batch, told = portion.batch, portion.told
     head = {
         "ranges": [to_json(part) for part in batch.ranges],
@@ -129,7 +132,7 @@ def encode(portion: Portion) -> bytes:
 
 
 def decode(value: bytes) -> Portion:
-    """The portion that `encode` wrote."""
+    """Decodes the result of `encode`."""
     head, arrays = unpack(value)
     clock_ms = arrays.pop("clock_ms")
     moves = Moves(**{name: arrays.pop(f"move_{name}") for name in Moves._fields})
@@ -157,7 +160,7 @@ def _of_texts(names: Mapping[str, Any]) -> dict[int, str]:
 
 
 def allowed(buckets: int) -> bool:
-    """Whether users can be divided so: each of their shares belongs to one bucket.
+    """Whether users can be divided into this many buckets, so that each of their shares belongs to one bucket.
 
     >>> [count for count in range(1, 100) if allowed(count)]
     [1, 2, 4, 8, 16, 32, 64]

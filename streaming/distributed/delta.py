@@ -1,7 +1,7 @@
-"""What a bucket's store gains: events, rows that begin and end to wait, values of its owner; and its bytes in an engine's state.
+"""A change to a bucket's store (events, waiting rows, values of its owner), and its encoding in an engine's state.
 
-A snapshot is written in the same form, as the gains of a store that begins
-empty, in parts. An engine may give parts back in another order: each has a number.
+A snapshot has the same form: it is the change to an empty store, in parts. An engine may return parts in another order,
+so each one is numbered.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from state.history.appends import Appends
 from streaming.distributed.wire import joined, pack, parted, unpack
 
 FORMAT = 1
-_NONE = -1  # the length of a value that is taken away
+_NONE = -1  # the length of a removed value
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Delta:
-    """What a bucket's store gains at once.
+    """One change to a bucket's store.
 
     Attributes:
-        appends: Events by user.
-        waiting: Rows that begin to wait, by key; None for one that ends.
-        extra: Values of the owner, replaced; None takes one away.
+        appends: New events by user.
+        waiting: Rows that begin to wait, by key; None for a row whose wait ends.
+        extra: Values of the owner to replace; None removes one.
     """
 
     appends: Appends = field(default_factory=Appends.none)
@@ -37,12 +37,12 @@ class Delta:
     extra: Mapping[str, bytes | None] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        """Whether there is anything."""
+        """Whether it changes anything."""
         return bool(len(self.appends.events) or self.waiting or self.extra)
 
 
 def encode(delta: Delta, number: int) -> bytes:
-    """The bytes of a delta that comes after those with lower numbers."""
+    """Encodes a delta; deltas are applied in the order of `number`."""
     appends = delta.appends
     keys, rows = [*delta.waiting], [*delta.waiting.values()]
     values = [*rows, *delta.extra.values()]
@@ -58,7 +58,7 @@ def encode(delta: Delta, number: int) -> bytes:
 
 
 def decode(value: bytes) -> tuple[int, Delta]:
-    """The number and the delta that `encode` wrote.
+    """Decodes the number and the delta that `encode` wrote.
 
     Raises:
         CorruptStore: A later release wrote it.

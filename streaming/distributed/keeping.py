@@ -1,12 +1,11 @@
-"""How a bucket lies in an engine's state, and a portion is taken: token, snapshot, deltas, and a cache in the process.
+"""Keeps a bucket in an engine's state, and processes its portions: token, snapshot, deltas, and a cache in the process.
 
-    head      the token, how far the bucket is, how large snapshot and deltas are
-    snapshot  the store in parts, as of some moment
-    deltas    what it gained since then, one of each portion that changed it
+    head      the token, the bucket's positions, the sizes of snapshot and deltas
+    snapshot  the store at some earlier time, in parts
+    deltas    changes since then, one for each portion that changed the store
 
-The cache is used only where its token is that of the state. Tokens are never
-given twice: what a bundle left in the cache that the engine then took back has
-another one than the state, whatever became of the bundle since.
+The cache is used only if its token equals that of the state. No token is used twice. So if the engine rolls a bundle
+back, the token that the bundle left in the cache differs from that of the state.
 """
 
 from __future__ import annotations
@@ -24,37 +23,37 @@ from streaming.distributed.bucket_store import BucketStore
 from streaming.distributed.buckets import Portion
 from streaming.distributed.delta import decode, encode
 
-LEAST_BYTES = 1_000_000  # of deltas, before a snapshot is written anew
-IDLE_S = 300.0  # a bucket that this process had for so long without a portion is somewhere else
+LEAST_BYTES = 1_000_000  # of deltas, before a new snapshot is written
+IDLE_S = 300.0  # a cached bucket without a portion for this long has moved to another process
 
 
 class Cell(Protocol):
-    """One value of the state of a key."""
+    """A single value in the state of a key."""
 
     def read(self) -> Any:
-        """The value; None where there is none."""
+        """The value; None if there is none."""
 
     def write(self, value: bytes) -> None:
-        """Replaces it."""
+        """Replaces the value."""
 
 
 class Bag(Protocol):
-    """Values of the state of a key, in no order."""
+    """An unordered collection of values in the state of a key."""
 
     def read(self) -> Iterable[Any]:
-        """All of them."""
+        """All values."""
         ...
 
     def add(self, value: bytes) -> None:
-        """Adds one."""
+        """Adds one value."""
 
     def clear(self) -> None:
-        """Takes all away."""
+        """Removes all values."""
 
 
 @dataclass(frozen=True)
 class Cells:
-    """The state of one bucket, as the engine keeps it."""
+    """The state of one bucket in the engine."""
 
     head: Cell
     snapshot: Bag
@@ -63,15 +62,15 @@ class Cells:
 
 @dataclass
 class Head:
-    """What is known of a bucket before its store is read.
+    """The metadata of a bucket, read before its store.
 
     Attributes:
-        token: Of this very state.
-        places: How far the bucket is.
+        token: Identifies exactly this state.
+        places: The bucket's positions by source.
         number: Of the next delta.
-        snapshot_bytes: Of the snapshot.
-        delta_bytes: Of the deltas since.
-        erased: The last erasure taken into account.
+        snapshot_bytes: Size of the snapshot.
+        delta_bytes: Size of the deltas since the snapshot.
+        erased: The last erasure that was applied.
     """
 
     token: str = ""
@@ -82,13 +81,13 @@ class Head:
     erased: int = 0
 
     def to_bytes(self) -> bytes:
-        """As the state keeps it."""
+        """Encodes it for the engine's state."""
         values = {**vars(self), "places": {str(source): place for source, place in self.places.items()}}
         return json.dumps(values).encode()
 
     @classmethod
     def from_bytes(cls, value: bytes | None) -> Head:
-        """What `to_bytes` gave; None is a bucket that never got anything.
+        """Decodes the result of `to_bytes`; None stands for a bucket that never received a portion.
 
         >>> one = Head("ab", {Source("ab" * 16, 0, 1, 2): BucketPlace(7, 1000)}, 3)
         >>> Head.from_bytes(one.to_bytes()) == one
@@ -102,10 +101,10 @@ class Head:
 
 
 class Cache:
-    """The buckets in this process's memory. Any thread may use it; whoever has taken a bucket has it alone.
+    """The buckets in this process's memory. Thread-safe; a thread that has taken a bucket owns it exclusively.
 
     Args:
-        clock: Seconds that never go back.
+        clock: Monotonic clock in seconds.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -114,13 +113,13 @@ class Cache:
         self._lock = threading.Lock()
 
     def take(self, bucket: int, token: str) -> BucketCore | None:
-        """The bucket as it is at `token`, which nobody else gets then; None where it is not here."""
+        """Removes and returns the bucket if it is cached at `token`; otherwise None."""
         with self._lock:
             found = self._held.pop(bucket, None)
         return found[1] if found is not None and found[0] == token else None
 
     def keep(self, bucket: int, token: str, core: BucketCore) -> None:
-        """Gives a bucket back; those that were not asked for lately are left out of memory."""
+        """Puts a bucket back, and drops buckets that were not used for `IDLE_S`."""
         now_s = self._clock()
         with self._lock:
             self._held[bucket] = (token, core, now_s)
@@ -128,19 +127,19 @@ class Cache:
                 del self._held[other]
 
     def clear(self) -> None:
-        """Forgets all."""
+        """Drops all buckets."""
         with self._lock:
             self._held.clear()
 
     @property
     def users(self) -> int:
-        """Users whose rings are in memory."""
+        """Number of users whose histories are cached in memory."""
         with self._lock:
             return sum(core.cached_users for _, core, _ in self._held.values())
 
 
 Opens = Callable[[BucketStore, dict[Source, BucketPlace], int], BucketCore]
-"""Makes the core of a bucket of its store, how far it is, and its last erasure."""
+"""Creates the core of a bucket from its store, its positions, and its last erasure."""
 
 
 def take_portion(
@@ -154,28 +153,28 @@ def take_portion(
     join: Joins,
     new_token: Callable[[], str],
 ) -> BucketRows:
-    """Makes the rows of a portion of a bucket, and notes in the engine's state what the bucket gained.
+    """Computes the rows of a bucket's portion, and writes the bucket's change to the engine's state.
 
-    1. The bucket, out of the cache or out of the state.
-    2. Users who were erased since are forgotten.
-    3. Rows.
-    4. The state: a delta; or, where deltas have become larger than the snapshot, a new snapshot.
+    1. Get the bucket from the cache or from the state.
+    2. Forget users who were erased since.
+    3. Compute the rows.
+    4. Write the state: a delta or, if the deltas have become larger than the snapshot, a new snapshot.
 
     Args:
         bucket: Its number.
-        portion: What it gets.
-        cells: The engine's state of it.
+        portion: The portion to process.
+        cells: The bucket's state in the engine.
         cache: Of this process.
-        opens: Makes its core.
-        history: N, events kept of a user.
-        mask: Of the portion's generation of control.
-        join: Adds what is known of users and items.
-        new_token: Gives a token that was never given before.
+        opens: Creates its core.
+        history: N, the number of events kept for a user.
+        mask: The mask of the portion's generation of control.
+        join: Adds the attributes of users and items.
+        new_token: Returns a token that was never used before.
 
     Raises:
-        CorruptStore: The state cannot be read, or lacks an impression that waits.
-        PositionConflict: The portion does not go on where the bucket is.
-        SaltMismatch: The state is of another salt.
+        CorruptStore: The state cannot be read, or lacks a waiting impression.
+        PositionConflict: The portion does not start at the bucket's positions.
+        SaltMismatch: The state was written with another salt.
     """
     head = Head.from_bytes(cells.head.read())
     # 1.
@@ -206,11 +205,11 @@ def take_portion(
 
 
 def restored(cells: Cells, history: int, head: Head, opens: Opens) -> BucketCore:
-    """A bucket as its state has it.
+    """Rebuilds a bucket from the engine's state.
 
     Raises:
         CorruptStore: A later release wrote it.
-        SaltMismatch: It is of another salt.
+        SaltMismatch: It was written with another salt.
     """
     store = BucketStore(history)
     for values in (cells.snapshot.read(), cells.deltas.read()):
@@ -220,7 +219,7 @@ def restored(cells: Cells, history: int, head: Head, opens: Opens) -> BucketCore
 
 
 def write_snapshot(cells: Cells, store: BucketStore) -> int:
-    """Replaces snapshot and deltas by what the store has; returns the bytes."""
+    """Replaces snapshot and deltas by a new snapshot of the store; returns its size in bytes."""
     cells.snapshot.clear()
     cells.deltas.clear()
     size = 0

@@ -1,7 +1,7 @@
-"""A job on a Flink cluster as its JobManager knows it: how it was ended, and what no restart of it mends.
+"""A job on a Flink cluster, as reported by its JobManager: how it ended, and which errors no restart can fix.
 
-Beam's job server calls a job failed that was stopped by a savepoint, and says
-nothing while a job begins again and again from its checkpoint.
+Beam's job server reports a job that was stopped with a savepoint as failed. It reports nothing while a job restarts
+repeatedly from its checkpoint.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from state.errors import FlinkFailed, GapError, LineTurned, SaltMismatch, Settin
 from state.flink.rest import JobManager, url
 
 UNMENDED = (GapError, LineTurned, SaltMismatch, SettingsError)
-"""What only another job gets over: one with other settings or consent, or from an older checkpoint."""
+"""Errors that only a new job can fix: one with other settings or consent, or from an older checkpoint."""
 OF_CLUSTER = "[auto]"
 TRIES, LOOK_S = 6, 0.25
 OURS = re.compile(r"state\.errors\.(\w+): (.+?)(?: \[while running .*)?$", re.MULTILINE)
 
 
 class FlinkJob:
-    """A job that was handed in.
+    """A submitted job.
 
     Args:
         manager: Of the cluster.
-        name: Of the job, which no other has.
+        name: Of the job; unique.
     """
 
     def __init__(self, manager: JobManager, name: str) -> None:
@@ -39,12 +39,12 @@ class FlinkJob:
 
     @classmethod
     def of(cls, options: PipelineOptions, settings: Settings, local: bool) -> FlinkJob | None:
-        """The job of some options; None where nobody says where its JobManager is.
+        """The job of the given options; None if the address of its JobManager is unknown.
 
         Args:
-            options: Of the job, named.
+            options: Of the job, including its name.
             settings: Of the local cluster.
-            local: Whether the job is handed in there.
+            local: Whether the job is submitted to the local cluster.
         """
         master = options.view_as(FlinkRunnerOptions).flink_master
         name = options.view_as(GoogleCloudOptions).job_name
@@ -53,17 +53,17 @@ class FlinkJob:
         return cls(JobManager(url(settings)), name) if local else None
 
     def unmended(self) -> str:
-        """The error of ours, of `UNMENDED`, that its tasks failed with last; empty where there is none, or nobody says so."""
+        """The `UNMENDED` error that its tasks failed with last; empty if there is none, or Flink does not answer."""
         with suppress(FlinkFailed):
             if job := self._known():
                 return unmended(self._manager.failure(job))
         return ""
 
     def ended_by(self, sleep: Callable[[float], None] = time.sleep) -> str | None:
-        """The savepoint that it was stopped by; empty where it was cancelled without one, None where it ended otherwise.
+        """The savepoint that it was stopped with; empty if it was cancelled without one, None if it ended otherwise.
 
         Args:
-            sleep: Waits, for the JobManager answers with what was so half a second ago.
+            sleep: Waits; needed because the JobManager's answers are half a second old.
         """
         found = None
         with suppress(FlinkFailed):
@@ -80,7 +80,7 @@ class FlinkJob:
         return found
 
     def cancel(self) -> None:
-        """Asks for its end, at its newest checkpoint.
+        """Requests cancellation at the newest checkpoint.
 
         Raises:
             FlinkFailed: The JobManager does not answer, or refuses.
@@ -89,13 +89,13 @@ class FlinkJob:
             self._manager.cancel(job)
 
     def _known(self) -> str | None:
-        """Its id; None before it has come to the JobManager."""
+        """Its id; None before the JobManager knows the job."""
         self._id = self._id or self._manager.named(self._name)
         return self._id
 
 
 def unmended(failure: str) -> str:
-    r"""The class and the message of the error of `UNMENDED` that a failure ends with; empty where it is another one.
+    r"""The class and message of the `UNMENDED` error that a failure ends with; empty for any other failure.
 
     >>> unmended("a.B: c\nstate.errors.LineTurned: turned off; resume it [while running 'Read']\n\n\tat a.B")
     'LineTurned: turned off; resume it'

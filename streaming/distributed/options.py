@@ -1,7 +1,7 @@
-"""Beam's options for each kind of engine: what a job of ours needs there is filled in, anything else passes through.
+"""Beam options for each kind of engine: fills in those that a Springtide job needs, and passes all others through.
 
-What Flink and Prism are told was measured; each has its reason beside it. An
-option that is given wins.
+The values for Flink and Prism were measured; a comment next to each gives its reason. An option on the command line
+takes precedence.
 """
 
 from __future__ import annotations
@@ -18,34 +18,35 @@ from state.errors import SettingsError
 LOCAL, FLINK, PRISM = "local", "flink", "prism"
 
 ON_FLINK = (
-    # A bundle that a checkpoint ends would keep its output until more clicks come.
+    # Otherwise a bundle that a checkpoint ends would keep its output until more clicks arrive.
     ("finish_bundle_before_checkpointing", True),
-    # What is behind a checkpoint is made again after a fault: one a second costs some 150 ms of little work.
+    # Work since the last checkpoint is repeated after a failure; one checkpoint a second costs about 150 ms of little
+    # work.
     ("checkpointing_interval", 1000),
-    # The default of a second is a second of every answer's age.
+    # The default of one second would add one second to the age of every response.
     ("max_bundle_time_mills", 100),
     ("parallelism", 1),
-    # A job that was cancelled is resumed from its last checkpoint, where there is no savepoint.
+    # A cancelled job without a savepoint is resumed from its last checkpoint.
     ("externalized_checkpoints_enabled", True),
     ("retain_externalized_checkpoints_on_cancellation", True),
 )
 ON_PRISM = (
-    # A split of the endless rest has no end; an hour without a change is no reason to end the job.
+    # Splitting an unbounded restriction never ends; an hour without a change is no reason to end the job.
     ("experiments", "prism_disable_sdf_split"),
     ("job_server_timeout", 86400),
-    # In this process: it is for tests and for trying things out.
+    # Workers run in this process: Prism is for tests and experiments.
     ("environment_type", "LOOPBACK"),
 )
 
 
 def take_runner(words: Sequence[str]) -> tuple[str, list[str]]:
-    """The runner that a command line names, and the rest, which are Beam's options.
+    """Takes `--runner` off a command line; returns the runner and the remaining words, which are Beam's options.
 
     >>> take_runner(["--parallelism=2", "--runner", "flink"]), take_runner([])
     (('flink', ['--parallelism=2']), ('local', []))
 
     Raises:
-        SettingsError: The local form has no such option.
+        SettingsError: The local form does not have such an option.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--runner", default=LOCAL)
@@ -63,18 +64,18 @@ def take_runner(words: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def beam_options(runner: str, words: Sequence[str], settings: Settings) -> PipelineOptions:
-    """The options of a job.
+    """Builds the Beam options of a job.
 
     Args:
-        runner: As `take_runner` gives it.
-        words: Options that were given.
+        runner: As returned by `take_runner`.
+        words: Options from the command line.
         settings: The effective settings.
     """
     filled: list[tuple[str, object]] = [("streaming", True)]
     if runner == FLINK:
-        # The runner of a job server: `FlinkRunner` would fetch and start one of its own.
+        # `PortableRunner` uses a running job server; `FlinkRunner` would download and start its own.
         filled += [("runner", "PortableRunner"), ("job_endpoint", f"127.0.0.1:{settings.flink.job_port}")]
-        # JobWorker processes beside the TaskManager, of this very code.
+        # JobWorker processes next to the TaskManager, which run this same code.
         filled += [
             ("environment_type", "EXTERNAL"),
             ("environment_config", f"127.0.0.1:{settings.flink.worker_port}"),
@@ -83,7 +84,7 @@ def beam_options(runner: str, words: Sequence[str], settings: Settings) -> Pipel
     elif runner == PRISM:
         filled += [("runner", "PrismRunner"), *ON_PRISM]
         if place := shutil.which("prism"):
-            # One that is installed; else Beam fetches it.
+            # Use an installed one; otherwise Beam downloads it.
             filled.append(("prism_location", place))
     else:
         filled.append(("runner", runner))

@@ -1,9 +1,8 @@
-"""Columns on their way between steps and into an engine's state: a line of JSON, then the bytes of the arrays.
+"""Encodes columns for transfer between steps and for an engine's state: a line of JSON, then the bytes of the arrays.
 
-No pickle, and no schema for each of a thousand small messages a second: Arrow
-takes some 200 us for one, this some 20. Both ends are of one release: a job is
-upgraded from a savepoint, whose messages in flight are drained first; what the
-state holds says its version.
+It uses no pickle, and no Arrow schema for each of a thousand small messages a second: Arrow takes about 200 us for one
+message, this format about 20. Both ends run the same release: a job is upgraded from a savepoint, which drains messages
+in flight first. Data in the engine's state carries its format version.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ _LENGTH_BYTES = 4
 
 
 def pack(head: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> bytes:
-    """JSON values and arrays of plain numbers in one value.
+    """Encodes JSON values and arrays of numbers as one value.
 
     >>> head, arrays = unpack(pack({"a": 1}, {"b": np.arange(3)}))
     >>> head, arrays["b"].tolist()
@@ -36,7 +35,7 @@ def pack(head: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]) -> bytes:
 
 
 def unpack(value: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """What `pack` took; the arrays may be written to, and lie as compiled code wants them."""
+    """Decodes the result of `pack`; the arrays are writable and contiguous, as compiled code requires."""
     at = _LENGTH_BYTES + int.from_bytes(value[:_LENGTH_BYTES], "little")
     head, shapes = json.loads(value[_LENGTH_BYTES:at])
     arrays: dict[str, NDArray[Any]] = {}
@@ -48,7 +47,7 @@ def unpack(value: bytes) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
 
 
 def joined(values: list[bytes]) -> dict[str, NDArray[Any]]:
-    """Values of any lengths as two arrays, for `pack`.
+    """Encodes values of any lengths as two arrays, for `pack`.
 
     >>> parted(joined([b"ab", b"", b"c"]))
     [b'ab', b'', b'c']
@@ -60,7 +59,7 @@ def joined(values: list[bytes]) -> dict[str, NDArray[Any]]:
 
 
 def parted(arrays: Mapping[str, NDArray[Any]]) -> list[bytes]:
-    """The values that `joined` took."""
+    """Decodes the result of `joined`."""
     data, lengths = arrays["bytes"].tobytes(), arrays["lengths"]
     ends = np.cumsum(lengths)
     return [data[start:end] for start, end in zip((ends - lengths).tolist(), ends.tolist(), strict=True)]
