@@ -134,7 +134,7 @@ class GapError(LogError):
     """Positions of a log are gone that were not read. Restore the topic, or accept the loss with `--accept-gap P:A-B --reason TEXT`.
 
     Attributes:
-            gaps: The missing ranges; empty if no gap can be accepted, as in a log that ends too early.
+        gaps: The missing ranges; empty if no gap can be accepted, as in a log that ends too early.
     """
 
     def __init__(self, what: str, do: str = "", gaps: Iterable[Gap] = ()) -> None:
@@ -263,7 +263,7 @@ class BadRequest(SpringtideError):
     """A request cannot be answered as it is. Correct it as the answer says.
 
     Attributes:
-            where: A JSON pointer into the body, or a parameter's name; empty if the error concerns the whole request.
+        where: A JSON pointer into the body, or a parameter's name; empty if the error concerns the whole request.
     """
 
     exit_code = 2

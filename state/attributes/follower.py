@@ -92,7 +92,7 @@ class AttributeFollower:
 
         Raises:
             UnknownTopic: There is no such topic.
-                LogError: No broker answered, or the cluster refused the request.
+            LogError: No broker answered, or the cluster refused the request.
         """
         with Topics(self._kafka) as topics:
             topic_id, ends = topics.describe(self._topic).topic_id, topics.ends(self._topic)

@@ -87,7 +87,7 @@ class AttributeStore(CompactStore):
 
         Raises:
             StoreFull: The map or the disk is full; nothing was changed.
-                UnusableDisk: The disk refused the write; nothing was changed.
+            UnusableDisk: The disk refused the write; nothing was changed.
         """
         with self._write() as transaction:
             for one, value in changes.items():

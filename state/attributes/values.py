@@ -76,7 +76,7 @@ def id_of(key: bytes | None) -> str:
     'ada'
 
     Raises:
-            DecodeError: The key is missing, empty, or not valid UTF-8.
+        DecodeError: The key is missing, empty, or not valid UTF-8.
     """
     if not key:
         raise DecodeError(Reason.MISSING_FIELD if key is None else Reason.EMPTY_ID)
@@ -123,7 +123,7 @@ class AttributeTable:
         [None, '10-50']
 
         Raises:
-                DecodeError: The record exceeds `most_bytes` or is no JSON object, or a value has another type.
+            DecodeError: The record exceeds `most_bytes` or is no JSON object, or a value has another type.
         """
         if len(value) > most_bytes:
             raise DecodeError(Reason.TOO_LARGE)
@@ -153,7 +153,7 @@ def _text(one: Field, value: Any) -> str | None:
     """A value as text, or the band of a number.
 
     Raises:
-            DecodeError: The type is not allowed, or the number is not finite.
+        DecodeError: The type is not allowed, or the number is not finite.
     """
     if value is None or value == "":
         return None

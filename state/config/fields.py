@@ -35,7 +35,7 @@ def field_of(written: str) -> Field:
     (10.0, 50.0)
 
     Raises:
-            ValueError: The text has another form.
+        ValueError: The text has another form.
     """
     head, colon, edges = written.partition(":")
     name, equals, path = head.partition("=")

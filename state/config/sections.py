@@ -31,16 +31,16 @@ def setting(
     """Declares one setting as a dataclass field.
 
     Args:
-            default: The value used when none is given; its type is the setting's type.
-            unit: The unit in words, where the name does not carry it.
-            help: One sentence for `springtide config`.
-            secret: Whether the value is masked wherever it is shown.
-            least: The smallest allowed value; for a list, of each element. Likewise for the next three.
-            most: The largest allowed value.
-            above: An exclusive lower bound.
-            filled: Whether an empty text is refused.
-            choices: The only allowed values.
-            auto: Whether a number may be written `auto`, which means 0.
+        default: The value used when none is given; its type is the setting's type.
+        unit: The unit in words, where the name does not carry it.
+        help: One sentence for `springtide config`.
+        secret: Whether the value is masked wherever it is shown.
+        least: The smallest allowed value; for a list, of each element. Likewise for the next three.
+        most: The largest allowed value.
+        above: An exclusive lower bound.
+        filled: Whether an empty text is refused.
+        choices: The only allowed values.
+        auto: Whether a number may be written `auto`, which means 0.
     """
     metadata = {
         "unit": unit,
@@ -353,7 +353,7 @@ class Model:
         (4, 0.5)
 
         Raises:
-                SettingsError: The value does not have the type of the default.
+            SettingsError: The value does not have the type of the default.
         """
         written = self.written
         if name not in written:

@@ -159,7 +159,7 @@ class LmdbStore:
 
         Raises:
             StoreFull: The disk is full; nothing is lost as long as the machine runs.
-                UnusableDisk: The disk refused for another reason; likewise.
+            UnusableDisk: The disk refused for another reason; likewise.
         """
         try:
             self._env.sync(True)
@@ -205,7 +205,7 @@ class LmdbStore:
         Raises:
             StoreFull: The map or the disk is full; nothing was changed.
             CorruptStore: The store is damaged.
-                UnusableDisk: The disk refused the write; nothing was changed.
+            UnusableDisk: The disk refused the write; nothing was changed.
         """
         try:
             with self._env.begin(write=True) as transaction:

@@ -39,8 +39,8 @@ class DirectoryLock:
         """Takes the lock, and writes host, pid and start time into the lock file.
 
         Raises:
-                LockHeld: Another process holds it, or another lock object of this process.
-                UnusableDisk: The directory cannot be created or written.
+            LockHeld: Another process holds it, or another lock object of this process.
+            UnusableDisk: The directory cannot be created or written.
         """
         if self._handle is not None:
             return self

@@ -123,7 +123,7 @@ def parse_time(value: Any, unit: str) -> int:
     [1700000000000, 1700000000000, 1700000000500, 1700000000000]
 
     Raises:
-            DecodeError: The value is no time in that unit.
+        DecodeError: The value is no time in that unit.
     """
     kind = type(value)
     if kind is str:

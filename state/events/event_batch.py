@@ -21,16 +21,16 @@ class EventBatch:
         category: `[n]` uint64.
         action: `[n]` uint8, an index of the configured actions.
         at_ms: `[n]` int64, event time.
-            label: `[n]` float32; NaN if unknown.
-            weight: `[n]` float32, the weight of the action.
-            context: `[n, K]` uint64; 0 for none.
-            source: `[n]` uint16, an index of `ranges`.
-            offset: `[n]` int64.
-            ranges: The positions read, with their outcomes.
-            dead: The records that could not become events.
-            names: Id -> name of the categories not announced within ten minutes of event time.
-            item_names: Likewise for items, without names that are too long.
-            request: `[n]` uint64 ids of requests, 0 for none; empty if no field is configured.
+        label: `[n]` float32; NaN if unknown.
+        weight: `[n]` float32, the weight of the action.
+        context: `[n, K]` uint64; 0 for none.
+        source: `[n]` uint16, an index of `ranges`.
+        offset: `[n]` int64.
+        ranges: The positions read, with their outcomes.
+        dead: The records that could not become events.
+        names: Id -> name of the categories not announced within ten minutes of event time.
+        item_names: Likewise for items, without names that are too long.
+        request: `[n]` uint64 ids of requests, 0 for none; empty if no field is configured.
     """
 
     user: NDArray[np.uint64]
