@@ -1,1 +1,1 @@
-"""Places for files: a directory, or an object store, behind one door."""
+"""File storage: the contract `FilePlace`, an object store that implements it, and a request counter."""
