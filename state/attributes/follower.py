@@ -7,8 +7,8 @@ The last record of a key wins, and a tombstone removes the key.
    is reported with a reason before the positions move.
 3. The newest record of each key and the positions are one commit.
 
-The topic is read again from its beginning if the store belongs to other
-fields, another salt or another topic, or if its positions are out of range.
+The topic is read again from its beginning if the store has other fields,
+another salt or another topic, or if its positions are out of range.
 """
 
 from __future__ import annotations

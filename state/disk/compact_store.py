@@ -1,4 +1,4 @@
-"""An LMDB store that can be compacted without a byte of deleted data, neither on free pages nor in inner pages."""
+"""An LMDB store that can be rewritten so that no deleted data remains, on free pages or in inner pages."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ A link in the state directory leads to the store:
     STATE/stream-0/histories        likewise
 
 On a disk each of these pages would be written again within 30 s of its last
-change, and a power cut loses what is not synced all the same. Rows are a copy
+change. A power cut would still lose what is not synced. Rows are a copy
 of the registry: if their link is missing or dangling, they are rebuilt from
 scratch. The writer of histories saves them on the disk when it closes them
 (`state/disk/memory_store.py`).

@@ -127,7 +127,7 @@ class Erased:
         return self if through >= self.last else Erased(tuple(one for one in self.entries if one.id <= through))
 
     def hides(self, user: int, through: int) -> bool:
-        """Whether data of `user` is erased, in a copy that has applied the erasures up to `through`."""
+        """Whether an erasure names `user` that a copy has not applied yet; it has applied those up to `through`."""
         return user in self.users and any(one.id > through and user in one.users for one in self.entries)
 
     def rows(

@@ -1,9 +1,9 @@
 """Tracks which leader epoch wrote a partition's records, to detect that a log was truncated. No side effects.
 
 A partition's leader has an epoch, which increases with each election. Every
-record carries the epoch of the leader that wrote it. If the log was truncated (a
-leader was elected that lacked records, or a broker lost what was not on disk)
-and grew again, offsets are used twice. Then the epoch of the record before our
+record carries the epoch of the leader that wrote it. A log is truncated if the
+elected leader lacks records, or if a broker lost what was not on disk. If it
+grows again, offsets are used twice. Then the epoch of the record before our
 position ends before that position. The known epochs of a partition are a tuple
 of (first offset, epoch), ascending.
 """

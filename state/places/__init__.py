@@ -1,1 +1,1 @@
-"""File storage: the contract `FilePlace`, an object store that implements it, and a request counter."""
+"""File storage in a directory or an object store, behind one interface, `FilePlace`."""
