@@ -1,1 +1,1 @@
-"""What is agreed and what is remembered; imports nothing else of ours."""
+"""Contracts and stored state that all parts share; imports no other package of this repository."""

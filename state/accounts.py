@@ -1,4 +1,4 @@
-"""Accounts kept of positions: what the stream, the trainer and the broker each have of one cut, and whether they balance."""
+"""Checks that the counts of the stream, the trainer and the broker agree at one consistent cut."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from state.positions import COUNTED, MOST_LEARNED, Source
 
 @dataclass(frozen=True)
 class StreamAccount:
-    """What the stream has committed, summed over sources, or for one of them.
+    """What the stream has committed, for one source or summed over sources.
 
     Attributes:
-        positions: Offsets passed, from the first position ever taken to the next one.
+        positions: Offsets passed: from the first offset ever read to the next one.
         rows: Offsets that became rows.
-        dead: Offsets that went to the dead letters.
+        dead: Offsets sent to the dead letters.
         filtered: Offsets left out on purpose.
         absent: Offsets without a record.
         gap: Offsets deleted unread, a loss that an operator accepted.
-        opened: Impressions whose label comes later.
-        feedback: Outcomes, which only histories gained.
+        opened: Impressions whose label arrives later.
+        feedback: Outcomes, which update only the histories.
         joined: Impressions that an outcome labelled.
-        expired: Impressions whose wait was over.
+        expired: Impressions whose wait ended without an outcome.
         dropped: Impressions that could not wait.
-        masked: Offsets that control's mask left out.
+        masked: Offsets that the mask of the control file left out.
     """
 
     positions: int
@@ -42,7 +42,7 @@ class StreamAccount:
 
     @property
     def learnable(self) -> int:
-        """Rows that the trainer learns from: those known at once, and those known later.
+        """Rows that the trainer learns from: those labelled at once, and those labelled later.
 
         >>> StreamAccount(positions=5, rows=2, opened=3, joined=1, expired=1).learnable
         4
@@ -51,18 +51,18 @@ class StreamAccount:
 
     @property
     def waiting(self) -> int:
-        """Impressions that must be waiting."""
+        """Impressions that are still waiting for their label, according to these counts."""
         return self.opened - self.joined - self.expired - self.dropped
 
     @classmethod
     def of(cls, counts: Mapping[str, int]) -> StreamAccount:
-        """The account of one source, as the history store counts it.
+        """Builds the account of one source from the history store's counts.
 
         >>> StreamAccount.of({"first": 3, "next": 5, "rows": 2, "dead": 0, "filtered": 0, "absent": 0}).positions
         2
         """
         outcomes = {name: counts.get(name, 0) for name in COUNTED if name != "elsewhere"}
-        # Of a bucket, the offsets that are its own: all buckets of a partition together have each once.
+        # For a bucket, count only its own offsets. Over all buckets of a partition each offset counts once.
         return cls(counts["next"] - counts["first"] - counts.get("elsewhere", 0), **outcomes)
 
 
@@ -71,14 +71,14 @@ class TrainerAccount:
     """What the trainer did with the rows of the micro-batch log.
 
     Attributes:
-        rows: Rows in the log, duplicates written again after a crash included.
+        rows: Rows in the log, including duplicates written again after a crash.
         trained: Rows learned from.
-        skipped: Rows left out by the guard.
-        duplicate: Rows seen before, by their source position.
-        in_flight: Rows not yet taken, counted on their own (log end less the trainer's offset).
-        masked: Rows left out by a mask.
-        gap: Source offsets that no record of the log held, a loss that an operator accepted.
-        other_features: Rows of a former feature spec, which an upgrade passed over.
+        skipped: Rows that the guard left out.
+        duplicate: Rows seen before, by source position.
+        in_flight: Rows not yet consumed, counted independently (log end minus the trainer's offset).
+        masked: Rows that a mask left out.
+        gap: Source offsets that no record of the log contained, a loss that an operator accepted.
+        other_features: Rows of a former feature spec, which an upgrade skipped.
     """
 
     rows: int
@@ -93,13 +93,13 @@ class TrainerAccount:
 
 @dataclass(frozen=True)
 class BrokerAccount:
-    """One source as the stream has it and as the broker has it.
+    """The position of the stream and of the broker in one source.
 
     Attributes:
-        source: Which.
+        source: The source.
         next: The stream's next offset.
         begin: The first offset that the broker keeps.
-        end: The offset after the last one.
+        end: The offset after the broker's last record.
     """
 
     source: Source
@@ -109,7 +109,7 @@ class BrokerAccount:
 
     @property
     def unread(self) -> int:
-        """Offsets that are still to be read.
+        """Offsets that the stream has not read yet.
 
         >>> BrokerAccount(Source("ab" * 16, 0), next=5, begin=0, end=9).unread
         4
@@ -123,17 +123,17 @@ def check_accounts(
     broker: Iterable[BrokerAccount] = (),
     waiting: int | None = None,
 ) -> tuple[str, ...]:
-    """Says where the accounts of one cut do not balance; empty where they do.
+    """Returns a message for each account of one cut that does not balance; empty if all balance.
 
     1. In the stream each offset has one outcome.
     2. In the trainer each row of the log has one outcome.
-    3. The stream's rows are the log's rows without the duplicates: no row was
-       lost between the two, none came twice. Where the trainer accepted a gap,
+    3. The stream's rows equal the log's rows without duplicates: no row was
+       lost in between, and none arrived twice. If the trainer accepted a gap,
        at most the rows of that many positions may be missing: one each, or
-       `MOST_LEARNED` where impressions wait.
-    4. The broker still has what is to be read, and does not end before us.
-    5. Each impression opened was joined, expired or dropped, or is among the
-       `waiting` ones, which were counted on their own.
+       `MOST_LEARNED` each where impressions wait.
+    4. The broker still has every unread offset, and its end is not before the stream's position.
+    5. Each opened impression was joined, expired or dropped, or is one of the
+       `waiting` ones, which are counted independently.
 
     >>> check_accounts(StreamAccount(positions=10, rows=8, dead=1, absent=1), TrainerAccount(rows=8, trained=8))
     ()
@@ -152,7 +152,7 @@ def check_accounts(
 
 
 def _unbalanced_stream(stream: StreamAccount) -> Iterator[str]:
-    """Fault 1."""
+    """Checks rule 1."""
     outcomes = (stream.rows, stream.dead, stream.filtered, stream.absent, stream.gap, stream.opened, stream.feedback)
     total = sum(outcomes) + stream.masked
     if total != stream.positions:
@@ -164,7 +164,7 @@ def _unbalanced_stream(stream: StreamAccount) -> Iterator[str]:
 
 
 def _unbalanced_trainer(trainer: TrainerAccount) -> Iterator[str]:
-    """Fault 2."""
+    """Checks rule 2."""
     total = trainer.trained + trainer.skipped + trainer.duplicate + trainer.masked + trainer.in_flight
     total += trainer.other_features
     if total != trainer.rows:
@@ -176,7 +176,7 @@ def _unbalanced_trainer(trainer: TrainerAccount) -> Iterator[str]:
 
 
 def _lost_between(stream: StreamAccount, trainer: TrainerAccount) -> Iterator[str]:
-    """Fault 3."""
+    """Checks rule 3."""
     distinct = trainer.rows - trainer.duplicate
     lost = stream.learnable - distinct
     excused = trainer.gap * (MOST_LEARNED if stream.opened else 1)
@@ -189,7 +189,7 @@ def _lost_between(stream: StreamAccount, trainer: TrainerAccount) -> Iterator[st
 
 
 def _misplaced(one: BrokerAccount) -> Iterator[str]:
-    """Fault 4."""
+    """Checks rule 4."""
     if one.begin > one.next:
         yield (
             f"clicks {one.source}: the stream is at {one.next} and the broker begins at {one.begin}: "
@@ -203,7 +203,7 @@ def _misplaced(one: BrokerAccount) -> Iterator[str]:
 
 
 def _lost_while_waiting(stream: StreamAccount, waiting: int) -> Iterator[str]:
-    """Fault 5."""
+    """Checks rule 5."""
     if waiting != stream.waiting:
         yield (
             f"labels: {stream.opened} impressions opened, but {stream.joined} joined + {stream.expired} expired + "

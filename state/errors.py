@@ -1,4 +1,4 @@
-"""The one tree of errors; each class says what the operator should do.
+"""The tree of errors; each class tells the operator what to do.
 
     SpringtideError                 exit 1
     ├── SettingsError               exit 2
@@ -25,7 +25,7 @@
     ├── WorkerFailed                HTTP 500
     └── PortTaken, UnsupportedPython, KafkaFailed, JobFailed, FlinkFailed, ProcessFailed
 
-An error says what happened, to which input, and what to do, in one line and
+An error states in one line what happened, to which input, and what to do,
 without a raw user id. A bad record is no error: it goes to the dead letters.
 """
 
@@ -44,14 +44,14 @@ class SpringtideError(Exception):
 
     Args:
         what: What happened, to which input.
-        do: What to do; the advice of the class where it is not given.
+        do: What to do; by default the advice of the class.
 
     Attributes:
         what: What happened, to which input.
         do: What to do.
-        exit_code: 1 failed, 2 wrong use.
-        http_status: What an HTTP request is answered with that meets this error.
-        http_headers: What the answer's headers say beside.
+        exit_code: 1 for a failure, 2 for wrong use.
+        http_status: The status of an HTTP response for this error.
+        http_headers: Further headers of that response.
 
     >>> error = StoreFull("rows/ is full", "free space")
     >>> str(error), error.what, error.do
@@ -71,7 +71,7 @@ class SpringtideError(Exception):
 
     @classmethod
     def _advice(cls) -> str:
-        """The docstring's first line behind its first sentence."""
+        """The docstring's first line after its first sentence."""
         return (cls.__doc__ or "").partition("\n")[0].partition(". ")[2]
 
 
@@ -86,7 +86,7 @@ class MissingSalt(SpringtideError):
 
     @classmethod
     def at(cls, path: object) -> MissingSalt:
-        """The error, of the file that is not there.
+        """The error for a missing file.
 
         >>> str(MissingSalt.at("state/salt"))
         'there is no salt at state/salt; restore the file, or set paths.salt_file to where it is'
@@ -99,7 +99,7 @@ class SaltMismatch(SpringtideError):
 
     @classmethod
     def between(cls, holder: str, stored: str, ours: str) -> SaltMismatch:
-        """The error, of what has users of another salt: that salt's fingerprint and ours.
+        """The error for data whose users were made with another salt, with the fingerprints of both salts.
 
         >>> str(SaltMismatch.between("version 7", "1f", "2e"))
         'version 7 has users of salt 1f, the salt here is 2e; restore the salt file (paths.salt_file); without it start a new state directory (paths.state)'
@@ -134,7 +134,7 @@ class GapError(LogError):
     """Positions of a log are gone that were not read. Restore the topic, or accept the loss with `--accept-gap P:A-B --reason TEXT`.
 
     Attributes:
-        gaps: What is missing; empty where nothing can be accepted, as in a log that ends too early.
+        gaps: The missing ranges; empty if no gap can be accepted, as in a log that ends too early.
     """
 
     def __init__(self, what: str, do: str = "", gaps: Iterable[Gap] = ()) -> None:
@@ -143,11 +143,11 @@ class GapError(LogError):
 
 
 class TruncatedLog(GapError):
-    """A log was cut back behind our position, so that offsets are used twice: those of its gap. Do as the message says: it differs by who meets it."""
+    """A log was truncated below our position, so that the offsets of its gap are used again. Do as the message says: it differs by who meets it."""
 
     @property
     def kept(self) -> int:
-        """Up to where the log still is the one that was read."""
+        """The offset up to which the log is still the one that was read."""
         return self.gaps[0].first
 
 
@@ -168,7 +168,7 @@ class PositionConflict(StoreError):
 
 
 class LineTurned(StoreError):
-    """The training log's line turned off before what a distributed job has read. Resume the job from an older savepoint."""
+    """The training log branched off before the position that a distributed job has read. Resume the job from an older savepoint."""
 
 
 class CorruptStore(StoreError):
@@ -200,7 +200,7 @@ class UnusableRegistry(RegistryError):
 
 
 class WrongEpoch(RegistryError):
-    """A version of an epoch that control has left was refused. Nothing to do: the trainer reloads and goes on in control's epoch."""
+    """A version of an epoch that control no longer names was refused. Nothing to do: the trainer reloads and goes on in control's epoch."""
 
 
 class ControlConflict(RegistryError):
@@ -256,14 +256,14 @@ class TrainingHeld(SpringtideError):
 
 
 class NotReady(SpringtideError):
-    """Something that answers need is not here yet. Wait for the applier, or look at its log."""
+    """Something that answers need is not available yet. Wait for the applier, or look at its log."""
 
 
 class BadRequest(SpringtideError):
     """A request cannot be answered as it is. Correct it as the answer says.
 
     Attributes:
-        where: The place: a JSON pointer into the body, or a parameter's name; empty where the whole request is meant.
+        where: A JSON pointer into the body, or a parameter's name; empty if the error concerns the whole request.
     """
 
     exit_code = 2
@@ -336,11 +336,11 @@ class HeadTooLarge(BadRequest):
 
 
 class NotHttp(BadRequest):
-    """A client speaks something else. Let it send HTTP/1.1."""
+    """A client does not speak HTTP/1.1. Let it send HTTP/1.1."""
 
 
 class Overloaded(SpringtideError):
-    """More is asked than can be answered in time. Ask less or later, or give serving more workers or hosts."""
+    """Requests exceed the capacity to answer in time. Ask less or later, or give serving more workers or hosts."""
 
     http_status = 429
     http_headers: tuple[tuple[bytes, bytes], ...] = ((b"retry-after", b"1"),)
@@ -353,7 +353,7 @@ class TookTooLong(SpringtideError):
 
 
 class WorkerFailed(SpringtideError):
-    """A worker met what it does not know. Report it with the worker's log."""
+    """A worker failed with an unexpected error. Report it with the worker's log."""
 
     http_status = 500
 
@@ -383,7 +383,7 @@ class ProcessFailed(SpringtideError):
 
 
 def of_disk(problem: SpringtideError | OSError) -> SpringtideError:
-    """What a process ends with: an error of ours as it is, one of the operating system with what to do.
+    """Converts an operating system error into `UnusableDisk` with advice; returns our own errors unchanged.
 
     >>> str(of_disk(OSError(28, "No space left on device", "state/salt")))
     'state/salt: No space left on device; free space or correct its access rights, and start again'

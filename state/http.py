@@ -1,4 +1,4 @@
-"""One request over HTTP to a process of this system, or beside it: an answer, or why there is none."""
+"""Sends one HTTP request; returns the response, or the reason why there is none."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from http.client import HTTPException
 def ask(
     asked: str | urllib.request.Request, timeout_s: float, context: ssl.SSLContext | None = None
 ) -> tuple[int, str]:
-    """Status and body of a GET, or of another request; status 0 and the reason where nobody answers.
+    """Status and body of a GET, or of the given request; status 0 and the reason if there is no response.
 
     Args:
         asked: The URL, or the request.
-        timeout_s: How long each step of it may take.
-        context: For TLS.
+        timeout_s: The time limit of each step.
+        context: The TLS settings.
     """
     try:
         with urllib.request.urlopen(asked, timeout=timeout_s, context=context) as answer:

@@ -1,6 +1,6 @@
 """Compiles kernels before the processes that use them start: `python -m state.kernels [--all] [MODULE...]`.
 
-Each process prepares its own kernels when it starts. This program is for what is done before:
+Each process prepares its own kernels when it starts. This program prepares them earlier:
 
 - An installation runs it with `--all`. It compiles the kernels of all modules into `__pycache__` next to their source
   files, with one process for each core, four at most.
@@ -25,7 +25,7 @@ from state.process import log_lines
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 
 USED = ("state.features.kernel", "state.log.batch_decoder", "state.ranking.crosses", "state.ranking.transition_rows")
-"""Those of serving and the stream."""
+"""The modules with kernels that serving and the stream use."""
 ALL = "--all"
 MOST_PROCESSES = 4
 """Of `--all`: each imports TensorFlow, and the largest kernel takes as long as a quarter of all."""
@@ -50,7 +50,7 @@ def modules() -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Prepares the kernels of the modules of `argv`, of all with `--all`, or of `USED`; returns the exit code."""
+    """Prepares the kernels of the modules in `argv`, of all with `--all`, or of `USED`; returns the exit code."""
     log_lines.begin("kernels", own_stderr())
     quiet_tensorflow(os.environ)
     words = list(sys.argv[1:] if argv is None else argv)
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if ALL in words:
         words = modules()
         command = [sys.executable, "-m", "state.kernels", *words]
-        # They share the work as all processes do, and only this one reports progress.
+        # They share the work like all processes; only this one reports progress.
         others = [
             subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
             for _ in range(1, min(MOST_PROCESSES, os.cpu_count() or 1))

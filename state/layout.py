@@ -1,56 +1,56 @@
-"""Names on disk, each said once: what lies under `paths.state` and in the registry, and who writes it.
+"""Names of files on disk: the layout of `paths.state` and of the registry, and the module that writes each part.
 
     paths.state/
-    ├── lock                     of `springtide up`
-    ├── salt                     the secret key of pseudonyms, or where `paths.salt_file` says
-    ├── privacy.key              the secret key of the noise, or where `privacy.key_file` says     trainer/privacy/key.py
-    ├── tokens/                  who may ask, or where `serving.tokens_dir` says   deploy/serving/edge/tokens.py
-    ├── registry/                or where `paths.registry` says
-    │   ├── versions/ merged/ bases/   one directory a version    state/registry/versions.py
+    ├── lock                     the lock of `springtide up`
+    ├── salt                     the secret key of pseudonyms, or at `paths.salt_file`
+    ├── privacy.key              the secret key of the noise, or at `privacy.key_file`     trainer/privacy/key.py
+    ├── tokens/                  access tokens, or at `serving.tokens_dir`         deploy/serving/edge/tokens.py
+    ├── registry/                or at `paths.registry`
+    │   ├── versions/ merged/ bases/   one directory per version  state/registry/versions.py
     │   ├── recent/ recent.boot  versions that are not durable    state/registry/recent.py
-    │   ├── control/             one file a generation            state/registry/controls.py
+    │   ├── control/             one file per generation          state/registry/controls.py
     │   ├── masks/               users that masks and erasures name, by digest
-    │   ├── erasures/            how far each process has taken erasures   state/registry/erasing.py
-    │   ├── outcomes/            what became of rollbacks         state/registry/outcomes.py
+    │   ├── erasures/            how far each process has applied erasures     state/registry/erasing.py
+    │   ├── outcomes/            outcomes of rollbacks            state/registry/outcomes.py
     │   ├── programs/ specs/     by digest
     │   ├── baselines/           accepted by operators            state/statistics/baselines.py
-    │   ├── rollouts/            one file a generation, figures.json   state/rollouts/rollouts.py
-    │   ├── gaps/                losses that the trainer accepted, records left out among them
-    │   ├── privacy/ledger.json      what of the privacy budget is spent    state/registry/privacy_ledger.py
-    │   ├── shared.json shared.catalog   where it is shared       state/registry/sharing/binding.py
-    │   ├── tmp/                 being written; swept
+    │   ├── rollouts/            one file per generation, figures.json     state/rollouts/rollouts.py
+    │   ├── gaps/                losses that the trainer accepted, including skipped records
+    │   ├── privacy/ledger.json      the privacy budget spent so far       state/registry/privacy_ledger.py
+    │   ├── shared.json shared.catalog   the shared registry      state/registry/sharing/binding.py
+    │   ├── tmp/                 files being written; swept
     │   └── trainer.lock, compactor.lock, shared.lock
     ├── stream-0/                lock, writer (the transactional id)   streaming/fencing.py
     │   ├── leaders.json                                          streaming/leaders.py
-    │   ├── histories            the stream's store, or while it runs a link to it, in memory
+    │   ├── histories            the stream's store; while the stream runs, a link to the store in memory
     │   │                        state/history/store.py, state/disk/memory_place.py, memory_store.py
-    │   ├── histories.link, .saving   on their way into and out of memory
+    │   ├── histories.link, .saving   copies on their way into and out of memory
     │   ├── histories.rebuilding, .rebuilt, .bad<n>               streaming/takeover.py
     │   └── attributes/                                           state/attributes/store.py
-    ├── serving/                 lock of the applier
+    ├── serving/                 the applier's lock
     │   ├── rows                 a link to the rows, in memory    state/disk/memory_place.py, state/rows/store.py
-    │   ├── rows.disk/           or, where memory has no room, here
-    │   ├── histories attributes/   as the stream's
+    │   ├── rows.disk/           the rows if memory has no room
+    │   ├── histories attributes/   as for the stream
     │   ├── segments/            members of segments              state/segments/store.py
-    │   ├── lookalikes/          of segments, as listed last      state/segments/lookalikes.py
+    │   ├── lookalikes/          the newest list for each segment state/segments/lookalikes.py
     │   ├── current.version, current.histories   times only       deploy/serving/currency.py
-    │   ├── exposures/           of workers, on their way to Kafka   deploy/serving/splitting/spool.py
-    │   ├── counters/            of workers that share a port     deploy/serving/rest.py
-    │   └── programs/            those of applied versions
-    ├── exports/<version>/       SavedModels, or where `export.directory` says     trainer/exporting/saved_model.py
-    ├── validation/              place.json, windows/<log time>.pb       deploy/validation/process.py
-    ├── trials/retrain.json     what became of the scheduled retrain    state/trials/retraining.py
-    ├── trials/<name>/           trial.json, comparison.json             state/trials/trial.py
-    │   ├── registry/            of its own, while it runs; beside versions and control as above:
-    │       ├── past.json       what its trainer learns first        state/trials/past.py
-    │       ├── past-*/         histories of past clicks, while it does   streaming/past.py
-    │   │   └── losses/          of rows, while a trial runs, in the live registry too   state/trials/row_losses.py
-    │   └── host/                serving of its own, while a rollout of it is not over   deploy/rollouts/host.py
+    │   ├── exposures/           exposures that workers have not sent to Kafka yet   deploy/serving/splitting/spool.py
+    │   ├── counters/            counters of workers that share a port     deploy/serving/rest.py
+    │   └── programs/            the programs of applied versions
+    ├── exports/<version>/       SavedModels, or at `export.directory`     trainer/exporting/saved_model.py
+    ├── validation/              place.json, windows/<log time>.pb         deploy/validation/process.py
+    ├── trials/retrain.json      the outcome of the scheduled retrain      state/trials/retraining.py
+    ├── trials/<name>/           trial.json, comparison.json               state/trials/trial.py
+    │   ├── registry/            the trial's own registry; besides versions and control as above:
+    │       ├── past.json        what its trainer learns first    state/trials/past.py
+    │       ├── past-*/          histories of past clicks, while it learns them   streaming/past.py
+    │   │   └── losses/          of rows, while a trial runs, also in the live registry   state/trials/row_losses.py
+    │   └── host/                the trial's own serving, while its rollout runs   deploy/rollouts/host.py
     ├── replay/<key>/            lock, journal                    deploy/replaying/journal.py
-    ├── kafka/                   broker.lock, data; or where `paths.kafka` says      deploy/kafka/broker.py
+    ├── kafka/                   broker.lock, data; or at `paths.kafka`        deploy/kafka/broker.py
     ├── prometheus/              prometheus.yml, data             deploy/startup/prometheus.py
-    ├── flink/                  lock, conf, checkpoints, savepoints, logs   deploy/flink/processes.py
-    └── logs/                    one file a process               deploy/children/supervisor.py
+    ├── flink/                   lock, conf, checkpoints, savepoints, logs     deploy/flink/processes.py
+    └── logs/                    one file per process             deploy/children/supervisor.py
 
 A store's directory holds `data.mdb`, `lock.mdb` and `mark.json`.
 """
@@ -72,7 +72,7 @@ MASKS, OUTCOMES, ERASURES = "masks", "outcomes", "erasures"
 PROGRAMS, SPECS, TEMPORARY = "programs", "specs", "tmp"
 BASELINES = "baselines"
 ROLLOUTS = "rollouts"
-GAPS = "gaps"  # also the extra of the stream's histories that holds what the stream accepted
+GAPS = "gaps"  # also the extra of the stream's histories with the gaps that the stream accepted
 TRAINER_LOCK, COMPACTOR_LOCK = "trainer.lock", "compactor.lock"
 SEGMENTS_LOCK = "segments.lock"
 
@@ -92,7 +92,7 @@ _STREAM = "stream-"
 
 
 def stream(state: Path) -> Path:
-    """The directory of the stream; it has the number that it had among shards.
+    """The directory of the stream, with its number from releases that had shards.
 
     >>> stream(Path("state")).as_posix()
     'state/stream-0'
@@ -101,8 +101,8 @@ def stream(state: Path) -> Path:
 
 
 def streams(state: Path) -> list[Path]:
-    """The histories of every stream that ever ran under `state`, by name: of one, or of the shards of an earlier release."""
-    # One that a power cut took out of memory is a link that leads nowhere.
+    """The histories of every stream that ever ran under `state`, sorted: one, or the shards of an earlier release."""
+    # After a power cut a store in memory is a dangling link.
     return sorted(one / HISTORIES for one in state.glob(f"{_STREAM}*") if os.path.lexists(one / HISTORIES))
 
 
@@ -116,5 +116,5 @@ def trial_registry(state: Path, name: str) -> Path:
 
 
 def has_users(state: Path, registry: Path) -> bool:
-    """Whether something is stored here under pseudonyms, whose salt must then be kept."""
+    """Whether data is stored here under pseudonyms, whose salt must then be kept."""
     return bool(streams(state)) or any((registry / SPECS).glob("*/spec.json"))

@@ -1,7 +1,7 @@
-"""Lowers a TensorFlow SavedModel to a LiteRT program of built-in operations, and compares two ways to compute.
+"""Lowers a TensorFlow SavedModel to a LiteRT program of built-in operations, and compares outputs.
 
-TensorFlow and LiteRT are loaded when they are needed; processes that lower
-nothing do without.
+TensorFlow and LiteRT are imported when they are needed, so other processes do
+not load them.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ TOLERANCE = 1e-4
 """Largest difference between LiteRT and TensorFlow, relative to 1 + TensorFlow's value."""
 
 ROWS_TOLERANCE = 1e-5
-"""Largest difference between a row alone and in a batch, likewise: kernels for several rows add up in another order."""
+"""Largest difference between a row alone and in a batch, likewise: batch kernels sum in another order."""
 
 
 def argument(name: str) -> str:
-    """The argument of a program's signature `load` for the weight `dense.<name>` of a version.
+    """The argument name for the weight `dense.<name>` in a program's signature `load`.
 
     >>> argument("tower.kernel_0")
     'dense_tower_kernel_0'
@@ -42,10 +42,10 @@ def lower_saved_model(
     Args:
         folder: The SavedModel.
         signatures: Names of signatures.
-        what: What it is made from, for the message, such as `model.tower 'shop:build'`.
-        frozen: Whether variables become constants; else they stay variables that a signature sets.
-        quantize: How constants are kept: `none` as they are, `float16` by half, `int8` as whole numbers where the
-            operation that reads them computes with these.
+        what: The source of the model, for the message, such as `model.tower 'shop:build'`.
+        frozen: Whether variables become constants; otherwise they stay variables that a signature sets.
+        quantize: How constants are stored: `none` unchanged, `float16` with half the bits, `int8` as integers where the
+            operation that reads them computes with integers.
 
     Raises:
         ProgramError: An operation has no LiteRT counterpart; the message names it.
@@ -61,7 +61,7 @@ def lower_saved_model(
         converter.target_spec.supported_types = [tf.float16]
     try:
         return bytes(converter.convert())
-    # The converter raises several types that are nobody's public names.
+    # The converter raises several types, none of them public.
     except Exception as error:
         raise ProgramError(
             f"{what} does not lower to LiteRT: it has no {', '.join(missing_operations(str(error)))}",
@@ -70,7 +70,7 @@ def lower_saved_model(
 
 
 def missing_operations(message: str) -> list[str]:
-    """The operations that a converter's message complains about.
+    """The operations named in a converter's error message.
 
     >>> missing_operations("error: 'tf.BesselI0e' op is neither a custom op nor a flex op")
     ['tf.BesselI0e']
@@ -82,17 +82,17 @@ def missing_operations(message: str) -> list[str]:
 
 
 def run_lowered(content: bytes, signature: str, inputs: Mapping[str, Any]) -> dict[str, F32]:
-    """The outputs of one signature of a program, run once."""
+    """Runs one signature of a program once; returns its outputs."""
     from ai_edge_litert.interpreter import Interpreter
 
-    # A runner does not keep its interpreter alive.
+    # A runner does not keep its interpreter alive, so hold a reference.
     interpreter = Interpreter(model_content=content, num_threads=1)
     outputs: dict[str, F32] = interpreter.get_signature_runner(signature)(**inputs)
     return outputs
 
 
 def difference(ours: F32, expected: F32) -> float:
-    """The largest difference, relative to 1 + the expected value; infinite where one is not a number.
+    """The largest difference, relative to 1 + the expected value; infinite if a value is NaN.
 
     >>> difference(np.array([1.0, 3.0], np.float32), np.array([1.0, 1.0], np.float32))
     1.0

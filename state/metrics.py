@@ -1,8 +1,8 @@
-"""Every metric's name, help, labels and buckets: one class per process, as tables.
+"""Declares every metric with name, help, labels and buckets, one class per process.
 
-A process makes its class on a `CollectorRegistry` of its own and offers it
-with `serve`. Dashboards and alerts are checked against this file. Label values
-are bounded, and no label carries an id.
+A process creates its class on its own `CollectorRegistry` and exposes it with
+`serve`. Tests check dashboards and alerts against this file. Label values are
+bounded, and no label contains an id.
 """
 
 from __future__ import annotations
@@ -35,32 +35,32 @@ ANSWERING_ROUTES = (
     *map("/springtide.v1.Profiles/{}".format, ("GetProfile", "BatchGetProfiles", "Rank", "Recommend", "Similar")),
     "/tensorflow.serving.PredictionService/Predict",
 )
-"""Of a worker: those that a version answers."""
+"""Routes and methods of a worker that a version answers."""
 OTHER_ROUTES = "other"
 BEGAN = "When this process began to count, seconds since 1970; the first of several workers."
 ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-# Each counter and histogram would have one more series, which nobody asks for.
+# Each counter and histogram would have one more series, which is not used.
 disable_created_metrics()
 
 
 class _Declared(partial[Any]):
-    """A metric that is made once its process has a registry."""
+    """A metric declaration; the metric is created when its process has a registry."""
 
 
 def counter(name: str, text: str, *labels: str) -> Counter:
-    """Declares what only grows."""
+    """Declares a counter."""
     return cast(Counter, _Declared(Counter, name, text, labels))
 
 
 def gauge(name: str, text: str, *labels: str, of_workers: str = "max") -> Gauge:
-    """Declares what rises and falls; of several workers that share their counters the largest is shown, or the smallest (`min`)."""
+    """Declares a gauge. If several workers share their metrics, it shows the largest value, or the smallest (`min`)."""
     return cast(Gauge, _Declared(Gauge, name, text, labels, multiprocess_mode=of_workers))
 
 
 def unset_gauge(name: str, text: str) -> Gauge:
-    """Declares a gauge of one process that is NaN, unknown, until it is set for the first time."""
+    """Declares a gauge of a single process that is NaN until it is first set."""
 
     def make(*, registry: CollectorRegistry) -> Gauge:
         made = Gauge(name, text, registry=registry)
@@ -71,15 +71,15 @@ def unset_gauge(name: str, text: str) -> Gauge:
 
 
 def histogram(name: str, text: str, buckets: tuple[float, ...], *labels: str) -> Histogram:
-    """Declares what is counted by its size."""
+    """Declares a histogram."""
     return cast(Histogram, _Declared(Histogram, name, text, labels, buckets=buckets))
 
 
 class Metrics:
-    """The metrics of one process, which its class declares; `began`, where there is one, is set.
+    """The metrics of one process, as its class declares them; also sets `began`, if declared.
 
     Args:
-        registry: Where they are collected.
+        registry: The registry that collects them.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
@@ -91,7 +91,7 @@ class Metrics:
 
 
 class StreamMetrics(Metrics):
-    """What the Beam job counts."""
+    """Metrics of the Beam job."""
 
     began = gauge("springtide_stream_began_seconds", BEGAN)
     events = counter(
@@ -173,7 +173,7 @@ class StreamMetrics(Metrics):
 
 
 class TrainerMetrics(Metrics):
-    """What the trainer counts."""
+    """Metrics of the trainer."""
 
     began = gauge("springtide_trainer_began_seconds", BEGAN)
     rows = counter(
@@ -391,7 +391,7 @@ class TrainerMetrics(Metrics):
 
 
 class ApplierMetrics(Metrics):
-    """What serving's applier counts."""
+    """Metrics of serving's applier."""
 
     began = gauge("springtide_serving_began_seconds", BEGAN)
     version = gauge("springtide_serving_version", "Version that answers use.")
@@ -490,7 +490,7 @@ class ApplierMetrics(Metrics):
 
 
 class WorkerMetrics(Metrics):
-    """What a serving worker counts."""
+    """Metrics of a serving worker."""
 
     began = gauge("springtide_worker_began_seconds", BEGAN)
     requests = counter("springtide_requests", "Requests, by route and status code.", "route", "code")
@@ -510,7 +510,7 @@ class WorkerMetrics(Metrics):
 
 
 class ValidationMetrics(Metrics):
-    """What the validation of live clicks counts; a window is one of `validation.window_s`."""
+    """Metrics of the validation of live clicks; a window lasts `validation.window_s`."""
 
     records = counter(
         "springtide_validation_records",
@@ -548,7 +548,7 @@ class ValidationMetrics(Metrics):
 
 
 class SegmentMetrics(Metrics):
-    """What the keeper of segments counts; the segments are those that the settings name."""
+    """Metrics of the process that maintains the segments named in the settings."""
 
     members = gauge("springtide_segments_members", "Users in a segment.", "segment")
     changes = counter(
@@ -575,7 +575,7 @@ class SegmentMetrics(Metrics):
 
 
 class SupervisorMetrics(Metrics):
-    """What `springtide up` counts of the parts that it keeps alive."""
+    """Metrics of `springtide up` about the parts that it supervises."""
 
     starts = counter("springtide_up_starts", "Starts of a part by `springtide up`.", "part")
     deaths = counter("springtide_up_deaths", "Ends of a part that nobody asked for.", "part")
@@ -591,7 +591,7 @@ class SupervisorMetrics(Metrics):
 
 
 class ConsoleMetrics(Metrics):
-    """What the page that shows and steers the loop counts."""
+    """Metrics of the console page."""
 
     requests = counter(
         "springtide_console_requests",
@@ -601,7 +601,7 @@ class ConsoleMetrics(Metrics):
 
 
 class ProbeMetrics(Metrics):
-    """What `springtide probe --continuously` measures by clicks of probe users."""
+    """Latencies that `springtide probe --continuously` measures with clicks of probe users."""
 
     feature_seconds = histogram(
         "springtide_probe_feature_seconds",
@@ -625,7 +625,7 @@ class ProbeMetrics(Metrics):
 
 
 class TrialMetrics(Metrics):
-    """How trials compare with the live trainer; a trial is one that runs, of four at most."""
+    """Comparisons of the running trials, at most four, with the live trainer."""
 
     rows = gauge("springtide_trial_rows", "Rows that both trainers scored before they learned them.", "trial")
     log_loss = gauge(
@@ -645,7 +645,7 @@ class TrialMetrics(Metrics):
 
 
 class RolloutMetrics(Metrics):
-    """How the arms of the newest rollout do, until it is over and nobody has to look at it; a trial is that one."""
+    """Metrics of the arms of the newest rollout, until it has ended; the label `trial` is the trial of that rollout."""
 
     share_ratio = gauge("springtide_rollout_share_ratio", "Share of the users whom the trial answers.", "trial")
     stopped = gauge(
@@ -687,7 +687,7 @@ class RolloutMetrics(Metrics):
 
 
 class RetrainMetrics(Metrics):
-    """What becomes of models that are learned anew every so often."""
+    """Outcomes of scheduled retrains."""
 
     under_way = gauge("springtide_retrain_under_way", "1 while a scheduled retrain is under way.")
     due = gauge(
@@ -706,7 +706,7 @@ class RetrainMetrics(Metrics):
 
 
 class StorageMetrics(Metrics):
-    """What each process that keeps something says of the disk: of the parts of `storage.budget_gb` that it owns."""
+    """Disk usage, as each process reports it for the parts of `storage.budget_gb` that it owns."""
 
     used_bytes = gauge(
         "springtide_storage_used_bytes",
@@ -725,7 +725,7 @@ class StorageMetrics(Metrics):
 
 
 class SharedMetrics(Metrics):
-    """What each process says that keeps a shared registry in step: the trainer, and one process of each host."""
+    """Metrics of a process that syncs a shared registry: the trainer, and one process of each host."""
 
     requests = counter(
         "springtide_shared_requests",
@@ -745,7 +745,7 @@ class SharedMetrics(Metrics):
 
 
 class KernelMetrics(Metrics):
-    """What each process says of the kernels that it compiles, or loads from the cache, before it is ready."""
+    """Progress of a process in compiling or loading its kernels before it is ready."""
 
     total = gauge("springtide_kernels_total", "Kernels that this process prepares at its start.")
     ready = gauge(
@@ -775,7 +775,7 @@ PROCESSES = (
 
 
 def names() -> frozenset[str]:
-    """Every series name that some process offers, with the suffixes that Prometheus adds.
+    """The names of all series that some process exposes, with the suffixes that Prometheus adds.
 
     >>> "springtide_stream_events_total" in names(), "springtide_trainer_step_seconds_bucket" in names()
     (True, True)
@@ -793,7 +793,7 @@ def names() -> frozenset[str]:
 
 
 class BuildMetrics(Metrics):
-    """What each process says of the software it runs."""
+    """The versions of the software that a process runs."""
 
     info = gauge(
         "springtide_build_info",
@@ -815,22 +815,22 @@ OF_ANY_PROCESS = {
     "process_open_fds": "Open files and sockets.",
     "process_max_fds": "How many there may be.",
 }
-"""What each process offers under the names that are the same everywhere; of several workers sums, their parent's included."""
+"""Standard process metrics, which every process exposes. For several workers they are sums, including the parent."""
 
 
 def add_process(registry: CollectorRegistry) -> None:
-    """Adds what a process says of itself and of the software it runs."""
+    """Adds the process metrics and the build info."""
     ProcessCollector(registry=registry)
     say_build(registry)
 
 
 def say_build(registry: CollectorRegistry) -> None:
-    """Adds which software a process runs."""
+    """Adds the build info."""
     BuildMetrics(registry).info.labels(**build()).set(1)
 
 
 def serve(registry: CollectorRegistry, port: int, host: str = "127.0.0.1") -> Callable[[], None]:
-    """Offers `registry` and what is to be said of the process, as `offer` does.
+    """Adds the process metrics to `registry` and exposes it, as `offer` does.
 
     Raises:
         PortTaken: The port is in use.
@@ -840,9 +840,9 @@ def serve(registry: CollectorRegistry, port: int, host: str = "127.0.0.1") -> Ca
 
 
 def offer(registry: CollectorRegistry, port: int, host: str) -> Callable[[], None]:
-    """Offers `registry` as it is on http://host:port/metrics from a daemon thread; returns the function that stops it.
+    """Exposes `registry` on http://host:port/metrics from a daemon thread; returns a function that stops it.
 
-    Who asks for OpenMetrics gets it.
+    Clients that request OpenMetrics get that format.
 
     Raises:
         PortTaken: The port is in use.
@@ -866,7 +866,7 @@ def offer(registry: CollectorRegistry, port: int, host: str) -> Callable[[], Non
 
 @contextmanager
 def served(port: int, host: str = "127.0.0.1") -> Iterator[CollectorRegistry]:
-    """A registry that is offered on http://host:port/metrics meanwhile.
+    """A registry that is exposed on http://host:port/metrics within the block.
 
     Raises:
         PortTaken: The port is in use.

@@ -1,8 +1,8 @@
-"""Positions in a log: sources, ranges and what became of each offset, and gaps.
+"""Positions in a log: sources, ranges with the outcome of each offset, and gaps.
 
 A position names the topic by its id, never by its name: a recreated topic is
-another topic. Everything here is a value; who stores it, and in which
-transaction, is the business of `state/history/store.py` and `state/registry/registry.py`.
+another topic. Everything here is a value; `state/history/store.py` and
+`state/registry/registry.py` store positions in their transactions.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-UNPLACED = ("joined", "expired", "dropped")  # no offsets of their own
-# Named only where there are any.
+UNPLACED = ("joined", "expired", "dropped")  # they have no offsets of their own
+# Included only if not 0.
 RARE = ("gap", "opened", "feedback", "joined", "expired", "dropped", "masked", "elsewhere")
 MOST_LEARNED = 17  # rows at one position: its own or one it joins, and twice `MOST_EXPIRED` of streaming/attribution.py
-SHARES = 64  # of the users of a partition, see `share_of`; a bucket is one or some of them
+SHARES = 64  # shares of a partition's users, see `share_of`; a bucket is one or more of them
 _TOPIC_ID = re.compile(r"[0-9a-f]{32}")
 
 
 class Source(NamedTuple):
-    """One totally ordered stream of positions: a partition, or one bucket of its users.
+    """One totally ordered sequence of positions: a partition, or one bucket of its users.
 
-    A bucket counts all offsets of its partition; those of other buckets' users are `elsewhere` for it.
+    A bucket counts all offsets of its partition; it counts those of other buckets' users as `elsewhere`.
 
     Attributes:
         topic_id: The topic's id, 32 hexadecimal digits.
         partition: The partition's number.
-        bucket: Which of the partition's users: those whose share leaves this rest by `buckets`; 0 in the local form.
-        buckets: How many buckets there are, a divisor of `SHARES`; 1 in the local form.
+        bucket: The bucket of users: those whose share modulo `buckets` equals it; 0 in the local form.
+        buckets: The number of buckets, a divisor of `SHARES`; 1 in the local form.
     """
 
     topic_id: str
@@ -50,7 +50,7 @@ class Source(NamedTuple):
         return int(self.topic_id[:8], 16)
 
     def has(self, user: int) -> bool:
-        """Whether a user is one of its bucket.
+        """Whether a user belongs to the source's bucket.
 
         >>> Source("ab" * 16, 3).has(7), Source("ab" * 16, 3, 1, 4).has(9), Source("ab" * 16, 3, 1, 4).has(8)
         (True, True, False)
@@ -58,7 +58,7 @@ class Source(NamedTuple):
         return user % SHARES % self.buckets == self.bucket
 
     def __str__(self) -> str:
-        """`topic id:partition`, with the bucket where there are several.
+        """`topic id:partition`, followed by the bucket if there are several.
 
         >>> str(Source("ab" * 16, 3))
         'abababababababababababababababab:3'
@@ -68,7 +68,7 @@ class Source(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        """The source that `str` wrote.
+        """Parses the output of `str`.
 
         >>> Source.parse(str(Source("ab" * 16, 3, 1, 4))) == Source("ab" * 16, 3, 1, 4)
         True
@@ -84,7 +84,7 @@ class Source(NamedTuple):
 
 
 def share_of(user: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """`[n]` int64, which of the `SHARES` shares of a partition's users each of `[n]` uint64 is in; pseudonyms are random.
+    """The share of each user, `[n]` int64, of the `SHARES` shares of a partition's users; pseudonyms are random.
 
     >>> share_of(np.array([5, 64, 2**64 - 1], np.uint64)).tolist()
     [5, 0, 63]
@@ -97,9 +97,9 @@ class Gap:
     """The positions `[first, next)` of a source that are missing.
 
     Attributes:
-        source: Whose.
-        first: The first one.
-        next: The one after the last.
+        source: The source.
+        first: The first missing position.
+        next: The position after the last one.
     """
 
     source: Source
@@ -108,12 +108,12 @@ class Gap:
 
     @property
     def positions(self) -> int:
-        """How many."""
+        """The number of positions."""
         return self.next - self.first
 
     @property
     def place(self) -> str:
-        """As `--accept-gap` takes it; both ends are included.
+        """The gap in the form of `--accept-gap`; both ends are included.
 
         >>> Gap(Source("ab" * 16, 3), 10, 20).place
         'abababab:3:10-19'
@@ -121,7 +121,7 @@ class Gap:
         return f"{self.source.topic_id[:8]}:{self.source.partition}:{self.first}-{self.next - 1}"
 
     def __str__(self) -> str:
-        """Partition, both ends and the number.
+        """Partition, both ends and the number of positions.
 
         >>> str(Gap(Source("ab" * 16, 3), 10, 20))
         'partition 3, positions 10 to 19 (10)'
@@ -131,24 +131,24 @@ class Gap:
 
 @dataclass(frozen=True, slots=True)
 class Range:
-    """The contiguous offsets `[first, next)` of one source and what became of them.
+    """The contiguous offsets `[first, next)` of one source, with counts of their outcomes.
 
     Attributes:
-        source: Whose offsets these are.
+        source: The source.
         first: The first offset.
         next: The offset after the last one.
         rows: How many became rows.
         dead: How many went to the dead letters.
         filtered: How many were left out on purpose (too old, a tombstone).
-        absent: How many hold no record: transaction markers, aborted, compacted.
-        gap: How many were deleted before anybody read them, a loss that an operator accepted.
+        absent: How many have no record: transaction markers, aborted, compacted.
+        gap: How many were deleted before they were read, a loss that an operator accepted.
         opened: How many are impressions whose label comes later.
-        feedback: How many are outcomes, which only histories gain.
+        feedback: How many are outcomes, which update only the histories.
         joined: Earlier impressions that outcomes here labelled: rows without an offset of their own.
-        expired: Earlier impressions whose wait was over here: likewise.
-        dropped: Of `opened`, how many could not wait.
-        masked: How many control's mask left out.
-        elsewhere: How many are of users of other buckets, or of nobody, which the first bucket counts.
+        expired: Earlier impressions whose wait ended here: likewise.
+        dropped: How many of `opened` could not wait.
+        masked: How many the mask of the control file left out.
+        elsewhere: How many belong to users of other buckets. Offsets without a user count in the first bucket.
     """
 
     source: Source
@@ -180,7 +180,7 @@ class Range:
 
     @property
     def outcomes(self) -> dict[str, int]:
-        """The number of offsets by outcome, and of rows without one; those of `RARE` only where there are any.
+        """The counts by outcome; those of `RARE` are included only if not 0.
 
         >>> Range(Source("ab" * 16, 0), 5, 8, rows=2, dead=1).outcomes
         {'rows': 2, 'dead': 1, 'filtered': 0, 'absent': 0}
@@ -193,7 +193,7 @@ COUNTED = tuple(one.name for one in fields(Range))[3:]
 
 
 def merge_ranges(earlier: Range, later: Range) -> Range:
-    """The one range that two adjacent ranges of a source make.
+    """Merges two adjacent ranges of a source.
 
     >>> source = Source("ab" * 16, 0)
     >>> merged = merge_ranges(Range(source, 0, 2, rows=2), Range(source, 2, 5, rows=1, absent=2))
@@ -201,7 +201,7 @@ def merge_ranges(earlier: Range, later: Range) -> Range:
     (0, 5, 3, 2)
 
     Raises:
-        ValueError: They are of different sources, or `later` does not begin where `earlier` ends.
+        ValueError: The sources differ, or `later` does not begin where `earlier` ends.
     """
     if earlier.source != later.source or earlier.next != later.first:
         raise ValueError(
@@ -219,24 +219,24 @@ def merge_ranges(earlier: Range, later: Range) -> Range:
 def split_range(
     whole: Range, at: int, rows_before: int, others: Mapping[str, int] | None = None
 ) -> tuple[Range, Range]:
-    """Cuts `whole` before offset `at`, where `rows_before` of its rows lie below.
+    """Splits `whole` before offset `at`, with `rows_before` of its rows in the first part.
 
-    A range says how many offsets were dead, filtered and absent, and not
-    which: the part before takes the dead first, then the filtered, the masked,
-    the absent, those elsewhere and the gap. The sums over both parts are those of the whole.
+    A range counts dead, filtered and absent offsets, but does not say which they
+    are. So the first part takes the dead first, then the filtered, the masked, the
+    absent, those elsewhere and the gap. The sums over both parts equal the whole.
 
     Args:
         whole: The range.
         at: The first offset of the later part.
-        rows_before: Its `rows` below.
-        others: Its `opened`, `feedback`, `joined`, `expired`, `dropped` below; none by default.
+        rows_before: Its `rows` below `at`.
+        others: Its `opened`, `feedback`, `joined`, `expired`, `dropped` below `at`; by default none.
 
     >>> before, after = split_range(Range(Source("ab" * 16, 0), 0, 10, rows=7, dead=1, absent=2), at=5, rows_before=3)
     >>> before.outcomes, after.outcomes["rows"], after.outcomes["absent"]
     ({'rows': 3, 'dead': 1, 'filtered': 0, 'absent': 1}, 4, 1)
 
     Raises:
-        ValueError: The rows and outcomes cannot be divided so.
+        ValueError: The rows and outcomes cannot be divided this way.
     """
     before = {"opened": 0, "feedback": 0, **(others or {}), "rows": rows_before}
     rest = at - whole.first - rows_before - before["opened"] - before["feedback"]
@@ -249,7 +249,7 @@ def split_range(
 
 
 def to_json(part: Range) -> dict[str, Any]:
-    """`part` as a JSON object; bucket and buckets only where a partition has several.
+    """Encodes a range as a JSON object; bucket and buckets only if a partition has several.
 
     >>> from_json(to_json(Range(Source("ab" * 16, 1), 3, 4, dead=1))).dead
     1
@@ -267,10 +267,10 @@ def to_json(part: Range) -> dict[str, Any]:
 
 
 def from_json(document: Mapping[str, Any]) -> Range:
-    """The range that `to_json` wrote.
+    """Decodes the output of `to_json`.
 
     Raises:
-        ValueError: A field is missing, of another type, or the outcomes do not add up.
+        ValueError: A field is missing or has another type, or the outcomes do not add up.
     """
     topic_id = document.get("topic_id")
     if not isinstance(topic_id, str) or not _TOPIC_ID.fullmatch(topic_id):
@@ -287,7 +287,7 @@ def from_json(document: Mapping[str, Any]) -> Range:
 
 
 def positions_after(ranges: Iterable[Range]) -> dict[Source, int]:
-    """The next offset of each source once `ranges` (in order) are done.
+    """The next offset of each source after `ranges`, which are in order.
 
     >>> positions_after([Range(Source("ab" * 16, 0), 0, 2, rows=2)])[Source("ab" * 16, 0)]
     2

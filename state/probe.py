@@ -1,9 +1,10 @@
-"""The probe of a version: made-up inputs that everybody makes alike, and the trainer's own answers to them.
+"""The probe of a version: fixed synthetic inputs, and the trainer's outputs for them.
 
     probe.<output>   `[64, ...]` float32, among the tensors of a version that answers need
 
-Who is about to answer with a version asks its program the same, and compares.
-Inputs are made of integers alone, so that a later NumPy makes the same.
+A host that is about to serve a version runs its program on the same inputs and
+compares. The inputs are derived from integers alone, so that later NumPy
+releases give the same values.
 """
 
 from __future__ import annotations
@@ -22,27 +23,27 @@ F32 = npt.NDArray[np.float32]
 ROWS = 64
 PREFIX = "probe."
 TOLERANCE = 1e-5
-"""Largest difference of an answer, relative to 1 + the largest of what the trainer answers to the same question."""
+"""Largest allowed difference of an output, relative to 1 + the trainer's largest output for the same row."""
 
 _NOT_THERE = 1e8
-"""Logits of candidates that are not there lie beyond."""
+"""Logits of absent candidates are beyond this value."""
 
 WHOLE = frozenset(
     (
         "features", "category_windows", "recent_next", "popular_next", "successor_next", "sequence_actions", "sequence_ages",
     )
 )  # fmt: skip
-"""Inputs that are whole numbers; those that end in `_mask` are 0 or 1, all others are rows."""
+"""Inputs with integer values. Inputs whose name ends in `_mask` are 0 or 1; all others are embedding rows."""
 
 
 def inputs(shapes: Mapping[str, tuple[int | None, ...]]) -> dict[str, F32]:
-    """The probe's inputs of a program or model.
+    """The probe's inputs for a program or model.
 
     >>> inputs({"features": (None, 2), "popular_rows": (3, 1)})["features"][:1].tolist()
     [[0.0, 0.0]]
 
     Args:
-        shapes: Of its inputs by name; None or -1 stands for rows.
+        shapes: Input name -> shape; None or -1 means the number of rows.
     """
     return {name: _values(name, tuple(_size(one) for one in shape)) for name, shape in shapes.items()}
 
@@ -54,7 +55,7 @@ def _size(of: int | None) -> int:
 def _values(name: str, shape: tuple[int, ...]) -> F32:
     drawn = _drawn(name, int(np.prod(shape))).reshape(shape)
     if name in WHOLE:
-        # Twelve bits, of which the upper ones are taken: windows of all sizes that there are.
+        # Twelve bits, shifted right at random: windows of all magnitudes.
         whole = (drawn >> np.uint64(52)) >> (drawn & np.uint64(7))
         whole[0] = 0
         return whole.astype(np.float32)
@@ -64,7 +65,7 @@ def _values(name: str, shape: tuple[int, ...]) -> F32:
 
 
 def _drawn(name: str, count: int) -> npt.NDArray[np.uint64]:
-    """`count` numbers of 64 bits that look like chance: the finaliser of SplitMix64 over a running number."""
+    """`count` pseudorandom 64-bit numbers: SplitMix64's finaliser applied to a counter."""
     with np.errstate(over="ignore"):
         mixed = np.arange(count, dtype=np.uint64) + (np.uint64(zlib.crc32(name.encode())) << np.uint64(32))
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -74,28 +75,28 @@ def _drawn(name: str, count: int) -> npt.NDArray[np.uint64]:
 
 
 def answers_in(tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, F32]:
-    """The trainer's answers by output; none in a version of an earlier release."""
+    """The trainer's outputs by name; empty for a version of an earlier release."""
     return {name.removeprefix(PREFIX): value for name, value in tensors.items() if name.startswith(PREFIX)}
 
 
 def without(tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[Any]]:
-    """What of a version is the trainer's state."""
+    """The tensors of a version without the probe: the trainer's state."""
     return {name: value for name, value in tensors.items() if not name.startswith(PREFIX)}
 
 
 def check(version: int, trained: Mapping[str, F32], answered: Mapping[str, F32]) -> float:
-    """The largest difference of all outputs.
+    """Compares a host's probe outputs with the trainer's; returns the largest difference.
 
     >>> round(check(7, {"vector": np.array([[1.0, 3.0]])}, {"vector": np.array([[1.000008, 3.0]])}), 7)
     2e-06
 
     Args:
-        version: Its number, for the error.
-        trained: By output, `[n, ...]` float32: the trainer's answers.
-        answered: Likewise those to compare.
+        version: The version's number, for the error.
+        trained: Output name -> the trainer's outputs, `[n, ...]` float32.
+        answered: Output name -> the outputs to compare.
 
     Raises:
-        ProgramError: One differs by more than `TOLERANCE`, or is missing.
+        ProgramError: An output differs by more than `TOLERANCE`, or is missing.
     """
     scales, largest = _scales(trained), 0.0
     for name, expected in trained.items():
@@ -110,7 +111,7 @@ def check(version: int, trained: Mapping[str, F32], answered: Mapping[str, F32])
 
 
 def _scales(trained: Mapping[str, F32]) -> npt.NDArray[np.float64]:
-    """1 + the largest of each row's outputs, `[n]`: what their rounding is relative to.
+    """1 + the largest output of each row, `[n]`: the scale of its rounding errors.
 
     >>> _scales({"popular_logits": np.array([[3.0, -1e9]]), "engagement_logit": np.array([-5.0])}).tolist()
     [6.0]
@@ -124,10 +125,10 @@ def _scales(trained: Mapping[str, F32]) -> npt.NDArray[np.float64]:
 
 
 def _difference(answered: F32, expected: F32, scales: npt.NDArray[np.float64]) -> float:
-    """The largest of all rows; infinite where shapes differ or one is not a number."""
+    """The largest difference over all rows; infinite if shapes differ or a value is NaN."""
     if answered.shape != expected.shape:
         return float("inf")
     ours, theirs = (one.reshape(len(one), -1).astype(np.float64) for one in (answered, expected))
-    # The logit of a candidate that is not there is its own scale.
+    # The logit of an absent candidate is its own scale.
     apart = np.abs(ours - theirs) / np.where(np.abs(theirs) < _NOT_THERE, scales[:, None], np.abs(theirs))
     return float(np.nan_to_num(apart, nan=np.inf).max(initial=0.0))

@@ -1,1 +1,1 @@
-"""What is known of users and items beside their clicks."""
+"""Attributes of users and items, read from compacted topics."""

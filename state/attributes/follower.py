@@ -1,12 +1,14 @@
-"""Follows a topic of attributes into the store: the last record of a key wins, a tombstone removes.
+"""Follows a compacted topic of attributes and writes them to the store.
 
-1. Records are read by position; what was read is stored beside the attributes.
-2. A record that says nothing (no key, no JSON object, a wrong type) is refused
-   with a reason, reported before the positions move, and changes nothing.
+The last record of a key wins, and a tombstone removes the key.
+
+1. Records are read by position. The store keeps the positions next to the attributes.
+2. An invalid record (no key, no JSON object, a wrong type) changes nothing. It
+   is reported with a reason before the positions move.
 3. The newest record of each key and the positions are one commit.
 
-The topic is read again from its beginning where the store belongs to other
-fields, another salt or another topic, or where positions are gone.
+The topic is read again from its beginning if the store has other fields,
+another salt or another topic, or if its positions are out of range.
 """
 
 from __future__ import annotations
@@ -40,15 +42,15 @@ Report = Callable[[Sequence[DeadLetter]], None]
 
 
 class AttributeFollower:
-    """Keeps one side of the store up with its topic. One thread, the store's only writer.
+    """Keeps one side of the store (users or items) up to date with its topic. One thread, the store's only writer.
 
     Args:
-        kafka: How to connect.
-        topic: Its name.
-        table: What a record says.
-        salt: Of the users' pseudonyms.
-        store: Where attributes go.
-        report: Takes refused records; when it returns they are told for good.
+        kafka: Connection settings.
+        topic: Name of the topic.
+        table: Decodes records.
+        salt: Salt of the user pseudonyms.
+        store: Destination of the attributes.
+        report: Receives refused records. When it returns, they are durably reported.
         most_bytes: Larger records are refused.
     """
 
@@ -82,15 +84,15 @@ class AttributeFollower:
 
     @property
     def unread(self) -> int:
-        """Positions between ours and where the topic ended when it was connected."""
+        """Positions between the follower's position and the topic's end as of `connect`."""
         return sum(max(0, end - self.place.next.get(partition, 0)) for partition, end in self._ends.items())
 
     def connect(self) -> None:
-        """Begins to read where the store ends.
+        """Starts to read at the position that the store holds.
 
         Raises:
             UnknownTopic: There is no such topic.
-            LogError: No broker answered, or the cluster refused.
+            LogError: No broker answered, or the cluster refused the request.
         """
         with Topics(self._kafka) as topics:
             topic_id, ends = topics.describe(self._topic).topic_id, topics.ends(self._topic)
@@ -111,17 +113,17 @@ class AttributeFollower:
         self._note_end()
 
     def disconnect(self) -> None:
-        """Closes the reader; `connect` goes on where the store ends."""
+        """Closes the reader; `connect` resumes at the position that the store holds."""
         if self._reader is not None:
             self._reader.close()
             self._reader = None
 
     def step(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> list[int]:
-        """Takes what has arrived, waiting at most `timeout_s`; returns the ids whose attributes changed.
+        """Polls for at most `timeout_s` and commits the records; returns the ids whose attributes changed.
 
         Raises:
-            LogError: The topic cannot be read on; `disconnect` and `connect` again.
-            StoreFull: Nothing of this step was kept.
+            LogError: Reading cannot continue; call `disconnect` and `connect`.
+            StoreFull: Nothing of this step was committed.
         """
         assert self._reader is not None
         changed: list[int] = []
@@ -151,7 +153,7 @@ class AttributeFollower:
         passed = sum(counts[name] for name in OUTCOMES) - sum(self.place.counts.values())
         counts["absent"] += batch.next - batch.first - passed
         if bad:
-            # Told first: a crash in between tells it twice, and never not at all.
+            # Report before the commit: a crash in between reports the records twice rather than never.
             self._report(bad)
         killpoints.reach("attributes.reported")
         self.place = replace(self.place, next={**self.place.next, batch.partition: batch.next}, counts=dict(counts))
@@ -161,7 +163,7 @@ class AttributeFollower:
         return list(changes)
 
     def _note_end(self, commit: bool = True) -> None:
-        """Remembers that the topic was once read to where it ended."""
+        """Records that the topic was once read up to its end."""
         if self.place.caught_up or self.unread:
             return
         self.place = replace(self.place, caught_up=True)
@@ -178,13 +180,13 @@ class AttributeFollower:
 
 
 def follow(followers: Sequence[AttributeFollower], timeout_s: float) -> dict[str, list[int]]:
-    """One round over both sides; one whose positions are gone is read anew in the next round.
+    """Runs one step of each follower. One whose positions are gone reads from the beginning in the next call.
 
     Returns:
-        By side the ids whose attributes changed.
+        The ids whose attributes changed, by side.
 
     Raises:
-        LogError: A topic cannot be read now; what was read is kept.
+        LogError: A topic cannot be read now; what was committed stays.
     """
     changed: dict[str, list[int]] = {}
     for one in followers:
@@ -205,17 +207,17 @@ def keep_following(
     meanwhile: str,
     room: Room | None = None,
 ) -> None:
-    """Follows until `stop`; a broker that is away, a topic that is gone or a disk that is full costs only time.
+    """Follows until `stop` is set. An unreachable broker, a missing topic or a full disk is retried.
 
     Args:
-        followers: Of both sides.
-        stop: Ends it.
-        take: Is told a side and the ids whose attributes changed.
-        meanwhile: What goes on while a topic cannot be read, for the log.
-        room: Counts how often the store had none.
+        followers: The followers of both sides.
+        stop: Set it to end the loop.
+        take: Called with a side and the ids whose attributes changed.
+        meanwhile: What continues while a topic cannot be read, for the log message.
+        room: Counts how often the store was full.
 
     Raises:
-        StoreError: The store cannot be written, though there is room.
+        StoreError: The store cannot be written, though it is not full.
     """
     say = SaidOnce(logger.warning)
     while not stop.is_set():
@@ -224,11 +226,11 @@ def keep_following(
             for side, ids in changed.items():
                 take(side, ids)
             say.clear()
-            # What was refused is read again; a look that finds nothing yet says nothing of room.
+            # A refused batch is read again. A poll without records does not show that there is room again.
             if room is not None and (any(changed.values()) or not any(one.unread for one in followers)):
                 room.found("following attributes")
         except (LogError, StoreFull) as error:
-            # The store has how far it was read: that is where it is read on.
+            # The store holds the committed positions; reading resumes there.
             if room is not None and isinstance(error, StoreFull):
                 room.refused(error, "following attributes")
             else:
@@ -239,7 +241,7 @@ def keep_following(
 
 
 def _is_gone(ours: Mapping[int, int], ends: Mapping[int, tuple[int, int]]) -> bool:
-    """Whether a position is not in the log any more, or not yet.
+    """Whether a position is outside the offsets that the log holds.
 
     >>> _is_gone({0: 5}, {0: (5, 9), 1: (0, 3)}), _is_gone({0: 4}, {0: (5, 9)}), _is_gone({1: 0}, {0: (0, 0)})
     (False, True, True)

@@ -1,11 +1,11 @@
-"""The newest attributes of each user and item in LMDB, committed together with how far their topics were read.
+"""The newest attributes of each user and item in LMDB, committed together with the positions in their topics.
 
     user, item   id u64 BE -> the attributes' ids, u64 LE each, then their texts as JSON
     meta         user, item -> `TopicPosition` as JSON; format
 
 The store is derived: a compacted topic still has the newest record of each
-key. Where it cannot be trusted (a power cut, damage, other settings, another
-topic) it is begun anew and the topic is read from its beginning.
+key. If the store cannot be trusted (a power cut, damage, other settings,
+another topic), it is cleared and the topic is read from its beginning.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ OUTCOMES = ("value", "removed", "dead", "absent")
 
 @dataclass(frozen=True)
 class TopicPosition:
-    """How far one topic was read, and by whose rules.
+    """The position in one topic, and which settings the attributes were built with.
 
     Attributes:
-        identity: Of the fields and the salt that the ids were made with.
-        topic_id: Of the topic; positions in another one do not count.
+        identity: Digest of the fields and the salt that the ids were made with.
+        topic_id: Id of the topic; positions in another topic are invalid.
         next: Partition -> next offset.
-        counts: Positions passed by outcome, of `OUTCOMES`.
-        caught_up: Whether the topic was once read to where it ended at the start.
+        counts: Positions passed, by outcome (`OUTCOMES`).
+        caught_up: Whether the topic was once read up to its end at connect time.
     """
 
     identity: str
@@ -47,13 +47,13 @@ class AttributeStore(CompactStore):
 
     Args:
         path: The store's directory.
-        map_bytes: The most it may grow to.
-        readonly: For readers; the writer must have made it.
-        boot_id: Which start of the machine this is; by default the kernel's.
+        map_bytes: Its maximum size.
+        readonly: True for readers; the writer must have created the store.
+        boot_id: The boot id of this machine; by default the kernel's.
 
     Raises:
-        CorruptStore: It cannot be trusted; see `open_anew`.
-        StoreError: It cannot be opened.
+        CorruptStore: The store cannot be trusted; see `open_anew`.
+        StoreError: The store cannot be opened.
     """
 
     noun = "attributes"
@@ -64,12 +64,12 @@ class AttributeStore(CompactStore):
     origin = "Kafka"
 
     def read_many(self, side: str, ids: Sequence[int]) -> list[bytes | None]:
-        """The values of several ids as of one moment; see `unpack`."""
+        """The values of several ids in one snapshot; decode them with `ids_in` and `texts_in`."""
         with self._env.begin(db=self._databases[side], buffers=False) as transaction:
             return [transaction.get(one.to_bytes(8, "big")) for one in ids]
 
     def place(self, side: str) -> TopicPosition | None:
-        """How far the side's topic was read; None before anything was."""
+        """The position in the side's topic; None if nothing was read yet."""
         with self._env.begin(db=self._meta) as transaction:
             stored = transaction.get(side.encode())
         if stored is None:
@@ -78,16 +78,16 @@ class AttributeStore(CompactStore):
         return TopicPosition(**fields | {"next": {int(partition): at for partition, at in fields["next"].items()}})
 
     def count(self, side: str) -> int:
-        """How many ids have attributes."""
+        """The number of ids that have attributes."""
         with self._env.begin() as transaction:
             return int(transaction.stat(self._databases[side])["entries"])
 
     def commit(self, side: str, changes: Mapping[int, bytes | None], place: TopicPosition) -> None:
-        """Sets the values that changed, None to remove one, and how far the topic was read: all or nothing.
+        """Sets or removes (None) the changed values and stores the position, in one transaction.
 
         Raises:
             StoreFull: The map or the disk is full; nothing was changed.
-            UnusableDisk: The disk refused; nothing was changed.
+            UnusableDisk: The disk refused the write; nothing was changed.
         """
         with self._write() as transaction:
             for one, value in changes.items():
@@ -99,14 +99,14 @@ class AttributeStore(CompactStore):
             transaction.put(side.encode(), json.dumps(asdict(place)).encode(), db=self._meta)
 
     def begin_anew(self, side: str, place: TopicPosition) -> None:
-        """Forgets a side; its topic is read again from `place`."""
+        """Clears a side and sets its position; the topic is read again from `place`."""
         with self._write() as transaction:
             transaction.drop(self._databases[side], delete=False)
             transaction.put(side.encode(), json.dumps(asdict(place)).encode(), db=self._meta)
 
 
 def pack(ids: Sequence[int], texts: Sequence[str | None]) -> bytes:
-    """A value: `ids` and their texts, in the order of the attributes."""
+    """Encodes a value: `ids` and their texts, in the order of the attributes."""
     return np.array(ids, "<u8").tobytes() + json.dumps(texts, separators=(",", ":"), ensure_ascii=False).encode()
 
 

@@ -1,14 +1,14 @@
-"""Attributes of users and items: what a record of their compacted topics says, and the ids of what it says.
+"""Attributes of users and items: decodes the records of their compacted topics, and derives the ids of the values.
 
 Each attribute of a user or an item is one of
 
     a value     the id of "user:age_band=25-34"
-    none        the id of "user:age_band": there is a record, and it has no such value (null, "" or left out)
-    unknown     the id of "user:age_band?": there is no record, or a tombstone took it away
+    none        the id of "user:age_band": there is a record, but it has no such value (null, "" or missing)
+    unknown     the id of "user:age_band?": there is no record, or a tombstone removed it
 
-None and unknown are values like any other for the model: somebody who does not
-tell the age is not somebody whom the CRM does not know. Numbers become bands.
-The last record of a key wins. Pure.
+To the model, none and unknown are values like any other: a user who does not
+state an age differs from a user that the CRM does not know. Numbers become
+bands. The last record of a key wins. The module has no side effects.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ _decode = msgspec.json.Decoder(dict[str, Any]).decode
 
 
 class Joined(NamedTuple):
-    """The attributes of n rows as of when they were joined.
+    """The attributes of n rows, as of the time of the join.
 
     Attributes:
         user: `[n, Au]` uint64 ids of the users' attributes.
         item: `[n, Ai]` uint64 ids of the items' attributes; 0 where the row has no item.
-        names: Of values not announced for some time, their text by id.
+        names: Id -> text, for values that were not announced recently.
         fields: The names of the attributes of users and of items.
     """
 
@@ -58,7 +58,7 @@ class Joined(NamedTuple):
 
 
 def band(value: float, edges: Sequence[float]) -> str:
-    """The band of a number: its lower edge belongs to it.
+    """The band of a number. The lower edge belongs to the band.
 
     >>> [band(value, (10.0, 50.0)) for value in (9.5, 10, 50)]
     ['<10', '10-50', '>=50']
@@ -70,13 +70,13 @@ def band(value: float, edges: Sequence[float]) -> str:
 
 
 def id_of(key: bytes | None) -> str:
-    """The plain id that a record's key is.
+    """Decodes the plain id in a record's key.
 
     >>> id_of(b"ada")
     'ada'
 
     Raises:
-        DecodeError: It has no key, an empty one, or one that is no text.
+        DecodeError: The key is missing, empty, or not valid UTF-8.
     """
     if not key:
         raise DecodeError(Reason.MISSING_FIELD if key is None else Reason.EMPTY_ID)
@@ -87,16 +87,16 @@ def id_of(key: bytes | None) -> str:
 
 
 class AttributeTable:
-    """The attributes of one side, and what a record says of them.
+    """The attributes of one side: decodes records and computes ids.
 
     Args:
-        side: user or item.
-        fields: A of them.
+        side: `user` or `item`.
+        fields: The A attributes.
 
     Attributes:
-        names: Of the attributes.
-        unknown: `[A]` uint64, the ids of whoever has no record.
-        digest: Of all that decides which ids a record has.
+        names: The names of the attributes.
+        unknown: `[A]` uint64, the ids used where there is no record.
+        digest: Digest of everything that determines a record's ids.
     """
 
     def __init__(self, side: str, fields: Sequence[Field]) -> None:
@@ -109,21 +109,21 @@ class AttributeTable:
         self._ids: dict[tuple[str, str | None], int] = {}
 
     def unknown_id(self, name: str) -> int:
-        """The id of an attribute of whoever has no record."""
+        """The id of an attribute where there is no record."""
         return public_id(f"{self.side}:{name}?")
 
     def none_id(self, name: str) -> int:
-        """The id of an attribute that the record has no value for."""
+        """The id of an attribute where the record has no value for it."""
         return public_id(f"{self.side}:{name}")
 
     def read(self, value: bytes, most_bytes: int = MOST_BYTES) -> list[str | None]:
-        """The values in a record of at most `most_bytes`, as text, in the order of the attributes; None for none.
+        """The values in a record as text, in the order of the attributes; None where there is no value.
 
         >>> AttributeTable("item", fields_of(["brand", "price:10|50"])).read(b'{"price": 12, "brand": null, "more": 1}')
         [None, '10-50']
 
         Raises:
-            DecodeError: It is too large or no JSON object, or a value is no text, number or truth value.
+            DecodeError: The record exceeds `most_bytes` or is no JSON object, or a value has another type.
         """
         if len(value) > most_bytes:
             raise DecodeError(Reason.TOO_LARGE)
@@ -134,7 +134,7 @@ class AttributeTable:
         return [_text(one, record.get(one.path)) for one in self.fields]
 
     def ids(self, texts: Sequence[str | None]) -> list[int]:
-        """The ids of what `read` found."""
+        """The ids of the texts that `read` returned."""
         return [self._id(name, text) for name, text in zip(self.names, texts, strict=True)]
 
     def _id(self, name: str, text: str | None) -> int:
@@ -153,7 +153,7 @@ def _text(one: Field, value: Any) -> str | None:
     """A value as text, or the band of a number.
 
     Raises:
-        DecodeError: It is of another type than allowed, or not finite.
+        DecodeError: The type is not allowed, or the number is not finite.
     """
     if value is None or value == "":
         return None
@@ -171,7 +171,7 @@ def _text(one: Field, value: Any) -> str | None:
 
 
 def tables_of(settings: Attributes) -> dict[str, AttributeTable]:
-    """The sides that have a topic, users first.
+    """The tables of the sides that have a topic, users first.
 
     >>> list(tables_of(Attributes(item_topic="items", item_fields=("brand",))))
     ['item']

@@ -1,1 +1,1 @@
-"""What trainer and serving agree on of churn: at which moments it is asked, by which inputs, and how a version tells it."""
+"""The churn model's contract between trainer and serving: its moments, its inputs, and its tensors in a version."""

@@ -1,15 +1,15 @@
-"""The inputs of churn: the windows before a user's latest event, what that event was, and how long ago it is.
+"""The inputs of the churn model: the windows before a user's latest event, that event's action, and its age.
 
-They are a row's own windows, bit for bit, whenever they are asked for: only the
-age grows. Windows as of the moment itself could not be had from a row.
+The windows are the row's own, bit for bit, at whatever moment churn is asked:
+only the age grows. Windows as of the moment itself cannot be computed from a row.
 
 1. A constant.
 2. The windows of the user, without those of single categories: counts as
    log(1 + n), recencies and gaps as they are, in octaves.
-3. Which action the latest event was.
-4. Its age, as a logarithm, its square, and as a share of the longest age.
-5. The logarithm of the age times what says how often the user comes: gaps,
-   sessions, days. So an age counts by the user's own pace.
+3. The action of the latest event, one-hot.
+4. The age: its logarithm, the square of the logarithm, and its share of the longest age.
+5. The logarithm of the age times the features that measure how often the user
+   comes: gaps, sessions, days. So an age is relative to the user's own pace.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from state.churn.moments import Horizon
 from state.features.spec import FeatureSpec
 
 CODE = 1
-"""Raised when the same row gives other inputs, or other ones are learned from."""
+"""Raise this when the same row gives other inputs, or when training uses other inputs."""
 
 F64 = NDArray[np.float64]
 U16 = NDArray[np.uint16]
@@ -36,16 +36,16 @@ _MINUTE_MS = 60_000
 
 
 class ChurnInputs:
-    """The inputs of one feature spec.
+    """Computes the churn inputs for one feature spec.
 
     Args:
         spec: The feature spec.
-        horizon: What is asked.
+        horizon: The churn horizon.
 
     Attributes:
-        columns: `[C]` int64, which features are inputs.
-        width: I, the inputs.
-        digest: Of their meaning, 63 bits.
+        columns: `[C]` int64, the indices of the features that are inputs.
+        width: I, the number of inputs.
+        digest: 63-bit digest of the inputs' meaning.
 
     >>> made = ChurnInputs(FeatureSpec(), Horizon.of(86_400_000, FeatureSpec()))
     >>> one = np.zeros((1, len(made.columns)), np.uint16)
@@ -64,12 +64,12 @@ class ChurnInputs:
         self.digest = int.from_bytes(hashlib.sha256(told.encode()).digest()[:8], "big") >> 1
 
     def of(self, windows: U16, action: NDArray[np.uint8], age_ms: NDArray[np.int64]) -> F64:
-        """`[n, I]` float64.
+        """The inputs, `[n, I]` float64.
 
         Args:
             windows: `[n, C]` uint16, the features of `columns` before each user's latest event.
-            action: `[n]` uint8, which action that was.
-            age_ms: `[n]` int64, how long ago it was.
+            action: `[n]` uint8, the action of that event.
+            age_ms: `[n]` int64, the age of that event.
         """
         rows = len(action)
         scaled = _scales()[self._kinds[None, :], windows]
@@ -84,7 +84,7 @@ class ChurnInputs:
 
 
 def _kind(name: str) -> int:
-    """How a feature is scaled."""
+    """The scale of a feature: `_COUNT`, `_STEP` or `_THOUSANDTHS`."""
     if name.endswith("recency") or name.startswith("gap.") or name in ("session.age", "events.oldest"):
         return _STEP
     return _THOUSANDTHS if name.startswith(("clock.", "labels.top_share")) else _COUNT
@@ -92,6 +92,6 @@ def _kind(name: str) -> int:
 
 @cache
 def _scales() -> F64:
-    """`[kind, 65536]` float64: what each integer is."""
+    """`[kind, 65536]` float64: the scaled value of each integer, by kind of scale."""
     every = np.arange(65536, dtype=np.float64)
     return np.stack([np.log1p(every) / _LOG_SCALE, np.minimum(every, _LONGEST_STEP) / _OCTAVES, every / 1000])

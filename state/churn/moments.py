@@ -1,9 +1,9 @@
 """The moments at which churn is learned, and how long after the latest event it is answered.
 
-A user has churned at a moment where no event comes in the span after it. An
-event is followed by moments of which the first is drawn and the others follow
-a stride apart, until the user's next event. So each user is looked at once a
-stride, at any time of day, as often as a user is there, and mostly not at a click.
+A user has churned at a moment if no event follows within the span. After each
+event come moments, up to the user's next event: the first is drawn at random,
+the others follow one stride apart. So each user is sampled once a stride, at
+any time of day, and mostly not at a click.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from state.features.ages import DAY_MS
 from state.features.spec import FeatureSpec
 
 MOST_STRIDES = 64
-"""After an event: a short span would have moments without number in a long window."""
+"""Most moments after one event. It bounds their number where a short span meets a long window."""
 
 
 class Horizon(NamedTuple):
-    """What is asked.
+    """The time spans of a churn question.
 
     Attributes:
-        span_ms: The time in which no event comes.
-        stride_ms: Between two moments of one user.
-        reach_ms: After so long without an event nothing is learned or answered any more.
+        span_ms: The time without an event that counts as churn.
+        stride_ms: The time between two moments of one user.
+        reach_ms: After this time without an event nothing is learned or answered.
     """
 
     span_ms: int
@@ -32,7 +32,7 @@ class Horizon(NamedTuple):
 
     @classmethod
     def of(cls, span_ms: int, spec: FeatureSpec) -> Horizon:
-        """That of a span; nothing is known of a user without an event in the longest window.
+        """The horizon for a span. A user without an event in the longest window is unknown, so the reach ends there.
 
         >>> days = [part / 86_400_000 for part in Horizon.of(2 * 86_400_000, FeatureSpec())]
         >>> days

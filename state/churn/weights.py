@@ -1,10 +1,10 @@
-"""What a version tells of churn: the weights of a logistic regression, and how its logits are calibrated.
+"""The churn tensors of a version: the weights of a logistic regression, and the calibration of its logits.
 
     churn.about    `[3]` int64: the code of the inputs, the span in ms, the digest of the inputs
     churn.weights  `[2 + I]` float64: slope and intercept of the calibration, then a weight for each input
 
-A version has them once enough was learned. They stand beside the dense weights
-in serving's store, under names that no dense weight has.
+A version has them once enough was learned. Serving's store keeps them next to
+the dense weights, under names that no dense weight has.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from state.features.spec import FeatureSpec
 
 PREFIX = "churn."
 STORED = ":"
-"""Before the names of these tensors where dense weights are stored by their own names."""
+"""Prefix of these tensors' names where dense weights are stored by their own names."""
 
 STEEPEST_LOGIT = 12.0
-"""Logits beyond plus and minus this are taken for it: nothing that was learned says more."""
+"""Logits are clipped to plus and minus this value."""
 
 F64 = NDArray[np.float64]
 
@@ -35,12 +35,12 @@ _inputs_of = lru_cache(8)(ChurnInputs)
 
 @dataclass(frozen=True)
 class ChurnWeights:
-    """What answers need.
+    """The churn model as serving uses it.
 
     Attributes:
-        horizon: What is asked.
-        inputs: Of the weights.
-        slope, intercept: Of the calibration.
+        horizon: The churn horizon.
+        inputs: Computes the model's inputs.
+        slope, intercept: The calibration.
         weights: `[I]` float64.
     """
 
@@ -51,12 +51,12 @@ class ChurnWeights:
     weights: F64
 
     def probabilities(self, inputs: F64) -> F64:
-        """`[n]` float64: that no event comes in the span, by `[n, I]` float64 inputs."""
+        """The probability that no event follows within the span, `[n]` float64, from `[n, I]` float64 inputs."""
         return calibrated(inputs @ self.weights, self.slope, self.intercept)
 
 
 def calibrated(logits: F64, slope: float, intercept: float) -> F64:
-    """`[n]` float64 probabilities of `[n]` float64 logits, after Platt (1999).
+    """Calibrated probabilities, `[n]` float64, of `[n]` float64 logits, after Platt (1999).
 
     >>> calibrated(np.array([0.0, 1e9]), 1.0, 0.0).round(4).tolist()
     [0.5, 1.0]
@@ -75,10 +75,10 @@ def tensors_of(weights: ChurnWeights) -> dict[str, NDArray[Any]]:
 
 
 def weights_in(stored: Mapping[str, NDArray[Any]], spec: FeatureSpec) -> ChurnWeights | None:
-    """What a version tells; None where it tells nothing, or of inputs that this release does not make.
+    """Decodes the churn weights of a version; None if it has none, or its inputs are not those of this release.
 
     Args:
-        stored: What is stored with the version's dense weights.
+        stored: The tensors stored with the version's dense weights.
         spec: The feature spec of the version.
     """
     about, held = (stored.get(f"{STORED}{PREFIX}{name}") for name in ("about", "weights"))

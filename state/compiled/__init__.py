@@ -1,20 +1,20 @@
-"""The typed door to Numba: kernels that touch every event or row are compiled.
+"""Typed wrappers of Numba: kernels that touch every event or row are compiled.
 
-A pure NumPy window kernel costs some 10 us a row, a compiled loop 1-2 us, and
-integers give the same bits in both. Numba has no type stubs, so that strict
-type checks need this one place.
+A pure NumPy window kernel costs some 10 us a row, a compiled loop 1-2 us.
+Integers give the same bits in both. Numba has no type stubs, so strict type
+checks need this one module.
 
 A kernel that Python calls declares its argument types, so that a process can
-compile it, or load it from the cache, before it is called:
+compile it, or load it from the cache, before the first call:
 
     @compiled("i8[:, ::1], const(u8[::1]), i8, Tables")
     def kernel(events: I64, ids: U64, at_ms: int, tables: Tables) -> None: ...
 
 Types are Numba's short names: `i8[:, ::1]` is a contiguous two-dimensional
-array of int64, `const(...)` a read-only one, and a named tuple is named by its
-class, whose fields declare theirs with `@layout`. `state.compiled.preparing`
-prepares all declared kernels of a process. A kernel that only kernels call
-declares nothing: it is compiled as a part of them.
+array of int64, and `const(...)` is a read-only array. A named tuple is named by
+its class, whose fields declare their types with `@layout`.
+`state.compiled.preparing` prepares all declared kernels of a process. A kernel
+that only kernels call declares nothing: it is compiled as a part of them.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ Class = TypeVar("Class", bound=type)
 _logger = logging.getLogger(__name__)
 
 PATIENCE_S = 300.0
-"""How long a process waits for another one that compiles the same kernel, before it compiles it too."""
+"""How long a process waits for another process that compiles the same kernel. After that it compiles the kernel too."""
 POLL_S = 0.02
 
 _njit: Any = numba.njit
-"""Numba's own types leave out the options of wrappers."""
+"""Typed as Any: Numba's own types lack the options of wrappers."""
 _REGROUPED = {"reassoc", "contract", "nsz"}
 _NO_WRAPPERS = {"no_cpython_wrapper": True, "no_cfunc_wrapper": True}
-"""For a part that only kernels call. With wrappers it would be compiled three times: by itself, and within each of them."""
+"""For a part that only kernels call. With wrappers it would be compiled three times: alone and in each wrapper."""
 
 
 @overload
@@ -58,15 +58,16 @@ def compiled(kernel: Kernel, /) -> Kernel: ...
 @overload
 def compiled(signature: str, /, *more: str) -> Callable[[Kernel], Kernel]: ...
 def compiled(kernel: Any, /, *more: str) -> Any:
-    """Compiles a kernel for each set of argument types: those that it declares when its process starts, others at their first call.
+    """Compiles a kernel: for its declared argument types at the start of the process, for others at their first call.
 
     The machine code is cached in `__pycache__` next to the source file, or in
-    the user's cache folder where that is read-only. Machine code that an
+    the user's cache folder if that is read-only. Machine code that an
     installation left in `__pycache__` is found in both cases. All processes
-    share it: one compiles, the others wait and load. It is compiled again when the kernel's file
-    has changed, or that of a kernel that it calls, a constant or a named tuple
-    that it uses: define these above it. The kernel runs without the GIL;
-    division follows NumPy, not Python.
+    share the cache: one compiles, the others wait and load.
+
+    A kernel is compiled again if its file changed, or the file of a kernel that
+    it calls, or a constant or named tuple that it uses. Define these above it.
+    The kernel runs without the GIL. Division follows NumPy, not Python.
 
     Args:
         kernel: The kernel, or the types of its arguments.
@@ -76,9 +77,9 @@ def compiled(kernel: Any, /, *more: str) -> Any:
 
 
 def inlined(part: Kernel) -> Kernel:
-    """A function that `compiled` kernels call, made a part of each of them.
+    """Inlines a function into each `compiled` kernel that calls it.
 
-    A call that passes many arrays costs some 50 ns, mostly for their descriptors. The rows of the window kernel took
+    A call that passes many arrays costs some 50 ns, mostly for their descriptors. A row of the window kernel took
     1.98 us with calls and 1.29 us without (15 events).
     """
     _STAMPS[part] = _stamp_of(part)
@@ -90,11 +91,11 @@ def compiled_sums(kernel: Kernel, /) -> Kernel: ...
 @overload
 def compiled_sums(signature: str, /, *more: str) -> Callable[[Kernel], Kernel]: ...
 def compiled_sums(kernel: Any, /, *more: str) -> Any:
-    """As `compiled`, for floating-point sums: their terms may be regrouped to fill the processor's vectors.
+    """Like `compiled`, for floating-point sums: their terms may be regrouped to fill the processor's vectors.
 
-    The grouping is fixed when the kernel is compiled for a processor, so that
-    the same calls give the same bits there, and other bits on another kind.
-    What such a kernel calls must be a `part_of_sums`.
+    The grouping is fixed when the kernel is compiled for a processor. The same
+    calls give the same bits on that kind of processor, and other bits on
+    another kind. Every function that such a kernel calls must be a `part_of_sums`.
     """
     return _decorated(
         kernel,
@@ -104,11 +105,11 @@ def compiled_sums(kernel: Any, /, *more: str) -> Any:
 
 
 def part_of_sums(part: Kernel) -> Kernel:
-    """A function that `compiled_sums` call, made a part of each of them.
+    """Inlines a function into each `compiled_sums` kernel that calls it.
 
-    Called by its name, it would be one machine code in the process that compiled
-    the kernel and another where the kernel came from the cache: the terms of its
-    sums would be grouped by what was compiled when.
+    If it were called by name, its machine code would differ between the process
+    that compiled the kernel and one that loaded the kernel from the cache: the
+    grouping of its sums would depend on the order of compilation.
     """
     _STAMPS[part] = _stamp_of(part)
     return cast(
@@ -130,9 +131,9 @@ class Declared(NamedTuple):
     """A kernel that declares its argument types.
 
     Attributes:
-        dispatcher: Numba's.
-        signatures: As declared.
-        names: What its module knows by name.
+        dispatcher: Numba's dispatcher.
+        signatures: The declared signatures.
+        names: The global names of its module.
     """
 
     dispatcher: Any
@@ -141,22 +142,22 @@ class Declared(NamedTuple):
 
     @property
     def module(self) -> str:
-        """Where it is defined."""
+        """The module that defines the kernel."""
         return str(self.dispatcher.py_func.__module__)
 
     @property
     def size(self) -> int:
-        """Bytes of Python's code of the kernel and of all that it calls, for each signature: compiling takes as long as this is large."""
+        """Bytes of bytecode of the kernel and its callees, times signatures; compile time is proportional to it."""
         return len(self.signatures) * _size_of(self.dispatcher.py_func)
 
     @property
     def types(self) -> list[tuple[Any, ...]]:
-        """Its argument types, one tuple for each signature."""
+        """The argument types, one tuple for each signature."""
         return [_types_of(signature, self.names) for signature in self.signatures]
 
     @property
     def busy(self) -> bool:
-        """Whether another process compiles it now."""
+        """Whether another process is compiling it now."""
         try:
             handle = os.open(_LOCKS[self.dispatcher], os.O_RDWR)
         except OSError:
@@ -170,36 +171,36 @@ class Declared(NamedTuple):
         return False
 
     def prepare(self) -> None:
-        """Loads its machine code, or compiles it."""
+        """Loads its machine code from the cache, or compiles it."""
         for types in self.types:
             _compile_once(self.dispatcher, types)
 
 
 def declared() -> list[Declared]:
-    """The kernels that declare their types, of all modules that this process has imported."""
+    """The kernels with declared types in all modules that this process has imported."""
     return list(_DECLARED)
 
 
 _STAMPS: dict[Any, str] = {}
-"""What the machine code of each kernel was made from, by its Python function."""
+"""Python function of a kernel -> digest of the sources of its machine code."""
 _DECLARED: list[Declared] = []
 _LAYOUTS: dict[type, str] = {}
 FIRST_CALLS: list[str] = []
-"""What was compiled at its first call, which waited for it: kernels and types that were not prepared, for tests and people."""
+"""Kernels compiled at their first call because their types were not prepared; for tests and diagnosis."""
 _LOCKS: dict[Any, Path] = {}
-"""The lock file of each kernel: one for all kernels of a source file, for they are made of the same parts."""
+"""The lock file of each kernel. All kernels of a source file share one, since they are made of the same parts."""
 _LOCKED: set[Path] = set()
-"""Lock files that this process holds; changed by one thread at a time, the one that compiles."""
+"""Lock files that this process holds. Only the thread that is compiling changes it."""
 
 
 class _CacheFile(IndexDataCacheFile):
-    """The machine code of a kernel: what processes compile, and what the installation compiled, which may be read-only.
+    """Numba's cache file of a kernel, with the installation's cache, which may be read-only, as a fallback.
 
     Args:
-        folder: What is compiled is written there.
+        folder: Where new machine code is written.
         installed: The folder that the installation wrote to.
-        name: Of the files, without their endings.
-        stamp: What the machine code is made from.
+        name: Base name of the files.
+        stamp: Digest of the sources of the machine code.
     """
 
     def __init__(self, folder: str, installed: str, name: str, stamp: str) -> None:
@@ -207,7 +208,7 @@ class _CacheFile(IndexDataCacheFile):
         self._installed = IndexDataCacheFile(installed, name, stamp)
 
     def load(self, key: Any) -> Any:
-        """The machine code for the types and processor of `key`; None where there is none."""
+        """The machine code for the types and processor of `key`; None if there is none."""
         found = super().load(key)
         if found is None:
             # Another user's files may be unreadable.
@@ -228,11 +229,11 @@ def _decorated(kernel: Any, more: tuple[str, ...], compile: Callable[[Any], Any]
 
 
 def _cached(kernel: Kernel, compile: Callable[[Kernel], Any], signatures: tuple[str, ...] = ()) -> Kernel:
-    """The compiled kernel, whose cache looks at all that it was made from; Numba alone looks at the kernel's own file."""
+    """Compiles a kernel with a cache that checks all its sources; Numba's own checks only the kernel's file."""
     dispatcher = compile(kernel)
     stamp, cache, function = _stamp_of(kernel), dispatcher._cache, cast(FunctionType, kernel)
     base = cache._impl.filename_base
-    # A file of its own for each stamp: an index names classes, and one that is gone could not even be read.
+    # One file for each stamp: an index names classes, and an index that names a removed class cannot be read.
     installed = Path(function.__code__.co_filename).with_name("__pycache__")
     cache._cache_file = _CacheFile(cache._cache_path, str(installed), f"{base}-{stamp[:16]}", stamp)
     _STAMPS[kernel] = stamp
@@ -244,7 +245,7 @@ def _cached(kernel: Kernel, compile: Callable[[Kernel], Any], signatures: tuple[
 
 
 def _compile_at_call(dispatcher: Any, signature: Any) -> Any:
-    """What Numba calls where Python, or a kernel that is being compiled, needs a kernel for new types."""
+    """Replaces Numba's `compile`. It runs when Python, or a kernel being compiled, needs new argument types."""
     if not _LOCKED:
         FIRST_CALLS.append(f"{dispatcher.py_func.__module__}.{dispatcher.py_func.__name__}{signature}")
         _logger.info("%s was not prepared: its first call waits for it", FIRST_CALLS[-1])
@@ -252,15 +253,15 @@ def _compile_at_call(dispatcher: Any, signature: Any) -> Any:
 
 
 def _compile_once(dispatcher: Any, signature: Any) -> Any:
-    """Compiles a kernel that no other process compiles meanwhile; it is loaded where another one has compiled it."""
-    # Numba's own lock comes first: a thread that holds it may need the kernel's.
+    """Compiles a kernel while no other process compiles it; loads it if another process has compiled it."""
+    # Take Numba's own lock first: a thread that holds it may need the kernel's lock.
     with global_compiler_lock, _locked(_LOCKS[dispatcher]):
         return type(dispatcher).compile(dispatcher, signature)
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds a lock between processes; goes on without it where it cannot be had."""
+    """Holds a lock between processes; continues without the lock if it cannot be taken."""
     if path in _LOCKED:
         yield
         return
@@ -296,7 +297,7 @@ _TYPE_NAMES: dict[str, Any] = {
 
 
 def _types_of(signature: str, names: dict[str, Any]) -> tuple[Any, ...]:
-    """Numba's types of the arguments.
+    """Parses a signature into Numba's types.
 
     >>> _types_of("i8[:, ::1], const(u8[::1]), bool", {})
     (Array(int64, 2, 'C', False, aligned=True), Array(uint64, 1, 'C', True, aligned=True), bool)
@@ -306,7 +307,7 @@ def _types_of(signature: str, names: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _type_of(found: Any) -> Any:
-    """Numba's type of a named tuple's class, of a tuple of types, or the type that it is already."""
+    """Numba's type of a named tuple's class or of a tuple of types; returns other values unchanged."""
     if isinstance(found, tuple):
         return numba.types.BaseTuple.from_types([_type_of(one) for one in found])
     if not isinstance(found, type):
@@ -316,7 +317,7 @@ def _type_of(found: Any) -> Any:
 
 
 def _stamp_of(kernel: Callable[..., object]) -> str:
-    """A digest of the kernel's file, and of what the kernel takes from other files."""
+    """A digest of the kernel's file, and of the names that the kernel uses from other files."""
     function = cast(FunctionType, kernel)
     digest = hashlib.sha256(_source(function.__code__.co_filename))
     used = {*function.__code__.co_names, *map(str, function.__annotations__.values())}

@@ -1,4 +1,4 @@
-"""The mixing of 64 bits that kernels of state and trainer share: ids of crosses, first rows, partners, dropout."""
+"""The 64-bit mixing function that kernels of state and trainer share: ids of crosses, first rows, partners, dropout."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def mix(value: np.uint64) -> np.uint64:
 
 
 def mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """`mix` of each of `[n]` uint64, its Python run by NumPy: for once a batch, where nothing need be compiled.
+    """`mix` of each of `[n]` uint64, run in Python by NumPy: for one call per batch, which needs no compiled kernel.
 
     >>> values = np.array([1, 2**63], np.uint64)
     >>> mixed(values).tolist() == [int(mix(value)) for value in values]

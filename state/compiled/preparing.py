@@ -1,4 +1,4 @@
-"""Prepares the kernels of a process before it reports ready: loads them from the cache, or compiles them, and shows how far it is."""
+"""Prepares the kernels of a process before it reports ready: loads or compiles them, and exposes the progress."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ SAY_S = 2.0
 
 
 class Kernels:
-    """The kernels that this process declares: those of all modules that it has imported.
+    """The kernels of all modules that this process has imported.
 
-    Processes that start together share the work: the machine code of a kernel that one of them has compiled is loaded
-    by the others.
+    Processes that start together share the work: a kernel that one of them has compiled is loaded by the others.
 
     Args:
-        registry: Where their number, and how many are ready, are shown; make this as soon as it is offered.
-        logger: Says how far it is.
+        registry: Registry of the metrics for the number of kernels and of ready ones. Create this object as soon as the
+            registry is served.
+        logger: Logs the progress.
         without: Modules whose kernels the settings leave unused.
         uses: Modules that are imported late, and whose kernels are prepared too.
     """
@@ -39,7 +39,7 @@ class Kernels:
         for module in uses:
             importlib.import_module(module)
         self._metrics, self._logger, self._without = KernelMetrics(registry), logger, frozenset(without)
-        # Imports may add more: nothing is ready before `prepare`.
+        # Later imports may add kernels, so nothing counts as ready before `prepare`.
         self.total, self.ready = max(1, len(self.wanted())), 0
         self._metrics.total.set(self.total)
         self._metrics.ready.set(0)
@@ -51,14 +51,14 @@ class Kernels:
 
     @property
     def progress(self) -> str:
-        """Words for people."""
+        """The progress as text."""
         return f"compiling kernels, {self.ready} of {self.total}"
 
     def prepare(self, stopping: Callable[[], bool] = lambda: False) -> None:
-        """Prepares all of them, in this thread; returns early where the process is to stop.
+        """Prepares all kernels in this thread; returns early if the process is stopping.
 
         Args:
-            stopping: Whether it is.
+            stopping: Whether the process is stopping.
         """
         waiting = deque(self.wanted())
         begin_s = said_s = time.monotonic()
@@ -72,7 +72,7 @@ class Kernels:
                 said_s = time.monotonic()
                 self._logger.info("%s", self.progress)
             kernel = waiting.popleft()
-            # Those that another process compiles now come last: they need only be loaded then.
+            # Kernels that another process compiles now come last: then they only need to be loaded.
             if passed < len(waiting) and kernel.busy:
                 waiting.append(kernel)
                 passed += 1
@@ -83,7 +83,7 @@ class Kernels:
         self._logger.info("%d kernels ready after %.1f s", self.total, time.monotonic() - begin_s)
 
     def wanted(self) -> list[Declared]:
-        """The kernels that it prepares, in this order.
+        """The kernels to prepare, in order.
 
         The largest come first, so that processes that share the work finish at about the same time.
         """

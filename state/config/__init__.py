@@ -1,1 +1,1 @@
-"""Settings: every one declared once, read from file, variables and flags, and checked alone and together."""
+"""Settings: each is declared once, read from file, variables and flags, and checked alone and together."""

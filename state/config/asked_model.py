@@ -1,4 +1,4 @@
-"""The section `[model]` as code of the user's own gets it, where it matters which options that code reads."""
+"""The section `[model]` for user code, with a record of the options that the code reads."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from state.config.sections import Model
 
 @dataclass(frozen=True)
 class AskedModel(Model):
-    """The section `[model]`, which remembers the options that were read.
+    """The section `[model]`, which records the options that were read.
 
     Attributes:
-        asked: By name the text in force and that of the default.
+        asked: Option name -> the effective value and the default, both as text.
 
     >>> given = AskedModel.of(Model(options=("buckets=16", "heads=4")), {})
     >>> given.option("buckets", 8), given.option("even", True), given.asked
@@ -24,11 +24,11 @@ class AskedModel(Model):
 
     @classmethod
     def of(cls, settings: Model, asked: dict[str, list[str]]) -> AskedModel:
-        """The section with `asked`, which grows."""
+        """Wraps a section; reads are added to `asked`."""
         return cls(**{one.name: getattr(settings, one.name) for one in fields(Model)}, asked=asked)
 
     def option(self, name: str, default: Any) -> Any:
-        """As `Model.option`."""
+        """Like `Model.option`, and records the read."""
         text = str(default).lower() if isinstance(default, bool) else str(default)
         self.asked[name] = [self.written.get(name, text), text]
         return super().option(name, default)

@@ -1,4 +1,4 @@
-"""Attributes of users and items as `[attributes]` declares them: NAME, NAME=FIELD, NAME:log or NAME:10|50|100."""
+"""Parses attributes as `[attributes]` declares them: NAME, NAME=FIELD, NAME:log or NAME:10|50|100."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 LOG_EDGES = tuple(float(f"{digit}e{power}") for power in range(-3, 10) for digit in (1, 2, 5))
-"""Edges of `:log`: 1, 2, 5, 10, 20, 50 and so on, from a thousandth to 5e9."""
+"""The edges of `:log`: 1, 2, 5, 10, 20, 50 and so on, from a thousandth to 5e9."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,9 +16,9 @@ class Field:
     """One attribute.
 
     Attributes:
-        name: As answers, measures and settings call it.
+        name: Its name in answers, metrics and settings.
         path: The field of the JSON object.
-        edges: Ascending edges of the bands of a number; empty where values are taken as they are.
+        edges: Ascending edges of a number's bands; empty if values are used as they are.
     """
 
     name: str
@@ -27,7 +27,7 @@ class Field:
 
 
 def field_of(written: str) -> Field:
-    """An attribute as the settings write it.
+    """Parses one attribute.
 
     >>> field_of("age=ageBand")
     Field(name='age', path='ageBand', edges=())
@@ -35,7 +35,7 @@ def field_of(written: str) -> Field:
     (10.0, 50.0)
 
     Raises:
-        ValueError: It is written otherwise.
+        ValueError: The text has another form.
     """
     head, colon, edges = written.partition(":")
     name, equals, path = head.partition("=")
@@ -53,9 +53,9 @@ def field_of(written: str) -> Field:
 
 
 def fields_of(written: Sequence[str]) -> tuple[Field, ...]:
-    """The attributes of one side, in order.
+    """Parses the attributes of one side, in order.
 
     Raises:
-        ValueError: One is written wrongly.
+        ValueError: An attribute has another form.
     """
     return tuple(field_of(one) for one in written)

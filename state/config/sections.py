@@ -31,16 +31,16 @@ def setting(
     """Declares one setting as a dataclass field.
 
     Args:
-        default: The value when nobody says otherwise; its type is the setting's type.
+        default: The value used when none is given; its type is the setting's type.
         unit: The unit in words, where the name does not carry it.
         help: One sentence for `springtide config`.
         secret: Whether the value is masked wherever it is shown.
-        least: The smallest value allowed, of each element for a list.
-        most: The largest value allowed, likewise.
-        above: A value that is too small by itself, likewise.
-        filled: Whether an empty text is refused, likewise.
-        choices: The only values allowed.
-        auto: Whether a number may be written `auto`, which is 0.
+        least: The smallest allowed value; for a list, of each element. Likewise for the next three.
+        most: The largest allowed value.
+        above: An exclusive lower bound.
+        filled: Whether an empty text is refused.
+        choices: The only allowed values.
+        auto: Whether a number may be written `auto`, which means 0.
     """
     metadata = {
         "unit": unit,
@@ -347,13 +347,13 @@ class Model:
         return dict(one.split("=", 1) for one in self.options)
 
     def option(self, name: str, default: Any) -> Any:
-        """A hyperparameter of one's own, in the type of its default.
+        """A hyperparameter of user code, in the type of its default.
 
         >>> Model(options=("heads=4",)).option("heads", 2), Model().option("rate", 0.5)
         (4, 0.5)
 
         Raises:
-            SettingsError: It is written in another type.
+            SettingsError: The value does not have the type of the default.
         """
         written = self.written
         if name not in written:

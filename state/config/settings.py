@@ -1,4 +1,4 @@
-"""The effective settings of a process, one attribute a section, and where on disk they put things."""
+"""The effective settings of a process, one attribute per section, and the paths on disk that follow from them."""
 
 from __future__ import annotations
 
@@ -109,12 +109,12 @@ class Settings:
 
     @property
     def privacy_ledger_path(self) -> Path:
-        """File that says what of the privacy budget is spent."""
+        """File that records how much of the privacy budget is spent."""
         return self.registry_dir / layout.PRIVACY / layout.PRIVACY_LEDGER
 
     @property
     def tokens_dir(self) -> Path:
-        """Directory of the tokens that let clients in."""
+        """Directory of the clients' access tokens."""
         return Path(self.serving.tokens_dir) if self.serving.tokens_dir else self.state_dir / layout.TOKENS
 
     @property
@@ -129,7 +129,7 @@ class Settings:
 
     @property
     def exports_dir(self) -> Path:
-        """Directory of the SavedModels, one a version."""
+        """Directory of the SavedModels, one subdirectory per version."""
         return Path(self.export.directory) if self.export.directory else self.state_dir / layout.EXPORTS
 
     @property
@@ -139,7 +139,7 @@ class Settings:
 
     @property
     def validation_dir(self) -> Path:
-        """Directory of the statistics of windows."""
+        """Directory of the statistics of validation windows."""
         return self.state_dir / layout.VALIDATION
 
     @property
@@ -158,7 +158,7 @@ class Settings:
         return self.state_dir / layout.LOGS
 
     def environment(self) -> dict[str, str]:
-        """Variables that give a child process the same settings; secrets stay off its command line.
+        """Environment variables that give a child process the same settings; secrets stay off its command line.
 
         >>> Settings(kafka=Kafka(port=9192, clicks_topic="shop")).environment()
         {'SPRINGTIDE_KAFKA_CLICKS_TOPIC': 'shop', 'SPRINGTIDE_KAFKA_PORT': '9192'}

@@ -1,1 +1,1 @@
-"""Durable files, one writer a directory, and what the LMDB stores share."""
+"""Durable files, directory locks, and the base classes of the LMDB stores."""

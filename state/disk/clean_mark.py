@@ -1,8 +1,8 @@
-"""The mark beside a store that is not synced at each commit: whether it was closed in order, and under which start of the machine.
+"""The marker file of a store that is not synced at each commit: whether it was closed cleanly, and the last boot id.
 
-After kill -9 such a store is whole, since the kernel still writes its pages.
-After a power cut pages may be missing in any order; then the mark names
-another start of the machine.
+After kill -9 such a store is complete, since the kernel still writes its
+pages. After a power cut any pages may be missing; then the boot id in the
+marker differs from the machine's.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
 class CleanMark(NamedTuple):
-    """What a mark says.
+    """The content of a marker file.
 
     Attributes:
-        clean: Whether the store was closed in order.
-        boot_id: Under which start of the machine it was last open.
+        clean: Whether the store was closed cleanly.
+        boot_id: The machine's boot id when the store was last open.
     """
 
     clean: bool
     boot_id: str
 
     def trusts(self, boot: str) -> bool:
-        """Whether the store has all its pages: closed in order, or open under this very start of the machine.
+        """Whether the store has all its pages: it was closed cleanly, or was last open under this boot id.
 
         >>> CleanMark(False, "a").trusts("a"), CleanMark(False, "a").trusts("b"), CleanMark(True, "a").trusts("b")
         (True, False, True)
@@ -37,12 +37,12 @@ class CleanMark(NamedTuple):
 
 
 def boot_id() -> str:
-    """Which start of the machine this is."""
+    """The boot id of this machine."""
     return _BOOT_ID.read_text().strip() if _BOOT_ID.exists() else "unknown"
 
 
 def parse(text: bytes) -> CleanMark:
-    """The mark in a file; one that no start of the machine trusts where the file is damaged.
+    """Parses a marker file; a damaged file gives a marker that no boot id trusts.
 
     >>> parse(b'{"clean": true, "boot_id": "a"}'), parse(b'{"cle').trusts("a")
     (CleanMark(clean=True, boot_id='a'), False)
@@ -55,7 +55,7 @@ def parse(text: bytes) -> CleanMark:
 
 
 def read(path: Path) -> CleanMark | None:
-    """The mark at `path`; None where there is none.
+    """Reads the marker at `path`; None if there is none.
 
     Raises:
         OSError: It cannot be read.
@@ -64,7 +64,7 @@ def read(path: Path) -> CleanMark | None:
 
 
 def write(path: Path, mark: CleanMark) -> None:
-    """Replaces the mark; durable when this returns.
+    """Replaces the marker; durable when this returns.
 
     Raises:
         OSError: It cannot be written.

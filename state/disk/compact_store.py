@@ -1,4 +1,4 @@
-"""A store in LMDB that can be written anew without a byte of what was deleted: those on free pages, and keys that inner pages keep."""
+"""An LMDB store that can be rewritten so that no deleted data remains, on free pages or in inner pages."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from state.disk.lmdb_store import LmdbStore
 from state.process import killpoints
 
 AT_ONCE = 4096
-"""Entries in a transaction: LMDB keeps the memory of as many pages as its largest one changed."""
+"""Entries per transaction. LMDB keeps memory for as many pages as its largest transaction changed."""
 
 
 class CompactStore(LmdbStore):
-    """As `LmdbStore`, which says what the arguments are."""
+    """An `LmdbStore`, with the same arguments, that can be compacted."""
 
     def __init__(self, path: Path, map_bytes: int, readonly: bool = False, boot_id: str | None = None) -> None:
         self.path = Path(path)
         self._swapping = threading.Lock()
         if not readonly:
-            # What a crash in the middle of `compact` left has old pages.
+            # A crash during `compact` leaves a copy with old pages.
             shutil.rmtree(self._aside, ignore_errors=True)
         super().__init__(path, map_bytes, readonly, boot_id)
 
@@ -37,32 +37,32 @@ class CompactStore(LmdbStore):
         return home.with_name(f"{home.name}.compacting")
 
     def clear_stale_readers(self) -> int:
-        """As of any store; waits while it is written anew."""
+        """Like `LmdbStore.clear_stale_readers`; waits for a running `compact`."""
         with self._swapping:
             return super().clear_stale_readers()
 
     def bytes_used(self) -> int:
-        """As of any store; waits while it is written anew."""
+        """Like `LmdbStore.bytes_used`; waits for a running `compact`."""
         with self._swapping:
             return super().bytes_used()
 
     def compact(self) -> None:
-        """Writes the store anew from what is alive, entry by entry, and opens that.
+        """Copies the live entries one by one to a new store, and replaces the old one with it.
 
-        LMDB's own copy leaves free pages out and takes inner pages as they are. Those name the first key that a page below
-        them had when it was made, also where that was deleted since. A million entries of 600 bytes take 1.2 s of a core, four
-        times what that copy takes.
+        LMDB's own compacting copy leaves free pages out but takes inner pages as they are. An inner page names the
+        first key that the page below it had when it was created, even if that key was deleted since. Copying a million
+        entries of 600 bytes takes 1.2 s of a core, four times as long as LMDB's copy.
 
-        Its writer calls it, while no other thread reads the store here. Readers in other processes have the old file
-        until they open the store again, as they do when the file is another one.
+        The writer calls it while no other thread of this process reads the store. Readers in other processes have the
+        old file until they open the store again, which they do when the file was replaced.
 
         Raises:
             StoreFull: The disk has no room for both; nothing was changed.
-            UnusableDisk: It refused for another reason; likewise.
+            UnusableDisk: The disk refused for another reason; nothing was changed.
         """
         with self._swapping:
             try:
-                # 1. A copy of what is alive.
+                # 1. Copy the live entries.
                 shutil.rmtree(self._aside, ignore_errors=True)
                 self._copy_alive(self._aside)
                 clean_mark.write(self._aside / layout.MARK, CleanMark(False, self._boot_id))
@@ -71,17 +71,17 @@ class CompactStore(LmdbStore):
                 shutil.rmtree(self._aside, ignore_errors=True)
                 raise refused from error
             killpoints.reach("compact.copied")
-            # 2. It takes the place of the old one; both have a lock file of their own.
+            # 2. Exchange the two directories; each has a lock file of its own.
             most = int(self._env.info()["map_size"])
             self._env.close()
             durable.exchange(self._aside, self.path.resolve())
             killpoints.reach("compact.exchanged")
-            # 3. The old one goes.
+            # 3. Remove the old store.
             shutil.rmtree(self._aside, ignore_errors=True)
             self._open(most)
 
     def _copy_alive(self, folder: Path) -> None:
-        """Writes all entries of all databases, in their order, to a file in `folder`."""
+        """Writes all entries of all databases, in order, to a store in `folder`."""
         folder.mkdir()
         copy = lmdb.open(
             str(folder),
@@ -94,7 +94,7 @@ class CompactStore(LmdbStore):
         try:
             with self._env.begin() as ours:
                 for name, database in self._databases.items():
-                    # A generator ends once: the cursor itself would begin again.
+                    # A generator ends once; an LMDB cursor would start again.
                     entries, other = (one for one in ours.cursor(database)), copy.open_db(name.encode())
                     while some := list(islice(entries, AT_ONCE)):
                         with copy.begin(write=True, db=other) as transaction:

@@ -1,4 +1,4 @@
-"""Makes files durable: a write that returned survives a power cut, one that did not leaves nothing behind.
+"""Writes files durably: a write that returned survives a power cut, and an interrupted write leaves nothing behind.
 
 The order is always: temporary file, fsync, rename, fsync of the directory.
 """
@@ -18,7 +18,7 @@ _HERE, _EXCHANGE = -100, 2
 
 
 def write(path: Path, data: bytes) -> None:
-    """Writes a new file and syncs it; the caller renames it or its directory, and syncs that."""
+    """Creates a file and syncs it. The caller renames it or its directory, and syncs the parent directory."""
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         view = memoryview(data)
@@ -30,10 +30,10 @@ def write(path: Path, data: bytes) -> None:
 
 
 def replace(path: Path, data: bytes) -> None:
-    """Writes a file in place of one that may be there; durable when this returns. One writer of it at a time.
+    """Creates or replaces a file; durable when this returns. Only one writer per file at a time.
 
     Raises:
-        OSError: The disk refused; what was there stays.
+        OSError: The disk refused; the old file is unchanged.
     """
     temporary = path.with_name(f".{path.name}.new")
     temporary.unlink(missing_ok=True)
@@ -43,7 +43,7 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Makes the names in directory `path` durable."""
+    """Makes the names in directory `path` durable with fsync."""
     handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(handle)
@@ -52,7 +52,7 @@ def sync_directory(path: Path) -> None:
 
 
 def sync_tree(path: Path) -> None:
-    """Makes every file and name under `path` durable; for trees that another library wrote."""
+    """Makes every file and name under `path` durable, for trees that another library wrote."""
     for folder, _, files in os.walk(path):
         for name in files:
             handle = os.open(Path(folder, name), os.O_RDONLY)
@@ -64,10 +64,10 @@ def sync_tree(path: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Lets two directories change names at once, where the file system can; else `other` is away for a moment.
+    """Exchanges the names of two directories, atomically if the file system can; else `other` is missing for a moment.
 
     Raises:
-        OSError: They cannot.
+        OSError: The exchange failed.
     """
     renamed = _LIBC.renameat2(_HERE, os.fsencode(one.absolute()), _HERE, os.fsencode(other.absolute()), _EXCHANGE)
     if renamed == 0:
@@ -79,12 +79,12 @@ def exchange(one: Path, other: Path) -> None:
 
 
 def owner_mark() -> str:
-    """This process in a name of its temporary files: host, pid, start time; a later sweep tells the dead by it."""
+    """Host, pid and start time of this process, for names of temporary files; cleanup detects dead owners by it."""
     return f"{HOST}@{os.getpid()}@{psutil.Process().create_time():.2f}"
 
 
 def is_dead(mark: str) -> bool:
-    """Whether the process that `owner_mark` named is gone; one of another host counts as alive.
+    """Whether the process that `owner_mark` identified has ended; a process of another host counts as alive.
 
     >>> is_dead(owner_mark()), is_dead(f"{HOST}@{2**22 + 1}@0.00")
     (False, True)

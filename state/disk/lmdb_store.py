@@ -1,12 +1,12 @@
-"""A store in LMDB: one process writes it, any number of processes read it; what histories, rows and attributes have in common.
+"""The base of the LMDB stores of histories, rows and attributes: one process writes, any number of processes read.
 
-    mark.json   whether it was closed in order (`state/disk/clean_mark.py`)
+    mark.json   whether the store was closed cleanly (`state/disk/clean_mark.py`)
     data.mdb    the databases that the class names, and `meta`:
-                format -> {"format": its number, and what else it was made with}, JSON
+                format -> {"format": its number, and the parameters of the store}, JSON
 
-A commit is visible to every reader at once, and durable against a kill; it is
-durable against a power cut at the next `sync`. So after kill -9 the store is
-trusted, and after a power cut a store that was open is refused.
+A commit is visible to every reader at once and survives a kill. It survives a
+power cut only after the next `sync`. So a store is trusted after kill -9, and
+refused if it was open at a power cut.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ _logger = logging.getLogger(__name__)
 
 
 class LmdbStore:
-    """A store that is open. One thread writes; any thread of any process may read.
+    """An open store. One thread writes; any thread of any process may read.
 
-    Subclasses say what they are:
+    Subclasses set the class attributes.
 
     Attributes:
-        noun: What it holds, for messages.
+        noun: What the store holds, for messages.
         databases: The names of its databases, besides `meta`.
         later: Those of `databases` that a store of an older release may lack.
-        number: Of its format.
+        number: The number of its format.
         map_setting: The setting that limits its size.
-        writer: The process that makes it.
-        remedy: What to do where it cannot be trusted.
-        origin: What `open_anew` fills an empty one from.
+        writer: The process that creates it.
+        remedy: What to do if it cannot be trusted.
+        origin: The source from which `open_anew` rebuilds it.
 
     Args:
-        path: Its directory; a writer makes it.
-        map_bytes: The most it may grow to; address space, not memory.
-        readonly: For readers; the writer must have made it.
-        boot_id: Which start of the machine this is; by default the kernel's.
+        path: Its directory; a writer creates it.
+        map_bytes: Its maximum size; address space, not memory.
+        readonly: True for readers; the writer must have created the store.
+        boot_id: The boot id of this machine; by default the kernel's.
 
     Raises:
-        CorruptStore: It is damaged, of another format, or a power cut may have damaged it.
-        StoreError: It cannot be opened.
+        CorruptStore: The store is damaged, has another format, or was open at a power cut.
+        StoreError: The store cannot be opened.
     """
 
     noun: ClassVar[str]
@@ -96,7 +96,7 @@ class LmdbStore:
         try:
             self._check_made()
             if not readonly:
-                # The mark must be on disk before the first page that it warns of.
+                # Write the marker before the first page of this session.
                 clean_mark.write(self._mark_path, CleanMark(False, self._boot_id))
             self._databases = {
                 name: self._env.open_db(name.encode(), create=not readonly)
@@ -116,18 +116,18 @@ class LmdbStore:
         self._bind()
 
     def _bind(self) -> None:
-        """Where a subclass takes its databases, each time the store is opened."""
+        """Hook for subclasses, called each time the store is opened."""
 
     @classmethod
     def open_anew(cls, path: Path, *arguments: Any) -> Self:
-        """The store for its writer, where it is a copy of something: an empty one in place of one that cannot be used.
+        """Opens a derived store for its writer; a store that cannot be trusted is replaced by an empty one.
 
         Args:
             path: Its directory.
-            *arguments: As the class takes them.
+            *arguments: The other arguments of the class.
 
         Raises:
-            StoreError: It cannot be opened.
+            StoreError: The store cannot be opened.
         """
         try:
             return cls(path, *arguments)
@@ -137,20 +137,20 @@ class LmdbStore:
             return cls(path, *arguments)
 
     def bytes_used(self) -> int:
-        """The size of the part of the map that holds data, or once did."""
+        """The size of the part of the map that holds data or once did."""
         info, stat = self._env.info(), self._env.stat()
         return int((info["last_pgno"] + 1) * stat["psize"])
 
     def bytes_limit(self) -> int:
-        """The most that the store may grow to."""
+        """The maximum size of the store."""
         return int(self._env.info()["map_size"])
 
     def clear_stale_readers(self) -> int:
-        """Frees the slots of readers whose process died, which would keep old pages alive; returns how many."""
+        """Frees the slots of readers whose process died, which would keep old pages alive; returns their number."""
         return int(self._env.reader_check())
 
     def closed_in_order(self) -> bool:
-        """Whether its last writer closed it."""
+        """Whether the last writer closed the store cleanly."""
         mark = clean_mark.read(self._mark_path) or self._older_mark()
         return mark is not None and mark.clean
 
@@ -159,7 +159,7 @@ class LmdbStore:
 
         Raises:
             StoreFull: The disk is full; nothing is lost as long as the machine runs.
-            UnusableDisk: It refused for another reason; likewise.
+            UnusableDisk: The disk refused for another reason; likewise.
         """
         try:
             self._env.sync(True)
@@ -167,11 +167,11 @@ class LmdbStore:
             raise self._refused(error, "synced") from error
 
     def close(self) -> None:
-        """Syncs what a writer wrote, marks it as closed in order, and closes it.
+        """Syncs a writer's commits, closes the store and marks it as closed cleanly.
 
         Raises:
             StoreFull: The disk is full; the store is closed without the mark, as after a kill.
-            UnusableDisk: It refused for another reason; likewise.
+            UnusableDisk: The disk refused for another reason; likewise.
         """
         try:
             if not self.readonly:
@@ -185,13 +185,13 @@ class LmdbStore:
                 raise self._refused(error, "marked as closed in order") from error
 
     def copy_as_is(self, handle: int) -> None:
-        """Writes the store as of this moment to an open file or pipe, each page where it is: what did not change stays equal.
+        """Writes a snapshot of the store to an open file or pipe. Unchanged pages keep their position and content.
 
-        Commits go on meanwhile; for as long as it takes, pages they free are not used again.
+        Commits continue meanwhile, but pages that they free are not reused until the copy ends.
 
         Raises:
             StoreFull: The disk is full.
-            UnusableDisk: It refused for another reason.
+            UnusableDisk: The disk refused for another reason.
         """
         try:
             self._env.copyfd(handle)
@@ -200,12 +200,12 @@ class LmdbStore:
 
     @contextmanager
     def _write(self) -> Iterator[lmdb.Transaction]:
-        """A write transaction, committed where the block ends; an exception leaves the store as it was.
+        """A write transaction, committed at the end of the block; an exception leaves the store unchanged.
 
         Raises:
             StoreFull: The map or the disk is full; nothing was changed.
             CorruptStore: The store is damaged.
-            UnusableDisk: The disk refused; nothing was changed.
+            UnusableDisk: The disk refused the write; nothing was changed.
         """
         try:
             with self._env.begin(write=True) as transaction:
@@ -221,11 +221,11 @@ class LmdbStore:
             raise self._refused(error, "written") from error
 
     def _made_with(self) -> dict[str, int]:
-        """What the store is made with, kept beside the number of its format."""
+        """Parameters that the store is created with, stored next to the number of its format."""
         return {}
 
     def _older_mark(self) -> CleanMark | None:
-        """The mark as a release kept it that had no `mark.json` for this store."""
+        """The marker in the form of older releases, which had no `mark.json` for this store."""
         return None
 
     @property
@@ -240,7 +240,7 @@ class LmdbStore:
             )
 
     def _check_made(self) -> None:
-        """Refuses another format, other settings, and an older release's store from before a power cut."""
+        """Refuses another format, and an older release's store that was open at a power cut."""
         stored = self._stored(FORMAT)
         made = {"format": self.number, **self._made_with()} if stored is None else json.loads(stored)
         if made["format"] != self.number:
@@ -265,7 +265,7 @@ class LmdbStore:
         return True
 
     def _stored(self, key: bytes) -> bytes | None:
-        """What `meta` has under `key`; None also where there is no `meta` yet."""
+        """The value of `key` in `meta`; None if there is no key or no `meta`."""
         if not self._has("meta"):
             return None
         with self._env.begin(db=self._env.open_db(b"meta", create=False)) as transaction:
@@ -292,6 +292,6 @@ class LmdbStore:
 def _is_full(error: Exception, path: Path) -> bool:
     code = error.errno if isinstance(error, OSError) else getattr(error, "code", None)
     if code == errno.EIO:
-        # LMDB tells a page of which only a part had room as an I/O error.
+        # LMDB reports a page that fitted only in part as an I/O error.
         return path.exists() and shutil.disk_usage(path).free < 1 << 20
     return code in (errno.ENOSPC, errno.EDQUOT)

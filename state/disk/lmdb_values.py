@@ -1,4 +1,4 @@
-"""Databases of a file in LMDB, open together; values of one, read and changed several at once; and the space that it takes."""
+"""Helpers for LMDB: the open databases of a file, reading and writing several values, and the space that they use."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ import lmdb
 
 
 class OpenDatabases(NamedTuple):
-    """A file and its databases, which go together: a reader takes both at once, for a store may move.
+    """A file and its open databases. A reader takes both together, since a store may move.
 
     Attributes:
-        env: The file.
-        databases: By name.
+        env: The LMDB environment of the file.
+        databases: Database handles by name.
     """
 
     env: Any
     databases: Mapping[str, Any]
 
     def begin(self, name: str) -> Any:
-        """An `lmdb.Transaction` that reads one database, or others by their handles here."""
+        """Begins a read `lmdb.Transaction` with this default database; it may read the others by their handles."""
         return self.env.begin(db=self.databases[name])
 
 
 def put_all(transaction: lmdb.Transaction, database: Any, values: Mapping[bytes, bytes | None]) -> None:
-    """Replaces values by key; None takes one away."""
+    """Writes values by key; None deletes the key."""
     for key, value in values.items():
         if value is None:
             transaction.delete(key, db=database)
@@ -34,7 +34,7 @@ def put_all(transaction: lmdb.Transaction, database: Any, values: Mapping[bytes,
 
 
 def keys_with(cursor: lmdb.Cursor, prefix: bytes, start: bytes, limit: int) -> list[tuple[bytes, bytes]]:
-    """The first `limit` keys from `start` on that begin with `prefix`, each with its value."""
+    """The first `limit` entries from key `start` on whose key begins with `prefix`, as (key, value)."""
     found: list[tuple[bytes, bytes]] = []
     if cursor.set_range(start):
         for key, value in cursor:
@@ -45,7 +45,7 @@ def keys_with(cursor: lmdb.Cursor, prefix: bytes, start: bytes, limit: int) -> l
 
 
 def pages_bytes(stat: Mapping[str, Any]) -> int:
-    """The size of the pages that a database has in use, by LMDB's figures.
+    """The size of the pages that a database uses, from LMDB's statistics.
 
     >>> pages_bytes({"psize": 4096, "branch_pages": 1, "leaf_pages": 3, "overflow_pages": 0})
     16384

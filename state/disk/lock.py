@@ -1,7 +1,7 @@
 """One writer per state directory: an exclusive file lock that names its holder.
 
-The kernel releases the lock when its process ends, however it ends, so that
-nothing is left to clean up after a kill.
+The kernel releases the lock when its process ends, however it ends, so a kill
+leaves nothing to clean up.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from state.process.private_files import close_to_others
 
 
 class DirectoryLock:
-    """Holds `path` for this process from `acquire` (or `with`) to `release`.
+    """Holds the lock of directory `path` from `acquire` (or `with`) to `release`.
 
     Args:
-        path: The directory; made where it is missing.
-        name: The lock's file in it, where several kinds of writer share a directory.
+        path: The directory; created if it is missing.
+        name: The lock file's name, where several kinds of writer share a directory.
     """
 
     def __init__(self, path: Path, name: str = layout.LOCK) -> None:
@@ -36,11 +36,11 @@ class DirectoryLock:
         self._handle: int | None = None
 
     def acquire(self) -> DirectoryLock:
-        """Takes the lock, and writes host, pid and start time into its file.
+        """Takes the lock, and writes host, pid and start time into the lock file.
 
         Raises:
-            LockHeld: Another process has it, or another lock object of this process.
-            UnusableDisk: The directory cannot be made or written.
+            LockHeld: Another process holds it, or another lock object of this process.
+            UnusableDisk: The directory cannot be created or written.
         """
         if self._handle is not None:
             return self
@@ -63,7 +63,7 @@ class DirectoryLock:
             ) from None
         started_s = psutil.Process().create_time()
         content = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started_s": started_s})
-        # Who holds it is only a hint: a full disk must not keep anybody from freeing space.
+        # The holder's name is only a hint: a full disk must not prevent commands that free space.
         with contextlib.suppress(OSError):
             os.ftruncate(handle, 0)
             os.pwrite(handle, content.encode(), 0)
@@ -71,7 +71,7 @@ class DirectoryLock:
         return self
 
     def release(self) -> None:
-        """Gives the lock back; the file stays, since removing it would let two holders in."""
+        """Releases the lock; the file stays, since removing it would allow two holders."""
         if self._handle is not None:
             os.close(self._handle)
             self._handle = None
@@ -86,7 +86,7 @@ class DirectoryLock:
 
 
 def is_held(path: Path, name: str = layout.LOCK) -> bool:
-    """Whether the process that wrote a directory's lock file still runs; takes no lock. One on another host counts as running."""
+    """Whether the process named in the lock file runs; takes no lock. A process on another host counts as running."""
     try:
         fields = json.loads((path / name).read_bytes())
         if fields["host"] != socket.gethostname():
@@ -97,7 +97,7 @@ def is_held(path: Path, name: str = layout.LOCK) -> bool:
 
 
 def _holder(content: bytes) -> str:
-    """Reads who holds the lock; the holder may not have written it yet.
+    """Describes the lock's holder, which may not have written the file yet.
 
     >>> _holder(b'{"host": "a", "pid": 7, "started_s": 0.0}')
     'process 7 on a, started 1970-01-01T00:00:00Z'

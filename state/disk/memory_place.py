@@ -1,17 +1,19 @@
-"""Where a store lies that changes all over all the time: in memory where there is room, else on the disk; a link says where.
+"""Chooses the location of a store whose pages change all the time: in memory if there is room, else on the disk.
 
-    /dev/shm/springtide_<digest>/   0700, its name made of the link's
+A link in the state directory leads to the store:
+
+    /dev/shm/springtide_<digest>/   mode 0700; the digest is derived from the link
     ├── link                        the path of the link that leads here
     └── <name of the link>/         the store
-    STATE/serving/rows              a link that leads there, or to
-    STATE/serving/rows.disk/        where memory has no room for it
-    STATE/serving/histories         a link that leads there while its writer runs, else the store itself
-    STATE/stream-0/histories  likewise
+    STATE/serving/rows              a link to the store in memory, or to
+    STATE/serving/rows.disk/        if memory has no room for it
+    STATE/serving/histories         a link to the store in memory while its writer runs, else the store itself
+    STATE/stream-0/histories        likewise
 
 On a disk each of these pages would be written again within 30 s of its last
-change, and a power cut takes what is not synced all the same. Rows are a copy
-of the registry: where their link is missing or leads nowhere, they are begun
-anew. Histories are saved on the disk where their writer closes them
+change. A power cut would still lose what is not synced. Rows are a copy
+of the registry: if their link is missing or dangling, they are rebuilt from
+scratch. The writer of histories saves them on the disk when it closes them
 (`state/disk/memory_store.py`).
 """
 
@@ -44,12 +46,12 @@ IN_MEMORY = ("tmpfs", "ramfs")
 
 @dataclass(frozen=True)
 class Place:
-    """A directory for one store.
+    """The location of one store.
 
     Attributes:
         path: The store's own directory.
-        in_memory: Whether it lies in memory.
-        why: Why it does not, where nobody asked for that; else empty.
+        in_memory: Whether it is in memory.
+        why: Why it is not in memory, if the settings do not ask for that; else empty.
     """
 
     path: Path
@@ -58,14 +60,14 @@ class Place:
 
 
 def choose(link: Path, asked: str, memory: str, least_bytes: int | None = None) -> Place:
-    """Where the store that a link leads to should lie. It makes the directory that holds the store, in memory.
+    """Chooses the location of a link's store. In memory, it also creates the directory that contains the store.
 
     Args:
-        link: In a directory whose lock is held.
-        asked: `serving.rows_dir`: a directory to take whatever it is, or empty.
-        memory: `storage.memory_dir`, which is taken where there is room; empty where nothing should lie in memory.
-        least_bytes: Room that there must be at least, `LEAST_BYTES` by default; and a quarter more than a store takes
-            that is there already.
+        link: A link in a directory whose lock is held.
+        asked: `serving.rows_dir`: a directory to use in any case, or empty.
+        memory: `storage.memory_dir`, used if it has room; empty if nothing may be in memory.
+        least_bytes: The least room required, `LEAST_BYTES` by default. An existing store also requires a quarter more
+            than its size.
 
     Raises:
         UnusableDisk: The directory that `asked` names cannot be used.
@@ -92,7 +94,7 @@ def choose(link: Path, asked: str, memory: str, least_bytes: int | None = None) 
 
 
 def lack(link: Path, memory: str, least_bytes: int | None = None) -> str:
-    """Why the store that a link leads to cannot lie in `memory`; empty where it can."""
+    """Why a link's store cannot be in `memory`; empty if it can."""
     parent = Path(memory)
     try:
         if disk_kind(parent) not in IN_MEMORY:
@@ -107,9 +109,9 @@ def lack(link: Path, memory: str, least_bytes: int | None = None) -> str:
 
 
 def home(parent: Path, link: Path) -> Path:
-    """Where in `parent` the store lies that a link leads to, in a directory that no other link has.
+    """The path of a link's store in `parent`, in a directory that no other link has.
 
-    A link at the same path in another container has another one.
+    A link at the same path in another container gets another directory.
 
     Raises:
         OSError: The link's directory is missing.
@@ -121,10 +123,10 @@ def home(parent: Path, link: Path) -> Path:
 
 
 def own(store: Path) -> Path:
-    """The place of a store whose directory is there now, and only its owner may enter.
+    """Creates the directory that contains a store, accessible only by its owner; returns `store`.
 
     Raises:
-        OSError: It cannot be made, or is somebody else's.
+        OSError: It cannot be created, or belongs to another user.
     """
     folder = store.parent
     try:
@@ -138,13 +140,13 @@ def own(store: Path) -> Path:
 
 
 def on_disk(link: Path, why: str) -> Place:
-    """The place beside the link; `why` it is not in memory."""
-    older = link.is_dir() and not link.is_symlink()  # as earlier releases had it
+    """The location next to the link; `why` says why it is not in memory."""
+    older = link.is_dir() and not link.is_symlink()  # the location that earlier releases used
     return Place(link if older else _beside(link), False, why)
 
 
 def current(link: Path) -> Place | None:
-    """Where a link leads; None where it leads nowhere."""
+    """The current location of a link's store; None if the link is dangling or missing."""
     if not link.is_dir():
         return None
     path = link.resolve()
@@ -152,16 +154,16 @@ def current(link: Path) -> Place | None:
 
 
 def settle(link: Path, place: Place, anew: bool = True) -> None:
-    """Lets the link lead to `place`, and removes every other store of this link.
+    """Points the link to `place`, and removes every other store of this link.
 
-    1. With `anew`, what lies at `place` and the link does not know is removed.
-    2. The link is replaced at once: a reader finds the old store or the new one.
-    3. The others go; who has them open reads on.
+    1. With `anew`, an existing store at `place` that the link does not point to is removed.
+    2. The link is replaced atomically: a reader finds the old store or the new one.
+    3. The other stores are removed; processes that have them open can still read them.
 
     Args:
-        link: In a directory whose lock is held.
-        place: Where from now on.
-        anew: Whether `place` was not filled just now.
+        link: A link in a directory whose lock is held.
+        place: The new location.
+        anew: Whether the content at `place` is stale. False if it was filled just now.
 
     Raises:
         OSError: The disk refused.
@@ -188,7 +190,7 @@ def settle(link: Path, place: Place, anew: bool = True) -> None:
 
 
 def note(store: Path, link: Path) -> None:
-    """Writes beside a store in memory which link leads to it: without that link it may be removed.
+    """Records next to a store in memory which link leads to it. If that link is gone, the store may be removed.
 
     Raises:
         OSError: There is no room.
@@ -197,12 +199,12 @@ def note(store: Path, link: Path) -> None:
 
 
 def target_of(link: Path) -> Path | None:
-    """Where a link leads, whether or not something is there; None of what is no link."""
+    """The target of a link, whether or not it exists; None if `link` is no symbolic link."""
     return link.parent / link.readlink() if link.is_symlink() else None
 
 
 def remove(store: Path, link: Path) -> None:
-    """Removes a store of this link, and in memory the directory that holds it; not one of another link."""
+    """Removes a store of this link and, in memory, the directory that contains it; never a store of another link."""
     if store.is_relative_to(link.parent):
         shutil.rmtree(store, ignore_errors=True)
     elif store == home(store.parent.parent, link):
@@ -210,7 +212,7 @@ def remove(store: Path, link: Path) -> None:
 
 
 def forget(link: Path) -> None:
-    """Removes the store that a link leads to, wherever it lies, and the link; nobody uses it."""
+    """Removes a link and its store, wherever that is; no process may use it."""
     target = target_of(link)
     if target is None:
         shutil.rmtree(link, ignore_errors=True)
@@ -220,7 +222,7 @@ def forget(link: Path) -> None:
 
 
 def is_open(store: Path) -> bool:
-    """Whether another process has a store open, also one that sees other directories than we do: LMDB locks a byte then."""
+    """Whether another process, even in another container, has a store open: LMDB then holds a lock on one byte."""
     try:
         with (store / "lock.mdb").open("r+b") as lock:
             fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1)
@@ -232,18 +234,18 @@ def is_open(store: Path) -> bool:
 
 
 def remove_forgotten(memory: str, now_s: float | None = None) -> list[Path]:
-    """Removes what lies in memory of links that are gone or lead elsewhere; returns what went.
+    """Removes stores in memory whose link is gone or leads elsewhere; returns their directories.
 
     Args:
-        memory: Where to look, `storage.memory_dir`.
-        now_s: Wall clock; what is younger than a minute stays.
+        memory: The directory to search, `storage.memory_dir`.
+        now_s: Wall clock; directories younger than a minute stay.
     """
     now_s = time.time() if now_s is None else now_s
     return [one for one in _folders_in(memory) if _is_forgotten(one, now_s) and _gone(one)]
 
 
 def size(store: Path) -> int:
-    """The bytes that a store takes; 0 where there is none."""
+    """The bytes that a store uses; 0 if there is none."""
     try:
         return (store / layout.DATA).stat().st_blocks * 512
     except OSError:
@@ -251,7 +253,7 @@ def size(store: Path) -> int:
 
 
 def disk_kind(path: Path) -> str:
-    """The kind of file system that `path` lies on, such as ext4 or tmpfs; empty where nothing tells.
+    """The file system type of `path`, such as ext4 or tmpfs; empty if it is unknown.
 
     Raises:
         OSError: There is no such path.
@@ -262,12 +264,12 @@ def disk_kind(path: Path) -> str:
 
 
 def _beside(link: Path) -> Path:
-    """Where on the disk the store lies that a link leads to."""
+    """The path on the disk of a link's store."""
     return link.with_name(f"{link.name}.disk")
 
 
 def _folders_in(memory: str) -> Iterator[Path]:
-    """Directories of stores in `memory` that are ours to remove."""
+    """Directories of stores in `memory` that this user owns."""
     for folder in sorted(Path(memory).glob(f"{NAME}*")) if memory else ():
         try:
             found = folder.lstat()

@@ -1,12 +1,13 @@
-"""A store whose path may be a link into memory: saved on the disk where its writer closes it, and moved there where memory is full.
+"""A store that lives in memory while its writer runs; it is saved to the disk on close, or if memory is full.
 
-    histories           the store on the disk, while nobody writes it; else a link to the store in memory
-    histories.link      what takes its place at a start; after that the copy on the disk, which goes at once
-    histories.saving    what takes its place at a clean stop or where memory is full; after that the link, which goes
+    histories           the store on the disk while no writer runs; else a link to the store in memory
+    histories.link      replaces it at a start; after the exchange it is the copy on the disk, which is removed
+    histories.saving    replaces it at a clean stop or when memory is full; after the exchange it is the link,
+                        which is removed
 
-So after kill -9 the store in memory counts. After a power cut the link leads
-nowhere, and the store is refused like any that was open then: there is no older
-copy that could be taken for it.
+So after kill -9 the store in memory is used. After a power cut the link is
+dangling, and the store is refused like any store that was open then: no older
+copy is left that could be mistaken for it.
 """
 
 from __future__ import annotations
@@ -35,16 +36,16 @@ _logger = logging.getLogger(__name__)
 
 
 class MemoryStore(CompactStore):
-    """As `LmdbStore`, which says what the arguments are; `enter` is called before its writer opens it.
+    """An `LmdbStore`, with the same arguments, that may be in memory. Call `enter` before its writer opens it.
 
-    Only its writer's thread moves it. Another thread reads the store before or the one after, which are equal.
+    Only the writer's thread moves it. Another thread reads the store before or after the move; both are equal.
     """
 
     _was_full = False
 
     @property
     def in_memory(self) -> bool:
-        """Whether it lies in memory, and is saved where it is closed."""
+        """Whether the store is in memory, and is saved to the disk on close."""
         return self.path.is_symlink()
 
     def _open(self, map_bytes: int) -> None:
@@ -56,11 +57,11 @@ class MemoryStore(CompactStore):
         super()._open(map_bytes)
 
     def close(self) -> None:
-        """As of any store; one that lies in memory is on the disk, durable and marked, when this returns.
+        """Closes the store. When this returns, a store in memory is on the disk, durable and marked as closed cleanly.
 
         Raises:
             StoreFull: The disk is full; the store stays in memory, as after a kill.
-            UnusableDisk: It refused for another reason; likewise.
+            UnusableDisk: The disk refused for another reason; likewise.
         """
         if self.readonly or not self.in_memory:
             super().close()
@@ -83,23 +84,23 @@ class MemoryStore(CompactStore):
             with super()._write() as transaction:
                 yield transaction
         except StoreFull as error:
-            # The map is as full on the disk. Else whoever wrote comes again, and finds the store there.
+            # A full map is as full on the disk. Otherwise the next write moves the store to the disk.
             self._was_full = not isinstance(error.__cause__, lmdb.MapFullError)
             raise
 
     def _move(self) -> None:
-        """Moves to the disk and goes on there.
+        """Moves the store to the disk and continues there.
 
         Raises:
-            StoreFull: That is full too; nothing was changed.
-            UnusableDisk: It refused for another reason; likewise.
+            StoreFull: The disk is full too; nothing was changed.
+            UnusableDisk: The disk refused for another reason; nothing was changed.
         """
         with self._swapping:
-            # 1. No page is newer than the copy: only this thread writes.
+            # 1. Copy the store. No page is newer than the copy: only this thread writes.
             most = int(self._env.info()["map_size"])
             copy = self._copied(False)
-            # 2. Whoever opens the store from now on opens that. Who reads it here ends on the old pages, which go with
-            #    the last reference to their environment.
+            # 2. Replace the link by the copy. Processes that open the store from now on open the copy. Readers in this
+            #    process finish on the old pages, which are freed with the last reference to their environment.
             try:
                 land(self.path, copy)
             except OSError as error:
@@ -113,13 +114,13 @@ class MemoryStore(CompactStore):
         )
 
     def _copied(self, whole: bool) -> Path:
-        """A copy beside the link, its pages as they are, so that the next backup finds most of them again.
+        """Copies the store next to the link, page by page, so that the next backup finds most pages unchanged.
 
         Args:
-            whole: Whether it is durable and marked as closed in order.
+            whole: Whether the copy is synced and marked as closed cleanly.
 
         Raises:
-            StoreFull, UnusableDisk: As `LmdbStore.close` does; there is no copy.
+            StoreFull, UnusableDisk: As `LmdbStore.close` does; no copy is left.
         """
         copy = _beside(self.path, _SAVING)
         try:
@@ -140,18 +141,18 @@ class MemoryStore(CompactStore):
 
 
 def enter(link: Path, memory: str, boot_id: str | None = None) -> Place:
-    """Brings the store of a link into memory where there is room, for its writer to open; else it stays on the disk.
+    """Moves a link's store into memory if there is room, before its writer opens it; else it stays on the disk.
 
-    1. What a crash left beside the link goes.
-    2. A store that is in memory already stays there, where it has room to grow. One that a power cut took, or may have
-       damaged, stays as it is: opening it says so.
-    3. One on the disk is copied; one in memory without room comes back, if the disk has room.
-    4. The link takes its place, durable before the first commit, and what was copied goes.
+    1. Remove what a crash left next to the link.
+    2. A store already in memory stays there if it has room to grow. A store that a power cut removed, or may have
+       damaged, stays as it is: opening it reports the error.
+    3. Copy a store on the disk into memory. Move a store in memory without room to the disk, if that has room.
+    4. Replace the store by the link, durably before the first commit, and remove the source of the copy.
 
     Args:
-        link: In a directory whose lock is held.
+        link: A link in a directory whose lock is held.
         memory: `storage.memory_dir`.
-        boot_id: Which start of the machine this is; by default the kernel's.
+        boot_id: The boot id of this machine; by default the kernel's.
 
     Raises:
         StoreError: The store belongs to another state directory that is in use.
@@ -201,7 +202,7 @@ def enter(link: Path, memory: str, boot_id: str | None = None) -> Place:
 
 
 def _load(link: Path, place: Place) -> str:
-    """Copies what a link leads to, if anything, into memory; says why where that has no room after all."""
+    """Copies the link's store, if any, into memory; returns why that failed, or an empty string."""
     shutil.rmtree(place.path, ignore_errors=True)
     try:
         place.path.mkdir(mode=0o700)
@@ -215,7 +216,7 @@ def _load(link: Path, place: Place) -> str:
 
 
 def land(link: Path, copy: Path) -> None:
-    """Puts a directory beside a link in its place, and removes what lies in memory; who has that open reads on.
+    """Replaces a link by a directory next to it, and removes the store in memory; open readers can still read that.
 
     Raises:
         OSError: The disk refused.
@@ -229,7 +230,7 @@ def land(link: Path, copy: Path) -> None:
 
 
 def bring_back(link: Path) -> None:
-    """Lets the store of a link that nobody writes lie on the disk, as it is; a link that leads nowhere goes.
+    """Moves a link's store, which no process writes, from memory to the disk; removes a dangling link.
 
     Raises:
         OSError: There is no room.
@@ -264,7 +265,7 @@ def _beside(link: Path, suffix: str) -> Path:
 
 
 def _exchange(one: Path, link: Path) -> None:
-    """Puts `one` in the place of the link, and what was there, if anything, in the place of `one`; durable."""
+    """Exchanges `one` with the link, or renames `one` if there is no link; durable when this returns."""
     if os.path.lexists(link):
         durable.exchange(one, link)
     else:
@@ -273,7 +274,7 @@ def _exchange(one: Path, link: Path) -> None:
 
 
 def _clear(path: Path) -> None:
-    """Removes a directory or a link; what the link leads to stays."""
+    """Removes a directory or a link, but not the target of the link."""
     if path.is_symlink():
         path.unlink()
     else:
@@ -281,7 +282,7 @@ def _clear(path: Path) -> None:
 
 
 def _recover(link: Path) -> None:
-    """Ends or takes back what a crash cut short: of an exchange in several steps the first one leaves no link."""
+    """Completes or undoes an interrupted exchange. An exchange in several steps leaves no link after its first step."""
     for one in (_beside(link, _ARRIVING), _beside(link, _SAVING)):
         between = _beside(one, "between")
         if os.path.lexists(between) and not os.path.lexists(link):

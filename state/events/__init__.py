@@ -1,1 +1,1 @@
-"""A click: bytes of a record to columns of events, and ids that carry no raw name."""
+"""Clicks: decodes records into columns of events, with ids that contain no raw name."""

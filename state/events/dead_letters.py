@@ -1,4 +1,4 @@
-"""Records that are no events: the reason codes of dead letters, and what is kept of one."""
+"""Dead letters, the records that cannot become events: their reason codes, and what is kept of each."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Reason(enum.StrEnum):
 
 
 def reason_of(error: Exception) -> Reason:
-    """The reason code of what a decoder or the parser raised; a code that is none counts as undecodable.
+    """The reason code of an error raised by a decoder or the parser; an unknown code counts as undecodable.
 
     >>> str(reason_of(ValueError("no JSON")))
     'undecodable'
@@ -33,13 +33,13 @@ def reason_of(error: Exception) -> Reason:
 
 
 class DeadLetter(NamedTuple):
-    """A record that is no event.
+    """A record that cannot become an event.
 
     Attributes:
-        source: The partition it was in.
+        source: The partition of the record.
         offset: Its offset.
-        reason: Why it is dead.
-        key: Its key, which is a user's raw id: for the dead-letter writer only, where bytes are switched on.
+        reason: Why it was refused.
+        key: Its key, a user's raw id; only for the dead-letter writer, if writing bytes is enabled.
         value: Its value, likewise.
     """
 
@@ -50,5 +50,5 @@ class DeadLetter(NamedTuple):
     value: bytes | None
 
     def __repr__(self) -> str:
-        """Coordinates and reason; the bytes may hold a raw user id."""
+        """Coordinates and reason only: the bytes may hold a raw user id."""
         return f"DeadLetter({self.source}@{self.offset}, {self.reason})"

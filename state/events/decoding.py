@@ -1,6 +1,6 @@
-"""Bytes of a record to the fields of a click: the JSON decoder, the seam for others, and times.
+"""Decodes a record's bytes to the fields of a click: the JSON decoder, the interface of user decoders, and times.
 
-What a decoder gives is checked by `state.events.parser.Parser`, whatever decoder it is.
+`state.events.parser.Parser` checks the output of every decoder.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from state.errors import DecodeError
 from state.events.dead_letters import Reason
 from state.process.user_code import load_named
 
-MILLISECONDS_FROM = 1e11  # a number this large is milliseconds: in seconds it is the year 5138
-LATEST_MS = 1 << 52  # the kernel's and JSON's integers stay exact
+MILLISECONDS_FROM = 1e11  # numbers from here on are milliseconds: as seconds this is the year 5138
+LATEST_MS = 1 << 52  # below it the integers of the kernel and of JSON are exact
 
 
 Decoder = Callable[[bytes], Any]
@@ -35,11 +35,11 @@ _KINDS: dict[str, Any] = {
 
 
 def decode_json(settings: EventSettings) -> Decoder:
-    """Makes the decoder of JSON objects; the model for a decoder of your own.
+    """Makes the decoder of JSON objects; also the example for a decoder of your own.
 
-    `events.decoder` names a function like this one as `module:name`. It gets
-    the section `[events]` and returns a function from a record's value to
-    anything with the attributes
+    `events.decoder` names a function like this one as `module:name`. The function
+    gets the section `[events]` and returns a function that maps a record's value to
+    any object with the attributes
 
         user, item, category, action: str | int | None
         time:    int | float | str | None
@@ -48,8 +48,8 @@ def decode_json(settings: EventSettings) -> Decoder:
                  `events.context`; may be missing where none are configured
         request: str | int | None; may be missing where `events.request` is empty
 
-    None is "not there"; the parser checks everything else. A value that
-    cannot be decoded raises ValueError, or DecodeError with one of `state.events.dead_letters.Reason`.
+    None means that the field is missing; the parser checks everything else. For a value that cannot be decoded
+    the function raises ValueError, or DecodeError with one of `state.events.dead_letters.Reason`.
 
     >>> decode_json(EventSettings(user="who"))(b'{"who": 7, "item": "a", "more": []}').user
     7
@@ -64,7 +64,7 @@ def decode_json(settings: EventSettings) -> Decoder:
         "request": settings.request,
         **{f"context_{index}": name for index, name in enumerate(settings.context)},
     }
-    # One field of the record may be several of ours, such as the category and a context.
+    # One field of the record may map to several attributes, such as the category and a context.
     owners: dict[str, list[str]] = {}
     for attribute, name in names.items():
         owners.setdefault(name, []).append(attribute)
@@ -91,12 +91,12 @@ def decode_json(settings: EventSettings) -> Decoder:
 
 
 def why(value: bytes, error: Exception) -> Reason:
-    """Finds the reason of a value that JSON's strict decoder refused."""
+    """The reason code for a value that the strict JSON decoder refused."""
     if isinstance(error, msgspec.ValidationError) and "out of range" not in str(error):
         return Reason.WRONG_TYPE
     infinite: list[str] = []
     try:
-        # Python's reader takes NaN and Infinity, which are no JSON.
+        # Python's reader accepts NaN and Infinity, which are not valid JSON.
         json.loads(value, parse_constant=infinite.append)
     except (ValueError, RecursionError):
         return Reason.UNDECODABLE
@@ -104,7 +104,7 @@ def why(value: bytes, error: Exception) -> Reason:
 
 
 def load_decoder(settings: EventSettings) -> Decoder:
-    """Makes the decoder that `events.decoder` names.
+    """Loads the decoder that `events.decoder` names.
 
     Raises:
         SettingsError: There is no such function.
@@ -113,7 +113,7 @@ def load_decoder(settings: EventSettings) -> Decoder:
 
 
 def parse_time(value: Any, unit: str) -> int:
-    """Reads an event's time as milliseconds since 1970, UTC.
+    """Parses an event's time to milliseconds since 1970, UTC.
 
     Args:
         value: A number, or text with a number or an ISO 8601 time; without a zone it is UTC.
@@ -123,7 +123,7 @@ def parse_time(value: Any, unit: str) -> int:
     [1700000000000, 1700000000000, 1700000000500, 1700000000000]
 
     Raises:
-        DecodeError: It is no time in that unit.
+        DecodeError: The value is no time in that unit.
     """
     kind = type(value)
     if kind is str:

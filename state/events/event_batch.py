@@ -1,4 +1,4 @@
-"""Clicks as columns: what the parser makes of records and everything after it reads."""
+"""Parsed clicks as columns, the input of all later stages."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ class EventBatch:
         category: `[n]` uint64.
         action: `[n]` uint8, an index of the configured actions.
         at_ms: `[n]` int64, event time.
-        label: `[n]` float32; NaN is unknown.
-        weight: `[n]` float32, of the action.
-        context: `[n, K]` uint64; 0 is none.
+        label: `[n]` float32; NaN if unknown.
+        weight: `[n]` float32, the weight of the action.
+        context: `[n, K]` uint64; 0 for none.
         source: `[n]` uint16, an index of `ranges`.
         offset: `[n]` int64.
-        ranges: What became of each position read.
-        dead: The records that are no events.
-        names: Names of categories not announced for ten minutes of event time.
-        item_names: Likewise of items, without those that are too long.
-        request: `[n]` uint64 ids of requests, 0 for none; empty where no field is configured.
+        ranges: The positions read, with their outcomes.
+        dead: The records that could not become events.
+        names: Id -> name of the categories not announced within ten minutes of event time.
+        item_names: Likewise for items, without names that are too long.
+        request: `[n]` uint64 ids of requests, 0 for none; empty if no field is configured.
     """
 
     user: NDArray[np.uint64]
@@ -54,5 +54,5 @@ class EventBatch:
         return len(self.user)
 
     def __bool__(self) -> bool:
-        """A batch without events still moves positions."""
+        """Always true: a batch without events still moves positions."""
         return True

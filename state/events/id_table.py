@@ -1,4 +1,4 @@
-"""Texts of ids that came lately: a number for each, so that a column of texts becomes a column of ids at once."""
+"""Caches the ids of recent texts, so that a column of texts becomes a column of ids in one step."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from state.events.dead_letters import Reason
 
 ANNOUNCE_MS = 600_000
 CACHED_IDS = 200_000
-CACHED_CHARACTERS = 256  # longer texts are hashed each time, so that the table stays small
+CACHED_CHARACTERS = 256  # longer texts are hashed each time, to bound the table
 NAME_CHARACTERS = 200
 
 _ID_TYPES = frozenset((str, int))
 
 
 class IdTable:
-    """Ids by text, and when each text was announced last. One thread.
+    """Ids by text, and the last time each text was announced. For one thread.
 
     Args:
-        make: Makes the id of a text.
-        announced: Texts are announced by `news`.
-        whole: Announces no text longer than `NAME_CHARACTERS`; such texts are cut otherwise.
+        make: Computes the id of a text.
+        announced: Whether `news` announces texts.
+        whole: Whether texts longer than `NAME_CHARACTERS` are not announced; otherwise they are cut.
     """
 
     def __init__(self, make: Callable[[str | int], int], announced: bool = True, whole: bool = False) -> None:
@@ -39,17 +39,17 @@ class IdTable:
         self._announced_ms = np.empty(1024, np.int64)
         self._met: list[NDArray[np.int64]] = []
         self._met_singly: list[int] = []
-        # Long texts by id, which have no number.
+        # Texts by id, for long texts, which have no number.
         self._met_long: dict[int, str] = {}
         self._announced_long: dict[int, int] = {}
 
     def begin(self) -> None:
-        """Starts a batch: a full table is emptied, and its texts are announced again."""
+        """Starts a batch; a full table is cleared, and its texts are announced again."""
         if max(len(self._texts), len(self._announced_long)) >= CACHED_IDS:
             self._forget()
 
     def column(self, values: Sequence[Any]) -> NDArray[np.uint64] | None:
-        """`[n]` uint64, the ids of n values; None where they must be read one by one.
+        """The ids of n values, `[n]` uint64; None if the values must be read one by one.
 
         Raises:
             DecodeError: A text is empty.
@@ -58,7 +58,7 @@ class IdTable:
             return None
         try:
             numbers = np.fromiter(map(self._numbers.get, values), np.int64, len(values))
-        # The number of an unknown value is None.
+        # `get` returns None for an unknown value.
         except TypeError:
             if any(value not in self._numbers and self._add(value) is None for value in values):
                 return None
@@ -86,9 +86,9 @@ class IdTable:
         return int(self._ids[number])
 
     def news(self, newest_ms: int) -> dict[int, str]:
-        """The texts since the last call that were not announced for `ANNOUNCE_MS`; announces them.
+        """Announces the texts seen since the last call that were not announced within `ANNOUNCE_MS`, and returns them.
 
-        A time that goes back is another time too: one wrong clock must not silence the names for years.
+        An earlier time also counts as distant: otherwise one wrong clock would suppress the names for years.
         """
         self._meet(np.empty(0, np.int64))
         met, self._met = np.concatenate(self._met), []
@@ -115,7 +115,7 @@ class IdTable:
         self._met.append(numbers)
 
     def _add(self, value: str | int) -> int | None:
-        """Gives a value its number; None for a text that is too long."""
+        """Assigns a number to a value; None for a text that is too long."""
         text = str(value)
         if not text:
             raise DecodeError(Reason.EMPTY_ID)

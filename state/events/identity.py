@@ -18,14 +18,14 @@ from state.config.settings import Settings
 from state.errors import MissingSalt, SettingsError
 from state.process import secret_file
 
-_BLOCK_BYTES = 64  # of SHA-256
+_BLOCK_BYTES = 64  # block size of SHA-256
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Salt:
-    """The secret that pseudonyms are made with.
+    """The secret key of the pseudonyms.
 
     Attributes:
         key: The secret; never printed.
@@ -105,17 +105,17 @@ def context_id(name: str, text: str) -> int:
 
 
 def own_salt(settings: Settings) -> Salt:
-    """The salt of a state directory: made at its first start, and never again once users are stored there.
+    """The salt of a state directory. It is created at the first start, and never again once users are stored there.
 
     Raises:
-        MissingSalt: It is gone; a new one would find none of the stored users.
+        MissingSalt: The file is missing; with a new salt none of the stored users would be found.
         SettingsError: The file cannot be read, or the key is too short.
     """
     return load_salt(settings.salt_path, create=not layout.has_users(settings.state_dir, settings.registry_dir))
 
 
 def fingerprint_at(path: Path) -> str | None:
-    """The fingerprint of the salt in a file; None where there is none that can be read."""
+    """The fingerprint of the salt in a file; None if the file is missing or cannot be read."""
     try:
         return load_salt(path, create=False).fingerprint
     except (MissingSalt, SettingsError):
@@ -123,17 +123,16 @@ def fingerprint_at(path: Path) -> str | None:
 
 
 def load_salt(path: Path, create: bool = True) -> Salt:
-    """Reads the salt, or makes it; several processes may do so at once.
+    """Reads or creates the salt; safe for several processes at once.
 
-    The file holds the key in hexadecimal; any other content is taken as the
-    key itself.
+    The file holds the key in hexadecimal; any other content is the key itself.
 
     Args:
         path: The salt's file.
-        create: Whether a missing file is made, with mode 0600.
+        create: Whether to create a missing file, with mode 0600.
 
     Raises:
-        MissingSalt: The file is missing and is not to be made.
+        MissingSalt: The file is missing and may not be created.
         SettingsError: The file cannot be read, or the key is too short.
     """
     if not path.exists():

@@ -1,10 +1,10 @@
-"""A click: records of the topic become columns of events, or dead letters with a reason.
+"""Parses records of the clicks topic into columns of events, or into dead letters with a reason.
 
 Validation is repeatable: a record is compared with its own Kafka timestamp,
-never with now, so that reading the log again gives the same events. The same
-producer sets both times, or none: what a time that passes here may change for
-other users, many of them decide (`streaming/witnesses.py`). Users become
-pseudonyms here; no raw user id leaves the parser.
+never with the current time, so reading the log again gives the same events.
+The producer sets both times, or none. So a quorum of users decides how far a
+time that passes here may affect other users (`streaming/witnesses.py`). Users
+become pseudonyms here; no raw user id leaves the parser.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ CACHED_CONTEXTS = 200_000
 
 
 class _Columns(NamedTuple):
-    """The records of a partition batch that are events, `[n]` each, and what became of the others."""
+    """The events of a partition batch, `[n]` each, and the outcomes of its other records."""
 
     kept: NDArray[np.int64] | slice
     user: NDArray[np.uint64]
@@ -50,11 +50,11 @@ class _Columns(NamedTuple):
 
 
 class Parser:
-    """Turns records into events. Used by one thread; remembers only caches and announced names.
+    """Turns records into events. For one thread; its only state is caches and announced names.
 
     Args:
         settings: The section `[events]`.
-        salt: What users' pseudonyms are made with.
+        salt: The salt of the user pseudonyms.
     """
 
     def __init__(self, settings: EventSettings, salt: Salt) -> None:
@@ -70,13 +70,13 @@ class Parser:
             )
         self._future_ms = round(settings.max_future_s * 1000)
         self._age_ms = round(settings.max_age_s * 1000)
-        # What names a category to people may be cut; what names an item to its owner may not.
+        # A category's name is for display and may be cut. An item's name identifies it to its owner and may not.
         self._users = IdTable(partial(user_id, salt), announced=False)
         self._items, self._categories = IdTable(public_id, whole=True), IdTable(public_id)
         self._contexts: dict[tuple[str, str], int] = {}
 
     def parse(self, batches: Sequence[PartitionBatch]) -> EventBatch:
-        """Turns what one poll found into events, dead letters and the account of every position.
+        """Turns the result of one poll into events and dead letters, with the outcomes of every position.
 
         Args:
             batches: Contiguous ranges of partitions with their records.
@@ -107,7 +107,7 @@ class Parser:
         ranges: tuple[Range, ...],
         dead: tuple[DeadLetter, ...],
     ) -> EventBatch:
-        """What was found in each partition batch, with its offsets, as one batch."""
+        """Concatenates the columns of all partition batches, with their offsets, into one batch."""
 
         def joined(columns: list[NDArray[Any]], kind: type) -> NDArray[Any]:
             return np.concatenate(columns) if columns else np.empty(0, kind)
@@ -136,7 +136,7 @@ class Parser:
         )
 
     def _at_once(self, batch: PartitionBatch) -> _Columns | None:
-        """The records of a batch, column by column; None where one of them needs a closer look, see `_one_by_one`."""
+        """Parses a batch column by column; None if a record needs the slower `_one_by_one`."""
         settings, values = self._settings, batch.values
         if None in values or max(map(len, values), default=0) > settings.max_event_bytes:  # type: ignore[arg-type]
             return None
@@ -156,7 +156,7 @@ class Parser:
             if item is None:
                 return None
             category = self._ids(self._categories, settings.category, [event.category for event in events])
-        # Which record it is, and what becomes of it, is found one by one.
+        # `_one_by_one` finds which record it is, and its outcome.
         except (DecodeError, ValueError, OverflowError):
             return None
         if category is None:
@@ -164,7 +164,7 @@ class Parser:
         return _Columns(slice(None), user, item, category, action, at_ms, label, contexts, requests, [], 0)
 
     def _times(self, times: list[Any], timestamps_ms: NDArray[np.int64]) -> NDArray[np.int64] | None:
-        """`[n]` int64, event times in ms; None where one of them is implausible or missing."""
+        """Event times in ms, `[n]` int64; None if one is implausible or missing."""
         unit, kinds = self._settings.time_unit, {*map(type, times)}
         if kinds == {int} and unit != "iso":
             at_ms = np.array(times, np.int64)
@@ -181,7 +181,7 @@ class Parser:
         return at_ms if (plausible & (at_ms >= 0) & (at_ms < LATEST_MS)).all() else None
 
     def _action_column(self, actions: list[Any]) -> NDArray[np.uint8] | None:
-        """`[n]` uint8, the numbers of actions; None where one of them is unknown."""
+        """The numbers of actions, `[n]` uint8; None if one is unknown."""
         kinds = {*map(type, actions)}
         if kinds == {type(None)} and len(self._actions) == 1:
             return np.zeros(len(actions), np.uint8)
@@ -191,13 +191,13 @@ class Parser:
         return None if None in numbers else np.array(numbers, np.uint8)
 
     def _ids(self, table: IdTable, configured: str, values: list[Any]) -> NDArray[np.uint64] | None:
-        """`[n]` uint64 ids of a column; None where one of them needs a closer look."""
+        """The ids of a column, `[n]` uint64; None if one must be read separately."""
         if not configured and values.count(None) == len(values):
             return np.zeros(len(values), np.uint64)
         return table.column(values)
 
     def _one_by_one(self, batch: PartitionBatch, source: Source) -> _Columns:
-        """The records of a batch, each with its own outcome."""
+        """Parses the records of a batch one at a time, each with its own outcome."""
         rows: list[tuple[int, int, int, int, int, float]] = []
         contexts: list[list[int]] = []
         requests: list[int] = []
@@ -245,7 +245,7 @@ class Parser:
         """Checks one event; returns user, item, category, action, time, label."""
         settings = self._settings
         at_ms = parse_time(event.time, settings.time_unit) if event.time is not None else self._no_time(timestamp_ms)
-        # A record without a Kafka timestamp (-1) can be compared with nothing.
+        # A record without a Kafka timestamp (-1) cannot be compared.
         if timestamp_ms >= 0 and not -self._age_ms <= at_ms - timestamp_ms <= self._future_ms:
             raise DecodeError(Reason.IMPLAUSIBLE_TIME)
         if not 0 <= at_ms < LATEST_MS:
@@ -282,7 +282,7 @@ class Parser:
         return timestamp_ms
 
     def _no_id(self, value: Any, configured: str, user: object) -> int:
-        """An id that is neither text nor integer: allowed only where no field is configured, and of a probe user."""
+        """The id 0 for a missing value. It is allowed only if no field is configured, or for a probe user."""
         if value is not None:
             raise DecodeError(Reason.WRONG_TYPE)
         if configured and not is_probe_user(user):
@@ -299,7 +299,7 @@ class Parser:
         return self._actions.get(str(value))
 
     def _request(self, value: Any) -> int:
-        """The id of an event's request; they pass by and are not remembered."""
+        """The id of an event's request; requests are not cached, since each occurs only a few times."""
         if value is None or value == "":
             return 0
         if type(value) is not str and type(value) is not int:
@@ -330,7 +330,7 @@ class Parser:
 
 
 def label_column(labels: list[Any]) -> NDArray[np.float32] | None:
-    """`[n]` float32, NaN for None; None where a label is none.
+    """A column of labels, `[n]` float32 with NaN for None; None if a label is invalid.
 
     >>> label_column([None, True, 0.5]), label_column([2.0])
     (array([nan, 1. , 0.5], dtype=float32), None)
@@ -341,5 +341,5 @@ def label_column(labels: list[Any]) -> NDArray[np.float32] | None:
     if not {*map(type, labels)} <= {type(None), bool, int, float}:
         return None
     found = np.array([math.nan if label is None else label for label in labels], np.float64)
-    # A label that is not finite fails both comparisons.
+    # A label that is NaN or infinite fails one of the comparisons.
     return found.astype(np.float32) if np.count_nonzero((found >= 0) & (found <= 1)) == len(found) - unknown else None

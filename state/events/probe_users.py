@@ -1,20 +1,20 @@
-"""The users whose clicks ask how long the loop takes: ids that no shop gives, and clicks that name nothing.
+"""Probe users, whose clicks measure the latency of the loop. Their ids are reserved.
 
-A click of theirs has no item and no category, which a click of nobody else may
-lack. So it moves positions, a history and the count of rows, and is in no
-target, measure, popularity, recommendation or weight. They are pseudonymised,
-expire, are masked and erased as all users are.
+A click of a probe user has no item and no category, which no other click may
+lack. So it moves positions, a history and the count of rows, but enters no
+target, metric, popularity, recommendation or weight. Probe users are
+pseudonymised, expire, are masked and are erased like all users.
 """
 
 from __future__ import annotations
 
 PREFIX = "springtide-probe-"
 SLOTS = 512
-"""So many of them there are: each waits long for its next turn, and a store has few of them."""
+"""The number of probe users: each waits long before it is used again, and a store holds few of them."""
 
 
 def probe_user(number: int) -> str:
-    """The raw id of one of them.
+    """The raw id of a probe user.
 
     >>> probe_user(SLOTS + 3)
     'springtide-probe-3'
@@ -23,7 +23,7 @@ def probe_user(number: int) -> str:
 
 
 def is_probe_user(user: object) -> bool:
-    """Whether a raw id is one of theirs.
+    """Whether a raw id belongs to a probe user.
 
     >>> is_probe_user("springtide-probe-3"), is_probe_user("ann"), is_probe_user(7)
     (True, False, False)

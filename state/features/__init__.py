@@ -1,1 +1,1 @@
-"""The feature spec, the kernel that computes a user's windows, and the mask of clicks taken back."""
+"""The feature spec, the kernel that computes a user's windows, and the mask of excluded clicks."""

@@ -1,20 +1,20 @@
-"""Ages as steps: 64 an octave inside the kernel, where sums are taken, and 8 an octave in what a row says.
+"""Quantises ages: 64 steps an octave inside the kernel, where sums are taken, and 8 an octave in a row.
 
-An age is in units of 1.024 s, so that the kernel gets it from milliseconds by a shift.
+Ages are in units of 1.024 s, which the kernel computes from milliseconds by a shift.
 """
 
 from __future__ import annotations
 
 import decimal
 
-NEVER = 255  # the recency of what never happened
+NEVER = 255  # the recency of an event that never happened
 EXACT = 128  # ages below this many units have a step each, then 64 an octave
 DAY_MS = 86_400_000
 HOUR_MS = 3_600_000
 
 
 def quantise(age: int) -> int:
-    """Gives the step of an age in units of 1.024 s, exact below 128 units.
+    """The step of an age in units of 1.024 s, exact below 128 units.
 
     >>> [quantise(age) for age in (0, 127, 128, 129, 130, 256)]
     [0, 127, 128, 128, 129, 192]
@@ -26,7 +26,7 @@ def quantise(age: int) -> int:
 
 
 def recency_step(age: int) -> int:
-    """Gives the recency of an age in units of 1.024 s: eight steps an octave, at most 254.
+    """The recency of an age in units of 1.024 s: eight steps an octave, at most 254.
 
     >>> [recency_step(age) for age in (0, 15, 16, 3515, 590_625, 10**12)]
     [0, 15, 16, 77, 137, 254]
@@ -47,7 +47,7 @@ def ages_of_steps(longest_ms: int) -> list[int]:
 
 
 def decay_column(half_life_s: int, ages: list[int]) -> list[int]:
-    """Gives 65536 * 2^(-age / half life) for ages in units of 1.024 s.
+    """65536 * 2^(-age / half life) for ages in units of 1.024 s.
 
     Decimal arithmetic is correctly rounded everywhere; a platform's exp2 is not.
     """

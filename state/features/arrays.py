@@ -1,4 +1,4 @@
-"""The arrays that the window kernel reads and writes, and the numbers of what it counts.
+"""The arrays that the window kernel reads and writes, and the constants of its counts.
 
 An event is five 64-bit words, the bytes of `EVENT`: time, category, item,
 offset, and topic | partition << 32 | action << 48 | flags << 56.
@@ -22,7 +22,7 @@ SLOTS = 5  # latest categories whose windows are features
 SWITCHES = 16  # events among which changes of category are counted
 FEW = 5  # latest events among which each category is counted
 MANY = 20
-OF_ORDER = 3  # windows of a category by the order of events, not by time; the last of its windows
+OF_ORDER = 3  # windows of a category by order of events instead of time; the last ones of its windows
 
 
 class Tables(NamedTuple):
@@ -38,7 +38,7 @@ class Tables(NamedTuple):
 
 
 class Vector(NamedTuple):
-    """One row of integers, or `[n, ...]` of each for n rows.
+    """One row of integers, or `[n, ...]` of each array for n rows.
 
     Attributes:
         features: `[D]` uint16.
@@ -60,5 +60,5 @@ class Vector(NamedTuple):
 
 
 def words(events: NDArray[Any]) -> I64:
-    """Gives the `[n, 5]` int64 view of `[n]` EVENT that the kernels read."""
+    """Views `[n]` EVENT as the `[n, 5]` int64 that the kernels read."""
     return np.ascontiguousarray(events).view(np.int64).reshape(-1, WORDS)

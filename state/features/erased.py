@@ -1,9 +1,9 @@
-"""Users whose clicks up to a place are forgotten for good: what an erasure names, and which rows and events are its.
+"""Erasures: which users are erased, up to which offsets, and which of their rows and events that removes.
 
-An erasure names users and, for each source of clicks, the offset up to which
-theirs are gone. What they click later makes a new user of the same pseudonym.
-So it is asked of positions, never of the clock: a record that lies in a log or
-a copy stays gone whoever reads it again, and whenever.
+An erasure names users and, for each source of clicks, the offset below which
+their clicks are gone. Later clicks create a new user with the same pseudonym.
+Erasures go by position, never by the clock: a record in a log or a copy stays
+erased whenever it is read again.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ Flags = NDArray[np.bool_]
 Until = tuple[tuple[int, int, int], ...]
 
 EVERYTHING = (1 << 63) - 1
-"""The offset of a source, all of whose clicks are named: one of a topic that nobody writes any more."""
+"""Offset of a source of which all clicks are erased: one of a topic that is no longer written."""
 
 
 @dataclass(frozen=True)
 class Erasure:
-    """Users that are forgotten.
+    """One erasure: a set of users whose clicks are removed.
 
     Attributes:
-        id: Its number, from 1 on; none is given twice.
-        generation: Of the control that set it.
-        at_ms: When that was, wall clock.
-        users: Their pseudonyms.
-        until: (topic word, partition, next): clicks before that offset are gone; a source without an entry has none.
+        id: Its number, from 1 on, never reused.
+        generation: The control generation that set it.
+        at_ms: When it was set, wall clock.
+        users: The users' pseudonyms.
+        until: (topic word, partition, next): clicks before that offset are gone. A source without an entry keeps all.
     """
 
     id: int
@@ -53,10 +53,10 @@ class Erasure:
         return out
 
     def to_bytes(self, before: str) -> bytes:
-        """The erasure as a file, which names the one before it: a line of JSON, then the users as `MaskedUsers` writes them.
+        """Encodes the erasure as a file, which names the previous one: a line of JSON, then the bytes of `users`.
 
         Args:
-            before: SHA-256 of the file of the erasure before; empty for the first.
+            before: SHA-256 of the file of the previous erasure; empty for the first.
         """
         head = {
             "id": self.id,
@@ -69,10 +69,10 @@ class Erasure:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> tuple[Erasure, str]:
-        """What `to_bytes` wrote: the erasure, and the SHA-256 of the file before.
+        """Decodes the output of `to_bytes`: the erasure, and the SHA-256 of the previous file.
 
         Raises:
-            ValueError: It is no such file.
+            ValueError: The data is no such file.
         """
         line, _, users = data.partition(b"\n")
         head = json.loads(line)
@@ -83,10 +83,10 @@ class Erasure:
 
 @dataclass(frozen=True)
 class Erased:
-    """All erasures so far; never changed.
+    """All erasures so far; immutable.
 
     Attributes:
-        entries: In order.
+        entries: The erasures in order.
 
     >>> gone = Erased((Erasure(1, 5, 0, MaskedUsers.of([7]), ((42, 0, 100),)),))
     >>> gone.last, gone.hides(7, through=0), gone.hides(7, through=1), gone.hides(8, through=0)
@@ -105,29 +105,29 @@ class Erased:
         return iter(self.entries)
 
     def __repr__(self) -> str:
-        # Not the pseudonyms: an error or a log line may hold it.
+        # Not the pseudonyms: the text may appear in an error or a log line.
         return f"Erased({len(self.entries)})"
 
     @property
     def last(self) -> int:
-        """The number of the newest erasure; 0 where there is none."""
+        """The number of the newest erasure; 0 if there is none."""
         return self.entries[-1].id if self.entries else 0
 
     @cached_property
     def users(self) -> MaskedUsers:
-        """All users that were ever named."""
+        """All users named in any erasure."""
         return reduce(lambda known, one: known | one.users, self.entries, MaskedUsers.NOBODY)
 
     def after(self, through: int) -> Erased:
-        """The erasures whose number is above `through`."""
+        """The erasures with a number above `through`."""
         return self if not through else Erased(tuple(one for one in self.entries if one.id > through))
 
     def up_to(self, through: int) -> Erased:
-        """The erasures whose number is `through` or below."""
+        """The erasures with the number `through` or below."""
         return self if through >= self.last else Erased(tuple(one for one in self.entries if one.id <= through))
 
     def hides(self, user: int, through: int) -> bool:
-        """Whether what is kept of `user` counts no more in a copy that has taken erasures up to `through` into account."""
+        """Whether an erasure names `user` that a copy has not applied yet; it has applied those up to `through`."""
         return user in self.users and any(one.id > through and user in one.users for one in self.entries)
 
     def rows(
@@ -137,7 +137,7 @@ class Erased:
         offset: NDArray[np.int64],
         ranges: Sequence[Range],
     ) -> Flags:
-        """Which rows of a batch are gone.
+        """Which rows of a batch are erased.
 
         Args:
             user: `[n]` uint64 pseudonyms.
@@ -149,7 +149,7 @@ class Erased:
             `[n]` bool.
         """
         out = np.zeros(len(user), np.bool_)
-        # Erased users hardly ever come again: the rest is done for their rows alone.
+        # Erased users rarely come back: compute the rest only for their rows.
         theirs = np.flatnonzero(self.users.has(user))
         if not len(theirs):
             return out
@@ -162,7 +162,7 @@ class Erased:
         return out
 
     def events(self, history: NDArray[Any], user: int) -> Flags:
-        """Which events of one user's history (`[m]` EVENT) are gone."""
+        """Which events of one user's history (`[m]` EVENT) are erased."""
         out = np.zeros(len(history), np.bool_)
         if user in self.users:
             for one in self.entries:
@@ -172,7 +172,7 @@ class Erased:
 
     @cached_property
     def files(self) -> tuple[tuple[str, bytes], ...]:
-        """By SHA-256 the file of each erasure, in order; the last one leads to all others."""
+        """The file of each erasure as (SHA-256, bytes), in order; each file names the one before it."""
         found: list[tuple[str, bytes]] = []
         for one in self.entries:
             data = one.to_bytes(found[-1][0] if found else "")
@@ -181,19 +181,19 @@ class Erased:
 
     @property
     def digest(self) -> str:
-        """The SHA-256 of the newest erasure's file; empty without one."""
+        """The SHA-256 of the newest erasure's file; empty if there is none."""
         return self.files[-1][0] if self.files else ""
 
     def to_bytes(self) -> bytes:
-        """All of them in one value: their files, each behind its length."""
+        """Encodes all erasures as one value: their files, each after its length."""
         return b"".join(len(data).to_bytes(8, "big") + data for _, data in self.files)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Erased:
-        """What `to_bytes` wrote.
+        """Decodes the output of `to_bytes`.
 
         Raises:
-            ValueError: It is no such value.
+            ValueError: The data is no such value.
         """
         found, at = [], 0
         while at < len(data):
@@ -205,7 +205,7 @@ class Erased:
     def and_also(
         self, users: MaskedUsers, until: Iterable[tuple[int, int, int]], generation: int, at_ms: int
     ) -> Erased:
-        """These, and one more."""
+        """These erasures and a new one."""
         return Erased((*self.entries, Erasure(self.last + 1, generation, at_ms, users, tuple(sorted(until)))))
 
 

@@ -1,4 +1,4 @@
-"""`vectorise` for several users at once: the same bits, without the cost of a call for each."""
+"""`vectorise` for several users in one call: the same bits, without the cost of one call per user."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ _NONE = words(np.empty(0, EVENT))
 def vectorise_many(
     histories: Sequence[Events], at_ms: Sequence[int], mask: Mask, spec: FeatureSpec, users: Sequence[int]
 ) -> Vector:
-    """Computes the rows of n users, each as of a time of its own.
+    """Computes the rows of n users, each as of its own time.
 
     Args:
-        histories: n times `[m]` EVENT in append order; of more than N the last N count.
+        histories: n times `[m]` EVENT in append order; only the last N events of each count.
         at_ms: n times, milliseconds.
-        mask: events to leave out.
-        spec: what to compute.
+        mask: The events to leave out.
+        spec: The feature spec.
         users: n pseudonyms, for masks that name users.
 
     Returns:
@@ -40,7 +40,7 @@ def vectorise_many(
     if mask.users or mask.erased:
         visible = [_seen(events, user, mask, spec.history) for events, user in zip(histories, users, strict=True)]
     starts = np.array([0, *accumulate(map(len, visible))], np.int64)
-    # Words, for joining arrays with named fields is slow.
+    # As words, since concatenating structured arrays is slow.
     joined = np.concatenate([words(events) for events in visible] or [_NONE])
     rows = spec.empty(len(visible))
     many_rows(joined, starts, np.array(at_ms, np.int64), spec.tables, mask.hidden, rows)
@@ -48,7 +48,7 @@ def vectorise_many(
 
 
 def _seen(events: Events, user: int, mask: Mask, history: int) -> Events:
-    """The events of a user that the mask's users and erasures leave, the last N of them."""
+    """The last N events of a user after the mask's users and erasures are applied."""
     if user in mask.users:
         return events[:0]
     kept: Events = events[~mask.erased.events(events, user)] if mask.erased else events

@@ -1,8 +1,8 @@
-"""Which clicks an operator has taken back: by place in the log, by time, by user; and those of erased users.
+"""The mask: which clicks an operator excludes, by log position, time or user; and the clicks of erased users.
 
-A masked event is left out of every window as if it never was there; nothing
-is deleted. The bound on a history counts events before the mask is applied,
-so that a masked event still takes one of a user's N places.
+A masked event is left out of every window as if it had never happened;
+nothing is deleted. The bound on a history counts events before the mask is
+applied, so a masked event still uses one of a user's N slots.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ I64 = NDArray[np.int64]
 
 
 class Hidden(NamedTuple):
-    """The parts of a mask that depend on the event alone, as the window kernel takes them.
+    """The parts of a mask that depend only on the event, in the form that the window kernel reads.
 
     Attributes:
         offsets: `[k, 3]` int64: topic | partition << 32, first, next.
@@ -38,14 +38,14 @@ class Hidden(NamedTuple):
 
 @dataclass(frozen=True)
 class Mask:
-    """The events that no answer and no step may use.
+    """The events that no answer and no training step may use.
 
     Attributes:
-        generation: the control generation that set it.
+        generation: The control generation that set it.
         offsets: (topic word, partition, first, next); offsets in [first, next).
         times: (from, to) of event time in milliseconds, [from, to).
-        users: pseudonyms.
-        erased: users who are forgotten, each up to a place; no rollback and no `unmask` takes it back.
+        users: Pseudonyms.
+        erased: Erased users, each up to an offset. No rollback and no `unmask` undoes an erasure.
 
     >>> mask = Mask(3, times=((1000, 2000),), users=MaskedUsers.of([7]))
     >>> Mask.from_json(mask.to_json()) == mask == Mask.from_bytes(mask.to_bytes())
@@ -64,13 +64,13 @@ class Mask:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 of what is left out, whichever generation decided it."""
+        """SHA-256 of what is left out, independent of the generation."""
         parts = [sorted(self.offsets), sorted(self.times), self.users.digest, self.erased.digest]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @cached_property
     def hidden(self) -> Hidden:
-        """What the window kernel asks of an event; users are the caller's part."""
+        """The parts that the window kernel checks per event; the caller applies users and erasures."""
         offsets = [(topic | partition << 32, first, last) for topic, partition, first, last in self.offsets]
         return Hidden(
             np.array(offsets, np.int64).reshape(-1, 3),
@@ -85,14 +85,14 @@ class Mask:
         offset: I64,
         ranges: Sequence[Range],
     ) -> NDArray[np.bool_]:
-        """Says which rows of a batch are masked out.
+        """Which rows of a batch are masked.
 
         Args:
             user: `[n]` uint64 pseudonyms.
             at_ms: `[n]` int64 event times.
             source: `[n]` uint16 indices into `ranges`.
             offset: `[n]` int64.
-            ranges: the batch's source ranges.
+            ranges: The batch's source ranges.
 
         Returns:
             `[n]` bool, True where the row is masked.
@@ -108,7 +108,7 @@ class Mask:
         return out
 
     def events(self, history: NDArray[Any], user: int = 0) -> NDArray[np.bool_]:
-        """Says which events of one user's history (`[m]` EVENT) are masked out."""
+        """Which events of one user's history (`[m]` EVENT) are masked."""
         if user in self.users:
             return np.ones(len(history), np.bool_)
         out = self._events(history["topic"], history["partition"], history["offset"], history["at_ms"])
@@ -125,26 +125,26 @@ class Mask:
         return out
 
     def to_json(self) -> dict[str, Any]:
-        """Gives the mask as JSON values, users in order; erased ones are left out."""
+        """The mask as JSON values, users in order; erasures are left out."""
         return {**self._without_users(), "users": [f"{user:016x}" for user in self.users]}
 
     @classmethod
     def from_json(cls, values: dict[str, Any] | str) -> Mask:
-        """Reads what `to_json` gave, as values or as text."""
+        """Decodes the output of `to_json`, as values or as text."""
         document: dict[str, Any] = json.loads(values) if isinstance(values, str) else values
         return cls._of(document, MaskedUsers.of(int(user, 16) for user in document.get("users", ())))
 
     def to_bytes(self) -> bytes:
-        """The mask in few bytes: a line of JSON without the users, then the users as `MaskedUsers` and `Erased` write them."""
+        """Encodes the mask compactly: a line of JSON without users, then the bytes of `users` and `erased`."""
         head = {**self._without_users(), "masked_users": len(self.users)}
         return json.dumps(head).encode() + b"\n" + self.users.to_bytes() + self.erased.to_bytes()
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Mask:
-        """Reads what `to_bytes` gave, or the JSON of `to_json`, which 0.1.0 wrote.
+        """Decodes the output of `to_bytes`, or the JSON of `to_json` as release 0.1.0 wrote it.
 
         Raises:
-            ValueError: It is neither.
+            ValueError: The data is neither.
         """
         line, _, users = data.partition(b"\n")
         document = json.loads(line)
@@ -174,9 +174,9 @@ class Mask:
 Mask.NONE = Mask()
 
 MaskAt = Callable[[int], Mask]
-"""What is left out of a record that the stream wrote under the mask of a control generation."""
+"""Control generation -> the mask of the records that the stream wrote under it."""
 
 
 def always(mask: Mask) -> MaskAt:
-    """The same mask for every record."""
+    """Uses the same mask for every record."""
     return lambda _: mask

@@ -1,7 +1,7 @@
-"""A set of users as their sorted pseudonyms: what a mask holds of users, and how it lies in a file.
+"""A set of users as sorted pseudonyms, as masks and their files hold it.
 
-A million of them are 8 MB, are found by binary search, and are shared by all
-masks that name the same file.
+A million users take 8 MB. Lookup is a binary search. All masks that name the
+same file share one set.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ STORED = np.dtype("<u8")
 
 
 class MaskedUsers:
-    """Pseudonyms of users; never changed.
+    """Pseudonyms of users; immutable.
 
     Args:
-        ids: `[n]` uint64, ascending, none twice.
+        ids: `[n]` uint64, ascending and unique.
 
     >>> users = MaskedUsers.of([9, 3, 9])
     >>> len(users), 3 in users, 4 in users, users.has(np.array([9, 1], np.uint64)).tolist()
@@ -36,15 +36,15 @@ class MaskedUsers:
 
     @classmethod
     def of(cls, users: Iterable[int]) -> MaskedUsers:
-        """The set of these pseudonyms, in any order."""
+        """Builds the set from pseudonyms in any order."""
         return cls(np.unique(np.fromiter(users, np.uint64)))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> MaskedUsers:
-        """The set that `to_bytes` wrote.
+        """Decodes the output of `to_bytes`.
 
         Raises:
-            ValueError: The bytes are no such set.
+            ValueError: The pseudonyms are not in order.
         """
         ids = np.frombuffer(data, STORED).astype(np.uint64)
         if not np.all(ids[1:] > ids[:-1]):
@@ -52,7 +52,7 @@ class MaskedUsers:
         return cls(ids)
 
     def to_bytes(self) -> bytes:
-        """The pseudonyms, 8 bytes each, little-endian and ascending."""
+        """Encodes the pseudonyms, 8 bytes each, little-endian and ascending."""
         return self.ids.astype(STORED).tobytes()
 
     @cached_property
@@ -65,7 +65,7 @@ class MaskedUsers:
         found = np.zeros(len(users), np.bool_)
         if not len(self.ids):
             return found
-        # In order, neighbours look at the same part of a large set.
+        # In sorted order, neighbours access the same part of a large set.
         order = np.argsort(users)
         ordered = users[order]
         places = np.minimum(np.searchsorted(self.ids, ordered), len(self.ids) - 1)
@@ -96,7 +96,7 @@ class MaskedUsers:
         return hash(self.digest)
 
     def __repr__(self) -> str:
-        # Not the pseudonyms: an error or a log line may hold it.
+        # Not the pseudonyms: the text may appear in an error or a log line.
         return f"MaskedUsers({len(self)})"
 
 

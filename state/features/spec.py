@@ -1,18 +1,18 @@
 """The feature spec and `vectorise`: a user's recent events as named integers.
 
 The stream and serving compute windows with the one kernel of
-`state/features/kernel.py`, so that the same events give the same bits. The rules:
+`state/features/kernel.py`, so the same events give the same bits. The rules:
 
-- A history is the last N events in append order; the bound holds before
-  the mask, and masked events are then left out as if they never were there.
+- A history is the last N events in append order. The bound applies before
+  the mask; masked events are then left out as if they had never happened.
 - The window of w seconds is `(at - w, at]`. Events later than `at`, and those
-  older than the longest window, are visible in nothing; sweeping the latter
+  older than the longest window, affect no output. So sweeping old events
   cannot change an answer.
-- "Last" is by (time, offset), then by partition, and so is the order of which the
-  windows `of_latest_5`, `of_latest_20` and `follows` of a category speak: its events
-  among the user's latest 5 and 20, and how often it came next after the category
-  of the user's latest event. An event without a category counts among the latest,
-  and nothing comes next to it.
+- "Last" is by (time, offset), then by partition. The windows `of_latest_5`,
+  `of_latest_20` and `follows` of a category use the same order: the category's
+  events among the user's latest 5 and 20, and how often it came next after the
+  category of the user's latest event. An event without a category counts among
+  the latest events, but no category counts as coming next after it.
 - Every output is a uint16 that saturates. A decayed count is in 1/256 events;
   recency is the age in steps of an eighth of an octave, 255 for never.
 """
@@ -53,13 +53,13 @@ EVENT = np.dtype(
 )
 LABELLED = 1  # bit of `flags`: the label is known
 POSITIVE = 2  # bit of `flags`: the label is at least 0.5
-CODE = 2  # raised when the same events give other integers
+CODE = 2  # raise it when the same events give other integers
 
 Events = NDArray[Any]
 
 
 def _span(seconds: int) -> str:
-    """Names a duration.
+    """The name of a duration.
 
     >>> [_span(s) for s in (1800, 3600, 604800, 90)]
     ['30m', '1h', '7d', '90s']
@@ -72,15 +72,15 @@ def _span(seconds: int) -> str:
 
 @dataclass(frozen=True)
 class FeatureSpec:
-    """What the integers of a row mean. Its digest goes with everything that is made from them.
+    """Defines the integers of a row. Everything made from them carries the spec's digest.
 
     Attributes:
-        actions: names of the actions; an event carries the index.
-        windows_s: lengths of the windows, ascending, seconds.
-        half_lives_s: half lives of the decayed counts, seconds.
-        history: N, events kept of a user.
-        recent_categories: L, latest categories of a user that get windows of their own.
-        sequence: T, latest events of a user that a row carries themselves; 0 for none.
+        actions: Names of the actions; an event carries the index.
+        windows_s: Lengths of the windows, ascending, seconds.
+        half_lives_s: Half-lives of the decayed counts, seconds.
+        history: N, the events kept per user.
+        recent_categories: L, the latest categories of a user that get windows of their own.
+        sequence: T, the latest events of a user that a row contains; 0 for none.
 
     >>> spec = FeatureSpec()
     >>> len(spec.names), len(spec.window_names), spec.names[0]
@@ -114,10 +114,10 @@ class FeatureSpec:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> FeatureSpec:
-        """Takes the sections `events` and `features` of the settings.
+        """Builds the spec from the sections `events` and `features` of the settings.
 
         Raises:
-            SettingsError: They make no spec.
+            SettingsError: The settings give no valid spec.
         """
         features = settings.features
         try:
@@ -171,7 +171,7 @@ class FeatureSpec:
 
     @cached_property
     def tables(self) -> Tables:
-        """The constants the kernel reads."""
+        """The constants that the kernel reads."""
         ages = ages_of_steps(self.windows_s[-1] * 1000)
 
         def circle(points: int) -> NDArray[np.int64]:
@@ -190,7 +190,7 @@ class FeatureSpec:
         )
 
     def empty(self, rows: int) -> Vector:
-        """Arrays for so many rows, which a kernel writes.
+        """Empty arrays for so many rows, for a kernel to fill.
 
         >>> FeatureSpec(sequence=20).empty(3).sequence_items.shape
         (3, 20)
@@ -207,9 +207,9 @@ class FeatureSpec:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Gives the spec as JSON values, code version included."""
+        """The spec as JSON values, including the code version."""
         values = {name: _plain(value) for name, value in asdict(self).items()}
-        # The document's name for it: a digest written earlier stays what it was.
+        # The name in the document is `labels`, so that digests written earlier stay the same.
         values["labels"] = values.pop("recent_categories")
         if not self.sequence:
             del values["sequence"]
@@ -217,10 +217,10 @@ class FeatureSpec:
 
     @classmethod
     def from_json(cls, values: dict[str, Any] | str) -> FeatureSpec:
-        """Reads what `to_json` gave, as values or as text.
+        """Decodes the output of `to_json`, as values or as text.
 
         Raises:
-            ValueError: it was written by code whose integers mean something else.
+            ValueError: Another code version wrote it, whose integers have another meaning.
         """
         document: dict[str, Any] = json.loads(values) if isinstance(values, str) else values
         if document["code"] != CODE:
@@ -252,12 +252,12 @@ def vectorise(history: Events, at_ms: int, before: int | None, mask: Mask, spec:
     """Computes one user's row as of `at_ms`.
 
     Args:
-        history: `[m]` EVENT in append order; of more than N the last N count.
-        at_ms: the time the answer speaks of, milliseconds.
-        before: how many leading events of `history` are visible; None for all.
-        mask: events to leave out.
-        spec: what to compute.
-        user: the pseudonym, for masks that name users.
+        history: `[m]` EVENT in append order; only the last N count.
+        at_ms: The time of the answer, milliseconds.
+        before: How many leading events of `history` are visible; None for all.
+        mask: The events to leave out.
+        spec: The feature spec.
+        user: The pseudonym, for masks that name users.
 
     >>> click = np.zeros(1, EVENT)
     >>> click["at_ms"], click["category"] = 1_000, 7
@@ -265,7 +265,7 @@ def vectorise(history: Events, at_ms: int, before: int | None, mask: Mask, spec:
     >>> int(row.features[0]), int(row.recent_categories[0]), int(row.recent_categories[1])
     (1, 7, 0)
     """
-    # Only here: a spec alone, its digest or names, needs no compiler, which takes a second to load.
+    # Imported here: using only a spec, its digest or names needs no compiler, which takes a second to load.
     from state.features.kernel import many_rows
 
     events = history if before is None else history[:before]
@@ -274,7 +274,7 @@ def vectorise(history: Events, at_ms: int, before: int | None, mask: Mask, spec:
     elif mask.erased:
         events = events[~mask.erased.events(events, user)]
     rows = spec.empty(1)
-    # A copy: what a store reads cannot be written to, which would be another type to compile for.
+    # A copy, since arrays from a store are read-only, which would be another type to compile for.
     seen = words(events[-spec.history :]).copy()
     many_rows(seen, np.array([0, len(seen)]), np.array([at_ms]), spec.tables, mask.hidden, rows)
     return Vector(*[column[0] for column in rows])

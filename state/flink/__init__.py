@@ -1,1 +1,1 @@
-"""The door to a cluster of Apache Flink: its JobManager's REST interface."""
+"""Access to an Apache Flink cluster through its JobManager's REST interface."""

@@ -1,4 +1,4 @@
-"""Asks a JobManager over its REST interface, of the local cluster or of any other: jobs, checkpoints, savepoints."""
+"""A client of a JobManager's REST interface, of the local or any other cluster: jobs, checkpoints, savepoints."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Checkpoint:
     """A completed checkpoint.
 
     Attributes:
-        number: Of its job, from 1 on.
-        at_ms: When it was begun.
-        took_ms: How long it took.
-        state_bytes: Of all of its state.
-        path: What a job can be resumed from.
+        number: Its number within the job, from 1 on.
+        at_ms: When it was triggered.
+        took_ms: Its duration.
+        state_bytes: The size of its state.
+        path: The path from which a job can be resumed.
     """
 
     number: int
@@ -36,7 +36,7 @@ class Checkpoint:
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Checkpoint:
-        """One of the REST interface.
+        """Decodes a checkpoint of the REST interface.
 
         >>> Checkpoint.of({"id": 7, "trigger_timestamp": 5, "end_to_end_duration": 150, "state_size": 9, "external_path": "file:/a"})
         Checkpoint(number=7, at_ms=5, took_ms=150, state_bytes=9, path='file:/a')
@@ -55,15 +55,15 @@ class Job:
     """A job that the JobManager knows.
 
     Attributes:
-        id: Flink's, 32 hexadecimal digits.
-        name: Its own.
+        id: Flink's job id, 32 hexadecimal digits.
+        name: Its name.
         state: RUNNING, RESTARTING, FAILED and so on; also RUNNING while its tasks wait for slots.
-        since_ms: When it was handed in.
+        since_ms: When it was submitted.
         running: How many of its tasks run.
-        tasks: How many it has.
-        restarts: How often it began again; None where nobody knows.
-        checkpoint: Its newest; None before the first.
-        failed_checkpoints: How many failed.
+        tasks: How many tasks it has.
+        restarts: How often it restarted; None if unknown.
+        checkpoint: Its newest checkpoint; None before the first.
+        failed_checkpoints: How many checkpoints failed.
     """
 
     id: str
@@ -78,20 +78,20 @@ class Job:
 
     @property
     def ended(self) -> bool:
-        """Whether it is over, one way or another."""
+        """Whether the job is in a final state."""
         return self.state in ENDED
 
 
 @dataclass(frozen=True)
 class Overview:
-    """A JobManager at a moment.
+    """The state of a JobManager at one moment.
 
     Attributes:
-        version: Of Flink.
-        task_managers: How many have reported.
-        slots: How many these have.
-        free_slots: How many of them nobody uses.
-        jobs: The newest first.
+        version: Flink's version.
+        task_managers: How many TaskManagers have registered.
+        slots: How many slots they have.
+        free_slots: How many slots are free.
+        jobs: The jobs, newest first.
     """
 
     version: str
@@ -102,7 +102,7 @@ class Overview:
 
 
 def url(settings: Settings) -> str:
-    """Where the JobManager of the local cluster listens.
+    """The URL of the local cluster's JobManager.
 
     >>> url(Settings())
     'http://127.0.0.1:8081'
@@ -114,18 +114,18 @@ class JobManager:
     """The REST interface of one JobManager.
 
     Args:
-        url: Where it listens, `http://HOST:PORT`.
+        url: Its address, `http://HOST:PORT`.
     """
 
     def __init__(self, url: str) -> None:
         self.url = url
 
     def answers(self) -> bool:
-        """Whether it can be asked."""
+        """Whether it responds."""
         return http.ask(f"{self.url}/overview", 1.0)[0] == 200
 
     def overview(self) -> Overview:
-        """What it manages, with what a look at each job costs.
+        """The cluster and all its jobs; takes two further requests per job.
 
         Raises:
             FlinkFailed: It does not answer.
@@ -141,7 +141,7 @@ class JobManager:
         )
 
     def running(self) -> list[str]:
-        """The ids of the jobs that are not over.
+        """The ids of the jobs that have not ended.
 
         Raises:
             FlinkFailed: It does not answer.
@@ -157,7 +157,7 @@ class JobManager:
         return str(self._ask(f"/jobs/{job}")["state"])
 
     def named(self, name: str) -> str | None:
-        """The id of the newest job of a name; None where there is none.
+        """The id of the newest job with a name; None if there is none.
 
         Raises:
             FlinkFailed: It does not answer.
@@ -166,7 +166,7 @@ class JobManager:
         return str(max(found, key=lambda one: int(one["start-time"]))["jid"]) if found else None
 
     def failure(self, job: str) -> str:
-        """Why a job's tasks failed last, in Java's and Python's words; empty where they did not.
+        """The stack trace of a job's last task failure; empty if there was none.
 
         Raises:
             FlinkFailed: It does not answer, or knows no such job.
@@ -175,7 +175,7 @@ class JobManager:
         return str(failures[0]["stacktrace"]) if failures else ""
 
     def last_savepoint(self, job: str) -> str:
-        """The savepoint after which a job has made no checkpoint any more, as one that is stopped by it; empty for none.
+        """The path of a job's newest savepoint, if no checkpoint followed, as in a job stopped with it; else empty.
 
         Raises:
             FlinkFailed: It does not answer, or knows no such job.
@@ -187,16 +187,16 @@ class JobManager:
         return str(savepoint["external_path"])
 
     def begin_savepoint(self, job: str) -> str:
-        """Asks for a savepoint, after which the job is cancelled; returns the request's id.
+        """Requests a savepoint after which the job is cancelled; returns the request's id.
 
         Raises:
             FlinkFailed: It does not answer, or refuses.
         """
-        # Not `stop`: that asks sources to end, and those of portable jobs do not know how.
+        # Not `stop`: it asks the sources to end, which sources of portable jobs cannot do.
         return str(self._ask(f"/jobs/{job}/savepoints", {"cancel-job": True})["request-id"])
 
     def savepoint(self, job: str, request: str) -> str:
-        """Where the savepoint lies that was asked for; empty while it is made.
+        """The location of a requested savepoint; empty while it is in progress.
 
         Raises:
             FlinkFailed: It could not be made.
@@ -213,7 +213,7 @@ class JobManager:
         return str(operation["location"])
 
     def cancel(self, job: str) -> None:
-        """Asks a job to end, at its newest checkpoint.
+        """Asks a job to end, without a further savepoint; it can be resumed from its newest checkpoint.
 
         Raises:
             FlinkFailed: It does not answer, or refuses.
@@ -238,7 +238,7 @@ class JobManager:
 
     def _restarts(self, job: str) -> int | None:
         found = self._ask(f"/jobs/{job}/metrics?get=numRestarts")
-        # Of a job that is over there are no metrics any more.
+        # A job that has ended has no metrics.
         return next((int(float(one["value"])) for one in found), None)
 
     def _ask(self, path: str, body: object = None, method: str | None = None) -> Any:
@@ -256,7 +256,7 @@ class JobManager:
 
 
 def _first(text: str, most: int = 300) -> str:
-    r"""The first line of what Java says, without its trace.
+    r"""The first line of a Java message, without its stack trace.
 
     >>> _first('{"errors":["Job could not be found.\n\tat a.B"]}')
     '{"errors":["Job could not be found.'

@@ -1,1 +1,1 @@
-"""Each user's last events and the position of each source, committed together."""
+"""Each user's last events and the position in each source, committed together."""

@@ -1,10 +1,10 @@
-"""How a store of histories numbers actions: by names that only grow, whatever the settings call them in which order. Pure.
+"""Numbers the actions in a store of histories, independent of their order in the settings. No side effects.
 
-An event has one byte for its action: its place in `events.actions` when it was
-stored. Where the setting changes since, what is stored keeps its meaning: the
-store has its own list of names, and numbers are exchanged as events go in and
-come out. A name that a reader does not know is `OTHER`, which windows count
-among all actions and for none.
+An event stores its action as one byte: its index in `events.actions` at the
+time of storing. The store has its own list of names, which only grows, and
+converts the numbers on write and read. So stored events keep their meaning when
+the setting changes. A name that the reader does not know becomes `OTHER`: windows
+count it among all actions, but not for any single action.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Numbers = NDArray[np.uint8]
 
 
 def grown(held: Sequence[str], actions: Sequence[str]) -> tuple[str, ...]:
-    """The names of a store that gets events with these actions.
+    """The store's names, extended by new `actions`.
 
     >>> grown(("view", "cart"), ("cart", "wish"))
     ('view', 'cart', 'wish')
@@ -35,7 +35,7 @@ def grown(held: Sequence[str], actions: Sequence[str]) -> tuple[str, ...]:
 
 
 def exchange(then: Sequence[str], now: Sequence[str]) -> Numbers | None:
-    """By number among `then` the number among `now`, `[256]` uint8; None where each of them keeps its own.
+    """The table from numbers in `then` to numbers in `now`, `[256]` uint8; None if every number stays the same.
 
     >>> exchange(("view", "cart"), ("view", "cart", "wish")) is None
     True
@@ -51,7 +51,7 @@ def exchange(then: Sequence[str], now: Sequence[str]) -> Numbers | None:
 
 
 def exchanged(events: Events, table: Numbers | None) -> Events:
-    """Events with other numbers of their actions; the same where there is no table."""
+    """Events with their actions renumbered; unchanged if there is no table."""
     if table is None or not len(events):
         return events
     copied: Events = events.copy()
@@ -60,41 +60,41 @@ def exchanged(events: Events, table: Numbers | None) -> Events:
 
 
 def renumbered(batch: MicroBatch, then: Sequence[str], now: Sequence[str]) -> MicroBatch:
-    """A micro-batch with the numbers of its actions as the names `now` have them."""
+    """A micro-batch with its actions renumbered from the names `then` to the names `now`."""
     table = exchange(then, now)
     return batch if table is None else replace(batch, action=table[batch.action])
 
 
 @dataclass(frozen=True)
 class Numbering:
-    """What a store exchanges.
+    """The conversions between a store's action numbers and those of the settings.
 
     Attributes:
-        into: By number of the settings the store's number; None where they are the same.
-        out_of: The other way round.
+        into: The table from settings to store; None if the numbers are the same.
+        out_of: The table from store to settings.
     """
 
     into: Numbers | None = None
     out_of: Numbers | None = None
 
     def inwards(self, events: Events) -> Events:
-        """Events as they are stored."""
+        """Events with the store's numbers."""
         return exchanged(events, self.into)
 
     def outwards(self, events: Events) -> Events:
-        """Events as the settings call them."""
+        """Events with the settings' numbers."""
         return exchanged(events, self.out_of)
 
 
 def numbered(
     stored: bytes | None, actions: Sequence[str], before: Sequence[str] | None = None
 ) -> tuple[Numbering, dict[str, bytes]]:
-    """How a store numbers actions as the settings call them, and what is to be committed with it.
+    """The numbering of a store under the given settings, and the extra to commit with it.
 
     Args:
-        stored: Its extra `ACTIONS`.
-        actions: Their names, in the order of the settings.
-        before: The names of what was stored by a release that did not keep them; `actions` where that is not given.
+        stored: The store's extra `ACTIONS`.
+        actions: The actions in the order of the settings.
+        before: The names in a store of a release that did not keep them; by default `actions`.
 
     >>> numbered(None, ("cart", "view"), before=("view", "cart"))[1]
     {'actions': b'["view", "cart"]'}

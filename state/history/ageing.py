@@ -1,4 +1,4 @@
-"""How old the histories of users are, and how old events and whole users are taken out. Plain functions on a cursor."""
+"""Functions on an LMDB cursor that find the age of users' histories, and remove old events and whole users."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from state.features.spec import Events
 from state.history.chunks import EVENT_BYTES, Chunks, by_user, events_in, key_of, prefix_of
 
 IsOld = Callable[[Events], NDArray[np.bool_]]
-"""Of `[m]` EVENT which are old, `[m]` bool."""
+"""Which of `[m]` EVENT are old, `[m]` bool."""
 
 _FIRST = key_of(b"", 0)  # ends the key of a user's first chunk
 _USERS = 1 << 64
 
 
 class Ends(NamedTuple):
-    """The ends of some users' histories, in the order of their pseudonyms.
+    """The first and last events of some users' histories, ordered by pseudonym.
 
     Attributes:
-        users: k of them.
-        newest: `[k]` EVENT, the last one appended of each.
-        oldest: `[k]` EVENT, the first one kept of each.
-        following: The first user that was not looked at; None at the end of the store.
+        users: k pseudonyms.
+        newest: `[k]` EVENT, the last event appended for each user.
+        oldest: `[k]` EVENT, the first event kept for each user.
+        following: The next user in the store; None at its end.
     """
 
     users: list[int]
@@ -36,7 +36,7 @@ class Ends(NamedTuple):
 
 
 def ends(cursor: lmdb.Cursor, start: int, limit: int) -> Ends:
-    """Looks at `limit` users from `start` on, at most at two chunks of each."""
+    """The ends of `limit` users' histories from user `start` on; reads at most two chunks per user."""
     users: list[int] = []
     newest: list[bytes] = []
     oldest: list[bytes] = []
@@ -61,14 +61,14 @@ def ends(cursor: lmdb.Cursor, start: int, limit: int) -> Ends:
 
 
 def all_of(cursor: lmdb.Cursor, user: int) -> Chunks:
-    """A user's chunks, newest first; none where it is unknown."""
+    """A user's chunks, newest first; empty if the user is unknown."""
     prefix = prefix_of(user)
     found, theirs = next(by_user(cursor, prefix), (b"", Chunks()))
     return theirs if found == prefix else []
 
 
 def leading_old(chunks: Chunks, is_old: Callable[[Events], NDArray[np.bool_]]) -> tuple[list[bytes], int]:
-    """The keys of a user's leading chunks all of whose events are old, and how many events they hold."""
+    """The keys of a user's leading chunks that contain only old events, and the number of these events."""
     keys: list[bytes] = []
     events = 0
     for key, value in reversed(chunks):
@@ -80,11 +80,11 @@ def leading_old(chunks: Chunks, is_old: Callable[[Events], NDArray[np.bool_]]) -
 
 
 class Removed(NamedTuple):
-    """What was taken out.
+    """Counts of removed events and users.
 
     Attributes:
-        events: Old events.
-        aged: Users who had none but old events.
+        events: Old events removed.
+        aged: Users removed because all their events were old.
         evicted: Users evicted.
     """
 
@@ -94,7 +94,7 @@ class Removed(NamedTuple):
 
 
 def remove(cursor: lmdb.Cursor, aged: Sequence[int], is_old: IsOld, evicted: Sequence[int]) -> Removed:
-    """Deletes leading chunks of `aged` users all of whose events are old, and everything of `evicted` ones."""
+    """Deletes the leading chunks of `aged` users that contain only old events, and all chunks of `evicted` users."""
     keys = [[key for key, _ in all_of(cursor, user)] for user in evicted]
     known = sum(map(bool, keys))
     events = gone = 0

@@ -1,4 +1,4 @@
-"""What histories gain by a batch of events: the events, and these grouped by user."""
+"""Groups a batch of events by user, in the form in which histories append them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from state.positions import Range
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Appends:
-    """What histories gain, by user; each user once.
+    """Events to append, grouped by user; each user occurs once.
 
     Attributes:
         users: `[k]` uint64, unique.
-        starts: `[k]` int64, where the user's events begin in `events`.
-        lengths: `[k]` int64, how many they are.
+        starts: `[k]` int64, the index of the user's first event in `events`.
+        lengths: `[k]` int64, the number of the user's events.
         events: `[m]` EVENT, each user's in order of arrival.
     """
 
@@ -59,7 +59,7 @@ class Appends:
 
 
 class Happened(Protocol):
-    """Rows of which each happened at its own place: a batch of events, or a micro-batch."""
+    """Rows with one event each at its own offset: a batch of events, or a micro-batch."""
 
     @property
     def at_ms(self) -> NDArray[np.int64]:
@@ -83,19 +83,19 @@ class Happened(Protocol):
 
     @property
     def label(self) -> NDArray[np.float32]:
-        """`[n]` float32, NaN where it is not known."""
+        """`[n]` float32, NaN if unknown."""
 
     @property
     def source(self) -> NDArray[np.uint16]:
-        """`[n]` uint16, whose offset it is."""
+        """`[n]` uint16, the source of each row."""
 
 
 def events_of(rows: Happened, ranges: Sequence[Range]) -> Events:
-    """Rows as histories keep them, `[n]` EVENT.
+    """Converts rows to the form that histories store, `[n]` EVENT.
 
     Args:
         rows: The rows.
-        ranges: What they came from; `rows.source` is an index of it.
+        ranges: The source ranges; `rows.source` is an index of them.
     """
     sources = [part.source for part in ranges]
     events = np.empty(len(rows.offset), EVENT)
@@ -103,6 +103,6 @@ def events_of(rows: Happened, ranges: Sequence[Range]) -> Events:
         events[name] = getattr(rows, name)
     events["topic"] = np.array([source.topic for source in sources] or [0], np.uint32)[rows.source]
     events["partition"] = np.array([source.partition for source in sources] or [0], np.uint16)[rows.source]
-    # A label that is not known is NaN, and no NaN is at least a half.
+    # An unknown label is NaN, and NaN >= 0.5 is false.
     events["flags"] = LABELLED * ~np.isnan(rows.label) + POSITIVE * (rows.label >= 0.5)
     return events

@@ -1,4 +1,4 @@
-"""What was before a place of the training log, for a store of histories that goes back there and lacks it. Pure."""
+"""Collects the state before a position of the training log that a store needs to rewind there. No side effects."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from state.microbatch.row_kinds import Kind, happened
 from state.positions import Source
 
 TURNS = 16
-"""How often the user of a source's latest clicks must have changed: as many users say what time it is, and one more."""
+"""How often the user must change among a source's latest clicks: as often as decides its time, and once more."""
 
 
 class Before:
-    """What was before a place of the training log, which is read block by block, the one nearest to the place first.
+    """Collects what a store needs from before a position of the training log, which is read backward block by block.
 
     Args:
-        marks: The next offset of each source at that place.
-        needed: By user how many of the latest events are wanted.
-        waited: Impressions that are wanted.
-        items: Items whose category is wanted.
-        timed: Sources whose latest clicks are wanted, because their clock goes back.
+        marks: The next offset of each source at that position.
+        needed: User -> how many of the latest events are needed.
+        waited: Impressions that are needed.
+        items: Items whose category is needed.
+        timed: Sources whose latest clicks are needed, because their clock is rewound.
 
     Attributes:
-        categories: By item the category that it was last seen in, as far as that was found.
-        opened: The impressions found, each in a record's rows of its own.
-        latest: The events of the nearest block, record by record, in order; before them those of `timed` sources of which
-            that block has too few.
-        timed: As given.
+        categories: Item -> the category in its latest click, as far as found.
+        opened: The impressions found, each as a micro-batch of one row.
+        latest: The events of the nearest block, record by record, in order. Before them come the events of `timed`
+            sources of which that block has too few.
+        timed: The argument.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Before:
 
     @property
     def done(self) -> bool:
-        """Whether nothing is wanted any more."""
+        """Whether everything needed was found."""
         return self.has_rows and len(self.categories) == len(self.items) and not self._untimed
 
     @property
@@ -69,11 +69,11 @@ class Before:
 
     @property
     def has_rows(self) -> bool:
-        """Whether all events and impressions that are wanted were found."""
+        """Whether all needed events and impressions were found."""
         return not self._lacking and not self.waited
 
     def take_block(self, block: Iterable[MicroBatch]) -> int | None:
-        """Takes a block of records in order, which lie before those taken so far; returns its newest event time."""
+        """Processes a block of records in order, which precedes all earlier blocks; returns its newest event time."""
         times, narrow, latest = [0], list[MicroBatch](), list[MicroBatch]()
         untimed = self._untimed if self.latest else None
         for batch in block:
@@ -108,7 +108,7 @@ class Before:
                 self.opened.append(batch.take(np.arange(len(batch)) == row))
 
     def _take(self, wanted: MicroBatch) -> None:
-        """Takes the wanted users' events of the record before the last one taken."""
+        """Takes the needed users' events of a record that precedes all records taken so far."""
         ranges = wanted.header.ranges
         lows = np.array([self._low.get(part.source, 0) for part in ranges] or [0], np.int64)
         wanted = wanted.take(wanted.offset < lows[wanted.source])
@@ -127,11 +127,11 @@ class Before:
 
     @property
     def short(self) -> int:
-        """Of how many users not all that is wanted was found."""
+        """The number of users for whom fewer events were found than needed."""
         return len(self._lacking)
 
     def histories(self) -> dict[int, Events]:
-        """By user the events found, in order."""
+        """User -> the events found, in order."""
         return {
             user: np.concatenate([np.empty(0, EVENT), *reversed(found)]).astype(EVENT)
             for user, found in self._found.items()
@@ -139,6 +139,6 @@ class Before:
 
 
 def narrowed(batch: MicroBatch, keep: NDArray[np.bool_]) -> MicroBatch:
-    """The rows of a batch that `keep` (`[n]` bool) names, without windows, sequences and attributes."""
+    """The rows of a batch selected by `keep` (`[n]` bool), without windows, sequences and attributes."""
     columns = {name: column if column.ndim == 1 else column[:, :0] for name, column in batch.columns.items()}
     return MicroBatch(batch.header, **{name: column[keep] for name, column in columns.items()})

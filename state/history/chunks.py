@@ -1,9 +1,9 @@
-"""How LMDB holds a user's events: a few chunks of 16, newest first. Plain functions on a cursor.
+"""The LMDB format of users' events: a few chunks of 16, newest first. Functions on a cursor.
 
     user u64 BE, ~chunk u32 BE -> up to 16 EVENTs, in append order
 
 The chunk's number is stored inverted, so that one seek finds a user's newest
-chunk; its number and length say how many events the user ever had. An append
+chunk. Its number and length give the user's total number of events. An append
 rewrites that one small value. Chunks below the last N events are deleted.
 """
 
@@ -28,7 +28,7 @@ Chunks = list[tuple[bytes, bytes]]
 
 
 def prefix_of(user: int) -> bytes:
-    """What the keys of a user's chunks begin with."""
+    """The common prefix of the keys of a user's chunks."""
     return user.to_bytes(8, "big")
 
 
@@ -47,17 +47,17 @@ def number_of(key: bytes) -> int:
 
 
 def read(cursor: lmdb.Cursor, prefix: bytes, history: int) -> tuple[bytes, int]:
-    """The chunks that hold a user's last `history` events, joined, and how many events the user ever had."""
+    """The chunks that hold a user's last `history` events, joined, and the user's total number of events."""
     if not cursor.set_range(prefix):
         return b"", 0
     key, value = cast(tuple[bytes, bytes], cursor.item())
     if key[:8] != prefix:
         return b"", 0
     total = number_of(key) * CHUNK + len(value) // EVENT_BYTES
-    # Keys of older chunks are higher; those of other users lie beyond the user's oldest one.
+    # Keys of older chunks are higher; keys of other users are higher than the user's oldest one.
     oldest = key_of(prefix, max(0, total - history) // CHUNK)
     values = []
-    # From the newest chunk on, at which the cursor is.
+    # The cursor is at the newest chunk.
     for key, value in cast(Iterator[tuple[bytes, bytes]], iter(cursor)):
         if key > oldest:
             break
@@ -67,10 +67,10 @@ def read(cursor: lmdb.Cursor, prefix: bytes, history: int) -> tuple[bytes, int]:
 
 
 def append(cursor: lmdb.Cursor, appends: Appends, history: int) -> int:
-    """Writes the chunks that changed, and deletes those that fell below the last `history` events.
+    """Writes the chunks that changed, and deletes the chunks before the last `history` events.
 
     Returns:
-        How many users are new.
+        The number of new users.
     """
     data = appends.events.tobytes()
     prefixes = appends.users.astype(">u8").tobytes()
@@ -104,7 +104,7 @@ def append(cursor: lmdb.Cursor, appends: Appends, history: int) -> int:
             if chunk >= floor:
                 written.append((key_of(prefix, chunk), gained[place : place + _CHUNK_BYTES]))
             chunk += 1
-        # A chunk may have passed out of the last N while its newest one filled up.
+        # Chunks may have left the last N events while the newest chunk filled up.
         for gone in range(max(0, before - CHUNK - history) // CHUNK, floor):
             passed.append(key_of(prefix, gone))
     cursor.putmulti(written)
@@ -114,7 +114,7 @@ def append(cursor: lmdb.Cursor, appends: Appends, history: int) -> int:
 
 
 def by_user(cursor: lmdb.Cursor, start: bytes = b"") -> Iterator[tuple[bytes, Chunks]]:
-    """Walks users from prefix `start` on, each with its chunks, newest first."""
+    """Iterates over users from prefix `start` on, each with its chunks, newest first."""
     prefix, chunks = b"", Chunks()
     if not cursor.set_range(start):
         return
@@ -129,7 +129,7 @@ def by_user(cursor: lmdb.Cursor, start: bytes = b"") -> Iterator[tuple[bytes, Ch
 
 
 def total_of(chunks: Chunks) -> int:
-    """How many events a user ever had, by its chunks, newest first.
+    """A user's total number of events, from its chunks, newest first.
 
     >>> total_of([(key_of(prefix_of(7), 2), bytes(3 * EVENT_BYTES))])
     35
@@ -139,9 +139,9 @@ def total_of(chunks: Chunks) -> int:
 
 
 def replace_all(cursor: lmdb.Cursor, prefix: bytes, events: Events, total: int) -> None:
-    """Gives a user other events, the last ones of `total`; none takes the user away.
+    """Replaces a user's events by the last ones of `total`; without events the user is removed.
 
-    A newest chunk that lacks its first events would not tell the total: then it is some fewer.
+    If the newest chunk would lack its first events, its length would not give the total; then the total is lowered.
     """
     if cursor.set_range(prefix):
         while bytes(cursor.key())[:8] == prefix and cursor.delete():
@@ -165,5 +165,5 @@ def digest(histories: Iterable[tuple[bytes, Events]]) -> str:
 
 
 def events_in(value: bytes) -> Events:
-    """`[m]` EVENT: the events of a chunk."""
+    """Decodes the events of a chunk, `[m]` EVENT."""
     return np.frombuffer(value, EVENT)

@@ -1,4 +1,4 @@
-"""What the histories count of each source: how far it was read, and what became of the offsets."""
+"""The counts that the histories keep per source: the position, and the outcomes of the offsets."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Counts = dict[str, int]
 
 
 def advanced(counts: Mapping[str, int] | None, part: Range, holder: str) -> Counts:
-    """The counts of a source once `part` was read.
+    """The counts of a source after reading `part`.
 
     Args:
-        counts: Those before; None where it is the first range.
-        part: The range, which begins where the counts end.
-        holder: Whose counts these are, for the message.
+        counts: The counts before; None for the first range.
+        part: The range, which must begin where the counts end.
+        holder: The owner of the counts, for the message.
 
     >>> from state.positions import Source
     >>> source = Source("ab" * 16, 0)
@@ -30,7 +30,7 @@ def advanced(counts: Mapping[str, int] | None, part: Range, holder: str) -> Coun
     {'first': 5, 'next': 8, 'rows': 2, 'dead': 1, 'filtered': 0, 'absent': 0}
 
     Raises:
-        PositionConflict: It begins elsewhere.
+        PositionConflict: The range begins at another offset.
     """
     found = {"first": part.first, "next": part.first, **dict.fromkeys(OUTCOMES, 0)} if counts is None else dict(counts)
     if found["next"] != part.first:
@@ -45,7 +45,7 @@ def advanced(counts: Mapping[str, int] | None, part: Range, holder: str) -> Coun
 
 
 def returned(counts: Mapping[str, int], taken: Mapping[str, int], at: int) -> Counts:
-    """The counts of a source once what was `taken` since offset `at` is taken back.
+    """The counts of a source after rolling back to offset `at` the outcomes `taken` since then.
 
     >>> returned({"first": 5, "next": 9, "rows": 3, "dead": 1, "filtered": 0, "absent": 0}, {"rows": 2}, 7)
     {'first': 5, 'next': 7, 'rows': 1, 'dead': 1, 'filtered': 0, 'absent': 0}
@@ -56,7 +56,7 @@ def returned(counts: Mapping[str, int], taken: Mapping[str, int], at: int) -> Co
 
 
 def key_of(source: Source) -> bytes:
-    """Under which the store keeps the counts of a source."""
+    """The key under which the store keeps the counts of a source."""
     return b"p:" + str(source).encode()
 
 
@@ -69,7 +69,7 @@ def move(cursor: lmdb.Cursor, part: Range, holder: str) -> None:
 
 
 def summed(sources: Iterable[Mapping[str, int]]) -> Counts:
-    """Outcomes over all sources, with `positions`, their sum as offsets passed; those of `RARE` where there are any.
+    """Outcomes summed over all sources, with `positions`, the offsets passed. Counts of `RARE` occur only if not 0.
 
     >>> summed([{"first": 3, "next": 5, "rows": 2, "dead": 0, "filtered": 0, "absent": 0}])
     {'positions': 2, 'rows': 2, 'dead': 0, 'filtered': 0, 'absent': 0}

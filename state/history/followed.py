@@ -1,7 +1,7 @@
-"""Which ranges histories gain by a micro-batch, without what they have. Pure.
+"""Finds the ranges that a micro-batch adds to histories. No side effects.
 
-Whoever follows the micro-batch log keeps histories by this: each serving host,
-and the rebuild of a stream's lost store.
+Every follower of the micro-batch log updates its histories with it: each
+serving host, and the rebuild of a stream's lost store.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from state.positions import Range, Source, split_range
 
 
 def new_ranges(batch: MicroBatch, marks: Mapping[Source, int]) -> tuple[list[Range], int]:
-    """The ranges of a batch as they go on from `marks`, and how many positions no micro-batch covered.
+    """The ranges of a batch that follow `marks`, and how many positions no micro-batch covered.
 
-    A gap becomes a range of absent positions; what lies below the mark is left out.
+    A gap becomes a range of absent positions; what is below the mark is left out.
     """
     found: list[Range] = []
     missing = 0

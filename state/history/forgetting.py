@@ -1,8 +1,8 @@
-"""Lets a store of histories forget erased users: their events and rows that wait at once, the pages they lay on soon after.
+"""Removes erased users from a store of histories: their events and waiting rows at once, the freed pages soon after.
 
-What LMDB deletes stays on pages of its file until they are used again. So the
-store is written anew without them, at once where that was not done lately:
-a copy of the whole file is dear where erasures come one by one.
+LMDB keeps deleted data on free pages of its file until they are reused. So the
+store is compacted, at once if that was not done recently. Copying the whole file
+for each erasure would be expensive.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from state.positions import Range, Source
 
 FORGOTTEN = "erased"  # name of the store's extra
 PAGES_MS = 600_000
-"""Between two times that a store is written anew."""
+"""Least time between two compactions of a store."""
 
 
 @dataclass(frozen=True)
 class ForgottenUsers:
-    """How far a store has forgotten.
+    """How far a store has applied erasures.
 
     Attributes:
-        through: The last erasure whose users' records are gone.
-        pages: Likewise, also from free pages.
-        paged_ms: When it was last written anew, wall clock.
+        through: The last erasure whose users' records are removed.
+        pages: The last erasure whose users' records are also gone from free pages.
+        paged_ms: When the store was last compacted, wall clock.
     """
 
     through: int = 0
@@ -39,27 +39,27 @@ class ForgottenUsers:
     paged_ms: int = 0
 
     def due_ms(self) -> int | None:
-        """From when on the store is to be written anew; None where it need not be."""
+        """When the store is due for compaction; None if it is not needed."""
         return None if self.pages >= self.through else self.paged_ms + PAGES_MS
 
 
 def forgotten(store: HistoryStore) -> ForgottenUsers:
-    """How far the store says that it has forgotten."""
+    """The progress that the store has recorded."""
     stored = store.extra(FORGOTTEN)
     return ForgottenUsers() if stored is None else ForgottenUsers(**json.loads(stored))
 
 
 def forget(store: HistoryStore, erased: Erased) -> ForgottenUsers:
-    """Takes away what the store has of users who were erased since it last did so; it is gone when this returns.
+    """Removes the data of users erased since the last call, in one commit.
 
-    Rows that wait are looked at again each time: going back may have brought some.
+    Waiting rows are checked every time, since a rewind may have restored some.
 
     Args:
-        store: Its writer calls.
+        store: The store; only its writer may call.
         erased: All erasures.
 
     Raises:
-        CorruptStore: A row that waits cannot be read.
+        CorruptStore: A waiting row cannot be read.
         StoreFull: Nothing was changed.
     """
     before = forgotten(store)
@@ -74,14 +74,14 @@ def forget(store: HistoryStore, erased: Erased) -> ForgottenUsers:
 
 
 def write_anew(store: HistoryStore, now_ms: int) -> ForgottenUsers:
-    """Writes the store anew where that is due, so that free pages have nothing of erased users.
+    """Compacts the store if that is due, so that free pages hold nothing of erased users.
 
     Args:
-        store: Its writer calls; nobody else reads it in this process.
+        store: The store; only its writer may call, while no other thread of this process reads it.
         now_ms: Wall clock.
 
     Raises:
-        StoreFull: There is no room for both files; the store is as it was.
+        StoreFull: There is no room for both files; the store is unchanged.
     """
     told = forgotten(store)
     due_ms = told.due_ms()
@@ -94,7 +94,7 @@ def write_anew(store: HistoryStore, now_ms: int) -> ForgottenUsers:
 
 
 def _waiting(store: HistoryStore, erased: Erased) -> tuple[list[bytes], list[Range]]:
-    """The keys of rows of erased users that wait, and by source how many they are."""
+    """The keys of erased users' waiting rows, and their number per source, as ranges without positions."""
     rows = WaitingRows(store)
     if rows.format is None:
         return [], []

@@ -1,4 +1,4 @@
-"""What a store of histories takes away of erased users, and how that is written: one transaction."""
+"""The data of erased users that a store of histories removes in one transaction."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from state.positions import Range
 
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """What goes, at once.
+    """What one transaction removes.
 
     Attributes:
-        erased: The erasures whose users' events go.
-        waiting: Keys of rows that wait no more.
-        dropped: Of their sources, how many those are: ranges without positions.
-        extra: Values of the owner's, replaced.
+        erased: The erasures whose users' events are removed.
+        waiting: Keys of waiting rows to remove.
+        dropped: The number of these rows per source, as ranges without positions.
+        extra: Extras to replace.
     """
 
     erased: Erased
@@ -33,10 +33,10 @@ class Gone:
 
 
 def take_away(transaction: lmdb.Transaction, databases: Mapping[str, Any], gone: Gone, history: int) -> None:
-    """Does so in a transaction of a store with these databases, which keeps `history` events of a user."""
+    """Removes `gone` in a transaction of a store with these databases, which keeps `history` events per user."""
     meta, cursor = databases["meta"], transaction.cursor(db=databases["chunks"])
     users = int(transaction.get(b"users", b"0", db=meta))
-    # 1. Histories: what the user did later stays, as that of a new one.
+    # 1. Histories: later events of the user stay, as those of a new user.
     for user in gone.erased.users:
         stored = chunks.events_in(chunks.read(cursor, prefix_of(user), history)[0])
         kept = stored[~gone.erased.events(stored, user)]
@@ -44,11 +44,11 @@ def take_away(transaction: lmdb.Transaction, databases: Mapping[str, Any], gone:
         if len(kept) < len(stored):
             chunks.replace_all(cursor, prefix_of(user), kept, len(kept))
     transaction.put(b"users", str(users).encode(), db=meta)
-    # 2. Rows that wait, and the counts of them.
+    # 2. Waiting rows and their counts.
     for key in gone.waiting:
         transaction.delete(key, db=databases["waiting"])
     for part in gone.dropped:
         move(transaction.cursor(db=meta), part, "the histories")
-    # 3. The owner's values.
+    # 3. Extras.
     for name, value in gone.extra.items():
         transaction.put(b"x:" + name.encode(), value, db=meta)

@@ -1,4 +1,4 @@
-"""Opens the histories of a stream or of a serving host for their writer: in memory where there is room."""
+"""Opens the histories of a stream or of a serving host for their writer, in memory if there is room."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ logger = logging.getLogger(__name__)
 
 
 def open_histories(settings: Settings, part: str, folder: Path) -> HistoryStore:
-    """The histories in `folder`, whose lock this process holds; closing them leaves them on the disk.
+    """Opens the histories in `folder`, whose lock this process holds; closing them saves them to the disk.
 
     Args:
         settings: The effective settings.
-        part: `stream` or `serving`, whose share of the disk limits them, wherever they lie.
-        folder: The directory of a shard, or of serving.
+        part: `stream` or `serving`: the part whose share of the disk limits them, even in memory.
+        folder: The directory of the stream, or of serving.
 
     Raises:
-        CorruptStore: A power cut took them or may have damaged them.
+        CorruptStore: A power cut removed them or may have damaged them.
         StoreError: They cannot be opened.
         OSError: The disk refused.
     """
@@ -44,7 +44,7 @@ def open_histories(settings: Settings, part: str, folder: Path) -> HistoryStore:
 
 
 def open_anew(settings: Settings, part: str, folder: Path) -> HistoryStore:
-    """As `open_histories`; where they cannot be used, empty ones in their place: they are a copy of the training log.
+    """Like `open_histories`, but replaces unusable histories by empty ones: they are derived from the training log.
 
     Raises:
         StoreError: They cannot be opened.

@@ -1,15 +1,15 @@
-"""What a store of histories gives back when it goes back to an earlier position, and how that is written.
+"""Rewinds a store of histories to an earlier position: what changes, and how that is written.
 
-A reader of the training log that goes back, the stream as well as each serving
-host, looks at the log in two directions:
+A follower of the training log that rewinds, the stream as well as each serving
+host, reads the log in two directions:
 
-1. `Since`: forward from the place gone back to. Who gained events since, what
-   became of the positions, which impressions stopped waiting.
-2. `Before`: backward from that place, for what the store lacks. A history keeps
-   the last N events, so of a user who gained some since then the oldest of
-   that time are gone; and so are impressions whose wait has ended.
+1. `Since`: forward from the rewind position. It finds the users that gained events
+   since, the outcomes of the positions, and the impressions that stopped waiting.
+2. `Before`: backward from that position, for what the store lacks. A history keeps
+   the last N events, so a user who gained events since has lost as many of the
+   oldest ones. Impressions whose wait has ended are missing too.
 
-What both find is a `Rewind`, which is one transaction of the store.
+Both results form a `Rewind`, which is one transaction of the store.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ from state.positions import Source
 
 @dataclass(frozen=True, slots=True)
 class Rewind:
-    """What a store gives back, at once.
+    """The changes of one rewind, written in one transaction.
 
     Attributes:
-        marks: The next offset of each source gone back to; events from there on go, and sources without one.
-        gained: By user the events gained since then.
-        rebuilt: Histories at that place of users whose own are not enough any more.
-        counts: Of each source that moves; None for one that is not known any more.
-        extra: Values of the owner's, replaced; None takes one away.
-        waiting: Rows that wait again, by key; None for one that does not.
+        marks: The next offset of each source at the rewind position. Later events are removed, and all events of
+            sources without an entry.
+        gained: User -> how many events the user gained since then.
+        rebuilt: The histories at that position of users whose stored history is too short.
+        counts: The counts of each source that moves; None for a source that was unknown then.
+        extra: Extras to replace; None removes one.
+        waiting: Rows that wait again, by key; None removes one.
     """
 
     marks: Mapping[Source, int]
@@ -54,13 +55,13 @@ class Rewind:
 
 
 def kept(history: Events, user: int, marks: Mapping[Source, int], sources: Iterable[Source]) -> NDArray[np.bool_]:
-    """Which events of a history (`[m]` bool) lie before the marks.
+    """Which events of a history are before the marks, `[m]` bool.
 
     Args:
         history: `[m]` EVENT.
-        user: Whose.
-        marks: The next offset of each source; all events of one without are behind it.
-        sources: Those that go back; events of others stay.
+        user: The user.
+        marks: The next offset of each source; all events of a source without one count as after it.
+        sources: The sources that rewind; events of other sources stay.
     """
     stays = np.ones(len(history), np.bool_)
     for source in sources:
@@ -74,12 +75,12 @@ def kept(history: Events, user: int, marks: Mapping[Source, int], sources: Itera
 def lacking(
     transaction: lmdb.Transaction, databases: Mapping[str, Any], since: Since, marks: Mapping[Source, int], history: int
 ) -> dict[int, int]:
-    """By user how many of the latest events before `marks` a history must have, of users whose stored one has fewer."""
+    """User -> how many of the latest events before `marks` are needed, for users whose stored history has fewer."""
     cursor = transaction.cursor(db=databases["chunks"])
     sources, found = since.sources, dict[int, int]()
     for user, gained in since.gained.items():
         joined, total = chunks.read(cursor, prefix_of(user), history)
-        # Who has gained more than there ever was, was taken out of the store meanwhile: nothing is known of before.
+        # A user who gained more events than the stored total was evicted meanwhile: the earlier events are unknown.
         must = history if gained > total else min(history, total - gained)
         if must > int(kept(chunks.events_in(joined), user, marks, sources).sum()):
             found[user] = must
@@ -87,7 +88,7 @@ def lacking(
 
 
 def write_back(transaction: lmdb.Transaction, databases: Mapping[str, Any], back: Rewind, history: int) -> None:
-    """Writes a rewind in a transaction of a store with these databases, which keeps `history` events of a user."""
+    """Writes a rewind in a transaction of a store with these databases, which keeps `history` events per user."""
     meta, sources = databases["meta"], list(back.counts)
     cursor = transaction.cursor(db=databases["chunks"])
     users = int(transaction.get(b"users", b"0", db=meta))
@@ -108,6 +109,6 @@ def write_back(transaction: lmdb.Transaction, databases: Mapping[str, Any], back
             transaction.delete(key_of(source), db=meta)
         else:
             transaction.put(key_of(source), json.dumps(counted).encode(), db=meta)
-    # 3. The owner's values, and rows that wait.
+    # 3. Extras, and waiting rows.
     put_all(transaction, meta, {b"x:" + name.encode(): value for name, value in back.extra.items()})
     put_all(transaction, databases["waiting"], back.waiting)

@@ -1,12 +1,12 @@
-"""Takes a store of histories back to where the line of the training log turned off, by reading the log in both directions.
+"""Rewinds a store of histories to the branch point of the training log, by reading the log in both directions.
 
-1. Where the store's line and the new one part, and up to where the clicks were read there.
-2. Forward from there: what the store has gained since (`Since`).
-3. Backward from there: what it lacks, until that is found, the log has no more,
-   or what lies further back is beyond every window (`Before`).
-4. One transaction: histories, positions, rows that wait, and the new line.
+1. Find where the store's branch and the new branch part, and the click positions there.
+2. Read forward from there: what the store has gained since (`Since`).
+3. Read backward from there: what the store lacks (`Before`). Stop when that is found, the log has no more
+   records, or older records are beyond every window.
+4. Commit in one transaction: histories, positions, waiting rows, and the new branch.
 
-A crash before 4 leaves the store as it was; after 4 there is nothing to do.
+A crash before 4 leaves the store unchanged; after 4 there is nothing to do.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ POLL_S, STALLED_S, RECORDS = 0.2, 60.0, 64
 logger = logging.getLogger(__name__)
 
 Extras = Callable[[int, Before], Mapping[str, bytes | None]]
-"""More values of the store's owner, by the offset of the log gone back to and what was found before it."""
+"""Returns more extras to commit, from the log offset of the branch point and the `Before` collected there."""
 
 OpenAt = Callable[[int], LogReader]
 """Opens the training log at an offset of its partition."""
@@ -47,14 +47,14 @@ OpenAt = Callable[[int], LogReader]
 
 @dataclass(frozen=True)
 class WentBack:
-    """What a store gave back.
+    """The result of a rewind.
 
     Attributes:
-        positions: Positions of the clicks.
+        positions: Click positions rolled back.
         users: Users who had gained events.
-        rebuilt: Of them, users whose history had lost events that it has again.
-        short: Of those, users whose oldest events are gone from the log too, or may be: once taken out of the store, how
-            many they were is not known.
+        rebuilt: Those of them whose history had lost events, which are restored.
+        short: Those of these whose oldest events are gone from the log too, or may be: for an evicted user the earlier
+            number of events is unknown.
         waiting: Impressions that wait again.
     """
 
@@ -65,7 +65,7 @@ class WentBack:
     waiting: int = 0
 
     def __str__(self) -> str:
-        """In words.
+        """A summary for people.
 
         >>> str(WentBack(positions=900, users=40, rebuilt=3, short=1))
         '900 positions of 40 users taken back, 3 histories rebuilt from the log, 1 of them without its oldest events'
@@ -76,13 +76,13 @@ class WentBack:
 
 
 def line_of(store: HistoryStore) -> LogLine:
-    """The line of the log that the store's histories were made along."""
+    """The branch of the log from which the store's histories were built."""
     stored = store.extra(LINE)
     return WHOLE if stored is None else from_json(json.loads(stored))
 
 
 def line_extra(line: LogLine) -> dict[str, bytes]:
-    """The store's extra that says it."""
+    """The store's extra that records its branch."""
     return {LINE: json.dumps(to_json(line)).encode()}
 
 
@@ -97,24 +97,24 @@ def go_back(
     extra: Extras = lambda _, __: {},
     timed: bool = False,
 ) -> WentBack | None:
-    """Takes `store` to the line `line`; the store is there when this returns.
+    """Rewinds `store` to the branch `line`; committed when this returns.
 
     Args:
-        store: Its writer calls.
-        line: What control wants.
+        store: The store; only its writer may call.
+        line: The branch that control names.
         open_at: Opens the training log.
-        partition: Of the training log.
-        reach_ms: How much older than the newest event one can be that still matters.
-        end: Up to where the store has read the log; None for the log's end.
-        mask: The clicks that will not come again, where the owner keeps the categories of items.
-        extra: More values of the owner's.
-        timed: Whether `extra` needs the latest clicks of each source that goes back.
+        partition: The partition of the training log.
+        reach_ms: The age relative to the newest event from which on an event no longer matters.
+        end: The offset up to which the store has read the log; None for the log's end.
+        mask: The clicks that will not be replayed, if the owner keeps the categories of items.
+        extra: Returns more extras to commit.
+        timed: Whether `extra` needs the latest clicks of each source that rewinds.
 
     Returns:
-        What was given back; None where the store was on that line already.
+        What was rolled back; None if the store was on that branch already.
 
     Raises:
-        GapError: The log no longer reaches back to where the line turned off.
+        GapError: The log no longer reaches back to the branch point.
         LogError: The log cannot be read.
         StoreFull: Nothing was changed.
     """
@@ -146,7 +146,7 @@ def go_back(
 def _give_back(
     store: HistoryStore, since: Since, before: Before, marks: Mapping[Source, int], more: Mapping[str, bytes | None]
 ) -> int:
-    """Commits what was found; returns how many positions were taken back."""
+    """Commits the rewind; returns how many positions were rolled back."""
     stored = store.counts()
     counted = since.counts(stored)
     waiting, told = _waiting(store, before, counted, marks)
@@ -157,10 +157,10 @@ def _give_back(
 
 
 def records(reader: LogReader, partition: int, first: int, end: int, line: LogLine) -> Iterator[MicroBatch]:
-    """The records of a line from `first` to before `end`; one that cannot be read is left out.
+    """The records of a branch with offsets in [`first`, `end`); unreadable records are skipped and logged.
 
     Raises:
-        LogError: Nothing came for a minute, or the log cannot be read.
+        LogError: No record arrived for a minute, or the log cannot be read.
     """
     reader.seek(partition, first)
     heard_s = time.monotonic()
@@ -183,10 +183,10 @@ def records(reader: LogReader, partition: int, first: int, end: int, line: LogLi
 
 
 def look_back(reader: LogReader, partition: int, end: int, line: LogLine, before: Before, reach_ms: int) -> None:
-    """Gives the records before `end` to `before`, newest first, until it has all it wants or no older event matters.
+    """Passes the records before `end` to `before`, newest first, until it has everything or no older event matters.
 
-    For categories of items and clocks of sources alone it reads at most `BLOCKS_FOR_ITEMS` blocks: a flood may have named
-    new items, and a partition may have had no click for long.
+    Only for categories of items and clocks of sources, it reads at most `BLOCKS_FOR_ITEMS` blocks: a flood may have
+    named new items, and a partition may have had no click for a long time.
 
     Raises:
         LogError: The log cannot be read.
@@ -200,7 +200,7 @@ def look_back(reader: LogReader, partition: int, end: int, line: LogLine, before
         try:
             time_ms = before.take_block(records(reader, partition, first, end, line))
         except GapError as error:
-            # Retention has come this far.
+            # Retention has deleted the log up to here.
             first, size = min((gap.next for gap in error.gaps), default=end), end
             time_ms = before.take_block(records(reader, partition, first, end, line)) if first < end else None
             first = 0
@@ -213,7 +213,7 @@ def look_back(reader: LogReader, partition: int, end: int, line: LogLine, before
 def _waiting(
     store: HistoryStore, before: Before, counted: dict[Source, Counts | None], marks: Mapping[Source, int]
 ) -> tuple[Changes, Extra]:
-    """Rows that wait again and rows that do not, and the owner's values about them; what is gone counts as dropped."""
+    """The waiting rows to restore or remove, and the extras about them. Rows not found again are counted as dropped."""
     changes: Changes = {}
     told: Extra = {}
     rows = WaitingRows(store)

@@ -1,4 +1,4 @@
-"""What a store of histories has gained since a place of the training log: whoever goes back gives it back. Pure."""
+"""Collects what a store of histories gained since a position of the training log, for a rewind. No side effects."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ Place = tuple[Source, int]
 
 
 class Since:
-    """What a store gained since a place of the training log; takes the records from there on, in order.
+    """What a store gained since a position of the training log; takes the records from there on, in order.
 
     Args:
-        marks: The next offset of each source at that place.
-        positions: Those that the store has: what lies beyond is not in it.
-        mask: The clicks that will not come again.
+        marks: The next offset of each source at that position.
+        positions: The store's positions; later rows are not in it.
+        mask: The clicks that will not be replayed.
 
     Attributes:
-        gained: By user the events gained.
-        ended: Impressions from before the place whose wait has ended since.
+        gained: User -> how many events the user gained.
+        ended: Impressions from before the position whose wait has ended since.
     """
 
     def __init__(self, marks: Mapping[Source, int], positions: Mapping[Source, int], mask: Mask = Mask.NONE) -> None:
@@ -40,17 +40,17 @@ class Since:
 
     @property
     def masked_items(self) -> set[int]:
-        """The items that none but masked clicks named since."""
+        """The items that only masked clicks named since then."""
         masked, others = self._items
         return masked - others
 
     @property
     def sources(self) -> list[Source]:
-        """The sources that the store has read further than the place."""
+        """The sources in which the store has read beyond the position."""
         return [source for source, after in self._positions.items() if after > self._marks.get(source, 0)]
 
     def take(self, batch: MicroBatch) -> None:
-        """Takes a record; rows of before the place, rows taken already and rows that the store lacks do not count."""
+        """Takes a record. Rows before the position, rows already taken and rows that the store lacks do not count."""
         ranges = batch.header.ranges
         new, self._at = trim(batch, self._at)
         ends = np.array([self._positions.get(part.source, 0) for part in ranges] or [0], np.int64)
@@ -75,10 +75,10 @@ class Since:
                 self._parts.append(part)
 
     def counts(self, stored: Mapping[Source, Counts]) -> dict[Source, Counts | None]:
-        """What the store counts at the place; None for a source that it had not read then.
+        """The store's counts at the position; None for a source that it had not read then.
 
-        A stream that crashed wrote positions again, perhaps in other ranges,
-        and counted the last ones: they are followed back from the end.
+        A stream that crashed may have written positions again in other ranges; it
+        counted the last ones. So the ranges are followed backward from the end.
         """
         low = {source: stored[source]["next"] for source in self.sources}
         taken: dict[Source, Counter[str]] = {source: Counter() for source in low}
@@ -92,7 +92,7 @@ class Since:
             if mark is None:
                 found[source] = None
                 continue
-            # What no record covered was counted as absent.
+            # Positions without a record were counted as absent.
             taken[source]["absent"] += at - mark
             found[source] = returned(stored[source], taken[source], mark)
         return found

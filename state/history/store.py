@@ -38,10 +38,10 @@ class HistoryStore(MemoryStore):
 
     Args:
         path: The store's directory.
-        history: N, events kept of a user; what is stored under another N stays as far as it goes.
-        map_bytes: The most the store may grow to.
-        readonly: For readers; the writer must have made it.
-        boot_id: Which start of the machine this is; by default the kernel's.
+        history: N, the events kept per user. Histories stored under another N stay as they are.
+        map_bytes: The store's maximum size.
+        readonly: True for readers; the writer must have created the store.
+        boot_id: The boot id of this machine; by default the kernel's.
 
     Raises:
         CorruptStore: It is damaged, or a power cut may have damaged it.
@@ -79,23 +79,23 @@ class HistoryStore(MemoryStore):
         return {"history": self.history}
 
     def _older_mark(self) -> CleanMark | None:
-        # Release 0.1.0 kept the mark of histories among their own values, from where `__init__` takes it away.
+        # Release 0.1.0 kept the marker of histories in `meta`, from which `__init__` removes it.
         boot = self._stored(b"boot")
         return None if boot is None else CleanMark(self._stored(b"clean") == b"1", boot.decode())
 
     def read(self, user: int) -> Events:
-        """Gives `[m <= N]` EVENT of `user` in append order: one consistent moment; empty where unknown."""
+        """The last events of `user`, `[m <= N]` EVENT in append order, from one snapshot; empty if unknown."""
         with self._opened.begin("chunks") as transaction:
             return self._read(transaction.cursor(), prefix_of(user))[0]
 
     def read_many(self, users: Sequence[int]) -> list[Events]:
-        """Gives the histories of several users as of one moment."""
+        """The histories of several users from one snapshot."""
         with self._opened.begin("chunks") as transaction:
             cursor = transaction.cursor()
             return [self._read(cursor, prefix_of(user))[0] for user in users]
 
     def _read(self, cursor: lmdb.Cursor, prefix: bytes) -> tuple[Events, int]:
-        """Gives the last N events from the cursor's snapshot, and how many the user ever had."""
+        """The last N events from the cursor's snapshot, and the user's total number of events."""
         joined, total = chunks.read(cursor, prefix, self.history)
         if len(joined) % EVENT_BYTES:
             raise CorruptStore(
@@ -105,21 +105,21 @@ class HistoryStore(MemoryStore):
         return self.numbering.outwards(np.frombuffer(joined, EVENT)[-self.history :]), total
 
     def total(self, user: int) -> int:
-        """How many events `user` ever had since it last was unknown."""
+        """The total number of events of `user` since the user was last unknown."""
         with self._opened.begin("chunks") as transaction:
             return self._read(transaction.cursor(), prefix_of(user))[1]
 
     def users(self) -> int:
-        """How many users have a history."""
+        """The number of users with a history."""
         with self._opened.begin("meta") as transaction:
             return int(transaction.get(b"users") or 0)
 
     def counts(self) -> dict[Source, Counts]:
-        """By source: `first` and `next` offset, and the offsets between them by outcome; those of `RARE` where there are any."""
+        """Per source: `first`, `next`, and the offsets between them by outcome. `RARE` outcomes occur only if not 0."""
         return self.cut()[0]
 
     def cut(self) -> tuple[dict[Source, Counts], int]:
-        """The counts, and how many rows wait, as of one moment."""
+        """The counts and the number of waiting rows, from one snapshot."""
         found = {}
         opened = self._opened
         with opened.begin("meta") as transaction:
@@ -139,16 +139,16 @@ class HistoryStore(MemoryStore):
 
     @property
     def totals(self) -> Counts:
-        """Outcomes over all sources, with `positions`, their sum as offsets passed."""
+        """Outcomes summed over all sources, with `positions`, the offsets passed."""
         return summed(self.counts().values())
 
     def extra(self, name: str) -> bytes | None:
-        """What the last commit with extra `name` stored."""
+        """The value that the last commit stored for extra `name`; None if there is none."""
         with self._opened.begin("meta") as transaction:
             return None if (value := transaction.get(b"x:" + name.encode())) is None else bytes(value)
 
     def extra_of_each(self, names: Sequence[str]) -> list[bytes | None]:
-        """What `extra` gives for each of n names, as of one moment."""
+        """The values of n extras, from one snapshot; see `extra`."""
         with self._opened.begin("meta") as transaction:
             return [None if (one := transaction.get(b"x:" + name.encode())) is None else bytes(one) for name in names]
 
@@ -159,18 +159,18 @@ class HistoryStore(MemoryStore):
         return [(key[2:].decode(), value) for key, value in found]
 
     def waiting_rows(self) -> int:
-        """How many rows wait for their label."""
+        """The number of rows that wait for their label."""
         return self.cut()[1]
 
     def waiting(self) -> Iterator[tuple[bytes, bytes]]:
-        """The rows that wait, in the order of their keys, as of one moment."""
+        """The waiting rows in the order of their keys, from one snapshot."""
         if self._waiting is not None:
             with self._opened.begin("waiting") as transaction:
                 for key, value in transaction.cursor():
                     yield bytes(key), bytes(value)
 
     def waiting_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """The rows that wait under `keys`; None for one that does not."""
+        """The waiting rows under `keys`; None for a key without one."""
         with self._opened.begin("waiting") as transaction:
             return [None if (value := transaction.get(key)) is None else bytes(value) for key in keys]
 
@@ -181,24 +181,25 @@ class HistoryStore(MemoryStore):
         extra: Mapping[str, bytes | None] | None = None,
         waiting: Mapping[bytes, bytes | None] | None = None,
     ) -> None:
-        """Appends events, moves positions and counts outcomes, all or nothing.
+        """Appends events, moves positions and counts outcomes in one transaction.
 
-        Visible to every reader when it returns; durable against a kill at once, against a power cut at the next `sync`.
+        The commit is visible to every reader when this returns. It survives a kill at once, and a power cut after the
+        next `sync`.
 
         Args:
             appends: Events by user.
-            ranges: What they came from; ranges of one source in order.
-            extra: Other values of the owner's, replaced; None takes one away.
-            waiting: Rows that begin to wait, by key; None for one that ends.
+            ranges: Their source ranges; ranges of one source in order.
+            extra: Extras to replace; None removes one.
+            waiting: Rows that begin to wait, by key; None removes a row.
 
         Raises:
             PositionConflict: A range does not begin at its source's next offset.
             StoreFull: The map or the disk is full; nothing was changed.
-            UnusableDisk: The disk refused; nothing was changed.
+            UnusableDisk: The disk refused the write; nothing was changed.
         """
         appends = replace(appends, events=self.numbering.inwards(appends.events))
         with self._write() as transaction:
-            # 1. Positions first: a conflict must not cost the appends.
+            # 1. Positions first, so that a conflict is found before the appends.
             for part in ranges:
                 move(transaction.cursor(db=self._meta), part, str(self.path))
             # 2. Histories.
@@ -206,45 +207,45 @@ class HistoryStore(MemoryStore):
             if new:
                 known = int(transaction.get(b"users", db=self._meta) or 0)
                 transaction.put(b"users", str(known + new).encode(), db=self._meta)
-            # 3. The owner's values.
+            # 3. Extras.
             named = {b"x:" + name.encode(): value for name, value in (extra or {}).items()}
             put_all(transaction, self._meta, named)
-            # 4. Rows that wait.
+            # 4. Waiting rows.
             put_all(transaction, self._waiting, waiting or {})
 
     def lacking(self, since: Since, marks: Mapping[Source, int]) -> dict[int, int]:
-        """By user how many events must be found again to go back to `marks`, see `state.history.rewind`."""
+        """User -> how many events must be found again to rewind to `marks`; see `state.history.rewind`."""
         with self._env.begin() as transaction:
             return lacking(transaction, self._databases, since, marks, self.history)
 
     def go_back(self, back: Rewind) -> None:
-        """Takes events and positions back, all or nothing; as visible, durable and refused as a `commit`."""
+        """Rewinds events and positions in one transaction; visibility, durability and errors are those of `commit`."""
         rebuilt = {user: self.numbering.inwards(events) for user, events in back.rebuilt.items()}
         back = replace(back, rebuilt=rebuilt)
         with self._write() as transaction:
             write_back(transaction, self._databases, back, self.history)
 
     def forget(self, gone: Gone) -> None:
-        """Takes away what is kept of erased users, all or nothing; as visible, durable and refused as a `commit`."""
+        """Removes erased users' data in one transaction; visibility, durability and errors are those of `commit`."""
         with self._write() as transaction:
             take_away(transaction, self._databases, gone, self.history)
 
     def ends(self, start: int, limit: int) -> Ends:
-        """The newest and the oldest event of up to `limit` users, from user `start` on, as of one moment."""
+        """The newest and the oldest event of up to `limit` users from user `start` on, from one snapshot."""
         with self._opened.begin("chunks") as transaction:
             return ageing.ends(transaction.cursor(), start, limit)
 
     def chunk_bytes(self) -> tuple[int, int]:
-        """The size of the pages that hold events, and of those that hold all else; pages that are free again left out."""
+        """The size of the pages in use by events, and of the pages in use by everything else, without free pages."""
         opened = self._opened
         with opened.env.begin() as transaction:
             sizes = {name: pages_bytes({**transaction.stat(one)}) for name, one in opened.databases.items()}
         return sizes["chunks"], sum(sizes.values()) - sizes["chunks"]
 
     def sweep(self, aged: Sequence[int], is_old: IsOld, evicted: Sequence[int] = ()) -> Removed:
-        """Takes old events of `aged` users out, and all of `evicted` ones; writes nothing where nothing goes.
+        """Removes old events of `aged` users, and all events of `evicted` users; writes only if something is removed.
 
-        `state/history/sweeping.py` decides what may go. Raises as `commit` does.
+        `state/history/sweeping.py` decides what to remove. Raises the errors of `commit`.
         """
         with self._write() as transaction:
             removed = remove(transaction.cursor(db=self._chunks), aged, is_old, evicted)
@@ -260,33 +261,33 @@ class HistoryStore(MemoryStore):
             return chunks.digest((prefix, self._read(reader, prefix)[0]) for prefix, _ in by_user(transaction.cursor()))
 
     def users_below(self, events: int) -> int:
-        """How many users had fewer than `events` events in all, since they were unknown."""
+        """How many users have a total of fewer than `events` events since they were last unknown."""
         with self._opened.begin("chunks") as transaction:
             return sum(chunks.total_of(theirs) < events for _, theirs in by_user(transaction.cursor()))
 
     def copy_to(self, path: Path) -> None:
-        """Writes the store as of this moment to the directory `path`, synced and marked as closed in order.
+        """Writes a snapshot of the store to the directory `path`, synced and marked as closed cleanly.
 
-        Commits go on meanwhile; for as long as it takes, pages they free are not used again.
+        Commits continue meanwhile, but pages that they free are not reused until the copy ends.
 
         Raises:
-            StoreFull, UnusableDisk: The disk is full, or refused for another reason; what is at `path` is worthless.
+            StoreFull, UnusableDisk: The disk is full, or refused for another reason; the content of `path` is unusable.
         """
         try:
             path.mkdir(parents=True)
             self._env.copy(str(path), compact=True)
         except (lmdb.Error, OSError) as error:
             raise self._refused(error, f"copied to {path}", path) from error
-        # Opening it marks it as this start's; it was copied whole.
+        # Opening the copy marks it as open under this boot id; closing it marks it as clean.
         HistoryStore(path, self.history, self.bytes_limit()).close()
 
     @classmethod
     def copied(cls, source: Path, path: Path, history: int, map_bytes: int) -> None:
-        """Copies a store that was closed in order to `path`; the one at `source` stays as it is.
+        """Copies a store that was closed cleanly to `path`; the source is unchanged.
 
         Raises:
-            CorruptStore: It was not closed in order, so that pages may be missing.
-            StoreError: It cannot be read or copied.
+            CorruptStore: The store was not closed cleanly, so pages may be missing.
+            StoreError: The store cannot be read or copied.
         """
         store = cls(source, history, map_bytes, readonly=True)
         try:

@@ -1,21 +1,21 @@
-"""Keeps histories bounded: old events go, and where there are too many users, those who were read longest ago.
+"""Bounds the size of histories: removes old events, and evicts the users read longest ago if there are too many.
 
-One look takes some hundred users, in the order of their pseudonyms; a pass
-looks at all. Each time log time has gone on by a 64th of the reach, that is
-marked and a pass begins; another one when there are too many users.
+Each step processes some hundred users in the order of their pseudonyms; a pass
+covers all users. Whenever log time has advanced by a 64th of the reach, a mark
+is made and a pass begins. A pass also begins when there are too many users.
 
-1. An event is old when both what its time says and when it was read lie behind
-   the reach. The reach is the longest window, and how late a click may come:
-   no row that still comes can see an old event, so that no bit of any changes.
-2. A pass counts when users were last read. Where there are more than there may
-   be, the next pass takes out as many of those who were read longest ago; of
-   users read at about the same time those with the lowest pseudonyms. What a
-   clock says has no part in this: nobody stays longer for a wrong one.
+1. An event is old if both its own time and its read time are before the reach.
+   The reach is the longest window plus the allowed lateness of a click. So no
+   later row can see an old event, and removing it changes no bit of any row.
+2. A pass counts when users were last read. If there are too many users, the next
+   pass evicts as many of those read longest ago. Among users read at about the
+   same time, the lowest pseudonyms go first. Event times play no part: a wrong
+   clock does not keep a user longer.
 
-There are too many users beyond the number allowed, and where the pages in use
-fill the store's map nearly. Those of users taken out become free only as their
-neighbours go or grow, so that more go only when the pages grow once more. A
-user taken out is unknown, as before the first click.
+There are too many users if they exceed the allowed number, or if the pages in
+use nearly fill the store's map. Pages of evicted users become free only as
+their neighbours are removed or grow. So more users are evicted only when the
+pages grow again. An evicted user is unknown, as before the first click.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ from state.history.store import HistoryStore
 
 READ_TIMES = "read_times"  # name of the store's extra
 USERS_AT_ONCE = 500
-MOST_REMOVED = 100  # of them; each costs as much as looking at 20
+MOST_REMOVED = 100  # users removed per step; each costs as much as reading 20
 HURRIED_LOOKS, MOST_HURRIED = 40, 4
 LOOK_S, HASTY_LOOK_S, REST_S = 0.1, 0.02, 1.0
 STEPS, BINS = 64, 1024
-FULL, EMPTIED, GROWN, BRIM = 0.9, 0.85, 0.02, 0.97  # of the map
+FULL, EMPTIED, GROWN, BRIM = 0.9, 0.85, 0.02, 0.97  # shares of the map
 LEAST_SHARE = 0.25
 FOREVER_MS = 1 << 62
-SPARE = 50  # one user in so many goes beyond what has to
+SPARE = 50  # one user in so many is evicted beyond the necessary number
 
 
 @dataclass
 class _Pass:
-    """A walk over all users: where it is, and when the users met were last read."""
+    """A walk over all users: its position, and when the users passed were last read."""
 
     from_ms: int
     bin_ms: int
@@ -57,14 +57,14 @@ class _Pass:
 
 @dataclass
 class _Eviction:
-    """Who goes in this pass: users read before `before_ms`, and `more` of those read before `until_ms`."""
+    """The users that a pass evicts: those read before `before_ms`, and `more` of those read before `until_ms`."""
 
     before_ms: int
     until_ms: int
     more: int
 
     def of(self, read_ms: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """Who of these users goes, `[k]` bool."""
+        """Which of these users to evict, `[k]` bool."""
         surely = read_ms < self.before_ms
         near = np.flatnonzero(~surely & (read_ms < self.until_ms))[: self.more]
         surely[near] = True
@@ -73,14 +73,14 @@ class _Eviction:
 
 
 class Sweeper:
-    """Sweeps a store. The thread that commits to it calls.
+    """Sweeps a store; called by the thread that commits to it.
 
     Args:
         store: The histories.
-        reach_ms: The longest window, and how late a click may come.
-        max_users: The most users; a few more for as long as a pass takes.
-        forget: Takes users who were taken out although rows could still see their events.
-        elapsed: Seconds.
+        reach_ms: The longest window plus the allowed lateness of a click.
+        max_users: The most users; a few more while a pass runs.
+        forget: Called with the evicted users, although later rows could still have seen their events.
+        elapsed: A clock in seconds.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Sweeper:
         self.due_s = 0.0
 
     def look(self, clock_ms: int) -> Removed:
-        """Looks at some users where that is due, and takes out what may go. Costs a few milliseconds at most.
+        """Runs one step if it is due: processes some users and removes what may go. Takes a few milliseconds at most.
 
         Args:
             clock_ms: Log time.
@@ -111,7 +111,7 @@ class Sweeper:
             StoreFull, UnusableDisk: Nothing was changed.
         """
         now_s = self._elapsed()
-        # A clock that was set back is not waited for.
+        # Do not wait for a clock that was set back.
         if 0 < self.due_s - now_s <= REST_S:
             return Removed()
         if self._marked_ms is None or abs(clock_ms - self._marked_ms) >= self._reach_ms // STEPS:
@@ -126,10 +126,10 @@ class Sweeper:
         return self._take(self._pass, clock_ms)
 
     def hurry(self, clock_ms: int) -> None:
-        """Looks at many users at once: the store has refused a commit, and so there are too many.
+        """Runs many steps at once, because the store refused a commit and so has too many users.
 
         Raises:
-            StoreFull, UnusableDisk: As `look`.
+            StoreFull, UnusableDisk: As `look` does.
         """
         self._hurried = True
         try:
@@ -141,22 +141,22 @@ class Sweeper:
 
     @property
     def resting(self) -> bool:
-        """Whether nothing is to be done before log time goes on, or more users come."""
+        """Whether there is nothing to do until log time advances, or users are added."""
         return self._pass is None and self._eviction is None and not self._anew
 
     def _mark(self, clock_ms: int) -> None:
-        """Notes what was read by now; what is old by now goes in the next pass."""
+        """Marks the positions read by now; the next pass removes what is old by now."""
         self._marked_ms, self._anew = clock_ms, True
         if self._read.mark(self._store.positions(), clock_ms, self._reach_ms):
             self._store.commit(Appends.none(), (), {READ_TIMES: self._read.to_json()})
 
     def _take(self, walk: _Pass, clock_ms: int) -> Removed:
-        """Looks at the next users of a pass, up to the last one of whom so many have to go."""
+        """Processes the next users of a pass, up to the most that one step may remove."""
         found = self._store.ends(walk.at, USERS_AT_ONCE)
         read_ms = self._read.about(found.newest, clock_ms)
         aged = self._is_old(found.oldest, clock_ms)
         near = aged if self._eviction is None else aged | (read_ms < self._eviction.until_ms)
-        # A transaction that deletes needs free pages too: where there are few, a small one may find them.
+        # A transaction that deletes needs free pages too. If few are free, a small transaction may still succeed.
         most = MOST_HURRIED if self._hurried else MOST_REMOVED
         count = min(len(near), int(np.searchsorted(np.cumsum(near), most)) + 1)
         users, read_ms, aged = np.array(found.users[:count], np.uint64), read_ms[:count], aged[:count]
@@ -177,14 +177,14 @@ class Sweeper:
         return removed
 
     def _is_old(self, events: Events, clock_ms: int) -> NDArray[np.bool_]:
-        # As of the newest mark: what goes does not depend on when a pass comes by.
+        # As of the newest mark, so that what is removed does not depend on the time of the pass.
         assert self._marked_ms is not None
         horizon_ms = min(clock_ms, self._marked_ms) - self._reach_ms
         old = events["at_ms"] <= horizon_ms
         return old & (self._read.at_latest(events, clock_ms) <= horizon_ms) if old.any() else old
 
     def _end(self, walk: _Pass) -> None:
-        """Decides who goes in the next pass, if anybody."""
+        """Ends a pass, and decides which users the next pass evicts, if any."""
         if self._eviction is not None:
             self._full = min(BRIM, max(FULL, sum(self._pages()) + GROWN))
         self._pass, self._eviction = None, None
@@ -193,14 +193,14 @@ class Sweeper:
         until = np.cumsum(walk.met)
         last = min(int(np.searchsorted(until, too_many)), BINS + 1)
         before = int(until[last - 1]) if last else 0
-        # Bin 0 is all that is older than the reach; the last one is all that was read just now.
+        # Bin 0 holds users last read before the reach; the last bin holds users read just now.
         begin_ms, end_ms = (walk.from_ms + (one - 1) * walk.bin_ms for one in (last, last + 1))
         self._eviction = _Eviction(
             begin_ms if last else -FOREVER_MS, end_ms if last <= BINS else FOREVER_MS, too_many - before
         )
 
     def _too_many(self) -> int:
-        """How many users should go."""
+        """How many users to evict."""
         users, most = self._store.users(), self._max_users
         events, other = self._pages()
         if events + other > self._full:
@@ -212,7 +212,7 @@ class Sweeper:
         return users - most + most // SPARE if users > most else 0
 
     def _pages(self) -> tuple[float, float]:
-        """The shares of the map in use by events, and by all else."""
+        """The shares of the map in use by events, and by everything else."""
         limit = self._store.bytes_limit()
         events, other = self._store.chunk_bytes()
         return events / limit, other / limit

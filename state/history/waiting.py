@@ -1,12 +1,12 @@
-"""Rows that wait for their label, as the history store keeps them: one key and one value each.
+"""The rows that wait for their label, as the history store keeps them: one key and one value each.
 
     key     topic id (16 bytes), partition (4, BE), offset (8, BE)
     value   the row's columns of a micro-batch, fixed widths, one after another
 
-The widths depend on the feature spec, on the fields of context and on the
-release; they are kept beside the rows as an extra of the store. Where they have
-changed since, each row is read by the old ones: a column that was not there,
-or had another shape, is 0, as for an event that has none.
+The widths depend on the feature spec, on the context fields and on the release.
+The store keeps them as an extra. If they have changed since, each row is read
+with the old widths. A column that was missing, or had another shape, is 0, as
+for an event without a value.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from state.microbatch.columns import KINDS, WRITTEN, Columns
 from state.positions import Source
 
 WIDTHS = "waiting"  # name of the store's extra
-CLOCKS = "clocks"  # name of the store's extra in which 0.1.0 kept the newest event time of each source
+CLOCKS = "clocks"  # name of the extra in which release 0.1.0 kept the newest event time of each source
 
 KEY_BYTES = 28
 
@@ -41,18 +41,18 @@ def key_of(source: Source, offset: int) -> bytes:
 
 
 def place_of(key: bytes) -> tuple[Source, int]:
-    """Source and offset of a key."""
+    """The source and offset in a key."""
     return Source(key[:16].hex(), int.from_bytes(key[16:20], "big")), int.from_bytes(key[20:KEY_BYTES], "big")
 
 
 class RowFormat:
-    """The widths of rows, and rows in them.
+    """The column widths of waiting rows; encodes and decodes rows.
 
     Args:
-        shapes: By column its shape without the rows.
+        shapes: Column -> its shape without the row dimension.
 
     Raises:
-        CorruptStore: There is a column that this release does not know.
+        CorruptStore: This release does not know a column.
 
     >>> made = RowFormat({"user": (), "features": (2,)})
     >>> made.dtype.itemsize, RowFormat.from_json(made.to_json()) == made
@@ -75,16 +75,16 @@ class RowFormat:
 
     @classmethod
     def of(cls, columns: Columns) -> RowFormat:
-        """The format of rows with these columns."""
+        """The format for rows with these columns."""
         return cls({name: columns[name].shape[1:] for name in KINDS if name in columns})
 
     def to_json(self) -> bytes:
-        """The format, as the store keeps it."""
+        """Encodes the format as the store keeps it."""
         return json.dumps({WRITTEN.get(name, name): list(shape) for name, shape in self.shapes.items()}).encode()
 
     @classmethod
     def from_json(cls, value: bytes) -> RowFormat:
-        """What `to_json` gave.
+        """Decodes the output of `to_json`.
 
         Raises:
             CorruptStore: A later release wrote it.
@@ -93,7 +93,7 @@ class RowFormat:
         return cls({names.get(name, name): shape for name, shape in json.loads(value).items()})
 
     def pack(self, columns: Columns) -> list[bytes]:
-        """A value for each row; `source` is left out, which counts in one micro-batch only."""
+        """A value for each row, without the column `source`, which is valid only within one micro-batch."""
         rows = np.zeros(len(columns["user"]), self.dtype)
         for name in self.shapes:
             if name != "source":
@@ -102,7 +102,7 @@ class RowFormat:
         return [data[at : at + size] for at in range(0, len(data), size)]
 
     def unpack(self, values: Sequence[bytes]) -> dict[str, NDArray[Any]]:
-        """The columns of rows.
+        """Decodes rows to columns.
 
         Raises:
             CorruptStore: A value has another length.
@@ -116,7 +116,7 @@ class RowFormat:
         return {name: np.ascontiguousarray(rows[name]) for name in self.shapes}
 
     def convert(self, values: Sequence[bytes], to: RowFormat) -> list[bytes]:
-        """The rows in another format."""
+        """Converts rows to another format."""
         old = self.unpack(values)
         return to.pack(
             {
@@ -127,23 +127,23 @@ class RowFormat:
 
 
 class WaitingStore(Protocol):
-    """Where rows wait: the store of a stream, or of one bucket of its users."""
+    """The interface of a store of waiting rows: that of a stream, or of one bucket of its users."""
 
     def extra(self, name: str) -> bytes | None:
-        """A value of the owner's."""
+        """The value of an extra; None if there is none."""
         ...
 
     def waiting(self) -> Iterator[tuple[bytes, bytes]]:
-        """The rows that wait, in the order of their keys."""
+        """The waiting rows in the order of their keys."""
         ...
 
     def waiting_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
-        """The rows under `keys`; None for one that does not wait."""
+        """The waiting rows under `keys`; None for a key without one."""
         ...
 
 
 class WaitingRows:
-    """The rows that wait in a store, in one format whatever release and settings wrote them. One thread.
+    """The waiting rows of a store, in one format whatever release and settings wrote them. For one thread.
 
     Args:
         store: The store.
@@ -155,7 +155,7 @@ class WaitingRows:
         self.format = None if stored is None else RowFormat.from_json(stored)
 
     def adopt(self, columns: Columns, changes: Changes, extra: Extra) -> RowFormat:
-        """The format of `columns`; where it is another than before, all that waits is written anew."""
+        """The format of `columns`; if it differs from the stored format, all waiting rows are converted."""
         now = RowFormat.of(columns)
         if now != self.format:
             if self.format is not None:
@@ -166,7 +166,7 @@ class WaitingRows:
         return now
 
     def values(self, keys: Sequence[bytes], changes: Mapping[bytes, bytes | None]) -> list[bytes | None]:
-        """The rows under `keys`, in `changes` or else in the store; None for one that does not wait."""
+        """The waiting rows under `keys`, from `changes` or else the store; None for a key without one."""
         apart = [key for key in keys if key not in changes]
         stored = dict(zip(apart, self._store.waiting_values(apart), strict=True)) if apart else {}
         return [changes[key] if key in changes else stored[key] for key in keys]
@@ -178,5 +178,5 @@ def keys_of(sources: Sequence[Source], source: NDArray[np.uint16], offset: NDArr
 
 
 def decode_clocks(value: bytes | None) -> dict[Source, int]:
-    """The newest event time of each source, as 0.1.0 kept it."""
+    """Decodes the newest event time of each source, as release 0.1.0 kept it."""
     return {Source.parse(source): int(at_ms) for source, at_ms in json.loads(value or b"{}").items()}

@@ -1,13 +1,13 @@
-"""The log: topics, reading by position, writing acknowledged; in Kafka (`cluster`) or in memory (`memory`).
+"""Access to the log: topics, reads by position, acknowledged writes; in Kafka (`cluster`) or in memory (`memory`).
 
-    contract     what a log is: Log, LogTopics, LogReader, LogWriter; records
-    plan         how each topic is made: partitions, retention, largest record
-    topics       made, described, their ends, positions of groups
+    contract     the interfaces Log, LogTopics, LogReader, LogWriter; records
+    plan         how each topic is created: partitions, retention, largest record
+    topics       creates and describes topics; their ends, positions of groups
     reader       partitions as columns, by position; chunks, batch_decoder, hook, plain, truncation, leader_epochs
     writer       acknowledged records, transactions
     bulk         whole record batches, for load generators; batch_encoder
     gaps         losses that an operator accepts; gap_options, accepted_gaps
-    failures     what can be wrong, said once
+    failures     one function per kind of error
 
 Only the files of this package import the Kafka client.
 """
@@ -26,7 +26,7 @@ from state.log.topics import Topics
 from state.log.writer import Writer
 
 KERNELS = "state.log.batch_decoder"
-"""The module whose kernels a reader uses; it is imported late, for it takes the compiler along."""
+"""The module with the kernels of a reader; imported late, since it loads the compiler."""
 
 __all__ = [
     "KERNELS",

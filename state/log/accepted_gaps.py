@@ -1,4 +1,4 @@
-"""The gaps and bad records that were passed for good: who accepted which loss, when and why."""
+"""The gaps and bad records that an operator accepted: which loss, by whom, when and why."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from state.positions import Gap, Source
 
 @dataclass(frozen=True, slots=True)
 class Accepted:
-    """A gap that was passed, for good.
+    """A gap that was skipped permanently.
 
     Attributes:
-        gap: What was missing.
+        gap: What is missing.
         actor: Who accepted it.
         reason: Why.
         at_ms: When, wall clock.
-        marks: Where the reader was in each source of the rows that the gap held, as text: what
-            follows each of them may be missing too. Only for a gap in the training log.
-        record: Why the record there could not be learned from; empty where there was none to read.
+        marks: The reader's position in each source of the rows that the gap contained, as text: rows
+            that follow each position may be missing too. Only for a gap in the training log.
+        record: Why the record could not be learned from; empty if there was no record.
     """
 
     gap: Gap
@@ -36,7 +36,7 @@ class Accepted:
     record: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values.
+        """The gap as JSON values.
 
         >>> one = Accepted(Gap(Source("ab" * 16, 3), 10, 20), "ann", "old", 5)
         >>> Accepted.from_json(one.to_json()) == one
@@ -49,7 +49,7 @@ class Accepted:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Accepted:
-        """What `to_json` gave."""
+        """Decodes the output of `to_json`."""
         gap = Gap(Source.parse(document["source"]), int(document["first"]), int(document["next"]))
         marks = {str(name): int(mark) for name, mark in document.get("marks", {}).items()}
         who = (str(document["actor"]), str(document["reason"]))
@@ -57,7 +57,7 @@ class Accepted:
 
 
 def encode(accepted: Iterable[Accepted]) -> bytes:
-    """All of them as bytes.
+    """Encodes accepted gaps.
 
     >>> decode(encode([])), decode(None)
     ([], [])
@@ -66,27 +66,27 @@ def encode(accepted: Iterable[Accepted]) -> bytes:
 
 
 def decode(data: bytes | None) -> list[Accepted]:
-    """What `encode` wrote; none where there is nothing."""
+    """Decodes the output of `encode`; no data means none."""
     return [Accepted.from_json(one) for one in json.loads(data or b"[]")]
 
 
 class Journal:
-    """The gaps that the trainer passed: one file each in a directory, never changed. One writer, under its lock.
+    """The gaps that the trainer skipped: one immutable file each in a directory. One writer, under its lock.
 
     Args:
-        path: The directory; made with the first gap.
+        path: The directory; created with the first gap.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
     def accepted(self) -> list[Accepted]:
-        """All of them, in the order in which they were accepted."""
+        """All accepted gaps, in the order of acceptance."""
         files = sorted(path for path in self.path.glob("*.json") if path.stem.isdecimal())
         return [Accepted.from_json(json.loads(path.read_bytes())) for path in files]
 
     def add(self, one: Accepted) -> None:
-        """Keeps `one`, durably; a gap that is kept already stays as it is."""
+        """Stores a gap durably; a gap that is stored already stays unchanged."""
         known = self.accepted()
         if any(each.gap == one.gap for each in known):
             return
@@ -101,7 +101,7 @@ class Journal:
 
 
 def past(accepted: Iterable[Accepted], source: Source, offset: int) -> int:
-    """Where reading goes on from `offset`, behind what was accepted as lost there.
+    """The offset at which reading resumes from `offset`, after the losses accepted there.
 
     >>> one = Accepted(Gap(Source("ab" * 16, 0), 10, 20), "ann", "old", 5)
     >>> [past([one], Source("ab" * 16, 0), offset) for offset in (9, 10, 15, 20)]
@@ -114,7 +114,7 @@ def past(accepted: Iterable[Accepted], source: Source, offset: int) -> int:
 
 
 def left_out(accepted: Iterable[Accepted], source: Source, offset: int) -> bool:
-    """Whether the record at `offset` is left out, whatever it holds.
+    """Whether the record at `offset` is skipped, whatever it contains.
 
     >>> log = Source("cd" * 16, 0)
     >>> one = Accepted(Gap(log, 10, 11), "ann", "a test wrote it", 5, record="no micro-batch")
@@ -127,7 +127,7 @@ def left_out(accepted: Iterable[Accepted], source: Source, offset: int) -> bool:
 
 
 def explained(accepted: Iterable[Accepted], gap: Gap) -> bool:
-    """Whether the loss of `gap` was accepted: by itself, or because it followed where the training log lost records.
+    """Whether the loss of `gap` was accepted, by itself or as a consequence of a gap in the training log.
 
     >>> log, clicks = Source("cd" * 16, 0), Source("ab" * 16, 1)
     >>> one = Accepted(Gap(log, 10, 20), "ann", "old", 5, {str(clicks): 300})
@@ -144,6 +144,6 @@ def explained(accepted: Iterable[Accepted], gap: Gap) -> bool:
 def accept(
     gap: Gap, consent: Consent, now_ms: int, marks: Mapping[Source, int] | None = None, record: str = ""
 ) -> Accepted:
-    """What is kept of `gap`, accepted by `consent`; see `Accepted`."""
+    """The record of `gap` accepted by `consent`; see `Accepted`."""
     known = {str(source): mark for source, mark in (marks or {}).items()}
     return Accepted(gap, consent.actor, consent.reason, now_ms, known, record)

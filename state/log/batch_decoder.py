@@ -1,8 +1,7 @@
-"""Kafka's record batches as columns, decoded whole. Pure: knows bytes and offsets, no connection.
+"""Decodes whole Kafka record batches into columns. No side effects: it handles bytes and offsets, no connection.
 
-The client builds a 13-field tuple for each record, which costs 5 us; a batch
-whose varints are read by one compiled loop costs a tenth of that. Part of
-`state.log`.
+The client builds a 13-field tuple for each record, which costs 5 us. Reading a
+batch's varints in one compiled loop costs a tenth of that. Part of `state.log`.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ _DECOMPRESS: dict[int, tuple[str, Callable[[], bool], Callable[[bytes], bytes]]]
 
 @compiled
 def _varint(data: npt.NDArray[np.uint8], at: int, end: int) -> tuple[int, int]:
-    """A zigzag varint at `at`: its value and the place after it; (0, -1) if it does not end."""
+    """Decodes the zigzag varint at `at`: its value and the index after it; (0, -1) if it is incomplete."""
     value = np.uint64(0)
     shift = np.uint64(0)
     while at < end and shift < np.uint64(70):
@@ -62,11 +61,11 @@ def scan_records(data: npt.NDArray[np.uint8], at: int, end: int, out: I64) -> bo
 
     Args:
         data: `[bytes]` uint8.
-        at: Where the first record begins.
-        end: Where the last one must end.
+        at: Start of the first record.
+        end: Required end of the last record.
         out: `[6, n]` int64, filled per record with the delta of its offset, the
-            delta of its timestamp, and where its key and its value begin and
-            end; a missing one ends at -1.
+            delta of its timestamp, and start and end of its key and of its value;
+            a missing key or value ends at -1.
 
     Returns:
         Whether exactly n whole records fill `data[at:end]`.
@@ -76,7 +75,7 @@ def scan_records(data: npt.NDArray[np.uint8], at: int, end: int, out: I64) -> bo
         if at < 0 or length < 1 or at + length > end:
             return False
         stop = at + length
-        at += 1  # attributes of a record: unused by Kafka so far
+        at += 1  # record attributes, which Kafka does not use so far
         delta_ms, at = _varint(data, at, stop)
         if at < 0:
             return False
@@ -114,20 +113,20 @@ def decode_batches(
     aborted: Sequence[tuple[int, int]] = (),
     committed_only: bool = True,
 ) -> list[Chunk]:
-    """Decodes a fetched piece of a partition's log.
+    """Decodes a fetched part of a partition's log.
 
     Args:
-        data: Whole batches, perhaps with part of a further one at the end.
-        position: The first position wanted; records before it are left out.
+        data: Whole batches, possibly followed by an incomplete one.
+        position: The first position wanted; earlier records are left out.
         aborted: (producer id, first offset) of the aborted transactions that
-            the broker named with this piece.
+            the broker reported with this part.
         committed_only: Leave out records of aborted transactions.
 
     Returns:
-        Chunks whose ranges join from `position` on without a hole.
+        Chunks whose ranges are contiguous from `position` on.
 
     Raises:
-        LogError: the library of the batch's compression is not installed.
+        LogError: The library for the batch's compression is not installed.
 
     >>> from state.log.batch_encoder import encode_batch
     >>> piece = encode_batch([b"u"], [b"{}"], [1000])
@@ -165,11 +164,11 @@ def decode_batches(
 
 
 class Transactions:
-    """Which records of a fetched piece belong to an aborted transaction. Told of its batches in their order.
+    """Finds the records of aborted transactions in a fetched part. Pass it the batches in order.
 
     Args:
         aborted: (producer id, first offset) of the aborted transactions that
-            the broker named with the piece.
+            the broker reported with the part.
     """
 
     def __init__(self, aborted: Sequence[tuple[int, int]]) -> None:
@@ -177,7 +176,7 @@ class Transactions:
         self._open: set[int] = set()
 
     def hide(self, header: BatchHeader, chunk: Chunk) -> bool:
-        """Whether the records of the next batch are to be left out."""
+        """Whether to leave out the records of the next batch."""
         if header.producer == NO_PRODUCER:
             return False
         last = header.base + header.last_delta
@@ -191,14 +190,14 @@ class Transactions:
 
 
 def _damage(data: bytes, at: int, end: int, header: BatchHeader) -> str:
-    """Why the batch in `data[at:end]` cannot be read at all; empty if it can."""
+    """Why the batch in `data[at:end]` cannot be read; empty if it can."""
     if header.magic != MAGIC:
         return f"record format {header.magic}"
     return "checksum" if crc32c.crc32c(memoryview(data)[at + CRC_FROM : end]) != header.crc else ""
 
 
 def _corrupt(position: int, header: BatchHeader, following: int | None, reason: str) -> Chunk:
-    """How far to go past a batch whose header may itself be wrong."""
+    """A chunk that skips an unreadable batch, whose header may be wrong too."""
     if following is not None and following > position:
         after = following
     elif 0 <= header.last_delta == header.records - 1 and header.base + header.last_delta >= position:
@@ -231,7 +230,7 @@ def _chunk(
             )
         bytes_u8 = np.frombuffer(data, np.uint8)
         start, end = 0, len(data)
-    # A record takes 7 bytes at least: a count beyond that would only cost memory.
+    # A record takes at least 7 bytes; a higher count would only waste memory.
     if not 0 <= count <= (end - start) // 7:
         return Chunk(position, after, corrupt=f"record count of the batch at offset {base}")
     columns = np.empty((6, count), np.int64)

@@ -1,4 +1,4 @@
-"""Encodes records as one of Kafka's record batches: what a load generator appends whole. Pure.
+"""Encodes records as one Kafka record batch, which load generators append as a whole. No side effects.
 
 Part of `state.log`.
 """
@@ -47,15 +47,15 @@ def put_records(
     deltas_ms: I64,
     out: npt.NDArray[np.uint8],
 ) -> int:
-    """Writes records one after another into `out`, without headers; returns the bytes written.
+    """Encodes records into `out`, without the batch header; returns the number of bytes written.
 
     Args:
-        keys: `[bytes]` uint8, all keys joined; `key_sizes`: `[n]` int64.
-        key_sizes: Sizes of the keys, bytes.
-        values: `[bytes]` uint8, all values joined; `value_sizes`: `[n]` int64.
-        value_sizes: Sizes of the values, bytes.
-        deltas_ms: `[n]` int64, timestamps after the batch's first.
-        out: `[bytes]` uint8, at least 40 bytes a record beside keys and values.
+        keys: `[bytes]` uint8, all keys joined.
+        key_sizes: `[n]` int64, sizes of the keys, bytes.
+        values: `[bytes]` uint8, all values joined.
+        value_sizes: `[n]` int64, sizes of the values, bytes.
+        deltas_ms: `[n]` int64, timestamps relative to the batch's first.
+        out: `[bytes]` uint8, at least 40 bytes per record in addition to keys and values.
     """
     at = 0
     key_at = 0
@@ -90,7 +90,7 @@ def put_records(
 
 
 def encode_batch(keys: Sequence[bytes], values: Sequence[bytes], timestamps_ms: Sequence[int] | I64) -> bytes:
-    """One uncompressed record batch, as a producer without a transaction writes it.
+    """Encodes one uncompressed record batch, as a producer without transactions does.
 
     Args:
         keys: n keys.

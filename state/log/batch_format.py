@@ -1,4 +1,4 @@
-"""The layout of Kafka's record batches, format 2: header, checksum and the bits of its attributes.
+"""The layout of Kafka's record batches, format 2: header, checksum and attribute bits.
 
 Part of `state.log`. Format: https://kafka.apache.org/documentation/#recordbatch
 """
@@ -9,7 +9,7 @@ import struct
 from typing import NamedTuple
 
 HEADER = struct.Struct(">qiibIhiqqqhii")
-CRC_FROM = 21  # the checksum covers the batch from its attributes on
+CRC_FROM = 21  # the checksum covers the batch from its attributes to its end
 LENGTH_ENDS = 12
 MAGIC = 2
 NO_PRODUCER = -1
@@ -26,17 +26,17 @@ class BatchHeader(NamedTuple):
     Attributes:
         base: Offset of the first record.
         length: Bytes after this field.
-        leader_epoch: Of the leader that wrote the batch.
+        leader_epoch: Epoch of the leader that wrote the batch.
         magic: The format.
         crc: CRC-32C from `CRC_FROM` on.
         attributes: Codec and flags.
-        last_delta: Offset of the last record after the first.
+        last_delta: Offset of the last record relative to the first.
         first_ms: Timestamp of the first record.
         max_ms: The latest timestamp.
         producer: The producer's id; `NO_PRODUCER` for none.
-        producer_epoch: Of that producer.
-        sequence: Of the first record, for the producer.
-        records: How many there are.
+        producer_epoch: The epoch of that producer.
+        sequence: The producer's sequence number of the first record.
+        records: The number of records.
     """
 
     base: int

@@ -1,4 +1,4 @@
-"""Appends whole record batches: what load generators and replays need, at ten times the records a second.
+"""Appends whole record batches, for load generators and replays, at ten times the records per second of a producer.
 
 Part of `state.log`.
 """
@@ -23,18 +23,18 @@ RETRIES = 40
 
 
 class BulkWriter:
-    """Appends whole record batches to one topic: for load generators, at 10 times the records per second.
+    """Appends whole record batches to one topic.
 
-    Acknowledged (acks=all), not idempotent: a broken connection may leave a
-    batch twice.
+    Writes are acknowledged (acks=all) but not idempotent: after a broken
+    connection a batch may be in the log twice.
     """
 
     def __init__(self, settings: Kafka, topic: str) -> None:
         """Connects.
 
         Raises:
-            UnreachableBroker: no broker answered in time.
-            UnknownTopic: there is no such topic.
+            UnreachableBroker: No broker answered in time.
+            UnknownTopic: There is no such topic.
         """
         self._settings = settings
         self.topic = topic
@@ -48,14 +48,14 @@ class BulkWriter:
         """Appends one encoded batch per partition and waits for all acknowledgements.
 
         Args:
-            batches: Per partition a batch of `encode_batch`.
+            batches: Partition -> a batch made by `encode_batch`.
 
         Returns:
-            Per partition the offset of its batch's first record.
+            Partition -> the offset of its batch's first record.
 
         Raises:
-            UnreachableBroker: no acknowledgement in time.
-            LogError: the cluster refused a batch.
+            UnreachableBroker: No acknowledgement arrived in time.
+            LogError: The cluster refused a batch.
         """
         bases: dict[int, int] = {}
         left = batches
@@ -64,7 +64,7 @@ class BulkWriter:
                 answers = self._admin._manager.run(self._send, left)
                 bases |= {number: base for number, (code, base) in answers.items() if not code}
                 failed = {number: code for number, (code, _) in answers.items() if code}
-                # Only what was refused is sent again: the rest is in the log.
+                # Send only refused batches again: the others are in the log.
                 left = {number: left[number] for number in failed}
                 if not left:
                     return bases
@@ -92,7 +92,7 @@ class BulkWriter:
         return {each["partition_index"]: each["leader_id"] for each in topic["partitions"]}
 
     async def _send(self, batches: dict[int, bytes]) -> dict[int, tuple[int, int]]:
-        """Per partition the error code (0: acknowledged) and the offset of the first record."""
+        """Partition -> the error code (0: acknowledged) and the offset of the first record."""
         by_leader: dict[int, dict[int, bytes]] = {}
         for partition, batch in batches.items():
             by_leader.setdefault(self._leaders[partition], {})[partition] = batch
@@ -134,10 +134,10 @@ def append_encoded(
     timestamps_ms: I64,
     partitions: Sequence[int] | I64,
 ) -> None:
-    """Appends records in whole batches, one per partition; each partition keeps their order.
+    """Appends records in whole batches, one per partition; each partition keeps the order of its records.
 
     Args:
-        writer: Where to.
+        writer: The writer of the topic.
         keys: n keys.
         values: n values.
         timestamps_ms: `[n]` int64, Kafka's timestamps.
@@ -146,7 +146,7 @@ def append_encoded(
     rows: dict[int, list[int]] = {}
     for row, partition in enumerate(partitions):
         rows.setdefault(int(partition), []).append(row)
-    # Not at the top: it loads the compiler.
+    # Imported here, since it loads the compiler.
     from state.log.batch_encoder import encode_batch
 
     writer.append(

@@ -1,4 +1,4 @@
-"""What a record batch means to a reader: the positions it covers and the records there. Pure.
+"""The content of a record batch as a reader sees it: the positions it covers and its records. No side effects.
 
 Part of `state.log`.
 """
@@ -19,16 +19,16 @@ _NOTHING: I64 = np.empty(0, np.int64)
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What one record batch means to a reader: the positions [first, next) and the records there.
+    """One record batch as a reader sees it: the positions [first, next) and the records there.
 
     Attributes:
         first: First position; `next` is the position after the last.
-        offsets: `[n]` int64, of the records; positions without one are absent
+        offsets: `[n]` int64 of the records; positions without a record are absent
             (markers, aborted or compacted records).
         timestamps_ms: `[n]` int64, Kafka's timestamps.
         keys: n keys; `values`: n values.
         corrupt: Why the batch cannot be read; empty if it can.
-        leader_epoch: Of the leader that wrote it.
+        leader_epoch: Epoch of the leader that wrote it.
     """
 
     first: int
@@ -42,7 +42,7 @@ class Chunk:
 
 
 def split(chunk: Chunk, records: int) -> tuple[Chunk, Chunk]:
-    """The first `records` records of a chunk, and the rest.
+    """Splits a chunk into its first `records` records and the rest.
 
     >>> whole = Chunk(5, 9, np.array([6, 8]), np.array([0, 0]), [b"a", b"b"], [b"", b""])
     >>> [(part.first, part.next, part.keys) for part in split(whole, 1)]
@@ -61,7 +61,7 @@ def split(chunk: Chunk, records: int) -> tuple[Chunk, Chunk]:
 
 
 def of_records(first: int, after: int, records: Sequence[Any]) -> Chunk:
-    """The positions `[first, after)` as the client's own records tell of them."""
+    """Builds the chunk of the positions `[first, after)` from the client's own records."""
     return Chunk(
         first,
         after,
@@ -92,12 +92,12 @@ def take(chunks: deque[Chunk], max_records: int) -> list[Chunk]:
 
 
 def as_batch(topic_id: str, partition: int, first: int, chunks: Sequence[Chunk]) -> PartitionBatch:
-    """Chunks that follow one another as one batch.
+    """Joins contiguous chunks into one batch.
 
     Args:
         topic_id: 32 hexadecimal digits.
         partition: Number of the partition.
-        first: The position where reading went on.
+        first: The position at which reading resumed.
         chunks: At least one.
     """
     return PartitionBatch(

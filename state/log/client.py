@@ -1,4 +1,4 @@
-"""How we connect to Kafka, and how its client's errors become ours.
+"""Connects to Kafka, and translates its client's errors into ours.
 
 Part of `state.log`; only the files of this package import the Kafka client.
 """
@@ -19,9 +19,9 @@ from state.errors import LogError, SpringtideError
 from state.log.failures import fenced, first_line, unknown_topic, unreachable
 from state.process.user_code import load_named, told
 
-# The client logs each lost connection as a warning or an error; what an
-# operator can act on reaches them as one of our errors. A program that wants
-# the client's own words configures logging.
+# The client logs each lost connection as a warning or an error. What an operator
+# can act on reaches them as one of our errors. A program that wants the client's
+# own messages configures logging.
 logging.getLogger("kafka").addHandler(logging.NullHandler())
 
 _UNREACHABLE = (
@@ -42,12 +42,12 @@ _FENCED = (
     kafka_errors.ProducerFencedError,
     kafka_errors.InvalidProducerEpochError,
 )
-# The client tells only in words that a transactional request was not answered in time.
+# Only the client's message shows that a transactional request was not answered in time.
 _UNANSWERED = "Could not execute transactional request for unknown reasons"
 
 
 def client_options(settings: Kafka) -> dict[str, Any]:
-    """The options that every client of ours has: servers, time-outs, SASL and TLS.
+    """The options of every client: servers, time-outs, SASL and TLS.
 
     >>> options = client_options(Kafka(sasl_mechanism="PLAIN", sasl_username="ada"))
     >>> options["sasl_plain_username"], "ssl_cafile" in options
@@ -60,7 +60,7 @@ def client_options(settings: Kafka) -> dict[str, Any]:
         "request_timeout_ms": request_ms,
         "bootstrap_timeout_ms": request_ms,
         "security_protocol": settings.security_protocol,
-        # The default of 30 s would let a broker be back for half a minute
+        # With the default of 30 s a broker could be back for half a minute
         # before we notice.
         "reconnect_backoff_ms": 50,
         "reconnect_backoff_max_ms": 1000,
@@ -79,7 +79,7 @@ def client_options(settings: Kafka) -> dict[str, Any]:
 
 
 class _TokenProvider(AbstractTokenProvider):
-    """Asks the user's function for a token, each time that a connection needs one.
+    """Calls the user's function for a token whenever a connection needs one.
 
     Args:
         path: The function, as `module:name`.
@@ -94,11 +94,11 @@ class _TokenProvider(AbstractTokenProvider):
         """An access token.
 
         Raises:
-            LogError: The function failed or returned none; also kept, for the client tries again and forgets why.
+            LogError: The function failed or returned none. `failure` keeps it, since the client retries without it.
         """
         try:
             token = self._ask()
-        # A function of the user's own may fail in any way.
+        # User code may fail in any way.
         except Exception as error:
             failed = f"kafka.sasl_token_provider {self._path} failed: {told(error)}"
             self.failure = LogError(failed, "mend what it asks, or the function")
@@ -112,16 +112,16 @@ class _TokenProvider(AbstractTokenProvider):
 
 
 def connect(settings: Kafka, doing: str, make: Callable[..., Any], **options: object) -> Any:
-    """Makes a client of kafka-python; if it cannot connect, nothing of it is left behind.
+    """Creates a client of kafka-python; if it cannot connect, its threads and sockets are closed.
 
     Args:
-        settings: How to connect.
-        doing: What for, see `translated`.
+        settings: Connection settings.
+        doing: The purpose; see `translated`.
         make: One of the client's classes.
-        options: Beside `client_options`.
+        options: Options in addition to `client_options`.
 
     Raises:
-        UnreachableBroker, LogError: see `translated`.
+        UnreachableBroker, LogError: See `translated`.
     """
     begun: list[Any] = []
 
@@ -135,7 +135,7 @@ def connect(settings: Kafka, doing: str, make: Callable[..., Any], **options: ob
         try:
             return make(**ours, **options, kafka_client=network)
         except BaseException:
-            # A constructor that raises leaves its thread and its sockets.
+            # A constructor that raises leaves its thread and sockets open.
             for client in begun:
                 client.close()
             if provider is not None and provider.failure is not None:
@@ -145,17 +145,17 @@ def connect(settings: Kafka, doing: str, make: Callable[..., Any], **options: ob
 
 @contextmanager
 def translated(settings: Kafka, doing: str) -> Iterator[None]:
-    """Turns what the Kafka client raises into one of our errors, in one line.
+    """Translates exceptions of the Kafka client into one of our errors, with a message of one line.
 
     Args:
-        settings: names the servers in the message.
-        doing: what was tried, such as "describe topic clicks".
+        settings: Contains the servers for the message.
+        doing: What was attempted, such as "describe topic clicks".
 
     Raises:
-        UnreachableBroker: no broker answered in time.
-        UnknownTopic: the topic or partition does not exist.
-        FencedWriter: a newer writer has the same transactional id.
-        LogError: anything else that Kafka refused.
+        UnreachableBroker: No broker answered in time.
+        UnknownTopic: The topic or partition does not exist.
+        FencedWriter: A newer writer has the same transactional id.
+        LogError: Kafka refused for any other reason.
     """
     try:
         yield
@@ -174,7 +174,7 @@ def translated(settings: Kafka, doing: str) -> Iterator[None]:
         raise unreachable(settings, doing, problem) from problem
     except kafka_errors.KafkaError as problem:
         if isinstance(problem.args[-1] if problem.args else None, _FENCED):
-            # A send after the one that was fenced: the client wraps the first error.
+            # A send after the fenced one: the client wraps the first error.
             raise fenced(doing) from problem
         if _UNANSWERED in str(problem):
             raise unreachable(settings, doing, problem) from problem

@@ -12,17 +12,17 @@ from state.log.writer import Writer
 
 
 class KafkaLog(Log):
-    """The cluster that the settings name; each part has connections of its own.
+    """The cluster that the settings name; each reader, writer and topics object has its own connections.
 
     Args:
-        settings: How to connect.
+        settings: Connection settings.
     """
 
     def __init__(self, settings: Kafka) -> None:
         self._settings = settings
 
     def topics(self) -> Topics:
-        """What topics there are; connects."""
+        """Connects for topic administration, see `Topics`."""
         return Topics(self._settings)
 
     def reader(

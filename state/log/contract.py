@@ -1,13 +1,13 @@
-"""What a log is to everybody who reads or writes one: its parts, as protocols.
+"""The contract of a log for its readers and writers, as protocols.
 
-A log has topics, a topic partitions, a partition positions. A record has one
-position; a position may be without a record for ever (a transaction's marker,
-an aborted or compacted record). What is written in a transaction becomes
-visible when it commits. Positions move at a partition's end by writing and at
-its beginning by retention.
+A log has topics, a topic has partitions, a partition has positions. A record has
+one position. A position may never have a record (a transaction marker, an
+aborted or compacted record). Records written in a transaction become visible
+when it commits. Writing moves a partition's end, retention its beginning.
 
-`state.log.cluster.KafkaLog` and `state.log.memory.MemoryLog` are such logs;
-`tests/conformance/test_logs.py` holds every `Log` to what is said here.
+The implementations are `state.log.cluster.KafkaLog` and
+`state.log.memory.MemoryLog`. `tests/conformance/test_logs.py` tests every `Log`
+against this contract.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from state.log.records import Headers, PartitionBatch, TopicInfo
 class LogReader(Protocol):
     """Follows partitions of a topic by position. One thread polls; others may commit.
 
-    A log that goes away and comes back costs only time: `poll` returns nothing
-    meanwhile.
+    While the log is unreachable `poll` returns nothing; reading resumes when it is
+    back.
     """
 
     topic: str
@@ -39,71 +39,71 @@ class LogReader(Protocol):
     def poll(
         self, timeout_s: float, max_records: int = 10_000, shares: Mapping[int, int] | None = None
     ) -> list[PartitionBatch]:
-        """Waits until something new is there, at most `timeout_s`.
+        """Waits up to `timeout_s` for new records or positions.
 
         Args:
             timeout_s: Seconds; 0 takes what has arrived.
-            max_records: At most so many records over all partitions.
-            shares: By partition at most so many; the others wait, and what was fetched of them is kept. None takes them
-                as they come.
+            max_records: The most records over all partitions.
+            shares: Partition -> its most records; further fetched records are kept for later polls. None sets no limit
+                per partition.
 
         Returns:
-            At most one batch per partition; also ranges without a record.
+            At most one batch per partition, including ranges without records.
 
         Raises:
-            GapError: records were deleted before we read them.
-            TruncatedLog: the log was cut back behind our position.
-            UnknownTopic: the topic is gone, or is another topic of that name.
+            GapError: Records were deleted before we read them.
+            TruncatedLog: The log was truncated below our position.
+            UnknownTopic: The topic is gone, or is another topic of that name.
         """
         ...
 
     def seek(self, partition: int, offset: int) -> None:
-        """The next poll of this partition begins at `offset`."""
+        """Sets the position of the partition's next poll."""
 
     def position(self, partition: int) -> int:
         """The position after the last one that `poll` covered."""
         ...
 
     def leader_epoch(self, partition: int, offset: int) -> int:
-        """The epoch of the leader that wrote the newest record before `offset`; -1 where this reader does not know. Any thread.
+        """The epoch of the leader that wrote the newest record before `offset`; -1 if unknown. Any thread may call.
 
-        Kept with a position and told to the reader that goes on from it, it
-        shows whether the log was cut back meanwhile.
+        Store it with a position and pass it to the reader that resumes there: it shows
+        whether the log was truncated meanwhile.
         """
         ...
 
     def unread(self, partition: int) -> int:
-        """How many positions lie between ours and the end of a partition, as last heard; 1 where nothing was heard yet.
+        """The positions between ours and the partition's end, as last received; 1 if nothing was received yet.
 
-        Nobody is asked.
+        Sends no request.
         """
         ...
 
     def lag(self) -> dict[int, int]:
-        """Per partition how many positions lie between ours and the log's end, as last heard."""
+        """Partition -> the positions between ours and the log's end, as last received."""
         ...
 
     def reachable(self) -> bool:
-        """Whether the log is there, as far as this reader knows: `poll` does not say so."""
+        """Whether the log is reachable, as far as this reader knows; `poll` does not report it."""
         ...
 
     def refresh(self) -> list[int]:
-        """Takes up partitions that the topic got meanwhile, from their beginning; returns them.
+        """Starts to read partitions that the topic got meanwhile, from their beginning; returns them.
 
         Raises:
-            UnknownTopic: the topic is gone, or is another topic of that name.
+            UnknownTopic: The topic is gone, or is another topic of that name.
         """
         ...
 
     def commit_group(self, positions: Mapping[int, int]) -> None:
-        """Shows positions to lag tools under the group of the settings; nothing is read from there.
+        """Commits positions under the group of the settings, for lag tools only; readers never start from there.
 
         Raises:
-            LogError: the group has members, or the log does not answer.
+            LogError: The group has members, or the log does not answer.
         """
 
     def close(self) -> None:
-        """Ends it."""
+        """Closes the reader."""
 
     def __enter__(self) -> Self: ...
 
@@ -111,11 +111,11 @@ class LogReader(Protocol):
 
 
 class LogWriter(Protocol):
-    """Sends records, each once. One thread uses a writer.
+    """Sends records exactly once. For one thread.
 
     With a transactional id every record belongs to a `transaction`; a second
-    writer with the same id fences the first. After an error close the writer
-    and make another.
+    writer with the same id fences the first. After an error, close the writer
+    and create another.
     """
 
     def send(
@@ -127,44 +127,44 @@ class LogWriter(Protocol):
         headers: Headers = (),
         timestamp_ms: int | None = None,
     ) -> None:
-        """Hands a record over; it is not acknowledged before `flush` or the transaction's end.
+        """Queues a record; it is acknowledged only by `flush` or the end of the transaction.
 
         Args:
-            topic: Its name.
+            topic: The topic's name.
             partition: The partition; None for that of the key.
-            key: What compaction goes by.
-            value: None takes the key's value away.
-            headers: Names and values beside it.
-            timestamp_ms: When it was made; None for now.
+            key: The key, by which the topic may be compacted.
+            value: The value; None deletes the key's value.
+            headers: Names and values of the record's headers.
+            timestamp_ms: The record's timestamp; None for now.
 
         Raises:
-            UnknownTopic: there is no such topic; none is created.
-            FencedWriter: another writer took over the transactional id.
-            LogError: the record is too large, or outside a transaction.
+            UnknownTopic: There is no such topic; none is created.
+            FencedWriter: Another writer took over the transactional id.
+            LogError: The record is too large, or outside a transaction.
         """
 
     def flush(self) -> None:
-        """Returns when every record sent so far is acknowledged.
+        """Waits until every record sent so far is acknowledged.
 
         Raises:
-            UnreachableBroker: no acknowledgement in time; records may or may not be there.
-            LogError: the log refused a record.
+            UnreachableBroker: No acknowledgement in time; records may or may not be in the log.
+            LogError: The log refused a record.
         """
 
     def transaction(self) -> AbstractContextManager[None]:
-        """What is sent inside becomes visible together when the block ends, or not at all.
+        """A transaction: records sent in the block become visible together at its end, or not at all.
 
-        An exception in the block aborts and goes on.
+        An exception in the block aborts the transaction and propagates.
 
         Raises:
-            FencedWriter: another writer took over the transactional id.
-            UnreachableBroker: no answer in time; the outcome is unknown.
-            LogError: the log refused; nothing became visible.
+            FencedWriter: Another writer took over the transactional id.
+            UnreachableBroker: No answer in time; the outcome is unknown.
+            LogError: The log refused; nothing became visible.
         """
         ...
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Ends it; what is not acknowledged by then is given up."""
+        """Closes the writer; records not acknowledged by then are dropped."""
 
     def __enter__(self) -> Self: ...
 
@@ -172,47 +172,47 @@ class LogWriter(Protocol):
 
 
 class LogTopics(Protocol):
-    """Asks and changes what topics there are. Any thread may call.
+    """Administers topics. Any thread may call.
 
     Raises:
-        UnreachableBroker: the log does not answer; so does every method.
-        LogError: the log refused; so does every method.
+        UnreachableBroker: The log does not answer. Every method may raise it.
+        LogError: The log refused. Every method may raise it.
     """
 
     def ensure(
         self, name: str, partitions: int, config: Mapping[str, str] | None = None, replication: int = 0
     ) -> TopicInfo:
-        """Makes the topic if there is none; an existing one stays as it is."""
+        """Creates the topic if there is none; an existing topic stays unchanged."""
         ...
 
     def describe(self, name: str) -> TopicInfo:
         """The topic's id and number of partitions.
 
         Raises:
-            UnknownTopic: there is no such topic.
+            UnknownTopic: There is no such topic.
         """
         ...
 
     def names(self) -> list[str]:
-        """All topics that we may see, sorted."""
+        """All topics that we are allowed to see, sorted."""
         ...
 
     def ends(self, name: str, committed_only: bool = False) -> dict[int, tuple[int, int]]:
-        """Per partition the first position kept and the position of the next record.
+        """Partition -> the first position kept and the position of the next record.
 
-        With `committed_only` the position before which every transaction has ended: a reader of committed records
-        gets no further.
+        With `committed_only` the end is the position before which every transaction has ended: a reader of committed
+        records gets no further.
 
         Raises:
-            UnknownTopic: there is no such topic.
+            UnknownTopic: There is no such topic.
         """
         ...
 
     def offset_before(self, name: str, time_ms: int) -> dict[int, int]:
-        """Per partition the first position whose record's timestamp is `time_ms` or later, else the end.
+        """Partition -> the first position whose record's timestamp is `time_ms` or later, else the end.
 
         Raises:
-            UnknownTopic: there is no such topic.
+            UnknownTopic: There is no such topic.
         """
         ...
 
@@ -220,24 +220,24 @@ class LogTopics(Protocol):
         """Deletes the topic with all its records; returns when it is gone.
 
         Raises:
-            UnknownTopic: there is no such topic.
+            UnknownTopic: There is no such topic.
         """
 
     def delete_before(self, name: str, positions: Mapping[int, int]) -> None:
         """Deletes records before a position per partition, as retention does."""
 
     def grow(self, name: str, partitions: int) -> None:
-        """Gives the topic more partitions."""
+        """Increases the number of the topic's partitions."""
 
     def commit(self, group: str, name: str, positions: Mapping[int, int]) -> None:
-        """Writes positions of a consumer group without members, for lag tools."""
+        """Commits positions of a consumer group without members, for lag tools."""
 
     def committed(self, group: str, name: str) -> dict[int, int]:
-        """Positions of a consumer group in a topic; partitions without one are absent."""
+        """The committed positions of a consumer group in a topic; partitions without one are absent."""
         ...
 
     def close(self) -> None:
-        """Ends it."""
+        """Closes the connections."""
 
     def __enter__(self) -> Self: ...
 
@@ -245,7 +245,7 @@ class LogTopics(Protocol):
 
 
 class Log(ABC):
-    """A log: where its topics, readers and writers come from.
+    """A log: creates objects for topics, readers and writers.
 
     Args:
         settings: The section `[kafka]`.
@@ -256,7 +256,7 @@ class Log(ABC):
 
     @abstractmethod
     def topics(self) -> LogTopics:
-        """What topics there are."""
+        """Creates an object for topic administration."""
 
     @abstractmethod
     def reader(
@@ -268,29 +268,29 @@ class Log(ABC):
         from_end: bool = False,
         leaders: Mapping[int, int] | None = None,
     ) -> LogReader:
-        """Follows partitions of a topic from given positions.
+        """Creates a reader of a topic's partitions from given positions.
 
         Args:
-            topic: Its name.
-            partitions: Those to read; None for all, also later ones.
-            positions: Where to begin per partition; those not named begin at
-                their beginning, or at their end with `from_end`.
+            topic: The topic's name.
+            partitions: The partitions to read; None for all, including later ones.
+            positions: Partition -> start position. Other partitions start at their
+                beginning, or at their end with `from_end`.
             committed_only: Leave out records of open and aborted transactions.
             from_end: See `positions`.
-            leaders: Per partition `LogReader.leader_epoch` of its position, where that is known.
+            leaders: Partition -> `LogReader.leader_epoch` of its position, if known.
 
         Raises:
-            UnreachableBroker: the log does not answer.
-            UnknownTopic: there is no such topic or partition.
-            GapError: a position lies before the beginning.
-            TruncatedLog: the log was cut back behind a position.
+            UnreachableBroker: The log does not answer.
+            UnknownTopic: There is no such topic or partition.
+            GapError: A position is before the beginning.
+            TruncatedLog: The log was truncated below a position.
         """
 
     @abstractmethod
     def writer(self, transactional_id: str | None = None) -> LogWriter:
-        """Sends records; with a transactional id also ends what a predecessor left open.
+        """Creates a writer; with a transactional id this also aborts its predecessor's open transaction.
 
         Raises:
-            UnreachableBroker: the log does not answer.
-            LogError: the log refused.
+            UnreachableBroker: The log does not answer.
+            LogError: The log refused.
         """

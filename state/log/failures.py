@@ -1,6 +1,6 @@
-"""What can be wrong with a log, said once: each function makes one error, with what to do.
+"""The errors of a log: each function makes one error, with advice.
 
-Part of `state.log`. Every log says these things in the same words, whatever it is made of.
+Part of `state.log`. Every implementation of a log uses these messages.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from state.positions import Gap, Source
 
 
 def unreachable(settings: Kafka, doing: str, cause: BaseException | str) -> UnreachableBroker:
-    """The error of a broker that does not answer, with what to look at."""
+    """The error for a broker that does not answer, with what to check."""
     why = cause if isinstance(cause, str) else first_line(cause)
     return UnreachableBroker(
         f"cannot {doing}: no broker at {settings.bootstrap_servers} answered in time ({why})",
@@ -21,7 +21,7 @@ def unreachable(settings: Kafka, doing: str, cause: BaseException | str) -> Unre
 
 
 def unknown_topic(settings: Kafka, doing: str) -> UnknownTopic:
-    """The error of a topic that does not exist; none is ever made by being named."""
+    """The error for a topic that does not exist; topics are never created implicitly."""
     return UnknownTopic(
         f"cannot {doing}: it does not exist on {settings.bootstrap_servers}",
         "create it, or correct its name in [kafka]",
@@ -29,12 +29,12 @@ def unknown_topic(settings: Kafka, doing: str) -> UnknownTopic:
 
 
 def unknown_partition(topic: str, partition: int, partitions: int) -> UnknownTopic:
-    """The error of a partition beyond those that a topic has."""
+    """The error for a partition that a topic does not have."""
     return UnknownTopic(f"topic {topic} has no partition {partition}, only {partitions}", "name those that it has")
 
 
 def made_again(topic: str, before: str, now: str) -> UnknownTopic:
-    """The error of a topic that is another one than before: a name is no identity."""
+    """The error for a topic that was deleted and created again under the same name."""
     return UnknownTopic(
         f"topic {topic} was deleted and made again (id {before} is now {now})",
         "our "
@@ -44,7 +44,7 @@ def made_again(topic: str, before: str, now: str) -> UnknownTopic:
 
 
 def fenced(doing: str) -> FencedWriter:
-    """The error of a writer whose transactional id another one took over."""
+    """The error for a writer whose transactional id another writer took over."""
     return FencedWriter(
         f"cannot {doing}: another writer took over this transactional id",
         "stop one of the two: one stream reads all partitions",
@@ -52,13 +52,13 @@ def fenced(doing: str) -> FencedWriter:
 
 
 def gap(topic: str, topic_id: str, partition: int, ours: int, begin: int, end: int) -> GapError:
-    """The error of a position outside what a partition keeps; deleted before we came, or cut back behind us.
+    """The error for a position outside a partition: deleted before we read it, or truncated.
 
     Args:
         topic: The topic's name.
         topic_id: Its id.
         partition: Number of the partition.
-        ours: Where we wanted to read.
+        ours: Our position.
         begin: The first position kept.
         end: The position of the next record.
     """
@@ -73,14 +73,14 @@ def gap(topic: str, topic_id: str, partition: int, ours: int, begin: int, end: i
 
 
 def truncated(topic: str, topic_id: str, partition: int, ours: int, kept: int, end: int) -> TruncatedLog:
-    """The error of a partition that was cut back behind our position, and may have grown again since.
+    """The error for a partition that was truncated below our position, and may have grown again since.
 
     Args:
         topic: The topic's name.
         topic_id: Its id.
         partition: Number of the partition.
-        ours: Where we wanted to read on.
-        kept: Up to where the log still is the one that was read.
+        ours: Our position.
+        kept: The offset up to which the log is still the one that was read.
         end: The position of the next record.
     """
     again = f" and has grown again to {end}" if end > kept else ""
@@ -94,6 +94,6 @@ def truncated(topic: str, topic_id: str, partition: int, ours: int, kept: int, e
 
 
 def first_line(problem: BaseException) -> str:
-    """What an exception says in one line; its class where it says nothing."""
+    """The first line of an exception's message; its class name if there is no message."""
     text = str(problem).strip()
     return text.splitlines()[0] if text else type(problem).__name__

@@ -1,4 +1,4 @@
-"""`--accept-gap`, `--accept-cut-back`, `--skip-record` and `--reason`: how an operator says which loss a process may pass."""
+"""The options `--accept-gap`, `--accept-cut-back`, `--skip-record` and `--reason`, which accept a loss in a log."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from state.log.gaps import Consent, parse_allowance, parse_records
 
 
 def add_options(parser: argparse.ArgumentParser, records: bool = False) -> None:
-    """Adds `--accept-gap` and `--reason` to a process's parser, and `--skip-record` where it learns `records`."""
+    """Adds `--accept-gap`, `--accept-cut-back` and `--reason` to a parser; with `records` also `--skip-record`."""
     parser.add_argument(
         "--accept-gap",
         action="append",
@@ -35,7 +35,7 @@ def add_options(parser: argparse.ArgumentParser, records: bool = False) -> None:
 
 
 def as_options(asked: argparse.Namespace, records: bool = True) -> list[str]:
-    """The options again as words, for the process that a command becomes; without `--skip-record` unless `records`.
+    """Converts the options back to words, for a process that a command starts; `--skip-record` only with `records`.
 
     >>> parser = argparse.ArgumentParser()
     >>> add_options(parser, records=True)
@@ -53,14 +53,14 @@ def as_options(asked: argparse.Namespace, records: bool = True) -> list[str]:
 
 
 def take_options(argv: Sequence[str], actor: str, records: bool = False) -> tuple[Consent, list[str]]:
-    """Takes the options of `add_options` out of a command line; returns them and the rest.
+    """Extracts the options of `add_options` from a command line; returns them and the remaining words.
 
     >>> consent, rest = take_options(["--accept-gap", "0:5-9", "--reason", "old", "--kafka.port", "9"], "ann")
     >>> consent.allowances[0].first, consent.reason, rest
     (5, 'old', ['--kafka.port', '9'])
 
     Raises:
-        SettingsError: A loss is not written as it should be, or there is no reason.
+        SettingsError: A loss has the wrong form, or there is no reason.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_options(parser, records)

@@ -1,12 +1,12 @@
-"""Gaps and bad records in a log: the loss that an operator accepts in advance. Pure.
+"""Parses the losses in a log that an operator accepts in advance: gaps and bad records. No side effects.
 
-A gap is a range of positions that nobody will ever read: deleted by retention
-before we came, or covered by no record of the training log. A process that
-meets one stops and says so. Started again with `--accept-gap P:A-B --reason
-TEXT` it goes on behind it, and keeps who accepted what, when and why
-(`state/log/accepted_gaps.py`). A record of the training log that is no
-micro-batch of this system's stream is passed likewise, with `--skip-record
-OFFSET --reason TEXT`.
+A gap is a range of positions that can never be read: deleted by retention
+before we read it, or covered by no record of the training log. A process that
+meets a gap stops and reports it. Restarted with `--accept-gap P:A-B --reason
+TEXT` it skips the gap, and records who accepted what, when and why
+(`state/log/accepted_gaps.py`). `--skip-record OFFSET --reason TEXT` likewise
+skips a record of the training log that is no micro-batch of this system's
+stream.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _FORM = re.compile(r"(?:([0-9a-f]{8,32}):)?(\d+):(\d+)-(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """A loss that an operator accepts in advance: whatever of `[first, next)` is missing.
+    """A loss that an operator accepts in advance: any missing part of `[first, next)`.
 
     Attributes:
         partition: The partition.
         first: The first position.
-        next: The one after the last.
-        topic: How the topic's id begins; empty for the topic that the process reads.
+        next: The position after the last.
+        topic: Prefix of the topic's id; empty for the topic that the process reads.
     """
 
     partition: int
@@ -38,7 +38,7 @@ class Allowance:
     topic: str = ""
 
     def covers(self, gap: Gap, read_topic: str) -> bool:
-        """Whether `gap` may be passed.
+        """Whether `gap` may be skipped.
 
         >>> from state.positions import Source
         >>> gap = Gap(Source("ab" * 16, 3), 10, 20)
@@ -48,7 +48,7 @@ class Allowance:
         (True, False)
 
         Args:
-            gap: What is missing.
+            gap: The missing range.
             read_topic: Id of the topic that the process reads.
         """
         source = gap.source
@@ -61,10 +61,10 @@ class Allowance:
 
 
 def parse_allowance(text: str) -> Allowance:
-    """The allowance of `P:A-B` or `TOPIC_ID:P:A-B`, both ends included.
+    """Parses `P:A-B` or `TOPIC_ID:P:A-B`, both ends included.
 
     Raises:
-        SettingsError: It is of another form.
+        SettingsError: The text has another form.
     """
     match = _FORM.fullmatch(text.strip())
     if not match or int(match[3]) > int(match[4]):
@@ -75,13 +75,13 @@ def parse_allowance(text: str) -> Allowance:
 
 
 def parse_records(text: str) -> range:
-    """The offsets of `OFFSET`, or of `A-B` with both ends included.
+    """Parses `OFFSET`, or `A-B` with both ends included, as a range of offsets.
 
     >>> parse_records("7"), parse_records("7-9")
     (range(7, 8), range(7, 10))
 
     Raises:
-        SettingsError: It is of another form.
+        SettingsError: The text has another form.
     """
     match = _RECORDS.fullmatch(text.strip())
     if not match or int(match[1]) > int(match[2] or match[1]):
@@ -93,14 +93,14 @@ def parse_records(text: str) -> range:
 
 @dataclass(frozen=True, slots=True)
 class Consent:
-    """What an operator accepts, said at a process's start.
+    """The losses that an operator accepts when starting a process.
 
     Attributes:
-        allowances: The losses.
-        actor: Who.
+        allowances: The gaps.
+        actor: Who accepts them.
         reason: Why, in the actor's words.
-        records: Offsets of the training log whose records may be left out where they cannot be learned from.
-        cut_back: Whether the clicks may have been cut back behind us, wherever.
+        records: Offsets of training log records that may be skipped if they cannot be learned from.
+        cut_back: Whether any truncation of the clicks is accepted.
     """
 
     allowances: tuple[Allowance, ...] = ()
@@ -110,11 +110,11 @@ class Consent:
     cut_back: bool = False
 
     def covers(self, gap: Gap, read_topic: str) -> bool:
-        """Whether `gap` may be passed."""
+        """Whether `gap` may be skipped."""
         return any(one.covers(gap, read_topic) for one in self.allowances)
 
     def leaves_out(self, offset: int) -> bool:
-        """Whether the record at `offset` of the training log may be left out.
+        """Whether the record at `offset` of the training log may be skipped.
 
         >>> Consent(records=(parse_records("7-9"),)).leaves_out(9)
         True
@@ -123,7 +123,7 @@ class Consent:
 
 
 def in_words(lost: TruncatedLog) -> str:
-    """What a log lost that was cut back, short enough for a reason.
+    """Describes what a truncated log lost, short enough for a reason.
 
     >>> from state.positions import Source
     >>> in_words(TruncatedLog("", "", [Gap(Source("ab" * 16, 0), 60, 90)]))
@@ -133,7 +133,7 @@ def in_words(lost: TruncatedLog) -> str:
 
 
 def how_to_go_on(error: GapError, command: str) -> GapError:
-    """The error with the command that accepts the loss.
+    """Adds to the error the command that accepts the loss.
 
     >>> from state.positions import Source
     >>> gap = Gap(Source("ab" * 16, 3), 10, 20)
@@ -141,8 +141,8 @@ def how_to_go_on(error: GapError, command: str) -> GapError:
     10 positions are gone; restore them; to go on without them: springtide stream (or up) --accept-gap abababab:3:10-19 --reason TEXT
 
     Args:
-        error: What stopped the process.
-        command: The command that starts it, to which the options are added.
+        error: The error that stopped the process.
+        command: The command that starts the process, to which the options are added.
     """
     if not error.gaps:
         return error

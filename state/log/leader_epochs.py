@@ -1,11 +1,11 @@
-"""Which leader wrote a partition's records: by its epoch one knows whether the log was cut back behind a position. Pure.
+"""Tracks which leader epoch wrote a partition's records, to detect that a log was truncated. No side effects.
 
-A partition's leader has an epoch, one more with each election, and every record
-names the epoch of the leader that wrote it. Where the log was cut back (a
-leader was elected that lacked records, or a broker lost what was not on disk)
-and grew again, offsets are used twice: then the epoch of the record before our
-position ends before it. What is known of a partition is a tuple of (first
-offset, epoch), ascending.
+A partition's leader has an epoch, which increases with each election. Every
+record carries the epoch of the leader that wrote it. A log is truncated if the
+elected leader lacks records, or if a broker lost what was not on disk. If it
+grows again, offsets are used twice. Then the epoch of the record before our
+position ends before that position. The known epochs of a partition are a tuple
+of (first offset, epoch), ascending.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MOST = 64
 
 
 def epoch_before(known: Known, offset: int) -> int:
-    """The epoch of the newest record before `offset`, as far as it is known; -1 where it is not.
+    """The epoch of the newest record before `offset`; -1 if it is unknown.
 
     >>> known = ((0, 3), (40, 5))
     >>> epoch_before(known, 40), epoch_before(known, 41), epoch_before(known, 0)
@@ -27,7 +27,7 @@ def epoch_before(known: Known, offset: int) -> int:
 
 
 def noted(known: Known, first: int, epoch: int) -> Known:
-    """`known`, and that the record at `first` is of `epoch`; what was known of later ones is forgotten where it differs.
+    """Adds to `known` that the record at `first` has `epoch`; if that is news, later entries are dropped.
 
     >>> noted(((0, 3),), 40, 5), noted(((0, 3), (40, 5)), 41, 5)
     (((0, 3), (40, 5)), ((0, 3), (40, 5)))

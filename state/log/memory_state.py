@@ -1,4 +1,4 @@
-"""What a log in memory holds: records and markers by position, open transactions, groups' positions. Pure but for its lock.
+"""The content of a log in memory: records and markers by position, open transactions, group positions; and its lock.
 
 Part of `state.log`; `state.log.memory.MemoryLog` is the log.
 """
@@ -16,8 +16,8 @@ from state.log.failures import unknown_topic, unreachable
 from state.log.leader_epochs import Known, noted
 from state.log.records import Headers
 
-LARGEST_RECORD = 1_048_588  # of a topic that says nothing, in bytes, as of Kafka's brokers
-RECORD_BYTES = 70  # what a record weighs beside key and value
+LARGEST_RECORD = 1_048_588  # default max.message.bytes of Kafka's brokers
+RECORD_BYTES = 70  # size of a record in addition to key and value
 
 
 @dataclass(eq=False, slots=True)
@@ -25,9 +25,9 @@ class Transaction:
     """Records that become visible together, or never.
 
     Attributes:
-        open: Whether it may still go either way.
-        committed: How it went.
-        touched: The partitions that have records of it.
+        open: Whether it has neither committed nor aborted.
+        committed: Whether it has committed.
+        touched: The partitions with records of it.
     """
 
     open: bool = True
@@ -35,7 +35,7 @@ class Transaction:
     touched: list[Partition] = field(default_factory=list)
 
     def end(self, committed: bool) -> None:
-        """Commits or aborts; each partition gets a marker, which takes a position."""
+        """Commits or aborts. Each partition gets a marker, which takes a position."""
         self.open, self.committed = False, committed
         for partition in self.touched:
             partition.end += 1
@@ -47,11 +47,11 @@ class MemoryRecord:
 
     Attributes:
         offset: Its position.
-        key: What compaction goes by.
-        value: None takes the key's value away.
-        headers: Names and values beside it.
-        timestamp_ms: When it was made.
-        transaction: To which it belongs; None for none.
+        key: The key, by which a topic may be compacted.
+        value: The value; None deletes the key's value.
+        headers: Names and values of the headers.
+        timestamp_ms: The record's timestamp.
+        transaction: Its transaction; None for none.
     """
 
     offset: int
@@ -101,7 +101,7 @@ class Partition:
         timestamp_ms: int,
         transaction: Transaction | None,
     ) -> int:
-        """Adds a record; returns its position."""
+        """Appends a record; returns its position."""
         offset = self.end
         if transaction is not None and self not in transaction.touched:
             transaction.touched.append(self)
@@ -111,7 +111,7 @@ class Partition:
         return offset
 
     def read(self, position: int, most: int, committed_only: bool) -> tuple[list[MemoryRecord], int]:
-        """At most `most` records from `position` on, and the position after what they cover."""
+        """At most `most` records from `position` on, and the position after the range that they cover."""
         stop = self.stable_end if committed_only else self.end
         found: list[MemoryRecord] = []
         for record in self.records[self._index(position) : self._index(stop)]:
@@ -123,32 +123,32 @@ class Partition:
         return found, max(position, stop)
 
     def cut_back(self, offset: int) -> None:
-        """Loses what lies from `offset` on, as with a leader that lacked it; what comes is of the next epoch."""
+        """Truncates the log at `offset`, as a leader without these records does; later records have the next epoch."""
         del self.records[self._index(offset) :]
         self._opened = [one for one in self._opened if one[0] < offset]
         self.end = min(self.end, offset)
         self.leaders = noted(self.leaders, self.end, self.leaders[-1][1] + 1)
 
     def end_of(self, epoch: int) -> int:
-        """Where the records of `epoch` and of those before it end."""
+        """The end of the records with `epoch` or an earlier one."""
         return next((first for first, known in self.leaders if known > epoch), self.end)
 
     def offset_before(self, time_ms: int) -> int:
-        """The first position whose record was made at `time_ms` or later, else the end."""
+        """The first position whose record has the timestamp `time_ms` or later, else the end."""
         return next((record.offset for record in self.records if record.timestamp_ms >= time_ms), self.end)
 
     def delete_before(self, offset: int) -> None:
-        """Forgets what lies before `offset`."""
+        """Deletes the records before `offset`."""
         self.begin = max(self.begin, offset)
         del self.records[: self._index(offset)]
 
     def delete_older(self, time_ms: int) -> None:
-        """Forgets the oldest records that were made before `time_ms`, as retention does; what is open stays."""
+        """Deletes the oldest records with timestamps before `time_ms`, as retention does; open transactions stay."""
         young = (record.offset for record in self.records if record.timestamp_ms >= time_ms)
         self.delete_before(min(next(young, self.end), self.stable_end))
 
     def compact(self) -> None:
-        """Keeps the newest record of each key; positions stay what they are."""
+        """Keeps the newest record of each key; positions do not change."""
         stop = self.stable_end
         newest = {record.key: record.offset for record in self.records if record.offset < stop and record.visible}
         self.records = [
@@ -165,8 +165,8 @@ class Topic:
 
     Attributes:
         topic_id: 32 hexadecimal digits.
-        config: Kafka's settings of a topic: retention.ms, cleanup.policy and max.message.bytes count.
-        partitions: Its partitions; they only become more.
+        config: Kafka's topic configuration; retention.ms, cleanup.policy and max.message.bytes have an effect.
+        partitions: Its partitions; their number only grows.
     """
 
     topic_id: str
@@ -179,7 +179,7 @@ class Topic:
         return "compact" in self.config.get("cleanup.policy", "delete")
 
     def refusal(self, key: bytes | None, value: bytes | None) -> str:
-        """Why a record is not taken; empty where it is.
+        """Why a record is refused; empty if it is accepted.
 
         >>> Topic("ab" * 16, {}, []).refusal(None, bytes(2_000_000))
         'the record takes 2000070 bytes, and max.message.bytes is 1048588'
@@ -192,12 +192,12 @@ class Topic:
 
 
 class MemoryState:
-    """What all topics, readers and writers of one log share. Hold `changed` while you read or write it.
+    """The state shared by all topics, readers and writers of one log. Hold `changed` to read or write it.
 
     Args:
-        settings: Name the group and the servers in messages.
+        settings: Contains the group, and the servers for messages.
         clock_ms: Wall clock.
-        ids: Gives each topic made its id.
+        ids: Generates the ids of new topics.
     """
 
     def __init__(self, settings: Kafka, clock_ms: Callable[[], int], ids: Callable[[], str]) -> None:
@@ -210,16 +210,16 @@ class MemoryState:
         self._transactions: dict[str, Transaction] = {}
 
     def require(self, doing: str) -> None:
-        """Raises UnreachableBroker while the log is away."""
+        """Raises UnreachableBroker while the log is set unreachable."""
         if self.away:
             raise unreachable(self.settings, doing, "the log in memory is away")
 
     def topic(self, name: str, doing: str) -> Topic:
-        """The topic of that name.
+        """The topic with a name.
 
         Raises:
-            UnknownTopic: There is none.
-            UnreachableBroker: The log is away.
+            UnknownTopic: There is no such topic.
+            UnreachableBroker: The log is unreachable.
         """
         self.require(doing)
         if name not in self.topics:
@@ -230,7 +230,7 @@ class MemoryState:
         """One partition of a topic.
 
         Raises:
-            LogError: There is no such topic or partition, or the log is away.
+            LogError: There is no such topic or partition, or the log is unreachable.
         """
         partitions = self.topic(topic, doing).partitions
         if not 0 <= number < len(partitions):
@@ -238,7 +238,7 @@ class MemoryState:
         return partitions[number]
 
     def take_over(self, transactional_id: str) -> int:
-        """Makes the caller the writer of this id and ends what the one before left open; returns its epoch."""
+        """Makes the caller the writer of this id and aborts its predecessor's transaction; returns the new epoch."""
         left = self._transactions.pop(transactional_id, None)
         if left is not None and left.open:
             left.end(committed=False)

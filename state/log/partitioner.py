@@ -1,4 +1,4 @@
-"""Which partition a key belongs to. Part of `state.log`."""
+"""Maps keys to partitions. Part of `state.log`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a log gives: the records of a partition as columns, and a topic as it is known.
+"""The data that a log returns: records of a partition as columns, and descriptions of topics.
 
 Part of `state.log`.
 """
@@ -17,20 +17,20 @@ Headers = Sequence[tuple[str, bytes]]
 
 @dataclass(frozen=True)
 class PartitionBatch:
-    """What `Reader.poll` found in one partition: the positions [first, next) and the records there.
+    """The result of `Reader.poll` in one partition: the positions [first, next) and the records there.
 
     Attributes:
         topic_id: 32 hexadecimal digits.
         partition: Number of the partition.
-        first: First position covered; the one before it was covered earlier.
+        first: First position covered; earlier batches covered the one before it.
         next: Position after the last one covered.
         offsets: `[n]` int64, ascending; positions without a record are absent
             (transaction markers, aborted or compacted records).
         timestamps_ms: `[n]` int64, Kafka's timestamps.
         keys: n keys.
         values: n values.
-        corrupt: (first, next, reason) of ranges that cannot be read; no record
-            lies in them.
+        corrupt: (first, next, reason) of ranges that cannot be read; they contain no
+            records.
     """
 
     topic_id: str
@@ -47,11 +47,11 @@ class PartitionBatch:
         return len(self.values)
 
     def __bool__(self) -> bool:
-        """A range without records is news too."""
+        """Always true: a range without records still moves positions."""
         return True
 
     def one_by_one(self) -> Iterator[PartitionBatch]:
-        """The same positions in as many batches as there are records, or one where there are none.
+        """Splits the batch into one batch per record, covering the same positions; one batch if there are no records.
 
         >>> found = PartitionBatch("ab" * 16, 0, 3, 9, np.array([4, 6]), np.array([1, 1]), [None] * 2, [b"x", b"y"], ((3, 4, "cut"),))
         >>> [(one.first, one.next, one.values, one.corrupt) for one in found.one_by_one()]
@@ -63,7 +63,7 @@ class PartitionBatch:
             begin = end
 
     def between(self, first: int, after: int) -> PartitionBatch:
-        """What it has of the positions `[first, after)`, which lie within its own."""
+        """The part of the batch in the positions `[first, after)`, which must be within its range."""
         here = slice(*np.searchsorted(self.offsets, (first, after)).tolist())
         return replace(
             self, first=first, next=after, offsets=self.offsets[here], timestamps_ms=self.timestamps_ms[here],
@@ -78,12 +78,12 @@ class PartitionBatch:
 
 @dataclass(frozen=True)
 class TopicInfo:
-    """A topic as the cluster knows it.
+    """A topic as the cluster describes it.
 
     Attributes:
-        topic_id: 32 hexadecimal digits; a topic that was deleted and made
-            again has another one.
-        partitions: How many it has.
+        topic_id: 32 hexadecimal digits; a topic that was deleted and created
+            again has another id.
+        partitions: The number of partitions.
     """
 
     topic_id: str
@@ -92,12 +92,12 @@ class TopicInfo:
 
 @dataclass(frozen=True)
 class Copies:
-    """How many copies of a topic's records there are.
+    """The replication of a topic.
 
     Attributes:
-        replicas: Of the partition that has the fewest.
+        replicas: The replicas of the partition that has the fewest.
         min_insync: How many of them must have a record before it is acknowledged.
-        brokers: How many the cluster has.
+        brokers: The number of the cluster's brokers.
 
     >>> Copies(3, 2, 3).weakness(), Copies(1, 1, 1).weakness()
     ('', '')
@@ -110,7 +110,7 @@ class Copies:
     brokers: int
 
     def weakness(self) -> str:
-        """What the loss of one broker would cost, in words; empty where it costs nothing, or there is but one."""
+        """What the loss of one broker would cost, as text; empty if nothing, or if there is only one broker."""
         if self.brokers < 2:
             return ""
         if self.replicas < 2:

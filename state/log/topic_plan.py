@@ -1,18 +1,20 @@
-"""What topics there are and how each is made: partitions, retention, cleanup and the largest record, said once.
+"""Plans how each topic is created: partitions, retention, cleanup and largest record. No side effects.
 
 | topic | partitions | kept | largest record |
 |---|---|---|---|
 | clicks | `kafka.clicks_partitions` | `kafka.retention_h` | the cluster's |
 | dead letters | 1 | `kafka.retention_h` | the cluster's |
-| micro-batches | 1 | as long as a version can be rolled back to, `kafka.retention_h` at least | `stream.max_record_bytes` |
+| micro-batches | 1 | while a version can be rolled back to, at least `kafka.retention_h` | `stream.max_record_bytes` |
 | attributes | 1 | the newest record of each key | the cluster's |
 | segments | 1 | the newest record of each key | the cluster's |
-| exposures | 1 | `kafka.retention_h`, 5 % of the local Kafka's share at most | the cluster's |
+| exposures | 1 | `kafka.retention_h`, at most 5 % of the local Kafka's share | the cluster's |
 
-Each has `kafka.replication` replicas, of which `kafka.min_insync_replicas` must have a record. A topic that is there already stays as it is: its owner knows better. Pure.
+Each topic has `kafka.replication` replicas, of which `kafka.min_insync_replicas` must have a record before it is
+acknowledged. An existing topic stays unchanged: its owner has configured it.
 
-The local Kafka has a share of `storage.budget_gb`, and its topics are also kept by bytes: the training log has 55 % of it,
-clicks 30 %, dead letters 5 %, exposures 5 %; the rest is for attributes and what Kafka writes for itself. `up` sets that at each start.
+The local Kafka has a share of `storage.budget_gb`, and its topics are also limited in bytes: the training log has 55 %
+of the share, clicks 30 %, dead letters 5 %, exposures 5 %. The rest is for attributes and Kafka's own files. `up` sets
+these limits at each start.
 """
 
 from __future__ import annotations
@@ -24,23 +26,23 @@ from state.config.settings import Settings
 from state.storage import shares
 
 HOUR_MS = 3_600_000
-# What a record batch weighs beside the micro-batch in it: headers of batch and record, with room to spare.
+# Room for a record batch's overhead in addition to the micro-batch: headers of batch and record, with a margin.
 BATCH_BYTES = 100_000
-# Of what the local Kafka is kept at.
+# Shares of the bytes that the local Kafka may keep.
 MICROBATCHES_SHARE, CLICKS_SHARE, LETTERS_SHARE, EXPOSURES_SHARE = 0.55, 0.30, 0.05, 0.05
-# Kafka removes whole segments, and one must have room for the largest record: the cluster's, of 16 MiB, where a topic says
-# nothing else.
+# Kafka removes whole segments, and a segment must have room for the largest record: by default 16 MiB, the
+# cluster's limit.
 SEGMENTS, LARGEST_SEGMENT, LARGEST_RECORD = 8, 1 << 30, 17 << 20
 
 
 class TopicPlan(NamedTuple):
-    """How a topic is made, in the order of `Topics.ensure`.
+    """How a topic is created; the fields are the arguments of `Topics.ensure`, in order.
 
     Attributes:
         name: Its name.
-        partitions: How many it has.
-        config: Kafka's settings of the topic.
-        replication: How many replicas it has; 0: the cluster's default.
+        partitions: The number of partitions.
+        config: Kafka's topic configuration.
+        replication: The number of replicas; 0 for the cluster's default.
     """
 
     name: str
@@ -56,19 +58,19 @@ def clicks(settings: Settings) -> TopicPlan:
 
 
 def dead_letters(settings: Settings) -> TopicPlan:
-    """The topic of records that are no events."""
+    """The topic of the refused clicks."""
     return _planned(settings, settings.kafka.dead_letters_topic, _kept_for(settings.kafka.retention_h))
 
 
 def exposures(settings: Settings) -> TopicPlan:
-    """The topic of who was answered by which arm of a rollout; nobody reads it behind its rollout."""
+    """The topic that records which arm of a rollout answered which user; it is read only during its rollout."""
     most = _kept_below(int(shares.kept_bytes(settings, shares.KAFKA) * EXPOSURES_SHARE), LARGEST_RECORD)
     kept = {**_kept_for(settings.kafka.retention_h), **most, "compression.type": "zstd"}
     return _planned(settings, settings.kafka.exposures_topic, kept)
 
 
 def microbatches(settings: Settings) -> TopicPlan:
-    """The training log. It outlives the oldest version that can be rolled back to, which is learned on from there.
+    """The training log. It outlives the oldest version that can be rolled back to, since training resumes from there.
 
     >>> plan = microbatches(Settings())
     >>> plan.partitions, plan.config
@@ -80,9 +82,9 @@ def microbatches(settings: Settings) -> TopicPlan:
 
 
 def bounds(settings: Settings) -> dict[str, dict[str, str]]:
-    """By topic of the local Kafka what keeps it within its bytes: those of one partition, and of one of its segments.
+    """Topic -> the configuration that limits it in the local Kafka: bytes of one partition and of one of its segments.
 
-    The broker compresses the clicks, whose text repeats itself; micro-batches are compressed already.
+    The broker compresses the clicks, whose text is repetitive; micro-batches are compressed already.
 
     >>> bounds(Settings())["springtide.clicks.v1"]
     {'retention.bytes': '210000000', 'segment.bytes': '30000000', 'compression.type': 'zstd'}
@@ -101,24 +103,24 @@ def bounds(settings: Settings) -> dict[str, dict[str, str]]:
 
 
 def _kept_below(most: int, least_segment: int) -> dict[str, str]:
-    # There are up to so many bytes and one segment more.
+    # Kafka keeps up to `retention.bytes` and one segment more.
     segment = min(max(most // SEGMENTS, least_segment), LARGEST_SEGMENT)
     return {"retention.bytes": str(max(most - segment, segment)), "segment.bytes": str(segment)}
 
 
 def attributes(settings: Settings) -> list[TopicPlan]:
-    """The topics of users' and items' attributes, those that are configured."""
+    """The configured topics of users' and items' attributes."""
     wanted = settings.attributes
     return [attributes_of(settings, name) for name in (wanted.user_topic, wanted.item_topic) if name]
 
 
 def attributes_of(settings: Settings, name: str) -> TopicPlan:
-    """A topic of attributes: what is true of each key, however long ago it was said."""
+    """A compacted topic of attributes, which keeps the newest record of each key without a time limit."""
     return _planned(settings, name, {"cleanup.policy": "compact"})
 
 
 def segments(settings: Settings) -> TopicPlan:
-    """The topic of memberships: who is in which segment. Compacted within a day, so that who was erased is gone then."""
+    """The topic of segment memberships. It is compacted within a day, so that erased users are gone by then."""
     return _planned(
         settings, settings.segments.topic, {"cleanup.policy": "compact", "max.compaction.lag.ms": str(24 * HOUR_MS)}
     )

@@ -1,4 +1,4 @@
-"""Topics of the log: made, described, their ends and the positions of groups.
+"""Administers Kafka topics: creates and describes them, finds their ends and the positions of groups.
 
 Part of `state.log`.
 """
@@ -31,11 +31,11 @@ Answer = TypeVar("Answer")
 
 
 class Topics(LogTopics):
-    """Asks and changes what topics there are. Any thread may call; calls wait for one another.
+    """Administers topics. Any thread may call; calls wait for each other.
 
     Raises:
-        UnreachableBroker: no broker answered within kafka.request_timeout_s; so does every method.
-        LogError: the cluster refused; so does every method.
+        UnreachableBroker: No broker answered within kafka.request_timeout_s. Every method may raise it.
+        LogError: The cluster refused. Every method may raise it.
     """
 
     def __init__(self, settings: Kafka) -> None:
@@ -46,7 +46,7 @@ class Topics(LogTopics):
     def ensure(
         self, name: str, partitions: int, config: Mapping[str, str] | None = None, replication: int = 0
     ) -> TopicInfo:
-        """Makes the topic if there is none; an existing one stays as it is.
+        """Creates the topic if there is none; an existing topic stays unchanged.
 
         Returns when every partition has a leader.
         """
@@ -63,10 +63,10 @@ class Topics(LogTopics):
         return self.describe(name)
 
     def bound(self, name: str, config: Mapping[str, str]) -> None:
-        """Sets these of a topic's settings; its others stay as they are.
+        """Sets the given configuration of a topic; other entries stay unchanged.
 
         Raises:
-            UnknownTopic: there is no such topic.
+            UnknownTopic: There is no such topic.
         """
         self.describe(name)
         wanted, doing = ConfigResource(ConfigResourceType.TOPIC, name, dict(config)), f"set what bounds topic {name}"
@@ -78,16 +78,16 @@ class Topics(LogTopics):
         """The topic's id and number of partitions.
 
         Raises:
-            UnknownTopic: there is no such topic; nothing is created.
+            UnknownTopic: There is no such topic; nothing is created.
         """
         topic = self._described(name)
         return TopicInfo(UUID(str(topic["topic_id"])).hex, len(topic["partitions"]))
 
     def copies(self, name: str) -> Copies:
-        """How many copies the cluster keeps of the topic's records, and how many it could.
+        """The topic's replication, and the number of the cluster's brokers.
 
         Raises:
-            UnknownTopic: there is no such topic.
+            UnknownTopic: There is no such topic.
         """
         topic = self._described(name)
         wanted = ConfigResource(ConfigResourceType.TOPIC, name, {"min.insync.replicas": None})
@@ -102,14 +102,14 @@ class Topics(LogTopics):
         )
 
     def names(self) -> list[str]:
-        """All topics that we may see, sorted."""
+        """All topics that we are allowed to see, sorted."""
         return sorted(self._call("list topics", self._admin.list_topics))
 
     def ends(self, name: str, committed_only: bool = False) -> dict[int, tuple[int, int]]:
-        """Per partition the first position kept and the position of the next record, or of the first open transaction.
+        """Partition -> the first position kept, and the position of the next record or of the first open transaction.
 
         Raises:
-            UnknownTopic: there is no such topic.
+            UnknownTopic: There is no such topic.
         """
         partitions = self._partitions(name)
         begin = self._offsets(name, dict.fromkeys(partitions, OffsetSpec.EARLIEST))
@@ -117,13 +117,13 @@ class Topics(LogTopics):
         return {each.partition: (begin[each], end[each]) for each in partitions}
 
     def offset_before(self, name: str, time_ms: int) -> dict[int, int]:
-        """Per partition the first position whose record's Kafka timestamp is `time_ms` or later.
+        """Partition -> the first position whose record's Kafka timestamp is `time_ms` or later.
 
-        Where all records are older it is the end: reading on from there sees
-        what comes from now on.
+        If all records are older, it is the end: a reader that starts there sees only
+        new records.
 
         Raises:
-            UnknownTopic: there is no such topic.
+            UnknownTopic: There is no such topic.
         """
         partitions = self._partitions(name)
         found = self._offsets(name, dict.fromkeys(partitions, time_ms))
@@ -134,7 +134,7 @@ class Topics(LogTopics):
         """Deletes the topic with all its records; returns when it is gone.
 
         Raises:
-            UnknownTopic: there is no such topic.
+            UnknownTopic: There is no such topic.
         """
         gone = self.describe(name).topic_id
         self._call(f"delete topic {name}", lambda: self._admin.delete_topics([name]))
@@ -154,12 +154,12 @@ class Topics(LogTopics):
         self._call(f"delete records of {name}", lambda: self._admin.delete_records(before))
 
     def grow(self, name: str, partitions: int) -> None:
-        """Gives the topic more partitions."""
+        """Increases the number of the topic's partitions."""
         self._call(f"grow topic {name}", lambda: self._admin.create_partitions({name: partitions}))
         self._call(f"grow topic {name}", lambda: self._admin.wait_for_topics([name], timeout_ms=self._timeout_ms))
 
     def commit(self, group: str, name: str, positions: Mapping[int, int]) -> None:
-        """Writes positions of a consumer group without members, for lag tools."""
+        """Commits positions of a consumer group without members, for lag tools."""
         offsets = {
             TopicPartition(name, partition): OffsetAndMetadata(offset, "", -1)
             for partition, offset in positions.items()
@@ -173,7 +173,7 @@ class Topics(LogTopics):
         self._call(f"commit positions of group {group}", commit)
 
     def committed(self, group: str, name: str) -> dict[int, int]:
-        """Positions of a consumer group in a topic; partitions without one are absent."""
+        """The committed positions of a consumer group in a topic; partitions without one are absent."""
         answer = self._call(f"read positions of group {group}", lambda: self._admin.list_group_offsets([group]))
         return {
             each.partition: position.offset
@@ -214,7 +214,7 @@ class Topics(LogTopics):
         return {each: int(found.offset) for each, found in answer.items()}
 
     def _call(self, doing: str, ask: Callable[[], Answer]) -> Answer:
-        """Asks, and asks again while the cluster says that it will know in a moment."""
+        """Sends a request, and retries it while the cluster returns a retriable error."""
         deadline = time.monotonic() + self._settings.request_timeout_s
         while True:
             try:

@@ -1,4 +1,4 @@
-"""Writes to topics, acknowledged: one by one, in transactions, or in whole record batches.
+"""Writes acknowledged records to topics, one by one or in transactions.
 
 Part of `state.log`.
 """
@@ -21,32 +21,32 @@ from state.log.records import Headers
 from state.log.topics import Topics
 
 MAX_RECORD_BYTES = 16 * 1024 * 1024
-# The default of 100 ms is what a transaction would cost: the first look at a
-# transaction's coordinator always comes too early.
+# With the default of 100 ms each transaction would take that much longer: the first
+# request for its coordinator always comes too early.
 RETRY_BACKOFF_MS = 2
 
-# The client can lose a transaction's request when the broker dies, and then
-# sends nothing until the delivery time-out, long after the broker is back. A
-# new writer finds the broker at once: give up early.
+# The client can lose a transaction's request when the broker dies. It then sends
+# nothing until the delivery time-out, long after the broker is back. A new writer
+# finds the broker at once, so give up early.
 PATIENCE = 3
 
 
 class Writer(LogWriter):
     """Sends records that all replicas acknowledge (acks=all), without duplicates (idempotent).
 
-    One thread uses a writer.
+    For one thread.
 
     With a transactional id every record belongs to a `transaction`; a second
-    writer with the same id fences the first. After an error close the writer
-    and make another.
+    writer with the same id fences the first. After an error, close the writer
+    and create another.
     """
 
     def __init__(self, settings: Kafka, transactional_id: str | None = None) -> None:
-        """Connects; with a transactional id also ends what a predecessor left open.
+        """Connects; with a transactional id this also aborts its predecessor's open transaction.
 
         Raises:
-            UnreachableBroker: no broker answered in time.
-            LogError: the cluster refused.
+            UnreachableBroker: No broker answered in time.
+            LogError: The cluster refused.
         """
         self._settings = settings
         self._patience_s = settings.request_timeout_s / PATIENCE
@@ -68,11 +68,11 @@ class Writer(LogWriter):
         headers: Headers = (),
         timestamp_ms: int | None = None,
     ) -> None:
-        """Hands a record over; it is not acknowledged before `flush` or the transaction's end.
+        """Queues a record; it is acknowledged only by `flush` or the end of the transaction.
 
         Raises:
-            UnknownTopic: there is no such topic; none is created.
-            LogError: the record is too large, or outside a transaction.
+            UnknownTopic: There is no such topic; none is created.
+            LogError: The record is too large, or outside a transaction.
         """
         if topic not in self._known:
             self._topics.describe(topic)
@@ -93,11 +93,11 @@ class Writer(LogWriter):
                 raise LogError(f"cannot write to partition {partition} of topic {topic}: {problem}") from problem
 
     def flush(self) -> None:
-        """Returns when every record sent so far is acknowledged by all replicas.
+        """Waits until all replicas have acknowledged every record sent so far.
 
         Raises:
-            UnreachableBroker: no acknowledgement in time; records may or may not be there.
-            LogError: the cluster refused a record.
+            UnreachableBroker: No acknowledgement in time; records may or may not be in the log.
+            LogError: The cluster refused a record.
         """
         pending, self._pending = self._pending, []
         deadline = time.monotonic() + self._patience_s
@@ -107,15 +107,15 @@ class Writer(LogWriter):
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """What is sent inside becomes visible together when the block ends, or not at all.
+        """A transaction: records sent in the block become visible together at its end, or not at all.
 
-        1. Begins. 2. The block sends. 3. Every record is acknowledged. 4. Commits.
-        An exception in the block aborts and goes on.
+        1. Begin. 2. The block sends. 3. Wait until every record is acknowledged. 4. Commit.
+        An exception in the block aborts the transaction and propagates.
 
         Raises:
-            FencedWriter: another writer took over the transactional id.
-            UnreachableBroker: no broker answered within a third of the request time-out; the outcome is unknown.
-            LogError: the cluster refused; nothing became visible.
+            FencedWriter: Another writer took over the transactional id.
+            UnreachableBroker: No broker answered within a third of the request time-out; the outcome is unknown.
+            LogError: The cluster refused; nothing became visible.
         """
         with translated(self._settings, "begin a transaction"):
             self._producer.begin_transaction()
@@ -125,19 +125,19 @@ class Writer(LogWriter):
             with translated(self._settings, "commit a transaction"):
                 self._end("begin_commit")
         except UnreachableBroker:
-            # Nobody would hear the abort; whoever takes the id next ends the transaction.
+            # No broker would receive the abort; the next writer with this id ends the transaction.
             raise
         except BaseException:
             self._abort()
             raise
 
     def close(self, timeout_s: float = 5.0) -> None:
-        """Closes the connections; what is not acknowledged by then is given up."""
+        """Closes the connections; records not acknowledged by then are dropped."""
         self._pending = []
         try:
             self._producer.close(timeout=timeout_s)
         except kafka_errors.KafkaTimeoutError:
-            # The client gives up its own closing when it cannot flush.
+            # The client does not finish closing if it cannot flush.
             self._producer._sender.force_close()
             self._producer._sender.join(timeout_s)
             self._producer._closed = True
@@ -176,7 +176,7 @@ class Writer(LogWriter):
         return producer
 
     def _end(self, begin: str) -> None:
-        """Commits or aborts; the client's own methods wait for ever for a broker that is gone."""
+        """Commits or aborts, with a time limit; the client's own methods wait forever for an unreachable broker."""
         result = getattr(self._producer._transaction_manager, begin)()
         self._producer._sender.wakeup()
         if not result.wait(int(self._patience_s * 1000)):
@@ -187,6 +187,6 @@ class Writer(LogWriter):
         try:
             self._end("begin_abort")
         except (kafka_errors.KafkaError, RuntimeError):
-            # Fenced, or the broker is gone: the coordinator ends the
-            # transaction by itself; the first error is the one that counts.
+            # Fenced, or the broker is unreachable: the coordinator ends the
+            # transaction by itself. The first error is the one to report.
             return

@@ -1,1 +1,1 @@
-"""The micro-batch: one record of the training log, one step of the trainer."""
+"""Micro-batches: each is one record of the training log and one training step."""

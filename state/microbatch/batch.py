@@ -1,13 +1,13 @@
-"""The micro-batch: the rows of one training step, and the header that says where they came from.
+"""The micro-batch: the rows of one training step, and a header with their origin.
 
 One micro-batch is one record of the micro-batch log and one training step.
-`state/microbatch/codec.py` has its bytes, `state/microbatch/cutting.py` parts it where it is too large.
+`state/microbatch/codec.py` encodes it, `state/microbatch/cutting.py` splits one that is too large.
 
-Beside rows that happened at their place there are rows that only histories gain
-and rows that only the trainer learns from (`state/microbatch/row_kinds.py`). The
-latter stand at the place where their label became known, beside the event that
-made it known; so several rows can have one place, and no micro-batch ends
-between them.
+Besides rows for events at their own offset there are rows only for histories
+and rows only for the trainer (`state/microbatch/row_kinds.py`). A row only for
+the trainer has the offset at which its label became known, that of the event
+that made it known. So several rows can share one offset, and a micro-batch
+never ends between them.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ def _unsaid() -> NDArray[Any]:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a micro-batch says about itself.
+    """The header of a micro-batch.
 
     Attributes:
         spec: Digest of the feature spec.
         salt: Fingerprint of the users' salt.
         ranges: One contiguous range of positions per source; `source` of a row is an index into it.
         created_ms: When the batch was cut, wall clock.
-        mask_generation: The mask its windows were computed under; 0 for none.
-        names: Names of ids, of categories and measured attributes, that the stream had not announced lately.
+        mask_generation: The generation of the mask that its windows were computed with; 0 for none.
+        names: Id -> name, of categories and measured attributes that the stream had not announced recently.
         attributes: Names of the attributes of users and of items, in the order of their columns.
-        log_epoch: The epoch of the log that it was written in, see `state/registry/log_line.py`.
-        clocks: Of each range what time it was before its first and after its last event by the clocks of many users,
-            ms; see `state/microbatch/log_time.py`. Empty where the stream did not say.
+        log_epoch: The epoch of the log in which it was written, see `state/registry/log_line.py`.
+        clocks: For each range the time before its first and after its last event, ms, by the clocks of many users;
+            see `state/microbatch/log_time.py`. Empty if the stream did not write it.
     """
 
     spec: str
@@ -62,22 +62,22 @@ class MicroBatch:
     """The rows of one training step, in the order of the log within each source.
 
     Attributes:
-        header: What the batch says about itself.
+        header: The header.
         user: `[n]` uint64 ids; 0 is none.
         item: `[n]` uint64 ids.
         category: `[n]` uint64 ids.
         action: `[n]` uint8 index into the configured actions.
         at_ms: `[n]` int64 event time, ms.
-        label: `[n]` float32; NaN is unknown.
+        label: `[n]` float32; NaN if unknown.
         weight: `[n]` float32 weight of the action.
         source: `[n]` uint16 index into `header.ranges`.
-        offset: `[n]` int64 offset within the source: the row's place.
+        offset: `[n]` int64 offset of the row within the source.
         context: `[n, K]` uint64 ids.
         features: `[n, D]` uint16.
         recent_categories: `[n, L]` uint64 category ids, newest first; 0 pads.
         category_windows: `[n, L, F]` uint16.
         kind: `[n]` uint8 `Kind`.
-        waited: `[n]` int64, how many offsets before its place the row's event lies.
+        waited: `[n]` int64, the row's offset minus that of its event.
         delay_ms: `[n]` int64, how much later than the row's event its label became known, event time, ms.
         request: `[n]` uint64 id by which an impression and its outcome are paired; 0 is none.
         user_attributes: `[n, Au]` uint64 ids, see `state/attributes/values.py`.
@@ -114,7 +114,7 @@ class MicroBatch:
     sequence_ages: NDArray[np.uint16] = field(default_factory=_unsaid)
 
     def __post_init__(self) -> None:
-        """Rows of which nothing else is said needed no waiting, and have no attributes and no sequences."""
+        """Fills missing columns: rows that did not wait, without attributes and sequences."""
         for name in (*SINCE_2, *ATTRIBUTES, *SEQUENCES):
             if getattr(self, name) is _UNSAID:
                 object.__setattr__(self, name, absent_column(name, len(self.user)))
@@ -125,7 +125,7 @@ class MicroBatch:
 
     @property
     def opened(self) -> NDArray[np.int64]:
-        """`[n]` int64 offset of each row's own event; with `trained`, no two rows have one."""
+        """The offset of each row's own event, `[n]` int64; unique among the rows that are `trained`."""
         return self.offset - self.waited
 
     @property
@@ -135,11 +135,11 @@ class MicroBatch:
         return {name: getattr(self, name) for name in names}
 
     def rows(self, part: slice) -> MicroBatch:
-        """The batch with some rows one behind another, as views; the header stays."""
+        """A slice of the rows, as views, with the same header."""
         return MicroBatch(self.header, **{name: column[part] for name, column in self.columns.items()})
 
     def take(self, keep: NDArray[np.bool_]) -> MicroBatch:
-        """The batch with only the rows that `keep` (`[n]` bool) names; the header stays."""
+        """The rows selected by `keep` (`[n]` bool), with the same header."""
         if keep.all():
             return self
         return MicroBatch(self.header, **{name: column[keep] for name, column in self.columns.items()})

@@ -1,9 +1,9 @@
-"""The bytes of a micro-batch: an Arrow IPC stream (zstd) with one record batch.
+"""Encodes micro-batches: an Arrow IPC stream (zstd) with one record batch.
 
-The schema's metadata holds a JSON header that names the feature spec, the
-salt, the mask and, per source, the contiguous range of positions that the
-rows came from. Format 1 knew one kind of row and no attributes. A micro-batch
-is of format 3 where its rows carry sequences, and else of format 2.
+The schema's metadata holds a JSON header. It names the feature spec, the salt,
+the mask and, per source, the contiguous range of positions that the rows came
+from. Format 1 had one kind of row and no attributes. A micro-batch has format 3
+if its rows contain sequences, else format 2.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ _READ = pa.ipc.IpcReadOptions(use_threads=False)
 
 
 def encode(header: Header, columns: Columns) -> bytes:
-    """The bytes of one micro-batch.
+    """Encodes one micro-batch.
 
     Args:
-        header: What the batch says about itself.
-        columns: The arrays by name, shaped as in `MicroBatch`, with the types of `SCALARS` and `LISTS`; those of
-            `SINCE_2` may be missing, and are 0 then, those of `ATTRIBUTES` empty; those of `SEQUENCES` are there
-            together or not at all.
+        header: The header.
+        columns: The arrays by name, shaped as in `MicroBatch`, with the types of `SCALARS` and `LISTS`. Columns of
+            `SINCE_2` may be missing and are then 0; those of `ATTRIBUTES` are then empty. Those of `SEQUENCES` are all
+            present or all missing.
 
     Raises:
         MicroBatchError: A column is missing, of another type or length, or does not fit the ranges.
@@ -66,7 +66,7 @@ def encode(header: Header, columns: Columns) -> bytes:
         column = np.ascontiguousarray(columns[name])
         width = int(np.prod(column.shape[1:], dtype=np.int64))
         kind = pa.list_(pa.field("item", pa.from_numpy_dtype(column.dtype), nullable=False), width)
-        # FixedSizeListArray.from_arrays cannot tell how many lists of nothing there are.
+        # FixedSizeListArray.from_arrays cannot determine the number of empty lists.
         arrays.append(pa.Array.from_buffers(kind, rows, [None], children=[pa.array(column.reshape(-1))]))
         fields.append(pa.field(WRITTEN.get(name, name), kind, nullable=False))
     document = {
@@ -90,10 +90,10 @@ def encode(header: Header, columns: Columns) -> bytes:
 
 
 def decode(value: bytes) -> MicroBatch:
-    """The micro-batch in `value`; its arrays are read-only views of the decoded buffers.
+    """Decodes a micro-batch; its arrays are read-only views of the decoded buffers.
 
     Raises:
-        MicroBatchError: `value` is no micro-batch of a format that this release reads, or contradicts itself.
+        MicroBatchError: `value` is no micro-batch of a format that this release reads, or is inconsistent.
     """
     with damage_told(value), pa.ipc.open_stream(pa.py_buffer(value), options=_READ) as reader:
         document = document_of(reader.schema)
@@ -110,7 +110,7 @@ def decode(value: bytes) -> MicroBatch:
 
 @contextmanager
 def damage_told(value: bytes) -> Iterator[None]:
-    """Whatever a damaged `value` makes Arrow raise in the block becomes a `MicroBatchError`.
+    """Converts the errors that Arrow raises in the block for a damaged `value` to `MicroBatchError`.
 
     Raises:
         MicroBatchError: `value` is no micro-batch.
@@ -126,7 +126,7 @@ def damage_told(value: bytes) -> Iterator[None]:
 
 
 def _column(batch: pa.RecordBatch, name: str, document: Mapping[str, Any]) -> NDArray[Any]:
-    """A column of a batch with the header `document`, as `MicroBatch` has it."""
+    """A column of a batch with the header `document`, in the form of `MicroBatch`."""
     if document["format"] == 1 and name in (*SINCE_2, *ATTRIBUTES):
         return absent_column(name, batch.num_rows)
     column = batch.column(WRITTEN.get(name, name))
@@ -154,7 +154,7 @@ def document_of(schema: pa.Schema) -> dict[str, Any]:
 
 
 def header_of(document: Mapping[str, Any]) -> Header:
-    """The header in its JSON form."""
+    """Decodes a header from its JSON form."""
     return Header(
         spec=str(document["spec"]),
         salt=str(document["salt"]),
@@ -173,7 +173,7 @@ def _names(users: Iterable[str], items: Iterable[str]) -> tuple[tuple[str, ...],
 
 
 def _check(header: Header, columns: Columns) -> None:
-    """Raises MicroBatchError unless columns agree with each other and with the ranges."""
+    """Raises MicroBatchError unless the columns agree with each other and with the ranges."""
     if missing := [name for name in NAMES if name not in columns]:
         raise MicroBatchError(f"a micro-batch without the columns {', '.join(missing)}")
     rows = len(columns["user"])
@@ -213,7 +213,7 @@ def _check(header: Header, columns: Columns) -> None:
 
 
 def _sequences(columns: Columns) -> list[str]:
-    """The names of the sequences that the rows carry: all of them or none."""
+    """The names of the sequence columns: all of `SEQUENCES` or none."""
     found = [name for name in SEQUENCES if name in columns]
     widths = {columns[name].shape[1:] for name in found}
     if found and (len(found) < len(SEQUENCES) or len(widths) > 1 or (0,) in widths):

@@ -1,4 +1,4 @@
-"""The columns of a micro-batch: their names, types and order, and what one holds of which nothing is said."""
+"""The columns of a micro-batch: their names, types and order, and their default content."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-# Order and types are the format: a change needs a new FORMAT and a golden file.
+# Order and types define the format: a change needs a new FORMAT and a golden file.
 SCALARS: dict[str, np.dtype[Any]] = {
     "user": np.dtype("<u8"),
     "item": np.dtype("<u8"),
@@ -24,7 +24,7 @@ SCALARS: dict[str, np.dtype[Any]] = {
     "delay_ms": np.dtype("<i8"),
     "request": np.dtype("<u8"),
 }
-SINCE_2 = ("kind", "waited", "delay_ms", "request")  # all 0 in a row whose label needed no waiting
+SINCE_2 = ("kind", "waited", "delay_ms", "request")  # all 0 in a row whose label did not wait
 LISTS: dict[str, np.dtype[Any]] = {
     "context": np.dtype("<u8"),
     "features": np.dtype("<u2"),
@@ -38,18 +38,18 @@ SEQUENCES: dict[str, np.dtype[Any]] = {
     "sequence_categories": np.dtype("<u8"),
     "sequence_actions": np.dtype("<u2"),
     "sequence_ages": np.dtype("<u2"),
-}  # there only where the feature spec asks for them; see `state/features/kernel.py`
+}  # present only if the feature spec asks for them; see `state/features/kernel.py`
 NAMES = (*SCALARS, *LISTS)
 KINDS = {**SCALARS, **LISTS, **SEQUENCES}
 WRITTEN = {
     "recent_categories": "labels",
     "category_windows": "label_windows",
-}  # what the formats call a column, where not by its name
-ATTRIBUTES = ("user_attributes", "item_attributes")  # a micro-batch of format 1 has none of them
+}  # names in the encoded formats, where they differ
+ATTRIBUTES = ("user_attributes", "item_attributes")  # missing in a micro-batch of format 1
 
 Columns = Mapping[str, NDArray[Any]]
 
 
 def absent_column(name: str, rows: int) -> NDArray[Any]:
-    """What a column holds where nothing is said: zeros; no attributes and no sequences, `[rows, 0]`."""
+    """The content of a column that is missing: zeros, or `[rows, 0]` for attributes and sequences."""
     return np.zeros(rows, KINDS[name]) if name in SCALARS else np.empty((rows, 0), KINDS[name])

@@ -1,4 +1,4 @@
-"""Parts of a micro-batch: one too large for a record is split, and a reader drops what it has. Pure."""
+"""Splits a micro-batch that is too large for a record, and drops rows that a reader already has. No side effects."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from state.positions import Range, Source, share_of, split_range
 
 
 def split(header: Header, columns: Columns, max_record_bytes: int, max_rows: int = 2**31) -> list[bytes]:
-    """The micro-batches within both limits that hold these rows in this order.
+    """Encodes the rows, in this order, as micro-batches within both limits.
 
-    Most batches fit at once. One that does not is halved by rows until its
-    parts do; each part's ranges end where the next part's begin. The rows of
-    one place stay together, even where they are more than `max_rows`.
+    Most batches fit at once. A batch that does not fit is halved by rows until its
+    parts fit. Each part's ranges end where the next part's begin. Rows with the
+    same offset stay together, even if they exceed `max_rows`.
 
     Raises:
-        MicroBatchError: The rows of a single place exceed the limit, or the columns do not fit the header.
+        MicroBatchError: The rows of a single offset exceed the limit, or the columns do not fit the header.
     """
     rows = len(columns["user"])
     if rows <= max_rows:
@@ -47,11 +47,12 @@ def split(header: Header, columns: Columns, max_record_bytes: int, max_rows: int
 
 
 def trim(batch: MicroBatch, marks: Mapping[Source, int]) -> tuple[NDArray[np.bool_], dict[Source, int]]:
-    """Which rows are new to a reader that has everything below `marks`, and its marks afterwards.
+    """Finds the rows that are new to a reader that has everything below `marks`, and its marks afterwards.
 
-    After a crash the stream writes rows again; their source positions tell.
-    A source that `marks` does not name is new: all of its rows are, but those
-    that came before in other buckets, where a partition was divided otherwise.
+    After a crash the stream writes rows again; their source positions identify
+    them. A source that `marks` does not name is new. So all its rows are new,
+    except those that came earlier in other buckets, if a partition was divided
+    into another number of buckets.
 
     Returns:
         `[n]` bool, and the next offset of each source.
@@ -68,7 +69,7 @@ def trim(batch: MicroBatch, marks: Mapping[Source, int]) -> tuple[NDArray[np.boo
 
 
 def _known_otherwise(batch: MicroBatch, marks: Mapping[Source, int]) -> NDArray[np.bool_]:
-    """Which rows lie below the mark of a source that has their users by another number of buckets."""
+    """Which rows are below the mark of a source that contains their users with another number of buckets."""
     share, known = share_of(batch.user), np.zeros(len(batch), np.bool_)
     for number, part in enumerate(batch.header.ranges):
         mine = batch.source == number
@@ -80,7 +81,7 @@ def _known_otherwise(batch: MicroBatch, marks: Mapping[Source, int]) -> NDArray[
 
 
 def gaps(header: Header, marks: Mapping[Source, int]) -> list[tuple[Source, int, int]]:
-    """The positions that no micro-batch covered: (source, the reader's mark, where the range begins)."""
+    """The positions that no micro-batch covered, as (source, the reader's mark, start of the range)."""
     return [
         (part.source, marks[part.source], part.first)
         for part in header.ranges
@@ -89,7 +90,7 @@ def gaps(header: Header, marks: Mapping[Source, int]) -> list[tuple[Source, int,
 
 
 def _middle(columns: Columns) -> int:
-    """The row nearest to the middle that begins a place; 0 where only the first one does."""
+    """The index nearest to the middle at which a new offset begins; 0 if all rows share one offset."""
     sources, offsets = columns["source"], columns["offset"]
     begins = np.flatnonzero((sources[1:] != sources[:-1]) | (offsets[1:] != offsets[:-1])) + 1
     return int(begins[np.argmin(np.abs(begins - len(offsets) // 2))]) if len(begins) else 0
@@ -100,7 +101,7 @@ def _cut(middle: int) -> tuple[slice, slice]:
 
 
 def _halves(header: Header, columns: Columns, middle: int) -> list[tuple[Header, Columns]]:
-    """Both halves of a batch cut before row `middle`; empty ranges are left out of a half."""
+    """The two halves of a batch cut before row `middle`; each half leaves out its empty ranges."""
     sources, offsets = columns["source"], columns["offset"]
     halves: list[tuple[Header, Columns]] = []
     ranges: tuple[list[Range], list[Range]] = ([], [])
@@ -112,7 +113,7 @@ def _halves(header: Header, columns: Columns, middle: int) -> list[tuple[Header,
         before, after = split_range(whole, at, below.pop("rows"), below)
         ranges[0].append(before)
         ranges[1].append(after)
-    # A name goes with its first row, what names no row with the first half.
+    # A name goes with its first row; a name without a row goes with the first half.
     first, second = ({*columns["item"][rows].tolist(), *columns["category"][rows].tolist()} for rows in _cut(middle))
     late = {one: text for one, text in header.names.items() if one in second - first}
     early = {one: text for one, text in header.names.items() if one not in late}

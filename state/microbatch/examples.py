@@ -1,15 +1,15 @@
-"""tf.Examples of training rows: their format, and how they are read back through tf.data.
+"""The format of training rows as tf.Examples, and a tf.data reader for them.
 
-A directory of examples has
+A directory of examples contains
 
     examples-00000-of-00005.tfrecord.gz   one tf.Example a row, in no particular order
     schema.pbtxt                          TensorFlow Metadata: name, type and shape of each feature
     transform/transform_fn/               the preprocessing that the bootstrap analysed, a SavedModel
-    spec.json                             names of the columns, and where the rows came from; written last
+    spec.json                             names of the columns, and the origin of the rows; written last
 
 The rows are those that the trainer learns from. With `[labels]` an impression
-has the label that its wait made known, and the features of its own moment; the
-clicks that labelled it are no rows. An impression whose wait was not over when
+has the label that its wait determined, and the features of its own time; the
+clicks that labelled it are no rows. An impression that still waited when
 the clicks ended has no label and is left out.
 
 An example has
@@ -17,18 +17,18 @@ An example has
     name           type    shape     meaning
     user           int64   []        pseudonym; ids are 64 bits in two's complement, 0 is none
     item           int64   []
-    category       int64   []        the category of this click: what interest is to foresee
+    category       int64   []        the category of this click: the target of the interest head
     action         int64   []        index into `actions` of spec.json
     at_ms          int64   []        event time, ms
     offset         int64   []        position in the topic's partition, or row of the recording
-    label          float32 []        engagement label in [0, 1], also one that came later; NaN is unknown
+    label          float32 []        engagement label in [0, 1], including a later one; NaN if unknown
     weight         float32 []        weight of the action in the interest loss
     context        int64   [K]       ids of `name=value`; absent where `events.context` is empty
     features       int64   [D]       windows before this click, raw integers, named by `features` of spec.json
     labels         int64   [L]       the user's latest categories, newest first; 0 pads
     label_windows  int64   [L * F] windows of each of them, named by `label_windows` of spec.json
 
-and, where `features.sequence` asks for them, `sequence_items`, `sequence_categories`, `sequence_actions` and
+and, if `features.sequence` asks for them, `sequence_items`, `sequence_categories`, `sequence_actions` and
 `sequence_ages`, int64 `[T]`: the user's latest events before this click, see `state/features/kernel.py`.
 """
 
@@ -59,8 +59,8 @@ def shapes(spec: FeatureSpec, fields: int) -> dict[str, tuple[type, tuple[int, .
     """Type and shape of each feature of an example, in order.
 
     Args:
-        spec: Names the D features, the L categories and the F windows of each.
-        fields: K, context fields.
+        spec: Defines the D features, the L categories and the F windows of each.
+        fields: K, the number of context fields.
 
     >>> shapes(FeatureSpec(), 0)["label_windows"]
     (<class 'int'>, (360,))
@@ -95,7 +95,7 @@ def schema(spec: FeatureSpec, fields: int) -> Any:
 
 
 def record_batch(every: Columns) -> pa.RecordBatch:
-    """The rows that are learned from, as the Arrow columns that tfx-bsl encodes as examples.
+    """Converts the rows that are learned from to the Arrow columns that tfx-bsl encodes as examples.
 
     Args:
         every: The columns of a micro-batch by name.
@@ -104,7 +104,7 @@ def record_batch(every: Columns) -> pa.RecordBatch:
     found = {name: column[keep] for name, column in every.items()}
     count = int(keep.sum())
     columns: dict[str, Any] = {name: found[name].view(np.int64) for name in IDS}
-    # An impression that waited is where it happened, not where its label became known.
+    # For an impression that waited, use its own offset, not the one at which its label became known.
     columns |= {"action": found["action"].astype(np.int64), "at_ms": found["at_ms"]}
     columns |= {"offset": found["offset"] - found["waited"], "label": found["label"], "weight": found["weight"]}
     if found["context"].shape[1]:
@@ -127,10 +127,10 @@ def _lists(column: Any) -> pa.Array:
 
 
 def about(path: Path) -> dict[str, Any]:
-    """What spec.json of a directory of examples says.
+    """Reads spec.json of a directory of examples.
 
     Raises:
-        SettingsError: The directory is none, or of another format.
+        SettingsError: The directory holds no complete examples, or another format.
     """
     try:
         document: dict[str, Any] = json.loads((path / SPEC).read_text())
@@ -148,15 +148,16 @@ def about(path: Path) -> dict[str, Any]:
 def dataset(path: str | Path, batch_rows: int = BATCH_ROWS) -> Any:
     """A `tf.data.Dataset` over the examples of a directory, in batches of dictionaries.
 
-    Ids and numbers are as in an example. What `DefaultRanker.predict` of `trainer.model.default_ranker`
-    takes comes as it takes it: `features` `[B, D]` float32 and `category_windows`
-    `[B, L, F]` float32, raw integers; `recent_mask` `[B, L]` float32, 1 where
-    there is a category. A batch comes from one file; shuffle with a buffer of
-    some batches, as the order of the rows is not random within a file.
+    Ids and numbers are as in an example. The inputs of `DefaultRanker.predict` in
+    `trainer.model.default_ranker` have the form that it expects: `features`
+    `[B, D]` float32 and `category_windows` `[B, L, F]` float32, raw integers;
+    `recent_mask` `[B, L]` float32, 1 where there is a category. A batch comes from
+    one file. Shuffle with a buffer of some batches, since the order of the rows
+    within a file is not random.
 
     Args:
         path: The directory.
-        batch_rows: Rows of a batch, B; the last of a file may have fewer.
+        batch_rows: Rows of a batch, B; the last batch of a file may have fewer.
 
     Raises:
         SettingsError: The directory holds no complete examples of this format.

@@ -1,4 +1,4 @@
-"""Micro-batches through a pipe: each behind its length, and behind the last one an end that nobody writes who died. Pure."""
+"""Frames micro-batches for a pipe: each after its length, then an end marker that a crashed writer does not send."""
 
 from __future__ import annotations
 
@@ -7,19 +7,19 @@ from collections.abc import Iterator
 
 _LENGTH = struct.Struct("<I")
 END = _LENGTH.pack(0)
-"""Behind the last one."""
+"""The end marker."""
 
 
 def framed(value: bytes) -> bytes:
-    """An encoded micro-batch as it goes through the pipe."""
+    """Frames an encoded micro-batch."""
     return _LENGTH.pack(len(value)) + value
 
 
 class Frames:
-    """Takes a pipe's bytes apart as they come.
+    """Parses framed micro-batches from a pipe's bytes as they arrive.
 
     Attributes:
-        ended: Whether the end came.
+        ended: Whether the end marker has arrived.
 
     >>> frames = Frames()
     >>> [list(frames.take(part)) for part in (framed(b"one") + framed(b"two")[:5], b"wo" + END)], frames.ended
@@ -30,7 +30,7 @@ class Frames:
         self._rest, self.ended = b"", False
 
     def take(self, data: bytes) -> Iterator[bytes]:
-        """The micro-batches that are whole now, each once."""
+        """The micro-batches that are complete now, each once."""
         self._rest += data
         at = 0
         while at + _LENGTH.size <= len(self._rest):

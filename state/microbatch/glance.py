@@ -1,6 +1,6 @@
-"""The few columns of a micro-batch that say which clicks its rows are: what looks at much of the log decodes no more.
+"""Decodes only the few columns of a micro-batch that identify its clicks, for scans of large parts of the log.
 
-A micro-batch of 2,048 rows is decoded in a tenth of the time, 0.3 ms.
+For a micro-batch of 2,048 rows that takes 0.3 ms, a tenth of the time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _OPTIONS = pa.ipc.IpcReadOptions(use_threads=False, included_fields=_NUMBERS)
 
 
 def glance(value: bytes) -> MicroBatch:
-    """The micro-batch in `value` with the columns `LOOKED_AT` only; zeros stand in the others.
+    """The micro-batch in `value` with only the columns `LOOKED_AT`; the other columns are zero or empty.
 
     Raises:
         MicroBatchError: `value` is no micro-batch of a format that this release reads.

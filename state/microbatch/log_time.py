@@ -1,9 +1,9 @@
-"""Log time: when each row happened, as far as others may feel it.
+"""Log time: when each row happened, as far as it affects other users.
 
-A row's own time is what its producer's clock said, and decides about its own
-user alone. Expiry, sightings, sweeps and serving's event clock go by log time,
-which is the row's own time where the micro-batch's header believes it, and else
-the time that its partition had reached. Pure.
+A row's own time is what its producer's clock said; it affects only the row's own
+user. Expiry, sightings, sweeps and serving's event clock use log time. Log time
+is the row's own time if the micro-batch's header confirms it, else the time that
+its partition had reached. No side effects.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from state.microbatch.batch import MicroBatch
 from state.microbatch.row_kinds import Kind
 
 TOLERANCE_MS = 1_200_000
-"""20 minutes: more than good clocks differ, less than any time zone is wrong by."""
+"""20 minutes: more than good clocks differ, less than the error of any wrong time zone."""
 
 
 def log_times(batch: MicroBatch) -> NDArray[np.int64]:
-    """`[n]` int64 ms: the log time of each row. Of a header without clocks, the rows' own times.
+    """The log time of each row, `[n]` int64 ms; the rows' own times if the header has no clocks.
 
-    A row whose label came later is judged by the time at which that became
-    known; an impression that waits is of the time at which its wait began, and
-    one whose wait is over may have been over for long.
+    A row whose label came later is checked by the time at which the label became
+    known. A waiting impression counts by the time at which its wait began. An
+    expired one may be arbitrarily late, since its wait may have ended long before.
     """
     clocks = batch.header.clocks
     if not clocks or not len(batch):
@@ -47,6 +47,6 @@ def log_times(batch: MicroBatch) -> NDArray[np.int64]:
 
 
 def in_log_time(batch: MicroBatch) -> MicroBatch:
-    """The batch with each row's log time as its time."""
+    """The batch with `at_ms` replaced by each row's log time."""
     found = log_times(batch)
     return batch if found is batch.at_ms else replace(batch, at_ms=found)

@@ -1,4 +1,4 @@
-"""Which rows of a micro-batch a mask leaves out. Pure."""
+"""Which rows of a micro-batch a mask or an erasure leaves out. No side effects."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def masked(batch: MicroBatch, mask: Mask) -> NDArray[np.bool_]:
     """Which rows (`[n]` bool) the mask leaves out: those of a masked event, and those labelled by one."""
     ranges = batch.header.ranges
     out = mask.rows(batch.user, batch.at_ms, batch.source, batch.opened, ranges)
-    # An event that only ended a wait is not the row's business.
+    # An event that only ended a wait does not affect the row.
     if len(joined := np.flatnonzero(batch.kind == Kind.JOINED)):
         known_ms = (batch.at_ms + batch.delay_ms)[joined]
         out[joined] |= mask.rows(batch.user[joined], known_ms, batch.source[joined], batch.offset[joined], ranges)
@@ -23,5 +23,5 @@ def masked(batch: MicroBatch, mask: Mask) -> NDArray[np.bool_]:
 
 
 def erased_rows(batch: MicroBatch, erased: Erased) -> NDArray[np.bool_]:
-    """Which rows (`[n]` bool) are of erased users: events, and impressions that waited, by where they happened."""
+    """Which rows (`[n]` bool) belong to erased users, by the offset of the row's own event."""
     return erased.rows(batch.user, batch.source, batch.opened, batch.header.ranges)

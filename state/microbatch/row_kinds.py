@@ -1,10 +1,10 @@
-"""What kind of row a row of a micro-batch is: whether it happened at its place, and whether it is learned from.
+"""The kinds of rows in a micro-batch: whether a row is an event at its offset, and whether it is learned from.
 
-An event whose label is known, or will never be asked for, is one row: it goes
-into the histories and into the weights. An impression whose label comes later
-is two: one at its own place, for the histories, and one where its label became
-known, for the weights. An outcome, such as a click on an impression, goes into
-the histories only, for its impression's row carries it as label.
+An event whose label is known, or that never gets one, is one row: it goes into
+the histories and into the weights. An impression whose label comes later is two
+rows: one at its own offset, for the histories, and one where its label became
+known, for the weights. An outcome, such as a click on an impression, goes only
+into the histories, since its impression's row carries it as the label.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 
 
 class Kind(enum.IntEnum):
-    """The kinds, as micro-batches write them."""
+    """The kinds, with the values that micro-batches store."""
 
-    ROW = 0  # happened here, and is learned from
+    ROW = 0  # an event at its own offset, which is learned from
     OPENED = 1  # an impression that waits for its label; a later row is learned from
     DROPPED = 2  # an impression that cannot wait: it came too late, or too many wait
     FEEDBACK = 3  # an outcome
-    JOINED = 4  # an earlier impression, labelled by the outcome at this place
-    EXPIRED = 5  # an earlier impression whose wait is over at this place: negative
+    JOINED = 4  # an earlier impression, labelled by the outcome at this offset
+    EXPIRED = 5  # an earlier impression whose wait ended at this offset: negative
 
 
 KINDS = len(Kind)
@@ -34,19 +34,19 @@ KINDS = len(Kind)
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Known:
-    """Earlier impressions whose label a batch of events made known.
+    """Earlier impressions whose label became known in a batch of events.
 
     Attributes:
-        by: `[m]` int64, the event behind which each stands, an index of the batch: the last one of its source that is not
-            after its place; -1 before the first one.
-        source: `[m]` uint16, of its place, an index of the batch's ranges.
-        offset: `[m]` int64, of its place.
+        by: `[m]` int64 index into the batch: the last event of the source that is not after the row's offset; -1 if
+            there is none.
+        source: `[m]` uint16 source of the row's offset, an index into the batch's ranges.
+        offset: `[m]` int64 offset at which the label became known.
         opened: `[m]` int64, offset of the impression in the same source.
         kind: `[m]` uint8, JOINED or EXPIRED.
         label: `[m]` float32.
-        weight: `[m]` float32, of the outcome's action; NaN keeps that of the impression's.
-        at_ms: `[m]` int64 event time at which it became known.
-        columns: Their columns as a micro-batch has them; None until they were looked up.
+        weight: `[m]` float32 weight of the outcome's action; NaN keeps the impression's weight.
+        at_ms: `[m]` int64 event time at which the label became known.
+        columns: The rows' columns as in a micro-batch; None until they are loaded.
     """
 
     by: NDArray[np.int64]
@@ -60,16 +60,16 @@ class Known:
     columns: Mapping[str, NDArray[Any]] | None = None
 
     def __len__(self) -> int:
-        """How many they are."""
+        """The number of rows."""
         return len(self.by)
 
     def __bool__(self) -> bool:
-        """None of them is known too."""
+        """Always true, even without rows."""
         return True
 
 
 def happened(kind: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which rows are events at their place, for histories.
+    """Which rows are events at their own offset, for histories.
 
     >>> happened(np.array([Kind.ROW, Kind.FEEDBACK, Kind.JOINED], np.uint8)).tolist()
     [True, True, False]
@@ -89,7 +89,7 @@ def trained(kind: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 
 def counts(kind: NDArray[np.uint8]) -> dict[str, int]:
-    """Rows by what a `Range` counts; a dropped impression was opened too.
+    """Counts rows by the outcomes of a `Range`; a dropped impression counts as opened too.
 
     >>> counts(np.array([Kind.ROW, Kind.OPENED, Kind.DROPPED, Kind.EXPIRED], np.uint8))
     {'rows': 1, 'opened': 2, 'feedback': 0, 'joined': 0, 'expired': 1, 'dropped': 1}
@@ -98,7 +98,7 @@ def counts(kind: NDArray[np.uint8]) -> dict[str, int]:
 
 
 def counts_by_range(kind: NDArray[np.uint8], source: NDArray[np.uint16], ranges: int) -> list[dict[str, int]]:
-    """The same for each range of a batch; `source` is an index of its `ranges` ranges."""
+    """Like `counts`, for each range of a batch; `source` is an index of its `ranges` ranges."""
     found = np.bincount(source.astype(np.int64) * KINDS + kind, minlength=KINDS * ranges)
     return [_named(one) for one in found.reshape(-1, KINDS)[:ranges]]
 

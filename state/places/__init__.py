@@ -1,1 +1,1 @@
-"""Places for files: a directory, or an object store, behind one door."""
+"""File storage in a directory or an object store, behind one interface, `FilePlace`."""

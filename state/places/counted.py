@@ -1,4 +1,4 @@
-"""A place whose requests are counted, by what they ask and how they end: what an object store bills, and what a link carries."""
+"""Counts the requests to a file store, by operation and outcome, and the bytes transferred."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ Answer = TypeVar("Answer")
 
 
 class CountedPlace:
-    """See `FilePlace`.
+    """A `FilePlace` that counts its requests.
 
     Args:
-        place: Where the files are.
-        metrics: Where requests are counted.
+        place: The file store.
+        metrics: The counters.
     """
 
     def __init__(self, place: FilePlace, metrics: SharedMetrics) -> None:
@@ -25,7 +25,7 @@ class CountedPlace:
         self.told = place.told
 
     def names(self, folder: str) -> list[str]:
-        """See `FilePlace`; a store that gives a thousand names a time is asked more often than is counted."""
+        """See `FilePlace`. A store that lists a thousand names per request receives more requests than are counted."""
         return self._counted("list", lambda: self._place.names(folder))
 
     def read(self, name: str) -> bytes:

@@ -1,4 +1,4 @@
-"""A place for files, which are whole or absent: what a directory and an object store both promise."""
+"""The contract of a file store, which a directory and an object store implement: files are complete or absent."""
 
 from __future__ import annotations
 
@@ -11,60 +11,60 @@ from state.errors import SpringtideError, UnusablePlace, reason_of
 
 
 class FilePlace(Protocol):
-    """A place for files. Names are paths relative to it, with `/` between their parts. Any thread may call.
+    """A file store. Names are relative paths with `/` between their parts. Any thread may call.
 
     Attributes:
-        told: How it is called in messages, without a password.
+        told: Its name in messages, without a password.
     """
 
     told: str
 
     def names(self, folder: str) -> list[str]:
-        """The names of all files below `folder`, relative to it, ascending; none where there is no such folder.
+        """The names of all files below `folder`, relative to it, ascending; empty if there is no such folder.
 
         Raises:
-            UnusablePlace: It cannot be listed.
+            UnusablePlace: The files cannot be listed.
         """
         ...
 
     def read(self, name: str) -> bytes:
-        """The bytes of a file.
+        """Reads a file.
 
         Raises:
-            FileNotFoundError: There is none.
-            UnusablePlace: It cannot be read.
+            FileNotFoundError: There is no such file.
+            UnusablePlace: The file cannot be read.
         """
         ...
 
     def write(self, name: str, data: bytes) -> None:
-        """Writes a file, or replaces it; whole, and durable when this returns.
+        """Creates or replaces a file as a whole; durable when this returns.
 
         Raises:
-            UnusablePlace: It was refused; the file is as it was, or new where an answer was lost on the way.
+            UnusablePlace: The request failed. The file is unchanged, or new if only the response was lost.
         """
         ...
 
     def create(self, name: str, data: bytes) -> bool:
-        """Writes a file where there is none, durably; False where there is one, which stays. Of several at once one is told True.
+        """Creates a file durably and returns True, or False if the file exists. Of concurrent callers one gets True.
 
-        Whose answer is lost asks again, and may be told False of its own file: compare what is there.
+        A caller that retries after a lost response may get False for its own file: compare the content.
 
         Raises:
-            UnusablePlace: It was refused; whether the file is there is not known.
+            UnusablePlace: The request failed; whether the file exists is unknown.
         """
         ...
 
     def remove(self, name: str) -> None:
-        """Takes a file away; one that is gone already is no error.
+        """Removes a file; no error if it does not exist.
 
         Raises:
-            UnusablePlace: It was refused.
+            UnusablePlace: The request failed.
         """
         ...
 
 
 def without_password(url: str) -> str:
-    """A URL as it may be shown.
+    """A URL without user and password, for display.
 
     >>> without_password("sftp://ann:secret@host/folder"), without_password("s3://bucket/folder")
     ('sftp://host/folder', 's3://bucket/folder')
@@ -74,15 +74,15 @@ def without_password(url: str) -> str:
 
 @contextmanager
 def usable(told: str, doing: str, failed: type[SpringtideError] = UnusablePlace) -> Iterator[None]:
-    """Turns what the operating system refuses into an error of ours; a file that is not there stays one.
+    """Converts an operating system error in the block to one of ours; FileNotFoundError passes unchanged.
 
     Args:
-        told: What refuses, as messages call it.
-        doing: What it was to do.
-        failed: The error.
+        told: The file store's name in messages.
+        doing: The operation, for the message.
+        failed: The class of the error to raise.
 
     Raises:
-        FileNotFoundError: A file is not there.
+        FileNotFoundError: A file does not exist.
         SpringtideError: The disk is full or read-only, or rights are missing: `failed`.
     """
     try:
@@ -97,12 +97,12 @@ def usable(told: str, doing: str, failed: type[SpringtideError] = UnusablePlace)
 
 @contextmanager
 def reached(told: str, doing: str) -> Iterator[None]:
-    """As `usable`, for what is behind a network: each client has errors of its own.
+    """Like `usable`, for a store behind a network, whose client has its own errors.
 
     Raises:
-        FileNotFoundError, FileExistsError: A file is not there, or is there already.
-        ImportError: Something is not installed.
-        UnusablePlace: It cannot be reached, or refused.
+        FileNotFoundError, FileExistsError: A file does not exist, or exists already.
+        ImportError: A package is not installed.
+        UnusablePlace: The store cannot be reached, or refused.
     """
     try:
         yield

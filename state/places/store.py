@@ -1,12 +1,12 @@
-"""An object store as a place for files: S3 and what speaks its language, Google's and Azure's.
+"""An object store as a file store: S3 and compatible stores, Google Cloud Storage and Azure.
 
-An object is whole or absent, durable once the store says so, and created by
-one alone: by the header `If-None-Match: *` in S3. Each word of the door is one
-request there, but for lists of more than a thousand names and files larger
-than `PART_BYTES`, which are sent in parts. Each request has its time; what
-takes longer is refused, and whoever asked decides whether to ask again.
+An object is complete or absent, and durable once the store confirms it. Only one
+writer can create it: S3 uses the header `If-None-Match: *`. Each operation is one
+request, except lists of more than a thousand names, and files larger than
+`PART_BYTES`, which are sent in parts. Each request has a time limit. A request
+that exceeds it fails, and the caller decides whether to retry.
 
-Credentials for S3, and the region, are those that AWS's own tools take: the
+Credentials and region for S3 are found as AWS's own tools find them: in the
 environment, a profile, or the machine's role.
 """
 
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
     from obstore.store import ClientConfig, ObjectStore, RetryConfig
 
 CONNECT, ANSWER, WHOLE = timedelta(seconds=5), timedelta(seconds=30), timedelta(days=1)
-"""How long a connection may take; what is sent and the beginning of its answer, or a silence within that; and a whole answer."""
+"""Time limits: of a connection; of a request and the start of its response, or of a pause; and of a whole response."""
 TRIES = 1
-"""Again, of one request that was not answered."""
+"""Retries of a request without a response."""
 PART_BYTES, PARTS_AT_ONCE = 5 * 1024 * 1024, 2
-"""S3 takes no smaller parts; each has the time of an answer, also over a slow link."""
+"""The smallest part that S3 accepts; each part has the time limit of a request, also over a slow link."""
 
 
 class StorePlace:
-    """A place in an object store, such as `s3://bucket/folder`. See `FilePlace`.
+    """A file store in an object store, such as `s3://bucket/folder`. See `FilePlace`.
 
     Raises:
         UnusablePlace: There are no credentials, or the URL names no store.

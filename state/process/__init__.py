@@ -1,1 +1,1 @@
-"""What every process of ours has: kill points for tests, the name of its actor, a quiet standard error."""
+"""Code that all processes share: start and end, signals, logs, kill points for tests, the name of the actor."""

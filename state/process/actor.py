@@ -1,4 +1,4 @@
-"""Who gives a command: the name that the audit log keeps beside the reason."""
+"""The actor: the name of the person who gives a command, which the audit log stores with the reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _named: ContextVar[str] = ContextVar("actor", default="")
 
 
 def actor() -> str:
-    """Who gives the command: who acts here, else the user of the operating system, behind sudo the one who called it."""
+    """The name set by `acting`, else the operating system's user; with sudo the user who called it."""
     if named := _named.get():
         return named
     try:
@@ -23,7 +23,7 @@ def actor() -> str:
 
 @contextmanager
 def acting(name: str) -> Iterator[None]:
-    """Lets commands within be given by somebody else, whom a process stands for.
+    """Sets the actor for commands within the block, for a process that acts on a user's behalf.
 
     >>> with acting("ann (console)"):
     ...     actor()

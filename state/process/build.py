@@ -1,4 +1,4 @@
-"""Which software runs: the release, Python, and the packages that answers depend on."""
+"""The versions of the running software: the release, Python, and the packages that answers depend on."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from functools import cache
 from importlib import metadata
 
 PACKAGES = {"version": "springtide", "tensorflow": "tensorflow", "beam": "apache-beam", "kafka": "kafka-python"}
-"""By label of `springtide_build_info`; none of them is imported for it."""
+"""Label of `springtide_build_info` -> package; none of them is imported to find its version."""
 
 
 @cache
 def build() -> dict[str, str]:
-    """The labels and their values.
+    """The labels of the build info and their values.
 
     >>> sorted(build())
     ['beam', 'kafka', 'python', 'tensorflow', 'version']

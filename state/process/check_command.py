@@ -1,4 +1,4 @@
-"""The command around a check of the user's own functions, which startup runs as a process of its own."""
+"""The command line of a check of user functions, which startup runs as a separate process."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflo
 Check = Callable[[Settings, Path | None], str]
 
 OPTIONS_READ = "options_read.json"
-"""File next to a kept graph with the names in `model.options` that the preprocessing read."""
+"""File next to a kept graph with the names of the `model.options` that the preprocessing read."""
 
 
 def run_check(argv: Sequence[str] | None, option: str, check: Check) -> int:
-    """Prints what `check` says, or its complaint to the standard error; returns the exit code.
+    """Runs a check, and prints its result, or its error to standard error; returns the exit code.
 
     Args:
         argv: The command line: settings and `option DIR`; None for that of the process.
-        option: How a directory is named on the command line, such as `--keep`.
-        check: Takes the settings and that directory, and says in one line what it found.
+        option: The command-line option for a directory, such as `--keep`.
+        check: Takes the settings and that directory, and returns its result in one line.
     """
     quiet_tensorflow(os.environ)
     errors = own_stderr()

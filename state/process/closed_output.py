@@ -1,4 +1,4 @@
-"""A command whose reader has had enough, as `head` has after ten lines, ends in silence."""
+"""Ends a command silently when the reader of its output stops reading, as `head` does after ten lines."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from collections.abc import Callable
 
 
 def while_read(main: Callable[[], int]) -> int:
-    """Runs a command; returns its exit code, and 0 where what reads its output went away.
+    """Runs a command; returns its exit code, or 0 if the reader of its output has closed the pipe.
 
     Args:
-        main: Prints to the standard output.
+        main: The command, which prints to standard output.
     """
     try:
         code = main()
-        # Here, where a broken pipe can be caught, and not when Python ends.
+        # Flush here, where a broken pipe can be caught, rather than when Python ends.
         sys.stdout.flush()
     except BrokenPipeError:
-        # Python flushes once more at its end.
+        # Python flushes again when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     return code

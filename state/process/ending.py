@@ -1,4 +1,4 @@
-"""How a process of ours ends: by a signal that asks for it, or by an error that its log names in one line."""
+"""Ends a process: on a signal, or on an error that is logged in one line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from state.errors import SpringtideError, of_disk
 
 
 def stop_on_signals() -> threading.Event:
-    """An event that SIGTERM and SIGINT set from now on; for the main thread."""
+    """Returns an event that SIGTERM and SIGINT set from now on; call it in the main thread."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
@@ -19,7 +19,7 @@ def stop_on_signals() -> threading.Event:
 
 
 def reported(work: Callable[[], int | None], logger: logging.Logger) -> int:
-    """The exit code of a process's work; an error that ends it is said in one line, with its class.
+    """Runs a process's work; returns its exit code, and logs an error that ends it in one line with its class.
 
     >>> reported(lambda: None, logging.getLogger(__name__))
     0

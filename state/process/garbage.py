@@ -1,4 +1,4 @@
-"""Keeps small what a process that lives for long has and does not need: its garbage, and the holes in its heap."""
+"""Limits the memory of a long-running process: excludes old objects from garbage collection, and trims the heap."""
 
 from __future__ import annotations
 
@@ -11,36 +11,36 @@ EVERY_S = 10.0
 
 
 def keep_what_is_there() -> None:
-    """Takes all objects of now, modules above all, out of what the collector looks at; called once a process is set up.
+    """Excludes all existing objects, such as modules, from garbage collection; call it once a process is set up.
 
-    Python looks for unused cycles among old objects only once a quarter as many new ones have come to stay. Beside the
-    million objects of TensorFlow that is hardly ever, and cycles hold whole arrays meanwhile; once it comes, it takes
-    half a second. Afterwards there are few old objects, so that it comes often and takes nothing to speak of.
+    Python collects old objects only when the new long-lived objects reach a quarter of them. With TensorFlow's million
+    objects that is rare: cycles hold whole arrays meanwhile, and a collection takes half a second. Afterwards there are
+    few old objects, so that collections are frequent and cheap.
     """
     gc.collect()
     gc.freeze()
-    # Only a full collection counts the old objects anew.
+    # Only a full collection updates the count of old objects.
     gc.collect()
 
 
 class Holes:
-    """Gives the holes in the heap back to the machine every ten seconds, in 1 to 3 ms; for loops that turn more often.
+    """Returns free heap memory to the system every ten seconds, in 1 to 3 ms; call `tick` in a loop.
 
-    glibc itself gives back only what is free at the end of its heap, and what is freed between pieces that stay is used
-    again only where something fits: a trainer's heap would grow for hours.
+    glibc by itself returns only memory at the end of its heap. Memory freed between live blocks is reused only if a new
+    block fits. Without trimming, a trainer's heap grows for hours.
 
     Args:
-        clock: Seconds that only rise.
+        clock: A monotonic clock in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._next_s = clock() + EVERY_S
-        # Another libc than glibc has its own ways.
+        # Only glibc has malloc_trim.
         self._trim: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
 
     def tick(self) -> None:
-        """Gives them back where it is time."""
+        """Trims the heap if ten seconds have passed."""
         if self._trim is not None and (now_s := self._clock()) >= self._next_s:
             self._trim(0)
             self._next_s = now_s + EVERY_S
