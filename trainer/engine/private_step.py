@@ -93,8 +93,8 @@ class PrivateTrainer(Trainer):
         return 0.0
 
     def _teaching(self, rows: int, taught: bool) -> int:
-        # Skipping a step because a row is missing would reveal that it is missing. The norm of the noise does not depend
-        # on the rows, so the guard compares updates as if each had one row.
+        # Skipping a step because a row is missing would reveal that it is missing. The norm of the noise does not
+        # depend on the rows, so the guard compares updates as if each had one row.
         return 1
 
     def _count(self, batch: MicroBatch, record: Record) -> None:

@@ -15,8 +15,8 @@ F64 = npt.NDArray[np.float64]
 CROWDS = ("user", "item", "category")
 BUCKETS = 1024
 """Ids are counted by their lowest bits. Ids are digests, so each bucket gets its share of them (a count-min sketch of
-one row, Cormode & Muthukrishnan 2005). A share is never underestimated. It is overestimated by 0.1 % on average. No id is
-kept."""
+one row, Cormode & Muthukrishnan 2005). A share is never underestimated. It is overestimated by 0.1 % on average. No id
+is kept."""
 
 
 @dataclass(frozen=True)
