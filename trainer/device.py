@@ -43,8 +43,8 @@ def prepare(device: str = "auto", threads: int = 1) -> str:
             )
     tf.config.experimental.enable_op_determinism()
     if "CPU" in chosen:
-        # oneDNN prepares a matrix product that is fused with its bias once for each number of rows. It caches each result:
-        # 160 kB. It does not do so for an unfused product, which has the same speed and the same bits.
+        # oneDNN prepares a matrix product that is fused with its bias once for each number of rows. It caches each
+        # result: 160 kB. It does not do so for an unfused product, which has the same speed and the same bits.
         tf.config.optimizer.set_experimental_options({"remapping": False})
     return chosen
 

@@ -20,7 +20,7 @@ FEWEST_OF_A_KIND = 128
 """Rows of new users, pairs or positives below which a window gives no signal for them."""
 
 LEAST_USUAL = 0.01
-"""Lower bound of a usual share. Without it, an id without earlier rows would be infinitely many times its usual share."""
+"""Lower bound of a usual share. Without it, an id without earlier rows would exceed its usual share infinitely."""
 
 SHARES = {"user": 0.2, "item": 0.25, "category": 0.5}
 """A share of a window's rows that counts as taking over the window, by kind of id. Smaller shares give no signal."""

@@ -240,7 +240,7 @@ def shown_of(actions: Sequence[str], slices: Slices) -> dict[str, Sequence[str]]
 
 
 def values(measures: Sequence[SliceMeasures]) -> Iterator[tuple[str, float]]:
-    """Each figure as `slice.<dimension>.<value>.<metric>`, its interval with `.low` and `.high` behind, and the gaps."""
+    """Each figure as `slice.<dimension>.<value>.<metric>`, its interval as `.low` and `.high`, and the gaps."""
     for one in measures:
         where = f"slice.{one.dimension}.{one.value}"
         yield from ((f"{where}.{name}", figure) for name, figure in one.figures.items())

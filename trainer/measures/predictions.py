@@ -40,7 +40,7 @@ COUNTED = 8192
 """The most categories that are counted for the popular ones."""
 
 SPAN_MS, KEPT = 300_000, 61_858
-"""Every SPAN_MS (five minutes of log time) a count is multiplied by KEPT / 65536 = 2 ** (-1 / 12): half after an hour."""
+"""Every SPAN_MS (five minutes of log time) a count decays by KEPT / 65536 = 2 ** (-1 / 12): half after an hour."""
 
 
 class CategoryPrediction(NamedTuple):

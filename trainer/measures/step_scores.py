@@ -18,8 +18,10 @@ USERS = ("all", "new", "known")
 """A user is known who has a category in the windows, or was seen before and has a row."""
 
 SUMS = ("rows", "log_loss", "log_loss_squares", "reciprocal_rank", "top1", "top5", "offered", "missed")
-"""Sums over rows with a category: their number, their log loss and its squares, 1 / (1 + rank) (0 for a miss), rows whose
-category led, rows whose category was among the best five, rows with candidates, and rows whose category was none of them.
+"""Sums over rows with a category.
+
+The sums are the number of rows, log loss and its squares, 1 / (1 + rank) (0 for a miss), rows whose category led, rows
+whose category was among the best five, rows with candidates, and rows whose category was none of them.
 """
 
 
