@@ -56,7 +56,7 @@ class Passages:
 
         Raises:
             GapError: The operator does not accept the gap.
-            TruncatedLog: The log was cut back. Nobody can accept this; the trainer has to rewind.
+            TruncatedLog: The log was cut back. No operator can accept this; the trainer has to rewind.
         """
         if len(error.gaps) != 1 or isinstance(error, TruncatedLog):
             raise error

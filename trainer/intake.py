@@ -57,11 +57,7 @@ def former(specs: Collection[str], steps: Callable[[], int]) -> Callable[[str], 
 
     Args:
         specs: Digests of the specs that upgrades replaced.
-        steps: How many steps the trainer has taken. Before the first one it skips to the first record of its own spec.
-
-    Args:
-        specs: Digests of those that upgrades left.
-        steps: How many the trainer took: before the first one it looks for the first record of its own.
+        steps: Steps that the trainer has taken. Before the first one it skips to the first record of its own spec.
 
     >>> [former({"ab"}, lambda: steps)(spec) for steps in (0, 9) for spec in ("ab", "cd")]
     [True, True, True, False]

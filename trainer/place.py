@@ -1,4 +1,4 @@
-"""The trainer's position in the training log, and the account of the rows up to there. Pure functions."""
+"""The trainer's position in the training log, and the account of the rows up to it. Pure functions."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Judges each update before it changes a weight: accept it, skip it, or hold training. Pure functions.
 
-The guard skips an update of n rows if its loss or gradient is not finite, or if
-either far exceeds what is expected of n rows:
+The guard skips an update of n rows if its loss or gradient is not finite. It also
+skips one in which either far exceeds the expectation:
 
 - The expected mean loss is the running mean of earlier updates. It is at least
   the logarithm of the number of candidates, the loss of a row about which the
@@ -9,11 +9,11 @@ either far exceeds what is expected of n rows:
 - The expected norm of the gradient is at most n times the gradient of one row,
   because n gradients may all point in the same direction. The gradient of one
   row is the running norm per square root of rows, divided by 1 - exp(-running
-  loss). The divisor is there because a row that the model predicts well has
-  hardly any gradient, and so says nothing about the gradient of an unknown row.
+  loss). The reason for the divisor: a row that the model predicts well has hardly
+  any gradient, which is no measure of the gradient of an unknown row.
 
-An update may exceed the expectation `factor` times, and 1 / sqrt(n) times that
-on top, because the mean of n rows varies that much by chance. An update that is
+The limit is `factor` times the expectation, plus 1 / sqrt(n) times that, because
+the mean of n rows varies that much by chance. An update that is
 skipped for its size raises the running values as if it had been at the limit.
 The guard therefore accepts a lasting change after a few updates, and the windows
 of `trainer/guard` judge it. `patience` consecutive skips hold training: the

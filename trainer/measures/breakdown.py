@@ -50,7 +50,7 @@ class SliceMeasures(NamedTuple):
     Attributes:
         dimension: `action`, `users` or the name of an attribute.
         value: Its value of the dimension.
-        figures: By name: total.rows (since the beginning), rows, and if there is enough data log_loss, top1,
+        figures: By name: total.rows (since the beginning) and rows. With enough data also log_loss, top1,
             engagement_log_loss, auc, calibration (predicted over observed clicks) and calibration_error (the expected
             difference of both, over DECILES).
         intervals: Their 95 % confidence intervals, of log_loss, top1, auc and calibration.

@@ -10,9 +10,9 @@ So each predictor is one distribution over the same outcomes. Log losses are
 comparable between predictors and logs, and pure noise costs its entropy, not less.
 
 m is the escape probability of prediction by partial matching (Cleary and Witten
-1984). It is estimated over the earlier rows as (misses + 1/2) / (rows + 1)
-(Krichevsky and Trofimov 1981), separately for new and known users, whose rates
-differ.
+1984). Its estimate over the earlier rows is (misses + 1/2) / (rows + 1)
+(Krichevsky and Trofimov 1981). New and known users have separate estimates, because
+their rates differ.
 
 Sums are kept in two forms, since the beginning and with the half-life of
 `Evaluation`. Each durable version stores them and the popular categories of the last

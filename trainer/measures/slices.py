@@ -1,8 +1,8 @@
 """Progressive validation by attribute value: metrics of each value, scored before learning.
 
-A slice attribute has one slice for unknown values, one for no value, and one for each
-of the first values in the order of their occurrence. Once these are used up, all
-other values share one slice. The metrics and their labels are therefore bounded, and
+A slice attribute has one slice for unknown values and one for no value. Each of the
+first other values gets its own slice, in the order of occurrence. Once these are used
+up, all other values share one slice. The metrics and their labels are therefore bounded, and
 a function of the log like the weights.
 
 Sums are recent, with the half-life of `Evaluation`; rows are also counted since the

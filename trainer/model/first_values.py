@@ -34,7 +34,7 @@ def recency_prior(window_names: tuple[str, ...]) -> F32:
     the last hour: already a fair guess of the next click. The prior assumes that a
     category's probability is proportional to how often it was clicked. The exponents
     of all counts therefore add up to about one, and half of it goes to the latest
-    events. How often the category came next after the newest one has the same weight.
+    events. How often the category came next after the newest one counts as much again.
 
     Args:
         window_names: Names of a category's windows, such as `count_1h`.

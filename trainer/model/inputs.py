@@ -5,7 +5,7 @@ tests use it. Letters of shapes:
 
     B rows of a record, users of a request     D features          K context fields, users' attributes among them
     L recent categories, newest first          F windows of each   A attributes of an item
-    P popular categories                       S successors        N counts of a transition (`COLUMNS`)
+    P popular categories                       S successors        N numbers of a transition (`COLUMNS`)
     H units of the tower's first layer         E width of the rows of the input's table
     T latest events (`features.sequence`)
 

@@ -1,7 +1,7 @@
 """Limits the updates of a period that each user takes part in, so that no user exceeds the privacy budget.
 
 No id is stored. A user is counted in a bucket that is a hash of the id. Users with
-the same bucket share its allowance, so nobody ever gets more.
+the same bucket share its allowance, so no user ever gets more.
 """
 
 from __future__ import annotations

@@ -47,7 +47,8 @@ class NoisePlace:
 def environment_digest(environment: Mapping[str, str]) -> str:
     """SHA-256 of what the bits of a step depend on besides the log, as a manifest's `environment` lists it.
 
-    It covers every setting that affects a step, those of the guard of steps and of the privacy mechanism, the
-    fingerprint of the noise key, the model code number, and the libraries and CPU instructions that affect rounding.
+    It covers every setting that affects a step, including those of the guard of steps and of the privacy mechanism. It
+    also covers the fingerprint of the noise key, the model code number, and the libraries and CPU instructions that
+    affect rounding.
     """
     return hashlib.sha256(json.dumps(dict(environment), sort_keys=True).encode()).hexdigest()

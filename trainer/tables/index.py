@@ -1,6 +1,6 @@
 """An open-addressing index from ids to rows, and pseudo-random numbers that depend on an id alone.
 
-Compiled loops over integers: 40,000 look-ups take less than a millisecond, while
+Compiled loops over integers: 40,000 lookups take less than a millisecond, while
 TensorFlow's hash table takes ten.
 """
 

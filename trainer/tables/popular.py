@@ -1,7 +1,7 @@
 """The popular categories: a bounded list of categories by decayed count at log time, in integers.
 
-A count is in units of 1/65536 clicks and is multiplied by a fixed ratio each hour of
-log time, so the same log gives the same list on every machine. Only the categories
+A count is in units of 1/65536 clicks. Each hour of log time multiplies it by a fixed
+ratio. The same log thus gives the same list on every machine. Only the categories
 of a batch update the list. The hourly decay, which can make counts equal, ranks all
 categories again.
 """
