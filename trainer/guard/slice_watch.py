@@ -4,7 +4,7 @@ A slice's signal is the logarithm of its mean log loss over that of all rows of
 the same windows. A rise of the loss everywhere is thus no deviation of any slice.
 A slice reports a signal once it has enough rows, in one window or in several
 together. If it has too few in `PATIENCE` windows, it counts as usual. Otherwise
-a slice that deviated and then disappeared would be suspect for ever.
+a slice that deviated and then disappeared would be suspect forever.
 
 A signal is compared with the slice's earlier signals as in `rules.py`, with two
 differences:

@@ -221,7 +221,7 @@ class DefaultRanker(Ranker):
         return tf.nn.bias_add(tf.reshape(logits, [-1, slots]), self.dense["interest.position"])
 
     def _transition_logits(self, user_hidden: Tensor, counts: Tensor, kind: int) -> Tensor:
-        """Logits n . next(c) + net'(next(c), z) of `[B, k, N]` integers, `[B, k]`; `kind` 0 is popular, 1 successors."""
+        """Logits n . next(c) + net'(next(c), z) of `[B, k, N]` integers, `[B, k]`; `kind`: 0 popular, 1 successors."""
         places, columns = counts.shape[1], len(COLUMNS)
         logs = tf.reshape(tf.math.log(counts + 1.0), [-1, columns]) * self.window_scaling.log_scale[-columns:]
         hidden = tf.reshape(tf.matmul(logs, self.dense["interest.next_0"]), [-1, places, NEXT_HIDDEN])
