@@ -110,7 +110,7 @@ class Carrying:
         return tuple(one for one in self.tables if not one.goes_on)
 
     def wanting(self, optional: Collection[str] = ()) -> tuple[CarriedTable | CarriedWeight, ...]:
-        """What keeps a trainer from loading the version unchanged: all that starts from scratch but `optional` tables."""
+        """What keeps a trainer from loading the version as is: all that starts from scratch but `optional` tables."""
         return tuple(one for one in self.anew if not (isinstance(one, CarriedTable) and one.name in optional))
 
     def lines(self) -> list[str]:
