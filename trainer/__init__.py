@@ -1,1 +1,1 @@
-"""The one long-lived process that learns: tables, model, step, versions."""
+"""The long-lived training process: its tables, model, training step and published versions."""

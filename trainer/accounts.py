@@ -1,10 +1,13 @@
-"""What the trainer owes an account of: each row's outcome, and the gaps that it was allowed to pass.
+"""Counts the outcome of each row, and records the gaps that an operator accepts.
 
-Two kinds of gap stop the trainer. In the training log: retention deleted
-records before we read them, or one cannot be learned from (it is damaged, or
-nobody's micro-batch, or of other features or another salt). In a source: no
-record of the log covers some positions of the clicks. The first kind explains
-the second where it follows.
+Two kinds of gap stop the trainer:
+
+- A gap in the training log. Retention deleted records before the trainer read
+  them, or a record cannot be learned from. Such a record is damaged, is not a
+  micro-batch, or has other features or another salt.
+- A gap in a source. No record of the log covers some positions of the clicks.
+
+A gap of the first kind explains the gap of the second kind that follows it.
 """
 
 from __future__ import annotations
@@ -26,10 +29,10 @@ logger = logging.getLogger(__name__)
 
 
 class Passages:
-    """Lets the trainer over gaps that an operator accepts, and keeps a record of each. One thread.
+    """Lets the trainer continue past gaps that an operator accepts, and records each of them. Not thread-safe.
 
     Args:
-        journal: What was accepted before; what is accepted now is added.
+        journal: Gaps accepted earlier; newly accepted gaps are appended.
         consent: What the operator accepts at this start.
         metrics: Where gaps are counted.
         clock: Wall clock in seconds.
@@ -41,19 +44,19 @@ class Passages:
         self._count(self._known)
 
     def past(self, source: Source, offset: int) -> int:
-        """Where the training log goes on from `offset`, behind what was accepted as lost there."""
+        """The offset at which reading continues from `offset`: the end of the gap accepted there, if any."""
         return accepted_gaps.past(self._known, source, offset)
 
     def pass_log(self, error: GapError, marks: Mapping[Source, int]) -> int:
-        """The offset behind a gap in the training log; its record is durable when this returns.
+        """Accepts a gap in the training log and returns the offset after it. The gap's record is durable on return.
 
         Args:
-            error: What the log said.
-            marks: The next offset of each source: what follows them may be missing too.
+            error: The error that the log raised.
+            marks: The next offset of each source: clicks from there on may be missing too.
 
         Raises:
-            GapError: Nobody accepted it.
-            TruncatedLog: The log was cut back, which is no loss that anybody can accept: the trainer goes back.
+            GapError: The operator does not accept the gap.
+            TruncatedLog: The log was cut back. No operator can accept this; the trainer has to rewind.
         """
         if len(error.gaps) != 1 or isinstance(error, TruncatedLog):
             raise error
@@ -62,19 +65,19 @@ class Passages:
         return gap.next
 
     def is_left_out(self, source: Source, offset: int) -> bool:
-        """Whether the record at an offset of the training log was left out before."""
+        """Whether the record at this offset of the training log was skipped before."""
         return accepted_gaps.left_out(self._known, source, offset)
 
     def leave_out(self, place: Gap, marks: Mapping[Source, int], problem: SpringtideError) -> None:
-        """Leaves out a record that cannot be learned from; that is durable when this returns.
+        """Skips a record that cannot be learned from. The skip is durable on return.
 
         Args:
-            place: The record's offset in the training log, or those of a damaged batch of records.
+            place: The record's offset in the training log, or the offsets of a damaged batch of records.
             marks: The next offset of each source: the record's clicks are missing from there on.
-            problem: Why it cannot be learned from; it names the place.
+            problem: Why the record cannot be learned from; it names the offset.
 
         Raises:
-            SpringtideError: `problem`, with the command that leaves the record out; nobody accepted it.
+            SpringtideError: The operator does not accept the skip. It is `problem` plus the command to skip the record.
         """
         if not all(self._consent.leaves_out(offset) for offset in range(place.first, place.next)):
             flag = f"{place.first}" if place.positions == 1 else f"{place.first}-{place.next - 1}"
@@ -85,15 +88,15 @@ class Passages:
         self._keep(accepted_gaps.accept(place, self._consent, int(self._clock() * 1000), marks, problem.what))
 
     def pass_sources(self, found: Sequence[tuple[Source, int, int]], where: str, read_topic: str) -> int:
-        """How many positions no record covers before the one at `where`, all of them accepted.
+        """Accepts the positions that no record before `where` covers, and returns how many there are.
 
         Args:
-            found: (source, the trainer's mark, where the record's range begins).
-            where: The record's place.
+            found: (source, the trainer's mark, the first position that the record covers) of each gap.
+            where: The record's offset, for messages.
             read_topic: Id of the training log's topic.
 
         Raises:
-            GapError: Nobody accepted one of them.
+            GapError: The operator does not accept one of the gaps.
         """
         lost = [Gap(source, mark, first) for source, mark, first in found]
         new = [gap for gap in lost if not accepted_gaps.explained(self._known, gap)]
@@ -134,11 +137,11 @@ class Passages:
 
 
 def show(account: Mapping[str, int], metrics: TrainerMetrics, known: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Sets the gauges of the account; says aloud what does not balance beyond `known`.
+    """Sets the gauges of the row account, and logs an imbalance that is not in `known`.
 
     Args:
-        account: Rows by outcome, of `NAMES`.
-        metrics: Where they go.
+        account: Rows by outcome, with the keys `NAMES`.
+        metrics: Where the gauges are.
         known: What the last call returned.
     """
     counted = {name: account.get(name, 0) for name in NAMES}

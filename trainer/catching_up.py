@@ -1,7 +1,7 @@
-"""Notices when a rollback is done: the trainer has learned again what it had learned before, as far as it is to.
+"""Detects the end of a rollback: the trainer has relearned all that it is meant to relearn.
 
-Then what happened is written beside control, where the plan is, and answers
-follow where the rollback was to let them.
+It then writes the outcome next to control, where the plan is. Serving follows
+the trainer again if the rollback asked for it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from state.storage.waiting import is_full, unless_full
 from trainer.place import TrainingPlace
 
 AGAIN_S = 5.0
-"""Between two tries to let answers follow while the store of a shared registry is away."""
+"""Seconds between two attempts to let serving follow while the object store of a shared registry is unreachable."""
 
 logger = logging.getLogger(__name__)
 
 
 class CatchingUp:
-    """Follows one epoch from its beginning until it has caught up. The step thread calls every method.
+    """Follows one epoch from its start until the trainer has caught up. The step thread calls every method.
 
     Args:
-        registry: Where control, versions and outcomes are.
+        registry: Where control, versions and outcomes are stored.
         clock: Wall clock in seconds.
-        elapsed: Monotonic seconds.
+        elapsed: Monotonic clock in seconds.
     """
 
     def __init__(self, registry: Registry, clock: Callable[[], float], elapsed: Callable[[], float]) -> None:
@@ -48,7 +48,7 @@ class CatchingUp:
         self._say = SaidOnce(logger.warning)
 
     def enter(self, control: Control, place: TrainingPlace) -> None:
-        """At the trainer's entry into an epoch; what is written down already is not followed again, nor is an upgrade."""
+        """Enters an epoch. An epoch whose outcome is written already is not followed again, nor is an upgrade."""
         self._caught_up, self._again = False, None
         self._watched = not has_caught_up(self._registry, control.epoch) or control.serving.then_follow
         self._began = self._registry.beginning_of(control.epoch) if self._watched else None
@@ -57,24 +57,24 @@ class CatchingUp:
         self._planned = from_json(plan.get("again", {}))
         is_at_base = self._began is not None and place.parent == self._began.base
         if self._watched and not is_at_base and self._is_again(place, place.next):
-            # What was read before this start is not known apart from what came later.
+            # The trainer cannot tell what it read before this start from what came later.
             self._again = {}
 
     def pass_by(self, offset: int, place: TrainingPlace) -> None:
-        """Before the record at `offset`: counts what the plan counted, up to where the log ended then."""
+        """Runs before the record at `offset`. Counts the relearned rows up to where the log ended at planning time."""
         if self._watched and self._again is None and self._is_again(place, offset):
             self._again = self._since_base(place)
 
     def look(self, place: TrainingPlace, control: Control, busy: bool) -> None:
-        """Between two records, once the log's end was seen; what cannot be written is tried again at a later look.
+        """Runs between two records, after the end of the log was reached. A failed write is retried at a later call.
 
-        1. The clicks are as far as they were before the rollback: the outcome is written.
-        2. All of that is published: answers follow, where they are to.
+        1. The clicks are as far as before the rollback: write the outcome.
+        2. All of them are published: let serving follow, if the rollback asked for it.
 
         Args:
-            place: Where the trainer is.
-            control: The newest control that it knows.
-            busy: Whether a version is under way.
+            place: The trainer's position.
+            control: The newest control that the trainer knows.
+            busy: Whether a version is being written.
         """
         if not self._watched:
             return
@@ -102,9 +102,9 @@ class CatchingUp:
         return all(place.marks.get(source, 0) >= mark for source, mark in self._goal.items())
 
     def _is_again(self, place: TrainingPlace, offset: int) -> bool:
-        """Whether all before `offset` is what the plan counted.
+        """Whether `offset` is past all that the plan counted.
 
-        The plan of an exact rollback counts clicks, because the stream writes other records of them.
+        The plan of an exact rollback counts clicks, because the stream writes new records of them.
         """
         if self._began is None or self._began.plan is None or self._began.action != "rollback":
             return False
@@ -144,7 +144,7 @@ class CatchingUp:
             )
 
     def _let_follow(self, control: Control) -> bool:
-        """Whether answers follow, or need not any more."""
+        """Lets serving follow the trainer. Returns whether this is settled."""
         what = "rollback" if self._began is None else self._began.action
 
         def caught_up(newest: Control) -> Control:
@@ -158,7 +158,7 @@ class CatchingUp:
             killpoints.reach("caught.followed")
             return True
         except ControlConflict as refused:
-            # Somebody changes control all the time: it is tried again after the next record.
+            # Another process keeps changing control: try again after the next record.
             logger.info("%s", refused)
             return False
         except UnusableRegistry as error:

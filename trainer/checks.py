@@ -1,18 +1,20 @@
-"""Checks a ranker or a tower of the user's own before anything is trained: `python -m trainer.checks [--transform DIR]`.
+"""Checks a custom ranker or tower before training: `python -m trainer.checks [--transform DIR]`.
 
-A ranker is checked by `trainer/ranker_checks.py`. A tower, on made-up rows, in a few seconds:
+`trainer/ranker_checks.py` checks a ranker. This module checks a tower, on
+made-up rows, in a few seconds:
 
-1. It can be loaded and built; its weights are float32, each with a name of
-   its own, and begin with the same values in every process.
-2. It gives `[B, hidden[-1]]` float32, with and without training.
-3. It is a function of row, weights and seed alone: nothing is remembered, the
-   seed counts only in training, and a row gives alone what it gives in a batch.
+1. It can be loaded and built. Its weights are float32, have unique names, and
+   have the same initial values in every process.
+2. It returns `[B, hidden[-1]]` float32, with and without training.
+3. Its output depends on row, weights and seed alone. It keeps no state, uses
+   the seed only in training, and gives the same output for a row alone and in
+   a batch.
 4. It lowers to LiteRT's built-in operations, and LiteRT computes the same.
 
-Then the weights of the version that training would go on from are compared
-with the model's, and the whole model with the tower is lowered and compared,
-as the trainer does. A name in `model.options` that neither ranker, tower nor
-preprocessing read is refused.
+The check then compares the model's weights with those of the version that
+training would continue from. It also lowers the whole model with the tower and
+compares the outputs, as the trainer does. It refuses a name in `model.options`
+that neither ranker, tower nor preprocessing reads.
 """
 
 from __future__ import annotations
@@ -45,21 +47,21 @@ F32 = npt.NDArray[np.float32]
 
 
 def is_own(model: ModelSettings) -> bool:
-    """Whether `model.ranker` or `model.tower` is not the default, which needs no check."""
+    """Whether `model.ranker` or `model.tower` is custom. The defaults need no check."""
     default = ModelSettings()
     return (model.ranker, model.tower) != (default.ranker, default.tower)
 
 
 def check_tower(settings: ModelSettings, width_in: int) -> str:
-    """Checks the tower that `model.tower` names; returns what it is in one line.
+    """Checks the tower that `model.tower` names; returns a one-line description.
 
     Args:
         settings: The section `[model]`.
-        width_in: Width of what the tower is given.
+        width_in: Width of the tower's input.
 
     Raises:
-        SettingsError: There is no such builder, or two weights have one name.
-        ProgramError: It is not what a tower has to be; the message says what it did and what is wanted.
+        SettingsError: There is no such builder, or two weights have the same name.
+        ProgramError: The tower fails a check; the message says what it did and what is required.
     """
     import tensorflow as tf
 
@@ -111,10 +113,10 @@ def check_tower(settings: ModelSettings, width_in: int) -> str:
 
 
 def require_options_read(model: ModelSettings, read: Collection[str]) -> None:
-    """Refuses names in `model.options` that no function of the user's own read.
+    """Refuses names in `model.options` that no custom function reads.
 
     Raises:
-        SettingsError: There is one.
+        SettingsError: There is such a name.
     """
     if unread := [name for name in model.written if name not in read]:
         names = f"the names read are {', '.join(sorted(read))}" if read else "no name was read"
@@ -160,7 +162,7 @@ def _check_weights(tower: Any, again: Any, what: str) -> None:
 
 
 class _CheckedTower:
-    """The tower as the trainer calls it, its output checked and its errors told in the user's terms."""
+    """Calls the tower as the trainer does, checks its output, and reports its errors in the user's terms."""
 
     def __init__(self, tower: Any, width: int, what: str) -> None:
         import tensorflow as tf
@@ -181,7 +183,7 @@ class _CheckedTower:
         try:
             found = self._call(tf.constant(x), training, tf.constant(seed, tf.int32))
         except Exception as error:
-            # The trainer runs TensorFlow so that it refuses what cannot be repeated.
+            # The trainer runs TensorFlow in a mode that refuses nondeterministic operations.
             if "determinism" in str(error):
                 raise ProgramError(f"{self._what}: draws at random", SEEDED) from error
             raise ProgramError(
@@ -213,16 +215,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def check_own(settings: Settings, spec: FeatureSpec, preprocessing: Any = None) -> str:
-    """Checks the ranker of one's own; else the tower, with the width that it will have.
+    """Checks the custom ranker, or else the tower, with its actual input width.
 
     Args:
         settings: All settings.
-        spec: Of the features.
+        spec: The feature spec.
         preprocessing: What the bootstrap analysed; None takes logarithms.
 
     Raises:
         SettingsError: A function cannot be loaded.
-        ProgramError: It is not what it has to be, or does not lower to LiteRT.
+        ProgramError: It fails a check, or does not lower to LiteRT.
     """
     from trainer.model.tower import width_in
     from trainer.ranker_checks import check_ranker
@@ -233,13 +235,16 @@ def check_own(settings: Settings, spec: FeatureSpec, preprocessing: Any = None) 
 
 
 def check_model(settings: Settings, spec: FeatureSpec, transform: Path | None) -> str:
-    """As `check_own`, behind the graph in `transform`, then holds it to the version at hand and lowers the whole model of a tower."""
+    """Like `check_own`, behind the graph in `transform`, plus two checks.
+
+    The model has to fit the current version, and the whole model of a tower has to lower.
+    """
     from trainer import device
     from trainer.model.default_ranker import DefaultRanker
     from trainer.versions.fit import require_settings_fit
     from trainer.versions.program import build, preprocessing_of
 
-    # Threads are fixed before TensorFlow's first operation, which loading the graph is.
+    # Threads have to be fixed before TensorFlow's first operation, and loading the graph is one.
     device.prepare(settings.trainer.device, settings.trainer.threads)
     preprocessing = preprocessing_of(transform) if transform else None
     model = AskedModel.of(settings.model, {})

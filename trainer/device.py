@@ -1,4 +1,4 @@
-"""Where the trainer computes, and how TensorFlow is made repeatable there."""
+"""Chooses the trainer's device, and makes TensorFlow deterministic on it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LOG = logging.getLogger(__name__)
 
 
 def prepare(device: str = "auto", threads: int = 1) -> str:
-    """Fixes threads and determinism for the process and picks the device.
+    """Fixes threads and determinism for the process and chooses the device.
 
     Call it before anything else of TensorFlow: threads cannot be changed once
     an operation has run. A second call with the same values does nothing.
@@ -27,7 +27,7 @@ def prepare(device: str = "auto", threads: int = 1) -> str:
         The device's name for `tf.device`.
 
     Raises:
-        SettingsError: `gpu` was asked for and there is none.
+        SettingsError: `device` is `gpu` and there is none.
     """
     chosen = pick(device, [gpu.name for gpu in tf.config.list_physical_devices("GPU")])
     try:
@@ -43,18 +43,18 @@ def prepare(device: str = "auto", threads: int = 1) -> str:
             )
     tf.config.experimental.enable_op_determinism()
     if "CPU" in chosen:
-        # Fused with its bias, a product of matrices is prepared by oneDNN once for each number of rows, and kept: 160 kB a
-        # number. Alone it is not, at the same speed and with the same bits.
+        # oneDNN prepares a matrix product that is fused with its bias once for each number of rows. It caches each
+        # result: 160 kB. It does not do so for an unfused product, which has the same speed and the same bits.
         tf.config.optimizer.set_experimental_options({"remapping": False})
     return chosen
 
 
 def show(device: str, metrics: TrainerMetrics) -> None:
-    """Lets the metrics say what TensorFlow holds of a GPU's memory, asked at each scrape; nothing of a CPU.
+    """Exports TensorFlow's GPU memory use as metrics, read at each scrape. Does nothing on a CPU.
 
     Args:
-        device: As `prepare` gave it.
-        metrics: Of the trainer.
+        device: The name that `prepare` returned.
+        metrics: The trainer's metrics.
     """
     if "GPU" not in device:
         return
@@ -67,13 +67,13 @@ def _held_bytes(device: str, kind: str) -> float:
 
 
 def pick(device: str, gpus: list[str]) -> str:
-    """The device to use, of those there are.
+    """The device to use, given the GPUs that exist.
 
     >>> pick("auto", []), pick("auto", ["/physical_device:GPU:0"]), pick("cpu", ["/physical_device:GPU:0"])
     ('/CPU:0', '/GPU:0', '/CPU:0')
 
     Raises:
-        SettingsError: `gpu` was asked for and there is none.
+        SettingsError: `device` is `gpu` and there is none.
     """
     if device == "gpu" and not gpus:
         raise SettingsError(

@@ -1,9 +1,9 @@
-"""Takes erasures of control into account between two records: the users' rows and crosses go, and the place remembers where.
+"""Applies control's erasures between two records: removes the users' rows and crosses, and records the offset.
 
-From that place on the rows of the training log that are theirs are left out,
-by the mask. A version says which erasures it has taken into account, and where
-in the log, so that a replay does it there too; one that is gone back to takes
-those that came later into account before it reads a record.
+From that offset on, the mask excludes these users' rows of the training log. A
+version records which erasures it has applied and at which offsets, so that a
+replay applies them at the same offsets. After a rollback to a version, later
+erasures are applied before a record is read.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from trainer.place import TrainingPlace
 from trainer.tables.index import U64
 
 REMEMBERED = 32
-"""Erasures of an epoch that a version names with their places."""
+"""The most erasures of an epoch that a version records with their offsets."""
 
 logger = logging.getLogger(__name__)
 
 
 def take_up(trainer: Trainer, place: TrainingPlace, control: Control) -> TrainingPlace:
-    """Forgets the users of erasures that are new; returns the place afterwards, changed so that a version tells it."""
+    """Forgets the users of new erasures. Returns the new place, marked as changed so that a version records it."""
     new = control.erased.after(place.erased)
     if not new:
         return place
@@ -40,14 +40,14 @@ def take_up(trainer: Trainer, place: TrainingPlace, control: Control) -> Trainin
 
 
 def forget(trainer: Trainer, users: U64) -> int:
-    """Removes all rows of users (`[n]` uint64): their own, those of a ranker's tables of users, their crosses, those that wait.
+    """Removes all data of users (`[n]` uint64): own rows, rows of a ranker's user tables, crosses, churn examples.
 
     Returns:
-        How many.
+        The number of removed rows and examples.
     """
     tables, crosses = trainer.tables, trainer.crosses
     known = {name: tables[name].known() for name in ("item", "category", "context")}
-    # Who has no cross of the user alone has none with anything.
+    # Every known user has the cross of the user alone. Without it there are no other crosses of that user.
     alone = [crosses.of_user(user, *(known["item"][:0],) * 3) for user in users.tolist()]
     theirs = [
         crosses.of_user(user, known["item"], known["category"], known["context"])
@@ -55,7 +55,7 @@ def forget(trainer: Trainer, users: U64) -> int:
         if tables[CROSS].has(first)
     ]
     gone = tables[CROSS].forget(np.concatenate([np.empty(0, np.uint64), *theirs]))
-    # No id of anything else is a user's: 64 bits do not collide.
+    # User ids occur in no other table's ids: 64-bit hashes do not collide.
     named = [name for name in tables if name == "user" or name not in (*EMBEDDINGS, CROSS, trainer.transitions.name)]
     waiting = 0 if trainer.churn is None else trainer.churn.forget(users)
     return gone + waiting + sum(tables[name].forget(users) for name in named)

@@ -1,4 +1,4 @@
-"""What the trainer shows of itself: steps, rows, versions and measures, as the metrics that `state/metrics.py` declares."""
+"""Exports the trainer's steps, rows, versions and measures as the metrics that `state/metrics.py` declares."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ from trainer.measures.step_scores import USERS
 from trainer.tables.id_table import IdTable
 
 MOST_DIMENSIONS, MOST_SLICES = 8, 16
-"""So many slices are on /metrics, the largest of each of so many dimensions; versions have all of them."""
+"""Limits of the slices on /metrics: the most dimensions, and the most slices. Each dimension shows its largest slices.
+Versions contain all slices."""
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ def show_intake(found: Intake, metrics: TrainerMetrics) -> None:
 
 
 def show_step(report: Report, offset: int, metrics: TrainerMetrics) -> None:
-    """Counts the step of the record at `offset` and its rows; logs it where the guard skipped rows of it."""
+    """Counts the step of the record at `offset` and its rows. Logs the step if the guard skipped rows of it."""
     metrics.steps.inc()
     metrics.step_seconds.observe(report.seconds)
     metrics.guard.labels(report.verdict.value).inc()
@@ -44,7 +45,7 @@ def show_step(report: Report, offset: int, metrics: TrainerMetrics) -> None:
 
 
 def show_control(control: Control, version: int, metrics: TrainerMetrics) -> None:
-    """Sets the gauges of what control asks of the trainer, and at which version it is."""
+    """Sets the gauges of control's requests to the trainer, and of the current version."""
     metrics.version.set(version)
     metrics.epoch.set(control.epoch)
     metrics.masks.set(len(control.masks))
@@ -53,7 +54,7 @@ def show_control(control: Control, version: int, metrics: TrainerMetrics) -> Non
 
 
 def show_version(measured: Mapping[str, float], tables: Mapping[str, IdTable], metrics: TrainerMetrics) -> None:
-    """Sets the gauges of what a version was measured at, and of the tables' rows."""
+    """Sets the gauges of a version's measures and of the tables' rows."""
     for name, table in tables.items():
         metrics.table_rows.labels(name).set(len(table))
         metrics.table_rows_limit.labels(name).set(table.max_rows)
@@ -62,7 +63,7 @@ def show_version(measured: Mapping[str, float], tables: Mapping[str, IdTable], m
 
 
 def show_quality(measured: Mapping[str, float], metrics: TrainerMetrics) -> None:
-    """Sets the gauges of the model beside what is simple; users are told apart of the model alone."""
+    """Sets the gauges of the model and the simple baselines. Only the model's are also split by kind of user."""
     shown = {
         "log_loss": metrics.quality_log_loss,
         "mrr": metrics.quality_reciprocal_rank,
@@ -82,7 +83,7 @@ def show_quality(measured: Mapping[str, float], metrics: TrainerMetrics) -> None
 
 
 def show_churn(measured: Mapping[str, float], metrics: TrainerMetrics) -> None:
-    """Sets the gauges of churn; of what is not measured none."""
+    """Sets the gauges of churn; measures that are absent set none."""
     shown = {
         "total.rows": metrics.churn_examples,
         "waiting": metrics.churn_waiting,
@@ -99,7 +100,7 @@ def show_churn(measured: Mapping[str, float], metrics: TrainerMetrics) -> None:
 
 
 def show_slices(slices: Sequence[SliceMeasures], metrics: TrainerMetrics) -> None:
-    """Sets the gauges of the slices, the largest of each dimension, and of the gaps; a value may have got its name meanwhile."""
+    """Sets the gauges of the largest slices of each dimension, and of the gaps. Clears old ones: names may change."""
     shown = {
         "rows": metrics.slice_rows,
         "log_loss": metrics.slice_log_loss,

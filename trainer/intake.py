@@ -1,4 +1,4 @@
-"""Which rows of a training record are learned from: those of the right kind, new, and not masked. Pure."""
+"""Selects the rows of a training record to learn from: of the right kind, new, and not masked. Pure functions."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ Bools = NDArray[np.bool_]
 
 @dataclass(frozen=True, slots=True)
 class Intake:
-    """What became of the rows of one record.
+    """The outcome of the rows of one record.
 
     Attributes:
-        batch: The rows to learn from, in log time, perhaps none.
+        batch: The rows to learn from, in log time; may be empty.
         marks: The next offset of each source afterwards.
-        rows: Rows of the record to learn from; others are for histories.
-        duplicate: Rows written again by a stream that crashed.
-        masked: New rows that the mask leaves out.
+        rows: Rows of the record to learn from; the others only update histories.
+        duplicate: Rows that a stream wrote again after a crash.
+        masked: New rows that the mask excludes.
         gaps: Positions that no record covered: (source, expected, found).
-        told_ms: The newest time that a row to learn from told itself, of its event or its label; 0 without rows.
-        other_features: New rows of a record of another feature spec, which are passed over.
+        told_ms: The newest time of a row to learn from, of its event or its label; 0 without rows.
+        other_features: New rows of a record of another feature spec or salt, which is skipped.
     """
 
     batch: MicroBatch
@@ -48,16 +48,16 @@ class Intake:
 
 
 def never(spec: str) -> bool:
-    """Passes over no record of another feature spec."""
+    """Never skips a record of another feature spec."""
     return False
 
 
 def former(specs: Collection[str], steps: Callable[[], int]) -> Callable[[str], bool]:
-    """Which records of other feature specs a trainer passes over.
+    """Returns a predicate for the feature specs whose records a trainer skips.
 
     Args:
-        specs: Digests of those that upgrades left.
-        steps: How many the trainer took: before the first one it looks for the first record of its own.
+        specs: Digests of the specs that upgrades replaced.
+        steps: Steps that the trainer has taken. Before the first one it skips to the first record of its own spec.
 
     >>> [former({"ab"}, lambda: steps)(spec) for steps in (0, 9) for spec in ("ab", "cd")]
     [True, True, True, False]
@@ -76,25 +76,25 @@ def take_in(
     offset: int = 0,
     is_former: Callable[[str], bool] = never,
 ) -> Intake:
-    """Decodes a record, drops what is known by `marks`, leaves out what is masked.
+    """Decodes a record, drops rows that `marks` covers, and excludes masked rows.
 
-    Nothing is left of one off the line, nor of one of a former feature spec.
+    A record outside `line`, or of a former feature spec, has no rows left.
 
     Args:
         value: The record's value.
         marks: The next offset of each source.
-        mask_at: The rows to leave out; they count as seen.
-        spec: Digest of the feature spec that the trainer learns.
+        mask_at: The rows to exclude, by mask generation; they count as seen.
+        spec: Digest of the trainer's feature spec.
         salt: Fingerprint of the salt of its user ids.
-        where: The record's place, for messages.
-        line: The records that count.
-        offset: The record's.
-        is_former: Whether records of another feature spec or salt, by digest or fingerprint, are passed over.
+        where: The record's offset, for messages.
+        line: The branch of the log: which records count.
+        offset: The record's offset.
+        is_former: Whether records of another feature spec or salt, by digest or fingerprint, are skipped.
 
     Raises:
         MicroBatchError: The value is no micro-batch.
-        SpecMismatch: It has other features, and they are no former ones.
-        SaltMismatch: Its users have other pseudonyms, likewise.
+        SpecMismatch: It has other features, and `is_former` does not accept them.
+        SaltMismatch: It has another salt, and `is_former` does not accept it.
     """
     whole = _decoded(value, where)
     if not counts(line, whole.header.log_epoch, offset):
@@ -105,14 +105,14 @@ def take_in(
     ours = trained(whole.kind)
     fresh = ours & unseen
     if not is_ours:
-        # A source of which nothing was learned is still to come, perhaps read again from its beginning.
+        # Sources without a mark stay so: their clicks may still come, perhaps from the beginning.
         known = {source: after[source] for source in marks}
         return _passed_over(whole, ours, unseen, known, gaps(whole.header, marks))
     mask = mask_at(whole.header.mask_generation)
     allowed = unseen & ~masked(whole, mask) if mask else unseen
     keep = ours & allowed
     return Intake(
-        # Rows that are not learned from say what time it was, too.
+        # Log time is computed from all rows, and only then the rows to learn from are selected.
         batch=in_log_time(whole.take(allowed)).take(ours[allowed]),
         marks=after,
         rows=int(ours.sum()),
@@ -131,7 +131,7 @@ def _decoded(value: bytes | None, where: str) -> MicroBatch:
 
 
 def _is_ours(whole: MicroBatch, spec: str, salt: str, where: str, is_former: Callable[[str], bool]) -> bool:
-    """Whether a record has our features and pseudonyms; refuses one that has not, and no former ones."""
+    """Whether a record has our features and salt. Raises if it has others that are not former ones."""
     found = whole.header
     if found.spec != spec and not is_former(found.spec):
         raise SpecMismatch(
@@ -146,7 +146,7 @@ def _is_ours(whole: MicroBatch, spec: str, salt: str, where: str, is_former: Cal
 def _passed_over(
     whole: MicroBatch, ours: Bools, unseen: Bools, marks: dict[Source, int], found: list[tuple[Source, int, int]]
 ) -> Intake:
-    """Nothing of a record; its clicks count as seen, and its new rows are counted."""
+    """Skips a record: its clicks count as seen, and its new rows are counted."""
     nothing = whole.take(np.zeros(len(whole), np.bool_))
     new, rows = int((ours & unseen).sum()), int(ours.sum())
     return Intake(nothing, marks, rows, rows - new, 0, found, other_features=new)

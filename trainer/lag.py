@@ -1,7 +1,7 @@
-"""How far the trainer is behind the training log, in positions and seconds: as metrics, and as a group for Kafka's own tools.
+"""Reports the trainer's lag behind the training log, in positions and seconds, to metrics and a Kafka consumer group.
 
-A thread of its own asks once a second, so that lag is seen also while an
-operator or the guard holds training, and Kafka's answers cost no step.
+A separate thread polls once a second. Lag is therefore visible while an operator
+or the guard holds training, and Kafka's replies do not delay a step.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 class Taken(NamedTuple):
-    """How far the trainer has come.
+    """The trainer's progress in the training log.
 
     Attributes:
-        next: The first position of the training log that it has not taken.
-        at_ms: When Kafka took the newest record that it has; 0 for none since its start.
+        next: The next position of the training log to read.
+        at_ms: Kafka's timestamp of the newest record that was read; 0 if none was read since the start.
     """
 
     next: int
@@ -35,18 +35,18 @@ class Taken(NamedTuple):
 
 
 class TrainingLag:
-    """Shows the lag of one trainer from `start` to `close`.
+    """Reports the lag of one trainer from `start` to `close`.
 
     Args:
         kafka: The section `[kafka]`.
-        partition: That the trainer reads.
-        taken: How far it is; called by the thread.
-        metrics: Of the trainer.
-        log: Where the training log is; the cluster of the settings where none is given.
+        partition: The partition that the trainer reads.
+        taken: Returns the trainer's progress; called by the thread.
+        metrics: The trainer's metrics.
+        log: The training log; None uses the cluster of the settings.
         wall_s: Seconds since 1970.
 
     Attributes:
-        records: The lag as last seen, in positions of the log; None before the first look.
+        records: The lag at the last poll, in positions of the log; None before the first poll.
     """
 
     def __init__(
@@ -68,15 +68,15 @@ class TrainingLag:
         self._thread = threading.Thread(target=self._run, name="lag", daemon=True)
 
     def start(self) -> None:
-        """Begins to look."""
+        """Starts the polling thread."""
         self._thread.start()
 
     def close(self) -> None:
-        """Ends without a last look, which a broker that is away would hold up."""
+        """Stops without a final poll, which an unreachable broker would delay."""
         self._closing.set()
 
     def look(self) -> None:
-        """Sets the gauges and tells Kafka the group's offset.
+        """Polls once: sets the gauges and commits the group's offset to Kafka.
 
         Raises:
             LogError: Kafka does not answer.
@@ -84,7 +84,7 @@ class TrainingLag:
         topic = self._kafka.microbatches_topic
         if self._topics is None:
             self._topics = self._log.topics()
-        # Before the end: what comes meanwhile is not taken yet, and no lag is below nothing.
+        # Read before the end of the log, so that the lag is never negative.
         taken = self._taken()
         _, end = self._topics.ends(topic, committed_only=True)[self._partition]
         lag = max(0, end - taken.next)

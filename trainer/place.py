@@ -1,4 +1,4 @@
-"""Where the trainer is in the training log, and what became of the rows on the way there. Pure."""
+"""The trainer's position in the training log, and the account of the rows up to it. Pure functions."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ RARE = ("left_out", "other_features")  # counted only where there are any
 
 @dataclass(frozen=True, slots=True)
 class TrainingPlace:
-    """Where the trainer is: one consistent cut together with its weights.
+    """The trainer's position: one consistent cut together with its weights.
 
     Attributes:
         epoch: Control's epoch.
-        parent: The newest version of this line, of either lifetime; 0 for none.
-        first: Where the log goes on after `parent`.
-        next: Where the log goes on now.
+        parent: The newest version of this branch, recent or durable; 0 for none.
+        first: The offset at which the log continues after `parent`.
+        next: The next offset to read.
         marks: The next offset of each source.
-        rows: Rows read on this line.
+        rows: Rows read on this branch.
         duplicate: Of them, rows dropped as seen before.
-        masked: Of them, rows left out by a mask.
-        gap: Source positions that no record held, a loss that was accepted.
-        before: Source positions before the first one of this line, summed over sources.
-        left_out: Records of the log that could not be learned from, a loss that was accepted.
-        other_features: Rows of a former feature spec, which were passed over.
-        leader_epoch: Kafka's epoch of the leader that wrote the record before `next`, set where a version is made.
+        masked: Of them, rows that a mask excluded.
+        gap: Source positions that no record held, an accepted loss.
+        before: Source positions before the first one of this branch, summed over sources.
+        left_out: Records of the log that could not be learned from, an accepted loss.
+        other_features: Rows of a former feature spec, which were skipped.
+        leader_epoch: Kafka's epoch of the leader that wrote the record before `next`; set when a version is made.
         changed: Whether there was a step since `parent`.
-        durable: The newest durable version of this line; 0 for none.
-        durable_first: Where the log goes on after `durable`.
+        durable: The newest durable version of this branch; 0 for none.
+        durable_first: The offset at which the log continues after `durable`.
         unsaved: Whether there was a step since `durable`.
-        erased: The last erasure of control that was taken into account.
-        erasures: (erasure, offset) of those taken into account in this epoch; the newest.
-        told_ms: The newest time that a row learned from told itself: with it a rollback knows what a version cannot have.
+        erased: The last erasure of control that was applied.
+        erasures: (erasure, offset) of the newest erasures that were applied in this epoch.
+        told_ms: The newest time that a learned row reported. A rollback uses it to tell what a version cannot contain.
     """
 
     epoch: int
@@ -64,7 +64,7 @@ class TrainingPlace:
 
     @classmethod
     def restored(cls, version: Manifest, epoch: int, next: int) -> TrainingPlace:
-        """At a version that was loaded, going on at `next`."""
+        """The place of a loaded version, from which reading continues at `next`."""
         counts: dict[str, Any] = {name: int(version.metrics.get(f"account.{name}", 0)) for name in (*COUNTS, *RARE)}
         told_ms = int(version.metrics.get(TOLD_MS, version.event_time_ms))
         erasures = version.erasures if version.epoch == epoch else ()
@@ -74,7 +74,7 @@ class TrainingPlace:
         return begin.at_version(version).handed_over(True, first)
 
     def taken(self, found: Intake, offset: int, gap: int) -> TrainingPlace:
-        """After the record at `offset`, before which `gap` source positions were passed as lost."""
+        """The place after the record at `offset`. Before the record, `gap` source positions were accepted as lost."""
         new = (part.first for part in found.batch.header.ranges if part.source not in self.marks)
         return replace(
             self,
@@ -90,26 +90,26 @@ class TrainingPlace:
         )
 
     def past(self, next: int) -> TrainingPlace:
-        """Behind a record that is left out."""
+        """The place after a record that is skipped."""
         return replace(self, next=next, left_out=self.left_out + 1)
 
     def stepped(self) -> TrainingPlace:
-        """After a step, or anything else that is to become a version."""
+        """The place after a step, or after anything else that a version has to record."""
         return replace(self, changed=True, unsaved=True)
 
     def handed_over(self, durable: bool, at: int | None = None) -> TrainingPlace:
-        """Once all that changed is on its way to a version; the log goes on `at`, or where the trainer is."""
+        """The place once all changes were handed to a new version; the version's end is `at`, or the current offset."""
         at = self.next if at is None else at
         found = replace(self, first=at, changed=False)
         return replace(found, durable_first=at, unsaved=False) if durable else found
 
     def at_version(self, made: Manifest) -> TrainingPlace:
-        """Once the version is there that all was handed over to."""
+        """The place once the version with all handed-over changes exists."""
         found = replace(self, parent=made.version)
         return replace(found, durable=made.version) if made.durable else found
 
     def counts(self) -> dict[str, int]:
-        """What is counted of the rows of this line.
+        """The account of the rows of this branch.
 
         >>> TrainingPlace(1, 0, 0, 9, rows=5, masked=2).counts()
         {'rows': 5, 'duplicate': 0, 'masked': 2, 'gap': 0, 'before': 0}

@@ -1,12 +1,12 @@
-"""Checks a ranker of the user's own on made-up rows, before anything is trained.
+"""Checks a custom ranker on made-up rows, before anything is trained.
 
-1. It can be built; its tables, inputs and weights are what an engine and
-   serving can give and keep; built twice it begins with the same values.
-2. It gives finite scores of the right shapes, engagement as its item_query says
-   where it has one, and a loss for each row. Every variable that a loss depends
-   on is one of its weights.
-3. It is a function of row, weights and seed alone: nothing is remembered, the
-   seed counts only in training, and a row scores alone as it does in a batch.
+1. It can be built. An engine and serving can provide its inputs and store its tables
+   and weights. Built twice, it has the same initial values.
+2. It returns finite scores of the right shapes, and a loss for each row. Engagement
+   matches its item_query, if it has one. Every variable that a loss depends on is
+   one of its weights.
+3. Its scores depend on row, weights and seed alone. It keeps no state, uses the seed
+   only in training, and scores a row alone as in a batch.
 4. It lowers to LiteRT's built-in operations, and LiteRT computes the same.
 """
 
@@ -42,16 +42,16 @@ Outputs = Mapping[str, Any]
 
 
 def check_ranker(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | None) -> str:
-    """Checks the ranker that `model.ranker` names; returns what it is in one line.
+    """Checks the ranker that `model.ranker` names; returns a one-line description.
 
     Args:
         settings: All settings.
-        spec: Of the features.
+        spec: The feature spec.
         preprocessing: What the bootstrap analysed; None takes logarithms.
 
     Raises:
         SettingsError: There is no such builder.
-        ProgramError: It is not what a ranker has to be; the message says what it did and what is wanted.
+        ProgramError: The ranker fails a check; the message says what it did and what is required.
     """
     what = f"model.ranker {settings.model.ranker!r}"
     # 1.
@@ -151,16 +151,16 @@ def _check_weights(ranker: Ranker, again: Ranker, what: str) -> None:
 def _called(call: Callable[[], Any], what: str, wanted: str) -> Any:
     try:
         return call()
-    # A ranker of the user's own may fail in any way.
+    # A custom ranker may fail in any way.
     except Exception as error:
-        # The trainer runs TensorFlow so that it refuses what cannot be repeated.
+        # The trainer runs TensorFlow in a mode that refuses nondeterministic operations.
         if "determinism" in str(error):
             raise ProgramError(f"{what}: draws at random", SEEDED) from error
         raise ProgramError(f"{what} raised {told(error)}", wanted) from error
 
 
 def _scores(ranker: Ranker, inputs: Mapping[str, F32], what: str, seed: tuple[int, int] = SEEDS[0]) -> dict[str, F32]:
-    """What `encode` and `score` give without dropout, their names, shapes and values checked."""
+    """The outputs of `encode` and `score` without dropout; checks their names, shapes and values."""
     given = {name: tf.constant(value) for name, value in inputs.items()}
     rows = len(inputs["recent_mask"])
     wanted = {f"{kind}_logits": [rows, ranker.sizes[letter]] for kind, letter in CANDIDATES.items()}
@@ -186,7 +186,7 @@ def _scores(ranker: Ranker, inputs: Mapping[str, F32], what: str, seed: tuple[in
 
 
 def _check_item_query(ranker: Ranker, inputs: Mapping[str, F32], what: str) -> None:
-    """Other items and crosses change engagement by what `Ranker.item_query` promises, where there is one."""
+    """Checks that items and crosses change engagement as `Ranker.item_query` promises, if it is defined."""
     given = {name: tf.constant(value) for name, value in inputs.items()}
     query = _called(
         lambda: ranker.item_query(ranker.encode(given, False, tf.constant(SEEDS[0], tf.int32))),
@@ -209,7 +209,7 @@ def _check_item_query(ranker: Ranker, inputs: Mapping[str, F32], what: str) -> N
 
 
 def _constants(spec: FeatureSpec, preprocessing: Preprocessing | None) -> tuple[Any, ...]:
-    """The variables of a preprocessing: the bootstrap set them, and nobody learns them."""
+    """The variables of a preprocessing: the bootstrap set them, and they are not learned."""
     with tf.GradientTape() as tape:
         if preprocessing is not None:
             preprocessing(tf.zeros([1, len(spec.names)]))

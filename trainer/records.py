@@ -1,4 +1,4 @@
-"""The records of the training log one after another, damaged ones among them, and what is left out of them."""
+"""Iterates over the records of the training log, including damaged ones, and skips those that an operator accepts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from state.positions import Gap, Source
 from trainer.accounts import Passages
 
 BAD = (MicroBatchError, SpecMismatch, SaltMismatch)
-"""What is wrong with a single record."""
+"""The errors that concern a single record."""
 
 Taken = TypeVar("Taken")
 
@@ -22,8 +22,8 @@ class LogRecord(NamedTuple):
     Attributes:
         first: Its offset.
         next: The offset after it.
-        value: What it holds.
-        damage: Why it cannot be read; empty where it can.
+        value: Its value.
+        damage: Why it cannot be read; empty if it can.
     """
 
     first: int
@@ -32,7 +32,7 @@ class LogRecord(NamedTuple):
     damage: str = ""
 
     def require_whole(self, where: str) -> None:
-        """Refuses a damaged one.
+        """Raises if the record is damaged.
 
         Raises:
             MicroBatchError: It is damaged.
@@ -45,7 +45,7 @@ class LogRecord(NamedTuple):
 
 
 def records_of(batch: PartitionBatch) -> Iterator[LogRecord]:
-    """All of a poll, in the order of the log.
+    """All records of a poll, in log order.
 
     >>> import numpy as np
     >>> at = np.array([4, 9])
@@ -69,18 +69,18 @@ def take_or_leave(
     passages: Passages,
     take: Callable[[bytes | None], Taken],
 ) -> Taken | None:
-    """What `take` makes of a record; None where it is left out, once and for all.
+    """Calls `take` on a record and returns its result; None if the record is skipped, which is permanent.
 
     Args:
         record: The record.
-        where: Its place, for messages.
+        where: Its offset, for messages.
         source: The training log's partition.
         marks: The next offset of each source of clicks.
-        passages: Knows what was left out, and leaves out what an operator accepts.
-        take: Learns it; what is wrong with it is one of `BAD`.
+        passages: Knows which records were skipped, and skips those that an operator accepts.
+        take: Learns the record's value; raises one of `BAD` if it cannot.
 
     Raises:
-        SpringtideError: Of `take`, where nobody accepts that the record is left out.
+        SpringtideError: From `take`, if the operator does not accept to skip the record.
     """
     if passages.is_left_out(source, record.first):
         return None

@@ -1,4 +1,4 @@
-"""Learns records of the training log again, segment by segment, as the trainer did."""
+"""Replays records of the training log, segment by segment, exactly as the trainer learned them."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ PROGRESS_S = 1.0
 ACCOUNT = ("rows", "duplicate", "masked")
 
 Learn = Callable[[int, bytes | None, LogSegment], None]
-"""Takes a record: offset, value, and the segment it is in."""
+"""Learns a record: offset, value, and its segment."""
 
 
 class Replay:
-    """Learns the records of the log again. One thread.
+    """Learns the records of the log again. Not thread-safe.
 
     Args:
-        trainer: At the base.
-        base: Its manifest; None for nothing.
-        target: The manifest of the version to come to.
-        specs: Digests of the feature specs that upgrades left.
-        lost: Erasures whose users' rows were taken out of the base after it was made.
+        trainer: A trainer in the state of the base.
+        base: The base's manifest; None for an untrained trainer.
+        target: The manifest of the version to reproduce.
+        specs: Digests of the feature specs that upgrades replaced.
+        lost: Erasures whose users' rows were removed from the base after it was made.
 
     Attributes:
-        unlike: Rows of such users that were learned before they were erased, which makes the result another one.
+        unlike: Rows of such users that were learned before their erasure. With any of them the result differs.
     """
 
     def __init__(
@@ -62,14 +62,14 @@ class Replay:
         self.steps = self.rows = 0
 
     def begin(self, segment: LogSegment) -> None:
-        """Before the first record of a segment: users whose erasure falls there are forgotten."""
+        """Runs before the first record of a segment. Forgets the users whose erasure is at its start."""
         if segment.forget:
             from trainer.forgetting import forget
 
             forget(self._trainer, segment.forget.users.ids)
 
     def take(self, offset: int, value: bytes | None, segment: LogSegment) -> None:
-        """One record is one step, as in the trainer's loop.
+        """Learns one record in one step, as in the trainer's loop.
 
         Raises:
             MicroBatchError: The record cannot be read.
@@ -85,7 +85,7 @@ class Replay:
         if len(found.batch) == 0:
             return
         if self._trainer.guard.held:
-            # Nothing is learned while training is held: somebody let it go on from here.
+            # Nothing is learned while training is held, so an operator must have resumed it here.
             self._trainer.guard = self._trainer.guard.released()
         self.unlike += int(self._lost.after(segment.erased).users.has(found.batch.user).sum())
         mask = segment.mask_at(found.batch.header.mask_generation)
@@ -96,17 +96,17 @@ class Replay:
 
 
 class SegmentReader:
-    """Reads segments of the training log, over the gaps and bad records that the trainer passed. One thread.
+    """Reads segments of the training log, past the gaps and bad records that the trainer passed. Not thread-safe.
 
-    A rollback makes a segment begin before the one before it ended: the log is
-    opened again there.
+    After a rollback a segment begins before the end of the previous one; the log is
+    then opened again at that offset.
 
     Args:
         open_at: Opens the log at an offset.
-        log: The part of the log that the version says it learned.
+        log: The range of the log that the version's manifest states.
         accepted: Gaps that the trainer passed.
-        patience_s: The longest wait for a record that must be there.
-        elapsed: Monotonic seconds.
+        patience_s: The longest wait for a record that must exist.
+        elapsed: Monotonic clock in seconds.
     """
 
     def __init__(
@@ -125,9 +125,9 @@ class SegmentReader:
         """Offset and value of each record of a segment, in order.
 
         Raises:
-            GapError: Records are gone.
-            LogError: They do not come.
-            MicroBatchError: One is damaged that was learned.
+            GapError: Records were deleted.
+            LogError: Records do not arrive in time.
+            MicroBatchError: A record that was learned is damaged.
         """
         log = self._moved_to(self._past(segment.first))
         waited_s = self._elapsed()
@@ -172,13 +172,13 @@ class SegmentReader:
 
 
 class ReplayProgress:
-    """Says once a second how far a replay is, and how long it will take.
+    """Reports the progress and the remaining time of a replay once a second.
 
     Args:
-        total: Positions to do.
-        done: What counts steps and rows.
-        say: Takes the lines.
-        elapsed: Monotonic seconds.
+        total: Positions to replay.
+        done: The replay, which counts steps and rows.
+        say: Receives the lines.
+        elapsed: Monotonic clock in seconds.
     """
 
     def __init__(
@@ -189,9 +189,9 @@ class ReplayProgress:
         self._began: tuple[float, int] | None = None
 
     def reach(self, positions: int) -> None:
-        """Notes that so many positions are done."""
+        """Reports that this many positions are done."""
         now_s = self._elapsed()
-        # The first step compiles: the pace is measured from there.
+        # The first step compiles, so the pace is measured from its end.
         self._began = began_s, began = self._began or (now_s, positions)
         if now_s - self._said_s < PROGRESS_S or positions <= began:
             return
@@ -210,18 +210,18 @@ def replay(
     learn: Learn,
     reach: Callable[[int], None],
 ) -> None:
-    """Gives each record of the segments to `learn`, in order; closes the reader.
+    """Passes each record of the segments to `learn`, in order; closes the reader.
 
     Args:
-        reader: Of the log.
+        reader: Reads the log.
         segments: Oldest first.
-        begin: Told of each segment before its first record.
-        learn: Takes each record.
-        reach: Told the number of positions done.
+        begin: Called with each segment before its first record.
+        learn: Called with each record.
+        reach: Called with the number of positions done.
 
     Raises:
-        GapError: Records are gone.
-        LogError: They do not come.
+        GapError: Records were deleted.
+        LogError: Records do not arrive in time.
     """
     done = 0
     try:

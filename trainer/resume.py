@@ -1,4 +1,4 @@
-"""Opens the training log where a version left it, or behind what was accepted as lost there."""
+"""Opens the training log at the offset where a version ended, or after gaps that were accepted there."""
 
 from __future__ import annotations
 
@@ -17,38 +17,38 @@ class OpenLog(Protocol):
     """Opens the training log."""
 
     def __call__(self, offset: int | None, leader: int = -1) -> LogReader:
-        """The log at an offset.
+        """Opens the log at an offset.
 
         Args:
             offset: None is its beginning.
-            leader: The leader's epoch of the record before it; -1 where that is not known.
+            leader: The leader epoch of the record before it; -1 if unknown.
         """
         ...
 
 
 def resume(restored: Manifest, line: LogLine, open_log: OpenLog, passages: Passages) -> tuple[LogReader, int]:
-    """The log at the offset where `restored` goes on along `line`, and that offset.
+    """Opens the log at the offset where `restored` continues along `line`; returns the log and that offset.
 
-    1. The version was loaded.
-    2. The log is open at its place.
+    1. The version is loaded.
+    2. The log is open at its offset.
 
-    Nothing was written so far: a crash leaves the same to be done.
+    Nothing is written up to here: a crash leaves the same work to do.
 
     Raises:
-        UnknownTopic: The log was made anew since that version.
-        GapError: It does not reach back to that version any more, and nobody accepted it.
-        TruncatedLog: It was cut back behind that version.
+        UnknownTopic: The log was recreated since that version.
+        GapError: It no longer reaches back to that version, and the operator does not accept the gap.
+        TruncatedLog: It was cut back to before the version's end.
     """
     # 1.
     killpoints.reach("enter.restored")
     if not restored.log.topic_id:
-        # Its log is lost with Kafka: another one is read from its beginning.
+        # The version's log was lost with Kafka: the new log is read from its beginning.
         log = open_log(None)
         return log, log.position(restored.log.partition)
     source = Source(restored.log.topic_id, restored.log.partition)
     at = passages.past(source, onward(line, restored.log.next))
     try:
-        # Who wrote what is passed over on the way there is not known.
+        # If records are skipped on the way, the leader epoch of the record before `at` is unknown.
         log = open_log(at, restored.log.leader_epoch if at == restored.log.next else -1)
     except TruncatedLog:
         raise

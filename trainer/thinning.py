@@ -1,9 +1,9 @@
-"""Which versions stay by their age, which deltas are merged into one, and which bases are needed to load them. Pure.
+"""Plans the retention of versions: which stay, which deltas are merged, and which bases are needed. Pure functions.
 
-A version stays while it is young; later the newest of each ten minutes, then of
-each hour does. What lies between is merged into the delta of the next one that
-stays: loading it gives the same bits. A base goes where the one before it and
-the deltas since then load quickly too.
+Every version stays while it is young. Later the newest of each ten minutes stays,
+then the newest of each hour. The deltas in between are merged into the delta of the
+next version that stays; loading it gives the same bits. A base is removed if the
+previous base and the deltas since then also load quickly.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from state.registry.manifest import Manifest, sees
 HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
 SPARE_BASES = 2
-"""The newest bases stay: a damaged one falls back to the one before."""
+"""The newest bases always stay: if one is damaged, the one before it is used."""
 
 
 @dataclass(frozen=True, slots=True)
 class Tiers:
-    """How long what is kept.
+    """The retention times of versions.
 
     Attributes:
-        each_ms: Each durable version.
-        thin_ms: One in `thin_every_ms`.
-        sparse_ms: One in `sparse_every_ms`.
+        each_ms: Every durable version is kept this long.
+        thin_ms: One version in `thin_every_ms` is kept this long.
+        sparse_ms: One version in `sparse_every_ms` is kept this long.
         thin_every_ms: The distance of versions older than `each_ms`.
-        sparse_every_ms: The distance of those older than `thin_ms`.
-        most_bytes: All versions together.
-        load_bytes: Deltas that may be read beyond a base of less than that.
+        sparse_every_ms: The distance of versions older than `thin_ms`.
+        most_bytes: The most bytes of all versions together.
+        load_bytes: Bytes of deltas that a load may read after its base; more if the base is larger than this.
     """
 
     each_ms: int
@@ -44,7 +44,7 @@ class Tiers:
 
 
 class Merge(NamedTuple):
-    """Deltas to become one.
+    """Deltas to merge into one.
 
     Attributes:
         path: The versions, oldest first; the last one stays.
@@ -56,12 +56,12 @@ class Merge(NamedTuple):
 
 
 class Thinning(NamedTuple):
-    """What is to be done, in this order.
+    """A retention plan, in the order in which to apply it.
 
     Attributes:
         merges: Deltas to merge.
-        deltas: Versions whose deltas go.
-        bases: Versions whose bases go.
+        deltas: Versions whose deltas are removed.
+        bases: Versions whose bases are removed.
     """
 
     merges: list[Merge]
@@ -72,13 +72,13 @@ class Thinning(NamedTuple):
 def plan(
     deltas: Sequence[Manifest], bases: Sequence[Manifest], keep: Collection[int], tiers: Tiers, now_ms: int
 ) -> Thinning:
-    """What to merge and what to remove, so that all that stays can be loaded.
+    """Plans what to merge and what to remove, so that all remaining versions can be loaded.
 
     Args:
-        deltas: Of the versions, ascending.
-        bases: Likewise.
+        deltas: Manifests of the deltas, ascending.
+        bases: Manifests of the bases, ascending.
         keep: Versions that stay whatever their age.
-        tiers: How long what is kept.
+        tiers: The retention times.
         now_ms: Wall clock.
     """
     held = _Held(deltas, bases)
@@ -91,14 +91,14 @@ def plan(
     for base in bases[1:]:
         if held.bytes_after(found) <= tiers.most_bytes:
             break
-        # The oldest go first, with the base that they start from.
+        # The oldest versions are removed first, with the base that they start from.
         wanted = {version for version in wanted if version >= base.version or version in must}
         found = _thinned(held, wanted, expired, tiers)
     return found
 
 
 class _Held:
-    """The versions there are."""
+    """The existing versions."""
 
     def __init__(self, deltas: Sequence[Manifest], bases: Sequence[Manifest]) -> None:
         self.deltas = {one.version: one for one in deltas}
@@ -106,7 +106,7 @@ class _Held:
         self.all: Mapping[int, Manifest] = self.bases | self.deltas
 
     def path(self, version: int, stops: Collection[int]) -> tuple[list[int], int | None]:
-        """The deltas from `version` back to before one of `stops`, newest first, and that one; None where none is reached."""
+        """The deltas from `version` back to one of `stops`, newest first, and that stop; None if none is reached."""
         path: list[int] = []
         at: int | None = version
         while at is not None and (at == version or at not in stops):
@@ -117,16 +117,16 @@ class _Held:
         return path, at
 
     def start(self, version: int, bases: Collection[int]) -> int | None:
-        """Of ascending `bases` the one that `version` is loaded from."""
+        """The one of ascending `bases` that `version` is loaded from."""
         line = self.all[version].visible
         return max((one for one in bases if one <= version and sees(line, one)), default=None)
 
     def weight(self, versions: Collection[int]) -> int:
-        """The bytes of deltas."""
+        """The total bytes of deltas."""
         return sum(_bytes(self.deltas[version]) for version in versions)
 
     def bytes_after(self, plan: Thinning) -> int:
-        """At most so many bytes are left, of all."""
+        """An upper bound of the bytes of all versions after the plan."""
         merged = {version for merge in plan.merges for version in merge.path}
         gone = set(plan.deltas) - merged
         kept = [one for version, one in self.bases.items() if version not in plan.bases]
@@ -134,7 +134,7 @@ class _Held:
 
 
 def _young_enough(held: _Held, tiers: Tiers, now_ms: int) -> set[int]:
-    """Versions that stay by their age; and where an epoch turned off from another: each has its own line of the log."""
+    """Versions that stay by their age, and those around branch points: each epoch has its own branch of the log."""
     newest: dict[tuple[int, int, int], int] = {}
     for version, one in sorted(held.all.items()):
         for every in (tiers.thin_every_ms, tiers.sparse_every_ms):
@@ -162,7 +162,7 @@ def _thinned(held: _Held, wanted: Collection[int], expired: Collection[int], tie
     for version in sorted(stops & held.deltas.keys()):
         path, parent = held.path(version, stops)
         if parent is None:
-            # Loaded from its own base; or what it needs is gone, and nobody takes it for good.
+            # It is loaded from its own base; or a delta that it needs is missing, and it is no target to load.
             if version not in kept:
                 live.add(version)
             continue
@@ -174,7 +174,7 @@ def _thinned(held: _Held, wanted: Collection[int], expired: Collection[int], tie
 
 
 def _needed_bases(held: _Held, wanted: Collection[int], expired: Collection[int], tiers: Tiers) -> set[int]:
-    """The bases that `wanted` versions start from, without those that one before is near enough to, which is to stay too."""
+    """The bases that `wanted` versions start from, without those for which an earlier, lasting base is near enough."""
     every = sorted(held.bases)
     starts: dict[int, set[int]] = {}
     for version in wanted:

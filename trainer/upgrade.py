@@ -1,18 +1,19 @@
-"""Goes on from what was learned with another model, preprocessing or feature spec: `springtide upgrade`.
+"""Continues training with another model, preprocessing or feature spec: `springtide upgrade`.
 
 1. The newest version is read, and the model of the settings is built.
-2. What goes on of it and what begins anew is said; `--dry-run` ends here.
-3. The next control generation begins an epoch that goes on from it: one
-   exclusive create. Nothing else is changed.
+2. The command reports what is carried over and what starts from scratch;
+   `--dry-run` ends here.
+3. The next control generation begins an epoch that continues from the version, by
+   one exclusive create. Nothing else is changed.
 
-The trainer, started with these settings, makes the epoch's first version;
-until then answers come from the old one, with its own features. With
-`--learn-anew` the epoch begins from nothing, learns all of the training log
-that is kept, and answers stay where they are until it has caught up.
+The trainer, started with these settings, makes the epoch's first version. Until
+then serving uses the old version, with its own features. With `--learn-anew` the
+epoch starts from scratch and learns all retained records of the training log.
+Serving stays at its version until the trainer has caught up.
 
-It needs the trainer's lock, for what the trainer would still learn with the old
-settings would be lost: stop the trainer first. Answers go on meanwhile. Exit
-codes: 0 done, 1 failed, 2 wrong use.
+The command needs the trainer's lock, because anything that the trainer learned
+meanwhile with the old settings would be lost: stop the trainer first. Serving
+continues. Exit codes: 0 done, 1 failed, 2 wrong use.
 """
 
 from __future__ import annotations
@@ -57,13 +58,13 @@ HELP = {
 
 
 def run(settings: Settings, dry_run: bool, learn_anew: bool, reason: str, say: Say, now_ms: int) -> Control | None:
-    """Does one upgrade; returns the new control, None where nothing was changed.
+    """Does one upgrade; returns the new control, or None if nothing was changed.
 
     Raises:
         LockHeld: A trainer is running.
         RegistryError: There is no registry, or nothing was learned in it.
         ProgramError: The model cannot be built.
-        ControlConflict: Somebody else changed control meanwhile.
+        ControlConflict: Another process changed control meanwhile.
     """
     if not (settings.registry_dir / layout.VERSIONS).is_dir():
         raise RegistryError(
@@ -104,7 +105,7 @@ def run(settings: Settings, dry_run: bool, learn_anew: bool, reason: str, say: S
 def planning(
     registry: Registry, version: Manifest, settings: Settings, spec: FeatureSpec
 ) -> tuple[Carrying, list[str]]:
-    """What becomes of a version in the model of the settings, and the same in words.
+    """Plans what the settings' model carries over from a version; also returns the plan as text.
 
     Raises:
         UnknownVersion, CorruptVersion: The version cannot be read.
@@ -117,7 +118,7 @@ def planning(
 
         device.prepare(settings.trainer.device, settings.trainer.threads)
         name = registry.bootstrapped(spec.digest, settings.model)
-        # Without an analysis the default preprocessing has the same width as logarithms.
+        # Without an analysis: the default preprocessing has the same width as logarithms.
         preprocessing = None if name is None else preprocessing_of(registry.transform(name))
         trainer = trainer_of(settings, spec, preprocessing)
     planned = planned_for(registry, version, trainer)
@@ -135,7 +136,7 @@ def planning(
 
 
 def planned_for(registry: Registry, version: Manifest, trainer: Trainer) -> Carrying:
-    """What becomes of a version in the model of a trainer, which is cleared.
+    """Plans what a trainer's model carries over from a version. Clears the trainer.
 
     Raises:
         UnknownVersion, CorruptVersion: The version cannot be read.
@@ -159,27 +160,27 @@ def propose(
     reason: str,
     now_ms: int,
 ) -> Control:
-    """Control's next generation, which begins the epoch; durable when this returns.
+    """Creates control's next generation, which begins the epoch; durable on return.
 
     Args:
         registry: With the trainer's lock held.
-        settings: To go on with.
+        settings: The new settings.
         spec: Their feature spec.
-        version: To go on from; None learns anew.
+        version: The version to continue from; None starts from scratch.
         plan: What is carried over.
         who: The actor.
-        reason: Why.
+        reason: The reason for the upgrade.
         now_ms: Wall clock.
 
     Raises:
-        ControlConflict: Others changed control all the time.
+        ControlConflict: Other processes keep changing control.
     """
     newest = version_to_go_on_from(registry)
     was = {} if newest is None else {"was": newest.spec}
     document = {**going_on_to(settings, spec.digest), **was, **plan}
 
     def decided(control: Control) -> Control:
-        # Nothing answers well before it has learned: what answers now goes on until then.
+        # An untrained model serves badly, so serving stays at its version until the trainer has caught up.
         stays = control.serving.version or (None if newest is None else newest.version)
         return upgrade(
             *(control, None if version is None else version.version, document),

@@ -1,1 +1,1 @@
-"""Learns who leaves, from the rows of micro-batches: examples that wait for their label, the regression, its measures."""
+"""Learns from micro-batches which users churn: examples that wait for their label, the regression, its metrics."""

@@ -1,18 +1,18 @@
-"""A logistic regression that learns example by example as well as one that is fitted anew to all of them.
+"""An online logistic regression. It learns example by example, as well as one that is refitted to all examples.
 
-It keeps a Gaussian over the weights, mean and covariance. After an example with
-inputs x and outcome y the mean is where the Gaussian before times the likelihood
-of the example is largest, and the covariance that of the curvature there
-(Spiegelhalter and Lauritzen 1990, their Laplace step taken at the mode). With
-g = C x, v = x C x and s the logit before:
+It keeps a Gaussian over the weights: mean and covariance. After an example with
+inputs x and outcome y, the mean is the maximum of the prior Gaussian times the
+likelihood of the example. The covariance is that of the curvature there
+(Spiegelhalter and Lauritzen 1990, with their Laplace step taken at the mode).
+With g = C x, v = x C x and s the logit before:
 
-    s' = s + v (y - sigma(s'))            the logit at the mode, by halving
+    s' = s + v (y - sigma(s'))            the logit at the mode, by bisection
     mean += g (y - sigma(s'))
     C    -= g g' r / (1 + r v)            r = sigma(s') (1 - sigma(s'))
 
-Nothing has to be chosen: no rate of learning, no scale of the inputs, no number
-of passes. Each variance grows by a little with each example, up to the first
-one, so that what users do may change.
+There is nothing to tune: no learning rate, no scale of the inputs, no number of
+passes. Each variance grows slightly with each example, up to its initial value,
+so that the model can follow users whose behaviour changes.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ HALVINGS = 40
 
 
 class OnlineRegression:
-    """The regression.
+    """A logistic regression that learns online.
 
     Args:
         mean: `[I]` float64, the weights before the first example.
-        variance: Of each of them.
-        drift: By which each variance grows with each example.
+        variance: The initial variance of each weight.
+        drift: The amount by which each variance grows with each example.
     """
 
     def __init__(self, mean: F64, variance: float, drift: float) -> None:
@@ -45,9 +45,9 @@ class OnlineRegression:
         self.clear()
 
     def clear(self) -> None:
-        """Nothing is learned."""
+        """Resets to the initial state."""
         self.mean: F64 = self._first.copy()
-        # Of a symmetric matrix the part on and above the diagonal; nobody reads the rest.
+        # The matrix is symmetric: only the diagonal and the part above it are used.
         self._covariance: F64 = np.eye(self.mean.size) * self._variance
 
     def learn(self, inputs: F64, outcome: npt.NDArray[np.bool_]) -> F64:
@@ -58,7 +58,7 @@ class OnlineRegression:
             outcome: `[n]` bool.
 
         Returns:
-            `[n]` float64, the logit of each before it was learned.
+            `[n]` float64, the logit of each example before it was learned.
         """
         logits = np.empty(len(outcome))
         inputs, outcomes = np.ascontiguousarray(inputs), outcome.astype(np.float64)
@@ -66,11 +66,11 @@ class OnlineRegression:
         return logits
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """All of it, for a version."""
+        """The whole state, to be stored in a version."""
         return {"mean": self.mean.copy(), "covariance": self._covariance[np.triu_indices(self.mean.size)]}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Sets what `state` returned."""
+        """Restores what `state` returned."""
         self.mean = np.array(state["mean"])
         self._covariance = np.zeros((self.mean.size, self.mean.size))
         self._covariance[np.triu_indices(self.mean.size)] = state["covariance"]

@@ -1,1 +1,1 @@
-"""How a step is computed: scores, gradients, the guard, and the optimizers that apply them."""
+"""Computes a training step: scores, gradients, the guard, and the optimizers that apply the gradients."""

@@ -1,4 +1,4 @@
-"""What an engine is: it measures a record without changing anything, and applies what it measured."""
+"""The interface of a training engine: it measures a record without side effects, and applies the measured update."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
 
 CROSS = "cross"
-"""The table of crosses, whose rows are learned row after row and have no derivative."""
+"""The table of crosses. Its rows are learned one training row after another and have no derivative."""
 
 
 @layout("f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], i4[::1], f4[::1], f4[::1]")
 class Scores(NamedTuple):
-    """The measures of a record, without dropout.
+    """The scores and losses of a record, without dropout.
 
     Attributes:
         recent_logits: `[B, L]` float32, MASKED where there is no category.
         popular_logits: `[B, P]` float32.
         successor_logits: `[B, S]` float32.
         interest_loss: `[B]` float32, 0 without a target.
-        rank: `[B]` int32, candidates before the target; all of them where it is none.
-        engagement: `[2 B]` float32 logits, of the rows' own pairs and then of their negatives.
+        rank: `[B]` int32, candidates before the target; all of them if the target is no candidate.
+        engagement: `[2 B]` float32 logits, first of the rows' own pairs, then of their negatives.
         engagement_loss: `[2 B]` float32.
     """
 
@@ -44,13 +44,13 @@ class Scores(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """A record as an engine measured it.
+    """A measured record: its scores and the update that it would cause.
 
     Attributes:
         scores: Before learning.
-        squared_norm: Of the whole gradient.
-        rows: `[u]` int32 of each table, the rows that change when it is applied, the missing one first.
-        found: What the engine needs to apply it.
+        squared_norm: Squared norm of the whole gradient.
+        rows: By table, `[u]` int32, the rows that applying the update changes, the missing row first.
+        found: Engine-specific data that `apply` needs.
     """
 
     scores: Scores
@@ -60,17 +60,17 @@ class Measured:
 
 
 class Engine(Protocol):
-    """Computes steps. One thread."""
+    """Computes training steps. Not thread-safe."""
 
     name: str
 
     def measure(self, record: Record, move: bool = True) -> Measured:
-        """Scores a record and finds its gradient; changes nothing.
+        """Scores a record and computes its gradient, without side effects.
 
         Args:
-            record: Of the trainer's tables as they are.
-            move: Whether fast weights move within the record, as they do in training; else all rows see the same.
+            record: Built from the trainer's current tables.
+            move: Whether fast weights move within the record, as in training. Otherwise all rows see the same weights.
         """
 
     def apply(self, measured: Measured) -> None:
-        """Changes weights, rows and their slots as measured; called before anything else changes them."""
+        """Applies the measured update to weights, rows and their slots. Nothing else may change them in between."""

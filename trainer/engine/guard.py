@@ -1,23 +1,23 @@
-"""Decides about each update before it changes a weight: accept, skip, or hold training. Pure.
+"""Judges each update before it changes a weight: accept it, skip it, or hold training. Pure functions.
 
-An update of n rows is skipped where its loss or its gradient is not finite, or
-where either is far beyond what is expected of n rows:
+The guard skips an update of n rows if its loss or gradient is not finite. It also
+skips one in which either far exceeds the expectation:
 
-- The mean loss is expected to be the running mean of earlier updates, and at
-  least the logarithm of the number of candidates, which is what a row costs
-  when nothing is known about it.
-- The norm of the gradient is expected to be at most n times the gradient of one
-  row, because n gradients may all point the same way. The gradient of one row
-  is the running norm per square root of rows, divided by 1 - exp(-running
-  loss): a row that the model knows already has hardly any gradient, and says
-  nothing about the gradient of one that it does not know.
+- The expected mean loss is the running mean of earlier updates. It is at least
+  the logarithm of the number of candidates, the loss of a row about which the
+  model knows nothing.
+- The expected norm of the gradient is at most n times the gradient of one row,
+  because n gradients may all point in the same direction. The gradient of one
+  row is the running norm per square root of rows, divided by 1 - exp(-running
+  loss). The reason for the divisor: a row that the model predicts well has hardly
+  any gradient, which is no measure of the gradient of an unknown row.
 
-An update may exceed the expectation `factor` times, and 1 / sqrt(n) times that
-on top, because a mean of n rows varies so much by chance. An update that is
+The limit is `factor` times the expectation, plus 1 / sqrt(n) times that, because
+the mean of n rows varies that much by chance. An update that is
 skipped for its size raises the running values as if it had been at the limit.
-A change that lasts is therefore accepted after a few updates, and the windows
-of `trainer/guard` judge it. `patience` skips in a row hold training: updates
-that are not finite, or that keep growing.
+The guard therefore accepts a lasting change after a few updates, and the windows
+of `trainer/guard` judge it. `patience` consecutive skips hold training: the
+updates are not finite, or keep growing.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ WARM_UP = HYPERPARAMETERS.guard_warm_up
 """Accepted updates before the first comparison."""
 
 MEMORY = HYPERPARAMETERS.guard_memory
-"""Share of the newest update in the running values."""
+"""Weight of the newest update in the running values."""
 
 
 class Verdict(enum.StrEnum):
-    """What happens with a measured update."""
+    """What happens to a measured update."""
 
     ACCEPT = "accept"
     SKIP = "skip"
@@ -45,7 +45,7 @@ class Verdict(enum.StrEnum):
 
 @dataclass(frozen=True)
 class GuardState:
-    """What the guard remembers; part of each version.
+    """The guard's state, stored in each version.
 
     Attributes:
         loss: Running mean of the loss.
@@ -62,11 +62,11 @@ class GuardState:
     held: bool = False
 
     def released(self) -> GuardState:
-        """The state once an operator lets training go on: what comes next is the new usual, and is compared after the warm-up."""
+        """The state after an operator resumes training: the running values and the warm-up start again."""
         return GuardState()
 
     def expected(self, candidates: int) -> tuple[float, float]:
-        """The loss and the gradient norm of one row of which nothing is known.
+        """The expected loss and gradient norm of one row about which the model knows nothing.
 
         >>> loss, norm = GuardState(loss=0.001, norm=0.001).expected(64)
         >>> round(loss, 2), round(norm, 2)
@@ -79,19 +79,19 @@ class GuardState:
 def judge(
     state: GuardState, loss: float, norm: float, rows: int, candidates: int, factor: float, patience: int
 ) -> tuple[Verdict, GuardState]:
-    """Decides about one update and remembers it.
+    """Judges one update and returns the new state.
 
     Args:
-        state: What was remembered.
+        state: The guard's state.
         loss: Mean loss over the update's rows.
         norm: Norm of the gradient of the summed loss.
-        rows: Rows of the update; 0 where none of them teaches anything, so that there is nothing to judge.
+        rows: Rows of the update; 0 if no row is learned from, so that there is nothing to judge.
         candidates: Candidates of a row.
         factor: How many times the expectation is too much.
-        patience: Skips in a row at which training is held.
+        patience: Consecutive skips at which training is held.
 
     Returns:
-        The verdict and the new state; HOLD is a skip after which no update may follow.
+        The verdict and the new state. HOLD is a skip after which no update may follow.
 
     >>> verdict, state = judge(GuardState(), 2.0, 1.0, 1, 64, factor=8.0, patience=2)
     >>> verdict.value, state.accepted
@@ -115,7 +115,7 @@ def judge(
         if finite:
             state = _moved(state, min(loss, factor * usual_loss), min(scaled, factor * usual_norm), MEMORY)
         return (Verdict.HOLD if state.held else Verdict.SKIP), state
-    # The first updates are averaged evenly, so that none of them weighs for long.
+    # The first updates are averaged evenly, so that none of them dominates for long.
     share = max(MEMORY, 1.0 / (state.accepted + 1))
     return Verdict.ACCEPT, replace(_moved(state, loss, scaled, share), accepted=state.accepted + 1, skipped=0)
 

@@ -1,4 +1,4 @@
-"""The trainer that the settings ask for."""
+"""Builds the trainer that the settings ask for."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from trainer.model.preprocessing import Preprocessing
 
 
 def trainer_of(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | None = None) -> Trainer:
-    """A trainer that has learned nothing; with a privacy budget one that learns privately.
+    """An untrained trainer. With a privacy budget it learns with differential privacy.
 
     Args:
         settings: All settings.
@@ -17,11 +17,11 @@ def trainer_of(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessi
         preprocessing: `[B, D]` float32 raw integers to `[B, D']`; None takes logarithms.
 
     Raises:
-        SettingsError: A budget is set, and the key of the noise is gone.
+        SettingsError: A budget is set, and the noise key is missing.
     """
     if not settings.privacy.epsilon:
         return Trainer(settings, spec, preprocessing)
-    # Not at the top: what computes a budget takes a second to load.
+    # Imported here, because the privacy accountant takes a second to load.
     from trainer.engine.private_step import PrivateTrainer
 
     return PrivateTrainer(settings, spec, preprocessing)

@@ -1,8 +1,9 @@
-"""A ranker's own tables: how they begin, and which ids of a record grow them.
+"""Creates and grows a custom ranker's own tables.
 
-A row is due to what happened, not to how often it is looked up: an item that
-lies among the latest events of a thousand users was clicked once. So ids of
-events, negatives and candidates grow a table by the row's own item or category.
+A row is created for ids that occur in events, not for ids that are often looked
+up: an item in the recent events of a thousand users was clicked once. Ids of
+events, negatives and candidates therefore grow a table only through the row's
+own item or category.
 """
 
 from __future__ import annotations
@@ -28,10 +29,10 @@ GROWN_BY = {
     "negative_category": "category",
     "negative_item_attributes": "item_attributes",
 }
-"""Which ids grow a table that is looked up by these; all others do so themselves."""
+"""By ids that look a table up, the ids that grow it instead. All other ids grow their table themselves."""
 
 FEW = frozenset({"context", "item_attributes", "sequence_actions"})
-"""Ids of so few values that each gets a row when it is first seen, as in the table `context`."""
+"""Ids with so few values that each gets a row at its first occurrence, as in the table `context`."""
 
 EMBEDDINGS = ("user", "item", "category", "context")
 """The tables of embedding rows of every ranker."""
@@ -69,14 +70,14 @@ class Growth:
 
     Args:
         ranker: The ranker.
-        tables: The trainer's.
+        tables: The trainer's tables by name.
     """
 
     def __init__(self, ranker: Ranker, tables: Mapping[str, Table]) -> None:
         self._grown = [(tables[name], ids) for name, ids in grown_by(ranker).items()]
 
     def observe(self, batch: MicroBatch, context: U64, item_attributes: U64) -> None:
-        """Counts one sighting of each id; those due get a row.
+        """Counts one occurrence of each id, and creates the rows that are due.
 
         Args:
             batch: n rows.

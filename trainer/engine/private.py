@@ -1,13 +1,13 @@
-"""How a record is learned where `privacy.epsilon` is set: by rows that see no other one, clipped by unit, with noise.
+"""Learns a record with differential privacy (`privacy.epsilon`): rows in isolation, clipped by unit, with noise.
 
-1. A row loses what other rows brought into it: its drawn negative, and the
-   category of another row in its last slot.
-2. Users who had their updates of the period take no part.
-3. Each unit's rows together are scaled to `privacy.clip`, each loss to a share of it.
-4. Noise is added, which the key and the history of the record decide. Only then
-   is the sum seen by the guard, an optimizer or a version.
+1. A row loses what comes from other rows: its drawn negative, and another row's
+   category in its last slot.
+2. Users who reached their number of updates for the period take no part.
+3. The rows of each unit together are scaled to `privacy.clip`, each loss to a share of it.
+4. Noise is added. The key and the history of the record determine it. Only then
+   does the guard, an optimizer or a version see the sum.
 
-`trainer/PRIVACY.md` says what follows from that.
+`trainer/PRIVACY.md` describes what this guarantees.
 """
 
 from __future__ import annotations
@@ -36,23 +36,24 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
 NOISE_FLOOR = 0.3
-"""What is added to the root of Adam's mean squared derivative, over the noise of a derivative. Adam alone makes a derivative that
-is noise as large a step as one that is not: the more a part of the noise it is, the smaller its step is so (Reddi et al.
-2021, where this number says how adaptive a step is)."""
+"""Added to the root of Adam's mean squared derivative, in units of the noise of a derivative.
+
+Adam alone moves as far along a derivative that is pure noise as along any other. With this term, the larger the share
+of noise, the smaller the step (Reddi et al. 2021, where this number sets how adaptive a step is)."""
 
 FACTORS = tuple(name for names in LOSSES.values() for name in names)
-"""Of `Targets`: the factors of a row's losses."""
+"""Fields of `Targets`: the factors of a row's losses."""
 
 ROUNDING = 1e-4
-"""How much shorter than the bound a unit is made: more than what sums in float32 lose."""
+"""Relative margin by which a unit's norm stays below the bound: more than float32 sums lose."""
 
 
 class Units(NamedTuple):
-    """The units of an update.
+    """The privacy units of an update.
 
     Attributes:
-        of: `[B]` int64, the number of each row's unit.
-        learned: `[B]` bool, whether it takes part.
+        of: `[B]` int64, the index of each row's unit.
+        learned: `[B]` bool, whether the row takes part.
     """
 
     of: npt.NDArray[np.int64]
@@ -61,11 +62,11 @@ class Units(NamedTuple):
 
 @dataclass(frozen=True)
 class Update:
-    """An update of a record.
+    """One private update of a record.
 
     Attributes:
-        units: Of its rows.
-        noise: The name of its noise.
+        units: The units of its rows.
+        noise: The name that determines its noise.
     """
 
     units: Units
@@ -73,17 +74,17 @@ class Update:
 
 
 class PrivateLearning:
-    """The mechanism of one trainer.
+    """The differential privacy mechanism of one trainer: participation, clipping and noise.
 
     Args:
         settings: All settings, with `privacy.epsilon` above 0.
-        key: Of the noise.
+        key: The key of the noise.
 
     Attributes:
-        updates: Of a period that one unit is in, at most.
-        noise: Its standard deviation over the clipping bound.
-        deviation: The noise on each derivative.
-        allowance: Who has been in how many updates; part of each version.
+        updates: The most updates of a period that one unit takes part in.
+        noise: Standard deviation of the noise, divided by the clipping bound.
+        deviation: Standard deviation of the noise on each derivative.
+        allowance: How many updates each user took part in; part of each version.
         history: Names the noise of each record; part of each version.
     """
 
@@ -95,16 +96,16 @@ class PrivateLearning:
         self.allowance = Participation(wanted.updates, int(1000 * wanted.period_s))
         self.history, self._noise, self._clip = History(key), Noise(key), wanted.clip / HYPERPARAMETERS.loss_scale
         self.deviation = self.noise * self._clip
-        # Each loss has a share of the bound, so that the one with the longer gradients leaves room for the other.
+        # Each loss has a share of the bound, so that the loss with the longer gradients does not displace the other.
         self._losses = tuple(LOSSES) if labelled(settings) else ("interest",)
 
     def begin(self, users: U64, record: str, number: int) -> Update:
-        """An update of a record; counts for each user that takes part.
+        """Starts an update of a record, and counts it for each user that takes part.
 
         Args:
             users: `[B]` uint64.
-            record: The name of the record's noise, of `History.take`.
-            number: Of the update in it.
+            record: The name of the record's noise, from `History.take`.
+            number: The number of the update within the record.
         """
         noise = f"{record} update {number}"
         if not self._by_user:
@@ -112,24 +113,24 @@ class PrivateLearning:
         return Update(Units(np.unique(users, return_inverse=True)[1], self.allowance.admit(users)), noise)
 
     def measure(self, engine: PrivateEngine, record: Record, update: Update) -> Measured:
-        """The scores of a record, and what an update may tell of its gradient.
+        """The scores of a record, and the clipped gradient of an update with noise.
 
         Args:
-            engine: That of the trainer.
-            record: Of `alone`.
-            update: Of `begin`.
+            engine: The trainer's engine.
+            record: From `alone`.
+            update: From `begin`.
         """
         record = self.within(engine, engine.crossed(record), update.units)
         measured = engine.measure(record, move=False)
         return engine.told(measured, record, self._normal(update), self.deviation, self._by_user)
 
     def within(self, engine: PrivateEngine, record: Record, units: Units) -> Record:
-        """The record whose losses are scaled, each loss of a unit by itself, so that no unit is longer than the bound.
+        """Scales the losses of a record, each loss separately, so that no unit's gradient is longer than the bound.
 
         Args:
-            engine: That of the trainer.
-            record: Of `alone`.
-            units: Of its rows.
+            engine: The trainer's engine.
+            record: From `alone`.
+            units: The units of its rows.
         """
         lengths, bound = engine.lengths(record, self._losses), self._clip / len(self._losses)
         scaled = dict.fromkeys(FACTORS, np.zeros_like(record.targets.weight))
@@ -140,12 +141,12 @@ class PrivateLearning:
         return replace(record, targets=record.targets._replace(**scaled))
 
     def count(self, popular: Popular, categories: U64, update: Update, log_ms: int) -> None:
-        """Counts the categories of an update, `[B]` uint64, one click a unit, with noise on each that is known.
+        """Counts the categories of an update, one click a unit, with noise on the count of each known category.
 
         Args:
-            popular: Is changed.
-            categories: 0 for none.
-            update: Of `begin`.
+            popular: Updated in place.
+            categories: `[B]` uint64, 0 for none.
+            update: From `begin`.
             log_ms: Log time.
         """
         counted = (categories != 0) & update.units.learned
@@ -161,17 +162,17 @@ class PrivateLearning:
 
 
 def clipped(lengths: F32, units: Units, clip: float) -> F32:
-    """The factor of each row's losses with which no unit is longer than `clip`, `[B]` float32; 0 in rows that take no part.
+    """The factor of each row's losses that keeps each unit within `clip`, `[B]` float32; 0 in rows that take no part.
 
-    Lengths of a unit's rows add up at most, whatever their directions.
+    The norm of a unit is at most the sum of the norms of its rows, whatever their directions.
 
     >>> units = Units(np.array([0, 0, 1, 2]), np.array([True, True, True, False]))
     >>> clipped(np.array([3.0, 1.0, 0.5, 9.0], np.float32), units, 2.0).round(3).tolist()
     [0.5, 0.5, 1.0, 0.0]
 
     Args:
-        lengths: `[B]` float32, of each row's gradient; a row of none that is finite takes no part.
-        units: Of the rows.
+        lengths: `[B]` float32, norm of each row's gradient; a row whose norm is not finite takes no part.
+        units: The units of the rows.
         clip: The bound.
     """
     learned = units.learned & np.isfinite(lengths)

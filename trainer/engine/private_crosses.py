@@ -1,11 +1,11 @@
-"""The crosses of a private update, on the host: those of context are told with noise, and a user's own are learned exactly.
+"""The crosses of a private update, on the host: context crosses get noise, a user's own are learned exactly.
 
-A cross with the user in it is read in the answers of that user alone, as the
-user's own row is: it tells nobody else anything, and gets no noise. It is learned
-row after row, as everywhere (`trainer/engine/optimizers/crosses.py`). A weight of a
-value of the context, or of an attribute of users, moves by the sum of its
-derivatives with noise. All other crosses are left out, and no share is learned:
-each row that taught one would be seen by all rows after it.
+A cross that contains the user is read only for that user's requests, as the user's
+own row is. It reveals nothing to anybody else, so it gets no noise. It is learned
+one row after another, as usual (`trainer/engine/optimizers/crosses.py`). The weight
+of a context value, or of an attribute of users, moves by the sum of its derivatives
+with noise. All other crosses are left out. Shares are not learned, because all
+later rows would see the effect of each row.
 """
 
 from __future__ import annotations
@@ -23,48 +23,48 @@ from trainer.tables.table import Table
 
 F64 = npt.NDArray[np.float64]
 Normal = Callable[[str, int], F64]
-"""Standard normal numbers of an update, by the name of what they are for."""
+"""Returns standard normal numbers of an update, by the name of their purpose and their count."""
 
 SHARE = FIRST_SHARES[0]
-"""How much of a weight is in the logit."""
+"""The factor of a cross's weight in the logit."""
 
 RATE = 0.3
-"""Step size of weights that are told (Adagrad); they begin at 0."""
+"""Step size of released weights (Adagrad); they start at 0."""
 
 NEVER = np.inf
-"""The precision of what is not learned."""
+"""The precision of a value that is not learned."""
 
 
 class CrossesToTell:
-    """The crosses of records, of which the first columns are told and the others are users' own.
+    """The crosses of records. The first columns are released with noise; the others are users' own.
 
     Args:
-        table: Of crosses.
-        told: The number of columns that are told.
-        precision: `[T + O]` float32, of each weight before anything was learned.
+        table: The table of crosses.
+        told: The number of columns that are released.
+        precision: `[T + O]` float32, the prior precision of each weight.
     """
 
     def __init__(self, table: Table, told: int, precision: F32) -> None:
         self._table, self._told, self._precision = table, told, precision
 
     def logits(self, record: Record) -> F32:
-        """What crosses add to the logits of a record, `[B]` float32; each row's before it was learned from."""
+        """What crosses add to the logits of a record, `[B]` float32, each row before it was learned from."""
         at, own = self._own(record)
         found: F32 = own.logits + np.float32(SHARE) * own.rows[at[:, : self._told], 0].sum(1)
         return found
 
     def counts(self, record: Record) -> F32:
-        """How many weights that are told each row has, `[B]` float32."""
+        """How many released weights each row has, `[B]` float32."""
         found: F32 = (self._own(record)[0][:, : self._told] != 0).sum(1).astype(np.float32)
         return found
 
     def derivatives(self, record: Record, logits: F32) -> tuple[I32, F64]:
-        """The weights that are told, as places among the record's rows of crosses, and the derivatives of its losses by them.
+        """The released weights, as indices of the record's cross rows, and the derivatives of its losses by them.
 
         Args:
-            record: Whose factors of losses count.
-            logits: `[B]` float32, of the rows' own pairs. Without dropout they stand for those with it: no derivative by
-                either is longer than the factor of its loss, which is what the bound counts.
+            record: The record, with the factors of its losses.
+            logits: `[B]` float32, of the rows' own pairs, without dropout. Logits with dropout need not be known: a
+                derivative by either is at most the factor of its loss, and the bound counts that.
         """
         targets, at = record.targets, self._own(record)[0][:, : self._told]
         shifted = logits.astype(np.float64) + targets.label_shift
@@ -77,14 +77,17 @@ class CrossesToTell:
     def moved(
         self, record: Record, logits: F32, normal: Normal, deviation: float, floor: float
     ) -> tuple[F32, F32, float]:
-        """Rows and precision of all crosses of the record after it, `[w, 2]` float32 each, and the squared length of what was told.
+        """All crosses of the record after the update.
 
         Args:
-            record: Whose factors of losses count.
+            record: The record, with the factors of its losses.
             logits: See `derivatives`.
             normal: Makes the noise.
-            deviation: Its standard deviation.
-            floor: What is added to the root of the sum of squares.
+            deviation: Standard deviation of the noise.
+            floor: Added to the root of the sum of squares.
+
+        Returns:
+            Rows and precision, `[w, 2]` float32 each, and the squared norm of the released derivatives.
         """
         places, found = self.derivatives(record, logits)
         found = found + normal("cross", places.size) * deviation
@@ -94,7 +97,7 @@ class CrossesToTell:
         return rows, precision, float(np.square(found).sum())
 
     def _own(self, record: Record) -> tuple[I32, Crossed]:
-        """Where each cross is among the record's rows of crosses, `[B, T + O]`, and what is learned of users' own."""
+        """The index of each cross among the record's cross rows, `[B, T + O]`, and what is learned of users' own."""
         ids, shares = record.ids["cross"], record.ids["cross_share"]
         uses = np.concatenate([ids.reshape(-1), shares])
         distinct, at = self._table.distinct(self._table.find(uses))

@@ -1,4 +1,4 @@
-"""The training step where `privacy.epsilon` is set: each update of a record tells what its noise lets through, and nothing else."""
+"""The training step with a privacy budget (`privacy.epsilon`): each update releases only clipped sums with noise."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from trainer.tables.index import U64
 
 
 class PrivateTrainer(Trainer):
-    """See `Trainer`. The measures of a step stay exact: they are the operator's, and decide nothing here.
+    """A `Trainer` that learns with differential privacy. The metrics of a step stay exact; only the operator sees them.
 
     Args:
         settings: All settings, with a budget.
@@ -36,7 +36,7 @@ class PrivateTrainer(Trainer):
         private: Clips, adds noise, and remembers who took part.
 
     Raises:
-        SettingsError: The key of the noise is gone.
+        SettingsError: The key of the noise is missing.
     """
 
     def __init__(self, settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | None = None) -> None:
@@ -70,11 +70,11 @@ class PrivateTrainer(Trainer):
 
         Raises:
             TrainingHeld: The guard has held training.
-            ValueError: The batch has no row, or no place, without which its noise would be that of another record.
+            ValueError: The batch has no row, or has no `place`. Without it, its noise would be that of another record.
         """
         if place is None:
             raise ValueError("a record that is learned privately has a place in the log")
-        # Of a record that is refused nothing is remembered.
+        # A refused record leaves no trace in the history.
         if not self.guard.held and len(batch):
             self._record_noise, self._number = self.private.history.take(place, batch), 0
         return super().step(batch, seed)
@@ -89,12 +89,12 @@ class PrivateTrainer(Trainer):
         return self._judge_and_apply(batch, record, measured)
 
     def _judged(self, loss: float) -> float:
-        # An exact loss that decided about a step would tell of it; the norm is one with noise.
+        # An exact loss that decided about a step would leak information. The guard's norm includes noise.
         return 0.0
 
     def _teaching(self, rows: int, taught: bool) -> int:
-        # A step that is not applied because a row is missing would tell that it is missing. The noise is as long whatever
-        # the rows are, so that the guard compares updates as if each had one row.
+        # Skipping a step because a row is missing would reveal that it is missing. The norm of the noise does not
+        # depend on the rows, so the guard compares updates as if each had one row.
         return 1
 
     def _count(self, batch: MicroBatch, record: Record) -> None:

@@ -1,8 +1,8 @@
-"""What the host knows of a record before any engine computes: ids, integers, masks and targets, by name.
+"""A record as the host prepares it before any engine computes: ids, values, masks and targets, by name.
 
-The names are those of the table of inputs (`trainer/model/inputs.py`): an input
-with a table is the rows of the ids of that name, any other is a value of its
-own name.
+The names are those of the table of inputs (`trainer/model/inputs.py`). An input
+with a table consists of the rows of the ids of that name. Any other input is the
+value of its own name.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ F32 = npt.NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Record:
-    """A record of B rows.
+    """A training record of B rows.
 
     Attributes:
         ids: uint64 by name: user `[B]`, item `[B]`, category `[B]`, context `[B, K]`, recent `[B, L]`, popular `[P]`,
             successor `[B, S]`, other `[B]`, negative_item `[B]`, negative_category `[B]`, item_attributes `[B, A]`,
             negative_item_attributes `[B, A]`, sequence_items, sequence_categories and sequence_actions `[B, T]`, cross
             `[B, C]` (0 in rows without a label; C is 0 where no row has one), cross_share `[C]`.
-        values: By name, uint16 where they are whole numbers, else float32.
-        targets: What is learned, NumPy arrays.
+        values: By name, uint16 for whole numbers, else float32.
+        targets: The training targets, as NumPy arrays.
         partner: `[B]` int64, the row whose item is each row's negative.
-        seed: Of dropout.
+        seed: The seed of dropout.
         newest: `[B]` int32, the row of each row's newest category in the table of transitions.
     """
 
@@ -54,18 +54,18 @@ class Record:
     newest: I32
 
     def __len__(self) -> int:
-        """B."""
+        """The number of rows, B."""
         return len(self.partner)
 
 
 class Recorder:
-    """Makes records.
+    """Builds records from micro-batches.
 
     Args:
         settings: All settings.
-        crosses: With the columns of the settings.
-        columns: Of attributes.
-        dropped_units: Units of the tower's first layer of which the host draws what is kept; 0 for none.
+        crosses: The crosses, with the columns of the settings.
+        columns: The columns of attributes.
+        dropped_units: Units of the tower's first layer whose dropout the host draws; 0 for none.
     """
 
     def __init__(self, settings: Settings, crosses: Crosses, columns: Columns, dropped_units: int) -> None:
@@ -75,14 +75,15 @@ class Recorder:
         self._learned = LearnedCrosses.of(crosses.kinds, settings.privacy.unit).both if self._private else None
 
     def context_of(self, batch: MicroBatch) -> U64:
-        """`[n, K + Au]` uint64: what the tower sees as context, the user's attributes behind the fields."""
+        """`[n, K + Au]` uint64: the tower's context, which is the context fields followed by the user's attributes."""
         users = self._columns.users_of(batch)
         return np.concatenate([batch.context, users], 1) if users.shape[1] else batch.context
 
     def crosses_of(self, batch: MicroBatch) -> U64:
-        """`[n, C]` uint64, 0 in rows without a label; `[n, 0]` where no row has one. With a privacy budget those of `LearnedCrosses` alone.
+        """The crosses of each row, `[n, C]` uint64, 0 in rows without a label; `[n, 0]` if no row has one.
 
-        Only a label is learned from: of a drawn negative it is not known that anybody was shown it.
+        Crosses learn from labels only: it is not known that a drawn negative was shown to anybody. With a privacy
+        budget only the crosses of `LearnedCrosses` are returned.
         """
         known = ~np.isnan(batch.label)
         if not known.any():
@@ -99,21 +100,21 @@ class Recorder:
         return found
 
     def left(self, batch: MicroBatch) -> U64:
-        """The category that each row's event came after, `[n]` uint64; 0 where there is none, or nothing is counted of what came next."""
+        """The category that each row's event follows, `[n]` uint64. 0 if either is missing or with a privacy budget."""
         counted = (batch.category != 0) & (not self._private)
         return np.where(counted, batch.recent_categories[:, 0], np.uint64(0))
 
     def record(
         self, batch: MicroBatch, crosses: U64, popular: U64, transitions: CountTable, seed: tuple[int, int] | None
     ) -> Record:
-        """What the host knows of `batch`.
+        """Builds the record of `batch`.
 
         Args:
             batch: One row or more.
-            crosses: Of `crosses_of`.
+            crosses: From `crosses_of`.
             popular: `[P]` uint64, the popular categories, padded with 0.
             transitions: What came next after each category.
-            seed: Of dropout; None hashes the first row's position.
+            seed: The seed of dropout; None hashes the first row's position.
         """
         sources = [part.source for part in batch.header.ranges]
         topics = np.array([source.topic for source in sources], np.uint64)[batch.source]
@@ -164,9 +165,9 @@ class Recorder:
 
 
 def _targets(batch: MicroBatch, slot: I32, partner: npt.NDArray[np.int64]) -> Targets:
-    """What is learned: the clicked candidate, the label of the row's pair, and of its negative that it is none.
+    """The targets: the clicked candidate, the label of the row's pair, and label 0 for its negative.
 
-    A row with a label has no negative, and its logit is not shifted. What names no item is no half of a pair.
+    A row with a label has no negative, and its logit is not shifted. A row without an item forms no pair.
     """
     numbers, known = HYPERPARAMETERS, ~np.isnan(batch.label)
     negative = ~known & (batch.item != batch.item[partner]) & (partner != np.arange(len(batch)))
@@ -186,10 +187,11 @@ def _targets(batch: MicroBatch, slot: I32, partner: npt.NDArray[np.int64]) -> Ta
 
 
 def alone(record: Record) -> Record:
-    """The record without what a row has of another one, as a row is learned privately.
+    """Removes from each row what comes from other rows, as private learning requires.
 
-    Its negative goes, so that in a log without labels nothing is learned of engagement, and so does another row's
-    category in the last slot. A row whose own category is there would have a sure winner then, and teaches nothing.
+    A row loses its negative, so that engagement learns nothing from a log without labels. It also loses another row's
+    category in its last slot. If a row's own category is in that slot, it would be a certain winner, so the row teaches
+    nothing.
     """
     ids, values, targets = dict(record.ids), dict(record.values), record.targets
     nothing, zero = np.zeros(len(record), np.uint64), np.float32(0.0)
@@ -198,7 +200,7 @@ def alone(record: Record) -> Record:
     values["other_mask"] = (ids["other"] != 0).astype(np.float32)
     ids |= {"negative_item": nothing, "negative_category": nothing}
     ids["negative_item_attributes"] = np.zeros_like(ids["negative_item_attributes"])
-    # Without negatives each click that has no label would be one more label 1.
+    # Without negatives, each click without a label would count as a label 1.
     labelled = targets.label_shift == zero
     targets = targets._replace(
         weight=np.where(own, zero, targets.weight),
@@ -209,7 +211,7 @@ def alone(record: Record) -> Record:
 
 
 def joined_records(records: Sequence[Record]) -> Record:
-    """What the measures read of several records, as of one: `category` and `recent` of the ids, targets, partners, newest."""
+    """Joins what the measures read of several records: ids `category` and `recent`, targets, partners, newest."""
     names = ("category", "recent")
     starts = np.cumsum([0, *(len(record) for record in records[:-1])])
     return Record(
@@ -223,7 +225,7 @@ def joined_records(records: Sequence[Record]) -> Record:
 
 
 def parts(batch: MicroBatch, crosses: U64, size: int) -> Iterator[tuple[MicroBatch, U64]]:
-    """The batch and its crosses in parts of `size` rows."""
+    """Splits the batch and its crosses into parts of `size` rows."""
     if size >= len(batch):
         yield batch, crosses
         return

@@ -1,4 +1,4 @@
-"""What a step saw and did."""
+"""The report of a training step: its scores, the guard's verdict and its metrics."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Update(NamedTuple):
     Attributes:
         record: The rows.
         scores: Before learning.
-        verdict: Of the guard.
-        norm: Of the gradient.
+        verdict: The guard's verdict.
+        norm: Norm of the gradient.
     """
 
     record: Record
@@ -34,7 +34,7 @@ class Update(NamedTuple):
 
 
 def joined_updates(updates: Sequence[Update]) -> Update:
-    """The rows of several updates as of one: the worst verdict, the largest norm."""
+    """Joins the rows of several updates into one update, with the worst verdict and the largest norm."""
     if len(updates) == 1:
         return updates[0]
     order = list(Verdict)
@@ -51,13 +51,13 @@ def joined_updates(updates: Sequence[Update]) -> Update:
 
 
 def joined_pairs(parts: Sequence[npt.NDArray[Any]], rows: Sequence[int]) -> npt.NDArray[Any]:
-    """Pairs of each part, `[2 n]`: first the rows' own of all parts, then their negatives."""
+    """Joins the pairs of several parts, `[2 n]`: first the rows' own pairs of all parts, then their negatives."""
     own = [part[:count] for part, count in zip(parts, rows, strict=True)]
     return np.concatenate([*own, *(part[count:] for part, count in zip(parts, rows, strict=True))])
 
 
 def candidates_of(scores: Scores) -> int:
-    """How many candidates a row can have, the last slot included."""
+    """The number of candidate slots of a row, including the last one."""
     return 1 + sum(
         int(part.shape[1]) for part in (scores.recent_logits, scores.popular_logits, scores.successor_logits)
     )
@@ -65,12 +65,12 @@ def candidates_of(scores: Scores) -> int:
 
 @dataclass(frozen=True)
 class Report:
-    """What one step saw and did.
+    """The outcome of one training step.
 
     Attributes:
         rows: Rows of the step.
         skipped: Of them, rows of updates that the guard skipped.
-        verdict: What the guard said; only after ACCEPT did weights change. Of several updates the worst.
+        verdict: The guard's verdict; weights change only after ACCEPT. The worst one if there are several updates.
         interest_log_loss: Mean over rows with a category, before learning; NaN without any.
         engagement_log_loss: Mean over scored pairs, before learning.
         top1: Rows whose category was the best candidate.
@@ -78,12 +78,12 @@ class Report:
         targets: Rows with a category.
         scores: `[m]` float32 engagement logits, before learning.
         positive: `[m]` bool, their outcomes.
-        grad_norm: Norm of the whole gradient; of several updates the largest.
+        grad_norm: Norm of the whole gradient; the largest one if there are several updates.
         event_time_ms: Newest event time of the step.
         seconds: Duration of the step.
-        quality: What the model, and what is simple, scored before learning, as sums.
-        slices: `[loss, dimension, place, 3]` float64 of an accepted step, see `Breakdown.update`; None of a skipped one.
-        judged: What was said of its rows, of each update.
+        quality: Scores of the model and of simple baselines before learning, as sums.
+        slices: `[loss, dimension, place, 3]` float64, see `Breakdown.update`; None if the step was skipped.
+        judged: The predictions for its rows, of each update.
     """
 
     rows: int
@@ -105,7 +105,7 @@ class Report:
 
 
 def joined(updates: Sequence[Report]) -> Report:
-    """The report of a record that was learned in several updates."""
+    """Joins the reports of a record that was learned in several updates."""
     if len(updates) == 1:
         return updates[0]
     order, slices = list(Verdict), [one.slices for one in updates if one.slices is not None]
@@ -130,7 +130,7 @@ def joined(updates: Sequence[Report]) -> Report:
 
 
 def _mean(parts: Sequence[tuple[float, int]]) -> float:
-    """The mean over all of means over some.
+    """The overall mean of (mean, count) pairs.
 
     >>> _mean([(1.0, 1), (float("nan"), 0), (4.0, 2)])
     3.0

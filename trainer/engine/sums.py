@@ -1,4 +1,4 @@
-"""Small loops of a step on the host: derivatives gathered by row, their norm, and dropout. Compiled."""
+"""Small compiled loops of a step on the host: summing derivatives by row, their norm, and dropout."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _drop(seed: np.uint64, least: int, factor: np.float32, kept: F32) -> None:
 
 
 def gather(sums: F32, at: I32, slopes: F32) -> None:
-    """Adds each of `slopes` `[n, dim]` to the row of `sums` `[u, dim]` that `at` `[n]` names, in their order."""
+    """Adds each of `slopes` `[n, dim]` to the row of `sums` `[u, dim]` with the index in `at` `[n]`, in order."""
     _gather(sums, at, slopes)
 
 
@@ -57,13 +57,13 @@ def square(slopes: F32) -> float:
 
 
 def dropout(seed: tuple[int, int], rows: int, width: int, share: float) -> F32:
-    """What each unit is multiplied with: 0 for `share` of them, and what makes up for it for the others.
+    """Draws the dropout factor of each unit: 0 for a `share` of them, and the compensating factor for the others.
 
     Args:
         seed: Two int32.
         rows: B.
         width: Units of a row.
-        share: In [0, 1), taken in 1/256.
+        share: In [0, 1), rounded to 1/256.
 
     Returns:
         `[B, width]` float32.

@@ -1,1 +1,1 @@
-"""A version for others to run: as a SavedModel for TensorFlow Serving, or as one file for a device."""
+"""Exports a version: as a SavedModel for TensorFlow Serving, or as one file for a device."""

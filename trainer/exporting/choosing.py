@@ -1,4 +1,4 @@
-"""Which rows a device's file has: those of the named users, and of everything else those seen last."""
+"""Chooses the rows of a device's file: those of the named users, and of each other table those seen last."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from trainer.tables.table import Table
 
 
 def read_users(path: Path, salt: Salt) -> list[int]:
-    """The pseudonyms of the users in a file, one raw id a line; empty lines are passed over.
+    """The pseudonyms of the users in a file, which has one raw id a line; empty lines are ignored.
 
     Raises:
         SettingsError: The file cannot be read.
@@ -30,12 +30,12 @@ def read_users(path: Path, salt: Salt) -> list[int]:
 
 
 def choose(trainer: Trainer, users: Sequence[int], most: int) -> dict[str, ChosenRows]:
-    """Rows by table, of those that a device gives places of.
+    """The rows, by table, that a device's file contains.
 
     Args:
         trainer: Restored to the version.
-        users: In the order of their places; one without a row has zeros.
-        most: Rows of any other table.
+        users: In the order of their indices; a user without a row has zeros.
+        most: The most rows of any other table.
     """
     return {name: _of(trainer, name, users, most) for name in sorted({one.table for one in placed(trainer.model)})}
 
@@ -47,6 +47,6 @@ def _of(trainer: Trainer, name: str, users: Sequence[int], most: int) -> ChosenR
         ids: U64 = np.array(users, np.uint64)
         return ChosenRows(ids, table.gather(table.find(ids)))
     held = table.state()
-    # The newest first; of equal ones by id, so that the same version gives the same file.
+    # Newest first, ties by id, so that the same version gives the same file.
     newest = np.lexsort((held.ids, -held.last_seen_ms))[:most]
     return ChosenRows(held.ids[newest], held.rows[newest])

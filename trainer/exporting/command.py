@@ -1,8 +1,8 @@
 """Exports a version: `springtide export [--version V]`, or with `--tflite FILE` as one file for a device.
 
-It is a process of its own, which loads TensorFlow; it runs beside the live
-system and reads the registry and the log; of two that write SavedModels the second is refused. Exit codes: 0 done, 1
-failed, 2 wrong use.
+The command is a separate process that loads TensorFlow. It runs next to the live
+system and reads the registry and the log. If two exports of SavedModels run at the
+same time, the second is refused. Exit codes: 0 done, 1 failed, 2 wrong use.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ MOST_ROWS = 10_000
 
 
 def parser() -> argparse.ArgumentParser:
-    """What may be written behind `springtide export`."""
+    """The command line of `springtide export`."""
     made = argparse.ArgumentParser(
         prog="springtide export",
         allow_abbrev=False,
@@ -81,7 +81,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def chosen_version(registry: Registry, wanted: int | None) -> int:
-    """The version that is asked for; else the one that answers are pinned to, or the newest of control's epoch.
+    """The requested version; otherwise the version that serving is pinned to, or the newest of control's epoch.
 
     Raises:
         UnknownVersion: It is not kept, or there is none yet.
@@ -97,10 +97,10 @@ def chosen_version(registry: Registry, wanted: int | None) -> int:
 
 
 def answers_of(settings: Settings, version: int, users: Path, items: Path | None) -> bytes:
-    """What serving on this host answers about named users and items, asked in a process of its own.
+    """Serving's answers about named users and items, computed in a separate process on this host.
 
     Raises:
-        ProgramError, SettingsError: It cannot; the message is its own.
+        ProgramError, SettingsError: The process failed; the message is its own.
     """
     with tempfile.TemporaryDirectory(prefix="springtide-answers-") as folder:
         to = Path(folder) / "answers.npz"
@@ -120,10 +120,10 @@ def answers_of(settings: Settings, version: int, users: Path, items: Path | None
 
 
 def run(settings: Settings, asked: argparse.Namespace) -> None:
-    """Exports what is asked for.
+    """Runs the export that the arguments describe.
 
     Raises:
-        SpringtideError: What went wrong.
+        SpringtideError: The export failed.
     """
     if not (settings.registry_dir / VERSIONS).is_dir():
         raise RegistryError(f"there is no registry at {settings.registry_dir}", "correct paths.state or paths.registry")
@@ -152,7 +152,7 @@ def run(settings: Settings, asked: argparse.Namespace) -> None:
         from trainer.versions.program import preprocessing_of
 
         chosen = read_users(asked.users, users) if users is not None and asked.tflite else []
-        # A GPU is the trainer's, which runs beside it.
+        # The trainer runs at the same time and owns the GPU.
         settings = replace(settings, trainer=replace(settings.trainer, device="cpu"))
         device.prepare(settings.trainer.device, settings.trainer.threads)
         name = registry.bootstrapped(spec.digest, settings.model) or spec.digest

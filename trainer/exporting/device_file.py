@@ -1,13 +1,13 @@
-"""One file for a device: a LiteRT program with the weights of a version, and rows of chosen ids inside it.
+"""One file for a device: a LiteRT program with a version's weights, and the rows of chosen ids.
 
-    signature raw     the program's own inputs, as serving has them
-    signature device  places of rows in place of rows: an input `<name>_at` (int32) for each of `<name>`
+    signature raw     the program's own inputs, as in serving
+    signature device  row indices instead of rows: an input `<name>_at` (int32) for each of `<name>`
 
-A place is a line of a list that lies in the same file, as a ZIP archive behind
-the program, which is where TensorFlow Lite keeps such files: `unzip` and every
-ZIP library read it, LiteRT passes over it.
+An index is a line of a list in the same file. The lists are a ZIP archive after
+the program, which is where TensorFlow Lite keeps associated files: `unzip` and
+every ZIP library read it, and LiteRT ignores it.
 
-    rows/<table>.txt   line n is the id at place n, 16 hexadecimal digits; place 0, "-", is that of every other id
+    rows/<table>.txt   line n is the id at index n, 16 hexadecimal digits; index 0, "-", stands for every other id
     version.json       the version, its feature spec and context fields
 """
 
@@ -38,10 +38,10 @@ U64 = npt.NDArray[np.uint64]
 
 
 class ChosenRows(NamedTuple):
-    """Rows of a table that a file has.
+    """The rows of a table that a file contains.
 
     Attributes:
-        ids: `[n]` uint64, in the order of their places, which begin with 1.
+        ids: `[n]` uint64, in the order of their indices, which start at 1.
         rows: `[n, width]` float32.
     """
 
@@ -49,7 +49,7 @@ class ChosenRows(NamedTuple):
     rows: F32
 
     def places(self, ids: U64) -> npt.NDArray[np.int32]:
-        """The place of each id, of any shape; 0 where the file has none.
+        """The index of each id, of any shape; 0 for an id that the file does not contain.
 
         >>> ChosenRows(np.array([7, 5], np.uint64), np.zeros((2, 3), np.float32)).places(np.array([[5, 9]], np.uint64)).tolist()
         [[2, 0]]
@@ -62,17 +62,17 @@ class ChosenRows(NamedTuple):
 
 
 def placed(ranker: Ranker) -> list[Input]:
-    """The inputs of a ranker that become places: rows of one id each, of a row's own."""
+    """The ranker's inputs that become indices: those that are the row of one id for each row of the batch."""
     return [one for one in ranker.inputs if one.table and not one.training and not one.mean and one.shape[0] == "B"]
 
 
 def device_signature(ranker: Ranker, rows: Mapping[str, ChosenRows], kept: Mapping[str, F32]) -> Any:
-    """`Ranker.predict` with places in place of rows; inputs that are no row's own are constants.
+    """`Ranker.predict` with row indices instead of rows. Inputs that do not depend on the batch row are constants.
 
     Args:
         ranker: With the version's weights.
         rows: By table.
-        kept: Values of inputs that are no row's own, by name.
+        kept: Values, by name, of inputs that do not depend on the batch row.
     """
     specs = {name: spec for name, spec in ranker.specs().items() if name not in kept}
     tables = {one.name: one.table for one in placed(ranker)}
@@ -101,14 +101,14 @@ def device_signature(ranker: Ranker, rows: Mapping[str, ChosenRows], kept: Mappi
 def lower(
     ranker: Ranker, rows: Mapping[str, ChosenRows], kept: Mapping[str, F32], quantize: Quantize, what: str
 ) -> bytes:
-    """The program of both signatures; weights and rows are constants.
+    """The LiteRT program with both signatures; weights and rows are constants.
 
     Raises:
         ProgramError: An operation has no LiteRT counterpart; the message names it.
     """
     module = tf.Module()
     module.model = ranker
-    # LiteRT knows no default of an input: all are given.
+    # LiteRT does not support default values of inputs: all are required.
     signatures = {RAW: raw_signature(ranker, {}), DEVICE: device_signature(ranker, rows, kept)}
     with tempfile.TemporaryDirectory(prefix="springtide-device-") as folder:
         tf.saved_model.save(module, folder, signatures=signatures)
@@ -116,7 +116,7 @@ def lower(
 
 
 def with_lists(program: bytes, rows: Mapping[str, ChosenRows], about: Mapping[str, Any]) -> bytes:
-    """A program with the archive of its lists behind it."""
+    """The program followed by the archive of its lists."""
     file = io.BytesIO(program)
     with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
         for table, one in rows.items():
@@ -127,21 +127,21 @@ def with_lists(program: bytes, rows: Mapping[str, ChosenRows], about: Mapping[st
 
 
 class DeviceProgram:
-    """A device's file, run as the device runs it.
+    """Runs a device's file as the device does.
 
     Args:
-        content: Of the file.
+        content: The content of the file.
     """
 
     def __init__(self, content: bytes) -> None:
         from ai_edge_litert.interpreter import Interpreter
 
-        # A runner does not keep its interpreter alive.
+        # A runner does not keep its interpreter alive, so a reference is held here.
         self._interpreter = Interpreter(model_content=content, num_threads=1)
         self._run = self._interpreter.get_signature_runner(DEVICE)
 
     def predict(self, inputs: Mapping[str, Any]) -> dict[str, F32]:
-        """The outputs of `device`."""
+        """The outputs of the signature `device`."""
         outputs: dict[str, F32] = self._run(**inputs)
         return outputs
 
@@ -153,7 +153,7 @@ def device_inputs(
     inputs: Mapping[str, F32],
     kept: Sequence[str],
 ) -> dict[str, npt.NDArray[Any]]:
-    """What the signature `device` is asked about rows whose ids and raw inputs are known."""
+    """The inputs of the signature `device` for rows whose ids and raw inputs are known."""
     found: dict[str, npt.NDArray[Any]] = {name: value for name, value in inputs.items() if name not in kept}
     for one in placed(ranker):
         del found[one.name]

@@ -1,10 +1,9 @@
-"""The signature `serving_default` of a SavedModel: what serving answered about named users and items at one moment.
+"""The signature `serving_default` of a SavedModel: serving's answers about named users and items at one moment.
 
-Histories, and the salt that users' ids are hidden with, stay where they are:
-the model holds answers, each of them serving's own (`deploy/serving/known_answers.py`
-writes them). Everybody else is answered as a user of whom nothing is known.
-What it cannot know (another time, an item or a category that was not named) is
-refused and not guessed.
+The model holds answers only; histories and the salt of the users' pseudonyms are
+not exported. `deploy/serving/known_answers.py` asks serving for the answers and
+writes them. Any other user gets the answer for an unknown user. Requests that the
+model cannot answer (another time, an item or a category that was not named) fail.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ Tensor = Any
 
 
 class KnownAnswers(tf.Module):
-    """Answers by id.
+    """Looks up answers by raw id.
 
     Args:
         content: An `.npz` file with `user_ids` `[U]` and `item_ids` `[I]` (bytes), `at_ms`, `engagements` `[U + 1, I]`
-            float32, and as `outputs.<name>` `[U + 1, ...]` what serving says without an item; row 0 is of nobody.
+            float32, and as `outputs.<name>` `[U + 1, ...]` serving's outputs without an item. Row 0 is an unknown user.
 
     Attributes:
-        users: How many there are.
-        items: Likewise.
+        users: The number of users.
+        items: The number of items.
         at_ms: The time that all answers are for.
     """
 
@@ -51,7 +50,7 @@ class KnownAnswers(tf.Module):
         self._user_places, self._item_places = _places(users, 1, 0), _places(np.append(items, b""), 1, -1, last=0)
 
     def signature(self) -> Any:
-        """The function of `user_id`, and where wanted `item`, `category` and `at`, each one a row."""
+        """The function of `user_id`, with optional `item`, `category` and `at`, one value a row."""
         optional = {"item": tf.constant([b""]), "category": tf.constant([b""]), "at": tf.constant([NOW], tf.int64)}
         kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
         parameters = [inspect.Parameter("user_id", kind)]
@@ -67,7 +66,7 @@ class KnownAnswers(tf.Module):
 
     def _answer(self, user: Tensor, item: Tensor, category: Tensor, at: Tensor) -> dict[str, Tensor]:
         rows = tf.shape(user)
-        # One that is left out has one value for all rows.
+        # An omitted input has one value for all rows.
         item, at = tf.broadcast_to(item, rows), tf.broadcast_to(at, rows)
         place, column = self._user_places.lookup(user), self._item_places.lookup(item)
         checks = [
@@ -82,23 +81,23 @@ class KnownAnswers(tf.Module):
 
 
 def _plain(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """Strings as TensorFlow takes them."""
+    """Converts byte strings to the object arrays that TensorFlow accepts."""
     return values.astype(np.object_) if values.dtype.kind == "S" else values
 
 
 def _places(keys: npt.NDArray[np.bytes_], first: int, other: int, last: int | None = None) -> Any:
-    """A table from keys to places in their order.
+    """A lookup table from keys to consecutive indices.
 
     Args:
         keys: `[n]` bytes, each once.
-        first: The place of the first one.
-        other: The place of every key that is not there.
-        last: The place of the last one, where it is out of order.
+        first: The index of the first key.
+        other: The value for every other key.
+        last: The index of the last key, if it is out of order.
     """
     places = np.arange(first, first + len(keys), dtype=np.int64)
     if last is not None:
         places[-1] = last
-    # A table of no key cannot be made.
+    # TensorFlow cannot create a table without keys.
     given = (keys, places) if len(keys) else (np.array([b"\0"]), np.array([other], np.int64))
     initializer = tf.lookup.KeyValueTensorInitializer(tf.constant(_plain(given[0])), tf.constant(given[1]))
     return tf.lookup.StaticHashTable(initializer, other)

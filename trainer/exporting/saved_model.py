@@ -1,11 +1,11 @@
-"""A ranker with the weights of a version as TensorFlow Serving loads it.
+"""Writes a ranker with a version's weights as a SavedModel that TensorFlow Serving loads.
 
-    <folder>/<version>/saved_model.pb, variables/     the signature `raw`, as serving offers it, and, where
+    <folder>/<version>/saved_model.pb, variables/     the signature `raw`, as serving offers it, and, if
                                                       users are named, `serving_default` (`known_answers.py`)
     <folder>/<version>/assets.extra/tf_serving_warmup_requests
 
-A version appears by one rename, whole; TensorFlow Serving passes over names
-that are no numbers, so that it never sees one that is being written.
+A complete version appears by one rename. TensorFlow Serving ignores names that
+are not numbers, so it never sees a version that is being written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from trainer.model.ranker import Ranker
 from trainer.versions.program import sample
 
 MODEL, RAW = "profile", "raw"
-"""What serving calls the model, and the signature that takes the program's own inputs."""
+"""The name of the model in serving, and the signature that takes the program's own inputs."""
 
 WARM_UP = Path("assets.extra") / "tf_serving_warmup_requests"
 WARM_UP_ROWS = (1, 16)
@@ -35,14 +35,14 @@ F32 = npt.NDArray[np.float32]
 
 
 def raw_signature(ranker: Ranker, kept: Mapping[str, F32]) -> Any:
-    """`Ranker.predict` as a function whose inputs of `kept` may be left out.
+    """`Ranker.predict` as a function in which the inputs of `kept` are optional.
 
     Args:
         ranker: With the version's weights.
-        kept: Values of inputs that are no row's own, by name.
+        kept: Default values, by name, of inputs that do not depend on the batch row.
     """
     specs = ranker.specs()
-    # What has a default comes last, as in every signature of Python.
+    # Inputs with a default come last, as in every Python signature.
     names = [*(name for name in specs if name not in kept), *kept]
 
     def predict(*given: Any) -> Any:
@@ -58,7 +58,7 @@ def raw_signature(ranker: Ranker, kept: Mapping[str, F32]) -> Any:
 
 
 def warm_up_requests(ranker: Ranker, version: int) -> list[bytes]:
-    """Requests that TensorFlow Serving asks before it says that a version is there, of made-up rows."""
+    """Requests, on made-up rows, that TensorFlow Serving runs before it reports a version as available."""
     found = []
     for rows in WARM_UP_ROWS:
         request = predict_pb2.PredictRequest()
@@ -75,12 +75,12 @@ def warm_up_requests(ranker: Ranker, version: int) -> list[bytes]:
 def write(
     folder: Path, version: int, ranker: Ranker, kept: Mapping[str, F32], known: KnownAnswers | None = None
 ) -> Path:
-    """Writes a version beside the others, under a name that nobody loads; returns that directory.
+    """Writes a version to a temporary directory next to the others, and returns that directory.
 
     Args:
-        folder: Of all versions.
+        folder: The directory of all versions.
         version: Its number.
-        ranker: With its weights.
+        ranker: With the version's weights.
         kept: As for `raw_signature`.
         known: Answers by id; None for none.
     """
@@ -100,7 +100,7 @@ def write(
 
 
 def publish(writing: Path, version: int) -> Path:
-    """Gives what was written its place, durable and complete; returns it."""
+    """Makes a written version durable, renames it to its final name, and returns its path."""
     final = writing.with_name(str(version))
     durable.sync_tree(writing)
     writing.rename(final)
@@ -109,17 +109,17 @@ def publish(writing: Path, version: int) -> Path:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what was being written, or removed, by a process that died; only for the one that holds the folder's lock."""
+    """Removes unfinished writes and removals of a process that died. The caller must hold the folder's lock."""
     for path in (*folder.glob(".writing-*"), *folder.glob(".removed-*")):
         shutil.rmtree(path)
 
 
 def keep_newest(folder: Path, count: int) -> list[int]:
-    """Removes all versions but the newest ones, each by one rename; returns those that went.
+    """Removes all versions but the newest, each by one rename; returns the removed ones.
 
     Args:
-        folder: Of all versions.
-        count: How many stay.
+        folder: The directory of all versions.
+        count: How many to keep.
     """
     numbers = sorted((int(path.name) for path in folder.iterdir() if path.name.isdigit()), reverse=True)
     for number in numbers[count:]:
@@ -128,30 +128,30 @@ def keep_newest(folder: Path, count: int) -> list[int]:
 
 
 class Exported:
-    """A version as TensorFlow loads it.
+    """An exported version, loaded by TensorFlow.
 
     Args:
         path: Its directory.
     """
 
     def __init__(self, path: Path) -> None:
-        # A function does not keep its model alive.
+        # A signature function does not keep its model alive, so a reference is held here.
         self._model = tf.saved_model.load(str(path))
         self._raw = self._model.signatures[RAW]
 
     def predict(self, inputs: Mapping[str, Any]) -> dict[str, F32]:
-        """The outputs of `raw`."""
+        """The outputs of the signature `raw`."""
         given = {name: tf.constant(value) for name, value in inputs.items()}
         return {name: np.asarray(value.numpy()) for name, value in self._raw(**given).items()}
 
 
 def bytes_of(path: Path) -> int:
-    """The size of all files of a version."""
+    """The total size of a version's files."""
     return sum(one.stat().st_size for one in path.rglob("*") if one.is_file())
 
 
 def remove(path: Path) -> None:
-    """Takes a version away, by one rename."""
+    """Removes a version; one rename makes it disappear."""
     grave = path.with_name(f".removed-{path.name}")
     path.rename(grave)
     shutil.rmtree(grave)

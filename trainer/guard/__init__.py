@@ -1,1 +1,1 @@
-"""The rules that hold an update before anybody is answered by it: pure, on log time, from what each step saw and scored."""
+"""The rules that hold an update before serving uses it: pure functions, on log time, of each step's data and scores."""

@@ -1,4 +1,4 @@
-"""What one step tells the guard, as counts and sums that add up over a window. Pure."""
+"""What one step reports to the guard, as counts and sums that add up over a window. Pure functions."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ F64 = npt.NDArray[np.float64]
 
 CROWDS = ("user", "item", "category")
 BUCKETS = 1024
-"""Ids are counted by their lowest bits: they are digests, so that each bucket has its share of them (a count-min sketch of
-one row, Cormode & Muthukrishnan 2005). A share is never told too small, and too large by 0.1 % on average. No id is kept."""
+"""Ids are counted by their lowest bits. Ids are digests, so each bucket gets its share of them (a count-min sketch of
+one row, Cormode & Muthukrishnan 2005). A share is never underestimated. It is overestimated by 0.1 % on average. No id
+is kept."""
 
 
 @dataclass(frozen=True)
@@ -23,15 +24,15 @@ class StepFigures:
     """Counts and sums of one record of the training log.
 
     Attributes:
-        log_ms: Log time after it.
+        log_ms: Log time after the record.
         rows: Rows learned from or skipped.
         skipped: Of them, rows of updates that were skipped as not finite or exploding.
-        positions: Clicks that the record covers, whatever became of them.
+        positions: Clicks that the record covers, whatever their outcome.
         dead: Of them, those that were refused.
         known: (rows, summed log loss) of rows with a category whose user is known, before learning.
-        new: Likewise, of new users.
+        new: The same of new users.
         pairs: Pairs whose engagement was scored.
-        engagement_loss: Their summed log loss.
+        engagement_loss: Summed log loss of these pairs.
         predicted: Their summed probability.
         positives: How many of them were positive.
         squared_norm: Sum over rows of the squared norm of the gradient per square root of rows.
@@ -56,7 +57,7 @@ class StepFigures:
 
 
 def crowds_of(batch: MicroBatch) -> I32:
-    """`[3, BUCKETS]` int32: the rows of a micro-batch by bucket of user, item and category; id 0, which is none, in none."""
+    """`[3, BUCKETS]` int32: a micro-batch's rows by bucket of user, item and category. Id 0 (none) is not counted."""
     return np.stack([_counted(getattr(batch, name)) for name in CROWDS])
 
 

@@ -1,21 +1,23 @@
-"""The rules: what is looked at in a window, how far it is off its own past, and when that is too much. Pure.
+"""The guard's rules: the signal of a window, its deviation from the past, and the limit. Pure functions.
 
-Each rule is one number of a window, its signal. It is compared with the same
-number of the windows before by their median and their median absolute
-deviation, which a few odd windows do not move (the modified z-score, Iglewicz
-& Hoaglin 1993); a floor keeps a signal that hardly ever moves from being off
-at the first tremor. What exceeds the slack is summed up (a one-sided CUSUM,
-Page 1954, with the deviation of one window capped): two windows that are far
-off are too much, and so are many that are a little off, but never one.
+Each rule has one number per window, its signal. The rule compares it with the
+signals of earlier windows by their median and median absolute deviation (the
+modified z-score, Iglewicz & Hoaglin 1993). A few odd windows do not move these. A
+floor of the deviation prevents that a nearly constant signal is flagged at its
+first small change. Deviations beyond the slack are summed (a one-sided CUSUM,
+Page 1954, with the deviation of one window capped). Two windows with a large
+deviation exceed the limit, and so do many with a small one, but never a single one.
 
-Floors, slack and limits were measured (`python -m tests.bench.guard`). In clean traffic (Taobao, KuaiRand, a week of
-shoppers) the windows furthest off were so by 4.5 (gradient, once), 2.3 (log loss, calibration) and 1 (engagement) usual
-deviations: one of them alone leaves nothing beyond the slack, or half of what makes versions wait. KuaiRand's labels,
-turned, are learned anew within four windows, of which the first two have a fourth more loss: with a floor of 0.05 that
-was never held, with 0.03 it is at the second window.
+Floors, slack and limits were measured (`python -m tests.bench.guard`). The clean traffic was Taobao, KuaiRand and a
+week of shoppers. The largest deviations there were 4.5 (gradient, once), 2.3 (log loss, calibration) and 1 (engagement)
+usual deviations. One such window alone leaves nothing beyond the slack, or half of the sum at which versions wait.
 
-Of ten to twenty slices the one furthest off was so by 3.2 at most in 320 clean windows. Turned labels of a fifth of
-KuaiRand's rows, of one value of an attribute, were never held with a floor of 0.05, with 0.03 at the fourth window.
+With KuaiRand's labels flipped, the model relearns within four windows, and the first two have a quarter more loss. With
+a floor of 0.05 this was never held; with 0.03 it is held at the second window.
+
+Of ten to twenty slices, the largest deviation was at most 3.2 in 320 clean windows. Another run flipped the labels
+in a fifth of KuaiRand's rows, those of one attribute value. With a floor of 0.05 they were never held, with 0.03 at the
+fourth window.
 """
 
 from __future__ import annotations
@@ -29,13 +31,13 @@ import numpy.typing as npt
 F64 = npt.NDArray[np.float64]
 
 SLACK = 3.0
-"""Deviations, in units of the usual one, that a window may have for nothing."""
+"""Deviation, in usual deviations, that a window may have without adding to the sum."""
 
 MOST = 8.0
-"""What one window's deviation counts at most."""
+"""Cap of one window's deviation."""
 
 LIMIT = 9.0
-"""Sum at which an update is held. From `SUSPECT` on versions wait for the next window's word."""
+"""Sum at which an update is held. From `SUSPECT` on, versions wait for the next window."""
 
 SUSPECT = 4.5
 NORMAL = 1.4826  # the median absolute deviation of a normal distribution, times this, is its standard deviation
@@ -43,14 +45,14 @@ NORMAL = 1.4826  # the median absolute deviation of a normal distribution, times
 
 @dataclass(frozen=True)
 class Rule:
-    """One thing that is looked at.
+    """One signal that the guard monitors.
 
     Attributes:
         name: Its name, in metrics and messages.
         meaning: Its signal, in words.
-        floor: The least usual deviation that is believed, in units of the signal.
-        least: A signal below this is never off.
-        falls: Whether a fall is off too.
+        floor: Lower bound of the usual deviation, in units of the signal.
+        least: A signal below this value never counts as a deviation.
+        falls: Whether a fall is a deviation too.
         is_log: Whether the signal is a natural logarithm, for messages.
     """
 
@@ -74,19 +76,20 @@ RULES = (
     Rule("calibration", "predicted over observed engagement", 0.06, falls=True, is_log=True),
     Rule("gradient", "norm of the gradient per square root of rows", 0.2, is_log=True),
 )
-"""Of several that are equally far off the first one is named: who floods is more telling than that the loss rose."""
+"""If several rules deviate equally, the first is named: the source of a flood says more than a rise of the loss."""
 NAMES = tuple(rule.name for rule in RULES)
 
 SLICE = Rule("slice", "log loss of one slice over that of all rows", 0.03, is_log=True)
-"""Looks at each slice by itself (`slice_watch.py`), and is named where none of RULES is as far off: what moves all rows is no slice's."""
+"""Monitors each slice separately (`slice_watch.py`). It is named only if none of RULES deviates as much: a change of
+all rows is not specific to a slice."""
 
 
 def usual(past: F64, rule: Rule) -> tuple[float, float]:
     """Median and usual deviation of a signal.
 
     Args:
-        past: `[n]` float64 of the windows before; NaN where a window had too little to say.
-        rule: Whose signal it is.
+        past: `[n]` float64 of earlier windows; NaN for a window with too little data.
+        rule: The rule of the signal.
 
     >>> usual(np.array([1.0, 2.0, 2.0, 3.0, 90.0]), Rule("a", "", 0.1))
     (2.0, 1.4826)
@@ -96,7 +99,7 @@ def usual(past: F64, rule: Rule) -> tuple[float, float]:
 
 
 def deviation(signal: float, middle: float, spread: float, rule: Rule) -> float:
-    """How far off a signal is, in usual deviations; NaN where it says nothing.
+    """The deviation of a signal, in usual deviations; NaN if the signal is NaN.
 
     >>> rule = Rule("a", "", 0.5, least=3.0)
     >>> deviation(4.0, 1.0, 0.5, rule), deviation(2.9, 1.0, 0.5, rule), deviation(math.nan, 1.0, 0.5, rule)
@@ -109,7 +112,7 @@ def deviation(signal: float, middle: float, spread: float, rule: Rule) -> float:
 
 
 def summed(before: float, off: float) -> float:
-    """The sum after one more window; a window that says nothing leaves it.
+    """The sum after one more window; a NaN deviation leaves it unchanged.
 
     >>> summed(0.0, 2.0), summed(0.0, 50.0), summed(5.0, 50.0), summed(5.0, math.nan)
     (0.0, 5.0, 10.0, 5.0)

@@ -1,17 +1,21 @@
-"""Slices, each compared with its own past: what is lost in one of them beyond what is lost in all rows. Pure.
+"""Compares each slice with its own past: its excess loss over that of all rows. Pure functions.
 
 A slice's signal is the logarithm of its mean log loss over that of all rows of
-the same windows, so that what rises everywhere is off in no slice. It has a word
-once it has rows enough to say something: in one window, or in a few of them
-together. A slice that has too few in `PATIENCE` windows says nothing, and is as
-usual: else one that was off and is gone would be suspect for ever.
+the same windows. A rise of the loss everywhere is thus no deviation of any slice.
+A slice reports a signal once it has enough rows, in one window or in several
+together. If it has too few in `PATIENCE` windows, it counts as usual. Otherwise
+a slice that deviated and then disappeared would be suspect forever.
 
-A word is compared with the slice's words before as any rule's signal is
-(`rules.py`), but for two things. A slice has few rows, so that no deviation is
-believed that is smaller than the standard error of its word. And of k slices
-the one that is furthest off is so by chance: usual deviations are widened so that
-the slack is exceeded as rarely by the one as by one alone (Bonferroni). Each slice
-has a sum of its own; the largest is that of the rule.
+A signal is compared with the slice's earlier signals as in `rules.py`, with two
+differences:
+
+- A slice has few rows. The usual deviation is therefore at least the standard
+  error of the signal.
+- The largest deviation of k slices is large by chance. Usual deviations are
+  widened so that the largest exceeds the slack as rarely as a single slice would
+  (Bonferroni).
+
+Each slice has its own sum; the largest is the sum of the rule.
 """
 
 from __future__ import annotations
@@ -32,22 +36,22 @@ F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
 
 PATIENCE = 6
-"""Windows in which they must have come."""
+"""The most windows in which a slice collects enough rows for a signal."""
 
 REMEMBERED = 60
-"""Words of a slice that the next one is compared with."""
+"""Signals of a slice that the next one is compared with."""
 
 ARRAYS = ("added", "whole", "past", "sums", "counts", "silent")
 
 
 class SliceWords(NamedTuple):
-    """What k slices say, of the windows since each had its last word.
+    """The signals of k slices, from the windows since each one's last signal.
 
     Attributes:
-        added: `[measure, dimension, place, 3]` float64, rows, log loss and its squares.
+        added: `[measure, dimension, place, 3]` float64, rows, log loss and squared log loss.
         whole: `[measure, dimension, place, 2]` float64, rows and log loss of all slices of the same windows.
-        signals: `[k]` float64; NaN of those that have no word yet.
-        sums: `[k]` float64, what is beyond the slack, were the window to end here.
+        signals: `[k]` float64; NaN for slices that have no signal yet.
+        sums: `[k]` float64, the sums beyond the slack if the window ended now.
     """
 
     added: F64
@@ -57,14 +61,14 @@ class SliceWords(NamedTuple):
 
 
 class OffSlice(NamedTuple):
-    """The slice that is furthest off.
+    """The slice with the largest deviation.
 
     Attributes:
-        place: Measure, dimension, and place in it.
-        signal: Its last word.
-        usual: What it usually says.
+        place: Measure, dimension, and index in the dimension.
+        signal: Its last signal.
+        usual: The median of its earlier signals.
         total: Its sum.
-        since: The beginning of the window before the first of those for which it is off.
+        since: The start of the window before the first one that deviates.
     """
 
     place: tuple[int, int, int]
@@ -75,10 +79,10 @@ class OffSlice(NamedTuple):
 
 
 class SliceWatch:
-    """Remembers the words of each slice, and where it began to be off. One thread.
+    """Remembers the signals of each slice, and when it began to deviate. Not thread-safe.
 
     Args:
-        warm_up: Words of a slice before it is judged.
+        warm_up: Signals of a slice before it is judged.
     """
 
     def __init__(self, warm_up: int) -> None:
@@ -86,7 +90,7 @@ class SliceWatch:
         self.clear()
 
     def clear(self) -> None:
-        """Forgets everything."""
+        """Resets to the initial state."""
         self._begin((0, 0, 0))
 
     def _begin(self, shape: tuple[int, ...]) -> None:
@@ -95,7 +99,7 @@ class SliceWatch:
         self._whole: F64 = np.zeros((*shape, 2))
         self._past: F32 = np.full((REMEMBERED, count), np.nan, np.float32)
         self._sums: F64 = np.zeros(count)
-        # Words so far, and windows since the last one.
+        # Signals so far, and windows since the last one.
         self._counts: I64 = np.zeros(count, np.int64)
         self._silent: I64 = np.zeros(count, np.int64)
         self._since: dict[int, WindowStart] = {}
@@ -103,16 +107,16 @@ class SliceWatch:
         self._compare(False)
 
     def look(self, opened: F64 | None) -> SliceWords:
-        """What each slice says with the open window.
+        """The signal of each slice, including the open window.
 
         Args:
-            opened: `[measure, dimension, place, 3]` float64 of it; None where nothing was scored.
+            opened: `[measure, dimension, place, 3]` float64 of the open window; None if nothing was scored.
         """
         if opened is not None and opened.shape != self._added.shape:
             self._begin(opened.shape[:3])
         added, whole = self._added, self._whole
         if opened is not None:
-            # Each row lies in one slice of each dimension.
+            # Each row belongs to one slice of each dimension.
             added, whole = added + opened, whole + opened[:, :1, :, :2].sum(2, keepdims=True)
         signals, errors = _spoken(added.reshape(-1, 3), whole.reshape(-1, 2))
         off = (signals - self._middle) / (self._wider * np.maximum(self._spread, errors))
@@ -123,9 +127,9 @@ class SliceWatch:
         """Ends the window.
 
         Args:
-            words: Of the whole of it.
-            start: Where it began.
-            judged: Whether slices that know enough are judged from now on.
+            words: The signals of the whole window.
+            start: Where the window began.
+            judged: Whether slices with enough signals are judged from now on.
         """
         spoke = ~np.isnan(words.signals)
         gone = ~spoke & (self._silent + 1 >= PATIENCE)
@@ -146,14 +150,14 @@ class SliceWatch:
 
     @property
     def total(self) -> float:
-        """The largest sum when the last window ended."""
+        """The largest sum at the end of the last window."""
         return float(self._sums.max(initial=0.0))
 
     def worst(self, words: SliceWords | None) -> OffSlice | None:
-        """The slice that is furthest off; None where none is.
+        """The slice with the largest deviation; None if there is none.
 
         Args:
-            words: With the open window; None where that says nothing yet.
+            words: With the open window; None if it has too little data.
         """
         sums = self._sums if words is None else words.sums
         at = int(sums.argmax()) if sums.size else 0
@@ -167,13 +171,13 @@ class SliceWatch:
         return OffSlice((measure, dimension, place), signal, float(self._middle[at]), float(sums[at]), since)
 
     def _window_before(self, at: int) -> WindowStart | None:
-        """The last window before those that a slice's next word is of; the first one that is known where it is not."""
+        """The last window before those that a slice's next signal covers, or else the first known window."""
         if not self._starts:
             return None
         return self._starts[max(len(self._starts) - 1 - int(self._silent[at]), 0)]
 
     def _compare(self, judged: bool) -> None:
-        """What each slice usually says; NaN of those that know too little."""
+        """Updates the usual signal of each slice; NaN for slices with too few signals."""
         self._middle: F64 = np.full(self._counts.size, np.nan)
         self._spread: F64 = np.full(self._counts.size, np.nan)
         known = np.flatnonzero(self._counts >= self._warm_up) if judged else np.empty(0, np.int64)
@@ -183,10 +187,10 @@ class SliceWatch:
         self._spread[known] = np.maximum(NORMAL * medians(np.abs(past - middle)), SLICE.floor)
         self._wider = widened(max(known.size, 1), SLACK)
 
-    # What a version keeps
+    # The state that a version stores
 
     def state(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
-        """Everything remembered: as JSON, and arrays by name."""
+        """The whole state: as JSON, and arrays by name."""
         about = {
             "since": {str(at): one.told() for at, one in sorted(self._since.items())},
             "starts": [one.told() for one in self._starts],
@@ -194,7 +198,7 @@ class SliceWatch:
         return about, {name: getattr(self, f"_{name}").copy() for name in ARRAYS}
 
     def load(self, about: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]], judged: bool) -> None:
-        """Sets what `state` returned; where that is not whole, slices begin anew."""
+        """Restores what `state` returned; if arrays are missing, slices start from scratch."""
         self.clear()
         if any(name not in arrays for name in ARRAYS):
             return
@@ -206,10 +210,10 @@ class SliceWatch:
 
 
 def _spoken(added: F64, whole: F64) -> tuple[F64, F64]:
-    """Signal of each of k slices and its standard error, both `[k]` float64; NaN of those with too few rows.
+    """Signal and standard error of each of k slices, both `[k]` float64; NaN for those with too few rows.
 
     Args:
-        added: `[k, 3]` float64, rows, log loss and its squares.
+        added: `[k, 3]` float64, rows, log loss and squared log loss.
         whole: `[k, 2]` float64, rows and log loss of all.
 
     >>> signals, errors = _spoken(np.array([[200.0, 600.0, 2000.0], [9.0, 9.0, 9.0]]), np.array([[900.0, 900.0]] * 2))
@@ -226,7 +230,7 @@ def _spoken(added: F64, whole: F64) -> tuple[F64, F64]:
 
 
 def medians(values: npt.NDArray[np.floating[Any]]) -> F64:
-    """`[k]` float64 medians of `[n, k]` values, each of those that are not NaN; of each column there is one.
+    """`[k]` float64 medians of the columns of `[n, k]`, without NaN; each column has at least one value.
 
     >>> medians(np.array([[3.0, 1.0], [1.0, np.nan], [2.0, 2.0]])).tolist()
     [2.0, 1.5]
@@ -237,12 +241,12 @@ def medians(values: npt.NDArray[np.floating[Any]]) -> F64:
 
 
 def named(shown: Mapping[str, Sequence[str]], dimension: int, place: int) -> str:
-    r"""Which slice it is, on one line.
+    r"""The name of a slice, on one line.
 
     Args:
-        shown: Of each dimension the names of its places.
-        dimension: Its number.
-        place: Which of it.
+        shown: The names of each dimension's slices.
+        dimension: Index of the dimension.
+        place: Index in the dimension.
 
     >>> shown = {"action": ("view", "buy"), "city": ("Oslo", "Bergen\n")}
     >>> named(shown, 0, 1), named(shown, 1, 1)

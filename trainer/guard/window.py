@@ -1,4 +1,4 @@
-"""A window of log time: the steps in it added up, and the signals that the rules look at. Pure."""
+"""A window of log time: the sums of its steps, and the signals that the rules use. Pure functions."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
 
 FEWEST_OF_A_KIND = 128
-"""Rows of new users, pairs and positives below which a window says nothing about them."""
+"""Rows of new users, pairs or positives below which a window gives no signal for them."""
 
 LEAST_USUAL = 0.01
-"""A share below this is taken for this: who had none before is not infinitely many times what he was."""
+"""Lower bound of a usual share. Without it, an id without earlier rows would exceed its usual share infinitely."""
 
 SHARES = {"user": 0.2, "item": 0.25, "category": 0.5}
-"""The least share of a window's rows that is taking it over, whatever it was before."""
+"""A share of a window's rows that counts as taking over the window, by kind of id. Smaller shares give no signal."""
 
 SUMS = (
     "rows", "skipped", "positions", "dead", "known_rows", "known_loss", "new_rows", "new_loss", "pairs", "engagement_loss",
@@ -37,12 +37,12 @@ def _no_crowds() -> I32:
 
 @dataclass(frozen=True, slots=True)
 class WindowStart:
-    """Where a window begins.
+    """The start of a window.
 
     Attributes:
-        offset: The first record of it in the training log.
-        log_ms: Log time before it.
-        clicks: (topic id, partition, offset) where its clicks begin.
+        offset: Its first record in the training log.
+        log_ms: Log time before that record.
+        clicks: (topic id, partition, offset) at which its clicks begin.
     """
 
     offset: int
@@ -50,7 +50,7 @@ class WindowStart:
     clicks: tuple[tuple[str, int, int], ...] = ()
 
     def told(self) -> list[Any]:
-        """As JSON values.
+        """The JSON form.
 
         >>> start = WindowStart(7, 900, (("ab" * 16, 0, 5),))
         >>> WindowStart.of(start.told()) == start
@@ -60,20 +60,20 @@ class WindowStart:
 
     @classmethod
     def of(cls, told: Sequence[Any]) -> WindowStart:
-        """What `told` made."""
+        """The inverse of `told`."""
         offset, log_ms, clicks = told
         return cls(offset, log_ms, tuple((str(topic), int(part), int(at)) for topic, part, at in clicks))
 
 
 @dataclass(slots=True)
 class OpenWindow:
-    """What was added up since the window began.
+    """The sums since the window began.
 
     Attributes:
         start: Where it began.
         sums: `[len(SUMS)]` float64.
         crowds: `[3, BUCKETS]` int32, rows by bucket of user, item and category.
-        slices: `[measure, dimension, place, 3]` float64, see `Breakdown.update`; None where nothing was scored yet.
+        slices: `[measure, dimension, place, 3]` float64, see `Breakdown.update`; None until something is scored.
     """
 
     start: WindowStart
@@ -98,19 +98,19 @@ class OpenWindow:
         return float(self.sums[0])
 
     def distinct_users(self) -> int:
-        """How many buckets have a user: never more than there are users."""
+        """A lower bound of the number of users: the buckets that have at least one."""
         return int(np.count_nonzero(self.crowds[0]))
 
     def shares(self) -> F64:
-        """`[3, BUCKETS]` float64, each bucket's share of the rows that have such an id."""
+        """`[3, BUCKETS]` float64, each bucket's share of the rows that have an id of this kind."""
         found: F64 = self.crowds / np.maximum(self.crowds.sum(1, keepdims=True), 1)
         return found
 
     def signals(self, usual_shares: F32) -> F64:
-        """The signal of each rule, in the order of RULES; NaN where too little is known.
+        """The signal of each rule, in the order of RULES; NaN if there is too little data.
 
         Args:
-            usual_shares: `[3, BUCKETS]` float32, each bucket's share in the windows before.
+            usual_shares: `[3, BUCKETS]` float32, each bucket's share in earlier windows.
         """
         of = dict(zip(SUMS, self.sums.tolist(), strict=True))
         found = {
@@ -129,7 +129,7 @@ class OpenWindow:
 
 
 def _log_mean(total: float, count: float) -> float:
-    """Logarithm of a mean; NaN of too few.
+    """Logarithm of a mean; NaN if the count is too small.
 
     >>> _log_mean(128.0, 128.0), _log_mean(9.0, 9.0)
     (0.0, nan)
@@ -138,7 +138,7 @@ def _log_mean(total: float, count: float) -> float:
 
 
 def _lift(shares: F64, usual: npt.NDArray[Any], least: float) -> float:
-    """Logarithm of how many times its usual share the bucket has that grew most, of those with at least such a share; 0 for none.
+    """Logarithm of the largest growth factor of a bucket's share, among shares of at least `least`; at least 0.
 
     >>> round(_lift(np.array([0.5, 0.3]), np.array([0.5, 0.1]), 0.2), 3), _lift(np.array([0.1]), np.array([0.0]), 0.2)
     (1.099, 0.0)

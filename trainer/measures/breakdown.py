@@ -1,13 +1,13 @@
-"""Slices: the measures of some rows apart, by action, by new and known users, and by the values of attributes.
+"""Slices: metrics of subsets of rows, by action, by new and known users, and by attribute values.
 
-Each row lies in one slice of each dimension; what is measured is what
-`progressive.py` and the engagement head said before learning. A dimension has
-bounded places (`slices.py` gives those of attributes), so that the measures and
-the labels of the metrics are bounded, and are a function of the log.
+Each row belongs to one slice of each dimension. The metrics use the predictions of
+`progressive.py` and of the engagement head before learning. Each dimension has a
+bounded number of slices (`slices.py` assigns those of attributes). The metrics and
+their labels are therefore bounded, and a function of the log.
 
-Measures are recent, with the half-life of `Evaluation`, and have 95 % confidence
-intervals (`intervals.py`). They decide nothing, and are in each durable version
-like those of `progressive.py`.
+Metrics are recent, with the half-life of `Evaluation`, and have 95 % confidence
+intervals (`intervals.py`). They influence no decision. Each durable version stores
+them, as it stores those of `progressive.py`.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ Flags = npt.NDArray[np.bool_]
 
 BINS = 256
 DECILES = 10
-"""Bins of equal width of a probability, in which the predicted and the observed share are compared."""
+"""Bins of equal width over the probability, in which the predicted and the observed share are compared."""
 
 LEAST = 100.0
-"""Rows or pairs that a slice is worth before it counts in a gap."""
+"""The least (weighted) number of rows or pairs with which a slice counts in a gap."""
 
 LOSSES = ("log loss", "log loss of the engagement")
-"""What is told of each step by slice: of rows with a category, and of pairs."""
+"""The losses that are reported of each step by slice: of rows with a category, and of pairs."""
 
 _LOG_LOSS, _SQUARES, _TOP1 = (SUMS.index(name) for name in ("log_loss", "log_loss_squares", "top1"))
 
 
 class SliceMeasures(NamedTuple):
-    """The measures of one slice.
+    """The metrics of one slice.
 
     Attributes:
         dimension: `action`, `users` or the name of an attribute.
-        value: Which of it.
-        figures: By name: total.rows (since the beginning), rows, and where there are some to say so log_loss, top1,
+        value: Its value of the dimension.
+        figures: By name: total.rows (since the beginning) and rows. With enough data also log_loss, top1,
             engagement_log_loss, auc, calibration (predicted over observed clicks) and calibration_error (the expected
             difference of both, over DECILES).
         intervals: Their 95 % confidence intervals, of log_loss, top1, auc and calibration.
@@ -63,13 +63,13 @@ class SliceMeasures(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """By dimension and place, all float64.
+    """The sums by dimension and slice, all float64.
 
     Attributes:
-        rows: `[D, P, 5]`: all rows, those with a category, their log loss, its squares, and whether the category led.
+        rows: `[D, P, 5]`: all rows, those with a category, their log loss, its squares, and those whose category led.
         pairs: `[D, P, DECILES, 4]`: scored pairs by probability, clicked ones, summed probability, and log loss.
         bins: `[D, P, 2, BINS]`: pairs that were not clicked, and those that were, by logit.
-        squares: `[D, P, 2]`: squared weights of rows with a category and of pairs; what rows are worth follows.
+        squares: `[D, P, 2]`: squared weights of rows with a category and of pairs, for the effective sample size.
     """
 
     rows: F64
@@ -84,11 +84,11 @@ class _Sums(NamedTuple):
 
 
 class Breakdown:
-    """The running measures of slices.
+    """The running metrics of slices.
 
     Args:
         dimensions: Their names.
-        places: How many each has; what would lie behind the last is counted there.
+        places: How many slices each has; a larger index counts as the last one.
         by_item: Whether a negative's slice is that of the row whose item it is.
     """
 
@@ -100,18 +100,18 @@ class Breakdown:
 
     @classmethod
     def of(cls, settings: Settings, slices: Slices) -> Breakdown:
-        """That of a trainer with these settings: by action, by users, and by attributes."""
+        """The breakdown of a trainer with these settings: by action, by users, and by attributes."""
         places = [FIRST + settings.attributes.slice_values] * len(slices.names)
         own = len(settings.events.actions) + 1, len(USERS) - 1
         return cls(("action", "users", *slices.names), (*own, *places), (False, False, *slices.by_item))
 
     def update(self, places: Sequence[npt.NDArray[Any]], partner: I64, judged: Judged) -> F64:
-        """Adds the rows of one step, and tells of them.
+        """Adds the rows of one step, and returns their losses by slice.
 
         Args:
-            places: Of each dimension `[n]`, the slice of each row.
+            places: For each dimension `[n]`, the slice of each row.
             partner: `[n]` int64, the row whose item is the negative.
-            judged: What was said of the rows.
+            judged: The predictions for the rows.
 
         Returns:
             `[loss, dimension, place, 3]` float64 of this step, by LOSSES: rows or pairs, their loss, and its squares.
@@ -130,10 +130,10 @@ class Breakdown:
         return step
 
     def measures(self, shown: Mapping[str, Sequence[str]]) -> list[SliceMeasures]:
-        """The measures of each slice that any row was in.
+        """The metrics of each slice that has had a row.
 
         Args:
-            shown: Of each dimension the names of its places.
+            shown: The names of each dimension's slices.
         """
         return [
             SliceMeasures(name, shown[name][place], *self._of(number, place))
@@ -166,13 +166,13 @@ class Breakdown:
         return figures, sure
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """All sums, for a version."""
+        """All sums, to be stored in a version."""
         about = json.dumps(self.dimensions).encode()
         held = {f"slices.{name}": sums.copy() for name, sums in self._sums._asdict().items()}
         return held | {"slices.about": np.frombuffer(about, np.uint8), "slices.total": self._total.copy()}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Sets what `state` returned; measures of other slices than these begin anew."""
+        """Restores what `state` returned; sums of other slices are discarded."""
         self._sums, self._total = _Sums.none(*self._total.shape), np.zeros_like(self._total)
         if "slices.about" not in state or state["slices.total"].shape != self._total.shape:
             return
@@ -235,12 +235,12 @@ def _add(
 
 
 def shown_of(actions: Sequence[str], slices: Slices) -> dict[str, Sequence[str]]:
-    """Of each dimension the names of its places; an action that the settings do not name is behind the last."""
+    """The names of each dimension's slices; the last one of `action` is for actions that the settings do not name."""
     return {"action": (*actions, "(other)"), "users": USERS[1:], **slices.shown()}
 
 
 def values(measures: Sequence[SliceMeasures]) -> Iterator[tuple[str, float]]:
-    """Each figure as `slice.<dimension>.<value>.<measure>`, its interval as `.low` and `.high` behind it, and the gaps."""
+    """Each figure as `slice.<dimension>.<value>.<metric>`, its interval as `.low` and `.high`, and the gaps."""
     for one in measures:
         where = f"slice.{one.dimension}.{one.value}"
         yield from ((f"{where}.{name}", figure) for name, figure in one.figures.items())
@@ -256,11 +256,11 @@ def values(measures: Sequence[SliceMeasures]) -> Iterator[tuple[str, float]]:
 
 
 class SliceGap(NamedTuple):
-    """By how much the worst slice of a dimension is worse than the best.
+    """The difference between the worst and the best slice of a dimension.
 
     Attributes:
         size: The difference.
-        sure: What is left of it between the ends of their intervals that are next to each other; 0 where they overlap.
+        sure: The distance between their confidence intervals; 0 if they overlap.
         best, worst: Their values.
     """
 
@@ -271,13 +271,13 @@ class SliceGap(NamedTuple):
 
 
 GAPS = {"log_loss": -1, "auc": 1}
-"""Measures that slices are compared by, and whether more is better."""
+"""Metrics that slices are compared by: 1 if higher is better, -1 if lower is better."""
 
 
 def gap(measures: Sequence[SliceMeasures], dimension: str, name: str) -> SliceGap | None:
-    """The gap of a dimension in one of GAPS, over slices of LEAST rows at least; None where there are no two.
+    """The gap of a dimension in one of GAPS, over slices with at least LEAST rows; None if there are fewer than two.
 
-    Of many slices some differ by chance alone: the interval of the best and of the worst of k is widened to
+    Some of many slices differ by chance alone. The intervals of the best and the worst of k are therefore widened to
     1 - 0.05 / k (Bonferroni), as a factor of the normal distribution's width.
 
     >>> one = SliceMeasures("age", "old", {"rows": 900.0, "log_loss": 3.0}, {"log_loss": (2.9, 3.1)})

@@ -1,7 +1,7 @@
 """Progressive validation: each row is scored before it is learned from.
 
-Sums are kept twice, since the beginning and with a half-life in rows, and by
-slice: users without a label yet, and those with some. AUC comes from
+Sums are kept in two forms, since the beginning and with a half-life in rows, and by
+slice: users without a label yet, and users with some. AUC is computed from
 histograms of the scores, so that its state is small and its value repeatable.
 """
 
@@ -22,15 +22,15 @@ SUMS = ("rows", "log_loss", "top1", "top5")
 BINS = 512
 HALF_LIFE_ROWS = 20_000
 SOME = 1e-3
-"""Of how many recent rows a measure is taken at least: sums of which less is left say nothing, and their squares are 0."""
+"""The least weighted row count of a recent metric. Below it, sums carry no information, and their squares underflow."""
 
 _GONE = 1e-30
 LOGIT_RANGE = 12.0
-"""Scores beyond plus and minus this share the outer bins."""
+"""Scores outside plus and minus this value count in the outermost bins."""
 
 
 class Evaluation:
-    """The running measures of one trainer."""
+    """The running metrics of one trainer."""
 
     def __init__(self) -> None:
         # [total and recent, slice, sum] and [total and recent, negative and positive, bin].
@@ -70,11 +70,11 @@ class Evaluation:
         self._engagement += (scores.size, engagement_log_loss.astype(np.float64).sum())
 
     def values(self) -> dict[str, float]:
-        """The measures by name: recent ones plain, those since the beginning under `total.`.
+        """The metrics by name: recent ones without a prefix, those since the beginning with the prefix `total.`.
 
-        `training_loss` is what training minimises: its last slot holds the row's own category where that is no
-        candidate, so that it is no measure to compare by; `log_loss` is that of `progressive.py`. A measure without rows
-        is absent.
+        `training_loss` is the loss that training minimises. Its last slot holds the row's own category if that is no
+        candidate, so it is not comparable between models. The comparable `log_loss` is that of `progressive.py`. A
+        metric without rows is absent.
         """
         found: dict[str, float] = {}
         for when, prefix in ((1, ""), (0, "total.")):
@@ -97,25 +97,25 @@ class Evaluation:
         return found
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """All sums, for a version."""
+        """All sums, to be stored in a version."""
         return {"sums": self._sums.copy(), "bins": self._bins.copy(), "engagement": self._engagement.copy()}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Sets what `state` returned."""
+        """Restores what `state` returned."""
         self._sums = np.array(state["sums"])
         self._bins = np.array(state["bins"])
         self._engagement = np.array(state["engagement"])
 
 
 def fade(sums: F64, rows: int, power: int = 1) -> None:
-    """Makes recent sums older by so many rows, in place; what is left of next to nothing becomes 0.
+    """Decays recent sums by a number of rows, in place; values that underflow become 0.
 
-    Else a slice that no row comes to any more ends among the denormal numbers, with which a processor is a hundred times as slow.
+    Otherwise a slice without new rows ends with denormal numbers, which a CPU processes a hundred times more slowly.
 
     Args:
         sums: Contiguous float64, none negative.
-        rows: That were learned since; after HALF_LIFE_ROWS half is left.
-        power: Of the weights that were summed.
+        rows: Rows learned since; after HALF_LIFE_ROWS half is left.
+        power: Power of the weights that were summed.
 
     >>> sums = np.array([4.0, 1e-29])
     >>> fade(sums, 2 * HALF_LIFE_ROWS, power=2)
@@ -139,7 +139,7 @@ def area_under_curve(negatives: F64, positives: F64) -> float | None:
     0.75
 
     Returns:
-        None where one outcome is missing.
+        None if one outcome has no weight.
     """
     pairs = float(negatives.sum() * positives.sum())
     if pairs <= 0:

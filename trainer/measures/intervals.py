@@ -1,8 +1,8 @@
-"""95 % confidence intervals of what is measured over weighted rows.
+"""95 % confidence intervals of metrics over weighted rows.
 
-Recent sums weigh a row the less the older it is. n rows of weights w are worth
-(sum of w) ** 2 / (sum of w ** 2) equal ones (Kish 1965, Survey Sampling); that
-number stands for n in every formula here.
+Recent sums give a row less weight the older it is. Rows with weights w count as
+(sum of w) ** 2 / (sum of w ** 2) rows of equal weight (Kish 1965, Survey Sampling).
+This effective sample size stands for n in every formula here.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import numpy.typing as npt
 F64 = npt.NDArray[np.float64]
 
 Z = 1.959963984540054
-"""Of the normal distribution 95 % lie within plus and minus this."""
+"""95 % of the normal distribution are within plus and minus this many standard deviations."""
 
 Interval = tuple[float, float]
 
 
 def of_mean(mean: float, mean_square: float, rows: float) -> Interval:
-    """Of a mean, by the normal approximation.
+    """The interval of a mean, by the normal approximation.
 
     Args:
         mean: Of the values.
-        mean_square: Of their squares.
-        rows: Equal ones that they are worth.
+        mean_square: Mean of their squares.
+        rows: Effective sample size.
 
     >>> [round(end, 3) for end in of_mean(2.0, 5.0, 100.0)]
     [1.804, 2.196]
@@ -37,7 +37,7 @@ def of_mean(mean: float, mean_square: float, rows: float) -> Interval:
 
 
 def of_share(share: float, rows: float) -> Interval:
-    """Of a share of rows, by Wilson's score interval (Wilson 1927): it stays within 0 and 1 also for few rows.
+    """The interval of a share of rows, by Wilson's score (Wilson 1927). It stays within [0, 1] even for few rows.
 
     >>> [round(end, 4) for end in of_share(0.0, 10.0)]
     [0.0, 0.2775]
@@ -49,32 +49,32 @@ def of_share(share: float, rows: float) -> Interval:
 
 
 def of_ratio(predicted: float, observed: float, pairs: float) -> Interval:
-    """Of predicted over observed clicks, by Wilson's interval of the observed share.
+    """The interval of predicted over observed clicks, by Wilson's interval of the observed share.
 
-    Outcomes of unequal probabilities vary less than those of their mean, so that the interval is rather too wide.
+    Outcomes with unequal probabilities vary less than outcomes with their mean, so the interval is slightly too wide.
 
     Args:
         predicted: Mean predicted probability.
         observed: Share of the pairs that were clicked; more than 0.
-        pairs: Equal ones that they are worth.
+        pairs: Effective sample size.
     """
     low, high = of_share(observed, pairs)
     return predicted / high, predicted / low
 
 
 def of_area(negatives: F64, positives: F64, worth: float) -> Interval | None:
-    """Of the area under the ROC curve, by the variance of DeLong, DeLong and Clarke-Pearson (1988).
+    """The interval of the area under the ROC curve, by the variance of DeLong, DeLong and Clarke-Pearson (1988).
 
-    A score is where it is placed among those of the other outcome: the variance of these places, of positives
-    and of negatives, makes that of the area. Within a bin scores are equal, and count half.
+    Each score has a rank among the scores of the other outcome. The variance of the area follows from the variance of
+    these ranks over positives and over negatives. Scores in the same bin are ties and count half.
 
     Args:
-        negatives: `[bins]` float64, weights of those that were not clicked, in ascending order of scores.
-        positives: `[bins]` float64, of those that were.
-        worth: Equal rows that a row of weight 1 is worth.
+        negatives: `[bins]` float64, weights of the pairs that were not clicked, in ascending order of scores.
+        positives: `[bins]` float64, weights of the pairs that were clicked.
+        worth: Effective number of equal rows for each unit of weight.
 
     Returns:
-        None where one outcome has not two rows.
+        None if an outcome has fewer than two rows.
     """
     count, others = float(positives.sum()), float(negatives.sum())
     if min(count, others) * worth <= 1.0:
@@ -91,11 +91,11 @@ def of_area(negatives: F64, positives: F64, worth: float) -> Interval | None:
 
 
 def widened(count: int, z: float = Z) -> float:
-    """By which factor an interval is widened to hold for all of `count` at once (Bonferroni).
+    """The factor that widens an interval so that it holds for all of `count` intervals at once (Bonferroni).
 
     Args:
-        count: How many.
-        z: Deviations of the normal distribution that one of them spans to each side.
+        count: How many intervals.
+        z: Half-width of one interval, in standard deviations of the normal distribution.
 
     >>> round(widened(1), 6), round(widened(2), 3), round(widened(2, 3.0), 3)
     (1.0, 1.144, 1.068)

@@ -1,15 +1,15 @@
-"""What the model, and what is simple, said of the category of each row before it was known.
+"""Predictions of each row's category, by the model and by simple baselines, before the category was known.
 
 Four predictors see the same rows in the same order:
 
-    model      the candidates that serving has, by their logits; the last slot of training is none of them
+    model      the candidates that serving has, by their logits; the last slot of training is not among them
     popular    all categories by their clicks over all users, halved each hour of log time
-    previous   the one category that the user's event before had
+    previous   the one category of the user's previous event
     came_next  what came next after that one, by the counts of transitions (`state/ranking/transitions.py`)
 
-Each names candidates in an order and shares among them that add up to 1. What a
-category costs that is none of them says `progressive.py`. All are functions of
-the log alone: integers, and of the model its logits.
+Each predictor ranks candidates and assigns them shares that add up to 1.
+`progressive.py` defines the cost of a category that is no candidate. All are
+functions of the log alone: of integers, and for the model of its logits.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ NONE = -1
 """The rank of a category that is no candidate."""
 
 LISTED = 64
-"""Popular categories whose order is kept; one behind them ranks next after them, which flatters it a little."""
+"""Popular categories whose order is kept. Any other counted category gets the next rank, which is slightly too good."""
 
 COUNTED = 8192
-"""Categories that the popular ones are counted among."""
+"""The most categories that are counted for the popular ones."""
 
 SPAN_MS, KEPT = 300_000, 61_858
-"""Of a count is kept after each five minutes of log time, in 1/65536: half after an hour, 2 ** (-1 / 12) each."""
+"""Every SPAN_MS (five minutes of log time) a count decays by KEPT / 65536 = 2 ** (-1 / 12): half after an hour."""
 
 
 class CategoryPrediction(NamedTuple):
-    """What one predictor said of t rows.
+    """The prediction of one predictor for t rows.
 
     Attributes:
-        rank: `[t]` int32, candidates before the row's category; NONE where it is no candidate.
-        log_share: `[t]` float64, logarithm of its share; 0 where it is no candidate.
-        candidates: `[t]` int32, how many candidates there were.
+        rank: `[t]` int32, candidates before the row's category; NONE if it is no candidate.
+        log_share: `[t]` float64, logarithm of its share; 0 if it is no candidate.
+        candidates: `[t]` int32, the number of candidates.
     """
 
     rank: I32
@@ -58,12 +58,12 @@ class CategoryPrediction(NamedTuple):
 
 
 def hourly_popular() -> Popular:
-    """The popular categories of the last hour or so, as yet none."""
+    """An empty counter for the popular categories of about the last hour."""
     return Popular(LISTED, COUNTED, SPAN_MS, KEPT)
 
 
 def of_popular(popular: Popular, category: U64) -> CategoryPrediction:
-    """What the clicks of the last hour or so say of `[t]` categories.
+    """The prediction by the clicks of about the last hour, for `[t]` categories.
 
     >>> popular = hourly_popular()
     >>> popular.update(np.array([5, 7, 7, 7], np.uint64), 0)
@@ -81,7 +81,7 @@ def of_popular(popular: Popular, category: U64) -> CategoryPrediction:
 
 
 def of_previous(newest: U64, category: U64) -> CategoryPrediction:
-    """What the category of the user's event before says of `[t]` categories; 0 is none.
+    """The prediction by the category of the user's previous event (0 is none), for `[t]` categories.
 
     >>> found = of_previous(np.array([5, 5, 0], np.uint64), np.array([5, 7, 7], np.uint64))
     >>> found.rank.tolist(), found.candidates.tolist()
@@ -95,10 +95,10 @@ def of_previous(newest: U64, category: U64) -> CategoryPrediction:
 
 
 def of_came_next(transitions: CountTable, newest: I32, category: U64) -> CategoryPrediction:
-    """What the lists of users' newest categories say.
+    """The prediction by what came next after users' newest categories.
 
     Args:
-        transitions: The lists.
+        transitions: The lists of what came next.
         newest: `[t]` int32, the row of each newest category; 0 for none.
         category: `[t]` uint64, what was clicked.
     """

@@ -1,19 +1,22 @@
-"""The model beside what is simple: each row is scored by all before any learns from it.
+"""Compares the model with simple baselines: all of them score each row before any learns from it.
 
-**A miss counts as a miss.** A predictor names candidates, and shares p among them
-that add up to 1. Let it miss with probability m: a category that is a candidate
-is given (1 - m) p, and m is spread evenly over the categories that are none and
-are known, and over one more that stands for all that are not. So each predictor
-is one distribution over the same outcomes, log losses can be compared between
-predictors and logs, and pure noise costs its entropy, not less. Where there is
-no candidate, m is 1. It is the escape probability of prediction by partial
-matching (Cleary and Witten 1984), estimated as Krichevsky and Trofimov (1981)
-do, (misses + 1/2) / (rows + 1), over the rows before, apart for new users and
-known ones, who miss otherwise.
+**A miss counts as a miss.** A predictor assigns shares p, which add up to 1, to its
+candidates. Let m be its probability of a miss. A category that is a candidate then
+has the probability (1 - m) p. m is spread evenly over the known categories that are
+no candidates, and over one more that stands for all unknown categories. If there is
+no candidate, m is 1.
 
-Sums are kept twice, since the beginning and with the half-life of `Evaluation`.
-They, and the popular categories of the last hour, are in each durable version, for
-a restart reads on from there and has no log of the hour before.
+So each predictor is one distribution over the same outcomes. Log losses are
+comparable between predictors and logs, and pure noise costs its entropy, not less.
+
+m is the escape probability of prediction by partial matching (Cleary and Witten
+1984). Its estimate over the earlier rows is (misses + 1/2) / (rows + 1)
+(Krichevsky and Trofimov 1981). New and known users have separate estimates, because
+their rates differ.
+
+Sums are kept in two forms, since the beginning and with the half-life of
+`Evaluation`. Each durable version stores them and the popular categories of the last
+hour, because a restart continues from there and does not read the hour before.
 """
 
 from __future__ import annotations
@@ -34,7 +37,7 @@ F64 = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
 MEASURES = {"log_loss": "log_loss", "mrr": "reciprocal_rank", "top1": "top1", "top5": "top5", "missed": "missed"}
-"""Names in manifests, and of which of SUMS they are the mean."""
+"""Metric names in manifests, and the entry of SUMS of which each is the mean."""
 
 _ROWS, _LOG_LOSS, _TOP1, _OFFERED, _MISSED = (
     SUMS.index(name) for name in ("rows", "log_loss", "top1", "offered", "missed")
@@ -42,30 +45,30 @@ _ROWS, _LOG_LOSS, _TOP1, _OFFERED, _MISSED = (
 
 
 class Progressive:
-    """The running measures of the model and of the baselines.
+    """The running metrics of the model and of the baselines.
 
     Attributes:
-        popular: The popular categories of the last hour or so.
+        popular: The popular categories of about the last hour.
     """
 
     def __init__(self) -> None:
         # [total and recent, predictor, users, sum]
         self._sums: F64 = no_sums(2)
-        # [total and recent, all rows and those of skipped steps]
+        # [total and recent, all rows and rows of skipped steps]
         self._rows: F64 = np.zeros((2, 2))
         self.popular = hourly_popular()
 
     def score(
         self, said: Mapping[str, CategoryPrediction], targets: Flags, known: Flags, categories: int, pairs: ScoredPairs
     ) -> Judged:
-        """What was said of n rows before anybody learns from them; changes nothing.
+        """Scores the predictions for n rows before anything learns from them; has no side effects.
 
         Args:
-            said: By each of PREDICTORS, of the rows with a category.
-            targets: `[n]` bool, which those are.
+            said: The predictions of each of PREDICTORS for the rows with a category.
+            targets: `[n]` bool, which rows have a category.
             known: `[n]` bool, whether the user is known.
-            categories: That are known, those that the rows brought too: else what is new would cost nothing.
-            pairs: Whose engagement was scored.
+            categories: The number of known categories, with those of these rows: otherwise new ones would cost nothing.
+            pairs: The pairs whose engagement was scored.
         """
         kinds, misses, sums = known[targets], self.miss_shares(), no_sums()
         of_rows = [
@@ -75,16 +78,16 @@ class Progressive:
         return Judged(StepScores(sums, pairs.losses.size, clicked, predicted, losses), targets, of_rows[0], pairs)
 
     def miss_shares(self) -> F64:
-        """`[predictor, 2]` float64: how likely a row's category is none of the candidates, of new users and of known ones."""
+        """`[predictor, 2]` float64: the miss probability for new users and for known ones."""
         recent = self._sums[1, :, 1:]
         without = recent[..., _ROWS] - recent[..., _OFFERED]
         return np.asarray((recent[..., _MISSED] - without + 0.5) / (recent[..., _OFFERED] + 1.0))
 
     def update(self, scores: StepScores, category: U64, log_ms: int, learned: bool = True) -> None:
-        """Adds the scores of a step, and lets the popular categories learn from it.
+        """Adds the scores of a step, and updates the popular categories.
 
         Args:
-            scores: Of `score`.
+            scores: From `score`.
             category: `[n]` uint64, what was clicked; 0 for none.
             log_ms: Log time.
             learned: Whether the model learns from the step; the popular categories learn from the same steps.
@@ -97,12 +100,14 @@ class Progressive:
             self.popular.update(category, log_ms)
 
     def values(self) -> dict[str, float]:
-        """The measures by name: recent ones plain, those since the beginning under `total.`.
+        """The metrics by name: recent ones without a prefix, those since the beginning with the prefix `total.`.
 
-        log_loss, mrr, top1, top5 and missed of the model, also under `new.` and `known.`; the same under
-        `baseline.<name>.`; `lift.top1` and `lift.log_loss`, by how much the model is better than the best of those;
-        `skipped`, the share of the rows that the guard skipped, which all other measures include. A measure without rows
-        is absent.
+        - log_loss, mrr, top1, top5 and missed of the model, also under `new.` and `known.`
+        - the same under `baseline.<name>.`
+        - `lift.top1` and `lift.log_loss`: the model's advantage over the best baseline
+        - `skipped`: the share of rows that the guard skipped, which all other metrics include
+
+        A metric without rows is absent.
         """
         found: dict[str, float] = {}
         for when, prefix in ((1, ""), (0, "total.")):
@@ -121,12 +126,12 @@ class Progressive:
         return found
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """All sums and the popular categories, for a version."""
+        """All sums and the popular categories, to be stored in a version."""
         popular = {f"popular.{name}": value for name, value in self.popular.state().items()}
         return {"sums": self._sums.copy(), "rows": self._rows.copy(), **popular}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Sets what `state` returned; a version of a release without these measures has nothing, and they begin anew."""
+        """Restores what `state` returned. Metrics that a version of an older release lacks start from scratch."""
         self._sums, self._rows, self.popular = (
             no_sums(2),
             np.array(state.get("rows", np.zeros((2, 2)))),
@@ -138,7 +143,7 @@ class Progressive:
 
 
 def where_of(predictor: str, users: str) -> str:
-    """How names of measures begin.
+    """The prefix of a metric's name.
 
     >>> where_of("model", "all"), where_of("popular", "new")
     ('', 'baseline.popular.new.')
@@ -150,11 +155,10 @@ def row_sums(said: CategoryPrediction, known: Flags, miss: F64, categories: int,
     """SUMS of each of t rows, `[t, sum]` float64.
 
     Args:
-        said: Of the rows.
+        said: The predictions for the rows.
         known: `[t]` bool, whether the user is known.
-        miss: `[2]` float64, the probability that the category is no candidate where there are some, of new users and of
-            known ones.
-        categories: Known ones.
+        miss: `[2]` float64, the miss probability if there are candidates, of new users and of known ones.
+        categories: The number of known categories.
         sums: `[users, sum]` float64, to which the rows are added.
 
     >>> one, sums = np.ones(1), no_sums()[0]
@@ -175,7 +179,7 @@ def row_sums(said: CategoryPrediction, known: Flags, miss: F64, categories: int,
 def _judge(
     rank: I32, log_share: F64, candidates: I32, known: Flags, miss: F64, categories: int, rows: F64, sums: F64
 ) -> None:
-    """The columns are in the order of SUMS."""
+    """Adds the rows to `sums`; the columns are in the order of SUMS."""
     for i in range(rank.shape[0]):
         kind = 1 if known[i] else 0
         hit, others = rank[i] >= 0, np.log(float(max(categories - candidates[i], 0)) + 1.0)
@@ -196,7 +200,7 @@ def _judge(
 
 
 def lift(sums: F64) -> dict[str, float]:
-    """By how much the model is better than the best of the baselines, from `[predictor, sum]` float64; none without rows.
+    """The model's advantage over the best of the baselines, from `[predictor, sum]` float64; empty without rows.
 
     >>> sums = np.ones((len(PREDICTORS), len(SUMS)))
     >>> sums[:, _LOG_LOSS], sums[:, _TOP1] = (1.5, 4.0, 2.0, 3.0), (0.5, 0.1, 0.25, 0.2)

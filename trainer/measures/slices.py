@@ -1,13 +1,13 @@
-"""Progressive validation by attribute: the measures of each value, scored before learning.
+"""Progressive validation by attribute value: metrics of each value, scored before learning.
 
-A slice attribute has a place for whoever is unknown, one for none, one for all
-values that came when its places were taken, and one for each other value in
-the order in which they came. So the measures, and the labels of the metrics,
-are bounded, and are a function of the log like the weights.
+A slice attribute has one slice for unknown values and one for no value. Each of the
+first other values gets its own slice, in the order of occurrence. Once these are used
+up, all other values share one slice. The metrics and their labels are therefore bounded, and
+a function of the log like the weights.
 
-Sums are recent, with the half-life of `Evaluation`; rows are also counted since
-the beginning. Since 0.1.0 they are in the digest of a version; in durable versions
-those of `breakdown.py` stand in their place, which have intervals.
+Sums are recent, with the half-life of `Evaluation`; rows are also counted since the
+beginning. Since 0.1.0 these sums are part of a version's digest. Durable versions
+contain the metrics of `breakdown.py` instead, which have intervals.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ SUMS = ("rows", "targets", "log_loss", "top1", "pairs", "engagement_log_loss")
 
 
 class Measure(NamedTuple):
-    """The measures of one value of an attribute.
+    """The metrics of one value of an attribute.
 
     Attributes:
         attribute: Name of the attribute.
         value: Its text.
-        figures: By name: total.rows, rows, and log_loss, top1, engagement_log_loss, auc where there are rows to say so.
+        figures: By name: total.rows, rows, and if there is enough data log_loss, top1, engagement_log_loss, auc.
     """
 
     attribute: str
@@ -49,16 +49,16 @@ class Measure(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """What a step scored before learning.
+    """The scores of a step before learning.
 
     Attributes:
         targets: `[n]` bool, the rows with a category.
         log_loss: `[t]` float32 interest log loss of those.
         top1: `[t]` bool, whether the best candidate was the category.
-        pairs: `[2 n]` bool, the pairs scored, of rows and then of their negatives.
+        pairs: `[2 n]` bool, the scored pairs, of rows and then of their negatives.
         partner: `[n]` int64, the row whose item is the negative.
-        logits: `[m]` float32, of the pairs scored.
-        positive: `[m]` bool.
+        logits: `[m]` float32, of the scored pairs.
+        positive: `[m]` bool, their outcomes.
         engagement_log_loss: `[m]` float32.
     """
 
@@ -73,7 +73,7 @@ class Scored(NamedTuple):
 
 
 class Slices:
-    """The running measures of the values of some attributes.
+    """The running metrics of the values of some attributes.
 
     Args:
         settings: The section `[attributes]`.
@@ -95,22 +95,22 @@ class Slices:
         self._bins: F64 = np.zeros((count, places, 2, BINS))
 
     def __bool__(self) -> bool:
-        """Whether there is an attribute to measure by."""
+        """Whether there is a slice attribute."""
         return bool(self.names)
 
     @property
     def by_item(self) -> tuple[bool, ...]:
-        """Of each attribute whether it is one of items, so that a negative has that of another row."""
+        """Whether each attribute is one of items. A negative then has the value of another row."""
         return tuple(name not in self._columns.users.names for name in self.names)
 
     def update(self, users: U64, items: U64, texts: Mapping[int, str], scored: Scored) -> list[I64]:
-        """Adds the rows of one step; returns the places of its rows, `[n]` int64, of each attribute.
+        """Adds the rows of one step; returns, for each attribute, the slice of each row, `[n]` int64.
 
         Args:
             users: `[n, Au]` uint64.
             items: `[n, Ai]` uint64.
-            texts: Of ids that the micro-batch announces.
-            scored: What was scored.
+            texts: Texts of the ids that the micro-batch announces.
+            scored: The scores of the step.
         """
         for sums in (self._sums, self._bins):
             fade(sums, scored.log_loss.size)
@@ -129,7 +129,7 @@ class Slices:
         return found
 
     def shown(self) -> dict[str, list[str]]:
-        """Of each attribute the texts of its places."""
+        """The texts of each attribute's slices."""
         return {
             name: [self._text(number, place) for place in range(self._ids.shape[1])]
             for number, name in enumerate(self.names)
@@ -140,13 +140,13 @@ class Slices:
         return SHOWN[place] if place < FIRST else self._texts.get(one, f"{one:016x}")
 
     def _places(self, number: int, ids: U64, texts: Mapping[int, str]) -> I64:
-        """The place of each of `[n]` ids; new ones take a free one in the order in which they come."""
+        """The slice of each of `[n]` ids; new ids take a free slice in the order of their occurrence."""
         known = {one: place for place, one in enumerate(self._ids[number].tolist()) if one}
         found = np.empty(len(ids), np.int64)
         for row, one in enumerate(ids.tolist()):
             place = known.get(one)
             if place is None:
-                # Of no item (0) there is nothing to tell.
+                # A row without an item has id 0, which is unknown.
                 place = UNKNOWN if one == 0 else len(known) + 1 if len(known) + 1 < self._ids.shape[1] else OTHER
                 if place >= FIRST:
                     self._ids[number, place] = one
@@ -174,7 +174,7 @@ class Slices:
         self._bins[number] += np.bincount(cells, minlength=count * 2 * BINS).reshape(count, 2, BINS)
 
     def measures(self) -> list[Measure]:
-        """The measures of each value that any row had."""
+        """The metrics of each value that has had a row."""
         found = []
         for number, name in enumerate(self.names):
             for place in np.flatnonzero(self._total[number]).tolist():
@@ -191,7 +191,7 @@ class Slices:
         return found
 
     def values(self) -> dict[str, float]:
-        """The same as `slice.<attribute>.<value>.<measure>`, for a version's manifest."""
+        """The metrics as `slice.<attribute>.<value>.<metric>`, for a version's manifest."""
         return {
             f"slice.{one.attribute}.{one.value}.{name}": figure
             for one in self.measures()
@@ -199,7 +199,7 @@ class Slices:
         }
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """All sums, for a version; nothing where there is no attribute to measure by."""
+        """All sums, to be stored in a version; empty without slice attributes."""
         if not self:
             return {}
         texts = {f"{one:016x}": text for one, text in sorted(self._texts.items())}
@@ -213,7 +213,7 @@ class Slices:
         }
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Sets what `state` returned; measures of other attributes than these are not taken over."""
+        """Restores what `state` returned; sums of other attributes are ignored."""
         if not self or "about" not in state:
             return
         names, texts = json.loads(state["about"].tobytes())

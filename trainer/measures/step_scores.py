@@ -1,4 +1,4 @@
-"""What one step scored before it learned, as sums: for whoever judges the step, and for the running measures."""
+"""The scores of one step before learning, as sums: for those that judge the step, and for the running metrics."""
 
 from __future__ import annotations
 
@@ -15,21 +15,24 @@ F64 = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
 
 USERS = ("all", "new", "known")
-"""Known is a user who has a category in the windows, or was seen before and has a row."""
+"""A user is known who has a category in the windows, or was seen before and has a row."""
 
 SUMS = ("rows", "log_loss", "log_loss_squares", "reciprocal_rank", "top1", "top5", "offered", "missed")
-"""Of rows with a category: their number, their log loss and its squares, 1 / (1 + rank) (0 for a miss), whether the
-category led or was among the best five, whether there was a candidate at all, and whether it was none of them."""
+"""Sums over rows with a category.
+
+The sums are the number of rows, log loss and its squares, 1 / (1 + rank) (0 for a miss), rows whose category led, rows
+whose category was among the best five, rows with candidates, and rows whose category was none of them.
+"""
 
 
 @dataclass(frozen=True)
 class StepScores:
-    """The sums of a step, or of several that were added.
+    """The sums of a step, or of several steps together.
 
     Attributes:
         sums: `[predictor, users, sum]` float64, by PREDICTORS, USERS and SUMS.
-        pairs: Pairs of a user and an item whose engagement was scored.
-        positives: Those of them that were clicked, or were labelled so.
+        pairs: (User, item) pairs whose engagement was scored.
+        positives: Of them, pairs that were clicked, or were labelled so.
         predicted: Sum of their predicted probabilities.
         engagement_log_loss: Sum of their log losses.
     """
@@ -41,7 +44,7 @@ class StepScores:
     engagement_log_loss: float
 
     def __add__(self, other: StepScores) -> StepScores:
-        """Both together."""
+        """The sums of both."""
         return StepScores(
             self.sums + other.sums,
             self.pairs + other.pairs,
@@ -51,11 +54,11 @@ class StepScores:
         )
 
     def total(self, name: str, predictor: str = "model", users: str = "all") -> float:
-        """One of SUMS."""
+        """One entry of SUMS."""
         return float(self.sums[PREDICTORS.index(predictor), USERS.index(users), SUMS.index(name)])
 
     def mean(self, name: str, predictor: str = "model", users: str = "all") -> float:
-        """The mean over the rows of one of SUMS; NaN without rows.
+        """The mean over the rows of one entry of SUMS; NaN without rows.
 
         >>> rows = np.zeros((len(PREDICTORS), len(USERS), len(SUMS)))
         >>> rows[0, 0, :2] = 4, 10.0
@@ -67,16 +70,16 @@ class StepScores:
 
     @property
     def calibration(self) -> float:
-        """Predicted over observed clicks: 1 is right, above it promises too much; NaN where nothing was clicked."""
+        """Predicted over observed clicks: 1 is calibrated, above 1 is too high; NaN if nothing was clicked."""
         return self.predicted / self.positives if self.positives else float("nan")
 
 
 class ScoredPairs(NamedTuple):
-    """The pairs of a user and an item whose engagement was scored.
+    """The (user, item) pairs whose engagement was scored.
 
     Attributes:
-        scored: `[2 n]` bool, which they are, of n rows and then of their negatives.
-        logits: `[m]` float64, shifted as in training where negatives are drawn.
+        scored: `[2 n]` bool, which pairs, of n rows and then of their negatives.
+        logits: `[m]` float64, shifted as in training if negatives are drawn.
         predicted: `[m]` float64, their probabilities.
         positive: `[m]` bool, whether they were clicked, or labelled so.
         losses: `[m]` float64, their log losses.
@@ -90,13 +93,13 @@ class ScoredPairs(NamedTuple):
 
 
 class Judged(NamedTuple):
-    """What was said of n rows before anybody learned from them.
+    """The evaluated predictions for n rows, before anything learned from them.
 
     Attributes:
-        scores: The sums of it.
+        scores: Their sums.
         targets: `[n]` bool, the rows with a category.
-        rows: `[t, sum]` float64, SUMS of the model of each of those.
-        pairs: Of them.
+        rows: `[t, sum]` float64, SUMS of the model for each row with a category.
+        pairs: The scored pairs.
     """
 
     scores: StepScores
@@ -106,7 +109,7 @@ class Judged(NamedTuple):
 
 
 def joined_scores(parts: list[StepScores]) -> StepScores:
-    """The scores of a record that was learned in several updates."""
+    """Adds the scores of a record that was learned in several updates."""
     return reduce(StepScores.__add__, parts)
 
 

@@ -1,1 +1,1 @@
-"""What the model is: its inputs, its formula, its candidates."""
+"""The model: its inputs, its formula and its candidates."""

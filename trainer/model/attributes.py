@@ -1,10 +1,10 @@
-"""Attributes as a step uses them: rows of the context table, of users into the tower, of items beside the item's row.
+"""Attributes in a training step: rows of the context table, for the tower (users) and next to the item's row (items).
 
-A user's attributes join the context fields of the row: the mean over all of
-them goes into the tower. An item's attributes add their mean to the item's own
-row, which only the engagement head reads; the interest head never sees them.
-What an item is then depends on the row, so that the head is given one row for
-each combination of item and attributes in the step.
+A user's attributes join the context fields of the row; the mean of all of them is an
+input of the tower. The mean of an item's attributes is added to the item's own row.
+Only the engagement head reads that sum; the interest head does not. An item's vector
+thus depends on the row, so the head gets one row for each combination of item and
+attributes in the step.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from trainer.tables.index import I32
 
 
 class Combined(NamedTuple):
-    """The combinations of item and attributes in a step.
+    """The distinct combinations of item and attributes in a step.
 
     Attributes:
         item: `[c]` uint64.
         attributes: `[c, Ai]` uint64.
-        at: `[n]` int32, which of them each row has.
+        at: `[n]` int32, the combination of each row.
     """
 
     item: U64
@@ -36,14 +36,14 @@ class Combined(NamedTuple):
 
 
 class Columns:
-    """Which columns of attributes the trainer learns from.
+    """The columns of attributes that the trainer learns from.
 
     Args:
         settings: The section `[attributes]`.
 
     Attributes:
-        users: Table of users' attributes, without fields where they have no topic.
-        items: Table of items' attributes, likewise.
+        users: Table of users' attributes, without fields if they have no topic.
+        items: Table of items' attributes, without fields if they have no topic.
     """
 
     def __init__(self, settings: Attributes) -> None:
@@ -51,16 +51,16 @@ class Columns:
         self.items = AttributeTable("item", fields_of(settings.item_fields if settings.item_topic else ()))
 
     def users_of(self, batch: MicroBatch) -> U64:
-        """`[n, Au]` uint64, in the order of the settings."""
+        """Users' attributes, `[n, Au]` uint64, in the order of the settings."""
         return _arranged(batch.user_attributes, batch.header.attributes[0], self.users)
 
     def items_of(self, batch: MicroBatch) -> U64:
-        """`[n, Ai]` uint64, likewise."""
+        """Items' attributes, `[n, Ai]` uint64, in the order of the settings."""
         return _arranged(batch.item_attributes, batch.header.attributes[1], self.items)
 
 
 def _arranged(columns: U64, names: tuple[str, ...], table: AttributeTable) -> U64:
-    """The columns that `table` names; one that the micro-batch, of older settings, lacks is unknown."""
+    """The columns that `table` names. Columns that a micro-batch of older settings lacks are unknown."""
     if names == table.names:
         return columns
     found = np.tile(table.unknown, (len(columns), 1))
@@ -71,7 +71,7 @@ def _arranged(columns: U64, names: tuple[str, ...], table: AttributeTable) -> U6
 
 
 def combine(item: U64, attributes: U64) -> Combined:
-    """The different combinations of `[n]` items and their `[n, Ai]` attributes, in an order that the ids alone decide.
+    """The distinct combinations of `[n]` items and their `[n, Ai]` attributes, in an order that depends on ids alone.
 
     >>> found = combine(np.array([5, 5, 5], np.uint64), np.array([[1], [2], [1]], np.uint64))
     >>> found.item.tolist(), bool(found.at[0] == found.at[2] != found.at[1])
@@ -85,5 +85,5 @@ def combine(item: U64, attributes: U64) -> Combined:
 
 
 def _mixed(x: U64) -> U64:
-    """One number of the generator SplitMix64 (Steele, Lea and Flood 2014) from each."""
+    """One output of the generator SplitMix64 (Steele, Lea and Flood 2014) from each value."""
     return mixed(x + np.uint64(0x9E3779B97F4A7C15))

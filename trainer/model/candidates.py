@@ -1,11 +1,16 @@
-"""Who competes for a row's interest, and who is its negative: integers, on the host, in compiled loops.
+"""Chooses the interest candidates of a row and its negative: integers, on the host, in compiled loops.
 
-The candidates of a row are its user's categories (L slots, newest first), the
-popular categories that are not among them (P slots), what over all users came next
-after the newest category (S slots), and one more slot. The last holds the row's
-own category where that is in none of them, and else a category that another row
-of the batch clicked, so that the model learns what "something else" is worth.
-Only the slots' use as targets depends on the row's own event.
+The candidates of a row are:
+
+- its user's categories (L slots, newest first)
+- the popular categories that are not among them (P slots)
+- what came next most often after the newest category, over all users (S slots)
+- one more slot
+
+The last slot holds the row's own category if no other slot has it. Otherwise it
+holds a category that another row of the batch clicked, so that the model learns the
+value of "something else". Only the target slot and the last slot depend on the row's
+own event.
 """
 
 from __future__ import annotations
@@ -27,10 +32,10 @@ class Candidates(NamedTuple):
     """The interest slots of a batch.
 
     Attributes:
-        target: `[n]` int32, the slot of the row's category: below L a category,
+        target: `[n]` int32, the slot of the row's category: below L a category of the user,
             below L + P a popular one, below L + P + S a successor, L + P + S the last slot; -1 without a category.
-        popular_mask: `[n, P]` float32, 1 where a popular category is a candidate of its own.
-        other: `[n]` uint64, the category in the last slot; 0 where it is empty.
+        popular_mask: `[n, P]` float32, 1 for a popular category that is not among the user's own.
+        other: `[n]` uint64, the category in the last slot; 0 if it is empty.
     """
 
     target: I32
@@ -101,7 +106,7 @@ def _compete(
 
 
 def partners(topics: U64, partitions: U64, offsets: I64) -> I64:
-    """For each row another row of the batch, by a hash of its source position.
+    """Chooses for each row another row of the batch, by a hash of its source position.
 
     Args:
         topics: `[n]` uint64 short numbers of the rows' topics.
@@ -121,10 +126,10 @@ def partners(topics: U64, partitions: U64, offsets: I64) -> I64:
 
 
 def candidates(category: U64, recent_categories: U64, popular: U64, successors: U64, partner: I64) -> Candidates:
-    """The interest slots of a batch.
+    """Fills the interest slots of a batch.
 
     Args:
-        category: `[n]` uint64, what each row clicked; 0 for none.
+        category: `[n]` uint64, the clicked category of each row; 0 for none.
         recent_categories: `[n, L]` uint64, the user's categories before the click, padded with 0.
         popular: `[P]` uint64, padded with 0.
         successors: `[n, S]` uint64, neither categories of their row nor popular, padded with 0.

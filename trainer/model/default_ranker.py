@@ -1,10 +1,10 @@
-"""The default ranker: a user tower, candidates scored by rows and windows, pairs scored with interest as their prior.
+"""The default ranker: a user tower, interest over candidates, and engagement of pairs with interest as its prior.
 
 For a user u with recent categories c_1 .. c_L (newest first), a candidate c, an item i of category c_i:
 
     x(u)  = [ prepare(features), e_u, mean of e_{c_1..c_3}, mean of context rows ]
     v(u)  = tower(x)                                              the profile vector, `vector`
-    [ q(u) | q'(u) | b(u) ] = W v(u) + w + [ e_u | e_u | 0 ]      the queries of interest and of engagement, the user's bias
+    [ q(u) | q'(u) | b(u) ] = W v(u) + w + [ e_u | e_u | 0 ]      queries of interest and of engagement, the user's bias
     z(u)  = clip(prepared features), without those of single categories
 
     interest:    p(c) = softmax over the candidates of s(c)
@@ -16,13 +16,13 @@ For a user u with recent categories c_1 .. c_L (newest first), a candidate c, an
     engagement:  P = sigmoid( prior(c_i) + q' . e_i + w_i . e_i + w_c . e_c + b(u) + sum of crosses )
       prior(c_i) = a + b log p(c_i) of a category of the user, else d (q . e_c + b - log sum exp s)
 
-`next(c)` are logarithms of how often c came next after the user's newest
-category, over all users. Both nets have one hidden layer with ReLU and share
-`z(u)`'s kernel. Interest is scored over rows of categories, never over an
-index: a category first seen a minute ago is a candidate like any other.
-Engagement reads the interest logits without dropout and changes none of their
-weights. In a log with labels interest is no prior of engagement at first: what
-was clicked is not what was shown.
+`next(c)` are logarithms of how often c came next after the user's newest category,
+over all users. Both nets have one hidden layer with ReLU and share the kernel of
+`z(u)`. Interest is scored over rows of categories, never over a fixed vocabulary: a
+category first seen a minute ago is a candidate like any other. Engagement reads the
+interest logits without dropout and changes none of their weights. In a log with
+labels, the initial prior of engagement ignores interest, because what was clicked is
+not what was shown.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ FAST_WEIGHTS = (
     "interest.successor",
     "interest.other",
 )
-"""The weights that move within a record, in the order in which a version carries their slots."""
+"""The weights that change within a record, in the order in which a version stores their slots."""
 
 
 class Encoded(NamedTuple):
-    """What of the users all scores share.
+    """The encoding of the users that all scores share.
 
     Attributes:
         queries: `[B, 2 dim + 1]` float32: of interest, of engagement, the bias; with dropout in training.
         plain_queries: The same without dropout.
-        user_features: `[B, U]` float32, what both nets see of the user.
+        user_features: `[B, U]` float32, the user's input of both nets.
         vector: `[B, width]` float32, the profile, without dropout.
     """
 
@@ -85,8 +85,8 @@ class DefaultRanker(Ranker):
         spec: Names the D features and the F windows of each of the L categories.
         preprocessing: `[B, D]` float32 raw integers to `[B, D']` float32; None
             takes logarithms.
-        labelled: Whether engagement is learned from labels. All but the crosses then begins at
-            nothing, and what the network adds is what crosses leave over.
+        labelled: Whether engagement is learned from labels. All parts of it but the crosses then
+            start at zero, and the network learns the residual of the crosses.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class DefaultRanker(Ranker):
         self.window_scaling = WindowScaling(names)
         into_tower = width_in(settings, spec, self.preprocessing)
         prepared = into_tower - 3 * dim
-        # A preprocessing of the user's own need not keep a column for each feature.
+        # A custom preprocessing need not keep a column for each feature.
         of_user = sum(not name.startswith("label.") for name in spec.names)
         self.user_width = of_user if prepared == len(spec.names) else prepared
         self.tower = load_builder(settings.tower)(into_tower, settings)
@@ -139,11 +139,11 @@ class DefaultRanker(Ranker):
 
     @property
     def drops(self) -> bool:
-        """Whether the dropout of the tower is an input, `tower_kept`; a tower of the user's own draws its own."""
+        """Whether the tower's dropout is an input, `tower_kept`; a custom tower draws its own."""
         return type(self.tower) is DenseTower and self.settings.dropout > 0.0
 
     def encode(self, inputs: Mapping[str, Tensor], training: bool, seed: Tensor) -> Encoded:
-        """See `Ranker`; without context fields `context_row` may be left out."""
+        """See `Ranker`; without context fields `context_row` may be omitted."""
         prepared = self.preprocessing(inputs["features"])
         latest = tf.reduce_mean(inputs["recent_rows"][:, : HYPERPARAMETERS.latest, :], 1)
         rows = [inputs["user_row"], latest, *([inputs["context_row"]] if "context_row" in inputs else [])]
@@ -178,14 +178,14 @@ class DefaultRanker(Ranker):
 
     def popular_logits(self, queries: Tensor, popular_rows: Tensor) -> Tensor:
         """Logits q . e_c + b_rank of the popular categories, not masked, `[B, P]`."""
-        # Zeros for the rest of the queries: the derivative of a slice would be a copy of all.
+        # Zeros for the rest of the queries, because the derivative of a slice would copy all of them.
         rows = tf.pad(popular_rows, [[0, 0], [0, self.settings.dim + 1]])
         return tf.nn.bias_add(tf.matmul(queries, rows, transpose_b=True), self.dense["interest.popular"])
 
     def _vectors(
         self, prepared: Tensor, rows: list[Tensor], training: bool, seed: Tensor, inputs: Mapping[str, Tensor]
     ) -> tuple[Tensor, ...]:
-        """The vectors v(u), `[B, width]`: without dropout and, in training and where there is any, with it."""
+        """The vectors v(u), `[B, width]`: without dropout and, in training with dropout, also with it."""
         if training and type(self.tower) is DenseTower:
             return self.tower.both(prepared, tf.concat(rows, 1), inputs.get("tower_kept"))
         if len(rows) == 2:
@@ -195,15 +195,15 @@ class DefaultRanker(Ranker):
         return (vector, self.tower(x, True, seed)) if training else (vector,)
 
     def _queries(self, vector: Tensor, user_row: Tensor) -> Tensor:
-        """Side by side q, q' and b, `[B, 2 dim + 1]`."""
+        """q, q' and b, concatenated, `[B, 2 dim + 1]`."""
         user = tf.concat([user_row, user_row, tf.zeros_like(user_row[:, :1])], 1)
         return tf.nn.bias_add(tf.matmul(vector, self.dense["query.kernel"]), self.dense["query.bias"]) + user
 
     def _user_hidden(self, user_features: Tensor) -> Tensor:
         """The user's part of the hidden units of both nets, `[B, NET_HIDDEN + NEXT_HIDDEN]`.
 
-        How much windows count depends on the user: somebody who comes back to
-        things is not somebody who goes on to new ones.
+        The importance of windows depends on the user: some users return to the
+        same categories, others move on to new ones.
         """
         user = tf.matmul(user_features, self.dense["interest.user_kernel"])
         return tf.nn.bias_add(user, self.dense["interest.bias"])
@@ -221,7 +221,7 @@ class DefaultRanker(Ranker):
         return tf.nn.bias_add(tf.reshape(logits, [-1, slots]), self.dense["interest.position"])
 
     def _transition_logits(self, user_hidden: Tensor, counts: Tensor, kind: int) -> Tensor:
-        """Logits n . next(c) + net'(next(c), z) of `[B, k, N]` raw integers, `[B, k]`; `kind` is 0 of popular ones, 1 of successors."""
+        """Logits n . next(c) + net'(next(c), z) of `[B, k, N]` integers, `[B, k]`; `kind`: 0 popular, 1 successors."""
         places, columns = counts.shape[1], len(COLUMNS)
         logs = tf.reshape(tf.math.log(counts + 1.0), [-1, columns]) * self.window_scaling.log_scale[-columns:]
         hidden = tf.reshape(tf.matmul(logs, self.dense["interest.next_0"]), [-1, places, NEXT_HIDDEN])
@@ -255,19 +255,19 @@ class DefaultRanker(Ranker):
     ) -> Tensor:  # fmt: skip
         """The engagement logit `[B]` without crosses.
 
-        What interest says of the item's category is its prior; it is read, not
-        pushed. The last slot was chosen by the row's own event, which serving
-        does not know: it is no part of the sum.
+        The interest logits are the prior of the item's category; their gradient is
+        stopped. The last slot depends on the row's own event, which serving does
+        not know, so the sum leaves it out.
         """
         dim, queries = self.settings.dim, encoded.queries
         recent, popular, successors = (
             tf.stop_gradient(interest[f"{kind}_logits"]) for kind in ("recent", "popular", "successor")
         )
-        # A candidate of logit 0 keeps the sum away from nothing where there is no other.
+        # An extra candidate of logit 0 keeps the sum positive if there is no other.
         logits = tf.concat([recent, popular, successors, tf.zeros_like(recent[:, :1])], 1)
         highest = tf.reduce_max(logits, 1)
         normaliser = highest + tf.math.log(tf.reduce_sum(tf.exp(logits - tf.expand_dims(highest, 1)), 1))
-        # Rows of two categories are never equal; the missing row, all zero, is nobody's.
+        # Two categories never have equal rows. The missing row, all zero, matches no category.
         apart = tf.reduce_sum(tf.abs(inputs["recent_rows"] - tf.expand_dims(category, 1)), 2)
         same = tf.where(apart > 0.0, 0.0, 1.0) * inputs["recent_mask"]
         known = tf.reduce_max(same, 1) * tf.where(tf.reduce_sum(tf.abs(category), 1) > 0.0, 1.0, 0.0)
@@ -281,7 +281,7 @@ class DefaultRanker(Ranker):
 
 
 def _dots(rows: Tensor, query: Tensor) -> Tensor:
-    """`[B, k, dim]` and `[B, dim]` to `[B, k]`."""
+    """Dot products: `[B, k, dim]` and `[B, dim]` to `[B, k]`."""
     return tf.squeeze(tf.matmul(rows, tf.expand_dims(query, 2)), 2)
 
 

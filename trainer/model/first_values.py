@@ -1,4 +1,4 @@
-"""First values of the dense weights: the same in every process, and already a fair guess of the next click."""
+"""Initial values of the dense weights: the same in every process, and already a fair guess of the next click."""
 
 from __future__ import annotations
 
@@ -16,26 +16,25 @@ F32 = npt.NDArray[np.float32]
 
 
 def uniform(name: str, shape: tuple[int, ...], reach: float) -> Any:
-    """A variable that starts uniform in plus and minus `reach`, by a hash of its name."""
+    """A variable with initial values uniform in plus and minus `reach`, by a hash of its name."""
     numbers = np.arange(1, shape[0] + 1, dtype=np.uint64)
     first = hashed_uniform(numbers, int(np.prod(shape[1:])), name) * np.float32(reach)
     return tf.Variable(first.reshape(shape), name=name)
 
 
 def fixed(name: str, values: Any) -> Any:
-    """A variable that starts at `values`, as float32."""
+    """A variable with the initial `values`, as float32."""
     return tf.Variable(np.asarray(values, np.float32), name=name)
 
 
 def recency_prior(window_names: tuple[str, ...]) -> F32:
-    """First weights of a category's windows, `[F]`: recent and frequent categories come first.
+    """Initial weights of a category's windows, `[F]`: recent and frequent categories come first.
 
-    Before a click is learned from, the latest category wins, and among the
-    others those of the last hour: already a fair guess of the next click.
-    A category's chance is taken as proportional to how often it was clicked, so
-    that the exponents of all counts add up to about one; half of it goes to
-    the latest events. How often the category came next to the newest one tells as
-    much again.
+    Before the first click is learned, the latest category wins, followed by those of
+    the last hour: already a fair guess of the next click. The prior assumes that a
+    category's probability is proportional to how often it was clicked. The exponents
+    of all counts therefore add up to about one, and half of it goes to the latest
+    events. How often the category came next after the newest one counts as much again.
 
     Args:
         window_names: Names of a category's windows, such as `count_1h`.
@@ -46,25 +45,25 @@ def recency_prior(window_names: tuple[str, ...]) -> F32:
         prior = HYPERPARAMETERS.recency_prior.items()
         weights[position] = next((weight for kind, weight in prior if name.startswith(kind)), 0.0)
         if name.startswith("decayed"):
-            # Shortest half-life first.
+            # The shortest half-life comes first.
             weights[position] *= halved
             halved = 0.5
     return weights
 
 
 def query_kernel(width: int, dim: int, reach: float) -> F32:
-    """First weights of the queries, `[width, 2 dim + 1]`: none for interest, up to `reach` for engagement."""
+    """Initial weights of the queries, `[width, 2 dim + 1]`: zero for interest, up to `reach` for engagement."""
     engagement = hashed_uniform(np.arange(1, width + 1, dtype=np.uint64), dim + 1, "query.engagement")
     return np.concatenate([np.zeros((width, dim), np.float32), engagement * np.float32(reach)], 1)
 
 
 def popular_prior(popular: int) -> F32:
-    """First logits of the popular candidates by rank: far below a category that the user has clicked."""
+    """Initial logits of the popular candidates by rank: far below a category that the user has clicked."""
     return _by_rank(HYPERPARAMETERS.first_popular, popular)
 
 
 def successor_prior() -> F32:
-    """First logits of the successors by rank: below the popular ones."""
+    """Initial logits of the successors by rank: below the popular ones."""
     return _by_rank(HYPERPARAMETERS.first_successor, SUCCESSORS)
 
 

@@ -1,8 +1,8 @@
-"""Every tuned number of the trainer that is no setting, in one frozen record: each version carries it whole.
+"""All tuned constants of the trainer that are not settings, in one frozen record that each version stores.
 
-Two versions are comparable only where these are equal. Where each number comes
-from is in `trainer/MODEL.md`. Changing one changes what a click teaches:
-raise `MODEL_CODE` for a change of the formula itself.
+Two versions are comparable only if these are equal. `trainer/MODEL.md` documents the
+origin of each number. Changing a number changes what a click teaches. For a change
+of the formula itself, raise `MODEL_CODE`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 
 MODEL_CODE = 2
-"""Number of the formulas of `trainer/model` and of both engines: raised when a step with the same numbers does something else."""
+"""Version of the formulas of `trainer/model` and of both engines. Raise it if a step with the same numbers changes."""
 
 
 @dataclass(frozen=True)
@@ -20,53 +20,53 @@ class Hyperparameters:
     """The tuned numbers.
 
     Attributes:
-        latest: Categories of the user the mean of whose rows goes into the tower.
+        latest: The user's newest categories whose mean row is an input of the tower.
         net_hidden: Hidden units of the net over a category's windows.
         next_hidden: Hidden units of the net over how often a candidate came next.
-        user_limit: Highest value of a user's feature in both nets, either side of 0: somebody with extreme windows is
-            as others are at most. Else twenty purchases in a minute make that part ten times as large as those the
-            weights learned from, and each early step of Adam moves that user's logits by the same factor.
-        window_scaling: By the beginning of a window's name: factor of its logarithm, factor of the integer, shift.
-        recency_prior: First weights of a category's windows, by the beginning of their names.
-        first_query: Reach of the first weights of the engagement query.
-        first_engagement: Reach of the first weights of item and category in engagement.
-        first_prior: First weights of interest as a prior of engagement: of a known category, of its log probability,
-            of that of another.
-        first_user_kernel: Reach of the first weights by the user's features.
-        first_net: Reach of the first weights of both nets.
-        first_other: First logit of a category that is no other candidate.
-        first_popular: First logit of the most popular category, and what each octave of rank (natural) takes off.
-        first_successor: The same of the successors, until their counts are understood.
+        user_limit: Clipping limit of a user's features in both nets, in both directions. Without it, twenty purchases
+            in a minute make that part ten times as large as those the weights learned from. Each early step of Adam
+            then moves that user's logits by the same factor.
+        window_scaling: By prefix of a window's name: factor of its logarithm, factor of the integer, shift.
+        recency_prior: Initial weights of a category's windows, by prefix of their names.
+        first_query: Range of the initial weights of the engagement query.
+        first_engagement: Range of the initial weights of item and category in engagement.
+        first_prior: Initial weights of interest as a prior of engagement: of a known category, of its log probability,
+            of the log probability of another category.
+        first_user_kernel: Range of the initial weights of the user's features.
+        first_net: Range of the initial weights of both nets.
+        first_other: Initial logit of a category that is no other candidate.
+        first_popular: Initial logit of the most popular category, and its decrease for each factor e of the rank.
+        first_successor: The same of the successors, until their counts are learned.
         first_row: A new embedding row is uniform in plus and minus this.
-        loss_scale: The loss of a step is its sum over rows, divided by this.
-        engagement_share: Weight of the engagement loss against the interest loss.
+        loss_scale: The loss of a step is the sum over its rows, divided by this.
+        engagement_share: Weight of the engagement loss relative to the interest loss.
         assumed_click_rate: Clicks per impression in a log without impressions.
-        learning_rates: Factors of Adam's step size by the beginning of a weight's name, in a log without labels: the few
+        learning_rates: Factors of Adam's step size by prefix of a weight's name, in a log without labels: the few
             weights of the popular ranks see every row, those of engagement every pair.
-        labelled_learning_rates: The same in a log with labels, where crosses know most of it: what is left is mostly chance.
+        labelled_learning_rates: The same in a log with labels, where crosses explain most; the rest is mostly chance.
         beta_1: Of Adam.
         beta_2: Of Adam, and of the fast weights.
         epsilon: Of Adam, of the fast weights and of Adagrad.
-        fast_rows: Rows of a record after which the fast weights move: they are few, and one move a record is too slow for them.
+        fast_rows: Rows of a record after which the fast weights move. They are few, and one move a record is too slow.
         fast_learning_rate: Factor of their step size.
-        user_lr_scale: Factor of it for the weights by the user's features, of which there are many more.
-        average_share: What scores is this much of the mean over the latest moves, and for the rest where the last one led.
+        user_lr_scale: Factor of it for the weights of the user's features, of which there are many more.
+        average_share: Weight of the mean over the latest moves in the scoring weights; the rest is the last iterate.
         average_moves: Moves over which that mean is taken.
-        first_moves: Number that makes the first ones count less.
-        cross_precision: Precision of a cross's weight before anything was learned (1 / variance of a logit), by the kind
-            of its values. A context differs most from another, then somebody's taste for an item that comes again;
-            what an age band has in common differs least. Four labels tell one of precision, at best.
-        marginal_precision: The same of a marginal logit: four labels, where half of all are positive.
-        share_precision: The same of what is added to a first share.
+        first_moves: Reduces the weight of the first moves in that mean.
+        cross_precision: Prior precision of a cross's weight (1 / variance of a logit), by the kind of its values.
+            Contexts differ most from each other, then a user's taste for a recurring item; what an age band has in
+            common differs least. Four labels add at most one unit of precision.
+        marginal_precision: Prior precision of a marginal logit: four labels, if half of all are positive.
+        share_precision: Prior precision of what is added to an initial share.
         guard_warm_up: Accepted steps before the guard compares.
-        guard_memory: Share of the newest accepted step in the guard's running values.
+        guard_memory: Weight of the newest accepted step in the guard's running values.
     """
 
     latest: int = 3
     net_hidden: int = 64
     next_hidden: int = 16
     user_limit: float = 3.0
-    # A decayed count is in 1/256 events, a recency in eighths of an octave: 80 is an hour.
+    # A decayed count is in units of 1/256 events, a recency in eighths of an octave: 80 is an hour.
     window_scaling: Mapping[str, tuple[float, float, float]] = field(
         default_factory=lambda: {
             "count": (1.5, 0.0, -1.05),
@@ -145,9 +145,9 @@ class Hyperparameters:
     guard_memory: float = 0.05
 
     def texts(self) -> dict[str, str]:
-        """Every number as JSON by name, as a manifest records it."""
+        """Every number as JSON by name, for a version's manifest."""
         return {name: json.dumps(value) for name, value in asdict(self).items()}
 
 
 HYPERPARAMETERS = Hyperparameters()
-"""The trainer's."""
+"""The values that the trainer uses."""

@@ -1,11 +1,11 @@
-"""The one table of inputs: what a ranker may read, its shape, and where it comes from.
+"""The table of all inputs: what a ranker may read, its shape, and its source.
 
-The signature of the serving program, the gathering of rows in training, checks
-and tests read it. Letters of shapes:
+The signature of the serving program, the gathering of rows in training, checks and
+tests use it. Letters of shapes:
 
-    B rows of a record, users of an answer     D features          K context fields, users' attributes among them
+    B rows of a record, users of a request     D features          K context fields, users' attributes among them
     L recent categories, newest first          F windows of each   A attributes of an item
-    P popular categories                       S successors        N what is said of a transition (`COLUMNS`)
+    P popular categories                       S successors        N numbers of a transition (`COLUMNS`)
     H units of the tower's first layer         E width of the rows of the input's table
     T latest events (`features.sequence`)
 
@@ -32,15 +32,15 @@ class Input:
     """One input of a ranker, float32.
 
     Attributes:
-        name: What it is called in `encode`, `score`, `losses` and the program.
-        shape: A letter a dimension.
-        source: Where it comes from, in words.
-        table: Of an input of embedding rows, the table; every other input is a value.
-        ids: The ids whose rows it takes; the missing row, all zero, stands for id 0 and for an id without a row.
-        mean: The rows of the last dimension of ids are averaged.
-        attributes: The ids, if any are set, the mean of whose rows in the table `context` is added.
-        whole: A whole number from 0 to 65535.
-        training: It is there only while learning, not in serving's program.
+        name: Its name in `encode`, `score`, `losses` and the program.
+        shape: One letter for each dimension.
+        source: Its source, in words.
+        table: The table of an input of embedding rows; empty for an input of values.
+        ids: The ids whose rows it takes. The missing row, all zero, stands for id 0 and for an id without a row.
+        mean: Whether the rows over the last dimension of the ids are averaged.
+        attributes: Ids whose mean row in the table `context` is added; empty for none.
+        whole: Whether it holds whole numbers from 0 to 65535.
+        training: Whether it exists only in training, not in serving's program.
     """
 
     name: str
@@ -89,25 +89,25 @@ SEQUENCES = (
     Input("sequence_ages", "BT", "their ages: eight steps an octave of 1.024 s, 0 to 254", whole=True),
     Input("sequence_mask", "BT", "1 where there is an event"),
 )
-"""The user's latest events themselves, where `features.sequence` says how many."""
+"""The user's latest events themselves; `features.sequence` sets their number."""
 
 IDS = {
     "user": "B", "item": "B", "category": "B", "context": "BK", "item_attributes": "BA", "recent": "BL",
     "popular": "P", "successor": "BS", "sequence_items": "BT", "sequence_categories": "BT", "sequence_actions": "BT",
     "other": "B", "negative_item": "B", "negative_category": "B", "negative_item_attributes": "BA",
 }  # fmt: skip
-"""The ids of a record and their shapes; those not of `SERVED_IDS` are there only while learning."""
+"""The ids of a record and their shapes. Those not in `SERVED_IDS` exist only in training."""
 
 
 def own_rows(table: str, *ids: str) -> tuple[Input, ...]:
-    """Inputs that are rows of a table of the ranker's own, one for each of `ids`, called `<table>_of_<ids>`.
+    """Inputs that are rows of a table of the ranker's own, one for each of `ids`, named `<table>_of_<ids>`.
 
     >>> [(one.name, one.shape) for one in own_rows("attended", "sequence_items", "context")]
     [('attended_of_sequence_items', 'BTE'), ('attended_of_context', 'BE')]
 
     Args:
         table: The table's name; `Ranker.tables` has its width.
-        ids: Of `IDS`. Of context fields and attributes the mean of the rows is taken.
+        ids: Names in `IDS`. For context fields and attributes the input is the mean of the rows.
 
     Raises:
         ProgramError: There are no such ids.
@@ -129,7 +129,7 @@ def own_rows(table: str, *ids: str) -> tuple[Input, ...]:
 
 
 def pick(*names: str) -> tuple[Input, ...]:
-    """The inputs of these names, for a ranker of one's own.
+    """The inputs of these names, for a custom ranker.
 
     >>> [one.table for one in pick("user_row", "sequence_item_rows")]
     ['user', 'item']
@@ -144,7 +144,7 @@ def pick(*names: str) -> tuple[Input, ...]:
 
 
 def sizes(settings: ModelSettings, spec: FeatureSpec) -> dict[str, int | None]:
-    """The number behind each letter but E; B is open."""
+    """The size of each letter but E; B is variable."""
     return {
         "B": None,
         "D": len(spec.names),
@@ -162,8 +162,8 @@ def specs(inputs: tuple[Input, ...], sizes: Mapping[str, int | None], tables: Ma
     """The `tf.TensorSpec` of each input by name.
 
     Args:
-        inputs: A ranker's.
-        sizes: Of `sizes`.
+        inputs: A ranker's inputs.
+        sizes: From `sizes`.
         tables: Width of the rows of each table.
     """
     return {

@@ -1,6 +1,6 @@
-"""The losses: softmax over a row's candidates, and the log loss of pairs of a user and an item.
+"""The losses: softmax cross-entropy over a row's candidates, and log loss of (user, item) pairs.
 
-How much each counts (`engagement_share`, `loss_scale`) is a number of `hyperparameters.py`.
+Their weights (`engagement_share`, `loss_scale`) are in `hyperparameters.py`.
 """
 
 from __future__ import annotations
@@ -15,20 +15,20 @@ from trainer.model.preprocessing import Tensor
 from trainer.model.ranker import Targets
 
 NEGATIVE_SHIFT = float(np.log((1.0 - HYPERPARAMETERS.assumed_click_rate) / HYPERPARAMETERS.assumed_click_rate))
-"""What a logit of a log without impressions gets added in training. One negative is drawn for each click, so that it
-would stand for even odds: shifted by log((1 - r) / r) it stands for the click rate r (King and Zeng 2001)."""
+"""Added in training to each engagement logit of a log without impressions. One negative is drawn for each click, which
+alone would mean even odds. The shift log((1 - r) / r) corrects this for the click rate r (King and Zeng 2001)."""
 
 
 def interest_logits(scores: Mapping[str, Tensor]) -> Tensor:
-    """`[B, C]` float32, the logits of a row's candidates in the order of slots: recent, popular, successor, the last slot."""
+    """`[B, C]` float32, the logits of a row's candidates in slot order: recent, popular, successor, last slot."""
     last = tf.expand_dims(scores["other_logit"], 1)
     return tf.concat([scores["recent_logits"], scores["popular_logits"], scores["successor_logits"], last], 1)
 
 
 def rank(scores: Mapping[str, Tensor], slot: Tensor) -> Tensor:
-    """`[B]` int32: candidates before the clicked one, but for the last slot; of equal ones the lower slot comes first.
+    """`[B]` int32: candidates ranked before the clicked one, without the last slot. On a tie the lower slot is first.
 
-    All of them where it is the last slot, or none.
+    All of them if the clicked one is in the last slot, or if there is none.
     """
     logits = interest_logits(scores)[:, :-1]
     slots = logits.shape[1]
@@ -56,7 +56,7 @@ def engagement_losses(scores: Mapping[str, Tensor], targets: Targets) -> tuple[T
 
 
 def log_losses(scores: Mapping[str, Tensor], targets: Targets) -> Tensor:
-    """`[B]` float32: both losses of each row, weighted."""
+    """`[B]` float32: the weighted sum of each row's losses."""
     own, drawn = engagement_losses(scores, targets)
     interest = interest_loss(scores, targets.slot) * targets.weight
     return interest + own * targets.label_weight + drawn * targets.negative_weight

@@ -1,4 +1,4 @@
-"""How raw integers become the numbers a network likes: logarithms, and windows centred by their kind."""
+"""Scales raw integers for a neural network: logarithms, and windows that are centred by their kind."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ Tensor = Any
 """A `tf.Tensor`; TensorFlow ships no types."""
 
 Preprocessing = Callable[[Tensor], Tensor]
-"""`[B, D]` float32 raw integers to `[B, D']` float32: what the setting `model.preprocessing` makes of the bootstrap's analysis."""
+"""`[B, D]` float32 raw integers to `[B, D']` float32. The setting `model.preprocessing` makes it from the bootstrap's
+analysis."""
 
 
 class Logarithms:
@@ -42,10 +43,10 @@ class Logarithms:
 
 
 class WindowScaling:
-    """The windows of categories, `[n, F]` raw integers to about [-2, 4]: log(1 + x), centred and scaled by their kind.
+    """Scales the windows of categories, `[n, F]` raw integers to about [-2, 4]: log(1 + x), centred by their kind.
 
-    The kinds differ by more than the categories of one user do; without it Adam
-    learned three points of top-5 later on Taobao's clicks.
+    The kinds differ more than the categories of one user do. Without this scaling, Adam
+    needed longer to learn three points of top-5 on Taobao's clicks.
 
     Args:
         names: Names of the F windows.

@@ -1,9 +1,9 @@
-"""What a ranker is: scores of candidates and pairs as a function of inputs and weights, and the loss it learns from.
+"""The ranker interface: scores of candidates and pairs as a function of inputs and weights, and the loss.
 
-The default one is `trainer/model/default_ranker.py`. An engine
-(`trainer/engine`) gathers what `inputs` names, differentiates `losses`, and
-moves weights and rows; a version carries `dense` and the rows of `tables`; the
-program that serving runs is `predict`.
+The default one is `trainer/model/default_ranker.py`. An engine (`trainer/engine`)
+gathers what `inputs` names, differentiates `losses`, and updates weights and rows. A
+version stores `dense` and the rows of `tables`. Serving runs the program of
+`predict`.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from trainer.model.preprocessing import Tensor
 F32 = npt.NDArray[np.float32]
 
 MASKED = -1e9
-"""The logit of a candidate that is not there."""
+"""The logit of a masked candidate."""
 
 
 class Targets(NamedTuple):
-    """What is learned of B rows.
+    """The training targets of B rows.
 
     Attributes:
         slot: `[B]` int32, the candidate that was clicked, in the order of the logits; -1 for none.
         weight: `[B]` float32, factor of a row's interest loss, 0 without a target.
-        label: `[B]` float32, whether somebody engaged with the row's own item.
+        label: `[B]` float32, whether the user engaged with the row's own item.
         label_shift: `[B]` float32, added to its logit before the loss.
         label_weight: `[B]` float32, factor of its loss; 0 leaves it out.
-        negative_shift: `[B]` float32, the same of the drawn negative, whose label is 0.
-        negative_weight: `[B]` float32, likewise.
+        negative_shift: `[B]` float32, added to the logit of the drawn negative, whose label is 0.
+        negative_weight: `[B]` float32, factor of its loss; 0 leaves it out.
     """
 
     slot: Tensor
@@ -48,22 +48,22 @@ class Targets(NamedTuple):
 
 
 class Ranker(tf.Module):
-    """A ranker; subclass it and set the attributes before the first call.
+    """The base class of rankers; subclass it and set the attributes before the first call.
 
-    All it computes is a pure function of inputs and weights, made of operations
-    that differentiate and that LiteRT has built in.
+    All computations are pure functions of inputs and weights, made of operations
+    that are differentiable and built into LiteRT.
 
     Attributes:
         tables: Width of the embedding rows of each table it reads: user, item, category, context, and any of its own.
-        inputs: What it reads: of `trainer.model.inputs.INPUTS` by `pick`, rows of its own tables by `own_rows`.
-        sizes: The number behind each letter of their shapes.
-        dense: Every dense weight by name, in a fixed order. A version carries them under these names.
-        initial_ranges: A new row of a table is uniform in plus and minus this; 0.05 where it is not named.
-        origin: What names it, for messages: the setting, of one of the user's own.
-        learning_rates: Factors of Adam's step size by the beginning of a weight's name, the longest that fits; 1 elsewhere.
-        fast_weights: Names of dense weights that only `score` reads and that move within a record, every some rows.
+        inputs: Its inputs: from `trainer.model.inputs.INPUTS` by `pick`, rows of its own tables by `own_rows`.
+        sizes: The size of each letter of their shapes.
+        dense: Every dense weight by name, in a fixed order. A version stores them under these names.
+        initial_ranges: By table, a new row is uniform in plus and minus this; 0.05 by default.
+        origin: What configured it, for messages: the setting, for a custom ranker.
+        learning_rates: Factors of Adam's step size by prefix of a weight's name. The longest match counts; else 1.
+        fast_weights: Names of dense weights that only `score` reads and that change within a record, every few rows.
             They are averaged over their latest moves.
-        fast_learning_rates: Factors of their step size by the beginning of a name, likewise.
+        fast_learning_rates: Factors of the fast weights' step size, by prefix of a name in the same way.
     """
 
     tables: Mapping[str, int]
@@ -78,37 +78,39 @@ class Ranker(tf.Module):
     _arrays: Mapping[str, F32] | None = None
 
     def encode(self, inputs: Mapping[str, Tensor], training: bool, seed: Tensor) -> Any:
-        """What of the user and the context all scores share, computed once for a record.
+        """Encodes the user and the context, once for a record; all scores share the result.
 
         Args:
             inputs: By name.
-            training: Whether to drop units; else the seed has no influence.
+            training: Whether to apply dropout; if not, the seed has no effect.
             seed: `[2]` int32.
 
         Returns:
-            Tensors of B rows, in a structure of its own.
+            Tensors of B rows, in a structure that the ranker chooses.
         """
         raise NotImplementedError
 
     def score(self, encoded: Any, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Logits; of some rows at a time, if there are fast weights.
+        """Computes logits. With fast weights, it is called for some rows at a time.
 
         Args:
             encoded: What `encode` returned.
             inputs: By name, of the same rows.
 
         Returns:
-            recent_logits `[B, L]`, popular_logits `[B, P]`, successor_logits `[B, S]`, of interest (candidates
-            that are not there have MASKED); engagement_logit `[B]` of the user with the item; vector `[B, width]`,
-            the profile. Where the inputs of training are there, also other_logit `[B]` and negative_logit `[B]`.
+            - recent_logits `[B, L]`, popular_logits `[B, P]`, successor_logits `[B, S]`: of interest, MASKED where
+              there is no candidate
+            - engagement_logit `[B]`: of the user with the item
+            - vector `[B, width]`: the profile
+            - other_logit `[B]` and negative_logit `[B]`, if the inputs of training are given
         """
         raise NotImplementedError
 
     def item_query(self, encoded: Any) -> Tensor | None:
-        """What items are near to, `[B, E]`, where engagement_logit is item_query . item_row + cross + what user and category say.
+        """The query for items, `[B, E]`: engagement_logit = item_query . item_row + cross + terms of user and category.
 
-        Serving then finds items by it among all there are, and scores many of them at little cost. None of
-        a ranker whose engagement is no such sum.
+        Serving then uses it to search the index of all items and to score many of them cheaply. None if the ranker's
+        engagement is no such sum.
 
         Args:
             encoded: What `encode` returned.
@@ -116,29 +118,29 @@ class Ranker(tf.Module):
         return None
 
     def losses(self, encoded: Any, inputs: Mapping[str, Tensor], targets: Targets) -> Tensor:
-        """`[B]` float32: what each row adds to the loss of its record, whose derivative is learned from."""
+        """`[B]` float32: each row's contribution to the loss of its record, which training differentiates."""
         raise NotImplementedError
 
     def predict(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Scores without dropout, and item_query where there is one: what the program computes."""
+        """Scores without dropout, and item_query if there is one: what the serving program computes."""
         encoded = self.encode(inputs, False, tf.constant([0, 0], tf.int32))
         query = self.item_query(encoded)
         return self.score(encoded, inputs) | ({} if query is None else {"item_query": query})
 
     def specs(self, training: bool = False) -> dict[str, Any]:
-        """The `tf.TensorSpec` of each input of serving, or of learning, by name."""
+        """The `tf.TensorSpec` of each input of serving, or of training, by name."""
         return specs(tuple(one for one in self.inputs if training or not one.training), self.sizes, self.tables)
 
     def hold(self, arrays: Mapping[str, F32]) -> None:
-        """From now on an engine trains `arrays` by name in place.
+        """Hands the weights over to an engine, which trains `arrays` (by name) in place.
 
-        `weights` returns them and `set_weights` sets them too. The variables lag behind until `sync_variables`.
+        `weights` reads these arrays and `set_weights` also sets them. The variables are stale until `sync_variables`.
         """
-        # Past tf.Module, which would track the mapping and save it with the model.
+        # Bypasses tf.Module, which would track the mapping and save it with the model.
         object.__setattr__(self, "_arrays", arrays)
 
     def sync_variables(self) -> None:
-        """Gives the variables the weights that an engine trains in arrays; call it before a graph of the ranker runs."""
+        """Copies the weights from an engine's arrays to the variables. Call it before a graph of the ranker runs."""
         for name, array in (self._arrays or {}).items():
             self.dense[name].assign(array)
 

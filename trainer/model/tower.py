@@ -1,4 +1,4 @@
-"""The tower: what makes a user's vector of features and rows. Another one plugs in by its path."""
+"""The tower: computes a user's vector from features and rows. A custom tower is plugged in by its path."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from trainer.model.preprocessing import Logarithms, Preprocessing, Tensor
 
 
 class Tower(Protocol):
-    """What `build` returns: a `tf.Module` whose variables have names of their own."""
+    """What `build` returns: a `tf.Module` whose variables have unique names."""
 
     @property
     def trainable_variables(self) -> tuple[Any, ...]:
@@ -28,7 +28,7 @@ class Tower(Protocol):
 
 
 class DenseTower(tf.Module):
-    """Dense layers with ReLU and dropout after the first: the tower unless another is plugged in."""
+    """The default tower: dense layers with ReLU, and dropout after the first."""
 
     def __init__(self, width_in: int, hidden: tuple[int, ...], dropout: float) -> None:
         super().__init__(name="tower")
@@ -46,13 +46,13 @@ class DenseTower(tf.Module):
         return self._rest(dropped(first, self._dropout, seed) if training else first)
 
     def both(self, prepared: Tensor, rows: Tensor, kept: Tensor | None) -> tuple[Tensor, ...]:
-        """The vectors without and with dropout; the first layer, half the work, is computed once.
+        """The vectors without and with dropout. The first layer, half the work, is computed once.
 
         Args:
-            prepared: `[B, D']` float32, which no weight stands before: it gets no derivative.
-            rows: `[B, k]` float32, the embedding rows; what follows them in the input is zero.
-            kept: `[B, hidden]` float32, 0 for a dropped unit, else the factor that makes up for it; None drops
-                nothing, and only one vector is returned.
+            prepared: `[B, D']` float32. No weights precede it, so it gets no derivative.
+            rows: `[B, k]` float32, the embedding rows; the rest of the input is zero.
+            kept: `[B, hidden]` float32, 0 for a dropped unit, else the compensating factor. None drops nothing, and
+                only one vector is returned.
         """
         kernel = self.kernels[0]
         parts = tf.split(
@@ -72,7 +72,7 @@ class DenseTower(tf.Module):
 
 
 def dropped(x: Tensor, share: float, seed: Tensor) -> Tensor:
-    """Dropout with one random byte for each unit of `[B, width]` float32: a quarter of the random words."""
+    """Dropout of `[B, width]` float32 with one random byte for each unit: a quarter of the random words."""
     kept = 256 - round(256 * share)
     if kept == 256:
         return x
@@ -83,10 +83,10 @@ def dropped(x: Tensor, share: float, seed: Tensor) -> Tensor:
 
 
 def build(width_in: int, settings: ModelSettings) -> Tower:
-    """Builds the tower of the setting `model.tower`; a user's own has this signature.
+    """Builds the tower of the setting `model.tower`; a custom builder has this signature.
 
     Args:
-        width_in: Width of what the tower is given.
+        width_in: Width of the tower's input.
         settings: The section `[model]`; the last of `hidden` is the width of the vector.
     """
     tower: Tower = DenseTower(width_in, settings.hidden, settings.dropout)
@@ -94,7 +94,7 @@ def build(width_in: int, settings: ModelSettings) -> Tower:
 
 
 def width_in(settings: ModelSettings, spec: FeatureSpec, preprocessing: Preprocessing | None) -> int:
-    """Width of what the tower is given: prepared features, the user's row, the mean latest category's and context's."""
+    """Width of the tower's input: prepared features, and rows of the user, mean latest category and mean context."""
     prepared = preprocessing if preprocessing is not None else Logarithms(spec.names)
     return int(prepared(tf.zeros([1, len(spec.names)])).shape[-1]) + 3 * settings.dim
 
@@ -103,7 +103,7 @@ def load_builder(path: str) -> Callable[[int, ModelSettings], Tower]:
     """The function that `model.tower` names.
 
     Raises:
-        SettingsError: There is none.
+        SettingsError: There is no such function.
     """
     if path in FORMER_TOWERS:
         return build

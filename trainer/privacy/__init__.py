@@ -1,1 +1,1 @@
-"""Differential privacy of what is learned for others: who takes part, what noise is added, and what it costs; see `trainer/PRIVACY.md`."""
+"""Differential privacy of shared weights: participation, noise, and its accounting; see `trainer/PRIVACY.md`."""

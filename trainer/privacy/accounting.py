@@ -1,13 +1,13 @@
-"""What the noise costs: epsilon of all updates that one unit may be in, and the noise that a budget asks for.
+"""The privacy accountant: epsilon of all updates that one unit may take part in, and the noise that a budget requires.
 
-Each update tells two things of a unit, each with normal noise: its clipped
-gradient, and its part of the counts. A unit is in so many updates at most, each
-of which sees what the ones before told. Normal noise composes exactly: k updates
-of noise s tell as much as one of noise s / sqrt(k) (Dong, Roth and Su 2022,
-corollary 3.3), also where each is chosen in view of the former ones; and what one
-tells is known in closed form (Balle and Wang 2018), which `dp-accounting` computes.
-No amplification is claimed: rows come in the order of the log, and nobody draws
-them.
+Each update releases two values that depend on a unit, each with Gaussian noise: its
+clipped gradient, and its part of the counts. A unit takes part in a limited number of
+updates, and each update may depend on the results of earlier ones. Gaussian noise
+composes exactly: k updates with noise s reveal as much as one with noise s / sqrt(k)
+(Dong, Roth and Su 2022, corollary 3.3), even if each is chosen adaptively. The cost
+of one release has a closed form (Balle and Wang 2018), which `dp-accounting`
+computes. There is no amplification by sampling, because rows come in the order of
+the log.
 """
 
 from __future__ import annotations
@@ -20,27 +20,27 @@ import dp_accounting
 from state.registry.privacy_ledger import PrivacyPeriod
 
 COUNT_NOISE = 4.0
-"""The noise of counts over that of gradients: counts are large, and so cost a sixteenth of what gradients do."""
+"""The noise of counts relative to that of gradients. Counts are large, so they cost a sixteenth of the gradients."""
 
 _OF_ONE = 1.0 + COUNT_NOISE**-2
-"""What an update tells, where its gradient alone tells 1: in 1 / noise squared."""
+"""The cost of an update in units of 1 / noise squared, if its gradient alone costs 1."""
 
 
 def epsilon_of(noise: float, delta: float) -> float:
-    """Epsilon of one number of sensitivity 1 that is told with normal noise, at `delta`.
+    """Epsilon of one number of sensitivity 1 that is released with Gaussian noise, at `delta`.
 
     >>> round(epsilon_of(3.73, 1e-5), 3), epsilon_of(math.inf, 1e-5)
     (1.0, 0.0)
 
     Args:
-        noise: Its standard deviation; infinite tells nothing.
-        delta: How likely epsilon may not hold.
+        noise: Its standard deviation; infinite noise reveals nothing.
+        delta: The probability with which epsilon may not hold.
     """
     return float(dp_accounting.get_epsilon_gaussian(noise, delta))
 
 
 def together(periods: Iterable[PrivacyPeriod]) -> float:
-    """The noise with which one number tells as much as all updates of these periods tell of one unit.
+    """The noise with which one number reveals as much as all updates of these periods reveal of one unit.
 
     >>> together([]), round(together([PrivacyPeriod(1, 0, 17, 8.0), PrivacyPeriod(1, 1, 17, 8.0)]), 3)
     (inf, 1.331)
@@ -62,7 +62,7 @@ def noise_for(epsilon: float, delta: float, updates: int) -> float:
 
     Args:
         epsilon: The budget, above 0.
-        delta: Of it.
-        updates: That one unit is in, in all periods together.
+        delta: The delta of the budget.
+        updates: Updates that one unit takes part in, over all periods.
     """
     return float(dp_accounting.get_sigma_gaussian(epsilon, delta)) * math.sqrt(updates * _OF_ONE)

@@ -1,7 +1,7 @@
-"""Who takes part in an update: each user in so many of a period, so that no user counts more than the budget allows.
+"""Limits the updates of a period that each user takes part in, so that no user exceeds the privacy budget.
 
-No id is kept. A user counts at a place that is a hash of the id; who shares one
-shares what is left of it, so that nobody ever gets more.
+No id is stored. A user is counted in a bucket that is a hash of the id. Users with
+the same bucket share its allowance, so no user ever gets more.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ U64 = npt.NDArray[np.uint64]
 Flags = npt.NDArray[np.bool_]
 
 PLACES = 1 << 20
-"""Places: 2 MB of a durable version before it is packed. A million users of a period share theirs with one other, on average."""
+"""Number of buckets: 2 MB of a durable version before compression. With a million users in a period, a user shares the
+bucket with one other on average."""
 
 
 class Participation:
-    """Counts the updates of the period that users were in; part of each version.
+    """Counts the updates of the period that users took part in; part of each version.
 
     Args:
-        updates: Of a period at most.
-        period_ms: Log time of a period.
+        updates: The most updates of a period.
+        period_ms: Length of a period in log time.
 
     Attributes:
-        left_out: Rows that came when their user had no update left.
+        left_out: Rows that were excluded because their user had no update left.
     """
 
     def __init__(self, updates: int, period_ms: int) -> None:
@@ -37,7 +38,7 @@ class Participation:
         self.clear()
 
     def clear(self) -> None:
-        """Nobody was in any update."""
+        """Resets to the initial state."""
         self._period, self.left_out = -1, 0
         self._used: npt.NDArray[np.uint16] = np.zeros(PLACES, np.uint16)
 
@@ -47,7 +48,7 @@ class Participation:
         return self._period >= 0
 
     def begin(self, log_ms: int) -> None:
-        """Log time is now `log_ms`: with a new period all begin anew."""
+        """Sets the log time to `log_ms`. A new period resets all counts."""
         if (period := log_ms // self._period_ms) > self._period:
             self._period = period
             self._used[:] = 0
@@ -71,11 +72,11 @@ class Participation:
         return found
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """Everything remembered, by name; a copy."""
+        """A copy of the whole state, by name."""
         return {"period": np.array(self._period), "left_out": np.array(self.left_out), "used": self._used.copy()}
 
     def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
-        """Sets what `state` returned; nothing is a new beginning."""
+        """Restores what `state` returned; an empty state resets the counts."""
         self.clear()
         if "used" in state:
             self._period, self.left_out = int(state["period"]), int(state["left_out"])

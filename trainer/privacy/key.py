@@ -1,4 +1,4 @@
-"""The secret key of the noise: made at first use, and never again once something was learned with it."""
+"""The secret key of the noise. It is created at first use, and never again once versions were learned with it."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ logger = logging.getLogger(__name__)
 
 
 def own_key(settings: Settings) -> bytes:
-    """The key of a state directory; what may be shown of it is its fingerprint.
+    """The key of a state directory. Only its fingerprint may be shown.
 
     Raises:
-        SettingsError: It is gone, it cannot be read, or it is too short.
+        SettingsError: It is missing, cannot be read, or is too short.
     """
     path = settings.privacy_key_path
     if not path.exists():

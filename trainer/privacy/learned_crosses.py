@@ -1,4 +1,4 @@
-"""Which crosses of a row a private trainer learns of, and which of them it tells."""
+"""Selects the crosses of a row that a private trainer learns, and those that it releases."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 import numpy.typing as npt
 
 TOLD = ("context", "user attribute")
-"""Kinds of crosses that are told: their values are few and known, and many rows have each."""
+"""Kinds of crosses that are released with noise: their values are few and public, and many rows have each."""
 
 
 class LearnedCrosses(NamedTuple):
-    """Which crosses of a row are learned, by their places among all.
+    """The crosses of a row that are learned, by their index among all.
 
     Attributes:
-        told: `[T]` int64, with noise.
-        own: `[O]` int64, those with the user in them, which are read in that user's answers alone.
+        told: `[T]` int64, those that are released with noise.
+        own: `[O]` int64, those that contain the user; only that user's requests read them.
     """
 
     told: npt.NDArray[np.int64]
@@ -30,10 +30,10 @@ class LearnedCrosses(NamedTuple):
 
     @classmethod
     def of(cls, kinds: Sequence[str], unit: str) -> LearnedCrosses:
-        """Those of crosses of such kinds, for a setting `privacy.unit`.
+        """Selects from crosses of these kinds, for a setting `privacy.unit`.
 
-        What a single row taught a user's own crosses would be in the gradients of all later rows of the user: of unit example
-        none is learned.
+        With unit example no cross of a user is learned: the effect of a single row on it would be in the gradients of
+        all later rows of the user.
 
         >>> LearnedCrosses.of(("every", "user", "context", "user*item", "user attribute"), "user").both.tolist()
         [2, 4, 1, 3]

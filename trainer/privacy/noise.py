@@ -1,9 +1,9 @@
 """Normal numbers as a function of a secret key and a name, and of nothing else.
 
-A name gets a key of its own (keyed BLAKE2b, RFC 7693), by which ChaCha20 (RFC
-8439) makes a stream of bits; two words of 53 bits make two normal numbers (Box
-and Muller 1958). Whoever reads the log again with the key makes the same noise;
-without it the stream is that of a cipher.
+Each name gets its own key (keyed BLAKE2b, RFC 7693), with which ChaCha20 (RFC 8439)
+makes a stream of bits. Two words of 53 bits make two normal numbers (Box and Muller
+1958). A process that reads the log again with the key makes the same noise. Without
+the key the stream is indistinguishable from random, as that of a cipher.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ class Noise:
     """The noise of one key.
 
     Args:
-        key: The secret.
+        key: The secret key.
     """
 
     def __init__(self, key: bytes) -> None:
-        # BLAKE2b takes 64 bytes of a key at most.
+        # BLAKE2b accepts keys of at most 64 bytes.
         self._key = hashlib.blake2b(key, digest_size=64, person=b"springtide noise").digest()
 
     def normal(self, name: str, count: int) -> F64:
-        """Standard normal numbers, `[count]` float64: the first ones are the same however many are asked for.
+        """Standard normal numbers, `[count]` float64. The first ones are the same for any `count`.
 
         >>> one, other = Noise(b"a key of a test"), Noise(b"another one")
         >>> bool((one.normal("here", 3) == one.normal("here", 8)[:3]).all())
@@ -40,14 +40,14 @@ class Noise:
         False
 
         Args:
-            name: Of the numbers; no two uses have the same.
+            name: Name of the numbers; it must be unique to their use.
             count: How many.
         """
         own = hashlib.blake2b(name.encode(), key=self._key, digest_size=32).digest()
         pairs = -(-count // 2)
         stream = Cipher(algorithms.ChaCha20(own, bytes(16)), mode=None).encryptor().update(bytes(16 * pairs))
         words = np.frombuffer(stream, "<u8").reshape(pairs, 2) >> np.uint64(11)
-        # In (0, 1], so that its logarithm is finite: 8.57 standard deviations at most.
+        # In (0, 1], so that its logarithm is finite: at most 8.57 standard deviations.
         length = np.sqrt(-2.0 * np.log((words[:, 0] + np.uint64(1)).astype(np.float64) * _UNIT))
         angle = words[:, 1].astype(np.float64) * (2.0 * np.pi * _UNIT)
         found = np.empty((pairs, 2))

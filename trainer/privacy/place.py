@@ -1,4 +1,4 @@
-"""A record of the training log as the noise and the ledger see it: its position, and the conditions it is learned under."""
+"""The position of a record of the training log and the conditions under which it is learned, for noise and ledger."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class NoisePlace:
-    """A record of the training log, and everything but the records that decides its noised sum.
+    """The position of a record, and everything but the records that determines its noised sum.
 
     Attributes:
         topic_id: Id of the training log's topic.
         partition: Partition of the training log.
         offset: Offset of the record.
         epoch: Control's epoch.
-        line: The records of the log that count in this epoch.
-        mask: The rows that are left out of the record, those of erased users among them.
+        line: The branch of the log: the records that count in this epoch.
+        mask: The rows of the record that are excluded, those of erased users among them.
         environment: `environment_digest` of the trainer: settings, code and machine.
     """
 
@@ -39,15 +39,16 @@ class NoisePlace:
 
     @property
     def conditions(self) -> bytes:
-        """All of it but the offset, as bytes: equal for records that are learned under the same conditions."""
+        """All fields but the offset, as bytes: equal for records that are learned under the same conditions."""
         fields = [FORMAT, self.topic_id, self.partition, self.epoch, log_line.to_json(self.line), self.mask.digest]
         return json.dumps([*fields, self.environment]).encode()
 
 
 def environment_digest(environment: Mapping[str, str]) -> str:
-    """SHA-256 of what the bits of a step depend on beside the log, as a manifest's `environment` lists it.
+    """SHA-256 of what the bits of a step depend on besides the log, as a manifest's `environment` lists it.
 
-    It has every setting that decides a step, those of the guard of steps and of the privacy mechanism, the fingerprint
-    of the noise key, the number of the model code, and the libraries and instructions that decide how sums are rounded.
+    It covers every setting that affects a step, including those of the guard of steps and of the privacy mechanism. It
+    also covers the fingerprint of the noise key, the model code number, and the libraries and CPU instructions that
+    affect rounding.
     """
     return hashlib.sha256(json.dumps(dict(environment), sort_keys=True).encode()).hexdigest()

@@ -1,1 +1,1 @@
-"""From ids to rows, grown, admitted, expired and evicted: embeddings, and counts of what came next."""
+"""Tables from ids to rows, with admission, expiry and eviction: embeddings, and counts of what came next."""

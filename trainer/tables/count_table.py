@@ -1,7 +1,7 @@
-"""What came next after each category, counted over all users: typed lists on the host, nothing learned.
+"""Counts what came next after each category, over all users: typed lists on the host, without learned weights.
 
-Lists become float32 rows when a version takes them and where it is loaded
-(`state/ranking/transition_rows.py`); nobody else in the trainer sees a row.
+Lists are converted to and from float32 rows only when a version is made or loaded
+(`state/ranking/transition_rows.py`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from trainer.tables.places import grown
 
 
 class CountTable(IdTable):
-    """One list per category.
+    """A table with one list of followers per category.
 
     Args:
-        name: Of the table in versions.
-        capacity: Lists there is room for at first; it doubles when full, and is given back when few are left.
-        admit_after: Sightings a category needs before it gets a list.
-        max_rows: Categories that have a list at most.
+        name: The table's name in versions.
+        capacity: Initial capacity in lists. It doubles when the table is full, and shrinks when few lists are left.
+        admit_after: Occurrences that a category needs before it gets a list.
+        max_rows: The most categories with a list.
     """
 
     def __init__(self, name: str, capacity: int = 1024, admit_after: int = 1, max_rows: int = NO_CAP) -> None:
@@ -33,18 +33,18 @@ class CountTable(IdTable):
 
     @property
     def held(self) -> Lists:
-        """All lists by row, to be read until the table changes."""
+        """All lists by row; valid until the table changes."""
         return self._lists
 
     def lists(self, rows: I32) -> Lists:
-        """Copies of the lists of rows, `[n]` int32; empty where there is none."""
+        """Copies of the lists of rows, `[n]` int32; an empty list for a row without one."""
         return Lists(self._lists.counts[rows], self._lists.ids[rows])
 
     def succession(self, rows: I32, recent_categories: U64, popular: U64) -> Succession:
-        """What the lists of users' newest categories say.
+        """The candidates and counts from the lists of users' newest categories.
 
         Args:
-            rows: `[n]` int32, that of each user's newest category; MISSING for none.
+            rows: `[n]` int32, the row of each user's newest category; MISSING for none.
             recent_categories: `[n, L]` uint64, the users' categories, padded with 0.
             popular: `[P]` uint64, padded with 0.
         """
@@ -52,19 +52,19 @@ class CountTable(IdTable):
         return transitions.succession(at, self._lists, recent_categories, popular, distinct)
 
     def count(self, rows: I32, followers: U64) -> None:
-        """Counts transitions in the order of the rows of a batch, and lists all of `rows` as changed.
+        """Counts transitions in the order of the rows of a batch, and marks all of `rows` as changed.
 
         Args:
-            rows: `[n]` int32, that of the newest category before each event; MISSING for none.
+            rows: `[n]` int32, the row of the newest category before each event; MISSING for none.
             followers: `[n]` uint64, the category that came next; 0 for none.
         """
         halved = transitions.record(rows, followers, self._lists)
-        # What halving takes off a list leaves plain zeros.
+        # Entries that halving removes from a list become positive zeros.
         self._signs[rows[halved]] = 0
         self.touch(rows)
 
     def put(self, rows: I32, values: F32, accum: F32) -> None:
-        """Sets lists (rows `[n]` int32) to rows of a version, `[n, dim]` float32; there is no accumulator."""
+        """Sets lists (rows `[n]` int32) from rows of a version, `[n, dim]` float32; there is no accumulator."""
         lists = transition_rows.unpack(values)
         self._lists.counts[rows], self._lists.ids[rows] = lists
         self._signs[rows] = transition_rows.signs_of(values)
@@ -76,7 +76,7 @@ class CountTable(IdTable):
         return transition_rows.pack(self.lists(rows), self._signs[rows])
 
     def _begin(self, ids: U64, rows: I32) -> None:
-        # Empty lists, whose zeros have the signs of these.
+        # Empty lists: their zeros have the signs of a new row's values.
         first = hashed_uniform(ids, self.dim, self.name) * np.float32(0.0)
         self.put(rows, first, np.zeros((len(rows), 0), np.float32))
 

@@ -1,7 +1,7 @@
-"""From ids to rows: an open-addressing index, and numbers that depend on an id alone.
+"""An open-addressing index from ids to rows, and pseudo-random numbers that depend on an id alone.
 
-Compiled loops over integers: 40,000 look-ups take less than a millisecond,
-where TensorFlow's hash table takes ten.
+Compiled loops over integers: 40,000 lookups take less than a millisecond, while
+TensorFlow's hash table takes ten.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _FILL = 0.7
 
 @compiled
 def _slot_of(keys: U64, key: np.uint64) -> np.int64:
-    """The slot that holds `key`, or the empty one where it would go."""
+    """The slot that holds `key`, or the empty slot where it would be inserted."""
     mask = np.uint64(keys.shape[0] - 1)
     mixed = (key ^ (key >> np.uint64(29))) * np.uint64(0x9E3779B97F4A7C15)
     slot = (mixed >> np.uint64(20)) & mask
@@ -46,14 +46,14 @@ def _insert(keys: U64, rows: I32, ids: U64, values: I32) -> int:
 
 @compiled("u8[::1], i4[::1], const(u8[::1]), i4[::1]", "u8[::1], i4[::1], u8[::1], i4[::1]")
 def _find(keys: U64, rows: I32, ids: U64, found: I32) -> None:
-    # An empty slot has key 0 and row 0, so that id 0 ("none") finds MISSING.
+    # An empty slot has key 0 and row 0, so id 0 ("none") finds MISSING.
     for i in range(ids.shape[0]):
         found[i] = rows[_slot_of(keys, ids[i])]
 
 
 @compiled("u8[::1], i4[::1], u8[::1]")
 def _remove(keys: U64, rows: I32, ids: U64) -> int:
-    """Takes ids out by shifting the rest of their run back, which leaves no marks behind."""
+    """Removes ids by shifting the rest of their run back, which needs no tombstones."""
     mask = np.int64(keys.shape[0] - 1)
     gone = 0
     for i in range(ids.shape[0]):
@@ -76,7 +76,7 @@ def _remove(keys: U64, rows: I32, ids: U64) -> int:
 
 
 class IdIndex:
-    """An open-addressing map of 64-bit id -> row, 0 where an id has none.
+    """An open-addressing map from a 64-bit id to a row; 0 for an id without a row.
 
     >>> index = IdIndex()
     >>> index.insert(np.array([7, 9], np.uint64), np.array([1, 2], np.int32))
@@ -96,7 +96,7 @@ class IdIndex:
 
     @property
     def slots(self) -> int:
-        """Ids there would be room for, were it full."""
+        """The number of slots."""
         return self._keys.size
 
     def find(self, ids: U64) -> I32:
@@ -106,13 +106,13 @@ class IdIndex:
         return found
 
     def insert(self, ids: U64, rows: I32) -> None:
-        """Sets the rows of `ids` (no id is 0), growing first where it would get too full."""
+        """Sets the rows of `ids` (no id is 0). Grows first if the index would exceed its fill limit."""
         if self._size + ids.size > self._keys.size * _FILL:
             self._rebuild(_slots_for(self._size + ids.size))
         self._size += _insert(self._keys, self._rows, np.ascontiguousarray(ids), rows)
 
     def remove(self, ids: U64) -> None:
-        """Forgets `ids`, and gives room back where most of it is unused; unknown ids are ignored."""
+        """Removes `ids`, and shrinks if most slots are unused; unknown ids are ignored."""
         self._size -= _remove(self._keys, self._rows, np.ascontiguousarray(ids))
         if (slots := _slots_for(2 * self._size)) * 4 <= self._keys.size:
             self._rebuild(slots)

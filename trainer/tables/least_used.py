@@ -1,9 +1,9 @@
-"""Which ids leave a table that is full: those used least and longest ago, a function of what a version holds.
+"""Chooses the ids to evict from a full table: those used least and longest ago, a function of a version's content.
 
-An id ranks by the log time of its last sighting, and by a day more for each
-doubling of its use. So an id that was used a thousand times is kept ten days
-longer than one that was seen once, and a flood of new ids pushes out itself.
-Of what ranks equal the smaller ids leave.
+An id ranks by the log time of its last occurrence, plus a day for each doubling of
+its use. An id that was used a thousand times is thus kept ten days longer than one
+that occurred once, and a flood of new ids evicts itself. Ties evict the smaller id
+first.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from trainer.tables.index import F32, I32, U64
 I64 = npt.NDArray[np.int64]
 
 DOUBLING_MS = 86_400_000
-"""By how much longer an id is kept for each doubling of its use."""
+"""The additional time that an id is kept for each doubling of its use."""
 
 LEAST = -20
-"""Use below 2 to this counts as none."""
+"""Use below 2 to the power of this counts as none."""
 
 ROOM, MOST_AT_ONCE = 8, 131_072
-"""One of so many ids of a full table leaves at once, so that it is not full again in the next step; no more than these."""
+"""A full table evicts one in ROOM ids at once, at most MOST_AT_ONCE, so that it is not full again in the next step."""
 
 _BUCKETS = 1 << 16
 
 
 @compiled
 def _rank(last_seen_ms: int, bits: int) -> int:
-    """`bits` are those of a float32, whose exponent says how often it was doubled: no rounding decides who leaves."""
+    """`bits` are those of a float32. Only its exponent counts, as the number of doublings: rounding has no effect."""
     return last_seen_ms + DOUBLING_MS * max(((bits >> 23) & 255) - 127, LEAST)
 
 
 @compiled("u8[::1], i8[::1], i4[::1], i8, i8, i8[::1]")
 def _counted(ids: U64, last_seen_ms: I64, bits: I32, lowest: int, width: int, counts: I64) -> None:
-    """How many ids rank in each bucket of `width` from `lowest` on."""
+    """Counts the ids in each rank bucket of `width`, starting at `lowest`."""
     for place in range(ids.shape[0]):
         if ids[place] != 0:
             counts[(_rank(last_seen_ms[place], bits[place]) - lowest) // width] += 1
@@ -54,7 +54,10 @@ def _bounds(ids: U64, last_seen_ms: I64, bits: I32, found: I64) -> None:
 
 @compiled("u8[::1], i8[::1], i4[::1], i8, i8, i4[::1], i8[::1]")
 def _below(ids: U64, last_seen_ms: I64, bits: I32, bound: int, width: int, found: I32, ranks: I64) -> int:
-    """Places that rank below `bound` from the front on, and, with their ranks, those in the bucket behind it from the end."""
+    """Fills `found` from the front with indices that rank below `bound`, and from the end with the next bucket.
+
+    `ranks` gets the ranks of that bucket.
+    """
     below, behind = 0, found.shape[0]
     for place in range(ids.shape[0]):
         if ids[place] != 0:
@@ -70,16 +73,16 @@ def _below(ids: U64, last_seen_ms: I64, bits: I32, bound: int, width: int, found
 
 
 def least_used(ids: U64, last_seen_ms: I64, use: F32, leaving: int) -> I32:
-    """Who leaves.
+    """Chooses the ids to evict.
 
     Args:
-        ids: `[n]` uint64, distinct, the id at each place; 0 where there is none.
+        ids: `[n]` uint64, distinct, the id at each index; 0 where there is none.
         last_seen_ms: `[n]` int64.
         use: `[n]` float32, the amount of use.
         leaving: How many, at least one, and no more than there are.
 
     Returns:
-        `[leaving]` int32, their places, in no order that counts.
+        `[leaving]` int32, their indices, in arbitrary order.
 
     >>> ids, seen = np.array([0, 5, 6, 7], np.uint64), np.array([0, 3, 1, 2])
     >>> least_used(ids, seen, np.array([0, 1, 4, 1], np.float32), 2).tolist()
@@ -102,7 +105,7 @@ def least_used(ids: U64, last_seen_ms: I64, use: F32, leaving: int) -> I32:
 
 
 def excess(count: int, most: int) -> int:
-    """How many of `count` ids leave a table of at most `most`; none where it is not full.
+    """The number of ids to evict from a table of `count` ids and capacity `most`; 0 if it is within its capacity.
 
     >>> excess(80, 80), excess(81, 80)
     (0, 11)

@@ -1,4 +1,4 @@
-"""Which id lies at which place: places are handed out in order, used again, and made dense when few are left."""
+"""Assigns ids to row indices: in order, with reuse, and compacted when few are left."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from trainer.tables.index import I32, U64, IdIndex
 
 I64 = npt.NDArray[np.int64]
 SPARSE = 4
-"""Room for so many times what is held is given back."""
+"""Capacity of this many times the ids in use is given back."""
 
 
 def grown(held: npt.NDArray[Any], capacity: int) -> npt.NDArray[Any]:
-    """`[capacity, ...]`: what is held and zeros behind it.
+    """`[capacity, ...]`: `held` followed by zeros.
 
     >>> grown(np.array([7, 8]), 4).tolist()
     [7, 8, 0, 0]
@@ -35,14 +35,14 @@ def _older(ids: U64, seen_ms: I64, before_ms: int, found: I32) -> int:
 
 
 class Places:
-    """The places of ids, from 1 on; 0 is that of every id that has none.
+    """The row indices of ids, from 1 on; every id without a row has index 0.
 
     Args:
-        capacity: Places there is room for at first, place 0 included; it doubles when full.
-        most: Ids that are usually held at most: beyond these it grows no further than it must.
+        capacity: Initial capacity, index 0 included; it doubles when full.
+        most: The usual maximum of ids: beyond it, the capacity grows no more than necessary.
 
     Attributes:
-        ids: `[capacity]` uint64, the id at each place; 0 where there is none.
+        ids: `[capacity]` uint64, the id at each index; 0 where there is none.
 
     >>> places = Places(4)
     >>> places.take(np.array([7, 8, 9], np.uint64)).tolist(), places.drop(np.array([8], np.uint64)).tolist()
@@ -60,32 +60,32 @@ class Places:
         self._free: I32 = np.empty(0, np.int32)
 
     def __len__(self) -> int:
-        """Ids that have a place."""
+        """The number of ids with an index."""
         return len(self._index)
 
     @property
     def capacity(self) -> int:
-        """Places there is room for, place 0 included."""
+        """The current capacity, index 0 included."""
         return self.ids.size
 
     def find(self, ids: U64) -> I32:
-        """The place of each id, `[n]` int32; 0 where it has none."""
+        """The index of each id, `[n]` int32; 0 if it has none."""
         return self._index.find(ids)
 
     def held(self) -> I32:
-        """The places in use, ascending."""
+        """The indices in use, ascending."""
         places: I32 = np.flatnonzero(self.ids[: self._next]).astype(np.int32)
         return places
 
     def older(self, seen_ms: I64, before_ms: int) -> I32:
-        """The places in use whose `[capacity]` times lie before `before_ms`, ascending."""
+        """The indices in use whose `[capacity]` times are before `before_ms`, ascending."""
         found = np.empty(len(self), np.int32)
         return found[: _older(self.ids[: self._next], seen_ms, before_ms, found)].copy()
 
     def take(self, ids: U64) -> I32:
-        """Gives places to distinct ids that have none; `capacity` may be another one afterwards.
+        """Assigns indices to distinct ids that have none; this may change `capacity`.
 
-        Fresh places are handed out in order: pages touched at random are dear.
+        Fresh indices are assigned in order, because touching memory pages at random is expensive.
         """
         recycled = min(self._free.size, ids.size)
         kept = self._free.size - recycled
@@ -100,7 +100,7 @@ class Places:
         return places
 
     def drop(self, ids: U64) -> I32:
-        """Takes distinct ids out; returns the places that those among them had which had one."""
+        """Removes distinct ids; returns the former indices of those that had one."""
         places = self._index.find(ids)
         left: I32 = places[places != 0]
         if left.size:
@@ -110,10 +110,10 @@ class Places:
         return left
 
     def pack(self) -> I32 | None:
-        """Makes places dense and gives room back, where most of it is unused.
+        """Compacts the indices and shrinks the capacity, if most of it is unused.
 
         Returns:
-            Which places those now at 0, 1, 2 .. were at before; None where nothing moved.
+            The former index of each new index 0, 1, 2 ..; None if nothing moved.
         """
         if self.capacity <= self._least or len(self) * SPARSE >= self.capacity:
             return None
@@ -126,5 +126,5 @@ class Places:
 
     @staticmethod
     def _room(capacity: int, most: int) -> int:
-        """A step adds to what is held before the least used go, so that there is some room beyond `most`."""
+        """Limits the capacity. Steps add ids before the least used are evicted, so room beyond `most` is needed."""
         return min(capacity, most + most // 8 + 2)

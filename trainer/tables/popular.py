@@ -1,9 +1,9 @@
-"""The popular categories: categories by decayed count at log time, in integers, at most so many of them.
+"""The popular categories: a bounded list of categories by decayed count at log time, in integers.
 
-A count is in 1/65536 clicks and is multiplied by a fixed ratio each hour of
-log time, so that the same log gives the same list on every machine. The list
-is updated from the categories of a batch; only the hourly decay, which can make
-counts equal, ranks all of them.
+A count is in units of 1/65536 clicks. Each hour of log time multiplies it by a fixed
+ratio. The same log thus gives the same list on every machine. Only the categories
+of a batch update the list. The hourly decay, which can make counts equal, ranks all
+categories again.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ Flags = npt.NDArray[np.bool_]
 ONE = 1 << 16
 HOUR_MS = 3_600_000
 DECAY = 63_670
-"""Kept of a count each hour, in 1/65536: half of it after a day (2 ** (-1 / 24))."""
+"""The part of a count that each hour keeps, in 1/65536: half is left after a day (2 ** (-1 / 24))."""
 
 
 def decayed(counts: I64, times: int, kept: int = DECAY) -> I64:
-    """Counts after some hours, rounded down each hour; or after as many other spans of which `kept` is left.
+    """Counts after some hours, rounded down each hour; or after other time spans, each of which keeps `kept` / 65536.
 
     >>> int(decayed(np.array([ONE], np.int64), 24)[0])
     32756
@@ -44,7 +44,7 @@ def decayed(counts: I64, times: int, kept: int = DECAY) -> I64:
 
 @compiled
 def _before(place: int, other: int, ids: U64, counts: I64) -> bool:
-    """Whether a category has the larger count, or of equal ones the smaller id."""
+    """Whether a category ranks first: by the larger count, on a tie by the smaller id."""
     return bool(counts[place] > counts[other] or (counts[place] == counts[other] and ids[place] < ids[other]))
 
 
@@ -57,7 +57,7 @@ def _count(places: I32, amounts: I64, counts: I64) -> None:
 
 @compiled("i4[::1], u8[::1], i8[::1], bool[::1], i4[::1]")
 def _rank(places: I32, ids: U64, counts: I64, seen: Flags, top: I32) -> int:
-    """Puts the largest categories among `[n]` places into `top`, the largest first; returns how many these are.
+    """Puts the largest categories among `[n]` indices into `top`, the largest first; returns their number.
 
     seen: `[used]` bool, all False before and after.
     """
@@ -86,33 +86,33 @@ class Popular:
 
     Args:
         size: P, the most categories listed.
-        most: Categories counted at most; those with the smallest counts go first.
-        span_ms: Of log time, after which counts decay.
-        kept: Of a count after each span, in 1/65536.
+        most: The most categories counted; those with the smallest counts are evicted first.
+        span_ms: Log time after which counts decay.
+        kept: The part of a count that each span keeps, in 1/65536.
     """
 
     def __init__(self, size: int, most: int = NO_CAP, span_ms: int = HOUR_MS, kept: int = DECAY) -> None:
         self._size, self._most = size, max(most, size * ROOM)
         self._span_ms, self._kept = span_ms, kept
-        # Entry 0 is no category: the index finds 0 for what it does not hold.
+        # Entry 0 is no category: the index returns 0 for unknown ids.
         self._hour = -1
         self._used = 1
         self._ids: U64 = np.zeros(1, np.uint64)
         self._counts: I64 = np.zeros(1, np.int64)
         self._index = IdIndex()
-        # The places of the largest, the largest first.
+        # The entries with the largest counts, the largest first.
         self._top: I32 = np.zeros(0, np.int32)
 
     def __len__(self) -> int:
-        """How many categories have a count."""
+        """The number of categories with a count."""
         return self._used - 1
 
     def standing_of(self, ids: U64) -> tuple[I64, I32, int]:
-        """The standing of `[n]` categories.
+        """Counts and ranks of `[n]` categories.
 
         Returns:
-            `[n]` int64 counts, 0 where a category has none; `[n]` int32 places in the list, P behind it; the sum of all
-            counts.
+            `[n]` int64 counts, 0 for a category without one; `[n]` int32 ranks, P for categories that are not listed;
+            the sum of all counts.
         """
         places = self._index.find(ids)
         ranks = np.full(self._used, self._size, np.int32)
@@ -134,7 +134,7 @@ class Popular:
 
         Args:
             ids: `[n]` uint64, 0 ignored.
-            amounts: `[n]` int64, in 1/65536 clicks; with noise some are below 0.
+            amounts: `[n]` int64, in 1/65536 clicks; may be negative because of noise.
             at_ms: Log time.
         """
         hour = at_ms // self._span_ms
@@ -164,7 +164,7 @@ class Popular:
         return {"ids": ids, "counts": self._counts[self._index.find(ids)], "hour": np.array(self._hour, np.int64)}
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Replaces everything by what `state` returned."""
+        """Replaces the whole state by what `state` returned."""
         ids = np.asarray(state["ids"], np.uint64)
         self._hour = int(state["hour"])
         self._used = ids.size + 1

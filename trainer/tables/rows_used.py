@@ -1,4 +1,4 @@
-"""Which rows a step used: marked, dated, made distinct."""
+"""Compiled loops over the rows that a step used: mark them, date them, make them distinct."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ I64 = npt.NDArray[np.int64]
 
 @compiled("i4[::1], u1[::1], i4[::1], i8")
 def mark_rows(rows: I32, flags: npt.NDArray[np.uint8], listed: I32, count: int) -> int:
-    """Lists each of `[n]` rows that `flags` does not have yet behind the first `count`; returns how many are listed."""
+    """Appends those of `[n]` rows that are not in `flags` to the first `count` of `listed`; returns the new count."""
     for i in range(rows.shape[0]):
         row = rows[i]
         if row != 0 and flags[row] == 0:
@@ -25,7 +25,7 @@ def mark_rows(rows: I32, flags: npt.NDArray[np.uint8], listed: I32, count: int) 
 
 @compiled("i4[::1], const(i8[::1]), i8[::1]", "i4[::1], i8[::1], i8[::1]")
 def see(rows: I32, at_ms: I64, last_seen_ms: I64) -> None:
-    """The newest of `[n]` log times, ms, becomes that of its row."""
+    """Raises the last-seen time of each of `[n]` rows to the newest of its log times, in ms."""
     for i in range(rows.shape[0]):
         if at_ms[i] > last_seen_ms[rows[i]]:
             last_seen_ms[rows[i]] = at_ms[i]
@@ -33,9 +33,9 @@ def see(rows: I32, at_ms: I64, last_seen_ms: I64) -> None:
 
 @compiled("i4[::1], i4[::1], i4[::1], i4[::1]")
 def distinct_rows(rows: I32, scratch: I32, unique: I32, positions: I32) -> int:
-    """Distinct rows in order of first use behind the missing row 0, and where each of `[n]` rows is; returns how many.
+    """Distinct rows in order of first use, after the missing row 0, and the position of each of `[n]` rows among them.
 
-    `scratch` has a 0 for each row of the table, before and after.
+    Returns their number. `scratch` has a 0 for each row of the table, before and after.
     """
     unique[0] = 0
     count = 1

@@ -1,8 +1,8 @@
-"""Embedding tables: one row per id, learned, with an Adagrad accumulator.
+"""Embedding tables: one learned row per id, with an Adagrad accumulator.
 
 `Table` keeps rows and accumulators in host arrays, for the compiled engine.
 `DeviceTable` keeps them in TensorFlow variables on the trainer's device, for the
-TensorFlow engine. Which id has which row is in `id_table.py`. A row starts from a
+TensorFlow engine. `id_table.py` maps ids to rows. A new row is initialised from a
 hash of its id and the table's name.
 """
 
@@ -26,13 +26,13 @@ class Table(IdTable):
     """The rows of one kind of id, in host arrays.
 
     Args:
-        name: Part of the hash a new row starts from.
+        name: Part of the hash that initialises a new row.
         dim: Width of a row.
-        capacity: Rows there is room for at first; it doubles when full, and shrinks when few are left.
-        initial_accumulator: Where each Adagrad accumulator starts.
-        admit_after: Sightings an id needs before it gets a row.
+        capacity: Initial capacity in rows. It doubles when the table is full, and shrinks when few are left.
+        initial_accumulator: Initial value of each Adagrad accumulator.
+        admit_after: Occurrences that an id needs before it gets a row.
         initial_range: A new row is uniform in plus and minus this.
-        max_rows: Ids that have a row at most.
+        max_rows: The most ids with a row.
 
     Attributes:
         rows: `[capacity, dim]` float32; row 0, the missing one, is zero.
@@ -58,15 +58,15 @@ class Table(IdTable):
         self._allocate()
 
     def gather(self, rows: I32) -> F32:
-        """A copy of some rows, `[k, dim]` float32, of `[k]` int32."""
+        """A copy of the rows with these indices (`[k]` int32), `[k, dim]` float32."""
         return self._read(self.rows, rows)
 
     def gather_accum(self, rows: I32) -> F32:
-        """A copy of the accumulators of some rows, `[k, dim]` float32, of `[k]` int32."""
+        """A copy of the accumulators of the rows with these indices (`[k]` int32), `[k, dim]` float32."""
         return self._read(self.accum, rows)
 
     def put(self, rows: I32, values: F32, accum: F32) -> None:
-        """Sets rows (`[n]` int32) and their accumulators; `touch` lists them as changed."""
+        """Sets rows (`[n]` int32) and their accumulators; `touch` marks them as changed."""
         self.rows[rows], self.accum[rows] = values, accum
 
     def _allocate(self) -> None:
@@ -87,7 +87,7 @@ class Table(IdTable):
         self.put(rows, first, np.full((ids.size, self.dim), self._initial_accumulator, np.float32))
 
     def _use(self) -> F32:
-        # The sum of a row's squared gradients: a row that learned nothing loses nothing when it leaves.
+        # The sum of a row's squared gradients: evicting a row that has learned nothing loses nothing.
         learned: F32 = self.accum.mean(1)
         return learned
 
@@ -100,7 +100,7 @@ class Table(IdTable):
 
 
 class DeviceTable(Table):
-    """As `Table`, with `rows` and `accum` in TensorFlow variables on `device`.
+    """A `Table` with `rows` and `accum` in TensorFlow variables on `device`.
 
     Args:
         device: TensorFlow device of the variables.
@@ -123,7 +123,7 @@ class DeviceTable(Table):
 
     def _allocate(self) -> None:
         with tf.device(self.device):
-            # The unknown first dimension lets the variables grow without a new trace of the step.
+            # With an unknown first dimension the variables can grow without a new trace of the step.
             shape = tf.TensorShape([None, self.dim])
             first = tf.zeros([self.capacity, self.dim])
             self.rows = tf.Variable(first, shape=shape, trainable=False, name=f"{self.name}.rows")
@@ -148,5 +148,5 @@ class DeviceTable(Table):
 
 
 def table_of(device: str | None, *arguments: Any) -> Table:
-    """A `Table` made of `arguments`, with its rows on a TensorFlow device, or in host arrays where `device` is None."""
+    """A `Table` made of `arguments`, with its rows on a TensorFlow device, or in host arrays if `device` is None."""
     return Table(*arguments) if device is None else DeviceTable(device, *arguments)

@@ -1,1 +1,1 @@
-"""Versions out of a trainer, and a trainer out of a version."""
+"""Makes versions from a trainer, and restores a trainer from a version."""

@@ -1,8 +1,8 @@
-"""What of a version goes on in another model, feature spec or release, and what begins anew. Pure.
+"""Decides what another model, feature spec or release carries over from a version, and what starts from scratch.
 
-A table goes on that keeps its name and its width, a dense weight that keeps its
-name and its shape; with it its optimizer's slots. Counters, measures, popular
-categories and what came next are facts of the log and go on in any case.
+A table is carried over if it keeps its name and width, a dense weight if it keeps its
+name and shape; the optimizer's slots follow it. Counters, metrics, popular categories
+and transition counts are facts of the log and are always carried over. Pure functions.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class CarriedTable:
 
     Attributes:
         name: Its name.
-        rows: How many rows the version has.
-        was: Their width; None where the version has no such table.
-        now: Their width now; None where the model reads no such table.
+        rows: The number of its rows in the version.
+        was: Their width; None if the version has no such table.
+        now: Their width now; None if the model reads no such table.
     """
 
     name: str
@@ -43,7 +43,7 @@ class CarriedTable:
         return self.was == self.now
 
     def __str__(self) -> str:
-        """What becomes of it.
+        """The table's outcome as text.
 
         >>> str(CarriedTable("user", 1200, 32, 32)), str(CarriedTable("user", 1200, 32, 16))
         ('user: 1,200 rows of width 32', 'user: 1,200 rows of width 32, the width is now 16')
@@ -58,8 +58,8 @@ class CarriedWeight:
 
     Attributes:
         name: Its name.
-        was: Its shape; None where the version has none.
-        now: Its shape now; None where the model has none.
+        was: Its shape; None if the version has none.
+        now: Its shape now; None if the model has none.
     """
 
     name: str
@@ -72,7 +72,7 @@ class CarriedWeight:
         return self.was == self.now
 
     def __str__(self) -> str:
-        """What becomes of it.
+        """The weight's outcome as text.
 
         >>> str(CarriedWeight("query.bias", None, (8,))), str(CarriedWeight("query.bias", (8,), (4,)))
         ('query.bias: the version has none', 'query.bias: 8, the shape is now 4')
@@ -83,14 +83,14 @@ class CarriedWeight:
 
 @dataclass(frozen=True, slots=True)
 class Carrying:
-    """What goes on, and what begins anew.
+    """What is carried over, and what starts from scratch.
 
     Attributes:
         tables: Of the version and of the model, in the order of the model's, then by name.
-        weights: Likewise.
-        steps: Counted in the version.
-        trained: Rows learned from, likewise.
-        popular: Popular categories, likewise.
+        weights: Of the version and of the model, in the same order.
+        steps: Steps that the version counted.
+        trained: Rows learned from that the version counted.
+        popular: The version's number of popular categories.
     """
 
     tables: tuple[CarriedTable, ...]
@@ -101,20 +101,20 @@ class Carrying:
 
     @property
     def anew(self) -> tuple[CarriedTable | CarriedWeight, ...]:
-        """What does not go on."""
+        """The tables and weights that start from scratch."""
         return (*self.tables_anew, *(one for one in self.weights if not one.goes_on))
 
     @property
     def tables_anew(self) -> tuple[CarriedTable, ...]:
-        """The tables that do not go on."""
+        """The tables that start from scratch."""
         return tuple(one for one in self.tables if not one.goes_on)
 
     def wanting(self, optional: Collection[str] = ()) -> tuple[CarriedTable | CarriedWeight, ...]:
-        """What keeps a trainer from loading the version as it is: all that begins anew but `optional` tables."""
+        """What keeps a trainer from loading the version as is: all that starts from scratch but `optional` tables."""
         return tuple(one for one in self.anew if not (isinstance(one, CarriedTable) and one.name in optional))
 
     def lines(self) -> list[str]:
-        """For people: each table, weights summed up, each weight that begins anew."""
+        """The plan as text: each table, a summary of the weights, each weight that starts from scratch."""
         weights = [one for one in self.weights if one.goes_on]
         numbers = sum(int(np.prod(one.was or ())) for one in weights)
         said = ["carried over:", *(f"  table {one}" for one in self.tables if one.goes_on)]
@@ -142,14 +142,14 @@ class Carrying:
 
 
 def fate(name: str, was: str | None, measure: str, now: str | None, goes_on: bool) -> str:
-    """What becomes of a table or a weight.
+    """The outcome of a table or a weight as text.
 
     Args:
         name: Its name.
-        was: What the version has of it; None for nothing.
-        measure: What must stay as it is for it to go on.
-        now: That of the model; None where the model has none.
-        goes_on: Whether it goes on.
+        was: Its description in the version; None if the version has none.
+        measure: The property that must stay the same for it to be carried over.
+        now: That property in the model; None if the model has none.
+        goes_on: Whether it is carried over.
 
     >>> fate("item", "7 rows of width 32", "width", None, goes_on=False)
     'item: 7 rows of width 32, no longer read'
@@ -161,7 +161,7 @@ def fate(name: str, was: str | None, measure: str, now: str | None, goes_on: boo
 
 
 def shown(shape: tuple[int, ...]) -> str:
-    """A shape for people.
+    """A shape as text.
 
     >>> shown((128, 256)), shown(())
     ('128x256', 'a number')
@@ -170,11 +170,11 @@ def shown(shape: tuple[int, ...]) -> str:
 
 
 def plan(old: Tensors, fresh: Tensors) -> Carrying:
-    """What becomes of the full state `old` in a model whose full state is `fresh` before it learns.
+    """Plans what a model carries over from the full state `old`.
 
     Args:
-        old: As a base holds it.
-        fresh: Likewise; of its tables and weights only names and shapes count.
+        old: The full state, as a base holds it.
+        fresh: The full state of the untrained model; of its tables and weights only names and shapes count.
     """
     tables = tuple(
         CarriedTable(name, len(old.get(f"{name}.ids", ())), _width(name, old), _width(name, fresh))
@@ -190,11 +190,11 @@ def plan(old: Tensors, fresh: Tensors) -> Carrying:
 
 
 def carried(old: Tensors, fresh: Tensors, planned: Carrying, fast: Collection[str] = ()) -> dict[str, Array]:
-    """The full state with which a trainer goes on.
+    """The full state with which a trainer continues.
 
     Args:
         old: As for `plan`.
-        fresh: Likewise.
+        fresh: As for `plan`.
         planned: Their plan.
         fast: Names of the weights whose slots are kept together, as `moving.`.
     """
@@ -215,14 +215,14 @@ def carried(old: Tensors, fresh: Tensors, planned: Carrying, fast: Collection[st
     for name in _under("slots.", fresh):
         slot = f"slots.{name}"
         if slot == _POWERS:
-            # A weight that begins anew has not warmed up: its first steps would be three times too long.
+            # A new weight has no warm-up: with the old powers its first steps would be three times too long.
             goes_on = all_kept
         elif slot.startswith(_MOVING):
             goes_on = moves_on
         else:
             goes_on = name.rpartition(".")[0] in kept_weights
         found[slot] = old[slot] if goes_on and _shape(slot, old) == _shape(slot, fresh) else fresh[slot]
-    # 3. Facts of the log. The running loss is one of the weights.
+    # 3. Facts of the log. The guard's running loss is a property of the weights.
     for name, tensor in old.items():
         if name.startswith(("state.", QUALITY)):
             found[name] = tensor if all_kept or not name.startswith(_GUARD) else fresh[name]
@@ -230,10 +230,10 @@ def carried(old: Tensors, fresh: Tensors, planned: Carrying, fast: Collection[st
 
 
 def removals(old: Tensors, fresh: Tensors, planned: Carrying) -> dict[str, Array]:
-    """What the first version says of tables that begin anew: the ids that answers must not find any more.
+    """The first version's entries for tables that start from scratch: the removed ids, which serving must not find.
 
-    Laid on top of `old` by `content.merge` nothing of such a table is left; one that is read no longer stays as a
-    table of width 0.
+    When `content.merge` applies them to `old`, nothing of such a table is left. A table that is no longer read stays as
+    a table of width 0.
     """
     found: dict[str, Array] = {}
     for table in planned.tables_anew:
@@ -250,7 +250,7 @@ def removals(old: Tensors, fresh: Tensors, planned: Carrying) -> dict[str, Array
 
 
 def _width(table: str, tensors: Tensors) -> int | None:
-    """Of a table's rows; None where there are none, also after an upgrade left it."""
+    """The width of a table's rows; None if there is no such table, or an upgrade dropped it."""
     if f"{table}.ids" not in tensors:
         return None
     return tensors[f"{table}.rows"].shape[1] or None

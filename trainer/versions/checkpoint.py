@@ -1,7 +1,7 @@
-"""A version out of the trainer, and a trainer out of a version: the same bits.
+"""Copies a trainer's state for a version, and restores a trainer from a version with the same bits.
 
-The step thread copies what changed (some milliseconds); encoding, digests and
-the disk are the background's business, see `trainer/versions/publisher.py`.
+The step thread copies the changes, which takes a few milliseconds. The background
+thread encodes, digests and writes them, see `trainer/versions/publisher.py`.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from trainer.tables.changes import Changes
 from trainer.tables.popular import HOUR_MS, ONE
 from trainer.versions import content
 
-# Settings of [trainer] beside all of [model].
+# Settings of [trainer] in addition to all of [model].
 _DECIDING = (
     "admit_after", "admit_crosses_after", "max_rows", "max_crosses", "expire_s", "guard_factor", "guard_patience",
     "rows_per_update",
 )  # fmt: skip
-# What decides the order of floating-point sums on a processor.
+# CPU features that affect the order of floating-point sums.
 _INSTRUCTIONS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "avx512_vnni", "amx_tile", "asimd", "sve")
 
 
 def served(trainer: Trainer) -> dict[str, content.Array]:
-    """Copies what a recent version holds, and starts the next list since the last version; only the step thread may call it."""
+    """Copies the content of a recent version and resets its list of changes. Only the step thread may call it."""
     held = {
         f"{name}.{field}": held for name, table in trainer.tables.items() for field, held in table.take_served().items()
     }
@@ -52,27 +52,27 @@ def served(trainer: Trainer) -> dict[str, content.Array]:
 
 
 def changes(trainer: Trainer) -> dict[str, content.Array]:
-    """Copies what a durable version holds, and starts both lists of changes anew; only the step thread may call it."""
+    """Copies the content of a durable version and resets both lists of changes. Only the step thread may call it."""
     held = _tensors(trainer, {name: table.take_changes() for name, table in trainer.tables.items()})
     quality = trainer.progressive.state() | trainer.breakdown.state()
     return held | {f"{content.QUALITY}{name}": value for name, value in quality.items()}
 
 
 def full(trainer: Trainer) -> dict[str, content.Array]:
-    """Copies the whole state, as a base holds it, without measures that decide nothing; the list of changes goes on."""
+    """Copies the whole state, as a base holds it, without metrics that affect nothing. Keeps the list of changes."""
     return _tensors(trainer, {name: table.state() for name, table in trainer.tables.items()})
 
 
 def digest(trainer: Trainer) -> str:
-    """SHA-256 over everything: rows ordered by id, dense weights, slots, counters, guard, measures."""
+    """SHA-256 over everything: rows ordered by id, dense weights, slots, counters, guard, metrics."""
     return content.digest(full(trainer))
 
 
 def restore(versions: Versions, version: int, trainer: Trainer, spec: str) -> Manifest:
-    """Makes `trainer` the one that published `version`, whatever it was before and however its tables lie.
+    """Restores `trainer` to the state that published `version`, whatever its state and table layout were before.
 
     Args:
-        versions: Where the version is.
+        versions: Where the version is stored.
         version: Its number.
         trainer: Is cleared first.
         spec: Digest of the trainer's feature spec.
@@ -98,19 +98,21 @@ def restore(versions: Versions, version: int, trainer: Trainer, spec: str) -> Ma
 
 
 def tensors_of(versions: Versions, part: Manifest) -> dict[str, content.Array]:
-    """The tensors of one delta or base, every file checked."""
+    """The tensors of one delta or base; every file's digest is checked."""
     return content.decode(versions.read(part, name) for name in (SERVING, TRAINING))
 
 
 def load(trainer: Trainer, tensors: content.Tensors) -> None:
-    """Replaces the whole state of `trainer` by a full one; one of a release without crosses or transitions, or with others, has none.
+    """Replaces the whole state of `trainer` by a full state.
+
+    Crosses and transitions stay empty if the state is of a release without them, or with other ones.
 
     Raises:
         SettingsError: Tables or dense weights are of another model.
     """
     trainer.clear()
     widths = {name: tensors[f"{name}.rows"].shape[1] for name in tables_in(tensors) if f"{name}.ids" in tensors}
-    # Rows of no width are what an upgrade leaves of a table that is read no longer.
+    # An upgrade leaves rows of width 0 of a table that is no longer read.
     widths = {name: width for name, width in widths.items() if width}
     ours = {name: table.dim for name, table in trainer.tables.items()}
     for name in sorted((widths.keys() | ours.keys()) - {CROSS, TRANSITION}):
@@ -132,7 +134,7 @@ def load(trainer: Trainer, tensors: content.Tensors) -> None:
 
 
 def begin(trainer: Trainer, about: Mapping[str, Any]) -> None:
-    """Makes `trainer` one that has learned nothing and knows the popular labels of the bootstrap.
+    """Makes `trainer` an untrained one that knows the popular labels of the bootstrap.
 
     Args:
         trainer: Is cleared first.
@@ -140,7 +142,7 @@ def begin(trainer: Trainer, about: Mapping[str, Any]) -> None:
     """
     trainer.clear()
     popular = sorted((int(label, 16), int(clicks)) for label, clicks in about["popular"])
-    # What a bootstrap counted it counted without noise.
+    # The bootstrap's counts have no noise, so they are not used with a privacy budget.
     if popular and not trainer.settings.privacy.epsilon:
         hour = np.int64(int(about["newest_ms"]) // HOUR_MS)
         ids = np.array([label for label, _ in popular], np.uint64)
@@ -151,13 +153,13 @@ def begin(trainer: Trainer, about: Mapping[str, Any]) -> None:
 def environment(
     settings: Settings, device: str, engine: str = "compiled", cpuinfo: Path = Path("/proc/cpuinfo")
 ) -> dict[str, str]:
-    """What the bits of a step depend on beside the log: versions where it differs are not comparable.
+    """What the bits of a step depend on besides the log. Versions with different environments are not comparable.
 
     Args:
         settings: All settings.
-        device: Of the variables.
-        engine: What computes steps; it does so with rounding of its own.
-        cpuinfo: Names what the processor can do.
+        device: The device of the variables.
+        engine: The engine that computes steps; each engine rounds differently.
+        cpuinfo: The file that lists the CPU's features.
     """
     flags: set[str] = set()
     if cpuinfo.exists():
@@ -187,7 +189,7 @@ def environment(
 
 
 def deciding(settings: Settings) -> dict[str, str]:
-    """The settings that decide what a step does, by name, and no others."""
+    """The settings that affect a step, by name, and no others."""
     model = {f"model.{name}": str(value) for name, value in dataclasses.asdict(settings.model).items()}
     wanted, own = settings.attributes, {f"trainer.{name}": str(getattr(settings.trainer, name)) for name in _DECIDING}
     for side in ("user", "item"):
@@ -204,7 +206,7 @@ def deciding(settings: Settings) -> dict[str, str]:
 
 
 def private(settings: Settings) -> dict[str, str]:
-    """What decides the noise, by name: the numbers of the mechanism and the key's fingerprint; nothing without a budget."""
+    """What determines the noise, by name: the mechanism's parameters and key fingerprint; empty without a budget."""
     if not settings.privacy.epsilon:
         return {}
     numbers = dataclasses.asdict(settings.privacy)

@@ -1,16 +1,17 @@
-"""What a version's files hold: tensors by name, encoded, decoded, and a base merged with the deltas after it.
+"""The content of a version's files: tensors by name, how they are encoded and decoded, and how deltas are merged.
 
     serving.safetensors    <table>.ids, .rows, .removed; dense.<name>; popular; probe.<output>, see `state/probe.py`
-                           churn.<name>, see `state/churn/weights.py`; only where churn is learned
+                           churn.<name>, see `state/churn/weights.py`; only if churn is learned
     training.safetensors   <table>.accum, .last_seen_ms, .pending_ids, .pending_counts, .pending_seen_ms;
-                           slots.<name> of the dense optimizer; state.<name>: counters, guard, measures, churn;
+                           slots.<name> of the dense optimizer; state.<name>: counters, guard, metrics, churn;
                            guard.<name>: the windows by which updates are judged, see `trainer/guard`;
-                           quality.<name>: measures that decide nothing, which 0.1.0 had not
+                           quality.<name>: metrics that affect nothing, which 0.1.0 did not have
 
-A delta lists the rows that changed and the ids that went; everything else is
-whole in each version. What is kept is packed (`state/registry/tensor_files.py`);
-a recent version has the first file only, and plain. NumPy only: the compactor
-runs without TensorFlow.
+A delta lists the rows that changed and the ids that were removed; each version
+contains everything else completely. Durable versions are compressed
+(`state/registry/tensor_files.py`). A recent version has the first file only,
+uncompressed. This module needs NumPy only, because the compactor runs without
+TensorFlow.
 """
 
 from __future__ import annotations
@@ -38,11 +39,11 @@ PENDING = ("pending_ids", "pending_counts", "pending_seen_ms")
 COLUMNS = ("ids", "removed", *ROWS, *PENDING)
 SERVED = ("ids", "rows", "removed")
 QUALITY = "quality."
-"""Prefix of tensors of measures."""
+"""Prefix of tensors of metrics."""
 GUARDED = "guard."
 """Prefix of the windows by which updates are judged."""
 BESIDE = (QUALITY, GUARDED)
-"""What decides nothing of what is learned: no digest speaks of it, for a release without it learns the same."""
+"""Tensors that do not affect what is learned. Digests omit them, because a release without them learns the same."""
 
 _FOLD_ROWS = 1_000_000
 
@@ -58,7 +59,7 @@ def encode(tensors: Tensors) -> dict[str, bytes]:
 
 
 def encode_served(tensors: Tensors) -> dict[str, bytes]:
-    """The file of a recent version, of tensors that answers need."""
+    """The file of a recent version, of the tensors that serving needs."""
     return {SERVING: save({name: np.asarray(tensor, order="C") for name, tensor in sorted(tensors.items())})}
 
 
@@ -68,7 +69,7 @@ def decode(files: Iterable[bytes]) -> dict[str, Array]:
 
 
 def digest(tensors: Tensors) -> str:
-    """SHA-256 (hex) over names, types, shapes and bytes in the order of the names, BESIDE left out."""
+    """SHA-256 (hex) over names, types, shapes and bytes in the order of the names, without BESIDE."""
     sha = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         if name.startswith(BESIDE):
@@ -79,17 +80,17 @@ def digest(tensors: Tensors) -> str:
 
 
 def merge(parts: Iterable[Tensors], full: bool = True) -> dict[str, Array]:
-    """Lays tensors of versions on top of each other, the oldest first.
+    """Merges the tensors of versions, the oldest first.
 
     Args:
         parts: A base and deltas; or, for a delta over several versions, only deltas.
-        full: The result is a full state: ids that went are forgotten. Else they stay listed.
+        full: Whether the result is a full state, which does not list removed ids. Otherwise they stay listed.
 
     Returns:
-        The newest row of each id, ordered by id; bit-equal to what a trainer
-        holds that did the same steps.
+        The newest row of each id, ordered by id; bit-equal to the state of a trainer
+        that did the same steps.
     """
-    # Folding the deltas now and then bounds memory; a large base is copied once.
+    # Merging deltas in between bounds memory; a large base is copied once.
     iterator = iter(parts)
     first = next(iterator)
     later: list[Tensors] = []
@@ -105,16 +106,16 @@ def merge(parts: Iterable[Tensors], full: bool = True) -> dict[str, Array]:
 def _merged(parts: Sequence[Tensors], full: bool) -> dict[str, Array]:
     tables = tables_in({name for part in parts for name in part})
     tabled = {f"{table}.{name}" for table in tables for name in COLUMNS}
-    # 1. What is whole in each version.
+    # 1. Tensors that each version contains completely.
     merged = {name: tensor for name, tensor in parts[-1].items() if name not in tabled}
     for table in tables:
-        # A release without this table wrote none of it; an empty one is the same. Rows of another width are of a
-        # release whose rows meant something else: a trainer that went on from there took up none of them.
+        # A release without this table wrote nothing of it, which equals an empty one. Rows of another width are of a
+        # release in which rows had another meaning: a trainer that continued from there used none of them.
         held = [part for part in parts if f"{table}.ids" in part]
         held = [part for part in held if part[f"{table}.rows"].shape[1:] == held[-1][f"{table}.rows"].shape[1:]]
         if not held:
             continue
-        # 2. Rows: the last word about an id counts, be it a row or its removal.
+        # 2. Rows: the last entry of an id counts, be it a row or its removal.
         ids = [part[f"{table}.{name}"] for part in held for name in ("removed", "ids")]
         gone = [
             np.full(len(part[f"{table}.{name}"]), name == "removed") for part in held for name in ("removed", "ids")
@@ -127,7 +128,7 @@ def _merged(parts: Sequence[Tensors], full: bool) -> dict[str, Array]:
         place = np.cumsum(~all_gone) - 1
         for name in ROWS:
             merged[f"{table}.{name}"] = np.concatenate([part[f"{table}.{name}"] for part in held])[place[live]]
-        # 3. Sightings of ids without a row; a count of 0 takes one away.
+        # 3. Occurrences of ids without a row; a count of 0 removes one.
         columns = [np.concatenate([part[f"{table}.{name}"] for part in held]) for name in PENDING]
         last = _last_of_each(columns[0])
         if full:
@@ -137,7 +138,7 @@ def _merged(parts: Sequence[Tensors], full: bool) -> dict[str, Array]:
 
 
 def _last_of_each(ids: Array) -> npt.NDArray[np.int64]:
-    """Where each id occurs last, in the order of the ids.
+    """The index of the last occurrence of each id, in the order of the ids.
 
     >>> _last_of_each(np.array([5, 3, 5, 4], np.uint64)).tolist()
     [1, 3, 2]

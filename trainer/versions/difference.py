@@ -1,7 +1,7 @@
-"""The first difference between two full states of a trainer: which table, which id, which position. Pure.
+"""Finds the first difference between two full states of a trainer: its table, id and position. Pure functions.
 
-Both are tensors by name as a base holds them, rows ordered by id. Bits are
-compared, so that a NaN equals itself and minus zero does not equal zero.
+Both are tensors by name as a base holds them, rows ordered by id. The comparison is
+of bits, so a NaN equals itself and minus zero does not equal zero.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from trainer.versions.content import BESIDE, COLUMNS, PENDING, ROWS, Array, Tens
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Where two states first differ.
+    """The first difference of two states.
 
     Attributes:
-        table: The table, or the tensor's name where it belongs to none.
-        field: Which of the table's columns; empty for other tensors.
+        table: The table, or the tensor's name if it belongs to none.
+        field: The table's column; empty for other tensors.
         id: The row's id; None for other tensors.
-        position: Where in the row or in the flattened tensor; None where the whole differs.
-        kept: What the version holds there, as text.
-        recomputed: What was computed anew.
+        position: The index in the row or in the flattened tensor; None if the whole differs.
+        kept: The version's value, as text.
+        recomputed: The recomputed value, as text.
     """
 
     table: str
@@ -39,7 +39,7 @@ class Difference:
     recomputed: str
 
     def __str__(self) -> str:
-        """One line.
+        """The difference in one line.
 
         >>> str(Difference("user", "rows", 7, 2, "0.5", "0.25"))
         'user, id 0000000000000007, rows[2]: the version has 0.5, recomputed 0.25'
@@ -54,9 +54,9 @@ class Difference:
 
 
 def first_difference(kept: Tensors, recomputed: Tensors) -> Difference | None:
-    """Where the states first differ: tables in their order, then everything else by name; None where they are equal.
+    """The first difference of the states: tables in their order, then everything else by name; None if they are equal.
 
-    What decides nothing (BESIDE) begins where a release began to have it, and is not compared.
+    Tensors that do not affect learning (BESIDE) are not compared, because older releases lack them.
     """
     tables = tables_in(kept.keys() | recomputed.keys())
     for table in tables:
@@ -76,14 +76,14 @@ def first_difference(kept: Tensors, recomputed: Tensors) -> Difference | None:
 def _of_table(table: str, kept: Tensors, recomputed: Tensors) -> Difference | None:
     there = [side for side in (kept, recomputed) if f"{table}.ids" in side]
     if len(there) < 2:
-        # A release without this table wrote none of it; an empty one is the same.
+        # A release without this table wrote nothing of it, which equals an empty one.
         if all(len(side[f"{table}.{name}"]) == 0 for side in there for name in ("ids", "pending_ids")):
             return None
         return Difference(table, "", None, None, _presence(there[0] is kept), _presence(there[0] is recomputed))
     for ids_name, columns in (("ids", ROWS), ("pending_ids", PENDING[1:])):
         ids, other = kept[f"{table}.{ids_name}"], recomputed[f"{table}.{ids_name}"]
         what = "row" if ids_name == "ids" else "sightings"
-        # Which id is only on one side: the lowest one.
+        # The lowest id that only one side has.
         alone = np.setxor1d(ids, other)
         if len(alone):
             here = bool(np.isin(alone[0], ids))
@@ -100,7 +100,7 @@ def _of_table(table: str, kept: Tensors, recomputed: Tensors) -> Difference | No
 
 
 def _unequal(ours: Array, theirs: Array) -> int | None:
-    """The flat position of the first element with other bits; -1 where type or shape differ, None where none does."""
+    """The flat position of the first element with other bits; -1 if type or shape differ, None if all are equal."""
     if ours.dtype != theirs.dtype or ours.shape != theirs.shape:
         return -1
     if ours.tobytes() == theirs.tobytes():
@@ -125,7 +125,7 @@ def _presence(there: bool) -> str:
 
 
 def environment_differences(then: Mapping[str, str], now: Mapping[str, str]) -> list[str]:
-    """What the bits depend on and is not as it was, one line each; what one side does not name is left out.
+    """The differences between two environments, one line each; a name that only one of them has is left out.
 
     >>> environment_differences({"numpy": "2.3", "device": "/CPU:0"}, {"numpy": "2.4", "device": "/CPU:0"})
     ['numpy was 2.3 and is 2.4']
@@ -135,7 +135,7 @@ def environment_differences(then: Mapping[str, str], now: Mapping[str, str]) -> 
     []
     """
     then = {name: Model().tower if value in FORMER_TOWERS else value for name, value in then.items()}
-    # Of what is off nothing is named.
+    # Settings of a feature that is off are not named.
     off = {name: "off" for name in then.keys() | now.keys() if name.startswith("churn.")}
     then, now = {**off, **then}, {**off, **now}
     return [

@@ -1,4 +1,4 @@
-"""What a version says of itself before it is published: the log range, the counts, the measures, and how it was made."""
+"""Drafts a version's manifest before it is published: log range, counts, metrics, and how it was made."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from trainer.versions import checkpoint
 
 @dataclass(frozen=True)
 class Drafter:
-    """Drafts of the versions of one process; what is said here is the same in all of them.
+    """Drafts the versions of one process; holds the fields that all of them share.
 
     Attributes:
         topic: Name of the training log's topic.
@@ -26,7 +26,7 @@ class Drafter:
         spec: Digest of the feature spec.
         program: SHA-256 of the program that fits the model.
         salt: Fingerprint of the salt.
-        environment: What the bits depend on.
+        environment: What the bits of a step depend on besides the log.
     """
 
     topic: str
@@ -38,7 +38,7 @@ class Drafter:
 
     @classmethod
     def of(cls, settings: Settings, trainer: Trainer, spec: str, program: str, salt: str) -> Drafter:
-        """That of a process with these settings."""
+        """The drafter of a process with these settings."""
         topic, partition = settings.kafka.microbatches_topic, settings.trainer.partition
         environment = checkpoint.environment(settings, trainer.device, trainer.engine.name)
         return cls(topic, partition, spec, program, salt, environment)
@@ -55,18 +55,19 @@ class Drafter:
         judged: tuple[str, Mapping[str, float]] = ("", {}),
         slices: Sequence[SliceMeasures] = (),
     ) -> Draft:
-        """The draft of a version with the weights that `trainer` has now.
+        """The draft of a version with the current weights of `trainer`.
 
         Args:
-            kind: `base`, `delta` or `recent`: the parent is the last durable version, or the last one.
-            place: Where the trainer is.
-            trainer: Its counters and measures.
-            account: What became of the rows.
-            topic_id: Of the training log.
-            control: That it learned under: its mask, and the line of the log.
+            kind: `base`, `delta` or `recent`. The parent of a recent version is the last version, of others the last
+                durable one.
+            place: The trainer's position.
+            trainer: Provides counters and metrics.
+            account: Rows by outcome.
+            topic_id: Id of the training log's topic.
+            control: The control under which it learned: its mask, and the branch of the log.
             now_ms: Wall clock.
             judged: The guard's verdict, and how near its rules are to a hold.
-            slices: What is measured of them; a version that is not kept says nothing of it.
+            slices: The metrics of slices; empty for a version that is not durable.
         """
         counters = trainer.counters
         parent, first = (place.parent, place.first) if kind == "recent" else (place.durable, place.durable_first)

@@ -1,4 +1,4 @@
-"""A version's tensors without what they hold of erased users: rows, sightings, crosses, what waits, and the ids that say a row went."""
+"""Removes erased users from a version's tensors: rows, pending counts, crosses, churn examples, and removed ids."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from trainer.versions.content import PENDING, ROWS, Array, Tensors
 U64 = npt.NDArray[np.uint64]
 CROSS, CROSSED = "cross", ("item", "category", "context")
 OTHERS = frozenset({*CROSSED, "transition"})
-"""Tables without a row of a user; in a ranker's own no id but a user's is one, since 64 bits do not collide."""
+"""Tables without rows of users. In a ranker's own tables only users' ids match, since 64-bit hashes do not collide."""
 WAITING, NO_ROWS = "state.churn.waiting.", "state.churn.waiting.counts"
 
 
 class CrossedIds:
-    """The items, categories and context values of versions: what a user may be crossed with.
+    """The items, categories and context values of versions, which may occur in a cross with a user.
 
     Args:
         crosses: With the columns of the settings.
@@ -29,7 +29,7 @@ class CrossedIds:
         self._ids = {table: np.empty(0, np.uint64) for table in CROSSED}
 
     def see(self, tensors: Tensors) -> CrossedIds:
-        """Adds those of some tensors."""
+        """Adds the ids of some tensors; returns itself."""
         for table, known in self._ids.items():
             if f"{table}.ids" in tensors:
                 parts = [tensors[f"{table}.{field}"] for field in ("ids", PENDING[0])]
@@ -37,7 +37,7 @@ class CrossedIds:
         return self
 
     def crosses_of(self, users: MaskedUsers, tensors: Tensors) -> U64:
-        """The crosses in tensors that are of users."""
+        """The crosses of users that occur in tensors."""
         held = np.concatenate([tensors[f"{CROSS}.{field}"] for field in ("ids", "removed", PENDING[0])])
         found = [np.empty(0, np.uint64)]
         for user in users if len(held) else ():
@@ -47,12 +47,12 @@ class CrossedIds:
 
 
 def without(tensors: Tensors, users: MaskedUsers, known: CrossedIds) -> dict[str, Array]:
-    """The tensors of a base, or of a delta of before their erasure, without users.
+    """Removes users from the tensors of a base, or of a delta from before their erasure.
 
     Args:
         tensors: Of every file.
-        users: Who was erased.
-        known: Has seen these tensors.
+        users: The erased users.
+        known: Must have seen these tensors.
     """
     found = dict(tensors)
     for table, gone in _named(tensors, users, known):
@@ -66,9 +66,9 @@ def without(tensors: Tensors, users: MaskedUsers, known: CrossedIds) -> dict[str
 
 
 def without_tombstones(tensors: Tensors, users: MaskedUsers, known: CrossedIds) -> dict[str, Array]:
-    """The tensors of the delta in which users went, without the ids that say so; rows are of users who came back.
+    """Removes the entries that list users as removed, from the delta that erased them. Rows are of users who came back.
 
-    Only once no version before it has their rows; `known` has seen those versions.
+    Use it only once no earlier version has their rows; `known` must have seen those versions.
     """
     found = dict(tensors)
     for table, gone in _named(tensors, users, known):
@@ -80,7 +80,7 @@ def without_tombstones(tensors: Tensors, users: MaskedUsers, known: CrossedIds) 
 
 
 def _without_waiting(tensors: Tensors, users: MaskedUsers) -> dict[str, Array]:
-    """The rows that wait for who leaves, see `trainer/churn/learning.py`, without users; nothing where none wait."""
+    """The churn examples that wait for their label (`trainer/churn/learning.py`), without users; may be empty."""
     if f"{WAITING}user" not in tensors:
         return {}
     keep = ~users.has(tensors[f"{WAITING}user"])
@@ -88,7 +88,7 @@ def _without_waiting(tensors: Tensors, users: MaskedUsers) -> dict[str, Array]:
 
 
 def _named(tensors: Tensors, users: MaskedUsers, known: CrossedIds) -> list[tuple[str, U64]]:
-    """By table the ids in it that users or their crosses may have."""
+    """By table, the ids in it that may belong to users or to their crosses."""
     found: list[tuple[str, U64]] = []
     for table in tables_in(tensors) if users else ():
         if table not in OTHERS and f"{table}.ids" in tensors:

@@ -1,4 +1,4 @@
-"""Whether the version at hand has the weights of a ranker that is built: refused before its program is lowered."""
+"""Checks that the current version fits the weights of a ranker, before the ranker's program is lowered."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from trainer.versions.program import preprocessing_of
 
 
 def require_ranker_fits(registry: Registry, settings: Settings, spec: FeatureSpec, ranker: Ranker) -> None:
-    """Refuses a ranker whose weights or rows the version at hand does not have, and nobody asked for an upgrade.
+    """Refuses a ranker whose weights or rows differ from the current version, unless an upgrade was requested.
 
     Raises:
-        ModelMismatch: It names what differs and what to type.
+        ModelMismatch: It names what differs and the command to run.
     """
     widths = dict.fromkeys(EMBEDDINGS, settings.model.dim) | dict(ranker.tables)
     dense = {name: tuple(one.shape) for name, one in ranker.dense.items()}
@@ -26,7 +26,7 @@ def require_ranker_fits(registry: Registry, settings: Settings, spec: FeatureSpe
 
 
 def is_of_release(registry: Registry, settings: Settings, spec: FeatureSpec) -> bool:
-    """Whether nothing but this release's own code can be what differs from the version at hand."""
+    """Whether only this release's own code can differ from the current version: no custom code, same settings."""
     own, default = settings.model, Model()
     if (own.ranker, own.tower, own.preprocessing) != (default.ranker, default.tower, default.preprocessing):
         return False
@@ -35,10 +35,10 @@ def is_of_release(registry: Registry, settings: Settings, spec: FeatureSpec) -> 
 
 
 def require_settings_fit(settings: Settings, spec: FeatureSpec) -> None:
-    """As `require_ranker_fits`, of the ranker that the settings make; does nothing where nothing was trained.
+    """Like `require_ranker_fits`, for the ranker of the settings; does nothing if nothing was trained.
 
     Raises:
-        ModelMismatch: See there.
+        ModelMismatch: See `require_ranker_fits`.
         SettingsError: There is no such ranker.
         RegistryError: The registry cannot be read.
     """

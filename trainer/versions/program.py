@@ -1,4 +1,4 @@
-"""Lowers preprocessing and network to the one LiteRT program that serving runs.
+"""Lowers preprocessing and network to the LiteRT program that serving runs.
 
 The program has two signatures, made of LiteRT's built-in operations only:
 
@@ -6,9 +6,8 @@ The program has two signatures, made of LiteRT's built-in operations only:
                       of a version, with dots written as underscores
     predict(...)      the inputs of a ranker without those of training, and the outputs of `Ranker.predict`
 
-Weights are data: each version brings its own, the program stays the same. It
-holds NaN until they are loaded, so that a forgotten `load` cannot pass for an
-answer.
+Weights are data: each version has its own, and the program stays the same. It holds
+NaN until weights are loaded, so that a forgotten `load` is noticed.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ F32 = npt.NDArray[np.float32]
 def preprocessing_of(transform: Path) -> Callable[[Any], Any]:
     """The preprocessing that the bootstrap analysed, `[B, D]` to `[B, D']` float32.
 
-    TensorFlow Transform wrote a plain SavedModel: neither it nor Beam is needed here.
+    TensorFlow Transform wrote a plain SavedModel, so neither it nor Beam is needed here.
     """
     loaded = tf.saved_model.load(str(transform / "transform_fn"))
 
     class Preprocessing(tf.Module):
-        """Holds the loaded graph, so that whoever saves the model saves its constants."""
+        """Holds the loaded graph, so that a saved model includes its constants."""
 
         def __init__(self) -> None:
             super().__init__(name="preprocessing")
@@ -53,7 +52,7 @@ def preprocessing_of(transform: Path) -> Callable[[Any], Any]:
 
 
 def lower(ranker: Ranker) -> bytes:
-    """The LiteRT program of `ranker`; its weights are as they were when this returns.
+    """The LiteRT program of `ranker`. The ranker's weights are unchanged afterwards.
 
     Raises:
         ProgramError: An operation has no LiteRT counterpart; the message names it.
@@ -84,14 +83,14 @@ def lower(ranker: Ranker) -> bytes:
 
 
 def _own(ranker: Ranker) -> str:
-    """The settings whose functions a model is made of, for messages."""
+    """The settings that name the model's functions, for messages."""
     if isinstance(ranker, DefaultRanker):
         return f"model.tower {ranker.settings.tower!r} and model.preprocessing {ranker.settings.preprocessing!r}"
     return ranker.origin or type(ranker).__name__
 
 
 class Program:
-    """A loaded program; for checks. Serving has its own, without TensorFlow."""
+    """A loaded program, for checks. Serving has its own class, without TensorFlow."""
 
     def __init__(self, content: bytes) -> None:
         from ai_edge_litert.interpreter import Interpreter
@@ -105,7 +104,7 @@ class Program:
         self._load(**{argument(name): weight for name, weight in weights.items()})
 
     def predict(self, inputs: Mapping[str, F32]) -> dict[str, F32]:
-        """Scores, as `Ranker.predict` does."""
+        """Computes the outputs of `Ranker.predict`."""
         outputs: dict[str, F32] = self._predict(**inputs)
         return outputs
 
@@ -114,7 +113,7 @@ def check_parity(content: bytes, ranker: Ranker, inputs: Mapping[str, F32]) -> f
     """The largest difference between program and model on `inputs`, relative to 1 + the ranker's value.
 
     Raises:
-        ProgramError: They differ by more than rounding, or the program answers without weights.
+        ProgramError: They differ by more than rounding, or the program gives finite outputs without weights.
     """
     program = Program(content)
     if np.isfinite(program.predict(inputs)["vector"]).all():
@@ -134,7 +133,7 @@ def check_parity(content: bytes, ranker: Ranker, inputs: Mapping[str, F32]) -> f
 
 
 def sample(ranker: Ranker, rows: int = 32, training: bool = False) -> dict[str, F32]:
-    """Made-up inputs of serving, or of learning, the same each time, corners included."""
+    """Made-up inputs of serving, or of training: the same each time, with edge cases."""
     drawn = np.random.default_rng(7)
     made: dict[str, F32] = {}
     whole = {one.name for one in ranker.inputs if one.whole}
@@ -152,10 +151,10 @@ def sample(ranker: Ranker, rows: int = 32, training: bool = False) -> dict[str, 
 
 
 def build(ranker: Ranker) -> bytes:
-    """Lowers and checks: the program to publish.
+    """Lowers a ranker, checks the program and returns it.
 
     Raises:
-        ProgramError: The model does not lower, or the program answers otherwise than the model.
+        ProgramError: The model does not lower, or the outputs of program and model differ.
     """
     content = lower(ranker)
     check_parity(content, ranker, sample(ranker))

@@ -1,4 +1,4 @@
-"""Publishes versions in the background, one at a time, while the step thread goes on."""
+"""Publishes versions in a background thread, one at a time, while the step thread continues."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from trainer.versions import content
 
 @dataclass(frozen=True)
 class Saving:
-    """What makes a version durable.
+    """The data that makes a version durable.
 
     Attributes:
-        draft: What it says of itself, as what changed since the durable version before it.
-        tensors: What changed since then.
+        draft: Its draft, relative to the previous durable version.
+        tensors: The changes since that version.
     """
 
     draft: Draft
@@ -32,17 +32,17 @@ class Saving:
 
 
 class Publisher:
-    """A thread that encodes, digests and syncs. The step thread calls every method.
+    """A thread that encodes, digests and syncs versions. The step thread calls every method.
 
-    Where the registry's disk is full a version stays under way until there is
-    room, while the steps go on; the next one holds all that they changed.
+    If the registry's disk is full, a version waits until there is room, while the
+    steps continue; the next version contains all of their changes.
 
     Args:
-        path: The registry's directory; the thread has a registry object of its own.
-        metrics: Where durations go.
+        path: The registry's directory; the thread has its own registry object.
+        metrics: Where durations are recorded.
         recent_s: How long a version stays in `recent/`; the newest one stays until there is another.
-        room: Where a version waits for room; None: one that has none is an error.
-        elapsed: Monotonic seconds.
+        room: Waits for free disk space; with None, a full disk is an error.
+        elapsed: Monotonic clock in seconds.
     """
 
     def __init__(
@@ -64,15 +64,15 @@ class Publisher:
 
     @property
     def busy(self) -> bool:
-        """Whether a version is under way, or was not settled yet."""
+        """Whether a version is being published, or has not been settled yet."""
         return self._running is not None
 
     def offer(self, draft: Draft, served: content.Tensors, saving: Saving | None = None) -> None:
-        """Starts to publish; the tensors must not change any more. Not while busy.
+        """Starts to publish; the tensors must not change any more. Must not be called while busy.
 
         Args:
-            draft: What a recent version says of itself.
-            served: What answers need of what changed since the version before.
+            draft: The draft of the recent version.
+            served: The changes since the previous version, of the tensors that serving needs.
             saving: Makes it durable too.
         """
         if self.busy:
@@ -80,24 +80,24 @@ class Publisher:
         self._running = self._thread.submit(self._publish, draft, served, saving)
 
     def save(self, first: Saving) -> None:
-        """Starts to publish the first version of an epoch, which nobody follows yet. Not while busy."""
+        """Starts to publish the first version of an epoch, which serving does not follow yet. Not while busy."""
         if self.busy:
             raise RuntimeError("a version is still being published")
         self._running = self._thread.submit(self._save, first, None)
 
     def settle(self, wait: bool = False) -> Manifest | None:
-        """The version that has been published since the last call, durable where it was to be; None where none has.
+        """The version that was published since the last call, durable if it was to be; None if there is none.
 
         Args:
-            wait: Wait for one that is under way.
+            wait: Whether to wait for a version that is being published.
 
         Raises:
             WrongEpoch: It was refused, because control is at another epoch.
-            UnusableRegistry: The disk refused; where it is full, only once nobody is to wait any more.
+            UnusableRegistry: The disk refused the write; if it is full, only once waiting has ended.
         """
         running = self._running
         if running is None and self._is_old() and (self._dropping is None or self._dropping.done()):
-            # Nothing is published any more: what is left goes all the same.
+            # Old recent versions are removed even if nothing is being published.
             self._dropping = self._thread.submit(self._drop_recent)
         if running is None or not (wait or running.done()):
             return None
@@ -105,11 +105,11 @@ class Publisher:
         return running.result()
 
     def close(self) -> None:
-        """Ends the thread after what is under way."""
+        """Stops the thread once the current version is published."""
         self._thread.shutdown(wait=True)
 
     def _publish(self, draft: Draft, served: content.Tensors, saving: Saving | None) -> Manifest:
-        """Answers need not wait for the disk: they follow the recent version while it becomes durable."""
+        """Serving need not wait for the disk: it follows the recent version while that version becomes durable."""
         began, files = time.perf_counter(), content.encode_served(served)
         made = self._where_room_is(lambda: self._registry.publish(draft, files))
         self._metrics.publish_seconds.observe(time.perf_counter() - began)
@@ -128,7 +128,7 @@ class Publisher:
 
     def _where_room_is(self, publish: Callable[[], Manifest]) -> Manifest:
         def drop_and_publish() -> Manifest:
-            # What is not needed any more may be the room that is missing.
+            # Old recent versions may occupy the space that is missing.
             self._drop_recent()
             return publish()
 

@@ -1,1 +1,1 @@
-"""The default ranker on a processor, an optimisation: compiled loops with derivatives written by hand."""
+"""An optimized CPU engine for the default ranker: compiled loops with hand-written derivatives."""

@@ -1,4 +1,4 @@
-"""Inputs and outputs of the compiled heads (`heads.py`): plain arrays by name.
+"""Inputs and outputs of the compiled heads (`heads.py`), as named arrays.
 
 The engine prepares `Facts` from the record; the tower computes the rest of `HeadInputs`.
 """
@@ -20,7 +20,7 @@ U16 = npt.NDArray[np.uint16]
 
 
 def read_only(values: U16) -> U16:
-    """A contiguous view that cannot be written, as kernels take columns of a record: those of the log are read-only."""
+    """A contiguous read-only view. Kernels take a record's columns in this form, because the log's are read-only."""
     view = np.ascontiguousarray(values).view()
     view.flags.writeable = False
     return view
@@ -30,33 +30,33 @@ def read_only(values: U16) -> U16:
     "const(u2[:, :, ::1]), u2[:, :, ::1], f4[::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], u2[:, :, ::1], u2[:, :, ::1], i4[:, ::1], i4[:, ::1], i4[::1], i4[::1], i4[::1], i4[::1], f4[::1], f4[::1], f4[::1], f4[::1], i4[:, ::1], i4[::1], f4[::1]"
 )
 class Facts(NamedTuple):
-    """What the host knows of a step; rows are positions in the distinct rows of a table, 0 the missing one.
+    """The host's data of a step. A row index counts the distinct rows of a table; index 0 is the missing row.
 
     Attributes:
-        windows: `[B, L, F - 2]` uint16, of each category, read-only.
+        windows: `[B, L, F - 2]` uint16, the windows of each category, read-only.
         recent_next: `[B, L, 2]` uint16, how often each category came next (`state/ranking/transitions.py`).
-        log_scale: `[F]` float32, the factor of the logarithm of a window, and behind those of how often it came next.
-        scale: `[F]` float32, the factor of the window itself.
-        shift: `[F]` float32, added to both.
+        log_scale: `[F]` float32, factors of the logarithm: of each window, then of the counts in `recent_next`.
+        scale: `[F]` float32, factors of the value itself.
+        shift: `[F]` float32, added to the sum of both.
         recent_mask: `[B, L]` float32.
         popular_mask: `[B, P]` float32.
         successor_mask: `[B, S]` float32.
         other_mask: `[B]` float32.
         popular_next: `[B, P, 2]` uint16, how often the popular categories came next.
         successor_next: `[B, S, 2]` uint16, the same of the successors.
-        recent_at: `[B, L]` int32 category rows of the categories.
-        successor_at: `[B, S]` int32, of the successors.
+        recent_at: `[B, L]` int32 category rows of the recent categories.
+        successor_at: `[B, S]` int32 category rows of the successors.
         other_at: `[B]` int32 category row of the last slot.
-        pair_category_at: `[2 B]` int32, of the rows and then of their negatives.
+        pair_category_at: `[2 B]` int32, first of the rows, then of their negatives.
         pair_item_at: `[2 B]` int32.
-        target: `[B]` int32, a candidate's slot, -1 for none.
+        target: `[B]` int32, the slot of the target candidate, -1 for none.
         weight: `[B]` float32, factor of a row's interest loss.
         engaged: `[2 B]` float32 outcomes.
         engaged_shift: `[2 B]` float32, added to the score of a pair before its loss.
-        engaged_weight: `[2 B]` float32, factor of a pair's loss; 0 leaves it out.
-        cross_at: `[B, C]` int32 cross rows of each row's own pair; the missing one where it is not learned from.
-        share_at: `[C]` int32 cross rows in which the shares of each cross are.
-        cross_prior: `[C]` float32, the precision of each weight of a cross before anything was learned.
+        engaged_weight: `[2 B]` float32, factor of a pair's loss; 0 leaves the pair out.
+        cross_at: `[B, C]` int32 cross rows of each row's own pair; the missing row where it is not learned from.
+        share_at: `[C]` int32 cross rows that hold the shares of each cross.
+        cross_prior: `[C]` float32, the prior precision of the weights of each cross.
     """
 
     windows: U16
@@ -87,17 +87,17 @@ class Facts(NamedTuple):
 
 @layout("f4[:, ::1], f4[::1], f4[::1], f4[:, ::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[::1], f4[::1]")
 class FastWeights(NamedTuple):
-    """The weights that move within a step, or derivatives by them, float32.
+    """The weights that change within a step, or the derivatives by them, float32.
 
     Attributes:
-        user: `[U, H + K]`, the user's part of the hidden units of both nets.
+        user: `[U, H + K]`, user features to the hidden units of both nets.
         linear: `[F]`, weights of a category's windows.
         bias: `[H + K]`, of both nets.
-        net_0: `[2 F, H]`, a net's first layer over a category's windows and over the newest category's.
+        net_0: `[2 F, H]`, first layer of the window net: a category's windows, then the newest category's.
         net_1: `[H]`
         position: `[L]`
-        next: `[2, 2]`, weights of how often popular categories came next, and of how often successors did.
-        next_0: `[2, K]`, a net's first layer over the same.
+        next: `[2, 2]`, weights of the next-counts of popular categories, then of successors.
+        next_0: `[2, K]`, first layer of the net over next-counts.
         next_1: `[K]`
         successor: `[S]`, of a successor's rank.
         other: `[1]`
@@ -116,12 +116,12 @@ class FastWeights(NamedTuple):
     other: F32
 
     def flat(self) -> F32:
-        """A copy, `[m]`."""
+        """A flat copy, `[m]`."""
         return np.concatenate([part.reshape(-1) for part in self])
 
     @classmethod
     def of(cls, flat: F32, like: FastWeights) -> FastWeights:
-        """Views of the parts of `flat` `[m]`, one behind another in the shapes of `like`."""
+        """Views into `flat` `[m]`, which holds the parts concatenated, in the shapes of `like`."""
         parts, begin = [], 0
         for part in like:
             parts.append(flat[begin : begin + part.size].reshape(part.shape))
@@ -148,29 +148,29 @@ FROM_HEADS = {
     "engagement.item": "item_bias",
     "engagement.category": "category_bias",
 }
-"""The dense weights that only the heads use, and their names there."""
+"""The dense weights that only the heads use, and their names in the heads' structures."""
 
 
 @layout(
     "f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1], FastWeights"
 )
 class HeadInputs(NamedTuple):
-    """What the tower, the tables and the dense weights give the heads, float32.
+    """The inputs of the heads from the tower, the tables and the dense weights, float32.
 
     Attributes:
         plain_queries: `[B, 2 dim + 1]` without dropout: the query, the engagement query, the user's engagement.
         queries: The same with dropout.
         plain_popular: `[B, P]` popular logits without dropout, not masked.
         popular_logits: The same with dropout.
-        user_features: `[B, U]` as both nets take them.
+        user_features: `[B, U]`, the input of both nets.
         category: `[u, dim]` distinct category rows.
         item: `[v, dim]` distinct item rows.
-        prior: `[3]` of a known label, of its log probability, of that of another.
+        prior: `[3]` factors: of a known label, of its log probability, of the log probability of another label.
         item_bias: `[dim]`
         category_bias: `[dim]`
-        cross: `[w, 2]` distinct weights and margins of crosses, and their shares.
-        cross_precision: `[w, 2]`, how much was learned of each.
-        fast: What moves within the step.
+        cross: `[w, 2]` distinct weights and marginal logits of crosses, and their shares.
+        cross_precision: `[w, 2]`, accumulated information of each.
+        fast: The weights that change within the step.
     """
 
     plain_queries: F32
@@ -190,10 +190,10 @@ class HeadInputs(NamedTuple):
 
 @layout("f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], FastWeights")
 class Gradients(NamedTuple):
-    """Derivatives of the loss by what of `HeadInputs` is learned, in its shapes.
+    """Derivatives of the loss by the learned arrays of `HeadInputs`, in their shapes.
 
     Attributes:
-        fast: By what moves within the step, summed over it.
+        fast: By the weights that change within the step, summed over the step.
     """
 
     queries: F32
@@ -207,12 +207,12 @@ class Gradients(NamedTuple):
 
 
 class Learned(NamedTuple):
-    """What the heads have learned themselves, for when the guard accepts the step.
+    """What the heads learned themselves; applied when the guard accepts the step.
 
     Attributes:
-        cross: That of `HeadInputs` after the step.
-        cross_precision: Likewise.
-        fast: The weights that moved within it.
+        cross: `HeadInputs.cross` after the step.
+        cross_precision: `HeadInputs.cross_precision` after the step.
+        fast: The weights that changed within the step.
     """
 
     cross: F32

@@ -1,4 +1,4 @@
-"""Engagement: the logit of a pair of a user and an item, its log loss, and their derivatives."""
+"""Engagement: the logit of a (user, item) pair, its log loss, and their derivatives."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ def engage(
     scores: Scores,
     gradients: Gradients,
 ) -> None:
-    """The pair of row `b`, and that with its negative: scored without dropout, learned with it.
+    """Scores row `b`'s pair and its negative pair without dropout, and computes their gradients with dropout.
 
-    logits: of interest without dropout. biases: of items and categories, `[1, dim]` each. One call takes both pairs:
-    each array that a call unpacks costs.
+    logits: interest logits without dropout. biases: of items and categories, `[1, dim]` each. One call handles both
+    pairs, because each array that a call unpacks costs time.
     """
     plain, queries, prior = inputs.plain_queries, inputs.queries, inputs.prior
     item, category, dim = inputs.item, inputs.category, inputs.category.shape[1]
@@ -70,7 +70,7 @@ def engage(
         else:
             gradients.prior[lane, 2] += g * likely
         gradients.queries[b, 2 * dim] += g
-        # A loop that writes two arrays would not be put into vectors.
+        # A loop that writes two arrays would not be vectorized.
         add(gradients.queries, b, dim, g, item, item_at, 0, dim)
         add(gradients.item_bias, lane, 0, g, item, item_at, 0, dim)
         add(gradients.category_bias, lane, 0, g, category, category_at, 0, dim)

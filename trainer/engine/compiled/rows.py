@@ -1,6 +1,6 @@
-"""Products and sums over rows of matrices.
+"""Dot products and sums over matrix rows.
 
-A row is passed as its matrix and a number: each view of one would be counted in and out.
+A row is passed as its matrix and an index, because each view would be reference-counted.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ _ZERO = np.float32(0.0)
 
 @part_of_sums
 def dot(a: F32, row: int, first: int, b: F32, at: int) -> np.float32:
-    """The product of a part of `a[row]` from `first` on with `b[at]`."""
+    """The dot product of `b[at]` with the part of `a[row]` that begins at `first`."""
     total: np.float32 = _ZERO
     for d in range(b.shape[1]):
         total += a[row, first + d] * b[at, d]
@@ -24,6 +24,6 @@ def dot(a: F32, row: int, first: int, b: F32, at: int) -> np.float32:
 
 @part_of_sums
 def add(out: F32, at: int, to: int, factor: np.float32, a: F32, row: int, first: int, width: int) -> None:
-    """Adds to `out[at]` from `to` on `factor` times `width` numbers of `a[row]` from `first` on."""
+    """Adds `factor` times `width` numbers of `a[row]`, beginning at `first`, to `out[at]`, beginning at `to`."""
     for d in range(width):
         out[at, to + d] += factor * a[row, first + d]

@@ -1,4 +1,4 @@
-"""Softmax over the candidates of a row, the place of the target among them, and the sum that engagement reads."""
+"""Softmax over the candidates of a row, the rank of the target, and the log normaliser that engagement reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _P3, _P4, _P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.flo
 
 @part_of_sums
 def exponentials(x: F32, highest: np.float32, out: F32, bits: I32, scale: F32) -> np.float32:
-    """exp(x - highest) (Cephes' expf) into `out`; returns the sum. `scale` is `bits` seen as float32."""
+    """Writes exp(x - highest) (Cephes' expf) to `out`; returns the sum. `scale` is `bits` viewed as float32."""
     for i in range(x.shape[0]):
         value = max(x[i] - highest, _LOWEST)
         n = np.floor(value * _LOG2_E + _HALF)
@@ -28,7 +28,7 @@ def exponentials(x: F32, highest: np.float32, out: F32, bits: I32, scale: F32) -
         bits[i] = (np.int32(n) + np.int32(127)) << np.int32(23)
     total = _ZERO
     for i in range(x.shape[0]):
-        # exp(-87) stands for all that is smaller, and for what is no candidate: it is nothing.
+        # Values at or below exp(-87), and masked slots, are treated as zero.
         out[i] = out[i] * scale[i] if x[i] - highest > _LOWEST else _ZERO
         total += out[i]
     return total
@@ -36,7 +36,7 @@ def exponentials(x: F32, highest: np.float32, out: F32, bits: I32, scale: F32) -
 
 @part_of_sums
 def highest_of(x: F32) -> np.float32:
-    """The highest of `[n]`."""
+    """The maximum of `[n]`."""
     found: np.float32 = x[0]
     for i in range(1, x.shape[0]):
         found = max(found, x[i])
@@ -45,7 +45,7 @@ def highest_of(x: F32) -> np.float32:
 
 @part_of_sums
 def rank_of(logits: F32, target: int) -> int:
-    """Candidates before the target, but for the last slot; of equal ones the lower slot comes first."""
+    """The number of candidates ranked before the target, without the last slot. On a tie the lower slot ranks first."""
     slots: int = logits.shape[0] - 1
     if target >= slots:
         return slots
@@ -58,7 +58,7 @@ def rank_of(logits: F32, target: int) -> int:
 
 @part_of_sums
 def normaliser_of(total: np.float32, highest: np.float32) -> np.float32:
-    """log(1 + the sum of exp(logit)): 0 where there is no candidate."""
+    """log(1 + sum of exp(logit)): 0 if there is no candidate."""
     if highest > _ZERO:
         return highest + np.float32(math.log(total + math.exp(-highest)))
     return np.float32(math.log1p(total * math.exp(highest)))

@@ -1,8 +1,8 @@
 """Threads that share the loops of a step.
 
 A loop is divided into fixed blocks; thread `i` of `n` takes blocks `i`, `i + n`, ...
-Which thread takes a block changes no sum, so that any number of threads gives
-the same bits. Within a compiled loop, threads wait for one another with `meet`.
+The assignment of blocks to threads changes no sum, so any number of threads
+gives the same bits. Within a compiled loop, `meet` is the barrier.
 """
 
 from __future__ import annotations
@@ -23,37 +23,37 @@ from state.compiled import compiled_sums, part_of_sums
 
 I64 = npt.NDArray[np.int64]
 Work = Callable[[int], None]
-"""What one thread does, by its number."""
+"""The work of one thread, called with the thread's number."""
 
 _SPINS = 2000
-"""How often a thread looks before it lets others run: some microseconds."""
+"""How often a waiting thread spins before it yields: a few microseconds."""
 
 _yield = types.ExternalFunction("sched_yield", types.int32())
 
 
 class Threads:
-    """Runs a function once per thread, the caller's among them.
+    """Runs a function once per thread. The calling thread is one of them.
 
     Args:
         count: Threads.
 
     Attributes:
         count: Threads.
-        meeting: `[2]` int64, for `meet`: how many have arrived, and how many meetings there were.
+        meeting: `[2]` int64, state of the barrier `meet`: arrived threads, and completed meetings.
     """
 
     def __init__(self, count: int) -> None:
-        # Otherwise BLAS would divide each product among threads of its own.
+        # Without this, BLAS would divide each product among its own threads.
         threadpool_limits(1, "blas")
         self.count = count
         self.meeting: I64 = np.zeros(2, np.int64)
         self._pool = ThreadPoolExecutor(count - 1, "step") if count > 1 else None
 
     def run(self, *works: Work) -> None:
-        """Calls `work(thread)` for each thread from 0 on, all at once; returns when all have returned.
+        """Calls `work(thread)` on all threads in parallel; returns when all calls have returned.
 
         Args:
-            works: Each begins when all threads have done the one before.
+            works: Run in order. Each one starts when all threads have finished the one before.
 
         Raises:
             Exception: What the first failed call raised.
@@ -72,7 +72,7 @@ class Threads:
 
 
 def _adding(_context: Any, array: Any, index: Any, value: Any) -> Any:
-    """Adds to one entry of an int64 array, atomically; returns what was there before."""
+    """Adds to one entry of an int64 array, atomically; returns the previous value."""
 
     def generate(context: Any, builder: Any, signature: Any, given: Any) -> Any:
         held = context.make_array(signature.args[0])(context, builder, given[0])
@@ -87,7 +87,7 @@ _add: Any = intrinsic(_adding)
 
 @part_of_sums
 def meet(meeting: I64, threads: int) -> None:
-    """Returns once each of `threads` threads has called it; what they wrote before is seen by all."""
+    """A barrier: returns once each of `threads` threads has called it. Writes before it are visible to all after it."""
     if threads == 1:
         return
     number = _add(meeting, 1, 0)
@@ -104,5 +104,5 @@ def meet(meeting: I64, threads: int) -> None:
 
 @compiled_sums("i8[::1], i8")
 def meet_all(meeting: I64, threads: int) -> None:
-    """`meet`, to be called from Python."""
+    """`meet`, callable from Python."""
     meet(meeting, threads)

@@ -1,4 +1,4 @@
-"""The net over a category's windows, and the user's part of the hidden units of both nets: forwards and backwards."""
+"""Forward and backward pass of the net over a category's windows, and of the users' part of both nets' hidden units."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from trainer.model.default_ranker import NET_HIDDEN, NEXT_HIDDEN
 USER_HIDDEN = NET_HIDDEN + NEXT_HIDDEN
 
 LOGARITHMS: F32 = np.log(np.arange(65536, dtype=np.float32) + np.float32(1.0))
-"""log(1 + x) of every uint16."""
+"""log(1 + x) of every uint16 x."""
 
 _ZERO = np.float32(0.0)
 
 
 @part_of_sums
 def user_hidden_of(begin: int, end: int, user_features: F32, weights: FastWeights, workspace: Workspace) -> None:
-    """The users' part of the hidden units of both nets, of rows `begin` to `end`: `[BLOCK, H + K]`."""
+    """Computes the users' part of the hidden units of both nets, for rows `begin` to `end`: `[BLOCK, H + K]`."""
     hidden = workspace.user_hidden
     for b in range(begin, end):
         row = b - begin
@@ -33,9 +33,9 @@ def user_hidden_of(begin: int, end: int, user_features: F32, weights: FastWeight
 
 @part_of_sums
 def window_net(begin: int, end: int, facts: Facts, weights: FastWeights, logarithms: F32, workspace: Workspace) -> None:
-    """The logits without embeddings of the categories of rows `begin` to `end`, one after another.
+    """Computes the logits without embeddings of the categories of rows `begin` to `end`, concatenated.
 
-    Adds the newest category's windows to `user_hidden`, which is whole then.
+    Adds the newest category's windows to `user_hidden`, which is complete afterwards.
     """
     firsts, newest, windows, hidden, window_logits, user_hidden = workspace[:6]
     recent_categories, width, own = facts.windows.shape[1], facts.log_scale.shape[0], facts.windows.shape[2]
@@ -56,7 +56,7 @@ def window_net(begin: int, end: int, facts: Facts, weights: FastWeights, logarit
                 scaled = logarithms[window] * facts.log_scale[f] + np.float32(window) * facts.scale[f]
                 windows[count, f] = scaled + facts.shift[f]
             count += 1
-        # Categories come first and without gaps.
+        # Categories fill the first slots without gaps.
         for f in range(width):
             newest[row, f] = windows[firsts[row], f] if count > firsts[row] else _ZERO
             x = newest[row, f]
@@ -86,7 +86,10 @@ def window_net_gradients(
     workspace: Workspace,
     fast_gradient: FastWeights,
 ) -> None:
-    """Backwards through `window_net` and `user_hidden_of`, once `user_gradient` has the part of the other net; spoils `hidden`."""
+    """Backward pass of `window_net` and `user_hidden_of`. Overwrites `hidden`.
+
+    The other net's part of `user_gradient` has to be filled before.
+    """
     firsts, newest, windows, hidden = workspace[:4]
     gradient, user_gradient = workspace.window_gradient, workspace.user_gradient
     recent_categories, width, rows = facts.recent_mask.shape[1], windows.shape[1], end - begin

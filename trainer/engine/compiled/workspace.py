@@ -1,4 +1,4 @@
-"""Working memory of the compiled heads: what a block of rows needs, in the processor's nearest memory."""
+"""Scratch arrays of the compiled heads: what a block of rows needs, small enough for the CPU's cache."""
 
 from __future__ import annotations
 
@@ -11,30 +11,30 @@ from trainer.engine.compiled.arrays import F32, I32, Facts
 from trainer.model.default_ranker import NET_HIDDEN, NEXT_HIDDEN
 
 BLOCK = 16
-"""Rows whose candidates go through the nets together: loops over some hundred of them, in near memory."""
+"""Rows whose candidates pass through the nets together, so that loops cover several hundred of them in cache."""
 
 
 @layout(
     "i4[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[:, ::1], f4[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1]"
 )
 class Workspace(NamedTuple):
-    """Working memory for a block of `n` rows.
+    """Scratch arrays for a block of `n` rows.
 
     Attributes:
-        firsts: `[n + 1]` int32, where the categories of each row begin among those of all.
-        newest: `[n, F]` float32, the prepared windows of each row's newest category.
-        windows: `[n * L, F]`, those of all categories.
-        hidden: `[n * L, H]`, the hidden units of the net over them.
-        window_logits: `[n * L]`, of each category, from its windows.
-        user_hidden: `[n, H + K]`, the user's part of the hidden units of both nets.
+        firsts: `[n + 1]` int32, the index of each row's first category among the categories of the block.
+        newest: `[n, F]` float32, the scaled windows of each row's newest category.
+        windows: `[n * L, F]`, the scaled windows of all categories.
+        hidden: `[n * L, H]`, the hidden units of the window net.
+        window_logits: `[n * L]`, the logit of each category from its windows.
+        user_hidden: `[n, H + K]`, the users' part of the hidden units of both nets.
         window_gradient: `[n * L]`, the derivative by `window_logits`.
-        user_gradient: `[n, H + K]`, by `user_hidden`.
+        user_gradient: `[n, H + K]`, the derivative by `user_hidden`.
         next_logs: `[2, n * (P + S)]`, logarithms of how often popular categories and successors came next.
-        next_hidden: `[K, n * (P + S)]`, the hidden units of the net over them.
-        transition_logits: `[n * (P + S)]`, of each candidate, from how often it came next.
+        next_hidden: `[K, n * (P + S)]`, the hidden units of the net over `next_logs`.
+        transition_logits: `[n * (P + S)]`, the logit of each candidate from how often it came next.
         transition_gradient: `[n * (P + S)]`, the derivative by `transition_logits`.
-        net_gradient: `[F, H]`, by the first layer of the net over windows.
-        features_gradient: `[U, H + K]`, by the weights of the users' features.
+        net_gradient: `[F, H]`, the derivative by the first layer of the window net.
+        features_gradient: `[U, H + K]`, the derivative by the weights of the users' features.
     """
 
     firsts: I32
@@ -54,7 +54,7 @@ class Workspace(NamedTuple):
 
     @classmethod
     def of(cls, facts: Facts, user_width: int) -> Workspace:
-        """For blocks of `BLOCK` rows of `facts`."""
+        """Scratch arrays for blocks of `BLOCK` rows of `facts`."""
         recent_categories, width = facts.windows.shape[1], facts.log_scale.size
         rows, both, most = BLOCK, NET_HIDDEN + NEXT_HIDDEN, BLOCK * recent_categories
         places = rows * (facts.popular_mask.shape[1] + facts.successor_mask.shape[1])

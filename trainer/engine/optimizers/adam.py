@@ -1,4 +1,4 @@
-"""Adam of the dense weights, and the slots of the fast weights, which move within a record.
+"""Adam for the dense weights. It also stores the slots of the fast weights, which change within a record.
 
 `Adam` keeps weights and slots in TensorFlow variables, for the TensorFlow engine.
 `HostAdam` keeps them in host arrays, for the compiled engine. Each version
@@ -26,23 +26,23 @@ EPSILON = np.float32(HYPERPARAMETERS.epsilon)
 _ONE = np.float32(1.0)
 
 _SLOTS = FastSlots._fields[1:]
-"""The slots of the fast weights; these themselves are among the dense ones."""
+"""The slots of the fast weights. The weights themselves are among the dense weights."""
 
 
 class Adam:
-    """Adam (Kingma and Ba 2015) over named dense weights.
+    """Adam (Kingma and Ba 2015) over named dense weights in TensorFlow variables.
 
     Args:
         weights: The variables by name.
         learning_rate: Step size.
-        rates: Factors of the step size by a name's prefix, the longest that fits; 1 elsewhere.
-        fast_weights: Weights, in this order, that move within a record: they are set, not moved, here.
+        rates: Factors of the step size by prefix of a name. The longest matching prefix counts; otherwise 1.
+        fast_weights: Names, in this order, of the weights that change within a record. `apply` assigns them.
         fast_rate: Factor of their step size.
 
     Attributes:
-        fast: The slots of those; its own weights are not read.
-        fast_rate: Their step size.
-        epsilon: What is added to the root of the mean squared derivative; it is taken with the first step.
+        fast: The slots of the fast weights; its field `weights` is not read.
+        fast_rate: Step size of the fast weights.
+        epsilon: Added to the root of the mean squared derivative. Read at the first step.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Adam:
 
         Args:
             gradients: In the order of the weights; those of fast weights are not read.
-            moved: `[m]` float32, the fast weights, one behind another.
+            moved: `[m]` float32, the new fast weights, concatenated.
         """
         sizes = np.array([int(np.prod(weight.shape)) for weight in self._fast.values()], np.int32)
         parts = tf.split(moved, sizes) if sizes.size else ()
@@ -96,17 +96,17 @@ class Adam:
         self._powers.assign(powers * np.array([BETA_1, BETA_2]))
 
     def slots(self) -> dict[str, F32]:
-        """A host copy of the state by name: `<weight>.m`, `<weight>.v`, the powers of both betas, and `moving.<slot>`."""
+        """A host copy of the state by name: `<weight>.m`, `<weight>.v`, `powers` of both betas, and `moving.<slot>`."""
         held = {f"{name}.m": slot for name, slot in self._first.items()}
         held |= {f"{name}.v": slot for name, slot in self._second.items()}
         found = {name: np.array(slot.numpy()) for name, slot in (held | {"powers": self._powers}).items()}
         return found | {f"moving.{name}": getattr(self.fast, name) for name in _SLOTS}
 
     def set_slots(self, slots: Mapping[str, F32]) -> None:
-        """Sets the whole state.
+        """Restores the whole state.
 
         Raises:
-            SettingsError: A slot is missing: the version is of another model.
+            SettingsError: A slot is missing or has another shape: the version is of another model.
         """
         try:
             self.fast = moving_slots(slots, self.fast)
@@ -119,21 +119,21 @@ class Adam:
 
 
 class HostAdam:
-    """Adam (Kingma and Ba 2015) over named dense weights in host arrays. One thread.
+    """Adam (Kingma and Ba 2015) over named dense weights in host arrays. Not thread-safe.
 
     Args:
-        weights: First values by name, float32.
+        weights: Initial values by name, float32.
         learning_rate: Step size.
-        rates: Factors of the step size by a name's prefix, the longest that fits; 1 elsewhere.
-        fast_weights: Weights, in this order, that move within a record: they are set here, not moved.
+        rates: Factors of the step size by prefix of a name. The longest matching prefix counts; otherwise 1.
+        fast_weights: Names, in this order, of the weights that change within a record. `apply` assigns them.
         fast_rate: Factor of their step size.
 
     Attributes:
         weights: Every weight by name, in the order of the argument: views of two flat arrays, changed in place.
-        gradient: `[m]` float32, derivatives by the weights that are not fast, for `apply`.
+        gradient: `[m]` float32, derivatives by the weights that are not fast, read by `apply`.
         gradients: Views of it by name.
-        fast: The slots of the fast weights; its own weights are not read.
-        fast_rate: Their step size.
+        fast: The slots of the fast weights; its field `weights` is not read.
+        fast_rate: Step size of the fast weights.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class HostAdam:
         self.fast, self.fast_rate = FastSlots.of(self._fast_flat.copy()), learning_rate * fast_rate
 
     def apply(self, fast: FastSlots) -> None:
-        """One step by `gradient`; the fast weights and their slots become `fast`."""
+        """One step with `gradient`; `fast` replaces the fast weights and their slots."""
         _adam(self._flat, self._first, self._second, self.gradient, self._bounds, self._rates, self._powers)
         self._powers *= np.array([BETA_1, BETA_2])
         self._fast_flat[:] = fast.weights
@@ -214,7 +214,7 @@ def _views(flat: F32, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, F32]:
 
 
 def step_sizes(names: Iterable[str], learning_rate: float, rates: Mapping[str, float] | None) -> dict[str, np.float32]:
-    """The step size of each weight: `learning_rate` times the factor of the longest prefix in `rates` that fits.
+    """The step size of each weight: `learning_rate` times the factor of the longest matching prefix in `rates`.
 
     >>> {name: float(size) for name, size in step_sizes(["a.b", "a.c", "d"], 1.0, {"a.": 2.0, "a.c": 4.0}).items()}
     {'a.b': 2.0, 'a.c': 4.0, 'd': 1.0}
@@ -225,11 +225,11 @@ def step_sizes(names: Iterable[str], learning_rate: float, rates: Mapping[str, f
 
 
 def moving_slots(slots: Mapping[str, F32], like: FastSlots) -> FastSlots:
-    """The slots of fast weights that a version has; its own weights are zero and not read.
+    """Reads the slots of the fast weights from a version. The field `weights` is zero and not read.
 
     Raises:
         KeyError: A slot is missing.
-        ValueError: It has another shape than `like`.
+        ValueError: A slot has another shape than in `like`.
     """
     moving = [np.array(slots[f"moving.{name}"]) for name in _SLOTS]
     if moving[0].shape != like.fast.shape:

@@ -1,16 +1,16 @@
-"""The Kalman filter of crosses: what they add to the logits of a record's rows, and what they learn of each, row after row.
+"""The Kalman filter of crosses: scores a record's rows with their crosses, and learns from each row in turn.
 
-`state/ranking/crosses.py` says what a cross is and what its two numbers are. A row is
-scored first. If its label is known, three things are learned of it, each a
-normal variable of its own, before the next row is scored:
+`state/ranking/crosses.py` defines a cross and its two numbers. A row is scored
+first. If its label is known, three independent normal variables are updated
+before the next row is scored:
 
-1. Marginal logits: each cross by itself, against the labels of all rows.
-2. Weights: all crosses of the row together share the error of their sum.
+1. Marginal logits: each cross alone, against the labels of all rows.
+2. Weights: all crosses of the row share the error of their sum.
 3. Shares: how much the weight and the marginal logit of a cross count in the logit.
 
 The second and third are steps of an extended Kalman filter with a diagonal
-covariance: who is little known moves far and learns, who is well known stays.
-No rate is tuned and none decays.
+covariance: an uncertain value moves far, a certain one hardly moves. There is
+no learning rate to tune, and none decays.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
 class Crossed(NamedTuple):
-    """What the crosses numbers and learned.
+    """The scores of the crosses, and the rows that they learned.
 
     Attributes:
         logits: `[B]` float32, before a row was learned from; 0 in rows without crosses.
         rows: `[w, 2]` float32, after the step.
-        precision: `[w, 2]` float32, likewise.
+        precision: `[w, 2]` float32, after the step.
     """
 
     logits: F32
@@ -55,7 +55,7 @@ def _sigmoid(logit: np.float32) -> np.float32:
 def _learn_marginals(
     b: int, at: I32, label: np.float32, first: np.float32, marginal: F32, rows: F32, precision: F32
 ) -> None:
-    """1. The first cross, which every row has, learns the logit of all labels; the others what theirs add to it."""
+    """1. The first cross, which every row has, learns the logit of all labels; the others learn what they add to it."""
     for c in range(at.shape[1]):
         place = at[b, c]
         if place != 0:
@@ -85,7 +85,7 @@ def _learn_weights(b: int, at: I32, label: np.float32, variance: F32, weight: F3
 def _learn_shares(
     logit: np.float32, label: np.float32, numbers: F32, first: np.float32, shares: F32, known: F32
 ) -> None:
-    """3. `numbers` `[2 C]` are weights and marginal logits, which `shares` and their precision `known` belong to."""
+    """3. `numbers` `[2 C]`: weights, then marginal logits. `shares`: their factors. `known`: the factors' precision."""
     likely, variances = _sigmoid(logit), _ZERO
     information = likely * (_ONE - likely)
     for c in range(numbers.shape[0]):
@@ -100,11 +100,11 @@ def _learn_shares(
 def _crosses(
     at: I32, share_at: I32, prior: F32, firsts: F32, labels: F32, logits: F32, rows: F32, precision: F32
 ) -> None:
-    """`firsts`: the first shares of weight and marginal, then the first precision of a marginal and of a share."""
+    """`firsts`: the initial shares of weight and marginal, then the prior precision of a marginal and of a share."""
     count = at.shape[1]
     numbers, variance = np.zeros(2 * count, np.float32), np.zeros(count, np.float32)
     weight, marginal = numbers[:count], numbers[count:]
-    # Shares move with every row; a cross has both of its own in one row of the table.
+    # Shares change with every row. One row of the table holds both shares of a cross.
     shares, known = np.zeros(2 * count, np.float32), np.zeros(2 * count, np.float32)
     for c in range(count):
         for k in range(2):
@@ -136,7 +136,7 @@ def _crosses(
 
 
 def first_precision(kinds: Sequence[str]) -> F32:
-    """`[C]` float32, the precision of the weights of crosses of such kinds before anything was learned."""
+    """`[C]` float32, the prior precision of the weights of crosses of these kinds."""
     return np.array([HYPERPARAMETERS.cross_precision[kind] for kind in kinds], np.float32)
 
 
@@ -152,13 +152,13 @@ def crosses(
     """Scores the crosses of a step and learns from its labels.
 
     Args:
-        at: `[B, C]` int32 places in `rows`, 0 where there is no cross; all 0 in rows without a label.
-        share_at: `[C]` int32, the places of shares.
-        prior: `[C]` float32, the precision of each weight before anything was learned.
+        at: `[B, C]` int32 indices into `rows`, 0 where there is no cross; all 0 in rows without a label.
+        share_at: `[C]` int32, indices of the shares in `rows`.
+        prior: `[C]` float32, the prior precision of each weight.
         labels: `[B]` float32 or more.
         rows: `[w, 2]` float32, distinct rows of the table, not changed.
-        precision: `[w, 2]` float32, how much was learned of each, not changed.
-        share_precision: The first precision of a share; infinite where none is learned.
+        precision: `[w, 2]` float32, accumulated information of each number, not changed.
+        share_precision: The prior precision of a share; infinite if shares are not learned.
     """
     found = Crossed(np.zeros(len(at), np.float32), rows.copy(), precision.copy())
     if at.shape[1]:

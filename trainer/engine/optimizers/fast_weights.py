@@ -1,4 +1,4 @@
-"""Adam of the fast weights, which move within a record: without momentum, averaged over the latest moves."""
+"""Adam for the fast weights, which change within a record: without momentum, averaged over the latest moves."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 @layout("f4[::1], f4[::1], f4[::1], f4[::1], f4[::1]")
 class FastSlots(NamedTuple):
-    """The fast weights, one behind another, and their slots.
+    """The fast weights, concatenated, and their slots.
 
     Attributes:
-        weights: `[m]` float32, what scores and learns.
-        fast: `[m]` float32, what the derivatives move.
-        slow: `[m]` float32, the mean of it over the latest moves.
+        weights: `[m]` float32, the weights that score and that the gradient is taken at.
+        fast: `[m]` float32, the iterate that the derivatives move.
+        slow: `[m]` float32, the mean of `fast` over the latest moves.
         second: `[m]` float32, the mean of the squared derivatives.
-        moves: `[2]` float32: how many there were, and Adam's second beta to that power.
+        moves: `[2]` float32: the number of moves, and Adam's second beta to that power.
     """
 
     weights: F32
@@ -39,14 +39,14 @@ class FastSlots(NamedTuple):
 
     @classmethod
     def of(cls, weights: F32) -> FastSlots:
-        """Before the first move."""
+        """The slots before the first move."""
         moves = np.array([0.0, 1.0], np.float32)
         return cls(weights, weights.copy(), weights.copy(), np.zeros_like(weights), moves)
 
 
 @part_of_sums
 def count_move(slots: FastSlots) -> None:
-    """One more move, which `move` takes next."""
+    """Counts one more move; call it before `move`."""
     slots.moves[0] += _ONE
     slots.moves[1] *= _BETA_2
 
@@ -55,11 +55,11 @@ def count_move(slots: FastSlots) -> None:
 def move(slots: FastSlots, gradient: F32, begin: int, end: int, rate: np.float32, users: int) -> None:
     """One step of Adam without momentum, averaged (Defazio et al. 2024), of weights `begin` to `end`, in place.
 
-    `gradient` is cleared. The first `users` weights move at `USER_LR_SCALE`. Call `count_move` before.
+    Sets `gradient` to zero. The first `users` weights move at `USER_LR_SCALE`. Call `count_move` first.
     """
     step = rate * np.sqrt(_ONE - slots.moves[1])
     share = max(_ONE / AVERAGE_MOVES, FIRST_MOVES / (slots.moves[0] + FIRST_MOVES))
-    # Loops over parts of arrays become vectors, those from `begin` to `end` do not.
+    # Loops over slices are vectorized; loops from `begin` to `end` are not.
     weights, fast, slow = slots.weights[begin:end], slots.fast[begin:end], slots.slow[begin:end]
     second, slopes = slots.second[begin:end], gradient[begin:end]
     for i in range(slopes.shape[0]):

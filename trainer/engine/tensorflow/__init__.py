@@ -1,1 +1,1 @@
-"""The engine for any ranker on any device: everything in one graph, differentiated by TensorFlow."""
+"""The engine for any ranker on any device: one TensorFlow graph, differentiated by TensorFlow."""

@@ -1,13 +1,12 @@
-"""The TensorFlow engine of a private update: how far each row would move what is shared, and the noise on what all of them move.
+"""The TensorFlow engine of a private update: bounds the gradient of each row, and adds noise to the shared sum.
 
-A row's gradient is needed for its length alone. Once that is known the row's
-losses are scaled so that none is too long, and the ordinary graph sums them.
-What is told of an update is the gradient by the dense weights but those of the
-tower, and by the rows of the popular categories, which are a told list themselves:
-each of them gets noise in each update, whoever clicked what. The tower stays as it
-began, and so do rows of other categories, of items and of context. A user's own
-row is told to nobody else, and gets no noise. Crosses are those of
-`trainer/engine/private_crosses.py`.
+A row's own gradient is needed only for its norm. The row's losses are then scaled
+to respect the bound, and the ordinary graph sums them. An update releases two
+gradients: by the dense weights other than the tower's, and by the rows of the
+popular categories, a list which is itself released. Each of these gets noise in
+each update, whatever was clicked. The tower keeps its initial values, and so do
+rows of other categories, of items and of context. A user's own row is used only
+for that user and gets no noise. `trainer/engine/private_crosses.py` handles crosses.
 """
 
 from __future__ import annotations
@@ -32,26 +31,28 @@ from trainer.tables.table import Table
 Tensor = Any
 
 ROWS_AT_ONCE = 64
-"""Rows whose gradients are in memory at once: 0.2 MB each at the default widths."""
+"""Rows whose gradients are in memory at the same time: 0.2 MB each at the default widths."""
 
 LISTED, USER = "category", "user"
 
 FROZEN = "tower."
-"""Weights of such names stay at their first values: a random map of the features, of which the weights behind it are
-learned. Noise lies on each number that is told, and four of five would be the tower's. With a budget few weights behind
-features that nobody has to learn do better than many (Tramer and Boneh 2021)."""
+"""Weights with this prefix keep their initial values.
+
+The tower is a random map of the features, and the weights after it are learned. Each released number carries noise, and
+four of five would be the tower's. With a budget, few weights on features that need no learning do better than many
+(Tramer and Boneh 2021)."""
 
 LOSSES: Mapping[str, tuple[str, ...]] = {"interest": ("weight",), "engagement": ("label_weight", "negative_weight")}
-"""The losses of a row, each with its factors in `Targets`, in which it is linear."""
+"""The losses of a row, each with its factors in `Targets`; a loss is linear in its factors."""
 
 
 class PrivateEngine(TensorflowEngine):
-    """See `TensorflowEngine`, of the default ranker, whose row's loss reads its own row and weights only.
+    """A `TensorflowEngine` of the default ranker, in which a row's loss reads only its own row and weights.
 
     Args:
-        ranker, optimizer, tables, learning_rate, device: As there.
+        ranker, optimizer, tables, learning_rate, device: See `TensorflowEngine`.
         cross_precision: `[C]` float32, of the crosses that records have.
-        told: How many of those are told, the first ones.
+        told: How many of the crosses are released with noise, the first ones.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class PrivateEngine(TensorflowEngine):
         """See `Engine`.
 
         Raises:
-            ValueError: Weights are to move before anything is clipped.
+            ValueError: `move` is set: weights would move before anything is clipped.
         """
         if move:
             raise ValueError(
@@ -81,19 +82,19 @@ class PrivateEngine(TensorflowEngine):
         return super().measure(self.crossed(record), move)
 
     def crossed(self, record: Record) -> Record:
-        """The record with what crosses add to its logits, as of now."""
+        """The record with the current contribution of crosses to its logits."""
         if "cross" in record.values:
             return record
         return replace(record, values={**record.values, "cross": self.crosses.logits(record)})
 
     def lengths(self, record: Record, losses: Sequence[str]) -> F32:
-        """How long the gradient of each row's losses is at most, by all that an update tells.
+        """An upper bound of the norm of each row's gradient, per loss, over all that an update releases.
 
-        A category's row may be looked up by several inputs, so that what they
-        say adds up: its part is the sum of their lengths.
+        Several inputs may look up the same category row, so that their gradients
+        add up. The bound therefore sums the norms over these inputs.
 
         Args:
-            record: Whose rows they are.
+            record: The record.
             losses: Names in `LOSSES`.
 
         Returns:
@@ -130,14 +131,14 @@ class PrivateEngine(TensorflowEngine):
     def told(
         self, measured: Measured, record: Record, normal: Normal, deviation: float, own_rows: bool = True
     ) -> Measured:
-        """What an update may tell of what was measured: noise on all that is shared, and nothing of what gets none.
+        """The private version of a measured update: noise on all that is shared, and zero for all else.
 
         Args:
             measured: With fast weights that do not move.
-            record: That was measured, with the factors of its losses.
+            record: The measured record, with the factors of its losses.
             normal: Makes the noise.
-            deviation: Its standard deviation.
-            own_rows: Whether users' own rows are learned, exactly. One that is tells of a row in all later rows of the user.
+            deviation: Standard deviation of the noise.
+            own_rows: Whether users' own rows are learned, exactly. A user's later rows then depend on the user's row.
         """
         found: TensorsFound = measured.found
         by_weight = dict(zip(self._ranker.dense, found.dense, strict=True))
@@ -179,19 +180,19 @@ class PrivateEngine(TensorflowEngine):
         return not one.table
 
     def _moved(self, gradients: Mapping[str, F32]) -> tuple[Tensor, ...]:
-        """The slots of the fast weights after one move of an update."""
+        """The slots of the fast weights after one move."""
         flat = np.concatenate([one.reshape(-1) for one in gradients.values()])
         with tf.device(self._device):
             return self._blocks.moved(tf.constant(flat), [tf.constant(slot) for slot in self._optimizer.fast[1:]])
 
     def _listed(self, record: Record) -> npt.NDArray[np.uint64]:
-        """The popular categories that there are."""
+        """The popular categories, without padding."""
         popular = record.ids["popular"]
         found: npt.NDArray[np.uint64] = popular[popular != 0]
         return found
 
     def _traced_lengths(self, part: Mapping[str, Any], shared: Mapping[str, Any], losses: tuple[str, ...]) -> Any:
-        """The graph for parts of any length."""
+        """The traced graph, for parts of any length."""
         if losses not in self._lengths:
 
             def spec(length: int | None) -> Callable[[Tensor], Any]:
@@ -218,7 +219,7 @@ class PrivateEngine(TensorflowEngine):
         weights = [weight for name, weight in self._ranker.dense.items() if not name.startswith(FROZEN)]
 
         def of_row(row: Mapping[str, Any]) -> Tensor:
-            # A record of one row.
+            # The batch dimension of a record with one row is added.
             mine = {name: one[None] for name, one in row["rows"].items()} | whole
             given = mine | {name: one[None] for name, one in row["values"].items()}
             targets = Targets(*(one[None] for one in row["targets"]))
@@ -238,7 +239,7 @@ class PrivateEngine(TensorflowEngine):
                 ]
                 squared = tf.add_n([tf.reduce_sum(tf.square(tf.convert_to_tensor(one))) for one in by_dense])
                 if name == "engagement":
-                    # No derivative by a logit is longer than the factor of its loss.
+                    # The derivative by a logit is at most the factor of its loss.
                     squared += row["crosses"] * tf.square(SHARE * row["targets"].label_weight)
                 return tf.sqrt(squared + tf.square(tf.add_n(lengths)))
 
@@ -249,6 +250,6 @@ class PrivateEngine(TensorflowEngine):
 
 
 def only(targets: Targets, loss: str) -> Targets:
-    """The targets of which one loss of `LOSSES` counts."""
+    """The targets with only one loss of `LOSSES`; the factors of the others are 0."""
     others = [factor for name, factors in LOSSES.items() if name != loss for factor in factors]
     return targets._replace(**{name: tf.zeros_like(getattr(targets, name)) for name in others})
