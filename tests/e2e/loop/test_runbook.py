@@ -275,8 +275,8 @@ def a_release_goes_in(terminal: Terminal, section: Section) -> None:
 
 
 DRILLS: dict[str, Callable[[Terminal, Section], None]] = {
-    "Turn back, fast": turn_back_fast,
-    "Turn back, exactly": turn_back_exactly,
+    "Roll back, fast": turn_back_fast,
+    "Roll back, exactly": turn_back_exactly,
     "A mask was wrong": a_mask_was_wrong,
     "Training is held": training_is_held,
     "An operator holds something": an_operator_holds_something,
