@@ -725,7 +725,7 @@ class RetrainMetrics(Metrics):
     )
     judged = gauge(
         "springtide_retrain_judged_time_seconds",
-        "Time at which a retrain was last promoted, dropped or failed, or at which the schedule began, in seconds since 1970.",
+        "Time at which a retrain was last promoted or dropped, or at which the schedule began, in seconds since 1970.",
     )
     outcome = gauge(
         "springtide_retrain_outcome",
