@@ -1,32 +1,29 @@
 """Rebuilds a stream's lost histories from Kafka: `springtide rebuild-history [--from COPY] [--if-lost]`.
 
-1. Takes the directory's lock and fences the stream's writer, so that the
-   micro-batch log has an end; where an earlier release had shards, theirs too.
-2. Reads the micro-batch log to its end, from a copy's positions or from
-   nothing, along the line that control names. Its rows are what the lost store had; its ranges are the positions.
-   Impressions that it opens and does not close wait again.
-3. Positions that the log does not cover, because it no longer reaches back to
-   them, come from the clicks themselves. What is gone there too is counted.
-4. The store is built aside and takes the old one's place at the end; the old
-   one is set aside.
+1. Acquire the lock of the directory and fence the stream's writer, so that the training log has an end. Also fence the
+   writers of shards of an earlier release.
+2. Read the training log to its end, along the branch that control names, from the positions of a copy or from the start.
+   Its rows are the events of the lost store, and its ranges are the positions. Impressions that it opens but does not
+   close wait again.
+3. If the training log no longer reaches back to some positions, read them from the clicks topic. Positions that are
+   missing there too are counted.
+4. Build the new store next to the old one, set the old one aside, and move the new one into place.
 
-The result is the lost store, event by event and offset by offset, if it had
-committed all that it wrote; else it is what the store would have been.
+If the lost store had committed everything it wrote, the result is identical, event by event and offset by offset.
+Otherwise the result is what the store would have become.
 
-Keeps the end of the training log after a power cut: what was acknowledged there stays visible, and nobody waits behind it.
+The command also preserves the end of the training log after a power cut: acknowledged records stay visible, and no
+reader waits at the end. A power cut can lose the marker of the newest transaction but not its records. The coordinator of
+Kafka keeps its state in another log, so there are two cases:
 
-Of the newest transaction its marker may be lost, and its records not. What
-Kafka's coordinator knows of it comes from another log, so that there are two cases:
+1. The coordinator considers the transaction ended. Readers then block at it. The next transaction of the same writer
+   resolves this, because its marker also closes the open transaction before it. The writer therefore writes a micro-batch
+   without rows.
+2. The coordinator considers a transaction open, possibly the next one, and aborts it when the writer starts. The abort
+   marker also closes the open transaction before it, and hides records that others may have learned from. They are written
+   again; readers that already have them skip them by position.
 
-1. It takes the transaction for ended. Then nobody reads past it. The next
-   transaction of the same writer ends it too, for its marker closes what is
-   open before it: a micro-batch without rows is written in one.
-2. It takes one for open, the next one perhaps, and gives that one up when the
-   writer begins. Its marker closes what is open before it likewise, and hides
-   records that others may have learned and answered from. They are written once
-   more: whoever has them passes over them by position.
-
-Both are done by the stream's own writer, which has fenced any other before.
+Both are done by the stream's own writer, after every other writer has been fenced.
 """
 
 from __future__ import annotations
@@ -249,11 +246,13 @@ def asked(argv: Sequence[str]) -> RebuildLine:
     """
     parser = argparse.ArgumentParser(prog="springtide rebuild-history", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--from", dest="copy", type=Path, metavar="COPY", help="a store closed in order to begin with")
+    parser.add_argument(
+        "--from", dest="copy", type=Path, metavar="COPY", help="cleanly closed history store to start from"
+    )
     parser.add_argument(
         "--if-lost",
         action="store_true",
-        help="only where the machine or its container went down with them; else nothing is done",
+        help="rebuild only if the histories were lost with the machine or its container",
     )
     found, flags = parser.parse_known_args(argv)
     return RebuildLine(found.copy, found.if_lost, flags)
