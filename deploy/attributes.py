@@ -230,16 +230,16 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="springtide attributes",
         description="Write attributes of users and items to their compacted topics. [attributes] names the topics and "
-        "the columns. The last row of an id wins; sending again changes nothing.",
+        "the columns. The last row of an id wins, and the command is idempotent.",
         epilog=SETTINGS_HELP,
         allow_abbrev=False,
     )
     for side, sides in BY_SIDE.items():
         made.add_argument(
-            f"--{sides}", nargs="+", default=[], metavar="FILE", help=f"of {sides}: CSV, JSON lines or Parquet; .gz, .zst; globs"
+            f"--{sides}", nargs="+", default=[], metavar="FILE", help=f"files or globs with attributes of {sides}: CSV, JSON lines or Parquet; .gz, .zst"
         )  # fmt: skip
         made.add_argument(
-            f"--{side}-id", default="", metavar="NAME", help=f"the column of the {side}'s id (default: events.{side})"
+            f"--{side}-id", default="", metavar="NAME", help=f"column with the {side} id (default: events.{side})"
         )
     add_format_arguments(made, ", of one side")
     return made

@@ -26,33 +26,33 @@ def trial(add: Add) -> argparse.ArgumentParser:
     """The command about trials."""
     command = add(
         "trial",
-        "Let a second trainer with other settings learn from the same rows, and compare it with the live one, row by row.",
-        "`springtide up` runs its trainer, on trials.cores at most. Both score each row before they learn it; what their losses "
-        "differ by is told with an interval that holds however often one looks. promote lets the live trainer go on from what "
-        "the trial learned, in a new epoch; `springtide rollback` takes that back.",
+        "Run a second trainer with other settings on the same rows, and compare it with the live one row by row.",
+        "`springtide up` runs its trainer on at most trials.cores cores. Both trainers score each row before they learn from it. "
+        "The difference of their losses has an anytime-valid confidence interval. promote starts a new epoch in which the live "
+        "trainer continues from the state of the trial; `springtide rollback` undoes that.",
     )
     command.add_argument(
         "what",
         choices=VERBS,
-        help="start one; list all; stop one, which removes what it learned; promote one; report how the arms of its rollout compare",
+        help="start, list, stop or promote a trial, or report how the arms of its rollout compare; stop deletes what it learned",
     )
-    command.add_argument("name", nargs="?", default="", metavar="NAME", help="the trial's name")
+    command.add_argument("name", nargs="?", default="", metavar="NAME", help="name of the trial")
     command.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="SECTION.NAME=VALUE",
-        help="start: a setting of [model], [trainer] or [guard] in which it differs; repeatable",
+        help="start: a different value of a setting in [model], [trainer] or [guard]; repeatable",
     )
     command.add_argument(
         "--from",
         dest="origin",
         choices=("live", "nothing", "clicks"),
         default="live",
-        help="start: from the newest durable version (the default), from nothing and the training log's beginning, or from the clicks "
-        "of the last retrain.days and the training log behind them",
+        help="start: from the newest durable version (default), from scratch at the start of the training log, or from scratch with "
+        "the clicks of the last retrain.days and then the training log",
     )
-    command.add_argument("--reason", default="", metavar="TEXT", help="why; kept with your name")
+    command.add_argument("--reason", default="", metavar="TEXT", help="reason; recorded with your name")
     return command
 
 
@@ -61,21 +61,27 @@ PROCESSES = {
         "deploy.up",
         "Start the whole loop on this machine: Kafka, stream, trainer, serving, shoppers. Ctrl-C stops it.",
     ),
-    "stream": ("streaming.pipeline", "Run the Beam job: clicks in, histories, windows, micro-batches out."),
-    "train": ("trainer.loop", "Run the trainer: micro-batches in, versions out."),
-    "serve": ("deploy.serve", "Run serving on this host: one applier and serving.workers workers."),
-    "console": ("deploy.console.server", "Run the page that shows the loop and steers it, on console.port."),
+    "stream": (
+        "streaming.pipeline",
+        "Run the stream, a Beam job that reads clicks, updates histories and windows, and writes micro-batches.",
+    ),
+    "train": ("trainer.loop", "Run the trainer, which reads micro-batches and publishes versions."),
+    "serve": ("deploy.serve", "Run serving on this host: an applier and serving.workers workers."),
+    "console": (
+        "deploy.console.server",
+        "Run the console, a web page that shows and controls the loop, on console.port.",
+    ),
     "validate": (
         "deploy.validation.process",
-        "Take statistics of what is learned from, window by window, and look for anomalies and drift, beside the trainer.",
+        "Compute statistics of the training log, window by window, and detect anomalies and drift. Runs in parallel to the trainer.",
     ),
     "segments": (
         "deploy.segments.command",
-        "Keep, list and export segments of users, and find lookalikes: segments run, list, export, lookalikes.",
+        "Maintain, list and export segments of users, and find lookalikes: segments run, list, export, lookalikes.",
     ),
     "webhook": (
         "deploy.alerting.receiver",
-        "Take Alertmanager's notifications, and pin answers to a version from before the alert.",
+        "Receive Alertmanager notifications, and pin answers to a version from before the alert.",
     ),
     "flink": (
         "deploy.flink.command",
@@ -83,46 +89,46 @@ PROCESSES = {
     ),
     "rollout": (
         "deploy.rollouts.command",
-        "Answer a growing share of the users by a trial, and go on, halt or go back by what they do.",
+        "Serve a growing share of the users with a trial, and continue, halt or roll back depending on the results.",
     ),
-    "status": ("deploy.status", "Show what runs, its lag, versions and freshness."),
+    "status": ("deploy.status", "Show the running parts, their lag, versions and freshness."),
     "probe": (
         "deploy.probe",
-        "Send a click of a probe user through the loop, and say how long features and weights took; --continuously: again and again.",
+        "Send a click of a probe user through the loop, and measure the latency to features and weights; --continuously repeats it.",
     ),
     "verify": ("trainer.verify", "Recompute a version from its base and the training log, and compare every bit."),
     "compact": (
         "trainer.compactor",
-        "Make a base of the newest version and remove the versions that [registry] need not keep, once, beside the trainer.",
+        "Write a base of the newest version and remove the versions that [registry] does not retain, once. Safe while the trainer runs.",
     ),
     "rebuild-history": (
         "streaming.rebuild",
-        "Rebuild a stream's lost histories from Kafka; --from COPY begins with a copy.",
+        "Rebuild a stream's lost histories from Kafka; --from COPY starts from a copy.",
     ),
     "export": (
         "trainer.exporting.command",
-        "Write a version as a SavedModel for TensorFlow Serving, or with --tflite FILE as one file for a device.",
+        "Export a version as a SavedModel for TensorFlow Serving, or with --tflite FILE as one file for a device.",
     ),
     "upgrade": (
         "trainer.upgrade",
-        "Go on from what was learned with another model, preprocessing or feature spec: --dry-run says what is carried over.",
+        "Continue from the learned state with another model, preprocessing or feature spec; --dry-run shows what is carried over.",
     ),
     "capacity": (
         "deploy.capacity.command",
-        "Report what a deployment takes for so many clicks, users and answers, and which limit it meets first.",
+        "Report the resources that a deployment needs for a number of clicks, users and answers, and the limit it reaches first.",
     ),
     "bootstrap": (
         "streaming.bootstrap",
-        "Analyse past clicks once, for the constants of the preprocessing: files, or the topic's beginning. --examples DIR "
+        "Analyse past clicks once, from files or the start of the topic, for the constants of the preprocessing. --examples DIR "
         "also writes tf.Examples.",
     ),
     "replay": (
         "deploy.replay",
-        "Send clicks into the clicks topic: of files (CSV, JSON lines, Parquet), or of --synthetic shoppers.",
+        "Send clicks to the clicks topic, from files (CSV, JSON lines, Parquet) or from --synthetic shoppers.",
     ),
     "attributes": (
         "deploy.attributes",
-        "Write the attributes in files (CSV, JSON lines, Parquet) to their topics: --users FILE... --items FILE...",
+        "Write attributes from files (CSV, JSON lines, Parquet) to their topics: --users FILE... --items FILE...",
     ),
 }
 OWN_HELP = (
@@ -210,11 +216,11 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
             process.add_argument(
                 "--runner",
                 metavar="RUNNER",
-                help="local (the default: this process), flink, prism, or another of Beam's runners, whose options pass through",
+                help="local (default; runs in this process), flink, prism, or another Beam runner; runner options are passed through",
             )
         if name == "up":
             process.add_argument(
-                "--upgrade", action="store_true", help="go on with these settings; needs --reason TEXT"
+                "--upgrade", action="store_true", help="upgrade to these settings; requires --reason TEXT"
             )
     printing = [
         _versions(add),
@@ -227,62 +233,70 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
     ]
     add(
         "check-model",
-        "Check model.ranker, model.tower and model.preprocessing of your own: shapes, repeatability, lowering to LiteRT, parity.",
-        "In seconds, and nothing is started or changed; up, bootstrap and train do the same before they start.",
+        "Check a custom model.ranker, model.tower or model.preprocessing: shapes, repeatability, lowering to LiteRT, parity.",
+        "Takes seconds and starts or changes nothing. up, bootstrap and train run the same check before they start.",
     )
     printing += [trial(add), _history(add), _config(add)]
     for one in printing:
-        one.add_argument("-o", "--output", choices=("text", "json"), default="text", help="how to print (default text)")
+        one.add_argument(
+            "-o", "--output", choices=("text", "json"), default="text", help="output format (default text)"
+        )
     return whole
 
 
 def _versions(add: Add) -> argparse.ArgumentParser:
-    return _lists(add("versions", "List the versions: age, log range, log loss, AUC, and which one serves."))
+    return _lists(
+        add("versions", "List the versions with age, log range, log loss and AUC, and mark the one that serves.")
+    )
 
 
 def _history(add: Add) -> argparse.ArgumentParser:
-    return _lists(add("history", "List changes of control: who, when, what and why."))
+    return _lists(add("history", "List the changes of control with actor, time, action and reason."))
 
 
 def _lists(command: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    command.add_argument(
-        "--last", type=positive, default=20, metavar="N", help="how many of the newest to list (default 20)"
-    )
+    command.add_argument("--last", type=positive, default=20, metavar="N", help="list the newest N (default 20)")
     command.add_argument("--all", action="store_true", help="list all of them")
     return command
 
 
 def _verbs(add: Add) -> list[argparse.ArgumentParser]:
-    pin = add("pin", "Let answers stay at one version; training goes on.", "`springtide follow` undoes it.")
-    pin.add_argument("version", type=positive, metavar="V", help="the version, of `springtide versions`")
-    label = add("label", "Give a name to a version, which is then kept and can be asked for by that name.")
-    label.add_argument("name", metavar="NAME", help="the label: stable, previous, canary or one of your own")
-    label.add_argument("version", nargs="?", type=positive, metavar="V", help="the version, of `springtide versions`")
-    label.add_argument("--remove", action="store_true", help="take the label away")
+    pin = add("pin", "Pin answers to a version. Training continues.", "`springtide follow` undoes it.")
+    pin.add_argument("version", type=positive, metavar="V", help="version, as listed by `springtide versions`")
+    label = add("label", "Label a version. A labelled version is retained and can be requested by its label.")
+    label.add_argument("name", metavar="NAME", help="label: stable, previous, canary or a custom name")
+    label.add_argument(
+        "version", nargs="?", type=positive, metavar="V", help="version, as listed by `springtide versions`"
+    )
+    label.add_argument("--remove", action="store_true", help="remove the label")
     verbs = [
         pin,
         label,
-        add("follow", "Let answers follow the newest version again, after a pin or a rollback."),
-        add("hold", "Let the trainer learn on without publishing versions.", "`springtide release` undoes it."),
-        add("release", "Let the trainer publish versions again, after a hold, or go on with what its guard holds."),
-        add("pause", "Let the trainer take no record; answers go on.", "`springtide resume` undoes it."),
-        add("resume", "Let the trainer take records again, after a pause or where its guard holds training."),
+        add("follow", "Make answers follow the newest version again, after a pin or a rollback."),
+        add(
+            "hold",
+            "Hold publishing. The trainer continues to learn but publishes no versions.",
+            "`springtide release` undoes it.",
+        ),
+        add("release", "Resume publishing after a hold, or accept an update that the guard holds."),
+        add("pause", "Pause training. Answers continue.", "`springtide resume` undoes it."),
+        add("resume", "Resume training after a pause, or after a hold by the guard."),
     ]
     for one in verbs:
         one.add_argument(
-            "--reason", default="none given", metavar="TEXT", help="why; kept with your name in the history"
+            "--reason", default="none given", metavar="TEXT", help="reason; recorded with your name in the history"
         )
         operating.if_generation(one)
     return verbs
 
 
 def _config(add: Add) -> argparse.ArgumentParser:
-    config = add("config", "Show the effective settings and where each comes from; secrets are masked.")
+    config = add("config", "Show the effective settings and their origins. Secrets are masked.")
     config.add_argument(
-        "names", nargs="*", metavar="NAME", help="sections and settings, such as kafka or kafka.port; default all"
+        "names", nargs="*", metavar="NAME", help="sections or settings, such as kafka or kafka.port (default all)"
     )
-    config.add_argument("--changed", action="store_true", help="only those that somebody has set")
-    config.add_argument("--explain", action="store_true", help="each in full: help, default, what is allowed")
+    config.add_argument("--changed", action="store_true", help="only settings that are set explicitly")
+    config.add_argument("--explain", action="store_true", help="show help, default and allowed values of each setting")
     config.add_argument("--markdown", action="store_true", help="print the documentation of all settings instead")
     return config
 

@@ -323,17 +323,17 @@ def parser() -> argparse.ArgumentParser:
     """The command's options; settings are parsed separately."""
     made = argparse.ArgumentParser(
         prog="springtide probe",
-        description="Sends a click of a probe user through the loop and says after how long answers show it, and after how "
-        "long their version has learned from it. Such a click names no item and no category, so that it changes no measure, "
-        "candidate or weight. Exit codes: 0 it came through, 1 it did not, 2 wrong use.",
+        description="Send a click of a probe user through the loop, and measure the time until answers include it and until their "
+        "version has learned it. The click has no item and no category, so it changes no metric, candidate or weight. "
+        "Exit codes: 0 the probe succeeded, 1 it failed, 2 wrong use.",
         epilog=SETTINGS_HELP,
         allow_abbrev=False,
     )
-    made.add_argument("-o", "--output", choices=("text", "json"), default="text", help="how to print (default text)")
+    made.add_argument("-o", "--output", choices=("text", "json"), default="text", help="output format (default text)")
     made.add_argument(
         "--continuously",
         action="store_true",
-        help=f"each probe.every_s ({EVERY_S:g} s where that is 0), with the figures on probe.metrics_port, until Ctrl-C",
+        help=f"send a probe every probe.every_s ({EVERY_S:g} s if that is 0) until Ctrl-C, with metrics on probe.metrics_port",
     )
     return made
 

@@ -375,22 +375,36 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     flags, words = split_settings(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
-        prog="springtide replay", description="Clicks into the topic.", epilog=SETTINGS_HELP, allow_abbrev=False
+        prog="springtide replay",
+        description="Send clicks to the clicks topic: from files, or from synthetic shoppers.",
+        epilog=SETTINGS_HELP,
+        allow_abbrev=False,
     )
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--synthetic", action="store_true", help="synthetic shoppers (settings [shoppers])")
     what.add_argument(
-        "--burst", nargs=3, metavar=("USER", "CATEGORY", "N"), help="N clicks of one user in one category"
+        "--synthetic", action="store_true", help="send clicks of synthetic shoppers (settings [shoppers])"
     )
-    parser.add_argument("--limit", type=int, help="stop after so many events of this run")
+    what.add_argument(
+        "--burst", nargs=3, metavar=("USER", "CATEGORY", "N"), help="send N clicks of one user in one category"
+    )
+    parser.add_argument("--limit", type=int, help="stop after this many events")
     parser.add_argument(
-        "--speed", default="", metavar="60x|max", help="recorded seconds per second (files: max, else 1x)"
+        "--speed",
+        default="",
+        metavar="60x|max",
+        help="speed, in recorded seconds per second (default: max for files, else 1x)",
     )
-    parser.add_argument("--rate", type=float, help="of the shoppers, events/s; 0: as fast as Kafka takes them")
     parser.add_argument(
-        "--head-start", type=int, default=0, metavar="N", help="clicks that the shoppers have made before: sent at once"
+        "--rate", type=float, help="events per second of the shoppers; 0: as fast as Kafka accepts them"
     )
-    parser.add_argument("--seed", type=int, help="of the shoppers' choices")
+    parser.add_argument(
+        "--head-start",
+        type=int,
+        default=0,
+        metavar="N",
+        help="number of earlier clicks of the shoppers, which are sent at once",
+    )
+    parser.add_argument("--seed", type=int, help="random seed of the shoppers")
     add_arguments(parser)
     options = parser.parse_args(words)
     stopped = stop_on_signals()

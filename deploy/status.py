@@ -60,10 +60,10 @@ NUMBERS: Mapping[str, tuple[str, str]] = {
 BETWEEN_S = 1.0
 TIMEOUT_S = 60.0
 PARTS = (16, 12)
-DESCRIPTION = """Shows what runs and how well: clicks a second, lag, dead letters by reason, step time, log loss, AUC, the
-served version, freshness, accounts. Rates are of the seconds that the look takes; p50 and p99 are since each process
-started, with --watch of the last minute. What is wrong comes first, and makes the exit code 1; what an operator holds
-does not."""
+DESCRIPTION = """Show the state of the loop: clicks per second, lag, dead letters by reason, step time, log loss, AUC, the
+served version, freshness and accounting. Rates cover the seconds between two polls; p50 and p99 cover the time since each
+process started, or the last minute with --watch. Problems come first and set the exit code to 1; an operator's hold does
+not."""
 
 
 def kafka_lag(settings: Settings, connect: Callable[[Any], Topics] = Topics) -> dict[str, Any]:
@@ -214,9 +214,15 @@ def _learned_nothing(registry: Registry, control: Control) -> bool:
 CONDITIONS: Mapping[str, Condition] = {
     "ready": Condition("serving can answer", ready),
     "well": Condition("nothing is wrong", well),
-    "answering": Condition("answers come from what control wants: the pinned version, or control's epoch", answering),
-    "caught-up": Condition("the trainer has read its log to the end, and learned a rollback's clicks again", caught_up),
-    "following": Condition("answers follow the newest version of control's epoch, with its histories", following),
+    "answering": Condition(
+        "answers use the version that control requires: the pinned one, or one of control's epoch", answering
+    ),
+    "caught-up": Condition(
+        "the trainer has read the training log to its end, and has relearned the clicks of a rollback", caught_up
+    ),
+    "following": Condition(
+        "answers follow the newest version of control's epoch, and the histories are up to date", following
+    ),
 }
 
 
@@ -260,7 +266,7 @@ EPILOG = (
     "Conditions: "
     + "; ".join(f"{name}: {one.meaning}" for name, one in CONDITIONS.items())
     + ". Settings are written --section.name VALUE; `springtide config` lists them. Exit codes: 0 nothing is wrong, or the "
-    "condition holds; 1 something is wrong, or it did not come in time; 2 wrong use."
+    "condition holds; 1 something is wrong, or the condition timed out; 2 wrong use."
 )
 
 # Process -> (what it is called here, its series). Counters and labelled series are summed.
@@ -478,15 +484,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="springtide status", allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG
     )
-    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="how to print (default text)")
-    parser.add_argument("-w", "--watch", action="store_true", help="rewrite the figures each second until Ctrl-C")
+    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="output format (default text)")
+    parser.add_argument("-w", "--watch", action="store_true", help="refresh every second until Ctrl-C")
     parser.add_argument(
         "--wait-for",
         metavar="CONDITION",
-        help=f"wait for {', '.join(CONDITIONS)}, or version, epoch or answers with = or >= and a number, as in answers=176",
+        help=f"wait for {', '.join(CONDITIONS)}, or for version, epoch or answers with = or >= and a number, such as answers=176",
     )
     parser.add_argument(
-        "--timeout", type=float, default=TIMEOUT_S, metavar="S", help=f"how long to wait (default {TIMEOUT_S:.0f})"
+        "--timeout",
+        type=float,
+        default=TIMEOUT_S,
+        metavar="S",
+        help=f"maximum wait in seconds (default {TIMEOUT_S:.0f})",
     )
     asked, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     try:

@@ -30,20 +30,22 @@ from deploy.startup.checks import require_python
 HELP = """usage: springtide up [--no-shoppers] [--prometheus] [--bootstrap-servers HOST:PORT] [--section.name VALUE ...]
 
 Runs the whole loop on this machine until Ctrl-C: Kafka, stream, trainer, serving and
-synthetic shoppers. A second run goes on where the last one stopped.
+synthetic shoppers. A second run resumes where the last one stopped.
 
   --no-shoppers                   no synthetic clicks
-  --prometheus                    also a Prometheus with our rules, where it is installed
-  --bootstrap-servers HOST:PORT   your own Kafka instead of a local one
+  --prometheus                    also run a Prometheus with the rules of Springtide, if it is installed
+  --bootstrap-servers HOST:PORT   use this Kafka instead of a local one
   --accept-gap TOPIC_ID:P:A-B --reason TEXT
-                                  go on although these positions were deleted unread; repeatable
+                                  continue although these positions were deleted before they were read;
+                                  repeatable
   --accept-cut-back --reason TEXT
-                                  go on where the clicks were cut back behind us; of course with a local Kafka
+                                  continue although the clicks topic was truncated below our position;
+                                  implied with a local Kafka
   --skip-record OFFSET --reason TEXT
-                                  leave out this record of the training log, or those of A-B, where it
-                                  cannot be learned from; repeatable
-  --upgrade --reason TEXT         go on, in a new epoch, from what was learned with another model or other
-                                  features; without it such settings are refused, with what would be kept
+                                  skip this record of the training log, or the records A-B, if it cannot
+                                  be learned from; repeatable
+  --upgrade --reason TEXT         continue from the learned state with another model or other features, in a
+                                  new epoch; without it such settings are refused, with what would be kept
   --section.name VALUE            any setting; `springtide config` lists them
 """
 

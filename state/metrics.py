@@ -37,7 +37,7 @@ ANSWERING_ROUTES = (
 )
 """Routes and methods of a worker that a version answers."""
 OTHER_ROUTES = "other"
-BEGAN = "When this process began to count, seconds since 1970; the first of several workers."
+BEGAN = "Time at which this process began to count, in seconds since 1970; with several workers, that of the first."
 ROWS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
@@ -96,79 +96,90 @@ class StreamMetrics(Metrics):
     began = gauge("springtide_stream_began_seconds", BEGAN)
     events = counter(
         "springtide_stream_events",
-        "Positions of the clicks topic taken up, by outcome: rows, dead, filtered, absent, opened, feedback, masked.",
+        "Processed positions of the clicks topic, by outcome: rows, dead, filtered, absent, opened, feedback, masked.",
         "outcome",
     )
-    dead_letters = counter("springtide_stream_dead_letters", "Records refused, by reason.", "reason")
+    dead_letters = counter("springtide_stream_dead_letters", "Dead letters, by reason.", "reason")
     clocks_off = counter(
         "springtide_stream_clocks_off",
-        "Clicks of a clock that is off, by direction: ahead, behind (or late), refused (reason implausible_time).",
+        "Clicks with a wrong clock, by direction: ahead, behind (or late), refused (reason implausible_time).",
         "direction",
     )
     clock_off_partition = gauge(
-        "springtide_stream_clock_off_partition", "Partition of the newest of those.", "direction"
+        "springtide_stream_clock_off_partition",
+        "Partition of the newest click with a wrong clock, by direction.",
+        "direction",
     )
-    clock_off_offset = gauge("springtide_stream_clock_off_offset", "Its offset there.", "direction")
+    clock_off_offset = gauge(
+        "springtide_stream_clock_off_offset",
+        "Offset of the newest click with a wrong clock, by direction.",
+        "direction",
+    )
     clock_off_seconds = gauge(
         "springtide_stream_clock_off_seconds",
-        "How far its time is from what the clicks around it say; 0 for a refused one.",
+        "Difference between the time of that click and the time of the clicks around it; 0 for a refused click.",
         "direction",
     )
     clock_off_time_seconds = gauge(
-        "springtide_stream_clock_off_time_seconds", "When it was read, seconds since 1970.", "direction"
+        "springtide_stream_clock_off_time_seconds",
+        "Time at which that click was read, in seconds since 1970.",
+        "direction",
     )
     busy_seconds = counter(
         "springtide_stream_busy_seconds",
-        "Time that the thread that reads clicks spent on what it had read, waiting for commits included.",
+        "Time that the reader thread has spent on processing clicks, including waits for commits.",
     )
     lag_events = unset_gauge(
-        "springtide_stream_lag_events", "Positions of the clicks topic not yet read and committed; NaN while unknown."
+        "springtide_stream_lag_events",
+        "Positions of the clicks topic that are not yet read and committed; NaN while unknown.",
     )
     lag_seconds = unset_gauge(
         "springtide_stream_lag_seconds",
-        "Wall time since the newest committed click was appended to Kafka; 0 when none wait, NaN while unknown.",
+        "Wall time since the newest committed click was appended to Kafka; 0 if none waits, NaN while unknown.",
     )
     microbatches = counter("springtide_stream_microbatches", "Micro-batches written.")
-    microbatch_rows = histogram("springtide_stream_microbatch_rows", "Rows of a micro-batch.", ROWS)
+    microbatch_rows = histogram("springtide_stream_microbatch_rows", "Number of rows of a micro-batch.", ROWS)
     commit_seconds = histogram(
-        "springtide_stream_commit_seconds", "Time to write and commit one micro-batch.", SHORT_SECONDS
+        "springtide_stream_commit_seconds", "Time to write and commit a micro-batch.", SHORT_SECONDS
     )
     truncated_histories = counter(
-        "springtide_stream_truncated_histories", "Rows whose longest window began before the oldest remembered event."
+        "springtide_stream_truncated_histories",
+        "Rows whose longest window starts before the oldest event of the history.",
     )
-    cached_users = gauge("springtide_stream_cached_users", "Users whose histories are in memory.")
-    history_users = gauge("springtide_stream_history_users", "Users who have a stored history.")
-    swept_events = counter("springtide_stream_swept_events", "Stored events taken out that no window reaches any more.")
+    cached_users = gauge("springtide_stream_cached_users", "Users whose histories are cached in memory.")
+    history_users = gauge("springtide_stream_history_users", "Users with a stored history.")
+    swept_events = counter(
+        "springtide_stream_swept_events", "Stored events removed because no window covers them any more."
+    )
     swept_users = counter(
         "springtide_stream_swept_users",
-        "Stored users taken out, by reason: old (no window reaches their events), too_many (read longest ago).",
+        "Stored users removed, by reason: old (no window covers their events), too_many (least recently read).",
         "reason",
     )
     attribute_records = gauge(
         "springtide_stream_attribute_records",
-        "Positions of the topics of attributes read since the store began, by side (user, item) and outcome: value, removed, dead, absent.",
+        "Positions of the attribute topics that were read since the store was created, by side (user, item) and outcome: value, removed, dead, absent.",
         "side",
         "outcome",
     )
-    attributes_known = gauge(
-        "springtide_stream_attributes_known", "Users and items that have attributes, by side.", "side"
-    )
+    attributes_known = gauge("springtide_stream_attributes_known", "Users and items with attributes, by side.", "side")
     accounting_positions = gauge(
         "springtide_accounting_positions",
-        "Positions of the clicks topic since the store began, by outcome: positions (all), rows, dead, filtered, absent, gap, opened (impressions whose label comes later), feedback (outcomes), masked (left out by control's mask).",
+        "Positions of the clicks topic since the store was created, by outcome: positions (all), rows, dead, filtered, absent, gap, opened (impressions that wait for a label), feedback (outcomes), masked (excluded by a mask in control).",
         "outcome",
     )
     accounting_labels = gauge(
         "springtide_accounting_labels",
-        "Impressions whose label comes later since the store began, by outcome: opened (all), joined, expired (negative), dropped, waiting; unmatched counts outcomes without an impression.",
+        "Impressions that wait for a label, counted since the store was created, by outcome: opened (all), joined, expired (negative), dropped, waiting. unmatched counts outcomes without an impression.",
         "outcome",
     )
     accounting_faults = gauge(
         "springtide_accounting_stream_faults",
-        "Accounts of the stream that do not balance; 0 when each position has one outcome.",
+        "Accounts of the stream that do not balance; 0 if every position has one outcome.",
     )
     gaps_accepted = counter(
-        "springtide_stream_gaps_accepted", "Gaps in the clicks topic that operators accepted since the store began."
+        "springtide_stream_gaps_accepted",
+        "Gaps in the clicks topic that operators have accepted since the store was created.",
     )
 
 
@@ -178,215 +189,223 @@ class TrainerMetrics(Metrics):
     began = gauge("springtide_trainer_began_seconds", BEGAN)
     rows = counter(
         "springtide_trainer_rows",
-        "Rows of the training log, by outcome: trained, skipped, duplicate, masked, other_features (of a former feature spec).",
+        "Rows of the training log, by outcome: trained, skipped, duplicate, masked, other_features (from an earlier feature spec).",
         "outcome",
     )
-    steps = counter("springtide_trainer_steps", "Training steps done.")
-    step_seconds = histogram("springtide_trainer_step_seconds", "Time of one training step.", SHORT_SECONDS)
+    steps = counter("springtide_trainer_steps", "Training steps.")
+    step_seconds = histogram("springtide_trainer_step_seconds", "Time of a training step.", SHORT_SECONDS)
     log_loss = gauge(
         "springtide_trainer_log_loss",
-        "Log loss of the user's next category over the candidates that serving has, a miss counted as a miss; scored before learning.",
+        "Log loss of the user's next category over serving's candidates, including misses; computed before learning.",
     )
-    auc = gauge("springtide_trainer_auc", "Area under the curve of the engagement, scored before learning.")
-    top1_ratio = gauge("springtide_trainer_top1_ratio", "Share of rows whose category led, scored before learning.")
+    auc = gauge("springtide_trainer_auc", "AUC of engagement, computed before learning.")
+    top1_ratio = gauge(
+        "springtide_trainer_top1_ratio",
+        "Top-1 accuracy: share of rows whose category ranked first, computed before learning.",
+    )
     quality_log_loss = gauge(
         "springtide_trainer_quality_log_loss",
-        "Log loss of the next category, of the model and of what is simple (popular, previous, came_next), by users (all, new, known).",
+        "Log loss of the next category, by predictor (the model and the baselines popular, previous, came_next) and users (all, new, known).",
         "predictor",
         "users",
     )
     quality_reciprocal_rank = gauge(
         "springtide_trainer_quality_reciprocal_rank",
-        "Mean of 1 / rank of the next category among the candidates; 0 for a miss.",
+        "Mean reciprocal rank of the next category among the candidates; a miss counts as 0.",
         "predictor",
         "users",
     )
     quality_top1_ratio = gauge(
         "springtide_trainer_quality_top1_ratio",
-        "Share of rows whose category led, of the model and of what is simple.",
+        "Share of rows whose category ranked first, for the model and the baselines.",
         "predictor",
         "users",
     )
     quality_top5_ratio = gauge(
         "springtide_trainer_quality_top5_ratio",
-        "Share of rows whose category was among the best five.",
+        "Share of rows whose category ranked in the top five.",
         "predictor",
         "users",
     )
     quality_missed_ratio = gauge(
         "springtide_trainer_quality_missed_ratio",
-        "Share of rows whose category was none of the candidates.",
+        "Share of rows whose category was not among the candidates.",
         "predictor",
         "users",
     )
     quality_skipped_ratio = gauge(
         "springtide_trainer_quality_skipped_ratio",
-        "Share of the recent rows that the guard skipped: measured like the others, not learned.",
+        "Share of recent rows that the guard skipped; they are measured but not learned from.",
     )
     lift_log_loss = gauge(
         "springtide_trainer_lift_log_loss",
-        "Log loss of the best of what is simple less that of the model: below 0 the model is worse.",
+        "Log loss of the best baseline minus that of the model; negative if the model is worse.",
     )
     lift_top1_ratio = gauge(
         "springtide_trainer_lift_top1_ratio",
-        "Share of rows whose category led less that of the best of what is simple: below 0 the model is worse.",
+        "Top-1 accuracy of the model minus that of the best baseline; negative if the model is worse.",
     )
     slice_rows = gauge(
         "springtide_trainer_slice_rows",
-        "Recent rows, by action, by users (new, known) and by the values of `attributes.slices`; the largest slices of each.",
+        "Recent rows of a slice: by action, by users (new, known) and by the values of `attributes.slices`. Only the largest slices are exported.",
         "attribute",
         "value",
     )
     slice_log_loss = gauge(
         "springtide_trainer_slice_log_loss",
-        "Log loss of the next category of those rows, as springtide_trainer_log_loss.",
+        "Log loss of the next category in the slice, defined as for springtide_trainer_log_loss.",
         "attribute",
         "value",
     )
     slice_log_loss_error = gauge(
         "springtide_trainer_slice_log_loss_error",
-        "Half the width of its 95 % confidence interval.",
+        "Half-width of the 95 % confidence interval of the slice's log loss.",
         "attribute",
         "value",
     )
     slice_auc = gauge(
         "springtide_trainer_slice_auc",
-        "Area under the curve of the engagement of those rows, scored before learning.",
+        "AUC of engagement in the slice, computed before learning.",
         "attribute",
         "value",
     )
     slice_auc_error = gauge(
-        "springtide_trainer_slice_auc_error", "Half the width of its 95 % confidence interval.", "attribute", "value"
+        "springtide_trainer_slice_auc_error",
+        "Half-width of the 95 % confidence interval of the slice's AUC.",
+        "attribute",
+        "value",
     )
     slice_calibration_ratio = gauge(
         "springtide_trainer_slice_calibration_ratio",
-        "Predicted over observed engagement of those rows; 1 is right.",
+        "Predicted divided by observed engagement in the slice; 1 is ideal.",
         "attribute",
         "value",
     )
     slice_gap = gauge(
         "springtide_trainer_slice_gap",
-        "By how much the worst slice of an attribute is worse than the best, by measure (log_loss, auc).",
+        "Difference between the best and the worst slice of an attribute, by measure (log_loss, auc).",
         "attribute",
         "measure",
     )
     slice_gap_sure = gauge(
         "springtide_trainer_slice_gap_sure",
-        "What is left of that between the ends of their confidence intervals, widened for as many slices as there are.",
+        "Part of that difference that lies between the confidence intervals, corrected for the number of slices.",
         "attribute",
         "measure",
     )
     churn_examples = gauge(
         "springtide_trainer_churn_examples",
-        "Examples of who left (`churn.days`) that were learned since the epoch began.",
+        "Churn examples (`churn.days`) learned from since the epoch began.",
     )
-    churn_waiting = gauge(
-        "springtide_trainer_churn_waiting", "Rows of users of whom it is not known yet whether they left."
-    )
+    churn_waiting = gauge("springtide_trainer_churn_waiting", "Rows that wait for their churn label.")
     churn_dropped = gauge(
         "springtide_trainer_churn_dropped",
-        "Such rows that were dropped since the epoch began, with their users, for want of room (`churn.examples`).",
+        "Waiting rows that were dropped, together with their users, since the epoch began, because `churn.examples` was reached.",
     )
-    churn_left_ratio = gauge("springtide_trainer_churn_left_ratio", "Share of recent examples whose user left.")
-    churn_log_loss = gauge("springtide_trainer_churn_log_loss", "Log loss of churn, scored before learning.")
-    churn_auc = gauge("springtide_trainer_churn_auc", "Area under the curve of churn, scored before learning.")
+    churn_left_ratio = gauge("springtide_trainer_churn_left_ratio", "Share of recent examples whose user churned.")
+    churn_log_loss = gauge("springtide_trainer_churn_log_loss", "Log loss of churn, computed before learning.")
+    churn_auc = gauge("springtide_trainer_churn_auc", "AUC of churn, computed before learning.")
     churn_calibration_ratio = gauge(
-        "springtide_trainer_churn_calibration_ratio", "Predicted over observed churn; 1 is right."
+        "springtide_trainer_churn_calibration_ratio", "Predicted divided by observed churn; 1 is ideal."
     )
     churn_calibration_error = gauge(
         "springtide_trainer_churn_calibration_error",
-        "How far predicted and observed churn lie apart, in the mean over tenths of the probability.",
+        "Mean absolute difference of predicted and observed churn over ten bins of the probability.",
     )
-    version = gauge("springtide_trainer_version", "Newest version published.")
-    epoch = gauge("springtide_trainer_epoch", "Epoch the trainer works in.")
-    durable_version = gauge("springtide_trainer_durable_version", "Newest version that is durable.")
+    version = gauge("springtide_trainer_version", "Newest published version.")
+    epoch = gauge("springtide_trainer_epoch", "Current epoch of the trainer.")
+    durable_version = gauge("springtide_trainer_durable_version", "Newest durable version.")
     publish_seconds = histogram(
-        "springtide_trainer_publish_seconds", "Time until a version is there for those who follow.", SHORT_SECONDS
+        "springtide_trainer_publish_seconds", "Time until a version is available to its followers.", SHORT_SECONDS
     )
     save_seconds = histogram(
-        "springtide_trainer_save_seconds", "Time from there until a durable version is durable.", SHORT_SECONDS
+        "springtide_trainer_save_seconds", "Time from publication until a durable version is on disk.", SHORT_SECONDS
     )
     publish_stall_seconds = histogram(
-        "springtide_trainer_publish_stall_seconds", "Time a publication kept the steps waiting.", SHORT_SECONDS
+        "springtide_trainer_publish_stall_seconds", "Time for which a publication blocked training.", SHORT_SECONDS
     )
     lag_records = unset_gauge(
-        "springtide_trainer_lag_records", "Positions of the training log not yet read; NaN while unknown."
+        "springtide_trainer_lag_records", "Positions of the training log that are not yet read; NaN while unknown."
     )
     lag_seconds = unset_gauge(
         "springtide_trainer_lag_seconds",
-        "Wall time since the newest record that the trainer has taken was appended to Kafka; 0 when none wait, NaN while unknown.",
+        "Wall time since the newest record that the trainer has processed was appended to Kafka; 0 if none waits, NaN while unknown.",
     )
     phase = gauge(
         "springtide_trainer_phase",
-        "1 for what the trainer does now, 0 for the others: loading TensorFlow, compiling kernels, waiting for the bootstrap, building the model, lowering the program, loading the version, catching up, learning.",
+        "1 for the current phase of the trainer, 0 for the others: loading TensorFlow, compiling kernels, waiting for the bootstrap, building the model, lowering the program, loading the version, catching up, learning.",
         "phase",
     )
     caught_up = gauge("springtide_trainer_caught_up", "1 once this epoch has read the training log to its end.")
     device_memory_bytes = gauge(
         "springtide_trainer_device_memory_bytes",
-        "GPU memory that TensorFlow holds, by kind: current, peak; absent where it computes on the CPU.",
+        "GPU memory that TensorFlow has allocated, by kind: current, peak; absent on a CPU.",
         "kind",
     )
     table_rows = gauge("springtide_trainer_table_rows", "Rows in use, by table.", "table")
     table_rows_limit = gauge(
-        "springtide_trainer_table_rows_limit", "Rows of a table at most: the least used go first.", "table"
+        "springtide_trainer_table_rows_limit",
+        "Maximum number of rows, by table; the least used rows are evicted first.",
+        "table",
     )
-    guard = counter("springtide_trainer_guard", "The guard's verdicts: accept, skip, hold.", "verdict")
+    guard = counter("springtide_trainer_guard", "Verdicts of the guard: accept, skip, hold.", "verdict")
     held = gauge("springtide_trainer_held", "1 while the guard holds training.")
     held_rule = gauge(
-        "springtide_trainer_held_rule", "1 of the rule by which the guard holds training, 0 of the others.", "rule"
+        "springtide_trainer_held_rule", "1 for the rule by which the guard holds training, 0 for the others.", "rule"
     )
     held_offset = gauge(
-        "springtide_trainer_held_offset", "Offset of the training log from which a held update is suspect; 0: none."
+        "springtide_trainer_held_offset", "First suspect offset of the training log in a held update; 0 if none."
     )
     hold_waits = gauge(
         "springtide_trainer_hold_waits",
-        "1 while a hold cannot be written, as while the store of a shared registry is away: nothing is published then.",
+        "1 while a hold cannot be written, for example because the store of a shared registry is unreachable; nothing is published until it is.",
     )
     guard_ratio = gauge(
-        "springtide_trainer_guard_ratio", "How near each rule of the guard is to a hold, which is 1.", "rule"
+        "springtide_trainer_guard_ratio",
+        "Score of each rule of the guard as a share of its hold threshold; 1 is a hold.",
+        "rule",
     )
     guard_windows = gauge(
         "springtide_trainer_guard_windows",
-        "Windows that the guard compares with; below guard.warm_up it judges nothing.",
+        "Windows in the guard's baseline; below guard.warm_up the guard judges nothing.",
     )
-    withheld = gauge("springtide_trainer_withheld", "1 while versions wait because the guard is not sure of them.")
+    withheld = gauge("springtide_trainer_withheld", "1 while versions wait because the guard suspects an update.")
     privacy_epsilon_spent = gauge(
-        "springtide_trainer_privacy_epsilon_spent", "What of the privacy budget is spent, as epsilon at privacy.delta."
+        "springtide_trainer_privacy_epsilon_spent", "Spent privacy budget, as epsilon at privacy.delta."
     )
     privacy_epsilon_limit = gauge(
-        "springtide_trainer_privacy_epsilon_limit", "The privacy budget, privacy.epsilon; 0: there is none."
+        "springtide_trainer_privacy_epsilon_limit", "Privacy budget, privacy.epsilon; 0 if there is none."
     )
     privacy_held = gauge(
-        "springtide_trainer_privacy_held", "1 while training holds because the privacy budget is spent."
+        "springtide_trainer_privacy_held", "1 while training is held because the privacy budget is spent."
     )
     privacy_rows_left_out = gauge(
         "springtide_trainer_privacy_rows_left_out",
-        "Rows of this line that were not learned from, for their user had no update of the period left.",
+        "Rows of the current branch that were not learned from because their user had no update left in the period.",
     )
-    masks = gauge("springtide_trainer_masks", "Masks that training leaves out, as control has them.")
-    paused = gauge("springtide_trainer_paused", "1 while an operator pauses training.")
+    masks = gauge("springtide_trainer_masks", "Masks in control that training excludes.")
+    paused = gauge("springtide_trainer_paused", "1 while an operator has paused training.")
     publishing_held = gauge(
         "springtide_trainer_publishing_held", "1 while an operator holds the publishing of versions."
     )
     compactor_failures = gauge(
-        "springtide_trainer_compactor_failures_in_a_row", "Runs of the compactor that failed since one succeeded."
+        "springtide_trainer_compactor_failures_in_a_row", "Consecutive failed runs of the compactor."
     )
     accounting_rows = gauge(
         "springtide_accounting_rows",
-        "Rows of the training log since this line began, by outcome: rows (all), trained, skipped, duplicate, masked, other_features (of a former feature spec); gap counts positions that no record held.",
+        "Rows of the training log since the current branch began, by outcome: rows (all), trained, skipped, duplicate, masked, other_features (from an earlier feature spec). gap counts positions without a record.",
         "outcome",
     )
     accounting_faults = gauge(
         "springtide_accounting_trainer_faults",
-        "Accounts of the trainer that do not balance; 0 when each row has one outcome.",
+        "Accounts of the trainer that do not balance; 0 if every row has one outcome.",
     )
     gaps_accepted = counter(
-        "springtide_trainer_gaps_accepted", "Gaps that operators accepted since the registry began."
+        "springtide_trainer_gaps_accepted", "Gaps that operators have accepted since the registry was created."
     )
     records_left_out = counter(
         "springtide_trainer_records_left_out",
-        "Records of the training log that could not be learned from and that operators left out since the registry began.",
+        "Records of the training log that could not be learned from and that operators have skipped since the registry was created.",
     )
 
 
@@ -395,17 +414,17 @@ class ApplierMetrics(Metrics):
 
     began = gauge("springtide_serving_began_seconds", BEGAN)
     version = gauge("springtide_serving_version", "Version that answers use.")
-    epoch = gauge("springtide_serving_epoch", "Epoch of that version.")
+    epoch = gauge("springtide_serving_epoch", "Epoch of the version that answers use.")
     version_age_seconds = gauge(
-        "springtide_serving_version_age_seconds", "Time since the version that answers use was made."
+        "springtide_serving_version_age_seconds", "Time since the version that answers use was created."
     )
-    pinned = gauge("springtide_serving_pinned", "1 while an operator pins the version.")
-    masks = gauge("springtide_serving_masks", "Masks that answers leave out, as control has them.")
+    pinned = gauge("springtide_serving_pinned", "1 while an operator has pinned the version.")
+    masks = gauge("springtide_serving_masks", "Masks in control that answers exclude.")
     applied_versions = counter("springtide_serving_applied_versions", "Versions whose rows were applied.")
-    apply_seconds = histogram("springtide_serving_apply_seconds", "Time to apply one version's rows.", SHORT_SECONDS)
+    apply_seconds = histogram("springtide_serving_apply_seconds", "Time to apply the rows of a version.", SHORT_SECONDS)
     rows_bytes = gauge(
         "springtide_serving_rows_bytes",
-        "What the rows that answers read take, by place: memory, disk (where memory has no room for them).",
+        "Size of the serving rows, by place: memory, disk (if memory has too little space).",
         "place",
     )
     feature_freshness_seconds = gauge(
@@ -420,71 +439,75 @@ class ApplierMetrics(Metrics):
         "Users and items whose attributes answers use, by side (user, item).",
         "side",
     )
-    history_rows = counter("springtide_serving_history_rows", "Rows taken into serving's histories.")
-    history_users = gauge("springtide_serving_history_users", "Users who have a history on this host.")
+    history_rows = counter("springtide_serving_history_rows", "Rows added to serving's histories.")
+    history_users = gauge("springtide_serving_history_users", "Users with a history on this host.")
     swept_events = counter(
-        "springtide_serving_swept_events", "Events of the histories taken out that no window reaches any more."
+        "springtide_serving_swept_events", "Events removed from the histories because no window covers them any more."
     )
     swept_users = counter(
         "springtide_serving_swept_users",
-        "Users taken out of the histories, by reason: old (no window reaches their events), too_many (read longest ago).",
+        "Users removed from the histories, by reason: old (no window covers their events), too_many (least recently read).",
         "reason",
     )
     remembered = gauge(
         "springtide_serving_remembered",
-        "What is remembered beside the histories, as counted last, by kind: item (its category), name (of a category or attribute value).",
+        "Entries stored in addition to the histories, at the last count, by kind: item (its category), name (of a category or attribute value).",
         "kind",
     )
     swept_items = counter(
         "springtide_serving_swept_items",
-        "Items and names taken out: nobody named them for long, or there were too many.",
+        "Items and names removed because no click mentioned them for long or because there were too many.",
     )
     microbatch_lag_records = unset_gauge(
         "springtide_serving_microbatch_lag_records",
-        "Positions of the micro-batch topic not yet taken into the histories; NaN while unknown.",
+        "Positions of the micro-batch topic that are not yet in the histories; NaN while unknown.",
     )
     history_epoch = gauge(
-        "springtide_serving_history_epoch", "Epoch of the training log whose records serving's histories take."
+        "springtide_serving_history_epoch", "Epoch of the training log from which serving's histories are updated."
     )
-    control_generation = gauge("springtide_serving_control_generation", "Control generation that serving has seen.")
+    control_generation = gauge(
+        "springtide_serving_control_generation", "Newest control generation that serving has read."
+    )
     corrupt_versions = counter(
-        "springtide_serving_corrupt_versions", "Versions refused because a file fails its digest."
+        "springtide_serving_corrupt_versions", "Versions refused because the digest of a file does not match."
     )
     failed_probes = counter(
-        "springtide_serving_failed_probes", "Versions refused because they answer otherwise than their trainer did."
+        "springtide_serving_failed_probes", "Versions refused because their answers differ from those of their trainer."
     )
     refused_version = gauge(
         "springtide_serving_refused_version",
-        "The newest version that failed its probe and is newer than the one that answers; 0 for none.",
+        "Newest version that failed its probe and is newer than the version that answers use; 0 if none.",
     )
-    swept_versions = counter("springtide_serving_swept_versions", "Old versions forgotten.")
+    swept_versions = counter("springtide_serving_swept_versions", "Old versions removed.")
     segments = gauge(
-        "springtide_serving_segments", "Segments that the settings name; somebody has to keep who is in them."
+        "springtide_serving_segments", "Segments in the settings. `springtide segments run` must maintain them."
     )
     parity_rows = counter(
         "springtide_serving_parity_rows",
-        "Sampled rows of the training log computed again from serving's histories, by outcome: equal, differs, unknown (another feature spec or mask, or a history that began before this host's).",
+        "Sampled rows of the training log recomputed from serving's histories, by outcome: equal, differs, unknown (another feature spec or mask, or a history that began before this host's).",
         "outcome",
     )
     history_duplicates = counter(
-        "springtide_serving_history_duplicates", "Rows of the micro-batch topic that the histories had."
+        "springtide_serving_history_duplicates", "Rows of the micro-batch topic that the histories already contained."
     )
     gap_positions = counter(
-        "springtide_serving_gap_positions", "Positions that no micro-batch covered, or that were deleted unread."
+        "springtide_serving_gap_positions",
+        "Positions that no micro-batch covers or that were deleted before they were read.",
     )
     unreadable_microbatches = counter(
-        "springtide_serving_unreadable_microbatches", "Records of the micro-batch topic that are no micro-batch."
+        "springtide_serving_unreadable_microbatches",
+        "Records of the micro-batch topic that are not valid micro-batches.",
     )
-    log_failures = counter("springtide_serving_log_failures", "Times that the micro-batch topic could not be read.")
-    log_away = gauge("springtide_serving_log_away", "1 while no broker of the micro-batch topic can be reached.")
+    log_failures = counter("springtide_serving_log_failures", "Failed reads of the micro-batch topic.")
+    log_away = gauge("springtide_serving_log_away", "1 while no broker of the micro-batch topic is reachable.")
     feature_age_seconds = histogram(
         "springtide_serving_feature_age_seconds",
-        "Age of the newest click in the histories, sampled ten times a second.",
+        "Age of the newest click in the histories, sampled ten times per second.",
         FRESHNESS_SECONDS,
     )
     weight_age_seconds = histogram(
         "springtide_serving_weight_age_seconds",
-        "Age of the newest click trained into the served version, sampled ten times a second.",
+        "Age of the newest click trained into the served version, sampled ten times per second.",
         FRESHNESS_SECONDS,
     )
 
@@ -496,17 +519,17 @@ class WorkerMetrics(Metrics):
     requests = counter("springtide_requests", "Requests, by route and status code.", "route", "code")
     request_seconds = histogram(
         "springtide_request_seconds",
-        "Time of a request, by route; those that no version answers are one: other.",
+        "Duration of a request, by route; routes that no version answers share the label other.",
         ANSWER_SECONDS,
         "route",
     )
     cold_starts = counter("springtide_cold_starts", "Answers for users without a history.")
     refused = counter(
         "springtide_connections_refused",
-        "Connections ended before a request was one, by reason: no_http, host (anybody's name, without tokens), head (too long), slow, connections (too many).",
+        "Connections closed before a valid request, by reason: no_http, host (a Host other than an address or localhost, without tokens), head (too long), slow, connections (too many).",
         "reason",
     )
-    worker_starts = counter("springtide_worker_starts", "Serving workers that have started and accepted connections.")
+    worker_starts = counter("springtide_worker_starts", "Starts of serving workers that have accepted connections.")
 
 
 class ValidationMetrics(Metrics):
@@ -514,35 +537,39 @@ class ValidationMetrics(Metrics):
 
     records = counter(
         "springtide_validation_records",
-        "Records of the training log, by outcome: read, passed (not among those looked at), other_features (of a former feature spec), unreadable.",
+        "Records of the training log, by outcome: read, passed (not sampled), other_features (from an earlier feature spec), unreadable.",
         "outcome",
     )
-    rows = counter("springtide_validation_rows", "Rows of the training log that were looked at.")
-    lag_records = gauge("springtide_validation_lag_records", "Positions of the training log not yet looked at.")
+    rows = counter("springtide_validation_rows", "Rows of the training log that were read.")
+    lag_records = gauge("springtide_validation_lag_records", "Positions of the training log that are not yet read.")
     windows = counter(
         "springtide_validation_windows",
-        "Windows that ended, by outcome: judged, few_rows (fewer than validation.min_rows), begun_before (their beginning was not seen), no_baseline.",
+        "Completed windows, by outcome: judged, few_rows (fewer than validation.min_rows), begun_before (their start was not observed), no_baseline.",
         "outcome",
     )
-    window_rows = gauge("springtide_validation_window_rows", "Events in the newest window that ended.")
+    window_rows = gauge("springtide_validation_window_rows", "Events in the newest completed window.")
     window_end_seconds = gauge(
-        "springtide_validation_window_end_seconds", "Log time at which it ended, seconds since 1970."
+        "springtide_validation_window_end_seconds",
+        "Log time at which the newest completed window ended, in seconds since 1970.",
     )
     baseline = gauge(
-        "springtide_validation_baseline", "Number of the baseline that it was held against; 0 is that of the bootstrap."
+        "springtide_validation_baseline",
+        "Number of the baseline that it was compared with; 0 is the baseline of the bootstrap.",
     )
     distance = gauge(
         "springtide_validation_distance_ratio",
-        "How far a feature of the newest window lies from the baseline or from the window before, by feature and against (baseline, previous): L-infinity distance of a categorical one, Jensen-Shannon divergence of a numeric one, the largest of a family.",
+        "Distance of a feature of the newest window, by feature and against (baseline, previous window): L-infinity distance of a categorical feature, Jensen-Shannon divergence of a numeric feature. A family of features shows its largest distance.",
         "feature",
         "against",
     )
     missing_ratio = gauge(
-        "springtide_validation_missing_ratio", "Share of its rows in which a feature has no value.", "feature"
+        "springtide_validation_missing_ratio",
+        "Share of rows of the newest window without a value of the feature.",
+        "feature",
     )
     anomalies = gauge(
         "springtide_validation_anomalies",
-        "Features of the newest window that have an anomaly, by type, as TensorFlow Data Validation names it.",
+        "Features of the newest window with an anomaly, by TensorFlow Data Validation type.",
         "type",
     )
 
@@ -553,24 +580,24 @@ class SegmentMetrics(Metrics):
     members = gauge("springtide_segments_members", "Users in a segment.", "segment")
     changes = counter(
         "springtide_segments_changes",
-        "Changes of membership that are in the topic, by what happened: joined, left.",
+        "Membership changes written to the topic, by change: joined, left.",
         "segment",
         "change",
     )
     judged = counter(
         "springtide_segments_judged",
-        "Profiles that were held against the expressions, by cause: click, sweep (users are looked at one after another), change (of control, such as a rollback, a mask or an erasure, and at the start).",
+        "Evaluated profiles, by cause: click, sweep (the periodic pass over all users), change (of control, such as a rollback, a mask or an erasure, and at the start).",
         "cause",
     )
-    lag_records = gauge(
-        "springtide_segments_lag_records", "Positions of the training log whose users are not yet known here."
+    lag_records = gauge("springtide_segments_lag_records", "Positions of the training log that are not yet processed.")
+    waiting = gauge("springtide_segments_waiting", "Users who have clicked and wait to be evaluated.")
+    sweep_seconds = gauge("springtide_segments_sweep_seconds", "Duration of the last pass over all users.")
+    erased = gauge(
+        "springtide_segments_erased", "Number of the newest erasure whose users were removed from all segments."
     )
-    waiting = gauge("springtide_segments_waiting", "Users who clicked and are not yet held against the expressions.")
-    sweep_seconds = gauge("springtide_segments_sweep_seconds", "How long the newest look at all users took.")
-    erased = gauge("springtide_segments_erased", "Number of the newest erasure whose users have left all segments.")
     failures_in_a_row = gauge(
         "springtide_segments_failures_in_a_row",
-        "Rounds that failed since one did well; members stay as they are, and it is tried again each second.",
+        "Consecutive failed rounds. Members stay unchanged, and the process retries every second.",
     )
 
 
@@ -578,15 +605,15 @@ class SupervisorMetrics(Metrics):
     """Metrics of `springtide up` about the parts that it supervises."""
 
     starts = counter("springtide_up_starts", "Starts of a part by `springtide up`.", "part")
-    deaths = counter("springtide_up_deaths", "Ends of a part that nobody asked for.", "part")
+    deaths = counter("springtide_up_deaths", "Unexpected exits of a part.", "part")
     deaths_in_a_row = gauge(
         "springtide_up_deaths_in_a_row",
-        "Ends of a part since it last ran for a minute; it starts again after 0.25 s, twice as long each time, 30 s at most, or 4 s where it waits for Kafka, a disk or a store.",
+        "Exits of a part since it last ran for a minute. The restart delay starts at 0.25 s and doubles up to 30 s, or to 4 s if the part waits for Kafka, a disk or a store.",
         "part",
     )
     settled = gauge(
         "springtide_up_settled",
-        "1 once every part has come up for the first time; 0 while `springtide up` starts them.",
+        "1 once every part has started for the first time; 0 while `springtide up` starts them.",
     )
 
 
@@ -595,7 +622,7 @@ class ConsoleMetrics(Metrics):
 
     requests = counter(
         "springtide_console_requests",
-        "Requests of the page, by outcome: answered, refused (not let in, not there, or wrong), failed (also where what it asked for did not answer).",
+        "Requests to the console, by outcome: answered, refused (unauthorised, not found or invalid), failed (also if the part that it asked did not answer).",
         "outcome",
     )
 
@@ -605,41 +632,41 @@ class ProbeMetrics(Metrics):
 
     feature_seconds = histogram(
         "springtide_probe_feature_seconds",
-        "Time from sending a probe user's click until an answer's features show it.",
+        "Time from sending a probe user's click until the features of an answer include it.",
         FRESHNESS_SECONDS,
     )
     weight_seconds = histogram(
         "springtide_probe_weight_seconds",
-        "Time from sending a probe user's click until an answer's version has learned from its position.",
+        "Time from sending a probe user's click until the version of an answer has learned its position.",
         FRESHNESS_SECONDS,
     )
     failures = counter(
         "springtide_probe_failures",
-        "Probes that did not come through, by reason: kafka (the click could not be sent), answers (nobody answers), refused (no token, or a wrong one), features, weights (not within probe.timeout_s).",
+        "Failed probes, by reason: kafka (the click could not be sent), answers (serving does not answer), refused (no valid token), features, weights (not within probe.timeout_s).",
         "reason",
     )
     last_success = gauge(
         "springtide_probe_last_success_timestamp_seconds",
-        "When a probe last came through, seconds since 1970; 0 before the first.",
+        "Time of the last successful probe, in seconds since 1970; 0 before the first.",
     )
 
 
 class TrialMetrics(Metrics):
     """Comparisons of the running trials, at most four, with the live trainer."""
 
-    rows = gauge("springtide_trial_rows", "Rows that both trainers scored before they learned them.", "trial")
+    rows = gauge("springtide_trial_rows", "Rows that both trainers scored before they learned from them.", "trial")
     log_loss = gauge(
         "springtide_trial_log_loss", "Mean log loss of these rows in nats, by side: trial, live.", "trial", "side"
     )
     difference = gauge(
         "springtide_trial_difference",
-        "Log loss of the trial less that of the live trainer, in nats a row, by end: mean, and low and high of the interval that holds at all looks. Below 0 the trial is better.",
+        "Log loss of the trial minus that of the live trainer, in nats per row, by end: mean, and low and high of the anytime-valid confidence interval. Negative if the trial is better.",
         "trial",
         "end",
     )
     unpaired_records = gauge(
         "springtide_trial_unpaired_records",
-        "Records of the training log that one side had alone, or with other rows: before the other began, or while a mask reached one first.",
+        "Records of the training log that only one side has scored, or with different rows: before the other side began, or while a mask had reached only one.",
         "trial",
     )
 
@@ -647,41 +674,43 @@ class TrialMetrics(Metrics):
 class RolloutMetrics(Metrics):
     """Metrics of the arms of the newest rollout, until it has ended; the label `trial` is the trial of that rollout."""
 
-    share_ratio = gauge("springtide_rollout_share_ratio", "Share of the users whom the trial answers.", "trial")
+    share_ratio = gauge("springtide_rollout_share_ratio", "Share of users that the trial answers.", "trial")
     stopped = gauge(
         "springtide_rollout_stopped",
-        "1 where the gate halted the rollout or took it back, until somebody resumes or ends it; else 0.",
+        "1 if the gate has halted or rolled back the rollout and no operator has resumed or ended it; otherwise 0.",
         "trial",
     )
-    users = gauge("springtide_rollout_users", "Users who were ever answered by the arm: trial, live.", "trial", "arm")
-    answers = gauge("springtide_rollout_answers", "Answers of the arm.", "trial", "arm")
-    engagements = gauge("springtide_rollout_engagements", "Engagements after their users' answers.", "trial", "arm")
-    failures = gauge(
-        "springtide_rollout_failures", "Answers of the newest step that the arm could not give.", "trial", "arm"
+    users = gauge(
+        "springtide_rollout_users", "Users that the arm has ever answered, by arm: trial, live.", "trial", "arm"
     )
+    answers = gauge("springtide_rollout_answers", "Answers of the arm.", "trial", "arm")
+    engagements = gauge(
+        "springtide_rollout_engagements", "Engagements that follow an answer of the arm.", "trial", "arm"
+    )
+    failures = gauge("springtide_rollout_failures", "Failed answers of the arm in the current step.", "trial", "arm")
     difference = gauge(
         "springtide_rollout_difference",
-        "Engagements an answer of the trial less those of the live versions, by end: mean, and low and high of the interval that holds at all looks. Above 0 the trial is better.",
+        "Engagements per answer of the trial minus those of the live versions, by end: mean, and low and high of the anytime-valid confidence interval. Positive if the trial is better.",
         "trial",
         "end",
     )
     lift_ratio = gauge(
-        "springtide_rollout_lift_ratio", "The same as a part of the live versions', by end likewise.", "trial", "end"
+        "springtide_rollout_lift_ratio", "The difference relative to the live versions, by end.", "trial", "end"
     )
     finding = gauge(
         "springtide_rollout_finding",
-        "1 for what is found of the trial, 0 for the others: mismatch (of the sample ratio), too early, better, worse, equal, undecided.",
+        "1 for the current finding about the trial, 0 for the others: mismatch (sample ratio mismatch), too early, better, worse, equal, undecided.",
         "trial",
         "finding",
     )
     mismatch_p = gauge(
         "springtide_rollout_mismatch_p",
-        "How probable it is that chance alone brings users to the arms so far off the share; valid at all looks.",
+        "Anytime-valid p-value of the sample ratio mismatch test.",
         "trial",
     )
     judged_timestamp_seconds = gauge(
         "springtide_rollout_judged_timestamp_seconds",
-        "While the rollout runs: when the command that drives it last judged it, or its step began, seconds since 1970.",
+        "Time at which `springtide rollout` last evaluated the running rollout, or at which its step began, in seconds since 1970.",
         "trial",
     )
 
@@ -689,18 +718,18 @@ class RolloutMetrics(Metrics):
 class RetrainMetrics(Metrics):
     """Outcomes of scheduled retrains."""
 
-    under_way = gauge("springtide_retrain_under_way", "1 while a scheduled retrain is under way.")
+    under_way = gauge("springtide_retrain_under_way", "1 while a scheduled retrain runs.")
     due = gauge(
         "springtide_retrain_due_time_seconds",
-        "When the next one is to begin, seconds since 1970; 0 while one is under way.",
+        "Time at which the next retrain is due, in seconds since 1970; 0 while one runs.",
     )
     judged = gauge(
         "springtide_retrain_judged_time_seconds",
-        "When one was last judged, promoted or dropped, or else the schedule began, seconds since 1970.",
+        "Time at which a retrain was last promoted or dropped, or at which the schedule began, in seconds since 1970.",
     )
     outcome = gauge(
         "springtide_retrain_outcome",
-        "1 of what became of the newest one, by outcome: promoted, dropped, failed; 0 of the others, of all while it is under way.",
+        "1 for the outcome of the newest retrain: promoted, dropped, failed; 0 for the others, and for all while one runs.",
         "outcome",
     )
 
@@ -713,15 +742,17 @@ class StorageMetrics(Metrics):
         "Bytes on disk, by part: kafka (a local one), registry, stream, serving, logs; measured at most every 5 s.",
         "part",
     )
-    limit_bytes = gauge("springtide_storage_limit_bytes", "The part's share of storage.budget_gb.", "part")
-    free_bytes = gauge("springtide_storage_free_bytes", "Bytes free on the disk where the part lies.", "part")
-    disk_bytes = gauge("springtide_storage_disk_bytes", "Bytes of that disk.", "part")
+    limit_bytes = gauge("springtide_storage_limit_bytes", "Share of storage.budget_gb of the part.", "part")
+    free_bytes = gauge("springtide_storage_free_bytes", "Free bytes on the disk of the part.", "part")
+    disk_bytes = gauge("springtide_storage_disk_bytes", "Size of the disk of the part in bytes.", "part")
     waiting = gauge(
         "springtide_storage_waiting",
-        "What of the part waits for room, its disk or share being full; 0 where nothing does.",
+        "Number of writers of the part that wait for space because its disk or its share is full; 0 if none waits.",
         "part",
     )
-    waits = counter("springtide_storage_waits", "Times that the part began to wait for room.", "part")
+    waits = counter(
+        "springtide_storage_waits", "Number of times that a writer of the part began to wait for space.", "part"
+    )
 
 
 class SharedMetrics(Metrics):
@@ -729,28 +760,30 @@ class SharedMetrics(Metrics):
 
     requests = counter(
         "springtide_shared_requests",
-        "Requests to the place where the registry is shared, by operation: get, put, list, delete.",
+        "Requests to the object store of the shared registry, by operation: get, put, list, delete.",
         "operation",
     )
-    failures = counter("springtide_shared_failures", "Those of them that it did not answer, or refused.", "operation")
-    bytes = counter("springtide_shared_bytes", "Bytes sent there and received from there, by direction.", "direction")
+    failures = counter("springtide_shared_failures", "Failed requests to the object store, by operation.", "operation")
+    bytes = counter(
+        "springtide_shared_bytes", "Bytes sent to and received from the object store, by direction.", "direction"
+    )
     looked_seconds = gauge(
         "springtide_shared_looked_seconds",
-        "When this host last saw there what is new, or began to look, seconds since 1970; 0 where another process of it looks.",
+        "Time of this host's last successful poll of the shared registry, or of its first attempt, in seconds since 1970; 0 if another process of the host polls.",
     )
     sent_seconds = gauge(
         "springtide_shared_sent_seconds",
-        "When all durable versions of the trainer lay there last, or it began to send, seconds since 1970; 0 elsewhere.",
+        "Time at which the shared registry last held all durable versions of the trainer, or at which the upload began, in seconds since 1970; 0 in other processes.",
     )
 
 
 class KernelMetrics(Metrics):
     """Progress of a process in compiling or loading its kernels before it is ready."""
 
-    total = gauge("springtide_kernels_total", "Kernels that this process prepares at its start.")
+    total = gauge("springtide_kernels_total", "Kernels that this process prepares at startup.")
     ready = gauge(
         "springtide_kernels_ready",
-        "Those of them that are ready; the process is not ready before all are.",
+        "Prepared kernels; the process is ready only once all are.",
         of_workers="min",
     )
 
@@ -797,7 +830,7 @@ class BuildMetrics(Metrics):
 
     info = gauge(
         "springtide_build_info",
-        "1; the labels say which release runs, and on which Python, TensorFlow, Beam and Kafka client (empty: not installed).",
+        "1, with the running release, Python, TensorFlow, Beam and Kafka client as labels (empty: not installed).",
         "version",
         "python",
         "tensorflow",
@@ -808,12 +841,12 @@ class BuildMetrics(Metrics):
 
 OF_EACH_PROCESS = (BuildMetrics,)
 OF_ANY_PROCESS = {
-    "process_cpu_seconds_total": "Processor time, user and system.",
-    "process_resident_memory_bytes": "Memory that is in use.",
-    "process_virtual_memory_bytes": "Memory that is mapped.",
-    "process_start_time_seconds": "When it started, seconds since 1970.",
-    "process_open_fds": "Open files and sockets.",
-    "process_max_fds": "How many there may be.",
+    "process_cpu_seconds_total": "User and system CPU time.",
+    "process_resident_memory_bytes": "Resident memory.",
+    "process_virtual_memory_bytes": "Virtual memory.",
+    "process_start_time_seconds": "Start time of the process, in seconds since 1970.",
+    "process_open_fds": "Open file descriptors.",
+    "process_max_fds": "Maximum number of open file descriptors.",
 }
 """Standard process metrics, which every process exposes. For several workers they are sums, including the parent."""
 

@@ -259,16 +259,19 @@ def asked(argv: Sequence[str]) -> tuple[Settings, Wanted]:
     flags, words = split_settings(argv)
     parser = _Parser(
         prog="springtide bootstrap",
-        description="Analyses past clicks once for each feature spec: files, or the beginning of the clicks topic.",
+        description="Analyse past clicks once per feature spec, from files or from the start of the clicks topic.",
         epilog="Settings are written --section.name VALUE. Exit codes: 0 done, 1 failed, 2 wrong use.",
         allow_abbrev=False,
     )
-    parser.add_argument("--rows", type=int, metavar="N", help="at most so many clicks (bootstrap.sample_rows)")
+    parser.add_argument("--rows", type=int, metavar="N", help="maximum number of clicks (bootstrap.sample_rows)")
     parser.add_argument(
-        "--examples", type=Path, metavar="DIR", help="also write the rows as tf.Examples, TFRecord files, to a new DIR"
+        "--examples",
+        type=Path,
+        metavar="DIR",
+        help="also write the rows as tf.Examples in TFRecord files to DIR, which must be new or empty",
     )
     parser.add_argument("--of-up", action="store_true", help=argparse.SUPPRESS)
-    add_file_arguments(parser, "Times stay as recorded.")
+    add_file_arguments(parser, "Recorded times are kept.")
     options = parser.parse_args(words)
     rows = [] if options.rows is None else [f"--bootstrap.sample_rows={options.rows}"]
     settings = load([*flags, *as_settings(options), *rows], os.environ)

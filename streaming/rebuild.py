@@ -245,11 +245,13 @@ def asked(argv: Sequence[str]) -> RebuildLine:
     """
     parser = argparse.ArgumentParser(prog="springtide rebuild-history", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--from", dest="copy", type=Path, metavar="COPY", help="a store closed in order to begin with")
+    parser.add_argument(
+        "--from", dest="copy", type=Path, metavar="COPY", help="cleanly closed history store to start from"
+    )
     parser.add_argument(
         "--if-lost",
         action="store_true",
-        help="only where the machine or its container went down with them; else nothing is done",
+        help="rebuild only if the histories were lost with the machine or its container",
     )
     found, flags = parser.parse_known_args(argv)
     return RebuildLine(found.copy, found.if_lost, flags)

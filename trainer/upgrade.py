@@ -51,9 +51,9 @@ if TYPE_CHECKING:
 Say = Callable[[str], None]
 
 HELP = {
-    "dry_run": "say what would be carried over and what would begin anew, and change nothing",
-    "reason": "why; kept with your name in the history",
-    "learn_anew": "begin from nothing and learn what is kept of the training log; histories and salt stay",
+    "dry_run": "show what would be carried over and what would start from scratch; change nothing",
+    "reason": "reason; recorded with your name in the history",
+    "learn_anew": "learn from scratch from the retained training log; histories and salt are kept",
 }
 
 
@@ -205,8 +205,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="springtide upgrade",
         allow_abbrev=False,
-        description="Go on from what was learned with another model, preprocessing or feature spec, in a new epoch. The old "
-        "version answers until the first new one is there.",
+        description="Continue from the learned state with another model, preprocessing or feature spec, in a new epoch. The old "
+        "version answers until the first new version exists.",
         epilog="Settings are written --section.name VALUE. Exit codes: 0 done, 1 failed, 2 wrong use.",
     )
     parser.add_argument("--dry-run", action="store_true", help=HELP["dry_run"])

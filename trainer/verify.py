@@ -318,14 +318,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="springtide verify",
         allow_abbrev=False,
-        description="Recompute a version from its base and the training log, and compare every bit. Runs beside the loop.",
+        description="Recompute a version from its base and the training log, and compare every bit. Safe while the loop runs.",
         epilog="Settings are written --section.name VALUE. Exit codes: 0 equal, 1 different, not comparable or not replayable, 2 wrong use.",
     )
-    parser.add_argument("version", type=int, metavar="VERSION", help="the version, of `springtide versions`")
+    parser.add_argument("version", type=int, metavar="VERSION", help="version, as listed by `springtide versions`")
     parser.add_argument(
-        "--from", type=int, dest="base", metavar="BASE", help="begin at this version (default: the nearest base before)"
+        "--from",
+        type=int,
+        dest="base",
+        metavar="BASE",
+        help="start from this version (default: the nearest base before)",
     )
-    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="how to print (default text)")
+    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="output format (default text)")
     asked, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
     with own_stderr() as errors:
         log_lines.begin("verify", errors, logging.WARNING)

@@ -93,18 +93,20 @@ def _option(default: Any, meaning: str, choices: tuple[str, ...] | None = None) 
 class Load:
     """What a deployment has to bear; the fields are the options of `springtide capacity`."""
 
-    clicks: float = _option(10_000.0, "clicks a second in the busiest hour")
+    clicks: float = _option(10_000.0, "clicks per second in the peak hour")
     users: float = _option(1e6, "users who click within the longest window")
-    items: float = _option(1e5, "items and categories that have a row")
-    answers: float = _option(1_000.0, "answers a second, over all hosts")
+    items: float = _option(1e5, "items and categories with a row")
+    answers: float = _option(1_000.0, "answers per second, over all hosts")
     answer: str = _option("lean", "kind of the answers", choices=ANSWERS)
-    versions: float = _option(5.0, "versions a second")
-    retention_h: float = _option(168.0, "hours that Kafka keeps")
-    click_bytes: float = _option(100.0, "bytes of a click in Kafka")
+    versions: float = _option(5.0, "versions per second")
+    retention_h: float = _option(168.0, "Kafka retention in hours")
+    click_bytes: float = _option(100.0, "size of a click in Kafka in bytes")
     use: float = _option(0.6, "planned utilisation of a core")
     host_cores: float = _option(16, "cores of a serving host")
-    replication: float = _option(3, "copies in Kafka")
-    stream: str = _option("auto", "auto is flink where one process is not enough", choices=("local", "flink", "auto"))
+    replication: float = _option(3, "Kafka replication factor")
+    stream: str = _option(
+        "auto", "stream runner; auto: flink if one process is not enough", choices=("local", "flink", "auto")
+    )
 
 
 class Need(NamedTuple):
@@ -319,10 +321,12 @@ class Sizing:
         return sorted(found, key=lambda limit: -limit.share)
 
 
-DESCRIPTION = "Reports what a deployment takes (cores, memory, disk, partitions) and which limit it meets first."
+DESCRIPTION = (
+    "Report the resources that a deployment needs (cores, memory, disk, partitions) and the limit it reaches first."
+)
 EPILOG = (
-    "Settings, written --section.name VALUE, count too: features.history, stream.max_users, serving.max_users, "
-    "trainer.max_rows, model.dim, [registry], serving.keep_s. Exit codes: 0 done, 1 the load is beyond a limit, 2 wrong use."
+    "These settings, written --section.name VALUE, affect the result: features.history, stream.max_users, serving.max_users, "
+    "trainer.max_rows, model.dim, [registry], serving.keep_s. Exit codes: 0 done, 1 the load exceeds a limit, 2 wrong use."
 )
 EXAMPLES = (
     Load(clicks=200, users=2_000, items=4_000, answers=100),
@@ -404,10 +408,10 @@ def parser(settings: Settings) -> argparse.ArgumentParser:
         type=constant,
         action="append",
         default=[],
-        help="NAME=VALUE, a constant of your machine; repeatable",
+        help="a constant that was measured on your machine, as NAME=VALUE; repeatable",
     )
-    found.add_argument("-o", "--output", choices=("text", "json"), default="text", help="how to print (text)")
-    found.add_argument("--markdown", action="store_true", help="print deploy/CAPACITY.md instead")
+    found.add_argument("-o", "--output", choices=("text", "json"), default="text", help="output format (text)")
+    found.add_argument("--markdown", action="store_true", help="print deploy/CAPACITY.md")
     return found
 
 

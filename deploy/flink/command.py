@@ -30,10 +30,11 @@ from state.process.closed_output import while_read
 from state.process.private_files import keep_private
 from state.process.wall_clock import wall_ms
 
-DESCRIPTION = """A Flink cluster on this machine, for the stream on a distributed runner: JobManager, TaskManagers, job server
-and Python workers, as `[flink]` says. up runs it until Ctrl-C, and restarts what dies. down ends the jobs of a running
-cluster by savepoint, then all of it. status shows TaskManagers, slots, jobs, their last checkpoints and restarts, and what a
-job can be resumed from; problems come first, and make the exit code 1. For your own cluster see deploy/flink/README.md."""
+DESCRIPTION = """Run a Flink cluster on this machine for the stream on a distributed runner, as configured in `[flink]`: JobManager,
+TaskManagers, job server and Python workers. up runs the cluster until Ctrl-C and restarts processes that exit. down stops the
+jobs with a savepoint, then the cluster. status shows TaskManagers, slots, jobs, their last checkpoints and restarts, and the
+savepoints and checkpoints to resume from; problems come first and set the exit code to 1. For your own cluster see
+deploy/flink/README.md."""
 EPILOG = (
     "Settings are written --section.name VALUE; `springtide config flink` lists them. Exit codes: 0 done, 1 failed or "
     "something is wrong, 2 wrong use."
@@ -45,13 +46,15 @@ DOWN_S, POLL_S = 90.0, 0.1
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command; settings have been removed from the arguments before."""
     found = argparse.ArgumentParser(prog="springtide flink", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
-    found.add_argument("action", choices=("up", "down", "status"), help="what to do")
+    found.add_argument("action", choices=("up", "down", "status"), help="action")
     found.add_argument(
-        "--no-savepoint", action="store_true", help="down: cancel jobs at their newest checkpoint, without a savepoint"
+        "--no-savepoint",
+        action="store_true",
+        help="down: cancel the jobs without a savepoint; they can resume from their newest checkpoint",
     )
-    found.add_argument("--url", help="status: the JobManager of another cluster, http://HOST:PORT")
+    found.add_argument("--url", help="status: JobManager of another cluster, http://HOST:PORT")
     found.add_argument(
-        "-o", "--output", choices=("text", "json"), default="text", help="status: how to print (default text)"
+        "-o", "--output", choices=("text", "json"), default="text", help="status: output format (default text)"
     )
     return found
 

@@ -20,46 +20,48 @@ def rollback(add: Add) -> argparse.ArgumentParser:
     """Adds `rollback` and returns its parser."""
     command = add(
         "rollback",
-        "Go back to a version, and train on from it without the clicks you name.",
-        "Answers turn first, and stay at the version until `springtide follow`; then the plan is counted in the training log "
-        "and told. The version has learned none of the clicks named, or the command is refused with the newest that has not. "
-        "Nothing is deleted. With --mode fast the trainer replays the log without the masked rows, and rows after them keep "
-        "the windows they were written with; with --mode exact the stream goes back too, and reads its clicks again without "
-        "them.",
+        "Roll back to a version, and continue training from it without the named clicks.",
+        "Answers switch to the version first and stay there until `springtide follow`. Then the command counts the plan in the "
+        "training log and prints it. If the version has learned any of the named clicks, the command is refused and suggests "
+        "the newest version that has not. Nothing is deleted. With --mode fast the trainer replays the log without the masked "
+        "rows; later rows keep the windows they were written with. With --mode exact the stream rewinds too and reads its "
+        "clicks again without the named ones.",
     )
     target = command.add_mutually_exclusive_group()
-    target.add_argument("--to", type=positive, metavar="V", help="the version to go back to")
+    target.add_argument("--to", type=positive, metavar="V", help="version to roll back to")
     target.add_argument(
         "--before",
         metavar="TIME",
-        help="the newest clean version made before TIME: ISO 8601, or 10m for ten minutes ago",
+        help="roll back to the newest clean version created before TIME: ISO 8601, or 10m for ten minutes ago",
     )
     target.add_argument(
         "--before-mask",
         action="store_true",
-        help="the newest version that has learned none of the clicks named; with --mode exact, the newest whose training log has "
-        "none of them, nor of those that earlier fast rollbacks left out (so without --to and --before)",
+        help="roll back to the newest version that has learned none of the named clicks (default). With --mode exact: the newest "
+        "whose training log contains none of them, nor any that earlier fast rollbacks excluded",
     )
     _skips(command)
     command.add_argument(
         "--mode",
         choices=("fast", "exact"),
         default="fast",
-        help="fast: the trainer goes back; exact: the stream and all histories too (default fast)",
+        help="fast: rewind the trainer; exact: also rewind the stream and all histories (default fast)",
     )
     command.add_argument(
         "--follow-when-caught-up",
         action="store_true",
-        help="let answers follow the newest version again once the trainer has caught up",
+        help="make answers follow the newest version again once the trainer has caught up",
     )
     command.add_argument(
         "--wait",
         type=seconds,
         default=WAIT_S,
         metavar="S",
-        help=f"how long to wait for answers of this host to turn (default {WAIT_S:.0f}; 0: not at all)",
+        help=f"seconds to wait for the answers of this host to switch (default {WAIT_S:.0f}; 0: do not wait)",
     )
-    command.add_argument("--reason", required=True, metavar="TEXT", help="why; kept with your name in the history")
+    command.add_argument(
+        "--reason", required=True, metavar="TEXT", help="reason; recorded with your name in the history"
+    )
     command.add_argument("--dry-run", action="store_true", help="print the plan and change nothing")
     if_generation(command)
     return command
@@ -71,18 +73,18 @@ def _skips(command: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="P:A-B",
-        help="leave out offsets A to B of partition P of the clicks; repeatable",
+        help="exclude offsets A to B of partition P of the clicks topic; repeatable",
     )
     command.add_argument(
         "--skip-time",
         action="append",
         default=[],
         metavar="A..B",
-        help="leave out clicks with times from A until before B, such as 10m..now; repeatable",
+        help="exclude clicks with times from A to before B, such as 10m..now; repeatable",
     )
-    command.add_argument("--skip-users", type=Path, metavar="FILE", help="leave out the users of FILE, one id a line")
+    command.add_argument("--skip-users", type=Path, metavar="FILE", help="exclude the users in FILE, one id per line")
     command.add_argument(
-        "--minutes", type=positive, metavar="N", help="leave out the last N minutes: --skip-time Nm..now"
+        "--minutes", type=positive, metavar="N", help="exclude the last N minutes: --skip-time Nm..now"
     )
 
 
@@ -92,7 +94,7 @@ def if_generation(command: argparse.ArgumentParser) -> None:
         "--if-generation",
         type=positive,
         metavar="N",
-        help="only where N is the newest generation of `springtide history`; refused where somebody changed control since",
+        help="require that N is the newest generation of `springtide history`; refused if control has changed since",
     )
 
 
@@ -100,32 +102,34 @@ def erase(add: Add) -> argparse.ArgumentParser:
     """Adds `erase` and returns its parser."""
     command = add(
         "erase",
-        "Forget users: their clicks so far, and all that is kept of them; or show what still holds something.",
-        "Answers know nobody of them within 2 s. What they click later makes new users. No rollback, restart or rebuild brings "
-        "them back, and no `unmask`. The ids are written nowhere; a shell keeps what is typed, so prefer --users.",
+        "Erase users: their clicks so far and all their stored data; or show where data remains.",
+        "Answers treat them as unknown within 2 s. Later clicks create new users. No rollback, restart, rebuild or `unmask` "
+        "restores them. The ids are not stored; a shell records what is typed, so prefer --users.",
     )
     who = command.add_mutually_exclusive_group()
-    who.add_argument("--user", metavar="ID", help="the user, as clicks name it")
+    who.add_argument("--user", metavar="ID", help="user id, as in the clicks")
     who.add_argument(
-        "--users", type=Path, metavar="FILE", help="the users of FILE, one id a line; - reads them from a pipe"
+        "--users", type=Path, metavar="FILE", help="file with user ids, one per line; - reads standard input"
     )
-    who.add_argument(
-        "--status", action="store_true", help="show what still holds something of erased users, and until when"
-    )
-    command.add_argument("--reason", default="", metavar="TEXT", help="why; kept with your name in the history")
+    who.add_argument("--status", action="store_true", help="show where data of erased users remains, and until when")
+    command.add_argument("--reason", default="", metavar="TEXT", help="reason; recorded with your name in the history")
     return command
 
 
 def masks(add: Add) -> list[argparse.ArgumentParser]:
     """Adds `masks` and `unmask` and returns their parsers."""
-    listing = add("masks", "List what rollbacks left out: each mask with its rows and users, who set it, and why.")
+    listing = add("masks", "List the masks of rollbacks, with rows, users, actor and reason.")
     lifting = add(
         "unmask",
-        "Lift masks: what they name counts again.",
-        "New clicks count at once; what was left out comes back at the next exact rollback.",
+        "Remove masks, so that their clicks count again.",
+        "New clicks count at once. Excluded clicks are learned from at the next exact rollback.",
     )
-    lifting.add_argument("masks", type=positive, nargs="+", metavar="N", help="a mask, of `springtide masks`")
-    lifting.add_argument("--reason", required=True, metavar="TEXT", help="why; kept with your name in the history")
+    lifting.add_argument(
+        "masks", type=positive, nargs="+", metavar="N", help="mask number, as listed by `springtide masks`"
+    )
+    lifting.add_argument(
+        "--reason", required=True, metavar="TEXT", help="reason; recorded with your name in the history"
+    )
     if_generation(lifting)
     return [listing, lifting]
 
@@ -134,19 +138,21 @@ def schema(add: Add) -> argparse.ArgumentParser:
     """Adds `schema` and returns its parser."""
     command = add(
         "schema",
-        "Show what live clicks are held against, compare the newest window with it, or accept that as the new baseline.",
-        "Types, domains, presence and thresholds are a Schema of TensorFlow Metadata, as TensorFlow Data Validation has it.",
+        "Show the baseline of live clicks, compare the newest window with it, or accept that window as the new baseline.",
+        "Types, domains, presence and thresholds are a TensorFlow Metadata Schema, as in TensorFlow Data Validation.",
     )
     command.add_argument(
         "what",
         choices=("show", "diff", "accept"),
-        help="show the baseline; diff the newest window against it, the farthest first; accept that window as the baseline",
+        help="show the baseline; diff: compare the newest window with it, largest distance first; accept that window as the baseline",
     )
-    command.add_argument("--pbtxt", action="store_true", help="show: print schema.pbtxt, to edit and accept")
+    command.add_argument("--pbtxt", action="store_true", help="show: print schema.pbtxt, for editing and accepting")
     command.add_argument(
-        "--schema", type=Path, metavar="FILE", help="accept: domains and thresholds of this schema.pbtxt"
+        "--schema", type=Path, metavar="FILE", help="accept: use the domains and thresholds of this schema.pbtxt"
     )
-    command.add_argument("--reason", default="", metavar="TEXT", help="accept: why; kept with your name in the history")
+    command.add_argument(
+        "--reason", default="", metavar="TEXT", help="accept: reason; recorded with your name in the history"
+    )
     return command
 
 

@@ -507,28 +507,28 @@ def _encoded(recording: Recording, fields: Sequence[str], encoder: Encoder) -> G
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the options of files; `--speed` and `--limit` are shared with the shoppers and not among them."""
-    add_file_arguments(parser, "Only the columns in [events] are sent. The same command again goes on where it ended.")
+    add_file_arguments(parser, "Only the columns in [events] are sent. The same command resumes where it stopped.")
     times = parser.add_mutually_exclusive_group()
     times.add_argument(
         "--rebase-time",
         action="store_false",
         dest="keep_time",
         default=False,
-        help="move times to now (default): at --speed max the newest click is of now; at 60x the click being sent is",
+        help="shift times to now (default): the time of the newest click with --speed max, or of the current click with 60x",
     )
-    times.add_argument("--keep-time", action="store_true", help="leave times as recorded")
+    times.add_argument("--keep-time", action="store_true", help="keep the recorded times")
     parser.add_argument(
         "--longest-wait",
         type=float,
         default=10.0,
         metavar="S",
-        help="longest pause for a gap in the recording (default 10)",
+        help="maximum pause in seconds for a gap in the recording (default 10)",
     )
-    parser.add_argument("--restart", action="store_true", help="send it again from the beginning")
+    parser.add_argument("--restart", action="store_true", help="start again from the beginning")
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="send nothing and ask no Kafka: counts, refused rows by reason and line, the first events",
+        help="send nothing and do not connect to Kafka; print counts, refused rows by reason and line, and the first events",
     )
 
 

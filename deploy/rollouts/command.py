@@ -52,30 +52,34 @@ def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command; settings are parsed separately."""
     made = argparse.ArgumentParser(
         prog="springtide rollout",
-        description="Answers a growing share of the users by a trial, whose workers are at rollout.address, and goes on, halts or "
-        "goes back by what they do: engagements, failures, latency, and whether users come to the arms as the share says. "
-        "Stays until it is over; given again it goes on.",
+        description="Serve a growing share of the users with a trial, whose workers are at rollout.address. The gate continues, halts or "
+        "rolls back depending on engagements, failures, latency and the sample ratio. The command runs until the rollout is "
+        "over; run it again to resume.",
         epilog=SETTINGS_HELP,
         allow_abbrev=False,
     )
-    made.add_argument("name", metavar="NAME", help="of the trial")
+    made.add_argument("name", metavar="NAME", help="name of the trial")
     shown = ",".join(f"{one:g}" for one in STEPS)
     made.add_argument(
-        "--steps", type=_steps, default=STEPS, metavar="P,P,...", help=f"percent of the users (default {shown})"
+        "--steps",
+        type=_steps,
+        default=STEPS,
+        metavar="P,P,...",
+        help=f"share of the users in each step, in percent (default {shown})",
     )
-    made.add_argument(
-        "--every", type=_duration, default=EVERY_S, metavar="T", help="how long a step lasts (default 30m)"
-    )
+    made.add_argument("--every", type=_duration, default=EVERY_S, metavar="T", help="duration of a step (default 30m)")
     alone = made.add_mutually_exclusive_group()
-    alone.add_argument("--halt", action="store_true", help="let the share stay as it is")
-    alone.add_argument("--resume", action="store_true", help="let its step begin again")
+    alone.add_argument("--halt", action="store_true", help="halt the rollout at its current share")
+    alone.add_argument("--resume", action="store_true", help="resume the rollout; its step starts again")
     alone.add_argument(
-        "--back", action="store_true", help="answer everybody by the live versions again, within a second"
+        "--back", action="store_true", help="roll back: the live versions answer all users again, within a second"
     )
     alone.add_argument(
-        "--end", action="store_true", help="likewise, with nothing against the trial: it was promoted, or is over"
+        "--end",
+        action="store_true",
+        help="end the rollout without a verdict against the trial, for example after its promotion",
     )
-    made.add_argument("--reason", default="none given", metavar="TEXT", help="why; kept with your name")
+    made.add_argument("--reason", default="none given", metavar="TEXT", help="reason; recorded with your name")
     return made
 
 

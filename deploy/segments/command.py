@@ -36,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command; settings have been removed from the arguments before."""
     made = RefusingParser(
         prog="springtide segments",
-        description="Keep, list and export segments of users, and find users who are like their members: run | list [-o json] | "
+        description="Maintain, list and export segments of users, and find users similar to their members: run | list [-o json] | "
         "export NAME --to FILE.parquet | lookalikes NAME [--count N] [--to FILE.parquet].",
         epilog=SETTINGS_HELP,
         allow_abbrev=False,
@@ -46,17 +46,21 @@ def parser() -> argparse.ArgumentParser:
     def add(name: str, help: str) -> argparse.ArgumentParser:
         return actions.add_parser(name, help=help, description=help, epilog=SETTINGS_HELP, allow_abbrev=False)
 
-    add("run", "Keep who is in which segment, on a serving host, beside its applier; `springtide up` does.")
-    listing = add("list", "List the segments: how many users are in each, and its expression.")
-    export = add("export", "Write the members of a segment to a Parquet file.")
-    like = add("lookalikes", "Find the users nearest to the members of a segment, and say how good that is.")
+    add("run", "Maintain the segment memberships, on a serving host with an applier; `springtide up` runs this.")
+    listing = add("list", "List the segments with their sizes and expressions.")
+    export = add("export", "Export the members of a segment to a Parquet file.")
+    like = add("lookalikes", "Find the users nearest to the members of a segment, and report the precision.")
     for one in (export, like):
-        one.add_argument("name", metavar="NAME", help="the segment")
-    export.add_argument("--to", required=True, type=Path, metavar="FILE.parquet", help="the file")
-    like.add_argument("--count", type=positive, default=100, metavar="N", help="how many users (default 100)")
-    like.add_argument("--to", type=Path, metavar="FILE.parquet", help="write them there in place of printing them")
+        one.add_argument("name", metavar="NAME", help="name of the segment")
+    export.add_argument("--to", required=True, type=Path, metavar="FILE.parquet", help="output file")
+    like.add_argument("--count", type=positive, default=100, metavar="N", help="number of users (default 100)")
+    like.add_argument(
+        "--to", type=Path, metavar="FILE.parquet", help="write them to this file instead of printing them"
+    )
     for one in (listing, export, like):
-        one.add_argument("-o", "--output", choices=("text", "json"), default="text", help="how to print (default text)")
+        one.add_argument(
+            "-o", "--output", choices=("text", "json"), default="text", help="output format (default text)"
+        )
     return made
 
 

@@ -59,44 +59,51 @@ def setting(
 
 @dataclass(frozen=True)
 class Paths:
-    """Where files live."""
+    """Paths of files and directories."""
 
     state: str = setting(
-        ".springtide", filled=True, help="Directory of all durable state; relative to the working directory."
+        ".springtide", filled=True, help="Directory of all durable state, relative to the working directory."
     )
-    registry: str = setting("", help="Registry of versions and control; empty: `registry` in the state directory.")
+    registry: str = setting(
+        "",
+        help="Directory of the registry, which holds versions and control; empty: `registry` in the state directory.",
+    )
     shared_registry: str = setting(
         "",
-        help="Object store in which hosts share the registry, as s3://BUCKET/PREFIX, or a directory; empty: it is this host's alone.",
+        help="Object store through which hosts share the registry, as s3://BUCKET/PREFIX, or a directory; empty: the registry is not shared.",
     )
     salt_file: str = setting(
         "", help="File with the secret salt of user pseudonyms; empty: `salt` in the state directory."
     )
-    kafka: str = setting("", help="Data of the local Kafka; empty: `kafka` in the state directory.")
+    kafka: str = setting("", help="Data directory of the local Kafka; empty: `kafka` in the state directory.")
 
 
 @dataclass(frozen=True)
 class Kafka:
     """The Kafka cluster and its topics."""
 
-    bootstrap_servers: str = setting("127.0.0.1:9092", help="Brokers to ask first, HOST:PORT separated by commas.")
-    clicks_topic: str = setting("springtide.clicks.v1", help="Topic of the clicks.")
-    dead_letters_topic: str = setting("springtide.clicks.v1.dlq", help="Topic of the refused records.")
+    bootstrap_servers: str = setting("127.0.0.1:9092", help="Bootstrap brokers, as HOST:PORT separated by commas.")
+    clicks_topic: str = setting("springtide.clicks.v1", help="Topic of clicks.")
+    dead_letters_topic: str = setting(
+        "springtide.clicks.v1.dlq", help="Topic of dead letters, the records that are refused."
+    )
     microbatches_topic: str = setting("springtide.microbatches.v1", help="Topic of the training log.")
     exposures_topic: str = setting(
-        "springtide.exposures.v1", help="Topic of who was answered by which arm of a rollout."
+        "springtide.exposures.v1", help="Topic of exposures: which users each arm of a rollout has answered."
     )
     group: str = setting(
         "springtide-stream",
         filled=True,
-        help="Consumer group that shows the stream's and the trainer's positions to lag tools.",
+        help="Consumer group that exposes the positions of the stream and the trainer to lag tools.",
     )
     clicks_partitions: int = setting(
-        4, least=1, most=65535, help="Partitions of the clicks topic when it is created here."
+        4, least=1, most=65535, help="Number of partitions of the clicks topic when Springtide creates it."
     )
     port: int = setting(9092, least=1, most=65535, help="Port of the local Kafka that `springtide up` starts.")
     security_protocol: str = setting(
-        "PLAINTEXT", choices=("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"), help="How to talk to the brokers."
+        "PLAINTEXT",
+        choices=("PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"),
+        help="Protocol of the connections to the brokers.",
     )
     sasl_mechanism: str = setting(
         "",
@@ -106,135 +113,150 @@ class Kafka:
     sasl_username: str = setting("", help="SASL user name.")
     sasl_token_provider: str = setting(
         "",
-        help="Function that returns an OAuth access token (OAUTHBEARER), as `module:name`; asked at each connection.",
+        help="Function that returns an OAuth access token for OAUTHBEARER, as `module:name`; called for each connection.",
     )
-    sasl_password: str = setting("", secret=True, help="SASL password; better given by its variable than in the file.")
-    ssl_cafile: str = setting("", help="Certificates to trust, PEM; empty: those of the system.")
+    sasl_password: str = setting(
+        "", secret=True, help="SASL password; set its environment variable rather than the file."
+    )
+    ssl_cafile: str = setting("", help="Trusted CA certificates, PEM; empty: the certificates of the system.")
     ssl_certfile: str = setting("", help="Client certificate, PEM.")
     ssl_keyfile: str = setting("", help="Client key, PEM.")
     ssl_key_password: str = setting("", secret=True, help="Password of the client key.")
-    request_timeout_s: float = setting(
-        30.0, "s", least=0.1, most=3600.0, help="How long a request to a broker may take."
-    )
+    request_timeout_s: float = setting(30.0, "s", least=0.1, most=3600.0, help="Timeout of a request to a broker.")
     replication: int = setting(
-        0, least=0, most=32767, help="Replicas of the topics created here; 0: as many as the cluster's default says."
+        0,
+        least=0,
+        most=32767,
+        help="Replication factor of the topics that Springtide creates; 0: the default of the cluster.",
     )
     min_insync_replicas: int = setting(
         0,
         least=0,
         most=32767,
-        help="Replicas that must have a record before it is acknowledged, for topics created here; 0: the cluster's.",
+        help="Minimum in-sync replicas (`min.insync.replicas`) of the topics that Springtide creates; 0: the default of the cluster.",
     )
-    retention_h: int = setting(168, "h", least=1, most=876_000, help="How long the topics created here keep records.")
+    retention_h: int = setting(168, "h", least=1, most=876_000, help="Retention of the topics that Springtide creates.")
 
 
 @dataclass(frozen=True)
 class Events:
-    """How a record of the clicks topic becomes an event."""
+    """How a record of the clicks topic is decoded into an event."""
 
     decoder: str = setting(
-        "state.events.decoding:decode_json", filled=True, help="Decoder of a record's value, as `module:name`."
+        "state.events.decoding:decode_json", filled=True, help="Decoder of record values, as `module:name`."
     )
-    user: str = setting("user", filled=True, help="Field with the user's id.")
-    item: str = setting("item", help="Field with the item's id; empty: there is none.")
-    category: str = setting("category", help="Field with the category's id; empty: there is none.")
-    action: str = setting("action", help="Field with the action; empty: every event is the one action there is.")
-    time: str = setting("time", help="Field with the event's time; empty: the record's time in Kafka.")
-    label: str = setting("", help="Field with an engagement label between 0 and 1; empty: there is none.")
+    user: str = setting("user", filled=True, help="Field with the user id.")
+    item: str = setting("item", help="Field with the item id; empty: none.")
+    category: str = setting("category", help="Field with the category id; empty: none.")
+    action: str = setting("action", help="Field with the action; empty: all events have the same action.")
+    time: str = setting("time", help="Field with the event time; empty: the Kafka timestamp of the record.")
+    label: str = setting("", help="Field with an engagement label between 0 and 1; empty: none.")
     request: str = setting(
         "",
-        help="Field with an id that an impression and its outcomes share (`[labels]`); empty: user and item pair them.",
+        help="Field with an id that an impression and its outcomes share (`[labels]`); empty: they are matched by user and item.",
     )
-    context: tuple[str, ...] = setting((), filled=True, help="Fields of context, such as device or country.")
+    context: tuple[str, ...] = setting((), filled=True, help="Context fields, such as device or country.")
     time_unit: str = setting(
-        "auto", choices=("auto", "ms", "s", "iso"), help="How times are written; auto tells ms, s and ISO 8601 apart."
+        "auto", choices=("auto", "ms", "s", "iso"), help="Format of times; auto detects ms, s and ISO 8601."
     )
     actions: tuple[str, ...] = setting(
-        ("view", "favorite", "cart", "purchase"), filled=True, help="The actions; others are dead letters."
+        ("view", "favorite", "cart", "purchase"),
+        filled=True,
+        help="Valid actions; an event with another action is a dead letter.",
     )
     action_weights: tuple[float, ...] = setting(
         (1.0, 1.0, 1.0, 1.0),
         least=0.0,
-        help="Weight of each action in the interest loss, in the order of `actions`; 1 each where it is not set.",
+        help="Weight of each action in the interest loss, in the order of `actions`; unset: 1 for each.",
     )
     outcomes: tuple[str, ...] = setting(
-        (), help="Fields known only after the event; refused as context or id, for they would leak the label."
+        (),
+        help="Fields that are known only after the event. They are refused as context or id because they leak the label.",
     )
-    allow_outcomes: tuple[str, ...] = setting((), help="Outcomes that may be used all the same; say why in a comment.")
+    allow_outcomes: tuple[str, ...] = setting(
+        (), help="Outcomes that may be used as features despite that; state the reason in a comment."
+    )
     columns: tuple[str, ...] = setting(
-        (), help="Names of the columns of replayed CSV files without a header, in order; `-` for one not needed."
+        (), help="Column names of replayed CSV files without a header, in order; `-` skips a column."
     )
     constants: tuple[str, ...] = setting(
         (), help="Fields with the same value in every replayed row, as `field=value`, such as `action=view`."
     )
     max_event_bytes: int = setting(
-        1_000_000, "bytes", least=16, most=1_000_000_000, help="Larger records are dead letters."
+        1_000_000,
+        "bytes",
+        least=16,
+        most=1_000_000_000,
+        help="Maximum size of a record; a larger record is a dead letter.",
     )
     max_future_s: float = setting(
         300.0,
         "s",
         least=0.0,
         most=315_360_000.0,
-        help="How far an event may lie after its Kafka timestamp; a later one is a dead letter (implausible_time).",
+        help="Maximum time by which an event may be later than its Kafka timestamp; otherwise it is a dead letter (implausible_time).",
     )
     max_age_s: float = setting(
         2_592_000.0,
         "s",
         above=0.0,
         most=3_153_600_000.0,
-        help="How far an event may lie before its Kafka timestamp; an older one is a dead letter (implausible_time).",
+        help="Maximum time by which an event may be earlier than its Kafka timestamp; otherwise it is a dead letter (implausible_time).",
     )
 
 
 @dataclass(frozen=True)
 class LabelSettings:
-    """Labels that arrive later: impressions wait for an outcome, such as a click, as an event of its own."""
+    """Delayed labels: an impression waits for an outcome, such as a click, that arrives as a separate event."""
 
     impressions: tuple[str, ...] = setting(
         (),
-        help="Actions that wait for their label; empty: no row waits. An impression with a label in it does not wait.",
+        help="Actions that wait for their label; empty: none. An impression that carries a label does not wait.",
     )
     outcomes: tuple[str, ...] = setting(
         (),
-        help="Actions that label the latest waiting impression of the same user, item and `events.request` positive.",
+        help="Actions that label as positive the latest waiting impression with the same user, item and `events.request`.",
     )
     wait_s: float = setting(
         600.0,
         "s",
         least=0.001,
         most=31_536_000.0,
-        help="Longest wait for an outcome, event time; then the impression is negative.",
+        help="Maximum wait for an outcome in event time, after which the impression is negative.",
     )
     max_waiting: int = setting(
         1_000_000,
         "rows",
         least=1,
         most=1_000_000_000,
-        help="Most impressions of a partition that wait, a 64th of them in each 64th of its users; more are dropped and counted.",
+        help="Maximum number of waiting impressions in a partition, divided equally over 64 groups of its users. Further impressions are dropped and counted.",
     )
 
 
 @dataclass(frozen=True)
 class Attributes:
-    """What is known of users and items beside their clicks: compacted topics, joined into every click."""
+    """Attributes of users and items: compacted topics that are joined with every click."""
 
-    user_topic: str = setting("", help="Compacted topic of users' attributes, keyed by the user's id; empty: none.")
-    item_topic: str = setting("", help="Compacted topic of items' attributes, keyed by the item's id; empty: none.")
+    user_topic: str = setting("", help="Compacted topic of user attributes, keyed by user id; empty: none.")
+    item_topic: str = setting("", help="Compacted topic of item attributes, keyed by item id; empty: none.")
     user_fields: tuple[str, ...] = setting(
         (),
-        help="Attributes of users: `name`, or `name=field` of the JSON object; numbers become bands by `name:log` or by "
-        "edges, as in `price:10|50|100`.",
+        help="User attributes, as `name`, or as `name=field` for a field of the JSON object. Numbers become bands with `name:log` or with edges, as in `price:10|50|100`.",
     )
-    item_fields: tuple[str, ...] = setting((), help="Attributes of items, written likewise.")
-    slices: tuple[str, ...] = setting((), help="Names of attributes whose values have measures of their own.")
+    item_fields: tuple[str, ...] = setting((), help="Item attributes, in the same form as `user_fields`.")
+    slices: tuple[str, ...] = setting((), help="Attributes whose values are slices with metrics of their own.")
     slice_values: int = setting(
-        16, "values", least=1, most=256, help="Most values of such an attribute; the later ones are measured together."
+        16,
+        "values",
+        least=1,
+        most=256,
+        help="Maximum number of values of each such attribute; later values share one slice.",
     )
 
 
 @dataclass(frozen=True)
 class Features:
-    """The windowed features; a change is a `springtide upgrade`."""
+    """The windowed features. A change requires `springtide upgrade`."""
 
     windows_s: tuple[int, ...] = setting(
         (3600, 86400, 604800), "s", least=1, most=315_360_000, help="Windows of the counts, shortest first."
@@ -242,16 +264,16 @@ class Features:
     half_lives_s: tuple[int, ...] = setting(
         (1800, 43200, 259200), "s", least=1, most=315_360_000, help="Half-lives of the decayed counts, shortest first."
     )
-    history: int = setting(256, "events", least=16, most=4096, help="Events remembered per user.")
+    history: int = setting(256, "events", least=16, most=4096, help="Number of events in the history of a user.")
     recent_categories: int = setting(
-        24, "categories", least=5, most=256, help="Latest categories of a user that are scored."
+        24, "categories", least=5, most=256, help="Number of a user's most recent categories that are scored."
     )
     sequence: int = setting(
         0,
         "events",
         least=0,
         most=4096,
-        help="Latest events of a user that each row carries for a ranker of one's own; 0: none.",
+        help="Number of a user's latest events in each row, for a custom ranker; 0: none.",
     )
 
 
@@ -259,59 +281,65 @@ class Features:
 class Stream:
     """The Beam job."""
 
-    cut_ms: int = setting(100, "ms", least=1, most=60_000, help="Longest wait before a micro-batch is cut.")
-    cut_rows: int = setting(2048, "rows", least=1, most=65536, help="Rows at which a micro-batch is cut.")
+    cut_ms: int = setting(100, "ms", least=1, most=60_000, help="Maximum time before a micro-batch is written.")
+    cut_rows: int = setting(2048, "rows", least=1, most=65536, help="Number of rows at which a micro-batch is written.")
     max_record_bytes: int = setting(
-        900_000, "bytes", least=100_000, most=15_000_000, help="Largest micro-batch record; larger ones are split."
+        900_000,
+        "bytes",
+        least=100_000,
+        most=15_000_000,
+        help="Maximum size of a micro-batch record; a larger micro-batch is split.",
     )
-    poll_ms: int = setting(20, "ms", least=1, most=60_000, help="Longest wait for clicks in one poll.")
-    batch_events: int = setting(2048, "events", least=1, most=1_000_000, help="Most events of one columnar batch.")
+    poll_ms: int = setting(20, "ms", least=1, most=60_000, help="Maximum wait for clicks in a poll.")
+    batch_events: int = setting(
+        2048, "events", least=1, most=1_000_000, help="Maximum number of events in a columnar batch."
+    )
     max_skew_s: float = setting(
         60.0,
         "s",
         least=0,
         most=86_400,
-        help="How far a partition may be read ahead of others, by event time, while these are behind.",
+        help="Maximum event time by which a partition may be read ahead of the partitions that lag.",
     )
     cache_users: int = setting(
-        20_000, "users", least=1, most=100_000_000, help="Users whose histories are held in memory."
+        20_000, "users", least=1, most=100_000_000, help="Number of users whose histories are cached in memory."
     )
     map_gb: int = setting(
         16,
         "GiB",
         least=1,
         most=65536,
-        help="Upper bound of the histories' size, beside their share of `storage.budget_gb`; address space, not memory.",
+        help="Maximum size of the histories, in addition to the limit of their share of `storage.budget_gb`. It reserves address space, not memory.",
     )
     max_users: int = setting(
         2_000_000,
         "users",
         least=1,
         most=1_000_000_000,
-        help="Most users with a history; those read longest ago leave first, also where the map is nearly full.",
+        help="Maximum number of users with a history. The least recently read histories are evicted first, also when the map is nearly full.",
     )
-    metrics_port: int = setting(9101, least=0, most=65535, help="Port of the stream's /metrics.")
+    metrics_port: int = setting(9101, least=0, most=65535, help="Port of /metrics of the stream.")
     buckets: int = setting(
         16,
         least=1,
         most=64,
-        help="On a distributed runner: buckets of users, 1, 2, 4 and so on to 64; fixed for the life of a job.",
+        help="Number of user buckets on a distributed runner, a power of two; fixed for the life of a job.",
     )
     sources: int = setting(
         1,
         least=1,
         most=1000,
-        help="On a distributed runner: sources that share the partitions, at most one a subtask; fixed for the life of a job.",
+        help="Number of sources that share the partitions on a distributed runner, at most one per subtask; fixed for the life of a job.",
     )
     bundle_ms: int = setting(
-        100, "ms", least=1, most=60_000, help="On a distributed runner: how long a source gathers clicks."
+        100, "ms", least=1, most=60_000, help="Time for which a source collects clicks on a distributed runner."
     )
     bundle_events: int = setting(
         10_000,
         "events",
         least=1,
         most=1_000_000,
-        help="On a distributed runner: most clicks that a source gathers; catching up is then many bundles.",
+        help="Maximum number of clicks that a source collects on a distributed runner; a backlog is read in many bundles.",
     )
 
 
@@ -328,17 +356,19 @@ class Model:
         filled=True,
         help="TensorFlow Transform preprocessing function, as `module:name`.",
     )
-    dim: int = setting(32, least=1, most=1024, help="Width of an embedding row.")
+    dim: int = setting(32, least=1, most=1024, help="Embedding dimension.")
     hidden: tuple[int, ...] = setting(
-        (256, 128), least=1, most=65536, help="Widths of the tower's layers; the last is the profile vector."
+        (256, 128), least=1, most=65536, help="Widths of the layers of the tower; the last layer is the profile vector."
     )
-    dropout: float = setting(0.0, least=0.0, most=0.99, help="Share of the first layer dropped while training.")
-    popular: int = setting(32, "categories", least=1, most=4096, help="Popular categories scored for every user.")
-    learning_rate: float = setting(0.02, least=0.0, help="Step size of the rows (Adagrad).")
-    dense_learning_rate: float = setting(0.001, least=0.0, help="Step size of the dense weights (Adam).")
-    initial_accumulator: float = setting(1e-6, least=1e-12, help="First value of Adagrad's accumulators.")
+    dropout: float = setting(0.0, least=0.0, most=0.99, help="Dropout rate of the first layer during training.")
+    popular: int = setting(
+        32, "categories", least=1, most=4096, help="Number of popular categories that are scored for every user."
+    )
+    learning_rate: float = setting(0.02, least=0.0, help="Learning rate of the embedding rows (Adagrad).")
+    dense_learning_rate: float = setting(0.001, least=0.0, help="Learning rate of the dense weights (Adam).")
+    initial_accumulator: float = setting(1e-6, least=1e-12, help="Initial value of the Adagrad accumulators.")
     options: tuple[str, ...] = setting(
-        (), help="Hyperparameters of one's own, NAME=VALUE each, for a ranker, tower or preprocessing of one's own."
+        (), help="Hyperparameters of a custom ranker, tower or preprocessing function, each as NAME=VALUE."
     )
 
     @property
@@ -375,284 +405,341 @@ class TrainerSettings:
     """The trainer."""
 
     device: str = setting(
-        "auto", choices=("auto", "cpu", "gpu"), help="Where to train; auto takes a GPU when there is one."
+        "auto", choices=("auto", "cpu", "gpu"), help="Device for training; auto uses a GPU if there is one."
     )
     threads: int = setting(
         1,
         least=1,
         most=1024,
-        help="Threads that share a step. With the compiled engine any number gives the same bits.",
+        help="Number of threads that share a step. With the compiled engine, the result is bit-identical for any number.",
     )
     engine: str = setting(
         "auto",
         choices=("auto", "compiled", "tensorflow"),
-        help="What computes a step; auto takes compiled loops for the default ranker on a CPU, else TensorFlow.",
+        help="Engine that computes a step; auto uses compiled loops for the default ranker on a CPU, and TensorFlow otherwise.",
     )
     rows_per_update: int = setting(
         384,
         "rows",
         least=0,
         most=65536,
-        help="Rows after which all weights and rows move; 0 takes a whole micro-batch.",
+        help="Number of rows between updates of all weights and rows; 0: one update per micro-batch.",
     )
     publish_s: float = setting(
-        0.2, "s", least=0.01, most=3600.0, help="Time between versions; of each registry.durable_s one is durable."
+        0.2,
+        "s",
+        least=0.01,
+        most=3600.0,
+        help="Interval between versions; one version per `registry.durable_s` is durable.",
     )
-    base_every_s: float = setting(600.0, "s", least=1.0, help="Time between bases made by the compactor.")
-    admit_after: int = setting(1, "sightings", least=1, help="Sightings before an id has a row of its own.")
+    base_every_s: float = setting(600.0, "s", least=1.0, help="Interval between bases that the compactor writes.")
+    admit_after: int = setting(1, "sightings", least=1, help="Number of sightings of an id before it gets its own row.")
     admit_crosses_after: int = setting(
-        0, "sightings", least=0, help="The same for a cross; 0 takes trainer.admit_after."
+        0,
+        "sightings",
+        least=0,
+        help="Number of sightings of a cross before it gets its own row; 0: `trainer.admit_after`.",
     )
-    expire_s: float = setting(2_592_000.0, "s", least=1.0, help="Log time without a sighting after which a row goes.")
+    expire_s: float = setting(
+        2_592_000.0, "s", least=1.0, help="Log time without a sighting after which a row expires."
+    )
     max_rows: int = setting(
-        2_000_000, "rows", least=16, most=2_000_000_000, help="Rows of a table at most; the least used go first."
+        2_000_000,
+        "rows",
+        least=16,
+        most=2_000_000_000,
+        help="Maximum number of rows of a table; the least used rows are evicted first.",
     )
-    max_crosses: int = setting(8_000_000, "rows", least=64, most=2_000_000_000, help="The same for crosses.")
-    capacity: int = setting(65536, "rows", least=16, most=2_000_000_000, help="Rows of a table at the start; it grows.")
-    partition: int = setting(0, least=0, help="Partition of the micro-batch topic to learn from.")
+    max_crosses: int = setting(
+        8_000_000,
+        "rows",
+        least=64,
+        most=2_000_000_000,
+        help="Maximum number of crosses; the least used crosses are evicted first.",
+    )
+    capacity: int = setting(
+        65536, "rows", least=16, most=2_000_000_000, help="Initial number of rows of a table, which grows as needed."
+    )
+    partition: int = setting(0, least=0, help="Partition of the micro-batch topic from which the trainer learns.")
     guard_factor: float = setting(
         8.0,
         least=1.0,
-        help="How many times the expected loss or gradient is too much, so that an update is skipped; see `trainer/MODEL.md`.",
+        help="Multiple of the expected loss or gradient above which the guard skips an update; see `trainer/MODEL.md`.",
     )
-    guard_patience: int = setting(20, "steps", least=1, help="Skipped updates in a row after which training is held.")
-    metrics_port: int = setting(9102, least=0, most=65535, help="Port of the trainer's /metrics.")
+    guard_patience: int = setting(
+        20, "steps", least=1, help="Number of consecutive skipped updates after which training is held."
+    )
+    metrics_port: int = setting(9102, least=0, most=65535, help="Port of /metrics of the trainer.")
 
 
 @dataclass(frozen=True)
 class GuardSettings:
-    """The guard, which holds a bad update before anybody is answered by it."""
+    """The guard, which holds a bad update before it is published."""
 
     mode: str = setting(
-        "on", choices=("on", "off"), help="Whether updates are judged by the windows of log time before them."
+        "on", choices=("on", "off"), help="Whether the guard compares updates with earlier windows of log time."
     )
-    window_s: float = setting(10.0, "s", least=0.1, most=86_400.0, help="Log time of a window, at least.")
-    window_rows: int = setting(
-        1024, "rows", least=16, most=10_000_000, help="Rows from which on a window says something."
-    )
+    window_s: float = setting(10.0, "s", least=0.1, most=86_400.0, help="Minimum log time of a window.")
+    window_rows: int = setting(1024, "rows", least=16, most=10_000_000, help="Minimum number of rows of a window.")
     users: int = setting(
-        20, least=1, most=1000, help="Users who usually click in a window; with fewer nothing is judged."
+        20,
+        least=1,
+        most=1000,
+        help="Minimum for the median number of users who click in a window; below it, the guard judges nothing.",
     )
-    warm_up: int = setting(30, "windows", least=3, most=120, help="Windows before the first judgement.")
+    warm_up: int = setting(
+        30, "windows", least=3, most=120, help="Number of windows before the guard first judges an update."
+    )
 
 
 @dataclass(frozen=True)
 class ChurnSettings:
-    """Churn: how probable it is that a user has no event in the next days."""
+    """Churn: the probability that a user has no event in the next days."""
 
     days: float = setting(
         0.0,
         "days",
         least=0.0,
         most=365.0,
-        help="Log time without an event after which a user has left, 7 for instance; 0: nothing of it is learned or answered.",
+        help="Log time without an event after which a user counts as churned, such as 7; 0: churn is neither learned nor answered.",
     )
     examples: int = setting(
         20_000,
         "rows",
         least=100,
         most=10_000_000,
-        help="Rows that wait until it is known at most, 200 bytes each of a durable version; beyond it a share of the users is looked at.",
+        help="Maximum number of rows that wait for their label, at 200 bytes each in a durable version. Beyond it, only a sample of the users is learned from.",
     )
 
 
 @dataclass(frozen=True)
 class PrivacySettings:
-    """Differential privacy of what is learned for others; `trainer/PRIVACY.md` says what it covers and what it does not."""
+    """Differential privacy of the shared model; `trainer/PRIVACY.md` describes its guarantees and their limits."""
 
     epsilon: float = setting(
         0.0,
         least=0.0,
         most=100.0,
-        help="The budget: how much what is learned may tell of one unit; 0: as much as it does, without clipping or noise.",
+        help="Privacy budget: the epsilon of differential privacy for one unit; 0: off, without clipping or noise.",
     )
     delta: float = setting(
         1e-6,
         above=0.0,
         most=0.1,
-        help="How likely at most `epsilon` does not hold; choose far less than one in the number of users.",
+        help="Delta of differential privacy; choose a value far below 1 / the number of users.",
     )
     clip: float = setting(
         1.0,
         above=0.0,
         most=1e6,
-        help="The longest gradient, of the sum of its losses, by which a unit counts in an update.",
+        help="Maximum norm of the gradient that a unit contributes to an update.",
     )
     learning_rate: float = setting(
         0.02,
         least=0.0,
-        help="Step size of the dense weights (Adam) where a budget is set, in place of `model.dense_learning_rate`.",
+        help="Learning rate of the dense weights (Adam) if `privacy.epsilon` is set; replaces `model.dense_learning_rate`.",
     )
-    unit: str = setting("user", choices=("user", "example"), help="What is hidden: all rows of a user, or any one row.")
+    unit: str = setting(
+        "user", choices=("user", "example"), help="Unit of privacy: all rows of a user, or a single row."
+    )
     updates: int = setting(
         8,
         least=1,
         most=65_535,
-        help="Updates of a period that a user takes part in; later rows of the user are measured, and not learned from. Of unit `user`.",
+        help="Maximum number of updates of a period to which a user contributes. Later rows of the user are measured but not learned from. For unit `user` only.",
     )
-    period_s: float = setting(86_400.0, "s", least=1.0, help="Log time of a period. Of unit `user`.")
+    period_s: float = setting(86_400.0, "s", least=1.0, help="Log time of a period. For unit `user` only.")
     periods: int = setting(
         30,
         "periods",
         least=1,
         most=100_000,
-        help="How long the budget lasts; then training holds. Each epoch begins a period; of unit `example` it is one.",
+        help="Number of periods that the budget covers, after which training is held. Each epoch starts a period; with unit `example`, an epoch is one period.",
     )
     key_file: str = setting(
         "",
-        help="File with the secret key of the noise; empty: `privacy.key` in the state directory, made at first use.",
+        help="File with the secret key of the noise; empty: `privacy.key` in the state directory, created at first use.",
     )
 
 
 @dataclass(frozen=True)
 class RegistrySettings:
-    """How long versions are kept."""
+    """Retention of versions, and the shared registry."""
 
     durable_s: float = setting(
         10.0,
         "s",
         least=0.01,
         most=3600.0,
-        help="Time between versions that one can go back to; what lies between is made again from the training log.",
+        help="Interval between durable versions, to which a rollback is possible. States between them are recomputed from the training log.",
     )
     recent_s: float = setting(
-        15.0, "s", least=1.0, most=3600.0, help="How long the others can be followed; more than 25 s reach the disk."
+        15.0,
+        "s",
+        least=1.0,
+        most=3600.0,
+        help="Retention of versions that are not durable. Above 25 s, the operating system writes them to disk.",
     )
     delta_keep_s: float = setting(
-        3600.0, "s", least=1.0, help="How long each of these is kept; one each `thin_s` later."
+        3600.0,
+        "s",
+        least=1.0,
+        help="Age up to which every durable version is kept; older versions are thinned to one per `thin_s`.",
     )
-    thin_s: float = setting(600.0, "s", least=1.0, help="Time between versions older than `delta_keep_s`.")
-    base_keep_h: int = setting(24, "h", least=1, help="How long one each `thin_s` is kept; one each `sparse_s` later.")
-    sparse_s: float = setting(3600.0, "s", least=1.0, help="Time between versions older than `base_keep_h`.")
-    base_keep_d: int = setting(7, "d", least=1, help="How long one each `sparse_s` is kept.")
+    thin_s: float = setting(600.0, "s", least=1.0, help="Interval between versions that are older than `delta_keep_s`.")
+    base_keep_h: int = setting(
+        24,
+        "h",
+        least=1,
+        help="Age up to which one version per `thin_s` is kept; older versions are thinned to one per `sparse_s`.",
+    )
+    sparse_s: float = setting(
+        3600.0, "s", least=1.0, help="Interval between versions that are older than `base_keep_h`."
+    )
+    base_keep_d: int = setting(7, "d", least=1, help="Age up to which one version per `sparse_s` is kept.")
     delta_keep_gb: float = setting(
-        4.0, "GB", least=0.01, help="How much all versions may take together; the oldest go first."
+        4.0, "GB", least=0.01, help="Maximum size of all versions together; the oldest are removed first."
     )
     load_mb: float = setting(
         64.0,
         "MB",
         least=0.001,
-        help="How much may be read beyond a base to load a version, or as much as the base has.",
+        help="Maximum size of the deltas that are read after a base to load a version, or the size of the base if that is larger.",
     )
     garbage_keep_d: int = setting(
-        30, "d", least=1, most=36_500, help="How long damaged versions, and what no kept version names, are kept."
+        30, "d", least=1, most=36_500, help="Retention of damaged versions and of files that no kept version refers to."
     )
     share_s: float = setting(
         0.3,
         "s",
         least=0.05,
         most=5.0,
-        help="Time between packs of recent versions that the trainer sends to `paths.shared_registry`.",
+        help="Interval between packs of recent versions that the trainer sends to `paths.shared_registry`.",
     )
     look_ms: int = setting(
-        250, "ms", least=10, most=60_000, help="Time between looks of a host at `paths.shared_registry`."
+        250, "ms", least=10, most=60_000, help="Interval between polls of `paths.shared_registry` by a host."
     )
 
 
 @dataclass(frozen=True)
 class ServingSettings:
-    """The answers."""
+    """Serving: the REST and gRPC APIs."""
 
-    host: str = setting("127.0.0.1", filled=True, help="Address to listen on.")
-    port: int = setting(8501, least=0, most=65535, help="Port of the REST answers.")
-    grpc_port: int = setting(8500, least=0, most=65535, help="Port of the gRPC answers; 0: none are given.")
+    host: str = setting("127.0.0.1", filled=True, help="Address on which serving listens.")
+    port: int = setting(8501, least=0, most=65535, help="Port of the REST API.")
+    grpc_port: int = setting(8500, least=0, most=65535, help="Port of the gRPC API; 0: off.")
     workers: int = setting(
-        1, least=0, most=256, auto=True, help="Worker processes, which share the ports; auto: one for each core."
+        1, least=0, most=256, auto=True, help="Number of worker processes, which share the ports; auto: one per core."
     )
     max_body_bytes: int = setting(
-        1 << 20, "bytes", least=1024, most=1 << 30, help="Largest body of a request; larger ones are refused (413)."
+        1 << 20,
+        "bytes",
+        least=1024,
+        most=1 << 30,
+        help="Maximum size of a request body; larger requests are refused (413).",
     )
     max_head_bytes: int = setting(
-        32_768, "bytes", least=1024, most=1 << 20, help="Longest request line and headers together; 431."
+        32_768,
+        "bytes",
+        least=1024,
+        most=1 << 20,
+        help="Maximum size of request line and headers together; larger requests are refused (431).",
     )
     max_queue_ms: int = setting(
         250,
         "ms",
         least=1,
         most=600_000,
-        help="Longest wait that a question is let in for; 429 where it would be longer.",
+        help="Maximum expected wait in the queue; a request that would wait longer is refused (429).",
     )
     timeout_s: float = setting(
-        10.0, "s", least=0.1, most=3600.0, help="How long a request may take to arrive (408), and to be answered (504)."
+        10.0, "s", least=0.1, most=3600.0, help="Timeout for receiving a request (408) and for answering it (504)."
     )
     max_connections: int = setting(
         4096,
         "connections",
         least=1,
         most=1_000_000,
-        help="Most connections of one worker, and calls at a time over gRPC; 429 on further ones.",
+        help="Maximum number of connections of a worker, and of concurrent gRPC calls; further ones are refused (429).",
     )
     max_age_s: float = setting(
         0.0,
         "s",
         least=0.0,
         most=31_536_000.0,
-        help="How long version and histories may miss what has come before /readyz is 503; 0: for ever.",
+        help="Maximum time for which version or histories may be behind before /readyz returns 503; 0: no limit.",
     )
     drain_s: float = setting(
         1.0,
         "s",
         least=0.0,
         most=3600.0,
-        help="How long a worker that ends still accepts connections, after /readyz says that it ends.",
+        help="Time for which a worker that shuts down still accepts connections, after /readyz has reported the shutdown.",
     )
     tokens: str = setting(
         "auto",
         choices=("auto", "on", "off"),
-        help="Whether requests need a token; auto: where host is not the loopback.",
+        help="Whether requests need a token; auto: if `host` is not the loopback.",
     )
     tokens_dir: str = setting(
-        "", help="Directory with the files of tokens, read and operate; empty: `tokens` in the state directory."
+        "", help="Directory with the token files `read` and `operate`; empty: `tokens` in the state directory."
     )
     tls_cert: str = setting(
-        "", help="Certificate of REST and gRPC answers, PEM; empty: no TLS. Read again when changed."
+        "", help="TLS certificate of the REST and gRPC APIs, PEM; empty: no TLS. A changed file is reloaded."
     )
-    tls_key: str = setting("", help="Key of the certificate, PEM.")
+    tls_key: str = setting("", help="Key of the TLS certificate, PEM.")
     clock: str = setting(
         "event",
         choices=("event", "wall"),
-        help="What `at` means when a request does not say: event clock or wall clock.",
+        help="Default of `at` in a request: event clock or wall clock.",
     )
-    poll_ms: int = setting(20, "ms", least=1, most=60_000, help="Time between looks at the registry.")
+    poll_ms: int = setting(20, "ms", least=1, most=60_000, help="Interval between polls of the registry.")
     keep_s: float = setting(
-        900.0, "s", least=0.0, help="How long rows of older durable versions stay readable, others 10 s."
+        900.0,
+        "s",
+        least=0.0,
+        help="Retention of rows of older durable versions; rows of other versions are kept for 10 s.",
     )
     rows_dir: str = setting(
         "",
-        help="Directory for the rows that answers read, whatever room it has, best in memory; empty: as `storage.memory_dir` says.",
+        help="Directory of the serving rows, preferably in memory, used regardless of its free space; empty: chosen by `storage.memory_dir`.",
     )
     map_gb: int = setting(
         16,
         "GiB",
         least=1,
         most=65536,
-        help="Upper bound of each serving store's size, beside its share of `storage.budget_gb`; address space, not memory.",
+        help="Maximum size of each serving store, in addition to the limit of its share of `storage.budget_gb`. It reserves address space, not memory.",
     )
     max_users: int = setting(
         2_000_000,
         "users",
         least=1,
         most=1_000_000_000,
-        help="Most users with a history; those read longest ago leave first, also where the map is nearly full.",
+        help="Maximum number of users with a history. The least recently read histories are evicted first, also when the map is nearly full.",
     )
     max_items: int = setting(
         1_000_000,
         "items",
         least=1,
         most=1_000_000_000,
-        help="Most items whose category is remembered, and most names of categories; those named longest ago leave first.",
+        help="Maximum number of items whose category is stored, and of category names. Those not seen for longest are evicted first.",
     )
     items_keep_d: int = setting(
-        90, "d", least=1, most=36_500, help="Log time after which an item or a name that no click named is forgotten."
+        90,
+        "d",
+        least=1,
+        most=36_500,
+        help="Log time after which an item or name that no click has mentioned is evicted.",
     )
     parity_every_s: float = setting(
         1.0,
         "s",
         least=0.0,
         most=86_400.0,
-        help="Time between two rows of the training log that are computed again from serving's histories and compared; 0: none.",
+        help="Interval between rows of the training log that are recomputed from serving's histories and compared; 0: off.",
     )
-    metrics_port: int = setting(9103, least=0, most=65535, help="Port of the applier's /metrics.")
+    metrics_port: int = setting(9103, least=0, most=65535, help="Port of /metrics of the applier.")
 
     @property
     def processes(self) -> int:
@@ -669,179 +756,187 @@ class ExportSettings:
     """SavedModels for TensorFlow Serving."""
 
     every_s: float = setting(
-        0.0, "s", least=0.0, help="Time between two SavedModels that the trainer has written beside it; 0: none."
+        0.0, "s", least=0.0, help="Interval between SavedModels that are exported in parallel to training; 0: none."
     )
     directory: str = setting(
-        "", help="Where they are written, a directory a version; empty: `exports` in the state directory."
+        "",
+        help="Directory of the SavedModels, with a subdirectory per version; empty: `exports` in the state directory.",
     )
-    keep: int = setting(3, "versions", least=1, most=100_000, help="How many of the newest stay.")
+    keep: int = setting(3, "versions", least=1, most=100_000, help="Number of the newest SavedModels that are kept.")
 
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """Trials: second trainers of other settings on the same training log, beside the live one."""
+    """Trials: additional trainers with other settings that learn from the same training log as the live one."""
 
-    cores: int = setting(1, least=1, most=1024, help="Cores that all trials together may use, behind everybody else.")
+    cores: int = setting(
+        1, least=1, most=1024, help="Number of cores that all trials together may use, at low priority."
+    )
     registry_gb: float = setting(
-        1.0, "GB", least=0.01, help="How much the versions of one trial may take, beside storage.budget_gb."
+        1.0, "GB", least=0.01, help="Maximum size of the versions of a trial; not part of `storage.budget_gb`."
     )
     alpha: float = setting(
         0.05,
         least=0.0001,
         most=0.5,
-        help="Of trials that are as good as the live trainer, how many may be told apart from it at any look.",
+        help="Maximum false positive rate of the comparison with the live trainer, over all looks together.",
     )
     planned_rows: int = setting(
         100_000,
         "rows",
         least=1000,
-        help="Paired rows after which the interval of the difference is about as narrow as it can be.",
+        help="Number of paired rows for which the confidence interval of the difference is optimised.",
     )
     metrics_port: int = setting(
-        9109, least=0, most=65535, help="Port of the /metrics of trials that run without `springtide up`."
+        9109, least=0, most=65535, help="Port of /metrics of trials that run without `springtide up`."
     )
 
 
 @dataclass(frozen=True)
 class RetrainSettings:
-    """A model learned anew from past clicks every so often, as a trial beside the live one, which then decides about it."""
+    """Scheduled retrains: a trial that learns from past clicks from scratch and is promoted if it is better than the live model."""
 
-    every: str = setting(
-        "", help="Time from one to the next, such as 1d or 12h; empty: none is learned anew by itself."
-    )
+    every: str = setting("", help="Interval between scheduled retrains, such as 1d or 12h; empty: off.")
     days: float = setting(
         30.0,
         "days",
         above=0.0,
         most=3650.0,
-        help="How far back clicks are learned from, log time; `springtide trial start --from clicks` too.",
+        help="Log time of past clicks from which a retrain learns; also applies to `springtide trial start --from clicks`.",
     )
     files: tuple[str, ...] = setting(
         (),
-        help="Files or globs of recorded clicks to learn from, as `springtide replay` reads them; empty: the clicks topic.",
+        help="Files or globs of recorded clicks to learn from, as for `springtide replay`; empty: the clicks topic.",
     )
     rows: int = setting(
         100_000,
         "rows",
         least=100,
-        help="Paired rows after which a trial that cannot be told from the live one is dropped.",
+        help="Number of paired rows after which a retrained model that is not significantly better than the live model is dropped.",
     )
     rollout: str = setting(
         "off",
         choices=("on", "off"),
-        help="Whether one that is better is promoted only once a rollout of it, `springtide rollout NAME`, is done.",
+        help="Whether a better model is promoted only after its rollout (`springtide rollout NAME`) is complete.",
     )
     limit: str = setting(
-        "1d", help="Time from its beginning after which one that nobody could judge is dropped, such as 1d or 12h."
+        "1d",
+        help="Time limit of a retrain, such as 1d or 12h. An undecided retrain is then dropped, or failed if no row was compared or its guard holds it.",
     )
 
 
 @dataclass(frozen=True)
 class StorageSettings:
-    """The disk space that all parts together may take."""
+    """The disk space of all parts together."""
 
     budget_gb: float = setting(
         10.0,
         "GB",
         least=0.5,
         most=1_000_000.0,
-        help="Disk space for all together: local Kafka 40 %, registry 25 %, stream's stores 15 %, serving's stores 15 %, "
-        "logs 5 %. Each part keeps to its share; the oldest goes first.",
+        help="Disk space of all parts: local Kafka 40 %, registry 25 %, stores of the stream 15 %, stores of serving 15 %, logs 5 %. Each part stays within its share and removes its oldest data first.",
     )
     memory_dir: str = setting(
         "/dev/shm",
-        help="Directory in memory for what changes all over all the time: histories, saved on the disk at a clean stop, and "
-        "serving's rows. Where it has too little room they lie on the disk; empty: always.",
+        help="Directory in memory for data that is overwritten constantly: serving rows, and histories, which a clean stop saves to disk. If it has too little space, the data is on disk; empty: always on disk.",
     )
 
 
 @dataclass(frozen=True)
 class LogSettings:
-    """What processes say of themselves, a line an event, on their standard error; `springtide up` keeps it in files."""
+    """Logs: each process writes one line per event to standard error, which `springtide up` redirects to files."""
 
     format: str = setting(
         "text",
         choices=("text", "json"),
-        help="Form of a line: text, or a JSON object with time, part, level, logger, event, message and, where they apply, "
-        "version, epoch, partition and offset.",
+        help="Format of a log line: text, or a JSON object with time, part, level, logger, event, message and, if they apply, version, epoch, partition and offset.",
     )
     repeats: int = setting(
-        20, "lines", least=1, help="Lines of one event in a minute; what was said more often is counted in a line."
+        20,
+        "lines",
+        least=1,
+        help="Maximum number of lines per minute for one event; further occurrences are counted in one line.",
     )
 
 
 @dataclass(frozen=True)
 class MetricsSettings:
-    """Where processes offer their metrics, and where they find those of others."""
+    """The addresses of /metrics, of a process itself and of parts on other hosts."""
 
     host: str = setting(
         "127.0.0.1",
         filled=True,
-        help="Address on which stream, trainer, applier, validation, probe and `springtide up` offer /metrics, which ask for no "
-        "token.",
+        help="Address on which stream, trainer, applier, validation, probe and `springtide up` expose /metrics, without a token.",
     )
     hosts: tuple[str, ...] = setting(
         (),
-        help="Hosts on which `springtide status` and the console find parts that are not on this machine, `PART=HOST` each: "
-        "stream, trainer, applier, segments. Workers are where serving.host says.",
+        help="Hosts of parts that run on other machines, as `PART=HOST`, for `springtide status` and the console: stream, trainer, applier, segments. Workers are at serving.host.",
     )
 
 
 @dataclass(frozen=True)
 class Bootstrap:
-    """The analysis of the first clicks."""
+    """The analysis of the first clicks, for the constants of the preprocessing."""
 
-    sample_rows: int = setting(50_000, "rows", least=1, help="Most rows analysed.")
-    min_rows: int = setting(2000, "rows", least=1, help="Rows waited for before the analysis.")
-    timeout_s: int = setting(120, "s", least=1, help="How long to wait for them.")
+    sample_rows: int = setting(50_000, "rows", least=1, help="Maximum number of rows that are analysed.")
+    min_rows: int = setting(2000, "rows", least=1, help="Number of rows that the analysis waits for.")
+    timeout_s: int = setting(120, "s", least=1, help="Maximum wait for these rows.")
     compression: str = setting(
-        "gzip", choices=("gzip", "none"), help="Compression of the files of `springtide bootstrap --examples`."
+        "gzip", choices=("gzip", "none"), help="Compression of the files that `springtide bootstrap --examples` writes."
     )
-    shard_rows: int = setting(10_000, "rows", least=1, help="Examples of one such file, about.")
+    shard_rows: int = setting(10_000, "rows", least=1, help="Approximate number of examples in each of these files.")
 
 
 @dataclass(frozen=True)
 class Validation:
-    """What is looked for in the clicks that are learned from: anomalies, and drift away from the baseline."""
+    """Validation: detects anomalies in the training log, and drift from the baseline."""
 
     window_s: int = setting(
         300,
         "s",
         least=0,
         most=604_800,
-        help="Length of a window of log time whose statistics are taken; 0: `springtide up` runs no validation.",
+        help="Length of a window of log time for statistics; 0: `springtide up` runs no validation.",
     )
     every: int = setting(
-        1, "records", least=1, most=10_000, help="Of about so many records of the training log one is looked at."
+        1,
+        "records",
+        least=1,
+        most=10_000,
+        help="Sampling interval: about one record of the training log in this many is read.",
     )
-    min_rows: int = setting(1000, "rows", least=1, help="Rows below which a window is judged by nothing.")
-    keep: int = setting(12, "windows", least=2, most=10_000, help="How many of the newest windows' statistics stay.")
+    min_rows: int = setting(1000, "rows", least=1, help="Minimum number of rows of a window that is judged.")
+    keep: int = setting(
+        12, "windows", least=2, most=10_000, help="Number of the newest windows whose statistics are kept."
+    )
     missing_share: float = setting(
-        0.1, least=0.0, most=1.0, help="How much more of the rows may lack a value than in the baseline."
+        0.1, least=0.0, most=1.0, help="Maximum increase of the share of missing values over the baseline."
     )
     new_values_share: float = setting(
         0.1,
         least=0.0,
         most=1.0,
-        help="How much of a categorical feature may be values that the baseline does not know.",
+        help="Maximum share of values of a categorical feature that the baseline does not contain.",
     )
     max_l_infinity: float = setting(
-        0.1, least=0.0, most=1.0, help="How far the share of any value of a categorical feature may move."
+        0.1,
+        least=0.0,
+        most=1.0,
+        help="Maximum L-infinity distance of a categorical feature: the largest change in the share of a value.",
     )
     max_divergence: float = setting(
-        0.1, "bits", least=0.0, most=1.0, help="Jensen-Shannon divergence that a numeric feature may have."
+        0.1, "bits", least=0.0, most=1.0, help="Maximum Jensen-Shannon divergence of a numeric feature."
     )
-    metrics_port: int = setting(9106, least=0, most=65535, help="Port of the validation's /metrics.")
+    metrics_port: int = setting(9106, least=0, most=65535, help="Port of /metrics of the validation.")
 
 
 @dataclass(frozen=True)
 class SegmentSettings:
-    """Groups of users by what their profiles say, kept while they click."""
+    """Segments: groups of users that are defined by their profiles and updated with each click."""
 
     expressions: tuple[str, ...] = setting(
         (),
-        help="Segments, each `name=expression`, as in `sporty=interest['Sport'] > 0.3`; in the file also as keys of "
-        "[segments]. Without any `springtide up` keeps none.",
+        help="Segments, each as `name=expression`, such as `sporty=interest['Sport'] > 0.3`; in the file also as keys of [segments]. Empty: `springtide up` maintains no segments.",
     )
     topic: str = setting(
         "springtide.segments.v1", filled=True, help="Compacted topic of memberships, keyed by pseudonym and segment."
@@ -850,58 +945,64 @@ class SegmentSettings:
         600.0,
         "s",
         least=1.0,
-        help="Within so many seconds each user is looked at again, clicked or not: windows empty by themselves.",
+        help="Interval in which every user is evaluated again, even without a click, because windows expire.",
     )
     lookalikes: int = setting(
         0,
         "users",
         least=0,
         most=1000,
-        help="Of each segment so many users, those nearest to its members, are listed for `GET /v1/segments/NAME/lookalikes`; "
-        "0: none are.",
+        help="Number of lookalikes of each segment, the users nearest to its members, for `GET /v1/segments/NAME/lookalikes`; 0: none.",
     )
     lookalikes_every_s: float = setting(
         3600.0,
         "s",
         least=1.0,
-        help="After so many seconds they are listed anew: the profiles of all users are made for that.",
+        help="Interval between rebuilds of the lookalikes, which compute the profiles of all users.",
     )
-    metrics_port: int = setting(9108, least=0, most=65535, help="Port of the /metrics of `springtide segments run`.")
+    metrics_port: int = setting(9108, least=0, most=65535, help="Port of /metrics of `springtide segments run`.")
 
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """A trial that answers a growing share of the users, and when it goes back to nobody by itself."""
+    """Rollouts: a trial answers a growing share of the users, and is rolled back automatically if it does worse."""
 
     address: str = setting(
         "",
-        help="Where the workers of the trial answer, such as http://127.0.0.1:8601; `springtide up` runs them at an address of its machine. Empty: this host's workers take part in no rollout.",
+        help="Address of the trial's workers, such as http://127.0.0.1:8601. `springtide up` runs them if the address is on its machine. Empty: this host takes part in no rollout.",
     )
     timeout_s: float = setting(
         1.0,
         "s",
         above=0.0,
         most=60.0,
-        help="How long the trial may take to answer; then the live version does, and it failed.",
+        help="Timeout of an answer of the trial. After it the live version answers, and the trial's answer counts as failed.",
     )
     max_failures: float = setting(
         0.01,
         least=0.0,
         most=1.0,
-        help="How much more of its answers the trial may fail to give than the live versions.",
+        help="Maximum by which the failure rate of the trial may exceed that of the live versions.",
     )
     slower_ms: float = setting(
-        20.0, "ms", least=0.0, most=60_000.0, help="How much longer the slowest hundredth of its answers may take."
+        20.0,
+        "ms",
+        least=0.0,
+        most=60_000.0,
+        help="Maximum by which the 99th percentile latency of the trial may exceed that of the live versions.",
     )
     equal_within: float = setting(
-        0.05, above=0.0, most=1.0, help="A lift whose whole interval is nearer to 0 than this is called equal."
+        0.05,
+        above=0.0,
+        most=1.0,
+        help="Largest absolute lift that is called equal; the whole confidence interval must be within it.",
     )
     planned_answers: int = setting(
         20_000,
         "answers",
         least=100,
         most=1_000_000_000,
-        help="After how many answers of both arms, the smaller one counting most, intervals are narrowest for what they are.",
+        help="Number of answers of both arms, weighted towards the smaller arm, for which confidence intervals are optimised.",
     )
 
 
@@ -909,102 +1010,119 @@ class RolloutSettings:
 class Shoppers:
     """The synthetic shoppers of `springtide up` and `springtide replay --synthetic`."""
 
-    users: int = setting(2000, least=1, most=100_000_000, help="Shoppers.")
-    rate: float = setting(200.0, "events/s", least=0.0, help="Events they make.")
-    categories: int = setting(64, least=1, help="Categories they choose from.")
-    items: int = setting(4000, least=1, help="Items they choose from.")
-    drift_s: float = setting(120.0, "s", least=0.1, help="Time after which a shopper's taste has moved on.")
-    seed: int = setting(7, least=0, help="Seed of their choices.")
+    users: int = setting(2000, least=1, most=100_000_000, help="Number of shoppers.")
+    rate: float = setting(200.0, "events/s", least=0.0, help="Number of events that they generate.")
+    categories: int = setting(64, least=1, help="Number of categories that they choose from.")
+    items: int = setting(4000, least=1, help="Number of items that they choose from.")
+    drift_s: float = setting(120.0, "s", least=0.1, help="Time in which the taste of a shopper drifts.")
+    seed: int = setting(7, least=0, help="Random seed of their choices.")
 
 
 @dataclass(frozen=True)
 class Supervision:
-    """`springtide up`, which keeps the parts of a loop alive."""
+    """`springtide up`, which supervises the parts of a loop."""
 
-    metrics_port: int = setting(9104, least=0, most=65535, help="Port of the /metrics of `springtide up`; 0: none.")
+    metrics_port: int = setting(9104, least=0, most=65535, help="Port of /metrics of `springtide up`; 0: off.")
     prometheus_port: int = setting(
-        9090, least=1, most=65535, help="Port of the Prometheus of `springtide up --prometheus`."
+        9090, least=1, most=65535, help="Port of the Prometheus that `springtide up --prometheus` starts."
     )
     prometheus_interval_s: float = setting(
-        5.0, "s", least=0.1, most=60.0, help="How often that one scrapes, and computes its rules."
+        5.0, "s", least=0.1, most=60.0, help="Scrape and evaluation interval of that Prometheus."
     )
     prometheus_mb: int = setting(
-        512, "MB", least=64, most=1_000_000, help="How much it keeps, beside storage.budget_gb; the oldest goes first."
+        512,
+        "MB",
+        least=64,
+        most=1_000_000,
+        help="Maximum storage of that Prometheus, not part of `storage.budget_gb`; the oldest data is removed first.",
     )
     log_mb: int = setting(
         10,
         "MB",
         least=1,
         most=100_000,
-        help="How large the log of a part becomes before a new one is begun; less where `storage.budget_gb` asks for it.",
+        help="Size at which the log of a part is rotated; smaller if `storage.budget_gb` requires it.",
     )
-    older_logs: int = setting(1, least=0, most=100, help="Older logs of a part that are kept beside the one it writes.")
+    older_logs: int = setting(1, least=0, most=100, help="Number of rotated logs of a part that are kept.")
 
 
 @dataclass(frozen=True)
 class ConsoleSettings:
-    """The page that shows the loop and steers it."""
+    """The console, a web page that shows and controls the loop."""
 
     host: str = setting(
-        "127.0.0.1", filled=True, help="Address to listen on. Tokens and certificate are those of `[serving]`."
+        "127.0.0.1",
+        filled=True,
+        help="Address on which the console listens. Tokens and certificate are those of `[serving]`.",
     )
     port: int = setting(
         8502,
         least=0,
         most=65535,
-        help="Port of the page; 0: `springtide up` starts none. To change anything needs the token `operate`.",
+        help="Port of the console; 0: `springtide up` starts none. Changes require the token `operate`.",
     )
 
 
 @dataclass(frozen=True)
 class ProbeSettings:
-    """`springtide probe`: clicks of probe users, whose way through the loop is timed."""
+    """`springtide probe`, which measures the latency of clicks of probe users through the loop."""
 
     every_s: float = setting(
         0.0,
         "s",
         least=0.0,
         most=120.0,
-        help="Time between two probes of `springtide up` and of `springtide probe --continuously`; 0: `up` sends none.",
+        help="Interval between probes of `springtide up` and of `springtide probe --continuously`; 0: `up` sends none.",
     )
-    timeout_s: float = setting(30.0, "s", least=0.1, most=3600.0, help="How long the loop has for one of them.")
-    url: str = setting("", help="Address of what answers; empty: serving on this host, as `[serving]` says.")
-    metrics_port: int = setting(9105, least=0, most=65535, help="Port of the probe's /metrics.")
+    timeout_s: float = setting(30.0, "s", least=0.1, most=3600.0, help="Timeout of a probe.")
+    url: str = setting(
+        "", help="Address of the serving API to probe; empty: serving on this host, as set in `[serving]`."
+    )
+    metrics_port: int = setting(9105, least=0, most=65535, help="Port of /metrics of the probe.")
 
 
 @dataclass(frozen=True)
 class WebhookSettings:
-    """`springtide webhook`, by which an alert pins answers."""
+    """`springtide webhook`, which pins answers when an alert fires."""
 
-    host: str = setting("127.0.0.1", filled=True, help="Address on which Alertmanager reaches it.")
-    port: int = setting(9107, least=1, most=65535, help="Its port.")
+    host: str = setting("127.0.0.1", filled=True, help="Address on which the webhook listens for Alertmanager.")
+    port: int = setting(9107, least=1, most=65535, help="Port of the webhook.")
     before_s: float = setting(
         60.0,
         "s",
         least=0.0,
         most=86_400.0,
-        help="How long before an alert began the version must have been made that answers are pinned to.",
+        help="Minimum age, at the start of an alert, of the version to which answers are pinned.",
     )
 
 
 @dataclass(frozen=True)
 class FlinkSettings:
-    """`springtide flink`, a Flink cluster on this machine, and what a stream with `--runner flink` finds there."""
+    """`springtide flink`, a Flink cluster on this machine for a stream with `--runner flink`."""
 
-    rest_port: int = setting(8081, least=1, most=65535, help="Port of the JobManager's REST interface.")
-    job_port: int = setting(8099, least=1, most=65535, help="Port of the job server, which takes the stream's job.")
+    rest_port: int = setting(8081, least=1, most=65535, help="Port of the REST interface of the JobManager.")
+    job_port: int = setting(
+        8099, least=1, most=65535, help="Port of the job server, to which the stream submits its job."
+    )
     worker_port: int = setting(8098, least=1, most=65535, help="Port of the pool that starts Python workers.")
-    task_managers: int = setting(1, least=1, most=64, help="TaskManagers.")
+    task_managers: int = setting(1, least=1, most=64, help="Number of TaskManagers.")
     slots: int = setting(
-        2, least=1, most=256, help="Slots of each TaskManager; all of them together bound a job's parallelism."
+        2,
+        least=1,
+        most=256,
+        help="Number of slots of each TaskManager; all slots together limit the parallelism of a job.",
     )
     heap_mb: int = setting(
-        512, "MB", least=256, most=1_000_000, help="Java heap of each of JobManager, TaskManager and job server."
+        512,
+        "MB",
+        least=256,
+        most=1_000_000,
+        help="Java heap of the JobManager, of each TaskManager and of the job server.",
     )
     state_backend: str = setting(
         "hashmap",
         choices=("hashmap", "rocksdb"),
-        help="Where a TaskManager keeps the state of its users: hashmap in its heap, rocksdb on the disk, at half the speed.",
+        help="State backend of the TaskManagers: hashmap keeps user state in the heap, rocksdb keeps it on disk at half the speed.",
     )
 
 

@@ -16,12 +16,12 @@ def add_options(parser: argparse.ArgumentParser, records: bool = False) -> None:
         action="append",
         default=[],
         metavar="[TOPIC_ID:]P:A-B",
-        help="go on although positions A to B of partition P were deleted unread; repeatable",
+        help="continue although positions A to B of partition P were deleted before they were read; repeatable",
     )
     parser.add_argument(
         "--accept-cut-back",
         action="store_true",
-        help="go on where the clicks were cut back behind us, without those at offsets that are used twice",
+        help="continue although the clicks topic was truncated below our position, without clicks at reused offsets",
     )
     if records:
         parser.add_argument(
@@ -29,9 +29,11 @@ def add_options(parser: argparse.ArgumentParser, records: bool = False) -> None:
             action="append",
             default=[],
             metavar="OFFSET",
-            help="leave out this record of the training log, or those of A-B, where it cannot be learned from; repeatable",
+            help="skip this record of the training log, or the records A-B, if it cannot be learned from; repeatable",
         )
-    parser.add_argument("--reason", default="", metavar="TEXT", help="why the loss is accepted; kept with your name")
+    parser.add_argument(
+        "--reason", default="", metavar="TEXT", help="reason for accepting the loss; recorded with your name"
+    )
 
 
 def as_options(asked: argparse.Namespace, records: bool = True) -> list[str]:

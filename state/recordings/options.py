@@ -16,24 +16,28 @@ def add_file_arguments(parser: argparse.ArgumentParser, about: str) -> None:
         parser: The parser to extend.
         about: What the command does with the rows, one or two sentences for its help.
     """
-    parser.add_argument("files", nargs="*", metavar="FILE", help="CSV, JSON lines or Parquet; .gz, .zst; globs")
-    group = parser.add_argument_group("files", f"Columns are found by the names in [events], as in the topic. {about}")
+    parser.add_argument(
+        "files", nargs="*", metavar="FILE", help="files or globs: CSV, JSON lines or Parquet; .gz, .zst"
+    )
+    group = parser.add_argument_group(
+        "files", f"Columns are mapped by the names in [events], as for the topic. {about}"
+    )
     add_format_arguments(group)
     group.add_argument(
-        "--constant", action="append", default=[], metavar="FIELD=VALUE", help="a field that is the same in every row"
+        "--constant", action="append", default=[], metavar="FIELD=VALUE", help="field with the same value in every row"
     )
     group.add_argument(
         "--allow-outcome",
         action="append",
         default=[],
         metavar="NAME",
-        help="let an outcome (events.outcomes) be a feature",
+        help="allow an outcome (events.outcomes) as a feature",
     )
     group.add_argument(
         "--sort",
         choices=("memory", "assume"),
         default="memory",
-        help="memory: read everything and order it by time (default); assume: the files are in order",
+        help="memory: read everything and sort it by time (default); assume: the files are already sorted",
     )
 
 
@@ -44,13 +48,15 @@ def add_format_arguments(parser: argparse._ActionsContainer, of: str = "") -> No
         parser: The parser, or a group of its options.
         of: Text for the help that says which files `--columns` applies to; empty for all.
     """
-    parser.add_argument("--format", choices=FORMATS, default="", help="of all files; else each file's name tells")
-    parser.add_argument("--delimiter", default="", metavar="C", help="between CSV cells (default , and a tab for .tsv)")
+    parser.add_argument(
+        "--format", choices=FORMATS, default="", help="format of all files (default: from the name of each file)"
+    )
+    parser.add_argument("--delimiter", default="", metavar="C", help="CSV delimiter (default , or a tab for .tsv)")
     parser.add_argument(
         "--columns",
         default="",
         metavar="A,B,...",
-        help=f"names of the columns of CSV files without a header{of}; - skips one",
+        help=f"column names of CSV files without a header{of}; - skips a column",
     )
 
 

@@ -48,34 +48,37 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="springtide export",
         allow_abbrev=False,
-        description="Write a version as a SavedModel for TensorFlow Serving, or as one file for a device. Runs beside the loop.",
+        description="Export a version as a SavedModel for TensorFlow Serving, or as one file for a device. Safe while the loop runs.",
         epilog="Settings are written --section.name VALUE. Exit codes: 0 done, 1 failed, 2 wrong use.",
     )
     made.add_argument(
-        "--version", type=int, metavar="V", help="the version, of `springtide versions` (default: what answers use)"
+        "--version",
+        type=int,
+        metavar="V",
+        help="version, as listed by `springtide versions` (default: the version that answers use)",
     )
-    made.add_argument("--tflite", type=Path, metavar="FILE", help="write one file for a device instead")
+    made.add_argument("--tflite", type=Path, metavar="FILE", help="export one TFLite file for a device instead")
     made.add_argument(
-        "--quantize", choices=("none", "float16", "int8"), default="none", help="how a device's file keeps numbers"
+        "--quantize", choices=("none", "float16", "int8"), default="none", help="quantization of the device file"
     )
     made.add_argument(
         "--users",
         type=Path,
         metavar="FILE",
-        help="users, one raw id a line: those whose rows a device's file has, or whom a SavedModel knows by id",
+        help="file with raw user ids, one per line: users whose rows the device file includes, or whom the SavedModel accepts by id",
     )
     made.add_argument(
         "--items",
         type=Path,
         metavar="FILE",
-        help="items, one raw id a line, that a SavedModel knows by id with --users",
+        help="file with raw item ids, one per line, that the SavedModel accepts by id; with --users",
     )
     made.add_argument(
         "--rows",
         type=int,
         default=MOST_ROWS,
         metavar="N",
-        help=f"rows of every other table, those seen last (default {MOST_ROWS})",
+        help=f"number of most recently seen rows of every other table (default {MOST_ROWS})",
     )
     return made
 
