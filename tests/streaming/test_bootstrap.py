@@ -192,14 +192,14 @@ def test_an_option_that_the_preprocessing_asked_for_makes_another_graph_and_othe
         model = replace(settings.model, preprocessing=f"{__name__}:scaled", options=options)
         return replace(settings, model=model)
 
-    assert run(wanted("scale=0.5", "heads=4"), silent, Wanted(checked=True))
+    assert run(wanted("scale=0.5", "heads=4"), silent, Wanted(of_up=True))
     about = Registry(settings.registry_dir).spec(FeatureSpec.from_settings(settings).digest)
     assert (about["options"], about["asked"]) == (["scale=0.5", "heads=4"], {"scale": ["0.5", "1.0"]})
     assert not run(wanted("scale=0.5", "heads=8"), silent), "the graph does not depend on heads"
     # Another graph lies beside the first one, whose versions still go by it.
     registry, spec = Registry(settings.registry_dir), FeatureSpec.from_settings(settings).digest
     assert registry.bootstrapped(spec, wanted("scale=2").model) is None
-    assert run(wanted("scale=2"), silent, Wanted(checked=True))
+    assert run(wanted("scale=2"), silent, Wanted(of_up=True))
     found = [registry.bootstrapped(spec, wanted(*options).model) for options in (("scale=0.5",), ("scale=2",), ())]
     assert found == [spec, f"{spec}.2", None]
     assert registry.transform(f"{spec}.2").is_dir()
