@@ -22,10 +22,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache, lru_cache
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg.cython_blas  # noqa: F401  loads the BLAS of compiled loops
+import scipy
+import scipy.linalg.cython_blas  # loads the BLAS of compiled loops
 from threadpoolctl import threadpool_info
 
 from state.compiled import compiled_sums, layout, part_of_sums
@@ -48,7 +50,9 @@ _TILE = 16
 
 @cache
 def _small() -> int:
-    kinds = {library.get("architecture") for library in threadpool_info() if library["internal_api"] == "openblas"}
+    # Other libraries of the process, such as faiss, may bring an OpenBLAS of their own that knows the processor by another name.
+    own = Path(scipy.__file__).parent.with_name("scipy.libs")
+    kinds = {library["architecture"] for library in threadpool_info() if Path(library["filepath"]).is_relative_to(own)}
     return SMALL if kinds and kinds <= _WITH_SMALL else 0
 
 
