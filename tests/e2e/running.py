@@ -56,7 +56,7 @@ SHORT: Mapping[str, object] = {
     "validation.window_s": 0,
 }
 FIRST_ANSWER_S = 240.0
-DEADLINE_S = 120.0
+DEADLINE_S = 240.0
 PATIENCE_S = 30.0
 """Of one question: a busy machine answers late."""
 STOP_S = 240.0
