@@ -192,7 +192,7 @@ class TrainerMetrics(Metrics):
         "Rows of the training log, by outcome: trained, skipped, duplicate, masked, other_features (from an earlier feature spec).",
         "outcome",
     )
-    steps = counter("springtide_trainer_steps", "Training steps.")
+    steps = counter("springtide_trainer_steps", "Training steps, one for each record of the training log.")
     step_seconds = histogram("springtide_trainer_step_seconds", "Time of a training step.", SHORT_SECONDS)
     log_loss = gauge(
         "springtide_trainer_log_loss",
