@@ -224,13 +224,11 @@ def count_as(number: int) -> None:
 
 
 class Warming:
-    """Prepares the worker of a host in its event loop.
-
-    The event loop answers meanwhile: the kernels are compiled in a thread. Until they are ready the host answers
-    `NotReady`, and until the answers of each kind were computed it is not ready.
+    """Prepares a worker: its kernels, then one answer of each kind.
 
     Args:
-        host: What answers.
+        host: What answers. Until the kernels are ready it answers `NotReady`; until it has computed the answers, it is
+            not ready.
         kernels: Of this process.
     """
 
@@ -239,15 +237,32 @@ class Warming:
         host.kernels, host.warm = kernels, False
         self._task: asyncio.Task[None] | None = None
 
+    def prepare(self) -> None:
+        """Prepares the worker before it accepts connections, if its host can answer already."""
+        self._kernels.prepare()
+        if self._is_cold():
+            for _ in self._steps():
+                pass
+
     def start(self) -> None:
-        """Begins; call it in the event loop."""
-        # A daemon: a stop does not wait for the compiler.
-        threading.Thread(target=self._kernels.prepare, name="kernels", daemon=True).start()
+        """Prepares what is left in the event loop, which answers meanwhile; the kernels are compiled in a thread."""
+        if self._host.warm:
+            return
+        if not self._kernels.done:
+            # A daemon: a stop does not wait for the compiler.
+            threading.Thread(target=self._kernels.prepare, name="kernels", daemon=True).start()
         self._task = asyncio.get_running_loop().create_task(self._run())
 
     async def _run(self) -> None:
-        while not self._kernels.done or self._host.missing() != {"program": Host.COLD}:
+        while not self._is_cold():
             await asyncio.sleep(POLL_S)
+        for _ in self._steps():
+            await asyncio.sleep(0)
+
+    def _is_cold(self) -> bool:
+        return self._kernels.done and self._host.missing() == {"program": Host.COLD}
+
+    def _steps(self) -> Generator[None]:
         began_s = time.monotonic()
         for answer in one_of_each(self._host):
             try:
@@ -256,7 +271,7 @@ class Warming:
                 _log.info("an answer could not be prepared: %s", error)
             except Exception:  # noqa: BLE001 - clients may ask for others
                 _log.exception("an answer could not be prepared")
-            await asyncio.sleep(0)
+            yield
         # Modules are 100,000 objects. A full collection that visits them stops all answers for 60 ms.
         keep_what_is_there()
         self._host.warm = True
@@ -295,6 +310,7 @@ def serve(
     bound: socket.socket,
     ready: Callable[[], None] = lambda: None,
     beside: bool = False,
+    again: bool = False,
 ) -> None:
     """One worker, until SIGTERM or SIGINT; requests under way are answered before it returns.
 
@@ -303,6 +319,7 @@ def serve(
         bound: What it accepts connections of.
         ready: Called once it does.
         beside: Whether other workers answer on the same port, whose counters its metrics add up.
+        again: Whether it replaces one. Others answer meanwhile, so it accepts connections once it is prepared.
     """
     salt, serving = load_salt(settings.salt_path, create=False), settings.serving
     host = Host(settings, salt, now_ms=wall_ms)
@@ -331,6 +348,8 @@ def serve(
 
     server = DrainingServer(app, limits, serving.drain_s, accepts, grpc, access)
     server.end_on_signals()
+    if again:
+        warming.prepare()
     try:
         server.run(sockets=[bound])
     finally:
@@ -363,7 +382,7 @@ def shared_worker(number: int, bound: socket.socket, ready: Event, argv: list[st
     def work() -> None:
         settings = load(argv)
         log_lines.follow(settings.logs)
-        serve(settings, bound, ready.set, beside=True)
+        serve(settings, bound, ready.set, beside=True, again=ready.is_set())
 
     log_lines.begin("worker")
     sys.exit(reported(work, _log))

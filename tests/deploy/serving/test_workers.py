@@ -20,6 +20,7 @@ from tests.deploy.serving.stocked import Stores
 from tests.deploy.serving.test_rest import answers, until, worker
 
 PROFILES = 'springtide_requests_total{code="200",route="profile"}'
+OTHERS = 20
 STARTS = "springtide_worker_starts_total"
 
 
@@ -111,14 +112,16 @@ def test_a_worker_that_ends_or_is_killed_is_replaced_and_the_other_goes_on(store
             first, second = children(process)
             first.terminate()
             until(lambda: not first.is_running() and counted(port, STARTS) == 3)
+            # It accepts connections once it is prepared: no client meets a worker that is not ready.
+            assert all(answers(port, "/v1/profiles/ann") for _ in range(OTHERS))
             after = fire.answered
             until(lambda: fire.answered > after + 50)
         assert fire.failures == []
         # An answer is counted after it was sent.
-        until(lambda: counted(port, PROFILES) == fire.answered)
+        until(lambda: counted(port, PROFILES) == fire.answered + OTHERS)
         # Each worker says the same, and nothing that the first one counted is lost.
-        assert {counted(port, PROFILES) for _ in range(8)} == {fire.answered}
-        require_exemplars(port, fire.answered)
+        assert {counted(port, PROFILES) for _ in range(8)} == {fire.answered + OTHERS}
+        require_exemplars(port, fire.answered + OTHERS)
         # 2. One is killed.
         second.kill()
         until(lambda: not second.is_running())
