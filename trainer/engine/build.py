@@ -268,8 +268,8 @@ class CompiledEngine:
 def prepared_by(preprocessing: Preprocessing, features: int, name: str) -> Callable[[U16], F32]:
     """Compiles a preprocessing.
 
-    The default one takes each feature by itself, and a feature has 65,536 values: TensorFlow computes them all once. A
-    call of its graph in each update took as long as the heads. `tests/trainer/engine/test_build.py` compares both.
+    `Logarithms` and the default one take each feature by itself, and a feature has 65,536 values: all are computed once. A
+    call of TensorFlow's graph in each update took as long as the heads. `tests/trainer/engine/test_build.py` compares both.
 
     Args:
         preprocessing: `[B, D]` float32 raw integers to `[B, D']` float32.
@@ -279,36 +279,37 @@ def prepared_by(preprocessing: Preprocessing, features: int, name: str) -> Calla
     Returns:
         `[B, D]` uint16 features to what `preprocessing` makes of them, `[B, D']` float32.
     """
+    values = np.arange(1 << 16, dtype=np.uint16)[:, None]
     if isinstance(preprocessing, Logarithms):
-        log_scale, scale = preprocessing.log_scale, preprocessing.scale
-
-        def logarithms(raw: U16) -> F32:
-            found = np.empty(raw.shape, np.float32)
-            _logarithms(read_only(raw), LOGARITHMS, log_scale, scale, found)
-            return found
-
-        return logarithms
+        return _by_table(
+            LOGARITHMS[:, None] * preprocessing.log_scale + values.astype(np.float32) * preprocessing.scale
+        )
     signature = [tf.TensorSpec([None, features], tf.uint16)]
     graph = tf.function(lambda raw: preprocessing(tf.cast(raw, tf.float32)), signature, autograph=False)
     concrete = graph.get_concrete_function()
 
     def by_tensorflow(raw: U16) -> F32:
-        return np.asarray(concrete(tf.constant(raw)).numpy(), np.float32)
+        return np.ascontiguousarray(concrete(tf.constant(raw)).numpy(), np.float32)
 
     if name != ModelSettings().preprocessing:
         return by_tensorflow
-    values = np.repeat(np.arange(1 << 16, dtype=np.uint16)[:, None], features, 1)
-    table = np.ascontiguousarray(by_tensorflow(values))
+    table = by_tensorflow(np.repeat(values, features, 1))
+    by_table = _by_table(table)
+    # The settings may name another function than the one that the bootstrap analysed.
+    sample = np.random.default_rng(0).geometric(1e-3, (256, features)).astype(np.uint16)
+    same = table.shape[1] == features and np.allclose(by_table(sample), by_tensorflow(sample), 1e-5, 1e-5)
+    return by_table if same else by_tensorflow
 
-    def by_table(raw: U16) -> F32:
+
+def _by_table(table: F32) -> Callable[[U16], F32]:
+    """Looks features up in `[65536, D]` float32, the value of each feature for each raw integer."""
+
+    def look_up(raw: U16) -> F32:
         found = np.empty(raw.shape, np.float32)
         _look_up(read_only(raw), table, found)
         return found
 
-    # The settings may name another function than the one that the bootstrap analysed.
-    sample = np.random.default_rng(0).geometric(1e-3, (256, features)).astype(np.uint16)
-    same = table.shape == values.shape and np.allclose(by_table(sample), by_tensorflow(sample), 1e-5, 1e-5)
-    return by_table if same else by_tensorflow
+    return look_up
 
 
 @compiled("const(u2[:, ::1]), f4[:, ::1], f4[:, ::1]")
@@ -316,13 +317,6 @@ def _look_up(raw: U16, table: F32, out: F32) -> None:
     for b in range(raw.shape[0]):
         for d in range(raw.shape[1]):
             out[b, d] = table[raw[b, d], d]
-
-
-@compiled("const(u2[:, ::1]), f4[::1], f4[::1], f4[::1], f4[:, ::1]")
-def _logarithms(raw: U16, logarithms: F32, log_scale: F32, scale: F32, out: F32) -> None:
-    for b in range(raw.shape[0]):
-        for d in range(raw.shape[1]):
-            out[b, d] = logarithms[raw[b, d]] * log_scale[d] + np.float32(raw[b, d]) * scale[d]
 
 
 TRANSITION = "transition"
