@@ -32,10 +32,11 @@ from typing import Any
 import numpy as np
 
 from deploy.kafka.broker import Broker
-from deploy.kafka.configuration import free_port, free_ports
+from deploy.kafka.configuration import HOST, free_port, free_ports
 from state.config.sections import Kafka
-from state.log import BulkWriter, Topics, Writer, append_encoded, partition_of
+from state.log import BulkWriter, Topics, append_encoded
 from state.process.wall_clock import wall_ms
+from tests.bench.loop import freshness
 from tests.bench.report import Figure, Stages, report
 from tests.bench.stream import CHUNK, PACE_S, PARTITIONS, Clicks
 from tests.e2e.running import ROOT
@@ -72,6 +73,8 @@ class Measured:
         with Topics(self.kafka) as topics:
             topics.ensure(self.kafka.clicks_topic, PARTITIONS)
             self._id = topics.describe(self.kafka.clicks_topic).topic_id
+        # 0.1.0 names the sources in every answer.
+        self.fields = "?fields=sources" if checkout == ROOT else ""
         self.ports = free_ports((*PORTS, *OURS) if checkout == ROOT else PORTS)
 
     @contextmanager
@@ -109,9 +112,8 @@ class Measured:
     def learned(self) -> dict[int, int]:
         """Position of each partition before which an answer of now has learned everything; empty where none answers."""
         with suppress(OSError, http.client.HTTPException):
-            worker = http.client.HTTPConnection("127.0.0.1", self.ports["serving.port"], timeout=PATIENCE_S)
-            fields = "?fields=sources" if self.checkout == ROOT else ""
-            worker.request("GET", f"/v1/profiles/nobody{fields}")
+            worker = http.client.HTTPConnection(HOST, self.ports["serving.port"], timeout=PATIENCE_S)
+            worker.request("GET", f"/v1/profiles/nobody{self.fields}")
             answer: dict[str, Any] = json.loads(worker.getresponse().read())
             worker.close()
             sources = answer["version"]["sources"] if "version" in answer else {}
@@ -191,39 +193,6 @@ class Measured:
             held = rate if self.holds(rate, hold_s) else 0.0
         return held
 
-    def freshness(self, bursts: int) -> list[float]:
-        """Seconds from the acknowledgement of three clicks to an answer that learned them."""
-        found, worker = [], http.client.HTTPConnection("127.0.0.1", self.ports["serving.port"], timeout=PATIENCE_S)
-        fields = "?fields=sources" if self.checkout == ROOT else ""
-        with Topics(self.kafka) as topics, Writer(self.kafka) as writer:
-            for number in range(bursts):
-                progress.say(f"{self.name}: freshness", f"burst {number} of {bursts}")
-                user = f"burst-{number % 50}"
-                click = {
-                    "user": user,
-                    "item": f"item-{number}",
-                    "category": f"category-{number % 64}",
-                    "action": "view",
-                }
-                for _ in range(3):
-                    value = json.dumps(click | {"time": wall_ms()}).encode()
-                    writer.send(self.kafka.clicks_topic, None, user.encode(), value)
-                writer.flush()
-                acknowledged_s, partition = time.monotonic(), partition_of(user.encode(), PARTITIONS)
-                # Others write too: the end is at or after the burst.
-                end, source = topics.ends(self.kafka.clicks_topic)[partition][1], f"{self._id}:{partition}"
-                while True:
-                    worker.request("GET", f"/v1/profiles/{user}{fields}")
-                    answer = json.loads(worker.getresponse().read())
-                    if answer["version"]["sources"].get(source, 0) >= end:
-                        break
-                    if time.monotonic() - acknowledged_s > PATIENCE_S:
-                        raise SystemExit(f"{self.name}: no answer has learned burst {number}; see {self.folder}/log")
-                    threading.Event().wait(0.005)
-                found.append(time.monotonic() - acknowledged_s)
-        worker.close()
-        return found
-
 
 def main() -> None:
     """Runs the benchmark."""
@@ -254,7 +223,9 @@ def main() -> None:
                     rate = one["highest rate"] = loop.highest(given.from_rate, given.hold_s)
                     with loop.offered(rate / 2):
                         threading.Event().wait(10.0)
-                        p50, p99 = np.percentile(loop.freshness(given.bursts), [50, 99])
+                        p50, p99 = np.percentile(
+                            freshness(loop.kafka, HOST, loop.ports["serving.port"], given.bursts, loop.fields), [50, 99]
+                        )
                     one |= {
                         "freshness at half of it, p50": 1000 * float(p50),
                         "freshness at half of it, p99": 1000 * float(p99),

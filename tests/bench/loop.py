@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 
+from state.config.sections import Kafka
 from state.log import Topics, Writer, partition_of
 from state.process.wall_clock import wall_ms
 from state.registry import control
@@ -85,10 +86,20 @@ def settle(loop: Loop) -> float:
     return time.monotonic() - begin
 
 
-def freshness(loop: Loop, bursts: int) -> list[float]:
-    """Seconds from acknowledged to answered by a version trained on it, one for each burst."""
-    kafka = loop.settings.kafka
-    worker = http.client.HTTPConnection(loop.settings.serving.host, loop.settings.serving.port, timeout=5)
+def freshness(kafka: Kafka, host: str, port: int, bursts: int, fields: str = "?fields=sources") -> list[float]:
+    """Seconds from acknowledged to answered by a version trained on it, one for each burst.
+
+    Args:
+        kafka: Of the clicks.
+        host: Of a worker.
+        port: Its port.
+        bursts: How many, of `CLICKS` clicks each.
+        fields: What makes an answer name its sources; a query.
+
+    Raises:
+        RuntimeError: No answer had learned a burst after `PATIENCE_S`.
+    """
+    worker = http.client.HTTPConnection(host, port, timeout=PATIENCE_S)
     measured = []
     with Topics(kafka) as topics, Writer(kafka) as writer:
         about = topics.describe(kafka.clicks_topic)
@@ -106,12 +117,12 @@ def freshness(loop: Loop, bursts: int) -> list[float]:
             end = topics.ends(kafka.clicks_topic)[partition][1]
             source = f"{about.topic_id}:{partition}"
             while True:
-                worker.request("GET", f"/v1/profiles/{user}?fields=sources")
+                worker.request("GET", f"/v1/profiles/{user}{fields}")
                 answer = json.loads(worker.getresponse().read())
                 if answer["version"]["sources"].get(source, 0) >= end:
                     break
                 if time.monotonic() - acknowledged_s > PATIENCE_S:
-                    raise RuntimeError(f"burst {number}: no version covers {source} to {end}\n{loop.logs()}")
+                    raise RuntimeError(f"burst {number}: no version covers {source} to {end}")
                 time.sleep(POLL_S)
             measured.append(time.monotonic() - acknowledged_s)
     worker.close()
@@ -213,7 +224,8 @@ def main() -> None:
             figures["first start: first answer"] = Figure(loop.first_answer_s, "s")
             first = memory(loop)
             figures["first start: caught up after"] = Figure(settle(loop), "s")
-            measured = freshness(loop, options.bursts)
+            serving = loop.settings.serving
+            measured = freshness(loop.settings.kafka, serving.host, serving.port, options.bursts)
             notes["cpu at 5k events/s"] = shares(loop)
             figures |= written(loop, 5000, options.written_s)
             wait("memory,", options.memory_s - (time.monotonic() - begin))
