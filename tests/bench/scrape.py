@@ -25,8 +25,8 @@ import psutil
 from prometheus_client import CollectorRegistry, Gauge, Histogram, generate_latest, start_http_server
 
 from deploy.kafka.configuration import free_port
-from deploy.serving.exposition import of_all_workers, told
-from deploy.serving.rest import COUNTERS, count_as, make_counters
+from deploy.serving.requests.worker_metrics import of_all_workers, rendered
+from deploy.serving.requests.workers import COUNTERS, count_as, make_counters
 from state.metrics import ANSWER_SECONDS, ANSWERING_ROUTES, WorkerMetrics, add_process
 from tests.bench.report import Figure, Stages, report
 
@@ -121,7 +121,7 @@ def main(scrapes: int) -> None:
                         figures[f"{name}, {kind}, every {every_s:.0f} s"] = Figure(
                             100 * took_s / every_s, "% of a core", "<= 2"
                         )
-    assert told(registry, OPENMETRICS)[0].count(b"12345") > 0
+    assert rendered(registry, OPENMETRICS)[0].count(b"12345") > 0
     report("scrape", figures, {"scrapes": scrapes})
 
 

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.clicks import HistoryFollower
-from deploy.serving.following import VersionFollower
+from deploy.serving.following.clicks import HistoryFollower
+from deploy.serving.following.versions import VersionFollower
 from state.config.settings import Settings
 from state.errors import LogError
 from state.events.identity import load_salt

@@ -15,7 +15,7 @@ import pytest
 from deploy.backup import listing
 from deploy.backup.commands import Scope, make
 from deploy.backup.restoring import By, Restored, restore
-from deploy.serving.host import Host
+from deploy.serving.answers.host import Host
 from state.errors import BackupError
 from state.events.identity import load_salt
 from state.history.store import HistoryStore

@@ -27,7 +27,7 @@ from state.history.store import HistoryStore
 from state.layout import HISTORIES, PROGRAMS, ROWS
 from state.positions import Source
 from state.process.wall_clock import wall_ms
-from state.ranking import transition_rows
+from state.ranking import transitions
 from state.ranking.transitions import FOLLOWERS, Lists
 from state.registry.manifest import LogRange, Manifest
 from state.rows.store import RowStore
@@ -117,9 +117,9 @@ def _fill_rows(settings: Settings, ids: Ids, now_ms: int, rng: np.random.Generat
         tensors[f"{table}.rows"] = rng.normal(0, 0.1, (len(of), settings.model.dim)).astype(np.float32)
     counts = np.sort(rng.integers(1, 500, (CATEGORIES, FOLLOWERS)).astype(np.int32), axis=1)[:, ::-1]
     followers = np.stack([rng.permutation(ids.categories)[:FOLLOWERS] for _ in range(CATEGORIES)])
-    signs = np.zeros((CATEGORIES, transition_rows.SIGN_BYTES), np.uint8)
+    signs = np.zeros((CATEGORIES, transitions.SIGN_BYTES), np.uint8)
     tensors["transition.ids"] = ids.categories
-    tensors["transition.rows"] = transition_rows.pack(Lists(np.ascontiguousarray(counts), followers), signs)
+    tensors["transition.rows"] = transitions.pack(Lists(np.ascontiguousarray(counts), followers), signs)
     tensors["popular"] = ids.categories[: settings.model.popular]
     manifest = Manifest(
         version=1, kind="base", epoch=1, parent=None, visible=((1, 1),), log=LogRange(), sources=((SOURCE, 1),), steps=1,

@@ -14,8 +14,8 @@ from typing import Self
 
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.clicks import HistoryFollower
-from deploy.serving.following import VersionFollower
+from deploy.serving.following.clicks import HistoryFollower
+from deploy.serving.following.versions import VersionFollower
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore

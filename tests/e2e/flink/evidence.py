@@ -8,7 +8,7 @@ from typing import Self
 
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.clicks import HistoryFollower
+from deploy.serving.following.clicks import HistoryFollower
 from deploy.serving.notes import CAUGHT_UP_EXTRA
 from state.config.sections import Kafka
 from state.config.settings import Settings
