@@ -27,7 +27,7 @@ from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.serving.answers.item_index import ClickedItems, ItemSources, NearItems, NewItem
+from deploy.serving.answers.item_index import ClickedItems, ItemSources, NearItems
 from deploy.serving.answers.predictor import (
     Asked,
     Inputs,
@@ -41,7 +41,7 @@ from deploy.serving.answers.predictor import (
 from deploy.serving.answers.program import BATCHES, PAIRS, batch_of
 from deploy.serving.answers.query import About, Cap, NamedItem, Query, WantedItems, about_same, probability
 from deploy.serving.answers.version import VersionRows
-from deploy.serving.item_feed import NEW_MS
+from deploy.serving.item_feed import NEW_MS, NewItem
 from state.errors import BadRequest, NotOffered
 from state.events.identity import public_id
 from state.features.arrays import Vector
