@@ -9,18 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from deploy import cli
 from deploy.kafka.configuration import free_ports
-from deploy.startup.upgrading import is_bootstrapped
 from state.config.loading import load
-from state.config.sections import Model
-from state.features.spec import FeatureSpec
-from state.registry.model_fit import require_same_model
-from state.registry.registry import Registry
-from tests.e2e.running import PORTS, ROOT, SHORT, Loop, led_by
+from tests.e2e.running import PORTS, ROOT
 
 EXAMPLE = ROOT / "deploy" / "examples" / "own_model"
 TOML = EXAMPLE / "springtide.toml"
@@ -44,36 +38,6 @@ def check_model(*words: str) -> tuple[int, str, str]:
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(failed):
         status = cli.main(["check-model", *words])
     return status, said.getvalue(), failed.getvalue()
-
-
-@pytest.mark.nightly
-def test_the_example_trains_publishes_and_answers(tmp_path: Path) -> None:
-    own = {
-        f"model.{name}": ",".join(map(str, value)) if isinstance(value, tuple) else value
-        for name, value in vars(OWN).items()
-    }
-    assert own["model.tower"] != Model().tower and own["model.preprocessing"] != Model().preprocessing
-    loop = Loop(tmp_path, {**SHORT, **own})
-    loop.start()
-    try:
-        said = loop.said()
-        assert "lowers to LiteRT" in said.split("1/9")[0], "the checks come before the first step"
-        user, category = "ada-of-her-own-model", "category-of-her-own"
-        ends = loop.click([(user, f"item-{number}", category, "purchase") for number in range(20)])
-        answer = loop.answer_trained_on(user, ends, led_by(category), item="item-3", category=category)
-        assert len(answer["vector"]) == 64
-        registry = Registry(loop.settings.registry_dir)
-        spec = FeatureSpec.from_settings(loop.settings)
-        assert registry.spec(spec.digest)["preprocessing"] == OWN.preprocessing
-        assert np.isfinite(answer["vector"]).all()
-        assert (loop.metrics("trainer").total("springtide_trainer_steps_total") or 0) > 0
-        assert loop.stop() == 0
-        # What a second `up` asks of the registry before it starts anything, and before its bootstrap.
-        require_same_model(loop.settings)
-        assert is_bootstrapped(loop.settings)
-    finally:
-        if loop.running:
-            loop.stop()
 
 
 def test_the_readme_shows_the_command_of_the_example() -> None:

@@ -69,12 +69,3 @@ def test_under_load_no_request_fails_none_mixes_versions_and_the_pin_outlives_th
     until(lambda: loop.pid("worker") not in (None, pid), "the worker is not started again")
     until(lambda: served(loop)[0] == pinned, "the pin is not seen")
     assert {served(loop)[0] for _ in range(20)} == {pinned}
-
-
-def test_history_names_who_did_what_and_why(loop: Loop) -> None:
-    loop.springtide("pin", str(loop.kept()[0]), "--reason", "for the audit")
-    newest = loop.springtide("history")[-1]
-    assert newest["action"] == "pin"
-    assert newest["reason"] == "for the audit"
-    assert newest["actor"]
-    loop.springtide("follow", "--reason", "done")

@@ -221,17 +221,3 @@ def test_clicks_that_were_cut_back_and_grew_again_are_never_read_at_offsets_that
     engine.crash(opened(plan_of(settings)))
     engine.read(0)
     engine.close()
-
-
-@pytest.mark.nightly
-@pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
-def test_a_log_that_ends_before_where_a_job_was_is_filled_up_where_somebody_accepts_it(
-    own: Broker, tmp_path: Path
-) -> None:
-    settings, engine = cut_back_behind(own, tmp_path)
-    engine.crash(opened(plan_of(settings, Consent((), "ann", "the power went", cut_back=True))))
-    engine.read(0)
-    one_by_one(settings.kafka, 12, 13)
-    read_to(engine, 13)
-    assert sorted(offset for _, _, offset, _, _ in rows_of(values_in(settings, 13))) == list(range(13))
-    engine.close()

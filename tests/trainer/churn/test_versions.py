@@ -15,15 +15,13 @@ from tests.trainer.logs import (
     append,
     learner,
     opener,
-    publish_all,
     run_to_end,
     shared,
     started,
     with_weight,
-    without,
     written,
 )
-from tests.trainer.test_learner import POISON, rolled_back, state
+from tests.trainer.test_learner import state
 from tests.trainer.test_verify import started_with_spec
 from trainer import verify
 from trainer.churn.learning import ChurnLearner
@@ -64,23 +62,6 @@ def test_a_restart_goes_on_with_the_same_bits(tmp_path: Path) -> None:
         running._publisher.close()
     assert state(running) == expected
     assert bits(churn_of(running).state()) == learned
-
-
-def test_after_a_rollback_the_bits_are_those_of_the_filtered_log(tmp_path: Path) -> None:
-    registry, log = started(tmp_path / "ours"), written(RECORDS[:8])
-    ours = learner(registry, log, *ON, trainer=shared(0, *ON))
-    to = publish_all(ours)
-    append(log, RECORDS[8:])
-    run_to_end(ours)
-    poisoned = bits(churn_of(ours).state())
-    registry.change(rolled_back(to, POISON))
-    run_to_end(ours)
-    filtered = written([*RECORDS[:8], *(without(value, POISON) for value in RECORDS[8:])])
-    theirs = learner(started(tmp_path / "theirs"), filtered, *ON, trainer=shared(1, *ON))
-    run_to_end(theirs)
-    assert bits(churn_of(ours).state()) == bits(churn_of(theirs).state()) != poisoned
-    assert state(ours) == state(theirs)
-    ours.close()
 
 
 def test_a_version_has_measures_weights_and_code_and_is_recomputed(tmp_path: Path) -> None:

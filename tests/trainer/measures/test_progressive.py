@@ -187,24 +187,6 @@ def test_noise_costs_its_entropy_and_not_less() -> None:
     assert abs(values["total.lift.top1"]) < 0.01
 
 
-def test_a_restart_goes_on_with_the_same_bits() -> None:
-    batches = [micro_batch(40, first=number * 40) for number in range(6)]
-    trainer = shared(0)
-    trainer.clear()
-    base = checkpoint.full(trainer)
-    for batch in batches[:3]:
-        trainer.step(batch)
-    kept = content.decode(content.encode(content.merge([base, checkpoint.changes(trainer)])).values())
-    for batch in batches[3:]:
-        trainer.step(batch)
-    whole = trainer.progressive.values()
-    checkpoint.load(trainer, kept)
-    for batch in batches[3:]:
-        trainer.step(batch)
-    assert trainer.progressive.values() == whole
-    assert whole["total.baseline.came_next.log_loss"] > 0
-
-
 def test_a_version_without_these_measures_is_loaded_and_they_begin_anew() -> None:
     trainer = shared(0)
     trainer.clear()
