@@ -6,6 +6,7 @@ import dataclasses
 import functools
 
 import numpy as np
+import pytest
 
 from state.microbatch.batch import MicroBatch
 from state.ranking.crosses import FIRST_SHARES, Crosses, Values, logits_of
@@ -207,9 +208,13 @@ def _rows(trainer: Trainer) -> tuple[list[int], np.ndarray[tuple[int, ...], np.d
     return state.ids.tolist(), np.concatenate([state.rows, state.accum], 1)
 
 
-def test_crosses_of_a_release_with_others_are_not_taken_up_and_not_laid_under_those_of_now() -> None:
+@pytest.mark.parametrize("left", ["nothing", "others"])
+def test_crosses_of_a_release_with_others_or_none_are_not_taken_up_nor_laid_under_those_of_now(left: str) -> None:
     old = checkpoint.full(learned(log(3), fresh()))
-    old |= {f"{CROSS}.{name}": old[f"{CROSS}.{name}"][:, :1] for name in ("rows", "accum")}
+    if left == "nothing":
+        old = {name: value for name, value in old.items() if not name.startswith(f"{CROSS}.")}
+    else:
+        old |= {f"{CROSS}.{name}": old[f"{CROSS}.{name}"][:, :1] for name in ("rows", "accum")}
     other = learned(log(1), fresh(64))
     checkpoint.load(other, content.merge([old]))
     assert len(other.tables[CROSS]) == 0
