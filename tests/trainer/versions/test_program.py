@@ -12,19 +12,9 @@ from state.config.sections import Model as ModelSettings
 from state.errors import ProgramError
 from state.features.spec import FeatureSpec
 from trainer.model.default_ranker import DefaultRanker
-from trainer.model.tower import DenseTower
 from trainer.versions.program import Program, build, check_parity, lower, preprocessing_of, sample
 
 SMALL = ModelSettings(dim=8, hidden=(16, 8), popular=4)
-
-
-class Rounding(DenseTower):
-    def __call__(self, x: object, training: bool, seed: object) -> object:
-        return tf.math.bessel_i0e(super().__call__(x, training, seed))
-
-
-def rounding(width_in: int, settings: ModelSettings) -> Rounding:
-    return Rounding(width_in, settings.hidden, settings.dropout)
 
 
 def test_the_program_answers_as_the_model_does_with_each_versions_weights() -> None:
@@ -68,12 +58,6 @@ def test_a_parity_failure_is_an_error() -> None:
     )
     with pytest.raises(ProgramError, match="differs from the model's"):
         check_parity(lower(model), other, sample(model))
-
-
-def test_an_operation_that_does_not_lower_is_named() -> None:
-    settings = ModelSettings(dim=8, hidden=(16, 8), popular=4, tower=f"{__name__}:rounding")
-    with pytest.raises(ProgramError, match=r"tf\.Bessel"):
-        lower(DefaultRanker(settings, FeatureSpec()))
 
 
 def test_a_saved_transform_is_part_of_the_program(tmp_path: Path) -> None:
