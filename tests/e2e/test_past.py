@@ -20,7 +20,7 @@ from tests.e2e import small_loop
 from tests.e2e.small_loop import BATCH, Dead, SmallLoop, kill_at, lowered
 from tests.streaming.streams import BEGIN_MS, click
 from tests.trainer.clicks import small_settings
-from tests.trainer.logs import ABOUT, learner, run_to_end, shared
+from tests.trainer.logs import ABOUT, learner, run_to_end
 from trainer.beginning import PastLearning, from_past
 from trainer.learner import Learner
 from trainer.versions import checkpoint
@@ -70,7 +70,6 @@ class PastTrial:
             self.registry,
             self.loop.log,
             *self.flags[:4],
-            trainer=shared(1),
             about=about,
             program=program,
             begins=begins,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -66,9 +65,8 @@ def started(path: Path) -> Registry:
     return registry
 
 
-@functools.cache
-def shared(lane: int, *flags: str) -> Trainer:
-    """A trainer traced once for many tests; entering an epoch clears whatever it learned."""
+def fresh(*flags: str) -> Trainer:
+    """A small trainer that has learned nothing."""
     return Trainer(small_settings(*flags), SPEC)
 
 
@@ -94,7 +92,7 @@ def learner(
     made = Learner(
         settings,
         registry,
-        trainer or shared(0),
+        trainer or fresh(*flags),
         opener(log, settings.kafka.microbatches_topic),
         program,
         spec.digest,

@@ -16,7 +16,7 @@ from state.errors import ProgramError, SettingsError
 from state.features.spec import FeatureSpec
 from state.process.check_command import OPTIONS_READ
 from tests.trainer.clicks import SPEC, batches, small_settings
-from tests.trainer.logs import shared, write_transform
+from tests.trainer.logs import fresh, write_transform
 from trainer import loop
 from trainer.checks import check_model, check_tower
 from trainer.model.tower import width_in
@@ -177,8 +177,7 @@ def test_an_option_that_the_default_functions_do_not_read_is_refused(tmp_path: P
 
 
 def test_a_tower_of_ones_own_trains_and_its_program_answers_as_it_does() -> None:
-    trainer = shared(0, "--model.tower", EXAMPLE)
-    trainer.clear()
+    trainer = fresh("--model.tower", EXAMPLE)
     before = trainer.model.weights()
     losses = [trainer.step(batch).interest_log_loss for batch in batches(0, 40)]
     assert np.mean(losses[-10:]) < np.mean(losses[:10])

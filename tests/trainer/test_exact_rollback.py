@@ -14,7 +14,7 @@ from state.registry.control import Control, roll_back
 from state.registry.manifest import LogRange
 from state.registry.registry import Registry
 from tests.trainer.clicks import microbatch
-from tests.trainer.logs import LOG, append, learner, run_to_end, shared, without, written
+from tests.trainer.logs import LOG, append, learner, run_to_end, without, written
 from tests.trainer.test_learner import POISON, state
 from tests.trainer.test_verify import asked, started_with_spec
 from trainer.learner import Learner
@@ -66,7 +66,7 @@ def test_after_an_exact_rollback_the_bits_are_those_of_a_log_without_the_poison(
     append(log, [of_epoch(value, 2) for value in clean])
     newest = published(ours)
 
-    theirs = learner(started_with_spec(tmp_path / "theirs"), written([*RECORDS[:TURN], *clean]), trainer=shared(1))
+    theirs = learner(started_with_spec(tmp_path / "theirs"), written([*RECORDS[:TURN], *clean]))
     run_to_end(theirs)
     expected = (state(theirs)[0], state(theirs)[2])
     assert (state(ours)[0], state(ours)[2]) == expected

@@ -17,7 +17,7 @@ from state.registry.control import roll_back
 from state.registry.erasing import erase
 from state.registry.registry import Registry
 from tests.trainer.clicks import TOPIC, microbatch
-from tests.trainer.logs import append, learner, run_to_end, shared, written
+from tests.trainer.logs import append, fresh, learner, run_to_end, written
 from tests.trainer.test_exact_rollback import published
 from tests.trainer.test_learner import state
 from tests.trainer.test_verify import asked, started_with_spec
@@ -114,7 +114,7 @@ def test_rows_and_crosses_go_before_the_next_record_and_clicks_of_before_are_not
     assert held(running)[0], "who comes back is a new user"
     newest = published(running)
     assert asked(registry, log, newest, base=1).outcome == "equal", "a replay forgets at the same place"
-    again = learner(registry, log, trainer=shared(1))
+    again = learner(registry, log)
     assert state(again)[0] == state(running)[0], "a restart takes nothing away that came after"
     running.close()
 
@@ -158,7 +158,7 @@ def test_a_trainer_killed_before_it_told_a_version_forgets_again(
     run_to_end(running)
     assert running.place.erased == 1 and registry.newest(1) == before
     running._publisher.close()
-    again = learner(registry, log, trainer=shared(1))
+    again = learner(registry, log)
     run_to_end(again)
     assert held(again) == (False, 0)
     assert asked(registry, log, published(again), base=1).outcome == "equal"
@@ -178,7 +178,7 @@ def test_nothing_that_is_kept_has_the_user_once_the_compactor_ran(tmp_path: Path
     for version in registry.versions():
         for part in registry.chain(version).deltas:
             registry.verify(part)
-    restored = shared(1)
+    restored = fresh()
     checkpoint.restore(registry, newest, restored, registry.manifest(newest).spec)
     assert checkpoint.digest(restored) == bits
     assert asked(registry, log, newest).outcome == "not comparable"
@@ -210,7 +210,7 @@ def test_a_compactor_killed_while_it_rewrites_leaves_every_version_whole(
     monkeypatch.undo()
     # One that had read the manifests before does not take the new files for damaged ones.
     for registry_now in (registry, Registry(tmp_path)):
-        restored = shared(1)
+        restored = fresh()
         checkpoint.restore(registry_now, newest, restored, registry_now.manifest(newest).spec)
         assert checkpoint.digest(restored) == bits
     assert rewrite(Registry(tmp_path), running._trainer.crosses) > 0

@@ -22,7 +22,6 @@ from tests.trainer.logs import (
     learner,
     publish_all,
     run_to_end,
-    shared,
     started,
     with_weight,
     without,
@@ -64,7 +63,7 @@ def test_after_a_rollback_the_bits_are_those_of_the_filtered_log(tmp_path: Path)
 
     other = started(tmp_path / "theirs")
     log = written([*RECORDS[:8], *(without(value, POISON) for value in RECORDS[8:])])
-    theirs = learner(other, log, trainer=shared(1))
+    theirs = learner(other, log)
     run_to_end(theirs)
     assert state(ours) == state(theirs)
     assert state(ours) != poisoned
@@ -87,7 +86,7 @@ def test_a_restart_goes_on_with_the_same_bits_in_another_layout(tmp_path: Path) 
     for capacity, records in (("64", 13), ("1024", 17), ("64", 24)):
         append(log, RECORDS[known:records])
         known = records
-        running = learner(registry, log, trainer=shared(1, "--trainer.capacity", capacity))
+        running = learner(registry, log, "--trainer.capacity", capacity)
         run_to_end(running)
         # Killed: what was not published is lost, and learned again.
         running._publisher.close()
@@ -141,7 +140,7 @@ def test_a_rollback_between_two_records_leaves_the_rest_of_the_poll(
     run_to_end(running)
     assert running.place.epoch == 2
     log = written([without(value, POISON) for value in RECORDS])
-    theirs = learner(started(tmp_path / "theirs"), log, trainer=shared(1))
+    theirs = learner(started(tmp_path / "theirs"), log)
     run_to_end(theirs)
     assert state(running) == state(theirs)
     running.close()
@@ -156,7 +155,7 @@ def test_a_held_trainer_says_what_to_do_and_is_not_held_again_once_it_is_release
     registry = started(tmp_path)
     bad = [with_weight(value, np.inf) for value in RECORDS[4:8]]
     log = written([*RECORDS[:4], *bad, *RECORDS[8:12]])
-    running = learner(registry, log, trainer=shared(1, "--trainer.guard_patience", "3"))
+    running = learner(registry, log, "--trainer.guard_patience", "3")
     run_to_end(running)
     # A version that passed may still be on its way.
     running._settle(wait=True)
@@ -171,7 +170,7 @@ def test_a_held_trainer_says_what_to_do_and_is_not_held_again_once_it_is_release
     assert running.place.next == at == 13
     running.close()
     assert registry.versions() == before, "no version has a trainer that is held"
-    running = learner(registry, log, trainer=shared(1, "--trainer.guard_patience", "3"))
+    running = learner(registry, log, "--trainer.guard_patience", "3")
     assert running.tick(0.0) == 0, "a restart does not let it go"
 
     for change in (pin, follow):
@@ -190,7 +189,7 @@ def test_a_held_trainer_says_what_to_do_and_is_not_held_again_once_it_is_release
         registry.remove("delta", number)
     for number in registry.recents():
         registry.remove("recent", number)
-    again = learner(Registry(tmp_path), log, trainer=shared(1, "--trainer.guard_patience", "3"))
+    again = learner(Registry(tmp_path), log, "--trainer.guard_patience", "3")
     assert again.place.next < 13, "before the place where training was held"
     for _ in range(100):
         again.tick(0.0)

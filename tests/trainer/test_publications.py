@@ -14,7 +14,7 @@ from state.registry.registry import SERVING, Registry
 from state.registry.tensor_files import unpack
 from state.rows.tables import tables_in
 from tests.trainer.clicks import SPEC, microbatch
-from tests.trainer.logs import append, learner, publish_all, run_to_end, shared, started, written
+from tests.trainer.logs import append, fresh, learner, publish_all, run_to_end, started, written
 from trainer.learner import Learner
 from trainer.versions import checkpoint, content
 
@@ -57,7 +57,7 @@ def test_each_version_is_what_the_trainer_was(tmp_path: Path, monkeypatch: pytes
     """Durable ones are restored bit for bit, with rows that expired and came back; recent ones lead to the same answers."""
     registry = started(tmp_path)
     flags = ("--trainer.expire_s", "600", "--trainer.admit_after", "2")
-    running = learner(registry, written(RECORDS), *FEW, trainer=shared(2, *flags))
+    running = learner(registry, written(RECORDS), *FEW, *flags)
     digests = recorded(running, monkeypatch)
     run_to_end(running)
     running.close()
@@ -68,8 +68,9 @@ def test_each_version_is_what_the_trainer_was(tmp_path: Path, monkeypatch: pytes
     assert [registry.manifest(version, "recent").parent for version in recents] == [1, *recents[:-1]]
     assert registry.manifest(durable[-1]).visible == ((1, durable[-1]),)
     for version in durable[1:]:
-        checkpoint.restore(registry, version, shared(3, *flags), SPEC.digest)
-        assert checkpoint.digest(shared(3, *flags)) == digests[version]
+        restored = fresh(*flags)
+        checkpoint.restore(registry, version, restored, SPEC.digest)
+        assert checkpoint.digest(restored) == digests[version]
         kept = [(1, "base"), *((one, "delta") for one in durable[1:] if one <= version)]
         followed = [(1, "base"), *((one, "recent") for one in recents if one <= version)]
         assert answers_at(registry, kept) == answers_at(registry, followed)
@@ -86,7 +87,7 @@ def test_what_was_not_durable_is_learned_again_under_new_numbers(
     run_to_end(whole)
     expected = checkpoint.digest(whole._trainer)
     registry, log = started(tmp_path / "cut"), written(RECORDS[:13])
-    running = learner(registry, log, "--registry.durable_s", "3600", trainer=shared(1))
+    running = learner(registry, log, "--registry.durable_s", "3600")
     recorded(running, monkeypatch)
     run_to_end(running)
     # Killed: no last version. The first of the epoch is all that is durable.
@@ -96,7 +97,7 @@ def test_what_was_not_durable_is_learned_again_under_new_numbers(
     append(log, RECORDS[13:])
     again = Registry(registry.path)
     again.sweep_recent()
-    running = learner(again, log, "--registry.durable_s", "3600", trainer=shared(1))
+    running = learner(again, log, "--registry.durable_s", "3600")
     assert running.place.parent == running.place.durable == durable
     run_to_end(running)
     assert checkpoint.digest(running._trainer) == expected

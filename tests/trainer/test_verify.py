@@ -24,11 +24,11 @@ from tests.trainer.logs import (
     ABOUT,
     LOG,
     append,
+    fresh,
     learner,
     opener,
     publish_all,
     run_to_end,
-    shared,
     started,
     with_weight,
     write_transform,
@@ -51,7 +51,7 @@ def started_with_spec(path: Path) -> Registry:
 
 def asked(registry: Registry, log: Log, version: int, base: int | None = None) -> Comparison:
     return verify.verify(
-        small_settings(), registry, version, base, lambda: shared(1), lambda topic, offset: opener(log, topic)(offset)
+        small_settings(), registry, version, base, fresh, lambda topic, offset: opener(log, topic)(offset)
     )
 
 
@@ -70,7 +70,7 @@ def test_every_version_is_recomputed_whatever_happened_on_the_way(tmp_path: Path
     # Killed, and rows written again by a stream that was killed too.
     running._publisher.close()
     append(log, [RECORDS[5], *RECORDS[6:9]])
-    running = learner(registry, log, trainer=shared(0, "--trainer.capacity", "1024"))
+    running = learner(registry, log, "--trainer.capacity", "1024")
     to = publish_all(running)
     compactor.compact(registry)
     append(log, RECORDS[9:14])
@@ -109,18 +109,18 @@ def test_a_held_trainer_that_was_let_go_is_recomputed(tmp_path: Path) -> None:
     registry = started_with_spec(tmp_path)
     bad = [with_weight(value, np.inf) for value in RECORDS[4:8]]
     log = written([*RECORDS[:4], *bad, *RECORDS[8:12]])
-    running = learner(registry, log, trainer=shared(1, "--trainer.guard_patience", "3"))
+    running = learner(registry, log, "--trainer.guard_patience", "3")
     run_to_end(running)
     assert running._trainer.guard.held
     running.close()
     held = registry.newest(1) or 0
     registry.change(lambda now: release(now, actor="ann", reason="fine", now_ms=6))
-    running = learner(registry, log, trainer=shared(1, "--trainer.guard_patience", "3"))
+    running = learner(registry, log, "--trainer.guard_patience", "3")
     while running.place.next < 24:
         running.tick(0.0)
     run_to_end(running)
     running.close()
-    trainer = shared(0, "--trainer.guard_patience", "3")
+    trainer = fresh("--trainer.guard_patience", "3")
     for version in (held, registry.newest(1) or 0):
         found = verify.verify(
             small_settings(), registry, version, 1, lambda: trainer, lambda topic, offset: opener(log, topic)(offset)
@@ -168,9 +168,7 @@ def test_another_environment_is_not_compared(tmp_path: Path, monkeypatch: pytest
 def test_other_settings_are_not_compared(tmp_path: Path) -> None:
     registry, log, newest = trained(tmp_path)
     changed = small_settings("--model.learning_rate", "0.01")
-    found = verify.verify(
-        changed, registry, newest, None, lambda: shared(1), lambda topic, offset: opener(log, topic)(offset)
-    )
+    found = verify.verify(changed, registry, newest, None, fresh, lambda topic, offset: opener(log, topic)(offset))
     assert found.outcome == "not comparable"
     assert found.environment == ("model.learning_rate was 0.02 and is 0.01",)
 
@@ -202,7 +200,7 @@ def test_a_log_that_gives_nothing_is_not_waited_for_for_ever(tmp_path: Path, mon
             registry,
             newest,
             None,
-            lambda: shared(1),
+            fresh,
             lambda topic, offset: opener(log, topic)(offset),
             elapsed=lambda: float(next(seconds)),
         )

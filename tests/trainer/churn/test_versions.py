@@ -13,10 +13,10 @@ from state.registry.registry import SERVING
 from tests.trainer.clicks import microbatch, small_settings
 from tests.trainer.logs import (
     append,
+    fresh,
     learner,
     opener,
     run_to_end,
-    shared,
     started,
     with_weight,
     written,
@@ -48,7 +48,7 @@ def bits(held: dict[str, npt.NDArray[np.generic]]) -> dict[str, bytes]:
 
 
 def test_a_restart_goes_on_with_the_same_bits(tmp_path: Path) -> None:
-    whole = learner(started(tmp_path / "whole"), written(RECORDS), *ON, trainer=shared(0, *ON))
+    whole = learner(started(tmp_path / "whole"), written(RECORDS), *ON)
     run_to_end(whole)
     expected, learned = state(whole), bits(churn_of(whole).state())
     assert churn_of(whole).values()["churn.total.rows"] > 200
@@ -56,7 +56,7 @@ def test_a_restart_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     for records in (9, 17, 24):
         append(log, RECORDS[known:records])
         known = records
-        running = learner(registry, log, *ON, trainer=shared(1, *ON))
+        running = learner(registry, log, *ON)
         run_to_end(running)
         # Killed: what was not published is learned again.
         running._publisher.close()
@@ -66,7 +66,7 @@ def test_a_restart_goes_on_with_the_same_bits(tmp_path: Path) -> None:
 
 def test_a_version_has_measures_weights_and_code_and_is_recomputed(tmp_path: Path) -> None:
     registry, log = started_with_spec(tmp_path), written(RECORDS)
-    running = learner(registry, log, *ON, trainer=shared(0, *ON))
+    running = learner(registry, log, *ON)
     run_to_end(running)
     running.close()
     newest = registry.newest(1) or 0
@@ -78,7 +78,7 @@ def test_a_version_has_measures_weights_and_code_and_is_recomputed(tmp_path: Pat
 
     def asked(*flags: str) -> verify.Comparison:
         return verify.verify(
-            small_settings(*flags), registry, newest, 1, lambda: shared(1, *flags),
+            small_settings(*flags), registry, newest, 1, lambda: fresh(*flags),
             lambda topic, offset: opener(log, topic)(offset),
         )  # fmt: skip
 
@@ -92,8 +92,7 @@ def test_a_version_has_measures_weights_and_code_and_is_recomputed(tmp_path: Pat
 def test_a_skipped_step_counts_as_one_that_was_learned() -> None:
     found = []
     for weight in (1.0, float("nan")):
-        trainer = shared(0, *ON)
-        trainer.clear()
+        trainer = fresh(*ON)
         for value in RECORDS[:8]:
             trainer.step(decode(value))
         report = trainer.step(decode(with_weight(RECORDS[8], weight)))
@@ -104,8 +103,7 @@ def test_a_skipped_step_counts_as_one_that_was_learned() -> None:
 
 
 def test_an_erased_user_waits_no_more_in_the_trainer_and_in_versions_of_before() -> None:
-    trainer = shared(0, *ON)
-    trainer.clear()
+    trainer = fresh(*ON)
     for value in RECORDS[:8]:
         trainer.step(decode(value))
     assert trainer.churn is not None
@@ -126,7 +124,7 @@ def test_it_is_switched_on_off_and_to_another_span(tmp_path: Path) -> None:
     registry, log, spans = started(tmp_path), written([]), ((), ON, ("--churn.days", "0.004"), ())
     for number, flags in enumerate(spans):
         append(log, RECORDS[6 * number : 6 * number + 6])
-        running = learner(registry, log, *flags, trainer=shared(0, *flags))
+        running = learner(registry, log, *flags)
         if flags:
             assert churn_of(running).values()["churn.total.rows"] == 0, "it begins anew"
         run_to_end(running)
@@ -140,8 +138,7 @@ def test_it_is_switched_on_off_and_to_another_span(tmp_path: Path) -> None:
 
 
 def test_nothing_of_it_is_anywhere_while_it_is_off() -> None:
-    trainer = shared(0)
-    trainer.clear()
+    trainer = fresh()
     trainer.step(decode(RECORDS[0]))
     assert trainer.churn is None
     tensors = checkpoint.full(trainer).keys() | checkpoint.served(trainer).keys()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import numpy as np
 import pytest
@@ -24,17 +23,10 @@ NAMES = Crosses(SPEC, ("tab",), ("age", "city"), ("brand", "price"))
 PRECISION = first_precision(NAMES.kinds)
 
 
-@functools.cache
-def traced(capacity: int) -> Trainer:
-    base = settings(capacity)
+def fresh(capacity: int = 4096, **trainer: float) -> Trainer:
+    base = settings(capacity, **trainer)
     events = dataclasses.replace(base.events, context=("tab",), label="clicked")
     return Trainer(dataclasses.replace(base, attributes=WANTED, events=events), SPEC)
-
-
-def fresh(capacity: int = 4096) -> Trainer:
-    made = traced(capacity)
-    made.clear()
-    return made
 
 
 def impressions(rows: int = 64, first: int = 0, labelled: float = 1.0) -> MicroBatch:

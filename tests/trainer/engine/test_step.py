@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import os
 import subprocess
@@ -35,19 +34,10 @@ def settings(capacity: int = 4096, admit_after: int = 1, **trainer: float) -> Se
     )
 
 
-@functools.cache
-def traced(capacity: int, admit_after: int, context: tuple[str, ...]) -> Trainer:
-    """Tracing the graphs takes seconds, so that trainers are shared and cleared."""
-    base = settings(capacity, admit_after)
-    return Trainer(dataclasses.replace(base, events=dataclasses.replace(base.events, context=context)), SPEC)
-
-
 def fresh(capacity: int = 4096, admit_after: int = 1, context: tuple[str, ...] = (), **trainer: float) -> Trainer:
     """A trainer in its first state."""
-    made = traced(capacity, admit_after, context)
-    made.settings = dataclasses.replace(made.settings, trainer=settings(capacity, admit_after, **trainer).trainer)
-    made.clear()
-    return made
+    base = settings(capacity, admit_after, **trainer)
+    return Trainer(dataclasses.replace(base, events=dataclasses.replace(base.events, context=context)), SPEC)
 
 
 def digests(trainer: Trainer) -> dict[str, str]:

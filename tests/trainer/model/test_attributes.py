@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import numpy as np
 import pytest
@@ -27,15 +26,8 @@ USERS, ITEMS = (
 AGES, BRANDS = ("18-24", "25-34", "65+"), ("acme", "apex", "zeta", "omni", "nova")
 
 
-@functools.cache
-def traced(capacity: int, wanted: Attributes) -> Trainer:
-    return Trainer(dataclasses.replace(settings(capacity), attributes=wanted), SPEC)
-
-
 def fresh(capacity: int = 4096, wanted: Attributes = WANTED) -> Trainer:
-    made = traced(capacity, wanted)
-    made.clear()
-    return made
+    return Trainer(dataclasses.replace(settings(capacity), attributes=wanted), SPEC)
 
 
 def with_attributes(batch: MicroBatch, seed: int = 0) -> MicroBatch:
