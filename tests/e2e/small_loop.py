@@ -43,9 +43,8 @@ from streaming.open_shard import open_shard
 from streaming.steps import ParseEvents, UpdateProfiles
 from tests.e2e.evidence import serving_differs
 from tests.trainer.clicks import small_settings
-from tests.trainer.logs import ABOUT, fresh, learner
+from tests.trainer.logs import ABOUT, account_in, bits_of, fresh, kill, learner, settle
 from trainer.engine.step import Trainer
-from trainer.versions import checkpoint
 from trainer.versions.program import build
 
 BATCH = 20
@@ -128,7 +127,7 @@ class Training:
         """One tick, and the version that is due."""
         before = self.marks()
         self._learner.tick(0.0)
-        self._learner._settle(wait=True)
+        settle(self._learner)
         return self.marks() != before
 
     def marks(self) -> tuple[Any, ...]:
@@ -139,12 +138,12 @@ class Training:
     def content(self) -> dict[str, Any]:
         """All that was learned, and its account, in which rows that came twice count once."""
         one = self._learner
-        account = one._account()
+        account = account_in(one)
         account["rows"] -= account.pop("duplicate")
-        return {"weights": checkpoint.digest(one._trainer), "marks": one.place.marks, "account": account}
+        return {"weights": bits_of(one), "marks": one.place.marks, "account": account}
 
     def close(self) -> None:
-        self._learner._publisher.close()
+        kill(self._learner)
 
 
 class Applying:

@@ -21,7 +21,7 @@ from state.microbatch.batch import Header
 from state.microbatch.codec import decode, encode
 from state.positions import MOST_LEARNED, Gap, Range, Source
 from tests.trainer.clicks import TOPIC, microbatch
-from tests.trainer.logs import LOG, TOPIC_ID, append, learner, run_to_end, started, written
+from tests.trainer.logs import LOG, TOPIC_ID, account_in, append, kill, learner, run_to_end, started, written
 from trainer import accounts
 from trainer.accounts import Passages
 from trainer.learner import Learner
@@ -44,7 +44,7 @@ def made_by_stream(records: Sequence[bytes]) -> StreamAccount:
 
 
 def account_of(running: Learner) -> TrainerAccount:
-    counted = running._account()
+    counted = account_in(running)
     return TrainerAccount(**{name: counted.get(name, 0) for name in accounts.NAMES})
 
 
@@ -141,7 +141,7 @@ def test_records_deleted_from_the_log_stop_the_trainer_until_somebody_accepts_th
     account = account_of(running)
     assert account.gap == 2 * 3 * 20, "three records of twenty clicks of either partition"
     assert check_accounts(made_by_stream(RECORDS), account) == ()
-    running._publisher.close()
+    kill(running)
     # Killed before it published: the same gap again, accepted already, and the same account.
     again = learner(registry, log)
     run_to_end(again)

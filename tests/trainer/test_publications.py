@@ -14,7 +14,7 @@ from state.registry.registry import SERVING, Registry
 from state.registry.tensor_files import unpack
 from state.rows.tables import tables_in
 from tests.trainer.clicks import SPEC, microbatch
-from tests.trainer.logs import append, fresh, learner, publish_all, run_to_end, started, written
+from tests.trainer.logs import append, bits_of, fresh, kill, learner, publish_all, run_to_end, settle, started, written
 from trainer.learner import Learner
 from trainer.versions import checkpoint, content
 
@@ -29,9 +29,9 @@ def recorded(running: Learner, monkeypatch: pytest.MonkeyPatch) -> dict[int, str
     publish = running.publish
 
     def publish_and_note(last: bool = False) -> None:
-        now = checkpoint.digest(running._trainer)
+        now = bits_of(running)
         publish(last)
-        running._settle(wait=True)
+        settle(running)
         digests[running.place.parent] = now
 
     monkeypatch.setattr(running, "publish", publish_and_note)
@@ -85,13 +85,13 @@ def test_what_was_not_durable_is_learned_again_under_new_numbers(
 ) -> None:
     whole = learner(started(tmp_path / "whole"), written(RECORDS))
     run_to_end(whole)
-    expected = checkpoint.digest(whole._trainer)
+    expected = bits_of(whole)
     registry, log = started(tmp_path / "cut"), written(RECORDS[:13])
     running = learner(registry, log, "--registry.durable_s", "3600")
     recorded(running, monkeypatch)
     run_to_end(running)
     # Killed: no last version. The first of the epoch is all that is durable.
-    running._publisher.close()
+    kill(running)
     durable, lost = registry.versions()[-1], registry.recents()[-1]
     assert durable == 2 < lost
     append(log, RECORDS[13:])
@@ -100,7 +100,7 @@ def test_what_was_not_durable_is_learned_again_under_new_numbers(
     running = learner(again, log, "--registry.durable_s", "3600")
     assert running.place.parent == running.place.durable == durable
     run_to_end(running)
-    assert checkpoint.digest(running._trainer) == expected
+    assert bits_of(running) == expected
     running.close()
     first = min(version for version in again.versions() if version > durable)
     assert first == lost + 1, "numbers go on, and the first version after a start is durable"
@@ -115,7 +115,7 @@ def test_a_clean_stop_and_silence_leave_nothing_that_is_not_durable(tmp_path: Pa
     assert running.place.unsaved
     for _ in range(60):
         running.tick(0.0)
-        running._settle(wait=True)
+        settle(running)
     assert not running.place.unsaved
     assert registry.newest(1) == running.place.parent
     count = len(registry.versions())
@@ -153,7 +153,7 @@ def test_a_durable_version_comes_before_numbers_run_out(tmp_path: Path) -> None:
     for kept in (durable, durable + MOST_BETWEEN):
         running.place = running.place.stepped()
         running.publish()
-        running._settle(wait=True)
+        settle(running)
         assert running.place.durable == registry.newest(1) == kept
     assert running.place.parent == kept
     running.close()

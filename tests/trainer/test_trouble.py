@@ -13,10 +13,9 @@ from state.errors import CorruptVersion, UnusableRegistry
 from state.registry.registry import Registry
 from tests.disks import ROOT, small_disk
 from tests.trainer.clicks import microbatch, small_settings
-from tests.trainer.logs import learner, run_to_end, started, written
+from tests.trainer.logs import bits_of, learner, run_to_end, started, written
 from trainer import compactor
 from trainer.loop import Compaction, doubt
-from trainer.versions import checkpoint
 
 RECORDS = [microbatch(number) for number in range(10)]
 
@@ -43,7 +42,7 @@ def test_a_trainer_that_builds_on_a_damaged_version_ends_when_its_compactor_fail
     running = learner(registry, written(RECORDS[:5]))
     run_to_end(running)
     running.close()
-    expected = checkpoint.digest(running._trainer)
+    expected = bits_of(running)
     damaged, newest = registry.versions()[1], registry.versions()[-1]
     assert damaged < newest == running.place.parent
     file = registry.folder("delta", damaged) / "training.safetensors"
@@ -60,7 +59,7 @@ def test_a_trainer_that_builds_on_a_damaged_version_ends_when_its_compactor_fail
     again = learner(Registry(registry.path), written(RECORDS[:5]))
     assert again.place.parent < damaged
     run_to_end(again)
-    assert checkpoint.digest(again._trainer) == expected
+    assert bits_of(again) == expected
     again.close()
 
 

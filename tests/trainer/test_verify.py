@@ -25,11 +25,13 @@ from tests.trainer.logs import (
     LOG,
     append,
     fresh,
+    kill,
     learner,
     opener,
     publish_all,
     run_to_end,
     started,
+    trainer_of,
     with_weight,
     write_transform,
     written,
@@ -68,7 +70,7 @@ def test_every_version_is_recomputed_whatever_happened_on_the_way(tmp_path: Path
     running = learner(registry, log)
     run_to_end(running)
     # Killed, and rows written again by a stream that was killed too.
-    running._publisher.close()
+    kill(running)
     append(log, [RECORDS[5], *RECORDS[6:9]])
     running = learner(registry, log, "--trainer.capacity", "1024")
     to = publish_all(running)
@@ -111,7 +113,7 @@ def test_a_held_trainer_that_was_let_go_is_recomputed(tmp_path: Path) -> None:
     log = written([*RECORDS[:4], *bad, *RECORDS[8:12]])
     running = learner(registry, log, "--trainer.guard_patience", "3")
     run_to_end(running)
-    assert running._trainer.guard.held
+    assert trainer_of(running).guard.held
     running.close()
     held = registry.newest(1) or 0
     registry.change(lambda now: release(now, actor="ann", reason="fine", now_ms=6))

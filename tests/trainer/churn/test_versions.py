@@ -14,10 +14,12 @@ from tests.trainer.clicks import microbatch, small_settings
 from tests.trainer.logs import (
     append,
     fresh,
+    kill,
     learner,
     opener,
     run_to_end,
     started,
+    trainer_of,
     with_weight,
     written,
 )
@@ -38,7 +40,7 @@ ON = ("--churn.days", "0.002")
 
 
 def churn_of(running: Learner) -> ChurnLearner:
-    found = running._trainer.churn
+    found = trainer_of(running).churn
     assert found is not None
     return found
 
@@ -59,7 +61,7 @@ def test_a_restart_goes_on_with_the_same_bits(tmp_path: Path) -> None:
         running = learner(registry, log, *ON)
         run_to_end(running)
         # Killed: what was not published is learned again.
-        running._publisher.close()
+        kill(running)
     assert state(running) == expected
     assert bits(churn_of(running).state()) == learned
 
