@@ -5,7 +5,6 @@ deploy/kafka/README.md says the same in a table.
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 
@@ -165,6 +164,3 @@ def test_holes_that_compaction_left_are_absent(kafka_settings: KafkaFactory, tmp
         kept = offsets(log, 0)
         assert kept[-1] == 59 and len(kept) < 40
     assert totals(settings) == {"positions": 60, "rows": len(kept), "dead": 0, "filtered": 0, "absent": 60 - len(kept)}
-
-
-AWAY_S = float(os.environ.get("AWAY_S", "4"))

@@ -215,12 +215,3 @@ def test_where_impressions_wait_a_lost_position_may_have_had_the_rows_of_several
     assert bool(found) == (missing > gap * MOST_LEARNED)
     if found:
         assert found[0].endswith(f": {missing - gap * MOST_LEARNED} lost")
-
-
-def until_at(running: Learner, offset: int) -> None:
-    """Learns until `offset` is reached; fails after many empty looks."""
-    for _ in range(600):
-        if running.place.next >= offset:
-            return
-        running.tick(0.1)
-    raise AssertionError(f"still at {running.place.next}")

@@ -18,8 +18,7 @@ from state.log.memory import MemoryReader
 from state.registry.control import Control, follow, pin, roll_back
 from state.registry.holding import release
 from state.registry.registry import Registry
-from tests.conftest import KafkaFactory
-from tests.trainer.clicks import SALT, SPEC, microbatch, small_settings
+from tests.trainer.clicks import SPEC, microbatch, small_settings
 from tests.trainer.logs import (
     ABOUT,
     LOG,
@@ -33,7 +32,6 @@ from tests.trainer.logs import (
     started,
     trainer_of,
     with_weight,
-    write_transform,
     written,
 )
 from tests.trainer.test_learner import POISON
@@ -206,41 +204,3 @@ def test_a_log_that_gives_nothing_is_not_waited_for_for_ever(tmp_path: Path, mon
             lambda topic, offset: opener(log, topic)(offset),
             elapsed=lambda: float(next(seconds)),
         )
-
-
-def test_the_process_verifies_on_a_real_log(
-    kafka_settings: KafkaFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from state.log import KafkaLog, Topics, Writer
-    from tests.trainer.test_accounts import until_at
-    from trainer.engine.step import Trainer
-    from trainer.versions.program import preprocessing_of
-
-    kafka = kafka_settings()
-    topic = kafka.microbatches_topic
-    flags = ["--bootstrap-servers", kafka.bootstrap_servers, "--kafka.microbatches_topic", topic]
-    flags += ["--model.dim", "8", "--model.hidden", "16,8", "--model.popular", "4", "--paths.state", str(tmp_path)]
-    settings = small_settings(*flags[:4], "--paths.state", str(tmp_path))
-    registry = started(settings.registry_dir)
-    registry.add_spec(SPEC.digest, {**ABOUT, "salt": SALT}, write_transform)
-
-    with Topics(kafka) as topics, Writer(kafka, transactional_id=topic) as writer:
-        topics.ensure(topic, 1, {"retention.ms": "-1"})
-        for value in RECORDS[:5]:
-            with writer.transaction():
-                writer.send(topic, 0, None, value)
-        trainer = Trainer(settings, SPEC, preprocessing_of(registry.transform(SPEC.digest)))
-        running = learner(registry, KafkaLog(kafka), *flags[:4], trainer=trainer)
-        until_at(running, 9)
-        running.close()
-        newest = registry.newest(1) or 0
-        monkeypatch.setattr(verify.os, "nice", lambda _: 0)
-        assert verify.main([str(newest), *flags]) == 0
-        assert (
-            f"version {newest}: equal (recomputed from version 1, training log offsets 0 to" in capsys.readouterr().out
-        )
-        assert verify.main([str(newest), "-o", "json", *flags]) == 0
-        assert json.loads(capsys.readouterr().out)["steps"] == 5
-        topics.delete_before(topic, {0: 4})
-        assert verify.main([str(newest), *flags]) == 1
-        assert verify.main(["999", *flags]) == 1
