@@ -19,7 +19,6 @@ from tests.disks import small_disk
 from tests.streaming.streams import DEADLINE_S, until
 from tests.trainer.clicks import microbatch
 from tests.trainer.logs import append, bits_of, learner, publish_all, run_to_end, settle, started, written
-from trainer.loop import HURRY_S, Compaction
 
 RECORDS = [microbatch(number) for number in range(12)]
 
@@ -111,15 +110,6 @@ def test_a_version_that_waits_is_given_up_where_control_goes_back_meanwhile(
         full.unlink()
         run_to_end(running)
         assert running.place.epoch == 2
-
-
-def test_a_compactor_is_started_sooner_where_there_is_no_room(tmp_path: Path) -> None:
-    now_s = 0.0
-    compaction = Compaction(["--paths.state", str(tmp_path)], every_s=600, elapsed=lambda: now_s)
-    for now_s, hurry, runs in ((HURRY_S - 1, True, False), (HURRY_S, False, False), (HURRY_S, True, True)):  # noqa: B007
-        compaction.tick(hurry)
-        assert (compaction._child is not None) == runs
-    compaction.close()
 
 
 def test_what_is_no_want_of_room_is_not_waited_for(metrics: StorageMetrics) -> None:
