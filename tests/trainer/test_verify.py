@@ -106,24 +106,29 @@ def test_every_version_is_recomputed_whatever_happened_on_the_way(tmp_path: Path
 
 
 def test_a_held_trainer_that_was_let_go_is_recomputed(tmp_path: Path) -> None:
-    registry = started_with_spec(tmp_path)
+    registry, patient = started_with_spec(tmp_path), ("--trainer.guard_patience", "3")
     bad = [with_weight(value, np.inf) for value in RECORDS[4:8]]
     log = written([*RECORDS[:4], *bad, *RECORDS[8:12]])
-    running = learner(registry, log, "--trainer.guard_patience", "3")
+    running = learner(registry, log, *patient)
     run_to_end(running)
     assert trainer_of(running).guard.held
     running.close()
     held = registry.newest(1) or 0
     registry.change(lambda now: release(now, actor="ann", reason="fine", now_ms=6))
-    running = learner(registry, log, "--trainer.guard_patience", "3")
+    running = learner(registry, log, *patient)
     while running.place.next < 24:
         running.tick(0.0)
     run_to_end(running)
     running.close()
-    trainer = fresh("--trainer.guard_patience", "3")
+    trainer = fresh(*patient)
     for version in (held, registry.newest(1) or 0):
         found = verify.verify(
-            small_settings(), registry, version, 1, lambda: trainer, lambda topic, offset: opener(log, topic)(offset)
+            small_settings(*patient),
+            registry,
+            version,
+            1,
+            lambda: trainer,
+            lambda topic, offset: opener(log, topic)(offset),
         )
         assert found.outcome == "equal", found.text()
     assert found.steps == 12
