@@ -110,10 +110,6 @@ def test_quantile_buckets_pass_and_the_analysed_graph_is_kept(tmp_path: Path) ->
     assert set(np.unique(np.round(found[:, 128:] * 3))) == {1, 2, 3}, "3 in 10 integers are 0"
 
 
-def test_the_default_preprocessing_passes() -> None:
-    assert "lowers to LiteRT" in check_preprocessing("streaming.preprocessing:preprocessing_fn", SPEC)
-
-
 def test_a_module_that_is_not_there_is_a_wrong_setting() -> None:
     with pytest.raises(SettingsError, match=r"cannot be loaded \(ModuleNotFoundError.*module:name"):
         check_preprocessing("nowhere:preprocessing_fn", SPEC)
