@@ -12,7 +12,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -133,22 +132,20 @@ def _fill_rows(settings: Settings, ids: Ids, now_ms: int, rng: np.random.Generat
 
 
 @contextmanager
-def worker(state: str, port: int, checkout: Path | None = None) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
+def worker(state: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
     """A worker without gRPC, and how many seconds it took from its start until it was ready.
 
     Args:
         state: The state directory.
         port: Where it listens.
-        checkout: Of another release; None for this one.
 
     Raises:
         AssertionError: It ended, or was not ready within `READY_S`.
     """
     environment = os.environ | {"SPRINGTIDE_PATHS_STATE": state, "SPRINGTIDE_SERVING_PORT": str(port)}
-    if checkout is None:
-        environment["SPRINGTIDE_SERVING_GRPC_PORT"] = "0"
+    environment["SPRINGTIDE_SERVING_GRPC_PORT"] = "0"
     began_s = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "deploy.serving.rest"], env=environment, cwd=checkout)
+    process = subprocess.Popen([sys.executable, "-m", "deploy.serving.rest"], env=environment)
     try:
         until_answers(f"http://127.0.0.1:{port}/readyz", process)
         yield process, time.monotonic() - began_s
