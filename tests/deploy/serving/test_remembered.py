@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from deploy.serving.answers.version import Catalogue
-from deploy.serving.following.versions import remembered
+from deploy.serving.following import remembered
 from deploy.serving.following.remembered import Remembered
 from deploy.serving.notes import DAY_MS, SEEN, item_extra, name_extra
 from state.features.spec import EVENT, Events
