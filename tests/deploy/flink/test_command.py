@@ -12,7 +12,7 @@ import psutil
 import pytest
 
 from deploy.flink import command
-from deploy.flink.processes import EMPTIED
+from deploy.flink.cluster import EMPTIED
 from deploy.kafka.configuration import free_ports
 from state.disk.lock import DirectoryLock
 from tests.e2e.running import ROOT

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from deploy.flink.processes import EMPTIED, FIXED, configuration, java_options, ports, process_plans
+from deploy.flink.cluster import EMPTIED, FIXED, configuration, java_options, ports, process_plans
 from state.config.loading import load
 from state.config.sections import FlinkSettings
 from state.errors import SettingsError

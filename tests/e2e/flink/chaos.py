@@ -36,7 +36,7 @@ from deploy.flink.cluster import end_jobs
 from deploy.kafka.broker import Broker
 from deploy.watch import scrape
 from state import http
-from state.flink.rest import JobManager, url
+from state.flink import JobManager, url
 from state.log import Topics, topic_plan
 from state.microbatch.codec import decode
 from state.process.wall_clock import wall_ms
