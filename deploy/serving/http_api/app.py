@@ -104,7 +104,7 @@ from springtide_client.answers import Profiles as ProfilesAnswer
 from state.config.sections import ServingSettings
 from state.errors import SpringtideError, WorkerFailed
 from state.metrics import WorkerMetrics
-from state.segments.configured import NAME
+from state.segments.expression import NAME
 
 MEMBERS = 100
 MOST_MEMBERS = 1000

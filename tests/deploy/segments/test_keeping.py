@@ -19,7 +19,7 @@ from state.layout import LOOKALIKES
 from state.log import KafkaLog
 from state.registry.erasing import reports
 from state.segments import lookalikes
-from state.segments.record import Membership, key_of, membership_of
+from state.segments.members import Membership, key_of, membership_of
 from tests.deploy.segments.conftest import CLICKS, KeptHost, of
 from tests.deploy.serving.stocked import SOURCE, digest_of, manifest, tensors
 
