@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from state.churn.weights import ChurnWeights
+from state.churn import ChurnWeights
 from state.features.many import vectorise_many
 from state.features.mask import Mask
 from state.features.spec import Events, FeatureSpec

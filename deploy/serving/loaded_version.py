@@ -20,7 +20,7 @@ from deploy.serving.notes import REFUSED_NOTE, refused_versions
 from deploy.serving.program import LoadedProgram
 from deploy.serving.program_files import path_of, read_program
 from deploy.serving.version_features import FeaturesOf, VersionFeatures
-from state.churn.weights import ChurnWeights, weights_in
+from state.churn import ChurnWeights, weights_in
 from state.errors import NotReady, SaltMismatch, UnknownModel
 from state.events.identity import Salt
 from state.ranking.transition_rows import from_stored

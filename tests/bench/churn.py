@@ -24,8 +24,7 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from state.churn.inputs import ChurnInputs
-from state.churn.moments import Horizon
+from state.churn import ChurnInputs, Horizon
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from tests.bench.quality import area_under_curve
