@@ -22,7 +22,7 @@ from state.rows.reader import RowReader
 from state.rows.store import RowStore
 
 if TYPE_CHECKING:
-    from deploy.operate.log_view import LogView
+    from deploy.operate.training_log import LogView
 
 ASK_KAFKA_S = 1.0
 
@@ -48,7 +48,7 @@ def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Ca
         kept = [served, *kept]
     # Imported here, because other commands that open a registry need no log.
     from deploy.operate import horizon
-    from deploy.operate.log_view import look
+    from deploy.operate.training_log import look
 
     view = look(settings, ASK_KAFKA_S)
     listed = (_entry(registry, number, control, served, now_ms, view) for number in kept)
@@ -117,6 +117,12 @@ def rows_here(serving_dir: Path) -> Iterator[RowReader | None]:
             yield reader
     finally:
         store.close()
+
+
+def versions_here(serving_dir: Path) -> set[int] | None:
+    """Returns the versions in this host's row store; None if there is no row store."""
+    with rows_here(serving_dir) as reader:
+        return None if reader is None else {version.version for version in reader.versions()}
 
 
 def served_version(serving_dir: Path) -> int | None:

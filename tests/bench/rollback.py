@@ -27,8 +27,7 @@ import numpy as np
 
 from deploy.kafka.broker import Broker
 from deploy.kafka.configuration import free_port
-from deploy.operate.answers import versions_here
-from deploy.operate.versions import served_version
+from deploy.operate.versions import served_version, versions_here
 from state.config.loading import load
 from state.config.settings import Settings
 from state.events.identity import load_salt, public_id
@@ -183,7 +182,7 @@ def measure(settings: Settings, flags: list[str], rows: int, rate: float) -> dic
     with serving(flags, "--serving.keep_s", "1"):
         say("the first version leaves the row store")
         until(lambda: served_version(settings.serving_dir) == fourth, "the newest version does not answer")
-        until(lambda: first not in (versions_here(settings) or {first}), "the first version stays")
+        until(lambda: first not in (versions_here(settings.serving_dir) or {first}), "the first version stays")
         until(lambda: ready(settings), "no worker answers")
         disk_s, _, disk = turn(settings, flags, first, rate)
     return {

@@ -94,5 +94,5 @@ def test_it_is_refused_where_the_clicks_are_another_topic(command: Command, kafk
     with Topics(kafka) as topics:
         topics.delete(kafka.clicks_topic)
         topics.ensure(kafka.clicks_topic, 1)
-    with pytest.raises(LogError, match="made anew"):
+    with pytest.raises(LogError, match="which was recreated"):
         command("rollback", "--to", "1")

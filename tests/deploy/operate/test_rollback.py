@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.operate import log_view, rollback
+from deploy.operate import rollback, training_log
 from deploy.operate import rollback as digests
 from state.config.sections import Kafka
 from state.errors import (
@@ -147,14 +147,15 @@ def test_the_plan_counts_what_the_trainer_will_find(operator: Operator) -> None:
 
 
 def test_rollback_tells_its_plan_and_creates_the_epoch(operator: Operator) -> None:
-    printed = operator("rollback", "--to", "3", "--skip", "1:360-399", "--reason", "poison")
-    assert re.search(r"version 3, 7 min 0 s old", printed)
+    words = ("rollback", "--to", "3", "--skip", "1:360-399", "--follow-when-caught-up")
+    printed = operator(*words, "--reason", "poison")
+    assert re.search(r"version 3, 7 min 0 s old", printed) and "follow once the trainer has caught up" in printed
     assert "offsets 30 to 64: 340 rows in 17 records" in printed
     assert "partition 1 offsets 360-399: 40 rows" in printed
     assert "later rows of these users still count" in printed
     control = newest(operator)
     assert (control.epoch, control.base, control.serving.version, control.reason) == (2, 3, 3, "poison")
-    assert control.mask.offsets == ((42, 1, 360, 400),)
+    assert control.mask.offsets == ((42, 1, 360, 400),) and control.serving.then_follow
 
 
 @pytest.mark.parametrize(
@@ -239,7 +240,7 @@ def ours_are_the_bots(operator: Operator, ours: int) -> None:
             users = np.where(batch.user == BOT, np.uint64(ours), batch.user)
             with writer.transaction():
                 writer.send(LOG, 0, None, encode(batch.header, batch.columns | {"user": users}))
-    log_view.open_log = lambda settings: made  # type: ignore[assignment]  # the fixture puts it back
+    training_log.open_log = lambda settings: made  # type: ignore[assignment]  # the fixture puts it back
 
 
 def test_users_whom_every_kept_version_knows_are_refused(operator: Operator, tmp_path: Path) -> None:
@@ -261,18 +262,6 @@ def test_a_dry_run_tells_the_plan_and_changes_nothing(operator: Operator) -> Non
     assert (document["plan"]["records"], document["plan"]["answers"]["serves"]) == (17, False)
     assert len(operator.registry.controls()) == 1
     assert operator.registry.outcome(2, "planned") is None
-
-
-def test_rollback_before_a_time_takes_the_newest_older_version(operator: Operator) -> None:
-    operator("rollback", "--before", "6m", "--reason", "older")
-    assert newest(operator).base == 3
-    refused(operator, UnknownVersion, "oldest is version 1", "--before", "2001-01-01")
-
-
-def test_answers_follow_again_where_the_rollback_is_asked_to(operator: Operator) -> None:
-    printed = operator("rollback", "--to", "3", "--follow-when-caught-up", "--reason", "x")
-    assert "follow once the trainer has caught up" in printed
-    assert newest(operator).serving.then_follow
 
 
 def test_the_plan_says_how_answers_turn(operator: Operator) -> None:
@@ -373,11 +362,7 @@ def test_a_mask_outside_the_log_and_wrong_use_are_refused(
 
 def test_times_before_all_that_is_kept_are_refused(operator: Operator) -> None:
     refused(operator, UnfitVersion, "no version is kept.*oldest is version 1", "--skip-time", "2020-01-01..2020-01-02")
-
-
-def test_a_reason_is_needed(operator: Operator) -> None:
-    with pytest.raises(SettingsError, match="--help"):
-        operator("rollback", "--to", "3")
+    refused(operator, UnknownVersion, "oldest is version 1", "--before", "2001-01-01")
 
 
 def test_masking_users_with_another_salt_is_refused(operator: Operator, tmp_path: Path) -> None:
@@ -395,7 +380,7 @@ def without_kafka(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(settings: object) -> MemoryLog:
         raise LogError("no broker answers")
 
-    monkeypatch.setattr(log_view, "open_log", away)
+    monkeypatch.setattr(training_log, "open_log", away)
 
 
 @pytest.mark.usefixtures("without_kafka")
@@ -405,14 +390,6 @@ def test_where_kafka_is_away_what_versions_say_of_themselves_decides(operator: O
     printed = operator("rollback", "--skip", "1:360-399", "--reason", "x")
     assert "Kafka does not answer" in printed
     assert newest(operator).base == 3
-
-
-def test_the_same_rollback_again_changes_nothing(operator: Operator) -> None:
-    words = ("rollback", "--skip", "1:360-399", "--reason", "poison")
-    operator(*words)
-    assert "nothing was changed" in operator(*words)
-    assert "nothing was changed" in operator("rollback", "--to", "3", "--skip", "1:360-399", "--reason", "again")
-    assert [one.epoch for one in operator.registry.controls()] == [1, 2]
 
 
 def test_a_rollback_during_a_rollback_goes_farther_back(operator: Operator) -> None:
@@ -427,7 +404,7 @@ def test_a_rollback_during_a_rollback_goes_farther_back(operator: Operator) -> N
 
 def test_a_race_between_two_operators_has_one_winner(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
     other = Operator(operator.state)
-    real: Callable[..., object] = log_view.look
+    real: Callable[..., object] = training_log.look
 
     def meanwhile(settings: object) -> object:
         other("pin", "4", "--reason", "first")

@@ -1,22 +1,25 @@
-"""Scans the training log for rows that a mask names: finds the first such row, and counts them.
+"""A command's view of the training log and the clicks topic: their ends, and a scan for rows that a mask names.
 
-Only the columns that identify the clicks are decoded: 0.2 ms a record, about a fiftieth of the time that training on
-the record takes.
+Kafka must answer soon. A scan decodes only the columns that identify the clicks: 0.2 ms a record, about a fiftieth of
+the time that training on the record takes.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
-from state.errors import LogError, MicroBatchError
+from state import layout
+from state.config.settings import Settings
+from state.errors import LogError, MicroBatchError, UnfitVersion
 from state.features.mask import Mask, MaskAt
 from state.features.masked_users import MaskedUsers
-from state.log import LogReader
+from state.log import KafkaLog, Log, LogReader
+from state.log.accepted_gaps import Journal, past
 from state.microbatch.batch import MicroBatch
 from state.microbatch.cutting import trim
 from state.microbatch.glance import glance
@@ -24,10 +27,100 @@ from state.microbatch.masked import masked
 from state.microbatch.row_kinds import trained
 from state.positions import Source
 from state.registry.log_line import LogLine, counts, onward
+from state.registry.manifest import Manifest
 from state.registry.mask_entries import MaskEntry
+from state.registry.registry import Registry
 from state.registry.segments import LogSegment
 
+ASK_KAFKA_S = 5.0
 POLL_S, STALLED_S, RECORDS = 0.5, 30.0, 512
+
+
+def open_log(settings: Settings) -> Log:
+    """Opens the log of these settings."""
+    return KafkaLog(settings.kafka)
+
+
+@dataclass(frozen=True)
+class LogView:
+    """The state of both topics at one moment.
+
+    Attributes:
+        log: The log that holds the topics.
+        topic: Name of the training log's topic.
+        topic_id: Id of that topic.
+        partition: Partition of the training log.
+        begin: Its first kept offset.
+        end: The offset of its next record.
+        clicks_id: Id of the clicks topic.
+        clicks: By partition of the clicks topic, its first kept and its next offset.
+    """
+
+    log: Log
+    topic: str
+    topic_id: str
+    partition: int
+    begin: int
+    end: int
+    clicks_id: str
+    clicks: Mapping[int, tuple[int, int]]
+
+    def reader(self, offset: int) -> LogReader:
+        """Returns a reader of the training log from `offset` on.
+
+        Raises:
+            LogError: The log cannot be read.
+        """
+        return self.log.reader(self.topic, [self.partition], {self.partition: offset})
+
+    def reaches(self, registry: Registry, version: Manifest) -> bool:
+        """Returns whether the trainer could continue from a version, across accepted gaps."""
+        accepted = Journal(registry.path / layout.GAPS).accepted()
+        return past(accepted, Source(self.topic_id, self.partition), version.log.next) >= self.begin
+
+    def require_reach(self, registry: Registry, to: Manifest) -> None:
+        """Checks that the trainer could continue from a version.
+
+        Raises:
+            UnfitVersion: The log begins after the version's position, or the topic was recreated since.
+        """
+        if to.log.topic_id and to.log.topic_id != self.topic_id:
+            raise UnfitVersion(
+                f"version {to.version} was trained on topic id {to.log.topic_id}, {self.topic} is now {self.topic_id}: "
+                "it was deleted and made again, so that the trainer cannot go on from there",
+                f"let answers stay at it with `springtide pin {to.version}`, or restore the topic",
+            )
+        if not self.reaches(registry, to):
+            raise UnfitVersion(
+                f"version {to.version} goes on at offset {to.log.next} and the training log begins at {self.begin}: it can "
+                "serve and not be trained on from",
+                f"let answers stay at it with `springtide pin {to.version}`, or take a version that is not marked "
+                "`serve only` in `springtide versions`",
+            )
+
+
+def look(settings: Settings, patience_s: float = ASK_KAFKA_S) -> LogView | None:
+    """Asks Kafka for the ends of both topics; returns None if it does not answer in time or a topic does not exist."""
+    partition = settings.trainer.partition
+    kafka = replace(settings.kafka, request_timeout_s=min(patience_s, settings.kafka.request_timeout_s))
+    try:
+        log = open_log(replace(settings, kafka=kafka))
+        topics = log.topics()
+        try:
+            ends = topics.ends(kafka.microbatches_topic)[partition]
+            return LogView(
+                log,
+                kafka.microbatches_topic,
+                topics.describe(kafka.microbatches_topic).topic_id,
+                partition,
+                *ends,
+                topics.describe(kafka.clicks_topic).topic_id,
+                topics.ends(kafka.clicks_topic),
+            )
+        finally:
+            topics.close()
+    except (LogError, KeyError):
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +130,10 @@ class FirstHit:
     Attributes:
         epoch: Control epoch in which the record was read.
         offset: Offset of the record in the training log.
-        at_ms: Event time of the row.
     """
 
     epoch: int
     offset: int
-    at_ms: int
 
 
 @dataclass
@@ -66,7 +157,9 @@ class Counted:
     by_mask: dict[int, tuple[int, set[int]]] = field(default_factory=dict)
 
 
-def records(reader: LogReader, partition: int, first: int, end: int, line: LogLine) -> Iterator[tuple[int, MicroBatch]]:
+def records(
+    reader: LogReader, partition: int, first: int, end: int, branch: LogLine
+) -> Iterator[tuple[int, MicroBatch]]:
     """Yields the records of a branch at offsets from `first` up to `end`, exclusive, with their offsets.
 
     Like the trainer, it skips a record that cannot be decoded.
@@ -74,7 +167,7 @@ def records(reader: LogReader, partition: int, first: int, end: int, line: LogLi
     Raises:
         LogError: No record arrived for `STALLED_S`, or the log cannot be read.
     """
-    at = onward(line, first)
+    at = onward(branch, first)
     if at >= end:
         return
     reader.seek(partition, at)
@@ -89,7 +182,7 @@ def records(reader: LogReader, partition: int, first: int, end: int, line: LogLi
                     found = glance(value or b"")
                 except MicroBatchError:
                     continue
-                if counts(line, found.header.log_epoch, offset):
+                if counts(branch, found.header.log_epoch, offset):
                     yield offset, found
         if time.monotonic() - heard_s > STALLED_S:
             raise LogError(
@@ -118,13 +211,10 @@ def first_hit(
             hit = masked(batch, mask)
             if not exact:
                 hit &= trained(batch.kind)
-            if exact and hit.any():
-                return FirstHit(segment.epoch, offset, int(batch.at_ms[hit][0]))
+                if hit.any() and (already := segment.mask_at(batch.header.mask_generation)):
+                    hit &= ~masked(batch, already)
             if hit.any():
-                already = segment.mask_at(batch.header.mask_generation)
-                hit &= ~masked(batch, already) if already else True
-                if hit.any():
-                    return FirstHit(segment.epoch, offset, int(batch.at_ms[hit][0]))
+                return FirstHit(segment.epoch, offset)
     return None
 
 
