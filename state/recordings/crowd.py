@@ -120,10 +120,10 @@ def as_utc(at_ms: int) -> str:
     return f"{np.datetime64(at_ms, 'ms').astype('datetime64[s]')}Z"
 
 
-def told_apart(crowd: Crowd, first: str, max_age_s: float) -> str:
+def described(crowd: Crowd, first: str, max_age_s: float) -> str:
     """Describes the excluded strays in a sentence.
 
-    >>> told_apart(Crowd(0, 1, (0, 17), 10**12, 900), "clicks.csv:17", 2_592_000.0)
+    >>> described(Crowd(0, 1, (0, 17), 10**12, 900), "clicks.csv:17", 2_592_000.0)
     'clicks.csv:17: 1 row lies long after all the others (2001-09-09T01:46:40Z): if it set the clock, events.max_age_s (2,592,000 s) would refuse 900 of them; the newest of the others sets it (1970-01-01T00:00:00Z)'
 
     Args:

@@ -16,7 +16,8 @@ import numpy as np
 
 from deploy.kafka.broker import Broker
 from deploy.kafka.configuration import free_port
-from deploy.replay import Sender, ShopperCrowd
+from deploy.replaying.sender import Outbox
+from deploy.replaying.shoppers import ShopperCrowd, encode
 from state.config.sections import Kafka
 from state.config.settings import Settings
 from state.log import Reader, Topics, Writer, append_encoded
@@ -53,12 +54,12 @@ def main() -> None:
             topics.ensure("single", 1)
             topics.ensure("raw", 1)
         shoppers = ShopperCrowd.from_settings(settings, 1, 1000.0, 1_700_000_000_000)
-        with Sender(settings) as sender:
-            sender.send(shoppers.click(1000))  # compiles the kernels
+        with Outbox(kafka, kafka.clicks_topic) as outbox:
+            outbox.send(encode(shoppers.click(1000), settings.events))  # compiles the kernels
 
             def load() -> None:
                 for _ in range(RECORDS // 10_000):
-                    sender.send(shoppers.click(10_000))
+                    outbox.send(encode(shoppers.click(10_000), settings.events))
 
             replayed = per_cpu_s(RECORDS, load)
         keys = [b"user-%d" % (n % 2000) for n in range(10_000)]

@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 
 from deploy.replay import main
-from deploy.replaying.progress import Progress
-from deploy.replaying.sender import Outbox, Piece
+from deploy.replaying.sender import Outbox, Piece, Progress
 from state.config.sections import Kafka
 from state.log import Reader, Topics, partition_of
 from state.process.killpoints import VARIABLE
@@ -132,6 +131,7 @@ def test_files_without_header_and_actions_are_said_on_the_line(
         ([], "say what to replay"),
         (["x.csv", "--synthetic"], "say what to replay"),
         (["x.csv", "--rate", "5"], "--rate and --seed"),
+        (["--synthetic", "--dry-run"], "--dry-run is of files"),
         (["nowhere.csv"], "nowhere.csv: no such file"),
         (["{csv}", "--speed", "fast"], "--speed fast"),
         (["{csv}", "--longest-wait", "-1"], "--longest-wait -1"),
