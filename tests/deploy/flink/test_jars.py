@@ -90,12 +90,3 @@ def test_a_jar_that_cannot_be_had_names_what_to_do_without_it(tmp_path: Path) ->
 
     with pytest.raises(FlinkFailed, match=r"a jar of Flink cannot be had.*no route to host.*your own cluster"):
         any_jars.resolve(jars.FLINK, {"org.a:one:1": ""}, offline)
-
-
-def test_a_long_fetch_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(any_jars, "TELL_S", 0.0)
-    path, said = tmp_path / "one.jar", list[str]()
-    path.write_bytes(b"x" * 2_000_000)
-    wanted = dict.fromkeys(("org.a:one:1", "org.a:one:2"), hashlib.sha256(path.read_bytes()).hexdigest())
-    any_jars.resolve(jars.FLINK, wanted, lambda name: path, said.append)
-    assert said[-1] == "fetching Flink from Maven Central, once: 2 of 2 jars, 4 MB"
