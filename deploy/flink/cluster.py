@@ -161,7 +161,7 @@ def ports(settings: FlinkSettings) -> list[Port]:
 
 
 Say = Callable[[str], None]
-START_S, REMIND_S, POLL_S = 180.0, 30.0, 0.1
+START_S, POLL_S = 180.0, 0.1
 SAVEPOINT_S, CANCEL_S = 120.0, 30.0
 # The process that follows a job polls its state a few times every 2 s; it would miss a faster end.
 FOLLOWED_S = 2.5
@@ -195,7 +195,7 @@ def run(settings: Settings, jar: Path, say: Say, stop: Callable[[], bool], hurry
         for plan in process_plans(settings.flink, directory, jar, jars.java()):
             supervisor.start(plan)
         # 3.
-        if _wait_until_up(settings, manager, supervisor, say, stop):
+        if _wait_until_up(settings, manager, supervisor, stop):
             supervisor.settled = True
             flink = settings.flink
             say(
@@ -251,15 +251,13 @@ def _supervisor(settings: Settings, directory: Path, say: Say) -> Supervisor:
     return Supervisor(logs, environment, say, metrics, time.monotonic, *log_sizes(settings))
 
 
-def _wait_until_up(
-    settings: Settings, manager: JobManager, supervisor: Supervisor, say: Say, stop: Callable[[], bool]
-) -> bool:
+def _wait_until_up(settings: Settings, manager: JobManager, supervisor: Supervisor, stop: Callable[[], bool]) -> bool:
     """Returns True once a job can be submitted, False if the operator stops the cluster before.
 
     Raises:
         FlinkFailed: The cluster is not ready within `START_S`.
     """
-    deadline_s, remind_s = time.monotonic() + START_S, time.monotonic() + REMIND_S
+    deadline_s = time.monotonic() + START_S
     while missing := _missing(settings, manager):
         if stop():
             return False
@@ -267,9 +265,6 @@ def _wait_until_up(
         if time.monotonic() >= deadline_s:
             log = supervisor.log_path(missing)
             raise FlinkFailed(f"{missing} did not come up in {START_S:.0f} s", f"see {log}: {last_line(log)}")
-        if time.monotonic() >= remind_s:
-            remind_s = time.monotonic() + REMIND_S
-            say(f"still waiting for {missing}; see {supervisor.logs}")
         time.sleep(POLL_S)
     return True
 

@@ -25,7 +25,7 @@ from tensorflow_metadata.proto.v0.statistics_pb2 import FeatureNameStatistics
 from deploy.operate.commands import Say, current
 from deploy.operate.times import iso
 from deploy.operate.versions import open_registry, table
-from deploy.validation.kept import KeptWindow, KeptWindows
+from deploy.validation.windows import KeptWindow, KeptWindows
 from state.config.settings import Settings
 from state.errors import SettingsError
 from state.features.spec import FeatureSpec

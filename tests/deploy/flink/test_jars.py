@@ -71,22 +71,7 @@ def test_it_is_merged_once_and_again_where_it_is_damaged(repository: Path, tmp_p
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".jar", ".sha256"]
 
 
-def test_a_jar_with_another_digest_is_not_merged(repository: Path, tmp_path: Path) -> None:
-    jar(tmp_path / "two.jar", {"a/Two.class": "of somebody else"})
-    with pytest.raises(FlinkFailed, match=r"two\.jar is not the org\.a:two:1 .* remove the file"):
-        jars.merged_jar(print, tmp_path / "cache", repository)
-    assert not (tmp_path / "cache").exists()
-
-
 def test_without_room_for_the_merged_one_the_error_says_where(repository: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("no directory")
     with pytest.raises(FlinkFailed, match=r"cannot be merged .*access rights of .*cache"):
         jars.merged_jar(print, tmp_path / "cache", repository)
-
-
-def test_a_jar_that_cannot_be_had_names_what_to_do_without_it(tmp_path: Path) -> None:
-    def offline(name: str) -> Path:
-        raise OSError("no route to host")
-
-    with pytest.raises(FlinkFailed, match=r"a jar of Flink cannot be had.*no route to host.*your own cluster"):
-        any_jars.resolve(jars.FLINK, {"org.a:one:1": ""}, offline)

@@ -128,6 +128,32 @@ def test_an_exact_rollback_without_clicks_excludes_from_the_log_what_fast_ones_l
     refused(operator, SettingsError, "neither a version nor clicks", "--mode", "exact")
 
 
+def test_an_exact_rollback_starts_a_branch_of_the_log_at_the_version_and_says_what_is_read_again(
+    operator: Operator,
+) -> None:
+    words = ("rollback", "--to", "3", "--mode", "exact", "--reason", "bots")
+    printed = operator(*words, "--dry-run")
+    assert "200 clicks are read again" in printed and "the stream's store is not on this machine" in printed
+    assert len(operator.registry.controls()) == 1
+    document = json.loads(operator(*words, "-o", "json"))
+    assert document["plan"]["exact"] == {"clicks": 200, "histories": None, "log_epoch": 2}
+    assert (newest(operator).mode, newest(operator).epoch) == ("exact", 2)
+    assert [(one.epoch, one.first, one.until) for one in newest(operator).log] == [(1, 0, 30), (2, 64, None)]
+    assert [after for _, after in newest(operator).log[1].sources] == [300]
+
+
+def test_an_exact_rollback_is_refused_where_the_clicks_are_deleted_or_another_topic(
+    operator: Operator, log: MemoryLog
+) -> None:
+    words = ("--to", "3", "--mode", "exact")
+    topic = Kafka().clicks_topic
+    log.topics().delete_before(topic, {1: 301})
+    refused(operator, UnfitVersion, "cannot be read again", *words)
+    log.topics().delete(topic)
+    log.topics().ensure(topic, 2)
+    refused(operator, LogError, "which was recreated", *words)
+
+
 # What it goes back to
 
 

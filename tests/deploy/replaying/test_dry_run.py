@@ -59,7 +59,7 @@ def test_it_tells_a_late_row_apart_and_keeps_to_a_limit(tmp_path: Path, capsys: 
     assert main([str(path), "--dry-run", NOWHERE, "--limit", "20", "--sort", "assume"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("20 rows of 1 file: 20 clicks, 0 dead letters\n")
-    assert f"{path}:52: 1 row lies long after all the others" in said
+    assert f"{path}:52: 1 row is long after all the others" in said
 
 
 @pytest.mark.parametrize("words", [[], ["--dry-run"]])

@@ -231,7 +231,7 @@ def test_one_late_row_is_told_apart_and_the_rest_has_the_times_it_has_without_it
     assert [click for click in topic.clicks() if click["item"] != "late"] == alone.clicks()
     assert outcome.position.refused == {"implausible_time by events.max_future_s": 1}
     said = out.getvalue()
-    assert "clicks.csv:9: 1 row lies long after all the others (2024-01-13T22:13:20Z)" in said
+    assert "clicks.csv:9: 1 row is long after all the others (2024-01-13T22:13:20Z)" in said
     assert "events.max_age_s (2,592,000 s) would refuse 40 of them" in said
     assert "clicks.csv:9: no click: implausible_time by events.max_future_s" in said
     # A run that goes on keeps to what the first one found.

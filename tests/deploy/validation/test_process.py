@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.validation.kept import KeptWindows
 from deploy.validation.process import KINDS, MOST_LABELS, OTHERS, LogValidation, labels_of
+from deploy.validation.windows import KeptWindows
 from state.config.settings import Settings
 from state.errors import LogError
 from state.log import MemoryLog
