@@ -33,7 +33,7 @@ from state.events.identity import Salt
 from state.events.parser import Parser
 from state.log import PartitionBatch
 from state.process import killpoints
-from state.recordings.crowd import Crowd, RecordedTimes, described
+from state.recordings.crowd import RecordedTimes, described
 from state.recordings.files import Recording, refuse_beyond_memory
 from state.recordings.rows import (
     I64,
@@ -95,54 +95,6 @@ class RecordingSource:
     def where(self, file: int, line: int) -> str:
         """Names a row by its file and line."""
         return f"{self.recording.files[file].path}:{line}"
-
-
-class Opened(NamedTuple):
-    """A recording that is being read.
-
-    Attributes:
-        encoder: Completes the rows.
-        chunks: The rows that are not acknowledged yet, in send order.
-        newest_ms: The newest recorded time apart from strays; NO_TIME if it is not needed.
-        total: Rows of the recording; None if they are not counted yet.
-        crowd: How `newest_ms` was found; None if it was known, or not needed.
-    """
-
-    encoder: Encoder
-    chunks: Iterator[EncodedRows]
-    newest_ms: int
-    total: int | None
-    crowd: Crowd | None
-
-
-def open_recording(source: RecordingSource, position: Position) -> Opened:
-    """Opens a recording after the acknowledged rows.
-
-    Args:
-        source: The files; if their times are rebased, the newest time is found before the first row.
-        position: The replay's position.
-
-    Raises:
-        SettingsError: The files do not fit into memory, or columns are missing.
-        UnreadableRecording: A file is truncated or damaged.
-    """
-    recording, events, options = source.recording, source.events, source.options
-    find_newest, times = not options.keep and position.newest_ms == NO_TIME, RecordedTimes()
-    # Times of a recording are in the past.
-    latest_ms = position.now_ms + round(events.max_future_s * 1000)
-    encoder, total, done = Encoder(events, recording.constants or {}, latest_ms), None, position.acknowledged
-    if options.sort == "memory":
-        refuse_beyond_memory(recording, psutil.virtual_memory().available)
-        whole = joined(list(recording.encoded(encoder, events)))
-        total, chunks = len(whole), _slices(whole, order(whole.at_ms), done)
-        if find_newest:
-            times.add(whole.at_ms, whole.file, whole.line)
-    else:
-        chunks = _behind(recording.encoded(encoder, events), done)
-        if find_newest:
-            times = recorded_times(recording, events, latest_ms)
-    crowd = times.crowd(round(events.max_age_s * 1000)) if find_newest else None
-    return Opened(encoder, chunks, position.newest_ms if crowd is None else crowd.newest_ms, total, crowd)
 
 
 def recorded_times(recording: Recording, events: Events, latest_ms: int) -> RecordedTimes:
@@ -259,12 +211,13 @@ class Walk:
     """Reads a recording from a position on, and turns its rows into judged pieces.
 
     Args:
-        source: The recording.
+        source: The recording; if its times are rebased, the newest time is found before the first row.
         position: Rows before it are passed over.
 
     Attributes:
-        opened: The rows that are left.
-        clock: Computes their times.
+        chunks: The rows that are left, in send order.
+        total: Rows of the recording; None if they are not counted yet.
+        clock: Computes the times.
         stray: Which rows are excluded from finding the newest time; empty without any.
 
     Raises:
@@ -273,19 +226,34 @@ class Walk:
     """
 
     def __init__(self, source: RecordingSource, position: Position) -> None:
-        options = source.options
-        self.opened = open_recording(source, position)
-        self.clock = Clock(
-            options.speed, options.keep, position.now_ms, self.opened.newest_ms, options.longest_wait_s * 1000
-        )
-        self._judge = Judge(source.events)
-        crowd, self.stray = self.opened.crowd, ""
-        if crowd is not None and crowd.first is not None:
-            self.stray = described(crowd, source.where(*crowd.first), source.events.max_age_s)
+        recording, events, options = source.recording, source.events, source.options
+        find_newest, times = not options.keep and position.newest_ms == NO_TIME, RecordedTimes()
+        # Times of a recording are in the past.
+        latest_ms = position.now_ms + round(events.max_future_s * 1000)
+        self._judge, self._encoder = Judge(events), Encoder(events, recording.constants or {}, latest_ms)
+        self.total: int | None = None
+        self.stray = ""
+        if options.sort == "memory":
+            refuse_beyond_memory(recording, psutil.virtual_memory().available)
+            whole = joined(list(recording.encoded(self._encoder, events)))
+            self.total, self.chunks = len(whole), _slices(whole, order(whole.at_ms), position.acknowledged)
+            if find_newest:
+                times.add(whole.at_ms, whole.file, whole.line)
+        else:
+            self.chunks = _behind(recording.encoded(self._encoder, events), position.acknowledged)
+            if find_newest:
+                times = recorded_times(recording, events, latest_ms)
+        newest_ms = position.newest_ms
+        if find_newest:
+            crowd = times.crowd(round(events.max_age_s * 1000))
+            newest_ms = crowd.newest_ms
+            if crowd.first is not None:
+                self.stray = described(crowd, source.where(*crowd.first), events.max_age_s)
+        self.clock = Clock(options.speed, options.keep, position.now_ms, newest_ms, options.longest_wait_s * 1000)
 
     def records(self, rows: EncodedRows, stamped: Stamped) -> tuple[Piece, list[int]]:
         """The records of rows and, of these, the rows that are records; others are too large."""
-        values = self.opened.encoder.values(rows, stamped.at_ms)
+        values = self._encoder.values(rows, stamped.at_ms)
         piece = Piece(rows.keys, values, stamped.kafka_ms)
         numbers = [row for row, value in enumerate(values) if len(value) <= LARGEST_VALUE]
         return (piece, numbers) if len(numbers) == len(values) else (piece.take(numbers), numbers)
@@ -297,7 +265,8 @@ class Walk:
         rows, stamped = rows.cut(0, count), stamped.cut(first, first + count)
         piece, numbers = self.records(rows, stamped)
         refused = {numbers[record]: reason for record, reason in self._judge.judge(piece).items()}
-        return JudgedPiece(rows, stamped.at_ms, piece, numbers, refused, sorted({*range(count)} - {*numbers}))
+        too_large = sorted({*range(count)} - {*numbers}) if len(numbers) < count else []
+        return JudgedPiece(rows, stamped.at_ms, piece, numbers, refused, too_large)
 
     def require_click(self, encoded: EncodedRows, stamped: Stamped) -> None:
         """Stops where none of the first rows is a click, however few of them are due.
@@ -393,17 +362,17 @@ class Replay:
         walk = Walk(self._source, self._position)
         if walk.stray:
             self._progress.say(walk.stray)
-        self._position = replace(self._position, newest_ms=walk.opened.newest_ms)
+        self._position = replace(self._position, newest_ms=walk.clock.newest_ms)
         complete = self._send_all(walk)
         self._position = replace(self._position, complete=complete)
         self._journal.write(self._position)
-        return Outcome(self._sent, self._late, walk.opened.total, self._position)
+        return Outcome(self._sent, self._late, walk.total, self._position)
 
     def _send_all(self, walk: Walk) -> bool:
         """Sends until the end (True) or until limit or stop."""
         hand: Hand | None = None
-        limit, total = self._source.options.limit, walk.opened.total
-        for chunk in walk.opened.chunks:
+        limit, total = self._source.options.limit, walk.total
+        for chunk in walk.chunks:
             encoded = chunk
             if hand is None:
                 # 1. What was in flight.
@@ -537,7 +506,7 @@ def try_out(source: RecordingSource, now_ms: int) -> Findings:
     walk = Walk(source, Position(now_ms, NO_TIME, 0, 0, hand, {}, {}))
     findings = Findings(stray=walk.stray)
     left = math.inf if source.options.limit is None else source.options.limit
-    for chunk in walk.opened.chunks:
+    for chunk in walk.chunks:
         encoded = chunk if len(chunk) <= left else chunk.cut(0, int(left))
         if not len(encoded):
             break
