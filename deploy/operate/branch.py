@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 from safetensors import SafetensorError
 
+from deploy.operate.log_view import LogView, first_hit
 from deploy.operate.times import iso
-from deploy.operate.training_log import LogView, first_hit
 from state.errors import CorruptVersion, SettingsError, UnfitVersion, UnknownVersion
 from state.features.masked_users import MaskedUsers
 from state.registry.control import Control

@@ -25,7 +25,7 @@ from typing import Any
 
 import numpy as np
 
-from deploy.operate import training_log
+from deploy.operate import log_view
 from deploy.operate.commands import Say, current
 from deploy.operate.masking import ids_in, pseudonyms
 from deploy.operate.times import iso
@@ -247,7 +247,7 @@ def of_topics(settings: Settings, control: Control, now_ms: int) -> list[Holding
     kafka, partition, holdings = settings.kafka, settings.trainer.partition, list[Holding]()
     until = "Kafka compacts the topic, by its segment.ms and delete.retention.ms"
     try:
-        log = training_log.open_log(settings)
+        log = log_view.open_log(settings)
         with log.topics() as topics:
             word = int(topics.describe(kafka.clicks_topic).topic_id[:8], 16)
             clicks = {partition: begin for partition, (begin, _) in topics.ends(kafka.clicks_topic).items()}
@@ -353,7 +353,7 @@ def erase(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
     control = current(registry)
     newest = _newest(registry)
     users = pseudonyms(settings, plain, newest.salt)
-    log = training_log.open_log(settings)
+    log = log_view.open_log(settings)
     # 1.
     tombstones = take_attributes(settings, log, plain)
     killpoints.reach("erase.attributes")

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from typing import Any
 
-from deploy.operate import training_log
+from deploy.operate import log_view
 from deploy.operate.times import age
 from state.config.settings import Settings
 from state.errors import CorruptVersion, SpringtideError, UnknownVersion
@@ -40,7 +40,7 @@ def look(settings: Settings, now_ms: int) -> dict[str, Any] | None:
         return None
     try:
         registry = Registry(settings.registry_dir)
-        view = training_log.look(settings, ASK_KAFKA_S)
+        view = log_view.look(settings, ASK_KAFKA_S)
         found = None if view is None else oldest(registry, lambda one: view.reaches(registry, one))
     except (SpringtideError, OSError):
         return None

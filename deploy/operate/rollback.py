@@ -26,9 +26,9 @@ from typing import Any
 
 from deploy.operate.branch import ServingBranch, Target, choose
 from deploy.operate.commands import Say, control_document, current
+from deploy.operate.log_view import Counted, Counting, LogView, look, records
 from deploy.operate.masking import describe, mask_document, mask_of, require_positions
 from deploy.operate.times import age, parse_time
-from deploy.operate.training_log import Counted, Counting, LogView, look, records
 from deploy.operate.versions import open_registry, served_version, versions_here
 from deploy.watch.scrape import scrape, urls
 from state import layout

@@ -22,7 +22,7 @@ from state.rows.reader import RowReader
 from state.rows.store import RowStore
 
 if TYPE_CHECKING:
-    from deploy.operate.training_log import LogView
+    from deploy.operate.log_view import LogView
 
 ASK_KAFKA_S = 1.0
 
@@ -48,7 +48,7 @@ def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Ca
         kept = [served, *kept]
     # Imported here, because other commands that open a registry need no log.
     from deploy.operate import horizon
-    from deploy.operate.training_log import look
+    from deploy.operate.log_view import look
 
     view = look(settings, ASK_KAFKA_S)
     listed = (_entry(registry, number, control, served, now_ms, view) for number in kept)

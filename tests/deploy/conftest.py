@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.operate import training_log
+from deploy.operate import log_view
 from state.log import MemoryLog
 from state.registry.control import start
 from state.registry.registry import Registry
@@ -28,7 +28,7 @@ def undisturbed_signals() -> Iterator[None]:
 def log(monkeypatch: pytest.MonkeyPatch) -> MemoryLog:
     """The log that the operator's versions were learned from."""
     made = written()
-    monkeypatch.setattr(training_log, "open_log", lambda settings: made)
+    monkeypatch.setattr(log_view, "open_log", lambda settings: made)
     return made
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import pytest
 
 from deploy import cli
-from deploy.operate import training_log
+from deploy.operate import log_view
 from state.errors import ControlConflict
 from state.events.identity import Salt, load_salt, user_id
 from state.features.mask import Mask
@@ -239,7 +239,7 @@ def test_an_outcome_is_what_the_plan_said(
 ) -> None:
     """Also while the trainer is behind the stream, after a mask was lifted, and during another rollback."""
     loop, to = poisoned(tmp_path / "loop", salt)
-    monkeypatch.setattr(training_log, "open_log", lambda settings: loop.log)
+    monkeypatch.setattr(log_view, "open_log", lambda settings: loop.log)
     for name, value in loop.settings.environment().items():
         monkeypatch.setenv(name, value)
 

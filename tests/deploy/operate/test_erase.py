@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.operate import training_log
+from deploy.operate import log_view
 from state.config.sections import Kafka
 from state.errors import SaltMismatch, SettingsError, UnknownTopic
 from state.events.identity import load_salt, user_id
@@ -74,7 +74,7 @@ def test_attributes_are_taken_out_first_in_every_partition_and_again_after_a_kil
     log = MemoryLog()
     for name in ("users", Kafka().clicks_topic, Kafka().microbatches_topic):
         log.topics().ensure(name, 2)
-    monkeypatch.setattr(training_log, "open_log", lambda settings: log)
+    monkeypatch.setattr(log_view, "open_log", lambda settings: log)
     words = ("erase", "--user", PLAIN, "--reason", "asked", *ATTRIBUTES)
 
     def killed(name: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.operate import rollback, training_log
+from deploy.operate import rollback
 from deploy.operate import rollback as digests
 from state.config.sections import Kafka
 from state.errors import (
@@ -266,7 +266,7 @@ def ours_are_the_bots(operator: Operator, ours: int) -> None:
             users = np.where(batch.user == BOT, np.uint64(ours), batch.user)
             with writer.transaction():
                 writer.send(LOG, 0, None, encode(batch.header, batch.columns | {"user": users}))
-    training_log.open_log = lambda settings: made  # type: ignore[assignment]  # the fixture puts it back
+    log_view.open_log = lambda settings: made  # type: ignore[assignment]  # the fixture puts it back
 
 
 def test_users_whom_every_kept_version_knows_are_refused(operator: Operator, tmp_path: Path) -> None:
@@ -406,7 +406,7 @@ def without_kafka(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(settings: object) -> MemoryLog:
         raise LogError("no broker answers")
 
-    monkeypatch.setattr(training_log, "open_log", away)
+    monkeypatch.setattr(log_view, "open_log", away)
 
 
 @pytest.mark.usefixtures("without_kafka")
@@ -430,7 +430,7 @@ def test_a_rollback_during_a_rollback_goes_farther_back(operator: Operator) -> N
 
 def test_a_race_between_two_operators_has_one_winner(operator: Operator, monkeypatch: pytest.MonkeyPatch) -> None:
     other = Operator(operator.state)
-    real: Callable[..., object] = training_log.look
+    real: Callable[..., object] = log_view.look
 
     def meanwhile(settings: object) -> object:
         other("pin", "4", "--reason", "first")
