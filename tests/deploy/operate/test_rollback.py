@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.operate import rollback
+from deploy.operate import log_view, rollback
 from deploy.operate import rollback as digests
 from state.config.sections import Kafka
 from state.errors import (
