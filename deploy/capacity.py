@@ -235,7 +235,7 @@ class Sizing:
 
     def _changed(self, seconds: float) -> float:
         """The number of rows that clicks change in this many seconds, if all users and all items are equally active."""
-        most = self["trainer"].max_rows
+        most: int = self["trainer"].max_rows
         counts = (min(self.load.users, most), min(self.load.items, most))
         return sum(-count * math.expm1(-self.load.clicks * seconds / count) for count in counts)
 

@@ -192,12 +192,12 @@ class _Checker:
                     raise self._wrong(node, "profiles say nothing of churn; set churn.days")
                 self._kinds.add("churn")
                 return _Operand(False, lambda facts: facts.churn)
-        name = _dotted(node)
-        if name is None:
+        dotted = _dotted(node)
+        if dotted is None:
             raise self._wrong(node, "a number, a text or a name must stand here")
-        if not name.startswith("user."):
-            return self._feature(node, name)
-        attribute = name.removeprefix("user.")
+        if not dotted.startswith("user."):
+            return self._feature(node, dotted)
+        attribute = dotted.removeprefix("user.")
         self._require(node, attribute, self._known.attributes, "attribute of users")
         self._kinds.add("attribute")
         return _Operand(True, lambda facts: facts.attributes.get(attribute))
