@@ -33,7 +33,6 @@ from deploy.operate.times import iso, parse_time
 from deploy.operate.versions import open_registry
 from deploy.serving.edge.tls import Certificate
 from deploy.serving.edge.tokens import OPERATE, Tokens, make_missing
-from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import (
     BadRequest,
@@ -44,15 +43,14 @@ from state.errors import (
     UnknownPath,
     UnknownVersion,
     WrongMethod,
-    of_disk,
 )
-from state.process import log_lines
-from state.process.private_files import keep_private
+from state.process.part import run_part
 from state.process.wall_clock import wall_ms
 from state.registry import control as transitions
 from state.registry.registry import Registry
 
 VERSION = "4"
+BEFORE_MS = 60_000  # the version must be older than the alert by this much: the problem began before its alert
 MOST_TEXT = 300
 ACTOR = "alertmanager"
 PATH = "/v1/alerts"
@@ -120,13 +118,12 @@ def _alert(found: Any, number: int) -> Notification | None:
     return Notification(name, began_ms, " ".join(words)[:MOST_TEXT])
 
 
-def pin_before(registry: Registry, notification: Notification, before_s: float, now_ms: int) -> str:
+def pin_before(registry: Registry, notification: Notification, now_ms: int) -> str:
     """Pins serving and returns what was done; a repeated call changes nothing. Durable when it returns.
 
     Args:
         registry: Where versions and control are.
         notification: The alert.
-        before_s: How long before the alert began a version must have been made: the trouble is older than its alert.
         now_ms: Wall clock.
 
     Raises:
@@ -137,12 +134,13 @@ def pin_before(registry: Registry, notification: Notification, before_s: float, 
     control = current(registry)
     if control.serving.mode == "pin":
         return f"answers stay at version {control.serving.version} already; nothing was changed"
-    limit_ms = notification.began_ms - round(1000 * before_s)
+    limit_ms = notification.began_ms - BEFORE_MS
     line = ServingLine(registry, control)
     found = line.last(lambda version: version.created_at_ms < limit_ms)
     if found is None:
         raise UnknownVersion(
-            f"no version of the serving line was made before {iso(limit_ms)}", "lower webhook.before_s, or pin by hand"
+            f"no version of the serving line was made before {iso(limit_ms)}",
+            "pin an older version by hand: `springtide pin`",
         )
     version = line.loadable(found)
     actor = f"{ACTOR}: {notification.alert}"
@@ -183,7 +181,7 @@ class Webhook:
         if found is None:
             return "resolved; nothing was changed: `springtide follow` lets answers follow again"
         registry = open_registry(self._settings)
-        done = pin_before(registry, found, self._settings.webhook.before_s, self._now_ms())
+        done = pin_before(registry, found, self._now_ms())
         _log.warning("%s fires: %s", found.alert, done)
         return done
 
@@ -254,25 +252,20 @@ def serve(settings: Settings, now_ms: Callable[[], int]) -> ThreadingHTTPServer:
     return server
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m deploy.alerting.receiver [flags]`; returns the exit code."""
-    keep_private()
-    log_lines.begin("webhook")
-    try:
-        settings = load(sys.argv[1:] if argv is None else argv)
-        log_lines.follow(settings.logs)
-        server = serve(settings, wall_ms)
-    except (SpringtideError, OSError) as problem:
-        error = of_disk(problem)
-        _log.error("%s: %s", type(error).__name__, error)
-        return error.exit_code
+def run(settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT."""
+    server = serve(settings, wall_ms)
     for number in (signal.SIGTERM, signal.SIGINT):
         # Not in the handler: `shutdown` waits for the loop that the handler interrupts.
         signal.signal(number, lambda *_: Thread(target=server.shutdown, daemon=True).start())
     _log.info("notifications are taken at %s, port %d, %s", *server.server_address[:2], PATH)
     with server:
         server.serve_forever()
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m deploy.alerting.receiver [flags]`; returns the exit code."""
+    return run_part("webhook", run, argv, _log)
 
 
 if __name__ == "__main__":

@@ -44,9 +44,7 @@ from urllib.parse import quote, urlencode
 import msgspec
 from prometheus_client import CollectorRegistry
 
-from deploy.console.commands import give, status_of
-from deploy.console.lately_read import LatelyRead
-from deploy.console.steering import Steering
+from deploy.console.steering import ReadCache, Steering, run_command, status_of
 from deploy.console.watching import LoopWatch
 from deploy.serving.edge.access import Access
 from deploy.serving.edge.connections import ConnectionLimits
@@ -216,7 +214,7 @@ class Reading:
         settings: Settings,
         watch: LoopWatch,
         guard: RequestGuard,
-        lately: LatelyRead,
+        lately: ReadCache,
         stores: threading.Lock,
         now_ms: Callable[[], int],
     ) -> None:
@@ -259,7 +257,7 @@ class Reading:
     def _listed(self, words: Sequence[str]) -> Any:
         def read() -> Any:
             with self._stores:
-                return give(self._settings, words, self._now_ms())
+                return run_command(self._settings, words, self._now_ms())
 
         return self._lately.of(tuple(words), KEEP_S[words[0]], read)
 
@@ -329,7 +327,7 @@ class Console:
     """
 
     def __init__(self, settings: Settings, guard: RequestGuard, now_ms: Callable[[], int]) -> None:
-        stores, lately = threading.Lock(), LatelyRead()
+        stores, lately = threading.Lock(), ReadCache()
         self.watch = LoopWatch(settings, stores, wall_ms=now_ms)
         self.draining = False
         self.endpoints = [

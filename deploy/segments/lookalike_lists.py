@@ -10,11 +10,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from deploy.children.parent_death import die_with
+from deploy.children.ending import die_with
 from state.config.settings import Settings
 from state.disk import files as durable
 from state.layout import LOOKALIKES
-from state.process.import_path import for_children
+from state.process.user_code import for_children
 
 _log = logging.getLogger(__name__)
 

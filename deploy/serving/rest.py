@@ -39,8 +39,7 @@ from typing import Any
 import psutil
 from prometheus_client import CollectorRegistry, values
 
-from deploy.children.backoff import Backoff
-from deploy.children.last_words import how
+from deploy.children.ending import Backoff, how
 from deploy.serving.answer import FIELDS, Query
 from deploy.serving.edge.access import Access
 from deploy.serving.edge.connections import ConnectionLimits

@@ -17,6 +17,7 @@ from state.errors import SettingsError
 NAME = "prometheus"
 RULES = Path(__file__).parents[1] / "prometheus" / "rules"
 STOP_S = 15.0
+STORED_MB = 512  # not part of `storage.budget_gb`; the oldest data is removed first
 
 
 def require_program() -> str:
@@ -82,12 +83,11 @@ def _job(name: str, url: str) -> dict[str, Any]:
     return job
 
 
-def write_configuration(settings: Settings) -> bool:
-    """Writes the configuration to the state directory, as JSON, which is valid YAML. Always returns True."""
+def write_configuration(settings: Settings) -> None:
+    """Writes the configuration to the state directory, as JSON, which is valid YAML."""
     folder = settings.prometheus_dir
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prometheus.yml").write_text(json.dumps(configuration(settings), indent=2) + "\n")
-    return True
 
 
 def plan(settings: Settings, program: str) -> ProcessPlan:
@@ -104,7 +104,7 @@ def plan(settings: Settings, program: str) -> ProcessPlan:
             program,
             f"--config.file={folder / 'prometheus.yml'}",
             f"--storage.tsdb.path={folder / 'data'}",
-            f"--storage.tsdb.retention.size={settings.up.prometheus_mb}MB",
+            f"--storage.tsdb.retention.size={STORED_MB}MB",
             f"--web.listen-address={address(settings).partition('://')[2]}",
             "--log.level=warn",
         ),

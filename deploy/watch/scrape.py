@@ -217,5 +217,5 @@ def scrape(addresses: Mapping[str, str], get: Callable[[str], tuple[int, str]] =
         except ValueError as problem:
             return Scrape(problem=f"{url} answers with no metrics ({problem})")
 
-    with ThreadPoolExecutor(len(addresses)) as pool:
+    with ThreadPoolExecutor(max(1, len(addresses))) as pool:
         return dict(zip(addresses, pool.map(one, addresses.values()), strict=True))

@@ -1,16 +1,26 @@
-"""Entry point shared by all processes: private files, log lines under the process's name, command-line settings."""
+"""Entry points: of a process (private files, log lines under its name, settings, exit code), and of a check."""
 
 from __future__ import annotations
 
+import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from state.config.loading import load
 from state.config.settings import Settings
+from state.errors import SpringtideError, of_disk
 from state.process import log_lines
 from state.process.ending import reported
 from state.process.private_files import keep_private
+from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
+
+Check = Callable[[Settings, Path | None], str]
+
+OPTIONS_READ = "options_read.json"
+"""File next to a kept graph with the names of the `model.options` that the preprocessing read."""
 
 
 def run_part(
@@ -36,3 +46,28 @@ def run_part(
         return work(settings)
 
     return reported(loaded, logger)
+
+
+def run_check(argv: Sequence[str] | None, option: str, check: Check) -> int:
+    """Runs a check, and prints its result, or its error to standard error; returns the exit code.
+
+    Args:
+        argv: The command line: settings and `option DIR`; None for that of the process.
+        option: The command-line option for a directory, such as `--keep`.
+        check: Takes the settings and that directory, and returns its result in one line.
+    """
+    quiet_tensorflow(os.environ)
+    errors = own_stderr()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(option, dest="folder", type=Path)
+    asked, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    try:
+        settings = load(flags, os.environ)
+        with quiet_stderr():
+            said = check(settings, asked.folder)
+    except (SpringtideError, OSError) as problem:
+        error = of_disk(problem)
+        print(error, file=errors)
+        return error.exit_code
+    print(said)
+    return 0

@@ -16,8 +16,7 @@ from pathlib import Path
 
 import psutil
 
-from deploy.children.last_words import last_line
-from deploy.children.parent_death import die_with
+from deploy.children.ending import die_with, last_line
 from deploy.kafka.broker import Broker
 from state.config.settings import Settings
 from state.process import killpoints

@@ -14,7 +14,7 @@ import pytest
 
 from deploy import cli
 from deploy.kafka.configuration import free_ports
-from deploy.startup.upgrading import is_bootstrapped
+from deploy.startup.model_checks import is_bootstrapped
 from state.config.loading import load
 from state.config.sections import Model
 from state.features.spec import FeatureSpec

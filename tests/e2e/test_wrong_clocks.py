@@ -13,8 +13,7 @@ import pytest
 from deploy import status
 from deploy.kafka.configuration import free_port
 from deploy.watch import scrape
-from deploy.watch.clocks_off import ClocksOff
-from deploy.watch.figures import Watch
+from deploy.watch.figures import ClocksOff, Watch
 from state.log import Topics, Writer
 from state.process.wall_clock import wall_ms
 from tests.conftest import KafkaFactory
@@ -189,7 +188,7 @@ def test_status_names_partition_and_offset_of_a_clock_that_is_off(kafka_settings
         urls = scrape.urls(settings)
 
         def off() -> dict[str, ClocksOff]:
-            return dict(looks.look(scrape.scrape(urls), time.monotonic(), time.time()).clocks_off)
+            return dict(looks.figures(scrape.scrape(urls), time.monotonic(), time.time()).clocks_off)
 
         streams.until(lambda: len(off()) == 2, "the clocks that are off")
         assert {name: (one.clicks, one.partition, one.offset) for name, one in off().items()} == {

@@ -66,9 +66,9 @@ def test_prometheus_takes_what_is_written(tmp_path: Path, flags: tuple[str, ...]
 
 
 def test_it_listens_on_this_machine_and_keeps_no_more_than_it_may(tmp_path: Path) -> None:
-    settings = settings_of(tmp_path, "--up.prometheus_port", "9999", "--up.prometheus_mb", "64")
+    settings = settings_of(tmp_path, "--up.prometheus_port", "9999")
     command = prometheus.plan(settings, "prometheus").command
-    assert {"--web.listen-address=127.0.0.1:9999", "--storage.tsdb.retention.size=64MB"} <= set(command)
+    assert {"--web.listen-address=127.0.0.1:9999", "--storage.tsdb.retention.size=512MB"} <= set(command)
     assert ("up.prometheus_port", "127.0.0.1", 9999) in ports(settings, local_kafka=False, watched=True)
     assert all(port.setting != "up.prometheus_port" for port in ports(settings, local_kafka=False))
 
