@@ -23,9 +23,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from deploy import sections
 from deploy.operate.versions import open_registry
 from deploy.startup.hints import addresses
-from deploy.watch import scrape, sections
+from deploy.watch import scrape
 from deploy.watch.address import serving_address
 from deploy.watch.messages import seconds
 from deploy.watch.panel import Screen, lines, live_line, panel

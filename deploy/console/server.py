@@ -328,7 +328,7 @@ class Console:
 
     def __init__(self, settings: Settings, guard: RequestGuard, now_ms: Callable[[], int]) -> None:
         stores, lately = threading.Lock(), ReadCache()
-        self.watch = LoopWatch(settings, stores, wall_ms=now_ms)
+        self.watch = LoopWatch(settings, stores, now_ms)
         self.draining = False
         self.endpoints = [
             *Reading(settings, self.watch, guard, lately, stores, now_ms).endpoints(),

@@ -17,14 +17,11 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from deploy import status
-from deploy.watch import scrape, sections
+from deploy import sections, status
 from deploy.watch.figures import Figures, Spread
-from deploy.watch.scrape import Scrape
 from deploy.watch.snapshot import Poller, Snapshot
 from state.config.settings import Settings
 from state.process.said_once import SaidOnce
-from state.process.wall_clock import wall_ms
 
 EVERY_S = 5.0
 KEEP_S = 3600.0
@@ -125,22 +122,12 @@ class LoopWatch:
     Args:
         settings: The loop's settings.
         stores: Held while a store is open.
-        get: Reads the metrics of processes.
-        clock_s: Monotonic seconds.
-        wall_ms: Wall clock.
+        now_ms: Wall clock.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        stores: threading.Lock,
-        get: Callable[[Mapping[str, str]], Mapping[str, Scrape]] = scrape.scrape,
-        clock_s: Callable[[], float] = time.monotonic,
-        wall_ms: Callable[[], int] = wall_ms,
-    ) -> None:
-        self._settings, self._stores = settings, stores
-        self._clock_s, self._wall_ms = clock_s, wall_ms
-        self._poller, self.curves = Poller(settings, get=get, clock_s=clock_s, now_ms=wall_ms), Curves()
+    def __init__(self, settings: Settings, stores: threading.Lock, now_ms: Callable[[], int]) -> None:
+        self._settings, self._stores, self._now_ms = settings, stores, now_ms
+        self._poller, self.curves = Poller(settings, now_ms=now_ms), Curves()
         self._requested_s = self._sections_s = float("-inf")
         self._sections: dict[str, Any] | None = None
         self._snapshot: Snapshot | None = None
@@ -175,23 +162,23 @@ class LoopWatch:
         """Reads the sections once."""
         with self._reading:
             with self._stores:
-                self._sections = sections.read(self._settings, self._wall_ms())
-            self._sections_s = self._clock_s()
+                self._sections = sections.read(self._settings, self._now_ms())
+            self._sections_s = time.monotonic()
             return self._sections
 
     def state(self) -> dict[str, Any]:
         """Returns the document of `springtide status -o json`, with the time of the poll and the age of the sections."""
-        self._requested_s = self._clock_s()
+        self._requested_s = time.monotonic()
         self._wanted.set()
         snapshot = self._snapshot or self.poll()
         snapshot = snapshot.having(self._sections or self.read_sections())
         return status.document(self._settings, snapshot) | {
             "at_ms": snapshot.at_ms,
-            "sections_age_s": round(self._clock_s() - self._sections_s, 1),
+            "sections_age_s": round(time.monotonic() - self._sections_s, 1),
         }
 
     def _is_open(self) -> bool:
-        return self._clock_s() - self._requested_s < WATCHED_S
+        return time.monotonic() - self._requested_s < WATCHED_S
 
     def _run(self) -> None:
         while not self._stopping.is_set():
@@ -205,7 +192,7 @@ class LoopWatch:
     def _run_sections(self) -> None:
         while not self._stopping.wait(POLL_S):
             every_s = SECTIONS_S if self._sections is None or self._sections["kafka"]["answers"] else AWAY_S
-            if self._is_open() and self._clock_s() - self._sections_s >= every_s:
+            if self._is_open() and time.monotonic() - self._sections_s >= every_s:
                 self._attempt(self.read_sections)
 
     def _attempt(self, work: Callable[[], object]) -> None:

@@ -16,6 +16,7 @@ from state.disk import files as durable
 from state.layout import LOOKALIKES
 from state.process.user_code import for_children
 
+EVERY_S = 3600.0
 _log = logging.getLogger(__name__)
 
 
@@ -59,7 +60,7 @@ class LookalikeLists:
             else:
                 _log.error("listing lookalikes failed with exit code %d; the lists stay as they are", code)
         if self._clock_s() >= self._due_s:
-            self._due_s = self._clock_s() + self._settings.segments.lookalikes_every_s
+            self._due_s = self._clock_s() + EVERY_S
             shutil.rmtree(self._aside, ignore_errors=True)
             environment = for_children({**os.environ, **self._settings.environment()})
             command = [sys.executable, "-m", "deploy.segments.listing"]

@@ -116,7 +116,6 @@ class Poller:
     Args:
         settings: The loop's settings.
         spread_s: How far back quantiles reach; None: to the start of each process.
-        get: Reads the metrics of processes by their URLs.
         clock_s: Monotonic seconds.
         now_ms: Wall clock.
     """
@@ -125,16 +124,15 @@ class Poller:
         self,
         settings: Settings,
         spread_s: float | None = SPREAD_S,
-        get: Callable[[Mapping[str, str]], Mapping[str, Scrape]] = scrape.scrape,
         clock_s: Callable[[], float] = time.monotonic,
         now_ms: Callable[[], int] = wall_ms,
     ) -> None:
         self._urls, self._watch = scrape.watched_urls(settings), Watch(spread_s)
-        self._get, self._clock_s, self._now_ms = get, clock_s, now_ms
+        self._clock_s, self._now_ms = clock_s, now_ms
 
     def poll(self) -> Snapshot:
         """Returns a snapshot of now, without sections."""
-        scrapes, at_ms = self._get(self._urls), self._now_ms()
+        scrapes, at_ms = scrape.scrape(self._urls), self._now_ms()
         return Snapshot(self._watch.figures(scrapes, self._clock_s(), at_ms / 1000), scrapes, {}, at_ms)
 
 

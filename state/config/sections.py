@@ -899,24 +899,6 @@ class Validation:
     keep: int = setting(
         12, "windows", least=2, most=10_000, help="Number of the newest windows whose statistics are kept."
     )
-    missing_share: float = setting(
-        0.1, least=0.0, most=1.0, help="Maximum increase of the share of missing values over the baseline."
-    )
-    new_values_share: float = setting(
-        0.1,
-        least=0.0,
-        most=1.0,
-        help="Maximum share of values of a categorical feature that the baseline does not contain.",
-    )
-    max_l_infinity: float = setting(
-        0.1,
-        least=0.0,
-        most=1.0,
-        help="Maximum L-infinity distance of a categorical feature: the largest change in the share of a value.",
-    )
-    max_divergence: float = setting(
-        0.1, "bits", least=0.0, most=1.0, help="Maximum Jensen-Shannon divergence of a numeric feature."
-    )
     metrics_port: int = setting(9106, least=0, most=65535, help="Port of /metrics of the validation.")
 
 
@@ -943,12 +925,6 @@ class SegmentSettings:
         least=0,
         most=1000,
         help="Number of lookalikes of each segment, the users nearest to its members, for `GET /v1/segments/NAME/lookalikes`; 0: none.",
-    )
-    lookalikes_every_s: float = setting(
-        3600.0,
-        "s",
-        least=1.0,
-        help="Interval between rebuilds of the lookalikes, which compute the profiles of all users.",
     )
     metrics_port: int = setting(9108, least=0, most=65535, help="Port of /metrics of `springtide segments run`.")
 

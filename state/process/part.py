@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TextIO
 
 from state.config.loading import load
 from state.config.settings import Settings
@@ -17,6 +18,7 @@ from state.process.ending import reported
 from state.process.private_files import keep_private
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 
+Work = Callable[[], int | None]
 Check = Callable[[Settings, Path | None], str]
 
 OPTIONS_READ = "options_read.json"
@@ -26,26 +28,56 @@ OPTIONS_READ = "options_read.json"
 def run_part(
     name: str, work: Callable[[Settings], int | None], argv: Sequence[str] | None, logger: logging.Logger
 ) -> int:
-    """Loads the settings and runs a process; an error that ends it is logged in one line.
+    """Runs a process whose command line has only settings, see `run_process`.
 
     Args:
         name: Name of the process in its log lines.
         work: Runs the process with its settings. It returns the exit code, None for 0.
         argv: The flags; None for those of this process.
         logger: Logs the error that ended the process.
+    """
+
+    def start(words: Sequence[str]) -> tuple[Settings, Work]:
+        settings = load(words)
+        return settings, lambda: work(settings)
+
+    return run_process(name, start, argv, logger)
+
+
+def run_process(
+    name: str,
+    start: Callable[[Sequence[str]], tuple[Settings, Work]],
+    argv: Sequence[str] | None,
+    logger: logging.Logger,
+    stream: TextIO | None = None,
+    level: int = logging.INFO,
+) -> int:
+    """Runs a process: private files, log lines under its name, settings, and one line for the error that ends it.
+
+    Args:
+        name: Name of the process in its log lines.
+        start: Parses the command line; returns the settings and the work, which returns the exit code, None for 0.
+        argv: The command line; None for that of this process.
+        logger: Logs the error that ended the process.
+        stream: Where log lines are written; None for standard error.
+        level: The lowest level that is logged.
 
     Returns:
         The exit code.
     """
     keep_private()
-    log_lines.begin(name)
+    log_lines.begin(name, stream, level)
 
-    def loaded() -> int | None:
-        settings = load(sys.argv[1:] if argv is None else argv)
+    def run() -> int | None:
+        settings, work = start(list(sys.argv[1:] if argv is None else argv))
         log_lines.follow(settings.logs)
-        return work(settings)
+        return work()
 
-    return reported(loaded, logger)
+    try:
+        return reported(run, logger)
+    except KeyboardInterrupt:
+        logger.error("stopped")
+        return 1
 
 
 def run_check(argv: Sequence[str] | None, option: str, check: Check) -> int:

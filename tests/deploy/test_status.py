@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy import status
+from deploy import sections, status
 from deploy.kafka.configuration import free_port, free_ports
+from deploy.sections import kafka_lag
 from deploy.status import CONDITIONS
-from deploy.watch import sections
 from deploy.watch.figures import BORN, SPREADS
-from deploy.watch.sections import kafka_lag
 from deploy.watch.snapshot import Poller, Snapshot
 from state.config.loading import load
 from state.config.sections import Kafka, SegmentSettings

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 
-from deploy.watch.sections import held_text, held_update
+from deploy.sections import held_text, held_update
 from state.config.loading import load
 from state.registry import holding
 from state.registry.held_update import HeldUpdate, SuspectClicks

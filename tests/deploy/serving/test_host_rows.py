@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
+from deploy import sections
 from deploy.serving.applier import FULL_S, HostRows
-from deploy.watch import sections
 from state.config.settings import Settings
 from state.disk import memory_place as place
 from state.errors import StoreFull

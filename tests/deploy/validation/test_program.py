@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from deploy import sections
 from deploy.kafka.configuration import free_port
-from deploy.watch import sections
 from deploy.watch.scrape import scrape
 from state.log import KafkaLog
 from tests.conftest import KafkaFactory

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from deploy.sections import account_text
 from deploy.watch import accounts
 from deploy.watch import accounts as rows_in_flight
 from deploy.watch import accounts as stored_accounts
-from deploy.watch.sections import account_text
 from state.config.loading import load
 from state.config.sections import Kafka
 from state.config.settings import Settings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from deploy.watch import sections
+from deploy import sections
 from deploy.watch.scrape import Scrape, parsed
 from state.metrics import TrainerMetrics
 from tests.trainer.batches import micro_batch

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
+from deploy.sections import disk_usage
 from deploy.watch.figures import full_parts
 from deploy.watch.scrape import Scrape, parsed
-from deploy.watch.sections import disk_usage
 from state.config.loading import load
 from state.metrics import StorageMetrics
 from state.storage import measuring, shares

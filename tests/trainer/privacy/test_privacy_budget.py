@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from deploy.watch import sections
+from deploy import sections
 from state.errors import RegistryError, SettingsError
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
