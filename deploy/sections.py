@@ -314,7 +314,7 @@ def live_clicks(settings: Settings) -> dict[str, Any] | None:
 
     Returns None before the first window has ended, or if the validation does not run.
     """
-    urls = scrape.urls_beside(settings)
+    urls = scrape.targets(settings)
     if "validation" not in urls:
         return None
     found = scrape.scrape({"validation": urls["validation"]})["validation"]

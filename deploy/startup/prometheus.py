@@ -45,15 +45,6 @@ def address(settings: Settings) -> str:
     return f"http://127.0.0.1:{settings.up.prometheus_port}"
 
 
-def targets(settings: Settings) -> dict[str, str]:
-    """Returns the metrics URL of each process of this loop.
-
-    >>> list(targets(Settings()))
-    ['stream', 'trainer', 'applier', 'worker', 'up', 'validation', 'console']
-    """
-    return scrape.urls(settings) | scrape.supervisor_urls(settings) | scrape.urls_beside(settings)
-
-
 def configuration(settings: Settings) -> dict[str, Any]:
     """Returns the content of `prometheus.yml`: scrape targets for the ports of this loop, and rule files.
 
@@ -64,7 +55,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
     return {
         "global": {"scrape_interval": every, "scrape_timeout": every, "evaluation_interval": every},
         "rule_files": [str(RULES / "*.yml")],
-        "scrape_configs": [_job(name, url) for name, url in targets(settings).items()],
+        "scrape_configs": [_job(name, url) for name, url in scrape.targets(settings).items()],
     }
 
 

@@ -143,7 +143,7 @@ def left_out(settings: Settings) -> set[str]:
     >>> sorted(left_out(Settings()))
     ['probe', 'segments']
     """
-    return {PROBE, SEGMENTS, VALIDATION} - scrape.urls_beside(settings).keys()
+    return {PROBE, SEGMENTS, VALIDATION} - scrape.targets(settings).keys()
 
 
 def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[Port]:
@@ -274,7 +274,7 @@ def trained_version(settings: Settings) -> int:
 
 def preparing(settings: Settings, running: Collection[str]) -> str:
     """What the running processes that do not work yet do, as the live view shows it; empty if all of them work."""
-    urls = scrape.urls(settings) | scrape.urls_beside(settings)
+    urls = scrape.targets(settings)
     scrapes = scrape.scrape(
         {name: url for name, url in urls.items() if name in running}, lambda url: scrape.fetch(url, PATIENCE_S)
     )

@@ -244,20 +244,6 @@ def test_a_process_whose_log_cannot_be_made_is_started_once_there_is_room(tmp_pa
         supervisor.stop_all(hurry=lambda: True)
 
 
-def test_a_process_of_ours_is_ours_also_where_a_directory_has_a_packages_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str]
-) -> None:
-    (tmp_path / "state").mkdir()
-    (tmp_path / "state" / "__init__.py").write_text("raise ImportError('theirs, not ours')")
-    monkeypatch.chdir(tmp_path)
-    settings = load(["--paths.state", str(tmp_path / "kept")], env={})
-    supervisor = Supervisor.of(settings, lines.append, SupervisorMetrics(CollectorRegistry()))
-    supervisor.start(ProcessPlan("config", (sys.executable, "-m", "deploy.cli", "config"), lasting=False))
-    until(lambda: (supervisor.look(), lines or supervisor.done("config"))[1])
-    assert lines == []
-    supervisor.stop_all()
-
-
 def test_one_that_is_wanted_now_and_then_starts_with_its_work_and_ends_with_it(
     supervisor: Supervisor, lines: list[str], tmp_path: Path
 ) -> None:

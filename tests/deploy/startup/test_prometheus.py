@@ -25,7 +25,7 @@ def settings_of(tmp_path: Path, *flags: str) -> Settings:
 def test_it_scrapes_each_process_at_the_port_that_it_has(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, "--trainer.metrics_port", "9992", "--serving.port", "9951")
     jobs = {one["job_name"]: one for one in prometheus.configuration(settings)["scrape_configs"]}
-    addresses = prometheus.targets(settings)
+    addresses = scrape.targets(settings)
     assert scrape.urls(settings).items() < addresses.items()
     assert {name: f"http://{one['static_configs'][0]['targets'][0]}/metrics" for name, one in jobs.items()} == {
         f"springtide-{name}": url for name, url in addresses.items()
