@@ -176,7 +176,7 @@ def require_own_page(scope: Scope) -> None:
     if foreign or site not in (None, "same-origin", "none"):
         raise Forbidden("the request comes from another page", "ask from the console's own page")
     if (header(scope, b"content-type") or "").partition(";")[0].strip().lower() != "application/json":
-        raise BadRequest("the body is not said to be JSON", "send content-type: application/json")
+        raise BadRequest("the body is not declared as JSON", "send content-type: application/json")
 
 
 class SeriesParameters(msgspec.Struct, forbid_unknown_fields=True):

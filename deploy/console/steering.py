@@ -184,11 +184,11 @@ class ShownPlans:
         """
         found = self._plans.get(digest)
         if found is None or self._clock_s() - found.shown_s > KEEP_S:
-            raise ControlConflict("no such plan was shown of late", "make the plan anew, and look at it")
+            raise ControlConflict("no such plan was shown recently", "make the plan again and check it")
         if found.version != confirmed:
             raise ControlConflict(
-                f"the plan goes back to version {found.version}, and {confirmed} was confirmed",
-                f"type {found.version} where it is what you want",
+                f"the plan rolls back to version {found.version}, and {confirmed} was confirmed",
+                f"type {found.version} if you want it",
             )
         return found
 
@@ -318,8 +318,8 @@ class Steering:
         return await self._done(words, wanted.reason, wanted.name)
 
     async def _done(self, words: Sequence[str], reason: str, name: str) -> Response:
-        line = [*words, f"--reason={told(reason, 'reason', LONGEST_REASON)}"]
-        who = told(name, "name", LONGEST_NAME) if name.strip() else actor()
+        line = [*words, f"--reason={checked(reason, 'reason', LONGEST_REASON)}"]
+        who = checked(name, "name", LONGEST_NAME) if name.strip() else actor()
         return Response(200, encode(await asyncio.to_thread(self._give, line, f"{who} (console)")))
 
     def _give(self, line: Sequence[str], who: str) -> Any:
@@ -353,10 +353,10 @@ def words_of(wanted: PlanWanted, now_ms: int) -> list[str]:
     return ["rollback", f"--mode={wanted.mode}", *follow, *skips]
 
 
-def told(text: str, what: str, longest: int) -> str:
-    """A text for the audit log, without blanks around it.
+def checked(text: str, what: str, longest: int) -> str:
+    """Returns a text for the audit log, stripped.
 
-    >>> told(" bots clicked ", "reason", 500)
+    >>> checked(" bots clicked ", "reason", 500)
     'bots clicked'
 
     Raises:
@@ -365,6 +365,6 @@ def told(text: str, what: str, longest: int) -> str:
     text = text.strip()
     if not text or len(text) > longest or not text.isprintable():
         raise BadRequest(
-            f"the {what} is empty, too long, or not of one line", f"give up to {longest} letters", f"/{what}"
+            f"the {what} is empty, too long, or has several lines", f"give up to {longest} characters", f"/{what}"
         )
     return text
