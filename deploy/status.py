@@ -7,7 +7,7 @@ seconds that a reading takes. Quantiles cover the time since each process starte
 `--watch` the last minute.
 
 `--wait-for` polls the running loop and reports what is still missing. A poll costs some
-milliseconds; a part that does not answer counts as missing.
+milliseconds, for `well` as much as a whole report; a part that does not answer counts as missing.
 
 For the clicks, the report compares Kafka's ends of partitions with the offsets that the stream has
 committed.
