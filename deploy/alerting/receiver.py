@@ -29,13 +29,9 @@ from deploy.operate.commands import current
 from deploy.operate.line import ServingLine, told
 from deploy.operate.times import iso, parse_time
 from deploy.operate.versions import open_registry
-from deploy.serving.edge.access import Access
-from deploy.serving.edge.connections import ConnectionLimits
-from deploy.serving.edge.listening import listen
-from deploy.serving.edge.server import DrainingServer
-from deploy.serving.edge.tls import Certificate
-from deploy.serving.edge.tokens import OPERATE, Tokens, make_missing
-from deploy.serving.http_api.endpoints import (
+from deploy.serving.requests.access import OPERATE, Access, Certificate, Tokens, make_missing
+from deploy.serving.requests.connections import ConnectionLimits
+from deploy.serving.requests.http import (
     LAST,
     Endpoint,
     Receive,
@@ -49,6 +45,7 @@ from deploy.serving.http_api.endpoints import (
     failure,
     header,
 )
+from deploy.serving.requests.server import DrainingServer, listen
 from state.config.settings import Settings
 from state.errors import (
     BadRequest,

@@ -17,7 +17,7 @@ import pytest
 from deploy.alerting import receiver
 from deploy.kafka.configuration import free_port
 from deploy.operate.times import iso
-from deploy.serving.edge.listening import listen
+from deploy.serving.requests.server import listen
 from state.config.loading import load
 from state.config.settings import Settings
 from state.registry import control as transitions
