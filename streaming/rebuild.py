@@ -46,7 +46,7 @@ from state.microbatch.codec import decode, encode
 from state.process import log_lines
 from state.process.private_files import keep_private
 from state.process.progress_line import ProgressLine
-from state.registry.spec_actions import SpecActions
+from state.registry.specs import SpecActions
 from state.storage.shares import STREAM, map_bytes
 from streaming import takeover
 from streaming.desired import ControlWatch

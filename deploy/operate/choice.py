@@ -23,7 +23,7 @@ from deploy.operate.times import iso
 from state.errors import SettingsError, UnfitVersion, UnknownVersion
 from state.registry.control import Control
 from state.registry.manifest import Manifest
-from state.registry.mask_entries import MaskEntry, joined
+from state.registry.masks import MaskEntry, joined
 from state.registry.registry import Registry
 from state.registry.segments import segments_to_end
 
@@ -147,7 +147,7 @@ def _newest_clean(
 
 def _under_way(registry: Registry, control: Control) -> bool:
     """Returns whether the stream may still rewrite rows, so that a mask without a matching row is not a mistake."""
-    return control.mode == "exact" and registry.outcome(control.epoch, "learned") is None
+    return control.mode == "exact" and registry.generations.outcome(control.epoch, "learned") is None
 
 
 def _hit(

@@ -10,7 +10,7 @@ from typing import Any
 from deploy.operate.versions import open_registry
 from state.config.settings import Settings
 from state.errors import SpringtideError
-from state.registry.held_update import HeldUpdate
+from state.registry.control import HeldUpdate
 
 
 def look(settings: Settings) -> dict[str, Any] | None:
@@ -25,7 +25,7 @@ def look(settings: Settings) -> dict[str, Any] | None:
 def document(held: HeldUpdate) -> dict[str, Any]:
     """Describes a held update, with the commands to type.
 
-    >>> from state.registry.held_update import SuspectClicks
+    >>> from state.registry.control import SuspectClicks
     >>> held = HeldUpdate("user", "share of one user", 30.0, 1.0, 7, 40, 90, 0, 9000, (SuspectClicks("ab" * 16, 2, 5, 80),))
     >>> print("; ".join(document(held)["commands"]))
     springtide rollback --to 7 --skip 2:5-79 --follow-when-caught-up --reason 'guard: user'; springtide release --reason TEXT

@@ -14,7 +14,7 @@ from state.features.masked_users import MaskedUsers
 from state.positions import Source
 from state.registry.control import Control
 from state.registry.manifest import TOLD_MS, Manifest, sees
-from state.registry.mask_entries import MaskEntry
+from state.registry.masks import MaskEntry
 from state.registry.registry import SERVING, TRAINING, Registry
 from state.registry.tensor_files import tensor_in
 

@@ -24,7 +24,7 @@ from state.microbatch.masked import masked
 from state.microbatch.row_kinds import trained
 from state.positions import Source
 from state.registry.log_line import LogLine, counts, onward
-from state.registry.mask_entries import MaskEntry
+from state.registry.masks import MaskEntry
 from state.registry.segments import LogSegment
 
 POLL_S, STALLED_S, RECORDS = 0.5, 30.0, 512

@@ -25,6 +25,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from msgspec.structs import replace as changed
+
 from deploy.operate import answers
 from deploy.operate.answers import Turning
 from deploy.operate.choice import Target, choose
@@ -47,7 +49,7 @@ from state.registry.control import Control, Mode, roll_back
 from state.registry.goals import ClickRanges, clicks_in, from_json, learned_before, to_json
 from state.registry.log_line import LogLine
 from state.registry.manifest import Manifest, sees
-from state.registry.mask_entries import MaskEntry, added, joined
+from state.registry.masks import MaskEntry, added, joined
 from state.registry.registry import Registry
 
 THREADS = 4  # digests are computed without the GIL
@@ -359,7 +361,7 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
         )
     )
     if view is not None and made is not control and made.epoch != control.epoch:
-        made = replace(made, plan={"end": view.end} | ({} if exactly is None else {"again": to_json(exactly.again)}))
+        made = changed(made, plan={"end": view.end} | ({} if exactly is None else {"again": to_json(exactly.again)}))
 
     if asked.dry_run and not is_done:
         plan = _plan(settings, control, to, new, view, turning, exactly, asked, now_ms)
@@ -390,7 +392,7 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
         # The control generation exists; only the figures are missing.
         _tell(asked, say, found | {"problem": str(error)}, [f"the plan could not be counted: {error}"])
         return
-    registry.add_outcome(made.epoch, "planned", plan.document())
+    registry.generations.add_outcome(made.epoch, "planned", plan.document())
     _tell(asked, say, found | {"plan": plan.document()}, plan.lines())
 
 
@@ -450,7 +452,7 @@ def _answered(
     if not asked.wait or not answers.serves(settings) or not answers.wait(settings, to.version, asked.wait):
         return None
     took_s = round(time.monotonic() - began_s, 3)
-    registry.add_outcome(made.epoch, "answered", {"seconds": took_s})
+    registry.generations.add_outcome(made.epoch, "answered", {"seconds": took_s})
     return took_s
 
 
@@ -496,10 +498,14 @@ def _count_again(
     now_ms: int,
 ) -> None:
     """Stores the plan of a rollback whose command was killed between steps 2 and 4, as far as it can still be counted."""
-    began = registry.beginning_of(control.epoch)
-    if began is None or began.action != "rollback" or registry.outcome(control.epoch, "planned") is not None:
+    began = registry.generations.beginning_of(control.epoch)
+    if (
+        began is None
+        or began.action != "rollback"
+        or registry.generations.outcome(control.epoch, "planned") is not None
+    ):
         return
-    before = registry.generation(began.generation - 1)
+    before = registry.generations.generation(began.generation - 1)
     new = [one for one in began.masks if one.generation == began.generation]
     if view is not None and began.plan is not None:
         view = replace(view, end=int(began.plan["end"]))
@@ -507,7 +513,7 @@ def _count_again(
         known = None if began.plan is None or "again" not in began.plan else from_json(began.plan["again"])
         exactly = exact_plan(registry, before, to, view, known)
     plan = _plan(settings, before, to, new, view, turning, exactly, asked, now_ms)
-    registry.add_outcome(control.epoch, "planned", plan.document())
+    registry.generations.add_outcome(control.epoch, "planned", plan.document())
 
 
 def _count(settings: Settings, control: Control, to: Manifest, new: list[MaskEntry], view: LogView) -> Counted:

@@ -95,11 +95,7 @@ class ReplayJournal:
 
     def write(self, position: Position) -> None:
         """Stores a position durably."""
-        draft = self._path.with_suffix(".draft")
-        draft.unlink(missing_ok=True)
-        durable.write(draft, json.dumps({"format": FORMAT, **asdict(position)}).encode())
-        draft.replace(self._path)
-        durable.sync_directory(self._path.parent)
+        durable.replace(self._path, json.dumps({"format": FORMAT, **asdict(position)}).encode())
 
     def forget(self) -> None:
         """Removes the stored position, so that the replay starts again from the beginning."""

@@ -34,12 +34,8 @@ class ProgramFiles:
             return
         final = path_of(self._folder, digest)
         if not final.exists() or hashlib.sha256(final.read_bytes()).hexdigest() != digest:
-            program = self._registry.program(digest)
-            temporary = final.with_suffix(".tmp")
-            temporary.unlink(missing_ok=True)
-            durable.write(temporary, program)
-            temporary.replace(final)
-            durable.sync_directory(final.parent)
+            program = self._registry.specs.program(digest)
+            durable.replace(final, program)
         self._brought.add(digest)
 
 

@@ -53,16 +53,12 @@ class SpecFiles:
         if digest in self._brought:
             return
         try:
-            document: Mapping[str, Any] = self._registry.spec(digest)["spec"]
+            document: Mapping[str, Any] = self._registry.specs.spec(digest)["spec"]
         except (SpecMismatch, RegistryError, KeyError):
             return
         final = path_of(self._folder, digest)
         if not final.exists():
-            temporary = final.with_suffix(".tmp")
-            temporary.unlink(missing_ok=True)
-            durable.write(temporary, json.dumps(document, sort_keys=True).encode())
-            temporary.replace(final)
-            durable.sync_directory(final.parent)
+            durable.replace(final, json.dumps(document, sort_keys=True).encode())
         self._brought.add(digest)
 
 

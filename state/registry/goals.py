@@ -44,10 +44,10 @@ def has_caught_up(registry: Registry, epoch: int) -> bool:
     Raises:
         CorruptVersion: A control generation or the outcome fails its digest.
     """
-    began = registry.beginning_of(epoch)
+    began = registry.generations.beginning_of(epoch)
     if began is None or began.base is None or began.action == "upgrade":
         return True
-    return registry.outcome(epoch, "learned") is not None
+    return registry.generations.outcome(epoch, "learned") is not None
 
 
 def clicks_in(ranges: ClickRanges) -> int:

@@ -79,7 +79,7 @@ def segments_to_end(
     Raises:
         UnknownVersion: A version that an epoch began from is no longer kept.
     """
-    lasts = registry.last_of_epochs(base.epoch, newest.epoch)
+    lasts = registry.generations.last_of_epochs(base.epoch, newest.epoch)
     found = segments_of(registry, lasts, base, newest) if base.version != newest.version else []
     return [*found, LogSegment(newest.log.next, max(end, newest.log.next), control.mask_at, control.log, control.epoch)]
 

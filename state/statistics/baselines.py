@@ -88,17 +88,19 @@ def baseline_files(schema: Schema, statistics: DatasetFeatureStatistics) -> dict
     }
 
 
-class Baselines(Directory):
+class Baselines:
     """The baselines of one registry directory."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
+        self.path = path
+        self._directory = Directory(path)
+        self._directory.ensure()
 
     def newest_number(self, spec: str) -> int:
         """The number of the baseline in force; 0 for the bootstrap's.
 
         Args:
-            spec: The name of a bootstrap, from `Registry.bootstrapped`.
+            spec: The name of a bootstrap, from `Specs.bootstrapped`.
         """
         with usable("be listed"):
             folder = self.path / layout.BASELINES / spec
@@ -149,7 +151,7 @@ class Baselines(Directory):
             "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
         }
         final = self._folder(spec, accepted.number)
-        temporary = self.temporary(f"baseline-{spec}-{accepted.number}")
+        temporary = self._directory.temporary(f"baseline-{spec}-{accepted.number}")
         with usable(f"take baseline {accepted.number}"):
             final.parent.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()

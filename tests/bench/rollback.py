@@ -69,7 +69,7 @@ class Stocked:
         model = DefaultRanker(settings.model, self._spec)
         self._dense = {f"dense.{name}": value for name, value in model.weights().items()}
         program = build(model)
-        self._program = self.registry.add_program(program)
+        self._program = self.registry.specs.add_program(program)
         assert self._program == hashlib.sha256(program).hexdigest()
         self._users = np.unique(self._rng.integers(1, 2**63, rows).astype(np.uint64))
         self._fill_log()

@@ -64,7 +64,7 @@ def test_the_example_trains_publishes_and_answers(tmp_path: Path) -> None:
         assert len(answer["vector"]) == 64
         registry = Registry(loop.settings.registry_dir)
         spec = FeatureSpec.from_settings(loop.settings)
-        assert registry.spec(spec.digest)["preprocessing"] == OWN.preprocessing
+        assert registry.specs.spec(spec.digest)["preprocessing"] == OWN.preprocessing
         assert np.isfinite(answer["vector"]).all()
         assert (loop.metrics("trainer").total("springtide_trainer_steps_total") or 0) > 0
         assert loop.stop() == 0

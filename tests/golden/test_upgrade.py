@@ -24,7 +24,7 @@ from state.microbatch.codec import decode, encode
 from state.registry.control import follow, pin, roll_back
 from state.registry.registry import Registry
 from state.registry.sealed import unseal
-from state.registry.spec_actions import SpecActions
+from state.registry.specs import SpecActions
 from streaming.histories import check_identity
 from tests.golden.archive import EXPECTED, HERE, Topic, read_topic, settings_of, unpack
 from tests.golden.learning import new_trainer

@@ -107,7 +107,7 @@ def test_processes_killed_restarted_and_rolled_back_on_a_real_log(
     settings = small_settings(*argv)
     argv = [*argv, "--model.dim", "8", "--model.hidden", "16,8", "--model.popular", "4"]
     registry = Registry(settings.registry_dir)
-    registry.add_spec(SPEC.digest, {"salt": SALT, "popular": [], "newest_ms": 0}, write_transform)
+    registry.specs.add_spec(SPEC.digest, {"salt": SALT, "popular": [], "newest_ms": 0}, write_transform)
     with Topics(settings.kafka) as topics, Writer(settings.kafka, transactional_id=kafka.microbatches_topic) as writer:
         topics.ensure(kafka.microbatches_topic, 1)
 
@@ -154,7 +154,7 @@ def test_processes_killed_restarted_and_rolled_back_on_a_real_log(
         assert "Traceback" not in running.said()
 
     # 4. The same in one process, on the filtered log.
-    trainer = Trainer(settings, SPEC, preprocessing_of(registry.transform(SPEC.digest)))
+    trainer = Trainer(settings, SPEC, preprocessing_of(registry.specs.transform(SPEC.digest)))
     filtered = [*RECORDS[:sent], *(without(value, POISON) for value in RECORDS[sent:])]
     theirs = learner(started(tmp_path / "theirs"), written(filtered), trainer=trainer)
     # The bootstrap of the processes knew no popular categories.

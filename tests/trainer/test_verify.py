@@ -15,8 +15,7 @@ from state.errors import GapError, LogError, UnknownVersion
 from state.features.mask import Mask
 from state.log import Log, MemoryLog
 from state.log.memory import MemoryReader
-from state.registry.control import Control, follow, pin, roll_back
-from state.registry.holding import release
+from state.registry.control import Control, follow, pin, release, roll_back
 from state.registry.registry import Registry
 from tests.conftest import KafkaFactory
 from tests.trainer.clicks import SALT, SPEC, microbatch, small_settings
@@ -45,7 +44,7 @@ RECORDS = [microbatch(number) for number in range(20)]
 
 def started_with_spec(path: Path) -> Registry:
     registry = started(path)
-    registry.add_spec(SPEC.digest, ABOUT, lambda folder: (folder / "transform").mkdir())
+    registry.specs.add_spec(SPEC.digest, ABOUT, lambda folder: (folder / "transform").mkdir())
     return registry
 
 
@@ -222,14 +221,14 @@ def test_the_process_verifies_on_a_real_log(
     flags += ["--model.dim", "8", "--model.hidden", "16,8", "--model.popular", "4", "--paths.state", str(tmp_path)]
     settings = small_settings(*flags[:4], "--paths.state", str(tmp_path))
     registry = started(settings.registry_dir)
-    registry.add_spec(SPEC.digest, {**ABOUT, "salt": SALT}, write_transform)
+    registry.specs.add_spec(SPEC.digest, {**ABOUT, "salt": SALT}, write_transform)
 
     with Topics(kafka) as topics, Writer(kafka, transactional_id=topic) as writer:
         topics.ensure(topic, 1, {"retention.ms": "-1"})
         for value in RECORDS[:5]:
             with writer.transaction():
                 writer.send(topic, 0, None, value)
-        trainer = Trainer(settings, SPEC, preprocessing_of(registry.transform(SPEC.digest)))
+        trainer = Trainer(settings, SPEC, preprocessing_of(registry.specs.transform(SPEC.digest)))
         running = learner(registry, KafkaLog(kafka), *flags[:4], trainer=trainer)
         until_at(running, 9)
         running.close()

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from deploy.backup.documents import id_at
+from deploy.backup.location import id_at
 from state.errors import BackupError
 from state.features.erased import Erased
 from state.features.masked_users import MaskedUsers
-from state.registry.erasing import erase
+from state.registry.control import erase
 from state.registry.registry import Registry
 from tests.deploy.backup.systems import NOW_MS, System, settings_of, springtide
 

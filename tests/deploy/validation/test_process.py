@@ -205,7 +205,7 @@ def test_an_accepted_baseline_counts_from_the_next_window_on(settings: Settings)
 def bootstrapped_name(settings: Settings) -> str:
     from state.registry.registry import Registry
 
-    (name,) = Registry(settings.registry_dir).specs()
+    (name,) = Registry(settings.registry_dir).specs.names()
     return name
 
 
