@@ -11,7 +11,7 @@ import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import msgspec
 from msgspec.structs import replace as changed
@@ -269,6 +269,14 @@ def _file_of(users: MaskedUsers) -> dict[str, Any]:
     return {"sha256": users.digest, "count": len(users)}
 
 
+class Decision(TypedDict):
+    """Who decided a transition, why, and when by the wall clock: keyword arguments of all transitions."""
+
+    actor: str
+    reason: str
+    now_ms: int
+
+
 def start(*, actor: str, reason: str, now_ms: int) -> Control:
     """Generation 1: train from scratch, serve the newest version.
 
@@ -278,7 +286,7 @@ def start(*, actor: str, reason: str, now_ms: int) -> Control:
     return Control(1, now_ms, actor, reason, "start", epoch=1)
 
 
-def pin(control: Control, version: int, *, actor: str, reason: str, now_ms: int) -> Control:
+def pin(control: Control, version: int, **decision: Unpack[Decision]) -> Control:
     """Pins serving to `version`; training continues. Returns the same control if nothing changes.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
@@ -288,17 +296,17 @@ def pin(control: Control, version: int, *, actor: str, reason: str, now_ms: int)
     >>> pin(pinned, 7, actor="bob", reason="again", now_ms=6) is pinned
     True
     """
-    return _next(control, "pin", actor, reason, now_ms, serving=ServingChoice("pin", version))
+    return _next(control, "pin", decision, serving=ServingChoice("pin", version))
 
 
-def follow(control: Control, *, actor: str, reason: str, now_ms: int) -> Control:
+def follow(control: Control, **decision: Unpack[Decision]) -> Control:
     """Makes serving follow the newest version of the epoch. Returns the same control if nothing changes.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
     >>> follow(first, actor="ann", reason="no need", now_ms=5) is first
     True
     """
-    return _next(control, "follow", actor, reason, now_ms, serving=ServingChoice())
+    return _next(control, "follow", decision, serving=ServingChoice())
 
 
 def roll_back(
@@ -306,11 +314,9 @@ def roll_back(
     to: int,
     mask: Mask,
     *,
-    actor: str,
-    reason: str,
-    now_ms: int,
     log: LogLine | None = None,
     then_follow: bool = False,
+    **decision: Unpack[Decision],
 ) -> Control:
     """Rolls the whole system back: serving is pinned to version `to`, and a new epoch trains from it.
 
@@ -326,11 +332,9 @@ def roll_back(
         control: The control to start from.
         to: The version to roll back to.
         mask: What to leave out from now on, in addition to the masks in force.
-        actor: Who decided.
-        reason: Why.
-        now_ms: Wall clock.
         log: The log branch that starts at `to`, for an exact rollback; None for a fast one, which stays on its branch.
         then_follow: Whether serving follows again once the trainer has caught up.
+        **decision: Who decided, why and when.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
     >>> back = roll_back(first, 40, Mask.NONE, actor="ann", reason="poison", now_ms=9)
@@ -346,13 +350,11 @@ def roll_back(
     same = control.action != "start" and not control.upgraded
     done = same and control.base == to and not new and not control.lifted
     if done and (log is None or control.mode == "exact"):
-        return _next(control, "rollback", actor, reason, now_ms, serving=serving)
+        return _next(control, "rollback", decision, serving=serving)
     return _next(
         control,
         "rollback",
-        actor,
-        reason,
-        now_ms,
+        decision,
         serving=serving,
         epoch=control.epoch + 1,
         base=to,
@@ -367,7 +369,7 @@ def roll_back(
     )
 
 
-def recover(control: Control, to: int, *, actor: str, reason: str, now_ms: int) -> Control:
+def recover(control: Control, to: int, **decision: Unpack[Decision]) -> Control:
     """Rewinds the trainer to version `to`, the newest that it can continue from; serving choice and masks stay.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
@@ -376,10 +378,10 @@ def recover(control: Control, to: int, *, actor: str, reason: str, now_ms: int) 
     (2, 40, 'follow')
     """
     changes: dict[str, Any] = {"epoch": control.epoch + 1, "base": to, "lifted": (), "mode": "fast", "upgraded": False}
-    return _next(control, "recover", actor, reason, now_ms, **changes, held=None)
+    return _next(control, "recover", decision, **changes, held=None)
 
 
-def unmask(control: Control, numbers: Collection[int], *, actor: str, reason: str, now_ms: int) -> Control:
+def unmask(control: Control, numbers: Collection[int], **decision: Unpack[Decision]) -> Control:
     """Lifts masks: from now on nothing that they name is left out. Returns the same control if all were lifted already.
 
     Events that were left out meanwhile are not learned by this. Only an exact
@@ -405,26 +407,24 @@ def unmask(control: Control, numbers: Collection[int], *, actor: str, reason: st
     return _next(
         control,
         "unmask",
-        actor,
-        reason,
-        now_ms,
+        decision,
         masks=tuple(one for one in control.masks if one.id not in numbers),
         lifted=(*control.lifted, *gone),
         mask_generation=generation,
     )
 
 
-def publish(control: Control, publishing: bool, *, actor: str, reason: str, now_ms: int) -> Control:
+def publish(control: Control, publishing: bool, **decision: Unpack[Decision]) -> Control:
     """Lets the trainer publish versions, or hold them while it trains. Returns the same control if nothing changes."""
-    return _next(control, "release" if publishing else "hold", actor, reason, now_ms, publishing=publishing)
+    return _next(control, "release" if publishing else "hold", decision, publishing=publishing)
 
 
-def train(control: Control, training: bool, *, actor: str, reason: str, now_ms: int) -> Control:
+def train(control: Control, training: bool, **decision: Unpack[Decision]) -> Control:
     """Lets the trainer consume records, or pauses it. Returns the same control if nothing changes."""
-    return _next(control, "resume" if training else "pause", actor, reason, now_ms, training=training)
+    return _next(control, "resume" if training else "pause", decision, training=training)
 
 
-def hold(control: Control, held: HeldUpdate, *, actor: str, reason: str, now_ms: int) -> Control:
+def hold(control: Control, held: HeldUpdate, **decision: Unpack[Decision]) -> Control:
     """Pauses training, and pins serving, if it followed, to the version before the suspect window.
 
     Returns the same control if an update is held already, or if an operator released this one before.
@@ -446,11 +446,11 @@ def hold(control: Control, held: HeldUpdate, *, actor: str, reason: str, now_ms:
     changes: dict[str, Any] = {"held": replace(held, followed=follows)}
     if follows:
         changes["serving"] = ServingChoice("pin", held.version)
-    return following(control, "hold", actor, reason, now_ms, **changes)
+    return following(control, "hold", **decision, **changes)
 
 
 def release(
-    control: Control, *, actor: str, reason: str, now_ms: int, action: Literal["release", "resume"] = "release"
+    control: Control, *, action: Literal["release", "resume"] = "release", **decision: Unpack[Decision]
 ) -> Control:
     """Lets training continue with the held update, and remembers it as good. No change if nothing is held.
 
@@ -463,19 +463,17 @@ def release(
     changes["publishing" if action == "release" else "training"] = True
     if held.followed and control.serving == ServingChoice("pin", held.version):
         changes["serving"] = ServingChoice()
-    return following(control, action, actor, reason, now_ms, **changes)
+    return following(control, action, **decision, **changes)
 
 
-def label(control: Control, name: str, version: int | None, *, actor: str, reason: str, now_ms: int) -> Control:
+def label(control: Control, name: str, version: int | None, **decision: Unpack[Decision]) -> Control:
     """Gives a label to a version, or removes it. Returns the same control if nothing changes.
 
     Args:
         control: The control to start from.
         name: The label.
         version: The version that gets the label; None to remove the label.
-        actor: Who decided.
-        reason: Why.
-        now_ms: Wall clock.
+        **decision: Who decided, why and when.
 
     Raises:
         UnfitVersion: The label is malformed, or there would be too many.
@@ -502,7 +500,7 @@ def label(control: Control, name: str, version: int | None, *, actor: str, reaso
         )
     if dict(control.labels) == labels:
         return control
-    return following(control, "label", actor, reason, now_ms, labels=tuple(sorted(labels.items())))
+    return following(control, "label", **decision, labels=tuple(sorted(labels.items())))
 
 
 def named(control: Control) -> frozenset[int]:
@@ -512,13 +510,7 @@ def named(control: Control) -> frozenset[int]:
 
 
 def erase(
-    control: Control,
-    users: MaskedUsers,
-    until: Iterable[tuple[int, int, int]],
-    *,
-    actor: str,
-    reason: str,
-    now_ms: int,
+    control: Control, users: MaskedUsers, until: Iterable[tuple[int, int, int]], **decision: Unpack[Decision]
 ) -> Control:
     """Erases users: their clicks before `until`, and everything that is stored about them.
 
@@ -528,9 +520,7 @@ def erase(
         control: The control to start from.
         users: Their pseudonyms.
         until: (topic word, partition, next offset) of each source of clicks.
-        actor: Who decided.
-        reason: Why.
-        now_ms: Wall clock.
+        **decision: Who decided, why and when.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
     >>> gone = erase(first, MaskedUsers.of([7]), [(42, 0, 100)], actor="ann", reason="asked to", now_ms=9)
@@ -538,11 +528,11 @@ def erase(
     (2, 2, 1, True)
     """
     generation = control.generation + 1
-    erased = control.erased.and_also(users, until, generation, now_ms)
-    return following(control, "erase", actor, reason, now_ms, mask_generation=generation, erased=erased)
+    erased = control.erased.and_also(users, until, generation, decision["now_ms"])
+    return following(control, "erase", **decision, mask_generation=generation, erased=erased)
 
 
-def restored(control: Control, *, actor: str, reason: str, now_ms: int) -> Control:
+def restored(control: Control, **decision: Unpack[Decision]) -> Control:
     """Records that a full backup was restored: a generation that changes nothing else.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
@@ -550,37 +540,33 @@ def restored(control: Control, *, actor: str, reason: str, now_ms: int) -> Contr
     >>> back.generation, back.action, back.epoch
     (2, 'restore', 1)
     """
-    return following(control, "restore", actor, reason, now_ms)
+    return following(control, "restore", **decision)
 
 
-def restored_without_log(
-    control: Control, version: int | None, lost: int, *, actor: str, reason: str, now_ms: int
-) -> Control:
+def restored_without_log(control: Control, version: int | None, lost: int, **decision: Unpack[Decision]) -> Control:
     """Records that a backup was restored without its log: a new epoch continues from `version` on the new log.
 
     Args:
         control: The control to start from.
         version: The version to continue from; None if there was none yet.
         lost: Click positions between the version and the histories.
-        actor: Who decided.
-        reason: Why.
-        now_ms: Wall clock.
+        **decision: Who decided, why and when.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
     >>> back = restored_without_log(first, 40, 7, actor="ann", reason="all was lost", now_ms=5)
     >>> back.epoch, back.base, back.plan
     (2, 40, {'log': 'anew', 'lost': 7})
     """
-    made = restored(control, actor=actor, reason=reason, now_ms=now_ms)
+    made = restored(control, **decision)
     plan = {"log": "anew", "lost": lost}
     return changed(made, epoch=made.epoch + 1, base=version, lifted=(), mode="fast", log=WHOLE, plan=plan)
 
 
-def _next(control: Control, action: str, actor: str, reason: str, now_ms: int, **changes: Any) -> Control:
+def _next(control: Control, action: str, decision: Decision, **changes: Any) -> Control:
     """The next generation with these changes; `control` itself if they change nothing."""
     if all(getattr(control, name) == value for name, value in changes.items()):
         return control
-    return following(control, action, actor, reason, now_ms, **changes)
+    return following(control, action, **decision, **changes)
 
 
 def following(control: Control, action: str, actor: str, reason: str, now_ms: int, **changes: Any) -> Control:
