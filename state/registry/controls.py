@@ -7,7 +7,6 @@ Outcomes of rollbacks are files next to control, one for each epoch and part. Ea
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from bisect import bisect_left
@@ -330,8 +329,7 @@ class Controls:
         """
         path = self._outcome_path(epoch, part)
         with usable(f"keep the outcome of epoch {epoch}"):
-            body = json.dumps(document, sort_keys=True).encode()
-            return not path.exists() and self._directory.create(path, sealed.seal(body))
+            return not path.exists() and self._directory.create(path, sealed.encode(document))
 
     def outcome(self, epoch: int, part: Part) -> dict[str, Any] | None:
         """A part of the outcome of the rollback that began `epoch`; None if it is not written yet.
@@ -341,14 +339,13 @@ class Controls:
         """
         path = self._outcome_path(epoch, part)
         try:
-            document: dict[str, Any] = json.loads(sealed.unseal(file_bytes(path)))
+            return sealed.decode(file_bytes(path), dict[str, Any])
         except FileNotFoundError:
             return None
         except ValueError as error:
             raise CorruptVersion(
                 f"{path} is damaged: {error}", "remove it: nothing but the history needs it"
             ) from error
-        return document
 
     def _outcome_path(self, epoch: int, part: Part) -> Path:
         return self.path / layout.OUTCOMES / f"{epoch:08d}-{part}.json"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -110,8 +109,7 @@ class Specs:
                     for path in sorted(temporary.rglob("*"))
                     if path.is_file()
                 }
-                body = json.dumps({**document, "files": files}, sort_keys=True).encode()
-                durable.write(temporary / SPEC, sealed.seal(body))
+                durable.write(temporary / SPEC, sealed.encode({**document, "files": files}))
                 durable.sync_tree(temporary)
                 killpoints.reach("spec.written")
                 temporary.rename(final)
@@ -133,7 +131,7 @@ class Specs:
         """
         path = self._specs / digest / SPEC
         try:
-            document: dict[str, Any] = json.loads(sealed.unseal(file_bytes(path)))
+            return sealed.decode(file_bytes(path), dict[str, Any])
         except FileNotFoundError:
             raise SpecMismatch(
                 f"{path} does not exist: run `springtide bootstrap` with these feature settings"
@@ -142,7 +140,6 @@ class Specs:
             raise CorruptVersion(
                 f"{path} is damaged: {error}", "move it away and run `springtide bootstrap`"
             ) from error
-        return document
 
     def transform(self, digest: str) -> Path:
         """The directory with the transform graph of a feature spec, with every file checked.

@@ -13,7 +13,6 @@ changed or deleted.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,7 +157,7 @@ class Baselines:
             try:
                 for name, data in files.items():
                     durable.write(temporary / name, data)
-                durable.write(temporary / ABOUT, sealed.seal(json.dumps(about, sort_keys=True).encode()))
+                durable.write(temporary / ABOUT, sealed.encode(about))
                 durable.sync_directory(temporary)
                 temporary.rename(final)
             except OSError:
@@ -178,12 +177,11 @@ class Baselines:
 
     def _about(self, path: Path) -> dict[str, Any]:
         try:
-            found: dict[str, Any] = json.loads(sealed.unseal(file_bytes(path)))
+            return sealed.decode(file_bytes(path), dict[str, Any])
         except FileNotFoundError:
             raise CorruptVersion(f"{path} is missing", f"move its directory away: {_INSTEAD}") from None
         except ValueError as error:
             raise CorruptVersion(f"{path} is damaged: {error}", f"move its directory away: {_INSTEAD}") from error
-        return found
 
     def _checked(self, path: Path, expected: str) -> bytes:
         try:
