@@ -47,7 +47,7 @@ def backup(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
     if asked.check:
         found = location.read_backup(store, asked.at)
         location.verify(store, found, progress)
-        tell(asked, {"checked": summary(found)}, f"backup {found.id} is whole: {size(found.bytes)} read", say)
+        _print(asked, {"checked": summary(found)}, f"backup {found.id} is whole: {size(found.bytes)} read", say)
         return
     scope = making.Scope(with_salt=asked.with_salt, newest_only=asked.versions == "newest")
     made = making.make(settings, store, scope, now_ms, progress)
@@ -62,12 +62,12 @@ def backup(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
         ),
         *(f"left out, it is damaged: {one}" for one in made.left_out),
     ]
-    told: dict[str, Any] = {"made": summary(made) | {"seconds": round(progress.took_s, 3)}}
+    result: dict[str, Any] = {"made": summary(made) | {"seconds": round(progress.took_s, 3)}}
     if asked.keep:
         pruned = location.prune(store, asked.keep)
-        told["pruned"] = pruned._asdict()
+        result["pruned"] = pruned._asdict()
         lines.append(f"removed {pruned.backups} older backups and {pruned.objects:,} objects that none needs any more")
-    tell(asked, told, "\n".join(lines), say)
+    _print(asked, result, "\n".join(lines), say)
 
 
 def restore(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
@@ -85,8 +85,8 @@ def restore(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
     lines = [
         f"restored backup {found.id} of {iso(found.created_at_ms)}, {age((now_ms - found.created_at_ms) / 1000)} old: "
         f"{described(found)}, histories of {done.users:,} users; {size(found.bytes)} in {progress.took_s:.1f} s",
-        f"control generation {done.generation} says so; versions go on from {done.first_number}",
-        *([f"{done.erasures} erasures of after it count again"] if done.erasures else []),
+        f"control generation {done.generation} records it; versions continue from {done.first_number}",
+        *([f"{done.erasures} erasures that were made after it are applied again"] if done.erasures else []),
         *unknown,
     ]
     if found.spec and found.spec != spec:
@@ -94,11 +94,11 @@ def restore(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
             f"its version is of feature spec {found.spec[:12]}, the settings here make {spec[:12]}: use its settings, or upgrade"
         )
     if asked.kafka_lost:
-        lines.append(f"the trainer goes on from version {done.version} in another training log, from its beginning")
+        lines.append(f"the trainer continues from version {done.version} in another training log, from its beginning")
     lines.append(
         "start it with `springtide up`: what Kafka has had since then is read again. The old one must not run any more."
     )
-    told = {
+    result = {
         "restored": summary(found)
         | {
             "users": done.users,
@@ -110,7 +110,7 @@ def restore(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
             "fits": not found.spec or found.spec == spec,
         }
     }
-    tell(asked, told, "\n".join(lines), say)
+    _print(asked, result, "\n".join(lines), say)
 
 
 def later_erasures(store: FileStore, found: Backup, registry: Path | None) -> tuple[Erased, list[str]]:
@@ -122,7 +122,7 @@ def later_erasures(store: FileStore, found: Backup, registry: Path | None) -> tu
     Raises:
         BackupError: `registry` is not a registry.
     """
-    known, said = [Erased.NOBODY], []
+    known, messages = [Erased.NOBODY], []
     if registry is not None:
         known.append(restoring.erasures_in(registry))
     try:
@@ -131,8 +131,8 @@ def later_erasures(store: FileStore, found: Backup, registry: Path | None) -> tu
             with tempfile.TemporaryDirectory() as folder:
                 known.append(restoring.erasures_known_to(newest, Objects(store, listed=False), Path(folder)))
     except DamagedBackup as error:
-        said.append(f"erasures that later backups know may be missing, give them again: {error.what}")
-    return max(known, key=lambda one: one.last), said
+        messages.append(f"erasures that later backups know may be missing, repeat them: {error.what}")
+    return max(known, key=lambda one: one.last), messages
 
 
 def show(store: FileStore, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
@@ -152,11 +152,11 @@ def show(store: FileStore, asked: argparse.Namespace, now_ms: int, say: Say) -> 
         for one in found
     ]
     text = table([head, *rows]) if rows else f"{store.name} has no backup"
-    tell(asked, {"backups": [summary(one) for one in found]}, text, say)
+    _print(asked, {"backups": [summary(one) for one in found]}, text, say)
 
 
-def tell(asked: argparse.Namespace, document: dict[str, Any], text: str, say: Callable[[str], None]) -> None:
-    """Prints what was done, as it was asked for."""
+def _print(asked: argparse.Namespace, document: dict[str, Any], text: str, say: Callable[[str], None]) -> None:
+    """Prints the result as text or JSON."""
     say(json.dumps(document, indent=2) if asked.output == "json" else text)
 
 
@@ -183,7 +183,7 @@ def size(bytes: int) -> str:
 
 
 class Amount:
-    """Says how many bytes were done, now and then.
+    """Shows how many bytes were done, now and then.
 
     Args:
         verb: What was done with them.

@@ -160,7 +160,7 @@ def restore(
     store: FileStore,
     backup: Backup,
     by: By,
-    said: Callable[[int], None],
+    progress: Callable[[int], None],
     erased: Erased = Erased.NOBODY,
     kafka_lost: bool = False,
 ) -> Restored:
@@ -171,12 +171,12 @@ def restore(
         store: Location of the backup.
         backup: Which one.
         by: Who does it, and when.
-        said: Called repeatedly with the number of bytes written.
+        progress: Called repeatedly with the number of bytes written.
         erased: Erasures that are still known elsewhere; those that the backup lacks are applied again.
         kafka_lost: Whether the topics are lost too, so that the trainer continues in another log.
 
     Raises:
-        BackupError: Something is there already, the disk refused, or the erasures are of another system.
+        BackupError: State exists already, the disk refused, or the erasures are of another system.
         DamagedBackup: An object is missing or fails its digest; the message names it.
         MissingSalt, SaltMismatch: The salt of its users is not there, or is another.
         LockHeld: The system runs.
@@ -188,7 +188,7 @@ def restore(
         require_restorable(settings, backup)
         with _built_aside(settings) as aside:
             # 2.
-            _write_all(settings, store, backup, said)
+            _write_all(settings, store, backup, progress)
             killpoints.reach("restore.written")
             # 3.
             users, positions = _finish_stores(settings, backup, kafka_lost)
@@ -197,13 +197,13 @@ def restore(
             if backup.version is not None:
                 registry.chain(backup.version)
             # 4.
-            first = _keep_numbers(registry, backup, by.now_ms)
+            first = _reserve_numbers(registry, backup, by.now_ms)
             again = _missing(_erasures_of(registry.generations), erased)
             _repeat(registry, again, backup.id, by.actor, by.now_ms)
-            version, generation = _say_so(registry, backup, positions, by, kafka_lost)
+            version, generation = _record(registry, backup, positions, by, kafka_lost)
             shutil.rmtree(registry.path / layout.TEMPORARY)
             # 5.
-            _take(aside)
+            _move_to_final_paths(aside)
     return Restored(backup, users, positions, generation, first, len(again), version)
 
 
@@ -222,18 +222,18 @@ def _built_aside(settings: Settings) -> Iterator[list[Path]]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_all(settings: Settings, store: FileStore, backup: Backup, said: Callable[[int], None]) -> None:
+def _write_all(settings: Settings, store: FileStore, backup: Backup, progress: Callable[[int], None]) -> None:
     objects = Objects(store, listed=False)
     for file in backup.files:
         if file.path != SALT:
-            _write(_place_of(settings, file), objects.read(file), said)
+            _write(_path_of(settings, file), objects.read(file), progress)
         elif not settings.salt_path.exists():
             settings.salt_path.parent.mkdir(parents=True, exist_ok=True)
             durable.write(settings.salt_path, b"".join(objects.read(file)))
             durable.sync_directory(settings.salt_path.parent)
 
 
-def _place_of(settings: Settings, file: KeptFile) -> Path:
+def _path_of(settings: Settings, file: KeptFile) -> Path:
     """Where a file is built."""
     first, _, rest = file.path.partition("/")
     if first == layout.REGISTRY:
@@ -241,14 +241,14 @@ def _place_of(settings: Settings, file: KeptFile) -> Path:
     return settings.state_dir / RESTORING / first / rest
 
 
-def _write(path: Path, pieces: Iterator[bytes], said: Callable[[int], None]) -> None:
+def _write(path: Path, pieces: Iterator[bytes], progress: Callable[[int], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "xb", buffering=0, opener=partial(os.open, mode=0o600)) as file:
         for piece in pieces:
             view = memoryview(piece)
             while view:
                 view = view[file.write(view) :]
-            said(len(piece))
+            progress(len(piece))
 
 
 def _finish_stores(settings: Settings, backup: Backup, kafka_lost: bool) -> tuple[int, dict[str, dict[str, int]]]:
@@ -288,7 +288,7 @@ def _begin_serving(settings: Settings, backup: Backup, kafka_lost: bool) -> None
         shutil.rmtree(serving, ignore_errors=True)
 
 
-def _keep_numbers(registry: Registry, backup: Backup, now_ms: int) -> int:
+def _reserve_numbers(registry: Registry, backup: Backup, now_ms: int) -> int:
     """Reserves the version numbers that the lost system may have used; returns the first free one."""
     elapsed_s = max(now_ms - backup.created_at_ms, 0) // 1000
     last = registry.next_number() - 1 + MOST_BETWEEN + MOST_VERSIONS_PER_S * elapsed_s
@@ -296,7 +296,7 @@ def _keep_numbers(registry: Registry, backup: Backup, now_ms: int) -> int:
     return last + 1
 
 
-def _say_so(
+def _record(
     registry: Registry, backup: Backup, positions: Mapping[str, Mapping[str, int]], by: By, kafka_lost: bool
 ) -> tuple[int | None, int]:
     """Writes the control generation that records the restore; returns the version to continue from, and the generation's number."""
@@ -307,7 +307,7 @@ def _say_so(
     version = _not_ahead(registry, backup, found)
     marks = {} if version is None else registry.manifest(version).marks
     lost = sum(max(0, after - marks.get(source, after)) for source, after in found.items())
-    who["reason"] += "; Kafka's data is lost, the trainer goes on in another log"
+    who["reason"] += "; Kafka's data is lost, the trainer continues in another log"
     made = registry.change(lambda now: transitions.restored_without_log(now, version, lost, **who))
     return version, made.generation
 
@@ -326,7 +326,7 @@ def _not_ahead(registry: Registry, backup: Backup, positions: Mapping[Source, in
     return backup.version
 
 
-def _take(aside: list[Path]) -> None:
+def _move_to_final_paths(aside: list[Path]) -> None:
     """Moves what was built aside to where it belongs, and removes the rest."""
     for folder in aside:
         durable.sync_tree(folder)
@@ -413,7 +413,7 @@ def _repeat(registry: Registry, erasures: tuple[Erasure, ...], backup_id: str, a
         RegistryError: The registry refused the change.
     """
     for one in erasures:
-        reason = f"erasure {one.id}, of after backup {backup_id}, counts again"
+        reason = f"erasure {one.id}, made after backup {backup_id}, is applied again"
 
         def decided(control: Control, one: Erasure = one, reason: str = reason) -> Control:
             return transitions.erase(control, one.users, one.until, actor=actor, reason=reason, now_ms=now_ms)
