@@ -16,8 +16,8 @@ from state.positions import Source
 from state.process import killpoints
 from state.process.said_once import SaidOnce
 from state.registry.control import Control, follow
-from state.registry.goals import ClickRanges, clicks_in, from_json, has_caught_up, learned_before
 from state.registry.registry import Registry
+from state.registry.segments import ClickRanges, clicks_in, from_json, has_caught_up, learned_before
 from state.storage.waiting import is_full, unless_full
 from trainer.place import TrainingPlace
 

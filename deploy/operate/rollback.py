@@ -46,11 +46,11 @@ from state.process import killpoints
 from state.process.actor import actor
 from state.registry import log_line
 from state.registry.control import Control, Mode, roll_back
-from state.registry.goals import ClickRanges, clicks_in, from_json, learned_before, to_json
 from state.registry.log_line import LogLine
 from state.registry.manifest import Manifest, sees
 from state.registry.masks import MaskEntry, added, joined
 from state.registry.registry import Registry
+from state.registry.segments import ClickRanges, clicks_in, from_json, learned_before, to_json
 
 THREADS = 4  # digests are computed without the GIL
 CHECKED_FIRST_BYTES = 64_000_000

@@ -135,7 +135,7 @@ class Control(msgspec.Struct, frozen=True, dict=True, omit_defaults=True):
         held: The update that the trainer's guard holds, None for none. Training pauses at its end.
         released: End offsets, in the training log, of held updates that an operator released. They are not held again.
         plan: Facts that the command recorded, None if there are none. A rollback records `end`, the end of the training
-            log; an exact one also `again`, the clicks that are learned again, see `state/registry/goals.py`. An upgrade
+            log; an exact one also `again`, the clicks that are learned again, see `state/registry/segments.py`. An upgrade
             records its target, see `state/registry/upgrades.py`. An accepted baseline records its number.
     """
 
