@@ -255,7 +255,7 @@ def test_files_without_a_click_are_one_line_with_the_reasons(tmp_path: Path) -> 
     path.write_text('{"user": "a", "item": 1, "category": 2, "action": "dance", "time": 1700000000}\n' * 3)
     with pytest.raises(SpringtideError, match=r"no row of .*3 dead letters \(3 unknown_action\); correct \[events\]"):
         bootstrap(path, "--paths.state", tmp_path / "state", "--stream.map_gb", 1)
-    assert Registry(tmp_path / "state" / "registry").specs() == []
+    assert Registry(tmp_path / "state" / "registry").specs.names() == []
 
 
 @pytest.mark.parametrize("argv", [["nowhere.csv"], ["--rows", "none"], ["--rows", "0"], ["--exmaples", "x"]])
