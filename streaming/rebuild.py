@@ -45,7 +45,7 @@ from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode, encode
 from state.process.part import Work, run_process
 from state.process.progress_line import ProgressLine
-from state.registry.spec_actions import SpecActions
+from state.registry.specs import SpecActions
 from state.storage.shares import STREAM, map_bytes
 from streaming import takeover
 from streaming.desired import ControlWatch
