@@ -42,7 +42,8 @@ from state.config.sections import Events
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError
-from state.log import BulkWriter, Topics, append_encoded, partition_of, topic_plan
+from state.log import Topics, partition_of, topic_plan
+from state.log.bulk import BulkWriter, append_encoded
 from state.process.closed_output import while_read
 from state.process.ending import stop_on_signals
 from state.process.wall_clock import wall_ms

@@ -17,8 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deploy.operate.line import ServingLine, told
-from deploy.operate.log_scan import FirstHit, first_hit
-from deploy.operate.log_view import LogView
+from deploy.operate.log_view import FirstHit, LogView, first_hit
 from deploy.operate.times import iso
 from state.errors import SettingsError, UnfitVersion, UnknownVersion
 from state.registry.control import Control

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -40,6 +39,7 @@ from state.features.erased import EVERYTHING, Erased, Erasure
 from state.features.masked_users import MaskedUsers
 from state.history.forgetting import PAGES_MS
 from state.log import Log, topic_plan
+from state.log.follow import read_to
 from state.process import killpoints
 from state.process.actor import actor
 from state.registry.control import Control
@@ -83,14 +83,8 @@ def first_left(log: Log, topic: str, whose: Whose, erased: Erased) -> int | None
     with log.topics() as topics:
         ends = {partition: end for partition, (_, end) in topics.ends(topic).items()}
     found = set[int]()
-    heard_s = time.monotonic()
     with log.reader(topic) as reader:
-        while any(reader.position(partition) < end for partition, end in ends.items()):
-            batches = reader.poll(POLL_S)
-            if batches:
-                heard_s = time.monotonic()
-            elif time.monotonic() - heard_s > STALLED_S:
-                raise LogError(f"topic {topic}: nothing came for {STALLED_S:g} s")
+        for batches in read_to(reader, ends, stalled_s=STALLED_S):
             for batch in batches:
                 keys = np.array([whose(key) for key in batch.keys], np.uint64)
                 for at in np.flatnonzero(erased.users.has(keys)).tolist():

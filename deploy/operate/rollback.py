@@ -30,8 +30,7 @@ from deploy.operate.answers import Turning
 from deploy.operate.choice import Target, choose
 from deploy.operate.commands import Say, control_document, current
 from deploy.operate.line import ServingLine
-from deploy.operate.log_scan import Counted, Counting, records
-from deploy.operate.log_view import LogView, look
+from deploy.operate.log_view import Counted, Counting, LogView, look, records
 from deploy.operate.masking import describe, mask_document, mask_of, require_positions
 from deploy.operate.times import age, parse_time
 from deploy.operate.versions import open_registry
@@ -150,7 +149,8 @@ def with_histories(plan: ExactPlan, settings: Settings, line: LogLine, to: Manif
         LogError: The log cannot be read.
     """
     # Not at the top: they load the window kernel, which no other command needs.
-    from state.history.rewinding import line_of, records
+    from state.history.branch_records import branch_records
+    from state.history.rewinding import line_of
     from state.history.since import Since
     from state.history.store import HistoryStore
 
@@ -163,7 +163,7 @@ def with_histories(plan: ExactPlan, settings: Settings, line: LogLine, to: Manif
         try:
             since = Since(to.marks, store.positions())
             with view.reader(to.log.next) as log:
-                for batch in records(log, view.partition, to.log.next, view.end, line):
+                for _, batch in branch_records(log, view.partition, to.log.next, view.end, line):
                     since.take(batch)
             found = (found or 0) + len(store.lacking(since, to.marks))
             if line_of(store) != line:

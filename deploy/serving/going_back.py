@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 from deploy.serving.notes import CLOCK_EXTRA, SEEN, item_extra, item_value
 from state.features.mask import Mask
 from state.history.before import Before
 from state.history.rewinding import OpenAt, WentBack, go_back
 from state.history.store import HistoryStore
-from state.microbatch.log_time import log_times
+from state.log.follow import Position
+from state.microbatch.batch import log_times
 from state.registry.log_line import LogLine, onward
 
 POSITION_EXTRA = "microbatches"
@@ -19,6 +21,11 @@ def clock_of(store: HistoryStore) -> int:
     """Returns the store's event clock in milliseconds; 0 if it has none."""
     clock = store.extra(CLOCK_EXTRA)
     return 0 if clock is None else int(json.loads(clock)["event_ms"])
+
+
+def position_of(store: HistoryStore) -> Position | None:
+    """Returns where the store's histories end in the micro-batch topic; None if nothing was read, or after a restore."""
+    return Position.from_json(store.extra(POSITION_EXTRA))
 
 
 def take_back(
@@ -44,18 +51,18 @@ def take_back(
         LogError: The broker refused a request.
         StoreFull: Nothing was changed.
     """
-    stored = json.loads(store.extra(POSITION_EXTRA) or b"{}")
+    stored = position_of(store)
     # Restored histories have no position in the log; their events may come from anywhere in it.
-    at = stored.get("next", {}).get(str(partition))
+    at = None if stored is None else stored.next.get(partition)
 
     def extra(offset: int, before: Before) -> dict[str, bytes | None]:
         gone = [item_extra(item) for item in before.items if item not in before.categories]
         found: dict[str, bytes | None] = {name: None for one in gone for name in (one, SEEN + one)}
         for item, one in before.categories.items():
             found[item_extra(item)] = item_value(one, (store.extra(item_extra(item)) or b"")[8:])
-        if at is not None and at > offset:
-            moved = {**stored["next"], str(partition): onward(line, offset)}
-            found[POSITION_EXTRA] = json.dumps({**stored, "next": moved}).encode()
+        if stored is not None and at is not None and at > offset:
+            moved = {**stored.next, partition: onward(line, offset)}
+            found[POSITION_EXTRA] = replace(stored, next=moved).to_json()
         if newest_ms := max((int(log_times(one).max(initial=0)) for one in before.latest), default=0):
             found[CLOCK_EXTRA] = json.dumps({"event_ms": newest_ms, "accepted_ms": now_ms}).encode()
         return found

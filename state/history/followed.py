@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from state.microbatch.batch import MicroBatch
-from state.microbatch.cutting import gaps
-from state.microbatch.row_kinds import counts
+from state.microbatch.batch import MicroBatch, counts, gaps
 from state.positions import Range, Source, split_range
 
 

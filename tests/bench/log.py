@@ -13,14 +13,15 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+from kafka import KafkaConsumer
 
 from deploy.kafka.broker import Broker
 from deploy.kafka.configuration import free_port
 from deploy.replay import Sender, ShopperCrowd
 from state.config.sections import Kafka
 from state.config.settings import Settings
-from state.log import Reader, Topics, Writer, append_encoded
-from state.log.bulk import BulkWriter
+from state.log import Reader, Topics, Writer, client_options
+from state.log.bulk import BulkWriter, append_encoded
 from tests.bench.report import Figure, report
 
 RECORDS = 200_000
@@ -32,11 +33,19 @@ def per_cpu_s(count: int, work: Callable[[], object]) -> float:
     return count / (time.process_time() - start)
 
 
-def read(settings: Kafka, batched: bool, count: int) -> None:
-    with Reader(settings, settings.clicks_topic, batched=batched) as reader:
+def read(settings: Kafka, count: int) -> None:
+    with Reader(settings, settings.clicks_topic) as reader:
         found = 0
         while found < count:
             found += sum(len(batch) for batch in reader.poll(1.0))
+
+
+def read_by_the_client(settings: Kafka, count: int) -> None:
+    consumer = KafkaConsumer(settings.clicks_topic, **client_options(settings), auto_offset_reset="earliest")
+    found = 0
+    while found < count:
+        found += sum(map(len, consumer.poll(1000, 10_000).values()))
+    consumer.close()
 
 
 def milliseconds(samples: list[float]) -> tuple[float, float]:
@@ -73,9 +82,9 @@ def main() -> None:
                     append_encoded(bulk, keys, values, times, partitions)
 
             appended = per_cpu_s(200_000, append)
-        read(kafka, True, 1000)
-        fast = per_cpu_s(RECORDS, lambda: read(kafka, True, RECORDS))
-        slow = per_cpu_s(RECORDS, lambda: read(kafka, False, RECORDS))
+        read(kafka, 1000)
+        fast = per_cpu_s(RECORDS, lambda: read(kafka, RECORDS))
+        slow = per_cpu_s(RECORDS, lambda: read_by_the_client(kafka, RECORDS))
         single = replace(kafka, clicks_topic="single")
         waits, transactions, acknowledged = [], [], []
         with Reader(single, "single") as reader, Writer(single) as writer:
@@ -94,7 +103,9 @@ def main() -> None:
                 with writer.transaction():
                     writer.send("single", 0, b"k", b"v" * 100_000)
                 transactions.append(time.perf_counter() - start)
-        with Reader(single, "single", from_end=True) as reader:
+        with Topics(single) as topics:
+            end = topics.ends("single")[0][1]
+        with Reader(single, "single", positions={0: end}) as reader:
             reader.poll(0.5)
             start, cpu = time.perf_counter(), time.process_time()
             while time.perf_counter() - start < 3:

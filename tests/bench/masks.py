@@ -12,7 +12,7 @@ import numpy as np
 
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
-from state.microbatch.masked import masked
+from state.microbatch.batch import masked
 from state.registry.control import roll_back, start
 from state.registry.controls import Controls
 from tests.bench.report import Figure, report

@@ -19,13 +19,13 @@ from state.config.settings import Settings
 from state.errors import GapError
 from state.history.appends import Appends
 from state.history.store import HistoryStore
-from state.log import MemoryLog, PartitionBatch
-from state.log.memory import MemoryReader
+from state.log import PartitionBatch
 from state.metrics import StreamMetrics
 from state.positions import Range, Source
 from streaming import pipeline
 from streaming.context import Handle, Step, StreamContext, opened
 from streaming.source import ClickReader, Lag, UntilStopped
+from tests.memory_log import MemoryLog, MemoryReader
 from tests.streaming.pieces import context_of
 
 TOPIC = "ab" * 16

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 
 from state.config.sections import Events
-from state.events.event_batch import EventBatch
 from state.events.identity import Salt
-from state.events.parser import Parser
+from state.events.parser import EventBatch, Parser
 from state.log import PartitionBatch
 from streaming import pipeline
 from streaming.context import Handle, Step, StreamContext, opened

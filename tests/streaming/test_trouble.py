@@ -21,7 +21,8 @@ from state.errors import LogError
 from state.events.identity import load_salt, user_id
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
-from state.log import BulkWriter, Reader, Topics, Writer, append_encoded
+from state.log import Reader, Topics, Writer
+from state.log.bulk import BulkWriter, append_encoded
 from state.microbatch.codec import decode
 from state.positions import Source
 from tests.conftest import KafkaFactory

@@ -14,9 +14,8 @@ from prometheus_client import CollectorRegistry
 from state.accounts import StreamAccount, TrainerAccount, check_accounts
 from state.errors import GapError
 from state.layout import GAPS
-from state.log import KafkaLog, Topics, Writer
-from state.log.accepted_gaps import Accepted, Journal
-from state.log.gaps import Consent, parse_allowance
+from state.log import Log, Topics, Writer
+from state.log.accepted_gaps import Accepted, Consent, Journal, parse_allowance
 from state.metrics import TrainerMetrics
 from state.microbatch.batch import Header
 from state.microbatch.codec import decode, encode
@@ -247,7 +246,7 @@ def test_deleted_records_of_a_real_log_stop_the_trainer_until_somebody_accepts_t
             writer.flush()
 
         write(RECORDS[:4])
-        registry, log = started(tmp_path), KafkaLog(kafka)
+        registry, log = started(tmp_path), Log(kafka)
         running = learner(registry, log, *flags, trainer=shared(0))
         until_at(running, 4)
         running.close()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from state.errors import CorruptVersion, GapError, UnknownTopic, UnusableRegistry
-from state.log import KafkaLog, Log, Topics
+from state.log import Log, Topics
 from state.registry.registry import Registry
 from tests.conftest import KafkaFactory
 from tests.disks import ROOT, small_disk
@@ -41,7 +41,7 @@ def tick_until_it_ends(running: Learner) -> None:
 
 def test_a_training_log_made_again_is_never_read_on(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
     kafka = kafka_settings()
-    log, topic = KafkaLog(kafka), kafka.microbatches_topic
+    log, topic = Log(kafka), kafka.microbatches_topic
     flags = ("--kafka.microbatches_topic", topic)
     make(log, topic, RECORDS[:6])
     registry = started(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,18 @@ import pytest
 from state import probe
 from state.errors import GapError, LogError, UnknownVersion
 from state.features.mask import Mask
-from state.log import Log, MemoryLog
-from state.log.memory import MemoryReader
+from state.log import Log
 from state.registry.control import Control, follow, pin, roll_back
 from state.registry.holding import release
 from state.registry.registry import Registry
 from tests.conftest import KafkaFactory
+from tests.memory_log import MemoryLog, MemoryReader
 from tests.trainer.clicks import SALT, SPEC, microbatch, small_settings
 from tests.trainer.logs import (
     ABOUT,
     LOG,
     append,
     learner,
-    opener,
     publish_all,
     run_to_end,
     shared,
@@ -50,9 +50,7 @@ def started_with_spec(path: Path) -> Registry:
 
 
 def asked(registry: Registry, log: Log, version: int, base: int | None = None) -> Comparison:
-    return verify.verify(
-        small_settings(), registry, version, base, lambda: shared(1), lambda topic, offset: opener(log, topic)(offset)
-    )
+    return verify.verify(small_settings(), registry, version, base, lambda: shared(1), log)
 
 
 def names(registry: Registry) -> set[str]:
@@ -122,9 +120,7 @@ def test_a_held_trainer_that_was_let_go_is_recomputed(tmp_path: Path) -> None:
     running.close()
     trainer = shared(0, "--trainer.guard_patience", "3")
     for version in (held, registry.newest(1) or 0):
-        found = verify.verify(
-            small_settings(), registry, version, 1, lambda: trainer, lambda topic, offset: opener(log, topic)(offset)
-        )
+        found = verify.verify(small_settings(), registry, version, 1, lambda: trainer, log)
         assert found.outcome == "equal", found.text()
     assert found.steps == 12
 
@@ -168,9 +164,7 @@ def test_another_environment_is_not_compared(tmp_path: Path, monkeypatch: pytest
 def test_other_settings_are_not_compared(tmp_path: Path) -> None:
     registry, log, newest = trained(tmp_path)
     changed = small_settings("--model.learning_rate", "0.01")
-    found = verify.verify(
-        changed, registry, newest, None, lambda: shared(1), lambda topic, offset: opener(log, topic)(offset)
-    )
+    found = verify.verify(changed, registry, newest, None, lambda: shared(1), log)
     assert found.outcome == "not comparable"
     assert found.environment == ("model.learning_rate was 0.02 and is 0.01",)
 
@@ -195,23 +189,23 @@ def test_without_a_base_before_it_a_version_cannot_be_recomputed(tmp_path: Path)
 def test_a_log_that_gives_nothing_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry, log, newest = trained(tmp_path)
     monkeypatch.setattr(MemoryReader, "poll", lambda *_: [])
-    seconds = iter(range(10_000))
-    with pytest.raises(LogError, match="gave nothing after offset 0"):
+    settings = small_settings()
+    hasty = replace(settings, kafka=replace(settings.kafka, request_timeout_s=0.2))
+    with pytest.raises(LogError, match=r"gave nothing for 0\.2 s at offset 0"):
         verify.verify(
-            small_settings(),
+            hasty,
             registry,
             newest,
             None,
             lambda: shared(1),
-            lambda topic, offset: opener(log, topic)(offset),
-            elapsed=lambda: float(next(seconds)),
+            log,
         )
 
 
 def test_the_process_verifies_on_a_real_log(
     kafka_settings: KafkaFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from state.log import KafkaLog, Topics, Writer
+    from state.log import Log, Topics, Writer
     from tests.trainer.test_accounts import until_at
     from trainer.engine.step import Trainer
     from trainer.versions.program import preprocessing_of
@@ -230,7 +224,7 @@ def test_the_process_verifies_on_a_real_log(
             with writer.transaction():
                 writer.send(topic, 0, None, value)
         trainer = Trainer(settings, SPEC, preprocessing_of(registry.transform(SPEC.digest)))
-        running = learner(registry, KafkaLog(kafka), *flags[:4], trainer=trainer)
+        running = learner(registry, Log(kafka), *flags[:4], trainer=trainer)
         until_at(running, 9)
         running.close()
         newest = registry.newest(1) or 0

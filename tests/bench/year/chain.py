@@ -19,7 +19,7 @@ from deploy.serving.following import VersionFollower
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
-from state.log import LogReader, MemoryLog, partition_of, topic_plan
+from state.log import partition_of, topic_plan
 from state.metrics import ApplierMetrics, TrainerMetrics
 from state.registry.control import start
 from state.registry.registry import Registry
@@ -30,6 +30,7 @@ from streaming.cut import Cutter
 from streaming.open_shard import open_shard
 from streaming.source import ClickReader
 from streaming.steps import ParseEvents, UpdateProfiles
+from tests.memory_log import MemoryLog
 from trainer.compactor import compact, thin, tiers_of
 from trainer.engine.step import Trainer
 from trainer.learner import Learner
@@ -196,18 +197,12 @@ class Chain:
 
     def _learner(self, shard: StreamContext) -> Learner:
         settings = self.settings
-        topic, partition = settings.kafka.microbatches_topic, settings.trainer.partition
-
-        def open_log(offset: int | None, leader: int = -1) -> LogReader:
-            positions = {} if offset is None else {partition: offset}
-            return self.log.reader(topic, [partition], positions)
-
         about = {"salt": shard.writer._salt, "popular": [], "newest_ms": self.clock.now_ms()}
         learner = Learner(
             settings,
             self.registry,
             self.trainer,
-            open_log,
+            self.log,
             self.registry.add_program(self._program),
             shard.spec.digest,
             about,

@@ -12,7 +12,6 @@ from deploy.validation.kept import KeptWindows
 from deploy.validation.process import KINDS, MOST_LABELS, OTHERS, LogValidation, labels_of
 from state.config.settings import Settings
 from state.errors import LogError
-from state.log import MemoryLog
 from state.metrics import ValidationMetrics
 from state.statistics.baselines import Baselines
 from tests.deploy.validation.live import (
@@ -25,6 +24,7 @@ from tests.deploy.validation.live import (
     settings_at,
     written,
 )
+from tests.memory_log import MemoryLog
 
 
 class Run:

@@ -15,7 +15,7 @@ from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
-from state.log import KafkaLog, Reader, Topics
+from state.log import Log, Reader, Topics
 from state.metrics import ApplierMetrics
 from state.microbatch.codec import decode
 from state.positions import Source
@@ -69,7 +69,7 @@ def read_values(kafka: Kafka, topic: str) -> list[bytes]:
 
 def histories_of_log(settings: Settings) -> Histories:
     """What a serving host keeps of the training log, from its beginning to its end."""
-    kafka, log, spec = settings.kafka, KafkaLog(settings.kafka), FeatureSpec.from_settings(settings)
+    kafka, log, spec = settings.kafka, Log(settings.kafka), FeatureSpec.from_settings(settings)
     store = HistoryStore(settings.serving_dir / HISTORIES, settings.features.history)
     follower = HistoryFollower(
         store,

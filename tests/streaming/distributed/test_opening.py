@@ -14,7 +14,7 @@ from state.config.sections import Kafka, LabelSettings
 from state.config.settings import Settings
 from state.errors import GapError, UnknownTopic
 from state.log import Topics, Writer
-from state.log.gaps import Consent, parse_allowance
+from state.log.accepted_gaps import Consent, parse_allowance
 from state.microbatch.codec import decode
 from streaming.distributed.handing_in import Account, plan_of
 from streaming.distributed.steps import SourceReading

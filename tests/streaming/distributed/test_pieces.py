@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from state.config.settings import Settings
 from state.errors import SettingsError
 from state.events.dead_letters import DeadLetter, Reason
-from state.events.event_batch import EventBatch
+from state.events.parser import EventBatch
 from state.features.spec import EVENT
 from state.history.appends import Appends
 from state.positions import SHARES, Range

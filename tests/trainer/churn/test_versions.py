@@ -14,7 +14,6 @@ from tests.trainer.clicks import microbatch, small_settings
 from tests.trainer.logs import (
     append,
     learner,
-    opener,
     publish_all,
     run_to_end,
     shared,
@@ -98,7 +97,7 @@ def test_a_version_has_measures_weights_and_code_and_is_recomputed(tmp_path: Pat
     def asked(*flags: str) -> verify.Comparison:
         return verify.verify(
             small_settings(*flags), registry, newest, 1, lambda: shared(1, *flags),
-            lambda topic, offset: opener(log, topic)(offset),
+            log,
         )  # fmt: skip
 
     found = asked(*ON)

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pytest
 
 from state.features.spec import FeatureSpec
-from state.microbatch.row_kinds import trained
+from state.microbatch.batch import trained
 from tests.bench.quality import area_under_curve
 from tests.bench.recorded import KUAIRAND, kuairand_settings, micro_batches, read_impressions
 from trainer.engine.step import Trainer
