@@ -110,7 +110,7 @@ class Copies:
     >>> Copies(3, 2, 3).weakness(), Copies(1, 1, 1).weakness()
     ('', '')
     >>> Copies(3, 3, 3).weakness()
-    'all 3 replicas must have a record: with one broker away nothing can be written; set min.insync.replicas to 2'
+    'all 3 replicas must have a record: while one broker is unreachable nothing can be written; set min.insync.replicas to 2'
     """
 
     replicas: int
@@ -123,17 +123,17 @@ class Copies:
             return ""
         if self.replicas < 2:
             return (
-                "there is one copy of each record: with its broker away nothing can be read or written, and a lost "
-                "disk loses it; make the topic anew with kafka.replication 3, or reassign its partitions"
+                "there is one copy of each record: while its broker is unreachable nothing can be read or "
+                "written, and a lost disk loses it; recreate the topic with kafka.replication 3, or reassign its partitions"
             )
         if self.min_insync >= self.replicas:
             return (
-                f"all {self.replicas} replicas must have a record: with one broker away nothing can be written; "
+                f"all {self.replicas} replicas must have a record: while one broker is unreachable nothing can be written; "
                 f"set min.insync.replicas to {self.replicas - 1}"
             )
         if self.min_insync < 2:
             return (
-                "one copy is enough to acknowledge a record: a broker that is lost just then takes it along; "
+                "one copy is enough to acknowledge a record: if that broker is lost at that moment, so is the record; "
                 "set min.insync.replicas to 2"
             )
         return ""

@@ -11,25 +11,11 @@ import pytest
 from deploy.kafka.broker import Broker
 from state.config.sections import Kafka
 from state.errors import UnknownTopic, UnreachableBroker
-from state.log import Log, PartitionBatch, Reader, Topics, Writer, client_options
+from state.log import Log, Reader, Topics, Writer, client_options
 from state.log.bulk import BulkWriter, append_encoded
 from tests.reading import eventually, joined, read_until, values, write
 
 LEFT_SOCKETS = pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
-
-
-def test_an_acknowledged_record_does_not_wait_for_the_poll_to_end(clicks: str, settings: Kafka) -> None:
-    waits = []
-    with Reader(settings, clicks) as reader, Writer(settings) as writer:
-        for number in range(60):
-            writer.send(clicks, number % 2, b"k", b"v")
-            writer.flush()
-            acknowledged = time.perf_counter()
-            found: list[PartitionBatch] = []
-            while not found:
-                found = reader.poll(1.0)
-            waits.append(time.perf_counter() - acknowledged)
-    assert sorted(waits)[len(waits) // 2] < 0.5
 
 
 def test_compressed_records_are_read(clicks: str, settings: Kafka) -> None:
