@@ -162,8 +162,9 @@ class Forgetting:
             return Forgotten(floors=raised, dead=len(empty) + len(retained) < LANES)
         lane, rows = self._left[0]
         tables, ids = rows[:, :at_most].tolist()
+        cursor, branches = transaction.cursor(self._databases["rows"]), retained.get(lane, ())
         for table, identity in zip(tables, ids, strict=True):
-            floor = sweep_row(transaction, self._databases["rows"], stem(lane, table, identity), retained.get(lane, ()))
+            floor = sweep_row(cursor, stem(lane, table, identity), branches)
             raised[str(lane)] = max(raised.get(str(lane), 0), floor)
         return Forgotten(looked=len(ids), floors={lane: floor for lane, floor in raised.items() if floor})
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from state.compiled import compiled
+
 WHOLE = np.array([*range(8), *(8 * 2**octave * quarter // 4 for octave in range(13) for quarter in range(4, 8)), 65536])
 """`[61]` int64 bounds of the buckets of whole numbers from 0 to 65,535; a bucket includes its lower bound."""
 
@@ -51,22 +53,14 @@ class Numeric:
         self.total, self.squares = np.zeros(width), np.zeros(width)
         self.zeros = np.zeros(width, np.int64)
         self.least, self.most = np.full(width, np.inf), np.full(width, -np.inf)
-        self._first = np.arange(width, dtype=np.int64) * (len(edges) - 1)
 
     def add(self, values: NDArray[np.uint16]) -> None:
         """Counts `[n, D]` uint16 values without missing ones."""
         if not len(values):
             return
         self.rows += len(values)
-        buckets = _BUCKET_OF[values] + self._first
-        self.counts += np.bincount(buckets.reshape(-1), minlength=self.counts.size).reshape(self.counts.shape)
-        self.total += values.sum(axis=0, dtype=np.int64)
-        wide = values.astype(np.float64)
-        # Sums of whole numbers up to 2**53 are exact, so they do not depend on the order.
-        self.squares += (wide * wide).sum(axis=0)
+        _count(np.ascontiguousarray(values), _BUCKET_OF, self.counts, self.total, self.squares, self.least, self.most)
         self.zeros = self.counts[:, 0].copy()
-        self.least = np.minimum(self.least, values.min(axis=0))
-        self.most = np.maximum(self.most, values.max(axis=0))
 
     def add_reals(self, values: NDArray[np.float64]) -> None:
         """Counts `[n]` float64 of a single feature; NaN is missing. Values outside all buckets count in the nearest."""
@@ -88,6 +82,30 @@ class Numeric:
         for name in ("missing", "counts", "total", "squares", "zeros"):
             getattr(self, name).__iadd__(getattr(other, name))
         self.least, self.most = np.minimum(self.least, other.least), np.maximum(self.most, other.most)
+
+
+@compiled(
+    "u2[:, ::1], i8[::1], i8[:, ::1], f8[::1], f8[::1], f8[::1], f8[::1]",
+    "const(u2[:, ::1]), i8[::1], i8[:, ::1], f8[::1], f8[::1], f8[::1], f8[::1]",
+)
+def _count(
+    values: NDArray[np.uint16],
+    bucket_of: NDArray[np.int64],
+    counts: NDArray[np.int64],
+    total: NDArray[np.float64],
+    squares: NDArray[np.float64],
+    least: NDArray[np.float64],
+    most: NDArray[np.float64],
+) -> None:
+    """Adds `[n, D]` values to the statistics of D features. Sums of whole numbers up to 2**53 are exact in any order."""
+    for row in range(values.shape[0]):
+        for feature in range(values.shape[1]):
+            value = float(values[row, feature])
+            counts[feature, bucket_of[values[row, feature]]] += 1
+            total[feature] += value
+            squares[feature] += value * value
+            least[feature] = min(least[feature], value)
+            most[feature] = max(most[feature], value)
 
 
 def median(counts: NDArray[np.int64], edges: NDArray[np.int64] | NDArray[np.float64]) -> float:
