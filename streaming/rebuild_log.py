@@ -23,14 +23,13 @@ from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.history.actions import renumbered
 from state.history.appends import Appends, events_of
-from state.history.followed import new_ranges
 from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, keys_of, place_of
 from state.layout import GAPS
 from state.log import PartitionBatch, Reader, Topics, accepted_gaps
 from state.log.accepted_gaps import Journal
 from state.log.follow import read_to
-from state.microbatch.batch import Kind, MicroBatch, erased_rows, happened, trim
+from state.microbatch.batch import Kind, MicroBatch, erased_rows, happened, new_ranges, trim
 from state.microbatch.codec import decode
 from state.positions import Range, Source
 from state.process import killpoints

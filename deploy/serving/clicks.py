@@ -36,7 +36,6 @@ from state.features.mask import Mask
 from state.features.spec import EVENT, Events, FeatureSpec
 from state.history.actions import renumbered
 from state.history.appends import Appends, events_of
-from state.history.followed import new_ranges
 from state.history.rewinding import OpenAt, line_of
 from state.history.store import HistoryStore
 from state.history.sweeping import Sweeper
@@ -44,7 +43,7 @@ from state.log import Log, PartitionBatch
 from state.log.accepted_gaps import Accepted, left_out
 from state.log.follow import Follower, Opening, Position
 from state.metrics import ApplierMetrics
-from state.microbatch.batch import MicroBatch, erased_rows, happened, log_times, trim
+from state.microbatch.batch import MicroBatch, erased_rows, happened, log_times, new_ranges, trim
 from state.microbatch.codec import decode
 from state.positions import Range, Source
 from state.process import killpoints

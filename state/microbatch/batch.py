@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from state.features.erased import Erased
 from state.features.mask import Mask
-from state.positions import Range, Source, share_of
+from state.positions import Range, Source, share_of, split_range
 
 # Order and types define the format: a change needs a new FORMAT and a golden file.
 SCALARS: dict[str, np.dtype[Any]] = {
@@ -340,6 +340,27 @@ def gaps(header: Header, marks: Mapping[Source, int]) -> list[tuple[Source, int,
         for part in header.ranges
         if part.source in marks and part.first > marks[part.source]
     ]
+
+
+def new_ranges(batch: MicroBatch, marks: Mapping[Source, int]) -> tuple[list[Range], int]:
+    """The ranges of a batch that follow `marks`, and how many positions no micro-batch covered.
+
+    A gap becomes a range of absent positions; what is below the mark is left out.
+    """
+    found: list[Range] = []
+    missing = 0
+    for source, mark, first in gaps(batch.header, marks):
+        found.append(Range(source, mark, first, absent=first - mark))
+        missing += first - mark
+    for index, part in enumerate(batch.header.ranges):
+        mark = marks.get(part.source, part.first)
+        if part.next <= mark:
+            continue
+        if part.first < mark:
+            below = counts(batch.kind[(batch.source == index) & (batch.offset < mark)])
+            part = split_range(part, mark, below.pop("rows"), below)[1]
+        found.append(part)
+    return found, missing
 
 
 def masked(batch: MicroBatch, mask: Mask) -> NDArray[np.bool_]:

@@ -20,11 +20,10 @@ from state.features.erased import Erased
 from state.features.masked_users import MaskedUsers
 from state.features.spec import FeatureSpec
 from state.history.appends import Appends, events_of
-from state.history.followed import new_ranges
 from state.history.forgetting import forget
 from state.history.store import HistoryStore
 from state.history.waiting import RowFormat, key_of
-from state.microbatch.batch import Kind, MicroBatch, erased_rows, happened, trained, trim
+from state.microbatch.batch import Kind, MicroBatch, erased_rows, happened, new_ranges, trained, trim
 from state.microbatch.codec import decode
 from state.positions import SHARES, Range, Source
 from streaming import labels as streaming_labels

@@ -13,8 +13,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.errors import MicroBatchError
-from state.history.followed import new_ranges
-from state.microbatch.batch import LISTS, NAMES, SCALARS, SEQUENCES, SINCE_2, Header, Kind, counts, gaps, trained, trim
+from state.microbatch.batch import (
+    LISTS,
+    NAMES,
+    SCALARS,
+    SEQUENCES,
+    SINCE_2,
+    Header,
+    Kind,
+    counts,
+    gaps,
+    new_ranges,
+    trained,
+    trim,
+)
 from state.microbatch.codec import decode, encode, split
 from state.positions import Range, Source, merge_ranges
 
