@@ -31,8 +31,7 @@ from deploy.operate.commands import current
 from deploy.operate.line import ServingLine, told
 from deploy.operate.times import iso, parse_time
 from deploy.operate.versions import open_registry
-from deploy.serving.edge.tls import Certificate
-from deploy.serving.edge.tokens import OPERATE, Tokens, make_missing
+from deploy.serving.requests.access import OPERATE, Certificate, Tokens, make_missing
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import (

@@ -15,7 +15,7 @@ from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, Registry
 
 APPLIED_BYTES_PER_S = 40e6
-"""How fast an applier writes rows from the registry to its row store; measured by `tests/bench/rollback.py`."""
+"""How fast an applier writes rows from the registry to its row store."""
 POLL_S = 0.02
 
 

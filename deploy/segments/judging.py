@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from deploy.serving.answer import Answer, Query
-from deploy.serving.host import Host
-from deploy.serving.predictor import MOST_AT_ONCE, Predictor
+from deploy.serving.answers.host import Host
+from deploy.serving.answers.predictor import Predictor
+from deploy.serving.answers.query import Answer, Query
+from deploy.serving.answers.queue import MOST_AT_ONCE
 from state.config.settings import Settings
 from state.events.identity import load_salt
 from state.process.wall_clock import wall_ms

@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploy.segments.judging import named, pseudonym
-from deploy.serving.answer import Query
-from deploy.serving.predictor import MOST_AT_ONCE, Predictor
+from deploy.serving.answers.predictor import Predictor
+from deploy.serving.answers.query import Query
+from deploy.serving.answers.queue import MOST_AT_ONCE
 from state.segments.lookalikes import PrecisionAt
 
 HELD_BACK = 5

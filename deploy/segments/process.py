@@ -51,11 +51,11 @@ from prometheus_client import CollectorRegistry
 
 from deploy.segments.judging import JudgedUser, ProfileJudge, open_host
 from deploy.segments.lookalike_lists import LookalikeLists
-from deploy.serving.erasing import name_of
-from deploy.serving.going_back import position_of
-from deploy.serving.host import Host
+from deploy.serving.answers.host import Host
+from deploy.serving.answers.predictor import Predictor
+from deploy.serving.following.clicks import position_of
+from deploy.serving.following.erasing import name_of
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
-from deploy.serving.predictor import Predictor
 from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.disk.files import HOST

@@ -19,7 +19,7 @@ import numpy as np
 
 from deploy.segments.judging import ProfileJudge, pseudonym
 from deploy.segments.lookalikes import UserVectors, precision_curve, vectors_of
-from deploy.serving.predictor import Predictor
+from deploy.serving.answers.predictor import Predictor
 from state.config.sections import SegmentSettings
 from state.config.settings import Settings
 from state.events.identity import load_salt

@@ -196,18 +196,6 @@ def test_kuairand_clicks_are_labels_outcomes_stay_out_and_attributes_are_those_o
     assert {"full_active", "high_active"} <= announced
 
 
-@pytest.mark.nightly
-@needs(KUAIRAND)
-def test_kept_times_pass_the_stream_as_they_are(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
-    settings = settings_of("kuairand.toml", kafka_settings, tmp_path / "state")
-    assert "500 clicks, 0 dead" in replay(settings, KUAIRAND, "--limit", "500", "--keep-time", "--sort", "assume")
-    batches, totals = streamed(settings, tmp_path / "log")
-    assert totals == {"positions": 500, "rows": 500, "dead": 0, "filtered": 0, "absent": 0}
-    at_ms = np.concatenate([batch.columns["at_ms"] for batch in batches])
-    recorded = pq.read_table(KUAIRAND, columns=["time_ms"]).slice(0, 500)["time_ms"].to_pylist()
-    assert sorted(at_ms.tolist()) == sorted(recorded)
-
-
 @pytest.mark.parametrize(
     "outcome", [*load(["--config", str(EXAMPLES / "kuairand.toml")], env={}).events.outcomes, "is_click"]
 )

@@ -15,9 +15,9 @@ from prometheus_client import CollectorRegistry
 
 from deploy.segments.judging import pseudonym
 from deploy.segments.process import SegmentKeeper
-from deploy.serving.clicks import HistoryFollower
+from deploy.serving.answers.predictor import Predictor
+from deploy.serving.following.clicks import HistoryFollower
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
-from deploy.serving.predictor import Predictor
 from state.config.sections import SegmentSettings
 from state.config.settings import Settings
 from state.events.identity import Salt, public_id, user_id

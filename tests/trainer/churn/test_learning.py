@@ -83,25 +83,6 @@ def test_measures_are_those_of_the_examples() -> None:
     assert 0 < found["churn.calibration_error"] < 0.1
 
 
-def test_a_restart_in_between_changes_no_bit() -> None:
-    log, whole = shoppers()[1][:60], learner()
-    log_ms = 0
-    for batch in log:
-        log_ms = max(log_ms, int(batch.at_ms.max()))
-        whole.take(batch, log_ms)
-    cut, log_ms = learner(), 0
-    for number, batch in enumerate(log):
-        log_ms = max(log_ms, int(batch.at_ms.max()))
-        cut.take(batch, log_ms)
-        if number % 13 == 0:
-            other = learner()
-            other.load(cut.state())
-            cut = other
-    assert whole.values()["churn.total.rows"] > 100
-    ours, theirs = cut.state(), whole.state()
-    assert {name: one.tobytes() for name, one in ours.items()} == {name: one.tobytes() for name, one in theirs.items()}
-
-
 def test_another_span_begins_anew() -> None:
     ours, other = learner(), ChurnLearner(SPEC, 2 * DAY_MS, 0, 100_000)
     for batch in shoppers()[1][:40]:

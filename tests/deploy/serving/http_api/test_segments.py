@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.host import Host
-from deploy.serving.http_api.app import App
+from deploy.serving.answers.host import Host
+from deploy.serving.rest import App
 from state.config.sections import SegmentSettings
 from state.events.identity import Salt, user_id
 from state.layout import LOOKALIKES, SEGMENTS
