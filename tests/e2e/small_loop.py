@@ -181,9 +181,7 @@ class Applying:
         assert control is not None
         turned = self._clicks.turn(control.log, control.mask, 0, open_at)
         if not self._clicks.connected:
-            topics = self._log.topics()
-            topic_id, ends = topics.describe(topic).topic_id, topics.ends(topic)
-            self._clicks.connect(topic_id, ends, lambda at, _: self._log.reader(topic, positions=at))
+            self._clicks.connect(self._log, topic)
         return bool(self._clicks.step(0.0)) or turned or more
 
     def close(self) -> None:

@@ -155,10 +155,7 @@ class Loop:
         self._follower = HistoryFollower(
             self._served, SPEC, 600.0, ApplierMetrics(CollectorRegistry()), lambda: self._wall_ms
         )
-        topics = self._log.topics()
-        self._follower.connect(
-            topics.describe(LOG).topic_id, topics.ends(LOG), lambda at, _: self._log.reader(LOG, positions=at)
-        )
+        self._follower.connect(self._log, LOG)
         self._next, self._marks = [0] * PARTITIONS, dict[Any, int]()
         self._owners: dict[tuple[Any, int], int] = {}
         self.seen = Seen()

@@ -119,12 +119,7 @@ class Serving:
         """Takes up all that is new, and forgets what is due."""
         topic = self._settings.kafka.microbatches_topic
         if not self.clicks.connected:
-            topics = self._log.topics()
-            self.clicks.connect(
-                topics.describe(topic).topic_id,
-                topics.ends(topic),
-                lambda positions, leaders: self._log.reader(topic, None, positions, leaders=leaders),
-            )
+            self.clicks.connect(self._log, topic)
         while self.clicks.step(0.0):
             pass
         while self.versions.step():

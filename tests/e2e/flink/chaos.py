@@ -184,11 +184,7 @@ def histories_of_log(settings: Settings) -> Histories:
         wall_ms,
         actions=lambda digest: spec.actions if digest == spec.digest else None,
     )
-    with log.topics() as topics:
-        topic_id, ends = topics.describe(kafka.microbatches_topic).topic_id, topics.ends(kafka.microbatches_topic)
-    follower.connect(
-        topic_id, ends, lambda at, leaders: log.reader(kafka.microbatches_topic, positions=at, leaders=leaders)
-    )
+    follower.connect(log, kafka.microbatches_topic)
     until(
         lambda: not follower.step(0.1) and store.extra(CAUGHT_UP_EXTRA) is not None, "the log has not been read whole"
     )
