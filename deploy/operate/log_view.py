@@ -1,4 +1,4 @@
-"""A command's view of the training log and the clicks topic: their ends, a reader, and scans for masked rows.
+"""A command's view of the training log and the clicks topic: their ends, and a scan for rows that a mask names.
 
 Kafka must answer soon. A scan decodes only the columns that identify the clicks: 0.2 ms a record, about a fiftieth of
 the time that training on the record takes.
@@ -30,6 +30,7 @@ from state.registry.registry import Registry
 from state.registry.segments import LogSegment
 
 ASK_KAFKA_S = 5.0
+STALLED_S = 30.0
 
 
 def open_log(settings: Settings) -> Log:
@@ -119,9 +120,6 @@ def look(settings: Settings, patience_s: float = ASK_KAFKA_S) -> LogView | None:
         return None
 
 
-STALLED_S = 30.0
-
-
 @dataclass(frozen=True, slots=True)
 class FirstHit:
     """The position of the first masked row.
@@ -129,12 +127,10 @@ class FirstHit:
     Attributes:
         epoch: Control epoch in which the record was read.
         offset: Offset of the record in the training log.
-        at_ms: Event time of the row.
     """
 
     epoch: int
     offset: int
-    at_ms: int
 
 
 @dataclass
@@ -158,14 +154,14 @@ class Counted:
     by_mask: dict[int, tuple[int, set[int]]] = field(default_factory=dict)
 
 
-def records(reader: Reader, partition: int, first: int, end: int, line: LogLine) -> Iterator[tuple[int, MicroBatch]]:
+def records(reader: Reader, partition: int, first: int, end: int, branch: LogLine) -> Iterator[tuple[int, MicroBatch]]:
     """Yields the records of a branch at offsets from `first` up to `end`, exclusive, with their offsets.
 
     Raises:
         LogError: No record arrived for `STALLED_S`, or the log cannot be read.
     """
-    at = onward(line, first)
-    return branch_records(reader, partition, at, end, line, glance, STALLED_S) if at < end else iter(())
+    at = onward(branch, first)
+    return branch_records(reader, partition, at, end, branch, glance, STALLED_S) if at < end else iter(())
 
 
 def first_hit(
@@ -188,13 +184,10 @@ def first_hit(
             hit = masked(batch, mask)
             if not exact:
                 hit &= trained(batch.kind)
-            if exact and hit.any():
-                return FirstHit(segment.epoch, offset, int(batch.at_ms[hit][0]))
+                if hit.any() and (already := segment.mask_at(batch.header.mask_generation)):
+                    hit &= ~masked(batch, already)
             if hit.any():
-                already = segment.mask_at(batch.header.mask_generation)
-                hit &= ~masked(batch, already) if already else True
-                if hit.any():
-                    return FirstHit(segment.epoch, offset, int(batch.at_ms[hit][0]))
+                return FirstHit(segment.epoch, offset)
     return None
 
 

@@ -88,7 +88,7 @@ class Training:
             self._settings,
             self.registry,
             self.trainer,
-            Log(settings.kafka),
+            Log(self._settings.kafka),
             self._program,
             self._spec,
             self.registry.spec(self._spec),
