@@ -24,11 +24,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from deploy.experiments import status as experiments
 from deploy.operate import held, horizon, privacy, registry_state
 from deploy.operate.versions import open_registry
-from deploy.rollouts import telling as rollouts
 from deploy.startup.hints import addresses
-from deploy.trials import retrain_told, telling
 from deploy.watch import accounts, churn, live_clicks, parity, quality, scrape, segments, storage, stores_place
 from deploy.watch.address import serving_address
 from deploy.watch.figures import Figures, Watch
@@ -342,9 +341,8 @@ BESIDE: Mapping[str, tuple[str, Callable[[Any], tuple[str, str]]]] = {
     "quality": ("quality", quality.as_text),
     "churn": ("churn", churn.as_text),
     "segments": ("segments", segments.as_text),
-    "trials": ("trial", telling.as_text),
-    "rollout": ("rollout", rollouts.as_text),
-    "retrain": ("retrain", retrain_told.as_text),
+    "experiments": ("experiment", experiments.as_text),
+    "retrain": ("retrain", experiments.retrain_as_text),
     "live_clicks": ("live clicks", live_clicks.as_text),
     "accounting": ("accounting", _balance),
     "parity": ("parity", parity.as_text),
@@ -400,7 +398,7 @@ def status(settings: Settings, now_ms: int, between_s: float = BETWEEN_S) -> tup
 
 
 def parts(settings: Settings, now_ms: int) -> dict[str, Any]:
-    """The state of Kafka, registry, stores, disks, validation, trials and rollouts, as JSON values.
+    """The state of Kafka, registry, stores, disks, validation and experiments, as JSON values.
 
     Args:
         settings: The loop's settings.
@@ -418,9 +416,8 @@ def parts(settings: Settings, now_ms: int) -> dict[str, Any]:
         "histories": stores_place.look_at_histories(settings),
         "accounting": accounts.account(settings),
         "live_clicks": live_clicks.look(settings),
-        "trials": telling.running(settings),
-        "rollout": rollouts.look(settings),
-        "retrain": retrain_told.look(settings, now_ms),
+        "experiments": experiments.reported(settings),
+        "retrain": experiments.look_at_retrain(settings, now_ms),
     }
 
 

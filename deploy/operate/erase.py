@@ -36,6 +36,7 @@ from state.attributes.values import id_of
 from state.config.settings import Settings
 from state.errors import DecodeError, LogError, MissingSalt, RegistryError, SaltMismatch, SettingsError
 from state.events.identity import Salt, load_salt, user_id
+from state.experiments.experiment import Experiments
 from state.features.erased import EVERYTHING, Erased, Erasure
 from state.features.masked_users import MaskedUsers
 from state.history.forgetting import PAGES_MS
@@ -49,7 +50,6 @@ from state.registry.manifest import Manifest
 from state.registry.registry import Registry
 from state.registry.sharing.small import all_reports
 from state.segments.record import member_of
-from state.trials.trial import Trials
 
 POLL_S, STALLED_S = 0.5, 30.0
 
@@ -190,7 +190,7 @@ def holdings(settings: Settings, registry: Registry, control: Control, now_ms: i
     found += of_processes(
         [one for part, one in said.items() if part != COMPACTOR], _expected(settings), control.erased.last
     )
-    found += of_trials(settings, control)
+    found += of_experiments(settings, control)
     found += of_topics(settings, control, now_ms)
     return found + set_aside(settings, registry, control)
 
@@ -216,23 +216,23 @@ def of_versions(
     return found
 
 
-def of_trials(settings: Settings, control: Control) -> list[Holding]:
-    """The trainers of trials and their versions: their own compactors remove rows, and the end of a trial removes everything.
+def of_experiments(settings: Settings, control: Control) -> list[Holding]:
+    """The trainers of experiments and their versions: their own compactors remove rows, and the end of one removes all.
 
     Raises:
         RegistryError: What is there cannot be read.
     """
-    found, trials = list[Holding](), Trials(settings.state_dir)
-    for name in trials.open():
-        if not trials.registry(name).is_dir():
-            found.append(Holding(f"trial {name}", 1, "rows", "`springtide up` removes what is left of it"))
+    found, experiments = list[Holding](), Experiments(settings)
+    for name in experiments.open():
+        if not experiments.registry(name).is_dir():
+            found.append(Holding(f"experiment {name}", 1, "rows", "`springtide up` removes what is left of it"))
             continue
-        registry = Registry(trials.registry(name))
+        registry = Registry(experiments.registry(name))
         own = registry.control()
         if own is not None:
             compactor = {one.part: one for one in all_reports(registry)}.get(COMPACTOR)
             held = of_versions(settings, registry, replace(own, erased=control.erased), compactor)
-            found += [replace(one, where=f"trial {name}: {one.where}") for one in held]
+            found += [replace(one, where=f"experiment {name}: {one.where}") for one in held]
     return found
 
 

@@ -21,13 +21,11 @@ from prometheus_client import CollectorRegistry
 from deploy.children.backoff import HEALTHY_S, Backoff
 from deploy.children.last_words import shortened
 from deploy.children.supervisor import ProcessPlan, Supervisor
+from deploy.experiments.processes import EXPERIMENTS, RETRAIN, ROLLOUT_HOST
+from deploy.experiments.status import ExperimentCollector
 from deploy.kafka.broker import Broker
-from deploy.rollouts import offered as rollouts
-from deploy.rollouts.process_plan import TRIAL_HOST
 from deploy.startup import hints, own_model, prometheus, upgrading
 from deploy.startup.checks import LEAST_FREE_BYTES, Port, require_directory, require_disk, require_ports
-from deploy.trials import offered as trials
-from deploy.trials.process_plan import RETRAIN, TRIALS
 from deploy.watch import scrape
 from deploy.watch.address import serving_address
 from deploy.watch.figures import Watch
@@ -69,18 +67,18 @@ STOP_ORDER = (
     REBUILD,
     STREAM,
     RETRAIN,
-    TRIALS,
+    EXPERIMENTS,
     TRAINER,
     VALIDATION,
     SEGMENTS,
     APPLIER,
     WORKER,
-    TRIAL_HOST,
+    ROLLOUT_HOST,
     prometheus.NAME,
 )
 
 # These need no Kafka: they answer from an earlier run's data on this machine, and prepare their kernels.
-ANSWERING = (APPLIER, WORKER, TRIAL_HOST)
+ANSWERING = (APPLIER, WORKER, ROLLOUT_HOST)
 
 # Time to save histories in memory, about a gigabyte, to a slow disk.
 SAVING_S = 60.0
@@ -381,8 +379,7 @@ class Startup:
         local = "kafka.bootstrap_servers" not in settings.origins
         self._collected = CollectorRegistry()
         self._metrics = SupervisorMetrics(self._collected)
-        trials.offer(self._collected, settings)
-        rollouts.offer(self._collected, settings.registry_dir)
+        self._collected.register(ExperimentCollector(settings))
         storage = offer(self._collected, settings, [LOGS, KAFKA] if local else [LOGS])
         self._kafka = LocalKafka(settings, screen.say, self._metrics, clock, storage) if local else None
         # The first bootstrap waits for clicks: shoppers that have clicked for a while spare it that.

@@ -24,7 +24,7 @@ USERS, ROWS, STEPS, WARM_UP = 100_000, 1024, 200, 20
 def main() -> None:
     """Measures, prints and writes the figures."""
     from state.config.settings import Settings
-    from state.trials.row_losses import want
+    from state.experiments.comparison import want
     from tests.trainer.batches import SPEC, START_MS, micro_batch, spread
     from trainer.engine.step import Trainer
     from trainer.learner import LossRecorder

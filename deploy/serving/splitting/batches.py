@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 
-from state.rollouts.assignment import Arm
+from state.experiments.exposure import Arm
 
 QUESTIONS = ("profiles", "users")
 """The fields in which a batch can have its queries: objects with `user_id`, or ids."""
