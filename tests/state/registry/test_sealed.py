@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from state.experiments.experiment import ExperimentsDocument, Schedule
+from state.experiments.experiment import Experiment, Schedule
 from state.registry import manifest, sealed
 
 
@@ -20,7 +20,7 @@ def test_bytes_that_are_no_document_are_refused_by_a_value_error(data: bytes) ->
     with pytest.raises(ValueError, match=r"."):
         manifest.decode(data)
     with pytest.raises(ValueError, match=r"."):
-        sealed.decode(data, ExperimentsDocument)
+        sealed.decode(data, Experiment)
 
 
 def test_each_flipped_byte_of_a_document_is_seen() -> None:
