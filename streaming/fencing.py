@@ -99,8 +99,4 @@ def keep_id(folder: Path, mine: str) -> None:
         OSError: It cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{WRITER}.tmp"
-    temporary.unlink(missing_ok=True)
-    durable.write(temporary, mine.encode())
-    temporary.replace(folder / WRITER)
-    durable.sync_directory(folder)
+    durable.replace(folder / WRITER, mine.encode())

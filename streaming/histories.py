@@ -16,7 +16,7 @@ from state.history.actions import ACTIONS, numbered
 from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.registry.model_fit import require_same_features
-from state.registry.spec_actions import SpecActions
+from state.registry.specs import SpecActions
 from state.storage.shares import STREAM
 from streaming import takeover
 from streaming.fencing import note_first_release

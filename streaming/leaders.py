@@ -66,8 +66,4 @@ class Leaders:
 
     def _write(self) -> None:
         data = json.dumps({str(source): known for source, known in self._known.items()}, sort_keys=True)
-        temporary = self._path.with_suffix(".tmp")
-        temporary.unlink(missing_ok=True)
-        durable.write(temporary, data.encode())
-        temporary.replace(self._path)
-        durable.sync_directory(self._path.parent)
+        durable.replace(self._path, data.encode())

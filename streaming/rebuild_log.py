@@ -41,7 +41,7 @@ from state.process import killpoints
 from state.process.progress_line import ProgressLine
 from state.process.wall_clock import wall_ms
 from state.registry.log_line import counts
-from state.registry.spec_actions import SpecActions
+from state.registry.specs import SpecActions
 from streaming.cut import merge_all, merge_appends
 from streaming.desired import NOTHING_DESIRED, Desired
 from streaming.event_clock import EventClock

@@ -40,7 +40,7 @@ from state.log.accepted_gaps import Journal
 from state.log.gaps import Consent
 from state.metrics import TrainerMetrics
 from state.positions import Source
-from state.process import killpoints, secret_file
+from state.process import killpoints, private_files
 from state.process.said_once import SaidOnce
 from state.registry import privacy_ledger
 from state.registry.control import Control
@@ -117,7 +117,7 @@ class PrivacyBudget:
             from trainer.engine.private_step import PrivateTrainer
 
             assert isinstance(trainer, PrivateTrainer), "what trainer_of makes where a budget is set"
-            self._private, self._key = trainer.private, secret_file.fingerprint(own_key(settings))
+            self._private, self._key = trainer.private, private_files.fingerprint(own_key(settings))
 
     def enter(self) -> None:
         """At the beginning of an epoch, or after a start: reads the spent budget.
@@ -342,7 +342,7 @@ class Learner:
             UnknownTopic: The training log was recreated since that version.
             GapError: The log does not continue from it: deleted without acceptance, or cut back (TruncatedLog).
         """
-        self.control, settings, specs = control, self._settings, former_specs(self._registry.beginnings())
+        self.control, settings, specs = control, self._settings, former_specs(self._registry.generations.beginnings())
         self._is_former = former(specs, lambda: self._trainer.counters.steps)
         version = control.base if (found := self._registry.newest_good(control.epoch)) is None else found
         if self._log is not None:

@@ -11,9 +11,10 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from msgspec.structs import replace
 
 from deploy.operate.commands import current
 from deploy.operate.times import iso
@@ -209,7 +210,7 @@ def _filler(
         SettingsError: Clicks were not analysed for its preprocessing.
     """
     spec = FeatureSpec.from_settings(tried)
-    analysis = live.bootstrapped(spec.digest, tried.model)
+    analysis = live.specs.bootstrapped(spec.digest, tried.model)
     if analysis is None:
         raise SettingsError(
             f"clicks were not analysed for the preprocessing {tried.model.preprocessing} with its options",
@@ -226,7 +227,7 @@ def _filler(
             _link_version(live, own, version.version)
             # Hosts that answer for the experiment begin with it.
             with suppress(CorruptVersion):
-                own.add_program(live.program(version.program))
+                own.specs.add_program(live.specs.program(version.program))
         if past is not None:
             write_past(folder, past)
         own.propose(first_control(live_control, None if version is None else version.version, plan, by))

@@ -23,8 +23,7 @@ from state.features.masked_users import MaskedUsers
 from state.log import MemoryLog
 from state.microbatch.codec import decode
 from state.positions import Source
-from state.registry.control import roll_back
-from state.registry.erasing import erase
+from state.registry.control import erase, roll_back
 from state.registry.registry import Registry
 from tests.trainer.clicks import SMALL, SPEC, TOPIC, microbatch, small_settings
 from tests.trainer.logs import ABOUT, append, learner, opener, run_to_end, settle, started, write_transform, written
@@ -61,8 +60,8 @@ class Live:
         self.experiments = Experiments(self.settings())
         self.registry = started(state / "registry")
         about = {**ABOUT, "spec": SPEC.to_json(), "preprocessing": small_settings().model.preprocessing}
-        if not self.registry.specs():
-            self.registry.add_spec(SPEC.digest, about, write_transform)
+        if not self.registry.specs.names():
+            self.registry.specs.add_spec(SPEC.digest, about, write_transform)
 
     def settings(self, *flags: str) -> Settings:
         return small_settings("--paths.state", str(self.state), *flags)

@@ -20,10 +20,9 @@ import tensorflow as tf
 from state.churn import CODE as CHURN_CODE
 from state.config.settings import Settings
 from state.errors import SettingsError, SpecMismatch
-from state.process import secret_file
+from state.process import private_files
 from state.registry.manifest import Manifest
-from state.registry.registry import SERVING, TRAINING
-from state.registry.versions import Versions
+from state.registry.registry import SERVING, TRAINING, Registry
 from state.rows.tables import tables_in
 from trainer.engine.build import TRANSITION, labelled
 from trainer.engine.engine import CROSS
@@ -68,7 +67,7 @@ def digest(trainer: Trainer) -> str:
     return content.digest(full(trainer))
 
 
-def restore(versions: Versions, version: int, trainer: Trainer, spec: str) -> Manifest:
+def restore(versions: Registry, version: int, trainer: Trainer, spec: str) -> Manifest:
     """Restores `trainer` to the state that published `version`, whatever its state and table layout were before.
 
     Args:
@@ -97,7 +96,7 @@ def restore(versions: Versions, version: int, trainer: Trainer, spec: str) -> Ma
     return newest
 
 
-def tensors_of(versions: Versions, part: Manifest) -> dict[str, content.Array]:
+def tensors_of(versions: Registry, part: Manifest) -> dict[str, content.Array]:
     """The tensors of one delta or base; every file's digest is checked."""
     return content.decode(versions.read(part, name) for name in (SERVING, TRAINING))
 
@@ -211,7 +210,7 @@ def private(settings: Settings) -> dict[str, str]:
         return {}
     numbers = dataclasses.asdict(settings.privacy)
     found = {f"privacy.{name}": str(value) for name, value in numbers.items() if name != "key_file"}
-    return found | {"privacy.key": secret_file.fingerprint(own_key(settings))}
+    return found | {"privacy.key": private_files.fingerprint(own_key(settings))}
 
 
 def _tensors(trainer: Trainer, tables: Mapping[str, Changes]) -> dict[str, content.Array]:

@@ -5,26 +5,26 @@ from __future__ import annotations
 import json
 import shlex
 
-from deploy.operate import held
+from deploy.sections import held_text, held_update
 from state.config.loading import load
-from state.registry import holding
-from state.registry.held_update import HeldUpdate, SuspectClicks
+from state.registry.control import HeldUpdate, SuspectClicks
+from state.registry.control import hold as hold_update
 from tests.deploy.operating import TOPIC, Operator
 
 UPDATE = HeldUpdate("user", "share of one user", 30.5, 1.0, 3, 20, 24, 1000, 9000, (SuspectClicks(TOPIC, 1, 400, 480),))
 
 
 def hold(operator: Operator) -> None:
-    operator.registry.change(lambda now: holding.hold(now, UPDATE, actor="guard", reason="a flood", now_ms=5))
+    operator.registry.change(lambda now: hold_update(now, UPDATE, actor="guard", reason="a flood", now_ms=5))
 
 
 def test_status_says_rule_numbers_and_place_and_nothing_where_nothing_is_held(operator: Operator) -> None:
     settings = load(["--paths.state", str(operator.state)], {})
-    assert held.look(settings) is None
+    assert held_update(settings) is None
     hold(operator)
-    found = held.look(settings)
+    found = held_update(settings)
     assert found is not None
-    word, text = held.as_text(found)
+    word, text = held_text(found)
     assert word == "HOLDS"
     assert "user: share of one user is 30.5, usually 1, from partition 1 offset 400 on" in text
     assert "answers stay at version 3" in text
@@ -33,9 +33,9 @@ def test_status_says_rule_numbers_and_place_and_nothing_where_nothing_is_held(op
 
 def test_the_rollback_that_is_proposed_can_be_typed(operator: Operator) -> None:
     hold(operator)
-    control = operator.registry.control()
-    assert control is not None and control.held is not None
-    program, *words = shlex.split(held.turn_back(control.held))
+    found = held_update(load(["--paths.state", str(operator.state)], {}))
+    assert found is not None
+    program, *words = shlex.split(found["commands"][0])
     assert program == "springtide"
     assert "epoch 2 starts from version 3" in operator(*words, "--wait", "0")
     back = operator.registry.control()
@@ -47,7 +47,7 @@ def test_the_rollback_that_is_proposed_can_be_typed(operator: Operator) -> None:
 def test_release_and_resume_let_go_what_is_held(operator: Operator) -> None:
     for place, command in enumerate(("release", "resume")):
         hold(operator) if place == 0 else operator.registry.change(
-            lambda now: holding.hold(
+            lambda now: hold_update(
                 now, HeldUpdate("item", "share", 9.0, 1.0, 3, 30, 34, 0, 9), actor="guard", reason="-", now_ms=6
             )
         )
