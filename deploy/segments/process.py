@@ -51,7 +51,7 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 from deploy.segments.judging import JudgedUser, ProfileJudge, open_host
-from deploy.segments.lookalike_lists import LookalikeLists
+from deploy.segments.lookalikes import LookalikeLists
 from deploy.serving.answers.host import Host
 from deploy.serving.answers.predictor import Predictor
 from deploy.serving.following.clicks import POSITION_EXTRA
@@ -75,9 +75,18 @@ from state.process.part import run_part
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
 from state.registry.erasing import ErasureReport, report
-from state.segments.configured import segments_of
-from state.segments.record import Member, Membership, key_of, member_of, membership_of, value_of
-from state.segments.store import SegmentsPlace, SegmentStore, all_members
+from state.segments.expression import segments_of
+from state.segments.members import (
+    Member,
+    Membership,
+    SegmentsPlace,
+    SegmentStore,
+    all_members,
+    key_of,
+    member_of,
+    membership_of,
+    value_of,
+)
 from state.storage.shares import SERVING, map_bytes
 
 POLL_S, STALLED_S = 0.5, 30.0

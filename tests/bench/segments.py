@@ -24,10 +24,9 @@ from state.config.sections import SegmentSettings
 from state.config.settings import Settings
 from state.events.identity import load_salt
 from state.features.spec import FeatureSpec
-from state.segments.configured import segments_of
+from state.segments.expression import segments_of
 from state.segments.lookalikes import PrecisionAt
-from state.segments.record import Membership
-from state.segments.store import SegmentStore
+from state.segments.members import Membership, SegmentStore
 from tests.bench.recommend import ServingHost, quality
 from tests.bench.recorded import read_clicks
 from tests.bench.report import Figure, Stages, report

@@ -31,7 +31,7 @@ from deploy.serving.answers.version import Catalogue, LoadedVersion, ShownName, 
 from deploy.serving.notes import CLOCK_EXTRA, CONTROL_NOTE, MASK_NOTE, EventClock
 from state.attributes.store import AttributeStore, ids_in, texts_in
 from state.attributes.values import SIDES, AttributeTable
-from state.churn.weights import ChurnWeights
+from state.churn import ChurnWeights
 from state.events.identity import Salt, context_id, pseudonyms, public_id
 from state.features.arrays import Vector
 from state.features.many import vectorise_many

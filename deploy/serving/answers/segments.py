@@ -10,9 +10,8 @@ from state.errors import NotReady, StoreError, UnknownSegment
 from state.events.identity import Salt, user_id
 from state.layout import DATA, LOOKALIKES, SEGMENTS
 from state.segments import lookalikes
-from state.segments.configured import texts_of
-from state.segments.record import Membership
-from state.segments.store import SegmentStore
+from state.segments.expression import texts_of
+from state.segments.members import Membership, SegmentStore
 
 
 class SegmentSize(TypedDict):

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from deploy.serving.answers.program import LoadedProgram
 from deploy.serving.notes import REFUSED_NOTE, item_extra, item_parts, name_extra, refused_versions
 from deploy.serving.version_files import read_program, read_spec
-from state.churn.weights import ChurnWeights, weights_in
+from state.churn import ChurnWeights, weights_in
 from state.errors import NotReady, SaltMismatch, SpecMismatch, UnknownModel
 from state.events.identity import Salt
 from state.features.spec import FeatureSpec

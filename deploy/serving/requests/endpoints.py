@@ -73,7 +73,7 @@ from deploy.serving.requests.parameters import (
 from deploy.serving.requests.worker_metrics import rendered
 from springtide_client import answers as responses
 from state.errors import BadRequest
-from state.segments.configured import NAME
+from state.segments.expression import NAME
 
 MOST_MEMBERS = 1000
 PACKAGE = "springtide.v1"

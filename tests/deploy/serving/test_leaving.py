@@ -13,9 +13,7 @@ from deploy.serving.answers.predictor import churn_probabilities
 from deploy.serving.requests.endpoints import _profile_message
 from deploy.serving.requests.http import encode
 from springtide_client.answers import Profile
-from state.churn.inputs import ChurnInputs
-from state.churn.moments import Horizon
-from state.churn.weights import ChurnWeights, tensors_of
+from state.churn import ChurnInputs, ChurnWeights, Horizon, tensors_of
 from state.features.mask import Mask
 from state.features.spec import EVENT, FeatureSpec, vectorise
 from tests.deploy.serving.stocked import NOW_MS, SOURCE, Stores, digest_of, manifest, tensors

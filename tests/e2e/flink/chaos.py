@@ -44,7 +44,7 @@ from state import http
 from state.config.sections import Kafka
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
-from state.flink.rest import JobManager, url
+from state.flink import JobManager, url
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
 from state.log import KafkaLog, Reader, Topics, topic_plan

@@ -15,7 +15,7 @@ import pytest
 from deploy.flink.cluster import end_jobs
 from deploy.kafka.configuration import listens
 from state.config.settings import Settings
-from state.flink.rest import JobManager, url
+from state.flink import JobManager, url
 from state.log import Topics
 from tests.conftest import KafkaFactory
 from tests.e2e.flink.cluster import LocalFlink

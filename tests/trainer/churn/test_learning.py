@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from state.churn.weights import PREFIX, STORED, weights_in
+from state.churn import PREFIX, STORED, weights_in
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
 from tests.bench.quality import area_under_curve

@@ -1,7 +1,7 @@
-"""Calculates how large a deployment must be: `springtide capacity`, `python -m deploy.capacity.command [options]`.
+"""Calculates how large a deployment must be: `springtide capacity`, `python -m deploy.capacity [options]`.
 
 The sizes follow from measured constants: what each part of the system uses, and which limit the
-design meets first.
+design meets first. `deploy/CAPACITY.md` prints the expressions below, which are what is computed.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import json
 import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 from deploy.command_line import RefusingParser
@@ -22,18 +22,10 @@ from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError
 from state.process.closed_output import while_read
 
-HOUR_S, DAY_S = 3600.0, 86_400.0
 SOAK = "python -m tests.e2e.soak"
 FLINK_BENCH, SERVING_BENCH = "python -m tests.bench.flink", "python -m tests.bench.serving"
 RESERVE = 1.25
 """Provisioned memory over used memory, as `storage.memory_dir` requires; the same for disks."""
-MEMORY_GB, NETWORK_GB_S = 1000.0, 1.25
-"""Limits of one machine."""
-READY_H = 1.0
-"""How long a new host may take until it answers."""
-BROKER_BYTES = 2e9
-BUCKETS = 64
-"""Maximum of `stream.buckets` on Flink, each on one core."""
 ANSWERS = ("lean", "full", "recommend", "explain")
 STREAM, TRAINER, APPLIER, WORKERS = "stream", "trainer", "applier", "workers"
 REST, KAFKA, REGISTRY = "validation and console", "kafka", "registry"
@@ -83,6 +75,73 @@ CONSTANTS: Mapping[str, Constant] = {
     "rest_bytes": Constant(1.9e8, "bytes", SOAK, "memory of console and validation"),
 }
 VALUES: Mapping[str, float] = {name: constant.value for name, constant in CONSTANTS.items()}
+FORMULAS: Mapping[str, str] = {
+    "rows": "min(users, trainer.max_rows) + min(items, trainer.max_rows)",
+    "stream_users": "min(users, stream.max_users)",
+    "stream_histories_bytes": "stream_users * (user_bytes + event_bytes * min(features.history, clicks * "
+    "features.windows_s[-1] / stream_users))",
+    "host_users": "min(users, serving.max_users)",
+    "host_histories_bytes": "host_users * (user_bytes + event_bytes * min(features.history, clicks * "
+    "features.windows_s[-1] / host_users))",
+    "served_bytes": "(rows + changed(registry.durable_s) * serving.keep_s / registry.durable_s) * served_row_bytes",
+    "host_bytes": "applier_bytes + host_histories_bytes + served_bytes",
+    # A row, its accumulators and its index entry; tables double when they are full.
+    "table_bytes": "2 * rows * (model.dim * 8 + 32)",
+    "base_bytes": "durable_bytes + rows * base_row_bytes",
+    "registry_bytes": "2 * base_bytes + kept(registry.delta_keep_s, registry.durable_s) + "
+    "kept(registry.base_keep_h * 3600 - registry.delta_keep_s, registry.thin_s) + "
+    "kept(registry.base_keep_d * 86400 - registry.base_keep_h * 3600, registry.sparse_s)",
+    "local_streams": "clicks / (stream_most * use)",
+    "on_flink": "runner == 'flink' or runner == 'auto' and local_streams > 1",
+    "stream_cores": "clicks * (flink_us if on_flink else stream_us) / 1e6",
+    "streams": "max(1, ceil(stream_cores / (host_cores * use))) if on_flink else 1",
+    # On Flink a Python worker a core, and histories twice.
+    "stream_memory_bytes": "flink_bytes + ceil(stream_cores / streams / use) * flink_worker_bytes + "
+    "2 * stream_histories_bytes / streams if on_flink else "
+    "stream_bytes + min(stream.cache_users, users) * features.history * 40 + stream_histories_bytes",
+    # On Flink three checkpoints.
+    "stream_disk_bytes": "stream_histories_bytes / streams * (3 if on_flink else 1)",
+    "trainer_cores": "clicks * trainer_us / 1e6 + versions * publish_ms / 1e3 * changed(1 / versions) / 10_000",
+    "applier_cores": "(clicks * applier_us + versions * changed(1 / versions) * apply_us) / 1e6",
+    "worker_cores": "answers * answer_us / 1e6",
+    "hosts": "max(2, ceil(worker_cores / max(1, host_cores * use - applier_cores)))",
+    "workers_bytes": "max(1, ceil(worker_cores / hosts / use)) * worker_bytes",
+    "partitions": "max(4, 2 * ceil(local_streams))",
+    "log_bytes_s": "clicks * log_row_bytes",
+    # The broker that leads the training log: one write, the other copies, trainer, validation and hosts.
+    "log_leader_bytes_s": "log_bytes_s * (1 + (replication - 1) + 2 + hosts)",
+    "kafka_bytes": "(clicks * click_bytes + log_bytes_s) * retention_h * 3600",
+    # A new host reads all of the training log that Kafka keeps.
+    "catch_up_s": "retention_h * 3600 * clicks * history_us / 1e6",
+}
+"""Name -> expression over the options, constants, settings and earlier formulas."""
+PARTS: Mapping[str, tuple[str, str, str, str]] = {
+    STREAM: ("streams", "stream_cores / streams", "stream_memory_bytes", "stream_disk_bytes"),
+    TRAINER: ("1", "trainer_cores", "trainer_bytes + table_bytes", "0"),
+    APPLIER: ("hosts", "applier_cores", "host_bytes", "0"),
+    WORKERS: ("hosts", "worker_cores / hosts", "workers_bytes", "0"),
+    REST: ("1", "clicks * validation_us / 1e6", "rest_bytes", "0"),
+    KAFKA: ("replication", "clicks * broker_us / 1e6", "2e9", "kafka_bytes"),
+    REGISTRY: ("1", "0", "0", "registry_bytes"),
+}
+"""Part -> its instances, and cores, memory and disk of one."""
+_SHARDS = "hosts with a share of the users (not built)"
+LIMITS: Sequence[tuple[str, str, str, str, str]] = (
+    ("one trainer", "trainer_cores", "use", "cores", "several trainers (not built)"),
+    ("one applier a host", "applier_cores", "use", "cores", _SHARDS),
+    ("leader of the training log", "log_leader_bytes_s / 1e9", "1.25", "GB/s", _SHARDS),
+    ("catch-up of a new host", "catch_up_s / 3600", "1", "h", "a shorter `kafka.retention_h`"),
+    ("`max_users`", "users", "min(stream.max_users, serving.max_users)", "users", "a higher setting"),
+    ("`trainer.max_rows`", "max(users, items)", "trainer.max_rows", "rows", "a higher setting"),
+    ("memory of a host", "(host_bytes - applier_bytes) / 1e9", "1000", "GB", _SHARDS),
+    ("memory of the trainer", "table_bytes / 1e9", "1000", "GB", "a lower `trainer.max_rows`"),
+)
+"""Name, load, maximum, unit and remedy. One machine has 1 TB of memory and 10 Gbit/s; a new host answers in an hour."""
+LOCAL_LIMIT = ("one process of the local stream", "clicks", "stream_most * use", "clicks/s", "`--runner flink`")
+FLINK_LIMIT = ("buckets of the stream on Flink", "stream_cores", "64 * use", "cores", "none")
+"""`stream.buckets` is at most 64, each on one core."""
+BY_CLICKS = ("cores", "clicks/s", "GB/s", "h")
+"""Units of the limits that are proportional to the click rate."""
 
 
 def _option(default: Any, meaning: str, choices: tuple[str, ...] | None = None) -> Any:
@@ -112,10 +171,10 @@ class Load:
 class Need(NamedTuple):
     """What one instance of a part uses, and how many instances there are."""
 
-    instances: float = 1
-    cores: float = 0.0
-    memory_bytes: float = 0.0
-    disk_bytes: float = 0.0
+    instances: float
+    cores: float
+    memory_bytes: float
+    disk_bytes: float
 
     def ordered(self, use: float) -> Need:
         """All instances together: whole cores at this utilisation, memory and disk with the reserve."""
@@ -131,7 +190,7 @@ class Limit(NamedTuple):
     most: float
     unit: str
     remedy: str
-    by_clicks: bool = True
+    by_clicks: bool
     """Whether it is proportional to clicks a second."""
 
     @property
@@ -140,153 +199,54 @@ class Limit(NamedTuple):
         return self.asked / self.most
 
 
-@dataclass(frozen=True)
 class Sizing:
-    """The answers for one load. The docstrings of the properties are the formulas of `deploy/CAPACITY.md`."""
+    """The answers for one load; `sizing["hosts"]` is the value of a formula.
 
-    load: Load
-    settings: Settings
-    constants: Mapping[str, float] = field(default_factory=lambda: VALUES)
+    Args:
+        load: What the deployment has to bear.
+        settings: Their bounds and spans count.
+        constants: Name -> measured value.
+    """
 
-    @property
-    def rows(self) -> float:
-        """min(users, `trainer.max_rows`) + min(items, `trainer.max_rows`)"""
-        most = self.settings.trainer.max_rows
-        return min(self.load.users, most) + min(self.load.items, most)
+    def __init__(self, load: Load, settings: Settings, constants: Mapping[str, float] = VALUES) -> None:
+        self.load = load
+        sections = {name: getattr(settings, name) for name in ("trainer", "stream", "serving", "features", "registry")}
+        self._values: dict[str, Any] = {
+            **asdict(load),
+            **constants,
+            **sections,
+            "model": settings.model,
+            "runner": load.stream,
+            "answer_us": constants[f"{load.answer}_us"],
+            "min": min,
+            "max": max,
+            "ceil": math.ceil,
+            "changed": self._changed,
+            "kept": self._kept,
+        }
+        for name, formula in FORMULAS.items():
+            self._values[name] = self._of(formula)
 
-    def changed_rows(self, seconds: float) -> float:
-        """Rows that clicks change in this many seconds, if users and items are equally active; skewed clicks change fewer."""
-        clicks, most = self.load.clicks * seconds, self.settings.trainer.max_rows
+    def __getitem__(self, name: str) -> Any:
+        return self._values[name]
+
+    def _of(self, formula: str) -> Any:
+        return eval(formula, {"__builtins__": {}}, self._values)
+
+    def _changed(self, seconds: float) -> float:
+        """The number of rows that clicks change in this many seconds, if all users and all items are equally active."""
+        most: int = self["trainer"].max_rows
         counts = (min(self.load.users, most), min(self.load.items, most))
-        return sum(-count * math.expm1(-clicks / count) for count in counts)
+        return sum(-count * math.expm1(-self.load.clicks * seconds / count) for count in counts)
 
-    @property
-    def stream_histories_bytes(self) -> float:
-        """min(users, `stream.max_users`) x (`user_bytes` + events x `event_bytes`); events = min(`features.history`, clicks/s x longest window / these users)"""
-        return self._histories_bytes(self.settings.stream.max_users)
-
-    @property
-    def host_histories_bytes(self) -> float:
-        """The same with `serving.max_users`, on each host"""
-        return self._histories_bytes(self.settings.serving.max_users)
-
-    def _histories_bytes(self, max_users: int) -> float:
-        features, users = self.settings.features, min(self.load.users, max_users)
-        events = min(float(features.history), self.load.clicks * features.windows_s[-1] / users)
-        return users * (self.constants["user_bytes"] + events * self.constants["event_bytes"])
-
-    @property
-    def served_bytes(self) -> float:
-        """(rows + changed rows of each durable version of the last `serving.keep_s`) x `served_row_bytes`"""
-        durable_s, keep_s = self.settings.registry.durable_s, self.settings.serving.keep_s
-        return (self.rows + self.changed_rows(durable_s) * keep_s / durable_s) * self.constants["served_row_bytes"]
-
-    @property
-    def table_bytes(self) -> float:
-        """2 x rows x (`model.dim` x 8 bytes + 32): a row, its accumulators and its index entry; tables double when full"""
-        return 2 * self.rows * (8 * self.settings.model.dim + 32)
-
-    @property
-    def log_bytes_s(self) -> float:
-        """clicks/s x `log_row_bytes`"""
-        return self.load.clicks * self.constants["log_row_bytes"]
-
-    @property
-    def log_leader_bytes_s(self) -> float:
-        """Log bytes/s x (1 write + other copies + trainer + validation + hosts), for the broker that leads the training log"""
-        return self.log_bytes_s * (1 + (self.load.replication - 1) + 2 + self.hosts)
-
-    @property
-    def base_bytes(self) -> float:
-        """`durable_bytes` + rows x `base_row_bytes`"""
-        return self.constants["durable_bytes"] + self.rows * self.constants["base_row_bytes"]
-
-    @property
-    def registry_bytes(self) -> float:
-        """Two bases, and `durable_bytes` + changed rows x `durable_row_bytes` for each durable version: one each `durable_s` for `delta_keep_s`, each `thin_s` for `base_keep_h`, each `sparse_s` for `base_keep_d`"""
-        kept, size = self.settings.registry, 2 * self.base_bytes
-        newest_s, thin_s, sparse_s = kept.delta_keep_s, kept.base_keep_h * HOUR_S, kept.base_keep_d * DAY_S
-        tiers = ((newest_s, kept.durable_s), (thin_s - newest_s, kept.thin_s), (sparse_s - thin_s, kept.sparse_s))
-        for span_s, every_s in tiers:
-            version = self.changed_rows(every_s) * self.constants["durable_row_bytes"]
-            size += max(0.0, span_s) / every_s * (self.constants["durable_bytes"] + version)
-        return size
-
-    @property
-    def on_flink(self) -> bool:
-        """`--stream flink`, or auto and clicks/s > `stream_most` x use"""
-        return self.load.stream == "flink" or (self.load.stream == "auto" and self._local_streams > 1)
-
-    @property
-    def _local_streams(self) -> float:
-        return self.load.clicks / (self.constants["stream_most"] * self.load.use)
-
-    @property
-    def stream_cores(self) -> float:
-        """clicks/s x `stream_us`, or x `flink_us` on Flink"""
-        return self.load.clicks * self.constants["flink_us" if self.on_flink else "stream_us"] * 1e-6
-
-    @property
-    def trainer_cores(self) -> float:
-        """clicks/s x `trainer_us` + versions/s x `publish_ms` x changed rows / 10,000"""
-        stall_s = self.constants["publish_ms"] * 1e-3 * self.changed_rows(1 / self.load.versions) / 10_000
-        return self.load.clicks * self.constants["trainer_us"] * 1e-6 + self.load.versions * stall_s
-
-    @property
-    def applier_cores(self) -> float:
-        """clicks/s x `applier_us` + versions/s x changed rows x `apply_us`, on each host"""
-        rows_s = self.load.versions * self.changed_rows(1 / self.load.versions)
-        return (self.load.clicks * self.constants["applier_us"] + rows_s * self.constants["apply_us"]) * 1e-6
-
-    @property
-    def worker_cores(self) -> float:
-        """answers/s x `lean_us`, `full_us`, `recommend_us` or `explain_us`, over all hosts"""
-        return self.load.answers * self.constants[f"{self.load.answer}_us"] * 1e-6
-
-    @property
-    def hosts(self) -> int:
-        """max(2, worker cores / (cores of a host x use - applier cores))"""
-        left = max(1.0, self.load.host_cores * self.load.use - self.applier_cores)
-        return max(2, math.ceil(self.worker_cores / left))
-
-    @property
-    def partitions(self) -> int:
-        """Of the clicks topic: max(4, 2 x clicks/s / (`stream_most` x use)); the training log has one"""
-        return max(4, 2 * math.ceil(self._local_streams))
-
-    @property
-    def catch_up_s(self) -> float:
-        """Retention x clicks/s x `history_us`: a new host reads all of the training log that Kafka keeps"""
-        return self.load.retention_h * HOUR_S * self.load.clicks * self.constants["history_us"] * 1e-6
+    def _kept(self, span_s: float, every_s: float) -> float:
+        """The bytes of the durable versions of a time span of which one each `every_s` is kept."""
+        version = self["durable_bytes"] + self._changed(every_s) * self["durable_row_bytes"]
+        return max(0.0, span_s) / every_s * float(version)
 
     def parts(self) -> dict[str, Need]:
         """Part -> what an instance uses."""
-        load, costs, hosts = self.load, self.constants, self.hosts
-        host_bytes = costs["applier_bytes"] + self.host_histories_bytes + self.served_bytes
-        cores = self.worker_cores / hosts
-        workers = max(1, math.ceil(cores / load.use))
-        kept_bytes = (load.clicks * load.click_bytes + self.log_bytes_s) * load.retention_h * HOUR_S
-        return {
-            STREAM: self._flink() if self.on_flink else self._local_stream(),
-            TRAINER: Need(1, self.trainer_cores, costs["trainer_bytes"] + self.table_bytes),
-            APPLIER: Need(hosts, self.applier_cores, host_bytes),
-            WORKERS: Need(hosts, cores, workers * costs["worker_bytes"]),
-            REST: Need(1, load.clicks * costs["validation_us"] * 1e-6, costs["rest_bytes"]),
-            KAFKA: Need(load.replication, load.clicks * costs["broker_us"] * 1e-6, BROKER_BYTES, kept_bytes),
-            REGISTRY: Need(disk_bytes=self.registry_bytes),
-        }
-
-    def _local_stream(self) -> Need:
-        store = self.stream_histories_bytes
-        cache = min(self.settings.stream.cache_users, self.load.users) * self.settings.features.history * 40
-        return Need(1, self.stream_cores, self.constants["stream_bytes"] + cache + store, store)
-
-    def _flink(self) -> Need:
-        """A TaskManager as large as a serving host: a Python worker a core, histories twice in memory, three checkpoints."""
-        count = max(1, math.ceil(self.stream_cores / (self.load.host_cores * self.load.use)))
-        cores, store = self.stream_cores / count, self.stream_histories_bytes / count
-        workers_bytes = math.ceil(cores / self.load.use) * self.constants["flink_worker_bytes"]
-        return Need(count, cores, self.constants["flink_bytes"] + workers_bytes + 2 * store, 3 * store)
+        return {part: Need(*map(self._of, formulas)) for part, formulas in PARTS.items()}
 
     def orders(self) -> dict[str, Need]:
         """Part -> what to order for all its instances; `all` is the sum."""
@@ -295,28 +255,10 @@ class Sizing:
 
     def limits(self) -> list[Limit]:
         """All limits, the nearest first."""
-        use, kept, costs = self.load.use, self.settings, self.constants
-        users, max_users = self.load.users, min(kept.stream.max_users, kept.serving.max_users)
-        rows, max_rows = max(users, self.load.items), kept.trainer.max_rows
-        host_bytes = self.host_histories_bytes + self.served_bytes
-        shards = "hosts with a share of the users (not built)"
-        if self.on_flink:
-            stream = Limit("buckets of the stream on Flink", self.stream_cores, BUCKETS * use, "cores", "none")
-        else:
-            most = costs["stream_most"] * use
-            stream = Limit("one process of the local stream", self.load.clicks, most, "clicks/s", "`--runner flink`")
+        rows = (FLINK_LIMIT if self["on_flink"] else LOCAL_LIMIT, *LIMITS)
         found = [
-            stream,
-            Limit("one trainer", self.trainer_cores, use, "cores", "several trainers (not built)"),
-            Limit("one applier a host", self.applier_cores, use, "cores", shards),
-            Limit("leader of the training log", self.log_leader_bytes_s / 1e9, NETWORK_GB_S, "GB/s", shards),
-            Limit("catch-up of a new host", self.catch_up_s / HOUR_S, READY_H, "h", "a shorter `kafka.retention_h`"),
-            Limit("`max_users`", users, max_users, "users", "a higher setting", False),
-            Limit("`trainer.max_rows`", rows, max_rows, "rows", "a higher setting", False),
-            Limit("memory of a host", host_bytes / 1e9, MEMORY_GB, "GB", shards, False),
-            Limit(
-                "memory of the trainer", self.table_bytes / 1e9, MEMORY_GB, "GB", "a lower `trainer.max_rows`", False
-            ),
+            Limit(name, self._of(asked), self._of(most), unit, remedy, unit in BY_CLICKS)
+            for name, asked, most, unit, remedy in rows
         ]
         return sorted(found, key=lambda limit: -limit.share)
 
@@ -356,7 +298,7 @@ Cores are planned for a utilisation of 60 %, memory and disk with a reserve of 2
 
 ## Formulas
 
-Sizes are linear in clicks, which is more than it takes: larger micro-batches cost less a row. U users of whom each is equally active change U (1 - exp(-clicks / U)) rows; items likewise.
+`springtide capacity` computes these expressions in this order. Their names are options, measured constants and settings; `runner` is `--stream` and `answer_us` the constant of `--answer`. Sizes are linear in clicks, which is more than it takes: larger micro-batches cost less a row. `changed(s)` is the number of rows that clicks change in `s` seconds if all N users, and all N items, are equally active: N (1 - exp(-clicks / N)). Skewed clicks change fewer. `kept(s, every)` is the size of the versions of `s` seconds of which the registry keeps one each `every` seconds: `durable_bytes + changed(every) * durable_row_bytes` each.
 
 {formulas}
 
@@ -466,7 +408,7 @@ def as_text(sizing: Sizing) -> str:
     ]
     return f"""{table(["part", "instances", "cores", "memory, GB", "disk, GB"], parts)}
 
-The stream is {"a job on Flink" if sizing.on_flink else "one local process"}. The clicks topic has {sizing.partitions} partitions, the training log 1 with {number(sizing.log_bytes_s / 1e6)} MB/s. A new host answers after {seconds(sizing.catch_up_s)}.
+The stream is {"a job on Flink" if sizing["on_flink"] else "one local process"}. The clicks topic has {sizing["partitions"]} partitions, the training log 1 with {number(sizing["log_bytes_s"] / 1e6)} MB/s. A new host answers after {seconds(sizing["catch_up_s"])}.
 
 {table(["", "limit", "share", "ends at", "what helps"], limits)}"""
 
@@ -477,10 +419,10 @@ def as_document(sizing: Sizing) -> dict[str, object]:
     return {
         "total": orders.pop("all"),
         "parts": orders,
-        "stream": "flink" if sizing.on_flink else "local",
-        "partitions": {"clicks": sizing.partitions, "training_log": 1},
-        "hosts": sizing.hosts,
-        "catch_up_s": sizing.catch_up_s,
+        "stream": "flink" if sizing["on_flink"] else "local",
+        "partitions": {"clicks": sizing["partitions"], "training_log": 1},
+        "hosts": sizing["hosts"],
+        "catch_up_s": sizing["catch_up_s"],
         "limits": [limit._asdict() | {"share": limit.share} for limit in sizing.limits()],
     }
 
@@ -500,17 +442,16 @@ def page(settings: Settings) -> str:
         loads.append(
             [number(value) for value in (sizing.load.clicks, sizing.load.users, sizing.load.answers)]
             + [
-                "Flink" if sizing.on_flink else "local",
+                "Flink" if sizing["on_flink"] else "local",
                 f"{cores:,g}",
                 number(memory_bytes / 1e9),
                 number(disk_bytes / 1e9),
             ]
-            + [str(sizing.partitions), str(sizing.hosts), str(beyond)]
+            + [str(sizing["partitions"]), str(sizing["hosts"]), str(beyond)]
         )
     head = ["clicks/s", "users", "answers/s", "stream", "cores", "memory, GB", "disk, GB"]
     head += ["partitions", "hosts", "limits passed"]
-    documented = {name: found.__doc__ for name, found in vars(Sizing).items() if isinstance(found, property)}
-    formulas = [[f"`{name}`", formula] for name, formula in documented.items() if formula]
+    formulas = [[f"`{name}`", f"`{formula}`"] for name, formula in FORMULAS.items()]
     constants = [
         [f"`{name}`", f"{number(one.value)} {one.unit}", one.meaning, f"`{one.bench}`"]
         for name, one in CONSTANTS.items()
