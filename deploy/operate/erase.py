@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
-from msgspec import structs
+from msgspec.structs import replace as changed
 
 from deploy.operate import log_view
 from deploy.operate.commands import Say, current
@@ -202,7 +202,7 @@ def of_trials(settings: Settings, control: Control) -> list[Holding]:
         own = registry.control()
         if own is not None:
             compactor = {one.part: one for one in all_reports(registry)}.get(COMPACTOR)
-            held = of_versions(settings, registry, structs.replace(own, erased=control.erased), compactor)
+            held = of_versions(settings, registry, changed(own, erased=control.erased), compactor)
             found += [replace(one, where=f"trial {name}: {one.where}") for one in held]
     return found
 

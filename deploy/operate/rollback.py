@@ -24,11 +24,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-<<<<<<< HEAD
-from msgspec import structs
-=======
 import msgspec
->>>>>>> main
 
 from deploy.operate.branch import ServingBranch, Target, choose
 from deploy.operate.commands import Say, control_document, current
@@ -523,11 +519,7 @@ def _planned(
     )
     if view is not None and made is not control and made.epoch != control.epoch:
         again = {} if plan.exact is None else {"again": to_json(plan.exact.again)}
-<<<<<<< HEAD
-        made = structs.replace(made, plan={"end": view.end} | again)
-=======
         made = msgspec.structs.replace(made, plan={"end": view.end} | again)
->>>>>>> main
     return plan, made
 
 
