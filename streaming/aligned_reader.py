@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from state.log import LogReader, PartitionBatch
+from state.log import PartitionBatch, Reader
 from streaming.alignment import Alignment, Reached, ReadingPlace
 
 
@@ -21,7 +21,7 @@ class AlignedReader:
 
     def __init__(
         self,
-        reader: LogReader,
+        reader: Reader,
         reached: Callable[[int], Reached],
         max_skew_s: float,
         clock_s: Callable[[], float] = time.monotonic,
@@ -55,7 +55,7 @@ class AlignedReader:
         The list is empty after `timeout_s` without records.
 
         Raises:
-            LogError: See `LogReader.poll`.
+            LogError: See `Reader.poll`.
         """
         if self._left is None:
             batches = self._reader.poll(timeout_s, self._most)

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from state.microbatch.log_time import TOLERANCE_MS
+from state.microbatch.batch import TOLERANCE_MS
 
 SILENT_S = 1.0
 LEAST_PACE_MS = 1e-3  # of a record; many records may share one time

@@ -8,16 +8,16 @@ first filled up with empty records, so that new clicks get new offsets.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from state.config.sections import Kafka
-from state.errors import TruncatedLog
+from state.errors import GapError, TruncatedLog
 from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.layout import GAPS
-from state.log import LogReader, LogTopics, LogWriter, accepted_gaps
-from state.log.accepted_gaps import Accepted
-from state.log.gaps import Consent
+from state.log import Log, Reader, Topics, Writer, accepted_gaps
+from state.log.accepted_gaps import Accepted, Consent
+from state.log.follow import Position, open_topic
 from state.positions import Gap
 from streaming import accounts
 
@@ -25,21 +25,22 @@ FILLER = b"springtide-filler"
 AT_ONCE = 1000
 logger = logging.getLogger(__name__)
 
-Opens = Callable[[Mapping[int, int]], LogReader]
-"""Opens the clicks at the position read so far, with these leader epochs by partition."""
-
 
 def open_behind(
-    opens: Opens,
-    told: Mapping[int, int],
+    log: Log,
+    topic: str,
+    partitions: Sequence[int] | None,
+    position: Position,
     accepts: Callable[[TruncatedLog], None],
     fill: Callable[[Gap], None],
-) -> LogReader:
+) -> Reader:
     """Opens the clicks at the position read so far, past any truncation that was accepted as lost.
 
     Args:
-        opens: Opens the reader.
-        told: By partition, the leader epoch of the record before the position.
+        log: Contains the clicks.
+        topic: Their topic.
+        partitions: The partitions to read; None for all, including later ones.
+        position: The position read so far.
         accepts: Records who accepted a loss, or raises it.
         fill: Extends the log to the end of a gap.
 
@@ -47,15 +48,16 @@ def open_behind(
         TruncatedLog: The truncation is not accepted.
         LogError: Kafka is unreachable.
     """
-    left = dict(told)
-    while True:
-        try:
-            return opens(left)
-        except TruncatedLog as lost:
-            (gap,) = lost.gaps
-            accepts(lost)
-            fill(gap)
-            left.pop(gap.source.partition, None)
+
+    def lost(error: GapError) -> int:
+        if not isinstance(error, TruncatedLog):
+            raise error
+        (gap,) = error.gaps
+        accepts(error)
+        fill(gap)
+        return gap.next
+
+    return open_topic(log, topic, partitions, position, lost)[0]
 
 
 def accept(store: HistoryStore, consent: Consent, now_ms: int, lost: TruncatedLog) -> None:
@@ -90,7 +92,7 @@ def newly_accepted(known: Sequence[Accepted], consent: Consent, now_ms: int, los
     return [accepted_gaps.accept(gap, consent, now_ms)]
 
 
-def fill(kafka: Kafka, topics: LogTopics, make: Callable[[], LogWriter], gap: Gap) -> None:
+def fill(kafka: Kafka, topics: Topics, make: Callable[[], Writer], gap: Gap) -> None:
     """Appends empty records to the clicks until they reach the end of `gap`.
 
     Raises:

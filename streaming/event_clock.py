@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.history.waiting import CLOCKS, decode_clocks
-from state.microbatch.log_time import TOLERANCE_MS
+from state.microbatch.batch import TOLERANCE_MS
 from state.positions import Range, Source
 from streaming.alignment import Reached
 from streaming.witnesses import AHEAD, ALL, BEHIND, NEVER_MS, QUORUM, TURNS, Witnesses, believe, crowd, hear

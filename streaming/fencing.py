@@ -17,7 +17,7 @@ from pathlib import Path
 from state.config.settings import Settings
 from state.disk import files as durable
 from state.layout import HISTORIES, WRITER
-from state.log import KafkaLog, Log, LogWriter
+from state.log import Log, Writer
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def id_of_first_release(shard: int = 0) -> str:
     return f"springtide-stream-{shard}"
 
 
-def open_writer(settings: Settings, log: Log | None = None) -> LogWriter:
+def open_writer(settings: Settings, log: Log | None = None) -> Writer:
     """Opens the writer of the stream; this ends a predecessor's open transaction, and fences the predecessor.
 
     Args:
@@ -60,7 +60,7 @@ def open_writer(settings: Settings, log: Log | None = None) -> LogWriter:
         LogError: The cluster refused.
         OSError: The id cannot be stored.
     """
-    kafka, log = settings.kafka, log or KafkaLog(settings.kafka)
+    kafka, log = settings.kafka, log or Log(settings.kafka)
     with log.topics() as topics:
         clicks, microbatches = (
             topics.describe(name).topic_id for name in (kafka.clicks_topic, kafka.microbatches_topic)

@@ -18,8 +18,8 @@ from state.features.spec import FeatureSpec
 from state.history.before import Before
 from state.history.rewinding import go_back
 from state.history.store import HistoryStore
-from state.log import Log, LogReader
-from state.microbatch.cutting import trim
+from state.log import Log, Reader
+from state.microbatch.batch import trim
 from state.positions import Source
 from state.process import killpoints
 from streaming.desired import Desired
@@ -70,7 +70,7 @@ def take_back(
     def extra(_: int, before: Before) -> dict[str, bytes | None]:
         return {**letters, **clocks_after(before, ours)}
 
-    def open_at(offset: int) -> LogReader:
+    def open_at(offset: int) -> Reader:
         return log.reader(settings.kafka.microbatches_topic, [PARTITION], {PARTITION: offset})
 
     reach_ms = 1000 * round(spec.windows_s[-1] + settings.events.max_age_s)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from state.events.event_batch import EventBatch
+from state.events.parser import EventBatch
 from streaming.event_clock import Told
 from streaming.masking import COLUMNS
 

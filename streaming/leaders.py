@@ -2,7 +2,7 @@
 
     leaders.json   {"<topic id>:<partition>": [[first offset, leader's epoch], ...]}
 
-At the next start it shows whether the clicks were truncated before a position (`state/log/leader_epochs.py`). It is
+At the next start it shows whether the clicks were truncated before a position (`state/log/records.py`). It is
 written when a partition gets another leader, before anything of that leader is committed. So it also holds for
 positions that result from a rebuild or a rollback.
 """
@@ -15,8 +15,8 @@ from pathlib import Path
 
 from state.disk import files as durable
 from state.layout import LEADERS
-from state.log import LogReader
-from state.log.leader_epochs import Known, epoch_before, noted
+from state.log import Reader
+from state.log.records import Known, epoch_before, noted
 from state.positions import Range, Source
 
 
@@ -45,7 +45,7 @@ class Leaders:
         }
         return {partition: epoch for partition, epoch in found.items() if epoch >= 0}
 
-    def note(self, ranges: Iterable[Range], reader: LogReader) -> None:
+    def note(self, ranges: Iterable[Range], reader: Reader) -> None:
         """Stores the epochs of the last records of `ranges`, as `reader` read them; durable when this returns.
 
         Raises:
@@ -56,14 +56,10 @@ class Leaders:
             epoch = reader.leader_epoch(part.source.partition, part.next)
             if epoch >= 0 and epoch_before(known, part.next) != epoch:
                 # From the first record on: a rollback may end inside the range, and an epoch that ended before that
-                # position
-                # would look like a truncated log.
+                # position would look like a truncated log.
                 self._known[part.source] = noted(known, part.first, epoch)
                 self._unwritten = True
         if self._unwritten:
-            self._write()
+            data = json.dumps({str(source): known for source, known in self._known.items()}, sort_keys=True)
+            durable.replace(self._path, data.encode())
             self._unwritten = False
-
-    def _write(self) -> None:
-        data = json.dumps({str(source): known for source, known in self._known.items()}, sort_keys=True)
-        durable.replace(self._path, data.encode())

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from state.attributes.follower import Report
 from state.config.sections import Kafka
 from state.events.dead_letters import DeadLetter
-from state.log import LogWriter, Writer
+from state.log import Writer
 from state.metrics import StreamMetrics
 
 Headers = list[tuple[str, bytes]]
@@ -43,7 +43,7 @@ def letter_key(letter: DeadLetter) -> bytes:
     return f"{letter.source.topic_id}:{letter.source.partition}:{letter.offset}".encode()
 
 
-def send_letters(writer: LogWriter, topic: str, letters: Sequence[DeadLetter], at_ms: int | None = None) -> None:
+def send_letters(writer: Writer, topic: str, letters: Sequence[DeadLetter], at_ms: int | None = None) -> None:
     """Passes letters to `writer`; they are acknowledged with its flush or transaction.
 
     Args:

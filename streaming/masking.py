@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from state.events.event_batch import EventBatch
+from state.events.parser import EventBatch
 from state.features.mask import Mask
 
 COLUMNS = ("user", "item", "category", "action", "at_ms", "label", "weight", "context", "source", "offset", "request")

@@ -40,7 +40,8 @@ from state.features.spec import FeatureSpec
 from state.history.rewinding import line_of
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
-from state.log import KafkaLog, LogWriter, Reader, Topics
+from state.log import Log, Reader, Topics, Writer
+from state.log.follow import read_to
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode, encode
 from state.process.part import Work, run_process
@@ -72,7 +73,7 @@ class KeptRecord(NamedTuple):
     value: bytes
 
 
-def end_hanging(settings: Settings, writer: LogWriter) -> None:
+def end_hanging(settings: Settings, writer: Writer) -> None:
     """Repairs the end of the training log after a power cut.
 
     Acknowledged records stay visible, and no reader waits behind them. The newest transaction may have lost its
@@ -144,10 +145,9 @@ def read(kafka: Kafka, first: int, end: int, committed_only: bool) -> Mapping[in
         LogError: Kafka is not reachable.
     """
     found: dict[int, KeptRecord] = {}
-    deadline_s = time.monotonic() + kafka.request_timeout_s
     with Reader(kafka, kafka.microbatches_topic, [0], {0: first}, committed_only=committed_only) as reader:
-        while reader.position(0) < end and time.monotonic() < deadline_s:
-            for batch in reader.poll(LOOK_S):
+        for batches in read_to(reader, {0: end}, stalled_s=kafka.request_timeout_s):
+            for batch in batches:
                 times = batch.timestamps_ms.tolist()
                 for at, time_ms, value in zip(batch.offsets.tolist(), times, batch.values, strict=True):
                     if at < end and _decoded(value) is not None:
@@ -177,7 +177,7 @@ def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine, say: 
         SpringtideError: See `Rebuild.run`.
     """
     folder, spec = settings.stream_dir, FeatureSpec.from_settings(settings)
-    log = KafkaLog(settings.kafka)
+    log = Log(settings.kafka)
     # 1.
     with DirectoryLock(folder), replaced(settings, log):
         salt = load_salt(settings.salt_path, create=False)

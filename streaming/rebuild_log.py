@@ -8,34 +8,29 @@ the clicks topic, as far as it reaches back (`ClicksLeft`).
 from __future__ import annotations
 
 import logging
-import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from state.config.settings import Settings
 from state.errors import MicroBatchError, SaltMismatch, SpecMismatch, UnknownTopic
-from state.events.event_batch import EventBatch
 from state.events.identity import Salt
-from state.events.parser import Parser
+from state.events.parser import EventBatch, Parser
 from state.features.erased import Flags
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.history.actions import renumbered
 from state.history.appends import Appends, events_of
-from state.history.followed import new_ranges
 from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, keys_of, place_of
 from state.layout import GAPS
 from state.log import PartitionBatch, Reader, Topics, accepted_gaps
 from state.log.accepted_gaps import Journal
-from state.microbatch.batch import MicroBatch
+from state.log.follow import read_to
+from state.microbatch.batch import Kind, MicroBatch, erased_rows, happened, new_ranges, trim
 from state.microbatch.codec import decode
-from state.microbatch.cutting import trim
-from state.microbatch.masked import erased_rows
-from state.microbatch.row_kinds import Kind, happened
 from state.positions import Range, Source
 from state.process import killpoints
 from state.process.progress_line import ProgressLine
@@ -52,37 +47,9 @@ from streaming.rebuild_report import Rebuilt, progress_line
 from streaming.unlogged import commit_at_once
 
 CLICKS_AT_ONCE = 20_000
-POLL_S = 0.5
-STALLED_S = 60.0
 
 RECORDS_AT_ONCE = 64
 logger = logging.getLogger(__name__)
-
-
-def read_to(reader: Reader, partition: int, end: int, most: int, what: str) -> Iterator[list[PartitionBatch]]:
-    """Yields the records of each poll until the reader is at `end`.
-
-    Args:
-        reader: Of the one partition.
-        partition: Its number.
-        end: An offset that the topic has reached.
-        most: The most records of a poll.
-        what: The name of the topic in a message.
-
-    Raises:
-        UnknownTopic: No record arrived for a minute.
-        LogError: Kafka is not reachable.
-    """
-    heard_s = time.monotonic()
-    while (at := reader.position(partition)) < end:
-        batches = reader.poll(POLL_S, most)
-        yield batches
-        heard_s = time.monotonic() if batches else heard_s
-        if time.monotonic() - heard_s > STALLED_S:
-            raise UnknownTopic(
-                f"{what} gave nothing for {STALLED_S:.0f} s at position {at} of {end}: a transaction may still be open",
-                "try again",
-            )
 
 
 class ClicksLeft:
@@ -156,7 +123,7 @@ class ClicksLeft:
         profiler = Profiler(self._store, FeatureSpec.from_settings(self._settings), 1, self._mask) if labels else None
         kafka, partition = self._settings.kafka, source.partition
         with Reader(kafka, kafka.clicks_topic, [partition], {partition: first}) as reader:
-            for batches in read_to(reader, partition, after, CLICKS_AT_ONCE, kafka.clicks_topic):
+            for batches in read_to(reader, {partition: after}, CLICKS_AT_ONCE):
                 events = self._parser.parse([one.between(one.first, min(after, one.next)) for one in batches])
                 self._take(leave_out(events, self._mask), profiler, labels)
 
@@ -310,7 +277,7 @@ class Rebuild:
     def _read(self, begin: int, end: int, clicks: ClicksLeft) -> None:
         kafka = self._settings.kafka
         with Reader(kafka, kafka.microbatches_topic, [0]) as reader:
-            for batches in read_to(reader, 0, end, RECORDS_AT_ONCE, f"the micro-batch log {kafka.microbatches_topic}"):
+            for batches in read_to(reader, {0: end}, RECORDS_AT_ONCE):
                 for batch in batches:
                     self._take(batch, clicks)
                 self._show(min(reader.position(0), end) - begin, end - begin)

@@ -10,12 +10,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from state.config.settings import Settings
-from state.events.event_batch import EventBatch
 from state.events.identity import Salt
-from state.events.parser import Parser
+from state.events.parser import EventBatch, Parser
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
-from state.microbatch.row_kinds import Kind, trained
+from state.microbatch.batch import Kind, trained
 from state.recordings.rows import shown_reasons
 from state.statistics.collecting import Statistics
 from streaming.context import Handle, JobContext, Step, opened

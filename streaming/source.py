@@ -20,7 +20,7 @@ from apache_beam.transforms.core import RestrictionProvider
 
 from state.errors import UnreachableBroker
 from state.log import PartitionBatch
-from state.microbatch.log_time import TOLERANCE_MS
+from state.microbatch.batch import TOLERANCE_MS
 from state.positions import Source
 from state.process.wall_clock import wall_ms
 from streaming.aligned_reader import AlignedReader

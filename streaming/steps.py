@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from state.events.event_batch import EventBatch
+from state.events.parser import EventBatch
 from state.log import PartitionBatch
 from state.process.wall_clock import wall_ms
 from streaming.attributes import Join

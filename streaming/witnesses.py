@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.compiled import compiled, layout
-from state.microbatch.log_time import TOLERANCE_MS
+from state.microbatch.batch import TOLERANCE_MS
 
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]

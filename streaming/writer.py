@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from state.config.settings import Settings
 from state.errors import UnreachableBroker
-from state.log import LogWriter
+from state.log import Writer
 from state.positions import Source
 from state.process import killpoints
 from streaming.cut import Cut, encode_cut
@@ -41,7 +41,7 @@ class ShardWriter:
         spec: str,
         salt: str,
         stopping: threading.Event,
-        opens: Callable[[Settings], LogWriter] = open_writer,
+        opens: Callable[[Settings], Writer] = open_writer,
         desired: Desired = NOTHING_DESIRED,
     ) -> None:
         self._settings, self._spec, self._salt = settings, spec, salt

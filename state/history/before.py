@@ -11,8 +11,7 @@ from numpy.typing import NDArray
 from state.features.spec import EVENT, Events
 from state.history.appends import Appends, events_of
 from state.history.since import Place
-from state.microbatch.batch import MicroBatch
-from state.microbatch.row_kinds import Kind, happened
+from state.microbatch.batch import Kind, MicroBatch, happened
 from state.positions import Source
 
 TURNS = 16

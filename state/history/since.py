@@ -9,9 +9,7 @@ import numpy as np
 
 from state.features.mask import Mask
 from state.history.counts import Counts, returned
-from state.microbatch.batch import MicroBatch
-from state.microbatch.cutting import trim
-from state.microbatch.row_kinds import counts, happened
+from state.microbatch.batch import MicroBatch, counts, happened, trim
 from state.positions import Range, Source, split_range
 
 Place = tuple[Source, int]
