@@ -27,6 +27,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+from msgspec.structs import replace as changed
+
 from state import layout
 from state.config.settings import Settings
 from state.disk.files import HOST
@@ -84,7 +86,7 @@ def rewrite(registry: Registry, crosses: Crosses, now_ms: Callable[[], int] = wa
             count += _rewritten(registry, part, erased, known)
     last = parts[-1].version if parts else 0
     if (said.through, said.version) != (erased.last, last):
-        report(registry.path, replace(said, through=erased.last, pages=erased.last, version=last, at_ms=now_ms()))
+        report(registry.path, changed(said, through=erased.last, pages=erased.last, version=last, at_ms=now_ms()))
     if count:
         logger.info("%d versions and bases written anew without rows of erased users", count)
     return count
