@@ -23,7 +23,7 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from state.disk.lmdb_values import put_all
+from state.disk.lmdb_store import put_all
 from state.features.spec import Events
 from state.history import chunks
 from state.history.chunks import prefix_of

@@ -17,7 +17,7 @@ import lmdb
 import numpy as np
 
 from state.disk.clean_mark import CleanMark
-from state.disk.lmdb_values import keys_with, pages_bytes, put_all
+from state.disk.lmdb_store import keys_with, pages_bytes, put_all
 from state.disk.memory_store import MemoryStore
 from state.errors import CorruptStore
 from state.features.spec import EVENT, Events
@@ -85,12 +85,12 @@ class HistoryStore(MemoryStore):
 
     def read(self, user: int) -> Events:
         """The last events of `user`, `[m <= N]` EVENT in append order, from one snapshot; empty if unknown."""
-        with self._opened.begin("chunks") as transaction:
+        with self._begin("chunks") as transaction:
             return self._read(transaction.cursor(), prefix_of(user))[0]
 
     def read_many(self, users: Sequence[int]) -> list[Events]:
         """The histories of several users from one snapshot."""
-        with self._opened.begin("chunks") as transaction:
+        with self._begin("chunks") as transaction:
             cursor = transaction.cursor()
             return [self._read(cursor, prefix_of(user))[0] for user in users]
 
@@ -106,12 +106,12 @@ class HistoryStore(MemoryStore):
 
     def total(self, user: int) -> int:
         """The total number of events of `user` since the user was last unknown."""
-        with self._opened.begin("chunks") as transaction:
+        with self._begin("chunks") as transaction:
             return self._read(transaction.cursor(), prefix_of(user))[1]
 
     def users(self) -> int:
         """The number of users with a history."""
-        with self._opened.begin("meta") as transaction:
+        with self._begin("meta") as transaction:
             return int(transaction.get(b"users") or 0)
 
     def counts(self) -> dict[Source, Counts]:
@@ -121,10 +121,8 @@ class HistoryStore(MemoryStore):
     def cut(self) -> tuple[dict[Source, Counts], int]:
         """The counts and the number of waiting rows, from one snapshot."""
         found = {}
-        opened = self._opened
-        with opened.begin("meta") as transaction:
-            waiting = opened.databases.get("waiting")
-            waits = 0 if waiting is None else int(transaction.stat(waiting)["entries"])
+        with self._begin("meta") as transaction:
+            waits = 0 if self._waiting is None else int(transaction.stat(self._waiting)["entries"])
             cursor = transaction.cursor()
             if cursor.set_range(b"p:"):
                 for key, value in cursor:
@@ -144,17 +142,17 @@ class HistoryStore(MemoryStore):
 
     def extra(self, name: str) -> bytes | None:
         """The value that the last commit stored for extra `name`; None if there is none."""
-        with self._opened.begin("meta") as transaction:
+        with self._begin("meta") as transaction:
             return None if (value := transaction.get(b"x:" + name.encode())) is None else bytes(value)
 
     def extra_of_each(self, names: Sequence[str]) -> list[bytes | None]:
         """The values of n extras, from one snapshot; see `extra`."""
-        with self._opened.begin("meta") as transaction:
+        with self._begin("meta") as transaction:
             return [None if (one := transaction.get(b"x:" + name.encode())) is None else bytes(one) for name in names]
 
     def extras(self, prefix: str, start: str, limit: int) -> list[tuple[str, bytes]]:
         """The first `limit` extras whose names begin with `prefix`, from the name `start` on."""
-        with self._opened.begin("meta") as transaction:
+        with self._begin("meta") as transaction:
             found = keys_with(transaction.cursor(), f"x:{prefix}".encode(), f"x:{start or prefix}".encode(), limit)
         return [(key[2:].decode(), value) for key, value in found]
 
@@ -165,13 +163,13 @@ class HistoryStore(MemoryStore):
     def waiting(self) -> Iterator[tuple[bytes, bytes]]:
         """The waiting rows in the order of their keys, from one snapshot."""
         if self._waiting is not None:
-            with self._opened.begin("waiting") as transaction:
+            with self._begin("waiting") as transaction:
                 for key, value in transaction.cursor():
                     yield bytes(key), bytes(value)
 
     def waiting_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """The waiting rows under `keys`; None for a key without one."""
-        with self._opened.begin("waiting") as transaction:
+        with self._begin("waiting") as transaction:
             return [None if (value := transaction.get(key)) is None else bytes(value) for key in keys]
 
     def commit(
@@ -232,14 +230,13 @@ class HistoryStore(MemoryStore):
 
     def ends(self, start: int, limit: int) -> Ends:
         """The newest and the oldest event of up to `limit` users from user `start` on, from one snapshot."""
-        with self._opened.begin("chunks") as transaction:
+        with self._begin("chunks") as transaction:
             return ageing.ends(transaction.cursor(), start, limit)
 
     def chunk_bytes(self) -> tuple[int, int]:
         """The size of the pages in use by events, and of the pages in use by everything else, without free pages."""
-        opened = self._opened
-        with opened.env.begin() as transaction:
-            sizes = {name: pages_bytes({**transaction.stat(one)}) for name, one in opened.databases.items()}
+        with self._env.begin() as transaction:
+            sizes = {name: pages_bytes({**transaction.stat(one)}) for name, one in self._databases.items()}
         return sizes["chunks"], sum(sizes.values()) - sizes["chunks"]
 
     def sweep(self, aged: Sequence[int], is_old: IsOld, evicted: Sequence[int] = ()) -> Removed:
@@ -256,13 +253,13 @@ class HistoryStore(MemoryStore):
 
     def digest(self) -> str:
         """SHA-256 over the last N events of every user, by user: equal histories, equal digests."""
-        with self._opened.begin("chunks") as transaction:
+        with self._begin("chunks") as transaction:
             reader = transaction.cursor()
             return chunks.digest((prefix, self._read(reader, prefix)[0]) for prefix, _ in by_user(transaction.cursor()))
 
     def users_below(self, events: int) -> int:
         """How many users have a total of fewer than `events` events since they were last unknown."""
-        with self._opened.begin("chunks") as transaction:
+        with self._begin("chunks") as transaction:
             return sum(chunks.total_of(theirs) < events for _, theirs in by_user(transaction.cursor()))
 
     def copy_to(self, path: Path) -> None:

@@ -38,7 +38,7 @@ from safetensors.numpy import save as save_tensors
 
 from state.churn.weights import PREFIX as CHURN
 from state.churn.weights import STORED
-from state.disk.compact_store import CompactStore
+from state.disk.lmdb_store import LmdbStore
 from state.errors import StoreError, UnknownVersion
 from state.features.erased import Erased
 from state.process import killpoints
@@ -402,7 +402,7 @@ def _lanes(cursor: lmdb.Cursor) -> Iterator[int]:
         found = cursor.set_range(bytes([lane << 3 | OWN]) + b"\xff" * 21)
 
 
-class RowStore(CompactStore):
+class RowStore(LmdbStore):
     """The store; one process writes (one thread of it), any number of processes read.
 
     Args:

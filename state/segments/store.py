@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 
 import lmdb
 
-from state.disk.compact_store import CompactStore
+from state.disk.lmdb_store import LmdbStore
 from state.segments.record import Member, Membership
 
 _VALUE = struct.Struct(">qQ")
@@ -37,7 +37,7 @@ class SegmentsPlace:
     next: Mapping[int, int]
 
 
-class SegmentStore(CompactStore):
+class SegmentStore(LmdbStore):
     """Members by segment and pseudonym. One thread commits; any thread of any process may read.
 
     Args:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from state.disk.compact_store import CompactStore
+from state.disk.lmdb_store import LmdbStore
 from state.errors import StoreFull
 from state.features.erased import Erased
 from state.features.masked_users import MaskedUsers
@@ -75,10 +75,10 @@ def test_a_store_that_has_no_room_for_its_copy_is_tried_again_and_a_registry_tha
 ) -> None:
     store = filled(tmp_path / "stream-0" / HISTORIES)
 
-    def full(store: CompactStore) -> None:
+    def full(store: LmdbStore) -> None:
         raise StoreFull("the disk is full", "free space")
 
-    monkeypatch.setattr(CompactStore, "compact", full)
+    monkeypatch.setattr(LmdbStore, "compact", full)
     assert take_up(store, tmp_path / "nowhere", erased(USER), PAGES_MS) == PAGES_MS / 1000
     assert len(store.read(USER)) == 0
     store.close()
