@@ -150,8 +150,8 @@ def with_histories(plan: ExactPlan, settings: Settings, line: LogLine, to: Manif
         LogError: The log cannot be read.
     """
     # Not at the top: they load the window kernel, which no other command needs.
+    from state.history.rewind import Since
     from state.history.rewinding import line_of, records
-    from state.history.since import Since
     from state.history.store import HistoryStore
 
     found = None

@@ -13,7 +13,7 @@ from deploy.serving.inputs import Asked
 from deploy.serving.loaded_version import LoadedVersion
 from state.features.arrays import Vector
 from state.features.mask import Mask
-from state.rows.served import Served
+from state.rows.reader import Served
 
 STEEPEST_LOGIT = 60.0
 """Logits are clipped to this magnitude; beyond it a float64 probability is 0 or 1, and `exp` may overflow."""

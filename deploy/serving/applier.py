@@ -56,10 +56,10 @@ from state.errors import (
 )
 from state.events.identity import fingerprint_at, load_salt
 from state.features.spec import FeatureSpec
-from state.history import opening
 from state.history.actions import ACTIONS, numbered
 from state.history.appends import Appends
 from state.history.forgetting import PAGES_MS
+from state.history.store import open_or_replace
 from state.layout import ATTRIBUTES, CURRENT, EXPOSURES, GAPS, PROGRAMS, ROWS
 from state.log import KERNELS, KafkaLog, Log, LogWriter, Reader, Topics
 from state.log.accepted_gaps import Journal
@@ -323,7 +323,7 @@ class Applier:
         folder = settings.serving_dir
         self._rows = HostRows(settings, self.metrics, now_ms)
         # Kafka still has the micro-batches, and the registry the versions.
-        self._histories = opening.open_anew(settings, SERVING, folder)
+        self._histories = open_or_replace(settings, SERVING, folder)
         wanted = tables_of(settings.attributes)
         self._attributes = (
             AttributesFollower(settings, folder / ATTRIBUTES, self.metrics, self._room()) if wanted else None

@@ -36,7 +36,6 @@ from state.features.mask import Mask
 from state.features.spec import EVENT, Events, FeatureSpec
 from state.history.actions import renumbered
 from state.history.appends import Appends, events_of
-from state.history.followed import new_ranges
 from state.history.rewinding import OpenAt, line_of
 from state.history.store import HistoryStore
 from state.history.sweeping import Sweeper
@@ -45,7 +44,7 @@ from state.log.accepted_gaps import Accepted, left_out
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
-from state.microbatch.cutting import trim
+from state.microbatch.cutting import new_ranges, trim
 from state.microbatch.log_time import log_times
 from state.microbatch.masked import erased_rows
 from state.microbatch.row_kinds import happened

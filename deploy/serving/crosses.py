@@ -6,8 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.ranking.crosses import WIDTH, Crosses, Values, logits_of
-from state.rows.reader import RowReader
-from state.rows.served import Served
+from state.rows.reader import RowReader, Served
 
 F32 = NDArray[np.float32]
 

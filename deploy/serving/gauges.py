@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from state.metrics import ApplierMetrics
 from state.registry.control import Control
-from state.rows.served import Served
+from state.rows.reader import Served
 
 
 def show_control(control: Control, metrics: ApplierMetrics) -> None:

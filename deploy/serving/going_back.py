@@ -6,7 +6,7 @@ import json
 
 from deploy.serving.notes import CLOCK_EXTRA, SEEN, item_extra, item_value
 from state.features.mask import Mask
-from state.history.before import Before
+from state.history.rewind import Before
 from state.history.rewinding import OpenAt, WentBack, go_back
 from state.history.store import HistoryStore
 from state.microbatch.log_time import log_times

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from state.churn.weights import ChurnWeights
-from state.features.many import vectorise_many
 from state.features.mask import Mask
-from state.features.spec import Events, FeatureSpec
+from state.features.spec import Events, FeatureSpec, vectorise_many
 
 
 def leaving(

@@ -25,8 +25,7 @@ from state.errors import NotReady, SaltMismatch, UnknownModel
 from state.events.identity import Salt
 from state.ranking.transition_rows import from_stored
 from state.ranking.transitions import Lists
-from state.rows.reader import RowReader
-from state.rows.served import Served
+from state.rows.reader import RowReader, Served
 from state.rows.tables import AVERAGED_IDS, own_rows_of
 
 ROWS_REMEMBERED = 10_000

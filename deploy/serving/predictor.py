@@ -39,13 +39,11 @@ from deploy.serving.program import BATCHES
 from deploy.serving.version_features import FeaturesOf
 from state.events.identity import Salt, context_id, pseudonyms, public_id
 from state.features.arrays import Vector
-from state.features.many import vectorise_many
-from state.features.spec import EVENT, Events, FeatureSpec, Mask
+from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise_many
 from state.history.actions import exchanged
 from state.history.store import HistoryStore
 from state.ranking.crosses import Crosses
-from state.rows.reader import RowReader
-from state.rows.served import Served
+from state.rows.reader import RowReader, Served
 from state.rows.store import RowStore
 
 MOST_AT_ONCE = BATCHES[-1]

@@ -24,8 +24,7 @@ from deploy.serving.program import batch_of
 from deploy.serving.signatures import BY_ID, CONTEXT, NOW, RAW, Signature, Tensor, Tensors, require, signatures_of
 from state.errors import BadRequest, NotReady, UnknownModel
 from state.metrics import WorkerMetrics
-from state.rows.reader import RowReader
-from state.rows.served import Served
+from state.rows.reader import RowReader, Served
 
 STABLE, PREVIOUS, CANARY = "stable", "previous", "canary"
 MODEL = "profile"

@@ -366,7 +366,7 @@ class LmdbStore:
         what = f"{self.path} could not be {done} ({error}); nothing was changed"
         if _is_full(error, where or self.path):
             if where is None and memory_place.is_in_memory(self.path):
-                do = f"free memory, or start {self.writer} again: the store is on the disk if memory has no room"
+                do = f"free space in memory, or start {self.writer} again: the store is on the disk if memory has no room"
                 return StoreFull(f"{what}: memory is full", do)
             return StoreFull(what, "free space on its disk")
         return UnusableDisk(what, "look after its disk and its access rights, and start again")

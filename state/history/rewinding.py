@@ -19,13 +19,11 @@ from dataclasses import dataclass
 
 from state.errors import GapError, LogError, MicroBatchError
 from state.features.mask import Mask
-from state.history.before import Before
 from state.history.counts import Counts
-from state.history.rewind import Rewind
-from state.history.since import Since
+from state.history.rewind import Before, Rewind, Since
 from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, key_of, place_of
-from state.log import LogReader
+from state.log import LogReader, PartitionBatch
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
 from state.positions import Source
@@ -156,17 +154,40 @@ def _give_back(
     return sum(stored[source]["next"] - marks.get(source, stored[source]["first"]) for source in counted)
 
 
-def records(reader: LogReader, partition: int, first: int, end: int, line: LogLine) -> Iterator[MicroBatch]:
-    """The records of a branch with offsets in [`first`, `end`); unreadable records are skipped and logged.
+def read_to(reader: LogReader, partition: int, end: int, most: int, what: str) -> Iterator[list[PartitionBatch]]:
+    """Yields the records of each poll until the reader is at `end`.
+
+    Args:
+        reader: Of this partition.
+        partition: Its number.
+        end: An offset that the topic has reached.
+        most: The most records of a poll.
+        what: The name of the topic in a message.
 
     Raises:
         LogError: No record arrived for a minute, or the log cannot be read.
     """
-    reader.seek(partition, first)
     heard_s = time.monotonic()
     while (at := reader.position(partition)) < end:
-        for found in reader.poll(POLL_S, RECORDS):
-            heard_s = time.monotonic()
+        batches = reader.poll(POLL_S, most)
+        yield batches
+        heard_s = time.monotonic() if batches else heard_s
+        if time.monotonic() - heard_s > STALLED_S:
+            raise LogError(
+                f"{what} gave nothing for {STALLED_S:.0f} s at offset {at} of {end}: a transaction may still be open",
+                "try again",
+            )
+
+
+def records(reader: LogReader, partition: int, first: int, end: int, line: LogLine) -> Iterator[MicroBatch]:
+    """The records of a branch with offsets in [`first`, `end`); unreadable records are skipped and logged.
+
+    Raises:
+        LogError: As `read_to` does.
+    """
+    reader.seek(partition, first)
+    for batches in read_to(reader, partition, end, RECORDS, "the training log"):
+        for found in batches:
             for offset, value in zip(found.offsets.tolist(), found.values, strict=True):
                 try:
                     batch = decode(value or b"")
@@ -175,11 +196,6 @@ def records(reader: LogReader, partition: int, first: int, end: int, line: LogLi
                     continue
                 if offset < end and counts(line, batch.header.log_epoch, offset):
                     yield batch
-        if time.monotonic() - heard_s > STALLED_S:
-            raise LogError(
-                f"the training log gave nothing for {STALLED_S:.0f} s at offset {at} of {end}",
-                "a transaction may still be open: try again",
-            )
 
 
 def look_back(reader: LogReader, partition: int, end: int, line: LogLine, before: Before, reach_ms: int) -> None:

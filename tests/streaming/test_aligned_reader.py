@@ -8,8 +8,7 @@ from itertools import count
 import pytest
 
 from state.log import LogReader, MemoryLog
-from streaming.aligned_reader import AlignedReader
-from streaming.alignment import Reached
+from streaming.alignment import AlignedReader, Reached
 
 CLICKS = "clicks"
 SKEW_S = 30.0

@@ -19,8 +19,7 @@ from state.log import LogReader, MemoryLog, Topics
 from state.log.gaps import Consent, parse_allowance
 from state.positions import Range, Source
 from streaming import accounts
-from streaming.cut_back import FILLER, accept, fill, open_behind
-from streaming.leaders import Leaders
+from streaming.truncation import FILLER, Leaders, accept, fill, open_behind
 from tests.segments import cut_back
 from tests.streaming.pieces import ZERO
 from tests.streaming.streams import (

@@ -20,13 +20,11 @@ from state.features.erased import Erased
 from state.features.masked_users import MaskedUsers
 from state.features.spec import FeatureSpec
 from state.history.appends import Appends, events_of
-from state.history.followed import new_ranges
-from state.history.forgetting import forget
 from state.history.store import HistoryStore
 from state.history.waiting import RowFormat, key_of
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
-from state.microbatch.cutting import trim
+from state.microbatch.cutting import new_ranges, trim
 from state.microbatch.masked import erased_rows
 from state.microbatch.row_kinds import Kind, happened, trained
 from state.positions import SHARES, Range, Source
@@ -37,7 +35,7 @@ from streaming.cut import Cut, encode_cut, merge_all, merge_appends
 from streaming.event_clock import PREFIX, EventClock
 from streaming.labels import open_labels
 from streaming.profile import Profiler
-from streaming.rebuild_log import Waits
+from streaming.rebuild import Waits
 from streaming.rows import Rows
 from tests.streaming.test_attribution import NOTHING, Event, Resolved, by_hand
 
@@ -320,7 +318,7 @@ def test_what_an_erased_user_was_shown_waits_no_more_and_the_account_says_so(tmp
     assert (held.totals["opened"], held.totals["joined"], held.totals["dropped"]) == (3, 1, 1)
     assert (held.waiting_rows(), faults(held)) == (1, ())
     assert (len(held.read(7)), len(held.read(8))) == (0, 1)
-    forget(run.store, erased)
+    run.store.forget(erased)
     assert list(held.waiting()) == list(run.store.waiting())
     assert held.counts() == run.store.counts()
     held.close()

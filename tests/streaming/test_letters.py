@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from state.events.dead_letters import DeadLetter
-from streaming.letters import letter_headers
+from streaming.writer import letter_headers
 from tests.streaming.pieces import ZERO
 
 

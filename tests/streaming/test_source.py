@@ -25,7 +25,7 @@ from state.metrics import StreamMetrics
 from state.positions import Range, Source
 from streaming import pipeline
 from streaming.context import Handle, Step, StreamContext, opened
-from streaming.source import ClickReader, Lag, UntilStopped
+from streaming.steps import ClickReader, Lag, UntilStopped
 from tests.streaming.pieces import context_of
 
 TOPIC = "ab" * 16

@@ -17,8 +17,7 @@ from state.events.parser import Parser
 from state.log import PartitionBatch
 from streaming import pipeline
 from streaming.context import Handle, Step, StreamContext, opened
-from streaming.sample import ComputeWindows
-from streaming.sample_source import ReadSample
+from streaming.sample import ComputeWindows, ReadSample
 from streaming.steps import ParseEvents
 from tests.streaming.pieces import context_of
 

@@ -37,8 +37,7 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
-from state.rows.reader import RowReader
-from state.rows.served import Served
+from state.rows.reader import RowReader, Served
 from state.rows.store import RowStore
 
 MOST_LISTS = 256

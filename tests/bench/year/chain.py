@@ -28,8 +28,7 @@ from streaming.commit import Committer
 from streaming.context import Handle, StreamContext
 from streaming.cut import Cutter
 from streaming.open_shard import open_shard
-from streaming.source import ClickReader
-from streaming.steps import ParseEvents, UpdateProfiles
+from streaming.steps import ClickReader, ParseEvents, UpdateProfiles
 from trainer.compactor import compact, thin, tiers_of
 from trainer.engine.step import Trainer
 from trainer.learner import Learner

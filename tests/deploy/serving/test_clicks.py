@@ -17,13 +17,13 @@ from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA
 from state.errors import GapError, SaltMismatch, TruncatedLog
 from state.features.spec import FeatureSpec
 from state.history.appends import Appends, events_of
-from state.history.followed import new_ranges
 from state.history.store import HistoryStore
 from state.log import MemoryLog
 from state.log.accepted_gaps import Accepted, Journal
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import Header
 from state.microbatch.codec import encode
+from state.microbatch.cutting import new_ranges
 from state.positions import Gap, Range, Source
 
 MAP = 1 << 27

@@ -20,14 +20,14 @@ def test_full_memory_refuses_commits_and_the_disk_takes_over_at_the_next_start(t
         store = opened(link, memory)
         commit(store)
         in_memory = memory.fill()
-        with pytest.raises(StoreFull, match=r"memory is full .* free memory, or start the stream"):
+        with pytest.raises(StoreFull, match=r"memory is full; free space in memory, or start the stream"):
             commit(store, 1000, new=True)
         before = store.positions()[SOURCE]
         # A full disk takes it neither at the stop nor at the next start.
         on_disk = disk.fill()
         with pytest.raises(StoreFull, match="could not be saved on the disk"):
             store.close()
-        with pytest.raises(StoreError, match="free memory"):
+        with pytest.raises(StoreError, match="free space"):
             opened(link, memory)
         in_memory.unlink()
         again = opened(link, memory)

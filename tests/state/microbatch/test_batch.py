@@ -13,11 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.errors import MicroBatchError
-from state.history.followed import new_ranges
 from state.microbatch.batch import Header
 from state.microbatch.codec import decode, encode
 from state.microbatch.columns import LISTS, NAMES, SCALARS, SEQUENCES, SINCE_2
-from state.microbatch.cutting import gaps, split, trim
+from state.microbatch.cutting import gaps, new_ranges, split, trim
 from state.microbatch.row_kinds import Kind, counts, trained
 from state.positions import Range, Source, merge_ranges
 

@@ -17,16 +17,14 @@ from state.events.event_batch import EventBatch
 from state.features.spec import EVENT
 from state.history.appends import Appends
 from state.positions import SHARES, Range
-from streaming.distributed.bucket import BucketCore
-from streaming.distributed.buckets import Portion, decode, divide, encode, gathered
-from streaming.distributed.delta import Delta
-from streaming.distributed.delta import decode as delta_of
-from streaming.distributed.delta import encode as bytes_of
+from streaming.distributed.bucket import IDLE_S, BucketCore, Cache
+from streaming.distributed.bucket_store import Delta
+from streaming.distributed.bucket_store import decode as delta_of
+from streaming.distributed.bucket_store import encode as bytes_of
+from streaming.distributed.buckets import Portion, decode, divide, encode, gathered, pack, unpack
+from streaming.distributed.engine import FLINK, PRISM, beam_options, take_runner
 from streaming.distributed.handing_in import Account
-from streaming.distributed.keeping import IDLE_S, Cache
-from streaming.distributed.options import FLINK, PRISM, beam_options, take_runner
 from streaming.distributed.steps import of_source
-from streaming.distributed.wire import pack, unpack
 from streaming.event_clock import Moves, OffClock, Told, moves_of
 from tests.streaming.pieces import ONE, ZERO, piece
 
