@@ -331,6 +331,7 @@ class Learner:
         self.place: TrainingPlace
         self._faults: tuple[str, ...] = ()
         self._looked, self.caught_up, self.taken_ms = float("-inf"), False, 0
+        self._behind = False
 
     def enter(self, control: Control) -> None:
         """Becomes the trainer that `control` asks for: the newest version of its epoch, else its base, else from scratch.
@@ -406,7 +407,8 @@ class Learner:
                     return taken
             self.place = replace(self.place, next=batch.next)
             self.taken_ms = int(batch.timestamps_ms[-1:].max(initial=self.taken_ms))
-        if self._reader.lag().get(partition, 0) == 0:
+        self._behind = self._reader.lag().get(partition, 0) > 0
+        if not self._behind:
             if not self.caught_up:
                 self.caught_up = True
                 logger.info("epoch %d: caught up at offset %d", self.place.epoch, self.place.next)
@@ -501,11 +503,16 @@ class Learner:
     def _publish_if_due(self) -> None:
         try:
             self._settle()
-            if self._publications.due(self.place, self.control):
+            if self._publications.due(self.place, self.control, self._late_s):
                 self.publish()
         except WrongEpoch as refused:
             logger.info("%s", refused)
             self._looked = float("-inf")
+
+    @property
+    def _late_s(self) -> float:
+        """How long the last records that were taken had waited in the log, if others waited at the last poll."""
+        return max(0.0, self._clock() - self.taken_ms / 1000) if self._behind else 0.0
 
     def publish(self, last: bool = False) -> None:
         """Hands the changes to the publisher; the copy is made here, in the step thread. The `last` one is durable."""

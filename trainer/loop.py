@@ -397,7 +397,8 @@ def prepare(
         from trainer.beginning import beginning_of
         from trainer.engine.making import trainer_of
         from trainer.learner import Learner
-        from trainer.versions.program import build, preprocessing_of
+        from trainer.versions import checkpoint
+        from trainer.versions.program import preprocessing_of, program_of
 
         # Threads are fixed before the first operation, which loading the graph is.
         device.prepare(settings.trainer.device, settings.trainer.threads)
@@ -407,7 +408,10 @@ def prepare(
         trainer = trainer_of(settings, spec, preprocessing_of(registry.transform(name)))
         go_on_in_this_release(registry, settings, spec, trainer)
         phases.enter(PROGRAM)
-        program = registry.add_program(build(trainer.model))
+        # Custom code may have changed without a sign in the environment.
+        version = None if is_own(settings.model) else version_to_go_on_from(registry)
+        environment = checkpoint.environment(settings, trainer.device, trainer.engine.name)
+        program = program_of(registry, version, spec.digest, environment, trainer.model)
     logger.info("program %s ready on %s", program[:12], trainer.device)
     device.show(trainer.device, metrics)
     # 4.

@@ -31,6 +31,9 @@ from trainer.versions.content import Array
 from trainer.versions.draft import Drafter
 from trainer.versions.publisher import Publisher, Saving
 
+LATE_PACES = 5
+"""Intervals between two versions where learning is late."""
+
 
 class ProbedRanker:
     """Answers the probe with the current weights; only the step thread may call it.
@@ -96,12 +99,21 @@ class Publications:
         """At the beginning of an epoch, or after a start: the first version is due a pace later, and durable."""
         self._last_s, self._saved_s = self._elapsed(), float("-inf")
 
-    def due(self, place: TrainingPlace, control: Control) -> bool:
-        """Whether a version, or a durable one, is due now."""
+    def due(self, place: TrainingPlace, control: Control, late_s: float = 0.0) -> bool:
+        """Whether a version, or a durable one, is due now.
+
+        Each version costs the trainer and every serving host time, whatever it learned. Where learning is late, versions
+        are therefore as far apart as it is late, up to `LATE_PACES` times the usual interval.
+
+        Args:
+            place: The trainer's position.
+            control: The generation that it learns under.
+            late_s: How long the last record that was taken had waited in the log.
+        """
         if not (place.changed or place.unsaved) or not control.publishing or self.busy or not self._updates.passes:
             return False
-        now_s = self._elapsed()
-        return now_s - self._last_s >= self._pace_s and (place.changed or now_s - self._saved_s >= self._durable_s)
+        now_s, pace_s = self._elapsed(), min(max(late_s, self._pace_s), LATE_PACES * self._pace_s)
+        return now_s - self._last_s >= pace_s and (place.changed or now_s - self._saved_s >= self._durable_s)
 
     def settle(self, wait: bool = False) -> Manifest | None:
         """The version that has been published since the last call; see `Publisher.settle`.

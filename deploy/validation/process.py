@@ -14,6 +14,7 @@ records are counted, chosen by a hash of the record's offset.
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -64,6 +65,8 @@ KINDS = (
 )
 """The kinds of anomalies that `state/statistics/anomalies.py` can find."""
 FETCH_S = 0.5
+BACKGROUND = 10
+"""Added to the niceness of the process."""
 RETRY_S = 1.0
 RECORDS_AT_ONCE = 64
 LOOK_BACK_WINDOWS = 2
@@ -403,6 +406,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(settings: Settings, stop: threading.Event) -> None:
+    # On a busy machine the stream, the trainer and serving come first.
+    os.nice(BACKGROUND)
     with (
         DirectoryLock(settings.validation_dir),
         served(settings.validation.metrics_port, settings.metrics.host) as registry,

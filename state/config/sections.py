@@ -419,11 +419,11 @@ class TrainerSettings:
         help="Engine that computes a step; auto uses compiled loops for the default ranker on a CPU, and TensorFlow otherwise.",
     )
     rows_per_update: int = setting(
-        384,
+        512,
         "rows",
         least=0,
         most=65536,
-        help="Number of rows between updates of all weights and rows; 0: one update per micro-batch.",
+        help="Rows of one update of all weights and rows, about: a micro-batch is learned in equal updates; 0: in one.",
     )
     publish_s: float = setting(
         0.2,

@@ -574,10 +574,9 @@ class RowStore(LmdbStore):
         lane, rows = self._left[0]
         tables, ids = rows[:, :at_most].tolist()
         with self._write() as transaction:
-            floor = 0
+            floor, cursor, branches = 0, transaction.cursor(self._rows), retained.get(lane, ())
             for table, identity in zip(tables, ids, strict=True):
-                start = stem(lane, table, identity)
-                floor = max(floor, sweep_row(transaction, self._rows, start, retained.get(lane, ())))
+                floor = max(floor, sweep_row(cursor, stem(lane, table, identity), branches))
             floors = self._floors(transaction)
             if floor > floors.get(str(lane), 0):
                 self._put_floors(transaction, {**floors, str(lane): floor})

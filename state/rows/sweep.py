@@ -83,19 +83,18 @@ def needed(versions: Sequence[int], branches: Iterable[Branch]) -> set[int]:
     return kept
 
 
-def sweep_row(transaction: lmdb.Transaction, rows: lmdb._Database, start: bytes, branches: Sequence[Branch]) -> int:
+def sweep_row(cursor: lmdb.Cursor, start: bytes, branches: Sequence[Branch]) -> int:
     """Deletes the entries of one row that no version reads.
 
     Args:
-        transaction: A write transaction.
-        rows: The database of rows.
+        cursor: Of the database of rows, in a write transaction.
         start: Prefix of the keys of the row.
         branches: Branches of the versions that are retained in its lane.
 
     Returns:
         The newest tombstone that was dropped: no version up to it may be applied to this lane again. 0 if none was.
     """
-    cursor, size = transaction.cursor(rows), len(start)
+    size = len(start)
     entries: list[tuple[int, bool]] = []
     found = cursor.set_range(start)
     while found and (key := bytes(cursor.key()))[:size] == start:
@@ -111,8 +110,8 @@ def sweep_row(transaction: lmdb.Transaction, rows: lmdb._Database, start: bytes,
             floor = max(floor, version)
             kept.discard(version)
     for version, _ in entries:
-        if version not in kept:
-            transaction.delete(start + u64(TOP - version), db=rows)
+        if version not in kept and cursor.set_key(start + u64(TOP - version)):
+            cursor.delete()
     return floor
 
 

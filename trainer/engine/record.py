@@ -225,10 +225,11 @@ def joined_records(records: Sequence[Record]) -> Record:
 
 
 def parts(batch: MicroBatch, crosses: U64, size: int) -> Iterator[tuple[MicroBatch, U64]]:
-    """Splits the batch and its crosses into parts of `size` rows."""
-    if size >= len(batch):
+    """Splits the batch and its crosses into equal parts of about `size` rows: as many as `size` fits in, rounded."""
+    count = max(1, (2 * len(batch) + size) // (2 * size))
+    if count == 1:
         yield batch, crosses
         return
-    for begin in range(0, len(batch), size):
-        part = slice(begin, begin + size)
+    for number in range(count):
+        part = slice(number * len(batch) // count, (number + 1) * len(batch) // count)
         yield batch.rows(part), crosses[part]

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from state.errors import ProgramError
+from state.errors import CorruptVersion, ProgramError
 from state.lowering import TOLERANCE, argument, difference, lower_saved_model
+from state.registry.manifest import Manifest
+from state.registry.registry import Registry
 from trainer.model.default_ranker import DefaultRanker
 from trainer.model.ranker import Ranker
 
@@ -159,6 +161,31 @@ def build(ranker: Ranker) -> bytes:
     content = lower(ranker)
     check_parity(content, ranker, sample(ranker))
     return content
+
+
+def program_of(
+    registry: Registry, version: Manifest | None, spec: str, environment: Mapping[str, str], ranker: Ranker
+) -> str:
+    """The name of the ranker's program in the registry.
+
+    Lowering takes seconds of each start. So the program of `version` is used again if that version was trained with this
+    feature spec and in this environment, and if the program still computes the ranker's outputs.
+
+    Args:
+        registry: Where the program is stored.
+        version: The version that training continues from; None lowers in any case.
+        spec: Digest of the feature spec.
+        environment: As a manifest has it.
+        ranker: The model.
+
+    Raises:
+        ProgramError: The model does not lower, or the outputs of program and model differ.
+    """
+    if version is not None and (version.spec, version.environment) == (spec, environment):
+        with suppress(ProgramError, CorruptVersion):
+            check_parity(registry.program(version.program), ranker, sample(ranker))
+            return version.program
+    return registry.add_program(build(ranker))
 
 
 @contextmanager

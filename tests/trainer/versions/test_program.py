@@ -11,11 +11,15 @@ import tensorflow as tf
 from state.config.sections import Model as ModelSettings
 from state.errors import ProgramError
 from state.features.spec import FeatureSpec
+from state.registry.control import start
+from state.registry.manifest import Draft, LogRange, Manifest
+from state.registry.registry import Registry
 from trainer.model.default_ranker import DefaultRanker
 from trainer.model.tower import DenseTower
-from trainer.versions.program import Program, build, check_parity, lower, preprocessing_of, sample
+from trainer.versions.program import Program, build, check_parity, lower, preprocessing_of, program_of, sample
 
 SMALL = ModelSettings(dim=8, hidden=(16, 8), popular=4)
+ENVIRONMENT = {"tensorflow": "2.21.0"}
 
 
 class Rounding(DenseTower):
@@ -89,3 +93,20 @@ def test_a_saved_transform_is_part_of_the_program(tmp_path: Path) -> None:
     tf.saved_model.save(Transform(), str(tmp_path / "transform_fn"))
     model = DefaultRanker(SMALL, FeatureSpec(), preprocessing_of(tmp_path))
     assert check_parity(lower(model), model, sample(model)) < 1e-5
+
+
+def test_the_program_of_the_newest_version_is_used_again_only_if_it_computes_the_models_outputs(tmp_path: Path) -> None:
+    registry, model = Registry(tmp_path), DefaultRanker(SMALL, FeatureSpec())
+    other = build(DefaultRanker(SMALL, FeatureSpec(), lambda x: x))
+
+    def version(program: str) -> Manifest:
+        draft = Draft("base", 1, None, LogRange(), (), 1, 1, 5, 4, "spec", program, "salt", environment=ENVIRONMENT)
+        return registry.publish(draft, {})
+
+    registry.propose(start(actor="anna", reason="a test", now_ms=1))
+    made = program_of(registry, version(registry.add_program(other)), "spec", ENVIRONMENT, model)
+    check_parity(registry.program(made), model, sample(model))
+    # A comment at the end makes the bytes differ from what lowering gives.
+    marked = registry.add_program(registry.program(made) + b"older")
+    assert program_of(registry, version(marked), "spec", ENVIRONMENT, model) == marked
+    assert program_of(registry, version(marked), "spec", {"tensorflow": "other"}, model) == made
