@@ -19,7 +19,9 @@ from tensorflow_metadata.proto.v0.statistics_pb2 import (
     Histogram,
 )
 
-from state.statistics.collecting import ACTION, DELAY, FEATURES, ITEM, LABEL, Categorical, Numeric, Statistics, median
+from state.statistics.categorical import Categorical
+from state.statistics.collecting import ACTION, DELAY, FEATURES, ITEM, LABEL, Statistics
+from state.statistics.numeric import Numeric, median
 
 MOST_VALUES = 2000
 MOST_ITEMS = 100
@@ -28,6 +30,10 @@ TOP_VALUES = 10
 
 def dataset(statistics: Statistics, name: str) -> DatasetFeatureStatistics:
     """Converts the statistics to one dataset of TensorFlow Data Validation.
+
+    Args:
+        statistics: The statistics.
+        name: Name of the dataset.
 
     >>> made = dataset(Statistics(("view",), ()), "none")
     >>> made.name, made.num_examples, [one.path.step[0] for one in made.features]
