@@ -27,8 +27,7 @@ import numpy as np
 import orjson
 
 from deploy.operate.options import SETTINGS_HELP
-from deploy.replaying.progress import Progress
-from deploy.replaying.sender import LARGEST_VALUE, Outbox, Piece, rows_within
+from deploy.replaying.sender import LARGEST_VALUE, Outbox, Piece, Progress, rows_within
 from state.attributes.values import SIDES, AttributeTable, id_of, tables_of
 from state.config.loading import load
 from state.config.settings import Settings
@@ -38,8 +37,7 @@ from state.log import Topics, topic_plan
 from state.process.closed_output import while_read
 from state.process.ending import stop_on_signals
 from state.process.wall_clock import wall_ms
-from state.recordings.files import Recording, find
-from state.recordings.options import add_format_arguments
+from state.recordings.files import Recording, add_format_arguments, find
 from state.recordings.rows import RecordedRows, shown_reasons
 
 Record = tuple[bytes, bytes]

@@ -114,7 +114,7 @@ PROCESSES = {
         "Continue from the learned state with another model, preprocessing or feature spec; --dry-run shows what is carried over.",
     ),
     "capacity": (
-        "deploy.capacity.command",
+        "deploy.capacity",
         "Report the resources that a deployment needs for a number of clicks, users and answers, and the limit it reaches first.",
     ),
     "bootstrap": (

@@ -29,7 +29,7 @@ import numpy as np
 
 from deploy.operate.options import SETTINGS_HELP
 from deploy.replaying.sender import Outbox, Piece
-from deploy.serving.edge.tokens import READ, are_wanted, tokens_in
+from deploy.serving.requests.access import READ, are_wanted, tokens_in
 from deploy.watch.address import serving_address
 from springtide_client import Client, ClientError, Profile, Refused, Retries
 from state.config.loading import load

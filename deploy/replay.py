@@ -4,20 +4,11 @@
     python -m deploy.replay --synthetic [--rate N] [--limit N] [--speed X] [--seed N]
     python -m deploy.replay --burst USER CATEGORY N
 
-`state.recordings.files` reads files and `deploy.replaying.command` sends them. `main` gives the
-synthetic shoppers' clicks a time and sends them.
+Before Kafka is contacted, the files and the mapping are checked. The command reports which rows the
+stream will refuse, why, and by which setting. It stops if no row is a click.
 
-Each shopper has a taste: a vector of weights over the categories. A few favourites have nearly all
-of the weight, the strongest first.
-
-1. A shopper shops in sessions: consecutive clicks stay near one category with probability `STAY`.
-2. Otherwise the category is drawn from the shopper's taste or, with probability `WANDER`, from the
-   overall popularity (Zipf).
-3. The taste drifts: its focus moves from one favourite to the next, once in `drift_s` on average. A
-   fifth of the moves jump to a new category.
-4. Items belong to categories. Within a category their popularity is Zipf too.
-
-The clicks are deterministic: they depend only on the seed and the order of calls.
+`replay --dry-run` sends nothing and needs no Kafka. It reports counts, the refused rows by reason
+and line, and the first events.
 """
 
 from __future__ import annotations
@@ -27,348 +18,36 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-
-import numpy as np
-import numpy.typing as npt
-import orjson
+from contextlib import ExitStack
+from typing import Any, TextIO
 
 from deploy.operate.options import SETTINGS_HELP
 from deploy.replaying.clock import MAX, parse_speed
-from deploy.replaying.command import add_arguments, run
-from state.compiled import compiled
+from deploy.replaying.journal import ReplayJournal, folder_of, key_of
+from deploy.replaying.recording import (
+    NAMED_LINES,
+    Findings,
+    Options,
+    Outcome,
+    RecordingSource,
+    Replay,
+    check,
+    try_out,
+)
+from deploy.replaying.sender import Outbox, Progress
+from deploy.replaying.shoppers import Clicks, Pace, ShopperCrowd, burst, encode, let_click
 from state.config.loading import load
-from state.config.sections import Events
 from state.config.settings import Settings
 from state.config.sources import split_settings
-from state.errors import SettingsError, SpringtideError
-from state.log import BulkWriter, Topics, append_encoded, partition_of, topic_plan
+from state.disk.lock import DirectoryLock
+from state.errors import LogError, SettingsError, SpringtideError
+from state.log import Topics, topic_plan
 from state.process.closed_output import while_read
 from state.process.ending import stop_on_signals
 from state.process.wall_clock import wall_ms
-from state.recordings.options import as_settings
-
-FAVOURITES = 4
-STAY = 0.55
-WANDER = 0.1
-JUMP = 0.2
-# Shares of the first four actions; further ones share the last.
-ACTION_SHARES = (0.80, 0.07, 0.09, 0.04)
-POPULARITY = 1.0
-FOCUS_WEIGHTS = np.array([0.70, 0.18, 0.08, 0.04])
-
-I64 = npt.NDArray[np.int64]
-F64 = npt.NDArray[np.float64]
-SLICE_S = 0.1
-MOST_PER_SLICE = 20_000
-
-
-@dataclass(frozen=True)
-class Clicks:
-    """n clicks in order of time.
-
-    Attributes:
-        users: n raw ids, as a shop would write them.
-        items: n ids.
-        categories: n names.
-        actions: n names.
-        at_ms: `[n]` int64, ascending.
-    """
-
-    users: Sequence[str]
-    items: Sequence[str]
-    categories: Sequence[str]
-    actions: Sequence[str]
-    at_ms: I64
-
-    def __len__(self) -> int:
-        return len(self.users)
-
-
-def zipf(n: int, exponent: float = POPULARITY) -> F64:
-    """`[n]` float64 probabilities that fall with the rank.
-
-    >>> zipf(3).round(3).tolist()
-    [0.545, 0.273, 0.182]
-    """
-    weights = np.arange(1, n + 1, dtype=np.float64) ** -exponent
-    return np.asarray(weights / weights.sum())
-
-
-def action_shares(n: int) -> F64:
-    """`[n]` float64: how often each of n actions happens.
-
-    >>> action_shares(2).round(2).tolist(), len(action_shares(6))
-    ([0.92, 0.08], 6)
-    """
-    shares = np.array((ACTION_SHARES + (ACTION_SHARES[-1] / 2,) * n)[:n])
-    return np.asarray(shares / shares.sum())
-
-
-@compiled(
-    "i8[::1], i8[::1], f8[::1], i8[::1], i8[::1], bool[::1], i8[::1], f8[::1], i8[:, ::1], i8[::1], f8[::1], i8[::1]"
-)
-def walk(
-    users: I64,
-    at_ms: I64,
-    chance: F64,
-    wandering: I64,
-    focus: I64,
-    jumps: npt.NDArray[np.bool_],
-    fresh: I64,
-    waits_ms: F64,
-    favourites: I64,
-    session: I64,
-    next_move_ms: F64,
-    out: I64,
-) -> None:
-    """Chooses categories click after click: each depends on the shopper's last one.
-
-    Args:
-        users: `[n]` int64, who clicks.
-        at_ms: `[n]` int64, when.
-        chance: `[n]` float64 in [0, 1): stay, wander or follow the taste.
-        wandering: `[n]` int64, the category if the shopper wanders.
-        focus: `[n]` int64, which favourite it is if the shopper follows the taste.
-        jumps: `[n]` bool, whether a move of the taste finds a new category.
-        fresh: `[n]` int64, that new category.
-        waits_ms: `[n]` float64, time until the taste's next move.
-        favourites: `[users, FAVOURITES]` int64, the strongest first; changed.
-        session: `[users]` int64, category of the last click; changed.
-        next_move_ms: `[users]` float64, when each taste moves; changed.
-        out: `[n]` int64, filled with the categories.
-    """
-    for row in range(len(users)):
-        user = users[row]
-        if at_ms[row] >= next_move_ms[user]:
-            # The old focus becomes the weakest favourite, or is forgotten.
-            old = favourites[user, 0]
-            for rank in range(favourites.shape[1] - 1):
-                favourites[user, rank] = favourites[user, rank + 1]
-            favourites[user, -1] = old
-            if jumps[row]:
-                favourites[user, 0] = fresh[row]
-            next_move_ms[user] = at_ms[row] + waits_ms[row]
-            session[user] = favourites[user, 0]
-        if chance[row] < STAY:
-            out[row] = session[user]
-        elif chance[row] < STAY + WANDER:
-            out[row] = wandering[row]
-        else:
-            session[user] = favourites[user, focus[row]]
-            out[row] = session[user]
-
-
-def encode(clicks: Clicks, events: Events) -> tuple[list[bytes], list[bytes]]:
-    """Keys and JSON values of clicks, with the field names of the settings.
-
-    >>> clicks = Clicks(["ada"], ["i"], ["c"], ["view"], np.array([5]))
-    >>> encode(clicks, Events())
-    ([b'ada'], [b'{"user":"ada","item":"i","category":"c","action":"view","time":5}'])
-    """
-    names = (events.user, events.item, events.category, events.action, events.time)
-    unit = 1 if events.time_unit in ("auto", "ms") else 1000
-    times: list[object] = (clicks.at_ms // unit if unit > 1 else clicks.at_ms).tolist()
-    if events.time_unit == "iso":
-        times = [f"{time}Z" for time in clicks.at_ms.astype("datetime64[ms]").astype(str).tolist()]
-    rows = zip(clicks.users, clicks.items, clicks.categories, clicks.actions, times, strict=True)
-    values = [orjson.dumps(dict(zip(names, row, strict=True))) for row in rows]
-    return [user.encode() for user in clicks.users], values
-
-
-class ShopperCrowd:
-    """A crowd of shoppers with a clock of its own."""
-
-    def __init__(
-        self,
-        users: int,
-        categories: int,
-        items: int,
-        drift_s: float,
-        rate: float,
-        seed: int,
-        start_ms: int,
-        actions: Sequence[str],
-    ) -> None:
-        """Gives each shopper a taste.
-
-        Args:
-            users: How many shoppers.
-            categories: How many categories.
-            items: How many items, at least one per category.
-            drift_s: Seconds after which a taste has moved on, on average.
-            rate: Clicks per second of them all; sets their clock's pace.
-            seed: Of every choice.
-            start_ms: Their clock at the first click, Unix ms.
-            actions: Names, the most frequent first.
-        """
-        self._random = np.random.default_rng(seed)
-        self._start_ms = start_ms
-        self._made = 0
-        self._step_ms = 1000.0 / rate if rate > 0 else 1.0
-        self._drift_ms = drift_s * 1000.0
-        self._popular = np.cumsum(zipf(categories))
-        # The popular categories are not the first by name.
-        order = self._random.permutation(categories)
-        self._favourites = order[self._draw(self._popular, users * FAVOURITES)].reshape(users, FAVOURITES)
-        self._order = order
-        self._session = self._favourites[:, 0].copy()
-        self._next_move_ms = start_ms + self._random.exponential(self._drift_ms, users)
-        self._per_category = max(1, items // categories)
-        self._item_ranks = np.cumsum(zipf(self._per_category))
-        self._activity = np.cumsum(zipf(users, 0.6))
-        self._shares = np.cumsum(action_shares(len(actions)))
-        self._actions = np.array(actions, dtype=object)
-        self._user_names = np.array([f"shopper-{number}" for number in range(users)], dtype=object)
-        self._category_names = np.array([f"category-{number:02d}" for number in range(categories)], dtype=object)
-        self._item_names = np.array(
-            [f"item-{category:02d}-{rank:03d}" for category in range(categories) for rank in range(self._per_category)],
-            dtype=object,
-        )
-
-    @classmethod
-    def from_settings(cls, settings: Settings, seed: int | None, rate: float, start_ms: int) -> ShopperCrowd:
-        """The shoppers of the section [shoppers]."""
-        wanted = settings.shoppers
-        return cls(
-            users=wanted.users,
-            categories=wanted.categories,
-            items=wanted.items,
-            drift_s=wanted.drift_s,
-            rate=rate,
-            seed=wanted.seed if seed is None else seed,
-            start_ms=start_ms,
-            actions=settings.events.actions,
-        )
-
-    def click(self, n: int) -> Clicks:
-        """The next n clicks; the clock advances by n / rate seconds."""
-        at_ms = self._start_ms + ((self._made + np.arange(1, n + 1)) * self._step_ms).astype(np.int64)
-        self._made += n
-        users = self._draw(self._activity, n)
-        chance = self._random.random(n)
-        wandering = self._order[self._draw(self._popular, n)]
-        focus = self._draw(np.cumsum(FOCUS_WEIGHTS), n)
-        jumps = self._random.random(n) < JUMP
-        fresh = self._order[self._random.integers(0, len(self._order), n)]
-        waits_ms = self._random.exponential(self._drift_ms, n)
-        categories = np.empty(n, np.int64)
-        walk(
-            users,
-            at_ms,
-            chance,
-            wandering,
-            focus,
-            jumps,
-            fresh,
-            waits_ms,
-            self._favourites,
-            self._session,
-            self._next_move_ms,
-            categories,
-        )
-        ranks = self._draw(self._item_ranks, n)
-        actions = self._draw(self._shares, n)
-        return Clicks(
-            users=self._user_names[users].tolist(),
-            items=self._item_names[categories * self._per_category + ranks].tolist(),
-            categories=self._category_names[categories].tolist(),
-            actions=self._actions[actions].tolist(),
-            at_ms=at_ms,
-        )
-
-    def _draw(self, cumulative: F64, n: int) -> I64:
-        """`[n]` ranks drawn from cumulative probabilities."""
-        drawn = np.searchsorted(cumulative, self._random.random(n), side="right")
-        return np.minimum(drawn, len(cumulative) - 1)
-
-
-class Sender:
-    """Sends clicks to the clicks topic, each user's in the partition of his key."""
-
-    def __init__(self, settings: Settings) -> None:
-        """Connects.
-
-        Raises:
-            UnreachableBroker: no broker answered in time.
-            UnknownTopic: the clicks topic does not exist.
-        """
-        self._events: Events = settings.events
-        self._bulk = BulkWriter(settings.kafka, settings.kafka.clicks_topic)
-        self._partitions: dict[bytes, int] = {}
-
-    def send(self, clicks: Clicks) -> None:
-        """Sends clicks and returns when all are acknowledged.
-
-        Kafka's timestamp of each is its own time.
-        """
-        if not len(clicks):
-            return
-        keys, values = encode(clicks, self._events)
-        known = self._partitions
-        for key in set(keys).difference(known):
-            known[key] = partition_of(key, self._bulk.partitions)
-        append_encoded(self._bulk, keys, values, clicks.at_ms, [known[key] for key in keys])
-
-    def burst(self, user: str, category: str, count: int, at_ms: int, action: str = "") -> None:
-        """Sends `count` clicks of one user in one category, one millisecond apart, the last at `at_ms`."""
-        self.send(
-            Clicks(
-                users=[user] * count,
-                items=[f"{category}-burst-{number % 10}" for number in range(count)],
-                categories=[category] * count,
-                actions=[action or self._events.actions[0]] * count,
-                at_ms=np.arange(at_ms - count + 1, at_ms + 1, dtype=np.int64),
-            )
-        )
-
-    def close(self) -> None:
-        """Closes the connections."""
-        self._bulk.close()
-
-    def __enter__(self) -> Sender:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def replay(
-    shoppers: ShopperCrowd,
-    send: Callable[[Clicks], None],
-    rate: float,
-    limit: int | None,
-    speed: float,
-    stopped: threading.Event,
-    wall_s: Callable[[], float] = time.time,
-    head_start_s: float = 0.0,
-) -> int:
-    """Lets the shoppers click until `stopped` or `limit`; returns the number of clicks sent.
-
-    Every tenth of a second all clicks that are due go out together. A sender
-    that cannot keep up falls behind in wall time, never in order.
-
-    Args:
-        shoppers: Whose clicks; their clock starts at `wall_s()`, less the head start.
-        send: Takes clicks and returns when they are acknowledged.
-        rate: Clicks per second of the shoppers' clock; 0: as fast as `send` accepts them.
-        limit: So many clicks in all; None for no end.
-        speed: Seconds of the shoppers' clock per second of the wall's.
-        stopped: Ends the replay between two slices.
-        wall_s: Unix time, seconds.
-        head_start_s: How long the shoppers have been clicking already; those clicks are due at once.
-    """
-    started_s = wall_s() - head_start_s
-    sent = 0
-    while not stopped.is_set() and (limit is None or sent < limit):
-        due = MOST_PER_SLICE if rate <= 0 else int((wall_s() - started_s) * speed * rate) - sent
-        due = min(due, MOST_PER_SLICE, sys.maxsize if limit is None else limit - sent)
-        if due > 0:
-            send(shoppers.click(due))
-            sent += due
-        if rate > 0 and due < MOST_PER_SLICE:
-            stopped.wait(SLICE_S)
-    return sent
+from state.recordings.crowd import as_utc
+from state.recordings.files import add_file_arguments, as_settings, chosen, digest
+from state.recordings.rows import NO_TIME, mapped_fields, shown_reasons
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -417,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise SettingsError("--dry-run is of files", "name them")
         settings = load([*flags, *as_settings(options)])
         if options.files:
-            run(options, settings, stopped)
+            send_files(options, settings, stopped)
         else:
             with Topics(settings.kafka) as topics:
                 topics.ensure(*topic_plan.clicks(settings))
@@ -434,10 +113,14 @@ def make_clicks(options: argparse.Namespace, settings: Settings, stopped: thread
     Raises:
         SpringtideError: Kafka refused.
     """
-    with Sender(settings) as sender:
+    with Outbox(settings.kafka, settings.kafka.clicks_topic) as outbox:
+
+        def send(clicks: Clicks) -> None:
+            outbox.send(encode(clicks, settings.events))
+
         if options.burst:
             user, category, count = options.burst
-            sender.burst(user, category, int(count), wall_ms())
+            send(burst(user, category, int(count), wall_ms(), settings.events.actions[0]))
             print(f"sent {int(count)} clicks of one user in {category}", flush=True)
             return
         rate = settings.shoppers.rate if options.rate is None else options.rate
@@ -447,10 +130,168 @@ def make_clicks(options: argparse.Namespace, settings: Settings, stopped: thread
         shoppers = ShopperCrowd.from_settings(settings, options.seed, rate, int((time.time() - made_s) * 1000))
         started_s = time.monotonic()
         # At full speed the shoppers' clock keeps its rate, and there is no waiting.
-        rate = 0.0 if speed == MAX else rate
-        sent = replay(shoppers, sender.send, rate, options.limit, speed, stopped, head_start_s=made_s / speed)
+        pace = Pace(0.0 if speed == MAX else rate, speed, options.limit, made_s / speed)
+        sent = let_click(shoppers, send, pace, stopped)
         took_s = max(time.monotonic() - started_s, 1e-9)
         print(f"sent {sent} clicks in {took_s:.1f} s ({sent / took_s:.0f}/s)", flush=True)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of files; `--speed` and `--limit` are shared with the shoppers and not among them."""
+    add_file_arguments(parser, "Only the columns in [events] are sent. The same command resumes where it stopped.")
+    times = parser.add_mutually_exclusive_group()
+    times.add_argument(
+        "--rebase-time",
+        action="store_false",
+        dest="keep_time",
+        default=False,
+        help="shift times to now (default): the time of the newest click with --speed max, or of the current click with 60x",
+    )
+    times.add_argument("--keep-time", action="store_true", help="keep the recorded times")
+    parser.add_argument(
+        "--longest-wait",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="maximum pause in seconds for a gap in the recording (default 10)",
+    )
+    parser.add_argument("--restart", action="store_true", help="start again from the beginning")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="send nothing and do not connect to Kafka; print counts, refused rows by reason and line, and the first events",
+    )
+
+
+def identity(source: RecordingSource, topic: str, topic_id: str) -> dict[str, Any]:
+    """What makes two runs the same replay: files by content, mapping, order, kind of time, and the topic."""
+    recording, events, options = source.recording, source.events, source.options
+    return {
+        "files": [[digest(file.path), file.format, file.delimiter] for file in recording.files],
+        "columns": list(recording.columns),
+        "constants": dict(recording.constants or {}),
+        "fields": [*mapped_fields(events), events.time, events.label, events.time_unit],
+        "sort": options.sort,
+        "time": "kept" if options.keep else "newest is now" if options.speed == MAX else "paced",
+        "topic": [topic, topic_id],
+    }
+
+
+def send_files(
+    options: argparse.Namespace,
+    settings: Settings,
+    stopped: threading.Event,
+    say: Callable[[str], None] = print,
+    progress_to: TextIO = sys.stderr,
+) -> None:
+    """Replays the files named on the command line.
+
+    1. Check files, columns and mapping.
+    2. With `--dry-run`, report the findings and stop.
+    3. Contact Kafka, and send the rows.
+
+    Raises:
+        SpringtideError: Files, settings, Kafka or another replay of the same files are in the way.
+    """
+    events, topic = settings.events, settings.kafka.clicks_topic
+    recording = chosen(options, events)
+    how = Options(
+        sort=options.sort,
+        speed=parse_speed(options.speed or "max"),
+        keep=options.keep_time,
+        limit=options.limit,
+        longest_wait_s=options.longest_wait,
+    )
+    if not how.longest_wait_s >= 0:
+        raise SettingsError(f"--longest-wait {options.longest_wait:g}: write seconds, 0 or more")
+    source = RecordingSource(recording, events, how)
+    # 1.
+    now_ms = wall_ms()
+    check(recording, events, now_ms + round(events.max_future_s * 1000))
+    # 2.
+    if options.dry_run:
+        say(report(try_out(source, now_ms), len(recording.files), topic))
+        return
+    # 3.
+    progress = Progress(progress_to, time.monotonic)
+    with ExitStack() as stack:
+        with Topics(settings.kafka) as topics:
+            topic_id = topics.ensure(*topic_plan.clicks(settings)).topic_id
+        folder = folder_of(settings.state_dir, key_of(identity(source, topic, topic_id)))
+        stack.enter_context(DirectoryLock(folder))
+        journal = ReplayJournal(folder)
+        if options.restart:
+            journal.forget()
+        outbox = stack.enter_context(Outbox(settings.kafka, topic))
+        try:
+            outcome = Replay(source, outbox, journal, progress, stopped, wall_ms).run()
+        except LogError:
+            progress.say("Kafka stopped the replay; the same command goes on where it was")
+            raise
+    say(summary(outcome, topic, progress.took_s))
+
+
+def summary(outcome: Outcome, topic: str, took_s: float) -> str:
+    """What a run did and how to continue."""
+    position = outcome.position
+    if position.complete and not outcome.sent:
+        return f"all {position.acknowledged:,} rows are in {topic} already; --restart sends them again"
+    done = f"sent {outcome.sent:,} rows to {topic} in {took_s:.1f} s ({outcome.sent / took_s:,.0f} rows/s)"
+    parts = [f"{outcome.clicks:,} clicks", shown_reasons(position.refused)]
+    if outcome.late:
+        parts.append(f"{outcome.late:,} rows were late")
+    if position.unsendable:
+        parts.append(f"{position.unsendable:,} too large to send")
+    of = "" if outcome.total is None else f" of {outcome.total:,}"
+    state = (
+        "complete" if position.complete else f"row {position.acknowledged:,}{of}; the same command goes on from there"
+    )
+    return f"{done}: {', '.join(parts)}; {state}"
+
+
+def report(findings: Findings, files: int, topic: str) -> str:
+    """What was found, in lines.
+
+    >>> print(report(Findings(9, {"wrong_type": (3, ["a.csv:4", "a.csv:7"])}, [], ['{"user":"u"}']), 1, "clicks"))
+    9 rows of 1 file: 6 clicks, 3 dead letters (3 wrong_type)
+    wrong_type: a.csv:4, :7 and 1 more
+    the first events as they would be sent to clicks:
+      {"user":"u"}
+    nothing was sent: without --dry-run the same command sends the rows
+    """
+    counts = {reason: count for reason, (count, _) in findings.refused.items()}
+    unsendable = f", {len(findings.unsendable):,} too large to send" if findings.unsendable else ""
+    lines = [
+        f"{findings.rows:,} rows of {files} file{'s' * (files != 1)}: {findings.clicks:,} clicks, "
+        f"{shown_reasons(counts)}{unsendable}"
+    ]
+    named = {reason: places for reason, (_, places) in findings.refused.items()} | {
+        "too large to send": findings.unsendable
+    }
+    for reason, places in named.items():
+        more = counts.get(reason, len(places)) - len(places[:NAMED_LINES])
+        if places:
+            lines.append(f"{reason}: {_listed(places[:NAMED_LINES])}{f' and {more:,} more' if more else ''}")
+    if findings.stray:
+        lines.append(findings.stray)
+    if findings.recorded[0] != NO_TIME:
+        lines.append(f"recorded {_span(findings.recorded)}, sent as {_span(findings.sent)}")
+    if findings.first:
+        lines += [f"the first events as they would be sent to {topic}:", *(f"  {value}" for value in findings.first)]
+    return "\n".join([*lines, "nothing was sent: without --dry-run the same command sends the rows"])
+
+
+def _listed(places: Sequence[str]) -> str:
+    """Places, the file of each only where it is another than before."""
+    files = ["", *(place.rpartition(":")[0] for place in places)]
+    return ", ".join(
+        place.removeprefix(before) if file == before else place
+        for place, file, before in zip(places, files[1:], files, strict=False)
+    )
+
+
+def _span(span: tuple[int, int]) -> str:
+    return f"{as_utc(span[0])} to {as_utc(span[1])}"
 
 
 if __name__ == "__main__":

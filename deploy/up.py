@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from deploy.watch.live import Screen
         from state.config.loading import load
         from state.process.private_files import keep_private
-        from state.segments.configured import segments_of
+        from state.segments.expression import segments_of
 
         keep_private()
         upgrade, words = take_upgrade(words)

@@ -1,59 +1,28 @@
 """Python client for the HTTP API of a Springtide serving host, with typed responses. It imports no server code."""
 
-from springtide_client.answers import (
-    Engagement,
-    Explanation,
-    Interest,
-    LeftOutItem,
-    Profile,
-    RankedItem,
-    Ranking,
-    Readiness,
-    Recommendations,
-    RecommendedItem,
-    SimilarItem,
-    SimilarItems,
-    Version,
-)
-from springtide_client.asynchronous import AsyncClient
-from springtide_client.errors import (
-    ClientError,
-    Overloaded,
-    Refused,
-    ServerFailed,
-    TimedOut,
-    UnexpectedAnswer,
-    Unreachable,
-)
-from springtide_client.questions import Cap, Item, User
-from springtide_client.retrying import Retries
-from springtide_client.synchronous import Client
-
-__all__ = [
-    "AsyncClient",
-    "Cap",
-    "Client",
-    "ClientError",
-    "Engagement",
-    "Explanation",
-    "Interest",
-    "Item",
-    "LeftOutItem",
-    "Overloaded",
-    "Profile",
-    "RankedItem",
-    "Ranking",
-    "Readiness",
-    "Recommendations",
-    "RecommendedItem",
-    "Refused",
-    "Retries",
-    "ServerFailed",
-    "SimilarItem",
-    "SimilarItems",
-    "TimedOut",
-    "UnexpectedAnswer",
-    "Unreachable",
-    "User",
-    "Version",
-]
+from springtide_client.answers import Engagement as Engagement
+from springtide_client.answers import Explanation as Explanation
+from springtide_client.answers import Interest as Interest
+from springtide_client.answers import LeftOutItem as LeftOutItem
+from springtide_client.answers import Profile as Profile
+from springtide_client.answers import RankedItem as RankedItem
+from springtide_client.answers import Ranking as Ranking
+from springtide_client.answers import Readiness as Readiness
+from springtide_client.answers import Recommendations as Recommendations
+from springtide_client.answers import RecommendedItem as RecommendedItem
+from springtide_client.answers import SimilarItem as SimilarItem
+from springtide_client.answers import SimilarItems as SimilarItems
+from springtide_client.answers import Version as Version
+from springtide_client.client import AsyncClient as AsyncClient
+from springtide_client.client import Cap as Cap
+from springtide_client.client import Client as Client
+from springtide_client.client import Item as Item
+from springtide_client.client import Retries as Retries
+from springtide_client.client import User as User
+from springtide_client.errors import ClientError as ClientError
+from springtide_client.errors import Overloaded as Overloaded
+from springtide_client.errors import Refused as Refused
+from springtide_client.errors import ServerFailed as ServerFailed
+from springtide_client.errors import TimedOut as TimedOut
+from springtide_client.errors import UnexpectedAnswer as UnexpectedAnswer
+from springtide_client.errors import Unreachable as Unreachable

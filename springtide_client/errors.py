@@ -15,10 +15,6 @@ from __future__ import annotations
 class ClientError(Exception):
     """Base class of the client's errors: a call got no response, or an error.
 
-    Args:
-        what: What happened.
-        do: What to do.
-
     Attributes:
         what: What happened.
         do: What to do.

@@ -24,7 +24,7 @@ from state.compiled.preparing import Kernels
 from state.process import log_lines
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 
-USED = ("state.features.kernel", "state.log.batch_decoder", "state.ranking.crosses", "state.ranking.transition_rows")
+USED = ("state.features.kernel", "state.log.batch_decoder", "state.ranking.crosses", "state.ranking.transitions")
 """The modules with kernels that serving and the stream use."""
 ALL = "--all"
 MOST_PROCESSES = 4

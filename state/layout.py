@@ -4,7 +4,7 @@
     ├── lock                     the lock of `springtide up`
     ├── salt                     the secret key of pseudonyms, or at `paths.salt_file`
     ├── privacy.key              the secret key of the noise, or at `privacy.key_file`     trainer/privacy/key.py
-    ├── tokens/                  access tokens, or at `serving.tokens_dir`         deploy/serving/edge/tokens.py
+    ├── tokens/                  access tokens, or at `serving.tokens_dir`         deploy/serving/requests/access.py
     ├── registry/                or at `paths.registry`
     │   ├── versions/ merged/ bases/   one directory per version  state/registry/versions.py
     │   ├── recent/ recent.boot  versions that are not durable    state/registry/recent.py
@@ -33,9 +33,9 @@
     │   ├── histories attributes/   as for the stream
     │   ├── segments/            members of segments              state/segments/store.py
     │   ├── lookalikes/          the newest list for each segment state/segments/lookalikes.py
-    │   ├── current.version, current.histories   times only       deploy/serving/currency.py
-    │   ├── exposures/           exposures that workers have not sent to Kafka yet   deploy/serving/splitting/spool.py
-    │   ├── counters/            counters of workers that share a port     deploy/serving/rest.py
+    │   ├── current.version, current.histories   times only       deploy/serving/notes.py
+    │   ├── exposures/           exposures that workers have not sent to Kafka yet   deploy/serving/exposures.py
+    │   ├── counters/            counters of workers that share a port     deploy/serving/requests/workers.py
     │   └── programs/            the programs of applied versions
     ├── exports/<version>/       SavedModels, or at `export.directory`     trainer/exporting/saved_model.py
     ├── validation/              place.json, windows/<log time>.pb         deploy/validation/process.py

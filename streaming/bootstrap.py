@@ -55,8 +55,7 @@ from state.microbatch.examples import record_batch as example_batch
 from state.process import log_lines
 from state.process.private_files import keep_private
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
-from state.recordings.files import Recording
-from state.recordings.options import add_file_arguments, as_settings, chosen
+from state.recordings.files import Recording, add_file_arguments, as_settings, chosen
 from state.registry.model_fit import require_same_salt
 from state.registry.registry import Registry
 from state.statistics.baselines import baseline_files

@@ -23,7 +23,7 @@ from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.log import PartitionBatch, Reader
 from state.microbatch.row_kinds import Kind, trained
-from state.recordings.crowd import RecordedTimes, told_apart
+from state.recordings.crowd import RecordedTimes, described
 from state.recordings.files import Recording, refuse_beyond_memory
 from state.recordings.rows import I64, EncodedRows, Encoder, joined, order, shown_reasons
 from state.statistics.collecting import Statistics
@@ -300,7 +300,7 @@ def _newest(events: Events, recording: Recording, whole: EncodedRows, say: Say) 
     crowd = times.crowd(round(max_age_s * 1000))
     if crowd.first is not None:
         file, line = crowd.first
-        say(told_apart(crowd, f"{recording.files[file].path}:{line}", max_age_s))
+        say(described(crowd, f"{recording.files[file].path}:{line}", max_age_s))
     return crowd.newest_ms
 
 

@@ -38,8 +38,7 @@ from state.features.spec import FeatureSpec
 from state.process import killpoints
 from state.process.part import run_part
 from state.process.wall_clock import wall_ms
-from state.ranking.configured import crosses_of
-from state.ranking.crosses import Crosses
+from state.ranking.crosses import Crosses, crosses_of
 from state.registry.control import Control
 from state.registry.erasing import ErasureReport, report, reports
 from state.registry.garbage import collect

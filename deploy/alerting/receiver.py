@@ -27,12 +27,11 @@ from typing import Any, ClassVar
 
 import orjson
 
+from deploy.operate.branch import ServingBranch, described
 from deploy.operate.commands import current
-from deploy.operate.line import ServingLine, told
 from deploy.operate.times import iso, parse_time
 from deploy.operate.versions import open_registry
-from deploy.serving.edge.tls import Certificate
-from deploy.serving.edge.tokens import OPERATE, Tokens, make_missing
+from deploy.serving.requests.access import OPERATE, Certificate, Tokens, make_missing
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import (
@@ -138,17 +137,18 @@ def pin_before(registry: Registry, notification: Notification, before_s: float, 
     if control.serving.mode == "pin":
         return f"answers stay at version {control.serving.version} already; nothing was changed"
     limit_ms = notification.began_ms - round(1000 * before_s)
-    line = ServingLine(registry, control)
-    found = line.last(lambda version: version.created_at_ms < limit_ms)
+    branch = ServingBranch(registry, control)
+    found = branch.last(lambda version: version.created_at_ms < limit_ms)
     if found is None:
         raise UnknownVersion(
-            f"no version of the serving line was made before {iso(limit_ms)}", "lower webhook.before_s, or pin by hand"
+            f"no version of the serving branch was made before {iso(limit_ms)}",
+            "lower webhook.before_s, or pin by hand",
         )
-    version = line.loadable(found)
+    version = branch.loadable(found)
     actor = f"{ACTOR}: {notification.alert}"
     reason = notification.summary or f"{notification.alert} fires"
     registry.propose(transitions.pin(control, version.version, actor=actor, reason=reason, now_ms=now_ms))
-    return f"answers stay at {told(version)}; `springtide follow` undoes it"
+    return f"answers stay at {described(version)}; `springtide follow` undoes it"
 
 
 class Webhook:

@@ -19,11 +19,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
-from deploy.serving.clicks import SALT_EXTRA
+from deploy.serving.following.clicks import SALT_EXTRA
+from deploy.serving.following.parity import WHOLE_EXTRA
+from deploy.serving.following.remembered import KINDS
 from deploy.serving.item_feed import EXTRAS as FEED_EXTRAS
 from deploy.serving.notes import CLOCK_EXTRA, SEEN
-from deploy.serving.parity import WHOLE_EXTRA
-from deploy.serving.remembered import KINDS
 from state.history.actions import ACTIONS
 from state.history.appends import Appends
 from state.history.forgetting import FORGOTTEN

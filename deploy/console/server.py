@@ -25,7 +25,7 @@ that another page could use. A request that changes something must
 - come from this page, if the browser sends an origin.
 
 Where reading needs no token, the connection checks the host of each request
-(`deploy/serving/edge/connections.py`).
+(`deploy/serving/requests/connections.py`).
 """
 
 from __future__ import annotations
@@ -48,14 +48,9 @@ from deploy.console.commands import give, status_of
 from deploy.console.lately_read import LatelyRead
 from deploy.console.steering import Steering
 from deploy.console.watching import LoopWatch
-from deploy.serving.edge.access import Access
-from deploy.serving.edge.connections import ConnectionLimits
-from deploy.serving.edge.listening import listen
-from deploy.serving.edge.server import DrainingServer
-from deploy.serving.edge.tls import Certificate
-from deploy.serving.edge.tokens import OPEN, OPERATE, READ, Tokens, are_wanted, make_missing
-from deploy.serving.exposition import told
-from deploy.serving.http_api.endpoints import (
+from deploy.serving.requests.access import OPEN, OPERATE, READ, Access, Certificate, Tokens, are_wanted, make_missing
+from deploy.serving.requests.connections import ConnectionLimits
+from deploy.serving.requests.http import (
     LAST,
     METHODS,
     Endpoint,
@@ -71,6 +66,8 @@ from deploy.serving.http_api.endpoints import (
     failure,
     header,
 )
+from deploy.serving.requests.server import DrainingServer, listen
+from deploy.serving.requests.worker_metrics import rendered
 from deploy.watch import scrape
 from deploy.watch.address import address, serving_address
 from state.config.settings import Settings
@@ -368,7 +365,7 @@ class Console:
         await answer(send, Response(response.status, body, headers))
 
     async def _told(self, request: Request) -> Response:
-        body, media_type = told(self._registry, header(request.scope, b"accept") or "")
+        body, media_type = rendered(self._registry, header(request.scope, b"accept") or "")
         return Response(200, body, [(b"content-type", media_type.encode())])
 
 

@@ -29,8 +29,8 @@ from deploy.console.lately_read import LatelyRead
 from deploy.operate.control import SWITCHES
 from deploy.operate.times import parse_time, parse_times
 from deploy.operate.versions import open_registry
-from deploy.serving.edge.tokens import OPERATE
-from deploy.serving.http_api.endpoints import Endpoint, Request, Response, encode
+from deploy.serving.requests.access import OPERATE
+from deploy.serving.requests.http import Endpoint, Request, Response, encode
 from state.config.settings import Settings
 from state.config.spans import UNITS_MS
 from state.errors import BadRequest, ControlConflict, RegistryError

@@ -1,4 +1,14 @@
-"""Runs a local Flink cluster from start to stop, and ends the jobs of any cluster."""
+"""A local Flink cluster: its directory, configuration and processes, run from start to stop; and the end of any cluster's jobs.
+
+paths.state/flink/
+├── lock                       held by `springtide flink up`
+├── conf/config.yaml           written at each start
+├── checkpoints/<job>/chk-<n>  newest three of each job, kept when it ends
+├── savepoints/                kept until somebody deletes them
+├── tmp/<process>/             emptied at each start of the process
+├── artifacts/                 of submitted jobs
+└── logs/                      one file per process
+"""
 
 from __future__ import annotations
 
@@ -15,17 +25,143 @@ from prometheus_client import CollectorRegistry
 import deploy
 from deploy.children.last_words import last_line
 from deploy.children.log_files import log_sizes
-from deploy.children.supervisor import MALLOC, Supervisor
-from deploy.flink import jars, processes
-from deploy.flink.processes import HOST
+from deploy.children.supervisor import MALLOC, ProcessPlan, Supervisor
+from deploy.flink import jars
 from deploy.kafka.configuration import free_port, listens
+from deploy.startup.checks import Port
+from state.config.sections import FlinkSettings
 from state.config.settings import Settings
 from state.errors import FlinkFailed, reason_of
-from state.flink.rest import ENDED, JobManager, url
+from state.flink import ENDED, JobManager, url
 from state.metrics import SupervisorMetrics
 
+HOST = "127.0.0.1"
+FIXED = Path(__file__).with_name("config.yaml")
+CONFIGURATION, CHECKPOINTS, SAVEPOINTS = "conf", "checkpoints", "savepoints"
+TEMPORARY, ARTIFACTS, LOGS = "tmp", "artifacts", "logs"
+JOB_MANAGER, TASK_MANAGER, JOB_SERVER, WORKERS = "job-manager", "task-manager", "job-server", "workers"
+STOP_S = 15.0
+# Memory of a TaskManager, MB. Flink's own scripts compute these; without them a TaskManager requires each explicitly.
+FRAMEWORK_MB, NETWORK_MB, OFF_HEAP_MB, METASPACE_MB = 96, 64, 64, 256
+MANAGED_MB = {"hashmap": 0, "rocksdb": 128}
+# Flink leaves its temporary files behind when it is killed, so each start empties the directory of its process.
+EMPTIED = ("/bin/sh", "-c", 'rm -rf "$0" && mkdir -p "$0" && exec "$@"')
+# Packages that Flink's and Beam's serialisers read by reflection.
+OPENED = (
+    *("java.lang", "java.lang.reflect", "java.net", "java.io", "java.nio", "java.text", "java.time", "java.util"),
+    *("java.util.concurrent", "java.util.concurrent.atomic", "java.util.concurrent.locks", "sun.nio.ch"),
+)
+
+
+def configuration(settings: FlinkSettings, directory: Path, rpc_port: int) -> str:
+    """Returns `config.yaml` of a cluster: the fixed part, then the paths, addresses and sizes of this cluster.
+
+    Args:
+        settings: Ports and sizes.
+        directory: Directory of the cluster.
+        rpc_port: Port on which TaskManagers reach the JobManager.
+    """
+    own: dict[str, object] = {
+        "state.checkpoints.dir": (directory / CHECKPOINTS).absolute().as_uri(),
+        "state.savepoints.dir": (directory / SAVEPOINTS).absolute().as_uri(),
+        # The cluster has the same jar on its class path; a second copy of each class per job would waste memory.
+        "classloader.resolve-order": "parent-first",
+        # Loopback only, because anyone who can connect to these ports can run any program.
+        **dict.fromkeys(("jobmanager.rpc.address", "jobmanager.bind-host", "taskmanager.host"), HOST),
+        **dict.fromkeys(("taskmanager.bind-host", "rest.address", "rest.bind-address"), HOST),
+        "jobmanager.rpc.port": rpc_port,
+        "rest.port": settings.rest_port,
+        "rest.bind-port": settings.rest_port,
+        "state.backend.type": settings.state_backend,
+        "state.backend.incremental": "true",
+        "taskmanager.numberOfTaskSlots": settings.slots,
+        "taskmanager.cpu.cores": settings.slots,
+    }
+    memory_mb = {
+        "framework.heap.size": FRAMEWORK_MB,
+        "task.heap.size": settings.heap_mb - FRAMEWORK_MB,
+        "framework.off-heap.size": OFF_HEAP_MB,
+        "task.off-heap.size": OFF_HEAP_MB,
+        "network.min": NETWORK_MB,
+        "network.max": NETWORK_MB,
+        "managed.size": MANAGED_MB[settings.state_backend],
+        "jvm-metaspace.size": METASPACE_MB,
+        "jvm-overhead.min": OFF_HEAP_MB,
+        "jvm-overhead.max": OFF_HEAP_MB,
+    }
+    own |= {f"taskmanager.memory.{part}": f"{size}m" for part, size in memory_mb.items()}
+    return FIXED.read_text(encoding="utf-8") + "".join(f"{name}: {value}\n" for name, value in own.items())
+
+
+def process_plans(
+    settings: FlinkSettings, directory: Path, jar: Path, java: str, python: str = sys.executable
+) -> list[ProcessPlan]:
+    """Returns all processes in start order; the latest started is stopped first.
+
+    Args:
+        settings: Ports and sizes.
+        directory: Directory of the cluster.
+        jar: Class path of every Java process.
+        java: The Java executable.
+        python: The interpreter of the worker pool.
+    """
+    conf = ("--configDir", str(directory / CONFIGURATION))
+
+    def flink(name: str, main: str, *options: str, words: tuple[str, ...] = ()) -> ProcessPlan:
+        temporary = directory / TEMPORARY / name
+        options = (*java_options(settings.heap_mb), f"-Djava.io.tmpdir={temporary}", *options)
+        return ProcessPlan(name, (*EMPTIED, str(temporary), java, *options, "-cp", str(jar), main, *words), STOP_S)
+
+    def own_temporary(name: str) -> tuple[str, str]:
+        return "-D", f"io.tmp.dirs={directory / TEMPORARY / name}"
+
+    entry = "org.apache.flink.runtime.entrypoint.StandaloneSessionClusterEntrypoint"
+    runner = "org.apache.flink.runtime.taskexecutor.TaskManagerRunner"
+    driver = "org.apache.beam.runners.flink.FlinkJobServerDriver"
+    limits = (f"-XX:MaxDirectMemorySize={NETWORK_MB + 2 * OFF_HEAP_MB}m", f"-XX:MaxMetaspaceSize={METASPACE_MB}m")
+    plans = [
+        flink(JOB_MANAGER, entry, words=(*conf, *own_temporary(JOB_MANAGER))),
+        ProcessPlan(WORKERS, (python, "-m", "deploy.flink.worker_pool", str(settings.worker_port)), STOP_S),
+    ]
+    for number in range(1, settings.task_managers + 1):
+        name = f"{TASK_MANAGER}-{number}"
+        # A restarted TaskManager has the same id, so that the JobManager knows at once that the old process is gone.
+        words = (*conf, "-D", f"taskmanager.resource-id={name}", *own_temporary(name))
+        plans.append(flink(name, runner, *limits, words=words))
+    job_server = (
+        f"--flink-master={HOST}:{settings.rest_port}",
+        f"--flink-conf-dir={directory / CONFIGURATION}",
+        f"--job-host={HOST}",
+        f"--job-port={settings.job_port}",
+        "--artifact-port=0",
+        "--expansion-port=0",
+        f"--artifacts-dir={directory / ARTIFACTS}",
+    )
+    return [*plans, flink(JOB_SERVER, driver, words=job_server)]
+
+
+def java_options(heap_mb: int) -> list[str]:
+    """Returns the options of each Java process."""
+    return [
+        f"-Xmx{heap_mb}m",
+        "-XX:+UseSerialGC",
+        "-XX:+ExitOnOutOfMemoryError",
+        *(f"--add-opens=java.base/{package}=ALL-UNNAMED" for package in OPENED),
+        "--add-exports=java.base/sun.net.util=ALL-UNNAMED",
+        "--enable-native-access=ALL-UNNAMED",
+        "-Dorg.slf4j.simpleLogger.defaultLogLevel=info",
+        "-Dorg.slf4j.simpleLogger.showDateTime=true",
+        "-Dorg.slf4j.simpleLogger.dateTimeFormat=yyyy-MM-dd'T'HH:mm:ss.SSS",
+    ]
+
+
+def ports(settings: FlinkSettings) -> list[Port]:
+    """Returns the ports that other programs connect to."""
+    return [Port(f"flink.{name}", HOST, getattr(settings, name)) for name in ("rest_port", "job_port", "worker_port")]
+
+
 Say = Callable[[str], None]
-START_S, REMIND_S, POLL_S = 180.0, 30.0, 0.1
+START_S, POLL_S = 180.0, 0.1
 SAVEPOINT_S, CANCEL_S = 120.0, 30.0
 # The process that follows a job polls its state a few times every 2 s; it would miss a faster end.
 FOLLOWED_S = 2.5
@@ -56,10 +192,10 @@ def run(settings: Settings, jar: Path, say: Say, stop: Callable[[], bool], hurry
     supervisor = _supervisor(settings, directory, say)
     try:
         # 2.
-        for plan in processes.process_plans(settings.flink, directory, jar, jars.java()):
+        for plan in process_plans(settings.flink, directory, jar, jars.java()):
             supervisor.start(plan)
         # 3.
-        if _wait_until_up(settings, manager, supervisor, say, stop):
+        if _wait_until_up(settings, manager, supervisor, stop):
             supervisor.settled = True
             flink = settings.flink
             say(
@@ -86,13 +222,13 @@ def run(settings: Settings, jar: Path, say: Say, stop: Callable[[], bool], hurry
 def _prepare(settings: Settings, directory: Path) -> None:
     try:
         # Each process empties its own temporary directory; those of TaskManagers that are no longer configured would stay.
-        for name in (processes.TEMPORARY, processes.ARTIFACTS):
+        for name in (TEMPORARY, ARTIFACTS):
             if (directory / name).exists():
                 shutil.rmtree(directory / name)
-        for name in (processes.ARTIFACTS, processes.CONFIGURATION, processes.CHECKPOINTS, processes.SAVEPOINTS):
+        for name in (ARTIFACTS, CONFIGURATION, CHECKPOINTS, SAVEPOINTS):
             (directory / name).mkdir(exist_ok=True)
-        text = processes.configuration(settings.flink, directory, free_port())
-        (directory / processes.CONFIGURATION / "config.yaml").write_text(text, encoding="utf-8")
+        text = configuration(settings.flink, directory, free_port())
+        (directory / CONFIGURATION / "config.yaml").write_text(text, encoding="utf-8")
     except OSError as problem:
         raise FlinkFailed(
             f"Flink was not started ({reason_of(problem)})",
@@ -111,19 +247,17 @@ def _supervisor(settings: Settings, directory: Path, say: Say) -> Supervisor:
     release = str(Path(deploy.__path__[0]).parent)
     for name, first in (("PYTHONPATH", release), ("PATH", str(Path(sys.executable).parent))):
         environment[name] = os.pathsep.join(filter(None, [first, environment.get(name)]))
-    metrics, logs = SupervisorMetrics(CollectorRegistry()), directory / processes.LOGS
+    metrics, logs = SupervisorMetrics(CollectorRegistry()), directory / LOGS
     return Supervisor(logs, environment, say, metrics, time.monotonic, *log_sizes(settings))
 
 
-def _wait_until_up(
-    settings: Settings, manager: JobManager, supervisor: Supervisor, say: Say, stop: Callable[[], bool]
-) -> bool:
+def _wait_until_up(settings: Settings, manager: JobManager, supervisor: Supervisor, stop: Callable[[], bool]) -> bool:
     """Returns True once a job can be submitted, False if the operator stops the cluster before.
 
     Raises:
         FlinkFailed: The cluster is not ready within `START_S`.
     """
-    deadline_s, remind_s = time.monotonic() + START_S, time.monotonic() + REMIND_S
+    deadline_s = time.monotonic() + START_S
     while missing := _missing(settings, manager):
         if stop():
             return False
@@ -131,9 +265,6 @@ def _wait_until_up(
         if time.monotonic() >= deadline_s:
             log = supervisor.log_path(missing)
             raise FlinkFailed(f"{missing} did not come up in {START_S:.0f} s", f"see {log}: {last_line(log)}")
-        if time.monotonic() >= remind_s:
-            remind_s = time.monotonic() + REMIND_S
-            say(f"still waiting for {missing}; see {supervisor.logs}")
         time.sleep(POLL_S)
     return True
 
@@ -141,13 +272,13 @@ def _wait_until_up(
 def _missing(settings: Settings, manager: JobManager) -> str:
     """Returns the name of the first process that is not ready; empty if all are ready."""
     if not manager.answers():
-        return processes.JOB_MANAGER
+        return JOB_MANAGER
     reported = manager.overview().task_managers
     if reported < settings.flink.task_managers:
-        return f"{processes.TASK_MANAGER}-{reported + 1}"
+        return f"{TASK_MANAGER}-{reported + 1}"
     if not listens(settings.flink.worker_port):
-        return processes.WORKERS
-    return "" if listens(settings.flink.job_port) else processes.JOB_SERVER
+        return WORKERS
+    return "" if listens(settings.flink.job_port) else JOB_SERVER
 
 
 def end_jobs(manager: JobManager, say: Say, savepoint: bool = True, hurry: Callable[[], bool] = lambda: False) -> None:

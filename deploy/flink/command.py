@@ -16,7 +16,7 @@ import psutil
 
 from deploy.children.ending import has_ended
 from deploy.flink import cluster, jars, status
-from deploy.flink.processes import LOGS, ports
+from deploy.flink.cluster import LOGS, ports
 from deploy.startup.checks import require_disk, require_ports
 from deploy.up import Signals
 from state import layout
@@ -25,7 +25,7 @@ from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.disk.lock import DirectoryLock
 from state.errors import FlinkFailed, LockHeld, SettingsError, SpringtideError
-from state.flink.rest import JobManager, url
+from state.flink import JobManager, url
 from state.process.closed_output import while_read
 from state.process.private_files import keep_private
 from state.process.wall_clock import wall_ms

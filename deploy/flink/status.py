@@ -7,13 +7,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from deploy.flink.processes import CHECKPOINTS, SAVEPOINTS
+from deploy.flink.cluster import CHECKPOINTS, SAVEPOINTS
 from deploy.kafka.configuration import listens
 from deploy.watch.messages import seconds
 from deploy.watch.panel import lines
 from state.config.settings import Settings
 from state.errors import FlinkFailed
-from state.flink.rest import Job, JobManager, Overview
+from state.flink import Job, JobManager, Overview
 
 COLUMNS = (16, 12)
 # A job starts a checkpoint about every second; one without a completed checkpoint for so long makes no progress.

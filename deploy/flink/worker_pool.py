@@ -2,19 +2,23 @@
 
 Beam's own pool has four problems. It listens on every network interface, where anyone can make it run a worker. It
 looks for `python` in PATH, blocks a worker that writes 64 kB to its standard output, and leaves workers behind when
-it is killed. This pool listens on loopback, starts its own interpreter and has one log for all workers. Workers end
-with the pool: each reads its standard input, which closes when the pool ends.
+it is killed. This pool listens on loopback, starts its own interpreter and has one log for all workers. Workers
+(`python -m deploy.flink.worker_pool worker CONTROL_ENDPOINT WORKER_ID`) end with the pool: each reads its standard
+input, which closes when the pool ends.
 
 Each TaskManager numbers its own workers, so workers of two TaskManagers on one machine can have the same id.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
 import subprocess
 import sys
 import threading
 from collections.abc import Sequence
+from types import FrameType
 from typing import Any
 
 import grpc
@@ -22,11 +26,12 @@ from apache_beam.portability.api import beam_fn_api_pb2, beam_fn_api_pb2_grpc
 from apache_beam.utils import thread_pool_executor
 
 from deploy.children.ending import end
-from deploy.flink.processes import HOST
 from state.process import log_lines
 from state.process.private_files import keep_private
 
+HOST = "127.0.0.1"
 STOP_S = 10.0
+WORKER = "worker"
 # As in Beam's own pool: the connection of a long job is never closed for too many pings.
 OPTIONS = (("grpc.http2.max_pings_without_data", 0), ("grpc.http2.max_ping_strikes", 0))
 
@@ -40,7 +45,8 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
 
     def StartWorker(self, request: Any, context: object) -> Any:
         """Starts a worker."""
-        command = [sys.executable, "-m", "deploy.flink.worker", request.control_endpoint.url, request.worker_id]
+        module = "deploy.flink.worker_pool"
+        command = [sys.executable, "-m", module, WORKER, request.control_endpoint.url, request.worker_id]
         try:
             process = subprocess.Popen(command, stdin=subprocess.PIPE)
         except OSError as problem:
@@ -70,11 +76,9 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
         return [process for process in self._workers.get(worker, ()) if process.poll() is None]
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the pool until SIGTERM; returns the exit code."""
-    keep_private()
+def run_pool(port: str) -> None:
+    """Runs the pool until SIGTERM."""
     log_lines.begin("workers")
-    (port,) = sys.argv[1:] if argv is None else argv
     server = grpc.server(thread_pool_executor.shared_unbounded_instance(), options=OPTIONS)
     pool, stopped = WorkerPool(), threading.Event()
     beam_fn_api_pb2_grpc.add_BeamFnExternalWorkerPoolServicer_to_server(pool, server)
@@ -84,6 +88,46 @@ def main(argv: Sequence[str] | None = None) -> int:
     stopped.wait()
     server.stop(None)
     pool.stop()
+
+
+def run_worker(control: str, worker: str) -> None:
+    """Runs a Beam Python worker until its TaskManager closes the connection, or the pool ends."""
+    from apache_beam.runners.worker.sdk_worker import SdkHarness
+
+    threading.Thread(target=_end_with_pool, daemon=True).start()
+    log_lines.begin("worker")
+    # The job's own steps report their errors.
+    logging.getLogger("apache_beam").setLevel(logging.ERROR)
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise SystemExit
+
+    # SystemExit closes what the steps of a job left open, as after a closed connection.
+    signal.signal(signal.SIGTERM, stop)
+    # No state cache, as in Beam's own pool: steps cache what they read where that is safe.
+    try:
+        SdkHarness(control, worker_id=worker, state_cache_size=0, data_buffer_time_limit_ms=-1).run()
+    except grpc.RpcError as closed:
+        # Every job ends with this error, and so does every TaskManager that dies.
+        logging.getLogger(__name__).info("the connection to %s is closed (%s)", control, closed.code().name)
+
+
+def _end_with_pool() -> None:
+    """Ends the process when the pool's end of standard input closes, however the pool ended."""
+    # Not `sys.stdin`: its lock would be held when Python exits.
+    while os.read(0, 1):
+        pass
+    os._exit(1)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the pool, or one of its workers; returns the exit code."""
+    keep_private()
+    words = sys.argv[1:] if argv is None else argv
+    if words[0] == WORKER:
+        run_worker(*words[1:])
+    else:
+        run_pool(*words)
     return 0
 
 

@@ -18,26 +18,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from deploy.operate import log_view
 from deploy.operate.commands import Say, current
+from deploy.operate.masking import ids_in, pseudonyms
 from deploy.operate.times import iso
 from deploy.operate.versions import open_registry, table
 from state import layout
 from state.attributes.values import id_of
 from state.config.settings import Settings
-from state.errors import DecodeError, LogError, MissingSalt, RegistryError, SaltMismatch, SettingsError
-from state.events.identity import Salt, load_salt, user_id
+from state.errors import DecodeError, LogError, MissingSalt, RegistryError, SettingsError
+from state.events.identity import load_salt, user_id
 from state.features.erased import EVERYTHING, Erased, Erasure
-from state.features.masked_users import MaskedUsers
 from state.history.forgetting import PAGES_MS
 from state.log import Log, topic_plan
 from state.process import killpoints
@@ -48,7 +46,7 @@ from state.registry.erasing import erase as erase_users
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
 from state.registry.sharing.small import all_reports
-from state.segments.record import member_of
+from state.segments.members import member_of
 from state.trials.trial import Trials
 
 POLL_S, STALLED_S = 0.5, 30.0
@@ -62,7 +60,6 @@ NOT_OURS = (
     "copies that backups and you made are yours to remove, `bootstrap --examples` and savepoints of jobs among them; what "
     "shared weights and counts learned of erased users stays in them"
 )
-STDIN = Path("-")
 
 
 def first_left(log: Log, topic: str, whose: Whose, erased: Erased) -> int | None:
@@ -99,28 +96,6 @@ def first_left(log: Log, topic: str, whose: Whose, erased: Erased) -> int | None
     return min(found, default=None)
 
 
-def of_attributes(salt: Salt) -> Whose:
-    """For the topic of users' attributes, whose keys are plain ids."""
-
-    def whose(key: bytes | None) -> int:
-        try:
-            return user_id(salt, id_of(key))
-        except DecodeError:
-            return 0
-
-    return whose
-
-
-def of_segments(key: bytes | None) -> int:
-    """Of the topic of memberships.
-
-    >>> of_segments(b"00000000000000ab:sporty"), of_segments(b"x")
-    (171, 0)
-    """
-    member = member_of(key)
-    return 0 if member is None else member[1]
-
-
 @dataclass(frozen=True)
 class Holding:
     """Something that still has, or may have, data of an erased user.
@@ -146,15 +121,13 @@ def show(settings: Settings, registry: Registry, now_ms: int, output: str, say: 
     """
     control = current(registry)
     held = holdings(settings, registry, control, now_ms)
-    by = {one.id: registry.generation(one.generation) for one in control.erased}
+    listed = [erasure_document(one, registry.generation(one.generation)) for one in control.erased]
     if output == "json":
-        told = [erasure_document(one, by[one.id]) for one in control.erased]
-        say(json.dumps({"erasures": told, "holding": [asdict(one) for one in held], "note": NOT_OURS}, indent=2))
+        say(json.dumps({"erasures": listed, "holding": [asdict(one) for one in held], "note": NOT_OURS}, indent=2))
         return
-    if not control.erased:
+    if not listed:
         say("nobody was erased")
         return
-    listed = [erasure_document(one, by[one.id]) for one in control.erased]
     head = ["erasure", "at", "users", "by", "reason"]
     say(table([head, *([str(one["id"]), one["at"], str(one["users"]), one["actor"], one["reason"]] for one in listed)]))
     say("")
@@ -164,7 +137,7 @@ def show(settings: Settings, registry: Registry, now_ms: int, output: str, say: 
     else:
         say("nothing holds anything of them any more")
     say(
-        f"{registry.path / layout.MASKS} and the mask of each host keep their pseudonyms: with them old records are told from new ones"
+        f"{registry.path / layout.MASKS} and the mask of each host keep their pseudonyms: they tell old records from new ones"
     )
     say(NOT_OURS)
 
@@ -185,11 +158,9 @@ def holdings(settings: Settings, registry: Registry, control: Control, now_ms: i
     """All that still holds something, as far as can be seen from here."""
     if not control.erased:
         return []
-    said = {one.part: one for one in all_reports(registry)}
-    found = of_versions(settings, registry, control, said.get(COMPACTOR))
-    found += of_processes(
-        [one for part, one in said.items() if part != COMPACTOR], _expected(settings), control.erased.last
-    )
+    reports = {report.part: report for report in all_reports(registry)}
+    found = of_versions(settings, registry, control, reports.pop(COMPACTOR, None))
+    found += of_processes(list(reports.values()), _expected(settings), control.erased.last)
     found += of_trials(settings, control)
     found += of_topics(settings, control, now_ms)
     return found + set_aside(settings, registry, control)
@@ -211,7 +182,7 @@ def of_versions(
     if old:
         first = 1 + min(max(part.erased, part.rewritten) for part in old)
         every = f"{settings.trainer.base_every_s:g} s"
-        until = f"the compactor writes them anew, each {every} or by `springtide compact`"
+        until = f"the compactor rewrites them, each {every} or by `springtide compact`"
         found.append(Holding(f"{len(old)} kept versions and bases", first, "rows, or ids of rows that went", until))
     return found
 
@@ -247,98 +218,96 @@ def _expected(settings: Settings) -> list[str]:
     return found + ([str(settings.serving_dir)] if settings.serving_dir.is_dir() else [])
 
 
-def of_processes(said: Sequence[ErasureReport], expected: Iterable[str], last: int) -> list[Holding]:
+def of_processes(reports: Sequence[ErasureReport], expected: Iterable[str], last: int) -> list[Holding]:
     """Streams and serving hosts that have not erased yet, or have not reported it.
 
-    >>> told = ErasureReport("stream-0", "h", "state/stream-0", through=2, pages=1, at_ms=0)
-    >>> [(one.where, one.erasure, one.until) for one in of_processes([told], ["state/stream-0", "state/serving"], 2)]
-    [('stream-0 on h', 2, '1970-01-01T00:10:00Z, where it runs'), ('state/serving', 1, 'its process starts: it has not said anything')]
+    >>> report = ErasureReport("stream-0", "h", "state/stream-0", through=2, pages=1, at_ms=0)
+    >>> [(one.where, one.erasure, one.until) for one in of_processes([report], ["state/stream-0", "state/serving"], 2)]
+    [('stream-0 on h', 2, '1970-01-01T00:10:00Z, where it runs'), ('state/serving', 1, 'its process starts: it has not reported yet')]
     """
     found = []
-    for one in said:
-        where = f"{one.part} on {one.host}"
-        if one.through < last:
-            held, until = (
-                "histories, rows, attributes",
-                f"its process takes control up; it last said so {iso(one.at_ms)}",
+    for report in reports:
+        where, data = f"{report.part} on {report.host}", "histories, rows, attributes"
+        if report.through < last:
+            until = (
+                f"its process reads control; it last reported {iso(report.at_ms)} ({report.path}; remove its report if it "
+                "is gone for good)"
             )
-            found.append(
-                Holding(where, one.through + 1, held, f"{until} ({one.path}; remove its report if it is gone for good)")
-            )
-        elif one.pages < last:
-            until = f"{iso(one.at_ms + PAGES_MS)}, where it runs"
-            found.append(Holding(where, one.pages + 1, "bytes on free pages of its stores", until))
-    known = {one.path for one in said}
-    silent = [path for path in expected if path not in known]
-    return found + [
-        Holding(path, 1, "histories, rows, attributes", "its process starts: it has not said anything")
-        for path in silent
-    ]
+            found.append(Holding(where, report.through + 1, data, until))
+        elif report.pages < last:
+            until = f"{iso(report.at_ms + PAGES_MS)}, where it runs"
+            found.append(Holding(where, report.pages + 1, "bytes on free pages of its stores", until))
+    silent = sorted({*expected} - {report.path for report in reports})
+    until = "its process starts: it has not reported yet"
+    return found + [Holding(path, 1, "histories, rows, attributes", until) for path in silent]
 
 
 def of_topics(settings: Settings, control: Control, now_ms: int) -> list[Holding]:
     """Clicks, training log and attributes, by where their partitions begin now."""
-    kafka, found = settings.kafka, list[Holding]()
+    kafka, partition, holdings = settings.kafka, settings.trainer.partition, list[Holding]()
+    until = "Kafka compacts the topic, by its segment.ms and delete.retention.ms"
     try:
         log = log_view.open_log(settings)
         with log.topics() as topics:
             word = int(topics.describe(kafka.clicks_topic).topic_id[:8], 16)
             clicks = {partition: begin for partition, (begin, _) in topics.ends(kafka.clicks_topic).items()}
-            begin = topics.ends(kafka.microbatches_topic)[settings.trainer.partition][0]
+            begin = topics.ends(kafka.microbatches_topic)[partition][0]
             after = {
-                one.id: topics.offset_before(kafka.microbatches_topic, one.at_ms + TAKEN_UP_MS)[
-                    settings.trainer.partition
-                ]
-                for one in control.erased
+                erasure.id: topics.offset_before(kafka.microbatches_topic, erasure.at_ms + TAKEN_UP_MS)[partition]
+                for erasure in control.erased
             }
-        attributes, members = _first_attributes(settings, log, control), _first_member(settings, log, control)
+            has_segments = bool(settings.segments.expressions) and settings.segments.topic in topics.names()
+        attributes = _first_attributes(settings, log, control) if settings.attributes.user_topic else None
+        members = first_left(log, settings.segments.topic, of_segments, control.erased) if has_segments else None
     except (LogError, KeyError) as error:
         return [Holding("Kafka", 1, "clicks, training log, attributes", f"it answers: {error}")]
-    left = [one for one in control.erased if _has_clicks(one, word, clicks)]
+    left = [erasure for erasure in control.erased if _has_clicks(erasure, word, clicks)]
     if left:
-        until = _gone_by(left[-1], topic_plan.clicks(settings).config)
+        gone = _gone_by(left[-1], topic_plan.clicks(settings).config)
         holds = "clicks, which the stream leaves out; they are the shop's"
-        found.append(Holding(f"topic {kafka.clicks_topic}", left[0].id, holds, until))
-    left = [one for one in control.erased if begin < after[one.id]]
+        holdings.append(Holding(f"topic {kafka.clicks_topic}", left[0].id, holds, gone))
+    left = [erasure for erasure in control.erased if begin < after[erasure.id]]
     if left:
-        until = _gone_by(left[-1], topic_plan.microbatches(settings).config)
-        found.append(Holding(f"topic {kafka.microbatches_topic}", left[0].id, "rows, which nobody learns again", until))
-    until = "Kafka compacts the topic, by its segment.ms and delete.retention.ms"
+        gone = _gone_by(left[-1], topic_plan.microbatches(settings).config)
+        holds = "rows, which nobody learns again"
+        holdings.append(Holding(f"topic {kafka.microbatches_topic}", left[0].id, holds, gone))
     if attributes is not None:
-        holds = "the plain ids, with tombstones"
-        found.append(Holding(f"topic {settings.attributes.user_topic}", attributes, holds, until))
+        topic = f"topic {settings.attributes.user_topic}"
+        holdings.append(Holding(topic, attributes, "the plain ids, with tombstones", until))
     if members is not None:
-        found.append(Holding(f"topic {settings.segments.topic}", members, "pseudonyms, with tombstones", until))
-    return found
+        holdings.append(Holding(f"topic {settings.segments.topic}", members, "pseudonyms, with tombstones", until))
+    return holdings
 
 
 def _first_attributes(settings: Settings, log: Log, control: Control) -> int | None:
-    """The first erasure whose users the topic of attributes names; None if it names none or does not exist.
+    """The first erasure whose users the topic of attributes names, by their plain ids; None if it names none.
 
     Raises:
         LogError: It cannot be read.
     """
-    topic = settings.attributes.user_topic
-    if not topic:
-        return None
     try:
-        return first_left(log, topic, of_attributes(load_salt(settings.salt_path, create=False)), control.erased)
+        salt = load_salt(settings.salt_path, create=False)
     except MissingSalt:
         # It is unknown to which users they belong.
         return 1
 
+    def whose(key: bytes | None) -> int:
+        try:
+            return user_id(salt, id_of(key))
+        except DecodeError:
+            return 0
 
-def _first_member(settings: Settings, log: Log, control: Control) -> int | None:
-    """The first erasure whose users the topic of segments names; None if it names none or does not exist.
+    return first_left(log, settings.attributes.user_topic, whose, control.erased)
 
-    Raises:
-        LogError: It cannot be read.
+
+def of_segments(key: bytes | None) -> int:
+    """The user of a record of the topic of memberships; 0 if the key is malformed.
+
+    >>> of_segments(b"00000000000000ab:sporty"), of_segments(b"x")
+    (171, 0)
     """
-    topic = settings.segments.topic
-    with log.topics() as topics:
-        if not settings.segments.expressions or topic not in topics.names():
-            return None
-    return first_left(log, topic, of_segments, control.erased)
+    member = member_of(key)
+    return 0 if member is None else member[1]
 
 
 def _has_clicks(erasure: Erasure, word: int, begins: Mapping[int, int]) -> bool:
@@ -383,10 +352,7 @@ def erase(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
     plain = _asked_for(asked)
     control = current(registry)
     newest = _newest(registry)
-    salt = load_salt(settings.salt_path, create=False)
-    if salt.fingerprint != newest.salt:
-        raise SaltMismatch.between(f"the registry {settings.registry_dir}", newest.salt, salt.fingerprint)
-    users = MaskedUsers.of(user_id(salt, one) for one in plain)
+    users = pseudonyms(settings, plain, newest.salt)
     log = log_view.open_log(settings)
     # 1.
     tombstones = take_attributes(settings, log, plain)
@@ -419,24 +385,10 @@ def _asked_for(asked: argparse.Namespace) -> list[str]:
         raise SettingsError("say who: --user ID, or --users FILE", "see `springtide erase --help`")
     if not asked.reason:
         raise SettingsError("--reason TEXT is missing", "say why: it is kept with your name in the history")
-    found = [asked.user] if asked.users is None else _lines(asked.users)
-    found = [one for line in found if (one := line.strip())]
-    if not found:
+    ids = [asked.user.strip()] if asked.users is None else ids_in(asked.users, "--users")
+    if not any(ids):
         raise SettingsError("no user is named", "give an id, or a file with one id a line")
-    return list(dict.fromkeys(found))
-
-
-def _lines(file: Path) -> list[str]:
-    try:
-        text = sys.stdin.read() if file == STDIN else file.read_text(encoding="utf-8")
-    except UnicodeDecodeError:
-        # Its text would have what was read.
-        raise SettingsError(f"--users {file}: it is no UTF-8 text", "give a file with one user id a line") from None
-    except OSError as error:
-        raise SettingsError(
-            f"--users {file}: not readable ({error.strerror})", "give a file with one user id a line"
-        ) from None
-    return text.splitlines()
+    return ids
 
 
 def _newest(registry: Registry) -> Manifest:

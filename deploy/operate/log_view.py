@@ -1,20 +1,39 @@
-"""A command's view of the training log and the clicks topic: their ends, and a reader; Kafka must answer soon."""
+"""A command's view of the training log and the clicks topic: their ends, and a scan for rows that a mask names.
+
+Kafka must answer soon. A scan decodes only the columns that identify the clicks: 0.2 ms a record, about a fiftieth of
+the time that training on the record takes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
 
 from state import layout
 from state.config.settings import Settings
-from state.errors import LogError, UnfitVersion
+from state.errors import LogError, MicroBatchError, UnfitVersion
+from state.features.mask import Mask, MaskAt
+from state.features.masked_users import MaskedUsers
 from state.log import KafkaLog, Log, LogReader
 from state.log.accepted_gaps import Journal, past
+from state.microbatch.batch import MicroBatch
+from state.microbatch.cutting import trim
+from state.microbatch.glance import glance
+from state.microbatch.masked import masked
+from state.microbatch.row_kinds import trained
 from state.positions import Source
+from state.registry.log_line import LogLine, counts, onward
 from state.registry.manifest import Manifest
+from state.registry.mask_entries import MaskEntry
 from state.registry.registry import Registry
+from state.registry.segments import LogSegment
 
 ASK_KAFKA_S = 5.0
+POLL_S, STALLED_S, RECORDS = 0.5, 30.0, 512
 
 
 def open_log(settings: Settings) -> Log:
@@ -102,3 +121,149 @@ def look(settings: Settings, patience_s: float = ASK_KAFKA_S) -> LogView | None:
             topics.close()
     except (LogError, KeyError):
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class FirstHit:
+    """The position of the first masked row.
+
+    Attributes:
+        epoch: Control epoch in which the record was read.
+        offset: Offset of the record in the training log.
+    """
+
+    epoch: int
+    offset: int
+
+
+@dataclass
+class Counted:
+    """What the trainer will read between a version and the log's end.
+
+    Attributes:
+        records: Records on the branch.
+        rows: Rows to learn from, each counted once.
+        masked: How many of these rows are masked.
+        users: Users of the rows that new masks exclude.
+        after: Rows after a masked row of the same user, so soon after it that their windows include it.
+        by_mask: By id of each new mask, the number of its rows, and their users.
+    """
+
+    records: int = 0
+    rows: int = 0
+    masked: int = 0
+    users: set[int] = field(default_factory=set)
+    after: int = 0
+    by_mask: dict[int, tuple[int, set[int]]] = field(default_factory=dict)
+
+
+def records(
+    reader: LogReader, partition: int, first: int, end: int, branch: LogLine
+) -> Iterator[tuple[int, MicroBatch]]:
+    """Yields the records of a branch at offsets from `first` up to `end`, exclusive, with their offsets.
+
+    Like the trainer, it skips a record that cannot be decoded.
+
+    Raises:
+        LogError: No record arrived for `STALLED_S`, or the log cannot be read.
+    """
+    at = onward(branch, first)
+    if at >= end:
+        return
+    reader.seek(partition, at)
+    heard_s = time.monotonic()
+    while reader.position(partition) < end:
+        for batch in reader.poll(POLL_S, RECORDS):
+            heard_s = time.monotonic()
+            for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
+                if offset >= end:
+                    return
+                try:
+                    found = glance(value or b"")
+                except MicroBatchError:
+                    continue
+                if counts(branch, found.header.log_epoch, offset):
+                    yield offset, found
+        if time.monotonic() - heard_s > STALLED_S:
+            raise LogError(
+                f"the training log gave nothing for {STALLED_S:.0f} s at offset {reader.position(partition)} of {end}",
+                "a transaction may still be open: try again",
+            )
+
+
+def first_hit(
+    reader: LogReader, partition: int, segments: Sequence[LogSegment], mask: Mask, exact: bool = False
+) -> FirstHit | None:
+    """Finds the first row along the branch that `mask` names and that was learned; None if there is none.
+
+    Args:
+        reader: Reads the training log.
+        partition: Its partition.
+        segments: The segments of the branch, oldest first, each with its masks at that time.
+        mask: What is masked now.
+        exact: Whether to include rows that were not learned: events for histories only, and rows already masked.
+
+    Raises:
+        LogError: The log cannot be read.
+    """
+    for segment in segments:
+        for offset, batch in records(reader, partition, segment.first, segment.next, segment.line):
+            hit = masked(batch, mask)
+            if not exact:
+                hit &= trained(batch.kind)
+                if hit.any() and (already := segment.mask_at(batch.header.mask_generation)):
+                    hit &= ~masked(batch, already)
+            if hit.any():
+                return FirstHit(segment.epoch, offset)
+    return None
+
+
+class Counting:
+    """Counts rows along a branch from a version to the log's end; takes the records in order.
+
+    Args:
+        marks: The next offset of each source at the version.
+        mask_at: What is masked already.
+        new: The new masks.
+        longest_ms: The longest window.
+    """
+
+    def __init__(self, marks: dict[Source, int], mask_at: MaskAt, new: Sequence[MaskEntry], longest_ms: int) -> None:
+        self._marks, self._mask_at, self._longest_ms = marks, mask_at, longest_ms
+        self._new = [(one.id, one.mask) for one in new]
+        self._poisoned: dict[int, int] = {}
+        self._names = MaskedUsers.NOBODY
+        self.found = Counted(by_mask={one.id: (0, set()) for one in new})
+
+    def take(self, batch: MicroBatch) -> None:
+        """Counts the next record of the branch."""
+        unseen, self._marks = trim(batch, self._marks)
+        fresh = trained(batch.kind) & unseen
+        already = self._mask_at(batch.header.mask_generation)
+        out = masked(batch, already) if already else np.zeros(len(batch), np.bool_)
+        for number, mask in self._new:
+            hits = masked(batch, mask)
+            out |= hits
+            hits &= fresh
+            if hits.any():
+                rows, users = self.found.by_mask[number]
+                users.update(batch.user[hits].tolist())
+                self.found.by_mask[number] = (rows + int(hits.sum()), users)
+                self._poison(batch, hits)
+        self.found.records += 1
+        self.found.rows += int(fresh.sum())
+        self.found.masked += int((fresh & out).sum())
+        if self._poisoned:
+            self._count_after(batch, fresh & ~out)
+
+    def _poison(self, batch: MicroBatch, hits: NDArray[np.bool_]) -> None:
+        for user, at_ms in zip(batch.user[hits].tolist(), batch.at_ms[hits].tolist(), strict=True):
+            self._poisoned[user] = max(at_ms, self._poisoned.get(user, 0))
+        if len(self._poisoned) > len(self.found.users):
+            self.found.users |= self._poisoned.keys()
+            self._names = MaskedUsers.of(self._poisoned)
+
+    def _count_after(self, batch: MicroBatch, kept: NDArray[np.bool_]) -> None:
+        kept = kept & self._names.has(batch.user)
+        for user, at_ms in zip(batch.user[kept].tolist(), batch.at_ms[kept].tolist(), strict=True):
+            self.found.after += at_ms - self._poisoned[user] < self._longest_ms

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import re
-from collections.abc import Collection, Mapping
+import sys
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
 from state.registry.manifest import Manifest
 
+STDIN = Path("-")
 Ends = Mapping[int, tuple[int, int]]
 """Of the clicks topic: by partition, the first kept offset and the offset of the next record."""
 
@@ -38,11 +40,10 @@ def mask_of(settings: Settings, asked: argparse.Namespace, newest: Manifest, now
             )
     if asked.minutes is not None:
         times.append((now_ms - asked.minutes * UNITS_MS["m"], now_ms))
-    return Mask(
-        offsets=tuple(parse_place(text, topic_ids) for text in asked.skip),
-        times=tuple(times),
-        users=MaskedUsers.NOBODY if asked.skip_users is None else users_of(settings, asked.skip_users, newest.salt),
-    )
+    users = MaskedUsers.NOBODY
+    if asked.skip_users is not None:
+        users = pseudonyms(settings, ids_in(asked.skip_users, "--skip-users"), newest.salt)
+    return Mask(offsets=tuple(parse_place(text, topic_ids) for text in asked.skip), times=tuple(times), users=users)
 
 
 def require_positions(mask: Mask, topic_id: str, ends: Ends) -> None:
@@ -97,29 +98,42 @@ def parse_place(text: str, topic_ids: Collection[str]) -> tuple[int, int, int, i
     return int(found[0][:8], 16), int(match[2]), int(match[3]), int(match[4]) + 1
 
 
-def users_of(settings: Settings, file: Path, fingerprint: str) -> MaskedUsers:
-    """Returns the pseudonyms of a file's users; the file has one id a line.
+def ids_in(file: Path, option: str) -> list[str]:
+    """The user ids of a file with one id a line, each once; `-` reads standard input.
+
+    Args:
+        file: The file.
+        option: The option that names it, for messages, which never quote the file.
+
+    Raises:
+        SettingsError: The file cannot be read.
+    """
+    try:
+        text = sys.stdin.read() if file == STDIN else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise SettingsError(
+            f"{option} {file}: not readable ({problem})", "give a UTF-8 file with one user id a line"
+        ) from None
+    return list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+
+
+def pseudonyms(settings: Settings, ids: Iterable[str], fingerprint: str) -> MaskedUsers:
+    """The pseudonyms of user ids.
 
     Args:
         settings: Names the salt.
-        file: The file.
+        ids: The user ids.
         fingerprint: Fingerprint of the salt that the versions were trained with; another salt would match no user.
 
     Raises:
         MissingSalt: The salt file is missing.
         SaltMismatch: The salt is another one.
-        SettingsError: The file cannot be read.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(
-            f"--skip-users {file}: not readable: {error}", "give a UTF-8 file with one user id a line"
-        ) from None
     salt = load_salt(settings.salt_path, create=False)
     if salt.fingerprint != fingerprint:
         raise SaltMismatch.between(f"the registry {settings.registry_dir}", fingerprint, salt.fingerprint)
-    return MaskedUsers.of(user_id(salt, line.strip()) for line in lines if line.strip())
+    return MaskedUsers.of(user_id(salt, plain) for plain in ids)
 
 
 def describe(mask: Mask) -> str:

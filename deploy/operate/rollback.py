@@ -1,6 +1,6 @@
 """`springtide rollback`: rolls the whole system back to a version, and trains on without the named clicks.
 
-1. Choose the version, or refuse and say what to do (`deploy/operate/choice.py`).
+1. Choose the version, or refuse and say what to do (`deploy/operate/branch.py`).
 2. Create the next control generation, with one exclusive create.
 3. Wait until this host answers from that version, and report when it does.
 4. Count the rest of the plan in the training log, report it, and store it next to control, where
@@ -20,39 +20,97 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
-from deploy.operate import answers
-from deploy.operate.answers import Turning
-from deploy.operate.choice import Target, choose
+from deploy.operate.branch import ServingBranch, Target, choose
 from deploy.operate.commands import Say, control_document, current
-from deploy.operate.line import ServingLine
-from deploy.operate.log_scan import Counted, Counting, records
-from deploy.operate.log_view import LogView, look
+from deploy.operate.log_view import Counted, Counting, LogView, look, records
 from deploy.operate.masking import describe, mask_document, mask_of, require_positions
 from deploy.operate.times import age, parse_time
-from deploy.operate.versions import open_registry
+from deploy.operate.versions import open_registry, served_version, versions_here
 from deploy.watch.scrape import scrape, urls
 from state import layout
 from state.config.settings import Settings
 from state.errors import CorruptVersion, LogError, SettingsError, StoreError, UnfitVersion
-from state.features.mask import Mask, always
+from state.features.mask import always
 from state.process import killpoints
 from state.process.actor import actor
 from state.registry import log_line
-from state.registry.control import Control, Mode, roll_back
+from state.registry.control import Control, roll_back
 from state.registry.goals import ClickRanges, clicks_in, from_json, learned_before, to_json
 from state.registry.log_line import LogLine
 from state.registry.manifest import Manifest, sees
 from state.registry.mask_entries import MaskEntry, added, joined
-from state.registry.registry import Registry
+from state.registry.registry import SERVING, Registry
 
 THREADS = 4  # digests are computed without the GIL
 CHECKED_FIRST_BYTES = 64_000_000
 """Larger files are compared with their digests after serving has switched, if it can switch at once."""
+APPLIED_BYTES_PER_S = 40e6
+"""How fast an applier writes rows from the registry to its row store; measured by `tests/bench/rollback.py`."""
+POLL_S = 0.02
+
+
+@dataclass(frozen=True)
+class Switch:
+    """How soon this host can serve a version.
+
+    Attributes:
+        serves: Whether this host has a row store.
+        here: Whether the version is in the row store.
+        bytes: How many bytes an applier must read from the registry if it is not.
+    """
+
+    serves: bool
+    here: bool = False
+    bytes: int = 0
+
+    @classmethod
+    def to(cls, settings: Settings, registry: Registry, version: Manifest) -> Switch:
+        """Estimates how soon this host can serve a version.
+
+        Raises:
+            UnknownVersion, CorruptVersion: A part of the version cannot be read.
+        """
+        here = versions_here(settings.serving_dir)
+        if here is None or version.version in here:
+            return cls(here is not None, here is not None)
+        base, deltas = registry.chain(version.version)
+        parts = [base, *deltas]
+        known = [number for number, part in enumerate(parts) if part.version in here]
+        missing = parts[known[-1] + 1 :] if known else parts
+        return cls(True, False, sum(part.files[SERVING].bytes for part in missing if SERVING in part.files))
+
+    @property
+    def seconds(self) -> float:
+        """Estimated time until this host serves the version, seconds.
+
+        >>> Switch(True, True).seconds, Switch(True, False, 120_000_000).seconds
+        (0.0, 3.0)
+        """
+        return 0.0 if self.here else self.bytes / APPLIED_BYTES_PER_S
+
+    def as_text(self) -> str:
+        """Describes the estimate in words.
+
+        >>> Switch(True, False, 120_000_000).as_text()
+        'on this host after about 3.0 s: 120 MB are read from the registry; the current version answers until then'
+        """
+        if not self.serves:
+            return "nothing serves on this host; a host that has the version in its row store switches at once"
+        if self.here:
+            return "on this host at once: the version is in its row store"
+        return (
+            f"on this host after about {self.seconds:.1f} s: {self.bytes / 1e6:.0f} MB are read from the registry; the "
+            "current version answers until then"
+        )
+
+    def document(self) -> dict[str, Any]:
+        """Returns the estimate as JSON values."""
+        seconds = round(self.seconds, 3)
+        return {"serves": self.serves, "in_row_store": self.here, "bytes": self.bytes, "seconds": seconds}
 
 
 @dataclass(frozen=True)
@@ -60,39 +118,168 @@ class ExactPlan:
     """What an exact rollback does in addition to a fast one.
 
     Attributes:
-        line: The branch of the training log that begins at the version.
+        branch: The branch of the training log that begins at the version.
         again: The clicks that are read again until the trainer has learned what it had learned before.
         histories: Users whose history must be rebuilt from the training log; None if no stream's store is on this
             host, or it has rolled back already.
     """
 
-    line: LogLine
+    branch: LogLine
     again: ClickRanges
     histories: int | None = None
-
-    def lines(self) -> list[str]:
-        """The plan for people, one line per fact.
-
-        >>> ExactPlan(log_line.WHOLE, {}, 7).lines()[1]
-        'histories     7 to be rebuilt from the training log; the others give back what they gained'
-        """
-        rebuilt = "not counted: the stream's store is not on this machine, or has gone back already"
-        if self.histories is not None:
-            rebuilt = f"{self.histories:,} to be rebuilt from the training log; the others give back what they gained"
-        return [
-            f"stream        goes back too: {self.clicks:,} clicks are read again, into a new epoch of the log, until all that "
-            "was learned is learned again",
-            f"histories     {rebuilt}",
-        ]
 
     @property
     def clicks(self) -> int:
         """How many clicks are read again."""
         return clicks_in(self.again)
 
+    def lines(self) -> list[str]:
+        """The plan for people, one line per fact.
+
+        >>> ExactPlan(log_line.WHOLE, {}, 7).lines()[1]
+        'histories     7 to be rebuilt from the training log; the others drop what they gained'
+        """
+        rebuilt = "not counted: the stream's store is not on this machine, or is rolled back already"
+        if self.histories is not None:
+            rebuilt = f"{self.histories:,} to be rebuilt from the training log; the others drop what they gained"
+        return [
+            f"stream        rewinds too: {self.clicks:,} clicks are read again, into a new epoch of the log",
+            f"histories     {rebuilt}",
+        ]
+
     def document(self) -> dict[str, Any]:
         """It as JSON values."""
-        return {"clicks": self.clicks, "histories": self.histories, "log_epoch": self.line[-1].epoch}
+        return {"clicks": self.clicks, "histories": self.histories, "log_epoch": self.branch[-1].epoch}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A rollback: what it does, and, once it is counted, what that affects.
+
+    Attributes:
+        before: The control generation before it.
+        to: The version to roll back to.
+        age_s: Its age.
+        new: The masks that the rollback adds.
+        view: The topics as they are; None if Kafka does not answer.
+        topic: Name of the training log.
+        switch: How serving switches to the version.
+        then_follow: Whether serving follows again once the trainer has caught up.
+        exact: What an exact rollback does in addition; None for a fast one.
+        counted: The records from the version to the end of the log; None until `count`, or without `view`.
+        rows_per_s: The trainer's measured rate; None until `count`, or if it does not answer.
+    """
+
+    before: Control
+    to: Manifest
+    age_s: float
+    new: list[MaskEntry]
+    view: LogView | None
+    topic: str
+    switch: Switch
+    then_follow: bool = False
+    exact: ExactPlan | None = None
+    counted: Counted | None = None
+    rows_per_s: float | None = None
+
+    def count(self, settings: Settings) -> Plan:
+        """Counts the effects: reads the log from the version to its end, and the histories for an exact rollback.
+
+        Raises:
+            LogError: The log cannot be read.
+        """
+        rows_per_s, view = _rows_per_s(settings), self.view
+        if view is None:
+            return replace(self, rows_per_s=rows_per_s)
+        exact = self.exact
+        if exact is not None:
+            exact = replace(exact, histories=_histories_to_rebuild(settings, self.before.log, self.to, view))
+        # A rollback ends what lifted masks still left out.
+        counting = Counting(self.to.marks, always(self.before.mask), self.new, max(settings.features.windows_s) * 1000)
+        with view.reader(max(view.begin, self.to.log.next)) as reader:
+            for _, batch in records(reader, view.partition, self.to.log.next, view.end, self.before.log):
+                counting.take(batch)
+        return replace(self, exact=exact, counted=counting.found, rows_per_s=rows_per_s)
+
+    @property
+    def mode(self) -> str:
+        """Whether the stream rolls back too: exact, or fast."""
+        return "fast" if self.exact is None else "exact"
+
+    @property
+    def end(self) -> int:
+        """End of the log; the version's offset if Kafka did not answer."""
+        return self.to.log.next if self.view is None else self.view.end
+
+    @property
+    def replay_s(self) -> float | None:
+        """About how long the trainer needs to reach its old position; None if that is unknown."""
+        if self.counted is None or not self.rows_per_s:
+            return None
+        return (self.counted.rows - self.counted.masked) / self.rows_per_s
+
+    def lines(self) -> list[str]:
+        """The plan for people, one line per fact."""
+        mask = joined((*self.before.masks, *self.new), 0)
+        following = (
+            "they follow once the trainer has caught up"
+            if self.then_follow
+            else "they stay there until `springtide follow`"
+        )
+        reads, masked, counted = "replay ", "", self.counted
+        if self.exact is not None:
+            reads = "abandon"
+        if counted is None:
+            rows = f"at least {self.end} (Kafka does not answer: rows are not counted)"
+        else:
+            duration = "the duration is unknown: no trainer answers"
+            if self.replay_s is not None:
+                duration = f"about {age(self.replay_s)} at {self.rows_per_s:,.0f} rows/s"
+            rows = f"{self.end}: {counted.rows:,} rows in {counted.records:,} records, {duration}"
+            if mask:
+                masked = f": {counted.masked:,} rows; {len(counted.users):,} users affected by the new masks"
+        lines = [
+            f"roll back to  version {self.to.version}, {age(self.age_s)} old",
+            f"answers       {self.switch.as_text()}; {following}",
+            f"{reads}       {self.topic}, partition {self.to.log.partition}, offsets {self.to.log.next} to {rows}",
+            f"leave out     {describe(mask)}{masked}",
+        ]
+        if self.exact is not None:
+            return [*lines, *self.exact.lines()]
+        if counted is not None and counted.after:
+            lines.append(
+                f"windows       up to {counted.after:,} later rows of these users still count what is left out; "
+                "--mode exact recomputes them"
+            )
+        return lines
+
+    def document(self) -> dict[str, Any]:
+        """The plan as JSON values; users are counted, not listed."""
+        log = {"topic": self.topic, "partition": self.to.log.partition, "first": self.to.log.next, "end": self.end}
+        document: dict[str, Any] = {
+            "to": self.to.version,
+            "age_s": round(self.age_s, 3),
+            "mode": self.mode,
+            "log": log,
+            "end_is_exact": self.counted is not None,
+            "answers": self.switch.document(),
+            "then_follow": self.then_follow,
+            "replay_s": None if self.replay_s is None else round(self.replay_s, 1),
+            "mask": mask_document(joined((*self.before.masks, *self.new), 0)),
+        }
+        if (counted := self.counted) is not None:
+            document |= {
+                "records": counted.records,
+                "rows": counted.rows,
+                "masked": counted.masked,
+                "users": len(counted.users),
+                "after": counted.after if self.exact is None else 0,
+                "masks": {
+                    str(number): {"rows": rows, "users": len(users)}
+                    for number, (rows, users) in counted.by_mask.items()
+                },
+            }
+        return document if self.exact is None else document | {"exact": self.exact.document()}
 
 
 def exact_plan(
@@ -114,35 +301,34 @@ def exact_plan(
     """
     if view is None:
         raise LogError(
-            "Kafka does not answer: where the stream goes back to cannot be told",
-            "start Kafka, or go back without --mode exact",
+            "Kafka does not answer: the position to which the stream rewinds is unknown",
+            "start Kafka, or roll back without --mode exact",
         )
     if any(source.topic_id != view.clicks_id for source, _ in to.sources):
         raise LogError(
-            f"version {to.version} was made from another clicks topic than there is now: it was made anew",
-            "go back without --mode exact, which needs the training log alone, or restore the topic",
+            f"version {to.version} was made from another clicks topic than the current one, which was recreated",
+            "roll back without --mode exact, which needs the training log alone, or restore the topic",
         )
     for source, after in to.sources:
         if after < view.clicks[source.partition][0]:
             raise UnfitVersion(
                 f"version {to.version} has the clicks of partition {source.partition} up to {after}, and the topic begins at "
                 f"{view.clicks[source.partition][0]}: the clicks between are deleted and cannot be read again",
-                "take a younger version, or go back without --mode exact, which needs the training log alone",
+                "take a younger version, or roll back without --mode exact, which needs the training log alone",
             )
     if again is None:
         goal = learned_before(registry, control.epoch + 1)
-        begins = {one: to.marks.get(one, view.clicks.get(one.partition, (0, 0))[0]) for one in goal}
-        again = {one: (begins[one], after) for one, after in goal.items() if after > begins[one]}
+        begins = {source: to.marks.get(source, view.clicks.get(source.partition, (0, 0))[0]) for source in goal}
+        again = {source: (begins[source], after) for source, after in goal.items() if after > begins[source]}
     return ExactPlan(log_line.turned(control.log, to.log.epoch, to.log.next, view.end, to.sources), again)
 
 
-def with_histories(plan: ExactPlan, settings: Settings, line: LogLine, to: Manifest, view: LogView) -> ExactPlan:
-    """The plan, with the number of users whose histories have lost events that they had at `to`.
+def _histories_to_rebuild(settings: Settings, branch: LogLine, to: Manifest, view: LogView) -> int | None:
+    """The number of users whose histories have lost events that they had at a version; None if it is unknown.
 
     Args:
-        plan: Of the rollback.
         settings: All settings.
-        line: The branch of the log before the rollback.
+        branch: The branch of the log before the rollback.
         to: The version.
         view: Of the log.
 
@@ -154,7 +340,7 @@ def with_histories(plan: ExactPlan, settings: Settings, line: LogLine, to: Manif
     from state.history.rewinding import line_of, records
     from state.history.store import HistoryStore
 
-    found = None
+    users = None
     for path in layout.streams(settings.state_dir):
         try:
             store = HistoryStore(path, settings.features.history, settings.stream.map_gb << 30, readonly=True)
@@ -163,122 +349,23 @@ def with_histories(plan: ExactPlan, settings: Settings, line: LogLine, to: Manif
         try:
             since = Since(to.marks, store.positions())
             with view.reader(to.log.next) as log:
-                for batch in records(log, view.partition, to.log.next, view.end, line):
+                for batch in records(log, view.partition, to.log.next, view.end, branch):
                     since.take(batch)
-            found = (found or 0) + len(store.lacking(since, to.marks))
-            if line_of(store) != line:
-                # It went back meanwhile.
-                return plan
+            users = (users or 0) + len(store.lacking(since, to.marks))
+            if line_of(store) != branch:
+                # The store was rolled back meanwhile.
+                return None
         finally:
             store.close()
-    return replace(plan, histories=found)
+    return users
 
 
-@dataclass(frozen=True)
-class Plan:
-    """A rollback.
-
-    Attributes:
-        to: The version to roll back to.
-        age_s: Its age.
-        mode: Whether the stream rolls back too.
-        topic: Name of the training log.
-        partition: Its partition.
-        first: Offset to which the trainer rewinds.
-        end: End of the log; the newest version's offset if Kafka did not answer.
-        mask: The events left out from now on.
-        turning: How serving switches to the version.
-        then_follow: Whether serving follows again once the trainer has caught up.
-        counted: The records between in the log; None if Kafka did not answer.
-        rows_per_s: The trainer's measured rate; None if it does not answer.
-        exact: What an exact rollback does in addition.
-    """
-
-    to: int
-    age_s: float
-    mode: Mode
-    topic: str
-    partition: int
-    first: int
-    end: int
-    mask: Mask
-    turning: Turning
-    then_follow: bool = False
-    counted: Counted | None = None
-    rows_per_s: float | None = None
-    exact: ExactPlan | None = None
-
-    @property
-    def replay_s(self) -> float | None:
-        """About how long the trainer needs to reach its old position; None if that is unknown."""
-        if self.counted is None or not self.rows_per_s:
-            return None
-        return (self.counted.rows - self.counted.masked) / self.rows_per_s
-
-    def lines(self) -> list[str]:
-        """The plan for people, one line per fact.
-
-        >>> counted = Counted(60, 5000, 120, {1, 2}, 30, {1: (120, {1, 2})})
-        >>> plan = Plan(40, 90.0, "fast", "log", 0, 100, 160, Mask.NONE, Turning(True, True), False, counted, 2000.0)
-        >>> print(plan.lines()[2])
-        replay        log, partition 0, offsets 100 to 160: 5,000 rows in 60 records, about 2.4 s at 2,000 rows/s
-        """
-        answers = (
-            "follow once the trainer has caught up" if self.then_follow else "stay there until `springtide follow`"
-        )
-        found = [
-            f"go back to    version {self.to}, {age(self.age_s)} old",
-            f"answers       {self.turning.line()}; they {answers}",
-            f"{'replay ' if self.exact is None else 'abandon'}       {self.topic}, partition {self.partition}, offsets "
-            f"{self.first} to {self._replay()}",
-            f"leave out     {describe(self.mask)}{self._masked()}",
-        ]
-        if self.mode == "fast" and self.counted is not None and self.counted.after:
-            found.append(
-                f"windows       up to {self.counted.after:,} later rows of these users still count what is left out; "
-                "--mode exact makes them anew"
-            )
-        return [*found, *([] if self.exact is None else self.exact.lines())]
-
-    def document(self) -> dict[str, Any]:
-        """The plan as JSON values; users are counted, not listed."""
-        found: dict[str, Any] = {
-            "to": self.to,
-            "age_s": round(self.age_s, 3),
-            "mode": self.mode,
-            "log": {"topic": self.topic, "partition": self.partition, "first": self.first, "end": self.end},
-            "end_is_exact": self.counted is not None,
-            "answers": self.turning.document(),
-            "then_follow": self.then_follow,
-            "replay_s": None if self.replay_s is None else round(self.replay_s, 1),
-            "mask": mask_document(self.mask),
-        }
-        if (counted := self.counted) is not None:
-            found |= {
-                "records": counted.records,
-                "rows": counted.rows,
-                "masked": counted.masked,
-                "users": len(counted.users),
-                "after": counted.after if self.mode == "fast" else 0,
-                "masks": {
-                    str(number): {"rows": rows, "users": len(users)}
-                    for number, (rows, users) in counted.by_mask.items()
-                },
-            }
-        return found if self.exact is None else found | {"exact": self.exact.document()}
-
-    def _replay(self) -> str:
-        if self.counted is None:
-            return f"at least {self.end} (Kafka does not answer: rows are not counted)"
-        speed = "how long is not known: no trainer answers"
-        if self.replay_s is not None:
-            speed = f"about {age(self.replay_s)} at {self.rows_per_s:,.0f} rows/s"
-        return f"{self.end}: {self.counted.rows:,} rows in {self.counted.records:,} records, {speed}"
-
-    def _masked(self) -> str:
-        if self.counted is None or not self.mask:
-            return ""
-        return f": {self.counted.masked:,} rows; what is new hits {len(self.counted.users):,} users"
+def _rows_per_s(settings: Settings) -> float | None:
+    """Rows that the trainer learned in a second of its steps since it started; None where it does not answer."""
+    trainer = scrape({"trainer": urls(settings)["trainer"]})["trainer"]
+    rows = trainer.total("springtide_trainer_rows_total", outcome=["trained", "skipped"])
+    busy_s = trainer.value("springtide_trainer_step_seconds_sum")
+    return rows / busy_s if rows and busy_s else None
 
 
 def total_bytes(registry: Registry, version: int) -> int:
@@ -298,30 +385,28 @@ def require_sound(registry: Registry, version: Manifest) -> None:
         UnknownVersion: A part is no longer kept.
         UnfitVersion: A file is damaged; the version before the damage is named.
     """
+
+    def problem_of(part: Manifest) -> CorruptVersion | None:
+        try:
+            registry.verify(part)
+        except CorruptVersion as error:
+            return error
+        return None
+
     base, deltas = registry.chain(version.version)
     parts = [base, *deltas]
     with ThreadPoolExecutor(THREADS) as pool:
-        for part, problem in zip(parts, pool.map(lambda part: _problem(registry, part), parts), strict=True):
+        for part, problem in zip(parts, pool.map(problem_of, parts), strict=True):
             if problem is not None:
-                raise UnfitVersion(
-                    f"version {version.version} cannot be put together: {problem.what}",
-                    _before(registry, version, part),
-                )
-
-
-def _problem(registry: Registry, part: Manifest) -> CorruptVersion | None:
-    try:
-        registry.verify(part)
-    except CorruptVersion as error:
-        return error
-    return None
+                what = f"version {version.version} cannot be put together: {problem.what}"
+                raise UnfitVersion(what, _before(registry, version, part))
 
 
 def _before(registry: Registry, version: Manifest, bad: Manifest) -> str:
     """The version to use instead of one whose part `bad` is damaged."""
     if bad.kind == "delta" and bad.parent is not None:
         return f"take {bad.parent}, the version before the damage"
-    older = [one for one in registry.bases() if one < bad.version and sees(version.visible, one)]
+    older = [base for base in registry.bases() if base < bad.version and sees(version.visible, base)]
     if older:
         return f"take {older[-1]}, the base before it"
     return "no older base is kept: restore the file from a copy"
@@ -331,198 +416,139 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
     """Does one rollback; see the module.
 
     Raises:
-        UnknownVersion, UnfitVersion: The version is not there, or cannot be gone back to.
+        UnknownVersion, UnfitVersion: The version is not kept, or cannot be rolled back to.
         LogError: Kafka is needed and does not answer.
-        SettingsError: What to skip is not written as it should be, or is not there.
-        ControlConflict: Somebody else changed control meanwhile.
+        SettingsError: What to skip is malformed, or does not exist.
+        ControlConflict: Another client changed control in the meantime.
     """
     began_s = time.monotonic()
     registry = open_registry(settings)
     control = current(registry, asked.if_generation)
-    # 1.
-    to, mask, new, view, is_done = _chosen(settings, asked, registry, control, now_ms)
-    exactly = exact_plan(registry, control, to, view) if asked.mode == "exact" else None
-    turning = answers.turning(settings, registry, to)
-    later = turning.here and not asked.dry_run and total_bytes(registry, to.version) > CHECKED_FIRST_BYTES
-    if not later:
-        require_sound(registry, to)
-    made = (
-        control
-        if is_done
-        else roll_back(
-            *(control, to.version, mask),
-            actor=actor(),
-            reason=asked.reason,
-            now_ms=now_ms,
-            log=None if exactly is None else exactly.line,
-            then_follow=asked.follow_when_caught_up,
-        )
-    )
-    if view is not None and made is not control and made.epoch != control.epoch:
-        made = replace(made, plan={"end": view.end} | ({} if exactly is None else {"again": to_json(exactly.again)}))
 
-    if asked.dry_run and not is_done:
-        plan = _plan(settings, control, to, new, view, turning, exactly, asked, now_ms)
-        _tell(asked, say, {"plan": plan.document()}, [*plan.lines(), "dry run: nothing was changed"])
+    def show(document: dict[str, Any], lines: list[str]) -> None:
+        say(json.dumps(document, indent=2) if asked.output == "json" else "\n".join(lines))
+
+    # 1.
+    plan, made = _planned(settings, asked, registry, control, now_ms)
+    later = plan.switch.here and not asked.dry_run and total_bytes(registry, plan.to.version) > CHECKED_FIRST_BYTES
+    if not later:
+        require_sound(registry, plan.to)
+    if asked.dry_run and made is not None:
+        plan = plan.count(settings)
+        show({"plan": plan.document()}, [*plan.lines(), "dry run: nothing was changed"])
         return
-    if made is control:
+    if made is None or made is control:
         if not asked.dry_run:
-            _count_again(settings, registry, control, to, view, turning, exactly, asked, now_ms)
+            _count_interrupted(settings, registry, control, plan)
         done = f"generation {control.generation}: it is so already; nothing was changed"
-        _tell(asked, say, {"changed": False, "control": control_document(control)}, [done])
+        show({"changed": False, "control": control_document(control)}, [done])
         return
     # 2.
     registry.propose(made)
     killpoints.reach("rollback.proposed")
     # 3.
-    said = f"generation {made.generation}: epoch {made.epoch} starts from version {to.version}"
-    took_s = _answered(settings, registry, made, to, asked, began_s)
+    took_s = None
+    if asked.wait and _serves(settings) and _wait_for_answers(settings, plan.to.version, asked.wait):
+        took_s = round(time.monotonic() - began_s, 3)
+        registry.add_outcome(made.epoch, "answered", {"seconds": took_s})
     if asked.output == "text":
-        say(said if took_s is None else f"{said}; answers of this host come from it after {took_s:.2f} s")
+        answered = "" if took_s is None else f"; answers of this host come from it after {took_s:.2f} s"
+        say(f"generation {made.generation}: epoch {made.epoch} starts from version {plan.to.version}{answered}")
     if later:
-        require_sound(registry, to)
+        require_sound(registry, plan.to)
     killpoints.reach("rollback.answered")
     # 4.
-    found = {"plan": None, "answered_s": took_s, "changed": True, "control": control_document(made)}
+    document = {"plan": None, "answered_s": took_s, "changed": True, "control": control_document(made)}
     try:
-        plan = _plan(settings, control, to, new, view, turning, exactly, asked, now_ms)
+        plan = plan.count(settings)
     except LogError as error:
         # The control generation exists; only the figures are missing.
-        _tell(asked, say, found | {"problem": str(error)}, [f"the plan could not be counted: {error}"])
+        show(document | {"problem": str(error)}, [f"the plan could not be counted: {error}"])
         return
     registry.add_outcome(made.epoch, "planned", plan.document())
-    _tell(asked, say, found | {"plan": plan.document()}, plan.lines())
+    show(document | {"plan": plan.document()}, plan.lines())
 
 
-class Chosen(NamedTuple):
-    """What a rollback does.
-
-    Attributes:
-        to: The version to roll back to.
-        mask: What is asked to be left out.
-        new: What of it is new.
-        view: The log as it is; None if Kafka does not answer.
-        is_done: Whether nothing is left to do: no version is named, and all of it is left out already.
-    """
-
-    to: Manifest
-    mask: Mask
-    new: list[MaskEntry]
-    view: LogView | None
-    is_done: bool = False
-
-
-def _chosen(settings: Settings, asked: argparse.Namespace, registry: Registry, control: Control, now_ms: int) -> Chosen:
-    line, exact = ServingLine(registry, control), asked.mode == "exact"
+def _planned(
+    settings: Settings, asked: argparse.Namespace, registry: Registry, control: Control, now_ms: int
+) -> tuple[Plan, Control | None]:
+    """The plan, and the generation that does it: `control` itself if it is done, None if all asked is left out already."""
+    branch, exact = ServingBranch(registry, control), asked.mode == "exact"
     is_named = asked.to is not None or asked.before is not None
-    in_log = line.in_log() if exact else []
-    if not is_named and not _skips(asked) and not in_log:
+    names_clicks = bool(asked.skip or asked.skip_time or asked.skip_users is not None or asked.minutes is not None)
+    in_log = branch.in_log() if exact else []
+    if not is_named and not names_clicks and not in_log:
         raise SettingsError(
             "rollback: neither a version nor clicks to leave out are named",
             "write --to V, --before TIME, or what to leave out; see `springtide rollback --help`",
         )
-    mask = mask_of(settings, asked, line.newest, now_ms)
+    mask = mask_of(settings, asked, branch.newest, now_ms)
     view = look(settings)
     if view is not None:
         require_positions(mask, view.clicks_id, view.clicks)
     new = added(control.masks, mask, control.last_mask, control.generation + 1)
-    if control.base is not None and not (is_named or new or in_log or control.lifted):
-        return Chosen(registry.manifest(control.base), mask, new, view, is_done=True)
-    wait_ms = round(settings.labels.wait_s * 1000) if settings.labels.impressions else 0
-    before_ms = None if asked.before is None else parse_time(asked.before, now_ms)
-    target = Target(asked.to, before_ms, exact)
-    return Chosen(choose(registry, control, target, new, view, wait_ms), mask, new, view)
-
-
-def _skips(asked: argparse.Namespace) -> bool:
-    """Whether clicks to leave out are named."""
-    return bool(asked.skip or asked.skip_time or asked.skip_users is not None or asked.minutes is not None)
-
-
-def _tell(asked: argparse.Namespace, say: Say, document: dict[str, Any], lines: list[str]) -> None:
-    say(json.dumps(document, indent=2) if asked.output == "json" else "\n".join(lines))
-
-
-def _answered(
-    settings: Settings, registry: Registry, made: Control, to: Manifest, asked: argparse.Namespace, began_s: float
-) -> float | None:
-    """Seconds since the command began until answers of this host came from the version; None where they do not yet."""
-    if not asked.wait or not answers.serves(settings) or not answers.wait(settings, to.version, asked.wait):
-        return None
-    took_s = round(time.monotonic() - began_s, 3)
-    registry.add_outcome(made.epoch, "answered", {"seconds": took_s})
-    return took_s
-
-
-def _plan(
-    settings: Settings,
-    control: Control,
-    to: Manifest,
-    new: list[MaskEntry],
-    view: LogView | None,
-    turning: answers.Turning,
-    exactly: ExactPlan | None,
-    asked: argparse.Namespace,
-    now_ms: int,
-) -> Plan:
-    if exactly is not None and view is not None:
-        exactly = with_histories(exactly, settings, control.log, to, view)
-    return Plan(
-        to=to.version,
+    done_at = None if is_named or new or in_log or control.lifted else control.base
+    if done_at is not None:
+        to = registry.manifest(done_at)
+    else:
+        wait_ms = round(settings.labels.wait_s * 1000) if settings.labels.impressions else 0
+        before_ms = None if asked.before is None else parse_time(asked.before, now_ms)
+        to = choose(branch, Target(asked.to, before_ms, exact, new, wait_ms), view)
+    plan = Plan(
+        before=control,
+        to=to,
         age_s=(now_ms - to.created_at_ms) / 1000,
-        mode=asked.mode,
+        new=new,
+        view=view,
         topic=to.log.topic or settings.kafka.microbatches_topic,
-        partition=to.log.partition,
-        first=to.log.next,
-        end=to.log.next if view is None else view.end,
-        mask=joined((*control.masks, *new), 0),
-        turning=turning,
+        switch=Switch.to(settings, registry, to),
         then_follow=asked.follow_when_caught_up,
-        counted=None if view is None else _count(settings, control, to, new, view),
-        rows_per_s=_rows_per_s(settings),
-        exact=exactly,
+        exact=exact_plan(registry, control, to, view) if exact else None,
     )
+    if done_at is not None:
+        return plan, None
+    made = roll_back(
+        *(control, to.version, mask),
+        actor=actor(),
+        reason=asked.reason,
+        now_ms=now_ms,
+        log=None if plan.exact is None else plan.exact.branch,
+        then_follow=asked.follow_when_caught_up,
+    )
+    if view is not None and made is not control and made.epoch != control.epoch:
+        again = {} if plan.exact is None else {"again": to_json(plan.exact.again)}
+        made = replace(made, plan={"end": view.end} | again)
+    return plan, made
 
 
-def _count_again(
-    settings: Settings,
-    registry: Registry,
-    control: Control,
-    to: Manifest,
-    view: LogView | None,
-    turning: answers.Turning,
-    exactly: ExactPlan | None,
-    asked: argparse.Namespace,
-    now_ms: int,
-) -> None:
+def _count_interrupted(settings: Settings, registry: Registry, control: Control, plan: Plan) -> None:
     """Stores the plan of a rollback whose command was killed between steps 2 and 4, as far as it can still be counted."""
     began = registry.beginning_of(control.epoch)
     if began is None or began.action != "rollback" or registry.outcome(control.epoch, "planned") is not None:
         return
-    before = registry.generation(began.generation - 1)
-    new = [one for one in began.masks if one.generation == began.generation]
-    if view is not None and began.plan is not None:
-        view = replace(view, end=int(began.plan["end"]))
-    if exactly is not None:
-        known = None if began.plan is None or "again" not in began.plan else from_json(began.plan["again"])
-        exactly = exact_plan(registry, before, to, view, known)
-    plan = _plan(settings, before, to, new, view, turning, exactly, asked, now_ms)
-    registry.add_outcome(control.epoch, "planned", plan.document())
+    before, view, exact, stored = registry.generation(began.generation - 1), plan.view, plan.exact, began.plan
+    if view is not None and stored is not None:
+        view = replace(view, end=int(stored["end"]))
+    if exact is not None:
+        known = None if stored is None or "again" not in stored else from_json(stored["again"])
+        exact = exact_plan(registry, before, plan.to, view, known)
+    new = [mask for mask in began.masks if mask.generation == began.generation]
+    interrupted = replace(plan, before=before, new=new, view=view, exact=exact)
+    registry.add_outcome(control.epoch, "planned", interrupted.count(settings).document())
 
 
-def _count(settings: Settings, control: Control, to: Manifest, new: list[MaskEntry], view: LogView) -> Counted:
-    """What the trainer will find in the log, which is read from the version's position to its end."""
-    # A rollback ends what lifted masks still left out.
-    counting = Counting(to.marks, always(control.mask), new, max(settings.features.windows_s) * 1000)
-    with view.reader(max(view.begin, to.log.next)) as reader:
-        for _, batch in records(reader, view.partition, to.log.next, view.end, control.log):
-            counting.take(batch)
-    return counting.found
+def _serves(settings: Settings) -> bool:
+    """Whether an applier runs on this host, according to its metrics."""
+    if not (settings.serving_dir / layout.ROWS).is_dir():
+        return False
+    return not scrape({"applier": urls(settings)["applier"]})["applier"].problem
 
 
-def _rows_per_s(settings: Settings, get: Callable[..., Any] = scrape) -> float | None:
-    """Rows that the trainer learned in a second of its steps since it started; None where it does not answer."""
-    found = get({"trainer": urls(settings)["trainer"]})["trainer"]
-    rows = found.total("springtide_trainer_rows_total", outcome=["trained", "skipped"])
-    busy_s = found.value("springtide_trainer_step_seconds_sum")
-    return rows / busy_s if rows and busy_s else None
+def _wait_for_answers(settings: Settings, version: int, limit_s: float) -> bool:
+    """Waits up to `limit_s` until this host serves `version`; returns whether it does."""
+    until_s = time.monotonic() + limit_s
+    while served_version(settings.serving_dir) != version:
+        if time.monotonic() >= until_s:
+            return False
+        time.sleep(POLL_S)
+    return True

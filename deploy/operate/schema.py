@@ -25,7 +25,7 @@ from tensorflow_metadata.proto.v0.statistics_pb2 import FeatureNameStatistics
 from deploy.operate.commands import Say, current
 from deploy.operate.times import iso
 from deploy.operate.versions import open_registry, table
-from deploy.validation.kept import KeptWindow, KeptWindows
+from deploy.validation.windows import KeptWindow, KeptWindows
 from state.config.settings import Settings
 from state.errors import SettingsError
 from state.features.spec import FeatureSpec
@@ -59,7 +59,7 @@ def limits(feature: schema_pb2.Feature) -> dict[str, float]:
 
 def feature_document(feature: schema_pb2.Feature, one: FeatureNameStatistics | None) -> dict[str, Any]:
     """A feature of the baseline as JSON values."""
-    said: dict[str, Any] = {
+    document: dict[str, Any] = {
         "name": feature.name,
         "type": schema_pb2.FeatureType.Name(feature.type),
         "present": present(one),
@@ -67,11 +67,11 @@ def feature_document(feature: schema_pb2.Feature, one: FeatureNameStatistics | N
         "thresholds": limits(feature),
     }
     if one is not None and one.HasField("string_stats"):
-        return said | {"distinct": one.string_stats.unique, "domain": len(feature.string_domain.value)}
+        return document | {"distinct": one.string_stats.unique, "domain": len(feature.string_domain.value)}
     if one is not None and common(one).num_non_missing:
         numbers = one.num_stats
-        return said | {"mean": numbers.mean, "median": numbers.median, "min": numbers.min, "max": numbers.max}
-    return said
+        return document | {"mean": numbers.mean, "median": numbers.median, "min": numbers.min, "max": numbers.max}
+    return document
 
 
 def feature_line(feature: schema_pb2.Feature, one: FeatureNameStatistics | None, names: Mapping[str, str]) -> list[str]:
@@ -186,8 +186,8 @@ def diff(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
     }
     rows = window.statistics.num_examples
     if asked.output == "json":
-        said = {"window_end_ms": window.end_ms, "rows": rows, **_about(baseline), "anomalies": wrong}
-        say(json.dumps({**said, "distances": distances}, indent=2))
+        document = {"window_end_ms": window.end_ms, "rows": rows, **_about(baseline), "anomalies": wrong}
+        say(json.dumps({**document, "distances": distances}, indent=2))
         return
     names = found.about.get("names", {})
     say(f"the window until {iso(window.end_ms)}, {rows:,} events, against {_title(baseline)}")
@@ -308,11 +308,16 @@ def _window(kept: KeptWindows) -> KeptWindow:
 
 
 def _about(baseline: Baseline) -> dict[str, Any]:
-    told = baseline.accepted
-    return {"baseline": told.number, "actor": told.actor, "reason": told.reason, "at_ms": told.at_ms}
+    acceptance = baseline.accepted
+    return {
+        "baseline": acceptance.number,
+        "actor": acceptance.actor,
+        "reason": acceptance.reason,
+        "at_ms": acceptance.at_ms,
+    }
 
 
 def _title(baseline: Baseline) -> str:
-    told, rows = baseline.accepted, baseline.statistics.num_examples
-    whose = f"accepted by {told.actor} ({told.reason})" if told.number else "of the bootstrap"
-    return f"baseline {told.number}, {whose}, {iso(told.at_ms)}, {rows:,} events"
+    acceptance, rows = baseline.accepted, baseline.statistics.num_examples
+    whose = f"accepted by {acceptance.actor} ({acceptance.reason})" if acceptance.number else "of the bootstrap"
+    return f"baseline {acceptance.number}, {whose}, {iso(acceptance.at_ms)}, {rows:,} events"

@@ -119,6 +119,12 @@ def rows_here(serving_dir: Path) -> Iterator[RowReader | None]:
         store.close()
 
 
+def versions_here(serving_dir: Path) -> set[int] | None:
+    """Returns the versions in this host's row store; None if there is no row store."""
+    with rows_here(serving_dir) as reader:
+        return None if reader is None else {version.version for version in reader.versions()}
+
+
 def served_version(serving_dir: Path) -> int | None:
     """Returns the version that this host serves; None if nothing serves here."""
     with rows_here(serving_dir) as reader:

@@ -78,6 +78,11 @@ class Stamped:
     due_ms: F64
     high_ms: I64
 
+    def cut(self, first: int, after: int) -> Stamped:
+        """Returns the records [first, after)."""
+        part = slice(first, after)
+        return Stamped(self.at_ms[part], self.kafka_ms[part], self.due_ms[part], self.high_ms[part])
+
     def oldest_s(self, rows: int) -> float:
         """Returns how far the oldest of the first `rows` records is before its Kafka timestamp, seconds."""
         timed = (self.at_ms[:rows] != NO_TIME) & (self.kafka_ms[:rows] != NO_TIMESTAMP)

@@ -10,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+import msgspec
 
 from deploy.replaying.clock import Hand
 from state import layout
 from state.disk import files as durable
 from state.errors import CorruptStore
 
-FORMAT = 1
 FILE = "journal.json"
 
 
@@ -37,6 +38,7 @@ class Position:
         refused: By reason, the rows so far that become dead letters in the stream.
         unsendable: Rows so far that are too large for a record.
         complete: Whether the recording has ended.
+        format: Of the file.
     """
 
     now_ms: int
@@ -48,6 +50,7 @@ class Position:
     refused: Mapping[str, int]
     unsendable: int = 0
     complete: bool = False
+    format: Literal[1] = 1
 
     def after(self, hand: Hand, ends: Mapping[int, int]) -> Position:
         """Returns the position once the piece in flight has arrived."""
@@ -80,15 +83,10 @@ class ReplayJournal:
             CorruptStore: The file cannot be read, or another release wrote it.
         """
         try:
-            fields = json.loads(self._path.read_text())
-            if fields.pop("format") != FORMAT:
-                raise ValueError("another format")
-            fields["hand"] = Hand(**fields["hand"])
-            fields["ends"] = {int(partition): end for partition, end in fields["ends"].items()}
-            return Position(**fields)
+            return msgspec.json.decode(self._path.read_bytes(), type=Position)
         except FileNotFoundError:
             return None
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
             raise CorruptStore(
                 f"{self._path}: not readable ({error})", "--restart sends the recording again from its beginning"
             ) from None
@@ -97,7 +95,7 @@ class ReplayJournal:
         """Stores a position durably."""
         draft = self._path.with_suffix(".draft")
         draft.unlink(missing_ok=True)
-        durable.write(draft, json.dumps({"format": FORMAT, **asdict(position)}).encode())
+        durable.write(draft, msgspec.json.encode(position))
         draft.replace(self._path)
         durable.sync_directory(self._path.parent)
 

@@ -4,32 +4,47 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet
 
 from deploy.command_line import RefusingParser
 from deploy.operate.options import SETTINGS_HELP, positive
 from deploy.operate.versions import table
-from deploy.segments import exporting, process
-from deploy.segments.judging import open_host
+from deploy.segments import process
+from deploy.segments.judging import open_host, opened
 from deploy.segments.lookalikes import nearest, precision_curve, vectors_of
 from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
+from state.disk import files as durable
 from state.errors import NotReady, SpringtideError, UnknownSegment, of_disk
-from state.layout import SEGMENTS
 from state.process.closed_output import while_read
 from state.process.progress_line import ProgressLine, bar
-from state.segments.configured import segments_of
-from state.segments.store import SegmentStore, all_members
+from state.segments.expression import segments_of
+from state.segments.members import SegmentStore, all_members
 
 LINE_EVERY_S = 5.0
 Say = Callable[[str], None]
+
+
+MEMBERS = pa.schema(
+    [
+        pa.field("pseudonym", pa.string(), nullable=False),
+        pa.field("since", pa.timestamp("ms", tz="UTC"), nullable=False),
+        pa.field("version", pa.int64(), nullable=False),
+    ]
+)
+"""Columns of members: the pseudonym in 16 hexadecimal digits, entry time of the log, and the version at entry."""
+LOOKALIKES = pa.schema(
+    [pa.field("pseudonym", pa.string(), nullable=False), pa.field("similarity", pa.float32(), nullable=False)]
+)
+ROWS_AT_ONCE = 10_000
 
 
 def parser() -> argparse.ArgumentParser:
@@ -89,28 +104,18 @@ def run(asked: argparse.Namespace, settings: Settings, say: Say) -> None:
         (export if asked.action == "export" else lookalikes)(asked, settings, store, say)
 
 
-@contextmanager
-def opened(settings: Settings) -> Iterator[SegmentStore]:
-    """Opens this host's segment store, read only."""
-    store = SegmentStore(settings.serving_dir / SEGMENTS, settings.serving.map_gb << 30, readonly=True)
-    try:
-        yield store
-    finally:
-        store.close()
-
-
 def export(asked: argparse.Namespace, settings: Settings, store: SegmentStore, say: Say) -> None:
     """Writes the members of a segment to a file."""
     total, progress = store.sizes().get(asked.name, 0), ProgressLine(sys.stderr, LINE_EVERY_S)
-    rows = exporting.write(
+    rows = write(
         asked.to,
-        exporting.MEMBERS,
-        exporting.members(store, asked.name),
+        MEMBERS,
+        members(store, asked.name),
         lambda done: progress.show(lambda: f"{bar(min(done, total), total, 30)}  {done} of {total} users"),
     )
-    told = {"segment": asked.name, "file": str(asked.to), "users": rows}
+    document = {"segment": asked.name, "file": str(asked.to), "users": rows}
     progress.show(lambda: f"{rows} users in {progress.took_s:.1f} s", last=True)
-    say(json.dumps(told) if asked.output == "json" else f"{asked.to}: {rows} users of {asked.name}")
+    say(json.dumps(document) if asked.output == "json" else f"{asked.to}: {rows} users of {asked.name}")
 
 
 def lookalikes(asked: argparse.Namespace, settings: Settings, store: SegmentStore, say: Say) -> None:
@@ -134,10 +139,10 @@ def lookalikes(asked: argparse.Namespace, settings: Settings, store: SegmentStor
     progress.show(lambda: f"{len(found.users)} users in {progress.took_s:.1f} s", last=True)
     if asked.to is not None:
         columns = [pa.array([f"{user:016x}" for user, _ in near]), pa.array([score for _, score in near], pa.float32())]
-        batch = pa.record_batch(columns, schema=exporting.LOOKALIKES)
-        exporting.write(asked.to, exporting.LOOKALIKES, iter([batch]), lambda done: None)
+        batch = pa.record_batch(columns, schema=LOOKALIKES)
+        write(asked.to, LOOKALIKES, iter([batch]), lambda done: None)
     if asked.output == "json":
-        told = {
+        document = {
             "segment": asked.name,
             "version": found.version,
             "members": int(members.sum()),
@@ -145,7 +150,7 @@ def lookalikes(asked: argparse.Namespace, settings: Settings, store: SegmentStor
             "lookalikes": [{"pseudonym": f"{user:016x}", "similarity": score} for user, score in near],
             "precision": [one._asdict() for one in curve],
         }
-        say(json.dumps(told))
+        say(json.dumps(document))
         return
     say(f"{asked.name}: {members.sum()} members among {len(found.users)} users, by version {found.version}")
     if asked.to is None:
@@ -158,6 +163,45 @@ def lookalikes(asked: argparse.Namespace, settings: Settings, store: SegmentStor
     say("of the first k so many are members that were held back:")
     head = ["k", "lookalikes", "most clicks", "chance"]
     say(table([head, *([str(one.k), *(f"{value:.3f}" for value in one[1:])] for one in curve)]))
+
+
+def members(store: SegmentStore, segment: str) -> Iterator[pa.RecordBatch]:
+    """Yields the members of a segment, in the order of their pseudonyms."""
+    for page in all_members(store, segment, ROWS_AT_ONCE):
+        columns = [
+            [f"{user:016x}" for user, _ in page],
+            [one.since_ms for _, one in page],
+            [one.version for _, one in page],
+        ]
+        yield pa.record_batch([pa.array(one, kind) for one, kind in zip(columns, MEMBERS.types, strict=True)], MEMBERS)
+
+
+def write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], wrote: Callable[[int], None]) -> int:
+    """Writes a file, or replaces an existing one; returns the number of rows.
+
+    Args:
+        path: The file.
+        schema: Schema of the rows.
+        batches: The rows.
+        wrote: Called with the number of rows written so far, after each batch.
+
+    Raises:
+        OSError: The file cannot be written; an existing file stays as it was.
+    """
+    temporary, rows = path.with_name(f".{path.name}.{os.getpid()}"), 0
+    try:
+        with pyarrow.parquet.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            for batch in batches:
+                writer.write_batch(batch)
+                rows += batch.num_rows
+                wrote(rows)
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        durable.sync_directory(path.absolute().parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return rows
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
-from deploy.serving.answer import Answer, Query
-from deploy.serving.host import Host
-from deploy.serving.predictor import MOST_AT_ONCE, Predictor
+from deploy.serving.answers.host import Host
+from deploy.serving.answers.predictor import Predictor
+from deploy.serving.answers.query import Answer, Query
+from deploy.serving.answers.queue import MOST_AT_ONCE
 from state.config.settings import Settings
 from state.events.identity import load_salt
+from state.layout import SEGMENTS
 from state.process.wall_clock import wall_ms
-from state.segments.configured import Segment
-from state.segments.expression import ProfileFacts, operands
+from state.segments.expression import ProfileFacts, Segment
+from state.segments.members import SegmentStore
 
 
 class JudgedUser(NamedTuple):
@@ -40,7 +43,7 @@ class ProfileJudge:
 
     def __init__(self, segments: Mapping[str, Segment]) -> None:
         self._expressions = {one.name: one.expression for one in segments.values()}
-        kinds = {operand.kind for one in self._expressions.values() for operand in operands(one)}
+        kinds = frozenset[str]().union(*(one.kinds for one in self._expressions.values()))
         asked = {"feature": "features", "attribute": "attributes"}
         self._fields = frozenset(field for kind, field in asked.items() if kind in kinds)
         self._top = None if "interest" in kinds else 0
@@ -84,6 +87,16 @@ def open_host(settings: Settings) -> Host:
         MissingSalt: There is no salt.
     """
     return Host(settings, load_salt(settings.salt_path, create=False), wall_ms, pseudonym)
+
+
+@contextmanager
+def opened(settings: Settings) -> Iterator[SegmentStore]:
+    """Opens this host's segment store, read only."""
+    store = SegmentStore(settings.serving_dir / SEGMENTS, settings.serving.map_gb << 30, readonly=True)
+    try:
+        yield store
+    finally:
+        store.close()
 
 
 def named(user: int) -> str:

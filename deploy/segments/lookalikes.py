@@ -9,26 +9,48 @@ against all users, so all products are computed exactly; an index pays off only 
 The quality is measured with held-out members. A fifth of the members, chosen by pseudonym, are added to the users who
 are not members. The measure is precision at k: the share of held-out members among the first k. It is compared with
 the order by most clicks, and with chance.
+
+Workers read one list a segment. The process that keeps members starts a child at intervals (`python -m
+deploy.segments.lookalikes`), which writes the lists to a temporary directory. After a successful end the parent moves
+them to their final location. A change of control removes all lists and stops the child.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.segments.judging import named, pseudonym
-from deploy.serving.answer import Query
-from deploy.serving.predictor import MOST_AT_ONCE, Predictor
-from state.segments.lookalikes import PrecisionAt
+from deploy.children.parent_death import die_with
+from deploy.segments.judging import named, open_host, opened, pseudonym
+from deploy.serving.answers.predictor import Predictor
+from deploy.serving.answers.query import Query
+from deploy.serving.answers.queue import MOST_AT_ONCE
+from state.config.settings import Settings
+from state.disk import files as durable
+from state.layout import LOOKALIKES
+from state.process.import_path import for_children
+from state.process.part import run_part
+from state.process.wall_clock import wall_ms
+from state.segments.expression import segments_of
+from state.segments.lookalikes import LookalikeList, NearUser, PrecisionAt, write
+from state.segments.members import all_members
 
 HELD_BACK = 5
 """One of this many members is held out."""
 FEWEST_HELD_BACK = 10
 CUTS = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000)
 _VECTOR, _CLICKS = frozenset(("vector", "features")), "events.visible"
+
+_log = logging.getLogger(__name__)
 
 F32 = NDArray[np.float32]
 Flags = NDArray[np.bool_]
@@ -132,3 +154,112 @@ def precision_curve(found: UserVectors, members: Flags, cuts: Sequence[int] = CU
     ours, most = (np.cumsum(hits[np.argsort(-one, kind="stable")]) for one in orders)
     chance = float(hits.mean())
     return [PrecisionAt(k, float(ours[k - 1] / k), float(most[k - 1] / k), chance) for k in cuts if k < len(hits)]
+
+
+def aside(settings: Settings) -> Path:
+    """Returns the temporary directory where a child writes lists."""
+    return settings.serving_dir / f"{LOOKALIKES}.new"
+
+
+class LookalikeLists:
+    """The lookalike lists of one host; used by the main thread, which keeps members.
+
+    Args:
+        settings: Settings of the loop; without `segments.lookalikes` there are no lists.
+        clock_s: A monotonic clock.
+    """
+
+    def __init__(self, settings: Settings, clock_s: Callable[[], float]) -> None:
+        self._settings, self._clock_s = settings, clock_s
+        self._folder, self._aside = settings.serving_dir / LOOKALIKES, aside(settings)
+        self._wanted = bool(settings.segments.lookalikes)
+        self._child: subprocess.Popen[bytes] | None = None
+        self._due_s = clock_s()
+        # Control may have changed while this process did not run.
+        self.drop()
+
+    def tick(self) -> None:
+        """Publishes the lists of a finished child, and starts the next child if it is due.
+
+        Raises:
+            OSError: The operating system refused; existing lists stay, and a later call tries again.
+        """
+        if not self._wanted:
+            return
+        if self._child is not None:
+            code = self._child.poll()
+            if code is None:
+                return
+            self._child = None
+            if code == 0:
+                self._place()
+            else:
+                _log.error("listing lookalikes failed with exit code %d; the lists stay as they are", code)
+        if self._clock_s() >= self._due_s:
+            self._due_s = self._clock_s() + self._settings.segments.lookalikes_every_s
+            shutil.rmtree(self._aside, ignore_errors=True)
+            environment = for_children({**os.environ, **self._settings.environment()})
+            command = [sys.executable, "-m", "deploy.segments.lookalikes"]
+            self._child = subprocess.Popen(command, env=environment, preexec_fn=die_with(os.getpid()))
+
+    def drop(self) -> None:
+        """Removes all lists and stops the child; the next tick starts again."""
+        self.close()
+        for folder in (self._folder, self._aside):
+            shutil.rmtree(folder, ignore_errors=True)
+        self._due_s = self._clock_s()
+
+    def close(self) -> None:
+        """Kills the child; its unfinished lists are not used."""
+        if self._child is not None:
+            self._child.kill()
+            self._child.wait()
+            self._child = None
+
+    def _place(self) -> None:
+        self._folder.mkdir(exist_ok=True)
+        durable.exchange(self._aside, self._folder)
+        durable.sync_directory(self._folder.parent)
+        shutil.rmtree(self._aside, ignore_errors=True)
+        _log.info("the lookalikes of segments are listed again")
+
+
+def run(settings: Settings) -> None:
+    """Writes the list of each segment that has members, from the current stores of this host.
+
+    Raises:
+        SpringtideError: A required store or file does not exist.
+        OSError: The disk is full, or the operating system refused the access.
+    """
+    host, folder = open_host(settings), aside(settings)
+    folder.mkdir()
+    try:
+        found = vectors_of(host.predictor(), lambda looked: None)
+    finally:
+        host.close()
+    with opened(settings) as store:
+        for segment in segments_of(settings):
+            within = [user for page in all_members(store, segment) for user, _ in page]
+            members = np.isin(found.users, np.array(within, np.uint64))
+            if not members.any():
+                continue
+            near = nearest(found, members, settings.segments.lookalikes)
+            made = LookalikeList(
+                found.version,
+                wall_ms(),
+                int(members.sum()),
+                len(found.users),
+                tuple(NearUser(f"{user:016x}", similarity) for user, similarity in near),
+                tuple(precision_curve(found, members)),
+            )
+            write(folder, segment, made)
+    durable.sync_directory(folder)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes the lists with the settings of `argv`; returns the exit code."""
+    return run_part("segments", run, argv, _log)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

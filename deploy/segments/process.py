@@ -51,12 +51,12 @@ from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 
 from deploy.segments.judging import JudgedUser, ProfileJudge, open_host
-from deploy.segments.lookalike_lists import LookalikeLists
-from deploy.serving.erasing import name_of
-from deploy.serving.going_back import POSITION_EXTRA
-from deploy.serving.host import Host
+from deploy.segments.lookalikes import LookalikeLists
+from deploy.serving.answers.host import Host
+from deploy.serving.answers.predictor import Predictor
+from deploy.serving.following.clicks import POSITION_EXTRA
+from deploy.serving.following.erasing import name_of
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
-from deploy.serving.predictor import Predictor
 from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.disk.files import HOST
@@ -75,9 +75,18 @@ from state.process.part import run_part
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
 from state.registry.erasing import ErasureReport, report
-from state.segments.configured import segments_of
-from state.segments.record import Member, Membership, key_of, member_of, membership_of, value_of
-from state.segments.store import SegmentsPlace, SegmentStore, all_members
+from state.segments.expression import segments_of
+from state.segments.members import (
+    Member,
+    Membership,
+    SegmentsPlace,
+    SegmentStore,
+    all_members,
+    key_of,
+    member_of,
+    membership_of,
+    value_of,
+)
 from state.storage.shares import SERVING, map_bytes
 
 POLL_S, STALLED_S = 0.5, 30.0
@@ -163,7 +172,7 @@ class Members:
             self._show()
 
     def compact(self) -> None:
-        """Takes bytes of who left out of the store's file; raises as `CompactStore.compact`."""
+        """Takes bytes of who left out of the store's file; raises as `LmdbStore.compact`."""
         self._store.compact()
 
     def disconnect(self) -> None:

@@ -1,7 +1,7 @@
 """The one process per serving host that writes its stores: versions into rows, micro-batches into histories.
 
     thread      what it follows                      what it writes          code
-    main        registry and control, each poll_ms   rows, pointer, mask     `HostRows`, following.py
+    main        registry and control, each poll_ms   rows, pointer, mask     `HostRows`, versions.py
     clicks      the micro-batch topic                histories, event clock  clicks.py
     attributes  the topics of attributes, if any     attributes              state/attributes/follower.py
     exposures   exposures that workers kept, if any  the exposures topic     `ExposureForwarder`
@@ -24,7 +24,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -33,13 +33,12 @@ import msgspec
 import pyarrow as pa
 from prometheus_client import CollectorRegistry
 
-from deploy.serving import currency
-from deploy.serving.clicks import HistoryFollower
-from deploy.serving.currency import Currency, LogCheck
-from deploy.serving.erasing import HostErasures
-from deploy.serving.following import VersionFollower
-from deploy.serving.gauges import show_ages
-from deploy.serving.splitting.spool import make_room, settled
+from deploy.serving import notes
+from deploy.serving.exposures import make_room, settled
+from deploy.serving.following.clicks import HistoryFollower
+from deploy.serving.following.erasing import HostErasures
+from deploy.serving.following.versions import VersionFollower
+from deploy.serving.notes import Currency
 from state.attributes.follower import AttributeFollower, keep_following
 from state.attributes.store import AttributeStore
 from state.attributes.values import tables_of
@@ -69,11 +68,12 @@ from state.process.garbage import Holes, keep_what_is_there
 from state.process.part import run_part
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
-from state.ranking.configured import crosses_of
+from state.ranking.crosses import crosses_of
 from state.registry.control_look import ControlLook
 from state.registry.registry import Registry
 from state.registry.sharing.running import copying, reached_ms
 from state.registry.spec_actions import SpecActions
+from state.rows.reader import Served
 from state.rows.store import RowStore
 from state.storage.measuring import offer
 from state.storage.shares import SERVING, map_bytes
@@ -278,6 +278,61 @@ class AttributesFollower:
         self._metrics.attributes_known.labels(side).set(self.store.count(side))
 
 
+def show_ages(served: Served | None, newest_ms: int, now_ms: int, metrics: ApplierMetrics) -> None:
+    """Records the age of the version and of the histories.
+
+    Args:
+        served: The served version; None while there is none.
+        newest_ms: Time of the newest click in the histories; 0 while there is none.
+        now_ms: The wall clock.
+        metrics: The applier's metrics.
+    """
+    if served is not None:
+        metrics.version_age_seconds.set((now_ms - served.created_at_ms) / 1000)
+    if served is not None and served.event_time_ms:
+        age_s = (now_ms - served.event_time_ms) / 1000
+        metrics.weight_freshness_seconds.set(age_s)
+        metrics.weight_age_seconds.observe(age_s, {"version": str(served.version)})
+    if newest_ms:
+        age_s = (now_ms - newest_ms) / 1000
+        metrics.feature_freshness_seconds.set(age_s)
+        metrics.feature_age_seconds.observe(age_s)
+
+
+class LogCheck:
+    """Checks whether histories have reached the end offsets that the log last reported. Used by one thread.
+
+    Args:
+        every_ms: The interval between requests for the end offsets.
+    """
+
+    def __init__(self, every_ms: int) -> None:
+        self._every_ms = every_ms
+        self._asked_ms = 0
+        self._wanted: tuple[int, Mapping[int, int]] | None = None
+
+    def due(self, now_ms: int) -> bool:
+        """Whether to request the end offsets now."""
+        return self._wanted is None and not 0 <= now_ms - self._asked_ms < self._every_ms
+
+    def asked(self, now_ms: int, ends: Mapping[int, int]) -> None:
+        """Records the end offsets by partition, requested at `now_ms`."""
+        self._asked_ms, self._wanted = now_ms, (now_ms, ends)
+
+    def reached(self, positions: Mapping[int, int]) -> int | None:
+        """Returns the time of the request, once, when all positions have reached the end offsets; else None.
+
+        >>> check = LogCheck(1000)
+        >>> check.asked(5000, {0: 10})
+        >>> check.reached({0: 9}), check.reached({0: 10}), check.reached({0: 10})
+        (None, 5000, None)
+        """
+        if self._wanted is None or any(positions.get(one, 0) < end for one, end in self._wanted[1].items()):
+            return None
+        at_ms, self._wanted = self._wanted[0], None
+        return at_ms
+
+
 class Every:
     """Says at most once in `period_s` that it is time.
 
@@ -417,7 +472,7 @@ class Applier:
                 more = self._rows.step()
                 room.found(VERSIONS)
                 if not more and looked_ms:
-                    self._currency.note(currency.VERSIONS, looked_ms)
+                    self._currency.note(notes.VERSIONS, looked_ms)
             except (StoreFull, RegistryError, OSError) as error:
                 if is_full(error):
                     room.refused(error, VERSIONS)
@@ -488,7 +543,7 @@ class Applier:
             check.asked(now_ms, {partition: end for partition, (_, end) in ends.items()})
         at_ms = check.reached(self.clicks.positions)
         if at_ms is not None:
-            self._currency.note(currency.CLICKS, at_ms)
+            self._currency.note(notes.CLICKS, at_ms)
 
     def _connect(self) -> None:
         kafka = self._settings.kafka

@@ -4,9 +4,8 @@
     clicked:<slot>  seq u64, log time i64, CLICKED of one commit; the last `SLOTS` commits
     new:<slot>      seq u64, item u64, category u64, log time i64; the last `NEW_SLOTS` items clicked for the first time
 
-All are extras of the histories, and are deleted after a day of log time. They
-contain no users. A reader that falls behind misses clicks in its counts, and
-nothing else.
+All are extras of the histories, and are deleted after a day of log time. They contain no users. A reader that falls behind
+misses clicks in its counts, and nothing else.
 """
 
 from __future__ import annotations
@@ -60,12 +59,16 @@ class Clicked(NamedTuple):
     items: np.ndarray[tuple[int], np.dtype[np.void]]
 
 
-class ItemFeed:
-    """Writes the feed. Used by the thread that commits to the histories.
+class NewItem(NamedTuple):
+    """A new item, its category, and the log time of its first click in milliseconds."""
 
-    Args:
-        store: The histories.
-    """
+    item: int
+    category: int
+    at_ms: int
+
+
+class ItemFeed:
+    """Writes the feed. Used by the thread that commits to the histories."""
 
     def __init__(self, store: HistoryStore) -> None:
         self._store, self._feed = store, Feed.of(store)
@@ -82,48 +85,47 @@ class ItemFeed:
         clicked = _clicked(events)
         if not len(clicked):
             return {}
-        found: dict[str, bytes | None] = self._gone(clock_ms)
+        extras = self._expired(clock_ms)
         seq, number = self._feed
-        found[f"clicked:{seq % SLOTS}"] = _NOTE.pack(seq, clock_ms) + clicked.tobytes()
+        extras[f"clicked:{seq % SLOTS}"] = _NOTE.pack(seq, clock_ms) + clicked.tobytes()
         for name, value in categories.items():
             if not name.startswith(ITEM) or self._store.extra(name) is not None:
                 continue
             item = int(name.removeprefix(ITEM), 16)
             note = _NEW.pack(number) + _NEW_ITEM.pack(item, item_parts(value)[0], clock_ms)
-            found[f"new:{number % NEW_SLOTS}"] = note
+            extras[f"new:{number % NEW_SLOTS}"] = note
             number += 1
         self._feed = Feed(seq + 1, number)
-        return found | {FEED: _HEAD.pack(*self._feed)}
+        return extras | {FEED: _HEAD.pack(*self._feed)}
 
-    def _gone(self, clock_ms: int) -> dict[str, bytes | None]:
-        """Returns the entries that are too old, each with None so that it is deleted."""
-        found: dict[str, bytes | None] = {}
-        (seq, number), horizon_ms = self._oldest, clock_ms - NEW_MS
-        while seq < self._feed.seq and len(found) < GONE_AT_ONCE:
+    def _expired(self, clock_ms: int) -> dict[str, bytes | None]:
+        """Returns at most `GONE_AT_ONCE` entries of each kind that are too old, each with None so that it is deleted."""
+        extras: dict[str, bytes | None] = {}
+        oldest, horizon_ms = self._oldest, clock_ms - NEW_MS
+        for seq in range(oldest.seq, min(self._feed.seq, oldest.seq + GONE_AT_ONCE)):
             clicked = clicked_at(self._store, seq)
             if clicked is not None and clicked.at_ms > horizon_ms:
                 break
             if clicked is not None:
-                found[f"clicked:{seq % SLOTS}"] = None
-            seq += 1
-        while number < self._feed.new and len(found) < 2 * GONE_AT_ONCE:
+                extras[f"clicked:{seq % SLOTS}"] = None
+            self._oldest = self._oldest._replace(seq=seq + 1)
+        for number in range(oldest.new, min(self._feed.new, oldest.new + GONE_AT_ONCE)):
             new = new_at(self._store, number)
-            if new is not None and new[2] > horizon_ms:
+            if new is not None and new.at_ms > horizon_ms:
                 break
             if new is not None:
-                found[f"new:{number % NEW_SLOTS}"] = None
-            number += 1
-        self._oldest = Feed(seq, number)
-        return found
+                extras[f"new:{number % NEW_SLOTS}"] = None
+            self._oldest = self._oldest._replace(new=number + 1)
+        return extras
 
 
 def _clicked(events: Events) -> np.ndarray[tuple[int], np.dtype[np.void]]:
     """Counts the clicks of each item with a category, `[k]` CLICKED; the category is that of its last click."""
     some = events[(events["item"] != 0) & (events["category"] != 0)][::-1]
     items, first, clicks = np.unique(some["item"], return_index=True, return_counts=True)
-    found = np.zeros(len(items), CLICKED)
-    found["item"], found["category"], found["clicks"] = items, some["category"][first], clicks
-    return found if len(found) <= MOST_ITEMS else found[np.argsort(-clicks, kind="stable")[:MOST_ITEMS]]
+    clicked = np.zeros(len(items), CLICKED)
+    clicked["item"], clicked["category"], clicked["clicks"] = items, some["category"][first], clicks
+    return clicked if len(clicked) <= MOST_ITEMS else clicked[np.argsort(-clicks, kind="stable")[:MOST_ITEMS]]
 
 
 def clicked_at(store: HistoryStore, seq: int) -> Clicked | None:
@@ -134,10 +136,9 @@ def clicked_at(store: HistoryStore, seq: int) -> Clicked | None:
     return Clicked(_NOTE.unpack_from(note)[1], np.frombuffer(note, CLICKED, offset=_NOTE.size))
 
 
-def new_at(store: HistoryStore, number: int) -> tuple[int, int, int] | None:
-    """Reads one entry of a new item: item, category, log time; None if it was overwritten or never committed."""
+def new_at(store: HistoryStore, number: int) -> NewItem | None:
+    """Reads one entry of a new item; None if it was overwritten or never committed."""
     note = store.extra(f"new:{number % NEW_SLOTS}")
     if note is None or _NEW.unpack_from(note)[0] != number:
         return None
-    item, category, at_ms = _NEW_ITEM.unpack_from(note, _NEW.size)
-    return item, category, at_ms
+    return NewItem(*_NEW_ITEM.unpack_from(note, _NEW.size))

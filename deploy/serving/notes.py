@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import suppress
+from pathlib import Path
 from typing import NamedTuple
 
 CONTROL_NOTE = "control"
@@ -96,3 +99,58 @@ class EventClock(NamedTuple):
         130
         """
         return self.event_ms + max(0, now_ms - self.accepted_ms)
+
+
+VERSIONS, CLICKS = "version", "histories"
+"""The parts, named as in /readyz."""
+
+NOTE_MS = 1000
+
+
+class Currency:
+    """The files that record how current the stores of one host are: the time up to which they are complete.
+
+    The applier writes that time, and workers read it. It is not the age of the data: without new clicks, old histories are
+    current. Once the applier has consumed the log up to its end offsets, its histories hold all that the log held when it
+    requested them. A poll of the registry that finds nothing new counts in the same way. So an unreachable broker or
+    registry, a stopped applier and an applier that falls behind all become visible.
+
+    The time is the modification time of a file, so recording it is cheap.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._paths = {part: folder / f"{name}.{part}" for part in (VERSIONS, CLICKS)}
+        self._noted_ms = dict.fromkeys(self._paths, 0)
+
+    def note(self, part: str, at_ms: int) -> None:
+        """Records that the part is complete up to `at_ms`; written at most once a second."""
+        if 0 <= at_ms - self._noted_ms[part] < NOTE_MS:
+            return
+        self._noted_ms[part] = at_ms
+        path = self._paths[part]
+        # If the disk is full before the file exists, nothing is recorded, and readiness reports it.
+        with suppress(OSError):
+            path.touch()
+            os.utime(path, ns=(at_ms * 1_000_000, at_ms * 1_000_000))
+
+    def ages_s(self, now_ms: int) -> dict[str, float | None]:
+        """Returns, by part, the time in seconds since it was last complete; None if that was never recorded."""
+        ages = dict[str, float | None]()
+        for part, path in self._paths.items():
+            try:
+                ages[part] = (now_ms - path.stat().st_mtime_ns // 1_000_000) / 1000
+            except FileNotFoundError:
+                ages[part] = None
+        return ages
+
+    def older_than(self, max_age_s: float, now_ms: int) -> dict[str, str]:
+        """Returns a message for each part that was last complete more than `max_age_s` ago, or never."""
+        messages = {}
+        for part, age_s in self.ages_s(now_ms).items():
+            if age_s is None:
+                messages[part] = "the applier has not yet recorded that all is taken up"
+            elif age_s > max_age_s:
+                messages[part] = (
+                    f"what came in the last {age_s:.0f} s is not all taken up (serving.max_age_s {max_age_s:g})"
+                )
+        return messages

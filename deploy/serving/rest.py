@@ -1,83 +1,75 @@
 """A serving worker's process: `python -m deploy.serving.rest [flags]`, HTTP and gRPC on one event loop.
 
-One thread of one process answers. If `serving.workers` is above 1, this process is the parent of
-several workers on one port (`Workers`). A worker that dies is started again while the others
-continue.
+One thread of one process answers. If `serving.workers` is above 1, this process is the parent of several workers on one
+port (`requests/workers.py`).
 
-The parent owns the socket, and all workers accept from it. So a new connection goes to a worker
-that runs, and none is lost when a worker ends. Counters are stored in files, one set per worker,
-which its successor continues. Each worker's /metrics therefore shows the sum of all workers.
-
-If a worker never accepts a connection, its settings cannot work, and all workers end. They also end
-when the parent is killed.
-
-Before a worker reports ready, it prepares its kernels and computes one answer of each kind. So the
-first client waits no longer than the second.
+Before a worker reports ready, it prepares its kernels and computes one answer of each kind. So the first client waits no
+longer than the second.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import multiprocessing
-import multiprocessing.connection
 import os
 import resource
-import shutil
 import signal
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
-from multiprocessing.context import SpawnProcess
+from collections.abc import Callable, Coroutine, Generator
 from multiprocessing.synchronize import Event
-from pathlib import Path
 from typing import Any
 
 import psutil
-from prometheus_client import CollectorRegistry, values
+from prometheus_client import CollectorRegistry
 
-from deploy.children.backoff import Backoff
-from deploy.children.last_words import how
-from deploy.serving.answer import FIELDS, Query
-from deploy.serving.edge.access import Access
-from deploy.serving.edge.connections import ConnectionLimits
-from deploy.serving.edge.listening import listen
-from deploy.serving.edge.server import DrainingServer
-from deploy.serving.edge.tokens import are_wanted, is_loopback, make_missing
-from deploy.serving.explaining.explaining import explain
-from deploy.serving.exposition import of_all_workers
-from deploy.serving.grpc_api.server import GrpcServer
-from deploy.serving.host import Host
-from deploy.serving.http_api.app import App
-from deploy.serving.http_api.endpoints import encode
-from deploy.serving.program import BATCHES
-from deploy.serving.recommending.ranking import NamedItem, rank
-from deploy.serving.recommending.recommending import WantedItems, recommend
-from deploy.serving.recommending.similar import NearWanted, similar
-from deploy.serving.splitting.split import Split
+from deploy.serving.answers.explaining import explain
+from deploy.serving.answers.host import Answers, Host
+from deploy.serving.answers.items import rank, recommend, similar
+from deploy.serving.answers.program import BATCHES
+from deploy.serving.answers.query import NamedItem, Query, WantedItems
+from deploy.serving.answers.queue import QueueLimits
+from deploy.serving.answers.tensor_model import TensorModel
+from deploy.serving.requests.access import Access, Tokens, are_wanted, is_loopback, make_missing
+from deploy.serving.requests.connections import ConnectionLimits
+from deploy.serving.requests.endpoints import health_endpoints, profile_endpoints, profile_service, segment_endpoints
+from deploy.serving.requests.grpc_server import GrpcAddress, GrpcServer, Service
+from deploy.serving.requests.http import (
+    LAST,
+    Endpoint,
+    Receive,
+    Request,
+    Response,
+    Routes,
+    Scope,
+    Send,
+    answer,
+    encode,
+    failure,
+    header,
+)
+from deploy.serving.requests.openapi import document_endpoints
+from deploy.serving.requests.server import DrainingServer, listen
+from deploy.serving.requests.split import Split
+from deploy.serving.requests.tensorflow_serving import model_endpoints, model_services
+from deploy.serving.requests.worker_metrics import RequestCounts, of_all_workers
+from deploy.serving.requests.workers import Workers, count_as, end_with_parent
 from state.compiled.preparing import Kernels
 from state.config.loading import load
+from state.config.sections import ServingSettings
 from state.config.settings import Settings
-from state.errors import SpringtideError
+from state.errors import SpringtideError, WorkerFailed
 from state.events.identity import load_salt
 from state.layout import WORKER_COUNTERS
-from state.metrics import add_process, say_build
+from state.metrics import WorkerMetrics, add_process, say_build
 from state.process import log_lines
 from state.process.ending import reported
 from state.process.garbage import keep_what_is_there
 from state.process.private_files import keep_private
 from state.process.wall_clock import wall_ms
 
-WAIT_S = 0.1
-COUNTERS = "PROMETHEUS_MULTIPROC_DIR"
-"""Environment variable with prometheus_client's directory of counters."""
-
-KINDS = ("counter", "histogram", "gauge_max", "gauge_min")
-COUNTER_BYTES = 1 << 20
-"""Initial size of a counter file, as prometheus_client creates it; one per kind and worker."""
 USER = "springtide-warm-up"
 """User id of the warm-up answers; no user has it."""
 ITEMS = BATCHES[-1] + 1
@@ -85,151 +77,148 @@ ITEMS = BATCHES[-1] + 1
 POLL_S = 0.1
 OWN_FILES = 256
 """Open files of a worker in addition to its connections."""
+UNKNOWN = "unknown"
+"""Metrics' label value of a request that matches no endpoint."""
+Done = Callable[[Response], None]
 _log = logging.getLogger(__name__)
 
 
-@dataclass
-class Worker:
-    """One of the workers.
-
-    Attributes:
-        number: Its own.
-        ready: Set once it accepted connections, in its first life or a later one.
-        process: Its newest process.
-        since_s: When that began.
-        deaths: In a row.
-        again_s: When it is started again; None while it runs.
-    """
-
-    number: int
-    ready: Event
-    process: SpawnProcess | None = None
-    since_s: float = 0.0
-    deaths: Backoff = field(default_factory=Backoff)
-    again_s: float | None = 0.0
-
-
-class Workers:
-    """Starts and supervises a host's workers; `run` returns after `stop`.
+class App:
+    """A worker's HTTP API as an ASGI application: routes requests, answers them, reports errors and counts.
 
     Args:
-        bound: The socket from which all workers accept.
-        count: Number of workers.
-        counters: Directory of their counters; emptied.
-        target: What a worker's process calls, by name: (number, socket, event, parent's arguments).
-        arguments: The command-line arguments.
+        host: The host whose stores answer.
+        registry: The worker's metrics.
+        serving: The limits of requests.
+        shown_metrics: The metrics that /metrics shows; None for `registry`.
+        tokens: The tokens that requests need; None if they need none.
         clock_s: A monotonic clock.
+        split: Answers a share of the users from a trial; None if this host takes part in no rollout.
+
+    Attributes:
+        host: As given.
+        metrics: The worker's metrics.
+        counts: Counts the requests.
+        endpoints: The endpoints.
+        draining: Whether the worker is about to end: answers then end their connections.
     """
 
     def __init__(
         self,
-        bound: socket.socket,
-        count: int,
-        counters: Path,
-        target: Callable[..., None],
-        arguments: list[str],
-        clock_s: Callable[[], float] = time.monotonic,
+        host: Host,
+        registry: CollectorRegistry,
+        serving: ServingSettings = ServingSettings(),  # noqa: B008 - immutable
+        shown_metrics: CollectorRegistry | None = None,
+        tokens: Tokens | None = None,
+        clock_s: Callable[[], float] = time.perf_counter,
+        split: Split | None = None,
     ) -> None:
-        self._bound, self._target, self._arguments, self._clock_s = bound, target, arguments, clock_s
-        self._context = multiprocessing.get_context("spawn")
-        self._stopping = False
-        make_counters(counters, count)
-        os.environ[COUNTERS] = str(counters.resolve())
-        self.workers = [Worker(number, self._context.Event()) for number in range(count)]
+        self.host = host
+        self._most_body_bytes = serving.max_body_bytes
+        self._tokens = tokens
+        self._split = split
+        self.draining = False
+        self.metrics = WorkerMetrics(registry)
+        self.counts = RequestCounts(self.metrics, lambda: host.version, clock_s)
+        self._answers = Answers(host, self.metrics, QueueLimits(serving.max_queue_ms / 1000, serving.timeout_s))
+        self._model = TensorModel(host.predictor, self._answers.steps, self.metrics)
+        self.endpoints: list[Endpoint] = [
+            *profile_endpoints(self._answers),
+            *health_endpoints(host, shown_metrics or registry, lambda: self.draining),
+            *model_endpoints(self._model),
+            *segment_endpoints(host),
+        ]
+        self.endpoints += document_endpoints(self.endpoints)
+        self._routes = Routes(self.endpoints)
 
-    def stop(self, *_: object) -> None:
-        """Ends all workers cleanly."""
-        self._stopping = True
-        for worker in self.workers:
-            if worker.process is not None and worker.process.is_alive():
-                worker.process.terminate()
+    def grpc_services(self) -> list[Service]:
+        """Returns the gRPC services, which answer as the endpoints do."""
+        return [profile_service(self._answers), *model_services(self._model)]
 
-    def run(self) -> int:
-        """Returns the exit code once all have ended: 1 if a worker never became ready."""
-        failed = False
-        while not self._stopping:
-            # Check every worker, also after one that failed.
-            failed = False in {self._look_at(worker) for worker in self.workers}
-            if failed:
-                self.stop()
-            alive = [one.process.sentinel for one in self.workers if one.process is not None and one.again_s is None]
-            if not self._stopping:
-                multiprocessing.connection.wait(alive, WAIT_S) if alive else time.sleep(WAIT_S)
-        self.stop()
-        for worker in self.workers:
-            if worker.process is not None:
-                worker.process.join()
-        return int(failed)
+    def ready(self) -> bool:
+        """Whether this worker can answer and is not about to end."""
+        return not self.draining and not self.host.missing()
 
-    def _look_at(self, worker: Worker) -> bool:
-        """Starts a worker, or restarts it when that is due; false if it never became ready."""
-        now_s = self._clock_s()
-        if worker.again_s is None:
-            process = worker.process
-            assert process is not None
-            if process.is_alive():
-                return True
-            process.join()
-            if not worker.ready.is_set():
-                return self._stopping
-            # A worker that was asked to end did not crash: its successor may start at once.
-            worker.deaths = Backoff() if process.exitcode == 0 else worker.deaths.after(now_s - worker.since_s)
-            worker.again_s = now_s + worker.deaths.wait_s
-            ended = how(process.exitcode or 0)
-            _log.warning("serving worker %d ended (%s); %s", worker.number, ended, worker.deaths.told())
-        if now_s >= worker.again_s:
-            self._start(worker, now_s)
-        return True
+    def count_refused(self, reason: str) -> None:
+        """Counts a connection or a request that was refused before it was routed."""
+        self.metrics.refused.labels(reason).inc()
 
-    def _start(self, worker: Worker, now_s: float) -> None:
-        worker.process = self._context.Process(
-            target=self._target, args=(worker.number, self._bound, worker.ready, self._arguments)
-        )
-        worker.process.start()
-        worker.since_s, worker.again_s = now_s, None
+    def close(self) -> None:
+        """Closes the stores; the next request opens them again."""
+        self.host.close()
+        if self._split is not None:
+            self._split.close()
 
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        response = asyncio.get_running_loop().create_future()
+        answering = self.respond(scope, receive, response.set_result)
+        if answering is not None:
+            await answering
+        await answer(send, await response)
 
-def make_counters(folder: Path, count: int) -> None:
-    """Creates empty counter files for this many workers, at their full size.
+    def respond(self, scope: Scope, receive: Receive, done: Done) -> Coroutine[Any, Any, None] | None:
+        """Answers one request with minimal overhead: the endpoint of a profile needs no task.
 
-    Raises:
-        OSError: There is no space. Later that would end a worker that writes there.
-    """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    for number in range(count):
-        for kind in KINDS:
-            with (folder / f"{kind}_{number}.db").open("wb") as file:
-                os.posix_fallocate(file.fileno(), 0, COUNTER_BYTES)
+        Args:
+            scope: The ASGI scope.
+            receive: The ASGI receive function.
+            done: Called with the response, in a later iteration of the event loop.
 
+        Returns:
+            What is to be awaited; None if nothing is.
+        """
+        began_s, name = self.counts.clock_s(), UNKNOWN
+        try:
+            endpoint, placeholders = self._routes.find(scope)
+            name = endpoint.name
+            if self._tokens is not None:
+                self._tokens.require(header(scope, b"authorization"), endpoint.role)
+            request = Request(scope, receive, placeholders, endpoint, self._most_body_bytes)
+            if endpoint.soon is None or self._split is not None:
+                return self._answer(request, done, began_s)
+            body = endpoint.soon(request)
+        except Exception as error:  # noqa: BLE001 - as of `_failure`
+            response = self._failure(name, error)
+            asyncio.get_running_loop().call_soon(lambda: done(self._counted(name, response, began_s)))
+            return None
 
-def end_with_parent() -> None:
-    """Makes this process end cleanly when its parent is gone; otherwise it would hold the port for ever."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
+        def end(answered: asyncio.Future[bytes]) -> None:
+            try:
+                response = Response(200, answered.result())
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - as of `_failure`
+                response = self._failure(name, error)
+            done(self._counted(name, response, began_s))
 
-    def end() -> None:
-        parent.join()
-        os.kill(os.getpid(), signal.SIGTERM)
+        body.add_done_callback(end)
+        return None
 
-    threading.Thread(target=end, daemon=True).start()
+    async def _answer(self, request: Request, done: Done, began_s: float) -> None:
+        name = request.endpoint.name
+        try:
+            response = await (request.endpoint.answer if self._split is None else self._split.answer)(request)
+        except Exception as error:  # noqa: BLE001 - as of `_failure`
+            response = self._failure(name, error)
+        done(self._counted(name, response, began_s))
 
+    def _failure(self, name: str, error: BaseException) -> Response:
+        """Reports an error. At this edge of the process, others are logged, and further requests answered."""
+        if isinstance(error, SpringtideError):
+            return failure(error)
+        _log.error("a request for %s failed", name, exc_info=error)
+        return failure(WorkerFailed("the worker failed; its log says why", "report it with the worker's log"))
 
-def count_as(number: int) -> None:
-    """Makes this process continue the counters of earlier workers with this number; exemplars are its own."""
-    kind = values.MultiProcessValue(process_identifier=lambda: number)
-    kind.set_exemplar = lambda value, exemplar: setattr(value, "_exemplar", exemplar)
-    kind.get_exemplar = lambda value: getattr(value, "_exemplar", None)
-    values.ValueClass = kind
+    def _counted(self, name: str, response: Response, began_s: float) -> Response:
+        self.counts.count(name, response.status, began_s)
+        return response._replace(headers=[*response.headers, LAST]) if self.draining else response
 
 
 class Warming:
     """Prepares a worker: its kernels, then one answer of each kind.
 
     Args:
-        host: What answers. Until the kernels are ready it answers `NotReady`; until it has computed the answers, it is
-            not ready.
-        kernels: Of this process.
+        host: Until the kernels are ready it answers `NotReady`; until the answers are computed, it is not ready.
+        kernels: The kernels of this process.
     """
 
     def __init__(self, host: Host, kernels: Kernels) -> None:
@@ -264,9 +253,9 @@ class Warming:
 
     def _steps(self) -> Generator[None]:
         began_s = time.monotonic()
-        for answer in one_of_each(self._host):
+        for compute in one_of_each(self._host):
             try:
-                answer()
+                encode(compute())
             except SpringtideError as error:
                 _log.info("an answer could not be prepared: %s", error)
             except Exception:  # noqa: BLE001 - clients may ask for others
@@ -279,25 +268,24 @@ class Warming:
 
 
 def one_of_each(host: Host) -> list[Callable[[], Any]]:
-    """Computes an answer of each kind, about an unknown user; none is counted or kept."""
-    everything, lean = Query(USER, fields=FIELDS), Query(USER, fields=frozenset(), top=0)
+    """Returns functions that compute an answer of each kind, about an unknown user; none is counted or kept."""
+    everything, lean = Query(USER), Query(USER, fields=frozenset(), top=0)
     items = [NamedItem(str(number)) for number in range(ITEMS)]
 
     def profiles(count: int) -> Any:
-        return [encode(answer.document()) for answer in host.predictor().profiles([everything] * count)]
+        return [answer.document() for answer in host.predictor().profiles([everything] * count)]
 
     return [
         *(lambda count=count: profiles(count) for count in BATCHES),
-        lambda: encode(_last(rank(host.predictor(), lean, items, host.impressions))),
-        lambda: encode(_last(explain(host.predictor(), everything._replace(item="0"), None))),
+        lambda: _result(rank(host.predictor(), lean, items, host.impressions)),
+        lambda: _result(explain(host.predictor(), everything._replace(item="0"), None)),
         lambda: host.sources().turn(),
-        lambda: encode(_last(recommend(host.predictor(), host.sources(), everything, WantedItems(1)))),
-        lambda: encode(similar(host.predictor(), host.sources().near, lean, NearWanted(1, False))),
+        lambda: _result(recommend(host.predictor(), host.sources(), everything, WantedItems(1))),
+        lambda: similar(host.predictor(), host.sources().near, lean, WantedItems(1)),
     ]
 
 
-def _last(steps: Generator[None, None, Any]) -> Any:
-    """What a generator returns."""
+def _result(steps: Generator[None, None, Any]) -> Any:
     while True:
         try:
             next(steps)
@@ -309,17 +297,17 @@ def serve(
     settings: Settings,
     bound: socket.socket,
     ready: Callable[[], None] = lambda: None,
-    beside: bool = False,
+    shared: bool = False,
     again: bool = False,
 ) -> None:
-    """One worker, until SIGTERM or SIGINT; requests under way are answered before it returns.
+    """Runs one worker until SIGTERM or SIGINT; requests in progress are answered before it returns.
 
     Args:
-        settings: Of the whole system.
-        bound: What it accepts connections of.
+        settings: The system's settings.
+        bound: The socket from which it accepts connections.
         ready: Called once it does.
-        beside: Whether other workers answer on the same port, whose counters its metrics add up.
-        again: Whether it replaces one. Others answer meanwhile, so it accepts connections once it is prepared.
+        shared: Whether other workers answer on the same port, whose counters its metrics add up.
+        again: Whether it replaces a worker. Others answer meanwhile, so it accepts connections once it is prepared.
     """
     salt, serving = load_salt(settings.salt_path, create=False), settings.serving
     host = Host(settings, salt, now_ms=wall_ms)
@@ -328,8 +316,8 @@ def serve(
     # It logs addresses, and an address names a user.
     logging.getLogger("httpx").setLevel(logging.WARNING)
     split = Split(settings, salt, wall_ms) if settings.rollout.address else None
-    app = App(host, registry, serving, of_all_workers(registry) if beside else None, access.tokens, split=split)
-    if beside:
+    app = App(host, registry, serving, of_all_workers(registry) if shared else None, access.tokens, split=split)
+    if shared:
         say_build(registry)
         # Counters continue from those of workers that ended.
         app.metrics.began.set(psutil.Process(os.getppid()).create_time())
@@ -337,16 +325,20 @@ def serve(
         add_process(registry)
     own_hosts = access.tokens is None and is_loopback(serving.host)
     limits = ConnectionLimits(serving.max_head_bytes, serving.timeout_s, serving.max_connections, own_hosts)
-    grpc = (lambda: grpc_server(settings, app, access, beside)) if serving.grpc_port else None
-
     warming = Warming(host, Kernels(registry, _log))
+
+    def grpc() -> GrpcServer:
+        name = f"[{serving.host}]" if ":" in serving.host else serving.host
+        address = GrpcAddress(f"{name}:{serving.grpc_port}", shared, serving.max_connections)
+        counts = RequestCounts(app.metrics, lambda: host.version)
+        return GrpcServer(app.grpc_services(), counts, app.ready, access, address)
 
     def accepts() -> None:
         warming.start()
         app.metrics.worker_starts.inc()
         ready()
 
-    server = DrainingServer(app, limits, serving.drain_s, accepts, grpc, access)
+    server = DrainingServer(app, limits, serving.drain_s, accepts, grpc if serving.grpc_port else None, access)
     server.end_on_signals()
     if again:
         warming.prepare()
@@ -356,50 +348,18 @@ def serve(
         app.close()
 
 
-def require_grpc_port(settings: Settings) -> None:
-    """Checks whether the gRPC port can be bound, if there is to be one.
-
-    Raises:
-        PortTaken: Somebody listens there.
-    """
-    if settings.serving.grpc_port:
-        listen(settings.serving.host, settings.serving.grpc_port, "serving.grpc_port").close()
-
-
-def grpc_server(settings: Settings, app: App, access: Access, shared: bool) -> GrpcServer:
-    """The gRPC server of a worker; made in its event loop."""
-    host = f"[{settings.serving.host}]" if ":" in settings.serving.host else settings.serving.host
-    address = f"{host}:{settings.serving.grpc_port}"
-    most_calls = settings.serving.max_connections
-    return GrpcServer(app.host, app.metrics, address, shared, app.limits, app.ready, access, most_calls)
-
-
 def shared_worker(number: int, bound: socket.socket, ready: Event, argv: list[str]) -> None:
-    """One of several workers; it adds the counters of the others to its own."""
+    """Runs one of several workers; it adds the counters of the others to its own."""
     end_with_parent()
     count_as(number)
 
     def work() -> None:
         settings = load(argv)
         log_lines.follow(settings.logs)
-        serve(settings, bound, ready.set, beside=True, again=ready.is_set())
+        serve(settings, bound, ready.set, shared=True, again=ready.is_set())
 
     log_lines.begin("worker")
     sys.exit(reported(work, _log))
-
-
-def serve_all(settings: Settings, argv: list[str], count: int) -> int:
-    """Several workers on one port each for HTTP and gRPC. Returns the exit code.
-
-    Raises:
-        PortTaken: Somebody listens on one.
-    """
-    bound = listen(settings.serving.host, settings.serving.port)
-    require_grpc_port(settings)
-    workers = Workers(bound, count, settings.serving_dir / WORKER_COUNTERS, shared_worker, argv)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, workers.stop)
-    return workers.run()
 
 
 def allow_connections(wanted: int) -> None:
@@ -425,10 +385,16 @@ def _run(arguments: list[str]) -> int:
     if are_wanted(settings):
         for path in make_missing(settings.tokens_dir):
             _log.warning("made a token, which its clients need: %s", path)
-    if serving.processes > 1:
-        return serve_all(settings, arguments, serving.processes)
     bound = listen(serving.host, serving.port)
-    require_grpc_port(settings)
+    if serving.grpc_port:
+        # Only checks whether the port is free: grpc binds it.
+        listen(serving.host, serving.grpc_port, "serving.grpc_port").close()
+    if serving.processes > 1:
+        counters = settings.serving_dir / WORKER_COUNTERS
+        workers = Workers(bound, serving.processes, counters, shared_worker, arguments)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, workers.stop)
+        return workers.run()
     serve(settings, bound)
     return 0
 

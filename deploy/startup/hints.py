@@ -6,7 +6,7 @@ import shlex
 import sys
 from pathlib import Path
 
-from deploy.serving.edge.tokens import OPERATE, READ
+from deploy.serving.requests.access import OPERATE, READ
 from deploy.startup import prometheus
 from deploy.watch import scrape
 from deploy.watch.address import address

@@ -26,7 +26,7 @@ from prometheus_client import CollectorRegistry
 from tensorflow_metadata.proto.v0.anomalies_pb2 import Anomalies, AnomalyInfo
 from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics
 
-from deploy.validation.kept import KeptWindow, KeptWindows
+from deploy.validation.windows import KeptWindow, KeptWindows
 from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock

@@ -7,7 +7,7 @@ import urllib.request
 from pathlib import Path
 from typing import Self
 
-from deploy.serving.edge.tokens import OPERATE, are_wanted, tokens_in
+from deploy.serving.requests.access import OPERATE, are_wanted, tokens_in
 from state.config.settings import Settings
 
 

@@ -9,7 +9,7 @@ from deploy.watch.messages import seconds
 from deploy.watch.progress import FEW_RECORDS
 from deploy.watch.scrape import SEGMENTS, Scrape
 from state.config.settings import Settings
-from state.segments.configured import texts_of
+from state.segments.expression import texts_of
 
 PREFIX = "springtide_segments_"
 FIGURES = {"lag": "lag_records", "waiting": "waiting", "sweep_s": "sweep_seconds"}

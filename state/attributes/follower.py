@@ -104,7 +104,7 @@ class AttributeFollower:
             or _is_gone(place.next, ends)
         ):
             if place is not None:
-                logger.warning("the %ss' attributes are read anew from the beginning of %s", self.side, self._topic)
+                logger.warning("the %ss' attributes are read again from the beginning of %s", self.side, self._topic)
             self._store.begin_anew(self.side, anew)
             place = anew
         self.place = replace(place, next={**anew.next, **place.next})

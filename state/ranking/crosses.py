@@ -39,8 +39,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from state.attributes.values import tables_of
 from state.compiled import compiled
 from state.compiled.mixing import mix
+from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 
 U64 = NDArray[np.uint64]
@@ -256,3 +258,10 @@ class Crosses:
             _cross(pairs, np.array([[0, 1]], np.int32), self._salts[place : place + 1], made)
             found.append(made[:, 0])
         return np.concatenate(found)
+
+
+def crosses_of(settings: Settings) -> Crosses:
+    """The crosses of a model with these settings; trainer, compactor and serving share this function."""
+    tables = tables_of(settings.attributes)
+    users, items = (tables[side].names if side in tables else () for side in ("user", "item"))
+    return Crosses(FeatureSpec.from_settings(settings), settings.events.context, users, items)

@@ -120,11 +120,11 @@ def as_utc(at_ms: int) -> str:
     return f"{np.datetime64(at_ms, 'ms').astype('datetime64[s]')}Z"
 
 
-def told_apart(crowd: Crowd, first: str, max_age_s: float) -> str:
+def described(crowd: Crowd, first: str, max_age_s: float) -> str:
     """Describes the excluded strays in a sentence.
 
-    >>> told_apart(Crowd(0, 1, (0, 17), 10**12, 900), "clicks.csv:17", 2_592_000.0)
-    'clicks.csv:17: 1 row lies long after all the others (2001-09-09T01:46:40Z): if it set the clock, events.max_age_s (2,592,000 s) would refuse 900 of them; the newest of the others sets it (1970-01-01T00:00:00Z)'
+    >>> described(Crowd(0, 1, (0, 17), 10**12, 900), "clicks.csv:17", 2_592_000.0)
+    'clicks.csv:17: 1 row is long after all the others (2001-09-09T01:46:40Z): if it set the clock, events.max_age_s (2,592,000 s) would refuse 900 of them; the newest of the others sets it (1970-01-01T00:00:00Z)'
 
     Args:
         crowd: A result with strays.
@@ -132,7 +132,7 @@ def told_apart(crowd: Crowd, first: str, max_age_s: float) -> str:
         max_age_s: The value of `events.max_age_s`.
     """
     one = crowd.strays == 1
-    rows = "1 row lies" if one else f"this row and {crowd.strays - 1:,} more lie"
+    rows = "1 row is" if one else f"this row and {crowd.strays - 1:,} more are"
     return (
         f"{first}: {rows} long after all the others ({'' if one else 'up to '}{as_utc(crowd.latest_ms)}): if "
         f"{'it' if one else 'they'} set the clock, events.max_age_s ({max_age_s:,.0f} s) would refuse "

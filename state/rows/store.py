@@ -36,8 +36,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from state.churn.weights import PREFIX as CHURN
-from state.churn.weights import STORED
+from state.churn import PREFIX as CHURN
+from state.churn import STORED
 from state.disk.lmdb_store import LmdbStore
 from state.errors import StoreError, UnknownVersion
 from state.features.erased import Erased

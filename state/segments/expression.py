@@ -1,35 +1,59 @@
-"""Expressions that decide whether a user is in a segment: comparisons of profile values, joined by `and`, `or`, `not`.
+"""Segments as the settings define them: a name, and an expression that decides which users are in it.
 
     0.3 < interest['Sport']      the probability of a category; 0 if it is not a candidate of the profile
-    view.count_7d >= 5           a feature, by its dimension's name; feature['add-to-cart.count_7d'] if that is no word
+    view.count_7d >= 5           a feature, by its dimension's name; feature['add-to-cart.count_7d'] if that is no name
     user.age_band == '25-34'     an attribute; without a value it equals no text, and `!=` holds
     churn > 0.8                  the probability of no further event; without one no comparison holds
 
-`state/segments/configured.py` parses them.
+Expressions are comparisons of two such values or constants, joined by `and`, `or`, `not` and parentheses. They are
+written as in Python and read by its parser, but never run: each node of the tree must be one of these.
 """
 
 from __future__ import annotations
 
+import ast
+import difflib
+import io
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+import tokenize
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
-Kind = Literal["number", "text", "feature", "interest", "attribute", "churn"]
-TEXTS = ("text", "attribute")
-"""The kinds of operands that are text; all others are numbers."""
-COMPARISONS: Mapping[str, Callable[[Any, Any], bool]] = {
-    ">=": operator.ge,
-    "<=": operator.le,
-    "==": operator.eq,
-    "!=": operator.ne,
-    ">": operator.gt,
-    "<": operator.lt,
+from state.config.fields import fields_of
+from state.config.settings import Settings
+from state.errors import SettingsError
+from state.features.spec import FeatureSpec
+
+MOST_CHARACTERS = 2000
+DEEPEST = 50
+"""Nesting limit of `and`, `or` and `not`."""
+COMPARISONS: Mapping[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.GtE: operator.ge,
+    ast.LtE: operator.le,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Gt: operator.gt,
+    ast.Lt: operator.lt,
 }
-WORDS = frozenset(("and", "or", "not"))
-_BARE = re.compile(r"[A-Za-z_]\w*(\.\w+)*", re.ASCII)
-_PREFIX, _CHURN = "user.", "churn"
+MOST_SEGMENTS = 64
+"""Each is a value of a metric's label, and is evaluated for each user who clicked."""
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+SETTING = "segments.expressions"
+
+
+class Vocabulary(NamedTuple):
+    """The names that an expression may use.
+
+    Attributes:
+        features: The names of the features.
+        attributes: The names of users' attributes.
+        churn: Whether profiles have a churn probability.
+    """
+
+    features: Collection[str]
+    attributes: Collection[str]
+    churn: bool = False
 
 
 class ProfileFacts(NamedTuple):
@@ -48,140 +72,223 @@ class ProfileFacts(NamedTuple):
     churn: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Operand:
-    """An operand: a constant, or a profile value by name.
+Test = Callable[[ProfileFacts], bool]
+
+
+class Expression(NamedTuple):
+    """A checked expression.
 
     Attributes:
-        kind: Kind of the operand.
-        what: The constant, or the name; empty for churn.
+        holds: Whether it is true for a profile.
+        kinds: What it reads of a profile: feature, interest, attribute, churn.
     """
 
-    kind: Kind
-    what: float | str = ""
-
-    @property
-    def is_text(self) -> bool:
-        """Whether it is text; otherwise it is a number."""
-        return self.kind in TEXTS
-
-    def of(self, facts: ProfileFacts) -> float | str | None:
-        """Its value in a profile; None if the profile has none."""
-        match self.kind:
-            case "feature":
-                return facts.features.get(str(self.what))
-            case "interest":
-                return facts.interests.get(str(self.what), 0.0)
-            case "attribute":
-                return facts.attributes.get(str(self.what))
-            case "churn":
-                return facts.churn
-        return self.what
-
-    def __str__(self) -> str:
-        what = str(self.what)
-        match self.kind:
-            case "number":
-                return repr(self.what)
-            case "text":
-                return quoted(what)
-            case "attribute":
-                return f"{_PREFIX}{what}"
-            case "churn":
-                return _CHURN
-            case "feature" if is_bare(what):
-                return what
-        return f"{self.kind}[{quoted(what)}]"
+    holds: Test
+    kinds: frozenset[str]
 
 
-@dataclass(frozen=True, slots=True)
-class Relation:
-    """A comparison of two operands of one type by one of `COMPARISONS`."""
+class _Operand(NamedTuple):
+    """One side of a comparison."""
 
-    left: Operand
-    sign: str
-    right: Operand
-
-    def holds(self, facts: ProfileFacts) -> bool:
-        """Whether the comparison is true for a profile."""
-        left, right = self.left.of(facts), self.right.of(facts)
-        if not self.left.is_text and (left is None or right is None):
-            return False
-        return COMPARISONS[self.sign](left, right)
-
-    def __str__(self) -> str:
-        return f"{self.left} {self.sign} {self.right}"
+    is_text: bool
+    value: Callable[[ProfileFacts], float | str | None]
 
 
-@dataclass(frozen=True, slots=True)
-class Negated:
-    """A negated expression."""
+def parse(text: str, known: Vocabulary) -> Expression:
+    """Checks an expression.
 
-    inner: Expression
+    >>> known = Vocabulary(["view.count_7d"], ["age_band"])
+    >>> asked = parse("view.count_7d>=5 and(not interest['Sport'] < 0.3)", known)
+    >>> asked.holds(ProfileFacts({"view.count_7d": 5}, {"Sport": 0.4}, {})), sorted(asked.kinds)
+    (True, ['feature', 'interest'])
+    >>> parse("view.count_7d >= 5 and views > 1", known)
+    Traceback (most recent call last):
+    ValueError: column 24: views is no feature; the nearest is view.count_7d
 
-    def holds(self, facts: ProfileFacts) -> bool:
-        """Whether the expression is true for a profile."""
-        return not self.inner.holds(facts)
+    Args:
+        text: The expression.
+        known: The names that it may use.
 
-    def __str__(self) -> str:
-        return f"not {_inner(self.inner)}"
-
-
-@dataclass(frozen=True, slots=True)
-class Junction:
-    """Two or more expressions joined by `and` or `or`.
-
-    Attributes:
-        word: `and` or `or`.
-        parts: The expressions; none of them is a junction with the same word.
+    Raises:
+        ValueError: It is not an expression, or uses an unknown name; the message begins with the column, from 1 on.
     """
-
-    word: Literal["and", "or"]
-    parts: tuple[Expression, ...]
-
-    def holds(self, facts: ProfileFacts) -> bool:
-        """Whether the expression is true for a profile."""
-        found = (part.holds(facts) for part in self.parts)
-        return all(found) if self.word == "and" else any(found)
-
-    def __str__(self) -> str:
-        return f" {self.word} ".join(map(_inner, self.parts))
+    if len(text) > MOST_CHARACTERS:
+        raise ValueError(f"column {MOST_CHARACTERS + 1}: an expression has {MOST_CHARACTERS} characters at most")
+    return _Checker(text, known).expression()
 
 
-Expression = Relation | Negated | Junction
+class _Checker:
+    """Turns the tree of one expression into functions."""
+
+    def __init__(self, text: str, known: Vocabulary) -> None:
+        # One line, so that each offset is a column.
+        self._text, self._known = re.sub(r"\s", " ", text), known
+        self._indent = len(self._text) - len(self._text.lstrip())
+        self._kinds: set[str] = set()
+
+    def expression(self) -> Expression:
+        source = self._text.strip()
+        try:
+            tree = ast.parse(source, mode="eval")
+        except SyntaxError as error:
+            # At the end of the text the parser's offset is 0.
+            raise self._error(min((error.offset or len(source) + 1) - 1, len(source)), error.msg) from None
+        except (ValueError, RecursionError, MemoryError) as error:
+            raise self._error(0, str(error) or "too many parentheses inside one another") from None
+        for token in tokenize.generate_tokens(io.StringIO(source).readline):
+            if token.type == tokenize.COMMENT:
+                raise self._error(token.start[1], "an expression has no comments")
+        return Expression(self._test(tree.body, 0), frozenset(self._kinds))
+
+    def _test(self, node: ast.expr, depth: int) -> Test:
+        if depth > DEEPEST:
+            raise self._wrong(node, f"more than {DEEPEST} `and`, `or` and `not` inside one another")
+        match node:
+            case ast.BoolOp(op=word, values=values):
+                parts = [self._test(value, depth + 1) for value in values]
+                if isinstance(word, ast.And):
+                    return lambda facts: all(part(facts) for part in parts)
+                return lambda facts: any(part(facts) for part in parts)
+            case ast.UnaryOp(op=ast.Not(), operand=inner):
+                part = self._test(inner, depth + 1)
+                return lambda facts: not part(facts)
+            case ast.Compare(left=left, ops=[sign], comparators=[right]) if type(sign) in COMPARISONS:
+                return self._comparison(node, left, sign, right)
+        raise self._wrong(node, "a comparison of two values must stand here, such as view.count_7d >= 5")
+
+    def _comparison(self, node: ast.expr, left: ast.expr, sign: ast.cmpop, right: ast.expr) -> Test:
+        one, other, compare = self._operand(left), self._operand(right), COMPARISONS[type(sign)]
+        if one.is_text != other.is_text:
+            what = f"{ast.unparse(left)} and {ast.unparse(right)} cannot be compared: one is a text, the other a number"
+            raise self._wrong(node, what)
+        if one.is_text:
+            if not isinstance(sign, ast.Eq | ast.NotEq):
+                raise self._wrong(node, "texts are compared with == and != alone")
+            return lambda facts: compare(one.value(facts), other.value(facts))
+
+        def holds(facts: ProfileFacts) -> bool:
+            ours, theirs = one.value(facts), other.value(facts)
+            return ours is not None and theirs is not None and compare(ours, theirs)
+
+        return holds
+
+    def _operand(self, node: ast.expr) -> _Operand:
+        match node:
+            case ast.Constant(value=str(text)):
+                return _Operand(True, lambda facts: text)
+            case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int(number) | float(number))):
+                return self._number(node, -number)
+            case ast.Constant(value=int(number) | float(number)) if not isinstance(number, bool):
+                return self._number(node, number)
+            case ast.Subscript(value=ast.Name(id="interest"), slice=ast.Constant(value=str(name))):
+                self._kinds.add("interest")
+                return _Operand(False, lambda facts: facts.interests.get(name, 0.0))
+            case ast.Subscript(value=ast.Name(id="feature"), slice=ast.Constant(value=str(name)) as index):
+                return self._feature(index, name)
+            case ast.Subscript(value=ast.Name(id="interest" | "feature"), slice=index):
+                raise self._wrong(index, "a text in quotes must stand here")
+            case ast.Name(id="churn"):
+                if not self._known.churn:
+                    raise self._wrong(node, "profiles say nothing of churn; set churn.days")
+                self._kinds.add("churn")
+                return _Operand(False, lambda facts: facts.churn)
+        dotted = _dotted(node)
+        if dotted is None:
+            raise self._wrong(node, "a number, a text or a name must stand here")
+        if not dotted.startswith("user."):
+            return self._feature(node, dotted)
+        attribute = dotted.removeprefix("user.")
+        self._require(node, attribute, self._known.attributes, "attribute of users")
+        self._kinds.add("attribute")
+        return _Operand(True, lambda facts: facts.attributes.get(attribute))
+
+    def _number(self, node: ast.expr, number: float) -> _Operand:
+        try:
+            value = float(number)
+        except OverflowError:
+            raise self._wrong(node, "the number is too large") from None
+        return _Operand(False, lambda facts: value)
+
+    def _feature(self, node: ast.expr, name: str) -> _Operand:
+        self._require(node, name, self._known.features, "feature")
+        self._kinds.add("feature")
+        return _Operand(False, lambda facts: facts.features.get(name))
+
+    def _require(self, node: ast.expr, name: str, known: Collection[str], kind: str) -> None:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise self._wrong(
+                node, f"{name} is no {kind}{f'; the nearest is {near[0]}' if near else ', for there are none'}"
+            )
+
+    def _wrong(self, node: ast.expr, what: str) -> ValueError:
+        # The parser counts bytes.
+        return self._error(len(self._text.strip().encode()[: node.col_offset].decode()), what)
+
+    def _error(self, offset: int, what: str) -> ValueError:
+        return ValueError(f"column {self._indent + offset + 1}: {what}")
 
 
-def _inner(expression: Expression) -> str:
-    return f"({expression})" if isinstance(expression, Junction) else str(expression)
+def _dotted(node: ast.expr) -> str | None:
+    """The name that is written as `a.b.c`; None if another expression is written."""
+    match node:
+        case ast.Name(id=name):
+            return name
+        case ast.Attribute(value=inner, attr=name):
+            before = _dotted(inner)
+            return None if before is None else f"{before}.{name}"
+    return None
 
 
-def operands(expression: Expression) -> Iterator[Operand]:
-    """All operands of an expression.
+class Segment(NamedTuple):
+    """One segment: its name, its expression as written in the settings, and the checked expression."""
 
-    >>> [str(one) for one in operands(Relation(Operand("churn"), ">", Operand("number", 0.5)))]
-    ['churn', '0.5']
+    name: str
+    text: str
+    expression: Expression
+
+
+def texts_of(settings: Settings) -> dict[str, str]:
+    """The expression of each segment by name, as written and unchecked.
+
+    >>> from state.config.sections import SegmentSettings
+    >>> texts_of(Settings(segments=SegmentSettings(expressions=("busy=view.count_1d >= 20",))))
+    {'busy': 'view.count_1d >= 20'}
     """
-    if isinstance(expression, Relation):
-        yield from (expression.left, expression.right)
-        return
-    for part in (expression.inner,) if isinstance(expression, Negated) else expression.parts:
-        yield from operands(part)
+    return {
+        name.strip(): text.strip() for name, _, text in (one.partition("=") for one in settings.segments.expressions)
+    }
 
 
-def quoted(text: str) -> str:
-    """Quotes a text for an expression; quotes in it are doubled.
+def segments_of(settings: Settings) -> Mapping[str, Segment]:
+    """The segments by name, in their order; empty if none are configured.
 
-    >>> quoted("kids' wear")
-    "'kids'' wear'"
+    Raises:
+        SettingsError: A segment has no name, a duplicate name, or an invalid expression; the error has the column.
     """
-    return "'" + text.replace("'", "''") + "'"
-
-
-def is_bare(name: str) -> bool:
-    """Whether a feature can be written without quotes: its name is a word that means nothing else.
-
-    >>> is_bare("view.count_7d"), is_bare("add-to-cart.count_7d"), is_bare("user.count_7d"), is_bare("churn")
-    (True, False, False, False)
-    """
-    taken = name in WORDS or name in (_CHURN, "interest", "feature") or name.startswith(_PREFIX)
-    return not taken and _BARE.fullmatch(name) is not None
+    written, found = settings.segments.expressions, dict[str, Segment]()
+    if not written:
+        return found
+    origin = settings.origins.get(SETTING, SETTING)
+    if len(written) > MOST_SEGMENTS:
+        raise SettingsError(f"{origin}: {len(written)} segments", f"name {MOST_SEGMENTS} at most")
+    users = settings.attributes
+    known = Vocabulary(
+        features=FeatureSpec.from_settings(settings).names,
+        attributes=tuple(field.name for field in fields_of(users.user_fields)) if users.user_topic else (),
+        churn=bool(settings.churn.days),
+    )
+    for definition in written:
+        name, equals, text = (part.strip() for part in definition.partition("="))
+        if not equals or NAME.fullmatch(name) is None:
+            raise SettingsError(
+                f"{origin}: segment {definition[:80]!r} has no name",
+                "write NAME = EXPRESSION; a name has 1 to 64 letters, digits, dashes and underscores",
+            )
+        if name in found:
+            raise SettingsError(f"{origin}: two segments are called {name}", "give each a name of its own")
+        try:
+            found[name] = Segment(name, text, parse(text, known))
+        except ValueError as error:
+            raise SettingsError(f"{origin}: segment {name}, {error}", f"correct it: {text}") from None
+    return found

@@ -21,7 +21,7 @@ from apache_beam.options.pipeline_options import FlinkRunnerOptions, GoogleCloud
 from state import errors
 from state.config.settings import Settings
 from state.errors import FlinkFailed, GapError, LineTurned, SaltMismatch, SettingsError
-from state.flink.rest import JobManager, url
+from state.flink import JobManager, url
 
 LOCAL, FLINK, PRISM = "local", "flink", "prism"
 

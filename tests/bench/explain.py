@@ -15,9 +15,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from deploy.serving.answer import Query
-from deploy.serving.explaining.explaining import explain
-from deploy.serving.host import Host
+from deploy.serving.answers.explaining import explain
+from deploy.serving.answers.host import Host
+from deploy.serving.answers.query import Query
 from state.config.settings import Settings
 from state.events.identity import load_salt
 from state.process.wall_clock import wall_ms

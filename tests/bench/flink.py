@@ -28,7 +28,7 @@ from state.config.sections import Kafka, Paths, Stream
 from state.config.settings import Settings
 from state.errors import FlinkFailed
 from state.events.identity import load_salt
-from state.flink.rest import JobManager
+from state.flink import JobManager
 from state.log import Topics
 from tests.bench.report import Figure, Stages, report
 from tests.bench.stream import PARTITIONS, Clicks, latency_ms

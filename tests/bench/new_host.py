@@ -18,7 +18,7 @@ import numpy as np
 import psutil
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.clicks import HistoryFollower
+from deploy.serving.following.clicks import HistoryFollower
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore

@@ -23,16 +23,13 @@ from typing import Any
 
 import numpy as np
 
-from deploy.serving.answer import Query
+from deploy.serving.answers.item_index import ItemSources
+from deploy.serving.answers.items import SIMILAR_CANDIDATES, Recommendations, SimilarItems, rank, recommend, similar
+from deploy.serving.answers.predictor import Predictor
+from deploy.serving.answers.query import Cap, NamedItem, Query, WantedItems
+from deploy.serving.following.remembered import Remembered
 from deploy.serving.item_feed import MOST_ITEMS, ItemFeed
-from deploy.serving.predictor import Predictor
-from deploy.serving.program_files import path_of
-from deploy.serving.recommending.advertising import Cap
-from deploy.serving.recommending.ranking import NamedItem, rank
-from deploy.serving.recommending.recommending import SIMILAR_CANDIDATES, Recommendations, WantedItems, recommend
-from deploy.serving.recommending.similar import NearWanted, SimilarItems, similar
-from deploy.serving.recommending.sources import ItemSources
-from deploy.serving.remembered import Remembered
+from deploy.serving.version_files import program_path
 from state.config.settings import Settings
 from state.events.identity import load_salt, public_id, user_id
 from state.features.spec import EVENT, FeatureSpec
@@ -96,7 +93,7 @@ class ServingHost:
     def serve(self, version: int, tensors: dict[str, Any], program: bytes) -> None:
         """Answers by a version from now on."""
         digest = hashlib.sha256(program).hexdigest()
-        path_of(self.programs, digest).write_bytes(program)
+        program_path(self.programs, digest).write_bytes(program)
         manifest = Manifest(
             version=version, kind="base", epoch=1, parent=None, visible=((1, version),), log=LogRange(),
             sources=((SOURCE, version),), steps=1, rows=1, created_at_ms=1, event_time_ms=1, spec=self._spec.digest,
@@ -110,7 +107,7 @@ class ServingHost:
 
     def near(self, user: str) -> SimilarItems:
         """Likewise of similar items."""
-        return similar(self.predictor, self.sources.near, Query(user, top=0), NearWanted(SHOWN))
+        return similar(self.predictor, self.sources.near, Query(user, top=0), WantedItems(SHOWN))
 
     def query(self, user: str) -> Any:
         """What items are near to for a user."""

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from deploy.replay import ShopperCrowd
+from deploy.replaying.shoppers import ShopperCrowd
 from state.attributes.values import AttributeTable
 from state.config.fields import fields_of
 from state.config.loading import load

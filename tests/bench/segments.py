@@ -19,15 +19,14 @@ import numpy as np
 
 from deploy.segments.judging import ProfileJudge, pseudonym
 from deploy.segments.lookalikes import UserVectors, precision_curve, vectors_of
-from deploy.serving.predictor import Predictor
+from deploy.serving.answers.predictor import Predictor
 from state.config.sections import SegmentSettings
 from state.config.settings import Settings
 from state.events.identity import load_salt
 from state.features.spec import FeatureSpec
-from state.segments.configured import segments_of
+from state.segments.expression import segments_of
 from state.segments.lookalikes import PrecisionAt
-from state.segments.record import Membership
-from state.segments.store import SegmentStore
+from state.segments.members import Membership, SegmentStore
 from tests.bench.recommend import ServingHost, quality
 from tests.bench.recorded import read_clicks
 from tests.bench.report import Figure, Stages, report

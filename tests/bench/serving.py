@@ -6,10 +6,7 @@ default model. The client is another process. The floor is the same server's
 /healthz in the same run; the peer is a plain FastAPI server around the same
 model as a SavedModel, which looks nothing up.
 
-    python -m tests.bench.serving [--users 20000] [--rows 1000000] [--seconds 8] [--old CHECKOUT]
-
-With a checkout of release 0.1.0 its worker is asked too, in turns with this one: the ratio of profiles per
-processor second of a worker is of one run.
+    python -m tests.bench.serving [--users 20000] [--rows 1000000] [--seconds 8]
 """
 
 from __future__ import annotations
@@ -34,7 +31,6 @@ from state.rows.store import RowStore
 from tests.bench.answers.asking import Load, Taken, measure
 from tests.bench.answers.bare import bare
 from tests.bench.answers.peer import export, peer
-from tests.bench.answers.release import release
 from tests.bench.answers.stores import SOURCE, Ids, fill, worker
 from tests.bench.report import Figure, Stages, report
 
@@ -43,7 +39,6 @@ PROFILE = "/v1/profiles/user-{user}"
 TOGETHER = 100
 HALF = 0.5  # of what a closed loop gets: the rate of an open one
 A_FIFTH = 0.2  # likewise, where an applier needs its part of two cores too
-TURNS = 3
 APPLIED = 10_000
 APPLY_EVERY_S = 0.2
 
@@ -127,7 +122,7 @@ class Applying:
             self.used_s.append((time.thread_time() - before_s) * APPLIED / len(ids))
 
 
-def main(users: int, events: int, rows: int, seconds: float, old: Path | None = None) -> None:
+def main(users: int, events: int, rows: int, seconds: float) -> None:
     """Measures and reports."""
     settings = Settings()
     # In memory, where the applier has them.
@@ -141,9 +136,6 @@ def main(users: int, events: int, rows: int, seconds: float, old: Path | None = 
         with worker(folder, port) as (process, ready_s):
             host = Host(port, process, users, seconds)
             figures = measured(host, settings, ids, base)
-            if old is not None:
-                with release(old, Path(folder, "old"), users, events, old_port := free_port()) as process:
-                    figures |= in_turns(host, Host(old_port, process, users, seconds))
         with bare(port) as process:
             least = Host(port, process, users, seconds)
             figures["bare ASGI answers per cpu-second"] = Figure(least.per_cpu_s("a bare answer"), "answers/cpu-s")
@@ -163,19 +155,6 @@ def main(users: int, events: int, rows: int, seconds: float, old: Path | None = 
         "workers": 1,
     }
     report("serving", figures, {**conditions, "seconds": seconds})
-
-
-def in_turns(new: Host, old: Host) -> dict[str, Figure]:
-    """Profiles per processor second of both releases, `TURNS` times each; medians, and the median of the ratios."""
-    old.ask("warm up 0.1.0", PROFILE, 0.25)
-    found = [(old.per_cpu_s("0.1.0"), new.per_cpu_s("this release")) for _ in range(TURNS)]
-    return {
-        "0.1.0: profile answers per worker cpu-second": Figure(
-            float(np.median([a for a, _ in found])), "answers/cpu-s"
-        ),
-        "the same of this release, in turns": Figure(float(np.median([b for _, b in found])), "answers/cpu-s"),
-        "this release / 0.1.0": Figure(float(np.median([b / a for a, b in found])), "ratio", ">= 1.4"),
-    }
 
 
 def measured(host: Host, settings: Settings, ids: Ids, base: Manifest) -> dict[str, Figure]:
@@ -230,6 +209,5 @@ if __name__ == "__main__":
     flags.add_argument("--events", type=int, default=TAOBAO_EVENTS, help="of each user")
     flags.add_argument("--rows", type=int, default=1_000_000, help="of users")
     flags.add_argument("--seconds", type=float, default=8.0)
-    flags.add_argument("--old", type=Path, help="a checkout of release 0.1.0")
     given = flags.parse_args()
-    main(given.users, given.events, given.rows, given.seconds, given.old)
+    main(given.users, given.events, given.rows, given.seconds)

@@ -10,8 +10,8 @@ import numpy as np
 import psutil
 from prometheus_client import CollectorRegistry
 
-from deploy.validation.kept import KeptWindows
 from deploy.validation.process import WindowJudge, Windows
+from deploy.validation.windows import KeptWindows
 from state.config.settings import Settings
 from state.metrics import ValidationMetrics
 from state.microbatch.codec import decode

@@ -19,8 +19,7 @@ from state.history.store import HistoryStore
 from state.positions import Range, Source
 from state.registry.manifest import LogRange, Manifest
 from state.rows.store import RowStore
-from state.segments.record import Membership
-from state.segments.store import SegmentsPlace, SegmentStore
+from state.segments.members import Membership, SegmentsPlace, SegmentStore
 
 MAP = 64 << 20
 SOURCE = Source("ab" * 16, 0)

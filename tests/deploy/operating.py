@@ -84,7 +84,7 @@ SHAPES = {
 
 def written(records: int = RECORDS) -> MemoryLog:
     """The log of that many records, each at an even offset with its transaction's marker behind it, and their clicks."""
-    ids = iter((TOPIC, LOG_ID))
+    ids = iter((TOPIC, LOG_ID, "ef" * 16))
     log, kafka = MemoryLog(ids=lambda: next(ids)), Kafka()
     log.topics().ensure(kafka.clicks_topic, 2)
     log.topics().ensure(kafka.microbatches_topic, 1)

@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from deploy.attributes import files_of, main, parser, run, send, summary
-from deploy.replaying.progress import Progress
-from deploy.replaying.sender import Piece
+from deploy.replaying.sender import Piece, Progress
 from state.config.loading import load
 from state.errors import SettingsError
 from state.log import Reader, Topics
@@ -83,13 +82,6 @@ def test_a_field_without_any_value_is_doubted(tmp_path: Path) -> None:
     path.write_text('{"user": "ada", "age": 3, "member_level": 4}\n')
     _, said, _ = sending(["--users", str(path)])
     assert "no record has a value for level: is the field 'memberLevel' spelled so?; complete" in said
-
-
-def test_a_file_without_a_header_is_named_by_columns(tmp_path: Path) -> None:
-    path = tmp_path / "items.csv"
-    path.write_text("x,a,acme,5\n")
-    sent, _, _ = sending(["--items", str(path), "--columns=-,item,brand,price"])
-    assert sent == [(b"a", b'{"brand":"acme","price":"5"}')]
 
 
 def test_a_wrong_mapping_stops_before_anything_is_sent(tmp_path: Path) -> None:

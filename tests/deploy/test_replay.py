@@ -19,8 +19,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.replay import Clicks, Sender, ShopperCrowd, action_shares, encode, main, replay, zipf
-from state.config.sections import Events, Kafka
+from deploy.replay import main
+from deploy.replaying.sender import Outbox
+from deploy.replaying.shoppers import Clicks, Pace, ShopperCrowd, burst, encode, let_click
+from state.config.sections import Events, Kafka, Shoppers
 from state.config.settings import Settings
 from state.log import Reader, Topics, partition_of
 
@@ -32,7 +34,8 @@ ROOT = Path(__file__).parents[2]
 def crowd(
     users: int = 50, seed: int = 7, drift_s: float = 120.0, rate: float = 50.0, categories: int = 32
 ) -> ShopperCrowd:
-    return ShopperCrowd(users, categories, 400, drift_s, rate, seed, START_MS, Events().actions)
+    shoppers = Shoppers(users=users, categories=categories, items=400, drift_s=drift_s)
+    return ShopperCrowd(shoppers, rate, seed, START_MS, Events().actions)
 
 
 def by_user(clicks: Clicks) -> dict[str, list[tuple[int, str]]]:
@@ -56,15 +59,6 @@ def test_the_same_seed_gives_the_same_clicks_however_they_are_asked_for() -> Non
     )
     assert first.at_ms.tolist() == second.at_ms.tolist()
     assert first.categories != other.categories
-
-
-def test_the_clock_follows_the_rate() -> None:
-    shoppers = crowd(rate=200.0)
-    clicks = [shoppers.click(150), shoppers.click(250)]
-    times = np.concatenate([each.at_ms for each in clicks])
-    assert times[0] == START_MS + 5
-    assert times[-1] == START_MS + 2000
-    assert (np.diff(times) == 5).all()
 
 
 def test_a_shopper_often_stays_in_the_category_of_the_last_click() -> None:
@@ -96,32 +90,6 @@ def test_tastes_drift() -> None:
     assert np.mean(far) < np.mean(near) - 0.25
 
 
-def test_without_drift_a_taste_stays() -> None:
-    clicks = crowd(users=10, drift_s=1e9, rate=40.0).click(20_000)
-    for events in by_user(clicks).values():
-        half = len(events) // 2
-        first = top([category for _, category in events[:half]])
-        assert top([category for _, category in events[half:]]) == first
-        share = np.mean([category == first for _, category in events])
-        assert share > 0.4
-
-
-def test_shoppers_differ_and_all_categories_are_found() -> None:
-    clicks = crowd(users=200).click(60_000)
-    assert len(set(clicks.categories)) == 32
-    assert len({top([c for _, c in events]) for events in by_user(clicks).values()}) > 10
-
-
-def test_items_belong_to_their_category_and_some_are_popular() -> None:
-    clicks = crowd().click(30_000)
-    category_of: dict[str, str] = {}
-    for item, category in zip(clicks.items, clicks.categories, strict=True):
-        assert category_of.setdefault(item, category) == category
-    counts = Counter(item for item, category in zip(clicks.items, clicks.categories, strict=True))
-    ranks = Counter(item.rsplit("-", 1)[1] for item in counts.elements())
-    assert ranks["000"] / sum(ranks.values()) == pytest.approx(zipf(12)[0], abs=0.02)
-
-
 def test_examples_in_documents_name_what_shoppers_click_in_the_first_minute() -> None:
     texts = [path.read_text() for path in (ROOT / "README.md", *ROOT.glob("deploy/**/*.md"))]
     named = {one for text in texts for one in re.findall(r"\b(?:shopper|item|category)-[0-9][0-9-]*\b", text)}
@@ -132,33 +100,26 @@ def test_examples_in_documents_name_what_shoppers_click_in_the_first_minute() ->
     assert named - {*clicks.users, *clicks.items, *clicks.categories} == set()
 
 
-def test_actions_have_realistic_shares() -> None:
-    clicks = crowd().click(40_000)
-    counts = Counter(clicks.actions)
-    for action, share in zip(Events().actions, action_shares(4), strict=True):
-        assert counts[action] / 40_000 == pytest.approx(share, abs=0.01)
-
-
 def test_events_carry_the_configured_field_names_and_time() -> None:
     clicks = Clicks(["ada"], ["i"], ["c"], ["view"], np.array([1_700_000_000_123]))
     names = replace(Events(), user="who", item="what", category="kind", action="did", time="when", time_unit="iso")
-    keys, (value,) = encode(clicks, names)
-    assert keys == [b"ada"]
-    assert json.loads(value) == {
+    piece = encode(clicks, names)
+    assert piece.keys == [b"ada"]
+    assert json.loads(piece.values[0]) == {
         "who": "ada",
         "what": "i",
         "kind": "c",
         "did": "view",
         "when": "2023-11-14T22:13:20.123Z",
     }
-    _, (seconds,) = encode(clicks, replace(Events(), time_unit="s"))
+    (seconds,) = encode(clicks, replace(Events(), time_unit="s")).values
     assert json.loads(seconds)["time"] == 1_700_000_000
 
 
 def test_replay_keeps_the_rate_the_limit_and_the_speed() -> None:
     sent: list[Clicks] = []
     clock = iter(np.arange(0.0, 1e6, 0.5))
-    total = replay(crowd(rate=100.0), sent.append, 100.0, 1000, 2.0, Instant(), lambda: float(next(clock)))
+    total = let_click(crowd(rate=100.0), sent.append, Pace(100.0, 2.0, 1000), Instant(), lambda: float(next(clock)))
     assert total == 1000
     assert [len(each) for each in sent] == [100] * 10
     assert sent[-1].at_ms[-1] == START_MS + 10_000
@@ -167,13 +128,13 @@ def test_replay_keeps_the_rate_the_limit_and_the_speed() -> None:
 def test_a_head_start_is_due_at_once_and_then_the_rate_is_kept() -> None:
     sent: list[Clicks] = []
     clock = iter(range(100))
-    replay(crowd(rate=100.0), sent.append, 100.0, 900, 1.0, Instant(), lambda: float(next(clock)), head_start_s=5.0)
+    let_click(crowd(rate=100.0), sent.append, Pace(100.0, 1.0, 900, 5.0), Instant(), lambda: float(next(clock)))
     assert [len(clicks) for clicks in sent] == [600, 100, 100, 100]
 
 
 def test_replay_without_a_rate_sends_as_fast_as_it_can() -> None:
     sent: list[Clicks] = []
-    assert replay(crowd(rate=0.0), sent.append, 0.0, 45_000, 1.0, Instant()) == 45_000
+    assert let_click(crowd(rate=0.0), sent.append, Pace(0.0, limit=45_000), Instant()) == 45_000
     assert [len(each) for each in sent] == [20_000, 20_000, 5_000]
 
 
@@ -185,10 +146,6 @@ class Instant(threading.Event):
 
 
 # Against a broker
-
-
-def settings_of(kafka: Kafka) -> Settings:
-    return Settings(kafka=kafka)
 
 
 def read_all(kafka: Kafka, count: int) -> list[tuple[int, bytes, dict[str, object], int]]:
@@ -213,10 +170,9 @@ def test_clicks_arrive_keyed_by_user_in_order(kafka_settings: KafkaFactory) -> N
     with Topics(kafka) as topics:
         topics.ensure(kafka.clicks_topic, 2)
     clicks = crowd().click(500)
-    with Sender(settings_of(kafka)) as sender:
-        sender.send(clicks)
-        sender.send(Clicks([], [], [], [], np.empty(0, np.int64)))
-        sender.burst("new-shopper", "category-99", 30, START_MS + 60_000)
+    with Outbox(kafka, kafka.clicks_topic) as outbox:
+        outbox.send(encode(clicks, Events()))
+        outbox.send(encode(burst("new-shopper", "category-99", 30, START_MS + 60_000, "view"), Events()))
     rows = read_all(kafka, 530)
     assert len(rows) == 530
     for partition, key, event, at_ms in rows:
@@ -226,9 +182,9 @@ def test_clicks_arrive_keyed_by_user_in_order(kafka_settings: KafkaFactory) -> N
     for user, events in by_user(clicks).items():
         mine = [event["category"] for _, key, event, _ in rows if key == user.encode()]
         assert mine == [category for _, category in events]
-    burst = [event for _, key, event, _ in rows if key == b"new-shopper"]
-    assert {event["category"] for event in burst} == {"category-99"}
-    assert [event["time"] for event in burst] == list(range(START_MS + 60_000 - 29, START_MS + 60_001))
+    late = [event for _, key, event, _ in rows if key == b"new-shopper"]
+    assert {event["category"] for event in late} == {"category-99"}
+    assert [event["time"] for event in late] == list(range(START_MS + 60_000 - 29, START_MS + 60_001))
 
 
 def test_the_command_makes_the_topic_and_sends_to_the_limit(

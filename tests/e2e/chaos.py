@@ -19,7 +19,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import re
 import shutil
@@ -64,8 +63,7 @@ from tests.e2e.evidence import (
     stream_histories,
 )
 from tests.e2e.findings import Findings
-from tests.e2e.flink.chaos import FlinkChaos
-from tests.e2e.flink.findings import FlinkFindings
+from tests.e2e.flink.chaos import FlinkChaos, FlinkFindings
 from tests.e2e.operator import COMMAND, Operator
 from tests.e2e.parts import End, Parts, quiet_ports
 from tests.e2e.running import PORTS, ROOT, until
@@ -100,7 +98,6 @@ LABELS: Mapping[str, object] = {
     "attributes.item_fields": "item_change,item_tier",
     "attributes.slices": "user_tier,item_tier",
 }
-LOADED = re.compile(r"TensorFlow loaded in ([\d.]+) s, ([\d.]+) s of processor")
 TICK_S = 0.05
 FIRST_ANSWER_S = 300.0
 DRAIN_S = 180.0
@@ -295,9 +292,6 @@ class Chaos:
             done = scrape.scrape({name: url}, lambda where: scrape.fetch(where, 0.5))[name].value(WORKING[name])
             if done:
                 self.findings.back_s[name].append(time.monotonic() - self._died_s.pop(name))
-                loaded = LOADED.search(part.said())
-                if loaded:
-                    self.findings.imports.append((float(loaded[1]), float(loaded[2]), part.cpu_s()))
 
     def _bury(self, end: End) -> None:
         if (end.part, end.code) == ("bootstrap", 0):
@@ -523,7 +517,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         findings = Chaos(
             directory, chosen.seed, chosen.kills, chosen.rounds, not chosen.quick, say, chosen.labels, chosen.rollbacks
         ).run()
-        (BUILD / f"chaos-{chosen.seed}.json").write_text(json.dumps(findings.document(), indent=2))
     print("\n".join(findings.lines()))
     if findings.problems():
         print(f"the state is in {directory}")

@@ -30,6 +30,7 @@ class Answers:
         strayed: Answers by another version than the one that a rollback keeps them at.
         mixed: Answers about several users of which not all are of one version.
         version: The newest answer's version.
+        seen: Of each answer when it was asked for, and its version.
         away_s: From the kill of the worker to its first answer, each time.
     """
 
@@ -41,19 +42,21 @@ class Answers:
     strayed: int = 0
     mixed: int = 0
     version: int = 0
+    seen: list[tuple[float, int]] = field(default_factory=list)
     away_s: list[float] = field(default_factory=list)
 
 
 class Client:
-    """Asks every 50 ms from a thread of its own.
+    """Asks again and again from a thread of its own.
 
     Args:
         base: Where serving answers.
         users: Whom it asks for, one after the other.
+        every_s: Seconds between an answer and the next question.
     """
 
-    def __init__(self, base: str, users: list[str]) -> None:
-        self._base, self._users = base, users
+    def __init__(self, base: str, users: list[str], every_s: float = EVERY_S) -> None:
+        self._base, self._users, self._every_s = base, users, every_s
         self._finished = threading.Event()
         self._thread = threading.Thread(target=self._run, name="client", daemon=True)
         self._lock = threading.Lock()
@@ -102,7 +105,7 @@ class Client:
 
     def _run(self) -> None:
         asked = 0
-        while not self._finished.wait(EVERY_S):
+        while not self._finished.wait(self._every_s):
             user = self._users[asked % len(self._users)]
             asked += 1
             url, body = f"{self._base}/v1/profiles/{user}", None
@@ -133,6 +136,7 @@ class Client:
             answers.went_back += version < answers.version and version not in self._targets
             answers.strayed += answers.version == self._stays_at != version
             answers.version = version
+            answers.seen.append((begun_s, version))
             if self._away_since_s is not None and self._dead_since_s is not None and begun_s > self._dead_since_s:
                 answers.away_s.append(ended_s - self._away_since_s)
                 self._away_since_s = self._dead_since_s = None

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from deploy.replay import Clicks, ShopperCrowd, encode
+from deploy.replaying.shoppers import Clicks, ShopperCrowd, encode
 from state.attributes.values import SIDES
 from state.config.settings import Settings
 from state.errors import LogError
@@ -64,12 +64,12 @@ def records(settings: Settings, seed: int, start_ms: int) -> Iterator[list[Recor
     outcomes = Outcomes(settings, chance)
     while True:
         clicks = outcomes.after(shoppers.click(max(1, round(rate * CHUNK_S))))
-        keys, values = encode(clicks, settings.events)
-        values = [chance.choice(BROKEN) if chance.random() < BROKEN_SHARE else value for value in values]
-        yield as_records(settings, keys, values, clicks.at_ms.tolist())
+        piece = encode(clicks, settings.events)
+        values = [chance.choice(BROKEN) if chance.random() < BROKEN_SHARE else value for value in piece.values]
+        yield as_records(settings, piece.keys, values, clicks.at_ms.tolist())
 
 
-def as_records(settings: Settings, keys: list[bytes], values: list[bytes], times_ms: list[int]) -> list[Record]:
+def as_records(settings: Settings, keys: Sequence[bytes], values: Sequence[bytes], times_ms: list[int]) -> list[Record]:
     """Records of the clicks topic, divided by the user, so that a user's clicks keep their order."""
     topic, partitions = settings.kafka.clicks_topic, settings.kafka.clicks_partitions
     return [
@@ -175,7 +175,8 @@ class Crowd:
         times = np.full(len(users), wall_ms())
         same = (["item-00-000"] * len(users), ["category-00"] * len(users), [settings.events.actions[0]] * len(users))
         with Writer(settings.kafka) as writer:
-            for one in as_records(settings, *encode(Clicks(users, *same, times), settings.events), times.tolist()):
+            piece = encode(Clicks(users, *same, times), settings.events)
+            for one in as_records(settings, piece.keys, piece.values, times.tolist()):
                 writer.send(one.topic, one.partition, one.key, one.value, (), one.at_ms)
                 self.written += 1
             writer.flush()

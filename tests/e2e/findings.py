@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
 from tests.e2e.client import Answers
 from tests.e2e.evidence import LogDifference
@@ -25,8 +24,6 @@ class Findings:
         kills: (part, kill point or "anywhere") -> kill -9.
         ends: (part, class of error) -> ends that nobody caused.
         back_s: Part -> seconds from its death until it worked again.
-        imports: Of each trainer that came back: seconds that the import of TensorFlow took, the processor's
-            seconds of it, and the processor's seconds until it trained again.
         clicks: Records in the clicks topic.
         rows: Distinct rows in the micro-batch log.
         records: Micro-batches in it.
@@ -50,7 +47,6 @@ class Findings:
     kills: Counter[tuple[str, str]] = field(default_factory=Counter)
     ends: Counter[tuple[str, str]] = field(default_factory=Counter)
     back_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    imports: list[tuple[float, float, float]] = field(default_factory=list)
     clicks: int = 0
     rows: int = 0
     records: int = 0
@@ -104,16 +100,6 @@ class Findings:
         found = {f"back after a kill: {part}": times for part, times in self.back_s.items()}
         found["back after a kill: worker"] = self.answers.away_s
         found["rollback: until an answer is of its version"] = self.rollbacks.answered_s
-        if self.imports:
-            usual_s = statistics.median(wall_s for wall_s, _, _ in self.imports)
-            found |= {
-                "trainer, without the import of TensorFlow": [
-                    max(0.0, one - usual_s) for one in self.back_s["trainer"]
-                ],
-                "import of TensorFlow": [wall_s for wall_s, _, _ in self.imports],
-                "processor: trainer until it trains again": [all_s for _, _, all_s in self.imports],
-                "processor: without the import": [all_s - import_s for _, import_s, all_s in self.imports],
-            }
         return {what: times for what, times in found.items() if times}
 
     def lines(self) -> list[str]:
@@ -169,34 +155,3 @@ class Findings:
         problems = self.problems()
         found += ["", *(f"PROBLEM: {one}" for one in problems)] if problems else ["", "every promise was kept"]
         return found
-
-    def document(self) -> dict[str, Any]:
-        """The findings as JSON values."""
-        return {
-            "seed": self.seed,
-            "seconds": round(self.seconds, 1),
-            "kills": {f"{part} {point}": count for (part, point), count in sorted(self.kills.items())},
-            "ends": {f"{part} {error}": count for (part, error), count in sorted(self.ends.items())},
-            "clicks": self.clicks,
-            "rows": self.rows,
-            "records": self.records,
-            "again": self.again,
-            "labels": self.labels,
-            "changes": self.changes,
-            "rollbacks": asdict(self.rollbacks) | {"masked": self.masked, "abandoned": self.abandoned},
-            "lost": self.log.lost,
-            "doubled": self.doubled,
-            "changed": self.log.changed,
-            "invented": self.log.invented,
-            "versions": self.versions,
-            "differs": self.differs,
-            "answers": {
-                "given": self.answers.given,
-                "failed": sum(self.answers.failed.values()),
-                "excused": self.answers.excused,
-            },
-            "seconds_by_what": {what: [round(one, 2) for one in times] for what, times in self.times_s().items()},
-            "processors": os.cpu_count(),
-            "load": [round(one, 1) for one in os.getloadavg()],
-            "problems": self.problems(),
-        }

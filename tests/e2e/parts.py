@@ -14,8 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 from deploy.children.last_words import last_line
 from deploy.children.parent_death import die_with
 from deploy.kafka.broker import Broker
@@ -105,14 +103,6 @@ class Part:
     def pid(self) -> int:
         """Its process id."""
         return self.process.pid
-
-    def cpu_s(self) -> float:
-        """Seconds of processor time that it has taken; 0 where it is gone."""
-        try:
-            times = psutil.Process(self.pid).cpu_times()
-        except psutil.Error:
-            return 0.0
-        return float(times.user + times.system)
 
     def said(self) -> str:
         """What this process, not its predecessors, has logged."""

@@ -17,8 +17,8 @@ from typing import Any, Protocol
 
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.clicks import HistoryFollower
-from deploy.serving.following import VersionFollower
+from deploy.serving.following.clicks import HistoryFollower
+from deploy.serving.following.versions import VersionFollower
 from state.config.settings import Settings
 from state.errors import LogError
 from state.events.identity import load_salt
@@ -43,8 +43,8 @@ from streaming.open_shard import open_shard
 from streaming.steps import ParseEvents, UpdateProfiles
 from tests.e2e.evidence import serving_differs
 from tests.trainer.clicks import small_settings
-from tests.trainer.logs import ABOUT, learner, shared
-from trainer.versions import checkpoint
+from tests.trainer.logs import ABOUT, account_in, bits_of, fresh, kill, learner, settle
+from trainer.engine.step import Trainer
 from trainer.versions.program import build
 
 BATCH = 20
@@ -110,24 +110,24 @@ class Stream:
 @functools.cache
 def lowered() -> bytes:
     """The program of the model that all trainers here have: each version's probe is asked on it."""
-    return build(shared(0).model)
+    return build(fresh().model)
 
 
 class Training:
     """The trainer: as much of the log as one look at it gives."""
 
-    def __init__(self, settings: Settings, log: MemoryLog, lane: int) -> None:
+    def __init__(self, settings: Settings, log: MemoryLog, trainer: Trainer) -> None:
         about = {**ABOUT, "salt": load_salt(settings.salt_path).fingerprint}
         flags = ("--paths.state", settings.paths.state)
         registry = Registry(settings.registry_dir)
         program = registry.add_program(lowered())
-        self._learner = learner(registry, log, *flags, trainer=shared(lane), about=about, program=program)
+        self._learner = learner(registry, log, *flags, trainer=trainer, about=about, program=program)
 
     def step(self) -> bool:
         """One tick, and the version that is due."""
         before = self.marks()
         self._learner.tick(0.0)
-        self._learner._settle(wait=True)
+        settle(self._learner)
         return self.marks() != before
 
     def marks(self) -> tuple[Any, ...]:
@@ -138,12 +138,12 @@ class Training:
     def content(self) -> dict[str, Any]:
         """All that was learned, and its account, in which rows that came twice count once."""
         one = self._learner
-        account = one._account()
+        account = account_in(one)
         account["rows"] -= account.pop("duplicate")
-        return {"weights": checkpoint.digest(one._trainer), "marks": one.place.marks, "account": account}
+        return {"weights": bits_of(one), "marks": one.place.marks, "account": account}
 
     def close(self) -> None:
-        self._learner._publisher.close()
+        kill(self._learner)
 
 
 class Applying:
@@ -196,7 +196,6 @@ class SmallLoop:
     Args:
         folder: All state of it.
         salt: Of the users' pseudonyms; copied.
-        lane: Which of the shared trainers it has; two loops at once need two.
         decided: Makes its first control generation of the plain one.
         flags: More settings.
         partitions: Of the clicks.
@@ -208,7 +207,6 @@ class SmallLoop:
         self,
         folder: Path,
         salt: Path,
-        lane: int = 0,
         decided: Callable[[Control], Control] = lambda first: first,
         flags: Sequence[str] = (),
         partitions: int = 1,
@@ -227,7 +225,7 @@ class SmallLoop:
         self.parts: dict[str, StepPart] = {}
         self.down: set[str] = set()
         self.deaths: list[str] = []
-        self._lane = lane
+        self._trainer = fresh()
 
     @property
     def control(self) -> Control:
@@ -281,7 +279,9 @@ class SmallLoop:
     def _start(self, name: str) -> StepPart:
         if name == "stream":
             return Stream(self.settings, self.log)
-        return Training(self.settings, self.log, self._lane) if name == "trainer" else Applying(self.settings, self.log)
+        return (
+            Training(self.settings, self.log, self._trainer) if name == "trainer" else Applying(self.settings, self.log)
+        )
 
     def line(self, to: Manifest) -> log_line.LogLine:
         """The line that an exact rollback to `to` makes."""

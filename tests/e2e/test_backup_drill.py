@@ -15,7 +15,7 @@ import pytest
 from deploy.backup import listing
 from deploy.backup.commands import Scope, make
 from deploy.backup.restoring import By, Restored, restore
-from deploy.serving.host import Host
+from deploy.serving.answers.host import Host
 from state.errors import BackupError
 from state.events.identity import load_salt
 from state.history.store import HistoryStore
@@ -129,7 +129,7 @@ def test_what_is_restored_goes_on_as_if_nothing_had_happened(tmp_path: Path, sal
     loop.settle()
     found = {"records": loop.records(), **loop.content()}
     loop.close()
-    alone = SmallLoop(tmp_path / "alone", salt, lane=1)
+    alone = SmallLoop(tmp_path / "alone", salt)
     alone.click(*clicks(0, sent + MORE))
     alone.settle()
     assert found == {"records": alone.records(), **alone.content()}

@@ -20,10 +20,9 @@ from tests.e2e import small_loop
 from tests.e2e.small_loop import BATCH, Dead, SmallLoop, kill_at, lowered
 from tests.streaming.streams import BEGIN_MS, click
 from tests.trainer.clicks import small_settings
-from tests.trainer.logs import ABOUT, learner, run_to_end, shared
+from tests.trainer.logs import ABOUT, bits_of, learner, run_to_end, trainer_of
 from trainer.beginning import PastLearning, from_past
 from trainer.learner import Learner
-from trainer.versions import checkpoint
 
 pytestmark = pytest.mark.usefixtures("no_plan")
 BEFORE, BEHIND = 6 * BATCH, 3 * BATCH
@@ -70,7 +69,6 @@ class PastTrial:
             self.registry,
             self.loop.log,
             *self.flags[:4],
-            trainer=shared(1),
             about=about,
             program=program,
             begins=begins,
@@ -102,8 +100,8 @@ def test_each_click_is_learned_once_and_the_result_is_the_live_trainer(
     assert isinstance(training, small_loop.Training)
     theirs = training._learner
     assert (made.place.marks, made.place.next) == (theirs.place.marks, theirs.place.next)
-    assert made._trainer.counters.trained == theirs._trainer.counters.trained == BEFORE + BEHIND
-    assert checkpoint.digest(made._trainer) == checkpoint.digest(theirs._trainer)
+    assert trainer_of(made).counters.trained == trainer_of(theirs).counters.trained == BEFORE + BEHIND
+    assert bits_of(made) == bits_of(theirs)
     # The first version is the past, and the log goes on from it where the live one stood.
     first = trial.registry.manifest(trial.registry.versions()[0])
     assert (first.rows, first.marks, first.log.next) == (BEFORE, past.marks, past.log.next)

@@ -21,7 +21,6 @@ from state.attributes.values import SIDES, band, tables_of
 from state.config.fields import fields_of
 from state.config.loading import load
 from state.config.settings import Settings
-from state.errors import SettingsError
 from state.events.identity import public_id
 from state.history.store import HistoryStore
 from state.log import Topics
@@ -194,28 +193,6 @@ def test_kuairand_clicks_are_labels_outcomes_stay_out_and_attributes_are_those_o
         assert Counter(map(tuple, joined.tolist())) == Counter(wanted)
     announced = {name for batch in batches for name in batch.header.names.values()}
     assert {"full_active", "high_active"} <= announced
-
-
-@pytest.mark.nightly
-@needs(KUAIRAND)
-def test_kept_times_pass_the_stream_as_they_are(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
-    settings = settings_of("kuairand.toml", kafka_settings, tmp_path / "state")
-    assert "500 clicks, 0 dead" in replay(settings, KUAIRAND, "--limit", "500", "--keep-time", "--sort", "assume")
-    batches, totals = streamed(settings, tmp_path / "log")
-    assert totals == {"positions": 500, "rows": 500, "dead": 0, "filtered": 0, "absent": 0}
-    at_ms = np.concatenate([batch.columns["at_ms"] for batch in batches])
-    recorded = pq.read_table(KUAIRAND, columns=["time_ms"]).slice(0, 500)["time_ms"].to_pylist()
-    assert sorted(at_ms.tolist()) == sorted(recorded)
-
-
-@pytest.mark.parametrize(
-    "outcome", [*load(["--config", str(EXAMPLES / "kuairand.toml")], env={}).events.outcomes, "is_click"]
-)
-def test_no_outcome_of_kuairand_can_be_context_without_saying_so(outcome: str) -> None:
-    flags = ["--config", str(EXAMPLES / "kuairand.toml"), "--events.context", f"tab,{outcome}"]
-    with pytest.raises(SettingsError, match=f"'{outcome}', an outcome"):
-        load(flags, env={})
-    assert load([*flags, f"--events.allow_outcomes={outcome}"], env={}).events.context == ("tab", outcome)
 
 
 def test_the_examples_are_settings_and_their_document_shows_their_commands() -> None:

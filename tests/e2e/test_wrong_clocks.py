@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
@@ -10,14 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from deploy import status
-from deploy.kafka.configuration import free_port
-from deploy.watch import scrape
-from deploy.watch.clocks_off import ClocksOff
-from deploy.watch.figures import Watch
-from state.log import Topics, Writer
-from state.process.wall_clock import wall_ms
-from tests.conftest import KafkaFactory
 from tests.e2e.wrong_clocks import (
     END_MS,
     HOUR_MS,
@@ -30,7 +21,6 @@ from tests.e2e.wrong_clocks import (
     Seen,
     world,
 )
-from tests.streaming import streams
 from trainer.engine.step import Trainer
 
 MINUTE_MS, DAY_MS = 60_000, 24 * HOUR_MS
@@ -168,37 +158,3 @@ def test_a_clock_that_is_off_is_named_and_a_right_one_is_not(ran: Ran) -> None:
     clicks = sum(one.clicks for one in found.off) + len(found.refused)
     assert 0.9 < clicks / sum(bool(off_ms) for off_ms in wrong.values()) <= 1.0
     assert right.off == []
-
-
-def test_status_names_partition_and_offset_of_a_clock_that_is_off(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
-    kafka = kafka_settings()
-    settings = streams.settings_for(kafka, tmp_path / "state", tmp_path / "salt", metrics_port=free_port())
-    with Topics(kafka) as topics:
-        topics.ensure(kafka.clicks_topic, 2)
-    at_ms = wall_ms()
-    with Writer(kafka) as writer:
-        for number in range(41):
-            # Both times of the last one are 50 minutes ahead; the broker takes an hour.
-            told_ms = at_ms + 50 * MINUTE_MS * (number == 40)
-            value = streams.click(number, time=told_ms)
-            writer.send(kafka.clicks_topic, number % 2, b"user", value, (), told_ms)
-        writer.send(kafka.clicks_topic, 1, b"user", streams.click(0, time=at_ms + 50 * MINUTE_MS), (), at_ms)
-        writer.flush()
-    with streams.running(settings, tmp_path / "log") as stream:
-        looks = Watch(spread_s=None)
-        urls = scrape.urls(settings)
-
-        def off() -> dict[str, ClocksOff]:
-            return dict(looks.look(scrape.scrape(urls), time.monotonic(), time.time()).clocks_off)
-
-        streams.until(lambda: len(off()) == 2, "the clocks that are off")
-        assert {name: (one.clicks, one.partition, one.offset) for name, one in off().items()} == {
-            "ahead": (1, 0, 20),
-            "refused": (1, 1, 20),
-        }
-        figures, state = status.status(settings, now_ms=at_ms, between_s=0.0)
-        text = status.as_text(figures, state, settings)
-        assert "clocks ahead    1           partition 0 offset 20: 50 min ahead" in text
-        assert "clocks refused  1           partition 1 offset 20: refused" in text
-        assert "a clock is 50 min ahead (partition 0 offset 20)" in text.splitlines()[0]
-        assert stream.stop() == 0, stream.lines

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.clicks import HistoryFollower
+from deploy.serving.following.clicks import HistoryFollower
 from state.config.sections import LabelSettings
 from state.events.identity import Salt, public_id, user_id
 from state.events.parser import Parser

@@ -12,7 +12,7 @@ from typing import Any
 import lmdb
 import numpy as np
 
-from deploy.serving.host import Host
+from deploy.serving.answers.host import Host
 from state.config.settings import Settings
 from state.events.identity import load_salt
 from state.history.store import HistoryStore

@@ -11,8 +11,8 @@ from pathlib import Path
 from kafka import KafkaConsumer, TopicPartition
 from prometheus_client import CollectorRegistry
 
+from deploy.serving.answers.host import CAUGHT_UP_EXTRA
 from deploy.serving.applier import FETCH_S, Applier
-from deploy.serving.host import CAUGHT_UP_EXTRA
 from state.config.sections import Kafka
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec

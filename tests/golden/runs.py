@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from deploy.kafka.broker import Broker
-from deploy.replay import ShopperCrowd
+from deploy.replaying.shoppers import ShopperCrowd
 from state.config.loading import load
 from state.config.settings import Settings
 from state.log import Topics, Writer, partition_of

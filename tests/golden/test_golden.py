@@ -13,8 +13,8 @@ from state.config.settings import Settings
 from state.features.mask import Mask
 from state.history.store import HistoryStore
 from state.layout import HISTORIES, ROWS
-from state.ranking.transition_rows import pack, signs_of
-from state.ranking.transition_rows import unpack as unpack_rows
+from state.ranking.transitions import pack, signs_of
+from state.ranking.transitions import unpack as unpack_rows
 from state.registry.registry import Registry
 from state.rows.store import RowStore
 from tests.golden.archive import EXPECTED, HERE, read_topic, settings_of, unpack

@@ -29,7 +29,7 @@ from streaming.histories import check_identity
 from tests.golden.archive import EXPECTED, HERE, Topic, read_topic, settings_of, unpack
 from tests.golden.learning import new_trainer
 from tests.golden.measures import MAP_BYTES
-from tests.trainer.logs import append, opener, run_to_end
+from tests.trainer.logs import account_in, append, opener, run_to_end
 from trainer import upgrade
 from trainer.engine.step import Trainer
 from trainer.learner import Learner
@@ -142,8 +142,8 @@ def test_tables_log_and_histories_go_on_with_other_features_and_back(tmp_path: P
     ours.close()
     assert after.counters.steps == before.counters.steps + 1
     assert ours.place.other_features > 0
-    assert ours._account()["rows"] == sum(
-        ours._account().get(name, 0) for name in ("trained", "skipped", "duplicate", "masked", "other_features")
+    assert account_in(ours)["rows"] == sum(
+        account_in(ours).get(name, 0) for name in ("trained", "skipped", "duplicate", "masked", "other_features")
     )
     assert {user: store.read(user).tobytes() for user in users} == {user: one.tobytes() for user, one in stored.items()}
     store.close()

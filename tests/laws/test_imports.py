@@ -145,7 +145,8 @@ def test_rooms_import_one_another_without_a_circle() -> None:
 
 def serving_modules() -> list[str]:
     folder = ROOT / "deploy" / "serving"
-    return sorted(f"deploy.serving.{path.stem}" for path in folder.glob("*.py") if path.stem != "__init__")
+    paths = (path.relative_to(ROOT).with_suffix("") for path in folder.rglob("*.py") if path.stem != "__init__")
+    return sorted(".".join(path.parts) for path in paths)
 
 
 # Imports modules one after the other; prints after each one what is loaded.

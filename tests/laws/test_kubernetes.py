@@ -14,8 +14,8 @@ import yaml
 from deploy.children.supervisor import MALLOC
 from deploy.command_line import PROCESSES
 from deploy.console.server import Reading
-from deploy.serving.edge.tokens import OPEN, OPERATE, READ
-from deploy.serving.http_api.app import Health
+from deploy.serving.requests.access import OPEN, OPERATE, READ
+from deploy.serving.requests.endpoints import health_endpoints
 from deploy.watch import scrape
 from state.config.settings import Settings
 from tests.laws.test_commands_documented import check
@@ -48,7 +48,7 @@ PORTS = {
 }
 nobody: Any = None
 PATHS = {
-    "worker": [one for one in Health(nobody, nobody, lambda: False).endpoints() if one.role == OPEN],
+    "worker": [one for one in health_endpoints(nobody, nobody, lambda: False) if one.role == OPEN],
     "console": [
         one for one in Reading(Settings(), nobody, nobody, nobody, nobody, lambda: 0).endpoints() if one.role == OPEN
     ],

@@ -17,9 +17,8 @@ import httpx
 import msgspec
 import pytest
 
-import springtide_client
 from deploy.kafka.configuration import free_port
-from deploy.serving.http_api.app import App
+from deploy.serving.rest import App
 from springtide_client import (
     AsyncClient,
     Cap,
@@ -47,8 +46,8 @@ URL = "http://worker"
 README = Path(__file__).parents[2] / "README.md"
 
 
-class Network(httpx.AsyncBaseTransport, httpx.BaseTransport):
-    """Carries requests to the application, after some faults, for both clients.
+class Network(httpx.AsyncBaseTransport):
+    """Carries requests to the application, after some faults.
 
     Args:
         app: The application.
@@ -68,13 +67,6 @@ class Network(httpx.AsyncBaseTransport, httpx.BaseTransport):
                 raise fault
             return fault
         return await self._to_app.handle_async_request(request)
-
-    def handle_request(self, request: httpx.Request) -> httpx.Response:
-        async def carry() -> httpx.Response:
-            response = await self.handle_async_request(request)
-            return httpx.Response(response.status_code, headers=response.headers, content=await response.aread())
-
-        return asyncio.run(carry())
 
 
 class Calls:
@@ -96,8 +88,7 @@ class Calls:
         async def wait(seconds: float) -> None:
             self.waited.append(seconds)
 
-        sleep = wait if kind is AsyncClient else self.waited.append
-        self._made = kind(url, transport=transport, sleep=sleep, chance=lambda: 1.0, **more)
+        self._made = kind(url, transport=transport, sleep=wait, chance=lambda: 1.0, **more)
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         def call(*words: Any, **more: Any) -> Any:
@@ -323,17 +314,20 @@ def test_another_server_is_recognised(app: App, kind: type, status: int) -> None
 
 
 def test_both_clients_offer_the_same() -> None:
-    """Each call with its arguments and what it says of them."""
+    """Each call with its arguments and its documentation; `close` ends the thread."""
 
     def calls(kind: type) -> dict[str, Any]:
         return {
-            name: (list(inspect.signature(one).parameters.values()), inspect.getdoc(one))
+            name: (list(inspect.signature(one).parameters), inspect.getdoc(one))
             for name, one in inspect.getmembers(kind, inspect.isfunction)
             if not name.startswith("_")
         }
 
     assert calls(Client) == calls(AsyncClient) and len(calls(Client)) == 8
-    assert set(springtide_client.__all__) >= {"Client", "AsyncClient", "Profile", "Retries", "ClientError"}
+    before = threading.active_count()
+    with Client(URL):
+        assert threading.active_count() == before + 1
+    assert threading.active_count() == before
 
 
 def test_the_program_of_the_readme_runs(stores: Stores, capsys: pytest.CaptureFixture[str]) -> None:

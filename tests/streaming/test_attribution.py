@@ -191,16 +191,6 @@ def test_however_users_are_divided_each_impression_becomes_known_at_the_same_pos
     assert (kinds, sorted(resolved)) == (whole[0], sorted(whole[1]))
 
 
-@given(logs, st.integers(1, 12))
-@settings(max_examples=100, deadline=None)
-def test_each_impression_is_joined_expired_dropped_or_waiting_and_only_once(log: list[Event], most: int) -> None:
-    kinds, resolved = by_kernel(log, most, [17], reload=False)
-    positions = [(one.source, one.opened) for one in resolved]
-    assert len(set(positions)) == len(positions)
-    assert len(positions) <= kinds.count(Kind.OPENED)
-    assert kinds.count(Kind.OPENED) + kinds.count(Kind.DROPPED) == sum(event.role == IMPRESSION for event in log)
-
-
 @given(
     st.lists(events.map(lambda one: one._replace(source=0)) | st.just(None), max_size=150),
     st.lists(st.sampled_from([PLAIN, IMPRESSION, OUTCOME, NOTHING]), min_size=1),
@@ -268,35 +258,14 @@ def test_the_latest_impression_before_the_click_gets_it_and_the_next_click_goes_
     ]
 
 
-def test_an_impression_whose_time_lies_after_the_click_is_passed_over() -> None:
-    assert resolved_by((IMPRESSION, 1, 7), (IMPRESSION, 9, 7), (OUTCOME, 5, 7)) == [(2, 0, Kind.JOINED)]
-
-
 def test_a_click_at_the_end_of_the_wait_joins_and_one_after_it_does_not() -> None:
     assert resolved_by((IMPRESSION, 0, 7), (OUTCOME, WAIT_MS, 7)) == [(1, 0, Kind.JOINED)]
     assert resolved_by((IMPRESSION, 0, 7), (OUTCOME, WAIT_MS + 1, 7)) == [(1, 0, Kind.EXPIRED)]
 
 
-def test_a_late_click_does_not_join_what_the_clock_has_passed() -> None:
-    assert resolved_by((IMPRESSION, 0, 7), (PLAIN, WAIT_MS + 1, 0), (OUTCOME, 5, 7)) == [(1, 0, Kind.EXPIRED)]
-
-
-def test_an_impression_whose_wait_is_over_when_it_arrives_is_dropped() -> None:
-    kinds, resolved = by_kernel([Event(PLAIN, 0, 500, 0), Event(IMPRESSION, 0, 1, 7)], 9, [9], reload=False)
-    assert (kinds[1], resolved) == (Kind.DROPPED, [])
-
-
 def test_another_partition_does_not_end_a_wait() -> None:
     log = [Event(IMPRESSION, 0, 0, 7), Event(PLAIN, 1, 9999, 0), Event(OUTCOME, 1, 50, 7), Event(OUTCOME, 0, 50, 7)]
     assert by_kernel(log, 9, [9], reload=False)[1] == [Resolved(0, 1, 0, int(Kind.JOINED))]
-
-
-def test_one_event_expires_a_few_and_the_next_ones_the_rest() -> None:
-    log = [(IMPRESSION, 0, pair) for pair in range(2 * MOST_EXPIRED + 3)]
-    last = len(log)
-    found = resolved_by(*log, (PLAIN, 999, 0), (PLAIN, 0, 0), (PLAIN, 0, 0))
-    assert [by - last for by, _, _ in found] == [0] * MOST_EXPIRED + [1] * MOST_EXPIRED + [2] * 3
-    assert [opened for _, opened, _ in found] == list(range(last))
 
 
 def test_a_stretch_of_any_length_without_events_costs_no_more_than_what_waits() -> None:
@@ -306,23 +275,11 @@ def test_a_stretch_of_any_length_without_events_costs_no_more_than_what_waits() 
     assert len(attribute(queue, none, whole, WAIT_MS, 9)[1].by) == 0
 
 
-def test_of_one_user_alone_no_more_wait_than_their_time_says() -> None:
-    log = [Event(IMPRESSION, 0, number, number, 40) for number in range(2000)]
-    kinds, resolved = by_kernel(log, 2 * WAIT_MS, [100], False)
-    assert Kind.DROPPED not in kinds
-    assert {one.by - one.opened for one in resolved} == {WAIT_MS + 1}
-
-
 def test_the_accounts_know_how_many_rows_one_position_can_have() -> None:
     log = [(IMPRESSION, 0, pair) for pair in range(SHARES - 1)]
     # An outcome joins the one impression of its time, and ends the oldest waits as their user's and where it is their turn.
     found = resolved_by(*log, (IMPRESSION, 100, 77), (OUTCOME, 150, 77))
     assert max(Counter(by for by, _, _ in found).values()) == MOST_LEARNED == 1 + 2 * MOST_EXPIRED
-
-
-def test_more_than_may_wait_are_dropped() -> None:
-    kinds, _ = by_kernel([Event(IMPRESSION, 0, 0, pair) for pair in range(5)], 3, [9], reload=False)
-    assert kinds == [Kind.OPENED] * 3 + [Kind.DROPPED] * 2
 
 
 def test_the_kernels_numbers_are_those_of_the_kinds() -> None:

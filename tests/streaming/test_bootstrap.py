@@ -83,9 +83,22 @@ def settings(kafka_settings: KafkaFactory, tmp_path: Path) -> Settings:
     return made
 
 
-def test_the_first_clicks_become_constants_labels_and_names_once(settings: Settings, tmp_path: Path) -> None:
-    said: list[str] = []
-    assert run(settings, said.append)
+def test_one_that_up_started_waits_for_the_topic_and_the_first_clicks_become_constants_labels_and_names_once(
+    kafka_settings: KafkaFactory, tmp_path: Path
+) -> None:
+    settings = settings_of(kafka_settings(), tmp_path / "state", bootstrap__min_rows=300, bootstrap__timeout_s=600)
+    with pytest.raises(UnknownTopic):
+        run(settings, silent)
+    said, asked = list[str](), list[float]()
+
+    def clock() -> float:
+        asked.append(time.time())
+        # The second time it is asked because the topic is missing.
+        if len(asked) == 2:
+            send_clicks(settings, 400)
+        return asked[-1]
+
+    assert run(settings, said.append, Wanted(of_up=True), clock)
     assert re.fullmatch(r"400 clicks read in [\d.]+ s \([\d,]+ rows/s\)", said[-1])
     spec = FeatureSpec.from_settings(settings)
     registry = Registry(settings.registry_dir)
@@ -130,23 +143,6 @@ def test_the_first_clicks_become_constants_labels_and_names_once(settings: Setti
 
 def _popular(about: dict[str, Any]) -> list[tuple[int, int]]:
     return [(int(label, 16), clicks) for label, clicks in about["popular"]]
-
-
-def test_a_bootstrap_that_up_started_waits_for_the_topic(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
-    early = settings_of(kafka_settings(), tmp_path / "state", bootstrap__min_rows=300, bootstrap__timeout_s=600)
-    with pytest.raises(UnknownTopic):
-        run(early, silent)
-    asked: list[float] = []
-
-    def clock() -> float:
-        asked.append(time.time())
-        # The second time it is asked because the topic is missing.
-        if len(asked) == 2:
-            send_clicks(early, 400)
-        return asked[-1]
-
-    assert run(early, silent, Wanted(of_up=True), clock)
-    assert len(Registry(early.registry_dir).specs()) == 1
 
 
 def test_too_few_clicks_end_the_wait_with_what_to_do(settings: Settings) -> None:

@@ -13,7 +13,6 @@ from state.events.dead_letters import DeadLetter
 from state.history.appends import Appends
 from state.microbatch.codec import decode
 from state.positions import Range, Source
-from state.process import killpoints
 from streaming.cut import Cut
 from tests.streaming.committing import sink, with_history
 from tests.streaming.pieces import ZERO, piece
@@ -100,12 +99,3 @@ def test_the_metrics_count_what_was_committed(tmp_path: Path) -> None:
         assert metrics.dead_letters.labels("undecodable")._value.get() == 1
         assert metrics.microbatches._value.get() == 1
         assert metrics.truncated_histories._value.get() == 2
-
-
-def test_the_steps_of_a_commit_pass_their_kill_points_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    passed: list[str] = []
-    monkeypatch.setattr(killpoints, "reach", passed.append)
-    with sink(tmp_path) as shard:
-        shard.commits.put(Cut((piece((ZERO, 0, 1)),), 0))
-        shard.commits.flush()
-    assert passed == ["stream.taken", "stream.sent", "stream.acknowledged", "stream.committed", "stream.grouped"]

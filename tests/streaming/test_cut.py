@@ -38,26 +38,6 @@ def test_a_wall_clock_set_back_holds_no_rows() -> None:
     assert rows_of(cutter.add(piece(), 110)) == [4]
 
 
-def test_a_cut_is_made_when_the_rows_are_there() -> None:
-    cutter = Cutter(cut_rows=10, cut_ms=100)
-    assert cutter.add(piece((ZERO, 0, 4)), 0) == []
-    assert rows_of(cutter.add(piece((ZERO, 4, 6)), 0)) == [10]
-
-
-def test_a_batch_that_would_exceed_the_cut_begins_the_next_one() -> None:
-    cutter = Cutter(cut_rows=10, cut_ms=100)
-    cutter.add(piece((ZERO, 0, 6)), 0)
-    assert rows_of(cutter.add(piece((ZERO, 6, 6)), 50)) == [6]
-    assert cutter.add(piece(), 149) == []
-    assert rows_of(cutter.add(piece(), 150)) == [6]
-
-
-def test_one_call_can_make_two_cuts_due() -> None:
-    cutter = Cutter(cut_rows=10, cut_ms=100)
-    cutter.add(piece((ZERO, 0, 6)), 0)
-    assert rows_of(cutter.add(piece((ZERO, 6, 12)), 50)) == [6, 12]
-
-
 def test_positions_without_rows_are_cut_in_time_too() -> None:
     cutter = Cutter(cut_rows=10, cut_ms=100)
     assert cutter.add(piece((ZERO, 0, 0), dead=3), 0) == []

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 
-from deploy.kafka.broker import Broker
 from state.config.sections import Kafka
 from state.errors import TruncatedLog
 from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
-from state.log import LogReader, MemoryLog, Topics
+from state.log import LogReader, MemoryLog
 from state.log.gaps import Consent, parse_allowance
 from state.positions import Range, Source
 from streaming import accounts
 from streaming.truncation import FILLER, Leaders, accept, fill, open_behind
-from tests.segments import cut_back
 from tests.streaming.pieces import ZERO
-from tests.streaming.streams import (
-    FOREVER,
-    click,
-    deduplicated,
-    following,
-    next_offsets,
-    running,
-    send,
-    settings_for,
-    until,
-)
 
 KAFKA = Kafka()
 TOPIC = KAFKA.clicks_topic
@@ -166,40 +152,3 @@ def test_a_reader_that_passes_over_a_change_of_leaders_takes_it_for_no_cut() -> 
         reader.seek(0, 4)
         assert reader.leader_epoch(0, 4) == -1
         assert len(reader.poll(0.0, 2)[0]) == 2
-
-
-@pytest.mark.nightly
-@pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
-def test_a_stream_on_a_real_log_that_was_cut_back_and_grew_again(own: Broker, tmp_path: Path) -> None:
-    kafka = Kafka(bootstrap_servers=own.bootstrap_servers)
-    settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt")
-    with Topics(kafka) as topics:
-        topic_id = topics.ensure(kafka.clicks_topic, 1, FOREVER).topic_id
-
-    def clicks(first: int, after: int) -> None:
-        # One batch each, so that they can be cut between them.
-        for number in range(first, after):
-            send(kafka, [click(number)], number, lambda _: 0)
-
-    clicks(0, 12)
-    with following(kafka, kafka.microbatches_topic) as log:
-        with running(settings, tmp_path / "log") as stream:
-            until(lambda: next_offsets(log.poll()) == {0: 12}, "the first clicks")
-            # While it runs; it may not ask before the log has grown again.
-            own.kill()
-            cut_back(own.directory / "data", kafka.clicks_topic, 0, 7)
-            own.start()
-            clicks(12, 24)
-            assert stream.wait() == 1
-        assert re.search(r"TruncatedLog: topic .* we were at 12, but what we read ends at 7", stream.lines[-1])
-        # Started again it says the same, though the log is longer than our position.
-        with running(settings, tmp_path / "again") as stream:
-            assert stream.wait() == 1
-        flags = f"--accept-gap {topic_id[:8]}:0:7-11"
-        assert "grown again to 19" in stream.lines[-1]
-        assert f"to go on without them: springtide stream (or up) {flags} --reason TEXT" in stream.lines[-1]
-        with running(settings, tmp_path / "on", arguments=[*flags.split(), "--reason", "an election"]) as stream:
-            until(lambda: next_offsets(log.poll()) == {0: 19}, "the clicks with offsets of their own")
-            assert stream.stop() == 0, stream.lines
-        batches, _ = deduplicated(log.poll())
-        assert [offset for batch in batches for offset in batch.offset.tolist()] == list(range(19))

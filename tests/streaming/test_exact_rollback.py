@@ -17,7 +17,6 @@ from state.config.settings import Settings
 from state.events.identity import load_salt, user_id
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
-from state.features.spec import FeatureSpec, vectorise
 from state.history.store import HistoryStore
 from state.log import Reader, Topics
 from state.microbatch.batch import MicroBatch
@@ -186,36 +185,3 @@ def test_the_log_histories_and_accounts_are_those_of_a_stream_that_never_saw_the
     assert content(ours) == before
     letters = [headers_of(one.settings.kafka, one.settings.kafka.dead_letters_topic) for one in (ours, theirs)]
     assert [one["offset"] for one in letters[0]] == [one["offset"] for one in letters[1]] == ["7", str(GOOD + 7)]
-
-
-def test_rows_after_a_fast_rollback_are_made_without_the_masked_events(
-    kafka_settings: KafkaFactory, tmp_path: Path
-) -> None:
-    one = made(kafka_settings, tmp_path, "one", kafka_settings().clicks_topic, labels=False)
-    kafka, spec = one.settings.kafka, FeatureSpec.from_settings(one.settings)
-    with Topics(kafka) as topics:
-        word = Source(topics.ensure(kafka.clicks_topic, 1, FOREVER).topic_id, 0).topic
-    send(kafka, [click(number) for number in range(2 * BATCH)], partition=lambda _: 0)
-    # Half of what is in the histories is taken back, and one of the clicks to come.
-    mask = Mask(offsets=((word, 0, BATCH, 2 * BATCH), (word, 0, 2 * BATCH + 3, 2 * BATCH + 4)))
-    with running(one.settings, one.log) as stream:
-        until(lambda: one.has(2 * BATCH), "the clicks are not committed", 30.0)
-        one.controls.change(lambda now: roll_back(now, 3, mask, **WHO))
-        until(lambda: one.log.read_text().count(" reading ") == 2, "the stream did not see the mask", 30.0)
-        send(kafka, [click(number) for number in range(2 * BATCH, 3 * BATCH)], 2 * BATCH, lambda _: 0)
-        # 49 rows of 50 clicks are no full cut: one more click fills it.
-        send(kafka, [click(number) for number in range(3 * BATCH, 3 * BATCH + 1)], 3 * BATCH, lambda _: 0)
-        until(lambda: one.has(3 * BATCH + 1), "the clicks after are not committed", 30.0)
-        assert stream.stop() == 0, stream.lines
-    last = records(one.settings, WHOLE)[-1]
-    assert (last.header.mask_generation, last.header.ranges[0].masked) == (2, 1)
-    assert 2 * BATCH + 3 not in last.offset.tolist()
-    store = one.store()
-    for row, (user, offset, at_ms) in enumerate(
-        zip(last.user.tolist(), last.offset.tolist(), last.at_ms.tolist(), strict=True)
-    ):
-        history = store.read(user)
-        before = history[history["offset"] < offset]
-        assert (vectorise(before, at_ms, None, mask, spec).features == last.features[row]).all()
-        assert not (vectorise(before, at_ms, None, Mask.NONE, spec).features == last.features[row]).all()
-    store.close()

@@ -115,7 +115,7 @@ def test_one_late_row_costs_the_sample_itself_only(tmp_path: Path) -> None:
             for events in parse.process(batch):
                 list(compute.process(events))
         assert sample.context.tally.clicks == ROWS
-    assert f"clicks.csv:{len(lines) + 1}: 1 row lies long after all the others" in said[0]
+    assert f"clicks.csv:{len(lines) + 1}: 1 row is long after all the others" in said[0]
 
 
 def test_a_label_that_came_later_is_in_the_example_of_its_impression(tmp_path: Path) -> None:

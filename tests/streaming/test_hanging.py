@@ -61,6 +61,7 @@ def seen(settings: Settings, patience_s: float = 60.0) -> list[bytes]:
     return [record.value for record in records if len(decode(record.value))]
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
 def test_records_whose_marker_is_lost_are_seen_once_more(
     own: Broker, settings: Settings, caplog: pytest.LogCaptureFixture

@@ -239,21 +239,6 @@ def test_after_kill_9_the_rows_are_those_of_an_undisturbed_run(
     store.close()
 
 
-def test_a_second_stream_in_the_same_directory_is_refused(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
-    kafka = kafka_settings()
-    settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt")
-    with Topics(kafka) as topics:
-        topics.ensure(kafka.clicks_topic, 2, FOREVER)
-    with running(settings, tmp_path / "log") as first:
-        until(lambda: any("reading" in line for line in first.lines), "the first stream reads")
-        with running(settings, tmp_path / "second") as second:
-            assert second.wait() == 1
-        (line,) = second.lines
-        assert "LockHeld" in line
-        assert f"process {first.process.pid}" in line
-        assert first.stop() == 0, first.lines
-
-
 def test_a_zombie_with_another_directory_is_fenced(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
     kafka = kafka_settings()
     with Topics(kafka) as topics:

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +19,6 @@ from state.features.spec import FeatureSpec
 from state.process.check_command import OPTIONS_READ
 from streaming.preprocessing import check_and_keep, check_preprocessing, load_preprocessing, made_up
 
-ROOT = Path(__file__).parents[2]
 SPEC = FeatureSpec()
 NARROW = FeatureSpec(actions=("view",), windows_s=(3600,), half_lives_s=(1800,))
 Inputs = Mapping[str, Any]
@@ -113,32 +109,9 @@ def test_quantile_buckets_pass_and_the_analysed_graph_is_kept(tmp_path: Path) ->
     assert set(np.unique(np.round(found[:, 128:] * 3))) == {1, 2, 3}, "3 in 10 integers are 0"
 
 
-def test_the_default_preprocessing_passes() -> None:
-    assert "lowers to LiteRT" in check_preprocessing("streaming.preprocessing:preprocessing_fn", SPEC)
-
-
 def test_a_module_that_is_not_there_is_a_wrong_setting() -> None:
     with pytest.raises(SettingsError, match=r"cannot be loaded \(ModuleNotFoundError.*module:name"):
         check_preprocessing("nowhere:preprocessing_fn", SPEC)
-
-
-def test_bootstrap_refuses_it_in_one_line_before_it_asks_for_kafka(tmp_path: Path) -> None:
-    (tmp_path / "shop_features.py").write_text(
-        "import tensorflow as tf\n\n\ndef preprocessing_fn(inputs):\n    return {'features': tf.math.bessel_i0e(inputs['features'])}\n"
-    )
-    line = [sys.executable, "-m", "streaming.bootstrap", "--model.preprocessing", "shop_features:preprocessing_fn"]
-    done = subprocess.run(
-        [*line, "--paths.state", str(tmp_path / "state"), "--kafka.bootstrap_servers", "127.0.0.1:1"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 1
-    (said,) = done.stderr.splitlines()
-    assert "ProgramError: model.preprocessing 'shop_features:preprocessing_fn' does not lower" in said
-    assert "tf.BesselI0e" in said
 
 
 def scaled(inputs: Mapping[str, Any], settings: Model) -> dict[str, Any]:

@@ -171,42 +171,6 @@ def test_users_leave_memory_only_when_committed(tmp_path: Path) -> None:
     store.close()
 
 
-def test_an_empty_batch_passes_through(tmp_path: Path) -> None:
-    store = open_store(tmp_path / "store")
-    empty = np.empty(0)
-    batch = EventBatch(
-        *(empty.astype(np.uint64),) * 3,
-        action=empty.astype(np.uint8),
-        at_ms=empty.astype(np.int64),
-        label=empty.astype(np.float32),
-        weight=empty.astype(np.float32),
-        context=np.empty((0, 0), np.uint64),
-        source=empty.astype(np.uint16),
-        offset=empty.astype(np.int64),
-        ranges=(Range(SOURCES[0], 0, 3, dead=3),),
-        dead=(),
-        names={},
-    )
-    rows = Profiler(store, SPEC, 4).update(batch)
-    assert rows.vectors.features.shape == (0, len(SPEC.names))
-    store.commit(rows.appends, rows.batch.ranges)
-    assert store.positions() == {SOURCES[0]: 3}
-    store.close()
-
-
 def test_labels_become_flags() -> None:
     batch = batch_of([(1, 0, 1, 0, label) for label in (np.nan, 0.0, 0.49, 0.5, 1.0)], [0, 0])
     assert events_of(batch, batch.ranges)["flags"].tolist() == [0, 1, 1, 3, 3]
-
-
-def test_a_masked_profiler_never_saw_the_events(tmp_path: Path) -> None:
-    clicks: list[Click] = [(1, step, step % 3 + 1, 0, 1.0) for step in range(-8, 0)]
-    mask = Mask(1, offsets=((SOURCES[0].topic, 0, 2, 5),))
-    store = open_store(tmp_path / "masked")
-    rows = Profiler(store, SPEC, 4, mask).update(batch_of(clicks, [0, 0]))
-    store.close()
-    store = open_store(tmp_path / "clean")
-    kept = batch_of(clicks[:2] + clicks[5:], [0, 0])
-    clean = Profiler(store, SPEC, 4).update(kept)
-    store.close()
-    np.testing.assert_array_equal(np.delete(rows.vectors.features, [2, 3, 4], 0), clean.vectors.features)

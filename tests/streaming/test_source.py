@@ -9,22 +9,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from state.config.sections import Stream
 from state.config.settings import Settings
-from state.errors import GapError
 from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.log import MemoryLog, PartitionBatch
 from state.log.memory import MemoryReader
 from state.metrics import StreamMetrics
 from state.positions import Range, Source
-from streaming import pipeline
-from streaming.context import Handle, Step, StreamContext, opened
+from streaming.context import Handle, StreamContext, opened
 from streaming.steps import ClickReader, Lag, UntilStopped
 from tests.streaming.pieces import context_of
 
@@ -41,23 +38,6 @@ def clicked(clicks: int) -> MemoryLog:
         for number in range(clicks):
             writer.send(CLICKS, 0, None, None, timestamp_ms=number * 1000)
     return log
-
-
-class Pass(Step[StreamContext]):
-    """Passes each element on."""
-
-    def process(self, element: Any) -> Iterator[Any]:
-        yield element
-
-
-class Keep(Step[StreamContext]):
-    """Keeps each element and passes it on."""
-
-    seen: ClassVar[list[Any]] = []
-
-    def process(self, element: Any) -> Iterator[Any]:
-        Keep.seen.append(element)
-        yield element
 
 
 @pytest.fixture
@@ -90,33 +70,6 @@ def reading(store: HistoryStore, log: MemoryLog, batch_events: int = 1000) -> It
     )
     with opened(context) as handle:
         yield handle
-
-
-@contextmanager
-def collected(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
-    """The elements that leave the steps before the profiles when the real runner runs the job."""
-    seen: list[Any] = []
-    monkeypatch.setattr(pipeline, "UpdateProfiles", Pass)
-    monkeypatch.setattr(pipeline, "WriteMicroBatches", Keep)
-    monkeypatch.setattr(Keep, "seen", seen)
-    yield seen
-
-
-def test_the_job_ends_when_asked_to_and_loses_no_batch(store: HistoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
-    with reading(store, clicked(5), batch_events=2) as shard, collected(monkeypatch) as seen:
-        pipeline.run(shard)
-    assert [(one.first, one.next) for batches in seen for one in batches] == [(0, 2), (2, 4), (4, 5)]
-    assert [] in seen
-
-
-def test_an_exception_of_a_step_comes_out_as_it_was_raised(
-    store: HistoryStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    log = clicked(5)
-    with reading(store, log) as shard, collected(monkeypatch):
-        log.topics().delete_before(CLICKS, {0: 2})
-        with pytest.raises(GapError, match="2 positions were deleted unread"):
-            pipeline.run(shard)
 
 
 def test_a_restriction_that_ends_unasked_is_an_error() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,6 +27,7 @@ from trainer.beginning import Begins, from_nothing
 from trainer.engine.step import Trainer
 from trainer.learner import NO_CONSENT, Learner
 from trainer.resume import OpenLog
+from trainer.versions import checkpoint
 
 TOPIC_ID = "cd" * 16
 LOG = Kafka().microbatches_topic
@@ -66,9 +66,8 @@ def started(path: Path) -> Registry:
     return registry
 
 
-@functools.cache
-def shared(lane: int, *flags: str) -> Trainer:
-    """A trainer traced once for many tests; entering an epoch clears whatever it learned."""
+def fresh(*flags: str) -> Trainer:
+    """A small trainer that has learned nothing."""
     return Trainer(small_settings(*flags), SPEC)
 
 
@@ -94,7 +93,7 @@ def learner(
     made = Learner(
         settings,
         registry,
-        trainer or shared(0),
+        trainer or fresh(*flags),
         opener(log, settings.kafka.microbatches_topic),
         program,
         spec.digest,
@@ -114,17 +113,42 @@ def learner(
 
 def run_to_end(running: Learner) -> None:
     running.caught_up = False
-    while not (running.caught_up or running._trainer.guard.held or running.control.held):
+    while not (running.caught_up or trainer_of(running).guard.held or running.control.held):
         running.tick(0.0)
+
+
+def trainer_of(running: Learner) -> Trainer:
+    """What a learner steps; nobody else looks at it while it runs."""
+    return running._trainer
+
+
+def bits_of(running: Learner) -> str:
+    """A digest of all that a learner has learned."""
+    return checkpoint.digest(trainer_of(running))
+
+
+def account_in(running: Learner) -> dict[str, int]:
+    """Its account, as it is now."""
+    return running._account()
+
+
+def settle(running: Learner) -> None:
+    """Returns when the version that is being written is there."""
+    running._settle(wait=True)
+
+
+def kill(running: Learner) -> None:
+    """As kill -9 does: what was not published is lost."""
+    running._publisher.close()
 
 
 def publish_all(running: Learner) -> int:
     """Runs to the end and until a durable version has all of it, however long publishing takes; returns that version."""
     run_to_end(running)
-    running._settle(wait=True)
+    settle(running)
     while running.place.unsaved:
         running.tick(0.0)
-        running._settle(wait=True)
+        settle(running)
     return running.place.parent
 
 

@@ -14,16 +14,14 @@ from prometheus_client import CollectorRegistry
 from state.accounts import StreamAccount, TrainerAccount, check_accounts
 from state.errors import GapError
 from state.layout import GAPS
-from state.log import KafkaLog, Topics, Writer
 from state.log.accepted_gaps import Accepted, Journal
 from state.log.gaps import Consent, parse_allowance
 from state.metrics import TrainerMetrics
 from state.microbatch.batch import Header
 from state.microbatch.codec import decode, encode
 from state.positions import MOST_LEARNED, Gap, Range, Source
-from tests.conftest import KafkaFactory
 from tests.trainer.clicks import TOPIC, microbatch
-from tests.trainer.logs import LOG, TOPIC_ID, append, learner, run_to_end, started, written
+from tests.trainer.logs import LOG, TOPIC_ID, account_in, append, kill, learner, run_to_end, started, written
 from trainer import accounts
 from trainer.accounts import Passages
 from trainer.learner import Learner
@@ -46,7 +44,7 @@ def made_by_stream(records: Sequence[bytes]) -> StreamAccount:
 
 
 def account_of(running: Learner) -> TrainerAccount:
-    counted = running._account()
+    counted = account_in(running)
     return TrainerAccount(**{name: counted.get(name, 0) for name in accounts.NAMES})
 
 
@@ -83,17 +81,6 @@ def test_a_row_lost_on_the_way_is_found(tmp_path: Path) -> None:
     (fault,) = check_accounts(made_by_stream(RECORDS), account_of(running))
     lost = 40 - sum(fewer)
     assert fault == f"log: the stream made 480 rows, but the log holds {480 - lost} without duplicates: {lost} lost"
-
-
-def test_a_row_learned_twice_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    # A trainer that forgets to trim: the record that a crashed stream wrote again counts twice.
-    import trainer.intake as intake
-
-    monkeypatch.setattr(intake, "trim", lambda batch, marks: (batch.offset >= 0, dict(marks)))
-    running = learner(started(tmp_path), written([*RECORDS[:4], RECORDS[3], *RECORDS[4:]]))
-    run_to_end(running)
-    (fault,) = check_accounts(made_by_stream(RECORDS), account_of(running))
-    assert fault == "log: the stream made 480 rows, but the log holds 520 without duplicates: 40 came twice"
 
 
 def test_a_counter_that_misses_a_row_is_said_aloud(caplog: pytest.LogCaptureFixture) -> None:
@@ -154,7 +141,7 @@ def test_records_deleted_from_the_log_stop_the_trainer_until_somebody_accepts_th
     account = account_of(running)
     assert account.gap == 2 * 3 * 20, "three records of twenty clicks of either partition"
     assert check_accounts(made_by_stream(RECORDS), account) == ()
-    running._publisher.close()
+    kill(running)
     # Killed before it published: the same gap again, accepted already, and the same account.
     again = learner(registry, log)
     run_to_end(again)
@@ -228,49 +215,3 @@ def test_where_impressions_wait_a_lost_position_may_have_had_the_rows_of_several
     assert bool(found) == (missing > gap * MOST_LEARNED)
     if found:
         assert found[0].endswith(f": {missing - gap * MOST_LEARNED} lost")
-
-
-def test_deleted_records_of_a_real_log_stop_the_trainer_until_somebody_accepts_them(
-    kafka_settings: KafkaFactory, tmp_path: Path
-) -> None:
-    from tests.trainer.logs import shared
-
-    kafka = kafka_settings()
-    topic = kafka.microbatches_topic
-    flags = ("--kafka.microbatches_topic", topic)
-    with Topics(kafka) as topics, Writer(kafka) as writer:
-        topics.ensure(topic, 1, {"retention.ms": "-1"})
-
-        def write(records: Sequence[bytes]) -> None:
-            for value in records:
-                writer.send(topic, 0, None, value)
-            writer.flush()
-
-        write(RECORDS[:4])
-        registry, log = started(tmp_path), KafkaLog(kafka)
-        running = learner(registry, log, *flags, trainer=shared(0))
-        until_at(running, 4)
-        running.close()
-        write(RECORDS[4:])
-        topics.delete_before(topic, {0: 7})
-        with pytest.raises(GapError) as caught:
-            learner(registry, log, *flags)
-        assert f"--accept-gap {topics.describe(topic).topic_id[:8]}:0:4-6 --reason TEXT" in str(caught.value)
-        running = learner(registry, log, *flags, consent=ann("0:4-6"))
-        until_at(running, 12)
-        assert check_accounts(made_by_stream(RECORDS), account_of(running)) == ()
-        assert account_of(running).gap == 2 * 3 * 20
-        # And while it runs: what was fetched is learned, the rest is missing.
-        topics.delete_before(topic, {0: 12})
-        write(RECORDS[:1])
-        until_at(running, 13)
-        running.close()
-
-
-def until_at(running: Learner, offset: int) -> None:
-    """Learns until `offset` is reached; fails after many empty looks."""
-    for _ in range(600):
-        if running.place.next >= offset:
-            return
-        running.tick(0.1)
-    raise AssertionError(f"still at {running.place.next}")

@@ -18,11 +18,10 @@ from state.log.gaps import Consent, parse_records
 from state.log.memory import MemoryReader
 from state.microbatch.codec import decode, encode
 from tests.trainer.clicks import microbatch
-from tests.trainer.logs import append, learner, run_to_end, started, written
+from tests.trainer.logs import account_in, append, bits_of, learner, run_to_end, started, written
 from tests.trainer.test_verify import asked, started_with_spec
 from trainer import accounts
 from trainer.learner import Learner
-from trainer.versions import checkpoint
 
 RECORDS = [microbatch(number) for number in range(10)]
 # The bad record's offset: each record is followed by the marker of its transaction.
@@ -42,11 +41,11 @@ def digest_of(path: Path, records: Sequence[bytes]) -> str:
     running = learner(started(path), written(records))
     run_to_end(running)
     running.close()
-    return checkpoint.digest(running._trainer)
+    return bits_of(running)
 
 
 def left_out(running: Learner) -> tuple[float, float]:
-    counted = running._account()
+    counted = account_in(running)
     assert check_accounts(trainer=TrainerAccount(**{name: counted.get(name, 0) for name in accounts.NAMES})) == ()
     return counted.get("left_out", 0), running._metrics.records_left_out._value.get()
 
@@ -81,7 +80,7 @@ def test_a_stray_record_is_named_left_out_and_changes_nothing(
     run_to_end(running)
     running.close()
     assert left_out(running) == (1, 1)
-    assert checkpoint.digest(running._trainer) == digest_of(tmp_path / "clean", RECORDS)
+    assert bits_of(running) == digest_of(tmp_path / "clean", RECORDS)
     (one,) = Journal(registry.path / GAPS).accepted()
     assert (one.gap.first, one.gap.next, one.actor, one.reason) == (BAD, BAD + 1, "ann", "a test wrote it")
     assert said in one.record
@@ -95,7 +94,7 @@ def test_a_stray_record_is_named_left_out_and_changes_nothing(
     run_to_end(again)
     again.close()
     assert left_out(again) == (1, 1)
-    assert checkpoint.digest(again._trainer) == checkpoint.digest(running._trainer)
+    assert bits_of(again) == bits_of(running)
     found = asked(registry, log, registry.newest(1) or 0)
     assert newest and found.outcome == "equal", found.text()
 
@@ -128,7 +127,7 @@ def test_a_damaged_record_of_ours_is_left_out_and_its_clicks_are_counted_as_miss
     running.close()
     assert left_out(running) == (1, 1)
     # Both partitions' twenty positions of the record are in no other.
-    assert running._account()["gap"] == 40
+    assert account_in(running)["gap"] == 40
     found = asked(registry, log, registry.newest(1) or 0)
     assert found.outcome == "equal", found.text()
 
@@ -140,7 +139,7 @@ def test_consent_for_a_range_leaves_good_records_in(tmp_path: Path) -> None:
     run_to_end(running)
     running.close()
     assert left_out(running) == (2, 2)
-    assert checkpoint.digest(running._trainer) == digest_of(tmp_path / "clean", RECORDS)
+    assert bits_of(running) == digest_of(tmp_path / "clean", RECORDS)
 
 
 def test_status_says_how_many_were_left_out() -> None:

@@ -15,14 +15,13 @@ from state.config.sections import Model as ModelSettings
 from state.errors import ProgramError, SettingsError
 from state.features.spec import FeatureSpec
 from state.process.check_command import OPTIONS_READ
-from tests.trainer.clicks import SPEC, batches, microbatch, small_settings
-from tests.trainer.logs import learner, run_to_end, shared, started, write_transform, written
+from tests.trainer.clicks import SPEC, batches, small_settings
+from tests.trainer.logs import fresh, write_transform
 from trainer import loop
 from trainer.checks import check_model, check_tower
 from trainer.model.tower import width_in
 from trainer.versions.program import build as build_program
 
-SMALL = ModelSettings(dim=8, hidden=(16, 8), popular=4)
 EXAMPLE = "deploy.examples.own_model.tower:build"
 
 Call = Callable[[Any, Any, bool, Any], Any]
@@ -178,8 +177,7 @@ def test_an_option_that_the_default_functions_do_not_read_is_refused(tmp_path: P
 
 
 def test_a_tower_of_ones_own_trains_and_its_program_answers_as_it_does() -> None:
-    trainer = shared(0, "--model.tower", EXAMPLE)
-    trainer.clear()
+    trainer = fresh("--model.tower", EXAMPLE)
     before = trainer.model.weights()
     losses = [trainer.step(batch).interest_log_loss for batch in batches(0, 40)]
     assert np.mean(losses[-10:]) < np.mean(losses[:10])
@@ -187,22 +185,6 @@ def test_a_tower_of_ones_own_trains_and_its_program_answers_as_it_does() -> None
     for name in ("kernel_0", "cross_in", "cross_hidden", "cross_out", "kernel_1", "kernel_2", "bias_0"):
         assert (before[f"tower.{name}"] != after[f"tower.{name}"]).any(), f"{name} was not trained"
     build_program(trainer.model)
-
-
-def test_a_restart_with_a_tower_of_ones_own_gives_the_same_bits(tmp_path: Path) -> None:
-    flags = ("--model.tower", EXAMPLE)
-    records = [microbatch(number) for number in range(8)]
-    found = []
-    for folder, cuts in (("one", [8]), ("two", [3, 8])):
-        registry = started(tmp_path / folder)
-        for cut in cuts:
-            trainer = shared(0, *flags)
-            running = learner(registry, written(records[:cut]), *flags, trainer=trainer)
-            run_to_end(running)
-            running.close()
-        found.append(trainer.model.weights())
-    for name, weight in found[0].items():
-        np.testing.assert_array_equal(weight, found[1][name], name)
 
 
 def test_the_trainer_refuses_it_before_it_waits_for_anything(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from state.registry.registry import Registry
 from state.registry.sharing import running as starting
 from tests.state.registry.sharing.hosts import away
 from tests.trainer.clicks import microbatch
-from tests.trainer.logs import append, learner, run_to_end, shared, started, without, written
+from tests.trainer.logs import append, learner, run_to_end, started, without, written
 from tests.trainer.test_exact_rollback import of_epoch, published, turned
 from tests.trainer.test_learner import POISON, state
 from tests.trainer.test_verify import asked, started_with_spec
@@ -48,14 +48,14 @@ def test_a_lifted_mask_ends_at_a_record_whenever_the_trainer_looks(tmp_path: Pat
     assert running.place.masked > before > 0
 
     filtered = [*RECORDS[:8], *(without(value, POISON) for value in RECORDS[8:15]), *RECORDS[15:]]
-    theirs = learner(started(tmp_path / "theirs"), written(filtered), trainer=shared(1))
+    theirs = learner(started(tmp_path / "theirs"), written(filtered))
     run_to_end(theirs)
     assert state(running) == state(theirs)
     running.close()
     newest = registry.newest(2) or 0
     assert asked(registry, log, newest, base=1).outcome == "equal", "verify knows where it ended"
     registry.remove("delta", newest)
-    late = learner(Registry(tmp_path / "ours"), log, trainer=shared(1))
+    late = learner(Registry(tmp_path / "ours"), log)
     run_to_end(late)
     assert state(late) == state(theirs), "one that starts only now, too"
 
@@ -75,7 +75,7 @@ def test_a_paused_trainer_takes_no_record_and_a_resumed_one_has_the_same_bits(tm
     assert running.tick(0.0) == 0, "a restart does not let it go"
     registry.change(lambda control: train(control, True, **WHO))
     run_to_end(running)
-    whole = learner(started(tmp_path / "whole"), written(RECORDS), trainer=shared(1))
+    whole = learner(started(tmp_path / "whole"), written(RECORDS))
     run_to_end(whole)
     assert state(running) == state(whole)
 

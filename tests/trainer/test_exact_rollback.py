@@ -14,7 +14,7 @@ from state.registry.control import Control, roll_back
 from state.registry.manifest import LogRange
 from state.registry.registry import Registry
 from tests.trainer.clicks import microbatch
-from tests.trainer.logs import LOG, append, learner, run_to_end, shared, without, written
+from tests.trainer.logs import LOG, account_in, append, kill, learner, run_to_end, settle, without, written
 from tests.trainer.test_learner import POISON, state
 from tests.trainer.test_verify import asked, started_with_spec
 from trainer.learner import Learner
@@ -30,10 +30,10 @@ def of_epoch(value: bytes, epoch: int) -> bytes:
 
 def published(running: Learner) -> int:
     run_to_end(running)
-    running._settle(wait=True)
+    settle(running)
     if running.place.changed:
         running.publish()
-        running._settle(wait=True)
+        settle(running)
     return running.place.parent
 
 
@@ -59,18 +59,18 @@ def test_after_an_exact_rollback_the_bits_are_those_of_a_log_without_the_poison(
     # 2. An exact rollback. The stream goes on for a moment before it sees it, and then writes anew.
     registry.change(turned(registry, log, to, POISON))
     append(log, RECORDS[TURN + 4 : TURN + 6])
-    ours._publisher.close()
+    kill(ours)
     ours = learner(registry, log)
     run_to_end(ours)
     clean = [without(value, POISON) for value in RECORDS[TURN:]]
     append(log, [of_epoch(value, 2) for value in clean])
     newest = published(ours)
 
-    theirs = learner(started_with_spec(tmp_path / "theirs"), written([*RECORDS[:TURN], *clean]), trainer=shared(1))
+    theirs = learner(started_with_spec(tmp_path / "theirs"), written([*RECORDS[:TURN], *clean]))
     run_to_end(theirs)
     expected = (state(theirs)[0], state(theirs)[2])
     assert (state(ours)[0], state(ours)[2]) == expected
-    assert ours._account() == theirs._account()
+    assert account_in(ours) == account_in(theirs)
     found = asked(registry, log, newest)
     assert found.outcome == "equal", found.text()
     # 3. What the log abandoned is off the line; what it kept is on it.

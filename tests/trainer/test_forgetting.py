@@ -17,7 +17,7 @@ from state.registry.control import roll_back
 from state.registry.erasing import erase
 from state.registry.registry import Registry
 from tests.trainer.clicks import TOPIC, microbatch
-from tests.trainer.logs import append, learner, run_to_end, shared, written
+from tests.trainer.logs import append, bits_of, fresh, kill, learner, run_to_end, trainer_of, written
 from tests.trainer.test_exact_rollback import published
 from tests.trainer.test_learner import state
 from tests.trainer.test_verify import asked, started_with_spec
@@ -54,15 +54,15 @@ def crosses_of(running: Learner) -> set[int]:
     found: set[int] = set()
     for batch in BATCHES:
         theirs = batch.take(batch.user == USER)
-        ids = running._trainer._recorder.crosses_of(theirs)
-        mine = [place for place, name in enumerate(running._trainer.crosses.names) if name.startswith("user")]
+        ids = trainer_of(running)._recorder.crosses_of(theirs)
+        mine = [place for place, name in enumerate(trainer_of(running).crosses.names) if name.startswith("user")]
         found |= set(ids[:, [one for one in mine if ids.shape[1]]].reshape(-1).tolist())
     return found - {0}
 
 
 def held(running: Learner) -> tuple[bool, int]:
     """Whether the user has a row, and how many crosses."""
-    tables = running._trainer.tables
+    tables = trainer_of(running).tables
     crosses = np.array(sorted(crosses_of(running)), np.uint64)
     return bool(tables["user"].find(np.array([USER], np.uint64)).any()), int((tables["cross"].find(crosses) != 0).sum())
 
@@ -114,7 +114,7 @@ def test_rows_and_crosses_go_before_the_next_record_and_clicks_of_before_are_not
     assert held(running)[0], "who comes back is a new user"
     newest = published(running)
     assert asked(registry, log, newest, base=1).outcome == "equal", "a replay forgets at the same place"
-    again = learner(registry, log, trainer=shared(1))
+    again = learner(registry, log)
     assert state(again)[0] == state(running)[0], "a restart takes nothing away that came after"
     running.close()
 
@@ -138,7 +138,7 @@ def test_a_version_of_before_is_gone_back_to_without_the_user(tmp_path: Path, re
     run_to_end(running)
     published(running)
     if rewritten:
-        assert rewrite(registry, running._trainer.crosses)
+        assert rewrite(registry, trainer_of(running).crosses)
     registry.change(lambda control: roll_back(control, before, Mask.NONE, **WHO))
     while running.place.epoch == 1:
         running.tick(0.0)
@@ -157,8 +157,8 @@ def test_a_trainer_killed_before_it_told_a_version_forgets_again(
     monkeypatch.setattr(running, "_publish_if_due", lambda: None)
     run_to_end(running)
     assert running.place.erased == 1 and registry.newest(1) == before
-    running._publisher.close()
-    again = learner(registry, log, trainer=shared(1))
+    kill(running)
+    again = learner(registry, log)
     run_to_end(again)
     assert held(again) == (False, 0)
     assert asked(registry, log, published(again), base=1).outcome == "equal"
@@ -170,15 +170,15 @@ def test_nothing_that_is_kept_has_the_user_once_the_compactor_ran(tmp_path: Path
     theirs = crosses_of(running)
     run_to_end(running)
     newest = published(running)
-    bits = checkpoint.digest(running._trainer)
+    bits = bits_of(running)
     assert len(files_with(registry, {USER})) > 2 and files_with(registry, theirs)
-    assert rewrite(registry, running._trainer.crosses) > 2
+    assert rewrite(registry, trainer_of(running).crosses) > 2
     assert files_with(registry, {USER} | theirs) == set()
-    assert rewrite(registry, running._trainer.crosses) == 0, "nothing is left to do"
+    assert rewrite(registry, trainer_of(running).crosses) == 0, "nothing is left to do"
     for version in registry.versions():
         for part in registry.chain(version).deltas:
             registry.verify(part)
-    restored = shared(1)
+    restored = fresh()
     checkpoint.restore(registry, newest, restored, registry.manifest(newest).spec)
     assert checkpoint.digest(restored) == bits
     assert asked(registry, log, newest).outcome == "not comparable"
@@ -198,7 +198,7 @@ def test_a_compactor_killed_while_it_rewrites_leaves_every_version_whole(
     registry, _, running, _ = erased(tmp_path)
     run_to_end(running)
     newest = published(running)
-    bits = checkpoint.digest(running._trainer)
+    bits = bits_of(running)
 
     def killed(name: str) -> None:
         if name == at:
@@ -206,13 +206,13 @@ def test_a_compactor_killed_while_it_rewrites_leaves_every_version_whole(
 
     monkeypatch.setattr(killpoints, "reach", killed)
     with pytest.raises(KeyboardInterrupt):
-        rewrite(Registry(tmp_path), running._trainer.crosses)
+        rewrite(Registry(tmp_path), trainer_of(running).crosses)
     monkeypatch.undo()
     # One that had read the manifests before does not take the new files for damaged ones.
     for registry_now in (registry, Registry(tmp_path)):
-        restored = shared(1)
+        restored = fresh()
         checkpoint.restore(registry_now, newest, restored, registry_now.manifest(newest).spec)
         assert checkpoint.digest(restored) == bits
-    assert rewrite(Registry(tmp_path), running._trainer.crosses) > 0
+    assert rewrite(Registry(tmp_path), trainer_of(running).crosses) > 0
     assert files_with(registry, {USER}) == set()
     running.close()

@@ -18,9 +18,7 @@ from state.storage.waiting import Room
 from tests.disks import small_disk
 from tests.streaming.streams import DEADLINE_S, until
 from tests.trainer.clicks import microbatch
-from tests.trainer.logs import append, learner, publish_all, run_to_end, started, written
-from trainer.loop import HURRY_S, Compaction
-from trainer.versions import checkpoint
+from tests.trainer.logs import append, bits_of, learner, publish_all, run_to_end, settle, started, written
 
 RECORDS = [microbatch(number) for number in range(12)]
 
@@ -39,7 +37,7 @@ def test_the_trainer_learns_on_and_publishes_all_of_it_once_there_is_room(
 ) -> None:
     undisturbed = learner(started(tmp_path / "whole"), written(RECORDS))
     run_to_end(undisturbed)
-    expected = checkpoint.digest(undisturbed._trainer)
+    expected = bits_of(undisturbed)
     stopping = threading.Event()
     with small_disk(tmp_path / "disk", "32m") as disk, caplog.at_level(logging.WARNING):
         registry, log = started(disk.path / "registry"), written(RECORDS[:4])
@@ -60,7 +58,7 @@ def test_the_trainer_learns_on_and_publishes_all_of_it_once_there_is_room(
         # A new trainer has all of it from the registry alone.
         again = learner(Registry(registry.path), log)
         assert again.place.marks == undisturbed.place.marks
-        assert checkpoint.digest(again._trainer) == expected
+        assert bits_of(again) == expected
 
 
 def test_a_trainer_that_is_asked_to_stop_waits_for_no_room_and_learns_the_rest_again(
@@ -71,20 +69,20 @@ def test_a_trainer_that_is_asked_to_stop_waits_for_no_room_and_learns_the_rest_a
         registry, log = started(disk.path / "registry"), written(RECORDS[:4])
         running = learner(registry, log, room=Room("registry", metrics, stopping.wait))
         publish_all(running)
-        kept = checkpoint.digest(running._trainer), running.place.marks
+        kept = bits_of(running), running.place.marks
         full = disk.fill()
         append(log, RECORDS[4:])
         run_to_end(running)
         until(lambda: waits(metrics) == 1, "publishing waits")
-        learned = checkpoint.digest(running._trainer), running.place.marks
+        learned = bits_of(running), running.place.marks
         stopping.set()
         with pytest.raises(UnusableRegistry, match="No space left on device"):
             running.close()
         full.unlink()
         again = learner(Registry(registry.path), log)
-        assert (checkpoint.digest(again._trainer), again.place.marks) == kept
+        assert (bits_of(again), again.place.marks) == kept
         run_to_end(again)
-        assert (checkpoint.digest(again._trainer), again.place.marks) == learned
+        assert (bits_of(again), again.place.marks) == learned
 
 
 def test_a_version_that_waits_is_given_up_where_control_goes_back_meanwhile(
@@ -108,19 +106,10 @@ def test_a_version_that_waits_is_given_up_where_control_goes_back_meanwhile(
         turned.set()
         until(lambda: running._publisher._running is None or running._publisher._running.done(), "it waits on")
         with pytest.raises(WrongEpoch):
-            running._settle(wait=True)
+            settle(running)
         full.unlink()
         run_to_end(running)
         assert running.place.epoch == 2
-
-
-def test_a_compactor_is_started_sooner_where_there_is_no_room(tmp_path: Path) -> None:
-    now_s = 0.0
-    compaction = Compaction(["--paths.state", str(tmp_path)], every_s=600, elapsed=lambda: now_s)
-    for now_s, hurry, runs in ((HURRY_S - 1, True, False), (HURRY_S, False, False), (HURRY_S, True, True)):  # noqa: B007
-        compaction.tick(hurry)
-        assert (compaction._child is not None) == runs
-    compaction.close()
 
 
 def test_what_is_no_want_of_room_is_not_waited_for(metrics: StorageMetrics) -> None:

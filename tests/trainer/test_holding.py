@@ -24,10 +24,9 @@ from state.registry.sharing.giving import DurableSender, RecentSender
 from tests.bench.guard import POISONS, SEGMENTED, SEGMENTS, traffic, value_with_share
 from tests.state.registry.sharing.hosts import CopyHost, away
 from tests.trainer.clicks import SMALL, TOPIC, microbatch
-from tests.trainer.logs import ABOUT, append, learner, run_to_end, shared, started, without, written
+from tests.trainer.logs import ABOUT, append, bits_of, kill, learner, run_to_end, settle, started, without, written
 from trainer.engine.step import Trainer
 from trainer.learner import Learner
-from trainer.versions import checkpoint
 
 GUARD = (
     *("--guard.window_s", "1", "--guard.window_rows", "40"),
@@ -63,7 +62,7 @@ def stopped(path: Path) -> tuple[Registry, Learner]:
     running = learner(registry, written(POISONED), *GUARD)
     run_to_end(running)
     # A version that passed may still be on its way.
-    running._settle(wait=True)
+    settle(running)
     return registry, running
 
 
@@ -111,7 +110,7 @@ def test_a_hold_that_cannot_be_written_holds_all_the_same_and_is_written_when_th
 
     running = learner(registry, log, *GUARD)
     run_to_end(running)
-    running._settle(wait=True)
+    settle(running)
     assert sent() == registry.versions()
     append(log, POISONED[FLOOD[0] :])
     with away(url):
@@ -127,7 +126,7 @@ def test_a_hold_that_cannot_be_written_holds_all_the_same_and_is_written_when_th
         assert metrics.held_rule.labels("user")._value.get() == 1
         running.close()
         # One that is started again comes to the same verdict, and waits likewise.
-        running = learner(registry, log, *GUARD, trainer=shared(1))
+        running = learner(registry, log, *GUARD)
         while not running._updates.waits:
             running.tick(0.0)
         assert running.place.next == at
@@ -161,9 +160,9 @@ def test_the_rollback_that_is_proposed_leaves_no_trace_of_the_flood(tmp_path: Pa
     assert ours.place.next >= 2 * len(POISONED) - 1
     masks = ours.control.mask
     other = started(tmp_path / "theirs")
-    theirs = learner(other, written([without(value, masks) for value in POISONED]), trainer=shared(1))
+    theirs = learner(other, written([without(value, masks) for value in POISONED]))
     run_to_end(theirs)
-    assert checkpoint.digest(ours._trainer) == checkpoint.digest(theirs._trainer)
+    assert bits_of(ours) == bits_of(theirs)
 
 
 def test_a_false_alarm_is_let_go_for_good(tmp_path: Path) -> None:
@@ -174,12 +173,12 @@ def test_a_false_alarm_is_let_go_for_good(tmp_path: Path) -> None:
     run_to_end(running)
     assert running.place.next == 2 * len(POISONED) and running._updates.passes
     # Killed before any of it was kept: what comes again is not held again.
-    running._publisher.close()
+    kill(running)
     for number in sorted({*registry.versions()} - {*before}):
         registry.remove("delta", number)
     for number in registry.recents():
         registry.remove("recent", number)
-    again = learner(Registry(tmp_path), written(POISONED), *GUARD, trainer=shared(1))
+    again = learner(Registry(tmp_path), written(POISONED), *GUARD)
     assert again.place.next < 2 * FLOOD[0]
     run_to_end(again)
     assert again.place.next == 2 * len(POISONED)
@@ -192,9 +191,9 @@ def test_the_guard_changes_no_bit_of_what_is_learned(tmp_path: Path) -> None:
     digests = set()
     for name, flags in (("on", GUARD), ("off", ("--guard.mode", "off"))):
         registry = started(tmp_path / name)
-        running = learner(registry, written(CLEAN), *flags, trainer=shared(1))
+        running = learner(registry, written(CLEAN), *flags)
         run_to_end(running)
-        digests.add(checkpoint.digest(running._trainer))
+        digests.add(bits_of(running))
         running.close()
         verdict = registry.manifest(registry.versions()[-1]).verdict
         assert verdict == ("pass" if name == "on" else "")
@@ -207,7 +206,7 @@ def test_a_restart_remembers_the_windows(tmp_path: Path) -> None:
     run_to_end(running)
     running.close()
     append(log, POISONED[11:])
-    again = learner(registry, log, *GUARD, trainer=shared(1))
+    again = learner(registry, log, *GUARD)
     run_to_end(again)
     found = held_of(registry)
     _, whole = stopped(tmp_path / "whole")

@@ -19,17 +19,19 @@ from state.registry.registry import SERVING, Registry
 from tests.trainer.clicks import SALT, SPEC, START_MS, TOPIC, microbatch
 from tests.trainer.logs import (
     append,
+    bits_of,
+    kill,
     learner,
     publish_all,
     run_to_end,
-    shared,
+    settle,
     started,
+    trainer_of,
     with_weight,
     without,
     written,
 )
 from trainer.learner import Learner
-from trainer.versions import checkpoint
 
 RECORDS = [microbatch(number) for number in range(24)]
 POISON = Mask(
@@ -42,7 +44,7 @@ def who(reason: str = "test") -> dict[str, Any]:
 
 
 def state(running: Learner) -> tuple[str, int, dict[Source, int]]:
-    return checkpoint.digest(running._trainer), running.place.next, running.place.marks
+    return bits_of(running), running.place.next, running.place.marks
 
 
 def rolled_back(to: int, mask: Mask) -> Callable[[Control], Control]:
@@ -55,7 +57,7 @@ def test_after_a_rollback_the_bits_are_those_of_the_filtered_log(tmp_path: Path)
     to = publish_all(ours)
     append(log, RECORDS[8:])
     run_to_end(ours)
-    ours._settle(wait=True)
+    settle(ours)
     poisoned = state(ours)
     registry.change(rolled_back(to, POISON))
     run_to_end(ours)
@@ -64,7 +66,7 @@ def test_after_a_rollback_the_bits_are_those_of_the_filtered_log(tmp_path: Path)
 
     other = started(tmp_path / "theirs")
     log = written([*RECORDS[:8], *(without(value, POISON) for value in RECORDS[8:])])
-    theirs = learner(other, log, trainer=shared(1))
+    theirs = learner(other, log)
     run_to_end(theirs)
     assert state(ours) == state(theirs)
     assert state(ours) != poisoned
@@ -87,10 +89,10 @@ def test_a_restart_goes_on_with_the_same_bits_in_another_layout(tmp_path: Path) 
     for capacity, records in (("64", 13), ("1024", 17), ("64", 24)):
         append(log, RECORDS[known:records])
         known = records
-        running = learner(registry, log, trainer=shared(1, "--trainer.capacity", capacity))
+        running = learner(registry, log, "--trainer.capacity", capacity)
         run_to_end(running)
         # Killed: what was not published is lost, and learned again.
-        running._publisher.close()
+        kill(running)
     assert state(running) == expected
     assert (running.place.rows, running.place.duplicate) == (whole.place.rows, 0)
 
@@ -103,7 +105,7 @@ def test_rows_written_again_by_a_crashed_stream_change_nothing(tmp_path: Path) -
     run_to_end(again)
     assert (state(again)[0], again.place.marks) == (expected[0], expected[2])
     assert again.place.duplicate == 80
-    assert again.place.rows == again._trainer.counters.trained + again.place.duplicate
+    assert again.place.rows == trainer_of(again).counters.trained + again.place.duplicate
 
 
 def test_nothing_is_published_when_nothing_changed(tmp_path: Path) -> None:
@@ -141,7 +143,7 @@ def test_a_rollback_between_two_records_leaves_the_rest_of_the_poll(
     run_to_end(running)
     assert running.place.epoch == 2
     log = written([without(value, POISON) for value in RECORDS])
-    theirs = learner(started(tmp_path / "theirs"), log, trainer=shared(1))
+    theirs = learner(started(tmp_path / "theirs"), log)
     run_to_end(theirs)
     assert state(running) == state(theirs)
     running.close()
@@ -156,12 +158,12 @@ def test_a_held_trainer_says_what_to_do_and_is_not_held_again_once_it_is_release
     registry = started(tmp_path)
     bad = [with_weight(value, np.inf) for value in RECORDS[4:8]]
     log = written([*RECORDS[:4], *bad, *RECORDS[8:12]])
-    running = learner(registry, log, trainer=shared(1, "--trainer.guard_patience", "3"))
+    running = learner(registry, log, "--trainer.guard_patience", "3")
     run_to_end(running)
     # A version that passed may still be on its way.
-    running._settle(wait=True)
+    settle(running)
     held = running.control.held
-    assert held is not None and running._trainer.guard.held
+    assert held is not None and trainer_of(running).guard.held
     assert (held.rule, held.first, held.next, held.signal) == ("steps", 8, 13, 3.0)
     assert {(one.first, one.next) for one in held.clicks} == {(80, 140)}, "the clicks of the skipped records"
     assert "springtide status" in caplog.text and running._metrics.held_rule.labels("steps")._value.get() == 1
@@ -171,7 +173,7 @@ def test_a_held_trainer_says_what_to_do_and_is_not_held_again_once_it_is_release
     assert running.place.next == at == 13
     running.close()
     assert registry.versions() == before, "no version has a trainer that is held"
-    running = learner(registry, log, trainer=shared(1, "--trainer.guard_patience", "3"))
+    running = learner(registry, log, "--trainer.guard_patience", "3")
     assert running.tick(0.0) == 0, "a restart does not let it go"
 
     for change in (pin, follow):
@@ -182,20 +184,20 @@ def test_a_held_trainer_says_what_to_do_and_is_not_held_again_once_it_is_release
     running.tick(0.0)
     run_to_end(running)
     assert running.place.next == 24 and running.control.held is None
-    assert running._trainer.counters.skipped == 160
+    assert trainer_of(running).counters.skipped == 160
 
     # Killed before any of it was kept: the same records come again, and are not held again.
-    running._publisher.close()
+    kill(running)
     for number in {*registry.versions()} - {*before}:
         registry.remove("delta", number)
     for number in registry.recents():
         registry.remove("recent", number)
-    again = learner(Registry(tmp_path), log, trainer=shared(1, "--trainer.guard_patience", "3"))
+    again = learner(Registry(tmp_path), log, "--trainer.guard_patience", "3")
     assert again.place.next < 13, "before the place where training was held"
     for _ in range(100):
         again.tick(0.0)
     assert again.place.next == 24 and again.control.held is None
-    assert again._trainer.counters == running._trainer.counters
+    assert trainer_of(again).counters == trainer_of(running).counters
     again.close()
 
 

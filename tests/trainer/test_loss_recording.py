@@ -13,7 +13,7 @@ from state.microbatch.log_time import in_log_time
 from state.registry.registry import Registry
 from state.trials.row_losses import LossReader, RowLosses, segments, unwant, want
 from tests.trainer.clicks import batches, microbatch
-from tests.trainer.logs import append, learner, run_to_end, started, with_weight, written
+from tests.trainer.logs import append, kill, learner, run_to_end, started, trainer_of, with_weight, written
 from trainer.learner import Learner, LossRecorder
 
 RECORDS = [microbatch(number) for number in range(8)]
@@ -49,7 +49,7 @@ def test_each_row_with_a_category_has_the_loss_that_the_measures_count(registry:
     # A record lies at each even offset.
     assert [one.offset for one in found] == list(range(0, 2 * len(RECORDS), 2))
     losses = np.concatenate([one.losses for one in found])
-    total = running._trainer.progressive.values()["total.log_loss"]
+    total = trainer_of(running).progressive.values()["total.log_loss"]
     assert losses.mean() == pytest.approx(total, rel=1e-12)
     assert all(len(one.blocks) == len(one.losses) > 0 for one in found)
     running.close()
@@ -62,7 +62,7 @@ def test_rows_of_a_record_that_the_guard_skipped_are_left_out(registry: Registry
     running = learner(registry, written(records))
     run_to_end(running)
     assert [one.offset for one in read(registry)] == [2 * n for n in range(len(RECORDS)) if n not in skipped]
-    assert running._trainer.counters.skipped > 0
+    assert trainer_of(running).counters.skipped > 0
     running.close()
 
 
@@ -72,7 +72,7 @@ def test_what_is_learned_again_after_a_crash_has_the_same_losses(registry: Regis
     running = learner(registry, log)
     run_to_end(running)
     # As after kill -9: only what was published is there.
-    running._publisher.close()
+    kill(running)
     append(log, RECORDS[5:])
     again = learner(registry, log)
     run_to_end(again)
@@ -90,7 +90,7 @@ def test_files_go_once_nobody_reads_any_more(registry: Registry) -> None:
     unwant(registry.path, "wider")
     now_s = [0.0]
     recorder = LossRecorder(registry.path, lambda: now_s[0])
-    report = running._trainer.step(_batch(3))
+    report = trainer_of(running).step(_batch(3))
     recorder.take(6, _batch(3).user, report)
     assert segments(registry.path) == []
     want(registry.path, "other")
@@ -110,7 +110,7 @@ def test_what_the_disk_refuses_stops_no_training(registry: Registry, caplog: pyt
     want(registry.path, "wider")
     running = learned(registry, 2)
     recorder = LossRecorder(registry.path, lambda: 0.0)
-    report = running._trainer.step(_batch(3))
+    report = trainer_of(running).step(_batch(3))
     assert recorder._is_wanted()
     shutil.rmtree(registry.path / "losses")
     recorder.take(6, _batch(3).user, report)

@@ -14,7 +14,7 @@ from state.registry.registry import SERVING, Registry
 from state.registry.tensor_files import unpack
 from state.rows.tables import tables_in
 from tests.trainer.clicks import SPEC, microbatch
-from tests.trainer.logs import append, learner, publish_all, run_to_end, shared, started, written
+from tests.trainer.logs import append, bits_of, fresh, kill, learner, publish_all, run_to_end, settle, started, written
 from trainer.learner import Learner
 from trainer.versions import checkpoint, content
 
@@ -29,9 +29,9 @@ def recorded(running: Learner, monkeypatch: pytest.MonkeyPatch) -> dict[int, str
     publish = running.publish
 
     def publish_and_note(last: bool = False) -> None:
-        now = checkpoint.digest(running._trainer)
+        now = bits_of(running)
         publish(last)
-        running._settle(wait=True)
+        settle(running)
         digests[running.place.parent] = now
 
     monkeypatch.setattr(running, "publish", publish_and_note)
@@ -57,7 +57,7 @@ def test_each_version_is_what_the_trainer_was(tmp_path: Path, monkeypatch: pytes
     """Durable ones are restored bit for bit, with rows that expired and came back; recent ones lead to the same answers."""
     registry = started(tmp_path)
     flags = ("--trainer.expire_s", "600", "--trainer.admit_after", "2")
-    running = learner(registry, written(RECORDS), *FEW, trainer=shared(2, *flags))
+    running = learner(registry, written(RECORDS), *FEW, *flags)
     digests = recorded(running, monkeypatch)
     run_to_end(running)
     running.close()
@@ -68,8 +68,9 @@ def test_each_version_is_what_the_trainer_was(tmp_path: Path, monkeypatch: pytes
     assert [registry.manifest(version, "recent").parent for version in recents] == [1, *recents[:-1]]
     assert registry.manifest(durable[-1]).visible == ((1, durable[-1]),)
     for version in durable[1:]:
-        checkpoint.restore(registry, version, shared(3, *flags), SPEC.digest)
-        assert checkpoint.digest(shared(3, *flags)) == digests[version]
+        restored = fresh(*flags)
+        checkpoint.restore(registry, version, restored, SPEC.digest)
+        assert checkpoint.digest(restored) == digests[version]
         kept = [(1, "base"), *((one, "delta") for one in durable[1:] if one <= version)]
         followed = [(1, "base"), *((one, "recent") for one in recents if one <= version)]
         assert answers_at(registry, kept) == answers_at(registry, followed)
@@ -84,22 +85,22 @@ def test_what_was_not_durable_is_learned_again_under_new_numbers(
 ) -> None:
     whole = learner(started(tmp_path / "whole"), written(RECORDS))
     run_to_end(whole)
-    expected = checkpoint.digest(whole._trainer)
+    expected = bits_of(whole)
     registry, log = started(tmp_path / "cut"), written(RECORDS[:13])
-    running = learner(registry, log, "--registry.durable_s", "3600", trainer=shared(1))
+    running = learner(registry, log, "--registry.durable_s", "3600")
     recorded(running, monkeypatch)
     run_to_end(running)
     # Killed: no last version. The first of the epoch is all that is durable.
-    running._publisher.close()
+    kill(running)
     durable, lost = registry.versions()[-1], registry.recents()[-1]
     assert durable == 2 < lost
     append(log, RECORDS[13:])
     again = Registry(registry.path)
     again.sweep_recent()
-    running = learner(again, log, "--registry.durable_s", "3600", trainer=shared(1))
+    running = learner(again, log, "--registry.durable_s", "3600")
     assert running.place.parent == running.place.durable == durable
     run_to_end(running)
-    assert checkpoint.digest(running._trainer) == expected
+    assert bits_of(running) == expected
     running.close()
     first = min(version for version in again.versions() if version > durable)
     assert first == lost + 1, "numbers go on, and the first version after a start is durable"
@@ -114,7 +115,7 @@ def test_a_clean_stop_and_silence_leave_nothing_that_is_not_durable(tmp_path: Pa
     assert running.place.unsaved
     for _ in range(60):
         running.tick(0.0)
-        running._settle(wait=True)
+        settle(running)
     assert not running.place.unsaved
     assert registry.newest(1) == running.place.parent
     count = len(registry.versions())
@@ -152,7 +153,7 @@ def test_a_durable_version_comes_before_numbers_run_out(tmp_path: Path) -> None:
     for kept in (durable, durable + MOST_BETWEEN):
         running.place = running.place.stepped()
         running.publish()
-        running._settle(wait=True)
+        settle(running)
         assert running.place.durable == registry.newest(1) == kept
     assert running.place.parent == kept
     running.close()

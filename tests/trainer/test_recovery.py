@@ -12,12 +12,11 @@ from state.log import MemoryLog
 from state.registry.control import pin
 from state.registry.registry import Registry
 from tests.trainer.clicks import microbatch
-from tests.trainer.logs import LOG, append, learner, opener, run_to_end, shared, started, written
+from tests.trainer.logs import LOG, append, bits_of, learner, opener, run_to_end, started, written
 from tests.trainer.test_verify import asked, started_with_spec
 from trainer import compactor, loop
 from trainer.learner import Learner
 from trainer.loop import recover
-from trainer.versions import checkpoint
 
 RECORDS = [microbatch(number) for number in range(20)]
 # A record at each even offset, its marker behind it: six records are left.
@@ -70,9 +69,9 @@ def test_it_learns_what_is_left_and_what_came_instead(tmp_path: Path, again: int
     running.close()
     assert running.place.epoch == control.epoch
     # As a trainer that never saw the lost records.
-    clean = learner(started(tmp_path / "clean"), written([*RECORDS[:6], *RECORDS[6 : 6 + again]]), trainer=shared(1))
+    clean = learner(started(tmp_path / "clean"), written([*RECORDS[:6], *RECORDS[6 : 6 + again]]))
     run_to_end(clean)
-    assert checkpoint.digest(running._trainer) == checkpoint.digest(clean._trainer)
+    assert bits_of(running) == bits_of(clean)
     clean.close()
     if again:
         found = asked(registry, log, registry.newest(control.epoch) or 0)

@@ -28,7 +28,7 @@ from state.trials.following import followed
 from state.trials.row_losses import LossReader, want
 from state.trials.trial import Trials
 from tests.trainer.clicks import SMALL, SPEC, TOPIC, microbatch, small_settings
-from tests.trainer.logs import ABOUT, append, learner, opener, run_to_end, started, write_transform, written
+from tests.trainer.logs import ABOUT, append, learner, opener, run_to_end, settle, started, write_transform, written
 from trainer import compactor
 from trainer.engine.step import Trainer
 from trainer.learner import Learner
@@ -182,7 +182,7 @@ def test_a_trial_of_another_model_goes_live_with_its_settings_and_back(live: Liv
 def test_a_trial_of_the_same_model_goes_live_while_the_live_trainer_runs(live: Live) -> None:
     log = written(RECORDS[:8])
     running = live.learn(log)
-    running._settle(wait=True)
+    settle(running)
     # It learned less, and otherwise: all rows that only the live one has go.
     live.asks("start", "anew", origin="nothing", set=("trainer.rows_per_update=16",))
     own = learner(

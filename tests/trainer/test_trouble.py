@@ -5,68 +5,19 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-from state.errors import CorruptVersion, GapError, UnknownTopic, UnusableRegistry
-from state.log import KafkaLog, Log, Topics
+from state.errors import CorruptVersion, UnusableRegistry
 from state.registry.registry import Registry
-from tests.conftest import KafkaFactory
 from tests.disks import ROOT, small_disk
 from tests.trainer.clicks import microbatch, small_settings
-from tests.trainer.logs import learner, run_to_end, started, written
+from tests.trainer.logs import bits_of, learner, run_to_end, started, written
 from trainer import compactor
-from trainer.learner import Learner
 from trainer.loop import Compaction, doubt
-from trainer.versions import checkpoint
 
 RECORDS = [microbatch(number) for number in range(10)]
-
-
-def make(log: Log, topic: str, records: list[bytes]) -> None:
-    log.topics().ensure(topic, 1)
-    with log.writer() as writer:
-        for value in records:
-            writer.send(topic, 0, None, value)
-        writer.flush()
-
-
-def tick_until_it_ends(running: Learner) -> None:
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        running.tick(0.1)
-
-
-def test_a_training_log_made_again_is_never_read_on(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
-    kafka = kafka_settings()
-    log, topic = KafkaLog(kafka), kafka.microbatches_topic
-    flags = ("--kafka.microbatches_topic", topic)
-    make(log, topic, RECORDS[:6])
-    registry = started(tmp_path)
-    running = learner(registry, log, *flags)
-    while running.place.next < 6:
-        running.tick(0.1)
-    before = checkpoint.digest(running._trainer)
-    with Topics(kafka) as topics:
-        topics.delete(kafka.microbatches_topic)
-        make(log, topic, RECORDS[6:])
-        with pytest.raises(UnknownTopic, match=r"made again|does not exist") as raised:
-            tick_until_it_ends(running)
-        assert "\n" not in str(raised.value)
-        assert (checkpoint.digest(running._trainer), running.place.next) == (before, 6)
-        running.close()
-        versions = registry.versions()
-        # Started again: the new log is shorter than our position, then longer.
-        with pytest.raises(GapError, match=r"we read ends at 4: .*made again"):
-            learner(registry, log, *flags)
-        make(log, topic, RECORDS[:6])
-        with pytest.raises(
-            UnknownTopic, match=r"deleted and made again; restore the topic, or .*springtide upgrade --learn-anew"
-        ):
-            learner(registry, log, *flags)
-    assert registry.versions() == versions
 
 
 def test_a_compactor_on_a_full_disk_removes_what_is_old_before_it_fails(
@@ -91,7 +42,7 @@ def test_a_trainer_that_builds_on_a_damaged_version_ends_when_its_compactor_fail
     running = learner(registry, written(RECORDS[:5]))
     run_to_end(running)
     running.close()
-    expected = checkpoint.digest(running._trainer)
+    expected = bits_of(running)
     damaged, newest = registry.versions()[1], registry.versions()[-1]
     assert damaged < newest == running.place.parent
     file = registry.folder("delta", damaged) / "training.safetensors"
@@ -108,7 +59,7 @@ def test_a_trainer_that_builds_on_a_damaged_version_ends_when_its_compactor_fail
     again = learner(Registry(registry.path), written(RECORDS[:5]))
     assert again.place.parent < damaged
     run_to_end(again)
-    assert checkpoint.digest(again._trainer) == expected
+    assert bits_of(again) == expected
     again.close()
 
 

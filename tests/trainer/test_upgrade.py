@@ -19,7 +19,7 @@ from state.registry.model_fit import require_same_features, require_same_model
 from state.registry.registry import Registry
 from state.registry.upgrades import former_specs
 from tests.trainer.clicks import SPEC, microbatch, small_settings
-from tests.trainer.logs import ABOUT, append, learner, opener, run_to_end, started, write_transform, written
+from tests.trainer.logs import ABOUT, account_in, append, learner, opener, run_to_end, started, write_transform, written
 from trainer import upgrade
 from trainer.engine.step import Trainer
 from trainer.learner import Learner
@@ -149,7 +149,7 @@ def test_records_with_former_windows_are_passed_over_and_counted_and_all_others_
     counted = ours.place.counts()
     assert (trainers["windows"].counters.steps, counted["other_features"]) == (8, 40)
     assert counted["rows"] == 9 * 40
-    account = {name: ours._account()[name] for name in ("rows", "trained", "skipped", "duplicate", "masked")}
+    account = {name: account_in(ours)[name] for name in ("rows", "trained", "skipped", "duplicate", "masked")}
     assert check_accounts(trainer=TrainerAccount(**account, other_features=40)) == ()
     newest = registry.manifest(ours.place.parent)
     assert newest.metrics["account.other_features"] == 40

@@ -18,20 +18,20 @@ from state.log.memory import MemoryReader
 from state.registry.control import Control, follow, pin, roll_back
 from state.registry.holding import release
 from state.registry.registry import Registry
-from tests.conftest import KafkaFactory
-from tests.trainer.clicks import SALT, SPEC, microbatch, small_settings
+from tests.trainer.clicks import SPEC, microbatch, small_settings
 from tests.trainer.logs import (
     ABOUT,
     LOG,
     append,
+    fresh,
+    kill,
     learner,
     opener,
     publish_all,
     run_to_end,
-    shared,
     started,
+    trainer_of,
     with_weight,
-    write_transform,
     written,
 )
 from tests.trainer.test_learner import POISON
@@ -51,7 +51,7 @@ def started_with_spec(path: Path) -> Registry:
 
 def asked(registry: Registry, log: Log, version: int, base: int | None = None) -> Comparison:
     return verify.verify(
-        small_settings(), registry, version, base, lambda: shared(1), lambda topic, offset: opener(log, topic)(offset)
+        small_settings(), registry, version, base, fresh, lambda topic, offset: opener(log, topic)(offset)
     )
 
 
@@ -68,9 +68,9 @@ def test_every_version_is_recomputed_whatever_happened_on_the_way(tmp_path: Path
     running = learner(registry, log)
     run_to_end(running)
     # Killed, and rows written again by a stream that was killed too.
-    running._publisher.close()
+    kill(running)
     append(log, [RECORDS[5], *RECORDS[6:9]])
-    running = learner(registry, log, trainer=shared(0, "--trainer.capacity", "1024"))
+    running = learner(registry, log, "--trainer.capacity", "1024")
     to = publish_all(running)
     compactor.compact(registry)
     append(log, RECORDS[9:14])
@@ -106,24 +106,29 @@ def test_every_version_is_recomputed_whatever_happened_on_the_way(tmp_path: Path
 
 
 def test_a_held_trainer_that_was_let_go_is_recomputed(tmp_path: Path) -> None:
-    registry = started_with_spec(tmp_path)
+    registry, patient = started_with_spec(tmp_path), ("--trainer.guard_patience", "3")
     bad = [with_weight(value, np.inf) for value in RECORDS[4:8]]
     log = written([*RECORDS[:4], *bad, *RECORDS[8:12]])
-    running = learner(registry, log, trainer=shared(1, "--trainer.guard_patience", "3"))
+    running = learner(registry, log, *patient)
     run_to_end(running)
-    assert running._trainer.guard.held
+    assert trainer_of(running).guard.held
     running.close()
     held = registry.newest(1) or 0
     registry.change(lambda now: release(now, actor="ann", reason="fine", now_ms=6))
-    running = learner(registry, log, trainer=shared(1, "--trainer.guard_patience", "3"))
+    running = learner(registry, log, *patient)
     while running.place.next < 24:
         running.tick(0.0)
     run_to_end(running)
     running.close()
-    trainer = shared(0, "--trainer.guard_patience", "3")
+    trainer = fresh(*patient)
     for version in (held, registry.newest(1) or 0):
         found = verify.verify(
-            small_settings(), registry, version, 1, lambda: trainer, lambda topic, offset: opener(log, topic)(offset)
+            small_settings(*patient),
+            registry,
+            version,
+            1,
+            lambda: trainer,
+            lambda topic, offset: opener(log, topic)(offset),
         )
         assert found.outcome == "equal", found.text()
     assert found.steps == 12
@@ -168,9 +173,7 @@ def test_another_environment_is_not_compared(tmp_path: Path, monkeypatch: pytest
 def test_other_settings_are_not_compared(tmp_path: Path) -> None:
     registry, log, newest = trained(tmp_path)
     changed = small_settings("--model.learning_rate", "0.01")
-    found = verify.verify(
-        changed, registry, newest, None, lambda: shared(1), lambda topic, offset: opener(log, topic)(offset)
-    )
+    found = verify.verify(changed, registry, newest, None, fresh, lambda topic, offset: opener(log, topic)(offset))
     assert found.outcome == "not comparable"
     assert found.environment == ("model.learning_rate was 0.02 and is 0.01",)
 
@@ -202,45 +205,7 @@ def test_a_log_that_gives_nothing_is_not_waited_for_for_ever(tmp_path: Path, mon
             registry,
             newest,
             None,
-            lambda: shared(1),
+            fresh,
             lambda topic, offset: opener(log, topic)(offset),
             elapsed=lambda: float(next(seconds)),
         )
-
-
-def test_the_process_verifies_on_a_real_log(
-    kafka_settings: KafkaFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from state.log import KafkaLog, Topics, Writer
-    from tests.trainer.test_accounts import until_at
-    from trainer.engine.step import Trainer
-    from trainer.versions.program import preprocessing_of
-
-    kafka = kafka_settings()
-    topic = kafka.microbatches_topic
-    flags = ["--bootstrap-servers", kafka.bootstrap_servers, "--kafka.microbatches_topic", topic]
-    flags += ["--model.dim", "8", "--model.hidden", "16,8", "--model.popular", "4", "--paths.state", str(tmp_path)]
-    settings = small_settings(*flags[:4], "--paths.state", str(tmp_path))
-    registry = started(settings.registry_dir)
-    registry.add_spec(SPEC.digest, {**ABOUT, "salt": SALT}, write_transform)
-
-    with Topics(kafka) as topics, Writer(kafka, transactional_id=topic) as writer:
-        topics.ensure(topic, 1, {"retention.ms": "-1"})
-        for value in RECORDS[:5]:
-            with writer.transaction():
-                writer.send(topic, 0, None, value)
-        trainer = Trainer(settings, SPEC, preprocessing_of(registry.transform(SPEC.digest)))
-        running = learner(registry, KafkaLog(kafka), *flags[:4], trainer=trainer)
-        until_at(running, 9)
-        running.close()
-        newest = registry.newest(1) or 0
-        monkeypatch.setattr(verify.os, "nice", lambda _: 0)
-        assert verify.main([str(newest), *flags]) == 0
-        assert (
-            f"version {newest}: equal (recomputed from version 1, training log offsets 0 to" in capsys.readouterr().out
-        )
-        assert verify.main([str(newest), "-o", "json", *flags]) == 0
-        assert json.loads(capsys.readouterr().out)["steps"] == 5
-        topics.delete_before(topic, {0: 4})
-        assert verify.main([str(newest), *flags]) == 1
-        assert verify.main(["999", *flags]) == 1

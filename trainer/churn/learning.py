@@ -33,9 +33,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from state.churn.inputs import CODE, ChurnInputs
-from state.churn.moments import Horizon
-from state.churn.weights import STEEPEST_LOGIT, ChurnWeights, calibrated, tensors_of
+from state.churn import CODE, STEEPEST_LOGIT, ChurnInputs, ChurnWeights, Horizon, calibrated, tensors_of
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch

@@ -110,7 +110,7 @@ def answers_of(settings: Settings, version: int, users: Path, items: Path | None
         words = ["--version", str(version), "--users", str(users), "--to", str(to)]
         words += [] if items is None else ["--items", str(items)]
         done = subprocess.run(
-            [sys.executable, "-m", "deploy.serving.known_answers", *words],
+            [sys.executable, "-m", "deploy.serving.answers.known_answers", *words],
             env=os.environ | settings.environment(),
             capture_output=True,
             text=True,

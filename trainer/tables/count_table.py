@@ -1,7 +1,7 @@
 """Counts what came next after each category, over all users: typed lists on the host, without learned weights.
 
 Lists are converted to and from float32 rows only when a version is made or loaded
-(`state/ranking/transition_rows.py`).
+(`state/ranking/transitions.py`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from state.ranking import transition_rows, transitions
+from state.ranking import transitions
 from state.ranking.transitions import Lists, Succession
 from trainer.tables.id_table import NO_CAP, IdTable
 from trainer.tables.index import F32, I32, U64, hashed_uniform
@@ -27,9 +27,9 @@ class CountTable(IdTable):
     """
 
     def __init__(self, name: str, capacity: int = 1024, admit_after: int = 1, max_rows: int = NO_CAP) -> None:
-        super().__init__(name, transition_rows.WIDTH, capacity, admit_after, max_rows)
+        super().__init__(name, transitions.WIDTH, capacity, admit_after, max_rows)
         self._lists = Lists.empty(self.capacity)
-        self._signs: npt.NDArray[np.uint8] = np.zeros((self.capacity, transition_rows.SIGN_BYTES), np.uint8)
+        self._signs: npt.NDArray[np.uint8] = np.zeros((self.capacity, transitions.SIGN_BYTES), np.uint8)
 
     @property
     def held(self) -> Lists:
@@ -65,15 +65,15 @@ class CountTable(IdTable):
 
     def put(self, rows: I32, values: F32, accum: F32) -> None:
         """Sets lists (rows `[n]` int32) from rows of a version, `[n, dim]` float32; there is no accumulator."""
-        lists = transition_rows.unpack(values)
+        lists = transitions.unpack(values)
         self._lists.counts[rows], self._lists.ids[rows] = lists
-        self._signs[rows] = transition_rows.signs_of(values)
+        self._signs[rows] = transitions.signs_of(values)
 
     def _held(self, rows: I32) -> tuple[F32, F32]:
         return self._served(rows), np.zeros((len(rows), 0), np.float32)
 
     def _served(self, rows: I32) -> F32:
-        return transition_rows.pack(self.lists(rows), self._signs[rows])
+        return transitions.pack(self.lists(rows), self._signs[rows])
 
     def _begin(self, ids: U64, rows: I32) -> None:
         # Empty lists: their zeros have the signs of a new row's values.

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from state.churn.inputs import CODE as CHURN_CODE
+from state.churn import CODE as CHURN_CODE
 from state.config.settings import Settings
 from state.errors import SettingsError, SpecMismatch
 from state.process import secret_file

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 from safetensors.numpy import save
 
-from state.churn.weights import PREFIX as CHURN
+from state.churn import PREFIX as CHURN
 from state.probe import PREFIX
 from state.registry import tensor_files
 from state.registry.registry import SERVING, TRAINING

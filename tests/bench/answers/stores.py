@@ -12,7 +12,6 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +26,7 @@ from state.history.store import HistoryStore
 from state.layout import HISTORIES, PROGRAMS, ROWS
 from state.positions import Source
 from state.process.wall_clock import wall_ms
-from state.ranking import transition_rows
+from state.ranking import transitions
 from state.ranking.transitions import FOLLOWERS, Lists
 from state.registry.manifest import LogRange, Manifest
 from state.rows.store import RowStore
@@ -117,9 +116,9 @@ def _fill_rows(settings: Settings, ids: Ids, now_ms: int, rng: np.random.Generat
         tensors[f"{table}.rows"] = rng.normal(0, 0.1, (len(of), settings.model.dim)).astype(np.float32)
     counts = np.sort(rng.integers(1, 500, (CATEGORIES, FOLLOWERS)).astype(np.int32), axis=1)[:, ::-1]
     followers = np.stack([rng.permutation(ids.categories)[:FOLLOWERS] for _ in range(CATEGORIES)])
-    signs = np.zeros((CATEGORIES, transition_rows.SIGN_BYTES), np.uint8)
+    signs = np.zeros((CATEGORIES, transitions.SIGN_BYTES), np.uint8)
     tensors["transition.ids"] = ids.categories
-    tensors["transition.rows"] = transition_rows.pack(Lists(np.ascontiguousarray(counts), followers), signs)
+    tensors["transition.rows"] = transitions.pack(Lists(np.ascontiguousarray(counts), followers), signs)
     tensors["popular"] = ids.categories[: settings.model.popular]
     manifest = Manifest(
         version=1, kind="base", epoch=1, parent=None, visible=((1, 1),), log=LogRange(), sources=((SOURCE, 1),), steps=1,
@@ -133,22 +132,20 @@ def _fill_rows(settings: Settings, ids: Ids, now_ms: int, rng: np.random.Generat
 
 
 @contextmanager
-def worker(state: str, port: int, checkout: Path | None = None) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
+def worker(state: str, port: int) -> Iterator[tuple[subprocess.Popen[bytes], float]]:
     """A worker without gRPC, and how many seconds it took from its start until it was ready.
 
     Args:
         state: The state directory.
         port: Where it listens.
-        checkout: Of another release; None for this one.
 
     Raises:
         AssertionError: It ended, or was not ready within `READY_S`.
     """
     environment = os.environ | {"SPRINGTIDE_PATHS_STATE": state, "SPRINGTIDE_SERVING_PORT": str(port)}
-    if checkout is None:
-        environment["SPRINGTIDE_SERVING_GRPC_PORT"] = "0"
+    environment["SPRINGTIDE_SERVING_GRPC_PORT"] = "0"
     began_s = time.monotonic()
-    process = subprocess.Popen([sys.executable, "-m", "deploy.serving.rest"], env=environment, cwd=checkout)
+    process = subprocess.Popen([sys.executable, "-m", "deploy.serving.rest"], env=environment)
     try:
         until_answers(f"http://127.0.0.1:{port}/readyz", process)
         yield process, time.monotonic() - began_s

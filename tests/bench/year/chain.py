@@ -14,8 +14,8 @@ from typing import Self
 
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.clicks import HistoryFollower
-from deploy.serving.following import VersionFollower
+from deploy.serving.following.clicks import HistoryFollower
+from deploy.serving.following.versions import VersionFollower
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
@@ -29,6 +29,7 @@ from streaming.context import Handle, StreamContext
 from streaming.cut import Cutter
 from streaming.open_shard import open_shard
 from streaming.steps import ClickReader, ParseEvents, UpdateProfiles
+from tests.trainer.logs import settle
 from trainer.compactor import compact, thin, tiers_of
 from trainer.engine.step import Trainer
 from trainer.learner import Learner
@@ -181,10 +182,10 @@ class Chain:
         self.stream.run()
         while self.learner.tick(0.0):
             pass
-        self.learner._settle(wait=True)
+        settle(self.learner)
         if self.learner.place.unsaved:
             self.learner.publish(last=True)
-            self.learner._settle(wait=True)
+            settle(self.learner)
         self.serving.run()
 
     def end_day(self) -> None:

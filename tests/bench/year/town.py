@@ -17,7 +17,8 @@ from typing import Any
 import numpy as np
 import orjson
 
-from deploy.replay import ShopperCrowd
+from deploy.replaying.shoppers import FAVOURITES, ShopperCrowd
+from state.config.sections import Shoppers
 
 HOUR_MS, DAY_MS = 3_600_000, 86_400_000
 ACTIONS = ("view", "cart", "favorite", "purchase")
@@ -64,12 +65,12 @@ class Town:
     def __init__(self, plan: Plan, start_ms: int) -> None:
         self._plan, self._start_ms = plan, start_ms
         self._chance = np.random.default_rng(plan.seed)
-        rate, drift_s = plan.clicks / 86_400, 10 * 86_400.0
-        self._crowd = ShopperCrowd(plan.users, plan.categories, plan.items, drift_s, rate, plan.seed, start_ms, ACTIONS)
+        shoppers = Shoppers(users=plan.users, categories=plan.categories, items=plan.items, drift_s=10 * 86_400.0)
+        self._crowd = ShopperCrowd(shoppers, plan.clicks / 86_400, plan.seed, start_ms, ACTIONS)
         # Tastes are as they become by and by, so that the town is as hard to know at first as at last.
-        tastes = self._crowd._favourites
-        tastes[:] = self._chance.integers(0, plan.categories, tastes.shape)
-        self._crowd._session[:] = tastes[:, 0]
+        tastes = self._chance.integers(0, plan.categories, (plan.users, FAVOURITES)).tolist()
+        self._crowd._favourites[:] = tastes
+        self._crowd._session[:] = [favourites[0] for favourites in tastes]
         self._each = plan.items // plan.categories
         slots = {"shopper": plan.users, "item": plan.categories * self._each, "category": plan.categories}
         self._who = {kind: np.zeros(count, np.int64) for kind, count in slots.items()}

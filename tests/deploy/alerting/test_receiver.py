@@ -177,5 +177,5 @@ def test_a_body_without_end_is_refused_before_it_comes(operator: Operator, setti
 
 def test_an_alert_older_than_every_version_is_told_so(operator: Operator, settings: Settings, url: str) -> None:
     status, said = send(url, notification(startsAt=iso(NOW_MS - 3_600_000)), token_of(settings))
-    assert status >= 400 and "no version of the serving line was made before" in said["error"]
+    assert status >= 400 and "no version of the serving branch was made before" in said["error"]
     assert len(generations(operator)) == 1

@@ -12,10 +12,9 @@ import pytest
 
 from deploy.console.server import Console, RequestGuard, access_of, open_to_read
 from deploy.kafka.configuration import free_port
-from deploy.serving.edge.connections import ConnectionLimits
-from deploy.serving.edge.listening import listen
-from deploy.serving.edge.server import DrainingServer
-from deploy.serving.edge.tokens import OPERATE, READ, tokens_in
+from deploy.serving.requests.access import OPERATE, READ, tokens_in
+from deploy.serving.requests.connections import ConnectionLimits
+from deploy.serving.requests.server import DrainingServer, listen
 from state.config.loading import load
 from state.config.settings import Settings
 from tests.deploy.operating import NOW_MS, Operator

@@ -6,7 +6,7 @@ from typing import Any
 
 import httpx
 
-from deploy.serving.edge.tokens import OPERATE, READ
+from deploy.serving.requests.access import OPERATE, READ
 from tests.deploy.console.conftest import Reached
 from tests.deploy.operating import Operator
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import httpx
 
-from deploy.serving.edge.tokens import OPERATE
+from deploy.serving.requests.access import OPERATE
 from deploy.startup import prometheus
 from deploy.watch import scrape
 from deploy.watch.address import console_address

@@ -7,7 +7,7 @@ import re
 
 from deploy.console import server as pages
 from deploy.console.server import STATIC
-from deploy.serving.edge.tokens import OPEN
+from deploy.serving.requests.access import OPEN
 from tests.deploy.console.conftest import Reached
 
 UPLOT = "1.6.32"

@@ -14,7 +14,7 @@ import pytest
 
 from deploy.console import server
 from deploy.kafka.configuration import free_port
-from deploy.serving.edge.tokens import READ, tokens_in
+from deploy.serving.requests.access import READ, tokens_in
 from tests.deploy.operating import Operator
 from tests.deploy.serving.edge.certificates import write_certificate
 from tests.deploy.serving.test_rest import until

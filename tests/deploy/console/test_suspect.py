@@ -8,7 +8,7 @@ import shutil
 import pytest
 from playwright.sync_api import expect, sync_playwright
 
-from deploy.serving.edge.tokens import OPERATE, READ, tokens_in
+from deploy.serving.requests.access import OPERATE, READ, tokens_in
 from tests.deploy.console.conftest import Reached
 from tests.deploy.operate.test_held import hold
 from tests.deploy.operating import Operator

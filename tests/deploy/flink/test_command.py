@@ -12,7 +12,6 @@ import psutil
 import pytest
 
 from deploy.flink import command
-from deploy.flink.processes import EMPTIED
 from deploy.kafka.configuration import free_ports
 from state.disk.lock import DirectoryLock
 from tests.e2e.running import ROOT
@@ -91,12 +90,3 @@ def test_down_ends_where_nobody_waits_for_the_process_of_up(tmp_path: Path) -> N
 def test_status_of_nothing_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["status", *flags(tmp_path)]) == 1
     assert "no JobManager answers" in capsys.readouterr().out
-
-
-def test_a_start_empties_the_place_of_before(tmp_path: Path) -> None:
-    (tmp_path / "place" / "left").mkdir(parents=True)
-    (tmp_path / "place" / "left" / "file").touch()
-    listed = subprocess.run(
-        [*EMPTIED, str(tmp_path / "place"), "/bin/ls", "-A", str(tmp_path / "place")], capture_output=True
-    )
-    assert (listed.returncode, listed.stdout) == (0, b"")

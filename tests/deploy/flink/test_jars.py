@@ -71,31 +71,7 @@ def test_it_is_merged_once_and_again_where_it_is_damaged(repository: Path, tmp_p
     assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".jar", ".sha256"]
 
 
-def test_a_jar_with_another_digest_is_not_merged(repository: Path, tmp_path: Path) -> None:
-    jar(tmp_path / "two.jar", {"a/Two.class": "of somebody else"})
-    with pytest.raises(FlinkFailed, match=r"two\.jar is not the org\.a:two:1 .* remove the file"):
-        jars.merged_jar(print, tmp_path / "cache", repository)
-    assert not (tmp_path / "cache").exists()
-
-
 def test_without_room_for_the_merged_one_the_error_says_where(repository: Path, tmp_path: Path) -> None:
     (tmp_path / "cache").write_text("no directory")
     with pytest.raises(FlinkFailed, match=r"cannot be merged .*access rights of .*cache"):
         jars.merged_jar(print, tmp_path / "cache", repository)
-
-
-def test_a_jar_that_cannot_be_had_names_what_to_do_without_it(tmp_path: Path) -> None:
-    def offline(name: str) -> Path:
-        raise OSError("no route to host")
-
-    with pytest.raises(FlinkFailed, match=r"a jar of Flink cannot be had.*no route to host.*your own cluster"):
-        any_jars.resolve(jars.FLINK, {"org.a:one:1": ""}, offline)
-
-
-def test_a_long_fetch_says_how_far_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(any_jars, "TELL_S", 0.0)
-    path, said = tmp_path / "one.jar", list[str]()
-    path.write_bytes(b"x" * 2_000_000)
-    wanted = dict.fromkeys(("org.a:one:1", "org.a:one:2"), hashlib.sha256(path.read_bytes()).hexdigest())
-    any_jars.resolve(jars.FLINK, wanted, lambda name: path, said.append)
-    assert said[-1] == "fetching Flink from Maven Central, once: 2 of 2 jars, 4 MB"

@@ -5,13 +5,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-import pytest
 import yaml
 
-from deploy.flink.processes import EMPTIED, FIXED, configuration, java_options, ports, process_plans
-from state.config.loading import load
+from deploy.flink.cluster import EMPTIED, FIXED, configuration, ports, process_plans
 from state.config.sections import FlinkSettings
-from state.errors import SettingsError
 
 DIRECTORY = Path("/state/flink")
 
@@ -66,19 +63,9 @@ def test_each_process_has_a_place_of_its_own_for_what_it_leaves_behind() -> None
     assert ids == ["taskmanager.resource-id=task-manager-1", "taskmanager.resource-id=task-manager-2"]
 
 
-def test_a_java_without_memory_ends_and_is_started_again() -> None:
-    assert "-XX:+ExitOnOutOfMemoryError" in java_options(400)
-
-
 def test_ports_are_those_of_the_settings() -> None:
     settings = FlinkSettings(rest_port=1, job_port=2, worker_port=3)
     assert [port.port for port in ports(settings)] == [1, 2, 3]
     plans = {plan.name: plan.command for plan in process_plans(settings, DIRECTORY, Path("/jar"), "/java", "/python")}
     assert plans["workers"][-1] == "3"
     assert {"--job-port=2", "--flink-master=127.0.0.1:1"} <= set(plans["job-server"])
-
-
-@pytest.mark.parametrize("flag", ["--flink.state_backend=disk", "--flink.slots=0", "--flink.heap_mb=100"])
-def test_an_impossible_setting_is_refused(flag: str) -> None:
-    with pytest.raises(SettingsError, match="flink"):
-        load([flag], env={}, path="/dev/null")

@@ -12,7 +12,7 @@ from deploy.flink import status
 from deploy.kafka.configuration import free_ports
 from state.config.sections import FlinkSettings, Paths
 from state.config.settings import Settings
-from state.flink.rest import Checkpoint, Job, Overview
+from state.flink import Checkpoint, Job, Overview
 
 NOW_MS = 1_000_000_000
 CHECKPOINT = Checkpoint(17, NOW_MS - 900, 150, 4_100_000, "file:/chk-17")

@@ -19,11 +19,9 @@ from apache_beam.portability.api import beam_fn_api_pb2, beam_fn_api_pb2_grpc
 
 from deploy.children.ending import end, has_ended
 from deploy.children.parent_death import die_with
-from deploy.flink.processes import HOST
+from deploy.flink.worker_pool import HOST, WORKER
 from deploy.kafka.configuration import free_port, listens
 from tests.e2e.running import ROOT, until
-
-WORKER = "deploy.flink.worker"
 
 
 @dataclass
@@ -53,7 +51,7 @@ class Pool:
         """Those that run, by id."""
         children = [one for one in psutil.Process(self.process.pid).children() if not has_ended(one)]
         lines = {one: one.cmdline() for one in children}
-        return {line[line.index(WORKER) + 2]: one for one, line in lines.items() if WORKER in line}
+        return {line[-1]: one for one, line in lines.items() if WORKER in line}
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from apache_beam.options.pipeline_options import FlinkRunnerOptions, PortableOptions
 
-from deploy.capacity.command import APPLIER, RESERVE, STREAM, TRAINER, Load, Sizing
+from deploy.capacity import APPLIER, RESERVE, STREAM, TRAINER, Load, Sizing
 from deploy.watch import scrape
 from state import layout
 from state.config.sections import SegmentSettings
@@ -280,21 +280,21 @@ def test_an_overlay_is_as_large_as_the_load_that_it_says_it_is_for(overlay: str)
         assert quantity(request["memory"]) >= RESERVE * needs[part].memory_bytes, name
         assert quantity(request["cpu"]) >= needs[part].cores, name
     stream, applier, worker = (of_name(overlay, name) for name in ("stream", "applier", "worker"))
-    assert memory_volume(stream) >= RESERVE * wanted.stream_histories_bytes
-    assert memory_volume(applier) >= RESERVE * (wanted.host_histories_bytes + wanted.served_bytes)
-    assert claim(stream) >= RESERVE * wanted.stream_histories_bytes
-    assert claim(applier) >= RESERVE * wanted.host_histories_bytes
+    assert memory_volume(stream) >= RESERVE * wanted["stream_histories_bytes"]
+    assert memory_volume(applier) >= RESERVE * (wanted["host_histories_bytes"] + wanted["served_bytes"])
+    assert claim(stream) >= RESERVE * wanted["stream_histories_bytes"]
+    assert claim(applier) >= RESERVE * wanted["host_histories_bytes"]
     (scaler,) = of_kind(found(overlay), "HorizontalPodAutoscaler")
     hosts, workers = scaler["spec"]["maxReplicas"], worker.settings(sizes(overlay)).serving.processes
-    assert hosts * workers * wanted.load.use >= wanted.worker_cores
+    assert hosts * workers * wanted.load.use >= wanted["worker_cores"]
     assert quantity(worker.told["resources"]["requests"]["cpu"]) >= workers
-    assert quantity(worker.told["resources"]["requests"]["memory"]) >= workers * wanted.constants["worker_bytes"]
+    assert quantity(worker.told["resources"]["requests"]["memory"]) >= workers * wanted["worker_bytes"]
 
 
 @with_kubectl
 @each_overlay
 def test_histories_have_the_time_that_saving_and_loading_them_takes(overlay: str) -> None:
-    takes_s = sizing(overlay).host_histories_bytes / DISK_BYTES_S
+    takes_s = sizing(overlay)["host_histories_bytes"] / DISK_BYTES_S
     for name in ("stream", "applier"):
         box = of_name(overlay, name)
         probe = box.told["startupProbe"]
@@ -308,12 +308,12 @@ def test_the_settings_of_an_overlay_give_its_stores_their_room(overlay: str) -> 
     wanted, settings = sizing(overlay), of_name(overlay, "stream").settings(sizes(overlay))
     for part, most_gb in ((shares.STREAM, settings.stream.map_gb), (shares.SERVING, settings.serving.map_gb)):
         room = min(shares.store_bytes(settings, part, layout.HISTORIES), most_gb << 30)
-        assert room >= wanted.host_histories_bytes, part
+        assert room >= wanted["host_histories_bytes"], part
     assert min(settings.stream.max_users, settings.serving.max_users) >= wanted.load.users
     claims = {one["metadata"]["name"]: one for one in of_kind(found(overlay), "PersistentVolumeClaim")}
     disk = quantity(claims["springtide-registry"]["spec"]["resources"]["requests"]["storage"])
     kept = min(settings.registry.delta_keep_gb * 1e9, shares.kept_bytes(settings, shares.REGISTRY))
-    assert disk >= kept + 2 * wanted.base_bytes
+    assert disk >= kept + 2 * wanted["base_bytes"]
 
 
 def test_a_quantity_is_read_as_kubernetes_reads_it() -> None:

@@ -128,6 +128,32 @@ def test_an_exact_rollback_without_clicks_excludes_from_the_log_what_fast_ones_l
     refused(operator, SettingsError, "neither a version nor clicks", "--mode", "exact")
 
 
+def test_an_exact_rollback_starts_a_branch_of_the_log_at_the_version_and_says_what_is_read_again(
+    operator: Operator,
+) -> None:
+    words = ("rollback", "--to", "3", "--mode", "exact", "--reason", "bots")
+    printed = operator(*words, "--dry-run")
+    assert "200 clicks are read again" in printed and "the stream's store is not on this machine" in printed
+    assert len(operator.registry.controls()) == 1
+    document = json.loads(operator(*words, "-o", "json"))
+    assert document["plan"]["exact"] == {"clicks": 200, "histories": None, "log_epoch": 2}
+    assert (newest(operator).mode, newest(operator).epoch) == ("exact", 2)
+    assert [(one.epoch, one.first, one.until) for one in newest(operator).log] == [(1, 0, 30), (2, 64, None)]
+    assert [after for _, after in newest(operator).log[1].sources] == [300]
+
+
+def test_an_exact_rollback_is_refused_where_the_clicks_are_deleted_or_another_topic(
+    operator: Operator, log: MemoryLog
+) -> None:
+    words = ("--to", "3", "--mode", "exact")
+    topic = Kafka().clicks_topic
+    log.topics().delete_before(topic, {1: 301})
+    refused(operator, UnfitVersion, "cannot be read again", *words)
+    log.topics().delete(topic)
+    log.topics().ensure(topic, 2)
+    refused(operator, LogError, "which was recreated", *words)
+
+
 # What it goes back to
 
 
@@ -147,14 +173,15 @@ def test_the_plan_counts_what_the_trainer_will_find(operator: Operator) -> None:
 
 
 def test_rollback_tells_its_plan_and_creates_the_epoch(operator: Operator) -> None:
-    printed = operator("rollback", "--to", "3", "--skip", "1:360-399", "--reason", "poison")
-    assert re.search(r"version 3, 7 min 0 s old", printed)
+    words = ("rollback", "--to", "3", "--skip", "1:360-399", "--follow-when-caught-up")
+    printed = operator(*words, "--reason", "poison")
+    assert re.search(r"version 3, 7 min 0 s old", printed) and "follow once the trainer has caught up" in printed
     assert "offsets 30 to 64: 340 rows in 17 records" in printed
     assert "partition 1 offsets 360-399: 40 rows" in printed
     assert "later rows of these users still count" in printed
     control = newest(operator)
     assert (control.epoch, control.base, control.serving.version, control.reason) == (2, 3, 3, "poison")
-    assert control.mask.offsets == ((42, 1, 360, 400),)
+    assert control.mask.offsets == ((42, 1, 360, 400),) and control.serving.then_follow
 
 
 @pytest.mark.parametrize(
@@ -263,18 +290,6 @@ def test_a_dry_run_tells_the_plan_and_changes_nothing(operator: Operator) -> Non
     assert operator.registry.outcome(2, "planned") is None
 
 
-def test_rollback_before_a_time_takes_the_newest_older_version(operator: Operator) -> None:
-    operator("rollback", "--before", "6m", "--reason", "older")
-    assert newest(operator).base == 3
-    refused(operator, UnknownVersion, "oldest is version 1", "--before", "2001-01-01")
-
-
-def test_answers_follow_again_where_the_rollback_is_asked_to(operator: Operator) -> None:
-    printed = operator("rollback", "--to", "3", "--follow-when-caught-up", "--reason", "x")
-    assert "follow once the trainer has caught up" in printed
-    assert newest(operator).serving.then_follow
-
-
 def test_the_plan_says_how_answers_turn(operator: Operator) -> None:
     store = RowStore(operator.state / "serving" / "rows", 1 << 26)
     tensors = {"dense.w": np.ones(1, np.float32), "popular": np.array([5], np.uint64)}
@@ -373,11 +388,7 @@ def test_a_mask_outside_the_log_and_wrong_use_are_refused(
 
 def test_times_before_all_that_is_kept_are_refused(operator: Operator) -> None:
     refused(operator, UnfitVersion, "no version is kept.*oldest is version 1", "--skip-time", "2020-01-01..2020-01-02")
-
-
-def test_a_reason_is_needed(operator: Operator) -> None:
-    with pytest.raises(SettingsError, match="--help"):
-        operator("rollback", "--to", "3")
+    refused(operator, UnknownVersion, "oldest is version 1", "--before", "2001-01-01")
 
 
 def test_masking_users_with_another_salt_is_refused(operator: Operator, tmp_path: Path) -> None:
@@ -405,14 +416,6 @@ def test_where_kafka_is_away_what_versions_say_of_themselves_decides(operator: O
     printed = operator("rollback", "--skip", "1:360-399", "--reason", "x")
     assert "Kafka does not answer" in printed
     assert newest(operator).base == 3
-
-
-def test_the_same_rollback_again_changes_nothing(operator: Operator) -> None:
-    words = ("rollback", "--skip", "1:360-399", "--reason", "poison")
-    operator(*words)
-    assert "nothing was changed" in operator(*words)
-    assert "nothing was changed" in operator("rollback", "--to", "3", "--skip", "1:360-399", "--reason", "again")
-    assert [one.epoch for one in operator.registry.controls()] == [1, 2]
 
 
 def test_a_rollback_during_a_rollback_goes_farther_back(operator: Operator) -> None:

@@ -11,12 +11,10 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from deploy.replay import main
-from deploy.replaying.progress import Progress
-from deploy.replaying.sender import Outbox, Piece
+from deploy.replaying.sender import Progress
 from state.config.sections import Kafka
 from state.log import Reader, Topics, partition_of
 from state.process.killpoints import VARIABLE
@@ -132,10 +130,9 @@ def test_files_without_header_and_actions_are_said_on_the_line(
         ([], "say what to replay"),
         (["x.csv", "--synthetic"], "say what to replay"),
         (["x.csv", "--rate", "5"], "--rate and --seed"),
-        (["nowhere.csv"], "nowhere.csv: no such file"),
+        (["--synthetic", "--dry-run"], "--dry-run is of files"),
         (["{csv}", "--speed", "fast"], "--speed fast"),
         (["{csv}", "--longest-wait", "-1"], "--longest-wait -1"),
-        (["{csv}", "--events.item", "product"], "no column 'product'"),
         (["{csv}", "--constant", "colour=red"], "no field 'colour'"),
         (["{csv}", "--events.action", "item", "--events.outcomes", "item"], "an outcome"),
     ],
@@ -152,22 +149,6 @@ def test_wrong_use_is_exit_code_2_and_one_line(
     (said,) = capsys.readouterr().err.splitlines()
     assert said.startswith("springtide replay: ")
     assert message in said
-
-
-def test_the_outbox_finds_what_arrived(kafka_settings: KafkaFactory) -> None:
-    kafka = kafka_settings()
-    with Topics(kafka) as topics:
-        # Records of 1970 are older than any retention.
-        topics.ensure(kafka.clicks_topic, 2, {"retention.ms": "-1"})
-    first = Piece([b"a", b"b", b""], [b"1", b"2", b"3"], np.array([5, -1, 7]))
-    second = Piece([b"a", b"a"], [b"4", b"4"], np.array([8, 9]))
-    with Outbox(kafka, kafka.clicks_topic) as outbox:
-        assert outbox.arrived_since(outbox.ends()) == []
-        outbox.send(first)
-        ends = outbox.ends()
-        assert outbox.send(second).items() <= outbox.ends().items()
-        assert Counter(outbox.arrived_since({})) == Counter([*first.records(), *second.records()])
-        assert outbox.arrived_since(ends) == second.records()
 
 
 class Terminal(io.StringIO):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deploy.replay import main
-from deploy.replaying.command import PIECE_ROWS
+from deploy.replaying.recording import SLICE_ROWS
 from tests.deploy.replaying.test_replay import BEGIN_S
 
 HEADER = "user,item,category,action,time"
@@ -28,7 +28,7 @@ def clicks(count: int) -> list[str]:
 
 
 def test_it_says_what_would_be_sent_and_asks_no_kafka(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = clicks(PIECE_ROWS + 100)
+    rows = clicks(SLICE_ROWS + 100)
     rows[0] = rows[0].replace("view", "stare")
     rows[7:7] = ["u,i,c,view,soon", *(f"u,i,c,view,{BEGIN_S - 40 * 86_400}" for _ in range(7))]
     path = write(tmp_path, rows)
@@ -37,7 +37,7 @@ def test_it_says_what_would_be_sent_and_asks_no_kafka(tmp_path: Path, capsys: py
     assert said.err == ""
     counts, *reasons, times, first, one, two, three, end = said.out.splitlines()
     assert counts == (
-        f"{PIECE_ROWS + 108:,} rows of 1 file: {PIECE_ROWS + 99:,} clicks, "
+        f"{SLICE_ROWS + 108:,} rows of 1 file: {SLICE_ROWS + 99:,} clicks, "
         "9 dead letters (7 implausible_time by events.max_age_s, 1 unknown_action, 1 wrong_type)"
     )
     assert sorted(reasons) == [
@@ -59,7 +59,7 @@ def test_it_tells_a_late_row_apart_and_keeps_to_a_limit(tmp_path: Path, capsys: 
     assert main([str(path), "--dry-run", NOWHERE, "--limit", "20", "--sort", "assume"]) == 0
     said = capsys.readouterr().out
     assert said.startswith("20 rows of 1 file: 20 clicks, 0 dead letters\n")
-    assert f"{path}:52: 1 row lies long after all the others" in said
+    assert f"{path}:52: 1 row is long after all the others" in said
 
 
 @pytest.mark.parametrize("words", [[], ["--dry-run"]])
@@ -88,8 +88,3 @@ def test_a_file_whose_clicks_come_late_is_no_wrong_mapping(tmp_path: Path, capsy
     path = write(tmp_path, [*(row.replace("view", "stare") for row in clicks(1500)), *clicks(1500)])
     assert main([str(path), "--dry-run", NOWHERE]) == 0
     assert "1,500 clicks, 1,500 dead letters (1,500 unknown_action)" in capsys.readouterr().out
-
-
-def test_it_is_of_files(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--synthetic", "--dry-run"]) == 2
-    assert "--dry-run is of files" in capsys.readouterr().err

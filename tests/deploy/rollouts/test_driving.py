@@ -11,7 +11,7 @@ import pytest
 
 from deploy.rollouts.driving import HOLD_MS, RolloutDriver
 from deploy.serving.applier import ExposureForwarder
-from deploy.serving.splitting.spool import FILE_MS, SETTLED_MS, ExposureSpool, make_room
+from deploy.serving.exposures import FILE_MS, SETTLED_MS, ExposureSpool, make_room
 from state.config.settings import Settings
 from state.errors import UnknownTopic
 from state.log import MemoryLog

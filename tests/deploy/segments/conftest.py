@@ -15,9 +15,9 @@ from prometheus_client import CollectorRegistry
 
 from deploy.segments.judging import pseudonym
 from deploy.segments.process import SegmentKeeper
-from deploy.serving.clicks import HistoryFollower
+from deploy.serving.answers.predictor import Predictor
+from deploy.serving.following.clicks import HistoryFollower
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
-from deploy.serving.predictor import Predictor
 from state.config.sections import SegmentSettings
 from state.config.settings import Settings
 from state.events.identity import Salt, public_id, user_id
@@ -29,7 +29,7 @@ from state.metrics import ApplierMetrics, SegmentMetrics
 from state.microbatch.batch import Header
 from state.microbatch.codec import encode
 from state.positions import Range, Source
-from state.segments.record import Membership, key_of
+from state.segments.members import Membership, key_of
 from tests.conftest import KafkaFactory
 from tests.deploy.serving.conftest import lowered as lowered
 from tests.deploy.serving.conftest import stores as stores

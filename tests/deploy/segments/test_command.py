@@ -9,10 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from deploy.segments import command, exporting
+from deploy.segments import command
 from state.layout import SEGMENTS, SERVING
-from state.segments.record import Membership
-from state.segments.store import SegmentStore
+from state.segments.members import Membership, SegmentStore
 
 NAMED = ("--segments.expressions", "busy=events.visible > 1")
 
@@ -56,11 +55,11 @@ def test_what_cannot_be_done_is_one_line(
 
 def test_an_export_that_fails_leaves_the_file_of_before(tmp_path: Path) -> None:
     def some() -> Iterator[pa.RecordBatch]:
-        yield pa.record_batch([pa.array(["0" * 16]), pa.array([0.5], pa.float32())], schema=exporting.LOOKALIKES)
+        yield pa.record_batch([pa.array(["0" * 16]), pa.array([0.5], pa.float32())], schema=command.LOOKALIKES)
         raise OSError(28, "No space left on device")
 
     file = tmp_path / "there.parquet"
     file.write_bytes(b"before")
     with pytest.raises(OSError, match="No space"):
-        exporting.write(file, exporting.LOOKALIKES, some(), lambda done: None)
+        command.write(file, command.LOOKALIKES, some(), lambda done: None)
     assert [path.name for path in tmp_path.iterdir()] == ["there.parquet"] and file.read_bytes() == b"before"

@@ -8,8 +8,6 @@ from dataclasses import replace
 
 import pytest
 
-from deploy.segments import process as keeping_module
-from deploy.segments.lookalikes import vectors_of
 from state.config.sections import Kafka
 from state.errors import LogError
 from state.features.erased import Erased
@@ -19,7 +17,7 @@ from state.layout import LOOKALIKES
 from state.log import KafkaLog
 from state.registry.erasing import reports
 from state.segments import lookalikes
-from state.segments.record import Membership, key_of, membership_of
+from state.segments.members import Membership, key_of, membership_of
 from tests.deploy.segments.conftest import CLICKS, KeptHost, of
 from tests.deploy.serving.stocked import SOURCE, digest_of, manifest, tensors
 
@@ -136,18 +134,6 @@ def test_an_erased_user_leaves_at_once_with_a_tombstone_and_nothing_of_it_stays_
     assert host.members() == {"all": {"bob"}}
 
 
-def test_more_clicks_than_can_wait_let_everybody_be_looked_at(
-    keeping: Keeping, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    host = keeping(["some=view.count_1h >= 2"])
-    settled(host)
-    monkeypatch.setattr(keeping_module, "MOST_DUE", 0)
-    host.click(("bob", "tea"), ("cem", "tea"), ("cem", "tea"))
-    host.until(lambda: host.members()["some"] == {"ann", "bob", "cem"})
-    judged = host.metrics.judged
-    assert judged.labels("click")._value.get() == 0 < judged.labels("change")._value.get()
-
-
 def test_a_topic_that_is_away_costs_time_and_no_change(keeping: Keeping, monkeypatch: pytest.MonkeyPatch) -> None:
     host = keeping(["some=view.count_1h >= 2"])
     settled(host)
@@ -162,31 +148,6 @@ def test_a_topic_that_is_away_costs_time_and_no_change(keeping: Keeping, monkeyp
     host.keeper.disconnect()
     host.until(lambda: host.members()["some"] == {"ann", "bob"})
     assert json.loads(host.last("some", "bob") or b"{}")["in"] is True
-
-
-def test_masks_versions_and_erasures_reach_lookalikes(keeping: Keeping) -> None:
-    """Vectors are those of answers: of the version that answers, without masked clicks, and of nobody who was erased."""
-    host = keeping(["all=1 > 0"])
-
-    def vectors() -> dict[int, list[float]]:
-        found = vectors_of(host.predictor, lambda done: None)
-        return dict(zip(found.users.tolist(), found.vectors.tolist(), strict=True))
-
-    before = vectors()
-    assert before.keys() == {of("ann"), of("bob")}
-    host.control(2, Mask(2, times=((host.now_ms - 10_000, host.now_ms),)))
-    masked = vectors()
-    assert masked[of("ann")] != before[of("ann")] and of("bob") not in masked, "of bob nothing else is known"
-    until = [(one.topic, one.partition, 1 << 40) for one in (SOURCE, CLICKS)]
-    gone = Erased.NOBODY.and_also(MaskedUsers.of([of("ann")]), until, 3, 1)
-    host.control(3, Mask(3, erased=gone))
-    assert vectors() == {of("bob"): before[of("bob")]}
-    newer = tensors(host.stores.lowered, 2, {"user": ["bob"], "category": ["hats"]}, ["hats"])
-    applied = manifest(2, digest_of(host.stores.lowered), parent=1)
-    host.stores.rows.apply(applied, newer, host.now_ms, follow=True)
-    assert vectors()[of("bob")] != before[of("bob")]
-    host.control(4, Mask(3, erased=gone), version=1)
-    assert vectors() == {of("bob"): before[of("bob")]}
 
 
 def test_lookalikes_are_listed_by_a_child_and_gone_at_once_where_control_changes(keeping: Keeping) -> None:

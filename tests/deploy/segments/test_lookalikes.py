@@ -64,20 +64,3 @@ def test_the_precision_curve_counts_members_that_are_held_back(seed: int) -> Non
     for one in curve:
         assert one.lookalikes == sum(int(found.users[place]) in held for place in order[: one.k]) / one.k
         assert one.chance == len(held) / len(order)
-
-
-def test_members_who_lie_together_are_found() -> None:
-    """Two clouds of users: those held back of one are found in it, and neither by clicks nor by chance."""
-    rng = np.random.default_rng(3)
-    ids = np.arange(1, 1001, dtype=np.uint64)
-    members = rng.random(1000) < 0.1
-    vectors = rng.normal(0, 1, (1000, 8)).astype(np.float32) + 5
-    vectors[members, 0] += 8
-    found = UserVectors(ids, vectors, rng.integers(0, 100, 1000), 1)
-    (at,) = precision_curve(found, members, (10,))
-    assert at.lookalikes == 1.0 and at.most_clicks < 0.2 and at.chance < 0.05
-
-
-def test_without_members_there_is_nobody_like_them() -> None:
-    found, members = made(1, 20)
-    assert nearest(found, members & False, 5) == [] and precision_curve(found, members & False) == []

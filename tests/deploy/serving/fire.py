@@ -20,7 +20,7 @@ import numpy as np
 import orjson
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.following import VersionFollower
+from deploy.serving.following.versions import VersionFollower
 from state.config.settings import Settings
 from state.events.identity import Salt, public_id, user_id
 from state.features.spec import FeatureSpec, Mask, vectorise

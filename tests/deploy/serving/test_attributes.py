@@ -13,10 +13,9 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
+from deploy.serving.answers.host import Host
+from deploy.serving.answers.predictor import KnownAttributes, Predictor
 from deploy.serving.applier import AttributesFollower
-from deploy.serving.host import Host
-from deploy.serving.known_attributes import KnownAttributes
-from deploy.serving.predictor import Predictor
 from state.attributes.store import AttributeStore, TopicPosition, pack
 from state.attributes.values import AttributeTable, tables_of
 from state.config.sections import Attributes

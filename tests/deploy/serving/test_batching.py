@@ -11,13 +11,17 @@ from typing import Any
 import pytest
 import uvloop
 
-from deploy.serving.answer import Query
-from deploy.serving.batching import Answer, Batcher
-from deploy.serving.http_api.endpoints import Response, answer
-from deploy.serving.line import QueueLimits
-from deploy.serving.predictor import MOST_AT_ONCE
+from deploy.serving.answers.query import Query
+from deploy.serving.answers.queue import MOST_AT_ONCE, Batcher, Profiles, QueueLimits
+from deploy.serving.requests.http import Response, answer
 from state.errors import Overloaded, TookTooLong
 from tests.deploy.serving.edge.listening import listening, read
+
+
+def body(answer: Any) -> bytes:
+    """Encodes what stands in for an answer."""
+    encoded: bytes = answer.encode()
+    return encoded
 
 
 class Slow:
@@ -27,17 +31,17 @@ class Slow:
         self.now_s, self.batches = 0.0, list[list[str]]()
         self.batcher = Batcher(self.answer, self.held, limits, lambda: self.now_s)
 
-    def answer(self, queries: Sequence[Query]) -> list[bytes]:
+    def answer(self, queries: Sequence[Query]) -> Any:
         self.now_s += 1.0
         self.batches.append([one.user for one in queries])
-        return [one.user.encode() for one in queries]
+        return [one.user for one in queries]
 
     @contextmanager
-    def held(self) -> Iterator[Answer]:
+    def held(self) -> Iterator[Profiles]:
         yield self.answer
 
     def ask(self, count: int) -> list[asyncio.Future[bytes]]:
-        return [self.batcher.one(Query(f"u{n}")) for n in range(count)]
+        return [self.batcher.one(Query(f"u{n}"), body) for n in range(count)]
 
 
 def run(slow: Slow, test: Callable[[], Awaitable[None]]) -> None:
@@ -53,7 +57,7 @@ def test_requests_that_arrive_while_a_batch_is_computed_are_one_batch() -> None:
     late: list[Any] = []
     request = b"GET /v1 HTTP/1.1\r\nhost: a\r\n\r\n"
 
-    def answers(queries: Sequence[Query]) -> list[bytes]:
+    def answers(queries: Sequence[Query]) -> Any:
         sizes.append(len(queries))
         # While this batch is computed the others send, in pieces.
         for client in late:
@@ -64,16 +68,16 @@ def test_requests_that_arrive_while_a_batch_is_computed_are_one_batch() -> None:
             # What was sent is there a moment later.
             time.sleep(0.05)
         late.clear()
-        return [b"ok"] * len(queries)
+        return ["ok"] * len(queries)
 
     @contextmanager
-    def held() -> Iterator[Answer]:
+    def held() -> Iterator[Profiles]:
         yield answers
 
     batcher = Batcher(answers, held)
 
     async def app(scope: Any, receive: Any, send: Any) -> None:
-        await answer(send, Response(200, await batcher.one(Query("ann"))))
+        await answer(send, Response(200, await batcher.one(Query("ann"), body)))
 
     async def go() -> None:
         async with listening(app) as on:
@@ -113,7 +117,7 @@ def test_who_would_wait_too_long_is_refused_at_once() -> None:
             slow.ask(1)
         assert refusal.value.http_headers == ((b"retry-after", b"3"),)
         with pytest.raises(Overloaded):
-            await slow.batcher.many([Query("ann")])
+            await slow.batcher.many([Query("ann")], body)
         assert len(await asyncio.gather(*accepted)) == 3 * MOST_AT_ONCE
         await asyncio.gather(*slow.ask(1))
 
@@ -140,7 +144,7 @@ def test_a_question_that_waited_too_long_is_given_up() -> None:
         assert all(isinstance(one, bytes) for one in answers[: 2 * MOST_AT_ONCE])
         assert all(isinstance(one, TookTooLong) for one in answers[2 * MOST_AT_ONCE :])
         with pytest.raises(TookTooLong):
-            await slow.batcher.many([Query("ann")] * 3 * MOST_AT_ONCE)
+            await slow.batcher.many([Query("ann")] * 3 * MOST_AT_ONCE, body)
 
     run(slow, test)
     assert [len(batch) for batch in slow.batches] == [MOST_AT_ONCE] * 4

@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.serving.answer import Answer, Query
-from deploy.serving.candidates import KINDS
-from deploy.serving.predictor import Predictor
+from deploy.serving.answers.predictor import KINDS, Predictor
+from deploy.serving.answers.query import Answer, Query
 from state.events.identity import Salt, public_id, user_id
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec, vectorise

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.clicks import HistoryFollower
+from deploy.serving.following.clicks import HistoryFollower
 from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA
 from state.errors import GapError, SaltMismatch, TruncatedLog
 from state.features.spec import FeatureSpec

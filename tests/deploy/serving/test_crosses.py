@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.serving.answer import Query as Q
+from deploy.serving.answers.query import Query as Q
 from state.events.identity import Salt, context_id, public_id, user_id
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec, vectorise

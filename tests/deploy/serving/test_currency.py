@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.currency import CLICKS, NOTE_MS, VERSIONS, Currency, LogCheck
-from deploy.serving.host import Host
-from deploy.serving.http_api.app import App
+from deploy.serving.answers.host import Host
+from deploy.serving.applier import LogCheck
+from deploy.serving.notes import CLICKS, NOTE_MS, VERSIONS, Currency
+from deploy.serving.rest import App
 from state.events.identity import Salt
 from state.layout import CURRENT
 from tests.deploy.serving.http_api.test_app import ask

@@ -10,8 +10,8 @@ import pytest
 from prometheus_client import CollectorRegistry
 from safetensors.numpy import save
 
-from deploy.serving.erasing import HostErasures
-from deploy.serving.following import VersionFollower
+from deploy.serving.following.erasing import HostErasures
+from deploy.serving.following.versions import VersionFollower
 from state.features.erased import Erased
 from state.features.masked_users import MaskedUsers
 from state.features.spec import FeatureSpec

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from safetensors.numpy import save
 
-from deploy.serving.following import VersionFollower
+from deploy.serving.following.versions import VersionFollower
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
 from state.features.spec import FeatureSpec, Mask
 from state.layout import PROGRAMS, ROWS

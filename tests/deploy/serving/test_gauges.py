@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.gauges import show_ages, show_control
+from deploy.serving.applier import show_ages
+from deploy.serving.following.versions import show_control
 from state.features.mask import Mask
 from state.metrics import ApplierMetrics
 from state.registry.control import roll_back, start

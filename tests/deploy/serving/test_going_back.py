@@ -87,7 +87,7 @@ def test_histories_go_back_and_on_from_however_far_they_had_come(
     line = turned(WHOLE, 1, place, end, ((SOURCE, 180),))
     append(log, late)
     ours = host(tmp_path / "ours", log, monkeypatch)
-    monkeypatch.setattr("deploy.serving.clicks.RECORDS_AT_ONCE", 1)
+    monkeypatch.setattr("deploy.serving.following.clicks.RECORDS_AT_ONCE", 1)
     clean = [with_items(one, 2, MASK) for one in (*POISON, record(300, 330))]
     # A host that sees control late has passed over records of the new epoch.
     written_already = clean if had > end + 1 else []

@@ -96,8 +96,8 @@ def test_a_hundred_versions_are_swapped_without_an_error_or_a_mixed_answer(
 
 def test_a_mixed_answer_is_found_out(trainer: Trainer, host: HostWriter) -> None:
     """What the test above looks for can be seen: weights, rows, positions or features of another version."""
-    from deploy.serving.answer import Query
-    from deploy.serving.predictor import Predictor
+    from deploy.serving.answers.predictor import Predictor
+    from deploy.serving.answers.query import Query
     from state.events.identity import Salt
     from state.layout import PROGRAMS
     from tests.deploy.serving.stocked import NOW_MS

@@ -9,13 +9,11 @@ import msgspec
 import numpy as np
 import pytest
 
-from deploy.serving.grpc_api.server import _profile
-from deploy.serving.http_api.endpoints import encode
-from deploy.serving.leaving import leaving
+from deploy.serving.answers.predictor import churn_probabilities
+from deploy.serving.requests.endpoints import _profile_message
+from deploy.serving.requests.http import encode
 from springtide_client.answers import Profile
-from state.churn.inputs import ChurnInputs
-from state.churn.moments import Horizon
-from state.churn.weights import ChurnWeights, tensors_of
+from state.churn import ChurnInputs, ChurnWeights, Horizon, tensors_of
 from state.features.mask import Mask
 from state.features.spec import EVENT, FeatureSpec, vectorise
 from tests.deploy.serving.stocked import NOW_MS, SOURCE, Stores, digest_of, manifest, tensors
@@ -50,7 +48,7 @@ def expected(events: Any, latest: int, now_ms: int = NOW_MS) -> float:
 
 
 def said(events: Any, mask: Mask = Mask.NONE, now_ms: int = NOW_MS) -> float | None:
-    return leaving(weights(), [events], [now_ms], mask, SPEC, [7])[0]
+    return churn_probabilities(weights(), [events], [now_ms], mask, SPEC, [7])[0]
 
 
 def test_the_inputs_are_those_of_the_row_in_the_training_log() -> None:
@@ -59,7 +57,7 @@ def test_the_inputs_are_those_of_the_row_in_the_training_log() -> None:
     assert said(events, now_ms=NOW_MS - 40 * HOUR_MS) == expected(events, 4, NOW_MS - 40 * HOUR_MS)
     late = history([100, 50, 3, 40])
     assert said(late) == expected(late, 2), "an event that came late is not the latest"
-    many = leaving(weights(), [events, late, events[:0]], [NOW_MS] * 3, Mask.NONE, SPEC, [7, 8, 9])
+    many = churn_probabilities(weights(), [events, late, events[:0]], [NOW_MS] * 3, Mask.NONE, SPEC, [7, 8, 9])
     assert many == [pytest.approx(expected(events, 5), rel=1e-12), pytest.approx(expected(late, 2), rel=1e-12), None]
 
 
@@ -72,7 +70,7 @@ def test_what_is_masked_was_never_there() -> None:
 
 def test_nothing_is_said_where_nothing_was_learned() -> None:
     events = history([30, 3])
-    assert leaving(None, [events], [NOW_MS], Mask.NONE, SPEC, [7]) == [None]
+    assert churn_probabilities(None, [events], [NOW_MS], Mask.NONE, SPEC, [7]) == [None]
     assert said(events[:0]) is None
     assert said(events, now_ms=NOW_MS + HORIZON.reach_ms - 3 * HOUR_MS) is None
     assert said(events, now_ms=NOW_MS + HORIZON.reach_ms - 3 * HOUR_MS - 1) is not None
@@ -89,11 +87,11 @@ def test_a_profile_has_it_from_the_version_that_tells_it_and_loses_it_with_a_rol
         document = answer.document()
         assert document["version"]["number"] == 2
         assert 0.0 < document["churn"] < 1.0
-        assert _profile(answer).churn == document["churn"]
+        assert _profile_message(answer).churn == document["churn"]
         assert msgspec.json.decode(encode(document), type=Profile).churn == document["churn"]
     nobody = answering.profile("nobody")
     assert "churn" not in nobody.document()
-    assert not _profile(nobody).HasField("churn")
+    assert not _profile_message(nobody).HasField("churn")
     stores.rows.serve(1)
     assert "churn" not in answering.profile("ann").document()
 

@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.serving.known_attributes import KnownAttributes
-from deploy.serving.predictor import Predictor
+from deploy.serving.answers.predictor import KnownAttributes, Predictor
 from state.attributes.store import AttributeStore, TopicPosition, pack
 from state.attributes.values import tables_of
 from state.config.sections import Attributes
@@ -18,7 +17,7 @@ from state.config.settings import Settings
 from state.events.identity import Salt, context_id, public_id, user_id
 from state.features.spec import FeatureSpec, Mask, vectorise
 from state.layout import ATTRIBUTES, PROGRAMS
-from state.ranking import transition_rows
+from state.ranking import transitions
 from state.ranking.transitions import Lists, record, succession
 from state.rows.tables import SERVED_IDS
 from tests.conformance.looking_up import NARROW, WIDTH, LookingUp
@@ -62,9 +61,7 @@ def tensors(lowered: Lowered) -> dict[str, Any]:
         made[f"{table}.ids"] = np.array(ids, np.uint64)
         made[f"{table}.rows"] = np.stack([row(one, width) for one in ids])
     made["transition.ids"] = np.array([public_id("shoes")], np.uint64)
-    made["transition.rows"] = transition_rows.pack(after_shoes(), np.zeros((2, transition_rows.SIGN_BYTES), np.uint8))[
-        1:
-    ]
+    made["transition.rows"] = transitions.pack(after_shoes(), np.zeros((2, transitions.SIGN_BYTES), np.uint8))[1:]
     made["popular"] = np.array([public_id("tea"), public_id("shoes")], np.uint64)
     return made
 

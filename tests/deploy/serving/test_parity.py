@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.clicks import HistoryFollower
-from deploy.serving.parity import WHOLE_EXTRA
+from deploy.serving.following.clicks import HistoryFollower
+from deploy.serving.following.parity import WHOLE_EXTRA
 from state.config.sections import ServingSettings
 from state.features.mask import Mask
 from state.features.spec import EVENT, FeatureSpec

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.serving.fit_versions import Probing
-from deploy.serving.host import Host
-from deploy.serving.program_files import path_of
+from deploy.serving.answers.host import Host
+from deploy.serving.following.fit_versions import Probing
+from deploy.serving.version_files import program_path
 from state import probe
 from state.config.settings import Settings
 from state.errors import ProgramError, UnknownModel
@@ -122,7 +122,7 @@ def test_trainer_and_program_agree_far_closer_than_is_asked(
     tmp_path: Path, line: Line, lowered: Lowered, scale: float
 ) -> None:
     """Whatever the weights are, so that no good version is refused."""
-    path_of(tmp_path, digest_of(lowered)).write_bytes(lowered.content)
+    program_path(tmp_path, digest_of(lowered)).write_bytes(lowered.content)
     rng = np.random.default_rng(11)
     weights = {
         name: (scale * rng.normal(0, 1 / np.sqrt(max(value.shape[:1] or (1,))), value.shape)).astype(np.float32)

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy.serving import remembered
-from deploy.serving.catalogue import Catalogue
+from deploy.serving.answers.version import Catalogue
+from deploy.serving.following import remembered
+from deploy.serving.following.remembered import Remembered
 from deploy.serving.notes import DAY_MS, SEEN, item_extra, name_extra
-from deploy.serving.remembered import Remembered
 from state.features.spec import EVENT, Events
 from state.history.appends import Appends
 from state.history.store import HistoryStore

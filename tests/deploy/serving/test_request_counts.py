@@ -9,12 +9,10 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.openmetrics.exposition import generate_latest as openmetrics
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
-from deploy.serving.grpc_api.server import offered
-from deploy.serving.grpc_api.services import CODES
-from deploy.serving.host import Host
-from deploy.serving.http_api.app import UNKNOWN, App
-from deploy.serving.line import QueueLimits
-from deploy.serving.request_counts import RequestCounts
+from deploy.serving.answers.host import Host
+from deploy.serving.requests.grpc_server import CODES
+from deploy.serving.requests.worker_metrics import RequestCounts
+from deploy.serving.rest import UNKNOWN, App
 from state.config.settings import Settings
 from state.events.identity import Salt
 from state.metrics import ANSWERING_ROUTES, OTHER_ROUTES, WorkerMetrics, add_process
@@ -84,9 +82,8 @@ def test_what_no_version_answers_is_timed_together(counted: Counted) -> None:
 def routes(settings: Settings) -> tuple[set[str], set[str]]:
     """All that a worker may be asked, over HTTP and gRPC."""
     app = App(Host(settings, Salt(bytes(32)), now_ms=lambda: 0), CollectorRegistry())
-    services = offered(app.host, app.metrics, QueueLimits())
     return {one.name for one in app.endpoints} | {UNKNOWN}, {
-        f"/{service.name}/{method.name}" for service in services for method in service.methods
+        f"/{service.name}/{method.name}" for service in app.grpc_services() for method in service.methods
     }
 
 

@@ -16,10 +16,10 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy.kafka.configuration import free_port
-from deploy.serving.edge.connections import ConnectionLimits
-from deploy.serving.edge.server import DrainingServer
-from deploy.serving.host import Host
-from deploy.serving.http_api.app import App
+from deploy.serving.answers.host import Host
+from deploy.serving.requests.connections import ConnectionLimits
+from deploy.serving.requests.server import DrainingServer
+from deploy.serving.rest import App
 from state.events.identity import Salt
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, digest_of, manifest, tensors
 

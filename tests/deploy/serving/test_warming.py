@@ -15,7 +15,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy.kafka.configuration import free_port
-from deploy.serving.host import Host
+from deploy.serving.answers.host import Host
 from deploy.serving.rest import Warming
 from deploy.watch.scrape import Scrape, parsed
 from state.compiled.preparing import Kernels
@@ -27,8 +27,8 @@ from tests.deploy.serving.test_rest import answers, until, worker
 FIRST_ANSWERS = """
 import asyncio, logging, sys
 from prometheus_client import CollectorRegistry
-from deploy.serving.host import Host
-from deploy.serving.http_api.app import App
+from deploy.serving.answers.host import Host
+from deploy.serving.rest import App
 from deploy.serving.rest import Warming
 from state.compiled import FIRST_CALLS
 from state.compiled.preparing import Kernels

@@ -15,7 +15,7 @@ from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.samples import Sample
 
 from deploy.kafka.configuration import free_port
-from deploy.serving.rest import COUNTER_BYTES, KINDS, make_counters
+from deploy.serving.requests.workers import COUNTER_BYTES, KINDS, make_counters
 from tests.deploy.serving.stocked import Stores
 from tests.deploy.serving.test_rest import answers, until, worker
 

@@ -8,13 +8,12 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.validation.kept import KeptWindows
 from deploy.validation.process import KINDS, MOST_LABELS, OTHERS, LogValidation, labels_of
+from deploy.validation.windows import KeptWindows
 from state.config.settings import Settings
 from state.errors import LogError
 from state.log import MemoryLog
 from state.metrics import ValidationMetrics
-from state.statistics.baselines import Baselines
 from tests.deploy.validation.live import (
     MINUTE_MS,
     START_MS,
@@ -75,6 +74,15 @@ def test_rows_like_those_of_the_baseline_have_no_anomaly_and_a_window_is_a_minut
     assert near is not None and 0 < near < 0.1
 
 
+def test_without_a_baseline_windows_are_kept_up_to_their_number_and_not_judged(tmp_path: Path) -> None:
+    settings = settings_at(tmp_path / "state", "--validation.keep", "2")
+    run = Run(settings, written(minutes(6)))
+    run.catch_up()
+    assert [*windows(settings)] == [START_MS + minute * MINUTE_MS for minute in (4, 5)]
+    assert run.value("springtide_validation_windows_total", outcome="no_baseline") == 4
+    assert run.anomalies() == {}
+
+
 def test_whatever_dies_the_windows_are_the_same(settings: Settings, tmp_path: Path) -> None:
     log = written(minutes(2))
     whole = settings_at(tmp_path / "whole")
@@ -114,32 +122,18 @@ def test_a_fault_is_found_in_its_window_told_once_and_over_when_it_is(
     assert caplog.records[-1].getMessage() == f"{feature}: as expected again"
 
 
-def test_missing_rates_and_distances_are_told_by_feature(settings: Settings) -> None:
-    run = Run(settings, written(minutes(4, known=0.6, hot=0.5)))
+def test_few_rows_are_judged_by_nothing_and_take_back_what_was_said(settings: Settings) -> None:
+    log = written([*minutes(4, hot=0.5, known=0.6)])
+    run = Run(settings, log)
     run.catch_up()
     missing = run.value("springtide_validation_missing_ratio", feature="user_attributes.age_band")
-    assert missing is not None and 0.3 < missing < 0.5
     far = run.value("springtide_validation_distance_ratio", feature="category", against="baseline")
-    assert far is not None and far > 0.2
-    near = run.value("springtide_validation_distance_ratio", feature="category", against="previous")
-    assert near is not None and near < 0.1
-
-
-def test_few_rows_are_judged_by_nothing_and_take_back_what_was_said(settings: Settings) -> None:
-    run = Run(settings, written([*minutes(4, hot=0.5), *minutes(1, rows=20, first=4), *minutes(1, first=5)]))
+    assert missing is not None and 0.3 < missing < 0.5 and far is not None and far > 0.2
+    written([*minutes(1, rows=20, first=4), *minutes(1, first=5)], log)
     run.catch_up()
     assert run.anomalies() == {}
     assert run.value("springtide_validation_windows_total", outcome="few_rows") == 1
     assert run.value("springtide_validation_distance_ratio", feature="category", against="baseline") is None
-
-
-def test_without_a_baseline_windows_are_kept_and_nothing_is_judged(tmp_path: Path) -> None:
-    settings = settings_at(tmp_path / "state")
-    run = Run(settings, written(minutes(4)))
-    run.catch_up()
-    assert len(windows(settings)) == 2
-    assert run.value("springtide_validation_windows_total", outcome="no_baseline") == 2
-    assert run.anomalies() == {}
 
 
 def test_records_that_are_none_and_those_of_other_features_are_passed_and_counted(settings: Settings) -> None:
@@ -163,12 +157,6 @@ def test_of_so_many_records_about_one_is_looked_at_and_always_the_same(settings:
         run.catch_up()
         assert 5 <= (run.value("springtide_validation_records_total", outcome="read") or 0) <= 25
     assert windows(sampled[0]) == windows(sampled[1]) != {}
-
-
-def test_no_more_windows_stay_than_are_to_be_kept(tmp_path: Path) -> None:
-    settings = settings_at(tmp_path / "state", "--validation.keep", "2")
-    Run(settings, written(minutes(6))).catch_up()
-    assert [*windows(settings)] == [START_MS + minute * MINUTE_MS for minute in (4, 5)]
 
 
 def test_a_log_that_goes_away_costs_time_alone(settings: Settings) -> None:
@@ -198,15 +186,6 @@ def test_an_accepted_baseline_counts_from_the_next_window_on(settings: Settings)
     run.catch_up()
     assert run.anomalies() == {}
     assert run.value("springtide_validation_baseline") == 1
-    newest = Baselines(settings.registry_dir).newest_number
-    assert newest(bootstrapped_name(settings)) == 1
-
-
-def bootstrapped_name(settings: Settings) -> str:
-    from state.registry.registry import Registry
-
-    (name,) = Registry(settings.registry_dir).specs()
-    return name
 
 
 def test_features_are_held_against_the_window_before_once_histories_have_grown(settings: Settings) -> None:

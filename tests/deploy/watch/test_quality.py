@@ -8,7 +8,7 @@ from deploy.watch import quality
 from deploy.watch.scrape import Scrape, parsed
 from state.metrics import TrainerMetrics
 from tests.trainer.batches import micro_batch
-from tests.trainer.logs import shared
+from tests.trainer.logs import fresh
 from trainer import gauges
 from trainer.measures.predictions import BASELINES
 from trainer.measures.step_scores import USERS
@@ -18,7 +18,7 @@ def test_status_says_what_the_trainer_measured() -> None:
     registry = CollectorRegistry()
     metrics = TrainerMetrics(registry)
     assert quality.look(Scrape(parsed(generate_latest(registry).decode()))) is None
-    trainer = shared(0)
+    trainer = fresh()
     trainer.clear()
     for number in range(3):
         trainer.step(micro_batch(64, first=64 * number))

@@ -18,6 +18,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -26,28 +27,38 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
+from prometheus_client import CollectorRegistry
 
 from deploy.flink import status
 from deploy.flink.cluster import end_jobs
 from deploy.kafka.broker import Broker
+from deploy.serving.following.clicks import HistoryFollower
+from deploy.serving.notes import CAUGHT_UP_EXTRA
 from deploy.watch import scrape
 from state import http
-from state.flink.rest import JobManager, url
-from state.log import Topics, topic_plan
+from state.config.sections import Kafka
+from state.config.settings import Settings
+from state.features.spec import FeatureSpec
+from state.flink import JobManager, url
+from state.history.store import HistoryStore
+from state.layout import HISTORIES
+from state.log import KafkaLog, Reader, Topics, topic_plan
+from state.metrics import ApplierMetrics
 from state.microbatch.codec import decode
+from state.positions import Source
 from state.process.wall_clock import wall_ms
 from tests.e2e.crowd import Crowd
+from tests.e2e.evidence import Histories, serving_histories
 from tests.e2e.flink.cluster import LocalFlink
-from tests.e2e.flink.evidence import Reached, histories_of_log, read_values
-from tests.e2e.flink.findings import FlinkFindings
 from tests.e2e.parts import Part, quiet_ports
 from tests.e2e.running import until
 from tests.e2e.undisturbed import finish_stream, stream_settings
-from tests.streaming.distributed.shop import rows_of
+from tests.streaming.distributed.shop import Place, rows_of
 
 RATE = 200.0
 REMEMBERED = 32  # events of a user; each row has all of them
@@ -68,6 +79,122 @@ VICTIMS = ("worker", "workers", "task-manager", "job-manager")
 BACK_S = 180.0
 
 Say = Callable[[str], None]
+
+
+@dataclass
+class FlinkFindings:
+    """What a run found.
+
+    Attributes:
+        back_s: What happened -> seconds until all clicks of the second after it had their rows.
+        clicks: How many there were.
+        rows: Rows that a trainer would learn from, or that histories need.
+        again: Rows that came again.
+        lost: Rows that only the undisturbed log has.
+        invented: Rows that it does not have.
+        changed: Rows with other bytes.
+        differs: What was compared beside -> both values, where they are not equal.
+    """
+
+    back_s: dict[str, list[float]] = field(default_factory=dict)
+    clicks: int = 0
+    rows: int = 0
+    again: int = 0
+    lost: int = 0
+    invented: int = 0
+    changed: int = 0
+    differs: dict[str, str] = field(default_factory=dict)
+
+    def compare_rows(self, ours: Mapping[Place, bytes], undisturbed: Mapping[Place, bytes]) -> None:
+        """Compares what two logs have, each row once."""
+        self.rows = len(ours)
+        self.lost = len(undisturbed.keys() - ours.keys())
+        self.invented = len(ours.keys() - undisturbed.keys())
+        self.changed = sum(ours[place] != undisturbed[place] for place in ours.keys() & undisturbed.keys())
+
+    def compare(self, what: str, ours: object, wanted: object) -> None:
+        """Compares two values."""
+        if ours != wanted:
+            self.differs[what] = f"{ours!s:.200}, not {wanted!s:.200}"
+
+    def problems(self) -> list[str]:
+        """The promises that were broken."""
+        rows = {"lost": self.lost, "invented": self.invented, "changed": self.changed}
+        found = [f"{count} rows are {what}" for what, count in rows.items() if count]
+        return found + [f"{what}: {values}" for what, values in self.differs.items()]
+
+    def lines(self) -> list[str]:
+        """The figures, then what is wrong."""
+        back = (
+            f"{what}: caught up after {', '.join(f'{s:.0f}' for s in took)} s" for what, took in self.back_s.items()
+        )
+        rows = f"{self.rows} rows of {self.clicks} clicks, {self.again} came again: "
+        rows += f"{self.lost} lost, {self.invented} doubled or invented, {self.changed} changed"
+        return [*back, rows, *(f"WRONG  {one}" for one in self.problems())]
+
+
+class Reached:
+    """How far the training log is, read bit by bit.
+
+    Args:
+        kafka: Where it is.
+        buckets: Of the job.
+    """
+
+    def __init__(self, kafka: Kafka, buckets: int) -> None:
+        self._reader, self._buckets = Reader(kafka, kafka.microbatches_topic, [0]), buckets
+        self._next: dict[Source, int] = {}
+
+    def has(self, ends: Mapping[int, int]) -> bool:
+        """Whether all buckets have all clicks before `ends`, by partition."""
+        for batch in self._reader.poll(0.05):
+            for value in batch.values:
+                for part in decode(value or b"").header.ranges:
+                    self._next[part.source] = max(part.next, self._next.get(part.source, 0))
+        reached: dict[int, list[int]] = {one: [] for one in ends}
+        for source, after in self._next.items():
+            reached[source.partition].append(after)
+        return all(len(reached[one]) == self._buckets and min(reached[one]) >= end for one, end in ends.items())
+
+    def close(self) -> None:
+        """Closes the reader."""
+        self._reader.close()
+
+
+def read_values(kafka: Kafka, topic: str) -> list[bytes]:
+    """All records of a topic of one partition."""
+    with Topics(kafka) as topics:
+        end = topics.ends(topic)[0][1]
+    values: list[bytes] = []
+    with Reader(kafka, topic, [0]) as reader:
+        while reader.position(0) < end:
+            values += [value or b"" for batch in reader.poll(0.2) for value in batch.values]
+    return values
+
+
+def histories_of_log(settings: Settings) -> Histories:
+    """What a serving host keeps of the training log, from its beginning to its end."""
+    kafka, log, spec = settings.kafka, KafkaLog(settings.kafka), FeatureSpec.from_settings(settings)
+    store = HistoryStore(settings.serving_dir / HISTORIES, settings.features.history)
+    follower = HistoryFollower(
+        store,
+        spec,
+        settings.events.max_age_s,
+        ApplierMetrics(CollectorRegistry()),
+        wall_ms,
+        actions=lambda digest: spec.actions if digest == spec.digest else None,
+    )
+    with log.topics() as topics:
+        topic_id, ends = topics.describe(kafka.microbatches_topic).topic_id, topics.ends(kafka.microbatches_topic)
+    follower.connect(
+        topic_id, ends, lambda at, leaders: log.reader(kafka.microbatches_topic, positions=at, leaders=leaders)
+    )
+    until(
+        lambda: not follower.step(0.1) and store.extra(CAUGHT_UP_EXTRA) is not None, "the log has not been read whole"
+    )
+    follower.disconnect()
+    store.close()
+    return serving_histories(settings)
 
 
 class FlinkChaos:
@@ -234,7 +361,7 @@ class FlinkChaos:
         with Topics(kafka) as topics:
             share = round(RATE / kafka.clicks_partitions)
             wanted = {one: end + share for one, (_, end) in topics.ends(kafka.clicks_topic).items()}
-        with Reached(kafka, self.settings.stream.buckets) as reached:
+        with contextlib.closing(Reached(kafka, self.settings.stream.buckets)) as reached:
             until(lambda: reached.has(wanted), self._trouble, BACK_S)
         took_s = time.monotonic() - begun_s
         self.findings.back_s.setdefault(what, []).append(took_s)

@@ -28,7 +28,7 @@ MAINS: Mapping[str, str] = {
     "task-manager": "org.apache.flink.runtime.taskexecutor.TaskManagerRunner",
     "job-server": "org.apache.beam.runners.flink.FlinkJobServerDriver",
     "workers": "deploy.flink.worker_pool",
-    "worker": "deploy.flink.worker",
+    "worker": "worker",
 }
 
 
@@ -108,7 +108,8 @@ class LocalFlink:
         found = []
         for process in psutil.Process(self.process.pid).children(recursive=True):
             try:
-                if MAINS[name] in process.cmdline():
+                words = process.cmdline()
+                if MAINS[name] in words and (name == "worker" or "worker" not in words):
                     found.append(process.pid)
             except psutil.Error:
                 continue

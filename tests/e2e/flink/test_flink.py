@@ -15,7 +15,7 @@ import pytest
 from deploy.flink.cluster import end_jobs
 from deploy.kafka.configuration import listens
 from state.config.settings import Settings
-from state.flink.rest import JobManager, url
+from state.flink import JobManager, url
 from state.log import Topics
 from tests.conftest import KafkaFactory
 from tests.e2e.flink.cluster import LocalFlink
@@ -23,6 +23,8 @@ from tests.streaming.distributed.shop import rows_of
 from tests.streaming.distributed.test_job import ends_of, of_local_form, turn, values_in
 from tests.streaming.streams import FOREVER, click, send, settings_for, until
 
+# Short form in `make test`: `tests/streaming/distributed`, on a runner in this process.
+pytestmark = pytest.mark.nightly
 CLICKS = 300
 
 
@@ -97,7 +99,6 @@ def test_on_flink_the_rows_are_those_of_the_local_form(flink: LocalFlink, shop: 
         assert following.wait(60) == 0, log.read_text()
 
 
-@pytest.mark.nightly
 def test_a_killed_worker_a_savepoint_and_an_exact_rollback_leave_the_rows_of_the_local_form(
     flink: LocalFlink, shop: Settings, tmp_path: Path
 ) -> None:

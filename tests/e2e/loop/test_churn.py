@@ -8,7 +8,7 @@ from typing import Any
 
 import grpc
 
-from deploy.serving.grpc_api.messages import message
+from deploy.serving.requests.grpc_server import message
 from deploy.watch.address import serving_address
 from state.registry.registry import Registry
 from tests.e2e.running import Loop, until

@@ -8,19 +8,11 @@ import re
 import time
 from pathlib import Path
 
-import pytest
-
 from state.events.identity import public_id
 from state.log import Writer
 from state.process.wall_clock import wall_ms
 from tests.e2e.running import Loop, counting, led_by, until
 
-PARTS = {
-    "stream": "springtide_stream_events_total",
-    "trainer": "springtide_trainer_steps_total",
-    "applier": "springtide_serving_applied_versions_total",
-    "worker": "springtide_requests_total",
-}
 COUNTED = re.compile(r"\.(count|decayed|distinct)_|^events\.visible$")
 
 
@@ -117,23 +109,6 @@ def test_a_clock_that_is_50_minutes_ahead_is_its_own_users_business(loop: Loop) 
     assert abs(answer["at_ms"] - wall_ms()) < 60_000
     assert answer["features"]["view.count_1h"] == 3
     until(lambda: loop.springtide("status")["figures"]["clocks_off"].get("ahead"), "the clock is not named")
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_each_process_offers_its_metrics(loop: Loop, part: str) -> None:
-    metrics = loop.metrics(part)
-    assert not metrics.problem
-    assert (metrics.total(PARTS[part]) or 0.0) > 0.0
-
-
-def test_both_freshness_figures_are_small_while_clicks_arrive(loop: Loop) -> None:
-    def fresh() -> bool:
-        applier = loop.metrics("applier")
-        features = applier.value("springtide_serving_feature_freshness_seconds")
-        weights = applier.value("springtide_serving_weight_freshness_seconds")
-        return features is not None and weights is not None and features < 5.0 and weights < 5.0
-
-    until(fresh, "an answer does not become fresh")
 
 
 def test_status_shows_every_part_running(loop: Loop) -> None:

@@ -11,7 +11,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from deploy.serving.edge.tokens import OPERATE, tokens_in
+from deploy.serving.requests.access import OPERATE, tokens_in
 from tests.e2e.loop.test_rollback import served
 from tests.e2e.running import Loop, until
 

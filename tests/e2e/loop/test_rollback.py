@@ -7,7 +7,8 @@ import time
 import psutil
 import pytest
 
-from tests.e2e.load import Asking
+from deploy.watch.address import serving_address
+from tests.e2e.client import Client
 from tests.e2e.running import Loop, until
 
 
@@ -40,9 +41,14 @@ def test_pinned_answers_stay_and_training_goes_on_until_follow(loop: Loop) -> No
 
 
 def test_under_load_no_request_fails_none_mixes_versions_and_the_pin_outlives_the_worker(loop: Loop) -> None:
-    serving = loop.settings.serving
-    with Asking(serving.host, serving.port, 300.0, [f"shopper-{number}" for number in range(200)]) as load:
+    users = [f"shopper-{number}" for number in range(200)]
+    clients = [Client(serving_address(loop.settings), users, every_s=0.01) for _ in range(4)]
+    for client in clients:
+        client.start()
+    try:
         good, epoch = loop.kept()
+        for client in clients:
+            client.may_turn_to(good)
         until(lambda: served(loop)[0] > good + 3, "no newer version")
         until(lambda: not loop.metrics("applier").problem, "the applier does not answer")
         turned = ("--to", str(good), "--reason", "under load", "--follow-when-caught-up", "--wait", "60")
@@ -51,12 +57,15 @@ def test_under_load_no_request_fails_none_mixes_versions_and_the_pin_outlives_th
         until(lambda: served(loop) == (good, epoch) or served(loop)[1] > epoch, "answers did not turn")
         # The trainer learns again what it had, and then lets answers follow.
         until(lambda: served(loop)[1] > epoch, "answers do not follow by themselves")
-    assert (load.failed, load.mixed) == ({}, 0)
-    assert load.asked > 300
+    finally:
+        found = [client.finish() for client in clients]
+    assert [(one.failed, one.mixed, one.went_back) for one in found] == [({}, 0, 0)] * len(clients)
+    assert sum(one.given for one in found) > 300
     # When the command has returned, answers are of the version, or already follow the new epoch.
     assert said["answered_s"] is not None
     first = min(one["version"] for one in loop.springtide("versions", "--all") if one["epoch"] == epoch + 1)
-    assert [one for one in load.seen if one.asked_s > told_s and good < one.version < first] == [], "abandoned ones"
+    seen = [version for one in found for asked_s, version in one.seen if asked_s > told_s]
+    assert [version for version in seen if good < version < first] == [], "abandoned ones"
     outcome = loop.springtide("history")[-2]["outcome"]
     assert outcome["learned"]["again"]["rows"] == outcome["planned"]["rows"], "what happened is what the plan said"
     assert loop.springtide("history")[-1]["reason"] == "caught up, as the rollback asked"
@@ -69,12 +78,3 @@ def test_under_load_no_request_fails_none_mixes_versions_and_the_pin_outlives_th
     until(lambda: loop.pid("worker") not in (None, pid), "the worker is not started again")
     until(lambda: served(loop)[0] == pinned, "the pin is not seen")
     assert {served(loop)[0] for _ in range(20)} == {pinned}
-
-
-def test_history_names_who_did_what_and_why(loop: Loop) -> None:
-    loop.springtide("pin", str(loop.kept()[0]), "--reason", "for the audit")
-    newest = loop.springtide("history")[-1]
-    assert newest["action"] == "pin"
-    assert newest["reason"] == "for the audit"
-    assert newest["actor"]
-    loop.springtide("follow", "--reason", "done")

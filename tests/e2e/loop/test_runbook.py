@@ -22,6 +22,7 @@ from state.rollouts.rollouts import Rollouts
 from tests import runbook
 from tests.e2e.loop import lost_disk, new_release
 from tests.e2e.loop.terminal import Terminal
+from tests.e2e.loop.test_rollback import served
 from tests.e2e.running import Loop, counting, led_by, until
 from tests.runbook import SECTIONS, Section
 
@@ -31,12 +32,6 @@ HONEST, POISON = "reading", "poison-of-the-drill"
 @pytest.fixture(scope="module")
 def terminal(one_loop: Loop, tmp_path_factory: pytest.TempPathFactory) -> Terminal:
     return Terminal(one_loop, tmp_path_factory.mktemp("terminal"))
-
-
-def served(loop: Loop) -> tuple[int, int]:
-    """Version and epoch of an answer."""
-    answer = until(lambda: loop.profile("anyone"), "no answer")
-    return answer["version"]["number"], answer["version"]["epoch"]
 
 
 def labels(answer: dict[str, Any]) -> list[str]:

@@ -15,7 +15,7 @@ from deploy.segments import command
 from state import layout
 from state.events.identity import load_salt, user_id
 from state.log import Reader, Topics
-from state.segments.record import key_of, membership_of
+from state.segments.members import key_of, membership_of
 from tests.e2e.running import Loop, until
 
 SEGMENT = "collectors"

@@ -15,9 +15,8 @@ from state.attributes.store import AttributeStore, texts_in
 from state.attributes.values import AttributeTable
 from state.config.fields import fields_of
 from state.config.sections import Kafka
-from state.errors import UnknownTopic
 from state.events.dead_letters import DeadLetter
-from state.events.identity import Salt, public_id, user_id
+from state.events.identity import Salt, user_id
 from state.log import Topics, Writer
 from tests.conftest import KafkaFactory
 from tests.reading import eventually
@@ -86,21 +85,14 @@ def crm(kafka_settings: KafkaFactory, tmp_path: Path) -> Iterator[Crm]:
     made.close()
 
 
-def test_the_last_record_of_a_user_wins(crm: Crm) -> None:
+def test_the_last_record_of_a_user_wins_and_a_tombstone_makes_the_user_unknown(crm: Crm) -> None:
     crm.send(("ann", {"age_band": "18-24"}), ("bob", {"age_band": "35-44"}), ("ann", {"age_band": "25-34", "level": 2}))
     crm.read()
     assert (crm.of("ann"), crm.of("bob")) == (["25-34", "2"], ["35-44", None])
-    crm.send(("ann", {"level": 3}))
+    crm.send(("ann", {"level": 3}), ("bob", None))
     crm.read()
-    assert crm.of("ann") == [None, "3"]
-    assert crm.counts() == {"value": 4}
-
-
-def test_a_tombstone_makes_a_user_unknown(crm: Crm) -> None:
-    crm.send(("ann", {"age_band": "18-24"}), ("bob", {}), ("ann", None))
-    crm.read()
-    assert (crm.of("ann"), crm.of("bob")) == (None, [None, None])
-    assert crm.counts() == {"value": 2, "removed": 1}
+    assert (crm.of("ann"), crm.of("bob")) == ([None, "3"], None)
+    assert crm.counts() == {"value": 4, "removed": 1}
 
 
 def test_a_bad_record_is_told_counted_and_changes_nothing(crm: Crm) -> None:
@@ -111,17 +103,6 @@ def test_a_bad_record_is_told_counted_and_changes_nothing(crm: Crm) -> None:
     assert [(letter.offset, str(letter.reason)) for letter in crm.bad] == list(enumerate(reasons, 1))
     assert (crm.of("ann"), crm.of("bob")) == ([None, "1"], [None, "2"])
     assert crm.counts() == {"value": 2, "dead": 4}
-
-
-def test_a_record_without_a_key_is_nobodys(crm: Crm) -> None:
-    """A compacted topic refuses it; another topic may have it."""
-    crm.topic += "-plain"
-    with Topics(crm.kafka) as topics:
-        topics.ensure(crm.topic, 1)
-    crm.reopen()
-    crm.send((None, {"level": 1}))
-    crm.read()
-    assert [str(letter.reason) for letter in crm.bad] == ["missing_field"]
 
 
 def test_a_restart_goes_on_from_the_stored_offsets(crm: Crm) -> None:
@@ -147,42 +128,23 @@ def test_another_salt_or_other_fields_read_the_topic_from_its_beginning(crm: Crm
     assert crm.store.count("user") == 1
 
 
-def test_a_topic_made_again_is_read_from_its_beginning(crm: Crm) -> None:
-    crm.send(("ann", {"level": 1}), ("bob", {"level": 1}))
-    crm.read()
-    crm.follower.disconnect()
-    with Topics(crm.kafka) as topics:
-        topics.delete(crm.topic)
-        topics.ensure(crm.topic, 1, COMPACTED)
-    crm.send(("bob", {"level": 9}))
-    crm.read()
-    assert (crm.of("ann"), crm.of("bob"), crm.counts()) == (None, [None, "9"], {"value": 1})
-
-
-def test_records_deleted_unread_make_the_topic_be_read_anew(crm: Crm) -> None:
+@pytest.mark.parametrize("made_again", [True, False])
+def test_a_topic_made_again_or_with_records_deleted_unread_is_read_from_its_beginning(
+    crm: Crm, made_again: bool
+) -> None:
     crm.send(("ann", {"level": 1}))
     crm.read()
     crm.follower.disconnect()
-    crm.send(("ann", None), ("bob", {"level": 2}))
     with Topics(crm.kafka) as topics:
-        topics.delete_before(crm.topic, {0: 2})
+        if made_again:
+            topics.delete(crm.topic)
+            topics.ensure(crm.topic, 1, COMPACTED)
+            crm.send(("bob", {"level": 2}))
+        else:
+            crm.send(("ann", None), ("bob", {"level": 2}))
+            topics.delete_before(crm.topic, {0: 2})
     crm.read()
     assert (crm.of("ann"), crm.of("bob"), crm.counts()) == (None, [None, "2"], {"value": 1})
-
-
-def test_items_are_found_by_their_public_id(crm: Crm) -> None:
-    crm.reopen(side="item")
-    crm.send(("lamp", {"level": "x"}))
-    crm.read()
-    assert crm.store.read_many("item", [public_id("lamp")]) != [None]
-
-
-def test_a_missing_topic_is_named(crm: Crm) -> None:
-    other = AttributeFollower(
-        crm.kafka, "no-such-topic", AttributeTable("user", ()), SALT, crm.store, crm.bad.extend, 1000
-    )
-    with pytest.raises(UnknownTopic, match="no-such-topic"):
-        other.connect()
 
 
 def test_positions_without_a_record_are_counted_as_absent(crm: Crm) -> None:

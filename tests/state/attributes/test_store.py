@@ -19,15 +19,10 @@ def test_values_and_the_place_are_committed_together_and_survive(tmp_path: Path)
     assert again.read_many("user", [2, 9]) == [VALUE, None]
     assert again.read_many("item", [2]) == [None]
     assert (again.place("user"), again.place("item")) == (PLACE, None)
+    again.commit("user", {1: None, 5: None}, PLACE)
+    assert (again.read_many("user", [1, 2]), again.count("user")) == ([None, VALUE], 1)
+    assert (ids_in(VALUE, 2).tolist(), texts_in(VALUE, 2)) == ([3, 4], ["25-34", None])
     again.close()
-
-
-def test_none_removes_a_value(tmp_path: Path) -> None:
-    store = AttributeStore(tmp_path / "s", MAP)
-    store.commit("item", {1: VALUE, 2: VALUE}, PLACE)
-    store.commit("item", {1: None, 5: None}, PLACE)
-    assert (store.read_many("item", [1, 2]), store.count("item")) == ([None, VALUE], 1)
-    store.close()
 
 
 def test_a_side_that_is_begun_anew_leaves_the_other(tmp_path: Path) -> None:
@@ -40,7 +35,3 @@ def test_a_side_that_is_begun_anew_leaves_the_other(tmp_path: Path) -> None:
     assert place is not None
     assert place.identity == "other"
     store.close()
-
-
-def test_a_value_gives_back_ids_and_texts() -> None:
-    assert (ids_in(VALUE, 2).tolist(), texts_in(VALUE, 2)) == ([3, 4], ["25-34", None])

@@ -9,10 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from state.attributes.values import AttributeTable, band, tables_of
+from state.attributes.values import AttributeTable, band
 from state.config.fields import LOG_EDGES, field_of, fields_of
 from state.config.loading import load
-from state.config.sections import Attributes
 from state.errors import DecodeError, SettingsError
 
 CRM = AttributeTable("user", fields_of(["age_band", "level=memberLevel", "income:1000|5000"]))
@@ -40,12 +39,9 @@ def test_none_and_unknown_and_each_value_are_different_ids() -> None:
     ]
     assert len(set(ids)) == len(ids)
     assert CRM.ids([None, None, None])[0] == CRM.none_id("age_band")
-    assert CRM.unknown.tolist() == [CRM.unknown_id(name) for name in CRM.names]
-
-
-def test_a_value_has_another_id_for_another_attribute_and_another_side() -> None:
     other = AttributeTable("item", CRM.fields)
     assert len({CRM.ids(["3", "3", None])[0], CRM.ids(["3", "3", None])[1], other.ids(["3", "3", None])[0]}) == 3
+    assert CRM.unknown.tolist() == [CRM.unknown_id(name) for name in CRM.names]
 
 
 @pytest.mark.parametrize(
@@ -65,10 +61,6 @@ def test_a_record_that_says_nothing_has_a_reason(value: bytes, reason: str) -> N
     with pytest.raises(DecodeError) as refused:
         CRM.read(value)
     assert refused.value.reason == reason
-
-
-def test_a_number_written_as_text_has_a_band() -> None:
-    assert said({"income": "5000"})[2] == ">=5000"
 
 
 @given(st.floats(allow_nan=False, allow_infinity=False))
@@ -95,10 +87,6 @@ def test_tables_of_other_fields_are_told_apart(change: list[str]) -> None:
         AttributeTable("user", fields_of(change)).digest
         != AttributeTable("user", fields_of(["age_band", "level"])).digest
     )
-
-
-def test_without_a_topic_there_are_no_tables() -> None:
-    assert tables_of(Attributes(user_fields=("age_band",))) == {}
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from state.ranking.transition_rows import SIGN_BYTES, WIDTH, from_stored, pack, signs_of, unpack
-from state.ranking.transitions import FOLLOWERS, Lists
+from state.ranking.transitions import FOLLOWERS, SIGN_BYTES, WIDTH, Lists, from_stored, pack, signs_of, unpack
 
 MOST_ID = (1 << 64) - 1
 MOST_COUNT = (1 << 24) - 1

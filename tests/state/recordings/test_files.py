@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from state.config.sections import Events
 from state.errors import SettingsError, UnreadableRecording
 from state.recordings.files import RecordedFile, Recording, constants_of, find
+from state.recordings.formats import csv_rows, json_rows
 from state.recordings.rows import RecordedRows
-from state.recordings.text import csv_rows, json_rows
 
 FIELDS = ("user", "item", "time")
 CLICKS = [{"user": f"u{number}", "item": f"i{number}", "time": 1_700_000_000 + number} for number in range(50)]
@@ -105,11 +105,6 @@ def test_a_file_without_a_header_has_the_columns_that_are_named() -> None:
         read_csv(text, columns=("user", "item"))
 
 
-def test_a_missing_column_is_named_with_the_nearest_one() -> None:
-    with pytest.raises(SettingsError, match=r"no column 'user' \(the nearest is 'usr'\)"):
-        read_csv(b"usr,item,time\na,b,1\n")
-
-
 def test_broken_lines_stay_rows_and_spoil_no_other() -> None:
     text = b'user,item,time\r\na,b,1\r\ncut,off\r\n\r\ntoo,many,2,3\r\nwrong,"quote,4\r\n\xff,bytes,5\r\n"q,1",b,6\r\nlast,row,7'
     (rows,) = read_csv(text)
@@ -177,12 +172,6 @@ def test_parquet_types_become_what_json_has(tmp_path: Path) -> None:
     )
     chunks = list(Recording((file,)).rows(0, FIELDS))
     assert cells(chunks) == [(7, "a", moment), (None, "b", moment), (None, "a", moment)]
-
-
-def test_only_mapped_columns_are_read(tmp_path: Path) -> None:
-    file = parquet(tmp_path, user=pa.array([1]), time=pa.array([2]), is_like=pa.array([1]))
-    (rows,) = Recording((file,), constants={"item": "x"}).rows(0, FIELDS)
-    assert set(rows.columns) == {"user", "time"}
 
 
 def test_globs_files_and_formats(tmp_path: Path) -> None:

@@ -12,13 +12,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deploy.replaying.command import Judge
+from deploy.replaying.recording import Judge
 from deploy.replaying.sender import Piece
 from state.config.loading import load
 from state.config.sections import Events
 from state.errors import SettingsError
 from state.events.decoding import decode_json
-from state.recordings.rows import NO_TIME, EncodedRows, Encoder, RecordedRows, joined
+from state.recordings.rows import NO_TIME, EncodedRows, Encoder, RecordedRows
 
 LATEST = 1_800_000_000_000
 DEFAULT = Events()
@@ -109,21 +109,6 @@ def test_labels_written_as_text_are_numbers_and_context_goes_along() -> None:
     assert json.loads(value) == {**CLICK, "time": AT_MS, "liked": 1, "tab": 3}
     _, value = one(events, {"liked": "0.5"}, **CLICK, tab=None)
     assert json.loads(value)["liked"] == 0.5
-
-
-def test_without_a_time_field_kafkas_timestamp_is_the_time() -> None:
-    events = Events(time="")
-    encoded, value = one(events, **{name: CLICK[name] for name in ("user", "item", "category", "action")})
-    assert encoded.at_ms.tolist() == [NO_TIME]
-    assert Judge(events).judge(Piece(encoded.keys, [value], np.array([AT_MS]))) == {}
-
-
-def test_parts_are_joined_taken_and_cut() -> None:
-    parts = [one(**(CLICK | {"user": name}))[0] for name in "abc"]
-    whole = joined(parts)
-    assert whole.take(np.array([2, 0])).keys == [b"c", b"a"]
-    assert whole.cut(1, 3).keys == [b"b", b"c"]
-    assert len(joined([])) == 0
 
 
 @pytest.mark.parametrize("field", ["context", "item", "category", "action", "user"])

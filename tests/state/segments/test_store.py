@@ -8,8 +8,17 @@ from pathlib import Path
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from state.segments.record import Membership, key_of, member_of, membership_of, value_of
-from state.segments.store import LAST_USER, SegmentsPlace, SegmentStore, all_members
+from state.segments.members import (
+    LAST_USER,
+    Membership,
+    SegmentsPlace,
+    SegmentStore,
+    all_members,
+    key_of,
+    member_of,
+    membership_of,
+    value_of,
+)
 
 MAP = 1 << 24
 names = st.sampled_from(["a", "ab", "b-1"])
@@ -35,19 +44,12 @@ def test_what_is_committed_is_paged_counted_and_found(commits: list[dict[tuple[s
             assert store.sizes().get(name, 0) == len(wanted)
         asked = [(name, user) for name in ("a", "ab", "b-1") for user in (0, 1, 255, 256, LAST_USER)]
         assert store.memberships(asked) == [kept.get(one) for one in asked]
+        assert store.place() is None
+        store.begin_anew(SegmentsPlace("cd" * 16, {0: 1}))
         store.close()
-
-
-def test_it_is_begun_anew_at_a_place(tmp_path: Path) -> None:
-    store = SegmentStore(tmp_path / "s", MAP)
-    assert store.place() is None
-    store.commit({("a", 7): Membership(1, 2)}, SegmentsPlace("ab" * 16, {0: 5}))
-    store.close()
-    again = SegmentStore(tmp_path / "s", MAP)
-    assert again.place() == SegmentsPlace("ab" * 16, {0: 5})
-    again.begin_anew(SegmentsPlace("cd" * 16, {0: 1}))
-    assert (again.sizes(), again.page("a", 0, 9), again.place()) == ({}, [], SegmentsPlace("cd" * 16, {0: 1}))
-    again.close()
+        again = SegmentStore(Path(folder) / "s", MAP)
+        assert (again.sizes(), again.page("a", 0, 9), again.place()) == ({}, [], SegmentsPlace("cd" * 16, {0: 1}))
+        again.close()
 
 
 @given(members, st.none() | memberships.filter(lambda one: one.since_ms >= 0))

@@ -8,49 +8,58 @@ from pathlib import Path
 
 import pytest
 
-from deploy.kafka.broker import Broker
 from state.accounts import StreamAccount
 from state.config.sections import Kafka, LabelSettings
-from state.config.settings import Settings
 from state.errors import GapError, UnknownTopic
-from state.log import Topics, Writer
+from state.log import MemoryLog, Topics
 from state.log.gaps import Consent, parse_allowance
 from state.microbatch.codec import decode
-from streaming.distributed.handing_in import Account, plan_of
+from streaming.distributed.handing_in import NO_CONSENT, Account, plan_of
 from streaming.distributed.steps import SourceReading
 from streaming.distributed.worker import JobPlan, worker_of
 from tests.conftest import KafkaFactory
-from tests.segments import cut_back
 from tests.streaming.distributed.engine import Engine
 from tests.streaming.distributed.shop import rows_of
 from tests.streaming.distributed.test_forgetting import job
 from tests.streaming.distributed.test_job import values_in
-from tests.streaming.streams import BEGIN_MS, FOREVER, click, following, send, settings_for, until
+from tests.streaming.streams import BEGIN_MS, FOREVER, click, send, settings_for, until
 
 BUCKETS = 4
 SMALL = {"buckets": BUCKETS, "bundle_events": 50, "bundle_ms": 50}
 
 
+class Shop:
+    """A job of one source over a log in memory; a view may wait for a purchase."""
+
+    def __init__(self, folder: Path) -> None:
+        plain = settings_for(Kafka(), folder / "state", folder / "salt", **SMALL)
+        self.settings = replace(plain, labels=LabelSettings(impressions=("view",), outcomes=("purchase",), wait_s=60.0))
+        self.log, self.clicks_topic = MemoryLog(), Kafka().clicks_topic
+        self.topics = self.log.topics()
+        self.topics.ensure(self.clicks_topic, 2)
+
+    def click(self, first: int, after: int) -> None:
+        """Writes clicks, each user's to one partition."""
+        with self.log.writer() as writer:
+            for number in range(first, after):
+                at_ms = BEGIN_MS + number * 1000
+                writer.send(self.clicks_topic, number % 17 % 2, None, click(number), (), at_ms)
+
+    def plan(self, consent: Consent = NO_CONSENT) -> JobPlan:
+        """A plan whose worker is there."""
+        plan = plan_of(self.settings, consent, log=self.log)
+        worker_of(plan, self.log)
+        return plan
+
+    @property
+    def values(self) -> list[bytes]:
+        """The training log."""
+        return [one.value or b"" for one in self.log.records(Kafka().microbatches_topic)]
+
+
 @pytest.fixture
-def shop(kafka_settings: KafkaFactory, tmp_path: Path) -> Settings:
-    """A job of one source; a view may wait for a purchase."""
-    kafka = kafka_settings()
-    with Topics(kafka) as topics:
-        topics.ensure(kafka.clicks_topic, 2, FOREVER)
-    settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt", **SMALL)
-    return replace(settings, labels=LabelSettings(impressions=("view",), outcomes=("purchase",), wait_s=60.0))
-
-
-def clicks(settings: Settings, first: int, after: int, partitions: int = 2) -> None:
-    """Sends clicks, each user's to one partition."""
-    values = [click(number) for number in range(first, after)]
-    send(settings.kafka, values, first, partition=lambda number: number % 17 % partitions)
-
-
-def opened(plan: JobPlan) -> JobPlan:
-    """The plan, whose worker is there."""
-    worker_of(plan)
-    return plan
+def shop(tmp_path: Path) -> Shop:
+    return Shop(tmp_path)
 
 
 def account_of(engine: Engine) -> Account:
@@ -65,13 +74,12 @@ def reading_of(engine: Engine) -> SourceReading:
 
 def read_to(engine: Engine, positions: int) -> None:
     """Reads until the account has so many positions, and keeps that."""
-
-    def passed() -> bool:
+    for _ in range(positions + 1):
         engine.read(0)
         engine.checkpoint()
-        return account_of(engine).totals["positions"] >= positions
-
-    until(passed, f"{positions} positions")
+        if account_of(engine).totals["positions"] >= positions:
+            return
+    raise AssertionError(f"not {positions} positions, but {account_of(engine).totals}")
 
 
 def allowing(error: GapError) -> Consent:
@@ -88,47 +96,47 @@ def gaps_in(values: Sequence[bytes]) -> set[tuple[int, int]]:
     return {(part.source.partition, part.gap) for part in ranges if part.gap}
 
 
-def test_clicks_that_were_deleted_unread_stop_a_job_until_somebody_accepts_it_and_are_counted(shop: Settings) -> None:
-    clicks(shop, 0, 100)
-    engine = Engine(opened(plan_of(shop)))
+def test_clicks_that_were_deleted_unread_stop_a_job_until_somebody_accepts_it_and_are_counted(shop: Shop) -> None:
+    shop.click(0, 100)
+    engine = Engine(shop.plan())
     read_to(engine, 100)
     ends = dict(reading_of(engine).next)
-    clicks(shop, 100, 300)
-    with Topics(shop.kafka) as topics:
-        topics.delete_before(shop.kafka.clicks_topic, {0: ends[0] + 30, 1: ends[1] + 7})
-    engine.crash(opened(plan_of(shop)))
+    shop.click(100, 300)
+    shop.topics.delete_before(shop.clicks_topic, {0: ends[0] + 30, 1: ends[1] + 7})
+    engine.crash(shop.plan())
     with pytest.raises(GapError, match=f"partition 0, positions {ends[0]} to {ends[0] + 29} ") as found:
         engine.read(0)
-    engine.crash(opened(plan_of(shop, allowing(found.value))))
+    engine.crash(shop.plan(allowing(found.value)))
     read_to(engine, 300)
-    account = account_of(engine)
-    assert account.totals["gap"] == 37
+    assert account_of(engine).totals["gap"] == 37
     assert sum(reading_of(engine).next.values()) == 300
-    with following(shop.kafka, shop.kafka.microbatches_topic) as log:
-        until(lambda: gaps_in(log.poll()) == {(0, 30), (1, 7)}, "readers of the training log know it")
+    assert gaps_in(shop.values) == {(0, 30), (1, 7)}, "readers of the training log know it"
     (one, two) = reading_of(engine).accepted
     assert (one.actor, one.reason, one.gap.positions + two.gap.positions) == ("ann", "retention", 37)
     # What was passed once needs no words again.
-    engine.crash(opened(plan_of(shop)))
-    clicks(shop, 300, 310)
+    engine.crash(shop.plan())
+    shop.click(300, 310)
     read_to(engine, 310)
     engine.close()
 
 
-def test_a_topic_whose_beginning_is_gone_is_read_from_where_it_begins(shop: Settings) -> None:
-    clicks(shop, 0, 100)
-    with Topics(shop.kafka) as topics:
-        topics.delete_before(shop.kafka.clicks_topic, {0: 9})
-    engine = Engine(opened(plan_of(shop)))
+def test_a_topic_whose_beginning_is_gone_is_read_from_where_it_begins(shop: Shop) -> None:
+    shop.click(0, 100)
+    shop.topics.delete_before(shop.clicks_topic, {0: 9})
+    engine = Engine(shop.plan())
     read_to(engine, 91)
     assert "gap" not in account_of(engine).totals
     engine.close()
 
 
-def test_partitions_that_a_topic_gets_meanwhile_are_read_from_their_beginning(shop: Settings) -> None:
-    shop = replace(shop, labels=LabelSettings(), stream=replace(shop.stream, sources=2))
-    clicks(shop, 0, 100)
+def test_partitions_that_a_topic_gets_meanwhile_are_read_from_their_beginning(
+    kafka_settings: KafkaFactory, tmp_path: Path
+) -> None:
+    """On a real topic, read by Beam's own runner."""
+    shop = settings_for(kafka_settings(), tmp_path / "state", tmp_path / "salt", **SMALL, sources=2)
     with Topics(shop.kafka) as topics:
+        topics.ensure(shop.kafka.clicks_topic, 2, FOREVER)
+        send(shop.kafka, [click(number) for number in range(100)], partition=lambda number: number % 17 % 2)
         ends = {one: end for one, (_, end) in topics.ends(shop.kafka.clicks_topic).items()}
         # Who reads partition 0 goes on until its last click has come.
         plan = plan_of(shop, until={0: ends[0] + 1, 1: ends[1] + 1, 2: 30, 3: 30})
@@ -144,94 +152,52 @@ def test_partitions_that_a_topic_gets_meanwhile_are_read_from_their_beginning(sh
     assert {partition for _, partition, *_ in rows} == {0, 1, 2, 3}
 
 
-def test_a_topic_that_is_made_again_is_another_one_and_is_read_from_its_beginning(shop: Settings) -> None:
-    clicks(shop, 0, 100)
-    engine = Engine(opened(plan_of(shop)))
+def test_a_topic_that_is_made_again_is_another_one_and_is_read_from_its_beginning(shop: Shop) -> None:
+    shop.click(0, 100)
+    engine = Engine(shop.plan())
     read_to(engine, 100)
     before = account_of(engine)
     assert before.waiting
-    name = shop.kafka.clicks_topic
-    with Topics(shop.kafka) as topics:
-        former = topics.describe(name).topic_id
-        topics.delete(name)
-        now = topics.ensure(name, 2, FOREVER).topic_id
+    former = shop.topics.describe(shop.clicks_topic).topic_id
+    shop.topics.delete(shop.clicks_topic)
+    now = shop.topics.ensure(shop.clicks_topic, 2).topic_id
     # More than before: whoever took one for the other would find clicks at its positions.
-    clicks(shop, 100, 400)
-
-    def refused() -> bool:
-        engine.read(0)
-        return False
-
+    shop.click(100, 400)
     with pytest.raises(UnknownTopic, match=f"id {former} is now {now}"):
-        until(refused, "an error")
+        engine.read(0)
     # As an engine does by itself.
-    engine.crash(opened(plan_of(shop)))
+    engine.crash(shop.plan())
     read_to(engine, 400)
     account = account_of(engine)
     assert account.reached(now) == dict(reading_of(engine).next)
     assert sum(account.reached(now).values()) == 300
-    assert account.totals["dropped"] - before.totals.get("dropped", 0) == before.waiting, (
-        "no outcome of theirs can come"
-    )
+    dropped = account.totals["dropped"] - before.totals.get("dropped", 0)
+    assert dropped == before.waiting, "no outcome of theirs can come"
     of_former = [StreamAccount.of(one) for source, one in account.counts.items() if source.topic_id == former]
     assert [one.waiting for one in of_former] == [0] * len(of_former)
     engine.close()
 
 
-def one_by_one(kafka: Kafka, first: int, after: int) -> None:
-    """Sends clicks, one batch each, so that they can be cut between them."""
-    with Writer(kafka) as writer:
-        for number in range(first, after):
-            writer.send(kafka.clicks_topic, 0, None, click(number), (), BEGIN_MS + number * 1000)
-            writer.flush()
-
-
-def cut_back_behind(own: Broker, tmp_path: Path) -> tuple[Settings, Engine]:
-    """A job that has read twelve clicks, of which the log has seven by now."""
-    kafka = Kafka(bootstrap_servers=own.bootstrap_servers)
-    settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt", **SMALL)
-    with Topics(kafka) as topics:
-        topics.ensure(kafka.clicks_topic, 1, FOREVER)
-    one_by_one(kafka, 0, 12)
-    engine = Engine(opened(plan_of(settings)))
-    read_to(engine, 12)
-    own.kill()
-    cut_back(own.directory / "data", kafka.clicks_topic, 0, 7)
-    own.start()
-    return settings, engine
-
-
-@pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
-def test_clicks_that_were_cut_back_and_grew_again_are_never_read_at_offsets_that_are_used_twice(
-    own: Broker, tmp_path: Path
-) -> None:
-    settings, engine = cut_back_behind(own, tmp_path)
-    one_by_one(settings.kafka, 12, 24)
-    engine.crash(opened(plan_of(settings)))
-    with pytest.raises(GapError, match=r"we were at 12, but what we read ends at 7.* grown again to 19") as found:
+def test_clicks_that_were_cut_back_and_grew_again_are_never_read_at_offsets_that_are_used_twice(shop: Shop) -> None:
+    shop.click(0, 24)
+    ends = {one: end for one, (_, end) in shop.topics.ends(shop.clicks_topic).items()}
+    engine = Engine(shop.plan())
+    read_to(engine, 24)
+    shop.log.cut_back(shop.clicks_topic, {0: ends[0] - 5})
+    shop.click(24, 60)
+    grown = shop.topics.ends(shop.clicks_topic)[0][1]
+    engine.crash(shop.plan())
+    lost = rf"we were at {ends[0]}, but what we read ends at {ends[0] - 5}.* grown again to {grown}"
+    with pytest.raises(GapError, match=lost) as found:
         engine.read(0)
     assert "never read: send them again" in str(found.value)
-    engine.crash(opened(plan_of(settings, allowing(found.value))))
-    read_to(engine, 19)
-    rows = rows_of(values_in(settings, 19))
-    assert sorted(offset for _, _, offset, _, _ in rows) == list(range(19))
-    (lost,) = reading_of(engine).accepted
-    assert (lost.gap.first, lost.gap.next, lost.actor) == (7, 12, "ann")
+    engine.crash(shop.plan(allowing(found.value)))
+    read_to(engine, sum(end for _, end in shop.topics.ends(shop.clicks_topic).values()))
+    seen = {offset for _, partition, offset, *_ in rows_of(shop.values) if partition == 0}
+    assert seen == set(range(grown))
+    (one,) = reading_of(engine).accepted
+    assert (one.gap.first, one.gap.next, one.actor) == (ends[0] - 5, ends[0], "ann")
     # Of the clicks behind it the leader is known: nobody needs to accept it again.
-    engine.crash(opened(plan_of(settings)))
+    engine.crash(shop.plan())
     engine.read(0)
-    engine.close()
-
-
-@pytest.mark.nightly
-@pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
-def test_a_log_that_ends_before_where_a_job_was_is_filled_up_where_somebody_accepts_it(
-    own: Broker, tmp_path: Path
-) -> None:
-    settings, engine = cut_back_behind(own, tmp_path)
-    engine.crash(opened(plan_of(settings, Consent((), "ann", "the power went", cut_back=True))))
-    engine.read(0)
-    one_by_one(settings.kafka, 12, 13)
-    read_to(engine, 13)
-    assert sorted(offset for _, _, offset, _, _ in rows_of(values_in(settings, 13))) == list(range(13))
     engine.close()

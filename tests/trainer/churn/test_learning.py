@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from state.churn.weights import PREFIX, STORED, weights_in
+from state.churn import PREFIX, STORED, weights_in
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
 from tests.bench.quality import area_under_curve
@@ -81,25 +81,6 @@ def test_measures_are_those_of_the_examples() -> None:
     assert found["churn.total.auc"] == pytest.approx(area_under_curve(told, known.left), abs=0.005)
     assert found["churn.total.left"] == pytest.approx(known.left.mean())
     assert 0 < found["churn.calibration_error"] < 0.1
-
-
-def test_a_restart_in_between_changes_no_bit() -> None:
-    log, whole = shoppers()[1][:60], learner()
-    log_ms = 0
-    for batch in log:
-        log_ms = max(log_ms, int(batch.at_ms.max()))
-        whole.take(batch, log_ms)
-    cut, log_ms = learner(), 0
-    for number, batch in enumerate(log):
-        log_ms = max(log_ms, int(batch.at_ms.max()))
-        cut.take(batch, log_ms)
-        if number % 13 == 0:
-            other = learner()
-            other.load(cut.state())
-            cut = other
-    assert whole.values()["churn.total.rows"] > 100
-    ours, theirs = cut.state(), whole.state()
-    assert {name: one.tobytes() for name, one in ours.items()} == {name: one.tobytes() for name, one in theirs.items()}
 
 
 def test_another_span_begins_anew() -> None:

@@ -13,17 +13,17 @@ from state.registry.registry import SERVING
 from tests.trainer.clicks import microbatch, small_settings
 from tests.trainer.logs import (
     append,
+    fresh,
+    kill,
     learner,
     opener,
-    publish_all,
     run_to_end,
-    shared,
     started,
+    trainer_of,
     with_weight,
-    without,
     written,
 )
-from tests.trainer.test_learner import POISON, rolled_back, state
+from tests.trainer.test_learner import state
 from tests.trainer.test_verify import started_with_spec
 from trainer import verify
 from trainer.churn.learning import ChurnLearner
@@ -40,7 +40,7 @@ ON = ("--churn.days", "0.002")
 
 
 def churn_of(running: Learner) -> ChurnLearner:
-    found = running._trainer.churn
+    found = trainer_of(running).churn
     assert found is not None
     return found
 
@@ -50,7 +50,7 @@ def bits(held: dict[str, npt.NDArray[np.generic]]) -> dict[str, bytes]:
 
 
 def test_a_restart_goes_on_with_the_same_bits(tmp_path: Path) -> None:
-    whole = learner(started(tmp_path / "whole"), written(RECORDS), *ON, trainer=shared(0, *ON))
+    whole = learner(started(tmp_path / "whole"), written(RECORDS), *ON)
     run_to_end(whole)
     expected, learned = state(whole), bits(churn_of(whole).state())
     assert churn_of(whole).values()["churn.total.rows"] > 200
@@ -58,34 +58,17 @@ def test_a_restart_goes_on_with_the_same_bits(tmp_path: Path) -> None:
     for records in (9, 17, 24):
         append(log, RECORDS[known:records])
         known = records
-        running = learner(registry, log, *ON, trainer=shared(1, *ON))
+        running = learner(registry, log, *ON)
         run_to_end(running)
         # Killed: what was not published is learned again.
-        running._publisher.close()
+        kill(running)
     assert state(running) == expected
     assert bits(churn_of(running).state()) == learned
 
 
-def test_after_a_rollback_the_bits_are_those_of_the_filtered_log(tmp_path: Path) -> None:
-    registry, log = started(tmp_path / "ours"), written(RECORDS[:8])
-    ours = learner(registry, log, *ON, trainer=shared(0, *ON))
-    to = publish_all(ours)
-    append(log, RECORDS[8:])
-    run_to_end(ours)
-    poisoned = bits(churn_of(ours).state())
-    registry.change(rolled_back(to, POISON))
-    run_to_end(ours)
-    filtered = written([*RECORDS[:8], *(without(value, POISON) for value in RECORDS[8:])])
-    theirs = learner(started(tmp_path / "theirs"), filtered, *ON, trainer=shared(1, *ON))
-    run_to_end(theirs)
-    assert bits(churn_of(ours).state()) == bits(churn_of(theirs).state()) != poisoned
-    assert state(ours) == state(theirs)
-    ours.close()
-
-
 def test_a_version_has_measures_weights_and_code_and_is_recomputed(tmp_path: Path) -> None:
     registry, log = started_with_spec(tmp_path), written(RECORDS)
-    running = learner(registry, log, *ON, trainer=shared(0, *ON))
+    running = learner(registry, log, *ON)
     run_to_end(running)
     running.close()
     newest = registry.newest(1) or 0
@@ -97,7 +80,7 @@ def test_a_version_has_measures_weights_and_code_and_is_recomputed(tmp_path: Pat
 
     def asked(*flags: str) -> verify.Comparison:
         return verify.verify(
-            small_settings(*flags), registry, newest, 1, lambda: shared(1, *flags),
+            small_settings(*flags), registry, newest, 1, lambda: fresh(*flags),
             lambda topic, offset: opener(log, topic)(offset),
         )  # fmt: skip
 
@@ -111,8 +94,7 @@ def test_a_version_has_measures_weights_and_code_and_is_recomputed(tmp_path: Pat
 def test_a_skipped_step_counts_as_one_that_was_learned() -> None:
     found = []
     for weight in (1.0, float("nan")):
-        trainer = shared(0, *ON)
-        trainer.clear()
+        trainer = fresh(*ON)
         for value in RECORDS[:8]:
             trainer.step(decode(value))
         report = trainer.step(decode(with_weight(RECORDS[8], weight)))
@@ -123,8 +105,7 @@ def test_a_skipped_step_counts_as_one_that_was_learned() -> None:
 
 
 def test_an_erased_user_waits_no_more_in_the_trainer_and_in_versions_of_before() -> None:
-    trainer = shared(0, *ON)
-    trainer.clear()
+    trainer = fresh(*ON)
     for value in RECORDS[:8]:
         trainer.step(decode(value))
     assert trainer.churn is not None
@@ -145,7 +126,7 @@ def test_it_is_switched_on_off_and_to_another_span(tmp_path: Path) -> None:
     registry, log, spans = started(tmp_path), written([]), ((), ON, ("--churn.days", "0.004"), ())
     for number, flags in enumerate(spans):
         append(log, RECORDS[6 * number : 6 * number + 6])
-        running = learner(registry, log, *flags, trainer=shared(0, *flags))
+        running = learner(registry, log, *flags)
         if flags:
             assert churn_of(running).values()["churn.total.rows"] == 0, "it begins anew"
         run_to_end(running)
@@ -159,8 +140,7 @@ def test_it_is_switched_on_off_and_to_another_span(tmp_path: Path) -> None:
 
 
 def test_nothing_of_it_is_anywhere_while_it_is_off() -> None:
-    trainer = shared(0)
-    trainer.clear()
+    trainer = fresh()
     trainer.step(decode(RECORDS[0]))
     assert trainer.churn is None
     tensors = checkpoint.full(trainer).keys() | checkpoint.served(trainer).keys()

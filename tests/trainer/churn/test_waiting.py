@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from state.churn.moments import Horizon
+from state.churn import Horizon
 from state.features.spec import FeatureSpec
 from trainer.churn.learning import NEVER_MS, ChurnWaiting, KnownExamples
 from trainer.tables.index import hashed_uniform

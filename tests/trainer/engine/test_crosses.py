@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import numpy as np
 import pytest
@@ -11,7 +10,7 @@ import pytest
 from state.microbatch.batch import MicroBatch
 from state.ranking.crosses import FIRST_SHARES, Crosses, Values, logits_of
 from tests.trainer.batches import SPEC, micro_batch, spread
-from tests.trainer.engine.test_step import digests, learned, restored, settings
+from tests.trainer.engine.test_step import learned, settings
 from tests.trainer.model.test_attributes import WANTED, with_attributes
 from trainer.engine.engine import CROSS
 from trainer.engine.guard import Verdict
@@ -19,23 +18,15 @@ from trainer.engine.optimizers.crosses import crosses, first_precision
 from trainer.engine.step import Trainer
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.versions import checkpoint, content
-from trainer.versions.difference import first_difference
 
 NAMES = Crosses(SPEC, ("tab",), ("age", "city"), ("brand", "price"))
 PRECISION = first_precision(NAMES.kinds)
 
 
-@functools.cache
-def traced(capacity: int) -> Trainer:
-    base = settings(capacity)
+def fresh(capacity: int = 4096, **trainer: float) -> Trainer:
+    base = settings(capacity, **trainer)
     events = dataclasses.replace(base.events, context=("tab",), label="clicked")
     return Trainer(dataclasses.replace(base, attributes=WANTED, events=events), SPEC)
-
-
-def fresh(capacity: int = 4096) -> Trainer:
-    made = traced(capacity)
-    made.clear()
-    return made
 
 
 def impressions(rows: int = 64, first: int = 0, labelled: float = 1.0) -> MicroBatch:
@@ -58,16 +49,6 @@ def values_of(batch: MicroBatch) -> Values:
         batch.user, batch.item, batch.category, batch.context, batch.user_attributes, batch.item_attributes,
         batch.features,
     )  # fmt: skip
-
-
-@pytest.mark.parametrize("labelled", [1.0, 0.6])
-def test_the_same_log_gives_the_same_bits_in_another_layout_and_after_a_restart(labelled: float) -> None:
-    batches = log(6, labelled)
-    whole = digests(learned(batches, fresh()))
-    assert digests(learned(batches, fresh(64))) == whole
-    half = learned(batches[:3], fresh())
-    assert len(half.tables[CROSS]) > 1000
-    assert digests(learned(batches[3:], restored(half, fresh(64)))) == whole
 
 
 def test_a_log_without_labels_has_no_crosses() -> None:
@@ -219,23 +200,13 @@ def _rows(trainer: Trainer) -> tuple[list[int], np.ndarray[tuple[int, ...], np.d
     return state.ids.tolist(), np.concatenate([state.rows, state.accum], 1)
 
 
-def test_a_version_of_a_release_without_crosses_is_taken_up_without_any() -> None:
-    trainer = learned(log(3), fresh())
-    whole = checkpoint.full(trainer)
-    old = {name: value for name, value in whole.items() if not name.startswith(f"{CROSS}.")}
-    other = learned(log(1), fresh(64))
-    checkpoint.load(other, content.merge([old]))
-    assert len(other.tables[CROSS]) == 0
-    other.tables[CROSS].take_changes()
-    other.step(impressions(first=900))
-    delta = checkpoint.changes(other)
-    merged = content.merge([old, delta])
-    assert merged["cross.ids"].tolist() == other.tables[CROSS].state().ids.tolist()
-
-
-def test_crosses_of_a_release_with_others_are_not_taken_up_and_not_laid_under_those_of_now() -> None:
+@pytest.mark.parametrize("left", ["nothing", "others"])
+def test_crosses_of_a_release_with_others_or_none_are_not_taken_up_nor_laid_under_those_of_now(left: str) -> None:
     old = checkpoint.full(learned(log(3), fresh()))
-    old |= {f"{CROSS}.{name}": old[f"{CROSS}.{name}"][:, :1] for name in ("rows", "accum")}
+    if left == "nothing":
+        old = {name: value for name, value in old.items() if not name.startswith(f"{CROSS}.")}
+    else:
+        old |= {f"{CROSS}.{name}": old[f"{CROSS}.{name}"][:, :1] for name in ("rows", "accum")}
     other = learned(log(1), fresh(64))
     checkpoint.load(other, content.merge([old]))
     assert len(other.tables[CROSS]) == 0
@@ -244,14 +215,3 @@ def test_crosses_of_a_release_with_others_are_not_taken_up_and_not_laid_under_th
     merged = content.merge([old, checkpoint.changes(other)])
     assert merged["cross.ids"].tolist() == other.tables[CROSS].state().ids.tolist()
     assert merged["cross.rows"].tobytes() == other.tables[CROSS].state().rows.tobytes()
-
-
-def test_a_missing_table_is_an_empty_one() -> None:
-    empty = checkpoint.full(
-        learned([dataclasses.replace(impressions(), label=np.full(64, np.nan, np.float32))], fresh())
-    )
-    old = {name: value for name, value in empty.items() if not name.startswith(f"{CROSS}.")}
-    assert first_difference(old, empty) is None
-    some = checkpoint.full(learned(log(1), fresh()))
-    old = {name: value for name, value in some.items() if not name.startswith(f"{CROSS}.")}
-    assert str(first_difference(old, some)).startswith("cross: the version has nothing")

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import numpy as np
 import pytest
 
 from state.microbatch.batch import MicroBatch
-from tests.trainer.batches import SPEC
-from tests.trainer.engine.test_crosses import NAMES, impressions, values_of
-from tests.trainer.engine.test_step import digests, learned, settings
-from tests.trainer.model.test_attributes import WANTED
+from tests.trainer.engine.test_crosses import NAMES, fresh, impressions, values_of
+from tests.trainer.engine.test_step import digests, learned
 from trainer.engine.step import Trainer
 from trainer.versions import checkpoint, content
 from trainer.versions.difference import first_difference
@@ -20,20 +17,8 @@ from trainer.versions.difference import first_difference
 ROWS, CROSSES, STEPS, HOUR_MS = 96, 1000, 8, 3_600_000
 
 
-@functools.cache
-def traced(capacity: int, max_rows: int = ROWS, max_crosses: int = CROSSES, admit_after: int = 1) -> Trainer:
-    base = settings(capacity)
-    events = dataclasses.replace(base.events, context=("tab",), label="clicked")
-    small = dataclasses.replace(
-        base.trainer, max_rows=max_rows, max_crosses=max_crosses, admit_after=admit_after, expire_s=4 * 3600
-    )
-    return Trainer(dataclasses.replace(base, attributes=WANTED, events=events, trainer=small), SPEC)
-
-
-def fresh(*arguments: int) -> Trainer:
-    trainer = traced(*arguments)
-    trainer.clear()
-    return trainer
+def small(capacity: int, max_rows: int = ROWS, max_crosses: int = CROSSES, admit_after: int = 1) -> Trainer:
+    return fresh(capacity, admit_after=admit_after, max_rows=max_rows, max_crosses=max_crosses, expire_s=4 * 3600)
 
 
 def log() -> list[MicroBatch]:
@@ -47,7 +32,7 @@ def log() -> list[MicroBatch]:
 
 @pytest.mark.parametrize("admit_after", [1, 2])
 def test_no_table_is_ever_above_its_cap_nor_what_waits(admit_after: int) -> None:
-    trainer = fresh(64, ROWS, CROSSES, admit_after)
+    trainer = small(64, ROWS, CROSSES, admit_after)
     left = dict.fromkeys(trainer.tables, 0)
     for batch in log()[:4]:
         trainer.step(batch)
@@ -64,16 +49,16 @@ def test_no_table_is_ever_above_its_cap_nor_what_waits(admit_after: int) -> None
 @pytest.mark.parametrize("admit_after", [1, 2])
 def test_the_bits_are_those_of_another_layout_and_of_a_restart_with_full_tables(admit_after: int) -> None:
     batches = log()
-    whole = digests(learned(batches, fresh(64, ROWS, CROSSES, admit_after)))
-    assert digests(learned(batches, fresh(4096, ROWS, CROSSES, admit_after))) == whole
-    half = checkpoint.full(learned(batches[:5], fresh(64, ROWS, CROSSES, admit_after)))
-    again = fresh(4096, ROWS, CROSSES, admit_after)
+    whole = digests(learned(batches, small(64, ROWS, CROSSES, admit_after)))
+    assert digests(learned(batches, small(4096, ROWS, CROSSES, admit_after))) == whole
+    half = checkpoint.full(learned(batches[:5], small(64, ROWS, CROSSES, admit_after)))
+    again = small(4096, ROWS, CROSSES, admit_after)
     checkpoint.load(again, content.decode(content.encode(half).values()))
     assert digests(learned(batches[5:], again)) == whole
 
 
 def test_versions_on_top_of_each_other_are_the_state_with_its_tombstones() -> None:
-    trainer = fresh(64)
+    trainer = small(64)
     parts, removed = [checkpoint.full(trainer)], 0
     for batch in log():
         trainer.step(batch)
@@ -85,24 +70,21 @@ def test_versions_on_top_of_each_other_are_the_state_with_its_tombstones() -> No
 
 def test_a_cap_that_is_not_reached_changes_no_bit() -> None:
     batches = log()
-    wide = learned(batches, fresh(64, 100_000, 100_000))
+    wide = learned(batches, small(64, 100_000, 100_000))
     whole = digests(wide)
     most = {name: len(table) for name, table in wide.tables.items()}
     assert max(most.values()) < 50_000
-    assert digests(learned(batches, fresh(64, 50_000, 50_000))) == whole
-    assert digests(learned(batches, fresh(64))) != whole
+    assert digests(learned(batches, small(64, 50_000, 50_000))) == whole
+    assert digests(learned(batches, small(64))) != whole
 
 
 def test_shares_of_crosses_are_never_the_least_used() -> None:
-    trainer = learned(log(), fresh(64))
+    trainer = learned(log(), small(64))
     assert np.all(trainer.tables["cross"].find(NAMES.shares) != 0)
 
 
 def test_a_cross_may_need_more_sightings_than_a_row() -> None:
-    base = settings()
-    events = dataclasses.replace(base.events, context=("tab",), label="clicked")
-    apart = dataclasses.replace(base.trainer, admit_crosses_after=2)
-    trainer = Trainer(dataclasses.replace(base, attributes=WANTED, events=events, trainer=apart), SPEC)
+    trainer = fresh(admit_crosses_after=2)
     batch = log()[0]
     trainer.step(batch)
     crosses = trainer.tables["cross"]

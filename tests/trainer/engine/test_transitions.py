@@ -12,12 +12,11 @@ import pytest
 from state.microbatch.batch import MicroBatch
 from state.ranking.transitions import FOLLOWERS
 from tests.trainer.batches import micro_batch, spread
-from tests.trainer.engine.test_step import digests, fresh, learned, restored
+from tests.trainer.engine.test_step import fresh, learned
 from trainer.engine.build import TRANSITION
 from trainer.engine.guard import Verdict
 from trainer.engine.step import Trainer
 from trainer.versions import checkpoint, content
-from trainer.versions.difference import first_difference
 
 CATEGORIES = FOLLOWERS
 """So few that no list is ever full."""
@@ -103,36 +102,6 @@ def test_a_skipped_step_counts_nothing() -> None:
     assert not any(after[label] for label in after.keys() - before.keys())
 
 
-def test_a_version_keeps_the_lists_and_another_layout_goes_on_with_the_same_bits() -> None:
-    batches = log(8)
-    whole = digests(learned(batches, fresh()))
-    half = learned(batches[:4], fresh())
-    expected, counts = checkpoint.digest(half), lists(half)
-    base = content.merge([checkpoint.full(half)])
-    files = content.encode(base)
-    other = learned(log(2, rows=9), fresh(capacity=16))
-    checkpoint.load(other, content.decode(files.values()))
-    assert checkpoint.digest(other) == expected and lists(other) == counts
-    assert digests(learned(batches[4:], other)) == whole
-
-
-def test_deltas_over_a_base_are_the_lists_of_now() -> None:
-    trainer = learned(log(2), fresh())
-    base = checkpoint.full(trainer)
-    checkpoint.changes(trainer)
-    learned(log(3, first=2), trainer)
-    delta = checkpoint.changes(trainer)
-    assert 0 < len(delta[f"{TRANSITION}.ids"]) <= len(trainer.tables[TRANSITION])
-    merged = content.merge([base, delta])
-    assert first_difference(merged, checkpoint.full(trainer)) is None
-    assert merged[f"{TRANSITION}.rows"].tobytes() == trainer.tables[TRANSITION].state().rows.tobytes()
-
-
-def test_a_list_has_no_accumulator() -> None:
-    state = learned(log(1), fresh()).tables[TRANSITION].state()
-    assert state.accum.shape == (len(state.ids), 0) and len(state.ids)
-
-
 @pytest.mark.parametrize("left", ["nothing", "narrow"])
 def test_a_version_of_a_release_without_lists_or_with_others_is_taken_up_without_any(left: str) -> None:
     old = checkpoint.full(learned(log(3), fresh()))
@@ -152,9 +121,3 @@ def test_a_version_of_a_release_without_lists_or_with_others_is_taken_up_without
     state = other.tables[TRANSITION].state()
     assert merged[f"{TRANSITION}.ids"].tolist() == state.ids.tolist()
     assert merged[f"{TRANSITION}.rows"].tobytes() == state.rows.tobytes()
-
-
-def test_a_restored_trainer_has_the_lists() -> None:
-    trainer = learned(log(3), fresh())
-    expected = lists(trainer)
-    assert lists(restored(trainer, fresh(capacity=16))) == expected

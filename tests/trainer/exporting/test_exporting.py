@@ -15,7 +15,7 @@ import tensorflow as tf
 from tensorflow.core.protobuf import saved_model_pb2
 from tensorflow_serving.apis import prediction_log_pb2
 
-from deploy.serving.program import LoadedProgram
+from deploy.serving.answers.program import LoadedProgram
 from state.errors import ProgramError, SettingsError, UnknownVersion
 from state.events.identity import Salt, user_id
 from state.layout import REGISTRY

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from deploy.serving import known_answers
-from deploy.serving.answer import Query
-from deploy.serving.signatures import BY_ID, signatures_of
-from deploy.serving.tensor_model import VECTOR, tensors_of
+from deploy.serving.answers import known_answers
+from deploy.serving.answers.query import Query
+from deploy.serving.answers.tensor_model import BY_ID, VECTOR, signatures_of, tensors_of
 from state.errors import SettingsError
 from tests.deploy.serving.conftest import lowered as lowered
 from tests.deploy.serving.conftest import stores as stores

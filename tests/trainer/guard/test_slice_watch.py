@@ -74,11 +74,6 @@ def test_a_slice_that_falls_apart_is_held_and_named_where_all_rows_hardly_move(l
     assert watch.shares_of_limit()["slice"] == 0.0, "after a hold all begins anew"
 
 
-def test_an_action_is_a_slice_too() -> None:
-    _, found = held(taken(settled(), 320, 360, {(0, 1): 2.0}))
-    assert (found.rule, found.place) == ("slice", (0, 0, 1))
-
-
 def test_a_small_slice_has_its_word_once_some_windows_have_rows_enough() -> None:
     watch = settled(1200)
     at, found = held(taken(watch, 1200, 1440, {(1, 5): 3.0}))
@@ -180,15 +175,6 @@ def test_of_other_slices_nothing_is_remembered_and_of_all_else_everything() -> N
     same = WindowWatch(LIMITS, "by city")
     same.load(state)
     assert held(taken(same, 320, 400, {(1, 3): 2.0}))[1].rule == "slice"
-
-
-def test_what_is_remembered_does_not_grow() -> None:
-    sizes = []
-    watch = WindowWatch(LIMITS)
-    for first in (0, 1500):
-        taken(watch, first, first + 1500)
-        sizes.append(sum(array.nbytes for name, array in watch.state().items() if name.startswith("slices.")))
-    assert sizes[0] == sizes[1] < 16_384
 
 
 def test_medians_are_numpys() -> None:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from state.ranking.transitions import SUCCESSORS
 from tests.trainer.batches import micro_batch, spread
 from tests.trainer.clicks import SPEC
-from tests.trainer.logs import shared
+from tests.trainer.logs import fresh
 from trainer.engine.engine import Scores
 from trainer.engine.record import Record
 from trainer.engine.step import judged
@@ -171,8 +171,7 @@ def test_sums_equal_brute_force(steps: list[tuple[list[Row], int, int]]) -> None
 
 def test_noise_costs_its_entropy_and_not_less() -> None:
     """Uniform over 136 categories, ln 136 = 4.91: whatever is learned, nobody pays less than that, but for the sample."""
-    trainer, categories, steps, rows = shared(0), 136, 40, 256
-    trainer.clear()
+    trainer, categories, steps, rows = fresh(), 136, 40, 256
     rng = np.random.default_rng(7)
     for number in range(steps):
         batch = micro_batch(rows, first=number * rows)
@@ -187,27 +186,8 @@ def test_noise_costs_its_entropy_and_not_less() -> None:
     assert abs(values["total.lift.top1"]) < 0.01
 
 
-def test_a_restart_goes_on_with_the_same_bits() -> None:
-    batches = [micro_batch(40, first=number * 40) for number in range(6)]
-    trainer = shared(0)
-    trainer.clear()
-    base = checkpoint.full(trainer)
-    for batch in batches[:3]:
-        trainer.step(batch)
-    kept = content.decode(content.encode(content.merge([base, checkpoint.changes(trainer)])).values())
-    for batch in batches[3:]:
-        trainer.step(batch)
-    whole = trainer.progressive.values()
-    checkpoint.load(trainer, kept)
-    for batch in batches[3:]:
-        trainer.step(batch)
-    assert trainer.progressive.values() == whole
-    assert whole["total.baseline.came_next.log_loss"] > 0
-
-
 def test_a_version_without_these_measures_is_loaded_and_they_begin_anew() -> None:
-    trainer = shared(0)
-    trainer.clear()
+    trainer = fresh()
     trainer.step(micro_batch(40))
     old, digest = checkpoint.full(trainer), checkpoint.digest(trainer)
     assert not any(name.startswith(content.QUALITY) for name in old)
@@ -225,8 +205,7 @@ def test_scores_of_parts_add_up_to_those_of_the_step() -> None:
 
 
 def test_a_step_in_several_updates_is_scored_row_for_row() -> None:
-    trainer = shared(0)
-    trainer.clear()
+    trainer = fresh()
     report = trainer.step(micro_batch(40))
     quality = report.quality
     assert quality.total("rows") == report.targets == 40

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import numpy as np
 import pytest
@@ -14,7 +13,7 @@ from state.config.sections import Attributes
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode, encode
 from tests.trainer.batches import SPEC, micro_batch
-from tests.trainer.engine.test_step import digests, learned, restored, settings
+from tests.trainer.engine.test_step import digests, learned, settings
 from trainer.engine.step import Trainer
 from trainer.measures.slices import FIRST, Slices
 from trainer.model.attributes import Columns, combine
@@ -27,15 +26,8 @@ USERS, ITEMS = (
 AGES, BRANDS = ("18-24", "25-34", "65+"), ("acme", "apex", "zeta", "omni", "nova")
 
 
-@functools.cache
-def traced(capacity: int, wanted: Attributes) -> Trainer:
-    return Trainer(dataclasses.replace(settings(capacity), attributes=wanted), SPEC)
-
-
 def fresh(capacity: int = 4096, wanted: Attributes = WANTED) -> Trainer:
-    made = traced(capacity, wanted)
-    made.clear()
-    return made
+    return Trainer(dataclasses.replace(settings(capacity), attributes=wanted), SPEC)
 
 
 def with_attributes(batch: MicroBatch, seed: int = 0) -> MicroBatch:
@@ -111,14 +103,6 @@ def test_items_that_differ_only_in_an_attribute_come_to_differ_in_engagement() -
     last, liked = impressions(30 * 256)
     report = trainer.step(last)
     assert report.scores[liked].mean() > report.scores[~liked].mean() + 1.0
-
-
-def test_the_same_log_gives_the_same_bits_in_another_layout_and_after_a_restart() -> None:
-    batches = log(6)
-    whole = digests(learned(batches, fresh()))
-    assert digests(learned(batches, fresh(64))) == whole
-    half = learned(batches[:3], fresh())
-    assert digests(learned(batches[3:], restored(half, fresh(64)))) == whole
 
 
 def test_the_order_of_columns_in_the_log_does_not_matter() -> None:

@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from state.config.settings import Settings
 from state.errors import SettingsError
@@ -105,45 +100,3 @@ def test_weights_of_another_model_are_refused(model: DefaultRanker) -> None:
         model.set_weights({name: value for name, value in weights.items() if name != "query.bias"})
     with pytest.raises(SettingsError, match=r"tower\.kernel_0"):
         model.set_weights(weights | {"tower.kernel_0": np.zeros((3, 3), np.float32)})
-
-
-class OwnTower(tf.Module):
-    """A tower as a user would plug in."""
-
-    def __init__(self, width_in: int) -> None:
-        super().__init__()
-        self.kernel = tf.Variable(tf.ones([width_in, 128]), name="own_kernel")
-
-    def __call__(self, x: Any, training: bool, seed: Any) -> Any:
-        return tf.tanh(tf.matmul(x, self.kernel))
-
-
-def build_own(width_in: int, settings: Any) -> OwnTower:
-    return OwnTower(width_in)
-
-
-def test_own_tower_plugs_in_by_its_path() -> None:
-    own = DefaultRanker(dataclasses.replace(MODEL, tower=f"{__name__}:build_own"), SPEC)
-    assert "tower.own_kernel" in own.weights()
-    assert np.abs(own.predict(inputs())["vector"].numpy()).max() <= 1
-    with pytest.raises(SettingsError, match="nowhere"):
-        DefaultRanker(dataclasses.replace(MODEL, tower="nowhere:build"), SPEC)
-
-
-def test_it_lowers_to_built_in_operations_with_the_same_answers(model: DefaultRanker, tmp_path: Path) -> None:
-    class Program(tf.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = model
-
-    predict = tf.function(lambda **given: model.predict(given)).get_concrete_function(**model.specs())
-    tf.saved_model.save(Program(), str(tmp_path), signatures={"predict": predict})
-    converter = tf.lite.TFLiteConverter.from_saved_model(str(tmp_path), signature_keys=["predict"])
-    converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS]
-    from ai_edge_litert.interpreter import Interpreter
-
-    runner = Interpreter(model_content=converter.convert()).get_signature_runner("predict")
-    given = inputs()
-    lowered, direct = runner(**given), model.predict(given)
-    for name, value in direct.items():
-        np.testing.assert_allclose(lowered[name], value.numpy(), atol=1e-4, rtol=1e-5)

@@ -19,10 +19,9 @@ from state.registry.erasing import erase
 from state.registry.privacy_ledger import PrivacyLedger, PrivacyPeriod
 from state.registry.registry import Registry
 from tests.trainer.clicks import microbatch
-from tests.trainer.logs import LOG, append, learner, started, with_weight, written
+from tests.trainer.logs import LOG, append, bits_of, kill, learner, started, trainer_of, with_weight, written
 from tests.trainer.privacy.batches import at, settings, shared
 from trainer.learner import Learner
-from trainer.versions import checkpoint
 
 RECORDS = [microbatch(number) for number in range(14)]
 """Four in a period: 2.5 minutes of log time each."""
@@ -51,9 +50,9 @@ def test_at_its_end_training_holds_also_after_a_restart_and_goes_on_with_a_large
     assert [one.epoch for one in ledger.periods] == [1, 1] and ledger.periods[0].number + 1 == ledger.periods[1].number
     assert ledger.spent == pytest.approx(8.0) and ledger.epsilon == 8.0
     assert (gauge(running, "held"), gauge(running, "epsilon_spent")) == (1.0, ledger.spent)
-    where, steps = running.place.next, running._trainer.counters.steps
+    where, steps = running.place.next, trainer_of(running).counters.steps
     assert 4 < steps <= 8 and where <= 2 * steps
-    digest = checkpoint.digest(running._trainer)
+    digest = bits_of(running)
     running.tick(0.0)
     assert running.place.next == where, "it rests"
     running.close()
@@ -61,7 +60,7 @@ def test_at_its_end_training_holds_also_after_a_restart_and_goes_on_with_a_large
     assert registry.manifest(newest).steps == steps, "what was learned is answered from"
 
     running = run(registry, log, tmp_path / "state")
-    assert (running.place.next, checkpoint.digest(running._trainer)) == (where, digest)
+    assert (running.place.next, bits_of(running)) == (where, digest)
     assert privacy_ledger.read(own.privacy_ledger_path) == ledger
     found = privacy.look(own)
     assert found is not None and found["left"] < 0.05
@@ -70,7 +69,7 @@ def test_at_its_end_training_holds_also_after_a_restart_and_goes_on_with_a_large
 
     larger = ("--privacy.epsilon", "20")
     running = run(registry, log, tmp_path / "state", *larger)
-    assert running.caught_up and running._trainer.counters.steps == len(RECORDS)
+    assert running.caught_up and trainer_of(running).counters.steps == len(RECORDS)
     after = privacy_ledger.read(own.privacy_ledger_path)
     assert after is not None and not after.held and after.periods[:2] == ledger.periods
     assert ledger.spent < after.spent <= 20.0
@@ -120,8 +119,8 @@ FIRST_ONLY = ("--trainer.publish_s", "3600", "--privacy.epsilon", "60")
 def crashed(registry: Registry, log: Log, path: Path, *flags: str) -> tuple[PrivacyLedger, dict[str, np.ndarray], int]:
     """The ledger, the weights and the steps of a learner that ends without its last version; the next one begins at the first."""
     running = run(registry, log, path, *FIRST_ONLY, *flags)
-    weights, steps = running._trainer.model.weights(), running._trainer.counters.steps
-    running._publisher.close()
+    weights, steps = trainer_of(running).model.weights(), trainer_of(running).counters.steps
+    kill(running)
     ledger = privacy_ledger.read(path / "registry" / "privacy" / "ledger.json")
     assert ledger is not None and registry.newest(1) == 1
     return ledger, weights, steps
@@ -186,7 +185,7 @@ def test_an_erasure_costs_nothing_unless_records_before_it_are_learned_again(tmp
     after = privacy_ledger.read(settings(path).privacy_ledger_path)
     assert before is not None and after is not None and after.spent == before.spent
     assert [len(one.lines) for one in after.periods] == [len(one.lines) for one in before.periods[:-1]] + [2]
-    running._publisher.close()
+    kill(running)
     # Now the users are erased before the first record.
     again, _, _ = crashed(registry, log, path)
     assert len(again.periods) == 2 * len(after.periods) and again.spent > after.spent

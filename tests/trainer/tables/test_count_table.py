@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 
 from state.compiled.mixing import mixed
-from state.ranking.transition_rows import WIDTH, unpack
-from state.ranking.transitions import FOLLOWERS, MOST
+from state.ranking.transitions import FOLLOWERS, MOST, WIDTH, unpack
 from trainer.tables.count_table import CountTable
 from trainer.tables.index import hashed_uniform
 

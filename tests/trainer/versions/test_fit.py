@@ -165,7 +165,3 @@ def test_trainer_and_up_say_so_before_tensorflow_is_loaded_or_anything_is_starte
     assert "springtide: version 2 in " in said.err
     assert "from version 2, epoch 1:\n  model.hidden was 16,8 and is 24,8\ncarried over:" in said.out
     assert said.out.endswith("dry run: nothing was changed\n")
-    # Nothing but the upgrade itself is done before the ports are looked at.
-    taken = ["--serving.port", "1", "--stream.metrics_port", "1"]
-    assert up.main([*flags, "--upgrade", "--reason", "wider", *taken]) == 1
-    assert "generation 2: epoch 2 begins from version 2" in capsys.readouterr().out

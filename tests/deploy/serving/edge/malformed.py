@@ -6,7 +6,7 @@ import json
 import random
 from typing import Any
 
-from deploy.serving.grpc_api.messages import message
+from deploy.serving.requests.grpc_server import message
 
 PATHS = (
     "/v1/profiles/ann",

@@ -11,8 +11,8 @@ from typing import Any
 
 import uvloop
 
-from deploy.serving.edge.server import AT_ONCE, Acceptor
-from deploy.serving.edge.tls import Certificate
+from deploy.serving.requests.access import Certificate
+from deploy.serving.requests.server import AT_ONCE, Acceptor
 from tests.deploy.serving.edge.certificates import write_certificate
 
 

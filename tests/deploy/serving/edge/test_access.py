@@ -14,11 +14,19 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry
 
 from deploy.kafka.configuration import free_port
-from deploy.serving.edge.access import Access
-from deploy.serving.edge.tls import Certificate
-from deploy.serving.edge.tokens import OPEN, OPERATE, READ, Tokens, are_wanted, make_missing, tokens_in
-from deploy.serving.host import Host
-from deploy.serving.http_api.app import App
+from deploy.serving.answers.host import Host
+from deploy.serving.requests.access import (
+    OPEN,
+    OPERATE,
+    READ,
+    Access,
+    Certificate,
+    Tokens,
+    are_wanted,
+    make_missing,
+    tokens_in,
+)
+from deploy.serving.rest import App
 from deploy.watch import scrape
 from deploy.watch.address import serving_address
 from state.config.settings import ServingSettings, Settings

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deploy.serving.answer import Query
-from deploy.serving.explaining.explaining import NOBODY, Explanation, Group, Words, explain, groups_of
-from deploy.serving.predictor import Predictor
+from deploy.serving.answers.explaining import NOBODY, Explanation, Group, Words, explain, groups_of
+from deploy.serving.answers.predictor import Predictor
+from deploy.serving.answers.query import Query
 from state.errors import BadRequest
 from state.events.identity import Salt, public_id, user_id
 from state.features.spec import EVENT, LABELLED, POSITIVE, FeatureSpec

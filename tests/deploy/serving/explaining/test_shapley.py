@@ -8,7 +8,7 @@ from math import comb
 import numpy as np
 import pytest
 
-from deploy.serving.explaining.explaining import EXACT, ORDERS, Coalitions
+from deploy.serving.answers.explaining import EXACT, ORDERS, Coalitions
 
 
 def exact(function: np.ndarray, groups: int) -> np.ndarray:

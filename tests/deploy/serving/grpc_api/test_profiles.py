@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from deploy.kafka.configuration import free_port
-from deploy.serving.grpc_api.messages import message
+from deploy.serving.requests.grpc_server import message
 from state.events.identity import public_id
 from tests.deploy.serving.grpc_api.test_server import channel_to
 from tests.deploy.serving.stocked import Stores
@@ -114,14 +114,14 @@ def test_answers_are_those_of_http_and_what_is_wrong_is_an_invalid_argument(stor
         wrong = [
             ("GetProfile", of("GetProfileRequest")(), "user_id"),
             ("GetProfile", of("GetProfileRequest")(question={"user_id": "a"}, fields=["vektor"]), "vektor"),
-            ("GetProfile", of("GetProfileRequest")(question={"user_id": "a", "at_ms": -1}), "at_ms"),
-            ("BatchGetProfiles", of("BatchGetProfilesRequest")(), "0 questions"),
-            ("Rank", of("RankRequest")(user_id="ann"), "0 items"),
-            ("Rank", of("RankRequest")(user_id="ann", items=[{"item": "a", "bid": -1.0}]), "bid of -1.0"),
-            ("Rank", of("RankRequest")(user_id="ann", items=[{"item": "a", "cap": {"count": 1}}]), "within 0.0 s"),
-            ("Recommend", of("RecommendRequest")(user_id="ann", n=101), "n="),
+            ("GetProfile", of("GetProfileRequest")(question={"user_id": "a", "at_ms": -1}), "no time"),
+            ("BatchGetProfiles", of("BatchGetProfilesRequest")(), "profiles: expected"),
+            ("Rank", of("RankRequest")(user_id="ann"), "items: expected"),
+            ("Rank", of("RankRequest")(user_id="ann", items=[{"item": "a", "bid": -1.0}]), "items/0/bid: expected"),
+            ("Rank", of("RankRequest")(user_id="ann", items=[{"item": "a", "cap": {"count": 1}}]), "within_s"),
+            ("Recommend", of("RecommendRequest")(user_id="ann", n=101), "n: expected"),
             ("Explain", of("ExplainRequest")(question={"user_id": "ann"}, label="tractors"), "tractors"),
-            ("Similar", of("SimilarRequest")(user_id="ann", n=0), "n="),
+            ("Similar", of("SimilarRequest")(user_id="ann", n=0), "n: expected"),
         ]
         for method, request, what in wrong:
             with pytest.raises(grpc.RpcError) as refused:

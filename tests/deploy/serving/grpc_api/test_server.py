@@ -16,7 +16,7 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection, reflection_pb2, reflection_pb2_grpc
 
 from deploy.kafka.configuration import free_port
-from deploy.serving.grpc_api.messages import PROTOS
+from deploy.serving.requests.grpc_server import PROTOS
 from tests.deploy.serving.stocked import Stores
 from tests.deploy.serving.test_rest import answers, until, worker
 

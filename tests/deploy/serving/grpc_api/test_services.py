@@ -10,8 +10,9 @@ import grpc.aio
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.grpc_api.services import Handlers, Method, Service
-from deploy.serving.line import QueueLimits, refuse_beyond, too_late
+from deploy.serving.answers.queue import QueueLimits
+from deploy.serving.requests.grpc_server import Method, Service, handler_of
+from deploy.serving.requests.worker_metrics import RequestCounts
 from state.errors import NotReady
 from state.metrics import WorkerMetrics
 
@@ -27,7 +28,8 @@ def refused(error: Exception, data: bytes = b"") -> tuple[grpc.StatusCode, dict[
     async def go() -> tuple[grpc.StatusCode, dict[str, Any]]:
         server = grpc.aio.server()
         service = Service("test.Refusals", [Method("Ask", REQUEST, answer)])
-        server.add_generic_rpc_handlers([Handlers(WorkerMetrics(CollectorRegistry())).of(service)])
+        counts = RequestCounts(WorkerMetrics(CollectorRegistry()), lambda: None)
+        server.add_generic_rpc_handlers([handler_of(service, counts)])
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         try:
@@ -43,13 +45,13 @@ def refused(error: Exception, data: bytes = b"") -> tuple[grpc.StatusCode, dict[
 
 def test_who_is_refused_for_load_is_told_when_to_come_again() -> None:
     with pytest.raises(Exception, match="more is asked") as overload:
-        refuse_beyond(QueueLimits(expected_s=1.0), 2.5)
+        QueueLimits(expected_s=1.0).admit(2.5)
     assert refused(overload.value) == (grpc.StatusCode.RESOURCE_EXHAUSTED, {"retry-after": "3"})
 
 
 def test_each_error_has_its_code() -> None:
     """A failure of ours is one, and a message that is none is the client's."""
-    assert refused(too_late(QueueLimits(waited_s=1.0)))[0] == grpc.StatusCode.DEADLINE_EXCEEDED
+    assert refused(QueueLimits(waited_s=1.0).too_late())[0] == grpc.StatusCode.DEADLINE_EXCEEDED
     assert refused(NotReady("no version"))[0] == grpc.StatusCode.UNAVAILABLE
     assert refused(KeyError("a defect"))[0] == grpc.StatusCode.INTERNAL
     assert refused(KeyError("never reached"), b"\xff")[0] == grpc.StatusCode.INVALID_ARGUMENT

@@ -14,12 +14,13 @@ import httpx
 import pytest
 
 from deploy.kafka.configuration import free_port
-from deploy.serving.answer import Answer
-from deploy.serving.http_api import endpoints, requests
+from deploy.serving.answers.query import Answer
+from deploy.serving.requests import http as endpoints
+from deploy.serving.requests import parameters as requests
 from tests.deploy.serving.stocked import Stores
 from tests.deploy.serving.test_rest import answers, until, worker
 
-DOCUMENT = Path(__file__).parents[4] / "deploy" / "serving" / "http_api" / "API.md"
+DOCUMENT = Path(__file__).parents[4] / "deploy" / "serving" / "API.md"
 MORE = "..."
 """A name that stands for more of the same."""
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from deploy.serving.http_api.app import App
-from deploy.serving.recommending.ranking import MOST_ITEMS
+from deploy.serving.answers.query import MOST_ITEMS
+from deploy.serving.rest import App
 from state.events.identity import public_id
 from tests.deploy.serving.http_api.test_app import app as app
 from tests.deploy.serving.http_api.test_app import ask
@@ -49,32 +49,21 @@ def test_a_bid_that_is_no_finite_number_is_refused(app: App, number: str) -> Non
     ("body", "what"),
     [
         ([], "expected `object`"),
-        ({"items": ["a"]}, "missing required field `user_id`"),
         ({"user_id": "ann"}, "missing required field `items`"),
         ({"user_id": "ann", "items": []}, "/items: expected `array` of length >= 1"),
-        ({"user_id": "ann", "items": "a"}, "/items: expected `array`"),
         ({"user_id": "ann", "items": ["a"] * (MOST_ITEMS + 1)}, "/items: expected `array` of length <= 1000"),
         ({"user_id": "ann", "items": ["a", None]}, "/items/1: "),
-        ({"user_id": "ann", "items": [True]}, "/items/0: "),
         ({"user_id": "ann", "items": [{"item": "a", "colour": "red"}]}, "/items/0: object contains unknown field"),
-        ({"user_id": "ann", "items": ["a"], "context": ["x"]}, "/context: "),
         ({"user_id": "ann", "items": ["a"], "at": "soon"}, "soon"),
-        ({"user_id": "ann", "items": ["a"], "users": []}, "unknown field `users`"),
         ({"user_id": "ann", "items": [{"item": "a", "bid": -1}]}, "/items/0/bid: expected `float` >= 0"),
-        ({"user_id": "ann", "items": [{"item": "a", "bid": "1"}]}, "/items/0/bid: expected `float | null`, got `str`"),
         ({"user_id": "ann", "items": [{"item": "a", "bid": 1}, "b"]}, "item 1 has no bid"),
         (
             {"user_id": "ann", "items": [{"item": "a", "cap": {"count": 3}}]},
             "/items/0/cap: object missing required field `within_s`",
         ),
-        ({"user_id": "ann", "items": [{"item": "a", "cap": {"within_s": 3}}]}, "missing required field `count`"),
         (
             {"user_id": "ann", "items": [{"item": "a", "cap": {"count": 0, "within_s": 3}}]},
             "/items/0/cap/count: expected `int` >= 1",
-        ),
-        (
-            {"user_id": "ann", "items": [{"item": "a", "cap": {"count": 1, "within_s": 0}}]},
-            "/items/0/cap/within_s: expected `float` > 0",
         ),
         ({"user_id": "ann", "items": [{"item": "a", "cap": {"count": 300, "within_s": 9}}]}, "cap of 300 times"),
         ({"user_id": "ann", "items": [{"item": "a", "cap": {"count": 1, "within_s": 1e7}}]}, "within 10000000.0 s"),

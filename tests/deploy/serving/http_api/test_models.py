@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.serving.http_api.app import App
+from deploy.serving.answers.program import LoadedProgram
+from deploy.serving.answers.tensor_model import MOST_ROWS
 from deploy.serving.notes import CONTROL_NOTE
-from deploy.serving.program import LoadedProgram
-from deploy.serving.tensor_model import MOST_ROWS
+from deploy.serving.rest import App
 from tests.deploy.serving.http_api.test_app import app_of, ask
 from tests.deploy.serving.stocked import NOW_MS, Stores, digest_of, manifest, tensors
 

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from schemathesis import GenerationMode
 from schemathesis.specs.openapi import checks
 
-from deploy.serving.http_api.app import App
+from deploy.serving.rest import App
 from tests.deploy.serving.http_api.test_app import app as app
 from tests.deploy.serving.http_api.test_app import ask
 

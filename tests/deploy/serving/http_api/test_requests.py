@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from deploy.serving.http_api.requests import time_ms
+from deploy.serving.requests.parameters import time_ms
 from state.errors import BadRequest
 
 

@@ -8,14 +8,13 @@ from dataclasses import replace
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.serving.host import Host
-from deploy.serving.http_api.app import App
+from deploy.serving.answers.host import Host
+from deploy.serving.rest import App
 from state.config.sections import SegmentSettings
 from state.events.identity import Salt, user_id
 from state.layout import LOOKALIKES, SEGMENTS
 from state.segments.lookalikes import LookalikeList, NearUser, PrecisionAt, write
-from state.segments.record import Membership
-from state.segments.store import SegmentStore
+from state.segments.members import Membership, SegmentStore
 from tests.deploy.serving.http_api.test_app import ask
 from tests.deploy.serving.stocked import MAP, NOW_MS, SALT_KEY, Stores
 

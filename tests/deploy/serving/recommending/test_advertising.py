@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import pytest
 
-from deploy.serving.answer import Query
+from deploy.serving.answers.items import over_caps, rank
+from deploy.serving.answers.query import Cap, NamedItem, Query
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
-from deploy.serving.recommending.advertising import Cap, over_caps
-from deploy.serving.recommending.ranking import CappedItems, NamedItem, rank
-from state.errors import BadRequest
-from state.events.identity import Salt, public_id, user_id
+from state.events.identity import Salt, user_id
 from state.features.spec import EVENT, Mask
 from state.history.appends import Appends
 from tests.deploy.serving.recommending.test_ranking import run
@@ -41,14 +37,6 @@ def test_items_with_bids_come_by_probability_times_bid(stores: Stores) -> None:
     wanted = sorted(range(300), key=lambda n: (-plain[named[n].item] * bids[n], n))
     assert [one["item"] for one in found] == [named[n].item for n in wanted]
     assert wanted != sorted(range(300), key=lambda n: (-plain[named[n].item], n)), "bids decide something"
-
-
-def test_one_bid_for_all_is_the_order_without_bids(stores: Stores) -> None:
-    named = [NamedItem(f"ad-{n}", ("shoes", "hats")[n % 2]) for n in range(20)]
-    plain, bidding = ranked(stores, named), ranked(stores, [one._replace(bid=2.0) for one in named])
-    assert [one["item"] for one in bidding.items] == [one["item"] for one in plain.items]
-    assert not isinstance(plain, CappedItems) and not isinstance(bidding, CappedItems)
-    assert all(list(one) == ["item", "category", "probability"] for one in plain.items)
 
 
 def test_what_was_seen_as_often_as_its_cap_is_left_out_and_named(stores: Stores) -> None:
@@ -124,32 +112,3 @@ def test_caps_count_what_a_loop_over_the_events_counts() -> None:
             if cap is not None and seen >= cap.count:
                 wanted[place] = seen
         assert over_caps(items, caps, events, impressions, at_ms) == wanted
-
-
-@pytest.mark.parametrize(
-    ("wrong", "what", "where"),
-    [
-        (NamedItem("a", bid=-0.01), "bid of -0.01", "/items/1/bid"),
-        (NamedItem("a", bid=math.nan), "bid of nan", "/items/1/bid"),
-        (NamedItem("a", bid=math.inf), "bid of inf", "/items/1/bid"),
-        (NamedItem("a"), "no bid, others have", "/items/1"),
-        (NamedItem("a", bid=1.0, cap=Cap(0, 1.0)), "cap of 0 times", "/items/1/cap/count"),
-        (NamedItem("a", bid=1.0, cap=Cap(257, 1.0)), "cap of 257 times", "/items/1/cap/count"),
-        (NamedItem("a", bid=1.0, cap=Cap(1, 0.0)), "within 0.0 s", "/items/1/cap/within_s"),
-        (NamedItem("a", bid=1.0, cap=Cap(1, math.nan)), "within nan s", "/items/1/cap/within_s"),
-        (NamedItem("a", bid=1.0, cap=Cap(1, 8 * DAY)), "within 691200.0 s", "/items/1/cap/within_s"),
-    ],
-)
-def test_what_is_no_bid_and_no_cap_is_refused_with_its_place(
-    stores: Stores, wrong: NamedItem, what: str, where: str
-) -> None:
-    with pytest.raises(BadRequest, match=what) as refused:
-        ranked(stores, [NamedItem("b", bid=1.0), wrong])
-    assert refused.value.where == where and refused.value.do
-
-
-def test_an_item_is_known_by_the_id_that_clicks_have() -> None:
-    """The id of a cap is that of the histories, whatever the raw id looks like."""
-    events = np.zeros(1, EVENT)
-    events["item"], events["at_ms"] = public_id("7"), 5
-    assert over_caps([public_id("7")], [Cap(1, 1.0)], events, (), 5) == {0: 1}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from deploy.serving.recommending.near_items import POINTS, ItemIndex, lists_for
+from deploy.serving.answers.item_index import POINTS, ItemIndex, lists_for
 
 DIM = 16
 

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.serving.recommending import near_items as module
-from deploy.serving.recommending.near_items import NearItems
+from deploy.serving.answers import item_index as module
+from deploy.serving.answers.item_index import NearItems
 from state.rows.store import RowStore
 from tests.deploy.serving.stocked import MAP, NOW_MS, manifest
 
@@ -142,7 +142,7 @@ def test_an_index_that_is_outgrown_is_made_anew(store: RowStore) -> None:
 
 def test_as_many_are_kept_as_there_is_room_for(store: RowStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """A new one takes the place of another."""
-    monkeypatch.setattr(module, "MOST_ITEMS", 32)
+    monkeypatch.setattr(module, "MOST_INDEXED", 32)
     publish(store, 1, spread(100))
     near = asked(store)
     publish(store, 2, {7: 9.0}, 1)

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from deploy.serving.answer import Query
-from deploy.serving.predictor import Predictor
-from deploy.serving.recommending.pairs import UserPairs
+from deploy.serving.answers.items import UserPairs
+from deploy.serving.answers.predictor import Predictor
+from deploy.serving.answers.query import Query
 from state.attributes.store import AttributeStore
 from state.events.identity import public_id
 from tests.deploy.serving.stocked import Stores

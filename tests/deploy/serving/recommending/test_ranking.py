@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.serving.answer import Query
-from deploy.serving.recommending.ranking import NamedItem, rank
+from deploy.serving.answers.items import rank
+from deploy.serving.answers.query import NamedItem, Query
 from tests.deploy.serving.stocked import NOW_MS, Stores, digest_of, manifest, tensors
 from tests.deploy.serving.test_predictor import predictor
 

@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.serving.answer import Query
+from deploy.serving.answers.item_index import ItemSources
+from deploy.serving.answers.items import best, recommend, visits_of
+from deploy.serving.answers.query import Query, WantedItems
+from deploy.serving.following.remembered import Remembered
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
-from deploy.serving.recommending.recommending import WantedItems, best, recommend, visits_of
-from deploy.serving.recommending.sources import ItemSources
-from deploy.serving.remembered import Remembered
 from state.events.identity import public_id, user_id
 from state.features.spec import Mask
 from state.history.appends import Appends

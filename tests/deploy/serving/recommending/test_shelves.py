@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from deploy.serving import item_feed
-from deploy.serving.item_feed import ItemFeed
-from deploy.serving.recommending import shelves as module
-from deploy.serving.recommending.shelves import NewItem, Shelves
-from deploy.serving.remembered import Remembered
+from deploy.serving.answers import item_index as module
+from deploy.serving.answers.item_index import ClickedItems
+from deploy.serving.following.remembered import Remembered
+from deploy.serving.item_feed import ItemFeed, NewItem
 from state.features.spec import EVENT, Events
 from state.history.appends import Appends
 from state.history.store import HistoryStore
@@ -50,32 +50,32 @@ def take(kept: Remembered, store: HistoryStore, at_ms: int, *pairs: tuple[int, i
     )
 
 
-def settled(shelves: Shelves) -> Shelves:
-    while shelves.turn():
+def settled(clicked: ClickedItems) -> ClickedItems:
+    while clicked.turn():
         pass
-    return shelves
+    return clicked
 
 
 def test_items_are_ordered_by_their_clicks_and_later_ones_count_more(store: HistoryStore) -> None:
     """Those of a day ago count half."""
-    kept, shelves = Remembered(store, 90, 100), settled(Shelves(store))
+    kept, clicked = Remembered(store, 90, 100), settled(ClickedItems(store))
     take(kept, store, NOW_MS, (1, 7), (1, 7), (1, 7), (2, 7), (3, 8), (4, 0))
-    settled(shelves)
-    assert shelves.best(7, 10) == [1, 2] and shelves.best(8, 10) == [3] and shelves.best(9, 10) == []
+    settled(clicked)
+    assert clicked.best(7, 10) == [1, 2] and clicked.best(8, 10) == [3] and clicked.best(9, 10) == []
     take(kept, store, NOW_MS + 2 * DAY_MS, (2, 7))
-    assert settled(shelves).best(7, 1) == [2]
+    assert settled(clicked).best(7, 1) == [2]
 
 
 def test_a_new_item_is_known_at_its_first_click_and_new_once(store: HistoryStore) -> None:
     """Also where the applier starts anew, or forgets what it has in memory."""
-    shelves = Shelves(store)
+    clicked = ClickedItems(store)
     take(Remembered(store, 90, 100), store, NOW_MS, (1, 7), (2, 8))
-    settled(shelves)
-    assert shelves.newest(10) == [NewItem(2, 8, NOW_MS), NewItem(1, 7, NOW_MS)]
+    settled(clicked)
+    assert clicked.newest(10) == [NewItem(2, 8, NOW_MS), NewItem(1, 7, NOW_MS)]
     take(Remembered(store, 90, 100), store, NOW_MS + 1, (1, 7), (3, 7), (2, 9))
-    settled(shelves)
-    assert shelves.newest(1) == [NewItem(3, 7, NOW_MS + 1)]
-    assert shelves.newest(10, 7) == [NewItem(3, 7, NOW_MS + 1), NewItem(1, 7, NOW_MS)] and not shelves.newest(10, 9)
+    settled(clicked)
+    assert clicked.newest(1) == [NewItem(3, 7, NOW_MS + 1)]
+    assert clicked.newest(10, 7) == [NewItem(3, 7, NOW_MS + 1), NewItem(1, 7, NOW_MS)] and not clicked.newest(10, 9)
 
 
 def test_a_worker_that_starts_later_knows_what_users_clicked_last(
@@ -88,14 +88,14 @@ def test_a_worker_that_starts_later_knows_what_users_clicked_last(
     for item in range(1, 6):
         events = clicks((item, 7))
         store.commit(Appends.of(np.array([item], np.uint64), events), (), news(kept, store, events, NOW_MS))
-    assert sorted(settled(Shelves(store)).best(7, 10)) == [1, 2, 3, 4, 5]
+    assert sorted(settled(ClickedItems(store)).best(7, 10)) == [1, 2, 3, 4, 5]
 
 
 def test_what_is_remembered_is_bounded(store: HistoryStore, monkeypatch: pytest.MonkeyPatch) -> None:
     """The least clicked items go, of each category in its turn; so do the oldest new ones."""
-    for name, value in (("MOST_ON_A_SHELF", 8), ("MOST_ITEMS", 20), ("NEW_SLOTS", 4)):
+    for name, value in (("MOST_OF_CATEGORY", 8), ("MOST_ITEMS", 20), ("NEW_SLOTS", 4)):
         monkeypatch.setattr(module, name, value)
-    kept, shelves = Remembered(store, 90, 1000), settled(Shelves(store))
+    kept, clicked = Remembered(store, 90, 1000), settled(ClickedItems(store))
     for round_ in range(6):
         take(
             kept,
@@ -103,19 +103,19 @@ def test_what_is_remembered_is_bounded(store: HistoryStore, monkeypatch: pytest.
             NOW_MS + round_,
             *((100 * category + item, category) for category in range(1, 7) for item in range(round_ + 1)),
         )
-        settled(shelves)
-    held = [shelves.best(category, 100) for category in range(1, 7)]
+        settled(clicked)
+    held = [clicked.best(category, 100) for category in range(1, 7)]
     assert 0 < sum(map(len, held)) <= 20
     assert all(each[0] == 100 * category for category, each in enumerate(held, 1) if each)
-    assert len(shelves.newest(100)) == 4
+    assert len(clicked.newest(100)) == 4
 
 
 def test_a_store_begun_anew_is_followed_from_its_beginning(store: HistoryStore, tmp_path: Path) -> None:
     """Whatever was read before."""
-    kept, shelves = Remembered(store, 90, 100), Shelves(store)
+    kept, clicked = Remembered(store, 90, 100), ClickedItems(store)
     for _ in range(3):
         take(kept, store, NOW_MS, (1, 7))
-    settled(shelves)
+    settled(clicked)
     store.commit(Appends.none(), (), {item_feed.FEED: None, "new:0": None})
     take(Remembered(store, 90, 100), store, NOW_MS, (5, 7))
-    assert 5 in settled(shelves).best(7, 10)
+    assert 5 in settled(clicked).best(7, 10)

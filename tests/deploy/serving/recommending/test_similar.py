@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.serving.answer import Query
-from deploy.serving.recommending.recommending import WantedItems, recommend
-from deploy.serving.recommending.similar import NearWanted, similar
-from deploy.serving.recommending.sources import ItemSources
+from deploy.serving.answers.item_index import ItemSources
+from deploy.serving.answers.items import recommend, similar
+from deploy.serving.answers.query import Query, WantedItems
 from state.events.identity import public_id
 from tests.deploy.serving.recommending.test_ranking import run
 from tests.deploy.serving.stocked import NOW_MS, Stores, digest_of, manifest, row_of, tensors
@@ -48,7 +47,7 @@ def test_the_nearest_come_first_with_their_products_by_the_version_that_answers(
     for version in (2, 3):
         if version == 3:
             learn(stores, version)
-        found = similar(predictor(stores), sources.near, Query("ann"), NearWanted(100))
+        found = similar(predictor(stores), sources.near, Query("ann"), WantedItems(100))
         given = {one["id"]: one["similarity"] for one in found.items}
         products = {f"{public_id(one):016x}": float(row_of("item", one, version) @ query) for one in [*ITEMS, "i1"]}
         assert given == {one: pytest.approx(products[one], rel=1e-4, abs=1e-5) for one in given}
@@ -62,9 +61,9 @@ def test_what_the_user_clicked_is_left_out_where_that_is_asked_for(stores: Store
     """And so many as are asked for come all the same."""
     learn(stores, 2)
     sources = sources_of(stores)
-    every = similar(predictor(stores), sources.near, Query("ann"), NearWanted(100))
+    every = similar(predictor(stores), sources.near, Query("ann"), WantedItems(100))
     seen = f"{public_id('i1'):016x}"
-    without = similar(predictor(stores), sources.near, Query("ann"), NearWanted(100, exclude_seen=True))
+    without = similar(predictor(stores), sources.near, Query("ann"), WantedItems(100, exclude_seen=True))
     assert len(every.items) == len(without.items) == 100 and seen not in {one["id"] for one in without.items}
 
 
@@ -75,7 +74,7 @@ def test_near_items_are_recommended_with_that_reason(stores: Stores) -> None:
     found = run(recommend(predictor(stores), sources, Query("ann"), WantedItems(50)))[1]
     near = [one for one in found.items if one["reason"] == "similar"]
     assert len(near) > 20
-    nearest = similar(predictor(stores), sources.near, Query("ann"), NearWanted(100))
+    nearest = similar(predictor(stores), sources.near, Query("ann"), WantedItems(100))
     assert {one["id"] for one in near} <= {one["id"] for one in nearest.items}
     assert not run(recommend(predictor(stores), sources, Query("ann"), WantedItems(50, "tea")))[1].items
 
@@ -85,5 +84,5 @@ def test_items_that_the_version_has_no_row_of_are_not_near(stores: Stores) -> No
     learn(stores, 2)
     sources = sources_of(stores)
     stores.rows.serve(1)
-    found = similar(predictor(stores), sources.near, Query("ann"), NearWanted(100))
+    found = similar(predictor(stores), sources.near, Query("ann"), WantedItems(100))
     assert {one["id"] for one in found.items} <= {f"{public_id('i1'):016x}"} and found.version["number"] == 1

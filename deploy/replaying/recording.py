@@ -1,0 +1,565 @@
+"""Sends the rows of a recording to the clicks topic, in order and each at its time.
+
+    read -> encode -> order -> stamp -> (wait) -> judge -> journal -> send -> acknowledged
+
+A journal records the progress, so that a replay that was interrupted continues where it stopped.
+
+Every row of the files ends up in the topic, where the stream makes it a click or a dead letter. A
+row that no record can hold is counted and named here instead. A dry run takes the same steps up to
+the judgement of each row.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import psutil
+
+from deploy.replaying.clock import MAX, NO_TIMESTAMP, Clock, Hand, Stamped, stamp
+from deploy.replaying.journal import Position, ReplayJournal
+from deploy.replaying.sender import LARGEST_VALUE, Piece, Progress, Record, missing, rows_within
+from state.config.sections import Events
+from state.errors import DecodeError, SettingsError
+from state.events.dead_letters import DeadLetter, Reason
+from state.events.decoding import load_decoder, parse_time
+from state.events.identity import Salt
+from state.events.parser import Parser
+from state.log import PartitionBatch
+from state.process import killpoints
+from state.recordings.crowd import RecordedTimes, described
+from state.recordings.files import Recording, refuse_beyond_memory
+from state.recordings.rows import (
+    I64,
+    NO_TIME,
+    EncodedRows,
+    Encoder,
+    joined,
+    mapped_fields,
+    order,
+    shown_reasons,
+    time_of,
+)
+
+ENOUGH_ROWS = 10  # if so many rows are refused and none is a click, all of them have an error
+TOO_OLD, TOO_NEW = "events.max_age_s", "events.max_future_s"
+SLICE_ROWS = 4096
+SLICE_S = 0.1
+POLL_S = 0.5
+NAMED_LINES = 5
+SHOWN_EVENTS = 3
+COLUMNS_ROWS = 1
+CHUNK_ROWS = 1000
+MOST_ROWS = 100_000
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of a replay.
+
+    Attributes:
+        sort: memory (read everything, then order by time) or assume (the files are in order).
+        speed: Seconds of the recording per second, or MAX.
+        keep: Keep times as recorded.
+        limit: How many rows to send in this run; None: all.
+        longest_wait_s: Upper bound of the pause for one gap.
+    """
+
+    sort: str = "memory"
+    speed: float = MAX
+    keep: bool = False
+    limit: int | None = None
+    longest_wait_s: float = 10.0
+
+
+@dataclass(frozen=True)
+class RecordingSource:
+    """What is replayed, and how.
+
+    Attributes:
+        recording: The files.
+        events: Names of fields, and the unit of times.
+        options: Order, pace and times.
+    """
+
+    recording: Recording
+    events: Events
+    options: Options
+
+    def where(self, file: int, line: int) -> str:
+        """Names a row by its file and line."""
+        return f"{self.recording.files[file].path}:{line}"
+
+
+def recorded_times(recording: Recording, events: Events, latest_ms: int) -> RecordedTimes:
+    """Collects all recorded times; reads the time column of all files."""
+    field, unit, times = events.time, events.time_unit, RecordedTimes()
+    if not field:
+        return times
+    if (constant := (recording.constants or {}).get(field)) is not None:
+        times.add(np.array([time_of(constant, unit, latest_ms)], np.int64), 0, np.ones(1, np.int64))
+        return times
+    for number in range(len(recording.files)):
+        for rows in recording.rows(number, (field,)):
+            at_ms = np.array([time_of(value, unit, latest_ms) for value in rows.columns[field]], np.int64)
+            times.add(at_ms, number, rows.lines)
+    return times
+
+
+def _slices(whole: EncodedRows, rows: I64, done: int) -> Iterator[EncodedRows]:
+    for first in range(done, len(whole), SLICE_ROWS):
+        yield whole.take(rows[first : first + SLICE_ROWS])
+
+
+def _behind(chunks: Iterator[EncodedRows], done: int) -> Iterator[EncodedRows]:
+    for encoded in chunks:
+        if done < len(encoded):
+            yield encoded.cut(done, len(encoded))
+        done = max(0, done - len(encoded))
+
+
+class Judge:
+    """Determines which records will be dead letters, with the parser that the stream runs.
+
+    Args:
+        events: The section `[events]`.
+    """
+
+    def __init__(self, events: Events) -> None:
+        # Whether a record is refused does not depend on the salt, and no parsed data is kept.
+        self._parser = Parser(events, Salt(b"only judges"))
+        self._decode = load_decoder(events)
+        self._events = events
+
+    def judge(self, piece: Piece) -> dict[int, str]:
+        """Row -> reason, with the setting that decides where one does."""
+        count = len(piece)
+        offsets = np.arange(count, dtype=np.int64)
+        batch = PartitionBatch("0" * 32, 0, 0, count, offsets, piece.kafka_ms, list(piece.keys), list(piece.values))
+        dead: tuple[DeadLetter, ...] = self._parser.parse([batch]).dead
+        return {letter.offset: self._reason(letter, int(piece.kafka_ms[letter.offset])) for letter in dead}
+
+    def _reason(self, letter: DeadLetter, kafka_ms: int) -> str:
+        if letter.reason is not Reason.IMPLAUSIBLE_TIME or letter.value is None or kafka_ms < 0:
+            return str(letter.reason)
+        try:
+            after_ms = parse_time(self._decode(letter.value).time, self._events.time_unit) - kafka_ms
+        # A time that no setting could let pass.
+        except DecodeError:
+            return str(letter.reason)
+        if after_ms > self._events.max_future_s * 1000:
+            return f"{letter.reason} by {TOO_NEW}"
+        return f"{letter.reason} by {TOO_OLD}" if after_ms < -self._events.max_age_s * 1000 else str(letter.reason)
+
+
+def refuse_all_dead(refused: Mapping[int, str], count: int, oldest_s: float = 0.0) -> None:
+    """Stops before the topic is filled with dead letters.
+
+    Args:
+        refused: Row -> reason, of the first rows.
+        count: How many rows those are.
+        oldest_s: Age of the oldest record relative to its Kafka timestamp.
+
+    Raises:
+        SettingsError: None of them is a click.
+    """
+    if count < ENOUGH_ROWS or len(refused) < count:
+        return
+    reasons = Counter(refused.values())
+    ((most, _),) = reasons.most_common(1)
+    if most.endswith(TOO_OLD):
+        do = (
+            f"they lie up to {oldest_s:,.0f} s before the newest row: raise {TOO_OLD}, here and for the stream, "
+            "leave them out, or say --keep-time"
+        )
+    elif most.endswith(TOO_NEW):
+        do = "their times are later than this machine's clock: look at both, and at events.time_unit"
+    else:
+        do = "correct [events] (fields, actions, time_unit, decoder), --columns or --constant"
+    raise SettingsError(
+        f"none of the first {count:,} rows is a click: {shown_reasons(reasons)}", f"{do}; nothing was sent"
+    )
+
+
+class JudgedPiece(NamedTuple):
+    """Consecutive rows, and the records that they are sent as.
+
+    Attributes:
+        rows: The rows.
+        at_ms: `[n]` int64, their event times as sent.
+        piece: The records, one for each row that a record can hold.
+        numbers: The row of each record.
+        refused: Row -> why the stream will refuse it.
+        too_large: Rows that no record can hold.
+    """
+
+    rows: EncodedRows
+    at_ms: I64
+    piece: Piece
+    numbers: list[int]
+    refused: dict[int, str]
+    too_large: list[int]
+
+
+class Walk:
+    """Reads a recording from a position on, and turns its rows into judged pieces.
+
+    Args:
+        source: The recording; if its times are rebased, the newest time is found before the first row.
+        position: Rows before it are passed over.
+
+    Attributes:
+        chunks: The rows that are left, in send order.
+        total: Rows of the recording; None if they are not counted yet.
+        clock: Computes the times.
+        stray: Which rows are excluded from finding the newest time; empty without any.
+
+    Raises:
+        SettingsError: The files do not fit into memory, or columns are missing.
+        UnreadableRecording: A file is truncated or damaged.
+    """
+
+    def __init__(self, source: RecordingSource, position: Position) -> None:
+        recording, events, options = source.recording, source.events, source.options
+        find_newest, times = not options.keep and position.newest_ms == NO_TIME, RecordedTimes()
+        # Times of a recording are in the past.
+        latest_ms = position.now_ms + round(events.max_future_s * 1000)
+        self._judge, self._encoder = Judge(events), Encoder(events, recording.constants or {}, latest_ms)
+        self.total: int | None = None
+        self.stray = ""
+        if options.sort == "memory":
+            refuse_beyond_memory(recording, psutil.virtual_memory().available)
+            whole = joined(list(recording.encoded(self._encoder, events)))
+            self.total, self.chunks = len(whole), _slices(whole, order(whole.at_ms), position.acknowledged)
+            if find_newest:
+                times.add(whole.at_ms, whole.file, whole.line)
+        else:
+            self.chunks = _behind(recording.encoded(self._encoder, events), position.acknowledged)
+            if find_newest:
+                times = recorded_times(recording, events, latest_ms)
+        newest_ms = position.newest_ms
+        if find_newest:
+            crowd = times.crowd(round(events.max_age_s * 1000))
+            newest_ms = crowd.newest_ms
+            if crowd.first is not None:
+                self.stray = described(crowd, source.where(*crowd.first), events.max_age_s)
+        self.clock = Clock(options.speed, options.keep, position.now_ms, newest_ms, options.longest_wait_s * 1000)
+
+    def records(self, rows: EncodedRows, stamped: Stamped) -> tuple[Piece, list[int]]:
+        """The records of rows and, of these, the rows that are records; others are too large."""
+        values = self._encoder.values(rows, stamped.at_ms)
+        piece = Piece(rows.keys, values, stamped.kafka_ms)
+        numbers = [row for row, value in enumerate(values) if len(value) <= LARGEST_VALUE]
+        return (piece, numbers) if len(numbers) == len(values) else (piece.take(numbers), numbers)
+
+    def judged(self, encoded: EncodedRows, stamped: Stamped, first: int, after: int) -> JudgedPiece:
+        """The rows from `first` on and before `after`, as many as fit into a piece; at least one."""
+        rows = encoded.cut(first, after)
+        count = rows_within([len(key) + len(body) for key, body in zip(rows.keys, rows.bodies, strict=True)])
+        rows, stamped = rows.cut(0, count), stamped.cut(first, first + count)
+        piece, numbers = self.records(rows, stamped)
+        refused = {numbers[record]: reason for record, reason in self._judge.judge(piece).items()}
+        too_large = sorted({*range(count)} - {*numbers}) if len(numbers) < count else []
+        return JudgedPiece(rows, stamped.at_ms, piece, numbers, refused, too_large)
+
+    def require_click(self, encoded: EncodedRows, stamped: Stamped) -> None:
+        """Stops where none of the first rows is a click, however few of them are due.
+
+        Raises:
+            SettingsError: None is.
+        """
+        if len(encoded):
+            judged = self.judged(encoded, stamped, 0, len(encoded))
+            refuse_all_dead(judged.refused, len(judged.numbers), stamped.oldest_s(len(judged.rows)))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run did.
+
+    Attributes:
+        sent: Rows of this run.
+        late: Of these, those after a row of a later time.
+        total: Rows of the recording, where they are known.
+        position: Progress of the replay.
+    """
+
+    sent: int
+    late: int
+    total: int | None
+    position: Position
+
+    @property
+    def clicks(self) -> int:
+        """Rows so far of which the stream makes clicks."""
+        position = self.position
+        return position.acknowledged - sum(position.refused.values()) - position.unsendable
+
+
+class Destination(Protocol):
+    """Where pieces go; see `deploy.replaying.sender.Outbox`."""
+
+    def send(self, piece: Piece) -> Mapping[int, int]:
+        """Returns when the piece is acknowledged."""
+
+    def arrived_since(self, ends: Mapping[int, int]) -> list[Record]:
+        """What arrived after positions."""
+
+    def ends(self) -> Mapping[int, int]:
+        """The end of each partition."""
+
+
+class Replay:
+    """Sends a recording from the journal's position to its end, `options.limit` or `stopped`.
+
+    1. Look up in the topic the piece that was in flight when the last run ended,
+       and send the part that did not arrive.
+    2. For each piece: record it in the journal, send it, and wait until all of it
+       is acknowledged.
+
+    Args:
+        source: The recording.
+        destination: The topic.
+        journal: Keeps the position.
+        progress: Reports rows that are no clicks.
+        stopped: Ends the replay between two pieces.
+        wall_ms: Wall clock.
+    """
+
+    def __init__(
+        self,
+        source: RecordingSource,
+        destination: Destination,
+        journal: ReplayJournal,
+        progress: Progress,
+        stopped: threading.Event,
+        wall_ms: Callable[[], int],
+    ) -> None:
+        self._source, self._destination, self._journal = source, destination, journal
+        self._progress, self._stopped, self._wall_ms = progress, stopped, wall_ms
+        self._sent = self._late = 0
+
+    def run(self) -> Outcome:
+        """Sends the rest.
+
+        Raises:
+            SettingsError: The columns do not fit, or no row is a click.
+            UnreadableRecording: A file is cut or damaged.
+            LogError: Kafka refused, or did not answer: run it again.
+            CorruptStore: The journal is unreadable.
+        """
+        now_ms, stored = self._wall_ms(), self._journal.read()
+        if stored is not None and stored.complete:
+            return Outcome(0, 0, stored.acknowledged, stored)
+        begin = Position(now_ms, NO_TIME, 0, 0, Hand(NO_TIME, float(now_ms)), {}, {})
+        self._position = replace(begin, ends=self._destination.ends()) if stored is None else stored
+        walk = Walk(self._source, self._position)
+        if walk.stray:
+            self._progress.say(walk.stray)
+        self._position = replace(self._position, newest_ms=walk.clock.newest_ms)
+        complete = self._send_all(walk)
+        self._position = replace(self._position, complete=complete)
+        self._journal.write(self._position)
+        return Outcome(self._sent, self._late, walk.total, self._position)
+
+    def _send_all(self, walk: Walk) -> bool:
+        """Sends until the end (True) or until limit or stop."""
+        hand: Hand | None = None
+        limit, total = self._source.options.limit, walk.total
+        for chunk in walk.chunks:
+            encoded = chunk
+            if hand is None:
+                # 1. What was in flight.
+                encoded = self._recovered(chunk, walk)
+                # A pause between two runs is not a gap: the clock continues from now.
+                hand = Hand(self._position.hand.high_ms, float(self._wall_ms()))
+                self._position = replace(self._position, hand=hand, ends=self._destination.ends())
+            # 2. Piece by piece.
+            stamped = stamp(encoded.at_ms, walk.clock, hand)
+            if not self._position.acknowledged:
+                walk.require_click(encoded, stamped)
+            first = 0
+            while first < len(encoded):
+                left = len(encoded) if limit is None else limit - self._sent
+                if self._stopped.is_set() or left <= 0:
+                    return False
+                now_ms, due = self._wall_ms(), len(encoded)
+                if not math.isinf(walk.clock.speed):
+                    due = int(np.searchsorted(stamped.due_ms, now_ms, side="right"))
+                if due > first:
+                    judged = walk.judged(encoded, stamped, first, min(due, first + left))
+                    first += len(judged.rows)
+                    self._deliver(judged, stamped, first)
+                else:
+                    self._stopped.wait(float(np.clip((stamped.due_ms[first] - now_ms) / 1000, SLICE_S, POLL_S)))
+                position = self._position
+                self._progress.show(self._sent, position.acknowledged, total, sum(position.refused.values()))
+            if len(encoded):
+                hand = stamped.hand(len(encoded) - 1)
+        return True
+
+    def _recovered(self, chunk: EncodedRows, walk: Walk) -> EncodedRows:
+        """Completes the piece that was in flight; returns the rows behind it."""
+        position = self._position
+        count = position.sending - position.acknowledged
+        if not count:
+            return chunk
+        stamped = stamp(chunk.at_ms[:count], walk.clock, position.hand)
+        piece, _ = walk.records(chunk.cut(0, count), stamped)
+        left = missing(piece, self._destination.arrived_since(position.ends))
+        if len(left):
+            self._destination.send(left)
+        self._progress.say(f"the last run ended in the middle of {count:,} rows: {len(left):,} of them had not arrived")
+        self._position = position.after(stamped.hand(count - 1), position.ends)
+        return chunk.cut(count, len(chunk))
+
+    def _deliver(self, judged: JudgedPiece, stamped: Stamped, after: int) -> None:
+        """Sends a piece that ends before row `after` of the stamped rows."""
+        rows, count, position = judged.rows, len(judged.rows), self._position
+        for row, reason in judged.refused.items():
+            self._progress.name(self._where(rows, row), reason)
+        for row in judged.too_large:
+            self._progress.say(
+                f"{self._where(rows, row)}: not sent: more than {LARGEST_VALUE:,} bytes, no record holds it"
+            )
+        self._position = replace(
+            position,
+            sending=position.acknowledged + count,
+            refused=dict(Counter(position.refused) + Counter(judged.refused.values())),
+            unsendable=position.unsendable + len(judged.too_large),
+        )
+        self._journal.write(self._position)
+        killpoints.reach("replay.promised")
+        ends = self._destination.send(judged.piece) if len(judged.piece) else {}
+        killpoints.reach("replay.acknowledged")
+        self._position = self._position.after(stamped.hand(after - 1), {**position.ends, **ends})
+        self._sent += count
+        high_ms = stamped.high_ms[after - count : after]
+        self._late += int(np.count_nonzero((rows.at_ms != NO_TIME) & (rows.at_ms < high_ms)))
+
+    def _where(self, rows: EncodedRows, row: int) -> str:
+        return self._source.where(int(rows.file[row]), int(rows.line[row]))
+
+
+@dataclass
+class Findings:
+    """What a replay would send.
+
+    Attributes:
+        rows: Rows read.
+        refused: Reason -> number of rows that the stream would refuse, and the lines of the first of them.
+        unsendable: Lines of the rows that no record can hold.
+        first: The first events as they would be sent.
+        recorded: Earliest and latest recorded time of the clicks; NO_TIME where none has one.
+        sent: The same as they would be sent.
+        stray: Which rows do not set the clock; empty without any.
+    """
+
+    rows: int = 0
+    refused: dict[str, tuple[int, list[str]]] = field(default_factory=dict)
+    unsendable: list[str] = field(default_factory=list)
+    first: list[str] = field(default_factory=list)
+    recorded: tuple[int, int] = (NO_TIME, NO_TIME)
+    sent: tuple[int, int] = (NO_TIME, NO_TIME)
+    stray: str = ""
+
+    def add(self, judged: JudgedPiece, source: RecordingSource) -> None:
+        """Adds a piece."""
+        rows = judged.rows
+        self.rows += len(rows)
+        for row in (*judged.too_large, *judged.refused):
+            where, reason = source.where(int(rows.file[row]), int(rows.line[row])), judged.refused.get(row)
+            if reason is None:
+                self.unsendable.append(where)
+            else:
+                count, places = self.refused.get(reason, (0, []))
+                self.refused[reason] = count + 1, [*places, where][:NAMED_LINES]
+        for row, value in zip(judged.numbers, judged.piece.values, strict=True):
+            if row in judged.refused:
+                continue
+            if len(self.first) < SHOWN_EVENTS:
+                self.first.append(value.decode())
+            if rows.at_ms[row] != NO_TIME:
+                self.recorded = _wider(self.recorded, int(rows.at_ms[row]))
+                self.sent = _wider(self.sent, int(judged.at_ms[row]))
+
+    @property
+    def clicks(self) -> int:
+        """Rows of which the stream would make clicks."""
+        return self.rows - len(self.unsendable) - sum(count for count, _ in self.refused.values())
+
+
+def try_out(source: RecordingSource, now_ms: int) -> Findings:
+    """Does what a replay that began at `now_ms` would do, from the first row on, but sends nothing.
+
+    Raises:
+        SettingsError: None of the first rows is a click, or they do not fit into memory.
+        UnreadableRecording: A file is cut or damaged.
+    """
+    hand = Hand(NO_TIME, float(now_ms))
+    walk = Walk(source, Position(now_ms, NO_TIME, 0, 0, hand, {}, {}))
+    findings = Findings(stray=walk.stray)
+    left = math.inf if source.options.limit is None else source.options.limit
+    for chunk in walk.chunks:
+        encoded = chunk if len(chunk) <= left else chunk.cut(0, int(left))
+        if not len(encoded):
+            break
+        stamped = stamp(encoded.at_ms, walk.clock, hand)
+        hand = stamped.hand(len(encoded) - 1)
+        if not findings.rows:
+            walk.require_click(encoded, stamped)
+        first = 0
+        while first < len(encoded):
+            judged = walk.judged(encoded, stamped, first, len(encoded))
+            findings.add(judged, source)
+            first += len(judged.rows)
+        left -= len(encoded)
+    return findings
+
+
+def _wider(span: tuple[int, int], at_ms: int) -> tuple[int, int]:
+    return (at_ms, at_ms) if span[0] == NO_TIME else (min(span[0], at_ms), max(span[1], at_ms))
+
+
+def check(recording: Recording, events: Events, latest_ms: int) -> None:
+    """Opens each file, and reads on in them until a row is a click.
+
+    Times are not compared with today here: that depends on how they are moved.
+
+    Args:
+        recording: The files.
+        events: How their columns are fields.
+        latest_ms: Later times are none.
+
+    Raises:
+        SettingsError: A field is no column of a file, or none of the first rows is a click.
+        UnreadableRecording: A file is cut or damaged.
+    """
+    fields = mapped_fields(events)
+    for number in range(len(recording.files)):
+        with closing(recording.rows(number, fields, COLUMNS_ROWS)) as rows:
+            next(rows, None)
+    judge, encoder = Judge(events), Encoder(events, recording.constants or {}, latest_ms)
+    refused: dict[int, str] = {}
+    seen = 0
+    with closing(_encoded(recording, fields, encoder)) as chunks:
+        for encoded in chunks:
+            stamps = np.full(len(encoded), NO_TIMESTAMP, np.int64)
+            found = judge.judge(Piece(encoded.keys, encoder.values(encoded, encoded.at_ms), stamps))
+            refused |= {seen + row: reason for row, reason in found.items()}
+            seen += len(encoded)
+            if len(refused) < seen or seen >= MOST_ROWS:
+                break
+    refuse_all_dead(refused, seen)
+
+
+def _encoded(recording: Recording, fields: tuple[str, ...], encoder: Encoder) -> Generator[EncodedRows]:
+    for number in range(len(recording.files)):
+        with closing(recording.rows(number, fields, CHUNK_ROWS)) as chunks:
+            yield from (encoder.encode(rows, number) for rows in chunks)

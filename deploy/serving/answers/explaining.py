@@ -1,0 +1,512 @@
+"""Explains a predicted probability: splits its difference from an unknown user's probability into parts that add up.
+
+The explained probability is that of one candidate, or of engagement with an item.
+
+1. Two questions, one about the user and one about an unknown user, are prepared at one moment and answered by one
+   version.
+2. Inputs that differ are put into groups, by what they describe. The program is evaluated with some groups from the
+   user's question and the others from the unknown user's. A group's part is its Shapley value: how much the probability
+   changes when the group becomes the user's, on average over orders.
+3. The parts are returned with the events behind them, in words: "viewed phones 14 times in 7 days, last 3 min ago". A
+   check confirms that the parts add up to the difference of the two answers.
+
+Only outputs of the program are needed. So this works for any ranker and preprocessing, and serving needs neither
+TensorFlow nor a second program.
+
+A group's Shapley value (Shapley 1953, "A Value for n-Person Games") is a mean over all orders in which the groups become
+the user's. It averages the change that the group's own step makes. The changes of each order add up to the whole
+difference, so the values do too. With more than `EXACT` groups, `ORDERS` random orders stand for all: half of them, and
+the same ones reversed (Castro, Gomez and Tejada 2009).
+
+The fields of the explanation are those of the JSON that the API returns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import permutations
+from typing import NamedTuple, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploy.serving.answers.predictor import KINDS, Inputs, Predictor, Prepared
+from deploy.serving.answers.program import PAIRS, batch_of
+from deploy.serving.answers.query import STEEPEST_LOGIT, About, Query, about_same, iso
+from state.errors import BadRequest, ProgramError
+from state.events.identity import public_id
+from state.features.spec import LABELLED, POSITIVE, Events, FeatureSpec
+from state.history.actions import exchanged
+from state.rows.reader import RowReader
+from state.rows.tables import own_rows_of
+
+_KINDS = {
+    "user_row": "user",
+    "context_row": "context",
+    "cross": "crosses",
+    "popular_next": "succession",
+    "successor_next": "succession",
+    "successor_rows": "succession",
+    "successor_mask": "succession",
+}
+_OWN = {"user": "user", "context": "context", "successor": "succession"}
+_BY_CATEGORY = ("category_windows", "recent_next", "recent_rows", "recent_mask")
+_FEATURES = {"labelled": "outcomes", "positive": "outcomes", "labels": "variety", "items": "variety"}
+EVENTS_SHOWN = 3
+NAMES_SHOWN = 3
+DAY_MS = 86_400_000
+UNITS = ((DAY_MS, "day"), (3_600_000, "h"), (60_000, "min"), (1000, "s"))
+VERBS = {
+    "view": "viewed {}",
+    "click": "clicked {}",
+    "favorite": "marked {} as favourite",
+    "cart": "put {} into the cart",
+    "purchase": "bought {}",
+    "buy": "bought {}",
+    "like": "liked {}",
+    "play": "played {}",
+}
+"""Wording of an action, by its name; other actions are shown by their name."""
+EXACT = 4
+"""Maximum of groups for which all orders are evaluated."""
+ORDERS = 32
+"""Orders evaluated for more groups; even. They are always the same, so explanations are reproducible."""
+NOBODY = "\0"
+"""A user id that no user has: the unknown user."""
+TOLERANCE = 0.01
+"""Largest fraction of the difference by which the sum of the parts may deviate."""
+NEGLIGIBLE = 1e-6
+"""Differences of probabilities up to this are rounding errors."""
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+I32 = NDArray[np.int32]
+
+
+class Group(NamedTuple):
+    """Inputs that describe the same thing.
+
+    Attributes:
+        kind: What that is:
+            category    one of the user's categories: that it is scored as the user's own, with its windows
+            action      one action: its counts
+            outcomes    what was engaged with, of what has a label
+            variety     how many categories and items
+            rhythm      gaps, sessions, days
+            succession  what over all users came next after the newest category, and that it is scored for that
+            sequence    the latest events in their order
+            user        the user's row
+            context     the user's attributes
+            crosses     the pair's crosses
+            pair        the item and its category, the same in both answers
+        place: The slot of a category, the number of an action; else 0.
+    """
+
+    kind: str
+    place: int = 0
+
+
+def groups_of(
+    spec: FeatureSpec, shapes: Mapping[str, tuple[int, ...]], own_popular: Sequence[int]
+) -> tuple[list[Group], dict[str, I32]]:
+    """Returns the groups, and for each input with a row per question the group number of each of its values.
+
+    A popular category that is also the user's own is scored once, as the user's own.
+    So its slot among the popular ones belongs to the group of the category.
+
+    >>> shapes = {"user_row": (-1, 2), "recent_next": (-1, 2, 1), "popular_mask": (-1, 3), "popular_rows": (3, 2)}
+    >>> groups, numbers = groups_of(FeatureSpec(), shapes, [-1, 1, -1])
+    >>> [group.kind for group in groups], numbers["recent_next"].tolist(), numbers["popular_mask"].tolist()
+    (['user', 'category', 'category', 'pair'], [[1], [2]], [3, 2, 3])
+
+    Args:
+        spec: Names the features.
+        shapes: Of the program's inputs.
+        own_popular: For each popular category its slot among the user's own, or -1.
+    """
+    numbers = dict[Group, int]()
+
+    def number(group: Group) -> int:
+        return numbers.setdefault(group, len(numbers))
+
+    by_input = {}
+    for name, (rows, *shape) in shapes.items():
+        own = own_rows_of(name)
+        if rows >= 0:
+            continue
+        if name == "features":
+            of = [number(group) for group in _of_features(spec)]
+        elif name in _BY_CATEGORY or (own is not None and own[1] == "recent"):
+            of = [number(Group("category", slot)) for slot in range(shape[0])]
+        elif name == "popular_mask":
+            of = [number(Group("category", slot) if slot >= 0 else Group("pair")) for slot in own_popular]
+        else:
+            of = [number(Group(_kind(name)))] * (shape[0] if shape else 1)
+        by_input[name] = np.broadcast_to(np.array(of, np.int32).reshape(-1, *[1] * (len(shape) - 1)), shape or (1,))
+    return list(numbers), by_input
+
+
+def _of_features(spec: FeatureSpec) -> list[Group]:
+    """Returns the group of each feature, in the order of the names."""
+    of_action = len(spec.windows_s) + len(spec.half_lives_s) + 1
+    groups = [Group("action", place) for place in range(len(spec.actions)) for _ in range(of_action)]
+    for name in spec.names[len(groups) :]:
+        head, _, rest = name.partition(".")
+        slot = int(rest.partition(".")[0]) - 1 if head == "label" else 0
+        groups.append(Group("category", slot) if head == "label" else Group(_FEATURES.get(head, "rhythm")))
+    return groups
+
+
+def _kind(name: str) -> str:
+    """Returns the kind of an input whose values all describe the same thing."""
+    own = own_rows_of(name)
+    if own is not None:
+        return "sequence" if own[1].startswith("sequence") else _OWN.get(own[1], "pair")
+    return "sequence" if name.startswith("sequence") else _KINDS.get(name, "pair")
+
+
+class Behind(NamedTuple):
+    """What explains a part.
+
+    Attributes:
+        words: A description.
+        about: The category or the action that it is about; None if it is about neither.
+        events: The newest of the events behind it, each with `at`, `action`, `category` and `item`.
+    """
+
+    words: str
+    about: str | None
+    events: Sequence[dict[str, str | None]]
+
+
+class ExplainedPart(TypedDict):
+    """A part of the difference: the kind of its group, what it adds to the probability, and what is behind it."""
+
+    kind: str
+    about: str | None
+    share: float
+    words: str
+    events: Sequence[dict[str, str | None]]
+
+
+@dataclass(slots=True)
+class Explanation(About):
+    """Why a probability differs from that of an unknown user.
+
+    Attributes:
+        label: The category whose interest is explained; None for an item.
+        item: The item whose engagement is explained; None for a category.
+        probability: For this user.
+        cold_start_probability: The probability for an unknown user, computed at the same moment.
+        reasons: The largest parts of the difference, the largest first.
+        rest: The sum of all smaller parts: reasons and rest add up to the difference of the probabilities.
+    """
+
+    label: str | None
+    item: str | None
+    probability: float
+    cold_start_probability: float
+    reasons: list[ExplainedPart]
+    rest: float
+
+
+def duration(ms: int) -> str:
+    """A length of time in its largest whole unit.
+
+    >>> [duration(ms) for ms in (604_800_000, 86_400_000, 200_000, 400)]
+    ['7 days', '1 day', '3 min', '0 s']
+    """
+    size, unit = next((unit for unit in UNITS if ms >= unit[0]), UNITS[-1])
+    count = ms // size
+    return f"{count} {unit}{'s' if unit == 'day' and count != 1 else ''}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """Some names, and how many others there are.
+
+    >>> listed(["a", "b", "c", "d"]), listed(["a", "b"]), listed([])
+    ('a, b, c and 1 more', 'a, b', 'none')
+    """
+    more = len(names) - NAMES_SHOWN
+    return (", ".join(names[:NAMES_SHOWN]) or "none") + f" and {more} more" * (more > 0)
+
+
+class Words:
+    """Describes one user's events.
+
+    Args:
+        events: `[m]` EVENT, newest first, the ones that windows count.
+        at_ms: The time of the query.
+        spec: Names actions and windows.
+        name_of: Returns the name of a category.
+        recent_categories: The user's categories, newest first.
+        attributes: The user's attributes, as names and texts.
+    """
+
+    def __init__(
+        self,
+        events: Events,
+        at_ms: int,
+        spec: FeatureSpec,
+        name_of: Callable[[int], str],
+        recent_categories: Sequence[int],
+        attributes: Sequence[tuple[str, str | None]],
+    ) -> None:
+        self._events, self._at_ms, self._spec, self._name_of = events, at_ms, spec, name_of
+        self._recent, self._attributes = recent_categories, attributes
+        self._span = duration(spec.windows_s[-1] * 1000)
+
+    def of(self, group: Group) -> Behind:
+        """Describes the events behind a group of inputs."""
+        events = self._events
+        names = [self._name_of(category) for category in self._recent]
+        if group.kind == "category":
+            name = names[group.place] if group.place < len(names) else "none"
+            of_category = events[np.isin(events["category"], self._recent[group.place : group.place + 1])]
+            return self._done(of_category, name, name)
+        if group.kind == "action":
+            return self._done(events[events["action"] == group.place], "", self._spec.actions[group.place])
+        positive, shown = events["flags"] & POSITIVE != 0, events[:0]
+        if group.kind == "outcomes":
+            labelled, shown = events["flags"] & LABELLED != 0, events[positive]
+            count = f"{int(positive.sum())} of {int(labelled.sum())}"
+            words = f"engaged with {count} items whose outcome is known in {self._span}"
+        elif group.kind == "variety":
+            categories, items = (len(set(events[name].tolist()) - {0}) for name in ("category", "item"))
+            words = f"{categories} categories and {items} items in {self._span}"
+        elif group.kind == "rhythm":
+            days, shown = len(set((events["at_ms"] // DAY_MS).tolist())), events
+            on = f"{days} {'day' if days == 1 else 'days'}"
+            words = f"{len(events)} events on {on} of the last {self._span}{self._last(events)}"
+        elif group.kind == "succession":
+            newest = names[0] if names else "none"
+            words = f"what over all users comes next after {newest}, the latest category"
+        elif group.kind == "sequence":
+            words, shown = f"the order of the latest {self._spec.sequence} events", events
+        elif group.kind == "user":
+            words = "what was learned from this user's clicks so far"
+        elif group.kind == "context":
+            known = [f"{name}={text}" for name, text in self._attributes if text is not None]
+            words = "attributes: " + listed(known)
+        elif group.kind == "crosses":
+            words = "what was learned of this user and such users with this item and such items"
+        else:
+            words = "the item and its category"
+        return Behind(words, None, self._shown(shown))
+
+    def _done(self, events: Events, what: str, about: str) -> Behind:
+        """Describes what was done, how often and when last: with one category, or one action with all."""
+        counts = np.bincount(events["action"], minlength=len(self._spec.actions)).tolist()
+        done = []
+        for action, count in zip(self._spec.actions, counts, strict=False):
+            if count:
+                verb = VERBS.get(action, f"did {action} with {{}}" if what else f"did {action}").format(what)
+                done.append(f"{' '.join(verb.split())} {'once' if count == 1 else f'{count} times'}")
+        words = f"{' and '.join(done) or 'nothing'} in {self._span}{self._last(events)}"
+        return Behind(words, about, self._shown(events))
+
+    def _last(self, events: Events) -> str:
+        return f", last {duration(self._at_ms - int(events['at_ms'][0]))} ago" if len(events) else ""
+
+    def _shown(self, events: Events) -> list[dict[str, str | None]]:
+        actions = self._spec.actions
+        return [
+            {
+                "at": iso(int(event["at_ms"])),
+                "action": actions[int(event["action"])] if event["action"] < len(actions) else None,
+                "category": self._name_of(int(event["category"])) if event["category"] else None,
+                "item": f"{int(event['item']):016x}" if event["item"] else None,
+            }
+            for event in events[:EVENTS_SHOWN]
+        ]
+
+
+def _values(slots: Sequence[int], inputs: Mapping[str, F32], outputs: Mapping[str, F32]) -> F64:
+    """Returns the explained probability in each of n rows, `[n]` float64; 0 where the category is no candidate.
+
+    Args:
+        slots: Those in which the category may be scored, as the user's own or a popular one; none for the engagement.
+        inputs: Of the program, with the masks of the candidates.
+        outputs: Of the program.
+    """
+    if not slots:
+        logits = outputs["engagement_logit"].reshape(-1).astype(np.float64)
+        return np.asarray(1.0 / (1.0 + np.exp(-np.clip(logits, -STEEPEST_LOGIT, STEEPEST_LOGIT))))
+    kinds = [kind for kind in KINDS if f"{kind}_logits" in outputs]
+    logits = np.concatenate([outputs[f"{kind}_logits"] for kind in kinds], axis=1)
+    is_candidate = np.concatenate([inputs[f"{kind}_mask"] for kind in kinds], axis=1) > 0
+    grown = np.exp(logits.astype(np.float64) - logits.max(1, keepdims=True))
+    return np.asarray((grown * is_candidate)[:, list(slots)].sum(1) / grown.sum(1))
+
+
+def candidate(prepared: Prepared, place: int, label: str) -> int | None:
+    """Returns the slot of a category in one of the questions; None if it is no candidate there.
+
+    Args:
+        prepared: Some questions.
+        place: Index of the question.
+        label: The category's raw id, or the hexadecimal id that an answer shows if no name is known.
+    """
+    inputs, recent = prepared.inputs, prepared.vectors.recent_categories[place]
+    by_kind = {"recent": recent, "popular": prepared.version.popular, "successor": prepared.successors[place]}
+    kinds = [kind for kind in KINDS if f"{kind}_mask" in inputs]
+    ids = np.concatenate([by_kind[kind] for kind in kinds])
+    is_candidate = np.concatenate([inputs[f"{kind}_mask"][place] for kind in kinds]) > 0
+    try:
+        written = int(label, 16) if len(label) == 16 else 0
+    except ValueError:
+        written = 0
+    for identity in (public_id(label), written):
+        slots = np.flatnonzero(is_candidate & (ids == np.uint64(identity)))
+        if identity and len(slots):
+            return int(slots[0])
+    return None
+
+
+class Coalitions:
+    """The sets of groups at which the function is evaluated.
+
+    >>> coalitions = Coalitions(2)
+    >>> coalitions.members.tolist()
+    [[False, False], [False, True], [True, False], [True, True]]
+    >>> coalitions.shares(np.array([0.0, 0.0, 3.0, 4.0])).tolist()
+    [3.5, 0.5]
+
+    Attributes:
+        members: `[n, groups]` bool, the groups that are the user's; none in the first row, all in the last.
+    """
+
+    def __init__(self, groups: int) -> None:
+        if groups <= EXACT:
+            self._orders = np.array(list(permutations(range(groups))))
+        else:
+            rng = np.random.default_rng(groups)
+            half = np.array([rng.permutation(groups) for _ in range(ORDERS // 2)])
+            self._orders = np.concatenate([half, half[:, ::-1]])
+        turns = np.argsort(self._orders, axis=1)
+        joined = turns[:, None, :] < np.arange(groups + 1)[:, None]
+        self.members, at = np.unique(joined.reshape(-1, groups), axis=0, return_inverse=True)
+        self._at = at.reshape(len(self._orders), groups + 1)
+
+    def shares(self, values: F64) -> F64:
+        """Returns the value of each group, `[groups]` float64; they add up to the last of `values` less the first.
+
+        Args:
+            values: `[n]` float64, the function at `members`.
+        """
+        found = np.zeros(self._orders.shape[1])
+        np.add.at(found, self._orders, np.diff(values[self._at], axis=1))
+        return found / len(self._orders)
+
+
+def explain(predictor: Predictor, query: Query, label: str | None) -> Generator[None, None, Explanation]:
+    """Explains an answer and returns the explanation; yields after each batch, so that others are answered in between.
+
+    Args:
+        predictor: The predictor.
+        query: About the user, and about the item if one is explained.
+        label: The category that is explained; None for the item.
+
+    Raises:
+        BadRequest: Not exactly one of item and label is given, or the category is no candidate.
+        NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: As `Predictor.profiles`.
+    """
+    if (label is None) == (query.item is None):
+        raise BadRequest("an explanation is of one category or of one item", "give label or item, and one of them only")
+    with predictor.reading() as reader:
+        # 1.
+        prepared = predictor.prepare([query, query._replace(user=NOBODY)], reader)
+        outputs = prepared.version.program.predict(prepared.inputs)
+        about, _ = predictor.answered(prepared, outputs)
+        slots: tuple[int, ...] = ()
+        if label is not None:
+            own, nobodys = (candidate(prepared, place, label) for place in (0, 1))
+            if own is None:
+                others = ", ".join(interest["label"] for interest in about.interests[:10]) or "none"
+                raise BadRequest(f"label={label[:100]!r} is none of this user's candidates", f"ask for one of {others}")
+            slots = tuple({own, own if nobodys is None else nobodys})
+        ours, theirs = _values(slots, prepared.inputs, outputs)[:2].tolist()
+        # 2.
+        parts = yield from _parts(predictor, prepared, reader, slots)
+        words = _words(predictor, prepared)
+    # 3.
+    difference, total = ours - theirs, sum(share for _, share in parts)
+    if abs(total - difference) > TOLERANCE * abs(difference) + NEGLIGIBLE:
+        raise ProgramError(
+            f"the parts of the explanation add up to {total:.6g} and not to {difference:.6g}",
+            "the ranker gives a row another answer in a larger batch: `springtide check-model`",
+        )
+    parts = sorted((part for part in parts if part[1]), key=lambda part: -abs(part[1]))[: query.top]
+    behind = [(group, share, words.of(group)) for group, share in parts]
+    return about_same(
+        Explanation,
+        about,
+        label=label,
+        item=query.item,
+        probability=ours,
+        cold_start_probability=theirs,
+        reasons=[
+            ExplainedPart(kind=group.kind, about=one.about, share=share, words=one.words, events=one.events)
+            for group, share, one in behind
+        ],
+        rest=difference - sum(share for _, share in parts),
+    )
+
+
+def _parts(
+    predictor: Predictor, prepared: Prepared, reader: RowReader, slots: Sequence[int]
+) -> Generator[None, None, list[tuple[Group, float]]]:
+    """Computes the share of each group of inputs that differs."""
+    version = prepared.version
+    own = prepared.vectors.recent_categories[0]
+    own_popular = [
+        int(np.flatnonzero(own == category)[0]) if category and category in own else -1 for category in version.popular
+    ]
+    groups, numbers = groups_of(version.features.spec, version.program.shapes, own_popular)
+    names = sorted(numbers)
+    of = np.concatenate([numbers[name].reshape(-1) for name in names])
+    end, begin = (np.concatenate([prepared.inputs[name][row].reshape(-1) for name in names]) for row in (0, 1))
+    moving = np.unique(of[begin != end])
+    # The columns of a coalition's members: that of each group that moves, and any for what stays as it is.
+    column = np.searchsorted(moving, of).clip(max=max(len(moving) - 1, 0))
+    coalitions = Coalitions(max(len(moving), 1))
+    fixed = {name: value for name, value in prepared.inputs.items() if name not in numbers}
+    sizes = {name: prepared.inputs[name].shape[1:] for name in names}
+    values = []
+    for first in range(0, len(coalitions.members), PAIRS):
+        piece = coalitions.members[first : first + PAIRS]
+        points = np.zeros((batch_of(len(piece)), len(of)), np.float32)
+        points[: len(piece)] = np.where(piece[:, column], end, begin)
+        # Other requests may have loaded a newer version in between.
+        predictor.take_up(reader)
+        inputs = _split(points, sizes)
+        values.append(_values(slots, inputs, version.program.predict(fixed | inputs))[: len(piece)])
+        yield
+    all_values: F64 = np.concatenate(values)
+    shares = coalitions.shares(all_values)[: len(moving)].tolist()
+    return [(groups[number], share) for number, share in zip(moving.tolist(), shares, strict=True)]
+
+
+def _split(points: F32, sizes: Mapping[str, tuple[int, ...]]) -> Inputs:
+    """Returns the inputs of points, `[n, ...]` each, out of all their values side by side."""
+    inputs, first = {}, 0
+    for name, shape in sizes.items():
+        count = int(np.prod(shape))
+        inputs[name] = np.ascontiguousarray(points[:, first : first + count]).reshape(len(points), *shape)
+        first += count
+    return inputs
+
+
+def _words(predictor: Predictor, prepared: Prepared) -> Words:
+    """Describes the events that the windows of the first question count."""
+    asked, features = prepared.asked[0], prepared.version.features
+    events = exchanged(predictor.events_by(asked, prepared.mask), features.actions)
+    return Words(
+        events[events["at_ms"] > asked.at_ms - features.spec.windows_s[-1] * 1000],
+        asked.at_ms,
+        features.spec,
+        lambda category: predictor.catalogue.name_of(category).name,
+        asked.recent_categories,
+        list(asked.user_attributes.texts.items()),
+    )

@@ -1,0 +1,267 @@
+"""A serving host as a worker reads it: opens the stores, and answers queries of any protocol between other work."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import TypeVar
+
+from deploy.serving.answers.item_index import ItemSources
+from deploy.serving.answers.predictor import KnownAttributes, Predictor
+from deploy.serving.answers.query import About, Answer, Query
+from deploy.serving.answers.queue import Batcher, Profiles, QueueLimits, StepQueue
+from deploy.serving.answers.segments import HostSegments
+from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, REFUSED_NOTE, Currency, refused_versions
+from state.attributes.store import AttributeStore
+from state.attributes.values import tables_of
+from state.compiled.preparing import Kernels
+from state.config.settings import Settings
+from state.errors import NotReady, SpringtideError, StoreError
+from state.events.identity import Salt
+from state.features.spec import FeatureSpec
+from state.history.actions import ACTIONS, numbered
+from state.history.store import HistoryStore
+from state.layout import ATTRIBUTES, CURRENT, DATA, HISTORIES, PROGRAMS, ROWS
+from state.metrics import WorkerMetrics
+from state.rows.store import RowStore
+
+DEGRADED_S = 60.0
+"""The delay before a part counts as degraded; the same as that of the alert `SpringtideSharedAway`."""
+TURN_S = 0.1
+"""The interval between updates of the item sources, after the first request for items."""
+MORE_S = 0.005
+"""The interval while there is more to read."""
+_CHECK_MS = 1000
+
+Found = TypeVar("Found", bound=About)
+
+
+class Host:
+    """The stores of one serving host, as a worker reads them; reopened if the applier rebuilt them. Used by one thread.
+
+    Args:
+        settings: The locations of the stores and the definition of their features.
+        salt: The salt of the pseudonyms.
+        now_ms: The wall clock.
+        pseudonym: Maps a query's user to a pseudonym; None if queries contain raw ids.
+
+    Attributes:
+        segments: The segments and their members.
+        impressions: The numbers of the actions that are impressions (`labels.impressions`).
+        kernels: The kernels that this process compiles; None if answers do not wait for them.
+        warm: Whether answers of each kind have been computed once to warm up.
+    """
+
+    COLD = "the first answers are being prepared"
+
+    def __init__(
+        self,
+        settings: Settings,
+        salt: Salt,
+        now_ms: Callable[[], int],
+        pseudonym: Callable[[str], int] | None = None,
+    ) -> None:
+        self._settings, self._salt, self._pseudonym, self._now_ms = settings, salt, pseudonym, now_ms
+        self.segments = HostSegments(settings, salt)
+        impressions = settings.labels.impressions
+        self.impressions = tuple(n for n, name in enumerate(settings.events.actions) if name in impressions)
+        self.kernels: Kernels | None = None
+        self.warm = True
+        self._spec = FeatureSpec.from_settings(settings)
+        self._tables = tables_of(settings.attributes)
+        self._rows: RowStore | None = None
+        self._histories: HistoryStore | None = None
+        self._attributes: AttributeStore | None = None
+        self._predictor: Predictor | None = None
+        self._sources: ItemSources | None = None
+        self._files: tuple[tuple[int, int], ...] = ()
+        self._check_at_ms = 0
+        self._currency = Currency(settings.serving_dir, CURRENT)
+
+    def predictor(self) -> Predictor:
+        """Returns the predictor; checks once a second whether a store's file was replaced, and then reopens all stores.
+
+        Raises:
+            NotReady: A store does not exist yet, or kernels are still being compiled.
+        """
+        if self.kernels is not None and not self.kernels.done:
+            raise NotReady(self.kernels.progress, "wait until /readyz answers 200")
+        now_ms = self._now_ms()
+        if self._predictor is None or not self._check_at_ms - _CHECK_MS <= now_ms < self._check_at_ms:
+            self._check_at_ms = now_ms + _CHECK_MS
+            files = tuple(self._file(name) for name in (ROWS, HISTORIES, ATTRIBUTES))
+            if self._predictor is None or files != self._files:
+                self.close()
+                self._predictor = self._open()
+                self._files = files
+        return self._predictor
+
+    @property
+    def version(self) -> int | None:
+        """The version of the last answer; None before the first answer."""
+        return None if self._predictor is None else self._predictor.version
+
+    def sources(self) -> ItemSources:
+        """Returns the sources of candidate items; they are rebuilt when the stores are reopened.
+
+        The caller decides how far they are read.
+
+        Raises:
+            NotReady: A store does not exist yet.
+        """
+        histories = self.predictor().histories
+        if self._sources is None:
+            assert self._rows is not None
+            self._sources = ItemSources(histories, self._rows)
+        return self._sources
+
+    def missing(self) -> dict[str, str]:
+        """Returns the reasons why this worker cannot answer, by part (histories, version, program); empty when ready.
+
+        If `serving.max_age_s` is set, parts that are too old are included.
+        """
+        if self.kernels is not None and not self.kernels.done:
+            return {"program": self.kernels.progress}
+        try:
+            predictor = self.predictor()
+        except SpringtideError as error:
+            return {"histories" if self._rows is not None else "version": str(error)}
+        missing = {}
+        if predictor.histories.extra(CLOCK_EXTRA) is None:
+            missing["histories"] = "no micro-batch has been taken into the histories yet; is the stream running?"
+        elif predictor.histories.extra(CAUGHT_UP_EXTRA) is None:
+            missing["histories"] = (
+                "the histories are still being rebuilt from the micro-batch topic; wait for the applier"
+            )
+        try:
+            predictor.ready()
+        except NotReady as error:
+            missing["version"] = str(error)
+        except SpringtideError as error:
+            missing["program"] = str(error)
+        if max_age_s := self._settings.serving.max_age_s:
+            missing = self._currency.older_than(max_age_s, self._now_ms()) | missing
+        return missing or ({} if self.warm else {"program": self.COLD})
+
+    def degraded(self) -> dict[str, str]:
+        """Returns a message for each part (histories, version) that is more than `DEGRADED_S` behind."""
+        return {
+            part: f"what came in the last {age_s:.0f} s is not all taken up"
+            for part, age_s in self._currency.ages_s(self._now_ms()).items()
+            if age_s is not None and age_s > DEGRADED_S
+        }
+
+    def refused(self) -> tuple[int, str] | None:
+        """Returns the newest version after the served one that failed its probe, with the reason; None without one."""
+        if self._rows is None:
+            return None
+        with self._rows.reader() as reader:
+            served, refused = reader.served(), refused_versions(reader.note(REFUSED_NOTE))
+        return max((one for one in refused.items() if served is None or one[0] > served.version), default=None)
+
+    def close(self) -> None:
+        """Closes the stores."""
+        self.segments.close()
+        for store in (self._rows, self._histories, self._attributes):
+            if store is not None:
+                store.close()
+        self._rows = self._histories = self._attributes = self._predictor = self._sources = None
+
+    def _open(self) -> Predictor:
+        settings, folder = self._settings, self._settings.serving_dir
+        map_bytes = settings.serving.map_gb << 30
+        try:
+            self._rows = RowStore(folder / ROWS, map_bytes, readonly=True)
+            self._histories = HistoryStore(folder / HISTORIES, settings.features.history, map_bytes, readonly=True)
+            self._histories.numbering, _ = numbered(self._histories.extra(ACTIONS), self._spec.actions)
+            if self._tables:
+                self._attributes = AttributeStore(folder / ATTRIBUTES, map_bytes, readonly=True)
+        except StoreError as error:
+            raise NotReady(error.what, error.do) from error
+        return Predictor(
+            self._rows,
+            self._histories,
+            folder / PROGRAMS,
+            self._spec,
+            self._salt,
+            settings.events.context,
+            settings.serving.clock,
+            self._now_ms,
+            KnownAttributes(self._attributes, self._tables),
+            self._pseudonym,
+        )
+
+    def _file(self, name: str) -> tuple[int, int]:
+        """Returns a store file's device and inode; inode numbers are unique only within one device."""
+        path: Path = self._settings.serving_dir / name / DATA
+        try:
+            status = path.stat()
+            return status.st_dev, status.st_ino
+        except FileNotFoundError:
+            return 0, 0
+
+
+class Answers:
+    """Answers the queries of all protocols from one host, and counts cold starts. Used by one event loop.
+
+    Args:
+        host: The host whose stores answer.
+        metrics: The worker's metrics.
+        limits: How long a query may wait.
+
+    Attributes:
+        host: The host.
+        profiles: Answers profile queries in batches, each from one version.
+        steps: Runs long answers in steps.
+    """
+
+    def __init__(self, host: Host, metrics: WorkerMetrics, limits: QueueLimits) -> None:
+        self.host, self._metrics = host, metrics
+        self.steps = StepQueue(limits)
+        self.profiles = Batcher(lambda queries: self._counted(host.predictor().profiles(queries)), self._held, limits)
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def run(self, steps: Generator[None, None, Found]) -> Found:
+        """Runs an answer in steps; raises Overloaded, TookTooLong, and the errors of the answer."""
+        return self.counted(await self.steps.run(steps))
+
+    def counted(self, answer: Found) -> Found:
+        """Counts an answer if it is a cold start."""
+        self._metrics.cold_starts.inc(answer.cold_start)
+        return answer
+
+    def sources(self) -> ItemSources:
+        """Returns the sources of candidate items, nearly up to date; they follow the stores after the first call.
+
+        Raises:
+            NotReady: A store does not exist yet.
+        """
+        sources = self.host.sources()
+        sources.turn()
+        loop = asyncio.get_running_loop()
+        if self._timer is None or self._timer.when() < loop.time() - TURN_S:
+            self._timer = loop.call_later(TURN_S, self._turn)
+        return sources
+
+    def _turn(self) -> None:
+        more = False
+        with suppress(SpringtideError):
+            more = self.host.sources().turn()
+        self._timer = asyncio.get_running_loop().call_later(MORE_S if more else TURN_S, self._turn)
+
+    def _counted(self, answers: list[Answer]) -> list[Answer]:
+        if cold := sum(answer.cold_start for answer in answers):
+            self._metrics.cold_starts.inc(cold)
+        return answers
+
+    @contextmanager
+    def _held(self) -> Iterator[Profiles]:
+        predictor = self.host.predictor()
+
+        def answer(queries: Sequence[Query]) -> list[Answer]:
+            return self._counted(predictor.profiles(queries, reader))
+
+        with predictor.reading() as reader:
+            yield answer

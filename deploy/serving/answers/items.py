@@ -1,0 +1,585 @@
+"""Items for one user: ranks those that a caller names, recommends some, and finds those nearest to the user.
+
+All are scored with one version. The program scores pairs: each row is one user and one item (`UserPairs`).
+
+A recommendation generates hundreds of candidates, ranks them, and reserves a share for new items:
+
+1. Rank the candidate categories with the version (the user's, popular ones and successors), and read the user's clicks.
+2. Generate candidates: the most clicked items of each category, more of them for a more probable category; new items;
+   items that the user clicked; items whose rows are nearest to the user's item query vector.
+3. Score the engagement with each item, with the same version; add a bonus for items that the user clicked before.
+4. Choose the best items, a share of which is new.
+
+For advertising, named items can have bids and frequency caps. With bids, items are ordered by expected value:
+probability × bid. A cap counts the item's events in the user's history: only impressions if actions are configured as such
+(`labels.impressions`), else all events. The caller paces the spending of a budget, because serving keeps no record of its
+answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploy.serving.answers.item_index import ClickedItems, ItemSources, NearItems
+from deploy.serving.answers.predictor import (
+    Asked,
+    Inputs,
+    Predictor,
+    Prepared,
+    add_items,
+    add_own_rows,
+    cross_logits,
+    item_rows,
+)
+from deploy.serving.answers.program import BATCHES, PAIRS, batch_of
+from deploy.serving.answers.query import About, Cap, NamedItem, Query, WantedItems, about_same, probability
+from deploy.serving.answers.version import VersionRows
+from deploy.serving.item_feed import NEW_MS, NewItem
+from state.errors import BadRequest, NotOffered
+from state.events.identity import public_id
+from state.features.arrays import Vector
+from state.features.mask import Mask
+from state.features.spec import Events, FeatureSpec
+
+MOST_CANDIDATES = 2 * PAIRS
+FRESH_SHARE = 0.1
+"""The share of new items in an answer, if there are enough new ones."""
+FRESH_CANDIDATES = 64
+FEW = 4
+MOST_OF_CATEGORY = 128
+SEEN_CANDIDATES = 64
+RETURN, VISITS = 6.0, 2.0
+"""The logit bonus for an item that the user clicked before: `RETURN`, plus `VISITS` times the logarithm of its visits.
+
+Engagement is trained against items of other users, so it hardly predicts repeated clicks. On Taobao's clicks, a quarter
+repeat an item. There, the top 20 by engagement alone contain the next item 4 times in 100, with the bonus 16 times.
+The user's own 20 latest items contain it 15 times (`tests/bench/recommend.py`)."""
+SIMILAR_CANDIDATES = 96
+PROPOSED = 4
+"""The factor by which candidates exceed the requested similar items: the index may lag, and lacks attributes."""
+ITEM_INPUTS = ("item_row", "category_row", "cross")
+"""The program's inputs that depend on the item, in addition to the item's rows of the ranker's custom tables."""
+
+F32 = NDArray[np.float32]
+Reason = Literal["again", "category", "next", "popular", "similar", "fresh"]
+
+
+class LeftOut(TypedDict):
+    """An item that is not ranked, the reason, and how often the user saw it within the cap's period."""
+
+    item: str
+    reason: Literal["cap"]
+    seen: int
+
+
+class RankedItem(TypedDict):
+    """A ranked item: the name of its category (None if unknown), and the engagement probability.
+
+    With bids, it also has its bid and the expected value: probability × bid.
+    """
+
+    item: str
+    category: str | None
+    probability: float
+    bid: NotRequired[float]
+    expected_value: NotRequired[float]
+
+
+@dataclass(slots=True)
+class RankedItems(About):
+    """The items of one user, best first.
+
+    Attributes:
+        items: The items by descending probability, or with bids by descending expected value; ties keep the order of
+            the request.
+    """
+
+    items: list[RankedItem]
+
+
+@dataclass(slots=True)
+class CappedItems(RankedItems):
+    """The items of one user, best first, if some items have caps.
+
+    Attributes:
+        left_out: The items that have reached their caps, in the order of the request.
+    """
+
+    left_out: list[LeftOut]
+
+
+class Recommended(TypedDict):
+    """A recommended item: its name (its id if it has no name), id, category name, probability and reason."""
+
+    item: str
+    id: str
+    category: str
+    probability: float
+    reason: Reason
+
+
+@dataclass(slots=True)
+class Recommendations(About):
+    """The items of one user, best first; items that the user clicked before rank above their probability."""
+
+    items: list[Recommended]
+
+
+class SimilarItem(TypedDict):
+    """A similar item: its name (its id if it has no name), id, category name or None, and similarity."""
+
+    item: str
+    id: str
+    category: str | None
+    similarity: float
+
+
+@dataclass(slots=True)
+class SimilarItems(About):
+    """The items nearest to one user, nearest first."""
+
+    items: list[SimilarItem]
+
+
+class UserPairs:
+    """Scores items for one user; valid as long as the prepared query.
+
+    The user's inputs are written once for all rows of a batch. If the program has the output `item_query` (see
+    `trainer/model/ranker.py`), it runs once per category, without an item. Each item then adds one dot product and its
+    crosses.
+
+    Attributes:
+        categories: The categories of all items scored so far; 0 if unknown.
+        query: The vector that item rows are multiplied with, `[dim]` float32; None if the program does not have it.
+    """
+
+    def __init__(self, predictor: Predictor, prepared: Prepared, outputs: Mapping[str, F32]) -> None:
+        self._predictor, self._prepared = predictor, prepared
+        self._batches: dict[int, Inputs] = {}
+        self._of_category: dict[int, float] = {}
+        self.categories: list[int] = []
+        self.query: F32 | None = outputs["item_query"][0].copy() if "item_query" in outputs else None
+
+    def logits(self, items: Sequence[tuple[int, int]]) -> F32:
+        """Returns the engagement logit of each item, `[n]` float32. The program must have the version's weights loaded.
+
+        Args:
+            items: At most `PAIRS` pairs of item id and category id; 0 for the category the item was last seen in.
+        """
+        prepared = self._prepared
+        if self.query is not None and not prepared.version.own:
+            return self._by_query(items, self.query)
+        asked = self._predictor.items_of(prepared.asked[0], items)
+        self.categories += [question.category for question in asked]
+        return self._engagement(asked, batch_of(len(items)))
+
+    def _by_query(self, items: Sequence[tuple[int, int]], query: F32) -> F32:
+        """Computes logits as the sum of the category's logit, the item's row times the query, and the crosses."""
+        prepared, predictor, size = self._prepared, self._predictor, BATCHES[-1]
+        version, rows = prepared.version, prepared.rows
+        categories = predictor.catalogue.categories_of(items)
+        self.categories += categories
+        new = [(0, category) for category in dict.fromkeys(categories) if category not in self._of_category]
+        for first in range(0, len(new), size):
+            of_none = predictor.items_of(prepared.asked[0], new[first : first + size])
+            logits = self._engagement([one._replace(query=prepared.asked[0].query) for one in of_none], size)
+            self._of_category |= zip([one.category for one in of_none], logits.tolist(), strict=True)
+        found = np.array([self._of_category[category] for category in categories], np.float32)
+        if not predictor.item_attributes and not version.cross_shares.size:
+            return found + rows.items([item for item, _ in items]) @ query
+        asked = predictor.items_of(
+            prepared.asked[0], [(item, category) for (item, _), category in zip(items, categories, strict=True)]
+        )
+        found += item_rows(rows, asked) @ query
+        if version.cross_shares.size:
+            found += cross_logits(rows, asked, self._vectors(len(asked)).features)
+        return found
+
+    def _engagement(self, asked: Sequence[Asked], size: int) -> F32:
+        """Runs the program on each pair, in one batch of `size` rows."""
+        version, rows, count = self._prepared.version, self._prepared.rows, len(asked)
+        vectors, inputs = self._vectors(count), self._batch(size)
+        for name in ITEM_INPUTS:
+            if name in inputs:
+                inputs[name][:] = 0.0
+        add_items(inputs, version, rows, asked, vectors.features)
+        if version.own:
+            add_own_rows(inputs, version, rows, asked, vectors, np.repeat(self._prepared.successors, count, 0))
+        return version.program.predict(inputs)["engagement_logit"][:count].reshape(count).copy()
+
+    def _vectors(self, count: int) -> Vector:
+        """Repeats the user's windows `count` times."""
+        columns: list[Any] = [np.broadcast_to(column, (count, *column.shape[1:])) for column in self._prepared.vectors]
+        return Vector(*columns)
+
+    def _batch(self, size: int) -> Inputs:
+        """Returns the user's inputs, repeated in `size` rows."""
+        if size not in self._batches:
+            shapes = self._prepared.version.program.shapes
+            self._batches[size] = {
+                name: np.repeat(values[:1], size, 0) if shapes[name][0] < 0 else values
+                for name, values in self._prepared.inputs.items()
+            }
+        return self._batches[size]
+
+
+def in_batches(items: Sequence[tuple[int, int]]) -> list[Sequence[tuple[int, int]]]:
+    """Splits items into batches of at most `PAIRS`.
+
+    >>> [len(piece) for piece in in_batches([(1, 0)] * 300)]
+    [256, 44]
+    """
+    return [items[first : first + PAIRS] for first in range(0, len(items), PAIRS)]
+
+
+def rank(
+    predictor: Predictor, query: Query, items: Sequence[NamedItem], impressions: Sequence[int] = ()
+) -> Generator[None, None, RankedItems]:
+    """Ranks items and returns the answer; yields after each batch, so that other requests are answered in between.
+
+    Args:
+        predictor: The predictor.
+        query: The query about the user, without an item.
+        items: 1 to `MOST_ITEMS` items.
+        impressions: The numbers of the actions that caps count; if empty, all count.
+
+    Raises:
+        BadRequest: Bids or caps are invalid; see `bids_of` and `check_caps`.
+        NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: See `Predictor.profiles`.
+    """
+    ids = [(public_id(item.item), 0 if item.category is None else public_id(item.category)) for item in items]
+    bids = bids_of([item.bid for item in items])
+    caps = [item.cap for item in items]
+    has_caps = any(cap is not None for cap in caps)
+    over: dict[int, int] = {}
+    with predictor.reading() as reader:
+        prepared = predictor.prepare([query], reader)
+        outputs = prepared.version.program.predict(prepared.inputs)
+        (about,) = predictor.answered(prepared, outputs)
+        if has_caps:
+            check_caps(caps, prepared.version.features.spec)
+            asked = prepared.asked[0]
+            events = predictor.events_by(asked, prepared.mask)
+            over = over_caps([item for item, _ in ids], caps, events, impressions, asked.at_ms)
+        kept = [place for place in range(len(items)) if place not in over]
+        pairs, parts = UserPairs(predictor, prepared, outputs), [np.empty(0, np.float32)]
+        for piece in in_batches([ids[place] for place in kept]):
+            # Other requests may have loaded a newer version in between.
+            predictor.take_up(reader)
+            parts.append(pairs.logits(piece))
+            yield
+        logits = np.concatenate(parts)
+    names = {category: predictor.catalogue.name_of(category).name for category in {*pairs.categories} if category}
+    shown = [
+        RankedItem(item=items[kept[place]].item, category=names.get(category), probability=probability(logit))
+        for place, (category, logit) in enumerate(zip(pairs.categories, logits.tolist(), strict=True))
+    ]
+    scores: NDArray[np.floating[Any]] = logits
+    if bids is not None:
+        scores = bids[kept] * [item["probability"] for item in shown]
+        for ranked, bid, value in zip(shown, bids[kept].tolist(), scores.tolist(), strict=True):
+            ranked["bid"], ranked["expected_value"] = bid, value
+    best_first = [shown[place] for place in np.argsort(-scores, kind="stable").tolist()]
+    if not has_caps:
+        return about_same(RankedItems, about, items=best_first)
+    left_out = [LeftOut(item=items[place].item, reason="cap", seen=seen) for place, seen in over.items()]
+    return about_same(CappedItems, about, items=best_first, left_out=left_out)
+
+
+def bids_of(bids: Sequence[float | None]) -> NDArray[np.float64] | None:
+    """Returns the bids of n items, `[n]` float64; None if no item has one.
+
+    >>> bids_of([1.5, 0.0]).tolist(), bids_of([None, None])
+    ([1.5, 0.0], None)
+
+    Raises:
+        BadRequest: Some items have a bid and others do not, or a bid is negative or not finite.
+    """
+    if all(bid is None for bid in bids):
+        return None
+    for place, bid in enumerate(bids):
+        if bid is None:
+            raise BadRequest(
+                f"item {place} has no bid, others have", "give each item a bid, or none", f"/items/{place}"
+            )
+        if not (math.isfinite(bid) and bid >= 0):
+            raise BadRequest(
+                f"item {place} has a bid of {bid}", "give a finite number, 0 or more", f"/items/{place}/bid"
+            )
+    return np.array(bids, np.float64)
+
+
+def check_caps(caps: Sequence[Cap | None], spec: FeatureSpec) -> None:
+    """Refuses caps that cannot be checked against a history.
+
+    >>> check_caps([Cap(3, 86400.0), None], FeatureSpec())
+
+    Args:
+        caps: The caps of n items.
+        spec: The served version's feature spec, which defines how many events a history holds, and for how long.
+
+    Raises:
+        BadRequest: A count is less than 1 or more than a history holds. Or a period is not above 0, or exceeds the
+            longest window.
+    """
+    longest_s = spec.windows_s[-1]
+    for place, cap in enumerate(caps):
+        if cap is None:
+            continue
+        if not 1 <= cap.count <= spec.history:
+            do = f"give 1 to {spec.history}, the events that a history holds (features.history)"
+            raise BadRequest(f"item {place} has a cap of {cap.count} times", do, f"/items/{place}/cap/count")
+        if not 0 < cap.within_s <= longest_s:
+            do = f"give seconds above 0, up to the longest window's {longest_s} (features.windows_s)"
+            raise BadRequest(f"item {place} has a cap within {cap.within_s} s", do, f"/items/{place}/cap/within_s")
+
+
+def over_caps(
+    items: Sequence[int], caps: Sequence[Cap | None], events: Events, impressions: Sequence[int], at_ms: int
+) -> dict[int, int]:
+    """Returns the items that have reached their caps: index to the number of times seen within the cap's period.
+
+    Args:
+        items: The ids of n items.
+        caps: The cap of each item; None if it has none.
+        events: The user's events that count for this answer.
+        impressions: The numbers of the actions that count; if empty, all count.
+        at_ms: The time of the query; events count that are at most this late and less than `within_s` older.
+    """
+    shown = events[np.isin(events["action"], impressions)] if len(impressions) else events
+    times: dict[int, list[int]] = {}
+    for item, event_ms in zip(shown["item"].tolist(), shown["at_ms"].tolist(), strict=True):
+        times.setdefault(item, []).append(event_ms)
+    over = {}
+    for place, (item, cap) in enumerate(zip(items, caps, strict=True)):
+        if cap is not None:
+            after_ms = at_ms - round(cap.within_s * 1000)
+            seen = sum(after_ms < event_ms <= at_ms for event_ms in times.get(item, ()))
+            if seen >= cap.count:
+                over[place] = seen
+    return over
+
+
+class Proposed(NamedTuple):
+    """The reason why an item is a candidate, and its category; 0 for the category it was last seen in."""
+
+    reason: Reason
+    category: int
+
+
+def recommend(
+    predictor: Predictor, sources: ItemSources, query: Query, wanted: WantedItems
+) -> Generator[None, None, Recommendations]:
+    """Recommends items and returns the answer; yields after each batch, so that other requests are answered in between.
+
+    Args:
+        predictor: The predictor.
+        sources: The sources of candidate items.
+        query: The query about the user, without an item, and with all interests.
+        wanted: The parameters of the recommendation.
+
+    Raises:
+        NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: See `Predictor.profiles`.
+    """
+    with predictor.reading() as reader:
+        # 1.
+        prepared = predictor.prepare([query], reader)
+        outputs = prepared.version.program.predict(prepared.inputs)
+        (about,) = predictor.answered(prepared, outputs)
+        asked, mask = prepared.asked[0], prepared.mask
+        visits = visits_of(predictor.events_by(asked, mask)["item"])
+        # 2.
+        pairs, parts = UserPairs(predictor, prepared, outputs), [np.empty(0, np.float32)]
+        near: Sequence[int] = ()
+        if wanted.category is None and pairs.query is not None:
+            near = near_to(sources.near, pairs.query, prepared.rows, SIMILAR_CANDIDATES)
+        if wanted.category is None:
+            shares = {int(interest["id"], 16): interest["probability"] for interest in about.interests}
+        else:
+            shares = {public_id(wanted.category): 1.0}
+        new = _new(sources.clicked, shares, asked.at_ms, mask)
+        reasons: dict[int, Reason] = dict.fromkeys(prepared.successors[0].tolist(), "next")
+        reasons |= dict.fromkeys(asked.recent_categories, "category")
+        found = candidates(sources.clicked, shares, reasons, new, wanted, visits, near)
+        ids = [(item, proposed.category) for item, proposed in found.items()]
+        # 3.
+        for piece in in_batches(ids):
+            # Other requests may have loaded a newer version in between.
+            predictor.take_up(reader)
+            parts.append(pairs.logits(piece))
+            yield
+        logits = np.concatenate(parts)
+    # 4.
+    fresh = np.array([proposed.reason == "fresh" for proposed in found.values()], np.bool_)
+    items = []
+    scores = logits + returning([visits.get(item, 0.0) for item in found])
+    for place in best(scores, fresh, wanted.most).tolist():
+        name = predictor.catalogue.item_name(ids[place][0])
+        items.append(
+            Recommended(
+                item=name.name,
+                id=name.hex,
+                category=predictor.catalogue.name_of(pairs.categories[place]).name,
+                probability=probability(float(logits[place])),
+                reason=found[ids[place][0]].reason,
+            )
+        )
+    return about_same(Recommendations, about, items=items)
+
+
+def _new(clicked: ClickedItems, shares: Mapping[int, float], at_ms: int, mask: Mask) -> list[NewItem]:
+    """Returns new items of the likeliest categories and of all; excludes items first clicked in a masked period."""
+    likely = sorted(shares, key=lambda category: -shares[category])[:8]
+    found = {new.item: new for category in likely for new in clicked.newest(FEW, category)}
+    if len(shares) > 1:
+        found = {new.item: new for new in clicked.newest(FRESH_CANDIDATES)} | found
+    return [
+        new
+        for new in found.values()
+        if new.at_ms > at_ms - NEW_MS and not any(begin <= new.at_ms < end for begin, end in mask.times)
+    ]
+
+
+def candidates(
+    clicked: ClickedItems,
+    shares: Mapping[int, float],
+    reasons: Mapping[int, Reason],
+    new: Sequence[NewItem],
+    wanted: WantedItems,
+    visits: Mapping[int, float],
+    near: Sequence[int],
+) -> dict[int, Proposed]:
+    """Generates at most `MOST_CANDIDATES` items, each with the reason.
+
+    Args:
+        clicked: The candidate index: items by category.
+        shares: The probability of each category to take candidates from.
+        reasons: The reason for each category; `popular` if missing.
+        new: The new items.
+        wanted: The parameters of the recommendation.
+        visits: The items that the user clicked, from `visits_of`.
+        near: The items nearest to the user.
+    """
+    found = {item.item: Proposed("fresh", item.category) for item in new}
+    if wanted.category is None and not wanted.exclude_seen:
+        found = dict.fromkeys(islice(visits, SEEN_CANDIDATES), Proposed("again", 0)) | found
+    for category, share in sorted(shares.items(), key=lambda entry: -entry[1]):
+        most = min(MOST_OF_CATEGORY, FEW + round(share * MOST_CANDIDATES)) if len(shares) > 1 else MOST_CANDIDATES
+        proposed = Proposed(reasons.get(category, "popular"), category)
+        for item in clicked.best(category, most):
+            found.setdefault(item, proposed)
+    found = dict(list(found.items())[: MOST_CANDIDATES - len(near)])
+    for item in near:
+        found.setdefault(item, Proposed("similar", 0))
+    if wanted.exclude_seen:
+        return {item: proposed for item, proposed in found.items() if item not in visits}
+    again = ((item, found[item]) for item in visits if item in found)
+    return found | {item: proposed._replace(reason="again") for item, proposed in again}
+
+
+def visits_of(items: NDArray[np.uint64]) -> dict[int, float]:
+    """Computes how much a user visited each item; the most visited come first.
+
+    >>> visits_of(np.array([7, 9, 0, 7], np.uint64))
+    {7: 1.5, 9: 0.7071067811865475}
+
+    Args:
+        items: `[n]` uint64, the items of the user's events, newest first; 0 for an event without an item.
+
+    Returns:
+        By item, the sum over its events of 1 / sqrt(k), where k is 1 for the user's newest event, 2 for the next, ...
+    """
+    distinct, first, place = np.unique(items, return_index=True, return_inverse=True)
+    sums = np.bincount(place, 1.0 / np.sqrt(np.arange(1, len(items) + 1)), len(distinct))
+    order = np.lexsort((first, -sums))
+    return {item: much for item, much in zip(distinct[order].tolist(), sums[order].tolist(), strict=True) if item}
+
+
+def returning(visits: Sequence[float]) -> F32:
+    """Returns the logit bonus of items that the user clicked before, `[n]` float32; 0 for items without visits.
+
+    >>> returning([0.0, 1.0]).tolist()
+    [0.0, 6.0]
+    """
+    given = np.array(visits, np.float32)
+    return np.where(given > 0.0, RETURN + VISITS * np.log(np.maximum(given, 1e-9)), 0.0).astype(np.float32)
+
+
+def best(scores: F32, fresh: NDArray[np.bool_], count: int) -> NDArray[np.intp]:
+    """Returns the indices of the best items, best first; reserves `FRESH_SHARE` for fresh items if there are enough.
+
+    >>> best(np.array([3.0, 2.0, 1.0, 0.0]), np.array([False, False, False, True]), 2).tolist()
+    [0, 3]
+    """
+    order = np.argsort(-scores, kind="stable")
+    chosen = order[:count]
+    lacking = math.ceil(FRESH_SHARE * len(chosen)) - int(fresh[chosen].sum())
+    if lacking > 0:
+        more = order[count:][fresh[order[count:]]][:lacking]
+        stale = chosen[~fresh[chosen]]
+        kept = np.concatenate((chosen[fresh[chosen]], stale[: len(stale) - len(more)], more))
+        chosen = kept[np.argsort(-scores[kept], kind="stable")]
+    return chosen
+
+
+def similar(predictor: Predictor, near: NearItems, query: Query, wanted: WantedItems) -> SimilarItems:
+    """Finds the items with the largest dot product of the user's item query vector and the item's row.
+
+    All rows are from one version.
+
+    Args:
+        predictor: The predictor.
+        near: The index that proposes items.
+        query: The query about the user, without an item.
+        wanted: The parameters of the request; the category is ignored.
+
+    Raises:
+        NotOffered: The version's model has no output `item_query`.
+        NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: See `Predictor.profiles`.
+    """
+    with predictor.reading() as reader:
+        prepared = predictor.prepare([query], reader)
+        outputs = prepared.version.program.predict(prepared.inputs)
+        (about,) = predictor.answered(prepared, outputs)
+        question = prepared.asked[0]
+        if "item_query" not in outputs:
+            raise NotOffered(
+                f"the model of version {about.version['number']} has no query of items",
+                "ask /v1/recommendations, or give the ranker an item_query",
+            )
+        user = outputs["item_query"][0].copy()
+        seen = {*predictor.events_by(question, prepared.mask)["item"].tolist()} if wanted.exclude_seen else set[int]()
+        found = near_to(near, user, prepared.rows, PROPOSED * wanted.most + len(seen))
+        asked = predictor.items_of(question, [(item, 0) for item in found if item not in seen])
+        products = item_rows(prepared.rows, asked) @ user
+    items = []
+    for place in np.argsort(-products, kind="stable")[: wanted.most].tolist():
+        name, category = predictor.catalogue.item_name(asked[place].item), asked[place].category
+        items.append(
+            SimilarItem(
+                item=name.name,
+                id=name.hex,
+                category=predictor.catalogue.name_of(category).name if category else None,
+                similarity=float(products[place]),
+            )
+        )
+    return about_same(SimilarItems, about, items=items)
+
+
+def near_to(near: NearItems, user: F32, rows: VersionRows, most: int) -> Sequence[int]:
+    """Returns the items nearest to a user that have a row in the version, approximately in order.
+
+    Args:
+        near: The index that proposes items.
+        user: `[dim]` float32, the user's item query vector.
+        rows: The version's rows.
+        most: The maximum number of items.
+    """
+    return [item for item in near.nearest(user, most) if rows.has_item(item)]

@@ -1,0 +1,120 @@
+"""Writes this host's current answers about given users and items to a file, for an exported model that takes ids.
+
+`python -m deploy.serving.answers.known_answers --users FILE [--items FILE] --version V --to FILE`
+reads the host's stores in parallel with its workers, and writes an `.npz` file.
+`trainer/exporting/known_answers.py` defines the format.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploy.serving.answers.explaining import NOBODY
+from deploy.serving.answers.host import Host
+from deploy.serving.answers.predictor import Predictor
+from deploy.serving.answers.query import Query
+from deploy.serving.answers.queue import MOST_AT_ONCE
+from deploy.serving.answers.tensor_model import BY_ID, VECTOR, signatures_of, tensors_of
+from state.config.loading import load
+from state.errors import SettingsError, SpringtideError, of_disk
+from state.events.identity import load_salt
+from state.process.private_files import keep_private
+from state.process.wall_clock import wall_ms
+from state.rows.reader import RowReader
+
+MOST_PAIRS = 1_000_000
+
+
+def read_ids(path: Path | None) -> list[str]:
+    """Reads the distinct ids in a file, one per line; empty lines are skipped.
+
+    Raises:
+        SettingsError: The file cannot be read.
+    """
+    if path is None:
+        return []
+    try:
+        lines = [line.strip() for line in path.read_text().splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} cannot be read ({error})", "name a file with one id a line") from error
+    return [*dict.fromkeys(line for line in lines if line)]
+
+
+def answers(predictor: Predictor, number: int, users: Sequence[str], items: Sequence[str]) -> bytes:
+    """Computes the content of the file: answers of one version, all for the same time.
+
+    Raises:
+        SettingsError: There are more than `MOST_PAIRS` pairs.
+        UnknownModel: The version is not on this host.
+        SpringtideError: See `Predictor.profiles`.
+    """
+    if len(users) * len(items) > MOST_PAIRS:
+        raise SettingsError(
+            f"{len(users)} users with {len(items)} items are more than {MOST_PAIRS:,} pairs", "name fewer of them"
+        )
+    asked = [NOBODY, *users]
+    with predictor.reading() as reader:
+        signature = signatures_of(predictor.take_up(reader, number), ())[BY_ID]
+        (first,) = predictor.profiles([Query(NOBODY)], reader, number)
+        plain = [Query(user, at_ms=first.at_ms, fields=VECTOR) for user in asked]
+        parts = [tensors_of(found, signature) for found in _answered(predictor, reader, number, plain)]
+        pairs = [Query(user, item, at_ms=first.at_ms, top=0) for user in asked for item in items]
+        engaged = [
+            0.0 if one.engagement is None else one.engagement["probability"]
+            for found in _answered(predictor, reader, number, pairs)
+            for one in found
+        ]
+    outputs = {name: np.concatenate([part[name] for part in parts]) for name in signature.outputs}
+    held: dict[str, NDArray[Any]] = {
+        f"outputs.{name}": value.astype(np.bytes_) if value.dtype == np.object_ else value
+        for name, value in outputs.items()
+        if name not in ("engagement", "at")
+    }
+    held["user_ids"], held["item_ids"] = (np.array([one.encode() for one in ids], np.bytes_) for ids in (users, items))
+    held["at_ms"] = np.array(first.at_ms)
+    held["engagements"] = np.array(engaged, np.float32).reshape(len(asked), len(items))
+    file = io.BytesIO()
+    np.savez_compressed(file, **held)  # type: ignore[arg-type]
+    return file.getvalue()
+
+
+def _answered(predictor: Predictor, reader: RowReader, number: int, queries: Sequence[Query]) -> Any:
+    for at in range(0, len(queries), MOST_AT_ONCE):
+        yield predictor.profiles(queries[at : at + MOST_AT_ONCE], reader, number)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    keep_private()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--users", type=Path, required=True)
+    parser.add_argument("--items", type=Path)
+    parser.add_argument("--version", type=int, required=True)
+    parser.add_argument("--to", type=Path, required=True)
+    asked, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    try:
+        settings = load(flags, os.environ)
+        users, items = read_ids(asked.users), read_ids(asked.items)
+        host = Host(settings, load_salt(settings.salt_path, create=False), wall_ms)
+        try:
+            asked.to.write_bytes(answers(host.predictor(), asked.version, users, items))
+        finally:
+            host.close()
+    except (SpringtideError, OSError) as problem:
+        error = of_disk(problem)
+        print(f"springtide: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

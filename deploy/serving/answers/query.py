@@ -1,0 +1,202 @@
+"""The questions that serving answers, and its answers; the fields of an answer are the fields of the JSON response."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from types import MappingProxyType
+from typing import Annotated, Any, NamedTuple, NotRequired, TypedDict, TypeVar
+
+import msgspec
+import numpy as np
+from msgspec import Meta
+from numpy.typing import NDArray
+
+FIELDS = frozenset(("features", "vector", "attributes", "sources"))
+"""Fields that an answer has only on request."""
+MOST_ITEMS = 1000
+"""The maximum number of items to rank."""
+STEEPEST_LOGIT = 60.0
+"""Logits are clipped to this magnitude; beyond it a float64 probability is 0 or 1, and `exp` may overflow."""
+
+
+class Query(NamedTuple):
+    """A query about one user.
+
+    Attributes:
+        user: The raw id. It is used to compute the pseudonym and is returned, but never stored.
+        item: An item to score the engagement for.
+        category: The item's category; by default the one the item was last seen in.
+        context: Values of context fields.
+        at_ms: The time to answer for; by default the current time of the configured clock.
+        fields: The subset of `FIELDS` to include in the answer.
+        top: The maximum number of interests in the answer; None for all.
+    """
+
+    user: str
+    item: str | None = None
+    category: str | None = None
+    context: Mapping[str, str] = MappingProxyType({})
+    at_ms: int | None = None
+    fields: frozenset[str] = FIELDS
+    top: int | None = None
+
+
+class Cap(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The maximum number of times that a user may have seen an item."""
+
+    count: Annotated[int, Meta(ge=1, description="The item is left out once it was seen this many times.")]
+    within_s: Annotated[float, Meta(gt=0, description="Events count in so many seconds before the time of the query.")]
+
+
+class NamedItem(NamedTuple):
+    """An item to rank.
+
+    Attributes:
+        item: The raw id.
+        category: The raw id of its category; by default the one it was last seen in.
+        bid: The value of an engagement; None to rank items by probability.
+        cap: How often the user may see the item; None for no limit.
+    """
+
+    item: str
+    category: str | None = None
+    bid: float | None = None
+    cap: Cap | None = None
+
+
+class WantedItems(NamedTuple):
+    """Which recommended or similar items are requested.
+
+    Attributes:
+        most: The maximum number of items.
+        category: Only items of the category with this raw id.
+        exclude_seen: Whether to leave out items that the user clicked.
+    """
+
+    most: int
+    category: str | None = None
+    exclude_seen: bool = False
+
+
+class Version(TypedDict):
+    """The model version of an answer: `age_s` since its publication; `sources` has the next offset of each source."""
+
+    number: int
+    epoch: int
+    age_s: float
+    mask_generation: int
+    sources: NotRequired[Mapping[str, int]]
+
+
+class Interest(TypedDict):
+    """A candidate category: its name (its id if it has no name), its id, and its probability."""
+
+    label: str
+    id: str
+    probability: float
+
+
+class Engagement(TypedDict):
+    """The probability that the user engages with an item, and the item's attributes by name."""
+
+    item: str
+    probability: float
+    attributes: Mapping[str, str | None]
+
+
+@dataclass(slots=True)
+class About:
+    """The user, time and model version of an answer.
+
+    Attributes:
+        user_id: The id in the query.
+        known: Whether the user has a visible click or a row.
+        cold_start: Whether this is the answer for unknown users.
+        version: The version that computed the answer.
+        at: The time at which the windows are evaluated, ISO 8601.
+        at_ms: The same time in milliseconds.
+        clock: The source of that time: `event`, `wall` or `request`.
+    """
+
+    user_id: str
+    known: bool
+    cold_start: bool
+    version: Version
+    at: str
+    at_ms: int
+    clock: str
+
+
+Kind = TypeVar("Kind", bound=About)
+
+
+def about_same(kind: type[Kind], about: About, **fields: Any) -> Kind:
+    """Returns an answer of another kind about the same user, time and version."""
+    return kind(
+        about.user_id, about.known, about.cold_start, about.version, about.at, about.at_ms, about.clock, **fields
+    )
+
+
+@dataclass(slots=True)
+class Answer(About):
+    """The profile of one user at one time.
+
+    Attributes:
+        interests: Candidates, best first; the probabilities of all candidates sum to 1.
+        engagement: For the item of the query; None if the query has no item.
+        vector: `[width]` float32; None unless requested.
+        features: The windows by name; None unless requested.
+        attributes: The user's attributes by name; None unless requested. A value is None if the record lacks it. The
+            mapping is empty if there is no record.
+        churn: Probability that the user has no event in the next `churn.days`; None if churn is off or unknown.
+    """
+
+    interests: list[Interest]
+    engagement: Engagement | None
+    vector: NDArray[np.float32] | None
+    features: dict[str, int] | None
+    attributes: Mapping[str, str | None] | None
+    churn: float | None = None
+
+    def document(self) -> dict[str, Any]:
+        """Returns the fields by name, without optional fields that are None."""
+        document: dict[str, Any] = {
+            "user_id": self.user_id,
+            "known": self.known,
+            "cold_start": self.cold_start,
+            "version": self.version,
+            "at": self.at,
+            "at_ms": self.at_ms,
+            "clock": self.clock,
+            "interests": self.interests,
+        }
+        asked = {name: getattr(self, name) for name in ("churn", "engagement", "vector", "features", "attributes")}
+        return document | {name: value for name, value in asked.items() if value is not None}
+
+
+def iso(at_ms: int) -> str:
+    """ISO 8601 of milliseconds since 1970.
+
+    >>> iso(1_500)
+    '1970-01-01T00:00:01.500Z'
+    """
+    seconds, milliseconds = divmod(at_ms, 1000)
+    return f"{_to_seconds(seconds)}.{milliseconds:03}Z"
+
+
+@lru_cache(1024)
+def _to_seconds(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat().removesuffix("+00:00")
+
+
+def probability(logit: float) -> float:
+    """The logistic function.
+
+    >>> probability(0.0), probability(-1e9) < 1e-25
+    (0.5, True)
+    """
+    return 1.0 / (1.0 + math.exp(-min(max(logit, -STEEPEST_LOGIT), STEEPEST_LOGIT)))

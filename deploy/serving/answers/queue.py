@@ -1,0 +1,237 @@
+"""Admission control for the work of one event loop: answers in steps, and profile queries in batches.
+
+An event loop does one thing at a time. A request is admitted if its expected wait is short enough. The expected wait is
+derived from the queue's length and the recent duration of such work. Otherwise the request is refused at once, with the
+time after which to retry. A request that has waited too long is dropped.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple, TypeVar
+
+from deploy.serving.answers.program import BATCHES
+from deploy.serving.answers.query import Answer, Query
+from state.errors import Overloaded, TookTooLong
+
+MOST_AT_ONCE = BATCHES[-1]
+"""The maximum number of queries in a batch."""
+_FASTER = 0.1
+"""The weight of the newest piece if it was faster than expected."""
+_SLOWER = 4
+_AT_LEAST_S = 0.002
+
+Result = TypeVar("Result")
+Profiles = Callable[[Sequence[Query]], Sequence[Answer]]
+"""Answers at most `MOST_AT_ONCE` queries, in their order."""
+
+
+class QueueLimits(NamedTuple):
+    """How long a query may wait.
+
+    Attributes:
+        expected_s: A query with a longer expected wait is refused.
+        waited_s: A query that has waited longer is dropped.
+    """
+
+    expected_s: float = math.inf
+    waited_s: float = math.inf
+
+    def admit(self, expected_s: float) -> None:
+        """Refuses a request with too long an expected wait.
+
+        Raises:
+            Overloaded: The wait exceeds `expected_s`; the error has a retry-after header.
+        """
+        if expected_s > self.expected_s:
+            refusal = Overloaded("more is asked than can be answered in time", "ask again later, and less at a time")
+            refusal.http_headers = ((b"retry-after", b"%d" % math.ceil(expected_s)),)
+            raise refusal
+
+    def too_late(self) -> TookTooLong:
+        """Returns the error for a request that waited too long.
+
+        >>> str(QueueLimits(waited_s=2.0).too_late())
+        'no answer within 2 s; ask again later, and less at a time'
+        """
+        return TookTooLong(f"no answer within {self.waited_s:g} s", "ask again later, and less at a time")
+
+
+def expected_next(before_s: float, took_s: float) -> float:
+    """Estimates the duration of the next piece: grows at most fourfold after a slow one, shrinks at most by a tenth.
+
+    The estimate adapts quickly to several slow pieces. A single one, such as the first of a process, counts little.
+
+    >>> expected_next(1.0, 1.5), expected_next(1.0, 9.0), expected_next(1.0, 0.5), expected_next(0.0, 9.0)
+    (1.5, 4.0, 0.95, 0.002)
+    """
+    if took_s > before_s:
+        return min(took_s, max(_SLOWER * before_s, _AT_LEAST_S))
+    return before_s + _FASTER * (took_s - before_s)
+
+
+class StepQueue:
+    """A queue of requests that are answered in steps, one request's between those of others. Used by one event loop.
+
+    Args:
+        limits: How long a request may wait.
+        clock_s: A monotonic clock.
+    """
+
+    def __init__(self, limits: QueueLimits, clock_s: Callable[[], float] = time.perf_counter) -> None:
+        self._limits, self._clock_s = limits, clock_s
+        self._waiting, self._piece_s = 0, 0.0
+
+    async def run(self, steps: Generator[None, None, Result], pieces: int = 1) -> Result:
+        """Runs a generator and returns its result; other requests are answered between its steps.
+
+        Args:
+            steps: The generator.
+            pieces: The amount of work, in pieces of about equal duration.
+
+        Raises:
+            Overloaded: The expected wait is too long.
+            TookTooLong: The actual wait was too long.
+        """
+        spent_s = 0.0
+        try:
+            self._limits.admit(self._waiting * self._piece_s)
+            self._waiting += pieces
+            try:
+                since_s = began_s = self._clock_s()
+                while True:
+                    try:
+                        next(steps)
+                    except StopIteration as end:
+                        spent_s += self._clock_s() - began_s
+                        self._piece_s = expected_next(self._piece_s, spent_s / pieces)
+                        result: Result = end.value
+                        return result
+                    spent_s += self._clock_s() - began_s
+                    await asyncio.sleep(0)
+                    began_s = self._clock_s()
+                    if began_s - since_s > self._limits.waited_s:
+                        raise self._limits.too_late()
+            finally:
+                self._waiting -= pieces
+        finally:
+            steps.close()
+
+
+class _Waiting(NamedTuple):
+    """A queued query, the conversion of its answer, the future of that, and the time it was queued."""
+
+    query: Query
+    body: Callable[[Answer], Any]
+    future: asyncio.Future[Any]
+    since_s: float
+
+
+class Batcher:
+    """Answers queries that arrive together in one batch, without waiting for a batch to fill. Used by one event loop.
+
+    Queries that arrive while a batch is computed are read from the network when it ends, and form the next batch. A
+    query whose client no longer waits is not computed.
+
+    Args:
+        answer: Answers from the current version.
+        held: A context manager whose function answers from one version while it is open, even if a newer one arrives.
+        limits: How long a query may wait.
+        clock_s: A monotonic clock.
+    """
+
+    def __init__(
+        self,
+        answer: Profiles,
+        held: Callable[[], AbstractContextManager[Profiles]],
+        limits: QueueLimits = QueueLimits(),  # noqa: B008 - immutable
+        clock_s: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._answer, self._held = answer, held
+        self._limits, self._clock_s = limits, clock_s
+        self._waiting: deque[_Waiting] = deque()
+        self._of_requests = 0
+        self._batch_s = 0.0
+        self._ended_s: float | None = None
+
+    def one(self, query: Query, body: Callable[[Answer], Result]) -> asyncio.Future[Result]:
+        """Queues a query; queries of one event loop iteration are answered together.
+
+        Args:
+            query: The query.
+            body: Converts the answer to the result of the future.
+
+        Raises:
+            Overloaded: The expected wait is too long.
+        """
+        self._limits.admit(self.expected_s)
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Result] = loop.create_future()
+        if not self._waiting:
+            loop.call_soon(self._answer_waiting)
+        self._waiting.append(_Waiting(query, body, future, self._clock_s()))
+        return future
+
+    async def many(self, queries: Sequence[Query], body: Callable[[Answer], Result]) -> list[Result]:
+        """Returns the converted answers to the queries of one request, in their order, all from one version.
+
+        Raises:
+            Overloaded: The expected wait is too long.
+            TookTooLong: The actual wait was too long.
+        """
+        self._limits.admit(self.expected_s)
+        bodies: list[Result] = []
+        since_s = self._clock_s()
+        self._of_requests += len(queries)
+        try:
+            with self._held() as answer:
+                for first in range(0, len(queries), MOST_AT_ONCE):
+                    if self._clock_s() - since_s > self._limits.waited_s:
+                        raise self._limits.too_late()
+                    bodies += map(body, answer(queries[first : first + MOST_AT_ONCE]))
+                    # Yield, so that other queries do not wait for the whole request.
+                    await asyncio.sleep(0)
+        finally:
+            self._of_requests -= len(queries)
+        return bodies
+
+    @property
+    def expected_s(self) -> float:
+        """The expected wait of one more query, in seconds; 0 if less than a full batch waits, because it joins that."""
+        return (len(self._waiting) + self._of_requests) // MOST_AT_ONCE * self._batch_s
+
+    def _answer_waiting(self) -> None:
+        """Answers one batch, or more after a long gap, so that reading and refusing take at most half of the time."""
+        began_s = self._clock_s()
+        gap_s = 0.0 if self._ended_s is None else began_s - self._ended_s
+        batches = 0
+        while self._waiting and (not batches or self._clock_s() - began_s < gap_s):
+            self._answer_batch()
+            batches += 1
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._answer_waiting)
+        now_s = self._clock_s()
+        self._batch_s = expected_next(self._batch_s, (now_s - began_s + gap_s) / batches)
+        # If the queue is empty, the idle time before the next batch does not count.
+        self._ended_s = now_s if self._waiting else None
+
+    def _answer_batch(self) -> None:
+        began_s = self._clock_s()
+        batch = [self._waiting.popleft() for _ in range(min(MOST_AT_ONCE, len(self._waiting)))]
+        for waiting in batch:
+            if not waiting.future.done() and began_s - waiting.since_s > self._limits.waited_s:
+                waiting.future.set_exception(self._limits.too_late())
+        batch = [waiting for waiting in batch if not waiting.future.done()]
+        try:
+            answers = self._answer([waiting.query for waiting in batch]) if batch else []
+            for waiting, answer in zip(batch, answers, strict=True):
+                waiting.future.set_result(waiting.body(answer))
+        except Exception as error:  # noqa: BLE001 - each request answers for itself
+            for waiting in batch:
+                if not waiting.future.done():
+                    waiting.future.set_exception(error)

@@ -1,0 +1,441 @@
+"""A version loaded into a worker: its program with weights, features, popular categories, and rows read so far.
+
+Also the names and categories that the host's histories hold. Rows that are the same in the next version are not read again.
+A version uses its own feature spec, even if the settings have changed since.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploy.serving.answers.program import LoadedProgram
+from deploy.serving.notes import REFUSED_NOTE, item_extra, item_parts, name_extra, refused_versions
+from deploy.serving.version_files import read_program, read_spec
+from state.churn import ChurnWeights, weights_in
+from state.errors import NotReady, SaltMismatch, SpecMismatch, UnknownModel
+from state.events.identity import Salt
+from state.features.spec import FeatureSpec
+from state.history.actions import Numbers, exchange
+from state.history.store import HistoryStore
+from state.ranking.crosses import WIDTH, Crosses, Values, logits_of
+from state.ranking.transitions import Lists, from_stored
+from state.rows.reader import RowReader, Served
+from state.rows.tables import AVERAGED_IDS, own_rows_of
+
+ROWS_REMEMBERED = 10_000
+NAMES_REMEMBERED = 100_000
+OTHERS_LOADED = 3
+"""Versions kept loaded in addition to the serving one, with a program each."""
+F32 = NDArray[np.float32]
+I32 = NDArray[np.int32]
+Row = TypeVar("Row")
+_INPUTS = {
+    "user": ("user_row",),
+    "item": ("item_row", "sequence_item_rows"),
+    "category": ("popular_rows", "recent_rows", "successor_rows", "category_row", "sequence_category_rows"),
+    # Rows of an item's attributes are added to the item's row.
+    "context": ("context_row", "item_row"),
+}
+"""The inputs of a program that are rows of each table."""
+_NO_CROSS = bytes(4 * WIDTH)
+
+
+class ShownName(NamedTuple):
+    """A category or item as an answer shows it; without a name, the id is used as the name."""
+
+    name: str
+    hex: str
+
+
+class Catalogue:
+    """Looks up the names of categories and items, and the category each item was last seen in. Used by one thread."""
+
+    def __init__(self, histories: HistoryStore) -> None:
+        self._histories = histories
+        self._names: dict[int, ShownName] = {}
+
+    def name_of(self, category: int) -> ShownName:
+        """Returns a category's name."""
+        known = self._names.get(category)
+        if known is not None:
+            return known
+        identity = f"{category:016x}"
+        stored = self._histories.extra(name_extra(category))
+        if stored is None:
+            # Not cached: the name may arrive with the next click.
+            return ShownName(identity, identity)
+        if len(self._names) >= NAMES_REMEMBERED:
+            self._names.clear()
+        return self._names.setdefault(category, ShownName(stored.decode(), identity))
+
+    def categories_of(self, items: Sequence[tuple[int, int]]) -> list[int]:
+        """Returns each item's category, 0 if nobody clicked it; `items` has `(id, category)` pairs, 0 = look it up."""
+        stored = iter(self._histories.extra_of_each([item_extra(item) for item, category in items if not category]))
+        return [category or (0 if (value := next(stored)) is None else item_parts(value)[0]) for _, category in items]
+
+    def category_of(self, item: int) -> int:
+        """Returns the category that an item was last seen in; 0 if nobody clicked it."""
+        stored = self._histories.extra(item_extra(item)) if item else None
+        return 0 if stored is None else item_parts(stored)[0]
+
+    def item_name(self, item: int) -> ShownName:
+        """Returns an item's name: the id that clicks carry, or the name of the category with this id."""
+        stored = self._histories.extra(item_extra(item))
+        name = "" if stored is None else item_parts(stored)[1]
+        return ShownName(name, f"{item:016x}") if name else self.name_of(item)
+
+
+@dataclass(frozen=True)
+class VersionFeatures:
+    """The definition of the features that a version's program takes.
+
+    Attributes:
+        spec: The version's feature spec.
+        crosses: The crosses, with the version's columns.
+        actions: Maps the number of an action in the settings to its number in the version; None if they are equal.
+    """
+
+    spec: FeatureSpec
+    crosses: Crosses
+    actions: Numbers | None = None
+
+
+class OwnInput(NamedTuple):
+    """An input that is rows of a table of the ranker's own.
+
+    Attributes:
+        name: Of the input.
+        table: The table.
+        ids: The kind of id that selects the row, one of `state.rows.tables.SERVED_IDS`.
+        width: Of its rows.
+        averaged: Whether the input is the mean of the rows.
+    """
+
+    name: str
+    table: str
+    ids: str
+    width: int
+    averaged: bool
+
+
+def own_inputs(shapes: Mapping[str, tuple[int, ...]]) -> tuple[OwnInput, ...]:
+    """Returns the own inputs of a program with inputs of these shapes.
+
+    >>> own_inputs({"item_row": (-1, 8), "attended_of_sequence_items": (-1, 20, 4)})
+    (OwnInput(name='attended_of_sequence_items', table='attended', ids='sequence_items', width=4, averaged=False),)
+    """
+    named = ((name, own_rows_of(name), shape[-1]) for name, shape in shapes.items())
+    return tuple(OwnInput(name, *own, width, own[1] in AVERAGED_IDS) for name, own, width in named if own is not None)
+
+
+def widths_of(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Returns the width of the rows of each table that a program with inputs of these shapes reads; 0 for none.
+
+    >>> widths_of({"popular_rows": (32, 16), "item_row": (-1, 8)})
+    {'user': 0, 'item': 8, 'category': 16, 'context': 8}
+    """
+    return {table: next((shapes[name][-1] for name in names if name in shapes), 0) for table, names in _INPUTS.items()}
+
+
+class VersionRows:
+    """Rows of one version in one transaction. Rows of categories and items, and transition lists, are cached."""
+
+    def __init__(self, reader: RowReader, version: LoadedVersion) -> None:
+        self.reader, self.served = reader, version.served
+        self._widths, self._version = version.widths, version
+        self._missing = {table: bytes(4 * width) for table, width in version.widths.items()}
+
+    def user(self, identity: int) -> F32 | None:
+        """Returns a user's row, `[dim]` float32; None for a user without one."""
+        row = self.reader.row("user", identity, self.served)
+        return None if row is None else np.frombuffer(row, np.float32)
+
+    def item(self, identity: int) -> F32:
+        """Returns an item's row, `[dim]` float32; zeros for an item without one."""
+        return np.frombuffer(self.reader.row("item", identity, self.served) or self._missing["item"], np.float32)
+
+    def has_item(self, identity: int) -> bool:
+        """Whether an item has a row."""
+        return self.reader.row("item", identity, self.served) is not None
+
+    def items(self, ids: Sequence[int]) -> F32:
+        """Returns the rows of n items, `[n, dim]` float32; zeros for those without one."""
+        return self._rows("item", self._version.item_rows, ids)
+
+    def categories(self, ids: Sequence[int]) -> F32:
+        """Returns the rows of n categories, `[n, dim]` float32; zeros for those without one."""
+        return self._rows("category", self._version.category_rows, ids)
+
+    def _rows(self, table: str, known: dict[int, bytes], ids: Sequence[int]) -> F32:
+        if not self._widths[table]:
+            return np.zeros((len(ids), 0), np.float32)
+        try:
+            rows = b"".join(map(known.__getitem__, ids))
+        except KeyError:
+            if len(known) >= ROWS_REMEMBERED:
+                known.clear()
+            for identity in ids:
+                if identity not in known:
+                    # 0 is padding.
+                    row = identity and self.reader.row(table, identity, self.served)
+                    known[identity] = row or self._missing[table]
+            rows = b"".join(map(known.__getitem__, ids))
+        return np.frombuffer(rows, np.float32).reshape(len(ids), self._widths[table])
+
+    def transitions(self, categories: Sequence[int]) -> tuple[I32, Lists]:
+        """Looks up what came next after n categories; 0 is none.
+
+        Returns:
+            `[n]` int32, the index of each category's list, 0 where the version has none; and the lists.
+        """
+        known = self._version.lists
+        if len(known) > ROWS_REMEMBERED:
+            known.clear()
+        for category in categories:
+            if category not in known:
+                known[category] = self.reader.row("transition", category, self.served) if category else None
+        return from_stored([known[category] for category in categories])
+
+    def context_sum(self, ids: Sequence[int]) -> F32:
+        """Returns the sum of rows of contexts and attributes, `[dim]` float32; an id without one counts as zeros."""
+        total = np.zeros(self._widths["context"], np.float32)
+        for identity in ids:
+            row = self.reader.row("context", identity, self.served) or self._missing["context"]
+            total += np.frombuffer(row, np.float32)
+        return total
+
+    def own(self, table: str, ids: Sequence[int], width: int) -> F32:
+        """Returns rows of n ids in a table of the ranker's own, `[n, width]` float32; zeros for those without one."""
+        missing = bytes(4 * width)
+        rows = [(identity and self.reader.row(table, identity, self.served)) or missing for identity in ids]
+        return np.frombuffer(b"".join(rows), np.float32).reshape(len(ids), width)
+
+    def cross_logits(self, pairs: Values) -> F32:
+        """Returns the cross logits of n user-item pairs, `[n]` float32; a cross without a row contributes nothing.
+
+        The version must have learned crosses.
+        """
+        ids = self._version.features.crosses.ids(pairs)
+        rows = [
+            self.reader.row("cross", identity, self.served) if identity else None
+            for identity in ids.reshape(-1).tolist()
+        ]
+        # Rows of another width come from a release with other crosses.
+        numbers = b"".join(row if row and len(row) == len(_NO_CROSS) else _NO_CROSS for row in rows)
+        return logits_of(np.frombuffer(numbers, np.float32).reshape(*ids.shape, WIDTH), self._version.cross_shares)
+
+
+@dataclass(frozen=True)
+class LoadedVersion:
+    """What stays the same until another version answers.
+
+    Attributes:
+        served: The version.
+        features: The definition of its features.
+        program: The program with the version's weights.
+        widths: The width of the rows of each table; 0 for a table that the program does not read.
+        popular: `[P]` uint64, padded with 0.
+        popular_ids: The popular categories without padding.
+        popular_names: Their names.
+        popular_rows: `[P, dim]` float32.
+        popular_known: `[P]` float32, 1 where there is a popular category.
+        own: The program's inputs that are rows of tables of the ranker's own.
+        own_popular: Those of them that are rows of the popular categories, by name.
+        cross_shares: `[C, 2]` float32, the scale of weights and margins of crosses; `[0, 2]` if the version has none:
+            it has learned no label, or its release has no crosses or other crosses.
+        churn: The version's churn weights; None if it learned nothing about churn.
+        category_rows: Rows of categories read so far.
+        item_rows: Likewise of items.
+        lists: Likewise transition lists, as stored.
+    """
+
+    served: Served
+    features: VersionFeatures
+    program: LoadedProgram
+    widths: Mapping[str, int]
+    popular: NDArray[np.uint64]
+    popular_ids: list[int]
+    popular_names: list[ShownName]
+    popular_rows: F32
+    popular_known: F32
+    own: Sequence[OwnInput]
+    own_popular: dict[str, F32]
+    cross_shares: F32
+    churn: ChurnWeights | None = None
+    category_rows: dict[int, bytes] = field(default_factory=dict)
+    item_rows: dict[int, bytes] = field(default_factory=dict)
+    lists: dict[int, bytes | None] = field(default_factory=dict)
+
+    def rows(self, reader: RowReader) -> VersionRows:
+        """Returns the version's rows in a transaction."""
+        return VersionRows(reader, self)
+
+
+def named(reader: RowReader, most: int = 20) -> str:
+    """Lists the numbers of the versions on this host, newest first."""
+    numbers = [str(version.version) for version in reversed(reader.versions())]
+    return ", ".join(numbers[:most]) + f" and {len(numbers) - most} older ones" * (len(numbers) > most)
+
+
+def _unchanged(
+    known: Mapping[int, Row], table: str, before: LoadedVersion, served: Served, reader: RowReader
+) -> dict[int, Row]:
+    """Returns the cached rows of the version before that are the same in `served`; none if that is unknown."""
+    if not known or before.served.program != served.program:
+        return {}
+    changed = reader.changed(table, before.served, served)
+    if changed is None:
+        return {}
+    kept = dict(known)
+    for identity in changed.tolist():
+        kept.pop(identity, None)
+    return kept
+
+
+class VersionLoader:
+    """Keeps the serving version loaded, and the other versions that were requested last. Used by one thread.
+
+    Args:
+        programs: The directory with the applier's copies of programs and specs.
+        spec: The feature spec of the settings.
+        crosses: Builds the crosses for a feature spec, with the other columns of the settings.
+        salt: The salt of the pseudonyms.
+        catalogue: Looks up the names of the popular categories.
+    """
+
+    def __init__(
+        self,
+        programs: Path,
+        spec: FeatureSpec,
+        crosses: Callable[[FeatureSpec], Crosses],
+        salt: Salt,
+        catalogue: Catalogue,
+    ) -> None:
+        self._programs, self._spec, self._crosses = programs, spec, crosses
+        self._salt, self._catalogue = salt, catalogue
+        self._features = {spec.digest: VersionFeatures(spec, crosses(spec))}
+        self._loaded: LoadedVersion | None = None
+        self._program: tuple[str, LoadedProgram] | None = None
+        self._others: OrderedDict[int, LoadedVersion] = OrderedDict()
+
+    @property
+    def number(self) -> int | None:
+        """The serving version that was loaded last; None before that."""
+        return None if self._loaded is None else self._loaded.served.version
+
+    def take_up(self, reader: RowReader, version: int | None = None) -> LoadedVersion:
+        """Returns the serving version, reloaded if it changed, or another one on this host.
+
+        Args:
+            reader: The reader of the transaction.
+            version: Its number; None for the serving version.
+
+        Raises:
+            NotReady: There is no version yet.
+            UnknownModel: The version is not on this host, or was refused.
+            SaltMismatch: The version's pseudonyms use another salt.
+            SpecMismatch: The version's features cannot be computed on this host.
+            ProgramError: The version's program cannot be run.
+            CorruptVersion: The program's file is missing or damaged.
+        """
+        served = reader.served()
+        if served is None:
+            raise NotReady("no version is here yet", "wait for the trainer's first version and for the applier")
+        if version is not None and version != served.version:
+            return self._other(reader, version)
+        loaded = self._loaded
+        if loaded is not None and loaded.served.serial == served.serial:
+            return loaded
+        features = self._features_of(served)
+        if self._program is None or self._program[0] != served.program:
+            self._program = (served.program, LoadedProgram(read_program(self._programs, served.program)))
+        # A failed load may leave half of the weights: the next answer must load again.
+        self._loaded = None
+        self._loaded = self._with_weights(reader, served, self._program[1], features, loaded)
+        return self._loaded
+
+    def _other(self, reader: RowReader, version: int) -> LoadedVersion:
+        """Returns a version that is not the serving one, with a program and weights of its own."""
+        served = reader.version(version)
+        if served is None:
+            raise UnknownModel(f"version {version} is not here", f"ask for one of {named(reader)}")
+        if (why := refused_versions(reader.note(REFUSED_NOTE)).get(version)) is not None:
+            raise UnknownModel(f"version {version} is refused: {why}", f"ask for one of {named(reader)}")
+        loaded = self._others.pop(served.serial, None)
+        if loaded is None:
+            features = self._features_of(served)
+            program = LoadedProgram(read_program(self._programs, served.program))
+            loaded = self._with_weights(reader, served, program, features, None)
+        self._others[served.serial] = loaded
+        while len(self._others) > OTHERS_LOADED:
+            self._others.popitem(last=False)
+        return loaded
+
+    def _features_of(self, served: Served) -> VersionFeatures:
+        if served.salt != self._salt.fingerprint:
+            raise SaltMismatch.between(f"version {served.version}", served.salt, self._salt.fingerprint)
+        known = self._features.get(served.spec)
+        if known is None:
+            try:
+                spec = read_spec(self._programs, served.spec)
+            except (OSError, ValueError, KeyError) as error:
+                raise SpecMismatch(
+                    f"version {served.version} has the feature spec {served.spec[:12]}, the settings give "
+                    f"{self._spec.digest[:12]}, and its windows cannot be computed here ({error})",
+                    "use the settings of the stream, or wait for the first version of an upgrade",
+                ) from error
+            actions = exchange(self._spec.actions, spec.actions)
+            known = self._features[served.spec] = VersionFeatures(spec, self._crosses(spec), actions)
+        return known
+
+    def _with_weights(
+        self,
+        reader: RowReader,
+        served: Served,
+        program: LoadedProgram,
+        features: VersionFeatures,
+        before: LoadedVersion | None,
+    ) -> LoadedVersion:
+        weights = reader.dense(served.version)
+        program.load(weights)
+        widths = widths_of(program.shapes)
+        slots = program.shapes["popular_mask"][1]
+        stored = reader.popular(served.version)
+        popular = stored[stored != 0][:slots]
+        rows, known = np.zeros((slots, widths["category"]), np.float32), np.zeros(slots, np.float32)
+        known[: len(popular)] = 1.0
+        shares = np.empty((0, WIDTH), np.float32)
+        if served.dims.get("cross") == WIDTH:
+            shares = reader.get("cross", features.crosses.shares.tolist(), served)[0]
+        loaded = LoadedVersion(
+            served=served,
+            features=features,
+            program=program,
+            widths=widths,
+            popular=np.pad(popular, (0, slots - len(popular))),
+            popular_ids=popular.tolist(),
+            popular_names=[self._catalogue.name_of(category) for category in popular.tolist()],
+            popular_rows=rows,
+            popular_known=known,
+            own=own_inputs(program.shapes),
+            own_popular={},
+            cross_shares=shares,
+            churn=weights_in(weights, features.spec),
+        )
+        if before is not None:
+            loaded.category_rows.update(_unchanged(before.category_rows, "category", before, served, reader))
+            loaded.item_rows.update(_unchanged(before.item_rows, "item", before, served, reader))
+            loaded.lists.update(_unchanged(before.lists, "transition", before, served, reader))
+        version_rows = loaded.rows(reader)
+        rows[: len(popular)] = version_rows.categories(popular.tolist())
+        for own in loaded.own:
+            if own.ids == "popular":
+                loaded.own_popular[own.name] = version_rows.own(own.table, loaded.popular.tolist(), own.width)
+        return loaded

@@ -1,1 +1,0 @@
-"""The network edge of serving: connections and their limits, tokens and TLS."""

@@ -1,0 +1,467 @@
+"""Follows the micro-batch topic and applies each record exactly once to the host's histories.
+
+1. Read records by position. The position read up to is stored with the histories.
+2. Skip rows that the histories already have (the stream wrote them again after a crash).
+3. Treat positions that no micro-batch covers as a gap: count it, log it, and continue.
+4. For each record, commit histories, source positions, the topic's position, names, items'
+   categories and the event clock together.
+
+Records that are not on control's branch of the log are skipped. If the branch point is before the
+end of the histories, the histories are rolled back to it first.
+
+The topic is opened where the histories end. If the log was truncated before that position, reading
+starts where the remaining log ends.
+
+Periodic maintenance (`Upkeep`) bounds the growth of histories, items and names.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+
+import numpy as np
+
+from deploy.serving.following.parity import Parity
+from deploy.serving.following.remembered import Remembered
+from deploy.serving.item_feed import ItemFeed
+from deploy.serving.notes import CAUGHT_UP_EXTRA, CLOCK_EXTRA, DAY_MS, SEEN, item_extra, item_value
+from state.config.sections import ServingSettings
+from state.errors import MicroBatchError, SaltMismatch, StoreFull, TruncatedLog
+from state.features.erased import Erased
+from state.features.mask import Mask
+from state.features.spec import EVENT, Events, FeatureSpec
+from state.history.actions import renumbered
+from state.history.appends import Appends, events_of
+from state.history.rewind import Before
+from state.history.rewinding import OpenAt, WentBack, go_back, line_of
+from state.history.store import HistoryStore
+from state.history.sweeping import Sweeper
+from state.log import LogReader, PartitionBatch
+from state.log.accepted_gaps import Accepted, left_out
+from state.metrics import ApplierMetrics
+from state.microbatch.batch import MicroBatch
+from state.microbatch.codec import decode
+from state.microbatch.cutting import new_ranges, trim
+from state.microbatch.log_time import log_times
+from state.microbatch.masked import erased_rows
+from state.microbatch.row_kinds import happened
+from state.positions import Range, Source
+from state.process import killpoints
+from state.registry.log_line import LogLine, counts, onward
+
+Open = Callable[[Mapping[int, int], Mapping[int, int]], LogReader]
+"""Makes a reader from positions and the leader epochs of the records before them."""
+SALT_EXTRA = "salt"
+POSITION_EXTRA = "microbatches"
+RECORDS_AT_ONCE = 8  # between two polls of control and two rounds of maintenance
+EVERY_MS = 1000
+DEFAULTS = ServingSettings()
+_log = logging.getLogger(__name__)
+
+
+class Upkeep:
+    """Sweeps a host's histories and the data next to them; used by the store's writing thread.
+
+    Args:
+        store: The host's histories.
+        reach_ms: How much older than the newest event one can be that still matters.
+        kept: How many users and items are kept, and how long.
+        metrics: Of the applier.
+        now_ms: The wall clock.
+        lose: Called when users whose events still count were removed.
+    """
+
+    def __init__(
+        self,
+        store: HistoryStore,
+        reach_ms: int,
+        kept: ServingSettings,
+        metrics: ApplierMetrics,
+        now_ms: Callable[[], int],
+        lose: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._store, self._reach_ms, self._kept = store, reach_ms, kept
+        self._metrics, self._now_ms, self._lose = metrics, now_ms, lose
+        self.begin()
+
+    def begin(self) -> None:
+        """Restarts from the store's content, after it was rolled back or refused a commit."""
+        self._remembered = Remembered(self._store, self._kept.items_keep_d, self._kept.max_items)
+        self._feed = ItemFeed(self._store)
+        self._sweeper = Sweeper(
+            self._store, self._reach_ms, self._kept.max_users, elapsed=lambda: self._now_ms() / 1000
+        )
+
+    def news(self, events: Events, names: Mapping[int, str], clock_ms: int) -> dict[str, bytes | None]:
+        """The extras to commit with some clicks, see `Remembered.news` and `ItemFeed.news`."""
+        found = self._remembered.news(events, names, clock_ms)
+        return found | self._feed.news(events, found, clock_ms)
+
+    def look(self, newest_ms: int) -> None:
+        """Checks some users and items if that is due, and removes what has expired.
+
+        Args:
+            newest_ms: Log time; 0 if it is unknown.
+
+        Raises:
+            StoreFull: There is no room to write; nothing was changed.
+        """
+        if newest_ms:
+            metrics, removed = self._metrics, self._sweeper.look(newest_ms)
+            metrics.swept_events.inc(removed.events)
+            metrics.swept_users.labels("old").inc(removed.aged)
+            metrics.swept_users.labels("too_many").inc(removed.evicted)
+            if removed.evicted:
+                self._lose()
+            metrics.swept_items.inc(self._remembered.look(newest_ms))
+
+    def make_room(self, newest_ms: int) -> None:
+        """Looks at many, where the store is full; what cannot be done now is left."""
+        # What was not stored is not known either.
+        self._remembered.forget()
+        self._feed = ItemFeed(self._store)
+        self._lose()
+        if newest_ms:
+            with suppress(StoreFull):
+                self._sweeper.hurry(newest_ms)
+
+    def show(self) -> None:
+        """Sets the gauges."""
+        self._metrics.history_users.set(self._store.users())
+        for kind, count in self._remembered.counts.items():
+            self._metrics.remembered.labels(kind).set(count)
+
+
+def open_kept(positions: dict[int, int], leaders: dict[int, int], open_at: Open) -> LogReader:
+    """A reader at `positions`, moved back where the log no longer is the one that was read.
+
+    Args:
+        positions: By partition where the histories end.
+        leaders: By partition the leader's epoch of the record before, where it is known.
+        open_at: Makes a reader.
+
+    Raises:
+        LogError: The log cannot be read.
+    """
+    while True:
+        try:
+            return open_at(positions, leaders)
+        except TruncatedLog as lost:
+            (gap,) = lost.gaps
+            _log.error("%s; reading goes on at %d, and what the histories have is left out", lost.what, gap.first)
+            positions[gap.source.partition] = gap.first
+            leaders.pop(gap.source.partition, None)
+
+
+def as_stored(topic_id: str, positions: Mapping[int, int], reader: LogReader) -> bytes:
+    """Where the histories end, as they keep it: JSON of the topic's id and, by partition, `next` and the `leaders` that are known.
+
+    Args:
+        topic_id: Of the micro-batch topic.
+        positions: By partition where the histories end.
+        reader: Which read up to there.
+    """
+    leaders = {str(partition): reader.leader_epoch(partition, at) for partition, at in positions.items()}
+    document = {
+        "topic_id": topic_id,
+        "next": {str(partition): at for partition, at in positions.items()},
+        "leaders": {partition: epoch for partition, epoch in leaders.items() if epoch >= 0},
+    }
+    return json.dumps(document).encode()
+
+
+class HistoryFollower:
+    """Applies the micro-batch topic to the histories; used by one thread, the store's only writer.
+
+    Args:
+        store: The host's histories.
+        spec: Its longest window determines how long an event counts.
+        max_age_s: How late an event may arrive.
+        metrics: Of the applier.
+        now_ms: The wall clock.
+        accepted: The losses that operators accepted, including records that the trainer leaves out.
+        actions: Returns the action names of a record by its feature spec; None for an unknown spec.
+        own_salt: Fingerprint of this host's salt; records with another salt before the first one with ours are left out.
+        kept: How many users and items are kept, and how long; how often a row is compared.
+    """
+
+    def __init__(
+        self,
+        store: HistoryStore,
+        spec: FeatureSpec,
+        max_age_s: float,
+        metrics: ApplierMetrics,
+        now_ms: Callable[[], int],
+        accepted: Callable[[], Sequence[Accepted]] = tuple,
+        actions: Callable[[str], Sequence[str] | None] = lambda spec: None,
+        own_salt: str | None = None,
+        kept: ServingSettings = DEFAULTS,
+    ) -> None:
+        self._store, self._line, self._erased = store, line_of(store), Erased.NOBODY
+        self._accepted, self._named, self._actions = accepted, actions, spec.actions
+        self._metrics = metrics
+        self._now_ms = now_ms
+        self._horizon_ms = 1000 * round(spec.windows_s[-1] + max_age_s)
+        self._parity = Parity(store, spec, self._horizon_ms, kept, metrics, now_ms)
+        self._upkeep = Upkeep(store, self._horizon_ms, kept, metrics, now_ms, self._parity.lose)
+        self._reader: LogReader | None = None
+        self._positions: dict[int, int] = {}
+        self._marks = store.positions()
+        salt = store.extra(SALT_EXTRA)
+        self._salt, self._begun = own_salt if salt is None else salt.decode(), bool(self._marks)
+        self.newest_ms = clock_of(store)
+        self._caught_up = store.extra(CAUGHT_UP_EXTRA) is not None
+        self._housekept_ms = 0
+
+    def connect(self, topic_id: str, ends: Mapping[int, tuple[int, int]], open_at: Open) -> None:
+        """Begins to read where the histories end.
+
+        Args:
+            topic_id: Of the micro-batch topic now; positions in another one do not count.
+            ends: First and next position of each partition of the topic.
+            open_at: Makes a reader.
+        """
+        stored = json.loads(self._store.extra(POSITION_EXTRA) or b"{}")
+        if stored and stored["topic_id"] != topic_id:
+            _log.warning("the micro-batch topic was made again (now %s); it is read from its beginning", topic_id)
+            stored = {}
+        positions = {int(partition): int(next_) for partition, next_ in stored.get("next", {}).items()}
+        for partition, (begin, end) in ends.items():
+            ours = positions.get(partition, begin)
+            if begin > positions.get(partition, 0):
+                self._parity.lose()
+            if not begin <= ours <= end:
+                self._metrics.gap_positions.inc(max(0, begin - ours))
+                _log.error(
+                    "micro-batch topic, partition %d: the histories are at %d, the log has [%d, %d); going on at %d. "
+                    "Users' windows lack what was lost; raise kafka.retention_h", partition, ours, begin, end, begin,
+                )  # fmt: skip
+                ours = begin
+            positions[partition] = ours
+        # Set it now, not at the next poll: a reader that waits for the histories would take the old lag as current.
+        self._metrics.microbatch_lag_records.set(
+            sum(end - positions[partition] for partition, (_, end) in ends.items())
+        )
+        self._metrics.history_epoch.set(self._line[-1].epoch)
+        leaders = {int(partition): int(epoch) for partition, epoch in stored.get("leaders", {}).items()}
+        self._reader = open_kept(positions, leaders, open_at)
+        self._metrics.log_away.set(0)
+        self._positions = positions
+
+    def turn(self, line: LogLine, mask: Mask, partition: int, open_at: OpenAt) -> bool:
+        """Moves the histories to the log branch that control names; returns whether they were rolled back.
+
+        They are disconnected then: `connect` again.
+
+        Args:
+            line: The branch.
+            mask: The clicks that do not come again.
+            partition: The topic's partition that the branch belongs to.
+            open_at: Opens that partition at an offset.
+
+        Raises:
+            GapError: The log no longer reaches back to the branch point.
+            LogError: The broker refused.
+            StoreFull: Nothing was changed.
+        """
+        self._erased, self._parity.mask = mask.erased, mask
+        if line == self._line:
+            return False
+        went = take_back(self._store, line, mask, partition, open_at, self._horizon_ms, self._now_ms())
+        _log.info("epoch %d of the training log: %s", line[-1].epoch, went)
+        self.disconnect()
+        if went is not None and went.short:
+            self._parity.lose()
+        self._line, self._marks = line, self._store.positions()
+        self._upkeep.begin()
+        self.newest_ms = clock_of(self._store)
+        return True
+
+    @property
+    def positions(self) -> Mapping[int, int]:
+        """By partition of the log where the histories end."""
+        return self._positions
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a reader."""
+        return self._reader is not None
+
+    def disconnect(self) -> None:
+        """Closes the reader; `connect` continues where the histories end."""
+        self._metrics.log_away.set(1)
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+    def step(self, timeout_s: float) -> int:
+        """Takes what has arrived, waiting at most `timeout_s`; returns how many records.
+
+        Raises:
+            GapError: Records were deleted before they were read; `disconnect` and `connect` again.
+            LogError: The broker refused.
+            SaltMismatch: The stream uses another salt than before.
+            StoreFull: What was not kept has to be read again: `disconnect` and `connect`.
+        """
+        assert self._reader is not None
+        batches = self._reader.poll(timeout_s, RECORDS_AT_ONCE)
+        for batch in batches:
+            try:
+                # LMDB keeps as many pages in memory as its largest transaction ever changed.
+                for record in batch.one_by_one():
+                    self._take(record)
+            except StoreFull:
+                self._upkeep.make_room(self.newest_ms)
+                raise
+        self._keep_house(idle=not batches)
+        self._upkeep.look(self.newest_ms)
+        return sum(map(len, batches))
+
+    def _take(self, batch: PartitionBatch) -> None:
+        """One commit for what was found in one partition."""
+        for first, following, reason in batch.corrupt:
+            self._metrics.unreadable_microbatches.inc()
+            _log.error(
+                "micro-batch topic, partition %d: positions [%d, %d) are corrupt: %s",
+                *(batch.partition, first, following, reason),
+            )
+        marks = dict(self._marks)
+        events: list[Events] = []
+        users: list[np.ndarray[tuple[int], np.dtype[np.uint64]]] = []
+        ranges: list[Range] = []
+        names: dict[int, str] = {}
+        newest_ms = 0
+        for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
+            found = self._decode(value, Source(batch.topic_id, batch.partition), offset)
+            if found is None or not counts(self._line, found.header.log_epoch, offset):
+                continue
+            keep, after = trim(found, marks)
+            parts, missing = new_ranges(found, marks)
+            if missing:
+                self._metrics.gap_positions.inc(missing)
+                where = (offset, batch.partition, missing)
+                _log.error("record %d of partition %d: %d positions before it are in no micro-batch", *where)
+            self._parity.meet(found.header.ranges, marks, missing)
+            events_here = happened(found.kind)
+            self._metrics.history_duplicates.inc(int((events_here & ~keep).sum()))
+            kept = found.take(events_here & keep & ~erased_rows(found, self._erased))
+            ranges.extend(parts)
+            events.append(events_of(kept, kept.header.ranges))
+            users.append(kept.user)
+            self._parity.look(kept, (batch.partition, offset), users, events)
+            newest_ms = max(newest_ms, int(log_times(kept).max(initial=0)))
+            if found.header.clocks and self.newest_ms > found.header.created_ms + DAY_MS:
+                # Under 0.1.0 one click could set it years ahead.
+                self.newest_ms = 0
+            names |= found.header.names
+            marks = after
+        joined = np.concatenate([np.empty(0, EVENT), *events]).astype(EVENT)
+        clock_ms = max(newest_ms, self.newest_ms)
+        extra = self._upkeep.news(joined, names, clock_ms) | self._parity.news(clock_ms)
+        if newest_ms > self.newest_ms:
+            extra[CLOCK_EXTRA] = json.dumps({"event_ms": newest_ms, "accepted_ms": self._now_ms()}).encode()
+        appends = Appends.of(np.concatenate(users), joined) if len(joined) else Appends.none()
+        self._commit(batch, appends, ranges, extra)
+        self.newest_ms = max(self.newest_ms, newest_ms)
+        self._marks = marks
+
+    def _decode(self, value: bytes | None, log: Source, offset: int) -> MicroBatch | None:
+        """The micro-batch, or None if the record is not one; that is data and does not stop serving."""
+        try:
+            found = decode(value or b"")
+        except MicroBatchError as error:
+            self._metrics.unreadable_microbatches.inc()
+            _log.error("record %d of partition %d is left out: %s", offset, log.partition, error)
+            return None
+        self._salt = self._salt or found.header.salt
+        if found.header.salt != self._salt:
+            if not self._begun or left_out(self._accepted(), log, offset):
+                self._metrics.unreadable_microbatches.inc()
+                return None
+            raise SaltMismatch.between(f"record {offset} of partition {log.partition}", found.header.salt, self._salt)
+        self._begun = True
+        # Where the meaning of its numbers is unknown, they count as ours.
+        return renumbered(found, self._named(found.header.spec) or self._actions, self._actions)
+
+    def _commit(
+        self, batch: PartitionBatch, appends: Appends, ranges: Sequence[Range], extra: dict[str, bytes | None]
+    ) -> None:
+        following = onward(self._line, batch.next)
+        positions = self._positions | {batch.partition: following}
+        assert self._reader is not None
+        extra[POSITION_EXTRA] = as_stored(batch.topic_id, positions, self._reader)
+        if self._salt is not None:
+            extra[SALT_EXTRA] = self._salt.encode()
+        killpoints.reach("follow.taken")
+        self._store.commit(appends, ranges, extra)
+        killpoints.reach("follow.committed")
+        self._positions = positions
+        if following != batch.next and self._reader is not None:
+            self._reader.seek(batch.partition, following)
+        self._metrics.history_rows.inc(len(appends.events))
+
+    def _keep_house(self, idle: bool) -> None:
+        """Each second: the lag, and how much is kept."""
+        now_ms = self._now_ms()
+        if 0 <= now_ms - self._housekept_ms < EVERY_MS and not (idle and not self._caught_up):
+            return
+        self._housekept_ms = now_ms
+        assert self._reader is not None
+        lag = sum(self._reader.lag().values())
+        self._metrics.microbatch_lag_records.set(lag)
+        self._metrics.log_away.set(not self._reader.reachable())
+        if not lag and not self._caught_up:
+            self._store.commit(Appends.none(), (), {CAUGHT_UP_EXTRA: b"1"})
+            self._caught_up = True
+        self._upkeep.show()
+
+
+def clock_of(store: HistoryStore) -> int:
+    """Returns the store's event clock in milliseconds; 0 if it has none."""
+    clock = store.extra(CLOCK_EXTRA)
+    return 0 if clock is None else int(json.loads(clock)["event_ms"])
+
+
+def take_back(
+    store: HistoryStore, line: LogLine, mask: Mask, partition: int, open_at: OpenAt, reach_ms: int, now_ms: int
+) -> WentBack | None:
+    """Rewinds `store` to the branch `line`.
+
+    One transaction also sets the topic's position, the event clock and items' categories. An item that only
+    masked clicks have named since the branch point gets its previous category back. If none is found nearby,
+    the item has no category until the next click.
+
+    Args:
+        store: The host's histories.
+        line: The branch that control names.
+        mask: The clicks that are not read again.
+        partition: The partition of the topic that the branch belongs to.
+        open_at: Opens that partition at an offset.
+        reach_ms: The maximum age, relative to the newest event, of an event that still matters.
+        now_ms: The wall clock.
+
+    Raises:
+        GapError: The log no longer reaches back to the branch point.
+        LogError: The broker refused a request.
+        StoreFull: Nothing was changed.
+    """
+    stored = json.loads(store.extra(POSITION_EXTRA) or b"{}")
+    # Restored histories have no position in the log; their events may come from anywhere in it.
+    at = stored.get("next", {}).get(str(partition))
+
+    def extra(offset: int, before: Before) -> dict[str, bytes | None]:
+        gone = [item_extra(item) for item in before.items if item not in before.categories]
+        found: dict[str, bytes | None] = {name: None for one in gone for name in (one, SEEN + one)}
+        for item, one in before.categories.items():
+            found[item_extra(item)] = item_value(one, (store.extra(item_extra(item)) or b"")[8:])
+        if at is not None and at > offset:
+            moved = {**stored["next"], str(partition): onward(line, offset)}
+            found[POSITION_EXTRA] = json.dumps({**stored, "next": moved}).encode()
+        if newest_ms := max((int(log_times(one).max(initial=0)) for one in before.latest), default=0):
+            found[CLOCK_EXTRA] = json.dumps({"event_ms": newest_ms, "accepted_ms": now_ms}).encode()
+        return found
+
+    return go_back(store, line, open_at, partition, reach_ms, at, mask, extra)

@@ -1,0 +1,178 @@
+"""Detects training-serving skew: compares sampled rows of the training log with features computed by serving.
+
+A row of the log contains the windows that the stream computed before its click; the trainer learns from them. When the
+applier adds that click to serving's histories, the windows computed from these must be equal for the same time, bit for
+bit. The outcomes are:
+
+    equal    they are equal
+    differs  they differ: training and serving use different features
+    unknown  they may differ for a known reason: another feature spec, or a mask that only one side has yet; or
+             histories may lack events that a window covers (from before this host started, or in a gap)
+
+Each comparison is one read of one user and one call of the window kernel, outside the transaction.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.config.sections import ServingSettings
+from state.features.arrays import Vector
+from state.features.mask import Mask
+from state.features.spec import EVENT, Events, FeatureSpec, vectorise_many
+from state.history.store import HistoryStore
+from state.metrics import ApplierMetrics
+from state.microbatch.batch import MicroBatch
+from state.positions import Range, Source
+from state.process.said_once import SaidOnce
+
+WHOLE_EXTRA = "whole"
+"""An extra of the histories: the log time in ms before which they may lack events; 0 if they lack none."""
+
+EQUAL, DIFFERS, UNKNOWN = OUTCOMES = ("equal", "differs", "unknown")
+IDS = {"recent_categories", "sequence_items", "sequence_categories"}  # ids, whose values mean nothing to a reader
+_log = logging.getLogger(__name__)
+
+
+def differences(trained: Vector, served: Vector, spec: FeatureSpec) -> Iterator[str]:
+    """Describes each difference between two rows.
+
+    >>> spec = FeatureSpec()
+    >>> one, other = (Vector(*[column[0] for column in spec.empty(1)]) for _ in range(2))
+    >>> for column in (*one, *other):
+    ...     column.fill(0)
+    >>> other.features[0], other.recent_categories[1] = 2, 77
+    >>> list(differences(one, other, spec))
+    ['view.count_1h was trained as 0 and is 2 here', 'recent_categories[1] is another one here']
+    """
+    for name in Vector._fields:
+        left, right = getattr(trained, name), getattr(served, name)
+        if left.shape != right.shape:
+            yield f"{name} was trained in shape {left.shape} and has {right.shape} here"
+            continue
+        for place in np.argwhere(left != right):
+            at = (*place.tolist(),)
+            if name == "features":
+                called = spec.names[at[0]]
+            elif name == "category_windows":
+                called = f"{spec.window_names[at[1]]} of recent category {at[0] + 1}"
+            else:
+                called = f"{name}[{at[0]}]"
+            yield (
+                f"{called} is another one here"
+                if name in IDS
+                else f"{called} was trained as {int(left[at])} and is {int(right[at])} here"
+            )
+
+
+class Parity:
+    """Samples rows as they are added to the histories. Used by the thread that writes the histories.
+
+    Args:
+        store: The host's histories.
+        spec: The feature spec of the settings.
+        reach_ms: The maximum age, relative to a row, of an event that its windows cover.
+        kept: The serving settings, which define how often to compare.
+        metrics: The applier's metrics.
+        now_ms: The wall clock.
+        choose: Returns a random row index from 0, given the number of rows.
+
+    Attributes:
+        mask: The mask of control.
+    """
+
+    def __init__(
+        self,
+        store: HistoryStore,
+        spec: FeatureSpec,
+        reach_ms: int,
+        kept: ServingSettings,
+        metrics: ApplierMetrics,
+        now_ms: Callable[[], int],
+        choose: Callable[[int], int] = random.randrange,
+    ) -> None:
+        self._store, self._spec, self._reach_ms = store, spec, reach_ms
+        self._every_ms, self._now_ms, self._choose = round(1000 * kept.parity_every_s), now_ms, choose
+        self._counted = {outcome: metrics.parity_rows.labels(outcome) for outcome in OUTCOMES}
+        self._said, self._looked_ms, self.mask = SaidOnce(_log.error), 0, Mask.NONE
+        whole = store.extra(WHOLE_EXTRA)
+        self._whole_ms = 0 if whole is None else int(json.loads(whole))
+        # An earlier release did not record what its histories lack.
+        self._lost = whole is None and bool(store.positions())
+
+    def lose(self) -> None:
+        """Records that the histories may lack events up to now."""
+        self._lost = True
+
+    def meet(self, ranges: Sequence[Range], marks: Mapping[Source, int], missing: int) -> None:
+        """Checks the ranges of a record for positions that no record covers, including those before the first range.
+
+        Args:
+            ranges: The ranges in the record's header.
+            marks: By source, the next offset that the histories need.
+            missing: The number of positions that no record covered.
+        """
+        self._lost |= missing > 0 or any(part.first > 0 and part.source not in marks for part in ranges)
+
+    def news(self, clock_ms: int) -> dict[str, bytes | None]:
+        """Returns the extras to commit with the clicks; `clock_ms` is the log time after them."""
+        if not self._lost:
+            return {}
+        self._whole_ms, self._lost = clock_ms, False
+        return {WHOLE_EXTRA: json.dumps(clock_ms).encode()}
+
+    def look(
+        self, rows: MicroBatch, place: tuple[int, int], users: Sequence[NDArray[np.uint64]], events: Sequence[Events]
+    ) -> None:
+        """Compares one row of a record if a comparison is due.
+
+        Args:
+            rows: The rows about to be added to the histories, one for each event.
+            place: The partition and offset of the record in the training log.
+            users: The users of each part of the pending commit; the last part belongs to `rows`.
+            events: The events of each part.
+        """
+        now_ms = self._now_ms()
+        if not self._every_ms or not len(rows) or 0 <= now_ms - self._looked_ms < self._every_ms:
+            return
+        self._looked_ms = now_ms
+        if rows.header.spec != self._spec.digest:
+            self._counted[UNKNOWN].inc()
+            return
+        row = self._choose(len(rows))
+        user, at_ms = int(rows.user[row]), int(rows.at_ms[row])
+        before = [*events[:-1], events[-1][:row]]
+        theirs = [one[who[: len(one)] == user] for who, one in zip(users, before, strict=True)]
+        history = np.concatenate([self._store.read(user), *theirs]).astype(EVENT)
+        self._count(rows, row, place, self._served(history, at_ms, user))
+
+    def _served(self, history: Events, at_ms: int, user: int) -> Vector:
+        return Vector(*[column[0] for column in vectorise_many([history], [at_ms], self.mask, self._spec, [user])])
+
+    def _count(self, rows: MicroBatch, row: int, place: tuple[int, int], served: Vector) -> None:
+        trained = Vector(*[getattr(rows, name)[row] for name in Vector._fields])
+        found = [*differences(trained, served, self._spec)]
+        if not found:
+            self._counted[EQUAL].inc()
+            return
+        if self._excused(rows, row):
+            self._counted[UNKNOWN].inc()
+            return
+        self._counted[DIFFERS].inc()
+        source = rows.header.ranges[int(rows.source[row])].source
+        self._said(
+            f"record {place[1]} of partition {place[0]} of the training log: the click at offset {int(rows.offset[row])} of "
+            f"partition {source.partition} was trained with other features than answers have: {found[0]}"
+            + (f", and {len(found) - 1} more numbers differ" if found[1:] else "")
+        )
+
+    def _excused(self, rows: MicroBatch, row: int) -> bool:
+        """Whether the features may differ for a known reason."""
+        whole = not self._lost and (not self._whole_ms or int(rows.at_ms[row]) - self._reach_ms >= self._whole_ms)
+        return not whole or rows.header.mask_generation != self.mask.generation

@@ -1,0 +1,609 @@
+"""Applies the version that control wants to the host's row store, and moves the pointer to it.
+
+    situation                 what happens
+    control pins V            exactly V is wanted
+    control follows           the newest version of control's epoch is wanted, durable or recent
+    the epoch has none yet    the epoch's base is wanted if there is one; else the pointer stays
+    V is not on this host     recent versions are applied onto an ancestor on this host; else deltas onto one, then
+                              recent versions; else base and deltas in a separate lane, while the old version answers
+    V is older                a recent version that its epoch no longer has keeps answering: the trainer was killed, and
+                              makes it again from the log
+    V has a label             it is applied too, while answers are where control wants them, one step at a time
+    V is corrupt              the last good version keeps answering; another base is tried
+    V fails its probe         likewise; its rows stay on this host, because later versions build on them
+
+Each version is one transaction. While control follows, that transaction also moves the pointer.
+
+A version that cannot be read is logged once and tried again after a while. `VersionFollower.sweep`
+removes old versions from the host.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from deploy.serving.following.fit_versions import FitVersions
+from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
+from deploy.serving.version_files import VersionFiles
+from state.errors import CorruptVersion, UnknownVersion
+from state.features.erased import Erased
+from state.history.forgetting import PAGES_MS
+from state.metrics import ApplierMetrics
+from state.process import killpoints
+from state.process.said_once import SaidOnce
+from state.ranking.crosses import Crosses
+from state.registry.control import Control
+from state.registry.labels import named
+from state.registry.manifest import Manifest, sees
+from state.registry.registry import SERVING, Registry
+from state.registry.tensor_files import unpack
+from state.rows.reader import Served
+from state.rows.store import RowStore
+
+RETRY_MS = 1000
+REMEMBERED = 1000
+RECENT_MS = 10_000
+"""How long versions that are not durable are kept."""
+ROUND_MS = 200
+SWEEP_MS = 10_000
+_log = logging.getLogger(__name__)
+
+
+class Refusals:
+    """Remembers what was corrupt or gone.
+
+    Args:
+        metrics: Of the applier.
+        now_ms: The wall clock.
+    """
+
+    def __init__(self, metrics: ApplierMetrics, now_ms: Callable[[], int]) -> None:
+        self._metrics = metrics
+        self._now_ms = now_ms
+        self._again_ms: dict[tuple[str, int], int] = {}
+
+    def add(self, kind: str, version: int, error: Exception, answering: str) -> None:
+        """Remembers for a second that a version cannot be read, and logs it once.
+
+        Args:
+            kind: `manifest`, `delta`, `base`, or `probe`, which is not tried again.
+            version: Which.
+            error: Why.
+            answering: The version that keeps answering.
+        """
+        if (kind, version) not in self._again_ms:
+            if isinstance(error, CorruptVersion):
+                self._metrics.corrupt_versions.inc()
+            _log.warning("%s; %s goes on answering", error, answering)
+        self._again_ms[kind, version] = self._now_ms() + RETRY_MS
+        if len(self._again_ms) > REMEMBERED:
+            # The version that was refused first.
+            del self._again_ms[next(iter(self._again_ms))]
+
+    def blocks(self, steps: Iterable[Manifest]) -> bool:
+        """Whether one of these versions was refused a moment ago."""
+        now_ms = self._now_ms()
+        # The upper bound is for a wall clock that was set back.
+        return any(now_ms < self._again_ms.get((step.kind, step.version), 0) <= now_ms + RETRY_MS for step in steps)
+
+    def of_manifests(self) -> bool:
+        """Whether a manifest could not be read since the last `clear`."""
+        return any(kind == "manifest" for kind, _ in self._again_ms)
+
+    def clear(self) -> None:
+        """Forgets all of it."""
+        self._again_ms.clear()
+
+
+@dataclass
+class Route:
+    """How to get to a version.
+
+    Attributes:
+        target: The version.
+        steps: Steps still to apply, in this order; empty if the version is on this host.
+        rebuild: Whether the steps go into a separate lane; else onto a version on this host.
+    """
+
+    target: int
+    steps: list[Manifest]
+    rebuild: bool
+
+
+def route_to(
+    wanted: int,
+    registry: Registry,
+    rows: RowStore,
+    here: Collection[int],
+    recents: Collection[int],
+    refusals: Refusals,
+    refuse: Callable[[str, int, Exception], None],
+) -> Route | None:
+    """The route to `wanted` without a recently refused version; None while there is none.
+
+    1. Recent versions, from one on this host.
+    2. Durable ones from one on this host, or a base and the deltas since, up to the last durable one before `wanted`;
+       recent ones from there on.
+
+    Args:
+        wanted: A version. If it is recent and nothing leads to it, the route ends at the last durable one before it.
+        registry: Where versions are.
+        rows: The host's row store.
+        here: The versions in it.
+        recents: The recent versions that can be read.
+        refusals: The versions that cannot be read.
+        refuse: Called with the kind of a version that cannot be read, its number, and the reason.
+    """
+    # 1.
+    steps = recent_steps(wanted, registry, here, recents)
+    first = steps[0].parent if steps else wanted
+    if steps and first in here and rows.accepts(steps[0]) and not refusals.blocks(steps):
+        return Route(wanted, steps, rebuild=False)
+    # 2.
+    durable = _last_durable(steps[-1], registry) if steps and wanted not in registry.versions() else wanted
+    if durable is None or (not steps and wanted in recents and wanted not in registry.versions()):
+        return None
+    tail = [step for step in steps if step.version > durable] if durable >= (first or 0) else []
+    target = tail[-1].version if tail else durable
+    if durable in here and not tail:
+        return Route(durable, [], rebuild=False)
+    try:
+        lead = onto_what_is_here(durable, registry, rows, here)
+        if lead is not None and not refusals.blocks(lead):
+            return Route(target, [*lead, *tail], rebuild=False)
+    except (CorruptVersion, UnknownVersion) as error:
+        refuse("delta", durable, error)
+    try:
+        base, deltas = registry.chain(durable)
+    except (CorruptVersion, UnknownVersion) as error:
+        refuse("base", durable, error)
+        return None
+    lead = [base, *deltas]
+    return None if refusals.blocks(lead) else Route(target, [*lead, *tail], rebuild=True)
+
+
+def recent_steps(wanted: int, registry: Registry, here: Collection[int], recents: Collection[int]) -> list[Manifest]:
+    """The recent versions that lead to `wanted`, oldest first, back to a version on this host or the oldest readable one."""
+    steps: list[Manifest] = []
+    version: int | None = wanted
+    while version is not None and version not in here and version in recents:
+        try:
+            found = registry.manifest(version, "recent")
+        except (CorruptVersion, UnknownVersion):
+            break
+        steps.append(found)
+        version = found.parent
+    return steps[::-1]
+
+
+def _last_durable(version: Manifest, registry: Registry) -> int | None:
+    """The newest durable version that a recent one descends from."""
+    return max((one for one in registry.versions() if sees(version.visible, one)), default=None)
+
+
+def onto_what_is_here(wanted: int, registry: Registry, rows: RowStore, here: Collection[int]) -> list[Manifest] | None:
+    """Deltas from the nearest ancestor that is here; None where a base is needed.
+
+    Raises:
+        CorruptVersion, UnknownVersion: One of them cannot be read.
+    """
+    steps: list[Manifest] = []
+    version = wanted
+    deltas = set(registry.deltas())
+    while version not in here:
+        if version not in deltas:
+            return None
+        manifest = registry.manifest(version, "delta")
+        if manifest.parent is None:
+            return None
+        steps.append(manifest)
+        version = manifest.parent
+    steps.reverse()
+    return steps if steps and rows.accepts(steps[0]) else None
+
+
+class NewestVersion:
+    """Lists the registry again only when there is another version.
+
+    Args:
+        registry: Where versions are.
+        refusals: The versions that cannot be read.
+        refuse: Called with `manifest`, the number of a version whose manifest cannot be read, and the reason.
+    """
+
+    def __init__(self, registry: Registry, refusals: Refusals, refuse: Callable[[str, int, Exception], None]) -> None:
+        self._registry = registry
+        self._refusals = refusals
+        self._refuse = refuse
+        self._found: tuple[object, int | None] = (None, None)
+        self._lost: frozenset[int] = frozenset()
+
+    def of(self, epoch: int) -> int | None:
+        """The newest version of `epoch`; None without one."""
+        registry = self._registry
+        seen = (epoch, registry.recents()[-1:], registry.deltas()[-1:], registry.bases()[-1:], self._lost)
+        if self._found[0] != seen:
+            self._found = (None, self._find(epoch))
+            if not self._refusals.of_manifests():
+                self._found = (seen, self._found[1])
+        return self._found[1]
+
+    def recents(self) -> frozenset[int]:
+        """The recent versions that can be read, as far as is known."""
+        return frozenset(self._registry.recents()) - self._lost
+
+    def lose(self, version: int) -> None:
+        """A recent version cannot be read: it was removed meanwhile, or a power cut damaged it. Durable ones lead past it."""
+        self._lost = self._lost.intersection(self._registry.recents()) | {version}
+
+    def _find(self, epoch: int) -> int | None:
+        recents = self.recents()
+        for version in sorted({*self._registry.versions(), *recents}, reverse=True):
+            found = self._recent(version) if version in recents else self._durable(version)
+            if found is None:
+                continue
+            if found.epoch == epoch:
+                return version
+            if found.epoch < epoch:
+                return None
+        return None
+
+    def _durable(self, version: int) -> Manifest | None:
+        try:
+            return self._registry.manifest(version)
+        except (CorruptVersion, UnknownVersion) as error:
+            self._refuse("manifest", version, error)
+            return None
+
+    def _recent(self, version: int) -> Manifest | None:
+        try:
+            return self._registry.manifest(version, "recent")
+        except (CorruptVersion, UnknownVersion):
+            self.lose(version)
+            return self._durable(version) if version in self._registry.versions() else None
+
+
+class Labelled:
+    """Applies what labelled versions lack; used by the thread that writes the rows.
+
+    Args:
+        registry: Where versions are.
+        rows: The host's row store.
+        refusals: The versions that cannot be read.
+        refuse: Called with the kind of a version that cannot be read, its number, and the reason.
+        apply: Applies a step without moving the pointer. With the flag, into a separate lane even if it is on this host.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        rows: RowStore,
+        refusals: Refusals,
+        refuse: Callable[[str, int, Exception], None],
+        apply: Callable[[Manifest, bool], None],
+    ) -> None:
+        self._registry, self._rows = registry, rows
+        self._refusals, self._refuse, self._apply = refusals, refuse, apply
+        self._target: int | None = None
+        self._steps: list[Manifest] = []
+        self._anew = False
+
+    def step(self, labels: Iterable[tuple[str, int]], here: Collection[int]) -> bool:
+        """Applies one step towards the first labelled version that is not on this host; returns whether there was one."""
+        missing = [version for _, version in labels if version not in here]
+        if self._target not in missing:
+            self._target, self._steps = None, []
+        for version in [self._target] if self._target is not None else missing:
+            try:
+                if not self._steps:
+                    self._find(version, here)
+                if self._refusals.blocks(self._steps):
+                    self._target, self._steps = None, []
+                    continue
+                self._apply(self._steps[0], self._anew)
+            except (CorruptVersion, UnknownVersion) as error:
+                self._refuse(self._steps[0].kind if self._steps else "base", version, error)
+                self._target, self._steps = None, []
+                continue
+            self._target = version
+            self._steps.pop(0)
+            return True
+        return False
+
+    def _find(self, version: int, here: Collection[int]) -> None:
+        """Finds the steps to a version: onto a version on this host, or all of them in a separate lane."""
+        lead = onto_what_is_here(version, self._registry, self._rows, here)
+        self._anew = lead is None
+        if lead is None:
+            base, deltas = self._registry.chain(version)
+            lead = [base, *deltas]
+        self._steps = lead
+
+
+def applied_ms(rows: RowStore) -> dict[int, int]:
+    """When each version in the store was applied, by its number."""
+    with rows.reader() as reader:
+        return {record.version: record.applied_at_ms for record in reader.versions()}
+
+
+def too_old(
+    here: Mapping[int, int], now_ms: int, keep_ms: int, durable: Collection[int], needed: Collection[int]
+) -> list[int]:
+    """The versions to remove.
+
+    >>> too_old({1: 0, 2: 0, 3: 0, 4: 15_000}, 20_000, 60_000, durable={1}, needed={3})
+    [2]
+
+    Args:
+        here: When each was applied, by number.
+        now_ms: Now.
+        keep_ms: How long durable versions are kept.
+        durable: The durable versions.
+        needed: Versions to keep in any case.
+    """
+    recent_ms = min(RECENT_MS, keep_ms)
+    return [
+        version
+        for version, applied_ms in here.items()
+        if now_ms - applied_ms > (keep_ms if version in durable else recent_ms) and version not in needed
+    ]
+
+
+def show_control(control: Control, metrics: ApplierMetrics) -> None:
+    """Sets the gauges for control's settings of serving."""
+    metrics.control_generation.set(control.generation)
+    metrics.pinned.set(control.serving.mode == "pin")
+    metrics.masks.set(len(control.masks))
+
+
+class VersionFollower:
+    """Keeps the row store at the version that control wants; used by one thread, the store's only writer.
+
+    Args:
+        registry: Where versions and control are.
+        rows: The host's row store.
+        programs: Directory for copies of programs and feature specs.
+        metrics: Of the applier.
+        keep_s: How long versions stay after they were applied.
+        now_ms: The wall clock.
+        crosses: The crosses in the settings, to find those of erased users; None without crosses.
+
+    Attributes:
+        erased: The last erasure whose users have no data in the store any more.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        rows: RowStore,
+        programs: Path,
+        metrics: ApplierMetrics,
+        keep_s: float,
+        now_ms: Callable[[], int],
+        crosses: Crosses | None = None,
+    ) -> None:
+        self._crosses, self._erased, self.erased = crosses, Erased.NOBODY, rows.erased()
+        self._anew_ms: int | None = None
+        self._registry, self._rows = registry, rows
+        self._files = VersionFiles(programs, registry)
+        self._fit = FitVersions(rows, programs, metrics, self._refuse)
+        self._metrics = metrics
+        self._keep_ms = round(keep_s * 1000)
+        self._now_ms = now_ms
+        self.served: Served | None = None
+        self._read_served()
+        self._here = applied_ms(rows)
+        with rows.reader() as reader:
+            note = reader.note(CONTROL_NOTE)
+        self._generation = 0 if note is None else int(json.loads(note)["generation"])
+        self._refusals = Refusals(metrics, now_ms)
+        self._newest = NewestVersion(registry, self._refusals, self._refuse)
+        apply = partial(self._apply, follow=False)
+        self._labelled = Labelled(registry, rows, self._refusals, self._refuse, apply)
+        self._route: Route | None = None
+        self._looked_again: Manifest | None = None
+        self._say = SaidOnce(_log.info)
+        self._swept_ms = 0
+
+    def step(self) -> bool:
+        """One round of at most about `ROUND_MS`; returns whether there may be more to do at once.
+
+        1. Read control; its mask applies from here on.
+        2. Determine the version it wants.
+        3. Apply the missing part of it.
+        4. Move the pointer.
+        """
+        control = self._registry.control()
+        if control is None:
+            self._say("waiting for the first control generation; the trainer makes it")
+            return False
+        # 1.
+        if control.generation != self._generation:
+            self._take_up(control)
+        self._erased = control.erased
+        if self.erased < control.erased.last and self._crosses is not None:
+            # The mask already excludes them from answers.
+            self._rows.erase(control.erased.after(self.erased), self._crosses)
+            self.erased = control.erased.last
+            # The record of removed rows leaves with its version; only then the file has nothing of the erased users.
+            self._anew_ms = self._now_ms() + max(PAGES_MS, 3 * (self._keep_ms + SWEEP_MS))
+        show_control(control, self._metrics)
+        # 2.
+        wanted = self._wanted(control)
+        if wanted is None:
+            return False
+        if (self.served is not None and self.served.version == wanted) or (
+            wanted in self._here and wanted not in self._fit
+        ):
+            self._route = None
+            return self._labelled.step(control.labels, self._here)
+        # 3.
+        if wanted not in self._here or self._route is not None:
+            return self._approach(wanted, control)
+        # 4.
+        self._serve(wanted)
+        return False
+
+    def sweep(self) -> None:
+        """Removes versions that are too old and unused, every few seconds; deletes their data in small pieces.
+
+        Versions that are not durable are removed after some seconds, the others after `keep_s`.
+
+        Raises:
+            StoreFull: There is no room for that; nothing was changed.
+            RegistryError: It is unknown which versions are durable.
+        """
+        self._rows.tidy()
+        now_ms = self._now_ms()
+        if self._anew_ms is not None and now_ms >= self._anew_ms and self._route is None:
+            self._anew_ms = now_ms + PAGES_MS
+            self._rows.compact()
+            self._anew_ms = None
+        if 0 <= now_ms - self._swept_ms < SWEEP_MS or self._route is not None:
+            return
+        control, durable = self._registry.control(), {*self._registry.versions()}
+        with self._rows.reader() as reader:
+            needed = {max(self._here, default=0), reader.before() or 0}
+        if control is not None:
+            needed |= named(control)
+        old = too_old(self._here, now_ms, self._keep_ms, durable, needed)
+        self._metrics.swept_versions.inc(self._rows.forget(old))
+        self._swept_ms = now_ms
+        self._here = applied_ms(self._rows)
+        self._fit.keep(self._here)
+
+    def _take_up(self, control: Control) -> None:
+        """Stores control and mask where workers read them, with the pointer if the pinned version is on this host."""
+        pin = control.serving.version if control.serving.mode == "pin" else None
+        at_once = pin if pin in self._here and pin in self._fit else None
+        told = {"generation": control.generation, "epoch": control.epoch, "pin": pin, "labels": dict(control.labels)}
+        notes = {CONTROL_NOTE: json.dumps(told).encode(), MASK_NOTE: control.mask.to_bytes()}
+        self._rows.steer(notes, at_once)
+        killpoints.reach("apply.steered")
+        self._generation = control.generation
+        self._route = None
+        self._refusals.clear()
+        _log.info(
+            "control generation %d: %s by %s (%s); epoch %d, %s", control.generation, control.action, control.actor,
+            control.reason, control.epoch, "following" if pin is None else f"pinned to version {pin}",
+        )  # fmt: skip
+        if at_once is not None:
+            self._read_served()
+
+    def _wanted(self, control: Control) -> int | None:
+        if control.serving.mode == "pin":
+            return control.serving.version
+        newest, served = self._newest.of(control.epoch), self.served
+        if served is not None and served.epoch == control.epoch and served.version > (newest or 0):
+            return served.version
+        return control.base if newest is None else newest
+
+    def _approach(self, wanted: int, control: Control) -> bool:
+        # A rebuild is not begun again because the epoch has moved on by a version.
+        if self._route is None or (self._route.target != wanted and not self._route.rebuild):
+            recents = self._newest.recents()
+            self._route = route_to(
+                wanted, self._registry, self._rows, self._here, recents, self._refusals, self._refuse
+            )
+            if self._route is None:
+                return False
+            if not self._route.steps:
+                return self._settle_for(self._route.target, control)
+        route = self._route
+        if route.rebuild and self.served is not None:
+            self._say(
+                f"version {route.target} is rebuilt from the registry ({len(route.steps)} to go); "
+                f"version {self.served.version} answers meanwhile"
+            )
+        until_ms = self._now_ms() + ROUND_MS
+        while route.steps:
+            manifest = route.steps[0]
+            try:
+                self._apply(manifest, route.rebuild, self._may_follow(manifest, control))
+            except (CorruptVersion, UnknownVersion) as error:
+                self._route = None
+                return self._give_up(manifest, error)
+            route.steps.pop(0)
+            if not until_ms - ROUND_MS <= self._now_ms() < until_ms:
+                break
+        if route.steps:
+            return True
+        self._route = None
+        if route.target == wanted and (self.served is None or self.served.version != wanted):
+            self._serve(wanted)
+        return True
+
+    def _give_up(self, step: Manifest, error: Exception) -> bool:
+        """A step cannot be read; returns whether to look for another route at once."""
+        if step.kind == "recent":
+            self._newest.lose(step.version)
+            return True
+        # The compactor may have merged the version that was being read: look it up again first.
+        if isinstance(error, UnknownVersion) and self._looked_again != step:
+            self._looked_again = step
+            return True
+        self._refuse(step.kind, step.version, error)
+        return False
+
+    def _settle_for(self, version: int, control: Control) -> bool:
+        """Nothing leads on from `version`, which is here; answers use it where it is newer than what they use."""
+        self._route = None
+        with self._rows.reader() as reader:
+            here = reader.version(version)
+        if here is not None and self._may_follow(here, control):
+            self._serve(version)
+        return False
+
+    def _may_follow(self, manifest: Manifest | Served, control: Control) -> bool:
+        """Whether workers may serve this version on the route to the wanted one."""
+        if control.serving.mode == "pin":
+            return manifest.version == control.serving.version
+        if manifest.epoch != control.epoch and manifest.version != control.base:
+            return False
+        served = self.served
+        return served is None or served.epoch != control.epoch or manifest.version > served.version
+
+    def _apply(self, manifest: Manifest, rebuild: bool, follow: bool) -> None:
+        self._files.fetch_program(manifest.program)
+        self._files.fetch_spec(manifest.spec)
+        tensors = unpack(self._registry.read(manifest, SERVING))
+        killpoints.reach("apply.read")
+        now_ms = self._now_ms()
+        follow = self._fit.admit(manifest, tensors) and follow
+        with self._metrics.apply_seconds.time():
+            self._rows.apply(manifest, tensors, now_ms, follow=follow, replace=rebuild)
+        killpoints.reach("apply.applied")
+        if manifest.erased < self._erased.last and self._crosses is not None:
+            self._rows.erase(self._erased.after(manifest.erased), self._crosses, manifest.version)
+        self._here[manifest.version] = now_ms
+        self._metrics.applied_versions.inc()
+        if follow or (self.served is not None and self.served.version == manifest.version):
+            self._read_served()
+        self._fit.show(self.served)
+
+    def _serve(self, version: int) -> None:
+        if version not in self._fit:
+            return
+        self._rows.serve(version)
+        killpoints.reach("apply.served")
+        self._read_served()
+        _log.info("version %d answers", version)
+
+    def _read_served(self) -> None:
+        with self._rows.reader() as reader:
+            self.served = reader.served()
+        if self.served is not None:
+            # Workers answer with the version's own features, whatever release applied it.
+            self._files.fetch_spec(self.served.spec)
+            self._metrics.version.set(self.served.version)
+            self._metrics.epoch.set(self.served.epoch)
+        self._fit.show(self.served)
+
+    def _refuse(self, kind: str, version: int, error: Exception) -> None:
+        answering = "no version" if self.served is None else f"version {self.served.version}"
+        self._refusals.add(kind, version, error, answering)

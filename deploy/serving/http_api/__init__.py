@@ -1,1 +1,0 @@
-"""The HTTP API of serving: its endpoints, their requests and their responses."""

@@ -1,0 +1,437 @@
+"""The questions that a worker answers: profiles, items, explanations and segments, over HTTP and gRPC, and its health.
+
+Errors over HTTP are JSON. `error` says what happened, `do` says what to do, and `where` names the position in the request
+if the request is at fault. `deploy/serving/API.md` documents the API for callers. The gRPC service `springtide.v1.Profiles`
+gives the same answers; its requests are converted to the parameters and bodies of HTTP.
+
+Profiles and explanations:
+
+    GET  /v1/profiles/{user_id}?item=&category=&at=&context.NAME=&fields=&top=
+    POST /v1/profiles:batch      {"profiles": [{"user_id": ..., "item": ..., ...}, ...]} or {"users": [...]}, "fields", "top"
+    GET  /v1/profiles/{user_id}/explain?label=|item=&category=&at=&context.NAME=&top=
+
+Items for a user:
+
+    POST /v1/rank      {"user_id": ..., "items": [...], "context": {...}, "at": ...}
+    GET  /v1/recommendations/{user_id}?n=&category=&exclude_seen=&at=&context.NAME=
+    GET  /v1/similar/{user_id}?n=&exclude_seen=&at=&context.NAME=
+
+Segments:
+
+    GET /v1/segments
+    GET /v1/segments/{segment}?from=&n=
+    GET /v1/segments/{segment}/users/{user_id}
+    GET /v1/segments/{segment}/lookalikes?n=
+
+Whether the worker runs and can answer, and its metrics:
+
+    GET /healthz /readyz /metrics
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Annotated, Any, TypeVar
+
+import msgspec
+from google.protobuf.message import Message
+from msgspec import Meta
+from prometheus_client import CollectorRegistry
+
+from deploy.serving.answers.explaining import Explanation, explain
+from deploy.serving.answers.host import Answers, Host
+from deploy.serving.answers.items import RankedItems, Recommendations, SimilarItems, rank, recommend, similar
+from deploy.serving.answers.query import About, Answer
+from deploy.serving.answers.segments import SegmentLookalikes, SegmentPage, SegmentSizes, UserSegment
+from deploy.serving.requests.access import OPEN, OPERATE
+from deploy.serving.requests.grpc_server import Method, Service, message
+from deploy.serving.requests.http import (
+    ASKED,
+    FAILED,
+    METHODS,
+    SENT,
+    Endpoint,
+    Request,
+    Response,
+    encode,
+    header,
+    what_and_where,
+)
+from deploy.serving.requests.parameters import (
+    BATCH_EXAMPLE,
+    RANK_EXAMPLE,
+    ExplanationParameters,
+    NearParameters,
+    ProfileParameters,
+    ProfilesQuestion,
+    RankQuestion,
+    RecommendationParameters,
+    UsersQuestion,
+)
+from deploy.serving.requests.worker_metrics import rendered
+from springtide_client import answers as responses
+from state.errors import BadRequest
+from state.segments.expression import NAME
+
+MOST_MEMBERS = 1000
+PACKAGE = "springtide.v1"
+PLAIN = "text/plain; version=0.0.4; charset=utf-8"
+_NO_PARAMETERS = ProfileParameters()
+_SEGMENT: Mapping[str, Mapping[str, str]] = {"segment": {"pattern": f"^{NAME.pattern}$"}}
+Parameters = TypeVar("Parameters", bound=msgspec.Struct)
+
+
+class SegmentParameters(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The parameters of a segment's members."""
+
+    start: Annotated[
+        str, Meta(pattern="^[0-9a-f]{16}$", description="The pseudonym to begin with: `next` of the page before.")
+    ] = msgspec.field(default="0" * 16, name="from")
+    n: Annotated[int, Meta(ge=1, le=MOST_MEMBERS, description="How many members at most.")] = 100
+
+
+class LookalikeParameters(msgspec.Struct, forbid_unknown_fields=True, frozen=True):
+    """The parameters of the lookalikes of a segment."""
+
+    n: Annotated[int, Meta(ge=1, le=MOST_MEMBERS, description="How many users at most.")] = 100
+
+
+class Questions:
+    """Questions about one user, independent of the protocol."""
+
+    def __init__(self, answers: Answers) -> None:
+        self._answers, self._host = answers, answers.host
+
+    async def rank(self, asked: RankQuestion) -> RankedItems:
+        """Ranks the items that the caller names."""
+        items, impressions = asked.named_items(), self._host.impressions
+        return await self._answers.run(rank(self._host.predictor(), asked.query(), items, impressions))
+
+    async def recommend(self, user: str, asked: RecommendationParameters) -> Recommendations:
+        """Recommends items."""
+        query, sources = asked.query(user), self._answers.sources()
+        return await self._answers.run(recommend(self._host.predictor(), sources, query, asked.wanted()))
+
+    async def similar(self, user: str, asked: NearParameters) -> SimilarItems:
+        """Finds the nearest items."""
+        near = self._answers.sources().near
+        return self._answers.counted(similar(self._host.predictor(), near, asked.query(user), asked.wanted()))
+
+    async def explain(self, user: str, asked: ExplanationParameters) -> Explanation:
+        """Explains a probability."""
+        return await self._answers.run(explain(self._host.predictor(), asked.query(user), asked.label))
+
+
+def profile_endpoints(answers: Answers) -> list[Endpoint]:
+    """Returns the endpoints that answer profiles, explanations and items."""
+    questions = Questions(answers)
+
+    def json_of(answer: Answer) -> bytes:
+        return encode(answer.document())
+
+    def soon(request: Request) -> asyncio.Future[bytes]:
+        asked = request.parameters(ProfileParameters) if request.query_string else _NO_PARAMETERS
+        return answers.profiles.one(asked.query(request.path["user_id"]), json_of)
+
+    async def profile(request: Request) -> Response:
+        return Response(200, await soon(request))
+
+    async def batch(request: Request) -> Response:
+        asked = await request.document()
+        return Response(
+            200, b'{"profiles":[' + b",".join(await answers.profiles.many(asked.queries(), json_of)) + b"]}"
+        )
+
+    async def rank(request: Request) -> Response:
+        return Response(200, encode(await questions.rank(await request.document())))
+
+    def about_user(
+        kind: type[Parameters], answer: Callable[[str, Parameters], Awaitable[About]]
+    ) -> Callable[[Request], Awaitable[Response]]:
+        async def answered(request: Request) -> Response:
+            return Response(200, encode(await answer(request.path["user_id"], request.parameters(kind))))
+
+        return answered
+
+    return [
+        Endpoint(
+            "profile",
+            ("GET",),
+            "/v1/profiles/{user_id}",
+            profile,
+            "One user's profile.",
+            parameters=ProfileParameters,
+            returns=(responses.Profile,),
+            soon=soon,
+        ),
+        Endpoint(
+            "batch",
+            ("POST",),
+            "/v1/profiles:batch",
+            batch,
+            "Profiles of many users, in the order of the request, all of one version.",
+            body=(ProfilesQuestion, UsersQuestion),
+            example=BATCH_EXAMPLE,
+            returns=(responses.Profiles,),
+            failures=SENT,
+        ),
+        Endpoint(
+            "explain",
+            ("GET",),
+            "/v1/profiles/{user_id}/explain",
+            about_user(ExplanationParameters, questions.explain),
+            "Why a probability of a profile is what it is.",
+            parameters=ExplanationParameters,
+            returns=(responses.Explanation,),
+        ),
+        Endpoint(
+            "rank",
+            ("POST",),
+            "/v1/rank",
+            rank,
+            "Items that the caller names, ranked for one user; by bids and with frequency caps if they have some.",
+            body=(RankQuestion,),
+            example=RANK_EXAMPLE,
+            returns=(responses.Ranking,),
+            failures=SENT,
+        ),
+        Endpoint(
+            "recommendations",
+            ("GET",),
+            "/v1/recommendations/{user_id}",
+            about_user(RecommendationParameters, questions.recommend),
+            "Items for one user, each with its reason.",
+            parameters=RecommendationParameters,
+            returns=(responses.Recommendations,),
+        ),
+        Endpoint(
+            "similar",
+            ("GET",),
+            "/v1/similar/{user_id}",
+            about_user(NearParameters, questions.similar),
+            "The items nearest to one user by what was learned of both.",
+            parameters=NearParameters,
+            returns=(responses.SimilarItems,),
+            failures={**ASKED, 501: responses.Failure},
+        ),
+    ]
+
+
+def profile_service(answers: Answers) -> Service:
+    """Returns the gRPC service `springtide.v1.Profiles`."""
+    questions = Questions(answers)
+
+    async def profile(request: Message) -> Any:
+        given = _fields_of(request)
+        given["profiles"] = [given.pop("question", {})]
+        asked = _convert(given, ProfilesQuestion)
+        return await answers.profiles.one(asked.queries()[0], _profile_message)
+
+    async def batch(request: Message) -> Any:
+        given = _fields_of(request)
+        given["profiles"] = given.pop("questions", [])
+        asked = _convert(given, ProfilesQuestion)
+        profiles = await answers.profiles.many(asked.queries(), _profile_message)
+        return message(f"{PACKAGE}.BatchGetProfilesResponse")(profiles=profiles)
+
+    async def rank(request: Message) -> Any:
+        asked = _convert({"items": [], **_fields_of(request)}, RankQuestion)
+        return _filled("RankResponse", await questions.rank(asked))
+
+    def about_user(
+        kind: type[Parameters], answer: Callable[[str, Parameters], Awaitable[About]], response: str
+    ) -> Callable[[Message], Awaitable[Any]]:
+        async def answered(request: Message) -> Any:
+            given = _fields_of(request)
+            given |= given.pop("question", {})
+            if not (user := given.pop("user_id", "")):
+                raise BadRequest("the request names no user_id", "name a user")
+            return _filled(response, await answer(user, _convert(given, kind)))
+
+        return answered
+
+    methods = {
+        "GetProfile": profile,
+        "BatchGetProfiles": batch,
+        "Rank": rank,
+        "Recommend": about_user(RecommendationParameters, questions.recommend, "RecommendResponse"),
+        "Explain": about_user(ExplanationParameters, questions.explain, "Explanation"),
+        "Similar": about_user(NearParameters, questions.similar, "SimilarResponse"),
+    }
+    return Service(
+        f"{PACKAGE}.Profiles",
+        [Method(name, f"{PACKAGE}.{name}Request", answer) for name, answer in methods.items()],
+    )
+
+
+def _fields_of(request: Message) -> dict[str, Any]:
+    """Converts a message to the names and values of HTTP; absent fields are left out."""
+    given: dict[str, Any] = {}
+    for field, value in request.ListFields():
+        name = field.name
+        if name == "at_ms":
+            given["at"] = str(value)
+        elif field.message_type is not None and field.message_type.GetOptions().map_entry:
+            given[name] = dict(value)
+        elif field.message_type is not None:
+            repeated = field.is_repeated
+            given[name] = [_fields_of(one) for one in value] if repeated else _fields_of(value)
+        else:
+            given[name] = list(value) if field.is_repeated else value
+    return given
+
+
+def _convert(given: Mapping[str, Any], kind: type[Parameters]) -> Parameters:
+    try:
+        return msgspec.convert(given, kind)
+    except msgspec.ValidationError as error:
+        what, where = what_and_where(error)
+        raise BadRequest(f"{where.lstrip('/') or 'the request'}: {what}", "correct it", where) from None
+
+
+def _filled(name: str, answer: Any) -> Any:
+    """Returns the message with the fields of an answer."""
+    return message(f"{PACKAGE}.{name}")(
+        **{field.name: getattr(answer, field.name) for field in dataclasses.fields(answer)}
+    )
+
+
+def _profile_message(answer: Answer) -> Any:
+    """Returns the message of a profile: maps without missing values, lists in place of arrays."""
+    document = answer.document()
+    if "vector" in document:
+        document["vector"] = document["vector"].tolist()
+    for owner in (document, document.get("engagement")):
+        if owner is not None and "attributes" in owner:
+            owner["attributes"] = {name: text for name, text in owner["attributes"].items() if text is not None}
+    return message(f"{PACKAGE}.Profile")(**document)
+
+
+def segment_endpoints(host: Host) -> list[Endpoint]:
+    """Returns the endpoints that list segments and their members."""
+
+    async def segments(_: Request) -> Response:
+        return Response(200, encode(host.segments.sizes()))
+
+    async def segment(request: Request) -> Response:
+        asked = request.parameters(SegmentParameters)
+        return Response(200, encode(host.segments.page(request.path["segment"], int(asked.start, 16), asked.n)))
+
+    async def user(request: Request) -> Response:
+        return Response(200, encode(host.segments.of_user(request.path["segment"], request.path["user_id"])))
+
+    async def lookalikes(request: Request) -> Response:
+        asked = request.parameters(LookalikeParameters)
+        return Response(200, encode(host.segments.lookalikes(request.path["segment"], asked.n)))
+
+    failures = {**FAILED, 404: responses.Failure, 503: responses.Failure}
+    return [
+        Endpoint(
+            "segments",
+            ("GET",),
+            "/v1/segments",
+            segments,
+            "All segments, and how many users are in each.",
+            returns=(SegmentSizes,),
+            failures={**FAILED, 503: responses.Failure},
+        ),
+        Endpoint(
+            "segment",
+            ("GET",),
+            "/v1/segments/{segment}",
+            segment,
+            "A segment, and some of its members.",
+            parameters=SegmentParameters,
+            returns=(SegmentPage,),
+            failures=failures,
+            placeholders=_SEGMENT,
+        ),
+        Endpoint(
+            "segment",
+            ("GET",),
+            "/v1/segments/{segment}/users/{user_id}",
+            user,
+            "Whether a user is in a segment.",
+            returns=(UserSegment,),
+            failures=failures,
+            placeholders=_SEGMENT,
+        ),
+        Endpoint(
+            "lookalikes",
+            ("GET",),
+            "/v1/segments/{segment}/lookalikes",
+            lookalikes,
+            "The users nearest to the members of a segment, as they were listed last.",
+            parameters=LookalikeParameters,
+            returns=(SegmentLookalikes,),
+            failures=failures,
+            placeholders=_SEGMENT,
+        ),
+    ]
+
+
+def health_endpoints(host: Host, registry: CollectorRegistry, draining: Callable[[], bool]) -> list[Endpoint]:
+    """Returns the endpoints about the worker itself.
+
+    Args:
+        host: The host.
+        registry: The metrics.
+        draining: Whether the worker is about to end.
+    """
+
+    async def alive(_: Request) -> Response:
+        return Response(200, b'{"status":"ok"}')
+
+    async def ready(_: Request) -> Response:
+        if draining():
+            return Response(503, encode({"ready": False, "error": "this worker is about to end", "do": "ask another"}))
+        missing, refused, degraded = host.missing(), host.refused(), host.degraded()
+        document: dict[str, object] = {"ready": not missing}
+        document |= {part: part not in missing for part in ("version", "program", "histories")}
+        if refused is not None:
+            document["refused"] = {"version": refused[0], "reason": refused[1]}
+        if degraded:
+            document["degraded"] = degraded
+        if missing:
+            reasons = "; ".join(f"{part}: {reason}" for part, reason in missing.items())
+            document |= {"error": f"not ready: {reasons}", "do": "wait, or look at the applier's log"}
+        return Response(503 if missing else 200, encode(document))
+
+    async def metrics(request: Request) -> Response:
+        body, media_type = rendered(registry, header(request.scope, b"accept") or "")
+        return Response(200, body, [(b"content-type", media_type.encode())])
+
+    return [
+        Endpoint(
+            "healthz",
+            METHODS,
+            "/healthz",
+            alive,
+            "Whether the process runs.",
+            role=OPEN,
+            returns=(responses.Alive,),
+            failures=FAILED,
+        ),
+        Endpoint(
+            "readyz",
+            METHODS,
+            "/readyz",
+            ready,
+            "Whether this worker can answer, and what it lacks.",
+            role=OPEN,
+            returns=(responses.Readiness,),
+            failures={**FAILED, 503: responses.Readiness},
+        ),
+        Endpoint(
+            "metrics",
+            METHODS,
+            "/metrics",
+            metrics,
+            "Prometheus's text format; OpenMetrics for clients that accept it.",
+            role=OPERATE,
+            media_type=PLAIN,
+            failures=FAILED,
+        ),
+    ]

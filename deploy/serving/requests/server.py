@@ -1,0 +1,242 @@
+"""A worker's HTTP server: uvicorn's, which checks its connections every second and drains before it stops.
+
+Shutdown, at SIGTERM or SIGINT:
+
+1. /readyz answers 503, gRPC's health answers NOT_SERVING, and each HTTP answer announces that its connection closes.
+   Connections are still accepted for `drain_s`, so that clients can switch to another host.
+2. No connection is accepted any more. Connections without a request are closed, and pending requests are answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import signal
+import socket
+import ssl
+from collections.abc import Callable
+from contextlib import suppress
+from itertools import count
+from typing import Any, Protocol, cast
+
+import uvicorn
+
+from deploy.serving.requests.access import Access
+from deploy.serving.requests.connections import BoundedConnection, ConnectionLimits
+from state.errors import PortTaken
+
+AT_ONCE = 64
+"""Connections accepted in one iteration of the event loop."""
+HANDSHAKE_S = 10.0
+PAUSE_S = 0.5
+TICK_S = 0.1
+GRACE_S = 10
+IDLE_S = 60
+BACKLOG = 2048
+_NO_ROOM = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+_log = logging.getLogger(__name__)
+
+
+def listen(host: str, port: int, setting: str = "serving.port") -> socket.socket:
+    """Binds a socket to a port; `setting` names the setting to change if the port is in use.
+
+    Raises:
+        PortTaken: The port is in use.
+    """
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        if error.errno != errno.EADDRINUSE:
+            raise
+        raise PortTaken(f"port {port} of {host} is in use", f"stop its owner or set {setting}") from None
+    return bound
+
+
+class Acceptor:
+    """Accepts connections from its creation until `close`; stands in for the server object that uvicorn expects.
+
+    It accepts many waiting connections in one iteration of the event loop. uvloop's own server accepts one per iteration.
+    Under load, when iterations are long, a new client would then wait for seconds.
+
+    Args:
+        bound: The socket.
+        backlog: How many connections may wait.
+        make: Makes the protocol of a connection.
+        tls: The certificate's context; None without TLS.
+    """
+
+    def __init__(
+        self, bound: socket.socket, backlog: int, make: Callable[[], asyncio.Protocol], tls: ssl.SSLContext | None
+    ) -> None:
+        self._bound, self._make, self._tls = bound, make, tls
+        self._loop = asyncio.get_running_loop()
+        self._opening = set[asyncio.Task[None]]()
+        self._again: asyncio.TimerHandle | None = None
+        bound.setblocking(False)
+        bound.listen(backlog)
+        self._listen()
+
+    def close(self) -> None:
+        """Accepts no more connections; open ones stay."""
+        if self._again is not None:
+            self._again.cancel()
+        self._loop.remove_reader(self._bound)
+
+    async def wait_closed(self) -> None:
+        """Returns when what was accepted is open, or was given up."""
+        await asyncio.gather(*self._opening, return_exceptions=True)
+
+    def _listen(self) -> None:
+        self._again = None
+        self._loop.add_reader(self._bound, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(AT_ONCE):
+            try:
+                client, _ = self._bound.accept()
+            except OSError as error:
+                if error.errno in _NO_ROOM:
+                    # The client still waits, and would wake this loop all the time.
+                    _log.error("a connection cannot be accepted (%s); trying again", error.strerror)
+                    self._loop.remove_reader(self._bound)
+                    self._again = self._loop.call_later(PAUSE_S, self._listen)
+                return
+            client.setblocking(False)
+            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            task = self._loop.create_task(self._open(client))
+            self._opening.add(task)
+            task.add_done_callback(self._opening.discard)
+
+    async def _open(self, client: socket.socket) -> None:
+        timeout_s = HANDSHAKE_S if self._tls is not None else None
+        # A client that disconnects, or whose handshake fails, is not an error of the server.
+        with suppress(OSError):
+            await self._loop.connect_accepted_socket(self._make, client, ssl=self._tls, ssl_handshake_timeout=timeout_s)
+
+
+class Application(Protocol):
+    """An ASGI application that this server lets end in order.
+
+    Attributes:
+        draining: Whether the process is about to end.
+    """
+
+    draining: bool
+
+    def count_refused(self, reason: str) -> None:
+        """Counts what was refused before it reached the application."""
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answers one request."""
+
+
+class Companion(Protocol):
+    """A server that starts and ends with this one, such as `GrpcServer`, which the console does not import."""
+
+    async def start(self) -> None:
+        """Takes requests from now on."""
+
+    def poll(self) -> None:
+        """Notifies clients of a change of readiness."""
+
+    async def stop(self, grace_s: float) -> None:
+        """Ends within `grace_s`."""
+
+
+class DrainingServer(uvicorn.Server):
+    """The HTTP server of a worker.
+
+    Args:
+        app: The application.
+        limits: The limits of its connections.
+        drain_s: How long connections are still accepted.
+        ready: Called once connections are accepted.
+        grpc: Makes the gRPC server in the event loop; None for HTTP alone.
+        access: How clients authenticate.
+    """
+
+    def __init__(
+        self,
+        app: Application,
+        limits: ConnectionLimits,
+        drain_s: float,
+        ready: Callable[[], None] = lambda: None,
+        grpc: Callable[[], Companion] | None = None,
+        access: Access | None = None,
+    ) -> None:
+        config = uvicorn.Config(
+            cast(Any, app),
+            loop="uvloop",
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            access_log=False,
+            log_config=None,
+            log_level="warning",
+            proxy_headers=False,
+            server_header=False,
+            timeout_graceful_shutdown=GRACE_S,
+            timeout_keep_alive=IDLE_S,
+        )
+        super().__init__(config)
+        self._app, self._limits, self._drain_s, self._ready = app, limits, drain_s, ready
+        self._make_grpc, self._access = grpc, access or Access()
+        self._grpc: Companion | None = None
+
+    def end_on_signals(self) -> None:
+        """Lets SIGTERM and SIGINT start the shutdown from now on, not only once the server runs.
+
+        uvicorn has handlers of its own while it runs, and raises the signal again after its end. A signal between this
+        process's start and that moment would be lost, and with it the end of a worker whose parent was killed.
+        """
+
+        def end(*_: object) -> None:
+            self.should_exit = True
+
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, end)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Accepts connections."""
+        if self._make_grpc is not None:
+            self._grpc = self._make_grpc()
+            await self._grpc.start()
+        tls = None if self._access.certificate is None else self._access.certificate.context
+        self.servers = cast(Any, [Acceptor(bound, BACKLOG, self._connection, tls) for bound in sockets or []])
+        self.started = True
+        self._ready()
+
+    async def on_tick(self, counter: int) -> bool:
+        """Checks connections and access files once a second; called every `TICK_S`."""
+        if counter % 10 == 0:
+            now_s = asyncio.get_running_loop().time()
+            for connection in list(self.server_state.connections):
+                cast(BoundedConnection, connection).look(now_s)
+            self._access.look()
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Ends in order, see the module."""
+        # 1. Clients may switch to another host.
+        self._app.draining = True
+        if self._grpc is not None:
+            self._grpc.poll()
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + self._drain_s
+        for turn in count():
+            if loop.time() >= until_s or self.force_exit:
+                break
+            await self.on_tick(turn)
+            await asyncio.sleep(TICK_S)
+        # 2. The rest is answered.
+        ending = [super().shutdown(sockets), *([self._grpc.stop(GRACE_S)] if self._grpc is not None else [])]
+        await asyncio.gather(*ending)
+
+    def _connection(self) -> BoundedConnection:
+        return BoundedConnection(
+            self._limits, self._app.count_refused, config=self.config, server_state=self.server_state, app_state={}
+        )

@@ -1,0 +1,509 @@
+"""The clients: `AsyncClient` for asyncio programs, and `Client` with the same calls for programs without an event loop.
+
+Every call only reads, so a call whose response was lost can safely be sent again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import functools
+import math
+import random
+import ssl
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from types import TracebackType
+from typing import Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from urllib.parse import quote
+
+import httpx
+import msgspec
+
+from springtide_client.answers import (
+    Explanation,
+    Failure,
+    Profile,
+    Profiles,
+    Ranking,
+    Readiness,
+    Recommendations,
+    SimilarItems,
+)
+from springtide_client.errors import (
+    ClientError,
+    Overloaded,
+    Refused,
+    ServerFailed,
+    TimedOut,
+    UnexpectedAnswer,
+    Unreachable,
+)
+
+TIMEOUT_S = 10.0
+AGAIN = frozenset((429, 503))
+"""HTTP status codes of temporary refusals."""
+T = TypeVar("T")
+P = ParamSpec("P")
+
+
+@dataclass(frozen=True)
+class Cap:
+    """The maximum number of times that a user may see an item within a period.
+
+    Attributes:
+        count: The item is left out once the user has seen it this many times.
+        within_s: Length in seconds of the period, which ends at the requested time (`at`).
+    """
+
+    count: int
+    within_s: float
+
+
+class Item(NamedTuple):
+    """An item to rank.
+
+    Attributes:
+        item: The raw id.
+        category: Its category; by default the one it was last seen in.
+        bid: What an engagement is worth; either all items have a bid, or none.
+        cap: How often the user may see it.
+    """
+
+    item: str
+    category: str | None = None
+    bid: float | None = None
+    cap: Cap | None = None
+
+
+class User(NamedTuple):
+    """One user of a batch request.
+
+    Attributes:
+        user_id: The raw id.
+        item: An item; the response then includes the probability that the user engages with it.
+        category: The item's category; by default the one it was last seen in.
+        at: The time to compute the profile for: milliseconds since 1970, or ISO 8601; by default now.
+        context: Values of context fields.
+    """
+
+    user_id: str
+    item: str | None = None
+    category: str | None = None
+    at: str | int | None = None
+    context: Mapping[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Retries:
+    """How often and for how long a client retries temporary refusals and broken connections.
+
+    Attributes:
+        most: Maximum number of retries after the first attempt; 0 for none.
+        longest_wait_s: Maximum wait before one retry. If a worker asks for a longer one, the call is not retried.
+        first_wait_s: Wait before the first retry if the worker asks for none; it doubles with each retry.
+    """
+
+    most: int = 3
+    longest_wait_s: float = 5.0
+    first_wait_s: float = 0.1
+
+    def wait_s(self, tried: int, retry_after_s: float | None, chance: float, left_s: float = math.inf) -> float | None:
+        """Returns how long to wait before the next attempt; None for no further attempt.
+
+        >>> [Retries(most=3).wait_s(tried, None, 1.0) for tried in (1, 2, 3, 4)]
+        [0.1, 0.2, 0.4, None]
+        >>> Retries().wait_s(1, 2.0, 0.5), Retries().wait_s(1, 60.0, 0.5)
+        (2.0, None)
+        >>> Retries().wait_s(1, 2.0, 0.5, left_s=1.5)
+        >>> Retries(most=10_000).wait_s(5000, None, 1.0)
+        5.0
+
+        Args:
+            tried: Attempts so far.
+            retry_after_s: The wait that the worker asks for; None if it asks for none.
+            chance: From 0 to 1; jitter, which scales the wait to between half of it and the whole.
+            left_s: Time until the deadline of the call, after which there is no attempt.
+        """
+        if tried > self.most:
+            return None
+        if retry_after_s is None:
+            # 2.0**1024 overflows; the wait reaches its maximum long before.
+            wait_s = min(self.first_wait_s * 2.0 ** min(tried - 1, 1000), self.longest_wait_s) * (0.5 + chance / 2)
+        else:
+            wait_s = retry_after_s
+        return wait_s if wait_s <= self.longest_wait_s and wait_s < left_s else None
+
+
+class AsyncClient:
+    """Asynchronous client of one serving address. Use it in an `async with`, or call `close`.
+
+    Tasks of one event loop may share it.
+
+    Args:
+        url: Address of a worker, or of a load balancer in front of several, such as `http://localhost:8501`.
+        timeout_s: Time limit of a call in seconds, including all retries and the waits between them.
+        retries: How often, and for how long, a temporarily refused call is retried.
+        token: Sent with each request as `authorization: Bearer`, if the server requires one.
+        headers: Additional headers of each request, for example for a proxy.
+        verify: Whether to verify the certificate of an `https` address, or the SSL context to verify it with.
+        transport: Sends the requests; by default httpx's own transport.
+        sleep: Waits the given number of seconds.
+        chance: Returns a random number from 0 to 1.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        retries: Retries = Retries(),
+        token: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        verify: ssl.SSLContext | bool = True,
+        transport: httpx.AsyncBaseTransport | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self._url, self._retries, self._sleep, self._chance = url.rstrip("/"), retries, sleep, chance
+        self._timeout_s = timeout_s
+        own = {} if token is None else {"authorization": f"Bearer {token}"}
+        self._http = httpx.AsyncClient(
+            headers={**own, **(headers or {})}, timeout=None, transport=transport, verify=verify
+        )
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends its connections."""
+        await self._http.aclose()
+
+    async def profile(
+        self,
+        user_id: str,
+        *,
+        item: str | None = None,
+        category: str | None = None,
+        at: str | int | None = None,
+        context: Mapping[str, str] | None = None,
+        fields: Sequence[str] = (),
+        top: int | None = None,
+    ) -> Profile:
+        """One user's profile.
+
+        Args:
+            user_id: The raw id.
+            item: An item; the answer then has the probability that the user engages with it.
+            category: The item's category; by default the one that it was last seen in.
+            at: The time to answer for: milliseconds since 1970, or ISO 8601; by default now.
+            context: Values of context fields.
+            fields: Optional parts of the answer: of `features`, `vector`, `attributes`, `sources`.
+            top: The most interests of the answer; by default 10.
+
+        Raises:
+            ClientError: See `springtide_client.errors`.
+        """
+        given = {"item": item, "category": category, "at": at, "fields": ",".join(fields) or None, "top": top}
+        return await self._get(f"/v1/profiles/{in_path(user_id)}", Profile, given, context)
+
+    async def profiles(
+        self, users: Sequence[str | User], *, fields: Sequence[str] = (), top: int | None = None
+    ) -> list[Profile]:
+        """Profiles of up to 1,000 users in their order, all of one version; arguments and errors as of `profile`."""
+        asked = [_without_none((User(user) if isinstance(user, str) else user)._asdict()) for user in users]
+        body = {"profiles": asked, "fields": list(fields) or None, "top": top}
+        return (await self._ask("POST", "/v1/profiles:batch", Profiles, json=_without_none(body))).profiles
+
+    async def rank(
+        self,
+        user_id: str,
+        items: Sequence[str | Item],
+        *,
+        at: str | int | None = None,
+        context: Mapping[str, str] | None = None,
+    ) -> Ranking:
+        """Up to 1,000 items, the most probable for this user first; arguments and errors as of `profile`.
+
+        With bids the item of the highest expected value comes first; items at their cap are only in `left_out`.
+        """
+        named = [item if isinstance(item, str) else _item(item) for item in items]
+        body = {"user_id": user_id, "items": named, "at": at, "context": context}
+        return await self._ask("POST", "/v1/rank", Ranking, json=_without_none(body))
+
+    async def recommend(
+        self,
+        user_id: str,
+        *,
+        n: int | None = None,
+        category: str | None = None,
+        exclude_seen: bool = False,
+        at: str | int | None = None,
+        context: Mapping[str, str] | None = None,
+    ) -> Recommendations:
+        """Items for this user, each with its reason.
+
+        Args:
+            user_id: The raw id.
+            n: The most items, up to 100; by default 20.
+            category: Only items of this category.
+            exclude_seen: Whether items that the user clicked are left out.
+            at: As of `profile`.
+            context: Likewise.
+
+        Raises:
+            ClientError: See `springtide_client.errors`.
+        """
+        given = {"n": n, "category": category, "exclude_seen": "true" if exclude_seen else None, "at": at}
+        return await self._get(f"/v1/recommendations/{in_path(user_id)}", Recommendations, given, context)
+
+    async def similar(
+        self,
+        user_id: str,
+        *,
+        n: int | None = None,
+        exclude_seen: bool = False,
+        at: str | int | None = None,
+        context: Mapping[str, str] | None = None,
+    ) -> SimilarItems:
+        """The items that are nearest to this user; arguments and errors as of `recommend`."""
+        given = {"n": n, "exclude_seen": "true" if exclude_seen else None, "at": at}
+        return await self._get(f"/v1/similar/{in_path(user_id)}", SimilarItems, given, context)
+
+    async def explain(
+        self,
+        user_id: str,
+        *,
+        label: str | None = None,
+        item: str | None = None,
+        category: str | None = None,
+        at: str | int | None = None,
+        context: Mapping[str, str] | None = None,
+        top: int | None = None,
+    ) -> Explanation:
+        """Why an interest (`label`) or an engagement (`item`) is as probable as it is.
+
+        Args:
+            user_id: The raw id.
+            label: A category, as a profile shows it; or
+            item: An item.
+            category: As of `profile`.
+            at: Likewise.
+            context: Likewise.
+            top: The most reasons; by default 10.
+
+        Raises:
+            ClientError: See `springtide_client.errors`.
+        """
+        given = {"label": label, "item": item, "category": category, "at": at, "top": top}
+        return await self._get(f"/v1/profiles/{in_path(user_id)}/explain", Explanation, given, context)
+
+    async def ready(self) -> Readiness:
+        """Whether the worker can answer, and what it lacks; there are no retries.
+
+        Raises:
+            ClientError: The worker does not answer.
+        """
+        response = await self._send("GET", "/readyz", asyncio.get_running_loop().time() + self._timeout_s)
+        return _decoded(response, Readiness, (200, 503))
+
+    async def _get(self, path: str, kind: type[T], given: Mapping[str, Any], context: Mapping[str, str] | None) -> T:
+        named = {name: str(value) for name, value in given.items() if value is not None}
+        named |= {f"context.{name}": value for name, value in (context or {}).items()}
+        return await self._ask("GET", path, kind, params=named or None)
+
+    async def _ask(self, method: str, path: str, kind: type[T], **more: Any) -> T:
+        """Sends a request until it is answered, refused for good, or out of retries or time."""
+        loop, tried = asyncio.get_running_loop(), 0
+        deadline_s = loop.time() + self._timeout_s
+        while True:
+            tried += 1
+            response, pause_s = None, None
+            try:
+                response = await self._send(method, path, deadline_s, **more)
+            except Unreachable:
+                wait_s = self._retries.wait_s(tried, None, self._chance(), deadline_s - loop.time())
+                if wait_s is None:
+                    raise
+            else:
+                pause_s = _retry_after_s(response)
+                wait_s = self._retries.wait_s(tried, pause_s, self._chance(), deadline_s - loop.time())
+                if response.status_code not in AGAIN or wait_s is None:
+                    return _decoded(response, kind)
+            await self._sleep(wait_s)
+
+    async def _send(self, method: str, path: str, deadline_s: float, **more: Any) -> httpx.Response:
+        """Sends one request; the only method that uses the network."""
+        try:
+            async with asyncio.timeout_at(deadline_s):
+                return await self._http.request(method, self._url + path, **more)
+        except UnicodeEncodeError as error:
+            raise _not_unicode(error) from error
+        except (httpx.TimeoutException, TimeoutError) as error:
+            raise TimedOut(f"{self._url} did not answer in time", "give more time, or ask for less at once") from error
+        except httpx.TransportError as error:
+            raise Unreachable(
+                f"{self._url} cannot be asked ({error or type(error).__name__})", "look whether a worker runs there"
+            ) from error
+
+
+def _blocking(
+    method: Callable[Concatenate[AsyncClient, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[Client, P], T]:
+    """Makes a method of `Client` out of one of `AsyncClient`, with the same arguments, errors and documentation."""
+
+    @functools.wraps(method)
+    def call(self: Client, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return self._run(method(self._client, *args, **kwargs))
+
+    return call
+
+
+class Client:
+    """Client of one serving address. Threads may share it. Use it in a `with`, or call `close`.
+
+    It runs an `AsyncClient` in an event loop in a thread of its own, because only a task can be cancelled at any moment:
+    so a server that sends one byte at a time does not hold a call beyond its time limit.
+
+    Args: As of `AsyncClient`; `sleep` and `transport` run in that event loop.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        timeout_s: float = TIMEOUT_S,
+        retries: Retries = Retries(),
+        token: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        verify: ssl.SSLContext | bool = True,
+        transport: httpx.AsyncBaseTransport | None = None,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self._client = AsyncClient(
+            url,
+            timeout_s=timeout_s,
+            retries=retries,
+            token=token,
+            headers=headers,
+            verify=verify,
+            transport=transport,
+            sleep=sleep,
+            chance=chance,
+        )
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="springtide-client", daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Ends its connections."""
+        if not self._loop.is_closed():
+            self._run(self._client.close())
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+            self._loop.close()
+
+    profile = _blocking(AsyncClient.profile)
+    profiles = _blocking(AsyncClient.profiles)
+    rank = _blocking(AsyncClient.rank)
+    recommend = _blocking(AsyncClient.recommend)
+    similar = _blocking(AsyncClient.similar)
+    explain = _blocking(AsyncClient.explain)
+    ready = _blocking(AsyncClient.ready)
+
+    def _run(self, call: Coroutine[Any, Any, T]) -> T:
+        future: concurrent.futures.Future[T] = asyncio.run_coroutine_threadsafe(call, self._loop)
+        try:
+            return future.result()
+        except BaseException:
+            # A signal interrupted the wait: end the call too.
+            future.cancel()
+            raise
+
+
+def in_path(user_id: str) -> str:
+    """Percent-encodes a user id for a URL path, including ids of dots only, which would be path segments.
+
+    >>> in_path("a/b c"), in_path("..")
+    ('a%2Fb%20c', '%2E%2E')
+
+    Raises:
+        ClientError: The id is empty, or UTF-8 cannot encode it.
+    """
+    if not user_id:
+        raise ClientError("the user id is empty", "name a user")
+    try:
+        user_id.encode()
+    except UnicodeEncodeError as error:
+        raise _not_unicode(error) from None
+    return quote(user_id, safe="") if user_id.strip(".") else "%2E" * len(user_id)
+
+
+def _not_unicode(error: UnicodeEncodeError) -> ClientError:
+    return ClientError(
+        f"the question has the character {error.object[error.start]!a}, which UTF-8 cannot encode",
+        "send valid Unicode: surrogates come in pairs only",
+    )
+
+
+def _decoded(response: httpx.Response, kind: type[T], statuses: Sequence[int] = (200,)) -> T:
+    """Decodes a response.
+
+    Raises:
+        Refused: The response is an error. A 429 or 5xx may also come from a proxy, in any format.
+        UnexpectedAnswer: The response has another format.
+    """
+    status, pause_s = response.status_code, _retry_after_s(response)
+    refusal: type[Refused] = Overloaded if status == 429 else ServerFailed if status >= 500 else Refused
+    try:
+        if status in statuses:
+            return msgspec.json.decode(response.content, type=kind)
+        failure = msgspec.json.decode(response.content, type=Failure)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        asked = f"{response.request.method} {_shape(response.request.url.raw_path.decode())}"
+        what = f"{response.url.host} answers {status} to {asked} in another form ({error})"
+        do = "check the address, and the proxies between client and worker"
+        if refusal is Refused:
+            raise UnexpectedAnswer(what, do) from None
+        raise refusal(status, what, do, retry_after_s=pause_s) from None
+    raise refusal(status, failure.error, failure.do, failure.where, pause_s)
+
+
+def _retry_after_s(response: httpx.Response) -> float | None:
+    """Returns the `retry-after` header in seconds; None if it is absent or a date."""
+    value = response.headers.get("retry-after")
+    return float(value) if value is not None and value.isascii() and value.isdigit() else None
+
+
+def _shape(path: str) -> str:
+    """Replaces the user's id in a path with a placeholder, and drops the parameters.
+
+    >>> _shape("/v1/profiles/ann/explain?label=hats"), _shape("/v1/profiles:batch")
+    ('/v1/profiles/{user_id}/explain', '/v1/profiles:batch')
+    """
+    _, first, second, *rest = [*path.partition("?")[0].split("/"), ""]
+    return "/".join(("", first, second, *(("{user_id}", *rest[1:-1]) if len(rest) > 1 else ())))
+
+
+def _item(item: Item) -> dict[str, Any]:
+    cap = {} if item.cap is None else {"cap": asdict(item.cap)}
+    return _without_none(item._asdict()) | cap
+
+
+def _without_none(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if value is not None}

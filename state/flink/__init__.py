@@ -1,1 +1,0 @@
-"""Access to an Apache Flink cluster through its JobManager's REST interface."""

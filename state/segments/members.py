@@ -1,0 +1,236 @@
+"""The members of segments: their records in the compacted topic, and this host's copy of it in LMDB.
+
+A record of the topic (what other programs read; a change needs another topic):
+
+    key     <pseudonym, 16 hexadecimal digits>:<segment>
+    value   {"in": true, "since": "<ISO 8601>", "since_ms": ..., "version": ...}, or none: the user is out
+
+`since_ms` is the time of the profile by which the user joined, and `version` the version that computed it. A
+user who leaves gets a tombstone. It removes the record before when Kafka compacts the topic.
+
+The copy, for workers and commands of this host:
+
+    members   <segment>, 0, pseudonym u64 BE -> since i64 BE, version u64 BE
+    meta      size:<segment> -> number of members; place -> `SegmentsPlace` as JSON; format
+
+A member takes some 50 bytes. The topic has all of the data. If the store cannot be trusted, it is rebuilt
+from the beginning of the topic.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import NamedTuple
+
+import lmdb
+
+from state.disk.lmdb_store import LmdbStore
+
+_KEY = re.compile(rb"([0-9a-f]{16}):([A-Za-z0-9_-]{1,64})")
+
+
+class Membership(NamedTuple):
+    """When a user joined a segment, milliseconds since the Unix epoch, and by which version."""
+
+    since_ms: int
+    version: int
+
+
+Member = tuple[str, int]
+"""A segment's name, and a pseudonym."""
+
+
+def key_of(member: Member) -> bytes:
+    """The key of a record.
+
+    >>> key_of(("sporty", 0xAB))
+    b'00000000000000ab:sporty'
+    """
+    segment, user = member
+    return b"%016x:%b" % (user, segment.encode())
+
+
+def value_of(membership: Membership | None) -> bytes | None:
+    """The value of a record; None, a tombstone, for a user who is out.
+
+    >>> value_of(Membership(1500, 7))
+    b'{"in": true, "since": "1970-01-01T00:00:01.500Z", "since_ms": 1500, "version": 7}'
+    """
+    if membership is None:
+        return None
+    since = datetime.fromtimestamp(membership.since_ms / 1000, UTC).isoformat(timespec="milliseconds")
+    fields = {"in": True, "since": since.replace("+00:00", "Z"), "since_ms": membership.since_ms}
+    return json.dumps(fields | {"version": membership.version}).encode()
+
+
+def member_of(key: bytes | None) -> Member | None:
+    """Segment and user of a record with this key; None if the key is malformed.
+
+    >>> member_of(b"00000000000000ab:sporty"), member_of(b"ab"), member_of(None)
+    (('sporty', 171), None, None)
+    """
+    found = _KEY.fullmatch(key or b"")
+    return None if found is None else (found[2].decode(), int(found[1], 16))
+
+
+def membership_of(value: bytes | None) -> Membership | None:
+    """The membership in a record's value; None for a tombstone.
+
+    >>> membership_of(value_of(Membership(1500, 7))), membership_of(None)
+    (Membership(since_ms=1500, version=7), None)
+
+    Raises:
+        ValueError: It is not a record of a membership.
+    """
+    if value is None:
+        return None
+    try:
+        fields = json.loads(value)
+        return Membership(int(fields["since_ms"]), int(fields["version"])) if fields["in"] is True else None
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"no record of a membership: {error}") from None
+
+
+_VALUE = struct.Struct(">qQ")
+_PLACE, _SIZE = b"place", b"size:"
+LAST_USER = (1 << 64) - 1
+
+
+@dataclass(frozen=True)
+class SegmentsPlace:
+    """Position up to which the topic was read.
+
+    Attributes:
+        topic_id: Id of the topic; positions in another topic do not count.
+        next: Partition -> next offset.
+    """
+
+    topic_id: str
+    next: Mapping[int, int]
+
+
+class SegmentStore(LmdbStore):
+    """Members by segment and pseudonym. One thread commits; any thread of any process may read.
+
+    Args:
+        path: The store's directory.
+        map_bytes: Maximum size.
+        readonly: For readers; the writer must have created the store.
+        boot_id: Boot id of the machine; by default the kernel's.
+
+    Raises:
+        CorruptStore: It cannot be trusted; see `open_anew`.
+        StoreError: It cannot be opened.
+    """
+
+    noun = "members of segments"
+    databases = ("members",)
+    map_setting = "serving.map_gb"
+    writer = "`springtide segments run`"
+    remedy = "remove it: it is read again from Kafka"
+    origin = "Kafka"
+
+    def _bind(self) -> None:
+        self._members = self._databases["members"]
+
+    def place(self) -> SegmentsPlace | None:
+        """The position up to which the topic was read; None before anything was read."""
+        if (stored := self._stored(_PLACE)) is None:
+            return None
+        fields = json.loads(stored)
+        return SegmentsPlace(fields["topic_id"], {int(partition): at for partition, at in fields["next"].items()})
+
+    def sizes(self) -> dict[str, int]:
+        """The number of members of each segment, in one snapshot; empty segments may be missing."""
+        found = {}
+        with self._env.begin(db=self._meta) as transaction:
+            cursor = transaction.cursor()
+            if cursor.set_range(_SIZE):
+                for key, value in cursor:
+                    if not bytes(key).startswith(_SIZE):
+                        break
+                    found[bytes(key)[len(_SIZE) :].decode()] = int(bytes(value))
+        return found
+
+    def memberships(self, members: Sequence[Member]) -> list[Membership | None]:
+        """The membership of each user in the segment, in one snapshot; None for a user who is not in it."""
+        with self._env.begin(db=self._members) as transaction:
+            return [_membership(transaction.get(_key(one))) for one in members]
+
+    def page(self, segment: str, start: int, most: int) -> list[tuple[int, Membership]]:
+        """The first `most` members of a segment from the pseudonym `start` on, in the order of pseudonyms."""
+        found: list[tuple[int, Membership]] = []
+        prefix = _prefix(segment)
+        with self._env.begin(db=self._members) as transaction:
+            cursor = transaction.cursor()
+            if cursor.set_range(_key((segment, start))):
+                for key, value in cursor:
+                    if len(found) == most or not bytes(key).startswith(prefix):
+                        break
+                    found.append((int.from_bytes(bytes(key)[len(prefix) :], "big"), Membership(*_VALUE.unpack(value))))
+        return found
+
+    def commit(self, changes: Mapping[Member, Membership | None], place: SegmentsPlace | None = None) -> None:
+        """Adds members, or removes those with None, and stores `place`, if given, as the position: all or nothing.
+
+        Raises:
+            StoreFull: The map or the disk is full; nothing changed.
+            UnusableDisk: The disk refused; nothing changed.
+        """
+        moved = dict[str, int]()
+        with self._write() as transaction:
+            for member, membership in changes.items():
+                key = _key(member)
+                was = transaction.get(key, db=self._members) is not None
+                if membership is not None:
+                    transaction.put(key, _VALUE.pack(*membership), db=self._members)
+                elif was:
+                    transaction.delete(key, db=self._members)
+                moved[member[0]] = moved.get(member[0], 0) + (membership is not None) - was
+            self._note(transaction, moved, place)
+
+    def begin_anew(self, place: SegmentsPlace) -> None:
+        """Deletes everything; the topic is then read again from `place`."""
+        sizes = {name: -size for name, size in self.sizes().items()}
+        with self._write() as transaction:
+            transaction.drop(self._members, delete=False)
+            self._note(transaction, sizes, place)
+
+    def _note(self, transaction: lmdb.Transaction, moved: Mapping[str, int], place: SegmentsPlace | None) -> None:
+        for name, by in moved.items():
+            key = _SIZE + name.encode()
+            size = int(transaction.get(key, db=self._meta) or 0) + by
+            if size:
+                transaction.put(key, b"%d" % size, db=self._meta)
+            else:
+                transaction.delete(key, db=self._meta)
+        if place is not None:
+            transaction.put(_PLACE, json.dumps(asdict(place)).encode(), db=self._meta)
+
+
+def all_members(store: SegmentStore, segment: str, at_once: int = 1000) -> Iterator[list[tuple[int, Membership]]]:
+    """All members of a segment in the order of pseudonyms, in pages. Concurrent changes may be missed."""
+    start: int | None = 0
+    while start is not None:
+        page = store.page(segment, start, at_once)
+        start = page[-1][0] + 1 if len(page) == at_once and page[-1][0] < LAST_USER else None
+        if page:
+            yield page
+
+
+def _prefix(segment: str) -> bytes:
+    return segment.encode() + b"\0"
+
+
+def _key(member: Member) -> bytes:
+    segment, user = member
+    return _prefix(segment) + user.to_bytes(8, "big")
+
+
+def _membership(value: bytes | None) -> Membership | None:
+    return None if value is None else Membership(*_VALUE.unpack(value))
