@@ -26,8 +26,8 @@ from state.config.settings import Settings
 from state.config.sources import MASK, as_text, nearest, nearest_setting, split_settings, variable
 from state.errors import SettingsError, SpringtideError
 from state.process.closed_output import while_read
-from state.process.import_path import for_children
 from state.process.private_files import keep_private
+from state.process.user_code import for_children
 from state.process.wall_clock import wall_ms
 
 SERVERS = "kafka.bootstrap_servers"
@@ -225,13 +225,13 @@ def config(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Call
 
 def check_model(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
     """Checks the functions of the user's own, and that the newest version fits the model."""
-    from deploy.startup import own_model
+    from deploy.startup import model_checks
     from state.registry.model_fit import require_same_model
 
     require_same_model(settings)
-    if not own_model.is_own(settings) and not settings.model.options:
+    if not model_checks.is_own(settings) and not settings.model.options:
         say("model.ranker, model.tower and model.preprocessing are the default ones: there is nothing to check")
-    own_model.check(settings, say)
+    model_checks.check(settings, say)
 
 
 def operator_command(name: str) -> Command:
@@ -324,9 +324,9 @@ def _runner(asked: argparse.Namespace) -> list[str]:
 
 
 def _check_tower(settings: Settings) -> None:
-    from deploy.startup import own_model
+    from deploy.startup import model_checks
 
-    own_model.check_tower(settings)
+    model_checks.check_tower(settings)
 
 
 def become(module: str, flags: list[str]) -> None:

@@ -13,8 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from deploy.children.last_words import how
-from deploy.children.parent_death import die_with
+from deploy.children.ending import die_with, how
 from state.config.loading import load
 from state.errors import ProcessFailed, SpringtideError
 from state.process.private_files import keep_private

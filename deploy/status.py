@@ -7,7 +7,7 @@ seconds that a reading takes. Quantiles cover the time since each process starte
 `--watch` the last minute.
 
 `--wait-for` polls the running loop and reports what is still missing. A poll costs some
-milliseconds; a part that does not answer counts as missing.
+milliseconds, for `well` as much as a whole report; a part that does not answer counts as missing.
 
 For the clicks, the report compares Kafka's ends of partitions with the offsets that the stream has
 committed.
@@ -16,7 +16,6 @@ committed.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import re
 import sys
@@ -24,30 +23,25 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from deploy.operate import held, horizon, privacy, registry_state
+from deploy import sections
 from deploy.operate.versions import open_registry
-from deploy.rollouts import telling as rollouts
 from deploy.startup.hints import addresses
-from deploy.trials import retrain_told, telling
-from deploy.watch import accounts, churn, live_clicks, parity, quality, scrape, segments, storage, stores_place
+from deploy.watch import scrape
 from deploy.watch.address import serving_address
-from deploy.watch.figures import Figures, Watch
-from deploy.watch.live import Screen, live_line
-from deploy.watch.messages import seconds, shown
-from deploy.watch.panel import lines, panel, wanted, wrong
+from deploy.watch.messages import seconds
+from deploy.watch.panel import Screen, lines, live_line, panel
 from deploy.watch.scrape import Scrape
+from deploy.watch.snapshot import Poller, Snapshot
 from state.config.loading import load
 from state.config.settings import Settings
-from state.errors import RegistryError, SettingsError, SpringtideError, UnknownTopic
-from state.log import Topics
+from state.errors import RegistryError, SettingsError, SpringtideError
 from state.process.closed_output import while_read
 from state.process.ending import stop_on_signals
 from state.process.wall_clock import wall_ms
 from state.registry.control import Control
 from state.registry.registry import Registry
 
-LONGEST_WAIT_S = 3.0
-LOOK_S = 0.2
+POLL_S = 0.2
 NEAR_RECORDS = 64  # the applier's batch size
 Missing = Callable[[Settings], str]
 """Polls once; returns what is missing, or an empty text if the condition holds."""
@@ -64,29 +58,6 @@ DESCRIPTION = """Show the state of the loop: clicks per second, lag, dead letter
 served version, freshness and accounting. Rates cover the seconds between two polls; p50 and p99 cover the time since each
 process started, or the last minute with --watch. Problems come first and set the exit code to 1; an operator's hold does
 not."""
-
-
-def kafka_lag(settings: Settings, connect: Callable[[Any], Topics] = Topics) -> dict[str, Any]:
-    """End of the clicks topic, the stream's committed positions, and their difference."""
-    kafka = dataclasses.replace(settings.kafka, request_timeout_s=min(LONGEST_WAIT_S, settings.kafka.request_timeout_s))
-    try:
-        with connect(kafka) as topics:
-            ends = topics.ends(kafka.clicks_topic)
-            committed = topics.committed(kafka.group, kafka.clicks_topic)
-            training = topics.ends(kafka.microbatches_topic)
-    except SpringtideError as error:
-        # A broker that answers this exists: before `up` creates the topics there are none.
-        return {"answers": False, "problem": str(error), "away": not isinstance(error, UnknownTopic)}
-    return {
-        "answers": True,
-        "away": False,
-        "problem": "",
-        "servers": kafka.bootstrap_servers,
-        "clicks": sum(end for _, end in ends.values()),
-        # A group that has committed nothing is at the beginning.
-        "lag": sum(end - committed.get(partition, begin) for partition, (begin, end) in ends.items()),
-        "training_log": sum(end for _, end in training.values()),
-    }
 
 
 class Condition(NamedTuple):
@@ -120,7 +91,7 @@ def wait(
             raise SpringtideError(
                 f"{name}: not within {timeout_s:g} s: {missing}", "look at `springtide status`, or wait longer"
             )
-        sleep(LOOK_S)
+        sleep(POLL_S)
     return clock() - began_s
 
 
@@ -139,13 +110,8 @@ def ready(settings: Settings) -> str:
 
 
 def well(settings: Settings) -> str:
-    """Nothing is wrong; what an operator wanted is not."""
-    asked, looks = scrape.watched_urls(settings), Watch(spread_s=None)
-    begin_s = time.monotonic()
-    looks.look(scrape.scrape(asked), begin_s, time.time())
-    kafka = kafka_lag(settings)
-    time.sleep(max(0.0, begin_s + BETWEEN_S - time.monotonic()))
-    return ", ".join(wrong(looks.look(scrape.scrape(asked), time.monotonic(), time.time()).with_kafka(kafka)))
+    """No problem needs somebody to act."""
+    return ", ".join(problem.text for problem in take(settings).faults)
 
 
 def caught_up(settings: Settings) -> str:
@@ -326,126 +292,31 @@ def _figure(scraped: Scrape, series: str) -> float | None:
     return 0.0 if found is None and series.endswith("_total") else found
 
 
-def _balance(accounting: Mapping[str, Any]) -> tuple[str, str]:
-    balanced = accounting["balanced"]
-    word = "unknown" if balanced is None else "balances" if balanced else "WRONG"
-    return word, accounts.as_text(accounting)
-
-
-BESIDE: Mapping[str, tuple[str, Callable[[Any], tuple[str, str]]]] = {
-    "held": ("guard", held.as_text),
-    "privacy": ("privacy", privacy.as_text),
-    "rollback": ("rollback", horizon.as_text),
-    "storage": ("storage", storage.as_text),
-    "rows": ("rows", stores_place.as_text),
-    "histories": ("histories", stores_place.as_text),
-    "quality": ("quality", quality.as_text),
-    "churn": ("churn", churn.as_text),
-    "segments": ("segments", segments.as_text),
-    "trials": ("trial", telling.as_text),
-    "rollout": ("rollout", rollouts.as_text),
-    "retrain": ("retrain", retrain_told.as_text),
-    "live_clicks": ("live clicks", live_clicks.as_text),
-    "accounting": ("accounting", _balance),
-    "parity": ("parity", parity.as_text),
-}
-"""Parts of the state that there may be: what each is called, and its word and text; of several each has lines."""
-
-
-def as_table(state: Mapping[str, Any]) -> str:
-    """The parts, whether they are there, and more of each."""
-    rows: list[Sequence[str]] = []
-    for name, one in state["processes"].items():
-        rows += _part(name, "runs" if one["answers"] else "away", one["problem"] or f"up {seconds(one['up_s'])}")
-    kafka = state["kafka"]
-    text = kafka["problem"] or (
-        f"{kafka['servers']}; {shown(kafka['clicks'])} clicks, {shown(kafka['lag'])} not yet committed by the stream; "
-        f"training log at {shown(kafka['training_log'])}"
-    )
-    rows += _part("kafka", "runs" if kafka["answers"] else "away", text)
-    registry = state["registry"]
-    text = registry["problem"] or registry_state.as_text(registry)
-    rows += _part("registry", "there" if registry["answers"] else "away", text)
-    for key, (name, words) in BESIDE.items():
-        found = state.get(key) or []
-        for one in found if isinstance(found, list) else [found]:
-            rows += _part(name, *words(one))
-    return "\n".join(lines(rows, PARTS))
-
-
-def _part(name: str, word: str, text: str) -> list[Sequence[str]]:
-    """The lines of a part: the sentences of its text are put below each other."""
-    first, *others = text.split("; ")
-    return [(name, word, first), *(("", "", one) for one in others)]
-
-
-def status(settings: Settings, now_ms: int, between_s: float = BETWEEN_S) -> tuple[Figures, dict[str, Any]]:
-    """The figures, and the whole state of the loop as JSON values, whatever of it runs.
+def take(settings: Settings, between_s: float = BETWEEN_S) -> Snapshot:
+    """Returns a snapshot with all sections, whatever of the loop runs.
 
     Args:
         settings: The loop's settings.
-        now_ms: Wall clock.
         between_s: Minimum time between the two polls that the rates come from.
     """
-    looks, asked = Watch(spread_s=None), scrape.watched_urls(settings)
-    begin_s = time.monotonic()
-    first = looks.look(scrape.scrape(asked), begin_s, time.time())
+    poller, begin_s = Poller(settings, spread_s=None), time.monotonic()
+    first = poller.poll()
     # The other parts are queried between the two polls.
-    others = parts(settings, now_ms)
-    if first.up_s:
+    read = sections.read(settings, wall_ms())
+    if first.figures.up_s:
         time.sleep(max(0.0, begin_s + between_s - time.monotonic()))
-    scrapes = scrape.scrape(asked)
-    figures = looks.look(scrapes, time.monotonic(), time.time()).with_kafka(others["kafka"])
-    return figures, document(settings, figures, scrapes, others)
+    return poller.poll().having(read)
 
 
-def parts(settings: Settings, now_ms: int) -> dict[str, Any]:
-    """The state of Kafka, registry, stores, disks, validation, trials and rollouts, as JSON values.
-
-    Args:
-        settings: The loop's settings.
-        now_ms: Wall clock.
-    """
-    kafka = kafka_lag(settings)
-    return {
-        "kafka": kafka,
-        "registry": registry_state.look(settings, now_ms),
-        "held": held.look(settings),
-        "privacy": privacy.look(settings),
-        "rollback": horizon.look(settings, now_ms) if kafka["answers"] else None,
-        "storage": storage.look(settings),
-        "rows": stores_place.look(settings),
-        "histories": stores_place.look_at_histories(settings),
-        "accounting": accounts.account(settings),
-        "live_clicks": live_clicks.look(settings),
-        "trials": telling.running(settings),
-        "rollout": rollouts.look(settings),
-        "retrain": retrain_told.look(settings, now_ms),
-    }
-
-
-def document(
-    settings: Settings, figures: Figures, scrapes: Mapping[str, Scrape], others: Mapping[str, Any]
-) -> dict[str, Any]:
-    """The whole state of the loop as JSON values.
-
-    Args:
-        settings: The loop's settings.
-        figures: Of now.
-        scrapes: What they were read from.
-        others: Of `parts`.
-    """
+def document(settings: Settings, snapshot: Snapshot) -> dict[str, Any]:
+    """Returns a snapshot as JSON values, for `-o json` and the page."""
     urls = scrape.urls(settings)
     return {
-        "troubles": wrong(figures),
-        "holds": wanted(figures),
-        "figures": figures.to_json(),
-        "processes": processes({name: scrapes[name] for name in urls}, figures.up_s),
-        **others,
-        "parity": parity.look(scrapes["applier"]),
-        "quality": quality.look(scrapes["trainer"]),
-        "churn": churn.look(scrapes["trainer"]),
-        "segments": segments.look(settings, scrapes),
+        "problems": [problem.to_json() for problem in snapshot.problems],
+        "figures": snapshot.figures.to_json(),
+        "processes": processes({name: snapshot.scrapes[name] for name in urls}, snapshot.figures.up_s),
+        **snapshot.sections,
+        **sections.measured(settings, snapshot.scrapes),
         "urls": {
             "profile": scrape.profile_url(settings, scrape.ANY_USER),
             "ready": serving_address(settings, "/readyz"),
@@ -454,11 +325,22 @@ def document(
     }
 
 
-def as_text(figures: Figures, state: Mapping[str, Any], settings: Settings) -> str:
-    """Everything on one screen: the figures, the parts, what to try."""
-    parts = as_table(state).splitlines()
+def as_text(settings: Settings, snapshot: Snapshot) -> str:
+    """Formats a snapshot as one screen of text: the figures, the sections, where to read more, and what to try."""
+    state = document(settings, snapshot)
+    rows = [
+        (name, "runs" if process["answers"] else "away", process["problem"] or f"up {seconds(process['up_s'])}")
+        for name, process in state["processes"].items()
+    ]
+    rows += sections.labelled(state)
+    listed: list[Sequence[str]] = []
+    for label, word, text in rows:
+        first, *others = text.split("; ")
+        listed += [(label, word, first), *(("", "", other) for other in others)]
+    links = [("see", f"{problem['runbook']} ({problem['text']})") for problem in state["problems"]]
+    tries = addresses(settings, snapshot.figures.shoppers)
     return "\n".join(
-        [*panel(figures, (), settings.serving.processes), "", *parts, "", *lines(addresses(settings, figures.shoppers))]
+        [*panel(snapshot, (), settings.serving.processes), "", *lines(listed, PARTS), "", *lines([*links, *tries])]
     )
 
 
@@ -471,11 +353,11 @@ def watch(settings: Settings, screen: Screen, stop: Callable[[], bool], wait: Ca
         stop: Whether to stop.
         wait: Waits a number of seconds, or until the stop.
     """
-    looks, urls = Watch(), scrape.watched_urls(settings)
+    poller = Poller(settings)
     while not stop():
-        figures = looks.look(scrape.scrape(urls), time.monotonic(), time.time())
-        tries = addresses(settings, figures.shoppers)[:1]
-        screen.live(live_line(figures), panel(figures, tries, settings.serving.processes))
+        snapshot = poller.poll()
+        tries = addresses(settings, snapshot.figures.shoppers)[:1]
+        screen.live(live_line(snapshot), panel(snapshot, tries, settings.serving.processes))
         wait(screen.every_s)
 
 
@@ -513,12 +395,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             watch(settings, Screen(), stopping.is_set, stopping.wait)
             print()
             return 0
-        figures, state = status(settings, wall_ms())
+        snapshot = take(settings)
     except SpringtideError as error:
         print(f"springtide: {error}", file=sys.stderr)
         return error.exit_code
-    print(json.dumps(state, indent=2) if asked.output == "json" else as_text(figures, state, settings))
-    return int(bool(wrong(figures)))
+    as_json = asked.output == "json"
+    print(json.dumps(document(settings, snapshot), indent=2) if as_json else as_text(settings, snapshot))
+    return int(bool(snapshot.faults))
 
 
 if __name__ == "__main__":

@@ -121,10 +121,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Imported here, because these modules need Python 3.11.
         from deploy.rollouts import process_plan as rollouts
         from deploy.startup import prometheus
+        from deploy.startup.model_checks import take_upgrade, upgrade_or_refuse
         from deploy.startup.steps import Startup
-        from deploy.startup.upgrading import take_upgrade, upgrade_or_refuse
         from deploy.trials import process_plan as trials
-        from deploy.watch.live import Screen
+        from deploy.watch.panel import Screen
         from state.config.loading import load
         from state.process.private_files import keep_private
         from state.segments.expression import segments_of

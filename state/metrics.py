@@ -257,21 +257,9 @@ class TrainerMetrics(Metrics):
         "attribute",
         "value",
     )
-    slice_log_loss_error = gauge(
-        "springtide_trainer_slice_log_loss_error",
-        "Half-width of the 95 % confidence interval of the slice's log loss.",
-        "attribute",
-        "value",
-    )
     slice_auc = gauge(
         "springtide_trainer_slice_auc",
         "AUC of engagement in the slice, computed before learning.",
-        "attribute",
-        "value",
-    )
-    slice_auc_error = gauge(
-        "springtide_trainer_slice_auc_error",
-        "Half-width of the 95 % confidence interval of the slice's AUC.",
         "attribute",
         "value",
     )
@@ -383,13 +371,12 @@ class TrainerMetrics(Metrics):
         "springtide_trainer_privacy_rows_left_out",
         "Rows of the current branch that were not learned from because their user had no update left in the period.",
     )
-    masks = gauge("springtide_trainer_masks", "Masks in control that training excludes.")
+    compactor_failures = gauge(
+        "springtide_trainer_compactor_failures_in_a_row", "Consecutive failed runs of the compactor."
+    )
     paused = gauge("springtide_trainer_paused", "1 while an operator has paused training.")
     publishing_held = gauge(
         "springtide_trainer_publishing_held", "1 while an operator holds the publishing of versions."
-    )
-    compactor_failures = gauge(
-        "springtide_trainer_compactor_failures_in_a_row", "Consecutive failed runs of the compactor."
     )
     accounting_rows = gauge(
         "springtide_accounting_rows",
@@ -441,23 +428,6 @@ class ApplierMetrics(Metrics):
     )
     history_rows = counter("springtide_serving_history_rows", "Rows added to serving's histories.")
     history_users = gauge("springtide_serving_history_users", "Users with a history on this host.")
-    swept_events = counter(
-        "springtide_serving_swept_events", "Events removed from the histories because no window covers them any more."
-    )
-    swept_users = counter(
-        "springtide_serving_swept_users",
-        "Users removed from the histories, by reason: old (no window covers their events), too_many (least recently read).",
-        "reason",
-    )
-    remembered = gauge(
-        "springtide_serving_remembered",
-        "Entries stored in addition to the histories, at the last count, by kind: item (its category), name (of a category or attribute value).",
-        "kind",
-    )
-    swept_items = counter(
-        "springtide_serving_swept_items",
-        "Items and names removed because no click mentioned them for long or because there were too many.",
-    )
     microbatch_lag_records = unset_gauge(
         "springtide_serving_microbatch_lag_records",
         "Positions of the micro-batch topic that are not yet in the histories; NaN while unknown.",
@@ -548,10 +518,6 @@ class ValidationMetrics(Metrics):
         "outcome",
     )
     window_rows = gauge("springtide_validation_window_rows", "Events in the newest completed window.")
-    window_end_seconds = gauge(
-        "springtide_validation_window_end_seconds",
-        "Log time at which the newest completed window ended, in seconds since 1970.",
-    )
     baseline = gauge(
         "springtide_validation_baseline",
         "Number of the baseline that it was compared with; 0 is the baseline of the bootstrap.",
@@ -592,9 +558,6 @@ class SegmentMetrics(Metrics):
     lag_records = gauge("springtide_segments_lag_records", "Positions of the training log that are not yet processed.")
     waiting = gauge("springtide_segments_waiting", "Users who have clicked and wait to be evaluated.")
     sweep_seconds = gauge("springtide_segments_sweep_seconds", "Duration of the last pass over all users.")
-    erased = gauge(
-        "springtide_segments_erased", "Number of the newest erasure whose users were removed from all segments."
-    )
     failures_in_a_row = gauge(
         "springtide_segments_failures_in_a_row",
         "Consecutive failed rounds. Members stay unchanged, and the process retries every second.",
@@ -763,7 +726,6 @@ class SharedMetrics(Metrics):
         "Requests to the object store of the shared registry, by operation: get, put, list, delete.",
         "operation",
     )
-    failures = counter("springtide_shared_failures", "Failed requests to the object store, by operation.", "operation")
     bytes = counter(
         "springtide_shared_bytes", "Bytes sent to and received from the object store, by direction.", "direction"
     )

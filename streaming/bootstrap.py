@@ -47,13 +47,12 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.disk import files as durable
-from state.errors import SettingsError, SpringtideError, of_disk
+from state.errors import SettingsError
 from state.events.identity import Salt, own_salt
 from state.features.spec import FeatureSpec
 from state.microbatch.examples import FORMAT, PREFIX, SCHEMA, SPEC, SUFFIXES, schema
 from state.microbatch.examples import record_batch as example_batch
-from state.process import log_lines
-from state.process.private_files import keep_private
+from state.process.part import Work, run_process
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.recordings.files import Recording, add_file_arguments, as_settings, chosen
 from state.registry.model_fit import require_same_salt
@@ -302,7 +301,7 @@ def _keep(sample: Sample, transform: Path, place: Path) -> None:
     """Writes graph, schema and statistics of a sample to the new directory `place`."""
     _copy(transform, place / "transform")
     statistics = dataset(sample.statistics, "bootstrap")
-    schema = infer(statistics, sample.settings.validation, warm=False)
+    schema = infer(statistics, warm=False)
     for name, data in baseline_files(schema, statistics).items():
         (place / name).write_bytes(data)
 
@@ -359,27 +358,23 @@ def asked(argv: Sequence[str]) -> tuple[Settings, Wanted]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Bootstraps once; returns the exit code."""
-    keep_private()
-    # Errors are reported once, below; Beam would log them with its traceback.
-    log_lines.begin("bootstrap", own_stderr(), logging.CRITICAL)
     logger.setLevel(logging.INFO)
     began = time.monotonic()
-    try:
-        settings, wanted = asked(sys.argv[1:] if argv is None else argv)
-        log_lines.follow(settings.logs)
-        done = run(settings, logger.info, wanted)
-    except (SpringtideError, OSError) as problem:
-        error = of_disk(problem)
-        logger.error("%s: %s", type(error).__name__, error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        logger.error("stopped; nothing was kept")
-        return 1
-    logger.info(
-        "done in %.1f s" if done else "nothing to do: these feature settings were bootstrapped before (%.1f s)",
-        time.monotonic() - began,
-    )
-    return 0
+
+    def start(words: Sequence[str]) -> tuple[Settings, Work]:
+        settings, wanted = asked(words)
+
+        def work() -> None:
+            done = run(settings, logger.info, wanted)
+            logger.info(
+                "done in %.1f s" if done else "nothing to do: these feature settings were bootstrapped before (%.1f s)",
+                time.monotonic() - began,
+            )
+
+        return settings, work
+
+    # The error is reported once, by this logger; Beam would log it with its traceback.
+    return run_process("bootstrap", start, argv, logger, own_stderr(), logging.CRITICAL)
 
 
 if __name__ == "__main__":

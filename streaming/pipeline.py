@@ -31,13 +31,12 @@ from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
-from state.errors import GapError, SpringtideError, of_disk
+from state.errors import GapError
 from state.log.gap_options import take_options
 from state.log.gaps import Consent, how_to_go_on
-from state.process import log_lines
 from state.process.actor import actor
 from state.process.ending import stop_on_signals
-from state.process.private_files import keep_private
+from state.process.part import Work, run_process
 from state.process.wall_clock import wall_ms
 from streaming.commit import Committer
 from streaming.context import Handle, Step, StreamContext
@@ -212,27 +211,28 @@ def run_here(settings: Settings, consent: Consent, stopping: threading.Event) ->
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the stream; returns the exit code."""
-    keep_private()
-    log_lines.begin("stream")
-    try:
-        consent, rest = take_options(sys.argv[1:] if argv is None else argv, actor())
-        flags, words = split_settings(rest)
-        runner, options = take_runner(words)
-        # From here on: opening what a stream owns may take a while.
-        settings, stopping = load(flags, os.environ), stop_on_signals()
-        log_lines.follow(settings.logs)
-        if runner == LOCAL:
-            run_here(settings, consent, stopping)
-        else:
-            from streaming.distributed.handing_in import run_elsewhere
 
-            run_elsewhere(settings, consent, runner, options, stopping)
-    except (SpringtideError, OSError) as problem:
-        error = of_disk(problem)
-        told = how_to_go_on(error, "springtide stream (or up)") if isinstance(error, GapError) else error
-        logger.error("%s: %s", type(error).__name__, told)
-        return error.exit_code
-    return 0
+    def start(words: Sequence[str]) -> tuple[Settings, Work]:
+        consent, rest = take_options(words, actor())
+        flags, engine = split_settings(rest)
+        runner, options = take_runner(engine)
+        # Opening the stores may take a while: signals are handled from here on.
+        settings, stopping = load(flags, os.environ), stop_on_signals()
+
+        def work() -> None:
+            try:
+                if runner == LOCAL:
+                    run_here(settings, consent, stopping)
+                else:
+                    from streaming.distributed.handing_in import run_elsewhere
+
+                    run_elsewhere(settings, consent, runner, options, stopping)
+            except GapError as gap:
+                raise how_to_go_on(gap, "springtide stream (or up)") from gap
+
+        return settings, work
+
+    return run_process("stream", start, argv, logger)
 
 
 if __name__ == "__main__":

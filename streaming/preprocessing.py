@@ -33,7 +33,7 @@ from state.config.settings import Settings
 from state.errors import ProgramError
 from state.features.spec import FeatureSpec
 from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference, lower_saved_model, run_lowered
-from state.process.check_command import OPTIONS_READ, run_check
+from state.process.part import OPTIONS_READ, run_check
 from state.process.user_code import first_line, load_named, told
 
 FEATURES = "features"

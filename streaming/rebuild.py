@@ -40,9 +40,7 @@ from state.errors import (
     SaltMismatch,
     SettingsError,
     SpecMismatch,
-    SpringtideError,
     UnknownTopic,
-    of_disk,
 )
 from state.events.event_batch import EventBatch
 from state.events.identity import Salt, load_salt
@@ -64,8 +62,8 @@ from state.microbatch.cutting import new_ranges, trim
 from state.microbatch.masked import erased_rows
 from state.microbatch.row_kinds import Kind, happened
 from state.positions import Range, Source
-from state.process import killpoints, log_lines
-from state.process.private_files import keep_private
+from state.process import killpoints
+from state.process.part import Work, run_process
 from state.process.progress_line import ProgressLine, bar
 from state.process.wall_clock import wall_ms
 from state.registry.log_line import counts
@@ -655,27 +653,23 @@ def asked(argv: Sequence[str]) -> RebuildLine:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Rebuilds once; returns the exit code."""
-    keep_private()
-    log_lines.begin("rebuild")
-    try:
-        copy, if_lost, flags = asked(sys.argv[1:] if argv is None else argv)
+
+    def start(words: Sequence[str]) -> tuple[Settings, Work]:
+        copy, if_lost, flags = asked(words)
         settings = load(flags, os.environ)
-        log_lines.follow(settings.logs)
-        if copy is not None and not copy.is_dir():
-            raise SettingsError(f"--from {copy} is no directory", "name the directory of a history store")
-        if if_lost and not are_lost(settings):
-            print(f"the histories in {settings.stream_dir} are not lost: nothing is rebuilt")
-            return 0
-        found = rebuild(settings, copy, progress_on(sys.stderr), logger.info)
-    except (SpringtideError, OSError) as problem:
-        error = of_disk(problem)
-        logger.error("%s: %s", type(error).__name__, error)
-        return error.exit_code
-    except KeyboardInterrupt:
-        logger.error("stopped; the old store is as it was")
-        return 1
-    print(told(found, settings.stream_dir / HISTORIES))
-    return 0
+
+        def work() -> None:
+            if copy is not None and not copy.is_dir():
+                raise SettingsError(f"--from {copy} is no directory", "name the directory of a history store")
+            if if_lost and not are_lost(settings):
+                print(f"the histories in {settings.stream_dir} are not lost: nothing is rebuilt")
+                return
+            found = rebuild(settings, copy, progress_on(sys.stderr), logger.info)
+            print(told(found, settings.stream_dir / HISTORIES))
+
+        return settings, work
+
+    return run_process("rebuild", start, argv, logger)
 
 
 if __name__ == "__main__":

@@ -52,6 +52,7 @@ from trainer.versions.erased_rows import CrossedIds, without, without_tombstones
 
 PART = "compactor"
 NICENESS = 10
+GARBAGE_KEEP_D = 30  # of damaged versions and of files that no kept version refers to
 PATIENCE_S, WAIT_S = 300.0, 0.5
 logger = logging.getLogger(__name__)
 
@@ -225,7 +226,7 @@ def run(settings: Settings, clock: Callable[[], float] = time.time) -> None:
                 "merged %d deltas into %d, removed %d deltas and %d bases",
                 *(sum(len(merge.path) for merge in done.merges), len(done.merges), len(done.deltas), len(done.bases)),
             )
-        keep_ms, spec = settings.registry.garbage_keep_d * DAY_MS, FeatureSpec.from_settings(settings).digest
+        keep_ms, spec = GARBAGE_KEEP_D * DAY_MS, FeatureSpec.from_settings(settings).digest
         for name in collect(registry, keep_ms, now_ms, [spec]):
             logger.info("removed %s, which nothing needs any more", name)
 

@@ -48,7 +48,6 @@ def show_control(control: Control, version: int, metrics: TrainerMetrics) -> Non
     """Sets the gauges of control's requests to the trainer, and of the current version."""
     metrics.version.set(version)
     metrics.epoch.set(control.epoch)
-    metrics.masks.set(len(control.masks))
     metrics.paused.set(not control.training)
     metrics.publishing_held.set(not control.publishing)
 
@@ -107,8 +106,7 @@ def show_slices(slices: Sequence[SliceMeasures], metrics: TrainerMetrics) -> Non
         "auc": metrics.slice_auc,
         "calibration": metrics.slice_calibration_ratio,
     }
-    errors = {"log_loss": metrics.slice_log_loss_error, "auc": metrics.slice_auc_error}
-    for gauge in (*shown.values(), *errors.values(), metrics.slice_gap, metrics.slice_gap_sure):
+    for gauge in (*shown.values(), metrics.slice_gap, metrics.slice_gap_sure):
         gauge.clear()
     dimensions = list(dict.fromkeys(one.dimension for one in slices))[:MOST_DIMENSIONS]
     for dimension in dimensions:
@@ -116,9 +114,6 @@ def show_slices(slices: Sequence[SliceMeasures], metrics: TrainerMetrics) -> Non
         for one in mine[: MOST_SLICES // len(dimensions)]:
             for name in shown.keys() & one.figures.keys():
                 shown[name].labels(dimension, one.value).set(one.figures[name])
-            for name in errors.keys() & one.intervals.keys():
-                low, high = one.intervals[name]
-                errors[name].labels(dimension, one.value).set((high - low) / 2)
         for name in GAPS:
             if (found := gap(slices, dimension, name)) is not None:
                 metrics.slice_gap.labels(dimension, name).set(found.size)

@@ -38,7 +38,7 @@ from state.log.accepted_gaps import Journal
 from state.log.gaps import Consent
 from state.metrics import TrainerMetrics
 from state.positions import Source
-from state.process import killpoints, secret_file
+from state.process import killpoints, private_files
 from state.process.said_once import SaidOnce
 from state.registry import privacy_ledger
 from state.registry.control import Control
@@ -117,7 +117,7 @@ class PrivacyBudget:
             from trainer.engine.private_step import PrivateTrainer
 
             assert isinstance(trainer, PrivateTrainer), "what trainer_of makes where a budget is set"
-            self._private, self._key = trainer.private, secret_file.fingerprint(own_key(settings))
+            self._private, self._key = trainer.private, private_files.fingerprint(own_key(settings))
 
     def enter(self) -> None:
         """At the beginning of an epoch, or after a start: reads the spent budget.

@@ -57,11 +57,10 @@ from state.log import Reader
 from state.log.gap_options import take_options
 from state.log.gaps import Consent, in_words
 from state.metrics import TrainerMetrics, serve
-from state.process import log_lines
 from state.process.actor import actor
-from state.process.ending import reported, stop_on_signals
+from state.process.ending import stop_on_signals
 from state.process.garbage import Holes, keep_what_is_there
-from state.process.private_files import keep_private
+from state.process.part import Work, run_process
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.process.wall_clock import wall_ms
 from state.registry import control as transitions
@@ -553,18 +552,15 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the trainer; returns the exit code."""
-    keep_private()
-    log_lines.begin("trainer", own_stderr())
     quiet_tensorflow(os.environ)
     stopping = stop_on_signals()
 
-    def work() -> None:
-        consent, flags = take_options(sys.argv[1:] if argv is None else argv, actor(), records=True)
+    def start(words: Sequence[str]) -> tuple[Settings, Work]:
+        consent, flags = take_options(words, actor(), records=True)
         settings = load(flags, os.environ)
-        log_lines.follow(settings.logs)
-        run(settings, flags, stopping, consent)
+        return settings, lambda: run(settings, flags, stopping, consent)
 
-    return reported(work, logger)
+    return run_process("trainer", start, argv, logger, own_stderr())
 
 
 if __name__ == "__main__":

@@ -14,16 +14,14 @@ read requests need no token.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
-from typing import Any, ClassVar
+from typing import Any
 
 import orjson
 
@@ -31,32 +29,44 @@ from deploy.operate.branch import ServingBranch, described
 from deploy.operate.commands import current
 from deploy.operate.times import iso, parse_time
 from deploy.operate.versions import open_registry
-from deploy.serving.requests.access import OPERATE, Certificate, Tokens, make_missing
-from state.config.loading import load
+from deploy.serving.requests.access import OPERATE, Access, Certificate, Tokens, make_missing
+from deploy.serving.requests.connections import ConnectionLimits
+from deploy.serving.requests.http import (
+    LAST,
+    Endpoint,
+    Receive,
+    Request,
+    Response,
+    Routes,
+    Scope,
+    Send,
+    answer,
+    encode,
+    failure,
+    header,
+)
+from deploy.serving.requests.server import DrainingServer, listen
 from state.config.settings import Settings
 from state.errors import (
     BadRequest,
-    PortTaken,
     SettingsError,
     SpringtideError,
     TooLarge,
-    UnknownPath,
     UnknownVersion,
-    WrongMethod,
-    of_disk,
 )
-from state.process import log_lines
-from state.process.private_files import keep_private
+from state.process.part import run_part
 from state.process.wall_clock import wall_ms
 from state.registry import control as transitions
 from state.registry.registry import Registry
 
 VERSION = "4"
+BEFORE_MS = 60_000  # the version must be older than the alert by this much: the problem began before its alert
 MOST_TEXT = 300
 ACTOR = "alertmanager"
 PATH = "/v1/alerts"
 MOST_BYTES = 1 << 20
 TIMEOUT_S = 10.0
+CONNECTIONS = 64
 _log = logging.getLogger(__name__)
 
 
@@ -119,13 +129,12 @@ def _alert(found: Any, number: int) -> Notification | None:
     return Notification(name, began_ms, " ".join(words)[:MOST_TEXT])
 
 
-def pin_before(registry: Registry, notification: Notification, before_s: float, now_ms: int) -> str:
+def pin_before(registry: Registry, notification: Notification, now_ms: int) -> str:
     """Pins serving and returns what was done; a repeated call changes nothing. Durable when it returns.
 
     Args:
         registry: Where versions and control are.
         notification: The alert.
-        before_s: How long before the alert began a version must have been made: the trouble is older than its alert.
         now_ms: Wall clock.
 
     Raises:
@@ -136,13 +145,13 @@ def pin_before(registry: Registry, notification: Notification, before_s: float, 
     control = current(registry)
     if control.serving.mode == "pin":
         return f"answers stay at version {control.serving.version} already; nothing was changed"
-    limit_ms = notification.began_ms - round(1000 * before_s)
+    limit_ms = notification.began_ms - BEFORE_MS
     branch = ServingBranch(registry, control)
     found = branch.last(lambda version: version.created_at_ms < limit_ms)
     if found is None:
         raise UnknownVersion(
             f"no version of the serving branch was made before {iso(limit_ms)}",
-            "lower webhook.before_s, or pin by hand",
+            "pin an older version by hand: `springtide pin`",
         )
     version = branch.loadable(found)
     actor = f"{ACTOR}: {notification.alert}"
@@ -152,127 +161,85 @@ def pin_before(registry: Registry, notification: Notification, before_s: float, 
 
 
 class Webhook:
-    """What a notification does.
+    """The ASGI application: takes notifications on one path, with a token of the role `operate`.
 
     Args:
-        settings: Where the registry is, and how long before an alert a version must be.
-        tokens: Who may.
+        settings: Where the registry is.
+        tokens: The tokens of both roles.
         now_ms: Wall clock.
+
+    Attributes:
+        draining: Whether the process is about to end.
     """
 
     def __init__(self, settings: Settings, tokens: Tokens, now_ms: Callable[[], int]) -> None:
         self._settings, self._tokens, self._now_ms = settings, tokens, now_ms
+        self._routes = Routes([Endpoint("alerts", ("POST",), PATH, self._notified, role=OPERATE)])
+        self.draining = False
 
-    def let_in(self, authorization: str | None) -> None:
-        """Accepts only requests with the role `operate`.
+    def count_refused(self, reason: str) -> None:
+        """Logs what was refused before it was a request."""
+        _log.warning("a connection was refused: %s", reason)
 
-        Raises:
-            Unauthorized: There is no token, or none of ours.
-            Forbidden: It may only read.
-        """
-        self._tokens.look()
-        self._tokens.require(authorization, OPERATE)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
+        try:
+            endpoint, placeholders = self._routes.find(scope)
+            self._tokens.require(header(scope, b"authorization"), endpoint.role)
+            length = header(scope, b"content-length") or "0"
+            if not length.isdecimal() or int(length) > MOST_BYTES:
+                raise TooLarge(f"the body has {length:.20} bytes", f"at most {MOST_BYTES} are accepted")
+            response = await endpoint.answer(Request(scope, receive, placeholders, endpoint, MOST_BYTES))
+        except SpringtideError as error:
+            response = failure(error)
+            _log.warning("a notification was refused with %d: %s", response.status, error)
+        await answer(send, response._replace(headers=[*response.headers, LAST]))
 
-    def take(self, body: bytes) -> str:
-        """Does what a notification asks for; returns what was done.
+    async def _notified(self, request: Request) -> Response:
+        body = await request.body()
+        return Response(200, encode({"done": await asyncio.to_thread(self._act, body)}))
 
-        Raises:
-            SpringtideError: It is none, or cannot be done.
-        """
+    def _act(self, body: bytes) -> str:
+        """Does what a notification asks for; returns what was done."""
         found = firing(body)
         if found is None:
             return "resolved; nothing was changed: `springtide follow` lets answers follow again"
-        registry = open_registry(self._settings)
-        done = pin_before(registry, found, self._settings.webhook.before_s, self._now_ms())
+        done = pin_before(open_registry(self._settings), found, self._now_ms())
         _log.warning("%s fires: %s", found.alert, done)
         return done
 
 
-class _Handler(BaseHTTPRequestHandler):
-    webhook: ClassVar[Webhook]
-    timeout = TIMEOUT_S
-    server_version, sys_version = "springtide", ""
+def server_of(settings: Settings, now_ms: Callable[[], int]) -> DrainingServer:
+    """Returns the server with its tokens, which are created if they are missing, and serving's certificate.
 
-    def _answer(self) -> None:
-        try:
-            # Read the body before any refusal: unread bytes would cut the answer off.
-            body = self._body()
-            if self.path != PATH:
-                raise UnknownPath(f"nothing answers at {self.path!r:.100}", f"POST {PATH}")
-            if self.command != "POST":
-                raise WrongMethod(f"{self.command} changes nothing", f"POST {PATH}")
-            self.webhook.let_in(self.headers.get("authorization"))
-            status, document = 200, {"done": self.webhook.take(body)}
-            headers: tuple[tuple[bytes, bytes], ...] = ()
-        except SpringtideError as error:
-            status, document, headers = error.http_status, {"error": str(error)}, error.http_headers
-            _log.warning("a notification was refused with %d: %s", status, error)
-        sent = orjson.dumps(document)
-        self.send_response(status)
-        for name, value in headers:
-            self.send_header(name.decode(), value.decode())
-        self.send_header("content-type", "application/json")
-        self.send_header("content-length", str(len(sent)))
-        self.send_header("connection", "close")
-        self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(sent)
-
-    def _body(self) -> bytes:
-        length = self.headers.get("content-length", "0")
-        if not length.isdecimal():
-            raise BadRequest("the request does not say how long it is", "send Content-Length")
-        if int(length) > MOST_BYTES:
-            raise TooLarge(f"the body has {length:.20} bytes", f"at most {MOST_BYTES} are taken")
-        return self.rfile.read(int(length))
-
-    do_GET = do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = _answer
-
-    def log_message(self, format: str, *args: object) -> None:
-        """What matters is logged where it is done."""
+    Raises:
+        SettingsError: Tokens or certificate cannot be used.
+    """
+    for path in make_missing(settings.tokens_dir):
+        _log.info("made a token: %s", path)
+    serving, tokens = settings.serving, Tokens(settings.tokens_dir)
+    certificate = Certificate(Path(serving.tls_cert), Path(serving.tls_key)) if serving.tls_cert else None
+    limits = ConnectionLimits(serving.max_head_bytes, TIMEOUT_S, CONNECTIONS)
+    return DrainingServer(Webhook(settings, tokens, now_ms), limits, 0.0, access=Access(certificate, tokens))
 
 
-def serve(settings: Settings, now_ms: Callable[[], int]) -> ThreadingHTTPServer:
-    """Listens on `webhook.host` and `webhook.port`; nothing is answered before `serve_forever`.
+def run(settings: Settings) -> None:
+    """Serves until SIGTERM or SIGINT.
 
     Raises:
         PortTaken: The port is in use.
         SettingsError: Tokens or certificate cannot be used.
     """
-    for path in make_missing(settings.tokens_dir):
-        _log.info("made a token: %s", path)
-    handler = type("Handler", (_Handler,), {"webhook": Webhook(settings, Tokens(settings.tokens_dir), now_ms)})
     host, port = settings.webhook.host, settings.webhook.port
-    try:
-        server = ThreadingHTTPServer((host, port), handler)
-    except OSError as problem:
-        raise PortTaken(f"port {port} on {host} cannot be had ({problem.strerror})", "set webhook.port") from None
-    server.daemon_threads = True
-    if settings.serving.tls_cert:
-        context = Certificate(Path(settings.serving.tls_cert), Path(settings.serving.tls_key)).context
-        server.socket = context.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
-    return server
+    bound, server = listen(host, port, "webhook.port"), server_of(settings, wall_ms)
+    server.end_on_signals()
+    _log.info("notifications are taken at %s, port %d, %s", *bound.getsockname()[:2], PATH)
+    server.run(sockets=[bound])
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """`python -m deploy.alerting.receiver [flags]`; returns the exit code."""
-    keep_private()
-    log_lines.begin("webhook")
-    try:
-        settings = load(sys.argv[1:] if argv is None else argv)
-        log_lines.follow(settings.logs)
-        server = serve(settings, wall_ms)
-    except (SpringtideError, OSError) as problem:
-        error = of_disk(problem)
-        _log.error("%s: %s", type(error).__name__, error)
-        return error.exit_code
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # Not in the handler: `shutdown` waits for the loop that the handler interrupts.
-        signal.signal(number, lambda *_: Thread(target=server.shutdown, daemon=True).start())
-    _log.info("notifications are taken at %s, port %d, %s", *server.server_address[:2], PATH)
-    with server:
-        server.serve_forever()
-    return 0
+    return run_part("webhook", run, argv, _log)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,50 @@
-"""Ends a process, and tests whether one has ended."""
+"""How child processes end: bound to their parent, on request, or by themselves; and when they start again."""
 
 from __future__ import annotations
 
+import ctypes
+import json
+import os
+import signal
 import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
+
+from state.errors import StoreFull, UnreachableBroker, UnusableDisk, UnusablePlace, UnusableRegistry
+
+WAITS_FOR_OTHERS = (UnreachableBroker, StoreFull, UnusableDisk, UnusablePlace, UnusableRegistry)
+FIRST_WAIT_S = 0.25
+LONGEST_WAIT_S = 30.0
+LONGEST_WAIT_FOR_OTHERS_S = 4.0
+HEALTHY_S = 60.0
+TAIL_BYTES = 8192
+LONGEST_QUOTE = 300
+_PR_SET_PDEATHSIG = 1
+
+
+def die_with(parent: int, by: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
+    """Returns a function that binds a child to its parent; the child calls it between fork and exec, or later.
+
+    The kernel then ends the child when the parent's thread that started it ends.
+
+    Args:
+        parent: The parent's process id.
+        by: The signal that ends the child.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def arrange() -> None:
+        if libc is not None:
+            libc.prctl(_PR_SET_PDEATHSIG, by)
+            # The parent may have ended before prctl was called.
+            if os.getppid() != parent:
+                os._exit(1)
+
+    return arrange
 
 
 def end(process: subprocess.Popen[bytes], timeout_s: float) -> None:
@@ -28,3 +68,101 @@ def has_ended(process: psutil.Process) -> bool:
         return not process.is_running() or process.status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
+
+
+def how(status: int) -> str:
+    """Describes an exit status.
+
+    >>> how(1), how(-9)
+    ('exit 1', 'SIGKILL')
+    """
+    return f"exit {status}" if status >= 0 else signal.Signals(-status).name
+
+
+def last_line(log: Path) -> str:
+    """Returns the last nonempty line of a log."""
+    try:
+        with log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - TAIL_BYTES))
+            lines: Sequence[str] = file.read().decode("utf-8", "replace").splitlines()
+    except OSError:
+        lines = ()
+    return shortened(as_text(next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")))
+
+
+def as_text(line: str) -> str:
+    """Returns a log line as plain text, also if `logs.format` is json.
+
+    >>> as_text('{"time": "2026-07-03T10:00:00.000Z", "part": "stream", "level": "ERROR", "message": "LockHeld: ..."}')
+    'stream ERROR LockHeld: ...'
+    >>> as_text("Killed"), as_text("{no json")
+    ('Killed', '{no json')
+    """
+    try:
+        said = json.loads(line)
+        return f"{said['part']} {said['level']} {said['message']}"
+    except (ValueError, TypeError, KeyError):
+        return line
+
+
+def shortened(text: str, most: int = LONGEST_QUOTE) -> str:
+    """Cuts a text to a length that a terminal can show.
+
+    >>> shortened("one two three", 7)
+    'one two...'
+    """
+    return text if len(text) <= most else f"{text[:most].rstrip()}..."
+
+
+@dataclass(frozen=True)
+class Backoff:
+    """Consecutive deaths of a process without a healthy run between them.
+
+    Attributes:
+        deaths: How many deaths.
+        waits_for_others: Whether the process died because a broker, a disk or a store was unavailable. Such a start
+            fails within a second or two, and the process should run soon after the dependency is available again.
+    """
+
+    deaths: int = 0
+    waits_for_others: bool = False
+
+    def after(self, lived_s: float, last_line: str = "") -> Backoff:
+        """Returns the backoff after one more death; after a healthy run it counts as the first.
+
+        Args:
+            lived_s: How long the process ran.
+            last_line: The last line of its log, which names the class of the error.
+
+        >>> Backoff(3).after(1.0).deaths, Backoff(3).after(60.0).deaths
+        (4, 1)
+        >>> Backoff().after(1.0, "trainer ERROR UnusableRegistry: registry: Permission denied").waits_for_others
+        True
+        """
+        others = any(f" {error.__name__}: " in last_line for error in WAITS_FOR_OTHERS)
+        return Backoff(1 if lived_s >= HEALTHY_S else self.deaths + 1, others)
+
+    @property
+    def wait_s(self) -> float:
+        """How long to wait before the next start; 0 if there was no death.
+
+        >>> [Backoff(deaths).wait_s for deaths in (0, 1, 2, 3, 7, 8, 99)]
+        [0.0, 0.25, 0.5, 1.0, 16.0, 30.0, 30.0]
+        >>> Backoff(99, waits_for_others=True).wait_s
+        4.0
+        """
+        if not self.deaths:
+            return 0.0
+        # The exponent is capped, so that the power cannot overflow after many deaths.
+        longest_s = LONGEST_WAIT_FOR_OTHERS_S if self.waits_for_others else LONGEST_WAIT_S
+        return min(longest_s, FIRST_WAIT_S * 2.0 ** min(self.deaths - 1, 16))
+
+    def told(self) -> str:
+        """Describes when the next start is and how often the process died.
+
+        >>> Backoff(1).told(), Backoff(3).told()
+        ('starting it again in 0.25 s', 'starting it again in 1 s, after 3 deaths in a row')
+        """
+        often = f", after {self.deaths} deaths in a row" if self.deaths > 1 else ""
+        return f"starting it again in {self.wait_s:g} s{often}"

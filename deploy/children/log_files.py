@@ -15,6 +15,7 @@ from pathlib import Path
 from state.config.settings import Settings
 from state.storage.shares import LOGS, kept_bytes
 
+LOG_BYTES, OLDER_LOGS = 10_000_000, 1
 READ_BYTES = 1 << 16
 LOOK_S = 0.5
 MOST_READS = 64  # in a row, of a child that does not stop
@@ -28,8 +29,7 @@ def log_sizes(settings: Settings) -> tuple[int, int]:
     >>> log_sizes(Settings()), log_sizes(Settings(storage=StorageSettings(budget_gb=0.5)))
     ((10000000, 1), (625000, 1))
     """
-    older = settings.up.older_logs
-    return min(settings.up.log_mb * 1_000_000, kept_bytes(settings, LOGS) // (CHILDREN * (1 + older))), older
+    return min(LOG_BYTES, kept_bytes(settings, LOGS) // (CHILDREN * (1 + OLDER_LOGS))), OLDER_LOGS
 
 
 class LogFile:

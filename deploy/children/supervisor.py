@@ -1,6 +1,6 @@
 """Supervises the processes of the loop: starts them, restarts them after a death, stops them in order.
 
-A process that cannot run waits longer before each next start (`deploy/children/backoff.py`), and does not affect the
+A process that cannot run waits longer before each next start (`deploy/children/ending.py`), and does not affect the
 others. If a process ends with an error that has a remedy, the remedy runs first, as a process of its own. The failed
 process starts again once the remedy is done.
 
@@ -17,17 +17,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from deploy.children.backoff import HEALTHY_S, Backoff
-from deploy.children.last_words import how, last_line
-from deploy.children.log_files import LogPump, log_sizes
-from deploy.children.parent_death import die_with
+from deploy.children.ending import HEALTHY_S, Backoff, die_with, how, last_line
+from deploy.children.log_files import LOG_BYTES, OLDER_LOGS, LogPump, log_sizes
 from state.config.settings import Settings
 from state.errors import ProcessFailed, reason_of
 from state.metrics import SupervisorMetrics
-from state.process.import_path import for_children
+from state.process.user_code import for_children
 
 WRONG_USE = 2
-LOG_BYTES, OLDER_LOGS = 10 * 2**20, 1
 PROGRESS_S = 5.0
 MALLOC = {
     "MALLOC_ARENA_MAX": "2",

@@ -44,9 +44,7 @@ from urllib.parse import quote, urlencode
 import msgspec
 from prometheus_client import CollectorRegistry
 
-from deploy.console.commands import give, status_of
-from deploy.console.lately_read import LatelyRead
-from deploy.console.steering import Steering
+from deploy.console.steering import ReadCache, Steering, run_command, status_of
 from deploy.console.watching import LoopWatch
 from deploy.serving.requests.access import OPEN, OPERATE, READ, Access, Certificate, Tokens, are_wanted, make_missing
 from deploy.serving.requests.connections import ConnectionLimits
@@ -175,7 +173,7 @@ def require_own_page(scope: Scope) -> None:
     if foreign or site not in (None, "same-origin", "none"):
         raise Forbidden("the request comes from another page", "ask from the console's own page")
     if (header(scope, b"content-type") or "").partition(";")[0].strip().lower() != "application/json":
-        raise BadRequest("the body is not said to be JSON", "send content-type: application/json")
+        raise BadRequest("the body is not declared as JSON", "send content-type: application/json")
 
 
 class SeriesParameters(msgspec.Struct, forbid_unknown_fields=True):
@@ -213,7 +211,7 @@ class Reading:
         settings: Settings,
         watch: LoopWatch,
         guard: RequestGuard,
-        lately: LatelyRead,
+        lately: ReadCache,
         stores: threading.Lock,
         now_ms: Callable[[], int],
     ) -> None:
@@ -256,7 +254,7 @@ class Reading:
     def _listed(self, words: Sequence[str]) -> Any:
         def read() -> Any:
             with self._stores:
-                return give(self._settings, words, self._now_ms())
+                return run_command(self._settings, words, self._now_ms())
 
         return self._lately.of(tuple(words), KEEP_S[words[0]], read)
 
@@ -326,8 +324,8 @@ class Console:
     """
 
     def __init__(self, settings: Settings, guard: RequestGuard, now_ms: Callable[[], int]) -> None:
-        stores, lately = threading.Lock(), LatelyRead()
-        self.watch = LoopWatch(settings, stores, wall_ms=now_ms)
+        stores, lately = threading.Lock(), ReadCache()
+        self.watch = LoopWatch(settings, stores, now_ms)
         self.draining = False
         self.endpoints = [
             *Reading(settings, self.watch, guard, lately, stores, now_ms).endpoints(),

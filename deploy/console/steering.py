@@ -18,14 +18,15 @@ import json
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
 
-from deploy.console.commands import give
-from deploy.console.lately_read import LatelyRead
+from deploy.command_line import parser
+from deploy.operate import control, history, rollback, versions
+from deploy.operate.commands import Say
 from deploy.operate.control import SWITCHES
 from deploy.operate.times import parse_time, parse_times
 from deploy.operate.versions import open_registry
@@ -33,7 +34,7 @@ from deploy.serving.requests.access import OPERATE
 from deploy.serving.requests.http import Endpoint, Request, Response, encode
 from state.config.settings import Settings
 from state.config.spans import UNITS_MS
-from state.errors import BadRequest, ControlConflict, RegistryError
+from state.errors import BadRequest, ControlConflict, RegistryError, SpringtideError
 from state.process.actor import acting, actor
 
 MOST, KEEP_S = 32, 900.0
@@ -41,6 +42,89 @@ LONGEST_REASON, LONGEST_NAME, MOST_SKIPS = 500, 64, 50
 Answer = Callable[[Request], Awaitable[Response]]
 Skips = Annotated[list[str], msgspec.Meta(max_length=MOST_SKIPS)]
 Number = Annotated[int, msgspec.Meta(ge=1)]
+
+
+COMMANDS = {
+    "versions": versions.versions,
+    "history": history.history,
+    "masks": history.masks,
+    "rollback": rollback.rollback,
+    "pin": control.pin,
+    "follow": control.follow,
+    "unmask": control.unmask,
+    **dict.fromkeys(control.SWITCHES, control.switch),
+}
+"""By command, the function that runs it; the function outputs one JSON document."""
+
+
+def run_command(settings: Settings, words: Sequence[str], now_ms: int) -> Any:
+    """Runs a command and returns its JSON output.
+
+    Args:
+        settings: Settings of the system.
+        words: The arguments as typed after `springtide`. Pass untrusted values as `--option=VALUE`, so that they are
+            never parsed as options.
+        now_ms: Wall clock.
+
+    Raises:
+        SettingsError: The arguments are invalid.
+        SpringtideError: The command failed.
+    """
+    said: list[str] = []
+    say: Say = said.append
+    line = [*words, "--output=json"]
+    COMMANDS[words[0]](settings, parser(line).parse_args(line), now_ms, say)
+    return json.loads(said[-1])
+
+
+def status_of(error: SpringtideError) -> int:
+    """Returns the HTTP status of a command's error: client error, conflict or server error.
+
+    >>> from state.errors import ControlConflict, LogError, SettingsError
+    >>> status_of(SettingsError("--minutes x")), status_of(ControlConflict("generation 4")), status_of(LogError("away"))
+    (400, 409, 503)
+    """
+    kinds = {"SettingsError": 400, "UnknownVersion": 404, "ControlConflict": 409, "UnfitVersion": 409, "UnfitMask": 409}
+    return kinds.get(type(error).__name__, error.http_status)
+
+
+class ReadCache:
+    """Cache of recently read values; thread-safe.
+
+    Args:
+        clock_s: Monotonic seconds.
+
+    >>> now_s = [0.0]
+    >>> lately, numbers = ReadCache(lambda: now_s[0]), iter(range(9))
+    >>> [lately.of("versions", 2.0, lambda: next(numbers)) for _ in range(2)]
+    [0, 0]
+    >>> now_s[0] = 3.0
+    >>> lately.of("versions", 2.0, lambda: next(numbers))
+    1
+    >>> lately.forget()
+    >>> lately.of("versions", 2.0, lambda: next(numbers))
+    2
+    """
+
+    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
+        self._clock_s = clock_s
+        self._lock = threading.Lock()
+        self._found: dict[Hashable, tuple[float, Any]] = {}
+
+    def of(self, key: Hashable, keep_s: float, read: Callable[[], Any]) -> Any:
+        """Returns what `read` returned within the last `keep_s`, or calls it; one thread reads, others wait for it."""
+        with self._lock:
+            known = self._found.get(key)
+            if known is None or self._clock_s() - known[0] > keep_s:
+                # Entries older than a minute are dropped, so that the cache stays small.
+                self._found = {one: found for one, found in self._found.items() if self._clock_s() - found[0] <= 60.0}
+                known = self._found[key] = (self._clock_s(), read())
+            return known[1]
+
+    def forget(self) -> None:
+        """Clears the cache, after a change."""
+        with self._lock:
+            self._found.clear()
 
 
 @dataclass(frozen=True)
@@ -100,11 +184,11 @@ class ShownPlans:
         """
         found = self._plans.get(digest)
         if found is None or self._clock_s() - found.shown_s > KEEP_S:
-            raise ControlConflict("no such plan was shown of late", "make the plan anew, and look at it")
+            raise ControlConflict("no such plan was shown recently", "make the plan again and check it")
         if found.version != confirmed:
             raise ControlConflict(
-                f"the plan goes back to version {found.version}, and {confirmed} was confirmed",
-                f"type {found.version} where it is what you want",
+                f"the plan rolls back to version {found.version}, and {confirmed} was confirmed",
+                f"type {found.version} if you want it",
             )
         return found
 
@@ -173,7 +257,7 @@ class Steering:
     def __init__(
         self,
         settings: Settings,
-        lately: LatelyRead,
+        lately: ReadCache,
         stores: threading.Lock,
         changed: Callable[[], None],
         now_ms: Callable[[], int],
@@ -208,16 +292,16 @@ class Steering:
 
     def _planned(self, wanted: PlanWanted) -> tuple[int, list[str], dict[str, Any]]:
         now_ms = self._now_ms()
-        control = open_registry(self._settings).control()
-        if control is None:
+        found = open_registry(self._settings).control()
+        if found is None:
             raise RegistryError("no control yet", "start the trainer first, it writes generation 1")
-        words = [*words_of(wanted, now_ms), f"--if-generation={control.generation}"]
+        words = [*words_of(wanted, now_ms), f"--if-generation={found.generation}"]
         target = [f"--to={wanted.to}"] if wanted.to is not None else []
         if wanted.before:
             target.append(f"--before={parse_time(wanted.before, now_ms)}")
         with self._stores:
-            found = give(self._settings, [*words, *target, "--dry-run", "--reason=a plan"], now_ms)
-        return control.generation, words, found["plan"]
+            shown = run_command(self._settings, [*words, *target, "--dry-run", "--reason=a plan"], now_ms)
+        return found.generation, words, shown["plan"]
 
     async def _roll_back(self, request: Request) -> Response:
         wanted: RollbackWanted = await request.document()
@@ -234,14 +318,14 @@ class Steering:
         return await self._done(words, wanted.reason, wanted.name)
 
     async def _done(self, words: Sequence[str], reason: str, name: str) -> Response:
-        line = [*words, f"--reason={told(reason, 'reason', LONGEST_REASON)}"]
-        who = told(name, "name", LONGEST_NAME) if name.strip() else actor()
+        line = [*words, f"--reason={checked(reason, 'reason', LONGEST_REASON)}"]
+        who = checked(name, "name", LONGEST_NAME) if name.strip() else actor()
         return Response(200, encode(await asyncio.to_thread(self._give, line, f"{who} (console)")))
 
     def _give(self, line: Sequence[str], who: str) -> Any:
         try:
             with self._stores, acting(who):
-                return give(self._settings, line, self._now_ms())
+                return run_command(self._settings, line, self._now_ms())
         finally:
             # Also after a failure: somebody else may have changed control.
             self._lately.forget()
@@ -269,10 +353,10 @@ def words_of(wanted: PlanWanted, now_ms: int) -> list[str]:
     return ["rollback", f"--mode={wanted.mode}", *follow, *skips]
 
 
-def told(text: str, what: str, longest: int) -> str:
-    """A text for the audit log, without blanks around it.
+def checked(text: str, what: str, longest: int) -> str:
+    """Returns a text for the audit log, stripped.
 
-    >>> told(" bots clicked ", "reason", 500)
+    >>> checked(" bots clicked ", "reason", 500)
     'bots clicked'
 
     Raises:
@@ -281,6 +365,6 @@ def told(text: str, what: str, longest: int) -> str:
     text = text.strip()
     if not text or len(text) > longest or not text.isprintable():
         raise BadRequest(
-            f"the {what} is empty, too long, or not of one line", f"give up to {longest} letters", f"/{what}"
+            f"the {what} is empty, too long, or has several lines", f"give up to {longest} characters", f"/{what}"
         )
     return text

@@ -17,14 +17,11 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from deploy import status
-from deploy.watch import quality, scrape
-from deploy.watch.figures import Figures, Watch
-from deploy.watch.quantiles import Spread
-from deploy.watch.scrape import Scrape
+from deploy import sections, status
+from deploy.watch.figures import Figures, Spread
+from deploy.watch.snapshot import Poller, Snapshot
 from state.config.settings import Settings
 from state.process.said_once import SaidOnce
-from state.process.wall_clock import wall_ms
 
 EVERY_S = 5.0
 KEEP_S = 3600.0
@@ -59,8 +56,8 @@ LIFT = "lift_top1"
 """The curve of the model's top-1 hit rate compared with the best simple baseline."""
 WATCHED_S = 20.0
 """How long after a request the console counts as open."""
-LOOK_S = 1.0
-PARTS_S = 15.0
+POLL_S = 1.0
+SECTIONS_S = 15.0
 AWAY_S = 5.0
 """Interval of reads while Kafka is unreachable; short, so that its return shows soon."""
 _log = logging.getLogger(__name__)
@@ -120,103 +117,87 @@ def _rounded(value: float | None) -> float | None:
 
 
 class LoopWatch:
-    """Looks at the loop in a thread of its own.
+    """Polls the loop in threads of its own.
 
     Args:
         settings: The loop's settings.
         stores: Held while a store is open.
-        get: Reads the metrics of processes.
-        clock_s: Monotonic seconds.
-        wall_ms: Wall clock.
+        now_ms: Wall clock.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        stores: threading.Lock,
-        get: Callable[[Mapping[str, str]], Mapping[str, Scrape]] = scrape.scrape,
-        clock_s: Callable[[], float] = time.monotonic,
-        wall_ms: Callable[[], int] = wall_ms,
-    ) -> None:
-        self._settings, self._stores, self._get = settings, stores, get
-        self._clock_s, self._wall_ms = clock_s, wall_ms
-        self._addresses = scrape.watched_urls(settings)
-        self._watch, self.curves = Watch(), Curves()
-        self._asked_s = self._parts_s = float("-inf")
-        self._parts: dict[str, Any] | None = None
-        self._seen: tuple[int, Figures, Mapping[str, Scrape]] | None = None
+    def __init__(self, settings: Settings, stores: threading.Lock, now_ms: Callable[[], int]) -> None:
+        self._settings, self._stores, self._now_ms = settings, stores, now_ms
+        self._poller, self.curves = Poller(settings, now_ms=now_ms), Curves()
+        self._requested_s = self._sections_s = float("-inf")
+        self._sections: dict[str, Any] | None = None
+        self._snapshot: Snapshot | None = None
         self._wanted, self._stopping = threading.Event(), threading.Event()
         self._say = SaidOnce(_log.error)
-        self._looking, self._asking = threading.Lock(), threading.Lock()
+        self._polling, self._reading = threading.Lock(), threading.Lock()
 
     def start(self) -> None:
-        """Looks from now on, until `stop`."""
+        """Polls from now on, until `stop`."""
         threading.Thread(target=self._run, name="watch", daemon=True).start()
-        threading.Thread(target=self._run_parts, name="parts", daemon=True).start()
+        threading.Thread(target=self._run_sections, name="sections", daemon=True).start()
 
     def stop(self) -> None:
         """Stops polling."""
         self._stopping.set()
         self._wanted.set()
 
-    def look(self) -> None:
+    def poll(self) -> Snapshot:
         """Polls the processes' metrics once."""
-        with self._looking:
-            scrapes = self._get(self._addresses)
-            at_ms = self._wall_ms()
-            figures = self._watch.look(scrapes, self._clock_s(), at_ms / 1000)
-            compared = quality.look(scrapes["trainer"])
-            self.curves.add(at_ms, figures, None if compared is None else compared["lift"]["top1"])
-            self._seen = at_ms, figures, scrapes
+        with self._polling:
+            snapshot = self._poller.poll()
+            compared = sections.quality(snapshot.scrapes["trainer"])
+            self.curves.add(snapshot.at_ms, snapshot.figures, None if compared is None else compared["lift"]["top1"])
+            self._snapshot = snapshot
+            return snapshot
 
     def changed(self) -> None:
-        """Polls everything else soon, because somebody changed something."""
-        self._parts_s = float("-inf")
+        """Reads the sections again soon, because somebody changed something."""
+        self._sections_s = float("-inf")
 
-    def look_at_parts(self) -> None:
-        """Polls everything else once."""
-        with self._asking:
+    def read_sections(self) -> dict[str, Any]:
+        """Reads the sections once."""
+        with self._reading:
             with self._stores:
-                self._parts = status.parts(self._settings, self._wall_ms())
-            self._parts_s = self._clock_s()
+                self._sections = sections.read(self._settings, self._now_ms())
+            self._sections_s = time.monotonic()
+            return self._sections
 
     def state(self) -> dict[str, Any]:
-        """All of it, as `springtide status -o json` prints it, with when it was seen."""
-        self._asked_s = self._clock_s()
+        """Returns the document of `springtide status -o json`, with the time of the poll and the age of the sections."""
+        self._requested_s = time.monotonic()
         self._wanted.set()
-        if self._seen is None:
-            self.look()
-        if self._parts is None:
-            self.look_at_parts()
-        assert self._seen is not None and self._parts is not None
-        at_ms, figures, scrapes = self._seen
-        figures = figures.with_kafka(self._parts["kafka"])
-        return status.document(self._settings, figures, scrapes, self._parts) | {
-            "at_ms": at_ms,
-            "parts_age_s": round(self._clock_s() - self._parts_s, 1),
+        snapshot = self._snapshot or self.poll()
+        snapshot = snapshot.having(self._sections or self.read_sections())
+        return status.document(self._settings, snapshot) | {
+            "at_ms": snapshot.at_ms,
+            "sections_age_s": round(time.monotonic() - self._sections_s, 1),
         }
 
-    def _is_watched(self) -> bool:
-        return self._clock_s() - self._asked_s < WATCHED_S
+    def _is_open(self) -> bool:
+        return time.monotonic() - self._requested_s < WATCHED_S
 
     def _run(self) -> None:
         while not self._stopping.is_set():
-            self._attempt(self.look)
-            if self._is_watched():
-                self._stopping.wait(LOOK_S)
+            self._attempt(self.poll)
+            if self._is_open():
+                self._stopping.wait(POLL_S)
             else:
                 self._wanted.clear()
                 self._wanted.wait(EVERY_S)
 
-    def _run_parts(self) -> None:
-        while not self._stopping.wait(LOOK_S):
-            every_s = PARTS_S if self._parts is None or self._parts["kafka"]["answers"] else AWAY_S
-            if self._is_watched() and self._clock_s() - self._parts_s >= every_s:
-                self._attempt(self.look_at_parts)
+    def _run_sections(self) -> None:
+        while not self._stopping.wait(POLL_S):
+            every_s = SECTIONS_S if self._sections is None or self._sections["kafka"]["answers"] else AWAY_S
+            if self._is_open() and time.monotonic() - self._sections_s >= every_s:
+                self._attempt(self.read_sections)
 
-    def _attempt(self, look: Callable[[], None]) -> None:
-        """Runs it; a failure is logged once, and the call is tried again."""
+    def _attempt(self, work: Callable[[], object]) -> None:
+        """Runs `work`; a failure is logged once, the last figures stay, and the next call tries again."""
         try:
-            look()
-        except Exception as error:  # noqa: BLE001 - the edge of the thread: logged, and the last figures stay
-            self._say(f"the loop could not be looked at: {type(error).__name__}: {error}")
+            work()
+        except Exception as error:  # noqa: BLE001 - the edge of the thread
+            self._say(f"the loop could not be polled: {type(error).__name__}: {error}")

@@ -23,7 +23,7 @@ from pathlib import Path
 from prometheus_client import CollectorRegistry
 
 import deploy
-from deploy.children.last_words import last_line
+from deploy.children.ending import last_line
 from deploy.children.log_files import log_sizes
 from deploy.children.supervisor import MALLOC, ProcessPlan, Supervisor
 from deploy.flink import jars

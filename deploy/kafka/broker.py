@@ -24,8 +24,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from deploy.children.ending import end
-from deploy.children.parent_death import die_with
+from deploy.children.ending import die_with, end
 from deploy.kafka import jars
 from deploy.kafka.configuration import HOST, free_port, listens, properties, require_free
 from state.errors import KafkaFailed, reason_of

@@ -258,7 +258,7 @@ def accept_window(
     spec = FeatureSpec.from_settings(settings)
     # From then on histories that are full are the rule.
     warm = window.end_ms - int(found.about["newest_ms"]) >= spec.windows_s[-1] * 1000
-    made = infer(window.statistics, settings.validation, warm) if schema_file is None else _read(schema_file)
+    made = infer(window.statistics, warm) if schema_file is None else _read(schema_file)
     baselines = Baselines(settings.registry_dir)
     number = baselines.newest_number(found.name) + 1
     new = baselines.add(found.name, AcceptedBaseline(number, who, reason, now_ms), made, window.statistics)

@@ -29,7 +29,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.children.parent_death import die_with
+from deploy.children.ending import die_with
 from deploy.segments.judging import named, open_host, opened, pseudonym
 from deploy.serving.answers.predictor import Predictor
 from deploy.serving.answers.query import Query
@@ -37,12 +37,15 @@ from deploy.serving.answers.queue import MOST_AT_ONCE
 from state.config.settings import Settings
 from state.disk import files as durable
 from state.layout import LOOKALIKES
-from state.process.import_path import for_children
 from state.process.part import run_part
+from state.process.user_code import for_children
 from state.process.wall_clock import wall_ms
 from state.segments.expression import segments_of
 from state.segments.lookalikes import LookalikeList, NearUser, PrecisionAt, write
 from state.segments.members import all_members
+
+EVERY_S = 3600.0
+"""Between two lists of a segment."""
 
 HELD_BACK = 5
 """One of this many members is held out."""
@@ -196,7 +199,7 @@ class LookalikeLists:
             else:
                 _log.error("listing lookalikes failed with exit code %d; the lists stay as they are", code)
         if self._clock_s() >= self._due_s:
-            self._due_s = self._clock_s() + self._settings.segments.lookalikes_every_s
+            self._due_s = self._clock_s() + EVERY_S
             shutil.rmtree(self._aside, ignore_errors=True)
             environment = for_children({**os.environ, **self._settings.environment()})
             command = [sys.executable, "-m", "deploy.segments.lookalikes"]

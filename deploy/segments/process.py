@@ -496,7 +496,6 @@ class SegmentKeeper:
         part = name_of(self._path, "segments")
         report(self._settings.registry_dir, ErasureReport(part, HOST, str(self._path), last, last, 0, now_ms))
         self._told = last
-        self._metrics.erased.set(last)
         _log.info("erasure %d: users have left all segments", last)
 
 

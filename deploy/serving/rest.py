@@ -18,7 +18,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator, Sequence
 from multiprocessing.synchronize import Event
 from typing import Any
 
@@ -67,7 +67,7 @@ from state.metrics import WorkerMetrics, add_process, say_build
 from state.process import log_lines
 from state.process.ending import reported
 from state.process.garbage import keep_what_is_there
-from state.process.private_files import keep_private
+from state.process.part import Work, run_process
 from state.process.wall_clock import wall_ms
 
 USER = "springtide-warm-up"
@@ -372,14 +372,15 @@ def allow_connections(wanted: int) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """`python -m deploy.serving.rest [flags]`; returns the exit code."""
-    keep_private()
-    log_lines.begin("worker")
-    return reported(lambda: _run(sys.argv[1:] if argv is None else argv), _log)
+
+    def start(words: Sequence[str]) -> tuple[Settings, Work]:
+        settings = load(words)
+        return settings, lambda: _run(settings, list(words))
+
+    return run_process("worker", start, argv, _log)
 
 
-def _run(arguments: list[str]) -> int:
-    settings = load(arguments)
-    log_lines.follow(settings.logs)
+def _run(settings: Settings, arguments: list[str]) -> int:
     serving = settings.serving
     allow_connections(serving.max_connections)
     if are_wanted(settings):

@@ -17,6 +17,7 @@ from state.errors import SettingsError
 NAME = "prometheus"
 RULES = Path(__file__).parents[1] / "prometheus" / "rules"
 STOP_S = 15.0
+STORED_MB = 512  # not part of `storage.budget_gb`; the oldest data is removed first
 
 
 def require_program() -> str:
@@ -44,15 +45,6 @@ def address(settings: Settings) -> str:
     return f"http://127.0.0.1:{settings.up.prometheus_port}"
 
 
-def targets(settings: Settings) -> dict[str, str]:
-    """Returns the metrics URL of each process of this loop.
-
-    >>> list(targets(Settings()))
-    ['stream', 'trainer', 'applier', 'worker', 'up', 'validation', 'console']
-    """
-    return scrape.urls(settings) | scrape.supervisor_urls(settings) | scrape.urls_beside(settings)
-
-
 def configuration(settings: Settings) -> dict[str, Any]:
     """Returns the content of `prometheus.yml`: scrape targets for the ports of this loop, and rule files.
 
@@ -63,7 +55,7 @@ def configuration(settings: Settings) -> dict[str, Any]:
     return {
         "global": {"scrape_interval": every, "scrape_timeout": every, "evaluation_interval": every},
         "rule_files": [str(RULES / "*.yml")],
-        "scrape_configs": [_job(name, url) for name, url in targets(settings).items()],
+        "scrape_configs": [_job(name, url) for name, url in scrape.targets(settings).items()],
     }
 
 
@@ -82,12 +74,11 @@ def _job(name: str, url: str) -> dict[str, Any]:
     return job
 
 
-def write_configuration(settings: Settings) -> bool:
-    """Writes the configuration to the state directory, as JSON, which is valid YAML. Always returns True."""
+def write_configuration(settings: Settings) -> None:
+    """Writes the configuration to the state directory, as JSON, which is valid YAML."""
     folder = settings.prometheus_dir
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "prometheus.yml").write_text(json.dumps(configuration(settings), indent=2) + "\n")
-    return True
 
 
 def plan(settings: Settings, program: str) -> ProcessPlan:
@@ -104,7 +95,7 @@ def plan(settings: Settings, program: str) -> ProcessPlan:
             program,
             f"--config.file={folder / 'prometheus.yml'}",
             f"--storage.tsdb.path={folder / 'data'}",
-            f"--storage.tsdb.retention.size={settings.up.prometheus_mb}MB",
+            f"--storage.tsdb.retention.size={STORED_MB}MB",
             f"--web.listen-address={address(settings).partition('://')[2]}",
             "--log.level=warn",
         ),

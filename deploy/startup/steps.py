@@ -12,27 +12,26 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry
 
-from deploy.children.backoff import HEALTHY_S, Backoff
-from deploy.children.last_words import shortened
+from deploy.children.ending import HEALTHY_S, Backoff, shortened
 from deploy.children.supervisor import ProcessPlan, Supervisor
 from deploy.kafka.broker import Broker
 from deploy.rollouts import offered as rollouts
 from deploy.rollouts.process_plan import TRIAL_HOST
-from deploy.startup import hints, own_model, prometheus, upgrading
+from deploy.startup import hints, model_checks, prometheus
 from deploy.startup.checks import LEAST_FREE_BYTES, Port, require_directory, require_disk, require_ports
 from deploy.trials import offered as trials
 from deploy.trials.process_plan import RETRAIN, TRIALS
 from deploy.watch import scrape
 from deploy.watch.address import serving_address
-from deploy.watch.figures import Watch
-from deploy.watch.live import Screen, live_line
-from deploy.watch.panel import panel
+from deploy.watch.figures import starting
+from deploy.watch.panel import Screen, live_line, panel
+from deploy.watch.snapshot import Poller
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import CorruptStore, KafkaFailed, PortTaken
@@ -144,7 +143,7 @@ def left_out(settings: Settings) -> set[str]:
     >>> sorted(left_out(Settings()))
     ['probe', 'segments']
     """
-    return {PROBE, SEGMENTS, VALIDATION} - scrape.urls_beside(settings).keys()
+    return {PROBE, SEGMENTS, VALIDATION} - scrape.targets(settings).keys()
 
 
 def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[Port]:
@@ -153,31 +152,23 @@ def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[
     >>> [port.setting for port in ports(Settings(), local_kafka=True)][:2]
     ['kafka.port', 'serving.port']
     """
-    local, idle = "127.0.0.1", left_out(settings)
-    offered = settings.metrics.host
-    kafka = [Port("kafka.port", local, settings.kafka.port)] if local_kafka else []
-    return [
-        *kafka,
-        Port("serving.port", settings.serving.host, settings.serving.port),
-        *(
-            [Port("serving.grpc_port", settings.serving.host, settings.serving.grpc_port)]
-            if settings.serving.grpc_port
-            else []
-        ),
-        Port("stream.metrics_port", offered, settings.stream.metrics_port),
-        Port("trainer.metrics_port", offered, settings.trainer.metrics_port),
-        Port("serving.metrics_port", offered, settings.serving.metrics_port),
-        *(
-            [Port("validation.metrics_port", offered, settings.validation.metrics_port)]
-            if VALIDATION not in idle
-            else []
-        ),
-        *([Port("segments.metrics_port", offered, settings.segments.metrics_port)] if SEGMENTS not in idle else []),
-        *([Port("up.metrics_port", offered, settings.up.metrics_port)] if settings.up.metrics_port else []),
-        *([Port("console.port", settings.console.host, settings.console.port)] if settings.console.port else []),
-        *([Port("probe.metrics_port", offered, settings.probe.metrics_port)] if PROBE not in idle else []),
-        *([Port("up.prometheus_port", local, settings.up.prometheus_port)] if watched else []),
-    ]
+    local, unwanted, metrics = "127.0.0.1", left_out(settings), settings.metrics.host
+    serving, console = settings.serving, settings.console
+    listed = (
+        ("kafka.port", local, local_kafka),
+        ("serving.port", serving.host, True),
+        ("serving.grpc_port", serving.host, serving.grpc_port > 0),
+        ("stream.metrics_port", metrics, True),
+        ("trainer.metrics_port", metrics, True),
+        ("serving.metrics_port", metrics, True),
+        ("validation.metrics_port", metrics, VALIDATION not in unwanted),
+        ("segments.metrics_port", metrics, SEGMENTS not in unwanted),
+        ("up.metrics_port", metrics, settings.up.metrics_port > 0),
+        ("console.port", console.host, console.port > 0),
+        ("probe.metrics_port", metrics, PROBE not in unwanted),
+        ("up.prometheus_port", local, watched),
+    )
+    return [Port(name, host, settings.value(name)) for name, host, wanted in listed if wanted]
 
 
 class LocalKafka:
@@ -281,31 +272,13 @@ def trained_version(settings: Settings) -> int:
     return int(scrape.scrape(addresses)[TRAINER].value("springtide_trainer_version") or 0)
 
 
-def kernels_left(settings: Settings, running: Collection[str]) -> str:
-    """How far the running processes have prepared their kernels, as text; empty if all are ready or none reports it."""
-    addresses = {
-        name: url for name, url in (scrape.urls(settings) | scrape.urls_beside(settings)).items() if name in running
-    }
-    found = scrape.scrape(addresses, lambda url: scrape.fetch(url, PATIENCE_S)) if addresses else {}
-    counts = {
-        name: (int(one.value("springtide_kernels_ready") or 0), int(one.value("springtide_kernels_total") or 0))
-        for name, one in found.items()
-    }
-    return kernels_text({name: count for name, count in counts.items() if count[0] < count[1]})
-
-
-def kernels_text(left: Mapping[str, tuple[int, int]]) -> str:
-    """Words for the kernels of processes that are not ready: how many are, and of how many.
-
-    >>> kernels_text({"trainer": (3, 20), "worker": (9, 10)})
-    'compiling kernels, 12 of 30 (trainer 3 of 20, worker 9 of 10)'
-    >>> kernels_text({})
-    ''
-    """
-    if not left:
-        return ""
-    ready, total = (sum(column) for column in zip(*left.values(), strict=True))
-    return f"compiling kernels, {ready} of {total} ({', '.join(f'{name} {one} of {all}' for name, (one, all) in left.items())})"
+def preparing(settings: Settings, running: Collection[str]) -> str:
+    """What the running processes that do not work yet do, as the live view shows it; empty if all of them work."""
+    urls = scrape.targets(settings)
+    scrapes = scrape.scrape(
+        {name: url for name, url in urls.items() if name in running}, lambda url: scrape.fetch(url, PATIENCE_S)
+    )
+    return ", ".join(f"{name} {text}" for name, text in starting(scrapes).items())
 
 
 def answered_version(settings: Settings) -> int:
@@ -386,7 +359,7 @@ class Startup:
         storage = offer(self._collected, settings, [LOGS, KAFKA] if local else [LOGS])
         self._kafka = LocalKafka(settings, screen.say, self._metrics, clock, storage) if local else None
         # The first bootstrap waits for clicks: shoppers that have clicked for a while spare it that.
-        fresh, (stream, trainer) = not upgrading.has_spec(settings.registry_dir), accepted
+        fresh, (stream, trainer) = not model_checks.has_spec(settings.registry_dir), accepted
         self._plans = process_plans(
             settings.bootstrap.min_rows if fresh else 0,
             accepted=[*(OF_LOCAL_KAFKA if local else ()), *stream],
@@ -425,7 +398,7 @@ class Startup:
         self._say_whose_kafka()
         topics = ensure_topics(settings, self._screen.say) if self._kafka is None else ""
         where = f"yours at {settings.kafka.bootstrap_servers}"
-        goes_on = upgrading.is_bootstrapped(settings)
+        goes_on = model_checks.is_bootstrapped(settings)
         self._supervisor = Supervisor.of(settings, self._screen.say, self._metrics, self._clock)
         self._start(ANSWERING if goes_on else (BOOTSTRAP,))
         if self._kafka is not None:
@@ -454,15 +427,17 @@ class Startup:
     def _check(self) -> None:
         """Refuses what cannot run, and finds or makes the salt."""
         settings = self._settings
-        watched = prometheus.NAME in self._plans and prometheus.write_configuration(settings)
+        watched = prometheus.NAME in self._plans
+        if watched:
+            prometheus.write_configuration(settings)
         require_ports(ports(settings, self._kafka is not None, watched))
         free = require_disk(settings.state_dir)
         if settings.up.metrics_port:
             serve(self._collected, settings.up.metrics_port, settings.metrics.host)
         # A model of the user's own that cannot be served is refused before anything starts.
-        if own_model.is_own(settings):
-            self._screen.say(f"checking {' and '.join(own_model.own(settings))}, some ten seconds")
-            own_model.check(settings, self._screen.say)
+        if model_checks.is_own(settings):
+            self._screen.say(f"checking {' and '.join(model_checks.own(settings))}, some ten seconds")
+            model_checks.check(settings, self._screen.say)
         fresh, salt = not settings.salt_path.exists(), own_salt(settings)  # A lost salt too.
         require_same_salt(Registry(settings.registry_dir), salt)
         self._step(
@@ -532,17 +507,16 @@ class Startup:
 
     def _watch(self) -> None:
         settings = self._settings
-        addresses = scrape.watched_urls(settings)
-        watch = Watch()
+        poller = Poller(settings, clock_s=self._clock)
         due = self._clock()
         while True:
             self._look()
             if self._clock() >= due:
                 due = self._clock() + self._screen.every_s
-                figures = watch.look(scrape.scrape(addresses), self._clock(), time.time())
+                snapshot = poller.poll()
                 if not self._stop():
                     tries = hints.addresses(settings, self._shoppers)
-                    self._screen.live(live_line(figures), panel(figures, tries, settings.serving.processes))
+                    self._screen.live(live_line(snapshot), panel(snapshot, tries, settings.serving.processes))
             self._sleep(LOOK_S)
 
     def _wait(self, look: Callable[[], Found], what: str) -> Found:
@@ -553,7 +527,7 @@ class Startup:
             self._notice_answer()
             if self._clock() >= report:
                 report = self._clock() + PROGRESS_S
-                if progress := kernels_left(self._settings, self._running().names()):
+                if progress := preparing(self._settings, self._running().names()):
                     self._screen.say(f"{self._clock() - self._begin:7.1f} s       {progress}")
             if self._clock() >= remind:
                 remind = self._clock() + REMIND_S

@@ -179,7 +179,6 @@ class WindowJudge:
         """
         rows, metrics = window.statistics.rows, self._metrics
         metrics.window_rows.set(rows)
-        metrics.window_end_seconds.set(window.end_ms / 1000)
         if not window.whole or rows < self._settings.validation.min_rows:
             self._clear()
             metrics.windows.labels("begun_before" if not window.whole else "few_rows").inc()

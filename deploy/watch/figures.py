@@ -1,8 +1,8 @@
-"""Computes the figures of the running loop from the metrics that its processes serve on /metrics.
+"""Computes the figures of the running loop from the metrics that its processes serve on /metrics. Pure.
 
 Rates cover the last `RATE_S` seconds. Quantiles cover the last minute, or, for a single poll, the time since each
 process started. Both compare with an earlier poll of the same process; a process that has restarted since then
-counts as another one.
+counts as another one. Quantiles are computed from histograms as Prometheus does.
 
 The metrics of `springtide up` add which processes keep dying and whether synthetic shoppers run.
 """
@@ -10,26 +10,34 @@ The metrics of `springtide up` add which processes keep dying and whether synthe
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import math
 from collections import deque
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from deploy.watch import progress
-from deploy.watch.budget import BudgetLeft, budget_of
-from deploy.watch.clocks_off import ClocksOff, clocks_off
-from deploy.watch.quantiles import Buckets, Spread, between, spread
-from deploy.watch.scrape import UP, Scrape
-from deploy.watch.storage import full
+from deploy.watch.messages import shown
+from deploy.watch.scrape import SEGMENTS, UP, Scrape
 from state.metrics import ANSWERING_ROUTES
+from state.storage import shares
 
-OFTEN = 2
-AWAY = Scrape()
+DEATHS = 2
+UNREACHABLE = Scrape()
 RATE_S = 5.0
 SPREAD_S = 60.0
 SLACK_S = 0.5
+LEAST_BETWEEN_S = 0.9
+FEW_RECORDS = 100  # of the training log: about ten seconds
+QUEUED_S = 10.0
+FEW_USERS = 20_000  # who wait for the keeper of segments: evaluated within six seconds
+NEAR_LIMIT = 0.9
+STALE_S = 20.0
+
 Labels = Mapping[str, Collection[str]]
-ANSWERS: Labels = {"route": tuple(one for one in ANSWERING_ROUTES if one != "explain")}
+Buckets = Mapping[float, float]
+"""By upper bound, how many observations were at most that; the last bound is infinite."""
+ANSWERS: Labels = {"route": tuple(route for route in ANSWERING_ROUTES if route != "explain")}
 FAILED = (
     *("429", "INTERNAL", "UNAVAILABLE", "UNKNOWN", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED"),
     *map(str, range(500, 600)),
@@ -54,28 +62,273 @@ SPREADS: Mapping[str, tuple[str, str, Labels]] = {
     "answer": ("worker", "springtide_request_seconds", ANSWERS),
 }
 
+# A process has loaded its state once its version is not 0. An operator or the guard can stop training on purpose.
+VERSIONS = {"trainer": "springtide_trainer_version", "applier": "springtide_serving_version"}
+STOPPED = tuple(f"springtide_trainer_{name}" for name in ("held", "paused", "privacy_held"))
 
-def dying(up: Scrape) -> dict[str, float]:
-    r"""The processes that keep dying, and how often in a row they did, the worst first.
+# Part of the disk -> the process that waits if it is full.
+WAITS = {
+    shares.REGISTRY: "publishing",
+    shares.STREAM: "the stream",
+    shares.SERVING: "serving",
+    shares.KAFKA: "Kafka",
+    shares.LOGS: "a log",
+}
+
+
+class Backlog(NamedTuple):
+    """The metrics that describe what waits for a process.
+
+    Attributes:
+        waiting: Name of the gauge with the number of waiting items.
+        done: Name of the counter of processed items.
+        what: Name of the items in messages.
+        waiting_s: Name of the gauge with their waiting time; without one, `FEW_RECORDS` of them may wait.
+    """
+
+    waiting: str
+    done: str
+    what: str
+    waiting_s: str = ""
+
+
+BACKLOGS = {
+    "stream": Backlog(
+        "springtide_stream_lag_events", "springtide_stream_events_total", "clicks", "springtide_stream_lag_seconds"
+    ),
+    "trainer": Backlog("springtide_trainer_lag_records", "springtide_trainer_rows_total", "records"),
+    "applier": Backlog("springtide_serving_microbatch_lag_records", "springtide_serving_history_rows_total", "records"),
+}
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Summary of a distribution.
+
+    Attributes:
+        count: Number of observations.
+        p50: The median; None without observations.
+        p99: The 99th percentile; None without observations.
+        most: The highest finite bound; a quantile that reaches it may be larger.
+    """
+
+    count: float = 0.0
+    p50: float | None = None
+    p99: float | None = None
+    most: float = math.inf
+
+
+def quantile(buckets: Buckets, q: float) -> float | None:
+    """Returns the q-quantile, interpolated linearly within its bucket; None without observations.
+
+    If the quantile is beyond the highest finite bound, that bound is returned.
+
+    >>> quantile({1: 50, 2: 100, math.inf: 100}, 0.75)
+    1.5
+    >>> quantile({0.1: 1, math.inf: 100}, 0.99), quantile({0.1: 0, math.inf: 0}, 0.5)
+    (0.1, None)
+    """
+    bounds = sorted(buckets)
+    if not bounds or not buckets[bounds[-1]] > 0:
+        return None
+    rank = q * buckets[bounds[-1]]
+    lower, below = 0.0, 0.0
+    for bound in bounds:
+        if buckets[bound] >= rank and buckets[bound] > below:
+            if math.isinf(bound):
+                return lower
+            return lower + (bound - lower) * (rank - below) / (buckets[bound] - below)
+        lower, below = bound, buckets[bound]
+    return lower
+
+
+def between(after: Buckets, before: Buckets) -> Buckets:
+    """Returns what was counted after `before`; all of `after` if the process has restarted since.
+
+    >>> between({1.0: 3, math.inf: 5}, {1.0: 1, math.inf: 2})
+    {1.0: 2, inf: 3}
+    """
+    grown = {bound: count - before.get(bound, 0.0) for bound, count in after.items()}
+    counts = [grown[bound] for bound in sorted(grown)]
+    cumulative = all(low <= high for low, high in itertools.pairwise([0.0, *counts]))
+    return grown if cumulative else after
+
+
+def spread(buckets: Buckets) -> Spread:
+    """Computes the median and the 99th percentile.
+
+    >>> spread({0.1: 50, 0.2: 100, math.inf: 100})
+    Spread(count=100, p50=0.1, p99=0.198, most=0.2)
+    """
+    finite = [bound for bound in buckets if not math.isinf(bound)]
+    if not finite:
+        return Spread()
+    return Spread(max(buckets.values()), quantile(buckets, 0.5), quantile(buckets, 0.99), max(finite))
+
+
+@dataclass(frozen=True)
+class BudgetLeft:
+    """The privacy budget.
+
+    Attributes:
+        epsilon: The whole budget.
+        left: The part that no period has used.
+        spent: Whether training holds, because the next period would use more than is left.
+    """
+
+    epsilon: float
+    left: float
+    spent: bool
+
+
+def budget_of(trainer: Scrape) -> BudgetLeft | None:
+    """Returns the budget; None if none is set, or the trainer does not report it."""
+    epsilon, taken, held = (
+        trainer.value(f"springtide_trainer_privacy_{name}") for name in ("epsilon_limit", "epsilon_spent", "held")
+    )
+    return BudgetLeft(epsilon, max(0.0, epsilon - (taken or 0.0)), bool(held)) if epsilon else None
+
+
+@dataclass(frozen=True)
+class ClocksOff:
+    """Clicks whose clock is off in one direction.
+
+    Attributes:
+        clicks: Their number since the stream's start.
+        partition: Partition of the newest one.
+        offset: Offset of the newest one.
+        by_s: How far the newest one is off, seconds; 0 if unknown.
+        age_s: How long ago the newest one was read, seconds.
+    """
+
+    clicks: float
+    partition: int
+    offset: int
+    by_s: float
+    age_s: float
+
+
+def clocks_off(stream: Scrape, wall_s: float) -> dict[str, ClocksOff]:
+    """Returns the clocks that are off by direction: ahead, behind (or late), refused.
 
     >>> from deploy.watch.scrape import parsed
-    >>> series = "springtide_up_deaths_in_a_row"
-    >>> dying(Scrape(parsed(f'{series}{{part="trainer"}} 3\n{series}{{part="stream"}} 0\n{series}{{part="applier"}} 1')))
-    {'trainer': 3.0}
+    >>> lines = (f'springtide_stream_clock{name}{{direction="ahead"}} {value}' for name, value in (
+    ...     ("s_off_total", 2), ("_off_partition", 1), ("_off_offset", 70), ("_off_seconds", 3000), ("_off_time_seconds", 5)))
+    >>> clocks_off(Scrape(parsed(chr(10).join(lines))), wall_s=9.0)
+    {'ahead': ClocksOff(clicks=2.0, partition=1, offset=70, by_s=3000.0, age_s=4.0)}
+
+    Args:
+        stream: The stream's metrics.
+        wall_s: Seconds since 1970.
     """
-    found = up.by("springtide_up_deaths_in_a_row", "part")
-    often = {part: count for part, count in found.items() if count >= OFTEN}
-    return dict(sorted(often.items(), key=lambda one: -one[1]))
+    clicks = stream.by("springtide_stream_clocks_off_total", "direction")
+    partition, offset, by_s, at_s = (
+        stream.by(f"springtide_stream_clock_off_{name}", "direction")
+        for name in ("partition", "offset", "seconds", "time_seconds")
+    )
+    return {
+        name: ClocksOff(
+            clicks[name], int(partition[name]), int(offset[name]), by_s[name], max(0.0, wall_s - at_s[name])
+        )
+        for name in ("ahead", "behind", "refused")
+        if clicks.get(name) and name in at_s
+    }
 
 
-def runs_shoppers(up: Scrape) -> bool:
-    r"""Whether `springtide up` runs synthetic shoppers.
+def starting(scrapes: Mapping[str, Scrape]) -> dict[str, str]:
+    r"""Returns, by process that answers on /metrics but does not work yet, what it does.
 
     >>> from deploy.watch.scrape import parsed
-    >>> runs_shoppers(Scrape(parsed('springtide_up_starts_total{part="shoppers"} 1'))), runs_shoppers(Scrape())
-    (True, False)
+    >>> kernels = "springtide_kernels_total 30\nspringtide_kernels_ready 12"
+    >>> starting({"stream": Scrape(parsed(kernels)), "trainer": Scrape(parsed("springtide_trainer_version 0"))})
+    {'stream': 'compiling kernels, 12 of 30', 'trainer': 'starting'}
+    >>> starting({"trainer": Scrape(parsed("springtide_trainer_version 7"))})
+    {'trainer': 'lag unknown'}
     """
-    return "shoppers" in up.by("springtide_up_starts_total", "part")
+    found = {}
+    for name, scraped in scrapes.items():
+        if not scraped.values:
+            continue
+        total, ready = (scraped.value(f"springtide_kernels_{kind}") or 0.0 for kind in ("total", "ready"))
+        if ready < total:
+            found[name] = f"compiling kernels, {shown(ready)} of {shown(total)}"
+        elif name in VERSIONS and not scraped.value(VERSIONS[name]):
+            found[name] = "starting"
+        elif name in BACKLOGS and scraped.value(BACKLOGS[name].waiting) is None:
+            found[name] = "lag unknown" if name in VERSIONS else "starting"
+    return found
+
+
+def falls_behind(name: str, now: Scrape, earlier: Scrape | None, elapsed_s: float) -> str:
+    r"""Describes the backlog of a process that makes no progress, or too little; empty if it keeps up.
+
+    >>> from deploy.watch.scrape import parsed
+    >>> lag = "springtide_trainer_lag_records"
+    >>> behind = [Scrape(parsed(f"{lag} {waiting}\nspringtide_trainer_rows_total {rows}"))
+    ...           for waiting, rows in ((5600, 70), (5673, 70), (5673, 90), (9, 90))]
+    >>> falls_behind("trainer", behind[1], behind[0], 2.0)
+    '5,673 records wait and none is read'
+    >>> falls_behind("trainer", behind[2], behind[0], 2.0)
+    '5,673 records wait and their number grows'
+    >>> falls_behind("trainer", behind[3], behind[2], 2.0)
+    ''
+    >>> falls_behind("trainer", behind[2], None, 0.0), falls_behind("trainer", behind[3], None, 0.0)
+    ('5,673 records wait', '')
+
+    Args:
+        name: The process.
+        now: Its metrics.
+        earlier: Its metrics at an earlier poll; None if there was none.
+        elapsed_s: The time between the two polls.
+    """
+    backlog = BACKLOGS.get(name)
+    if backlog is None or any(now.value(series) for series in STOPPED):
+        return ""
+    waiting = now.value(backlog.waiting) or 0.0
+    long = (now.value(backlog.waiting_s) or 0.0) > QUEUED_S if backlog.waiting_s else waiting > FEW_RECORDS
+    before = None if earlier is None or elapsed_s < LEAST_BETWEEN_S else earlier.value(backlog.waiting)
+    if earlier is None or before is None:
+        # Without an earlier poll its progress is unknown.
+        return f"{shown(waiting)} {backlog.what} wait" if waiting and long else ""
+    if not before or waiting < before:
+        return ""
+    if (now.total(backlog.done) or 0.0) == (earlier.total(backlog.done) or 0.0):
+        return f"{shown(waiting)} {backlog.what} wait and none is read"
+    return f"{shown(waiting)} {backlog.what} wait and their number grows" if long and waiting > before else ""
+
+
+def segments_behind(keeper: Scrape) -> str:
+    """Describes the backlog of the keeper of segments; empty if it keeps up. The alert has the same bounds."""
+    lag, users = (keeper.value(f"springtide_segments_{name}") or 0.0 for name in ("lag_records", "waiting"))
+    return f"{shown(lag)} records and {shown(users)} users wait" if lag > FEW_RECORDS or users > FEW_USERS else ""
+
+
+def kafka_answers(scrapes: Mapping[str, Scrape]) -> bool | None:
+    """Returns whether serving reaches Kafka; None if unknown."""
+    applier = scrapes.get("applier", UNREACHABLE)
+    if applier.value("springtide_serving_log_away"):
+        return False
+    return None if applier.value(BACKLOGS["applier"].waiting) is None else True
+
+
+def full_parts(scrapes: Iterable[Scrape]) -> list[str]:
+    r"""Describes which parts wait for disk space, and which ones use almost all of their share; the worst first.
+
+    >>> from deploy.watch.scrape import parsed
+    >>> name = "springtide_storage_"
+    >>> trainer = f'{name}waiting{{part="registry"}} 1\n{name}used_bytes{{part="registry"}} 99\n'
+    >>> full_parts([Scrape(parsed(trainer + f'{name}limit_bytes{{part="registry"}} 100')), Scrape()])
+    ['publishing waits for room', 'registry takes 99% of its share of the disk']
+    """
+    found = {name: dict[str, float]() for name in ("waiting", "used_bytes", "limit_bytes")}
+    for scraped in scrapes:
+        for name, parts in found.items():
+            for part, value in scraped.by(f"springtide_storage_{name}", "part").items():
+                parts[part] = parts.get(part, 0.0) + value
+    waits = [f"{WAITS.get(part, part)} waits for room" for part, count in found["waiting"].items() if count]
+    taken = {part: found["used_bytes"].get(part, 0.0) / limit for part, limit in found["limit_bytes"].items() if limit}
+    near = sorted(((share, part) for part, share in taken.items() if share > NEAR_LIMIT), reverse=True)
+    return [*waits, *(f"{part} takes {share:.0%} of its share of the disk" for share, part in near)]
 
 
 @dataclass(frozen=True)
@@ -192,19 +445,26 @@ class Figures:
     def with_kafka(self, kafka: Mapping[str, Any]) -> Figures:
         """The figures with those of a broker: whether it answers and, if the stream does not report it, the lag.
 
-        >>> Figures().with_kafka({"answers": True, "lag": 7}).lag_events
-        7
-        >>> Figures().with_kafka({"answers": False, "away": True}).kafka_away
-        True
-
         Args:
-            kafka: Of `kafka_lag`.
+            kafka: Of `snapshot.kafka_lag`.
         """
         if not kafka["answers"]:
             return dataclasses.replace(self, kafka_away=self.kafka_away or kafka["away"])
         lag_events = kafka["lag"] if self.lag_events is None else self.lag_events
         dying = {part: count for part, count in self.dying.items() if part != "kafka"}
         return dataclasses.replace(self, lag_events=lag_events, dying=dying)
+
+    @property
+    def has_old_clicks(self) -> bool:
+        """Whether incoming clicks are old themselves, as in a replay: none waits, and the newest is old.
+
+        >>> Figures(lag_s=0.1, serving_lag=2.0, features_s=1_933_200.0).has_old_clicks
+        True
+        """
+        if self.lag_s is None or self.serving_lag is None or self.kafka_away or "stream" in self.behind:
+            return False
+        waits = self.lag_s > QUEUED_S or self.serving_lag > FEW_RECORDS
+        return not waits and (self.features_s or 0.0) > STALE_S
 
 
 @dataclass(frozen=True)
@@ -263,9 +523,9 @@ class Watch:
 
     def __init__(self, spread_s: float | None = SPREAD_S) -> None:
         self._spread_s = spread_s
-        self._looks: deque[tuple[float, Mapping[str, Scrape]]] = deque()
+        self._polls: deque[tuple[float, Mapping[str, Scrape]]] = deque()
 
-    def look(self, scrapes: Mapping[str, Scrape], now_s: float, wall_s: float) -> Figures:
+    def figures(self, scrapes: Mapping[str, Scrape], now_s: float, wall_s: float) -> Figures:
         """The figures of now.
 
         Args:
@@ -274,34 +534,37 @@ class Watch:
             wall_s: Seconds since 1970, for how long a process is up.
         """
         longest_s = max(RATE_S, self._spread_s or 0.0) + SLACK_S
-        while self._looks and self._looks[0][0] < now_s - longest_s:
-            self._looks.popleft()
+        while self._polls and self._polls[0][0] < now_s - longest_s:
+            self._polls.popleft()
         lately = {name: self._seen(name, scrapes, now_s, RATE_S) for name in BORN}
         if self._spread_s is None:
-            spanned = {name: Seen(one.now) for name, one in lately.items()}
+            spanned = {name: Seen(seen.now) for name, seen in lately.items()}
         else:
             spanned = {name: self._seen(name, scrapes, now_s, self._spread_s) for name in BORN}
-        self._looks.append((now_s, scrapes))
-        figures = read(*(lately[name] for name in ("stream", "trainer", "applier", "worker")))
-        born = {name: one.value(BORN[name]) for name, one in scrapes.items() if name in BORN}
-        up, kafka_runs = scrapes.get(UP, AWAY), progress.kafka_runs(scrapes)
-        answering = {name for name, one in scrapes.items() if one.values} | ({"kafka"} if kafka_runs else set())
-        behind = {
-            name: progress.falls_behind(name, one.now, one.earlier, one.elapsed_s) for name, one in lately.items()
+        self._polls.append((now_s, scrapes))
+        born = {name: scraped.value(BORN[name]) for name, scraped in scrapes.items() if name in BORN}
+        up, kafka = scrapes.get(UP, UNREACHABLE), kafka_answers(scrapes)
+        answering = {name for name, scraped in scrapes.items() if scraped.values} | ({"kafka"} if kafka else set())
+        behind = {name: falls_behind(name, seen.now, seen.earlier, seen.elapsed_s) for name, seen in lately.items()}
+        behind[SEGMENTS] = segments_behind(scrapes.get(SEGMENTS, UNREACHABLE))
+        deaths = {
+            part: count
+            for part, count in up.by("springtide_up_deaths_in_a_row", "part").items()
+            if count >= DEATHS and part not in answering
         }
         return dataclasses.replace(
-            figures,
+            read(*(lately[name] for name in ("stream", "trainer", "applier", "worker"))),
             up_s={name: max(0.0, wall_s - at_s) for name, at_s in born.items() if at_s is not None},
             # Processes may run without `springtide up`; its own figures are then missing.
-            away={name: one.problem for name, one in scrapes.items() if one.problem and name != UP},
-            up=progress.state_of_up(up),
-            starting=progress.starting(scrapes),
+            away={name: scraped.problem for name, scraped in scrapes.items() if scraped.problem and name != UP},
+            up="" if not up.values else "starting" if up.value("springtide_up_settled") == 0 else "running",
+            starting=starting(scrapes),
             behind={name: words for name, words in behind.items() if words},
-            kafka_away=kafka_runs is False,
-            full=full(scrapes.values()),
-            dying={part: deaths for part, deaths in dying(up).items() if part not in answering},
-            shoppers=runs_shoppers(up),
-            clocks_off=clocks_off(scrapes.get("stream", AWAY), wall_s),
+            kafka_away=kafka is False,
+            full=full_parts(scrapes.values()),
+            dying=dict(sorted(deaths.items(), key=lambda part: -part[1])),
+            shoppers="shoppers" in up.by("springtide_up_starts_total", "part"),
+            clocks_off=clocks_off(scrapes.get("stream", UNREACHABLE), wall_s),
             spreads={
                 name: spread(spanned[process].buckets(series, **labels))
                 for name, (process, series, labels) in SPREADS.items()
@@ -311,13 +574,13 @@ class Watch:
 
     def _seen(self, name: str, scrapes: Mapping[str, Scrape], now_s: float, within_s: float) -> Seen:
         """The process now and at its oldest poll within that time, or else at its last poll."""
-        now = scrapes.get(name, AWAY)
+        now = scrapes.get(name, UNREACHABLE)
         born = now.value(BORN[name])
-        looks = [(at_s, seen[name]) for at_s, seen in self._looks if name in seen and not seen[name].problem]
-        same = [(at_s, seen) for at_s, seen in looks if seen.value(BORN[name]) == born and at_s < now_s]
+        polls = [(at_s, seen[name]) for at_s, seen in self._polls if name in seen and not seen[name].problem]
+        same = [(at_s, seen) for at_s, seen in polls if seen.value(BORN[name]) == born and at_s < now_s]
         if not same:
             return Seen(now)
-        at_s, earlier = next((look for look in same if look[0] >= now_s - within_s - SLACK_S), same[-1])
+        at_s, earlier = next((poll for poll in same if poll[0] >= now_s - within_s - SLACK_S), same[-1])
         return Seen(now, earlier, now_s - at_s)
 
 

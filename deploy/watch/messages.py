@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+DAY_S, YEAR_S = 86_400.0, 31_536_000.0
+
 
 def shown(value: float | None, group: str = ",") -> str:
     """Formats a whole number, or a dash.
@@ -61,3 +63,14 @@ def duration(value: float | None) -> str:
     if value is None or value >= 0.995:
         return seconds(value)
     return f"{value:.2f} s" if value >= 0.0995 else f"{value * 1000:.{1 if value < 0.00995 else 0}f} ms"
+
+
+def far(span_s: float) -> str:
+    """Formats a time span that can be long.
+
+    >>> far(3000.0), far(260_000.0), far(2.5e9)
+    ('50 min', '3 days', '79 years')
+    """
+    if span_s < 2 * DAY_S:
+        return seconds(span_s)
+    return f"{span_s / DAY_S:.0f} days" if span_s < 2 * YEAR_S else f"{span_s / YEAR_S:.0f} years"

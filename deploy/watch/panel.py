@@ -1,4 +1,4 @@
-"""The loop's figures as one screen of text: problems first, then throughput, then latencies.
+"""The operator's terminal: the loop's figures as one screen of text, or one line, that is redrawn.
 
     state           nothing is wrong                      up 12 min
     clicks          226/s       lag 0 events, 0.0 s       1,234,567 taken up
@@ -8,31 +8,33 @@
     ...
     try             curl -s http://127.0.0.1:8501/v1/profiles/shopper-1
 
-Columns keep their positions while the numbers change. Pure.
+Problems come first, then throughput, then latencies. Columns keep their positions while the numbers change. If the
+terminal is small, the view is one line. If the output is not a terminal, that line is written now and then.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import TextIO
 
-from deploy.watch.budget import lines_of_budget
-from deploy.watch.clocks_off import lines_of, troubles_of
-from deploy.watch.figures import SPREADS, Figures
-from deploy.watch.messages import decimal, duration, rate, seconds, shown
-from deploy.watch.progress import FEW_RECORDS, QUEUED_S
-from deploy.watch.quantiles import Spread
+from deploy.watch.figures import SPREADS, ClocksOff, Figures, Spread
+from deploy.watch.messages import decimal, duration, far, rate, seconds, shown
+from deploy.watch.snapshot import Snapshot
 
-STALE_S = 20.0
-# The alerts of deploy/prometheus/rules use the same bounds, with a delay.
-MANY_LAG = 10_000
-DEAD_SHARE = 0.01
-SKIPPED_SHARE = 0.01
+EVERY_S = 1.0
+EVERY_QUIET_S = 10.0
+LEAST_COLUMNS = 80
+LINES_AROUND = 2
 
 # Widths of columns; with 80 columns the last cell has room for 26 characters, or for 33.
 HAPPENINGS = (16, 12, 26)
 DISTRIBUTIONS = (16, 10, 10, 10)
 MOST_REASONS = 4
-ANEW_S = 60.0
+RESTARTED_S = 60.0
 
 MEANINGS = {
     "features": "age of the newest click known",
@@ -44,101 +46,18 @@ MEANINGS = {
 }
 
 
-def troubles(figures: Figures) -> list[str]:
-    """Returns all problems and operator holds, the worst first.
-
-    >>> troubles(Figures(held=True, paused=True))
-    ['training is held by the guard', 'training is paused by an operator']
-    """
-    return [*wrong(figures), *wanted(figures)]
-
-
-def wanted(figures: Figures) -> list[str]:
-    """Returns what an operator holds; a hold is not a fault.
-
-    >>> wanted(Figures(paused=True))
-    ['training is paused by an operator']
-    """
-    held = {
-        "training is paused by an operator": figures.paused,
-        "publishing is held by an operator": figures.publishing_held,
-        # A hold of the guard also pins, so the pin is not reported separately.
-        "pinned by an operator": figures.pinned and not figures.held,
-    }
-    return [said for said, holds in held.items() if holds]
-
-
-def wrong(figures: Figures) -> list[str]:
-    """Returns what is wrong, the worst first."""
-    return list(_wrong(figures))
-
-
-def _wrong(figures: Figures) -> Iterator[str]:
-    # Without Kafka other processes wait or do not answer, so Kafka comes first.
-    nothing_runs = bool(figures.away) and not figures.up_s and not figures.up
-    if figures.kafka_away and not nothing_runs:
-        yield "Kafka away"
-    if nothing_runs:
-        yield "nothing answers"
-    elif figures.up == "starting":
-        yield from (f"{name} not started yet" for name in figures.away)
-    else:
-        yield from (f"{name} away" for name in figures.away)
-    yield from (f"{name} {what}" for name, what in figures.starting.items())
-    yield from (f"{part} cannot run, {shown(count)} deaths in a row" for part, count in figures.dying.items())
-    yield from figures.full
-    if figures.faults:
-        yield "accounts do not balance"
-    if figures.differing:
-        yield f"rows trained with other features: {shown(figures.differing)}"
-    if figures.held:
-        yield "training is held by the guard"
-    elif figures.rows_per_s and (figures.skipped_per_s or 0.0) / figures.rows_per_s > SKIPPED_SHARE:
-        yield f"the guard skips {(figures.skipped_per_s or 0.0) / figures.rows_per_s:.0%} of the rows"
-    if figures.budget and figures.budget.spent:
-        yield "training holds: the privacy budget is spent"
-    yield from (f"{name}: {what}" for name, what in figures.behind.items())
-    clicks, old = bool(figures.events_per_s), old_clicks(figures)
-    learned = old and figures.trainer_lag is not None and figures.trainer_lag <= FEW_RECORDS
-    if clicks and not wanted(figures) and not learned and (figures.weights_s or 0.0) > STALE_S:
-        yield f"weights {seconds(figures.weights_s)} old"
-    if clicks and not old and (figures.features_s or 0.0) > STALE_S:
-        yield f"features {seconds(figures.features_s)} old"
-    if (figures.lag_events or 0.0) > MANY_LAG and "stream" not in figures.behind:
-        yield f"{shown(figures.lag_events)} clicks wait"
-    if figures.events_per_s and (figures.dead_per_s or 0.0) / figures.events_per_s > DEAD_SHARE:
-        yield f"{(figures.dead_per_s or 0.0) / figures.events_per_s:.0%} dead letters"
-    yield from troubles_of(figures.clocks_off)
-    if figures.failed_per_s:
-        yield f"{rate(figures.failed_per_s)} answers fail"
-    if figures.corrupt:
-        yield f"corrupt versions: {shown(figures.corrupt)}"
-    if figures.refused:
-        yield f"version {figures.refused:.0f} is refused"
-
-
-def old_clicks(figures: Figures) -> bool:
-    """Returns whether incoming clicks are old themselves, as in a replay: none waits, and the newest is old.
-
-    >>> old_clicks(Figures(lag_s=0.1, serving_lag=2.0, features_s=1_933_200.0))
-    True
-    """
-    if figures.lag_s is None or figures.serving_lag is None or figures.kafka_away or "stream" in figures.behind:
-        return False
-    waits = figures.lag_s > QUEUED_S or figures.serving_lag > FEW_RECORDS
-    return not waits and (figures.features_s or 0.0) > STALE_S
-
-
-def happenings(figures: Figures, workers: int = 1) -> list[Sequence[str]]:
+def happenings(snapshot: Snapshot, workers: int = 1) -> list[Sequence[str]]:
     """Returns the cells of the throughput lines: a label, the rate, and details.
 
     Args:
-        figures: Figures of one poll.
+        snapshot: Of one poll.
         workers: Worker processes of this host, whose figures are summed.
     """
+    figures = snapshot.figures
+    budget = figures.budget
     top1 = "-" if figures.top1 is None else f"{figures.top1:.1%}"
     return [
-        ("state", ", ".join(troubles(figures)) or "nothing is wrong", "", uptime(figures.up_s)),
+        ("state", snapshot.texts, "", uptime(figures.up_s)),
         (
             "clicks",
             rate(figures.events_per_s),
@@ -146,7 +65,14 @@ def happenings(figures: Figures, workers: int = 1) -> list[Sequence[str]]:
             f"{shown(figures.events)} taken up",
         ),
         ("dead letters", rate(figures.dead_per_s), "-" if figures.events is None else reasons(figures.dead)),
-        *lines_of(figures.clocks_off),
+        *(
+            (
+                f"clocks {name}",
+                shown(clock.clicks),
+                f"partition {clock.partition} offset {clock.offset}: {_off(name, clock)}",
+            )
+            for name, clock in figures.clocks_off.items()
+        ),
         (
             "micro-batches",
             rate(figures.microbatches_per_s),
@@ -159,7 +85,7 @@ def happenings(figures: Figures, workers: int = 1) -> list[Sequence[str]]:
             f"log loss {decimal(figures.log_loss)}, AUC {decimal(figures.auc)}",
             f"{rate(figures.steps_per_s, 'steps')}, top 1 {top1}",
         ),
-        *lines_of_budget(figures.budget),
+        *([("privacy", f"{budget.left:.2f} left", f"of epsilon {budget.epsilon:.2f}")] if budget else []),
         (
             "served version",
             shown(figures.version, ""),
@@ -178,11 +104,16 @@ def happenings(figures: Figures, workers: int = 1) -> list[Sequence[str]]:
 def distributions(figures: Figures) -> list[Sequence[str]]:
     """Returns the cells of the latency lines: a label, the current value, median, 99th percentile, and the meaning."""
     now = {"features": duration(figures.features_s), "weights": duration(figures.weights_s)}
-    means = MEANINGS | ({"features": "age of the newest, an old click"} if old_clicks(figures) else {})
+    means = MEANINGS | ({"features": "age of the newest, an old click"} if figures.has_old_clicks else {})
     return [
         ("", "now", "p50", "p99", span(figures.spread_s)),
         *((name, now.get(name, ""), *bounded(figures.spreads.get(name, Spread())), means[name]) for name in SPREADS),
     ]
+
+
+def _off(direction: str, clock: ClocksOff) -> str:
+    words = "behind, or it came late" if direction == "behind" else direction
+    return f"{far(clock.by_s)} {words}" if clock.by_s else words
 
 
 def uptime(up_s: Mapping[str, float]) -> str:
@@ -192,7 +123,7 @@ def uptime(up_s: Mapping[str, float]) -> str:
     ('up 12 min', 'up 12 min, trainer 8.0 s')
     """
     longest_s = max(up_s.values(), default=None)
-    younger = [f"{name} {seconds(one)}" for name, one in up_s.items() if one < (longest_s or 0.0) - ANEW_S]
+    younger = [f"{name} {seconds(one)}" for name, one in up_s.items() if one < (longest_s or 0.0) - RESTARTED_S]
     return ", ".join([f"up {seconds(longest_s)}", *younger])
 
 
@@ -244,18 +175,18 @@ def aligned(cells: Sequence[str], columns: Sequence[int]) -> str:
     return line
 
 
-def panel(figures: Figures, hints: Sequence[tuple[str, str]] = (), workers: int = 1) -> list[str]:
+def panel(snapshot: Snapshot, hints: Sequence[tuple[str, str]] = (), workers: int = 1) -> list[str]:
     """Returns the lines of the screen.
 
     Args:
-        figures: Figures of one poll.
+        snapshot: Of one poll.
         hints: What to try: a label, and what to type or to open.
         workers: Worker processes of this host.
     """
     return [
-        *lines(happenings(figures, workers)),
+        *lines(happenings(snapshot, workers)),
         "",
-        *lines(distributions(figures), DISTRIBUTIONS),
+        *lines(distributions(snapshot.figures), DISTRIBUTIONS),
         *(["", *lines(hints)] if hints else []),
     ]
 
@@ -263,3 +194,76 @@ def panel(figures: Figures, hints: Sequence[tuple[str, str]] = (), workers: int 
 def lines(cells: Sequence[Sequence[str]], columns: Sequence[int] = HAPPENINGS) -> list[str]:
     """Formats lines with their cells in columns."""
     return [aligned(one, columns) for one in cells]
+
+
+def live_line(snapshot: Snapshot) -> str:
+    """Formats a snapshot as one line.
+
+    >>> figures = Figures({"stream": 9.0}, events_per_s=200.0, lag_events=3.0, version=17.0, epoch=1.0, features_s=0.21)
+    >>> live_line(Snapshot(figures))
+    '200 events/s, lag 3 | version 17, epoch 1 | features 0.2 s, weights - old | log loss -'
+    """
+    figures = snapshot.figures
+    # A terminal cuts off the end, so problems come first.
+    parts = [
+        *(problem.text for problem in snapshot.problems),
+        f"{rate(figures.events_per_s, 'events')}, lag {shown(figures.lag_events)}",
+        f"version {shown(figures.version, '')}, epoch {shown(figures.epoch)}",
+        f"features {seconds(figures.features_s)}, weights {seconds(figures.weights_s)} old"
+        + " (old clicks)" * figures.has_old_clicks,
+        f"log loss {decimal(figures.log_loss, 2)}",
+    ]
+    return " | ".join(parts)
+
+
+class Screen:
+    """Writes permanent lines and, on a terminal, redraws the view below them.
+
+    Args:
+        out: Where to write.
+        size: Returns columns and lines of the terminal; called for each view.
+    """
+
+    def __init__(
+        self, out: TextIO | None = None, size: Callable[[], os.terminal_size] = shutil.get_terminal_size
+    ) -> None:
+        self._out = sys.stdout if out is None else out
+        self._size = size
+        self._open = 0
+        self.terminal = self._out.isatty()
+
+    @property
+    def every_s(self) -> float:
+        """Time between views; longer without a terminal, because each view is then a permanent line."""
+        return EVERY_S if self.terminal else EVERY_QUIET_S
+
+    def say(self, text: str) -> None:
+        """Writes a permanent line."""
+        self._write(self._erase() + text + "\n")
+        self._open = 0
+
+    def live(self, line: str, panel: Sequence[str] = ()) -> None:
+        """Redraws the view: the panel if it fits, otherwise the line; without a terminal, writes the line."""
+        if not self.terminal:
+            self.say(line)
+            return
+        columns, lines = self._size()
+        fits = bool(panel) and columns >= LEAST_COLUMNS and lines >= len(panel) + LINES_AROUND
+        wanted = ["", *panel] if fits else [line]
+        # A line as wide as the terminal would wrap, and the next view would start at the wrong line.
+        text = "\n".join(part[: max(1, columns - 1)] for part in wanted)
+        self._write(self._erase() + text)
+        self._open = len(wanted)
+
+    def _erase(self) -> str:
+        """Returns the control sequence that moves to the view's first line and clears everything from there."""
+        if not self._open:
+            return ""
+        up = f"\x1b[{self._open - 1}A" if self._open > 1 else ""
+        return f"\r{up}\x1b[J"
+
+    def _write(self, text: str) -> None:
+        # A closed terminal must not prevent the loop from stopping in order.
+        with contextlib.suppress(OSError):
+            self._out.write(text)
+            self._out.flush()

@@ -122,52 +122,42 @@ def hosts(settings: Settings) -> dict[str, str]:
     return found
 
 
-def urls(settings: Settings) -> dict[str, str]:
-    """Returns the metrics URL of each process, in the order of the data flow.
+def targets(settings: Settings) -> dict[str, str]:
+    """Returns the metrics URL of each process that these settings run.
 
-    >>> urls(Settings())["trainer"]
-    'http://127.0.0.1:9102/metrics'
+    >>> list(targets(Settings()))
+    ['stream', 'trainer', 'applier', 'worker', 'up', 'validation', 'console']
 
     Raises:
         SettingsError: An entry of `metrics.hosts` has an invalid form.
     """
+    ports = {
+        "stream": settings.stream.metrics_port,
+        "trainer": settings.trainer.metrics_port,
+        "applier": settings.serving.metrics_port,
+    }
+    others = {
+        UP: (settings.up.metrics_port, settings.up.metrics_port > 0),
+        "validation": (settings.validation.metrics_port, settings.validation.window_s > 0),
+        SEGMENTS: (settings.segments.metrics_port, bool(settings.segments.expressions)),
+        "probe": (settings.probe.metrics_port, settings.probe.every_s > 0),
+    }
     elsewhere = hosts(settings)
-    ports = (settings.stream.metrics_port, settings.trainer.metrics_port, settings.serving.metrics_port)
-    parts = zip(LINE, ports, strict=True)
-    return {name: metrics_url(settings, port, elsewhere.get(name)) for name, port in parts} | {
-        "worker": serving_address(settings, "/metrics")
+    return {
+        **{name: metrics_url(settings, port, elsewhere.get(name)) for name, port in ports.items()},
+        "worker": serving_address(settings, "/metrics"),
+        **{name: metrics_url(settings, port, elsewhere.get(name)) for name, (port, runs) in others.items() if runs},
+        **({"console": console_address(settings, "/metrics")} if settings.console.port else {}),
     }
 
 
-def metrics_url(settings: Settings, port: int, host: str | None = None) -> str:
-    """Returns the URL of `/metrics` on a port, by default on this machine."""
-    return f"http://{reached(host or settings.metrics.host)}:{port}/metrics"
+def urls(settings: Settings) -> dict[str, str]:
+    """Returns the metrics URLs of the processes between a click and an answer, in the order of the data flow.
 
-
-def supervisor_urls(settings: Settings) -> dict[str, str]:
-    """Returns the metrics URL of `springtide up`; empty if `up.metrics_port` is 0.
-
-    >>> supervisor_urls(Settings())
-    {'up': 'http://127.0.0.1:9104/metrics'}
+    >>> urls(Settings())["trainer"]
+    'http://127.0.0.1:9102/metrics'
     """
-    port = settings.up.metrics_port
-    return {UP: metrics_url(settings, port)} if port else {}
-
-
-def urls_beside(settings: Settings) -> dict[str, str]:
-    """Returns the metrics URLs of other processes that `springtide up` runs: validation, segments, probe and page.
-
-    >>> urls_beside(Settings())
-    {'validation': 'http://127.0.0.1:9106/metrics', 'console': 'http://127.0.0.1:8502/metrics'}
-    """
-    beside: dict[str, tuple[float, int]] = {
-        "validation": (settings.validation.window_s, settings.validation.metrics_port),
-        SEGMENTS: (len(settings.segments.expressions), settings.segments.metrics_port),
-        "probe": (settings.probe.every_s, settings.probe.metrics_port),
-    }
-    page = {"console": console_address(settings, "/metrics")} if settings.console.port else {}
-    elsewhere, running = hosts(settings), {name: port for name, (wanted, port) in beside.items() if wanted > 0}
-    return {name: metrics_url(settings, port, elsewhere.get(name)) for name, port in running.items()} | page
+    return {name: url for name, url in targets(settings).items() if name in (*LINE, "worker")}
 
 
 def watched_urls(settings: Settings) -> dict[str, str]:
@@ -176,8 +166,12 @@ def watched_urls(settings: Settings) -> dict[str, str]:
     >>> list(watched_urls(Settings()))
     ['stream', 'trainer', 'applier', 'worker', 'up']
     """
-    kept = {name: url for name, url in urls_beside(settings).items() if name == SEGMENTS}
-    return urls(settings) | kept | supervisor_urls(settings)
+    return {name: url for name, url in targets(settings).items() if name in (*LINE, "worker", UP, SEGMENTS)}
+
+
+def metrics_url(settings: Settings, port: int, host: str | None = None) -> str:
+    """Returns the URL of `/metrics` on a port, by default on this machine."""
+    return f"http://{reached(host or settings.metrics.host)}:{port}/metrics"
 
 
 def profile_url(settings: Settings, user: str = SAMPLE_USER) -> Address:
@@ -217,5 +211,5 @@ def scrape(addresses: Mapping[str, str], get: Callable[[str], tuple[int, str]] =
         except ValueError as problem:
             return Scrape(problem=f"{url} answers with no metrics ({problem})")
 
-    with ThreadPoolExecutor(len(addresses)) as pool:
+    with ThreadPoolExecutor(max(1, len(addresses))) as pool:
         return dict(zip(addresses, pool.map(one, addresses.values()), strict=True))

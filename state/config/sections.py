@@ -606,9 +606,6 @@ class RegistrySettings:
         least=0.001,
         help="Maximum size of the deltas that are read after a base to load a version, or the size of the base if that is larger.",
     )
-    garbage_keep_d: int = setting(
-        30, "d", least=1, most=36_500, help="Retention of damaged versions and of files that no kept version refers to."
-    )
     share_s: float = setting(
         0.3,
         "s",
@@ -717,13 +714,6 @@ class ServingSettings:
         least=1,
         most=1_000_000_000,
         help="Maximum number of users with a history. The least recently read histories are evicted first, also when the map is nearly full.",
-    )
-    max_items: int = setting(
-        1_000_000,
-        "items",
-        least=1,
-        most=1_000_000_000,
-        help="Maximum number of items whose category is stored, and of category names. Those not seen for longest are evicted first.",
     )
     items_keep_d: int = setting(
         90,
@@ -909,24 +899,6 @@ class Validation:
     keep: int = setting(
         12, "windows", least=2, most=10_000, help="Number of the newest windows whose statistics are kept."
     )
-    missing_share: float = setting(
-        0.1, least=0.0, most=1.0, help="Maximum increase of the share of missing values over the baseline."
-    )
-    new_values_share: float = setting(
-        0.1,
-        least=0.0,
-        most=1.0,
-        help="Maximum share of values of a categorical feature that the baseline does not contain.",
-    )
-    max_l_infinity: float = setting(
-        0.1,
-        least=0.0,
-        most=1.0,
-        help="Maximum L-infinity distance of a categorical feature: the largest change in the share of a value.",
-    )
-    max_divergence: float = setting(
-        0.1, "bits", least=0.0, most=1.0, help="Maximum Jensen-Shannon divergence of a numeric feature."
-    )
     metrics_port: int = setting(9106, least=0, most=65535, help="Port of /metrics of the validation.")
 
 
@@ -953,12 +925,6 @@ class SegmentSettings:
         least=0,
         most=1000,
         help="Number of lookalikes of each segment, the users nearest to its members, for `GET /v1/segments/NAME/lookalikes`; 0: none.",
-    )
-    lookalikes_every_s: float = setting(
-        3600.0,
-        "s",
-        least=1.0,
-        help="Interval between rebuilds of the lookalikes, which compute the profiles of all users.",
     )
     metrics_port: int = setting(9108, least=0, most=65535, help="Port of /metrics of `springtide segments run`.")
 
@@ -1029,21 +995,6 @@ class Supervision:
     prometheus_interval_s: float = setting(
         5.0, "s", least=0.1, most=60.0, help="Scrape and evaluation interval of that Prometheus."
     )
-    prometheus_mb: int = setting(
-        512,
-        "MB",
-        least=64,
-        most=1_000_000,
-        help="Maximum storage of that Prometheus, not part of `storage.budget_gb`; the oldest data is removed first.",
-    )
-    log_mb: int = setting(
-        10,
-        "MB",
-        least=1,
-        most=100_000,
-        help="Size at which the log of a part is rotated; smaller if `storage.budget_gb` requires it.",
-    )
-    older_logs: int = setting(1, least=0, most=100, help="Number of rotated logs of a part that are kept.")
 
 
 @dataclass(frozen=True)
@@ -1087,13 +1038,6 @@ class WebhookSettings:
 
     host: str = setting("127.0.0.1", filled=True, help="Address on which the webhook listens for Alertmanager.")
     port: int = setting(9107, least=1, most=65535, help="Port of the webhook.")
-    before_s: float = setting(
-        60.0,
-        "s",
-        least=0.0,
-        most=86_400.0,
-        help="Minimum age, at the start of an alert, of the version to which answers are pinned.",
-    )
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from pathlib import Path
 from state import layout
 from state.config.settings import Settings
 from state.errors import MissingSalt, SettingsError
-from state.process import secret_file
+from state.process import private_files
 
 _BLOCK_BYTES = 64  # block size of SHA-256
 
@@ -40,7 +40,7 @@ class Salt:
         >>> Salt(b"not a secret").fingerprint
         '8f260a0b09492f08'
         """
-        return secret_file.fingerprint(self.key)
+        return private_files.fingerprint(self.key)
 
 
 def _first_64(digest: bytes) -> int:
@@ -138,8 +138,8 @@ def load_salt(path: Path, create: bool = True) -> Salt:
     if not path.exists():
         if not create:
             raise MissingSalt.at(path)
-        if secret_file.make(path):
+        if private_files.make_key(path):
             logger.warning(
                 "made a new salt at %s: keep a copy, for without it stored users cannot be found again", path
             )
-    return Salt(secret_file.read(path, "the salt", "paths.salt_file"))
+    return Salt(private_files.read_key(path, "the salt", "paths.salt_file"))

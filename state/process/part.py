@@ -1,38 +1,105 @@
-"""Entry point shared by all processes: private files, log lines under the process's name, command-line settings."""
+"""Entry points: of a process (private files, log lines under its name, settings, exit code), and of a check."""
 
 from __future__ import annotations
 
+import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TextIO
 
 from state.config.loading import load
 from state.config.settings import Settings
+from state.errors import SpringtideError, of_disk
 from state.process import log_lines
 from state.process.ending import reported
 from state.process.private_files import keep_private
+from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
+
+Work = Callable[[], int | None]
+Check = Callable[[Settings, Path | None], str]
+
+OPTIONS_READ = "options_read.json"
+"""File next to a kept graph with the names of the `model.options` that the preprocessing read."""
 
 
 def run_part(
     name: str, work: Callable[[Settings], int | None], argv: Sequence[str] | None, logger: logging.Logger
 ) -> int:
-    """Loads the settings and runs a process; an error that ends it is logged in one line.
+    """Runs a process whose command line has only settings, see `run_process`.
 
     Args:
         name: Name of the process in its log lines.
         work: Runs the process with its settings. It returns the exit code, None for 0.
         argv: The flags; None for those of this process.
         logger: Logs the error that ended the process.
+    """
+
+    def start(words: Sequence[str]) -> tuple[Settings, Work]:
+        settings = load(words)
+        return settings, lambda: work(settings)
+
+    return run_process(name, start, argv, logger)
+
+
+def run_process(
+    name: str,
+    start: Callable[[Sequence[str]], tuple[Settings, Work]],
+    argv: Sequence[str] | None,
+    logger: logging.Logger,
+    stream: TextIO | None = None,
+    level: int = logging.INFO,
+) -> int:
+    """Runs a process: private files, log lines under its name, settings, and one line for the error that ends it.
+
+    Args:
+        name: Name of the process in its log lines.
+        start: Parses the command line; returns the settings and the work, which returns the exit code, None for 0.
+        argv: The command line; None for that of this process.
+        logger: Logs the error that ended the process.
+        stream: Where log lines are written; None for standard error.
+        level: The lowest level that is logged.
 
     Returns:
         The exit code.
     """
     keep_private()
-    log_lines.begin(name)
+    log_lines.begin(name, stream, level)
 
-    def loaded() -> int | None:
-        settings = load(sys.argv[1:] if argv is None else argv)
+    def run() -> int | None:
+        settings, work = start(list(sys.argv[1:] if argv is None else argv))
         log_lines.follow(settings.logs)
-        return work(settings)
+        return work()
 
-    return reported(loaded, logger)
+    try:
+        return reported(run, logger)
+    except KeyboardInterrupt:
+        logger.error("stopped")
+        return 1
+
+
+def run_check(argv: Sequence[str] | None, option: str, check: Check) -> int:
+    """Runs a check, and prints its result, or its error to standard error; returns the exit code.
+
+    Args:
+        argv: The command line: settings and `option DIR`; None for that of the process.
+        option: The command-line option for a directory, such as `--keep`.
+        check: Takes the settings and that directory, and returns its result in one line.
+    """
+    quiet_tensorflow(os.environ)
+    errors = own_stderr()
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(option, dest="folder", type=Path)
+    asked, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
+    try:
+        settings = load(flags, os.environ)
+        with quiet_stderr():
+            said = check(settings, asked.folder)
+    except (SpringtideError, OSError) as problem:
+        error = of_disk(problem)
+        print(error, file=errors)
+        return error.exit_code
+    print(said)
+    return 0

@@ -1,11 +1,23 @@
-"""Keeps files with user data private to their owner: mode 0600, and 0700 for directories."""
+"""Keeps files with user data private to their owner, and files with a secret key.
+
+Files get mode 0600, directories 0700. A key is created once, safely when several processes start at once.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
+import secrets
 from pathlib import Path
 
+from state.errors import SettingsError
+
 OTHERS = 0o007
+KEY_BYTES = 32
+LEAST_KEY_BYTES = 16
+
+logger = logging.getLogger(__name__)
 
 
 def keep_private() -> None:
@@ -35,3 +47,58 @@ def others_may(path: Path) -> bool:
     status = path.stat()
     mounted = status.st_uid == 0 and os.geteuid() != 0 and status.st_gid in {os.getegid(), *os.getgroups()}
     return bool(status.st_mode & (0o037 if mounted else 0o077))
+
+
+def fingerprint(key: bytes) -> str:
+    """The first 16 hexadecimal digits of a key's SHA-256, which may be stored and shown.
+
+    >>> fingerprint(b"not a secret")
+    '8f260a0b09492f08'
+    """
+    return hashlib.sha256(key).hexdigest()[:16]
+
+
+def read_key(path: Path, what: str, setting: str) -> bytes:
+    """Reads the key in a file. The content is hexadecimal; any other content is the key itself.
+
+    Args:
+        path: The file, which exists.
+        what: What the key is called, for messages.
+        setting: The setting that names the file.
+
+    Raises:
+        SettingsError: The file cannot be read, or the key is too short.
+    """
+    try:
+        content = path.read_bytes().strip()
+    except OSError as error:
+        raise SettingsError(f"{what} at {path} cannot be read ({error.strerror})", f"correct {setting}") from None
+    try:
+        key = bytes.fromhex(content.decode())
+    except ValueError:
+        key = content
+    if len(key) < LEAST_KEY_BYTES:
+        raise SettingsError(f"{what} at {path} has {len(key)} bytes", f"it needs at least {LEAST_KEY_BYTES}")
+    if others_may(path):
+        logger.warning("%s at %s can be read by others; run chmod 600 on it", what, path)
+    return key
+
+
+def make_key(path: Path) -> bool:
+    """Creates a file with a new key. Returns False if another process created it first; then that key counts."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.write(handle, secrets.token_bytes(KEY_BYTES).hex().encode() + b"\n")
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    try:
+        # Creating the link fails if another process created the file first.
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    return True

@@ -1,14 +1,45 @@
-"""Loads the user's own functions that a setting names as `module:name`, and formats their errors."""
+"""Imports of this process and its children: our packages from one location, and the user's own functions.
+
+`python -m` searches the current directory first, where a directory named `state` would hide ours. User modules may be in
+the current directory: it is searched last.
+"""
 
 from __future__ import annotations
 
 import importlib
+import os
+import sys
+import sysconfig
 import traceback
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from state.errors import SettingsError
-from state.process.import_path import look_here_last
+
+ROOT = Path(__file__).parents[2]
+"""The location of our packages: a clone, or the interpreter's site-packages."""
+
+
+def for_children(environment: Mapping[str, str]) -> dict[str, str]:
+    """An environment in which Python ignores the current directory and finds our packages.
+
+    >>> found = for_children({"PYTHONPATH": "/theirs", "LANG": "C"})
+    >>> found["PYTHONSAFEPATH"], found["PYTHONPATH"].endswith("/theirs"), found["LANG"]
+    ('1', True, 'C')
+    """
+    paths = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
+    # Installed packages are found anyway; if they came first, their neighbours would hide Python's own modules.
+    if Path(sysconfig.get_path("purelib")) != ROOT:
+        paths = [str(ROOT), *(path for path in paths if Path(path) != ROOT)]
+    return {**environment, "PYTHONSAFEPATH": "1", **({"PYTHONPATH": os.pathsep.join(paths)} if paths else {})}
+
+
+def look_here_last() -> None:
+    """Adds the current directory at the end of this process's import path."""
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
 
 
 def load_named(path: str, setting: str) -> Any:

@@ -10,7 +10,6 @@ one before it. To change a threshold, edit the text and accept it with
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from google.protobuf import text_format
 from tensorflow_metadata.proto.v0 import schema_pb2
@@ -20,20 +19,21 @@ from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics
 from state.statistics.collecting import DELAY, FEATURES, ITEM, LABEL, USER
 from state.statistics.protos import common, frequencies
 
-if TYPE_CHECKING:
-    from state.config.sections import Validation
-
 LARGEST = 65_535
+# Thresholds of a new schema; an operator edits them in `schema.pbtxt`, see `springtide schema accept --schema`.
+MISSING_SHARE = 0.1  # increase of the share of missing values over the baseline
+NEW_VALUES_SHARE = 0.1  # share of values of a categorical feature that the baseline does not contain
+MAX_L_INFINITY = 0.1  # largest change in the share of a value of a categorical feature
+MAX_DIVERGENCE = 0.1  # Jensen-Shannon divergence of a numeric feature, bits
 _BOUNDS = {"is_last": 1, "truncated": 1, "same_label": 1, "recency": 255, "age": 255, "oldest": 255}
 """By the last part of a feature's name: the largest value that the kernel writes, if it is not 65,535."""
 
 
-def infer(statistics: DatasetFeatureStatistics, thresholds: Validation, warm: bool) -> Schema:
+def infer(statistics: DatasetFeatureStatistics, warm: bool) -> Schema:
     """Infers the schema of `statistics`.
 
     Args:
         statistics: Statistics of a baseline.
-        thresholds: The section `[validation]`.
         warm: Whether windows were full. Only then are their integers compared with the baseline too. A bootstrap's are
             not, since its histories begin with its first click.
     """
@@ -45,13 +45,13 @@ def infer(statistics: DatasetFeatureStatistics, thresholds: Validation, warm: bo
         present = counted.num_non_missing / rows if rows else 0.0
         feature.value_count.min = feature.value_count.max = 1
         # A feature that was present only now and then may be absent.
-        feature.presence.min_fraction = max(0.0, round(present - thresholds.missing_share, 6))
+        feature.presence.min_fraction = max(0.0, round(present - MISSING_SHARE, 6))
         if one.HasField("string_stats"):
             feature.type = schema_pb2.BYTES
-            _categorical(feature, one, thresholds)
+            _categorical(feature, one)
         else:
             feature.type = schema_pb2.FLOAT if one.type == FeatureNameStatistics.FLOAT else schema_pb2.INT
-            _numeric(feature, name, thresholds, warm)
+            _numeric(feature, name, warm)
     return schema
 
 
@@ -88,7 +88,7 @@ def of_text(text: str) -> Schema:
         raise ValueError(f"no Schema of TensorFlow Metadata: {error}") from error
 
 
-def _categorical(feature: schema_pb2.Feature, one: FeatureNameStatistics, thresholds: Validation) -> None:
+def _categorical(feature: schema_pb2.Feature, one: FeatureNameStatistics) -> None:
     found, total = frequencies(one), common(one).num_non_missing
     if feature.name in (USER, ITEM) or not total:
         return
@@ -96,12 +96,12 @@ def _categorical(feature: schema_pb2.Feature, one: FeatureNameStatistics, thresh
     listed = sum(found.values()) / total
     # Good, The population frequencies of species, 1953: the next value is new with the share of values seen once.
     unseen = sum(count == 1 for count in found.values()) / total
-    feature.distribution_constraints.min_domain_mass = max(0.0, listed - unseen - thresholds.new_values_share)
+    feature.distribution_constraints.min_domain_mass = max(0.0, listed - unseen - NEW_VALUES_SHARE)
     for comparator in (feature.skew_comparator, feature.drift_comparator):
-        comparator.infinity_norm.threshold = thresholds.max_l_infinity
+        comparator.infinity_norm.threshold = MAX_L_INFINITY
 
 
-def _numeric(feature: schema_pb2.Feature, name: str, thresholds: Validation, warm: bool) -> None:
+def _numeric(feature: schema_pb2.Feature, name: str, warm: bool) -> None:
     if name == LABEL:
         feature.float_domain.min, feature.float_domain.max = 0.0, 1.0
     elif name == DELAY:
@@ -109,7 +109,7 @@ def _numeric(feature: schema_pb2.Feature, name: str, thresholds: Validation, war
     else:
         feature.int_domain.min, feature.int_domain.max = bounds(name)
     for comparator in _comparators(feature, name, warm):
-        comparator.jensen_shannon_divergence.threshold = thresholds.max_divergence
+        comparator.jensen_shannon_divergence.threshold = MAX_DIVERGENCE
 
 
 def _comparators(feature: schema_pb2.Feature, name: str, warm: bool) -> Sequence[schema_pb2.FeatureComparator]:

@@ -8,38 +8,22 @@ import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy import status
+from deploy import sections, status
 from deploy.kafka.configuration import free_port, free_ports
-from deploy.operate import registry_state
-from deploy.status import CONDITIONS, kafka_lag
-from deploy.watch import scrape
-from deploy.watch.figures import BORN, SPREADS, Watch
-from deploy.watch.panel import wrong
+from deploy.sections import kafka_lag
+from deploy.status import CONDITIONS
+from deploy.watch.figures import BORN, SPREADS
+from deploy.watch.snapshot import Poller, Snapshot
 from state.config.loading import load
 from state.config.sections import Kafka, SegmentSettings
 from state.config.settings import Settings
 from state.log import Topics, Writer
-from state.metrics import (
-    PROCESSES,
-    ApplierMetrics,
-    ConsoleMetrics,
-    KernelMetrics,
-    ProbeMetrics,
-    RetrainMetrics,
-    RolloutMetrics,
-    SegmentMetrics,
-    SharedMetrics,
-    StorageMetrics,
-    SupervisorMetrics,
-    TrialMetrics,
-    ValidationMetrics,
-    names,
-    serve,
-)
+from state.metrics import ApplierMetrics, SegmentMetrics, SupervisorMetrics, names, serve
 from state.registry import control
 from state.registry.registry import Registry
 from tests.e2e.running import until
@@ -64,21 +48,12 @@ def test_every_figure_is_a_metric_that_its_process_offers() -> None:
     named = {series for figures in status.FIGURES.values() for _, series in figures}
     named |= {f"{series}_bucket" for _, series, _ in SPREADS.values()} | {*BORN.values()}
     assert named <= names()
-    # `up`, trials, rollouts, retrains, segments, the page, probes and the validation are beside the line; of the disk and of a shared registry several parts speak.
-    beside = {
-        SupervisorMetrics,
-        ConsoleMetrics,
-        KernelMetrics,
-        StorageMetrics,
-        SharedMetrics,
-        ProbeMetrics,
-        SegmentMetrics,
-        TrialMetrics,
-        RolloutMetrics,
-        RetrainMetrics,
-        ValidationMetrics,
-    }
-    assert len({*PROCESSES} - beside) == len(status.FIGURES) == len(BORN)
+
+
+def showing(settings: Settings) -> tuple[dict[str, Any], str]:
+    """What status prints as JSON and as text."""
+    snapshot = status.take(settings, between_s=0.0)
+    return status.document(settings, snapshot), status.as_text(settings, snapshot)
 
 
 # The Kafka client leaves its sockets to the garbage collector when nobody answers.
@@ -94,13 +69,15 @@ def collected() -> Iterator[None]:
 @NOBODY_ANSWERS
 @pytest.mark.usefixtures("collected")
 def test_with_everything_away_each_part_says_so(tmp_path: Path) -> None:
-    figures, state = status.status(settings_of(tmp_path / "none"), now_ms=0)
+    settings = settings_of(tmp_path / "none")
+    state, shown = showing(settings)
     assert [one["answers"] for one in state["processes"].values()] == [False] * 4
     assert "no broker" in state["kafka"]["problem"]
     assert "no registry" in state["registry"]["problem"]
     assert not (tmp_path / "none").exists()
-    assert status.as_table(state).count("  away  ") == 6
-    assert status.as_text(figures, state, settings_of(tmp_path)).startswith("state           nothing answers")
+    assert shown.count("  away  ") == 6
+    assert shown.startswith("state           nothing answers")
+    assert "see             deploy/RUNBOOK.md#a-part-cannot-run (nothing answers)" in shown
     json.dumps(state, allow_nan=False)
 
 
@@ -116,15 +93,16 @@ def test_what_answers_is_shown_while_the_rest_is_away(tmp_path: Path) -> None:
     metrics.weight_age_seconds.observe(0.25)
     stop = serve(registry, settings.serving.metrics_port)
     try:
-        figures, state = status.status(settings, now_ms=0, between_s=0.0)
+        state, shown = showing(settings)
     finally:
         stop()
     assert state["processes"]["applier"]["figures"]["version"] == 41.0
     assert state["processes"]["applier"]["up_s"] >= 0
     assert state["figures"]["spreads"]["weights_s"]["count"] == 1
     assert state["urls"]["profile"] == f"http://127.0.0.1:{settings.serving.port}/v1/profiles/USER"
-    lines = {line[:16].strip(): line for line in status.as_text(figures, state, settings).splitlines() if line}
-    assert "Kafka away, stream away, trainer away, worker away, pinned by an operator" in lines["state"]
+    lines = {line[:16].strip(): line for line in shown.splitlines() if line}
+    assert "Kafka away, stream away, trainer away, worker away, applier lag unknown, " in lines["state"]
+    assert "pinned by an operator" in lines["state"]
     assert lines["served version"].split() == [
         "served",
         "version",
@@ -150,10 +128,10 @@ def test_a_shopper_is_suggested_where_shoppers_run(tmp_path: Path, part: str, us
     SupervisorMetrics(registry).starts.labels(part).inc()
     stop = serve(registry, settings.up.metrics_port)
     try:
-        figures, state = status.status(settings, now_ms=0, between_s=0.0)
+        _, shown = showing(settings)
     finally:
         stop()
-    assert f"/v1/profiles/{user}" in status.as_text(figures, state, settings)
+    assert f"/v1/profiles/{user}" in shown
 
 
 @NOBODY_ANSWERS
@@ -167,17 +145,17 @@ def test_segments_are_told_with_their_sizes_and_a_keeper_that_is_away_is_wrong(t
     metrics.lag_records.set(3)
     stop = serve(registry, port)
     try:
-        figures, state = status.status(settings, now_ms=0, between_s=0.0)
+        state, shown = showing(settings)
     finally:
         stop()
-    assert "segments" not in figures.away
+    assert "segments" not in state["figures"]["away"]
     assert [(one["name"], one["users"]) for one in state["segments"]["segments"]] == [("busy", 1200), ("idle", None)]
-    assert "segments        kept        busy 1,200, idle 0 users" in status.as_table(state)
-    scrapes = scrape.scrape(scrape.watched_urls(settings))
-    figures = replace(Watch().look(scrapes, 0.0, 0.0), up_s={"stream": 1.0})
-    assert "segments away" in wrong(figures)
-    state = status.document(settings, figures, scrapes, {name: state[name] for name in ("kafka", "registry")})
-    assert f"segments        AWAY        http://127.0.0.1:{port}/metrics does not answer" in status.as_table(state)
+    assert "segments        kept        busy 1,200, idle 0 users" in shown
+    snapshot = Poller(settings).poll()
+    snapshot = Snapshot(replace(snapshot.figures, up_s={"stream": 1.0}), snapshot.scrapes)
+    assert "segments away" in snapshot.texts
+    problem = f"segments        AWAY        http://127.0.0.1:{port}/metrics does not answer"
+    assert problem in status.as_text(settings, snapshot)
 
 
 def test_kafka_lag_is_the_end_less_the_groups_position(tmp_path: Path, kafka_settings: Callable[..., Kafka]) -> None:
@@ -206,11 +184,11 @@ def test_a_broker_that_hangs_is_reported(tmp_path: Path) -> None:
     # As a stopped process does, it accepts connections and answers nothing.
     with socket.create_server(("127.0.0.1", int(settings.kafka.bootstrap_servers.rpartition(":")[2]))):
         try:
-            _, state = status.status(settings, now_ms=0, between_s=0.0)
+            state, _ = showing(settings)
             said = CONDITIONS["well"].missing(settings)
         finally:
             stop()
-    assert state["troubles"][0] == "Kafka away"
+    assert state["problems"][0]["text"] == "Kafka away"
     assert said.startswith("Kafka away, ")
 
 
@@ -219,11 +197,9 @@ def test_control_is_shown_with_who_decided_and_why(tmp_path: Path) -> None:
     registry = Registry(settings.registry_dir)
     registry.propose(control.start(actor="trainer", reason="first start", now_ms=0))
     registry.change(lambda now: control.pin(now, 7, actor="ann", reason="odd answers", now_ms=5))
-    found = registry_state.look(settings, now_ms=10)
+    found = sections.registry_state(settings, now_ms=10)
     assert found["control"]["version"] == 7
-    assert "version 7 (pinned) in epoch 1, by ann's pin: odd answers" in status.as_table(
-        {"processes": {}, "kafka": {"answers": False, "problem": "away"}, "registry": found}
-    )
+    assert "version 7 (pinned) in epoch 1, by ann's pin: odd answers" in sections.registry_text(found)[1]
 
 
 @NOBODY_ANSWERS
@@ -232,34 +208,8 @@ def test_main_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     settings = settings_of(tmp_path / "none")
     flags = [word for name, value in _flags(settings) for word in (f"--{name}", str(value))]
     assert status.main(["-o", "json", *flags]) == 1, "something is wrong"
-    assert set(json.loads(capsys.readouterr().out)) == {
-        *(
-            "troubles",
-            "holds",
-            "figures",
-            "processes",
-            "kafka",
-            "registry",
-            "rollback",
-            "storage",
-            "rows",
-            "histories",
-            "accounting",
-        ),
-        *(
-            "held",
-            "parity",
-            "quality",
-            "churn",
-            "segments",
-            "live_clicks",
-            "trials",
-            "rollout",
-            "retrain",
-            "privacy",
-            "urls",
-        ),
-    }
+    shown = json.loads(capsys.readouterr().out)
+    assert {"problems", "figures", "processes", "kafka", "registry", "accounting", "urls"} <= set(shown)
 
 
 def _flags(settings: Settings) -> list[tuple[str, object]]:

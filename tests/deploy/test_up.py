@@ -14,8 +14,8 @@ import pytest
 from deploy import up
 from deploy.kafka.configuration import free_port
 from deploy.startup.hints import commands, repeated_flags
+from deploy.startup.model_checks import has_spec
 from deploy.startup.steps import STOP_ORDER, ports, process_plans
-from deploy.startup.upgrading import has_spec
 from state.config.loading import load
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock

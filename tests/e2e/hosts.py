@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from deploy.children.parent_death import die_with
+from deploy.children.ending import die_with
 from deploy.kafka.configuration import free_ports
 from deploy.operate.versions import rows_here
 from deploy.watch import scrape

@@ -14,8 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.children.last_words import last_line
-from deploy.children.parent_death import die_with
+from deploy.children.ending import die_with, last_line
 from deploy.kafka.broker import Broker
 from state.config.settings import Settings
 from state.process import killpoints

@@ -217,7 +217,7 @@ class Loop:
 
     def metrics(self, name: str) -> scrape.Scrape:
         """The metrics of one process, `up` among them."""
-        urls = scrape.urls(self.settings) | scrape.supervisor_urls(self.settings)
+        urls = scrape.watched_urls(self.settings)
         return scrape.scrape({name: urls[name]}, lambda url: scrape.fetch(url, PATIENCE_S))[name]
 
     def springtide(self, command: str, *words: str) -> Any:

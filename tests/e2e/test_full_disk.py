@@ -77,7 +77,7 @@ class Filler:
 
 def waiting(loop: Loop) -> set[str]:
     """The parts that wait for room."""
-    scrapes = scrape.scrape(scrape.urls(loop.settings) | scrape.supervisor_urls(loop.settings))
+    scrapes = scrape.scrape(scrape.watched_urls(loop.settings))
     return {
         part
         for one in scrapes.values()

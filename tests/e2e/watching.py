@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from deploy.children.parent_death import die_with
+from deploy.children.ending import die_with
 from deploy.kafka.configuration import free_port
 from deploy.startup import prometheus
 from deploy.watch import scrape

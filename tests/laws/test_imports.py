@@ -204,7 +204,7 @@ def test_the_client_loads_what_it_needs_alone() -> None:
 
 def test_up_loads_no_compiler() -> None:
     """Everything waits for its checks."""
-    assert not tops_after("deploy.startup.upgrading", "deploy.startup.steps") & (HEAVY | {"numba", "llvmlite"})
+    assert not tops_after("deploy.startup.model_checks", "deploy.startup.steps") & (HEAVY | {"numba", "llvmlite"})
 
 
 def test_the_applier_starts_without_litert() -> None:

@@ -10,12 +10,9 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
-from deploy.watch.budget import BudgetLeft
-from deploy.watch.clocks_off import ClocksOff
-from deploy.watch.figures import Figures
-from deploy.watch.panel import troubles
+from deploy.watch.figures import WAITS, BudgetLeft, ClocksOff, Figures, full_parts
 from deploy.watch.scrape import Scrape, parsed
-from deploy.watch.storage import WAITS, full
+from deploy.watch.snapshot import Snapshot
 from state import errors
 from state.errors import CorruptStore, MicroBatchError, MissingSalt, SpringtideError, StoreFull
 from state.history.store import HistoryStore
@@ -36,6 +33,12 @@ CLASSES = {
     name: one for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, SpringtideError)
 }
 MOST_LINES, WIDTH = 10, 120
+SECTIONS = {
+    "registry": {"answers": False},
+    "rollout": {"stopped": True, "unwatched_s": 90.0},
+    "retrain": {"problem": "", "outcome": "failed"},
+    "live_clicks": {"anomalies": {"ENUM_TYPE_UNEXPECTED_STRING_VALUES": 1}},
+}
 STORAGE = "\n".join(
     f'springtide_storage_{name}{{part="{part}"}} {value}'
     for part in WAITS
@@ -100,10 +103,11 @@ def test_what_status_says_is_what_the_table_shows() -> None:
         away={"stream": "refused"},
         dying={"trainer": 5.0},
         kafka_away=True,
-        starting={"trainer": "starting", "stream": "compiling kernels, 12 of 30"},
+        starting={"trainer": "starting", "stream": "compiling kernels, 12 of 30", "applier": "lag unknown"},
         behind={
             "trainer": "5,673 records wait and none is read",
             "stream": "12,000 clicks wait and their number grows",
+            "segments": "4,000 records and 0 users wait",
         },
         clocks_off={"ahead": ClocksOff(1.0, 0, 7, 3000.0, 1.0)},
         events_per_s=100.0,
@@ -115,19 +119,24 @@ def test_what_status_says_is_what_the_table_shows() -> None:
         faults=1.0,
         held=True,
         budget=BudgetLeft(8.0, 0.1, True),
-        full=full([Scrape(parsed(STORAGE))]),
+        full=full_parts([Scrape(parsed(STORAGE))]),
         corrupt=1.0,
         refused=17.0,
         differing=1.0,
     )
     begins = Figures(away={"stream": "refused"}, up="starting")
-    stopped = Figures(away={"stream": "refused"})
-    many = Figures(lag_events=12_000.0)
+    nearly = Figures(up="starting")
+    stopped = Figures(away={"stream": "refused", "segments": "refused"})
+    many = Figures(up_s={"worker": 1.0}, lag_events=12_000.0)
+    skips = Figures(up_s={"worker": 1.0}, rows_per_s=10.0, skipped_per_s=3.0)
     held = Figures(up_s={"worker": 1.0}, paused=True, publishing_held=True, pinned=True)
-    table = "\n".join(runbook.STATUS.lines)
-    for said in (said for figures in (wrong, begins, stopped, many, held) for said in troubles(figures)):
-        shown = re.sub(r" by an operator$| \(partition.*", "", said)
-        assert shown in table, f"status says {said!r}, and the table does not"
+    shown = [Snapshot(figures) for figures in (wrong, begins, nearly, stopped, many, skips, held)]
+    shown.append(Snapshot(many).having(SECTIONS))
+    shown.append(Snapshot(many).having({"kafka": {"answers": False, "away": False}, "accounting": {"balanced": None}}))
+    for problem in (problem for snapshot in shown for problem in snapshot.problems):
+        text = re.sub(r" by an operator$| \(partition.*", "", problem.text)
+        rows = [row for row in runbook.rows(runbook.STATUS) if text in row[0]]
+        assert any(runbook.links(row[-1]) == [problem.section] for row in rows), f"status shows {text!r}"
 
 
 def test_each_springtide_command_of_the_runbook_and_of_an_alert_is_taken() -> None:

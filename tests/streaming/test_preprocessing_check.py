@@ -16,7 +16,7 @@ from state.config.loading import load
 from state.config.sections import Model
 from state.errors import ProgramError, SettingsError
 from state.features.spec import FeatureSpec
-from state.process.check_command import OPTIONS_READ
+from state.process.part import OPTIONS_READ
 from streaming.preprocessing import check_and_keep, check_preprocessing, load_preprocessing, made_up
 
 SPEC = FeatureSpec()

@@ -14,7 +14,7 @@ import tensorflow as tf
 from state.config.sections import Model as ModelSettings
 from state.errors import ProgramError, SettingsError
 from state.features.spec import FeatureSpec
-from state.process.check_command import OPTIONS_READ
+from state.process.part import OPTIONS_READ
 from tests.trainer.clicks import SPEC, batches, small_settings
 from tests.trainer.logs import fresh, write_transform
 from trainer import loop

@@ -6,7 +6,7 @@ import logging
 
 from state.config.settings import Settings
 from state.errors import SettingsError
-from state.process import secret_file
+from state.process import private_files
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +24,8 @@ def own_key(settings: Settings) -> bytes:
                 f"there is no key of the noise at {path}, and versions were learned with one",
                 "restore the file, or set privacy.key_file to where it is",
             )
-        if secret_file.make(path):
+        if private_files.make_key(path):
             logger.warning(
                 "made a new key of the noise at %s: keep a copy, for without it no version can be verified", path
             )
-    return secret_file.read(path, "the key of the noise", "privacy.key_file")
+    return private_files.read_key(path, "the key of the noise", "privacy.key_file")

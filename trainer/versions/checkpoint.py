@@ -20,7 +20,7 @@ import tensorflow as tf
 from state.churn import CODE as CHURN_CODE
 from state.config.settings import Settings
 from state.errors import SettingsError, SpecMismatch
-from state.process import secret_file
+from state.process import private_files
 from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, TRAINING
 from state.registry.versions import Versions
@@ -211,7 +211,7 @@ def private(settings: Settings) -> dict[str, str]:
         return {}
     numbers = dataclasses.asdict(settings.privacy)
     found = {f"privacy.{name}": str(value) for name, value in numbers.items() if name != "key_file"}
-    return found | {"privacy.key": secret_file.fingerprint(own_key(settings))}
+    return found | {"privacy.key": private_files.fingerprint(own_key(settings))}
 
 
 def _tensors(trainer: Trainer, tables: Mapping[str, Changes]) -> dict[str, content.Array]:

@@ -6,52 +6,49 @@ import { NONE, count, decimal, rate, span } from "./words.js";
 const SIGNS = { ok: "●", held: "❚❚", slow: "▲", away: "■" };
 const SPARK = { width: 96, height: 22, points: 60 };
 
-/** The state of a process that does not work as it should: away, starting, or falling behind; undefined where it does. */
-function unwell(name, f, up) {
-  if (!up[name]) return f.up === "starting" ? ["slow", "not started yet"] : ["away", "away"];
-  const words = f.starting[name] ?? f.behind[name];
-  return words && ["slow", words];
-}
-
-// Each: name, what flows out of it, its curve, and what is known of it now.
+// Each: the key of its problems, its processes, what flows out of it, its curve, and what is known of it now.
 const STAGES = [
   {
-    name: "Clicks", curve: "events_per_s",
-    main: (f) => rate(f.events_per_s),
-    state: (f, up) => (f.kafka_away ? ["away", "Kafka away"] : f.events === null ? ["slow", "unknown"] : (f.dead_per_s ?? 0) > 0 ? ["slow", "dead letters"] : ["ok", "arriving"]),
+    name: "Clicks", key: "clicks", processes: [], kafka: true, curve: "events_per_s", well: () => "arriving",
+    known: (f) => f.events, main: (f) => rate(f.events_per_s),
     facts: (f) => [["taken up", count(f.events)], ["dead letters", rate(f.dead_per_s)]],
   },
   {
-    name: "Stream", curve: "lag_events",
-    main: (f) => `${count(f.lag_events)} waiting`,
-    state: (f, up) => unwell("stream", f, up) ?? ((f.lag_events ?? 0) > 10000 ? ["slow", "behind"] : ["ok", "keeps up"]),
+    name: "Stream", key: "stream", processes: ["stream"], curve: "lag_events", well: () => "keeps up",
+    known: (f) => f.lag_events, main: (f) => `${count(f.lag_events)} waiting`,
     facts: (f) => [["lag", span(f.lag_s)], ["commit", span(f.spreads.commit_s?.p50)]],
   },
   {
-    name: "Micro-batches", curve: "microbatches_per_s",
-    main: (f) => rate(f.microbatches_per_s),
-    state: (f, up) => (f.kafka_away ? ["away", "Kafka away"] : f.trainer_lag === null ? ["slow", "unknown"] : f.trainer_lag > 100 ? ["slow", "piling up"] : ["ok", "in the log"]),
+    name: "Micro-batches", key: "microbatches", processes: [], kafka: true, curve: "microbatches_per_s", well: () => "in the log",
+    known: (f) => f.trainer_lag, main: (f) => rate(f.microbatches_per_s),
     facts: (f) => [["rows each", decimal(f.microbatch_rows, 1)], ["unread", count(f.trainer_lag)]],
   },
   {
-    name: "Training", curve: "rows_per_s",
-    main: (f) => rate(f.rows_per_s, "rows"),
-    state: (f, up) => unwell("trainer", f, up) ?? (f.held ? ["slow", "held by the guard"] : f.budget?.spent ? ["slow", "privacy budget spent"] : f.paused ? ["held", "paused"] : ["ok", f.budget ? `learning, epsilon ${decimal(f.budget.left, 2)} of ${decimal(f.budget.epsilon, 2)} left` : "learning"]),
+    name: "Training", key: "trainer", processes: ["trainer"], curve: "rows_per_s",
+    well: (f) => (f.budget ? `learning, epsilon ${decimal(f.budget.left, 2)} of ${decimal(f.budget.epsilon, 2)} left` : "learning"),
+    known: (f) => f.trainer_lag, main: (f) => rate(f.rows_per_s, "rows"),
     facts: (f) => [["step", span(f.spreads.step_s?.p50)], ["log loss", decimal(f.log_loss)]],
   },
   {
-    name: "Versions", curve: "newest_version",
-    main: (f) => count(f.newest_version),
-    state: (f, up) => (!up.trainer ? ["away", "away"] : f.newest_version === null ? ["slow", "none yet"] : f.publishing_held ? ["held", "publishing held"] : f.refused ? ["slow", "one refused"] : ["ok", "published"]),
+    name: "Versions", key: "versions", processes: ["trainer"], curve: "newest_version", well: () => "published",
+    known: (f) => f.newest_version, main: (f) => count(f.newest_version),
     facts: (f) => [["epoch", count(f.epoch)], ["publication", span(f.spreads.publication_s?.p50)]],
   },
   {
-    name: "Answers", curve: "answers_per_s",
-    main: (f) => rate(f.answers_per_s),
-    state: (f, up) => unwell("worker", f, up) ?? unwell("applier", f, up) ?? ((f.failed_per_s ?? 0) > 0 ? ["slow", "some fail"] : f.pinned ? ["held", "pinned"] : ["ok", "following"]),
+    name: "Answers", key: "answers", processes: ["worker", "applier"], curve: "answers_per_s", well: () => "following",
+    known: (f) => f.version, main: (f) => rate(f.answers_per_s),
     facts: (f) => [["version", count(f.version)], ["p99", span(f.spreads.answer_s?.p99)]],
   },
 ];
+
+/** The state of a stage in words: its worst problem, or that nothing is wrong with it. */
+function stateOf(stage, { figures, problems, processes }) {
+  if (stage.kafka && figures.kafka_away) return ["away", "Kafka away"];
+  if (stage.processes.some((name) => !processes[name].answers)) return figures.up === "starting" ? ["slow", "not started yet"] : ["away", "away"];
+  const problem = problems.find((one) => one.stage === stage.key);
+  if (problem) return [problem.severity === "hold" ? "held" : "slow", problem.text];
+  return stage.known(figures) === null ? ["slow", "unknown"] : ["ok", stage.well(figures)];
+}
 
 const made = STAGES.map((stage) => {
   const line = s("polyline", { fill: "none" });
@@ -71,10 +68,9 @@ export function begin() {
 /** Shows the state of now. */
 export function show(state) {
   const figures = state.figures;
-  const up = Object.fromEntries(Object.entries(state.processes).map(([name, one]) => [name, one.answers]));
   STAGES.forEach((stage, place) => {
     const parts = made[place];
-    const [kind, words] = stage.state(figures, up);
+    const [kind, words] = stateOf(stage, state);
     tell(parts.main, stage.main(figures));
     parts.item.dataset.state = kind;
     const said = `${SIGNS[kind]} ${words}`;

@@ -16,18 +16,19 @@ const STATE_MS = 1000, LISTS_MS = 5000;
 let state = null, history = [], role = "", missed = 0, told = "", listed = "";
 
 function health() {
-  const { troubles, holds } = state;
-  const words = troubles.length > 1 ? `${troubles.length} troubles` : troubles[0] ?? "nothing is wrong";
-  const now = JSON.stringify([troubles, holds]);
+  const { problems } = state;
+  const now = JSON.stringify(problems);
   if (told === now) return;
-  // Heard where it changed, and not each second.
-  if (told) tell(at("heard"), [...troubles, ...holds].join("; ") || "nothing is wrong any more");
+  const holds = problems.filter((one) => one.severity === "hold").map((one) => one.text);
+  const others = problems.filter((one) => one.severity !== "hold");
+  // Announced when it changes, and not each second.
+  if (told) tell(at("heard"), problems.map((one) => one.text).join("; ") || "nothing is wrong any more");
   told = now;
-  at("health").dataset.state = troubles.length ? "slow" : "ok";
-  at("health").replaceChildren(h("span", { "aria-hidden": "true" }, troubles.length ? "▲ " : "● "), words);
+  at("health").dataset.state = others.length ? "slow" : "ok";
+  at("health").replaceChildren(h("span", { "aria-hidden": "true" }, others.length ? "▲ " : "● "), others.length > 1 ? `${others.length} problems` : others[0]?.text ?? "nothing is wrong");
   tell(at("held"), holds.length ? `❚❚ ${holds.join("; ")}` : "");
-  at("troubles").hidden = !troubles.length;
-  at("troubles").replaceChildren(...troubles.map((one) => h("li", {}, one)));
+  at("troubles").hidden = !others.length;
+  at("troubles").replaceChildren(...others.map((one) => h("li", {}, `${one.text} `, h("code", {}, one.runbook))));
 }
 
 async function lookAtState() {

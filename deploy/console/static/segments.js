@@ -9,7 +9,7 @@ const HEAD = [["segment", ""], ["users", "number"], ["expression", "text"]];
 export function show(kept) {
   at("segments").hidden = !kept;
   if (!kept) return;
-  const looked = kept.sweep_s ? `all users were looked at in ${span(kept.sweep_s)}` : "not all users were looked at yet";
+  const looked = kept.sweep_s ? `all users were evaluated in ${span(kept.sweep_s)}` : "not all users are evaluated yet";
   const waits = `${count(kept.lag)} records of the training log and ${count(kept.waiting)} users wait; ${looked}.`;
   tell(at("segments-told"), kept.problem ? `Nobody keeps them: ${kept.problem}.` : waits);
   table(

@@ -154,7 +154,7 @@ class HostSegments:
         self._require(segment)
         store, found = self._opened(), lookalikes.read(self._lists, segment)
         if found is None:
-            do = "come again: they are listed each segments.lookalikes_every_s, once somebody is in it"
+            do = "come again: they are listed each hour, once a user is in it"
             raise NotReady(
                 f"no lookalikes of {segment} are listed here",
                 do if self._listed else "say how many in segments.lookalikes, and start again",

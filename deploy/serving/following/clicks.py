@@ -58,6 +58,7 @@ SALT_EXTRA = "salt"
 POSITION_EXTRA = "microbatches"
 RECORDS_AT_ONCE = 8  # between two polls of control and two rounds of maintenance
 EVERY_MS = 1000
+MAX_ITEMS = 1_000_000  # whose category is stored, and of names; those not seen for longest are evicted first
 DEFAULTS = ServingSettings()
 _log = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class Upkeep:
 
     def begin(self) -> None:
         """Restarts from the store's content, after it was rolled back or refused a commit."""
-        self._remembered = Remembered(self._store, self._kept.items_keep_d, self._kept.max_items)
+        self._remembered = Remembered(self._store, self._kept.items_keep_d, MAX_ITEMS)
         self._feed = ItemFeed(self._store)
         self._sweeper = Sweeper(
             self._store, self._reach_ms, self._kept.max_users, elapsed=lambda: self._now_ms() / 1000
@@ -110,13 +111,9 @@ class Upkeep:
             StoreFull: There is no room to write; nothing was changed.
         """
         if newest_ms:
-            metrics, removed = self._metrics, self._sweeper.look(newest_ms)
-            metrics.swept_events.inc(removed.events)
-            metrics.swept_users.labels("old").inc(removed.aged)
-            metrics.swept_users.labels("too_many").inc(removed.evicted)
-            if removed.evicted:
+            if self._sweeper.look(newest_ms).evicted:
                 self._lose()
-            metrics.swept_items.inc(self._remembered.look(newest_ms))
+            self._remembered.look(newest_ms)
 
     def make_room(self, newest_ms: int) -> None:
         """Looks at many, where the store is full; what cannot be done now is left."""
@@ -131,8 +128,6 @@ class Upkeep:
     def show(self) -> None:
         """Sets the gauges."""
         self._metrics.history_users.set(self._store.users())
-        for kind, count in self._remembered.counts.items():
-            self._metrics.remembered.labels(kind).set(count)
 
 
 def open_kept(positions: dict[int, int], leaders: dict[int, int], open_at: Open) -> LogReader:

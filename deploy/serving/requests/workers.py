@@ -27,8 +27,7 @@ from pathlib import Path
 
 from prometheus_client import values
 
-from deploy.children.backoff import Backoff
-from deploy.children.last_words import how
+from deploy.children.ending import Backoff, how
 
 WAIT_S = 0.1
 COUNTERS = "PROMETHEUS_MULTIPROC_DIR"

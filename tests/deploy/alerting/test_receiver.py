@@ -17,10 +17,12 @@ import pytest
 from deploy.alerting import receiver
 from deploy.kafka.configuration import free_port
 from deploy.operate.times import iso
+from deploy.serving.requests.server import listen
 from state.config.loading import load
 from state.config.settings import Settings
 from state.registry import control as transitions
 from tests.deploy.operating import NOW_MS, Operator, draft, files
+from tests.e2e.running import until
 
 # As https://prometheus.io/docs/alerting/latest/configuration/#webhook_config and its notifier write it.
 NOTIFICATION: dict[str, Any] = {
@@ -65,13 +67,13 @@ def settings(operator: Operator) -> Settings:
 
 @pytest.fixture
 def url(settings: Settings) -> Iterator[str]:
-    server = receiver.serve(settings, lambda: NOW_MS)
-    thread = Thread(target=server.serve_forever, args=(0.02,))
+    bound, server = listen("127.0.0.1", settings.webhook.port), receiver.server_of(settings, lambda: NOW_MS)
+    thread = Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
+    until(lambda: server.started, "the webhook does not start")
     yield f"http://127.0.0.1:{settings.webhook.port}{receiver.PATH}"
-    server.shutdown()
+    server.should_exit = True
     thread.join()
-    server.server_close()
 
 
 def send(url: str, body: bytes, token: str | None, method: str = "POST") -> tuple[int, dict[str, str]]:
@@ -170,7 +172,8 @@ def test_nothing_but_a_post_at_its_place_changes_something(operator: Operator, s
 
 def test_a_body_without_end_is_refused_before_it_comes(operator: Operator, settings: Settings, url: str) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", settings.webhook.port, timeout=10)
-    connection.request("POST", receiver.PATH, headers={"content-length": str(receiver.MOST_BYTES + 1)})
+    headers = {"content-length": str(receiver.MOST_BYTES + 1), "authorization": f"Bearer {token_of(settings)}"}
+    connection.request("POST", receiver.PATH, headers=headers)
     assert connection.getresponse().status == 413
     connection.close()
 

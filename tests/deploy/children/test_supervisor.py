@@ -15,7 +15,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy.children import supervisor as supervising
-from deploy.children.last_words import last_line
+from deploy.children.ending import last_line
 from deploy.children.supervisor import ProcessPlan, Supervisor
 from state.config.loading import load
 from state.errors import ProcessFailed
@@ -65,53 +65,35 @@ def test_a_killed_process_is_said_and_started_again(supervisor: Supervisor, line
     assert lines == ["stream died (SIGKILL): reading; starting it again in 0.25 s"]
 
 
-def test_a_process_that_keeps_dying_is_tried_ever_more_slowly_and_ends_nothing(
-    tmp_path: Path, lines: list[str]
+WAITS = "trainer ERROR UnusableRegistry: the registry cannot be read (registry: Permission denied)"
+
+
+@pytest.mark.parametrize(
+    ("last_words", "waits"),
+    [("no space left", [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]), (WAITS, [0.25, 0.5, 1.0, 2.0, 4.0, 4.0])],
+)
+def test_a_process_that_keeps_dying_is_started_ever_more_slowly_and_ends_nothing(
+    tmp_path: Path, lines: list[str], last_words: str, waits: list[float]
 ) -> None:
     now, collected = [0.0], CollectorRegistry()
     supervisor = Supervisor(tmp_path, os.environ, lines.append, SupervisorMetrics(collected), lambda: now[0])
     supervisor.start(python("worker", f"print('answering', flush=True); {FOREVER}"))
-    supervisor.start(python("trainer", "raise SystemExit('no space left')"))
+    supervisor.start(python("trainer", f"raise SystemExit({last_words!r})"))
     healthy = supervisor.pid("worker")
-    waited: list[float] = []
-
-    def deaths() -> float | None:
-        return collected.get_sample_value("springtide_up_deaths_in_a_row", {"part": "trainer"})
-
-    for number in range(1, 10):
-        process = supervisor._children["trainer"].process
-        assert process is not None
-        process.wait(DEADLINE_S)
+    for number, wait_s in enumerate(waits, 1):
+        until(lambda: supervisor.pid("trainer") is None)
         supervisor.look()
-        assert deaths() == number
-        waited.append((supervisor._children["trainer"].start_at or 0.0) - now[0])
+        assert collected.get_sample_value("springtide_up_deaths_in_a_row", {"part": "trainer"}) == number
         # It is not started a moment before its time.
-        now[0] += waited[-1] - 0.01
+        now[0] += wait_s - 0.01
         supervisor.look()
-        assert supervisor._children["trainer"].process is None
+        assert collected.get_sample_value("springtide_up_starts_total", {"part": "trainer"}) == number
         now[0] += 0.02
         supervisor.look()
-    assert [round(wait, 2) for wait in waited] == [0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 30.0, 30.0]
-    assert lines[0] == "trainer died (exit 1): no space left; starting it again in 0.25 s"
-    assert lines[-1] == "trainer died (exit 1): no space left; starting it again in 30 s, after 9 deaths in a row"
+        assert collected.get_sample_value("springtide_up_starts_total", {"part": "trainer"}) == number + 1
+    assert lines[0] == f"trainer died (exit 1): {last_words}; starting it again in 0.25 s"
+    assert lines[-1].endswith(f"starting it again in {waits[-1]:g} s, after {len(waits)} deaths in a row")
     assert supervisor.pid("worker") == healthy
-    supervisor.stop_all(hurry=lambda: True)
-
-
-def test_a_process_that_waits_for_a_registry_is_tried_again_every_few_seconds(tmp_path: Path, lines: list[str]) -> None:
-    now = [0.0]
-    supervisor = Supervisor(tmp_path, os.environ, lines.append, SupervisorMetrics(CollectorRegistry()), lambda: now[0])
-    unreadable = "trainer ERROR UnusableRegistry: the registry cannot be read (registry: Permission denied)"
-    supervisor.start(python("trainer", f"raise SystemExit({unreadable!r})"))
-    for number in range(1, 9):
-        process = supervisor._children["trainer"].process
-        assert process is not None
-        process.wait(DEADLINE_S)
-        supervisor.look()
-        assert len(lines) == number
-        now[0] = supervisor._children["trainer"].start_at or 0.0
-        supervisor.look()
-    assert lines[-1] == f"trainer died (exit 1): {unreadable}; starting it again in 4 s, after 8 deaths in a row"
     supervisor.stop_all(hurry=lambda: True)
 
 
@@ -192,21 +174,6 @@ def test_an_error_with_a_remedy_gets_it_before_the_next_start(
     assert "rebuild" not in supervisor.names()
 
 
-def test_a_program_that_is_not_lasting_ends_well_and_is_not_started_again(
-    supervisor: Supervisor, lines: list[str]
-) -> None:
-    supervisor.start(python("bootstrap", "pass", lasting=False))
-
-    def done() -> bool:
-        supervisor.look()
-        return supervisor.done("bootstrap")
-
-    until(done)
-    supervisor.look()
-    assert supervisor.pid("bootstrap") is None
-    assert lines == []
-
-
 def test_a_program_that_does_not_end_is_killed_after_its_deadline(supervisor: Supervisor, lines: list[str]) -> None:
     stubborn = f"import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('deaf', flush=True); {FOREVER}"
     supervisor.start(python("applier", stubborn, stop_s=0.2))
@@ -229,14 +196,6 @@ def test_processes_are_told_how_to_keep_memory_unless_the_caller_says_otherwise(
     made.start(python("stream", f"import os; print(os.environ['MALLOC_ARENA_MAX'], flush=True); {FOREVER}"))
     until(lambda: last_line(made.log_path("stream")) == arenas)
     made.stop_all(hurry=lambda: True)
-
-
-def test_a_stopped_program_is_not_started_again(supervisor: Supervisor, lines: list[str]) -> None:
-    supervisor.start(python("stream", FOREVER))
-    supervisor.stop("stream")
-    supervisor.look()
-    assert supervisor.pid("stream") is None
-    assert lines == []
 
 
 def test_children_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
@@ -267,18 +226,6 @@ time.sleep(600)
     until(gone)
 
 
-def test_a_log_starts_anew_when_it_is_large(tmp_path: Path) -> None:
-    metrics = SupervisorMetrics(CollectorRegistry())
-    supervisor = Supervisor(tmp_path / "logs", os.environ, print, metrics, log_bytes=10)
-    log = supervisor.log_path("bootstrap")
-    log.write_text("many lines of an earlier run\n")
-    supervisor.start(python("bootstrap", "print('new')", lasting=False))
-    until(lambda: (supervisor.look(), supervisor.done("bootstrap"))[1])
-    # What a process said last may come to its log after its end is seen.
-    until(lambda: log.exists() and log.read_text() == "new\n")
-    assert "earlier" in (supervisor.logs / "bootstrap.log.1").read_text()
-
-
 def test_a_process_whose_log_cannot_be_made_is_started_once_there_is_room(tmp_path: Path, lines: list[str]) -> None:
     with small_disk(tmp_path / "disk", "1m") as disk:
         now = [0.0]
@@ -295,20 +242,6 @@ def test_a_process_whose_log_cannot_be_made_is_started_once_there_is_room(tmp_pa
         supervisor.look()
         assert supervisor.pid("stream") is not None
         supervisor.stop_all(hurry=lambda: True)
-
-
-def test_a_process_of_ours_is_ours_also_where_a_directory_has_a_packages_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lines: list[str]
-) -> None:
-    (tmp_path / "state").mkdir()
-    (tmp_path / "state" / "__init__.py").write_text("raise ImportError('theirs, not ours')")
-    monkeypatch.chdir(tmp_path)
-    settings = load(["--paths.state", str(tmp_path / "kept")], env={})
-    supervisor = Supervisor.of(settings, lines.append, SupervisorMetrics(CollectorRegistry()))
-    supervisor.start(ProcessPlan("config", (sys.executable, "-m", "deploy.cli", "config"), lasting=False))
-    until(lambda: (supervisor.look(), lines or supervisor.done("config"))[1])
-    assert lines == []
-    supervisor.stop_all()
 
 
 def test_one_that_is_wanted_now_and_then_starts_with_its_work_and_ends_with_it(

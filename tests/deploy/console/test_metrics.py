@@ -47,4 +47,4 @@ def test_our_own_prometheus_has_a_token_where_either_of_the_two_is_reached_by_ot
         assert console_address(settings).token_file == settings.tokens_dir / OPERATE
         (job,) = [one for one in prometheus.configuration(settings)["scrape_configs"] if "console" in one["job_name"]]
         assert job["static_configs"] == [{"targets": ["127.0.0.1:9951"]}] and "authorization" in job
-    assert "console" not in prometheus.targets(load([*state, "--console.port", "0"], env={}))
+    assert "console" not in scrape.targets(load([*state, "--console.port", "0"], env={}))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import threading
 from collections.abc import Iterator
 
 import httpx
@@ -12,12 +11,11 @@ import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy import status
-from deploy.console.watching import CURVES, LIFT, QUANTILES, Curves, LoopWatch
+from deploy.console.watching import CURVES, LIFT, QUANTILES, Curves
 from deploy.watch.figures import Figures
-from state.config.settings import Settings
 from state.metrics import ApplierMetrics, serve
 from tests.deploy.console.conftest import Reached
-from tests.deploy.operating import NOW_MS, Operator
+from tests.deploy.operating import Operator
 
 
 @pytest.fixture
@@ -37,13 +35,15 @@ def test_the_state_is_the_document_of_springtide_status(console: Reached) -> Non
         with console.client() as client:
             found = client.get("/api/state").json()
             series = client.get("/api/series").json()
-        _, printed = status.status(console.settings, NOW_MS)
+        printed = status.document(console.settings, status.take(console.settings))
     finally:
         stop()
-    assert set(found) - set(printed) == {"at_ms", "parts_age_s"}
+    assert set(found) - set(printed) == {"at_ms", "sections_age_s"}
     assert set(printed) <= set(found)
-    assert found["figures"]["version"] == 3 and found["registry"] == json.loads(json.dumps(printed["registry"]))
-    assert found["troubles"] == printed["troubles"] == ["Kafka away", "stream away", "trainer away", "worker away"]
+    assert (found["figures"]["version"], found["registry"]["newest"]) == (3, printed["registry"]["newest"])
+    assert found["problems"] == printed["problems"]
+    shown = [problem["text"] for problem in found["problems"]]
+    assert shown[:5] == ["Kafka away", "stream away", "trainer away", "worker away", "applier lag unknown"]
     assert series["curves"]["version"] == [3]
     with console.client() as client:
         assert client.get(f"/api/series?after_ms={series['at_ms'][-1]}").json()["at_ms"] == []
@@ -74,10 +74,3 @@ def test_without_serving_a_profile_is_503_and_says_why(console: Reached) -> None
         answer = client.get("/api/profiles/ann")
     assert (answer.status_code, "does not answer" in answer.json()["error"]) == (503, True)
     assert "ann" not in answer.text, "an error names no user"
-
-
-def test_nobody_watching_costs_a_look_now_and_then(settings: Settings) -> None:
-    watch = LoopWatch(settings, threading.Lock(), get=lambda addresses: {name: status.Scrape() for name in addresses})
-    assert not watch._is_watched()
-    watch.look()
-    assert not watch._is_watched() and watch.curves.document()["at_ms"]

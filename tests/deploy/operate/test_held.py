@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 
-from deploy.operate import held
+from deploy.sections import held_text, held_update
 from state.config.loading import load
 from state.registry import holding
 from state.registry.held_update import HeldUpdate, SuspectClicks
@@ -20,11 +20,11 @@ def hold(operator: Operator) -> None:
 
 def test_status_says_rule_numbers_and_place_and_nothing_where_nothing_is_held(operator: Operator) -> None:
     settings = load(["--paths.state", str(operator.state)], {})
-    assert held.look(settings) is None
+    assert held_update(settings) is None
     hold(operator)
-    found = held.look(settings)
+    found = held_update(settings)
     assert found is not None
-    word, text = held.as_text(found)
+    word, text = held_text(found)
     assert word == "HOLDS"
     assert "user: share of one user is 30.5, usually 1, from partition 1 offset 400 on" in text
     assert "answers stay at version 3" in text
@@ -33,9 +33,9 @@ def test_status_says_rule_numbers_and_place_and_nothing_where_nothing_is_held(op
 
 def test_the_rollback_that_is_proposed_can_be_typed(operator: Operator) -> None:
     hold(operator)
-    control = operator.registry.control()
-    assert control is not None and control.held is not None
-    program, *words = shlex.split(held.turn_back(control.held))
+    found = held_update(load(["--paths.state", str(operator.state)], {}))
+    assert found is not None
+    program, *words = shlex.split(found["commands"][0])
     assert program == "springtide"
     assert "epoch 2 starts from version 3" in operator(*words, "--wait", "0")
     back = operator.registry.control()

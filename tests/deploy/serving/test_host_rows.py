@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry
 
+from deploy import sections
 from deploy.serving.applier import HostRows
-from deploy.watch import stores_place
 from state.config.settings import Settings
 from state.disk import memory_place as place
 from state.errors import StoreFull
@@ -110,7 +110,7 @@ def test_where_memory_is_too_small_at_the_start_log_and_status_say_so(
         rows, settings = opened(tmp_path)
         why = f"{disk.path} has room for 67 MB, and 268 MB are wanted"
         assert caplog.text.count(why) == 1
-        shown = stores_place.look(settings)
+        shown = sections.row_store(settings)
         assert shown is not None and shown["why"] == why
         assert shown["path"] == str(settings.serving_dir / ROWS_DISK)
         rows.close()

@@ -25,10 +25,6 @@ def test_a_full_disk_names_the_directory_and_the_setting(tmp_path: Path) -> None
         require_disk(tmp_path / "not" / "yet" / "deep", least_bytes=2**60)
 
 
-def test_disk_is_looked_at_where_the_directory_will_be(tmp_path: Path) -> None:
-    assert require_disk(tmp_path / "not" / "yet", least_bytes=1) > 1
-
-
 def test_a_taken_port_names_its_owner_and_its_setting() -> None:
     with socket.socket() as holder:
         holder.bind((HOST, 0))
@@ -64,8 +60,3 @@ def test_a_state_directory_that_cannot_be_is_refused_with_the_flag(tmp_path: Pat
     (tmp_path / "file").touch()
     with pytest.raises(UnusableDisk, match=rf"{where}.* {why}.*choose another directory with --state"):
         require_directory(tmp_path / where)
-
-
-def test_a_state_directory_is_made_where_it_is_missing(tmp_path: Path) -> None:
-    require_directory(tmp_path / "not" / "yet")
-    assert (tmp_path / "not" / "yet").is_dir()

@@ -25,7 +25,7 @@ def settings_of(tmp_path: Path, *flags: str) -> Settings:
 def test_it_scrapes_each_process_at_the_port_that_it_has(tmp_path: Path) -> None:
     settings = settings_of(tmp_path, "--trainer.metrics_port", "9992", "--serving.port", "9951")
     jobs = {one["job_name"]: one for one in prometheus.configuration(settings)["scrape_configs"]}
-    addresses = prometheus.targets(settings)
+    addresses = scrape.targets(settings)
     assert scrape.urls(settings).items() < addresses.items()
     assert {name: f"http://{one['static_configs'][0]['targets'][0]}/metrics" for name, one in jobs.items()} == {
         f"springtide-{name}": url for name, url in addresses.items()
@@ -66,9 +66,9 @@ def test_prometheus_takes_what_is_written(tmp_path: Path, flags: tuple[str, ...]
 
 
 def test_it_listens_on_this_machine_and_keeps_no_more_than_it_may(tmp_path: Path) -> None:
-    settings = settings_of(tmp_path, "--up.prometheus_port", "9999", "--up.prometheus_mb", "64")
+    settings = settings_of(tmp_path, "--up.prometheus_port", "9999")
     command = prometheus.plan(settings, "prometheus").command
-    assert {"--web.listen-address=127.0.0.1:9999", "--storage.tsdb.retention.size=64MB"} <= set(command)
+    assert {"--web.listen-address=127.0.0.1:9999", "--storage.tsdb.retention.size=512MB"} <= set(command)
     assert ("up.prometheus_port", "127.0.0.1", 9999) in ports(settings, local_kafka=False, watched=True)
     assert all(port.setting != "up.prometheus_port" for port in ports(settings, local_kafka=False))
 

@@ -102,7 +102,7 @@ def bootstrapped(settings: Settings, rows: int = 4000) -> Registry:
     counted = Statistics(SPEC.actions, SPEC.names, CONTEXT)
     counted.add(columns(rows, seed=999), ATTRIBUTES)
     statistics = dataset(counted, "bootstrap")
-    files = baseline_files(infer(statistics, settings.validation, warm=False), statistics)
+    files = baseline_files(infer(statistics, warm=False), statistics)
     about = {
         "spec": SPEC.to_json(),
         "salt": "0" * 16,

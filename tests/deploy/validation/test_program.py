@@ -9,8 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+from deploy import sections
 from deploy.kafka.configuration import free_port
-from deploy.watch import live_clicks
 from deploy.watch.scrape import scrape
 from state.log import KafkaLog
 from tests.conftest import KafkaFactory
@@ -57,13 +57,13 @@ def test_the_process_judges_windows_of_a_real_log_and_ends_when_asked_to(
         assert found.value("springtide_validation_window_rows") == 400
         assert len(found.values) < 300
         # `springtide status` says it too.
-        told = live_clicks.look(settings)
+        told = sections.live_clicks(settings)
         assert told is not None and (told["rows"], told["baseline"]) == (400, 0)
     finally:
         process.send_signal(signal.SIGTERM)
         said = process.communicate(timeout=DEADLINE_S)[1]
     assert process.returncode == 0, said
-    assert live_clicks.look(settings) is None
+    assert sections.live_clicks(settings) is None
 
 
 def str_of(value: object) -> str:

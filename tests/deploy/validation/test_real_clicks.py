@@ -12,7 +12,6 @@ from tensorflow_metadata.proto.v0.anomalies_pb2 import AnomalyInfo
 from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics
 
 from deploy.validation.process import Windows
-from state.config.sections import Validation
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
 from state.statistics.anomalies import validate
@@ -60,7 +59,7 @@ def found_by_day(days: Days, first: int, warm: bool = False) -> list[dict[str, s
     for day in days[:first]:
         before.merge(day)
     baseline = dataset(before, "baseline")
-    schema = infer(baseline, Validation(), warm)
+    schema = infer(baseline, warm)
     counted = [dataset(day, "day") for day in days]
     found = []
     for number in range(first, len(days)):

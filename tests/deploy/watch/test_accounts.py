@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from deploy import status
+from deploy.sections import account_text
 from deploy.watch import accounts
 from deploy.watch import accounts as rows_in_flight
 from deploy.watch import accounts as stored_accounts
@@ -138,8 +138,7 @@ def test_a_cut_through_the_whole_loop_balances(loop: tuple[Settings, Kafka, Sour
         "20 positions = 18 rows + 2 dead + 0 filtered + 0 absent + 0 gap, 5 unread; "
         "18 rows = 8 trained + 0 skipped + 0 duplicate + 0 masked + 10 in flight"
     )
-    shown = status.as_table(status.status(settings, now_ms=0)[1])
-    assert next(line for line in shown.splitlines() if line.startswith("accounting")).split()[1] == "balances"
+    assert account_text(found)[0] == "balances"
     json.dumps(found)
 
 
@@ -167,7 +166,7 @@ def test_a_lost_row_a_doubled_row_and_a_lost_record_are_faults(loop: tuple[Setti
     assert found["faults"] == [
         f"clicks {source}: the stream is at 20 and the broker begins at 23: 3 positions were deleted unread"
     ]
-    assert "WRONG" in status.as_table(status.status(settings, now_ms=0)[1])
+    assert account_text(found)[0] == "WRONG"
 
 
 def test_an_accepted_gap_is_listed_and_balances(loop: tuple[Settings, Kafka, Source]) -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import re
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import grpc
 import numpy as np
@@ -16,14 +16,17 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry, Histogram
 
 from deploy.kafka.configuration import free_port
-from deploy.watch.budget import BudgetLeft
-from deploy.watch.figures import Figures, Watch
-from deploy.watch.live import live_line
-from deploy.watch.panel import panel, troubles
-from deploy.watch.quantiles import between, quantile, spread
+from deploy.watch.figures import BudgetLeft, Figures, Watch, between, quantile
+from deploy.watch.panel import live_line, panel
 from deploy.watch.scrape import Scrape, parsed, scrape
+from deploy.watch.snapshot import Snapshot
 from state.metrics import ANSWERING_ROUTES, ApplierMetrics, StreamMetrics, TrainerMetrics, WorkerMetrics, serve
 from tests.rules import RECORDED
+
+
+def texts(figures: Figures) -> list[str]:
+    """The problems of figures, the worst first."""
+    return [problem.text for problem in Snapshot(figures).problems]
 
 
 @dataclasses.dataclass
@@ -55,7 +58,7 @@ def busy(loop: Loop) -> Figures:
     watch = Watch()
     loop.stream.events.labels("rows").inc(100)
     loop.worker.requests.labels("metrics", "200").inc(50)
-    watch.look(loop.scrapes(), now_s=10.0, wall_s=0.0)
+    watch.figures(loop.scrapes(), now_s=10.0, wall_s=0.0)
     loop.stream.events.labels("rows").inc(390)
     loop.stream.events.labels("dead").inc(10)
     loop.stream.dead_letters.labels("missing_field").inc(3)
@@ -81,24 +84,12 @@ def busy(loop: Loop) -> Figures:
     loop.worker.requests.labels("profile", "200").inc(7)
     loop.worker.requests.labels("batch", "503").inc(1)
     loop.worker.requests.labels("metrics", "200").inc(50)
-    return watch.look(loop.scrapes(), now_s=12.0, wall_s=0.0)
-
-
-def test_the_figures_come_from_the_metrics_that_the_processes_really_offer(loop: Loop) -> None:
-    found = busy(loop)
-    assert (found.events, found.events_per_s, found.lag_events, found.lag_s) == (500, 200, 12, 0.5)
-    assert (dict(found.dead), found.dead_per_s) == ({"undecodable": 7, "missing_field": 3}, 5)
-    assert (found.microbatches_per_s, found.microbatch_rows, found.steps_per_s, found.rows_per_s) == (10, 20, 9, 190)
-    assert (found.log_loss, found.auc, found.version, found.epoch, found.newest_version) == (1.25, 0.625, 34, 2, 35)
-    assert (found.features_s, found.weights_s) == (0.25, 0.5)
-    assert (found.answers, found.answers_per_s, found.failed) == (8, 4, 1)
-    assert found.spreads["step"].p50 == pytest.approx(0.0015)
-    json.dumps(found.to_json(), allow_nan=False)
+    return watch.figures(loop.scrapes(), now_s=12.0, wall_s=0.0)
 
 
 def test_the_view_says_them_in_fixed_columns_with_the_trouble_first(loop: Loop) -> None:
     found = busy(loop)
-    assert panel(found, [("try", "curl")])[:7] == [
+    assert panel(Snapshot(found), [("try", "curl")])[:7] == [
         "state           2% dead letters, 0.5/s answers fail   up 0.0 s",
         "clicks          200/s       lag 12 events, 0.5 s      500 taken up",
         "dead letters    5.0/s       10: 7 undecodable, 3 missing_field",
@@ -107,12 +98,12 @@ def test_the_view_says_them_in_fixed_columns_with_the_trouble_first(loop: Loop) 
         "served version  34          epoch 2, follows          newest 35, serving 0 behind",
         "answers         4.0/s       8 given, 1 failed         0 cold starts",
     ]
-    assert panel(found)[8] == "                now       p50       p99       over the last 60 s"
-    assert panel(found)[9:11] == [
+    assert panel(Snapshot(found))[8] == "                now       p50       p99       over the last 60 s"
+    assert panel(Snapshot(found))[9:11] == [
         "features        0.25 s    -         -         age of the newest click known",
         "weights         0.50 s    -         -         age of the newest click learned",
     ]
-    assert live_line(found) == (
+    assert live_line(Snapshot(found)) == (
         "2% dead letters | 0.5/s answers fail | 200 events/s, lag 12 | version 34, epoch 2 | "
         "features 0.2 s, weights 0.5 s old | log loss 1.25"
     )
@@ -141,18 +132,9 @@ def test_the_view_fits_a_usual_terminal_also_with_large_figures() -> None:
         failed=1.0,
         answers_per_s=23_456.0,
     )
-    lines = panel(large, [("try", "curl -s http://127.0.0.1:8501/v1/profiles/shopper-1")], workers=4)
+    lines = panel(Snapshot(large), [("try", "curl -s http://127.0.0.1:8501/v1/profiles/shopper-1")], workers=4)
     assert len(lines) <= 22
     assert [line for line in lines if len(line) > 92] == []
-
-
-def test_a_process_that_is_away_is_named_and_the_rest_is_shown() -> None:
-    text = "springtide_serving_version 3\nspringtide_serving_began_seconds 5"
-    scrapes = {"stream": Scrape(problem="refused"), "applier": Scrape(parsed(text))}
-    found = Watch().look(scrapes, now_s=0.0, wall_s=65.0)
-    assert (found.away, found.up_s) == ({"stream": "refused"}, {"applier": 60.0})
-    assert live_line(found).startswith("stream away | -, lag - | version 3")
-    assert (found.events, found.events_per_s, found.answers, found.failed) == (None, None, None, None)
 
 
 def scraped(*lines: str) -> Scrape:
@@ -163,24 +145,27 @@ def test_a_start_is_reported_with_its_progress_and_unknown_values_are_not_0(loop
     scrapes = loop.scrapes()
     kernels = {("springtide_kernels_total", ()): 30.0, ("springtide_kernels_ready", ()): 12.0}
     scrapes["stream"] = Scrape({**scrapes["stream"].values, **kernels})
-    found = Watch().look(scrapes, 0.0, 0.0)
-    assert troubles(found) == ["stream compiling kernels, 12 of 30", "trainer starting", "applier starting"]
+    found = Watch().figures(scrapes, 0.0, 0.0)
+    assert texts(found) == ["stream compiling kernels, 12 of 30", "trainer starting", "applier starting"]
     unknown = (found.lag_events, found.lag_s, found.trainer_lag, found.serving_lag, found.version, found.newest_version)
     assert unknown == (None,) * 6
     loop.stream.lag_events.set(0)
     loop.trainer.version.set(1)
     loop.applier.version.set(1)
-    found = Watch().look(loop.scrapes(), 0.0, 0.0)
-    assert (troubles(found), found.lag_events) == ([], 0)
+    assert texts(Watch().figures(loop.scrapes(), 0.0, 0.0)) == ["trainer lag unknown", "applier lag unknown"]
+    loop.trainer.lag_records.set(0)
+    loop.applier.microbatch_lag_records.set(0)
+    found = Watch().figures(loop.scrapes(), 0.0, 0.0)
+    assert (texts(found), found.lag_events) == ([], 0)
 
 
 def test_parts_that_up_has_still_to_start_are_not_called_away() -> None:
     away = {name: Scrape(problem="refused") for name in ("stream", "trainer")}
-    found = Watch().look({**away, "up": scraped("springtide_up_settled 0")}, 0.0, 0.0)
-    assert troubles(found) == ["stream not started yet", "trainer not started yet"]
-    found = Watch().look({**away, "up": scraped("springtide_up_settled 1")}, 0.0, 0.0)
-    assert troubles(found) == ["stream away", "trainer away"]
-    assert troubles(Watch().look(away, 0.0, 0.0)) == ["nothing answers"]
+    found = Watch().figures({**away, "up": scraped("springtide_up_settled 0")}, 0.0, 0.0)
+    assert texts(found) == ["stream not started yet", "trainer not started yet"]
+    found = Watch().figures({**away, "up": scraped("springtide_up_settled 1")}, 0.0, 0.0)
+    assert texts(found) == ["stream away", "trainer away"]
+    assert texts(Watch().figures(away, 0.0, 0.0)) == ["nothing answers"]
 
 
 @pytest.mark.parametrize(
@@ -206,50 +191,55 @@ def test_a_part_that_falls_behind_is_a_trouble(
     others = ("lag_events 0", "version 1")
     for at_s, lines in ((0.0, earlier), (1.0, now)):
         series = [f"springtide_{process}_{line}" for line in ("began_seconds 1", *others, *lines)]
-        found = watch.look({process: scraped(*series)}, at_s, 0.0)
-    assert troubles(found) == ([words] if words else [])
+        found = watch.figures({process: scraped(*series)}, at_s, 0.0)
+    assert texts(found) == ([words] if words else [])
 
 
 def test_a_part_that_answers_again_is_not_said_to_be_unable_to_run() -> None:
     series = "springtide_up_deaths_in_a_row"
     up = scraped(f'{series}{{part="trainer"}} 9', f'{series}{{part="kafka"}} 3', "springtide_up_settled 1")
-    running = {"trainer": scraped("springtide_trainer_version 7", "springtide_trainer_began_seconds 1")}
-    found = Watch().look({**running, "up": up}, 0.0, 0.0)
-    assert troubles(found) == ["kafka cannot run, 3 deaths in a row"]
-    assert troubles(found.with_kafka({"answers": True, "lag": 0})) == []
-    found = Watch().look({"trainer": Scrape(problem="refused"), "up": up}, 0.0, 0.0)
-    assert "trainer cannot run, 9 deaths in a row" in troubles(found)
+    series_of_trainer = ("version 7", "began_seconds 1", "lag_records 0")
+    running = {"trainer": scraped(*(f"springtide_trainer_{one}" for one in series_of_trainer))}
+    found = Watch().figures({**running, "up": up}, 0.0, 0.0)
+    assert texts(found) == ["kafka cannot run, 3 deaths in a row"]
+    assert texts(found.with_kafka({"answers": True, "lag": 0})) == []
+    found = Watch().figures({"trainer": Scrape(problem="refused"), "up": up}, 0.0, 0.0)
+    assert "trainer cannot run, 9 deaths in a row" in texts(found)
 
 
 def test_without_kafka_kafka_is_named_first() -> None:
     scrapes = {
         "stream": Scrape(problem="refused"),
-        "applier": scraped("springtide_serving_version 3", "springtide_serving_log_away 1"),
+        "applier": scraped(*(f"springtide_serving_{one}" for one in ("version 3", "log_away 1", "began_seconds 1"))),
         "up": scraped('springtide_up_deaths_in_a_row{part="stream"} 4'),
     }
-    found = Watch().look(scrapes, 0.0, 0.0)
-    assert troubles(found) == ["Kafka away", "stream away", "stream cannot run, 4 deaths in a row"]
-    assert troubles(Figures(up_s={"stream": 9.0}).with_kafka({"answers": False, "away": True})) == ["Kafka away"]
+    found = Watch().figures(scrapes, 0.0, 0.0)
+    assert texts(found) == [
+        "Kafka away",
+        "stream away",
+        "applier lag unknown",
+        "stream cannot run, 4 deaths in a row",
+    ]
 
 
 def test_what_failed_is_the_same_here_and_in_the_alert(loop: Loop) -> None:
     counted = re.findall(r'(\w+)=~"([^"]*)"', RECORDED["job:springtide_requests_failed:rate5m"]["expr"])
     fails = {label: re.compile(expression) for label, expression in counted}
     watch = Watch()
-    watch.look(loop.scrapes(), 0.0, 0.0)
+    watch.figures(loop.scrapes(), 0.0, 0.0)
     codes = [*map(str, range(200, 600)), "OK", *(one.name for one in grpc.StatusCode)]
     routes = [*ANSWERING_ROUTES, "ready", "metrics", "other"]
     for route in routes:
         for code in codes:
             loop.worker.requests.labels(route, code).inc()
-    found = watch.look(loop.scrapes(), 1.0, 0.0)
+    found = watch.figures(loop.scrapes(), 1.0, 0.0)
     expected = sum(
         bool(fails["route"].fullmatch(route) and fails["code"].fullmatch(code))
         for route in routes
         for code in set(codes)
     )
     assert found.failed == expected > 0
-    assert f"{found.failed_per_s:.0f}/s answers fail".replace(",", "") in troubles(found)[-1].replace(",", "")
+    assert f"{found.failed_per_s:.0f}/s answers fail".replace(",", "") in texts(found)[-1].replace(",", "")
 
 
 def counted(born: float, steps: int, slow: int = 0) -> dict[str, Scrape]:
@@ -268,95 +258,120 @@ def counted(born: float, steps: int, slow: int = 0) -> dict[str, Scrape]:
 
 def test_a_restarted_process_has_no_rate_and_quantiles_of_its_own() -> None:
     watch = Watch()
-    watch.look(counted(1.0, 500, slow=500), 0.0, 0.0)
-    after = watch.look(counted(2.0, 600), 1.0, 0.0)
+    watch.figures(counted(1.0, 500, slow=500), 0.0, 0.0)
+    after = watch.figures(counted(2.0, 600), 1.0, 0.0)
     assert after.steps_per_s is None
     assert (after.spreads["step"].count, after.spreads["step"].p99) == (600, pytest.approx(0.099))
-    assert watch.look(counted(2.0, 610), 2.0, 0.0).steps_per_s == 10
+    assert watch.figures(counted(2.0, 610), 2.0, 0.0).steps_per_s == 10
 
 
 def test_quantiles_are_of_the_last_minute_and_forget_a_slow_start() -> None:
     watch = Watch()
-    watch.look(counted(1.0, 100, slow=100), 0.0, 0.0)
-    assert watch.look(counted(1.0, 200, slow=100), 60.0, 0.0).spreads["step"].count == 100
-    found = watch.look(counted(1.0, 300, slow=100), 120.0, 0.0).spreads["step"]
+    watch.figures(counted(1.0, 100, slow=100), 0.0, 0.0)
+    assert watch.figures(counted(1.0, 200, slow=100), 60.0, 0.0).spreads["step"].count == 100
+    found = watch.figures(counted(1.0, 300, slow=100), 120.0, 0.0).spreads["step"]
     assert (found.count, found.p99) == (100, pytest.approx(0.099))
 
 
 def test_a_single_look_says_quantiles_since_the_start() -> None:
     watch = Watch(spread_s=None)
-    watch.look(counted(1.0, 100, slow=100), 0.0, 0.0)
-    found = watch.look(counted(1.0, 300, slow=100), 2.0, 0.0)
+    watch.figures(counted(1.0, 100, slow=100), 0.0, 0.0)
+    found = watch.figures(counted(1.0, 300, slow=100), 2.0, 0.0)
     assert (found.spreads["step"].count, found.spread_s, found.steps_per_s) == (300, None, 100)
     assert found.spreads["step"].p99 > 0.9  # type: ignore[operator]
-    assert "since each process started" in "\n".join(panel(found))
+    assert "since each process started" in "\n".join(panel(Snapshot(found)))
 
 
 def test_a_rate_is_of_the_last_seconds_or_of_the_last_look_where_looks_are_rare() -> None:
     watch = Watch()
     for second in range(20):
-        watch.look(counted(1.0, 0), float(second), 0.0)
-    assert watch.look(counted(1.0, 50), 20.0, 0.0).steps_per_s == 10
-    assert watch.look(counted(1.0, 150), 30.0, 0.0).steps_per_s == 10
-
-
-def test_no_more_looks_are_kept_than_the_quantiles_need() -> None:
-    watch = Watch()
-    for second in range(1000):
-        watch.look({}, float(second), 0.0)
-    assert len(watch._looks) <= 62
+        watch.figures(counted(1.0, 0), float(second), 0.0)
+    assert watch.figures(counted(1.0, 50), 20.0, 0.0).steps_per_s == 10
+    assert watch.figures(counted(1.0, 150), 30.0, 0.0).steps_per_s == 10
 
 
 # A replay of clicks of three weeks ago that keeps their times: nothing waits anywhere.
-OLD_CLICKS = Figures(
-    events_per_s=100.0, lag_events=3.0, lag_s=0.1, serving_lag=1.0, features_s=1_933_200.0, weights_s=1_933_200.4
-)
+OLD_CLICKS = {
+    "events_per_s": 100.0,
+    "lag_events": 3.0,
+    "lag_s": 0.1,
+    "serving_lag": 1.0,
+    "trainer_lag": 2.0,
+    "features_s": 1_933_200.0,
+    "weights_s": 1_933_200.4,
+}
+STALE = {"events_per_s": 1.0, "weights_s": 61.0}
+UP = {"worker": 1.0}
 
 
 @pytest.mark.parametrize(
     ("figures", "words"),
     [
-        (Figures(), []),
-        (Figures(faults=1.0), ["accounts do not balance"]),
-        (Figures(held=True), ["training is held by the guard"]),
-        (Figures(held=True, rows_per_s=100.0, skipped_per_s=30.0), ["training is held by the guard"]),
-        (Figures(rows_per_s=100.0, skipped_per_s=30.0), ["the guard skips 30% of the rows"]),
-        (Figures(rows_per_s=100.0, skipped_per_s=1.0), []),
-        (Figures(budget=BudgetLeft(8.0, 0.1, False)), []),
-        (Figures(budget=BudgetLeft(8.0, 0.1, True)), ["training holds: the privacy budget is spent"]),
-        (Figures(events_per_s=1.0, weights_s=26.0), ["weights 26 s old"]),
-        (Figures(events_per_s=1.0, weights_s=15.0), []),
-        (Figures(events_per_s=1.0, weights_s=61.0), ["weights 61 s old"]),
-        (Figures(events_per_s=0.0, weights_s=61.0), []),
-        (Figures(events_per_s=1.0, weights_s=61.0, pinned=True), ["pinned by an operator"]),
-        (Figures(events_per_s=1.0, weights_s=61.0, paused=True), ["training is paused by an operator"]),
-        (Figures(events_per_s=1.0, weights_s=61.0, publishing_held=True), ["publishing is held by an operator"]),
-        (Figures(events_per_s=1.0, features_s=90.0), ["features 90 s old"]),
-        (dataclasses.replace(OLD_CLICKS, trainer_lag=2.0), []),
-        (dataclasses.replace(OLD_CLICKS, trainer_lag=101.0), ["weights 537.0 h old"]),
-        (
-            dataclasses.replace(OLD_CLICKS, trainer_lag=2.0, serving_lag=101.0),
-            ["weights 537.0 h old", "features 537.0 h old"],
-        ),
-        (dataclasses.replace(OLD_CLICKS, trainer_lag=2.0, lag_s=61.0), ["weights 537.0 h old", "features 537.0 h old"]),
-        (Figures(lag_events=10_001.0), ["10,001 clicks wait"]),
-        (Figures(events_per_s=100.0, dead_per_s=1.0), []),
-        (Figures(events_per_s=100.0, dead_per_s=1.1), ["1% dead letters"]),
-        (Figures(corrupt=2.0), ["corrupt versions: 2"]),
-        (Figures(refused=17.0), ["version 17 is refused"]),
-        (Figures(away={"stream": "refused"}), ["nothing answers"]),
+        ({}, "nothing is wrong"),
+        ({"up_s": {}}, "nothing answers"),
+        ({"up_s": {}, "away": {"stream": "refused"}}, "nothing answers"),
+        ({"up": "starting"}, "up is still starting"),
+        ({"faults": 1.0}, "accounts do not balance"),
+        ({"held": True, "rows_per_s": 100.0, "skipped_per_s": 30.0}, "training is held by the guard"),
+        ({"rows_per_s": 100.0, "skipped_per_s": 30.0}, "the guard skips 30% of the rows"),
+        ({"rows_per_s": 100.0, "skipped_per_s": 1.0}, "nothing is wrong"),
+        ({"budget": BudgetLeft(8.0, 0.1, False)}, "nothing is wrong"),
+        ({"budget": BudgetLeft(8.0, 0.1, True)}, "training holds: the privacy budget is spent"),
+        ({"events_per_s": 1.0, "weights_s": 15.0}, "nothing is wrong"),
+        (STALE, "weights 61 s old"),
+        (STALE | {"events_per_s": 0.0}, "nothing is wrong"),
+        (STALE | {"pinned": True}, "pinned by an operator"),
+        (STALE | {"paused": True}, "training is paused by an operator"),
+        (STALE | {"publishing_held": True}, "publishing is held by an operator"),
+        ({"events_per_s": 1.0, "features_s": 90.0}, "features 90 s old"),
+        (OLD_CLICKS, "nothing is wrong"),
+        (OLD_CLICKS | {"trainer_lag": 101.0}, "weights 537.0 h old"),
+        (OLD_CLICKS | {"serving_lag": 101.0}, "weights 537.0 h old, features 537.0 h old"),
+        (OLD_CLICKS | {"lag_s": 61.0}, "weights 537.0 h old, features 537.0 h old"),
+        ({"lag_events": 10_001.0}, "10,001 clicks wait"),
+        ({"events_per_s": 100.0, "dead_per_s": 1.0}, "nothing is wrong"),
+        ({"events_per_s": 100.0, "dead_per_s": 1.1}, "1% dead letters"),
+        ({"corrupt": 2.0}, "corrupt versions: 2"),
+        ({"refused": 17.0}, "version 17 is refused"),
     ],
 )
-def test_what_is_wrong_is_said_and_what_is_quiet_is_not(figures: Figures, words: list[str]) -> None:
-    assert troubles(figures) == words
+def test_each_problem_is_reported_from_its_bound_on(figures: dict[str, Any], words: str) -> None:
+    assert Snapshot(Figures(**({"up_s": UP} | figures))).texts == words
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"kafka": {"answers": False, "away": True}}, "Kafka away"),
+        ({"kafka": {"answers": False, "away": False}}, "Kafka has no topics yet"),
+        ({"registry": {"answers": False}}, "no registry can be read"),
+        ({"accounting": {"balanced": None}}, "accounts unknown"),
+        ({"accounting": {"balanced": False}}, "accounts do not balance"),
+        ({"rollout": {"stopped": True, "unwatched_s": 90.0}}, "a rollout was stopped, nobody watches the rollout"),
+        ({"retrain": {"problem": "", "outcome": "failed"}}, "the last retrain failed"),
+        ({"live_clicks": {"anomalies": {"ENUM": 1}}}, "live clicks have changed"),
+        ({"accounting": {"balanced": True}, "retrain": None, "rollout": None, "live_clicks": None}, "nothing is wrong"),
+    ],
+)
+def test_what_the_sections_show_is_in_the_same_list(sections: dict[str, Any], words: str) -> None:
+    assert Snapshot(Figures(up_s=UP)).having(sections).texts == words
+
+
+def test_a_hold_is_no_fault_and_each_problem_links_to_the_runbook() -> None:
+    snapshot = Snapshot(Figures(up_s=UP, paused=True, faults=1.0)).having({"accounting": {"balanced": False}})
+    assert [problem.text for problem in snapshot.faults] == ["accounts do not balance"]
+    assert [problem.to_json()["runbook"] for problem in snapshot.problems] == [
+        "deploy/RUNBOOK.md#an-account-is-wrong",
+        "deploy/RUNBOOK.md#an-operator-holds-something",
+    ]
 
 
 def test_old_clicks_are_called_so_beside_their_age() -> None:
-    figures = dataclasses.replace(OLD_CLICKS, trainer_lag=2.0)
-    assert "features 537.0 h, weights 537.0 h old (old clicks)" in live_line(figures)
-    assert "(old clicks)" not in live_line(dataclasses.replace(figures, kafka_away=True))
-    assert "(old clicks)" not in live_line(Figures(features_s=0.2, weights_s=0.4, lag_s=0.1, serving_lag=1.0))
-    (line,) = (line for line in panel(figures) if line.startswith("features"))
+    figures = Figures(**OLD_CLICKS)  # type: ignore[arg-type]
+    assert "features 537.0 h, weights 537.0 h old (old clicks)" in live_line(Snapshot(figures))
+    assert "(old clicks)" not in live_line(Snapshot(dataclasses.replace(figures, kafka_away=True)))
+    assert "(old clicks)" not in live_line(Snapshot(Figures(features_s=0.2, weights_s=0.4, lag_s=0.1, serving_lag=1.0)))
+    (line,) = (line for line in panel(Snapshot(figures)) if line.startswith("features"))
     assert line.endswith("age of the newest, an old click") and len(line) < 80
 
 
@@ -386,12 +401,7 @@ def test_a_quantile_lies_in_the_bucket_of_the_true_one(later: list[float], earli
     assert (0.0, *bounds)[place] <= found <= bounds[place] * (1 + 1e-9)
 
 
-def test_a_histogram_that_began_anew_is_taken_whole() -> None:
-    assert between({1.0: 1, math.inf: 2}, {1.0: 5, math.inf: 9}) == {1.0: 1, math.inf: 2}
-    assert spread({}).p50 is None
-
-
 @pytest.mark.parametrize("make", [Watch, lambda: Watch(spread_s=None)])
 def test_a_loop_of_which_nothing_is_known_is_a_view_of_dashes(make: Callable[[], Watch]) -> None:
-    shown = "\n".join(panel(make().look({}, 0.0, 0.0)))
+    shown = "\n".join(panel(Snapshot(make().figures({}, 0.0, 0.0))))
     assert "None" not in shown and "nan" not in shown

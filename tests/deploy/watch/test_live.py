@@ -10,18 +10,13 @@ import threading
 
 import pytest
 
-from deploy.watch.live import Screen
-from deploy.watch.scrape import Scrape, fetch, parsed, urls
-from state.config.settings import Settings
+from deploy.watch.panel import Screen
+from deploy.watch.scrape import fetch
 
 
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
-
-
-def test_a_figure_that_is_not_a_number_is_a_dash() -> None:
-    assert Scrape(parsed("springtide_trainer_auc NaN")).value("springtide_trainer_auc") is None
 
 
 def screen(columns: int, lines: int) -> tuple[Screen, Terminal]:
@@ -83,22 +78,6 @@ def test_a_file_sees_whole_lines_and_fewer_of_them() -> None:
     quiet.live("two", ["panel"])
     assert out.getvalue() == "one\ntwo\n"
     assert quiet.every_s == 10.0
-
-
-def test_nobody_at_the_address_is_status_zero_with_the_reason() -> None:
-    from deploy.kafka.configuration import free_port
-
-    status, reason = fetch(f"http://127.0.0.1:{free_port()}/metrics")
-    assert status == 0
-    assert "refused" in reason
-
-
-def test_workers_that_listen_everywhere_are_reached_on_this_machine() -> None:
-    from dataclasses import replace
-
-    settings = Settings()
-    everywhere = replace(settings, serving=replace(settings.serving, host="0.0.0.0"))
-    assert urls(everywhere)["worker"] == "http://127.0.0.1:8501/metrics"
 
 
 def test_a_process_that_dies_in_the_middle_of_its_answer_is_one_that_does_not_answer() -> None:

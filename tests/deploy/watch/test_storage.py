@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
-from deploy.watch import storage
+from deploy.sections import disk_usage
+from deploy.watch.figures import full_parts
 from deploy.watch.scrape import Scrape, parsed
 from state.config.loading import load
 from state.metrics import StorageMetrics
@@ -57,7 +58,7 @@ def test_a_part_near_its_limit_is_an_alert_and_is_said_and_one_below_is_neither(
 ) -> None:
     found = scraped(tmp_path, used)
     assert parts(promql.value(NEAR, found.values)) == near
-    assert storage.full([found]) == said
+    assert full_parts([found]) == said
 
 
 def test_a_part_that_waits_is_an_alert_until_there_is_room() -> None:
@@ -66,7 +67,7 @@ def test_a_part_that_waits_is_an_alert_until_there_is_room() -> None:
 
     def fires() -> tuple[set[str], list[str]]:
         found = Scrape(parsed(generate_latest(collected).decode()))
-        return parts(promql.value(FULL, found.values)), storage.full([found])
+        return parts(promql.value(FULL, found.values)), full_parts([found])
 
     assert fires() == (set(), [])
     room.refused(OSError(28, "No space left on device"), "publishing")
@@ -77,10 +78,10 @@ def test_a_part_that_waits_is_an_alert_until_there_is_room() -> None:
 
 def test_status_measures_what_is_here_and_says_nothing_where_nothing_is(tmp_path: Path) -> None:
     settings = load(["--paths.state", str(tmp_path / "state"), "--storage.budget_gb", "1"], env={})
-    assert storage.look(settings) is None
+    assert disk_usage(settings) is None
     settings.logs_dir.mkdir(parents=True)
     (settings.logs_dir / "stream.log").write_bytes(bytes(8192))
-    found = storage.look(settings)
+    found = disk_usage(settings)
     assert found is not None
     assert found["parts"] == {"logs": {"used_bytes": 8192, "limit_bytes": 50_000_000}}
     assert (found["used_bytes"], found["budget_bytes"]) == (8192, 1_000_000_000)

@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from deploy.children.parent_death import die_with
+from deploy.children.ending import die_with
 from state.config.loading import load
 from state.config.settings import Settings
 from tests.e2e.parts import quiet_ports

@@ -10,7 +10,6 @@ from kafka.structs import TopicPartition
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
 from prometheus_client.samples import Exemplar
 
-from deploy.startup import prometheus
 from deploy.watch import scrape
 from state import metrics
 from tests.e2e.running import Loop, until
@@ -21,7 +20,7 @@ VERSIONED = {"applier": "springtide_serving_weight_age_seconds", "worker": "spri
 
 
 def url(loop: Loop, part: str) -> str:
-    return prometheus.targets(loop.settings)[part]
+    return scrape.targets(loop.settings)[part]
 
 
 @pytest.mark.parametrize("part", ["stream", "trainer", "applier", "worker", "up", "validation", "segments", "console"])

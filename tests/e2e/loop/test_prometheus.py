@@ -8,7 +8,7 @@ import time
 import promql_parser as promql
 import pytest
 
-from deploy.startup import prometheus
+from deploy.watch import scrape
 from state.log import Writer
 from state.process.wall_clock import wall_ms
 from tests import rules
@@ -23,7 +23,7 @@ def installed() -> None:
 
 
 def test_each_process_is_a_target_that_answers(loop: Loop, watching: Watching) -> None:
-    jobs = {f"springtide-{name}" for name in prometheus.targets(loop.settings)}
+    jobs = {f"springtide-{name}" for name in scrape.targets(loop.settings)}
 
     def answering() -> bool:
         found = (watching.ask("targets") or {"activeTargets": []})["activeTargets"]
@@ -76,7 +76,7 @@ def test_each_series_that_a_rule_asks_for_is_there(loop: Loop, watching: Watchin
         for selector, _ in selectors(promql.parse(rule["expr"]))
         if not elsewhere(selector.name)
     }
-    assert "probe" not in prometheus.targets(loop.settings)
+    assert "probe" not in scrape.targets(loop.settings)
     began_s = time.monotonic()
 
     def missing() -> set[str]:

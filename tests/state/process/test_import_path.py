@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from state.process import import_path
-from state.process.import_path import ROOT, for_children
+from state.process import user_code
+from state.process.user_code import ROOT, for_children
 
 OURS = ("deploy", "springtide_client", "state", "streaming", "trainer")
 
@@ -49,6 +49,6 @@ def test_a_module_of_the_users_own_is_found_there_last(theirs: Path) -> None:
 
 
 def test_what_is_installed_beside_ours_is_not_put_before_pythons_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(import_path, "ROOT", Path(sysconfig.get_path("purelib")))
+    monkeypatch.setattr(user_code, "ROOT", Path(sysconfig.get_path("purelib")))
     assert for_children({"PYTHONPATH": "/theirs"}) == {"PYTHONPATH": "/theirs", "PYTHONSAFEPATH": "1"}
     assert for_children({}) == {"PYTHONSAFEPATH": "1"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +11,6 @@ from tensorflow_metadata.proto.v0 import schema_pb2
 from tensorflow_metadata.proto.v0.anomalies_pb2 import Anomalies, AnomalyInfo
 from tensorflow_metadata.proto.v0.statistics_pb2 import DatasetFeatureStatistics
 
-from state.config.sections import Validation
 from state.events.identity import public_id
 from state.statistics.anomalies import validate
 from state.statistics.protos import by_name, dataset
@@ -26,7 +24,7 @@ def window(**changes: Any) -> DatasetFeatureStatistics:
 
 
 BASELINE = dataset(statistics(columns(4000)), "baseline")
-SCHEMA = infer(BASELINE, Validation(), warm=True)
+SCHEMA = infer(BASELINE, warm=True)
 
 
 def found(anomalies: Anomalies) -> dict[str, set[str]]:
@@ -56,7 +54,7 @@ def test_a_category_that_takes_over_is_named_with_its_distance() -> None:
 
 def test_a_shift_is_drift_from_the_window_before_only_where_it_happens() -> None:
     shifted, after = window(hot=0.4), window(hot=0.4, seed=2)
-    schema = infer(shifted, Validation(), warm=True)
+    schema = infer(shifted, warm=True)
     assert found(validate(after, schema, shifted, window())) == {"category": {"COMPARATOR_L_INFTY_HIGH"}}
     assert found(validate(after, schema, shifted, shifted)) == {}
 
@@ -78,7 +76,7 @@ def test_a_rescaled_feature_diverges() -> None:
 
 
 def test_a_feature_that_is_rescaled_diverges_from_the_window_before_while_histories_are_cold() -> None:
-    schema = infer(BASELINE, Validation(), warm=False)
+    schema = infer(BASELINE, warm=False)
     assert found(validate(window(scale=3.0), schema, BASELINE)) == {}
     assert [*found(validate(window(scale=3.0), schema, BASELINE, window()))] == ["features.view.count_1h"]
 
@@ -106,7 +104,7 @@ def test_as_many_new_categories_are_allowed_as_are_to_be_expected() -> None:
         made["category"] = (values + 1).astype(np.uint64)
         return dataset(statistics(made), "many")
 
-    schema = infer(drawn(1, 2000), Validation(), warm=True)
+    schema = infer(drawn(1, 2000), warm=True)
     assert "category" not in found(validate(drawn(2, 20_000), schema))
 
 
@@ -134,7 +132,7 @@ def test_what_the_baseline_does_not_know_is_a_warning_and_what_it_knows_and_is_g
     rows = columns(2000, seed=1)
     without = statistics()
     without.add(rows, ((), ATTRIBUTES[1]))
-    old = infer(dataset(without, "old"), Validation(), warm=True)
+    old = infer(dataset(without, "old"), warm=True)
     anomalies = validate(window(), old)
     assert found(anomalies) == {"user_attributes.age_band": {"SCHEMA_NEW_COLUMN"}}
     assert anomalies.anomaly_info["user_attributes.age_band"].severity == AnomalyInfo.WARNING
@@ -153,7 +151,7 @@ def test_every_distance_is_told_with_its_threshold() -> None:
 
 def test_a_schema_is_read_back_from_its_text_and_its_thresholds_count() -> None:
     assert of_text(as_text(SCHEMA)) == SCHEMA
-    strict = infer(BASELINE, replace(Validation(), max_l_infinity=0.0), warm=True)
+    strict = of_text(as_text(SCHEMA).replace("threshold: 0.1", "threshold: 0.0"))
     assert "category" in found(validate(window(), strict, BASELINE))
     with pytest.raises(ValueError, match="no Schema of TensorFlow Metadata"):
         of_text("feature {")

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from state import layout
-from state.config.sections import Validation
 from state.errors import ControlConflict, CorruptVersion
 from state.registry.registry import Registry
 from state.statistics.baselines import SCHEMA, STATISTICS, AcceptedBaseline, Baselines, baseline_files
@@ -18,7 +17,6 @@ from tests.state.statistics.made_rows import columns, statistics
 
 FIRST = dataset(statistics(columns(300)), "bootstrap")
 SECOND = dataset(statistics(columns(300, seed=1, hot=0.5)), "window")
-THRESHOLDS = Validation()
 SPEC = "ab" * 32
 
 
@@ -27,7 +25,7 @@ def registry(tmp_path: Path) -> Path:
     """A registry with one bootstrap."""
 
     def fill(place: Path) -> None:
-        for name, data in baseline_files(infer(FIRST, THRESHOLDS, warm=False), FIRST).items():
+        for name, data in baseline_files(infer(FIRST, warm=False), FIRST).items():
             (place / name).write_bytes(data)
 
     Registry(tmp_path).add_spec(SPEC, {"created_at_ms": 5}, fill)
@@ -35,7 +33,7 @@ def registry(tmp_path: Path) -> Path:
 
 
 def accept(registry: Path, number: int) -> AcceptedBaseline:
-    schema = infer(SECOND, THRESHOLDS, warm=True)
+    schema = infer(SECOND, warm=True)
     return Baselines(registry).add(SPEC, AcceptedBaseline(number, "ann", "a new season", 9), schema, SECOND)
 
 
@@ -48,7 +46,7 @@ def test_the_bootstrap_is_the_first_baseline_and_an_accepted_one_takes_its_place
     second = baselines.newest(SPEC)
     assert second is not None
     assert (second.accepted, second.statistics) == (AcceptedBaseline(1, "ann", "a new season", 9), SECOND)
-    assert second.schema == infer(SECOND, THRESHOLDS, warm=True)
+    assert second.schema == infer(SECOND, warm=True)
     assert not [*(registry / layout.TEMPORARY).iterdir()]
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from state.config.sections import Validation
 from state.statistics.anomalies import validate
 from state.statistics.baselines import SCHEMA, STATISTICS, baseline_files
 from state.statistics.protos import as_list, dataset
@@ -26,7 +25,7 @@ def tfdv() -> Any:
 
 def test_it_reads_schema_and_statistics_and_agrees_about_anomalies(tfdv: Any, tmp_path: Path) -> None:
     before = dataset(statistics(columns(4000)), "baseline")
-    schema = infer(before, Validation(), warm=True)
+    schema = infer(before, warm=True)
     for name, data in baseline_files(schema, before).items():
         (tmp_path / name).write_bytes(data)
     read = tfdv.load_schema_text(str(tmp_path / SCHEMA))

@@ -8,7 +8,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from deploy.operate import privacy
+from deploy import sections
 from state.errors import RegistryError, SettingsError
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
@@ -62,9 +62,9 @@ def test_at_its_end_training_holds_also_after_a_restart_and_goes_on_with_a_large
     running = run(registry, log, tmp_path / "state")
     assert (running.place.next, bits_of(running)) == (where, digest)
     assert privacy_ledger.read(own.privacy_ledger_path) == ledger
-    found = privacy.look(own)
+    found = sections.privacy_budget(own)
     assert found is not None and found["left"] < 0.05
-    assert privacy.as_text(found)[0] == "SPENT"
+    assert sections.privacy_text(found)[0] == "SPENT"
     running.close()
 
     larger = ("--privacy.epsilon", "20")

@@ -1,0 +1,581 @@
+"""The sections of `springtide status` and the page: what each part of the system stores and reports, and its text.
+
+`read` queries Kafka, registry, stores and disks, which takes up to some seconds. `measured` needs only the metrics of
+one poll. Each section is JSON values, or None if there is nothing to show. Its text in `TEXTS` is a keyword and a
+description, whose sentences end with semicolons.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from deploy.operate import horizon
+from deploy.operate.versions import open_registry
+from deploy.rollouts import telling as rollouts
+from deploy.trials import retrain_told, telling
+from deploy.watch import accounts, scrape
+from deploy.watch.figures import segments_behind
+from deploy.watch.messages import seconds, shown
+from deploy.watch.scrape import SEGMENTS, Scrape
+from state import layout
+from state.config.settings import Settings
+from state.disk import memory_place
+from state.errors import SpringtideError, UnknownTopic
+from state.log import Topics
+from state.registry import privacy_ledger
+from state.registry.held_update import HeldUpdate
+from state.registry.privacy_ledger import PrivacyLedger
+from state.segments.expression import texts_of
+from state.storage import shares
+from state.storage.measuring import free_bytes, used_bytes
+
+LONGEST_WAIT_S = 3.0
+Text = tuple[str, str]
+
+
+def read(settings: Settings, now_ms: int) -> dict[str, Any]:
+    """Returns the sections of Kafka, registry, stores, disks, validation, trials and rollouts.
+
+    Args:
+        settings: The loop's settings.
+        now_ms: Wall clock.
+    """
+    kafka = kafka_lag(settings)
+    return {
+        "kafka": kafka,
+        "registry": registry_state(settings, now_ms),
+        "held": held_update(settings),
+        "privacy": privacy_budget(settings),
+        "rollback": horizon.look(settings, now_ms) if kafka["answers"] else None,
+        "storage": disk_usage(settings),
+        "rows": row_store(settings),
+        "histories": history_stores(settings),
+        "accounting": accounts.account(settings),
+        "live_clicks": live_clicks(settings),
+        "trials": telling.running(settings),
+        "rollout": rollouts.look(settings),
+        "retrain": retrain_told.look(settings, now_ms),
+    }
+
+
+def measured(settings: Settings, scrapes: Mapping[str, Scrape]) -> dict[str, Any]:
+    """Returns the sections that come from the processes' metrics.
+
+    Args:
+        settings: The loop's settings.
+        scrapes: Metrics by process.
+    """
+    return {
+        "parity": parity(scrapes["applier"]),
+        "quality": quality(scrapes["trainer"]),
+        "churn": churn(scrapes["trainer"]),
+        "segments": segments(settings, scrapes),
+    }
+
+
+def kafka_lag(settings: Settings, connect: Callable[[Any], Topics] = Topics) -> dict[str, Any]:
+    """Returns the end of the clicks topic, the stream's committed positions, and their difference."""
+    kafka = dataclasses.replace(settings.kafka, request_timeout_s=min(LONGEST_WAIT_S, settings.kafka.request_timeout_s))
+    try:
+        with connect(kafka) as topics:
+            ends = topics.ends(kafka.clicks_topic)
+            committed = topics.committed(kafka.group, kafka.clicks_topic)
+            training = topics.ends(kafka.microbatches_topic)
+    except SpringtideError as error:
+        # A broker that answers this exists: before `up` creates the topics there are none.
+        return {"answers": False, "problem": str(error), "away": not isinstance(error, UnknownTopic)}
+    return {
+        "answers": True,
+        "away": False,
+        "problem": "",
+        "servers": kafka.bootstrap_servers,
+        "clicks": sum(end for _, end in ends.values()),
+        # A group that has committed nothing is at the beginning.
+        "lag": sum(end - committed.get(partition, begin) for partition, (begin, end) in ends.items()),
+        "training_log": sum(end for _, end in training.values()),
+    }
+
+
+def kafka_text(kafka: Mapping[str, Any]) -> Text:
+    """Formats the broker's offsets."""
+    return "runs" if kafka["answers"] else "away", kafka["problem"] or (
+        f"{kafka['servers']}; {shown(kafka['clicks'])} clicks, {shown(kafka['lag'])} not yet committed by the stream; "
+        f"training log at {shown(kafka['training_log'])}"
+    )
+
+
+def registry_state(settings: Settings, now_ms: int) -> dict[str, Any]:
+    """Returns newest version and control; if the registry cannot be read, the reason."""
+    try:
+        registry = open_registry(settings)
+        control = registry.control()
+        numbers = registry.versions()
+        newest = registry.latest(None)
+    except (SpringtideError, OSError) as error:
+        return {"answers": False, "problem": str(error)}
+    return {
+        "answers": True,
+        "problem": "",
+        "versions": len(numbers),
+        "newest": newest.version if newest else None,
+        # A version can be newer than `now_ms`, the start of the command.
+        "newest_age_s": max(0, now_ms - newest.created_at_ms) / 1000 if newest else None,
+        "control": control
+        and {
+            "generation": control.generation,
+            "action": control.action,
+            "actor": control.actor,
+            "reason": control.reason,
+            "epoch": control.epoch,
+            "base": control.base,
+            "serving": control.serving.mode,
+            "version": control.serving.version,
+        },
+    }
+
+
+def registry_text(registry: Mapping[str, Any]) -> Text:
+    """Formats newest version and control."""
+    if not registry["answers"]:
+        return "away", registry["problem"]
+    control = registry["control"]
+    newest = f"newest version {shown(registry['newest'])}, {seconds(registry['newest_age_s'])} old, {registry['versions']} kept"
+    if control is None:
+        return "there", f"{newest}; no control yet"
+    wanted = "the newest version" if control["serving"] == "follow" else f"version {control['version']} (pinned)"
+    return (
+        "there",
+        f"{newest}; wanted: {wanted} in epoch {control['epoch']}, by {control['actor']}'s {control['action']}: {control['reason']}",
+    )
+
+
+def held_update(settings: Settings) -> dict[str, Any] | None:
+    """Returns the update that the guard holds, with the commands for it; None if there is none."""
+    try:
+        control = open_registry(settings).control()
+    except (SpringtideError, OSError):
+        return None
+    return None if control is None or control.held is None else held_document(control.held)
+
+
+def held_document(held: HeldUpdate) -> dict[str, Any]:
+    """Describes a held update, with the commands to type: roll back without the suspect clicks, or release.
+
+    >>> from state.registry.held_update import SuspectClicks
+    >>> held = HeldUpdate("user", "share of one user", 30.0, 1.0, 7, 40, 90, 0, 9000, (SuspectClicks("ab" * 16, 2, 5, 80),))
+    >>> print("; ".join(held_document(held)["commands"]))
+    springtide rollback --to 7 --skip 2:5-79 --follow-when-caught-up --reason 'guard: user'; springtide release --reason TEXT
+    """
+    words = ["springtide", "rollback", *(("--to", str(held.version)) if held.version else ("--before-mask",))]
+    for clicks in held.clicks:
+        words += ["--skip", f"{clicks.partition}:{clicks.first}-{clicks.next - 1}"]
+    roll_back = shlex.join([*words, "--follow-when-caught-up", "--reason", f"guard: {held.rule}"])
+    commands = [roll_back, "springtide release --reason TEXT"]
+    return {**dataclasses.asdict(held), "words": held.in_words(), "commands": commands}
+
+
+def held_text(held: Mapping[str, Any]) -> Text:
+    """Formats a held update."""
+    roll_back, release = held["commands"]
+    serving = (
+        f"answers stay at version {held['version']}" if held["followed"] else "answers stay where an operator put them"
+    )
+    return "HOLDS", f"{held['words']}; {serving}; without these clicks: {roll_back}; if they are good: {release}"
+
+
+def privacy_budget(settings: Settings) -> dict[str, Any] | None:
+    """Returns what the trainer's ledger reports as spent and left; None without a budget or a readable ledger."""
+    try:
+        ledger = privacy_ledger.read(settings.privacy_ledger_path)
+    except (SpringtideError, OSError):
+        return None
+    return (
+        None if ledger is None or not settings.privacy.epsilon else privacy_document(ledger, settings.privacy.periods)
+    )
+
+
+def privacy_document(ledger: PrivacyLedger, periods: int) -> dict[str, Any]:
+    """Returns what is spent and left of a budget for so many periods."""
+    return {
+        "unit": ledger.unit,
+        "epsilon": ledger.epsilon,
+        "delta": ledger.delta,
+        "spent": ledger.spent,
+        "left": max(0.0, ledger.epsilon - ledger.spent),
+        "periods": len(ledger.periods),
+        "of_periods": periods,
+        "held": ledger.held,
+        "key": ledger.key,
+    }
+
+
+def privacy_text(budget: Mapping[str, Any]) -> Text:
+    """Formats the privacy budget.
+
+    >>> from state.registry.privacy_ledger import PrivacyPeriod
+    >>> ledger = PrivacyLedger("1f", "user", (PrivacyPeriod(1, 7, 8, 9.0),), 8.0, 1e-06, 1.5)
+    >>> privacy_text(privacy_document(ledger, 30))
+    ('counts', 'epsilon 1.50 of 8.00 spent, 6.50 left (delta 1e-06, unit user); 1 of 30 periods begun')
+    """
+    text = (
+        f"epsilon {budget['spent']:.2f} of {budget['epsilon']:.2f} spent, {budget['left']:.2f} left (delta "
+        f"{budget['delta']:g}, unit {budget['unit']}); {budget['periods']} of {budget['of_periods']} periods begun"
+    )
+    if not budget["held"]:
+        return "counts", text
+    return "SPENT", f"{text}; training holds and answers go on; trainer/PRIVACY.md says what a larger budget means"
+
+
+def disk_usage(settings: Settings) -> dict[str, Any] | None:
+    """Returns the disk usage of each part on this machine against its share; None if nothing is stored here."""
+    folders = {part: [path for path in shares.folders(settings, part) if path.is_dir()] for part in shares.SHARES}
+    parts = {
+        part: {"used_bytes": used_bytes(paths), "limit_bytes": shares.limit_bytes(settings, part)}
+        for part, paths in folders.items()
+        if paths
+    }
+    if not parts:
+        return None
+    return {
+        "used_bytes": sum(part["used_bytes"] for part in parts.values()),
+        "budget_bytes": shares.budget_bytes(settings),
+        "free_bytes": min(free_bytes(path) for paths in folders.values() for path in paths),
+        "parts": parts,
+    }
+
+
+def disk_text(usage: Mapping[str, Any]) -> Text:
+    """Formats disk usage.
+
+    >>> parts = {"logs": {"used_bytes": 2e8, "limit_bytes": 5e8}, "kafka": {"used_bytes": 0, "limit_bytes": 4e9}}
+    >>> disk_text({"used_bytes": 2e8, "budget_bytes": 10e9, "free_bytes": 7e9, "parts": parts})
+    ('2%', '0.20 of 10.00 GB, 7.00 GB free on the disk; logs 0.20 of 0.50, kafka 0.00 of 4.00')
+    """
+    used, budget, free = (f"{usage[name] / 1e9:.2f}" for name in ("used_bytes", "budget_bytes", "free_bytes"))
+    parts = (
+        f"{name} {part['used_bytes'] / 1e9:.2f} of {part['limit_bytes'] / 1e9:.2f}"
+        for name, part in usage["parts"].items()
+    )
+    text = f"{used} of {budget} GB, {free} GB free on the disk; {', '.join(parts)}"
+    return f"{usage['used_bytes'] / usage['budget_bytes']:.0%}", text
+
+
+def row_store(settings: Settings) -> dict[str, Any] | None:
+    """Returns location and size of this host's row store; None if there is none."""
+    return _store(settings, settings.serving_dir / layout.ROWS, settings.serving.rows_dir, "serving starts again")
+
+
+def history_stores(settings: Settings) -> list[dict[str, Any]]:
+    """Returns location and size of the histories of stream and serving; on disk while no process writes them."""
+    links = [*layout.streams(settings.state_dir), settings.serving_dir / layout.HISTORIES]
+    found = ((link, _store(settings, link, "", "their writer starts")) for link in links)
+    return [{"name": f"{link.parent.name}/{link.name}", **store} for link, store in found if store is not None]
+
+
+def _store(settings: Settings, link: Path, configured: str, moves_when: str) -> dict[str, Any] | None:
+    found, memory = memory_place.current(link), settings.storage.memory_dir
+    if found is None:
+        return None
+    # If a setting names a directory, or memory is disabled, the location is intended and needs no reason.
+    intended = found.in_memory or configured or not memory
+    return {
+        "path": str(found.path),
+        "in_memory": found.in_memory,
+        "bytes": memory_place.size(found.path),
+        "why": ""
+        if intended
+        else memory_place.lack(link, memory) or f"{memory} has room now, and they move there when {moves_when}",
+    }
+
+
+def store_text(store: Mapping[str, Any]) -> Text:
+    """Formats location and size of a store, and why it is on disk instead of in memory.
+
+    >>> store_text({"path": "state/serving/rows.disk", "in_memory": False, "bytes": 5e6, "why": "/dev/shm is missing"})
+    ('on disk', 'state/serving/rows.disk, 5 MB; /dev/shm is missing')
+    """
+    text = f"{store['path']}, {store['bytes'] / 1e6:,.0f} MB"
+    return "in memory" if store["in_memory"] else "on disk", "; ".join(filter(None, (text, store["why"])))
+
+
+def account_text(accounting: Mapping[str, Any]) -> Text:
+    """Formats the account of all rows."""
+    balanced = accounting["balanced"]
+    word = "unknown" if balanced is None else "balances" if balanced else "WRONG"
+    return word, accounts.as_text(accounting)
+
+
+def live_clicks(settings: Settings) -> dict[str, Any] | None:
+    """Returns the validation's result for the newest window: its rows, baseline, and features by anomaly type.
+
+    Returns None before the first window has ended, or if the validation does not run.
+    """
+    urls = scrape.targets(settings)
+    if "validation" not in urls:
+        return None
+    found = scrape.scrape({"validation": urls["validation"]})["validation"]
+    rows, baseline = (found.value(f"springtide_validation_{name}") for name in ("window_rows", "baseline"))
+    if not rows or baseline is None:
+        return None
+    anomalies = found.by("springtide_validation_anomalies", "type").items()
+    return {
+        "rows": int(rows),
+        "baseline": int(baseline),
+        "anomalies": {name: int(count) for name, count in anomalies if count},
+    }
+
+
+def live_clicks_text(window: Mapping[str, Any]) -> Text:
+    """Formats the validation's result.
+
+    >>> live_clicks_text({"rows": 12000, "baseline": 0, "anomalies": {}})
+    ('as ever', 'the newest window, of 12,000 rows, is like the baseline of the bootstrap')
+    >>> word, text = live_clicks_text({"rows": 500, "baseline": 2, "anomalies": {"ENUM_TYPE_UNEXPECTED_STRING_VALUES": 1}})
+    >>> print(word, *text.split("; "), sep=chr(10))
+    CHANGED
+    the newest window, of 500 rows, differs from baseline 2 in 1 feature
+    ENUM_TYPE_UNEXPECTED_STRING_VALUES (1)
+    `springtide schema diff` shows the differences
+    """
+    baseline = f"baseline {window['baseline']}" if window["baseline"] else "the baseline of the bootstrap"
+    rows, anomalies = f"the newest window, of {window['rows']:,} rows,", window["anomalies"]
+    if not anomalies:
+        return "as ever", f"{rows} is like {baseline}"
+    count = sum(anomalies.values())
+    listed = ", ".join(f"{name} ({features})" for name, features in sorted(anomalies.items()))
+    differs = f"{rows} differs from {baseline} in {count} feature{'s' * (count > 1)}"
+    return "CHANGED", f"{differs}; {listed}; `springtide schema diff` shows the differences"
+
+
+def parity(applier: Scrape) -> dict[str, int] | None:
+    """Returns sampled rows by outcome: whether serving computes the features that were trained on; None without any."""
+    rows = {name: int(count) for name, count in applier.by("springtide_serving_parity_rows_total", "outcome").items()}
+    return rows if any(rows.values()) else None
+
+
+def parity_text(rows: Mapping[str, int]) -> Text:
+    """Formats the comparison of features.
+
+    >>> parity_text({"equal": 1200, "differs": 0, "unknown": 3})
+    ('holds', '1,200 rows of the training log have the same features here; 3 cannot be compared')
+    >>> parity_text({"equal": 0, "differs": 0, "unknown": 3})[0], parity_text({"equal": 5, "differs": 1, "unknown": 0})[0]
+    ('unknown', 'BROKEN')
+    """
+    equal, differs, unknown = (rows.get(outcome, 0) for outcome in ("equal", "differs", "unknown"))
+    word = "BROKEN" if differs else "holds" if equal else "unknown"
+    parts = [
+        *([f"{differs:,} rows of the training log have other features here"] * bool(differs)),
+        f"{equal:,} rows of the training log have the same features here",
+        *([f"{unknown:,} cannot be compared"] * bool(unknown)),
+    ]
+    return word, "; ".join(parts)
+
+
+QUALITY = {
+    "log_loss": "log_loss",
+    "mrr": "reciprocal_rank",
+    "top1": "top1_ratio",
+    "top5": "top5_ratio",
+    "missed": "missed_ratio",
+}
+"""By name of the measure, the suffix of its series."""
+USERS = ("all", "new", "known")
+BASELINES = {
+    "popular": "what was popular in the last hour",
+    "previous": "the user's previous category",
+    "came_next": "what came next after it",
+}
+"""The baselines and their descriptions."""
+
+
+def quality(trainer: Scrape) -> dict[str, Any] | None:
+    """Returns the measures by predictor and group of users, and the lift; None before any row was scored."""
+
+    def measures(predictor: str, users: str) -> dict[str, float | None]:
+        return {
+            name: trainer.value(f"springtide_trainer_quality_{end}", predictor=predictor, users=users)
+            for name, end in QUALITY.items()
+        }
+
+    model = {users: measures("model", users) for users in USERS}
+    if model["all"]["top1"] is None:
+        return None
+    return {
+        "predictors": {"model": model, **{name: {"all": measures(name, "all")} for name in BASELINES}},
+        "lift": {
+            "top1": trainer.value("springtide_trainer_lift_top1_ratio"),
+            "log_loss": trainer.value("springtide_trainer_lift_log_loss"),
+        },
+        "skipped": trainer.value("springtide_trainer_quality_skipped_ratio"),
+    }
+
+
+def quality_text(found: Mapping[str, Any]) -> Text:
+    """Formats the model's quality: lift of top 1 in percentage points, and a description.
+
+    >>> one = dict.fromkeys(QUALITY, 0.25) | {"log_loss": 3.5}
+    >>> simple = {name: {"all": one | {"top1": 0.2}} for name in BASELINES}
+    >>> model = {"all": one | {"top1": 0.3}, "new": dict.fromkeys(QUALITY), "known": one}
+    >>> lift = {"top1": 0.1, "log_loss": 0.5}
+    >>> word, text = quality_text({"predictors": {"model": model, **simple}, "lift": lift, "skipped": 0.04})
+    >>> print(word, *text.split("; "), sep=chr(10))
+    +10.0 points
+    more often right than what is simple: top 1 30.0 % against 20.0 % of what was popular in the last hour
+    top 5 25.0 %, MRR 0.250, log loss 3.500 (0.500 less), missed 25.0 %
+    known users: top 1 25.0 %, top 5 25.0 %, log loss 3.500
+    of these rows 4.0 % were skipped by the guard and not learned
+    """
+    model, lift = found["predictors"]["model"], found["lift"]
+    simple = {name: found["predictors"][name]["all"]["top1"] or 0.0 for name in BASELINES}
+    best = max(simple, key=lambda name: simple[name])
+    above = (lift["top1"] or 0.0) >= 0
+    less, every = lift["log_loss"], model["all"]
+    change = "-" if less is None else f"{abs(less):.3f} {'less' if less >= 0 else 'MORE'}"
+    parts = [
+        f"{'more' if above else 'LESS'} often right than what is simple: top 1 {_percent(every['top1'])} against "
+        f"{_percent(simple[best])} of {BASELINES[best]}",
+        f"top 5 {_percent(every['top5'])}, MRR {_number(every['mrr'])}, log loss {_number(every['log_loss'])} "
+        f"({change}), missed {_percent(every['missed'])}",
+    ]
+    parts += [
+        f"{users} users: top 1 {_percent(one['top1'])}, top 5 {_percent(one['top5'])}, log loss {_number(one['log_loss'])}"
+        for users, one in model.items()
+        if users != "all" and one["top1"] is not None
+    ]
+    if found["skipped"]:
+        parts.append(f"of these rows {_percent(found['skipped'])} were skipped by the guard and not learned")
+    return f"{100 * (lift['top1'] or 0.0):+.1f} points", "; ".join(parts)
+
+
+CHURN = {
+    "examples": "examples",
+    "waiting": "waiting",
+    "dropped": "dropped",
+    "left": "left_ratio",
+    "log_loss": "log_loss",
+    "auc": "auc",
+    "calibration": "calibration_ratio",
+    "calibration_error": "calibration_error",
+}
+"""By name of the figure, the suffix of its series."""
+
+
+def churn(trainer: Scrape) -> dict[str, float] | None:
+    """Returns the quality of the churn prediction; None if there are no examples and none wait."""
+    found = {name: trainer.value(f"springtide_trainer_churn_{end}") or 0.0 for name, end in CHURN.items()}
+    return found if found["examples"] or found["waiting"] else None
+
+
+def churn_text(found: Mapping[str, Any]) -> Text:
+    """Formats the quality of the churn prediction: the area under the curve, and a description.
+
+    >>> figures = dict.fromkeys(CHURN, 0.0) | {"examples": 2100.0, "waiting": 300.0, "left": 0.25, "auc": 0.8125}
+    >>> word, text = churn_text(figures | {"log_loss": 0.4, "calibration": 1.02, "calibration_error": 0.013})
+    >>> print(word, *text.split("; "), sep=chr(10))
+    AUC 0.812
+    2,100 examples, of recent ones 25.0 % left, log loss 0.400
+    predicted over observed 1.02, 1.3 points apart in the mean
+    300 rows wait until it is known
+    >>> churn_text(dict.fromkeys(CHURN, 0.0) | {"waiting": 300.0})
+    ('-', 'nothing is known yet; 300 rows wait until it is known')
+    """
+    waits = f"{found['waiting']:,.0f} rows wait until it is known"
+    if found["dropped"]:
+        waits += f", {found['dropped']:,.0f} were dropped for lack of space"
+    if not found["examples"]:
+        return "-", f"nothing is known yet; {waits}"
+    return f"AUC {found['auc']:.3f}", (
+        f"{found['examples']:,.0f} examples, of recent ones {_percent(found['left'])} left, log loss "
+        f"{found['log_loss']:.3f}; predicted over observed {found['calibration']:.2f}, "
+        f"{100 * found['calibration_error']:.1f} points apart in the mean; {waits}"
+    )
+
+
+def segments(settings: Settings, scrapes: Mapping[str, Scrape]) -> dict[str, Any] | None:
+    """Returns each segment with its size, and the progress of their keeper; None if no segment is configured.
+
+    Args:
+        settings: Settings of the loop.
+        scrapes: Metrics by process, including the keeper's.
+    """
+    texts, keeper = texts_of(settings), scrapes.get(SEGMENTS)
+    if not texts or keeper is None:
+        return None
+    users = keeper.by("springtide_segments_members", "segment")
+    return {
+        "problem": keeper.problem,
+        "lag": keeper.value("springtide_segments_lag_records"),
+        "waiting": keeper.value("springtide_segments_waiting"),
+        "sweep_s": keeper.value("springtide_segments_sweep_seconds"),
+        "behind": segments_behind(keeper),
+        "segments": [
+            {"name": name, "users": int(users[name]) if name in users else None, "expression": text}
+            for name, text in texts.items()
+        ],
+    }
+
+
+def segments_text(found: Mapping[str, Any]) -> Text:
+    """Formats segments and the progress of their keeper.
+
+    >>> found = {"problem": "", "lag": 2.0, "waiting": 0.0, "sweep_s": 41.0, "behind": ""}
+    >>> found["segments"] = [{"name": "sporty", "users": 1200, "expression": "..."}, {"name": "idle", "users": 0, "expression": "..."}]
+    >>> word, text = segments_text(found)
+    >>> print(word, *text.split("; "), sep=chr(10))
+    kept
+    sporty 1,200, idle 0 users
+    2 records of the training log and 0 users wait, all users were evaluated in 41 s
+    >>> segments_text(found | {"behind": "4,000 records wait"})[0], segments_text(found | {"problem": "it does not answer"})
+    ('BEHIND', ('AWAY', 'it does not answer'))
+    """
+    if found["problem"]:
+        return "AWAY", found["problem"]
+    lag, waiting, sweep_s = (found[name] or 0.0 for name in ("lag", "waiting", "sweep_s"))
+    sizes = ", ".join(f"{one['name']} {one['users'] or 0:,}" for one in found["segments"])
+    swept = f"all users were evaluated in {seconds(sweep_s)}" if sweep_s else "not all users are evaluated yet"
+    text = f"{sizes} users; {lag:,.0f} records of the training log and {waiting:,.0f} users wait, {swept}"
+    return "BEHIND" if found["behind"] else "kept", text
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+TEXTS: Mapping[str, tuple[str, Callable[[Any], Text]]] = {
+    "kafka": ("kafka", kafka_text),
+    "registry": ("registry", registry_text),
+    "held": ("guard", held_text),
+    "privacy": ("privacy", privacy_text),
+    "rollback": ("rollback", horizon.as_text),
+    "storage": ("storage", disk_text),
+    "rows": ("rows", store_text),
+    "histories": ("histories", store_text),
+    "quality": ("quality", quality_text),
+    "churn": ("churn", churn_text),
+    "segments": ("segments", segments_text),
+    "trials": ("trial", telling.as_text),
+    "rollout": ("rollout", rollouts.as_text),
+    "retrain": ("retrain", retrain_told.as_text),
+    "live_clicks": ("live clicks", live_clicks_text),
+    "accounting": ("accounting", account_text),
+    "parity": ("parity", parity_text),
+}
+"""By section, its label and its text; a section that is a list has one text for each element."""
+
+
+def labelled(state: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """Returns label, keyword and description of each section of a state that has something to show."""
+    found: list[tuple[str, str, str]] = []
+    for name, (label, text) in TEXTS.items():
+        section = state.get(name) or []
+        listed: Sequence[Any] = section if isinstance(section, list) else [section]
+        found += [(label, *text(one)) for one in listed]
+    return found

@@ -1,0 +1,160 @@
+"""Checks the model before anything starts: custom functions, and settings unlike those of the trained registry.
+
+`springtide check-model` and `springtide up` run each check in a process of its own, so that TensorFlow is loaded only
+there. Ranker and tower are checked with the output of the preprocessing.
+
+If the registry was trained with other settings, `up` reports what an upgrade would carry over, and upgrades only on
+request. A change of the release needs no request: the trainer handles it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from state import layout
+from state.config.sections import Model
+from state.config.settings import Settings
+from state.errors import ModelMismatch, ProgramError, SettingsError, SpringtideError
+from state.features.spec import FeatureSpec
+from state.process.user_code import for_children
+from state.registry.model_fit import require_same_model, version_to_go_on_from
+from state.registry.registry import Registry
+
+WRONG_USE = 2
+FUNCTIONS = ("ranker", "tower", "preprocessing")
+"""Settings of `[model]` that name a function."""
+
+
+def own(settings: Settings) -> list[str]:
+    """Returns the custom functions that settings name.
+
+    >>> own(Settings())
+    []
+    """
+    given, default = settings.model, Model()
+    return [getattr(given, name) for name in FUNCTIONS if getattr(given, name) != getattr(default, name)]
+
+
+def is_own(settings: Settings) -> bool:
+    """Returns whether settings name a custom function."""
+    return bool(own(settings))
+
+
+def check(settings: Settings, say: Callable[[str], None]) -> None:
+    """Checks all custom functions; does nothing if all functions are the default and `model.options` is empty.
+
+    Raises:
+        SettingsError: A function cannot be loaded, or no function reads one of `model.options`.
+        ProgramError: A function violates its contract, or does not lower to LiteRT.
+    """
+    if not is_own(settings) and not settings.model.options:
+        return
+    with tempfile.TemporaryDirectory(prefix="springtide-model-") as folder:
+        graph = []
+        if settings.model.preprocessing != Model().preprocessing:
+            say(run("streaming.preprocessing", settings, "--keep", folder))
+            graph = ["--transform", folder]
+        say(run("trainer.checks", settings, *graph))
+
+
+def check_tower(settings: Settings) -> None:
+    """Checks only the ranker or the tower; does nothing if both are the default.
+
+    Raises:
+        SettingsError: The function cannot be loaded.
+        ProgramError: The function violates its contract, or does not lower to LiteRT.
+    """
+    if (settings.model.ranker, settings.model.tower) != (Model().ranker, Model().tower):
+        run("trainer.checks", settings)
+
+
+def run(module: str, settings: Settings, *words: str) -> str:
+    """Runs one check as a process with these settings; returns its output.
+
+    Raises:
+        SettingsError: The check ended with status 2; the message is the check's.
+        ProgramError: The check ended with another nonzero status; the message is the check's.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SPRINGTIDE_")}
+    done = subprocess.run(
+        [sys.executable, "-m", module, *words],
+        env=for_children(environment | settings.environment()),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode == 0:
+        return done.stdout.strip()
+    lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+    message = lines[-1].removeprefix("springtide: ") if lines else f"{module} ended with {done.returncode} in silence"
+    raise (SettingsError if done.returncode == WRONG_USE else ProgramError)(message)
+
+
+def take_upgrade(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Removes `--upgrade` from a command line; returns its reason (None if it is absent) and the rest.
+
+    The rest keeps `--reason TEXT`, because it can also be the reason of an accepted loss.
+
+    >>> take_upgrade(["--upgrade", "--reason", "wider rows", "--model.dim", "64"])
+    ('wider rows', ['--reason', 'wider rows', '--model.dim', '64'])
+    >>> take_upgrade(["--model.dim", "64"])
+    (None, ['--model.dim', '64'])
+
+    Raises:
+        SettingsError: There is no reason.
+    """
+    if "--upgrade" not in words:
+        return None, list(words)
+    rest = [word for word in words if word != "--upgrade"]
+    reasons = [after for word, after in itertools.pairwise(rest) if word == "--reason"]
+    reasons += [word.removeprefix("--reason=") for word in rest if word.startswith("--reason=")]
+    if not reasons or not reasons[0].strip():
+        raise SettingsError("--upgrade needs --reason TEXT: an upgrade is decided by somebody, for a reason")
+    return reasons[0], rest
+
+
+def upgrade_or_refuse(settings: Settings, reason: str | None, say: Callable[[str], None]) -> None:
+    """Upgrades the model to these settings if `reason` is given; otherwise refuses other settings and prints the plan.
+
+    Raises:
+        ModelMismatch: The settings differ, and no upgrade was requested.
+        SpringtideError: The plan cannot be made; existing state stays as it is.
+    """
+    if reason is not None:
+        if not (settings.registry_dir / layout.VERSIONS).is_dir():
+            return
+        if version_to_go_on_from(Registry(settings.registry_dir)) is not None:
+            say(run("trainer.upgrade", settings, "--reason", reason))
+        return
+    try:
+        require_same_model(settings)
+    except ModelMismatch:
+        try:
+            say(run("trainer.upgrade", settings, "--dry-run"))
+        except SpringtideError as unknown:
+            # The mismatch is the error to report.
+            say(f"what an upgrade would carry over is not known: {unknown}")
+        raise
+
+
+def is_bootstrapped(settings: Settings) -> bool:
+    """Returns whether the bootstrap has analysed clicks for the features and the preprocessing of these settings.
+
+    Raises:
+        CorruptVersion: The output of the analysis is damaged.
+    """
+    if not (settings.registry_dir / layout.SPECS).is_dir():
+        return False
+    spec = FeatureSpec.from_settings(settings).digest
+    return Registry(settings.registry_dir).bootstrapped(spec, settings.model) is not None
+
+
+def has_spec(registry_dir: Path) -> bool:
+    """Returns whether a bootstrap has left a feature spec in the registry."""
+    return any((registry_dir / layout.SPECS).glob("*/spec.json"))

@@ -1,0 +1,246 @@
+"""What the system looks like now, with the one list of its problems.
+
+`springtide status`, its conditions, the page and `up` show the same snapshot. The alerts of deploy/prometheus/rules use
+the same bounds and severities as the problems, with a delay.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+from deploy.watch import scrape
+from deploy.watch.figures import FEW_RECORDS, SPREAD_S, STALE_S, Figures, Watch
+from deploy.watch.messages import far, rate, seconds, shown
+from deploy.watch.scrape import Scrape
+from state.config.settings import Settings
+from state.process.wall_clock import wall_ms
+
+Severity = Literal["critical", "warning", "info", "hold"]
+RECENT_S = 600.0
+MANY_LAG = 10_000
+DEAD_SHARE = 0.01
+SKIPPED_SHARE = 0.01
+PAGE = "deploy/RUNBOOK.md"
+HOLDS = "an-operator-holds-something"
+STAGES = {"stream": "stream", "trainer": "trainer", "applier": "answers", "worker": "answers"}
+"""Process -> its stage."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong, unknown, not started, or held.
+
+    Attributes:
+        severity: As of alerts. `info` is worth a look and no fault of the loop; `hold` is what an operator wants.
+        text: What is wrong, in a few words.
+        section: Its section of the runbook.
+        stage: The stage of the loop that it concerns: clicks, stream, trainer, versions or answers; empty for others.
+    """
+
+    severity: Severity
+    text: str
+    section: str
+    stage: str = ""
+
+    @property
+    def is_fault(self) -> bool:
+        """Whether something has to be done."""
+        return self.severity in ("critical", "warning")
+
+    def to_json(self) -> dict[str, str]:
+        """Returns the problem with a link to the runbook as JSON values."""
+        return {
+            "severity": self.severity,
+            "text": self.text,
+            "runbook": f"{PAGE}#{self.section}",
+            "stage": self.stage,
+        }
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What the system looks like at one moment.
+
+    Attributes:
+        figures: The figures of the processes' metrics.
+        scrapes: These metrics, by process.
+        sections: What Kafka, registry, stores and disks show (see `sections.read`); empty if they were not read.
+        at_ms: Wall clock of the poll.
+    """
+
+    figures: Figures = field(default_factory=Figures)
+    scrapes: Mapping[str, Scrape] = field(default_factory=dict)
+    sections: Mapping[str, Any] = field(default_factory=dict)
+    at_ms: int = 0
+
+    @cached_property
+    def problems(self) -> list[Problem]:
+        """All problems once, the worst first, and then what an operator holds.
+
+        >>> Snapshot(Figures(up_s={"stream": 1.0}, held=True, paused=True)).texts
+        'training is held by the guard, training is paused by an operator'
+        """
+        known: dict[str, Problem] = {}
+        for problem in (*_of_figures(self.figures), *_of_sections(self.sections), *_holds(self.figures)):
+            known.setdefault(problem.text, problem)
+        return list(known.values())
+
+    def having(self, sections: Mapping[str, Any]) -> Snapshot:
+        """Returns the snapshot with sections; those of Kafka add to its figures."""
+        kafka = sections.get("kafka")
+        figures = self.figures.with_kafka(kafka) if kafka else self.figures
+        return Snapshot(figures, self.scrapes, sections, self.at_ms)
+
+    @property
+    def faults(self) -> list[Problem]:
+        """The problems that need somebody to act."""
+        return [problem for problem in self.problems if problem.is_fault]
+
+    @property
+    def texts(self) -> str:
+        """The problems in one line.
+
+        >>> Snapshot(Figures(up_s={"stream": 1.0})).texts, Snapshot().texts
+        ('nothing is wrong', 'nothing answers')
+        """
+        return ", ".join(problem.text for problem in self.problems) or "nothing is wrong"
+
+
+class Poller:
+    """Polls the metrics of the loop's processes.
+
+    Args:
+        settings: The loop's settings.
+        spread_s: How far back quantiles reach; None: to the start of each process.
+        clock_s: Monotonic seconds.
+        now_ms: Wall clock.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        spread_s: float | None = SPREAD_S,
+        clock_s: Callable[[], float] = time.monotonic,
+        now_ms: Callable[[], int] = wall_ms,
+    ) -> None:
+        self._urls, self._watch = scrape.watched_urls(settings), Watch(spread_s)
+        self._clock_s, self._now_ms = clock_s, now_ms
+
+    def poll(self) -> Snapshot:
+        """Returns a snapshot of now, without sections."""
+        scrapes, at_ms = scrape.scrape(self._urls), self._now_ms()
+        return Snapshot(self._watch.figures(scrapes, self._clock_s(), at_ms / 1000), scrapes, {}, at_ms)
+
+
+def _holds(figures: Figures) -> Iterator[Problem]:
+    if figures.paused:
+        yield Problem("hold", "training is paused by an operator", HOLDS, "trainer")
+    if figures.publishing_held:
+        yield Problem("hold", "publishing is held by an operator", HOLDS, "versions")
+    # A hold of the guard also pins, so the pin is not reported separately.
+    if figures.pinned and not figures.held:
+        yield Problem("hold", "pinned by an operator", HOLDS, "answers")
+
+
+def _of_figures(figures: Figures) -> Iterator[Problem]:
+    yield from _of_processes(figures)
+    for text in figures.full:
+        yield Problem("critical" if text.endswith("waits for room") else "warning", text, "the-disk-is-full")
+    if figures.faults:
+        yield Problem("critical", "accounts do not balance", "an-account-is-wrong")
+    if figures.differing:
+        text = f"rows trained with other features: {shown(figures.differing)}"
+        yield Problem("critical", text, "answers-and-training-see-different-features", "answers")
+    skipped = _share(figures.skipped_per_s, figures.rows_per_s)
+    if figures.held:
+        yield Problem("critical", "training is held by the guard", "training-is-held", "trainer")
+    elif skipped > SKIPPED_SHARE:
+        yield Problem("warning", f"the guard skips {skipped:.0%} of the rows", "training-is-held", "trainer")
+    if figures.budget and figures.budget.spent:
+        yield Problem(
+            "critical", "training holds: the privacy budget is spent", "the-privacy-budget-is-spent", "trainer"
+        )
+    for name, text in figures.behind.items():
+        section = "segments-are-not-kept" if name == scrape.SEGMENTS else "clicks-wait"
+        yield Problem("warning", f"{name}: {text}", section, STAGES.get(name, ""))
+    yield from _of_ages(figures)
+    if (figures.lag_events or 0.0) > MANY_LAG and "stream" not in figures.behind:
+        yield Problem("warning", f"{shown(figures.lag_events)} clicks wait", "clicks-wait", "stream")
+    dead = _share(figures.dead_per_s, figures.events_per_s)
+    if dead > DEAD_SHARE:
+        yield Problem("warning", f"{dead:.0%} dead letters", "dead-letters", "clicks")
+    ahead = figures.clocks_off.get("ahead")
+    # A click with a clock behind may only be late.
+    if ahead is not None and ahead.age_s < RECENT_S:
+        text = f"a clock is {far(ahead.by_s)} ahead (partition {ahead.partition} offset {ahead.offset})"
+        yield Problem("warning", text, "a-clock-is-wrong", "clicks")
+    if figures.failed_per_s:
+        yield Problem("critical", f"{rate(figures.failed_per_s)} answers fail", "answers-fail", "answers")
+    if figures.corrupt:
+        yield Problem("critical", f"corrupt versions: {shown(figures.corrupt)}", "a-version-is-damaged", "versions")
+    if figures.refused:
+        yield Problem("critical", f"version {figures.refused:.0f} is refused", "a-version-is-refused", "versions")
+
+
+def _of_processes(figures: Figures) -> Iterator[Problem]:
+    nothing_runs = not figures.up_s and not figures.up
+    # Without Kafka other processes wait or do not answer, so Kafka comes first.
+    if figures.kafka_away and not nothing_runs:
+        yield Problem("critical", "Kafka away", "kafka-is-away", "clicks")
+    if nothing_runs:
+        yield Problem("critical", "nothing answers", "a-part-cannot-run")
+    else:
+        for name in figures.away:
+            if figures.up == "starting":
+                yield Problem("warning", f"{name} not started yet", "a-part-starts")
+            else:
+                section = "segments-are-not-kept" if name == scrape.SEGMENTS else "a-part-cannot-run"
+                yield Problem("critical", f"{name} away", section)
+    for name, text in figures.starting.items():
+        yield Problem("warning", f"{name} {text}", "a-part-starts", STAGES.get(name, ""))
+    for name, deaths in figures.dying.items():
+        yield Problem("critical", f"{name} cannot run, {shown(deaths)} deaths in a row", "a-part-cannot-run")
+    if figures.up == "starting" and not figures.away and not figures.starting:
+        yield Problem("warning", "up is still starting", "a-part-starts")
+
+
+def _of_ages(figures: Figures) -> Iterator[Problem]:
+    if not figures.events_per_s:
+        return
+    old = figures.has_old_clicks
+    learned = old and figures.trainer_lag is not None and figures.trainer_lag <= FEW_RECORDS
+    if not any(_holds(figures)) and not learned and (figures.weights_s or 0.0) > STALE_S:
+        yield Problem("warning", f"weights {seconds(figures.weights_s)} old", "no-new-version", "versions")
+    if not old and (figures.features_s or 0.0) > STALE_S:
+        yield Problem(
+            "warning", f"features {seconds(figures.features_s)} old", "answers-do-not-see-new-clicks", "answers"
+        )
+
+
+def _of_sections(sections: Mapping[str, Any]) -> Iterator[Problem]:
+    kafka, registry, accounting = (sections.get(name) for name in ("kafka", "registry", "accounting"))
+    if kafka and not kafka["answers"] and not kafka["away"]:
+        yield Problem("warning", "Kafka has no topics yet", "a-part-starts")
+    if registry and not registry["answers"]:
+        yield Problem("warning", "no registry can be read", "the-disk-is-lost")
+    if accounting and accounting["balanced"] is None:
+        yield Problem("warning", "accounts unknown", "an-account-is-wrong")
+    if accounting and accounting["balanced"] is False:
+        yield Problem("critical", "accounts do not balance", "an-account-is-wrong")
+    if rollout := sections.get("rollout"):
+        if rollout["stopped"]:
+            yield Problem("warning", "a rollout was stopped", "a-rollout-was-stopped")
+        if rollout["unwatched_s"] is not None:
+            yield Problem("warning", "nobody watches the rollout", "nobody-watches-a-rollout")
+    if (retrain := sections.get("retrain")) and (retrain["problem"] or retrain.get("outcome") == "failed"):
+        yield Problem("info", "the last retrain failed", "a-retrain-fails")
+    if (live_clicks := sections.get("live_clicks")) and live_clicks["anomalies"]:
+        yield Problem("info", "live clicks have changed", "live-clicks-have-changed")
+
+
+def _share(part: float | None, whole: float | None) -> float:
+    return (part or 0.0) / whole if whole else 0.0
