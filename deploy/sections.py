@@ -27,7 +27,7 @@ from state.disk import memory_place
 from state.errors import SpringtideError, UnknownTopic
 from state.log import Topics
 from state.registry import privacy_ledger
-from state.registry.held_update import HeldUpdate
+from state.registry.control import HeldUpdate
 from state.registry.privacy_ledger import PrivacyLedger
 from state.segments.expression import texts_of
 from state.storage import shares

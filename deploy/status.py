@@ -125,8 +125,12 @@ def caught_up(settings: Settings) -> str:
     if not trainer.value("springtide_trainer_caught_up"):
         lag = trainer.value("springtide_trainer_lag_records")
         return "the trainer is starting" if lag is None else f"the trainer is {lag:,.0f} records behind"
-    began = registry.beginning_of(control.epoch)
-    if began is not None and began.action == "rollback" and registry.outcome(control.epoch, "learned") is None:
+    began = registry.generations.beginning_of(control.epoch)
+    if (
+        began is not None
+        and began.action == "rollback"
+        and registry.generations.outcome(control.epoch, "learned") is None
+    ):
         return "what was learned before the rollback is not learned again yet"
     return ""
 
@@ -170,7 +174,7 @@ def _unlike(registry: Registry, control: Control, applier: scrape.Scrape) -> str
 
 def _learned_nothing(registry: Registry, control: Control) -> bool:
     """Whether control's epoch has caught up without a row to learn from: until a click comes it has only its base."""
-    learned = registry.outcome(control.epoch, "learned")
+    learned = registry.generations.outcome(control.epoch, "learned")
     if learned is None or learned["rows"] > learned["masked"]:
         return False
     newest = max((*registry.versions(), *registry.recents()))

@@ -6,18 +6,18 @@
     ├── privacy.key              the secret key of the noise, or at `privacy.key_file`     trainer/privacy/key.py
     ├── tokens/                  access tokens, or at `serving.tokens_dir`         deploy/serving/requests/access.py
     ├── registry/                or at `paths.registry`
-    │   ├── versions/ merged/ bases/   one directory per version  state/registry/versions.py
-    │   ├── recent/ recent.boot  versions that are not durable    state/registry/recent.py
+    │   ├── versions/ merged/ bases/   one directory per version  state/registry/registry.py
+    │   ├── recent/ recent.boot  versions that are not durable    state/registry/registry.py
     │   ├── control/             one file per generation          state/registry/controls.py
     │   ├── masks/               users that masks and erasures name, by digest
     │   ├── erasures/            how far each process has applied erasures     state/registry/erasing.py
-    │   ├── outcomes/            outcomes of rollbacks            state/registry/outcomes.py
+    │   ├── outcomes/            outcomes of rollbacks            state/registry/controls.py
     │   ├── programs/ specs/     by digest
     │   ├── baselines/           accepted by operators            state/statistics/baselines.py
     │   ├── rollouts/            one file per generation, figures.json     state/rollouts/rollouts.py
     │   ├── gaps/                losses that the trainer accepted, including skipped records
     │   ├── privacy/ledger.json      the privacy budget spent so far       state/registry/privacy_ledger.py
-    │   ├── shared.json shared.catalog   the shared registry      state/registry/sharing/binding.py
+    │   ├── shared.json shared.catalog   the shared registry      state/registry/directory.py
     │   ├── tmp/                 files being written; swept
     │   └── trainer.lock, compactor.lock, shared.lock
     ├── stream-0/                lock, writer (the transactional id)   streaming/writer.py

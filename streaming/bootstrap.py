@@ -253,7 +253,7 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
     spec, salt = FeatureSpec.from_settings(settings), own_salt(settings)
     registry = Registry(settings.registry_dir)
     require_same_salt(registry, salt)
-    known = registry.bootstrapped(spec.digest, settings.model)
+    known = registry.specs.bootstrapped(spec.digest, settings.model)
     if known is not None and wanted.examples is None:
         return False
     if wanted.examples is not None:
@@ -280,10 +280,10 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
         # 3.
         if output is not None:
             about = document(sample, salt, read_categories(output / "categories"), now_ms)
-            known = registry.free_name(spec.digest)
-            registry.add_spec(known, about, lambda place: _keep(sample, output / "transform", place))
+            known = registry.specs.free_name(spec.digest)
+            registry.specs.add_spec(known, about, lambda place: _keep(sample, output / "transform", place))
         if wanted.examples is not None:
-            _copy(registry.transform(known or spec.digest), wanted.examples / "transform")
+            _copy(registry.specs.transform(known or spec.digest), wanted.examples / "transform")
             about = {
                 "digest": spec.digest,
                 "salt": salt.fingerprint,

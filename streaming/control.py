@@ -38,7 +38,7 @@ from state.microbatch.cutting import trim
 from state.positions import Source
 from state.process import killpoints
 from state.registry.control import Control
-from state.registry.control_look import ControlLook
+from state.registry.controls import ControlPoll
 from state.registry.erasing import ErasureReport, report
 from state.registry.log_line import WHOLE, LogLine
 from streaming.event_clock import EventClock, clock_names
@@ -87,7 +87,7 @@ class ControlWatch:
 
     def __init__(self, registry: Path, own: LogLine, clock: Callable[[], float] = time.monotonic) -> None:
         self._own, self._clock = own, clock
-        self._control = ControlLook(registry)
+        self._control = ControlPoll(registry)
         self._looked_s, self._again_s = float("-inf"), float("inf")
         self.desired = self._wanted(self._control.read())
         if self.desired.log_epoch < own[-1].epoch:
@@ -109,7 +109,7 @@ class ControlWatch:
         if now_s - self._looked_s < LOOK_S:
             return False
         self._looked_s = now_s
-        return self._wanted(self._control.look()) != self.desired
+        return self._wanted(self._control.poll()) != self.desired
 
     def _wanted(self, control: Control | None) -> Desired:
         return Desired(self._own) if control is None else Desired(control.log, control.mask)

@@ -38,7 +38,7 @@ from state.layout import HISTORIES, MARK
 from state.log import Log
 from state.process import killpoints
 from state.registry.model_fit import require_same_features
-from state.registry.spec_actions import SpecActions
+from state.registry.specs import SpecActions
 from state.storage.shares import STREAM
 from streaming.writer import id_of_first_release, last_id, note_first_release, transactional_id
 

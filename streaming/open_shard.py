@@ -40,7 +40,7 @@ from state.metrics import StreamMetrics
 from state.positions import Gap
 from state.process import killpoints
 from state.process.wall_clock import wall_ms
-from state.registry.sharing.running import copying
+from state.registry.sharing import copying
 from state.storage.measuring import offer
 from state.storage.shares import STREAM, map_bytes
 from state.storage.waiting import Room

@@ -67,7 +67,7 @@ from state.process.part import Work, run_process
 from state.process.progress_line import ProgressLine, bar
 from state.process.wall_clock import wall_ms
 from state.registry.log_line import counts
-from state.registry.spec_actions import SpecActions
+from state.registry.specs import SpecActions
 from state.storage.shares import STREAM, map_bytes
 from streaming import histories
 from streaming.control import NOTHING_DESIRED, ControlWatch, Desired, roll_back_histories

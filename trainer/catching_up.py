@@ -16,8 +16,8 @@ from state.positions import Source
 from state.process import killpoints
 from state.process.said_once import SaidOnce
 from state.registry.control import Control, follow
-from state.registry.goals import ClickRanges, clicks_in, from_json, has_caught_up, learned_before
 from state.registry.registry import Registry
+from state.registry.segments import ClickRanges, clicks_in, from_json, has_caught_up, learned_before
 from state.storage.waiting import is_full, unless_full
 from trainer.place import TrainingPlace
 
@@ -51,7 +51,7 @@ class CatchingUp:
         """Enters an epoch. An epoch whose outcome is written already is not followed again, nor is an upgrade."""
         self._caught_up, self._again = False, None
         self._watched = not has_caught_up(self._registry, control.epoch) or control.serving.then_follow
-        self._began = self._registry.beginning_of(control.epoch) if self._watched else None
+        self._began = self._registry.generations.beginning_of(control.epoch) if self._watched else None
         self._goal = learned_before(self._registry, control.epoch) if self._watched else {}
         plan = {} if self._began is None or self._began.plan is None else self._began.plan
         self._planned = from_json(plan.get("again", {}))
@@ -137,7 +137,7 @@ class CatchingUp:
             **self._since_base(place),
             "again": self._again or None,
         }
-        if self._registry.add_outcome(place.epoch, "learned", document):
+        if self._registry.generations.add_outcome(place.epoch, "learned", document):
             logger.info(
                 "epoch %d: caught up %.1f s after the rollback: %d rows, %d of them left out",
                 *(place.epoch, document["seconds"], document["rows"], document["masked"]),

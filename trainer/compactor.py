@@ -39,10 +39,9 @@ from state.process import killpoints
 from state.process.part import run_part
 from state.process.wall_clock import wall_ms
 from state.ranking.crosses import Crosses, crosses_of
-from state.registry.control import Control
+from state.registry.control import Control, named
 from state.registry.erasing import ErasureReport, report, reports
 from state.registry.garbage import collect
-from state.registry.labels import named
 from state.registry.manifest import Manifest, entries
 from state.registry.registry import SERVING, TRAINING, Registry
 from state.storage.shares import REGISTRY, kept_bytes

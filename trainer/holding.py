@@ -33,9 +33,7 @@ from state.errors import UnknownVersion, UnusableRegistry
 from state.metrics import TrainerMetrics
 from state.microbatch.batch import MicroBatch
 from state.process.said_once import SaidOnce
-from state.registry import holding
-from state.registry.control import Control
-from state.registry.held_update import HeldUpdate, SuspectClicks
+from state.registry.control import Control, HeldUpdate, SuspectClicks, hold
 from state.registry.manifest import sees
 from state.registry.registry import Registry
 from trainer import gauges
@@ -572,7 +570,7 @@ class UpdateGuard:
             if control.epoch != after.epoch:
                 return control
             now_ms = int(self._clock() * 1000)
-            return holding.hold(control, held, actor=ACTOR, reason=held.in_words(), now_ms=now_ms)
+            return hold(control, held, actor=ACTOR, reason=held.in_words(), now_ms=now_ms)
 
         control = self._registry.change(asked)
         if control.held is None:

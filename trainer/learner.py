@@ -342,7 +342,7 @@ class Learner:
             UnknownTopic: The training log was recreated since that version.
             GapError: The log does not continue from it: deleted without acceptance, or cut back (TruncatedLog).
         """
-        self.control, settings, specs = control, self._settings, former_specs(self._registry.beginnings())
+        self.control, settings, specs = control, self._settings, former_specs(self._registry.generations.beginnings())
         self._is_former = former(specs, lambda: self._trainer.counters.steps)
         version = control.base if (found := self._registry.newest_good(control.epoch)) is None else found
         if self._log is not None:

@@ -68,7 +68,7 @@ from state.registry.control import Control, start
 from state.registry.manifest import Manifest, sees
 from state.registry.model_fit import require_same_model, version_to_go_on_from
 from state.registry.registry import Registry
-from state.registry.sharing.running import owning
+from state.registry.sharing import owning
 from state.storage.measuring import offer
 from state.storage.shares import REGISTRY
 from state.storage.waiting import Room, is_full
@@ -324,7 +324,7 @@ class ScheduledExports:
 def await_spec(registry: Registry, digest: str, model: Model, stopping: threading.Event) -> bool:
     """Waits for the bootstrap of feature spec `digest` and logs that; returns False if the process is to stop instead."""
     said = float("-inf")
-    while registry.bootstrapped(digest, model) is None:
+    while registry.specs.bootstrapped(digest, model) is None:
         if time.monotonic() - said >= PROGRESS_S:
             said = time.monotonic()
             logger.info("waiting for the bootstrap of feature spec %s: `springtide bootstrap`", digest[:12])
@@ -402,9 +402,9 @@ def prepare(
         # Threads are fixed before the first operation, which loading the graph is.
         device.prepare(settings.trainer.device, settings.trainer.threads)
         spec = FeatureSpec.from_settings(settings)
-        name = registry.bootstrapped(spec.digest, settings.model) or spec.digest
+        name = registry.specs.bootstrapped(spec.digest, settings.model) or spec.digest
         # 3.
-        trainer = trainer_of(settings, spec, preprocessing_of(registry.transform(name)))
+        trainer = trainer_of(settings, spec, preprocessing_of(registry.specs.transform(name)))
         go_on_in_this_release(registry, settings, spec, trainer)
         phases.enter(PROGRAM)
         # Custom code may have changed without a sign in the environment.
@@ -424,7 +424,7 @@ def prepare(
         topic = settings.kafka.microbatches_topic
         return Reader(settings.kafka, topic, [partition], positions, leaders={partition: leader} if positions else {})
 
-    about, begins = registry.spec(name), beginning_of(registry, arguments, stopping)
+    about, begins = registry.specs.spec(name), beginning_of(registry, arguments, stopping)
     learner = Learner(
         *(settings, registry, trainer, open_log, program, spec.digest, about, metrics),
         consent=consent,
@@ -478,7 +478,7 @@ def enter(learner: Learner, registry: Registry, control: Control) -> None:
 
 
 def _sweep(registry: Registry) -> None:
-    for name in registry.sweep():
+    for name in registry.directory.sweep():
         logger.info("swept %s, left by a writer that died", name)
     if swept := registry.sweep_recent():
         logger.info("swept %d versions that were not kept: what they learned is learned again from the log", swept)

@@ -19,7 +19,7 @@ from state.metrics import TrainerMetrics
 from state.registry.control import Control
 from state.registry.log_line import onward
 from state.registry.manifest import Draft, Kind, Manifest
-from state.registry.recent import MOST_BETWEEN
+from state.registry.registry import MOST_BETWEEN
 from trainer import gauges
 from trainer.engine.step import Trainer
 from trainer.holding import UpdateGuard

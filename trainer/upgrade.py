@@ -117,9 +117,9 @@ def planning(
         from trainer.versions.program import preprocessing_of
 
         device.prepare(settings.trainer.device, settings.trainer.threads)
-        name = registry.bootstrapped(spec.digest, settings.model)
+        name = registry.specs.bootstrapped(spec.digest, settings.model)
         # Without an analysis: the default preprocessing has the same width as logarithms.
-        preprocessing = None if name is None else preprocessing_of(registry.transform(name))
+        preprocessing = None if name is None else preprocessing_of(registry.specs.transform(name))
         trainer = trainer_of(settings, spec, preprocessing)
     planned = planned_for(registry, version, trainer)
     said = [f"from version {version.version}, epoch {version.epoch}:"]

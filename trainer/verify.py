@@ -193,9 +193,11 @@ def verify(
     """
     began_s = elapsed()
     # 1.
-    target, beginnings = registry.manifest(version), registry.beginnings()
+    target, beginnings = registry.manifest(version), registry.generations.beginnings()
     base = origin_of(registry, beginnings, target, wanted_base)
-    segments = segments_of(registry, registry.last_of_epochs((base or target).epoch, target.epoch), base, target)
+    segments = segments_of(
+        registry, registry.generations.last_of_epochs((base or target).epoch, target.epoch), base, target
+    )
     found = Comparison(version, 0 if base is None else base.version, segments[0].first, target.log.next)
     total = sum(segment.next - segment.first for segment in segments)
     say(f"verify: {total} positions of the training log, from {found.origin} to version {version}")
@@ -209,7 +211,9 @@ def verify(
         return replace(found, outcome="not comparable", environment=tuple(differs), seconds=elapsed() - began_s)
     # 3.
     if base is None:
-        checkpoint.begin(trainer, registry.spec(registry.bootstrapped(target.spec, settings.model) or target.spec))
+        checkpoint.begin(
+            trainer, registry.specs.spec(registry.specs.bootstrapped(target.spec, settings.model) or target.spec)
+        )
     else:
         checkpoint.restore(registry, base.version, trainer, target.spec)
     done = Replay(trainer, base, target, former_specs(beginnings), taken_out(registry, base))
@@ -295,8 +299,8 @@ def run(settings: Settings, version: int, wanted_base: int | None, say: Callable
             from trainer.versions.program import preprocessing_of
 
             device.prepare(settings.trainer.device, settings.trainer.threads)
-            name = registry.bootstrapped(spec.digest, settings.model) or spec.digest
-            return trainer_of(settings, spec, preprocessing_of(registry.transform(name)))
+            name = registry.specs.bootstrapped(spec.digest, settings.model) or spec.digest
+            return trainer_of(settings, spec, preprocessing_of(registry.specs.transform(name)))
 
     def open_log(topic: str, offset: int) -> Reader:
         partition = registry.manifest(version).log.partition

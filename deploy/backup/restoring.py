@@ -27,10 +27,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deploy.backup import erasures, serving_start
-from deploy.backup.documents import Backup, KeptFile
-from deploy.backup.objects import Objects
-from deploy.backup.places import usable
+from deploy.backup import serving_start
+from deploy.backup.location import Backup, KeptFile, Objects, usable
 from state import layout
 from state.config.settings import Settings
 from state.disk import clean_mark
@@ -39,17 +37,19 @@ from state.disk.clean_mark import CleanMark
 from state.disk.lock import DirectoryLock
 from state.errors import BackupError, MissingSalt, SaltMismatch
 from state.events.identity import load_salt
-from state.features.erased import Erased
+from state.features.erased import Erased, Erasure
+from state.file_store import FileStore
 from state.history.appends import Appends
 from state.history.rewinding import line_extra
 from state.history.store import HistoryStore
-from state.places.place import FilePlace
 from state.positions import Source
 from state.process import killpoints
-from state.registry import restoring as transitions
+from state.registry import control as transitions
+from state.registry.control import Control
+from state.registry.controls import Controls
 from state.registry.log_line import WHOLE
 from state.registry.manifest import sees
-from state.registry.registry import Registry
+from state.registry.registry import MOST_BETWEEN, Registry
 
 RESTORING = "restoring"
 """The directory in which a restore builds its files; leftovers in it have no use."""
@@ -57,7 +57,8 @@ RESTORING = "restoring"
 _MAY_BE_THERE = {layout.LOCK, layout.SALT, layout.KAFKA, layout.LOGS, layout.REPLAY, layout.REGISTRY, RESTORING}
 _MAY_BE_IN_REGISTRY = {layout.TRAINER_LOCK, layout.COMPACTOR_LOCK, RESTORING}
 SALT = "salt"
-MOST_VERSIONS_PER_S, MOST_BETWEEN = 100, 10_000
+MOST_VERSIONS_PER_S = 100
+CONTROL_FILES = tuple(f"{layout.REGISTRY}/{folder}/" for folder in (layout.CONTROL, layout.MASKS))
 
 
 def require_restorable(settings: Settings, backup: Backup) -> None:
@@ -156,10 +157,10 @@ class Restored(NamedTuple):
 
 def restore(
     settings: Settings,
-    place: FilePlace,
+    store: FileStore,
     backup: Backup,
     by: By,
-    said: Callable[[int], None],
+    progress: Callable[[int], None],
     erased: Erased = Erased.NOBODY,
     kafka_lost: bool = False,
 ) -> Restored:
@@ -167,15 +168,15 @@ def restore(
 
     Args:
         settings: Where to.
-        place: Location of the backup.
+        store: Location of the backup.
         backup: Which one.
         by: Who does it, and when.
-        said: Called repeatedly with the number of bytes written.
+        progress: Called repeatedly with the number of bytes written.
         erased: Erasures that are still known elsewhere; those that the backup lacks are applied again.
         kafka_lost: Whether the topics are lost too, so that the trainer continues in another log.
 
     Raises:
-        BackupError: Something is there already, the disk refused, or the erasures are of another system.
+        BackupError: State exists already, the disk refused, or the erasures are of another system.
         DamagedBackup: An object is missing or fails its digest; the message names it.
         MissingSalt, SaltMismatch: The salt of its users is not there, or is another.
         LockHeld: The system runs.
@@ -187,7 +188,7 @@ def restore(
         require_restorable(settings, backup)
         with _built_aside(settings) as aside:
             # 2.
-            _write_all(settings, place, backup, said)
+            _write_all(settings, store, backup, progress)
             killpoints.reach("restore.written")
             # 3.
             users, positions = _finish_stores(settings, backup, kafka_lost)
@@ -196,13 +197,13 @@ def restore(
             if backup.version is not None:
                 registry.chain(backup.version)
             # 4.
-            first = _keep_numbers(registry, backup, by.now_ms)
-            again = erasures.missing(erasures.of(registry), erased)
-            erasures.give_again(registry, again, backup.id, by.actor, by.now_ms)
-            version, generation = _say_so(registry, backup, positions, by, kafka_lost)
+            first = _reserve_numbers(registry, backup, by.now_ms)
+            again = _missing(_erasures_of(registry.generations), erased)
+            _repeat(registry, again, backup.id, by.actor, by.now_ms)
+            version, generation = _record(registry, backup, positions, by, kafka_lost)
             shutil.rmtree(registry.path / layout.TEMPORARY)
             # 5.
-            _take(aside)
+            _move_to_final_paths(aside)
     return Restored(backup, users, positions, generation, first, len(again), version)
 
 
@@ -221,18 +222,18 @@ def _built_aside(settings: Settings) -> Iterator[list[Path]]:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def _write_all(settings: Settings, place: FilePlace, backup: Backup, said: Callable[[int], None]) -> None:
-    objects = Objects(place, listed=False)
+def _write_all(settings: Settings, store: FileStore, backup: Backup, progress: Callable[[int], None]) -> None:
+    objects = Objects(store, listed=False)
     for file in backup.files:
         if file.path != SALT:
-            _write(_place_of(settings, file), objects.read(file), said)
+            _write(_path_of(settings, file), objects.read(file), progress)
         elif not settings.salt_path.exists():
             settings.salt_path.parent.mkdir(parents=True, exist_ok=True)
             durable.write(settings.salt_path, b"".join(objects.read(file)))
             durable.sync_directory(settings.salt_path.parent)
 
 
-def _place_of(settings: Settings, file: KeptFile) -> Path:
+def _path_of(settings: Settings, file: KeptFile) -> Path:
     """Where a file is built."""
     first, _, rest = file.path.partition("/")
     if first == layout.REGISTRY:
@@ -240,14 +241,14 @@ def _place_of(settings: Settings, file: KeptFile) -> Path:
     return settings.state_dir / RESTORING / first / rest
 
 
-def _write(path: Path, pieces: Iterator[bytes], said: Callable[[int], None]) -> None:
+def _write(path: Path, pieces: Iterator[bytes], progress: Callable[[int], None]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "xb", buffering=0, opener=partial(os.open, mode=0o600)) as file:
         for piece in pieces:
             view = memoryview(piece)
             while view:
                 view = view[file.write(view) :]
-            said(len(piece))
+            progress(len(piece))
 
 
 def _finish_stores(settings: Settings, backup: Backup, kafka_lost: bool) -> tuple[int, dict[str, dict[str, int]]]:
@@ -287,15 +288,15 @@ def _begin_serving(settings: Settings, backup: Backup, kafka_lost: bool) -> None
         shutil.rmtree(serving, ignore_errors=True)
 
 
-def _keep_numbers(registry: Registry, backup: Backup, now_ms: int) -> int:
+def _reserve_numbers(registry: Registry, backup: Backup, now_ms: int) -> int:
     """Reserves the version numbers that the lost system may have used; returns the first free one."""
     elapsed_s = max(now_ms - backup.created_at_ms, 0) // 1000
     last = registry.next_number() - 1 + MOST_BETWEEN + MOST_VERSIONS_PER_S * elapsed_s
-    durable.write(registry.path / layout.RECENT / f"{last:012d}.last", b"")
+    registry.reserve_numbers(last)
     return last + 1
 
 
-def _say_so(
+def _record(
     registry: Registry, backup: Backup, positions: Mapping[str, Mapping[str, int]], by: By, kafka_lost: bool
 ) -> tuple[int | None, int]:
     """Writes the control generation that records the restore; returns the version to continue from, and the generation's number."""
@@ -306,7 +307,7 @@ def _say_so(
     version = _not_ahead(registry, backup, found)
     marks = {} if version is None else registry.manifest(version).marks
     lost = sum(max(0, after - marks.get(source, after)) for source, after in found.items())
-    who["reason"] += "; Kafka's data is lost, the trainer goes on in another log"
+    who["reason"] += "; Kafka's data is lost, the trainer continues in another log"
     made = registry.change(lambda now: transitions.restored_without_log(now, version, lost, **who))
     return version, made.generation
 
@@ -325,7 +326,7 @@ def _not_ahead(registry: Registry, backup: Backup, positions: Mapping[Source, in
     return backup.version
 
 
-def _take(aside: list[Path]) -> None:
+def _move_to_final_paths(aside: list[Path]) -> None:
     """Moves what was built aside to where it belongs, and removes the rest."""
     for folder in aside:
         durable.sync_tree(folder)
@@ -339,3 +340,82 @@ def _take(aside: list[Path]) -> None:
             one.rename(final)
             killpoints.reach("restore.taken")
         durable.sync_directory(folder.parent)
+
+
+# Erasures made after the backup. The histories and rows of an older backup still hold users who were erased later. The
+# newest backup in the same location knows the later erasures, and so does a registry that was not lost. They are
+# repeated in order, each in its own control generation. The erased copies then disappear as after any erasure.
+
+
+def erasures_known_to(backup: Backup, objects: Objects, folder: Path) -> Erased:
+    """Returns the erasures recorded in a backup.
+
+    Args:
+        backup: Any backup in the object store.
+        objects: The objects of that store.
+        folder: Where to write the backup's control; a directory that does not exist.
+
+    Raises:
+        DamagedBackup: An object of the backup is missing or fails its digest.
+        CorruptVersion: Control in the backup is damaged.
+    """
+    for file in backup.files:
+        if file.path.startswith(CONTROL_FILES):
+            path = folder / file.path.partition("/")[2]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(b"".join(objects.read(file)))
+    return _erasures_of(Controls(folder))
+
+
+def erasures_in(path: Path) -> Erased:
+    """Returns the erasures recorded in a registry that was not lost.
+
+    Raises:
+        BackupError: `path` is not a registry.
+        CorruptVersion: The registry's control is damaged.
+    """
+    if not (path / layout.CONTROL).is_dir():
+        raise BackupError(f"{path} is no registry", "name a directory with control/ in it")
+    return _erasures_of(Controls(path))
+
+
+def _erasures_of(controls: Controls) -> Erased:
+    """Returns the erasures recorded in control.
+
+    Raises:
+        CorruptVersion: Control is damaged.
+    """
+    control = controls.control()
+    return Erased.NOBODY if control is None else control.erased
+
+
+def _missing(here: Erased, known: Erased) -> tuple[Erasure, ...]:
+    """Returns the erasures of `known` that must be repeated, in order.
+
+    Raises:
+        BackupError: `here` and `known` belong to different systems.
+    """
+    # A repeated erasure has another generation, so generations are not compared.
+    mine, theirs = ([(one.users, one.until) for one in erased] for erased in (here, known))
+    shared = min(len(mine), len(theirs))
+    if mine[:shared] != theirs[:shared]:
+        raise BackupError(
+            "the erasures known elsewhere are not those of this backup and later ones",
+            "name the registry of this system",
+        )
+    return known.entries[shared:]
+
+
+def _repeat(registry: Registry, erasures: tuple[Erasure, ...], backup_id: str, actor: str, now_ms: int) -> None:
+    """Repeats each erasure as a new control generation.
+
+    Raises:
+        RegistryError: The registry refused the change.
+    """
+    for one in erasures:
+        reason = f"erasure {one.id}, made after backup {backup_id}, is applied again"
+
+        def decided(control: Control, one: Erasure = one, reason: str = reason) -> Control:
+            return transitions.erase(control, one.users, one.until, actor=actor, reason=reason, now_ms=now_ms)
+
+        registry.change(decided)

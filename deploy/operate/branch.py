@@ -19,7 +19,7 @@ from state.errors import CorruptVersion, SettingsError, UnfitVersion, UnknownVer
 from state.features.masked_users import MaskedUsers
 from state.registry.control import Control
 from state.registry.manifest import TOLD_MS, Manifest, sees
-from state.registry.mask_entries import MaskEntry, joined
+from state.registry.masks import MaskEntry, joined
 from state.registry.registry import SERVING, TRAINING, Registry
 from state.registry.segments import segments_to_end
 from state.registry.tensor_files import tensor_in
@@ -328,7 +328,7 @@ def _newest_clean(branch: ServingBranch, target: Target, masks: Sequence[MaskEnt
     control = branch.control
     is_new = any(mask.offsets is None and mask.generation > control.generation for mask in masks)
     # While the stream may still rewrite rows, a mask without a matching row is no mistake.
-    rewrites = control.mode == "exact" and branch.registry.outcome(control.epoch, "learned") is None
+    rewrites = control.mode == "exact" and branch.registry.generations.outcome(control.epoch, "learned") is None
     if is_new and not rewrites:
         raise SettingsError(
             "no row of the training log is named by --skip-time, --minutes or --skip-users: nothing would be left out",

@@ -9,8 +9,7 @@ from typing import Any
 
 from deploy.operate.masking import mask_document
 from state.errors import ControlConflict, RegistryError
-from state.registry import control_codec
-from state.registry.control import Control
+from state.registry.control import Control, encode
 from state.registry.registry import Registry
 
 Say = Callable[[str], None]
@@ -58,5 +57,5 @@ def put(registry: Registry, old: Control, new: Control, done: str, asked: argpar
 
 def control_document(control: Control) -> dict[str, Any]:
     """Returns a control generation as JSON values; a mask's users are counted, not listed."""
-    document: dict[str, Any] = json.loads(control_codec.encode(control))
+    document: dict[str, Any] = json.loads(encode(control))
     return {**document, "mask": mask_document(control.mask)}

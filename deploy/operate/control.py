@@ -15,7 +15,6 @@ from state.config.settings import Settings
 from state.errors import SettingsError
 from state.process.actor import actor
 from state.registry import control as transitions
-from state.registry import holding, labels
 
 
 def pin(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
@@ -47,7 +46,7 @@ def label(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
     if asked.version is not None:
         registry.chain(asked.version)
     control = current(registry, asked.if_generation)
-    new = labels.label(control, asked.name, asked.version, actor=actor(), reason=asked.reason, now_ms=now_ms)
+    new = transitions.label(control, asked.name, asked.version, actor=actor(), reason=asked.reason, now_ms=now_ms)
     done = f"{asked.name} is no label of ours any more" if asked.remove else f"{asked.name} is version {asked.version}"
     put(registry, control, new, done, asked, say)
 
@@ -75,7 +74,7 @@ def switch(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
     transition, on, done = SWITCHES[asked.command]
     who: dict[str, Any] = {"actor": actor(), "reason": asked.reason, "now_ms": now_ms}
     if control.held is not None and asked.command in ("release", "resume"):
-        new = holding.release(control, action=asked.command, **who)
+        new = transitions.release(control, action=asked.command, **who)
         done = f"{control.held.rule} is let go: {done}, and this place is not held again"
         put(registry, control, new, done, asked, say)
         return

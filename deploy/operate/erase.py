@@ -24,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
+from msgspec.structs import replace as changed
 
 from deploy.operate import log_view
 from deploy.operate.commands import Say, current
@@ -41,11 +42,10 @@ from state.log import Log, topic_plan
 from state.process import killpoints
 from state.process.actor import actor
 from state.registry.control import Control
-from state.registry.erasing import ErasureReport
-from state.registry.erasing import erase as erase_users
+from state.registry.control import erase as erase_users
+from state.registry.erasing import ErasureReport, all_reports
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
-from state.registry.sharing.small import all_reports
 from state.segments.members import member_of
 from state.trials.trial import Trials
 
@@ -121,7 +121,7 @@ def show(settings: Settings, registry: Registry, now_ms: int, output: str, say: 
     """
     control = current(registry)
     held = holdings(settings, registry, control, now_ms)
-    listed = [erasure_document(one, registry.generation(one.generation)) for one in control.erased]
+    listed = [erasure_document(one, registry.generations.generation(one.generation)) for one in control.erased]
     if output == "json":
         say(json.dumps({"erasures": listed, "holding": [asdict(one) for one in held], "note": NOT_OURS}, indent=2))
         return
@@ -202,7 +202,7 @@ def of_trials(settings: Settings, control: Control) -> list[Holding]:
         own = registry.control()
         if own is not None:
             compactor = {one.part: one for one in all_reports(registry)}.get(COMPACTOR)
-            held = of_versions(settings, registry, replace(own, erased=control.erased), compactor)
+            held = of_versions(settings, registry, changed(own, erased=control.erased), compactor)
             found += [replace(one, where=f"trial {name}: {one.where}") for one in held]
     return found
 

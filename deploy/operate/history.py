@@ -12,8 +12,8 @@ from deploy.operate.times import age, iso
 from deploy.operate.versions import open_registry, table
 from state.config.settings import Settings
 from state.registry.control import Control
-from state.registry.mask_entries import MaskEntry
-from state.registry.outcomes import Part
+from state.registry.controls import Part
+from state.registry.masks import MaskEntry
 from state.registry.registry import Registry
 
 PARTS: tuple[Part, ...] = ("planned", "answered", "learned")
@@ -61,7 +61,7 @@ def outcome(registry: Registry, control: Control, before: Control | None) -> dic
     """Returns plan and result of a rollback that began an epoch; empty for other generations."""
     if control.action != "rollback" or (before is not None and before.epoch == control.epoch):
         return {}
-    return {"outcome": {part: registry.outcome(control.epoch, part) for part in PARTS}}
+    return {"outcome": {part: registry.generations.outcome(control.epoch, part) for part in PARTS}}
 
 
 def compared(outcome: dict[str, Any]) -> str:
@@ -106,7 +106,10 @@ def masks(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
     registry = open_registry(settings)
     control = current(registry)
     held = (*control.masks, *control.lifted)
-    entries = [_entry(registry, one, registry.generation(one.generation) if one.generation else None) for one in held]
+    entries = [
+        _entry(registry, one, registry.generations.generation(one.generation) if one.generation else None)
+        for one in held
+    ]
     if asked.output == "json":
         say(json.dumps(entries, indent=2))
         return
@@ -131,7 +134,7 @@ def masks(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
 
 
 def _entry(registry: Registry, entry: MaskEntry, set_by: Control | None) -> dict[str, Any]:
-    counted = None if set_by is None else registry.outcome(set_by.epoch, "planned")
+    counted = None if set_by is None else registry.generations.outcome(set_by.epoch, "planned")
     hit = ((counted or {}).get("masks") or {}).get(str(entry.id), {})
     return {
         "id": entry.id,

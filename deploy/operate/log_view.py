@@ -28,7 +28,7 @@ from state.microbatch.row_kinds import trained
 from state.positions import Source
 from state.registry.log_line import LogLine, counts, onward
 from state.registry.manifest import Manifest
-from state.registry.mask_entries import MaskEntry
+from state.registry.masks import MaskEntry
 from state.registry.registry import Registry
 from state.registry.segments import LogSegment
 

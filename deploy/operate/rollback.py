@@ -24,6 +24,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
+
 from deploy.operate.branch import ServingBranch, Target, choose
 from deploy.operate.commands import Say, control_document, current
 from deploy.operate.log_view import Counted, Counting, LogView, look, records
@@ -39,11 +41,11 @@ from state.process import killpoints
 from state.process.actor import actor
 from state.registry import log_line
 from state.registry.control import Control, roll_back
-from state.registry.goals import ClickRanges, clicks_in, from_json, learned_before, to_json
 from state.registry.log_line import LogLine
 from state.registry.manifest import Manifest, sees
-from state.registry.mask_entries import MaskEntry, added, joined
+from state.registry.masks import MaskEntry, added, joined
 from state.registry.registry import SERVING, Registry
+from state.registry.segments import ClickRanges, clicks_in, from_json, learned_before, to_json
 
 THREADS = 4  # digests are computed without the GIL
 CHECKED_FIRST_BYTES = 64_000_000
@@ -450,7 +452,7 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
     took_s = None
     if asked.wait and _serves(settings) and _wait_for_answers(settings, plan.to.version, asked.wait):
         took_s = round(time.monotonic() - began_s, 3)
-        registry.add_outcome(made.epoch, "answered", {"seconds": took_s})
+        registry.generations.add_outcome(made.epoch, "answered", {"seconds": took_s})
     if asked.output == "text":
         answered = "" if took_s is None else f"; answers of this host come from it after {took_s:.2f} s"
         say(f"generation {made.generation}: epoch {made.epoch} starts from version {plan.to.version}{answered}")
@@ -465,7 +467,7 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
         # The control generation exists; only the figures are missing.
         show(document | {"problem": str(error)}, [f"the plan could not be counted: {error}"])
         return
-    registry.add_outcome(made.epoch, "planned", plan.document())
+    registry.generations.add_outcome(made.epoch, "planned", plan.document())
     show(document | {"plan": plan.document()}, plan.lines())
 
 
@@ -517,16 +519,25 @@ def _planned(
     )
     if view is not None and made is not control and made.epoch != control.epoch:
         again = {} if plan.exact is None else {"again": to_json(plan.exact.again)}
-        made = replace(made, plan={"end": view.end} | again)
+        made = msgspec.structs.replace(made, plan={"end": view.end} | again)
     return plan, made
 
 
 def _count_interrupted(settings: Settings, registry: Registry, control: Control, plan: Plan) -> None:
     """Stores the plan of a rollback whose command was killed between steps 2 and 4, as far as it can still be counted."""
-    began = registry.beginning_of(control.epoch)
-    if began is None or began.action != "rollback" or registry.outcome(control.epoch, "planned") is not None:
+    began = registry.generations.beginning_of(control.epoch)
+    if (
+        began is None
+        or began.action != "rollback"
+        or registry.generations.outcome(control.epoch, "planned") is not None
+    ):
         return
-    before, view, exact, stored = registry.generation(began.generation - 1), plan.view, plan.exact, began.plan
+    before, view, exact, stored = (
+        registry.generations.generation(began.generation - 1),
+        plan.view,
+        plan.exact,
+        began.plan,
+    )
     if view is not None and stored is not None:
         view = replace(view, end=int(stored["end"]))
     if exact is not None:
@@ -534,7 +545,7 @@ def _count_interrupted(settings: Settings, registry: Registry, control: Control,
         exact = exact_plan(registry, before, plan.to, view, known)
     new = [mask for mask in began.masks if mask.generation == began.generation]
     interrupted = replace(plan, before=before, new=new, view=view, exact=exact)
-    registry.add_outcome(control.epoch, "planned", interrupted.count(settings).document())
+    registry.generations.add_outcome(control.epoch, "planned", interrupted.count(settings).document())
 
 
 def _serves(settings: Settings) -> bool:

@@ -277,13 +277,13 @@ def _read(path: Path) -> Schema:
 
 def _bootstrapped(settings: Settings) -> tuple[Registry, Bootstrapped]:
     registry = open_registry(settings)
-    name = registry.bootstrapped(FeatureSpec.from_settings(settings).digest, settings.model)
+    name = registry.specs.bootstrapped(FeatureSpec.from_settings(settings).digest, settings.model)
     if name is None:
         raise SettingsError(
             "these feature settings were not bootstrapped yet",
             "`springtide up` does it with the first clicks; or `springtide bootstrap`",
         )
-    return registry, Bootstrapped(name, registry.spec(name))
+    return registry, Bootstrapped(name, registry.specs.spec(name))
 
 
 def _baseline(settings: Settings) -> tuple[Bootstrapped, Baseline]:

@@ -17,7 +17,7 @@ from state.errors import CorruptVersion, RegistryError, StoreError, UnknownVersi
 from state.registry.control import Control
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
-from state.registry.sharing.running import visit
+from state.registry.sharing import visit
 from state.rows.reader import RowReader
 from state.rows.store import RowStore
 

@@ -93,11 +93,7 @@ class ReplayJournal:
 
     def write(self, position: Position) -> None:
         """Stores a position durably."""
-        draft = self._path.with_suffix(".draft")
-        draft.unlink(missing_ok=True)
-        durable.write(draft, msgspec.json.encode(position))
-        draft.replace(self._path)
-        durable.sync_directory(self._path.parent)
+        durable.replace(self._path, msgspec.json.encode(position))
 
     def forget(self) -> None:
         """Removes the stored position, so that the replay starts again from the beginning."""

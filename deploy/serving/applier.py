@@ -69,10 +69,10 @@ from state.process.part import run_part
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
 from state.ranking.crosses import crosses_of
-from state.registry.control_look import ControlLook
+from state.registry.controls import ControlPoll
 from state.registry.registry import Registry
-from state.registry.sharing.running import copying, reached_ms
-from state.registry.spec_actions import SpecActions
+from state.registry.sharing import copying, reached_ms
+from state.registry.specs import SpecActions
 from state.rows.reader import Served
 from state.rows.store import RowStore
 from state.storage.measuring import offer
@@ -383,7 +383,7 @@ class Applier:
         self._attributes = (
             AttributesFollower(settings, folder / ATTRIBUTES, self.metrics, self._room()) if wanted else None
         )
-        self._control, spec = ControlLook(settings.registry_dir), FeatureSpec.from_settings(settings)
+        self._control, spec = ControlPoll(settings.registry_dir), FeatureSpec.from_settings(settings)
         actions = SpecActions(settings.registry_dir, spec)
         self._number_actions(spec, actions)
         self.clicks = HistoryFollower(
@@ -510,7 +510,7 @@ class Applier:
 
         while not self._stop.is_set():
             try:
-                control = self._control.look()
+                control = self._control.poll()
                 if control is not None:
                     self.clicks.turn(control.log, control.mask, partition, open_at)
                     self.erasures.take_up(control.erased)

@@ -35,7 +35,7 @@ class VersionFiles:
         if path in self._fetched:
             return
         if not path.exists() or hashlib.sha256(path.read_bytes()).hexdigest() != digest:
-            durable.replace(path, self._registry.program(digest))
+            durable.replace(path, self._registry.specs.program(digest))
         self._fetched.add(path)
 
     def fetch_spec(self, digest: str) -> None:
@@ -44,7 +44,7 @@ class VersionFiles:
         if path in self._fetched:
             return
         try:
-            document = self._registry.spec(digest)["spec"]
+            document = self._registry.specs.spec(digest)["spec"]
         except (SpecMismatch, RegistryError, KeyError):
             return
         if not path.exists():

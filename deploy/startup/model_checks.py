@@ -152,7 +152,7 @@ def is_bootstrapped(settings: Settings) -> bool:
     if not (settings.registry_dir / layout.SPECS).is_dir():
         return False
     spec = FeatureSpec.from_settings(settings).digest
-    return Registry(settings.registry_dir).bootstrapped(spec, settings.model) is not None
+    return Registry(settings.registry_dir).specs.bootstrapped(spec, settings.model) is not None
 
 
 def has_spec(registry_dir: Path) -> bool:

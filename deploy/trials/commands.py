@@ -197,7 +197,7 @@ def require_bootstrapped(live: Registry, tried: Settings) -> str:
     Raises:
         SettingsError: There is none.
     """
-    name = live.bootstrapped(FeatureSpec.from_settings(tried).digest, tried.model)
+    name = live.specs.bootstrapped(FeatureSpec.from_settings(tried).digest, tried.model)
     if name is None:
         raise SettingsError(
             f"clicks were not analysed for the preprocessing {tried.model.preprocessing} with its options",
@@ -255,7 +255,7 @@ def filler(
             _link_version(live, own, version.version)
             # Whoever answers for the trial begins with it.
             with suppress(CorruptVersion):
-                own.add_program(live.program(version.program))
+                own.specs.add_program(live.specs.program(version.program))
         if past is not None:
             write_past(folder, past)
         base = None if version is None else version.version

@@ -40,6 +40,7 @@ from state.process.ending import stop_on_signals
 from state.process.garbage import keep_what_is_there
 from state.process.part import run_part
 from state.process.said_once import SaidOnce
+from state.registry.directory import Directory
 from state.registry.specs import Specs
 from state.statistics.anomalies import validate
 from state.statistics.baselines import Baseline, Baselines
@@ -210,13 +211,13 @@ class WindowJudge:
 
     def _settled(self, window: Window) -> bool:
         """Whether histories, which begin empty with the bootstrap, grow slowly enough by now to be like a window before."""
-        specs = Specs(self._settings.registry_dir)
+        specs = Specs(Directory(self._settings.registry_dir))
         name = specs.bootstrapped(self._spec, self._settings.model)
         begun_ms = 0 if name is None else int(specs.spec(name)["newest_ms"])
         return window.end_ms - begun_ms >= SETTLED_WINDOWS * (window.end_ms - window.start_ms)
 
     def _baseline(self) -> Baseline | None:
-        name = Specs(self._settings.registry_dir).bootstrapped(self._spec, self._settings.model)
+        name = Specs(Directory(self._settings.registry_dir)).bootstrapped(self._spec, self._settings.model)
         found = None if name is None else Baselines(self._settings.registry_dir).newest(name)
         if found is None:
             self._say(

@@ -48,7 +48,9 @@ class KeptWindows:
         """Stores a window, and removes all but the `keep` newest."""
         folder = self._path / WINDOWS
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / f"{window.end_ms}.pb", as_list(window.statistics).SerializeToString(deterministic=True))
+        durable.replace(
+            folder / f"{window.end_ms}.pb", as_list(window.statistics).SerializeToString(deterministic=True)
+        )
         for end_ms in self.ends()[:-keep]:
             (folder / f"{end_ms}.pb").unlink(missing_ok=True)
 
@@ -83,7 +85,7 @@ class KeptWindows:
     def note_place(self, topic_id: str, offset: int) -> None:
         """Stores the offset to continue from after a restart."""
         self._path.mkdir(parents=True, exist_ok=True)
-        _replace(self._path / PLACE, json.dumps({"topic_id": topic_id, "offset": offset}).encode())
+        durable.replace(self._path / PLACE, json.dumps({"topic_id": topic_id, "offset": offset}).encode())
 
     def place(self, topic_id: str) -> int | None:
         """Returns the offset to continue from; None if none is stored for this topic."""
@@ -92,10 +94,3 @@ class KeptWindows:
             return int(noted["offset"]) if noted["topic_id"] == topic_id else None
         except (OSError, ValueError, KeyError, TypeError):
             return None
-
-
-def _replace(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.unlink(missing_ok=True)
-    durable.write(temporary, data)
-    temporary.replace(path)

@@ -6,6 +6,7 @@ The order is always: temporary file, fsync, rename, fsync of the directory.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import os
 import socket
 from pathlib import Path
@@ -29,17 +30,69 @@ def write(path: Path, data: bytes) -> None:
         os.close(handle)
 
 
-def replace(path: Path, data: bytes) -> None:
-    """Creates or replaces a file; durable when this returns. Only one writer per file at a time.
+def replace(path: Path, data: bytes, temporary: Path | None = None) -> None:
+    """Creates or replaces a file; durable when this returns.
+
+    Args:
+        path: The file.
+        data: Its new content.
+        temporary: A path on the same file system that no other writer uses; None if the file has one writer at a time.
 
     Raises:
         OSError: The disk refused; the old file is unchanged.
     """
-    temporary = path.with_name(f".{path.name}.new")
-    temporary.unlink(missing_ok=True)
-    write(temporary, data)
-    temporary.replace(path)
+    if temporary is None:
+        temporary = path.with_name(f".{path.name}.new")
+        temporary.unlink(missing_ok=True)
+    try:
+        write(temporary, data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     sync_directory(path.parent)
+
+
+def create(path: Path, data: bytes, temporary: Path) -> bool:
+    """Creates a file durably and returns True, or False if it exists. Of concurrent callers one gets True.
+
+    Args:
+        path: The file.
+        data: Its content.
+        temporary: A path on the same file system that no other writer uses.
+
+    Raises:
+        OSError: The disk refused; nothing was created.
+    """
+    try:
+        write(temporary, data)
+        return link(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def link(temporary: Path, path: Path) -> bool:
+    """Gives a synced temporary file its final name, durably; False if another file has that name."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    sync_directory(path.parent)
+    return True
+
+
+def unique(path: Path) -> Path:
+    """A path for a temporary file next to `path` that no other thread or process uses; see `is_temporary`."""
+    return path.with_name(f"{path.name}~{os.getpid()}-{os.urandom(4).hex()}")
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a file's name is one that `unique` returned."""
+    return "~" in name
+
+
+def digest(data: bytes) -> str:
+    """SHA-256 of `data`, hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def sync_directory(path: Path) -> None:

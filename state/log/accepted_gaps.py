@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -92,12 +91,9 @@ class Journal:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         final = self.path / f"{len(known) + 1:08d}.json"
-        temporary = self.path / f"{final.name}~{durable.owner_mark()}"
-        temporary.unlink(missing_ok=True)
-        durable.write(temporary, json.dumps(one.to_json(), sort_keys=True).encode())
-        os.link(temporary, final)
-        temporary.unlink()
-        durable.sync_directory(self.path)
+        data = json.dumps(one.to_json(), sort_keys=True).encode()
+        if not durable.create(final, data, durable.unique(final)):
+            raise FileExistsError(final)
 
 
 def past(accepted: Iterable[Accepted], source: Source, offset: int) -> int:

@@ -1,29 +1,36 @@
-"""Control: the desired state of the system in numbered generations, with pure transitions from one to the next.
+"""Control: the desired state of the system in numbered generations, their documents, and the transitions between them.
 
-The operator writes the next generation. Serving and trainer converge to it and
-report what they run. A generation never changes, so the sequence of all
-generations is the audit log. `state/registry/controls.py` stores them in the
-format of `state/registry/control_codec.py`.
+The operator writes the next generation. Serving and trainer converge to it and report what they run. A generation
+never changes, so the sequence of all generations is the audit log. `state/registry/controls.py` stores them. The
+transitions are pure. Those of an upgrade are in `state/registry/upgrades.py`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict, Unpack
 
-from state.errors import UnfitMask
+import msgspec
+from msgspec.structs import replace as changed
+
+from state.errors import UnfitMask, UnfitVersion
 from state.features.erased import Erased
 from state.features.mask import Mask
-from state.registry.held_update import HeldUpdate
-from state.registry.log_line import WHOLE, LogLine
-from state.registry.mask_entries import MaskEntry, added, joined
+from state.features.masked_users import MaskedUsers
+from state.registry.log_line import WHOLE, LogLine, from_json, to_json
+from state.registry.masks import MaskEntry, added, entries, joined
 
-Action = Literal[
-    "start", "pin", "follow", "rollback", "unmask", "erase", "hold", "release", "pause", "resume", "recover", "upgrade",
-    "restore", "label", "accept",
-]  # fmt: skip
+FORMAT, EXTENDED = 1, 2
+"""FORMAT holds what 0.1.0 knew. EXTENDED holds what a release that reads only format 1 would get wrong."""
+
+MOST_RELEASED = 32
+"""How many released updates, the newest, are remembered. They are not held again when the log is read again."""
+LABEL_FORM, MOST_LABELS = re.compile(r"[a-z][a-z0-9_-]{0,31}"), 16
+RESTORE = "restore"
+
 Mode = Literal["fast", "exact"]
 
 
@@ -42,8 +49,66 @@ class ServingChoice:
     then_follow: bool = False
 
 
-@dataclass(frozen=True)
-class Control:
+@dataclass(frozen=True, slots=True)
+class SuspectClicks:
+    """The offsets `[first, next)` of one partition of clicks that a held update contains.
+
+    Attributes:
+        topic_id: The topic's id, 32 hexadecimal digits.
+        partition: The partition.
+        first: The first offset.
+        next: The offset after the last one.
+    """
+
+    topic_id: str
+    partition: int
+    first: int
+    next: int
+
+
+@dataclass(frozen=True, slots=True)
+class HeldUpdate:
+    """The update that the guard holds, stored for serving, operators and a restarted trainer.
+
+    Attributes:
+        rule: Name of the rule.
+        meaning: The quantity that the rule checks, in words.
+        signal: Its value in the suspect window.
+        usual: Its usual value.
+        version: The newest durable version before the suspect window; 0 if there is none.
+        first: Offset of the training log where the window begins.
+        next: Offset of the training log after the record at which the update was held. Training pauses there.
+        first_ms: Log time where the window begins.
+        next_ms: Log time where training pauses.
+        clicks: The update's clicks by partition.
+        followed: Whether serving followed the newest version, so that a release lets it follow again.
+    """
+
+    rule: str
+    meaning: str
+    signal: float
+    usual: float
+    version: int
+    first: int
+    next: int
+    first_ms: int
+    next_ms: int
+    clicks: tuple[SuspectClicks, ...] = ()
+    followed: bool = True
+
+    def in_words(self) -> str:
+        """Rule, numbers and offsets in one line.
+
+        >>> HeldUpdate("user", "share of one user", 30.0, 1.0, 7, 40, 90, 0, 9000, (SuspectClicks("ab" * 16, 2, 5, 80),)).in_words()
+        'user: share of one user is 30, usually 1, from partition 2 offset 5 on (training log 40 to 89)'
+        """
+        numbers = f"{self.meaning} is {self.signal:.3g}, usually {self.usual:.3g}"
+        places = ", ".join(f"partition {one.partition} offset {one.first}" for one in self.clicks)
+        since = f", from {places} on" if places else ""
+        return f"{self.rule}: {numbers}{since} (training log {self.first} to {self.next - 1})"
+
+
+class Control(msgspec.Struct, frozen=True, dict=True, omit_defaults=True):
     """One generation of the desired state of the whole system.
 
     Attributes:
@@ -51,7 +116,8 @@ class Control:
         created_at_ms: Wall clock time of the decision.
         actor: Who decided.
         reason: Why, in the actor's words.
-        action: The kind of decision.
+        action: The kind of decision: start, pin, follow, rollback, unmask, erase, hold, release, pause, resume, recover,
+            upgrade, restore, label, or accept.
         epoch: Number of the trainer's epoch; a rollback begins a new one. Versions of another epoch are refused.
         base: The version that the epoch starts from; None if it starts from scratch.
         serving: The version that serving uses.
@@ -69,7 +135,7 @@ class Control:
         held: The update that the trainer's guard holds, None for none. Training pauses at its end.
         released: End offsets, in the training log, of held updates that an operator released. They are not held again.
         plan: Facts that the command recorded, None if there are none. A rollback records `end`, the end of the training
-            log; an exact one also `again`, the clicks that are learned again, see `state/registry/goals.py`. An upgrade
+            log; an exact one also `again`, the clicks that are learned again, see `state/registry/segments.py`. An upgrade
             records its target, see `state/registry/upgrades.py`. An accepted baseline records its number.
     """
 
@@ -77,10 +143,10 @@ class Control:
     created_at_ms: int
     actor: str
     reason: str
-    action: Action
+    action: str
     epoch: int
     base: int | None = None
-    serving: ServingChoice = field(default_factory=ServingChoice)
+    serving: ServingChoice = ServingChoice()
     masks: tuple[MaskEntry, ...] = ()
     lifted: tuple[MaskEntry, ...] = ()
     mask_generation: int = 0
@@ -94,7 +160,10 @@ class Control:
     erased: Erased = Erased.NOBODY
     held: HeldUpdate | None = None
     released: tuple[int, ...] = ()
-    plan: Mapping[str, Any] | None = field(default=None, hash=False)
+    plan: Mapping[str, Any] | None = None
+
+    def __hash__(self) -> int:
+        return hash((self.generation, self.created_at_ms, self.actor))
 
     @cached_property
     def mask(self) -> Mask:
@@ -120,6 +189,94 @@ class Control:
         return {}
 
 
+RELEASED = ("generation", "created_at_ms", "actor", "reason", "action", "epoch", "base", "serving")
+"""The fields of format 1, apart from its single mask."""
+
+UsersOf = Callable[[str], MaskedUsers]
+"""Reads the users' file of this SHA-256."""
+ErasedOf = Callable[[str], Erased]
+"""Reads the erasures up to and including the file with this SHA-256."""
+
+
+def encode(control: Control) -> bytes:
+    """Encodes `control` as canonical JSON: equal controls give equal bytes. Users are named by their files' digests."""
+    document: dict[str, Any] = msgspec.to_builtins(changed(control, erased=Erased.NOBODY), enc_hook=_file_of)
+    serving = document.setdefault("serving", {"mode": "follow", "version": None})
+    if serving.pop("then_follow", False):
+        document["then_follow"] = True
+    document.setdefault("base", None)
+    document.pop("log", None)
+    if control.log != WHOLE:
+        document["log"] = to_json(control.log)
+    if control.erased:
+        document["erased"] = {"last": control.erased.last, "sha256": control.erased.digest}
+    if control.labels:
+        document["labels"] = dict(control.labels)
+    if document.keys() <= {*RELEASED}:
+        document |= {"format": FORMAT, "mask": Mask.NONE.to_json()}
+    else:
+        document["format"] = EXTENDED
+    return msgspec.json.encode(document, order="deterministic")
+
+
+def decode(data: bytes, users_of: UsersOf, erased_of: ErasedOf) -> Control:
+    """Decodes the control that `encode` wrote; fields of later releases are ignored.
+
+    Args:
+        data: The JSON document.
+        users_of: Reads the users of a mask.
+        erased_of: Reads the erasures.
+
+    >>> first = start(actor="trainer", reason="first start", now_ms=0)
+    >>> decode(encode(first), lambda digest: MaskedUsers.NOBODY, lambda digest: Erased.NOBODY) == first
+    True
+
+    Raises:
+        ValueError: This release does not read its format, a field is missing or has another type, or a file is missing.
+    """
+    try:
+        document = upgraded(msgspec.json.decode(data, type=dict[str, Any]))
+        erased = document.pop("erased", None)
+        control = msgspec.convert(document, Control, dec_hook=lambda kind, users: users_of(users["sha256"]))
+        return control if erased is None else changed(control, erased=erased_of(erased["sha256"]))
+    except (msgspec.MsgspecError, KeyError, TypeError) as error:
+        raise ValueError(f"no control: {error}") from error
+
+
+def upgraded(document: dict[str, Any]) -> dict[str, Any]:
+    """Converts a document of any format to the fields of `Control`; the single mask of format 1 is split into entries.
+
+    Raises:
+        ValueError: This release does not read its format.
+    """
+    if document.get("format") not in (FORMAT, EXTENDED):
+        raise ValueError(f"control of format {document.get('format')!r}; this release reads {FORMAT} and {EXTENDED}")
+    if document["format"] == FORMAT:
+        mask = Mask.from_json(document["mask"])
+        masks = tuple(entries(mask))
+        return document | {"masks": masks, "mask_generation": mask.generation, "last_mask": len(masks)}
+    if "then_follow" in document:
+        document["serving"]["then_follow"] = document["then_follow"]
+    if "log" in document:
+        document["log"] = from_json(document["log"])
+    if "labels" in document:
+        document["labels"] = tuple(sorted(document["labels"].items()))
+    return document
+
+
+def _file_of(users: MaskedUsers) -> dict[str, Any]:
+    """A mask's users as a reference to their file."""
+    return {"sha256": users.digest, "count": len(users)}
+
+
+class Decision(TypedDict):
+    """Who decided a transition, why, and when by the wall clock: keyword arguments of all transitions."""
+
+    actor: str
+    reason: str
+    now_ms: int
+
+
 def start(*, actor: str, reason: str, now_ms: int) -> Control:
     """Generation 1: train from scratch, serve the newest version.
 
@@ -129,7 +286,7 @@ def start(*, actor: str, reason: str, now_ms: int) -> Control:
     return Control(1, now_ms, actor, reason, "start", epoch=1)
 
 
-def pin(control: Control, version: int, *, actor: str, reason: str, now_ms: int) -> Control:
+def pin(control: Control, version: int, **decision: Unpack[Decision]) -> Control:
     """Pins serving to `version`; training continues. Returns the same control if nothing changes.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
@@ -139,17 +296,17 @@ def pin(control: Control, version: int, *, actor: str, reason: str, now_ms: int)
     >>> pin(pinned, 7, actor="bob", reason="again", now_ms=6) is pinned
     True
     """
-    return _next(control, "pin", actor, reason, now_ms, serving=ServingChoice("pin", version))
+    return _next(control, "pin", decision, serving=ServingChoice("pin", version))
 
 
-def follow(control: Control, *, actor: str, reason: str, now_ms: int) -> Control:
+def follow(control: Control, **decision: Unpack[Decision]) -> Control:
     """Makes serving follow the newest version of the epoch. Returns the same control if nothing changes.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
     >>> follow(first, actor="ann", reason="no need", now_ms=5) is first
     True
     """
-    return _next(control, "follow", actor, reason, now_ms, serving=ServingChoice())
+    return _next(control, "follow", decision, serving=ServingChoice())
 
 
 def roll_back(
@@ -157,11 +314,9 @@ def roll_back(
     to: int,
     mask: Mask,
     *,
-    actor: str,
-    reason: str,
-    now_ms: int,
     log: LogLine | None = None,
     then_follow: bool = False,
+    **decision: Unpack[Decision],
 ) -> Control:
     """Rolls the whole system back: serving is pinned to version `to`, and a new epoch trains from it.
 
@@ -177,11 +332,9 @@ def roll_back(
         control: The control to start from.
         to: The version to roll back to.
         mask: What to leave out from now on, in addition to the masks in force.
-        actor: Who decided.
-        reason: Why.
-        now_ms: Wall clock.
         log: The log branch that starts at `to`, for an exact rollback; None for a fast one, which stays on its branch.
         then_follow: Whether serving follows again once the trainer has caught up.
+        **decision: Who decided, why and when.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
     >>> back = roll_back(first, 40, Mask.NONE, actor="ann", reason="poison", now_ms=9)
@@ -197,17 +350,15 @@ def roll_back(
     same = control.action != "start" and not control.upgraded
     done = same and control.base == to and not new and not control.lifted
     if done and (log is None or control.mode == "exact"):
-        return _next(control, "rollback", actor, reason, now_ms, serving=serving)
+        return _next(control, "rollback", decision, serving=serving)
     return _next(
         control,
         "rollback",
-        actor,
-        reason,
-        now_ms,
+        decision,
         serving=serving,
         epoch=control.epoch + 1,
         base=to,
-        masks=masks if log is None else tuple(replace(one, excluded=True) for one in masks),
+        masks=masks if log is None else tuple(changed(one, excluded=True) for one in masks),
         lifted=(),
         mask_generation=generation if new else control.mask_generation,
         last_mask=control.last_mask + len(new),
@@ -218,7 +369,7 @@ def roll_back(
     )
 
 
-def recover(control: Control, to: int, *, actor: str, reason: str, now_ms: int) -> Control:
+def recover(control: Control, to: int, **decision: Unpack[Decision]) -> Control:
     """Rewinds the trainer to version `to`, the newest that it can continue from; serving choice and masks stay.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
@@ -227,10 +378,10 @@ def recover(control: Control, to: int, *, actor: str, reason: str, now_ms: int) 
     (2, 40, 'follow')
     """
     changes: dict[str, Any] = {"epoch": control.epoch + 1, "base": to, "lifted": (), "mode": "fast", "upgraded": False}
-    return _next(control, "recover", actor, reason, now_ms, **changes, held=None)
+    return _next(control, "recover", decision, **changes, held=None)
 
 
-def unmask(control: Control, numbers: Collection[int], *, actor: str, reason: str, now_ms: int) -> Control:
+def unmask(control: Control, numbers: Collection[int], **decision: Unpack[Decision]) -> Control:
     """Lifts masks: from now on nothing that they name is left out. Returns the same control if all were lifted already.
 
     Events that were left out meanwhile are not learned by this. Only an exact
@@ -250,39 +401,175 @@ def unmask(control: Control, numbers: Collection[int], *, actor: str, reason: st
         known = ", ".join(str(one.id) for one in control.masks) or "none is set"
         raise UnfitMask(f"there is no mask {unknown[0]}", f"take one of `springtide masks`: {known}")
     generation = control.generation + 1
-    gone = tuple(replace(one, lifted=generation) for one in control.masks if one.id in numbers)
+    gone = tuple(changed(one, lifted=generation) for one in control.masks if one.id in numbers)
     if not gone:
         return control
     return _next(
         control,
         "unmask",
-        actor,
-        reason,
-        now_ms,
+        decision,
         masks=tuple(one for one in control.masks if one.id not in numbers),
         lifted=(*control.lifted, *gone),
         mask_generation=generation,
     )
 
 
-def publish(control: Control, publishing: bool, *, actor: str, reason: str, now_ms: int) -> Control:
+def publish(control: Control, publishing: bool, **decision: Unpack[Decision]) -> Control:
     """Lets the trainer publish versions, or hold them while it trains. Returns the same control if nothing changes."""
-    return _next(control, "release" if publishing else "hold", actor, reason, now_ms, publishing=publishing)
+    return _next(control, "release" if publishing else "hold", decision, publishing=publishing)
 
 
-def train(control: Control, training: bool, *, actor: str, reason: str, now_ms: int) -> Control:
+def train(control: Control, training: bool, **decision: Unpack[Decision]) -> Control:
     """Lets the trainer consume records, or pauses it. Returns the same control if nothing changes."""
-    return _next(control, "resume" if training else "pause", actor, reason, now_ms, training=training)
+    return _next(control, "resume" if training else "pause", decision, training=training)
 
 
-def _next(control: Control, action: Action, actor: str, reason: str, now_ms: int, **changes: Any) -> Control:
+def hold(control: Control, held: HeldUpdate, **decision: Unpack[Decision]) -> Control:
+    """Pauses training, and pins serving, if it followed, to the version before the suspect window.
+
+    Returns the same control if an update is held already, or if an operator released this one before.
+
+    >>> first = start(actor="trainer", reason="first start", now_ms=0)
+    >>> found = HeldUpdate("user", "share of one user", 30.0, 1.0, 7, 40, 90, 0, 9000)
+    >>> stopped = hold(first, found, actor="guard", reason="a flood", now_ms=5)
+    >>> stopped.action, stopped.serving.version, stopped.held == found
+    ('hold', 7, True)
+    >>> gone_on = release(stopped, actor="ann", reason="a sale", now_ms=6)
+    >>> gone_on.action, gone_on.serving.mode, gone_on.held, gone_on.released
+    ('release', 'follow', None, (90,))
+    >>> hold(gone_on, found, actor="guard", reason="a flood", now_ms=7) is gone_on
+    True
+    """
+    if control.held is not None or held.next in control.released:
+        return control
+    follows = control.serving.mode == "follow" and held.version > 0
+    changes: dict[str, Any] = {"held": replace(held, followed=follows)}
+    if follows:
+        changes["serving"] = ServingChoice("pin", held.version)
+    return following(control, "hold", **decision, **changes)
+
+
+def release(
+    control: Control, *, action: Literal["release", "resume"] = "release", **decision: Unpack[Decision]
+) -> Control:
+    """Lets training continue with the held update, and remembers it as good. No change if nothing is held.
+
+    Serving follows again if it did before and nobody chose another version meanwhile.
+    """
+    held = control.held
+    if held is None:
+        return control
+    changes: dict[str, Any] = {"held": None, "released": (*control.released, held.next)[-MOST_RELEASED:]}
+    changes["publishing" if action == "release" else "training"] = True
+    if held.followed and control.serving == ServingChoice("pin", held.version):
+        changes["serving"] = ServingChoice()
+    return following(control, action, **decision, **changes)
+
+
+def label(control: Control, name: str, version: int | None, **decision: Unpack[Decision]) -> Control:
+    """Gives a label to a version, or removes it. Returns the same control if nothing changes.
+
+    Args:
+        control: The control to start from.
+        name: The label.
+        version: The version that gets the label; None to remove the label.
+        **decision: Who decided, why and when.
+
+    Raises:
+        UnfitVersion: The label is malformed, or there would be too many.
+
+    >>> first = start(actor="trainer", reason="first start", now_ms=0)
+    >>> named = label(first, "canary", 7, actor="ann", reason="try it", now_ms=5)
+    >>> named.generation, named.labels
+    (2, (('canary', 7),))
+    >>> label(named, "canary", 7, actor="bob", reason="again", now_ms=6) is named
+    True
+    >>> label(named, "canary", None, actor="ann", reason="done", now_ms=7).labels
+    ()
+    """
+    if not LABEL_FORM.fullmatch(name):
+        raise UnfitVersion(
+            f"{name[:100]!r} is no label", "use up to 32 of a-z, 0-9, - and _, a letter first, such as stable or canary"
+        )
+    labels = {one: number for one, number in control.labels if one != name}
+    if version is not None:
+        labels[name] = version
+    if len(labels) > MOST_LABELS:
+        raise UnfitVersion(
+            f"there are {MOST_LABELS} labels already", "take one away with `springtide label NAME --remove`"
+        )
+    if dict(control.labels) == labels:
+        return control
+    return following(control, "label", **decision, labels=tuple(sorted(labels.items())))
+
+
+def named(control: Control) -> frozenset[int]:
+    """The versions that control names: the epoch's base, the pinned one, labelled ones. They are kept at any age."""
+    versions = {control.base, control.serving.version, *(version for _, version in control.labels)}
+    return frozenset(version for version in versions if version is not None)
+
+
+def erase(
+    control: Control, users: MaskedUsers, until: Iterable[tuple[int, int, int]], **decision: Unpack[Decision]
+) -> Control:
+    """Erases users: their clicks before `until`, and everything that is stored about them.
+
+    Erasing the same users again erases what they have clicked since.
+
+    Args:
+        control: The control to start from.
+        users: Their pseudonyms.
+        until: (topic word, partition, next offset) of each source of clicks.
+        **decision: Who decided, why and when.
+
+    >>> first = start(actor="trainer", reason="first start", now_ms=0)
+    >>> gone = erase(first, MaskedUsers.of([7]), [(42, 0, 100)], actor="ann", reason="asked to", now_ms=9)
+    >>> gone.generation, gone.mask_generation, gone.erased.last, bool(gone.mask)
+    (2, 2, 1, True)
+    """
+    generation = control.generation + 1
+    erased = control.erased.and_also(users, until, generation, decision["now_ms"])
+    return following(control, "erase", **decision, mask_generation=generation, erased=erased)
+
+
+def restored(control: Control, **decision: Unpack[Decision]) -> Control:
+    """Records that a full backup was restored: a generation that changes nothing else.
+
+    >>> first = start(actor="trainer", reason="first start", now_ms=0)
+    >>> back = restored(first, actor="ann", reason="the disk was lost", now_ms=5)
+    >>> back.generation, back.action, back.epoch
+    (2, 'restore', 1)
+    """
+    return following(control, "restore", **decision)
+
+
+def restored_without_log(control: Control, version: int | None, lost: int, **decision: Unpack[Decision]) -> Control:
+    """Records that a backup was restored without its log: a new epoch continues from `version` on the new log.
+
+    Args:
+        control: The control to start from.
+        version: The version to continue from; None if there was none yet.
+        lost: Click positions between the version and the histories.
+        **decision: Who decided, why and when.
+
+    >>> first = start(actor="trainer", reason="first start", now_ms=0)
+    >>> back = restored_without_log(first, 40, 7, actor="ann", reason="all was lost", now_ms=5)
+    >>> back.epoch, back.base, back.plan
+    (2, 40, {'log': 'anew', 'lost': 7})
+    """
+    made = restored(control, **decision)
+    plan = {"log": "anew", "lost": lost}
+    return changed(made, epoch=made.epoch + 1, base=version, lifted=(), mode="fast", log=WHOLE, plan=plan)
+
+
+def _next(control: Control, action: str, decision: Decision, **changes: Any) -> Control:
     """The next generation with these changes; `control` itself if they change nothing."""
     if all(getattr(control, name) == value for name, value in changes.items()):
         return control
-    return following(control, action, actor, reason, now_ms, **changes)
+    return following(control, action, **decision, **changes)
 
 
-def following(control: Control, action: Action, actor: str, reason: str, now_ms: int, **changes: Any) -> Control:
+def following(control: Control, action: str, actor: str, reason: str, now_ms: int, **changes: Any) -> Control:
     """The next generation with these changes. Its plan is None unless `changes` has one."""
     decided: dict[str, Any] = {
         "created_at_ms": now_ms,
@@ -291,4 +578,4 @@ def following(control: Control, action: Action, actor: str, reason: str, now_ms:
         "action": action,
         "plan": None,
     }
-    return replace(control, generation=control.generation + 1, **decided | changes)
+    return changed(control, generation=control.generation + 1, **decided | changes)

@@ -1,37 +1,79 @@
-"""The registry's directory: reading and writing its files, here and in the object store of a shared registry."""
+"""The registry's directory, and the object store with which a shared registry keeps it in step.
+
+A shared registry is in an object store (`state/file_store.py`), under the file names of a registry directory. Each
+host has a directory of its own. The trainer's is the origin: what it publishes is durable there first, and is pushed
+to the store in the background. All others are copies: they fetch names of versions at once, and files when they are
+read. Control is created exclusively in the store before it takes effect anywhere.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import msgspec
+
 from state import layout
 from state.disk import files as durable
-from state.errors import UnusablePlace, UnusableRegistry, reason_of
-from state.places.opening import open_place
-from state.places.place import FilePlace
-from state.registry.sharing.binding import Binding, bound
+from state.errors import SettingsError, UnusablePlace, UnusableRegistry, reason_of
+from state.file_store import FileStore, open_store
+
+BINDING = "shared.json"
+
+
+class Binding(msgspec.Struct, frozen=True):
+    """Where a registry's directory is shared, as stored in the directory.
+
+    Attributes:
+        url: URL of the object store.
+        claim: The claim number under which the trainer here owns the versions; 0 for a copy.
+    """
+
+    url: str
+    claim: int = 0
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether another host's trainer creates the versions, or none does yet."""
+        return self.claim == 0
+
+
+def bound(path: Path) -> Binding | None:
+    """Reads the binding of a directory; None if it is not shared.
+
+    Raises:
+        SettingsError: The binding is damaged.
+    """
+    try:
+        return msgspec.json.decode((path / BINDING).read_bytes(), type=Binding)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except msgspec.MsgspecError as error:
+        raise SettingsError(
+            f"{path / BINDING} is damaged: {error}",
+            "remove it; the next start with paths.shared_registry writes it again",
+        ) from error
 
 
 class Directory:
-    """A directory with a folder for temporary files, whose names carry their writer.
+    """A registry's directory, with a folder for temporary files, whose names carry their writer.
 
     Args:
-        path: The registry's directory.
-        folders: Names of the folders that this part of the registry uses.
+        path: The directory.
     """
 
-    def __init__(self, path: Path, *folders: str) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self._place: FilePlace | None = None
-        # A reader may do without the folders, and an applier waits for its registry. The first use reports the error.
+        self._store: FileStore | None = None
+
+    def ensure(self, *folders: str) -> None:
+        """Creates folders. Failures are ignored: a reader may do without, and the first use reports the error."""
         with suppress(OSError):
             for name in (*folders, layout.TEMPORARY):
-                (path / name).mkdir(parents=True, exist_ok=True)
+                (self.path / name).mkdir(parents=True, exist_ok=True)
 
     def sweep(self) -> list[str]:
         """Deletes the files of dead writers under `tmp/`; returns the names."""
@@ -45,13 +87,25 @@ class Directory:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return [path.name for path in left]
 
-    def temporary(self, what: str) -> Path:
-        """A path for a temporary file or folder of this process."""
-        path = self.path / layout.TEMPORARY / f"{what}~{durable.owner_mark()}"
-        shutil.rmtree(path, ignore_errors=True)
-        return path
+    def temporary(self, name: str) -> Path:
+        """A path for a temporary file or folder of this process, which does not exist yet."""
+        return self.path / layout.TEMPORARY / f"{name}-{os.urandom(4).hex()}~{durable.owner_mark()}"
 
-    # Shared registry
+    def create(self, path: Path, data: bytes) -> bool:
+        """Creates a file durably; False if it exists.
+
+        Raises:
+            OSError: The disk refused.
+        """
+        return durable.create(path, data, self.temporary(path.name))
+
+    def replace(self, path: Path, data: bytes) -> None:
+        """Creates or replaces a file durably.
+
+        Raises:
+            OSError: The disk refused; the old file is unchanged.
+        """
+        durable.replace(path, data, self.temporary(path.name))
 
     @property
     def binding(self) -> Binding | None:
@@ -59,39 +113,43 @@ class Directory:
         return bound(self.path)
 
     @property
-    def shared(self) -> FilePlace | None:
+    def is_copy(self) -> bool:
+        """Whether this directory is a copy whose files can be fetched again."""
+        binding = self.binding
+        return binding is not None and binding.is_copy
+
+    @property
+    def shared(self) -> FileStore | None:
         """The object store in which the registry is shared; None if it is not shared.
 
         Raises:
             UnusableRegistry: It cannot be opened.
         """
-        if self._place is None and (found := self.binding) is not None:
+        if self._store is None and (binding := self.binding) is not None:
             with sharing():
-                self._place = open_place(found.url)
-        return self._place
+                self._store = open_store(binding.url)
+        return self._store
 
     @shared.setter
-    def shared(self, place: FilePlace) -> None:
+    def shared(self, store: FileStore) -> None:
         """Replaces the client of the same object store, for example by one that counts requests."""
-        self._place = place
+        self._store = store
 
-    def from_shared(self, path: Path) -> bytes | None:
+    def fetch(self, path: Path) -> bytes | None:
         """Reads a file of this directory from the object store; None if it is missing there or nothing is shared.
 
         Raises:
             UnusableRegistry: The object store cannot be reached.
         """
-        place = self.shared
-        if place is None:
+        store = self.shared
+        if store is None:
             return None
-        try:
-            with sharing():
-                return place.read(path.relative_to(self.path).as_posix())
-        except FileNotFoundError:
-            return None
+        with sharing(), suppress(FileNotFoundError):
+            return store.read(path.relative_to(self.path).as_posix())
+        return None
 
     def content(self, path: Path, sha256: str) -> bytes:
-        """Reads a file that is known by its digest; fetches it from the object store if it is missing here.
+        """Reads a file that is known by its digest; fetches and keeps it if it is missing here.
 
         Raises:
             FileNotFoundError: It exists neither here nor in the object store.
@@ -99,19 +157,19 @@ class Directory:
             UnusableRegistry: It cannot be read, or the object store cannot be reached.
         """
         try:
-            data, brought = file_bytes(path), False
+            data, fetched = file_bytes(path), False
         except FileNotFoundError:
-            found = self.from_shared(path)
-            if found is None:
+            from_store = self.fetch(path)
+            if from_store is None:
                 raise
-            data, brought = found, True
-        if hashlib.sha256(data).hexdigest() != sha256:
+            data, fetched = from_store, True
+        if durable.digest(data) != sha256:
             raise ValueError(f"{path} fails its digest")
-        if brought:
-            self.keep_copy(path, data)
+        if fetched:
+            self.keep(path, data)
         return data
 
-    def keep_copy(self, path: Path, data: bytes) -> None:
+    def keep(self, path: Path, data: bytes) -> None:
         """Writes fetched bytes to their file in this directory, durably; an existing file is replaced.
 
         Nothing is written if the file's folder was removed meanwhile.
@@ -119,15 +177,26 @@ class Directory:
         Raises:
             UnusableRegistry: The disk refused.
         """
-        temporary = self.temporary(f"brought-{path.name}-{os.urandom(4).hex()}")
         with usable(f"keep {path.name}"):
             try:
-                durable.write(temporary, data)
+                self.replace(path, data)
+            except FileNotFoundError:
                 if path.parent.is_dir():
-                    temporary.replace(path)
-                    durable.sync_directory(path.parent)
-            finally:
-                temporary.unlink(missing_ok=True)
+                    raise
+
+    def remove_folder(self, folder: Path) -> None:
+        """Removes a folder with one rename; a missing folder is not an error.
+
+        Raises:
+            UnusableRegistry: The disk refused.
+        """
+        grave = self.temporary(f"removed-{folder.parent.name}-{folder.name}")
+        with usable(f"remove {folder.name}"):
+            try:
+                folder.rename(grave)
+            except FileNotFoundError:
+                return
+            shutil.rmtree(grave)
 
 
 @contextmanager
@@ -169,9 +238,11 @@ def file_bytes(path: Path) -> bytes:
         FileNotFoundError: It does not exist.
         UnusableRegistry: It exists and cannot be read.
     """
-    with usable("be read"):
-        try:
-            return path.read_bytes()
-        except FileNotFoundError as error:
-            missing = error
-    raise missing
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise UnusableRegistry(
+            f"{path} cannot be read ({reason_of(error)})", "correct its access rights, and start again"
+        ) from error

@@ -1,21 +1,18 @@
-"""Erasure of users: the control transition that requests it, and each process's report of its progress."""
+"""How far each process has applied erasures to its own copies of user data, as it reports in the registry."""
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
 from pathlib import Path
+
+import msgspec
 
 from state import layout
 from state.disk import files as durable
-from state.features.masked_users import MaskedUsers
-from state.registry.control import Control, following
+from state.registry.directory import sharing
+from state.registry.registry import Registry
 
 
-@dataclass(frozen=True)
-class ErasureReport:
+class ErasureReport(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How far one process has applied erasures to its own copies of user data.
 
     Attributes:
@@ -37,58 +34,43 @@ class ErasureReport:
     at_ms: int = 0
 
 
-def report(registry: Path, told: ErasureReport) -> None:
+def report(registry: Path, progress: ErasureReport) -> None:
     """Replaces the report of a process; durable when this returns.
 
     Raises:
         OSError: The registry cannot be written.
     """
-    folder = registry / layout.ERASURES
-    folder.mkdir(exist_ok=True)
-    temporary = folder / f".{told.part}.{os.urandom(4).hex()}"
-    durable.write(temporary, json.dumps(asdict(told)).encode())
-    temporary.replace(folder / f"{told.part}.json")
-    durable.sync_directory(folder)
+    path = registry / layout.ERASURES / f"{progress.part}.json"
+    path.parent.mkdir(exist_ok=True)
+    durable.replace(path, msgspec.json.encode(progress), durable.unique(path))
 
 
 def reports(registry: Path) -> list[ErasureReport]:
-    """The reports of all processes, sorted by name; unreadable ones are skipped."""
+    """The reports of all processes of this host, sorted by name; unreadable ones are skipped."""
     found = []
     for path in sorted((registry / layout.ERASURES).glob("*.json")):
         try:
-            found.append(ErasureReport(**json.loads(path.read_bytes())))
-        except (OSError, ValueError, TypeError):
+            found.append(msgspec.json.decode(path.read_bytes(), type=ErasureReport))
+        except (OSError, msgspec.MsgspecError):
             continue
     return found
 
 
-def erase(
-    control: Control,
-    users: MaskedUsers,
-    until: Iterable[tuple[int, int, int]],
-    *,
-    actor: str,
-    reason: str,
-    now_ms: int,
-) -> Control:
-    """Erases users: their clicks before `until`, and everything that is stored about them.
+def all_reports(registry: Registry) -> list[ErasureReport]:
+    """The reports of the processes of all hosts, by name. For processes of this host, the local report counts.
 
-    Erasing the same users again erases what they have clicked since.
-
-    Args:
-        control: The control to start from.
-        users: Their pseudonyms.
-        until: (topic word, partition, next offset) of each source of clicks.
-        actor: Who decided.
-        reason: Why.
-        now_ms: Wall clock.
-
-    >>> from state.registry.control import start
-    >>> first = start(actor="trainer", reason="first start", now_ms=0)
-    >>> gone = erase(first, MaskedUsers.of([7]), [(42, 0, 100)], actor="ann", reason="asked to", now_ms=9)
-    >>> gone.generation, gone.mask_generation, gone.erased.last, bool(gone.mask)
-    (2, 2, 1, True)
+    Raises:
+        UnusableRegistry: The object store of the shared registry cannot be reached.
     """
-    generation = control.generation + 1
-    erased = control.erased.and_also(users, until, generation, now_ms)
-    return following(control, "erase", actor, reason, now_ms, mask_generation=generation, erased=erased)
+    found = {one.part: one for one in reports(registry.path)}
+    if (store := registry.directory.shared) is not None:
+        with sharing():
+            for name in store.names(layout.ERASURES):
+                if name.removesuffix(".json") in found:
+                    continue
+                try:
+                    theirs = msgspec.json.decode(store.read(f"{layout.ERASURES}/{name}"), type=ErasureReport)
+                except (FileNotFoundError, msgspec.MsgspecError):
+                    continue
+                found[theirs.part] = theirs
+    return [found[part] for part in sorted(found)]

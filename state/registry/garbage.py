@@ -43,7 +43,7 @@ def collect(registry: Registry, keep_ms: int, now_ms: int, in_use: Collection[st
         gone = [*_garbage(registry, keep_ms, now_ms, frozenset(in_use)), *_left_by_writers(registry, now_ms)]
         for path in gone:
             # One rename, as for versions, so that a crash leaves no half-deleted folder.
-            grave = registry.temporary(f"garbage-{path.name.partition('~')[0]}")
+            grave = registry.directory.temporary(f"garbage-{path.name.partition('~')[0]}")
             path.rename(grave)
             shutil.rmtree(grave) if grave.is_dir() else grave.unlink()
     return [path.relative_to(registry.path).as_posix() for path in gone]
@@ -61,7 +61,7 @@ def _garbage(registry: Registry, keep_ms: int, now_ms: int, in_use: frozenset[st
         aside = [path for path in _older(registry.path / folder, keep_ms, now_ms) if ".bad" in path.name]
         found += [path for path in aside if int(path.name.partition(".")[0].partition("-")[0]) < newest_version]
     # A copy fetches small shared files again if they are missing, so specs and outcomes stay.
-    shared = registry.binding is not None
+    shared = registry.directory.binding is not None
     named_by = {layout.PROGRAMS: {one.program for one in kept}, layout.SPECS: {one.spec for one in kept}}
     for folder, named in named_by.items():
         if shared and folder == layout.SPECS:

@@ -7,12 +7,13 @@ the offset in the training log, the offsets of the sources, and the descent.
 
 from __future__ import annotations
 
-import hashlib
+import builtins
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal
 
+from state.disk import files as durable
 from state.positions import Source
 from state.registry import sealed
 
@@ -62,10 +63,17 @@ class FileEntry:
     Attributes:
         sha256: Digest of its bytes, hexadecimal.
         bytes: Its size.
+
+    >>> FileEntry(durable.digest(b"12"), 2).fits(b"12"), FileEntry("", 2).fits(b"13")
+    (True, False)
     """
 
     sha256: str
     bytes: int
+
+    def fits(self, data: builtins.bytes) -> bool:
+        """Whether `data` has this size and digest."""
+        return len(data) == self.bytes and durable.digest(data) == self.sha256
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,41 +124,23 @@ class Draft:
     guard: Mapping[str, float] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Manifest:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Manifest(Draft):
     """A complete version. Its fields are those of `Draft`, and:
 
     Attributes:
         version: Its number; one increasing integer over all epochs.
         visible: The versions it descends from, including itself, as closed intervals, newest first.
         files: Its files by name.
+        format: Format of the manifest.
         rewritten: The last erasure whose users' rows were removed from its files after it was created; 0 for none.
     """
 
     version: int
-    kind: Kind
-    epoch: int
-    parent: int | None
     visible: Visible
-    log: LogRange
-    sources: tuple[tuple[Source, int], ...]
-    steps: int
-    rows: int
-    created_at_ms: int
-    event_time_ms: int
-    spec: str
-    program: str
-    salt: str
-    mask_generation: int
-    metrics: dict[str, float]
-    environment: dict[str, str]
     files: dict[str, FileEntry]
     format: int = FORMAT
-    erased: int = 0
-    erasures: tuple[tuple[int, int], ...] = ()
     rewritten: int = 0
-    verdict: str = ""
-    guard: dict[str, float] = field(default_factory=dict)
 
     @property
     def durable(self) -> bool:
@@ -163,32 +153,17 @@ class Manifest:
         return dict(self.sources)
 
 
-def complete(draft: Draft, version: int, ancestors: Visible, files: Mapping[str, bytes]) -> Manifest:
+def complete(draft: Draft, version: int, ancestors: Visible, contents: Mapping[str, bytes]) -> Manifest:
     """Builds the manifest of `draft` as version `version`, whose parent sees `ancestors`."""
-    return Manifest(
-        version=version,
-        kind=draft.kind,
-        epoch=draft.epoch,
-        parent=draft.parent,
-        visible=extend(ancestors, draft.parent, version),
-        log=draft.log,
-        sources=tuple(sorted(draft.sources)),
-        steps=draft.steps,
-        rows=draft.rows,
-        created_at_ms=draft.created_at_ms,
-        event_time_ms=draft.event_time_ms,
-        spec=draft.spec,
-        program=draft.program,
-        salt=draft.salt,
-        mask_generation=draft.mask_generation,
-        metrics={name: value for name, value in draft.metrics.items() if math.isfinite(value)},
-        environment=dict(draft.environment),
-        files=entries(files),
-        erased=draft.erased,
-        erasures=draft.erasures,
-        verdict=draft.verdict,
-        guard=dict(draft.guard),
-    )
+    known = {field.name: getattr(draft, field.name) for field in fields(draft)}
+    known |= {
+        "sources": tuple(sorted(draft.sources)),
+        "metrics": {name: value for name, value in draft.metrics.items() if math.isfinite(value)},
+        "environment": dict(draft.environment),
+        "guard": dict(draft.guard),
+    }
+    visible = extend(ancestors, draft.parent, version)
+    return Manifest(**known, version=version, visible=visible, files=entries(contents))
 
 
 def complete_twin(draft: Draft, recent: Manifest, files: Mapping[str, bytes]) -> Manifest:
@@ -215,7 +190,7 @@ def entries(files: Mapping[str, bytes]) -> dict[str, FileEntry]:
     >>> entries({"a": b"12"})["a"].bytes
     2
     """
-    return {name: FileEntry(hashlib.sha256(data).hexdigest(), len(data)) for name, data in sorted(files.items())}
+    return {name: FileEntry(durable.digest(data), len(data)) for name, data in sorted(files.items())}
 
 
 def extend(ancestors: Visible, parent: int | None, version: int) -> Visible:

@@ -66,8 +66,8 @@ def require_same_salt(registry: Registry, salt: Salt) -> None:
     Raises:
         SaltMismatch: It is another salt; the message has both fingerprints.
     """
-    for name in registry.specs():
-        if (stored := str(registry.spec(name)["salt"])) != salt.fingerprint:
+    for name in registry.specs.names():
+        if (stored := str(registry.specs.spec(name)["salt"])) != salt.fingerprint:
             raise SaltMismatch.between(f"the registry {registry.path}", stored, salt.fingerprint)
 
 
@@ -121,8 +121,8 @@ def _decisive(own: Model, differing: Collection[str]) -> list[str]:
 def _asked_otherwise(registry: Registry, version: Manifest, model: Model) -> bool:
     """Whether an option differs that the version's preprocessing asked for; its graph contains the options."""
     before = dict(one.split("=", 1) for one in ast.literal_eval(version.environment.get("model.options", "()")))
-    for name in registry.specs():
-        about = registry.spec(name) if name.partition(".")[0] == version.spec else {}
+    for name in registry.specs.names():
+        about = registry.specs.spec(name) if name.partition(".")[0] == version.spec else {}
         if about.get("preprocessing") == model.preprocessing:
             asked = about.get("asked", {}).items()
             return any(before.get(one, default) != model.written.get(one, default) for one, (_, default) in asked)
@@ -231,7 +231,7 @@ def _features(registry: Registry, version: Manifest, spec: FeatureSpec) -> dict[
     if version.spec == spec.digest:
         return {}
     try:
-        then: Mapping[str, Any] = registry.spec(version.spec)["spec"]
+        then: Mapping[str, Any] = registry.specs.spec(version.spec)["spec"]
     except (SpecMismatch, RegistryError, KeyError):
         return {"the feature spec": f"was {version.spec[:12]} and is {spec.digest[:12]}"}
     now = spec.to_json()

@@ -11,32 +11,478 @@
     specs/<digest>/            spec.json and transform/ of the bootstrap
     tmp/                       files being written; names carry their writer
 
-Any number of processes may read. Only the trainer, under its lock, publishes
-versions. Every process that may write the directory may propose control.
+Any number of processes may read. Only the trainer, under its lock, publishes versions. Every process that may write
+the directory may propose control.
+
+A version is complete or absent. It is written under `tmp/` and appears with one rename; it is removed with one rename
+too. A durable one is synced first. Every read checks the digest and never returns data that fails it. Deltas may be
+merged while somebody reads them: the merged delta appears before the others are removed, so a reader that misses a
+file finds it on its next read. In a copy of a shared registry, a version may be an empty folder. Its files are fetched
+when they are read, checked against their digests and kept.
+
+Versions between two durable ones are recent: they are stored for some seconds, without sync, and removed before the
+kernel writes their pages to disk. Nobody rolls back to one, because the training log reproduces it, bit for bit. A
+durable version is in `recent/` too, as what changed since the version before it. Numbers are never reused, although a
+power failure may destroy `recent/`: after a reboot they continue beyond any number that may have been there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from state.errors import WrongEpoch
+from state import layout
+from state.disk import files as durable
+from state.disk.clean_mark import boot_id
+from state.errors import CorruptVersion, UnknownVersion, WrongEpoch
+from state.process import killpoints
 from state.registry import manifest
+from state.registry.control import Control
 from state.registry.controls import Controls
-from state.registry.manifest import Draft, Manifest
-from state.registry.outcomes import Outcomes
-from state.registry.recent import Recents
+from state.registry.directory import Directory, file_bytes, usable
+from state.registry.manifest import Draft, FileEntry, Kind, Manifest, Visible, sees
 from state.registry.specs import Specs
 
+MANIFEST = "manifest.json"
 SERVING = "serving.safetensors"
 TRAINING = "training.safetensors"
+DURABLE = (layout.VERSIONS, layout.MERGED, layout.BASES)
+"""The folders of durable versions."""
+MOST_BETWEEN = 10_000
+"""Upper limit of the number of versions between two durable ones."""
+
+_FOLDERS: dict[Kind, str] = {
+    "delta": layout.VERSIONS,
+    "merged": layout.MERGED,
+    "base": layout.BASES,
+    "recent": layout.RECENT,
+}
+_CACHED = 64
+"""Manifests kept in memory, some 33 kB each: the most recently used. Reading one again takes 0.1 ms."""
+# A directory that changes again within one tick of the file system's clock keeps its modification time.
+_TICK_NS = 100_000_000
+
+_log = logging.getLogger(__name__)
 
 
-class Registry(Recents, Controls, Outcomes, Specs):
-    """One registry directory. Use one object per thread; only `read` may run in any thread."""
+class Chain(NamedTuple):
+    """The parts of one version: a full state, and the changes since, oldest first."""
+
+    base: Manifest
+    deltas: list[Manifest]
+
+
+class BadPart(CorruptVersion):
+    """A corrupt version, and which of its directories it is."""
+
+    def __init__(self, part: Path, version: int, message: str) -> None:
+        super().__init__(f"version {version}: {message}", "roll back to another version")
+        self.part = part
+        self.version = version
+
+
+class Numbers:
+    """The versions in one directory, whose entries are named `<number>` or `<number>-<parent>`.
+
+    They are listed again only when the directory changed.
+
+    Args:
+        path: The directory; a missing one counts as empty.
+    """
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
+        self.path = path
+        self._changed_ns = -1
+        self._last = 0
+        self._parents: dict[int, int | None] = {}
+
+    def good(self) -> tuple[int, ...]:
+        """The complete versions, ascending."""
+        self._refresh()
+        return tuple(self._parents)
+
+    def __contains__(self, version: int) -> bool:
+        """Whether a complete version is here."""
+        self._refresh()
+        return version in self._parents
+
+    def oldest_parent(self, version: int) -> int | None:
+        """The lowest parent in the names of a version's entries; None if no name has one."""
+        self._refresh()
+        return self._parents.get(version)
+
+    def last(self) -> int:
+        """The highest number ever seen here, including damaged versions that were set aside."""
+        self._refresh()
+        return self._last
+
+    def _refresh(self) -> None:
+        with usable("be listed"):
+            try:
+                changed_ns = self.path.stat().st_mtime_ns
+                if changed_ns == self._changed_ns:
+                    return
+                names = os.listdir(self.path)  # noqa: PTH208 - thousands of names, polled
+            except FileNotFoundError:
+                self._parents, self._changed_ns = {}, -1
+                return
+        parents: dict[int, int | None] = {}
+        # In this order the name with the oldest parent is the first of its version.
+        for name in sorted(names):
+            number, _, parent = name.partition("-")
+            if number.isdecimal() and (parent.isdecimal() or not parent):
+                parents.setdefault(int(number), int(parent) if parent else None)
+        self._parents = parents
+        self._last = max((self._last, *(int(name.partition(".")[0].partition("-")[0]) for name in names)))
+        self._changed_ns = changed_ns if time.time_ns() - changed_ns > _TICK_NS else -1
+
+
+class Registry:
+    """One registry directory. Use one object per thread; only `read` may run in any thread.
+
+    Args:
+        path: The directory.
+
+    Attributes:
+        path: The directory.
+        directory: Its files, and the object store where it is shared.
+        generations: Control, and outcomes of rollbacks.
+        specs: Programs and feature specs.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.directory = Directory(path)
+        self.directory.ensure(*_FOLDERS.values())
+        self.generations = Controls(path, self.directory)
+        self.specs = Specs(self.directory)
+        self._numbers = {kind: Numbers(path / name) for kind, name in _FOLDERS.items()}
+        self._manifests: dict[Path, Manifest] = {}
+
+    # Control
+
+    def control(self) -> Control | None:
+        """See `Controls.control`."""
+        return self.generations.control()
+
+    def controls(self, last: int | None = None) -> list[Control]:
+        """See `Controls.controls`."""
+        return self.generations.controls(last)
+
+    def propose(self, control: Control) -> Control:
+        """See `Controls.propose`."""
+        return self.generations.propose(control)
+
+    def change(self, transition: Callable[[Control], Control]) -> Control:
+        """See `Controls.change`."""
+        return self.generations.change(transition)
+
+    # Numbers and folders
+
+    def versions(self) -> list[int]:
+        """The numbers of all durable versions, ascending; not all need be of control's epoch."""
+        return sorted({*self.deltas(), *self.bases()})
+
+    def deltas(self) -> tuple[int, ...]:
+        """The durable versions whose delta to an older version is kept, ascending."""
+        merged = self._numbers["merged"].good()
+        return tuple(sorted({*self._numbers["delta"].good(), *merged})) if merged else self._numbers["delta"].good()
+
+    def bases(self) -> tuple[int, ...]:
+        """The versions whose full state is kept, ascending."""
+        return self._numbers["base"].good()
+
+    def recents(self) -> tuple[int, ...]:
+        """The versions that can be followed but not rolled back to, ascending; some of them are durable too."""
+        return self._numbers["recent"].good()
+
+    def next_number(self) -> int:
+        """The number of the next version: numbers only grow, over all epochs and both lifetimes."""
+        return 1 + max(numbers.last() for numbers in self._numbers.values())
+
+    def folder(self, kind: Kind, version: int, parent: int | None = None) -> Path:
+        """The directory of a version that is kept as `kind`; for a merged one `parent` is part of the name."""
+        name = f"{version:012d}-{parent or 0:012d}" if kind == "merged" else f"{version:012d}"
+        return self.path / _FOLDERS[kind] / name
+
+    def folder_of(self, part: Manifest) -> Path:
+        """The directory of the files that a manifest names."""
+        return self.folder(part.kind, part.version, part.parent)
+
+    def _folders(self, version: int, kind: Kind | None) -> list[Path]:
+        """The directories of a version, the best first: a merged delta is read in one piece."""
+        folders = []
+        parent = self._numbers["merged"].oldest_parent(version)
+        if kind in (None, "delta", "merged") and parent is not None:
+            folders.append(self.folder("merged", version, parent))
+        kinds: tuple[Kind, ...] = ("delta", "base") if kind is None else (kind,)
+        return folders + [
+            self.folder(one, version) for one in kinds if one != "merged" and version in self._numbers[one]
+        ]
+
+    def _delta_folders(self, version: int) -> list[Path]:
+        """All directories of a version's delta, the effective one first."""
+        first = self._folders(version, "delta")
+        merged = (self.path / layout.MERGED).glob(f"{version:012d}-*")
+        return first + sorted(folder for folder in merged if folder not in first and "." not in folder.name)
+
+    def _not_kept(self, version: int) -> UnknownVersion:
+        """The error for a version that cannot be rolled back to, with the versions to use instead."""
+        kept = self.versions()
+        nearest = [*[one for one in kept if one < version][-1:], *[one for one in kept if one > version][:1]]
+        message = f"version {version} is not kept in {self.path}"
+        if version in self._numbers["recent"]:
+            message = (
+                f"version {version} can be followed and not gone back to: it is not durable, the log makes it again"
+            )
+        return UnknownVersion(message, f"take {' or '.join(map(str, nearest))}" if nearest else "there is none yet")
+
+    # Reading
+
+    def manifest(self, version: int, kind: Kind | None = None) -> Manifest:
+        """The manifest of a version: of its delta, else of its base, or of the given `kind`.
+
+        Raises:
+            UnknownVersion: The version is not kept.
+            CorruptVersion: Its manifest fails its digest.
+        """
+        for folder in self._folders(version, kind):
+            if cached := self._manifests.pop(folder, None):
+                # Moves it to the end: the least recently used are dropped first.
+                self._manifests[folder] = cached
+                return cached
+            try:
+                read = manifest.decode(self._manifest_bytes(folder))
+            except FileNotFoundError:
+                if folder.is_dir():
+                    raise BadPart(folder, version, f"{folder / MANIFEST} is missing") from None
+                continue
+            except ValueError as error:
+                raise BadPart(folder, version, f"{folder / MANIFEST} is damaged: {error}") from error
+            self._cache(folder, read)
+            return read
+        raise self._not_kept(version)
+
+    def either(self, version: int) -> Manifest:
+        """The manifest of a version; the recent one if both exist.
+
+        Raises:
+            UnknownVersion: The version is neither recent nor durable.
+            CorruptVersion: Its manifest fails its digest.
+        """
+        try:
+            return self.manifest(version, "recent")
+        except (UnknownVersion, CorruptVersion):
+            return self.manifest(version)
+
+    def read(self, version: Manifest | int, name: str) -> bytes:
+        """Reads a version's file and checks it against its manifest.
+
+        Raises:
+            UnknownVersion: The version is not kept.
+            CorruptVersion: The file is missing or fails its digest; the message names it.
+        """
+        part = self.manifest(version) if isinstance(version, int) else version
+        path = self.folder_of(part) / name
+        entry = part.files.get(name)
+        if entry is None:
+            raise BadPart(path.parent, part.version, f"it never had a file {path}")
+        data = self._file(path, entry)
+        if data is None:
+            if not path.parent.is_dir():
+                self._manifests.pop(path.parent, None)
+                raise self._not_kept(part.version)
+            raise BadPart(path.parent, part.version, f"{path} is missing")
+        if not entry.fits(data):
+            if (rewritten := self._rewritten(part)) is not None:
+                return self.read(rewritten, name)
+            raise BadPart(path.parent, part.version, f"{path} fails its digest")
+        return data
+
+    def path_of(self, version: Manifest, name: str) -> Path:
+        """The path of a version's file, fetched if it is missing here. The file may still be damaged or missing."""
+        path = self.folder_of(version) / name
+        if not path.exists() and name in version.files:
+            self._file(path, version.files[name])
+        return path
+
+    def verify(self, version: Manifest) -> None:
+        """Reads and checks every file of a delta or base.
+
+        Raises:
+            UnknownVersion: It is not kept.
+            CorruptVersion: A file does not match the manifest.
+        """
+        for name in version.files:
+            self.read(version, name)
+
+    def newest(self, epoch: int | None) -> int | None:
+        """The newest durable version of `epoch`, or of all epochs; None if there is none.
+
+        Raises:
+            CorruptVersion: Its manifest, or that of a newer version, fails its digest.
+        """
+        for version in reversed(self.versions()):
+            if epoch in (None, self.manifest(version).epoch):
+                return version
+        return None
+
+    def latest(self, epoch: int | None) -> Manifest | None:
+        """The newest version of `epoch`, or of all epochs, durable or recent; None if there is none.
+
+        Skips recent versions that are removed meanwhile or that a power failure damaged.
+
+        Raises:
+            CorruptVersion: The manifest of the newest durable one fails its digest.
+        """
+        newest = self.newest(epoch)
+        for version in reversed(self.recents()):
+            if newest is not None and version <= newest:
+                break
+            try:
+                recent = self.manifest(version, "recent")
+            except (UnknownVersion, CorruptVersion):
+                continue
+            if epoch in (None, recent.epoch):
+                return recent
+        return None if newest is None else self.manifest(newest)
+
+    def next_after(self, version: int) -> int | None:
+        """The next version, durable or recent, with a higher number, of any epoch. Cheap enough to poll."""
+        with usable("be read"):
+            if (self.folder("recent", version + 1) / MANIFEST).exists():
+                return version + 1
+        return min((number for number in (*self.recents(), *self.versions()) if number > version), default=None)
+
+    def visible(self, version: int) -> Visible:
+        """The versions that `version` descends from, including itself, as closed intervals, newest first."""
+        return self.manifest(version).visible
+
+    def chain(self, version: int) -> Chain:
+        """The newest base that the durable `version` descends from (or is), and the deltas since.
+
+        Raises:
+            UnknownVersion: One of them is not kept.
+            CorruptVersion: One of their manifests fails its digest.
+        """
+        visible = self.manifest(version).visible
+        base = max((number for number in self.bases() if number <= version and sees(visible, number)), default=None)
+        if base is None:
+            raise UnknownVersion(f"version {version} descends from no base that is kept", self._not_kept(version).do)
+        deltas: list[Manifest] = []
+        at = version
+        while at != base:
+            delta = self.manifest(at, "delta")
+            if delta.parent is None or not base <= delta.parent < at:
+                if base not in self.bases():
+                    # The compactor has just merged deltas across the base.
+                    return self.chain(version)
+                raise BadPart(
+                    self.folder_of(delta), at, f"its parent {delta.parent} does not lie between base {base} and itself"
+                )
+            deltas.append(delta)
+            at = delta.parent
+        return Chain(self.manifest(base, "base"), deltas[::-1])
+
+    def _cache(self, folder: Path, part: Manifest) -> None:
+        while len(self._manifests) >= _CACHED:
+            self._manifests.pop(next(iter(self._manifests), folder), None)
+        self._manifests[folder] = part
+
+    def _rewritten(self, part: Manifest) -> Manifest | None:
+        """The manifest of a part to which `replace` gave other files meanwhile; None if it is unchanged."""
+        folder = self.folder_of(part)
+        self._manifests.pop(folder, None)
+        try:
+            now = manifest.decode(file_bytes(folder / MANIFEST))
+        except (OSError, ValueError):
+            return None
+        return None if now.files == part.files else now
+
+    # Files of a copy, fetched from the object store
+
+    def refresh(self, folder: Path, mark: str = "") -> bool:
+        """Fetches a copy's manifest again, and removes the version's other files if it changed. No-op outside a copy.
+
+        Args:
+            folder: Folder of a version.
+            mark: Digest of the manifest in the object store, or its first digits; empty if unknown.
+
+        Returns:
+            Whether the manifest changed or the folder was removed.
+
+        Raises:
+            UnusableRegistry: It cannot be read.
+        """
+        path = folder / MANIFEST
+        if not (self.directory.is_copy and folder.parent.name in DURABLE):
+            return False
+        try:
+            own = file_bytes(path)
+        except FileNotFoundError:
+            return False
+        if mark and durable.digest(own).startswith(mark):
+            return False
+        data = self.directory.fetch(path)
+        if data is None:
+            self.directory.remove_folder(folder)
+            return True
+        if data == own:
+            return False
+        with usable("be refreshed"):
+            for other in [other for other in folder.iterdir() if other.name != MANIFEST]:
+                other.unlink(missing_ok=True)
+        self.directory.keep(path, data)
+        return True
+
+    def _manifest_bytes(self, folder: Path) -> bytes:
+        path = folder / MANIFEST
+        try:
+            return file_bytes(path)
+        except FileNotFoundError:
+            data = self.directory.fetch(path) if self._is_fetched(folder) else None
+            if data is None:
+                if self._is_fetched(folder) and self.directory.is_copy:
+                    self.directory.remove_folder(folder)
+                raise
+        self.directory.keep(path, data)
+        return data
+
+    def _file(self, path: Path, entry: FileEntry) -> bytes | None:
+        """Reads a version's file, and fetches it if it is missing; None if it does not exist.
+
+        A fetched file that matches its digest is kept. The caller must check the digest of the returned bytes.
+        """
+        try:
+            data = file_bytes(path)
+        except FileNotFoundError:
+            if not self._is_fetched(path.parent):
+                return None
+            fetched = self.directory.fetch(path)
+            if fetched is not None and entry.fits(fetched):
+                self.directory.keep(path, fetched)
+            else:
+                # The version was rewritten or removed meanwhile; the manifest shows which.
+                self.refresh(path.parent)
+            return fetched
+        if not entry.fits(data) and self.directory.is_copy:
+            # Damaged here, or rewritten in the object store.
+            self.refresh(path.parent)
+            with usable("be read"):
+                path.unlink(missing_ok=True)
+            return self._file(path, entry)
+        return data
+
+    def _is_fetched(self, folder: Path) -> bool:
+        """Whether what is missing in a version's folder may be in the object store."""
+        return folder.parent.name in DURABLE and folder.is_dir() and self.directory.binding is not None
+
+    # Publishing
 
     def publish(self, draft: Draft, files: Mapping[str, bytes], recent: Manifest | None = None) -> Manifest:
         """Publishes a version: complete and visible to all readers when this returns, and durable unless recent.
@@ -55,29 +501,238 @@ class Registry(Recents, Controls, Outcomes, Specs):
         ancestors = () if draft.parent is None else self.either(draft.parent).visible
         while True:
             if recent is None:
-                made = manifest.complete(draft, self.next_number(), ancestors, files)
+                part = manifest.complete(draft, self.next_number(), ancestors, files)
             else:
-                made = manifest.complete_twin(draft, recent, files)
-            add = self.add if made.durable else self.add_recent
-            if add(made, files, last_check=lambda: self._check_epoch(draft.epoch)):
-                return made
+                part = manifest.complete_twin(draft, recent, files)
+            add = self.add if part.durable else self.add_recent
+            if add(part, files, last_check=lambda: self._check_epoch(draft.epoch)):
+                return part
             if recent is not None:
-                raise RuntimeError(f"version {made.version} was published before")
+                raise RuntimeError(f"version {part.version} was published before")
 
     def add_base(self, of: Manifest, files: Mapping[str, bytes]) -> Manifest:
         """Stores the full state at the version `of`; does nothing if it exists."""
-        made = manifest.complete_base(of, files)
-        self.add(made, files)
-        return made
+        base = manifest.complete_base(of, files)
+        self.add(base, files)
+        return base
 
     def add_merged(self, parts: Sequence[Manifest], files: Mapping[str, bytes]) -> Manifest:
         """Stores `parts`, consecutive deltas, merged into one delta of the last one."""
-        made = manifest.complete_merged(parts, files)
-        self.add(made, files)
-        return made
+        merged = manifest.complete_merged(parts, files)
+        self.add(merged, files)
+        return merged
+
+    def add_recent(
+        self, part: Manifest, files: Mapping[str, bytes], last_check: Callable[[], None] = lambda: None
+    ) -> bool:
+        """Adds a version to `recent/`, complete when this returns and never synced. False if the number is taken.
+
+        Raises:
+            UnusableRegistry: The disk refused; nothing of the version is left.
+        """
+        final, temporary = self.folder_of(part), self.directory.temporary(f"recent-{part.version}")
+        with usable(f"take version {part.version}"):
+            temporary.mkdir()
+            try:
+                for name, data in files.items():
+                    (temporary / name).write_bytes(data)
+                (temporary / MANIFEST).write_bytes(manifest.encode(part))
+                killpoints.reach("recent.written")
+                last_check()
+                if not _appears(temporary, final):
+                    return False
+                killpoints.reach("recent.renamed")
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        self._cache(final, part)
+        return True
+
+    def add(self, part: Manifest, files: Mapping[str, bytes], last_check: Callable[[], None] = lambda: None) -> bool:
+        """Adds a delta or base. It is complete and durable when this returns. False if the number is taken.
+
+        1. Files and manifest are written under `tmp/` and synced.
+        2. `last_check` may still refuse by raising an exception.
+        3. One rename makes the version visible; the directory is synced.
+
+        Raises:
+            UnusableRegistry: The disk refused; nothing of the version is left.
+        """
+        final = self.folder_of(part)
+        temporary = self.directory.temporary(f"{part.kind}-{final.name}")
+        with usable(f"take version {part.version}"):
+            temporary.mkdir()
+            try:
+                # 1.
+                for name, data in files.items():
+                    durable.write(temporary / name, data)
+                    killpoints.reach("publish.file")
+                durable.write(temporary / MANIFEST, manifest.encode(part))
+                durable.sync_directory(temporary)
+                killpoints.reach("publish.written")
+                # 2.
+                last_check()
+                killpoints.reach("publish.checked")
+                # 3.
+                if not _appears(temporary, final):
+                    return False
+                killpoints.reach("publish.renamed")
+                durable.sync_directory(final.parent)
+                killpoints.reach("publish.synced")
+                return True
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
 
     def _check_epoch(self, epoch: int) -> None:
         control = self.control()
         if control is None or control.epoch != epoch:
             now = "there is no control yet" if control is None else f"control is at epoch {control.epoch}"
             raise WrongEpoch(f"a version of epoch {epoch} was refused: {now}")
+
+    def replace(self, part: Manifest, files: Mapping[str, bytes]) -> None:
+        """Replaces the files of a stored part; after a crash either the old or the new files are there.
+
+        1. Files and manifest are written under `tmp/` and synced.
+        2. Both directories exchange names; the directories are synced.
+        3. The old files are removed.
+
+        Raises:
+            UnusableRegistry: The disk refused; the old files are unchanged.
+        """
+        final = self.folder_of(part)
+        temporary = self.directory.temporary(f"rewritten-{part.kind}-{final.name}")
+        with usable(f"rewrite version {part.version}"):
+            try:
+                # 1.
+                temporary.mkdir()
+                for name, data in files.items():
+                    durable.write(temporary / name, data)
+                durable.write(temporary / MANIFEST, manifest.encode(part))
+                durable.sync_directory(temporary)
+                killpoints.reach("rewrite.written")
+                # 2.
+                durable.exchange(temporary, final)
+                killpoints.reach("rewrite.exchanged")
+                durable.sync_directory(final.parent)
+                self._manifests.pop(final, None)
+            finally:
+                # 3.
+                shutil.rmtree(temporary, ignore_errors=True)
+
+    # Removing
+
+    def newest_good(self, epoch: int) -> int | None:
+        """The newest version of `epoch` with an intact chain: every file passes its check. None if there is none.
+
+        A corrupt version is set aside and the reason is logged, and so is a version
+        that needs one that is gone. So nothing loads them, and no fallback goes
+        unnoticed. Only the process with the trainer's lock calls it.
+        """
+        doubted: object = None
+        while True:
+            version, kept = None, (self.deltas(), self.bases())
+            try:
+                version = self.newest(epoch)
+                if version is None:
+                    return None
+                base, deltas = self.chain(version)
+                for part in (base, *deltas):
+                    self.verify(part)
+                return version
+            except BadPart as error:
+                self.set_aside(error.part, error.version, str(error))
+            except UnknownVersion as error:
+                if version is None:
+                    raise
+                # A compactor may have replaced what was being read, so try again first.
+                if doubted != (version, kept):
+                    doubted = (version, kept)
+                    continue
+                self.set_aside(self.folder_of(self.manifest(version)), version, f"a version it needs is gone: {error}")
+
+    def set_aside(self, folder: Path, version: int, reason: str) -> Path:
+        """Renames the directory of a version to `<name>.bad`, so that nothing loads it. Its number is not reused."""
+        aside = next(
+            path
+            for count in range(1_000_000)
+            if not (path := folder.with_name(f"{folder.name}.bad{count or ''}")).exists()
+        )
+        with usable(f"set aside version {version}, which is damaged"):
+            folder.rename(aside)
+            durable.sync_directory(folder.parent)
+        self._manifests.pop(folder, None)
+        _log.error("set aside %s of version %d as %s: %s", folder.parent.name, version, aside, reason)
+        return aside
+
+    def remove(self, kind: Kind, version: int, parent: int | None = None) -> None:
+        """Deletes a version of the given `kind` (a merged one with `parent`) for good, with one rename."""
+        self._remove(self.folder(kind, version, parent))
+
+    def remove_delta(self, version: int) -> None:
+        """Deletes a version's delta for good, merged or not."""
+        for folder in self._delta_folders(version):
+            self._remove(folder)
+
+    def remove_superseded(self, version: int) -> None:
+        """Deletes the deltas of a version that its merged delta contains."""
+        for folder in self._delta_folders(version)[1:]:
+            self._remove(folder)
+
+    def _remove(self, folder: Path) -> None:
+        self._manifests.pop(folder, None)
+        self.directory.remove_folder(folder)
+
+    def sweep_recent(self, boot: str | None = None) -> int:
+        """Removes everything in `recent/`. Only the process with the trainer's lock calls it, before it publishes.
+
+        1. The highest number that may have been used stays taken.
+        2. The boot id of the machine, under which numbers are taken from here on, is stored.
+        3. The versions are removed.
+
+        Args:
+            boot: Boot id of the machine; by default the kernel's.
+
+        Returns:
+            How many versions were removed.
+
+        Raises:
+            UnusableRegistry: The disk refused.
+        """
+        boot = boot_id() if boot is None else boot
+        mark = self.path / layout.RECENT_BOOT
+        with usable("be swept"):
+            # 1. The machine may have lost names in `recent/` when it was restarted.
+            before = mark.read_text() if mark.exists() else boot
+            keeper = self.reserve_numbers(self.next_number() - 1 + (0 if before == boot else MOST_BETWEEN))
+            left = [path for path in keeper.parent.iterdir() if path != keeper]
+            killpoints.reach("recent.numbered")
+            # 2.
+            if before != boot or not mark.exists():
+                self.directory.replace(mark, boot.encode())
+            # 3.
+            for path in left:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self._manifests.clear()
+        return sum(path.name.isdecimal() for path in left)
+
+    def reserve_numbers(self, last: int) -> Path:
+        """Makes all numbers up to `last` count as used, durably, by a file in `recent/` with that name; returns its path.
+
+        Raises:
+            OSError: The disk refused.
+        """
+        keeper = self.path / layout.RECENT / f"{last:012d}.last"
+        if not keeper.exists():
+            durable.write(keeper, b"")
+            durable.sync_directory(keeper.parent)
+        return keeper
+
+
+def _appears(temporary: Path, final: Path) -> bool:
+    """Moves a version from `tmp/` to its final path by one rename; returns False if the number is taken."""
+    try:
+        temporary.rename(final)
+    except OSError:
+        if final.is_dir():
+            return False
+        raise
+    return True

@@ -52,7 +52,7 @@ def _as_kind(data: bytes, kind: type[Document]) -> Document:
 
 
 def encode(document: Any) -> bytes:
-    """Encodes a dataclass as JSON with its digest; equal dataclasses give equal bytes."""
+    """Encodes a struct, a dataclass or JSON values with their digest; equal documents give equal bytes."""
     return seal(msgspec.json.encode(document, order="deterministic"))
 
 

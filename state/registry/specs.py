@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import itertools
-import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
@@ -14,7 +13,8 @@ from typing import Any
 from state import layout
 from state.config.sections import Model
 from state.disk import files as durable
-from state.errors import CorruptVersion, SpecMismatch
+from state.errors import CorruptVersion, RegistryError, SpecMismatch
+from state.features.spec import FeatureSpec
 from state.process import killpoints
 from state.registry import sealed
 from state.registry.directory import Directory, file_bytes, usable
@@ -22,11 +22,13 @@ from state.registry.directory import Directory, file_bytes, usable
 SPEC = "spec.json"
 
 
-class Specs(Directory):
+class Specs:
     """The programs and feature specs of one registry directory."""
 
-    def __init__(self, path: Path, *folders: str) -> None:
-        super().__init__(path, *folders, layout.PROGRAMS, layout.SPECS)
+    def __init__(self, directory: Directory) -> None:
+        directory.ensure(layout.PROGRAMS, layout.SPECS)
+        self._directory = directory
+        self._programs, self._specs = directory.path / layout.PROGRAMS, directory.path / layout.SPECS
 
     def add_program(self, program: bytes) -> str:
         """Stores a program; returns its SHA-256, which is its name. Replaces a damaged copy.
@@ -34,18 +36,14 @@ class Specs(Directory):
         Raises:
             UnusableRegistry: The disk refused.
         """
-        digest = hashlib.sha256(program).hexdigest()
-        final = self.path / layout.PROGRAMS / f"{digest}.tflite"
+        digest = durable.digest(program)
+        path = self._programs / f"{digest}.tflite"
         with usable(f"keep program {digest[:12]}"):
-            if final.exists() and final.read_bytes() == program:
+            if path.exists() and path.read_bytes() == program:
                 # It is in use again. Garbage collection goes by its age.
-                os.utime(final)
+                os.utime(path)
             else:
-                temporary = self.temporary(f"program-{digest}")
-                temporary.unlink(missing_ok=True)
-                durable.write(temporary, program)
-                temporary.replace(final)
-                durable.sync_directory(final.parent)
+                self._directory.replace(path, program)
         return digest
 
     def program(self, digest: str) -> bytes:
@@ -54,18 +52,18 @@ class Specs(Directory):
         Raises:
             CorruptVersion: It is missing or fails its digest.
         """
-        path = self.path / layout.PROGRAMS / f"{digest}.tflite"
+        path = self._programs / f"{digest}.tflite"
         try:
-            return self.content(path, digest)
+            return self._directory.content(path, digest)
         except FileNotFoundError:
             raise CorruptVersion(f"{path} is missing", "restart the trainer to lower the model again") from None
         except ValueError as error:
             raise CorruptVersion(str(error), "remove it and restart the trainer to lower the model again") from None
 
-    def specs(self) -> list[str]:
+    def names(self) -> list[str]:
         """The names of completed bootstraps: digests of feature specs, see `bootstrapped`."""
         with usable("be listed"):
-            return sorted(path.name for path in (self.path / layout.SPECS).iterdir() if (path / SPEC).exists())
+            return sorted(path.name for path in self._specs.iterdir() if (path / SPEC).exists())
 
     def bootstrapped(self, spec: str, model: Model) -> str | None:
         """The name under which a feature spec was bootstrapped with the preprocessing of `model`; None if it was not.
@@ -76,8 +74,8 @@ class Specs(Directory):
         Raises:
             CorruptVersion: A file fails its digest.
         """
-        found = [name for name in self.specs() if name.partition(".")[0] == spec]
-        return next((name for name in found if fits(self.spec(name), model)), None)
+        names = [name for name in self.names() if name.partition(".")[0] == spec]
+        return next((name for name in names if fits(self.spec(name), model)), None)
 
     def free_name(self, spec: str) -> str:
         """The name for the next bootstrap of a feature spec.
@@ -85,7 +83,7 @@ class Specs(Directory):
         Raises:
             UnusableRegistry: The disk refused.
         """
-        taken = {*self.specs()}
+        taken = {*self.names()}
         names = itertools.chain([spec], (f"{spec}.{number}" for number in itertools.count(2)))
         return next(name for name in names if name not in taken)
 
@@ -100,32 +98,28 @@ class Specs(Directory):
         Raises:
             UnusableRegistry: The disk refused.
         """
+        final = self._specs / digest
+        temporary = self._directory.temporary(f"spec-{digest}")
         with usable(f"take feature spec {digest[:12]}"):
-            return self._add_spec(digest, document, fill)
-
-    def _add_spec(self, digest: str, document: Mapping[str, Any], fill: Callable[[Path], None]) -> bool:
-        final = self.path / layout.SPECS / digest
-        temporary = self.temporary(f"spec-{digest}")
-        temporary.mkdir()
-        try:
-            fill(temporary)
-            files = {
-                str(path.relative_to(temporary)): hashlib.sha256(path.read_bytes()).hexdigest()
-                for path in sorted(temporary.rglob("*"))
-                if path.is_file()
-            }
-            body = json.dumps({**document, "files": files}, sort_keys=True).encode()
-            durable.write(temporary / SPEC, sealed.seal(body))
-            durable.sync_tree(temporary)
-            killpoints.reach("spec.written")
-            temporary.rename(final)
-        except OSError:
-            if not (final / SPEC).exists():
-                raise
-            return False
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        durable.sync_directory(final.parent)
+            temporary.mkdir()
+            try:
+                fill(temporary)
+                files = {
+                    str(path.relative_to(temporary)): durable.digest(path.read_bytes())
+                    for path in sorted(temporary.rglob("*"))
+                    if path.is_file()
+                }
+                durable.write(temporary / SPEC, sealed.encode({**document, "files": files}))
+                durable.sync_tree(temporary)
+                killpoints.reach("spec.written")
+                temporary.rename(final)
+            except OSError:
+                if not (final / SPEC).exists():
+                    raise
+                return False
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+            durable.sync_directory(final.parent)
         return True
 
     def spec(self, digest: str) -> dict[str, Any]:
@@ -135,9 +129,9 @@ class Specs(Directory):
             SpecMismatch: It was not bootstrapped here.
             CorruptVersion: The file fails its digest.
         """
-        path = self.path / layout.SPECS / digest / SPEC
+        path = self._specs / digest / SPEC
         try:
-            document: dict[str, Any] = json.loads(sealed.unseal(file_bytes(path)))
+            return sealed.decode(file_bytes(path), dict[str, Any])
         except FileNotFoundError:
             raise SpecMismatch(
                 f"{path} does not exist: run `springtide bootstrap` with these feature settings"
@@ -146,7 +140,6 @@ class Specs(Directory):
             raise CorruptVersion(
                 f"{path} is damaged: {error}", "move it away and run `springtide bootstrap`"
             ) from error
-        return document
 
     def transform(self, digest: str) -> Path:
         """The directory with the transform graph of a feature spec, with every file checked.
@@ -155,10 +148,10 @@ class Specs(Directory):
             SpecMismatch: It was not bootstrapped here.
             CorruptVersion: A file is missing or fails its digest.
         """
-        folder = self.path / layout.SPECS / digest
+        folder = self._specs / digest
         for name, expected in self.spec(digest)["files"].items():
             path = folder / name
-            if not path.is_file() or hashlib.sha256(file_bytes(path)).hexdigest() != expected:
+            if not path.is_file() or durable.digest(file_bytes(path)) != expected:
                 raise CorruptVersion(
                     f"{path} is missing or fails its digest", f"move {folder} away and run `springtide bootstrap`"
                 )
@@ -177,3 +170,25 @@ def fits(about: Mapping[str, Any], model: Model) -> bool:
     if about.get("preprocessing", model.preprocessing) != model.preprocessing:
         return False
     return all(model.written.get(name, default) == then for name, (then, default) in about.get("asked", {}).items())
+
+
+class SpecActions:
+    """Names of actions by number, by the digest of a feature spec that was ever bootstrapped; cached.
+
+    Args:
+        registry: The registry's directory, which may not exist.
+        own: The spec of the settings.
+    """
+
+    def __init__(self, registry: Path, own: FeatureSpec) -> None:
+        self._registry = registry
+        self._known = {own.digest: own.actions}
+
+    def of(self, spec: str) -> tuple[str, ...] | None:
+        """The names, in the order of their numbers; None for an unknown spec."""
+        # A reader does not create a registry.
+        if spec not in self._known and (self._registry / layout.SPECS).is_dir():
+            with contextlib.suppress(SpecMismatch, RegistryError, KeyError):
+                document = Specs(Directory(self._registry)).spec(spec)
+                self._known[spec] = tuple(document["spec"]["actions"])
+        return self._known.get(spec)

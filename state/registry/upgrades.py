@@ -88,7 +88,7 @@ def pending(registry: Registry, control: Control) -> Control | None:
     Raises:
         CorruptVersion: A manifest or a generation fails its digest.
     """
-    began = registry.beginning_of(control.epoch)
+    began = registry.generations.beginning_of(control.epoch)
     if began is None or began.action != "upgrade" or registry.newest(control.epoch) is not None:
         return None
     return began

@@ -13,7 +13,6 @@ changed or deleted.
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,17 +87,19 @@ def baseline_files(schema: Schema, statistics: DatasetFeatureStatistics) -> dict
     }
 
 
-class Baselines(Directory):
+class Baselines:
     """The baselines of one registry directory."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__(path)
+        self.path = path
+        self._directory = Directory(path)
+        self._directory.ensure()
 
     def newest_number(self, spec: str) -> int:
         """The number of the baseline in force; 0 for the bootstrap's.
 
         Args:
-            spec: The name of a bootstrap, from `Registry.bootstrapped`.
+            spec: The name of a bootstrap, from `Specs.bootstrapped`.
         """
         with usable("be listed"):
             folder = self.path / layout.BASELINES / spec
@@ -149,14 +150,14 @@ class Baselines(Directory):
             "files": {name: hashlib.sha256(data).hexdigest() for name, data in files.items()},
         }
         final = self._folder(spec, accepted.number)
-        temporary = self.temporary(f"baseline-{spec}-{accepted.number}")
+        temporary = self._directory.temporary(f"baseline-{spec}-{accepted.number}")
         with usable(f"take baseline {accepted.number}"):
             final.parent.mkdir(parents=True, exist_ok=True)
             temporary.mkdir()
             try:
                 for name, data in files.items():
                     durable.write(temporary / name, data)
-                durable.write(temporary / ABOUT, sealed.seal(json.dumps(about, sort_keys=True).encode()))
+                durable.write(temporary / ABOUT, sealed.encode(about))
                 durable.sync_directory(temporary)
                 temporary.rename(final)
             except OSError:
@@ -176,12 +177,11 @@ class Baselines(Directory):
 
     def _about(self, path: Path) -> dict[str, Any]:
         try:
-            found: dict[str, Any] = json.loads(sealed.unseal(file_bytes(path)))
+            return sealed.decode(file_bytes(path), dict[str, Any])
         except FileNotFoundError:
             raise CorruptVersion(f"{path} is missing", f"move its directory away: {_INSTEAD}") from None
         except ValueError as error:
             raise CorruptVersion(f"{path} is damaged: {error}", f"move its directory away: {_INSTEAD}") from error
-        return found
 
     def _checked(self, path: Path, expected: str) -> bytes:
         try:

@@ -6,8 +6,9 @@ training log name the live generation that their stream knew.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
+
+from msgspec.structs import replace as changed
 
 from state.registry.control import Control, following, start
 
@@ -32,10 +33,10 @@ def begun(
     >>> own.generation, own.epoch, own.base, own.action
     (1, 2, 40, 'start')
     """
-    first = replace(start(actor=actor, reason=reason, now_ms=now_ms), epoch=live.epoch + 1, base=version, log=live.log)
+    first = changed(start(actor=actor, reason=reason, now_ms=now_ms), epoch=live.epoch + 1, base=version, log=live.log)
     if plan is not None:
-        first = replace(first, action="upgrade", upgraded=True, plan=plan)
-    return replace(first, **{name: getattr(live, name) for name in FOLLOWED})
+        first = changed(first, action="upgrade", upgraded=True, plan=plan)
+    return changed(first, **{name: getattr(live, name) for name in FOLLOWED})
 
 
 def followed(own: Control, live: Control) -> Control:

@@ -55,7 +55,7 @@ from state.log.gaps import how_to_go_on
 from state.positions import Gap, Source
 from state.process.wall_clock import wall_ms
 from state.registry.control import Control
-from state.registry.control_look import ControlLook
+from state.registry.controls import ControlPoll
 from state.registry.log_line import FIRST_EPOCH, Stretch
 from streaming.accounts import as_ranges, missing, require_accepted
 from streaming.alignment import AlignedReader
@@ -237,7 +237,7 @@ class Partitions:
         self._worker, self._source = worker, source
         self._settings = worker.settings
         self._parser = Parser(self._settings.events, worker.salt)
-        self._look = ControlLook(self._settings.registry_dir)
+        self._control = ControlPoll(self._settings.registry_dir)
         self._resting = threading.Event()
         self.at = reading
         if not source:
@@ -264,7 +264,7 @@ class Partitions:
             GapError, LogError: As at opening; or the topic was recreated.
             LineTurned: Control asks for an older position of the log.
         """
-        control = self._look.look()
+        control = self._control.poll()
         log_epoch = self._epoch(control)
         with telling_how():
             batches = self._poll(moment_s)

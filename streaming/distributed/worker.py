@@ -39,7 +39,7 @@ from state.log.gaps import Consent
 from state.metrics import StreamMetrics
 from state.positions import Source
 from state.registry.controls import Controls
-from state.registry.sharing.running import copying
+from state.registry.sharing import copying
 from streaming.attributes import Join
 from streaming.distributed.bucket import BucketCore, BucketPlace, Cache
 from streaming.distributed.bucket_store import BucketStore

@@ -15,11 +15,11 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from state.places.opening import open_place
+from state.file_store import open_store
 from state.registry.registry import SERVING, TRAINING
 from tests.bench.report import Figure, report
 from tests.one_s3 import S3Server
-from tests.state.registry.sharing.hosts import CopyHost, Link, Origin
+from tests.state.registry.hosts import CopyHost, Link, Origin
 
 LOOKS = 200
 
@@ -34,7 +34,7 @@ def took_s(act: Callable[[], object]) -> float:
 def measured(name: str, folder: Path, url: str, base: int, delta: int) -> dict[str, Figure]:
     """A base and a delta of these sizes through one place."""
     origin = Origin(folder / "trainer", url)
-    link = Link(open_place(url))
+    link = Link(open_store(url))
     host = CopyHost(folder / "host", url, link)
     figures: dict[str, Figure] = {}
     parent: int | None = None

@@ -11,10 +11,10 @@ import functools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+from msgspec import structs
 from prometheus_client import CollectorRegistry
 
 from deploy.serving.following.clicks import HistoryFollower
@@ -120,7 +120,7 @@ class Training:
         about = {**ABOUT, "salt": load_salt(settings.salt_path).fingerprint}
         flags = ("--paths.state", settings.paths.state)
         registry = Registry(settings.registry_dir)
-        program = registry.add_program(lowered())
+        program = registry.specs.add_program(lowered())
         self._learner = learner(registry, log, *flags, trainer=trainer, about=about, program=program)
 
     def step(self) -> bool:
@@ -356,4 +356,4 @@ def kill_at(part: str, *points: str) -> None:
 def with_masks(control: Control) -> Callable[[Control], Control]:
     """Makes a first generation that leaves out what `control` does."""
     masks = {name: getattr(control, name) for name in ("masks", "mask_generation", "last_mask")}
-    return lambda first: replace(first, **masks)
+    return lambda first: structs.replace(first, **masks)

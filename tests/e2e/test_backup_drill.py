@@ -12,16 +12,16 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deploy.backup import listing
-from deploy.backup.commands import Scope, make
+from deploy.backup import location
+from deploy.backup.making import Scope, make
 from deploy.backup.restoring import By, Restored, restore
 from deploy.serving.answers.host import Host
 from state.errors import BackupError
 from state.events.identity import load_salt
+from state.file_store import open_store
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
 from state.log import MemoryLog
-from state.places.opening import open_place
 from state.process import killpoints
 from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
@@ -46,11 +46,11 @@ def move(loop: SmallLoop, to: Path) -> None:
 
 
 def bring_back(loop: SmallLoop, backups: Path, kafka_lost: bool = False) -> Restored:
-    place = open_place(str(backups))
+    place = open_store(str(backups))
     done = restore(
         loop.settings,
         place,
-        listing.backup(place),
+        location.read_backup(place),
         By("ann", NOW_MS + 60_000),
         lambda more: None,
         kafka_lost=kafka_lost,
@@ -150,7 +150,7 @@ def test_control_that_is_newer_than_the_histories_takes_them_back(tmp_path: Path
         loop.end("applier")
 
     killpoints.armed = killpoints.parse("backup.histories", roll_back)
-    made = make(loop.settings, open_place(str(backups)), Scope(with_salt=True), NOW_MS, lambda more: None)
+    made = make(loop.settings, open_store(str(backups)), Scope(with_salt=True), NOW_MS, lambda more: None)
     assert made.left_out == ()
     assert (made.epoch, next(iter(made.positions["stream-0"].values()))) == (2, GOOD + BAD)
     move(loop, tmp_path / "there")
@@ -175,8 +175,8 @@ def test_what_was_killed_is_repeated_or_refused_and_never_taken_for_whole(
         check=False,
     )
     assert died.returncode == -9
-    assert (listing.ids(open_place(str(backups))), len(open_place(str(backups)).names("locks"))) == ([], 1)
-    make(loop.settings, open_place(str(backups)), Scope(with_salt=True), NOW_MS, lambda more: None)
+    assert (location.ids(open_store(str(backups))), len(open_store(str(backups)).names("locks"))) == ([], 1)
+    make(loop.settings, open_store(str(backups)), Scope(with_salt=True), NOW_MS, lambda more: None)
     store = HistoryStore(loop.settings.stream_dir / HISTORIES, loop.settings.features.history, 1 << 27, readonly=True)
     digest = store.digest()
     store.close()
@@ -211,7 +211,7 @@ def test_where_kafka_is_lost_too_what_was_learned_goes_on_in_another_log(tmp_pat
         pass
     loop.end("applier")
     backups, before = tmp_path / "backups", histories(loop)
-    made = make(loop.settings, open_place(str(backups)), Scope(with_salt=True), NOW_MS, lambda more: None)
+    made = make(loop.settings, open_store(str(backups)), Scope(with_salt=True), NOW_MS, lambda more: None)
     assert made.left_out == ()
     assert made.version == newest.version
     lost = sum(made.positions["stream-0"].values()) - sum(newest.marks.values())

@@ -64,7 +64,7 @@ class PastTrial:
         """The trial's trainer, in its epoch."""
         about = {**ABOUT, "salt": load_salt(self.loop.settings.salt_path).fingerprint}
         begins = partial(from_past, PastLearning(self.past, self.records))
-        program = self.registry.add_program(lowered())
+        program = self.registry.specs.add_program(lowered())
         return learner(
             self.registry,
             self.loop.log,

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from msgspec import structs
 
 from deploy import cli
 from deploy.operate import log_view
@@ -209,7 +209,7 @@ def test_rollbacks_in_a_row_with_growing_masks_come_to_the_last_one(
 
 def learned_along(loop: SmallLoop, folder: Path, salt: Path, control: Control) -> str:
     """The weights of a trainer that reads the loop's log along control's line from its beginning, with its masks."""
-    again = SmallLoop(folder, salt, lambda first: replace(with_masks(control)(first), log=control.log))
+    again = SmallLoop(folder, salt, lambda first: structs.replace(with_masks(control)(first), log=control.log))
     again.log, again.down = loop.log, {"stream", "applier"}
     again.settle()
     training = again.parts["trainer"]
@@ -234,7 +234,9 @@ def test_an_outcome_is_what_the_plan_said(
 
     def went(mode: Mode) -> dict[str, tuple[Any, Any]]:
         """By what is counted the plan and the outcome."""
-        planned, learned = (loop.registry.outcome(loop.control.epoch, part) for part in ("planned", "learned"))
+        planned, learned = (
+            loop.registry.generations.outcome(loop.control.epoch, part) for part in ("planned", "learned")
+        )
         assert planned is not None
         assert learned is not None
         if mode == "exact":
@@ -258,7 +260,7 @@ def test_an_outcome_is_what_the_plan_said(
         loop.tick(name)
     first = loop.control.epoch
     command(*back, last, "--skip", f"0:{GOOD + 60}-{GOOD + 63}")
-    assert loop.registry.outcome(first, "learned") is None, "it was interrupted"
+    assert loop.registry.generations.outcome(first, "learned") is None, "it was interrupted"
     loop.settle()
     both = went(last)
     assert all(planned == learned for planned, learned in both.values()), both

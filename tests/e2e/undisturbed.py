@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+from msgspec import structs
+
 from state.config.settings import Settings
 from state.history.store import HistoryStore
 from state.registry.control import Control, start
@@ -60,7 +62,7 @@ def _decided(control: Control, line: LogLine) -> Control:
     """The first generation of a run that leaves out from its beginning what `control` does."""
     first = start(actor="test", reason="undisturbed", now_ms=0)
     masks = {name: getattr(control, name) for name in ("masks", "mask_generation", "last_mask")}
-    return replace(first, log=line, **masks)
+    return structs.replace(first, log=line, **masks)
 
 
 def begin_stream(settings: Settings, folder: Path, control: Control) -> tuple[Settings, Part]:

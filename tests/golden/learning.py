@@ -27,7 +27,7 @@ def new_trainer(settings: Settings, registry: Registry) -> Trainer:
     """A trainer with the preprocessing that the run's bootstrap made; fixes TensorFlow's threads first."""
     device.prepare(settings.trainer.device, settings.trainer.threads)
     spec = FeatureSpec.from_settings(settings)
-    return Trainer(settings, spec, preprocessing_of(registry.transform(spec.digest)))
+    return Trainer(settings, spec, preprocessing_of(registry.specs.transform(spec.digest)))
 
 
 def learn_on(trainer: Trainer, registry: Registry, log: Topic, version: int | None, steps: int, mask: Mask) -> Document:
@@ -44,7 +44,7 @@ def learn_on(trainer: Trainer, registry: Registry, log: Topic, version: int | No
     newest = registry.manifest(registry.versions()[-1])
     at, marks = log.ends[0][0], {}
     if version is None:
-        checkpoint.begin(trainer, registry.spec(newest.spec))
+        checkpoint.begin(trainer, registry.specs.spec(newest.spec))
     else:
         base = checkpoint.restore(registry, version, trainer, newest.spec)
         at, marks = base.log.next, base.marks

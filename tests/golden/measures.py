@@ -86,8 +86,8 @@ def registry_of(registry: Registry) -> Document:
         for one in registry.controls()
     ]
     newest = registry.manifest(registry.versions()[-1])
-    about = registry.spec(newest.spec)
-    registry.transform(newest.spec)
+    about = registry.specs.spec(newest.spec)
+    registry.specs.transform(newest.spec)
     return {
         "versions": versions,
         "bases": bases,
@@ -95,7 +95,7 @@ def registry_of(registry: Registry) -> Document:
         "newest": newest.version,
         "spec": newest.spec,
         "program": newest.program,
-        "program_bytes": len(registry.program(newest.program)),
+        "program_bytes": len(registry.specs.program(newest.program)),
         "popular": about["popular"],
         "salt": about["salt"],
         "environment": newest.environment,

@@ -77,7 +77,7 @@ class Training:
     def __init__(self, settings: Settings, registry: Registry, now_ms: int) -> None:
         self._settings, self.registry, self._now_ms = settings, registry, now_ms
         self.trainer = new_trainer(settings, registry)
-        self._program = registry.add_program(build(self.trainer.model))
+        self._program = registry.specs.add_program(build(self.trainer.model))
         self._spec = FeatureSpec.from_settings(settings).digest
         self._open = lambda offset: Reader(
             settings.kafka, settings.kafka.microbatches_topic, [0], {} if offset is None else {0: offset}
@@ -94,7 +94,7 @@ class Training:
             self._open,
             self._program,
             self._spec,
-            self.registry.spec(self._spec),
+            self.registry.specs.spec(self._spec),
             TrainerMetrics(CollectorRegistry()),
             clock=lambda: self._now_ms / 1000,
             elapsed=lambda: 0.0,

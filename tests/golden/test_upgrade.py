@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 from prometheus_client import CollectorRegistry
 
 from state.config.settings import Settings
@@ -24,7 +25,7 @@ from state.microbatch.codec import decode, encode
 from state.registry.control import follow, pin, roll_back
 from state.registry.registry import Registry
 from state.registry.sealed import unseal
-from state.registry.spec_actions import SpecActions
+from state.registry.specs import SpecActions
 from streaming.histories import check_identity
 from tests.golden.archive import EXPECTED, HERE, Topic, read_topic, settings_of, unpack
 from tests.golden.learning import new_trainer
@@ -182,7 +183,7 @@ def test_0_1_0_finds_its_own_version_again_once_the_system_went_back_to_it(tmp_p
     registry.change(lambda now: pin(now, version, **said))
     registry.change(lambda now: follow(now, **said))
     assert newest()["format"] == 2
-    went = registry.change(lambda now: replace(roll_back(now, version, Mask.NONE, **said), plan={"end": 14}))
+    went = registry.change(lambda now: structs.replace(roll_back(now, version, Mask.NONE, **said), plan={"end": 14}))
     assert (went.epoch, went.base, newest()["format"]) == (3, version, 2)
     registry.change(lambda now: follow(now, **said))
     # What 0.1.0 itself wrote, field by field, and with nothing masked.

@@ -102,8 +102,8 @@ def test_one_that_up_started_waits_for_the_topic_and_the_first_clicks_become_con
     assert re.fullmatch(r"400 clicks read in [\d.]+ s \([\d,]+ rows/s\)", said[-1])
     spec = FeatureSpec.from_settings(settings)
     registry = Registry(settings.registry_dir)
-    assert registry.specs() == [spec.digest]
-    about = registry.spec(spec.digest)
+    assert registry.specs.names() == [spec.digest]
+    about = registry.specs.spec(spec.digest)
     assert about["salt"] == load_salt(settings.salt_path).fingerprint
     assert FeatureSpec.from_json(about["spec"]) == spec
     clicks = [count for _, count in about["popular"]]
@@ -123,7 +123,7 @@ def test_one_that_up_started_waits_for_the_topic_and_the_first_clicks_become_con
 
     from trainer.versions.program import preprocessing_of
 
-    transform = preprocessing_of(registry.transform(spec.digest))
+    transform = preprocessing_of(registry.specs.transform(spec.digest))
     with open_sample(settings, spec, load_salt(settings.salt_path), lambda: 0.0, silent) as sample:
         ours = np.concatenate([rows.vectors.features for rows in rows_of(sample, of_topic(sample.context))]).astype(
             np.float32
@@ -159,7 +159,7 @@ def test_too_few_clicks_end_the_wait_with_what_to_do(settings: Settings) -> None
     with pytest.raises(SpringtideError, match=r"lower bootstrap\.min_rows"):
         run(starved, said.append, clock=lambda: float(next(ticks)))
     assert any("of at least 100,000 clicks" in line for line in said)
-    assert Registry(starved.registry_dir).specs() == []
+    assert Registry(starved.registry_dir).specs.names() == []
 
 
 def test_a_constant_column_stays_finite(tmp_path: Path) -> None:
@@ -188,16 +188,18 @@ def test_an_option_that_the_preprocessing_asked_for_makes_another_graph_and_othe
         return replace(settings, model=model)
 
     assert run(wanted("scale=0.5", "heads=4"), silent, Wanted(of_up=True))
-    about = Registry(settings.registry_dir).spec(FeatureSpec.from_settings(settings).digest)
+    about = Registry(settings.registry_dir).specs.spec(FeatureSpec.from_settings(settings).digest)
     assert (about["options"], about["asked"]) == (["scale=0.5", "heads=4"], {"scale": ["0.5", "1.0"]})
     assert not run(wanted("scale=0.5", "heads=8"), silent), "the graph does not depend on heads"
     # Another graph lies beside the first one, whose versions still go by it.
     registry, spec = Registry(settings.registry_dir), FeatureSpec.from_settings(settings).digest
-    assert registry.bootstrapped(spec, wanted("scale=2").model) is None
+    assert registry.specs.bootstrapped(spec, wanted("scale=2").model) is None
     assert run(wanted("scale=2"), silent, Wanted(of_up=True))
-    found = [registry.bootstrapped(spec, wanted(*options).model) for options in (("scale=0.5",), ("scale=2",), ())]
+    found = [
+        registry.specs.bootstrapped(spec, wanted(*options).model) for options in (("scale=0.5",), ("scale=2",), ())
+    ]
     assert found == [spec, f"{spec}.2", None]
-    assert registry.transform(f"{spec}.2").is_dir()
+    assert registry.specs.transform(f"{spec}.2").is_dir()
     # What an earlier release wrote names no options.
     assert fits({"preprocessing": f"{__name__}:scaled"}, wanted("scale=2").model)
 

@@ -204,12 +204,12 @@ def test_a_bootstrap_from_files_needs_no_kafka_and_leaves_what_the_trainer_waits
 ) -> None:
     _, settings, _ = made
     registry = Registry(settings.registry_dir)
-    (digest,) = registry.specs()
+    (digest,) = registry.specs.names()
     assert digest == FeatureSpec.from_settings(settings).digest
-    document = registry.spec(digest)
+    document = registry.specs.spec(digest)
     assert document["rows"] == ROWS
     assert sum(clicks for _, clicks in document["popular"]) == ROWS
-    assert (registry.transform(digest) / "transform_fn" / "saved_model.pb").exists()
+    assert (registry.specs.transform(digest) / "transform_fn" / "saved_model.pb").exists()
 
 
 def test_a_small_keras_model_learns_from_the_examples_for_a_step(made: tuple[Path, Settings, str]) -> None:
@@ -253,7 +253,7 @@ def test_files_without_a_click_are_one_line_with_the_reasons(tmp_path: Path) -> 
     path.write_text('{"user": "a", "item": 1, "category": 2, "action": "dance", "time": 1700000000}\n' * 3)
     with pytest.raises(SpringtideError, match=r"no row of .*3 dead letters \(3 unknown_action\); correct \[events\]"):
         bootstrap(path, "--paths.state", tmp_path / "state", "--stream.map_gb", 1)
-    assert Registry(tmp_path / "state" / "registry").specs() == []
+    assert Registry(tmp_path / "state" / "registry").specs.names() == []
 
 
 @pytest.mark.parametrize("argv", [["nowhere.csv"], ["--rows", "none"], ["--rows", "0"], ["--exmaples", "x"]])

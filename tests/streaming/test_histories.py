@@ -12,7 +12,7 @@ from state.features.spec import FeatureSpec
 from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.registry.registry import Registry
-from state.registry.spec_actions import SpecActions
+from state.registry.specs import SpecActions
 from streaming.histories import check_identity
 
 SPEC = FeatureSpec()
@@ -53,6 +53,6 @@ def test_actions_of_a_store_of_0_1_0_are_those_of_the_spec_that_the_registry_kno
     with pytest.raises(SpecMismatch, match=r"start the stream once with the events\.actions of then"):
         check_identity(store, other, "salt", SpecActions(tmp_path / "nowhere", other))
     registry = Registry(tmp_path / "registry")
-    registry.add_spec(SPEC.digest, {"spec": SPEC.to_json()}, lambda folder: None)
+    registry.specs.add_spec(SPEC.digest, {"spec": SPEC.to_json()}, lambda folder: None)
     check_identity(store, other, "salt", SpecActions(registry.path, other))
     assert store.extra("actions") == b'["view", "favorite", "cart", "purchase"]'

@@ -9,10 +9,10 @@ from typing import Any
 
 from state.features.mask import Mask
 from state.microbatch.codec import decode, encode
+from state.registry import sharing
 from state.registry.control import Control, pin, publish, roll_back, train, unmask
 from state.registry.registry import Registry
-from state.registry.sharing import running as starting
-from tests.state.registry.sharing.hosts import away
+from tests.state.registry.hosts import away
 from tests.trainer.clicks import microbatch
 from tests.trainer.logs import append, learner, run_to_end, started, without, written
 from tests.trainer.test_exact_rollback import of_epoch, published, turned
@@ -106,17 +106,17 @@ def test_when_the_rollback_is_learned_its_outcome_is_written_once(tmp_path: Path
     append(log, RECORDS[8:])
     published(running)
     registry.change(rolled_back(to))
-    assert registry.outcome(2, "learned") is None
+    assert registry.generations.outcome(2, "learned") is None
     run_to_end(running)
-    found = registry.outcome(2, "learned")
+    found = registry.generations.outcome(2, "learned")
     assert found is not None
     assert (found["rows"], found["masked"], found["next"]) == (16 * 40, running.place.masked, running.place.next)
     append(log, [microbatch(24)])
     run_to_end(running)
     running.close()
     run_to_end(learner(registry, log))
-    assert registry.outcome(2, "learned") == found
-    assert registry.outcome(1, "learned") is None, "the first epoch was no rollback"
+    assert registry.generations.outcome(2, "learned") == found
+    assert registry.generations.outcome(1, "learned") is None, "the first epoch was no rollback"
 
 
 def test_the_outcome_counts_what_was_read_before_a_restart(tmp_path: Path) -> None:
@@ -129,10 +129,10 @@ def test_the_outcome_counts_what_was_read_before_a_restart(tmp_path: Path) -> No
     while not running.place.masked:
         running.tick(0.0, stopping=lambda: True)
     running.close()
-    assert registry.outcome(2, "learned") is None
+    assert registry.generations.outcome(2, "learned") is None
     again = learner(registry, log)
     run_to_end(again)
-    found = registry.outcome(2, "learned")
+    found = registry.generations.outcome(2, "learned")
     assert found is not None
     assert (found["rows"], found["masked"]) == (16 * 40, again.place.masked)
 
@@ -153,7 +153,7 @@ def test_answers_follow_once_all_that_was_learned_before_is_published(tmp_path: 
 
 def test_while_the_place_of_a_shared_registry_is_away_answers_wait_and_follow_when_it_is_back(tmp_path: Path) -> None:
     registry, log, url = started(tmp_path / "trainer"), written(RECORDS[:8]), tmp_path / "place"
-    registry.shared, _ = starting.own(registry.path, str(url), 7)
+    registry.directory.shared, _ = sharing.own(registry.path, str(url), 7)
     running = learner(registry, log)
     to = published(running)
     append(log, RECORDS[8:])
@@ -193,10 +193,10 @@ def test_an_exact_rollback_is_done_when_the_clicks_are_where_they_were(tmp_path:
     published(running)
     registry.change(turned(registry, log, to, POISON))
     run_to_end(running)
-    assert registry.outcome(2, "learned") is None
+    assert registry.generations.outcome(2, "learned") is None
     append(log, [of_epoch(without(value, POISON), 2) for value in RECORDS[8:]])
     run_to_end(running)
-    assert registry.outcome(2, "learned") is not None
+    assert registry.generations.outcome(2, "learned") is not None
 
 
 def test_a_rollback_that_interrupts_another_is_done_when_all_is_learned_that_was_learned_before_both(
@@ -211,12 +211,12 @@ def test_a_rollback_that_interrupts_another_is_done_when_all_is_learned_that_was
     registry.change(turned(registry, log, to, POISON))
     append(log, [of_epoch(without(value, POISON), 2) for value in RECORDS[8:10]])
     published(running)
-    assert registry.outcome(2, "learned") is None
+    assert registry.generations.outcome(2, "learned") is None
     registry.change(turned(registry, log, to, Mask(times=((1, 2),))))
     append(log, [of_epoch(without(value, POISON), 3) for value in RECORDS[8:12]])
     published(running)
-    assert registry.outcome(3, "learned") is None, "only as far as the first one had come"
+    assert registry.generations.outcome(3, "learned") is None, "only as far as the first one had come"
     append(log, [of_epoch(without(value, POISON), 3) for value in RECORDS[12:]])
     run_to_end(running)
-    assert registry.outcome(3, "learned") is not None
-    assert registry.outcome(2, "learned") is None
+    assert registry.generations.outcome(3, "learned") is not None
+    assert registry.generations.outcome(2, "learned") is None

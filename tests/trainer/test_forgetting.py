@@ -13,8 +13,7 @@ from state.features.masked_users import MaskedUsers
 from state.microbatch.codec import decode
 from state.positions import Source
 from state.process import killpoints
-from state.registry.control import roll_back
-from state.registry.erasing import erase
+from state.registry.control import erase, roll_back
 from state.registry.registry import Registry
 from tests.trainer.clicks import TOPIC, microbatch
 from tests.trainer.logs import append, bits_of, fresh, kill, learner, run_to_end, trainer_of, written

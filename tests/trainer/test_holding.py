@@ -12,17 +12,15 @@ from state.attributes.values import AttributeTable
 from state.config.fields import fields_of
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
+from state.file_store import open_store
 from state.microbatch.codec import decode, encode
-from state.places.opening import open_place
 from state.positions import Source
-from state.registry.control import Control, roll_back
-from state.registry.held_update import HeldUpdate
-from state.registry.holding import release
+from state.registry import sharing
+from state.registry.control import Control, HeldUpdate, release, roll_back
 from state.registry.registry import Registry
-from state.registry.sharing import running as starting
-from state.registry.sharing.giving import DurableSender, RecentSender
+from state.registry.sync import DurableSender, RecentSender
 from tests.bench.guard import POISONS, SEGMENTED, SEGMENTS, traffic, value_with_share
-from tests.state.registry.sharing.hosts import CopyHost, away
+from tests.state.registry.hosts import CopyHost, away
 from tests.trainer.clicks import SMALL, TOPIC, microbatch
 from tests.trainer.logs import ABOUT, append, bits_of, kill, learner, run_to_end, settle, started, without, written
 from trainer.engine.step import Trainer
@@ -94,11 +92,11 @@ def test_a_hold_that_cannot_be_written_holds_all_the_same_and_is_written_when_th
 ) -> None:
     url, log = tmp_path / "place", written(CLEAN[: FLOOD[0]])
     registry = started(tmp_path / "trainer")
-    place, claim = starting.own(registry.path, str(url), 7)
-    registry.shared = place
+    place, claim = sharing.own(registry.path, str(url), 7)
+    registry.directory.shared = place
     durable = DurableSender(registry.path, place, claim)
     recent = RecentSender(registry.path, place, claim, lambda: durable.serial)
-    host = CopyHost(tmp_path / "host", str(url), open_place(str(url)))
+    host = CopyHost(tmp_path / "host", str(url), open_store(str(url)))
 
     def sent() -> list[int]:
         """The versions that another host has, after all that there is was sent."""

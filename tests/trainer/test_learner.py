@@ -13,8 +13,7 @@ from state.errors import GapError, UnknownTopic
 from state.features.mask import Mask
 from state.positions import Source
 from state.process import killpoints
-from state.registry.control import Control, follow, pin, roll_back
-from state.registry.holding import release
+from state.registry.control import Control, follow, pin, release, roll_back
 from state.registry.registry import SERVING, Registry
 from tests.trainer.clicks import SALT, SPEC, START_MS, TOPIC, microbatch
 from tests.trainer.logs import (

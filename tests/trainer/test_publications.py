@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from state.registry.recent import MOST_BETWEEN
-from state.registry.registry import SERVING, Registry
+from state.registry.registry import MOST_BETWEEN, SERVING, Registry
 from state.registry.tensor_files import unpack
 from state.rows.tables import tables_in
 from tests.trainer.clicks import SPEC, microbatch

@@ -20,8 +20,7 @@ from state.features.masked_users import MaskedUsers
 from state.log import MemoryLog
 from state.microbatch.codec import decode
 from state.positions import Source
-from state.registry.control import roll_back
-from state.registry.erasing import erase
+from state.registry.control import erase, roll_back
 from state.registry.registry import Registry
 from state.trials.comparison import PairedComparison
 from state.trials.following import followed
@@ -61,8 +60,8 @@ class Live:
         self.state, self.trainers, self.trials = state, trainers, Trials(state)
         self.registry = started(state / "registry")
         about = {**ABOUT, "spec": SPEC.to_json(), "preprocessing": small_settings().model.preprocessing}
-        if not self.registry.specs():
-            self.registry.add_spec(SPEC.digest, about, write_transform)
+        if not self.registry.specs.names():
+            self.registry.specs.add_spec(SPEC.digest, about, write_transform)
 
     def settings(self, *flags: str) -> Settings:
         return small_settings("--paths.state", str(self.state), *flags)

@@ -46,7 +46,7 @@ def trainers() -> dict[str, Trainer]:
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
     found = started(tmp_path / "registry")
-    found.add_spec(SPEC.digest, {**ABOUT, "spec": SPEC.to_json()}, write_transform)
+    found.specs.add_spec(SPEC.digest, {**ABOUT, "spec": SPEC.to_json()}, write_transform)
     return found
 
 
@@ -157,7 +157,7 @@ def test_records_with_former_windows_are_passed_over_and_counted_and_all_others_
     control = registry.control()
     assert control is not None
     assert former_specs(registry.controls()) == {SPEC.digest, OTHER.digest}
-    assert former_specs(registry.beginnings()) == {SPEC.digest, OTHER.digest}
+    assert former_specs(registry.generations.beginnings()) == {SPEC.digest, OTHER.digest}
 
     # Back to the version before: the records of the other windows are passed over likewise.
     to = before.place.parent

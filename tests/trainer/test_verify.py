@@ -15,8 +15,7 @@ from state.errors import GapError, LogError, UnknownVersion
 from state.features.mask import Mask
 from state.log import Log, MemoryLog
 from state.log.memory import MemoryReader
-from state.registry.control import Control, follow, pin, roll_back
-from state.registry.holding import release
+from state.registry.control import Control, follow, pin, release, roll_back
 from state.registry.registry import Registry
 from tests.trainer.clicks import SPEC, microbatch, small_settings
 from tests.trainer.logs import (
@@ -45,7 +44,7 @@ RECORDS = [microbatch(number) for number in range(20)]
 
 def started_with_spec(path: Path) -> Registry:
     registry = started(path)
-    registry.add_spec(SPEC.digest, ABOUT, lambda folder: (folder / "transform").mkdir())
+    registry.specs.add_spec(SPEC.digest, ABOUT, lambda folder: (folder / "transform").mkdir())
     return registry
 
 

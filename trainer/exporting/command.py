@@ -158,8 +158,8 @@ def run(settings: Settings, asked: argparse.Namespace) -> None:
         # The trainer runs at the same time and owns the GPU.
         settings = replace(settings, trainer=replace(settings.trainer, device="cpu"))
         device.prepare(settings.trainer.device, settings.trainer.threads)
-        name = registry.bootstrapped(spec.digest, settings.model) or spec.digest
-        trainer = Trainer(settings, spec, preprocessing_of(registry.transform(name)))
+        name = registry.specs.bootstrapped(spec.digest, settings.model) or spec.digest
+        trainer = Trainer(settings, spec, preprocessing_of(registry.specs.transform(name)))
 
         def open_log(topic: str, offset: int) -> Reader:
             partition = registry.manifest(number).log.partition

@@ -253,7 +253,7 @@ def load(registry: Registry, number: int, trainer: Trainer, spec: str, open_log:
     """
     # 1.
     version = checkpoint.restore(registry, number, trainer, spec)
-    program = Program(registry.program(version.program))
+    program = Program(registry.specs.program(version.program))
     program.load(trainer.model.weights())
     # 2.
     batches = enough(latest(open_log, version))
@@ -320,12 +320,8 @@ def export_device_file(of: Compared, path: Path, users: Sequence[int], most: int
         "context": list(of.trainer.settings.events.context),
     }
     content = device_file.with_lists(lowered, rows, about)
-    writing = path.with_name(f".{path.name}.writing")
     path.parent.mkdir(parents=True, exist_ok=True)
-    writing.unlink(missing_ok=True)
-    durable.write(writing, content)
-    writing.replace(path)
-    durable.sync_directory(path.parent)
+    durable.replace(path, content)
     counts = ", ".join(f"{len(one.ids):,} of {name}" for name, one in rows.items())
     say(f"device file  {path}, {len(content) / 1e6:.2f} MB, {quantize}; rows: {counts}")
     if of.ids is None:

@@ -22,8 +22,7 @@ from state.config.settings import Settings
 from state.errors import SettingsError, SpecMismatch
 from state.process import private_files
 from state.registry.manifest import Manifest
-from state.registry.registry import SERVING, TRAINING
-from state.registry.versions import Versions
+from state.registry.registry import SERVING, TRAINING, Registry
 from state.rows.tables import tables_in
 from trainer.engine.build import TRANSITION, labelled
 from trainer.engine.engine import CROSS
@@ -68,7 +67,7 @@ def digest(trainer: Trainer) -> str:
     return content.digest(full(trainer))
 
 
-def restore(versions: Versions, version: int, trainer: Trainer, spec: str) -> Manifest:
+def restore(versions: Registry, version: int, trainer: Trainer, spec: str) -> Manifest:
     """Restores `trainer` to the state that published `version`, whatever its state and table layout were before.
 
     Args:
@@ -97,7 +96,7 @@ def restore(versions: Versions, version: int, trainer: Trainer, spec: str) -> Ma
     return newest
 
 
-def tensors_of(versions: Versions, part: Manifest) -> dict[str, content.Array]:
+def tensors_of(versions: Registry, part: Manifest) -> dict[str, content.Array]:
     """The tensors of one delta or base; every file's digest is checked."""
     return content.decode(versions.read(part, name) for name in (SERVING, TRAINING))
 

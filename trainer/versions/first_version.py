@@ -20,12 +20,10 @@ import numpy as np
 
 from state import layout
 from state.errors import UnknownVersion
-from state.registry.control import Control
-from state.registry.manifest import Manifest
+from state.registry.control import RESTORE, Control
+from state.registry.manifest import LogRange, Manifest
 from state.registry.registry import Registry
-from state.registry.restoring import without_lost_log
 from state.registry.upgrades import pending
-from state.registry.versions import Versions
 from state.rows.tables import tables_in
 from trainer.engine.step import Trainer
 from trainer.versions import checkpoint, content
@@ -64,7 +62,7 @@ def take_over(
             f"epoch goes on from trial {plan[TRIAL]}, and {path} is gone",
             f"go back: `springtide rollback --to {version} --reason TEXT`",
         )
-    found = checkpoint.restore(Versions(path), int(plan["version"]), trainer, spec)
+    found = checkpoint.restore(Registry(path), int(plan["version"]), trainer, spec)
     base, deltas = live.chain(version)
     old = content.merge(checkpoint.tensors_of(live, part) for part in (base, *deltas))
     mine = checkpoint.full(trainer)
@@ -119,7 +117,7 @@ class CarriedOver(NamedTuple):
     changes: dict[str, content.Array]
 
 
-def carry_over(versions: Versions, version: int, trainer: Trainer) -> CarriedOver:
+def carry_over(versions: Registry, version: int, trainer: Trainer) -> CarriedOver:
     """Loads the fitting parts of `version` into `trainer`; the rest is initialised.
 
     Args:
@@ -159,10 +157,20 @@ def restore_or_carry(
         logger.info("epoch %d goes on from trial %s", control.epoch, began.plan[TRIAL])
         return take_over(registry, began.plan, version, trainer, spec)
     if began is None:
-        return without_lost_log(registry, control, checkpoint.restore(registry, version, trainer, spec)), None
+        return _without_lost_log(registry, control, checkpoint.restore(registry, version, trainer, spec)), None
     found = carry_over(registry, version, trainer)
     logger.info("epoch %d goes on from version %d: %s", control.epoch, version, "; ".join(found.planned.lines()))
     return found.manifest, found.changes
+
+
+def _without_lost_log(registry: Registry, control: Control, version: Manifest) -> Manifest:
+    """A version as control's epoch continues from it. If its log was lost, it has no log position and counts the loss."""
+    began = registry.generations.beginning_of(control.epoch)
+    if began is None or began.action != RESTORE or began.plan is None or version.epoch == control.epoch:
+        return version
+    gap = version.metrics.get("account.gap", 0.0) + int(began.plan["lost"])
+    log = LogRange(version.log.topic, partition=version.log.partition)
+    return replace(version, log=log, metrics={**version.metrics, "account.gap": gap})
 
 
 def nothing_learned(trainer: Trainer, about: Mapping[str, Any]) -> dict[str, content.Array]:

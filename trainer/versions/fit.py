@@ -45,6 +45,9 @@ def require_settings_fit(settings: Settings, spec: FeatureSpec) -> None:
     if not settings.registry_dir.is_dir():
         return
     registry = Registry(settings.registry_dir)
-    if registry.control() is not None and (name := registry.bootstrapped(spec.digest, settings.model)) is not None:
-        preprocessing = preprocessing_of(registry.transform(name))
+    if (
+        registry.control() is not None
+        and (name := registry.specs.bootstrapped(spec.digest, settings.model)) is not None
+    ):
+        preprocessing = preprocessing_of(registry.specs.transform(name))
         require_ranker_fits(registry, settings, spec, ranker_of(settings, spec, preprocessing))

@@ -183,9 +183,9 @@ def program_of(
     """
     if version is not None and (version.spec, version.environment) == (spec, environment):
         with suppress(ProgramError, CorruptVersion):
-            check_parity(registry.program(version.program), ranker, sample(ranker))
+            check_parity(registry.specs.program(version.program), ranker, sample(ranker))
             return version.program
-    return registry.add_program(build(ranker))
+    return registry.specs.add_program(build(ranker))
 
 
 @contextmanager

@@ -37,8 +37,7 @@ from state.metrics import ApplierMetrics
 from state.process import killpoints
 from state.process.said_once import SaidOnce
 from state.ranking.crosses import Crosses
-from state.registry.control import Control
-from state.registry.labels import named
+from state.registry.control import Control, named
 from state.registry.manifest import Manifest, sees
 from state.registry.registry import SERVING, Registry
 from state.registry.tensor_files import unpack

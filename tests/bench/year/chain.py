@@ -208,7 +208,7 @@ class Chain:
             self.registry,
             self.trainer,
             open_log,
-            self.registry.add_program(self._program),
+            self.registry.specs.add_program(self._program),
             shard.spec.digest,
             about,
             TrainerMetrics(CollectorRegistry()),

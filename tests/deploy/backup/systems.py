@@ -21,7 +21,6 @@ from state.history.store import HistoryStore
 from state.layout import HISTORIES, LEADERS, WRITER
 from state.positions import Range, Source
 from state.registry.control import roll_back, start
-from state.registry.controls import NEWEST
 from state.registry.registry import Registry
 from tests.state.registry.test_registry import WHO, publish
 
@@ -47,9 +46,9 @@ class System:
         masked = Mask(users=MaskedUsers.of([7, 9]))
         self.registry.propose(roll_back(first, 2, masked, **WHO))
         publish(self.registry, 2, epoch=2)
-        self.registry.add_program(b"a program")
-        self.registry.add_spec("5" * 64, {"about": 1}, lambda folder: (folder / "graph.pb").write_bytes(b"graph"))
-        self.registry.add_outcome(2, "answered", {"seconds": 0.2})
+        self.registry.specs.add_program(b"a program")
+        self.registry.specs.add_spec("5" * 64, {"about": 1}, lambda folder: (folder / "graph.pb").write_bytes(b"graph"))
+        self.registry.generations.add_outcome(2, "answered", {"seconds": 0.2})
         folder = self.settings.stream_dir
         folder.mkdir()
         self.commit(Appends.none(), (), {"salt": salt.fingerprint.encode()})
@@ -95,7 +94,6 @@ def content(settings: Settings) -> dict[str, str]:
     registry = settings.registry_dir
     for folder in ("versions", "merged", "bases", "control", "masks", "outcomes", "programs", "specs", "gaps"):
         for file in sorted((registry / folder).rglob("*")):
-            # A note of which generation is the newest is made anew.
-            if file.is_file() and file.name != NEWEST:
+            if file.is_file():
                 found[file.relative_to(registry).as_posix()] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found

@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from deploy.backup import cut as cutting
-from deploy.backup.commands import Scope, make
-from deploy.backup.cut import chain_of, cut, newest_whole
+from deploy.backup import making as cutting
+from deploy.backup.making import Scope, chain_of, cut, make, newest_whole
 from state.errors import BackupError
 from state.features.mask import Mask
-from state.places.opening import open_place
+from state.file_store import open_store
 from state.registry import manifest
 from state.registry.control import pin, roll_back
 from state.registry.manifest import Manifest
@@ -133,7 +132,7 @@ def test_what_the_compactor_takes_away_while_it_is_copied_is_looked_for_again(
         return opened(path, *arguments, **named)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Path, "open", vanishing)
-    made = make(system.settings, open_place(str(tmp_path / "to")), Scope(), NOW_MS, lambda more: None)
+    made = make(system.settings, open_store(str(tmp_path / "to")), Scope(), NOW_MS, lambda more: None)
     assert "versions/000000000002" in gone[0]
     paths = [one.path for one in made.files]
     assert "registry/merged/000000000002-000000000001/manifest.json" in paths

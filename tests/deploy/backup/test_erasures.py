@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from deploy.backup.documents import id_at
+from deploy.backup.location import id_at
 from state.errors import BackupError
 from state.features.erased import Erased
 from state.features.masked_users import MaskedUsers
-from state.registry.erasing import erase
+from state.registry.control import erase
 from state.registry.registry import Registry
 from tests.deploy.backup.systems import NOW_MS, System, settings_of, springtide
 
@@ -47,7 +47,9 @@ def test_an_older_backup_counts_the_erasures_that_a_newer_one_knows(system: Syst
     forget(system, SECOND, THIRD)
     springtide(system.settings, "backup", to, "--with-salt", now_ms=NOW_MS + 1)
     there = settings_of(tmp_path / "there")
-    assert "2 erasures of after it count again" in springtide(there, "restore", to, "--at", id_at(NOW_MS))
+    assert "2 erasures that were made after it are applied again" in springtide(
+        there, "restore", to, "--at", id_at(NOW_MS)
+    )
     assert named(erased_in(there.registry_dir)) == named(erased_in(system.registry.path))
     actions = [one.action for one in Registry(there.registry_dir).controls()]
     assert actions == ["start", "rollback", "erase", "erase", "erase", "restore"]
@@ -59,7 +61,7 @@ def test_a_registry_that_was_not_lost_knows_the_latest(system: System, tmp_path:
     forget(system, FIRST, SECOND)
     there = settings_of(tmp_path / "there")
     said = springtide(there, "restore", to, "--erasures-from", str(system.registry.path))
-    assert "2 erasures of after it count again" in said
+    assert "2 erasures that were made after it are applied again" in said
     assert named(erased_in(there.registry_dir)) == named(erased_in(system.registry.path))
 
 
@@ -83,4 +85,4 @@ def test_it_is_said_where_the_newest_backup_cannot_tell(system: System, tmp_path
     springtide(system.settings, "backup", str(to), "--with-salt", now_ms=NOW_MS + 1)
     (to / "backups" / f"{id_at(NOW_MS + 1)}.json").write_bytes(b"{}")
     there = settings_of(tmp_path / "there")
-    assert "give them again" in springtide(there, "restore", str(to), "--at", id_at(NOW_MS))
+    assert "repeat them" in springtide(there, "restore", str(to), "--at", id_at(NOW_MS))

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from deploy.backup.lease import REFRESH_S, STALE_S, Lease
+from deploy.backup.location import REFRESH_S, STALE_S, Lease
 from state.disk.files import HOST
 from state.errors import BackupError, LockHeld
-from state.places.opening import DirectoryPlace
+from state.file_store import DirectoryStore
 
 DEAD = f"{HOST}@{2**22 + 1}@0.00"
 ELSEWHERE = "another-host@7@0.00"
@@ -23,11 +23,11 @@ class Clock:
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> DirectoryPlace:
-    return DirectoryPlace(tmp_path)
+def place(tmp_path: Path) -> DirectoryStore:
+    return DirectoryStore(tmp_path)
 
 
-def test_a_second_writer_is_refused_and_leaves_nothing(place: DirectoryPlace) -> None:
+def test_a_second_writer_is_refused_and_leaves_nothing(place: DirectoryStore) -> None:
     with Lease(place) as held:
         with pytest.raises(LockHeld, match=f"of process .* on {HOST}"), Lease(place):
             raise AssertionError("two at once")
@@ -42,7 +42,7 @@ def test_a_second_writer_is_refused_and_leaves_nothing(place: DirectoryPlace) ->
     (DEAD, 0.0, False), (ELSEWHERE, STALE_S - 1, True), (ELSEWHERE, STALE_S + 1, False),
 ])  # fmt: skip
 def test_a_writer_counts_as_long_as_it_may_live(
-    place: DirectoryPlace, owner: str, silent_s: float, lives: bool
+    place: DirectoryStore, owner: str, silent_s: float, lives: bool
 ) -> None:
     clock = Clock()
     # Killed: its file stays.
@@ -56,7 +56,7 @@ def test_a_writer_counts_as_long_as_it_may_live(
             assert len(place.names("locks")) == 1
 
 
-def test_a_writer_that_is_looked_after_stays_alive_for_ever(place: DirectoryPlace) -> None:
+def test_a_writer_that_is_looked_after_stays_alive_for_ever(place: DirectoryStore) -> None:
     clock = Clock()
     with Lease(place, clock, ELSEWHERE) as held:
         for _ in range(int(STALE_S / REFRESH_S) + 2):
@@ -66,7 +66,7 @@ def test_a_writer_that_is_looked_after_stays_alive_for_ever(place: DirectoryPlac
             pass
 
 
-def test_a_writer_that_slept_while_another_came_does_not_go_on(place: DirectoryPlace) -> None:
+def test_a_writer_that_slept_while_another_came_does_not_go_on(place: DirectoryStore) -> None:
     clock = Clock()
     with Lease(place, clock, ELSEWHERE) as slept:
         clock.now_s += STALE_S + 1
@@ -77,7 +77,7 @@ def test_a_writer_that_slept_while_another_came_does_not_go_on(place: DirectoryP
                 slept.require_held()
 
 
-def test_a_file_that_says_nothing_counts_as_a_writer(place: DirectoryPlace) -> None:
+def test_a_file_that_says_nothing_counts_as_a_writer(place: DirectoryStore) -> None:
     place.write("locks/torn.json", b'{"own')
     with pytest.raises(LockHeld, match=r"locks/torn\.json"), Lease(place):
         pass

@@ -80,7 +80,7 @@ def test_a_rollback_is_caught_up_once_it_is_learned_again(
     assert missing("caught-up", settings) == "the trainer is in epoch 1, and epoch 2 is wanted"
     trainer.epoch.set(2)
     assert "not learned again yet" in missing("caught-up", settings)
-    registry.add_outcome(2, "learned", {})
+    registry.generations.add_outcome(2, "learned", {})
     assert missing("caught-up", settings) == ""
 
 
@@ -111,7 +111,7 @@ def test_answers_follow_from_the_base_where_a_rollback_has_nothing_to_learn(
     registry.change(lambda now: control.roll_back(now, 1, Mask.NONE, **WHO))
     registry.change(lambda now: control.follow(now, **WHO))
     assert "a version of epoch 2 is wanted" in missing("following", settings), "it may still learn"
-    registry.add_outcome(2, "learned", {"rows": 7, "masked": 7})
+    registry.generations.add_outcome(2, "learned", {"rows": 7, "masked": 7})
     assert missing("following", settings) == ""
     registry.publish(draft(3, 1, epoch=2), files())
     assert "a version of epoch 2 is wanted" in missing("following", settings)

@@ -10,6 +10,7 @@ from io import StringIO
 from pathlib import Path
 
 import pytest
+from msgspec.structs import replace as changed
 
 from deploy.operate import log_view
 from state.config.sections import Kafka
@@ -172,7 +173,7 @@ def test_status_shows_what_still_holds_something_until_nothing_does(
     found = holding(erasing)
     assert "the trainer" not in found
     assert found["stream-0 on h"].startswith("2027-01-15T08:10:00Z") and "/srv" in found["serving-h on h"]
-    report(registry.path, replace(told, pages=1))
+    report(registry.path, changed(told, pages=1))
     report(registry.path, ErasureReport("serving-h", "h", "/srv", through=1, pages=1, at_ms=NOW_MS))
     report(registry.path, ErasureReport("compactor", "h", "r", through=1, pages=1, version=7))
     assert set(holding(erasing)) == {f"topic {kafka.clicks_topic}", f"topic {kafka.microbatches_topic}"}

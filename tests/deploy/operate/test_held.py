@@ -7,15 +7,15 @@ import shlex
 
 from deploy.sections import held_text, held_update
 from state.config.loading import load
-from state.registry import holding
-from state.registry.held_update import HeldUpdate, SuspectClicks
+from state.registry.control import HeldUpdate, SuspectClicks
+from state.registry.control import hold as hold_update
 from tests.deploy.operating import TOPIC, Operator
 
 UPDATE = HeldUpdate("user", "share of one user", 30.5, 1.0, 3, 20, 24, 1000, 9000, (SuspectClicks(TOPIC, 1, 400, 480),))
 
 
 def hold(operator: Operator) -> None:
-    operator.registry.change(lambda now: holding.hold(now, UPDATE, actor="guard", reason="a flood", now_ms=5))
+    operator.registry.change(lambda now: hold_update(now, UPDATE, actor="guard", reason="a flood", now_ms=5))
 
 
 def test_status_says_rule_numbers_and_place_and_nothing_where_nothing_is_held(operator: Operator) -> None:
@@ -47,7 +47,7 @@ def test_the_rollback_that_is_proposed_can_be_typed(operator: Operator) -> None:
 def test_release_and_resume_let_go_what_is_held(operator: Operator) -> None:
     for place, command in enumerate(("release", "resume")):
         hold(operator) if place == 0 else operator.registry.change(
-            lambda now: holding.hold(
+            lambda now: hold_update(
                 now, HeldUpdate("item", "share", 9.0, 1.0, 3, 30, 34, 0, 9), actor="guard", reason="-", now_ms=6
             )
         )

@@ -69,7 +69,7 @@ def test_killed_at_each_step_and_typed_again_control_and_plan_are_those_of_one_t
     for changed in (at == "control.written", False):
         document = json.loads(operator(*words))
         assert (document["changed"], document["control"]) == (changed, whole["control"])
-        assert operator.registry.outcome(2, "planned") == whole["plan"]
+        assert operator.registry.generations.outcome(2, "planned") == whole["plan"]
 
 
 def test_a_second_rollback_may_name_clicks_that_the_stream_has_yet_to_write_again(operator: Operator) -> None:
@@ -78,7 +78,7 @@ def test_a_second_rollback_may_name_clicks_that_the_stream_has_yet_to_write_agai
     operator("rollback", *first, "--reason", "bots")
     operator("rollback", *second, "--reason", "more bots")
     assert (newest(operator).epoch, len(newest(operator).masks)) == (3, 2)
-    operator.registry.add_outcome(3, "learned", {})
+    operator.registry.generations.add_outcome(3, "learned", {})
     refused(operator, SettingsError, "no row of the training log is named", "--to", "3", "--skip-time", "4m..3m")
 
 
@@ -168,7 +168,7 @@ def test_the_plan_counts_what_the_trainer_will_find(operator: Operator) -> None:
     later = [user for one in range(20, 32) for user in users_of(one)]
     assert plan["after"] == sum(user in hit for user in later)
     assert plan["masks"] == {"1": {"rows": 40, "users": len(hit)}}
-    assert operator.registry.outcome(2, "planned") == plan
+    assert operator.registry.generations.outcome(2, "planned") == plan
     assert newest(operator).plan == {"end": 64}
 
 
@@ -287,7 +287,7 @@ def test_a_dry_run_tells_the_plan_and_changes_nothing(operator: Operator) -> Non
     document = json.loads(operator("rollback", "--to", "3", "--reason", "look", "--dry-run", "-o", "json"))
     assert (document["plan"]["records"], document["plan"]["answers"]["serves"]) == (17, False)
     assert len(operator.registry.controls()) == 1
-    assert operator.registry.outcome(2, "planned") is None
+    assert operator.registry.generations.outcome(2, "planned") is None
 
 
 def test_the_plan_says_how_answers_turn(operator: Operator) -> None:

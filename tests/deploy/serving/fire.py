@@ -101,9 +101,9 @@ class Trainer:
     made: dict[int, tuple[int, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._programs = [self.registry.add_program(line.content) for line in self.lines]
+        self._programs = [self.registry.specs.add_program(line.content) for line in self.lines]
         for line in self.lines:
-            self.registry.add_spec(line.spec.digest, {"spec": line.spec.to_json()}, lambda _: None)
+            self.registry.specs.add_spec(line.spec.digest, {"spec": line.spec.to_json()}, lambda _: None)
         self.registry.propose(start(actor="test", reason="fire", now_ms=0))
         self._durable = self._last = 0
 

@@ -21,7 +21,7 @@ from state.registry.registry import SERVING, Registry
 from state.rows.store import RowStore
 from tests.deploy.serving.test_following import tensors
 from tests.deploy.serving.test_rest import until
-from tests.state.registry.sharing.hosts import Origin, away
+from tests.state.registry.hosts import Origin, away
 
 BY = {"actor": "ann", "reason": "a test", "now_ms": 1}
 
@@ -42,7 +42,7 @@ def test_an_applier_waits_for_a_registry_that_cannot_be_read(tmp_path: Path) -> 
         until(lambda: "the registry cannot be followed" in log.read_text())
         registry = Registry(tmp_path / "later")
         registry.propose(start(**BY))
-        draft = Draft("base", 1, None, LogRange(), (), 1, 1, 5, 4, "spec", registry.add_program(b"p"), "salt")
+        draft = Draft("base", 1, None, LogRange(), (), 1, 1, 5, 4, "spec", registry.specs.add_program(b"p"), "salt")
         registry.publish(draft, {SERVING: save(tensors({1: 1.0}))})
         exchange(registry.path, tmp_path / "registry")
         reader = RowStore(tmp_path / "state" / "serving" / ROWS, 1 << 30, readonly=True)
@@ -79,7 +79,7 @@ def test_the_process_applies_without_kafka_and_stops_in_order(tmp_path: Path) ->
         until(lambda: (rows / "mark.json").exists())
         second = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60)
         assert second.returncode == 1 and "in use by process" in second.stderr
-        draft = Draft("base", 1, None, LogRange(), (), 1, 1, 5, 4, "spec", registry.add_program(b"p"), "salt")
+        draft = Draft("base", 1, None, LogRange(), (), 1, 1, 5, 4, "spec", registry.specs.add_program(b"p"), "salt")
         version = registry.publish(draft, {SERVING: save(tensors({1: 1.0}))}).version
         reader = RowStore(rows, 1 << 30, readonly=True)
 

@@ -19,8 +19,8 @@ from state.layout import PROGRAMS, ROWS
 from state.metrics import ApplierMetrics
 from state.process import killpoints
 from state.ranking.crosses import Crosses
-from state.registry.control import follow, pin
-from state.registry.erasing import erase, reports
+from state.registry.control import erase, follow, pin
+from state.registry.erasing import reports
 from state.registry.manifest import Draft, LogRange
 from state.registry.registry import SERVING, Registry
 from tests.deploy.serving.stocked import NOW_MS

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from msgspec.structs import replace as changed
 from prometheus_client import CollectorRegistry
 from safetensors.numpy import save
 
@@ -55,7 +56,7 @@ class World:
     program: str = ""
 
     def __post_init__(self) -> None:
-        self.program = self.registry.add_program(b"a program")
+        self.program = self.registry.specs.add_program(b"a program")
         self.registry.propose(start(**BY))
         self.rows = RowStore(self.path / ROWS, MAP)
         self.restart()
@@ -252,7 +253,7 @@ def test_recent_versions_go_after_a_moment_and_durable_ones_once_they_are_old(wo
             world.settle()
             world.registry.change(lambda control: follow(control, **BY))
             world.settle()
-            world.registry.change(lambda control: replace(control, base=base, generation=control.generation + 1))
+            world.registry.change(lambda control: changed(control, base=base, generation=control.generation + 1))
         world.lose_recent(max(0, len(world.registry.recents()) - 15))
     with world.rows.reader() as reader:
         ages = {one.version: world.clock.now_ms - one.applied_at_ms for one in reader.versions()}

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from deploy.serving.answers.tensor_model import labels_of
-from state.registry.labels import label
+from state.registry.control import label
 from state.registry.registry import Registry
 from tests.deploy.serving.test_following import BY, Clock, World, check
 

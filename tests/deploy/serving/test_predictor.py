@@ -304,7 +304,7 @@ def test_a_version_answers_with_its_own_features_whatever_the_settings_say_by_no
     with pytest.raises(SpecMismatch, match="wait for the first version of an upgrade"):
         predictor(stores, spec=other).profile("ann", item="i1")
     registry = Registry(tmp_path / "registry")
-    registry.add_spec(FeatureSpec().digest, {"spec": FeatureSpec().to_json()}, lambda folder: None)
+    registry.specs.add_spec(FeatureSpec().digest, {"spec": FeatureSpec().to_json()}, lambda folder: None)
     VersionFiles(stores.settings.serving_dir / PROGRAMS, registry).fetch_spec(FeatureSpec().digest)
     stores.histories.numbering, extra = numbered(None, other.actions, FeatureSpec().actions)
     stores.histories.commit(Appends.none(), (), extra)

@@ -94,7 +94,7 @@ def test_readiness_names_it_and_it_cannot_be_asked_for(settings: Settings, train
 def test_a_program_that_cannot_run_is_refused(trainer: Trainer, host: HostWriter) -> None:
     good = trainer.publish()
     assert host.settle() == good
-    trainer._programs[0] = trainer.registry.add_program(b"no program at all")
+    trainer._programs[0] = trainer.registry.specs.add_program(b"no program at all")
     bad = trainer.publish()
     assert host.settle() == good and host.metrics.refused_version._value.get() == bad
 

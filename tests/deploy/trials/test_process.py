@@ -43,7 +43,7 @@ def settings(tmp_path: Path) -> Settings:
     registry = Registry(found.registry_dir)
     registry.propose(start(actor="trainer", reason="first start", now_ms=0))
     digest = FeatureSpec.from_settings(found).digest
-    registry.add_spec(digest, {"preprocessing": found.model.preprocessing}, lambda folder: None)
+    registry.specs.add_spec(digest, {"preprocessing": found.model.preprocessing}, lambda folder: None)
     return found
 
 

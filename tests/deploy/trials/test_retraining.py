@@ -23,9 +23,7 @@ from state.errors import SettingsError
 from state.features.ages import DAY_MS
 from state.features.spec import FeatureSpec
 from state.process import killpoints
-from state.registry.control import start, train
-from state.registry.held_update import HeldUpdate
-from state.registry.holding import hold, release
+from state.registry.control import HeldUpdate, hold, release, start, train
 from state.registry.registry import Registry
 from state.rollouts import rollout
 from state.rollouts.rollouts import Rollouts
@@ -54,7 +52,7 @@ class Shop:
         self.live.propose(start(actor="trainer", reason="first start", now_ms=0))
         self.spec = FeatureSpec.from_settings(self.settings).digest
         about = {"preprocessing": self.settings.model.preprocessing}
-        self.live.add_spec(self.spec, about, lambda folder: None)
+        self.live.specs.add_spec(self.spec, about, lambda folder: None)
 
     def learn(self) -> None:
         """The live trainer has a version."""

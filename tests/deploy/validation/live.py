@@ -117,6 +117,6 @@ def bootstrapped(settings: Settings, rows: int = 4000) -> Registry:
             (place / name).write_bytes(data)
 
     registry = Registry(settings.registry_dir)
-    registry.add_spec(SPEC.digest, about, fill)
+    registry.specs.add_spec(SPEC.digest, about, fill)
     registry.propose(start(actor="trainer", reason="first start", now_ms=START_MS))
     return registry

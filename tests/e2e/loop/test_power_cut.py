@@ -23,8 +23,7 @@ import psutil
 import pytest
 
 from state.log import Topics
-from state.registry.recent import MOST_BETWEEN
-from state.registry.registry import Registry
+from state.registry.registry import MOST_BETWEEN, Registry
 from tests.e2e.loop.test_bad_record import balanced
 from tests.e2e.running import Loop, counting, until
 from tests.segments import cut_back, forget_clean_stop

@@ -159,12 +159,12 @@ def test_control_damaged_anywhere_is_no_control_and_no_older_one(
 
 def test_a_damaged_program_is_replaced_by_the_one_just_lowered(tmp_path: Path) -> None:
     registry = Registry(tmp_path)
-    digest = registry.add_program(b"program")
+    digest = registry.specs.add_program(b"program")
     (tmp_path / "programs" / f"{digest}.tflite").write_bytes(b"progrm")
     with pytest.raises(CorruptVersion, match="digest"):
-        registry.program(digest)
-    registry.add_program(b"program")
-    assert registry.program(digest) == b"program"
+        registry.specs.program(digest)
+    registry.specs.add_program(b"program")
+    assert registry.specs.program(digest) == b"program"
 
 
 # Missing rights
@@ -223,7 +223,7 @@ registry = Registry(path)
 print(registry.newest_good(1))
 for use in (
     lambda: registry.change(lambda control: pin(control, 1, actor="bob", reason="test", now_ms=6)),
-    lambda: registry.add_program(b"program"),
+    lambda: registry.specs.add_program(b"program"),
     lambda: registry.set_aside(registry.folder("delta", 2), 2, "test"),
     lambda: registry.remove("delta", 2),
     DirectoryLock(path, "trainer.lock").acquire,

@@ -10,8 +10,7 @@ import pytest
 from state.errors import CorruptVersion, UnfitMask
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
-from state.registry.control import follow, roll_back, start, unmask
-from state.registry.erasing import erase
+from state.registry.control import erase, follow, roll_back, start, unmask
 from state.registry.registry import Registry
 
 WHO: dict[str, Any] = {"actor": "ann", "reason": "asked to", "now_ms": 5}

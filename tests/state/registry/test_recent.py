@@ -9,15 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from state.errors import CorruptVersion, UnknownVersion, WrongEpoch
-from state.features.mask import Mask
+from state.errors import CorruptVersion, UnknownVersion
 from state.process import killpoints
-from state.registry.control import roll_back
 from state.registry.manifest import LogRange, Manifest
-from state.registry.recent import MOST_BETWEEN
-from state.registry.registry import SERVING, Registry
-from state.registry.versions import _REMEMBERED
-from tests.state.registry.test_registry import WHO, draft, publish, started
+from state.registry.registry import MOST_BETWEEN, SERVING, Registry
+from tests.state.registry.test_registry import draft, started
 
 
 def publish_recent(registry: Registry, parent: int, durable: int | None = None, epoch: int = 1) -> Manifest:
@@ -147,16 +143,8 @@ def test_a_kill_at_any_step_uses_no_number_twice(tmp_path: Path, monkeypatch: py
     again.sweep_recent()
     assert again.recents() == ()
     assert publish_recent(again, 1).version == max(seen) + 1
-    again.sweep()
+    again.directory.sweep()
     assert sorted(path.name for path in (tmp_path / "tmp").iterdir()) == []
-
-
-def test_a_recent_version_of_another_epoch_is_refused(tmp_path: Path) -> None:
-    registry = started(tmp_path, 2)
-    registry.propose(roll_back(registry.control() or pytest.fail(), 1, Mask.NONE, **WHO))
-    with pytest.raises(WrongEpoch):
-        publish_recent(registry, 2)
-    assert registry.recents() == ()
 
 
 def test_a_merged_delta_takes_the_place_of_those_that_it_was_made_of(tmp_path: Path) -> None:
@@ -180,12 +168,3 @@ def test_a_merged_delta_takes_the_place_of_those_that_it_was_made_of(tmp_path: P
     assert [part.version for part in reader.chain(5).deltas] == [4, 5]
     assert reader.versions() == [1, 4, 5, 6]
     assert registry.newest_good(1) is not None
-
-
-def test_few_manifests_are_kept_in_memory(tmp_path: Path) -> None:
-    registry = started(tmp_path, 1)
-    for number in range(_REMEMBERED + 50):
-        registry._remember(tmp_path / str(number), registry.manifest(1))
-    assert len(registry._manifests) == _REMEMBERED
-    assert tmp_path / str(_REMEMBERED + 49) in registry._manifests
-    assert publish(registry, 1).version == 2

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from state.disk.files import HOST
 from state.errors import ControlConflict, CorruptVersion, SpecMismatch, UnknownVersion, WrongEpoch
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
@@ -77,15 +76,6 @@ def test_a_published_version_is_read_back_by_another_process(registry: Registry)
     assert other.read(2, SERVING) == b"rows of 1"
     assert other.chain(2) == (first, [second])
     assert (second.marks, second.metrics) == ({SOURCE: 7}, {"log_loss": 0.5})
-
-
-def test_polling_finds_each_version_once(registry: Registry) -> None:
-    other = Registry(registry.path)
-    assert other.next_after(0) is None
-    for version in (1, 2, 3):
-        publish(registry, version - 1 or None)
-        assert other.next_after(version - 1) == version
-        assert other.next_after(version) is None
 
 
 def test_a_version_of_another_epoch_is_refused(registry: Registry) -> None:
@@ -230,72 +220,35 @@ def test_a_damaged_control_stops_its_reader(registry: Registry) -> None:
 
 
 def test_a_program_and_a_spec_are_checked_when_read(registry: Registry) -> None:
-    digest = registry.add_program(b"program")
-    assert registry.add_program(b"program") == digest
-    assert registry.program(digest) == b"program"
+    digest = registry.specs.add_program(b"program")
+    assert registry.specs.add_program(b"program") == digest
+    assert registry.specs.program(digest) == b"program"
     (registry.path / "programs" / f"{digest}.tflite").write_bytes(b"other")
     with pytest.raises(CorruptVersion, match="digest"):
-        registry.program(digest)
+        registry.specs.program(digest)
 
     def fill(folder: Path) -> None:
         (folder / "transform").mkdir()
         (folder / "transform" / "graph").write_bytes(b"graph")
 
     with pytest.raises(SpecMismatch, match="springtide bootstrap"):
-        registry.spec("abc")
-    assert registry.add_spec("abc", {"salt": "s"}, fill)
-    assert not registry.add_spec("abc", {"salt": "t"}, fill)
-    assert registry.spec("abc")["salt"] == "s"
-    assert (registry.transform("abc") / "graph").read_bytes() == b"graph"
+        registry.specs.spec("abc")
+    assert registry.specs.add_spec("abc", {"salt": "s"}, fill)
+    assert not registry.specs.add_spec("abc", {"salt": "t"}, fill)
+    assert registry.specs.spec("abc")["salt"] == "s"
+    assert (registry.specs.transform("abc") / "graph").read_bytes() == b"graph"
     (registry.path / "specs" / "abc" / "transform" / "graph").write_bytes(b"grapf")
     with pytest.raises(CorruptVersion, match="graph"):
-        registry.transform("abc")
+        registry.specs.transform("abc")
 
 
-CRASH = """
-import sys
-from pathlib import Path
-sys.path.insert(0, {root!r})
-from tests.state.registry.test_registry import started
-started(Path({path!r}), 4)
-"""
-
-
-@pytest.mark.parametrize(
-    "point",
-    ["publish.file", "publish.written", "publish.checked", "publish.renamed", "publish.synced", "control.linked"],
-)
-def test_after_kill_9_a_version_is_complete_or_absent(tmp_path: Path, point: str) -> None:
-    root = str(Path(__file__).parents[3])
-    count = 1 if point == "control.linked" else 3
-    script = CRASH.format(root=root, path=str(tmp_path))
-    crashed = subprocess.run(
-        [sys.executable, "-c", script], env={**os.environ, killpoints.VARIABLE: f"{point}:{count}"}, check=False
-    )
-    assert crashed.returncode == -9
-    registry = Registry(tmp_path)
-    assert registry.control() is not None
-    expected = {
-        "publish.file": 2,
-        "publish.written": 2,
-        "publish.checked": 2,
-        "publish.renamed": 3,
-        "publish.synced": 3,
-        "control.linked": 0,
-    }
-    assert registry.versions() == list(range(1, expected[point] + 1))
-    if registry.versions():
-        assert registry.newest_good(1) == expected[point]
-    registry.sweep()
-    assert not list((tmp_path / "tmp").iterdir())
-    assert publish(registry, expected[point] or None).version == expected[point] + 1
-
-
-def test_a_sweep_leaves_the_files_of_the_living(registry: Registry) -> None:
-    alive = registry.temporary("version")
+def test_a_sweep_removes_the_files_of_the_dead_alone(registry: Registry) -> None:
+    alive = registry.directory.temporary("version")
     alive.mkdir()
-    assert registry.sweep() == []
-    assert alive.exists()
+    dead = registry.path / "tmp" / f"base-7~{HOST}@{2**22 + 1}@0.00"
+    dead.mkdir()
+    assert registry.directory.sweep() == [dead.name]
+    assert list(dead.parent.iterdir()) == [alive]
 
 
 def test_the_registry_of_release_1_is_still_read(tmp_path: Path) -> None:

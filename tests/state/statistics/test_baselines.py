@@ -28,7 +28,7 @@ def registry(tmp_path: Path) -> Path:
         for name, data in baseline_files(infer(FIRST, warm=False), FIRST).items():
             (place / name).write_bytes(data)
 
-    Registry(tmp_path).add_spec(SPEC, {"created_at_ms": 5}, fill)
+    Registry(tmp_path).specs.add_spec(SPEC, {"created_at_ms": 5}, fill)
     return tmp_path
 
 
@@ -59,7 +59,7 @@ def test_two_that_are_accepted_at_once_are_one(registry: Path) -> None:
 
 
 def test_a_bootstrap_of_a_release_before_has_no_baseline(tmp_path: Path) -> None:
-    Registry(tmp_path).add_spec(SPEC, {"created_at_ms": 5}, lambda place: None)
+    Registry(tmp_path).specs.add_spec(SPEC, {"created_at_ms": 5}, lambda place: None)
     assert Baselines(tmp_path).newest(SPEC) is None
 
 

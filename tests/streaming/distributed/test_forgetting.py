@@ -23,9 +23,9 @@ from state.features.spec import FeatureSpec
 from state.log import Topics
 from state.positions import Source
 from state.process.wall_clock import wall_ms
+from state.registry.control import erase as erasing
 from state.registry.control import start
 from state.registry.controls import Controls
-from state.registry.erasing import erase as erasing
 from state.registry.erasing import reports
 from state.registry.registry import Registry
 from streaming.distributed.bucket import Head

@@ -45,11 +45,13 @@ def stocked(tmp_path_factory: pytest.TempPathFactory) -> Stocked:
     """Twelve records learned; takes some seconds."""
     state = tmp_path_factory.mktemp("state")
     registry = started(state / REGISTRY)
-    registry.add_spec(SPEC.digest, ABOUT | {"salt": SALT.fingerprint}, write_transform)
-    trainer = Trainer(small_settings(), SPEC, preprocessing_of(registry.transform(SPEC.digest)))
+    registry.specs.add_spec(SPEC.digest, ABOUT | {"salt": SALT.fingerprint}, write_transform)
+    trainer = Trainer(small_settings(), SPEC, preprocessing_of(registry.specs.transform(SPEC.digest)))
     log = written([microbatch(number, salt=SALT.fingerprint) for number in range(12)])
     about = ABOUT | {"salt": SALT.fingerprint}
-    running = learner(registry, log, trainer=trainer, program=registry.add_program(build(trainer.model)), about=about)
+    running = learner(
+        registry, log, trainer=trainer, program=registry.specs.add_program(build(trainer.model)), about=about
+    )
     run_to_end(running)
     running.close()
     newest = registry.newest(1) or 0
@@ -83,7 +85,7 @@ def test_a_saved_model_has_servings_signature_and_answers(stocked: Stocked, tmp_
     told = said(lambda say: exporting.export_saved_model(of, tmp_path, say))
     path = tmp_path / str(of.version.version)
     assert str(path) in told and "the same category first in 100.0%" in told and " us a row alone" in told
-    worker = LoadedProgram(stocked.registry.program(of.version.program))
+    worker = LoadedProgram(stocked.registry.specs.program(of.version.program))
     worker.load(of.trainer.model.weights())
     loaded = tf.saved_model.load(str(path))
     raw = loaded.signatures["raw"]
@@ -113,7 +115,7 @@ def test_a_saved_model_has_servings_signature_and_answers(stocked: Stocked, tmp_
 def test_a_saved_model_that_answers_otherwise_gets_no_place(stocked: Stocked, tmp_path: Path) -> None:
     """Nothing is left of it, and what is there stays."""
     (tmp_path / "1").mkdir()
-    other = Program(stocked.registry.program(stocked.of.version.program))
+    other = Program(stocked.registry.specs.program(stocked.of.version.program))
     other.load({name: weight * np.float32(1.01) for name, weight in stocked.of.trainer.model.weights().items()})
     with pytest.raises(ProgramError, match="differs from serving's answers by"):
         exporting.export_saved_model(stocked.of._replace(program=other), tmp_path, lambda _: None)

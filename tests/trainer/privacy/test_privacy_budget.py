@@ -14,8 +14,7 @@ from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
 from state.log import Log
 from state.registry import privacy_ledger
-from state.registry.control import roll_back
-from state.registry.erasing import erase
+from state.registry.control import erase, roll_back
 from state.registry.privacy_ledger import PrivacyLedger, PrivacyPeriod
 from state.registry.registry import Registry
 from tests.trainer.clicks import microbatch

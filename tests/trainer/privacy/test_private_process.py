@@ -56,7 +56,7 @@ def test_a_killed_trainer_spends_nothing_twice_holds_at_the_end_of_its_budget_an
     more += ["--trainer.metrics_port", str(free_port()), "--trainer.publish_s", "0.05", "--registry.durable_s", "0.05"]
     own = settings(state, *more)
     registry, log = Registry(own.registry_dir), KafkaLog(own.kafka)
-    registry.add_spec(SPEC.digest, {"salt": SALT, "popular": [], "newest_ms": 0}, write_transform)
+    registry.specs.add_spec(SPEC.digest, {"salt": SALT, "popular": [], "newest_ms": 0}, write_transform)
     with log.topics() as topics, log.writer(kafka.microbatches_topic) as writer:
         topics.ensure(kafka.microbatches_topic, 1)
         for value in RECORDS:

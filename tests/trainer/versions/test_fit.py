@@ -114,7 +114,7 @@ def test_another_preprocessing_and_an_option_that_it_asked_for_are_refused(regis
         require_same_model(changed(registry, OWN_PREPROCESSING))
     assert back in refused.value.do
     about = {"preprocessing": "streaming.preprocessing:preprocessing_fn", "asked": {"scale": ["1.0", "1.0"]}}
-    registry.add_spec(SPEC.digest, about, write_transform)
+    registry.specs.add_spec(SPEC.digest, about, write_transform)
     require_same_model(changed(registry, ("--model.options", "heads=4")))
     with pytest.raises(ModelMismatch, match=r"model\.options was empty and is scale=2"):
         require_same_model(changed(registry, ("--model.options", "scale=2")))
@@ -146,7 +146,7 @@ def test_a_damaged_version_is_left_to_those_who_set_it_aside(registry: Registry,
 def test_check_model_holds_a_tower_to_the_version_at_hand(registry: Registry) -> None:
     """What `springtide check-model` and `up` ask of a model of the user's own, before anything starts."""
     require_settings_fit(changed(registry, OWN_TOWER), SPEC)  # nothing was bootstrapped
-    registry.add_spec(SPEC.digest, {"salt": SALT, "popular": [], "newest_ms": 0}, write_transform)
+    registry.specs.add_spec(SPEC.digest, {"salt": SALT, "popular": [], "newest_ms": 0}, write_transform)
     require_settings_fit(changed(registry, ()), SPEC)
     with pytest.raises(ModelMismatch, match=r"model\.tower was"):
         require_settings_fit(changed(registry, OWN_TOWER), SPEC)

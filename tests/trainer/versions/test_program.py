@@ -93,9 +93,9 @@ def test_the_program_of_the_newest_version_is_used_again_only_if_it_computes_the
         return registry.publish(draft, {})
 
     registry.propose(start(actor="anna", reason="a test", now_ms=1))
-    made = program_of(registry, version(registry.add_program(other)), "spec", ENVIRONMENT, model)
-    check_parity(registry.program(made), model, sample(model))
+    made = program_of(registry, version(registry.specs.add_program(other)), "spec", ENVIRONMENT, model)
+    check_parity(registry.specs.program(made), model, sample(model))
     # A comment at the end makes the bytes differ from what lowering gives.
-    marked = registry.add_program(registry.program(made) + b"older")
+    marked = registry.specs.add_program(registry.specs.program(made) + b"older")
     assert program_of(registry, version(marked), "spec", ENVIRONMENT, model) == marked
     assert program_of(registry, version(marked), "spec", {"tensorflow": "other"}, model) == made

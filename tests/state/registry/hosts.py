@@ -9,15 +9,13 @@ from pathlib import Path
 from typing import TypeVar
 
 from state.errors import UnknownVersion, UnusablePlace
-from state.places.place import FilePlace
+from state.file_store import FileStore
 from state.positions import Source
+from state.registry import sharing
 from state.registry.control import start
 from state.registry.manifest import Draft, LogRange, Manifest
 from state.registry.registry import SERVING, TRAINING, Registry
-from state.registry.sharing import running as starting
-from state.registry.sharing.binding import bind
-from state.registry.sharing.giving import DurableSender, RecentSender
-from state.registry.sharing.running import SILENT_S, Copier
+from state.registry.sync import SILENT_S, Copier, DurableSender, RecentSender
 
 WHO = {"actor": "ann", "reason": "because", "now_ms": 5}
 SOURCE = Source("ab" * 16, 1)
@@ -46,7 +44,7 @@ class Elapsed:
 
 
 class Link:
-    """A way to a place that can be cut, and that counts what is asked. See `FilePlace`.
+    """A way to a place that can be cut, and that counts what is asked. See `FileStore`.
 
     Attributes:
         cut_after: How many requests still pass; None for all.
@@ -54,8 +52,8 @@ class Link:
         passes: Is called with each request.
     """
 
-    def __init__(self, place: FilePlace) -> None:
-        self._place, self.told = place, place.told
+    def __init__(self, place: FileStore) -> None:
+        self._place, self.name = place, place.name
         self.cut_after: int | None = None
         self.asked: list[str] = []
         self.passes: Callable[[], object] = lambda: None
@@ -78,7 +76,7 @@ class Link:
     def _over(self, what: str, name: str, ask: Callable[[], Answer]) -> Answer:
         if self.cut_after is not None:
             if self.cut_after <= 0:
-                raise UnusablePlace(f"{self.told} cannot {what} {name} (cut off)", "mend the link")
+                raise UnusablePlace(f"{self.name} cannot {what} {name} (cut off)", "mend the link")
             self.cut_after -= 1
         self.asked.append(f"{what} {name}")
         self.passes()
@@ -94,14 +92,14 @@ class Origin:
         link: Puts itself between.
     """
 
-    def __init__(self, path: Path, url: str, link: Callable[[FilePlace], FilePlace] = lambda place: place) -> None:
+    def __init__(self, path: Path, url: str, link: Callable[[FileStore], FileStore] = lambda place: place) -> None:
         path.mkdir(parents=True, exist_ok=True)
         self.url, self.elapsed = url, Elapsed()
-        found, self.claim = starting.own(path, url, 7)
+        found, self.claim = sharing.own(path, url, 7)
         self.place = link(found)
         self.registry = Registry(path)
-        self.registry.shared = self.place
-        self.program = self.registry.add_program(b"a program")
+        self.registry.directory.shared = self.place
+        self.program = self.registry.specs.add_program(b"a program")
         if self.registry.control() is None:
             self.registry.propose(start(**WHO))
         self.restart()
@@ -148,11 +146,11 @@ class CopyHost:
         place: The way to it.
     """
 
-    def __init__(self, path: Path, url: str, place: FilePlace) -> None:
-        bind(path, url)
+    def __init__(self, path: Path, url: str, place: FileStore) -> None:
+        sharing.bind(path, url)
         self.elapsed, self.place = Elapsed(), place
         self.registry = Registry(path)
-        self.registry.shared = place
+        self.registry.directory.shared = place
         self.restart()
 
     def restart(self) -> None:

@@ -12,19 +12,15 @@ import pytest
 from state.errors import ControlConflict, CorruptVersion, LockHeld, SettingsError, UnusablePlace, UnusableRegistry
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
-from state.places.opening import open_place
+from state.file_store import open_store
 from state.process import killpoints
-from state.registry.control import follow, pin, start
-from state.registry.erasing import ErasureReport, erase, report
+from state.registry.control import erase, follow, pin, start
+from state.registry.erasing import ErasureReport, all_reports, report
 from state.registry.manifest import entries
-from state.registry.recent import MOST_BETWEEN
-from state.registry.registry import SERVING, TRAINING, Registry
-from state.registry.sharing import pack
-from state.registry.sharing.binding import bind
-from state.registry.sharing.giving import KEPT_PACKS_S
-from state.registry.sharing.running import REST_S, SILENT_S, Copier
-from state.registry.sharing.small import all_reports, exchange_small
-from tests.state.registry.sharing.hosts import WHO, CopyHost, Link, Origin
+from state.registry.registry import MOST_BETWEEN, SERVING, TRAINING, Registry
+from state.registry.sharing import bind
+from state.registry.sync import KEPT_PACKS_S, REST_S, SILENT_S, Copier, exchange_small, pack_name
+from tests.state.registry.hosts import WHO, CopyHost, Link, Origin
 
 POINTS_OF_SENDER = ("share.pack", "share.file", "share.manifest", "share.named", "share.unnamed")
 POINTS_OF_COPIER = ("copy.control", "copy.pack", "copy.named", "copy.small")
@@ -46,7 +42,7 @@ def origin(tmp_path: Path, url: str) -> Origin:
 
 @pytest.fixture
 def host(tmp_path: Path, url: str) -> CopyHost:
-    return CopyHost(tmp_path / "host", url, open_place(url))
+    return CopyHost(tmp_path / "host", url, open_store(url))
 
 
 @pytest.fixture
@@ -79,7 +75,7 @@ def test_a_host_has_what_the_trainer_published_and_files_come_when_they_are_read
     assert own.chain(3) == theirs.chain(3)
     assert own.read(3, SERVING) == theirs.read(3, SERVING)
     assert [path.name for path in own.folder("delta", 3).iterdir()] and not own.path_of(own.manifest(1), "x").exists()
-    assert own.program(own.manifest(3).program) == b"a program"
+    assert own.specs.program(own.manifest(3).program) == b"a program"
     assert own.read(own.manifest(4, "recent"), SERVING) == theirs.read(theirs.manifest(4, "recent"), SERVING)
 
 
@@ -87,7 +83,7 @@ def up_to_date(origin: Origin, url: str, tmp_path: Path) -> tuple[CopyHost, Link
     """A host that has what an origin has published, and its link to the place."""
     published(origin)
     origin.send()
-    link = Link(open_place(url))
+    link = Link(open_store(url))
     host = CopyHost(tmp_path / "host", url, link)
     host.look()
     return host, link
@@ -97,12 +93,12 @@ def test_a_look_that_finds_nothing_asks_twice(origin: Origin, url: str, tmp_path
     host, link = up_to_date(origin, url, tmp_path)
     link.asked.clear()
     host.copier.step()
-    assert link.asked == ["read control/00000002.json", f"read {pack.name_of(5)}"]
+    assert link.asked == ["read control/00000002.json", f"read {pack_name(5)}"]
     last = origin.publish_recent(4).version
     origin.send()
     link.asked.clear()
     host.copier.step()
-    assert link.asked == ["read control/00000002.json", f"read {pack.name_of(last)}"]
+    assert link.asked == ["read control/00000002.json", f"read {pack_name(last)}"]
     assert host.registry.recents()[-1] == last
 
 
@@ -136,13 +132,13 @@ def test_over_a_link_that_carries_less_than_comes_a_host_takes_durable_versions_
     link.passes = slow
     while host.registry.versions()[-1] != newest - 2:
         host.copier.step()
-    read = [number for number in range(5, newest + 1) if f"read {pack.name_of(number)}" in link.asked]
+    read = [number for number in range(5, newest + 1) if f"read {pack_name(number)}" in link.asked]
     assert read == [5, 6, 7], "the link is left to what is durable"
     until_s = host.elapsed.now_s + REST_S + SILENT_S
     while host.registry.recents()[-1] != newest:
         host.copier.step()
         assert host.elapsed.now_s < until_s
-    read = [number for number in range(5, newest + 1) if f"read {pack.name_of(number)}" in link.asked]
+    read = [number for number in range(5, newest + 1) if f"read {pack_name(number)}" in link.asked]
     assert read == [5, 6, 7, newest - 1, newest]
     # The durable one comes whole, each of its files once, and what is left leads on from it.
     link.asked.clear()
@@ -214,7 +210,7 @@ def test_a_sender_that_is_killed_anywhere_leaves_only_whole_versions(
 def test_a_copier_that_is_killed_anywhere_goes_on(origin: Origin, host: CopyHost, point: str) -> None:
     published(origin)
     origin.registry.propose(pin(origin.registry.control() or start(**WHO), 1, **WHO))
-    origin.registry.add_outcome(1, "planned", {"a": 1})
+    origin.registry.generations.add_outcome(1, "planned", {"a": 1})
     exchange_small(origin.registry, origin.place)
     origin.send()
     killpoints.armed = killpoints.parse(point, strike)
@@ -225,7 +221,7 @@ def test_a_copier_that_is_killed_anywhere_goes_on(origin: Origin, host: CopyHost
     host.look()
     assert host.registry.versions() == origin.registry.versions()
     assert host.registry.control() == origin.registry.control()
-    assert host.registry.outcome(1, "planned") == {"a": 1}
+    assert host.registry.generations.outcome(1, "planned") == {"a": 1}
     assert host.registry.recents()[-1] == 4
 
 
@@ -256,14 +252,19 @@ def test_while_the_place_is_away_the_trainer_publishes_and_all_of_it_goes_later(
     assert host.registry.recents()[-1] == origin.registry.recents()[-1]
 
 
-def test_a_host_without_the_place_goes_on_with_what_it_has(origin: Origin, url: str, tmp_path: Path) -> None:
+def test_a_host_without_the_store_keeps_what_it_has_and_its_operator_changes_nothing(
+    origin: Origin, url: str, tmp_path: Path
+) -> None:
     host, link = up_to_date(origin, url, tmp_path)
-    before = host.content()
+    before, now = host.content(), host.registry.control()
+    assert now is not None
     link.cut_after = 0
     with pytest.raises(UnusableRegistry, match="cut off"):
         host.look()
-    assert host.content() == before
-    assert Registry(host.registry.path).control() == origin.registry.control()
+    with pytest.raises(UnusableRegistry, match="cut off"):
+        host.registry.propose(pin(now, 1, **WHO))
+    assert (host.content(), Registry(host.registry.path).control()) == (before, now)
+    assert origin.place.names("control") == ["00000001.json"]
 
 
 def test_a_torn_file_there_is_refused_and_read_once_it_is_whole(origin: Origin, host: CopyHost) -> None:
@@ -320,7 +321,7 @@ def test_a_part_that_was_rewritten_reaches_a_host_that_had_it(origin: Origin, ho
 def test_of_two_operators_on_two_hosts_one_wins_and_both_know(
     origin: Origin, host: CopyHost, url: str, tmp_path: Path
 ) -> None:
-    other = CopyHost(tmp_path / "other", url, open_place(url))
+    other = CopyHost(tmp_path / "other", url, open_store(url))
     for one in (host, other):
         one.look()
     now = host.registry.control()
@@ -334,19 +335,6 @@ def test_of_two_operators_on_two_hosts_one_wins_and_both_know(
     Copier(origin.registry.path, origin.place, 15.0, origin.elapsed).step()
     for one in (host.registry, origin.registry):
         assert [each.actor for each in one.controls()] == ["ann", "ann", "bob"]
-
-
-def test_an_operator_without_the_place_changes_nothing(origin: Origin, url: str, tmp_path: Path) -> None:
-    link = Link(open_place(url))
-    host = CopyHost(tmp_path / "host", url, link)
-    host.look()
-    now = host.registry.control()
-    assert now is not None
-    link.cut_after = 0
-    with pytest.raises(UnusableRegistry, match="cut off"):
-        host.registry.propose(pin(now, 1, **WHO))
-    assert Registry(host.registry.path).control() == now
-    assert origin.place.names("control") == ["00000001.json"]
 
 
 @pytest.mark.usefixtures("armed")
@@ -375,7 +363,7 @@ def test_masked_and_erased_users_come_with_control(origin: Origin, host: CopyHos
 def test_each_host_says_how_far_it_has_forgotten_and_all_of_them_are_told(
     origin: Origin, host: CopyHost, url: str, tmp_path: Path
 ) -> None:
-    other = CopyHost(tmp_path / "other", url, open_place(url))
+    other = CopyHost(tmp_path / "other", url, open_store(url))
     for name, one, through in (("a", host, 1), ("b", other, 0)):
         report(one.registry.path, ErasureReport(f"serving-{name}", name, "/srv", through, 0))
         one.look()
@@ -390,16 +378,16 @@ def test_what_is_small_goes_both_ways(origin: Origin, host: CopyHost) -> None:
         (folder / "transform").mkdir()
         (folder / "transform" / "graph").write_bytes(b"graph")
 
-    origin.registry.add_spec("abc", {"spec": {}}, fill)
+    origin.registry.specs.add_spec("abc", {"spec": {}}, fill)
     host.look()
-    host.registry.add_outcome(3, "planned", {"by": "host"})
+    host.registry.generations.add_outcome(3, "planned", {"by": "host"})
     exchange_small(origin.registry, origin.place)
     host.elapsed.now_s += 60.0
     host.look()
-    assert host.registry.specs() == ["abc"]
-    assert (host.registry.transform("abc") / "graph").read_bytes() == b"graph"
+    assert host.registry.specs.names() == ["abc"]
+    assert (host.registry.specs.transform("abc") / "graph").read_bytes() == b"graph"
     exchange_small(origin.registry, origin.place)
-    assert origin.registry.outcome(3, "planned") == {"by": "host"}
+    assert origin.registry.generations.outcome(3, "planned") == {"by": "host"}
 
 
 def test_recent_versions_leave_a_host_and_packs_leave_the_place(origin: Origin, host: CopyHost) -> None:
@@ -433,7 +421,7 @@ def test_another_hosts_trainer_goes_on_and_the_first_one_ends(origin: Origin, ur
     with pytest.raises(LockHeld, match="has another trainer"):
         Origin(origin.registry.path, url)
     second.send()
-    host = CopyHost(tmp_path / "host", url, open_place(url))
+    host = CopyHost(tmp_path / "host", url, open_store(url))
     host.look()
     assert host.registry.versions() == [1, 3, made.version]
 
@@ -453,7 +441,7 @@ def test_a_registry_that_was_alone_is_given_to_an_empty_place(tmp_path: Path, ur
     origin = Origin(alone.path, url)
     published(origin)
     origin.send()
-    host = CopyHost(tmp_path / "host", url, open_place(url))
+    host = CopyHost(tmp_path / "host", url, open_store(url))
     host.look()
     assert host.registry.controls() == alone.controls()
     assert host.content() == {

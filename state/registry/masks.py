@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import reduce
-from typing import Any
+
+import msgspec
+from msgspec.structs import replace as changed
 
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
 
 Place = tuple[int, int, int, int]
-UsersOf = Callable[[str], MaskedUsers]
-"""Reads the users' file of this SHA-256."""
 
 
-@dataclass(frozen=True, slots=True)
-class MaskEntry:
+class MaskEntry(msgspec.Struct, frozen=True, omit_defaults=True):
     """One mask, from one option of a rollback: a range of offsets, a time span, or users.
 
     Attributes:
@@ -53,7 +52,7 @@ def entries(mask: Mask) -> list[MaskEntry]:
     parts += [MaskEntry(0, mask.generation, times=part) for part in sorted(set(mask.times))]
     if mask.users:
         parts.append(MaskEntry(0, mask.generation, users=mask.users))
-    return [replace(part, id=number) for number, part in enumerate(parts, 1)]
+    return [changed(part, id=number) for number, part in enumerate(parts, 1)]
 
 
 def added(held: Sequence[MaskEntry], mask: Mask, last: int, generation: int) -> list[MaskEntry]:
@@ -77,10 +76,10 @@ def added(held: Sequence[MaskEntry], mask: Mask, last: int, generation: int) -> 
             fresh = part.users.ids[~users.has(part.users.ids)]
             if not len(fresh):
                 continue
-            part = replace(part, users=part.users if len(fresh) == len(part.users) else MaskedUsers(fresh))
+            part = changed(part, users=part.users if len(fresh) == len(part.users) else MaskedUsers(fresh))
         elif (part.offsets, part.times) in known:
             continue
-        new.append(replace(part, id=last + len(new) + 1, generation=generation))
+        new.append(changed(part, id=last + len(new) + 1, generation=generation))
     return new
 
 
@@ -98,43 +97,4 @@ def joined(held: Iterable[MaskEntry], generation: int) -> Mask:
         tuple(sorted(one.offsets for one in held if one.offsets is not None)),
         tuple(sorted(one.times for one in held if one.times is not None)),
         reduce(lambda users, one: users | one.users, held, MaskedUsers.NOBODY),
-    )
-
-
-def to_json(entry: MaskEntry) -> dict[str, Any]:
-    """Converts an entry to JSON values. Users are given by the SHA-256 of their file and their number."""
-    document: dict[str, Any] = {"id": entry.id, "generation": entry.generation}
-    if entry.offsets is not None:
-        document["offsets"] = list(entry.offsets)
-    if entry.times is not None:
-        document["times"] = list(entry.times)
-    if entry.users:
-        document["users"] = {"sha256": entry.users.digest, "count": len(entry.users)}
-    if entry.lifted:
-        document["lifted"] = entry.lifted
-    if entry.excluded:
-        document["excluded"] = True
-    return document
-
-
-def from_json(document: Mapping[str, Any], users_of: UsersOf) -> MaskEntry:
-    """Reads the entry that `to_json` returned.
-
-    Raises:
-        KeyError: A field is missing.
-        ValueError: Offsets or times are malformed.
-    """
-    offsets, times, users = document.get("offsets"), document.get("times"), document.get("users")
-    place: Place | None = None
-    if offsets is not None:
-        topic, partition, first, after = offsets
-        place = (int(topic), int(partition), int(first), int(after))
-    return MaskEntry(
-        id=int(document["id"]),
-        generation=int(document["generation"]),
-        offsets=place,
-        times=None if times is None else (int(times[0]), int(times[1])),
-        users=MaskedUsers.NOBODY if users is None else users_of(str(users["sha256"])),
-        lifted=int(document.get("lifted", 0)),
-        excluded=bool(document.get("excluded")),
     )

@@ -1,0 +1,471 @@
+"""A backup location: what it holds, its lock, and how backups in it are listed, read, verified and pruned.
+
+    objects/<first two digits>/<sha256>   pieces of files, zstd
+    backups/<id>.json                     document of a backup, sealed with its digest and written last
+    locks/<owner>.json                    who writes here now
+
+Files are stored in pieces of at most 4 MiB, each an object named by its SHA-256. A piece that is stored already is not
+sent again. A piece is compressed; its digest is that of the uncompressed bytes, and every read verifies it. Only one
+piece is in memory at a time, whatever the file's size.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import os
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from types import TracebackType
+from typing import BinaryIO, NamedTuple
+
+import msgspec
+import zstandard
+
+from state import file_store
+from state.disk import files as durable
+from state.errors import BackupError, DamagedBackup, LockHeld
+from state.file_store import FileStore
+from state.process import killpoints
+from state.registry import sealed
+from state.registry.manifest import LogRange
+
+OBJECTS, BACKUPS, LOCKS = "objects", "backups", "locks"
+FORMAT = 1
+PIECE_BYTES = 4 << 20
+REFRESH_S, STALE_S = 60.0, 3600.0
+_LEVEL = 3
+_ID = re.compile(r"\d{8}T\d{6}\.\d{3}Z")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+usable = partial(file_store.usable, failed=BackupError)
+"""`state.file_store.usable` that raises a `BackupError` for an error of the operating system."""
+
+
+# Documents
+
+
+class KeptFile(msgspec.Struct, frozen=True):
+    """A file in a backup.
+
+    Attributes:
+        path: Its path in a restored system: under `registry/`, `stream-<shard>/`, or `salt`.
+        bytes: Its size.
+        sha256: Digest of its bytes, hexadecimal.
+        pieces: The digests of its pieces, in order; each piece is an object.
+    """
+
+    path: str
+    bytes: int
+    sha256: str
+    pieces: tuple[str, ...]
+
+
+class Backup(msgspec.Struct, frozen=True):
+    """The contents of one backup.
+
+    Attributes:
+        id: When the backup started, in UTC; ids ascend.
+        created_at_ms: When the backup started, wall clock.
+        release: The Springtide release that made it.
+        salt: Fingerprint of the users' salt.
+        spec: Digest of the feature spec of `version`; empty if there is none.
+        generation: The newest control generation in the backup.
+        epoch: The trainer's epoch in that generation.
+        version: The newest version of that epoch, from which the trainer continues; None if there was none yet.
+        log: The position in the training log from which the trainer continues.
+        positions: By shard, the next offset of each source; the shard's histories are at least that far.
+        versions: How many versions are in the backup.
+        files: All files of the backup.
+        left_out: Damaged parts that are not in the backup, with the reason.
+        sent_bytes: How many bytes this backup added to the object store, after compression.
+    """
+
+    id: str
+    created_at_ms: int
+    release: str
+    salt: str
+    spec: str
+    generation: int
+    epoch: int
+    version: int | None
+    log: LogRange | None
+    positions: Mapping[str, Mapping[str, int]]
+    versions: int
+    files: tuple[KeptFile, ...]
+    left_out: tuple[str, ...] = ()
+    sent_bytes: int = 0
+    format: int = FORMAT
+
+    @property
+    def bytes(self) -> int:
+        """The total size of all files."""
+        return sum(file.bytes for file in self.files)
+
+    @property
+    def with_salt(self) -> bool:
+        """Whether the backup contains the salt."""
+        return any(file.path == "salt" for file in self.files)
+
+
+def id_at(now_ms: int) -> str:
+    """The id of a backup that starts now.
+
+    >>> id_at(1_795_719_672_345)
+    '20261126T190112.345Z'
+    """
+    at = datetime.datetime.fromtimestamp(now_ms / 1000, datetime.UTC)
+    return f"{at:%Y%m%dT%H%M%S}.{now_ms % 1000:03d}Z"
+
+
+def is_inside(path: str) -> bool:
+    """Whether a relative path stays below its base directory.
+
+    >>> is_inside("registry/control/00000001.json"), is_inside("registry/../x"), is_inside("/etc/passwd"), is_inside("")
+    (True, False, False, False)
+    """
+    return all(part not in ("", ".", "..") and "\0" not in part for part in path.split("/"))
+
+
+def _decoded(data: bytes) -> Backup:
+    """Decodes a backup's document.
+
+    Raises:
+        ValueError: The digest does not match, this release does not read the format, or a file entry is invalid.
+    """
+    backup = sealed.decode(data, Backup)
+    if backup.format != FORMAT:
+        raise ValueError(f"it is of format {backup.format}; this release reads {FORMAT}")
+    for file in backup.files:
+        if not is_inside(file.path) or not all(map(_DIGEST.fullmatch, (file.sha256, *file.pieces))):
+            raise ValueError(f"it names an impossible file {file.path!r}")
+    return backup
+
+
+def ids(store: FileStore) -> list[str]:
+    """The ids of all backups of a location, oldest first."""
+    names = [name.removesuffix(".json") for name in store.names(BACKUPS)]
+    return [name for name in names if _ID.fullmatch(name)]
+
+
+def read_backup(store: FileStore, wanted: str = "") -> Backup:
+    """Reads the document of a backup; of the newest one if `wanted` is empty.
+
+    Raises:
+        BackupError: There is no backup, or none with this id.
+        DamagedBackup: The document fails its digest.
+    """
+    known = ids(store)
+    if not known:
+        raise BackupError(
+            f"{store.name} has no backup", "look whether the place is right: `springtide backup TO --list`"
+        )
+    wanted = wanted or known[-1]
+    if wanted not in known:
+        raise BackupError(f"{store.name} has no backup {wanted}", f"take one of {', '.join(known[-5:])}")
+    name = f"{BACKUPS}/{wanted}.json"
+    try:
+        return _decoded(store.read(name))
+    except FileNotFoundError:
+        raise _damaged(name, store, " is missing") from None
+    except ValueError as error:
+        raise _damaged(name, store, f" is damaged ({error})") from error
+
+
+def newest_backup(store: FileStore) -> Backup | None:
+    """The newest backup of a location whose document can be read; None if there is none."""
+    for wanted in reversed(ids(store)):
+        try:
+            return read_backup(store, wanted)
+        except DamagedBackup:
+            continue
+    return None
+
+
+def write_backup(store: FileStore, backup: Backup) -> None:
+    """Writes the document of a backup, which makes it valid.
+
+    Raises:
+        UnusablePlace: The location refused.
+    """
+    store.write(f"{BACKUPS}/{backup.id}.json", sealed.encode(backup))
+
+
+class Pruned(NamedTuple):
+    """What `prune` removed.
+
+    Attributes:
+        backups: How many backups.
+        objects: How many objects that no remaining backup uses.
+    """
+
+    backups: int
+    objects: int
+
+
+def prune(store: FileStore, keep: int) -> Pruned:
+    """Removes all but the newest `keep` backups, and the objects that no remaining backup uses.
+
+    1. Removes the documents, oldest first. A backup without its document no longer counts.
+    2. Removes the objects. After a crash before this step, unused objects remain until the next prune.
+
+    Raises:
+        LockHeld: Another process writes to the location.
+        DamagedBackup: A remaining backup cannot be read, so that its objects are unknown; no object was removed.
+    """
+    with Lease(store) as lease:
+        known = ids(store)
+        remaining = [read_backup(store, one) for one in known[-keep:]]
+        # 1.
+        for one in known[:-keep]:
+            store.remove(f"{BACKUPS}/{one}.json")
+        killpoints.reach("prune.documents")
+        # 2.
+        used = {piece for backup in remaining for file in backup.files for piece in file.pieces}
+        unused = [digest for digest in _digests(store) if digest not in used]
+        for digest in unused:
+            lease.refresh()
+            store.remove(_object_name(digest))
+    return Pruned(len(known[:-keep]), len(unused))
+
+
+def verify(store: FileStore, backup: Backup, progress: Callable[[int], None]) -> None:
+    """Reads a whole backup and verifies every digest.
+
+    Args:
+        store: Where the backup is stored.
+        backup: The backup.
+        progress: Called with the number of bytes of each piece read.
+
+    Raises:
+        DamagedBackup: Something is missing or fails its digest; the message names it.
+    """
+    objects = Objects(store, listed=False)
+    for file in backup.files:
+        for piece in objects.read(file):
+            progress(len(piece))
+
+
+# Objects
+
+
+class Objects:
+    """The objects of a backup location, as used by one backup or one restore.
+
+    Args:
+        store: Where the objects are stored.
+        listed: Whether to list the existing objects first; a backup must, because it adds to them.
+
+    Attributes:
+        sent_bytes: Bytes added, after compression.
+    """
+
+    def __init__(self, store: FileStore, listed: bool = True) -> None:
+        self._store = store
+        self._stored = set(_digests(store)) if listed else set()
+        self._compressor = zstandard.ZstdCompressor(level=_LEVEL)
+        self._decompressor = zstandard.ZstdDecompressor()
+        self.sent_bytes = 0
+
+    def has(self, file: KeptFile) -> bool:
+        """Whether all pieces of a file are stored."""
+        return self._stored.issuperset(file.pieces)
+
+    def keep(self, path: str, source: BinaryIO, progress: Callable[[int], None]) -> KeptFile:
+        """Stores the content of `source`, to its end.
+
+        Args:
+            path: Path of the file in a restored system.
+            source: The content; it may be a pipe with short reads.
+            progress: Called with the number of bytes of each piece.
+
+        Returns:
+            The entry of the file in the backup.
+        """
+        whole, size, pieces = hashlib.sha256(), 0, []
+        while piece := _next_piece(source):
+            whole.update(piece)
+            size += len(piece)
+            pieces.append(self._keep(piece))
+            progress(len(piece))
+        return KeptFile(path, size, whole.hexdigest(), tuple(pieces))
+
+    def _keep(self, piece: bytes) -> str:
+        digest = durable.digest(piece)
+        if digest not in self._stored:
+            compressed = self._compressor.compress(piece)
+            self._store.write(_object_name(digest), compressed)
+            killpoints.reach("backup.object")
+            self._stored.add(digest)
+            self.sent_bytes += len(compressed)
+        return digest
+
+    def read(self, file: KeptFile) -> Iterator[bytes]:
+        """Yields a file piece by piece; the last piece comes only after the whole file is verified.
+
+        Raises:
+            DamagedBackup: An object is missing or fails its digest; the message names it.
+            UnusablePlace: The backup location cannot be reached.
+        """
+        whole, size, held = hashlib.sha256(), 0, b""
+        for digest in file.pieces:
+            if held:
+                yield held
+            held = self._read(digest, file.path)
+            whole.update(held)
+            size += len(held)
+        if (size, whole.hexdigest()) != (file.bytes, file.sha256):
+            raise _damaged(f"{file.path}, made of its pieces", self._store)
+        if held:
+            yield held
+
+    def _read(self, digest: str, path: str) -> bytes:
+        name = _object_name(digest)
+        try:
+            compressed = self._store.read(name)
+        except FileNotFoundError:
+            raise _damaged(f"{name}, a piece of {path}", self._store, " is missing") from None
+        try:
+            fits = 0 <= zstandard.frame_content_size(compressed) <= PIECE_BYTES
+            piece = self._decompressor.decompress(compressed) if fits else b""
+        except zstandard.ZstdError:
+            piece = b""
+        if durable.digest(piece) != digest:
+            raise _damaged(f"{name}, a piece of {path}", self._store)
+        return piece
+
+
+def _next_piece(source: BinaryIO) -> bytes:
+    """Reads the next piece. Every piece but the last has full size, even if `source` is a pipe with short reads."""
+    parts, left = [], PIECE_BYTES
+    while left and (part := source.read(left)):
+        parts.append(part)
+        left -= len(part)
+    return b"".join(parts)
+
+
+def _object_name(digest: str) -> str:
+    return f"{OBJECTS}/{digest[:2]}/{digest}"
+
+
+def _digests(store: FileStore) -> list[str]:
+    """The digests of all objects in a backup location."""
+    return [name.rpartition("/")[2] for name in store.names(OBJECTS)]
+
+
+def _damaged(what: str, store: FileStore, how: str = " fails its digest") -> DamagedBackup:
+    return DamagedBackup(
+        f"{what} at {store.name}{how}",
+        "restore another backup; where you remove that file, the next backup sends it again if it still has it",
+    )
+
+
+# The lock
+
+
+class _Lock(msgspec.Struct):
+    """The document of a lock: host, pid and start time of its holder, and the time of its last refresh."""
+
+    owner: str
+    at_ms: int
+
+
+class Lease:
+    """Context manager that holds the lock of a backup location: only one process makes a backup there or prunes.
+
+    Without it, a prune could remove objects that a backup in progress relies on.
+
+    1. The writer creates a file under `locks/` with its identity and the time of its last refresh.
+    2. If it then sees another lock, it removes its own and gives up. Of two writers at once both may give up, but at
+       least one does.
+
+    A dead writer on this machine is recognised by its process id, one on another machine by its silence. Before a
+    backup becomes valid, its writer checks that it still holds its lock. If a writer was suspended for long, its lock
+    has been removed and the backup must be repeated.
+
+    Args:
+        store: The backup location.
+        clock: The wall clock, seconds.
+        owner: Identity of the holder: host, pid and start time.
+
+    Raises:
+        LockHeld: Another process writes there.
+    """
+
+    def __init__(self, store: FileStore, clock: Callable[[], float] = time.time, owner: str = "") -> None:
+        self._store, self._clock = store, clock
+        self._owner = owner or durable.owner_mark()
+        self._name = f"{os.urandom(8).hex()}.json"
+        self._written_s = 0.0
+
+    def __enter__(self) -> Lease:
+        """Acquires the lock."""
+        # 1.
+        self._write()
+        # 2.
+        try:
+            others = [name for name in self._store.names(LOCKS) if name != self._name and self._lives(name)]
+            if others:
+                raise LockHeld(
+                    f"{self._store.name} is in use: {self._holder(others[0])}",
+                    "wait for it; if it is gone for good, remove that file",
+                )
+        except BaseException:
+            self._store.remove(f"{LOCKS}/{self._name}")
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Releases the lock."""
+        self._store.remove(f"{LOCKS}/{self._name}")
+
+    def refresh(self) -> None:
+        """Renews the lock if `REFRESH_S` has passed; cheap enough to call often."""
+        if self._clock() - self._written_s >= REFRESH_S:
+            self.require_held()
+            self._write()
+
+    def require_held(self) -> None:
+        """Raises BackupError if another process removed the lock as stale."""
+        if self._name not in self._store.names(LOCKS):
+            raise BackupError(
+                f"{self._store.name} was given to another while this one was silent",
+                "repeat it; what was sent is there",
+            )
+
+    def _write(self) -> None:
+        self._written_s = self._clock()
+        lock = _Lock(self._owner, int(self._written_s * 1000))
+        self._store.write(f"{LOCKS}/{self._name}", msgspec.json.encode(lock))
+
+    def _lives(self, name: str) -> bool:
+        """Whether a lock's holder is alive; removes the lock of a dead holder."""
+        try:
+            lock = self._read(name)
+        except FileNotFoundError:
+            return False
+        # Without its content, because the disk was full when it was written, its holder is unknown.
+        dead = lock is not None and (self._clock() - lock.at_ms / 1000 > STALE_S or durable.is_dead(lock.owner))
+        if dead:
+            self._store.remove(f"{LOCKS}/{name}")
+        return not dead
+
+    def _read(self, name: str) -> _Lock | None:
+        try:
+            return msgspec.json.decode(self._store.read(f"{LOCKS}/{name}"), type=_Lock)
+        except msgspec.MsgspecError:
+            return None
+
+    def _holder(self, name: str) -> str:
+        try:
+            lock = self._read(name)
+        except FileNotFoundError:
+            lock = None
+        if lock is None or lock.owner.count("@") < 2:
+            return f"{LOCKS}/{name} is of a process that has just begun or ended"
+        host, pid, _ = lock.owner.rsplit("@", 2)
+        return f"{LOCKS}/{name} is of process {pid} on {host}"

@@ -1,0 +1,463 @@
+"""Makes a backup of a running system.
+
+1. Lock the backup location, so that nobody prunes it meanwhile.
+2. Copy the histories of each shard with their positions, each from one moment; then the files next
+   to them.
+3. Copy control, and the versions that exist under it.
+4. If this machine serves, copy serving's notes next to its histories. Upload the pieces that the
+   location lacks.
+5. Write the backup document, which makes the backup valid. After a crash before this step there is
+   no backup, but the pieces already uploaded are not sent again.
+
+Histories come before control. After an outage, a stream also meets control that is newer than its
+histories, and it rolls back where it must. The trainer's position in its log and the stream's
+position in the clicks come from different moments. Both continue from those positions in Kafka, and
+repeated rows are trimmed by position.
+
+`cut` selects what of a registry is copied: one consistent cut, while trainer, compactor and operator
+continue. Versions are immutable directories. They appear and disappear by one rename, and a version is
+removed only before the versions that it depends on. If every listed directory still exists once the
+list is complete, they all existed at one moment: the cut. Control is read before and after. Files of a
+later control generation are not in the cut.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import tempfile
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+from msgspec.structs import replace as changed
+
+from deploy.backup import location, serving_start
+from deploy.backup.location import Backup, KeptFile, Lease, Objects, usable
+from state import layout
+from state.config.settings import Settings
+from state.disk import clean_mark
+from state.disk.lmdb_store import LmdbStore
+from state.errors import BackupError, CorruptStore, SaltMismatch, StoreError
+from state.events.identity import load_salt
+from state.file_store import FileStore
+from state.history.store import HistoryStore
+from state.process import killpoints
+from state.registry import manifest
+from state.registry.control import Control, named
+from state.registry.directory import file_bytes
+from state.registry.manifest import FileEntry, Manifest, sees
+from state.registry.registry import DURABLE, MANIFEST, Registry
+
+SALT_OF = "salt"  # an extra of the stream's histories
+NEXT_TO_HISTORIES = (layout.WRITER, layout.LEADERS)
+TRIES = 100
+_LEFT_ALONE = (*DURABLE, layout.RECENT, layout.TEMPORARY, layout.ERASURES)
+"""Folders that are not copied as files. What processes report about their own copies is not part of the state."""
+
+
+class Scope(NamedTuple):
+    """What is asked for.
+
+    Attributes:
+        with_salt: Also the secret of the pseudonyms.
+        newest_only: Only the versions from which the trainer continues and those that control names.
+    """
+
+    with_salt: bool = False
+    newest_only: bool = False
+
+
+class Notes(NamedTuple):
+    """What serving noted next to its histories.
+
+    Attributes:
+        files: What was kept of it; none where this machine does not serve.
+        left_out: Why there are none although this machine serves.
+    """
+
+    files: tuple[KeptFile, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+class Shard(NamedTuple):
+    """The histories of one shard.
+
+    Attributes:
+        name: Of its directory.
+        files: What was kept of it.
+        positions: The next offset of each source, or further.
+        salt: Fingerprint of the salt that its users have.
+    """
+
+    name: str
+    files: list[KeptFile]
+    positions: dict[str, int]
+    salt: str
+
+
+def make(settings: Settings, store: FileStore, scope: Scope, now_ms: int, progress: Callable[[int], None]) -> Backup:
+    """Makes a backup.
+
+    Args:
+        settings: Of the system.
+        store: Destination of the backup.
+        scope: What of it.
+        now_ms: Wall clock.
+        progress: Called repeatedly with the number of bytes copied.
+
+    Raises:
+        LockHeld: Another backup is made there.
+        BackupError: There is nothing to back up yet, or the destination refused.
+        SaltMismatch: The salt's file is not that of the histories.
+        SpringtideError: The registry or a store cannot be read.
+    """
+    salt = load_salt(settings.salt_path, create=False)
+    # 1.
+    with Lease(store) as lease:
+        if (last := location.ids(store)[-1:]) >= [made_id := location.id_at(now_ms)]:
+            raise BackupError(f"{store.name} has backup {last[0]}, and it is only {made_id} now", "put the clock right")
+        making = _Making(settings, store, lease, progress)
+        # 2.
+        shards = [making.shard(path) for path in layout.streams(settings.state_dir)]
+        for shard in shards:
+            if shard.salt != salt.fingerprint:
+                raise SaltMismatch.between(shard.name, shard.salt, salt.fingerprint)
+        killpoints.reach("backup.histories")
+        # 3. and 4.
+        found, kept = making.registry(scope.newest_only)
+        notes = making.notes(shards)
+        files = [*(one for shard in shards for one in shard.files), *kept, *notes.files]
+        if scope.with_salt:
+            files.append(making.whole("salt", settings.salt_path))
+        newest = newest_whole(found.parts, found.control)
+        made = Backup(
+            id=made_id,
+            created_at_ms=now_ms,
+            release=release(),
+            salt=salt.fingerprint,
+            spec="" if newest is None else newest.spec,
+            generation=found.control.generation,
+            epoch=found.control.epoch,
+            version=None if newest is None else newest.version,
+            log=None if newest is None else newest.log,
+            positions={shard.name: shard.positions for shard in shards},
+            versions=len({one.version for one in found.parts.values()}),
+            files=tuple(files),
+            left_out=(
+                *(f"registry/{name}: {reason}" for name, reason in sorted(found.damaged.items())),
+                *notes.left_out,
+            ),
+            sent_bytes=making.sent_bytes,
+        )
+        # 5.
+        lease.require_held()
+        killpoints.reach("backup.sent")
+        location.write_backup(store, made)
+    return made
+
+
+def release() -> str:
+    """Of Springtide; empty where it runs from its source and is not installed."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("springtide")
+    return ""
+
+
+class _Making:
+    """One backup on its way."""
+
+    def __init__(self, settings: Settings, store: FileStore, lease: Lease, progress: Callable[[int], None]) -> None:
+        self._settings, self._lease, self._report = settings, lease, progress
+        self._objects = Objects(store)
+        earlier = location.newest_backup(store)
+        # Whole files by digest: those of versions never change, and are read once in their lives.
+        self._known = {} if earlier is None else {one.sha256: one for one in earlier.files}
+
+    @property
+    def sent_bytes(self) -> int:
+        return self._objects.sent_bytes
+
+    def shard(self, path: Path) -> Shard:
+        """Copies the histories at `path`, then the files next to them, which must not be older.
+
+        Raises:
+            CorruptStore: A power cut may have damaged them.
+            StoreError: They cannot be read.
+        """
+        mark, folder = clean_mark.read(path / layout.MARK), path.parent
+        if mark is not None and not mark.trusts(clean_mark.boot_id()):
+            raise CorruptStore(
+                f"{path} was open when the machine went down, so that pages may be missing; it is not copied",
+                "start the stream first, which makes it anew",
+            )
+        map_bytes = self._settings.stream.map_gb << 30
+        store = HistoryStore(path, self._settings.features.history, map_bytes, readonly=True)
+        try:
+            positions = {str(source): after for source, after in sorted(store.positions().items())}
+            salt = store.extra(SALT_OF) or b""
+            with snapshot(store) as pages:
+                name = f"{folder.name}/{layout.HISTORIES}/{layout.DATA}"
+                files = [self._objects.keep(name, pages, self._progress)]
+        finally:
+            store.close()
+        files += [
+            self.whole(f"{folder.name}/{one}", folder / one) for one in NEXT_TO_HISTORIES if (folder / one).exists()
+        ]
+        return Shard(folder.name, files, positions, salt.decode())
+
+    def notes(self, shards: Sequence[Shard]) -> Notes:
+        """Copies serving's items and names, once serving has applied the clicks of the copied histories."""
+        path = self._settings.serving_dir / layout.HISTORIES
+        if not os.path.lexists(path):
+            return Notes()
+        try:
+            store = HistoryStore(
+                path, self._settings.features.history, self._settings.serving.map_gb << 30, readonly=True
+            )
+        except StoreError as error:
+            return Notes(left_out=(f"{serving_start.NOTES_PATH}: {error.what}",))
+        try:
+            for shard in shards:
+                serving_start.await_clicks(store, shard.positions)
+            with tempfile.TemporaryFile() as file:
+                serving_start.write_notes(store, file)
+                file.seek(0)
+                return Notes((self._objects.keep(serving_start.NOTES_PATH, file, self._progress),))
+        finally:
+            store.close()
+
+    def registry(self, newest_only: bool) -> tuple[RegistryCut, list[KeptFile]]:
+        """Copies one moment of the registry; files that the compactor removed meanwhile are looked up again.
+
+        Raises:
+            BackupError: It never holds still.
+            RegistryError: It cannot be read.
+        """
+        registry = Registry(self._settings.registry_dir)
+        for _ in range(TRIES):
+            found = cut(registry, newest_only)
+            try:
+                damaged, kept = dict(found.damaged), []
+                for folder, part in found.parts.items():
+                    try:
+                        kept += self._part(registry.path, folder, part.files)
+                    except _Differs as error:
+                        damaged[folder] = str(error)
+                kept += [self.whole(f"{layout.REGISTRY}/{name}", registry.path / name) for name in found.files]
+            except FileNotFoundError:
+                continue
+            good = {folder: part for folder, part in found.parts.items() if folder not in damaged}
+            return replace(found, parts=good, damaged=damaged), kept
+        raise BackupError(f"{registry.path} changed while it was copied, {TRIES} times", "repeat it")
+
+    def _part(self, path: Path, folder: str, entries: dict[str, FileEntry]) -> list[KeptFile]:
+        """The files of one version; files that the backup location already has are not read."""
+        kept = []
+        for name, entry in entries.items():
+            known = self._known.get(entry.sha256)
+            path_in_backup = f"{layout.REGISTRY}/{folder}/{name}"
+            if known is not None and self._objects.has(known):
+                kept.append(changed(known, path=path_in_backup))
+                self._progress(entry.bytes)
+                continue
+            made = self.whole(path_in_backup, path / folder / name)
+            if (made.sha256, made.bytes) != (entry.sha256, entry.bytes):
+                raise _Differs(f"{name} fails its digest")
+            kept.append(made)
+        return [*kept, self.whole(f"{layout.REGISTRY}/{folder}/{MANIFEST}", path / folder / MANIFEST)]
+
+    def whole(self, name: str, path: Path) -> KeptFile:
+        """Keeps a file.
+
+        Raises:
+            FileNotFoundError: It is gone.
+            BackupError: It cannot be read.
+        """
+        with usable(str(path), "be read"), path.open("rb", buffering=0) as source:
+            made = self._objects.keep(name, source, self._progress)
+        self._known[made.sha256] = made
+        return made
+
+    def _progress(self, taken: int) -> None:
+        self._lease.refresh()
+        self._report(taken)
+
+
+class _Differs(Exception):
+    """A file of a version does not match its manifest."""
+
+
+@contextmanager
+def snapshot(store: LmdbStore) -> Iterator[BinaryIO]:
+    """Streams `data.mdb` of a copy of the store as it is now, to be read in the block; the writer continues meanwhile.
+
+    Raises:
+        StoreError: It cannot be read to its end.
+    """
+    reading, writing = os.pipe()
+    failed: list[StoreError] = []
+
+    def write() -> None:
+        try:
+            store.copy_as_is(writing)
+        except StoreError as error:
+            failed.append(error)
+        finally:
+            os.close(writing)
+
+    # The copy is made by native code, which waits where the pipe is full.
+    writer = threading.Thread(target=write, name="snapshot")
+    writer.start()
+    try:
+        with os.fdopen(reading, "rb", buffering=0) as stream:
+            yield stream
+    finally:
+        # A closed pipe ends it.
+        writer.join()
+    if failed:
+        raise failed[0]
+
+
+@dataclass(frozen=True)
+class RegistryCut:
+    """One consistent cut of a registry.
+
+    Attributes:
+        control: The newest control generation.
+        parts: The directories of versions, relative to the registry, with their manifests.
+        files: All other files in the backup: control, masks, outcomes, gaps, programs, specs.
+        damaged: Directories of versions whose manifest cannot be read, with the reason.
+    """
+
+    control: Control
+    parts: Mapping[str, Manifest]
+    files: tuple[str, ...]
+    damaged: Mapping[str, str]
+
+
+def cut(registry: Registry, newest_only: bool = False) -> RegistryCut:
+    """Takes one consistent cut of `registry`.
+
+    Args:
+        registry: The live registry.
+        newest_only: Take only the versions that the trainer needs to continue and those that control names.
+
+    Raises:
+        BackupError: There is no control yet, or it never stops changing.
+        CorruptVersion: Control is damaged.
+    """
+    for _ in range(TRIES):
+        control = registry.control()
+        if control is None:
+            raise BackupError(f"{registry.path} has no control yet", "start the system once, then repeat it")
+        try:
+            folders = list_folders(registry.path)
+            parts, damaged = _manifests(registry.path, folders, control)
+            if newest_only:
+                wanted = _needed(parts, control)
+                parts = {name: parts[name] for name in parts if name in wanted}
+            files = list_files(registry.path, control.generation)
+        except FileNotFoundError:
+            # The compactor has replaced a version by a merged one.
+            continue
+        if set(folders) <= set(list_folders(registry.path)) and registry.control() == control:
+            return RegistryCut(control, parts, files, damaged)
+    raise BackupError(f"{registry.path} changed while it was listed, {TRIES} times", "repeat it")
+
+
+def list_folders(path: Path) -> list[str]:
+    """Lists the directories of durable versions, relative to the registry at `path`; quarantined ones are left out."""
+    with usable(str(path), "be listed"):
+        return sorted(
+            f"{folder}/{one.name}"
+            for folder in DURABLE
+            if (path / folder).is_dir()
+            for one in (path / folder).iterdir()
+            if one.name.replace("-", "").isdecimal()
+        )
+
+
+def list_files(path: Path, generation: int) -> tuple[str, ...]:
+    """Lists all other files, relative to the registry at `path`; control files only up to `generation`."""
+    with usable(str(path), "be listed"):
+        found = [
+            one
+            for folder in sorted(path.iterdir())
+            if folder.is_dir() and folder.name not in _LEFT_ALONE
+            for one in sorted(folder.rglob("*"))
+            if one.is_file()
+        ]
+    kept = {f"{number:08d}.json" for number in range(generation + 1)}
+    left = {one for one in found if one.parent.name == layout.CONTROL and one.name not in kept}
+    return tuple(one.relative_to(path).as_posix() for one in found if one not in left)
+
+
+def chain_of(parts: Mapping[str, Manifest], version: int) -> set[str] | None:
+    """Returns the directories in `parts` that make up a version, as a registry with only these parts would read it.
+
+    Args:
+        parts: Directories of versions, with their manifests.
+        version: The version.
+
+    Returns:
+        The directories; None if one is missing.
+    """
+    bases = {one.version: name for name, one in parts.items() if one.kind == "base"}
+    deltas: dict[int, str] = {}
+    for name, one in parts.items():
+        # A merged version takes precedence over the delta, and among merged ones the one with the oldest parent.
+        if one.kind != "base" and (one.version not in deltas or _rank(one) < _rank(parts[deltas[one.version]])):
+            deltas[one.version] = name
+    newest = deltas.get(version) or bases.get(version)
+    if newest is None:
+        return None
+    line = parts[newest].visible
+    base = max((number for number in bases if number <= version and sees(line, number)), default=None)
+    at: int | None = version
+    chain = set()
+    while base is not None and at != base:
+        if at not in deltas or at < base:
+            return None
+        chain.add(deltas[at])
+        at = parts[deltas[at]].parent
+    return None if base is None else {*chain, bases[base]}
+
+
+def newest_whole(parts: Mapping[str, Manifest], control: Control) -> Manifest | None:
+    """Returns the newest complete version of control's epoch; the epoch's base if the epoch has none."""
+    ours = {one.version: one for one in parts.values() if one.epoch == control.epoch or one.version == control.base}
+    return next((ours[number] for number in sorted(ours, reverse=True) if chain_of(parts, number)), None)
+
+
+def _manifests(path: Path, folders: Collection[str], control: Control) -> tuple[dict[str, Manifest], dict[str, str]]:
+    parts: dict[str, Manifest] = {}
+    damaged: dict[str, str] = {}
+    for folder in folders:
+        try:
+            found = manifest.decode(file_bytes(path / folder / MANIFEST))
+        except FileNotFoundError:
+            if not (path / folder).is_dir():
+                raise
+            damaged[folder] = "its manifest is missing"
+        except ValueError as error:
+            damaged[folder] = f"its manifest is damaged: {error}"
+        else:
+            if found.epoch <= control.epoch:
+                parts[folder] = found
+    return parts, damaged
+
+
+def _needed(parts: Mapping[str, Manifest], control: Control) -> set[str]:
+    """Returns the existing directories of the versions that the trainer needs to continue and that control names."""
+    newest = newest_whole(parts, control)
+    wanted = named(control) if newest is None else named(control) | {newest.version}
+    return set().union(*(chain_of(parts, one) or () for one in wanted))
+
+
+def _rank(part: Manifest) -> tuple[bool, int]:
+    return part.kind != "merged", part.parent or 0

@@ -1,0 +1,323 @@
+"""File stores for backups and shared registries: a directory or an object store, with the same five operations.
+
+A file is complete or absent. `open_store` opens the store that an argument or a setting names.
+
+`DirectoryStore` writes a temporary file, syncs it, renames or links it, and syncs the directory. `ObjectStore` is an
+S3 (or compatible) bucket, Google Cloud Storage or Azure. An object is durable once the store confirms it. S3 creates
+an object exclusively by the header `If-None-Match: *`. Each operation is one request, except lists of more than a
+thousand names, and files larger than `PART_BYTES`, which are sent in parts. Each request has a time limit. A request
+that exceeds it fails, and the caller decides whether to retry.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeVar
+
+from state.disk import files as durable
+from state.errors import SpringtideError, UnusablePlace, reason_of
+from state.metrics import SharedMetrics
+
+if TYPE_CHECKING:
+    from obstore.auth.boto3 import Boto3CredentialProvider
+
+PROTOCOLS = ("s3", "s3a", "gs", "az", "abfs", "abfss")
+"""Protocols of object stores."""
+CONNECT, ANSWER, WHOLE = timedelta(seconds=5), timedelta(seconds=30), timedelta(days=1)
+"""Time limits: of a connection; of a request and the start of its response, or of a pause; and of a whole response."""
+TRIES = 1
+"""Retries of a request without a response."""
+PART_BYTES, PARTS_AT_ONCE = 5 * 1024 * 1024, 2
+"""The smallest part that S3 accepts; each part has the time limit of a request, also over a slow link."""
+
+Answer = TypeVar("Answer")
+
+
+class FileStore(Protocol):
+    """A file store. Names are relative paths with `/` between their parts. Any thread may call.
+
+    Attributes:
+        name: Its name in messages, without a password.
+    """
+
+    name: str
+
+    def names(self, folder: str) -> list[str]:
+        """The names of all files below `folder`, relative to it, ascending; empty if there is no such folder.
+
+        Raises:
+            UnusablePlace: The files cannot be listed.
+        """
+        ...
+
+    def read(self, name: str) -> bytes:
+        """Reads a file.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            UnusablePlace: The file cannot be read.
+        """
+        ...
+
+    def write(self, name: str, data: bytes) -> None:
+        """Creates or replaces a file as a whole; durable when this returns.
+
+        Raises:
+            UnusablePlace: The request failed. The file is unchanged, or new if only the response was lost.
+        """
+        ...
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Creates a file durably and returns True, or False if the file exists. Of concurrent callers one gets True.
+
+        A caller that retries after a lost response may get False for its own file: compare the content.
+
+        Raises:
+            UnusablePlace: The request failed; whether the file exists is unknown.
+        """
+        ...
+
+    def remove(self, name: str) -> None:
+        """Removes a file; no error if it does not exist.
+
+        Raises:
+            UnusablePlace: The request failed.
+        """
+        ...
+
+
+def open_store(text: str) -> FileStore:
+    """Opens the store that an argument or a setting names: a directory, or the URL of an object store.
+
+    >>> open_store("/mnt/backups").name, open_store("file:///mnt/backups").name
+    ('/mnt/backups', '/mnt/backups')
+
+    Raises:
+        UnusablePlace: There are no credentials, or the URL names no store.
+    """
+    if "://" not in text or text.startswith("file://"):
+        return DirectoryStore(Path(text.removeprefix("file://")))
+    if text.partition("://")[0] not in PROTOCOLS:
+        raise UnusablePlace(
+            f"{without_password(text)} cannot be opened: its protocol is unknown",
+            f"name a directory, or a URL that starts with {', '.join(f'{one}://' for one in PROTOCOLS)}",
+        )
+    return ObjectStore(text)
+
+
+class DirectoryStore:
+    """A directory, created at the first write. See `FileStore`."""
+
+    def __init__(self, path: Path) -> None:
+        self.name = str(path)
+        self._path = path
+
+    def names(self, folder: str) -> list[str]:
+        """See `FileStore`."""
+        root = self._path / folder
+        with usable(self.name, "be listed"):
+            found = [
+                Path(at, name).relative_to(root).as_posix()
+                for at, _, names in os.walk(root, onerror=_raise_unless_missing)
+                for name in names
+                if not durable.is_temporary(name)
+            ]
+        return sorted(found)
+
+    def read(self, name: str) -> bytes:
+        """See `FileStore`."""
+        with usable(self.name, f"read {name}"):
+            return (self._path / name).read_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        """See `FileStore`."""
+        with usable(self.name, f"write {name}"):
+            path = self._with_folder(name)
+            durable.replace(path, data, durable.unique(path))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """See `FileStore`."""
+        with usable(self.name, f"write {name}"):
+            path = self._with_folder(name)
+            return durable.create(path, data, durable.unique(path))
+
+    def remove(self, name: str) -> None:
+        """See `FileStore`."""
+        with usable(self.name, f"remove {name}"):
+            (self._path / name).unlink(missing_ok=True)
+
+    def _with_folder(self, name: str) -> Path:
+        path = self._path / name
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            durable.sync_directory(path.parent.parent)
+        return path
+
+
+def _raise_unless_missing(error: OSError) -> None:
+    if not isinstance(error, FileNotFoundError):
+        raise error
+
+
+class ObjectStore:
+    """A folder of an object store, such as `s3://bucket/folder`. See `FileStore`.
+
+    Credentials and region for S3 are found as AWS's own tools find them: in the environment, a profile, or the
+    machine's role.
+
+    Raises:
+        UnusablePlace: There are no credentials, or the URL names no store.
+    """
+
+    def __init__(self, url: str) -> None:
+        # Only deployments with an object store need its client and that of AWS.
+        from obstore.store import from_url
+
+        self.name = without_password(url)
+        with self._reached("be opened"):
+            self._store = from_url(
+                url,
+                client_options={
+                    "allow_http": True,
+                    "connect_timeout": CONNECT,
+                    "read_timeout": ANSWER,
+                    "timeout": WHOLE,
+                },
+                retry_config={"max_retries": TRIES, "retry_timeout": ANSWER},
+                credential_provider=self._credentials() if url.startswith("s3") else None,
+            )
+
+    def names(self, folder: str) -> list[str]:
+        """See `FileStore`."""
+        with self._reached("be listed"):
+            found = [entry["path"] for page in self._store.list(folder or None) for entry in page]
+        return sorted(name.removeprefix(folder).removeprefix("/") for name in found)
+
+    def read(self, name: str) -> bytes:
+        """See `FileStore`."""
+        with self._reached(f"read {name}"):
+            return self._store.get(name).bytes().to_bytes()
+
+    def write(self, name: str, data: bytes) -> None:
+        """See `FileStore`."""
+        with self._reached(f"write {name}"):
+            self._store.put(name, data, chunk_size=PART_BYTES, max_concurrency=PARTS_AT_ONCE)
+
+    def create(self, name: str, data: bytes) -> bool:
+        """See `FileStore`."""
+        from obstore.exceptions import AlreadyExistsError
+
+        with self._reached(f"write {name}"):
+            try:
+                self._store.put(name, data, mode="create")
+            except AlreadyExistsError:
+                return False
+        return True
+
+    def remove(self, name: str) -> None:
+        """See `FileStore`."""
+        with self._reached(f"remove {name}"):
+            self._store.delete(name)
+
+    def _credentials(self) -> Boto3CredentialProvider:
+        from obstore.auth.boto3 import Boto3CredentialProvider
+
+        try:
+            return Boto3CredentialProvider()
+        except ValueError as error:
+            raise UnusablePlace(
+                f"{self.name} cannot be opened: there are no credentials",
+                "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or give this machine a role",
+            ) from error
+
+    @contextmanager
+    def _reached(self, doing: str) -> Iterator[None]:
+        """Converts an error of the store's client, whatever its class, except for a missing file."""
+        try:
+            yield
+        except (FileNotFoundError, UnusablePlace):
+            raise
+        except Exception as error:
+            detail = without_password(str(error).partition("\n")[0]) or type(error).__name__
+            raise UnusablePlace(
+                f"{self.name} cannot {doing} ({detail})", "check the network and your rights there, and repeat it"
+            ) from error
+
+
+class CountedStore:
+    """A `FileStore` that counts its requests, their failures, and the bytes transferred.
+
+    Args:
+        store: The file store.
+        metrics: The counters.
+    """
+
+    def __init__(self, store: FileStore, metrics: SharedMetrics) -> None:
+        self._store, self._metrics = store, metrics
+        self.name = store.name
+
+    def names(self, folder: str) -> list[str]:
+        """See `FileStore`. A store that lists a thousand names per request receives more requests than are counted."""
+        return self._counted("list", lambda: self._store.names(folder))
+
+    def read(self, name: str) -> bytes:
+        """See `FileStore`."""
+        data = self._counted("get", lambda: self._store.read(name))
+        self._metrics.bytes.labels("received").inc(len(data))
+        return data
+
+    def write(self, name: str, data: bytes) -> None:
+        """See `FileStore`."""
+        self._counted("put", lambda: self._store.write(name, data))
+        self._metrics.bytes.labels("sent").inc(len(data))
+
+    def create(self, name: str, data: bytes) -> bool:
+        """See `FileStore`."""
+        created = self._counted("put", lambda: self._store.create(name, data))
+        self._metrics.bytes.labels("sent").inc(len(data))
+        return created
+
+    def remove(self, name: str) -> None:
+        """See `FileStore`."""
+        self._counted("delete", lambda: self._store.remove(name))
+
+    def _counted(self, operation: str, request: Callable[[], Answer]) -> Answer:
+        self._metrics.requests.labels(operation).inc()
+        return request()
+
+
+def without_password(url: str) -> str:
+    """A URL without user and password, for display.
+
+    >>> without_password("sftp://ann:secret@host/folder"), without_password("s3://bucket/folder")
+    ('sftp://host/folder', 's3://bucket/folder')
+    """
+    return re.sub(r"://[^/@]*@", "://", url)
+
+
+@contextmanager
+def usable(name: str, doing: str, failed: type[SpringtideError] = UnusablePlace) -> Iterator[None]:
+    """Converts an operating system error in the block to one of ours; FileNotFoundError passes unchanged.
+
+    Args:
+        name: The directory's name in messages.
+        doing: The operation, for the message.
+        failed: The class of the error to raise.
+
+    Raises:
+        FileNotFoundError: A file does not exist.
+        SpringtideError: The disk is full or read-only, or rights are missing: `failed`.
+    """
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise failed(
+            f"{name} cannot {doing} ({reason_of(error)})", "free space or correct its access rights, and repeat it"
+        ) from error

@@ -1,1 +1,0 @@
-"""File storage in a directory or an object store, behind one interface, `FilePlace`."""

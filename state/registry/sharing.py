@@ -1,0 +1,482 @@
+"""Runs what keeps a shared registry in step (`state/registry/sync.py`) next to the process that needs it.
+
+One process of each host copies and the others stand by; the trainer also pushes. `own` is how a trainer comes to own
+the versions of a shared registry. What it does depends on the local directory and on the object store:
+
+    local directory          object store         result
+    empty, or a copy         anything             claimed; the store's content is fetched, numbers begin far beyond it
+    with versions, unbound   empty                claimed; the local content is pushed to the store
+    with versions, unbound   of this registry     likewise
+    with versions, unbound   of another one       refused
+    the origin               not claimed since    continues under its own claim
+    the origin               claimed by another   refused: two would train
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import msgspec
+from prometheus_client import CollectorRegistry
+
+from state import layout
+from state.config.settings import Settings
+from state.disk import files as durable
+from state.disk.lock import DirectoryLock
+from state.errors import LockHeld, RegistryError, SettingsError, UnusablePlace
+from state.file_store import CountedStore, FileStore, open_store
+from state.metrics import SharedMetrics
+from state.process import killpoints
+from state.process.said_once import SaidOnce
+from state.process.wall_clock import wall_ms
+from state.registry import sync
+from state.registry.directory import BINDING, Binding, bound, file_bytes, sharing
+from state.registry.registry import MOST_BETWEEN, Registry
+from state.registry.sync import Copier, DurableSender, RecentSender
+
+EXCLUSIVE = "exclusive"
+"""The file with which a store is tested for exclusive creation."""
+RETRY_S, JOIN_S, STAND_BY_S = 1.0, 3.0, 1.0
+NOTE_MS = 1000
+LAST_S, POLL_S = 10.0, 0.1
+"""How long an ending trainer continues to send, and how often it is checked whether a copier has begun."""
+_log = logging.getLogger(__name__)
+
+
+# Binding
+
+
+def bind(path: Path, url: str) -> None:
+    """Binds a directory to an object store as a copy, durably, unless it is bound already.
+
+    Raises:
+        SettingsError: The directory is bound to another store.
+        OSError: The directory cannot be written.
+    """
+    binding = bound(path)
+    _require_same(path, binding, url)
+    if binding is None:
+        _write_binding(path, Binding(url))
+
+
+def require_as_set(settings: Settings) -> None:
+    """Refuses settings that contradict the binding.
+
+    Raises:
+        SettingsError: The directory is bound to another store, or is bound and the settings name no store.
+    """
+    _require_same(settings.registry_dir, bound(settings.registry_dir), settings.paths.shared_registry)
+
+
+def _require_same(path: Path, binding: Binding | None, url: str) -> None:
+    if binding is not None and binding.url != url:
+        raise SettingsError(
+            f"{path} belongs to the registry at {binding.url}, and paths.shared_registry is {url or 'empty'}",
+            "put the setting back, or give this host another paths.registry",
+        )
+
+
+def _write_binding(path: Path, binding: Binding) -> None:
+    path.mkdir(parents=True, exist_ok=True)
+    durable.replace(path / BINDING, msgspec.json.encode(binding), durable.unique(path / BINDING))
+
+
+def _has_own_control(path: Path) -> bool:
+    """Whether a directory is a registry that was never shared; its trainer pushes it to the store first."""
+    return bound(path) is None and any((path / layout.CONTROL).glob("*.json"))
+
+
+# Ownership of the versions
+
+
+def own(path: Path, url: str, now_ms: int) -> tuple[FileStore, int]:
+    """Makes the directory the origin of the shared registry, or finds that it is.
+
+    1. The local content is pushed if the directory was not shared before: masks, then control.
+    2. The versions are claimed.
+    3. The store's content is fetched: control, the names of versions, programs, small files.
+    4. Numbers that the preceding trainer may have used are skipped.
+    5. The directory is bound as the origin.
+
+    Args:
+        path: The registry's directory, with the trainer's lock held.
+        url: The object store.
+        now_ms: Wall clock.
+
+    Returns:
+        The store, and the claim.
+
+    Raises:
+        SettingsError: The directory is of another registry.
+        LockHeld: Another trainer owns the versions.
+        RegistryError: The store cannot be reached, or the disk refused.
+    """
+    with sharing():
+        store = open_store(url)
+        if store.create(EXCLUSIVE, b"") and store.create(EXCLUSIVE, b""):
+            raise UnusablePlace(
+                f"{store.name} replaces a file that was to be created",
+                "take a store that heeds `If-None-Match: *`: two operators at once would both win in this one",
+            )
+    binding = bound(path)
+    if binding is not None and not binding.is_copy:
+        _require_same(path, binding, url)
+        with sharing():
+            sync.require_newest(store, binding.claim)
+        return store, binding.claim
+    registry = Registry(path)
+    # 1.
+    if binding is None:
+        _push_control(registry, store)
+    bind(path, url)
+    killpoints.reach("share.bound")
+    # 2.
+    with sharing():
+        claim = sync.claim(store, now_ms)
+    killpoints.reach("share.claimed")
+    # 3.
+    Copier(path, store).step()
+    with sharing():
+        catalog = sync.catalog_of(store)
+    registry.directory.shared = store
+    for digest in catalog.programs:
+        registry.specs.program(digest)
+    # 4.
+    if catalog.last:
+        registry.reserve_numbers(catalog.last + MOST_BETWEEN)
+    # 5.
+    _write_binding(path, Binding(url, claim))
+    return store, claim
+
+
+def _push_control(registry: Registry, store: FileStore) -> None:
+    """Pushes the control of a registry that was not shared to an empty store, all generations in order.
+
+    Raises:
+        SettingsError: The store has the control of another registry.
+        UnusableRegistry: The store cannot be reached.
+    """
+    newest = registry.control()
+    if newest is None:
+        return
+    with sharing():
+        for path in sorted((registry.path / layout.MASKS).iterdir()):
+            store.write(f"{layout.MASKS}/{path.name}", file_bytes(path))
+        for generation in range(1, newest.generation + 1):
+            name = f"{layout.CONTROL}/{generation:08d}.json"
+            data = file_bytes(registry.path / name)
+            if not store.create(name, data) and store.read(name) != data:
+                raise SettingsError(
+                    f"{registry.path} and {store.name} are two registries: control generation {generation} differs",
+                    "name an empty place in paths.shared_registry, or give this host another paths.registry",
+                )
+
+
+class Ownership:
+    """Whether the trainer still owns the versions; its loop polls this."""
+
+    def __init__(self) -> None:
+        self._failure: BaseException | None = None
+
+    def fail(self, error: BaseException) -> None:
+        """Records the error that ended the ownership: another trainer's claim, or that of a failed thread."""
+        self._failure = self._failure or error
+
+    def check(self) -> None:
+        """Raises what ended a thread.
+
+        Raises:
+            LockHeld: Another trainer has claimed the versions.
+        """
+        if self._failure is not None:
+            raise self._failure
+
+
+@contextmanager
+def owning(
+    settings: Settings,
+    collected: CollectorRegistry,
+    stopping: threading.Event,
+    now_ms: Callable[[], int] = wall_ms,
+) -> Iterator[Ownership]:
+    """Owns the versions of a shared registry while the block runs, and sends them; does nothing if it is not shared.
+
+    Waits for the store at the start, until `stopping`: a trainer must know that no other one trains.
+
+    Args:
+        settings: Of the whole system; the trainer's lock is held.
+        collected: The registry of the metrics.
+        stopping: The process is to end.
+        now_ms: Wall clock.
+
+    Raises:
+        SettingsError: The directory is of another registry.
+        LockHeld: Another trainer owns the versions.
+    """
+    ownership = Ownership()
+    require_as_set(settings)
+    path, url, warn_once = settings.registry_dir, settings.paths.shared_registry, SaidOnce(_log.warning)
+    if not url:
+        yield ownership
+        return
+    while True:
+        try:
+            found, claim = own(path, url, now_ms())
+            break
+        except RegistryError as error:
+            warn_once(f"{error}; the trainer waits for it")
+            if stopping.wait(RETRY_S):
+                raise
+    _log.info("the registry is shared at %s; its versions are this trainer's, claim %d", found.name, claim)
+    metrics, stop = SharedMetrics(collected), threading.Event()
+    metrics.sent_seconds.set_to_current_time()
+    store = CountedStore(found, metrics)
+    versions = DurableSender(path, store, claim)
+    recent = RecentSender(path, store, claim, lambda: versions.serial)
+    copier = HostCopier(settings, metrics)
+
+    def send_durable() -> bool:
+        more = versions.send()
+        if not more:
+            metrics.sent_seconds.set_to_current_time()
+        return more
+
+    pause_s = settings.registry.share_s
+    threads = [
+        Repeating("share-recent", lambda: recent.send() < 0, pause_s, stop, ownership.fail),
+        Repeating("share-durable", send_durable, pause_s, stop, ownership.fail),
+        *_copier_threads(settings, copier, stop),
+    ]
+    with _running(threads, copier, stop):
+        yield ownership
+    if not any(thread.runs for thread in threads):
+        _send_the_rest(recent, versions)
+
+
+def _send_the_rest(recent: RecentSender, versions: DurableSender) -> None:
+    """Sends the last versions of a trainer that stops cleanly; those that fail are sent at its next start."""
+    until_s = time.monotonic() + LAST_S
+    try:
+        recent.send()
+        while versions.send() and time.monotonic() < until_s:
+            pass
+    except (UnusablePlace, RegistryError, OSError, LockHeld) as error:
+        _log.warning("%s; what was published last is sent at the next start", error)
+
+
+# Copies
+
+
+@contextmanager
+def copying(settings: Settings, collected: CollectorRegistry, first: threading.Event | None = None) -> Iterator[None]:
+    """Keeps this host's directory in step while the block runs; does nothing if the registry is not shared.
+
+    Args:
+        settings: Of the whole system.
+        collected: The registry of the metrics.
+        first: The block begins after the first poll of the store by a process of this host, or when this is set. None:
+            it begins at once.
+
+    Raises:
+        SettingsError: The directory belongs to another store.
+        UnusablePlace: The store cannot be opened.
+    """
+    require_as_set(settings)
+    if not settings.paths.shared_registry:
+        yield
+        return
+    stop = threading.Event()
+    copier = HostCopier(settings, SharedMetrics(collected))
+    with _running(_copier_threads(settings, copier, stop), copier, stop):
+        while first is not None and not copier.polled.wait(POLL_S) and not first.is_set():
+            pass
+        yield
+
+
+def visit(settings: Settings) -> None:
+    """Updates this host's directory for one command, unless a process of the host does so.
+
+    Raises:
+        SettingsError: The directory belongs to another store.
+        RegistryError: The store cannot be reached, or the disk refused.
+    """
+    url, path = settings.paths.shared_registry, settings.registry_dir
+    if not url or _has_own_control(path):
+        return
+    bind(path, url)
+    with suppress(LockHeld), DirectoryLock(path, layout.SHARED_LOCK), sharing():
+        Copier(path, open_store(url), settings.registry.recent_s).step()
+
+
+def reached_ms(registry: Path) -> int:
+    """When a process of this host last reached the store of the shared registry, in milliseconds since 1970; 0 for never.
+
+    Args:
+        registry: The directory of this host's copy.
+    """
+    try:
+        return (registry / layout.SHARED_LOOKED).stat().st_mtime_ns // 1_000_000
+    except FileNotFoundError:
+        return 0
+
+
+class HostCopier:
+    """The copier of one host; one of its processes runs it and the others stand by.
+
+    Args:
+        settings: Of the whole system; `paths.shared_registry` is set.
+        metrics: Counts requests.
+
+    Attributes:
+        polled: Set once this process has polled the store, or another one of the host does so.
+    """
+
+    def __init__(self, settings: Settings, metrics: SharedMetrics) -> None:
+        self._settings = settings
+        self._lock = DirectoryLock(settings.registry_dir, layout.SHARED_LOCK)
+        self._store = CountedStore(open_store(settings.paths.shared_registry), metrics)
+        self._copier: Copier | None = None
+        self._metrics, self.polled = metrics, threading.Event()
+        self._began = False
+        self._noted_ms = 0
+        self._log_once = SaidOnce(_log.info)
+
+    def step(self) -> None:
+        """One round, unless another process of this host has the copier.
+
+        Raises:
+            RegistryError: The store cannot be reached, or the disk refused.
+        """
+        path = self._settings.registry_dir
+        if _has_own_control(path):
+            self._log_once(f"{path} has versions of its own: its trainer shares them when it starts")
+            self.polled.set()
+            return
+        bind(path, self._settings.paths.shared_registry)
+        if self._copier is None:
+            try:
+                self._lock.acquire()
+            except LockHeld:
+                self.polled.set()
+                time.sleep(STAND_BY_S)
+                return
+            if not self._began:
+                # From here on its age shows how long the store has been unreachable.
+                self._began = True
+                self._metrics.looked_seconds.set_to_current_time()
+            copier = Copier(path, self._store, self._settings.registry.recent_s)
+            copier.fetch_control()
+            self._copier = copier
+        began_ms = wall_ms()
+        self._copier.step(control=False)
+        self._metrics.looked_seconds.set_to_current_time()
+        self._note(began_ms)
+        self.polled.set()
+
+    def step_control(self) -> None:
+        """Fetches control if this process has the copier; in a separate thread, so that versions do not delay a pin.
+
+        Raises:
+            RegistryError: The store cannot be reached, or the disk refused.
+        """
+        if self._copier is not None:
+            self._copier.fetch_control()
+
+    def _note(self, at_ms: int) -> None:
+        """Records for the other processes of this host that the store was reached then; at most once a second."""
+        if not 0 <= at_ms - self._noted_ms < NOTE_MS:
+            self._noted_ms = at_ms
+            path = self._settings.registry_dir / layout.SHARED_LOOKED
+            # On a full disk nothing is recorded, and readiness reports it.
+            with suppress(OSError):
+                path.touch()
+                os.utime(path, ns=(at_ms * 1_000_000, at_ms * 1_000_000))
+
+    def close(self) -> None:
+        """Releases the copier for another process."""
+        self._lock.release()
+
+
+# Threads
+
+
+class Repeating:
+    """A thread that repeats one action; errors of the object store, the registry and the disk are logged and retried.
+
+    Args:
+        name: Name of the thread.
+        act: The action. It returns True if there is more to do at once.
+        pause_s: Pause between two calls if there is not.
+        stop: Event that ends the thread.
+        failed: Called with any other error, which ends the thread.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        act: Callable[[], bool | None],
+        pause_s: float,
+        stop: threading.Event,
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        self._act, self._pause_s, self._stop, self._failed = act, pause_s, stop, failed
+        self._warn_once = SaidOnce(_log.warning)
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread.start()
+
+    def join(self) -> None:
+        """Waits for the thread to end. A request that hangs ends with the process."""
+        self._thread.join(JOIN_S)
+
+    @property
+    def runs(self) -> bool:
+        """Whether the thread is alive."""
+        return self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            while not self._stop.is_set():
+                self._stop.wait(self._once())
+        except BaseException as error:
+            self._failed(error)
+            raise
+
+    def _once(self) -> float:
+        """Calls the action; returns how long to wait before the next call."""
+        try:
+            more = self._act()
+        except (UnusablePlace, RegistryError, OSError) as error:
+            self._warn_once(f"{error}; it is tried again, and the registry here goes on as it is")
+            return RETRY_S
+        self._warn_once.clear()
+        return 0.0 if more else self._pause_s
+
+
+def _copier_threads(settings: Settings, copier: HostCopier, stop: threading.Event) -> list[Repeating]:
+    def failed(error: BaseException) -> None:
+        _log.error("the registry is not kept in step any more: %s", error)
+
+    acts = (("share-copy", copier.step), ("share-control", copier.step_control))
+    return [Repeating(name, act, settings.registry.look_ms / 1000, stop, failed) for name, act in acts]
+
+
+@contextmanager
+def _running(threads: list[Repeating], copier: HostCopier, stop: threading.Event) -> Iterator[None]:
+    for thread in threads:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+        copier.close()

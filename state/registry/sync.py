@@ -1,0 +1,712 @@
+"""Keeps the directories of a shared registry in step with its object store: what is pushed, and what is fetched.
+
+The store has the same names as a registry directory (`state/registry/registry.py`), and:
+
+    catalog.json            the complete durable versions and programs, readable with one request
+    recent/<number>         a pack: several recent versions from that number on, in one file
+    trainers/<number>.json  a claim, created exclusively: the trainer with the newest one owns the versions
+
+Each host has one copier; the trainer has the senders. A version is pushed file by file: its files, its manifest, then
+the catalogue. A deletion changes the catalogue first. So everything that the catalogue names is complete, except for a
+moment during a deletion. Before anything takes effect in the store, the claim is checked. A trainer that was presumed
+dead stops there, like a fenced producer of Kafka. If a request fails, the version stays here, durable, and is sent once
+the store can be reached again. Training and publishing on this host never wait for it.
+
+What the copier of a host fetches:
+
+    what           how it is found                                        requests
+    control        the file of the next generation                        one per poll
+    recent         the pack that begins with the next version             one per poll; more to catch up
+    versions       the catalogue, when a pack names a newer one           one for each durable version
+    small files    lists of four folders, both ways                       four each `SMALL_S`
+    erasures       the reports of this host's processes, when changed     one each
+
+If no version arrives for `SILENT_S`, the copier reads the catalogue and lists the packs again, because the numbers of
+a killed trainer continue elsewhere. If packs keep coming for `SILENT_S` without an end, the link is too slow for them.
+The copier then takes durable versions only for `REST_S`, and resumes with the pack that continues from the newest one.
+Files of durable versions are fetched when a process reads them. The trainer's own host fetches no versions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import msgspec
+import zstandard
+
+from state import layout
+from state.disk import files as durable
+from state.errors import CorruptVersion, LockHeld, UnknownVersion, UnusableRegistry
+from state.file_store import FileStore
+from state.process import killpoints
+from state.registry import manifest, sealed
+from state.registry.controls import Controls
+from state.registry.directory import file_bytes, sharing, usable
+from state.registry.registry import DURABLE, MANIFEST, Registry
+
+CATALOG, RECENT, CLAIMS = "catalog.json", "recent", "trainers"
+SMALL = (layout.SPECS, layout.OUTCOMES, layout.BASELINES, layout.GAPS)
+"""Folders of small immutable files, each created in the directory of one host first."""
+SMALL_S, SILENT_S, REST_S = 30.0, 5.0, 30.0
+KEPT_PACKS_S = 60.0
+"""How long a pack is kept in the store; the newest one stays until there is another."""
+FENCE_S = 5.0
+MOST_IN_PACK = 64
+MOST_PACK_BYTES = 1 << 32
+"""Size limit of an unpacked pack. One second of the busiest trainer takes some megabytes."""
+AT_ONCE = 16
+"""Generations of control that are fetched in parallel by a host that has none."""
+
+_MARK_DIGITS = 16
+_COMPLETE = ("spec.json", "baseline.json")  # mark a folder as complete, so they are copied last
+_DIGEST_BYTES, _LENGTH_BYTES, _LEVEL = 32, 8, 1
+# A directory that changes twice within one tick of the file system's clock keeps its modification time.
+_TICK_NS = 100_000_000
+_log = logging.getLogger(__name__)
+
+
+# Claims
+
+
+def claim(store: FileStore, now_ms: int) -> int:
+    """Claims the versions; returns the claim's number.
+
+    Raises:
+        UnusablePlace: The object store cannot be reached.
+    """
+    number = 1 + max((int(name.partition(".")[0]) for name in store.names(CLAIMS)), default=0)
+    while not store.create(_claim_name(number), msgspec.json.encode({"host": durable.HOST, "at_ms": now_ms})):
+        number += 1
+    return number
+
+
+def require_newest(store: FileStore, own: int) -> None:
+    """Checks with one request that the claim is still the newest one.
+
+    Raises:
+        LockHeld: Another trainer has claimed the versions since.
+        UnusablePlace: The object store cannot be reached.
+    """
+    try:
+        host = msgspec.json.decode(store.read(_claim_name(own + 1)))["host"]
+    except FileNotFoundError:
+        return
+    except (msgspec.MsgspecError, KeyError, TypeError):
+        host = "another host"
+    raise LockHeld(
+        f"the registry at {store.name} has another trainer, on {host}",
+        "stop one of the two; to train here again remove this host's registry directory: it is fetched again",
+    )
+
+
+def _claim_name(number: int) -> str:
+    return f"{CLAIMS}/{number:08d}.json"
+
+
+# The catalogue
+
+
+class Catalog(msgspec.Struct, frozen=True):
+    """The contents of the object store.
+
+    Attributes:
+        serial: Serial number; grows with each change.
+        claim: Claim of the trainer that wrote it.
+        last: The highest number that any version has had.
+        folders: Folder of each durable version, such as `bases/000000000001` -> first digits of its manifest's SHA-256.
+        programs: Digests of the programs.
+    """
+
+    serial: int = 0
+    claim: int = 0
+    last: int = 0
+    folders: dict[str, str] = {}
+    programs: tuple[str, ...] = ()
+
+
+def catalog_of(store: FileStore) -> Catalog:
+    """Reads the catalogue in order to update it; an empty one if it is missing or damaged.
+
+    Raises:
+        UnusablePlace: The object store cannot be reached.
+    """
+    try:
+        return sealed.decode(store.read(CATALOG), Catalog)
+    except (FileNotFoundError, ValueError):
+        return Catalog()
+
+
+def version_of(folder: str) -> int:
+    """The version of a folder.
+
+    >>> version_of("merged/000000000012-000000000007")
+    12
+    """
+    return int(folder.rpartition("/")[2].partition("-")[0])
+
+
+def _mark(data: bytes) -> str:
+    return durable.digest(data)[:_MARK_DIGITS]
+
+
+# Packs
+
+
+class Pack(NamedTuple):
+    """Several recent versions in one file, so that a host fetches them with one request a second.
+
+    Attributes:
+        serial: Serial number of the catalogue when the pack was built.
+        versions: (number, files by name) of each version, ascending.
+    """
+
+    serial: int
+    versions: Sequence[tuple[int, Mapping[str, bytes]]]
+
+
+class _Head(msgspec.Struct):
+    """The head of a pack: the serial number, and the names and sizes of each version's files, in order."""
+
+    catalog: int
+    versions: list[tuple[int, list[tuple[str, int]]]]
+
+
+def pack_name(first: int) -> str:
+    """The name of the pack that begins with this version. A host that has the previous version knows it.
+
+    >>> pack_name(7)
+    'recent/000000000007'
+    """
+    return f"{RECENT}/{first:012d}"
+
+
+def encode_pack(pack: Pack) -> bytes:
+    """Encodes a pack: the SHA-256 of a zstd frame, then the frame: the head's length (8 bytes), the head, the files.
+
+    >>> decode_pack(encode_pack(Pack(4, [(7, {"manifest.json": b"{}", "a": b"12"})])))
+    Pack(serial=4, versions=[(7, {'manifest.json': b'{}', 'a': b'12'})])
+    """
+    listed = [(number, [(name, len(data)) for name, data in files.items()]) for number, files in pack.versions]
+    head = msgspec.json.encode(_Head(pack.serial, listed))
+    parts = [len(head).to_bytes(_LENGTH_BYTES, "little"), head]
+    parts += [data for _, files in pack.versions for data in files.values()]
+    frame = zstandard.ZstdCompressor(level=_LEVEL).compress(b"".join(parts))
+    return hashlib.sha256(frame).digest() + frame
+
+
+def decode_pack(data: bytes) -> Pack:
+    """Decodes what `encode_pack` wrote.
+
+    Raises:
+        ValueError: It is truncated or damaged.
+    """
+    frame = data[_DIGEST_BYTES:]
+    if hashlib.sha256(frame).digest() != data[:_DIGEST_BYTES]:
+        raise ValueError("a pack of versions fails its digest")
+    if not 0 <= zstandard.frame_content_size(frame) <= MOST_PACK_BYTES:
+        raise ValueError("a pack of versions says that it is larger than any")
+    body = memoryview(zstandard.ZstdDecompressor().decompress(frame))
+    at = _LENGTH_BYTES + int.from_bytes(body[:_LENGTH_BYTES], "little")
+    head = msgspec.json.decode(body[_LENGTH_BYTES:at], type=_Head)
+    versions = []
+    for number, listed in head.versions:
+        files = {}
+        for name, size in listed:
+            files[name] = bytes(body[at : at + size])
+            at += size
+        versions.append((number, files))
+    return Pack(head.catalog, versions)
+
+
+# The trainer's side
+
+
+class RecentSender:
+    """Pushes recent versions as soon as they exist and the pack before is sent. Use it from one thread only.
+
+    Args:
+        path: The registry's directory; the caller holds the trainer's lock.
+        store: The object store.
+        claim: The claim number under which this trainer owns the versions.
+        serial: Returns the serial number of the newest catalogue.
+        elapsed: Monotonic seconds.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        store: FileStore,
+        claim: int,
+        serial: Callable[[], int],
+        elapsed: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._registry, self._store, self._claim = Registry(path), store, claim
+        self._serial, self._elapsed = serial, elapsed
+        self._last = self._registry.next_number() - 1
+        self._fenced_s = float("-inf")
+        self._packs: deque[tuple[float, str]] = deque()
+        self._old: list[str] | None = None
+
+    def send(self) -> int:
+        """Sends the versions that are new since the last call; returns how many.
+
+        Raises:
+            UnusablePlace: The object store cannot be reached. The next call sends them if they still exist here.
+            LockHeld: Another trainer owns the versions.
+        """
+        if self._old is None:
+            self._old = [f"{RECENT}/{name}" for name in self._store.names(RECENT)]
+        numbers = [number for number in self._registry.recents() if number > self._last]
+        versions = list(self._complete(numbers[-MOST_IN_PACK:]))
+        if not versions:
+            return 0
+        if self._elapsed() - self._fenced_s >= FENCE_S:
+            require_newest(self._store, self._claim)
+            self._fenced_s = self._elapsed()
+        name = pack_name(versions[0][0])
+        self._store.write(name, encode_pack(Pack(self._serial(), versions)))
+        killpoints.reach("share.pack")
+        self._last = versions[-1][0]
+        self._packs.append((self._elapsed(), name))
+        self._remove_old()
+        return len(versions)
+
+    def _complete(self, numbers: list[int]) -> Iterator[tuple[int, Mapping[str, bytes]]]:
+        """The files of recent versions that still exist here; the manifest is the last file of each."""
+        for number in numbers:
+            folder = self._registry.folder("recent", number)
+            try:
+                part = manifest.decode(file_bytes(folder / MANIFEST))
+                files = {name: file_bytes(folder / name) for name in part.files}
+            except (FileNotFoundError, ValueError):
+                continue
+            yield number, files | {MANIFEST: manifest.encode(part)}
+
+    def _remove_old(self) -> None:
+        """Removes old packs, and those of a previous trainer once there is something newer."""
+        while self._old:
+            self._store.remove(self._old[-1])
+            self._old.pop()
+        while len(self._packs) > 1 and self._elapsed() - self._packs[0][0] > KEPT_PACKS_S:
+            self._store.remove(self._packs[0][1])
+            self._packs.popleft()
+
+
+class DurableSender:
+    """Pushes durable versions, and deletes those that were deleted here. Use it from one thread only.
+
+    Args:
+        path: The registry's directory; the caller holds the trainer's lock.
+        store: The object store.
+        claim: The claim number under which this trainer owns the versions.
+    """
+
+    def __init__(self, path: Path, store: FileStore, claim: int) -> None:
+        self._registry, self._store, self._claim = Registry(path), store, claim
+        self._registry.directory.shared = store
+        self._path = path
+        self._catalog: Catalog | None = None
+        self._marks: dict[str, tuple[int, str]] = {}
+        self._damaged: set[tuple[str, str]] = set()
+        self._settled_ns: tuple[int, ...] | None = None
+
+    @property
+    def serial(self) -> int:
+        """Serial number of the newest catalogue."""
+        return 0 if self._catalog is None else self._catalog.serial
+
+    def send(self) -> bool:
+        """Sends the oldest version that the store lacks, or deletes what was deleted here; returns whether it did so.
+
+        Raises:
+            UnusablePlace: The object store cannot be reached. Everything that its catalogue names is complete.
+            LockHeld: Another trainer owns the versions.
+        """
+        catalog = self._catalog or self._first_catalog()
+        changed_ns = self._changed_ns()
+        if changed_ns == self._settled_ns:
+            return False
+        here = self._here(catalog.folders)
+        unsent = [one for one in here.items() if catalog.folders.get(one[0]) != one[1] and one not in self._damaged]
+        removed = [folder for folder in catalog.folders if folder not in here]
+        if unsent:
+            self._send(catalog, min((folder for folder, _ in unsent), key=_age))
+        elif removed:
+            self._remove(catalog, removed)
+        elif time.time_ns() - max(changed_ns) > _TICK_NS:
+            self._settled_ns = changed_ns
+        return bool(unsent or removed)
+
+    def _changed_ns(self) -> tuple[int, ...]:
+        """When the folders of durable versions last changed."""
+        with usable("be listed"):
+            return tuple((self._path / folder).stat().st_mtime_ns for folder in DURABLE)
+
+    def _first_catalog(self) -> Catalog:
+        """Reads the catalogue, and removes files that a killed trainer left outside it."""
+        catalog = catalog_of(self._store)
+        here = self._here(catalog.folders)
+        for folder in DURABLE:
+            for name in self._store.names(folder):
+                version = f"{folder}/{name.partition('/')[0]}"
+                if version not in catalog.folders and version not in here:
+                    self._store.remove(f"{folder}/{name}")
+        self._catalog = catalog
+        return catalog
+
+    def _here(self, known: Mapping[str, str]) -> dict[str, str]:
+        """Folder -> mark of its manifest, for all durable versions here; `known` marks for those not fetched yet."""
+        found = {}
+        with usable("be listed"):
+            for folder in DURABLE:
+                for path in (self._path / folder).iterdir():
+                    name = f"{folder}/{path.name}"
+                    mark = (self._mark(path) or known.get(name)) if path.name.replace("-", "").isdecimal() else None
+                    if mark is not None and path.is_dir():
+                        found[name] = mark
+        self._marks = {name: mark for name, mark in self._marks.items() if name in found}
+        return found
+
+    def _mark(self, path: Path) -> str | None:
+        name = f"{path.parent.name}/{path.name}"
+        try:
+            changed_ns = (path / MANIFEST).stat().st_mtime_ns
+            if self._marks.get(name, (0, ""))[0] != changed_ns:
+                self._marks[name] = (changed_ns, _mark(file_bytes(path / MANIFEST)))
+        except FileNotFoundError:
+            return None
+        return self._marks[name][1]
+
+    def _send(self, catalog: Catalog, folder: str) -> None:
+        """1. Its program. 2. Its files. 3. Its manifest. 4. The catalogue."""
+        try:
+            data = file_bytes(self._path / folder / MANIFEST)
+            part = manifest.decode(data)
+            files = {name: self._registry.read(part, name) for name in part.files}
+        except (FileNotFoundError, UnknownVersion):
+            # The compactor removed it meanwhile.
+            return
+        except (ValueError, CorruptVersion):
+            # The code that loads it here sets it aside; it is not sent to anyone.
+            self._damaged.add((folder, _mark(data)))
+            return
+        require_newest(self._store, self._claim)
+        # 1.
+        programs = {*catalog.programs}
+        if part.program not in programs and (program := self._program(part.program)) is not None:
+            self._store.write(f"{layout.PROGRAMS}/{part.program}.tflite", program)
+            programs.add(part.program)
+        # 2.
+        for name, content in files.items():
+            self._store.write(f"{folder}/{name}", content)
+            killpoints.reach("share.file")
+        # 3.
+        self._store.write(f"{folder}/{MANIFEST}", data)
+        killpoints.reach("share.manifest")
+        # 4.
+        self._write_catalog({**catalog.folders, folder: _mark(data)}, programs)
+        killpoints.reach("share.named")
+
+    def _program(self, digest: str) -> bytes | None:
+        try:
+            return self._registry.specs.program(digest)
+        except CorruptVersion:
+            return None
+
+    def _remove(self, catalog: Catalog, removed: list[str]) -> None:
+        """1. The catalogue. 2. Manifests. 3. Files. 4. Programs that no longer exist here."""
+        kept = {path.stem for path in (self._path / layout.PROGRAMS).glob("*.tflite")}
+        # 1.
+        folders = {name: mark for name, mark in catalog.folders.items() if name not in removed}
+        self._write_catalog(folders, kept.intersection(catalog.programs))
+        killpoints.reach("share.unnamed")
+        for folder in removed:
+            # 2.
+            self._store.remove(f"{folder}/{MANIFEST}")
+            # 3.
+            for name in self._store.names(folder):
+                self._store.remove(f"{folder}/{name}")
+        # 4.
+        for digest in catalog.programs:
+            if digest not in kept:
+                self._store.remove(f"{layout.PROGRAMS}/{digest}.tflite")
+
+    def _write_catalog(self, folders: dict[str, str], programs: set[str]) -> None:
+        """Writes the catalogue, unless another trainer owns the versions by now."""
+        require_newest(self._store, self._claim)
+        last = self._registry.next_number() - 1
+        catalog = Catalog(self.serial + 1, self._claim, last, folders, tuple(sorted(programs)))
+        self._store.write(CATALOG, sealed.encode(catalog))
+        self._catalog = catalog
+
+
+def _age(folder: str) -> tuple[int, bool]:
+    """Sort key: by number, a base before a delta of the same number, so that followers find the base first.
+
+    >>> sorted(["versions/000000000002", "bases/000000000002", "versions/000000000001"], key=_age)
+    ['versions/000000000001', 'bases/000000000002', 'versions/000000000002']
+    """
+    return version_of(folder), not folder.startswith(layout.BASES)
+
+
+# Each host's side
+
+
+class Copier:
+    """One host's copier. One thread, and optionally a second one for control.
+
+    Args:
+        path: The registry's directory, which is bound to the store.
+        store: Where the registry is shared.
+        recent_s: How long recent versions stay here; the newest one stays until there is another.
+        elapsed: Monotonic seconds.
+    """
+
+    def __init__(
+        self, path: Path, store: FileStore, recent_s: float = 15.0, elapsed: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._registry, self._store = Registry(path), store
+        self._directory = self._registry.directory
+        self._directory.shared = store
+        # Of its own, because another thread may use it.
+        self._controls = Controls(path)
+        self._recent_s, self._elapsed = recent_s, elapsed
+        self._catalog = self._kept_catalog()
+        self._wanted_serial = self._catalog.serial
+        self._next: int | None = None
+        self._last_fetched = 0
+        self._damaged: set[int] = set()
+        self._fetched_s = self._small_s = float("-inf")
+        self._at_end = False
+        self._rests_until_s: float | None = None
+        now_s = elapsed()
+        self._recent = deque((now_s, number) for number in self._registry.recents())
+        self._reported: dict[str, int] = {}
+        self._began = False
+
+    def step(self, control: bool = True) -> None:
+        """One round.
+
+        Args:
+            control: Whether it fetches control too; another thread may do that.
+
+        Raises:
+            UnusableRegistry: The store cannot be reached, or the disk refused.
+            CorruptVersion: A file there is damaged.
+        """
+        if control:
+            self.fetch_control()
+        if self._directory.is_copy:
+            self._fetch_versions()
+        self._push_reports()
+        if self._elapsed() - self._small_s >= SMALL_S:
+            exchange_small(self._registry, self._store)
+            self._small_s = self._elapsed()
+
+    def fetch_control(self) -> None:
+        """Fetches generations in order. A host that just started lists them; others ask for the next. Any one thread.
+
+        Raises:
+            UnusableRegistry: The store cannot be reached, or the disk refused.
+            CorruptVersion: A generation there is damaged.
+        """
+        newest = self._controls.control()
+        at = newest.generation if newest else 0
+        if not self._began:
+            with sharing():
+                listed = [name.removesuffix(".json") for name in self._store.names(layout.CONTROL)]
+            numbers = sorted(int(one) for one in listed if one.isdecimal() and int(one) > at)
+            with ThreadPoolExecutor(AT_ONCE) as threads:
+                for number, data in zip(numbers, threads.map(self._fetch_generation, numbers), strict=True):
+                    if data is not None:
+                        self._controls.receive(number, data)
+                    at = number
+        while (data := self._fetch_generation(at + 1)) is not None:
+            self._controls.receive(at + 1, data)
+            killpoints.reach("copy.control")
+            at += 1
+        self._began = True
+
+    def _fetch_generation(self, generation: int) -> bytes | None:
+        return self._fetch(f"{layout.CONTROL}/{generation:08d}.json")
+
+    def _fetch_versions(self) -> None:
+        rested = self._rests_until_s is not None and self._elapsed() >= self._rests_until_s
+        if rested:
+            self._rests_until_s = None
+        again = rested or self._elapsed() - self._fetched_s >= SILENT_S
+        if again:
+            self._fetch_catalog()
+            self._find_packs()
+        fetched = self._rests_until_s is None and self._fetch_packs()
+        if self._wanted_serial != self._catalog.serial:
+            self._fetch_catalog()
+        while len(self._recent) > 1 and self._elapsed() - self._recent[0][0] > self._recent_s:
+            self._registry.remove("recent", self._recent.popleft()[1])
+        if fetched or again:
+            self._fetched_s = self._elapsed()
+
+    def _find_packs(self) -> None:
+        """Finds the pack to begin with: the one that continues the newest durable version, or the first missed one."""
+        with sharing():
+            firsts = sorted(int(name) for name in self._store.names(RECENT) if name.isdecimal())
+        behind = max(self._last_fetched, *(version_of(folder) for folder in self._catalog.folders), 0)
+        # A pack whose successor begins at or before the durable version has nothing new.
+        for first, after in zip(firsts, [*firsts[1:], None], strict=False):
+            if first > self._last_fetched and first not in self._damaged and (after is None or after > behind + 1):
+                self._next = first
+                return
+
+    def _fetch_packs(self) -> bool:
+        """Fetches packs until there is no next one, or for `SILENT_S`; returns whether a version came.
+
+        A poll after one that reached the end fetches one pack: that is the newest, or the next poll finds more.
+        """
+        fetched, only_one, until_s = False, self._at_end, self._elapsed() + SILENT_S
+        self._at_end = False
+        while self._rests_until_s is None:
+            data = None if self._next is None else self._fetch(pack_name(self._next))
+            if self._next is None or data is None:
+                self._at_end = True
+                break
+            pack = self._decoded_pack(self._next, data)
+            fetched = self._add_recent(pack) or fetched
+            if not pack.versions or pack.versions[-1][0] < self._next:
+                break
+            self._last_fetched = pack.versions[-1][0]
+            self._next = self._last_fetched + 1
+            self._wanted_serial = pack.serial
+            killpoints.reach("copy.pack")
+            if only_one:
+                break
+            if self._elapsed() >= until_s:
+                self._rests_until_s = self._elapsed() + REST_S
+                _log.info(
+                    "the link to %s is too slow for all versions: only durable versions for %.0f s",
+                    self._store.name,
+                    REST_S,
+                )
+        return fetched
+
+    def _decoded_pack(self, first: int, data: bytes) -> Pack:
+        try:
+            return decode_pack(data)
+        except ValueError as error:
+            self._next = None
+            self._damaged.add(first)
+            raise CorruptVersion(
+                f"{pack_name(first)} at {self._store.name}: {error}", "durable versions lead past it by themselves"
+            ) from error
+
+    def _add_recent(self, pack: Pack) -> bool:
+        added = False
+        for number, files in pack.versions:
+            part = manifest.decode(files[MANIFEST])
+            if self._registry.add_recent(part, {name: data for name, data in files.items() if name != MANIFEST}):
+                self._recent.append((self._elapsed(), number))
+                added = True
+        return added
+
+    def _fetch_catalog(self) -> None:
+        """Applies the newest catalogue.
+
+        1. New versions get empty folders.
+        2. Versions that were rewritten or removed in the store are fetched again or removed here.
+        3. The catalogue is stored.
+        """
+        data = self._fetch(CATALOG)
+        if data is None:
+            return
+        try:
+            catalog = sealed.decode(data, Catalog)
+        except ValueError as error:
+            raise UnusableRegistry(
+                f"{CATALOG} at {self._store.name} is damaged: {error}", "restart the trainer: it writes it again"
+            ) from error
+        before, path = self._catalog, self._registry.path
+        self._wanted_serial = catalog.serial
+        if catalog == before:
+            return
+        with usable("take the names of versions"):
+            # 1.
+            for folder in catalog.folders:
+                (path / folder).mkdir(parents=True, exist_ok=True)
+            # 2.
+            for folder, mark in catalog.folders.items():
+                if before.folders.get(folder) != mark:
+                    self._registry.refresh(path / folder, mark)
+            for folder in before.folders.keys() - catalog.folders.keys():
+                self._directory.remove_folder(path / folder)
+            for digest in set(before.programs) - set(catalog.programs):
+                (path / layout.PROGRAMS / f"{digest}.tflite").unlink(missing_ok=True)
+            killpoints.reach("copy.named")
+            # 3.
+            self._directory.keep(path / layout.SHARED_CATALOG, data)
+        self._catalog = catalog
+
+    def _kept_catalog(self) -> Catalog:
+        try:
+            return sealed.decode((self._registry.path / layout.SHARED_CATALOG).read_bytes(), Catalog)
+        except (OSError, ValueError):
+            return Catalog()
+
+    def _push_reports(self) -> None:
+        """Pushes the erasure reports of this host's processes that changed."""
+        for path in (self._registry.path / layout.ERASURES).glob("*.json"):
+            with usable("be read"):
+                changed_ns, data = path.stat().st_mtime_ns, path.read_bytes()
+            if self._reported.get(path.name) != changed_ns:
+                with sharing():
+                    self._store.write(f"{layout.ERASURES}/{path.name}", data)
+                self._reported[path.name] = changed_ns
+
+    def _fetch(self, name: str) -> bytes | None:
+        return self._directory.fetch(self._registry.path / name)
+
+
+def exchange_small(registry: Registry, store: FileStore) -> int:
+    """Pushes and fetches the small immutable files that the other side lacks; returns how many files were copied.
+
+    The file that marks a folder as complete is copied last, in both directions.
+
+    Raises:
+        UnusableRegistry: The object store cannot be reached, or the disk refused.
+    """
+    count = 0
+    for folder in SMALL:
+        root = registry.path / folder
+        with sharing():
+            theirs = {name for name in store.names(folder) if _is_permanent(name)}
+        with usable("be listed"):
+            ours = {path.relative_to(root).as_posix() for path in root.rglob("*") if path.is_file()}
+        ours = {name for name in ours if _is_permanent(name)}
+        for name in sorted(ours - theirs, key=_complete_last):
+            with usable("be read"), sharing():
+                store.create(f"{folder}/{name}", (root / name).read_bytes())
+            killpoints.reach("share.small")
+            count += 1
+        for name in sorted(theirs - ours, key=_complete_last):
+            if (data := registry.directory.fetch(root / name)) is None:
+                continue
+            with usable(f"take {folder}"):
+                (root / name).parent.mkdir(parents=True, exist_ok=True)
+            registry.directory.keep(root / name, data)
+            killpoints.reach("copy.small")
+            count += 1
+    return count
+
+
+def _is_permanent(name: str) -> bool:
+    """Whether a file is neither being written nor set aside."""
+    return not durable.is_temporary(name) and ".bad" not in name
+
+
+def _complete_last(name: str) -> tuple[bool, str]:
+    return name.rpartition("/")[2] in _COMPLETE, name
