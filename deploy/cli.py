@@ -308,10 +308,10 @@ def _accepted(asked: argparse.Namespace) -> list[str]:
     """The arguments for the gaps that the operator accepts; mistakes in them are reported here too."""
     if asked.command not in READERS:
         return []
-    from state.log import gap_options
+    from state.log import accepted_gaps
 
-    options = gap_options.as_options(asked)
-    gap_options.take_options(options, actor="", records=True)
+    options = accepted_gaps.as_options(asked)
+    accepted_gaps.take_options(options, actor="", records=True)
     if not getattr(asked, "upgrade", False):
         return options
     return ["--upgrade", *options, *([] if "--reason" in options else ["--reason", asked.reason])]

@@ -209,9 +209,9 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
     for name, (_, help) in PROCESSES.items():
         process = add(name, help, own_help=name not in OWN_HELP)
         if name in READERS and (words is None or name in words):
-            from state.log import gap_options
+            from state.log import accepted_gaps
 
-            gap_options.add_options(process, records=name != "stream")
+            accepted_gaps.add_options(process, records=name != "stream")
         if name == "stream":
             process.add_argument(
                 "--runner",

@@ -35,7 +35,7 @@ from springtide_client import Client, ClientError, Profile, Refused, Retries
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import LogError, SettingsError, SpringtideError
-from state.events.probe_users import SLOTS, probe_user
+from state.events.identity import SLOTS, probe_user
 from state.log import Topics
 from state.metrics import ProbeMetrics, served
 from state.process import log_lines

@@ -95,17 +95,17 @@ def take_accepted(words: Sequence[str]) -> tuple[AcceptedLosses, list[str]]:
         SettingsError: A loss has an invalid form, a gap names no topic, or there is no reason.
     """
     from state.errors import SettingsError
-    from state.log import gap_options
+    from state.log import accepted_gaps
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    gap_options.add_options(parser, records=True)
-    consent, rest = gap_options.take_options(words, actor="", records=True)
+    accepted_gaps.add_options(parser, records=True)
+    consent, rest = accepted_gaps.take_options(words, actor="", records=True)
     if any(not allowance.topic for allowance in consent.allowances):
         raise SettingsError(
             "--accept-gap: write TOPIC_ID:PARTITION:A-B as the error did", "stream and trainer read different topics"
         )
     asked = parser.parse_known_args(list(words))[0]
-    return AcceptedLosses(gap_options.as_options(asked, records=False), gap_options.as_options(asked)), rest
+    return AcceptedLosses(accepted_gaps.as_options(asked, records=False), accepted_gaps.as_options(asked)), rest
 
 
 def main(argv: Sequence[str] | None = None) -> int:

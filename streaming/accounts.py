@@ -17,8 +17,7 @@ from state.history.counts import OUTCOMES
 from state.history.store import HistoryStore
 from state.layout import GAPS
 from state.log import accepted_gaps
-from state.log.accepted_gaps import Accepted
-from state.log.gaps import Consent
+from state.log.accepted_gaps import Accepted, Consent
 from state.metrics import StreamMetrics
 from state.positions import RARE, Gap, Range, Source
 from state.process import killpoints

@@ -23,8 +23,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from state.log import LogReader, PartitionBatch
-from state.microbatch.log_time import TOLERANCE_MS
+from state.log import PartitionBatch, Reader
+from state.microbatch.batch import TOLERANCE_MS
 
 SILENT_S = 1.0
 LEAST_PACE_MS = 1e-3  # of a record; many records may share one time
@@ -222,7 +222,7 @@ class AlignedReader:
 
     def __init__(
         self,
-        reader: LogReader,
+        reader: Reader,
         reached: Callable[[int], Reached],
         max_skew_s: float,
         clock_s: Callable[[], float] = time.monotonic,
@@ -256,7 +256,7 @@ class AlignedReader:
         The list is empty after `timeout_s` without records.
 
         Raises:
-            LogError: See `LogReader.poll`.
+            LogError: See `Reader.poll`.
         """
         if self._left is None:
             batches = self._reader.poll(timeout_s, self._most)

@@ -25,7 +25,7 @@ import numpy as np
 from state.attributes.follower import POLL_S, AttributeFollower, follow, keep_following
 from state.attributes.store import AttributeStore, ids_in, texts_in
 from state.attributes.values import SIDES, U64, AttributeTable, Joined
-from state.events.id_table import ANNOUNCE_MS
+from state.events.parser import ANNOUNCE_MS
 from state.metrics import StreamMetrics
 from streaming.rows import Rows
 

@@ -220,7 +220,7 @@ U8 = NDArray[np.uint8]
 MOST_EXPIRED = 8
 NEVER_MS = np.iinfo(np.int64).min
 
-# Roles of actions, and the kinds of `state.microbatch.row_kinds`; a test compares the numbers.
+# Roles of actions, and the kinds of `state.microbatch.batch`; a test compares the numbers.
 PLAIN, IMPRESSION, OUTCOME = 0, 1, 2
 OPENED, DROPPED, FEEDBACK, JOINED, EXPIRED = 1, 2, 3, 4, 5
 

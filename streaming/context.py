@@ -21,7 +21,7 @@ from state.events.parser import Parser
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
-from state.log import LogReader
+from state.log import Reader
 from state.metrics import StreamMetrics
 from state.storage.waiting import Room
 from streaming.attributes import Join
@@ -76,7 +76,7 @@ class StreamContext(JobContext):
     """
 
     topic_id: str
-    reader: LogReader
+    reader: Reader
     leaders: Leaders
     writer: ShardWriter
     metrics: StreamMetrics

@@ -33,8 +33,8 @@ from state.history.forgetting import PAGES_MS
 from state.history.rewind import Before
 from state.history.rewinding import go_back
 from state.history.store import HistoryStore
-from state.log import Log, LogReader
-from state.microbatch.cutting import trim
+from state.log import Log, Reader
+from state.microbatch.batch import trim
 from state.positions import Source
 from state.process import killpoints
 from state.registry.control import Control
@@ -159,7 +159,7 @@ def roll_back_histories(
     def extra(_: int, before: Before) -> dict[str, bytes | None]:
         return {**letters, **clocks_after(before, ours)}
 
-    def open_at(offset: int) -> LogReader:
+    def open_at(offset: int) -> Reader:
         return log.reader(settings.kafka.microbatches_topic, [PARTITION], {PARTITION: offset})
 
     found = go_back(store, desired.line, open_at, PARTITION, spec.reach_ms(settings.events), extra=extra, timed=True)

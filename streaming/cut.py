@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from state.history.appends import Appends
 from state.microbatch.batch import Header
-from state.microbatch.cutting import split
+from state.microbatch.codec import split
 from state.positions import Range, Source, merge_ranges
 from streaming.rows import Rows
 

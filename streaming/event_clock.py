@@ -31,10 +31,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.compiled import compiled, layout
-from state.events.event_batch import EventBatch
+from state.events.parser import EventBatch
 from state.history.waiting import CLOCKS, decode_clocks
-from state.microbatch.batch import MicroBatch
-from state.microbatch.log_time import TOLERANCE_MS
+from state.microbatch.batch import TOLERANCE_MS, MicroBatch
 from state.positions import Range, Source
 from streaming.alignment import Reached
 

@@ -23,7 +23,7 @@ from state.errors import CorruptStore
 from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, WaitingStore, keys_of, place_of
-from state.microbatch.row_kinds import Kind, Known, counts_by_range
+from state.microbatch.batch import Kind, Known, counts_by_range
 from state.positions import SHARES, Range, Source
 from streaming.attribution import (
     IMPRESSION,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, replace
 from functools import partial
@@ -34,8 +34,9 @@ from state.features.spec import FeatureSpec
 from state.history.rewinding import line_of
 from state.history.store import HistoryStore
 from state.layout import ATTRIBUTES
-from state.log import KERNELS, KafkaLog, Log, LogReader, LogTopics, TopicInfo, topic_plan
-from state.log.gaps import Consent
+from state.log import KERNELS, Log, Reader, TopicInfo, Topics, topic_plan
+from state.log.accepted_gaps import Consent
+from state.log.follow import Position
 from state.metrics import StreamMetrics
 from state.positions import Gap
 from state.process import killpoints
@@ -81,7 +82,7 @@ def open_shard(
         RegistryError, StoreError, LogError: Control, the store or Kafka cannot be read, or a topic is missing.
     """
     spec, stopping = FeatureSpec.from_settings(settings), stopping or threading.Event()
-    log = log or KafkaLog(settings.kafka)
+    log = log or Log(settings.kafka)
     with ExitStack() as stack:
         # 1.
         store, salt = stack.enter_context(open_histories(settings, spec))
@@ -158,7 +159,7 @@ def serve_metrics(settings: Settings, stack: ExitStack, stopping: threading.Even
     return counted, Room(STREAM, storage, stopping.wait)
 
 
-def ensure_topics(settings: Settings, topics: LogTopics) -> TopicInfo:
+def ensure_topics(settings: Settings, topics: Topics) -> TopicInfo:
     """Creates the topics that the stream writes to, and describes the one it reads.
 
     Raises:
@@ -221,9 +222,9 @@ def open_reader(
     store: HistoryStore,
     clicks: TopicInfo,
     leaders: Leaders,
-    topics: LogTopics,
+    topics: Topics,
     consent: Consent,
-) -> LogReader:
+) -> Reader:
     """Opens the clicks of all partitions, including later ones, at the positions of the store.
 
     Raises:
@@ -235,12 +236,10 @@ def open_reader(
     if store.positions() and not positions:
         logger.warning("topic %s is another one than before: reading it from its beginning", kafka.clicks_topic)
 
-    def opens(told: Mapping[int, int]) -> LogReader:
-        return log.reader(kafka.clicks_topic, None, positions, leaders=told)
-
+    position = Position(clicks.topic_id, positions, leaders.at(clicks.topic_id, positions))
     accepts = partial(accept, store, consent, wall_ms())
     fills = partial(fill, kafka, topics, log.writer)
-    reader = open_behind(opens, leaders.at(clicks.topic_id, positions), accepts, fills)
+    reader = open_behind(log, kafka.clicks_topic, None, position, accepts, fills)
     killpoints.reach("stream.opened")
     return reader
 

@@ -4,7 +4,7 @@ The settings are those of the trial's trainer; its registry holds the request (`
 come from files or from the topic. From the topic it reads up to the cut, and starts early enough to fill the windows
 of the first requested row.
 
-Micro-batches go to the standard output, framed as in `state/microbatch/frames.py`; log lines go to the standard error.
+Micro-batches go to the standard output, framed as in `state/microbatch/codec.py`; log lines go to the standard error.
 The process exits with 0 after the last micro-batch, or when its reader has closed the pipe.
 
 Histories begin empty and grow by the stream's own code. How clicks are batched changes no bit of a row, see
@@ -32,14 +32,15 @@ from typing import BinaryIO, NamedTuple
 from prometheus_client import CollectorRegistry
 
 from state.config.settings import Settings
-from state.errors import LogError, RegistryError, UnknownTopic
+from state.errors import RegistryError, UnknownTopic
 from state.events.identity import load_salt
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
-from state.log import KafkaLog, Log, LogTopics, PartitionBatch
+from state.log import Log, PartitionBatch, Topics
+from state.log.follow import read_to
 from state.metrics import StreamMetrics
-from state.microbatch.frames import END, framed
+from state.microbatch.codec import END, framed
 from state.positions import Source
 from state.process.part import run_part
 from state.process.wall_clock import wall_ms
@@ -60,7 +61,6 @@ from streaming.sweeping import StreamSweep
 from streaming.unlogged import commit_rows
 
 POLL_S = 0.5
-STALLED_S = 60.0
 PROGRESS_S = 5.0
 NEVER_MS = 1 << 62
 KEPT = "past-"
@@ -90,7 +90,7 @@ class ClicksStretch(NamedTuple):
         return sum(min(position(one), self.ends[one]) - begin for one, begin in self.begins.items())
 
 
-def stretch_of(settings: Settings, past: Past, topics: LogTopics) -> ClicksStretch:
+def stretch_of(settings: Settings, past: Past, topics: Topics) -> ClicksStretch:
     """The part to read: it starts one longest window before the first requested row, if the topic has that.
 
     Record timestamps decide. If they are later than the clicks' own times, as in a replay, more is read.
@@ -145,19 +145,14 @@ def of_topic(
         aligned = AlignedReader(
             reader, lambda one: reached(Source(stretch.topic_id, one)), settings.stream.max_skew_s, elapsed
         )
-        heard_s = elapsed()
-        while any(reader.position(one) < stretch.ends[one] for one in begins):
+
+        def poll() -> list[PartitionBatch]:
             aligned.begin(settings.stream.cut_rows)
-            if batches := aligned.poll(POLL_S):
-                heard_s = elapsed()
-                yield batches
-                reach(stretch.done(reader.position))
-            elif elapsed() - heard_s > STALLED_S:
-                raise LogError(
-                    f"topic {topic} gave nothing for {STALLED_S:.0f} s, {stretch.done(reader.position)} of {stretch.positions} "
-                    "positions of the past are read",
-                    "look after the broker; the trial begins again by itself",
-                )
+            return aligned.poll(POLL_S)
+
+        for batches in read_to(reader, {one: stretch.ends[one] for one in begins}, poll=poll):
+            yield batches
+            reach(stretch.done(reader.position))
 
 
 def recording_of(settings: Settings, past: Past) -> Recording:
@@ -344,7 +339,7 @@ def _write_all(settings: Settings, out: BinaryIO) -> None:
             "it is a part of `springtide trial start NAME --from clicks`",
         )
     try:
-        run(settings, wanted, KafkaLog(settings.kafka), lambda value: out.write(framed(value)))
+        run(settings, wanted, Log(settings.kafka), lambda value: out.write(framed(value)))
         out.write(END)
         out.flush()
     except BrokenPipeError:

@@ -32,8 +32,7 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import GapError
-from state.log.gap_options import take_options
-from state.log.gaps import Consent, how_to_go_on
+from state.log.accepted_gaps import Consent, how_to_go_on, take_options
 from state.process.actor import actor
 from state.process.ending import stop_on_signals
 from state.process.part import Work, run_process

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.compiled import compiled
-from state.events.event_batch import EventBatch
+from state.events.parser import EventBatch
 from state.features.arrays import WORDS, Vector, words
 from state.features.kernel import update_rows
 from state.features.spec import EVENT, Events, FeatureSpec, Mask

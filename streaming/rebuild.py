@@ -42,25 +42,22 @@ from state.errors import (
     SpecMismatch,
     UnknownTopic,
 )
-from state.events.event_batch import EventBatch
 from state.events.identity import Salt, load_salt
-from state.events.parser import Parser
+from state.events.parser import EventBatch, Parser
 from state.features.erased import Flags
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.history.actions import renumbered
 from state.history.appends import Appends, events_of
-from state.history.rewinding import line_of, read_to
+from state.history.rewinding import line_of
 from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, keys_of, place_of
 from state.layout import GAPS, HISTORIES
-from state.log import KafkaLog, LogWriter, PartitionBatch, Reader, Topics, accepted_gaps
+from state.log import Log, PartitionBatch, Reader, Topics, Writer, accepted_gaps
 from state.log.accepted_gaps import Journal
-from state.microbatch.batch import MicroBatch
+from state.log.follow import read_to
+from state.microbatch.batch import Kind, MicroBatch, erased_rows, happened, new_ranges, trim
 from state.microbatch.codec import decode, encode
-from state.microbatch.cutting import new_ranges, trim
-from state.microbatch.masked import erased_rows
-from state.microbatch.row_kinds import Kind, happened
 from state.positions import Range, Source
 from state.process import killpoints
 from state.process.part import Work, run_process
@@ -218,7 +215,7 @@ class ClicksLeft:
         profiler = Profiler(self._store, FeatureSpec.from_settings(self._settings), 1, self._mask) if labels else None
         kafka, partition = self._settings.kafka, source.partition
         with Reader(kafka, kafka.clicks_topic, [partition], {partition: first}) as reader:
-            for batches in read_to(reader, partition, after, CLICKS_AT_ONCE, kafka.clicks_topic):
+            for batches in read_to(reader, {partition: after}, CLICKS_AT_ONCE):
                 events = self._parser.parse([one.between(one.first, min(after, one.next)) for one in batches])
                 self._take(leave_out(events, self._mask), profiler, labels)
 
@@ -368,7 +365,7 @@ class Rebuild:
     def _read(self, begin: int, end: int, clicks: ClicksLeft) -> None:
         kafka = self._settings.kafka
         with Reader(kafka, kafka.microbatches_topic, [0]) as reader:
-            for batches in read_to(reader, 0, end, RECORDS_AT_ONCE, f"the micro-batch log {kafka.microbatches_topic}"):
+            for batches in read_to(reader, {0: end}, RECORDS_AT_ONCE):
                 for batch in batches:
                     self._take(batch, clicks)
                 self._show(min(reader.position(0), end) - begin, end - begin)
@@ -467,7 +464,7 @@ class KeptRecord(NamedTuple):
     value: bytes
 
 
-def end_hanging(settings: Settings, writer: LogWriter) -> None:
+def end_hanging(settings: Settings, writer: Writer) -> None:
     """Repairs the end of the training log after a power cut.
 
     Acknowledged records stay visible, and no reader waits behind them. The newest transaction may have lost its
@@ -539,10 +536,9 @@ def read(kafka: Kafka, first: int, end: int, committed_only: bool) -> Mapping[in
         LogError: Kafka is not reachable.
     """
     found: dict[int, KeptRecord] = {}
-    deadline_s = time.monotonic() + kafka.request_timeout_s
     with Reader(kafka, kafka.microbatches_topic, [0], {0: first}, committed_only=committed_only) as reader:
-        while reader.position(0) < end and time.monotonic() < deadline_s:
-            for batch in reader.poll(LOOK_S):
+        for batches in read_to(reader, {0: end}, stalled_s=kafka.request_timeout_s):
+            for batch in batches:
                 times = batch.timestamps_ms.tolist()
                 for at, time_ms, value in zip(batch.offsets.tolist(), times, batch.values, strict=True):
                     if at < end and _decoded(value) is not None:
@@ -572,7 +568,7 @@ def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine, say: 
         SpringtideError: See `Rebuild.run`.
     """
     folder, spec = settings.stream_dir, FeatureSpec.from_settings(settings)
-    log = KafkaLog(settings.kafka)
+    log = Log(settings.kafka)
     # 1.
     with DirectoryLock(folder), replaced(settings, log):
         salt = load_salt(settings.salt_path, create=False)

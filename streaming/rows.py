@@ -14,12 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.attributes.values import Joined
-from state.events.event_batch import EventBatch
+from state.events.parser import EventBatch
 from state.features.arrays import Vector
 from state.features.mask import Mask
 from state.history.appends import Appends
-from state.microbatch.columns import LISTS, SCALARS, SINCE_2, absent_column
-from state.microbatch.row_kinds import Known
+from state.microbatch.batch import LISTS, SCALARS, SINCE_2, Known, absent_column
 from streaming.event_clock import Told
 
 

@@ -16,13 +16,12 @@ import numpy as np
 from state.config.sections import Events
 from state.config.settings import Settings
 from state.errors import SpringtideError, UnknownTopic, UnreachableBroker
-from state.events.event_batch import EventBatch
 from state.events.identity import Salt
-from state.events.parser import Parser
+from state.events.parser import EventBatch, Parser
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.log import PartitionBatch, Reader
-from state.microbatch.row_kinds import Kind, trained
+from state.microbatch.batch import Kind, trained
 from state.recordings.crowd import RecordedTimes, described
 from state.recordings.files import Recording, refuse_beyond_memory
 from state.recordings.rows import I64, EncodedRows, Encoder, joined, order, shown_reasons

@@ -20,9 +20,9 @@ from apache_beam.io.iobase import RestrictionProgress, RestrictionTracker
 from apache_beam.transforms.core import RestrictionProvider
 
 from state.errors import UnreachableBroker
-from state.events.event_batch import EventBatch
+from state.events.parser import EventBatch
 from state.log import PartitionBatch
-from state.microbatch.log_time import TOLERANCE_MS
+from state.microbatch.batch import TOLERANCE_MS
 from state.positions import Source
 from state.process.wall_clock import wall_ms
 from streaming.alignment import AlignedReader

@@ -3,7 +3,7 @@
     leaders.json   {"<topic id>:<partition>": [[first offset, leader's epoch], ...]}
 
 The file is next to the histories. At the next start it shows whether the clicks were truncated before a position
-(`state/log/leader_epochs.py`). It is written when a partition gets another leader, before anything of that leader is
+(`state/log/records.py`). It is written when a partition gets another leader, before anything of that leader is
 committed. So it also holds for positions that result from a rebuild or a rollback.
 
 Downstream, each offset is one position. So a new click at an offset that was read before would be taken for the old
@@ -20,14 +20,14 @@ from pathlib import Path
 
 from state.config.sections import Kafka
 from state.disk import files as durable
-from state.errors import TruncatedLog
+from state.errors import GapError, TruncatedLog
 from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.layout import GAPS, LEADERS
-from state.log import LogReader, LogTopics, LogWriter, accepted_gaps
-from state.log.accepted_gaps import Accepted
-from state.log.gaps import Consent
-from state.log.leader_epochs import Known, epoch_before, noted
+from state.log import Log, Reader, Topics, Writer, accepted_gaps
+from state.log.accepted_gaps import Accepted, Consent
+from state.log.follow import Position, open_topic
+from state.log.records import Known, epoch_before, noted
 from state.positions import Gap, Range, Source
 from streaming import accounts
 
@@ -57,7 +57,7 @@ class Leaders:
         }
         return {partition: epoch for partition, epoch in found.items() if epoch >= 0}
 
-    def note(self, ranges: Iterable[Range], reader: LogReader) -> None:
+    def note(self, ranges: Iterable[Range], reader: Reader) -> None:
         """Stores the epochs of the last records of `ranges`, as `reader` read them; durable when this returns.
 
         Raises:
@@ -81,21 +81,22 @@ FILLER = b"springtide-filler"
 AT_ONCE = 1000
 logger = logging.getLogger(__name__)
 
-Opens = Callable[[Mapping[int, int]], LogReader]
-"""Opens the clicks at the position read so far, with these leader epochs by partition."""
-
 
 def open_behind(
-    opens: Opens,
-    told: Mapping[int, int],
+    log: Log,
+    topic: str,
+    partitions: Sequence[int] | None,
+    position: Position,
     accepts: Callable[[TruncatedLog], None],
     fill: Callable[[Gap], None],
-) -> LogReader:
+) -> Reader:
     """Opens the clicks at the position read so far, past any truncation that was accepted as lost.
 
     Args:
-        opens: Opens the reader.
-        told: By partition, the leader epoch of the record before the position.
+        log: Contains the clicks.
+        topic: Their topic.
+        partitions: The partitions to read; None for all, including later ones.
+        position: The position read so far.
         accepts: Records who accepted a loss, or raises it.
         fill: Extends the log to the end of a gap.
 
@@ -103,15 +104,16 @@ def open_behind(
         TruncatedLog: The truncation is not accepted.
         LogError: Kafka is unreachable.
     """
-    left = dict(told)
-    while True:
-        try:
-            return opens(left)
-        except TruncatedLog as lost:
-            (gap,) = lost.gaps
-            accepts(lost)
-            fill(gap)
-            left.pop(gap.source.partition, None)
+
+    def lost(error: GapError) -> int:
+        if not isinstance(error, TruncatedLog):
+            raise error
+        (gap,) = error.gaps
+        accepts(error)
+        fill(gap)
+        return gap.next
+
+    return open_topic(log, topic, partitions, position, lost)[0]
 
 
 def accept(store: HistoryStore, consent: Consent, now_ms: int, lost: TruncatedLog) -> None:
@@ -146,7 +148,7 @@ def newly_accepted(known: Sequence[Accepted], consent: Consent, now_ms: int, los
     return [accepted_gaps.accept(gap, consent, now_ms)]
 
 
-def fill(kafka: Kafka, topics: LogTopics, make: Callable[[], LogWriter], gap: Gap) -> None:
+def fill(kafka: Kafka, topics: Topics, make: Callable[[], Writer], gap: Gap) -> None:
     """Appends empty records to the clicks until they reach the end of `gap`.
 
     Raises:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from state.events.event_batch import EventBatch
+from state.events.parser import EventBatch
 from state.history.store import HistoryStore
 from streaming.cut import Cut
 from streaming.event_clock import EventClock

@@ -30,7 +30,7 @@ from state.disk import files as durable
 from state.errors import UnreachableBroker
 from state.events.dead_letters import DeadLetter
 from state.layout import HISTORIES, WRITER
-from state.log import KafkaLog, Log, LogWriter, Writer
+from state.log import Log, Writer
 from state.metrics import StreamMetrics
 from state.positions import Source
 from state.process import killpoints
@@ -65,7 +65,7 @@ def id_of_first_release(shard: int = 0) -> str:
     return f"springtide-stream-{shard}"
 
 
-def open_writer(settings: Settings, log: Log | None = None) -> LogWriter:
+def open_writer(settings: Settings, log: Log | None = None) -> Writer:
     """Opens the writer of the stream; this ends a predecessor's open transaction, and fences the predecessor.
 
     Args:
@@ -78,7 +78,7 @@ def open_writer(settings: Settings, log: Log | None = None) -> LogWriter:
         LogError: The cluster refused.
         OSError: The id cannot be stored.
     """
-    kafka, log = settings.kafka, log or KafkaLog(settings.kafka)
+    kafka, log = settings.kafka, log or Log(settings.kafka)
     with log.topics() as topics:
         clicks, microbatches = (
             topics.describe(name).topic_id for name in (kafka.clicks_topic, kafka.microbatches_topic)
@@ -144,7 +144,7 @@ def letter_key(letter: DeadLetter) -> bytes:
     return f"{letter.source.topic_id}:{letter.source.partition}:{letter.offset}".encode()
 
 
-def send_letters(writer: LogWriter, topic: str, letters: Sequence[DeadLetter], at_ms: int | None = None) -> None:
+def send_letters(writer: Writer, topic: str, letters: Sequence[DeadLetter], at_ms: int | None = None) -> None:
     """Passes letters to `writer`; they are acknowledged with its flush or transaction.
 
     Args:
@@ -205,7 +205,7 @@ class ShardWriter:
         spec: str,
         salt: str,
         stopping: threading.Event,
-        opens: Callable[[Settings], LogWriter] = open_writer,
+        opens: Callable[[Settings], Writer] = open_writer,
         desired: Desired = NOTHING_DESIRED,
     ) -> None:
         self._settings, self._spec, self._salt = settings, spec, salt

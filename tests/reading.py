@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 
-from state.log import Log, LogReader, PartitionBatch
+from state.log import Log, PartitionBatch, Reader
 
 
 def eventually(condition: Callable[[], bool], within_s: float = 60.0) -> bool:
@@ -25,7 +25,7 @@ def write(log: Log, topic: str, values: list[bytes], partition: int = 0) -> None
 
 
 def read_until(
-    reader: LogReader, wanted: dict[int, int], within_s: float = 60.0, most: int = 10_000
+    reader: Reader, wanted: dict[int, int], within_s: float = 60.0, most: int = 10_000
 ) -> list[PartitionBatch]:
     """Polls until the positions are reached."""
     batches = []
@@ -37,7 +37,7 @@ def read_until(
 
 
 def next_batches(
-    reader: LogReader, most: int = 10_000, shares: dict[int, int] | None = None, within_s: float = 60.0
+    reader: Reader, most: int = 10_000, shares: dict[int, int] | None = None, within_s: float = 60.0
 ) -> list[PartitionBatch]:
     """What the first poll finds that finds anything."""
     deadline = time.monotonic() + within_s

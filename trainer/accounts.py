@@ -18,8 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from state.accounts import TrainerAccount, check_accounts
 from state.errors import GapError, SpringtideError, TruncatedLog
 from state.log import accepted_gaps
-from state.log.accepted_gaps import Accepted, Journal
-from state.log.gaps import Consent, how_to_go_on
+from state.log.accepted_gaps import Accepted, Consent, Journal, how_to_go_on
 from state.metrics import TrainerMetrics
 from state.positions import Gap, Source
 

@@ -21,10 +21,10 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 from state.config.settings import Settings
-from state.errors import ProcessFailed, UnknownTopic
+from state.errors import ProcessFailed
 from state.features.spec import FeatureSpec
-from state.log import LogReader
-from state.microbatch.frames import Frames
+from state.log import Log, Reader
+from state.microbatch.codec import Frames
 from state.process import killpoints
 from state.registry.control import Control
 from state.registry.log_line import onward
@@ -33,7 +33,7 @@ from state.trials.past import Past, read_past
 from trainer.engine.step import Trainer
 from trainer.intake import take_in
 from trainer.place import TrainingPlace
-from trainer.resume import OpenLog
+from trainer.resume import open_after
 from trainer.versions import checkpoint
 from trainer.versions.first_version import nothing_learned
 
@@ -106,7 +106,7 @@ class PastLearning:
             erased=control.erased.last,
         )
 
-    def open_behind(self, open_log: OpenLog, control: Control) -> LogReader:
+    def open_behind(self, log: Log, settings: Settings, control: Control) -> Reader:
         """The training log at the cut.
 
         Raises:
@@ -114,17 +114,14 @@ class PastLearning:
             UnknownTopic: It was recreated since the cut.
         """
         cut = self._past.log
-        at = onward(control.log, cut.next)
-        # The leader epochs of the skipped records are unknown.
-        log = open_log(at, cut.leader_epoch if at == cut.next else -1)
-        if log.topic_id != cut.topic_id:
-            log.close()
-            raise UnknownTopic(
-                f"the past ends at offset {cut.next} of topic id {cut.topic_id}, {cut.topic} is now {log.topic_id}: it was deleted "
-                "and made again",
-                "stop the trial, and begin another: `springtide trial stop NAME --reason TEXT`",
-            )
-        return log
+        return open_after(
+            log,
+            settings,
+            cut,
+            onward(control.log, cut.next),
+            f"the past ends at offset {cut.next} of",
+            "stop the trial, and begin another: `springtide trial stop NAME --reason TEXT`",
+        )
 
 
 @contextmanager
@@ -176,7 +173,7 @@ class Beginning(NamedTuple):
         tensors: What the first base holds.
     """
 
-    log: LogReader
+    log: Reader
     place: TrainingPlace
     tensors: Mapping[str, Any]
 
@@ -185,7 +182,7 @@ class Begins(Protocol):
     """Prepares a trainer for its first epoch."""
 
     def __call__(
-        self, settings: Settings, trainer: Trainer, about: Mapping[str, Any], open_log: OpenLog, control: Control
+        self, settings: Settings, trainer: Trainer, about: Mapping[str, Any], log: Log, control: Control
     ) -> Beginning:
         """When this returns, the trainer has learned everything that it begins with.
 
@@ -193,20 +190,20 @@ class Begins(Protocol):
             settings: All settings.
             trainer: Is cleared first.
             about: The bootstrap's document of the feature spec.
-            open_log: Opens the training log.
+            log: The log with the training log.
             control: The generation whose epoch begins.
         """
         ...
 
 
 def from_nothing(
-    settings: Settings, trainer: Trainer, about: Mapping[str, Any], open_log: OpenLog, control: Control
+    settings: Settings, trainer: Trainer, about: Mapping[str, Any], log: Log, control: Control
 ) -> Beginning:
     """Starts from scratch, with the training log from its beginning."""
-    log = open_log(None)
-    begin = log.position(settings.trainer.partition)
+    reader = log.reader(settings.kafka.microbatches_topic, [settings.trainer.partition])
+    begin = reader.position(settings.trainer.partition)
     place = TrainingPlace(control.epoch, parent=0, first=begin, next=begin, durable_first=begin)
-    return Beginning(log, place, nothing_learned(trainer, about))
+    return Beginning(reader, place, nothing_learned(trainer, about))
 
 
 def from_past(
@@ -214,7 +211,7 @@ def from_past(
     settings: Settings,
     trainer: Trainer,
     about: Mapping[str, Any],
-    open_log: OpenLog,
+    log: Log,
     control: Control,
 ) -> Beginning:
     """Starts with past clicks, and the training log from the cut on.
@@ -231,9 +228,9 @@ def from_past(
     checkpoint.begin(trainer, about)
     place = learning.learn(settings, trainer, str(about["salt"]), control)
     # 2.
-    log = learning.open_behind(open_log, control)
+    reader = learning.open_behind(log, settings, control)
     # The next version need not repeat the content of this one.
-    return Beginning(log, place, checkpoint.changes(trainer) | checkpoint.full(trainer))
+    return Beginning(reader, place, checkpoint.changes(trainer) | checkpoint.full(trainer))
 
 
 def beginning_of(registry: Registry, arguments: Sequence[str], stopping: threading.Event) -> Begins:

@@ -10,12 +10,8 @@ from numpy.typing import NDArray
 
 from state.errors import MicroBatchError, SaltMismatch, SpecMismatch
 from state.features.mask import MaskAt
-from state.microbatch.batch import MicroBatch
+from state.microbatch.batch import MicroBatch, gaps, in_log_time, masked, trained, trim
 from state.microbatch.codec import decode
-from state.microbatch.cutting import gaps, trim
-from state.microbatch.log_time import in_log_time
-from state.microbatch.masked import masked
-from state.microbatch.row_kinds import trained
 from state.positions import Source
 from state.registry.log_line import WHOLE, LogLine, counts
 

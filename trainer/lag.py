@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from state.config.sections import Kafka
 from state.errors import LogError
-from state.log import KafkaLog, Log, LogTopics
+from state.log import Log, Topics
 from state.metrics import TrainerMetrics
 from state.process.said_once import SaidOnce
 
@@ -59,8 +59,8 @@ class TrainingLag:
         wall_s: Callable[[], float] = time.time,
     ) -> None:
         self._kafka, self._partition, self._taken, self._metrics = kafka, partition, taken, metrics
-        self._log, self._wall_s = log or KafkaLog(kafka), wall_s
-        self._topics: LogTopics | None = None
+        self._log, self._wall_s = log or Log(kafka), wall_s
+        self._topics: Topics | None = None
         self._told = -1
         self.records: int | None = None
         self._say = SaidOnce(logger.warning)

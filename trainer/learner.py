@@ -33,9 +33,8 @@ import numpy.typing as npt
 from state import layout
 from state.config.settings import Settings
 from state.errors import GapError, RegistryError, SettingsError, WrongEpoch
-from state.log import LogReader
-from state.log.accepted_gaps import Journal
-from state.log.gaps import Consent
+from state.log import Log, Reader
+from state.log.accepted_gaps import Consent, Journal
 from state.metrics import TrainerMetrics
 from state.positions import Source
 from state.process import killpoints, private_files
@@ -66,7 +65,7 @@ from trainer.privacy.key import own_key
 from trainer.privacy.place import NoisePlace, environment_digest
 from trainer.publications import Publications
 from trainer.records import LogRecord, records_of, take_or_leave
-from trainer.resume import OpenLog, resume
+from trainer.resume import resume
 from trainer.versions.draft import Drafter
 from trainer.versions.first_version import restore_or_carry
 from trainer.versions.publisher import Publisher
@@ -284,7 +283,7 @@ class Learner:
         settings: All settings.
         registry: The registry of versions and control; the trainer's lock is held.
         trainer: The weights and the step.
-        open_log: Opens the training log.
+        log: The log with the training log.
         program: SHA-256 of the program that fits the model.
         spec: Digest of the feature spec.
         about: The bootstrap's document of it.
@@ -301,7 +300,7 @@ class Learner:
         settings: Settings,
         registry: Registry,
         trainer: Trainer,
-        open_log: OpenLog,
+        log: Log,
         program: str,
         spec: str,
         about: Mapping[str, Any],
@@ -313,7 +312,7 @@ class Learner:
         begins: Begins = from_nothing,
     ) -> None:
         self._settings, self._registry, self._trainer = settings, registry, trainer
-        self._open_log, self._spec, self._about, self._begins = open_log, spec, about, begins
+        self._kafka, self._spec, self._about, self._begins = log, spec, about, begins
         self._metrics, self._clock, self._elapsed = metrics, clock, elapsed
         drafter = Drafter.of(settings, trainer, spec, program, str(about["salt"]))
         self._passages = Passages(Journal(registry.path / layout.GAPS), consent, metrics, clock)
@@ -326,7 +325,7 @@ class Learner:
         self._catching_up = CatchingUp(registry, clock, elapsed)
         self._losses = LossRecorder(registry.path)
         self._budget = PrivacyBudget(settings, trainer, metrics, drafter.environment)
-        self._log: LogReader | None = None
+        self._log: Reader | None = None
         self.control: Control
         self.place: TrainingPlace
         self._faults: tuple[str, ...] = ()
@@ -349,11 +348,11 @@ class Learner:
             self._log.close()
         first: Mapping[str, Any] | None
         if version is None:
-            self._log, self.place, first = self._begins(settings, self._trainer, self._about, self._open_log, control)
+            self._log, self.place, first = self._begins(settings, self._trainer, self._about, self._kafka, control)
         else:
             restored, first = restore_or_carry(self._registry, control, version, self._trainer, self._spec)
-            self._log, at = resume(restored, control.log, self._open_log, self._passages)
-            self.place = TrainingPlace.restored(restored, control.epoch, at)
+            self._log = resume(restored, control.log, self._kafka, settings, self._passages)
+            self.place = TrainingPlace.restored(restored, control.epoch, self._log.position(restored.log.partition))
         self._updates.enter(self._trainer.guarded)
         self._budget.enter()
         if first is not None:
@@ -389,8 +388,8 @@ class Learner:
             batches = self._reader.poll(wait_s, RECORDS)
         except GapError as error:
             at = self._passages.pass_log(error, self.place.marks)
-            self._reader.close()
-            self._log, self.place = self._open_log(at), replace(self.place, next=at)
+            self._reader.seek(partition, at)
+            self.place = replace(self.place, next=at)
             return 0
         for batch in batches:
             for record in records_of(batch):
@@ -542,6 +541,6 @@ class Learner:
             self._reader.close()
 
     @property
-    def _reader(self) -> LogReader:
+    def _reader(self) -> Reader:
         assert self._log is not None, "enter an epoch first"
         return self._log

@@ -53,9 +53,8 @@ from state.disk.lock import DirectoryLock
 from state.errors import CorruptVersion, ModelMismatch, TruncatedLog, UnknownVersion, UnusableRegistry
 from state.features.spec import FeatureSpec
 from state.log import KERNELS as LOG_KERNELS
-from state.log import Reader
-from state.log.gap_options import take_options
-from state.log.gaps import Consent, in_words
+from state.log import Log
+from state.log.accepted_gaps import Consent, in_words, take_options
 from state.metrics import TrainerMetrics, serve
 from state.process.actor import actor
 from state.process.ending import stop_on_signals
@@ -418,15 +417,9 @@ def prepare(
     if control is None:
         control = registry.propose(start(actor=f"trainer:{getpass.getuser()}", reason="first start", now_ms=wall_ms()))
 
-    def open_log(offset: int | None, leader: int = -1) -> Reader:
-        partition = settings.trainer.partition
-        positions = {} if offset is None else {partition: offset}
-        topic = settings.kafka.microbatches_topic
-        return Reader(settings.kafka, topic, [partition], positions, leaders={partition: leader} if positions else {})
-
     about, begins = registry.specs.spec(name), beginning_of(registry, arguments, stopping)
     learner = Learner(
-        *(settings, registry, trainer, open_log, program, spec.digest, about, metrics),
+        *(settings, registry, trainer, Log(settings.kafka), program, spec.digest, about, metrics),
         consent=consent,
         room=room,
         begins=begins,

@@ -6,10 +6,11 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from state.errors import GapError, LogError
+from state.errors import GapError
 from state.features.erased import Erased
-from state.log import LogReader, accepted_gaps
+from state.log import PartitionBatch, Reader, accepted_gaps
 from state.log.accepted_gaps import Accepted
+from state.log.follow import read_to
 from state.positions import Source
 from state.registry.manifest import LogRange, Manifest
 from state.registry.segments import LogSegment
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from trainer.engine.step import Trainer
 
 RECORDS = 64
-POLL_S = 0.2
 PROGRESS_S = 1.0
 ACCOUNT = ("rows", "duplicate", "masked")
 
@@ -106,20 +106,18 @@ class SegmentReader:
         log: The range of the log that the version's manifest states.
         accepted: Gaps that the trainer passed.
         patience_s: The longest wait for a record that must exist.
-        elapsed: Monotonic clock in seconds.
     """
 
     def __init__(
         self,
-        open_at: Callable[[int], LogReader],
+        open_at: Callable[[int], Reader],
         log: LogRange,
         accepted: Sequence[Accepted],
         patience_s: float,
-        elapsed: Callable[[], float] = time.monotonic,
     ) -> None:
         self._open_at, self._partition, self._source = open_at, log.partition, Source(log.topic_id, log.partition)
-        self._accepted, self._patience_s, self._elapsed = accepted, patience_s, elapsed
-        self._log: LogReader | None = None
+        self._accepted, self._patience_s = accepted, patience_s
+        self._log: Reader | None = None
 
     def records(self, segment: LogSegment) -> Iterator[tuple[int, bytes | None]]:
         """Offset and value of each record of a segment, in order.
@@ -129,31 +127,24 @@ class SegmentReader:
             LogError: Records do not arrive in time.
             MicroBatchError: A record that was learned is damaged.
         """
-        log = self._moved_to(self._past(segment.first))
-        waited_s = self._elapsed()
-        while log.position(self._partition) < segment.next:
+        at = segment.first
+        while at < segment.next:
+            log = self._moved_to(self._past(at))
             try:
-                batches = log.poll(POLL_S, RECORDS)
+                for batches in read_to(log, {self._partition: segment.next}, RECORDS, self._patience_s):
+                    for batch in batches:
+                        yield from self._records(batch, segment.next)
+                return
             except GapError as error:
-                over = self._past(log.position(self._partition))
-                if not any(over == gap.next for gap in error.gaps):
+                at = log.position(self._partition)
+                if not any(self._past(at) == gap.next for gap in error.gaps):
                     raise
-                log = self._moved_to(over)
-                continue
-            for batch in batches:
-                for record in records_of(batch):
-                    if record.first < segment.next and not accepted_gaps.left_out(
-                        self._accepted, self._source, record.first
-                    ):
-                        record.require_whole(f"offset {record.first} of the training log")
-                        yield record.first, record.value
-                waited_s = self._elapsed()
-            if self._elapsed() - waited_s > self._patience_s:
-                raise LogError(
-                    f"the training log gave nothing after offset {log.position(self._partition)} for {self._patience_s:g} s, "
-                    f"and the version needs it up to {segment.next}",
-                    "look after the broker and try again",
-                )
+
+    def _records(self, batch: PartitionBatch, end: int) -> Iterator[tuple[int, bytes | None]]:
+        for record in records_of(batch):
+            if record.first < end and not accepted_gaps.left_out(self._accepted, self._source, record.first):
+                record.require_whole(f"offset {record.first} of the training log")
+                yield record.first, record.value
 
     def close(self) -> None:
         """Closes the log."""
@@ -164,7 +155,7 @@ class SegmentReader:
     def _past(self, offset: int) -> int:
         return accepted_gaps.past(self._accepted, self._source, offset)
 
-    def _moved_to(self, offset: int) -> LogReader:
+    def _moved_to(self, offset: int) -> Reader:
         if self._log is None or self._log.position(self._partition) != offset:
             self.close()
             self._log = self._open_at(offset)

@@ -33,8 +33,9 @@ from state.config.settings import Settings
 from state.errors import GapError, LogError, RegistryError, SpringtideError, UnknownVersion, of_disk
 from state.features.erased import Erased
 from state.features.spec import FeatureSpec
-from state.log import LogReader, Reader, Topics
+from state.log import Log, Reader
 from state.log.accepted_gaps import Journal
+from state.log.follow import Position, open_topic
 from state.process import log_lines
 from state.process.closed_output import while_read
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
@@ -50,7 +51,6 @@ if TYPE_CHECKING:
     from trainer.versions.difference import Difference
 
 NICENESS = 10
-OpenLog = Callable[[str, int], LogReader]
 """Opens the training log, by the name of its topic, at an offset."""
 
 
@@ -170,7 +170,7 @@ def verify(
     version: int,
     wanted_base: int | None,
     make_trainer: Callable[[], Trainer],
-    open_log: OpenLog,
+    log: Log,
     say: Callable[[str], None] = lambda _: None,
     elapsed: Callable[[], float] = time.monotonic,
 ) -> Comparison:
@@ -182,7 +182,7 @@ def verify(
         version: The version.
         wanted_base: Where to begin; None for the nearest base before it.
         make_trainer: Makes a new trainer; called once.
-        open_log: Opens the training log.
+        log: The log with the training log.
         say: Takes progress lines.
         elapsed: Monotonic seconds.
 
@@ -219,8 +219,8 @@ def verify(
     done = Replay(trainer, base, target, former_specs(beginnings), taken_out(registry, base))
     if total or any(one.forget for one in segments):
         accepted = Journal(registry.path / layout.GAPS).accepted()
-        opens = partial(open_at, open_log, target, found.origin)
-        reader = SegmentReader(opens, target.log, accepted, settings.kafka.request_timeout_s, elapsed)
+        opens = partial(open_at, log, target, found.origin)
+        reader = SegmentReader(opens, target.log, accepted, settings.kafka.request_timeout_s)
         replay(reader, segments, done.begin, done.take, ReplayProgress(total, done, say, elapsed).reach)
     # 4.
     difference, digest = compare(registry, target, trainer, done)
@@ -255,29 +255,37 @@ def taken_out(registry: Registry, base: Manifest | None) -> Erased:
     return control.erased.after(base.erased).up_to(max(part.rewritten for part in (chain.base, *chain.deltas)))
 
 
-def open_at(open_log: OpenLog, target: Manifest, origin: str, offset: int) -> LogReader:
-    """The log that `target` was trained on, at an offset.
+def open_at(log: Log, target: Manifest, origin: str, offset: int) -> Reader:
+    """Opens the log that `target` was trained on, at an offset.
 
     Raises:
         GapError: The log does not reach back to it any more.
-        LogError: It cannot be read, or was recreated.
+        LogError: It cannot be read, was recreated, or ends before the version does.
     """
-    topic = target.log.topic
-    try:
-        log = open_log(topic, offset)
-    except GapError as error:
+    trained, partition = target.log, target.log.partition
+
+    def refuse(error: GapError) -> int:
         raise GapError(
             f"version {target.version} cannot be recomputed from {origin}: the training log no longer "
             f"reaches back ({error})",
             "take a younger base with --from, or a younger version",
         ) from error
-    if log.topic_id != target.log.topic_id:
-        log.close()
+
+    position = Position(trained.topic_id, {partition: offset})
+    reader, opening = open_topic(log, trained.topic, [partition], position, refuse)
+    end = opening.ends[partition][1]
+    if not opening.recreated and trained.next <= end:
+        return reader
+    reader.close()
+    if opening.recreated:
         raise LogError(
-            f"version {target.version} was trained on topic id {target.log.topic_id}, {topic} is now {log.topic_id}: it was "
-            "deleted and made again, so that nothing before can be recomputed"
+            f"version {target.version} was trained on topic id {trained.topic_id}, {trained.topic} is now "
+            f"{opening.topic_id}: it was deleted and made again, so that nothing before can be recomputed"
         )
-    return log
+    raise LogError(
+        f"topic {trained.topic} partition {partition} ends at {end} and version {target.version} was trained up to "
+        f"{trained.next}: it was truncated, or another cluster answers"
+    )
 
 
 def run(settings: Settings, version: int, wanted_base: int | None, say: Callable[[str], None]) -> Comparison:
@@ -302,19 +310,7 @@ def run(settings: Settings, version: int, wanted_base: int | None, say: Callable
             name = registry.specs.bootstrapped(spec.digest, settings.model) or spec.digest
             return trainer_of(settings, spec, preprocessing_of(registry.specs.transform(name)))
 
-    def open_log(topic: str, offset: int) -> Reader:
-        partition = registry.manifest(version).log.partition
-        with Topics(settings.kafka) as topics:
-            _, end = topics.ends(topic)[partition]
-        needed = registry.manifest(version).log.next
-        if end < needed:
-            raise LogError(
-                f"topic {topic} partition {partition} ends at {end} and version {version} was trained up to {needed}: it was "
-                "truncated, or another cluster answers"
-            )
-        return Reader(settings.kafka, topic, [partition], {partition: offset})
-
-    return verify(settings, registry, version, wanted_base, make_trainer, open_log, say)
+    return verify(settings, registry, version, wanted_base, make_trainer, Log(settings.kafka), say)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -39,6 +38,7 @@ from state.events.identity import load_salt, user_id
 from state.features.erased import EVERYTHING, Erased, Erasure
 from state.history.forgetting import PAGES_MS
 from state.log import Log, topic_plan
+from state.log.follow import read_to
 from state.process import killpoints
 from state.process.actor import actor
 from state.registry.control import Control
@@ -49,7 +49,7 @@ from state.registry.registry import Registry
 from state.segments.members import member_of
 from state.trials.trial import Trials
 
-POLL_S, STALLED_S = 0.5, 30.0
+STALLED_S = 30.0
 
 Whose = Callable[[bytes | None], int]
 """Returns the pseudonym of the user that a record's key names; 0, which no user has, if it names none."""
@@ -80,14 +80,8 @@ def first_left(log: Log, topic: str, whose: Whose, erased: Erased) -> int | None
     with log.topics() as topics:
         ends = {partition: end for partition, (_, end) in topics.ends(topic).items()}
     found = set[int]()
-    heard_s = time.monotonic()
     with log.reader(topic) as reader:
-        while any(reader.position(partition) < end for partition, end in ends.items()):
-            batches = reader.poll(POLL_S)
-            if batches:
-                heard_s = time.monotonic()
-            elif time.monotonic() - heard_s > STALLED_S:
-                raise LogError(f"topic {topic}: nothing came for {STALLED_S:g} s")
+        for batches in read_to(reader, ends, stalled_s=STALLED_S):
             for batch in batches:
                 keys = np.array([whose(key) for key in batch.keys], np.uint64)
                 for at in np.flatnonzero(erased.users.has(keys)).tolist():

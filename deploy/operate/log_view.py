@@ -6,7 +6,6 @@ the time that training on the record takes.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,30 +14,28 @@ from numpy.typing import NDArray
 
 from state import layout
 from state.config.settings import Settings
-from state.errors import LogError, MicroBatchError, UnfitVersion
+from state.errors import LogError, UnfitVersion
 from state.features.mask import Mask, MaskAt
 from state.features.masked_users import MaskedUsers
-from state.log import KafkaLog, Log, LogReader
+from state.history.branch_records import branch_records
+from state.log import Log, Reader
 from state.log.accepted_gaps import Journal, past
-from state.microbatch.batch import MicroBatch
-from state.microbatch.cutting import trim
-from state.microbatch.glance import glance
-from state.microbatch.masked import masked
-from state.microbatch.row_kinds import trained
+from state.microbatch.batch import MicroBatch, masked, trained, trim
+from state.microbatch.codec import glance
 from state.positions import Source
-from state.registry.log_line import LogLine, counts, onward
+from state.registry.log_line import LogLine, onward
 from state.registry.manifest import Manifest
 from state.registry.masks import MaskEntry
 from state.registry.registry import Registry
 from state.registry.segments import LogSegment
 
 ASK_KAFKA_S = 5.0
-POLL_S, STALLED_S, RECORDS = 0.5, 30.0, 512
+STALLED_S = 30.0
 
 
 def open_log(settings: Settings) -> Log:
     """Opens the log of these settings."""
-    return KafkaLog(settings.kafka)
+    return Log(settings.kafka)
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,7 @@ class LogView:
     clicks_id: str
     clicks: Mapping[int, tuple[int, int]]
 
-    def reader(self, offset: int) -> LogReader:
+    def reader(self, offset: int) -> Reader:
         """Returns a reader of the training log from `offset` on.
 
         Raises:
@@ -157,42 +154,18 @@ class Counted:
     by_mask: dict[int, tuple[int, set[int]]] = field(default_factory=dict)
 
 
-def records(
-    reader: LogReader, partition: int, first: int, end: int, branch: LogLine
-) -> Iterator[tuple[int, MicroBatch]]:
+def records(reader: Reader, partition: int, first: int, end: int, branch: LogLine) -> Iterator[tuple[int, MicroBatch]]:
     """Yields the records of a branch at offsets from `first` up to `end`, exclusive, with their offsets.
-
-    Like the trainer, it skips a record that cannot be decoded.
 
     Raises:
         LogError: No record arrived for `STALLED_S`, or the log cannot be read.
     """
     at = onward(branch, first)
-    if at >= end:
-        return
-    reader.seek(partition, at)
-    heard_s = time.monotonic()
-    while reader.position(partition) < end:
-        for batch in reader.poll(POLL_S, RECORDS):
-            heard_s = time.monotonic()
-            for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
-                if offset >= end:
-                    return
-                try:
-                    found = glance(value or b"")
-                except MicroBatchError:
-                    continue
-                if counts(branch, found.header.log_epoch, offset):
-                    yield offset, found
-        if time.monotonic() - heard_s > STALLED_S:
-            raise LogError(
-                f"the training log gave nothing for {STALLED_S:.0f} s at offset {reader.position(partition)} of {end}",
-                "a transaction may still be open: try again",
-            )
+    return branch_records(reader, partition, at, end, branch, glance, STALLED_S) if at < end else iter(())
 
 
 def first_hit(
-    reader: LogReader, partition: int, segments: Sequence[LogSegment], mask: Mask, exact: bool = False
+    reader: Reader, partition: int, segments: Sequence[LogSegment], mask: Mask, exact: bool = False
 ) -> FirstHit | None:
     """Finds the first row along the branch that `mask` names and that was learned; None if there is none.
 

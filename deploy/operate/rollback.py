@@ -338,8 +338,9 @@ def _histories_to_rebuild(settings: Settings, branch: LogLine, to: Manifest, vie
         LogError: The log cannot be read.
     """
     # Not at the top: they load the window kernel, which no other command needs.
+    from state.history.branch_records import branch_records
     from state.history.rewind import Since
-    from state.history.rewinding import line_of, records
+    from state.history.rewinding import line_of
     from state.history.store import HistoryStore
 
     users = None
@@ -351,7 +352,7 @@ def _histories_to_rebuild(settings: Settings, branch: LogLine, to: Manifest, vie
         try:
             since = Since(to.marks, store.positions())
             with view.reader(to.log.next) as log:
-                for batch in records(log, view.partition, to.log.next, view.end, branch):
+                for _, batch in branch_records(log, view.partition, to.log.next, view.end, branch):
                     since.take(batch)
             users = (users or 0) + len(store.lacking(since, to.marks))
             if line_of(store) != branch:

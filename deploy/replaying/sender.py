@@ -14,9 +14,9 @@ from typing import TextIO
 import numpy as np
 
 from state.config.sections import Kafka
-from state.errors import LogError
-from state.log import BulkWriter, Reader, Topics, partition_of
-from state.log.batch_encoder import encode_batch
+from state.log import Reader, Topics, partition_of
+from state.log.bulk import BulkWriter, encode_batch
+from state.log.follow import read_to
 from state.process.progress_line import ProgressLine, bar
 from state.recordings.rows import I64
 
@@ -145,20 +145,14 @@ class Outbox:
         if not left:
             return found
         with Reader(self._kafka, self._topic, sorted(left), {one: begins[one] for one in left}) as reader:
-            silent = 0
-            while left:
-                batches = reader.poll(1.0)
-                silent = 0 if batches else silent + 1
-                if silent > self._kafka.request_timeout_s:
-                    raise LogError(f"topic {self._topic} cannot be read to its end", "run the command again")
+            ends_now = {partition: kept[partition][1] for partition in left}
+            for batches in read_to(reader, ends_now, stalled_s=self._kafka.request_timeout_s):
                 for batch in batches:
                     for key, value, kafka_ms in zip(
                         batch.keys, batch.values, batch.timestamps_ms.tolist(), strict=True
                     ):
                         if key is not None and value is not None:
                             found.append((key, value, kafka_ms))
-                    if batch.next >= kept[batch.partition][1]:
-                        left.discard(batch.partition)
         return found
 
     def close(self) -> None:

@@ -30,7 +30,7 @@ from state.errors import (
     SpringtideError,
     UnknownTopic,
 )
-from state.log import KafkaLog, Log, topic_plan
+from state.log import Log, topic_plan
 from state.process.actor import actor
 from state.process.closed_output import while_read
 from state.process.ending import stop_on_signals
@@ -213,7 +213,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
     try:
         settings = load(flags)
-        run(settings, asked, KafkaLog(settings.kafka), stop, lambda line: print(line, flush=True))
+        run(settings, asked, Log(settings.kafka), stop, lambda line: print(line, flush=True))
     except SpringtideError as error:
         print(f"springtide rollout: {error}", file=sys.stderr)
         return error.exit_code

@@ -13,18 +13,16 @@ from __future__ import annotations
 import logging
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from state.config.settings import Settings
-from state.errors import GapError, MicroBatchError
-from state.log import Log, LogReader, PartitionBatch
-from state.microbatch.batch import MicroBatch
+from state.errors import MicroBatchError
+from state.log import Log, PartitionBatch, Reader
+from state.log.follow import Position, open_topic
+from state.microbatch.batch import MicroBatch, trained, trim
 from state.microbatch.codec import decode
-from state.microbatch.cutting import trim
-from state.microbatch.row_kinds import trained
 from state.positions import Source
 from state.process.said_once import SaidOnce
 from state.rollouts import exposure, rollout
@@ -74,9 +72,9 @@ class RolloutDriver:
         self._held: deque[tuple[int, int, NDArray[np.uint64]]] = deque()
         self._marks: dict[Source, int] = {}
         kafka, self._partition = settings.kafka, settings.trainer.partition
-        self._exposures = self._reader(kafka.exposures_topic, 0, began.exposures_from)
+        self._exposures = self._open(kafka.exposures_topic, 0, began.exposures_from)
         try:
-            self._clicks = self._reader(kafka.microbatches_topic, self._partition, began.log_from)
+            self._clicks = self._open(kafka.microbatches_topic, self._partition, began.log_from)
         except BaseException:
             self._exposures.close()
             raise
@@ -171,11 +169,9 @@ class RolloutDriver:
 
         return self._rollouts.change(transition)
 
-    def _reader(self, topic: str, partition: int, offset: int) -> LogReader:
-        """Opens a reader at the offset where the rollout began, or at the first offset that retention has kept."""
-        arguments: dict[str, Any] = {"topic": topic, "partitions": [partition]}
-        try:
-            return self._log.reader(**arguments, positions={partition: offset})
-        except GapError as error:
-            _log.warning("%s; what is left is judged", error)
-            return self._log.reader(**arguments)
+    def _open(self, topic: str, partition: int, offset: int) -> Reader:
+        """Opens a topic where the rollout began, or at the first offset that retention has kept."""
+        reader, opening = open_topic(self._log, topic, [partition], Position("", {partition: offset}))
+        for lost in opening.losses:
+            _log.warning("%s; what is left is judged", lost)
+        return reader

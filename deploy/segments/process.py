@@ -34,7 +34,6 @@ topic.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
@@ -54,20 +53,21 @@ from deploy.segments.judging import JudgedUser, ProfileJudge, open_host
 from deploy.segments.lookalikes import LookalikeLists
 from deploy.serving.answers.host import Host
 from deploy.serving.answers.predictor import Predictor
-from deploy.serving.following.clicks import POSITION_EXTRA
+from deploy.serving.following.clicks import position_of
 from deploy.serving.following.erasing import name_of
 from deploy.serving.notes import CONTROL_NOTE, MASK_NOTE
 from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.disk.files import HOST
 from state.disk.lock import DirectoryLock
-from state.errors import LogError, MicroBatchError, SettingsError, SpringtideError, of_disk
+from state.errors import MicroBatchError, SettingsError, SpringtideError, of_disk
 from state.features.mask import Mask
 from state.history.store import HistoryStore
 from state.layout import SEGMENTS, SEGMENTS_LOCK
-from state.log import KERNELS, KafkaLog, Log, LogReader, LogWriter, PartitionBatch, topic_plan
+from state.log import KERNELS, Log, PartitionBatch, Writer, topic_plan
+from state.log.follow import Follower, Opening, Position, open_topic, read_to
 from state.metrics import SegmentMetrics, served
-from state.microbatch.glance import glance
+from state.microbatch.codec import glance
 from state.process import killpoints
 from state.process.ending import stop_on_signals
 from state.process.garbage import keep_what_is_there
@@ -89,7 +89,7 @@ from state.segments.members import (
 )
 from state.storage.shares import SERVING, map_bytes
 
-POLL_S, STALLED_S = 0.5, 30.0
+STALLED_S = 30.0
 RECORDS_AT_ONCE = 64
 MOST_WAITING = 500_000
 """Maximum of users who wait for the histories, 8 bytes each; above it all users are evaluated instead."""
@@ -121,7 +121,7 @@ class Members:
     ) -> None:
         self._kafka, self._topic, self._store, self._names = log, topic, store, names
         self._metrics = metrics
-        self._writer: LogWriter | None = None
+        self._writer: Writer | None = None
 
     def read_topic(self) -> None:
         """1. Applies the part of the topic that the store lacks; then removes members of segments that no longer exist.
@@ -130,24 +130,22 @@ class Members:
             LogError: It cannot be read, or nothing came for half a minute.
             StoreFull: The store has no room; its content stays.
         """
-        with self._kafka.topics() as topics:
-            topic_id, ends = topics.describe(self._topic).topic_id, topics.ends(self._topic)
         place = self._store.place()
-        there = place is not None and place.topic_id == topic_id and place.next.keys() == ends.keys()
-        if place is None or not there or not all(begin <= place.next[one] <= end for one, (begin, end) in ends.items()):
-            place = SegmentsPlace(topic_id, {partition: begin for partition, (begin, _) in ends.items()})
-            self._store.begin_anew(place)
-        heard_s = time.monotonic()
-        with self._kafka.reader(self._topic, None, place.next) as reader:
-            while any(reader.position(partition) < end for partition, (_, end) in ends.items()):
-                batches = reader.poll(POLL_S)
+        stored = None if place is None else Position(place.topic_id, place.next)
+        reader, opening = open_topic(self._kafka, self._topic, stored=stored)
+        with reader:
+            begins = {partition: begin for partition, (begin, _) in opening.ends.items()}
+            if place is None or not opening.resumed or place.next.keys() != begins.keys():
+                place = SegmentsPlace(opening.topic_id, begins)
+                self._store.begin_anew(place)
+                for partition, begin in begins.items():
+                    reader.seek(partition, begin)
+            for batches in read_to(
+                reader, {partition: end for partition, (_, end) in opening.ends.items()}, stalled_s=STALLED_S
+            ):
                 for batch in batches:
-                    place = SegmentsPlace(topic_id, {**place.next, batch.partition: batch.next})
+                    place = SegmentsPlace(place.topic_id, {**place.next, batch.partition: batch.next})
                     self._store.commit(_changes(batch), place)
-                if batches:
-                    heard_s = time.monotonic()
-                elif time.monotonic() - heard_s > STALLED_S:
-                    raise LogError(f"topic {self._topic}: nothing came for {STALLED_S:g} s")
         for segment in self._store.sizes().keys() - {*self._names}:
             for page in all_members(self._store, segment):
                 self._write({(segment, user): None for user, _ in page})
@@ -236,9 +234,10 @@ class ClickedUsers:
     """
 
     def __init__(self, settings: Settings, log: Log, metrics: SegmentMetrics) -> None:
-        self._topic, self._partition = settings.kafka.microbatches_topic, settings.trainer.partition
-        self._kafka, self._metrics = log, metrics
-        self._reader: LogReader | None = None
+        topic, self._partition = settings.kafka.microbatches_topic, settings.trainer.partition
+        self._metrics = metrics
+        self._histories: HistoryStore | None = None
+        self._log = Follower(log, topic, [self._partition], self._stored, opened=self._opened)
         self._waiting: deque[_Record] = deque()
         self.missed = True
 
@@ -252,17 +251,11 @@ class ClickedUsers:
         Raises:
             LogError: The log cannot be read; come again.
         """
-        try:
-            if self._reader is None:
-                self._reader = self._open(histories)
-                self.missed = True
-            for batch in self._reader.poll(timeout_s, RECORDS_AT_ONCE):
-                for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
-                    self._meet(offset, value)
-            self._metrics.lag_records.set(sum(self._reader.lag().values()) + len(self._waiting))
-        except LogError:
-            self.disconnect()
-            raise
+        self._histories = histories
+        for batch in self._log.poll(timeout_s, RECORDS_AT_ONCE):
+            for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
+                self._meet(offset, value)
+        self._metrics.lag_records.set(self._log.lag() + len(self._waiting))
         found: dict[int, None] = {}
         reached = self._reached(histories)
         while self._waiting and self._waiting[0].next <= reached:
@@ -279,18 +272,15 @@ class ClickedUsers:
 
     def disconnect(self) -> None:
         """Ends the connection; the next call makes another, where the histories end by then."""
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
+        self._log.disconnect()
 
-    def _open(self, histories: HistoryStore) -> LogReader:
-        with self._kafka.topics() as topics:
-            topic_id, (begin, end) = topics.describe(self._topic).topic_id, topics.ends(self._topic)[self._partition]
-        stored = json.loads(histories.extra(POSITION_EXTRA) or b"{}")
+    def _stored(self) -> Position | None:
+        return None if self._histories is None else position_of(self._histories)
+
+    def _opened(self, opening: Opening) -> None:
         # What waited is read again.
         self._waiting.clear()
-        at = min(max(begin, self._reached(histories)), end) if stored.get("topic_id") == topic_id else begin
-        return self._kafka.reader(self._topic, [self._partition], {self._partition: at})
+        self.missed = True
 
     def _meet(self, offset: int, value: bytes | None) -> None:
         try:
@@ -300,8 +290,8 @@ class ClickedUsers:
 
     def _reached(self, histories: HistoryStore) -> int:
         """Where the histories end in the log."""
-        stored = json.loads(histories.extra(POSITION_EXTRA) or b"{}")
-        return int(stored.get("next", {}).get(str(self._partition), 0))
+        stored = position_of(histories)
+        return 0 if stored is None else stored.next.get(self._partition, 0)
 
 
 class UserSweep:
@@ -565,7 +555,7 @@ def _run(settings: Settings, stop: threading.Event) -> None:
         served(settings.segments.metrics_port, settings.metrics.host) as registry,
     ):
         Kernels(registry, _log, uses=[KERNELS]).prepare(stop.is_set)
-        run(settings, KafkaLog(settings.kafka), registry, stop)
+        run(settings, Log(settings.kafka), registry, stop)
 
 
 if __name__ == "__main__":

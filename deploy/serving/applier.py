@@ -60,7 +60,7 @@ from state.history.appends import Appends
 from state.history.forgetting import PAGES_MS
 from state.history.store import open_or_replace
 from state.layout import ATTRIBUTES, CURRENT, EXPOSURES, GAPS, PROGRAMS, ROWS
-from state.log import KERNELS, KafkaLog, Log, LogWriter, Reader, Topics
+from state.log import KERNELS, Log, Reader, Topics, Writer
 from state.log.accepted_gaps import Journal
 from state.metrics import ApplierMetrics, served
 from state.process.ending import stop_on_signals
@@ -166,7 +166,7 @@ class ExposureForwarder:
 
     def __init__(self, folder: Path, log: Log, topic: str, now_ms: Callable[[], int]) -> None:
         self._folder, self._log, self._topic, self._now_ms = folder, log, topic, now_ms
-        self._writer: LogWriter | None = None
+        self._writer: Writer | None = None
 
     def run(self, stop: threading.Event) -> None:
         """Sends until `stop`; what is left is sent after the next start."""
@@ -449,7 +449,7 @@ class Applier:
     def _forward(self) -> None:
         kafka = self._settings.kafka
         folder = self._settings.serving_dir / EXPOSURES
-        ExposureForwarder(folder, KafkaLog(kafka), kafka.exposures_topic, self._now_ms).run(self._stop)
+        ExposureForwarder(folder, Log(kafka), kafka.exposures_topic, self._now_ms).run(self._stop)
 
     def _room(self) -> Room:
         """The space that one thread needs."""
@@ -515,8 +515,9 @@ class Applier:
                     self.clicks.turn(control.log, control.mask, partition, open_at)
                     self.erasures.take_up(control.erased)
                 if not self.clicks.connected:
-                    self._connect()
+                    self.clicks.connect(Log(kafka), kafka.microbatches_topic)
                     say.clear()
+                    _log.info("following %s", kafka.microbatches_topic)
                 if self.clicks.step(FETCH_S):
                     # Refused records are read again; a poll without records says nothing about free space.
                     room.found(CLICKS)
@@ -544,16 +545,6 @@ class Applier:
         at_ms = check.reached(self.clicks.positions)
         if at_ms is not None:
             self._currency.note(notes.CLICKS, at_ms)
-
-    def _connect(self) -> None:
-        kafka = self._settings.kafka
-        topic = kafka.microbatches_topic
-        with Topics(kafka) as topics:
-            info, ends = topics.describe(topic), topics.ends(topic)
-        self.clicks.connect(
-            info.topic_id, ends, lambda positions, leaders: Reader(kafka, topic, None, positions, leaders=leaders)
-        )
-        _log.info("following %s (%d partitions)", topic, info.partitions)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -52,7 +52,7 @@ from state.errors import (
     of_disk,
 )
 from state.features.spec import FeatureSpec
-from state.log import KafkaLog
+from state.log import Log
 from state.process.actor import actor
 from state.registry.control import Control
 from state.registry.manifest import Manifest
@@ -340,7 +340,7 @@ def _report(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
         raise SettingsError("trial report needs a name", "see `springtide trial list`")
     # A failed attempt is reported once, with what failed; the client's own messages would repeat it.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
-    say_report(settings, asked.name, asked.output, KafkaLog(settings.kafka), say)
+    say_report(settings, asked.name, asked.output, Log(settings.kafka), say)
 
 
 def _start(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:

@@ -32,7 +32,8 @@ from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import GapError, LogError, MicroBatchError, RegistryError, SettingsError, UnknownTopic, of_disk
 from state.features.spec import FeatureSpec
-from state.log import KERNELS, KafkaLog, Log, LogReader, PartitionBatch
+from state.log import KERNELS, Log, PartitionBatch
+from state.log.follow import Follower, Opening, Position
 from state.metrics import ValidationMetrics, served
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
@@ -305,7 +306,8 @@ class LogValidation:
         self._spec = FeatureSpec.from_settings(settings)
         self._kept = KeptWindows(settings.validation_dir)
         self._judge = WindowJudge(settings, self._spec.digest, self._kept, metrics)
-        self._reader: LogReader | None = None
+        self._topic, self._partition = settings.kafka.microbatches_topic, settings.trainer.partition
+        self._log = Follower(log, self._topic, [self._partition], self._stored, opened=self._opened)
         self._windows = self._new_windows(resumed=False)
         self._say = SaidOnce(_log.warning)
 
@@ -316,34 +318,27 @@ class LogValidation:
             LogError: The log cannot be read; come again.
             RegistryError: A window could not be judged; it is kept, and the next one is judged as always.
         """
-        if self._reader is None:
-            self._reader = self._open()
-        try:
-            for batch in self._reader.poll(FETCH_S, RECORDS_AT_ONCE):
-                self._take(batch)
-            self._metrics.lag_records.set(sum(self._reader.lag().values()))
-        except LogError:
-            self.disconnect()
-            raise
+        for batch in self._log.poll(FETCH_S, RECORDS_AT_ONCE):
+            self._take(batch)
+        self._metrics.lag_records.set(self._log.lag())
 
     def disconnect(self) -> None:
         """Ends the connection; the next step makes another."""
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
+        self._log.disconnect()
 
-    def _open(self) -> LogReader:
-        """A reader at the start of the open window or, if that is unknown, some windows back."""
-        topic, partition = self._settings.kafka.microbatches_topic, self._settings.trainer.partition
-        with self._kafka.topics() as topics:
-            topic_id, (begin, end) = topics.describe(topic).topic_id, topics.ends(topic)[partition]
-            place = self._kept.place(topic_id)
-            resumed = place is not None and begin <= place <= end
-            if place is None or not resumed:
-                back_ms = 1000 * LOOK_BACK_WINDOWS * self._settings.validation.window_s
-                place = topics.offset_before(topic, max(0, round(self._clock() * 1000) - back_ms))[partition]
-        self._windows = self._new_windows(resumed)
-        return self._kafka.reader(topic, [partition], {partition: place})
+    def _stored(self) -> Position | None:
+        """The start of the open window."""
+        place = self._kept.place()
+        return None if place is None else Position(place[0], {self._partition: place[1]})
+
+    def _opened(self, opening: Opening) -> None:
+        """Without the start of a window, goes some windows back."""
+        self._windows = self._new_windows(opening.resumed)
+        if not opening.resumed:
+            back_ms = 1000 * LOOK_BACK_WINDOWS * self._settings.validation.window_s
+            with self._kafka.topics() as topics:
+                before = topics.offset_before(self._topic, max(0, round(self._clock() * 1000) - back_ms))
+            self._log.reader.seek(self._partition, before[self._partition])
 
     def _new_windows(self, resumed: bool) -> Windows:
         spec, context = self._spec, self._settings.events.context
@@ -413,7 +408,7 @@ def _run(settings: Settings, stop: threading.Event) -> None:
         served(settings.validation.metrics_port, settings.metrics.host) as registry,
     ):
         Kernels(registry, _log, uses=[KERNELS]).prepare(stop.is_set)
-        run(settings, KafkaLog(settings.kafka), registry, stop)
+        run(settings, Log(settings.kafka), registry, stop)
 
 
 if __name__ == "__main__":

@@ -87,10 +87,10 @@ class KeptWindows:
         self._path.mkdir(parents=True, exist_ok=True)
         durable.replace(self._path / PLACE, json.dumps({"topic_id": topic_id, "offset": offset}).encode())
 
-    def place(self, topic_id: str) -> int | None:
-        """Returns the offset to continue from; None if none is stored for this topic."""
+    def place(self) -> tuple[str, int] | None:
+        """Returns the topic's id and the offset to continue from; None if none is stored."""
         try:
             noted = json.loads((self._path / PLACE).read_bytes())
-            return int(noted["offset"]) if noted["topic_id"] == topic_id else None
+            return str(noted["topic_id"]), int(noted["offset"])
         except (OSError, ValueError, KeyError, TypeError):
             return None

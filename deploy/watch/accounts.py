@@ -17,7 +17,6 @@ it shows on /metrics, up to a second old, and is not compared with the trainer's
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -31,15 +30,13 @@ from deploy.watch.messages import shown
 from state import layout
 from state.accounts import BrokerAccount, StreamAccount, TrainerAccount, check_accounts
 from state.config.settings import Settings
-from state.errors import MicroBatchError, SpringtideError
+from state.errors import SpringtideError
+from state.history.branch_records import branch_records
 from state.history.store import HistoryStore
 from state.log import Reader, Topics, accepted_gaps
-from state.microbatch.batch import MicroBatch
-from state.microbatch.codec import decode
-from state.microbatch.cutting import trim
-from state.microbatch.row_kinds import trained
+from state.microbatch.batch import MicroBatch, trained, trim
 from state.positions import Source
-from state.registry.log_line import WHOLE, LogLine, counts, onward
+from state.registry.log_line import WHOLE, LogLine, onward
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
 
@@ -214,7 +211,7 @@ def read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int]
     kafka = quick(settings)
     partition, place = version.log.partition, onward(line, version.log.next)
     with Topics(kafka) as topics:
-        _, end = topics.ends(version.log.topic)[partition]
+        _, end = topics.ends(version.log.topic, committed_only=True)[partition]
     if end - place > LONGEST_TAIL:
         return InFlight(0, 0, version.marks, complete=False)
     if end <= place:
@@ -222,15 +219,11 @@ def read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int]
     batches: list[MicroBatch] = []
     deadline_s = time.monotonic() + LONGEST_S
     with Reader(kafka, version.log.topic, [partition], {partition: place}) as reader:
-        while reader.position(partition) < end:
+        # The trainer stops at a record that is no micro-batch, or leaves it out.
+        for _, found in branch_records(reader, partition, place, end, line, stalled_s=LONGEST_S):
             if time.monotonic() > deadline_s:
                 return InFlight(0, 0, version.marks, complete=False)
-            for batch in reader.poll(0.1):
-                for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
-                    # The trainer stops at a record that is no micro-batch, or leaves it out.
-                    with contextlib.suppress(MicroBatchError):
-                        found = decode(value or b"")
-                        batches += [found] if counts(line, found.header.log_epoch, offset) else []
+            batches.append(found)
     return in_flight(batches, version.marks, until)
 
 

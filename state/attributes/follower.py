@@ -15,18 +15,18 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from state.attributes.store import OUTCOMES, AttributeStore, TopicPosition, pack
 from state.attributes.values import TEXT_CHARACTERS, AttributeTable, id_of
 from state.config.sections import Kafka
-from state.errors import DecodeError, GapError, LogError, StoreFull
+from state.errors import DecodeError, LogError, StoreFull
 from state.events.dead_letters import DeadLetter, Reason
 from state.events.identity import Salt, public_id, user_id
-from state.log import PartitionBatch, Reader, Topics
+from state.log import Log, PartitionBatch
+from state.log.follow import Follower, Opening, Position
 from state.positions import Source
 from state.process import killpoints
 from state.process.said_once import SaidOnce
@@ -34,7 +34,6 @@ from state.storage.waiting import Room
 
 RECORDS = 5000
 POLL_S = 0.1
-REFRESH_S = 5.0
 RETRY_S = 1.0
 logger = logging.getLogger(__name__)
 
@@ -64,12 +63,11 @@ class AttributeFollower:
         report: Report,
         most_bytes: int,
     ) -> None:
-        self._kafka, self._topic, self._table, self._store = kafka, topic, table, store
+        self._topic, self._table, self._store = topic, table, store
         self._report, self._most_bytes, self._salt = report, most_bytes, salt
         self._identity = f"{table.digest}-{salt.fingerprint}" if table.side == "user" else table.digest
-        self._reader: Reader | None = None
+        self._log = Follower(Log(kafka), topic, stored=self._stored, opened=self._opened)
         self._ends: dict[int, int] = {}
-        self._refresh_s = 0.0
         self.place = store.place(table.side) or TopicPosition(self._identity, "", {})
 
     @property
@@ -80,7 +78,7 @@ class AttributeFollower:
     @property
     def connected(self) -> bool:
         """Whether the topic is being read."""
-        return self._reader is not None
+        return self._log.connected
 
     @property
     def unread(self) -> int:
@@ -94,45 +92,47 @@ class AttributeFollower:
             UnknownTopic: There is no such topic.
             LogError: No broker answered, or the cluster refused the request.
         """
-        with Topics(self._kafka) as topics:
-            topic_id, ends = topics.describe(self._topic).topic_id, topics.ends(self._topic)
-        place = self._store.place(self.side)
-        anew = TopicPosition(self._identity, topic_id, {partition: begin for partition, (begin, _) in ends.items()})
-        if (
-            place is None
-            or (place.identity, place.topic_id) != (self._identity, topic_id)
-            or _is_gone(place.next, ends)
-        ):
-            if place is not None:
-                logger.warning("the %ss' attributes are read again from the beginning of %s", self.side, self._topic)
-            self._store.begin_anew(self.side, anew)
-            place = anew
-        self.place = replace(place, next={**anew.next, **place.next})
-        self._ends = {partition: end for partition, (_, end) in ends.items()}
-        self._reader = Reader(self._kafka, self._topic, None, self.place.next)
-        self._note_end()
+        self._log.connect()
 
     def disconnect(self) -> None:
-        """Closes the reader; `connect` resumes at the position that the store holds."""
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
+        """Closes the reader; the next step resumes at the position that the store holds."""
+        self._log.disconnect()
 
-    def step(self, timeout_s: float, clock: Callable[[], float] = time.monotonic) -> list[int]:
+    def step(self, timeout_s: float) -> list[int]:
         """Polls for at most `timeout_s` and commits the records; returns the ids whose attributes changed.
 
         Raises:
-            LogError: Reading cannot continue; call `disconnect` and `connect`.
-            StoreFull: Nothing of this step was committed.
+            LogError: The topic cannot be read now; the next step connects again.
+            StoreFull: Nothing of this step was committed; call `disconnect`.
         """
-        assert self._reader is not None
         changed: list[int] = []
-        for batch in self._reader.poll(timeout_s, RECORDS):
+        for batch in self._log.poll(timeout_s, RECORDS):
             changed += self._take(batch)
-        if clock() >= self._refresh_s:
-            self._reader.refresh()
-            self._refresh_s = clock() + REFRESH_S
         return changed
+
+    def _stored(self) -> Position | None:
+        place = self._store.place(self.side)
+        return None if place is None else Position(place.topic_id, place.next)
+
+    def _opened(self, opening: Opening) -> None:
+        """Clears the store and reads from the beginning, unless the store has what the topic had up to its position."""
+        begins = {partition: begin for partition, (begin, _) in opening.ends.items()}
+        place = self._store.place(self.side)
+        if (
+            place is None
+            or place.identity != self._identity
+            or not opening.resumed
+            or not place.next.keys() <= begins.keys()
+        ):
+            if place is not None:
+                logger.warning("the %ss' attributes are read again from the beginning of %s", self.side, self._topic)
+            place = TopicPosition(self._identity, opening.topic_id, begins)
+            self._store.begin_anew(self.side, place)
+            for partition, begin in begins.items():
+                self._log.reader.seek(partition, begin)
+        self.place = replace(place, next={**begins, **place.next})
+        self._ends = {partition: end for partition, (_, end) in opening.ends.items()}
+        self._note_end()
 
     def _take(self, batch: PartitionBatch) -> list[int]:
         source = Source(batch.topic_id, batch.partition)
@@ -180,7 +180,7 @@ class AttributeFollower:
 
 
 def follow(followers: Sequence[AttributeFollower], timeout_s: float) -> dict[str, list[int]]:
-    """Runs one step of each follower. One whose positions are gone reads from the beginning in the next call.
+    """Runs one step of each follower.
 
     Returns:
         The ids whose attributes changed, by side.
@@ -188,16 +188,7 @@ def follow(followers: Sequence[AttributeFollower], timeout_s: float) -> dict[str
     Raises:
         LogError: A topic cannot be read now; what was committed stays.
     """
-    changed: dict[str, list[int]] = {}
-    for one in followers:
-        if not one.connected:
-            one.connect()
-        try:
-            changed[one.side] = one.step(timeout_s)
-        except GapError as error:
-            logger.warning("%s", error)
-            one.disconnect()
-    return changed
+    return {one.side: one.step(timeout_s) for one in followers}
 
 
 def keep_following(
@@ -238,14 +229,3 @@ def keep_following(
             for one in followers:
                 one.disconnect()
             stop.wait(RETRY_S)
-
-
-def _is_gone(ours: Mapping[int, int], ends: Mapping[int, tuple[int, int]]) -> bool:
-    """Whether a position is outside the offsets that the log holds.
-
-    >>> _is_gone({0: 5}, {0: (5, 9), 1: (0, 3)}), _is_gone({0: 4}, {0: (5, 9)}), _is_gone({1: 0}, {0: (0, 0)})
-    (False, True, True)
-    """
-    return any(
-        not ends.get(partition, (1, 0))[0] <= at <= ends.get(partition, (1, 0))[1] for partition, at in ours.items()
-    )

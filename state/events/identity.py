@@ -143,3 +143,26 @@ def load_salt(path: Path, create: bool = True) -> Salt:
                 "made a new salt at %s: keep a copy, for without it stored users cannot be found again", path
             )
     return Salt(private_files.read_key(path, "the salt", "paths.salt_file"))
+
+
+PREFIX = "springtide-probe-"
+SLOTS = 512
+"""The number of probe users: each waits long before it is used again, and a store holds few of them."""
+
+
+def probe_user(number: int) -> str:
+    """The raw id of a probe user.
+
+    >>> probe_user(SLOTS + 3)
+    'springtide-probe-3'
+    """
+    return f"{PREFIX}{number % SLOTS}"
+
+
+def is_probe_user(user: object) -> bool:
+    """Whether a raw id belongs to a probe user.
+
+    >>> is_probe_user("springtide-probe-3"), is_probe_user("ann"), is_probe_user(7)
+    (True, False, False)
+    """
+    return type(user) is str and user.startswith(PREFIX)

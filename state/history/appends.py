@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from state.events.event_batch import EventBatch
+from state.events.parser import EventBatch
 from state.features.spec import EVENT, LABELLED, POSITIVE, Events
 from state.microbatch.batch import MicroBatch
 from state.positions import Range

@@ -31,9 +31,7 @@ from state.history import chunks
 from state.history.appends import Appends, events_of
 from state.history.chunks import prefix_of
 from state.history.counts import Counts, key_of, returned
-from state.microbatch.batch import MicroBatch
-from state.microbatch.cutting import trim
-from state.microbatch.row_kinds import Kind, counts, happened
+from state.microbatch.batch import Kind, MicroBatch, counts, happened, trim
 from state.positions import Range, Source, split_range
 
 Place = tuple[Source, int]

@@ -13,33 +13,30 @@ from __future__ import annotations
 
 import json
 import logging
-import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from state.errors import GapError, LogError, MicroBatchError
+from state.errors import GapError
 from state.features.mask import Mask
+from state.history.branch_records import branch_records
 from state.history.counts import Counts
 from state.history.rewind import Before, Rewind, Since
 from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, key_of, place_of
-from state.log import LogReader, PartitionBatch
-from state.microbatch.batch import MicroBatch
-from state.microbatch.codec import decode
+from state.log import Reader
 from state.positions import Source
 from state.process import killpoints
-from state.registry.log_line import WHOLE, LogLine, counts, from_json, parting, to_json
+from state.registry.log_line import WHOLE, LogLine, from_json, parting, to_json
 
 LINE = "log_line"  # name of the store's extra
 BLOCK, LARGEST_BLOCK = 128, 1024
 BLOCKS_FOR_ITEMS = 8
-POLL_S, STALLED_S, RECORDS = 0.2, 60.0, 64
 logger = logging.getLogger(__name__)
 
 Extras = Callable[[int, Before], Mapping[str, bytes | None]]
 """Returns more extras to commit, from the log offset of the branch point and the `Before` collected there."""
 
-OpenAt = Callable[[int], LogReader]
+OpenAt = Callable[[int], Reader]
 """Opens the training log at an offset of its partition."""
 
 
@@ -129,7 +126,7 @@ def go_back(
     with open_at(found.offset) as reader:
         # 2.
         until = reader.position(partition) + reader.lag()[partition] if end is None else end
-        for batch in records(reader, partition, found.offset, until, mine):
+        for _, batch in branch_records(reader, partition, found.offset, until, mine):
             since.take(batch)
         # 3.
         clocks = since.sources if timed else ()
@@ -154,51 +151,7 @@ def _give_back(
     return sum(stored[source]["next"] - marks.get(source, stored[source]["first"]) for source in counted)
 
 
-def read_to(reader: LogReader, partition: int, end: int, most: int, what: str) -> Iterator[list[PartitionBatch]]:
-    """Yields the records of each poll until the reader is at `end`.
-
-    Args:
-        reader: Of this partition.
-        partition: Its number.
-        end: An offset that the topic has reached.
-        most: The most records of a poll.
-        what: The name of the topic in a message.
-
-    Raises:
-        LogError: No record arrived for a minute, or the log cannot be read.
-    """
-    heard_s = time.monotonic()
-    while (at := reader.position(partition)) < end:
-        batches = reader.poll(POLL_S, most)
-        yield batches
-        heard_s = time.monotonic() if batches else heard_s
-        if time.monotonic() - heard_s > STALLED_S:
-            raise LogError(
-                f"{what} gave nothing for {STALLED_S:.0f} s at offset {at} of {end}: a transaction may still be open",
-                "try again",
-            )
-
-
-def records(reader: LogReader, partition: int, first: int, end: int, line: LogLine) -> Iterator[MicroBatch]:
-    """The records of a branch with offsets in [`first`, `end`); unreadable records are skipped and logged.
-
-    Raises:
-        LogError: As `read_to` does.
-    """
-    reader.seek(partition, first)
-    for batches in read_to(reader, partition, end, RECORDS, "the training log"):
-        for found in batches:
-            for offset, value in zip(found.offsets.tolist(), found.values, strict=True):
-                try:
-                    batch = decode(value or b"")
-                except MicroBatchError as error:
-                    logger.error("offset %d of the training log is left out: %s", offset, error)
-                    continue
-                if offset < end and counts(line, batch.header.log_epoch, offset):
-                    yield batch
-
-
-def look_back(reader: LogReader, partition: int, end: int, line: LogLine, before: Before, reach_ms: int) -> None:
+def look_back(reader: Reader, partition: int, end: int, line: LogLine, before: Before, reach_ms: int) -> None:
     """Passes the records before `end` to `before`, newest first, until it has everything or no older event matters.
 
     Only for categories of items and clocks of sources, it reads at most `BLOCKS_FOR_ITEMS` blocks: a flood may have
@@ -214,11 +167,15 @@ def look_back(reader: LogReader, partition: int, end: int, line: LogLine, before
         blocks += 1
         first = max(0, end - size)
         try:
-            time_ms = before.take_block(records(reader, partition, first, end, line))
+            time_ms = before.take_block(batch for _, batch in branch_records(reader, partition, first, end, line))
         except GapError as error:
             # Retention has deleted the log up to here.
             first, size = min((gap.next for gap in error.gaps), default=end), end
-            time_ms = before.take_block(records(reader, partition, first, end, line)) if first < end else None
+            time_ms = (
+                before.take_block(batch for _, batch in branch_records(reader, partition, first, end, line))
+                if first < end
+                else None
+            )
             first = 0
         newest_ms = newest_ms or time_ms
         if time_ms is not None and newest_ms is not None and time_ms <= newest_ms - reach_ms:

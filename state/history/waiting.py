@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from state.errors import CorruptStore
 from state.features.erased import Erased
-from state.microbatch.columns import KINDS, WRITTEN, Columns
+from state.microbatch.batch import DTYPES, WRITTEN, Columns
 from state.positions import Range, Source
 
 WIDTHS = "waiting"  # name of the store's extra
@@ -61,12 +61,12 @@ class RowFormat:
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:
-        if unknown := shapes.keys() - KINDS.keys():
+        if unknown := shapes.keys() - DTYPES.keys():
             raise CorruptStore(
                 f"rows wait with columns of a later release: {', '.join(sorted(unknown))}", "use that one"
             )
-        self.shapes = {name: tuple(shapes[name]) for name in KINDS if name in shapes}
-        self.dtype = np.dtype([(name, KINDS[name], shape) for name, shape in self.shapes.items()])
+        self.shapes = {name: tuple(shapes[name]) for name in DTYPES if name in shapes}
+        self.dtype = np.dtype([(name, DTYPES[name], shape) for name, shape in self.shapes.items()])
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, RowFormat) and self.shapes == other.shapes
@@ -77,7 +77,7 @@ class RowFormat:
     @classmethod
     def of(cls, columns: Columns) -> RowFormat:
         """The format for rows with these columns."""
-        return cls({name: columns[name].shape[1:] for name in KINDS if name in columns})
+        return cls({name: columns[name].shape[1:] for name in DTYPES if name in columns})
 
     def to_json(self) -> bytes:
         """Encodes the format as the store keeps it."""
@@ -121,7 +121,7 @@ class RowFormat:
         old = self.unpack(values)
         return to.pack(
             {
-                name: old[name] if self.shapes.get(name) == shape else np.zeros((len(values), *shape), KINDS[name])
+                name: old[name] if self.shapes.get(name) == shape else np.zeros((len(values), *shape), DTYPES[name])
                 for name, shape in to.shapes.items()
             }
         )

@@ -1,48 +1,73 @@
-"""Access to the log: topics, reads by position, acknowledged writes; in Kafka (`cluster`) or in memory (`memory`).
+"""Access to Kafka: topics, reads by position, acknowledged writes.
 
-    contract     the interfaces Log, LogTopics, LogReader, LogWriter; records
-    plan         how each topic is created: partitions, retention, largest record
-    topics       creates and describes topics; their ends, positions of groups
-    reader       partitions as columns, by position; chunks, batch_decoder, hook, plain, truncation, leader_epochs
-    writer       acknowledged records, transactions
-    bulk         whole record batches, for load generators; batch_encoder
-    gaps         losses that an operator accepts; gap_options, accepted_gaps
-    failures     one function per kind of error
+A log has topics, a topic has partitions, a partition has positions. A record has
+one position. A position may never have a record (a transaction marker, an
+aborted or compacted record). Records written in a transaction become visible
+when it commits. Writing moves a partition's end, retention its beginning.
 
-Only the files of this package import the Kafka client.
+    follow         follows a topic: start, recreated topic, lost range, lag, stop; reads a topic up to an end
+    reader         partitions as columns, by position; `batch_decoder` decodes whole record batches
+    writer         acknowledged records, transactions
+    topics         creates and describes topics; their ends, positions of groups; `topic_plan` how each is created
+    accepted_gaps  losses that an operator accepts
+    bulk           whole record batches, for load generators
+    client         connections, and one function per kind of error
+    records        the data of a partition
+
+Only the files of this package import the Kafka client. `tests/conformance/test_logs.py` tests what a log promises,
+against Kafka and a log in memory.
 """
 
 from __future__ import annotations
 
-from state.log.bulk import BulkWriter, append_encoded
+from collections.abc import Mapping, Sequence
+
+from state.config.sections import Kafka
 from state.log.client import client_options
-from state.log.cluster import KafkaLog
-from state.log.contract import Log, LogReader, LogTopics, LogWriter
-from state.log.memory import MemoryLog
-from state.log.partitioner import partition_of
-from state.log.reader import Reader
+from state.log.reader import KERNELS, Reader
 from state.log.records import PartitionBatch, TopicInfo
 from state.log.topics import Topics
-from state.log.writer import Writer
+from state.log.writer import Writer, partition_of
 
-KERNELS = "state.log.batch_decoder"
-"""The module with the kernels of a reader; imported late, since it loads the compiler."""
+
+class Log:
+    """The cluster that the settings name; each reader, writer and topics object has its own connections.
+
+    Args:
+        settings: The section `[kafka]`.
+    """
+
+    def __init__(self, settings: Kafka) -> None:
+        self._settings = settings
+
+    def topics(self) -> Topics:
+        """Connects for topic administration, see `Topics`."""
+        return Topics(self._settings)
+
+    def reader(
+        self,
+        topic: str,
+        partitions: Sequence[int] | None = None,
+        positions: Mapping[int, int] | None = None,
+        committed_only: bool = True,
+        leaders: Mapping[int, int] | None = None,
+    ) -> Reader:
+        """Reads partitions of a topic, see `Reader`."""
+        return Reader(self._settings, topic, partitions, positions, committed_only, leaders)
+
+    def writer(self, transactional_id: str | None = None) -> Writer:
+        """Sends records, see `Writer`."""
+        return Writer(self._settings, transactional_id)
+
 
 __all__ = [
     "KERNELS",
-    "BulkWriter",
-    "KafkaLog",
     "Log",
-    "LogReader",
-    "LogTopics",
-    "LogWriter",
-    "MemoryLog",
     "PartitionBatch",
     "Reader",
     "TopicInfo",
     "Topics",
     "Writer",
-    "append_encoded",
     "client_options",
     "partition_of",
 ]

@@ -1,16 +1,158 @@
-"""The gaps and bad records that an operator accepted: which loss, by whom, when and why."""
+"""The losses in a log that an operator accepts: options, consent, and the journal of what was accepted.
+
+A gap is a range of positions that can never be read: deleted by retention
+before we read it, or covered by no record of the training log. A process that
+meets a gap stops and reports it. Restarted with `--accept-gap P:A-B --reason
+TEXT` it skips the gap, and records who accepted what, when and why.
+`--skip-record OFFSET --reason TEXT` likewise skips a record of the training log
+that is no micro-batch of this system's stream.
+"""
 
 from __future__ import annotations
 
+import argparse
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from state.disk import files as durable
-from state.log.gaps import Consent
+from state.errors import GapError, SettingsError, TruncatedLog
 from state.positions import Gap, Source
+
+_RECORDS = re.compile(r"(\d+)(?:-(\d+))?")
+_FORM = re.compile(r"(?:([0-9a-f]{8,32}):)?(\d+):(\d+)-(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Allowance:
+    """A loss that an operator accepts in advance: any missing part of `[first, next)`.
+
+    Attributes:
+        partition: The partition.
+        first: The first position.
+        next: The position after the last.
+        topic: Prefix of the topic's id; empty for the topic that the process reads.
+    """
+
+    partition: int
+    first: int
+    next: int
+    topic: str = ""
+
+    def covers(self, gap: Gap, read_topic: str) -> bool:
+        """Whether `gap` may be skipped.
+
+        >>> from state.positions import Source
+        >>> gap = Gap(Source("ab" * 16, 3), 10, 20)
+        >>> parse_allowance("3:10-19").covers(gap, "ab" * 16), parse_allowance("3:10-18").covers(gap, "ab" * 16)
+        (True, False)
+        >>> parse_allowance("abababab:3:0-99").covers(gap, "cd" * 16), parse_allowance("3:0-99").covers(gap, "cd" * 16)
+        (True, False)
+
+        Args:
+            gap: The missing range.
+            read_topic: Id of the topic that the process reads.
+        """
+        source = gap.source
+        return (
+            source.topic_id.startswith(self.topic or read_topic)
+            and source.partition == self.partition
+            and self.first <= gap.first
+            and gap.next <= self.next
+        )
+
+
+def parse_allowance(text: str) -> Allowance:
+    """Parses `P:A-B` or `TOPIC_ID:P:A-B`, both ends included.
+
+    Raises:
+        SettingsError: The text has another form.
+    """
+    match = _FORM.fullmatch(text.strip())
+    if not match or int(match[3]) > int(match[4]):
+        raise SettingsError(
+            f"--accept-gap {text}: write PARTITION:A-B with the first and the last missing position, as the error says"
+        )
+    return Allowance(int(match[2]), int(match[3]), int(match[4]) + 1, match[1] or "")
+
+
+def parse_records(text: str) -> range:
+    """Parses `OFFSET`, or `A-B` with both ends included, as a range of offsets.
+
+    >>> parse_records("7"), parse_records("7-9")
+    (range(7, 8), range(7, 10))
+
+    Raises:
+        SettingsError: The text has another form.
+    """
+    match = _RECORDS.fullmatch(text.strip())
+    if not match or int(match[1]) > int(match[2] or match[1]):
+        raise SettingsError(
+            f"--skip-record {text}: write the record's OFFSET in the training log, as the error says, or A-B"
+        )
+    return range(int(match[1]), int(match[2] or match[1]) + 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Consent:
+    """The losses that an operator accepts when starting a process.
+
+    Attributes:
+        allowances: The gaps.
+        actor: Who accepts them.
+        reason: Why, in the actor's words.
+        records: Offsets of training log records that may be skipped if they cannot be learned from.
+        cut_back: Whether any truncation of the clicks is accepted.
+    """
+
+    allowances: tuple[Allowance, ...] = ()
+    actor: str = ""
+    reason: str = ""
+    records: tuple[range, ...] = ()
+    cut_back: bool = False
+
+    def covers(self, gap: Gap, read_topic: str) -> bool:
+        """Whether `gap` may be skipped."""
+        return any(one.covers(gap, read_topic) for one in self.allowances)
+
+    def leaves_out(self, offset: int) -> bool:
+        """Whether the record at `offset` of the training log may be skipped.
+
+        >>> Consent(records=(parse_records("7-9"),)).leaves_out(9)
+        True
+        """
+        return any(offset in one for one in self.records)
+
+
+def in_words(lost: TruncatedLog) -> str:
+    """Describes what a truncated log lost, short enough for a reason.
+
+    >>> from state.positions import Source
+    >>> in_words(TruncatedLog("", "", [Gap(Source("ab" * 16, 0), 60, 90)]))
+    'was cut back to offset 60, and we were at 90'
+    """
+    return f"was cut back to offset {lost.kept}, and we were at {lost.gaps[0].next}"
+
+
+def how_to_go_on(error: GapError, command: str) -> GapError:
+    """Adds to the error the command that accepts the loss.
+
+    >>> from state.positions import Source
+    >>> gap = Gap(Source("ab" * 16, 3), 10, 20)
+    >>> print(how_to_go_on(GapError("10 positions are gone", "restore them", [gap]), "springtide stream (or up)"))
+    10 positions are gone; restore them; to go on without them: springtide stream (or up) --accept-gap abababab:3:10-19 --reason TEXT
+
+    Args:
+        error: The error that stopped the process.
+        command: The command that starts the process, to which the options are added.
+    """
+    if not error.gaps:
+        return error
+    flags = " ".join(f"--accept-gap {gap.place}" for gap in error.gaps)
+    return GapError(error.what, f"{error.do}; to go on without them: {command} {flags} --reason TEXT", error.gaps)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,3 +285,75 @@ def accept(
     """The record of `gap` accepted by `consent`; see `Accepted`."""
     known = {str(source): mark for source, mark in (marks or {}).items()}
     return Accepted(gap, consent.actor, consent.reason, now_ms, known, record)
+
+
+def add_options(parser: argparse.ArgumentParser, records: bool = False) -> None:
+    """Adds `--accept-gap`, `--accept-cut-back` and `--reason` to a parser; with `records` also `--skip-record`."""
+    parser.add_argument(
+        "--accept-gap",
+        action="append",
+        default=[],
+        metavar="[TOPIC_ID:]P:A-B",
+        help="continue although positions A to B of partition P were deleted before they were read; repeatable",
+    )
+    parser.add_argument(
+        "--accept-cut-back",
+        action="store_true",
+        help="continue although the clicks topic was truncated below our position, without clicks at reused offsets",
+    )
+    if records:
+        parser.add_argument(
+            "--skip-record",
+            action="append",
+            default=[],
+            metavar="OFFSET",
+            help="skip this record of the training log, or the records A-B, if it cannot be learned from; repeatable",
+        )
+    parser.add_argument(
+        "--reason", default="", metavar="TEXT", help="reason for accepting the loss; recorded with your name"
+    )
+
+
+def as_options(asked: argparse.Namespace, records: bool = True) -> list[str]:
+    """Converts the options back to words, for a process that a command starts; `--skip-record` only with `records`.
+
+    >>> parser = argparse.ArgumentParser()
+    >>> add_options(parser, records=True)
+    >>> asked = parser.parse_args(["--accept-gap", "0:5-9", "--skip-record", "7", "--reason", "old"])
+    >>> as_options(asked)
+    ['--accept-gap', '0:5-9', '--skip-record', '7', '--reason', 'old']
+    >>> as_options(asked, records=False)
+    ['--accept-gap', '0:5-9', '--reason', 'old']
+    """
+    words = [word for place in asked.accept_gap for word in ("--accept-gap", place)]
+    words += ["--accept-cut-back"] if asked.accept_cut_back else []
+    if records:
+        words += [word for place in getattr(asked, "skip_record", ()) for word in ("--skip-record", place)]
+    return [*words, "--reason", asked.reason] if words and asked.reason else words
+
+
+def take_options(argv: Sequence[str], actor: str, records: bool = False) -> tuple[Consent, list[str]]:
+    """Extracts the options of `add_options` from a command line; returns them and the remaining words.
+
+    >>> consent, rest = take_options(["--accept-gap", "0:5-9", "--reason", "old", "--kafka.port", "9"], "ann")
+    >>> consent.allowances[0].first, consent.reason, rest
+    (5, 'old', ['--kafka.port', '9'])
+
+    Raises:
+        SettingsError: A loss has the wrong form, or there is no reason.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    add_options(parser, records)
+    try:
+        asked, rest = parser.parse_known_args(list(argv))
+    except argparse.ArgumentError as error:
+        raise SettingsError(
+            str(error), "write --accept-gap P:A-B or --skip-record OFFSET, and --reason TEXT"
+        ) from error
+    skipped = asked.skip_record if records else []
+    named = {"--accept-gap": asked.accept_gap, "--accept-cut-back": asked.accept_cut_back, "--skip-record": skipped}
+    if any(named.values()) and not asked.reason.strip():
+        option = next(name for name, value in named.items() if value)
+        raise SettingsError(f"{option} needs --reason TEXT: a loss is accepted by somebody, for a reason")
+    allowances = tuple(parse_allowance(text) for text in asked.accept_gap)
+    return Consent(allowances, actor, asked.reason, tuple(map(parse_records, skipped)), asked.accept_cut_back), rest

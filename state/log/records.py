@@ -1,12 +1,20 @@
-"""The data that a log returns: records of a partition as columns, and descriptions of topics.
+"""The data that a log returns: records of a partition as columns, descriptions of topics, and known leader epochs.
 
-Part of `state.log`.
+Part of `state.log`. No side effects.
+
+A partition's leader has an epoch, which increases with each election. Every
+record carries the epoch of the leader that wrote it. A log is truncated if the
+elected leader lacks records, or if a broker lost what was not on disk. If it
+grows again, offsets are used twice. Then the epoch of the record before our
+position ends before that position. The known epochs of a partition are a tuple
+of (first offset, epoch), ascending (`Known`).
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -102,7 +110,7 @@ class Copies:
     >>> Copies(3, 2, 3).weakness(), Copies(1, 1, 1).weakness()
     ('', '')
     >>> Copies(3, 3, 3).weakness()
-    'all 3 replicas must have a record: with one broker away nothing can be written; set min.insync.replicas to 2'
+    'all 3 replicas must have a record: while one broker is unreachable nothing can be written; set min.insync.replicas to 2'
     """
 
     replicas: int
@@ -115,17 +123,129 @@ class Copies:
             return ""
         if self.replicas < 2:
             return (
-                "there is one copy of each record: with its broker away nothing can be read or written, and a lost "
-                "disk loses it; make the topic anew with kafka.replication 3, or reassign its partitions"
+                "there is one copy of each record: while its broker is unreachable nothing can be read or "
+                "written, and a lost disk loses it; recreate the topic with kafka.replication 3, or reassign its partitions"
             )
         if self.min_insync >= self.replicas:
             return (
-                f"all {self.replicas} replicas must have a record: with one broker away nothing can be written; "
+                f"all {self.replicas} replicas must have a record: while one broker is unreachable nothing can be written; "
                 f"set min.insync.replicas to {self.replicas - 1}"
             )
         if self.min_insync < 2:
             return (
-                "one copy is enough to acknowledge a record: a broker that is lost just then takes it along; "
+                "one copy is enough to acknowledge a record: if that broker is lost at that moment, so is the record; "
                 "set min.insync.replicas to 2"
             )
         return ""
+
+
+_NOTHING: I64 = np.empty(0, np.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """One record batch as a reader sees it: the positions [first, next) and the records there.
+
+    Attributes:
+        first: First position; `next` is the position after the last.
+        offsets: `[n]` int64 of the records; positions without a record are absent
+            (markers, aborted or compacted records).
+        timestamps_ms: `[n]` int64, Kafka's timestamps.
+        keys: n keys; `values`: n values.
+        corrupt: Why the batch cannot be read; empty if it can.
+        leader_epoch: Epoch of the leader that wrote it.
+    """
+
+    first: int
+    next: int
+    offsets: I64 = field(default_factory=lambda: _NOTHING)
+    timestamps_ms: I64 = field(default_factory=lambda: _NOTHING)
+    keys: Sequence[bytes | None] = ()
+    values: Sequence[bytes | None] = ()
+    corrupt: str = ""
+    leader_epoch: int = -1
+
+
+def split(chunk: Chunk, records: int) -> tuple[Chunk, Chunk]:
+    """Splits a chunk into its first `records` records and the rest.
+
+    >>> whole = Chunk(5, 9, np.array([6, 8]), np.array([0, 0]), [b"a", b"b"], [b"", b""])
+    >>> [(part.first, part.next, part.keys) for part in split(whole, 1)]
+    [(5, 8, [b'a']), (8, 9, [b'b'])]
+    """
+    at = int(chunk.offsets[records])
+
+    def part(first: int, after: int, rows: slice) -> Chunk:
+        columns = (chunk.offsets[rows], chunk.timestamps_ms[rows], chunk.keys[rows], chunk.values[rows])
+        return Chunk(first, after, *columns, leader_epoch=chunk.leader_epoch)
+
+    return part(chunk.first, at, slice(None, records)), part(at, chunk.next, slice(records, None))
+
+
+def take(chunks: deque[Chunk], max_records: int) -> list[Chunk]:
+    """Takes chunks of at most `max_records` records from the left; the last one may be split.
+
+    >>> waiting = deque([Chunk(5, 9, np.array([6, 8]), np.array([0, 0]), [b"a", b"b"], [b"", b""])])
+    >>> [part.next for part in take(waiting, 1)], [part.first for part in waiting]
+    ([8], [8])
+    """
+    taken: list[Chunk] = []
+    while chunks and max_records > 0:
+        chunk = chunks.popleft()
+        if len(chunk.values) > max_records:
+            chunk, rest = split(chunk, max_records)
+            chunks.appendleft(rest)
+        max_records -= len(chunk.values)
+        taken.append(chunk)
+    return taken
+
+
+def as_batch(topic_id: str, partition: int, first: int, chunks: Sequence[Chunk]) -> PartitionBatch:
+    """Joins contiguous chunks into one batch.
+
+    Args:
+        topic_id: 32 hexadecimal digits.
+        partition: Number of the partition.
+        first: The position at which reading resumed.
+        chunks: At least one.
+    """
+    return PartitionBatch(
+        topic_id=topic_id,
+        partition=partition,
+        first=first,
+        next=chunks[-1].next,
+        offsets=np.concatenate([chunk.offsets for chunk in chunks]),
+        timestamps_ms=np.concatenate([chunk.timestamps_ms for chunk in chunks]),
+        keys=[key for chunk in chunks for key in chunk.keys],
+        values=[value for chunk in chunks for value in chunk.values],
+        corrupt=tuple((chunk.first, chunk.next, chunk.corrupt) for chunk in chunks if chunk.corrupt),
+    )
+
+
+Known = tuple[tuple[int, int], ...]
+
+UNKNOWN = -1
+MOST = 64
+
+
+def epoch_before(known: Known, offset: int) -> int:
+    """The epoch of the newest record before `offset`; -1 if it is unknown.
+
+    >>> known = ((0, 3), (40, 5))
+    >>> epoch_before(known, 40), epoch_before(known, 41), epoch_before(known, 0)
+    (3, 5, -1)
+    """
+    return next((epoch for first, epoch in reversed(known) if first < offset), UNKNOWN)
+
+
+def noted(known: Known, first: int, epoch: int) -> Known:
+    """Adds to `known` that the record at `first` has `epoch`; if that is news, later entries are dropped.
+
+    >>> noted(((0, 3),), 40, 5), noted(((0, 3), (40, 5)), 41, 5)
+    (((0, 3), (40, 5)), ((0, 3), (40, 5)))
+    >>> noted(((0, 3), (40, 5)), 30, 6)
+    ((0, 3), (30, 6))
+    """
+    if epoch < 0 or epoch_before(known, first + 1) == epoch:
+        return known
+    return (*(one for one in known if one[0] < first), (first, epoch))[-MOST:]

@@ -20,9 +20,7 @@ from kafka.structs import OffsetAndMetadata, TopicPartition
 
 from state.config.sections import Kafka
 from state.errors import LogError, UnknownTopic
-from state.log.client import connect, translated
-from state.log.contract import LogTopics
-from state.log.failures import unreachable
+from state.log.client import connect, translated, unreachable
 from state.log.records import Copies, TopicInfo
 
 RETRY_S = 0.05
@@ -30,7 +28,7 @@ RETRY_S = 0.05
 Answer = TypeVar("Answer")
 
 
-class Topics(LogTopics):
+class Topics:
     """Administers topics. Any thread may call; calls wait for each other.
 
     Raises:

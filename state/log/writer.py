@@ -12,11 +12,11 @@ from typing import Any
 
 import kafka.errors as kafka_errors
 from kafka import KafkaProducer
+from kafka.partitioner.default import murmur2
 
 from state.config.sections import Kafka
 from state.errors import LogError, UnreachableBroker
 from state.log.client import connect, translated
-from state.log.contract import LogWriter
 from state.log.records import Headers
 from state.log.topics import Topics
 
@@ -31,7 +31,7 @@ RETRY_BACKOFF_MS = 2
 PATIENCE = 3
 
 
-class Writer(LogWriter):
+class Writer:
     """Sends records that all replicas acknowledge (acks=all), without duplicates (idempotent).
 
     For one thread.
@@ -190,3 +190,12 @@ class Writer(LogWriter):
             # Fenced, or the broker is unreachable: the coordinator ends the
             # transaction by itself. The first error is the one to report.
             return
+
+
+def partition_of(key: bytes, partitions: int) -> int:
+    """The partition that Kafka's clients choose for a key.
+
+    >>> partition_of(b"shopper-1", 4) in range(4)
+    True
+    """
+    return int((murmur2(key) & 0x7FFFFFFF) % partitions)

@@ -1,32 +1,186 @@
-"""The micro-batch: the rows of one training step, and a header with their origin.
+"""The micro-batch: the rows of one training step, and a header with their origin. No side effects.
 
 One micro-batch is one record of the micro-batch log and one training step.
-`state/microbatch/codec.py` encodes it, `state/microbatch/cutting.py` splits one that is too large.
+`state/microbatch/codec.py` encodes it, and splits one that is too large.
 
-Besides rows for events at their own offset there are rows only for histories
-and rows only for the trainer (`state/microbatch/row_kinds.py`). A row only for
-the trainer has the offset at which its label became known, that of the event
-that made it known. So several rows can share one offset, and a micro-batch
-never ends between them.
+Each row has a `Kind`. An event whose label is known, or that never gets one, is
+one row: it goes into the histories and into the weights. An impression whose
+label comes later is two rows: one at its own offset, for the histories, and one
+where its label became known, for the weights. An outcome, such as a click on an
+impression, goes only into the histories, since its impression's row carries it
+as the label. So several rows can share one offset, and a micro-batch never ends
+between them.
+
+Log time (`log_times`) is when each row happened, as far as it affects other
+users. A row's own time is what its producer's clock said; it affects only the
+row's own user. Expiry, sightings, sweeps and serving's event clock use log time:
+the row's own time if the header confirms it, else the time that its partition
+had reached.
 """
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from state.microbatch.columns import ATTRIBUTES, NAMES, SEQUENCES, SINCE_2, absent_column
-from state.positions import Range
+from state.features.erased import Erased
+from state.features.mask import Mask
+from state.positions import Range, Source, share_of, split_range
 
-_UNSAID: NDArray[Any] = np.empty(0, np.uint8)
+# Order and types define the format: a change needs a new FORMAT and a golden file.
+SCALARS: dict[str, np.dtype[Any]] = {
+    "user": np.dtype("<u8"),
+    "item": np.dtype("<u8"),
+    "category": np.dtype("<u8"),
+    "action": np.dtype("u1"),
+    "at_ms": np.dtype("<i8"),
+    "label": np.dtype("<f4"),
+    "weight": np.dtype("<f4"),
+    "source": np.dtype("<u2"),
+    "offset": np.dtype("<i8"),
+    "kind": np.dtype("u1"),
+    "waited": np.dtype("<i8"),
+    "delay_ms": np.dtype("<i8"),
+    "request": np.dtype("<u8"),
+}
+SINCE_2 = ("kind", "waited", "delay_ms", "request")  # all 0 in a row whose label did not wait
+LISTS: dict[str, np.dtype[Any]] = {
+    "context": np.dtype("<u8"),
+    "features": np.dtype("<u2"),
+    "recent_categories": np.dtype("<u8"),
+    "category_windows": np.dtype("<u2"),
+    "user_attributes": np.dtype("<u8"),
+    "item_attributes": np.dtype("<u8"),
+}
+SEQUENCES: dict[str, np.dtype[Any]] = {
+    "sequence_items": np.dtype("<u8"),
+    "sequence_categories": np.dtype("<u8"),
+    "sequence_actions": np.dtype("<u2"),
+    "sequence_ages": np.dtype("<u2"),
+}  # present only if the feature spec asks for them; see `state/features/kernel.py`
+NAMES = (*SCALARS, *LISTS)
+DTYPES = {**SCALARS, **LISTS, **SEQUENCES}
+WRITTEN = {
+    "recent_categories": "labels",
+    "category_windows": "label_windows",
+}  # names in the encoded formats, where they differ
+ATTRIBUTES = ("user_attributes", "item_attributes")  # missing in a micro-batch of format 1
+
+Columns = Mapping[str, NDArray[Any]]
 
 
-def _unsaid() -> NDArray[Any]:
-    return _UNSAID
+def absent_column(name: str, rows: int) -> NDArray[Any]:
+    """The content of a column that is missing: zeros, or `[rows, 0]` for attributes and sequences."""
+    return np.zeros(rows, DTYPES[name]) if name in SCALARS else np.empty((rows, 0), DTYPES[name])
+
+
+class Kind(enum.IntEnum):
+    """The kinds, with the values that micro-batches store."""
+
+    ROW = 0  # an event at its own offset, which is learned from
+    OPENED = 1  # an impression that waits for its label; a later row is learned from
+    DROPPED = 2  # an impression that cannot wait: it came too late, or too many wait
+    FEEDBACK = 3  # an outcome
+    JOINED = 4  # an earlier impression, labelled by the outcome at this offset
+    EXPIRED = 5  # an earlier impression whose wait ended at this offset: negative
+
+
+KIND_COUNT = len(Kind)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Known:
+    """Earlier impressions whose label became known in a batch of events.
+
+    Attributes:
+        by: `[m]` int64 index into the batch: the last event of the source that is not after the row's offset; -1 if
+            there is none.
+        source: `[m]` uint16 source of the row's offset, an index into the batch's ranges.
+        offset: `[m]` int64 offset at which the label became known.
+        opened: `[m]` int64, offset of the impression in the same source.
+        kind: `[m]` uint8, JOINED or EXPIRED.
+        label: `[m]` float32.
+        weight: `[m]` float32 weight of the outcome's action; NaN keeps the impression's weight.
+        at_ms: `[m]` int64 event time at which the label became known.
+        columns: The rows' columns as in a micro-batch; None until they are loaded.
+    """
+
+    by: NDArray[np.int64]
+    source: NDArray[np.uint16]
+    offset: NDArray[np.int64]
+    opened: NDArray[np.int64]
+    kind: NDArray[np.uint8]
+    label: NDArray[np.float32]
+    weight: NDArray[np.float32]
+    at_ms: NDArray[np.int64]
+    columns: Mapping[str, NDArray[Any]] | None = None
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        return len(self.by)
+
+    def __bool__(self) -> bool:
+        """Always true, even without rows."""
+        return True
+
+
+def happened(kind: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which rows are events at their own offset, for histories.
+
+    >>> happened(np.array([Kind.ROW, Kind.FEEDBACK, Kind.JOINED], np.uint8)).tolist()
+    [True, True, False]
+    """
+    found: NDArray[np.bool_] = kind < Kind.JOINED
+    return found
+
+
+def trained(kind: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Which rows are learned from.
+
+    >>> trained(np.array([Kind.ROW, Kind.OPENED, Kind.EXPIRED], np.uint8)).tolist()
+    [True, False, True]
+    """
+    found: NDArray[np.bool_] = (kind == Kind.ROW) | (kind >= Kind.JOINED)
+    return found
+
+
+def counts(kind: NDArray[np.uint8]) -> dict[str, int]:
+    """Counts rows by the outcomes of a `Range`; a dropped impression counts as opened too.
+
+    >>> counts(np.array([Kind.ROW, Kind.OPENED, Kind.DROPPED, Kind.EXPIRED], np.uint8))
+    {'rows': 1, 'opened': 2, 'feedback': 0, 'joined': 0, 'expired': 1, 'dropped': 1}
+    """
+    return _named(np.bincount(kind, minlength=KIND_COUNT))
+
+
+def counts_by_range(kind: NDArray[np.uint8], source: NDArray[np.uint16], ranges: int) -> list[dict[str, int]]:
+    """Like `counts`, for each range of a batch; `source` is an index of its `ranges` ranges."""
+    found = np.bincount(source.astype(np.int64) * KIND_COUNT + kind, minlength=KIND_COUNT * ranges)
+    return [_named(one) for one in found.reshape(-1, KIND_COUNT)[:ranges]]
+
+
+def _named(found: NDArray[np.int64]) -> dict[str, int]:
+    rows, opened, dropped, feedback, joined, expired = found.tolist()
+    return {
+        "rows": rows,
+        "opened": opened + dropped,
+        "feedback": feedback,
+        "joined": joined,
+        "expired": expired,
+        "dropped": dropped,
+    }
+
+
+_ABSENT: NDArray[Any] = np.empty(0, np.uint8)
+
+
+def _absent() -> NDArray[Any]:
+    return _ABSENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +197,7 @@ class Header:
         attributes: Names of the attributes of users and of items, in the order of their columns.
         log_epoch: The epoch of the log in which it was written, see `state/registry/log_line.py`.
         clocks: For each range the time before its first and after its last event, ms, by the clocks of many users;
-            see `state/microbatch/log_time.py`. Empty if the stream did not write it.
+            see `log_times`. Empty if the stream did not write it.
     """
 
     spec: str
@@ -102,21 +256,21 @@ class MicroBatch:
     features: NDArray[np.uint16]
     recent_categories: NDArray[np.uint64]
     category_windows: NDArray[np.uint16]
-    kind: NDArray[np.uint8] = field(default_factory=_unsaid)
-    waited: NDArray[np.int64] = field(default_factory=_unsaid)
-    delay_ms: NDArray[np.int64] = field(default_factory=_unsaid)
-    request: NDArray[np.uint64] = field(default_factory=_unsaid)
-    user_attributes: NDArray[np.uint64] = field(default_factory=_unsaid)
-    item_attributes: NDArray[np.uint64] = field(default_factory=_unsaid)
-    sequence_items: NDArray[np.uint64] = field(default_factory=_unsaid)
-    sequence_categories: NDArray[np.uint64] = field(default_factory=_unsaid)
-    sequence_actions: NDArray[np.uint16] = field(default_factory=_unsaid)
-    sequence_ages: NDArray[np.uint16] = field(default_factory=_unsaid)
+    kind: NDArray[np.uint8] = field(default_factory=_absent)
+    waited: NDArray[np.int64] = field(default_factory=_absent)
+    delay_ms: NDArray[np.int64] = field(default_factory=_absent)
+    request: NDArray[np.uint64] = field(default_factory=_absent)
+    user_attributes: NDArray[np.uint64] = field(default_factory=_absent)
+    item_attributes: NDArray[np.uint64] = field(default_factory=_absent)
+    sequence_items: NDArray[np.uint64] = field(default_factory=_absent)
+    sequence_categories: NDArray[np.uint64] = field(default_factory=_absent)
+    sequence_actions: NDArray[np.uint16] = field(default_factory=_absent)
+    sequence_ages: NDArray[np.uint16] = field(default_factory=_absent)
 
     def __post_init__(self) -> None:
         """Fills missing columns: rows that did not wait, without attributes and sequences."""
         for name in (*SINCE_2, *ATTRIBUTES, *SEQUENCES):
-            if getattr(self, name) is _UNSAID:
+            if getattr(self, name) is _ABSENT:
                 object.__setattr__(self, name, absent_column(name, len(self.user)))
 
     def __len__(self) -> int:
@@ -143,3 +297,119 @@ class MicroBatch:
         if keep.all():
             return self
         return MicroBatch(self.header, **{name: column[keep] for name, column in self.columns.items()})
+
+
+def trim(batch: MicroBatch, marks: Mapping[Source, int]) -> tuple[NDArray[np.bool_], dict[Source, int]]:
+    """Finds the rows that are new to a reader that has everything below `marks`, and its marks afterwards.
+
+    After a crash the stream writes rows again; their source positions identify
+    them. A source that `marks` does not name is new. So all its rows are new,
+    except those that came earlier in other buckets, if a partition was divided
+    into another number of buckets.
+
+    Returns:
+        `[n]` bool, and the next offset of each source.
+    """
+    ranges = batch.header.ranges
+    floors = np.array([marks.get(part.source, 0) for part in ranges] or [0], np.int64)
+    after = dict(marks)
+    for part in ranges:
+        after[part.source] = max(part.next, marks.get(part.source, 0))
+    fresh: NDArray[np.bool_] = batch.offset >= floors[batch.source]
+    if len({source.buckets for source in marks} | {part.source.buckets for part in ranges}) > 1:
+        fresh &= ~_known_otherwise(batch, marks)
+    return fresh, after
+
+
+def _known_otherwise(batch: MicroBatch, marks: Mapping[Source, int]) -> NDArray[np.bool_]:
+    """Which rows are below the mark of a source that contains their users with another number of buckets."""
+    share, known = share_of(batch.user), np.zeros(len(batch), np.bool_)
+    for number, part in enumerate(batch.header.ranges):
+        mine = batch.source == number
+        for other, mark in marks.items():
+            same = other[:2] == part.source[:2] and other.buckets != part.source.buckets
+            if same and mark > part.first:
+                known |= mine & (share % other.buckets == other.bucket) & (batch.offset < mark)
+    return known
+
+
+def gaps(header: Header, marks: Mapping[Source, int]) -> list[tuple[Source, int, int]]:
+    """The positions that no micro-batch covered, as (source, the reader's mark, start of the range)."""
+    return [
+        (part.source, marks[part.source], part.first)
+        for part in header.ranges
+        if part.source in marks and part.first > marks[part.source]
+    ]
+
+
+def new_ranges(batch: MicroBatch, marks: Mapping[Source, int]) -> tuple[list[Range], int]:
+    """The ranges of a batch that follow `marks`, and how many positions no micro-batch covered.
+
+    A gap becomes a range of absent positions; what is below the mark is left out.
+    """
+    found: list[Range] = []
+    missing = 0
+    for source, mark, first in gaps(batch.header, marks):
+        found.append(Range(source, mark, first, absent=first - mark))
+        missing += first - mark
+    for index, part in enumerate(batch.header.ranges):
+        mark = marks.get(part.source, part.first)
+        if part.next <= mark:
+            continue
+        if part.first < mark:
+            below = counts(batch.kind[(batch.source == index) & (batch.offset < mark)])
+            part = split_range(part, mark, below.pop("rows"), below)[1]
+        found.append(part)
+    return found, missing
+
+
+def masked(batch: MicroBatch, mask: Mask) -> NDArray[np.bool_]:
+    """Which rows (`[n]` bool) the mask leaves out: those of a masked event, and those labelled by one."""
+    ranges = batch.header.ranges
+    out = mask.rows(batch.user, batch.at_ms, batch.source, batch.opened, ranges)
+    # An event that only ended a wait does not affect the row.
+    if len(joined := np.flatnonzero(batch.kind == Kind.JOINED)):
+        known_ms = (batch.at_ms + batch.delay_ms)[joined]
+        out[joined] |= mask.rows(batch.user[joined], known_ms, batch.source[joined], batch.offset[joined], ranges)
+    return out
+
+
+def erased_rows(batch: MicroBatch, erased: Erased) -> NDArray[np.bool_]:
+    """Which rows (`[n]` bool) belong to erased users, by the offset of the row's own event."""
+    return erased.rows(batch.user, batch.source, batch.opened, batch.header.ranges)
+
+
+TOLERANCE_MS = 1_200_000
+"""20 minutes: more than good clocks differ, less than the error of any wrong time zone."""
+
+
+def log_times(batch: MicroBatch) -> NDArray[np.int64]:
+    """The log time of each row, `[n]` int64 ms; the rows' own times if the header has no clocks.
+
+    A row whose label came later is checked by the time at which the label became
+    known. A waiting impression counts by the time at which its wait began. An
+    expired one may be arbitrarily late, since its wait may have ended long before.
+    """
+    clocks = batch.header.clocks
+    if not clocks or not len(batch):
+        return batch.at_ms
+    told = batch.at_ms + batch.delay_ms
+    begins, ends = (np.array(times, np.int64)[batch.source] for times in zip(*clocks, strict=True))
+    believed, punctual = told <= ends, batch.kind == Kind.EXPIRED
+    if (believed & (punctual | (told >= ends - TOLERANCE_MS)) & (batch.delay_ms >= 0)).all():
+        return batch.at_ms
+    after_ms = np.maximum(batch.delay_ms, 0)
+    found = told - after_ms
+    for number in range(len(clocks)):
+        mine = np.flatnonzero(batch.source == number)
+        if len(mine):
+            reached = np.maximum.accumulate(np.where(believed, np.maximum(told, begins), begins)[mine])
+            off = ~believed[mine] | (~punctual[mine] & (told[mine] < reached - TOLERANCE_MS))
+            found[mine[off]] = reached[off] - after_ms[mine[off]]
+    return found
+
+
+def in_log_time(batch: MicroBatch) -> MicroBatch:
+    """The batch with `at_ms` replaced by each row's log time."""
+    found = log_times(batch)
+    return batch if found is batch.at_ms else replace(batch, at_ms=found)

@@ -9,8 +9,10 @@ if its rows contain sequences, else format 2.
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from state.errors import MicroBatchError
-from state.microbatch import row_kinds
-from state.microbatch.batch import Header, MicroBatch
-from state.microbatch.columns import (
+from state.microbatch.batch import (
     ATTRIBUTES,
-    KINDS,
+    DTYPES,
+    KIND_COUNT,
     LISTS,
     NAMES,
     SCALARS,
@@ -30,9 +31,13 @@ from state.microbatch.columns import (
     SINCE_2,
     WRITTEN,
     Columns,
+    Header,
+    MicroBatch,
     absent_column,
+    counts,
+    counts_by_range,
 )
-from state.positions import from_json, to_json
+from state.positions import Range, from_json, split_range, to_json
 
 FORMAT, WITH_SEQUENCES = 2, 3
 METADATA = b"springtide"
@@ -178,7 +183,7 @@ def _check(header: Header, columns: Columns) -> None:
         raise MicroBatchError(f"a micro-batch without the columns {', '.join(missing)}")
     rows = len(columns["user"])
     for name in (*NAMES, *_sequences(columns)):
-        column, kind = columns[name], KINDS[name]
+        column, kind = columns[name], DTYPES[name]
         depth = 1 if name in SCALARS else 3 if name == "category_windows" else 2
         if column.dtype != kind or len(column) != rows or column.ndim != depth:
             raise MicroBatchError(
@@ -196,9 +201,9 @@ def _check(header: Header, columns: Columns) -> None:
     if rows and int(sources.max()) >= len(header.ranges):
         raise MicroBatchError(f"a row names range {int(sources.max())}, the header has {len(header.ranges)}")
     kinds = columns["kind"]
-    if rows and int(kinds.max()) >= row_kinds.KINDS:
-        raise MicroBatchError(f"a row is of kind {int(kinds.max())}, there are {row_kinds.KINDS}")
-    for part, found in zip(header.ranges, row_kinds.counts_by_range(kinds, sources, len(header.ranges)), strict=True):
+    if rows and int(kinds.max()) >= KIND_COUNT:
+        raise MicroBatchError(f"a row is of kind {int(kinds.max())}, there are {KIND_COUNT}")
+    for part, found in zip(header.ranges, counts_by_range(kinds, sources, len(header.ranges)), strict=True):
         for name, count in found.items():
             if getattr(part, name) != count:
                 raise MicroBatchError(
@@ -219,3 +224,142 @@ def _sequences(columns: Columns) -> list[str]:
     if found and (len(found) < len(SEQUENCES) or len(widths) > 1 or (0,) in widths):
         raise MicroBatchError(f"the columns {', '.join(SEQUENCES)} are there together, of one width, or not at all")
     return found
+
+
+LOOKED_AT = ("user", "at_ms", "source", "offset", "kind", "waited", "delay_ms")
+_NUMBERS = [number for number, name in enumerate(SCALARS) if name in LOOKED_AT]
+_OPTIONS = pa.ipc.IpcReadOptions(use_threads=False, included_fields=_NUMBERS)
+
+
+def glance(value: bytes) -> MicroBatch:
+    """The micro-batch in `value` with only the columns `LOOKED_AT`; the other columns are zero or empty.
+
+    Raises:
+        MicroBatchError: `value` is no micro-batch of a format that this release reads.
+    """
+    with damage_told(value), pa.ipc.open_stream(pa.py_buffer(value), options=_OPTIONS) as reader:
+        document = document_of(reader.schema)
+        batch = reader.read_next_batch()
+        batch.validate()
+        found = {
+            name: batch.column(name).to_numpy(zero_copy_only=True) for name in batch.schema.names if name in LOOKED_AT
+        }
+        header = header_of(document)
+    rows = len(found["user"])
+    wrong = [name for name, column in found.items() if column.dtype != DTYPES[name] or len(column) != rows]
+    if wrong or (rows and int(found["source"].max()) >= len(header.ranges)):
+        raise MicroBatchError(f"a micro-batch whose columns {', '.join(wrong) or 'source'} do not fit")
+    empty = {
+        name: absent_column(name, rows) if name in SCALARS else np.empty((rows, 0), DTYPES[name]) for name in NAMES
+    }
+    return MicroBatch(header, **(empty | found))
+
+
+def split(header: Header, columns: Columns, max_record_bytes: int, max_rows: int = 2**31) -> list[bytes]:
+    """Encodes the rows, in this order, as micro-batches within both limits.
+
+    Most batches fit at once. A batch that does not fit is halved by rows until its
+    parts fit. Each part's ranges end where the next part's begin. Rows with the
+    same offset stay together, even if they exceed `max_rows`.
+
+    Raises:
+        MicroBatchError: The rows of a single offset exceed the limit, or the columns do not fit the header.
+    """
+    rows = len(columns["user"])
+    if rows <= max_rows:
+        value = encode(header, columns)
+        if len(value) <= max_record_bytes:
+            return [value]
+    middle = _middle(columns)
+    if not middle:
+        value = encode(header, columns)
+        if len(value) <= max_record_bytes:
+            return [value]
+        raise MicroBatchError(
+            f"a micro-batch of {rows} rows takes {len(value)} bytes, more than the {max_record_bytes} of a record",
+            "raise stream.max_record_bytes, and max.message.bytes of the topic",
+        )
+    parts = []
+    for part_header, part_columns in _halves(header, columns, middle):
+        parts.extend(split(part_header, part_columns, max_record_bytes, max_rows))
+    return parts
+
+
+def _middle(columns: Columns) -> int:
+    """The index nearest to the middle at which a new offset begins; 0 if all rows share one offset."""
+    sources, offsets = columns["source"], columns["offset"]
+    begins = np.flatnonzero((sources[1:] != sources[:-1]) | (offsets[1:] != offsets[:-1])) + 1
+    return int(begins[np.argmin(np.abs(begins - len(offsets) // 2))]) if len(begins) else 0
+
+
+def _cut(middle: int) -> tuple[slice, slice]:
+    return slice(None, middle), slice(middle, None)
+
+
+def _halves(header: Header, columns: Columns, middle: int) -> list[tuple[Header, Columns]]:
+    """The two halves of a batch cut before row `middle`; each half leaves out its empty ranges."""
+    sources, offsets = columns["source"], columns["offset"]
+    halves: list[tuple[Header, Columns]] = []
+    ranges: tuple[list[Range], list[Range]] = ([], [])
+    for index, whole in enumerate(header.ranges):
+        of_source = np.flatnonzero(sources == index)
+        later = of_source[of_source >= middle]
+        at = int(offsets[later[0]]) if len(later) else whole.next
+        below = counts(columns["kind"][of_source[: len(of_source) - len(later)]])
+        before, after = split_range(whole, at, below.pop("rows"), below)
+        ranges[0].append(before)
+        ranges[1].append(after)
+    # A name goes with its first row; a name without a row goes with the first half.
+    first, second = ({*columns["item"][rows].tolist(), *columns["category"][rows].tolist()} for rows in _cut(middle))
+    late = {one: text for one, text in header.names.items() if one in second - first}
+    early = {one: text for one, text in header.names.items() if one not in late}
+    for parts, rows, names in zip(ranges, _cut(middle), (early, late), strict=True):
+        kept = [index for index, part in enumerate(parts) if part.next > part.first]
+        index_of = np.zeros(max(len(parts), 1), np.uint16)
+        index_of[kept] = np.arange(len(kept), dtype=np.uint16)
+        half = {name: column[rows] for name, column in columns.items()}
+        half["source"] = index_of[half["source"]]
+        clocks = tuple(header.clocks[index] for index in kept) if header.clocks else ()
+        halves.append((replace(header, ranges=tuple(parts[index] for index in kept), names=names, clocks=clocks), half))
+    return halves
+
+
+_LENGTH = struct.Struct("<I")
+END = _LENGTH.pack(0)
+"""The end marker."""
+
+
+def framed(value: bytes) -> bytes:
+    """Frames an encoded micro-batch."""
+    return _LENGTH.pack(len(value)) + value
+
+
+class Frames:
+    """Parses framed micro-batches from a pipe's bytes as they arrive.
+
+    Attributes:
+        ended: Whether the end marker has arrived.
+
+    >>> frames = Frames()
+    >>> [list(frames.take(part)) for part in (framed(b"one") + framed(b"two")[:5], b"wo" + END)], frames.ended
+    ([[b'one'], [b'two']], True)
+    """
+
+    def __init__(self) -> None:
+        self._rest, self.ended = b"", False
+
+    def take(self, data: bytes) -> Iterator[bytes]:
+        """The micro-batches that are complete now, each once."""
+        self._rest += data
+        at = 0
+        while at + _LENGTH.size <= len(self._rest):
+            (length,) = _LENGTH.unpack_from(self._rest, at)
+            end = at + _LENGTH.size + length
+            if not length:
+                self.ended = True
+            if end > len(self._rest):
+                break
+            if length:
+                yield self._rest[at + _LENGTH.size : end]
+            at = end
+        self._rest = self._rest[at:]

@@ -45,8 +45,7 @@ import pyarrow as pa
 
 from state.errors import SettingsError
 from state.features.spec import FeatureSpec
-from state.microbatch.columns import SEQUENCES, Columns
-from state.microbatch.row_kinds import trained
+from state.microbatch.batch import SEQUENCES, Columns, trained
 
 FORMAT = 1
 SPEC, SCHEMA, PREFIX = "spec.json", "schema.pbtxt", "examples"

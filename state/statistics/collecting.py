@@ -10,7 +10,7 @@
     features.NAME                each integer of the feature spec
 
 An event counts once, in the row where it happened. Its label and its delay count
-in the row where they became known (`state/microbatch/row_kinds.py`).
+in the row where they became known (`state/microbatch/batch.py`).
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.attributes.values import AttributeTable
-from state.microbatch.columns import ATTRIBUTES, Columns
-from state.microbatch.row_kinds import happened, trained
+from state.microbatch.batch import ATTRIBUTES, Columns, happened, trained
 from state.statistics.categorical import Categorical
 from state.statistics.numeric import SHARES, Numeric
 

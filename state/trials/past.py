@@ -5,7 +5,7 @@
 The cut is a durable version of the live trainer. It gives the offset at which the
 training log continues from it. For each source of clicks it gives the mark below
 which rows are in the log before that offset. A past row is learned if the live
-trainer would drop it after the cut as a duplicate (`state.microbatch.cutting.trim`).
+trainer would drop it after the cut as a duplicate (`state.microbatch.batch.trim`).
 Other rows come with the log. So each click of the topic is learned once.
 
 Files have no offsets, so for them the cut is in log time. A click that reached
@@ -25,8 +25,7 @@ from state.config.sections import RetrainSettings
 from state.disk import files as durable
 from state.errors import RegistryError
 from state.features.ages import DAY_MS
-from state.microbatch.batch import MicroBatch
-from state.microbatch.cutting import trim
+from state.microbatch.batch import MicroBatch, trim
 from state.positions import Source
 from state.registry import sealed
 from state.registry.manifest import LogRange, Manifest

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.events.dead_letters import DeadLetter, Reason
-from state.events.event_batch import EventBatch
+from state.events.parser import EventBatch
 from state.positions import SHARES, Range, Source, from_json, share_of, to_json
 from streaming.cut import merge_all
 from streaming.event_clock import Moves, OffClock, Told

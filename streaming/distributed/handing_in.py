@@ -63,8 +63,8 @@ from state.events.dead_letters import DeadLetter
 from state.events.identity import own_salt
 from state.features.spec import FeatureSpec
 from state.history.counts import Counts, advanced, summed
-from state.log import KafkaLog, Log, LogWriter, topic_plan
-from state.log.gaps import Consent
+from state.log import Log, Writer, topic_plan
+from state.log.accepted_gaps import Consent
 from state.metrics import StreamMetrics
 from state.positions import UNPLACED, Range, Source, from_json, to_json
 from state.process.wall_clock import wall_ms
@@ -385,7 +385,7 @@ def told(made: Sequence[BucketRows], records: int, seconds: float, truncated: Se
 class WriteBuckets(WorkerStep):
     """Writes the rows of a bundle, and emits the report for the account."""
 
-    _writer: LogWriter | None = None
+    _writer: Writer | None = None
 
     def start_bundle(self) -> None:
         """Starts with no gathered rows."""
@@ -519,7 +519,7 @@ def plan_of(
     FeatureSpec.from_settings(settings)
     require_same_features(settings)
     salt = own_salt(settings)
-    with (log or KafkaLog(settings.kafka)).topics() as topics:
+    with (log or Log(settings.kafka)).topics() as topics:
         topics.describe(settings.kafka.clicks_topic)
         topics.ensure(*topic_plan.dead_letters(settings))
         topics.ensure(*topic_plan.microbatches(settings))

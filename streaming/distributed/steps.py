@@ -45,13 +45,12 @@ from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import Timestamp
 
 from state.errors import GapError, LineTurned, StoreError, TruncatedLog, UnreachableBroker
-from state.events.event_batch import EventBatch
-from state.events.parser import Parser
+from state.events.parser import EventBatch, Parser
 from state.features.mask import Mask
-from state.log import LogReader, PartitionBatch, accepted_gaps
-from state.log.accepted_gaps import Accepted
-from state.log.failures import made_again
-from state.log.gaps import how_to_go_on
+from state.log import PartitionBatch, Reader, accepted_gaps
+from state.log.accepted_gaps import Accepted, how_to_go_on
+from state.log.client import made_again
+from state.log.follow import Position
 from state.positions import Gap, Source
 from state.process.wall_clock import wall_ms
 from state.registry.control import Control
@@ -155,7 +154,7 @@ class OpenedClicks:
     topic_id: str
     reading: SourceReading
     passed: list[Gap]
-    reader: LogReader | None
+    reader: Reader | None
 
 
 def of_source(source: int, sources: int, partitions: int) -> list[int]:
@@ -196,14 +195,12 @@ def open_clicks(worker: JobWorker, source: int, reading: SourceReading) -> Opene
         leaders = {one: epoch for one, epoch in reading.leaders.items() if at.get(one, -1) == known.get(one)}
 
         # 3.
-        def opens(told: Mapping[int, int]) -> LogReader:
-            return worker.log.reader(kafka.clicks_topic, mine, at, leaders=told)
-
         def accepts(lost: TruncatedLog) -> None:
             accepted.extend(newly_accepted(accepted, consent, now_ms, lost))
 
         fills = partial(fill, kafka, topics, worker.log.writer)
-        reader = open_behind(opens, leaders, accepts, fills) if mine else None
+        place = Position(info.topic_id, at, leaders)
+        reader = open_behind(worker.log, kafka.clicks_topic, mine, place, accepts, fills) if mine else None
     worker.metrics.gaps_accepted.inc(len(accepted) - len(reading.accepted))
     return OpenedClicks(info.topic_id, replace(reading, accepted=tuple(accepted)), passed, reader)
 
@@ -248,10 +245,10 @@ class Partitions:
         self._follow(opened.reader)
         self._refresh_s = time.monotonic() + REFRESH_S
 
-    def _follow(self, reader: LogReader | None) -> None:
+    def _follow(self, reader: Reader | None) -> None:
         """Reads on with `reader`, by the times up to which its partitions were read."""
         clock, topic_id = self._clock, self._topic_id
-        self._reader: LogReader | None = reader
+        self._reader: Reader | None = reader
         self._aligned: AlignedReader | None = None
         if reader is not None:
             skew_s = self._settings.stream.max_skew_s

@@ -34,8 +34,8 @@ from state.events.dead_letters import DeadLetter
 from state.events.identity import Salt, load_salt
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
-from state.log import KERNELS, KafkaLog, Log
-from state.log.gaps import Consent
+from state.log import KERNELS, Log
+from state.log.accepted_gaps import Consent
 from state.metrics import StreamMetrics
 from state.positions import Source
 from state.registry.controls import Controls
@@ -157,7 +157,7 @@ class JobWorker:
         self.plan = plan
         self.settings = with_secrets(plan.settings, os.environ)
         self.spec = FeatureSpec.from_settings(self.settings)
-        self.log = log or KafkaLog(self.settings.kafka)
+        self.log = log or Log(self.settings.kafka)
         self.salt: Salt = load_salt(self.settings.salt_path, create=False)
         if self.salt.fingerprint != plan.salt:
             raise SaltMismatch.between(str(self.settings.salt_path), self.salt.fingerprint, plan.salt)

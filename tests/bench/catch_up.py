@@ -28,10 +28,10 @@ from state.config.loading import load
 from state.config.sections import Attributes, Kafka, Paths
 from state.config.settings import Settings
 from state.features.spec import EVENT, FeatureSpec
-from state.log import BulkWriter, Reader, Topics, append_encoded, partition_of
-from state.microbatch.batch import MicroBatch
+from state.log import Reader, Topics, partition_of
+from state.log.bulk import BulkWriter, append_encoded
+from state.microbatch.batch import MicroBatch, in_log_time
 from state.microbatch.codec import decode
-from state.microbatch.log_time import in_log_time
 from state.positions import Range
 from streaming.preprocessing import analysed, load_preprocessing
 from tests.bench.quality import area_under_curve

@@ -22,12 +22,12 @@ from deploy.serving.following.clicks import HistoryFollower
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
-from state.log import MemoryLog
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import Header
 from state.microbatch.codec import encode
 from state.positions import Range, Source
 from tests.bench.report import Figure, Stages, report
+from tests.memory_log import MemoryLog
 
 SPEC, SETTINGS = FeatureSpec(), Settings()
 ROWS = SETTINGS.stream.cut_rows

@@ -31,7 +31,8 @@ from deploy.kafka.broker import Broker
 from deploy.kafka.configuration import free_port
 from state.config.sections import Kafka, Paths, Stream
 from state.config.settings import Settings
-from state.log import BulkWriter, Reader, Topics, append_encoded, partition_of
+from state.log import Reader, Topics, partition_of
+from state.log.bulk import BulkWriter, append_encoded
 from state.microbatch.codec import decode
 from state.process.wall_clock import wall_ms
 from tests.bench.report import Figure, report
@@ -148,8 +149,11 @@ def latency_ms(kafka: Kafka, clicks: Clicks, rate: int, seconds: float) -> np.nd
     goal = dict(ends)
     finished = threading.Event()
 
+    with Topics(kafka) as topics:
+        written = {partition: end for partition, (_, end) in topics.ends(kafka.microbatches_topic).items()}
+
     def follow() -> None:
-        with Reader(kafka, kafka.microbatches_topic, from_end=True) as reader:
+        with Reader(kafka, kafka.microbatches_topic, positions=written) as reader:
             while not (finished.is_set() and all(readable[one] and readable[one][-1][0] >= goal[one] for one in goal)):
                 for batch in reader.poll(0.1):
                     arrived_s = time.perf_counter()

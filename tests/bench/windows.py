@@ -11,9 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from state.config.sections import Events as EventSettings
-from state.events.event_batch import EventBatch
 from state.events.identity import Salt
-from state.events.parser import Parser
+from state.events.parser import EventBatch, Parser
 from state.features.arrays import WORDS, words
 from state.features.kernel import update_rows
 from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise

@@ -28,9 +28,8 @@ from state.config.sections import Events
 from state.errors import DecodeError
 from state.events.dead_letters import Reason
 from state.events.decoding import load_decoder
-from state.events.event_batch import EventBatch
 from state.events.identity import Salt, context_id, public_id, user_id
-from state.events.parser import Parser
+from state.events.parser import EventBatch, Parser
 from state.log import PartitionBatch
 
 SALT = Salt(b"a salt for the tests")

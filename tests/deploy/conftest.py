@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from deploy.operate import log_view
-from state.log import MemoryLog
 from state.registry.control import start
 from state.registry.registry import Registry
 from tests.deploy.operating import NOW_MS, Operator, draft, files, users_of, written
+from tests.memory_log import MemoryLog
 
 
 @pytest.fixture

@@ -11,13 +11,12 @@ from safetensors.numpy import save
 from deploy import cli
 from state.config.sections import Kafka
 from state.features.spec import FeatureSpec
-from state.log import MemoryLog
-from state.microbatch.batch import Header
+from state.microbatch.batch import DTYPES, NAMES, SCALARS, Header
 from state.microbatch.codec import encode
-from state.microbatch.columns import KINDS, NAMES, SCALARS
 from state.positions import Range, Source
 from state.registry.manifest import TOLD_MS, Draft, LogRange
 from state.registry.registry import SERVING, TRAINING, Registry
+from tests.memory_log import MemoryLog
 
 NOW_MS = 1_800_000_000_000
 TOPIC = "0000002a" + "0" * 24
@@ -63,7 +62,7 @@ def record(number: int) -> bytes:
     """Record `number` of the training log: 20 clicks of partition 1."""
     first = ROWS * number
     columns = {
-        name: np.zeros(ROWS if name in SCALARS else (ROWS, *SHAPES.get(name, (0,))), KINDS[name]) for name in NAMES
+        name: np.zeros(ROWS if name in SCALARS else (ROWS, *SHAPES.get(name, (0,))), DTYPES[name]) for name in NAMES
     }
     columns |= {
         "user": np.array(users_of(number), np.uint64),

@@ -20,11 +20,8 @@ from state.history.store import HistoryStore
 from state.history.waiting import WaitingRows
 from state.layout import HISTORIES, ROWS
 from state.log import Reader, Topics
-from state.microbatch.batch import MicroBatch
+from state.microbatch.batch import ATTRIBUTES, NAMES, MicroBatch, trained, trim
 from state.microbatch.codec import decode
-from state.microbatch.columns import ATTRIBUTES, NAMES
-from state.microbatch.cutting import trim
-from state.microbatch.row_kinds import trained
 from state.positions import Source
 from state.registry.log_line import WHOLE, LogLine, counts
 from state.registry.manifest import Manifest

@@ -25,10 +25,10 @@ from state.events.identity import load_salt
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.layout import HISTORIES, PROGRAMS, ROWS
-from state.log import LogReader, MemoryLog
+from state.log import Reader
 from state.metrics import ApplierMetrics
+from state.microbatch.batch import trim
 from state.microbatch.codec import decode
-from state.microbatch.cutting import trim
 from state.positions import Source
 from state.process import killpoints
 from state.process.wall_clock import wall_ms
@@ -42,6 +42,7 @@ from streaming.cut import Cutter
 from streaming.open_shard import open_shard
 from streaming.steps import ParseEvents, UpdateProfiles
 from tests.e2e.evidence import serving_differs
+from tests.memory_log import MemoryLog
 from tests.trainer.clicks import small_settings
 from tests.trainer.logs import ABOUT, account_in, bits_of, fresh, kill, learner, settle
 from trainer.engine.step import Trainer
@@ -172,7 +173,7 @@ class Applying:
         """Control, then a version, then clicks."""
         topic = self._settings.kafka.microbatches_topic
 
-        def open_at(offset: int) -> LogReader:
+        def open_at(offset: int) -> Reader:
             return self._log.reader(topic, [0], {0: offset})
 
         more = self._versions.step()
@@ -180,9 +181,7 @@ class Applying:
         assert control is not None
         turned = self._clicks.turn(control.log, control.mask, 0, open_at)
         if not self._clicks.connected:
-            topics = self._log.topics()
-            topic_id, ends = topics.describe(topic).topic_id, topics.ends(topic)
-            self._clicks.connect(topic_id, ends, lambda at, _: self._log.reader(topic, positions=at))
+            self._clicks.connect(self._log, topic)
         return bool(self._clicks.step(0.0)) or turned or more
 
     def close(self) -> None:

@@ -21,7 +21,6 @@ from state.events.identity import load_salt
 from state.file_store import open_store
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
-from state.log import MemoryLog
 from state.process import killpoints
 from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
@@ -30,6 +29,7 @@ from tests.e2e.running import ROOT
 from tests.e2e.small_loop import BATCH, Applying, SmallLoop, Training
 from tests.e2e.test_rollback_steps import BAD, GOOD, clicks, finished, go_back, never_saw, offsets, poisoned
 from tests.e2e.test_rollback_steps import LATER as MORE
+from tests.memory_log import MemoryLog
 
 NOW_MS = 1_795_719_672_345
 FLOWING, AFTER = 6 * BATCH, 2 * BATCH

@@ -12,9 +12,8 @@ from state.attributes.values import AttributeTable
 from state.config.fields import fields_of
 from state.config.loading import load
 from state.events.identity import Salt, user_id
-from state.microbatch.batch import MicroBatch
+from state.microbatch.batch import Kind, MicroBatch
 from state.microbatch.codec import decode, encode
-from state.microbatch.row_kinds import Kind
 from state.positions import Source
 from tests.e2e.crowd import Knowledge, values_of
 from tests.e2e.evidence import (

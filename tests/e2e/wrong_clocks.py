@@ -24,14 +24,15 @@ from state.features.mask import Mask, always
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.history.waiting import place_of
-from state.log import MemoryLog, PartitionBatch
+from state.log import PartitionBatch
 from state.metrics import ApplierMetrics
+from state.microbatch.batch import log_times
 from state.microbatch.codec import decode
-from state.microbatch.log_time import log_times
 from streaming.cut import Cut, encode_cut
 from streaming.event_clock import EventClock, OffClock
 from streaming.labels import Labels
 from streaming.profile import Profiler
+from tests.memory_log import MemoryLog
 from tests.trainer.clicks import small_settings
 from trainer.engine.step import Trainer
 from trainer.intake import take_in
@@ -154,10 +155,7 @@ class Loop:
         self._follower = HistoryFollower(
             self._served, SPEC, 600.0, ApplierMetrics(CollectorRegistry()), lambda: self._wall_ms
         )
-        topics = self._log.topics()
-        self._follower.connect(
-            topics.describe(LOG).topic_id, topics.ends(LOG), lambda at, _: self._log.reader(LOG, positions=at)
-        )
+        self._follower.connect(self._log, LOG)
         self._next, self._marks = [0] * PARTITIONS, dict[Any, int]()
         self._owners: dict[tuple[Any, int], int] = {}
         self.seen = Seen()

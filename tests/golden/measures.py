@@ -17,8 +17,8 @@ from state.config.settings import Settings
 from state.events.identity import load_salt
 from state.history.store import HistoryStore
 from state.layout import HISTORIES, ROWS
+from state.microbatch.batch import WRITTEN
 from state.microbatch.codec import decode
-from state.microbatch.columns import WRITTEN
 from state.registry.registry import Registry
 from state.rows.store import RowStore
 from state.rows.tables import TABLES

@@ -18,7 +18,7 @@ from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
-from state.log import Reader, Topics, client_options
+from state.log import Log, Topics, client_options
 from state.metrics import TrainerMetrics
 from state.microbatch.codec import decode
 from state.registry.control import start
@@ -79,9 +79,6 @@ class Training:
         self.trainer = new_trainer(settings, registry)
         self._program = registry.specs.add_program(build(self.trainer.model))
         self._spec = FeatureSpec.from_settings(settings).digest
-        self._open = lambda offset: Reader(
-            settings.kafka, settings.kafka.microbatches_topic, [0], {} if offset is None else {0: offset}
-        )
         if registry.control() is None:
             registry.propose(start(actor="golden", reason="first start", now_ms=now_ms))
 
@@ -91,7 +88,7 @@ class Training:
             self._settings,
             self.registry,
             self.trainer,
-            self._open,
+            Log(self._settings.kafka),
             self._program,
             self._spec,
             self.registry.specs.spec(self._spec),

@@ -18,7 +18,6 @@ from state.features.mask import Mask
 from state.features.spec import FeatureSpec, vectorise
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
-from state.log import MemoryLog
 from state.metrics import TrainerMetrics
 from state.microbatch.batch import Header, MicroBatch
 from state.microbatch.codec import decode, encode
@@ -30,7 +29,8 @@ from streaming.histories import check_identity
 from tests.golden.archive import EXPECTED, HERE, Topic, read_topic, settings_of, unpack
 from tests.golden.learning import new_trainer
 from tests.golden.measures import MAP_BYTES
-from tests.trainer.logs import account_in, append, opener, run_to_end
+from tests.memory_log import MemoryLog
+from tests.trainer.logs import account_in, append, run_to_end
 from trainer import upgrade
 from trainer.engine.step import Trainer
 from trainer.learner import Learner
@@ -70,7 +70,7 @@ def learner(settings: Settings, registry: Registry, trainer: Trainer, log: Memor
     ticks = iter(range(10**9))
     about = {"salt": RUN["registry"]["salt"], "popular": [], "newest_ms": 0}
     made = Learner(
-        settings, registry, trainer, opener(log, settings.kafka.microbatches_topic), RUN["registry"]["program"], spec, about,
+        settings, registry, trainer, log, RUN["registry"]["program"], spec, about,
         TrainerMetrics(CollectorRegistry()), clock=lambda: 0.0, elapsed=lambda: float(next(ticks)),
     )  # fmt: skip
     control = registry.control()

@@ -16,9 +16,8 @@ from deploy.watch.snapshot import Snapshot
 from state import errors
 from state.errors import CorruptStore, MicroBatchError, MissingSalt, SpringtideError, StoreFull
 from state.history.store import HistoryStore
-from state.log import failures
-from state.log.accepted_gaps import Journal
-from state.log.gaps import Consent, how_to_go_on
+from state.log import client
+from state.log.accepted_gaps import Consent, Journal, how_to_go_on
 from state.metrics import TrainerMetrics
 from state.positions import Gap, Source
 from tests import runbook
@@ -173,8 +172,8 @@ def typed(error: SpringtideError) -> str:
 
 def test_what_a_gap_a_cut_and_a_bad_record_say_to_type_is_in_their_sections(tmp_path: Path) -> None:
     source = Source("ab" * 16, 0)
-    gap = failures.gap("clicks", source.topic_id, source.partition, 5, 10, 20)
-    cut = failures.truncated("clicks", source.topic_id, source.partition, 10, 5, 20)
+    gap = client.gap("clicks", source.topic_id, source.partition, 5, 10, 20)
+    cut = client.truncated("clicks", source.topic_id, source.partition, 10, 5, 20)
     passages = Passages(Journal(tmp_path), Consent(), TrainerMetrics(CollectorRegistry()), lambda: 0.0)
     with pytest.raises(MicroBatchError) as bad:
         passages.leave_out(Gap(source, 7, 8), {}, MicroBatchError("it is none", "see who writes"))

@@ -18,13 +18,14 @@ from state.config.settings import Settings
 from state.features.spec import EVENT
 from state.history.appends import Appends
 from state.history.store import HistoryStore
-from state.log import LogWriter, MemoryLog, topic_plan
+from state.log import Writer, topic_plan
 from state.metrics import StorageMetrics, StreamMetrics
 from state.storage.waiting import Room
 from streaming.commit import Committer
 from streaming.pipeline import CommitThread
 from streaming.rows import Rows
 from streaming.writer import ShardWriter
+from tests.memory_log import MemoryLog
 from tests.streaming.pieces import ZERO, context_of
 
 
@@ -38,7 +39,7 @@ def sink(path: Path, refused: int = 0) -> Iterator[Any]:
     for planned in (topic_plan.clicks(settings), topic_plan.dead_letters(settings), topic_plan.microbatches(settings)):
         log.topics().ensure(*planned)
 
-    def opens(_: Settings) -> LogWriter:
+    def opens(_: Settings) -> Writer:
         if next(attempts) > refused:
             log.come_back()
         return log.writer("shard-0")

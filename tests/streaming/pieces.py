@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from state.events.event_batch import EventBatch
+from state.events.parser import EventBatch
 from state.features.arrays import Vector
 from state.features.mask import Mask
 from state.history.appends import Appends

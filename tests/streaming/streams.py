@@ -19,10 +19,8 @@ from kafka import KafkaConsumer, TopicPartition
 from state.config.sections import Kafka, Paths, Stream
 from state.config.settings import Settings
 from state.log import PartitionBatch, Reader, Topics, Writer, client_options
-from state.microbatch.batch import MicroBatch
+from state.microbatch.batch import NAMES, MicroBatch, trim
 from state.microbatch.codec import decode
-from state.microbatch.columns import NAMES
-from state.microbatch.cutting import trim
 from state.positions import Source
 from tests.streaming.forked import Forked
 

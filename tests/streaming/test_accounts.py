@@ -15,10 +15,10 @@ from state.errors import GapError
 from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.log import Topics
-from state.log.gaps import Consent, parse_allowance
+from state.log.accepted_gaps import Consent, parse_allowance
 from state.metrics import StreamMetrics
+from state.microbatch.batch import gaps
 from state.microbatch.codec import decode
-from state.microbatch.cutting import gaps
 from state.positions import Gap, Range, Source
 from streaming import accounts
 from tests.conftest import KafkaFactory

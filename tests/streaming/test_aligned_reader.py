@@ -7,8 +7,9 @@ from itertools import count
 
 import pytest
 
-from state.log import LogReader, MemoryLog
+from state.log import Reader
 from streaming.alignment import AlignedReader, Reached
+from tests.memory_log import MemoryLog
 
 CLICKS = "clicks"
 SKEW_S = 30.0
@@ -30,7 +31,7 @@ def write(log: MemoryLog, partition: int, times: list[int]) -> None:
             writer.send(CLICKS, partition, None, b"%d" % at_ms)
 
 
-def read(reader: LogReader, most: int) -> Iterator[dict[int, list[int]]]:
+def read(reader: Reader, most: int) -> Iterator[dict[int, list[int]]]:
     """By partition the times that each poll finds, until one finds nothing."""
     reached: dict[int, int] = {}
     seconds = count()

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from state.microbatch.log_time import TOLERANCE_MS
+from state.microbatch.batch import TOLERANCE_MS
 from state.positions import Range, Source
 from streaming.alignment import SILENT_S, Alignment, Reached, ReadingPlace, to_one_time
 from streaming.event_clock import PATIENCE, QUORUM, EventClock

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state import positions
-from state.microbatch.row_kinds import Kind
+from state.microbatch.batch import Kind
 from state.positions import MOST_LEARNED
 from streaming import attribution
 from streaming.attribution import (

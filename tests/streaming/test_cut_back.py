@@ -13,11 +13,13 @@ from state.errors import TruncatedLog
 from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
-from state.log import LogReader, MemoryLog
-from state.log.gaps import Consent, parse_allowance
+from state.log import Reader
+from state.log.accepted_gaps import Consent, parse_allowance
+from state.log.follow import Position
 from state.positions import Range, Source
 from streaming import accounts
 from streaming.truncation import FILLER, Leaders, accept, fill, open_behind
+from tests.memory_log import MemoryLog
 from tests.streaming.pieces import ZERO
 
 KAFKA = Kafka()
@@ -46,15 +48,10 @@ class Shard:
             for _ in range(times):
                 writer.send(TOPIC, 0, b"user", value)
 
-    def opened(self, consent: Consent = Consent()) -> LogReader:  # noqa: B008 - it is frozen
-        told = self.leaders.at(ZERO.topic_id, {0: 10})
+    def opened(self, consent: Consent = Consent()) -> Reader:  # noqa: B008 - it is frozen
+        position = Position(ZERO.topic_id, {0: 10}, self.leaders.at(ZERO.topic_id, {0: 10}))
         fills = partial(fill, KAFKA, self.log.topics(), self.log.writer)
-        return open_behind(
-            lambda leaders: self.log.reader(TOPIC, None, {0: 10}, leaders=leaders),
-            told,
-            partial(accept, self.store, consent, 7),
-            fills,
-        )
+        return open_behind(self.log, TOPIC, None, position, partial(accept, self.store, consent, 7), fills)
 
 
 @pytest.fixture

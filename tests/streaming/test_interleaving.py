@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from state.events.event_batch import EventBatch
+from state.events.parser import EventBatch
 from state.positions import Source
 from streaming.event_clock import EventClock
 from streaming.rows import in_order

@@ -15,18 +15,15 @@ from state.attributes.values import Joined
 from state.config.sections import Events, LabelSettings
 from state.config.settings import Settings
 from state.errors import CorruptStore
-from state.events.event_batch import EventBatch
+from state.events.parser import EventBatch
 from state.features.erased import Erased
 from state.features.masked_users import MaskedUsers
 from state.features.spec import FeatureSpec
 from state.history.appends import Appends, events_of
 from state.history.store import HistoryStore
 from state.history.waiting import RowFormat, key_of
-from state.microbatch.batch import MicroBatch
+from state.microbatch.batch import Kind, MicroBatch, erased_rows, happened, new_ranges, trained, trim
 from state.microbatch.codec import decode
-from state.microbatch.cutting import new_ranges, trim
-from state.microbatch.masked import erased_rows
-from state.microbatch.row_kinds import Kind, happened, trained
 from state.positions import SHARES, Range, Source
 from streaming import labels as streaming_labels
 from streaming.accounts import faults

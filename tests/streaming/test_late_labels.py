@@ -14,8 +14,7 @@ from state.config.sections import Events, LabelSettings
 from state.config.settings import Settings
 from state.history.store import HistoryStore
 from state.log import Topics
-from state.microbatch.batch import MicroBatch
-from state.microbatch.row_kinds import Kind, trained
+from state.microbatch.batch import Kind, MicroBatch, trained
 from streaming.accounts import faults
 from streaming.rebuild import progress_on, rebuild
 from tests.conftest import KafkaFactory

@@ -21,12 +21,9 @@ from state.events.identity import load_salt
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
-from state.log import MemoryLog
 from state.metrics import StreamMetrics
+from state.microbatch.batch import in_log_time, trained, trim
 from state.microbatch.codec import decode
-from state.microbatch.cutting import trim
-from state.microbatch.log_time import in_log_time
-from state.microbatch.row_kinds import trained
 from state.positions import Source
 from state.registry.control import start
 from state.registry.controls import Controls
@@ -35,6 +32,7 @@ from state.trials.past import Past
 from streaming.attributes import Join
 from streaming.open_shard import open_job
 from streaming.past import PastContext, PastRows, of_topic, run, stretch_of
+from tests.memory_log import MemoryLog
 from tests.streaming.distributed.shop import (
     ACTIONS,
     BASE_MS,

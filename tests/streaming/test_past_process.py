@@ -11,8 +11,7 @@ import pytest
 
 from state.config.settings import Settings
 from state.log import Topics
-from state.microbatch.codec import decode
-from state.microbatch.frames import Frames
+from state.microbatch.codec import Frames, decode
 from state.registry.control import start
 from state.registry.registry import Registry
 from state.trials.past import Past, write_past

@@ -22,8 +22,8 @@ from state.events.decoding import Decoder, decode_json
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.log import Topics
+from state.microbatch.batch import gaps
 from state.microbatch.codec import decode
-from state.microbatch.cutting import gaps
 from state.positions import Source
 from streaming.profile import Profiler
 from tests.conftest import KafkaFactory

@@ -11,7 +11,7 @@ import pytest
 from state.attributes.store import AttributeStore, TopicPosition, pack
 from state.attributes.values import AttributeTable
 from state.config.fields import fields_of
-from state.events.id_table import ANNOUNCE_MS
+from state.events.parser import ANNOUNCE_MS
 from streaming.attributes import Recent
 
 CRM = AttributeTable("user", fields_of(["age", "level"]))

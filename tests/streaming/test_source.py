@@ -17,12 +17,12 @@ from state.config.sections import Stream
 from state.config.settings import Settings
 from state.history.appends import Appends
 from state.history.store import HistoryStore
-from state.log import MemoryLog, PartitionBatch
-from state.log.memory import MemoryReader
+from state.log import PartitionBatch
 from state.metrics import StreamMetrics
 from state.positions import Range, Source
 from streaming.context import Handle, StreamContext, opened
 from streaming.steps import ClickReader, Lag, UntilStopped
+from tests.memory_log import MemoryLog, MemoryReader
 from tests.streaming.pieces import context_of
 
 TOPIC = "ab" * 16

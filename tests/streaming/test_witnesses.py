@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from state.microbatch.log_time import TOLERANCE_MS
+from state.microbatch.batch import TOLERANCE_MS
 from streaming.event_clock import AHEAD, BEHIND, PATIENCE, QUORUM, TURNS, Witnesses, believe, hear
 
 BASE_MS = 1_700_000_000_000

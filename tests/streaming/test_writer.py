@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from state.errors import UnreachableBroker
-from state.log.memory import MemoryWriter
 from streaming.cut import Cut
+from tests.memory_log import MemoryWriter
 from tests.streaming.committing import sink, transactions, with_history
 from tests.streaming.pieces import ZERO, piece
 

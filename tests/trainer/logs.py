@@ -14,19 +14,19 @@ from prometheus_client import CollectorRegistry
 from state.config.sections import Kafka
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
-from state.log import Log, LogReader, MemoryLog
-from state.log.gaps import Consent
+from state.log import Log
+from state.log.accepted_gaps import Consent
 from state.metrics import TrainerMetrics
 from state.microbatch.batch import Header
 from state.microbatch.codec import decode, encode
 from state.registry.control import start
 from state.registry.registry import Registry
 from state.storage.waiting import Room
+from tests.memory_log import MemoryLog
 from tests.trainer.clicks import SALT, SPEC, small_settings
 from trainer.beginning import Begins, from_nothing
 from trainer.engine.step import Trainer
 from trainer.learner import NO_CONSENT, Learner
-from trainer.resume import OpenLog
 from trainer.versions import checkpoint
 
 TOPIC_ID = "cd" * 16
@@ -48,15 +48,6 @@ def append(log: Log, records: Sequence[bytes], topic: str = LOG) -> None:
         for value in records:
             with writer.transaction():
                 writer.send(topic, 0, None, value)
-
-
-def opener(log: Log, topic: str = LOG) -> OpenLog:
-    def opens(offset: int | None, leader: int = -1) -> LogReader:
-        return log.reader(
-            topic, [0], {} if offset is None else {0: offset}, leaders={} if offset is None else {0: leader}
-        )
-
-    return opens
 
 
 def started(path: Path) -> Registry:
@@ -94,7 +85,7 @@ def learner(
         settings,
         registry,
         trainer or fresh(*flags),
-        opener(log, settings.kafka.microbatches_topic),
+        log,
         program,
         spec.digest,
         about,

@@ -14,8 +14,7 @@ from prometheus_client import CollectorRegistry
 from state.accounts import StreamAccount, TrainerAccount, check_accounts
 from state.errors import GapError
 from state.layout import GAPS
-from state.log.accepted_gaps import Accepted, Journal
-from state.log.gaps import Consent, parse_allowance
+from state.log.accepted_gaps import Accepted, Consent, Journal, parse_allowance
 from state.metrics import TrainerMetrics
 from state.microbatch.batch import Header
 from state.microbatch.codec import decode, encode

@@ -12,11 +12,10 @@ from deploy.watch.accounts import as_text
 from state.accounts import TrainerAccount, check_accounts
 from state.errors import MicroBatchError, SaltMismatch, SpecMismatch, SpringtideError
 from state.layout import GAPS
-from state.log import MemoryLog, PartitionBatch
-from state.log.accepted_gaps import Journal
-from state.log.gaps import Consent, parse_records
-from state.log.memory import MemoryReader
+from state.log import PartitionBatch
+from state.log.accepted_gaps import Consent, Journal, parse_records
 from state.microbatch.codec import decode, encode
+from tests.memory_log import MemoryLog, MemoryReader
 from tests.trainer.clicks import microbatch
 from tests.trainer.logs import account_in, append, bits_of, learner, run_to_end, started, written
 from tests.trainer.test_verify import asked, started_with_spec

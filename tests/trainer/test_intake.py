@@ -12,10 +12,8 @@ from hypothesis import strategies as st
 from state.errors import MicroBatchError, SaltMismatch, SpecMismatch
 from state.features.mask import Mask, always
 from state.features.masked_users import MaskedUsers
-from state.microbatch.batch import Header
+from state.microbatch.batch import ATTRIBUTES, LISTS, SCALARS, Header, Kind
 from state.microbatch.codec import encode
-from state.microbatch.columns import ATTRIBUTES, LISTS, SCALARS
-from state.microbatch.row_kinds import Kind
 from state.positions import Range, Source
 from trainer.intake import take_in
 

@@ -10,9 +10,10 @@ from kafka.structs import TopicPartition
 from prometheus_client import CollectorRegistry
 
 from state.config.sections import Kafka
-from state.log import MemoryLog, Topics, Writer
+from state.log import Topics, Writer
 from state.metrics import TrainerMetrics
 from tests.conftest import KafkaFactory
+from tests.memory_log import MemoryLog
 from tests.reading import eventually
 from trainer.lag import Taken, TrainingLag
 

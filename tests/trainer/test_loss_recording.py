@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from state.microbatch.batch import MicroBatch
-from state.microbatch.log_time import in_log_time
+from state.microbatch.batch import MicroBatch, in_log_time
 from state.registry.registry import Registry
 from state.trials.row_losses import LossReader, RowLosses, segments, unwant, want
 from tests.trainer.clicks import batches, microbatch

@@ -15,7 +15,7 @@ from state.config.loading import load
 from state.config.sections import Model
 from state.errors import ProgramError, SettingsError
 from state.features.spec import FeatureSpec
-from state.microbatch.columns import SEQUENCES
+from state.microbatch.batch import SEQUENCES
 from tests.trainer.batches import micro_batch
 from tests.trainer.clicks import small_settings
 from trainer.engine.build import engine_name

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from state.errors import TruncatedLog
-from state.log import MemoryLog
 from state.registry.control import pin
 from state.registry.registry import Registry
+from tests.memory_log import MemoryLog
 from tests.trainer.clicks import microbatch
-from tests.trainer.logs import LOG, append, bits_of, learner, opener, run_to_end, started, written
+from tests.trainer.logs import LOG, append, bits_of, learner, run_to_end, started, written
 from tests.trainer.test_verify import asked, started_with_spec
 from trainer import compactor, loop
 from trainer.learner import Learner
@@ -114,7 +114,6 @@ def test_the_process_enters_what_is_left(tmp_path: Path) -> None:
     running = learned(registry, log)
     log.cut_back(LOG, {0: KEPT})
     append(log, RECORDS[6:18])
-    running._open_log = opener(log)
     control = registry.control()
     assert control is not None
     loop.enter(running, registry, control)

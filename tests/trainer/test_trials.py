@@ -17,7 +17,6 @@ from state.disk.lock import DirectoryLock
 from state.errors import LockHeld, RegistryError, SettingsError
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
-from state.log import MemoryLog
 from state.microbatch.codec import decode
 from state.positions import Source
 from state.registry.control import erase, roll_back
@@ -26,8 +25,9 @@ from state.trials.comparison import PairedComparison
 from state.trials.following import followed
 from state.trials.row_losses import LossReader, want
 from state.trials.trial import Trials
+from tests.memory_log import MemoryLog
 from tests.trainer.clicks import SMALL, SPEC, TOPIC, microbatch, small_settings
-from tests.trainer.logs import ABOUT, append, learner, opener, run_to_end, settle, started, write_transform, written
+from tests.trainer.logs import ABOUT, append, learner, run_to_end, settle, started, write_transform, written
 from trainer import compactor
 from trainer.engine.step import Trainer
 from trainer.learner import Learner
@@ -163,12 +163,10 @@ def test_a_trial_of_another_model_goes_live_with_its_settings_and_back(live: Liv
     run_to_end(running)
     running.close()
     assert live.trainers["hidden"].counters.steps == 16
-    newest, opens = live.registry.newest(2), opener(log)
+    newest = live.registry.newest(2)
     assert newest is not None
     settings = live.settings(*HIDDEN)
-    recomputed = verify(
-        settings, live.registry, newest, None, lambda: live.trainers["hidden"], lambda topic, offset: opens(offset)
-    )
+    recomputed = verify(settings, live.registry, newest, None, lambda: live.trainers["hidden"], log)
     assert (recomputed.outcome, recomputed.steps) == ("equal", 4)
 
     # And back: the version before is as it was.

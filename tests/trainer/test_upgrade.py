@@ -12,14 +12,14 @@ from state.config.settings import Settings
 from state.errors import LockHeld, ModelMismatch, RegistryError, SaltMismatch, SpecMismatch, UnknownVersion
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
-from state.log import MemoryLog
 from state.process import killpoints
 from state.registry.control import roll_back
 from state.registry.model_fit import require_same_features, require_same_model
 from state.registry.registry import Registry
 from state.registry.upgrades import former_specs
+from tests.memory_log import MemoryLog
 from tests.trainer.clicks import SPEC, microbatch, small_settings
-from tests.trainer.logs import ABOUT, account_in, append, learner, opener, run_to_end, started, write_transform, written
+from tests.trainer.logs import ABOUT, account_in, append, learner, run_to_end, started, write_transform, written
 from trainer import upgrade
 from trainer.engine.step import Trainer
 from trainer.learner import Learner
@@ -173,15 +173,12 @@ def test_versions_behind_an_upgrade_are_recomputed_from_it(registry: Registry, t
     append(log, [RECORDS[3], *(microbatch(number, spec=OTHER) for number in range(4, 9))])
     ours = learned(registry, log, trainers["windows"], spec=OTHER)
     wanted = small_settings(*WINDOWS)
-    opens = opener(log)
-    found = verify(
-        wanted, registry, ours.place.parent, None, lambda: trainers["windows"], lambda topic, offset: opens(offset)
-    )
+    found = verify(wanted, registry, ours.place.parent, None, lambda: trainers["windows"], log)
     assert (found.outcome, found.steps) == ("equal", 5)
     with pytest.raises(UnknownVersion, match="an upgrade lies between"):
         verify(
             wanted, registry, ours.place.parent, before.place.parent, lambda: trainers["windows"],
-            lambda topic, offset: opens(offset),
+            log,
         )  # fmt: skip
 
 

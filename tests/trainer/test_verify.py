@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,10 @@ import pytest
 from state import probe
 from state.errors import GapError, LogError, UnknownVersion
 from state.features.mask import Mask
-from state.log import Log, MemoryLog
-from state.log.memory import MemoryReader
+from state.log import Log
 from state.registry.control import Control, follow, pin, release, roll_back
 from state.registry.registry import Registry
+from tests.memory_log import MemoryLog, MemoryReader
 from tests.trainer.clicks import SPEC, microbatch, small_settings
 from tests.trainer.logs import (
     ABOUT,
@@ -25,7 +26,6 @@ from tests.trainer.logs import (
     fresh,
     kill,
     learner,
-    opener,
     publish_all,
     run_to_end,
     started,
@@ -49,9 +49,7 @@ def started_with_spec(path: Path) -> Registry:
 
 
 def asked(registry: Registry, log: Log, version: int, base: int | None = None) -> Comparison:
-    return verify.verify(
-        small_settings(), registry, version, base, fresh, lambda topic, offset: opener(log, topic)(offset)
-    )
+    return verify.verify(small_settings(), registry, version, base, fresh, log)
 
 
 def names(registry: Registry) -> set[str]:
@@ -127,7 +125,7 @@ def test_a_held_trainer_that_was_let_go_is_recomputed(tmp_path: Path) -> None:
             version,
             1,
             lambda: trainer,
-            lambda topic, offset: opener(log, topic)(offset),
+            log,
         )
         assert found.outcome == "equal", found.text()
     assert found.steps == 12
@@ -172,7 +170,7 @@ def test_another_environment_is_not_compared(tmp_path: Path, monkeypatch: pytest
 def test_other_settings_are_not_compared(tmp_path: Path) -> None:
     registry, log, newest = trained(tmp_path)
     changed = small_settings("--model.learning_rate", "0.01")
-    found = verify.verify(changed, registry, newest, None, fresh, lambda topic, offset: opener(log, topic)(offset))
+    found = verify.verify(changed, registry, newest, None, fresh, log)
     assert found.outcome == "not comparable"
     assert found.environment == ("model.learning_rate was 0.02 and is 0.01",)
 
@@ -197,14 +195,14 @@ def test_without_a_base_before_it_a_version_cannot_be_recomputed(tmp_path: Path)
 def test_a_log_that_gives_nothing_is_not_waited_for_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry, log, newest = trained(tmp_path)
     monkeypatch.setattr(MemoryReader, "poll", lambda *_: [])
-    seconds = iter(range(10_000))
-    with pytest.raises(LogError, match="gave nothing after offset 0"):
+    settings = small_settings()
+    hasty = replace(settings, kafka=replace(settings.kafka, request_timeout_s=0.2))
+    with pytest.raises(LogError, match=r"gave nothing for 0\.2 s at offset 0"):
         verify.verify(
-            small_settings(),
+            hasty,
             registry,
             newest,
             None,
             fresh,
-            lambda topic, offset: opener(log, topic)(offset),
-            elapsed=lambda: float(next(seconds)),
+            log,
         )

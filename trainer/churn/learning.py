@@ -36,8 +36,7 @@ import numpy.typing as npt
 from state.churn import CODE, STEEPEST_LOGIT, ChurnInputs, ChurnWeights, Horizon, calibrated, tensors_of
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
-from state.microbatch.batch import MicroBatch
-from state.microbatch.row_kinds import Kind
+from state.microbatch.batch import Kind, MicroBatch
 from trainer.churn.regression import OnlineRegression
 from trainer.measures.evaluation import BINS, LOGIT_RANGE, SOME, area_under_curve, fade
 from trainer.tables.index import U64, IdIndex, hashed_uniform

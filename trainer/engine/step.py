@@ -2,7 +2,7 @@
 
 A step takes one micro-batch, already trimmed and unmasked:
 
-1. Sightings: ids are counted, those due get a row, old ones expire by log time (`state/microbatch/log_time.py`), and
+1. Sightings: ids are counted, those due get a row, old ones expire by log time (`state/microbatch/batch.py`), and
    the least used leave a full table.
 2. The record is learned in equal updates of about `trainer.rows_per_update` rows. For each, candidates, negatives and rows are
    found on the host. The engine scores the rows without dropout and computes the gradients with it.

@@ -32,7 +32,7 @@ from state.errors import (
 from state.events.identity import load_salt
 from state.features.spec import FeatureSpec
 from state.layout import VERSIONS
-from state.log import Reader
+from state.log import Log
 from state.process import log_lines
 from state.process.closed_output import while_read
 from state.process.private_files import keep_private
@@ -161,11 +161,7 @@ def run(settings: Settings, asked: argparse.Namespace) -> None:
         name = registry.specs.bootstrapped(spec.digest, settings.model) or spec.digest
         trainer = Trainer(settings, spec, preprocessing_of(registry.specs.transform(name)))
 
-        def open_log(topic: str, offset: int) -> Reader:
-            partition = registry.manifest(number).log.partition
-            return Reader(settings.kafka, topic, [partition], {partition: offset})
-
-        of = exporting.load(registry, number, trainer, spec.digest, open_log)
+        of = exporting.load(registry, number, trainer, spec.digest, Log(settings.kafka))
         if users is not None and users.fingerprint != of.version.salt:
             raise SaltMismatch.between(f"version {number}", of.version.salt, users.fingerprint)
         if asked.tflite is not None:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from state.disk import files as durable
 from state.errors import GapError, LogError, MicroBatchError, ProgramError
+from state.log import Log
 from state.lowering import Quantize, difference
 from state.microbatch.batch import MicroBatch
 from state.microbatch.codec import decode
@@ -37,7 +38,6 @@ from trainer.model.attributes import Columns
 from trainer.model.inputs import Input
 from trainer.replay import SegmentReader
 from trainer.tables.table import Table
-from trainer.verify import OpenLog
 from trainer.versions import checkpoint
 from trainer.versions.program import Program, sample
 
@@ -117,12 +117,15 @@ class Replayed:
         return table.gather(flat).reshape(*ids.shape, table.dim)
 
 
-def latest(open_log: OpenLog, version: Manifest) -> list[MicroBatch]:
+def latest(log: Log, version: Manifest) -> list[MicroBatch]:
     """The latest micro-batches that a version learned; none if the log no longer has them, or is unreachable."""
     first, found = max(0, version.log.next - 2 * RECORDS), list[MicroBatch]()
     if not version.log.topic_id:
         return found
-    reader = SegmentReader(lambda offset: open_log(version.log.topic, offset), version.log, (), PATIENCE_S)
+    topic, partition = version.log.topic, version.log.partition
+    reader = SegmentReader(
+        lambda offset: log.reader(topic, [partition], {partition: offset}), version.log, (), PATIENCE_S
+    )
     try:
         for _, value in reader.records(LogSegment(first, version.log.next)):
             batch = None if value is None else decode(value)
@@ -238,7 +241,7 @@ class Compared(NamedTuple):
         return {name: value for name, value in self.inputs.items() if rows[name].shape[0] is not None}
 
 
-def load(registry: Registry, number: int, trainer: Trainer, spec: str, open_log: OpenLog) -> Compared:
+def load(registry: Registry, number: int, trainer: Trainer, spec: str, log: Log) -> Compared:
     """Loads the version, and makes a sample for it.
 
     Args:
@@ -246,7 +249,7 @@ def load(registry: Registry, number: int, trainer: Trainer, spec: str, open_log:
         number: Of the version.
         trainer: Is cleared first.
         spec: Digest of the feature spec of the settings.
-        open_log: Opens the training log.
+        log: The log with the training log.
 
     Raises:
         SpringtideError: The version cannot be loaded with these settings.
@@ -256,7 +259,7 @@ def load(registry: Registry, number: int, trainer: Trainer, spec: str, open_log:
     program = Program(registry.specs.program(version.program))
     program.load(trainer.model.weights())
     # 2.
-    batches = enough(latest(open_log, version))
+    batches = enough(latest(log, version))
     if batches:
         found = Replayed(trainer, batches)
         rows = len(found.ids["user"])

@@ -21,6 +21,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 
@@ -39,21 +40,16 @@ from state.history.rewind import Before
 from state.history.rewinding import OpenAt, WentBack, go_back, line_of
 from state.history.store import HistoryStore
 from state.history.sweeping import Sweeper
-from state.log import LogReader, PartitionBatch
+from state.log import Log, PartitionBatch
 from state.log.accepted_gaps import Accepted, left_out
+from state.log.follow import Follower, Opening, Position
 from state.metrics import ApplierMetrics
-from state.microbatch.batch import MicroBatch
+from state.microbatch.batch import MicroBatch, erased_rows, happened, log_times, new_ranges, trim
 from state.microbatch.codec import decode
-from state.microbatch.cutting import new_ranges, trim
-from state.microbatch.log_time import log_times
-from state.microbatch.masked import erased_rows
-from state.microbatch.row_kinds import happened
 from state.positions import Range, Source
 from state.process import killpoints
 from state.registry.log_line import LogLine, counts, onward
 
-Open = Callable[[Mapping[int, int], Mapping[int, int]], LogReader]
-"""Makes a reader from positions and the leader epochs of the records before them."""
 SALT_EXTRA = "salt"
 POSITION_EXTRA = "microbatches"
 RECORDS_AT_ONCE = 8  # between two polls of control and two rounds of maintenance
@@ -130,44 +126,6 @@ class Upkeep:
         self._metrics.history_users.set(self._store.users())
 
 
-def open_kept(positions: dict[int, int], leaders: dict[int, int], open_at: Open) -> LogReader:
-    """A reader at `positions`, moved back where the log no longer is the one that was read.
-
-    Args:
-        positions: By partition where the histories end.
-        leaders: By partition the leader's epoch of the record before, where it is known.
-        open_at: Makes a reader.
-
-    Raises:
-        LogError: The log cannot be read.
-    """
-    while True:
-        try:
-            return open_at(positions, leaders)
-        except TruncatedLog as lost:
-            (gap,) = lost.gaps
-            _log.error("%s; reading goes on at %d, and what the histories have is left out", lost.what, gap.first)
-            positions[gap.source.partition] = gap.first
-            leaders.pop(gap.source.partition, None)
-
-
-def as_stored(topic_id: str, positions: Mapping[int, int], reader: LogReader) -> bytes:
-    """Where the histories end, as they keep it: JSON of the topic's id and, by partition, `next` and the `leaders` that are known.
-
-    Args:
-        topic_id: Of the micro-batch topic.
-        positions: By partition where the histories end.
-        reader: Which read up to there.
-    """
-    leaders = {str(partition): reader.leader_epoch(partition, at) for partition, at in positions.items()}
-    document = {
-        "topic_id": topic_id,
-        "next": {str(partition): at for partition, at in positions.items()},
-        "leaders": {partition: epoch for partition, epoch in leaders.items() if epoch >= 0},
-    }
-    return json.dumps(document).encode()
-
-
 class HistoryFollower:
     """Applies the micro-batch topic to the histories; used by one thread, the store's only writer.
 
@@ -202,7 +160,7 @@ class HistoryFollower:
         self._horizon_ms = 1000 * round(spec.windows_s[-1] + max_age_s)
         self._parity = Parity(store, spec, self._horizon_ms, kept, metrics, now_ms)
         self._upkeep = Upkeep(store, self._horizon_ms, kept, metrics, now_ms, self._parity.lose)
-        self._reader: LogReader | None = None
+        self._log: Follower | None = None
         self._positions: dict[int, int] = {}
         self._marks = store.positions()
         salt = store.extra(SALT_EXTRA)
@@ -211,40 +169,41 @@ class HistoryFollower:
         self._caught_up = store.extra(CAUGHT_UP_EXTRA) is not None
         self._housekept_ms = 0
 
-    def connect(self, topic_id: str, ends: Mapping[int, tuple[int, int]], open_at: Open) -> None:
+    def connect(self, log: Log, topic: str) -> None:
         """Begins to read where the histories end.
 
         Args:
-            topic_id: Of the micro-batch topic now; positions in another one do not count.
-            ends: First and next position of each partition of the topic.
-            open_at: Makes a reader.
+            log: The log with the micro-batch topic.
+            topic: Its name.
+
+        Raises:
+            LogError: The log cannot be read.
         """
-        stored = json.loads(self._store.extra(POSITION_EXTRA) or b"{}")
-        if stored and stored["topic_id"] != topic_id:
-            _log.warning("the micro-batch topic was made again (now %s); it is read from its beginning", topic_id)
-            stored = {}
-        positions = {int(partition): int(next_) for partition, next_ in stored.get("next", {}).items()}
-        for partition, (begin, end) in ends.items():
-            ours = positions.get(partition, begin)
-            if begin > positions.get(partition, 0):
-                self._parity.lose()
-            if not begin <= ours <= end:
-                self._metrics.gap_positions.inc(max(0, begin - ours))
+        self._log = Follower(log, topic, stored=lambda: position_of(self._store), opened=self._opened)
+        self._log.connect()
+
+    def _opened(self, opening: Opening) -> None:
+        if opening.recreated:
+            _log.warning(
+                "the micro-batch topic was recreated (now %s); it is read from its beginning", opening.topic_id
+            )
+        for lost in opening.losses:
+            (gap,) = lost.gaps
+            if isinstance(lost, TruncatedLog):
                 _log.error(
-                    "micro-batch topic, partition %d: the histories are at %d, the log has [%d, %d); going on at %d. "
-                    "Users' windows lack what was lost; raise kafka.retention_h", partition, ours, begin, end, begin,
-                )  # fmt: skip
-                ours = begin
-            positions[partition] = ours
+                    "%s; reading continues at %d, and rows that the histories have are left out", lost.what, gap.first
+                )
+            else:
+                self._metrics.gap_positions.inc(gap.positions)
+                _log.error("%s. Users' windows lack what was lost; raise kafka.retention_h", lost.what)
+        known = {} if opening.stored is None or opening.recreated else opening.stored.next
+        if any(begin > known.get(partition, 0) for partition, (begin, _) in opening.ends.items()):
+            self._parity.lose()
         # Set it now, not at the next poll: a reader that waits for the histories would take the old lag as current.
-        self._metrics.microbatch_lag_records.set(
-            sum(end - positions[partition] for partition, (_, end) in ends.items())
-        )
+        self._metrics.microbatch_lag_records.set(opening.unread)
         self._metrics.history_epoch.set(self._line[-1].epoch)
-        leaders = {int(partition): int(epoch) for partition, epoch in stored.get("leaders", {}).items()}
-        self._reader = open_kept(positions, leaders, open_at)
         self._metrics.log_away.set(0)
-        self._positions = positions
+        self._positions = dict(opening.next)
 
     def turn(self, line: LogLine, mask: Mask, partition: int, open_at: OpenAt) -> bool:
         """Moves the histories to the log branch that control names; returns whether they were rolled back.
@@ -283,14 +242,13 @@ class HistoryFollower:
     @property
     def connected(self) -> bool:
         """Whether there is a reader."""
-        return self._reader is not None
+        return self._log is not None and self._log.connected
 
     def disconnect(self) -> None:
         """Closes the reader; `connect` continues where the histories end."""
         self._metrics.log_away.set(1)
-        if self._reader is not None:
-            self._reader.close()
-            self._reader = None
+        if self._log is not None:
+            self._log.disconnect()
 
     def step(self, timeout_s: float) -> int:
         """Takes what has arrived, waiting at most `timeout_s`; returns how many records.
@@ -301,8 +259,8 @@ class HistoryFollower:
             SaltMismatch: The stream uses another salt than before.
             StoreFull: What was not kept has to be read again: `disconnect` and `connect`.
         """
-        assert self._reader is not None
-        batches = self._reader.poll(timeout_s, RECORDS_AT_ONCE)
+        assert self._log is not None, "connect first"
+        batches = self._log.poll(timeout_s, RECORDS_AT_ONCE)
         for batch in batches:
             try:
                 # LMDB keeps as many pages in memory as its largest transaction ever changed.
@@ -386,16 +344,19 @@ class HistoryFollower:
     ) -> None:
         following = onward(self._line, batch.next)
         positions = self._positions | {batch.partition: following}
-        assert self._reader is not None
-        extra[POSITION_EXTRA] = as_stored(batch.topic_id, positions, self._reader)
+        assert self._log is not None, "connect first"
+        reader = self._log.reader
+        leaders = {partition: reader.leader_epoch(partition, at) for partition, at in positions.items()}
+        known = {partition: epoch for partition, epoch in leaders.items() if epoch >= 0}
+        extra[POSITION_EXTRA] = Position(batch.topic_id, positions, known).to_json()
         if self._salt is not None:
             extra[SALT_EXTRA] = self._salt.encode()
         killpoints.reach("follow.taken")
         self._store.commit(appends, ranges, extra)
         killpoints.reach("follow.committed")
         self._positions = positions
-        if following != batch.next and self._reader is not None:
-            self._reader.seek(batch.partition, following)
+        if following != batch.next:
+            reader.seek(batch.partition, following)
         self._metrics.history_rows.inc(len(appends.events))
 
     def _keep_house(self, idle: bool) -> None:
@@ -404,10 +365,10 @@ class HistoryFollower:
         if 0 <= now_ms - self._housekept_ms < EVERY_MS and not (idle and not self._caught_up):
             return
         self._housekept_ms = now_ms
-        assert self._reader is not None
-        lag = sum(self._reader.lag().values())
+        assert self._log is not None, "connect first"
+        lag = self._log.lag()
         self._metrics.microbatch_lag_records.set(lag)
-        self._metrics.log_away.set(not self._reader.reachable())
+        self._metrics.log_away.set(not self._log.reader.reachable())
         if not lag and not self._caught_up:
             self._store.commit(Appends.none(), (), {CAUGHT_UP_EXTRA: b"1"})
             self._caught_up = True
@@ -418,6 +379,11 @@ def clock_of(store: HistoryStore) -> int:
     """Returns the store's event clock in milliseconds; 0 if it has none."""
     clock = store.extra(CLOCK_EXTRA)
     return 0 if clock is None else int(json.loads(clock)["event_ms"])
+
+
+def position_of(store: HistoryStore) -> Position | None:
+    """Returns where the store's histories end in the micro-batch topic; None if nothing was read, or after a restore."""
+    return Position.from_json(store.extra(POSITION_EXTRA))
 
 
 def take_back(
@@ -443,18 +409,18 @@ def take_back(
         LogError: The broker refused a request.
         StoreFull: Nothing was changed.
     """
-    stored = json.loads(store.extra(POSITION_EXTRA) or b"{}")
+    stored = position_of(store)
     # Restored histories have no position in the log; their events may come from anywhere in it.
-    at = stored.get("next", {}).get(str(partition))
+    at = None if stored is None else stored.next.get(partition)
 
     def extra(offset: int, before: Before) -> dict[str, bytes | None]:
         gone = [item_extra(item) for item in before.items if item not in before.categories]
         found: dict[str, bytes | None] = {name: None for one in gone for name in (one, SEEN + one)}
         for item, one in before.categories.items():
             found[item_extra(item)] = item_value(one, (store.extra(item_extra(item)) or b"")[8:])
-        if at is not None and at > offset:
-            moved = {**stored["next"], str(partition): onward(line, offset)}
-            found[POSITION_EXTRA] = json.dumps({**stored, "next": moved}).encode()
+        if stored is not None and at is not None and at > offset:
+            moved = {**stored.next, partition: onward(line, offset)}
+            found[POSITION_EXTRA] = replace(stored, next=moved).to_json()
         if newest_ms := max((int(log_times(one).max(initial=0)) for one in before.latest), default=0):
             found[CLOCK_EXTRA] = json.dumps({"event_ms": newest_ms, "accepted_ms": now_ms}).encode()
         return found

@@ -19,7 +19,7 @@ from deploy.serving.following.versions import VersionFollower
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
-from state.log import LogReader, MemoryLog, partition_of, topic_plan
+from state.log import partition_of, topic_plan
 from state.metrics import ApplierMetrics, TrainerMetrics
 from state.registry.control import start
 from state.registry.registry import Registry
@@ -29,6 +29,7 @@ from streaming.context import Handle, StreamContext
 from streaming.cut import Cutter
 from streaming.open_shard import open_shard
 from streaming.steps import ClickReader, ParseEvents, UpdateProfiles
+from tests.memory_log import MemoryLog
 from tests.trainer.logs import settle
 from trainer.compactor import compact, thin, tiers_of
 from trainer.engine.step import Trainer
@@ -117,12 +118,7 @@ class Serving:
         """Takes up all that is new, and forgets what is due."""
         topic = self._settings.kafka.microbatches_topic
         if not self.clicks.connected:
-            topics = self._log.topics()
-            self.clicks.connect(
-                topics.describe(topic).topic_id,
-                topics.ends(topic),
-                lambda positions, leaders: self._log.reader(topic, None, positions, leaders=leaders),
-            )
+            self.clicks.connect(self._log, topic)
         while self.clicks.step(0.0):
             pass
         while self.versions.step():
@@ -196,18 +192,12 @@ class Chain:
 
     def _learner(self, shard: StreamContext) -> Learner:
         settings = self.settings
-        topic, partition = settings.kafka.microbatches_topic, settings.trainer.partition
-
-        def open_log(offset: int | None, leader: int = -1) -> LogReader:
-            positions = {} if offset is None else {partition: offset}
-            return self.log.reader(topic, [partition], positions)
-
         about = {"salt": shard.writer._salt, "popular": [], "newest_ms": self.clock.now_ms()}
         learner = Learner(
             settings,
             self.registry,
             self.trainer,
-            open_log,
+            self.log,
             self.registry.specs.add_program(self._program),
             shard.spec.digest,
             about,

@@ -9,8 +9,8 @@ import numpy as np
 
 from state.disk.lmdb_store import LmdbStore
 from state.layout import CONTROL
-from state.log import MemoryLog
 from tests.bench.year.chain import Chain
+from tests.memory_log import MemoryLog
 
 POPULAR = "trainer.popular"
 

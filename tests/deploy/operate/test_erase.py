@@ -17,11 +17,11 @@ from state.config.sections import Kafka
 from state.errors import SaltMismatch, SettingsError, UnknownTopic
 from state.events.identity import load_salt, user_id
 from state.features.erased import EVERYTHING
-from state.log import MemoryLog
 from state.positions import Source
 from state.process import killpoints
 from state.registry.erasing import ErasureReport, report
 from tests.deploy.operating import NOW_MS, RECORDS, ROWS, TOPIC, Operator, draft
+from tests.memory_log import MemoryLog
 
 FORMER = Source("0000001f" + "0" * 24, 0)
 ATTRIBUTES = ("--attributes.user_topic", "users", "--attributes.user_fields", "city")

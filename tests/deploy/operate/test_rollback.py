@@ -25,11 +25,11 @@ from state.errors import (
     UnknownVersion,
 )
 from state.events.identity import load_salt, user_id
-from state.log import MemoryLog
 from state.process import killpoints
 from state.registry.control import Control
 from state.rows.store import RowStore
 from tests.deploy.operating import BOT, NOW_MS, TOPIC, Operator, draft, files, record, users_of
+from tests.memory_log import MemoryLog
 
 LOG = Kafka().microbatches_topic
 

@@ -10,9 +10,9 @@ import pytest
 
 from state.config.sections import Kafka
 from state.errors import RegistryError
-from state.log import MemoryLog
 from state.rows.store import RowStore
 from tests.deploy.operating import NOW_MS, Operator
+from tests.memory_log import MemoryLog
 
 
 def test_versions_lists_the_newest_first_with_age_log_and_metrics(operator: Operator) -> None:

@@ -14,14 +14,14 @@ from deploy.serving.applier import ExposureForwarder
 from deploy.serving.exposures import FILE_MS, SETTLED_MS, ExposureSpool, make_room
 from state.config.settings import Settings
 from state.errors import UnknownTopic
-from state.log import MemoryLog
+from state.microbatch.batch import NAMES
 from state.microbatch.codec import decode, encode
-from state.microbatch.columns import NAMES
 from state.rollouts import exposure, rollout
 from state.rollouts.assignment import LIVE, TRIAL
 from state.rollouts.exposure import Exposure
 from state.rollouts.rollouts import Rollouts
 from tests.deploy.serving.test_clicks import Clock, record
+from tests.memory_log import MemoryLog
 
 EXPOSURES, LOG = Settings().kafka.exposures_topic, Settings().kafka.microbatches_topic
 

@@ -34,8 +34,8 @@ from state.config.settings import Settings
 from state.events.identity import Salt, user_id
 from state.features.spec import FeatureSpec
 from state.log import Topics, Writer
+from state.microbatch.batch import NAMES
 from state.microbatch.codec import decode, encode
-from state.microbatch.columns import NAMES
 from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
 from state.rollouts.assignment import LIVE, TRIAL, arm_of, place_of

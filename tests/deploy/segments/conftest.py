@@ -24,7 +24,7 @@ from state.events.identity import Salt, public_id, user_id
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.layout import PROGRAMS
-from state.log import KafkaLog, Topics, Writer, topic_plan
+from state.log import Log, Topics, Writer, topic_plan
 from state.metrics import ApplierMetrics, SegmentMetrics
 from state.microbatch.batch import Header
 from state.microbatch.codec import encode
@@ -64,17 +64,12 @@ class KeptHost:
 
     def __post_init__(self) -> None:
         kafka = self.settings.kafka
-        self.log = KafkaLog(kafka)
+        self.log = Log(kafka)
         with Topics(kafka) as topics:
             topics.ensure(*topic_plan.microbatches(self.settings))
-            topic_id, ends = topics.describe(kafka.microbatches_topic).topic_id, topics.ends(kafka.microbatches_topic)
         metrics = ApplierMetrics(CollectorRegistry())
         self._follower = HistoryFollower(self.stores.histories, FeatureSpec(), 3600.0, metrics, lambda: self.now_ms)
-        self._follower.connect(
-            topic_id,
-            ends,
-            lambda at, leaders: self.log.reader(kafka.microbatches_topic, positions=at, leaders=leaders),
-        )
+        self._follower.connect(self.log, kafka.microbatches_topic)
         programs = self.stores.settings.serving_dir / PROGRAMS
         self.predictor = Predictor(
             self.stores.rows, self.stores.histories, programs, FeatureSpec(), SALT, (), "wall", lambda: self.now_ms, None, pseudonym

@@ -14,7 +14,7 @@ from state.features.erased import Erased
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
 from state.layout import LOOKALIKES
-from state.log import KafkaLog
+from state.log import Log
 from state.registry.erasing import reports
 from state.segments import lookalikes
 from state.segments.members import Membership, key_of, membership_of
@@ -139,7 +139,7 @@ def test_a_topic_that_is_away_costs_time_and_no_change(keeping: Keeping, monkeyp
     settled(host)
     host.keeper.disconnect()
     real = host.keeper._members._kafka
-    host.keeper._members._kafka = KafkaLog(Kafka(bootstrap_servers="127.0.0.1:1", request_timeout_s=1.0))
+    host.keeper._members._kafka = Log(Kafka(bootstrap_servers="127.0.0.1:1", request_timeout_s=1.0))
     host.click(("bob", "tea"))
     with pytest.raises(LogError):
         host.until(lambda: False, 20)

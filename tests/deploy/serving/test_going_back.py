@@ -13,11 +13,11 @@ import pytest
 from deploy.serving.notes import CLOCK_EXTRA, item_extra
 from state.features.mask import Mask
 from state.history.store import HistoryStore
-from state.log import MemoryLog
 from state.microbatch.codec import decode, encode
 from state.process import killpoints
 from state.registry.log_line import WHOLE, LogLine, turned
 from tests.deploy.serving.test_clicks import LOG, MAP, SOURCE, Following, append, record, written
+from tests.memory_log import MemoryLog
 
 HISTORY = 40
 # Three users; each had more than it keeps when the poison came.

@@ -20,13 +20,13 @@ from state.features.mask import Mask
 from state.features.spec import EVENT, FeatureSpec
 from state.history.appends import Appends
 from state.history.store import HistoryStore
-from state.log import MemoryLog
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import Header
 from state.microbatch.codec import decode, encode
 from state.registry.log_line import WHOLE, turned
 from streaming.profile import Profiler
 from streaming.rows import leave_out
+from tests.memory_log import MemoryLog
 from tests.streaming.test_profile import BASE_MS, SOURCES, SPEC, batches_of
 
 LOG = "microbatches"
@@ -94,12 +94,7 @@ class Host:
 
     def drain(self) -> None:
         if not self.follower.connected:
-            topics = self.log.topics()
-            self.follower.connect(
-                topics.describe(LOG).topic_id,
-                topics.ends(LOG),
-                lambda at, leaders: self.log.reader(LOG, positions=at, leaders=leaders),
-            )
+            self.follower.connect(self.log, LOG)
         while self.follower.step(0.0):
             pass
 

@@ -11,7 +11,6 @@ import numpy as np
 from state.config.loading import load
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
-from state.log import MemoryLog
 from state.microbatch.batch import Header
 from state.microbatch.codec import encode
 from state.positions import Range, Source
@@ -21,6 +20,7 @@ from state.statistics.baselines import baseline_files
 from state.statistics.collecting import Statistics
 from state.statistics.protos import dataset
 from state.statistics.schema import infer
+from tests.memory_log import MemoryLog
 from tests.state.statistics.made_rows import ATTRIBUTES
 from tests.state.statistics.made_rows import columns as made_columns
 

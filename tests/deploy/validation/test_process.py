@@ -12,7 +12,6 @@ from deploy.validation.process import KINDS, MOST_LABELS, OTHERS, LogValidation,
 from deploy.validation.windows import KeptWindows
 from state.config.settings import Settings
 from state.errors import LogError
-from state.log import MemoryLog
 from state.metrics import ValidationMetrics
 from tests.deploy.validation.live import (
     MINUTE_MS,
@@ -24,6 +23,7 @@ from tests.deploy.validation.live import (
     settings_at,
     written,
 )
+from tests.memory_log import MemoryLog
 
 
 class Run:

@@ -12,7 +12,7 @@ from pathlib import Path
 from deploy import sections
 from deploy.kafka.configuration import free_port
 from deploy.watch.scrape import scrape
-from state.log import KafkaLog
+from state.log import Log
 from tests.conftest import KafkaFactory
 from tests.deploy.validation.live import bootstrapped, minutes, settings_at
 
@@ -30,7 +30,7 @@ def test_the_process_judges_windows_of_a_real_log_and_ends_when_asked_to(
     ]
     settings = settings_at(tmp_path / "state", *flags)
     bootstrapped(settings)
-    log, topic = KafkaLog(settings.kafka), settings.kafka.microbatches_topic
+    log, topic = Log(settings.kafka), settings.kafka.microbatches_topic
     with log.topics() as topics:
         topics.ensure(topic, 1)
     with log.writer("stream") as writer:

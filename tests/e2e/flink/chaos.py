@@ -47,7 +47,7 @@ from state.features.spec import FeatureSpec
 from state.flink import JobManager, url
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
-from state.log import KafkaLog, Reader, Topics, topic_plan
+from state.log import Log, Reader, Topics, topic_plan
 from state.metrics import ApplierMetrics
 from state.microbatch.codec import decode
 from state.positions import Source
@@ -174,7 +174,7 @@ def read_values(kafka: Kafka, topic: str) -> list[bytes]:
 
 def histories_of_log(settings: Settings) -> Histories:
     """What a serving host keeps of the training log, from its beginning to its end."""
-    kafka, log, spec = settings.kafka, KafkaLog(settings.kafka), FeatureSpec.from_settings(settings)
+    kafka, log, spec = settings.kafka, Log(settings.kafka), FeatureSpec.from_settings(settings)
     store = HistoryStore(settings.serving_dir / HISTORIES, settings.features.history)
     follower = HistoryFollower(
         store,
@@ -184,11 +184,7 @@ def histories_of_log(settings: Settings) -> Histories:
         wall_ms,
         actions=lambda digest: spec.actions if digest == spec.digest else None,
     )
-    with log.topics() as topics:
-        topic_id, ends = topics.describe(kafka.microbatches_topic).topic_id, topics.ends(kafka.microbatches_topic)
-    follower.connect(
-        topic_id, ends, lambda at, leaders: log.reader(kafka.microbatches_topic, positions=at, leaders=leaders)
-    )
+    follower.connect(log, kafka.microbatches_topic)
     until(
         lambda: not follower.step(0.1) and store.extra(CAUGHT_UP_EXTRA) is not None, "the log has not been read whole"
     )

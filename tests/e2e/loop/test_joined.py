@@ -8,9 +8,8 @@ from deploy.watch import accounts
 from state.attributes.values import tables_of
 from state.events.identity import load_salt, public_id, user_id
 from state.log import Reader, Topics
-from state.microbatch.batch import MicroBatch
+from state.microbatch.batch import Kind, MicroBatch, trained
 from state.microbatch.codec import decode
-from state.microbatch.row_kinds import Kind, trained
 from tests.e2e.running import Loop, until
 
 USER, ITEM, OTHER = "vera-of-the-labels", "lamp-of-the-labels", "vase-of-the-labels"

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from state.config.sections import Events
-from state.errors import DecodeError, SettingsError
+from state.errors import SettingsError
 from state.events.dead_letters import DeadLetter, Reason
-from state.events.event_batch import EventBatch
-from state.events.identity import Salt, user_id
-from state.events.parser import Parser
-from state.events.probe_users import probe_user
+from state.events.identity import Salt, probe_user, user_id
+from state.events.parser import EventBatch, Parser
 from state.log import PartitionBatch
 from state.positions import Source
 
@@ -51,12 +47,6 @@ def reason(value: Any, settings: Events | None = None) -> str:
     batch = parse(value, settings=settings)
     assert len(batch) == 0 and batch.ranges[0].dead == 1
     return str(batch.dead[0].reason)
-
-
-def test_columns_have_the_types_that_are_stored() -> None:
-    batch = parse(GOOD)
-    columns = (batch.user, batch.action, batch.at_ms, batch.label, batch.source)
-    assert [column.dtype.str for column in columns] == ["<u8", "|u1", "<i8", "<f4", "<u2"]
 
 
 def test_an_action_may_be_missing_where_there_is_only_one() -> None:
@@ -105,73 +95,26 @@ def _nothing() -> tuple[Any, ...]:
     return np.empty(0, np.int64), np.empty(0, np.int64), [], []
 
 
-def test_nothing_read_is_an_empty_batch() -> None:
-    batch = Parser(Events(), SALT).parse([])
-    assert (len(batch), batch.ranges, batch.context.shape, bool(batch)) == (0, (), (0, 0), True)
-
-
-def test_a_name_is_announced_once_in_ten_minutes_of_event_time() -> None:
-    parser = Parser(Events(max_age_s=1e9, max_future_s=1e9), SALT)
-
-    def news(minute: int, *categories: str) -> list[str]:
-        values = [
-            json.dumps({**GOOD, "category": one, "time": NOW_MS + 60_000 * minute}).encode() for one in categories
-        ]
-        return sorted(parser.parse([records(list(values))]).names.values())
-
-    assert news(0, "a", "b", "a") == ["a", "b"]
-    assert news(9, "a", "c") == ["c"]
-    assert news(10, "a", "c") == ["a"]
-    assert news(5, "a", "b") == []
-
-
-def test_items_are_announced_likewise_whole_or_not_at_all() -> None:
+def test_names_are_announced_once_in_ten_minutes_of_event_time_and_items_whole_or_not_at_all() -> None:
     """A name that was cut would be another item's to its owner."""
     parser = Parser(Events(max_age_s=1e9, max_future_s=1e9), SALT)
 
-    def news(minute: int, *items: str | int) -> list[str]:
-        values = [json.dumps({**GOOD, "item": one, "time": NOW_MS + 60_000 * minute}).encode() for one in items]
-        return sorted(parser.parse([records(list(values))]).item_names.values())
+    def news(minute: int, *names: str | int) -> tuple[list[str], list[str]]:
+        clicks = [{**GOOD, "category": one, "item": one, "time": NOW_MS + 60_000 * minute} for one in names]
+        batch = parser.parse([records([json.dumps(one).encode() for one in clicks])])
+        return sorted(batch.names.values()), sorted(batch.item_names.values())
 
-    assert news(0, "i1", 7, "i1", "x" * 200, "x" * 201) == ["7", "i1", "x" * 200]
-    assert news(9, "i1", "i2") == ["i2"]
-    assert news(10, "i1") == ["i1"]
+    assert news(0, "a", "b", 7, "a") == (["7", "a", "b"], ["7", "a", "b"])
+    assert news(9, "a", "c") == (["c"], ["c"])
+    assert news(10, "a", "c") == (["a"], ["a"])
+    assert news(5, "a", "b") == ([], [])
+    assert news(6, "x" * 200, "x" * 201) == (["x" * 200] * 2, ["x" * 200])
 
 
 def test_no_raw_user_id_leaves_the_parser() -> None:
     batch = parse({**GOOD, "user": "secret-user"}, {**GOOD, "user": "secret-user", "action": "stare"})
     assert "secret-user" not in repr(batch)
     assert "secret-user" not in repr(batch.dead)
-
-
-def own_decoder(settings: Events) -> Callable[[bytes], Any]:
-    """A decoder as a user would write it: ids separated by bars."""
-    names = ("user", "item", "category", "action", "time")
-
-    def read(value: bytes) -> Any:
-        parts = value.decode().split("|")
-        if parts == ["late"]:
-            raise DecodeError("implausible_time")
-        if parts == ["odd"]:
-            raise DecodeError("no such reason")
-        fields = dict(zip(names, parts, strict=True))
-        return SimpleNamespace(**fields, label=float("nan") if parts[0] == "nan" else None)
-
-    return read
-
-
-def test_a_decoder_of_the_users_own_plugs_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("state.events.parser.own_decoder", own_decoder, raising=False)
-    options = Events(decoder="state.events.parser:own_decoder")
-    values = [f"ann|lamp|home|view|{NOW_MS}".encode(), b"late", b"a|b", b"odd", f"nan|a|b|view|{NOW_MS}".encode()]
-    batch = Parser(options, SALT).parse([records(list(values))])
-    assert batch.user.tolist() == [user_id(SALT, "ann")]
-    assert [str(letter.reason) for letter in batch.dead] == [
-        "implausible_time",
-        "undecodable",
-        "undecodable",
-        "not_finite",
-    ]
 
 
 def test_settings_that_cannot_be_are_refused() -> None:

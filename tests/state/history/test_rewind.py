@@ -14,13 +14,12 @@ from state.history.appends import Appends, events_of
 from state.history.rewinding import WentBack, go_back, line_of
 from state.history.store import HistoryStore
 from state.history.waiting import WaitingRows, key_of
-from state.log import MemoryLog
-from state.microbatch.batch import Header, MicroBatch
+from state.microbatch.batch import Header, Kind, MicroBatch, counts_by_range, happened
 from state.microbatch.codec import decode, encode
-from state.microbatch.row_kinds import Kind, counts_by_range, happened
 from state.positions import Range, Source
 from state.process import killpoints
 from state.registry.log_line import WHOLE, LogLine, has, turned
+from tests.memory_log import MemoryLog
 
 LOG = "microbatches"
 TOPIC = "ab" * 16

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hypothesis
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kafka.record.default_records import DefaultRecordBatch
 
 from state.config.sections import Kafka
 from state.errors import UnknownTopic
-from state.log import BulkWriter, KafkaLog, Reader, Writer, append_encoded, partition_of
+from state.log import Log, Reader, Writer, partition_of
+from state.log.bulk import BulkWriter, append_encoded, encode_batch
 from tests.reading import all_ends, read_until, values
 
 
@@ -20,7 +25,7 @@ def test_encoded_batches_arrive_in_order_in_the_partition_of_their_key(clicks: s
     with Writer(settings) as writer:
         writer.send(clicks, None, keys[0], b"by the client")
         writer.flush()
-    ends = all_ends(KafkaLog(settings), clicks)
+    ends = all_ends(Log(settings), clicks)
     with Reader(settings, clicks) as reader:
         batches = read_until(reader, ends)
     for partition in (0, 1):
@@ -33,3 +38,13 @@ def test_encoded_batches_arrive_in_order_in_the_partition_of_their_key(clicks: s
 def test_an_unknown_topic_is_said_and_never_made(settings: Kafka) -> None:
     with pytest.raises(UnknownTopic, match="typo"):
         BulkWriter(settings, "typo")
+
+
+@hypothesis.settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(st.binary(max_size=40), st.binary(max_size=400), st.integers(0, 2**42)), min_size=1))
+def test_an_encoded_batch_is_read_by_the_client(made: list[tuple[bytes, bytes, int]]) -> None:
+    keys, values, times = (list(column) for column in zip(*made, strict=True))
+    batch = DefaultRecordBatch(encode_batch(keys, values, times))
+    assert batch.validate_crc()
+    assert [(r.key, r.value, r.timestamp) for r in batch] == made
+    assert batch.max_timestamp == max(times)

@@ -1,4 +1,4 @@
-"""Reading a real broker: both ways alike, whatever the codec, and what becomes of a reader when things go away."""
+"""Reading a real broker: whatever the codec, and what becomes of a reader when things go away."""
 
 from __future__ import annotations
 
@@ -11,71 +11,11 @@ import pytest
 from deploy.kafka.broker import Broker
 from state.config.sections import Kafka
 from state.errors import UnknownTopic, UnreachableBroker
-from state.log import BulkWriter, KafkaLog, PartitionBatch, Reader, Topics, Writer, append_encoded, client_options
-from state.log.reader import FETCH_BYTES
-from tests.reading import all_ends, eventually, joined, next_batches, read_until, values, write
+from state.log import Log, Reader, Topics, Writer, client_options
+from state.log.bulk import BulkWriter, append_encoded
+from tests.reading import eventually, joined, read_until, values, write
 
 LEFT_SOCKETS = pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
-
-
-def test_both_ways_of_reading_give_the_same_records(clicks: str, settings: Kafka) -> None:
-    with Writer(settings) as writer, Writer(settings, f"tx-{clicks}") as transactional:
-        for number in range(400):
-            key = None if number % 7 == 0 else b"key-%d" % number
-            value = None if number % 11 == 0 and key else b"v" * (number % 300)
-            headers = [("reason", b"x" * (number % 5))] if number % 3 == 0 else []
-            writer.send(clicks, number % 2, key, value, headers, timestamp_ms=10_000 + number)
-            if number % 50 == 0:
-                writer.flush()
-                with transactional.transaction():
-                    transactional.send(clicks, 0, b"t", b"committed-%d" % number)
-        writer.flush()
-    ends = all_ends(KafkaLog(settings), clicks)
-    rows = []
-    for batched in (True, False):
-        with Reader(settings, clicks, batched=batched) as reader:
-            batches = read_until(reader, ends)
-            rows.append(
-                sorted(
-                    (b.partition, offset, time_ms, key, value)
-                    for b in batches
-                    for offset, time_ms, key, value in zip(
-                        b.offsets.tolist(), b.timestamps_ms.tolist(), b.keys, b.values, strict=True
-                    )
-                ),
-            )
-    assert len(rows[0]) == 408
-    assert rows[0] == rows[1]
-
-
-def test_the_plain_way_leaves_out_an_aborted_transaction_too(clicks: str, settings: Kafka) -> None:
-    with Writer(settings, f"tx-{clicks}") as writer:
-        with pytest.raises(RuntimeError, match="changed my mind"), writer.transaction():
-            writer.send(clicks, 0, b"k", b"never")
-            writer.flush()
-            raise RuntimeError("changed my mind")
-        with writer.transaction():
-            writer.send(clicks, 0, b"k", b"after")
-    with Reader(settings, clicks, batched=False) as reader:
-        batches = read_until(reader, {0: 4})
-        assert values(batches) == [b"after"]
-        assert joined(batches) == (0, 4)
-    with Reader(settings, clicks, committed_only=False, batched=False) as reader:
-        assert values(read_until(reader, {0: 4})) == [b"never", b"after"]
-
-
-def test_an_acknowledged_record_does_not_wait_for_the_poll_to_end(clicks: str, settings: Kafka) -> None:
-    waits = []
-    with Reader(settings, clicks, from_end=True) as reader, Writer(settings) as writer:
-        for number in range(60):
-            writer.send(clicks, number % 2, b"k", b"v")
-            writer.flush()
-            acknowledged = time.perf_counter()
-            found: list[PartitionBatch] = []
-            while not found:
-                found = reader.poll(1.0)
-            waits.append(time.perf_counter() - acknowledged)
-    assert sorted(waits)[len(waits) // 2] < 0.5
 
 
 def test_compressed_records_are_read(clicks: str, settings: Kafka) -> None:
@@ -97,7 +37,7 @@ def test_compressed_records_are_read(clicks: str, settings: Kafka) -> None:
 def test_a_topic_made_again_stops_the_reader(
     topics: Topics, clicks: str, settings: Kafka, behind: int, written: int
 ) -> None:
-    write(KafkaLog(settings), clicks, [b"old"] * behind)
+    write(Log(settings), clicks, [b"old"] * behind)
     with Reader(settings, clicks) as reader:
         read_until(reader, {0: behind})
         reader.poll(0.1)
@@ -105,7 +45,7 @@ def test_a_topic_made_again_stops_the_reader(
         # A fetch that waits at the broker would be answered from the new topic.
         assert eventually(lambda: not reader._consumer._fetcher.in_flight_fetches())
         topics.ensure(clicks, 2)
-        write(KafkaLog(settings), clicks, [b"new"] * written)
+        write(Log(settings), clicks, [b"new"] * written)
         deadline = time.monotonic() + 20
         with pytest.raises(UnknownTopic, match="made again"):
             while time.monotonic() < deadline:
@@ -166,28 +106,9 @@ def test_a_batch_damaged_on_disk_is_a_corrupt_range_between_good_ones(own: Broke
     content = segment.read_bytes()
     segment.write_bytes(content.replace(b"damaged-1", b"dAmaged-1"))
     own.start()
-    for batched in (True, False):
-        with Reader(settings, "clicks", batched=batched) as reader:
-            batches = read_until(reader, {0: 9})
-        assert values(batches) == [b"good-%d" % n for n in range(3)] + [b"fine-%d" % n for n in range(3)]
-        assert joined(batches) == (0, 9)
-        corrupt = [each for batch in batches for each in batch.corrupt]
-        assert (corrupt[0][0], corrupt[-1][1]) == (3, 6)
-        if batched:
-            assert corrupt == [(3, 6, "checksum of the batch at offset 3")]
-
-
-@pytest.mark.parametrize("batched", [True, False])
-def test_of_a_partition_that_waits_two_fetches_are_kept_and_nothing_of_it_is_lost(
-    clicks: str, settings: Kafka, batched: bool
-) -> None:
-    record, count = bytes(64 * 1024), 8 * FETCH_BYTES // (64 * 1024)
-    write(KafkaLog(settings), clicks, [record] * count, partition=0)
-    with Reader(settings, clicks, batched=batched) as reader, Writer(settings) as writer:
-        for number in range(40):
-            writer.send(clicks, 1, None, b"%d" % number)
-            writer.flush()
-            assert next_batches(reader, 10, {1: 10})[0].values == [b"%d" % number]
-        held = reader._buffer.ends({0: 0})[0]
-        assert 0 < held * len(record) <= 2 * FETCH_BYTES + 2 * len(record)
-        assert joined(read_until(reader, {0: count}, most=7)) == (0, count)
+    with Reader(settings, "clicks") as reader:
+        batches = read_until(reader, {0: 9})
+    assert values(batches) == [b"good-%d" % n for n in range(3)] + [b"fine-%d" % n for n in range(3)]
+    assert joined(batches) == (0, 9)
+    corrupt = [each for batch in batches for each in batch.corrupt]
+    assert corrupt == [(3, 6, "checksum of the batch at offset 3")]

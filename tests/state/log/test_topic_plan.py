@@ -17,6 +17,7 @@ from state.log import Reader, Topics, Writer, client_options, topic_plan
 from state.log.records import Copies
 from state.storage import shares
 from tests.conftest import KafkaFactory
+from tests.reading import next_batches
 
 ROOT = Path(__file__).parents[3]
 TOPIC_SETTING = re.compile(r'"(?:retention\.ms|retention\.bytes|segment\.bytes|cleanup\.policy|max\.message\.bytes)": ')
@@ -105,17 +106,8 @@ def test_the_largest_micro_batch_fits_its_topic(kafka_settings: KafkaFactory) ->
         with writer.transaction():
             writer.send(planned.name, 0, None, bytes(5_000_000))
         with Reader(kafka, planned.name) as reader:
-            found = _sizes(reader)
-    assert found == [5_000_000]
-
-
-def _sizes(reader: Reader) -> list[int]:
-    """The sizes of the values in the first poll that finds any."""
-    for _ in range(100):
-        found = [len(value or b"") for batch in reader.poll(0.2) for value in batch.values]
-        if found:
-            return found
-    return []
+            (batch,) = next_batches(reader)
+    assert [len(value or b"") for value in batch.values] == [5_000_000]
 
 
 def test_replicas_are_planned_and_what_a_lost_broker_would_cost_is_said(kafka_settings: KafkaFactory) -> None:

@@ -13,11 +13,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.errors import MicroBatchError
-from state.microbatch.batch import Header
-from state.microbatch.codec import decode, encode
-from state.microbatch.columns import LISTS, NAMES, SCALARS, SEQUENCES, SINCE_2
-from state.microbatch.cutting import gaps, new_ranges, split, trim
-from state.microbatch.row_kinds import Kind, counts, trained
+from state.microbatch.batch import (
+    LISTS,
+    NAMES,
+    SCALARS,
+    SEQUENCES,
+    SINCE_2,
+    Header,
+    Kind,
+    counts,
+    gaps,
+    new_ranges,
+    trained,
+    trim,
+)
+from state.microbatch.codec import decode, encode, split
 from state.positions import Range, Source, merge_ranges
 
 GOLDEN = Path(__file__).parents[2] / "golden"
@@ -130,11 +140,6 @@ def test_the_golden_micro_batch_still_decodes() -> None:
     assert same(batch.columns, columns)
 
 
-def test_a_row_knows_its_own_place_beside_that_where_its_label_became_known() -> None:
-    batch = decode(encode(*with_kinds()))
-    assert batch.opened[trained(batch.kind)].tolist() == [102, 90, 91, 100]
-
-
 def test_the_rows_of_one_place_are_never_parted() -> None:
     header, columns = with_kinds()
     parts = [decode(value) for value in split(header, columns, 900_000, max_rows=1)]
@@ -223,14 +228,6 @@ def test_a_missing_column_is_named() -> None:
         encode(header, columns)
 
 
-def test_take_keeps_the_named_rows_and_the_header() -> None:
-    header, columns = made(6)
-    keep = np.array([True, False] * 3)
-    batch = decode(encode(header, columns)).take(keep)
-    assert batch.header == header
-    assert same(batch.columns, {name: column[keep] for name, column in columns.items()})
-
-
 @pytest.mark.parametrize("limit", [6_000, 20_000])
 def test_a_split_batch_has_the_same_rows_and_adjacent_ranges(limit: int) -> None:
     header, columns = made(1000, random_features=True)
@@ -263,37 +260,18 @@ def test_a_row_that_exceeds_the_record_is_refused() -> None:
         split(*made(1), 100)
 
 
-def test_trim_drops_what_is_below_the_marks() -> None:
+def test_trim_drops_what_is_below_the_marks_and_moves_no_mark_back() -> None:
     header, columns = made(8)
     batch = decode(encode(header, columns))
     keep, marks = trim(batch, {ZERO: 103})
     assert columns["offset"][keep & (columns["source"] == 0)].min() == 103
     assert keep[columns["source"] == 1].all()
     assert marks == {part.source: part.next for part in header.ranges}
-
-
-def test_trimming_the_same_batch_again_leaves_nothing() -> None:
-    batch = decode(encode(*made(8)))
-    _, marks = trim(batch, {})
-    keep, again = trim(batch, marks)
-    assert not keep.any()
-    assert again == marks
-
-
-def test_an_older_batch_does_not_move_marks_back() -> None:
-    batch = decode(encode(*made(8)))
-    keep, marks = trim(batch, {ZERO: 10_000, ONE: 10_000})
-    assert not keep.any()
-    assert marks == {ZERO: 10_000, ONE: 10_000}
-
-
-def test_trim_takes_a_batch_without_ranges() -> None:
-    header, columns = made(0)
-    batch = decode(encode(replace(header, ranges=()), columns))
-    keep, marks = trim(batch, {ZERO: 3})
-    assert len(keep) == 0
-    assert marks == {ZERO: 3}
-    assert header.ranges
+    for known in (marks, {ZERO: 10_000, ONE: 10_000}):
+        keep, again = trim(batch, known)
+        assert not keep.any() and again == known
+    empty = decode(encode(replace(header, ranges=()), made(0)[1]))
+    assert trim(empty, {ZERO: 3})[1] == {ZERO: 3}
 
 
 def test_a_gap_is_named_and_a_new_source_is_none() -> None:

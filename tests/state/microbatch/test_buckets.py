@@ -12,10 +12,8 @@ from state.accounts import StreamAccount, check_accounts
 from state.features.spec import EVENT
 from state.history.counts import Counts, advanced
 from state.history.rewind import kept
-from state.microbatch.batch import Header
-from state.microbatch.codec import decode, encode
-from state.microbatch.columns import ATTRIBUTES, LISTS, SCALARS
-from state.microbatch.cutting import gaps, new_ranges, split, trim
+from state.microbatch.batch import ATTRIBUTES, LISTS, SCALARS, Header, gaps, new_ranges, trim
+from state.microbatch.codec import decode, encode, split
 from state.positions import Range, Source, from_json, split_range, to_json
 
 TOPIC = "ab" * 16

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 
 from state.errors import MicroBatchError
-from state.microbatch.batch import MicroBatch
-from state.microbatch.codec import decode, encode
-from state.microbatch.cutting import split
-from state.microbatch.log_time import TOLERANCE_MS, in_log_time, log_times
+from state.microbatch.batch import TOLERANCE_MS, MicroBatch, in_log_time, log_times
+from state.microbatch.codec import decode, encode, split
 from tests.trainer.clicks import START_MS, microbatch
 
 FAR_MS = 10 * TOLERANCE_MS

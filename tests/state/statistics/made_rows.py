@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from state.attributes.values import AttributeTable
 from state.events.identity import public_id
-from state.microbatch.columns import absent_column
+from state.microbatch.batch import absent_column
 from state.statistics.collecting import Statistics
 
 ACTIONS = ("view", "cart")

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from state.microbatch.row_kinds import Kind
+from state.microbatch.batch import Kind
 from state.statistics.categorical import BUCKETS, Categorical
 from state.statistics.collecting import Statistics
 from state.statistics.numeric import SHARES, WHOLE, Numeric, median

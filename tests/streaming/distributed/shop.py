@@ -22,10 +22,10 @@ from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
-from state.log import MemoryLog, PartitionBatch, topic_plan
+from state.log import PartitionBatch, topic_plan
 from state.metrics import StreamMetrics
+from state.microbatch.batch import trim
 from state.microbatch.codec import decode
-from state.microbatch.cutting import trim
 from state.positions import Source
 from state.registry.control import roll_back, start
 from state.registry.controls import Controls
@@ -35,6 +35,7 @@ from streaming.event_clock import EventClock
 from streaming.labels import LookedUp, open_labels
 from streaming.profile import Profiler
 from streaming.rows import leave_out
+from tests.memory_log import MemoryLog
 
 TOPIC = "ab" * 16
 BASE_MS = 1_700_000_000_000

@@ -22,7 +22,7 @@ from state.config.settings import Settings
 from state.errors import LineTurned, SettingsError
 from state.events.identity import load_salt
 from state.features.mask import Mask
-from state.log import MemoryLog, Topics
+from state.log import Topics
 from state.microbatch.codec import decode
 from state.positions import Source
 from state.registry.control import roll_back, start
@@ -33,6 +33,7 @@ from streaming.distributed.handing_in import build_distributed, plan_of
 from streaming.distributed.steps import Partitions, SourceReading
 from streaming.distributed.worker import JobPlan, close_workers, worker_of
 from tests.conftest import KafkaFactory
+from tests.memory_log import MemoryLog
 from tests.streaming.distributed.shop import Click, rows_of, settings_of, written
 from tests.streaming.streams import BEGIN_MS, FOREVER, click, following, running, send, settings_for, until
 

@@ -11,13 +11,14 @@ import pytest
 from state.accounts import StreamAccount
 from state.config.sections import Kafka, LabelSettings
 from state.errors import GapError, UnknownTopic
-from state.log import MemoryLog, Topics
-from state.log.gaps import Consent, parse_allowance
+from state.log import Topics
+from state.log.accepted_gaps import Consent, parse_allowance
 from state.microbatch.codec import decode
 from streaming.distributed.handing_in import NO_CONSENT, Account, plan_of
 from streaming.distributed.steps import SourceReading
 from streaming.distributed.worker import JobPlan, worker_of
 from tests.conftest import KafkaFactory
+from tests.memory_log import MemoryLog
 from tests.streaming.distributed.engine import Engine
 from tests.streaming.distributed.shop import rows_of
 from tests.streaming.distributed.test_forgetting import job

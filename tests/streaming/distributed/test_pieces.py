@@ -9,7 +9,7 @@ from apache_beam.options.pipeline_options import PortableOptions, StandardOption
 from state.config.settings import Settings
 from state.errors import SettingsError
 from state.events.dead_letters import DeadLetter, Reason
-from state.events.event_batch import EventBatch
+from state.events.parser import EventBatch
 from state.positions import Range
 from streaming.distributed.buckets import Portion, decode, encode
 from streaming.distributed.engine import FLINK, PRISM, beam_options, take_runner

@@ -14,12 +14,12 @@ from state.events.identity import load_salt
 from state.features.mask import Mask
 from state.features.spec import EVENT
 from state.history.appends import Appends
-from state.log import MemoryLog
 from streaming.attributes import Join
 from streaming.distributed.bucket import Head, restored
 from streaming.distributed.bucket_store import BucketStore, Delta
 from streaming.distributed.handing_in import Account
 from streaming.distributed.worker import JobPlan, JobWorker, close_workers, worker_of
+from tests.memory_log import MemoryLog
 from tests.streaming.distributed.engine import Engine
 from tests.streaming.distributed.shop import (
     TOPIC,

@@ -16,7 +16,6 @@ from tests.trainer.logs import (
     fresh,
     kill,
     learner,
-    opener,
     run_to_end,
     started,
     trainer_of,
@@ -81,7 +80,7 @@ def test_a_version_has_measures_weights_and_code_and_is_recomputed(tmp_path: Pat
     def asked(*flags: str) -> verify.Comparison:
         return verify.verify(
             small_settings(*flags), registry, newest, 1, lambda: fresh(*flags),
-            lambda topic, offset: opener(log, topic)(offset),
+            log,
         )  # fmt: skip
 
     found = asked(*ON)

@@ -22,7 +22,7 @@ from state.layout import REGISTRY
 from state.registry.control import pin
 from state.registry.registry import Registry
 from tests.trainer.clicks import SMALL, SPEC, microbatch, small_settings
-from tests.trainer.logs import ABOUT, learner, opener, run_to_end, started, write_transform, written
+from tests.trainer.logs import ABOUT, learner, run_to_end, started, write_transform, written
 from trainer.engine.step import Trainer
 from trainer.exporting import command, device_file, exporting, saved_model
 from trainer.exporting.choosing import choose, read_users
@@ -55,7 +55,7 @@ def stocked(tmp_path_factory: pytest.TempPathFactory) -> Stocked:
     run_to_end(running)
     running.close()
     newest = registry.newest(1) or 0
-    of = exporting.load(registry, newest, trainer, SPEC.digest, lambda topic, offset: opener(log, topic)(offset))
+    of = exporting.load(registry, newest, trainer, SPEC.digest, log)
     return Stocked(state, registry, of)
 
 

@@ -13,7 +13,7 @@ from deploy import status
 from deploy.kafka.configuration import free_port
 from deploy.watch import scrape
 from state.errors import SettingsError
-from state.log import KafkaLog
+from state.log import Log
 from state.registry import privacy_ledger
 from state.registry.registry import Registry
 from tests.conftest import KafkaFactory
@@ -55,7 +55,7 @@ def test_a_killed_trainer_spends_nothing_twice_holds_at_the_end_of_its_budget_an
     more = [word for name in names for word in (f"--kafka.{name}", str(getattr(kafka, name)))]
     more += ["--trainer.metrics_port", str(free_port()), "--trainer.publish_s", "0.05", "--registry.durable_s", "0.05"]
     own = settings(state, *more)
-    registry, log = Registry(own.registry_dir), KafkaLog(own.kafka)
+    registry, log = Registry(own.registry_dir), Log(own.kafka)
     registry.specs.add_spec(SPEC.digest, {"salt": SALT, "popular": [], "newest_ms": 0}, write_transform)
     with log.topics() as topics, log.writer(kafka.microbatches_topic) as writer:
         topics.ensure(kafka.microbatches_topic, 1)

@@ -1,0 +1,281 @@
+"""Follows a topic from a stored position, and reads a topic up to an end. Part of `state.log`.
+
+Every process that follows a topic uses `Follower`, so these rules exist once:
+
+- A position belongs to a topic's id. In a recreated topic reading starts at the beginning.
+- If records were deleted before they were read, or the log was truncated below the position, `lost` decides where
+  reading continues: by default at the first record that is kept, or where the log is still the one that was read.
+- After a loss or an error the reader is closed and another is opened, from the position that is stored by then.
+
+`read_to` is for those who read up to an end: rebuilds, scans, rewinds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from state.errors import GapError, LogError, TruncatedLog
+from state.log import Log, PartitionBatch, Reader
+
+logger = logging.getLogger(__name__)
+
+POLL_S = 0.5
+STALLED_S = 60.0
+REFRESH_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Position:
+    """How far a topic was read.
+
+    Attributes:
+        topic_id: The topic's id, 32 hexadecimal digits; empty for whichever topic has the name.
+        next: Partition -> offset of its next record.
+        leaders: Partition -> `Reader.leader_epoch` of that offset, if known.
+    """
+
+    topic_id: str
+    next: Mapping[int, int]
+    leaders: Mapping[int, int] = field(default_factory=dict)
+
+    def to_json(self) -> bytes:
+        """Encodes the position.
+
+        >>> position = Position("ab" * 16, {0: 7}, {0: 2})
+        >>> Position.from_json(position.to_json()) == position, Position.from_json(None)
+        (True, None)
+        """
+        columns = {"next": self.next, "leaders": self.leaders}
+        named = {name: {str(one): at for one, at in column.items()} for name, column in columns.items()}
+        return json.dumps({"topic_id": self.topic_id, **named}).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes | None) -> Position | None:
+        """Decodes the output of `to_json`; None for no data."""
+        if not data:
+            return None
+        document = json.loads(data)
+        columns = (document["next"], document.get("leaders", {}))
+        return cls(document["topic_id"], *({int(one): int(at) for one, at in column.items()} for column in columns))
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """How a topic was opened.
+
+    Attributes:
+        topic_id: Its id.
+        ends: Partition -> its first kept offset and the offset of its next record.
+        next: Partition -> the offset at which reading starts.
+        stored: The position where reading was to resume; None for none.
+        losses: The losses between that position and `next`.
+    """
+
+    topic_id: str
+    ends: Mapping[int, tuple[int, int]]
+    next: Mapping[int, int]
+    stored: Position | None = None
+    losses: tuple[GapError, ...] = ()
+
+    @property
+    def recreated(self) -> bool:
+        """Whether the stored position belongs to another topic of that name."""
+        return self.stored is not None and self.stored.topic_id not in ("", self.topic_id)
+
+    @property
+    def resumed(self) -> bool:
+        """Whether reading resumes at a stored position without a loss."""
+        return self.stored is not None and not self.recreated and not self.losses
+
+    @property
+    def unread(self) -> int:
+        """The positions up to the end."""
+        return sum(end - self.next[partition] for partition, (_, end) in self.ends.items())
+
+
+def nearest(error: GapError) -> int:
+    """Where reading continues after a loss: at the first offset kept, or where the log is still the one that was read."""
+    (gap,) = error.gaps
+    return gap.first if isinstance(error, TruncatedLog) else gap.next
+
+
+def open_topic(
+    log: Log,
+    topic: str,
+    partitions: Sequence[int] | None = None,
+    stored: Position | None = None,
+    lost: Callable[[GapError], int] = nearest,
+) -> tuple[Reader, Opening]:
+    """Opens a topic at a stored position.
+
+    Args:
+        log: Contains the topic.
+        topic: Its name.
+        partitions: The partitions to read; None for all, including later ones.
+        stored: Where reading resumes; partitions that it does not name start at their beginning.
+        lost: Returns the offset at which to continue after a loss, or raises.
+
+    Raises:
+        UnknownTopic: There is no such topic or partition.
+        LogError: The log cannot be read.
+        GapError: From `lost`.
+    """
+    while True:
+        with log.topics() as topics:
+            topic_id, ends = topics.describe(topic).topic_id, topics.ends(topic)
+        if partitions is not None:
+            ends = {one: ends[one] for one in partitions if one in ends}
+        known = stored if stored is not None and stored.topic_id in ("", topic_id) else Position(topic_id, {})
+        positions = {one: known.next.get(one, begin) for one, (begin, _) in ends.items()}
+        leaders = {one: epoch for one, epoch in known.leaders.items() if one in positions}
+        losses, reader = list[GapError](), None
+        while reader is None:
+            try:
+                reader = log.reader(topic, partitions, positions, leaders=leaders)
+            except GapError as error:
+                partition = error.gaps[0].source.partition
+                positions[partition] = lost(error)
+                leaders.pop(partition, None)
+                losses.append(error)
+        if reader.topic_id == topic_id:
+            return reader, Opening(topic_id, ends, positions, stored, tuple(losses))
+        # The topic was recreated just now.
+        reader.close()
+
+
+def _ignore(opening: Opening) -> None:
+    del opening
+
+
+class Follower:
+    """Follows a topic; used by one thread. Connects with the first poll, and again after an error.
+
+    Args:
+        log: Contains the topic.
+        topic: Its name.
+        partitions: The partitions to read; None for all, including later ones.
+        stored: Returns where reading resumes; called for each connection.
+        lost: See `open_topic`.
+        opened: Called for each connection. `reader` is open by then, and may be moved.
+    """
+
+    def __init__(
+        self,
+        log: Log,
+        topic: str,
+        partitions: Sequence[int] | None = None,
+        stored: Callable[[], Position | None] = lambda: None,
+        lost: Callable[[GapError], int] = nearest,
+        opened: Callable[[Opening], None] = _ignore,
+    ) -> None:
+        self._log, self._topic, self._partitions = log, topic, partitions
+        self._stored, self._lost, self._opened = stored, lost, opened
+        self._reader: Reader | None = None
+        self._refresh_s = 0.0
+
+    @property
+    def connected(self) -> bool:
+        """Whether the topic is open."""
+        return self._reader is not None
+
+    @property
+    def reader(self) -> Reader:
+        """The open reader."""
+        assert self._reader is not None, "connect first"
+        return self._reader
+
+    def connect(self) -> None:
+        """Opens the topic, unless it is open.
+
+        Raises:
+            LogError: See `open_topic`.
+        """
+        if self._reader is None:
+            stored = self._stored()
+            self._reader, opening = open_topic(self._log, self._topic, self._partitions, stored, self._lost)
+            self._refresh_s = time.monotonic() + REFRESH_S
+            try:
+                self._opened(opening)
+            except BaseException:
+                self.disconnect()
+                raise
+
+    def poll(self, timeout_s: float, max_records: int = 10_000) -> list[PartitionBatch]:
+        """Connects if needed, and waits up to `timeout_s` for new records or positions.
+
+        After a loss it opens the topic again, where it was stored and `lost` decides, and returns nothing.
+
+        Raises:
+            LogError: The topic cannot be read; it is closed, and the next call opens it where it was stored.
+        """
+        try:
+            self.connect()
+            if self._partitions is None and time.monotonic() >= self._refresh_s:
+                self.reader.refresh()
+                self._refresh_s = time.monotonic() + REFRESH_S
+            try:
+                return self.reader.poll(timeout_s, max_records)
+            except GapError as error:
+                logger.warning("%s", error.what)
+                self.disconnect()
+                self.connect()
+                return []
+        except LogError:
+            self.disconnect()
+            raise
+
+    def lag(self) -> int:
+        """The positions up to the log's end, as last received.
+
+        Raises:
+            LogError: The log does not answer; the topic is closed.
+        """
+        try:
+            return sum(self.reader.lag().values())
+        except LogError:
+            self.disconnect()
+            raise
+
+    def disconnect(self) -> None:
+        """Closes the topic; the next poll opens it where it was stored."""
+        if self._reader is not None:
+            self._reader.close()
+            self._reader = None
+
+
+def read_to(
+    reader: Reader,
+    ends: Mapping[int, int],
+    max_records: int = 10_000,
+    stalled_s: float = STALLED_S,
+    poll: Callable[[], list[PartitionBatch]] | None = None,
+) -> Iterator[list[PartitionBatch]]:
+    """Yields what each poll finds, until all partitions are read to their ends; the last batch may go beyond.
+
+    Args:
+        reader: Reads the partitions.
+        ends: Partition -> the offset up to which it is read, which the log has reached.
+        max_records: The most records of a poll.
+        stalled_s: The longest wait for records.
+        poll: Polls the reader in another way.
+
+    Raises:
+        LogError: Nothing arrived for `stalled_s`, or the log cannot be read.
+    """
+    heard_s = time.monotonic()
+    while any(reader.position(partition) < end for partition, end in ends.items()):
+        batches = poll() if poll is not None else reader.poll(POLL_S, max_records)
+        if batches:
+            yield batches
+            heard_s = time.monotonic()
+        elif time.monotonic() - heard_s > stalled_s:
+            partition, end = next(item for item in ends.items() if reader.position(item[0]) < item[1])
+            raise LogError(
+                f"topic {reader.topic} gave nothing for {stalled_s:g} s at offset {reader.position(partition)} of {end} of "
+                f"partition {partition}",
+                "look after the broker and try again: a transaction may still be open",
+            )
