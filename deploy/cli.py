@@ -252,11 +252,11 @@ def operator_command(name: str) -> Command:
         from deploy.operate import erase
 
         return erase.erase
-    if name == "trial":
+    if name == "experiment":
         # Likewise: it compares numbers.
-        from deploy.trials import commands as trials
+        from deploy.experiments import commands as experiments
 
-        return trials.trial
+        return experiments.experiment
     if name == "schema":
         # Likewise: it loads TensorFlow's protos.
         from deploy.operate import schema

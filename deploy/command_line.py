@@ -1,4 +1,4 @@
-"""Defines the argument parser of `springtide`: its commands, including `springtide trial`, their options and help texts.
+"""Defines the argument parser of `springtide`: its commands, including `springtide experiment`, their options and help texts.
 
 Settings are removed from the arguments before parsing; see `state.config.sources`.
 """
@@ -14,29 +14,36 @@ from typing import NoReturn
 from deploy.backup import options as backing_up
 from deploy.operate import options as operating
 from deploy.operate.options import SETTINGS_HELP, Add, positive
+from state.config.spans import span_ms
 from state.errors import SettingsError
 
-VERBS = ("start", "list", "stop", "promote", "report")
+EXPERIMENT_VERBS = ("start", "status", "rollout", "halt", "resume", "back", "report", "promote", "stop")
 READERS = ("stream", "train", "up")  # stop at a gap; continue if the loss is accepted
 _UNKNOWN = re.compile(r"argument .+: invalid choice: '(.*)' \(choose from (.*)\)", re.DOTALL)
 """argparse's message for a word that is not one of its choices."""
 
 
-def trial(add: Add) -> argparse.ArgumentParser:
-    """The command about trials."""
+def experiment(add: Add) -> argparse.ArgumentParser:
+    """The command about experiments."""
     command = add(
-        "trial",
-        "Run a second trainer with other settings on the same rows, and compare it with the live one row by row.",
-        "`springtide up` runs its trainer on at most trials.cores cores. Both trainers score each row before they learn from it. "
-        "The difference of their losses has an anytime-valid confidence interval. promote starts a new epoch in which the live "
-        "trainer continues from the state of the trial; `springtide rollback` undoes that.",
+        "experiment",
+        "Try other settings on the same rows next to the live trainer, then on a share of the users, and promote them.",
+        "`springtide up` runs the experiment's trainer on at most trials.cores cores. Both trainers score each row before they "
+        "learn from it. The difference of their losses has an anytime-valid confidence interval.",
     )
     command.add_argument(
         "what",
-        choices=VERBS,
-        help="start, list, stop or promote a trial, or report how the arms of its rollout compare; stop deletes what it learned",
+        choices=EXPERIMENT_VERBS,
+        help="start: start an experiment; status: compare it with the live trainer; rollout: answer a growing share of the users "
+        "with it, at rollout.address, while a gate continues, halts or rolls back by engagements, failures, latency and the "
+        "sample ratio (runs until the rollout is over; run it again to resume); halt: keep the share; resume: restart the step; "
+        "back: answer all users with the live versions, or confirm that the gate did; report: compare the arms of the rollout; "
+        "promote: start an epoch in which the live trainer continues from it (`springtide rollback` undoes that); stop: delete "
+        "what it learned",
     )
-    command.add_argument("name", nargs="?", default="", metavar="NAME", help="name of the trial")
+    command.add_argument(
+        "name", nargs="?", default="", metavar="NAME", help="name of the experiment (status: default all)"
+    )
     command.add_argument(
         "--set",
         action="append",
@@ -48,12 +55,44 @@ def trial(add: Add) -> argparse.ArgumentParser:
         "--from",
         dest="origin",
         choices=("live", "nothing", "clicks"),
-        default="live",
         help="start: from the newest durable version (default), from scratch at the start of the training log, or from scratch with "
         "the clicks of the last retrain.days and then the training log",
     )
-    command.add_argument("--reason", default="", metavar="TEXT", help="reason; recorded with your name")
+    command.add_argument(
+        "--steps",
+        type=_percentages,
+        metavar="P,P,...",
+        help="rollout: share of the users in each step, in percent (default 1,5,50,100)",
+    )
+    command.add_argument("--every", type=_span_s, metavar="T", help="rollout: duration of a step (default 30m)")
+    command.add_argument(
+        "--reason", default="", metavar="TEXT", help="start, promote, stop: required; reason; recorded with your name"
+    )
     return command
+
+
+def _percentages(text: str) -> tuple[float, ...]:
+    from state.experiments.experiment import require_steps
+
+    try:
+        steps = tuple(float(share) for share in text.split(","))
+        require_steps(steps)
+    except (ValueError, SettingsError):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} are no steps: give ascending percentages such as 1,5,50,100"
+        ) from None
+    return steps
+
+
+def _span_s(text: str) -> float:
+    """Parses a duration to seconds.
+
+    >>> _span_s("30m"), _span_s("1.5s")
+    (1800.0, 1.5)
+    """
+    if not (span := span_ms(text)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no duration: write 30m, 2h or 90s")
+    return span / 1000
 
 
 PROCESSES = {
@@ -86,10 +125,6 @@ PROCESSES = {
     "flink": (
         "deploy.flink.command",
         "Run a Flink cluster on this machine, for the stream on a distributed runner: flink up, flink down, flink status.",
-    ),
-    "rollout": (
-        "deploy.rollouts.command",
-        "Serve a growing share of the users with a trial, and continue, halt or roll back depending on the results.",
     ),
     "status": ("deploy.status", "Show the running parts, their lag, versions and freshness."),
     "probe": (
@@ -134,7 +169,6 @@ PROCESSES = {
 OWN_HELP = (
     "up",
     "flink",
-    "rollout",
     "status",
     "probe",
     "verify",
@@ -236,7 +270,7 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
         "Check a custom model.ranker, model.tower or model.preprocessing: shapes, repeatability, lowering to LiteRT, parity.",
         "Takes seconds and starts or changes nothing. up, bootstrap and train run the same check before they start.",
     )
-    printing += [trial(add), _history(add), _config(add)]
+    printing += [experiment(add), _history(add), _config(add)]
     for one in printing:
         one.add_argument(
             "-o", "--output", choices=("text", "json"), default="text", help="output format (default text)"

@@ -13,10 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from deploy.experiments import status as experiments
 from deploy.operate import horizon
 from deploy.operate.versions import open_registry
-from deploy.rollouts import telling as rollouts
-from deploy.trials import retrain_told, telling
 from deploy.watch import accounts, scrape
 from deploy.watch.figures import segments_behind
 from deploy.watch.messages import seconds, shown
@@ -38,7 +37,7 @@ Text = tuple[str, str]
 
 
 def read(settings: Settings, now_ms: int) -> dict[str, Any]:
-    """Returns the sections of Kafka, registry, stores, disks, validation, trials and rollouts.
+    """Returns the sections of Kafka, registry, stores, disks, validation and experiments.
 
     Args:
         settings: The loop's settings.
@@ -56,9 +55,8 @@ def read(settings: Settings, now_ms: int) -> dict[str, Any]:
         "histories": history_stores(settings),
         "accounting": accounts.account(settings),
         "live_clicks": live_clicks(settings),
-        "trials": telling.running(settings),
-        "rollout": rollouts.look(settings),
-        "retrain": retrain_told.look(settings, now_ms),
+        "experiments": experiments.reported(settings),
+        "retrain": experiments.look_at_retrain(settings, now_ms),
     }
 
 
@@ -561,9 +559,8 @@ TEXTS: Mapping[str, tuple[str, Callable[[Any], Text]]] = {
     "quality": ("quality", quality_text),
     "churn": ("churn", churn_text),
     "segments": ("segments", segments_text),
-    "trials": ("trial", telling.as_text),
-    "rollout": ("rollout", rollouts.as_text),
-    "retrain": ("retrain", retrain_told.as_text),
+    "experiments": ("experiment", experiments.as_text),
+    "retrain": ("retrain", experiments.retrain_as_text),
     "live_clicks": ("live clicks", live_clicks_text),
     "accounting": ("accounting", account_text),
     "parity": ("parity", parity_text),

@@ -119,11 +119,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         require_python(sys.version_info)
         # Imported here, because these modules need Python 3.11.
-        from deploy.rollouts import process_plan as rollouts
+        from deploy.experiments import processes
         from deploy.startup import prometheus
         from deploy.startup.model_checks import take_upgrade, upgrade_or_refuse
         from deploy.startup.steps import Startup
-        from deploy.trials import process_plan as trials
         from deploy.watch.panel import Screen
         from state.config.loading import load
         from state.process.private_files import keep_private
@@ -134,7 +133,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         accepted, words = take_accepted(words)
         shoppers, watched = "--no-shoppers" not in words, "--prometheus" in words
         settings = load([word for word in words if word not in ("--no-shoppers", "--prometheus")])
-        beside = [*trials.plans(settings), *rollouts.plans(settings)]
+        beside = processes.plans(settings)
         beside += [prometheus.plan(settings, prometheus.require_program())] if watched else []
         # Before anything starts, check the segment expressions, and that the settings can load the newest version.
         segments_of(settings)

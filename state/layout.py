@@ -14,7 +14,7 @@
     │   ├── outcomes/            outcomes of rollbacks            state/registry/controls.py
     │   ├── programs/ specs/     by digest
     │   ├── baselines/           accepted by operators            state/statistics/baselines.py
-    │   ├── rollouts/            one file per generation, figures.json     state/rollouts/rollouts.py
+    │   ├── experiments/         experiments.json, lock, rollout.lock, report.json     state/experiments/experiment.py
     │   ├── gaps/                losses that the trainer accepted, including skipped records
     │   ├── privacy/ledger.json      the privacy budget spent so far       state/registry/privacy_ledger.py
     │   ├── shared.json shared.catalog   the shared registry      state/registry/directory.py
@@ -39,13 +39,12 @@
     │   └── programs/            the programs of applied versions
     ├── exports/<version>/       SavedModels, or at `export.directory`     trainer/exporting/saved_model.py
     ├── validation/              place.json, windows/<log time>.pb         deploy/validation/process.py
-    ├── trials/retrain.json      the outcome of the scheduled retrain      state/trials/retraining.py
-    ├── trials/<name>/           trial.json, comparison.json               state/trials/trial.py
-    │   ├── registry/            the trial's own registry; besides versions and control as above:
-    │       ├── past.json        what its trainer learns first    state/trials/past.py
-    │       ├── past-*/          histories of past clicks, while it learns them   streaming/past.py
-    │   │   └── losses/          of rows, while a trial runs, also in the live registry   state/trials/row_losses.py
-    │   └── host/                the trial's own serving, while its rollout runs   deploy/rollouts/host.py
+    ├── experiments/<name>/      comparison.json                           state/experiments/comparison.py
+    │   ├── registry/            its own registry; besides versions and control as above:
+    │   │   ├── past.json        what its trainer learns first    state/experiments/past.py
+    │   │   ├── past-*/          histories of past clicks, while it learns them   streaming/past.py
+    │   │   └── losses/          of rows, while an experiment runs, also in the live registry   state/experiments/comparison.py
+    │   └── host/                its own serving, while its rollout runs   deploy/experiments/host.py
     ├── replay/<key>/            lock, journal                    deploy/replaying/journal.py
     ├── kafka/                   broker.lock, data; or at `paths.kafka`        deploy/kafka/broker.py
     ├── prometheus/              prometheus.yml, data             deploy/startup/prometheus.py
@@ -71,15 +70,14 @@ SHARED_CATALOG, SHARED_LOCK, SHARED_LOOKED = "shared.catalog", "shared.lock", "s
 MASKS, OUTCOMES, ERASURES = "masks", "outcomes", "erasures"
 PROGRAMS, SPECS, TEMPORARY = "programs", "specs", "tmp"
 BASELINES = "baselines"
-ROLLOUTS = "rollouts"
 GAPS = "gaps"  # also the extra of the stream's histories with the gaps that the stream accepted
 TRAINER_LOCK, COMPACTOR_LOCK = "trainer.lock", "compactor.lock"
 SEGMENTS_LOCK = "segments.lock"
 
 SERVING, KAFKA, LOGS, REPLAY, EXPORTS = "serving", "kafka", "logs", "replay", "exports"
 VALIDATION = "validation"
-TRIALS, LOSSES, PAST = "trials", "losses", "past.json"
-RETRAIN, RETRAIN_LOCK = "retrain.json", "retrain.lock"
+EXPERIMENTS, LOSSES, PAST = "experiments", "losses", "past.json"
+ROLLOUT_LOCK, RETRAIN_LOCK = "rollout.lock", "retrain.lock"
 PROMETHEUS = "prometheus"
 FLINK = "flink"
 WRITER, LEADERS = "writer", "leaders.json"
@@ -106,13 +104,13 @@ def streams(state: Path) -> list[Path]:
     return sorted(one / HISTORIES for one in state.glob(f"{_STREAM}*") if os.path.lexists(one / HISTORIES))
 
 
-def trial_registry(state: Path, name: str) -> Path:
-    """The registry of a trial.
+def experiment_registry(state: Path, name: str) -> Path:
+    """The registry of an experiment.
 
-    >>> trial_registry(Path("state"), "wider").as_posix()
-    'state/trials/wider/registry'
+    >>> experiment_registry(Path("state"), "wider").as_posix()
+    'state/experiments/wider/registry'
     """
-    return state / TRIALS / name / REGISTRY
+    return state / EXPERIMENTS / name / REGISTRY
 
 
 def has_users(state: Path, registry: Path) -> bool:

@@ -615,7 +615,7 @@ class ProbeMetrics(Metrics):
 
 
 class TrialMetrics(Metrics):
-    """Comparisons of the running trials, at most four, with the live trainer."""
+    """Comparisons of the running experiments, at most four, with the live trainer."""
 
     rows = gauge("springtide_trial_rows", "Rows that both trainers scored before they learned from them.", "trial")
     log_loss = gauge(
@@ -635,7 +635,7 @@ class TrialMetrics(Metrics):
 
 
 class RolloutMetrics(Metrics):
-    """Metrics of the arms of the newest rollout, until it has ended; the label `trial` is the trial of that rollout."""
+    """Metrics of the arms of the newest rollout, until it is over; the label `trial` is its experiment."""
 
     share_ratio = gauge("springtide_rollout_share_ratio", "Share of users that the trial answers.", "trial")
     stopped = gauge(
@@ -673,7 +673,7 @@ class RolloutMetrics(Metrics):
     )
     judged_timestamp_seconds = gauge(
         "springtide_rollout_judged_timestamp_seconds",
-        "Time at which `springtide rollout` last evaluated the running rollout, or at which its step began, in seconds since 1970.",
+        "Time at which `springtide experiment rollout` last evaluated the running rollout, or at which its step began, in seconds since 1970.",
         "trial",
     )
 

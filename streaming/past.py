@@ -1,6 +1,6 @@
 """Makes rows of past clicks again, for a trainer that learns them: `python -m streaming.past`, its child process.
 
-The settings are those of the trial's trainer; its registry holds the request (`state/trials/past.py`). Past clicks
+The settings are those of the experiment's trainer; its registry holds the request (`state/experiments/past.py`). Past clicks
 come from files or from the topic. From the topic it reads up to the cut, and starts early enough to fill the windows
 of the first requested row.
 
@@ -34,6 +34,7 @@ from prometheus_client import CollectorRegistry
 from state.config.settings import Settings
 from state.errors import RegistryError, UnknownTopic
 from state.events.identity import load_salt
+from state.experiments.past import Past, read_past
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
@@ -47,7 +48,6 @@ from state.process.wall_clock import wall_ms
 from state.recordings.files import Recording, constants_of, find
 from state.registry.log_line import WHOLE
 from state.storage.shares import STREAM, map_bytes
-from state.trials.past import Past, read_past
 from streaming.alignment import AlignedReader, Reached
 from streaming.attributes import Join
 from streaming.context import JobContext
@@ -109,7 +109,7 @@ def stretch_of(settings: Settings, past: Past, topics: Topics) -> ClicksStretch:
     if not ends:
         raise UnknownTopic(
             f"version {past.version} learned nothing of topic {topic} with id {topic_id}: it was made anew since then",
-            "stop the trial, and begin another once the live trainer has learned from the new topic; or name files in retrain.files",
+            "stop the experiment, and start another once the live trainer has learned from the new topic; or name files in retrain.files",
         )
     kept, since = topics.ends(topic), topics.offset_before(topic, max(0, past.begin_ms - reach_ms))
     begins = {one: min(max(since[one], kept[one][0]), end) for one, end in ends.items()}
@@ -280,7 +280,7 @@ def run(settings: Settings, wanted: Past, log: Log, out: Callable[[bytes], objec
     """Writes the micro-batches of the past to `out`.
 
     Args:
-        settings: Of the trial's trainer: its registry, and its control, which names the masked users.
+        settings: Of the experiment's trainer: its registry, and its control, which names the masked users.
         wanted: The past.
         log: The log that has the clicks.
         out: Takes each encoded micro-batch.
@@ -336,7 +336,7 @@ def _write_all(settings: Settings, out: BinaryIO) -> None:
     if wanted is None:
         raise RegistryError(
             f"{settings.registry_dir} wants no past clicks",
-            "it is a part of `springtide trial start NAME --from clicks`",
+            "it is a part of `springtide experiment start NAME --from clicks`",
         )
     try:
         run(settings, wanted, Log(settings.kafka), lambda value: out.write(framed(value)))

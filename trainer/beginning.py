@@ -1,7 +1,7 @@
-"""Where a trainer without a version to start from begins: with no knowledge, or, for some trials, with past clicks.
+"""Where a trainer without a version to start from begins: with no knowledge, or, for some experiments, with past clicks.
 
 Past clicks are learned before the training log. A child process makes their micro-batches (`streaming/past.py`); each
-one is one step. They are the stream's micro-batches of the same clicks; `state.trials.past.Past` defines which of
+one is one step. They are the stream's micro-batches of the same clicks; `state.experiments.past.Past` defines which of
 their rows count. No version is kept before all of the past is learned. After a crash the next start learns it
 again from the first click.
 """
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple, Protocol
 
 from state.config.settings import Settings
 from state.errors import ProcessFailed
+from state.experiments.past import Past, read_past
 from state.features.spec import FeatureSpec
 from state.log import Log, Reader
 from state.microbatch.codec import Frames
@@ -29,7 +30,6 @@ from state.process import killpoints
 from state.registry.control import Control
 from state.registry.log_line import onward
 from state.registry.registry import Registry
-from state.trials.past import Past, read_past
 from trainer.engine.step import Trainer
 from trainer.intake import take_in
 from trainer.place import TrainingPlace
@@ -120,7 +120,7 @@ class PastLearning:
             cut,
             onward(control.log, cut.next),
             f"the past ends at offset {cut.next} of",
-            "stop the trial, and begin another: `springtide trial stop NAME --reason TEXT`",
+            "stop the experiment, and start another: `springtide experiment stop NAME --reason TEXT`",
         )
 
 

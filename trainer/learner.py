@@ -13,7 +13,7 @@ A record is learned only under a charge for its period and its branch (`trainer/
 A change at or after `through` costs no budget, because no record from there on was learned before.
 
 `LossRecorder` records the loss of each row, as it was scored before it was learned, for comparison with another
-trainer. Without a reader it neither writes nor copies anything (`state/trials/row_losses.py`).
+trainer. Without a reader it neither writes nor copies anything (`state/experiments/comparison.py`).
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ import numpy.typing as npt
 from state import layout
 from state.config.settings import Settings
 from state.errors import GapError, RegistryError, SettingsError, WrongEpoch
+from state.experiments import comparison
+from state.experiments.comparison import LossWriter, RowLosses
 from state.log import Log, Reader
 from state.log.accepted_gaps import Consent, Journal
 from state.metrics import TrainerMetrics
@@ -46,8 +48,6 @@ from state.registry.privacy_ledger import PrivacyLedger, PrivacyPeriod
 from state.registry.registry import Registry
 from state.registry.upgrades import former_specs
 from state.storage.waiting import Room
-from state.trials import row_losses
-from state.trials.row_losses import LossWriter, RowLosses
 from trainer import accounts, gauges
 from trainer.accounts import Passages
 from trainer.beginning import Begins, from_nothing
@@ -259,20 +259,20 @@ class LossRecorder:
         targets = np.concatenate([one.targets for one in report.judged])
         losses = np.concatenate([one.rows[:, _LOG_LOSS] for one in report.judged])
         try:
-            self._writer.append(RowLosses(offset, row_losses.blocks_of(users[targets]), losses))
+            self._writer.append(RowLosses(offset, comparison.blocks_of(users[targets]), losses))
         except OSError as error:
-            self._say(f"losses of rows are not written, and no trial is compared meanwhile: {error}")
+            self._say(f"losses of rows are not written, and no experiment is compared meanwhile: {error}")
             self._wanted, self._look_s = False, self._elapsed() + AGAIN_S - LOOK_S
 
     def _is_wanted(self) -> bool:
         now_s = self._elapsed()
         if now_s - self._look_s >= LOOK_S:
-            before, self._wanted = self._wanted, row_losses.is_wanted(self._registry)
+            before, self._wanted = self._wanted, comparison.is_wanted(self._registry)
             self._look_s = now_s
             if before and not self._wanted:
                 # Also at the start: an earlier process may have left some.
                 self._writer.close()
-                row_losses.remove_all(self._registry)
+                comparison.remove_all(self._registry)
         return self._wanted
 
 

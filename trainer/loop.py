@@ -5,7 +5,7 @@
 3. Builds the trainer and lowers its program, checked against the model. If the newest version no longer fits this
    release's model, an epoch begins from the parts that fit. If the settings differ, that is refused.
 4. Creates control generation 1 if there is no control.
-5. Enters control's epoch: its newest version, else its base, else from scratch, or with the past clicks of a trial. If
+5. Enters control's epoch: its newest version, else its base, else from scratch, or with the past clicks of an experiment. If
    the training log was cut back behind that version, the trainer rewinds first (`recover`, below).
 6. Reads, steps, publishes and converges to control until SIGTERM or SIGINT. Then it publishes what is left and exits
    with 0.

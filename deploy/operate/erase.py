@@ -35,6 +35,7 @@ from state.attributes.values import id_of
 from state.config.settings import Settings
 from state.errors import DecodeError, LogError, MissingSalt, RegistryError, SettingsError
 from state.events.identity import load_salt, user_id
+from state.experiments.experiment import Experiments
 from state.features.erased import EVERYTHING, Erased, Erasure
 from state.history.forgetting import PAGES_MS
 from state.log import Log, topic_plan
@@ -47,7 +48,6 @@ from state.registry.erasing import ErasureReport, all_reports
 from state.registry.manifest import Manifest
 from state.registry.registry import Registry
 from state.segments.members import member_of
-from state.trials.trial import Trials
 
 STALLED_S = 30.0
 
@@ -155,7 +155,7 @@ def holdings(settings: Settings, registry: Registry, control: Control, now_ms: i
     reports = {report.part: report for report in all_reports(registry)}
     found = of_versions(settings, registry, control, reports.pop(COMPACTOR, None))
     found += of_processes(list(reports.values()), _expected(settings), control.erased.last)
-    found += of_trials(settings, control)
+    found += of_experiments(settings, control)
     found += of_topics(settings, control, now_ms)
     return found + set_aside(settings, registry, control)
 
@@ -181,23 +181,23 @@ def of_versions(
     return found
 
 
-def of_trials(settings: Settings, control: Control) -> list[Holding]:
-    """The trainers of trials and their versions: their own compactors remove rows, and the end of a trial removes everything.
+def of_experiments(settings: Settings, control: Control) -> list[Holding]:
+    """The trainers of experiments and their versions: their own compactors remove rows, and the end of one removes all.
 
     Raises:
         RegistryError: What is there cannot be read.
     """
-    found, trials = list[Holding](), Trials(settings.state_dir)
-    for name in trials.open():
-        if not trials.registry(name).is_dir():
-            found.append(Holding(f"trial {name}", 1, "rows", "`springtide up` removes what is left of it"))
+    found, experiments = list[Holding](), Experiments(settings)
+    for name in experiments.open():
+        if not experiments.registry(name).is_dir():
+            found.append(Holding(f"experiment {name}", 1, "rows", "`springtide up` removes what is left of it"))
             continue
-        registry = Registry(trials.registry(name))
+        registry = Registry(experiments.registry(name))
         own = registry.control()
         if own is not None:
             compactor = {one.part: one for one in all_reports(registry)}.get(COMPACTOR)
             held = of_versions(settings, registry, changed(own, erased=control.erased), compactor)
-            found += [replace(one, where=f"trial {name}: {one.where}") for one in held]
+            found += [replace(one, where=f"experiment {name}: {one.where}") for one in held]
     return found
 
 

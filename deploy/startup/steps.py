@@ -20,13 +20,11 @@ from prometheus_client import CollectorRegistry
 
 from deploy.children.ending import HEALTHY_S, Backoff, shortened
 from deploy.children.supervisor import ProcessPlan, Supervisor
+from deploy.experiments.processes import EXPERIMENTS, RETRAIN, ROLLOUT_HOST
+from deploy.experiments.status import ExperimentCollector
 from deploy.kafka.broker import Broker
-from deploy.rollouts import offered as rollouts
-from deploy.rollouts.process_plan import TRIAL_HOST
 from deploy.startup import hints, model_checks, prometheus
 from deploy.startup.checks import LEAST_FREE_BYTES, Port, require_directory, require_disk, require_ports
-from deploy.trials import offered as trials
-from deploy.trials.process_plan import RETRAIN, TRIALS
 from deploy.watch import scrape
 from deploy.watch.address import serving_address
 from deploy.watch.figures import starting
@@ -68,18 +66,18 @@ STOP_ORDER = (
     REBUILD,
     STREAM,
     RETRAIN,
-    TRIALS,
+    EXPERIMENTS,
     TRAINER,
     VALIDATION,
     SEGMENTS,
     APPLIER,
     WORKER,
-    TRIAL_HOST,
+    ROLLOUT_HOST,
     prometheus.NAME,
 )
 
 # These need no Kafka: they answer from an earlier run's data on this machine, and prepare their kernels.
-ANSWERING = (APPLIER, WORKER, TRIAL_HOST)
+ANSWERING = (APPLIER, WORKER, ROLLOUT_HOST)
 
 # Time to save histories in memory, about a gigabyte, to a slow disk.
 SAVING_S = 60.0
@@ -354,8 +352,7 @@ class Startup:
         local = "kafka.bootstrap_servers" not in settings.origins
         self._collected = CollectorRegistry()
         self._metrics = SupervisorMetrics(self._collected)
-        trials.offer(self._collected, settings)
-        rollouts.offer(self._collected, settings.registry_dir)
+        self._collected.register(ExperimentCollector(settings))
         storage = offer(self._collected, settings, [LOGS, KAFKA] if local else [LOGS])
         self._kafka = LocalKafka(settings, screen.say, self._metrics, clock, storage) if local else None
         # The first bootstrap waits for clicks: shoppers that have clicked for a while spare it that.

@@ -19,7 +19,7 @@ OFFERED = {
     metrics.SupervisorMetrics: "`springtide up`, on `up.metrics_port`.",
     metrics.ConsoleMetrics: "The console, on `console.port`.",
     metrics.ProbeMetrics: "`springtide probe --continuously`, on `probe.metrics_port`.",
-    metrics.TrialMetrics: "`springtide up`, on `up.metrics_port`, or the process that runs trials without it, on `trials.metrics_port`, while a trial runs.",
+    metrics.TrialMetrics: "`springtide up`, on `up.metrics_port`, or the process that runs experiments without it, on `trials.metrics_port`, while an experiment runs.",
     metrics.RolloutMetrics: "`springtide up`, on `up.metrics_port`, during a rollout.",
     metrics.RetrainMetrics: "`springtide up`, on `up.metrics_port`, if `retrain.every` is set.",
     metrics.StorageMetrics: "Each process that stores data on disk.",

@@ -231,7 +231,7 @@ def _of_sections(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("warning", "accounts unknown", "an-account-is-wrong")
     if accounting and accounting["balanced"] is False:
         yield Problem("critical", "accounts do not balance", "an-account-is-wrong")
-    if rollout := sections.get("rollout"):
+    for rollout in filter(None, (one.get("rollout") for one in sections.get("experiments") or ())):
         if rollout["stopped"]:
             yield Problem("warning", "a rollout was stopped", "a-rollout-was-stopped")
         if rollout["unwatched_s"] is not None:

@@ -90,7 +90,7 @@ def retrain(settings: Settings) -> Iterator[Conflict]:
     if settings.retrain.every and settings.privacy.epsilon:
         yield Conflict(
             ("retrain.every", "privacy.epsilon"),
-            f"retrain.every {settings.retrain.every} begins trials, and with privacy.epsilon {settings.privacy.epsilon:g} there "
+            f"retrain.every {settings.retrain.every} begins experiments, and with privacy.epsilon {settings.privacy.epsilon:g} there "
             "are none: two trainers would take the same noise, and who compares them is rid of it",
             "take retrain.every out, or set privacy.epsilon to 0",
         )

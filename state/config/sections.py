@@ -757,13 +757,13 @@ class ExportSettings:
 
 @dataclass(frozen=True)
 class TrialSettings:
-    """Trials: additional trainers with other settings that learn from the same training log as the live one."""
+    """Experiments: additional trainers with other settings that learn from the same training log as the live one."""
 
     cores: int = setting(
-        1, least=1, most=1024, help="Number of cores that all trials together may use, at low priority."
+        1, least=1, most=1024, help="Number of cores that all experiments together may use, at low priority."
     )
     registry_gb: float = setting(
-        1.0, "GB", least=0.01, help="Maximum size of the versions of a trial; not part of `storage.budget_gb`."
+        1.0, "GB", least=0.01, help="Maximum size of the versions of an experiment; not part of `storage.budget_gb`."
     )
     alpha: float = setting(
         0.05,
@@ -778,13 +778,13 @@ class TrialSettings:
         help="Number of paired rows for which the confidence interval of the difference is optimised.",
     )
     metrics_port: int = setting(
-        9109, least=0, most=65535, help="Port of /metrics of trials that run without `springtide up`."
+        9109, least=0, most=65535, help="Port of /metrics of experiments that run without `springtide up`."
     )
 
 
 @dataclass(frozen=True)
 class RetrainSettings:
-    """Scheduled retrains: a trial that learns from past clicks from scratch and is promoted if it is better than the live model."""
+    """Scheduled retrains: an experiment that learns from past clicks from scratch and is promoted if it is better than the live model."""
 
     every: str = setting("", help="Interval between scheduled retrains, such as 1d or 12h; empty: off.")
     days: float = setting(
@@ -792,7 +792,7 @@ class RetrainSettings:
         "days",
         above=0.0,
         most=3650.0,
-        help="Log time of past clicks from which a retrain learns; also applies to `springtide trial start --from clicks`.",
+        help="Log time of past clicks from which a retrain learns; also applies to `springtide experiment start --from clicks`.",
     )
     files: tuple[str, ...] = setting(
         (),
@@ -807,7 +807,7 @@ class RetrainSettings:
     rollout: str = setting(
         "off",
         choices=("on", "off"),
-        help="Whether a better model is promoted only after its rollout (`springtide rollout NAME`) is complete.",
+        help="Whether a better model is promoted only after its rollout (`springtide experiment rollout NAME`) is complete.",
     )
     limit: str = setting(
         "1d",
@@ -931,31 +931,31 @@ class SegmentSettings:
 
 @dataclass(frozen=True)
 class RolloutSettings:
-    """Rollouts: a trial answers a growing share of the users, and is rolled back automatically if it does worse."""
+    """Rollouts: an experiment answers a growing share of the users, and is rolled back automatically if it does worse."""
 
     address: str = setting(
         "",
-        help="Address of the trial's workers, such as http://127.0.0.1:8601. `springtide up` runs them if the address is on its machine. Empty: this host takes part in no rollout.",
+        help="Address of the experiment's workers, such as http://127.0.0.1:8601. `springtide up` runs them if the address is on its machine. Empty: this host takes part in no rollout.",
     )
     timeout_s: float = setting(
         1.0,
         "s",
         above=0.0,
         most=60.0,
-        help="Timeout of an answer of the trial. After it the live version answers, and the trial's answer counts as failed.",
+        help="Timeout of an answer of the experiment. After it the live version answers, and the experiment's answer counts as failed.",
     )
     max_failures: float = setting(
         0.01,
         least=0.0,
         most=1.0,
-        help="Maximum by which the failure rate of the trial may exceed that of the live versions.",
+        help="Maximum by which the failure rate of the experiment may exceed that of the live versions.",
     )
     slower_ms: float = setting(
         20.0,
         "ms",
         least=0.0,
         most=60_000.0,
-        help="Maximum by which the 99th percentile latency of the trial may exceed that of the live versions.",
+        help="Maximum by which the 99th percentile latency of the experiment may exceed that of the live versions.",
     )
     equal_within: float = setting(
         0.05,

@@ -21,6 +21,9 @@ from state import layout
 from state.errors import LockHeld, UnusableDisk, reason_of
 from state.process.private_files import close_to_others
 
+RETRY_S = 0.02
+"""Interval between two attempts to take a lock that another holder has."""
+
 
 class DirectoryLock:
     """Holds the lock of directory `path` from `acquire` (or `with`) to `release`.
@@ -35,13 +38,26 @@ class DirectoryLock:
         self._file = self._path / name
         self._handle: int | None = None
 
-    def acquire(self) -> DirectoryLock:
+    def acquire(self, wait_s: float = 0.0) -> DirectoryLock:
         """Takes the lock, and writes host, pid and start time into the lock file.
+
+        Args:
+            wait_s: How long to wait for another holder.
 
         Raises:
             LockHeld: Another process holds it, or another lock object of this process.
             UnusableDisk: The directory cannot be created or written.
         """
+        end_s = time.monotonic() + wait_s
+        while True:
+            try:
+                return self._acquire()
+            except LockHeld:
+                if time.monotonic() >= end_s:
+                    raise
+                time.sleep(RETRY_S)
+
+    def _acquire(self) -> DirectoryLock:
         if self._handle is not None:
             return self
         try:

@@ -32,7 +32,7 @@ def test_a_process_without_options_of_its_own_is_not_started_with_one(operator: 
     assert operator.became == []
 
 
-@pytest.mark.parametrize(("words", "near"), [(["statsu"], "status"), (["trial", "strat", "wider"], "start")])
+@pytest.mark.parametrize(("words", "near"), [(["statsu"], "status"), (["experiment", "strat", "wider"], "start")])
 def test_an_unknown_word_names_the_nearest_one(operator: Operator, words: list[str], near: str) -> None:
     with pytest.raises(
         SettingsError, match=f"^'[a-z]*' is unknown; did you mean `{near}`\\? `springtide.*` lists all$"

@@ -179,16 +179,16 @@ def test_producers_stop_before_what_they_write_to() -> None:
         "shoppers",
         "stream",
         "retrain",
-        "trials",
+        "experiments",
         "trainer",
         "validation",
         "segments",
         "applier",
         "worker",
-        "trial-host",
+        "rollout-host",
         "prometheus",
     ]
-    assert {*process_plans(), "prometheus", "retrain", "trials", "trial-host"} == set(STOP_ORDER)
+    assert {*process_plans(), "prometheus", "retrain", "experiments", "rollout-host"} == set(STOP_ORDER)
 
 
 def test_a_spec_counts_when_it_is_complete(tmp_path: Path) -> None:

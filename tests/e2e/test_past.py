@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from deploy.experiments.start import first_control
 from state.config.sections import RetrainSettings
 from state.errors import RegistryError
 from state.events.identity import load_salt
+from state.experiments.experiment import By
+from state.experiments.past import Past, past_until, read_past, write_past
 from state.registry.registry import Registry
-from state.trials.following import begun
-from state.trials.past import Past, past_until, read_past, write_past
 from streaming.past import run
 from tests.e2e import small_loop
 from tests.e2e.small_loop import BATCH, Dead, SmallLoop, kill_at, lowered
@@ -48,7 +49,7 @@ class PastTrial:
 
     def __init__(self, loop: SmallLoop, folder: Path, past: Past) -> None:
         self.loop, self.registry, self.past, self.deaths = loop, Registry(folder), past, list[str]()
-        self.registry.propose(begun(loop.control, None, None, actor="ann", reason="to see", now_ms=5))
+        self.registry.propose(first_control(loop.control, None, None, By("ann", "to see", 5)))
         write_past(folder, past)
         places = ("--paths.state", loop.settings.paths.state, "--paths.registry", str(folder))
         self.flags = (*places, "--stream.map_gb", "1", "--stream.metrics_port", "0", "--stream.cut_rows", str(BATCH))

@@ -23,7 +23,7 @@ from tests.manifests import BASE, FOLDER, KUBECTL, ROOT, Box, boxes, built, docu
 
 ALL = documents(BASE)
 FULL: Sequence[dict[str, Any]] = built("overlays/full") if KUBECTL else ()
-ADDED = ("segments", "trials")
+ADDED = ("segments", "experiments")
 """Parts that stand in components as additions to others: they are looked at as kustomize puts them together."""
 BOXES = [
     *boxes([*ALL, *documents(FOLDER / "components" / "flink")]),
@@ -44,7 +44,7 @@ PORTS = {
     "validation": {"metrics": "validation.metrics_port"},
     "console": {"http": "console.port"},
     "segments": {"segments": "segments.metrics_port"},
-    "trials": {"trials": "trials.metrics_port"},
+    "experiments": {"experiments": "trials.metrics_port"},
 }
 nobody: Any = None
 PATHS = {

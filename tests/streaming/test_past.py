@@ -18,6 +18,7 @@ from state.config.sections import Attributes, RetrainSettings
 from state.config.settings import Settings
 from state.errors import UnknownTopic
 from state.events.identity import load_salt
+from state.experiments.past import Past
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
@@ -28,7 +29,6 @@ from state.positions import Source
 from state.registry.control import start
 from state.registry.controls import Controls
 from state.registry.manifest import LogRange
-from state.trials.past import Past
 from streaming.attributes import Join
 from streaming.open_shard import open_job
 from streaming.past import PastContext, PastRows, of_topic, run, stretch_of

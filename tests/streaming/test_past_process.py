@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from state.config.settings import Settings
+from state.experiments.past import Past, write_past
 from state.log import Topics
 from state.microbatch.codec import Frames, decode
 from state.registry.control import start
 from state.registry.registry import Registry
-from state.trials.past import Past, write_past
 from tests.conftest import KafkaFactory
 from tests.streaming.distributed.shop import rows_of
 from tests.streaming.streams import FOREVER, click, following, next_offsets, running, send, settings_for, until
@@ -25,7 +25,7 @@ CLICKS = 600
 
 def child(settings: Settings, past: Past) -> subprocess.Popen[bytes]:
     """The process, with what it is asked for in a trial's registry."""
-    registry = Registry(settings.state_dir / "trials" / "anew" / "registry")
+    registry = Registry(settings.state_dir / "experiments" / "anew" / "registry")
     if registry.control() is None:
         registry.propose(start(actor="ann", reason="to see", now_ms=0))
     write_past(registry.path, past)
@@ -59,7 +59,7 @@ def test_its_rows_are_those_in_the_training_log_and_it_ends_in_order(settings: S
     assert rows_of(values) == rows_of(written) and len(rows_of(values)) == CLICKS
 
     # Nobody reads on: its trainer was killed.
-    registry = settings.state_dir / "trials" / "anew" / "registry"
+    registry = settings.state_dir / "experiments" / "anew" / "registry"
     left = subprocess.Popen(made.args, env=settings.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert left.stdout is not None and left.stderr is not None
     assert left.stdout.read(4)

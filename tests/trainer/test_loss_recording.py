@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from state.experiments.comparison import LossReader, RowLosses, segments, unwant, want
 from state.microbatch.batch import MicroBatch, in_log_time
 from state.registry.registry import Registry
-from state.trials.row_losses import LossReader, RowLosses, segments, unwant, want
 from tests.trainer.clicks import batches, microbatch
 from tests.trainer.logs import append, kill, learner, run_to_end, started, trainer_of, with_weight, written
 from trainer.learner import Learner, LossRecorder
@@ -114,5 +114,5 @@ def test_what_the_disk_refuses_stops_no_training(registry: Registry, caplog: pyt
     shutil.rmtree(registry.path / "losses")
     recorder.take(6, _batch(3).user, report)
     recorder.take(8, _batch(3).user, report)
-    assert "no trial is compared meanwhile" in caplog.text
+    assert "no experiment is compared meanwhile" in caplog.text
     running.close()

@@ -3,10 +3,10 @@
 An epoch continues from its base bit for bit, or an upgrade carries the base over into another model, or the trainer
 starts from scratch.
 
-To promote a trial, `take_over` gives the live trainer the state of the trial's trainer at its last version. The first
+To promote an experiment, `take_over` gives the live trainer the state of its trainer at the last version. The first
 version of the epoch is then a delta of the live version that the epoch begins from, as for any upgrade. It has
-everything that the trial learned, and removes all rows that only the live version had. So readers of versions need
-no knowledge of trials.
+everything that the experiment learned, and removes all rows that only the live version had. So readers of versions need
+no knowledge of experiments.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from trainer.versions.carrying import Carrying, carried, plan, removals
 from trainer.versions.carrying import plan as carrying_plan
 from trainer.versions.content import PENDING, Array, Tensors
 
-TRIAL = "trial"
-"""Key in the plan of a control generation: the name of the trial that the epoch continues from."""
+EXPERIMENT = "experiment"
+"""Key in the plan of a control generation: the name of the experiment that the epoch continues from."""
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 def take_over(
     live: Registry, plan: Mapping[str, Any], version: int, trainer: Trainer, spec: str
 ) -> tuple[Manifest, dict[str, Array]]:
-    """Makes `trainer` the one that published the trial's version.
+    """Makes `trainer` the one that published the experiment's version.
 
     Args:
         live: The live registry.
@@ -50,17 +50,17 @@ def take_over(
         spec: Digest of its feature spec.
 
     Returns:
-        The trial's manifest with the identity of the live version, and what the epoch's first version holds.
+        The experiment's manifest with the identity of the live version, and what the epoch's first version holds.
 
     Raises:
-        UnknownVersion: The trial's registry is gone, or a version of it.
+        UnknownVersion: The experiment's registry is gone, or a version of it.
         CorruptVersion: A file fails its digest.
     """
-    path = layout.trial_registry(trainer.settings.state_dir, str(plan[TRIAL]))
+    path = layout.experiment_registry(trainer.settings.state_dir, str(plan[EXPERIMENT]))
     if not path.is_dir():
         raise UnknownVersion(
-            f"epoch goes on from trial {plan[TRIAL]}, and {path} is gone",
-            f"go back: `springtide rollback --to {version} --reason TEXT`",
+            f"the epoch continues from experiment {plan[EXPERIMENT]}, and {path} is gone",
+            f"roll back: `springtide rollback --to {version} --reason TEXT`",
         )
     found = checkpoint.restore(Registry(path), int(plan["version"]), trainer, spec)
     base, deltas = live.chain(version)
@@ -153,8 +153,8 @@ def restore_or_carry(
         SpecMismatch, SettingsError: It has other features or another model, and no upgrade was requested.
     """
     began = pending(registry, control)
-    if began is not None and began.plan is not None and TRIAL in began.plan:
-        logger.info("epoch %d goes on from trial %s", control.epoch, began.plan[TRIAL])
+    if began is not None and began.plan is not None and EXPERIMENT in began.plan:
+        logger.info("epoch %d continues from experiment %s", control.epoch, began.plan[EXPERIMENT])
         return take_over(registry, began.plan, version, trainer, spec)
     if began is None:
         return _without_lost_log(registry, control, checkpoint.restore(registry, version, trainer, spec)), None

@@ -3,12 +3,11 @@
 import * as asking from "./asking.js";
 import * as curves from "./curves.js";
 import { at, h, tell } from "./dom.js";
+import * as experiments from "./experiments.js";
 import * as loop from "./loop.js";
 import * as profile from "./profile.js";
-import * as rollout from "./rollout.js";
 import * as segments from "./segments.js";
 import * as steer from "./steer.js";
-import * as trials from "./trials.js";
 import * as versions from "./versions.js";
 import { clock, count } from "./words.js";
 
@@ -37,8 +36,7 @@ async function lookAtState() {
   health();
   tell(at("serving"), `version ${count(figures.version)}, epoch ${count(figures.epoch)}, ${figures.pinned ? "pinned" : "follows"}; ${clock(state.at_ms)}`);
   loop.show(state);
-  trials.show(state.trials);
-  rollout.show(state.rollout);
+  experiments.show(state.experiments);
   segments.show(state.segments);
 }
 

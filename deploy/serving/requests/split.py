@@ -1,6 +1,6 @@
 """Splits traffic during a rollout: sends a share of the users to the trial's workers, and records the exposures.
 
-1. Read the user of the query; a keyed hash of the user decides the arm (`state/rollouts/assignment.py`).
+1. Read the user of the query; a keyed hash of the user decides the arm (`state/experiments/exposure.py`).
 2. For the arm `trial`, forward the query unchanged to the workers at `rollout.address`.
 3. If they do not answer, this worker answers, so a failed trial costs no user an answer. The exposure records the
    failure.
@@ -28,17 +28,15 @@ from state import layout
 from state.config.settings import Settings
 from state.errors import BadRequest, RegistryError, SpringtideError
 from state.events.identity import Salt, user_id
+from state.experiments.experiment import Experiment, Experiments
+from state.experiments.exposure import ARMS, LIVE, TRIAL, Arm, Exposure, arm_of, encode, position_of
 from state.process.said_once import SaidOnce
-from state.rollouts.assignment import ARMS, LIVE, TRIAL, Arm, arm_of, place_of
-from state.rollouts.exposure import Exposure, encode
-from state.rollouts.rollout import Rollout
-from state.rollouts.rollouts import Rollouts
 
 ROUTES = frozenset(("profile", "explain", "rank", "recommendations", "similar"))
 """The endpoints that answer about one user."""
 MANY = "batch"
 """The endpoint that answers about several users."""
-LOOK_S = 0.25
+POLL_S = 0.25
 MOST_IDLE = 64
 """The maximum number of idle connections to the trial; each query in flight uses one connection."""
 _PASSED_ON = (b"authorization", b"content-type", b"accept")
@@ -65,7 +63,7 @@ class Split:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:
         self._salt, self._now_ms, self._clock_s = salt, now_ms, clock_s
-        self._rollouts = Rollouts(settings.registry_dir)
+        self._experiments = Experiments(settings)
         self._spool = ExposureSpool(settings.serving_dir / layout.EXPOSURES, now_ms, _log.warning)
         self._http = httpx.AsyncClient(
             base_url=settings.rollout.address,
@@ -74,8 +72,8 @@ class Split:
             transport=transport,
             trust_env=False,
         )
-        self._rollout: Rollout | None = None
-        self._look_s = float("-inf")
+        self._rolled_out: Experiment | None = None
+        self._polled_s = float("-inf")
         self._say = SaidOnce(_log.warning)
 
     async def answer(self, request: Request) -> Response:
@@ -84,8 +82,8 @@ class Split:
         Raises:
             SpringtideError: The endpoint raised it.
         """
-        rollout = self._open_rollout()
-        if rollout is None or request.endpoint.name not in (*ROUTES, MANY):
+        experiment = self._split()
+        if experiment is None or request.endpoint.name not in (*ROUTES, MANY):
             return await request.endpoint.answer(request)
         at_ms, began_s = self._now_ms(), self._clock_s()
         body = b"" if request.scope["method"] == "GET" else await request.body()
@@ -95,12 +93,12 @@ class Split:
             if batch is None or not 1 <= len(batch.users) <= MOST_PROFILES:
                 # The endpoint reports the error.
                 return await request.endpoint.answer(request)
-            return await self._many(request, batch, rollout, at_ms)
+            return await self._many(request, batch, experiment, at_ms)
         user = request.path.get("user_id") or _user_in(body)
         if user is None:
             return await request.endpoint.answer(request)
         # 1.
-        exposure = self._exposure(rollout, user, at_ms)
+        exposure = self._exposure(experiment, user, at_ms)
         # 2. 3.
         forwarded = await self._forwarded(request, body) if exposure.arm == TRIAL else None
         failed = exposure.arm == TRIAL and forwarded is None
@@ -115,10 +113,10 @@ class Split:
             self._store([exposure], failed=(TRIAL,) if failed else (), took_us=self._took_us(began_s))
         return response._replace(headers=[*response.headers, (b"springtide-arm", exposure.arm.encode())])
 
-    async def _many(self, request: Request, batch: QuestionBatch, rollout: Rollout, at_ms: int) -> Response:
+    async def _many(self, request: Request, batch: QuestionBatch, experiment: Experiment, at_ms: int) -> Response:
         """Answers a batch, each row with its user's arm."""
         # 1.
-        exposures = [self._exposure(rollout, user, at_ms) for user in batch.users]
+        exposures = [self._exposure(experiment, user, at_ms) for user in batch.users]
         places = {arm: [place for place, one in enumerate(exposures) if one.arm == arm] for arm in ARMS}
         try:
             # 2.
@@ -148,11 +146,12 @@ class Split:
         rows = None if given is None or given.status != 200 else rows_of(given.body)
         return rows if rows is not None and len(rows) == len(places) else None
 
-    def _exposure(self, rollout: Rollout, user: str, at_ms: int) -> Exposure:
+    def _exposure(self, experiment: Experiment, user: str, at_ms: int) -> Exposure:
         """Builds the exposure of a user, with the fields that are known before the answer."""
-        pseudonym = user_id(self._salt, user)
-        arm = arm_of(place_of(self._salt, rollout.name, pseudonym), rollout.share)
-        return Exposure(f"{pseudonym:016x}", rollout.name, rollout.step, rollout.share, arm, at_ms, None)
+        assert experiment.rollout is not None
+        pseudonym, share = user_id(self._salt, user), experiment.share
+        arm = arm_of(position_of(self._salt, experiment.name, pseudonym), share)
+        return Exposure(f"{pseudonym:016x}", experiment.name, experiment.rollout.step, share, arm, at_ms, None)
 
     def _store(self, exposures: Sequence[Exposure], failed: Sequence[Arm], took_us: int | None = None) -> None:
         """Stores exposures; marks those of the arms `failed` as failed."""
@@ -166,16 +165,17 @@ class Split:
         """Closes the file of exposures."""
         self._spool.close()
 
-    def _open_rollout(self) -> Rollout | None:
-        """Returns the open rollout, at most `LOOK_S` old; if it cannot be read, the last known one."""
+    def _split(self) -> Experiment | None:
+        """Returns the experiment with an open rollout, at most `POLL_S` old; if it cannot be read, the last known one."""
         now_s = self._clock_s()
-        if now_s - self._look_s >= LOOK_S:
-            self._look_s = now_s
+        if now_s - self._polled_s >= POLL_S:
+            self._polled_s = now_s
             try:
-                self._rollout = self._rollouts.newest()
+                self._rolled_out = self._experiments.document().rolled_out
+                self._say.clear()
             except RegistryError as error:
-                self._say(f"rollouts cannot be read: {error}; users keep their arms")
-        return self._rollout if self._rollout is not None and self._rollout.is_open else None
+                self._say(f"experiments cannot be read: {error}; users keep their arms")
+        return self._rolled_out if self._rolled_out is not None and self._rolled_out.is_split else None
 
     async def _forwarded(self, request: Request, body: bytes) -> Response | None:
         """Forwards a request to the trial's workers; returns None if they do not answer, or fail."""

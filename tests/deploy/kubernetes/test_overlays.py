@@ -205,20 +205,24 @@ def test_segments_are_kept_on_one_host_of_their_own_and_are_asked_there() -> Non
 
 
 @with_kubectl
-def test_trials_are_run_beside_the_trainer_and_steered_from_the_console() -> None:
+def test_experiments_run_next_to_the_trainer_and_steered_from_the_console() -> None:
     full = found("full")
-    pods = {one.owner: one.pod for one in boxes(full) if one.name in ("trials", "trainer", "console")}
+    pods = {one.owner: one.pod for one in boxes(full) if one.name in ("experiments", "trainer", "console")}
     assert pods.keys() == {"Deployment springtide-trainer", "Deployment springtide-console"}
-    (claim,) = (one for one in of_kind(full, "PersistentVolumeClaim") if one["metadata"]["name"] == "springtide-trials")
+    (claim,) = (
+        one for one in of_kind(full, "PersistentVolumeClaim") if one["metadata"]["name"] == "springtide-experiments"
+    )
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
-    seeing = {one.name for one in boxes(full) if one.mounts.get(f"/var/lib/springtide/{layout.TRIALS}") == "trials"}
+    seeing = {
+        one.name for one in boxes(full) if one.mounts.get(f"/var/lib/springtide/{layout.EXPERIMENTS}") == "experiments"
+    }
     # The trainer goes on from what one learned.
-    assert seeing == {"trials", "trainer", "console"}
+    assert seeing == {"experiments", "trainer", "console"}
     for pod in pods.values():
-        (volume,) = (one for one in pod["volumes"] if one["name"] == "trials")
-        assert volume["persistentVolumeClaim"] == {"claimName": "springtide-trials"}
+        (volume,) = (one for one in pod["volumes"] if one["name"] == "experiments")
+        assert volume["persistentVolumeClaim"] == {"claimName": "springtide-experiments"}
     small = [one.name for one in boxes(found("small"))]
-    assert "trials" not in small and "segments" not in small, "off by default"
+    assert "experiments" not in small and "segments" not in small, "off by default"
 
 
 @with_kubectl

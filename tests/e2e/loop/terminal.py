@@ -18,7 +18,7 @@ from tests.e2e.running import ROOT, Loop
 STARTING = ("up", "rebuild-history", "verify")
 """What cannot be done while the loop runs, or takes long: it is taken, and what it would become is looked at."""
 
-OF_THEIR_OWN = ("compact", "probe", "rollout", "upgrade")
+OF_THEIR_OWN = ("compact", "probe", "upgrade")
 """What becomes a process: a nice one, one that may run on, or one with TensorFlow."""
 
 

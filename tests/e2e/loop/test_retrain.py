@@ -12,11 +12,10 @@ from typing import Any
 import psutil
 import pytest
 
+from state.experiments.experiment import Experiments, Schedule
+from state.experiments.past import read_past
 from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
-from state.trials.past import read_past
-from state.trials.retraining import Retraining, Retrainings
-from state.trials.trial import Trials
 from tests.e2e.loop.test_trial import SCORED_S, listed, trainer_of
 from tests.e2e.running import ROOT, Loop, until
 
@@ -39,7 +38,7 @@ def judges(loop: Loop) -> Iterator[list[subprocess.Popen[bytes]]]:
 def begin(loop: Loop) -> subprocess.Popen[bytes]:
     """The process, as `up` starts it where `retrain.every` is set."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SPRINGTIDE_")}
-    command = [sys.executable, "-m", "deploy.trials.retraining", *loop.flags, *SCHEDULE]
+    command = [sys.executable, "-m", "deploy.experiments.retrain", *loop.flags, *SCHEDULE]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE)
 
 
@@ -54,8 +53,8 @@ def child_of(trainer: psutil.Process | None) -> psutil.Process | None:
     return None
 
 
-def known(loop: Loop) -> Retraining:
-    return Retrainings(loop.settings.state_dir).read() or Retraining(0)
+def known(loop: Loop) -> Schedule:
+    return Experiments(loop.settings).document().schedule or Schedule(0)
 
 
 @pytest.mark.nightly
@@ -63,19 +62,19 @@ def test_a_retrain_learns_the_topic_and_is_judged_through_kills(
     loop: Loop, judges: list[subprocess.Popen[bytes]]
 ) -> None:
     loop.springtide("follow", "--reason", "a test begins")
-    trials = Trials(loop.settings.state_dir)
+    experiments = Experiments(loop.settings)
     # 1. The first look finds nothing due. Then it begins, and its judge is killed at once: nothing waits for it but the judgement.
     judges.append(begin(loop))
     assert judges[0].wait(SCORED_S) == 0 and not known(loop).name
     until(lambda: known(loop).is_due(EVERY_S * 1000, wall_ms()), "none is due")
     judges.append(begin(loop))
     name = until(lambda: known(loop).name, lambda: f"none begins\n{loop.logs()}")
-    until(lambda: trials.has(name), "it has no trial")
+    until(lambda: experiments.document().find(name) is not None, "it has no experiment")
     judges[1].kill()
     # 2. Its trainer is killed while it learns past clicks: it learns them again, from nothing, and its child is gone.
     trainer = until(lambda: trainer_of(loop, name), "no trainer")
     child = until(lambda: child_of(trainer_of(loop, name)), lambda: f"no past clicks are made\n{loop.logs()}", SCORED_S)
-    own = Registry(trials.registry(name))
+    own = Registry(experiments.registry(name))
     assert own.versions() == []
     os.kill(trainer.pid, signal.SIGKILL)
     until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE, "its child stays")
@@ -91,6 +90,6 @@ def test_a_retrain_learns_the_topic_and_is_judged_through_kills(
     compared: dict[str, Any] = listed(loop, name)["compared"]
     assert compared["rows"] > 0 and over.name == name
     assert over.outcome == {"better": "promoted"}.get(compared["verdict"], "dropped"), over
-    until(lambda: name not in trials.open(), "what it learned is not removed")
-    assert listed(loop, name)["wanted"] == {"promoted": "promoted"}.get(over.outcome, "stopped")
+    until(lambda: name not in experiments.open(), "what it learned is not removed")
+    assert listed(loop, name)["stage"] == {"promoted": "promoted"}.get(over.outcome, "stopped")
     assert loop.springtide("status")["retrain"]["reason"] == over.reason

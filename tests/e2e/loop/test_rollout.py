@@ -12,10 +12,10 @@ import httpx
 import pytest
 from playwright.sync_api import Browser, expect
 
-from deploy.rollouts import telling
+from deploy.experiments import status as experiments
 from deploy.watch.address import serving_address
-from state.rollouts.assignment import LIVE, TRIAL
-from state.trials.trial import Trials
+from state.experiments.experiment import Experiments
+from state.experiments.exposure import LIVE, TRIAL
 from tests.e2e.loop.test_page import CHROMIUM, PATIENCE_MS
 from tests.e2e.loop.test_page import browser as browser
 from tests.e2e.loop.test_trial import SCORED_S, process_of
@@ -25,8 +25,8 @@ NAME = "among-users"
 USERS = [f"one-of-a-rollout-{number}" for number in range(60)]
 
 
-def words(loop: Loop, *more: str) -> list[str]:
-    return [sys.executable, "-m", "deploy.cli", "rollout", NAME, *more, *loop.flags]
+def words(loop: Loop, verb: str, *more: str) -> list[str]:
+    return [sys.executable, "-m", "deploy.cli", "experiment", verb, NAME, *more, *loop.flags]
 
 
 def arms(loop: Loop) -> Counter[str]:
@@ -34,6 +34,12 @@ def arms(loop: Loop) -> Counter[str]:
     found = httpx.post(str(serving_address(loop.settings, "/v1/profiles:batch")), json={"users": USERS}, timeout=60.0)
     assert found.status_code == 200, found.text
     return Counter(one.get("arm", "") for one in found.json()["profiles"])
+
+
+def rolled_out(loop: Loop) -> dict[str, Any]:
+    """The rollout in the status of the experiment."""
+    (found,) = [one for one in experiments.reported(loop.settings) if one["name"] == NAME]
+    return dict(found["rollout"])
 
 
 def answers_for_it(loop: Loop) -> bool:
@@ -46,7 +52,7 @@ def test_up_answers_for_a_trial_while_its_rollout_is_not_over(
     loop: Loop, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     loop.springtide("follow", "--reason", "a test begins")
-    loop.springtide("trial", "start", NAME, "--set", "model.hidden=8", "--reason", "what do users say?")
+    loop.springtide("experiment", "start", NAME, "--set", "model.hidden=8", "--reason", "what do users say?")
     assert arms(loop) == {"": len(USERS)} and not answers_for_it(loop)
     page = None
     if CHROMIUM is not None:
@@ -56,7 +62,10 @@ def test_up_answers_for_a_trial_while_its_rollout_is_not_over(
     log = tmp_path / "driving"
     with log.open("w") as said:
         driving = subprocess.Popen(
-            words(loop, "--steps", "50,100", "--every", "1h"), cwd=ROOT, stdout=said, stderr=subprocess.STDOUT
+            words(loop, "rollout", "--steps", "50,100", "--every", "1h"),
+            cwd=ROOT,
+            stdout=said,
+            stderr=subprocess.STDOUT,
         )
     try:
         # 1. Its first step begins once its host answers, and nobody is failed by it.
@@ -70,13 +79,13 @@ def test_up_answers_for_a_trial_while_its_rollout_is_not_over(
 
         # 2. It is told: in status, on /metrics, on the page.
         def compared() -> dict[str, Any] | None:
-            found = (telling.look(loop.settings) or {}).get("compared")
+            found = rolled_out(loop)["compared"]
             return dict(found) if found and found["arms"][TRIAL]["answers"] and found["arms"][LIVE]["answers"] else None
 
         found = until(compared, lambda: f"nothing is compared\n{log.read_text()}")
         assert found["arms"][TRIAL]["failures"] == 0
-        told = loop.springtide("status")["rollout"]
-        assert (told["name"], told["phase"], told["share"]) == (NAME, "running", 0.5)
+        (reported,) = [one for one in loop.springtide("status")["experiments"] if one["name"] == NAME]
+        assert (reported["rollout"]["phase"], reported["share"]) == ("running", 0.5)
         metrics = loop.metrics("up")
         assert metrics.value("springtide_rollout_share_ratio", trial=NAME) == 0.5
         assert metrics.value("springtide_rollout_stopped", trial=NAME) == 0.0
@@ -87,15 +96,14 @@ def test_up_answers_for_a_trial_while_its_rollout_is_not_over(
             page.close()
 
         # 3. With it its host goes, and what that kept.
-        subprocess.run(words(loop, "--back", "--reason", "enough"), cwd=ROOT, check=True, capture_output=True)
+        subprocess.run(words(loop, "back", "--reason", "enough"), cwd=ROOT, check=True, capture_output=True)
         until(lambda: arms(loop) == {"": len(USERS)}, "users are still told apart")
-        host = Trials(loop.settings.state_dir).folder(NAME) / "host"
+        host = Experiments(loop.settings).folder(NAME) / "host"
         until(lambda: not answers_for_it(loop) and not host.exists(), lambda: f"its host stays\n{loop.logs()}")
         assert driving.wait(60) == 0, log.read_text()
     finally:
         driving.kill()
         driving.wait()
         # Where it failed, too: an open rollout lets no other begin.
-        subprocess.run(words(loop, "--end", "--reason", "enough"), cwd=ROOT, check=False, capture_output=True)
-        loop.springtide("trial", "stop", NAME, "--reason", "enough")
-    until(lambda: NAME not in Trials(loop.settings.state_dir).open(), "what it learned is not removed")
+        loop.springtide("experiment", "stop", NAME, "--reason", "enough")
+    until(lambda: NAME not in Experiments(loop.settings).open(), "what it learned is not removed")

@@ -6,7 +6,6 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,10 @@ import pytest
 
 from deploy.watch import scrape
 from state.config.settings import Settings
+from state.experiments.experiment import GATE, By, Change, Experiment, Experiments
 from state.log import Topics, topic_plan
 from state.process.wall_clock import wall_ms
 from state.registry.registry import Registry
-from state.rollouts import rollout
-from state.rollouts.rollouts import Rollouts
 from tests import runbook
 from tests.e2e.loop import lost_disk, new_release
 from tests.e2e.loop.terminal import Terminal
@@ -175,37 +173,44 @@ def live_clicks_have_changed(terminal: Terminal, section: Section) -> None:
     assert loop.springtide("history")[-1]["action"] == "accept"
 
 
-def begun_rollout(settings: Settings, at_ms: int) -> tuple[Rollouts, dict[str, Any]]:
-    """A rollout of nobody's trial that the gate began, with nobody who drives it, and who decides about it."""
+def begun_rollout(settings: Settings, at_ms: int) -> tuple[Experiments, By]:
+    """A rollout of an experiment without a trainer that the gate began, with no driver, and who decides about it."""
     with Topics(settings.kafka) as topics:
         topics.ensure(*topic_plan.exposures(settings))
         exposures, microbatches = (
             topics.ends(settings.kafka.exposures_topic),
             topics.ends(settings.kafka.microbatches_topic),
         )
-    rollouts, places = Rollouts(settings.registry_dir), (exposures[0][1], microbatches[0][1])
-    who: dict[str, Any] = {"actor": rollout.GATE, "reason": "it is worse", "now_ms": at_ms}
-    rollouts.propose(rollout.start(rollouts.newest(), "drilled", (1.0,), 60.0, places, **who))
-    rollouts.change(partial(rollout.begin, **who))
-    return rollouts, who
+    experiments, by = Experiments(settings), By(GATE, "it is worse", at_ms)
+    name = f"drilled-{at_ms}"
+    shadow = Experiment(name, "shadow", "nothing", None, 1, {}, (Change(at_ms, "shadow", None, 0.0, "ann", "see"),))
+    running = shadow.start_rollout((1.0,), 60.0, exposures[0][1], microbatches[0][1], by).begin(by)
+    experiments.edit(lambda now: now.with_experiment(running))
+    return experiments, by
 
 
 def a_rollout_was_stopped(terminal: Terminal, section: Section) -> None:
-    status, report, end = section.commands
-    rollouts, who = begun_rollout(terminal.loop.settings, wall_ms())
-    rollouts.change(partial(rollout.back, **who))
-    assert re.search(r"^rollout +BACK +drilled answers 0% of the users", terminal.type(status), re.MULTILINE)
-    assert "drilled: back" in terminal.type(report, NAME="drilled")
-    terminal.type(end, NAME="drilled")
-    assert not re.search("^rollout", terminal.type(status), re.MULTILINE)
+    status, report, back = section.commands
+    experiments, by = begun_rollout(terminal.loop.settings, wall_ms())
+    name = experiments.document().experiments[-1].name
+    experiments.change(name, lambda now: now.back(by))
+    stopped = rf"^experiment +BACK +{name} learns"
+    assert re.search(stopped, terminal.type(status), re.MULTILINE)
+    assert f"{name}: back" in terminal.type(report, NAME=name)
+    terminal.type(back, NAME=name)
+    assert not re.search(stopped, terminal.type(status), re.MULTILINE)
+    experiments.change(name, lambda now: now.stop(by))
 
 
 def nobody_watches_a_rollout(terminal: Terminal, section: Section) -> None:
     status, back = section.commands
-    begun_rollout(terminal.loop.settings, wall_ms() - 120_000)
-    assert re.search(r"^rollout +UNWATCHED +drilled answers 1% of the users", terminal.type(status), re.MULTILINE)
-    assert "drilled back, 0 of the users" in terminal.type(back, NAME="drilled")
-    assert not re.search("^rollout", terminal.type(status), re.MULTILINE)
+    experiments, by = begun_rollout(terminal.loop.settings, wall_ms() - 120_000)
+    name = experiments.document().experiments[-1].name
+    unwatched = rf"^experiment +UNWATCHED +{name} learns"
+    assert re.search(unwatched, terminal.type(status), re.MULTILINE)
+    assert f"{name} back, 0 of the users" in terminal.type(back, NAME=name)
+    assert not re.search(unwatched, terminal.type(status), re.MULTILINE)
+    experiments.change(name, lambda now: now.stop(by))
 
 
 def an_account_is_wrong(terminal: Terminal, section: Section) -> None:

@@ -1,4 +1,4 @@
-"""A trial on the running loop: it learns the rows of the live trainer, is compared with it, and is promoted."""
+"""An experiment on the running loop: it learns the rows of the live trainer, is compared with it, and is promoted."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from typing import Any
 
 import psutil
 
-from state.trials.trial import Trials
+from state.experiments.experiment import Experiments
 from tests.e2e.running import Loop, until
 
 ROWS, SCORED_S = 200, 400.0
 
 
 def listed(loop: Loop, name: str) -> dict[str, Any]:
-    """A trial as the command lists it."""
-    found = [one for one in loop.springtide("trial", "list") if one["name"] == name]
+    """An experiment as the command lists it."""
+    found = [one for one in loop.springtide("experiment", "status") if one["name"] == name]
     assert len(found) == 1
     return dict(found[0])
 
@@ -26,13 +26,13 @@ def scored(loop: Loop, name: str, rows: int = ROWS) -> dict[str, Any]:
         compared = listed(loop, name)["compared"]
         return dict(compared) if compared and compared["rows"] >= rows else None
 
-    # A trial steps back behind everybody else.
-    return until(look, lambda: f"trial {name} is not compared: {listed(loop, name)}\n{loop.logs()}", SCORED_S)
+    # Its trainer has the lowest priority.
+    return until(look, lambda: f"experiment {name} is not compared: {listed(loop, name)}\n{loop.logs()}", SCORED_S)
 
 
 def process_of(loop: Loop, name: str, module: str) -> psutil.Process | None:
-    """A process of a trial, by what it runs."""
-    registry = f"--paths.registry={Trials(loop.settings.state_dir).registry(name)}"
+    """A process of an experiment, by what it runs."""
+    registry = f"--paths.registry={Experiments(loop.settings).registry(name)}"
     for one in loop.processes():
         try:
             words = one.cmdline()
@@ -44,13 +44,13 @@ def process_of(loop: Loop, name: str, module: str) -> psutil.Process | None:
 
 
 def trainer_of(loop: Loop, name: str) -> psutil.Process | None:
-    """The process of a trial's trainer."""
+    """The process of an experiment's trainer."""
     return process_of(loop, name, "trainer.loop")
 
 
-def test_a_trial_learns_the_same_rows_as_the_live_trainer_and_goes_live(loop: Loop) -> None:
+def test_an_experiment_learns_the_same_rows_as_the_live_trainer_and_goes_live(loop: Loop) -> None:
     loop.springtide("follow", "--reason", "a test begins")
-    begun = loop.springtide("trial", "start", "again", "--reason", "are equal ones reported as equal?")
+    begun = loop.springtide("experiment", "start", "again", "--reason", "are equal ones reported as equal?")
     assert begun["origin"] == "live" and begun["version"]
 
     # 1. The same model on the same rows differs in no bit.
@@ -59,7 +59,7 @@ def test_a_trial_learns_the_same_rows_as_the_live_trainer_and_goes_live(loop: Lo
     assert same["live_log_loss"] == same["trial_log_loss"] > 0
 
     # 2. Status and /metrics report it; its trainer gives way to all others.
-    (reported,) = [one for one in loop.springtide("status")["trials"] if one["name"] == "again"]
+    (reported,) = [one for one in loop.springtide("status")["experiments"] if one["name"] == "again"]
     assert reported["compared"]["rows"] >= ROWS
     metrics = loop.metrics("up")
     assert (metrics.value("springtide_trial_rows", trial="again") or 0) >= ROWS
@@ -68,9 +68,9 @@ def test_a_trial_learns_the_same_rows_as_the_live_trainer_and_goes_live(loop: Lo
     assert running.nice() > 0 and len(running.cpu_affinity()) == loop.settings.trials.cores
 
     # 3. Promoted, the live trainer goes on from it in a new epoch, and answers follow.
-    trials, epoch = Trials(loop.settings.state_dir), int(loop.springtide("history")[-1]["epoch"])
-    done = loop.springtide("trial", "promote", "again", "--reason", "it is as good")
-    assert done["control"]["epoch"] == epoch + 1 and done["trial"]["wanted"] == "promoted"
+    trials, epoch = Experiments(loop.settings), int(loop.springtide("history")[-1]["epoch"])
+    done = loop.springtide("experiment", "promote", "again", "--reason", "it is as good")
+    assert done["control"]["epoch"] == epoch + 1 and done["experiment"]["stage"] == "promoted"
     user = "one-after-the-promotion"
     answer = loop.answer_trained_on(user, loop.click([(user, "lamp", "light", "purchase")] * 5))
     assert answer["version"]["epoch"] == epoch + 1

@@ -6,9 +6,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from state.experiments.experiment import Experiment, Schedule
 from state.registry import manifest, sealed
-from state.rollouts.rollout import Rollout
-from state.trials.retraining import Retraining
 
 
 @given(st.binary(max_size=60))
@@ -21,12 +20,12 @@ def test_bytes_that_are_no_document_are_refused_by_a_value_error(data: bytes) ->
     with pytest.raises(ValueError, match=r"."):
         manifest.decode(data)
     with pytest.raises(ValueError, match=r"."):
-        sealed.decode(data, Rollout)
+        sealed.decode(data, Experiment)
 
 
 def test_each_flipped_byte_of_a_document_is_seen() -> None:
-    data = sealed.encode(Retraining(7, "retrain-1"))
-    assert sealed.decode(data, Retraining) == Retraining(7, "retrain-1")
+    data = sealed.encode(Schedule(7, "retrain-1"))
+    assert sealed.decode(data, Schedule) == Schedule(7, "retrain-1")
     for place in range(len(data)):
         with pytest.raises(ValueError, match=r"."):
-            sealed.decode(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :], Retraining)
+            sealed.decode(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :], Schedule)

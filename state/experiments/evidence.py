@@ -1,0 +1,224 @@
+"""Evidence about the two arms of a rollout: exposures, and the engagements that followed them. Pure.
+
+An engagement counts for the arm and the step of its user's last exposure before
+it became known. Times are by the clocks of this system's own processes. The rate
+is engagements per answer. Arms are compared within each step, because users behave
+differently at different hours (`state/statistics/strata.py`). The variance is
+that of sums per user.
+
+Failures, latencies and the sample ratio are those of the newest step. A user who
+moves from one arm to the other when the share grows contributes to both. Their
+difference then varies less than the interval assumes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.experiments.exposure import ARMS, LIVE, TRIAL, Arm, Exposure
+from state.statistics import arms
+from state.statistics.arms import Contrast
+from state.statistics.confidence_sequence import ALPHA, BlockSums
+from state.statistics.sample_ratio import SampleRatio
+from state.statistics.strata import StratifiedArm, stratified
+
+MOST_USERS = 1_000_000
+"""Users that are tracked, up to 500 bytes each. Later users count only for failures and latencies."""
+
+MISMATCH_ALPHA = 0.001
+"""False alarm rate of the sample ratio test. It is low because an alarm stops a rollout that may be good."""
+
+
+BINS = 160
+LEAST_US, RATIO = 100.0, 1.1
+"""Histogram of latencies with bins of equal ratio, so that quantiles are accurate within 10 %: upper edge of the first
+bin, and the ratio between the edges of neighbouring bins. The last edge is about 6 min."""
+
+
+def no_latencies() -> NDArray[np.int64]:
+    """An empty histogram, `[BINS]` int64."""
+    return np.zeros(BINS, np.int64)
+
+
+def latency_bin(took_us: float) -> int:
+    """The bin of a duration.
+
+    >>> latency_bin(0), latency_bin(100), latency_bin(101), latency_bin(1e12) == BINS - 1
+    (0, 0, 1, True)
+    """
+    if took_us <= LEAST_US:
+        return 0
+    return min(BINS - 1, math.ceil(round(math.log(took_us / LEAST_US) / math.log(RATIO), 9)))
+
+
+def quantile_ms(counts: NDArray[np.int64], share: float) -> float:
+    """The quantile of the latencies, ms: the upper edge of its bin; 0 for an empty histogram.
+
+    >>> counts = no_latencies()
+    >>> counts[latency_bin(1000)] += 99
+    >>> counts[latency_bin(50_000)] += 1
+    >>> 1.0 <= quantile_ms(counts, 0.5) <= 1.1, 50 <= quantile_ms(counts, 0.999) <= 55
+    (True, True)
+
+    Args:
+        counts: `[BINS]` int64, the histogram.
+        share: The quantile, 0 to 1.
+    """
+    total = int(counts.sum())
+    if not total:
+        return 0.0
+    edge = int(np.searchsorted(np.cumsum(counts), share * total))
+    return float(LEAST_US * RATIO ** min(edge, BINS - 1) / 1000)
+
+
+@dataclass
+class StepSums:
+    """Sums of one arm in one step.
+
+    Attributes:
+        answers: Exposures.
+        failures: Exposures for which the arm could not answer.
+        took: `[BINS]` int64, histogram of the latencies of answers outside of batches.
+        users: Users of the exposures.
+    """
+
+    answers: int = 0
+    failures: int = 0
+    took: NDArray[np.int64] = field(default_factory=no_latencies)
+    users: int = 0
+
+
+class Evidence:
+    """The sums of one rollout.
+
+    Args:
+        name: Name of the trial.
+        planned_answers: Number of answers of the smaller arm for which intervals are tuned to be narrowest.
+
+    Attributes:
+        step: The newest step seen; -1 before the first.
+        of_step: Sums of that step, by arm.
+        rates: Engagements and answers by step and arm.
+        users: Number of users ever exposed, by arm.
+    """
+
+    def __init__(self, name: str, planned_answers: int) -> None:
+        self._name, self._planned = name, planned_answers
+        self.step = -1
+        self.of_step = {arm: StepSums() for arm in ARMS}
+        self.rates: dict[int, dict[Arm, BlockSums]] = {}
+        self.users = dict.fromkeys(ARMS, 0)
+        # user -> (since ms, step, arm) for each step of the user. After a restart all exposures are read before the
+        # engagements.
+        self._since: dict[int, tuple[tuple[int, int, Arm], ...]] = {}
+        self._in_step: set[int] = set()
+        self._ratio: SampleRatio | None = None
+
+    def expose(self, exposures: Iterable[Exposure]) -> None:
+        """Adds exposures. Skips those of other rollouts; late ones of an earlier step count only in the rates."""
+        found: dict[tuple[int, Arm], list[int]] = {}
+        came = dict.fromkeys(ARMS, 0)
+        for one in exposures:
+            if one.rollout != self._name:
+                continue
+            if one.step > self.step:
+                self._count(came)
+                self._begin(one.step, one.share)
+            if one.step == self.step:
+                self._in_newest(one, came)
+            user = int(one.user, 16)
+            if self._is_known(user, one):
+                found.setdefault((one.step, one.arm), []).append(user)
+        self._count(came)
+        for (step, arm), users in found.items():
+            self._sums(step)[arm].add(np.zeros(len(users)), np.array(users, np.uint64))
+
+    def engage(self, users: NDArray[np.uint64], known_ms: int) -> None:
+        """Adds engagements.
+
+        Args:
+            users: `[n]` uint64, the user of each engagement.
+            known_ms: When they became known to the stream, wall clock.
+        """
+        found: dict[tuple[int, Arm], list[int]] = {}
+        for user in users.tolist():
+            shown = [(step, arm) for since_ms, step, arm in self._since.get(user, ()) if since_ms <= known_ms]
+            if shown:
+                found.setdefault(shown[-1], []).append(user)
+        for (step, arm), engaged in found.items():
+            self._sums(step)[arm].credit(np.ones(len(engaged)), np.array(engaged, np.uint64))
+
+    def difference(self) -> Contrast:
+        """Engagements per answer of the trial, minus those of the live arm."""
+        return arms.difference(*self._both(), ALPHA, self._planned)
+
+    def lift(self) -> Contrast | None:
+        """The relative difference of the trial's rate to the live arm's; None if an arm has no engagements."""
+        return arms.lift(*self._both(), ALPHA, self._planned)
+
+    @property
+    def mismatch(self) -> bool:
+        """Whether the split of users between the arms contradicts the shares."""
+        return self._ratio is not None and self._ratio.mismatch(MISMATCH_ALPHA)
+
+    @property
+    def mismatch_p(self) -> float:
+        """P-value of the sample ratio test: valid at any time, however often it is read."""
+        return 1.0 if self._ratio is None else self._ratio.p_value
+
+    def answers(self, arm: Arm) -> int:
+        """Exposures of an arm over the whole rollout."""
+        return sum(of_step[arm].rows for of_step in self.rates.values())
+
+    def engagements(self, arm: Arm) -> int:
+        """Engagements that followed an arm's exposures."""
+        return round(sum(float(of_step[arm].totals.sum()) for of_step in self.rates.values()))
+
+    def _both(self) -> tuple[StratifiedArm, StratifiedArm]:
+        return stratified([(of_step[TRIAL], of_step[LIVE]) for of_step in self.rates.values()])
+
+    def _sums(self, step: int) -> dict[Arm, BlockSums]:
+        return self.rates.setdefault(step, {arm: BlockSums() for arm in ARMS})
+
+    def _begin(self, step: int, share: float) -> None:
+        self.step, self._in_step = step, set()
+        self.of_step = {arm: StepSums() for arm in ARMS}
+        # With all users in one arm there is no ratio.
+        if 0 < share < 1:
+            shares = [share, 1 - share]
+            if self._ratio is None:
+                self._ratio = SampleRatio(shares)
+            else:
+                self._ratio.change(shares)
+
+    def _in_newest(self, one: Exposure, came: dict[Arm, int]) -> None:
+        sums = self.of_step[one.arm]
+        sums.answers += 1
+        sums.failures += one.failed
+        if one.took_us is not None:
+            sums.took[latency_bin(one.took_us)] += 1
+        user = int(one.user, 16)
+        if user not in self._in_step and len(self._in_step) < MOST_USERS:
+            self._in_step.add(user)
+            sums.users += 1
+            came[one.arm] += one.share < 1
+
+    def _count(self, came: dict[Arm, int]) -> None:
+        if self._ratio is not None and any(came.values()):
+            self._ratio.add([came[arm] for arm in ARMS])
+        came.update(dict.fromkeys(ARMS, 0))
+
+    def _is_known(self, user: int, one: Exposure) -> bool:
+        """Whether the user is tracked; records step, arm and time of a new step."""
+        before = self._since.get(user, ())
+        if not before and len(self._since) >= MOST_USERS:
+            return False
+        if not before or (before[-1][1] < one.step and before[-1][0] < one.at_ms):
+            self._since[user] = (*before, (one.at_ms, one.step, one.arm))
+            self.users[one.arm] += all(arm != one.arm for _, _, arm in before)
+        return True

@@ -1,0 +1,90 @@
+"""Arms of a rollout and exposures: records of `kafka.exposures_topic`, one for each answer to a user during a rollout.
+
+A keyed hash of the pseudonym assigns a user to an arm, so shares are nested and stable as they grow.
+
+A record is one JSON object, keyed by the pseudonym; `state/FORMATS.md` has an example. An exposure contains neither
+the content of the answer nor the user's id as it was sent.
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import Literal
+
+import msgspec
+
+from state.events.identity import Salt
+
+Arm = Literal["trial", "live"]
+TRIAL: Arm = "trial"
+LIVE: Arm = "live"
+ARMS = (TRIAL, LIVE)
+
+
+def position_of(salt: Salt, name: str, user: int) -> float:
+    """The user's position between 0 and 1: HMAC-SHA-256 of the rollout's name and the pseudonym, keyed by the salt.
+
+    Without the salt nobody can choose an id that falls into a given arm. The positions of a user in two rollouts are
+    independent.
+
+    >>> salt = Salt(b"not a secret")
+    >>> position_of(salt, "wider", 7) == position_of(salt, "wider", 7) != position_of(salt, "deeper", 7)
+    True
+    """
+    digest = hmac.digest(salt.key, b"rollout " + name.encode() + b" " + user.to_bytes(8, "big"), "sha256")
+    return int.from_bytes(digest[:8], "big") / 2**64
+
+
+def arm_of(position: float, share: float) -> Arm:
+    """The arm of a user when the trial has the given share. A user in the trial at 5 % is in it at 50 % too.
+
+    >>> arm_of(0.04, 0.05), arm_of(0.04, 0.5), arm_of(0.4, 0.05), arm_of(0.99, 1.0)
+    ('trial', 'trial', 'live', 'trial')
+    """
+    return TRIAL if position < share else LIVE
+
+
+class Exposure(msgspec.Struct, frozen=True):
+    """An answer to a user during a rollout.
+
+    Attributes:
+        user: The pseudonym, 16 hexadecimal digits.
+        rollout: The experiment's name.
+        step: Step of the rollout.
+        share: Share of users in the arm `trial` at this step.
+        arm: The user's arm, even if the trial could not answer and the live trainer's version did. Otherwise users
+            whom the trial fails would count for the other side.
+        at_ms: When the request arrived, wall clock.
+        took_us: Latency in microseconds; None in a batch, where each arm answers a part of another size.
+        failed: Whether the arm could not answer.
+    """
+
+    user: str
+    rollout: str
+    step: int
+    share: float
+    arm: Arm
+    at_ms: int
+    took_us: int | None
+    failed: bool = False
+
+
+def encode(exposure: Exposure) -> bytes:
+    """Encodes a record's value.
+
+    >>> encode(Exposure("00000000000000ff", "wider", 0, 0.01, "live", 5, 900))[:38]
+    b'{"user":"00000000000000ff","rollout":"'
+    """
+    return msgspec.json.encode(exposure)
+
+
+def decode(value: bytes) -> Exposure | None:
+    """Decodes the exposure of a record; None if it is not one, so that other writers cannot distort a verdict.
+
+    >>> decode(b"{}") is None
+    True
+    """
+    try:
+        return msgspec.json.decode(value, type=Exposure)
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return None

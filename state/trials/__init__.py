@@ -1,1 +1,0 @@
-"""Trials: additional trainers on the same training log, their location, and the comparison with the live trainer."""
