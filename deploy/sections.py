@@ -163,7 +163,7 @@ def held_update(settings: Settings) -> dict[str, Any] | None:
 def held_document(held: HeldUpdate) -> dict[str, Any]:
     """Describes a held update, with the commands to type: roll back without the suspect clicks, or release.
 
-    >>> from state.registry.held_update import SuspectClicks
+    >>> from state.registry.control import SuspectClicks
     >>> held = HeldUpdate("user", "share of one user", 30.0, 1.0, 7, 40, 90, 0, 9000, (SuspectClicks("ab" * 16, 2, 5, 80),))
     >>> print("; ".join(held_document(held)["commands"]))
     springtide rollback --to 7 --skip 2:5-79 --follow-when-caught-up --reason 'guard: user'; springtide release --reason TEXT

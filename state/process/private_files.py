@@ -11,7 +11,6 @@ import os
 import secrets
 from pathlib import Path
 
-from state.disk import files as durable
 from state.errors import SettingsError
 
 OTHERS = 0o007
@@ -88,4 +87,19 @@ def read_key(path: Path, what: str, setting: str) -> bytes:
 def make_key(path: Path) -> bool:
     """Creates a file with a new key. Returns False if another process created it first; then that key counts."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    return durable.create(path, secrets.token_bytes(KEY_BYTES).hex().encode() + b"\n", durable.unique(path))
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    # Not by `state.disk.files`, because locks in that package keep their directories private by this module.
+    handle = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    try:
+        os.write(handle, secrets.token_bytes(KEY_BYTES).hex().encode() + b"\n")
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+    try:
+        # Creating the link fails if another process created the file first.
+        os.link(temporary, path)
+    except FileExistsError:
+        return False
+    finally:
+        temporary.unlink()
+    return True

@@ -23,8 +23,6 @@ from tests.streaming.distributed.shop import rows_of
 from tests.streaming.distributed.test_job import ends_of, of_local_form, turn, values_in
 from tests.streaming.streams import FOREVER, click, send, settings_for, until
 
-# Short form in `make test`: `tests/streaming/distributed`, on a runner in this process.
-pytestmark = pytest.mark.nightly
 CLICKS = 300
 
 
@@ -99,6 +97,7 @@ def test_on_flink_the_rows_are_those_of_the_local_form(flink: LocalFlink, shop: 
         assert following.wait(60) == 0, log.read_text()
 
 
+@pytest.mark.nightly
 def test_a_killed_worker_a_savepoint_and_an_exact_rollback_leave_the_rows_of_the_local_form(
     flink: LocalFlink, shop: Settings, tmp_path: Path
 ) -> None:
