@@ -20,12 +20,12 @@
     │   ├── shared.json shared.catalog   the shared registry      state/registry/directory.py
     │   ├── tmp/                 files being written; swept
     │   └── trainer.lock, compactor.lock, shared.lock
-    ├── stream-0/                lock, writer (the transactional id)   streaming/fencing.py
-    │   ├── leaders.json                                          streaming/leaders.py
+    ├── stream-0/                lock, writer (the transactional id)   streaming/writer.py
+    │   ├── leaders.json                                          streaming/truncation.py
     │   ├── histories            the stream's store; while the stream runs, a link to the store in memory
     │   │                        state/history/store.py, state/disk/memory_place.py, memory_store.py
     │   ├── histories.link, .saving   copies on their way into and out of memory
-    │   ├── histories.rebuilding, .rebuilt, .bad<n>               streaming/takeover.py
+    │   ├── histories.rebuilding, .rebuilt, .bad<n>               streaming/histories.py
     │   └── attributes/                                           state/attributes/store.py
     ├── serving/                 the applier's lock
     │   ├── rows                 a link to the rows, in memory    state/disk/memory_place.py, state/rows/store.py

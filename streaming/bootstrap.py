@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import json
 import logging
 import math
 import os
@@ -31,20 +32,26 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import apache_beam as beam
+from apache_beam.io.filesystem import CompressionTypes
+from apache_beam.io.tfrecordio import WriteToTFRecord
+from apache_beam.pvalue import PCollection
 
 from state.config.asked_model import AskedModel
 from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
+from state.disk import files as durable
 from state.errors import SettingsError
 from state.events.identity import Salt, own_salt
 from state.features.spec import FeatureSpec
+from state.microbatch.examples import FORMAT, PREFIX, SCHEMA, SPEC, SUFFIXES, schema
+from state.microbatch.examples import record_batch as example_batch
 from state.process.part import Work, run_process
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.recordings.files import Recording, add_file_arguments, as_settings, chosen
@@ -53,21 +60,93 @@ from state.registry.registry import Registry
 from state.statistics.baselines import baseline_files
 from state.statistics.protos import dataset
 from state.statistics.schema import infer
-from streaming import examples
 from streaming.context import Handle
 from streaming.preprocessing import (
     analyse,
     analysis,
     category_batch,
+    check_preprocessing,
+    is_own,
     list_categories,
     load_preprocessing,
     read_categories,
     record_batch,
 )
-from streaming.preprocessing_check import check_preprocessing, is_own
-from streaming.sample import ComputeWindows, Sample, Say, open_sample
-from streaming.sample_source import ReadSample
+from streaming.rows import Rows
+from streaming.sample import ComputeWindows, ReadSample, Sample, Say, open_sample
 from streaming.steps import ParseEvents
+
+COMPRESSIONS = {"gzip": CompressionTypes.GZIP, "none": CompressionTypes.UNCOMPRESSED}
+
+
+class EncodeExamples(beam.DoFn):
+    """Encodes each batch of rows as serialised tf.Examples."""
+
+    def setup(self) -> None:
+        """Loads the encoder, which cannot be pickled."""
+        from tfx_bsl.coders.example_coder import RecordBatchToExamplesEncoder
+
+        self._encoder = RecordBatchToExamplesEncoder()
+
+    def process(self, rows: Rows) -> Iterator[bytes]:
+        """Encodes one batch."""
+        yield from self._encoder.encode(example_batch(rows.columns))
+
+
+def require_empty(folder: Path) -> None:
+    """Refuses a directory that is not empty: examples of two runs must not mix.
+
+    Raises:
+        SettingsError: It is not empty.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise SettingsError(f"--examples {folder}: is there already", "name a new or empty directory")
+
+
+def write_examples(rows: PCollection[Rows], folder: Path, compression: str, shards: int) -> None:
+    """Adds the steps to a job that write the rows as examples into `folder`; `describe` completes it.
+
+    Args:
+        rows: Batches of rows.
+        folder: Output directory.
+        compression: gzip or none.
+        shards: Number of files.
+    """
+    (
+        rows
+        | "Encode examples" >> beam.ParDo(EncodeExamples())
+        | "Write examples"
+        >> WriteToTFRecord(
+            str(folder / PREFIX),
+            file_name_suffix=SUFFIXES[compression],
+            num_shards=shards,
+            compression_type=COMPRESSIONS[compression],
+        )
+    )
+
+
+def describe(folder: Path, spec: FeatureSpec, context: tuple[str, ...], about: Mapping[str, Any]) -> None:
+    """Writes schema.pbtxt and then spec.json next to the examples, durably; after that the examples are complete.
+
+    Args:
+        folder: Directory of the examples.
+        spec: Spec of their features.
+        context: The names of the K context fields.
+        about: Origin of the examples; becomes part of spec.json.
+    """
+    durable.write(folder / SCHEMA, str(schema(spec, len(context))).encode())
+    document = {
+        "format": FORMAT,
+        "spec": spec.to_json(),
+        "features": list(spec.names),
+        "label_windows": list(spec.window_names),
+        "actions": list(spec.actions),
+        "context": list(context),
+        **about,
+    }
+    durable.write(folder / SPEC, json.dumps(document, indent=1, sort_keys=True).encode())
+    durable.sync_directory(folder)
+
 
 logger = logging.getLogger(__name__)
 
@@ -121,7 +200,7 @@ def build(pipeline: beam.Pipeline, handle: Handle[Sample], wanted: Wanted, outpu
         list_categories(categories, output / "categories")
     if wanted.examples is not None:
         shards = math.ceil(settings.bootstrap.sample_rows / settings.bootstrap.shard_rows)
-        examples.write_examples(rows, wanted.examples, settings.bootstrap.compression, shards)
+        write_examples(rows, wanted.examples, settings.bootstrap.compression, shards)
 
 
 def run_job(handle: Handle[Sample], wanted: Wanted, output: Path | None) -> None:
@@ -178,7 +257,7 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
     if known is not None and wanted.examples is None:
         return False
     if wanted.examples is not None:
-        examples.require_empty(wanted.examples)
+        require_empty(wanted.examples)
     # 1.
     if is_own(settings.model.preprocessing) and known is None and not wanted.of_up:
         with quiet_stderr():
@@ -212,7 +291,7 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
                 "created_at_ms": now_ms,
             }
             about |= {"compression": settings.bootstrap.compression, "preprocessing": settings.model.preprocessing}
-            examples.describe(wanted.examples, spec, settings.events.context, about)
+            describe(wanted.examples, spec, settings.events.context, about)
             left_out = f"; {unlabelled}" if (unlabelled := sample.unlabelled) else ""
             say(f"{sample.tally.examples:,} examples in {wanted.examples}{left_out}")
     return True

@@ -34,9 +34,9 @@ from streaming import accounts
 from streaming.context import StreamContext
 from streaming.cut import Cut, merge_all, merge_appends
 from streaming.event_clock import OffClock
-from streaming.letters import count_letters
 from streaming.rows import Rows
 from streaming.sweeping import StreamSweep
+from streaming.writer import count_letters
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +45,12 @@ WHAT = "the stream"
 
 
 class Committer:
-    """Commits cuts in the order in which they arrive. Not thread-safe, except for `show`.
-
-    Args:
-        context: The resources of the process.
-    """
+    """Commits cuts in the order in which they arrive. Not thread-safe, except for `show`."""
 
     def __init__(self, context: StreamContext) -> None:
         self._context = context
         self._show_due_s = 0.0
-        self._sweep = StreamSweep(context)
+        self._sweep = StreamSweep(context, context.metrics)
         self._unshown = False
         self._showing = threading.Lock()
         self._group_fails = False

@@ -25,11 +25,11 @@ from state.log import Reader
 from state.metrics import StreamMetrics
 from state.storage.waiting import Room
 from streaming.attributes import Join
-from streaming.desired import ControlWatch
+from streaming.control import ControlWatch
 from streaming.event_clock import EventClock
 from streaming.labels import Labels
-from streaming.leaders import Leaders
 from streaming.profile import Profiler
+from streaming.truncation import Leaders
 from streaming.writer import ShardWriter
 
 
@@ -149,11 +149,7 @@ def opened(context: Owned) -> Iterator[Handle[Owned]]:
 
 
 class Step(beam.DoFn, Generic[Context]):
-    """A step of a job that uses the process's context.
-
-    Args:
-        handle: Refers to the context.
-    """
+    """A step of a job that uses the process's context."""
 
     def __init__(self, handle: Handle[Context]) -> None:
         super().__init__()

@@ -1,29 +1,168 @@
-"""Opens the stream's store of histories, which is bound to its users' salt; the features may change."""
+"""Opens the stream's store of histories, and replaces it by a rebuilt one in a way that survives a crash at any point.
+
+    histories             the store that the stream opens
+    histories.rebuilding  being built; worthless after a crash
+    histories.rebuilt     complete, synced and closed; waits to replace the old store
+    histories.bad<n>      a replaced store; nothing opens it, remove it when you like
+
+Both the stream and the rebuild call `finish` under the directory's lock before they open `histories`. So neither starts
+with an empty store between two renames.
+
+Earlier releases split the partitions among shards. A stream never continues next to histories of former shards. A
+rebuild creates one store of all partitions. It ends the open transactions of the shards' writers and fences them, also
+those on other hosts. Once the new store is in place, theirs are set aside.
+"""
 
 from __future__ import annotations
 
+import itertools
 import logging
+import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
+from state import layout
 from state.config.settings import Settings
+from state.disk import clean_mark, memory_place
+from state.disk import files as durable
 from state.disk.lock import DirectoryLock
-from state.errors import SaltMismatch, SpecMismatch
+from state.disk.memory_store import bring_back
+from state.errors import CorruptStore, SaltMismatch, SpecMismatch
 from state.events.identity import Salt, own_salt
 from state.features.spec import FeatureSpec
-from state.history import opening
 from state.history.actions import ACTIONS, numbered
 from state.history.appends import Appends
-from state.history.store import HistoryStore
+from state.history.store import HistoryStore, open_history_store
+from state.layout import HISTORIES, MARK
+from state.log import Log
+from state.process import killpoints
 from state.registry.model_fit import require_same_features
 from state.registry.specs import SpecActions
 from state.storage.shares import STREAM
-from streaming import takeover
-from streaming.fencing import note_first_release
-from streaming.former_shards import refuse_beside
+from streaming.writer import id_of_first_release, last_id, note_first_release, transactional_id
+
+REBUILDING = f"{HISTORIES}.rebuilding"
+REBUILT = f"{HISTORIES}.rebuilt"
+BAD = f"{HISTORIES}.bad"
+
+
+def begin(folder: Path) -> Path:
+    """Returns an empty path to build a store at; removes the remains of an earlier attempt."""
+    place = folder / REBUILDING
+    if place.exists():
+        shutil.rmtree(place)
+    return place
+
+
+def promise(folder: Path) -> None:
+    """Declares the closed and synced store `histories.rebuilding` complete: from now on it will replace the old one."""
+    durable.sync_tree(folder / REBUILDING)
+    (folder / REBUILDING).rename(folder / REBUILT)
+    durable.sync_directory(folder)
+    killpoints.reach("rebuild.promised")
+
+
+def finish(folder: Path) -> Path | None:
+    """Puts a complete store into use, if there is one.
+
+    1. The old store is moved out of memory if it is there, and set aside under a name that nothing opens.
+    2. The new store takes its path.
+
+    Returns:
+        Where the old store is now; None if there was no complete store or no old one.
+    """
+    rebuilt, place = folder / REBUILT, folder / HISTORIES
+    if not rebuilt.exists():
+        return None
+    # 1.
+    aside = set_aside(place)
+    killpoints.reach("rebuild.aside")
+    # 2.
+    rebuilt.rename(place)
+    durable.sync_directory(folder)
+    return aside
+
+
+def is_lost(folder: Path) -> bool:
+    """Whether the store was open when the machine or its container went down, so that it must not be opened; cheap.
+
+    A store that does not exist yet is not lost, nor is one that an earlier release left without a marker.
+    """
+    place = folder / HISTORIES
+    if memory_place.target_of(place) is not None and not place.exists():
+        return True
+    mark = clean_mark.read(place / MARK)
+    return mark is not None and not mark.trusts(clean_mark.boot_id())
+
+
+def set_aside(place: Path) -> Path | None:
+    """Renames a store to a name that nothing opens, after moving it out of memory; None if there is none."""
+    bring_back(place)
+    if not place.exists():
+        return None
+    aside = next(path for number in itertools.count(1) if not (path := place.parent / f"{BAD}{number}").exists())
+    place.rename(aside)
+    durable.sync_directory(place.parent)
+    return aside
+
+
+logger = logging.getLogger(__name__)
+
+
+def former_shards(state: Path) -> list[Path]:
+    """The directories of all shards but the first that still have histories, by name."""
+    return [one.parent for one in layout.streams(state) if one.parent != layout.stream(state)]
+
+
+def refuse_beside(state: Path) -> None:
+    """Refuses to continue while histories of former shards exist.
+
+    Raises:
+        CorruptStore: There are such histories.
+    """
+    if found := former_shards(state):
+        raise CorruptStore(
+            f"{', '.join(map(str, found))}: histories of partitions that one stream reads now",
+            "stop the streams of all shards, and run `springtide rebuild-history`: it makes one store of all partitions",
+        )
+
+
+@contextmanager
+def replaced(settings: Settings, log: Log) -> Iterator[None]:
+    """Wraps a rebuild: locks the shards' directories, fences their writers, and then sets their stores aside.
+
+    Raises:
+        LockHeld: A shard's stream runs here.
+        LogError: Kafka is unreachable, or a topic is missing.
+    """
+    found = former_shards(settings.state_dir)
+    with ExitStack() as stack:
+        for folder in found:
+            stack.enter_context(DirectoryLock(folder))
+        if found:
+            _fence(settings, log, found)
+        yield
+        for folder in found:
+            aside = set_aside(folder / layout.HISTORIES)
+            logger.info("%s is part of the rebuilt histories; the store before them is %s", folder, aside)
+
+
+def _fence(settings: Settings, log: Log, found: list[Path]) -> None:
+    """Takes over the transactional id of each possible shard; a shard beyond the number of partitions read nothing."""
+    kafka = settings.kafka
+    with log.topics() as topics:
+        clicks, microbatches = topics.describe(kafka.clicks_topic), topics.describe(kafka.microbatches_topic)
+    ids = {last_id(folder) or id_of_first_release(int(folder.name.rpartition("-")[2])) for folder in found}
+    ids |= {
+        transactional_id(clicks.topic_id, microbatches.topic_id, kafka.group, shard)
+        for shard in range(1, clicks.partitions)
+    }
+    for one in sorted(ids):
+        log.writer(one).close()
+
 
 SPEC, SALT = "spec", "salt"  # names of the store's extras
-logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -36,10 +175,6 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
        shards of an earlier release.
     4. Open the store, in memory if there is space. It must have been filled with this salt. Its events do not depend on
        a feature spec: windows of another spec are computed from them, once the model continues with it.
-
-    Args:
-        settings: The effective settings.
-        spec: The feature spec.
 
     Raises:
         LockHeld: Another process has the directory.
@@ -59,12 +194,12 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
         # 2.
         salt = own_salt(settings)
         # 3.
-        if (aside := takeover.finish(folder)) is not None:
+        if (aside := finish(folder)) is not None:
             logger.info("using the histories of a rebuild that was cut short; the store before them is %s", aside)
         note_first_release(folder)
         refuse_beside(settings.state_dir)
         # 4.
-        store = opening.open_histories(settings, STREAM, folder)
+        store = open_history_store(settings, STREAM, folder)
         try:
             check_identity(store, spec, salt.fingerprint, SpecActions(settings.registry_dir, spec))
             yield store, salt

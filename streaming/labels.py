@@ -25,10 +25,20 @@ from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, WaitingStore, keys_of, place_of
 from state.microbatch.batch import Kind, Known, counts_by_range
 from state.positions import SHARES, Range, Source
-from streaming.attribution import IMPRESSION, OUTCOME, PLAIN, Arrived, Stretches, attribute, pairs
+from streaming.attribution import (
+    IMPRESSION,
+    OUTCOME,
+    PLAIN,
+    Arrived,
+    Queue,
+    Stretches,
+    WaitingImpressions,
+    attribute,
+    enter,
+    pairs,
+)
 from streaming.cut import Cut
 from streaming.rows import Rows
-from streaming.waiting_queue import Queue, WaitingImpressions, enter
 
 LOADED_AT_ONCE = 10_000
 logger = logging.getLogger(__name__)
@@ -223,7 +233,7 @@ def forget_other_topics(store: HistoryStore, topic_id: str) -> int:
 
 def unused_kernels(settings: Settings) -> Sequence[str]:
     """The modules with kernels that a stream of these settings does not call, unless earlier impressions still wait."""
-    return () if settings.labels.impressions else ("streaming.attribution", "streaming.waiting_queue")
+    return () if settings.labels.impressions else ("streaming.attribution",)
 
 
 def open_labels(settings: Settings, store: HistoryStore, topic_id: str) -> Labels | None:

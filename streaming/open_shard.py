@@ -45,21 +45,17 @@ from state.registry.sharing import copying
 from state.storage.measuring import offer
 from state.storage.shares import STREAM, map_bytes
 from state.storage.waiting import Room
-from streaming import accounts, erasing
+from streaming import accounts, control
 from streaming.attributes import Join
 from streaming.context import Handle, JobContext, StreamContext, opened
+from streaming.control import ControlWatch, roll_back_histories
 from streaming.cut import Cut
-from streaming.cut_back import accept, fill, open_behind
-from streaming.desired import ControlWatch
 from streaming.event_clock import EventClock
-from streaming.fencing import open_writer
-from streaming.going_back import take_back
 from streaming.histories import open_histories
 from streaming.labels import open_labels, unused_kernels
-from streaming.leaders import Leaders
-from streaming.letters import report_to
 from streaming.profile import Profiler
-from streaming.writer import ShardWriter
+from streaming.truncation import Leaders, accept, fill, open_behind
+from streaming.writer import ShardWriter, open_writer, report_to
 
 logger = logging.getLogger(__name__)
 
@@ -100,10 +96,10 @@ def open_shard(
         writer = ShardWriter(settings, spec.digest, salt.fingerprint, stopping, partial(open_writer, log=log), desired)
         stack.callback(writer.close)
         now_ms = wall_ms()
-        join = open_join(settings, salt, counted, stack, erasing.is_due(store, desired.mask.erased, now_ms))
+        join = open_join(settings, salt, counted, stack, control.compaction_is_due(store, desired.mask.erased, now_ms))
         # 6.
-        writer.told(take_back(log, settings, spec, store, desired))
-        watch.open_again_in(erasing.take_up(store, settings.registry_dir, desired.mask.erased, now_ms))
+        writer.skip_letters(roll_back_histories(log, settings, spec, store, desired))
+        watch.open_again_in(control.apply_erasures(store, settings.registry_dir, desired.mask.erased, now_ms))
         # 7.
         job = open_job(settings, spec, store, salt, clicks.topic_id, desired.mask)
         gaps = accounts.missing(clicks.topic_id, store.positions(), topics.ends(settings.kafka.clicks_topic))

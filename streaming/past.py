@@ -48,15 +48,14 @@ from state.process.wall_clock import wall_ms
 from state.recordings.files import Recording, constants_of, find
 from state.registry.log_line import WHOLE
 from state.storage.shares import STREAM, map_bytes
-from streaming.aligned_reader import AlignedReader
-from streaming.alignment import Reached
+from streaming.alignment import AlignedReader, Reached
 from streaming.attributes import Join
 from streaming.context import JobContext
+from streaming.control import ControlWatch
 from streaming.cut import Cut, Cutter, clocks_of, encode_cut
-from streaming.desired import ControlWatch
-from streaming.masking import leave_out
 from streaming.open_shard import open_job, open_join
-from streaming.sample_source import recorded_batches, topic_of
+from streaming.rows import leave_out
+from streaming.sample import recorded_batches, topic_of
 from streaming.steps import rows_of
 from streaming.sweeping import StreamSweep
 from streaming.unlogged import commit_rows
@@ -212,7 +211,10 @@ class PastRows:
 
     def __init__(self, context: PastContext, salt: str, begin_ms: int) -> None:
         self._context, self._salt, self._begin_ms = context, salt, begin_ms
-        self._cutter, self._sweep = Cutter(context.settings.stream.cut_rows, NEVER_MS), StreamSweep(context)
+        self._cutter, self._sweep = (
+            Cutter(context.settings.stream.cut_rows, NEVER_MS),
+            StreamSweep(context, context.metrics),
+        )
 
     def take(self, batches: list[PartitionBatch]) -> list[bytes]:
         """Takes the records of a poll; returns the micro-batches that are full.

@@ -40,11 +40,10 @@ from state.process.wall_clock import wall_ms
 from streaming.commit import Committer
 from streaming.context import Handle, Step, StreamContext
 from streaming.cut import Cut, Cutter
-from streaming.distributed.options import LOCAL, take_runner
+from streaming.distributed.engine import LOCAL, take_runner
 from streaming.open_shard import open_shard
 from streaming.rows import Rows
-from streaming.source import ReadClicks
-from streaming.steps import ParseEvents, UpdateProfiles
+from streaming.steps import ParseEvents, ReadClicks, UpdateProfiles
 
 # One cut is written while two wait; a longer queue would only delay the data of serving.
 QUEUED_CUTS = 2

@@ -1,8 +1,13 @@
-"""Rows of the stream: a batch of events with their windows, and the events to append to histories."""
+"""Rows of the stream: a batch of events with their windows, and the events to append to histories. Pure.
+
+Before rows are made, masked clicks are left out of a batch, and the events of several partitions are sorted by the
+partitions' clocks, not by the clicks' own times. So one wrong clock moves no other user's rows, and rows of one
+partition keep their order.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -11,6 +16,7 @@ from numpy.typing import NDArray
 from state.attributes.values import Joined
 from state.events.parser import EventBatch
 from state.features.arrays import Vector
+from state.features.mask import Mask
 from state.history.appends import Appends
 from state.microbatch.batch import LISTS, SCALARS, SINCE_2, Known, absent_column
 from streaming.event_clock import Told
@@ -85,3 +91,42 @@ class Rows:
         assert self.known.columns is not None, "looked up before they are written"
         order = np.argsort(np.concatenate([np.arange(len(self.batch.offset)), self.known.by]), kind="stable")
         return {name: np.concatenate([events[name], self.known.columns[name]])[order] for name in events}
+
+
+COLUMNS = ("user", "item", "category", "action", "at_ms", "label", "weight", "context", "source", "offset", "request")
+
+
+def leave_out(batch: EventBatch, mask: Mask) -> EventBatch:
+    """Returns the batch without the events that `mask` matches."""
+    if not mask or not len(batch):
+        return batch
+    out = mask.rows(batch.user, batch.at_ms, batch.source, batch.offset, batch.ranges)
+    if not out.any():
+        return batch
+    gone = np.bincount(batch.source[out], minlength=len(batch.ranges)).tolist()
+    ranges = tuple(
+        replace(part, rows=part.rows - count, masked=part.masked + count)
+        for part, count in zip(batch.ranges, gone, strict=True)
+    )
+    columns = {name: getattr(batch, name) for name in COLUMNS}
+    kept = {name: column[~out] for name, column in columns.items() if len(column) == len(out)}
+    return replace(batch, ranges=ranges, **kept)
+
+
+def in_order(batch: EventBatch, told: Told) -> tuple[EventBatch, Told]:
+    """Returns the batch with its rows in order of time, and their event clock in the same order.
+
+    Args:
+        batch: Rows partition by partition, each in log order.
+        told: The result of `EventClock.follow` for the batch.
+    """
+    if len(batch.ranges) < 2 or not len(batch):
+        return batch, told
+    reached_ms = told.clock_ms.copy()
+    for number in range(len(batch.ranges)):
+        mine = batch.source == number
+        reached_ms[mine] = np.maximum.accumulate(reached_ms[mine])
+    order = np.argsort(reached_ms, kind="stable")
+    columns = {name: getattr(batch, name) for name in COLUMNS}
+    sorted_columns = {name: column[order] for name, column in columns.items() if len(column) == len(order)}
+    return replace(batch, **sorted_columns), replace(told, clock_ms=told.clock_ms[order])

@@ -1,18 +1,34 @@
-"""The Beam steps between source and sink: records become events, events become rows."""
+"""The Beam steps of the stream up to the rows: clicks are read, become events, and events become rows.
+
+The source is one unbounded element of a splittable DoFn. It blocks in `poll` and never defers. An unbounded source that
+defers costs 5-200 ms a bundle and leaks; one that blocks does neither. One element reads all partitions. With one
+element for each partition, the last one would wait for the others.
+"""
 
 from __future__ import annotations
 
+import logging
+import time
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
+import apache_beam as beam
+import numpy as np
+from apache_beam.io.iobase import RestrictionProgress, RestrictionTracker
+from apache_beam.transforms.core import RestrictionProvider
+
+from state.errors import UnreachableBroker
 from state.events.parser import EventBatch
 from state.log import PartitionBatch
+from state.microbatch.batch import TOLERANCE_MS
+from state.positions import Source
 from state.process.wall_clock import wall_ms
+from streaming.alignment import AlignedReader
 from streaming.attributes import Join
 from streaming.context import JobContext, Step, StreamContext
-from streaming.interleaving import in_order
-from streaming.masking import leave_out
-from streaming.rows import Rows
+from streaming.rows import Rows, in_order, leave_out
 
 
 class ParseEvents(Step[JobContext]):
@@ -53,3 +69,181 @@ class UpdateProfiles(Step[StreamContext]):
             rows = rows_of(context, context.join, batch, wall_ms())
             context.metrics.cached_users.set(context.profiler.cached_users)
         yield rows
+
+
+logger = logging.getLogger(__name__)
+
+UPKEEP_S = 1.0
+LATEST = 15
+
+
+class UntilStopped(RestrictionTracker):
+    """An unbounded restriction that is done when the process was asked to end the job; it never splits."""
+
+    def __init__(self) -> None:
+        self._done = False
+
+    def current_restriction(self) -> bool:
+        """True, as a placeholder: the restriction has no bounds."""
+        return True
+
+    def current_progress(self) -> RestrictionProgress:
+        """Zero until it is done, then one."""
+        return RestrictionProgress(fraction=float(self._done))
+
+    def try_claim(self, stopping: bool) -> bool:
+        """Whether one more poll may begin."""
+        self._done = self._done or stopping
+        return not self._done
+
+    def try_split(self, fraction_of_remainder: float) -> None:
+        """Refuses: the partitions belong to one process."""
+
+    def check_done(self) -> None:
+        """Raises ValueError if the DoFn returned without a request to stop."""
+        if not self._done:
+            raise ValueError("reading ended without a request to stop")
+
+    def is_bounded(self) -> bool:
+        """False: it never ends by itself."""
+        return False
+
+
+class Forever(RestrictionProvider):
+    """Provides the restriction of the element."""
+
+    def initial_restriction(self, element: Any) -> bool:
+        """The whole restriction."""
+        return True
+
+    def create_tracker(self, restriction: bool) -> UntilStopped:
+        """A tracker of the whole restriction."""
+        return UntilStopped()
+
+    def restriction_size(self, element: Any, restriction: bool) -> int:
+        """Always one, because there is only one restriction."""
+        return 1
+
+
+class ClickReader:
+    """Polls the partitions, and does periodic upkeep: new partitions and lag metrics.
+
+    Everything here runs in the Beam thread, because a Kafka consumer belongs to one thread.
+    """
+
+    def __init__(self, context: StreamContext) -> None:
+        self._context = context
+        self._due_s = 0.0
+        self._lag = Lag()
+        self._away = False
+        # By the next poll, everything read before has become rows, so the clock includes it.
+        clock, topic_id = context.clock, context.topic_id
+        self._reader = AlignedReader(
+            context.reader, lambda one: clock.reached(Source(topic_id, one)), context.settings.stream.max_skew_s
+        )
+
+    def poll(self) -> list[PartitionBatch]:
+        """Returns the next batches, in order within a partition and of similar event times.
+
+        The list is empty after `stream.poll_ms` without records.
+
+        Raises:
+            LogError: Positions are gone, or the broker stays unreachable.
+        """
+        stream = self._context.settings.stream
+        self._reader.begin(stream.batch_events)
+        batches = self._reader.poll(stream.poll_ms / 1000)
+        for batch in batches:
+            self._lag.read(batch, wall_ms())
+        now_s = time.monotonic()
+        if now_s >= self._due_s:
+            self._due_s = now_s + UPKEEP_S
+            self._look_after()
+        return batches
+
+    def _look_after(self) -> None:
+        """Looks for new partitions, and updates the lag metrics; runs once a second."""
+        context, reader = self._context, self._context.reader
+        try:
+            for partition in reader.refresh():
+                logger.info("reading new partition %d of %s", partition, context.settings.kafka.clicks_topic)
+            unread = sum(reader.lag().values())
+            self._away = False
+        # A temporary outage of the broker only costs time, here as in poll.
+        except UnreachableBroker as error:
+            if not self._away:
+                logger.warning("new partitions and lag are unknown for now: %s", error)
+            self._away = True
+            return
+        waiting = unread + self._lag.uncommitted(context.store.positions())
+        context.metrics.lag_events.set(waiting)
+        context.metrics.lag_seconds.set(self._lag.seconds(time.time()) if waiting else 0.0)
+
+
+def appended_ms(batch: PartitionBatch, now_ms: int) -> int:
+    """When Kafka received the newest record of a batch, ms; 0 for none.
+
+    A producer may set any timestamp, so one that is far ahead of the others is ignored.
+    """
+    last = batch.timestamps_ms[-LATEST:]
+    return min(int(last[last <= np.median(last) + TOLERANCE_MS].max()), now_ms) if len(last) else 0
+
+
+class Lag:
+    """How far the commits are behind the log, computed from positions that were read and not committed.
+
+    >>> lag, zero = Lag(), Source("ab" * 16, 0)
+    >>> lag.note(zero, 0, 4, newest_ms=1000); lag.note(zero, 4, 6, newest_ms=3000)
+    >>> lag.uncommitted({zero: 4}), lag.seconds(now_s=5.0)
+    (2, 4.0)
+    """
+
+    def __init__(self) -> None:
+        self._read: dict[Source, deque[tuple[int, int]]] = {}
+        self._begun: dict[Source, int] = {}
+        self._newest_ms = 0
+
+    def read(self, batch: PartitionBatch, now_ms: int) -> None:
+        """Adds a batch that was read."""
+        self.note(Source(batch.topic_id, batch.partition), batch.first, batch.next, appended_ms(batch, now_ms))
+
+    def note(self, source: Source, first: int, after: int, newest_ms: int) -> None:
+        """Adds the range `[first, after)` that was read; Kafka received its newest record at `newest_ms` (0: none)."""
+        self._begun.setdefault(source, first)
+        self._read.setdefault(source, deque()).append((after, newest_ms))
+
+    def uncommitted(self, committed: dict[Source, int]) -> int:
+        """Number of positions read and not committed; removes the committed ones."""
+        waiting = 0
+        for source, read in self._read.items():
+            done = committed.get(source, self._begun[source])
+            last = read[-1][0] if read else done
+            while read and read[0][0] <= done:
+                self._newest_ms = max(self._newest_ms, read.popleft()[1])
+            waiting += max(0, last - done)
+        return waiting
+
+    def seconds(self, now_s: float) -> float:
+        """Wall time since Kafka received the newest committed click; 0 before the first one."""
+        return max(0.0, now_s - self._newest_ms / 1000) if self._newest_ms else 0.0
+
+
+class ReadClicks(Step[StreamContext]):
+    """The unbounded element: yields lists of `PartitionBatch`, empty if nothing arrived, until asked to stop."""
+
+    @beam.DoFn.unbounded_per_element()
+    def process(
+        self,
+        element: bytes,
+        tracker: Any = beam.DoFn.RestrictionParam(Forever()),  # noqa: B008  # Beam reads the default
+    ) -> Iterator[list[PartitionBatch]]:
+        """Polls until the process was asked to stop, or control has changed."""
+        context = self.handle.context
+        clicks = ClickReader(context)
+        while tracker.try_claim(context.stopping.is_set() or context.watch.changed()):
+            with self.handle.watched():
+                batches = clicks.poll()
+            begun_s = time.perf_counter()
+            # All downstream steps run before the generator continues.
+            yield batches
+            context.metrics.busy_seconds.inc(time.perf_counter() - begun_s)

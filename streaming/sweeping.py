@@ -5,56 +5,23 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Protocol
 
-from state.config.settings import Settings
 from state.errors import StoreFull, UnusableDisk
-from state.features.spec import FeatureSpec
-from state.history.store import HistoryStore
 from state.history.sweeping import Sweeper
 from state.metrics import StreamMetrics
 from state.positions import Source
-from streaming.event_clock import PREFIX, clock_of_all
-from streaming.profile import Profiler
+from streaming.context import JobContext
+from streaming.event_clock import PREFIX, believed_in, clock_of_all
 from streaming.rows import Rows
-from streaming.witnesses import believed_in
 
 logger = logging.getLogger(__name__)
 
 
-class SweptContext(Protocol):
-    """The resources that a sweep needs from the process."""
-
-    @property
-    def settings(self) -> Settings:
-        """The effective settings."""
-
-    @property
-    def spec(self) -> FeatureSpec:
-        """The feature spec."""
-
-    @property
-    def store(self) -> HistoryStore:
-        """The histories."""
-
-    @property
-    def profiler(self) -> Profiler:
-        """The cache of histories."""
-
-    @property
-    def metrics(self) -> StreamMetrics:
-        """The metrics that count what is removed."""
-
-
 class StreamSweep:
-    """The sweep of one shard; used by the commit thread.
+    """The sweep of one shard; used by the commit thread."""
 
-    Args:
-        context: The resources of the process.
-    """
-
-    def __init__(self, context: SweptContext) -> None:
-        self._context = context
+    def __init__(self, context: JobContext, metrics: StreamMetrics) -> None:
+        self._context, self._metrics = context, metrics
         self._clocks: dict[Source, int] = {}
         self._sweeper: Sweeper | None = None
         self._reach_ms = 0
@@ -86,7 +53,7 @@ class StreamSweep:
 
     def look(self) -> None:
         """Sweeps some users, and removes what may go; a full store is logged and is not fatal."""
-        metrics, sweeper = self._context.metrics, self._sweeper
+        metrics, sweeper = self._metrics, self._sweeper
         assert sweeper is not None
         try:
             removed = sweeper.look(self.log_time_ms)
@@ -115,8 +82,7 @@ class StreamSweep:
 
     def _open(self) -> Sweeper:
         settings, store = self._context.settings, self._context.store
-        events = settings.events
-        self._reach_ms = 1000 * round(self._context.spec.windows_s[-1] + events.max_age_s + events.max_future_s)
+        self._reach_ms = self._context.spec.reach_ms(settings.events)
         for source in store.positions():
             believed_ms = believed_in(store.extra(PREFIX + str(source)))
             if believed_ms is not None:

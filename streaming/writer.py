@@ -1,22 +1,186 @@
-"""Writes the shard's micro-batches and dead letters in acknowledged transactions, and waits out broker outages."""
+"""Writes the stream's micro-batches and dead letters in acknowledged transactions, fenced against zombies.
+
+Kafka fences zombies of this stream by its transactional id, but no stream of another deployment. The id is derived from
+the topics' ids and the consumer group. So two deployments on one Kafka have different ids, whatever their names. A
+restarted stream, here or from a copy of its state, keeps its id. The last id is stored next to the histories. It
+differs if a topic was recreated, if the group was renamed, or if the release was 0.1.0, whose id was the same in every
+deployment. Then the writer of the last id is fenced first: its open transaction ends, and a zombie with that id cannot
+write.
+
+A dead letter has the coordinates of a refused record and the reason (`state.events.dead_letters.Reason`) in its
+headers, and its key is the refused record's position. It contains neither that record's key, which is a user's id, nor
+its value. A letter may occur more than once; readers count distinct keys. The local form writes letters in the
+transaction of their rows. So it repeats them only after an unknown outcome, or a crash before the histories are
+committed. A distributed job repeats those since the engine's last checkpoint.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
+from state.attributes.follower import Report
+from state.config.sections import Kafka
 from state.config.settings import Settings
+from state.disk import files as durable
 from state.errors import UnreachableBroker
-from state.log import Writer
+from state.events.dead_letters import DeadLetter
+from state.layout import HISTORIES, WRITER
+from state.log import Log, Writer
+from state.metrics import StreamMetrics
 from state.positions import Source
 from state.process import killpoints
+from streaming.control import NOTHING_DESIRED, Desired
 from streaming.cut import Cut, encode_cut
-from streaming.desired import NOTHING_DESIRED, Desired
-from streaming.fencing import open_writer
-from streaming.letters import send_letters
 
 logger = logging.getLogger(__name__)
+
+
+def transactional_id(clicks: str, microbatches: str, group: str, shard: int = 0) -> str:
+    """The id with which Kafka fences a zombie.
+
+    >>> transactional_id("ab" * 16, "cd" * 16, "springtide-stream")
+    'springtide-stream-91d1bb5e31a6fa6b-0'
+
+    Args:
+        clicks: Id of the topic of clicks.
+        microbatches: Id of the topic of micro-batches.
+        group: The consumer group.
+        shard: 0; another number for a shard of an earlier release.
+    """
+    digest = hashlib.sha256("\n".join((clicks, microbatches, group)).encode()).hexdigest()
+    return f"springtide-stream-{digest[:16]}-{shard}"
+
+
+def id_of_first_release(shard: int = 0) -> str:
+    """The id that 0.1.0 used.
+
+    >>> id_of_first_release()
+    'springtide-stream-0'
+    """
+    return f"springtide-stream-{shard}"
+
+
+def open_writer(settings: Settings, log: Log | None = None) -> Writer:
+    """Opens the writer of the stream; this ends a predecessor's open transaction, and fences the predecessor.
+
+    Args:
+        settings: The effective settings.
+        log: Where to write; by default the cluster of the settings.
+
+    Raises:
+        UnknownTopic: The topic of clicks or of micro-batches is missing.
+        UnreachableBroker: No broker answered in time.
+        LogError: The cluster refused.
+        OSError: The id cannot be stored.
+    """
+    kafka, log = settings.kafka, log or Log(settings.kafka)
+    with log.topics() as topics:
+        clicks, microbatches = (
+            topics.describe(name).topic_id for name in (kafka.clicks_topic, kafka.microbatches_topic)
+        )
+    mine = transactional_id(clicks, microbatches, kafka.group)
+    before = last_id(settings.stream_dir)
+    if before not in (None, mine):
+        logger.info("fencing a stream with the transactional id %s, which this one had before", before)
+        log.writer(before).close()
+    writer = log.writer(mine)
+    if before != mine:
+        keep_id(settings.stream_dir, mine)
+    return writer
+
+
+def note_first_release(folder: Path) -> None:
+    """Stores the id of 0.1.0 if that release left histories; must run before new histories are created.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    if (folder / HISTORIES).exists() and not (folder / WRITER).exists():
+        keep_id(folder, id_of_first_release())
+
+
+def last_id(folder: Path) -> str | None:
+    """The last id of the stream of `folder`; None if it never ran."""
+    place = folder / WRITER
+    return place.read_text().strip() if place.exists() else None
+
+
+def keep_id(folder: Path, mine: str) -> None:
+    """Stores the id; durable when this returns.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    durable.replace(folder / WRITER, mine.encode())
+
+
+Headers = list[tuple[str, bytes]]
+
+
+def letter_headers(letter: DeadLetter) -> Headers:
+    """The coordinates and the reason of a dead letter; never its key, which is a user's id."""
+    return [
+        ("reason", str(letter.reason).encode()),
+        ("topic_id", letter.source.topic_id.encode()),
+        ("partition", str(letter.source.partition).encode()),
+        ("offset", str(letter.offset).encode()),
+    ]
+
+
+def letter_key(letter: DeadLetter) -> bytes:
+    """The key of a dead letter: the refused record's position. Letters with the same key refer to the same record.
+
+    >>> from state.events.dead_letters import Reason
+    >>> from state.positions import Source
+    >>> letter_key(DeadLetter(Source("ab" * 2, 3), 17, Reason.UNDECODABLE, b"a user", None))
+    b'abab:3:17'
+    """
+    return f"{letter.source.topic_id}:{letter.source.partition}:{letter.offset}".encode()
+
+
+def send_letters(writer: Writer, topic: str, letters: Sequence[DeadLetter], at_ms: int | None = None) -> None:
+    """Passes letters to `writer`; they are acknowledged with its flush or transaction.
+
+    Args:
+        writer: Of the process.
+        topic: The topic of dead letters.
+        letters: Refused records.
+        at_ms: Their timestamp; None for the time of writing.
+
+    Raises:
+        LogError: The cluster refused.
+    """
+    for letter in letters:
+        writer.send(topic, 0, letter_key(letter), b"", letter_headers(letter), at_ms)
+
+
+def count_letters(metrics: StreamMetrics, letters: Sequence[DeadLetter]) -> None:
+    """Counts letters by reason."""
+    for reason, count in Counter(str(letter.reason) for letter in letters).items():
+        metrics.dead_letters.labels(reason).inc(count)
+
+
+def report_to(kafka: Kafka, metrics: StreamMetrics) -> Report:
+    """Returns a function that writes refused records of attributes as dead letters, acknowledged, and counts them.
+
+    Args:
+        kafka: How to connect, and the topic of dead letters.
+        metrics: Of the stream.
+    """
+
+    def report(bad: Sequence[DeadLetter]) -> None:
+        with Writer(kafka) as writer:
+            send_letters(writer, kafka.dead_letters_topic, bad)
+            writer.flush()
+        count_letters(metrics, bad)
+
+    return report
 
 
 class ShardWriter:
@@ -46,12 +210,12 @@ class ShardWriter:
     ) -> None:
         self._settings, self._spec, self._salt = settings, spec, salt
         self._stopping, self._opens, self._desired = stopping, opens, desired
-        self._told: Mapping[Source, int] = {}
+        self._written_letters: Mapping[Source, int] = {}
         self._writer = opens(settings)
 
-    def told(self, until: Mapping[Source, int]) -> None:
+    def skip_letters(self, until: Mapping[Source, int]) -> None:
         """Declares that letters of positions below `until` are in the topic, so that they are not written again."""
-        self._told = until
+        self._written_letters = until
 
     def write(self, cuts: Sequence[Cut]) -> int:
         """Writes the micro-batches and the dead letters of cuts, acknowledged when it returns.
@@ -69,7 +233,7 @@ class ShardWriter:
         """
         values = [value for cut in cuts for value in self._encoded(cut)]
         dead = (letter for cut in cuts for piece in cut.pieces for letter in piece.batch.dead)
-        letters = [letter for letter in dead if letter.offset >= self._told.get(letter.source, 0)]
+        letters = [letter for letter in dead if letter.offset >= self._written_letters.get(letter.source, 0)]
         created_ms = cuts[-1].created_ms
         while True:
             try:

@@ -339,8 +339,8 @@ def _histories_to_rebuild(settings: Settings, branch: LogLine, to: Manifest, vie
     """
     # Not at the top: they load the window kernel, which no other command needs.
     from state.history.branch_records import branch_records
+    from state.history.rewind import Since
     from state.history.rewinding import line_of
-    from state.history.since import Since
     from state.history.store import HistoryStore
 
     users = None

@@ -170,7 +170,7 @@ class Members:
             self._show()
 
     def compact(self) -> None:
-        """Takes bytes of who left out of the store's file; raises as `CompactStore.compact`."""
+        """Takes bytes of who left out of the store's file; raises as `LmdbStore.compact`."""
         self._store.compact()
 
     def disconnect(self) -> None:

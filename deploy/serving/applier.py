@@ -28,7 +28,6 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import pyarrow as pa
@@ -47,21 +46,19 @@ from state.compiled.preparing import Kernels
 from state.config.settings import Settings
 from state.disk import memory_place as place
 from state.disk.lock import DirectoryLock
-from state.disk.memory_place import Place
 from state.errors import (
     GapError,
     LogError,
     RegistryError,
-    StoreError,
     StoreFull,
     UnknownTopic,
 )
 from state.events.identity import fingerprint_at, load_salt
 from state.features.spec import FeatureSpec
-from state.history import opening
 from state.history.actions import ACTIONS, numbered
 from state.history.appends import Appends
 from state.history.forgetting import PAGES_MS
+from state.history.store import open_or_replace
 from state.layout import ATTRIBUTES, CURRENT, EXPOSURES, GAPS, PROGRAMS, ROWS
 from state.log import KERNELS, Log, Reader, Topics, Writer
 from state.log.accepted_gaps import Journal
@@ -76,14 +73,12 @@ from state.registry.controls import ControlPoll
 from state.registry.registry import Registry
 from state.registry.sharing import copying, reached_ms
 from state.registry.specs import SpecActions
-from state.rows.served import Served
+from state.rows.reader import Served
 from state.rows.store import RowStore
 from state.storage.measuring import offer
 from state.storage.shares import SERVING, map_bytes
 from state.storage.waiting import Room, is_full
 
-FULL_S = 5.0
-"""How long memory may be full before the rows move to the disk; other users of it may free some."""
 LOOK_S = 0.1
 SAMPLE_S = 0.1
 HOUSE_S = 1.0
@@ -93,14 +88,6 @@ VERSIONS, CLICKS = "taking versions into the rows", "taking clicks into the hist
 _log = logging.getLogger(__name__)
 
 
-class PlacedRows(NamedTuple):
-    """A row store, its location, and the follower that fills it."""
-
-    place: Place
-    store: RowStore
-    versions: VersionFollower
-
-
 class HostRows:
     """The rows that this host's workers read; used by one thread that holds the lock of the serving directory.
 
@@ -108,35 +95,35 @@ class HostRows:
         settings: Of the whole system.
         metrics: Of the applier.
         now_ms: The wall clock.
-        clock_s: A monotonic clock.
+
+    Attributes:
+        versions: Fills the store that answers read.
 
     Raises:
         StoreError: The store cannot be opened.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        metrics: ApplierMetrics,
-        now_ms: Callable[[], int],
-        clock_s: Callable[[], float] = time.monotonic,
-    ) -> None:
-        self._settings, self._metrics, self._now_ms, self._clock_s = settings, metrics, now_ms, clock_s
-        self._link, memory = settings.serving_dir / ROWS, settings.storage.memory_dir
+    def __init__(self, settings: Settings, metrics: ApplierMetrics, now_ms: Callable[[], int]) -> None:
+        self._metrics = metrics
+        link, memory = settings.serving_dir / ROWS, settings.storage.memory_dir
         for gone in place.remove_forgotten(memory):
             _log.info("%s is removed: its state directory is gone, or has its store elsewhere", gone)
-        found = place.choose(self._link, settings.serving.rows_dir, memory)
-        place.settle(self._link, found)
+        found = place.choose(link, settings.serving.rows_dir, memory)
+        place.settle(link, found)
         if found.why:
             _log.warning("the rows lie on the disk, %s: %s. Each version is written there", found.path, found.why)
-        self._rows = self._open(found)
-        self._moving: PlacedRows | None = None
-        self._full_since_s: float | None = None
-
-    @property
-    def versions(self) -> VersionFollower:
-        """What fills the store that answers read."""
-        return self._rows.versions
+        # In memory, the map may be larger than the rows' share of the disk.
+        most = settings.serving.map_gb << 30 if found.in_memory else map_bytes(settings, SERVING, ROWS, found.path)
+        self._place, self._store = found, RowStore.open_anew(found.path, most)
+        self.versions = VersionFollower(
+            Registry(settings.registry_dir),
+            self._store,
+            settings.serving_dir / PROGRAMS,
+            metrics,
+            settings.serving.keep_s,
+            now_ms,
+            crosses_of(settings),
+        )
 
     def step(self) -> bool:
         """One round of following and of removing old versions; returns whether there may be more to do at once.
@@ -145,76 +132,26 @@ class HostRows:
             StoreFull: There is no room now; nothing was changed, and the next call tries again.
             RegistryError, OSError: The registry cannot be followed now.
         """
-        if self._moving is not None:
-            return self._move(self._moving)
         try:
-            more = self._rows.versions.step()
-            self._rows.versions.sweep()
-        except StoreFull as error:
+            more = self.versions.step()
+        except StoreFull:
             # A sweep may free the room that is missing.
             with suppress(StoreFull):
-                self._rows.versions.sweep()
-            if not self._stays_full():
-                raise
-            found = place.on_disk(self._link, f"memory is full: {error.what}")
-            _log.warning("the rows move to the disk, %s: %s. Answers go on meanwhile", found.path, found.why)
-            self._moving = self._open(found)
-            return True
-        self._full_since_s = None
+                self.versions.sweep()
+            raise
+        self.versions.sweep()
         return more
 
     def keep_house(self) -> None:
         """Frees what readers that died have left, and measures; every second or so."""
-        self._rows.store.clear_stale_readers()
-        used = {False: 0, True: 0, self._rows.place.in_memory: place.size(self._rows.place.path)}
-        self._metrics.rows_bytes.labels("memory").set(used[True])
-        self._metrics.rows_bytes.labels("disk").set(used[False])
+        self._store.clear_stale_readers()
+        used = place.size(self._place.path)
+        self._metrics.rows_bytes.labels("memory").set(used if self._place.in_memory else 0)
+        self._metrics.rows_bytes.labels("disk").set(0 if self._place.in_memory else used)
 
     def close(self) -> None:
         """Closes the store."""
-        if self._moving is not None:
-            with suppress(StoreError):
-                self._moving.store.close()
-        self._rows.store.close()
-
-    def _stays_full(self) -> bool:
-        """Whether the rows are in memory by default, and memory has been full for a while."""
-        if self._settings.serving.rows_dir or not self._rows.place.in_memory:
-            return False
-        now_s = self._clock_s()
-        self._full_since_s = now_s if self._full_since_s is None else self._full_since_s
-        return now_s - self._full_since_s >= FULL_S
-
-    def _move(self, to: PlacedRows) -> bool:
-        """Fills the store on the disk, and switches to it once it has the wanted version."""
-        more = to.versions.step()
-        if more or to.versions.served is None:
-            return more
-        place.settle(self._link, to.place, anew=False)
-        before, self._rows, self._moving, self._full_since_s = self._rows, to, None, None
-        # Its directory is gone.
-        with suppress(StoreError):
-            before.store.close()
-        _log.info("the rows lie on the disk now, %s", to.place.path)
-        return False
-
-    def _open(self, found: Place) -> PlacedRows:
-        settings = self._settings
-        most = settings.serving.map_gb << 30 if found.in_memory else map_bytes(settings, SERVING, ROWS, found.path)
-        store = RowStore.open_anew(found.path, most)
-        return PlacedRows(
-            found,
-            store,
-            VersionFollower(
-                Registry(settings.registry_dir),
-                store,
-                settings.serving_dir / PROGRAMS,
-                self._metrics,
-                settings.serving.keep_s,
-                self._now_ms,
-                crosses_of(settings),
-            ),
-        )
+        self._store.close()
 
 
 class ExposureForwarder:
@@ -441,7 +378,7 @@ class Applier:
         folder = settings.serving_dir
         self._rows = HostRows(settings, self.metrics, now_ms)
         # Kafka still has the micro-batches, and the registry the versions.
-        self._histories = opening.open_anew(settings, SERVING, folder)
+        self._histories = open_or_replace(settings, SERVING, folder)
         wanted = tables_of(settings.attributes)
         self._attributes = (
             AttributesFollower(settings, folder / ATTRIBUTES, self.metrics, self._room()) if wanted else None

@@ -58,7 +58,7 @@ def check(settings: Settings, say: Callable[[str], None]) -> None:
     with tempfile.TemporaryDirectory(prefix="springtide-model-") as folder:
         graph = []
         if settings.model.preprocessing != Model().preprocessing:
-            say(run("streaming.preprocessing_check", settings, "--keep", folder))
+            say(run("streaming.preprocessing", settings, "--keep", folder))
             graph = ["--transform", folder]
         say(run("trainer.checks", settings, *graph))
 

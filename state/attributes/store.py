@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.attributes.values import SIDES
-from state.disk.compact_store import CompactStore
+from state.disk.lmdb_store import LmdbStore
 
 OUTCOMES = ("value", "removed", "dead", "absent")
 
@@ -42,7 +42,7 @@ class TopicPosition:
     caught_up: bool = False
 
 
-class AttributeStore(CompactStore):
+class AttributeStore(LmdbStore):
     """Attributes by side and id. One thread commits; any thread of any process may read.
 
     Args:

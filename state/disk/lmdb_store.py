@@ -1,4 +1,4 @@
-"""The base of the LMDB stores of histories, rows and attributes: one process writes, any number of processes read.
+"""The base of all LMDB stores (histories, rows, attributes, segments): one process writes, any number of them read.
 
     mark.json   whether the store was closed cleanly (`state/disk/clean_mark.py`)
     data.mdb    the databases that the class names, and `meta`:
@@ -6,7 +6,8 @@
 
 A commit is visible to every reader at once and survives a kill. It survives a
 power cut only after the next `sync`. So a store is trusted after kill -9, and
-refused if it was open at a power cut.
+refused if it was open at a power cut. `compact` rewrites a store so that no
+deleted data remains, on free pages or in inner pages.
 """
 
 from __future__ import annotations
@@ -15,20 +16,26 @@ import errno
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import lmdb
 
 from state import layout
-from state.disk import clean_mark
+from state.disk import clean_mark, memory_place
+from state.disk import files as durable
 from state.disk.clean_mark import CleanMark
-from state.disk.lmdb_values import OpenDatabases
 from state.errors import CorruptStore, StoreError, StoreFull, UnusableDisk
+from state.process import killpoints
 
 MAX_READERS = 512
+AT_ONCE = 4096
+"""Entries per transaction of `compact`. LMDB keeps memory for as many pages as its largest transaction changed."""
+
 FORMAT = b"format"
 _DAMAGED = (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, lmdb.VersionMismatchError)
 _logger = logging.getLogger(__name__)
@@ -72,6 +79,10 @@ class LmdbStore:
     def __init__(self, path: Path, map_bytes: int, readonly: bool = False, boot_id: str | None = None) -> None:
         self.path, self.readonly = Path(path), readonly
         self._boot_id = boot_id or clean_mark.boot_id()
+        self._swapping = threading.Lock()
+        if not readonly:
+            # A crash during `compact` leaves a copy with old pages.
+            shutil.rmtree(self._aside, ignore_errors=True)
         self._open(map_bytes)
 
     def _open(self, map_bytes: int) -> None:
@@ -104,7 +115,6 @@ class LmdbStore:
                 if not readonly or name not in self.later or self._has(name)
             }
             self._meta = self._databases["meta"]
-            self._opened = OpenDatabases(self._env, self._databases)
             if not readonly:
                 self._write_made()
         except (lmdb.Error, OSError) as error:
@@ -137,8 +147,9 @@ class LmdbStore:
             return cls(path, *arguments)
 
     def bytes_used(self) -> int:
-        """The size of the part of the map that holds data or once did."""
-        info, stat = self._env.info(), self._env.stat()
+        """The size of the part of the map that holds data or once did; waits for a running `compact`."""
+        with self._swapping:
+            info, stat = self._env.info(), self._env.stat()
         return int((info["last_pgno"] + 1) * stat["psize"])
 
     def bytes_limit(self) -> int:
@@ -146,8 +157,12 @@ class LmdbStore:
         return int(self._env.info()["map_size"])
 
     def clear_stale_readers(self) -> int:
-        """Frees the slots of readers whose process died, which would keep old pages alive; returns their number."""
-        return int(self._env.reader_check())
+        """Frees the slots of readers whose process died, which would keep old pages alive; returns their number.
+
+        Waits for a running `compact`.
+        """
+        with self._swapping:
+            return int(self._env.reader_check())
 
     def closed_in_order(self) -> bool:
         """Whether the last writer closed the store cleanly."""
@@ -197,6 +212,71 @@ class LmdbStore:
             self._env.copyfd(handle)
         except (lmdb.Error, OSError) as error:
             raise self._refused(error, "copied") from error
+
+    def compact(self) -> None:
+        """Copies the live entries one by one to a new store, and replaces the old one with it.
+
+        LMDB's own compacting copy leaves free pages out but takes inner pages as they are. An inner page names the
+        first key that the page below it had when it was created, even if that key was deleted since. Copying a million
+        entries of 600 bytes takes 1.2 s of a core, four times as long as LMDB's copy.
+
+        The writer calls it while no other thread of this process reads the store. Readers in other processes have the
+        old file until they open the store again, which they do when the file was replaced.
+
+        Raises:
+            StoreFull: The disk has no room for both; nothing was changed.
+            UnusableDisk: The disk refused for another reason; nothing was changed.
+        """
+        with self._swapping:
+            try:
+                # 1. Copy the live entries.
+                shutil.rmtree(self._aside, ignore_errors=True)
+                self._copy_alive(self._aside)
+                clean_mark.write(self._aside / layout.MARK, CleanMark(False, self._boot_id))
+            except (lmdb.Error, OSError) as error:
+                refused = self._refused(error, "written anew")
+                shutil.rmtree(self._aside, ignore_errors=True)
+                raise refused from error
+            killpoints.reach("compact.copied")
+            # 2. Exchange the two directories; each has a lock file of its own.
+            most = int(self._env.info()["map_size"])
+            self._env.close()
+            durable.exchange(self._aside, self.path.resolve())
+            killpoints.reach("compact.exchanged")
+            # 3. Remove the old store.
+            shutil.rmtree(self._aside, ignore_errors=True)
+            self._open(most)
+
+    def _copy_alive(self, folder: Path) -> None:
+        """Writes all entries of all databases, in order, to a store in `folder`."""
+        folder.mkdir()
+        copy = lmdb.open(
+            str(folder),
+            map_size=int(self._env.info()["map_size"]),
+            max_dbs=len(self._databases),
+            sync=False,
+            metasync=False,
+            readahead=False,
+        )
+        try:
+            with self._env.begin() as ours:
+                for name, database in self._databases.items():
+                    # A generator ends once; an LMDB cursor would start again.
+                    entries, other = (one for one in ours.cursor(database)), copy.open_db(name.encode())
+                    while some := list(islice(entries, AT_ONCE)):
+                        with copy.begin(write=True, db=other) as transaction:
+                            transaction.cursor().putmulti(some, append=True)
+        finally:
+            copy.close()
+
+    @property
+    def _aside(self) -> Path:
+        home = self.path.resolve()
+        return home.with_name(f"{home.name}.compacting")
+
+    def _begin(self, name: str) -> Any:
+        """Begins a read `lmdb.Transaction` with this default database; it may read the others by their handles."""
+        return self._env.begin(db=self._databases[name])
 
     @contextmanager
     def _write(self) -> Iterator[lmdb.Transaction]:
@@ -285,6 +365,9 @@ class LmdbStore:
     def _refused(self, error: Exception, done: str, where: Path | None = None) -> StoreError:
         what = f"{self.path} could not be {done} ({error}); nothing was changed"
         if _is_full(error, where or self.path):
+            if where is None and memory_place.is_in_memory(self.path):
+                do = f"free space in memory, or start {self.writer} again: the store is on the disk if memory has no room"
+                return StoreFull(f"{what}: memory is full", do)
             return StoreFull(what, "free space on its disk")
         return UnusableDisk(what, "look after its disk and its access rights, and start again")
 
@@ -295,3 +378,32 @@ def _is_full(error: Exception, path: Path) -> bool:
         # LMDB reports a page that fitted only in part as an I/O error.
         return path.exists() and shutil.disk_usage(path).free < 1 << 20
     return code in (errno.ENOSPC, errno.EDQUOT)
+
+
+def put_all(transaction: lmdb.Transaction, database: Any, values: Mapping[bytes, bytes | None]) -> None:
+    """Writes values by key; None deletes the key."""
+    for key, value in values.items():
+        if value is None:
+            transaction.delete(key, db=database)
+        else:
+            transaction.put(key, value, db=database)
+
+
+def keys_with(cursor: lmdb.Cursor, prefix: bytes, start: bytes, limit: int) -> list[tuple[bytes, bytes]]:
+    """The first `limit` entries from key `start` on whose key begins with `prefix`, as (key, value)."""
+    found: list[tuple[bytes, bytes]] = []
+    if cursor.set_range(start):
+        for key, value in cursor:
+            if len(found) == limit or not bytes(key).startswith(prefix):
+                break
+            found.append((bytes(key), bytes(value)))
+    return found
+
+
+def pages_bytes(stat: Mapping[str, Any]) -> int:
+    """The size of the pages that a database uses, from LMDB's statistics.
+
+    >>> pages_bytes({"psize": 4096, "branch_pages": 1, "leaf_pages": 3, "overflow_pages": 0})
+    16384
+    """
+    return int(stat["psize"] * (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]))

@@ -153,17 +153,16 @@ def current(link: Path) -> Place | None:
     return Place(path, disk_kind(path) in IN_MEMORY)
 
 
-def settle(link: Path, place: Place, anew: bool = True) -> None:
+def settle(link: Path, place: Place) -> None:
     """Points the link to `place`, and removes every other store of this link.
 
-    1. With `anew`, an existing store at `place` that the link does not point to is removed.
+    1. An existing store at `place` that the link does not point to is stale, and removed.
     2. The link is replaced atomically: a reader finds the old store or the new one.
     3. The other stores are removed; processes that have them open can still read them.
 
     Args:
         link: A link in a directory whose lock is held.
         place: The new location.
-        anew: Whether the content at `place` is stale. False if it was filled just now.
 
     Raises:
         OSError: The disk refused.
@@ -174,7 +173,7 @@ def settle(link: Path, place: Place, anew: bool = True) -> None:
         note(place.path, link)
     if place.path != link and before != place.path:
         # 1.
-        if anew and place.path.exists():
+        if place.path.exists():
             shutil.rmtree(place.path)
         if link.is_dir() and not link.is_symlink():
             shutil.rmtree(link)
@@ -261,6 +260,14 @@ def disk_kind(path: Path) -> str:
     path = path.resolve(strict=True)
     mounts = {Path(one.mountpoint): one.fstype for one in psutil.disk_partitions(all=True)}
     return next((mounts[one] for one in (path, *path.parents) if one in mounts), "")
+
+
+def is_in_memory(path: Path) -> bool:
+    """Whether a store is in memory; False if that is unknown."""
+    try:
+        return disk_kind(path) in IN_MEMORY
+    except OSError:
+        return False
 
 
 def _beside(link: Path) -> Path:

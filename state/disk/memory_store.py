@@ -1,9 +1,11 @@
-"""A store that lives in memory while its writer runs; it is saved to the disk on close, or if memory is full.
+"""A store that lives in memory while its writer runs, and is saved to the disk on close.
+
+`enter` decides at the start. If memory is full later, commits are refused as on
+a full disk, until there is room or the writer is started again.
 
     histories           the store on the disk while no writer runs; else a link to the store in memory
     histories.link      replaces it at a start; after the exchange it is the copy on the disk, which is removed
-    histories.saving    replaces it at a clean stop or when memory is full; after the exchange it is the link,
-                        which is removed
+    histories.saving    replaces it at a clean stop; after the exchange it is the link, which is removed
 
 So after kill -9 the store in memory is used. After a power cut the link is
 dangling, and the store is refused like any store that was open then: no older
@@ -13,11 +15,9 @@ copy is left that could be mistaken for it.
 from __future__ import annotations
 
 import errno
-import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 import lmdb
@@ -26,22 +26,16 @@ from state import layout
 from state.disk import clean_mark, memory_place
 from state.disk import files as durable
 from state.disk.clean_mark import CleanMark
-from state.disk.compact_store import CompactStore
+from state.disk.lmdb_store import LmdbStore
 from state.disk.memory_place import Place
-from state.errors import CorruptStore, StoreError, StoreFull, reason_of
+from state.errors import CorruptStore, StoreError, reason_of
 from state.process import killpoints
 
 _ARRIVING, _SAVING = "link", "saving"
-_logger = logging.getLogger(__name__)
 
 
-class MemoryStore(CompactStore):
-    """An `LmdbStore`, with the same arguments, that may be in memory. Call `enter` before its writer opens it.
-
-    Only the writer's thread moves it. Another thread reads the store before or after the move; both are equal.
-    """
-
-    _was_full = False
+class MemoryStore(LmdbStore):
+    """An `LmdbStore`, with the same arguments, that may be in memory. Call `enter` before its writer opens it."""
 
     @property
     def in_memory(self) -> bool:
@@ -67,57 +61,18 @@ class MemoryStore(CompactStore):
             super().close()
             return
         try:
-            copy = self._copied(True)
+            copy = self._saved()
         finally:
-            with self._swapping:
-                self._env.close()
+            self._env.close()
         try:
             land(self.path, copy)
         except OSError as error:
             raise self._refused(error, "saved") from error
 
-    @contextmanager
-    def _write(self) -> Iterator[lmdb.Transaction]:
-        if self._was_full and self.in_memory:
-            self._move()
-        try:
-            with super()._write() as transaction:
-                yield transaction
-        except StoreFull as error:
-            # A full map is as full on the disk. Otherwise the next write moves the store to the disk.
-            self._was_full = not isinstance(error.__cause__, lmdb.MapFullError)
-            raise
-
-    def _move(self) -> None:
-        """Moves the store to the disk and continues there.
-
-        Raises:
-            StoreFull: The disk is full too; nothing was changed.
-            UnusableDisk: The disk refused for another reason; nothing was changed.
-        """
-        with self._swapping:
-            # 1. Copy the store. No page is newer than the copy: only this thread writes.
-            most = int(self._env.info()["map_size"])
-            copy = self._copied(False)
-            # 2. Replace the link by the copy. Processes that open the store from now on open the copy. Readers in this
-            #    process finish on the old pages, which are freed with the last reference to their environment.
-            try:
-                land(self.path, copy)
-            except OSError as error:
-                raise self._refused(error, "moved to the disk") from error
-            self._open(most)
-            self._was_full = False
-        _logger.warning(
-            "memory is full: the %s lie on the disk now, %s, which writes each page that a click changes",
-            self.noun,
-            self.path,
-        )
-
-    def _copied(self, whole: bool) -> Path:
+    def _saved(self) -> Path:
         """Copies the store next to the link, page by page, so that the next backup finds most pages unchanged.
 
-        Args:
-            whole: Whether the copy is synced and marked as closed cleanly.
+        The copy is synced, and marked as closed cleanly.
 
         Raises:
             StoreFull, UnusableDisk: As `LmdbStore.close` does; no copy is left.
@@ -129,9 +84,8 @@ class MemoryStore(CompactStore):
             if shutil.disk_usage(copy).free < memory_place.size(self.path):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._env.copy(str(copy))
-            if whole:
-                durable.sync_tree(copy)
-            clean_mark.write(copy / layout.MARK, CleanMark(whole, self._boot_id))
+            durable.sync_tree(copy)
+            clean_mark.write(copy / layout.MARK, CleanMark(True, self._boot_id))
         except (lmdb.Error, OSError) as error:
             refused = self._refused(error, "saved on the disk", copy)
             _clear(copy)

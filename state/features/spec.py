@@ -22,8 +22,10 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -111,6 +113,13 @@ class FeatureSpec:
             )
         if not 0 <= self.sequence <= self.history:
             raise ValueError(f"sequence {self.sequence} must be between 0 and history ({self.history})")
+
+    def reach_ms(self, events: EventSettings) -> int:
+        """How much older than the newest event an event can be that a later row may still see, ms.
+
+        It is the longest window, plus how late a click may be, plus how far ahead the newest event's time may be.
+        """
+        return 1000 * round(self.windows_s[-1] + events.max_age_s + events.max_future_s)
 
     @classmethod
     def from_settings(cls, settings: Settings) -> FeatureSpec:
@@ -265,16 +274,48 @@ def vectorise(history: Events, at_ms: int, before: int | None, mask: Mask, spec:
     >>> int(row.features[0]), int(row.recent_categories[0]), int(row.recent_categories[1])
     (1, 7, 0)
     """
+    events = history if before is None else history[:before]
+    return Vector(*[column[0] for column in vectorise_many([events], [at_ms], mask, spec, [user])])
+
+
+def vectorise_many(
+    histories: Sequence[Events], at_ms: Sequence[int], mask: Mask, spec: FeatureSpec, users: Sequence[int]
+) -> Vector:
+    """Computes the rows of n users, each as of its own time.
+
+    Args:
+        histories: n times `[m]` EVENT in append order; only the last N events of each count.
+        at_ms: n times, milliseconds.
+        mask: The events to leave out.
+        spec: The feature spec.
+        users: n pseudonyms, for masks that name users.
+
+    Returns:
+        `[n, ...]` of each array.
+
+    >>> click = np.zeros(1, EVENT)
+    >>> click["at_ms"], click["category"] = 1_000, 7
+    >>> rows = vectorise_many([click[:0], click], [2_000, 2_000], Mask.NONE, FeatureSpec(), [1, 2])
+    >>> rows.recent_categories[:, 0].tolist()
+    [0, 7]
+    """
     # Imported here: using only a spec, its digest or names needs no compiler, which takes a second to load.
     from state.features.kernel import many_rows
 
-    events = history if before is None else history[:before]
+    visible = [events[-spec.history :] for events in histories]
+    if mask.users or mask.erased:
+        visible = [_seen(events, user, mask, spec.history) for events, user in zip(histories, users, strict=True)]
+    starts = np.array([0, *accumulate(map(len, visible))], np.int64)
+    # As words, since concatenating structured arrays is slow.
+    joined = np.concatenate([words(events) for events in visible] or [words(np.empty(0, EVENT))])
+    rows = spec.empty(len(visible))
+    many_rows(joined, starts, np.array(at_ms, np.int64), spec.tables, mask.hidden, rows)
+    return rows
+
+
+def _seen(events: Events, user: int, mask: Mask, history: int) -> Events:
+    """The last N events of a user after the mask's users and erasures are applied."""
     if user in mask.users:
-        events = events[:0]
-    elif mask.erased:
-        events = events[~mask.erased.events(events, user)]
-    rows = spec.empty(1)
-    # A copy, since arrays from a store are read-only, which would be another type to compile for.
-    seen = words(events[-spec.history :]).copy()
-    many_rows(seen, np.array([0, len(seen)]), np.array([at_ms]), spec.tables, mask.hidden, rows)
-    return Vector(*[column[0] for column in rows])
+        return events[:0]
+    kept: Events = events[~mask.erased.events(events, user)] if mask.erased else events
+    return kept[-history:]

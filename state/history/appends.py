@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from state.events.parser import EventBatch
 from state.features.spec import EVENT, LABELLED, POSITIVE, Events
+from state.microbatch.batch import MicroBatch
 from state.positions import Range
 
 
@@ -58,43 +59,11 @@ class Appends:
         return cls(ordered[starts], starts, np.diff(np.append(starts, len(users))), events[order])
 
 
-class Happened(Protocol):
-    """Rows with one event each at its own offset: a batch of events, or a micro-batch."""
-
-    @property
-    def at_ms(self) -> NDArray[np.int64]:
-        """`[n]` int64, event time."""
-
-    @property
-    def category(self) -> NDArray[np.uint64]:
-        """`[n]` uint64 ids."""
-
-    @property
-    def item(self) -> NDArray[np.uint64]:
-        """`[n]` uint64 ids."""
-
-    @property
-    def offset(self) -> NDArray[np.int64]:
-        """`[n]` int64."""
-
-    @property
-    def action(self) -> NDArray[np.uint8]:
-        """`[n]` uint8."""
-
-    @property
-    def label(self) -> NDArray[np.float32]:
-        """`[n]` float32, NaN if unknown."""
-
-    @property
-    def source(self) -> NDArray[np.uint16]:
-        """`[n]` uint16, the source of each row."""
-
-
-def events_of(rows: Happened, ranges: Sequence[Range]) -> Events:
+def events_of(rows: EventBatch | MicroBatch, ranges: Sequence[Range]) -> Events:
     """Converts rows to the form that histories store, `[n]` EVENT.
 
     Args:
-        rows: The rows.
+        rows: Rows with one event each at its own offset.
         ranges: The source ranges; `rows.source` is an index of them.
     """
     sources = [part.source for part in ranges]

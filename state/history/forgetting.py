@@ -1,27 +1,28 @@
-"""Removes erased users from a store of histories: their events and waiting rows at once, the freed pages soon after.
+"""The contract of stores that forget erased users, and what a store of histories records of its progress.
 
-LMDB keeps deleted data on free pages of its file until they are reused. So the
-store is compacted, at once if that was not done recently. Copying the whole file
-for each erasure would be expensive.
+LMDB keeps deleted data on free pages of its file until they are reused. So a
+store is compacted after an erasure, but not at each one: copying the whole file
+is expensive.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
-from dataclasses import asdict, dataclass, replace
-
-import numpy as np
+from dataclasses import asdict, dataclass
+from typing import Protocol
 
 from state.features.erased import Erased
-from state.history.gone import Gone
-from state.history.store import HistoryStore
-from state.history.waiting import WaitingRows, place_of
-from state.positions import Range, Source
 
 FORGOTTEN = "erased"  # name of the store's extra
 PAGES_MS = 600_000
 """Least time between two compactions of a store."""
+
+
+class ForgetsUsers(Protocol):
+    """A store with data of users: the histories of a stream or host, or one bucket of a distributed job."""
+
+    def forget(self, erased: Erased) -> object:
+        """Removes the events and waiting rows that `erased` names; later data of these users stays."""
 
 
 @dataclass(frozen=True)
@@ -42,78 +43,11 @@ class ForgottenUsers:
         """When the store is due for compaction; None if it is not needed."""
         return None if self.pages >= self.through else self.paged_ms + PAGES_MS
 
+    def to_json(self) -> bytes:
+        """Encodes it as the store keeps it."""
+        return json.dumps(asdict(self)).encode()
 
-def forgotten(store: HistoryStore) -> ForgottenUsers:
-    """The progress that the store has recorded."""
-    stored = store.extra(FORGOTTEN)
-    return ForgottenUsers() if stored is None else ForgottenUsers(**json.loads(stored))
-
-
-def forget(store: HistoryStore, erased: Erased) -> ForgottenUsers:
-    """Removes the data of users erased since the last call, in one commit.
-
-    Waiting rows are checked every time, since a rewind may have restored some.
-
-    Args:
-        store: The store; only its writer may call.
-        erased: All erasures.
-
-    Raises:
-        CorruptStore: A waiting row cannot be read.
-        StoreFull: Nothing was changed.
-    """
-    before = forgotten(store)
-    if not erased:
-        return before
-    waiting, dropped = _waiting(store, erased)
-    now = replace(before, through=max(before.through, erased.last))
-    if waiting or now != before:
-        extra = {FORGOTTEN: json.dumps(asdict(now)).encode()}
-        store.forget(Gone(erased.after(before.through), waiting, dropped, extra))
-    return now
-
-
-def write_anew(store: HistoryStore, now_ms: int) -> ForgottenUsers:
-    """Compacts the store if that is due, so that free pages hold nothing of erased users.
-
-    Args:
-        store: The store; only its writer may call, while no other thread of this process reads it.
-        now_ms: Wall clock.
-
-    Raises:
-        StoreFull: There is no room for both files; the store is unchanged.
-    """
-    told = forgotten(store)
-    due_ms = told.due_ms()
-    if due_ms is None or now_ms < due_ms:
-        return told
-    store.compact()
-    told = ForgottenUsers(told.through, told.through, now_ms)
-    store.forget(Gone(Erased.NOBODY, extra={FORGOTTEN: json.dumps(asdict(told)).encode()}))
-    return told
-
-
-def _waiting(store: HistoryStore, erased: Erased) -> tuple[list[bytes], list[Range]]:
-    """The keys of erased users' waiting rows, and their number per source, as ranges without positions."""
-    rows = WaitingRows(store)
-    if rows.format is None:
-        return [], []
-    keys, values = [], []
-    for key, value in store.waiting():
-        keys.append(key)
-        values.append(value)
-    if not keys:
-        return [], []
-    places = [place_of(key) for key in keys]
-    sources = sorted({source for source, _ in places})
-    number = {source: at for at, source in enumerate(sources)}
-    gone = erased.rows(
-        rows.format.unpack(values)["user"],
-        np.array([number[source] for source, _ in places], np.uint16),
-        np.array([offset for _, offset in places], np.int64),
-        [Range(source, 0, 0) for source in sources],
-    )
-    theirs = np.flatnonzero(gone).tolist()
-    counted: Counter[Source] = Counter(places[at][0] for at in theirs)
-    ends = store.positions()
-    return [keys[at] for at in theirs], [Range(one, ends[one], ends[one], dropped=n) for one, n in counted.items()]
+    @classmethod
+    def from_json(cls, value: bytes | None) -> ForgottenUsers:
+        """Decodes the output of `to_json`; None if nothing was erased yet."""
+        return cls() if value is None else cls(**json.loads(value))

@@ -15,6 +15,7 @@ Both results form a `Rewind`, which is one transaction of the store.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,13 +24,227 @@ import lmdb
 import numpy as np
 from numpy.typing import NDArray
 
-from state.disk.lmdb_values import put_all
-from state.features.spec import Events
+from state.disk.lmdb_store import put_all
+from state.features.mask import Mask
+from state.features.spec import EVENT, Events
 from state.history import chunks
+from state.history.appends import Appends, events_of
 from state.history.chunks import prefix_of
-from state.history.counts import Counts, key_of
-from state.history.since import Since
-from state.positions import Source
+from state.history.counts import Counts, key_of, returned
+from state.microbatch.batch import Kind, MicroBatch, counts, happened, trim
+from state.positions import Range, Source, split_range
+
+Place = tuple[Source, int]
+
+
+class Since:
+    """What a store gained since a position of the training log; takes the records from there on, in order.
+
+    Args:
+        marks: The next offset of each source at that position.
+        positions: The store's positions; later rows are not in it.
+        mask: The clicks that will not be replayed.
+
+    Attributes:
+        gained: User -> how many events the user gained.
+        ended: Impressions from before the position whose wait has ended since.
+    """
+
+    def __init__(self, marks: Mapping[Source, int], positions: Mapping[Source, int], mask: Mask = Mask.NONE) -> None:
+        self._marks, self._positions, self._mask = marks, positions, mask
+        self._items: tuple[set[int], set[int]] = (set(), set())
+        self._at: dict[Source, int] = dict(marks)
+        self._parts: list[Range] = []
+        self.gained: Counter[int] = Counter()
+        self.ended: set[Place] = set()
+
+    @property
+    def masked_items(self) -> set[int]:
+        """The items that only masked clicks named since then."""
+        masked, others = self._items
+        return masked - others
+
+    @property
+    def sources(self) -> list[Source]:
+        """The sources in which the store has read beyond the position."""
+        return [source for source, after in self._positions.items() if after > self._marks.get(source, 0)]
+
+    def take(self, batch: MicroBatch) -> None:
+        """Takes a record. Rows before the position, rows already taken and rows that the store lacks do not count."""
+        ranges = batch.header.ranges
+        new, self._at = trim(batch, self._at)
+        ends = np.array([self._positions.get(part.source, 0) for part in ranges] or [0], np.int64)
+        new &= batch.offset < ends[batch.source]
+        happens = happened(batch.kind)
+        users, numbers = np.unique(batch.user[new & happens], return_counts=True)
+        self.gained.update(dict(zip(users.tolist(), numbers.tolist(), strict=True)))
+        if self._mask:
+            out = self._mask.rows(batch.user, batch.at_ms, batch.source, batch.offset, ranges)
+            for items, rows in zip(self._items, (out, ~out), strict=True):
+                items.update(np.unique(batch.item[new & happens & rows]).tolist())
+        for row in np.flatnonzero(new & ~happens).tolist():
+            source, opened = ranges[int(batch.source[row])].source, int(batch.opened[row])
+            if opened < self._marks.get(source, 0):
+                self.ended.add((source, opened))
+        for number, part in enumerate(ranges):
+            mark = self._marks.get(part.source, 0)
+            if part.first < mark < part.next:
+                below = counts(batch.kind[(batch.source == number) & (batch.offset < mark)])
+                part = split_range(part, mark, below.pop("rows"), below)[1]
+            if part.first >= mark and part.source in self._positions:
+                self._parts.append(part)
+
+    def counts(self, stored: Mapping[Source, Counts]) -> dict[Source, Counts | None]:
+        """The store's counts at the position; None for a source that it had not read then.
+
+        A stream that crashed may have written positions again in other ranges; it
+        counted the last ones. So the ranges are followed backward from the end.
+        """
+        low = {source: stored[source]["next"] for source in self.sources}
+        taken: dict[Source, Counter[str]] = {source: Counter() for source in low}
+        for part in reversed(self._parts):
+            if low.get(part.source) == part.next:
+                taken[part.source].update(part.outcomes)
+                low[part.source] = part.first
+        found: dict[Source, Counts | None] = {}
+        for source, at in low.items():
+            mark = self._marks.get(source)
+            if mark is None:
+                found[source] = None
+                continue
+            # Positions without a record were counted as absent.
+            taken[source]["absent"] += at - mark
+            found[source] = returned(stored[source], taken[source], mark)
+        return found
+
+
+TURNS = 16
+"""How often the user must change among a source's latest clicks: as often as decides its time, and once more."""
+
+
+class Before:
+    """Collects what a store needs from before a position of the training log, which is read backward block by block.
+
+    Args:
+        marks: The next offset of each source at that position.
+        needed: User -> how many of the latest events are needed.
+        waited: Impressions that are needed.
+        items: Items whose category is needed.
+        timed: Sources whose latest clicks are needed, because their clock is rewound.
+
+    Attributes:
+        categories: Item -> the category in its latest click, as far as found.
+        opened: The impressions found, each as a micro-batch of one row.
+        latest: The events of the nearest block, record by record, in order. Before them come the events of `timed`
+            sources of which that block has too few.
+        timed: The argument.
+    """
+
+    def __init__(
+        self,
+        marks: Mapping[Source, int],
+        needed: Mapping[int, int],
+        waited: Iterable[Place] = (),
+        items: Iterable[int] = (),
+        timed: Iterable[Source] = (),
+    ) -> None:
+        self._low: dict[Source, int] = dict(marks)
+        self._lacking = dict(needed)
+        self._users = np.array(sorted(needed), np.uint64)
+        self._found: dict[int, list[Events]] = {user: [] for user in needed}
+        self.waited, self.items = set(waited), set(items)
+        self._items = np.array(sorted(self.items), np.uint64)
+        self.categories: dict[int, int] = {}
+        self.opened: list[MicroBatch] = []
+        self.latest: list[MicroBatch] = []
+        self.timed = frozenset(timed)
+        self._turns = Counter[Source]()
+
+    @property
+    def done(self) -> bool:
+        """Whether everything needed was found."""
+        return self.has_rows and len(self.categories) == len(self.items) and not self._untimed
+
+    @property
+    def _untimed(self) -> set[Source]:
+        """The timed sources of which too few clicks were found."""
+        return {source for source in self.timed if self._turns[source] < TURNS and self._low.get(source, 0) > 0}
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether all needed events and impressions were found."""
+        return not self._lacking and not self.waited
+
+    def take_block(self, block: Iterable[MicroBatch]) -> int | None:
+        """Processes a block of records in order, which precedes all earlier blocks; returns its newest event time."""
+        times, narrow, latest = [0], list[MicroBatch](), list[MicroBatch]()
+        untimed = self._untimed if self.latest else None
+        for batch in block:
+            self._find_opened(batch)
+            events = narrowed(batch, happened(batch.kind))
+            times.append(int(events.at_ms.max(initial=0)))
+            mine = [untimed is None or part.source in untimed for part in events.header.ranges]
+            if any(mine):
+                latest.append(events.take(np.array(mine)[events.source]))
+            named = np.isin(events.item, self._items) & (events.category != 0)
+            narrow.append(events.take(np.isin(events.user, self._users) | named))
+        for events in latest:
+            self._count_turns(events)
+        self.latest = [*latest, *self.latest]
+        for events in reversed(narrow):
+            for item, category in zip(events.item[::-1].tolist(), events.category[::-1].tolist(), strict=True):
+                if item in self.items and category:
+                    self.categories.setdefault(item, category)
+            self._take(events)
+        return max(times) or None
+
+    def _count_turns(self, events: MicroBatch) -> None:
+        for number, part in enumerate(events.header.ranges):
+            users = events.user[events.source == number]
+            self._turns[part.source] += int((users[1:] != users[:-1]).sum()) + (len(users) > 0)
+
+    def _find_opened(self, batch: MicroBatch) -> None:
+        for row in np.flatnonzero(batch.kind == Kind.OPENED).tolist() if self.waited else ():
+            place = (batch.header.ranges[int(batch.source[row])].source, int(batch.offset[row]))
+            if place in self.waited:
+                self.waited.remove(place)
+                self.opened.append(batch.take(np.arange(len(batch)) == row))
+
+    def _take(self, wanted: MicroBatch) -> None:
+        """Takes the needed users' events of a record that precedes all records taken so far."""
+        ranges = wanted.header.ranges
+        lows = np.array([self._low.get(part.source, 0) for part in ranges] or [0], np.int64)
+        wanted = wanted.take(wanted.offset < lows[wanted.source])
+        for part in ranges:
+            self._low[part.source] = min(part.first, self._low.get(part.source, 0))
+        grouped = Appends.of(wanted.user, events_of(wanted, ranges))
+        ends = (grouped.starts + grouped.lengths).tolist()
+        for user, start, end in zip(grouped.users.tolist(), grouped.starts.tolist(), ends, strict=True):
+            if (lacking := self._lacking.get(user)) is None:
+                continue
+            theirs = grouped.events[max(start, end - lacking) : end]
+            self._found[user].append(theirs)
+            self._lacking[user] = lacking - len(theirs)
+            if len(theirs) == lacking:
+                del self._lacking[user]
+
+    @property
+    def short(self) -> int:
+        """The number of users for whom fewer events were found than needed."""
+        return len(self._lacking)
+
+    def histories(self) -> dict[int, Events]:
+        """User -> the events found, in order."""
+        return {
+            user: np.concatenate([np.empty(0, EVENT), *reversed(found)]).astype(EVENT)
+            for user, found in self._found.items()
+        }
+
+
+def narrowed(batch: MicroBatch, keep: NDArray[np.bool_]) -> MicroBatch:
+    """The rows of a batch selected by `keep` (`[n]` bool), without windows, sequences and attributes."""
+    columns = {name: column if column.ndim == 1 else column[:, :0] for name, column in batch.columns.items()}
+    return MicroBatch(batch.header, **{name: column[keep] for name, column in columns.items()})
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,11 +18,9 @@ from dataclasses import dataclass
 
 from state.errors import GapError
 from state.features.mask import Mask
-from state.history.before import Before
 from state.history.branch_records import branch_records
 from state.history.counts import Counts
-from state.history.rewind import Rewind
-from state.history.since import Since
+from state.history.rewind import Before, Rewind, Since
 from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, key_of, place_of
 from state.log import Reader

@@ -9,6 +9,8 @@ owner; users; format and N
 from __future__ import annotations
 
 import json
+import logging
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,21 +18,25 @@ from pathlib import Path
 import lmdb
 import numpy as np
 
+from state.config.settings import Settings
+from state.disk import memory_place
 from state.disk.clean_mark import CleanMark
-from state.disk.lmdb_values import keys_with, pages_bytes, put_all
-from state.disk.memory_store import MemoryStore
+from state.disk.lmdb_store import keys_with, pages_bytes, put_all
+from state.disk.memory_store import MemoryStore, enter
 from state.errors import CorruptStore
+from state.features.erased import Erased
 from state.features.spec import EVENT, Events
-from state.history import ageing, chunks
+from state.history import chunks
 from state.history.actions import Numbering
-from state.history.ageing import Ends, IsOld, Removed, remove
 from state.history.appends import Appends
-from state.history.chunks import EVENT_BYTES, by_user, prefix_of
+from state.history.chunks import EVENT_BYTES, Ends, IsOld, Removed, by_user, prefix_of, remove
 from state.history.counts import Counts, move, summed
-from state.history.gone import Gone, take_away
-from state.history.rewind import Rewind, lacking, write_back
-from state.history.since import Since
+from state.history.forgetting import FORGOTTEN, ForgottenUsers
+from state.history.rewind import Rewind, Since, lacking, write_back
+from state.history.waiting import WaitingRows, place_of
+from state.layout import HISTORIES
 from state.positions import Range, Source
+from state.storage.shares import map_bytes
 
 
 class HistoryStore(MemoryStore):
@@ -85,12 +91,12 @@ class HistoryStore(MemoryStore):
 
     def read(self, user: int) -> Events:
         """The last events of `user`, `[m <= N]` EVENT in append order, from one snapshot; empty if unknown."""
-        with self._opened.begin("chunks") as transaction:
+        with self._begin("chunks") as transaction:
             return self._read(transaction.cursor(), prefix_of(user))[0]
 
     def read_many(self, users: Sequence[int]) -> list[Events]:
         """The histories of several users from one snapshot."""
-        with self._opened.begin("chunks") as transaction:
+        with self._begin("chunks") as transaction:
             cursor = transaction.cursor()
             return [self._read(cursor, prefix_of(user))[0] for user in users]
 
@@ -106,12 +112,12 @@ class HistoryStore(MemoryStore):
 
     def total(self, user: int) -> int:
         """The total number of events of `user` since the user was last unknown."""
-        with self._opened.begin("chunks") as transaction:
+        with self._begin("chunks") as transaction:
             return self._read(transaction.cursor(), prefix_of(user))[1]
 
     def users(self) -> int:
         """The number of users with a history."""
-        with self._opened.begin("meta") as transaction:
+        with self._begin("meta") as transaction:
             return int(transaction.get(b"users") or 0)
 
     def counts(self) -> dict[Source, Counts]:
@@ -121,10 +127,8 @@ class HistoryStore(MemoryStore):
     def cut(self) -> tuple[dict[Source, Counts], int]:
         """The counts and the number of waiting rows, from one snapshot."""
         found = {}
-        opened = self._opened
-        with opened.begin("meta") as transaction:
-            waiting = opened.databases.get("waiting")
-            waits = 0 if waiting is None else int(transaction.stat(waiting)["entries"])
+        with self._begin("meta") as transaction:
+            waits = 0 if self._waiting is None else int(transaction.stat(self._waiting)["entries"])
             cursor = transaction.cursor()
             if cursor.set_range(b"p:"):
                 for key, value in cursor:
@@ -144,17 +148,17 @@ class HistoryStore(MemoryStore):
 
     def extra(self, name: str) -> bytes | None:
         """The value that the last commit stored for extra `name`; None if there is none."""
-        with self._opened.begin("meta") as transaction:
+        with self._begin("meta") as transaction:
             return None if (value := transaction.get(b"x:" + name.encode())) is None else bytes(value)
 
     def extra_of_each(self, names: Sequence[str]) -> list[bytes | None]:
         """The values of n extras, from one snapshot; see `extra`."""
-        with self._opened.begin("meta") as transaction:
+        with self._begin("meta") as transaction:
             return [None if (one := transaction.get(b"x:" + name.encode())) is None else bytes(one) for name in names]
 
     def extras(self, prefix: str, start: str, limit: int) -> list[tuple[str, bytes]]:
         """The first `limit` extras whose names begin with `prefix`, from the name `start` on."""
-        with self._opened.begin("meta") as transaction:
+        with self._begin("meta") as transaction:
             found = keys_with(transaction.cursor(), f"x:{prefix}".encode(), f"x:{start or prefix}".encode(), limit)
         return [(key[2:].decode(), value) for key, value in found]
 
@@ -165,13 +169,13 @@ class HistoryStore(MemoryStore):
     def waiting(self) -> Iterator[tuple[bytes, bytes]]:
         """The waiting rows in the order of their keys, from one snapshot."""
         if self._waiting is not None:
-            with self._opened.begin("waiting") as transaction:
+            with self._begin("waiting") as transaction:
                 for key, value in transaction.cursor():
                     yield bytes(key), bytes(value)
 
     def waiting_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
         """The waiting rows under `keys`; None for a key without one."""
-        with self._opened.begin("waiting") as transaction:
+        with self._begin("waiting") as transaction:
             return [None if (value := transaction.get(key)) is None else bytes(value) for key in keys]
 
     def commit(
@@ -225,21 +229,75 @@ class HistoryStore(MemoryStore):
         with self._write() as transaction:
             write_back(transaction, self._databases, back, self.history)
 
-    def forget(self, gone: Gone) -> None:
-        """Removes erased users' data in one transaction; visibility, durability and errors are those of `commit`."""
+    @property
+    def forgotten(self) -> ForgottenUsers:
+        """How far erasures are applied."""
+        return ForgottenUsers.from_json(self.extra(FORGOTTEN))
+
+    def forget(self, erased: Erased) -> ForgottenUsers:
+        """Removes the data of users erased since the last call, in one transaction like that of `commit`.
+
+        Waiting rows are checked every time, since a rewind may have restored some.
+
+        Raises:
+            CorruptStore: A waiting row cannot be read.
+            StoreFull, UnusableDisk: Nothing was changed.
+        """
+        before = self.forgotten
+        waiting = WaitingRows(self).of_erased(erased) if erased else []
+        now = replace(before, through=max(before.through, erased.last))
+        if not waiting and now == before:
+            return before
+        dropped, at = Counter(place_of(key)[0] for key in waiting), self.positions()
         with self._write() as transaction:
-            take_away(transaction, self._databases, gone, self.history)
+            # 1. Histories: later events of the user stay, as those of a new user.
+            users, cursor = int(transaction.get(b"users", b"0", db=self._meta)), transaction.cursor(db=self._chunks)
+            gone = erased.after(before.through)
+            for user in gone.users:
+                stored = chunks.events_in(chunks.read(cursor, prefix_of(user), self.history)[0])
+                kept = stored[~gone.events(stored, user)]
+                users -= len(stored) > 0 and len(kept) == 0
+                if len(kept) < len(stored):
+                    chunks.replace_all(cursor, prefix_of(user), kept, len(kept))
+            transaction.put(b"users", str(users).encode(), db=self._meta)
+            # 2. Waiting rows and their counts.
+            put_all(transaction, self._waiting, dict.fromkeys(waiting))
+            for source, count in dropped.items():
+                part = Range(source, at[source], at[source], dropped=count)
+                move(transaction.cursor(db=self._meta), part, str(self.path))
+            # 3. The progress.
+            transaction.put(b"x:" + FORGOTTEN.encode(), now.to_json(), db=self._meta)
+        return now
+
+    def compact_if_due(self, now_ms: int) -> ForgottenUsers:
+        """Compacts the store if an erasure requires it, so that free pages hold nothing of erased users.
+
+        The writer calls it while no other thread of this process reads the store.
+
+        Args:
+            now_ms: Wall clock.
+
+        Raises:
+            StoreFull: There is no room for both files; the store is unchanged.
+        """
+        done = self.forgotten
+        due_ms = done.due_ms()
+        if due_ms is None or now_ms < due_ms:
+            return done
+        self.compact()
+        done = ForgottenUsers(done.through, done.through, now_ms)
+        self.commit(Appends.none(), extra={FORGOTTEN: done.to_json()})
+        return done
 
     def ends(self, start: int, limit: int) -> Ends:
         """The newest and the oldest event of up to `limit` users from user `start` on, from one snapshot."""
-        with self._opened.begin("chunks") as transaction:
-            return ageing.ends(transaction.cursor(), start, limit)
+        with self._begin("chunks") as transaction:
+            return chunks.ends(transaction.cursor(), start, limit)
 
     def chunk_bytes(self) -> tuple[int, int]:
         """The size of the pages in use by events, and of the pages in use by everything else, without free pages."""
-        opened = self._opened
-        with opened.env.begin() as transaction:
-            sizes = {name: pages_bytes({**transaction.stat(one)}) for name, one in opened.databases.items()}
+        with self._env.begin() as transaction:
+            sizes = {name: pages_bytes({**transaction.stat(one)}) for name, one in self._databases.items()}
         return sizes["chunks"], sum(sizes.values()) - sizes["chunks"]
 
     def sweep(self, aged: Sequence[int], is_old: IsOld, evicted: Sequence[int] = ()) -> Removed:
@@ -256,13 +314,13 @@ class HistoryStore(MemoryStore):
 
     def digest(self) -> str:
         """SHA-256 over the last N events of every user, by user: equal histories, equal digests."""
-        with self._opened.begin("chunks") as transaction:
+        with self._begin("chunks") as transaction:
             reader = transaction.cursor()
             return chunks.digest((prefix, self._read(reader, prefix)[0]) for prefix, _ in by_user(transaction.cursor()))
 
     def users_below(self, events: int) -> int:
         """How many users have a total of fewer than `events` events since they were last unknown."""
-        with self._opened.begin("chunks") as transaction:
+        with self._begin("chunks") as transaction:
             return sum(chunks.total_of(theirs) < events for _, theirs in by_user(transaction.cursor()))
 
     def copy_to(self, path: Path) -> None:
@@ -299,3 +357,48 @@ class HistoryStore(MemoryStore):
             store.copy_to(path)
         finally:
             store.close()
+
+
+logger = logging.getLogger(__name__)
+
+
+def open_history_store(settings: Settings, part: str, folder: Path) -> HistoryStore:
+    """Opens the histories in `folder`, whose lock this process holds; closing them saves them to the disk.
+
+    Args:
+        settings: The effective settings.
+        part: `stream` or `serving`: the part whose share of the disk limits them, even in memory.
+        folder: The directory of the stream, or of serving.
+
+    Raises:
+        CorruptStore: A power cut removed them or may have damaged them.
+        StoreError: They cannot be opened.
+        OSError: The disk refused.
+    """
+    link, memory = folder / HISTORIES, settings.storage.memory_dir
+    for gone in memory_place.remove_forgotten(memory):
+        logger.info("%s is removed: its state directory is gone, or has its store elsewhere", gone)
+    place = enter(link, memory)
+    if place.why:
+        logger.warning(
+            "the histories lie on the disk, %s: %s. Each page that a click changes is written there, at 5,000 clicks/s "
+            "some 8 GB an hour",
+            link,
+            place.why,
+        )
+    return HistoryStore(link, settings.features.history, map_bytes(settings, part, HISTORIES, link))
+
+
+def open_or_replace(settings: Settings, part: str, folder: Path) -> HistoryStore:
+    """Like `open_history_store`, but replaces unusable histories by empty ones: they are derived from the training log.
+
+    Raises:
+        StoreError: They cannot be opened.
+        OSError: The disk refused.
+    """
+    try:
+        return open_history_store(settings, part, folder)
+    except CorruptStore as error:
+        logger.warning("the histories at %s are begun anew from %s: %s", folder, HistoryStore.origin, error.what)
+        memory_place.forget(folder / HISTORIES)
+        return open_history_store(settings, part, folder)

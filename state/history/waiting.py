@@ -19,8 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.errors import CorruptStore
+from state.features.erased import Erased
 from state.microbatch.batch import DTYPES, WRITTEN, Columns
-from state.positions import Source
+from state.positions import Range, Source
 
 WIDTHS = "waiting"  # name of the store's extra
 CLOCKS = "clocks"  # name of the extra in which release 0.1.0 kept the newest event time of each source
@@ -143,11 +144,7 @@ class WaitingStore(Protocol):
 
 
 class WaitingRows:
-    """The waiting rows of a store, in one format whatever release and settings wrote them. For one thread.
-
-    Args:
-        store: The store.
-    """
+    """The waiting rows of a store, in one format whatever release and settings wrote them. For one thread."""
 
     def __init__(self, store: WaitingStore) -> None:
         self._store = store
@@ -170,6 +167,25 @@ class WaitingRows:
         apart = [key for key in keys if key not in changes]
         stored = dict(zip(apart, self._store.waiting_values(apart), strict=True)) if apart else {}
         return [changes[key] if key in changes else stored[key] for key in keys]
+
+    def of_erased(self, erased: Erased) -> list[bytes]:
+        """The keys of the waiting rows of erased users.
+
+        Raises:
+            CorruptStore: A row cannot be read.
+        """
+        rows = dict(self._store.waiting()) if self.format is not None else {}
+        if self.format is None or not rows:
+            return []
+        keys, places = [*rows], [place_of(key) for key in rows]
+        sources = {source: number for number, source in enumerate(dict.fromkeys(source for source, _ in places))}
+        gone = erased.rows(
+            self.format.unpack([*rows.values()])["user"],
+            np.array([sources[source] for source, _ in places], np.uint16),
+            np.array([offset for _, offset in places], np.int64),
+            [Range(source, 0, 0) for source in sources],
+        )
+        return [keys[at] for at in np.flatnonzero(gone).tolist()]
 
 
 def keys_of(sources: Sequence[Source], source: NDArray[np.uint16], offset: NDArray[np.int64]) -> list[bytes]:

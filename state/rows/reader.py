@@ -6,8 +6,9 @@ entry that is not above the requested version.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import lmdb
@@ -16,10 +17,89 @@ from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
 
 from state.errors import UnknownVersion
-from state.registry.manifest import sees
-from state.rows.keys import TOP, VERSION_BYTES, stem, u64, version_of
-from state.rows.served import Served
-from state.rows.tables import CODES
+from state.registry.manifest import Manifest, Visible, extend, sees
+from state.rows.tables import CODES, TOP, VERSION_BYTES, stem, u64, version_of
+
+
+@dataclass(frozen=True)
+class Served:
+    """One applied version.
+
+    Attributes:
+        serial: Number of the application; a version that is applied again gets another one.
+        lane: Lane of the row store with its rows.
+        visible: The entries of the lane that it sees, newest interval first.
+        dims: Width of each table's rows.
+        sources: Next offset of each source that it was trained on, by the source's text form.
+        erased: The last erasure that it has applied.
+    """
+
+    version: int
+    epoch: int
+    parent: int | None
+    serial: int
+    lane: int
+    visible: Visible
+    dims: Mapping[str, int]
+    created_at_ms: int
+    event_time_ms: int
+    applied_at_ms: int
+    spec: str
+    program: str
+    salt: str
+    mask_generation: int
+    sources: Mapping[str, int]
+    erased: int = 0
+
+    @classmethod
+    def parse(cls, record: bytes | memoryview) -> Served:
+        """Parses the record that `to_json` wrote."""
+        fields = json.loads(bytes(record))
+        fields["visible"] = tuple((low, high) for low, high in fields["visible"])
+        return cls(**fields)
+
+    def to_json(self) -> bytes:
+        """Encodes this record as a JSON object."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def of(
+        cls, manifest: Manifest, parent: Served | None, serial: int, lane: int, dims: Mapping[str, int], now_ms: int
+    ) -> Served:
+        """Builds the record of a version as it is applied; a base, which has no parent, sees only its own rows."""
+        version = manifest.version
+        return cls(
+            version=version,
+            epoch=manifest.epoch,
+            parent=manifest.parent,
+            serial=serial,
+            lane=lane,
+            visible=((version, version),) if parent is None else joined(parent, manifest),
+            dims=dims,
+            created_at_ms=manifest.created_at_ms,
+            event_time_ms=manifest.event_time_ms,
+            applied_at_ms=now_ms,
+            spec=manifest.spec,
+            program=manifest.program,
+            salt=manifest.salt,
+            mask_generation=manifest.mask_generation,
+            sources={str(source): int(following) for source, following in manifest.sources},
+            erased=manifest.erased,
+        )
+
+
+def joined(parent: Served, manifest: Manifest) -> Visible:
+    """The versions that a delta sees when it is applied onto `parent`.
+
+    Recent versions between two durable ones are on one branch with both. Those that
+    are stored belong to the past of the newer one, so one interval contains them
+    all. This saves seeks: a reader seeks once for each interval.
+    """
+    (low, high), *older = parent.visible
+    if high == parent.version and any(first <= high and manifest.version <= last for first, last in manifest.visible):
+        return ((low, manifest.version), *older)
+    return extend(parent.visible, parent.version, manifest.version)
+
 
 Databases = Mapping[str, lmdb._Database]
 
@@ -101,11 +181,6 @@ class RowReader:
 
     def get(self, table: str, ids: Sequence[int], at: Served) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Rows of `ids` at version `at`.
-
-        Args:
-            table: Name of the table.
-            ids: Ids of rows.
-            at: An applied version.
 
         Returns:
             `[n, dim]` float32, zeros where missing, and `[n]` bool, whether each id has a row.

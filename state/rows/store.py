@@ -1,6 +1,6 @@
 """Serving's multi-version store of embedding rows in LMDB: each request reads exactly one version.
 
-    rows      key of `state/rows/keys.py`  -> f32[dim]; empty: removed
+    rows      key of `state/rows/tables.py`  -> f32[dim]; empty: removed
     versions  version u64                  -> `Served`, JSON
     dense     version u64                  -> dense tensors, safetensors
     popular   version u64                  -> u64[P] categories
@@ -38,17 +38,14 @@ from safetensors.numpy import save as save_tensors
 
 from state.churn import PREFIX as CHURN
 from state.churn import STORED
-from state.disk.compact_store import CompactStore
+from state.disk.lmdb_store import LmdbStore
 from state.errors import StoreError, UnknownVersion
 from state.features.erased import Erased
 from state.process import killpoints
 from state.registry.manifest import Manifest, Visible
-from state.rows.keys import LANES, TOP, lane_of, row_keys, stem, u64, version_of
-from state.rows.lineage import Branch, branches_of
-from state.rows.reader import Databases, LastServed, RowReader, required, stored
-from state.rows.served import Served
-from state.rows.sweep import delete_dead_lanes, has_rows, sweep_row
-from state.rows.tables import CODES, OWN, TABLES, tables_in
+from state.rows.reader import Databases, LastServed, RowReader, Served, required, stored
+from state.rows.sweep import Branch, branches_of, delete_dead_lanes, has_rows, sweep_row
+from state.rows.tables import CODES, LANES, OWN, TABLES, TOP, lane_of, row_keys, stem, tables_in, u64, version_of
 
 if TYPE_CHECKING:
     # Its kernels load a compiler, which commands do without.
@@ -71,125 +68,6 @@ BEGUN = b"begun"
 
 WRITTEN_AT_ONCE = 250
 """Rows of a version per transaction; as fast as a thousand."""
-
-
-class Forgotten(NamedTuple):
-    """What one transaction did, which counts once it is committed.
-
-    Attributes:
-        versions: How many it forgot.
-        left: By lane the rows to check now.
-        looked: How many rows of the first leftover it checked.
-        floors: By lane the version up to which none may return there.
-        dead: Whether a lane without versions may have rows; None if that was not checked.
-    """
-
-    versions: int = 0
-    left: Sequence[tuple[int, Changes]] = ()
-    looked: int = 0
-    floors: Mapping[str, int] = {}
-    dead: bool | None = None
-
-
-class Forgetting:
-    """The writer's list of rows that are still to be checked.
-
-    Args:
-        databases: The store's, by name.
-    """
-
-    def __init__(self, databases: Databases) -> None:
-        self._databases = databases
-        self._left: deque[tuple[int, Changes]] = deque()
-        self._dead = True
-
-    @property
-    def left(self) -> bool:
-        """Whether rows are left to check."""
-        return bool(self._left) or self._dead
-
-    @property
-    def rows_left(self) -> int:
-        """How many rows are left to check."""
-        return sum(rows.shape[1] for _, rows in self._left)
-
-    def took(self, done: Forgotten) -> None:
-        """The transaction that did this is committed."""
-        self._left += done.left
-        if done.looked:
-            lane, rows = self._left.popleft()
-            if done.looked < rows.shape[1]:
-                self._left.appendleft((lane, rows[:, done.looked :]))
-        self._dead = self._dead if done.dead is None else done.dead
-
-    def forget(self, transaction: lmdb.Transaction, versions: Collection[int]) -> Forgotten:
-        """Forgets those of `versions` that are applied, with their dense weights."""
-        records = self._records(transaction)
-        gone = [one for one in records if one.version in versions]
-        if not gone:
-            return Forgotten()
-        left: list[tuple[int, Changes]] = []
-        lanes = {one.lane for one in gone}
-        for lane in lanes:
-            stay = {one.version: one.visible for one in records if one.lane == lane and one.version not in versions}
-            mine = [one.version for one in gone if one.lane == lane]
-            left += [(lane, rows) for rows in self._hand_on(transaction, mine, stay)] if stay else []
-        for one in gone:
-            for name in ("versions", "dense", "popular", "changes"):
-                transaction.delete(u64(one.version), db=self._databases[name])
-        empty = lanes - {one.lane for one in records if one.version not in versions}
-        return Forgotten(len(gone), left, dead=True if empty else None)
-
-    def retained(self, transaction: lmdb.Transaction) -> dict[int, list[Branch]]:
-        """By lane the branches of its versions; empty if nothing is left to check."""
-        lanes = dict[int, dict[int, Visible]]()
-        for record in self._records(transaction) if self.left else ():
-            lanes.setdefault(record.lane, {})[record.version] = record.visible
-        return {lane: branches_of(versions) for lane, versions in lanes.items()}
-
-    def tidy(
-        self,
-        transaction: lmdb.Transaction,
-        retained: Mapping[int, Sequence[Branch]],
-        floors: Mapping[str, int],
-        at_most: int,
-    ) -> Forgotten:
-        """Deletes unread entries of the next `at_most` rows; once all are checked, those of lanes without versions."""
-        raised = dict(floors)
-        if not self._left:
-            empty = delete_dead_lanes(transaction, self._databases["rows"], {*retained}, LANE_ROWS_AT_ONCE)
-            raised = {lane: floor for lane, floor in raised.items() if int(lane) not in empty}
-            return Forgotten(floors=raised, dead=len(empty) + len(retained) < LANES)
-        lane, rows = self._left[0]
-        tables, ids = rows[:, :at_most].tolist()
-        cursor, branches = transaction.cursor(self._databases["rows"]), retained.get(lane, ())
-        for table, identity in zip(tables, ids, strict=True):
-            floor = sweep_row(cursor, stem(lane, table, identity), branches)
-            raised[str(lane)] = max(raised.get(str(lane), 0), floor)
-        return Forgotten(looked=len(ids), floors={lane: floor for lane, floor in raised.items() if floor})
-
-    def _records(self, transaction: lmdb.Transaction) -> list[Served]:
-        return [Served.parse(record) for _, record in transaction.cursor(self._databases["versions"])]
-
-    def _hand_on(
-        self, transaction: lmdb.Transaction, gone: Sequence[int], stay: Mapping[int, Visible]
-    ) -> list[Changes]:
-        """Adds what forgotten versions of a lane wrote to what the next ones wrote; returns the rows to check."""
-        changes, found = self._databases["changes"], list[Changes]()
-        one_line = len(branches_of(stay)) == 1
-
-        def wrote(version: int) -> Changes:
-            return np.frombuffer(required(transaction, version, changes), np.uint64).reshape(2, -1)
-
-        for heir, theirs in heirs_of(gone, sorted(stay)).items():
-            # Rows that the oldest version of a branch reads are useless only if later versions wrote them too.
-            oldest = one_line and heir == min(stay)
-            rows = rows_of([*map(wrote, theirs[1:] if oldest else theirs), *([] if heir is None else [wrote(heir)])])
-            if heir is not None:
-                transaction.put(u64(heir), rows.tobytes(), db=changes)
-            if rows.shape[1]:
-                found.append(rows)
-        return found
 
 
 def rows_of(parts: Sequence[Changes]) -> Changes:
@@ -403,7 +281,7 @@ def _lanes(cursor: lmdb.Cursor) -> Iterator[int]:
         found = cursor.set_range(bytes([lane << 3 | OWN]) + b"\xff" * 21)
 
 
-class RowStore(CompactStore):
+class RowStore(LmdbStore):
     """The store; one process writes (one thread of it), any number of processes read.
 
     Args:
@@ -433,7 +311,9 @@ class RowStore(CompactStore):
         opened = self._databases
         self._rows, self._versions, self._changes = opened["rows"], opened["versions"], opened["changes"]
         self._last = LastServed()
-        self._forgetting = Forgetting(opened)
+        # The rows to check by lane, and whether a lane without versions may have rows.
+        self._left: deque[tuple[int, Changes]] = deque()
+        self._dead_lanes = True
 
     @contextmanager
     def reader(self) -> Iterator[RowReader]:
@@ -468,8 +348,12 @@ class RowStore(CompactStore):
         return parent
 
     def _floors(self, transaction: lmdb.Transaction) -> dict[str, int]:
+        """By lane the version up to which none may return there."""
         floors: dict[str, int] = json.loads(stored(transaction, b"floor", self._meta) or b"{}")
         return floors
+
+    def _put_floors(self, transaction: lmdb.Transaction, floors: Mapping[str, int]) -> None:
+        transaction.put(b"floor", json.dumps(floors).encode(), db=self._meta)
 
     def apply(
         self, manifest: Manifest, tensors: Tensors, now_ms: int, follow: bool = False, replace: bool = False
@@ -514,7 +398,7 @@ class RowStore(CompactStore):
             killpoints.reach("rows.begun")
         with self._write() as transaction:
             # Its changes in the former lane count as written by the next version there.
-            replaced = self._forgetting.forget(transaction, {manifest.version}) if is_here else Forgotten()
+            _, left = self._forget(transaction, {manifest.version}) if is_here else (0, [])
             transaction.cursor(self._rows).putmulti(entries.pairs)
             transaction.delete(BEGUN, db=self._meta)
             transaction.put(u64(manifest.version), entries.changes.tobytes(), db=self._changes)
@@ -526,7 +410,7 @@ class RowStore(CompactStore):
             served = (stored(transaction, b"served", self._meta) or b"")[:8]
             if follow or served == u64(manifest.version):
                 self._point(manifest.version, transaction)
-        self._forgetting.took(replaced)
+        self._left += left
         return True
 
     def _put_record(
@@ -571,12 +455,12 @@ class RowStore(CompactStore):
                 self._point(version, transaction)
 
     def _begin_lane(self, transaction: lmdb.Transaction) -> int:
-        taken = {Served.parse(record).lane for _, record in transaction.cursor(self._versions)}
+        taken = {record.lane for record in self._records(transaction)}
         for lane in range(LANES):
             if lane not in taken and not has_rows(transaction, self._rows, lane):
                 # Any version may be added here again.
                 floors = {one: floor for one, floor in self._floors(transaction).items() if one != str(lane)}
-                transaction.put(b"floor", json.dumps(floors).encode(), db=self._meta)
+                self._put_floors(transaction, floors)
                 return lane
         raise StoreError(
             f"all {LANES} lanes of {self.path} hold versions", "lower serving.keep_s so that old ones are swept"
@@ -612,9 +496,54 @@ class RowStore(CompactStore):
         """
         with self._write() as transaction:
             served = stored(transaction, b"served", self._meta) or bytes(8)
-            found = self._forgetting.forget(transaction, {*versions} - {int.from_bytes(served[:8], "big")})
-        self._forgetting.took(found)
-        return found.versions
+            forgotten, left = self._forget(transaction, {*versions} - {int.from_bytes(served[:8], "big")})
+        self._left += left
+        return forgotten
+
+    def _records(self, transaction: lmdb.Transaction) -> list[Served]:
+        return [Served.parse(record) for _, record in transaction.cursor(self._versions)]
+
+    def _forget(
+        self, transaction: lmdb.Transaction, versions: Collection[int]
+    ) -> tuple[int, list[tuple[int, Changes]]]:
+        """Forgets versions; returns how many were stored, and by lane the rows to check once that is committed."""
+        records = self._records(transaction)
+        gone = [one for one in records if one.version in versions]
+        left: list[tuple[int, Changes]] = []
+        for lane in {one.lane for one in gone}:
+            stay = {one.version: one.visible for one in records if one.lane == lane and one.version not in versions}
+            mine = [one.version for one in gone if one.lane == lane]
+            left += [(lane, rows) for rows in self._hand_on(transaction, mine, stay)] if stay else []
+            self._dead_lanes |= not stay
+        for one in gone:
+            for name in ("versions", "dense", "popular", "changes"):
+                transaction.delete(u64(one.version), db=self._databases[name])
+        return len(gone), left
+
+    def _hand_on(
+        self, transaction: lmdb.Transaction, gone: Sequence[int], stay: Mapping[int, Visible]
+    ) -> list[Changes]:
+        """Adds what forgotten versions of a lane wrote to what the next ones wrote; returns the rows to check."""
+        found = list[Changes]()
+        one_branch = len(branches_of(stay)) == 1
+
+        def wrote(version: int) -> Changes:
+            return np.frombuffer(required(transaction, version, self._changes), np.uint64).reshape(2, -1)
+
+        for heir, theirs in heirs_of(gone, sorted(stay)).items():
+            # Rows that the oldest version of a branch reads are useless only if later versions wrote them too.
+            oldest = one_branch and heir == min(stay)
+            rows = rows_of([*map(wrote, theirs[1:] if oldest else theirs), *([] if heir is None else [wrote(heir)])])
+            if heir is not None:
+                transaction.put(u64(heir), rows.tobytes(), db=self._changes)
+            if rows.shape[1]:
+                found.append(rows)
+        return found
+
+    @property
+    def _has_left(self) -> bool:
+        """Whether rows are left to check."""
+        return bool(self._left) or self._dead_lanes
 
     def tidy(self, at_most: int | None = None) -> bool:
         """Checks some rows of forgotten versions and deletes unread entries; returns whether rows are left to check.
@@ -625,20 +554,46 @@ class RowStore(CompactStore):
         Raises:
             StoreFull: Unchecked rows are left to check.
         """
+        if not self._has_left:
+            return False
         if at_most is None:
-            at_most = max(ROWS_AT_ONCE, self._forgetting.rows_left // ROUNDS)
+            at_most = max(ROWS_AT_ONCE, sum(rows.shape[1] for _, rows in self._left) // ROUNDS)
+        lanes = dict[int, dict[int, Visible]]()
         with self._env.begin() as transaction:
-            retained = self._forgetting.retained(transaction)
-        while at_most > 0 and self._forgetting.left:
-            with self._write() as transaction:
-                floors = self._floors(transaction)
-                done = self._forgetting.tidy(transaction, retained, floors, min(at_most, ROWS_IN_TRANSACTION))
-                if done.floors != floors:
-                    transaction.put(b"floor", json.dumps(done.floors).encode(), db=self._meta)
-            self._forgetting.took(done)
-            # Lanes without versions are cleaned once no row is left, this many rows per call.
-            at_most = at_most - done.looked if done.looked else 0
-        return self._forgetting.left
+            for record in self._records(transaction):
+                lanes.setdefault(record.lane, {})[record.version] = record.visible
+        retained = {lane: branches_of(versions) for lane, versions in lanes.items()}
+        while at_most > 0 and self._left:
+            at_most -= self._check_rows(retained, min(at_most, ROWS_IN_TRANSACTION))
+        if at_most > 0 and self._dead_lanes and not self._left:
+            self._delete_dead_lanes(retained)
+        return self._has_left
+
+    def _check_rows(self, retained: Mapping[int, Sequence[Branch]], at_most: int) -> int:
+        """Deletes unread entries of the next `at_most` rows; returns how many rows it checked."""
+        lane, rows = self._left[0]
+        tables, ids = rows[:, :at_most].tolist()
+        with self._write() as transaction:
+            floor, cursor, branches = 0, transaction.cursor(self._rows), retained.get(lane, ())
+            for table, identity in zip(tables, ids, strict=True):
+                floor = max(floor, sweep_row(cursor, stem(lane, table, identity), branches))
+            floors = self._floors(transaction)
+            if floor > floors.get(str(lane), 0):
+                self._put_floors(transaction, {**floors, str(lane): floor})
+        self._left.popleft()
+        if len(ids) < rows.shape[1]:
+            self._left.appendleft((lane, rows[:, len(ids) :]))
+        return len(ids)
+
+    def _delete_dead_lanes(self, retained: Mapping[int, Sequence[Branch]]) -> None:
+        """Deletes some rows of lanes without versions, once no row is left to check."""
+        with self._write() as transaction:
+            empty = delete_dead_lanes(transaction, self._rows, {*retained}, LANE_ROWS_AT_ONCE)
+            floors = self._floors(transaction)
+            kept = {lane: floor for lane, floor in floors.items() if int(lane) not in empty}
+            if kept != floors:
+                self._put_floors(transaction, kept)
+        self._dead_lanes = len(empty) + len(retained) < LANES
 
     def erase(self, erased: Erased, crosses: Crosses, version: int | None = None) -> int:
         """Deletes entries of erased users, of all versions or of one; see `erase`. Returns how many."""

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 import lmdb
 
-from state.disk.compact_store import CompactStore
+from state.disk.lmdb_store import LmdbStore
 
 _KEY = re.compile(rb"([0-9a-f]{16}):([A-Za-z0-9_-]{1,64})")
 
@@ -114,7 +114,7 @@ class SegmentsPlace:
     next: Mapping[int, int]
 
 
-class SegmentStore(CompactStore):
+class SegmentStore(LmdbStore):
     """Members by segment and pseudonym. One thread commits; any thread of any process may read.
 
     Args:

@@ -1,24 +1,93 @@
 """The in-memory store of one bucket: its users' histories and waiting rows, with the interface the stream expects.
 
-It is built from the deltas that an engine stores, and depends on neither the engine nor LMDB. Actions in its events are
-numbered by the names met so far, as in `state.history.store`. So the setting of actions may change between a savepoint
-and the next job.
+It is built from the deltas that an engine stores, and depends on neither the engine nor LMDB. A snapshot has the same
+form as a delta: it is the change to an empty store, in parts. An engine may return parts in another order, so each one
+is numbered.
+
+Actions in its events are numbered by the names met so far, as in `state.history.store`. So the setting of actions may
+change between a savepoint and the next job.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from state.errors import CorruptStore
 from state.features.erased import Erased
 from state.features.spec import EVENT, Events
 from state.history.actions import ACTIONS, Numbering, numbered
 from state.history.appends import Appends
-from state.history.waiting import WaitingRows, place_of
-from state.positions import Range
-from streaming.distributed.delta import Delta
+from state.history.waiting import WaitingRows
+from streaming.distributed.buckets import joined, pack, parted, unpack
+
+FORMAT = 1
+_NONE = -1  # the length of a removed value
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Delta:
+    """One change to a bucket's store.
+
+    Attributes:
+        appends: New events by user.
+        waiting: Rows that begin to wait, by key; None for a row whose wait ends.
+        extra: Values of the owner to replace; None removes one.
+    """
+
+    appends: Appends = field(default_factory=Appends.none)
+    waiting: Mapping[bytes, bytes | None] = field(default_factory=dict)
+    extra: Mapping[str, bytes | None] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """Whether it changes anything."""
+        return bool(len(self.appends.events) or self.waiting or self.extra)
+
+
+def encode(delta: Delta, number: int) -> bytes:
+    """Encodes a delta; deltas are applied in the order of `number`."""
+    appends = delta.appends
+    keys, rows = [*delta.waiting], [*delta.waiting.values()]
+    values = [*rows, *delta.extra.values()]
+    arrays: dict[str, NDArray[Any]] = {
+        "users": appends.users,
+        "counts": appends.lengths,
+        "events": np.frombuffer(appends.events.tobytes(), np.uint8),
+        **{f"key.{name}": one for name, one in joined(keys).items()},
+        **joined([value or b"" for value in values]),
+    }
+    arrays["lengths"] = np.array([_NONE if value is None else len(value) for value in values], np.int64)
+    return pack({"format": FORMAT, "number": number, "extra": [*delta.extra]}, arrays)
+
+
+def decode(value: bytes) -> tuple[int, Delta]:
+    """Decodes the number and the delta that `encode` wrote.
+
+    Raises:
+        CorruptStore: A later release wrote it.
+    """
+    head, arrays = unpack(value)
+    if head["format"] != FORMAT:
+        raise CorruptStore(
+            f"the state of a bucket has format {head['format']}, this release reads {FORMAT}",
+            "resume the job with the release that wrote its savepoint",
+        )
+    lengths = arrays["counts"]
+    appends = Appends(arrays["users"], np.cumsum(lengths) - lengths, lengths, arrays["events"].view(EVENT))
+    keys = parted({name: arrays[f"key.{name}"] for name in ("lengths", "bytes")})
+    gone = arrays["lengths"] == _NONE
+    values = parted({"lengths": np.maximum(arrays["lengths"], 0), "bytes": arrays["bytes"]})
+    told = [None if is_gone else one for one, is_gone in zip(values, gone.tolist(), strict=True)]
+    return head["number"], Delta(
+        appends,
+        dict(zip(keys, told[: len(keys)], strict=True)),
+        dict(zip(head["extra"], told[len(keys) :], strict=True)),
+    )
+
 
 PART_BYTES = 900_000  # of one part of a snapshot; engines handle values of several megabytes badly
 _EVENT_BYTES = EVENT.itemsize
@@ -132,8 +201,8 @@ class BucketStore:
         for user in users:
             del self._events[user]
 
-    def forget(self, erased: Erased) -> None:
-        """Removes the events of erased users."""
+    def forget(self, erased: Erased) -> list[bytes]:
+        """Removes the events and waiting rows of erased users; returns the keys of these rows."""
         for user in erased.users:
             if (stored := self._events.get(user)) is not None:
                 events = np.frombuffer(stored, EVENT)
@@ -142,21 +211,10 @@ class BucketStore:
                     self._events[user] = kept.tobytes()
                 else:
                     del self._events[user]
-
-    def waiting_of(self, erased: Erased) -> list[bytes]:
-        """The keys of the waiting rows of erased users."""
-        rows, keys = WaitingRows(self), sorted(self._waiting)
-        if rows.format is None or not keys:
-            return []
-        places = [place_of(key) for key in keys]
-        sources = sorted({source for source, _ in places})
-        gone = erased.rows(
-            rows.format.unpack([self._waiting[key] for key in keys])["user"],
-            np.array([sources.index(source) for source, _ in places], np.uint16),
-            np.array([offset for _, offset in places], np.int64),
-            [Range(source, 0, 0) for source in sources],
-        )
-        return [keys[at] for at in np.flatnonzero(gone).tolist()]
+        keys = WaitingRows(self).of_erased(erased)
+        for key in keys:
+            del self._waiting[key]
+        return keys
 
     def snapshot(self) -> Iterator[Delta]:
         """Yields the whole content as deltas to an empty store, in parts of about `PART_BYTES`."""

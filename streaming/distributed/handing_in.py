@@ -72,17 +72,15 @@ from state.registry.erasing import ErasureReport
 from state.registry.model_fit import require_same_features
 from streaming.accounts import show_faults, show_totals
 from streaming.commit import off_clocks, show_off_clock
+from streaming.control import report_erasures
 from streaming.cut import Cut, encode_cut
 from streaming.distributed.bucket import BucketRows
-from streaming.distributed.buckets import allowed
-from streaming.distributed.on_flink import FlinkJob
-from streaming.distributed.options import FLINK, beam_options
+from streaming.distributed.buckets import allowed, pack, unpack
+from streaming.distributed.engine import FLINK, FlinkJob, beam_options
 from streaming.distributed.steps import ReadPartitions, UpdateBuckets, WorkerStep
-from streaming.distributed.wire import pack, unpack
 from streaming.distributed.worker import JobPlan, JobWorker, without_secrets
-from streaming.erasing import tell
 from streaming.event_clock import OffClock
-from streaming.letters import send_letters
+from streaming.writer import send_letters
 
 SHOW_S = 1.0
 PART, WHERE = "stream-job", "the engine's state"  # of the report of erasures
@@ -267,7 +265,7 @@ class Showing:
         if through == self._forgotten or not registry.is_dir():
             return
         told = ErasureReport(PART, HOST, WHERE, through, through, 0, wall_ms())
-        if tell(registry, told, partial(self._say, "erasures")):
+        if report_erasures(registry, told, partial(self._say, "erasures")):
             self._forgotten = through
             self._said.pop("erasures", None)
 
@@ -469,11 +467,7 @@ class KeepAccount(WorkerStep):
 
 
 class WakeSources(beam.DoFn):
-    """Wakes each source.
-
-    Args:
-        sources: How many there are.
-    """
+    """Wakes each source."""
 
     def __init__(self, sources: int) -> None:
         super().__init__()

@@ -57,17 +57,14 @@ from state.registry.control import Control
 from state.registry.controls import ControlPoll
 from state.registry.log_line import FIRST_EPOCH, Stretch
 from streaming.accounts import as_ranges, missing, require_accepted
-from streaming.aligned_reader import AlignedReader
-from streaming.cut_back import fill, newly_accepted, open_behind
-from streaming.distributed.bucket import BucketRows
-from streaming.distributed.buckets import Portion, decode, divide, encode, gathered
-from streaming.distributed.keeping import Cells, take_portion
-from streaming.distributed.wire import pack, unpack
+from streaming.alignment import AlignedReader
+from streaming.distributed.bucket import BucketRows, Cells, take_portion
+from streaming.distributed.buckets import Portion, decode, divide, encode, gathered, pack, unpack
 from streaming.distributed.worker import JobPlan, JobWorker, worker_of
 from streaming.event_clock import EventClock
-from streaming.interleaving import in_order
-from streaming.masking import leave_out
-from streaming.source import appended_ms
+from streaming.rows import in_order, leave_out
+from streaming.steps import appended_ms
+from streaming.truncation import fill, newly_accepted, open_behind
 
 RESUME = "springtide stream --runner RUNNER --savepoint_path=PATH"
 """How a stopped job is resumed; `springtide flink status` shows the savepoint or checkpoint."""
@@ -172,11 +169,6 @@ def of_source(source: int, sources: int, partitions: int) -> list[int]:
 def open_clicks(worker: JobWorker, source: int, reading: SourceReading) -> OpenedClicks:
     """Opens the clicks of a source.
 
-    Args:
-        worker: Of this process.
-        source: Its number.
-        reading: How far it is.
-
     Raises:
         GapError: Positions are gone, or used twice, and no operator accepted it.
         LogError: Kafka is not reachable, or the topic is missing.
@@ -264,9 +256,6 @@ class Partitions:
 
     def read(self, moment_s: float) -> tuple[list[Portion], SourceReading | None]:
         """The clicks of a moment by bucket, and the new reading; empty and None if nothing is new.
-
-        Args:
-            moment_s: How long clicks are gathered.
 
         Raises:
             GapError, LogError: As at opening; or the topic was recreated.
@@ -410,11 +399,7 @@ class Partitions:
 
 
 class WorkerStep(beam.DoFn):
-    """A step that uses the process's worker.
-
-    Args:
-        plan: Of the job.
-    """
+    """A step that uses the process's worker."""
 
     def __init__(self, plan: JobPlan) -> None:
         super().__init__()

@@ -41,13 +41,12 @@ from state.positions import Source
 from state.registry.controls import Controls
 from state.registry.sharing import copying
 from streaming.attributes import Join
-from streaming.distributed.bucket import BucketCore, BucketPlace
+from streaming.distributed.bucket import BucketCore, BucketPlace, Cache
 from streaming.distributed.bucket_store import BucketStore
-from streaming.distributed.keeping import Cache
 from streaming.labels import unused_kernels
-from streaming.letters import report_to
 from streaming.open_shard import open_join
 from streaming.rows import Rows
+from streaming.writer import report_to
 
 MASKS_KEPT = 8
 logger = logging.getLogger(__name__)

@@ -21,7 +21,7 @@ from deploy.watch import scrape
 from deploy.watch.address import serving_address
 from state.config.loading import load
 from state.config.settings import Settings
-from state.rows.served import Served
+from state.rows.reader import Served
 from tests.e2e.running import PATIENCE_S, ROOT, Loop
 
 STOP_S = 60.0

@@ -46,7 +46,7 @@ def sink(path: Path, refused: int = 0) -> Iterator[Any]:
 
     owned: dict[str, Any] = {
         "settings": settings,
-        "spec": SimpleNamespace(names=("views", "truncated", "other", "more"), windows_s=settings.features.windows_s),
+        "spec": SimpleNamespace(names=("views", "truncated", "other", "more"), reach_ms=lambda _: 10**9),
         "store": store,
         "topic_id": ZERO.topic_id,
         "reader": log.reader(settings.kafka.clicks_topic),

@@ -8,8 +8,7 @@ from itertools import count
 import pytest
 
 from state.log import Reader
-from streaming.aligned_reader import AlignedReader
-from streaming.alignment import Reached
+from streaming.alignment import AlignedReader, Reached
 from tests.memory_log import MemoryLog
 
 CLICKS = "clicks"

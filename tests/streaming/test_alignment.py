@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from state.microbatch.batch import TOLERANCE_MS
 from state.positions import Range, Source
 from streaming.alignment import SILENT_S, Alignment, Reached, ReadingPlace, to_one_time
-from streaming.event_clock import EventClock
-from streaming.witnesses import PATIENCE, QUORUM
+from streaming.event_clock import PATIENCE, QUORUM, EventClock
 from tests.streaming.pieces import piece
 
 SKEW_MS = 60_000

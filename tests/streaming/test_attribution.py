@@ -19,12 +19,14 @@ from streaming.attribution import (
     MOST_EXPIRED,
     OUTCOME,
     PLAIN,
+    SHARES,
     Arrived,
+    Queue,
     Stretches,
     attribute,
+    enter,
     pairs,
 )
-from streaming.waiting_queue import SHARES, Queue, enter
 
 WAIT_MS = 100
 NOTHING = 3  # a role of no event: a position that holds none

@@ -30,8 +30,7 @@ from streaming.bootstrap import Wanted, run
 from streaming.context import Handle
 from streaming.preprocessing import CLIP, analysed, load_preprocessing, preprocessing_fn
 from streaming.rows import Rows
-from streaming.sample import ComputeWindows, Sample, open_sample
-from streaming.sample_source import of_topic
+from streaming.sample import ComputeWindows, Sample, of_topic, open_sample
 from streaming.steps import ParseEvents
 from tests.conftest import KafkaFactory
 

@@ -18,8 +18,7 @@ from state.log.accepted_gaps import Consent, parse_allowance
 from state.log.follow import Position
 from state.positions import Range, Source
 from streaming import accounts
-from streaming.cut_back import FILLER, accept, fill, open_behind
-from streaming.leaders import Leaders
+from streaming.truncation import FILLER, Leaders, accept, fill, open_behind
 from tests.memory_log import MemoryLog
 from tests.streaming.pieces import ZERO
 

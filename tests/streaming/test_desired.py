@@ -13,7 +13,7 @@ from state.features.mask import Mask
 from state.registry.control import follow, pin, roll_back, start
 from state.registry.controls import Controls
 from state.registry.log_line import WHOLE, turned
-from streaming.desired import LOOK_S, ControlWatch
+from streaming.control import LOOK_S, ControlWatch
 
 WHO: dict[str, Any] = {"actor": "ann", "reason": "bots", "now_ms": 5}
 LINE = turned(WHOLE, 1, 4, 9, ())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from state.disk.compact_store import CompactStore
+from state.disk.lmdb_store import LmdbStore
 from state.errors import StoreFull
 from state.features.erased import Erased
 from state.features.masked_users import MaskedUsers
@@ -15,8 +15,7 @@ from state.history.rewinding import line_of
 from state.layout import CONTROL, HISTORIES
 from state.process import killpoints
 from state.registry.erasing import reports
-from streaming.desired import ControlWatch
-from streaming.erasing import is_due, take_up
+from streaming.control import ControlWatch, apply_erasures, compaction_is_due
 from tests.state.history.test_forgetting import OTHER, SOURCE, USER, filled
 
 
@@ -31,19 +30,19 @@ def test_a_shard_forgets_and_tells_and_writes_its_store_anew_at_most_each_ten_mi
     store = filled(tmp_path / "stream-0" / HISTORIES)
     registry = tmp_path / "registry"
     registry.mkdir()
-    assert take_up(store, registry, Erased.NOBODY, PAGES_MS) is None and reports(registry) == []
-    assert is_due(store, erased(USER), PAGES_MS)
-    assert take_up(store, registry, erased(USER), PAGES_MS) is None
+    assert apply_erasures(store, registry, Erased.NOBODY, PAGES_MS) is None and reports(registry) == []
+    assert compaction_is_due(store, erased(USER), PAGES_MS)
+    assert apply_erasures(store, registry, erased(USER), PAGES_MS) is None
     (told,) = reports(registry)
     assert (told.part, told.path, told.through, told.pages) == ("stream-0", str(tmp_path / "stream-0"), 1, 1)
     assert (len(store.read(USER)), store.waiting_rows()) == (0, 1)
     # Another one a second later: gone at once, from free pages when the ten minutes are over.
     both, later_ms = erased(USER, OTHER), PAGES_MS + 1000
-    assert not is_due(store, both, later_ms)
-    assert take_up(store, registry, both, later_ms) == (PAGES_MS - 1000) / 1000
+    assert not compaction_is_due(store, both, later_ms)
+    assert apply_erasures(store, registry, both, later_ms) == (PAGES_MS - 1000) / 1000
     (told,) = reports(registry)
     assert (told.through, told.pages, store.users()) == (2, 1, 0)
-    assert take_up(store, registry, both, 2 * PAGES_MS) is None
+    assert apply_erasures(store, registry, both, 2 * PAGES_MS) is None
     assert reports(registry)[0].pages == 2
     store.close()
 
@@ -61,10 +60,10 @@ def test_a_shard_that_dies_having_forgotten_tells_it_at_its_next_start(
 
     monkeypatch.setattr(killpoints, "reach", killed)
     with pytest.raises(KeyboardInterrupt):
-        take_up(store, registry, erased(USER), PAGES_MS)
+        apply_erasures(store, registry, erased(USER), PAGES_MS)
     monkeypatch.undo()
     assert (len(store.read(USER)), reports(registry)) == (0, [])
-    assert take_up(store, registry, erased(USER), PAGES_MS) is None
+    assert apply_erasures(store, registry, erased(USER), PAGES_MS) is None
     (told,) = reports(registry)
     assert (told.through, told.pages, len(store.read(USER))) == (1, 1, 0)
     store.close()
@@ -75,11 +74,11 @@ def test_a_store_that_has_no_room_for_its_copy_is_tried_again_and_a_registry_tha
 ) -> None:
     store = filled(tmp_path / "stream-0" / HISTORIES)
 
-    def full(store: CompactStore) -> None:
+    def full(store: LmdbStore) -> None:
         raise StoreFull("the disk is full", "free space")
 
-    monkeypatch.setattr(CompactStore, "compact", full)
-    assert take_up(store, tmp_path / "nowhere", erased(USER), PAGES_MS) == PAGES_MS / 1000
+    monkeypatch.setattr(LmdbStore, "compact", full)
+    assert apply_erasures(store, tmp_path / "nowhere", erased(USER), PAGES_MS) == PAGES_MS / 1000
     assert len(store.read(USER)) == 0
     store.close()
 

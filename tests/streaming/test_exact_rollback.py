@@ -25,8 +25,7 @@ from state.positions import Source
 from state.registry.control import roll_back, start
 from state.registry.controls import Controls
 from state.registry.log_line import WHOLE, LogLine, counts, turned
-from streaming.rebuild import rebuild
-from streaming.rebuild_report import progress_on
+from streaming.rebuild import progress_on, rebuild
 from tests.conftest import KafkaFactory
 from tests.streaming.streams import BEGIN_MS, FOREVER, click, headers_of, running, send, settings_for, until
 

@@ -20,11 +20,9 @@ from state.features.spec import FeatureSpec
 from state.microbatch.examples import about, dataset, schema
 from state.recordings.files import Recording, find
 from state.registry.registry import Registry
-from streaming.bootstrap import asked, run
-from streaming.examples import EncodeExamples
+from streaming.bootstrap import EncodeExamples, asked, run
 from streaming.rows import Rows
-from streaming.sample import ComputeWindows, open_sample
-from streaming.sample_source import of_recording
+from streaming.sample import ComputeWindows, of_recording, open_sample
 from streaming.steps import ParseEvents
 
 BEGIN_S = 1_700_000_000

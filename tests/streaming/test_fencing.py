@@ -14,8 +14,8 @@ from state.errors import FencedWriter
 from state.features.spec import FeatureSpec
 from state.layout import HISTORIES, WRITER
 from state.log import Topics, Writer
-from streaming.fencing import id_of_first_release, last_id, note_first_release, open_writer
 from streaming.histories import open_histories
+from streaming.writer import id_of_first_release, last_id, note_first_release, open_writer
 from tests.conftest import KafkaFactory
 
 

@@ -15,10 +15,9 @@ from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.layout import HISTORIES, streams
 from state.log import Topics, Writer
-from streaming.fencing import id_of_first_release, keep_id, transactional_id
 from streaming.histories import open_histories
-from streaming.rebuild import rebuild
-from streaming.rebuild_report import progress_on
+from streaming.rebuild import progress_on, rebuild
+from streaming.writer import id_of_first_release, keep_id, transactional_id
 from tests.conftest import KafkaFactory
 from tests.streaming.streams import FOREVER, click, following, next_offsets, running, send, settings_for, until
 

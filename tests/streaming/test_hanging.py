@@ -17,8 +17,8 @@ from state.config.settings import Settings
 from state.errors import UnreachableBroker
 from state.log import Topics
 from state.microbatch.codec import decode
-from streaming.fencing import open_writer
 from streaming.rebuild import end_hanging, read
+from streaming.writer import open_writer
 from tests.segments import cut_back
 from tests.trainer.clicks import microbatch
 

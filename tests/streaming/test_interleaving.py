@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from state.events.parser import EventBatch
 from state.positions import Source
 from streaming.event_clock import EventClock
-from streaming.interleaving import in_order
+from streaming.rows import in_order
 from tests.streaming.pieces import piece
 
 TOPIC = "ab" * 16

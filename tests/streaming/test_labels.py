@@ -20,7 +20,6 @@ from state.features.erased import Erased
 from state.features.masked_users import MaskedUsers
 from state.features.spec import FeatureSpec
 from state.history.appends import Appends, events_of
-from state.history.forgetting import forget
 from state.history.store import HistoryStore
 from state.history.waiting import RowFormat, key_of
 from state.microbatch.batch import Kind, MicroBatch, erased_rows, happened, new_ranges, trained, trim
@@ -33,7 +32,7 @@ from streaming.cut import Cut, encode_cut, merge_all, merge_appends
 from streaming.event_clock import PREFIX, EventClock
 from streaming.labels import open_labels
 from streaming.profile import Profiler
-from streaming.rebuild_log import Waits
+from streaming.rebuild import Waits
 from streaming.rows import Rows
 from tests.streaming.test_attribution import NOTHING, Event, Resolved, by_hand
 
@@ -316,7 +315,7 @@ def test_what_an_erased_user_was_shown_waits_no_more_and_the_account_says_so(tmp
     assert (held.totals["opened"], held.totals["joined"], held.totals["dropped"]) == (3, 1, 1)
     assert (held.waiting_rows(), faults(held)) == (1, ())
     assert (len(held.read(7)), len(held.read(8))) == (0, 1)
-    forget(run.store, erased)
+    run.store.forget(erased)
     assert list(held.waiting()) == list(run.store.waiting())
     assert held.counts() == run.store.counts()
     held.close()

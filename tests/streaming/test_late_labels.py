@@ -16,8 +16,7 @@ from state.history.store import HistoryStore
 from state.log import Topics
 from state.microbatch.batch import Kind, MicroBatch, trained
 from streaming.accounts import faults
-from streaming.rebuild import rebuild
-from streaming.rebuild_report import progress_on
+from streaming.rebuild import progress_on, rebuild
 from tests.conftest import KafkaFactory
 from tests.streaming.streams import (
     FOREVER,

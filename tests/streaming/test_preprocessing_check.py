@@ -17,8 +17,7 @@ from state.config.sections import Model
 from state.errors import ProgramError, SettingsError
 from state.features.spec import FeatureSpec
 from state.process.part import OPTIONS_READ
-from streaming.preprocessing import load_preprocessing
-from streaming.preprocessing_check import check_and_keep, check_preprocessing, made_up
+from streaming.preprocessing import check_and_keep, check_preprocessing, load_preprocessing, made_up
 
 SPEC = FeatureSpec()
 NARROW = FeatureSpec(actions=("view",), windows_s=(3600,), half_lives_s=(1800,))

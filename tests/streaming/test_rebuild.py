@@ -23,9 +23,8 @@ from state.log import Topics, Writer
 from state.microbatch.codec import decode
 from state.positions import Source
 from state.process import killpoints
-from streaming import takeover
-from streaming.rebuild import rebuild
-from streaming.rebuild_report import Rebuilt, progress_on
+from streaming import histories
+from streaming.rebuild import Rebuilt, progress_on, rebuild
 from tests.one_kafka import Running
 from tests.streaming.streams import FOREVER, click, following, next_offsets, running, send, settings_for, until
 
@@ -223,7 +222,7 @@ def test_a_rebuild_cut_short_leaves_the_old_store_or_the_new_one(
     monkeypatch.setattr(killpoints, "armed", killpoints.parse(point, die))
     with pytest.raises(Died):
         rebuilt(settings)
-    takeover.finish(settings.stream_dir)
+    histories.finish(settings.stream_dir)
     store = opened(settings)
     assert store.users() == (0 if point == "rebuild.committed" else USERS)
     store.close()

@@ -21,7 +21,7 @@ from state.log import PartitionBatch
 from state.metrics import StreamMetrics
 from state.positions import Range, Source
 from streaming.context import Handle, StreamContext, opened
-from streaming.source import ClickReader, Lag, UntilStopped
+from streaming.steps import ClickReader, Lag, UntilStopped
 from tests.memory_log import MemoryLog, MemoryReader
 from tests.streaming.pieces import context_of
 

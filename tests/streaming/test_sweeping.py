@@ -20,11 +20,10 @@ from state.history.store import HistoryStore
 from state.history.sweeping import READ_TIMES, Sweeper
 from state.metrics import StreamMetrics
 from streaming.cut import Cut
-from streaming.event_clock import PREFIX, Moves, Told
+from streaming.event_clock import PREFIX, Moves, Told, Witnesses, believe
 from streaming.profile import Profiler
 from streaming.rows import Rows
 from streaming.sweeping import StreamSweep
-from streaming.witnesses import Witnesses, believe
 from tests.streaming.committing import sink, with_history
 from tests.streaming.pieces import ONE, ZERO, context_of, piece
 from tests.streaming.streams import until
@@ -128,7 +127,7 @@ def test_a_store_at_the_end_of_its_map_makes_room_for_the_commit_that_it_refused
     store, gone = HistoryStore(tmp_path / "store", map_bytes=1 << 20), list[int]()
     profiler = SimpleNamespace(forget=gone.extend)
     metrics, spec = StreamMetrics(CollectorRegistry()), FeatureSpec()
-    sweep = StreamSweep(context_of(store=store, settings=Settings(), spec=spec, profiler=profiler, metrics=metrics))
+    sweep = StreamSweep(context_of(store=store, settings=Settings(), spec=spec, profiler=profiler), metrics)
     refused = 0
     pseudonyms = np.random.default_rng(5).permutation(1 << 20).astype(np.uint64) << np.uint64(40)
     number = after_it = 0
@@ -158,7 +157,7 @@ def test_a_partition_that_was_not_read_on_yet_holds_the_sweep_back(tmp_path: Pat
     spec = FeatureSpec(windows_s=(3600, 7200, 10800))
     profiler = SimpleNamespace(forget=lambda _: None)
     metrics = StreamMetrics(CollectorRegistry())
-    sweep = StreamSweep(context_of(store=store, settings=Settings(), spec=spec, profiler=profiler, metrics=metrics))
+    sweep = StreamSweep(context_of(store=store, settings=Settings(), spec=spec, profiler=profiler), metrics)
     # After a start the other partition is read to its end first, 20 days later; beyond the reach of some 30 days nobody waits.
     for offset, days in ((0, 20), (1, 28), (2, 60)):
         rows = told(piece((ZERO, offset, 1)), BASE_MS + days * DAY_MS)

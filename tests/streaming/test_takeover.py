@@ -11,10 +11,10 @@ import pytest
 
 from state.config.settings import Settings, StorageSettings
 from state.disk.memory_place import MEMORY
-from state.history import opening
+from state.history.store import open_history_store
 from state.layout import HISTORIES, MARK
 from state.storage.shares import STREAM
-from streaming import takeover
+from streaming import histories
 from streaming.rebuild import main
 from tests.disks import forget_memory
 
@@ -27,18 +27,18 @@ def settings(tmp_path: Path) -> Settings:
 
 def test_what_is_not_there_yet_or_was_closed_in_order_or_killed_is_not_lost(settings: Settings) -> None:
     folder = settings.stream_dir
-    assert not takeover.is_lost(folder)
-    store = opening.open_histories(settings, STREAM, folder)
-    assert not takeover.is_lost(folder), "kill -9 under this start of the machine loses nothing"
+    assert not histories.is_lost(folder)
+    store = open_history_store(settings, STREAM, folder)
+    assert not histories.is_lost(folder), "kill -9 under this start of the machine loses nothing"
     store.close()
-    assert not takeover.is_lost(folder)
+    assert not histories.is_lost(folder)
 
 
 def test_what_was_open_under_another_start_of_the_machine_is_lost(settings: Settings) -> None:
     folder = settings.stream_dir
-    opening.open_histories(settings, STREAM, folder).close()
+    open_history_store(settings, STREAM, folder).close()
     (folder / HISTORIES / MARK).write_text(json.dumps({"clean": False, "boot_id": "another"}))
-    assert takeover.is_lost(folder)
+    assert histories.is_lost(folder)
 
 
 @pytest.mark.skipif(not os.access(MEMORY, os.W_OK), reason=f"{MEMORY} cannot be written here")
@@ -46,13 +46,13 @@ def test_what_lay_in_memory_that_is_gone_is_lost(settings: Settings) -> None:
     """As after the end of a pod."""
     settings = replace(settings, storage=StorageSettings(memory_dir=MEMORY))
     folder = settings.stream_dir
-    store = opening.open_histories(settings, STREAM, folder)
+    store = open_history_store(settings, STREAM, folder)
     if not store.in_memory:
         pytest.skip(f"{MEMORY} has no room here")
-    assert not takeover.is_lost(folder)
+    assert not histories.is_lost(folder)
     (folder / HISTORIES).readlink().joinpath("data.mdb").unlink()
     forget_memory(settings.state_dir)
-    assert takeover.is_lost(folder)
+    assert histories.is_lost(folder)
 
 
 def test_nothing_is_rebuilt_where_nothing_is_lost_and_no_kafka_is_asked(
@@ -62,7 +62,7 @@ def test_nothing_is_rebuilt_where_nothing_is_lost_and_no_kafka_is_asked(
     words = ["--state", str(settings.state_dir), "--bootstrap-servers", nobody, "--storage.memory_dir="]
     assert main(["--if-lost", *words]) == 0
     assert "nothing is rebuilt" in capsys.readouterr().out
-    opening.open_histories(settings, STREAM, settings.stream_dir).close()
+    open_history_store(settings, STREAM, settings.stream_dir).close()
     (settings.stream_dir / HISTORIES / MARK).write_text(json.dumps({"clean": False, "boot_id": "another"}))
     assert main(["--if-lost", *words, "--kafka.request_timeout_s", "0.2"]) == 1, (
         "now it is, and there is no salt either"

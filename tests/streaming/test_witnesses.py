@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.microbatch.batch import TOLERANCE_MS
-from streaming.witnesses import AHEAD, BEHIND, PATIENCE, QUORUM, TURNS, Witnesses, believe, hear
+from streaming.event_clock import AHEAD, BEHIND, PATIENCE, QUORUM, TURNS, Witnesses, believe, hear
 
 BASE_MS = 1_700_000_000_000
 FAR_MS = 10 * TOLERANCE_MS

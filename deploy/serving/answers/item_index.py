@@ -40,8 +40,7 @@ from numpy.typing import NDArray
 
 from deploy.serving.item_feed import NEW_SLOTS, SLOTS, Feed, NewItem, clicked_at, new_at
 from state.history.store import HistoryStore
-from state.rows.reader import RowReader
-from state.rows.served import Served
+from state.rows.reader import RowReader, Served
 from state.rows.store import RowStore
 
 MOST_LISTS = 256

@@ -34,14 +34,12 @@ from state.attributes.values import SIDES, AttributeTable
 from state.churn import ChurnWeights
 from state.events.identity import Salt, context_id, pseudonyms, public_id
 from state.features.arrays import Vector
-from state.features.many import vectorise_many
-from state.features.spec import EVENT, Events, FeatureSpec, Mask
+from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise_many
 from state.history.actions import exchanged
 from state.history.store import HistoryStore
 from state.ranking.crosses import Crosses, Values
 from state.ranking.transitions import Succession, succession
-from state.rows.reader import RowReader
-from state.rows.served import Served
+from state.rows.reader import RowReader, Served
 from state.rows.store import RowStore
 
 KINDS = ("recent", "popular", "successor")

@@ -28,8 +28,7 @@ from deploy.serving.answers.version import LoadedVersion, named
 from deploy.serving.notes import CONTROL_NOTE
 from state.errors import BadRequest, NotReady, UnknownModel
 from state.metrics import WorkerMetrics
-from state.rows.reader import RowReader
-from state.rows.served import Served
+from state.rows.reader import RowReader, Served
 
 BY_ID, RAW = "serving_default", "raw"
 CONTEXT = "context."

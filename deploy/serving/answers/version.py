@@ -26,8 +26,7 @@ from state.history.actions import Numbers, exchange
 from state.history.store import HistoryStore
 from state.ranking.crosses import WIDTH, Crosses, Values, logits_of
 from state.ranking.transitions import Lists, from_stored
-from state.rows.reader import RowReader
-from state.rows.served import Served
+from state.rows.reader import RowReader, Served
 from state.rows.tables import AVERAGED_IDS, own_rows_of
 
 ROWS_REMEMBERED = 10_000

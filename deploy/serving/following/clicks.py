@@ -36,7 +36,7 @@ from state.features.mask import Mask
 from state.features.spec import EVENT, Events, FeatureSpec
 from state.history.actions import renumbered
 from state.history.appends import Appends, events_of
-from state.history.before import Before
+from state.history.rewind import Before
 from state.history.rewinding import OpenAt, WentBack, go_back, line_of
 from state.history.store import HistoryStore
 from state.history.sweeping import Sweeper

@@ -14,7 +14,7 @@ from pathlib import Path
 from state.disk.files import HOST
 from state.errors import StoreFull
 from state.features.erased import Erased
-from state.history.forgetting import ForgottenUsers, forget, forgotten, write_anew
+from state.history.forgetting import ForgottenUsers
 from state.history.store import HistoryStore
 from state.process import killpoints
 from state.process.said_once import SaidOnce
@@ -53,7 +53,7 @@ class HostErasures:
     ) -> None:
         self._folder, self._registry, self._histories = folder, registry, histories
         self._rows, self._now_ms = rows, now_ms
-        self._done, self._reported = forgotten(histories), ErasureReport("", "", "", -1, -1)
+        self._done, self._reported = histories.forgotten, ErasureReport("", "", "", -1, -1)
         self._say = SaidOnce(_log.warning)
 
     def take_up(self, erased: Erased) -> None:
@@ -63,13 +63,13 @@ class HostErasures:
             StoreFull: Nothing was changed.
         """
         if self._done.through < erased.last:
-            self._done = forget(self._histories, erased)
+            self._done = self._histories.forget(erased)
             killpoints.reach("follow.forgotten")
             _log.info("erasure %d: users are forgotten in the histories", erased.last)
         due_ms = self._done.due_ms()
         if due_ms is not None and self._now_ms() >= due_ms:
             try:
-                self._done = write_anew(self._histories, self._now_ms())
+                self._done = self._histories.compact_if_due(self._now_ms())
                 self._say.clear()
             except StoreFull as full:
                 self._say(f"free pages keep bytes of erased users: {full}")

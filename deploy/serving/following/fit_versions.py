@@ -21,7 +21,7 @@ from state import probe
 from state.errors import ProgramError
 from state.metrics import ApplierMetrics
 from state.registry.manifest import Manifest
-from state.rows.served import Served
+from state.rows.reader import Served
 from state.rows.store import RowStore
 
 if TYPE_CHECKING:

@@ -24,9 +24,8 @@ from numpy.typing import NDArray
 
 from state.config.sections import ServingSettings
 from state.features.arrays import Vector
-from state.features.many import vectorise_many
 from state.features.mask import Mask
-from state.features.spec import EVENT, Events, FeatureSpec
+from state.features.spec import EVENT, Events, FeatureSpec, vectorise_many
 from state.history.store import HistoryStore
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import MicroBatch

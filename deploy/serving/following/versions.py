@@ -41,7 +41,7 @@ from state.registry.control import Control, named
 from state.registry.manifest import Manifest, sees
 from state.registry.registry import SERVING, Registry
 from state.registry.tensor_files import unpack
-from state.rows.served import Served
+from state.rows.reader import Served
 from state.rows.store import RowStore
 
 RETRY_MS = 1000

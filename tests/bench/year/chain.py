@@ -28,8 +28,7 @@ from streaming.commit import Committer
 from streaming.context import Handle, StreamContext
 from streaming.cut import Cutter
 from streaming.open_shard import open_shard
-from streaming.source import ClickReader
-from streaming.steps import ParseEvents, UpdateProfiles
+from streaming.steps import ClickReader, ParseEvents, UpdateProfiles
 from tests.memory_log import MemoryLog
 from tests.trainer.logs import settle
 from trainer.compactor import compact, thin, tiers_of

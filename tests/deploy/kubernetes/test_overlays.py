@@ -18,8 +18,7 @@ from deploy.watch import scrape
 from state import layout
 from state.config.sections import SegmentSettings
 from state.storage import shares
-from streaming.distributed.on_flink import FlinkJob
-from streaming.distributed.options import FLINK, beam_options, take_runner
+from streaming.distributed.engine import FLINK, FlinkJob, beam_options, take_runner
 from tests.manifests import (
     BASE,
     FOLDER,

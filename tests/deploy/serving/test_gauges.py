@@ -12,7 +12,7 @@ from deploy.serving.following.versions import show_control
 from state.features.mask import Mask
 from state.metrics import ApplierMetrics
 from state.registry.control import roll_back, start
-from state.rows.served import Served
+from state.rows.reader import Served
 
 SERVED = Served(
     version=7, epoch=1, parent=6, serial=1, lane=0, visible=((1, 7),), dims={}, created_at_ms=4_000,

@@ -1,17 +1,16 @@
-"""The host's rows where there is no room: they wait, or move from memory to the disk, and answers go on in any case."""
+"""The host's rows where there is no room: they wait for it, and answers go on."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from deploy import sections
-from deploy.serving.applier import FULL_S, HostRows
+from deploy.serving.applier import HostRows
 from state.config.settings import Settings
 from state.disk import memory_place as place
 from state.errors import StoreFull
@@ -24,16 +23,6 @@ from tests.disks import Disk, small_disk
 
 MIB = 1 << 20
 MANY = dict.fromkeys(range(60000), 1.0)
-
-
-@dataclass
-class Seconds:
-    """A clock that tests move."""
-
-    now_s: float = 0.0
-
-    def __call__(self) -> float:
-        return self.now_s
 
 
 @pytest.fixture
@@ -51,9 +40,7 @@ def world(tmp_path: Path) -> Iterator[World]:
     made.rows.close()
 
 
-def opened(
-    tmp_path: Path, clock: Callable[[], float], rows_dir: str = ""
-) -> tuple[HostRows, Settings, CollectorRegistry]:
+def opened(tmp_path: Path, rows_dir: str = "") -> tuple[HostRows, Settings]:
     settings = Settings()
     settings = replace(
         settings,
@@ -61,8 +48,7 @@ def opened(
         serving=replace(settings.serving, rows_dir=rows_dir),
         storage=replace(settings.storage, memory_dir=str(tmp_path / "memory")),
     )
-    collected = CollectorRegistry()
-    return HostRows(settings, ApplierMetrics(collected), Clock(), clock), settings, collected
+    return HostRows(settings, ApplierMetrics(CollectorRegistry()), Clock()), settings
 
 
 def served(settings: Settings) -> int:
@@ -82,55 +68,38 @@ def followed(rows: HostRows) -> None:
         pass
 
 
-def test_rows_wait_while_there_is_no_room_where_the_setting_wants_them(
-    tmp_path: Path, world: World, memory: Disk
+@pytest.mark.parametrize("by_setting", [True, False])
+def test_rows_wait_while_memory_is_full_and_answers_go_on(
+    tmp_path: Path, world: World, memory: Disk, by_setting: bool
 ) -> None:
-    rows, settings, _ = opened(tmp_path, clock := Seconds(), str(memory.path))
+    rows, settings = opened(tmp_path, str(memory.path) if by_setting else "")
     first = world.publish({1: 1.0}).version
     followed(rows)
     filler = memory.fill()
     second = world.publish(MANY).version
-    for clock.now_s in (0.0, 2 * FULL_S):
-        with pytest.raises(StoreFull):
-            rows.step()
+    with pytest.raises(StoreFull, match="memory is full"):
+        rows.step()
     assert rows.versions.served is not None and rows.versions.served.version == first
     filler.unlink()
     followed(rows)
-    assert rows.versions.served.version == second
-    rows.close()
-    assert place.current(settings.serving_dir / ROWS) is not None
-
-
-def test_rows_that_memory_has_no_room_for_move_to_the_disk_while_answers_go_on(
-    tmp_path: Path, world: World, memory: Disk, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    rows, settings, collected = opened(tmp_path, clock := Seconds())
-    first = world.publish({1: 1.0}).version
-    followed(rows)
-    in_memory = place.current(settings.serving_dir / ROWS)
-    assert in_memory is not None and in_memory.path.is_relative_to(memory.path)
-    memory.fill()
-    second = world.publish(MANY).version
-    # Others may make room.
-    with pytest.raises(StoreFull):
-        rows.step()
-    clock.now_s = FULL_S
-    assert rows.step()
-    # Until the new store is filled, whoever opens the rows finds the old one.
-    assert place.current(settings.serving_dir / ROWS) == in_memory
-    assert rows.versions.served is not None and rows.versions.served.version == first
-    followed(rows)
-    assert rows.versions.served.version == second
-    assert (settings.serving_dir / ROWS).readlink() == Path(ROWS_DISK)
-    assert not in_memory.path.exists()
-    rows.keep_house()
-    assert (collected.get_sample_value("springtide_serving_rows_bytes", {"place": "disk"}) or 0) > MIB
-    assert collected.get_sample_value("springtide_serving_rows_bytes", {"place": "memory"}) == 0
-    said = [record.getMessage() for record in caplog.records if "rows" in record.getMessage()]
-    assert len(said) == 2 and "the rows move to the disk" in said[0] and "lie on the disk now" in said[1]
     rows.close()
     assert served(settings) == second
+
+
+def test_rows_for_which_memory_has_become_too_small_are_on_the_disk_after_the_next_start(
+    tmp_path: Path, world: World, memory: Disk
+) -> None:
+    rows, settings = opened(tmp_path)
+    world.publish({1: 1.0})
+    followed(rows)
+    rows.close()
+    memory.fill()
+    second = world.publish(MANY).version
+    again, _ = opened(tmp_path)
+    followed(again)
+    again.close()
+    assert (settings.serving_dir / ROWS).readlink() == Path(ROWS_DISK)
+    assert served(settings) == second and not [*memory.path.glob("*/rows")]
 
 
 def test_where_memory_is_too_small_at_the_start_log_and_status_say_so(
@@ -138,30 +107,10 @@ def test_where_memory_is_too_small_at_the_start_log_and_status_say_so(
 ) -> None:
     # As Docker gives it.
     with small_disk(tmp_path / "memory", "64m") as disk:
-        rows, settings, _ = opened(tmp_path, Seconds())
+        rows, settings = opened(tmp_path)
         why = f"{disk.path} has room for 67 MB, and 268 MB are wanted"
         assert caplog.text.count(why) == 1
         shown = sections.row_store(settings)
         assert shown is not None and shown["why"] == why
         assert shown["path"] == str(settings.serving_dir / ROWS_DISK)
         rows.close()
-
-
-def test_an_interrupted_move_is_begun_again(tmp_path: Path, world: World, memory: Disk) -> None:
-    rows, settings, _ = opened(tmp_path, clock := Seconds())
-    first = world.publish({1: 1.0}).version
-    followed(rows)
-    filler = memory.fill()
-    second = world.publish(MANY).version
-    with pytest.raises(StoreFull):
-        rows.step()
-    clock.now_s = FULL_S
-    rows.step()
-    filler.unlink()
-    rows.close()
-    assert served(settings) == first
-    again, _, _ = opened(tmp_path, Seconds())
-    assert not (settings.serving_dir / ROWS_DISK).exists()
-    followed(again)
-    again.close()
-    assert served(settings) == second

@@ -24,8 +24,8 @@ from state.metrics import ApplierMetrics
 from state.microbatch.batch import Header
 from state.microbatch.codec import decode, encode
 from state.registry.log_line import WHOLE, turned
-from streaming.masking import leave_out
 from streaming.profile import Profiler
+from streaming.rows import leave_out
 from tests.memory_log import MemoryLog
 from tests.streaming.test_profile import BASE_MS, SOURCES, SPEC, batches_of
 

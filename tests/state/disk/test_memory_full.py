@@ -1,8 +1,7 @@
-"""Histories where memory has too little room: on the disk from the start, or moved there without a loss."""
+"""Histories where memory has too little room: they wait, and are on the disk from the next start on."""
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
 import pytest
@@ -11,84 +10,29 @@ from state import layout
 from state.disk import memory_place
 from state.disk.memory_store import enter
 from state.errors import StoreError, StoreFull
-from state.history.store import HistoryStore
 from tests.disks import Disk, small_disk
-from tests.state.disk.held_histories import MIB, SOURCE, USERS, commit, crash, held, opened, told
+from tests.state.disk.held_histories import SOURCE, commit, crash, held, opened, told
 
 
-def fill_up(store: HistoryStore, memory: Disk) -> tuple[int, Path]:
-    """Commits until memory is full; returns how far the store has come, and the file that takes the room."""
-    filler = memory.fill()
-    with pytest.raises(StoreFull):
-        commit(store, 1000, new=True)
-    return store.positions()[SOURCE], filler
-
-
-def test_where_memory_is_full_the_store_moves_to_the_disk_and_loses_nothing(
-    link: Path, memory: Disk, caplog: pytest.LogCaptureFixture
-) -> None:
-    store = opened(link, memory)
-    commit(store)
-    before, _ = fill_up(store, memory)
-    file = (link / layout.DATA).stat()
-    commit(store)
-    assert not store.in_memory and store.positions()[SOURCE] == before + USERS
-    moved = (link / layout.DATA).stat()
-    assert (moved.st_dev, moved.st_ino) != (file.st_dev, file.st_ino), "workers open it again"
-    assert caplog.text.count("memory is full: the histories lie on the disk now") == 1
-    # What it took in memory is given back.
-    assert held(memory) == [] and not [
-        one for one in Path("/proc/self/maps").read_text().split() if "data.mdb" in one and str(memory.path) in one
-    ]
-    crash(store)
-    again = opened(link, None)
-    assert again.positions()[SOURCE] == before + USERS
-    again.close()
-
-
-def test_a_thread_that_reads_while_the_store_moves_sees_one_of_both(link: Path, memory: Disk) -> None:
-    store, done, seen, failed = opened(link, memory), threading.Event(), list[int](), list[Exception]()
-    commit(store)
-
-    def read() -> None:
-        try:
-            while not done.is_set():
-                histories = store.read_many(range(USERS))
-                assert {len(one) for one in histories} == {len(histories[0])}
-                seen.append(store.cut()[0][SOURCE]["next"])
-        except Exception as error:  # noqa: BLE001 - the main thread tells it
-            failed.append(error)
-
-    reading = threading.Thread(target=read)
-    reading.start()
-    before, _ = fill_up(store, memory)
-    commit(store, 3)
-    done.set()
-    reading.join()
-    assert not failed and seen == sorted(seen) and not store.in_memory
-    assert store.positions()[SOURCE] == before + 3 * USERS
-    store.close()
-
-
-def test_where_the_disk_is_full_too_it_waits_and_loses_nothing(tmp_path: Path, memory: Disk) -> None:
+def test_full_memory_refuses_commits_and_the_disk_takes_over_at_the_next_start(tmp_path: Path, memory: Disk) -> None:
     with small_disk(tmp_path / "disk", "8m") as disk:
         link = disk.path / layout.HISTORIES
         store = opened(link, memory)
         commit(store)
-        before, in_memory = fill_up(store, memory)
+        in_memory = memory.fill()
+        with pytest.raises(StoreFull, match=r"memory is full; free space in memory, or start the stream"):
+            commit(store, 1000, new=True)
+        before = store.positions()[SOURCE]
+        # A full disk takes it neither at the stop nor at the next start.
         on_disk = disk.fill()
-        for _ in range(2):
-            with pytest.raises(StoreFull, match="could not be saved on the disk"):
-                commit(store)
-        assert store.in_memory and store.positions()[SOURCE] == before
-        with pytest.raises(StoreFull):
+        with pytest.raises(StoreFull, match="could not be saved on the disk"):
             store.close()
-        # Nor at the next start, which would rather have it on the disk.
         with pytest.raises(StoreError, match="free space"):
             opened(link, memory)
         in_memory.unlink()
         again = opened(link, memory)
         assert again.in_memory and again.positions()[SOURCE] == before
+        commit(again)
         on_disk.unlink()
         again.close()
         assert not link.is_symlink() and held(memory) == []
@@ -104,16 +48,6 @@ def test_a_store_that_outgrew_its_memory_goes_to_the_disk_at_the_next_start(link
     assert "has room for" in place.why and not link.is_symlink() and held(memory) == []
     store = opened(link, None)
     assert told(store) == before
-    store.close()
-
-
-def test_a_map_that_is_full_is_no_reason_to_move(link: Path, memory: Disk) -> None:
-    enter(link, str(memory.path))
-    store = HistoryStore(link, 32, MIB // 2)
-    for _ in range(2):
-        with pytest.raises(StoreFull, match="has reached its map"):
-            commit(store, 1000, new=True)
-    assert store.in_memory
     store.close()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import multiprocessing
 import os
 import signal
@@ -12,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from state import layout
-from state.disk import memory_place
 from state.disk.memory_store import bring_back
 from state.errors import CorruptStore, StoreError
 from state.history.store import HistoryStore
@@ -193,16 +191,6 @@ def test_histories_in_memory_can_be_set_aside_on_the_disk(link: Path, memory: Di
     power_cut(memory)
     bring_back(link)
     assert not os.path.lexists(link)
-
-
-def test_what_nobody_leads_to_any_more_is_removed_from_memory(
-    link: Path, memory: Disk, caplog: pytest.LogCaptureFixture
-) -> None:
-    caplog.set_level(logging.INFO)
-    crash(opened(link, memory))
-    assert memory_place.remove_forgotten(str(memory.path), 1e12) == []
-    link.unlink()
-    assert memory_place.remove_forgotten(str(memory.path), 1e12) != [] and held(memory) == []
 
 
 def test_what_another_program_removes_from_memory_while_it_is_written_is_saved_all_the_same(

@@ -11,7 +11,7 @@ from state.features.erased import Erased
 from state.features.masked_users import MaskedUsers
 from state.features.spec import EVENT, Events
 from state.history.appends import Appends
-from state.history.forgetting import PAGES_MS, forget, forgotten, write_anew
+from state.history.forgetting import PAGES_MS
 from state.history.store import HistoryStore
 from state.history.waiting import WIDTHS, RowFormat, key_of
 from state.positions import Range, Source
@@ -49,19 +49,19 @@ def erased(until: int) -> Erased:
 def test_events_and_waiting_rows_go_and_the_account_says_so(tmp_path: Path) -> None:
     store = filled(tmp_path)
     other = store.read(OTHER).tobytes()
-    assert forget(store, erased(100)).through == 1
+    assert store.forget(erased(100)).through == 1
     assert (len(store.read(USER)), store.users(), store.waiting_rows()) == (0, 1, 1)
     assert store.read(OTHER).tobytes() == other
     account = StreamAccount.of(store.counts()[SOURCE])
     assert (account.waiting, store.counts()[SOURCE]["dropped"]) == (1, 1)
     digest = store.digest()
-    assert forget(store, erased(100)).through == 1 and store.digest() == digest, "once"
+    assert store.forget(erased(100)).through == 1 and store.digest() == digest, "once"
 
 
 def test_what_came_after_the_place_is_a_new_users_history(tmp_path: Path) -> None:
     store = filled(tmp_path)
     store.commit(Appends.of(np.array([USER], np.uint64), events(90)), [Range(SOURCE, 82, 91, rows=1, absent=8)])
-    forget(store, erased(85))
+    store.forget(erased(85))
     assert (store.read(USER)["offset"].tolist(), store.total(USER)) == ([90], 1)
     store.commit(
         Appends.of(np.array([USER] * 40, np.uint64), events(*range(91, 131))), [Range(SOURCE, 91, 131, rows=40)]
@@ -72,9 +72,9 @@ def test_what_came_after_the_place_is_a_new_users_history(tmp_path: Path) -> Non
 def test_a_store_that_went_back_forgets_the_impressions_that_wait_again(tmp_path: Path) -> None:
     store = filled(tmp_path)
     (value,) = store.waiting_values([key_of(SOURCE, 80)])
-    forget(store, erased(100))
+    store.forget(erased(100))
     store.commit(Appends.none(), [Range(SOURCE, 82, 83, absent=1)], waiting={key_of(SOURCE, 80): value})
-    forget(store, erased(100))
+    store.forget(erased(100))
     assert [key for key, _ in store.waiting()] == [key_of(SOURCE, 81)]
 
 
@@ -87,11 +87,11 @@ def test_the_file_has_no_byte_of_the_pseudonym_once_it_was_written_anew_and_not_
         data = (tmp_path / "data.mdb").read_bytes()
         return any(form in data for form in forms)
 
-    forget(store, erased(100))
-    assert has() and forgotten(store).due_ms() == PAGES_MS
-    assert write_anew(store, PAGES_MS).pages == 1
+    store.forget(erased(100))
+    assert has() and store.forgotten.due_ms() == PAGES_MS
+    assert store.compact_if_due(PAGES_MS).pages == 1
     assert not has() and (store.users(), len(store.read(OTHER))) == (1, 32)
-    forget(store, erased(100).and_also(MaskedUsers.of([OTHER]), [(SOURCE.topic, 1, 100)], 4, 5))
-    assert write_anew(store, PAGES_MS + 1).pages == 1
-    assert write_anew(store, 2 * PAGES_MS).pages == 2
+    store.forget(erased(100).and_also(MaskedUsers.of([OTHER]), [(SOURCE.topic, 1, 100)], 4, 5))
+    assert store.compact_if_due(PAGES_MS + 1).pages == 1
+    assert store.compact_if_due(2 * PAGES_MS).pages == 2
     store.close()

@@ -20,7 +20,7 @@ from state.positions import Range, Source
 SOURCES = tuple(Source("ab" * 16, partition) for partition in range(3))
 N = 32
 
-outcomes = st.tuples(st.integers(0, 9), st.integers(0, 2), st.integers(0, 2), st.integers(0, 2))
+outcomes = st.tuples(st.integers(0, 40), st.integers(0, 2), st.integers(0, 2), st.integers(0, 2))
 # Where a range begins, against where its source stands: mostly there, sometimes before or after.
 misplaced = st.sampled_from([0, 0, 0, 0, 0, -1, -3, 1, 2])
 parts = st.tuples(st.integers(0, 2), misplaced, outcomes)
@@ -114,8 +114,9 @@ def check(store: HistoryStore, model: Model) -> None:
     for source, counts in store.counts().items():
         assert counts["first"] == model.first[source]
         assert [counts[name] for name in ("rows", "dead", "filtered", "absent")] == model.counts[source]
-    for user in range(1, 5):
-        held = [(int(event["partition"]), int(event["offset"])) for event in store.read(user)]
+    assert store.users() == sum(map(bool, model.histories.values()))
+    for user, read in zip(range(1, 5), store.read_many(range(1, 5)), strict=True):
+        held = [(int(event["partition"]), int(event["offset"])) for event in read]
         assert held == model.histories[user][-N:]
         assert store.total(user) == len(model.histories[user])
     assert store.extra("note") == model.note

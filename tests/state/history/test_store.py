@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from state.errors import CorruptStore, PositionConflict
+from state.errors import CorruptStore
 from state.features.spec import EVENT, Events
 from state.history.actions import ACTIONS, numbered
 from state.history.actions import OTHER as UNKNOWN
 from state.history.appends import Appends
 from state.history.store import HistoryStore
-from state.positions import Range, Source
+from state.positions import Source
 
 MAP = 64 << 20
 SOURCE = Source("ab" * 16, 0)
@@ -38,84 +35,6 @@ def appends(*parts: tuple[int, Events]) -> Appends:
 
 def store_at(path: Path, history: int = 32, map_bytes: int = MAP, boot_id: str = "boot-1") -> HistoryStore:
     return HistoryStore(path, history=history, map_bytes=map_bytes, boot_id=boot_id)
-
-
-def reopen(store: HistoryStore, crash: bool, history: int = 32) -> HistoryStore:
-    """A crash leaves what the kernel has: the environment goes without a sync or a clean mark."""
-    if crash:
-        store._env.close()
-    else:
-        store.close()
-    return store_at(store.path, history)
-
-
-@settings(max_examples=25, deadline=None)
-@given(
-    commits=st.lists(
-        st.tuples(
-            st.lists(st.tuples(st.integers(1, 4), st.integers(1, 40)), min_size=1, max_size=4),
-            st.sampled_from(["go on", "crash", "close"]),
-        ),
-        min_size=1,
-        max_size=8,
-    )
-)
-def test_a_history_is_the_last_n_events_in_append_order(
-    tmp_path_factory: pytest.TempPathFactory, commits: list[tuple[list[tuple[int, int]], str]]
-) -> None:
-    store = store_at(tmp_path_factory.mktemp("histories") / "store")
-    expected: dict[int, list[int]] = defaultdict(list)
-    offset = 0
-    for parts, then in commits:
-        made = []
-        for user, count in parts:
-            made.append((user, events(count, offset)))
-            expected[user] += range(offset, offset + count)
-            offset += count
-        store.commit(appends(*made))
-        if then != "go on":
-            store = reopen(store, crash=then == "crash")
-    known = len(expected)
-    for user in range(1, 5):
-        assert store.read(user)["offset"].tolist() == expected[user][-32:]
-        assert store.total(user) == len(expected[user])
-    assert [part["offset"].tolist() for part in store.read_many([3, 1])] == [expected[3][-32:], expected[1][-32:]]
-    assert store.users() == known
-    with store._env.begin(db=store._chunks) as transaction:
-        assert transaction.stat(store._chunks)["entries"] <= known * 4  # 32 / 16 and two at the ends
-    store.close()
-
-
-def test_positions_counts_and_extras_move_with_the_histories(tmp_path: Path) -> None:
-    store = store_at(tmp_path / "store")
-    store.commit(appends((5, events(2))), [Range(SOURCE, 10, 14, rows=2, dead=1, absent=1)], {"spec": b"abc"})
-    store.commit(
-        Appends.none(), [Range(SOURCE, 14, 15, filtered=1), Range(OTHER, 0, 3, absent=3), Range(OTHER, 3, 4, dead=1)]
-    )
-    store = reopen(store, crash=True)
-    assert store.positions() == {SOURCE: 15, OTHER: 4}
-    assert store.counts()[SOURCE] == {"first": 10, "next": 15, "rows": 2, "dead": 1, "filtered": 1, "absent": 1}
-    assert store.totals == {"positions": 9, "rows": 2, "dead": 2, "filtered": 1, "absent": 4}
-    assert (store.extra("spec"), store.extra("salt")) == (b"abc", None)
-    store.close()
-
-
-def test_a_range_that_does_not_follow_changes_nothing(tmp_path: Path) -> None:
-    store = store_at(tmp_path / "store")
-    store.commit(appends((5, events(2))), [Range(SOURCE, 0, 2, rows=2)])
-    before = store.digest()
-    with pytest.raises(PositionConflict, match=r"read .*:0 up to 2, and the batch begins at 1"):
-        store.commit(appends((5, events(2))), [Range(OTHER, 0, 1, dead=1), Range(SOURCE, 1, 3, rows=2)], {"x": b"1"})
-    assert (store.digest(), store.positions(), store.extra("x")) == (before, {SOURCE: 2}, None)
-    store.close()
-
-
-def test_a_recreated_topic_is_another_source(tmp_path: Path) -> None:
-    store = store_at(tmp_path / "store")
-    store.commit(Appends.none(), [Range(SOURCE, 0, 2, absent=2)])
-    store.commit(Appends.none(), [Range(Source("cd" * 16, 0), 0, 2, absent=2)])
-    assert len(store.positions()) == 2
-    store.close()
 
 
 def test_equal_histories_have_equal_digests_whatever_the_commits(tmp_path: Path) -> None:

@@ -99,37 +99,6 @@ def test_a_clock_that_is_ahead_keeps_its_own_user_and_nobody_else(world: World) 
     assert world.known([1, 2]) == [1]
 
 
-def test_leading_chunks_of_a_user_who_still_clicks_go(world: World) -> None:
-    for at_ms in range(20):
-        world.click([7], at_ms)
-    world.settle(20)
-    world.settle(REACH_MS)
-    world.click([7], REACH_MS)
-    world.settle(REACH_MS + 2000)
-    assert world.store.read(7)["offset"].tolist() == [*range(16, 21)]
-    assert world.store.total(7) == 21
-
-
-def transaction_number(store: HistoryStore) -> int:
-    return int(store._env.info()["last_txnid"])
-
-
-def test_nothing_is_written_where_nothing_goes(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sweeping, "USERS_AT_ONCE", 3)
-    world.click(list(range(1, 30)), 1000)
-    world.settle(1000)
-    before = transaction_number(world.store)
-    for clock_ms in range(1000, 1900, 100):
-        world.settle(clock_ms)
-    assert transaction_number(world.store) == before
-    # One mark of how far clicks were read, once the 64th part of the reach has passed; none where none were read.
-    world.click([1], 2100)
-    world.settle(2100)
-    assert transaction_number(world.store) == before + 2
-    world.settle(5000)
-    assert transaction_number(world.store) == before + 2
-
-
 def test_users_read_longest_ago_go_first_whatever_their_clocks_say(tmp_path: Path) -> None:
     world = World(tmp_path / "store", max_users=100)
     for turn in range(20):

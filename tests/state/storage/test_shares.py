@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from state.attributes.store import AttributeStore
 from state.config.loading import load
 from state.config.sections import known_settings
 from state.config.settings import Settings
@@ -51,11 +50,3 @@ def test_a_store_larger_than_its_share_is_opened_with_room_to_become_smaller(tmp
         data.truncate(share * 3)
     opened = shares.map_bytes(small, shares.SERVING, "attributes", folder)
     assert share * 3 + (60 << 20) < opened < share * 4 + (64 << 20)
-
-
-def test_a_store_opens_with_its_map(tmp_path: Path) -> None:
-    settings = with_budget(1)
-    wanted = shares.map_bytes(settings, shares.STREAM, "attributes", tmp_path)
-    store = AttributeStore(tmp_path, wanted)
-    assert store.bytes_limit() == wanted == shares.store_bytes(settings, shares.STREAM, "attributes")
-    store.close()

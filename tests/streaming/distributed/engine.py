@@ -16,9 +16,9 @@ from typing import Any
 
 from apache_beam.utils.timestamp import Timestamp
 
+from streaming.distributed.buckets import unpack
 from streaming.distributed.handing_in import Account, WriteBuckets
 from streaming.distributed.steps import ReadPartitions, UpdateBuckets
-from streaming.distributed.wire import unpack
 from streaming.distributed.worker import JobPlan, worker_of
 
 

@@ -33,8 +33,8 @@ from streaming.attributes import Join
 from streaming.cut import Cut, encode_cut
 from streaming.event_clock import EventClock
 from streaming.labels import LookedUp, open_labels
-from streaming.masking import leave_out
 from streaming.profile import Profiler
+from streaming.rows import leave_out
 from tests.memory_log import MemoryLog
 
 TOPIC = "ab" * 16

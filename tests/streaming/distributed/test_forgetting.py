@@ -28,8 +28,8 @@ from state.registry.control import start
 from state.registry.controls import Controls
 from state.registry.erasing import reports
 from state.registry.registry import Registry
+from streaming.distributed.bucket import Head
 from streaming.distributed.handing_in import PART, Account, build_distributed, plan_of
-from streaming.distributed.keeping import Head
 from streaming.distributed.worker import JobPlan, close_workers, worker_of
 from tests.conftest import KafkaFactory
 from tests.deploy.operating import draft

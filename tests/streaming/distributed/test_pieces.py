@@ -12,8 +12,8 @@ from state.events.dead_letters import DeadLetter, Reason
 from state.events.parser import EventBatch
 from state.positions import Range
 from streaming.distributed.buckets import Portion, decode, encode
+from streaming.distributed.engine import FLINK, PRISM, beam_options, take_runner
 from streaming.distributed.handing_in import Account
-from streaming.distributed.options import FLINK, PRISM, beam_options, take_runner
 from streaming.event_clock import Moves, OffClock, Told, moves_of
 from tests.streaming.pieces import ZERO, piece
 

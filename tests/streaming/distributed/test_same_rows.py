@@ -15,10 +15,9 @@ from state.features.mask import Mask
 from state.features.spec import EVENT
 from state.history.appends import Appends
 from streaming.attributes import Join
-from streaming.distributed.bucket_store import BucketStore
-from streaming.distributed.delta import Delta
+from streaming.distributed.bucket import Head, restored
+from streaming.distributed.bucket_store import BucketStore, Delta
 from streaming.distributed.handing_in import Account
-from streaming.distributed.keeping import Head, restored
 from streaming.distributed.worker import JobPlan, JobWorker, close_workers, worker_of
 from tests.memory_log import MemoryLog
 from tests.streaming.distributed.engine import Engine

@@ -10,8 +10,8 @@ from state.config.settings import Settings
 from state.events.identity import load_salt
 from state.log import Topics
 from state.positions import Range, Source
+from streaming.distributed.buckets import unpack
 from streaming.distributed.handing_in import Account, Showing, told
-from streaming.distributed.wire import unpack
 from streaming.distributed.worker import JobPlan, JobWorker
 from tests.conftest import KafkaFactory
 from tests.streaming.streams import settings_for, until

@@ -1,4 +1,10 @@
-"""Opens the clicks after a truncation lost records before the read position, if the operator accepts the loss.
+"""Detects clicks that were truncated before the read position, and continues behind them if the operator accepts it.
+
+    leaders.json   {"<topic id>:<partition>": [[first offset, leader's epoch], ...]}
+
+The file is next to the histories. At the next start it shows whether the clicks were truncated before a position
+(`state/log/records.py`). It is written when a partition gets another leader, before anything of that leader is
+committed. So it also holds for positions that result from a rebuild or a rollback.
 
 Downstream, each offset is one position. So a new click at an offset that was read before would be taken for the old
 one. Reading therefore continues at the old position, never before it. If the log now ends before that position, it is
@@ -7,19 +13,69 @@ first filled up with empty records, so that new clicks get new offsets.
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from state.config.sections import Kafka
+from state.disk import files as durable
 from state.errors import GapError, TruncatedLog
 from state.history.appends import Appends
 from state.history.store import HistoryStore
-from state.layout import GAPS
+from state.layout import GAPS, LEADERS
 from state.log import Log, Reader, Topics, Writer, accepted_gaps
 from state.log.accepted_gaps import Accepted, Consent
 from state.log.follow import Position, open_topic
-from state.positions import Gap
+from state.log.records import Known, epoch_before, noted
+from state.positions import Gap, Range, Source
 from streaming import accounts
+
+
+class Leaders:
+    """The leader epochs of one shard. Only one thread may call `note`.
+
+    Args:
+        folder: The shard's directory, which exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LEADERS
+        kept = json.loads(self._path.read_bytes()) if self._path.exists() else {}
+        self._known: dict[Source, Known] = {
+            Source.parse(source): tuple((int(first), int(epoch)) for first, epoch in known)
+            for source, known in kept.items()
+        }
+
+        self._unwritten = False
+
+    def at(self, topic_id: str, positions: Mapping[int, int]) -> dict[int, int]:
+        """By partition the epoch of the record before its position, for those where it is known."""
+        found = {
+            partition: epoch_before(self._known.get(Source(topic_id, partition), ()), offset)
+            for partition, offset in positions.items()
+        }
+        return {partition: epoch for partition, epoch in found.items() if epoch >= 0}
+
+    def note(self, ranges: Iterable[Range], reader: Reader) -> None:
+        """Stores the epochs of the last records of `ranges`, as `reader` read them; durable when this returns.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        for part in ranges:
+            known = self._known.get(part.source, ())
+            epoch = reader.leader_epoch(part.source.partition, part.next)
+            if epoch >= 0 and epoch_before(known, part.next) != epoch:
+                # From the first record on: a rollback may end inside the range, and an epoch that ended before that
+                # position would look like a truncated log.
+                self._known[part.source] = noted(known, part.first, epoch)
+                self._unwritten = True
+        if self._unwritten:
+            document = {str(source): known for source, known in self._known.items()}
+            durable.replace(self._path, json.dumps(document, sort_keys=True).encode())
+            self._unwritten = False
+
 
 FILLER = b"springtide-filler"
 AT_ONCE = 1000
