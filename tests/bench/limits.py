@@ -1,9 +1,10 @@
 """What the whole loop can take: a backlog, the highest rate at which it keeps up, and freshness at half of that.
 
-    python -m tests.bench.limits [--backlog N] [--users N] [--hold-s S] [--from-rate R] [--bursts N]
+    python -m tests.bench.limits [--old CHECKOUT] [--backlog N] [--users N] [--hold-s S] [--from-rate R] [--bursts N]
 
-The loop is what `springtide up` runs, with its Kafka outside: the backlog is
-written while the loop is down.
+With a checkout of another release, both are measured, one after the other, on
+brokers of their own with the same clicks. A loop is what `springtide up` runs,
+with its own Kafka outside: the backlog is written while the loop is down.
 
 A rate is held where, after `--hold-s`, the clicks of the last second are the
 only ones that no answer has learned yet. The next rate is an eighth higher.
@@ -39,8 +40,11 @@ from state.process.wall_clock import wall_ms
 from tests.bench.loop import freshness
 from tests.bench.report import Figure, Stages, report
 from tests.bench.stream import CHUNK, PACE_S, PARTITIONS, Clicks
-from tests.e2e.running import PORTS, ROOT
+from tests.e2e.running import ROOT
 
+PORTS = ("serving.port", "stream.metrics_port", "trainer.metrics_port", "serving.metrics_port")
+OURS = ("serving.grpc_port", "validation.metrics_port", "segments.metrics_port", "up.metrics_port")
+"""Ports that 0.1.0 does not have."""
 FIRST = 20_000
 """Clicks that are there at the first start, for the base."""
 STEP = 1.125
@@ -51,15 +55,18 @@ progress = Stages("limits")
 
 
 class Measured:
-    """The loop beside a broker.
+    """The loop of one checkout, beside a broker.
 
     Args:
+        name: In the figures.
+        checkout: Of a release.
         folder: For its state.
         users: Who click.
     """
 
-    def __init__(self, folder: Path, users: int) -> None:
-        self.folder = folder
+    def __init__(self, name: str, checkout: Path, folder: Path, users: int) -> None:
+        self.name, self.checkout, self.folder = name, checkout, folder
+        folder.mkdir()
         self.broker = Broker(folder / "kafka", free_port(), heap_mb=512)
         self.broker.start()
         self.kafka = Kafka(bootstrap_servers=self.broker.bootstrap_servers, clicks_partitions=PARTITIONS)
@@ -67,20 +74,24 @@ class Measured:
         with Topics(self.kafka) as topics:
             topics.ensure(self.kafka.clicks_topic, PARTITIONS)
             self._id = topics.describe(self.kafka.clicks_topic).topic_id
-        self.ports = free_ports(PORTS)
+        # 0.1.0 names the sources in every answer.
+        self.fields = "?fields=sources" if checkout == ROOT else ""
+        self.ports = free_ports((*PORTS, *OURS) if checkout == ROOT else PORTS)
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """The loop, while it is open."""
         flags: dict[str, object] = {
             **self.ports, "kafka.bootstrap_servers": self.kafka.bootstrap_servers, "paths.state": self.folder / "state",
-            "shoppers.rate": 1, "bootstrap.min_rows": 2000, "console.port": 0,
+            "shoppers.rate": 1, "bootstrap.min_rows": 2000,
         }  # fmt: skip
+        if self.checkout == ROOT:
+            flags |= {"console.port": 0, "up.prometheus_port": free_port()}
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         with (self.folder / "log").open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "deploy.up", *words],
-                cwd=ROOT, env=dict(os.environ), stdout=log, stderr=subprocess.STDOUT,
+                cwd=self.checkout, env=dict(os.environ), stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
         try:
             yield
@@ -103,7 +114,7 @@ class Measured:
         """Position of each partition before which an answer of now has learned everything; empty where none answers."""
         with suppress(OSError, http.client.HTTPException):
             worker = http.client.HTTPConnection(HOST, self.ports["serving.port"], timeout=PATIENCE_S)
-            worker.request("GET", "/v1/profiles/nobody?fields=sources")
+            worker.request("GET", f"/v1/profiles/nobody{self.fields}")
             answer: dict[str, Any] = json.loads(worker.getresponse().read())
             worker.close()
             sources = answer["version"]["sources"] if "version" in answer else {}
@@ -119,9 +130,11 @@ class Measured:
         """Returns once an answer has learned everything before `ends`."""
         deadline_s = time.monotonic() + patience_s
         while behind := self.behind(ends):
-            progress.say("catching up", f"{behind:,} clicks behind")
+            progress.say(f"{self.name}: catching up", f"{behind:,} clicks behind")
             if time.monotonic() > deadline_s:
-                raise SystemExit(f"{behind:,} clicks behind after {patience_s:.0f} s; see {self.folder}/log")
+                raise SystemExit(
+                    f"{self.name}: {behind:,} clicks behind after {patience_s:.0f} s; see {self.folder}/log"
+                )
             threading.Event().wait(0.1)
 
     def backlog(self, count: int) -> tuple[float, float]:
@@ -162,12 +175,12 @@ class Measured:
             found = []
             begin_s = time.monotonic()
             while (passed_s := time.monotonic() - begin_s) < hold_s:
-                progress.say(f"{rate:,.0f} clicks/s", f"{passed_s:.0f} of {hold_s:.0f} s")
+                progress.say(f"{self.name}: {rate:,.0f} clicks/s", f"{passed_s:.0f} of {hold_s:.0f} s")
                 threading.Event().wait(0.5)
                 if passed_s > 0.75 * hold_s:
                     found.append(self.behind(self.ends()))
             late = float(np.median(found))
-        progress.say(f"{rate:,.0f} clicks/s: {late:,.0f} clicks behind")
+        progress.say(f"{self.name}: {rate:,.0f} clicks/s: {late:,.0f} clicks behind")
         self.wait_for(self.ends(), CATCH_UP_S)
         return late < LATE_S * rate
 
@@ -185,37 +198,52 @@ class Measured:
 def main() -> None:
     """Runs the benchmark."""
     flags = argparse.ArgumentParser()
+    flags.add_argument("--old", type=Path, help="a checkout of another release")
     flags.add_argument("--backlog", type=int, default=1_000_000)
     flags.add_argument("--users", type=int, default=20_000)
     flags.add_argument("--hold-s", type=float, default=300.0)
     flags.add_argument("--from-rate", type=float, default=8000.0, help="the first rate, clicks/s")
     flags.add_argument("--bursts", type=int, default=200)
     given = flags.parse_args()
+    checkouts = {"this release": ROOT} | ({"old": given.old.absolute()} if given.old else {})
+    figures: dict[str, Figure] = {}
+    found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory(prefix="springtide-limits-") as folder:
-        loop = Measured(Path(folder), given.users)
-        try:
-            loop.write(FIRST)
-            with loop.running():
-                loop.wait_for(loop.ends(), START_S)
-            first_s, fresh_s = loop.backlog(given.backlog)
-            with loop.running():
-                # Serving answers long before the stream and the trainer have started.
+        for place, (name, checkout) in enumerate(checkouts.items()):
+            loop = Measured(name, checkout, Path(folder, str(place)), given.users)
+            try:
                 loop.write(FIRST)
-                loop.wait_for(loop.ends(), START_S)
-                rate = loop.highest(given.from_rate, given.hold_s)
-                with loop.offered(rate / 2):
-                    threading.Event().wait(10.0)
-                    fresh = freshness(loop.kafka, HOST, loop.ports["serving.port"], given.bursts)
-        finally:
-            loop.broker.stop()
-    p50, p99 = (1000 * np.percentile(fresh, [50, 99])).tolist()
-    figures = {
-        "first answer after a start": Figure(first_s, "s"),
-        "backlog to fresh answers": Figure(fresh_s, "s"),
-        "highest rate": Figure(rate, "clicks/s"),
-        "freshness at half of it, p50": Figure(p50, "ms", "<= 150"),
-        "freshness at half of it, p99": Figure(p99, "ms", "<= 400"),
-    }
+                with loop.running():
+                    loop.wait_for(loop.ends(), START_S)
+                first_s, fresh_s = loop.backlog(given.backlog)
+                one = {"first answer after a start": first_s, "backlog to fresh answers": fresh_s}
+                with loop.running():
+                    # Serving answers long before the stream and the trainer have started.
+                    loop.write(FIRST)
+                    loop.wait_for(loop.ends(), START_S)
+                    rate = one["highest rate"] = loop.highest(given.from_rate, given.hold_s)
+                    with loop.offered(rate / 2):
+                        threading.Event().wait(10.0)
+                        p50, p99 = np.percentile(
+                            freshness(loop.kafka, HOST, loop.ports["serving.port"], given.bursts, loop.fields), [50, 99]
+                        )
+                    one |= {
+                        "freshness at half of it, p50": 1000 * float(p50),
+                        "freshness at half of it, p99": 1000 * float(p99),
+                    }
+            finally:
+                loop.broker.stop()
+            found[name] = one
+    goals = {"freshness at half of it, p50": "<= 150", "freshness at half of it, p99": "<= 400"}
+    for name, one in found.items():
+        for what, value in one.items():
+            unit = "clicks/s" if what == "highest rate" else "ms" if what in goals else "s"
+            figures[f"{name}: {what}"] = Figure(value, unit, goals.get(what, "") if name == "this release" else "")
+    if given.old:
+        new, old = found["this release"], found["old"]
+        figures["highest rate, ratio"] = Figure(new["highest rate"] / old["highest rate"], "ratio", ">= 1.3")
+        ratio = old["backlog to fresh answers"] / new["backlog to fresh answers"]
+        figures["backlog caught up, ratio of speeds"] = Figure(ratio, "ratio", ">= 1.3")
     report("limits", figures, {"backlog": given.backlog, "held for s": given.hold_s})
 
 

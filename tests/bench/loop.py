@@ -86,7 +86,7 @@ def settle(loop: Loop) -> float:
     return time.monotonic() - begin
 
 
-def freshness(kafka: Kafka, host: str, port: int, bursts: int) -> list[float]:
+def freshness(kafka: Kafka, host: str, port: int, bursts: int, fields: str = "?fields=sources") -> list[float]:
     """Seconds from acknowledged to answered by a version trained on it, one for each burst.
 
     Args:
@@ -94,6 +94,7 @@ def freshness(kafka: Kafka, host: str, port: int, bursts: int) -> list[float]:
         host: Of a worker.
         port: Its port.
         bursts: How many, of `CLICKS` clicks each.
+        fields: What makes an answer name its sources; a query.
 
     Raises:
         RuntimeError: No answer had learned a burst after `PATIENCE_S`.
@@ -116,7 +117,7 @@ def freshness(kafka: Kafka, host: str, port: int, bursts: int) -> list[float]:
             end = topics.ends(kafka.clicks_topic)[partition][1]
             source = f"{about.topic_id}:{partition}"
             while True:
-                worker.request("GET", f"/v1/profiles/{user}?fields=sources")
+                worker.request("GET", f"/v1/profiles/{user}{fields}")
                 answer = json.loads(worker.getresponse().read())
                 if answer["version"]["sources"].get(source, 0) >= end:
                     break
