@@ -231,12 +231,15 @@ def _of_sections(sections: Mapping[str, Any]) -> Iterator[Problem]:
         yield Problem("warning", "accounts unknown", "an-account-is-wrong")
     if accounting and accounting["balanced"] is False:
         yield Problem("critical", "accounts do not balance", "an-account-is-wrong")
-    for rollout in filter(None, (one.get("rollout") for one in sections.get("experiments") or ())):
+    experiments = sections.get("experiments") or ()
+    if any(experiment.get("problem") for experiment in experiments):
+        yield Problem("warning", "experiments cannot be read", "experiments-cannot-be-read")
+    for rollout in filter(None, (experiment.get("rollout") for experiment in experiments)):
         if rollout["stopped"]:
             yield Problem("warning", "a rollout was stopped", "a-rollout-was-stopped")
         if rollout["unwatched_s"] is not None:
             yield Problem("warning", "nobody watches the rollout", "nobody-watches-a-rollout")
-    if (retrain := sections.get("retrain")) and (retrain["problem"] or retrain.get("outcome") == "failed"):
+    if (retrain := sections.get("retrain")) and retrain.get("outcome") == "failed":
         yield Problem("info", "the last retrain failed", "a-retrain-fails")
     if (live_clicks := sections.get("live_clicks")) and live_clicks["anomalies"]:
         yield Problem("info", "live clicks have changed", "live-clicks-have-changed")

@@ -151,14 +151,14 @@ def test_a_topic_that_is_away_costs_time_and_no_change(keeping: Keeping, monkeyp
 
 
 def test_lookalikes_are_listed_by_a_child_and_gone_at_once_where_control_changes(keeping: Keeping) -> None:
-    host = keeping(["some=view.count_1h >= 2"], lookalikes=5)
+    host = keeping(["some=view.count_1d >= 2"], lookalikes=5)
     folder = host.settings.serving_dir / LOOKALIKES
     host.until(lambda: folder.exists())
     listed = lookalikes.read(folder, "some")
     assert listed is not None and (listed.version, listed.members, listed.users) == (1, 1, 2)
     assert [one.pseudonym for one in listed.lookalikes] == [f"{of('bob'):016x}"] and listed.precision == ()
     # The next ones are due, and a child is about to list whom nobody may know any more.
-    host.now_ms += 60_000
+    host.now_ms += 3_600_000
     host.until(lambda: host.keeper._lists._child is not None)
     until = [(one.topic, one.partition, 1 << 40) for one in (SOURCE, CLICKS)]
     gone = Erased.NOBODY.and_also(MaskedUsers.of([of("bob")]), until, 2, 1)
