@@ -51,7 +51,7 @@ THREADS = 4  # digests are computed without the GIL
 CHECKED_FIRST_BYTES = 64_000_000
 """Larger files are compared with their digests after serving has switched, if it can switch at once."""
 APPLIED_BYTES_PER_S = 40e6
-"""How fast an applier writes rows from the registry to its row store; measured by `tests/bench/rollback.py`."""
+"""How fast an applier writes rows from the registry to its row store."""
 POLL_S = 0.02
 
 

@@ -7,7 +7,7 @@ then. An outcome without a waiting impression has no row in the training log, so
 Rows wait until it is known whether their users left (`ChurnWaiting`). Which rows wait is a function of the log:
 
 1. Each row of a user ends the preceding one: its time is when the next event came.
-2. A row has moments (`state/churn/moments.py`), the first at a hash of user and time. A moment at or after the next
+2. A row has moments (`state/churn.py`), the first at a hash of user and time. A moment at or after the next
    event does not belong to the row. A row without moments is dropped at once, as are most rows of a session.
 3. A moment's label is known when log time has passed its span plus the time for late events. It is 1 if no event came
    in the span, else 0. Both labels of a day become known on the same day, so early leavers do not bias the shares.

@@ -1,7 +1,7 @@
 """The content of a version's files: tensors by name, how they are encoded and decoded, and how deltas are merged.
 
     serving.safetensors    <table>.ids, .rows, .removed; dense.<name>; popular; probe.<output>, see `state/probe.py`
-                           churn.<name>, see `state/churn/weights.py`; only if churn is learned
+                           churn.<name>, see `state/churn.py`; only if churn is learned
     training.safetensors   <table>.accum, .last_seen_ms, .pending_ids, .pending_counts, .pending_seen_ms;
                            slots.<name> of the dense optimizer; state.<name>: counters, guard, metrics, churn;
                            guard.<name>: the windows by which updates are judged, see `trainer/guard`;

@@ -14,7 +14,7 @@ requests wait, the rest is neither parsed nor read from the socket. While uvloop
 holds 64 KiB or more, the next answer waits. So a client that does not read its answers stops only
 its own connection.
 
-If the application has `respond` (`http_api/app.py`), it is called instead of ASGI. Its answer is written
+If the application has `respond` (`deploy/serving/rest.py`), it is called instead of ASGI. Its answer is written
 at once, without a task, by the same rules.
 
 A client may close its half of the connection after its request, and is still answered. The server
