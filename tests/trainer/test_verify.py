@@ -14,6 +14,7 @@ import pytest
 from state import probe
 from state.errors import GapError, LogError, UnknownVersion
 from state.features.mask import Mask
+from state.layout import CONTROL
 from state.log import Log
 from state.registry.control import Control, follow, pin, release, roll_back
 from state.registry.registry import Registry
@@ -81,7 +82,7 @@ def test_every_version_is_recomputed_whatever_happened_on_the_way(tmp_path: Path
     # Of control only where epochs begin and end is read: years of pins cost nothing.
     for at in range(6):
         registry.change(lambda one, at=at: pin(one, to, **PINS) if at % 2 == 0 else follow(one, **PINS))
-    registry._control_path(6).write_text("nobody reads it")
+    (registry.path / CONTROL / "00000006.json").write_text("nobody reads it")
     before = names(registry)
 
     for version, base, first in ((1, 0, 0), (to, 1, 0), (late, to, None), (newest, to, None)):

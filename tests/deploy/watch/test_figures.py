@@ -347,11 +347,17 @@ def test_each_problem_is_reported_from_its_bound_on(figures: dict[str, Any], wor
         ({"registry": {"answers": False}}, "no registry can be read"),
         ({"accounting": {"balanced": None}}, "accounts unknown"),
         ({"accounting": {"balanced": False}}, "accounts do not balance"),
-        ({"experiments": [{"rollout": {"stopped": True, "unwatched_s": 90.0}}]}, "a rollout was stopped, nobody watches the rollout"),
+        (
+            {"experiments": [{"rollout": {"stopped": True, "unwatched_s": 90.0}}]},
+            "a rollout was stopped, nobody watches the rollout",
+        ),
         ({"experiments": [{"problem": "damaged"}], "retrain": {"problem": "damaged"}}, "experiments cannot be read"),
         ({"retrain": {"problem": "", "outcome": "failed"}}, "the last retrain failed"),
         ({"live_clicks": {"anomalies": {"ENUM": 1}}}, "live clicks have changed"),
-        ({"accounting": {"balanced": True}, "retrain": None, "experiments": None, "live_clicks": None}, "nothing is wrong"),
+        (
+            {"accounting": {"balanced": True}, "retrain": None, "experiments": None, "live_clicks": None},
+            "nothing is wrong",
+        ),
     ],
 )
 def test_what_the_sections_show_is_in_the_same_list(sections: dict[str, Any], words: str) -> None:
