@@ -239,11 +239,16 @@ class ReadClicks(Step[StreamContext]):
     ) -> Iterator[list[PartitionBatch]]:
         """Polls until the process was asked to stop, or control has changed."""
         context = self.handle.context
-        clicks = ClickReader(context)
+        clicks, stream = ClickReader(context), context.settings.stream
         while tracker.try_claim(context.stopping.is_set() or context.watch.changed()):
+            polled_s = time.perf_counter()
             with self.handle.watched():
                 batches = clicks.poll()
             begun_s = time.perf_counter()
             # All downstream steps run before the generator continues.
             yield batches
             context.metrics.busy_seconds.inc(time.perf_counter() - begun_s)
+            if 0 < sum(map(len, batches)) < stream.batch_events:
+                # At the end of the log a poll returns with the next click. A poll and its steps cost the same for one click
+                # as for fifty, so more are given the time to arrive.
+                context.stopping.wait(max(0.0, stream.poll_ms / 1000 - (time.perf_counter() - polled_s)))

@@ -290,7 +290,13 @@ class Stream:
         most=15_000_000,
         help="Maximum size of a micro-batch record; a larger micro-batch is split.",
     )
-    poll_ms: int = setting(20, "ms", least=1, most=60_000, help="Maximum wait for clicks in a poll.")
+    poll_ms: int = setting(
+        20,
+        "ms",
+        least=1,
+        most=60_000,
+        help="Maximum wait for clicks in a poll; also the interval of polls at the end of the log.",
+    )
     batch_events: int = setting(
         2048, "events", least=1, most=1_000_000, help="Maximum number of events in a columnar batch."
     )

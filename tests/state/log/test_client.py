@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import selectors
 import socket
 import time
 from dataclasses import replace
@@ -12,6 +13,7 @@ import pytest
 from state.config.sections import Kafka
 from state.errors import LogError, UnreachableBroker
 from state.log import Reader, Topics, Writer, client_options
+from state.log.client import ClientSelector
 
 LEFT_SOCKETS = pytest.mark.filterwarnings("ignore:unclosed <s:ResourceWarning")
 
@@ -80,3 +82,23 @@ def test_the_wrong_protocol_is_told_in_one_line(settings: Kafka) -> None:
         with pytest.raises(LogError, match=r"kafka\.security_protocol") as raised:
             Topics(replace(settings, request_timeout_s=1.0, **changes))  # type: ignore[arg-type]
         assert "\n" not in str(raised.value)
+
+
+def test_the_selector_knows_the_keys_that_the_standard_one_knows() -> None:
+    ours, theirs = ClientSelector(), selectors.DefaultSelector()
+    one, other = socket.socketpair()
+    with ours, theirs, one, other:
+        for selector in (ours, theirs):
+            with pytest.raises(KeyError):
+                selector.get_key(one)
+            selector.register(one, selectors.EVENT_READ, "reads")
+        assert ours.get_key(one) == theirs.get_key(one) == ours.get_key(one.fileno())
+        for selector in (ours, theirs):
+            selector.modify(one, selectors.EVENT_WRITE, "writes")
+        assert ours.get_key(one) == theirs.get_key(one) and ours.get_key(one).data == "writes"
+        ours.unregister(one)
+        with pytest.raises(KeyError):
+            ours.get_key(one)
+        ours.register(other, selectors.EVENT_READ)
+        other.close()
+        assert ours.get_key(other).fileobj is other
