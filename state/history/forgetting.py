@@ -1,4 +1,4 @@
-"""The contract of stores that forget erased users, and what a store of histories records of its progress.
+"""What a store of histories records of the erasures that it applied.
 
 LMDB keeps deleted data on free pages of its file until they are reused. So a
 store is compacted after an erasure, but not at each one: copying the whole file
@@ -9,20 +9,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from typing import Protocol
-
-from state.features.erased import Erased
 
 FORGOTTEN = "erased"  # name of the store's extra
 PAGES_MS = 600_000
 """Least time between two compactions of a store."""
-
-
-class ForgetsUsers(Protocol):
-    """A store with data of users: the histories of a stream or host, or one bucket of a distributed job."""
-
-    def forget(self, erased: Erased) -> object:
-        """Removes the events and waiting rows that `erased` names; later data of these users stays."""
 
 
 @dataclass(frozen=True)

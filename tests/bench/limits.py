@@ -40,11 +40,10 @@ from state.process.wall_clock import wall_ms
 from tests.bench.loop import freshness
 from tests.bench.report import Figure, Stages, report
 from tests.bench.stream import CHUNK, PACE_S, PARTITIONS, Clicks
-from tests.e2e.running import ROOT
+from tests.e2e.running import PORTS, ROOT
 
-PORTS = ("serving.port", "stream.metrics_port", "trainer.metrics_port", "serving.metrics_port")
-OURS = ("serving.grpc_port", "validation.metrics_port", "segments.metrics_port", "up.metrics_port")
-"""Ports that 0.1.0 does not have."""
+OLD_PORTS = ("serving.port", "stream.metrics_port", "trainer.metrics_port", "serving.metrics_port")
+"""Ports of 0.1.0."""
 FIRST = 20_000
 """Clicks that are there at the first start, for the base."""
 STEP = 1.125
@@ -76,7 +75,7 @@ class Measured:
             self._id = topics.describe(self.kafka.clicks_topic).topic_id
         # 0.1.0 names the sources in every answer.
         self.fields = "?fields=sources" if checkout == ROOT else ""
-        self.ports = free_ports((*PORTS, *OURS) if checkout == ROOT else PORTS)
+        self.ports = free_ports(PORTS if checkout == ROOT else OLD_PORTS)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -86,7 +85,7 @@ class Measured:
             "shoppers.rate": 1, "bootstrap.min_rows": 2000,
         }  # fmt: skip
         if self.checkout == ROOT:
-            flags |= {"console.port": 0, "up.prometheus_port": free_port()}
+            flags["console.port"] = 0
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
         with (self.folder / "log").open("ab") as log:
             process = subprocess.Popen(
