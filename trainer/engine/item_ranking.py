@@ -1,0 +1,273 @@
+"""Learns what `recommend` ranks items by: lists of items with decayed counts, and the weights of the item score.
+
+Of each accepted update, in the order of its rows:
+
+1. Some rows, chosen by a hash of user and time, teach the weights before they are counted: one step of softmax regression
+   over the candidates that serving would have (`state/ranking/item_scores.py`).
+2. Each row that is a click is counted: in the lists of its category, of its context and of everything, in the list of the
+   item that its user clicked before, and in the user's own list.
+
+All of it is a function of the log. Rows with a label below 0.5 are not clicks. With a privacy budget nothing is learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from state.compiled import compiled
+from state.compiled.mixing import mix
+from state.config.settings import Settings
+from state.microbatch.batch import MicroBatch
+from state.ranking import item_scores
+from state.ranking.item_lists import (
+    CLICKED,
+    EVERYTHING,
+    FOLLOWED,
+    LISTS_OF_EVERYTHING,
+    VISITED,
+    ItemLists,
+    count_click,
+    count_visit,
+)
+from state.ranking.item_scores import (
+    CATEGORY_AT,
+    COLUMNS,
+    CONTEXT_AT,
+    EVERYTHING_AT,
+    INTERESTS,
+    INTERESTS_AT,
+    WEIGHTS,
+    Reads,
+    Workspace,
+    clear,
+    gather,
+    learn,
+    score,
+)
+from trainer.engine.engine import Scores
+from trainer.tables.index import F32, I32, U64
+from trainer.tables.item_lists import ItemListTable
+
+I64 = npt.NDArray[np.int64]
+F64 = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+
+ROWS_OF_A_LIST = 8
+"""`trainer.max_rows` allows one list for so many rows."""
+CAPACITY = 1024
+FIRST_ROWS, FIRST_EVERY, EVERY = 4096, 8, 64
+"""One in `EVERY` rows teaches the weights; until `FIRST_ROWS` did, one in `FIRST_EVERY`."""
+LEAST_ROWS = 256
+"""So many rows must have taught the weights before a version has them."""
+RATE = 0.03
+
+
+class ItemRanking:
+    """The lists of items and the weights of the item score.
+
+    Args:
+        settings: All settings.
+
+    Attributes:
+        tables: The tables of lists, by name.
+        learned: Rows that taught the weights.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        trainer = settings.trainer
+        most = max(trainer.max_rows // ROWS_OF_A_LIST, CAPACITY)
+        self.tables = {
+            name: ItemListTable(name, CAPACITY, trainer.admit_after if name == FOLLOWED else 1, most)
+            for name in (CLICKED, FOLLOWED, VISITED)
+        }
+        self._work = Workspace.empty()
+        self.clear()
+
+    @classmethod
+    def of(cls, settings: Settings) -> ItemRanking | None:
+        """What the settings want; None with a privacy budget."""
+        return None if settings.privacy.epsilon else cls(settings)
+
+    def clear(self) -> None:
+        """Forgets the weights. The trainer clears the tables."""
+        self.learned = 0
+        self._weights = item_scores.first_weights()
+        self._squares = np.zeros_like(self._weights)
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """The weights, their sums of squared gradients, and how many rows taught them."""
+        return {"weights": self._weights.copy(), "squares": self._squares.copy(), "learned": np.array(self.learned)}
+
+    def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Sets what `state` returned; a release without it, or with other features, starts from scratch."""
+        self.clear()
+        if "weights" in state and state["weights"].shape == self._weights.shape:
+            self._weights = np.array(state["weights"], np.float64)
+            self._squares = np.array(state["squares"], np.float64)
+            self.learned = int(state["learned"])
+
+    def served(self) -> dict[str, npt.NDArray[Any]]:
+        """The tensors that serving reads; none before enough rows taught the weights."""
+        return {WEIGHTS: self._weights.copy()} if self.learned >= LEAST_ROWS else {}
+
+    def count(self, batch: MicroBatch, context: U64, scores: Scores, successors: U64, popular: U64) -> None:
+        """Learns from the rows of an accepted update and counts them.
+
+        Args:
+            batch: n rows.
+            context: `[n, K]` uint64, the context fields, 0 where a field is not given.
+            scores: Of the rows, before the update.
+            successors: `[n, S]` uint64, the candidates of the row.
+            popular: `[P]` uint64, likewise.
+        """
+        clicked = (batch.item != 0) & ~(batch.label < 0.5)
+        if not clicked.any():
+            return
+        rows = np.flatnonzero(clicked)
+        user, item, category = (np.ascontiguousarray(ids[rows]) for ids in (batch.user, batch.item, batch.category))
+        at_ms = batch.at_ms[rows]
+        visited, followed, lists = (self.tables[name] for name in (VISITED, FOLLOWED, CLICKED))
+        own = visited.observe(user, at_ms)
+        newest = np.zeros((len(rows), 2), np.uint64)
+        _newest(own, item, visited.held, np.zeros((len(visited.held.ids), 2), np.uint64), newest)
+        followed.observe(newest[:, 0].copy(), at_ms)
+        keys = np.concatenate([category[:, None], context[rows]], 1)
+        lists.observe(np.ascontiguousarray(keys).reshape(-1), np.repeat(at_ms, keys.shape[1]))
+        lists.observe(EVERYTHING, np.full(len(EVERYTHING), at_ms.max()))
+        for table in self.tables.values():
+            table.evict()
+        own = visited.find(user)
+        taught = np.flatnonzero(_teaching(user, at_ms, FIRST_EVERY if self.learned < FIRST_ROWS else EVERY))
+        taught = taught[own[taught] != 0]
+        reads = self._reads(batch, rows[taught], context, scores, successors, popular)
+        after = np.stack([followed.find(newest[:, 0].copy()), followed.find(newest[:, 1].copy())], 1)
+        self.learned += _run(
+            item,
+            at_ms // 1000,
+            own,
+            np.ascontiguousarray(after),
+            np.ascontiguousarray(lists.find(keys.reshape(-1)).reshape(keys.shape)),
+            lists.find(EVERYTHING),
+            taught,
+            reads,
+            (lists.held, followed.held, visited.held),
+            self._weights,
+            self._squares,
+            self._work,
+        )
+        for table, touched in ((visited, own), (followed, np.ascontiguousarray(after[:, 0]))):
+            table.touch(touched)
+
+    def _reads(
+        self, batch: MicroBatch, rows: I64, context: U64, scores: Scores, successors: U64, popular: U64
+    ) -> Reads:
+        """The lists of `clicked` that serving would read for some rows, `[m, r]` each."""
+        lists, count = self.tables[CLICKED], len(rows)
+        logits = np.concatenate(
+            [part[rows] for part in (scores.recent_logits, scores.popular_logits, scores.successor_logits)], 1
+        )
+        recent = batch.recent_categories[rows]
+        ids = np.concatenate([recent, np.broadcast_to(popular, (count, popular.size)), successors[rows]], 1)
+        likely, shares = item_scores.likeliest(logits, ids)
+        named = [np.broadcast_to(EVERYTHING, (count, len(EVERYTHING))), recent[:, :1], likely, context[rows]]
+        found = lists.find(np.ascontiguousarray(np.concatenate(named, 1)).reshape(-1))
+        sources = item_scores.sources_of(context.shape[1])
+        weights = np.ones((count, len(sources)), np.float32)
+        weights[:, sources == INTERESTS_AT] = shares
+        return Reads(found.reshape(count, len(sources)), sources, weights)
+
+
+@compiled("i4[::1], u8[::1], ItemLists, u8[:, ::1], u8[:, ::1]")
+def _newest(own: I32, item: U64, visited: ItemLists, within: U64, newest: U64) -> None:
+    """The newest item of each row's user before the row, and the one before that; `within` has zeros for each list."""
+    for i in range(own.shape[0]):
+        row = own[i]
+        if row == 0:
+            continue
+        if within[row, 0] == np.uint64(0):
+            within[row, 0], within[row, 1] = visited.ids[row, 0], visited.ids[row, 1]
+        newest[i, 0], newest[i, 1] = within[row, 0], within[row, 1]
+        if within[row, 0] != item[i]:
+            within[row, 0], within[row, 1] = item[i], within[row, 0]
+
+
+@compiled("u8[::1], i8[::1], i8, bool[::1]")
+def _choose(user: U64, at_ms: I64, every: int, chosen: Flags) -> None:
+    for i in range(user.shape[0]):
+        chosen[i] = mix(user[i] ^ mix(np.uint64(at_ms[i]))) % np.uint64(every) == np.uint64(0)
+
+
+def _teaching(user: U64, at_ms: I64, every: int) -> Flags:
+    """Which of `[n]` rows teach the weights, about one in `every`."""
+    chosen = np.zeros(len(user), np.bool_)
+    _choose(user, np.ascontiguousarray(at_ms), every, chosen)
+    return chosen
+
+
+@compiled(
+    "u8[::1], i8[::1], i4[::1], i4[:, ::1], i4[:, ::1], i4[::1], i8[::1], i4[:, ::1], i4[::1], f4[:, ::1], "
+    "ItemLists, ItemLists, ItemLists, f8[:, ::1], f8[:, ::1], Workspace"
+)
+def _learn_and_count(
+    item: U64,
+    at_s: I64,
+    own: I32,
+    after: I32,
+    keys: I32,
+    everything: I32,
+    taught: I64,
+    read_rows: I32,
+    read_sources: I32,
+    read_weights: F32,
+    clicked: ItemLists,
+    followed: ItemLists,
+    visited: ItemLists,
+    weights: F64,
+    squares: F64,
+    work: Workspace,
+) -> int:
+    phi = np.zeros(COLUMNS, np.float32)
+    following, learned = 0, 0
+    for i in range(item.shape[0]):
+        if following < taught.shape[0] and taught[following] == i:
+            reads = Reads(read_rows[following], read_sources, read_weights[following])
+            count = gather(clicked, followed, visited, reads, after[i], own[i], at_s[i], phi, work)
+            score(weights, phi, count, work)
+            learned += learn(item[i], count, phi, RATE, weights, squares, work)
+            clear(count, work)
+            following += 1
+        count_click(everything[(mix(item[i]) % np.uint64(LISTS_OF_EVERYTHING))], item[i], at_s[i], clicked)
+        for k in range(keys.shape[1]):
+            if keys[i, k] != 0:
+                count_click(keys[i, k], item[i], at_s[i], clicked)
+        if own[i] != 0:
+            newest = visited.ids[own[i], 0]
+            if after[i, 0] != 0 and newest != item[i]:
+                count_click(after[i, 0], item[i], at_s[i], followed)
+            count_visit(own[i], item[i], at_s[i], visited)
+    return learned
+
+
+def _run(
+    item: U64,
+    at_s: I64,
+    own: I32,
+    after: I32,
+    keys: I32,
+    everything: I32,
+    taught: I64,
+    reads: Reads,
+    tables: tuple[ItemLists, ItemLists, ItemLists],
+    weights: F64,
+    squares: F64,
+    work: Workspace,
+) -> int:
+    return int(
+        _learn_and_count(
+            item, np.ascontiguousarray(at_s), own, after, keys, everything, taught, *reads, *tables, weights, squares, work
+        )
+    )

@@ -1,0 +1,54 @@
+"""Tables of item lists (`state/ranking/item_lists.py`), on the host and without learned weights."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from state.ranking import item_lists
+from state.ranking.item_lists import ItemLists
+from trainer.tables.id_table import NO_CAP, IdTable
+from trainer.tables.index import F32, I32, U64
+from trainer.tables.places import grown
+
+
+class ItemListTable(IdTable):
+    """A table with one list of items per key.
+
+    Args:
+        name: The table's name in versions, one of `item_lists.ENTRIES`.
+        capacity: Initial capacity in lists. It doubles when the table is full, and shrinks when few lists are left.
+        admit_after: Occurrences that a key needs before it gets a list.
+        max_rows: The most keys with a list.
+    """
+
+    def __init__(self, name: str, capacity: int = 1024, admit_after: int = 1, max_rows: int = NO_CAP) -> None:
+        self._entries = item_lists.ENTRIES[name]
+        super().__init__(name, item_lists.width(self._entries), capacity, admit_after, max_rows)
+        self._lists = ItemLists.empty(self.capacity, self._entries)
+
+    @property
+    def held(self) -> ItemLists:
+        """All lists by row; list 0 is that of no key. Valid until the table changes."""
+        return self._lists
+
+    def put(self, rows: I32, values: F32, accum: F32) -> None:
+        """Sets lists (rows `[n]` int32) from rows of a version, `[n, dim]` float32; there is no accumulator."""
+        for part, new in zip(self._lists, item_lists.unpack(values), strict=True):
+            part[rows] = new
+
+    def _held(self, rows: I32) -> tuple[F32, F32]:
+        return self._served(rows), np.zeros((len(rows), 0), np.float32)
+
+    def _served(self, rows: I32) -> F32:
+        return item_lists.pack(self._lists.take(rows))
+
+    def _begin(self, ids: U64, rows: I32) -> None:
+        for part in self._lists:
+            part[rows] = 0
+
+    def _use(self) -> F32:
+        return np.ascontiguousarray(self._lists.totals[:, -1])
+
+    def _resize(self, capacity: int, former: I32 | None = None) -> None:
+        parts = self._lists if former is None else [part[former] for part in self._lists]
+        self._lists = ItemLists(*(grown(part, capacity) for part in parts))
