@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.measures import Estimate, Figure, Table, area_under_curve, mean, ratio, table
+from evaluation.measures import Estimate, Figure, Score, Table, area_under_curve, mean, ratio, table
 from evaluation.progressive import INTERESTS, SHOWN, Asked, Engagements, Interests, Lists, ProgressiveValidation
 
 F64, I64 = NDArray[np.float64], NDArray[np.int64]
@@ -18,7 +18,14 @@ Flags = NDArray[np.bool_]
 PERIODS = 40
 """Most periods of equal length over which figures are shown."""
 FEWEST_IN_PERIOD = 20
-HISTORIES = ((0, 0), (1, 4), (5, 19), (20, None))
+HISTORIES = ((0, 0), (1, 4), (5, 19), (20, 1 << 62))
+BY_HISTORY = {
+    "users without earlier clicks": "none",
+    "users with 1 to 4 earlier clicks": "1 to 4",
+    "users with 5 to 19 earlier clicks": "5 to 19",
+    "users with 20 or more earlier clicks": "20 or more",
+}
+"""The tables by the number of a user's earlier clicks, and their columns in the text."""
 IN_PERCENT = {"top1", "top5", "auc", "recall@10", "recall@20", "mrr", "ndcg@20", "coverage"}
 NAMES = {"top1": "top-1", "top5": "top-5", "log_loss": "log loss", "auc": "AUC", "mrr": "MRR", "ndcg@20": "NDCG@20"}
 
@@ -163,10 +170,8 @@ def recommendation_tables(asked: Sequence[Asked]) -> list[Table]:
         ("clicks on items that are new to the user", new, lambda one: one.ranks),
         ("clicks on items that are new to the user, with exclude_seen", new, lambda one: one.unseen_ranks),
     ]
-    for least, most in HISTORIES:
-        some = [one for one in asked if least <= one.history and (most is None or one.history <= most)]
-        name = f"{least} or more" if most is None else f"{least} to {most}" if most else "no"
-        groups.append((f"users with {name} earlier clicks", some, lambda one: one.ranks))
+    for (least, most), about in zip(HISTORIES, BY_HISTORY, strict=True):
+        groups.append((about, [one for one in asked if least <= one.history <= most], lambda one: one.ranks))
     return [_rank_table(about, some, ranks) for about, some, ranks in groups if some]
 
 
@@ -283,7 +288,10 @@ def as_text(evaluation: Evaluation) -> str:
         if tables:
             lines += ["", title]
         for shown in tables:
-            lines += ["", *_table_lines(shown)]
+            if shown.about not in BY_HISTORY:
+                lines += ["", *_table_lines(shown)]
+    if by_history := [shown for shown in evaluation.recommendation if shown.about in BY_HISTORY]:
+        lines += ["", *_history_lines(by_history)]
     for title, about, sources in (
         ("What each source of candidates of springtide contributed", 0, evaluation.sources),
         ("The same with exclude_seen, for items that are new to the user", 2, evaluation.unseen_sources),
@@ -297,15 +305,26 @@ def _table_lines(shown: Table) -> Iterator[str]:
     measures = list(shown.scores[0].figures)
     yield f"  {shown.about}: {shown.rows:,} of {shown.users:,} users"
     cells = [["", *(NAMES.get(measure, measure) for measure in measures)]]
-    for score in shown.scores:
-        cells.append([score.name])
-        for measure in measures:
-            scale = 100.0 if measure in IN_PERCENT else 1.0
-            cell = _shown(score.figures[measure], scale)
-            if measure in score.difference:
-                cell += f" ({_shown(score.difference[measure], scale, signed=True)})"
-            cells[-1].append(cell)
+    cells += [[score.name, *(_cell(score, measure) for measure in measures)] for score in shown.scores]
     yield from _aligned(cells)
+
+
+def _history_lines(tables: Sequence[Table]) -> Iterator[str]:
+    """One column for each table."""
+    yield "  recall@20 by the number of earlier clicks of the user"
+    cells = [["", *(BY_HISTORY[shown.about] for shown in tables)]]
+    cells.append(["clicks", *(f"{shown.rows:,}" for shown in tables)])
+    for scores in zip(*(shown.scores for shown in tables), strict=True):
+        cells.append([scores[0].name, *(_cell(score, "recall@20") for score in scores)])
+    yield from _aligned(cells)
+
+
+def _cell(score: Score, measure: str) -> str:
+    scale = 100.0 if measure in IN_PERCENT else 1.0
+    text = _shown(score.figures[measure], scale)
+    if measure not in score.difference:
+        return text
+    return f"{text} ({_shown(score.difference[measure], scale, signed=True)})"
 
 
 def _shown(figure: Figure, scale: float, signed: bool = False) -> str:

@@ -85,8 +85,6 @@ def analyse(
     settings: Settings, spec: FeatureSpec, events: RecordedEvents, attributes: KnownFields | None
 ) -> Preprocessing:
     """The preprocessing with the feature constants of the first `bootstrap.sample_rows` rows, as a bootstrap finds them."""
-    # Threads are fixed before TensorFlow's first operation, which the analysis is.
-    prepare(settings.trainer.device, settings.trainer.threads)
     first = list[EventBatch]()
     for batch in events.batches:
         if sum(map(len, first)) >= settings.bootstrap.sample_rows:
@@ -97,6 +95,8 @@ def analyse(
         tempfile.TemporaryDirectory(prefix="springtide-evaluate-") as folder,
         micro_batches(settings, spec, events, attributes, first) as batches,
     ):
+        # Threads are fixed before TensorFlow's first operation, which the analysis is.
+        prepare(settings.trainer.device, settings.trainer.threads)
         features = np.concatenate([batch.features for batch in batches])
         analysed([features], load_preprocessing(settings.model.preprocessing, settings.model), Path(folder))
         return preprocessing_of(Path(folder))
