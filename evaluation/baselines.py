@@ -33,7 +33,10 @@ from numpy.typing import NDArray
 from state.compiled import compiled
 from trainer.measures.predictions import NONE, CategoryPrediction
 
-F64, I32, I64, U64 = NDArray[np.float64], NDArray[np.int32], NDArray[np.int64], NDArray[np.uint64]
+F64 = NDArray[np.float64]
+I32 = NDArray[np.int32]
+I64 = NDArray[np.int64]
+U64 = NDArray[np.uint64]
 
 HOUR_MS = 3_600_000
 HALF_LIVES_MS = {"30m": HOUR_MS // 2, "6h": 6 * HOUR_MS, "1d": 24 * HOUR_MS}

@@ -48,7 +48,9 @@ from trainer.measures.progressive import row_sums
 from trainer.measures.step_scores import SUMS, no_sums
 from trainer.versions import checkpoint
 
-F64, I64, U64 = NDArray[np.float64], NDArray[np.int64], NDArray[np.uint64]
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+U64 = NDArray[np.uint64]
 Flags = NDArray[np.bool_]
 
 SHOWN = 20

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from evaluation.measures import Estimate, Figure, Score, Table, area_under_curve, mean, ratio, table
 from evaluation.progressive import INTERESTS, SHOWN, Asked, Engagements, Interests, Lists, ProgressiveValidation
 
-F64, I64 = NDArray[np.float64], NDArray[np.int64]
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
 Flags = NDArray[np.bool_]
 
 PERIODS = 40
