@@ -80,9 +80,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--record-s",
         type=float,
-        default=60.0,
+        default=300.0,
         metavar="S",
-        help="maximum log time of a training step, in seconds (default 60)",
+        help="maximum log time of a training step, in seconds (default 300)",
     )
     made.add_argument("-o", "--output", choices=("text", "json"), default="text", help="output format (default text)")
     made.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON to FILE")

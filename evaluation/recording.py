@@ -63,7 +63,7 @@ class RecordLimits(NamedTuple):
     """
 
     rows: int = 512
-    span_s: float = 60.0
+    span_s: float = 300.0
 
     def size(self, at_ms: I64) -> int:
         """The number of clicks of the next record, at least 1.
