@@ -24,7 +24,10 @@ from state.compiled.preparing import Kernels
 from state.process import log_lines
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 
-USED = ("state.features.kernel", "state.log.batch_decoder", "state.ranking.crosses", "state.ranking.transitions")
+USED = (
+    "state.features.kernel", "state.log.batch_decoder", "state.ranking.crosses", "state.ranking.item_scores",
+    "state.ranking.transitions",
+)  # fmt: skip
 """The modules with kernels that serving and the stream use."""
 ALL = "--all"
 MOST_PROCESSES = 4

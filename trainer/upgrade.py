@@ -43,6 +43,7 @@ from state.registry.manifest import Manifest
 from state.registry.model_fit import accepted, differences, version_to_go_on_from
 from state.registry.registry import Registry
 from state.registry.upgrades import going_on_to, upgrade
+from state.rows.tables import OPTIONAL
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
@@ -82,7 +83,7 @@ def run(settings: Settings, dry_run: bool, learn_anew: bool, reason: str, say: S
         else:
             planned, lines = planning(registry, version, settings, spec)
             said, plan = lines, planned.document()
-            if not differences(registry, version, settings, spec) and not planned.wanting(("cross", "transition")):
+            if not differences(registry, version, settings, spec) and not planned.wanting(OPTIONAL):
                 say(f"version {version.version} fits these settings: there is nothing to upgrade")
                 return None
             if accepted(registry, settings, spec):

@@ -100,12 +100,6 @@ def width(entries: int) -> int:
 
 
 @compiled
-def everything_of(item: np.uint64) -> np.uint64:
-    """The key among `EVERYTHING` of an item's list."""
-    return np.uint64(1) + mix(item) % np.uint64(LISTS_OF_EVERYTHING)
-
-
-@compiled
 def _decay(row: int, lists: ItemLists, at_s: int) -> None:
     """Decays a list to a time; a time before the list's changes nothing."""
     elapsed_s = at_s - lists.at_s[row]

@@ -142,7 +142,9 @@ def _find(item: np.uint64, count: int, work: Workspace) -> int:
 
 
 @compiled
-def _add(lists: ItemLists, row: int, source: int, weight: float, totals: F32, at_s: int, count: int, work: Workspace) -> int:
+def _add(
+    lists: ItemLists, row: int, source: int, weight: float, totals: F32, at_s: int, count: int, work: Workspace
+) -> int:
     """Adds the items of a list; returns the number of candidates. totals: `[H]`, the clicks that shares are of."""
     elapsed_s = max(0, at_s - lists.at_s[row])
     scale = np.empty(LIVES, np.float32)
@@ -318,7 +320,9 @@ def likeliest(logits: F32, ids: U64) -> tuple[U64, F32]:
     """
     shares = np.exp(logits - logits.max(1, keepdims=True))
     shares /= shares.sum(1, keepdims=True)
-    best = np.argpartition(-shares, INTERESTS, 1)[:, :INTERESTS] if shares.shape[1] > INTERESTS else np.arange(INTERESTS)
+    best = (
+        np.argpartition(-shares, INTERESTS, 1)[:, :INTERESTS] if shares.shape[1] > INTERESTS else np.arange(INTERESTS)
+    )
     found = np.take_along_axis(shares, best, 1).astype(np.float32)
     return np.where(found > 0.0, np.take_along_axis(ids, best, 1), np.uint64(0)), found
 

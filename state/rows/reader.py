@@ -257,7 +257,7 @@ class RowReader:
         return np.unique(np.concatenate(found))
 
     def dense(self, version: int) -> dict[str, NDArray[Any]]:
-        """The dense tensors of an applied version, by their names without `dense.`, and those of the churn model."""
+        """The dense tensors of an applied version, by their names without `dense.`; those of churn and of the item score."""
         return load_tensors(required(self._transaction, version, self._databases["dense"]))
 
     def popular(self, version: int) -> NDArray[np.uint64]:

@@ -42,10 +42,24 @@ from state.disk.lmdb_store import LmdbStore
 from state.errors import StoreError, UnknownVersion
 from state.features.erased import Erased
 from state.process import killpoints
+from state.ranking.item_scores import PREFIX as RECOMMEND
 from state.registry.manifest import Manifest, Visible
 from state.rows.reader import Databases, LastServed, RowReader, Served, required, stored
 from state.rows.sweep import Branch, branches_of, delete_dead_lanes, has_rows, sweep_row
-from state.rows.tables import CODES, LANES, OWN, TABLES, TOP, lane_of, row_keys, stem, tables_in, u64, version_of
+from state.rows.tables import (
+    CODES,
+    COUNTED,
+    LANES,
+    OWN,
+    TABLES,
+    TOP,
+    lane_of,
+    row_keys,
+    stem,
+    tables_in,
+    u64,
+    version_of,
+)
 
 if TYPE_CHECKING:
     # Its kernels load a compiler, which commands do without.
@@ -175,10 +189,10 @@ def put_dense(
 ) -> None:
     """Writes a version's dense weights and popular categories; those that it does not have are its parent's.
 
-    Its churn weights are stored next to its dense weights.
+    Its weights of churn and of the item score are stored next to its dense weights.
     """
     dense = {name[6:]: np.ascontiguousarray(value) for name, value in tensors.items() if name.startswith("dense.")}
-    dense |= {f"{STORED}{name}": value for name, value in tensors.items() if name.startswith(CHURN)}
+    dense |= {f"{STORED}{name}": value for name, value in tensors.items() if name.startswith((CHURN, RECOMMEND))}
     popular = tensors.get("popular")
     if parent is not None:
         # Weights of a model that an upgrade replaced are not kept.
@@ -237,7 +251,7 @@ def _leave_out(transaction: lmdb.Transaction, changes: lmdb._Database, versions:
 
 def user_tables(records: Iterable[Served]) -> set[str]:
     """The tables that may have rows of users: the user table, and a ranker's own tables with user ids only."""
-    return {"user", *(name for record in records for name in record.dims if name not in TABLES)}
+    return {"user", *(name for record in records for name in record.dims if name not in (*TABLES, *COUNTED))}
 
 
 def ids_in(transaction: lmdb.Transaction, rows: lmdb._Database, table: str) -> U64:

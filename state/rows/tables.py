@@ -26,7 +26,16 @@ from numpy.typing import NDArray
 TABLES = ("user", "item", "category", "context", "cross", "transition")
 """Tables of every version, in the order of their numbers in keys."""
 
-TAKEN = frozenset({*TABLES, "dense", "slots", "state", "popular", "churn"})
+COUNTED = ("transition", "clicked", "followed", "visited")
+"""Tables of counts, see `state/ranking`. A version of an earlier release lacks some of them, or has other ones."""
+
+UNSERVED = frozenset({"visited"})
+"""Tables that only the trainer reads: serving has the users' histories."""
+
+OPTIONAL = frozenset({"cross", *COUNTED})
+"""Tables that a version may lack, or have in another form: they then start empty."""
+
+TAKEN = frozenset({*TABLES, *COUNTED, "dense", "slots", "state", "popular", "churn", "recommend"})
 """Names that a ranker's own table may not have: other tensors in a version's files begin with them."""
 
 OWN = 7
@@ -66,12 +75,13 @@ def is_name(text: str) -> bool:
 
 
 def tables_in(tensors: Iterable[str]) -> tuple[str, ...]:
-    """The tables of a version, from the names of its tensors: those of every version, then a ranker's own by name.
+    """The tables of a version, from the names of its tensors: those of every version, then others by name.
 
     >>> tables_in(["item.ids", "attended.ids", "attended.rows", "state.popular.ids"])[len(TABLES):]
     ('attended',)
     """
-    return *TABLES, *sorted(name[:-4] for name in tensors if name.endswith(".ids") and is_name(name[:-4]))
+    named = {name[:-4] for name in tensors if name.endswith(".ids")} - {*TABLES}
+    return *TABLES, *sorted(name for name in named if name in COUNTED or is_name(name))
 
 
 def own_input(table: str, ids: str) -> str:

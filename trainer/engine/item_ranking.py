@@ -34,11 +34,7 @@ from state.ranking.item_lists import (
     count_visit,
 )
 from state.ranking.item_scores import (
-    CATEGORY_AT,
     COLUMNS,
-    CONTEXT_AT,
-    EVERYTHING_AT,
-    INTERESTS,
     INTERESTS_AT,
     WEIGHTS,
     Reads,
@@ -114,12 +110,11 @@ class ItemRanking:
         """The tensors that serving reads; none before enough rows taught the weights."""
         return {WEIGHTS: self._weights.copy()} if self.learned >= LEAST_ROWS else {}
 
-    def count(self, batch: MicroBatch, context: U64, scores: Scores, successors: U64, popular: U64) -> None:
+    def count(self, batch: MicroBatch, scores: Scores, successors: U64, popular: U64) -> None:
         """Learns from the rows of an accepted update and counts them.
 
         Args:
             batch: n rows.
-            context: `[n, K]` uint64, the context fields, 0 where a field is not given.
             scores: Of the rows, before the update.
             successors: `[n, S]` uint64, the candidates of the row.
             popular: `[P]` uint64, likewise.
@@ -135,7 +130,7 @@ class ItemRanking:
         newest = np.zeros((len(rows), 2), np.uint64)
         _newest(own, item, visited.held, np.zeros((len(visited.held.ids), 2), np.uint64), newest)
         followed.observe(newest[:, 0].copy(), at_ms)
-        keys = np.concatenate([category[:, None], context[rows]], 1)
+        keys = np.concatenate([category[:, None], batch.context[rows]], 1)
         lists.observe(np.ascontiguousarray(keys).reshape(-1), np.repeat(at_ms, keys.shape[1]))
         lists.observe(EVERYTHING, np.full(len(EVERYTHING), at_ms.max()))
         for table in self.tables.values():
@@ -143,7 +138,7 @@ class ItemRanking:
         own = visited.find(user)
         taught = np.flatnonzero(_teaching(user, at_ms, FIRST_EVERY if self.learned < FIRST_ROWS else EVERY))
         taught = taught[own[taught] != 0]
-        reads = self._reads(batch, rows[taught], context, scores, successors, popular)
+        reads = self._reads(batch, rows[taught], scores, successors, popular)
         after = np.stack([followed.find(newest[:, 0].copy()), followed.find(newest[:, 1].copy())], 1)
         self.learned += _run(
             item,
@@ -159,12 +154,8 @@ class ItemRanking:
             self._squares,
             self._work,
         )
-        for table, touched in ((visited, own), (followed, np.ascontiguousarray(after[:, 0]))):
-            table.touch(touched)
 
-    def _reads(
-        self, batch: MicroBatch, rows: I64, context: U64, scores: Scores, successors: U64, popular: U64
-    ) -> Reads:
+    def _reads(self, batch: MicroBatch, rows: I64, scores: Scores, successors: U64, popular: U64) -> Reads:
         """The lists of `clicked` that serving would read for some rows, `[m, r]` each."""
         lists, count = self.tables[CLICKED], len(rows)
         logits = np.concatenate(
@@ -173,9 +164,9 @@ class ItemRanking:
         recent = batch.recent_categories[rows]
         ids = np.concatenate([recent, np.broadcast_to(popular, (count, popular.size)), successors[rows]], 1)
         likely, shares = item_scores.likeliest(logits, ids)
-        named = [np.broadcast_to(EVERYTHING, (count, len(EVERYTHING))), recent[:, :1], likely, context[rows]]
+        named = [np.broadcast_to(EVERYTHING, (count, len(EVERYTHING))), recent[:, :1], likely, batch.context[rows]]
         found = lists.find(np.ascontiguousarray(np.concatenate(named, 1)).reshape(-1))
-        sources = item_scores.sources_of(context.shape[1])
+        sources = item_scores.sources_of(batch.context.shape[1])
         weights = np.ones((count, len(sources)), np.float32)
         weights[:, sources == INTERESTS_AT] = shares
         return Reads(found.reshape(count, len(sources)), sources, weights)
@@ -268,6 +259,17 @@ def _run(
 ) -> int:
     return int(
         _learn_and_count(
-            item, np.ascontiguousarray(at_s), own, after, keys, everything, taught, *reads, *tables, weights, squares, work
+            item,
+            np.ascontiguousarray(at_s),
+            own,
+            after,
+            keys,
+            everything,
+            taught,
+            *reads,
+            *tables,
+            weights,
+            squares,
+            work,
         )
     )

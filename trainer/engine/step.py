@@ -44,6 +44,7 @@ from trainer.engine.build import engine_name, engine_of, optimizer_of, ranker_of
 from trainer.engine.compiled.softmax import exponentials, highest_of
 from trainer.engine.engine import CROSS, Measured, Scores
 from trainer.engine.guard import GuardState, Verdict, judge
+from trainer.engine.item_ranking import ItemRanking
 from trainer.engine.own_tables import Growth
 from trainer.engine.record import Record, Recorder, parts
 from trainer.engine.report import Report, Update, candidates_of, joined, joined_updates
@@ -227,6 +228,9 @@ class Trainer:
         self.transitions = transitions_of(settings)
         self._growth = Growth(self.model, learned)
         self.tables: dict[str, IdTable] = {**learned, self.transitions.name: self.transitions}
+        self.item_ranking = ItemRanking.of(settings)
+        if self.item_ranking is not None:
+            self.tables |= self.item_ranking.tables
         self.popular = Popular(settings.model.popular, settings.trainer.max_rows)
         self.evaluation, self.progressive, self._new_users = Evaluation(), Progressive(), np.empty(0, np.uint64)
         self._columns = Columns(settings.attributes)
@@ -253,8 +257,9 @@ class Trainer:
         self.breakdown = Breakdown.of(self.settings, self.slices)
         self.guard, self.guarded = GuardState(), {}
         self.counters = Counters()
-        if self.churn is not None:
-            self.churn.clear()
+        for part in (self.churn, self.item_ranking):
+            if part is not None:
+                part.clear()
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """The small state by name: counters, guard, evaluation, slices, popular. Tables, weights and slots are apart."""
@@ -276,9 +281,15 @@ class Trainer:
         for prefix, one in self._kept().items():
             one.load(part(f"{prefix}."))
 
-    def _kept(self) -> dict[str, Evaluation | Slices | Popular | ChurnLearner]:
-        churn = {} if self.churn is None else {"churn": self.churn}
-        return {"evaluation": self.evaluation, "slices": self.slices, "popular": self.popular, **churn}
+    def _kept(self) -> dict[str, Evaluation | Slices | Popular | ChurnLearner | ItemRanking]:
+        kept: dict[str, Evaluation | Slices | Popular | ChurnLearner | ItemRanking] = {
+            "evaluation": self.evaluation, "slices": self.slices, "popular": self.popular
+        }  # fmt: skip
+        if self.churn is not None:
+            kept["churn"] = self.churn
+        if self.item_ranking is not None:
+            kept["recommend"] = self.item_ranking
+        return kept
 
     def step(self, batch: MicroBatch, seed: tuple[int, int] | None = None, place: NoisePlace | None = None) -> Report:
         """Takes one step.
@@ -375,6 +386,8 @@ class Trainer:
             for name, touched in measured.rows.items():
                 self.tables[name].touch(touched)
             self._count(batch, record)
+            if self.item_ranking is not None:
+                self.item_ranking.count(batch, scores, record.ids["successor"], record.ids["popular"])
             counters.trained += len(batch)
             counters.event_time_ms = max(counters.event_time_ms, int(batch.at_ms.max()))
         else:

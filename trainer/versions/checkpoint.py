@@ -23,9 +23,8 @@ from state.errors import SettingsError, SpecMismatch
 from state.process import private_files
 from state.registry.manifest import Manifest
 from state.registry.registry import SERVING, TRAINING, Registry
-from state.rows.tables import tables_in
-from trainer.engine.build import TRANSITION, labelled
-from trainer.engine.engine import CROSS
+from state.rows.tables import OPTIONAL, UNSERVED, tables_in
+from trainer.engine.build import labelled
 from trainer.engine.step import Trainer
 from trainer.model.hyperparameters import HYPERPARAMETERS, MODEL_CODE
 from trainer.privacy.key import own_key
@@ -45,9 +44,12 @@ _INSTRUCTIONS = ("sse4_2", "avx", "avx2", "fma", "avx512f", "avx512_bf16", "avx5
 def served(trainer: Trainer) -> dict[str, content.Array]:
     """Copies the content of a recent version and resets its list of changes. Only the step thread may call it."""
     held = {
-        f"{name}.{field}": held for name, table in trainer.tables.items() for field, held in table.take_served().items()
+        f"{name}.{field}": held
+        for name, table in trainer.tables.items()
+        if name not in UNSERVED
+        for field, held in table.take_served().items()
     }
-    return held | _dense(trainer) | _churn(trainer) | {"popular": trainer.popular.top()}
+    return held | _dense(trainer) | _beside(trainer) | {"popular": trainer.popular.top()}
 
 
 def changes(trainer: Trainer) -> dict[str, content.Array]:
@@ -104,7 +106,7 @@ def tensors_of(versions: Registry, part: Manifest) -> dict[str, content.Array]:
 def load(trainer: Trainer, tensors: content.Tensors) -> None:
     """Replaces the whole state of `trainer` by a full state.
 
-    Crosses and transitions stay empty if the state is of a release without them, or with other ones.
+    Crosses and counts stay empty if the state is of a release without them, or with other ones.
 
     Raises:
         SettingsError: Tables or dense weights are of another model.
@@ -114,14 +116,14 @@ def load(trainer: Trainer, tensors: content.Tensors) -> None:
     # An upgrade leaves rows of width 0 of a table that is no longer read.
     widths = {name: width for name, width in widths.items() if width}
     ours = {name: table.dim for name, table in trainer.tables.items()}
-    for name in sorted((widths.keys() | ours.keys()) - {CROSS, TRANSITION}):
+    for name in sorted((widths.keys() | ours.keys()) - OPTIONAL):
         if widths.get(name) != ours.get(name):
             raise SettingsError(
                 f"rows of {name}: expected width {ours.get(name, 'none')}, the version has {widths.get(name, 'none')}",
                 "put the [model] settings back, or go on from it: `springtide upgrade --reason TEXT`",
             )
     for name, table in trainer.tables.items():
-        if name in (CROSS, TRANSITION) and widths.get(name) != table.dim:
+        if name in OPTIONAL and widths.get(name) != table.dim:
             continue
         table.load(Changes(**{field: tensors[f"{name}.{field}"] for field in Changes.FIELDS}))
     trainer.model.set_weights(_under("dense.", tensors))
@@ -217,7 +219,7 @@ def _tensors(trainer: Trainer, tables: Mapping[str, Changes]) -> dict[str, conte
     held: dict[str, content.Array] = {
         f"{name}.{field}": getattr(rows, field) for name, rows in tables.items() for field in Changes.FIELDS
     }
-    held |= _dense(trainer) | _churn(trainer)
+    held |= _dense(trainer) | _beside(trainer)
     held |= {f"slots.{name}": slot for name, slot in trainer.optimizer.slots().items()}
     held |= {f"state.{name}": value for name, value in trainer.state().items()}
     return held | {"popular": trainer.popular.top()}
@@ -227,8 +229,9 @@ def _dense(trainer: Trainer) -> dict[str, content.Array]:
     return {f"dense.{name}": weight for name, weight in trainer.model.weights().items()}
 
 
-def _churn(trainer: Trainer) -> dict[str, content.Array]:
-    return {} if trainer.churn is None else trainer.churn.served()
+def _beside(trainer: Trainer) -> dict[str, content.Array]:
+    churn = {} if trainer.churn is None else trainer.churn.served()
+    return churn if trainer.item_ranking is None else churn | trainer.item_ranking.served()
 
 
 def _under(prefix: str, tensors: content.Tensors) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from trainer.versions.content import PENDING, ROWS, Array, Tensors
 
 U64 = npt.NDArray[np.uint64]
 CROSS, CROSSED = "cross", ("item", "category", "context")
-OTHERS = frozenset({*CROSSED, "transition"})
+OTHERS = frozenset({*CROSSED, "transition", "clicked", "followed"})
 """Tables without rows of users. In a ranker's own tables only users' ids match, since 64-bit hashes do not collide."""
 WAITING, NO_ROWS = "state.churn.waiting.", "state.churn.waiting.counts"
 

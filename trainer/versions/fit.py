@@ -7,8 +7,8 @@ from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.registry.model_fit import differences, require_fit, version_to_go_on_from
 from state.registry.registry import Registry
-from trainer.engine.build import TRANSITION, ranker_of
-from trainer.engine.engine import CROSS
+from state.rows.tables import OPTIONAL
+from trainer.engine.build import ranker_of
 from trainer.engine.own_tables import EMBEDDINGS
 from trainer.model.ranker import Ranker
 from trainer.versions.program import preprocessing_of
@@ -22,7 +22,7 @@ def require_ranker_fits(registry: Registry, settings: Settings, spec: FeatureSpe
     """
     widths = dict.fromkeys(EMBEDDINGS, settings.model.dim) | dict(ranker.tables)
     dense = {name: tuple(one.shape) for name, one in ranker.dense.items()}
-    require_fit(registry, settings, spec, dense, widths, (CROSS, TRANSITION))
+    require_fit(registry, settings, spec, dense, widths, OPTIONAL)
 
 
 def is_of_release(registry: Registry, settings: Settings, spec: FeatureSpec) -> bool:
