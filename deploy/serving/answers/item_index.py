@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 
 from deploy.serving.item_feed import NEW_SLOTS, SLOTS, Feed, NewItem, clicked_at, new_at
 from state.history.store import HistoryStore
+from state.ranking.item_scores import Workspace
 from state.rows.reader import RowReader, Served
 from state.rows.store import RowStore
 
@@ -380,10 +381,11 @@ class ClickedItems:
 
 
 class ItemSources:
-    """Both sources of candidate items, updated together. Used by one thread."""
+    """Both sources of candidate items, updated together, and the memory for scoring. Used by one thread."""
 
     def __init__(self, histories: HistoryStore, rows: RowStore) -> None:
         self.clicked, self.near = ClickedItems(histories), NearItems(rows)
+        self.work = Workspace.empty()
 
     def turn(self) -> bool:
         """Reads the next part of the stores, for at most a few milliseconds; returns whether there is more."""

@@ -40,6 +40,7 @@ from deploy.serving.answers.predictor import (
 )
 from deploy.serving.answers.program import BATCHES, PAIRS, batch_of
 from deploy.serving.answers.query import About, Cap, NamedItem, Query, WantedItems, about_same, probability
+from deploy.serving.answers.recommending import Reason, ScoredItems, scored
 from deploy.serving.answers.version import VersionRows
 from deploy.serving.item_feed import NEW_MS, NewItem
 from state.errors import BadRequest, NotOffered
@@ -68,7 +69,6 @@ ITEM_INPUTS = ("item_row", "category_row", "cross")
 """The program's inputs that depend on the item, in addition to the item's rows of the ranker's custom tables."""
 
 F32 = NDArray[np.float32]
-Reason = Literal["again", "category", "next", "popular", "similar", "fresh"]
 
 
 class LeftOut(TypedDict):
@@ -394,7 +394,17 @@ def recommend(
         outputs = prepared.version.program.predict(prepared.inputs)
         (about,) = predictor.answered(prepared, outputs)
         asked, mask = prepared.asked[0], prepared.mask
-        visits = visits_of(predictor.events_by(asked, mask)["item"])
+        events = predictor.events_by(asked, mask)
+        visits = visits_of(events["item"])
+        if prepared.version.item_weights is not None:
+            category = None if wanted.category is None else public_id(wanted.category)
+            ranked = scored(prepared, outputs, events, category, sources.work)
+            yield
+            predictor.take_up(reader)
+            chosen = _chosen(predictor, ranked, visits if wanted.exclude_seen else {}, wanted.most)
+            if len(chosen) == wanted.most or wanted.category is None:
+                items = _recommended(predictor, UserPairs(predictor, prepared, outputs), chosen)
+                return about_same(Recommendations, about, items=items)
         # 2.
         pairs, parts = UserPairs(predictor, prepared, outputs), [np.empty(0, np.float32)]
         near: Sequence[int] = ()
@@ -432,6 +442,40 @@ def recommend(
             )
         )
     return about_same(Recommendations, about, items=items)
+
+
+def _chosen(predictor: Predictor, ranked: ScoredItems, left_out: Mapping[int, float], most: int) -> dict[int, Proposed]:
+    """Chooses the best items whose category is known on this host, at most `most` of them."""
+    chosen: dict[int, Proposed] = {}
+    pairs = [(item, reason) for item, reason in zip(*ranked, strict=True) if item not in left_out]
+    for first in range(0, len(pairs), most):
+        some = pairs[first : first + most]
+        categories = predictor.catalogue.categories_of([(item, 0) for item, _ in some])
+        for (item, reason), category in zip(some, categories, strict=True):
+            if category and len(chosen) < most:
+                chosen[item] = Proposed(reason, category)
+        if len(chosen) == most:
+            break
+    return chosen
+
+
+def _recommended(predictor: Predictor, pairs: UserPairs, chosen: Mapping[int, Proposed]) -> list[Recommended]:
+    """The chosen items as an answer shows them, in their order."""
+    ids = [(item, proposed.category) for item, proposed in chosen.items()]
+    parts = [np.empty(0, np.float32), *(pairs.logits(piece) for piece in in_batches(ids))]
+    items = []
+    for (item, category), logit in zip(ids, np.concatenate(parts).tolist(), strict=True):
+        name = predictor.catalogue.item_name(item)
+        items.append(
+            Recommended(
+                item=name.name,
+                id=name.hex,
+                category=predictor.catalogue.name_of(category).name,
+                probability=probability(logit),
+                reason=chosen[item].reason,
+            )
+        )
+    return items
 
 
 def _new(clicked: ClickedItems, shares: Mapping[int, float], at_ms: int, mask: Mask) -> list[NewItem]:

@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,13 +18,16 @@ from numpy.typing import NDArray
 from deploy.serving.answers.program import LoadedProgram
 from deploy.serving.notes import REFUSED_NOTE, item_extra, item_parts, name_extra, refused_versions
 from deploy.serving.version_files import read_program, read_spec
-from state.churn import ChurnWeights, weights_in
+from state.churn import STORED, ChurnWeights, weights_in
 from state.errors import NotReady, SaltMismatch, SpecMismatch, UnknownModel
 from state.events.identity import Salt
 from state.features.spec import FeatureSpec
 from state.history.actions import Numbers, exchange
 from state.history.store import HistoryStore
 from state.ranking.crosses import WIDTH, Crosses, Values, logits_of
+from state.ranking.item_lists import ENTRIES, ItemLists
+from state.ranking.item_lists import from_stored as lists_from_stored
+from state.ranking.item_scores import COLUMNS, FEATURES, WEIGHTS
 from state.ranking.transitions import Lists, from_stored
 from state.rows.reader import RowReader, Served
 from state.rows.tables import AVERAGED_IDS, own_rows_of
@@ -203,6 +206,11 @@ class VersionRows:
                 known[category] = self.reader.row("transition", category, self.served) if category else None
         return from_stored([known[category] for category in categories])
 
+    def item_lists(self, table: str, keys: Sequence[int]) -> ItemLists:
+        """Returns the lists of n keys of a table of item lists; an empty list for key 0 or one without a list."""
+        stored = [self.reader.row(table, key, self.served) if key else None for key in keys]
+        return lists_from_stored(stored, ENTRIES[table])
+
     def context_sum(self, ids: Sequence[int]) -> F32:
         """Returns the sum of rows of contexts and attributes, `[dim]` float32; an id without one counts as zeros."""
         total = np.zeros(self._widths["context"], np.float32)
@@ -251,6 +259,8 @@ class LoadedVersion:
         cross_shares: `[C, 2]` float32, the scale of weights and margins of crosses; `[0, 2]` if the version has none:
             it has learned no label, or its release has no crosses or other crosses.
         churn: The version's churn weights; None if it learned nothing about churn.
+        item_weights: `[FEATURES, COLUMNS]` float64, the weights of the item score; None if the version has none, or those of
+            a release with other features.
         category_rows: Rows of categories read so far.
         item_rows: Likewise of items.
         lists: Likewise transition lists, as stored.
@@ -269,6 +279,7 @@ class LoadedVersion:
     own_popular: dict[str, F32]
     cross_shares: F32
     churn: ChurnWeights | None = None
+    item_weights: NDArray[np.float64] | None = None
     category_rows: dict[int, bytes] = field(default_factory=dict)
     item_rows: dict[int, bytes] = field(default_factory=dict)
     lists: dict[int, bytes | None] = field(default_factory=dict)
@@ -297,6 +308,13 @@ def _unchanged(
     for identity in changed.tolist():
         kept.pop(identity, None)
     return kept
+
+
+def _item_weights(weights: Mapping[str, NDArray[Any]]) -> NDArray[np.float64] | None:
+    found = weights.get(f"{STORED}{WEIGHTS}")
+    if found is None or found.shape != (FEATURES, COLUMNS):
+        return None
+    return np.ascontiguousarray(found, np.float64)
 
 
 class VersionLoader:
@@ -428,6 +446,7 @@ class VersionLoader:
             own_popular={},
             cross_shares=shares,
             churn=weights_in(weights, features.spec),
+            item_weights=_item_weights(weights),
         )
         if before is not None:
             loaded.category_rows.update(_unchanged(before.category_rows, "category", before, served, reader))

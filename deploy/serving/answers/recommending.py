@@ -1,0 +1,125 @@
+"""Candidates of a recommendation with their scores, from the item lists and the weights of one version.
+
+The trainer learns both (`trainer/engine/item_ranking.py`). The user's own items come from the host's history, which is newer
+than the version.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploy.serving.answers.predictor import KINDS, Asked, Prepared
+from state.features.spec import Events
+from state.ranking import item_scores
+from state.ranking.item_lists import CLICKED, ENTRIES, EVERYTHING, FOLLOWED, LIVES, VISITED, ItemLists, count_visits
+from state.ranking.item_scores import (
+    COLUMNS,
+    INTERESTS,
+    INTERESTS_AT,
+    NEWEST_AT,
+    SECOND_AT,
+    SHARES,
+    SOURCES,
+    Reads,
+    Workspace,
+    clear,
+    gather,
+    score,
+)
+
+F32 = NDArray[np.float32]
+I32 = NDArray[np.int32]
+U64 = NDArray[np.uint64]
+Reason = Literal["again", "category", "next", "popular", "similar", "fresh"]
+
+_REASONS: dict[str, Reason] = {
+    "everything": "popular",
+    "category": "category",
+    "interests": "category",
+    "context": "popular",
+    "newest": "next",
+    "second": "next",
+    "own": "again",
+}
+
+
+class ScoredItems(NamedTuple):
+    """Candidates, best first.
+
+    Attributes:
+        items: n ids.
+        reasons: The source with the largest share of each.
+    """
+
+    items: list[int]
+    reasons: list[Reason]
+
+
+def scored(
+    prepared: Prepared, outputs: Mapping[str, F32], events: Events, category: int | None, work: Workspace
+) -> ScoredItems:
+    """Scores the candidates of the only query of `prepared`, whose version must have item weights.
+
+    Args:
+        prepared: The prepared query.
+        outputs: The program's outputs for it.
+        events: The user's events, newest first.
+        category: The only category to take items from; None for all.
+        work: Reused for each answer.
+    """
+    version, asked = prepared.version, prepared.asked[0]
+    assert version.item_weights is not None
+    # 1. The user's own items.
+    visited = ItemLists.empty(2, ENTRIES[VISITED])
+    ordered = events[::-1]
+    count_visits(np.ascontiguousarray(ordered["item"]), np.ascontiguousarray(ordered["at_ms"]) // 1000, 1, visited)
+    # 2. The lists of the version.
+    keys, reads = _reads(prepared, outputs, asked, category)
+    clicked = prepared.rows.item_lists(CLICKED, keys)
+    followed = prepared.rows.item_lists(FOLLOWED, [0, *visited.ids[1, :2].tolist()])
+    # 3. Scores.
+    phi = np.zeros(COLUMNS, np.float32)
+    after = np.array([1, 2], np.int32) * (visited.ids[1, :2] != 0).astype(np.int32)
+    count = gather(
+        clicked, followed, visited, reads, after, int(visited.ids[1, 0] != 0), asked.at_ms // 1000, phi, work
+    )
+    score(version.item_weights, phi, count, work)
+    clear(count, work)
+    order = np.argsort(-work.scores[:count], kind="stable")
+    if category is not None:
+        listed = clicked.ids[1 + len(EVERYTHING)]
+        order = order[np.isin(work.items[order], listed)]
+    return ScoredItems(work.items[order].tolist(), _reasons(order, work))
+
+
+def _reads(
+    prepared: Prepared, outputs: Mapping[str, F32], asked: Asked, category: int | None
+) -> tuple[list[int], Reads]:
+    """The keys of the lists of `clicked` that are read, and how; list 0 is that of no key."""
+    if category is None:
+        recent = prepared.vectors.recent_categories[0]
+        parts = [outputs[f"{kind}_logits"][0] for kind in KINDS if f"{kind}_logits" in outputs]
+        ids = [recent, prepared.version.popular, prepared.successors[0]][: len(parts)]
+        likely, shares = item_scores.likeliest(np.concatenate(parts)[None], np.concatenate(ids)[None])
+        newest, interests, weights = int(recent[0]), likely[0].tolist(), shares[0]
+    else:
+        newest, interests = category, [category, *[0] * (INTERESTS - 1)]
+        weights = np.eye(1, INTERESTS, dtype=np.float32)[0]
+    keys = [0, *EVERYTHING.tolist(), newest, *interests, *asked.context]
+    sources = item_scores.sources_of(len(asked.context))
+    every = np.ones(len(sources), np.float32)
+    every[sources == INTERESTS_AT] = weights
+    rows = np.arange(1, len(keys), dtype=np.int32) * (np.array(keys[1:], np.uint64) != 0)
+    return keys, Reads(rows.astype(np.int32), sources, every)
+
+
+def _reasons(order: NDArray[np.intp], work: Workspace) -> list[Reason]:
+    shares = work.shares[order][:, :SHARES].reshape(len(order), len(SOURCES), LIVES).max(2)
+    # What followed an item is a stronger reason than that everybody clicks it.
+    shares[:, [NEWEST_AT, SECOND_AT]] *= (work.own[order] == 0)[:, None]
+    best = np.where(work.own[order] > 0, len(SOURCES) - 1, shares[:, :-1].argmax(1))
+    return [_REASONS[SOURCES[source]] for source in best.tolist()]
