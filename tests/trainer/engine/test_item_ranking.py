@@ -1,0 +1,149 @@
+"""What `recommend` ranks by is a function of the log: counts, weights, restart, erasure, and what is learned from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from state.config.settings import Settings
+from state.features.spec import EVENT, FeatureSpec
+from state.microbatch.batch import MicroBatch
+from state.ranking import item_scores
+from state.ranking.item_lists import CLICKED, EVERYTHING, FOLLOWED, VISITED
+from state.ranking.item_scores import COLUMNS, EVERYTHING_AT, Reads, Workspace
+from tests.bench.recorded import SOURCE, micro_batches, plain
+from trainer.engine.engine import Scores
+from trainer.engine.item_ranking import ItemRanking
+from trainer.tables.changes import Changes
+
+ROWS = 256
+CATEGORIES = np.arange(101, 109, dtype=np.uint64)
+
+
+def clicks(rows: int, repeats: float, seed: int = 5) -> MicroBatch:
+    """Readers who each click an item that is popular now, or with some probability one of their latest three again."""
+    chance = np.random.default_rng(seed)
+    users = chance.integers(1, 60, rows).astype(np.uint64)
+    events = np.zeros(rows, EVENT)
+    events["at_ms"], events["offset"] = 1_800_000_000_000 + np.arange(rows) * 20_000, np.arange(rows)
+    events["topic"] = SOURCE.topic
+    latest: dict[int, list[int]] = {}
+    for row, user in enumerate(users.tolist()):
+        mine = latest.setdefault(user, [])
+        # Every 30 minutes ten new items replace the old ones.
+        item = 1000 + row // 90 * 10 + int(chance.integers(10))
+        if mine and chance.random() < repeats:
+            item = mine[-1 - int(chance.integers(min(3, len(mine))))]
+        mine.append(item)
+        events["item"][row] = item
+        events["category"][row] = CATEGORIES[item % 8]
+    return plain(users, events)
+
+
+def batches(rows: int, repeats: float, size: int = ROWS) -> Iterator[MicroBatch]:
+    yield from micro_batches(clicks(rows, repeats), FeatureSpec(), (1.0,) * 4, size)
+
+
+def count(ranking: ItemRanking, batch: MicroBatch) -> None:
+    """Counts a batch, of which a model knows nothing."""
+    rows = len(batch)
+    recent = np.where(batch.recent_categories != 0, 0.0, -1e9).astype(np.float32)
+    zeros = np.zeros((rows, 8), np.float32)
+    none = np.zeros(rows, np.float32)
+    scores = Scores(recent, zeros, zeros[:, :4], none, none.astype(np.int32), np.tile(none, 2), np.tile(none, 2))
+    ranking.count(batch, scores, np.zeros((rows, 4), np.uint64), CATEGORIES)
+
+
+def learned(repeats: float, rows: int = 12 * ROWS, size: int = ROWS) -> ItemRanking:
+    ranking = ItemRanking(Settings())
+    for batch in batches(rows, repeats, size):
+        count(ranking, batch)
+    return ranking
+
+
+def digest(ranking: ItemRanking) -> list[bytes]:
+    state = [value.tobytes() for value in ranking.state().values()]
+    return state + [table.digest().encode() for table in ranking.tables.values()]
+
+
+def test_the_cut_of_the_log_and_a_restart_change_no_bit_of_the_counts() -> None:
+    whole = learned(0.3, 4 * ROWS)
+    other = ItemRanking(Settings())
+    for number, batch in enumerate(batches(4 * ROWS, 0.3)):
+        if number == 2:
+            state, tables = other.state(), {name: table.state() for name, table in other.tables.items()}
+            other = ItemRanking(Settings())
+            other.load(state)
+            for name, table in other.tables.items():
+                table.load(Changes(**{field: getattr(tables[name], field) for field in Changes.FIELDS}))
+        count(other, batch)
+    assert digest(other) == digest(whole)
+    cut = learned(0.3, 4 * ROWS, 100)
+    assert [table.digest() for table in cut.tables.values()] == [table.digest() for table in whole.tables.values()]
+
+
+def test_lists_hold_what_was_clicked_under_each_key() -> None:
+    ranking, rows = learned(0.3, 2 * ROWS), clicks(2 * ROWS, 0.3)
+    lists, items = ranking.tables[CLICKED], rows.events["item"]
+    held = lists.held.take(lists.find(EVERYTHING))
+    assert {*held.ids[held.ids != 0].tolist()} == {*items.tolist()}
+    np.testing.assert_allclose(held.counts[:, :, 2].sum(), held.totals[:, 2].sum(), rtol=1e-4)
+    under = {*items[rows.events["category"] == CATEGORIES[3]].tolist()}
+    of_category = lists.held.ids[lists.find(CATEGORIES[3:4])[0]]
+    assert {*of_category[of_category != 0].tolist()} == under
+    # What followed an item of a user.
+    user = int(rows.users[0])
+    mine = items[rows.users == user].tolist()
+    followed = ranking.tables[FOLLOWED]
+    after = followed.held.ids[followed.find(np.array(mine[:1], np.uint64))[0]].tolist()
+    assert next(item for item in mine if item != mine[0]) in after
+    visited = ranking.tables[VISITED]
+    assert visited.held.ids[visited.find(np.array([user], np.uint64))[0], 0] == mine[-1]
+
+
+def test_impressions_without_a_click_are_not_counted() -> None:
+    ranking = ItemRanking(Settings())
+    batch = next(batches(ROWS, 0.0))
+    count(ranking, replace(batch, label=np.zeros(ROWS, np.float32)))
+    assert not any(len(table) for table in ranking.tables.values())
+
+
+def test_a_forgotten_user_has_no_list() -> None:
+    ranking = learned(0.3, 2 * ROWS)
+    user = np.array([7], np.uint64)
+    assert ranking.tables[VISITED].has(user) and ranking.tables[VISITED].forget(user) == 1
+    assert not ranking.tables[VISITED].has(user)
+
+
+def test_a_private_log_has_no_lists() -> None:
+    settings = Settings()
+    assert ItemRanking.of(replace(settings, privacy=replace(settings.privacy, epsilon=1.0))) is None
+
+
+def own_among_the_best(ranking: ItemRanking, most: int = 6) -> float:
+    """The mean share of users' own items among the best."""
+    work, phi, shares = Workspace.empty(), np.zeros(COLUMNS, np.float32), []
+    lists, followed, visited = (ranking.tables[name] for name in (CLICKED, FOLLOWED, VISITED))
+    reads = Reads(
+        lists.find(EVERYTHING), np.full(len(EVERYTHING), EVERYTHING_AT, np.int32), np.ones(len(EVERYTHING), np.float32)
+    )
+    at_s = int(visited.held.at_s.max())
+    for row in visited.find(np.arange(1, 60, dtype=np.uint64)).tolist():
+        after = followed.find(visited.held.ids[row, :2].copy())
+        held = (lists.held, followed.held, visited.held)
+        found = item_scores.gather(*held, reads, after, row, at_s, phi, work)
+        item_scores.score(ranking.state()["weights"], phi, found, work)
+        item_scores.clear(found, work)
+        best = np.argsort(-work.scores[:found])[:most]
+        shares.append((work.own[best] > 0).mean())
+    return float(np.mean(shares))
+
+
+@pytest.mark.parametrize(("repeats", "least", "most"), [(0.0, 0.0, 0.3), (0.9, 0.35, 1.0)])
+def test_the_share_of_repeats_is_learned(repeats: float, least: float, most: float) -> None:
+    ranking = learned(repeats, 24 * ROWS)
+    assert ranking.served()
+    assert least <= own_among_the_best(ranking) <= most
