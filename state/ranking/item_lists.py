@@ -169,9 +169,11 @@ def count_visit(row: int, item: np.uint64, at_s: int, lists: ItemLists) -> None:
             lists.known[row, h] += np.float32(1.0)
     for k in range(at, 0, -1):
         ids[k] = ids[k - 1]
-        counts[k] = counts[k - 1]
+        for h in range(LIVES):
+            counts[k, h] = counts[k - 1, h]
     ids[0] = item
-    counts[0] = visits
+    for h in range(LIVES):
+        counts[0, h] = visits[h]
 
 
 @compiled("u8[::1], i8[::1], i8, ItemLists")

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import trainer.tables
+from state.ranking.item_lists import count_visits
 from trainer.tables.count_table import CountTable
 from trainer.tables.id_table import NO_CAP, IdTable
+from trainer.tables.item_lists import ItemListTable
 from trainer.tables.least_used import DOUBLING_MS
 from trainer.tables.table import Table
 
@@ -30,6 +32,11 @@ def learn_counts(table: CountTable, rows: Rows, number: int) -> None:
     table.count(rows, np.full(len(rows), 1 + number % 70, np.uint64))
 
 
+def learn_items(table: ItemListTable, rows: Rows, number: int) -> None:
+    for row in rows.tolist():
+        count_visits(np.array([1 + number % 70], np.uint64), np.zeros(1, np.int64), row, table.held)
+
+
 MADE: dict[type[IdTable], tuple[Callable[[int, int, int], Any], Callable[[Any, Rows, int], None]]] = {
     Table: (
         lambda capacity, admit_after, most: Table("user", 4, capacity, admit_after=admit_after, max_rows=most),
@@ -38,6 +45,10 @@ MADE: dict[type[IdTable], tuple[Callable[[int, int, int], Any], Callable[[Any, R
     CountTable: (
         lambda capacity, admit_after, most: CountTable("transition", capacity, admit_after, most),
         learn_counts,
+    ),
+    ItemListTable: (
+        lambda capacity, admit_after, most: ItemListTable("followed", capacity, admit_after, most),
+        learn_items,
     ),
 }
 """How each kind is made, of a capacity, how many sightings an id needs and how many rows there may be; and how its rows

@@ -55,9 +55,9 @@ Flags = npt.NDArray[np.bool_]
 ROWS_OF_A_LIST = 8
 """`trainer.max_rows` allows one list for so many rows."""
 CAPACITY = 1024
-FIRST_ROWS, FIRST_EVERY, EVERY = 4096, 8, 64
+FIRST_ROWS, FIRST_EVERY, EVERY = 1024, 32, 128
 """One in `EVERY` rows teaches the weights; until `FIRST_ROWS` did, one in `FIRST_EVERY`."""
-LEAST_ROWS = 256
+LEAST_ROWS = 64
 """So many rows must have taught the weights before a version has them."""
 RATE = 0.03
 
