@@ -253,4 +253,4 @@ def from_stored(stored: Sequence[bytes | None], entries: int) -> ItemLists:
     """Unpacks lists that were read from the row store; a missing row, or one of another width, is an empty list."""
     size = 4 * width(entries)
     rows = b"".join(row if row is not None and len(row) == size else bytes(size) for row in stored)
-    return unpack(np.frombuffer(rows, "<f4").reshape(len(stored), -1))
+    return unpack(np.frombuffer(rows, "<f4").reshape(len(stored), -1).copy())

@@ -318,11 +318,12 @@ def likeliest(logits: F32, ids: U64) -> tuple[U64, F32]:
     Returns:
         `[n, INTERESTS]` uint64, in any order, and `[n, INTERESTS]` float32.
     """
+    if (lacking := INTERESTS - logits.shape[1]) > 0:
+        logits = np.pad(logits, ((0, 0), (0, lacking)), constant_values=-np.inf)
+        ids = np.pad(ids, ((0, 0), (0, lacking)))
     shares = np.exp(logits - logits.max(1, keepdims=True))
     shares /= shares.sum(1, keepdims=True)
-    best = (
-        np.argpartition(-shares, INTERESTS, 1)[:, :INTERESTS] if shares.shape[1] > INTERESTS else np.arange(INTERESTS)
-    )
+    best = np.argpartition(-shares, INTERESTS - 1, 1)[:, :INTERESTS]
     found = np.take_along_axis(shares, best, 1).astype(np.float32)
     return np.where(found > 0.0, np.take_along_axis(ids, best, 1), np.uint64(0)), found
 

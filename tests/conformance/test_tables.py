@@ -33,7 +33,7 @@ def learn_counts(table: CountTable, rows: Rows, number: int) -> None:
 
 
 def learn_items(table: ItemListTable, rows: Rows, number: int) -> None:
-    for row in rows.tolist():
+    for row in rows[rows != 0].tolist():
         count_visits(np.array([1 + number % 70], np.uint64), np.zeros(1, np.int64), row, table.held)
 
 
