@@ -1,6 +1,6 @@
 """Learns what `recommend` ranks items by: lists of items with decayed counts, and the weights of the item score.
 
-Of each accepted update, in the order of its rows:
+Of the accepted updates of each record, in the order of their rows:
 
 1. Some rows, chosen by a hash of user and time, teach the weights before they are counted: one step of softmax regression
    over the candidates that serving would have (`state/ranking/item_scores.py`).
@@ -13,7 +13,7 @@ All of it is a function of the log. Rows with a label below 0.5 are not clicks. 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -55,11 +55,33 @@ Flags = npt.NDArray[np.bool_]
 ROWS_OF_A_LIST = 8
 """`trainer.max_rows` allows one list for so many rows."""
 CAPACITY = 1024
-FIRST_ROWS, FIRST_EVERY, EVERY = 1024, 32, 128
+FIRST_ROWS, FIRST_EVERY, EVERY = 1024, 16, 128
 """One in `EVERY` rows teaches the weights; until `FIRST_ROWS` did, one in `FIRST_EVERY`."""
 LEAST_ROWS = 64
 """So many rows must have taught the weights before a version has them."""
 RATE = 0.03
+
+
+class _Seen(NamedTuple):
+    """Clicks of updates that are not counted yet.
+
+    Attributes:
+        user: `[n]` uint64.
+        item: `[n]` uint64.
+        at_ms: `[n]` int64.
+        keys: `[n, 1 + K]` uint64, the keys in `clicked` of each: category and context values.
+        taught: `[n]` bool, the m rows that teach the weights.
+        read: `[m, r]` uint64, the keys in `clicked` that serving would read for them, without those of everything.
+        shares: `[m, INTERESTS]` float32, the probabilities of the likeliest categories.
+    """
+
+    user: U64
+    item: U64
+    at_ms: I64
+    keys: U64
+    taught: Flags
+    read: U64
+    shares: F32
 
 
 class ItemRanking:
@@ -90,7 +112,7 @@ class ItemRanking:
 
     def clear(self) -> None:
         """Forgets the weights. The trainer clears the tables."""
-        self.learned = 0
+        self.learned, self._seen = 0, list[_Seen]()
         self._weights = item_scores.first_weights()
         self._squares = np.zeros_like(self._weights)
 
@@ -110,8 +132,8 @@ class ItemRanking:
         """The tensors that serving reads; none before enough rows taught the weights."""
         return {WEIGHTS: self._weights.copy()} if self.learned >= LEAST_ROWS else {}
 
-    def count(self, batch: MicroBatch, scores: Scores, successors: U64, popular: U64) -> None:
-        """Learns from the rows of an accepted update and counts them.
+    def see(self, batch: MicroBatch, scores: Scores, successors: U64, popular: U64) -> None:
+        """Takes the rows of an accepted update; `count` learns from them and counts them.
 
         Args:
             batch: n rows.
@@ -119,57 +141,65 @@ class ItemRanking:
             successors: `[n, S]` uint64, the candidates of the row.
             popular: `[P]` uint64, likewise.
         """
-        clicked = (batch.item != 0) & ~(batch.label < 0.5)
-        if not clicked.any():
+        rows = np.flatnonzero((batch.item != 0) & ~(batch.label < 0.5))
+        if not rows.size:
             return
-        rows = np.flatnonzero(clicked)
-        user, item, category = (np.ascontiguousarray(ids[rows]) for ids in (batch.user, batch.item, batch.category))
-        at_ms = batch.at_ms[rows]
-        visited, followed, lists = (self.tables[name] for name in (VISITED, FOLLOWED, CLICKED))
-        own = visited.observe(user, at_ms)
-        newest = np.zeros((len(rows), 2), np.uint64)
-        _newest(own, item, visited.held, np.zeros((len(visited.held.ids), 2), np.uint64), newest)
-        followed.observe(newest[:, 0].copy(), at_ms)
-        keys = np.concatenate([category[:, None], batch.context[rows]], 1)
-        lists.observe(np.ascontiguousarray(keys).reshape(-1), np.repeat(at_ms, keys.shape[1]))
-        lists.observe(EVERYTHING, np.full(len(EVERYTHING), at_ms.max()))
+        user, at_ms = batch.user[rows], batch.at_ms[rows]
+        keys = np.concatenate([batch.category[rows, None], batch.context[rows]], 1)
+        taught = _teaching(user, at_ms, FIRST_EVERY if self.learned < FIRST_ROWS else EVERY)
+        at = rows[taught]
+        parts = [part[at] for part in (scores.recent_logits, scores.popular_logits, scores.successor_logits)]
+        recent = batch.recent_categories[at]
+        ids = np.concatenate([recent, np.broadcast_to(popular, (at.size, popular.size)), successors[at]], 1)
+        likely, shares = item_scores.likeliest(np.concatenate(parts, 1), ids)
+        read = np.concatenate([recent[:, :1], likely, batch.context[at]], 1)
+        self._seen.append(_Seen(user, batch.item[rows], at_ms, keys, taught, read, shares))
+
+    def count(self) -> None:
+        """Learns from the rows seen since the last call, and counts them."""
+        if not self._seen:
+            return
+        seen = _Seen(*(np.concatenate(column) for column in zip(*self._seen, strict=True)))
+        self._seen = []
+        clicked, followed, visited = (self.tables[name] for name in (CLICKED, FOLLOWED, VISITED))
+        # 1. Lists are created, and evicted.
+        own = visited.observe(seen.user, seen.at_ms)
+        newest = np.zeros((2, len(own)), np.uint64)
+        _newest(own, seen.item, visited.held, np.zeros((len(visited.held.ids), 2), np.uint64), newest)
+        followed.observe(newest[0], seen.at_ms)
+        keys = np.concatenate([EVERYTHING, seen.keys.reshape(-1)])
+        times = np.repeat(seen.at_ms, seen.keys.shape[1])
+        clicked.observe(keys, np.concatenate([np.full(len(EVERYTHING), seen.at_ms.max()), times]))
         for table in self.tables.values():
             table.evict()
-        own = visited.find(user)
-        taught = np.flatnonzero(_teaching(user, at_ms, FIRST_EVERY if self.learned < FIRST_ROWS else EVERY))
-        taught = taught[own[taught] != 0]
-        reads = self._reads(batch, rows[taught], scores, successors, popular)
-        after = np.stack([followed.find(newest[:, 0].copy()), followed.find(newest[:, 1].copy())], 1)
-        self.learned += _run(
-            item,
-            at_ms // 1000,
-            own,
-            np.ascontiguousarray(after),
-            np.ascontiguousarray(lists.find(keys.reshape(-1)).reshape(keys.shape)),
-            lists.find(EVERYTHING),
+        # 2. Where they are.
+        taught = np.flatnonzero(seen.taught)
+        found = clicked.find(keys)
+        everything = found[: len(EVERYTHING)].copy()
+        read_ids = np.concatenate([np.broadcast_to(EVERYTHING, (taught.size, len(EVERYTHING))), seen.read], 1)
+        sources = item_scores.sources_of(seen.keys.shape[1] - 1)
+        weights = np.ones((taught.size, len(sources)), np.float32)
+        weights[:, sources == INTERESTS_AT] = seen.shares
+        # 3. One row after another is learned from and counted.
+        self.learned += _learn_and_count(
+            seen.item,
+            seen.at_ms // 1000,
+            visited.find(seen.user),
+            followed.find(newest[0]),
+            followed.find(newest[1, taught]),
+            found[len(EVERYTHING) :].reshape(seen.keys.shape),
+            everything,
             taught,
-            reads,
-            (lists.held, followed.held, visited.held),
+            clicked.find(read_ids.reshape(-1)).reshape(read_ids.shape),
+            sources,
+            weights,
+            clicked.held,
+            followed.held,
+            visited.held,
             self._weights,
             self._squares,
             self._work,
         )
-
-    def _reads(self, batch: MicroBatch, rows: I64, scores: Scores, successors: U64, popular: U64) -> Reads:
-        """The lists of `clicked` that serving would read for some rows, `[m, r]` each."""
-        lists, count = self.tables[CLICKED], len(rows)
-        logits = np.concatenate(
-            [part[rows] for part in (scores.recent_logits, scores.popular_logits, scores.successor_logits)], 1
-        )
-        recent = batch.recent_categories[rows]
-        ids = np.concatenate([recent, np.broadcast_to(popular, (count, popular.size)), successors[rows]], 1)
-        likely, shares = item_scores.likeliest(logits, ids)
-        named = [np.broadcast_to(EVERYTHING, (count, len(EVERYTHING))), recent[:, :1], likely, batch.context[rows]]
-        found = lists.find(np.ascontiguousarray(np.concatenate(named, 1)).reshape(-1))
-        sources = item_scores.sources_of(batch.context.shape[1])
-        weights = np.ones((count, len(sources)), np.float32)
-        weights[:, sources == INTERESTS_AT] = shares
-        return Reads(found.reshape(count, len(sources)), sources, weights)
 
 
 @compiled("i4[::1], u8[::1], ItemLists, u8[:, ::1], u8[:, ::1]")
@@ -181,7 +211,7 @@ def _newest(own: I32, item: U64, visited: ItemLists, within: U64, newest: U64) -
             continue
         if within[row, 0] == np.uint64(0):
             within[row, 0], within[row, 1] = visited.ids[row, 0], visited.ids[row, 1]
-        newest[i, 0], newest[i, 1] = within[row, 0], within[row, 1]
+        newest[0, i], newest[1, i] = within[row, 0], within[row, 1]
         if within[row, 0] != item[i]:
             within[row, 0], within[row, 1] = item[i], within[row, 0]
 
@@ -200,14 +230,15 @@ def _teaching(user: U64, at_ms: I64, every: int) -> Flags:
 
 
 @compiled(
-    "u8[::1], i8[::1], i4[::1], i4[:, ::1], i4[:, ::1], i4[::1], i8[::1], i4[:, ::1], i4[::1], f4[:, ::1], "
+    "u8[::1], i8[::1], i4[::1], i4[::1], i4[::1], i4[:, ::1], i4[::1], i8[::1], i4[:, ::1], i4[::1], f4[:, ::1], "
     "ItemLists, ItemLists, ItemLists, f8[:, ::1], f8[:, ::1], Workspace"
 )
 def _learn_and_count(
     item: U64,
     at_s: I64,
     own: I32,
-    after: I32,
+    newest: I32,
+    second: I32,
     keys: I32,
     everything: I32,
     taught: I64,
@@ -222,11 +253,13 @@ def _learn_and_count(
     work: Workspace,
 ) -> int:
     phi = np.zeros(COLUMNS, np.float32)
+    after = np.zeros(2, np.int32)
     following, learned = 0, 0
     for i in range(item.shape[0]):
         if following < taught.shape[0] and taught[following] == i:
             reads = Reads(read_rows[following], read_sources, read_weights[following])
-            count = gather(clicked, followed, visited, reads, after[i], own[i], at_s[i], phi, work)
+            after[0], after[1] = newest[i], second[following]
+            count = gather(clicked, followed, visited, reads, after, own[i], at_s[i], phi, work)
             score(weights, phi, count, work)
             learned += learn(item[i], count, phi, RATE, weights, squares, work)
             clear(count, work)
@@ -236,40 +269,7 @@ def _learn_and_count(
             if keys[i, k] != 0:
                 count_click(keys[i, k], item[i], at_s[i], clicked)
         if own[i] != 0:
-            newest = visited.ids[own[i], 0]
-            if after[i, 0] != 0 and newest != item[i]:
-                count_click(after[i, 0], item[i], at_s[i], followed)
+            if newest[i] != 0 and visited.ids[own[i], 0] != item[i]:
+                count_click(newest[i], item[i], at_s[i], followed)
             count_visit(own[i], item[i], at_s[i], visited)
     return learned
-
-
-def _run(
-    item: U64,
-    at_s: I64,
-    own: I32,
-    after: I32,
-    keys: I32,
-    everything: I32,
-    taught: I64,
-    reads: Reads,
-    tables: tuple[ItemLists, ItemLists, ItemLists],
-    weights: F64,
-    squares: F64,
-    work: Workspace,
-) -> int:
-    return int(
-        _learn_and_count(
-            item,
-            np.ascontiguousarray(at_s),
-            own,
-            after,
-            keys,
-            everything,
-            taught,
-            *reads,
-            *tables,
-            weights,
-            squares,
-            work,
-        )
-    )

@@ -325,6 +325,8 @@ class Trainer:
             else:
                 updates.append(self._update(part, its_crosses, seed))
         self.counters.skipped += left
+        if self.item_ranking is not None:
+            self.item_ranking.count()
         done = self._reported(batch, updates, said, began)
         return replace(done, rows=done.rows + left, skipped=done.skipped + left) if left else done
 
@@ -387,7 +389,7 @@ class Trainer:
                 self.tables[name].touch(touched)
             self._count(batch, record)
             if self.item_ranking is not None:
-                self.item_ranking.count(batch, scores, record.ids["successor"], record.ids["popular"])
+                self.item_ranking.see(batch, scores, record.ids["successor"], record.ids["popular"])
             counters.trained += len(batch)
             counters.event_time_ms = max(counters.event_time_ms, int(batch.at_ms.max()))
         else:

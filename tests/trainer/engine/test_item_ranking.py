@@ -54,7 +54,8 @@ def count(ranking: ItemRanking, batch: MicroBatch) -> None:
     zeros = np.zeros((rows, 8), np.float32)
     none = np.zeros(rows, np.float32)
     scores = Scores(recent, zeros, zeros[:, :4], none, none.astype(np.int32), np.tile(none, 2), np.tile(none, 2))
-    ranking.count(batch, scores, np.zeros((rows, 4), np.uint64), CATEGORIES)
+    ranking.see(batch, scores, np.zeros((rows, 4), np.uint64), CATEGORIES)
+    ranking.count()
 
 
 def learned(repeats: float, rows: int = 12 * ROWS, size: int = ROWS) -> ItemRanking:
