@@ -194,7 +194,7 @@ class Profiler:
         # 3. Rows and appends, event by event.
         return Rows(batch, self._compute(by_row, events), Appends(users, starts, lengths, events[order]))
 
-    def turn(self, mask: Mask) -> None:
+    def set_mask(self, mask: Mask) -> None:
         """Leaves other events out of the rows of the next batches; the thread that calls `update` does."""
         self._hidden = mask.hidden
 

@@ -22,9 +22,10 @@ from state.log import Writer, topic_plan
 from state.metrics import StorageMetrics, StreamMetrics
 from state.storage.waiting import Room
 from streaming.commit import Committer
+from streaming.cut import Encoding
 from streaming.pipeline import CommitThread
 from streaming.rows import Rows
-from streaming.writer import ShardWriter
+from streaming.writer import StreamWriter
 from tests.memory_log import MemoryLog
 from tests.streaming.pieces import ZERO, context_of
 
@@ -54,7 +55,7 @@ def sink(path: Path, refused: int = 0) -> Iterator[Any]:
         "metrics": StreamMetrics(CollectorRegistry()),
         "room": Room("stream", storage, stopping.wait),
     }
-    writer = ShardWriter(settings, "spec", "salt", stopping, opens)
+    writer = StreamWriter(settings, Encoding.of(settings.stream, "spec", "salt"), stopping, opens)
     committer = Committer(context_of(**owned, writer=writer, stopping=stopping))
     commits = CommitThread(committer)
     yield SimpleNamespace(

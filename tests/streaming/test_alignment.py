@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from state.microbatch.batch import TOLERANCE_MS
 from state.positions import Range, Source
 from streaming.alignment import SILENT_S, Alignment, Reached, ReadingPlace, to_one_time
-from streaming.event_clock import PATIENCE, QUORUM, EventClock
+from streaming.event_clock import AGREEING, PATIENCE, EventClock
 from tests.streaming.pieces import piece
 
 SKEW_MS = 60_000
@@ -250,7 +250,7 @@ def test_a_late_file_is_read_beside_the_others_also_when_its_clock_begins_anew()
     assert len(in_file) > 5
     # Until the crowd knows that it is late, as many clicks as decide about it may pass.
     assert all(1 in one for one in in_file[2:])
-    assert QUORUM < MOST
+    assert AGREEING < MOST
 
 
 # Shares

@@ -26,12 +26,10 @@ from state.registry.specs import fits
 from state.statistics.anomalies import validate
 from state.statistics.baselines import Baselines
 from state.statistics.protos import by_name, frequencies
-from streaming.bootstrap import Wanted, run
-from streaming.context import Handle
+from streaming.bootstrap import ComputeWindows, Sample, Wanted, of_topic, open_sample, run
 from streaming.preprocessing import CLIP, analysed, load_preprocessing, preprocessing_fn
 from streaming.rows import Rows
-from streaming.sample import ComputeWindows, Sample, of_topic, open_sample
-from streaming.steps import ParseEvents
+from streaming.steps import Handle, ParseEvents
 from tests.conftest import KafkaFactory
 
 START_MS = 1_790_000_000_000
@@ -124,7 +122,7 @@ def test_one_that_up_started_waits_for_the_topic_and_the_first_clicks_become_con
     from trainer.versions.program import preprocessing_of
 
     transform = preprocessing_of(registry.specs.transform(spec.digest))
-    with open_sample(settings, spec, load_salt(settings.salt_path), lambda: 0.0, silent) as sample:
+    with open_sample(settings, load_salt(settings.salt_path), lambda: 0.0, silent) as sample:
         ours = np.concatenate([rows.vectors.features for rows in rows_of(sample, of_topic(sample.context))]).astype(
             np.float32
         )

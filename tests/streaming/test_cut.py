@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from state.features.spec import EVENT
 from state.history.appends import Appends
 from state.microbatch.codec import decode
-from streaming.cut import Cut, Cutter, encode_cut, gather, merge_appends
+from streaming.cut import Cut, Cutter, Encoding, encode_cut, gather, merge_appends
 from tests.streaming.pieces import ONE, ZERO, piece
 
 
@@ -67,7 +67,7 @@ def test_every_position_is_in_exactly_one_cut_in_order(steps: list[tuple[int, in
 
 def test_a_cut_of_several_batches_is_one_micro_batch_with_one_range_a_source() -> None:
     cut = Cut((piece((ZERO, 0, 2), (ONE, 5, 1), dead=1), piece((ONE, 7, 1)), piece((ZERO, 3, 2))), 77)
-    (value,) = encode_cut(cut, "spec", "salt", 100, 900_000)
+    (value,) = encode_cut(cut, Encoding("spec", "salt", 100, 900_000))
     batch = decode(value)
     assert batch.header.created_ms == 77
     assert [(part.source, part.first, part.next, part.dead) for part in batch.header.ranges] == [
@@ -83,12 +83,12 @@ def test_names_of_categories_and_items_go_with_the_cut() -> None:
     first, second = piece((ZERO, 0, 2)), piece((ZERO, 2, 2))
     first = replace(first, batch=replace(first.batch, names={7: "hats"}, item_names={1: "i1"}))
     second = replace(second, batch=replace(second.batch, item_names={2: "i2", 1: "i1"}))
-    (value,) = encode_cut(Cut((first, second), 0), "spec", "salt", 100, 900_000)
+    (value,) = encode_cut(Cut((first, second), 0), Encoding("spec", "salt", 100, 900_000))
     assert decode(value).header.names == {7: "hats", 1: "i1", 2: "i2"}
 
 
 def test_a_batch_larger_than_a_record_is_written_in_parts() -> None:
-    values = encode_cut(Cut((piece((ZERO, 0, 25)),), 0), "spec", "salt", 10, 900_000)
+    values = encode_cut(Cut((piece((ZERO, 0, 25)),), 0), Encoding("spec", "salt", 10, 900_000))
     parts = [decode(value) for value in values]
     assert max(map(len, parts)) <= 10
     assert np.concatenate([part.offset for part in parts]).tolist() == list(range(25))

@@ -18,7 +18,7 @@ from state.log.accepted_gaps import Consent, parse_allowance
 from state.log.follow import Position
 from state.positions import Range, Source
 from streaming import accounts
-from streaming.truncation import FILLER, Leaders, accept, fill, open_behind
+from streaming.accounts import FILLER, Leaders, accept_truncation, open_clicks
 from tests.memory_log import MemoryLog
 from tests.streaming.pieces import ZERO
 
@@ -50,8 +50,7 @@ class Shard:
 
     def opened(self, consent: Consent = Consent()) -> Reader:  # noqa: B008 - it is frozen
         position = Position(ZERO.topic_id, {0: 10}, self.leaders.at(ZERO.topic_id, {0: 10}))
-        fills = partial(fill, KAFKA, self.log.topics(), self.log.writer)
-        return open_behind(self.log, TOPIC, None, position, partial(accept, self.store, consent, 7), fills)
+        return open_clicks(self.log, KAFKA, None, position, partial(accept_truncation, self.store, consent, 7))
 
 
 @pytest.fixture

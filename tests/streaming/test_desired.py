@@ -13,7 +13,7 @@ from state.features.mask import Mask
 from state.registry.control import follow, pin, roll_back, start
 from state.registry.controls import Controls
 from state.registry.log_line import WHOLE, turned
-from streaming.control import LOOK_S, ControlWatch
+from streaming.control import POLL_S, ControlWatch
 
 WHO: dict[str, Any] = {"actor": "ann", "reason": "bots", "now_ms": 5}
 LINE = turned(WHOLE, 1, 4, 9, ())
@@ -58,11 +58,11 @@ def test_it_looks_ten_times_a_second_and_goes_on_where_control_cannot_be_read(tm
     watch = ControlWatch(tmp_path, WHOLE, lambda: looked[0])
     controls.change(lambda now: roll_back(now, 3, Mask(times=((0, 9),)), **WHO))
     assert watch.changed()
-    looked[0] = LOOK_S / 2
+    looked[0] = POLL_S / 2
     assert not watch.changed()
     path = tmp_path / layout.CONTROL / "00000003.json"
     path.write_bytes(b"no control")
-    looked[0] = 2 * LOOK_S
+    looked[0] = 2 * POLL_S
     assert watch.changed(), "what was seen last still holds"
 
 

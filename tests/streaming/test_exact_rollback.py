@@ -181,7 +181,7 @@ def test_the_log_histories_and_accounts_are_those_of_a_stream_that_never_saw_the
     assert contents(records(ours.settings, line)) == contents(records(theirs.settings, WHOLE))
     # 4. A store that is lost now comes back along the same line.
     before = content(ours)
-    rebuild(ours.settings, None, progress_on(io.StringIO()), lambda _: None)
+    rebuild(ours.settings, None, progress_on(io.StringIO()))
     assert content(ours) == before
     letters = [headers_of(one.settings.kafka, one.settings.kafka.dead_letters_topic) for one in (ours, theirs)]
     assert [one["offset"] for one in letters[0]] == [one["offset"] for one in letters[1]] == ["7", str(GOOD + 7)]

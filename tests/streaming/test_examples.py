@@ -20,9 +20,8 @@ from state.features.spec import FeatureSpec
 from state.microbatch.examples import about, dataset, schema
 from state.recordings.files import Recording, find
 from state.registry.registry import Registry
-from streaming.bootstrap import EncodeExamples, asked, run
+from streaming.bootstrap import ComputeWindows, EncodeExamples, asked, of_recording, open_sample, run
 from streaming.rows import Rows
-from streaming.sample import ComputeWindows, of_recording, open_sample
 from streaming.steps import ParseEvents
 
 BEGIN_S = 1_700_000_000
@@ -70,8 +69,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Settings, str]
 def computed(folder: Path, settings: Settings) -> list[Rows]:
     """The rows of the recording, by the stream's code and without Beam."""
     recording = Recording(find([str(folder / "clicks.csv")]))
-    spec, salt = FeatureSpec.from_settings(settings), load_salt(settings.salt_path)
-    with open_sample(settings, spec, salt, lambda: 1_800_000_000.0, lambda _: None) as sample:
+    salt = load_salt(settings.salt_path)
+    with open_sample(settings, salt, lambda: 1_800_000_000.0, lambda _: None) as sample:
         steps = ParseEvents(sample), ComputeWindows(sample)
         batches = of_recording(sample.context, recording, "memory")
         return [rows for one in batches for events in steps[0].process(one) for rows in steps[1].process(events)]
@@ -108,8 +107,8 @@ def test_one_late_row_costs_the_sample_itself_only(tmp_path: Path) -> None:
     lines = write_recording(tmp_path).read_text().splitlines()
     (tmp_path / "clicks.csv").write_text("\n".join([*lines, f"u1,i1,c1,view,{BEGIN_S + 60 * 86_400},,", ""]))
     settings, said = load(flags_of(tmp_path), env={}), list[str]()
-    spec, salt = FeatureSpec.from_settings(settings), load_salt(settings.salt_path)
-    with open_sample(settings, spec, salt, lambda: 1_800_000_000.0, said.append) as sample:
+    salt = load_salt(settings.salt_path)
+    with open_sample(settings, salt, lambda: 1_800_000_000.0, said.append) as sample:
         parse, compute = ParseEvents(sample), ComputeWindows(sample)
         for batch in of_recording(sample.context, Recording(find([str(tmp_path / "clicks.csv")])), "memory"):
             for events in parse.process(batch):
@@ -137,16 +136,16 @@ def test_a_label_that_came_later_is_in_the_example_of_its_impression(tmp_path: P
     own += ["--labels.outcomes=click", f"--labels.wait_s={wait_s}", "--stream.map_gb=1", "--stream.batch_events=32"]
     own.append(f"--paths.state={tmp_path / 'state'}")
     settings = load(own, env={})
-    spec, salt = FeatureSpec.from_settings(settings), load_salt(settings.salt_path)
+    salt = load_salt(settings.salt_path)
     encoder = EncodeExamples()
     encoder.setup()
-    with open_sample(settings, spec, salt, lambda: 1_800_000_000.0, lambda _: None) as sample:
+    with open_sample(settings, salt, lambda: 1_800_000_000.0, lambda _: None) as sample:
         batches = of_recording(sample.context, Recording(find([str(tmp_path / "clicks.csv")])), "memory")
         parse, compute = ParseEvents(sample), ComputeWindows(sample)
         rows = [rows for batch in batches for events in parse.process(batch) for rows in compute.process(events)]
         serialized = [one for batch in rows for one in encoder.process(batch)]
         told, examples = sample.context.unlabelled, sample.context.tally.examples
-    columns = schema_as_feature_spec(schema(spec, 0)).feature_spec
+    columns = schema_as_feature_spec(schema(FeatureSpec.from_settings(settings), 0)).feature_spec
     found = tf.io.parse_example(serialized, columns)
 
     # The rule, slowly: the latest waiting impression of the pair gets the click.
@@ -235,7 +234,7 @@ def test_a_second_run_writes_more_examples_but_never_into_the_same_directory(
 ) -> None:
     folder, _, _ = made
     line = [folder / "clicks.csv", *flags_of(folder), "--bootstrap.compression", "none", "--rows", "128"]
-    with pytest.raises(SettingsError, match="is there already"):
+    with pytest.raises(SettingsError, match="already exists"):
         bootstrap(*line, "--examples", folder / "examples")
     assert bootstrap(*line, "--examples", tmp_path / "more")[-1] == f"128 examples in {tmp_path / 'more'}"
     assert sum(len(part["user"]) for part in dataset(tmp_path / "more").as_numpy_iterator()) == 128

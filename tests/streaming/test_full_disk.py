@@ -12,8 +12,8 @@ import pytest
 from state.errors import StoreFull
 from state.positions import Range
 from state.storage.waiting import RETRY_S
+from streaming.accounts import Leaders
 from streaming.cut import Cut
-from streaming.truncation import Leaders
 from tests.disks import small_disk
 from tests.streaming.committing import sink, transactions, with_history
 from tests.streaming.pieces import ZERO, piece

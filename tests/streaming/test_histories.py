@@ -50,7 +50,7 @@ def test_actions_of_a_store_of_0_1_0_are_those_of_the_spec_that_the_registry_kno
 ) -> None:
     store.commit(Appends.none(), (), {"spec": SPEC.digest.encode(), "salt": b"salt"})
     other = FeatureSpec(actions=("cart", "view"))
-    with pytest.raises(SpecMismatch, match=r"start the stream once with the events\.actions of then"):
+    with pytest.raises(SpecMismatch, match=r"start the stream once with the former events\.actions"):
         check_identity(store, other, "salt", SpecActions(tmp_path / "nowhere", other))
     registry = Registry(tmp_path / "registry")
     registry.specs.add_spec(SPEC.digest, {"spec": SPEC.to_json()}, lambda folder: None)

@@ -27,8 +27,7 @@ from state.microbatch.codec import decode
 from state.positions import SHARES, Range, Source
 from streaming import labels as streaming_labels
 from streaming.accounts import faults
-from streaming.attribution import IMPRESSION, OUTCOME, PLAIN
-from streaming.cut import Cut, encode_cut, merge_all, merge_appends
+from streaming.cut import Cut, Encoding, encode_cut, merge_all, merge_appends
 from streaming.event_clock import PREFIX, EventClock
 from streaming.labels import open_labels
 from streaming.profile import Profiler
@@ -44,7 +43,7 @@ SETTINGS = Settings(
     events=Events(actions=ACTIONS, action_weights=(1.0, 0.25, 3.0)),
     labels=LabelSettings(impressions=("impression",), outcomes=("click",), wait_s=0.1, max_waiting=8 * SHARES),
 )
-ROLE_OF = {0: PLAIN, 1: IMPRESSION, 2: OUTCOME, NOTHING: NOTHING}
+ROLE_OF = {0: streaming_labels.PLAIN, 1: streaming_labels.IMPRESSION, 2: streaming_labels.OUTCOME, NOTHING: NOTHING}
 BASE_MS = 1_700_000_000_000
 NOW_MS = BASE_MS + 1_000_000
 
@@ -121,7 +120,7 @@ class Run:
 
     def update(self, batch: EventBatch, attributes: Joined | None = None) -> None:
         told = self.clock.follow(batch, batch.ranges, NOW_MS)
-        rows = replace(self.profiler.update(batch), attributes=attributes, told=told)
+        rows = replace(self.profiler.update(batch), attributes=attributes, clock=told)
         self.queue.append(rows if self.labels is None else self.labels.attribute(rows))
 
     def commit(self, cuts: int = 1, dies: bool = False) -> None:
@@ -132,12 +131,12 @@ class Run:
         if not made:
             return
         done = self.labels.look_up(made) if self.labels is not None else streaming_labels.LookedUp(made, {}, {})
-        self.values += [value for cut in done.cuts for value in encode_cut(cut, "spec", "salt", 5, 900_000)]
+        self.values += [value for cut in done.cuts for value in encode_cut(cut, Encoding("spec", "salt", 5, 900_000))]
         if dies:
             return
         ready = [piece for cut in done.cuts for piece in cut.pieces]
         ranges = merge_all(part for piece in ready for part in piece.batch.ranges)
-        clocks = {name: value for piece in ready if piece.told for name, value in piece.told.state.items()}
+        clocks = {name: value for piece in ready if piece.clock for name, value in piece.clock.state.items()}
         self.store.commit(
             merge_appends([piece.appends for piece in ready]), ranges, {**done.extra, **clocks}, done.waiting
         )

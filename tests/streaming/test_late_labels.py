@@ -117,7 +117,7 @@ def test_after_kill_9_each_impression_is_learned_once_with_its_label_and_the_sto
     assert (faults(store), store.waiting_rows()) == ((), waiting)
 
     elsewhere = replace(settings, paths=replace(settings.paths, state=str(tmp_path / "elsewhere")))
-    rebuild(elsewhere, None, progress_on(io.StringIO()), lambda text: None)
+    rebuild(elsewhere, None, progress_on(io.StringIO()))
     again = store_of(elsewhere)
     assert (list(again.waiting()), again.cut()) == (list(store.waiting()), store.cut())
     again.close()
@@ -128,7 +128,7 @@ def test_after_kill_9_each_impression_is_learned_once_with_its_label_and_the_sto
             settings.kafka.microbatches_topic, {0: topics.ends(settings.kafka.microbatches_topic)[0][1]}
         )
     from_clicks = replace(settings, paths=replace(settings.paths, state=str(tmp_path / "from-clicks")))
-    rebuild(from_clicks, None, progress_on(io.StringIO()), lambda text: None)
+    rebuild(from_clicks, None, progress_on(io.StringIO()))
     again = store_of(from_clicks)
     assert (list(again.waiting()), again.cut()) == (list(store.waiting()), store.cut())
     again.close()

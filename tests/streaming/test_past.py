@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,8 +30,8 @@ from state.registry.control import start
 from state.registry.controls import Controls
 from state.registry.manifest import LogRange
 from streaming.attributes import Join
-from streaming.open_shard import open_job
-from streaming.past import PastContext, PastRows, of_topic, run, stretch_of
+from streaming.context import open_job
+from streaming.past import PastRows, of_topic, run, segment_of
 from tests.memory_log import MemoryLog
 from tests.streaming.distributed.shop import (
     ACTIONS,
@@ -61,18 +61,16 @@ def maker(folder: Path, wanted: Settings, join: Join | None, mask: Mask, begin_m
     """What makes rows of past clicks, over a store of its own."""
     spec, salt = FeatureSpec.from_settings(wanted), load_salt(wanted.salt_path)
     store = HistoryStore(folder, spec.history, 16 << 20)
-    job = open_job(wanted, spec, store, salt, TOPIC, mask)
-    parts = {one.name: getattr(job, one.name) for one in fields(job)}
-    metrics = StreamMetrics(CollectorRegistry())
-    yield PastRows(PastContext(**parts, join=join, metrics=metrics), salt.fingerprint, begin_ms)
+    job = replace(open_job(wanted, store, salt, TOPIC, mask), join=join)
+    yield PastRows(job, StreamMetrics(CollectorRegistry()), salt.fingerprint, begin_ms)
     store.close()
 
 
 def made_of(rows: PastRows, wanted: Settings, past: Past, log: MemoryLog) -> list[bytes]:
     """The micro-batches of the past."""
     with log.topics() as topics:
-        stretch = stretch_of(wanted, past, topics)
-    made = [value for batches in of_topic(wanted, stretch, log, rows.reached) for value in rows.take(batches)]
+        segment = segment_of(wanted, past, topics)
+    made = [value for batches in of_topic(wanted, segment, log, rows.reached) for value in rows.take(batches)]
     return made + rows.flush()
 
 
@@ -197,7 +195,7 @@ def test_files_give_the_rows_that_the_topic_gives(tmp_path: Path) -> None:
 
 def test_a_topic_that_was_made_anew_is_not_taken_for_the_old_one(tmp_path: Path) -> None:
     wanted = plain(tmp_path)
-    with pytest.raises(UnknownTopic, match="made anew"):
+    with pytest.raises(UnknownTopic, match="recreated"):
         values_of(wanted, past_of({Source("ef" * 16, 0): 4}), written(a_day(), 1, wanted))
 
 

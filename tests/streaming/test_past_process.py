@@ -64,6 +64,6 @@ def test_its_rows_are_those_in_the_training_log_and_it_ends_in_order(settings: S
     assert left.stdout is not None and left.stderr is not None
     assert left.stdout.read(4)
     left.stdout.close()
-    assert left.wait(240) == 0 and "nobody reads on" in left.stderr.read().decode()
+    assert left.wait(240) == 0 and "closed the pipe" in left.stderr.read().decode()
     left.stderr.close()
     assert list(registry.glob("past-*")) == []

@@ -81,7 +81,7 @@ def opened(settings: Settings) -> HistoryStore:
 
 
 def rebuilt(settings: Settings, copy: Path | None = None) -> Rebuilt:
-    return rebuild(settings, copy, progress_on(io.StringIO()), lambda text: None)
+    return rebuild(settings, copy, progress_on(io.StringIO()))
 
 
 def held(settings: Settings) -> tuple[str, dict[Source, dict[str, int]]]:

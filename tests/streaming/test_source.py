@@ -20,8 +20,8 @@ from state.history.store import HistoryStore
 from state.log import PartitionBatch
 from state.metrics import StreamMetrics
 from state.positions import Range, Source
-from streaming.context import Handle, StreamContext, opened
-from streaming.steps import ClickReader, Lag, UntilStopped
+from streaming.context import StreamContext
+from streaming.steps import ClickReader, Handle, Lag, UntilStopped, opened
 from tests.memory_log import MemoryLog, MemoryReader
 from tests.streaming.pieces import context_of
 

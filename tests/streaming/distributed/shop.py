@@ -30,7 +30,7 @@ from state.positions import Source
 from state.registry.control import roll_back, start
 from state.registry.controls import Controls
 from streaming.attributes import Join
-from streaming.cut import Cut, encode_cut
+from streaming.cut import Cut, Encoding, encode_cut
 from streaming.event_clock import EventClock
 from streaming.labels import LookedUp, open_labels
 from streaming.profile import Profiler
@@ -199,16 +199,16 @@ def local_form(path: Path, settings: Settings, log: MemoryLog, join: Join, mask:
     labels = open_labels(settings, store, TOPIC)
     for batches in polled(log, settings, batch_events):
         events = leave_out(parser.parse(batches), mask)
-        rows = replace(profiler.update(events), told=clock.follow(events, events.ranges, BASE_MS))
+        rows = replace(profiler.update(events), clock=clock.follow(events, events.ranges, BASE_MS))
         rows = join.rows(rows)
         found = LookedUp([Cut((rows,), 0)], {}, {})
         if labels is not None:
             found = labels.look_up([Cut((labels.attribute(rows),), 0)])
         (cut,) = found.cuts
         (rows,) = cut.pieces
-        values += encode_cut(cut, spec.digest, salt.fingerprint, settings.stream.cut_rows, 900_000)
-        assert rows.told is not None
-        store.commit(rows.appends, rows.batch.ranges, {**found.extra, **rows.told.state}, found.waiting)
+        values += encode_cut(cut, Encoding(spec.digest, salt.fingerprint, settings.stream.cut_rows, 900_000))
+        assert rows.clock is not None
+        store.commit(rows.appends, rows.batch.ranges, {**found.extra, **rows.clock.state}, found.waiting)
         profiler.committed(rows)
     histories = {user: store.read(user).tobytes() for user in users_of(salt)}
     made = Outcome(

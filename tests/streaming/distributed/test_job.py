@@ -28,8 +28,7 @@ from state.positions import Source
 from state.registry.control import roll_back, start
 from state.registry.controls import Controls
 from state.registry.log_line import turned
-from streaming.distributed.engine import PRISM, beam_options
-from streaming.distributed.handing_in import build_distributed, plan_of
+from streaming.distributed.job import PRISM, beam_options, build_distributed, plan_of
 from streaming.distributed.steps import Partitions, SourceReading
 from streaming.distributed.worker import JobPlan, close_workers, worker_of
 from tests.conftest import KafkaFactory

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from apache_beam.options.pipeline_options import PortableOptions, StandardOptions
@@ -11,19 +13,20 @@ from state.errors import SettingsError
 from state.events.dead_letters import DeadLetter, Reason
 from state.events.parser import EventBatch
 from state.positions import Range
-from streaming.distributed.buckets import Portion, decode, encode
-from streaming.distributed.engine import FLINK, PRISM, beam_options, take_runner
-from streaming.distributed.handing_in import Account
-from streaming.event_clock import Moves, OffClock, Told, moves_of
+from streaming.distributed.account import Account
+from streaming.distributed.job import FLINK, PRISM, beam_options
+from streaming.distributed.portions import Portion, decode, divide, encode
+from streaming.event_clock import BatchClock, Moves, OffClock, moves_of
+from streaming.pipeline import take_runner
 from tests.streaming.pieces import ZERO, piece
 
 
-def told(events: EventBatch, clock_ms: list[int] | None = None) -> Told:
+def told(events: EventBatch, clock_ms: list[int] | None = None) -> BatchClock:
     """What time it was, made up."""
     clocks = tuple((one, one + 5) for one in range(len(events.ranges)))
     after = np.arange(len(events), dtype=np.int64) if clock_ms is None else np.array(clock_ms, np.int64)
     moves = moves_of(events.ranges, np.full(len(clocks), -3), events, after)
-    return Told(after, moves, clocks, {"clock:all": b"x"}, (OffClock("ahead", 0, 3, 70),))
+    return BatchClock(after, moves, clocks, {"clock:all": b"x"}, (OffClock("ahead", 0, 3, 70),))
 
 
 def test_a_bucket_that_lags_holds_back_what_was_reached_and_one_that_is_missing_too() -> None:
@@ -44,25 +47,19 @@ def test_an_offset_that_two_buckets_count_is_a_fault() -> None:
     assert "1 offsets, and its buckets have 2 of their own" in fault
 
 
-def test_a_portion_arrives_as_it_was_sent() -> None:
+def test_a_portion_arrives_as_it_was_sent_without_what_a_dead_letter_contained() -> None:
     batch = piece((ZERO, 5, 3), dead=1).batch
     letter = DeadLetter(ZERO, 8, Reason.TOO_LARGE, b"ada", b"secret")
-    sent = Portion(
-        type(batch)(
-            **{name: getattr(batch, name) for name in batch.__slots__} | {"dead": (letter,), "names": {7: "x"}}
-        ),
-        told(batch),
-        9,
-        2,
-        77,
-    )
-    came = decode(encode(sent))
+    batch = replace(batch, dead=(letter,), names={7: "x"})
+    ((mine, clock),) = divide(batch, told(batch), 1)
+    sent = Portion(mine, clock, 9, 2, 77)
+    came = decode(encode(sent), Portion)
     assert b"ada" not in encode(sent) and b"secret" not in encode(sent)
     assert came.batch.dead == (letter._replace(key=None, value=None),)
     assert (came.control, came.log_epoch, came.appended_ms, came.batch.names) == (9, 2, 77, {7: "x"})
-    assert (came.batch.ranges, came.told.clocks, came.told.off) == (batch.ranges, sent.told.clocks, sent.told.off)
+    assert (came.batch.ranges, came.clock.believed, came.clock.off) == (mine.ranges, clock.believed, clock.off)
     for name in Moves._fields:
-        np.testing.assert_array_equal(getattr(came.told.moves, name), getattr(sent.told.moves, name))
+        np.testing.assert_array_equal(getattr(came.clock.moves, name), getattr(sent.clock.moves, name))
     for name in ("user", "offset", "label", "context", "request"):
         np.testing.assert_array_equal(getattr(came.batch, name), getattr(batch, name))
         # Numba compiles once more for arrays that cannot be written.

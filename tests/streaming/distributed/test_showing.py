@@ -10,8 +10,7 @@ from state.config.settings import Settings
 from state.events.identity import load_salt
 from state.log import Topics
 from state.positions import Range, Source
-from streaming.distributed.buckets import unpack
-from streaming.distributed.handing_in import Account, Showing, told
+from streaming.distributed.account import Account, BundleReport, Publisher
 from streaming.distributed.worker import JobPlan, JobWorker
 from tests.conftest import KafkaFactory
 from tests.streaming.streams import settings_for, until
@@ -27,11 +26,11 @@ def positions(settings: Settings) -> float | None:
     return shown(settings).value("springtide_accounting_positions", outcome="positions")
 
 
-def take(showing: Showing, source: Source, after: int) -> None:
+def take(showing: Publisher, source: Source, after: int) -> None:
     """Shows the account of a job that has read so far."""
     account = Account()
     account.take([Range(source, 0, after, rows=after)])
-    showing.take(account, unpack(told([], 0, 0.0, []))[0])
+    showing.take(account, BundleReport.of([], 0, 0.0, []))
 
 
 def test_where_the_account_moves_to_another_process_that_one_shows_it(
@@ -43,7 +42,7 @@ def test_where_the_account_moves_to_another_process_that_one_shows_it(
     settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt", metrics_port=free_port())
     plan = JobPlan("shown", settings, load_salt(settings.salt_path).fingerprint)
     workers = JobWorker(plan), JobWorker(plan)
-    first, second = (Showing(one) for one in workers)
+    first, second = (Publisher(one) for one in workers)
     try:
         take(first, source, 5)
         until(lambda: positions(settings) == 5, "the first process shows the account")
