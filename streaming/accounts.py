@@ -102,19 +102,12 @@ def pass_gaps(
 ) -> None:
     """Moves the stream past accepted gaps; does nothing if there are none.
 
-    1. `write` adds the gaps to the training log. After a crash here it adds them twice, and readers drop the duplicate.
+    1. `write` adds the gaps to the training log, created at the given time in ms, and returns once that is acknowledged.
+       After a crash here it adds them twice, and readers drop the duplicate.
     2. The store moves on, counts the positions as `gap` and records who accepted them.
 
-    Args:
-        store: The stream's store.
-        gaps: The gaps.
-        consent: What the operator accepts.
-        topic: The topic's name, for the message.
-        now_ms: Wall clock.
-        write: Writes the micro-batch with the gaps, created at that time; returns once it is acknowledged.
-
     Raises:
-        GapError: One of them is not accepted; nothing was changed.
+        GapError: `consent` does not cover all of them; nothing was changed.
     """
     if not gaps:
         return
@@ -129,11 +122,7 @@ def pass_gaps(
 
 
 class Leaders:
-    """The leader epochs of the clicks that were read. Only one thread may call `note`.
-
-    Args:
-        folder: The stream's directory, which exists.
-    """
+    """The leader epochs of the clicks that were read, in an existing directory. Only one thread may call `note`."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / LEADERS
@@ -191,7 +180,7 @@ def open_clicks(
         accept: Records who accepted a truncation, or raises it.
 
     Raises:
-        TruncatedLog: The truncation is not accepted.
+        TruncatedLog: From `accept`.
         LogError: Kafka is unreachable.
     """
 
@@ -269,13 +258,7 @@ def show(store: HistoryStore, metrics: StreamMetrics, known: tuple[str, ...] = (
 
 
 def show_totals(metrics: StreamMetrics, counts: Mapping[str, int], waiting: int) -> None:
-    """Sets the gauges of an account.
-
-    Args:
-        metrics: Of the process.
-        counts: The result of `state.history.counts.summed`.
-        waiting: Number of waiting impressions.
-    """
+    """Sets the gauges of an account from the result of `state.history.counts.summed`, and the number of waiting impressions."""
     totals = dict.fromkeys(RARE, 0) | dict(counts)
     for name in ("positions", *OUTCOMES, *OF_LABELS, "gap", "masked"):
         metrics.accounting_positions.labels(name).set(totals[name])

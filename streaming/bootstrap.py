@@ -87,10 +87,28 @@ from streaming.steps import Handle, ParseEvents, Step, opened
 POLL_S = 0.2
 PROGRESS_S = 2.0
 COMPRESSIONS = {"gzip": CompressionTypes.GZIP, "none": CompressionTypes.UNCOMPRESSED}
-
-
 Say = Callable[[str], None]
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The input and output of a bootstrap.
+
+    Attributes:
+        recording: Files; None for the clicks topic.
+        sort: memory (read everything, then order by time) or assume (the files are in order).
+        examples: Directory for tf.Examples; None for none.
+        of_up: Whether `up` started this: it has checked the preprocessing, and creates the topic once its Kafka runs.
+    """
+
+    recording: Recording | None = None
+    sort: str = "memory"
+    examples: Path | None = None
+    of_up: bool = False
+
+
+TOPIC = Wanted()
 
 
 @dataclass
@@ -101,7 +119,7 @@ class Tally:
         clicks: Events.
         examples: Rows used for training: events, except impressions without a label yet and their outcomes.
         dropped: Impressions that could not wait.
-        records: Records.
+        records: Records, refused ones included.
         refused: Records that are not clicks, by reason.
         names: Names of category ids.
         newest_ms: Time of the newest click.
@@ -158,7 +176,7 @@ class Sample(JobContext):
         return min(self.settings.stream.batch_events, self.settings.bootstrap.sample_rows - self.tally.clicks)
 
     def progress(self, wanted: str) -> None:
-        """Reports the progress, at most once per `PROGRESS_S`."""
+        """Reports the progress, at most once every two seconds."""
         now_s = self.clock_s()
         if now_s - max(self.tally.reported_s, self.began_s) >= PROGRESS_S:
             self.tally.reported_s = now_s
@@ -260,19 +278,10 @@ def _reader(sample: Sample, await_topic: bool) -> Reader:
 
 
 def of_recording(sample: Sample, recording: Recording, sort: str) -> Batches:
-    """Reads the rows of files with their recorded times, as one partition.
-
-    Rows are accepted or refused as in a replay at full speed: a time is compared with the newest one of the recording,
-    not counting strays. If the files are not read to their end (`sort` is assume), no times are compared.
-
-    Args:
-        sample: Counts what was read so far.
-        recording: The files.
-        sort: memory (read everything, then order by time) or assume (the files are in order).
+    """Reads the rows of files with their recorded times, as one partition; see `recorded_batches`.
 
     Raises:
-        SettingsError: The columns do not fit.
-        UnreadableRecording: A file is cut or damaged.
+        SettingsError, UnreadableRecording: See `recorded_batches`.
         SpringtideError: No row is a click.
     """
     clicks = recorded_batches(
@@ -291,26 +300,20 @@ def of_recording(sample: Sample, recording: Recording, sort: str) -> Batches:
 
 
 class ReadSample(Step[Sample]):
-    """Yields lists of partition batches until the sample is complete.
+    """Yields lists of partition batches until the sample is complete."""
 
-    Args:
-        handle: Of the sample.
-        recording: The files; None for the clicks topic.
-        sort: See `of_recording`.
-        await_topic: See `of_topic`.
-    """
-
-    def __init__(self, handle: Handle[Sample], recording: Recording | None, sort: str, await_topic: bool) -> None:
+    def __init__(self, handle: Handle[Sample], wanted: Wanted) -> None:
         super().__init__(handle)
-        self._recording, self._sort, self._await_topic = recording, sort, await_topic
+        self._wanted = wanted
 
     def process(self, start: bytes) -> Batches:
         """Reads the clicks; the next steps process a batch before the next one is read."""
+        wanted = self._wanted
         with self.handle.watched() as sample:
-            if self._recording is None:
-                yield from of_topic(sample, self._await_topic)
+            if wanted.recording is None:
+                yield from of_topic(sample, wanted.of_up)
             else:
-                yield from of_recording(sample, self._recording, self._sort)
+                yield from of_recording(sample, wanted.recording, wanted.sort)
 
 
 class EncodeExamples(beam.DoFn):
@@ -327,139 +330,83 @@ class EncodeExamples(beam.DoFn):
         yield from self._encoder.encode(example_batch(rows.columns))
 
 
-def require_empty(folder: Path) -> None:
-    """Refuses a directory that is not empty: examples of two runs must not mix.
-
-    Raises:
-        SettingsError: It is not empty.
-    """
+def _require_empty(folder: Path) -> None:
+    """Refuses a directory that is not empty: examples of two runs must not mix."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise SettingsError(f"--examples {folder}: already exists", "name a new or empty directory")
 
 
-def write_examples(rows: PCollection[Rows], folder: Path, compression: str, shards: int) -> None:
-    """Adds the steps to a job that write the rows as examples into `folder`; `describe` completes it.
-
-    Args:
-        rows: Batches of rows.
-        folder: Output directory.
-        compression: gzip or none.
-        shards: Number of files.
-    """
+def _write_examples(rows: PCollection[Rows], settings: Settings, folder: Path) -> None:
+    """Adds the steps to a job that write the rows as examples into `folder`; `_describe` completes it."""
+    bootstrap = settings.bootstrap
     (
         rows
         | "Encode examples" >> beam.ParDo(EncodeExamples())
         | "Write examples"
         >> WriteToTFRecord(
             str(folder / PREFIX),
-            file_name_suffix=SUFFIXES[compression],
-            num_shards=shards,
-            compression_type=COMPRESSIONS[compression],
+            file_name_suffix=SUFFIXES[bootstrap.compression],
+            num_shards=math.ceil(bootstrap.sample_rows / bootstrap.shard_rows),
+            compression_type=COMPRESSIONS[bootstrap.compression],
         )
     )
 
 
-def describe(folder: Path, spec: FeatureSpec, context: tuple[str, ...], about: Mapping[str, Any]) -> None:
-    """Writes schema.pbtxt and then spec.json next to the examples, durably; after that the examples are complete.
-
-    Args:
-        folder: Directory of the examples.
-        spec: Spec of their features.
-        context: The names of the K context fields.
-        about: Origin of the examples; becomes part of spec.json.
-    """
-    durable.write(folder / SCHEMA, str(schema(spec, len(context))).encode())
-    document = {
+def _describe(folder: Path, sample: Sample, about: Mapping[str, Any]) -> None:
+    """Writes schema.pbtxt and then spec.json next to the examples, durably; after that the examples are complete."""
+    context = sample.settings.events.context
+    durable.write(folder / SCHEMA, str(schema(sample.spec, len(context))).encode())
+    content = {
         "format": FORMAT,
-        "spec": spec.to_json(),
-        "features": list(spec.names),
-        "label_windows": list(spec.window_names),
-        "actions": list(spec.actions),
+        **_named(sample.spec),
+        "actions": list(sample.spec.actions),
         "context": list(context),
+        "rows": sample.tally.examples,
+        "compression": sample.settings.bootstrap.compression,
+        "preprocessing": sample.settings.model.preprocessing,
         **about,
     }
-    durable.write(folder / SPEC, json.dumps(document, indent=1, sort_keys=True).encode())
+    durable.write(folder / SPEC, json.dumps(content, indent=1, sort_keys=True).encode())
     durable.sync_directory(folder)
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """The input and output of a bootstrap.
-
-    Attributes:
-        recording: Files; None for the clicks topic.
-        sort: How files are ordered: memory or assume.
-        examples: Directory for tf.Examples; None for none.
-        of_up: Whether `up` started this: it has checked the preprocessing, and creates the topic once its Kafka runs.
-    """
-
-    recording: Recording | None = None
-    sort: str = "memory"
-    examples: Path | None = None
-    of_up: bool = False
-
-
-TOPIC = Wanted()
+def _named(spec: FeatureSpec) -> dict[str, Any]:
+    return {"spec": spec.to_json(), "features": list(spec.names), "label_windows": list(spec.window_names)}
 
 
 def build(pipeline: beam.Pipeline, handle: Handle[Sample], wanted: Wanted, output: Path | None) -> None:
-    """Applies the job to `pipeline`, which is one of `analysis`.
-
-    Args:
-        pipeline: What to add to.
-        handle: Of the sample.
-        wanted: What to read and make.
-        output: Directory of the analyses; None if they were done before.
-    """
+    """Applies the job to `pipeline`, which is one of `analysis`; `output` is None if the analyses were done before."""
     settings, spec = handle.context.settings, handle.context.spec
     rows = (
         pipeline
         | "Start" >> beam.Impulse()
-        | "Read the sample" >> beam.ParDo(ReadSample(handle, wanted.recording, wanted.sort, wanted.of_up))
+        | "Read the sample" >> beam.ParDo(ReadSample(handle, wanted))
         | "Parse events" >> beam.ParDo(ParseEvents(handle))
         | "Compute windows" >> beam.ParDo(ComputeWindows(handle))
     )
     if output is not None:
-        features = rows | "Take features" >> beam.Map(lambda one: record_batch(one.vectors.features))
+        features = rows | "Take features" >> beam.Map(lambda batch: record_batch(batch.vectors.features))
         analyse(
             features,
             len(spec.names),
             load_preprocessing(settings.model.preprocessing, AskedModel.of(settings.model, handle.context.asked)),
             output / "transform",
         )
-        categories = rows | "Take categories" >> beam.Map(lambda one: category_batch(one.batch.category))
+        categories = rows | "Take categories" >> beam.Map(lambda batch: category_batch(batch.batch.category))
         list_categories(categories, output / "categories")
     if wanted.examples is not None:
-        shards = math.ceil(settings.bootstrap.sample_rows / settings.bootstrap.shard_rows)
-        write_examples(rows, wanted.examples, settings.bootstrap.compression, shards)
-
-
-def run_job(handle: Handle[Sample], wanted: Wanted, output: Path | None) -> None:
-    """Runs the job over the sample in this process.
-
-    Raises:
-        SpringtideError: A step failed.
-    """
-    with handle.as_raised(), analysis() as pipeline:
-        build(pipeline, handle, wanted, output)
+        _write_examples(rows, settings, wanted.examples)
 
 
 def document(sample: Sample, salt: Salt, categories: Mapping[int, int], now_ms: int) -> dict[str, Any]:
     """The content of `spec.json` next to the graph.
 
-    Args:
-        sample: The clicks analysed.
-        salt: The salt of the users' pseudonyms.
-        categories: Clicks by category id. As many are listed as `model.popular`
-            says: most clicked first, lower id first among equals.
-        now_ms: Wall clock.
+    It lists `model.popular` of the `categories` (clicks by id): most clicked first, lower id first among equals.
     """
-    model, spec, tally = sample.settings.model, sample.spec, sample.tally
+    model, tally = sample.settings.model, sample.tally
     ranked = sorted(categories.items(), key=lambda entry: (-entry[1], entry[0]))[: model.popular]
     return {
-        "spec": spec.to_json(),
-        "features": list(spec.names),
-        "label_windows": list(spec.window_names),
+        **_named(sample.spec),
         "salt": salt.fingerprint,
         "preprocessing": model.preprocessing,
         "options": list(model.options),
@@ -488,7 +435,7 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
     if known is not None and wanted.examples is None:
         return False
     if wanted.examples is not None:
-        require_empty(wanted.examples)
+        _require_empty(wanted.examples)
     # 1.
     if is_own(settings.model.preprocessing) and known is None and not wanted.of_up:
         with quiet_stderr():
@@ -504,8 +451,8 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
     ):
         # 2.
         output = None if known is not None else Path(folder)
-        with quiet_stderr():
-            run_job(handle, wanted, output)
+        with quiet_stderr(), handle.as_raised(), analysis() as pipeline:
+            build(pipeline, handle, wanted, output)
         sample = handle.context
         now_ms = int(clock() * 1000)
         # 3.
@@ -514,15 +461,9 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
             known = registry.specs.free_name(spec.digest)
             registry.specs.add_spec(known, about, lambda place: _keep(sample, output / "transform", place))
         if wanted.examples is not None:
-            _copy(registry.specs.transform(known or spec.digest), wanted.examples / "transform")
-            about = {
-                "digest": spec.digest,
-                "salt": salt.fingerprint,
-                "rows": sample.tally.examples,
-                "created_at_ms": now_ms,
-            }
-            about |= {"compression": settings.bootstrap.compression, "preprocessing": settings.model.preprocessing}
-            describe(wanted.examples, spec, settings.events.context, about)
+            shutil.copytree(registry.specs.transform(known or spec.digest), wanted.examples / "transform")
+            about = {"digest": spec.digest, "salt": salt.fingerprint, "created_at_ms": now_ms}
+            _describe(wanted.examples, sample, about)
             left_out = f"; {unlabelled}" if (unlabelled := sample.unlabelled) else ""
             say(f"{sample.tally.examples:,} examples in {wanted.examples}{left_out}")
     return True
@@ -530,24 +471,17 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
 
 def _keep(sample: Sample, transform: Path, place: Path) -> None:
     """Writes graph, schema and statistics of a sample to the new directory `place`."""
-    _copy(transform, place / "transform")
+    shutil.copytree(transform, place / "transform")
     statistics = dataset(sample.statistics, "bootstrap")
     schema = infer(statistics, warm=False)
     for name, data in baseline_files(schema, statistics).items():
         (place / name).write_bytes(data)
 
 
-def _copy(source: Path, target: Path) -> None:
-    shutil.copytree(source, target)
-
-
 def _import_analysis() -> None:
     with quiet_stderr():
-        for module in (
-            "tensorflow_transform.beam.tft_beam_io.transform_fn_io",
-            "tfx_bsl.tfxio.tensor_adapter",
-        ):
-            importlib.import_module(module)
+        importlib.import_module("tensorflow_transform.beam.tft_beam_io.transform_fn_io")
+        importlib.import_module("tfx_bsl.tfxio.tensor_adapter")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -562,7 +496,6 @@ def asked(argv: Sequence[str]) -> tuple[Settings, Wanted]:
 
     Raises:
         SettingsError: The command line is wrong.
-        SystemExit: It asked for help.
     """
     flags, words = split_settings(argv)
     parser = _Parser(
@@ -596,11 +529,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings, wanted = asked(words)
 
         def work() -> None:
-            done = run(settings, logger.info, wanted)
-            logger.info(
-                "done in %.1f s" if done else "nothing to do: these feature settings were bootstrapped before (%.1f s)",
-                time.monotonic() - began,
-            )
+            if run(settings, logger.info, wanted):
+                logger.info("done in %.1f s", time.monotonic() - began)
+            else:
+                logger.info("nothing to do: these feature settings were bootstrapped before")
 
         return settings, work
 

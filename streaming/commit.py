@@ -67,14 +67,7 @@ class CommitReport:
 
     @classmethod
     def of(cls, pieces: Sequence[Rows], records: int, seconds: float, truncated: Sequence[int]) -> CommitReport:
-        """Summarises batches that were written as `records` micro-batches.
-
-        Args:
-            pieces: The batches.
-            records: Number of micro-batches.
-            seconds: How long it took.
-            truncated: The feature columns that mark truncated histories.
-        """
+        """Summarises batches that were written as `records` micro-batches; `truncated` is the result of `truncated_columns`."""
         ranges, letters, off = list[Range](), Counter[str](), list[OffClock]()
         for piece in pieces:
             batch = piece.batch
@@ -114,12 +107,7 @@ def truncated_columns(names: Sequence[str]) -> list[int]:
 
 
 class StreamSweep:
-    """Sweeps histories by the event time of committed clicks, and counts what is removed. One thread.
-
-    Args:
-        context: Of the store and its profiler.
-        metrics: Of the process.
-    """
+    """Sweeps histories by the event time of committed clicks, and counts what is removed. One thread."""
 
     def __init__(self, context: JobContext, metrics: StreamMetrics) -> None:
         self._context, self._metrics = context, metrics

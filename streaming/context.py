@@ -70,14 +70,16 @@ NO_CONSENT = Consent()
 class JobContext:
     """What turns records into rows, in the stream, the bootstrap and a rebuild.
 
+    The Beam thread uses it. The commit thread uses the store, tells the profiler what was committed, and looks up labels.
+
     Attributes:
         settings: The effective settings.
         spec: The feature spec.
         store: Histories, positions and waiting impressions.
-        parser: Parses records into events; used by the Beam thread only.
-        profiler: Histories in memory; used by the Beam thread, and notified of commits by the commit thread.
-        clock: The event clock; used by the Beam thread only.
-        labels: Waiting impressions; None if none can wait. The Beam thread attributes, the commit thread looks up.
+        parser: Parses records into events.
+        profiler: Histories in memory.
+        clock: The event clock.
+        labels: Waiting impressions; None if none can wait.
         join: Attributes of users and items; None if none are configured.
         mask: The clicks that are left out.
     """
@@ -97,12 +99,7 @@ class JobContext:
         return leave_out(self.parser.parse(batches), self.mask)
 
     def make_rows(self, batch: EventBatch, now_ms: int) -> Rows:
-        """Computes the rows of one batch: event clock, windows, then attributes, then delayed labels.
-
-        Args:
-            batch: In order of arrival.
-            now_ms: Wall clock.
-        """
+        """Computes the rows of a batch in order of arrival: event clock, windows, then attributes, then delayed labels."""
         batch, clock = in_order(batch, self.clock.follow(batch, batch.ranges, now_ms))
         rows = replace(self.profiler.update(batch), clock=clock)
         if self.join is not None:

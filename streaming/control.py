@@ -178,11 +178,7 @@ def compaction_is_due(store: HistoryStore, erased: Erased, now_ms: int) -> bool:
 def apply_erasures(store: HistoryStore, registry: Path, erased: Erased, now_ms: int) -> float | None:
     """Removes erased users from `store`, and reports it; after a crash in between, the same work is due again.
 
-    Args:
-        store: Already rolled back to its branch of the log.
-        registry: Where to report.
-        erased: All erasures.
-        now_ms: Wall clock.
+    The store must already be rolled back to its branch of the log.
 
     Returns:
         In how many seconds the store must be rewritten; None if it need not be.

@@ -23,12 +23,7 @@ from streaming.rows import Rows
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The batches that are written together, in log order.
-
-    Attributes:
-        pieces: The batches with their windows.
-        created_ms: When the cut was made, wall clock, ms.
-    """
+    """The batches that are written together, in log order, and when they were cut: wall clock, ms."""
 
     pieces: tuple[Rows, ...]
     created_ms: int

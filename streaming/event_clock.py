@@ -53,11 +53,9 @@ class Quorum(NamedTuple):
     """The votes and the clocks of K keys: all partitions together, then each partition.
 
     Attributes:
-        votes: `[K, TURNS, 4]` int64: the user, the time of the latest click, when it was read, and its turn; turn 0
-            marks an empty entry.
-        marks: `[K, 6]` int64: turns so far, the clock, the newest time that readers may believe, 1 once
-            `AGREEING` agreed, turns of late clicks since the last one that was not late, and the user of the last late
-            one.
+        votes: `[K, TURNS, 4]` int64: the user, the time of the latest click, when it was read, and its turn (0: empty).
+        marks: `[K, 6]` int64: turns so far, the clock, the newest time that readers may believe, 1 once `AGREEING`
+            agreed, turns of late clicks since the last one that was not late, and the user of the last late one.
     """
 
     votes: I64
@@ -71,7 +69,7 @@ class Quorum(NamedTuple):
         return cls(np.zeros((keys, TURNS, 4), np.int64), marks)
 
     def with_space(self, keys: int) -> Quorum:
-        """Returns a copy with space for `keys` keys; itself if there is enough."""
+        """Returns itself, or a copy with space for `keys` keys."""
         if len(self.marks) >= keys:
             return self
         grown = Quorum.of(max(keys, 2 * len(self.marks)))
@@ -82,16 +80,6 @@ class Quorum(NamedTuple):
     def turns(self, key: int) -> int:
         """Number of turns so far."""
         return int(self.marks[key, _TURNS])
-
-    def clocks(self, keys: I64) -> I64:
-        """`[r]` int64, the clock of each of `[r]` keys; `NEVER_MS` if there was no click yet."""
-        found: I64 = self.marks[keys, _CLOCK]
-        return found
-
-    def set_clock(self, key: int, clock_ms: int | None) -> None:
-        """Sets a clock whose votes are not stored; None leaves it unchanged."""
-        if clock_ms is not None:
-            self.marks[key, _CLOCK] = clock_ms
 
     def pack(self, key: int) -> bytes:
         """Encodes the state of one key as int64 little-endian: `marks`, then `votes`."""
@@ -105,19 +93,13 @@ class Quorum(NamedTuple):
 
 
 def believed_in(packed: bytes | None) -> int | None:
-    """The newest time that readers may believe, ms, from a result of `Quorum.pack`; None if there is none.
-
-    >>> known = Quorum.of(1)
-    >>> known.marks[0, _BELIEVED] = 70
-    >>> believed_in(known.pack(0)), believed_in(None)
-    (70, None)
-    """
+    """The newest time that readers may believe, ms, from a result of `Quorum.pack`; None if there is none."""
     state = np.frombuffer(packed or b"", "<i8")
     return int(state[_BELIEVED]) if len(state) > _BELIEVED and state[_BELIEVED] > NEVER_MS else None
 
 
 def hear(known: Quorum, key: I64, user: NDArray[np.uint64], at_ms: I64, read_ms: int) -> I64:
-    """Adds clicks in order of arrival; returns `[n]` int64, for each click its partition's clock after it.
+    """Adds clicks to `known` in order of arrival; returns `[n]` int64, for each click its partition's clock after it.
 
     Args:
         known: Changed.
@@ -347,8 +329,7 @@ class Moves(NamedTuple):
     """Where the clocks of partitions move: each entry gives the clock from its offset on.
 
     Attributes:
-        source: `[m]` uint16, an index of the ranges, ascending; the first entry of a range is the clock at its
-            beginning.
+        source: `[m]` uint16, an index of the ranges, ascending; a range's first entry is the clock at its beginning.
         offset: `[m]` int64, ascending in a range.
         clock_ms: `[m]` int64.
     """
@@ -378,14 +359,7 @@ class BatchClock:
 
 
 class _Suspect(NamedTuple):
-    """Clicks of one user that were ahead of the believed time, but may only be the first after a quiet period.
-
-    Attributes:
-        at_ms: Time of the newest.
-        offset: Its offset.
-        turn: Number of turns of the partition before the first of them.
-        clicks: Number of these clicks.
-    """
+    """Clicks of one user that were ahead of the believed time, but may only be the first after a quiet period."""
 
     at_ms: int
     offset: int
@@ -428,11 +402,7 @@ def clock_of_all(clocks: Mapping[Source, int], reach_ms: int) -> int:
 
 
 class EventClock:
-    """The event clock of each partition. Not thread-safe.
-
-    Args:
-        extra: Returns an extra of the store by name.
-    """
+    """The event clock of each partition; `extra` returns its stored state by name. Not thread-safe."""
 
     def __init__(self, extra: Callable[[str], bytes | None]) -> None:
         self._extra = extra
@@ -456,7 +426,7 @@ class EventClock:
         keys = np.array([self._key(part.source) for part in ranges], np.int64)
         # Copies: for read-only or non-contiguous arrays the kernels would be compiled again.
         source, at_ms, user = clicks.source.astype(np.int64), clicks.at_ms.copy(), clicks.user.copy()
-        begin_ms = self._known.clocks(keys)
+        begin_ms = self._known.marks[keys, _CLOCK]
         clock_ms = hear(self._known, keys[source] if len(source) else source, user, at_ms, now_ms)
         clocks, off = believe(self._known, keys, source, at_ms, now_ms)
         names = {PREFIX + str(part.source): key for part, key in zip(ranges, keys.tolist(), strict=True)}
@@ -479,8 +449,8 @@ class EventClock:
             self._known = self._known.with_space(key + 1)
             self._load(key, str(source))
             if not self._known.turns(key):
-                # Before the watermark quorum existed, the clock of waiting rows was the newest event time.
-                self._known.set_clock(key, decode_clocks(self._extra(CLOCKS)).get(source))
+                # 0.1.0 had no watermark quorum: the clock of waiting rows was the newest event time.
+                self._known.marks[key, _CLOCK] = decode_clocks(self._extra(CLOCKS)).get(source, NEVER_MS)
         return key
 
     def _load(self, key: int, name: str) -> None:

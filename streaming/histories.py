@@ -200,13 +200,8 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
 def check_identity(store: HistoryStore, spec: FeatureSpec, salt: str, known: SpecActions) -> None:
     """Binds a store to the features of the settings, and permanently to the salt of its users.
 
-    Its events do not depend on a feature spec: windows of another spec are computed from them.
-
-    Args:
-        store: Filled under any features.
-        spec: Of the settings.
-        salt: The salt's fingerprint.
-        known: Names the actions of former features.
+    Its events do not depend on a feature spec: windows of another spec are computed from them. `known` names the actions
+    of former features.
 
     Raises:
         SaltMismatch: The store was filled with another salt.

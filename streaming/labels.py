@@ -461,13 +461,7 @@ def _attribute(
 
 
 class LookedUp(NamedTuple):
-    """Completed cuts, and what is committed with them.
-
-    Attributes:
-        cuts: With the columns of earlier impressions.
-        waiting: Rows that begin to wait, by key; None for a row whose wait ends.
-        extra: Values of the store's owner.
-    """
+    """Completed cuts, and what is committed with them: changes of waiting rows, and values of the store's owner."""
 
     cuts: list[Cut]
     waiting: Changes
@@ -477,11 +471,7 @@ class LookedUp(NamedTuple):
 class Labels:
     """The waiting impressions of one stream, or of one bucket of its users.
 
-    One thread calls `attribute`. One thread calls `look_up`, and commits its result before it calls again.
-
-    Args:
-        settings: `[labels]` and the actions are used.
-        store: The committed waiting rows.
+    One thread calls `attribute`. One thread calls `look_up` or `complete`, and commits before it calls again.
     """
 
     def __init__(self, settings: Settings, store: WaitingStore) -> None:
@@ -574,7 +564,7 @@ class Labels:
 
         Args:
             rows: The next batch to commit.
-            waiting: Uncommitted changes of waiting rows; those of this batch are added.
+            waiting: Uncommitted changes of waiting rows, by key; those of this batch are added, None for a wait that ends.
             extra: Uncommitted values of the store's owner; those of this batch are added.
 
         Raises:

@@ -121,7 +121,6 @@ def of_topic(
     log: Log,
     reached: Callable[[Source], Reached],
     reach: Callable[[int], None] = lambda _: None,
-    elapsed: Callable[[], float] = time.monotonic,
 ) -> Batches:
     """The clicks of a segment in the order in which they happened, and some after it.
 
@@ -131,7 +130,6 @@ def of_topic(
         log: The log that has the topic.
         reached: Returns the time that a source has reached, once the yielded clicks are processed.
         reach: Called with the number of positions that are read.
-        elapsed: Monotonic seconds.
 
     Raises:
         GapError: Clicks of it were deleted meanwhile.
@@ -141,9 +139,8 @@ def of_topic(
     if not begins:
         return
     with log.reader(topic, sorted(begins), begins) as reader:
-        aligned = AlignedReader(
-            reader, lambda partition: reached(Source(segment.topic_id, partition)), settings.stream.max_skew_s, elapsed
-        )
+        skew_s = settings.stream.max_skew_s
+        aligned = AlignedReader(reader, lambda partition: reached(Source(segment.topic_id, partition)), skew_s)
 
         def poll() -> list[PartitionBatch]:
             aligned.begin(settings.stream.cut_rows)
@@ -259,13 +256,7 @@ class PastRows:
         self._sweep = StreamSweep(context, metrics)
 
     def take(self, batches: list[PartitionBatch]) -> list[bytes]:
-        """Takes the records of a poll; returns the micro-batches that are full.
-
-        Raises:
-            StoreError: The store of histories cannot take it.
-            MicroBatchError: A row is larger than a record may be.
-            SpringtideError: The follower of attributes failed.
-        """
+        """Takes the records of a poll; returns the micro-batches that are full."""
         context, now_ms = self._context, wall_ms()
         rows = context.commit(context.make_rows(context.parse(batches), now_ms))
         self._sweep.note([rows])
@@ -287,12 +278,7 @@ class PastRows:
 
 
 class ReadingProgress:
-    """Logs the progress of reading from time to time.
-
-    Args:
-        total: Positions to read; None if that is not known.
-        elapsed: Monotonic seconds.
-    """
+    """Logs the progress of reading from time to time; `total` is None if the number of positions is not known."""
 
     def __init__(self, total: int | None, elapsed: Callable[[], float] = time.monotonic) -> None:
         self._total, self._elapsed = total, elapsed

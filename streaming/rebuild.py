@@ -101,15 +101,12 @@ class Rebuilt:
     aside: Path | None = None
 
     def in_words(self, path: Path) -> str:
-        """Formats the result in one line.
+        """Formats the result in one line, with the path of the new store.
 
         >>> Rebuilt(records=10, rows=500, users=17).in_words(Path("histories"))
         'histories: 17 users, 500 rows of 10 records of the log; complete'
         >>> Rebuilt(records=10, rows=500, clicks=40, lost=60, users=17, incomplete=3).in_words(Path("h"))
         'h: 17 users, 500 rows of 10 records of the log and 40 positions of the clicks; 60 positions are gone from both: 3 users may lack their oldest events'
-
-        Args:
-            path: Of the new store.
         """
         read = f"{self.rows:,} rows of {self.records:,} records of the log"
         read += f" and {self.clicks:,} positions of the clicks" if self.clicks else ""
@@ -139,17 +136,7 @@ def progress_on(out: TextIO) -> ProgressLine:
 class ClicksLeft:
     """What the topic of clicks still holds, and what the stream had read of it according to its group's offsets.
 
-    Args:
-        settings: Of the stream.
-        store: Being rebuilt.
-        clock: Of its clicks.
-        salt: Of the users' pseudonyms.
-        desired: The clicks that are left out.
-
-    Attributes:
-        committed: The next offset of each source as the group has it, in the order of the partitions.
-        read: Positions read into the store.
-        lost: Positions that are gone.
+    `committed` has the next offset of each source as the group has it, `read` and `lost` count positions.
 
     Raises:
         LogError: Kafka is not reachable.
@@ -183,9 +170,6 @@ class ClicksLeft:
         """Reads the positions of `source` from `mark` up to `after` into the store; counts those that are gone.
 
         Impressions among them may still wait, with the windows of that time.
-
-        Raises:
-            LogError: Kafka is not reachable, or stops answering.
         """
         at = mark or 0
         first = min(max(at, self._kept[source]), after)
@@ -216,15 +200,10 @@ class Waits:
         self._erased: set[bytes] = set()
 
     def follow(self, batch: MicroBatch, erased: Flags, ranges: Sequence[Range]) -> list[Range]:
-        """Takes the new rows of a micro-batch; returns its ranges without closings of rows that were never opened here.
+        """Takes the rows of a micro-batch that the store does not have; returns its ranges without closings of unknown rows.
 
         If the log no longer holds an impression but holds its label, the row never waited in this store; its account
-        leaves both out. Impressions of an erased user do not wait, and count as opened.
-
-        Args:
-            batch: Rows that the store does not have.
-            erased: `[n]` bool, whether each row is of a user who was erased since.
-            ranges: The ranges that the rows came from.
+        leaves both out. Impressions of erased users (`erased`, `[n]` bool) do not wait, and count as opened.
         """
         rows = self._rows = self._rows or WaitingRows(self._store)
         closing = np.flatnonzero(~happened(batch.kind))
@@ -485,11 +464,7 @@ def _hidden_at_the_end(kafka: Kafka, begin: int, end: int) -> dict[int, KeptReco
 
 
 def read(kafka: Kafka, first: int, end: int, committed_only: bool) -> Mapping[int, KeptRecord]:
-    """By position the micro-batches at the positions `[first, end)`; other records are left out.
-
-    Raises:
-        LogError: Kafka is not reachable.
-    """
+    """By position the micro-batches at the positions `[first, end)`; other records are left out."""
     records: dict[int, KeptRecord] = {}
     with Reader(kafka, kafka.microbatches_topic, [0], {0: first}, committed_only=committed_only) as reader:
         for batches in read_to(reader, {0: end}, stalled_s=kafka.request_timeout_s):
@@ -571,9 +546,6 @@ def asked(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
     >>> asked(["--from", "copy", "--kafka.port", "9192"])
     (Namespace(copy=PosixPath('copy'), if_lost=False), ['--kafka.port', '9192'])
-
-    Raises:
-        SettingsError: The command line is wrong.
     """
     parser = argparse.ArgumentParser(prog="springtide rebuild-history", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter

@@ -37,41 +37,28 @@ logger = logging.getLogger(__name__)
 
 
 def transactional_id(clicks: str, microbatches: str, group: str, shard: int = 0) -> str:
-    """The id with which Kafka fences a zombie.
+    """The id with which Kafka fences a zombie, from the ids of the two topics and the consumer group.
 
     >>> transactional_id("ab" * 16, "cd" * 16, "springtide-stream")
     'springtide-stream-91d1bb5e31a6fa6b-0'
 
-    Args:
-        clicks: Id of the topic of clicks.
-        microbatches: Id of the topic of micro-batches.
-        group: The consumer group.
-        shard: 0; another number for a shard of an earlier release.
+    Another shard than 0 is one of an earlier release.
     """
     digest = hashlib.sha256("\n".join((clicks, microbatches, group)).encode()).hexdigest()
     return f"springtide-stream-{digest[:16]}-{shard}"
 
 
 def id_of_first_release(shard: int = 0) -> str:
-    """The id that 0.1.0 used.
-
-    >>> id_of_first_release()
-    'springtide-stream-0'
-    """
+    """The id that 0.1.0 used."""
     return f"springtide-stream-{shard}"
 
 
 def open_writer(settings: Settings, log: Log | None = None) -> Writer:
     """Opens the writer of the stream; this ends a predecessor's open transaction, and fences the predecessor.
 
-    Args:
-        settings: The effective settings.
-        log: Where to write; by default the cluster of the settings.
-
     Raises:
         UnknownTopic: The topic of clicks or of micro-batches is missing.
-        UnreachableBroker: No broker answered in time.
-        LogError: The cluster refused.
+        LogError: No broker answered in time, or the cluster refused.
         OSError: The id cannot be stored.
     """
     kafka, log = settings.kafka, log or Log(settings.kafka)
@@ -90,11 +77,7 @@ def open_writer(settings: Settings, log: Log | None = None) -> Writer:
 
 
 def note_first_release(folder: Path) -> None:
-    """Stores the id of 0.1.0 if that release left histories; must run before new histories are created.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Stores the id of 0.1.0 if that release left histories; must run before new histories are created."""
     if (folder / HISTORIES).exists() and not (folder / WRITER).exists():
         keep_id(folder, id_of_first_release())
 
@@ -106,11 +89,7 @@ def last_id(folder: Path) -> str | None:
 
 
 def keep_id(folder: Path, mine: str) -> None:
-    """Stores the id; durable when this returns.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Stores the id; durable when this returns."""
     folder.mkdir(parents=True, exist_ok=True)
     durable.replace(folder / WRITER, mine.encode())
 
@@ -146,9 +125,6 @@ def send_records(
         values: Encoded micro-batches.
         letters: Refused records.
         at_ms: Their timestamp; None for the time of writing.
-
-    Raises:
-        LogError: The cluster refused.
     """
     for value in values:
         writer.send(kafka.microbatches_topic, 0, None, value, [], at_ms)
@@ -179,8 +155,7 @@ class StreamWriter:
         opens: Opens a fencing writer, here and after each outage.
 
     Raises:
-        UnreachableBroker: No broker answered in time.
-        LogError: The cluster refused.
+        LogError: See `open_writer`.
     """
 
     def __init__(
@@ -228,12 +203,7 @@ class StreamWriter:
                 self._reopen()
 
     def write_once(self, cut: Cut) -> None:
-        """Writes the micro-batches of a cut, acknowledged when it returns; does not wait for an unreachable broker.
-
-        Raises:
-            UnreachableBroker: No broker answered in time.
-            LogError: The cluster refused.
-        """
+        """Writes the micro-batches of a cut, acknowledged when it returns; does not wait for an unreachable broker."""
         with self._writer.transaction():
             values = encode_cut(cut, self._encoding)
             send_records(self._writer, self._settings.kafka, values, (), cut.created_ms)

@@ -177,11 +177,7 @@ class Account:
 
 
 class Publisher:
-    """Publishes the account. `take` is called by one thread at a time, `close` by any.
-
-    Args:
-        worker: Of this process: its metrics, and their address.
-    """
+    """Publishes the account and the metrics of a worker. `take` is called by one thread at a time, `close` by any."""
 
     def __init__(self, worker: JobWorker) -> None:
         self._worker, self._settings, self._metrics = worker, worker.settings, worker.metrics
@@ -306,11 +302,7 @@ def _is_behind(ours: Mapping[int, int], group: Mapping[int, int]) -> bool:
 
 
 def records_of(made: Sequence[BucketRows], worker: JobWorker, now_ms: int) -> list[bytes]:
-    """The micro-batches of a bundle; rows under different masks or epochs of the log are not mixed.
-
-    Raises:
-        MicroBatchError: A row is larger than a record may be.
-    """
+    """The micro-batches of a bundle; rows under different masks or epochs of the log are not mixed."""
     groups: dict[Encoding, list[BucketRows]] = {}
     plain = Encoding.of(worker.settings.stream, worker.spec.digest, worker.salt.fingerprint)
     for bucket in made:

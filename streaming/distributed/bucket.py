@@ -146,9 +146,6 @@ class BucketStore:
         """Removes the leading old events of each user; returns how many users have none left.
 
         It removes only leading events: a history keeps the last N events, and which ones these are must not change.
-
-        Args:
-            is_old: Maps `[m]` EVENT to `[m]` bool.
         """
         users, lengths = [*self._events], np.array([len(events) for events in self._events.values()], np.int64)
         if not users:
@@ -222,12 +219,7 @@ def _parts(values: Mapping[Any, bytes]) -> Iterator[list[Any]]:
 
 
 class BucketPlace(NamedTuple):
-    """The position of a bucket in a source.
-
-    Attributes:
-        next: The next offset.
-        clock_ms: The time that readers may believe at that position, ms.
-    """
+    """The next offset of a bucket in a source, and the time that readers may believe there, ms."""
 
     next: int
     clock_ms: int
@@ -303,18 +295,10 @@ class BucketCore:
         return self._profiler.cached_users
 
     def update(self, portion: Portion, mask: Mask, join: Joins) -> tuple[BucketRows, Delta]:
-        """Computes the rows of a portion; the store includes them when it returns.
-
-        Args:
-            portion: Starts at the bucket's positions.
-            mask: The clicks that no row may use.
-            join: Adds the attributes of users and items.
-
-        Returns:
-            What to write, and what was added to the store.
+        """Computes the rows of a portion; returns them and what was added to the store, which includes it when this returns.
 
         Raises:
-            PositionConflict: The portion starts at another position.
+            PositionConflict: The portion does not start at the bucket's positions.
             CorruptStore: The store lacks a waiting impression.
         """
         batch = portion.batch
@@ -410,13 +394,7 @@ class BucketCore:
 
 @dataclass(frozen=True)
 class Cells:
-    """The state of one bucket in the engine.
-
-    Attributes:
-        head: A value with `read` and `write`; None before the first portion.
-        snapshot: An unordered bag of values with `read`, `add` and `clear`.
-        deltas: Likewise.
-    """
+    """The state of one bucket in the engine: a value, and two bags whose values are in no order."""
 
     head: Any
     snapshot: Any
@@ -455,13 +433,7 @@ Opens = Callable[[BucketStore, dict[Source, BucketPlace], int], BucketCore]
 
 
 class Buckets:
-    """The buckets that this process computes, cached in memory. Thread-safe; one thread at a time uses a bucket.
-
-    Args:
-        opens: Creates the core of a bucket.
-        history: N, the number of events kept for a user.
-        clock: Monotonic clock in seconds.
-    """
+    """The buckets that this process computes, cached in memory. Thread-safe; one thread at a time uses a bucket."""
 
     def __init__(self, opens: Opens, history: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._opens, self._history, self._clock = opens, history, clock
@@ -475,13 +447,6 @@ class Buckets:
         2. Forget users who were erased since.
         3. Compute the rows.
         4. Write the state: a delta or, if the deltas have become larger than the snapshot, a new snapshot.
-
-        Args:
-            bucket: Its number.
-            portion: The portion to process.
-            cells: The bucket's state in the engine.
-            mask: The mask of the portion's generation of control.
-            join: Adds the attributes of users and items.
 
         Raises:
             CorruptStore: The state cannot be read, or lacks a waiting impression.

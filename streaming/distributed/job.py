@@ -76,13 +76,7 @@ ON_PRISM = (
 
 
 def beam_options(runner: str, words: Sequence[str], settings: Settings) -> PipelineOptions:
-    """Builds the Beam options of a job: those that it needs on this runner, unless `words` sets them, and `words`.
-
-    Args:
-        runner: As returned by `streaming.pipeline.take_runner`.
-        words: Options from the command line.
-        settings: The effective settings.
-    """
+    """Builds the Beam options of a job: those that it needs on this runner, unless `words` sets them, and `words`."""
     filled: list[tuple[str, object]] = [("streaming", True)]
     if runner == FLINK:
         # `PortableRunner` uses a running job server; `FlinkRunner` would download and start its own.
@@ -116,12 +110,7 @@ OURS = re.compile(r"state\.errors\.(\w+): (.+?)(?: \[while running .*)?$", re.MU
 
 
 class FlinkJob:
-    """A submitted job.
-
-    Args:
-        manager: Of the cluster.
-        name: Of the job; unique.
-    """
+    """A submitted job, as the JobManager of its cluster knows it by its unique name."""
 
     def __init__(self, manager: JobManager, name: str) -> None:
         self._manager, self._name = manager, name
@@ -129,13 +118,7 @@ class FlinkJob:
 
     @classmethod
     def of(cls, options: PipelineOptions, settings: Settings, local: bool) -> FlinkJob | None:
-        """The job of the given options; None if the address of its JobManager is unknown.
-
-        Args:
-            options: Of the job, including its name.
-            settings: Of the local cluster.
-            local: Whether the job is submitted to the local cluster.
-        """
+        """The job of the given options; None if it was not submitted to the local cluster and names no JobManager."""
         master = options.view_as(FlinkRunnerOptions).flink_master
         name = options.view_as(GoogleCloudOptions).job_name
         if master != OF_CLUSTER:
@@ -150,11 +133,7 @@ class FlinkJob:
         return ""
 
     def ended_by(self, sleep: Callable[[float], None] = time.sleep) -> str | None:
-        """The savepoint that it was stopped with; empty if it was cancelled without one, None if it ended otherwise.
-
-        Args:
-            sleep: Waits; needed because the JobManager's answers are half a second old.
-        """
+        """The savepoint that it was stopped with; empty if it was cancelled without one, None if it ended otherwise."""
         found = None
         with suppress(FlinkFailed):
             job = self._known()
@@ -233,12 +212,6 @@ def plan_of(
 ) -> JobPlan:
     """The plan for the steps; conditions that would stop them are checked first.
 
-    Args:
-        settings: The effective settings.
-        consent: The losses that the operator accepts.
-        until: By partition the offset at which reading ends; None for never.
-        log: The log with the topics; by default the cluster of the settings.
-
     Raises:
         ModelMismatch: The features differ from the learned ones, and no upgrade was requested.
         SettingsError: Users cannot be divided into this many buckets.
@@ -265,14 +238,7 @@ def run_distributed(plan: JobPlan, options: PipelineOptions) -> PipelineResult:
 def run_on_engine(
     settings: Settings, consent: Consent, runner: str, words: Sequence[str], stopping: threading.Event
 ) -> None:
-    """Submits the job, and returns when it has ended, or when this process is asked to stop.
-
-    Args:
-        settings: The effective settings.
-        consent: The losses that the operator accepts.
-        runner: The runner's name as given.
-        words: Options of Beam that were given.
-        stopping: Set by a signal.
+    """Submits the job to `runner`, and returns when it has ended, or when this process is asked to stop.
 
     Raises:
         JobFailed: The job could not be submitted, or has failed.
@@ -300,12 +266,6 @@ def follow(result: PipelineResult, runner: str, stopping: threading.Event, job: 
     """Logs the state of the job until it ends, or until this process is asked to stop.
 
     A job with a failure that no restart repairs is cancelled.
-
-    Args:
-        result: The runner's result.
-        runner: The runner's name as given.
-        stopping: Set by a signal.
-        job: The same job as its JobManager knows it.
 
     Raises:
         JobFailed: It has failed, or its state cannot be read.
@@ -340,11 +300,7 @@ def _state_of(result: PipelineResult, runner: str) -> str | None:
 
 
 def _report_end(state: str, runner: str, job: FlinkJob | None) -> None:
-    """Logs how an operator ended the job.
-
-    Raises:
-        JobFailed: No operator ended it, or its state cannot be read.
-    """
+    """Logs how an operator ended the job; raises JobFailed if no operator did."""
     savepoint = None if job is None else job.ended_by()
     if savepoint:
         logger.info("the job was stopped by a savepoint; resume it with --savepoint_path=%s", savepoint)

@@ -95,14 +95,9 @@ def gathered(events: EventBatch) -> EventBatch:
 
 
 def divide(events: EventBatch, clock: BatchClock, buckets: int) -> list[tuple[EventBatch, BatchClock]]:
-    """Divides a batch; returns the parts in the order of the buckets.
+    """Divides a batch with one range for each partition; returns the parts in the order of the buckets.
 
     Dead letters go to the first bucket, without keys and values.
-
-    Args:
-        events: The batch, with one range for each partition.
-        clock: Its event clock.
-        buckets: Number of buckets, a divisor of `SHARES`.
     """
     mine, parts = share_of(events.user) % buckets, len(events.ranges)
     order = np.argsort(mine, kind="stable")

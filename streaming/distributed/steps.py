@@ -110,22 +110,12 @@ def _saying_how() -> Iterator[None]:
 
 
 class Partitions:
-    """The open partitions of one source. One thread at a time uses it.
-
-    They are opened at the position that the engine knows:
+    """The open partitions of one source, at the position `at` that the engine knows. One thread at a time uses it.
 
     1. A recreated topic is read from its beginning.
     2. Positions that were deleted unread count as a gap if an operator accepts it, else they are an error.
     3. A log that was truncated below a position is detected by the preceding leader epoch. It is filled if an operator
        accepts that, so no offset is read twice.
-
-    Args:
-        worker: Of this process.
-        source: Its number.
-        reading: The position at which it begins.
-
-    Attributes:
-        at: How far it is, as the engine knows it.
 
     Raises:
         GapError: Positions are gone, or used twice, and no operator accepted it.

@@ -60,14 +60,9 @@ def group_of(kafka: Kafka) -> str:
 
 
 def report_once(kafka: Kafka, topic: str, log: Log, report: Report, reports: Callable[[], bool]) -> Report:
-    """Reports the refused records of a topic of attributes, each one once.
+    """Returns a handler that reports the refused records of a topic of attributes, each one once.
 
-    Args:
-        kafka: Names the group.
-        topic: Their topic.
-        log: Where the group's offsets are.
-        report: Reports dead letters durably.
-        reports: Whether this process is the one that reports.
+    How far they were reported is stored as offsets of the group `group_of`. `reports` says whether this process reports.
     """
 
     def report_new(bad: Sequence[DeadLetter]) -> None:
@@ -190,11 +185,7 @@ class JobWorker:
             return self._masks[control]
 
     def join(self, rows: Rows) -> Rows:
-        """The rows with the present attributes of users and items; unchanged if none are configured.
-
-        Raises:
-            SpringtideError: The topics cannot be read.
-        """
+        """The rows with the present attributes of users and items; unchanged if none are configured."""
         settings = self.settings.attributes
         if not (settings.user_topic or settings.item_topic):
             return rows
@@ -223,11 +214,7 @@ class JobWorker:
         return join
 
     def open_core(self, store: BucketStore, places: dict[Source, BucketPlace], erased: int) -> BucketCore:
-        """The core of a bucket, from the engine's state of it.
-
-        Raises:
-            SaltMismatch: The state has another salt.
-        """
+        """The core of a bucket, from the engine's state of it."""
         return BucketCore(self.settings, self.spec, self.plan.salt, store, places, erased)
 
     def take_reading(self, source: int) -> Closable | None:
@@ -268,13 +255,7 @@ _opening = threading.Lock()
 def worker_of(plan: JobPlan, log: Log | None = None, join: Join | None = None) -> JobWorker:
     """This process's worker of a job; those of other jobs end, because a process serves one at a time.
 
-    Args:
-        plan: Of the job.
-        log: See `JobWorker`; used if the worker is opened here.
-        join: Likewise.
-
-    Raises:
-        SpringtideError: It cannot be opened.
+    `log` and `join` of `JobWorker` are used if the worker is opened here.
     """
     with _opening:
         if plan.job not in _workers:

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -209,24 +208,6 @@ def test_a_bootstrap_from_files_needs_no_kafka_and_leaves_what_the_trainer_waits
     assert document["rows"] == ROWS
     assert sum(clicks for _, clicks in document["popular"]) == ROWS
     assert (registry.specs.transform(digest) / "transform_fn" / "saved_model.pb").exists()
-
-
-def test_a_small_keras_model_learns_from_the_examples_for_a_step(made: tuple[Path, Settings, str]) -> None:
-    folder, _, _ = made
-    transform = tf.saved_model.load(str(folder / "examples" / "transform" / "transform_fn"))
-
-    def as_pair(rows: dict[str, Any]) -> tuple[Any, Any]:
-        prepared = transform.transform_fn({"features": rows["features"]})["features"]
-        stays = tf.reduce_max(tf.cast(rows["recent_categories"][:, :3] == rows["category"][:, None], tf.float32), 1)
-        return prepared, stays
-
-    pairs = dataset(folder / "examples", batch_rows=70).map(as_pair).repeat(30)
-    keras.utils.set_random_seed(1)
-    model = keras.Sequential([keras.layers.Dense(16, "relu"), keras.layers.Dense(1, "sigmoid")])
-    model.compile("adam", "binary_crossentropy")
-    losses = [float(model.train_on_batch(x, y)) for x, y in pairs]
-    assert np.isfinite(losses).all()
-    assert np.mean(losses[-10:]) < np.mean(losses[:10])
 
 
 def test_a_second_run_writes_more_examples_but_never_into_the_same_directory(

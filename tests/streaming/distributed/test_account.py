@@ -1,24 +1,32 @@
-"""The pieces of the distributed form: what travels is what was sent, what a bucket counts adds up, and who is late waits."""
+"""What travels in a distributed job, and its account: what buckets count adds up, and one process shows it."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from apache_beam.options.pipeline_options import PortableOptions, StandardOptions
 
+from deploy.kafka.configuration import free_port
+from deploy.watch.scrape import Scrape, scrape, urls
 from state.config.settings import Settings
 from state.errors import SettingsError
 from state.events.dead_letters import DeadLetter, Reason
+from state.events.identity import load_salt
 from state.events.parser import EventBatch
-from state.positions import Range
-from streaming.distributed.account import Account
+from state.log import Topics
+from state.positions import Range, Source
+from streaming.distributed.account import Account, BundleReport, Publisher
 from streaming.distributed.job import FLINK, PRISM, beam_options
 from streaming.distributed.portions import Portion, decode, divide, encode
+from streaming.distributed.worker import JobPlan, JobWorker
 from streaming.event_clock import BatchClock, Moves, OffClock, moves_of
 from streaming.pipeline import take_runner
+from tests.conftest import KafkaFactory
 from tests.streaming.pieces import ZERO, piece
+from tests.streaming.streams import settings_for, until
 
 
 def told(events: EventBatch, clock_ms: list[int] | None = None) -> BatchClock:
@@ -78,3 +86,44 @@ def test_flink_and_prism_are_told_what_a_job_needs_there_and_what_is_given_wins(
     assert prism.view_as(StandardOptions).runner == "PrismRunner"
     with pytest.raises(SettingsError, match="unknown argument --parallelism"):
         take_runner(["--parallelism", "2"])
+
+
+def shown(settings: Settings) -> Scrape:
+    """What is on the stream's port."""
+    return scrape({"stream": urls(settings)["stream"]})["stream"]
+
+
+def positions(settings: Settings) -> float | None:
+    """How many positions are shown there."""
+    return shown(settings).value("springtide_accounting_positions", outcome="positions")
+
+
+def take(showing: Publisher, source: Source, after: int) -> None:
+    """Shows the account of a job that has read so far."""
+    account = Account()
+    account.take([Range(source, 0, after, rows=after)])
+    showing.take(account, BundleReport.of([], 0, 0.0, []))
+
+
+def test_where_the_account_moves_to_another_process_that_one_shows_it(
+    kafka_settings: KafkaFactory, tmp_path: Path
+) -> None:
+    kafka = kafka_settings()
+    with Topics(kafka) as topics:
+        source = Source(topics.ensure(kafka.clicks_topic, 1).topic_id, 0)
+    settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt", metrics_port=free_port())
+    plan = JobPlan("shown", settings, load_salt(settings.salt_path).fingerprint)
+    workers = JobWorker(plan), JobWorker(plan)
+    first, second = (Publisher(one) for one in workers)
+    try:
+        take(first, source, 5)
+        until(lambda: positions(settings) == 5, "the first process shows the account")
+        take(second, source, 9)
+        until(lambda: positions(settings) == 9, "the second one does")
+        # It comes back.
+        take(first, source, 12)
+        until(lambda: positions(settings) == 12, "the first one does again")
+    finally:
+        for one in (first, second, *workers):
+            one.close()
+    assert shown(settings).problem
