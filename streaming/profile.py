@@ -270,6 +270,10 @@ class Profiler:
         rings = np.empty((capacity + more, *self._rings.shape[1:]), np.int64)
         rings[:capacity] = self._rings
         self._rings = rings
-        for name in ("_ends", "_counts", "_users", "_pending", "_used"):
-            setattr(self, name, np.concatenate((getattr(self, name), np.zeros(more, np.int64))))
+        added = np.zeros(more, np.int64)
+        self._ends = np.concatenate((self._ends, added))
+        self._counts = np.concatenate((self._counts, added))
+        self._users = np.concatenate((self._users, added))
+        self._pending = np.concatenate((self._pending, added))
+        self._used = np.concatenate((self._used, added))
         self._free = [*range(capacity + more - 1, capacity - 1, -1), *self._free]

@@ -59,7 +59,7 @@ class Reading:
             if one not in self.away and (found := self.logs[one][first : first + share]):
                 self.taken(one, first, found)
                 came[one], self.positions[one] = found, first + len(found)
-        self.alignment.asked(shares, came, POLL_S)
+        self.alignment.polled(shares, came, POLL_S)
         for one, found in came.items():
             self.alignment.follow(one, len(found), self.reached(one))
         return came

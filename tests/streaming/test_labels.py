@@ -24,7 +24,7 @@ from state.history.store import HistoryStore
 from state.history.waiting import RowFormat, key_of
 from state.microbatch.batch import Kind, MicroBatch, erased_rows, happened, new_ranges, trained, trim
 from state.microbatch.codec import decode
-from state.positions import SHARES, Range, Source
+from state.positions import SHARES, Source
 from streaming import labels as streaming_labels
 from streaming.accounts import faults
 from streaming.cut import Cut, Encoding, encode_cut, merge_all, merge_appends
@@ -33,10 +33,11 @@ from streaming.labels import open_labels
 from streaming.profile import Profiler
 from streaming.rebuild import Waits
 from streaming.rows import Rows
+from tests.streaming import pieces
+from tests.streaming.pieces import SOURCES
 from tests.streaming.test_attribution import NOTHING, Event, Resolved, by_hand
 
 SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=16, recent_categories=5)
-SOURCES = (Source("ab" * 16, 0), Source("ab" * 16, 1))
 ACTIONS = ("view", "impression", "click")
 WEIGHTS = np.array([1.0, 0.25, 3.0], np.float32)
 SETTINGS = Settings(
@@ -69,33 +70,19 @@ def user_of(event: Event) -> int:
 
 def batch_of(positions: list[Event], following: list[int], context: int = 0) -> EventBatch:
     """A batch, `pair` as item; `following` keeps the next offsets."""
-    partitions = sorted({event.source for event in positions})
-    first = list(following)
-    log, offsets = [], []
-    for event in positions:
-        if event.role != NOTHING:
-            log.append(event)
-            offsets.append(following[event.source])
-        following[event.source] += 1
-    rows = [sum(event.source == one for event in log) for one in partitions]
-    action = np.array([event.role for event in log], np.uint8)
-    return EventBatch(
-        user=np.array([user_of(event) for event in log], np.uint64),
-        item=np.array([event.pair + 1 for event in log], np.uint64),
-        category=np.array([event.pair + 100 for event in log], np.uint64),
+    log = [event for event in positions if event.role != NOTHING]
+    pair, action = np.array([event.pair for event in log], np.uint64), [event.role for event in log]
+    return pieces.batch_of(
+        [event.source for event in positions],
+        following,
+        [event.role == NOTHING for event in positions],
+        user=[user_of(event) for event in log],
+        item=pair + np.uint64(1),
+        category=pair + np.uint64(100),
         action=action,
         at_ms=BASE_MS + np.array([event.at_ms for event in log], np.int64),
-        label=np.full(len(log), np.nan, np.float32),
-        weight=WEIGHTS[action],
+        weight=WEIGHTS[np.array(action, np.int64)],
         context=np.full((len(log), context), 5, np.uint64),
-        source=np.array([partitions.index(event.source) for event in log], np.uint16),
-        offset=np.array(offsets, np.int64),
-        ranges=tuple(
-            Range(SOURCES[one], first[one], following[one], rows=count, absent=following[one] - first[one] - count)
-            for one, count in zip(partitions, rows, strict=True)
-        ),
-        dead=(),
-        names={},
     )
 
 

@@ -17,12 +17,11 @@ from state.features.arrays import Vector
 from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise
 from state.history.appends import events_of
 from state.history.store import HistoryStore
-from state.positions import Range, Source
 from streaming.profile import ABSENT, Profiler, SlotTable
 from streaming.rows import Rows
+from tests.streaming import pieces
 
 SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=16, recent_categories=5, sequence=7)
-SOURCES = (Source("ab" * 16, 0), Source("ab" * 16, 1))
 BASE_MS = 1_700_000_000_000
 
 Click = tuple[int, int, int, int, int]
@@ -42,29 +41,16 @@ streams = st.lists(
 
 def batch_of(clicks: list[Click], following: list[int]) -> EventBatch:
     """A batch with one range for each partition it has; `following` keeps the next offsets."""
-    partitions = sorted({click[3] for click in clicks})
-    first = {partition: following[partition] for partition in partitions}
-    offsets = []
-    for click in clicks:
-        offsets.append(following[click[3]])
-        following[click[3]] += 1
     user, step, category, partition, label = (list(column) for column in zip(*clicks, strict=True))
-    return EventBatch(
+    return pieces.batch_of(
+        partition,
+        following,
         user=np.array(user, np.uint64) + np.uint64(2**63),
-        item=np.array(category, np.uint64),
-        category=np.array(category, np.uint64),
-        action=np.array(user, np.uint8) % 4,
+        item=category,
+        category=category,
+        action=np.array(user) % 4,
         at_ms=BASE_MS + 30_000 * np.array(step, np.int64),
         label=np.array(label, np.float32),
-        weight=np.ones(len(clicks), np.float32),
-        context=np.empty((len(clicks), 0), np.uint64),
-        source=np.array([partitions.index(one) for one in partition], np.uint16),
-        offset=np.array(offsets, np.int64),
-        ranges=tuple(
-            Range(SOURCES[one], first[one], following[one], rows=following[one] - first[one]) for one in partitions
-        ),
-        dead=(),
-        names={},
     )
 
 
