@@ -129,18 +129,16 @@ UPKEEP_S = 1.0
 LATEST_RECORDS = 15
 
 
-class UntilStopped(RestrictionTracker):
+class _UntilStopped(RestrictionTracker):
     """An unbounded restriction that is done when the process was asked to end the job; it never splits."""
 
     def __init__(self) -> None:
         self._done = False
 
     def current_restriction(self) -> bool:
-        """True, as a placeholder: the restriction has no bounds."""
         return True
 
     def current_progress(self) -> RestrictionProgress:
-        """Zero until it is done, then one."""
         return RestrictionProgress(fraction=float(self._done))
 
     def try_claim(self, stopping: bool) -> bool:
@@ -152,28 +150,21 @@ class UntilStopped(RestrictionTracker):
         """Refuses: the partitions belong to one process."""
 
     def check_done(self) -> None:
-        """Raises ValueError if the DoFn returned without a request to stop."""
         if not self._done:
             raise ValueError("reading ended without a request to stop")
 
     def is_bounded(self) -> bool:
-        """False: it never ends by itself."""
         return False
 
 
-class Forever(RestrictionProvider):
-    """Provides the restriction of the element."""
-
+class _Forever(RestrictionProvider):
     def initial_restriction(self, element: Any) -> bool:
-        """The whole restriction."""
         return True
 
-    def create_tracker(self, restriction: bool) -> UntilStopped:
-        """A tracker of the whole restriction."""
-        return UntilStopped()
+    def create_tracker(self, restriction: bool) -> _UntilStopped:
+        return _UntilStopped()
 
     def restriction_size(self, element: Any, restriction: bool) -> int:
-        """Always one, because there is only one restriction."""
         return 1
 
 
@@ -286,7 +277,7 @@ class ReadClicks(Step[StreamContext]):
     def process(
         self,
         element: bytes,
-        tracker: Any = beam.DoFn.RestrictionParam(Forever()),  # noqa: B008  # Beam reads the default
+        tracker: Any = beam.DoFn.RestrictionParam(_Forever()),  # noqa: B008  # Beam reads the default
     ) -> Iterator[list[PartitionBatch]]:
         """Polls until the process was asked to stop, or control has changed."""
         context = self.handle.context

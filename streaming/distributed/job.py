@@ -22,7 +22,7 @@ import secrets
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import cast
 
@@ -51,6 +51,11 @@ from streaming.distributed.worker import JobPlan, without_secrets
 FLINK, PRISM = "flink", "prism"
 WAKE_S = 3600.0
 FOLLOW_S = 0.5
+TRIES, POLL_S = 6, 0.25
+OF_CLUSTER = "[auto]"
+OURS = re.compile(r"state\.errors\.(\w+): (.+?)(?: \[while running .*)?$", re.MULTILINE)
+PERMANENT = (GapError, LineTurned, SaltMismatch, SettingsError)
+"""Errors that only a new job can fix: one with other settings or consent, or from an older checkpoint."""
 logger = logging.getLogger(__name__)
 
 ON_FLINK = (
@@ -102,13 +107,6 @@ def _word(name: str, value: object) -> str:
     return f"--{name}" if value is True else f"--{name}={value}"
 
 
-PERMANENT = (GapError, LineTurned, SaltMismatch, SettingsError)
-"""Errors that only a new job can fix: one with other settings or consent, or from an older checkpoint."""
-OF_CLUSTER = "[auto]"
-TRIES, POLL_S = 6, 0.25
-OURS = re.compile(r"state\.errors\.(\w+): (.+?)(?: \[while running .*)?$", re.MULTILINE)
-
-
 class FlinkJob:
     """A submitted job, as the JobManager of its cluster knows it by its unique name."""
 
@@ -132,7 +130,7 @@ class FlinkJob:
                 return permanent(self._manager.failure(job))
         return ""
 
-    def ended_by(self, sleep: Callable[[float], None] = time.sleep) -> str | None:
+    def ended_by(self) -> str | None:
         """The savepoint that it was stopped with; empty if it was cancelled without one, None if it ended otherwise."""
         found = None
         with suppress(FlinkFailed):
@@ -145,7 +143,8 @@ class FlinkJob:
                     found = savepoint
                 if found or state in ("FINISHED", "FAILED"):
                     break
-                sleep(POLL_S)
+                # Answers of the JobManager are half a second old.
+                time.sleep(POLL_S)
         return found
 
     def cancel(self) -> None:
@@ -177,17 +176,8 @@ def permanent(failure: str) -> str:
     return ""
 
 
-class WakeSources(beam.DoFn):
-    """Wakes each source."""
-
-    def __init__(self, sources: int) -> None:
-        super().__init__()
-        self._sources = sources
-
-    def process(self, element: object) -> Iterator[tuple[int, bytes]]:
-        """Emits the number of each source as its key."""
-        for source in range(self._sources):
-            yield source, b""
+def _wake(element: object, sources: int) -> list[tuple[int, bytes]]:
+    return [(source, b"") for source in range(sources)]
 
 
 def build_distributed(pipeline: beam.Pipeline, plan: JobPlan) -> PCollection[None]:
@@ -198,7 +188,7 @@ def build_distributed(pipeline: beam.Pipeline, plan: JobPlan) -> PCollection[Non
     accounted: PCollection[None] = (
         pipeline
         | "Start" >> (endless if plan.until is None else beam.Impulse())
-        | "Wake sources" >> beam.ParDo(WakeSources(plan.settings.stream.sources)).with_output_types(woken)
+        | "Wake sources" >> beam.FlatMap(_wake, plan.settings.stream.sources).with_output_types(woken)
         | "Read partitions" >> beam.ParDo(ReadPartitions(plan)).with_output_types(portion)
         | "Update buckets" >> beam.ParDo(UpdateBuckets(plan)).with_output_types(BucketRows)
         | "Write buckets" >> beam.ParDo(WriteBuckets(plan)).with_output_types(report)
@@ -228,13 +218,6 @@ def plan_of(
     return JobPlan(secrets.token_hex(8), without_secrets(settings), salt.fingerprint, consent, until)
 
 
-def run_distributed(plan: JobPlan, options: PipelineOptions) -> PipelineResult:
-    """Submits the job to the engine that `options` name; returns its handle at once if the engine is remote."""
-    pipeline = beam.Pipeline(options=options)
-    build_distributed(pipeline, plan)
-    return pipeline.run()
-
-
 def run_on_engine(
     settings: Settings, consent: Consent, runner: str, words: Sequence[str], stopping: threading.Event
 ) -> None:
@@ -250,7 +233,9 @@ def run_on_engine(
         options = beam_options(runner, words, settings)
         named = options.view_as(GoogleCloudOptions)
         named.job_name = named.job_name or f"springtide-{plan.job}"
-        result = run_distributed(plan, options)
+        pipeline = beam.Pipeline(options=options)
+        build_distributed(pipeline, plan)
+        result = pipeline.run()
     # Whatever a runner raises: gRPC's errors, those of a job server, of a library that is not installed.
     except Exception as error:
         raise JobFailed(
@@ -276,7 +261,7 @@ def follow(result: PipelineResult, runner: str, stopping: threading.Event, job: 
         if state != reported:
             logger.info("the job is %s", str(state).lower())
             reported = state
-        if job is not None and (problem := job.unmended()):
+        if job is not None and (problem := job.permanent()):
             job.cancel()
             raise JobFailed(f"the job was cancelled, because no restart repairs its failure: {problem}")
         if state is not None and PipelineState.is_terminal(state):

@@ -21,7 +21,7 @@ from state.log import PartitionBatch
 from state.metrics import StreamMetrics
 from state.positions import Range, Source
 from streaming.context import StreamContext
-from streaming.steps import ClickReader, Handle, Lag, UntilStopped, opened
+from streaming.steps import ClickReader, Handle, Lag, opened
 from tests.memory_log import MemoryLog, MemoryReader
 from tests.streaming.pieces import context_of
 
@@ -70,16 +70,6 @@ def reading(store: HistoryStore, log: MemoryLog, batch_events: int = 1000) -> It
     )
     with opened(context) as handle:
         yield handle
-
-
-def test_a_restriction_that_ends_unasked_is_an_error() -> None:
-    tracker = UntilStopped()
-    assert tracker.try_claim(False)
-    with pytest.raises(ValueError, match="without a request to stop"):
-        tracker.check_done()
-    assert not tracker.try_claim(True)
-    tracker.check_done()
-    assert tracker.try_split(0.5) is None
 
 
 def test_lag_counts_what_is_unread_and_what_is_uncommitted(store: HistoryStore) -> None:
