@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from state.config.sections import Kafka
+from state.config.sections import Events, Kafka, LabelSettings
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import CorruptStore, LockHeld, SaltMismatch, StoreError
@@ -24,7 +24,9 @@ from state.microbatch.codec import decode
 from state.positions import Source
 from state.process import killpoints
 from streaming import histories
+from streaming.accounts import faults
 from streaming.rebuild import Rebuilt, progress_on, rebuild
+from tests.conftest import KafkaFactory
 from tests.one_kafka import Running
 from tests.streaming.streams import FOREVER, click, following, next_offsets, running, send, settings_for, until
 
@@ -229,3 +231,44 @@ def test_a_rebuild_cut_short_leaves_the_old_store_or_the_new_one(
     found = rebuilt(settings)
     assert found.users == USERS
     assert held(settings) == (lost.digest, lost.counts)
+
+
+def test_impressions_that_wait_come_back_from_the_log_and_if_that_is_gone_from_the_clicks(
+    kafka_settings: KafkaFactory, tmp_path: Path
+) -> None:
+    actions = ("impression", "view", "click", "impression")
+    settings = replace(
+        settings_for(kafka_settings(), tmp_path / "state", tmp_path / "salt"),
+        events=Events(actions=("view", "impression", "click"), action_weights=(1.0, 1.0, 3.0)),
+        labels=LabelSettings(impressions=("impression",), outcomes=("click",), wait_s=60),
+    )
+    kafka, count = settings.kafka, 400
+
+    def stored(settings: Settings) -> tuple[object, ...]:
+        store = opened(settings)
+        assert faults(store) == ()
+        found = list(store.waiting()), store.cut(), store.digest()
+        store.close()
+        return found
+
+    with Topics(kafka) as topics, following(kafka, kafka.microbatches_topic) as log:
+        topics.ensure(kafka.clicks_topic, 2, FOREVER)
+        # Each user in turn: an impression, a view, a click (of every third user on that impression), an impression.
+        clicks = []
+        for number in range(count):
+            turn, user = divmod(number, 10)
+            item = f"item-{turn - 2 if turn % 4 == 2 and user % 3 == 0 else turn}"
+            clicks.append(click(number, user=f"user-{user}", item=item, action=actions[turn % 4]))
+        send(kafka, clicks)
+        with running(settings, tmp_path / "log", "stream.acknowledged:3") as stream:
+            assert stream.wait() == -9, stream.lines
+        with running(settings, tmp_path / "log") as stream:
+            until(lambda: next_offsets(log.poll()) == {0: count / 2, 1: count / 2}, "all clicks in the log")
+            assert stream.stop() == 0, stream.lines
+        before = stored(settings)
+        assert before[0]
+        for name in ("from-log", "from-clicks"):
+            elsewhere = replace(settings, paths=replace(settings.paths, state=str(tmp_path / name)))
+            rebuilt(elsewhere)
+            assert stored(elsewhere) == before
+            topics.delete_before(kafka.microbatches_topic, {0: topics.ends(kafka.microbatches_topic)[0][1]})
