@@ -145,13 +145,13 @@ def _take(known: Quorum, key: int, user: int, at_ms: int, read_ms: int) -> None:
     turn = known.marks[key, _TURNS]
     slot = oldest = 0
     same = False
-    for one in range(TURNS):
-        if known.votes[key, one, _TURN] > 0 and known.votes[key, one, _USER] == user:
-            slot = one
+    for entry in range(TURNS):
+        if known.votes[key, entry, _TURN] > 0 and known.votes[key, entry, _USER] == user:
+            slot = entry
             same = True
             break
-        if known.votes[key, one, _TURN] < known.votes[key, oldest, _TURN]:
-            oldest = one
+        if known.votes[key, entry, _TURN] < known.votes[key, oldest, _TURN]:
+            oldest = entry
     if not same:
         slot = oldest
     if not same or known.votes[key, slot, _TURN] != turn:
@@ -168,11 +168,11 @@ def _sorted(known: Quorum, key: int, now_ms: int, times: I64) -> int:
     """Writes the quorum's times, advanced to `now_ms`, to `times` in ascending order; returns their number."""
     count = 0
     since = known.marks[key, _TURNS] - TURNS
-    for one in range(TURNS):
-        turn = known.votes[key, one, _TURN]
+    for entry in range(TURNS):
+        turn = known.votes[key, entry, _TURN]
         if turn <= max(since, 0):
             continue
-        time = known.votes[key, one, _AT] + max(0, now_ms - known.votes[key, one, _READ])
+        time = known.votes[key, entry, _AT] + max(0, now_ms - known.votes[key, entry, _READ])
         place = count
         while place > 0 and times[place - 1] > time:
             times[place] = times[place - 1]
@@ -211,9 +211,9 @@ def _settle(known: Quorum, key: int, times: I64) -> int:
     if clock > latest and known.marks[key, _AGREED] == 0 and (count < 2 or times[count - 2] < clock - TOLERANCE_MS):
         clock = latest - TOLERANCE_MS
     # 2.
-    for one in range(count):
-        if times[one] <= latest:
-            clock = max(clock, times[one])
+    for entry in range(count):
+        if times[entry] <= latest:
+            clock = max(clock, times[entry])
     # 3.
     if count >= AGREEING and times[count - AGREEING] >= clock - TOLERANCE_MS:
         known.marks[key, _AGREED] = 1

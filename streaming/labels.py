@@ -501,7 +501,9 @@ class Labels:
     def _number(self, sources: Sequence[Source]) -> NDArray[np.int64]:
         """`[n]` int64, a number for the partition of each source, the same for all its buckets."""
         known = self._numbers
-        return np.array([known.setdefault((one.topic_id, one.partition), len(known)) for one in sources], np.int64)
+        return np.array(
+            [known.setdefault((source.topic_id, source.partition), len(known)) for source in sources], np.int64
+        )
 
     def attribute(self, rows: Rows) -> Rows:
         """Decides which events wait, and which earlier impressions become known, by the clocks of `rows.clock`."""

@@ -19,7 +19,7 @@ from state.features.spec import FeatureSpec
 from state.microbatch.examples import about, dataset, schema
 from state.recordings.files import Recording, find
 from state.registry.registry import Registry
-from streaming.bootstrap import ComputeWindows, EncodeExamples, asked, of_recording, open_sample, run
+from streaming.bootstrap import ComputeWindows, asked, of_recording, open_sample, run
 from streaming.rows import Rows
 from streaming.steps import ParseEvents
 
@@ -116,61 +116,26 @@ def test_one_late_row_costs_the_sample_itself_only(tmp_path: Path) -> None:
     assert f"clicks.csv:{len(lines) + 1}: 1 row is long after all the others" in said[0]
 
 
-def test_a_label_that_came_later_is_in_the_example_of_its_impression(tmp_path: Path) -> None:
-    drawn, wait_s = np.random.default_rng(9), 120
-    events = [
-        (
-            f"u{drawn.integers(4)}",
-            f"i{drawn.integers(3)}",
-            ("view", "click")[int(drawn.random() < 0.4)],
-            BEGIN_S + 20 * n,
-        )
-        for n in range(400)
-    ]
-    # Nothing comes after these to end their wait.
-    events += [(f"u{n}", "i9", "view", BEGIN_S + 20 * 400) for n in range(3)]
-    lines = [f"{user},{item},c,{action},{at}" for user, item, action, at in events]
+def test_a_label_that_came_later_is_in_the_example_of_its_impression_and_one_without_a_label_in_none(
+    tmp_path: Path,
+) -> None:
+    # One is clicked, one is not, one still waits at the end; the windows count what came before each.
+    events = [("a", "view", 0), ("b", "view", 10), ("a", "click", 20), ("c", "view", 200)]
+    lines = [f"u1,{item},c,{action},{BEGIN_S + at}" for item, action, at in events]
     (tmp_path / "clicks.csv").write_text("\n".join(["user,item,category,action,time", *lines, ""]))
     own = ["--events.actions=view,click", "--events.action_weights=1,2", "--labels.impressions=view"]
-    own += ["--labels.outcomes=click", f"--labels.wait_s={wait_s}", "--stream.map_gb=1", "--stream.batch_events=32"]
-    own.append(f"--paths.state={tmp_path / 'state'}")
-    settings = load(own, env={})
-    salt = load_salt(settings.salt_path)
-    encoder = EncodeExamples()
-    encoder.setup()
-    with open_sample(settings, salt, lambda: 1_800_000_000.0, lambda _: None) as sample:
-        batches = of_recording(sample.context, Recording(find([str(tmp_path / "clicks.csv")])), "memory")
-        parse, compute = ParseEvents(sample), ComputeWindows(sample)
-        rows = [rows for batch in batches for events in parse.process(batch) for rows in compute.process(events)]
-        serialized = [one for batch in rows for one in encoder.process(batch)]
-        told, examples = sample.context.unlabelled, sample.context.tally.examples
-    columns = schema_as_feature_spec(schema(FeatureSpec.from_settings(settings), 0)).feature_spec
-    found = tf.io.parse_example(serialized, columns)
-
-    # The rule, slowly: the latest waiting impression of the pair gets the click.
-    labels: dict[int, float] = {}
-    for n, (user, item, action, at) in enumerate(events):
-        for before, (_, _, kind, then) in enumerate(events[:n]):
-            if kind == "view" and then < at - wait_s:
-                labels.setdefault(before, 0.0)
-        if action == "click":
-            pairs = [
-                before
-                for before, (who, what, kind, _) in enumerate(events[:n])
-                if (who, what, kind) == (user, item, "view") and before not in labels
-            ]
-            if pairs:
-                labels[pairs[-1]] = 1.0
-    assert set(labels.values()) == {0.0, 1.0}
-    assert dict(zip(found["offset"].numpy().tolist(), found["label"].numpy().tolist(), strict=True)) == labels
-    assert len(serialized) == examples == len(labels)
-    waiting = sum(action == "view" for _, _, action, _ in events) - len(labels)
-    assert waiting >= 3
-    assert told == f"{waiting} impressions still waited for their label when the clicks ended"
-    # The features are of the impression's own moment, as they are for an event that waits for nothing.
-    before = np.concatenate([rows.vectors.features for rows in computed(tmp_path, load([*own[:2], *own[5:]], env={}))])
-    order = np.argsort(found["offset"].numpy())
-    np.testing.assert_array_equal(found["features"].numpy()[order], before[sorted(labels)])
+    own += [
+        "--labels.outcomes=click",
+        "--labels.wait_s=120",
+        "--stream.map_gb=1",
+        f"--paths.state={tmp_path / 'state'}",
+    ]
+    said = bootstrap(tmp_path / "clicks.csv", *own, "--examples", tmp_path / "examples")
+    assert said[-1].endswith("; 1 impressions still waited for their label when the clicks ended")
+    found = read_back(tmp_path)
+    assert (found["offset"].tolist(), found["label"].tolist()) == ([0, 1], [1.0, 0.0])
+    visible = FeatureSpec.from_settings(load(own, env={})).names.index("events.visible")
+    assert found["features"][:, visible].tolist() == [0, 1]
 
 
 def test_the_schema_beside_them_describes_every_feature(made: tuple[Path, Settings, str]) -> None:
