@@ -82,11 +82,7 @@ class ClicksSegment(NamedTuple):
     @property
     def positions(self) -> int:
         """How many positions it has."""
-        return self.done(self.ends.__getitem__)
-
-    def done(self, position: Callable[[int], int]) -> int:
-        """How many positions are read, from each partition's position."""
-        return sum(min(position(partition), self.ends[partition]) - begin for partition, begin in self.begins.items())
+        return sum(self.ends[partition] - begin for partition, begin in self.begins.items())
 
 
 def segment_of(settings: Settings, past: Past, topics: Topics) -> ClicksSegment:
@@ -115,13 +111,7 @@ def segment_of(settings: Settings, past: Past, topics: Topics) -> ClicksSegment:
     return ClicksSegment(topic_id, {partition: at for partition, at in begins.items() if at < ends[partition]}, ends)
 
 
-def of_topic(
-    settings: Settings,
-    segment: ClicksSegment,
-    log: Log,
-    reached: Callable[[Source], Reached],
-    reach: Callable[[int], None] = lambda _: None,
-) -> Batches:
+def of_topic(settings: Settings, segment: ClicksSegment, log: Log, reached: Callable[[Source], Reached]) -> Batches:
     """The clicks of a segment in the order in which they happened, and some after it.
 
     Args:
@@ -129,7 +119,6 @@ def of_topic(
         segment: What to read.
         log: The log that has the topic.
         reached: Returns the time that a source has reached, once the yielded clicks are processed.
-        reach: Called with the number of positions that are read.
 
     Raises:
         GapError: Clicks of it were deleted meanwhile.
@@ -146,31 +135,7 @@ def of_topic(
             aligned.begin(settings.stream.cut_rows)
             return aligned.poll(POLL_S)
 
-        for batches in read_to(reader, {partition: segment.ends[partition] for partition in begins}, poll=poll):
-            yield batches
-            reach(segment.done(reader.position))
-
-
-def of_files(
-    settings: Settings, recording: Recording, say: Callable[[str], None], reach: Callable[[int], None] = lambda _: None
-) -> Batches:
-    """The clicks of files, ordered by time.
-
-    Args:
-        settings: Of the experiment's trainer.
-        recording: The files.
-        say: Called with a message about stray rows.
-        reach: Called with the number of rows that are read.
-
-    Raises:
-        SettingsError: The columns do not fit, or memory does not hold the files.
-        UnreadableRecording: A file is cut or damaged.
-    """
-    done, most = 0, settings.stream.cut_rows
-    for batches in recorded_batches(settings.events, recording, "memory", time.time(), say, lambda: most):
-        yield batches
-        done += sum(map(len, batches))
-        reach(done)
+        yield from read_to(reader, {partition: segment.ends[partition] for partition in begins}, poll=poll)
 
 
 def recorded_batches(
@@ -277,27 +242,21 @@ class PastRows:
         return [value for cut in wanted for value in encode_cut(cut, self._encoding)]
 
 
-class ReadingProgress:
-    """Logs the progress of reading from time to time; `total` is None if the number of positions is not known."""
-
-    def __init__(self, total: int | None, elapsed: Callable[[], float] = time.monotonic) -> None:
-        self._total, self._elapsed = total, elapsed
-        self._reported_s = elapsed()
-        self._began: tuple[float, int] | None = None
-
-    def reach(self, done: int) -> None:
-        """Records that this many positions are read."""
-        now_s = self._elapsed()
-        # The first rows load the kernels: the pace is measured from there.
-        self._began = began_s, began = self._began or (now_s, done)
-        if now_s - self._reported_s < PROGRESS_S or done == began:
-            return
-        self._reported_s, rate = now_s, (done - began) / max(now_s - began_s, 1e-9)
-        if self._total is None:
-            logger.info("%s rows of files are read, %s/s", f"{done:,}", f"{rate:,.0f}")
-        else:
-            left = f"{(self._total - done) / rate:,.0f} s left"
-            logger.info("%s of %s clicks are read, %s/s, %s", f"{done:,}", f"{self._total:,}", f"{rate:,.0f}", left)
+def logged(clicks: Batches, total: int | None, clock_s: Callable[[], float] = time.monotonic) -> Batches:
+    """Passes batches on, and logs the progress from time to time; `total` is None if it is not known."""
+    done = first = 0
+    began_s: float | None = None
+    reported_s = clock_s()
+    for batches in clicks:
+        yield batches
+        done, now_s = done + sum(batch.next - batch.first for batch in batches), clock_s()
+        if began_s is None:
+            # The first rows load the kernels: the pace is measured from there.
+            began_s, first = now_s, done
+        elif now_s - reported_s >= PROGRESS_S and done > first:
+            reported_s, rate = now_s, (done - first) / max(now_s - began_s, 1e-9)
+            left = "" if total is None else f", {max(0, total - done) / rate:,.0f} s left"
+            logger.info("%s past clicks are read, %s/s%s", f"{done:,}", f"{rate:,.0f}", left)
 
 
 def run(settings: Settings, wanted: Past, log: Log, out: Callable[[bytes], object]) -> None:
@@ -329,18 +288,18 @@ def run(settings: Settings, wanted: Past, log: Log, out: Callable[[bytes], objec
             job = replace(open_job(settings, store, salt, topic_id, mask), join=join)
             return PastRows(job, metrics, salt.fingerprint, wanted.begin_ms)
 
-        clicks: Batches
+        total: int | None = None
         if wanted.files:
-            events = settings.events
+            events, rows_per_batch = settings.events, settings.stream.cut_rows
             recording = Recording(find(wanted.files), events.columns, constants_of(events.constants, events))
             rows = maker(topic_of(recording))
-            clicks = of_files(settings, recording, logger.info, ReadingProgress(None).reach)
+            clicks = recorded_batches(events, recording, "memory", time.time(), logger.info, lambda: rows_per_batch)
         else:
             with log.topics() as topics:
                 segment = segment_of(settings, wanted, topics)
-            rows = maker(segment.topic_id)
-            clicks = of_topic(settings, segment, log, rows.reached, ReadingProgress(segment.positions).reach)
-        for batches in clicks:
+            rows, total = maker(segment.topic_id), segment.positions
+            clicks = of_topic(settings, segment, log, rows.reached)
+        for batches in logged(clicks, total):
             for value in rows.take(batches):
                 out(value)
         for value in rows.flush():
