@@ -132,19 +132,3 @@ def test_a_rollback_into_a_commit_with_two_leaders_takes_it_for_no_cut(tmp_path:
         told = Leaders(tmp_path).at(ZERO.topic_id, {0: position})
         with log.reader(TOPIC, None, {0: position}, leaders=told) as again:
             assert again.poll(0.0) or position == 8
-
-
-def test_a_reader_that_passes_over_a_change_of_leaders_takes_it_for_no_cut() -> None:
-    """As those of the training log do after an exact rollback: what the stream abandoned is passed over."""
-    log = MemoryLog(ids=lambda: ZERO.topic_id)
-    log.topics().ensure(TOPIC, 1)
-    for _ in range(3):
-        with log.writer() as writer:
-            for _ in range(2):
-                writer.send(TOPIC, 0, None, b"x")
-        log.cut_back(TOPIC, {0: log.topics().ends(TOPIC)[0][1]})
-    with log.reader(TOPIC) as reader:
-        assert len(reader.poll(0.0, 2)[0]) == 2
-        reader.seek(0, 4)
-        assert reader.leader_epoch(0, 4) == -1
-        assert len(reader.poll(0.0, 2)[0]) == 2

@@ -10,8 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from deploy.kafka.configuration import free_port
-from deploy.watch.scrape import Scrape, scrape
 from state.accounts import StreamAccount, check_accounts
 from state.config.sections import Events, LogSettings
 from state.config.settings import Settings
@@ -130,34 +128,6 @@ def test_clicks_become_micro_batches_and_bad_ones_dead_letters(kafka_settings: K
         assert all(part.first >= 202 for batch in later for part in batch.header.ranges)
 
 
-def test_at_rest_the_group_and_the_metrics_say_what_is_committed(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
-    kafka = kafka_settings()
-    cuts = {"cut_rows": 400, "cut_ms": 60_000}
-    settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt", metrics_port=free_port(), **cuts)
-
-    def seen() -> Scrape:
-        (scraped,) = scrape({"stream": f"http://127.0.0.1:{settings.stream.metrics_port}/metrics"}).values()
-        return scraped
-
-    def accounted() -> dict[str, float]:
-        return dict(seen().by("springtide_accounting_positions", "outcome"))
-
-    with Topics(kafka) as topics:
-        topics.ensure(kafka.clicks_topic, 2, FOREVER)
-        with running(settings, tmp_path / "log") as stream:
-            send(kafka, [click(number) for number in range(400)])
-            until(lambda: accounted().get("positions") == 400, "the account of all clicks")
-            until(lambda: topics.committed(kafka.group, kafka.clicks_topic) == {0: 200, 1: 200}, "the group's offsets")
-            until(lambda: accounted().get("rows") == 400, "the account of all rows")
-            # Clicks that were read, and wait for a cut that does not come, are not committed.
-            send(kafka, [click(number) for number in range(400, 440)], 400)
-            until(lambda: seen().value("springtide_stream_lag_events") == 40, "the lag of clicks that wait")
-            for name in ("springtide_stream_lag_seconds", "springtide_stream_busy_seconds_total"):
-                until(lambda name=name: (seen().value(name) or 0.0) > 0.0, name)
-            assert stream.stop() == 0, stream.lines
-        assert topics.committed(kafka.group, kafka.clicks_topic) == {0: 220, 1: 220}
-
-
 def test_a_new_partition_is_taken_up_from_its_beginning(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
     kafka = kafka_settings()
     settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt")
@@ -222,25 +192,6 @@ def test_after_kill_9_the_rows_are_those_of_an_undisturbed_run(
     assert store.digest() == undisturbed["digest"]
     assert store.totals["rows"] == store.totals["positions"] == 1000
     store.close()
-
-
-def test_a_zombie_with_another_directory_is_fenced(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
-    kafka = kafka_settings()
-    with Topics(kafka) as topics:
-        topics.ensure(kafka.clicks_topic, 2, FOREVER)
-    one, two = (settings_for(kafka, tmp_path / name, tmp_path / "salt") for name in ("one", "two"))
-    with running(one, tmp_path / "log-one") as zombie:
-        until(lambda: any("reading" in line for line in zombie.lines), "the zombie reads")
-        with running(two, tmp_path / "log-two") as heir, following(kafka, kafka.microbatches_topic) as log:
-            until(lambda: any("reading" in line for line in heir.lines), "the heir reads")
-            send(kafka, [click(number) for number in range(20)])
-            assert zombie.wait() == 1
-            until(lambda: next_offsets(log.poll()) == {0: 10, 1: 10}, "the heir's rows")
-            assert heir.stop() == 0, heir.lines
-            assert sum(len(decode(value)) for value in log.poll()) == 20
-    assert "FencedWriter" in zombie.lines[-1]
-    assert sum(" ERROR " in line for line in zombie.lines) == 1
-    assert not any("Traceback" in line for line in zombie.lines), zombie.lines
 
 
 def asked_to_stop(settings: Events) -> Decoder:
