@@ -18,12 +18,9 @@ from state.config.sections import Attributes, Kafka
 from state.config.settings import Settings
 from state.events.identity import load_salt, public_id, user_id
 from state.events.parser import ANNOUNCE_MS
-from state.features.spec import FeatureSpec
-from state.history.store import HistoryStore
 from state.log import Topics, Writer
 from state.microbatch.batch import MicroBatch
 from streaming.attributes import Recent
-from streaming.profile import Profiler
 from tests.conftest import KafkaFactory
 from tests.streaming.streams import (
     FOREVER,
@@ -105,14 +102,6 @@ def test_ids_without_a_record_take_no_memory_for_ever(store: AttributeStore) -> 
 
 
 GOODS = AttributeTable("item", fields_of(["brand"]))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Compiles the kernels once, so that each process only loads them."""
-    store = HistoryStore(tmp_path_factory.mktemp("kernels"), map_bytes=1 << 24)
-    Profiler(store, FeatureSpec(), cache_users=1)
-    store.close()
 
 
 def tell(kafka: Kafka, topic: str, *records: tuple[str, object]) -> None:

@@ -11,10 +11,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from state import layout
 from state.config.sections import LabelSettings
+from state.config.settings import Settings
 from state.features.mask import Mask
-from state.history.store import HistoryStore
 from state.log import Topics
 from state.microbatch.codec import decode
 from state.positions import Source
@@ -29,6 +28,7 @@ from tests.streaming.streams import (
     click,
     following,
     headers_of,
+    histories_of,
     next_offsets,
     running,
     send,
@@ -47,11 +47,9 @@ def values() -> list[bytes]:
     return made
 
 
-def content(store: HistoryStore) -> dict[str, Any]:
-    try:
+def content(settings: Settings) -> dict[str, Any]:
+    with histories_of(settings) as store:
         return {"digest": store.digest(), "counts": store.counts(), "waiting": dict(store.waiting())}
-    finally:
-        store.close()
 
 
 def test_the_stream_reverts_reads_again_and_is_rebuilt_along_the_new_branch(
@@ -62,9 +60,6 @@ def test_the_stream_reverts_reads_again_and_is_rebuilt_along_the_new_branch(
     settings = replace(settings, labels=labels)
     kafka, controls = settings.kafka, Controls(settings.registry_dir)
     controls.propose(start(actor="trainer", reason="first start", now_ms=0))
-
-    def store() -> HistoryStore:
-        return HistoryStore(settings.stream_dir / layout.HISTORIES, settings.features.history, 1 << 30)
 
     with Topics(kafka) as topics, following(kafka, kafka.microbatches_topic) as log:
         source = Source(topics.ensure(kafka.clicks_topic, 1, FOREVER).topic_id, 0)
@@ -83,7 +78,7 @@ def test_the_stream_reverts_reads_again_and_is_rebuilt_along_the_new_branch(
             until(lambda: sum(" reading " in line for line in stream.lines) == 2, "the stream is opened again")
             until(lambda: _masked(log.poll()) == MASKED_S[1] - MASKED_S[0], "they are read again")
             assert stream.stop() == 0, stream.lines
-    before = content(store())
+    before = content(settings)
     assert before["counts"][source]["masked"] == MASKED_S[1] - MASKED_S[0]
     assert before["counts"][source]["next"] == ALL and before["waiting"]
     # 3. Each dead letter is written once.
@@ -91,7 +86,7 @@ def test_the_stream_reverts_reads_again_and_is_rebuilt_along_the_new_branch(
     assert offsets == ["7", str(GOOD + 7)]
     # 4. A lost store comes back along the branch.
     rebuild(settings, None, progress_on(io.StringIO()))
-    assert content(store()) == before
+    assert content(settings) == before
 
 
 def _masked(records: list[bytes]) -> int:

@@ -15,14 +15,23 @@ from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import CorruptStore, FencedWriter, LockHeld
 from state.features.spec import FeatureSpec
-from state.history.store import HistoryStore
 from state.layout import HISTORIES, WRITER, streams
 from state.log import Topics, Writer
 from streaming.histories import open_histories
 from streaming.rebuild import progress_on, rebuild
 from streaming.writer import id_of_first_release, keep_id, last_id, note_first_release, open_writer, transactional_id
 from tests.conftest import KafkaFactory
-from tests.streaming.streams import FOREVER, click, following, next_offsets, running, send, settings_for, until
+from tests.streaming.streams import (
+    FOREVER,
+    click,
+    following,
+    histories_of,
+    next_offsets,
+    running,
+    send,
+    settings_for,
+    until,
+)
 
 
 def deployment(kafka: Kafka, state: Path) -> Settings:
@@ -115,11 +124,8 @@ def shard(settings: Settings, number: int) -> Path:
 
 
 def digest(settings: Settings) -> str:
-    store = HistoryStore(settings.stream_dir / HISTORIES, settings.features.history, 1 << 30)
-    try:
+    with histories_of(settings) as store:
         return store.digest()
-    finally:
-        store.close()
 
 
 def sharded(settings: Settings) -> dict[str, Writer]:

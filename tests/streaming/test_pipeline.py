@@ -12,15 +12,11 @@ import pytest
 
 from state.accounts import StreamAccount, check_accounts
 from state.config.sections import Events, LogSettings
-from state.config.settings import Settings
 from state.events.decoding import Decoder, decode_json
-from state.features.spec import FeatureSpec
-from state.history.store import HistoryStore
 from state.log import Topics
 from state.microbatch.batch import gaps
 from state.microbatch.codec import decode
 from state.positions import Source
-from streaming.profile import Profiler
 from tests.conftest import KafkaFactory
 from tests.streaming.streams import (
     FOREVER,
@@ -28,6 +24,7 @@ from tests.streaming.streams import (
     deduplicated,
     following,
     headers_of,
+    histories_of,
     next_offsets,
     rows_by_source,
     running,
@@ -42,19 +39,6 @@ BAD = {
     "unknown_action": click(2, action="stare"),
     "wrong_type": click(3, item=[1]),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Compiles the kernels once, so that each process only loads them."""
-    store = HistoryStore(tmp_path_factory.mktemp("kernels"), map_bytes=1 << 24)
-    Profiler(store, FeatureSpec(), cache_users=1)
-    store.close()
-
-
-def store_of(settings: Settings) -> HistoryStore:
-    """The store of a stream that has ended."""
-    return HistoryStore(settings.stream_dir / "histories", map_bytes=1 << 30)
 
 
 def test_clicks_become_micro_batches_and_bad_ones_dead_letters(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
@@ -95,12 +79,11 @@ def test_clicks_become_micro_batches_and_bad_ones_dead_letters(kafka_settings: K
         assert not (settings.stream_dir / "attributes").exists()
 
         # The store agrees with the log.
-        store = store_of(settings)
-        assert store.positions() == marks
-        assert store.totals == {"positions": 404, "rows": 400, "dead": 4, "filtered": 0, "absent": 0}
-        assert check_accounts(StreamAccount(**store.totals)) == ()
-        assert store.users() == 17
-        store.close()
+        with histories_of(settings) as store:
+            assert store.positions() == marks
+            assert store.totals == {"positions": 404, "rows": 400, "dead": 4, "filtered": 0, "absent": 0}
+            assert check_accounts(StreamAccount(**store.totals)) == ()
+            assert store.users() == 17
 
         # A dead letter names reason and coordinates, also by its key, and holds nothing of the record.
         assert set(letters.poll()) == {b""}
@@ -175,9 +158,8 @@ def test_after_kill_9_the_rows_are_those_of_an_undisturbed_run(
                 assert stream.stop() == 0, stream.lines
             undisturbed["rows"] = rows_by_source(deduplicated(log.poll())[0])
             undisturbed["clicks"] = kafka.clicks_topic
-            store = store_of(settings)
-            undisturbed["digest"] = store.digest()
-            store.close()
+            with histories_of(settings) as store:
+                undisturbed["digest"] = store.digest()
     kafka = kafka_settings(clicks_topic=undisturbed["clicks"])
     settings = settings_for(kafka, tmp_path / "state", salt)
     with following(kafka, kafka.microbatches_topic) as log:
@@ -188,10 +170,9 @@ def test_after_kill_9_the_rows_are_those_of_an_undisturbed_run(
             assert stream.stop() == 0, stream.lines
         rows = rows_by_source(deduplicated(log.poll())[0])
     assert rows == undisturbed["rows"]
-    store = store_of(settings)
-    assert store.digest() == undisturbed["digest"]
-    assert store.totals["rows"] == store.totals["positions"] == 1000
-    store.close()
+    with histories_of(settings) as store:
+        assert store.digest() == undisturbed["digest"]
+        assert store.totals["rows"] == store.totals["positions"] == 1000
 
 
 def asked_to_stop(settings: Events) -> Decoder:

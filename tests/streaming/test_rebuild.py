@@ -28,7 +28,17 @@ from streaming.accounts import faults
 from streaming.rebuild import Rebuilt, progress_on, rebuild
 from tests.conftest import KafkaFactory
 from tests.one_kafka import Running
-from tests.streaming.streams import FOREVER, click, following, next_offsets, running, send, settings_for, until
+from tests.streaming.streams import (
+    FOREVER,
+    click,
+    following,
+    histories_of,
+    next_offsets,
+    running,
+    send,
+    settings_for,
+    until,
+)
 
 CLICKS = 1200
 USERS = 16  # each of whom clicks in one of the two partitions
@@ -72,14 +82,8 @@ def lost(kafka: Running, tmp_path_factory: pytest.TempPathFactory) -> Lost:
             assert stream.stop() == 0, stream.lines
         records = len(log.poll())
         assert sum(len(decode(value)) for value in log.poll()) > CLICKS - len(BAD), "the crash wrote rows twice"
-    store = opened(settings)
-    made = Lost(settings, store.digest(), store.counts(), records)
-    store.close()
-    return made
-
-
-def opened(settings: Settings) -> HistoryStore:
-    return HistoryStore(settings.stream_dir / HISTORIES, settings.features.history, 1 << 30)
+    with histories_of(settings) as store:
+        return Lost(settings, store.digest(), store.counts(), records)
 
 
 def rebuilt(settings: Settings, copy: Path | None = None) -> Rebuilt:
@@ -87,11 +91,8 @@ def rebuilt(settings: Settings, copy: Path | None = None) -> Rebuilt:
 
 
 def held(settings: Settings) -> tuple[str, dict[Source, dict[str, int]]]:
-    store = opened(settings)
-    try:
+    with histories_of(settings) as store:
         return store.digest(), store.counts()
-    finally:
-        store.close()
 
 
 @pytest.fixture
@@ -164,20 +165,19 @@ def test_what_is_gone_from_both_is_counted(lost: Lost, copied_log: Settings, kaf
         topics.delete_before(settings.kafka.microbatches_topic, {0: 5})
     # The clicks of the log's topic id are not there at all: all below the log's first ranges is gone.
     found = rebuilt(settings)
-    store = opened(settings)
-    assert found.lost == sum(count["first"] for count in store.counts().values()) > 0
-    assert found.incomplete == found.users == store.users() == USERS
-    assert {source: count["next"] for source, count in store.counts().items()} == {
-        source: count["next"] for source, count in lost.counts.items()
-    }
-    store.close()
+    with histories_of(settings) as store:
+        assert found.lost == sum(count["first"] for count in store.counts().values()) > 0
+        assert found.incomplete == found.users == store.users() == USERS
+        assert {source: count["next"] for source, count in store.counts().items()} == {
+            source: count["next"] for source, count in lost.counts.items()
+        }
 
 
 def test_a_copy_is_gone_on_from_and_one_not_closed_in_order_is_refused(lost: Lost, tmp_path: Path) -> None:
     first = lost.elsewhere(tmp_path / "first")
     rebuilt(first)
     copy = tmp_path / "copy"
-    store = opened(first)
+    store = HistoryStore(first.stream_dir / HISTORIES, first.features.history, 1 << 30)
     store.copy_to(copy)
     store._env.close()  # as a kill does
     with pytest.raises(CorruptStore, match="was not closed in order"):
@@ -225,9 +225,8 @@ def test_a_rebuild_cut_short_leaves_the_old_store_or_the_new_one(
     with pytest.raises(Died):
         rebuilt(settings)
     histories.finish(settings.stream_dir)
-    store = opened(settings)
-    assert store.users() == (0 if point == "rebuild.committed" else USERS)
-    store.close()
+    with histories_of(settings) as store:
+        assert store.users() == (0 if point == "rebuild.committed" else USERS)
     found = rebuilt(settings)
     assert found.users == USERS
     assert held(settings) == (lost.digest, lost.counts)
@@ -245,11 +244,9 @@ def test_impressions_that_wait_come_back_from_the_log_and_if_that_is_gone_from_t
     kafka, count = settings.kafka, 400
 
     def stored(settings: Settings) -> tuple[object, ...]:
-        store = opened(settings)
-        assert faults(store) == ()
-        found = list(store.waiting()), store.cut(), store.digest()
-        store.close()
-        return found
+        with histories_of(settings) as store:
+            assert faults(store) == ()
+            return list(store.waiting()), store.cut(), store.digest()
 
     with Topics(kafka) as topics, following(kafka, kafka.microbatches_topic) as log:
         topics.ensure(kafka.clicks_topic, 2, FOREVER)
