@@ -133,62 +133,6 @@ def progress_on(out: TextIO) -> ProgressLine:
     return ProgressLine(out, LINE_EVERY_S, at_once=True)
 
 
-class ClicksLeft:
-    """What the topic of clicks still holds, and what the stream had read of it according to its group's offsets.
-
-    `committed` has the next offset of each source as the group has it, `read` and `lost` count positions.
-
-    Raises:
-        LogError: Kafka is not reachable.
-    """
-
-    def __init__(
-        self, settings: Settings, store: HistoryStore, clock: EventClock, salt: Salt, desired: Desired
-    ) -> None:
-        self._settings, self._store, self._clock = settings, store, clock
-        self._salt, self._mask = salt, desired.mask
-        self._kept: Mapping[Source, int] = {}
-        self.committed: Mapping[Source, int] = {}
-        self.read = self.lost = 0
-        kafka = settings.kafka
-        with Topics(kafka) as topics:
-            try:
-                topic_id = topics.describe(kafka.clicks_topic).topic_id
-                ends = topics.ends(kafka.clicks_topic)
-                group = topics.committed(kafka.group, kafka.clicks_topic)
-            except UnknownTopic as error:
-                logger.warning("%s; only what the micro-batch log holds is rebuilt", error)
-                return
-        self._kept = {Source(topic_id, partition): begin for partition, (begin, _) in ends.items()}
-        self.committed = {Source(topic_id, partition): after for partition, after in sorted(group.items())}
-
-    def has(self, source: Source, mark: int | None, after: int) -> bool:
-        """Whether the clicks may still hold positions of `source` from `mark` (None: its first) to below `after`."""
-        return source in self._kept and (self._kept[source] < after or mark is None)
-
-    def fill(self, source: Source, mark: int | None, after: int) -> None:
-        """Reads the positions of `source` from `mark` up to `after` into the store; counts those that are gone.
-
-        Impressions among them may still wait, with the windows of that time.
-        """
-        at = mark or 0
-        first = min(max(at, self._kept[source]), after)
-        self.lost += first - at
-        if mark is not None and first > at:
-            self._store.commit(Appends.none(), [Range(source, at, first, absent=first - at)])
-        if first == after:
-            return
-        logger.info("the log does not hold positions %d to %d of %s: reading the clicks", first, after, source)
-        self.read += after - first
-        job = open_job(self._settings, self._store, self._salt, source.topic_id, self._mask)
-        job = replace(job, clock=self._clock)
-        kafka, partition = self._settings.kafka, source.partition
-        with Reader(kafka, kafka.clicks_topic, [partition], {partition: first}) as reader:
-            for batches in read_to(reader, {partition: after}, CLICKS_AT_ONCE):
-                events = job.parse([batch.between(batch.first, min(after, batch.next)) for batch in batches])
-                job.commit(job.make_rows(events, wall_ms()))
-
-
 class Waits:
     """Gathers from micro-batches which rows begin and end to wait, until they are committed. One thread."""
 
@@ -275,7 +219,9 @@ class Rebuild:
         self._accepted = Journal(settings.registry_dir / GAPS).accepted()
         self._marks = store.positions()
         self._waits, self._clock = Waits(store), EventClock(store.extra)
-        self._clicks = ClicksLeft(settings, store, self._clock, salt, desired)
+        # By source the first position that the clicks still have, and the next one of the group.
+        self._kept: Mapping[Source, int] = {}
+        self._group: Mapping[Source, int] = {}
         self._clocks: dict[str, bytes] = {}
         self._appends: list[Appends] = []
         self._ranges: list[Range] = []
@@ -291,24 +237,29 @@ class Rebuild:
             StoreFull: The store or its disk is full.
             LogError: Kafka is not reachable, or stops answering.
         """
-        kafka, result, clicks = self._settings.kafka, self._result, self._clicks
-        try:
-            with Topics(kafka) as topics:
+        kafka, result = self._settings.kafka, self._result
+        begin = end = 0
+        with Topics(kafka) as topics:
+            try:
+                topic_id, ends = topics.describe(kafka.clicks_topic).topic_id, topics.ends(kafka.clicks_topic)
+                group = topics.committed(kafka.group, kafka.clicks_topic)
+                self._kept = {Source(topic_id, partition): first for partition, (first, _) in ends.items()}
+                self._group = {Source(topic_id, partition): after for partition, after in sorted(group.items())}
+            except UnknownTopic as error:
+                logger.warning("%s; only what the micro-batch log holds is rebuilt", error)
+            try:
                 begin, end = topics.ends(kafka.microbatches_topic)[0]
-        except UnknownTopic as error:
-            logger.warning("%s; only the group's offsets say what the stream had read", error)
-            begin = end = 0
+            except UnknownTopic as error:
+                logger.warning("%s; only the group's offsets say what the stream had read", error)
         # 1. and 2.
         if end > begin:
             self._read(begin, end)
             self._ranges = self._waits.dropped(self._marks)
             self._commit()
         # 3.
-        for source, after in clicks.committed.items():
+        for source, after in self._group.items():
             if source not in self._marks:
-                clicks.fill(source, None, after)
-                self._marks[source] = after
-        result.clicks, result.lost = clicks.read, result.lost + clicks.lost
+                self._fill(source, None, after)
         result.users = self._store.users()
         result.incomplete = self._store.users_below(self._settings.features.history) if result.lost else 0
         return result
@@ -360,15 +311,37 @@ class Rebuild:
 
     def _fill_before(self, part: Range) -> None:
         """Reads the positions between the mark of a range's source and the range from the clicks."""
-        mark = self._marks.get(part.source)
+        source, mark = part.source, self._marks.get(part.source)
         if mark is not None and mark >= part.first:
             return
-        if self._clicks.has(part.source, mark, part.first):
+        if source in self._kept and (self._kept[source] < part.first or mark is None):
             self._commit()
-            self._clicks.fill(part.source, mark, part.first)
-            self._marks[part.source] = part.first
+            self._fill(source, mark, part.first)
         elif mark is None:
             self._result.lost += part.first
+
+    def _fill(self, source: Source, mark: int | None, after: int) -> None:
+        """Reads the clicks of `source` from `mark` up to `after` into the store; counts those that are gone.
+
+        Impressions among them may still wait, with the windows of that time.
+        """
+        at = mark or 0
+        first = min(max(at, self._kept[source]), after)
+        self._result.lost += first - at
+        self._result.clicks += after - first
+        self._marks[source] = after
+        if mark is not None and first > at:
+            self._store.commit(Appends.none(), [Range(source, at, first, absent=first - at)])
+        if first == after:
+            return
+        logger.info("the log does not hold positions %d to %d of %s: reading the clicks", first, after, source)
+        job = open_job(self._settings, self._store, self._salt, source.topic_id, self._desired.mask)
+        job = replace(job, clock=self._clock)
+        kafka, partition = self._settings.kafka, source.partition
+        with Reader(kafka, kafka.clicks_topic, [partition], {partition: first}) as reader:
+            for batches in read_to(reader, {partition: after}, CLICKS_AT_ONCE):
+                events = job.parse([batch.between(batch.first, min(after, batch.next)) for batch in batches])
+                job.commit(job.make_rows(events, wall_ms()))
 
     def _commit(self) -> None:
         waiting, extra = self._waits.to_commit()
