@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,13 +31,17 @@ from tests.streaming.pieces import ZERO, piece
 from tests.streaming.streams import DEADLINE_S, until
 
 
-def test_micro_batches_and_dead_letters_are_one_transaction(tmp_path: Path) -> None:
+@pytest.fixture
+def shard(tmp_path: Path) -> Iterator[Any]:
+    with sink(tmp_path) as made:
+        yield made
+
+
+def test_micro_batches_and_dead_letters_are_one_transaction(shard: Any) -> None:
     rows = piece((ZERO, 0, 3), dead=1)
     letter = DeadLetter(ZERO, 3, "undecodable", b"user-7", b"{")
     object.__setattr__(rows.batch, "dead", (letter,))
-    with sink(tmp_path) as shard:
-        shard.commits.put(Cut((rows,), 5))
-        shard.commits.flush()
+    shard.take(rows)
     (batch,), (dead,) = shard.log.records("springtide.microbatches.v1"), shard.log.records("springtide.clicks.v1.dlq")
     assert batch.transaction is dead.transaction
     assert decode(batch.value).offset.tolist() == [0, 1, 2]
@@ -47,61 +51,51 @@ def test_micro_batches_and_dead_letters_are_one_transaction(tmp_path: Path) -> N
     )  # fmt: skip
 
 
-def test_histories_and_positions_follow_the_acknowledged_rows(tmp_path: Path) -> None:
-    with sink(tmp_path) as shard:
-        first, second = with_history(piece((ZERO, 0, 3), dead=2)), with_history(piece((ZERO, 5, 2)))
-        shard.commits.put(Cut((first,), 0))
-        shard.commits.put(Cut((second,), 0))
+def test_histories_and_positions_follow_the_acknowledged_rows(shard: Any) -> None:
+    first, second = with_history(piece((ZERO, 0, 3), dead=2)), with_history(piece((ZERO, 5, 2)))
+    shard.put(first)
+    shard.take(second)
+    assert shard.store.positions() == {ZERO: 7}
+    assert check_accounts(StreamAccount(**shard.store.totals)) == ()
+    assert shard.store.read(6)["offset"].tolist() == [6]
+    assert shard.told == [first, second]
+
+
+def test_a_second_writer_in_the_store_is_noticed(shard: Any) -> None:
+    shard.take(piece((ZERO, 0, 2)))
+    shard.put(piece((ZERO, 5, 1)))
+    with pytest.raises(PositionConflict):
         shard.commits.flush()
-        assert shard.store.positions() == {ZERO: 7}
-        assert check_accounts(StreamAccount(**shard.store.totals)) == ()
-        assert shard.store.read(6)["offset"].tolist() == [6]
-        assert shard.told == [first, second]
 
 
-def test_a_second_writer_in_the_store_is_noticed(tmp_path: Path) -> None:
-    with sink(tmp_path) as shard:
-        shard.commits.put(Cut((piece((ZERO, 0, 2)),), 0))
-        shard.commits.flush()
-        shard.commits.put(Cut((piece((ZERO, 5, 1)),), 0))
-        with pytest.raises(PositionConflict):
-            shard.commits.flush()
-
-
-def test_the_group_gets_the_committed_offsets_of_this_topic_only(tmp_path: Path) -> None:
-    with sink(tmp_path) as shard:
-        shard.store.commit(Appends.none(), [Range(Source("cd" * 16, 0), 0, 99, dead=99)])
-        shard.commits.put(Cut((piece((ZERO, 0, 2)),), 0))
-        shard.commits.flush()
-        assert shard.log.topics().committed(Kafka().group, Kafka().clicks_topic) == {0: 2}
+def test_the_group_gets_the_committed_offsets_of_this_topic_only(shard: Any) -> None:
+    shard.store.commit(Appends.none(), [Range(Source("cd" * 16, 0), 0, 99, dead=99)])
+    shard.take(piece((ZERO, 0, 2)))
+    assert shard.log.topics().committed(Kafka().group, Kafka().clicks_topic) == {0: 2}
 
 
 def test_a_group_that_cannot_be_told_is_logged_once_and_stops_nothing(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    shard: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with sink(tmp_path) as shard:
-        shard.log.topics().delete(Kafka().clicks_topic)
-        for offset in (0, 1):
-            shard.commits.put(Cut((piece((ZERO, offset, 1)),), 0))
-            shard.commits.flush()
-        assert shard.store.positions() == {ZERO: 2}
+    shard.log.topics().delete(Kafka().clicks_topic)
+    for offset in (0, 1):
+        shard.take(piece((ZERO, offset, 1)))
+    assert shard.store.positions() == {ZERO: 2}
     (record,) = caplog.records
     assert record.message.startswith("offsets of group springtide-stream are not up to date: cannot commit positions")
 
 
-def test_the_metrics_count_what_was_committed(tmp_path: Path) -> None:
-    with sink(tmp_path) as shard:
-        rows = piece((ZERO, 0, 3), dead=1)
-        rows.vectors.features[:, 1] = [0, 1, 1]
-        object.__setattr__(rows.batch, "dead", (DeadLetter(ZERO, 3, "undecodable", None, None),))
-        shard.commits.put(Cut((rows,), 0))
-        shard.commits.flush()
-        metrics = shard.metrics
-        assert metrics.events.labels("rows")._value.get() == 3
-        assert metrics.events.labels("dead")._value.get() == 1
-        assert metrics.dead_letters.labels("undecodable")._value.get() == 1
-        assert metrics.microbatches._value.get() == 1
-        assert metrics.truncated_histories._value.get() == 2
+def test_the_metrics_count_what_was_committed(shard: Any) -> None:
+    rows = piece((ZERO, 0, 3), dead=1)
+    rows.vectors.features[:, 1] = [0, 1, 1]
+    object.__setattr__(rows.batch, "dead", (DeadLetter(ZERO, 3, "undecodable", None, None),))
+    shard.take(rows)
+    metrics = shard.metrics
+    assert metrics.events.labels("rows")._value.get() == 3
+    assert metrics.events.labels("dead")._value.get() == 1
+    assert metrics.dead_letters.labels("undecodable")._value.get() == 1
+    assert metrics.microbatches._value.get() == 1
+    assert metrics.truncated_histories._value.get() == 2
 
 
 class Gate:
@@ -123,69 +117,64 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
     return made
 
 
-def test_what_waited_while_one_was_written_goes_into_one_transaction(tmp_path: Path, gate: Gate) -> None:
-    with sink(tmp_path) as shard:
-        shard.commits.put(Cut((piece((ZERO, 0, 1)),), 0))
-        assert gate.entered.acquire(timeout=DEADLINE_S)
-        for offset in (1, 2):
-            shard.commits.put(Cut((piece((ZERO, offset, 1)),), 0))
-        gate.opened.set()
-        shard.commits.flush()
-        assert transactions(shard.log) == [1, 2]
+def test_what_waited_while_one_was_written_goes_into_one_transaction(shard: Any, gate: Gate) -> None:
+    shard.put(piece((ZERO, 0, 1)))
+    assert gate.entered.acquire(timeout=DEADLINE_S)
+    for offset in (1, 2):
+        shard.put(piece((ZERO, offset, 1)))
+    gate.opened.set()
+    shard.commits.flush()
+    assert transactions(shard.log) == [1, 2]
 
 
-def test_a_full_queue_holds_the_reader_back(tmp_path: Path, gate: Gate) -> None:
-    with sink(tmp_path) as shard:
-        shard.commits.put(Cut((piece((ZERO, 0, 1)),), 0))
-        assert gate.entered.acquire(timeout=DEADLINE_S)
-        for offset in range(1, 1 + QUEUED_CUTS):
-            shard.commits.put(Cut((piece((ZERO, offset, 1)),), 0))
-        put = threading.Thread(target=shard.commits.put, args=(Cut((piece((ZERO, 1 + QUEUED_CUTS, 1)),), 0),))
-        put.start()
-        put.join(0.1)
-        assert put.is_alive()
-        assert transactions(shard.log) == []
-        gate.opened.set()
-        put.join(DEADLINE_S)
-        shard.commits.flush()
-        assert not put.is_alive()
-        assert shard.store.positions() == {ZERO: 2 + QUEUED_CUTS}
+def test_a_full_queue_holds_the_reader_back(shard: Any, gate: Gate) -> None:
+    shard.put(piece((ZERO, 0, 1)))
+    assert gate.entered.acquire(timeout=DEADLINE_S)
+    for offset in range(1, 1 + QUEUED_CUTS):
+        shard.put(piece((ZERO, offset, 1)))
+    put = threading.Thread(target=shard.commits.put, args=(Cut((piece((ZERO, 1 + QUEUED_CUTS, 1)),), 0),))
+    put.start()
+    put.join(0.1)
+    assert put.is_alive()
+    assert transactions(shard.log) == []
+    gate.opened.set()
+    put.join(DEADLINE_S)
+    shard.commits.flush()
+    assert not put.is_alive()
+    assert shard.store.positions() == {ZERO: 2 + QUEUED_CUTS}
 
 
-def test_at_rest_the_group_and_the_account_say_what_is_committed_and_then_nothing_is_due(tmp_path: Path) -> None:
+def test_at_rest_the_group_and_the_account_say_what_is_committed_and_then_nothing_is_due(shard: Any) -> None:
     def group() -> dict[int, int]:
         return dict(shard.log.topics().committed(Kafka().group, Kafka().clicks_topic))
 
-    with sink(tmp_path) as shard:
-        shard.commits.put(Cut((piece((ZERO, 0, 1)),), 0))
-        until(lambda: group() == {0: 1}, "the first cut is shown")
-        # Within the second in which nothing more is shown; no third cut comes.
-        shard.commits.put(Cut((piece((ZERO, 1, 2)),), 0))
-        until(lambda: group() == {0: 3}, "the second cut is shown")
-        assert shard.metrics.accounting_positions.labels("positions")._value.get() == 3
-        until(lambda: shard.committer.due_s is None, "nothing is due")
+    shard.put(piece((ZERO, 0, 1)))
+    until(lambda: group() == {0: 1}, "the first cut is shown")
+    # Within the second in which nothing more is shown; no third cut comes.
+    shard.put(piece((ZERO, 1, 2)))
+    until(lambda: group() == {0: 3}, "the second cut is shown")
+    assert shard.metrics.accounting_positions.labels("positions")._value.get() == 3
+    until(lambda: shard.committer.due_s is None, "nothing is due")
 
 
-def test_a_group_that_could_not_be_told_is_told_at_rest(tmp_path: Path) -> None:
-    with sink(tmp_path) as shard:
-        topics, planned = shard.log.topics(), topic_plan.clicks(shard.settings)
-        topics.delete(Kafka().clicks_topic)
-        shard.commits.put(Cut((piece((ZERO, 0, 1)),), 0))
-        until(lambda: shard.store.positions() == {ZERO: 1}, "the cut is committed")
-        topics.ensure(*planned)
-        until(lambda: topics.committed(Kafka().group, Kafka().clicks_topic) == {0: 1}, "the group")
+def test_a_group_that_could_not_be_told_is_told_at_rest(shard: Any) -> None:
+    topics, planned = shard.log.topics(), topic_plan.clicks(shard.settings)
+    topics.delete(Kafka().clicks_topic)
+    shard.put(piece((ZERO, 0, 1)))
+    until(lambda: shard.store.positions() == {ZERO: 1}, "the cut is committed")
+    topics.ensure(*planned)
+    until(lambda: topics.committed(Kafka().group, Kafka().clicks_topic) == {0: 1}, "the group")
 
 
 @pytest.mark.parametrize("call", [CommitThread.check, CommitThread.flush, lambda commits: commits.put(Cut((), 0))])
-def test_a_failure_surfaces_in_the_next_call(tmp_path: Path, call: Callable[[CommitThread], None]) -> None:
-    with sink(tmp_path) as shard:
-        shard.log.writer("shard-0")
-        shard.commits.put(Cut((piece((ZERO, 0, 1)),), 0))
-        with pytest.raises(FencedWriter):
-            shard.commits.flush()
-        with pytest.raises(FencedWriter, match="another writer took over"):
-            call(shard.commits)
-        assert shard.store.positions() == {}
+def test_a_failure_surfaces_in_the_next_call(shard: Any, call: Callable[[CommitThread], None]) -> None:
+    shard.log.writer("shard-0")
+    shard.put(piece((ZERO, 0, 1)))
+    with pytest.raises(FencedWriter):
+        shard.commits.flush()
+    with pytest.raises(FencedWriter, match="another writer took over"):
+        call(shard.commits)
+    assert shard.store.positions() == {}
 
 
 def test_an_outage_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -193,12 +182,10 @@ def test_an_outage_costs_only_time(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(MemoryWriter, "close", lambda writer, timeout_s: closed.append(writer))
     with sink(tmp_path, refused=2) as shard:
         shard.log.go_away()
-        shard.commits.put(Cut((with_history(piece((ZERO, 0, 2))),), 0))
-        shard.commits.flush()
+        shard.take(with_history(piece((ZERO, 0, 2))))
         assert (len(closed), transactions(shard.log)) == (1, [1])
         assert shard.store.positions() == {ZERO: 2}
-        shard.commits.put(Cut((with_history(piece((ZERO, 2, 1))),), 0))
-        shard.commits.flush()
+        shard.take(with_history(piece((ZERO, 2, 1))))
         assert (transactions(shard.log), shard.store.positions()) == ([1, 1], {ZERO: 3})
 
 
@@ -206,7 +193,7 @@ def test_a_stream_asked_to_stop_waits_for_no_broker(tmp_path: Path) -> None:
     with sink(tmp_path, refused=9) as shard:
         shard.stopping.set()
         shard.log.go_away()
-        shard.commits.put(Cut((with_history(piece((ZERO, 0, 2))),), 0))
+        shard.put(with_history(piece((ZERO, 0, 2))))
         with pytest.raises(UnreachableBroker):
             shard.commits.flush()
         assert shard.store.positions() == {}
@@ -223,10 +210,9 @@ def test_a_commit_waits_for_room_says_so_once_and_writes_its_micro_batches_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with small_disk(tmp_path / "disk", "4m") as disk, sink(disk.path) as shard, caplog.at_level(logging.WARNING):
-        shard.commits.put(Cut((with_history(piece((ZERO, 0, 1))),), 0))
-        shard.commits.flush()
+        shard.take(with_history(piece((ZERO, 0, 1))))
         full = disk.fill()
-        shard.commits.put(Cut((with_history(piece((ZERO, 1, ROWS))),), 0))
+        shard.put(with_history(piece((ZERO, 1, ROWS))))
         until(lambda: gauge(shard, "waiting") == 1, "it waits")
         # Tried again, and refused again.
         refused = len(transactions(shard.log))
@@ -245,10 +231,9 @@ def test_a_commit_waits_for_room_says_so_once_and_writes_its_micro_batches_once(
 
 def test_a_stream_that_is_asked_to_stop_waits_for_no_room_and_reads_the_clicks_again_later(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "4m") as disk, sink(disk.path) as shard:
-        shard.commits.put(Cut((with_history(piece((ZERO, 0, 1))),), 0))
-        shard.commits.flush()
+        shard.take(with_history(piece((ZERO, 0, 1))))
         full = disk.fill()
-        shard.commits.put(Cut((with_history(piece((ZERO, 1, ROWS))),), 0))
+        shard.put(with_history(piece((ZERO, 1, ROWS))))
         until(lambda: gauge(shard, "waiting") == 1, "it waits")
         shard.stopping.set()
         with pytest.raises(StoreFull, match="free space"):

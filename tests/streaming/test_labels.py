@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -130,6 +131,10 @@ class Run:
         for piece in ready:
             self.profiler.committed(piece)
         self.queue.clear()
+
+    def take(self, batch: EventBatch, attributes: Joined | None = None) -> None:
+        self.update(batch, attributes)
+        self.commit()
 
     def rows(self) -> dict[tuple[int, int], tuple[object, ...]]:
         """What is learned from: (partition, own offset) -> all it says; each once."""
@@ -271,30 +276,31 @@ def rebuilt(path: Path, values: list[bytes], erased: Erased = Erased.NOBODY) -> 
     return store
 
 
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    made = Run(tmp_path / "run")
+    made.open()
+    yield made
+    made.store.close()
+
+
 SHOWN, CLICKED, PASSED = Event(1, 0, 0, 3), Event(2, 0, 50, 3), Event(0, 0, 500, 0)
 
 
-def test_a_closing_whose_opening_the_log_no_longer_holds_leaves_the_account_balanced(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
-    run.open()
+def test_a_closing_whose_opening_the_log_no_longer_holds_leaves_the_account_balanced(run: Run, tmp_path: Path) -> None:
     following = [0, 0]
     for event in (SHOWN, CLICKED):
-        run.update(batch_of([event], following))
-        run.commit()
+        run.take(batch_of([event], following))
     held = rebuilt(tmp_path / "rebuilt", run.values[1:])
     assert (held.totals["feedback"], held.totals.get("joined", 0), faults(held)) == (1, 0, ())
     held.close()
-    run.store.close()
 
 
-def test_what_an_erased_user_was_shown_waits_no_more_and_the_account_says_so(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
-    run.open()
+def test_what_an_erased_user_was_shown_waits_no_more_and_the_account_says_so(run: Run, tmp_path: Path) -> None:
     following = [0, 0]
     another = SHOWN._replace(pair=4)
     for event in (SHOWN, another, CLICKED, SHOWN._replace(source=1)):
-        run.update(batch_of([event], following))
-        run.commit()
+        run.take(batch_of([event], following))
     assert run.store.waiting_rows() == 2
     erased = Erased.NOBODY.and_also(MaskedUsers.of([7]), [(SOURCES[0].topic, 0, 3)], 2, 3)
     held = rebuilt(tmp_path / "rebuilt", run.values, erased)
@@ -305,33 +311,23 @@ def test_what_an_erased_user_was_shown_waits_no_more_and_the_account_says_so(tmp
     assert list(held.waiting()) == list(run.store.waiting())
     assert held.counts() == run.store.counts()
     held.close()
-    run.store.close()
 
 
-def test_an_outcome_with_a_label_of_its_own_gives_it_and_an_impression_with_one_does_not_wait(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.open()
+def test_an_outcome_with_a_label_of_its_own_gives_it_and_an_impression_with_one_does_not_wait(run: Run) -> None:
     batch = batch_of([SHOWN, CLICKED, SHOWN._replace(at_ms=60)], [0, 0])
     batch.label[1:] = [0.5, 0.0]
-    run.update(batch)
-    run.commit()
+    run.take(batch)
     assert [(row[0], row[2]) for row in run.rows().values()] == [(Kind.JOINED, 0.5), (Kind.ROW, 0.0)]
-    run.store.close()
 
 
-def test_the_request_pairs_where_there_is_one(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.open()
+def test_the_request_pairs_where_there_is_one(run: Run) -> None:
     batch = replace(batch_of([SHOWN, SHOWN, CLICKED], [0, 0]), request=np.array([8, 9, 8], np.uint64))
-    run.update(batch)
-    run.commit()
+    run.take(batch)
     assert list(run.rows()) == [(0, 0)]
     run.crash()
     # The other one waits on over a restart, under its own request.
-    run.update(replace(batch_of([CLICKED, CLICKED], [3, 0]), request=np.array([8, 9], np.uint64)))
-    run.commit()
+    run.take(replace(batch_of([CLICKED, CLICKED], [3, 0]), request=np.array([8, 9], np.uint64)))
     assert {place: row[1] for place, row in run.rows().items()} == {(0, 0): 2, (0, 1): 4}
-    run.store.close()
 
 
 def test_without_labels_nothing_waits_and_what_waited_before_still_ends(tmp_path: Path) -> None:
@@ -340,12 +336,10 @@ def test_without_labels_nothing_waits_and_what_waited_before_still_ends(tmp_path
     assert run.labels is None
     run.settings = SETTINGS
     run.crash()
-    run.update(batch_of([SHOWN], [0, 0]))
-    run.commit()
+    run.take(batch_of([SHOWN], [0, 0]))
     run.settings = replace(SETTINGS, labels=LabelSettings(wait_s=0.1))
     run.crash()
-    run.update(batch_of([SHOWN, PASSED], [1, 0]))
-    run.commit()
+    run.take(batch_of([SHOWN, PASSED], [1, 0]))
     assert {place: row[0] for place, row in run.rows().items()} == {
         (0, 0): Kind.EXPIRED,
         (0, 1): Kind.ROW,
@@ -357,24 +351,19 @@ def test_without_labels_nothing_waits_and_what_waited_before_still_ends(tmp_path
     run.store.close()
 
 
-def test_rows_wait_on_where_a_field_of_context_was_added(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.open()
-    run.update(batch_of([SHOWN], [0, 0]))
-    run.commit()
+def test_rows_wait_on_where_a_field_of_context_was_added(run: Run) -> None:
+    run.take(batch_of([SHOWN], [0, 0]))
     run.crash()
     run.update(batch_of([SHOWN, CLICKED], [1, 0], context=2))
-    run.update(batch_of([CLICKED], [3, 0], context=2))
-    run.commit()
+    run.take(batch_of([CLICKED], [3, 0], context=2))
     assert set(run.rows()) == {(0, 0), (0, 1)}
     contexts = {
         int(at): row.tolist() for batch in run.new() for at, row in zip(batch.opened, batch.context, strict=True)
     }
     assert (contexts[0], contexts[1]) == ([0, 0], [5, 5])
-    run.store.close()
 
 
-def test_an_impression_keeps_the_attributes_of_its_own_moment(tmp_path: Path) -> None:
+def test_an_impression_keeps_the_attributes_of_its_own_moment(run: Run) -> None:
     """What became of the user until the click is not what the impression was shown to."""
 
     def known(user: int) -> Joined:
@@ -382,42 +371,29 @@ def test_an_impression_keeps_the_attributes_of_its_own_moment(tmp_path: Path) ->
             np.full((1, 2), user, np.uint64), np.full((1, 1), 9, np.uint64), {}, (("age", "city"), ("brand",))
         )
 
-    run = Run(tmp_path)
-    run.open()
-    run.update(batch_of([SHOWN], [0, 0]), known(3))
-    run.commit()
+    run.take(batch_of([SHOWN], [0, 0]), known(3))
     run.crash()
-    run.update(batch_of([CLICKED], [1, 0]), known(4))
-    run.commit()
+    run.take(batch_of([CLICKED], [1, 0]), known(4))
     (joined,) = [batch.take(batch.kind == Kind.JOINED) for batch in run.new() if (batch.kind == Kind.JOINED).any()]
     assert joined.header.attributes == (("age", "city"), ("brand",))
     assert joined.user_attributes.tolist() == [[3, 3]] and joined.item_attributes.tolist() == [[9]]
-    run.store.close()
 
 
-def test_impressions_of_a_topic_that_was_made_anew_are_dropped(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.open()
-    run.update(batch_of([SHOWN, SHOWN], [0, 0]))
-    run.commit()
+def test_impressions_of_a_topic_that_was_made_anew_are_dropped(run: Run) -> None:
+    run.take(batch_of([SHOWN, SHOWN], [0, 0]))
     assert streaming_labels.forget_other_topics(run.store, "cd" * 16) == 2
     assert (run.store.waiting_rows(), run.store.totals["dropped"], faults(run.store)) == (0, 2, ())
     assert streaming_labels.forget_other_topics(run.store, "cd" * 16) == 0
-    run.store.close()
 
 
-def test_a_row_that_is_lost_from_the_store_is_a_fault_and_ends_the_stream_when_it_is_needed(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.open()
-    run.update(batch_of([SHOWN], [0, 0]))
-    run.commit()
+def test_a_row_that_is_lost_from_the_store_is_a_fault_and_ends_the_stream_when_it_is_needed(run: Run) -> None:
+    run.take(batch_of([SHOWN], [0, 0]))
     run.store.commit(Appends.none(), waiting={key_of(SOURCES[0], 0): None})
     (fault,) = faults(run.store)
     assert "1 impressions must be waiting" in fault
     run.update(batch_of([CLICKED], [1, 0]))
     with pytest.raises(CorruptStore, match="1 rows that wait are not in the store"):
         run.commit()
-    run.store.close()
 
 
 def test_rows_of_a_later_release_are_refused() -> None:
