@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any, TypeVar, cast
 
 import msgspec
@@ -42,9 +41,7 @@ def _as_array(kind: object, values: Any) -> NDArray[Any]:
 _encoder = msgspec.msgpack.Encoder(enc_hook=_as_values)
 
 
-@cache
-def _decoder(kind: Any) -> msgspec.msgpack.Decoder[Any]:
-    return msgspec.msgpack.Decoder(kind, dec_hook=_as_array)
+_decoders: dict[object, msgspec.msgpack.Decoder[Any]] = {}
 
 
 def encode(value: object) -> bytes:
@@ -62,7 +59,9 @@ def decode(data: bytes, kind: type[Value]) -> Value:
     Raises:
         msgspec.ValidationError: The data is not of that type.
     """
-    return cast(Value, _decoder(kind).decode(data))
+    if kind not in _decoders:
+        _decoders[kind] = msgspec.msgpack.Decoder(kind, dec_hook=_as_array)
+    return cast(Value, _decoders[kind].decode(data))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

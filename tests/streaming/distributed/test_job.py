@@ -192,7 +192,7 @@ def test_where_the_line_turned_off_a_job_that_is_ahead_stops_and_an_older_savepo
     assert early is not None and late is not None
     assert (early.next, late.next, late.log_epoch) == ({0: 4}, {0: 8}, 1)
     turn(settings, {0: 6}, late.topic_id)
-    with pytest.raises(LineTurned, match="into epoch 2, before what this job has read: partition 0 at 6"):
+    with pytest.raises(LineTurned, match="into epoch 2 before what this job has read: partition 0 at 6"):
         partitions.read(1.0)
     partitions.close()
     again = reading(settings, 2, log, early)
