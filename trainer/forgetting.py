@@ -14,8 +14,8 @@ from dataclasses import replace
 import numpy as np
 
 from state.registry.control import Control
+from trainer.engine.build import EMBEDDINGS
 from trainer.engine.engine import CROSS
-from trainer.engine.own_tables import EMBEDDINGS
 from trainer.engine.step import Trainer
 from trainer.place import TrainingPlace
 from trainer.tables.index import U64

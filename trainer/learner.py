@@ -61,8 +61,7 @@ from trainer.intake import Intake, former, take_in
 from trainer.measures.breakdown import shown_of
 from trainer.measures.step_scores import SUMS
 from trainer.place import TrainingPlace
-from trainer.privacy.key import own_key
-from trainer.privacy.place import NoisePlace, environment_digest
+from trainer.privacy.history import NoisePlace, environment_digest, own_key
 from trainer.publications import Publications
 from trainer.records import LogRecord, records_of, take_or_leave
 from trainer.resume import resume
@@ -113,7 +112,7 @@ class PrivacyBudget:
         metrics.privacy_epsilon_limit.set(self._wanted.epsilon)
         if self._wanted.epsilon:
             # Not at the top: the accountant's import takes a second.
-            from trainer.engine.private_step import PrivateTrainer
+            from trainer.privacy.learning import PrivateTrainer
 
             assert isinstance(trainer, PrivateTrainer), "what trainer_of makes where a budget is set"
             self._private, self._key = trainer.private, private_files.fingerprint(own_key(settings))

@@ -346,7 +346,7 @@ def _import_model(kernels: Kernels, phases: Phases, stopping: threading.Event) -
     with quiet_stderr():
         importlib.import_module("trainer.learner")
         importlib.import_module("trainer.versions.program")
-        importlib.import_module("trainer.engine.making")
+        importlib.import_module("trainer.engine.step")
     logger.info(
         "TensorFlow loaded in %.1f s, %.1f s of processor time",
         time.monotonic() - begun_s,
@@ -393,7 +393,7 @@ def prepare(
     with quiet_stderr():
         from trainer import device
         from trainer.beginning import beginning_of
-        from trainer.engine.making import trainer_of
+        from trainer.engine.step import trainer_of
         from trainer.learner import Learner
         from trainer.versions import checkpoint
         from trainer.versions.program import preprocessing_of, program_of

@@ -25,8 +25,7 @@ from state.features.spec import FeatureSpec
 from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference
 from state.process.user_code import told
 from state.rows.tables import CODES, TAKEN, is_name
-from trainer.engine.build import ranker_of
-from trainer.engine.own_tables import EMBEDDINGS
+from trainer.engine.build import EMBEDDINGS, ranker_of
 from trainer.model.inputs import INPUTS, SEQUENCES, own_rows
 from trainer.model.preprocessing import Preprocessing
 from trainer.model.ranker import Ranker, Targets

@@ -15,7 +15,7 @@ from state.positions import Source
 from state.registry.manifest import LogRange, Manifest
 from state.registry.segments import LogSegment
 from trainer.intake import former, take_in
-from trainer.privacy.place import NoisePlace, environment_digest
+from trainer.privacy.history import NoisePlace, environment_digest
 from trainer.records import records_of
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from state.compiled import layout
+from trainer.engine.crosses import Crossed
 from trainer.engine.record import Record
 
 F32 = npt.NDArray[np.float32]
@@ -50,12 +51,14 @@ class Measured:
         scores: Before learning.
         squared_norm: Squared norm of the whole gradient.
         rows: By table, `[u]` int32, the rows that applying the update changes, the missing row first.
+        crossed: What the crosses learn; None if the ranker does not read them.
         found: Engine-specific data that `apply` needs.
     """
 
     scores: Scores
     squared_norm: float
     rows: Mapping[str, I32]
+    crossed: Crossed | None
     found: Any
 
 

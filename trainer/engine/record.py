@@ -14,16 +14,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from state.compiled import compiled
+from state.compiled.mixing import mix
 from state.config.settings import Settings
 from state.microbatch.batch import MicroBatch
 from state.ranking.crosses import Crosses, Values
-from trainer.engine.sums import dropout
 from trainer.model.attributes import Columns
 from trainer.model.candidates import candidates, partners, seed_of
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.losses import NEGATIVE_SHIFT
 from trainer.model.ranker import Targets
-from trainer.privacy.learned_crosses import LearnedCrosses
+from trainer.privacy.participation import LearnedCrosses
 from trainer.tables.count_table import CountTable
 from trainer.tables.index import I32, U64
 
@@ -233,3 +234,37 @@ def parts(batch: MicroBatch, crosses: U64, size: int) -> Iterator[tuple[MicroBat
     for number in range(count):
         part = slice(number * len(batch) // count, (number + 1) * len(batch) // count)
         yield batch.rows(part), crosses[part]
+
+
+@compiled("u8, i8, f4, f4[::1]")
+def _drop(seed: np.uint64, least: int, factor: np.float32, kept: F32) -> None:
+    word, left = np.uint64(0), 0
+    for i in range(kept.shape[0]):
+        if left == 0:
+            seed = seed + np.uint64(0x9E3779B97F4A7C15)
+            word, left = mix(seed), 8
+        kept[i] = factor if np.int64(word & np.uint64(255)) >= least else np.float32(0.0)
+        word = word >> np.uint64(8)
+        left -= 1
+
+
+def dropout(seed: tuple[int, int], rows: int, width: int, share: float) -> F32:
+    """Draws the dropout factor of each unit: 0 for a `share` of them, and the compensating factor for the others.
+
+    Args:
+        seed: Two int32.
+        rows: B.
+        width: Units of a row.
+        share: In [0, 1), rounded to 1/256.
+
+    Returns:
+        `[B, width]` float32.
+
+    >>> dropout((1, 2), 1, 4, 0.0).tolist()
+    [[1.0, 1.0, 1.0, 1.0]]
+    """
+    least = round(256 * share)
+    kept = np.empty((rows, width), np.float32)
+    state = np.uint64((seed[0] << 32 | seed[1]) & (2**64 - 1))
+    _drop(state, least, np.float32(256.0 / (256 - least)), kept.reshape(-1))
+    return kept

@@ -32,7 +32,6 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from state.compiled import compiled_sums
 from state.config.settings import Settings
 from state.errors import TrainingHeld
 from state.features.spec import FeatureSpec
@@ -40,127 +39,22 @@ from state.microbatch.batch import MicroBatch
 from state.ranking.crosses import Crosses
 from trainer.churn.learning import ChurnLearner
 from trainer.device import prepare
-from trainer.engine.build import engine_name, engine_of, optimizer_of, ranker_of, tables_of, transitions_of
-from trainer.engine.compiled.softmax import exponentials, highest_of
-from trainer.engine.engine import CROSS, Measured, Scores
+from trainer.engine.build import Growth, engine_name, engine_of, optimizer_of, ranker_of, tables_of, transitions_of
+from trainer.engine.engine import CROSS, F32, Measured
 from trainer.engine.guard import GuardState, Verdict, judge
-from trainer.engine.own_tables import Growth
 from trainer.engine.record import Record, Recorder, parts
-from trainer.engine.report import Report, Update, candidates_of, joined, joined_updates
+from trainer.engine.report import Report, Update, candidates_of, joined, joined_updates, judged
 from trainer.measures.breakdown import Breakdown
 from trainer.measures.evaluation import Evaluation
-from trainer.measures.predictions import NONE, CategoryPrediction, of_came_next, of_popular, of_previous
+from trainer.measures.predictions import CategoryPrediction, of_came_next
 from trainer.measures.progressive import Progressive
 from trainer.measures.slices import Scored, Slices
-from trainer.measures.step_scores import Judged, ScoredPairs
 from trainer.model.attributes import Columns
 from trainer.model.preprocessing import Preprocessing
-from trainer.model.ranker import MASKED
-from trainer.privacy.place import NoisePlace
+from trainer.privacy.history import NoisePlace
 from trainer.tables.id_table import MISSING, IdTable
-from trainer.tables.index import I32, U64
+from trainer.tables.index import U64
 from trainer.tables.popular import HOUR_MS, Popular
-
-F64 = npt.NDArray[np.float64]
-Flags = npt.NDArray[np.bool_]
-
-LOGIT_MOST = 50.0
-"""Beyond plus and minus this a probability is 0 or 1."""
-
-_THERE = np.float32(MASKED / 2)
-
-
-def judged(
-    progressive: Progressive,
-    record: Record,
-    scores: Scores,
-    came_next: CategoryPrediction,
-    known: Flags,
-    categories: int,
-    scored: Flags,
-) -> Judged:
-    """What was said of a record before anybody learns from it; changes nothing.
-
-    Args:
-        progressive: The running measures, with what is simple.
-        record: Of n rows.
-        scores: Of the model.
-        came_next: What transitions say of the n rows.
-        known: `[n]` bool, whether the user is known.
-        categories: That are known, those that the record brought too: else what is new would cost nothing.
-        scored: `[2 n]` bool, the pairs whose engagement counts, of rows and then of their negatives.
-    """
-    targets = record.targets
-    rows = targets.slot >= 0
-    aimed, newest = record.ids["category"][rows], np.ascontiguousarray(record.ids["recent"][rows, 0])
-    said = {
-        "model": of_model(scores, targets.slot),
-        "popular": of_popular(progressive.popular, aimed),
-        "previous": of_previous(newest, aimed),
-        "came_next": CategoryPrediction(*(part[rows] for part in came_next)),
-    }
-    shift = np.concatenate([targets.label_shift, targets.negative_shift])[scored]
-    labels = np.concatenate([targets.label, np.zeros_like(targets.label)])[scored]
-    logits = np.clip((scores.engagement[scored] + shift).astype(np.float64), -LOGIT_MOST, LOGIT_MOST)
-    losses = scores.engagement_loss[scored].astype(np.float64)
-    pairs = ScoredPairs(scored, logits, 1.0 / (1.0 + np.exp(-logits)), labels >= 0.5, losses)
-    return progressive.score(said, rows, known, categories, pairs)
-
-
-def of_model(scores: Scores, slot: I32) -> CategoryPrediction:
-    """What the model said of the rows that have a category: softmax over the candidates that serving has.
-
-    Args:
-        scores: Of n rows.
-        slot: `[n]` int32, see `trainer/model/candidates.py`; the last slot is no candidate.
-    """
-    at = np.flatnonzero(slot >= 0)
-    found = CategoryPrediction(np.empty(at.size, np.int32), np.empty(at.size), np.empty(at.size, np.int32))
-    width = sum(part.shape[1] for part in (scores.recent_logits, scores.popular_logits, scores.successor_logits))
-    bits = np.empty(width, np.int32)
-    recent, popular = np.ascontiguousarray(scores.recent_logits), np.ascontiguousarray(scores.popular_logits)
-    successor = np.ascontiguousarray(scores.successor_logits)
-    _model(recent, popular, successor, np.ascontiguousarray(slot), at, bits, bits.view(np.float32), *found)
-    if not (finite := np.isfinite(found.log_share)).all():
-        # Logits that are not finite name no candidate.
-        found.rank[~finite], found.log_share[~finite], found.candidates[~finite] = NONE, 0.0, 0
-    return found
-
-
-@compiled_sums("f4[:, ::1], f4[:, ::1], f4[:, ::1], i4[::1], i8[::1], i4[::1], f4[::1], i4[::1], f8[::1], i4[::1]")
-def _model(
-    recent: F32,
-    popular: F32,
-    successor: F32,
-    slot: I32,
-    at: npt.NDArray[np.int64],
-    bits: I32,
-    scale: F32,
-    rank: I32,
-    log_share: F64,
-    candidates: I32,
-) -> None:
-    own, ranks, last = recent.shape[1], popular.shape[1], successor.shape[1]
-    logits, shares = np.empty(own + ranks + last, np.float32), np.empty(own + ranks + last, np.float32)
-    for i in range(at.shape[0]):
-        row, count = at[i], 0
-        logits[:own] = recent[row]
-        logits[own : own + ranks] = popular[row]
-        logits[own + ranks :] = successor[row]
-        for j in range(logits.shape[0]):
-            if logits[j] > _THERE:
-                count += 1
-        candidates[i], rank[i], log_share[i] = count, NONE, 0.0
-        target = slot[row]
-        if target < logits.shape[0]:
-            highest = highest_of(logits)
-            total = exponentials(logits, highest, shares, bits, scale)
-            log_share[i] = float(logits[target] - highest) - np.log(float(total))
-            before = 0
-            for j in range(logits.shape[0]):
-                if logits[j] > logits[target] or (logits[j] == logits[target] and j < target):
-                    before += 1
-            rank[i] = before
 
 
 @dataclass
@@ -182,9 +76,6 @@ class Counters:
     log_ms: int = 0
     event_time_ms: int = 0
     expired_hour: int = 0
-
-
-F32 = npt.NDArray[np.float32]
 
 
 class Trainer:
@@ -445,7 +336,6 @@ class Trainer:
             scores=logits,
             positive=positive,
             grad_norm=update.norm,
-            event_time_ms=int(batch.at_ms.max()),
             seconds=0.0,
             quality=found.scores,
             slices=slices if accepted else None,
@@ -464,3 +354,22 @@ class Trainer:
         """Counts what an accepted step clicked; a skipped one leaves no trace."""
         self.popular.update(batch.category, self.counters.log_ms)
         self.transitions.count(record.newest, np.where(record.targets.weight > 0, batch.category, np.uint64(0)))
+
+
+def trainer_of(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | None = None) -> Trainer:
+    """An untrained trainer. With a privacy budget it learns with differential privacy.
+
+    Args:
+        settings: All settings.
+        spec: The feature spec of the micro-batches.
+        preprocessing: `[B, D]` float32 raw integers to `[B, D']`; None takes logarithms.
+
+    Raises:
+        SettingsError: A budget is set, and the noise key is missing.
+    """
+    if not settings.privacy.epsilon:
+        return Trainer(settings, spec, preprocessing)
+    # Imported here, because the privacy accountant takes a second to load.
+    from trainer.privacy.learning import PrivateTrainer
+
+    return PrivateTrainer(settings, spec, preprocessing)

@@ -1,9 +1,7 @@
-"""Normal numbers as a function of a secret key and a name, and of nothing else.
+"""Normal numbers as a function of a secret key and a name alone.
 
-Each name gets its own key (keyed BLAKE2b, RFC 7693), with which ChaCha20 (RFC 8439)
-makes a stream of bits. Two words of 53 bits make two normal numbers (Box and Muller
-1958). A process that reads the log again with the key makes the same noise. Without
-the key the stream is indistinguishable from random, as that of a cipher.
+Each name gets its own key (keyed BLAKE2b, RFC 7693), with which ChaCha20 (RFC 8439) makes a stream of bits. Two words
+of 53 bits make two normal numbers (Box and Muller 1958). So a process that reads the log again makes the same noise.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from trainer.engine.build import TRANSITION, labelled
 from trainer.engine.engine import CROSS
 from trainer.engine.step import Trainer
 from trainer.model.hyperparameters import HYPERPARAMETERS, MODEL_CODE
-from trainer.privacy.key import own_key
+from trainer.privacy.history import own_key
 from trainer.tables.changes import Changes
 from trainer.tables.popular import HOUR_MS, ONE
 from trainer.versions import content

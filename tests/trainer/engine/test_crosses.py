@@ -12,9 +12,9 @@ from state.ranking.crosses import FIRST_SHARES, Crosses, Values, logits_of
 from tests.trainer.batches import SPEC, micro_batch, spread
 from tests.trainer.engine.test_step import learned, settings
 from tests.trainer.model.test_attributes import WANTED, with_attributes
+from trainer.engine.crosses import crosses, first_precision
 from trainer.engine.engine import CROSS
 from trainer.engine.guard import Verdict
-from trainer.engine.optimizers.crosses import crosses, first_precision
 from trainer.engine.step import Trainer
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.versions import checkpoint, content

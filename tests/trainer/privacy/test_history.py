@@ -15,8 +15,7 @@ from state.microbatch.batch import MicroBatch
 from state.registry.log_line import WHOLE, turned
 from tests.trainer.privacy.batches import labelled, settings
 from trainer.privacy import place as place_module
-from trainer.privacy.history import History
-from trainer.privacy.place import NoisePlace, environment_digest
+from trainer.privacy.history import History, NoisePlace, environment_digest
 from trainer.versions import checkpoint
 
 KEY = bytes(range(32))

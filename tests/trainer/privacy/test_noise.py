@@ -11,7 +11,7 @@ from scipy import stats
 
 from state.config.loading import load
 from state.errors import SettingsError
-from trainer.privacy.key import own_key
+from trainer.privacy.history import own_key
 from trainer.privacy.noise import Noise
 
 KEY = bytes(range(32))

@@ -11,14 +11,13 @@ from state.microbatch.batch import MicroBatch
 from state.ranking.crosses import Values
 from tests.trainer.privacy.batches import CONTEXT, labelled, place, shared
 from trainer.engine.engine import CROSS
-from trainer.engine.private import ROUNDING, Units, clipped
-from trainer.engine.private_step import PrivateTrainer
 from trainer.engine.record import Record
-from trainer.engine.tensorflow.private import FROZEN, LISTED, LOSSES, USER
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.ranker import Targets
-from trainer.privacy.learned_crosses import LearnedCrosses
+from trainer.privacy.engine import FROZEN, LISTED, LOSSES, USER
+from trainer.privacy.learning import ROUNDING, PrivateTrainer, Units, clipped
 from trainer.privacy.noise import Noise
+from trainer.privacy.participation import LearnedCrosses
 from trainer.versions import checkpoint
 
 CLIP = 1.0 / HYPERPARAMETERS.loss_scale
@@ -48,7 +47,7 @@ def records_of(one: PrivateTrainer, *batches: MicroBatch) -> list[Record]:
 def told(one: PrivateTrainer, record: Record) -> np.ndarray:
     """The sum of the gradients of a record by all that an update tells, without noise."""
     measured = one.engine.measure(record, move=False)
-    silent = one.engine.told(measured, record, lambda name, count: np.zeros(count), 0.0).found
+    silent = one.engine.noised(measured, record, lambda name, count: np.zeros(count), 0.0).found
     rows = dict(zip(one.engine._embeddings, silent.sparse, strict=True))[LISTED].numpy()
     # In the order of the popular categories: which rows come first depends on the others.
     places = one.tables[LISTED].find(record.ids["popular"])
@@ -184,7 +183,7 @@ def test_the_noise_is_as_large_as_it_is_said_and_on_all_that_is_shared(made: Pri
     record = only(record, np.zeros(len(record), bool), np.zeros(len(record)))
     plain = made.engine.measure(record, move=False)
     deviation = made.private.noise * CLIP
-    found = made.engine.told(plain, record, made.private._normal(update), deviation).found
+    found = made.engine.noised(plain, record, made.private._normal(update), deviation).found
     tables = dict(zip(made.engine._embeddings, found.sparse, strict=True))
     popular = (record.ids["popular"] != 0).sum()
     moved = tables[LISTED].numpy()[np.abs(tables[LISTED].numpy()).sum(1) > 0]
