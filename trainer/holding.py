@@ -29,12 +29,12 @@ import numpy as np
 import numpy.typing as npt
 
 from state.config.settings import Settings
-from state.errors import UnknownVersion, UnusableRegistry
+from state.errors import UnusableRegistry
 from state.metrics import TrainerMetrics
 from state.microbatch.batch import MicroBatch
+from state.positions import Source
 from state.process.said_once import SaidOnce
 from state.registry.control import Control, HeldUpdate, SuspectClicks, hold
-from state.registry.manifest import sees
 from state.registry.registry import Registry
 from trainer import gauges
 from trainer.engine.guard import Verdict
@@ -44,7 +44,7 @@ from trainer.guard.rules import LIMIT, NAMES, RULES, SLICE, SUSPECT, Rule, devia
 from trainer.guard.slice_watch import OffSlice, SliceWatch, SliceWords, named
 from trainer.guard.window import F64, OpenWindow, WindowStart
 from trainer.measures.breakdown import LOSSES
-from trainer.place import TrainingPlace
+from trainer.place import TrainingPlace, newest_before
 from trainer.versions.content import GUARDED
 
 F32 = npt.NDArray[np.float32]
@@ -338,17 +338,9 @@ def version_before(registry: Registry, place: TrainingPlace, offset: int) -> int
     """The newest durable version of the trainer's branch that learned nothing from `offset` of the log on; 0 for none."""
     if not place.durable:
         return 0
-    visible = registry.manifest(place.durable).visible
-    for number in reversed(registry.versions()):
-        if not sees(visible, number):
-            continue
-        try:
-            if registry.manifest(number).log.next <= offset and registry.chain(number):
-                return number
-        except UnknownVersion:
-            # Its base was removed; an older version may have one.
-            continue
-    return 0
+    branch = registry.manifest(place.durable)
+    found = newest_before(registry, branch, Source(branch.log.topic_id, branch.log.partition), offset)
+    return 0 if found is None else found.version
 
 
 def clicks_learned(place: TrainingPlace) -> tuple[tuple[str, int, int], ...]:

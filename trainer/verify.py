@@ -44,14 +44,13 @@ from state.registry.manifest import Manifest
 from state.registry.registry import Registry
 from state.registry.segments import base_of, segments_of
 from state.registry.upgrades import first_after, former_specs
-from trainer.replay import ACCOUNT, Replay, ReplayProgress, SegmentReader, replay
+from trainer.replay import ACCOUNT, Replay, SegmentReader
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
     from trainer.versions.difference import Difference
 
 NICENESS = 10
-"""Opens the training log, by the name of its topic, at an offset."""
 
 
 @dataclass(frozen=True)
@@ -90,19 +89,6 @@ class Comparison:
     def origin(self) -> str:
         """The start of the replay, in words."""
         return f"version {self.base}" if self.base else "nothing"
-
-    def with_result(self, done: Replay, difference: Difference | None, digest: str, seconds: float) -> Comparison:
-        """The same, once the replay is done and compared."""
-        return replace(
-            self,
-            steps=done.steps,
-            rows=done.rows,
-            outcome="not comparable" if done.unlike else "equal" if difference is None else "different",
-            erased_rows=done.unlike,
-            difference=None if done.unlike else difference,
-            digest=digest,
-            seconds=seconds,
-        )
 
     def text(self) -> str:
         """The result for people, in one line."""
@@ -172,7 +158,6 @@ def verify(
     make_trainer: Callable[[], Trainer],
     log: Log,
     say: Callable[[str], None] = lambda _: None,
-    elapsed: Callable[[], float] = time.monotonic,
 ) -> Comparison:
     """Recomputes `version`; see the module.
 
@@ -184,14 +169,13 @@ def verify(
         make_trainer: Makes a new trainer; called once.
         log: The log with the training log.
         say: Takes progress lines.
-        elapsed: Monotonic seconds.
 
     Raises:
         UnknownVersion: It, or a part of its chain, is not kept.
         GapError: The log does not reach back to the base any more.
         SpringtideError: Registry or log cannot be read.
     """
-    began_s = elapsed()
+    began_s = time.monotonic()
     # 1.
     target, beginnings = registry.manifest(version), registry.generations.beginnings()
     base = origin_of(registry, beginnings, target, wanted_base)
@@ -208,7 +192,7 @@ def verify(
 
     now = checkpoint.environment(settings, trainer.device, trainer.engine.name)
     if differs := environment_differences(target.environment, now):
-        return replace(found, outcome="not comparable", environment=tuple(differs), seconds=elapsed() - began_s)
+        return replace(found, outcome="not comparable", environment=tuple(differs), seconds=time.monotonic() - began_s)
     # 3.
     if base is None:
         checkpoint.begin(
@@ -221,10 +205,19 @@ def verify(
         accepted = Journal(registry.path / layout.GAPS).accepted()
         opens = partial(open_at, log, target, found.origin)
         reader = SegmentReader(opens, target.log, accepted, settings.kafka.request_timeout_s)
-        replay(reader, segments, done.begin, done.take, ReplayProgress(total, done, say, elapsed).reach)
+        done.run(reader, segments, say)
     # 4.
     difference, digest = compare(registry, target, trainer, done)
-    return found.with_result(done, difference, digest, elapsed() - began_s)
+    return replace(
+        found,
+        steps=done.steps,
+        rows=done.rows,
+        outcome="not comparable" if done.unlike else "equal" if difference is None else "different",
+        erased_rows=done.unlike,
+        difference=None if done.unlike else difference,
+        digest=digest,
+        seconds=time.monotonic() - began_s,
+    )
 
 
 def origin_of(

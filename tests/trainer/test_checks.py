@@ -18,8 +18,9 @@ from state.process.part import OPTIONS_READ
 from tests.trainer.clicks import SPEC, batches, small_settings
 from tests.trainer.logs import fresh, write_transform
 from trainer import loop
-from trainer.checks import check_model, check_tower
+from trainer.checks import check_model
 from trainer.model.tower import width_in
+from trainer.model_checks import check_tower
 from trainer.versions.program import build as build_program
 
 EXAMPLE = "deploy.examples.own_model.tower:build"

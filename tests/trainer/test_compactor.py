@@ -20,9 +20,8 @@ from state.registry.manifest import Draft, FileEntry, LogRange, Manifest, extend
 from state.registry.registry import Registry
 from tests.trainer.clicks import SPEC, batches, small_settings
 from trainer import compactor
-from trainer.compactor import compact, thin
+from trainer.compactor import DAY_MS, HOUR_MS, Tiers, compact, plan, thin
 from trainer.engine.step import Trainer
-from trainer.thinning import DAY_MS, HOUR_MS, Tiers, plan
 from trainer.versions import checkpoint, content
 
 WHO = {"actor": "test", "reason": "test", "now_ms": 0}

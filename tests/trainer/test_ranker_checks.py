@@ -21,7 +21,7 @@ from tests.trainer.clicks import small_settings
 from trainer.engine.build import engine_name
 from trainer.engine.step import Trainer
 from trainer.model.inputs import Input, own_rows, pick
-from trainer.ranker_checks import check_ranker
+from trainer.model_checks import check_ranker
 
 EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
 FLAGS = ("--features.sequence", "6", "--model.hidden", "8", "--model.dim", "8")

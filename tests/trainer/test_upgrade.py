@@ -23,7 +23,7 @@ from tests.trainer.logs import ABOUT, account_in, append, learner, run_to_end, s
 from trainer import upgrade
 from trainer.engine.step import Trainer
 from trainer.learner import Learner
-from trainer.loop import go_on_in_this_release
+from trainer.loop import upgrade_to_this_release
 from trainer.verify import verify
 from trainer.versions import checkpoint
 
@@ -241,12 +241,12 @@ def test_a_release_with_another_model_goes_on_by_itself_and_other_settings_do_no
     log = written(RECORDS[:3])
     learned(registry, log, trainers["old"])
     here = settings(registry)
-    go_on_in_this_release(registry, here, SPEC, trainers["old"])
+    upgrade_to_this_release(registry, here, SPEC, trainers["old"])
     assert len(registry.controls()) == 1
     with pytest.raises(ModelMismatch):
-        go_on_in_this_release(registry, settings(registry, *HIDDEN), SPEC, trainers["hidden"])
+        upgrade_to_this_release(registry, settings(registry, *HIDDEN), SPEC, trainers["hidden"])
     # The settings are the version's, and the weights of this release are others.
-    go_on_in_this_release(registry, here, SPEC, trainers["hidden"])
+    upgrade_to_this_release(registry, here, SPEC, trainers["hidden"])
     control = registry.control()
     assert control is not None
     assert (control.action, control.epoch, control.actor.startswith("trainer:")) == ("upgrade", 2, True)

@@ -39,7 +39,17 @@ from state.microbatch.batch import MicroBatch
 from state.ranking.crosses import Crosses
 from trainer.churn.learning import ChurnLearner
 from trainer.device import prepare
-from trainer.engine.build import Growth, engine_name, engine_of, optimizer_of, ranker_of, tables_of, transitions_of
+from trainer.engine.build import (
+    EMBEDDINGS,
+    TRANSITION,
+    Growth,
+    engine_name,
+    engine_of,
+    optimizer_of,
+    ranker_of,
+    tables_of,
+    transitions_of,
+)
 from trainer.engine.engine import CROSS, F32, Measured
 from trainer.engine.guard import GuardState, Verdict, judge
 from trainer.engine.record import Record, Recorder, parts
@@ -218,6 +228,27 @@ class Trainer:
         scores = self.engine.measure(record, move=False).scores
         names = ("recent_logits", "popular_logits", "successor_logits")
         return {name: getattr(scores, name) for name in names}
+
+    def forget(self, users: U64) -> int:
+        """Removes all data of users (`[n]` uint64): own rows, rows of a ranker's user tables, crosses, churn examples.
+
+        Returns:
+            The number of removed rows and examples.
+        """
+        tables, crosses = self.tables, self.crosses
+        known = {name: tables[name].known() for name in ("item", "category", "context")}
+        # Every known user has the cross of the user alone. Without it there are no other crosses of that user.
+        alone = [crosses.of_user(user, *(known["item"][:0],) * 3) for user in users.tolist()]
+        theirs = [
+            crosses.of_user(user, known["item"], known["category"], known["context"])
+            for user, first in zip(users.tolist(), alone, strict=True)
+            if tables[CROSS].has(first)
+        ]
+        gone = tables[CROSS].forget(np.concatenate([np.empty(0, np.uint64), *theirs]))
+        # User ids occur in no other table's ids: 64-bit hashes do not collide.
+        named = [name for name in tables if name == "user" or name not in (*EMBEDDINGS, CROSS, TRANSITION)]
+        waiting = 0 if self.churn is None else self.churn.forget(users)
+        return gone + waiting + sum(tables[name].forget(users) for name in named)
 
     def _record(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Record:
         return self._recorder.record(batch, crosses, self.popular.top(), self.transitions, seed)

@@ -27,7 +27,6 @@ from tests.trainer.test_verify import started_with_spec
 from trainer import verify
 from trainer.churn.learning import ChurnLearner
 from trainer.engine.guard import Verdict
-from trainer.forgetting import forget
 from trainer.learner import Learner
 from trainer.versions import checkpoint, content
 from trainer.versions.erased_rows import CrossedIds
@@ -111,7 +110,7 @@ def test_an_erased_user_waits_no_more_in_the_trainer_and_in_versions_of_before()
     before = checkpoint.full(trainer)
     user = before["state.churn.waiting.user"][:1].copy()
     rewritten = without_users(before, MaskedUsers.of(user.tolist()), CrossedIds(trainer.crosses).see(before))
-    forget(trainer, user)
+    trainer.forget(user)
     held = checkpoint.full(trainer)
     for kept in (rewritten, held):
         assert user[0] not in kept["state.churn.waiting.user"]

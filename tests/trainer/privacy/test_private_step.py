@@ -171,7 +171,7 @@ def test_a_users_own_crosses_are_learned_row_after_row_and_read_no_row_of_others
     batch, first = labelled(7, 48), np.arange(48) < 24
     batch = dataclasses.replace(batch, user=np.where(first, np.uint64(1), np.uint64(2)))
     otherwise = dataclasses.replace(batch, label=np.where(first, 1 - batch.label, batch.label).astype(np.float32))
-    one, other = (made.engine.crosses.logits(record) for record in records_of(made, batch, otherwise))
+    one, other = (made.engine.crosses.measure(record)[1].logits for record in records_of(made, batch, otherwise))
     assert (one[first] != other[first]).any() and one[~first].any()
     assert (one[~first] == other[~first]).all()
 
@@ -183,16 +183,15 @@ def test_the_noise_is_as_large_as_it_is_said_and_on_all_that_is_shared(made: Pri
     record = only(record, np.zeros(len(record), bool), np.zeros(len(record)))
     plain = made.engine.measure(record, move=False)
     deviation = made.private.noise * CLIP
-    found = made.engine.noised(plain, record, made.private._normal(update), deviation).found
+    noised = made.engine.noised(plain, record, made.private._normal(update), deviation)
+    found = noised.found
     tables = dict(zip(made.engine._embeddings, found.sparse, strict=True))
     popular = (record.ids["popular"] != 0).sum()
     moved = tables[LISTED].numpy()[np.abs(tables[LISTED].numpy()).sum(1) > 0]
     assert len(moved) == popular > 0
     assert all(not tables[name].numpy().any() for name in ("item", "context", "user"))
-    crosses = found.cross[0].numpy()[:, 0]
-    assert (
-        np.count_nonzero(crosses != plain.found.cross[0].numpy()[:, 0]) == np.unique(record.ids["cross"]).size - 1 > 0
-    )
+    moved_crosses = np.count_nonzero(noised.crossed.rows[:, 0] != plain.crossed.rows[:, 0])
+    assert moved_crosses == np.unique(record.ids["cross"]).size - 1 > 0
     dense = dict(zip(made.model.weights(), found.dense, strict=True))
     frozen = [dense.pop(name).numpy() for name in list(dense) if name.startswith(FROZEN)]
     assert frozen and not any(one.any() for one in frozen), "the tower stays as it began"
