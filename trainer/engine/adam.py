@@ -173,21 +173,16 @@ class Adam:
 
 
 class HostAdam:
-    """Adam (Kingma and Ba 2015) over named dense weights in host arrays. Not thread-safe.
+    """Adam over named dense weights in host arrays. Not thread-safe.
 
     Args:
-        weights: Initial values by name, float32.
-        learning_rate: Step size.
-        rates: Factors of the step size by prefix of a name. The longest matching prefix counts; otherwise 1.
-        fast_weights: Names, in this order, of the weights that change within a record. `apply` assigns them.
-        fast_rate: Factor of their step size.
+        weights, learning_rate, rates, fast_weights, fast_rate: See `Adam`; weights are initial values, float32.
 
     Attributes:
         weights: Every weight by name, in the order of the argument: views of two flat arrays, changed in place.
         gradient: `[m]` float32, derivatives by the weights that are not fast, read by `apply`.
         gradients: Views of it by name.
-        fast: The slots of the fast weights; its field `weights` is not read.
-        fast_rate: Step size of the fast weights.
+        fast, fast_rate: See `Adam`.
     """
 
     def __init__(

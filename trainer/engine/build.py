@@ -36,16 +36,16 @@ TRANSITION = "transition"
 """The table of what came next after a category, which is counted and not learned."""
 
 TRANSITION_CAPACITY = 1024
-"""Lists at the start: there are as many as categories, and each takes 800 bytes."""
+"""Initial lists: as many as there are categories, 800 bytes each."""
 
 ROWS_OF_A_LIST = 8
-"""A list takes more room than a row: `trainer.max_rows` allows one for so many rows."""
+"""`trainer.max_rows` allows one list for this many rows, because a list takes more memory."""
 
 WANTED = "wanted is build(settings, spec, preprocessing) -> trainer.model.ranker.Ranker"
 
 
 def labelled(settings: Settings) -> bool:
-    """Whether the log says of its rows whether somebody engaged, so that no negative is drawn."""
+    """Whether rows of the log have labels, so that no negatives are drawn."""
     return bool(settings.events.label or settings.labels.impressions)
 
 
@@ -75,10 +75,7 @@ def ranker_of(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessin
 
 
 def optimizer_of(ranker: Ranker, settings: Settings, engine: str) -> Adam | HostAdam:
-    """The optimizer of the ranker's dense weights.
-
-    With differential privacy all weights share one learning rate, because noise is calibrated per update.
-    """
+    """The optimizer of the dense weights. With differential privacy all weights share one rate: noise is set per update."""
     private = settings.privacy.epsilon > 0
     of = (HostAdam, ranker.weights()) if engine == "compiled" else (Adam, ranker.dense)
     kind, weights = of
@@ -92,13 +89,7 @@ def optimizer_of(ranker: Ranker, settings: Settings, engine: str) -> Adam | Host
 
 
 def tables_of(ranker: Ranker, settings: Settings, device: str | None) -> dict[str, Table]:
-    """Embedding rows, crosses, and the ranker's own, by name.
-
-    Args:
-        ranker: Names its tables and their widths.
-        settings: All settings.
-        device: TensorFlow device of the rows; None keeps them in host arrays.
-    """
+    """Embedding rows, crosses, and the ranker's own tables, by name. Without a `device` rows are kept in host arrays."""
     model, trainer = settings.model, settings.trainer
     tables = {
         name: table_of(
@@ -134,7 +125,7 @@ def engine_name(settings: Settings, ranker: Ranker, device: str) -> str:
     """`compiled` or `tensorflow`, by the setting `trainer.engine`; with a privacy budget always `tensorflow`.
 
     Raises:
-        SettingsError: The compiled engine is wanted of what it cannot do.
+        SettingsError: `compiled` was set for a model that it cannot compute.
     """
     if settings.privacy.epsilon > 0:
         return "tensorflow"
@@ -226,19 +217,19 @@ def own_tables(ranker: Ranker, settings: Settings, device: str | None) -> dict[s
 class Growth:
     """Grows a ranker's own tables.
 
-    Args:
-        ranker: The ranker.
-        tables: The trainer's tables by name.
+    A row is created for ids that occur in events, not for ids that are often looked up: an item in the recent events of a
+    thousand users was clicked once. Ids of events, negatives and candidates therefore grow a table only through the row's
+    own item or category.
     """
 
     def __init__(self, ranker: Ranker, tables: Mapping[str, Table]) -> None:
         self._grown = [(tables[name], ids) for name, ids in grown_by(ranker).items()]
 
     def observe(self, batch: MicroBatch, context: U64, item_attributes: U64) -> None:
-        """Counts one occurrence of each id, and creates the rows that are due.
+        """Counts one occurrence of each id of n rows, and creates the rows that are due.
 
         Args:
-            batch: n rows.
+            batch: The rows.
             context: `[n, K]` uint64, fields and users' attributes.
             item_attributes: `[n, A]` uint64.
         """

@@ -176,7 +176,7 @@ class Report:
     Attributes:
         rows: Rows of the step.
         skipped: Of them, rows of updates that the guard skipped.
-        verdict: The guard's verdict; weights change only after ACCEPT. The worst one if there are several updates.
+        verdict: The guard's verdict, the worst one of several updates. Weights change only after ACCEPT.
         interest_log_loss: Mean over rows with a category, before learning; NaN without any.
         engagement_log_loss: Mean over scored pairs, before learning.
         top1: Rows whose category was the best candidate.
@@ -184,7 +184,7 @@ class Report:
         targets: Rows with a category.
         scores: `[m]` float32 engagement logits, before learning.
         positive: `[m]` bool, their outcomes.
-        grad_norm: Norm of the whole gradient; the largest one if there are several updates.
+        grad_norm: Norm of the whole gradient, the largest one of several updates.
         seconds: Duration of the step.
         quality: Scores of the model and of simple baselines before learning, as sums.
         slices: `[loss, dimension, place, 3]` float64, see `Breakdown.update`; None if the step was skipped.

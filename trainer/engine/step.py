@@ -4,20 +4,17 @@ A step takes one micro-batch, already trimmed and unmasked:
 
 1. Sightings: ids are counted, those due get a row, old ones expire by log time (`state/microbatch/batch.py`), and
    the least used leave a full table.
-2. The record is learned in equal updates of about `trainer.rows_per_update` rows. For each, candidates, negatives and rows are
-   found on the host. The engine scores the rows without dropout and computes the gradients with it.
+2. The record is learned in equal updates of about `trainer.rows_per_update` rows. For each, candidates, negatives and
+   rows are found on the host. The engine scores the rows without dropout and computes the gradients with it.
 3. The guard judges the loss and the gradient of the update.
 4. If it accepts, the engine applies the gradients: Adagrad to the rows used, Adam to the dense weights. Crosses and the
    fast weights were learned while rows were scored. Clicks are added to the popular categories and the transitions.
    If it skips, no bit of a weight changes. Sightings and churn examples stay, because they are facts of the log and
    not of the gradient. Rows admitted by a skipped update have their initial values.
-5. The scores of all updates are added to the progressive measures, once a record. `judged` puts the predictions of the
-   model and the baselines into the arrays that `trainer/measures` reads.
+5. The scores of all updates are added to the progressive measures, once a record.
 
 The loss is a sum over rows divided by 1,024, so that learning does not depend on how traffic was cut. The same state,
 batch and environment give the same bits.
-
-`Counters` is what a trainer counts over its steps.
 """
 
 from __future__ import annotations
@@ -69,14 +66,14 @@ from trainer.tables.popular import HOUR_MS, Popular
 
 @dataclass
 class Counters:
-    """What a trainer did since its epoch began from nothing; part of each version.
+    """Counts since the trainer's epoch began from scratch; part of each version.
 
     Attributes:
         steps: Steps taken, skipped ones included.
         trained: Rows learned from.
         skipped: Rows of skipped steps.
-        log_ms: Newest log time seen, ms.
-        event_time_ms: Newest event time learned from, ms.
+        log_ms: Newest log time seen.
+        event_time_ms: Newest event time learned from.
         expired_hour: Hour of log time of the last expiry.
     """
 
@@ -92,7 +89,7 @@ class Trainer:
     """Tables, dense weights, optimizers, guard and measures, and the step over them.
 
     Args:
-        settings: All settings; `[model]` and `[trainer]` are used.
+        settings: All settings.
         spec: The feature spec of the micro-batches.
         preprocessing: `[B, D]` float32 raw integers to `[B, D']`; None takes logarithms.
         clock: Seconds, for the duration in the report only.
@@ -103,11 +100,10 @@ class Trainer:
         model: The dense weights: `model.weights()` and `model.set_weights()`.
         optimizer: Their slots: `optimizer.slots()` and `optimizer.set_slots()`.
         popular, evaluation, slices, guard, counters: The small state, in `state()`.
-        churn: What is learned of who leaves; None where the settings want nothing of it.
-        progressive, breakdown: The measures beside those of what is simple, and of slices; they decide nothing, and are
-            in versions on their own.
-        device: Where the variables are.
-        guarded: What the version that was loaded keeps of the guard of updates, see `trainer/holding.py`.
+        churn: What is learned of users who leave; None without `churn.days`.
+        progressive, breakdown: Measures of the model against baselines, and of slices; stored in versions separately.
+        device: Of the variables.
+        guarded: The state of the update guard in the loaded version, see `trainer/holding.py`.
     """
 
     def __init__(
@@ -143,7 +139,7 @@ class Trainer:
         self.engine = engine_of(self.model, self.optimizer, learned, self.crosses, self._columns, settings, self.device)
 
     def clear(self) -> None:
-        """Back to the state of a new trainer, to start an epoch or before a base is loaded."""
+        """Resets to the state of a new trainer, to begin an epoch or before a base is loaded."""
         for table in self.tables.values():
             table.clear()
         self.model.set_weights(self._first_weights)
@@ -158,7 +154,7 @@ class Trainer:
             self.churn.clear()
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
-        """The small state by name: counters, guard, evaluation, slices, popular. Tables, weights and slots are apart."""
+        """The small state by name: counters, guard, evaluation, slices, popular, churn; without tables, weights and slots."""
         held: dict[str, npt.NDArray[Any]] = {}
         for prefix, record in (("counters", asdict(self.counters)), ("guard", asdict(self.guard))):
             held |= {f"{prefix}.{name}": np.array(value) for name, value in record.items()}
@@ -185,7 +181,7 @@ class Trainer:
         """Takes one step.
 
         Args:
-            batch: A micro-batch in log time, without rows seen before or masked. None left is no step: do not call.
+            batch: A micro-batch in log time, without rows seen before or masked.
             seed: Dropout seed; by default a hash of the first row's position.
             place: Of the record, for the noise of `PrivateTrainer`.
 
@@ -219,10 +215,8 @@ class Trainer:
         return replace(done, rows=done.rows + left, skipped=done.skipped + left) if left else done
 
     def score(self, batch: MicroBatch) -> dict[str, F32]:
-        """The interest logits of a batch without dropout, by what the candidates are. Changes nothing.
-
-        Returns:
-            recent_logits `[B, L]`, popular_logits `[B, P]`, successor_logits `[B, S]`, all float32.
+        """The interest logits of a batch without dropout: `recent_logits` `[B, L]`, `popular_logits` `[B, P]` and
+        `successor_logits` `[B, S]`, float32. Changes nothing.
         """
         record = self._record(batch, self._recorder.crosses_of(batch), (0, 0))
         scores = self.engine.measure(record, move=False).scores
@@ -232,8 +226,7 @@ class Trainer:
     def forget(self, users: U64) -> int:
         """Removes all data of users (`[n]` uint64): own rows, rows of a ranker's user tables, crosses, churn examples.
 
-        Returns:
-            The number of removed rows and examples.
+        Returns the number of removed rows and examples.
         """
         tables, crosses = self.tables, self.crosses
         known = {name: tables[name].known() for name in ("item", "category", "context")}
@@ -304,14 +297,14 @@ class Trainer:
         return Update(record, scores, verdict, norm)
 
     def _came_next(self, batch: MicroBatch) -> CategoryPrediction:
-        """What the counts of transitions say of `[n]` rows, before any of them is counted."""
+        """The prediction of transitions for `[n]` rows, before any of them is counted."""
         newest = self.transitions.find(np.ascontiguousarray(batch.recent_categories[:, 0]))
         return of_came_next(self.transitions, newest, batch.category)
 
     def _reported(
         self, batch: MicroBatch, updates: Sequence[Update], came_next: CategoryPrediction, began: float
     ) -> Report:
-        """Measures the rows of the updates, accepted ones and skipped ones apart, and reports on them."""
+        """Measures the rows of the updates, accepted ones and skipped ones separately, and reports on them."""
         kinds = [update.verdict is Verdict.ACCEPT for update in updates]
         numbers = np.arange(len(batch))
         ends = np.cumsum([len(update.record) for update in updates])
@@ -374,15 +367,15 @@ class Trainer:
         )
 
     def _judged(self, loss: float) -> float:
-        """The mean loss by which the guard judges a step; a private trainer has another one, as of what follows."""
+        """The mean loss by which the guard judges an update; a private trainer overrides this and the next two."""
         return loss
 
     def _teaching(self, rows: int, taught: bool) -> int:
-        """The rows of a step that there is something to learn from: of clicks of probe users there is none."""
+        """The rows of an update that there is something to learn from: none of the clicks of probe users."""
         return rows if taught else 0
 
     def _count(self, batch: MicroBatch, record: Record) -> None:
-        """Counts what an accepted step clicked; a skipped one leaves no trace."""
+        """Counts the clicks of an accepted update; a skipped one leaves no trace."""
         self.popular.update(batch.category, self.counters.log_ms)
         self.transitions.count(record.newest, np.where(record.targets.weight > 0, batch.category, np.uint64(0)))
 

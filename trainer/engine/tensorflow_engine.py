@@ -41,7 +41,7 @@ class Learning(NamedTuple):
         rows: Inputs of embedding rows.
         encoded: With dropout.
         plain: Without.
-        targets: What is learned.
+        targets: The training targets.
         slots: Of the fast weights before the record: fast, slow, second, moves.
     """
 
@@ -54,12 +54,7 @@ class Learning(NamedTuple):
 
 
 class Blocks:
-    """Learns records block by block.
-
-    Args:
-        ranker: Any.
-        optimizer: Has the step size of the fast weights, and their epsilon.
-    """
+    """Learns records block by block, with the optimizer's step size of the fast weights and epsilon."""
 
     def __init__(self, ranker: Ranker, optimizer: Adam) -> None:
         self._ranker, self._optimizer, self._rate = ranker, optimizer, np.float32(optimizer.fast_rate)
@@ -72,11 +67,7 @@ class Blocks:
         self._by_row = {one.name for one in ranker.inputs if one.shape.startswith("B")}
 
     def learn(self, of: Learning, move: Tensor) -> tuple[Any, ...]:
-        """Scores and derivatives of a record.
-
-        Args:
-            of: The record.
-            move: bool, whether the fast weights move.
+        """Scores and derivatives of a record; the fast weights move within it if `move` is true.
 
         Returns:
             The scores in the order of `Scores`; the derivatives by each tensor of `of.encoded`, by each of `of.rows`,

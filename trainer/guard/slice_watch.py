@@ -1,19 +1,12 @@
 """Compares each slice with its own past: its excess loss over that of all rows. Pure functions.
 
-A slice's signal is the logarithm of its mean log loss over that of all rows of
-the same windows. A rise of the loss everywhere is thus no deviation of any slice.
-A slice reports a signal once it has enough rows, in one window or in several
-together. If it has too few in `PATIENCE` windows, it counts as usual. Otherwise
-a slice that deviated and then disappeared would be suspect forever.
+A slice's signal is the logarithm of its mean log loss over that of all rows of the same windows. A slice reports a signal
+once it has enough rows, in one window or in several together. If it has too few in `PATIENCE` windows, it counts as
+usual. A signal is compared with the slice's earlier signals as in `rules.py`, with two differences:
 
-A signal is compared with the slice's earlier signals as in `rules.py`, with two
-differences:
-
-- A slice has few rows. The usual deviation is therefore at least the standard
-  error of the signal.
-- The largest deviation of k slices is large by chance. Usual deviations are
-  widened so that the largest exceeds the slack as rarely as a single slice would
-  (Bonferroni).
+- A slice has few rows, so the usual deviation is at least the standard error of the signal.
+- The largest deviation of k slices is large by chance. Usual deviations are widened so that the largest exceeds the
+  slack as rarely as a single slice would (Bonferroni).
 
 Each slice has its own sum; the largest is the sum of the rule.
 """

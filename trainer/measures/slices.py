@@ -1,13 +1,9 @@
-"""Progressive validation by attribute value: metrics of each value, scored before learning.
+"""Assigns slices to attribute values, and keeps their sums.
 
-A slice attribute has one slice for unknown values and one for no value. Each of the
-first other values gets its own slice, in the order of occurrence. Once these are used
-up, all other values share one slice. The metrics and their labels are therefore bounded, and
-a function of the log like the weights.
+An attribute has one slice for unknown values and one for no value. Each of the first other values gets its own slice, in
+the order of occurrence. All further values share one slice. So the slices are bounded, and a function of the log.
 
-Sums are recent, with the half-life of `Evaluation`; rows are also counted since the
-beginning. Since 0.1.0 these sums are part of a version's digest. Durable versions
-contain the metrics of `breakdown.py` instead, which have intervals.
+The sums are part of a version's digest since 0.1.0. The metrics of versions are those of `breakdown.py`.
 """
 
 from __future__ import annotations

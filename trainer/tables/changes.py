@@ -1,7 +1,4 @@
-"""What changed in a table since a point: rows by id, and ids that were removed or wait.
-
-Steps only list ids, each once per take, and keep running meanwhile. A take returns the rows.
-"""
+"""What changed in a table since a point: rows by id, and ids that were removed or wait. Steps only list ids."""
 
 from __future__ import annotations
 
@@ -85,14 +82,11 @@ class Changes:
 
 
 class ChangeList:
-    """What changed in a table since a point, each row once; steps list rows, and nothing is copied.
-
-    Args:
-        capacity: Row slots of the table.
+    """What changed in a table of `capacity` row slots since a point, each row once; nothing is copied.
 
     Attributes:
         removed: Ids whose rows were removed; those that returned since have a row.
-        pending: Ids without a row that were seen, or are not waiting any more.
+        pending: Ids without a row that were seen, or are no longer waiting.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -110,12 +104,12 @@ class ChangeList:
         return self._listed[: self._count]
 
     def clear(self) -> None:
-        """Starts the list again from now."""
+        """Empties the list."""
         self._flags[self.rows()] = 0
         self._count, self.removed, self.pending = 0, ListedIds(), ListedIds()
 
     def move_to(self, older: ChangeList) -> None:
-        """Adds all of it to a list since an earlier point, and starts this list again from now."""
+        """Adds all of it to a list since an earlier point, and clears this list."""
         older.touch(self.rows())
         older.removed.add(self.removed.distinct())
         older.pending.add(self.pending.distinct())

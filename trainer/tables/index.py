@@ -1,8 +1,4 @@
-"""An open-addressing index from ids to rows, and pseudo-random numbers that depend on an id alone.
-
-Compiled loops over integers: 40,000 lookups take less than a millisecond, while
-TensorFlow's hash table takes ten.
-"""
+"""An open-addressing index from ids to rows, in compiled loops, and pseudo-random numbers that depend on an id alone."""
 
 from __future__ import annotations
 
@@ -148,15 +144,7 @@ def _draw(ids: U64, salt: np.uint64, out: F32) -> None:
 
 
 def hashed_uniform(ids: U64, width: int, name: str) -> F32:
-    """Uniform numbers in [-1, 1) that depend only on `name` and each id.
-
-    Args:
-        ids: `[n]` uint64.
-        width: Numbers for each id.
-        name: Separates tables (and dense weights) from one another.
-
-    Returns:
-        `[n, width]` float32.
+    """Uniform numbers in [-1, 1), `[n, width]` float32, that depend only on `name` and each of `[n]` uint64 ids.
 
     >>> one = hashed_uniform(np.array([5], np.uint64), 2, "user")
     >>> bool((one == hashed_uniform(np.array([4, 5], np.uint64), 2, "user")[1]).all())

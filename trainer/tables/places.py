@@ -110,10 +110,9 @@ class Places:
         return left
 
     def pack(self) -> I32 | None:
-        """Compacts the indices and shrinks the capacity, if most of it is unused.
+        """Compacts the indices and shrinks the capacity if most of it is unused.
 
-        Returns:
-            The former index of each new index 0, 1, 2 ..; None if nothing moved.
+        Returns the former index of each new index 0, 1, 2 ..; None if nothing moved.
         """
         if self.capacity <= self._least or len(self) * SPARSE >= self.capacity:
             return None

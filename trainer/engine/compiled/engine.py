@@ -80,9 +80,6 @@ class CompiledEngine:
         crosses: Scores and learns crosses.
         attributes: A, of an item.
         threads: That share its loops.
-
-    Attributes:
-        threads: As given.
     """
 
     name = "compiled"
@@ -158,8 +155,7 @@ class CompiledEngine:
     def _rows(self, record: Record) -> tuple[dict[str, I32], dict[str, I32]]:
         """Distinct rows of each table, and where in them each use of an id is, by the name of the ids.
 
-        With attributes what an item is depends on the row: the heads are given one
-        row for each combination of item and attributes.
+        With attributes the heads get one row for each combination of item and attributes.
         """
         uses = {table: {name: record.ids[name].reshape(-1) for name in names} for table, names in _USES.items()}
         combined = combine(record.ids["item"], record.ids["item_attributes"]) if self._attributes else None
@@ -242,18 +238,15 @@ class CompiledEngine:
 
 
 def prepared_by(preprocessing: Preprocessing, features: int, name: str) -> Callable[[U16], F32]:
-    """Compiles a preprocessing.
+    """Compiles a preprocessing: `[B, D]` uint16 features to `[B, D']` float32.
 
-    `Logarithms` and the default one take each feature by itself, and a feature has 65,536 values: all are computed once. A
-    call of TensorFlow's graph in each update took as long as the heads. `tests/trainer/engine/test_build.py` compares both.
+    `Logarithms` and the default one take each feature by itself, and a feature has 65,536 values: all are computed once,
+    which is faster than a call of TensorFlow's graph in each update.
 
     Args:
         preprocessing: `[B, D]` float32 raw integers to `[B, D']` float32.
         features: D.
         name: The setting `model.preprocessing`.
-
-    Returns:
-        `[B, D]` uint16 features to what `preprocessing` makes of them, `[B, D']` float32.
     """
     values = np.arange(1 << 16, dtype=np.uint16)[:, None]
     if isinstance(preprocessing, Logarithms):

@@ -1,21 +1,19 @@
 """Loss and gradients of both heads for one step: compiled loops over rows, candidates and pairs.
 
 `trainer/model/default_ranker.py` defines the heads. Here the same sums are computed with their derivatives, a block of
-rows at a time. So the block's data stays in the nearest cache. As some three hundred TensorFlow operations over
-`[B * L, F]` they cost more than the tower. A test compares logits and every derivative with TensorFlow's own.
+rows at a time, so that its data stays in the nearest cache. A test compares them with TensorFlow's.
 
 For each row, in the order of the batch:
 
 1. Windows and transitions become logits, a block of rows at a time (`window_net.py`, `transition_net`). The transition
    net reads how often a candidate came next after the user's newest category.
 2. Candidates are scored without dropout for the measures: softmax, log loss, rank of the target (`measure_interest`).
-3. Engagement: the row's own item, and its negative if one was drawn. The contribution of its crosses is an input
-   (`trainer/engine/crosses.py`).
+3. Engagement: the row's own item, and its negative if one was drawn. The contribution of its crosses is an input.
 4. The derivatives of interest, with dropout if there is any (`learn_interest`).
 5. After each `FAST_ROWS` rows the fast weights move, before the next row is scored.
 
-A block has `BLOCK` rows. Threads share the blocks between two moves. Each block has sums of its own, which are added
-in the order of the blocks. So sums have the same bits for any number of threads, and for any order of rows in a table.
+Threads share the blocks of `BLOCK` rows between two moves. Each block has sums of its own, which are added in the order
+of the blocks. So sums have the same bits for any number of threads, and for any order of rows in a table.
 """
 
 from __future__ import annotations
@@ -37,7 +35,7 @@ from trainer.model.default_ranker import NET_HIDDEN, NEXT_HIDDEN
 from trainer.model.hyperparameters import HYPERPARAMETERS
 
 MASKED = np.float32(ranker.MASKED)
-"""The logit of a candidate that is not there."""
+"""The logit of a masked candidate."""
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
@@ -168,8 +166,8 @@ def engage(
 ) -> None:
     """Scores row `b`'s pair and its negative pair without dropout, and computes their gradients with dropout.
 
-    logits: interest logits without dropout. biases: of items and categories, `[1, dim]` each. One call handles both
-    pairs, because each array that a call unpacks costs time.
+    logits: interest logits without dropout. biases: of items and categories, `[1, dim]` each. One call handles both pairs,
+    because each array that a call unpacks costs time.
     """
     plain, queries, prior = inputs.plain_queries, inputs.queries, inputs.prior
     item, category, dim = inputs.item, inputs.category, inputs.category.shape[1]
@@ -438,11 +436,7 @@ def _sum_lanes(thread: int, threads: int, gradients: Gradients) -> None:
 
 
 class Heads:
-    """The heads with their working memory. One caller at a time; gradients are valid until the next call.
-
-    Args:
-        threads: That share the blocks of rows.
-    """
+    """The heads with their working memory. One caller at a time; gradients are valid until the next call."""
 
     def __init__(self, threads: Threads) -> None:
         self._threads = threads
@@ -452,14 +446,14 @@ class Heads:
     def prepare(
         self, facts: Facts, inputs: HeadInputs, slots: FastSlots | None, rate: float, apart: bool
     ) -> tuple[Scores, Gradients, FastSlots, Work]:
-        """Scores and gradients of a step, and the fast weights after it, once all threads have done the work.
+        """Scores and gradients of a step, and the fast weights after it, once all threads have done the returned work.
 
         Args:
-            facts: What the host knows.
-            inputs: What the tower computed.
+            facts: Prepared by the host.
+            inputs: Computed by the tower.
             slots: The slots of the fast weights before the step, not changed; its weights are not read. None moves nothing.
             rate: Step size of the fast weights.
-            apart: Whether what learns is not what scores, because of dropout.
+            apart: Whether training inputs differ from scoring inputs, because of dropout.
         """
         flat = inputs.fast.flat()
         moved = FastSlots.of(flat) if slots is None else FastSlots(flat, *(slot.copy() for slot in slots[1:]))
@@ -519,7 +513,7 @@ class Heads:
         )
 
     def _zeros(self, name: str, *shape: int) -> F32:
-        """Working memory, kept from call to call: fresh pages cost more than to clear these."""
+        """Working memory, kept from call to call: clearing it costs less than fresh pages."""
         size = math.prod(shape)
         held = self._buffers.get(name)
         if held is None or held.size < size:
