@@ -1,18 +1,15 @@
 """Passes each record to the guard, withholds versions while one is suspect, and asks control to hold bad ones.
 
-If control cannot be written, for example while the store of a shared registry is unreachable, the hold waits. Until it
-is written, no version is published and no record is learned, so that a held update never serves traffic.
+If control cannot be written, the hold waits. Until it is written, no version is published and no record is learned, so
+that a held update never serves traffic.
 
 `WindowWatch` judges each step of the training log by the preceding windows: pass, suspect or hold.
 
 - Windows follow each other in log time. A window ends when it has its length and enough rows to judge. From that many
   rows on, the open window is judged with each step.
-- The remembered windows are a function of the log. A trainer that restarts, or reads the log again, reaches the same
+- The remembered windows are a function of the log, so a trainer that restarts or reads the log again reaches the same
   verdicts at the same offsets. An operator's actions change none of them.
 - At a hold everything is forgotten, because later steps are compared with what the operator let pass.
-
-`figures_of` computes what the guard receives of a record. `version_before` and `suspect_clicks` find the version and
-the clicks that a hold names.
 """
 
 from __future__ import annotations
@@ -90,7 +87,7 @@ class Judgement:
         signal: Its value in this window, or in the preceding one if this one has too few rows; not logarithmic.
         usual: Its usual value.
         total: The sum of deviations beyond the slack; LIMIT is too much.
-        since: The beginning of the window before the first deviating one: everything from there on is suspect.
+        since: The start of the window before the first deviating one: everything from there on is suspect.
         place: For rule `slice`, the slice: measure, dimension and index in it.
     """
 
@@ -149,12 +146,7 @@ class WindowWatch:
         self._slices.clear()
 
     def take(self, step: StepFigures, start: WindowStart) -> Judgement:
-        """Adds one record and judges the update that it made.
-
-        Args:
-            step: The figures of the record.
-            start: Where it begins, with the log time before it.
-        """
+        """Adds one record, which begins at `start`, and judges the update that it made."""
         if self._open is None:
             self._open = OpenWindow(start)
         window = self._open
@@ -300,13 +292,7 @@ def _of_slice(off: OffSlice, says: bool) -> Judgement:
 
 
 def figures_of(batch: MicroBatch, report: Report | None, log_ms: int) -> StepFigures:
-    """The figures of one record for the guard.
-
-    Args:
-        batch: The rows that were learned.
-        report: Of the step; None without a row.
-        log_ms: Log time after it.
-    """
+    """The figures of one record for the guard; `report` is None without a row, `log_ms` is log time after the record."""
     ranges = batch.header.ranges
     covered, dead = sum(part.next - part.first for part in ranges), sum(part.dead for part in ranges)
     if report is None:
@@ -353,7 +339,7 @@ def clicks_learned(place: TrainingPlace) -> tuple[tuple[str, int, int], ...]:
 
 
 def suspect_clicks(since: WindowStart, after: TrainingPlace) -> tuple[SuspectClicks, ...]:
-    """The clicks between both positions."""
+    """The clicks between the start of a window and a later position."""
     first, ends = {(topic, part): at for topic, part, at in since.clicks}, dict[tuple[str, int], int]()
     for source, at in after.marks.items():
         name = (source.topic_id, source.partition)
@@ -382,8 +368,7 @@ class UpdateGuard:
         settings: All settings.
         registry: The registry of control and versions.
         metrics: The trainer's metrics.
-        clock: Wall clock in seconds.
-        elapsed: Monotonic seconds.
+        clock, elapsed: Wall clock and monotonic clock in seconds.
         shown: By slice dimension the present names of its slices.
     """
 
@@ -407,11 +392,7 @@ class UpdateGuard:
         self._tried_s, self._say = float("-inf"), SaidOnce(logger.error)
 
     def enter(self, kept: Mapping[str, npt.NDArray[Any]]) -> None:
-        """At the beginning of an epoch, or after a start: restores the guard's state at the loaded version.
-
-        Args:
-            kept: The guard state in that version, without the prefix; empty if it has none.
-        """
+        """Restores the guard's state of the loaded version, at the beginning of an epoch or after a start; empty if it has none."""
         self._watch.load(kept)
         self._last, self._skipped, self._unwritten = PASSED, 0, None
 
@@ -487,12 +468,7 @@ class UpdateGuard:
         return written
 
     def look(self, control: Control, version: int) -> None:
-        """Applies new control: an update that an operator released passes, until the guard judges otherwise.
-
-        Args:
-            control: The newest.
-            version: The trainer's newest version.
-        """
+        """Applies new control; `version` is the trainer's newest. An update that an operator released passes."""
         held = control.held if self._unwritten is None else self._unwritten.held
         if held is None and self._last.standing is Standing.HOLD:
             self._last = PASSED
@@ -517,7 +493,7 @@ class UpdateGuard:
     # What a version reports and keeps
 
     def verdict(self) -> tuple[str, dict[str, float]]:
-        """The guard's entry in a new version: that it passed, and how near each rule is to a hold; empty if it is off."""
+        """The guard's entry in a new version: its verdict, and how near each rule is to a hold; empty if it is off."""
         if not self._enabled:
             return "", {}
         near = {rule: round(share, 4) for rule, share in self._watch.shares_of_limit().items() if share > 0}

@@ -56,9 +56,7 @@ def never(spec: str) -> bool:
 def former(specs: Collection[str], steps: Callable[[], int]) -> Callable[[str], bool]:
     """Returns a predicate for the feature specs whose records a trainer skips.
 
-    Args:
-        specs: Digests of the specs that upgrades replaced.
-        steps: Steps that the trainer has taken. Before the first one it skips to the first record of its own spec.
+    Those are `specs`, which upgrades replaced, and before the first of the trainer's steps all but its own spec.
 
     >>> [former({"ab"}, lambda: steps)(spec) for steps in (0, 9) for spec in ("ab", "cd")]
     [True, True, True, False]
@@ -160,11 +158,7 @@ class LogRecord(NamedTuple):
     damage: str = ""
 
     def require_whole(self, where: str) -> None:
-        """Raises if the record is damaged.
-
-        Raises:
-            MicroBatchError: It is damaged.
-        """
+        """Raises MicroBatchError if the record is damaged; `where` names its offset."""
         if self.damage:
             raise MicroBatchError(
                 f"{where} cannot be read: {self.damage}",

@@ -1,7 +1,6 @@
 """Reports the trainer's lag behind the training log, in positions and seconds, to metrics and a Kafka consumer group.
 
-A separate thread polls once a second. Lag is therefore visible while an operator
-or the guard holds training, and Kafka's replies do not delay a step.
+A separate thread polls once a second, so lag is visible while training is held, and Kafka does not delay a step.
 """
 
 from __future__ import annotations

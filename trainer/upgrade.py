@@ -1,19 +1,16 @@
 """Continues training with another model, preprocessing or feature spec: `springtide upgrade`.
 
 1. The newest version is read, and the model of the settings is built.
-2. The command reports what is carried over and what starts from scratch;
-   `--dry-run` ends here.
-3. The next control generation begins an epoch that continues from the version, by
-   one exclusive create. Nothing else is changed.
+2. The command reports what is carried over and what starts from scratch; `--dry-run` ends here.
+3. The next control generation begins an epoch that continues from the version, by one exclusive create. Nothing else
+   is changed.
 
-The trainer, started with these settings, makes the epoch's first version. Until
-then serving uses the old version, with its own features. With `--learn-anew` the
-epoch starts from scratch and learns all retained records of the training log.
+The trainer, started with these settings, makes the epoch's first version. Until then serving uses the old version, with
+its own features. With `--learn-anew` the epoch starts from scratch and learns all retained records of the training log.
 Serving stays at its version until the trainer has caught up.
 
-The command needs the trainer's lock, because anything that the trainer learned
-meanwhile with the old settings would be lost: stop the trainer first. Serving
-continues. Exit codes: 0 done, 1 failed, 2 wrong use.
+The command needs the trainer's lock, because anything that the trainer learned meanwhile with the old settings would be
+lost: stop the trainer first. Serving continues. Exit codes: 0 done, 1 failed, 2 wrong use.
 """
 
 from __future__ import annotations
@@ -168,8 +165,8 @@ def propose(
         spec: Their feature spec.
         version: The version to continue from; None starts from scratch.
         plan: What is carried over.
-        who: The actor.
-        reason: The reason for the upgrade.
+        who: The actor, for the history.
+        reason: For the history.
         now_ms: Wall clock.
 
     Raises:

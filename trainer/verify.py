@@ -8,8 +8,6 @@
    Rows of erased users are left out if they were removed from the version's files. The two are not comparable if those
    rows were removed from the base, and the log has clicks of those users that were learned.
 
-The result (`Comparison`) is equal, different with the first difference, or not comparable.
-
 It runs next to the live system: it reads the registry and the log with its own reader, takes no lock and writes
 nothing. Exit codes: 0 equal, 1 different, not comparable, or not replayable any more; 2 wrong use.
 """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +17,7 @@ from trainer.engine.guard import Verdict
 from trainer.engine.record import Record, joined_records
 from trainer.measures.predictions import NONE, CategoryPrediction, of_popular, of_previous
 from trainer.measures.progressive import Progressive
-from trainer.measures.step_scores import Judged, ScoredPairs, StepScores, joined_scores
+from trainer.measures.step_scores import Judged, ScoredPairs, StepScores
 from trainer.model.ranker import MASKED
 from trainer.tables.index import I32
 
@@ -226,7 +227,7 @@ def joined(updates: Sequence[Report]) -> Report:
         positive=np.concatenate([one.positive for one in updates]),
         grad_norm=max(one.grad_norm for one in updates),
         seconds=sum(one.seconds for one in updates),
-        quality=joined_scores([one.quality for one in updates]),
+        quality=reduce(StepScores.__add__, (one.quality for one in updates)),
         slices=np.sum(slices, axis=0) if slices else None,
         judged=tuple(said for one in updates for said in one.judged),
     )

@@ -73,9 +73,6 @@ def environment_digest(environment: Mapping[str, str]) -> str:
 class History:
     """The digests of one trainer; part of each version. They are keyed: without the key they reveal nothing about rows.
 
-    Args:
-        key: The secret key of the noise.
-
     Attributes:
         line: `[32]` bytes, the line of the last record; all zero before the first one.
     """
@@ -95,12 +92,7 @@ class History:
         return self.line if conditions == self._conditions else self._digest(self._history, conditions)
 
     def take(self, place: NoisePlace, batch: MicroBatch) -> str:
-        """Appends a record; returns the name of its noise.
-
-        Args:
-            place: The record's position and conditions.
-            batch: The rows that are learned from it.
-        """
+        """Appends a record with the rows `batch`; returns the name of its noise."""
         self.line, self._conditions = self.line_at(place), self._digest(place.conditions)
         content = hashlib.blake2b(repr((batch.header.spec, batch.header.ranges)).encode())
         for name, column in batch.columns.items():

@@ -113,25 +113,13 @@ class PrivateLearning:
         return PrivateUpdate(Units(np.unique(users, return_inverse=True)[1], self.allowance.admit(users)), noise)
 
     def measure(self, engine: PrivateEngine, record: Record, update: PrivateUpdate) -> Measured:
-        """The scores of a record, and the clipped gradient of an update with noise.
-
-        Args:
-            engine: The trainer's engine.
-            record: From `alone`.
-            update: From `begin`.
-        """
+        """The scores of a record, and the clipped gradient of an update with noise."""
         record = self.within(engine, record, update.units)
         measured = engine.measure(record, move=False)
         return engine.noised(measured, record, self._normal(update), self.deviation, self._by_user)
 
     def within(self, engine: PrivateEngine, record: Record, units: Units) -> Record:
-        """Scales the losses of a record, each loss separately, so that no unit's gradient is longer than the bound.
-
-        Args:
-            engine: The trainer's engine.
-            record: From `alone`.
-            units: The units of its rows.
-        """
+        """Scales the losses of a record, each loss separately, so that no unit's gradient is longer than the bound."""
         lengths, bound = engine.lengths(record, self._losses), self._clip / len(self._losses)
         scaled = dict.fromkeys(FACTORS, np.zeros_like(record.targets.weight))
         for loss, length in zip(self._losses, lengths.T, strict=True):
@@ -185,11 +173,6 @@ def clipped(lengths: F32, units: Units, clip: float) -> F32:
 
 class PrivateTrainer(Trainer):
     """A `Trainer` that learns with differential privacy. The metrics of a step stay exact; only the operator sees them.
-
-    Args:
-        settings: All settings, with a budget.
-        spec: The feature spec of the micro-batches.
-        preprocessing: `[B, D]` float32 raw integers to `[B, D']`; None takes logarithms.
 
     Attributes:
         private: Clips, adds noise, and remembers who took part.

@@ -91,7 +91,6 @@ class Drafter:
             mask_generation=control.mask.generation,
             metrics=trainer.evaluation.values()
             | trainer.progressive.values()
-            | trainer.slices.values()
             | dict(breakdown.values(slices))
             | ({} if trainer.churn is None else trainer.churn.values())
             | {f"account.{name}": float(value) for name, value in account.items()}
