@@ -36,10 +36,9 @@ from state.registry.registry import Registry
 from trainer import gauges
 from trainer.engine.guard import Verdict
 from trainer.engine.report import Report
-from trainer.guard.figures import BUCKETS, CROWDS, StepFigures, crowds_of
 from trainer.guard.rules import LIMIT, NAMES, RULES, SLICE, SUSPECT, Rule, deviation, summed, usual
 from trainer.guard.slice_watch import OffSlice, SliceWatch, SliceWords, named
-from trainer.guard.window import F64, OpenWindow, WindowStart
+from trainer.guard.window import BUCKETS, CROWDS, F64, OpenWindow, StepFigures, WindowStart, crowds_of
 from trainer.measures.breakdown import LOSSES
 from trainer.place import TrainingPlace, newest_before
 from trainer.versions.content import GUARDED

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from trainer.tables.index import F32, I32, U64
-from trainer.tables.places import grown
-from trainer.tables.rows_used import mark_rows
+from state.compiled import compiled
+from trainer.tables.index import F32, I32, U64, grown
 
 I64 = npt.NDArray[np.int64]
 _FOLD = 65_536
@@ -79,6 +78,18 @@ class Changes:
         for field in self.FIELDS:
             sha.update(np.ascontiguousarray(getattr(self, field)).tobytes())
         return sha.hexdigest()
+
+
+@compiled("i4[::1], u1[::1], i4[::1], i8")
+def mark_rows(rows: I32, flags: npt.NDArray[np.uint8], listed: I32, count: int) -> int:
+    """Appends those of `[n]` rows that are not in `flags` to the first `count` of `listed`; returns the new count."""
+    for i in range(rows.shape[0]):
+        row = rows[i]
+        if row != 0 and flags[row] == 0:
+            flags[row] = 1
+            listed[count] = row
+            count += 1
+    return count
 
 
 class ChangeList:

@@ -11,8 +11,7 @@ import numpy.typing as npt
 from state.ranking import transitions
 from state.ranking.transitions import Lists, Succession
 from trainer.tables.id_table import NO_CAP, IdTable
-from trainer.tables.index import F32, I32, U64, hashed_uniform
-from trainer.tables.places import grown
+from trainer.tables.index import F32, I32, U64, grown, hashed_uniform
 
 
 class CountTable(IdTable):

@@ -13,11 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from state.compiled import compiled
 from trainer.tables.changes import ChangeList, Changes
-from trainer.tables.index import F32, I32, U64
+from trainer.tables.index import F32, I32, U64, Places, grown
 from trainer.tables.least_used import excess, least_used
-from trainer.tables.places import Places, grown
-from trainer.tables.rows_used import distinct_rows, first_occurrences, see
 
 I64 = npt.NDArray[np.int64]
 
@@ -52,6 +51,47 @@ def sightings(ids: U64, at_ms: I64) -> Sightings:
     distinct, starts, counts = np.unique(ids[order], return_index=True, return_counts=True)
     newest = np.maximum.reduceat(at_ms[order], starts) if ids.size else np.empty(0, np.int64)
     return Sightings(distinct, counts.astype(np.int32), newest)
+
+
+@compiled("i4[::1], const(i8[::1]), i8[::1]", "i4[::1], i8[::1], i8[::1]")
+def see(rows: I32, at_ms: I64, last_seen_ms: I64) -> None:
+    """Raises the last-seen time of each of `[n]` rows to the newest of its log times, in ms."""
+    for i in range(rows.shape[0]):
+        if at_ms[i] > last_seen_ms[rows[i]]:
+            last_seen_ms[rows[i]] = at_ms[i]
+
+
+@compiled("i4[::1], i4[::1], i4[::1], i4[::1]")
+def distinct_rows(rows: I32, scratch: I32, unique: I32, positions: I32) -> int:
+    """Distinct rows in order of first use, after the missing row 0, and the position of each of `[n]` rows among them.
+
+    Returns their number. `scratch` has a 0 for each row of the table, before and after.
+    """
+    unique[0] = 0
+    count = 1
+    for i in range(rows.shape[0]):
+        row = rows[i]
+        if row == 0:
+            positions[i] = 0
+            continue
+        if scratch[row] == 0:
+            scratch[row] = count
+            unique[count] = row
+            count += 1
+        positions[i] = scratch[row]
+    for k in range(1, count):
+        scratch[unique[k]] = 0
+    return count
+
+
+def first_occurrences(ids: U64) -> U64:
+    """Distinct ids in the order in which they first occur.
+
+    >>> first_occurrences(np.array([9, 3, 9, 1], np.uint64)).tolist()
+    [9, 3, 1]
+    """
+    _, first = np.unique(ids, return_index=True)
+    return ids[np.sort(first)]
 
 
 class Pending:

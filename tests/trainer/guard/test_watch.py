@@ -9,9 +9,8 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
-from trainer.guard.figures import BUCKETS, StepFigures
 from trainer.guard.rules import NAMES
-from trainer.guard.window import WindowStart
+from trainer.guard.window import BUCKETS, StepFigures, WindowStart
 from trainer.holding import Judgement, Standing, WatchLimits, WindowWatch
 
 LIMITS = WatchLimits(window_s=10.0, window_rows=500, users=20, warm_up=30)
