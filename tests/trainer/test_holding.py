@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from state.attributes.values import AttributeTable
-from state.config.fields import fields_of
 from state.features.mask import Mask
-from state.features.spec import FeatureSpec
 from state.file_store import open_store
 from state.microbatch.codec import decode, encode
 from state.positions import Source
@@ -19,11 +15,9 @@ from state.registry import sharing
 from state.registry.control import Control, HeldUpdate, release, roll_back
 from state.registry.registry import Registry
 from state.registry.sync import DurableSender, RecentSender
-from tests.bench.guard import POISONS, SEGMENTED, SEGMENTS, traffic, value_with_share
 from tests.state.registry.hosts import CopyHost, away
-from tests.trainer.clicks import SMALL, TOPIC, microbatch
-from tests.trainer.logs import ABOUT, append, bits_of, kill, learner, run_to_end, settle, started, without, written
-from trainer.engine.step import Trainer
+from tests.trainer.clicks import TOPIC, microbatch
+from tests.trainer.logs import append, bits_of, kill, learner, run_to_end, settle, started, without, written
 from trainer.learner import Learner
 
 GUARD = (
@@ -213,33 +207,3 @@ def test_a_restart_remembers_the_windows(tmp_path: Path) -> None:
     assert (found.rule, found.first, found.next, found.signal, found.clicks) == (
         expected.rule, expected.first, expected.next, expected.signal, expected.clicks
     )  # fmt: skip
-
-
-SLICED = (
-    *("--guard.window_s", "2", "--guard.window_rows", "1024", "--guard.warm_up", "8"),
-    *("--trainer.capacity", "4096", *SEGMENTED),
-)  # fmt: skip
-WRONG_FROM, SLICED_ROWS = 16_384, 28_672
-
-
-def test_one_slice_whose_labels_go_wrong_is_held_and_named_while_all_rows_hardly_move(tmp_path: Path) -> None:
-    clean = traffic("shoppers", SLICED_ROWS, (*SMALL, *SLICED))
-    recorded, table = clean.recorded, AttributeTable("user", fields_of(clean.settings.attributes.user_fields))
-    POISONS["one slice"].rows(recorded, slice(WRONG_FROM, SLICED_ROWS), np.random.default_rng(1))
-    texts = {table.ids([segment])[0]: segment for segment in SEGMENTS}
-    (wrong,) = (text for one, text in texts.items() if one == value_with_share(recorded.user_attributes[:, 0], 0.15))
-    batches = list(clean.batches(recorded))
-    records = [encode(replace(one.header, names=texts), one.columns) for one in batches]
-    running = learner(
-        started(tmp_path), written(records), *SLICED, "--registry.durable_s", "1000",
-        trainer=Trainer(clean.settings, FeatureSpec.from_settings(clean.settings)),
-        spec=FeatureSpec.from_settings(clean.settings), about=ABOUT | {"salt": batches[0].header.salt},
-    )  # fmt: skip
-    run_to_end(running)
-    held = held_of(Registry(tmp_path))
-    assert held.rule == "slice"
-    assert held.in_words().startswith(f"slice: log loss of segment={wrong} over that of all rows is ")
-    assert held.signal > 1.2 > held.usual
-    first = 2 * WRONG_FROM // clean.step_rows
-    assert first - 2 * 10 <= held.first <= first < held.next, "two windows before it at most"
-    assert wrong in running.control.reason

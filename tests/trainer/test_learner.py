@@ -96,28 +96,6 @@ def test_a_restart_goes_on_with_the_same_bits_in_another_layout(tmp_path: Path) 
     assert (running.place.rows, running.place.duplicate) == (whole.place.rows, 0)
 
 
-def test_rows_written_again_by_a_crashed_stream_change_nothing(tmp_path: Path) -> None:
-    once = learner(started(tmp_path / "once"), written(RECORDS[:6]))
-    run_to_end(once)
-    expected = state(once)
-    again = learner(started(tmp_path / "again"), written([*RECORDS[:4], *RECORDS[2:6]]))
-    run_to_end(again)
-    assert (state(again)[0], again.place.marks) == (expected[0], expected[2])
-    assert again.place.duplicate == 80
-    assert again.place.rows == trainer_of(again).counters.trained + again.place.duplicate
-
-
-def test_nothing_is_published_when_nothing_changed(tmp_path: Path) -> None:
-    registry = started(tmp_path)
-    running = learner(registry, written(RECORDS[:2]))
-    publish_all(running)
-    before = registry.versions()
-    for _ in range(20):
-        running.tick(0.0)
-    running.close()
-    assert registry.versions() == before
-
-
 def test_a_version_says_what_it_was_trained_on(tmp_path: Path) -> None:
     registry = started(tmp_path)
     running = learner(registry, written(RECORDS[:3]), "--trainer.publish_s", "3600")

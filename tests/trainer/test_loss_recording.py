@@ -110,7 +110,7 @@ def test_what_the_disk_refuses_stops_no_training(registry: Registry, caplog: pyt
     running = learned(registry, 2)
     recorder = LossRecorder(registry.path, lambda: 0.0)
     report = trainer_of(running).step(_batch(3))
-    assert recorder._is_wanted()
+    recorder.take(5, _batch(3).user, report)
     shutil.rmtree(registry.path / "losses")
     recorder.take(6, _batch(3).user, report)
     recorder.take(8, _batch(3).user, report)

@@ -168,14 +168,6 @@ def test_another_environment_is_not_compared(tmp_path: Path, monkeypatch: pytest
     assert found.document()["environment"][0].endswith("is neon")
 
 
-def test_other_settings_are_not_compared(tmp_path: Path) -> None:
-    registry, log, newest = trained(tmp_path)
-    changed = small_settings("--model.learning_rate", "0.01")
-    found = verify.verify(changed, registry, newest, None, fresh, log)
-    assert found.outcome == "not comparable"
-    assert found.environment == ("model.learning_rate was 0.02 and is 0.01",)
-
-
 def test_a_log_that_no_longer_reaches_back_is_said(tmp_path: Path) -> None:
     registry, log, newest = trained(tmp_path)
     log.topics().delete_before(LOG, {0: 3})

@@ -47,16 +47,6 @@ def test_it_knows_better_than_recency_who_leaves() -> None:
     assert ours > 0.8
 
 
-def test_it_knows_better_than_recency_who_has_left_already() -> None:
-    known, told = progressive()
-    left_ms = shoppers()[0].left_ms
-    gone = np.array(
-        [left_ms[user] <= at for user, at in zip(known.user.tolist(), known.moment_ms.tolist(), strict=True)]
-    )
-    ours, recency = (area_under_curve(scores, gone) for scores in (told, known.age_ms.astype(np.float64)))
-    assert ours > recency + 0.02
-
-
 def test_as_many_leave_as_it_says_in_each_tenth() -> None:
     known, told = progressive()
     tenth = np.minimum((told * TENTHS).astype(int), TENTHS - 1)
@@ -81,16 +71,6 @@ def test_measures_are_those_of_the_examples() -> None:
     assert found["churn.total.auc"] == pytest.approx(area_under_curve(told, known.left), abs=0.005)
     assert found["churn.total.left"] == pytest.approx(known.left.mean())
     assert 0 < found["churn.calibration_error"] < 0.1
-
-
-def test_another_span_begins_anew() -> None:
-    ours, other = learner(), ChurnLearner(SPEC, 2 * DAY_MS, 0, 100_000)
-    for batch in shoppers()[1][:40]:
-        ours.take(batch, int(batch.at_ms.max()))
-    fresh = {name: one.tobytes() for name, one in other.state().items()}
-    other.load(ours.state())
-    assert {name: one.tobytes() for name, one in other.state().items()} == fresh
-    assert len(ours.waiting) > 0
 
 
 def test_a_version_tells_it_once_enough_was_learned_and_answers_by_it_alike() -> None:

@@ -161,16 +161,6 @@ def test_a_model_whose_numbers_are_not_finite_counts_as_one_that_knows_nothing()
     assert report.top1 == report.top5 == 0
 
 
-def easy(rows: int, first: int, labels: int = 1) -> MicroBatch:
-    """Rows of one user who clicks the same item again and again."""
-    one = np.zeros(rows, np.int64)
-    batch, like = micro_batch(rows, first=first), micro_batch(1, first=77)
-    same = {name: getattr(like, name)[one] for name in ("user", "item", "features", "category_windows")}
-    label = np.zeros_like(batch.recent_categories)
-    label[:, :labels] = spread(np.arange(1, labels + 1))
-    return dataclasses.replace(batch, **same, recent_categories=label, category=label[:, 0])
-
-
 def test_held_trainer_refuses_until_its_state_is_replaced() -> None:
     trainer = learned(log(1), fresh())
     state = trainer.state()
@@ -184,11 +174,6 @@ def test_held_trainer_refuses_until_its_state_is_replaced() -> None:
 def test_no_row_is_no_step() -> None:
     with pytest.raises(ValueError, match="no step"):
         fresh().step(micro_batch(4).take(np.zeros(4, bool)))
-
-
-def test_one_row_is_a_step() -> None:
-    report = fresh().step(micro_batch(1))
-    assert report.rows == 1 and report.scores.size == 1
 
 
 def test_ids_expire_by_log_time() -> None:
@@ -218,15 +203,6 @@ def test_known_labels_are_learned_instead_of_drawn_negatives() -> None:
     batch = dataclasses.replace(micro_batch(8), label=np.array([0, 1] * 4, np.float32))
     report = fresh().step(batch)
     assert report.positive.tolist() == [False, True] * 4
-
-
-def test_context_rows_are_trained() -> None:
-    trainer = fresh(context=("device", "country"))
-    trainer.step(micro_batch(32, context=2))
-    before = trainer.tables["context"].digest()
-    trainer.step(micro_batch(32, first=32, context=2))
-    assert 0 < len(trainer.tables["context"]) <= 8
-    assert trainer.tables["context"].digest() != before
 
 
 def test_candidates_agree_with_a_plain_definition() -> None:

@@ -17,11 +17,11 @@ from tests.trainer.clicks import SPEC
 from tests.trainer.logs import fresh
 from trainer.engine.engine import Scores
 from trainer.engine.record import Record
-from trainer.engine.step import judged
+from trainer.engine.report import judged
 from trainer.measures.evaluation import HALF_LIFE_ROWS
 from trainer.measures.predictions import BASELINES, KEPT, LISTED, PREDICTORS, SPAN_MS, of_came_next
 from trainer.measures.progressive import Progressive
-from trainer.measures.step_scores import SUMS, USERS, StepScores, joined_scores
+from trainer.measures.step_scores import SUMS, USERS
 from trainer.model.ranker import MASKED, Targets
 from trainer.tables.count_table import CountTable
 from trainer.versions import checkpoint, content
@@ -195,13 +195,6 @@ def test_a_version_without_these_measures_is_loaded_and_they_begin_anew() -> Non
     assert trainer.progressive.values() == {}
     assert checkpoint.digest(trainer) == digest
     assert content.digest(old | {f"{content.QUALITY}sums": np.ones(3)}) == digest
-
-
-def test_scores_of_parts_add_up_to_those_of_the_step() -> None:
-    parts = [StepScores(np.full((4, 3, 8), float(n)), n, n, n / 2, float(n)) for n in (1, 2, 3)]
-    joined = joined_scores(parts)
-    assert (joined.sums == 6).all() and joined.pairs == 6 and joined.calibration == 0.5
-    assert math.isnan(StepScores(np.zeros((4, 3, 8)), 0, 0, 0.0, 0.0).mean("log_loss"))
 
 
 def test_a_step_in_several_updates_is_scored_row_for_row() -> None:

@@ -20,17 +20,9 @@ from trainer.privacy.learning import PrivateTrainer
 
 KEY = "ab" * 32
 BUDGET = (
-    "--events.label",
-    "clicked",
-    "--privacy.epsilon",
-    "8",
-    "--privacy.updates",
-    "6",
-    "--privacy.period_s",
-    "600",
-    "--privacy.periods",
-    "2",
-)
+    *("--events.label", "clicked", "--privacy.epsilon", "8", "--privacy.updates", "6"),
+    *("--privacy.period_s", "600", "--privacy.periods", "2"),
+)  # fmt: skip
 CONTEXT = ("--events.context", "tab")
 """What `labelled` has of context."""
 

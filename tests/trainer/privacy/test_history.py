@@ -14,7 +14,7 @@ from state.features.masked_users import MaskedUsers
 from state.microbatch.batch import MicroBatch
 from state.registry.log_line import WHOLE, turned
 from tests.trainer.privacy.batches import labelled, settings
-from trainer.privacy import place as place_module
+from trainer.privacy import history as history_module
 from trainer.privacy.history import History, NoisePlace, environment_digest
 from trainer.versions import checkpoint
 
@@ -91,7 +91,7 @@ def test_code_of_another_format_makes_other_noise_and_another_line(
 ) -> None:
     some = records(tmp_path)
     before = told(some)
-    monkeypatch.setattr(place_module, "FORMAT", place_module.FORMAT + 1)
+    monkeypatch.setattr(history_module, "FORMAT", history_module.FORMAT + 1)
     assert {one for pair in before for one in pair}.isdisjoint(one for pair in told(some) for one in pair)
 
 
