@@ -41,7 +41,6 @@ from trainer.engine.report import Report
 from trainer.engine.step import Trainer
 from trainer.holding import UpdateGuard
 from trainer.intake import LogRecord, former, records_of, take_in, take_or_leave
-from trainer.measures.breakdown import shown_of
 from trainer.measures.step_scores import SUMS
 from trainer.place import TrainingPlace
 from trainer.privacy.budget import PrivacyBudget
@@ -194,9 +193,7 @@ class Learner:
         drafter = Drafter.of(settings, trainer, model.spec, model.program, self._salt)
         self._passages = Passages(Journal(registry.path / layout.GAPS), surroundings.consent, metrics, clock)
         self._publisher = Publisher(registry.path, metrics, settings.registry.recent_s, surroundings.room, elapsed)
-        self._updates = UpdateGuard(
-            settings, registry, metrics, clock, elapsed, lambda: shown_of(settings.events.actions, trainer.slices)
-        )
+        self._updates = UpdateGuard(settings, registry, metrics, clock, elapsed, lambda: trainer.measures.shown())
         self._publications = Publications(
             settings, self._publisher, drafter, trainer, metrics, self._updates, clock, elapsed
         )

@@ -20,7 +20,7 @@ from state.registry.registry import MOST_BETWEEN
 from trainer import gauges
 from trainer.engine.step import Trainer
 from trainer.holding import UpdateGuard
-from trainer.measures.breakdown import SliceMeasures, shown_of
+from trainer.measures.breakdown import SliceMeasures
 from trainer.model.ranker import Ranker
 from trainer.place import TrainingPlace
 from trainer.versions import checkpoint
@@ -138,7 +138,7 @@ class Publications:
         if (at := onward(control.log, place.next)) != place.next:
             # The leader epochs of the skipped records are unknown.
             place = replace(place, next=at, leader_epoch=-1)
-        slices = self.slices() if durable else ()
+        slices = self._trainer.measures.of_slices() if durable else ()
         draft = self.draft("recent", place, control, account, topic_id, slices)
         saving = None
         if durable:
@@ -174,16 +174,11 @@ class Publications:
             OSError: The disk refused.
         """
         kind: Kind = "delta" if place.parent else "base"
-        draft = self.draft(kind, place, control, account, topic_id, self.slices())
+        draft = self.draft(kind, place, control, account, topic_id, self._trainer.measures.of_slices())
         self._publisher.save(Saving(draft, {**tensors, **self._probed.answers()}))
         published = self.settle(wait=True)
         assert published is not None, "it was offered"
         return place.at_version(published).handed_over(True)
-
-    def slices(self) -> Sequence[SliceMeasures]:
-        """The present measures of slices."""
-        trainer = self._trainer
-        return trainer.breakdown.measures(shown_of(trainer.settings.events.actions, trainer.slices))
 
     def draft(
         self,

@@ -124,7 +124,7 @@ class Run:
             positive.append(done.positive)
             learned += len(batch)
             self._stages.say(self._name, f"{learned:,} of {self._rows:,} rows")
-        measures = trainer.evaluation.values() | trainer.progressive.values()
+        measures = trainer.measures.evaluation.values() | trainer.measures.progressive.values()
         found = {"rows/s": learned / seconds}
         if self._labelled:
             logits, hits = np.concatenate(scores), np.concatenate(positive)

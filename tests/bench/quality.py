@@ -100,7 +100,7 @@ def train(steps: int | None = None, settings: Settings | None = None) -> dict[st
         hits, targets = hits + done.top1, targets + done.targets
         if batch.offset[0] >= late_from:
             late_hits, late_targets = late_hits + done.top1, late_targets + done.targets
-    measures = trainer.evaluation.values() | trainer.progressive.values()
+    measures = trainer.measures.evaluation.values() | trainer.measures.progressive.values()
     biggest, last = baselines(users[:targets], events["category"][:targets])
     found = {f"total.{name}": measures[f"total.{name}"] for name in ("top1", "top5", "log_loss", "auc")}
     # Those of whom something is known; the baselines of a user's first click are no prediction.

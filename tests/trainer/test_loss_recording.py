@@ -48,7 +48,7 @@ def test_each_row_with_a_category_has_the_loss_that_the_measures_count(registry:
     # A record lies at each even offset.
     assert [one.offset for one in found] == list(range(0, 2 * len(RECORDS), 2))
     losses = np.concatenate([one.losses for one in found])
-    total = trainer_of(running).progressive.values()["total.log_loss"]
+    total = trainer_of(running).measures.progressive.values()["total.log_loss"]
     assert losses.mean() == pytest.approx(total, rel=1e-12)
     assert all(len(one.blocks) == len(one.losses) > 0 for one in found)
     running.close()

@@ -1,7 +1,8 @@
-"""The report of a training step: its scores, the guard's verdict, and the predictions that measures compare."""
+"""The report of a training step, and the running measures that its rows are added to."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import reduce
@@ -11,15 +12,22 @@ import numpy as np
 import numpy.typing as npt
 
 from state.compiled import compiled_sums
+from state.config.settings import Settings
+from state.microbatch.batch import MicroBatch
 from trainer.engine.compiled.rows import exponentials, highest_of
 from trainer.engine.engine import F32, Scores
 from trainer.engine.guard import Verdict
 from trainer.engine.record import Record, joined_records
+from trainer.measures.breakdown import Breakdown, SliceMeasures, shown_of
+from trainer.measures.evaluation import Evaluation
 from trainer.measures.predictions import NONE, CategoryPrediction, of_popular, of_previous
 from trainer.measures.progressive import Progressive
+from trainer.measures.slices import Scored, Slices
 from trainer.measures.step_scores import Judged, ScoredPairs, StepScores
+from trainer.model.attributes import Columns
 from trainer.model.ranker import MASKED
-from trainer.tables.index import I32
+from trainer.tables.id_table import MISSING
+from trainer.tables.index import I32, U64
 
 F64 = npt.NDArray[np.float64]
 Flags = npt.NDArray[np.bool_]
@@ -241,3 +249,115 @@ def _mean(parts: Sequence[tuple[float, int]]) -> float:
     """
     count = sum(some for _, some in parts)
     return sum(mean * some for mean, some in parts if some) / count if count else float("nan")
+
+
+class Measures:
+    """The running measures of a trainer: of the model against baselines, and of slices. They decide nothing.
+
+    Attributes:
+        evaluation, slices: Sums that are part of a version's digest.
+        progressive, breakdown: Measures that a durable version stores separately.
+    """
+
+    def __init__(self, settings: Settings, columns: Columns) -> None:
+        self._columns, self._actions = columns, settings.events.actions
+        self.evaluation, self.progressive = Evaluation(), Progressive()
+        self.slices = Slices(settings.attributes, columns)
+        self.breakdown = Breakdown.of(settings, self.slices)
+
+    def shown(self) -> dict[str, Sequence[str]]:
+        """The present names of the slices, by dimension."""
+        return shown_of(self._actions, self.slices)
+
+    def of_slices(self) -> list[SliceMeasures]:
+        """The present measures of slices."""
+        return self.breakdown.measures(self.shown())
+
+    def report(
+        self,
+        batch: MicroBatch,
+        updates: Sequence[Update],
+        came_next: CategoryPrediction,
+        new_users: U64,
+        categories: int,
+        log_ms: int,
+    ) -> Report:
+        """Adds the rows of a step's updates, accepted ones and skipped ones separately, and reports on them.
+
+        Args:
+            batch: The rows of the step.
+            updates: In the order of the rows; rows after the last one were not scored.
+            came_next: The prediction by transitions, for the rows.
+            new_users: `[k]` uint64, users of the batch who had no row before it.
+            categories: The number of known categories, with those of the batch.
+            log_ms: Log time.
+        """
+        kinds = [update.verdict is Verdict.ACCEPT for update in updates]
+        numbers = np.arange(len(batch))
+        ends = np.cumsum([len(update.record) for update in updates])
+        of_rows = np.repeat(kinds, np.diff(ends, prepend=0))
+        known = batch.recent_categories[:, 0] != MISSING
+        known[~known] = ~np.isin(batch.user[~known], new_users)
+        reports = []
+        for accepted in dict.fromkeys(kinds):
+            some = joined_updates([update for update, kind in zip(updates, kinds, strict=True) if kind is accepted])
+            mine = numbers[: ends[-1]][of_rows == accepted]
+            if mine.size == len(batch):
+                reports.append(self._add(batch, some, came_next, known, categories, log_ms))
+                continue
+            part = CategoryPrediction(*(column[mine] for column in came_next))
+            rows = np.isin(numbers, mine)
+            reports.append(self._add(batch.take(rows), some, part, known[rows], categories, log_ms))
+        return joined(reports)
+
+    def _add(
+        self,
+        batch: MicroBatch,
+        update: Update,
+        came_next: CategoryPrediction,
+        known: Flags,
+        categories: int,
+        log_ms: int,
+    ) -> Report:
+        record, scores, accepted = update.record, update.scores, update.verdict is Verdict.ACCEPT
+        targets, pairs = record.targets.slot >= 0, record.targets
+        scored = np.concatenate([pairs.label_weight, pairs.negative_weight]) > 0
+        losses, engagement_losses = scores.interest_loss[targets], scores.engagement_loss[scored]
+        loss = float(losses.mean()) if losses.size else float("nan")
+        top1, top5 = (scores.rank[targets] < most for most in (1, 5))
+        if not accepted:
+            # The measures count rows of skipped steps too. A row without a finite loss counts as a random guess; a pair
+            # without one is left out.
+            finite = np.isfinite(losses)
+            losses = np.where(finite, losses, np.float32(math.log(candidates_of(scores))))
+            top1, top5 = top1 & finite, top5 & finite
+            scored &= np.isfinite(scores.engagement_loss)
+            engagement_losses = scores.engagement_loss[scored]
+        labels = np.concatenate([pairs.label, np.zeros(len(batch), np.float32)])
+        logits, positive = scores.engagement[scored], labels[scored] >= 0.5
+        found = judged(self.progressive, record, scores, came_next, known, categories, scored)
+        self.progressive.update(found.scores, batch.category, log_ms, accepted)
+        self.evaluation.update(losses, top1, top5, known[targets], logits, positive, engagement_losses)
+        places: list[npt.NDArray[Any]] = [batch.action, known]
+        if self.slices:
+            seen = Scored(targets, losses, top1, scored, record.partner, logits, positive, engagement_losses)
+            users, items = self._columns.users_of(batch), self._columns.items_of(batch)
+            places += self.slices.update(users, items, batch.header.names, seen)
+        slices = self.breakdown.update(places, record.partner, found)
+        return Report(
+            rows=len(batch),
+            skipped=0 if accepted else len(batch),
+            verdict=update.verdict,
+            interest_log_loss=loss,
+            engagement_log_loss=float(engagement_losses.mean()) if engagement_losses.size else float("nan"),
+            top1=int(top1.sum()),
+            top5=int(top5.sum()),
+            targets=int(targets.sum()),
+            scores=logits,
+            positive=positive,
+            grad_norm=update.norm,
+            seconds=0.0,
+            quality=found.scores,
+            slices=slices if accepted else None,
+            judged=(found,),
+        )

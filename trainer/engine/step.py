@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -50,12 +50,10 @@ from trainer.engine.build import (
 from trainer.engine.engine import CROSS, F32, Measured
 from trainer.engine.guard import GuardState, Verdict, judge
 from trainer.engine.record import Record, Recorder, parts
-from trainer.engine.report import Report, Update, candidates_of, joined, joined_updates, judged
-from trainer.measures.breakdown import Breakdown
+from trainer.engine.report import Measures, Report, Update, candidates_of
 from trainer.measures.evaluation import Evaluation
-from trainer.measures.predictions import CategoryPrediction, of_came_next
-from trainer.measures.progressive import Progressive
-from trainer.measures.slices import Scored, Slices
+from trainer.measures.predictions import of_came_next
+from trainer.measures.slices import Slices
 from trainer.model.attributes import Columns
 from trainer.model.preprocessing import Preprocessing
 from trainer.privacy.history import NoisePlace
@@ -99,9 +97,9 @@ class Trainer:
         tables: By name: user, item, category, context, cross, transition, and the ranker's own.
         model: The dense weights: `model.weights()` and `model.set_weights()`.
         optimizer: Their slots: `optimizer.slots()` and `optimizer.set_slots()`.
-        popular, evaluation, slices, guard, counters: The small state, in `state()`.
+        popular, guard, counters: The small state, in `state()`, with parts of `measures` and `churn`.
+        measures: Of the model against baselines, and of slices.
         churn: What is learned of users who leave; None without `churn.days`.
-        progressive, breakdown: Measures of the model against baselines, and of slices; stored in versions separately.
         device: Of the variables.
         guarded: The state of the update guard in the loaded version, see `trainer/holding.py`.
     """
@@ -124,13 +122,8 @@ class Trainer:
         self.transitions = transitions_of(settings)
         self._growth = Growth(self.model, learned)
         self.tables: dict[str, IdTable] = {**learned, self.transitions.name: self.transitions}
-        self.popular = Popular(settings.model.popular, settings.trainer.max_rows)
-        self.evaluation, self.progressive, self._new_users = Evaluation(), Progressive(), np.empty(0, np.uint64)
-        self._columns = Columns(settings.attributes)
-        self.slices = Slices(settings.attributes, self._columns)
-        self.breakdown, self.guard = Breakdown.of(settings, self.slices), GuardState()
-        self.guarded: Mapping[str, npt.NDArray[Any]] = {}
-        self.counters, self.churn = Counters(), ChurnLearner.of(settings, spec)
+        self._columns, self.churn = Columns(settings.attributes), ChurnLearner.of(settings, spec)
+        self._begin()
         self._first_weights, self._first_slots = self.model.weights(), self.optimizer.slots()
         users, items = self._columns.users.names, self._columns.items.names
         self.crosses = Crosses(spec, settings.events.context, users, items)
@@ -144,14 +137,14 @@ class Trainer:
             table.clear()
         self.model.set_weights(self._first_weights)
         self.optimizer.set_slots(self._first_slots)
-        self.popular = Popular(self.settings.model.popular, self.settings.trainer.max_rows)
-        self.evaluation, self.progressive = Evaluation(), Progressive()
-        self.slices = Slices(self.settings.attributes, self._columns)
-        self.breakdown = Breakdown.of(self.settings, self.slices)
-        self.guard, self.guarded = GuardState(), {}
-        self.counters = Counters()
         if self.churn is not None:
             self.churn.clear()
+        self._begin()
+
+    def _begin(self) -> None:
+        self.popular = Popular(self.settings.model.popular, self.settings.trainer.max_rows)
+        self.measures, self.counters, self.guard = Measures(self.settings, self._columns), Counters(), GuardState()
+        self.guarded: Mapping[str, npt.NDArray[Any]] = {}
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """The small state by name: counters, guard, evaluation, slices, popular, churn; without tables, weights and slots."""
@@ -175,7 +168,8 @@ class Trainer:
 
     def _kept(self) -> dict[str, Evaluation | Slices | Popular | ChurnLearner]:
         churn = {} if self.churn is None else {"churn": self.churn}
-        return {"evaluation": self.evaluation, "slices": self.slices, "popular": self.popular, **churn}
+        measures = {"evaluation": self.measures.evaluation, "slices": self.measures.slices}
+        return {**measures, "popular": self.popular, **churn}
 
     def step(self, batch: MicroBatch, seed: tuple[int, int] | None = None, place: NoisePlace | None = None) -> Report:
         """Takes one step.
@@ -198,12 +192,13 @@ class Trainer:
         if len(batch) == 0:
             raise ValueError("a micro-batch without rows is no step")
         crosses = self._recorder.crosses_of(batch)
-        self._observe(batch, crosses)
+        new_users = self._observe(batch, crosses)
         if self.churn is not None:
             self.churn.take(batch, self.counters.log_ms)
         self.counters.steps += 1
         began, size = self._clock(), self.settings.trainer.rows_per_update or len(batch)
-        said = self._came_next(batch)
+        newest = self.transitions.find(np.ascontiguousarray(batch.recent_categories[:, 0]))
+        came_next = of_came_next(self.transitions, newest, batch.category)
         updates, left = [], 0
         for part, its_crosses in parts(batch, crosses, size):
             if self.guard.held:
@@ -211,8 +206,9 @@ class Trainer:
             else:
                 updates.append(self._update(part, its_crosses, seed))
         self.counters.skipped += left
-        done = self._reported(batch, updates, said, began)
-        return replace(done, rows=done.rows + left, skipped=done.skipped + left) if left else done
+        categories = len(self.tables["category"])
+        report = self.measures.report(batch, updates, came_next, new_users, categories, self.counters.log_ms)
+        return replace(report, rows=report.rows + left, skipped=report.skipped + left, seconds=self._clock() - began)
 
     def score(self, batch: MicroBatch) -> dict[str, F32]:
         """The interest logits of a batch without dropout: `recent_logits` `[B, L]`, `popular_logits` `[B, P]` and
@@ -246,7 +242,8 @@ class Trainer:
     def _record(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Record:
         return self._recorder.record(batch, crosses, self.popular.top(), self.transitions, seed)
 
-    def _observe(self, batch: MicroBatch, crosses: U64) -> None:
+    def _observe(self, batch: MicroBatch, crosses: U64) -> U64:
+        """Counts the sightings of a batch; returns its users who had no row before, repeated as they occur."""
         counters, expire_s = self.counters, self.settings.trainer.expire_s
         counters.log_ms = max(counters.log_ms, int(batch.at_ms.max()))
         if counters.log_ms // HOUR_MS > counters.expired_hour:
@@ -254,7 +251,7 @@ class Trainer:
             for table in self.tables.values():
                 table.expire(counters.log_ms - int(expire_s * 1000))
         # A user who was away longer than the longest window has no category left, and is not new for that.
-        self._new_users = batch.user[self.tables["user"].find(batch.user) == MISSING]
+        new_users = batch.user[self.tables["user"].find(batch.user) == MISSING]
         for name, ids in (("user", batch.user), ("item", batch.item), ("category", batch.category)):
             self.tables[name].observe(np.ascontiguousarray(ids), batch.at_ms)
         context, attributes = self._recorder.context_of(batch), self._columns.items_of(batch)
@@ -269,6 +266,7 @@ class Trainer:
             self.tables[CROSS].observe(shares, np.full(shares.size, counters.log_ms))
         for table in self.tables.values():
             table.evict()
+        return new_users
 
     def _update(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Update:
         """Scores rows, judges the update, and applies it if it is accepted."""
@@ -295,76 +293,6 @@ class Trainer:
         else:
             counters.skipped += len(batch)
         return Update(record, scores, verdict, norm)
-
-    def _came_next(self, batch: MicroBatch) -> CategoryPrediction:
-        """The prediction of transitions for `[n]` rows, before any of them is counted."""
-        newest = self.transitions.find(np.ascontiguousarray(batch.recent_categories[:, 0]))
-        return of_came_next(self.transitions, newest, batch.category)
-
-    def _reported(
-        self, batch: MicroBatch, updates: Sequence[Update], came_next: CategoryPrediction, began: float
-    ) -> Report:
-        """Measures the rows of the updates, accepted ones and skipped ones separately, and reports on them."""
-        kinds = [update.verdict is Verdict.ACCEPT for update in updates]
-        numbers = np.arange(len(batch))
-        ends = np.cumsum([len(update.record) for update in updates])
-        of_rows = np.repeat(kinds, np.diff(ends, prepend=0))
-        reports = []
-        for kind in dict.fromkeys(kinds):
-            some = [update for update, its in zip(updates, kinds, strict=True) if its is kind]
-            mine = numbers[: ends[-1]][of_rows == kind]
-            rows = batch if mine.size == len(batch) else batch.take(np.isin(numbers, mine))
-            said = came_next if mine.size == len(batch) else CategoryPrediction(*(part[mine] for part in came_next))
-            reports.append(self._measured(rows, joined_updates(some), said, kind))
-        return replace(joined(reports), seconds=self._clock() - began)
-
-    def _measured(self, batch: MicroBatch, update: Update, came_next: CategoryPrediction, accepted: bool) -> Report:
-        """Adds the rows of an update to the running measures."""
-        record, scores, counters = update.record, update.scores, self.counters
-        targets, pairs = record.targets.slot >= 0, record.targets
-        scored = np.concatenate([pairs.label_weight, pairs.negative_weight]) > 0
-        losses, engagement_losses = scores.interest_loss[targets], scores.engagement_loss[scored]
-        loss = float(losses.mean()) if losses.size else float("nan")
-        top1, top5 = (scores.rank[targets] < most for most in (1, 5))
-        if not accepted:
-            # The measures count rows of skipped steps too. A row without a finite loss counts as one of which nothing is
-            # known; a pair without one is left out.
-            finite = np.isfinite(losses)
-            losses = np.where(finite, losses, np.float32(math.log(candidates_of(scores))))
-            top1, top5 = top1 & finite, top5 & finite
-            scored &= np.isfinite(scores.engagement_loss)
-            engagement_losses = scores.engagement_loss[scored]
-        labels = np.concatenate([pairs.label, np.zeros(len(batch), np.float32)])
-        logits, positive = scores.engagement[scored], labels[scored] >= 0.5
-        known = batch.recent_categories[:, 0] != MISSING
-        known[~known] = ~np.isin(batch.user[~known], self._new_users)
-        categories = len(self.tables["category"])
-        found = judged(self.progressive, record, scores, came_next, known, categories, scored)
-        self.progressive.update(found.scores, batch.category, counters.log_ms, accepted)
-        self.evaluation.update(losses, top1, top5, known[targets], logits, positive, engagement_losses)
-        places: list[npt.NDArray[Any]] = [batch.action, known]
-        if self.slices:
-            seen = Scored(targets, losses, top1, scored, record.partner, logits, positive, engagement_losses)
-            users, items = self._columns.users_of(batch), self._columns.items_of(batch)
-            places += self.slices.update(users, items, batch.header.names, seen)
-        slices = self.breakdown.update(places, record.partner, found)
-        return Report(
-            rows=len(batch),
-            skipped=0 if accepted else len(batch),
-            verdict=update.verdict,
-            interest_log_loss=loss,
-            engagement_log_loss=float(engagement_losses.mean()) if engagement_losses.size else float("nan"),
-            top1=int(top1.sum()),
-            top5=int(top5.sum()),
-            targets=int(targets.sum()),
-            scores=logits,
-            positive=positive,
-            grad_norm=update.norm,
-            seconds=0.0,
-            quality=found.scores,
-            slices=slices if accepted else None,
-            judged=(found,),
-        )
 
     def _judged(self, loss: float) -> float:
         """The mean loss by which the guard judges an update; a private trainer overrides this and the next two."""

@@ -177,11 +177,11 @@ def test_noise_costs_its_entropy_and_not_less() -> None:
         batch = micro_batch(rows, first=number * rows)
         recent = spread(rng.integers(1, categories + 1, batch.recent_categories.shape))
         trainer.step(replace(batch, category=spread(rng.integers(1, categories + 1, rows)), recent_categories=recent))
-    values, entropy = trainer.progressive.values(), math.log(categories)
+    values, entropy = trainer.measures.progressive.values(), math.log(categories)
     for name in ("", *(f"baseline.{one}." for one in BASELINES)):
         assert entropy - 0.02 < values[f"total.{name}log_loss"] < entropy + 0.6, name
     # The loss that training minimises puts the category in as a candidate, and so says less.
-    assert trainer.evaluation.values()["total.training_loss"] < entropy - 1
+    assert trainer.measures.evaluation.values()["total.training_loss"] < entropy - 1
     assert values["total.missed"] > 0.5
     assert abs(values["total.lift.top1"]) < 0.01
 
@@ -192,7 +192,7 @@ def test_a_version_without_these_measures_is_loaded_and_they_begin_anew() -> Non
     old, digest = checkpoint.full(trainer), checkpoint.digest(trainer)
     assert not any(name.startswith(content.QUALITY) for name in old)
     checkpoint.load(trainer, old)
-    assert trainer.progressive.values() == {}
+    assert trainer.measures.progressive.values() == {}
     assert checkpoint.digest(trainer) == digest
     assert content.digest(old | {f"{content.QUALITY}sums": np.ones(3)}) == digest
 

@@ -15,7 +15,7 @@ from state.microbatch.codec import decode, encode
 from tests.trainer.batches import SPEC, micro_batch
 from tests.trainer.engine.test_step import digests, learned, settings
 from trainer.engine.step import Trainer
-from trainer.measures.breakdown import SliceMeasures, shown_of
+from trainer.measures.breakdown import SliceMeasures
 from trainer.measures.slices import FIRST, Slices
 from trainer.model.attributes import Columns, combine
 
@@ -131,7 +131,7 @@ def test_without_attributes_a_step_has_the_bits_it_had_before() -> None:
     none = Attributes()
     plain = [micro_batch(64, first=number * 64) for number in range(3)]
     assert digests(learned(log(3), fresh(wanted=none))) == digests(learned(plain, fresh(wanted=none)))
-    assert fresh(wanted=none).slices.state() == {}
+    assert fresh(wanted=none).measures.slices.state() == {}
 
 
 def test_an_item_with_two_values_in_one_batch_has_both() -> None:
@@ -146,14 +146,13 @@ def test_an_item_with_two_values_in_one_batch_has_both() -> None:
 
 
 def slices_of(trainer: Trainer, *attributes: str) -> list[SliceMeasures]:
-    shown = shown_of(trainer.settings.events.actions, trainer.slices)
-    return [one for one in trainer.breakdown.measures(shown) if one.dimension in attributes]
+    return [one for one in trainer.measures.of_slices() if one.dimension in attributes]
 
 
 def test_slices_add_up_to_the_whole() -> None:
     trainer = fresh()
     reports = [trainer.step(batch) for batch in log(3)]
-    whole = trainer.progressive.values()
+    whole = trainer.measures.progressive.values()
     for attribute in ("age", "brand"):
         mine = [one.figures for one in slices_of(trainer, attribute)]
         assert sum(one["total.rows"] for one in mine) == sum(report.rows for report in reports)
@@ -171,7 +170,7 @@ def test_values_beyond_the_setting_share_a_place_and_names_are_those_announced()
 
 
 def test_measures_of_other_attributes_are_not_taken_over() -> None:
-    measured = learned(log(2), fresh()).slices
+    measured = learned(log(2), fresh()).measures.slices
     other = Slices(dataclasses.replace(WANTED, slices=("city",)), Columns(WANTED))
     fresh_sums = other.state()["sums"]
     other.load(measured.state())
