@@ -77,7 +77,7 @@ class Passages:
             flag = f"{place.first}" if place.positions == 1 else f"{place.first}-{place.next - 1}"
             raise type(problem)(
                 problem.what,
-                f"{problem.do}; to go on without this record: {COMMAND} --skip-record {flag} --reason TEXT",
+                f"{problem.do}; to continue without this record: {COMMAND} --skip-record {flag} --reason TEXT",
             ) from problem
         self._keep(accepted_gaps.accept(place, self._consent, int(self._clock() * 1000), marks, problem.what))
 
@@ -100,7 +100,7 @@ class Passages:
                 new,
                 GapError(
                     f"{where}: no record before it holds these clicks: {what}",
-                    "they were lost before the training log: look after the stream's log file, or accept the loss",
+                    "they were lost before the training log: check the stream's log file, or accept the loss",
                     new,
                 ),
                 read_topic,

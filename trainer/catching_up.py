@@ -153,5 +153,5 @@ class CatchingUp:
             if is_full(error):
                 raise
             self._refused_s = self._elapsed()
-            self._say(f"{error}; answers follow once control can be written")
+            self._say(f"{error}; serving follows once control can be written")
             return False

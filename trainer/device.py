@@ -69,6 +69,6 @@ def pick(device: str, gpus: list[str]) -> str:
     """
     if device == "gpu" and not gpus:
         raise SettingsError(
-            "trainer.device is gpu, but TensorFlow finds no GPU here", "set it to auto or cpu, or look after the driver"
+            "trainer.device is gpu, but TensorFlow finds no GPU here", "set it to auto or cpu, or check the driver"
         )
     return "/GPU:0" if gpus and device in ("auto", "gpu") else "/CPU:0"

@@ -237,9 +237,9 @@ class WindowWatch:
         window, (remembered, arrays) = self._open, self._slices.state()
         about = {
             "names": NAMES,
-            "since": {name: one.told() for name, one in self._since.items()},
-            "before": None if self._before is None else self._before.told(),
-            "open": None if window is None else window.start.told(),
+            "since": {name: one.to_json() for name, one in self._since.items()},
+            "before": None if self._before is None else self._before.to_json(),
+            "open": None if window is None else window.start.to_json(),
             "doubt_ms": self._doubt_ms,
             "slices": {"of": self._of, **remembered},
         }
@@ -264,11 +264,13 @@ class WindowWatch:
             return
         self._past, self._users = np.array(state["past"]), np.array(state["users"])
         self._shares, self._sums = np.array(state["shares"]), np.array(state["sums"])
-        self._since = {name: WindowStart.of(one) for name, one in about["since"].items()}
-        self._before = None if about["before"] is None else WindowStart.of(about["before"])
+        self._since = {name: WindowStart.from_json(one) for name, one in about["since"].items()}
+        self._before = None if about["before"] is None else WindowStart.from_json(about["before"])
         self._doubt_ms = about["doubt_ms"]
         if about["open"] is not None:
-            self._open = OpenWindow(WindowStart.of(about["open"]), np.array(state["added"]), np.array(state["crowds"]))
+            self._open = OpenWindow(
+                WindowStart.from_json(about["open"]), np.array(state["added"]), np.array(state["crowds"])
+            )
         if about.get("slices", {}).get("of") == self._of:
             arrays = {name.removeprefix(SLICES): one for name, one in state.items() if name.startswith(SLICES)}
             self._slices.load(about["slices"], arrays, self._crowded)
@@ -541,11 +543,11 @@ class UpdateGuard:
 
         control = self._registry.change(asked)
         if control.held is None:
-            logger.info("what the guard would hold at offset %d was let go on before", after.next)
+            logger.info("an operator already released the update that the guard would hold at offset %d", after.next)
             self._last = PASSED
             return False
         logger.error(
-            "training is held: %s; answers stay at version %d; `springtide status` says what to type",
+            "training is held: %s; serving stays at version %d; see `springtide status` for the next command",
             *(held.in_words(), held.version),
         )
         return True

@@ -162,7 +162,7 @@ class LogRecord(NamedTuple):
         if self.damage:
             raise MicroBatchError(
                 f"{where} cannot be read: {self.damage}",
-                "look after the broker's disk, and restore the topic if you can",
+                "check the broker's disk, and restore the topic if you can",
             )
 
 

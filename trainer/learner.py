@@ -335,7 +335,7 @@ class Learner:
     def _release_guard(self) -> None:
         """Releases the step guard if control holds nothing: an operator released it, now or before a restart."""
         if self._trainer.guard.held and self.control.held is None and not self._updates.waits:
-            logger.info("training goes on after %d skipped steps", self._trainer.guard.skipped)
+            logger.info("training continues after %d skipped steps", self._trainer.guard.skipped)
             self._trainer.guard = self._trainer.guard.released()
 
     @property

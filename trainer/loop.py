@@ -176,7 +176,7 @@ def recover(registry: Registry, control: Control, lost: TruncatedLog, actor: str
         raise _hopeless(
             lost,
             f"the last exact rollback begins at {control.log[-1].first}, which is gone: repeat it with "
-            "`springtide rollback --to V --mode exact --reason TEXT`, and look at `springtide history`",
+            "`springtide rollback --to V --mode exact --reason TEXT`, and see `springtide history`",
         )
     (gap,) = lost.gaps
     newest = registry.newest_good(control.epoch)
@@ -357,7 +357,7 @@ def upgrade_to_this_release(registry: Registry, settings: Settings, spec: Featur
         who, now_ms = f"trainer:{getpass.getuser()}", wall_ms()
         reason = f"this release has another model than version {version.version}"
         propose(registry, settings, spec, version, planned.document(), who, reason, now_ms)
-        logger.warning("%s; this release goes on from it: %s", other.what, "; ".join(planned.lines()))
+        logger.warning("%s; this release continues from it: %s", other.what, "; ".join(planned.lines()))
 
 
 def enter(learner: Learner, registry: Registry, control: Control) -> None:
@@ -421,7 +421,9 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         def compacted(code: int, failures: int) -> None:
             metrics.compactor_failures.set(failures)
             if code:
-                logger.error("the compactor failed with exit code %d; versions take room until one succeeds", code)
+                logger.error(
+                    "the compactor failed with exit code %d; versions use more disk space until one succeeds", code
+                )
                 doubt(registry, learner.place.durable)
 
         def exported(code: int, failures: int) -> None:

@@ -121,7 +121,7 @@ def _check_tables(ranker: Ranker, what: str) -> None:
         if not is_name(name):
             raise ProgramError(
                 f"{what} names a table of its own {name!r}",
-                "take small letters, digits and underscores, a letter first",
+                "use lower-case letters, digits and underscores, and start with a letter",
             )
         if name not in looked_up:
             raise ProgramError(

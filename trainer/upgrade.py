@@ -128,7 +128,7 @@ def planning(
     if name is None:
         said.append("  the preprocessing's constants: the bootstrap analyses the clicks that Kafka keeps")
         if settings.model.preprocessing != type(settings.model)().preprocessing:
-            said.append("  what reads its columns may begin anew too: their number is known only then")
+            said.append("  parts that read its columns may start from scratch too: their number is known only then")
     return planned, said
 
 
@@ -192,8 +192,8 @@ def propose(
 
 def _anew(version: Manifest) -> list[str]:
     return [
-        "begins anew: all tables, weights, counts and measures, from what is kept of the training log",
-        f"answers stay at version {version.version} until the trainer has caught up; histories, salt and Kafka stay",
+        "starts from scratch: all tables, weights, counts and measures, from the retained training log",
+        f"serving stays at version {version.version} until the trainer has caught up; histories, salt and Kafka are kept",
     ]
 
 

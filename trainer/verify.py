@@ -94,7 +94,7 @@ class Comparison:
         if self.erased_rows:
             return (
                 f"version {self.version}: not comparable, because it learned {self.erased_rows:,} clicks of users who were "
-                f"erased since, and version {self.base} has their rows no more; take a version made after the erasure"
+                f"erased since, and version {self.base} no longer has their rows; use a version made after the erasure"
             )
         if self.outcome == "not comparable":
             return f"version {self.version}: not comparable, because the environment differs: {'; '.join(self.environment)}"
@@ -231,8 +231,8 @@ def origin_of(
         return base
     if wanted_base is not None:
         raise UnknownVersion(
-            f"an upgrade lies between versions {wanted_base} and {target.version}: another model learned what is before it",
-            f"take --from {upgraded.version}, or leave it out",
+            f"there is an upgrade between versions {wanted_base} and {target.version}: another model learned the records before it",
+            f"use --from {upgraded.version}, or leave it out",
         )
     return upgraded
 
@@ -259,7 +259,7 @@ def open_at(log: Log, target: Manifest, origin: str, offset: int) -> Reader:
         raise GapError(
             f"version {target.version} cannot be recomputed from {origin}: the training log no longer "
             f"reaches back ({error})",
-            "take a younger base with --from, or a younger version",
+            "use a newer base with --from, or a newer version",
         ) from error
 
     position = Position(trained.topic_id, {partition: offset})

@@ -159,7 +159,7 @@ def refused(name: str, *flags: str) -> str:
         ("Chance", "begins with other values; draw first values from a fixed seed"),
         ("taken", "names a table of its own 'cross', which is taken; give it another name"),
         ("reserved", "names a table of its own 'dense', which is taken; give it another name"),
-        ("misnamed", "names a table of its own 'Items'; take small letters, digits and underscores"),
+        ("misnamed", "names a table of its own 'Items'; use lower-case letters, digits and underscores"),
         ("empty", "rows of its table 'items' have the width 0; give them 1 or more"),
         ("broken", "rows of its table 'items' have the width 1.5"),
         ("alone", "no input looks up its table 'items'; add own_rows('items', ...), or take it out of tables"),

@@ -431,7 +431,7 @@ class ChurnLearner:
         if not state:
             return
         if not np.array_equal(state["about"], self._about):
-            logger.info("churn begins anew: the version learned it of another span, spec or release")
+            logger.info("churn starts from scratch: the version has another span, feature spec or release")
             return
 
         def part(name: str) -> dict[str, npt.NDArray[Any]]:

@@ -187,7 +187,7 @@ class Trainer:
             raise TrainingHeld(
                 f"training is held since {self.guard.skipped} steps in a row were bad, the last at step "
                 f"{self.counters.steps}",
-                "look at the input, then `springtide rollback --to V --reason TEXT`, or `springtide resume` where it is good",
+                "check the input, then `springtide rollback --to V --reason TEXT`, or `springtide resume` if it is good",
             )
         if len(batch) == 0:
             raise ValueError("a micro-batch without rows is no step")

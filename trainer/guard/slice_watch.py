@@ -185,8 +185,8 @@ class SliceWatch:
     def state(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
         """The whole state: as JSON, and arrays by name."""
         about = {
-            "since": {str(at): one.told() for at, one in sorted(self._since.items())},
-            "starts": [one.told() for one in self._starts],
+            "since": {str(at): one.to_json() for at, one in sorted(self._since.items())},
+            "starts": [one.to_json() for one in self._starts],
         }
         return about, {name: getattr(self, f"_{name}").copy() for name in ARRAYS}
 
@@ -197,8 +197,8 @@ class SliceWatch:
             return
         for name in ARRAYS:
             setattr(self, f"_{name}", np.array(arrays[name]))
-        self._since = {int(at): WindowStart.of(one) for at, one in about["since"].items()}
-        self._starts = [WindowStart.of(one) for one in about["starts"]]
+        self._since = {int(at): WindowStart.from_json(one) for at, one in about["since"].items()}
+        self._starts = [WindowStart.from_json(one) for one in about["starts"]]
         self._compare(judged)
 
 

@@ -109,19 +109,19 @@ class WindowStart:
     log_ms: int
     clicks: tuple[tuple[str, int, int], ...] = ()
 
-    def told(self) -> list[Any]:
+    def to_json(self) -> list[Any]:
         """The JSON form.
 
         >>> start = WindowStart(7, 900, (("ab" * 16, 0, 5),))
-        >>> WindowStart.of(start.told()) == start
+        >>> WindowStart.from_json(start.to_json()) == start
         True
         """
         return [self.offset, self.log_ms, self.clicks]
 
     @classmethod
-    def of(cls, told: Sequence[Any]) -> WindowStart:
-        """The inverse of `told`."""
-        offset, log_ms, clicks = told
+    def from_json(cls, document: Sequence[Any]) -> WindowStart:
+        """The inverse of `to_json`."""
+        offset, log_ms, clicks = document
         return cls(offset, log_ms, tuple((str(topic), int(part), int(at)) for topic, part, at in clicks))
 
 

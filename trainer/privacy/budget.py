@@ -154,7 +154,7 @@ class PrivacyBudget:
         self.held = len(ledger.periods) > len(present.periods) and after > wanted.epsilon * (1.0 + ROUNDING)
         if self.held:
             logger.error(
-                "training holds: the privacy budget is spent, epsilon %.3g of %.3g after %d periods; answers go on; see "
+                "training holds: the privacy budget is spent, epsilon %.3g of %.3g after %d periods; serving continues; see "
                 "trainer/PRIVACY.md for what a larger budget means",
                 *(before, wanted.epsilon, len(present.periods)),
             )
