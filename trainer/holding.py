@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import convert
 
 from state.config.settings import Settings
 from state.errors import UnusableRegistry
@@ -237,9 +238,9 @@ class WindowWatch:
         window, (remembered, arrays) = self._open, self._slices.state()
         about = {
             "names": NAMES,
-            "since": {name: one.to_json() for name, one in self._since.items()},
-            "before": None if self._before is None else self._before.to_json(),
-            "open": None if window is None else window.start.to_json(),
+            "since": self._since,
+            "before": self._before,
+            "open": None if window is None else window.start,
             "doubt_ms": self._doubt_ms,
             "slices": {"of": self._of, **remembered},
         }
@@ -264,12 +265,12 @@ class WindowWatch:
             return
         self._past, self._users = np.array(state["past"]), np.array(state["users"])
         self._shares, self._sums = np.array(state["shares"]), np.array(state["sums"])
-        self._since = {name: WindowStart.from_json(one) for name, one in about["since"].items()}
-        self._before = None if about["before"] is None else WindowStart.from_json(about["before"])
+        self._since = convert(about["since"], dict[str, WindowStart])
+        self._before = convert(about["before"], WindowStart | None)
         self._doubt_ms = about["doubt_ms"]
         if about["open"] is not None:
             self._open = OpenWindow(
-                WindowStart.from_json(about["open"]), np.array(state["added"]), np.array(state["crowds"])
+                convert(about["open"], WindowStart), np.array(state["added"]), np.array(state["crowds"])
             )
         if about.get("slices", {}).get("of") == self._of:
             arrays = {name.removeprefix(SLICES): one for name, one in state.items() if name.startswith(SLICES)}

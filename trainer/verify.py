@@ -21,7 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -104,27 +104,12 @@ class Comparison:
 
     def document(self) -> dict[str, Any]:
         """The result as JSON values."""
-        difference = self.difference and {
-            "table": self.difference.table,
-            "field": self.difference.field,
-            "id": None if self.difference.id is None else f"{self.difference.id:016x}",
-            "position": self.difference.position,
-            "kept": self.difference.kept,
-            "recomputed": self.difference.recomputed,
-        }
-        return {
-            "version": self.version,
-            "outcome": self.outcome,
-            "base": self.base,
-            "log": {"first": self.first, "next": self.next},
-            "steps": self.steps,
-            "rows": self.rows,
-            "environment": list(self.environment),
-            "erased_rows": self.erased_rows,
-            "difference": difference,
-            "digest": self.digest,
-            "seconds": round(self.seconds, 3),
-        }
+        found = asdict(self)
+        log = {"first": found.pop("first"), "next": found.pop("next")}
+        difference = found["difference"]
+        if difference is not None and difference["id"] is not None:
+            difference["id"] = f"{difference['id']:016x}"
+        return {**found, "log": log, "environment": list(self.environment), "seconds": round(self.seconds, 3)}
 
 
 def compare(registry: Registry, target: Manifest, trainer: Trainer, done: Replay) -> tuple[Difference | None, str]:

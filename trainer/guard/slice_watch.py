@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import convert
 
 from trainer.guard.rules import MOST, NORMAL, SLACK, SLICE
 from trainer.guard.window import FEWEST_OF_A_KIND, WindowStart
@@ -185,8 +186,8 @@ class SliceWatch:
     def state(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
         """The whole state: as JSON, and arrays by name."""
         about = {
-            "since": {str(at): one.to_json() for at, one in sorted(self._since.items())},
-            "starts": [one.to_json() for one in self._starts],
+            "since": {str(at): one for at, one in sorted(self._since.items())},
+            "starts": self._starts,
         }
         return about, {name: getattr(self, f"_{name}").copy() for name in ARRAYS}
 
@@ -197,8 +198,8 @@ class SliceWatch:
             return
         for name in ARRAYS:
             setattr(self, f"_{name}", np.array(arrays[name]))
-        self._since = {int(at): WindowStart.from_json(one) for at, one in about["since"].items()}
-        self._starts = [WindowStart.from_json(one) for one in about["starts"]]
+        self._since = convert(about["since"], dict[int, WindowStart], strict=False)
+        self._starts = convert(about["starts"], list[WindowStart])
         self._compare(judged)
 
 

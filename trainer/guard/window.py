@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -95,9 +94,8 @@ def _no_crowds() -> I32:
     return np.zeros((len(CROWDS), BUCKETS), np.int32)
 
 
-@dataclass(frozen=True, slots=True)
-class WindowStart:
-    """The start of a window.
+class WindowStart(NamedTuple):
+    """The start of a window, stored as a JSON list.
 
     Attributes:
         offset: Its first record in the training log.
@@ -108,21 +106,6 @@ class WindowStart:
     offset: int
     log_ms: int
     clicks: tuple[tuple[str, int, int], ...] = ()
-
-    def to_json(self) -> list[Any]:
-        """The JSON form.
-
-        >>> start = WindowStart(7, 900, (("ab" * 16, 0, 5),))
-        >>> WindowStart.from_json(start.to_json()) == start
-        True
-        """
-        return [self.offset, self.log_ms, self.clicks]
-
-    @classmethod
-    def from_json(cls, document: Sequence[Any]) -> WindowStart:
-        """The inverse of `to_json`."""
-        offset, log_ms, clicks = document
-        return cls(offset, log_ms, tuple((str(topic), int(part), int(at)) for topic, part, at in clicks))
 
 
 @dataclass(slots=True)
