@@ -91,23 +91,25 @@ def optimizer_of(ranker: Ranker, settings: Settings, engine: str) -> Adam | Host
 def tables_of(ranker: Ranker, settings: Settings, device: str | None) -> dict[str, Table]:
     """Embedding rows, crosses, and the ranker's own tables, by name. Without a `device` rows are kept in host arrays."""
     model, trainer = settings.model, settings.trainer
-    tables = {
-        name: table_of(
+    own = grown_by(ranker)
+    few = {"context", *(name for name, ids in own.items() if FEW.issuperset(ids))}
+
+    def table(name: str) -> Table:
+        return table_of(
             device,
             name,
             ranker.tables.get(name, model.dim),
             trainer.capacity,
             model.initial_accumulator,
-            trainer.admit_after if name != "context" else 1,
+            1 if name in few else trainer.admit_after,
             ranker.initial_ranges.get(name, INITIAL_RANGE),
             trainer.max_rows,
         )
-        for name in EMBEDDINGS
-    }
-    # A cross begins at nothing: a weight and a marginal logit of 0, of which nothing was learned.
+
+    # The weight and the marginal logit of a new cross are 0.
     admit_after = trainer.admit_crosses_after or trainer.admit_after
-    tables[CROSS] = table_of(device, CROSS, WIDTH, trainer.capacity, 0.0, admit_after, 0.0, trainer.max_crosses)
-    return tables | own_tables(ranker, settings, device)
+    cross = table_of(device, CROSS, WIDTH, trainer.capacity, 0.0, admit_after, 0.0, trainer.max_crosses)
+    return {**{name: table(name) for name in EMBEDDINGS}, CROSS: cross, **{name: table(name) for name in own}}
 
 
 def transitions_of(settings: Settings) -> CountTable:
@@ -194,24 +196,6 @@ def grown_by(ranker: Ranker) -> dict[str, tuple[str, ...]]:
         if one.table in found:
             found[one.table][GROWN_BY.get(one.ids, one.ids)] = None
     return {name: tuple(ids) for name, ids in found.items()}
-
-
-def own_tables(ranker: Ranker, settings: Settings, device: str | None) -> dict[str, Table]:
-    """The ranker's own tables by name, empty."""
-    trainer = settings.trainer
-    return {
-        name: table_of(
-            device,
-            name,
-            ranker.tables[name],
-            trainer.capacity,
-            settings.model.initial_accumulator,
-            1 if FEW.issuperset(ids) else trainer.admit_after,
-            ranker.initial_ranges.get(name, INITIAL_RANGE),
-            trainer.max_rows,
-        )
-        for name, ids in grown_by(ranker).items()
-    }
 
 
 class Growth:
