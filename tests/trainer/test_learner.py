@@ -14,7 +14,7 @@ from state.features.mask import Mask
 from state.positions import Source
 from state.process import killpoints
 from state.registry.control import Control, follow, pin, release, roll_back
-from state.registry.registry import SERVING, Registry
+from state.registry.registry import Registry
 from tests.trainer.clicks import SALT, SPEC, START_MS, TOPIC, microbatch
 from tests.trainer.logs import (
     append,
@@ -176,21 +176,6 @@ def test_a_held_trainer_says_what_to_do_and_is_not_held_again_once_it_is_release
     assert again.place.next == 24 and again.control.held is None
     assert trainer_of(again).counters == trainer_of(running).counters
     again.close()
-
-
-def test_a_corrupt_newest_version_is_learned_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    registry, log = started(tmp_path), written(RECORDS[:9])
-    first = learner(registry, log)
-    run_to_end(first)
-    first.close()
-    expected = state(first)
-    newest = registry.newest(1) or 0
-    (registry.folder("delta", newest) / SERVING).write_bytes(b"spoiled")
-    second = learner(Registry(tmp_path), log)
-    assert second.place.parent < newest
-    assert ".bad" in caplog.text
-    run_to_end(second)
-    assert state(second) == expected
 
 
 def test_a_log_made_anew_or_cut_off_is_not_read_on(tmp_path: Path) -> None:

@@ -113,7 +113,7 @@ def test_one_odd_window_makes_versions_wait_and_a_slice_that_is_gone_is_not_susp
     assert watch.shares_of_limit()["slice"] == 0.0
 
 
-@pytest.mark.parametrize("at", [315, 320, 327, 330, 339])
+@pytest.mark.parametrize("at", [315, 327])
 def test_a_restart_comes_to_the_same_verdicts(at: int) -> None:
     times = {(1, 3): 1.7, (1, 5): 3.0}
 

@@ -155,7 +155,7 @@ def test_a_category_that_always_had_such_a_share_takes_nothing_over() -> None:
     assert found == {Standing.PASS}
 
 
-@pytest.mark.parametrize("at", [315, 320, 324, 329])
+@pytest.mark.parametrize("at", [315, 324])
 def test_a_restart_comes_to_the_same_verdicts(at: int) -> None:
     def poisoned(watch: WindowWatch, first: int, last: int) -> list[Judgement]:
         return [
