@@ -58,7 +58,7 @@ class CatchingUp:
         if self._watched and self._again is None and self._is_again(place, offset):
             self._again = self._since_base(place)
 
-    def look(self, place: TrainingPlace, control: Control, busy: bool) -> None:
+    def check(self, place: TrainingPlace, control: Control, busy: bool) -> None:
         """Runs between two records, after the end of the log was reached. A failed write is retried at a later call.
 
         1. The clicks are as far as before the rollback: write the outcome.

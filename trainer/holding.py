@@ -153,7 +153,7 @@ class WindowWatch:
         window.add(step)
         if window.rows < self._limits.window_rows:
             return self._in_time(self._standing(self._sums, None, None), step.log_ms)
-        signals, words = window.signals(self._shares), self._slices.look(window.slices)
+        signals, words = window.signals(self._shares), self._slices.judge(window.slices)
         sums = self._summed(signals)
         found = self._in_time(self._standing(sums, signals, words), step.log_ms)
         if found.standing is Standing.HOLD:
@@ -469,7 +469,7 @@ class UpdateGuard:
         self._show_held(waiting.held if written else None)
         return written
 
-    def look(self, control: Control, version: int) -> None:
+    def follow(self, control: Control, version: int) -> None:
         """Applies new control; `version` is the trainer's newest. An update that an operator released passes."""
         held = control.held if self._unwritten is None else self._unwritten.held
         if held is None and self._last.standing is Standing.HOLD:

@@ -236,7 +236,7 @@ class Learner:
         self.place, self.caught_up = erased_up_to(control, self._trainer, self.place), False
         self._publications.begin()
         self._catching_up.enter(control, self.place)
-        self._updates.look(control, self.place.parent)
+        self._updates.follow(control, self.place.parent)
         self._release_guard()
         where = (control.epoch, self.place.parent, self.place.next)
         logger.info("epoch %d: at version %d, reading the training log from offset %d", *where)
@@ -286,7 +286,7 @@ class Learner:
             if not self.caught_up:
                 self.caught_up = True
                 logger.info("epoch %d: caught up at offset %d", self.place.epoch, self.place.next)
-            self._catching_up.look(self.place, self.control, self._publications.busy)
+            self._catching_up.check(self.place, self.control, self._publications.busy)
         self._metrics.caught_up.set(self.caught_up)
         self._faults = accounts.show(self._account(), self._metrics, self._faults)
         self._updates.show()
@@ -374,7 +374,7 @@ class Learner:
             self.enter(control)
             return True
         self.control, self.place = control, erased_up_to(control, self._trainer, self.place)
-        self._updates.look(control, self.place.parent)
+        self._updates.follow(control, self.place.parent)
         self._release_guard()
         return False
 

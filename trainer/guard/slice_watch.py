@@ -100,7 +100,7 @@ class SliceWatch:
         self._starts: list[WindowStart] = []
         self._compare(False)
 
-    def look(self, opened: F64 | None) -> SliceWords:
+    def judge(self, opened: F64 | None) -> SliceWords:
         """The signal of each slice, including the open window.
 
         Args:
