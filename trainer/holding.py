@@ -20,12 +20,13 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from msgspec import convert
 
+from state.config.sections import GuardSettings
 from state.config.settings import Settings
 from state.errors import UnusableRegistry
 from state.metrics import TrainerMetrics
@@ -103,32 +104,15 @@ class Judgement:
 PASSED = Judgement(Standing.PASS)
 
 
-@dataclass(frozen=True)
-class WatchLimits:
-    """The settings of the guard, see `[guard]`.
-
-    Attributes:
-        window_s: Least log time of a window.
-        window_rows: Least rows of a window that is judged.
-        users: Usual users per window below which nothing is judged.
-        warm_up: Windows before the first judgement.
-    """
-
-    window_s: float = 10.0
-    window_rows: int = 1024
-    users: int = 20
-    warm_up: int = 30
-
-
 class WindowWatch:
     """Remembers the windows of one branch of the training log. One thread.
 
     Args:
-        limits: The settings.
+        limits: The section `[guard]`.
         slices: Describes the slice numbers; state of another description is dropped.
     """
 
-    def __init__(self, limits: WatchLimits, slices: str = "") -> None:
+    def __init__(self, limits: GuardSettings, slices: str = "") -> None:
         self._limits, self._of, self._slices = limits, slices, SliceWatch(limits.warm_up)
         self.clear()
 
@@ -351,18 +335,6 @@ def suspect_clicks(since: WindowStart, after: TrainingPlace) -> tuple[SuspectCli
     )
 
 
-class UnwrittenHold(NamedTuple):
-    """A hold that is not in control yet.
-
-    Attributes:
-        held: The held update.
-        after: The trainer's position then.
-    """
-
-    held: HeldUpdate
-    after: TrainingPlace
-
-
 class UpdateGuard:
     """The guard of one trainer. The step thread calls every method.
 
@@ -384,13 +356,13 @@ class UpdateGuard:
         shown: Callable[[], Mapping[str, Sequence[str]]],
     ) -> None:
         wanted, self._shown = settings.guard, shown
-        limits = WatchLimits(wanted.window_s, wanted.window_rows, wanted.users, wanted.warm_up)
         places = {name: len(values) for name, values in shown().items()}
-        self._watch = WindowWatch(limits, json.dumps([places, settings.events.actions]))
+        self._watch = WindowWatch(wanted, json.dumps([places, settings.events.actions]))
         self._enabled, self._registry, self._metrics, self._clock = wanted.mode == "on", registry, metrics, clock
         self._last, self._elapsed = PASSED, elapsed
         self._skipped, self._skipped_since = 0, WindowStart(0, 0)
-        self._unwritten: UnwrittenHold | None = None
+        # A hold that is not in control yet, and the trainer's position then.
+        self._unwritten: tuple[HeldUpdate, TrainingPlace] | None = None
         self._tried_s, self._say = float("-inf"), SaidOnce(logger.error)
 
     def enter(self, kept: Mapping[str, npt.NDArray[Any]]) -> None:
@@ -443,7 +415,7 @@ class UpdateGuard:
         self._last = found
         if found.standing is not Standing.HOLD:
             return False
-        self._unwritten, self._tried_s = UnwrittenHold(self._held(found, after, log_ms[1]), after), float("-inf")
+        self._unwritten, self._tried_s = (self._held(found, after, log_ms[1]), after), float("-inf")
         return self.write()
 
     def write(self) -> bool:
@@ -452,26 +424,24 @@ class UpdateGuard:
         Raises:
             ControlConflict: Other processes kept changing control.
         """
-        waiting = self._unwritten
-        if waiting is None or self._elapsed() - self._tried_s < AGAIN_S:
+        if self._unwritten is None or self._elapsed() - self._tried_s < AGAIN_S:
             return False
-        self._show_held(waiting.held)
+        held, after = self._unwritten
+        self._show_held(held)
         try:
-            written = self._hold(*waiting)
+            written = self._hold(held, after)
         except UnusableRegistry as error:
             self._tried_s = self._elapsed()
-            self._say(
-                f"{waiting.held.in_words()}, and its hold cannot be written: {error}; nothing is published until it is"
-            )
+            self._say(f"{held.in_words()}, and its hold cannot be written: {error}; nothing is published until it is")
             return False
         self._say.clear()
         self._unwritten = None
-        self._show_held(waiting.held if written else None)
+        self._show_held(held if written else None)
         return written
 
     def follow(self, control: Control, version: int) -> None:
         """Applies new control; `version` is the trainer's newest. An update that an operator released passes."""
-        held = control.held if self._unwritten is None else self._unwritten.held
+        held = control.held if self._unwritten is None else self._unwritten[0]
         if held is None and self._last.standing is Standing.HOLD:
             self._last = PASSED
         gauges.show_control(control, version, self._metrics)

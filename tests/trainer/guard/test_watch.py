@@ -9,11 +9,12 @@ from collections.abc import Callable, Iterator
 import numpy as np
 import pytest
 
+from state.config.sections import GuardSettings
 from trainer.guard.rules import NAMES
 from trainer.guard.window import BUCKETS, StepFigures, WindowStart
-from trainer.holding import Judgement, Standing, WatchLimits, WindowWatch
+from trainer.holding import Judgement, Standing, WindowWatch
 
-LIMITS = WatchLimits(window_s=10.0, window_rows=500, users=20, warm_up=30)
+LIMITS = GuardSettings(window_s=10.0, window_rows=500, users=20, warm_up=30)
 ROWS, STEP_MS = 100, 1000
 TOPIC = "ab" * 16
 Change = Callable[[StepFigures], StepFigures]
@@ -52,7 +53,7 @@ def judged(
         yield watch.take(change(clean(number, **how)), start(number))
 
 
-def settled(until: int = 320, limits: WatchLimits = LIMITS) -> WindowWatch:
+def settled(until: int = 320, limits: GuardSettings = LIMITS) -> WindowWatch:
     watch = WindowWatch(limits)
     assert {one.standing for one in judged(watch, 0, until)} == {Standing.PASS}
     return watch
