@@ -30,7 +30,7 @@ def test_no_run_is_started_without_an_interval() -> None:
     assert runs._child is None
 
 
-def test_a_run_is_started_sooner_where_there_is_no_room() -> None:
+def test_a_run_starts_sooner_on_a_full_disk() -> None:
     now_s = 0.0
     runs = Scheduled("json.tool", ["--help"], 600.0, lambda *_: None, lambda: now_s)
     for now_s, hurry, started in ((HURRY_S - 1, True, False), (HURRY_S, False, False), (HURRY_S, True, True)):  # noqa: B007

@@ -58,7 +58,7 @@ def stopped(path: Path) -> tuple[Registry, Learner]:
     return registry, running
 
 
-def test_a_flood_is_held_before_anybody_is_answered_by_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_flood_is_held_before_it_is_served(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     registry, running = stopped(tmp_path)
     held, control = held_of(registry), running.control
     assert (held.rule, control.action, control.actor) == ("user", "hold", "guard")
@@ -81,7 +81,7 @@ def test_a_flood_is_held_before_anybody_is_answered_by_it(tmp_path: Path, caplog
     assert again.tick(0.0) == 0, "a restart does not let it go"
 
 
-def test_a_hold_that_cannot_be_written_holds_all_the_same_and_is_written_when_the_place_is_back(
+def test_a_hold_that_cannot_be_written_holds_anyway_and_is_written_later(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     url, log = tmp_path / "place", written(CLEAN[: FLOOD[0]])
@@ -157,7 +157,7 @@ def test_the_rollback_that_is_proposed_leaves_no_trace_of_the_flood(tmp_path: Pa
     assert bits_of(ours) == bits_of(theirs)
 
 
-def test_a_false_alarm_is_let_go_for_good(tmp_path: Path) -> None:
+def test_a_released_false_alarm_stays_released(tmp_path: Path) -> None:
     registry, running = stopped(tmp_path)
     before = registry.versions()
     registry.change(lambda control: release(control, actor="ann", reason="a sale", now_ms=5))

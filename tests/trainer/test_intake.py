@@ -96,7 +96,9 @@ def learned(log: list[bytes], fates: list[str]) -> Trainer:
 
 @settings(max_examples=150, deadline=None)
 @given(plan=cuts, fates=fates)
-def test_each_row_is_learned_once_in_order_whoever_dies(plan: list[tuple[int, int, bool]], fates: list[str]) -> None:
+def test_each_row_is_learned_once_in_order_whichever_process_dies(
+    plan: list[tuple[int, int, bool]], fates: list[str]
+) -> None:
     log, reached = written(plan)
     trainer = learned(log, fates)
     for source in SOURCES:

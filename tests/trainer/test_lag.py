@@ -46,11 +46,11 @@ def test_lag_is_in_positions_and_in_seconds_since_the_newest_record_taken() -> N
     assert trainer.shown() == (0, 0.0)
 
 
-def test_before_its_first_record_nobody_knows_seconds() -> None:
+def test_before_the_first_record_the_seconds_are_unknown() -> None:
     assert Trainer(9).shown() == (9, 0.0)
 
 
-def test_a_broker_that_is_away_is_said_once_and_stops_nothing(
+def test_an_unreachable_broker_is_logged_once_and_stops_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("trainer.lag.POLL_S", 0.001)

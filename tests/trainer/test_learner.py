@@ -80,7 +80,7 @@ def _first_of(registry: Registry, epoch: int) -> int:
     return min(version for version in registry.versions() if registry.manifest(version).epoch == epoch)
 
 
-def test_a_restart_goes_on_with_the_same_bits_in_another_layout(tmp_path: Path) -> None:
+def test_a_restart_continues_with_the_same_bits_in_another_layout(tmp_path: Path) -> None:
     whole = learner(started(tmp_path / "whole"), written(RECORDS))
     run_to_end(whole)
     expected = state(whole)

@@ -174,7 +174,7 @@ def refused(name: str, *flags: str) -> str:
         ("failing", "raised KeyError: 'heads' (test_ranker_checks.py:"),
     ],
 )
-def test_what_is_no_ranker_is_refused_in_one_line(name: str, said: str) -> None:
+def test_a_wrong_ranker_is_refused_in_one_line(name: str, said: str) -> None:
     message = refused(name)
     assert said in message
     assert "\n" not in message

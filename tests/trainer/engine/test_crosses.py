@@ -185,7 +185,7 @@ def _rows(trainer: Trainer) -> tuple[list[int], np.ndarray[tuple[int, ...], np.d
 
 
 @pytest.mark.parametrize("left", ["nothing", "others"])
-def test_crosses_of_a_release_with_others_or_none_are_not_taken_up_nor_laid_under_those_of_now(left: str) -> None:
+def test_crosses_of_a_release_with_other_columns_are_not_loaded(left: str) -> None:
     old = checkpoint.full(learned(log(3), fresh()))
     if left == "nothing":
         old = {name: value for name, value in old.items() if not name.startswith(f"{CROSS}.")}

@@ -149,7 +149,7 @@ def test_measures_count_the_rows_of_skipped_steps(weight: float) -> None:
     assert all(np.isfinite(value) for value in (*after.values(), *rows.values()))
 
 
-def test_a_model_whose_numbers_are_not_finite_counts_as_one_that_knows_nothing() -> None:
+def test_a_model_with_logits_that_are_not_finite_names_no_candidate() -> None:
     trainer = learned(log(2), fresh())
     weights = trainer.model.weights()
     trainer.model.set_weights({name: np.full_like(weight, np.nan) for name, weight in weights.items()})

@@ -169,7 +169,7 @@ def test_sums_equal_brute_force(steps: list[tuple[list[Row], int, int]]) -> None
         theirs.learn(rows, at_ms, wanted)
 
 
-def test_noise_costs_its_entropy_and_not_less() -> None:
+def test_the_cost_of_noise_is_at_least_its_entropy() -> None:
     """Uniform over 136 categories, ln 136 = 4.91: whatever is learned, nobody pays less than that, but for the sample."""
     trainer, categories, steps, rows = fresh(), 136, 40, 256
     rng = np.random.default_rng(7)
@@ -186,7 +186,7 @@ def test_noise_costs_its_entropy_and_not_less() -> None:
     assert abs(values["total.lift.top1"]) < 0.01
 
 
-def test_a_version_without_these_measures_is_loaded_and_they_begin_anew() -> None:
+def test_a_version_without_these_measures_is_loaded_and_they_start_from_scratch() -> None:
     trainer = fresh()
     trainer.step(micro_batch(40))
     old, digest = checkpoint.full(trainer), checkpoint.digest(trainer)

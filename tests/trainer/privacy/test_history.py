@@ -95,7 +95,7 @@ def test_code_of_another_format_makes_other_noise_and_another_line(
     assert {one for pair in before for one in pair}.isdisjoint(one for pair in told(some) for one in pair)
 
 
-def test_other_rows_make_other_noise_on_all_that_follows(tmp_path: Path) -> None:
+def test_other_rows_change_the_noise_of_everything_after_them(tmp_path: Path) -> None:
     some = records(tmp_path)
     before = told(some)
     place, batch = some[1]

@@ -92,7 +92,7 @@ def test_the_same_key_and_log_make_the_same_digests_and_another_key_others(made:
     assert any((value != weights[name]).any() for name, value in made.model.weights().items())
 
 
-def test_a_trainer_that_is_restored_in_between_comes_to_the_same_bits(made: PrivateTrainer) -> None:
+def test_a_trainer_restored_in_between_has_the_same_bits(made: PrivateTrainer) -> None:
     learned(made, 0, 2)
     kept = {name: np.array(value) for name, value in made.state().items()}
     assert kept["privacy.used"].sum() > 0
@@ -109,7 +109,7 @@ def test_a_trainer_that_is_restored_in_between_comes_to_the_same_bits(made: Priv
 
 
 @pytest.mark.parametrize("by_user", [True, False])
-def test_no_unit_moves_what_is_told_by_more_than_the_bound(made: PrivateTrainer, by_user: bool) -> None:
+def test_no_unit_changes_a_release_by_more_than_the_bound(made: PrivateTrainer, by_user: bool) -> None:
     learned(made, 0, 2)
     drawn = np.random.default_rng(3)
     # Weights far from where they began, and rows with the largest features there are.
@@ -142,7 +142,7 @@ def test_no_unit_moves_what_is_told_by_more_than_the_bound(made: PrivateTrainer,
     assert max(longest) > 0.3 * CLIP, "some are clipped"
 
 
-def test_opposite_rows_cannot_hide_behind_each_other_and_who_takes_no_part_moves_nothing() -> None:
+def test_rows_of_a_unit_are_clipped_together_and_excluded_rows_change_nothing() -> None:
     units = Units(np.array([0, 0, 1, 2, 3]), np.array([True, True, True, False, True]))
     factors = clipped(np.array([5e8, 5e8, 0.1, 7.0, np.inf], np.float32), units, 2.0)
     assert factors[0] * 5e8 + factors[1] * 5e8 <= 2.0 and factors[0] * 1e9 > 2.0 * (1 - 3 * ROUNDING)
@@ -176,7 +176,7 @@ def test_a_users_own_crosses_are_learned_row_after_row_and_read_no_row_of_others
     assert (one[~first] == other[~first]).all()
 
 
-def test_the_noise_is_as_large_as_it_is_said_and_on_all_that_is_shared(made: PrivateTrainer) -> None:
+def test_the_noise_has_its_deviation_on_everything_shared(made: PrivateTrainer) -> None:
     learned(made, 0, 2)
     (record,) = records_of(made, labelled(8))
     update = made.private.begin(labelled(8).user, "a record", 0)
@@ -229,7 +229,7 @@ def test_nothing_is_learned_of_transitions_nor_of_crosses_of_items_and_counts_ha
     assert len(counts) > 4 and (counts % 65_536 != 0).all()
 
 
-def test_a_user_takes_part_in_so_many_updates_and_then_teaches_nothing(made: PrivateTrainer) -> None:
+def test_a_user_takes_part_in_a_limited_number_of_updates(made: PrivateTrainer) -> None:
     one_user = dataclasses.replace(labelled(0), user=np.full(96, 77, np.uint64))
     for number in range(made.private.updates):
         made.step(one_user, place=place(number))
