@@ -112,8 +112,8 @@ class Passages:
     ) -> None:
         refused = [gap for gap in found if not self._consent.covers(gap, read_topic)]
         if refused:
-            told = how_to_go_on(error, COMMAND)
-            raise GapError(told.what, told.do, refused)
+            refusal = how_to_go_on(error, COMMAND)
+            raise GapError(refusal.what, refusal.do, refused)
         for gap in found:
             self._keep(accepted_gaps.accept(gap, self._consent, int(self._clock() * 1000), marks))
 

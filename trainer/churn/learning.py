@@ -389,9 +389,11 @@ class ChurnLearner:
         """Scores examples and learns them, one after another; returns their calibrated probabilities before that, `[m]` float64."""
         logits = self._regression.learn(self._inputs.of(known.windows, known.action, known.age_ms), known.left)
         logits = np.clip(logits, -STEEPEST_LOGIT, STEEPEST_LOGIT)
-        told = calibrated(self._calibration.learn(np.stack([logits, np.ones(logits.size)], 1), known.left), 1.0, 0.0)
-        self.measures.update(told, known.left)
-        return told
+        predicted = calibrated(
+            self._calibration.learn(np.stack([logits, np.ones(logits.size)], 1), known.left), 1.0, 0.0
+        )
+        self.measures.update(predicted, known.left)
+        return predicted
 
     def weights(self) -> ChurnWeights | None:
         """The weights for serving; None before enough was learned."""

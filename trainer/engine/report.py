@@ -62,7 +62,7 @@ def judged(
     targets = record.targets
     rows = targets.slot >= 0
     aimed, newest = record.ids["category"][rows], np.ascontiguousarray(record.ids["recent"][rows, 0])
-    said = {
+    predictions = {
         "model": of_model(scores, targets.slot),
         "popular": of_popular(progressive.popular, aimed),
         "previous": of_previous(newest, aimed),
@@ -73,7 +73,7 @@ def judged(
     logits = np.clip((scores.engagement[scored] + shift).astype(np.float64), -LOGIT_MOST, LOGIT_MOST)
     losses = scores.engagement_loss[scored].astype(np.float64)
     pairs = ScoredPairs(scored, logits, 1.0 / (1.0 + np.exp(-logits)), labels >= 0.5, losses)
-    return progressive.score(said, rows, known, categories, pairs)
+    return progressive.score(predictions, rows, known, categories, pairs)
 
 
 def of_model(scores: Scores, slot: I32) -> CategoryPrediction:
@@ -237,7 +237,7 @@ def joined(updates: Sequence[Report]) -> Report:
         seconds=sum(one.seconds for one in updates),
         quality=reduce(StepScores.__add__, (one.quality for one in updates)),
         slices=np.sum(slices, axis=0) if slices else None,
-        judged=tuple(said for one in updates for said in one.judged),
+        judged=tuple(found for one in updates for found in one.judged),
     )
 
 

@@ -52,12 +52,17 @@ class Progressive:
         self.popular = hourly_popular()
 
     def score(
-        self, said: Mapping[str, CategoryPrediction], targets: Flags, known: Flags, categories: int, pairs: ScoredPairs
+        self,
+        predictions: Mapping[str, CategoryPrediction],
+        targets: Flags,
+        known: Flags,
+        categories: int,
+        pairs: ScoredPairs,
     ) -> Judged:
         """Scores the predictions for n rows before anything learns from them; has no side effects.
 
         Args:
-            said: The predictions of each of PREDICTORS for the rows with a category.
+            predictions: The predictions of each of PREDICTORS for the rows with a category.
             targets: `[n]` bool, which rows have a category.
             known: `[n]` bool, whether the user is known.
             categories: The number of known categories, with those of these rows: otherwise new ones would cost nothing.
@@ -65,7 +70,8 @@ class Progressive:
         """
         kinds, misses, sums = known[targets], self.miss_shares(), no_sums()
         of_rows = [
-            row_sums(said[name], kinds, misses[place], categories, sums[place]) for place, name in enumerate(PREDICTORS)
+            row_sums(predictions[name], kinds, misses[place], categories, sums[place])
+            for place, name in enumerate(PREDICTORS)
         ]
         clicked, predicted, losses = int(pairs.positive.sum()), float(pairs.predicted.sum()), float(pairs.losses.sum())
         return Judged(StepScores(sums, pairs.losses.size, clicked, predicted, losses), targets, of_rows[0], pairs)
@@ -144,11 +150,11 @@ def where_of(predictor: str, users: str) -> str:
     return ("" if predictor == "model" else f"baseline.{predictor}.") + ("" if users == "all" else f"{users}.")
 
 
-def row_sums(said: CategoryPrediction, known: Flags, miss: F64, categories: int, sums: F64) -> F64:
+def row_sums(prediction: CategoryPrediction, known: Flags, miss: F64, categories: int, sums: F64) -> F64:
     """SUMS of each of t rows, `[t, sum]` float64.
 
     Args:
-        said: The predictions for the rows.
+        prediction: For the rows.
         known: `[t]` bool, whether the user is known.
         miss: `[2]` float64, the miss probability if there are candidates, of new users and of known ones.
         categories: The number of known categories.
@@ -164,7 +170,7 @@ def row_sums(said: CategoryPrediction, known: Flags, miss: F64, categories: int,
     0.033333
     """
     found = np.zeros((known.size, len(SUMS)))
-    _judge(said.rank, said.log_share, said.candidates, known, miss, categories, found, sums)
+    _judge(prediction.rank, prediction.log_share, prediction.candidates, known, miss, categories, found, sums)
     return found
 
 

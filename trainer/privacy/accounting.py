@@ -41,8 +41,8 @@ def together(periods: Iterable[PrivacyPeriod]) -> float:
     >>> together([]), round(together([PrivacyPeriod(1, 0, 17, 8.0), PrivacyPeriod(1, 1, 17, 8.0)]), 3)
     (inf, 1.331)
     """
-    told = sum(one.updates * _OF_ONE / one.noise**2 for one in periods)
-    return 1.0 / math.sqrt(told) if told else math.inf
+    squared = sum(one.updates * _OF_ONE / one.noise**2 for one in periods)
+    return 1.0 / math.sqrt(squared) if squared else math.inf
 
 
 def spent(periods: Iterable[PrivacyPeriod], delta: float) -> float:
