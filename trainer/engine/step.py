@@ -167,9 +167,12 @@ class Trainer:
             one.load(part(f"{prefix}."))
 
     def _kept(self) -> dict[str, Evaluation | Slices | Popular | ChurnLearner]:
-        churn = {} if self.churn is None else {"churn": self.churn}
-        measures = {"evaluation": self.measures.evaluation, "slices": self.measures.slices}
-        return {**measures, "popular": self.popular, **churn}
+        kept: dict[str, Evaluation | Slices | Popular | ChurnLearner] = {
+            "evaluation": self.measures.evaluation,
+            "slices": self.measures.slices,
+            "popular": self.popular,
+        }
+        return kept if self.churn is None else kept | {"churn": self.churn}
 
     def step(self, batch: MicroBatch, seed: tuple[int, int] | None = None, place: NoisePlace | None = None) -> Report:
         """Takes one step.
@@ -251,7 +254,7 @@ class Trainer:
             for table in self.tables.values():
                 table.expire(counters.log_ms - int(expire_s * 1000))
         # A user who was away longer than the longest window has no category left, and is not new for that.
-        new_users = batch.user[self.tables["user"].find(batch.user) == MISSING]
+        new_users: U64 = batch.user[self.tables["user"].find(batch.user) == MISSING]
         for name, ids in (("user", batch.user), ("item", batch.item), ("category", batch.category)):
             self.tables[name].observe(np.ascontiguousarray(ids), batch.at_ms)
         context, attributes = self._recorder.context_of(batch), self._columns.items_of(batch)
