@@ -197,7 +197,8 @@ class Report:
         seconds: Duration of the step.
         quality: Scores of the model and of simple baselines before learning, as sums.
         slices: `[loss, dimension, place, 3]` float64, see `Breakdown.update`; None if the step was skipped.
-        judged: The predictions for its rows, of each update.
+        judged: The predictions for its rows: of accepted updates, and of skipped ones.
+        order: `[n]` int64, the place in the record of each row of `judged`.
     """
 
     rows: int
@@ -215,6 +216,7 @@ class Report:
     quality: StepScores
     slices: F64 | None
     judged: tuple[Judged, ...]
+    order: npt.NDArray[np.int64]
 
 
 def joined(updates: Sequence[Report]) -> Report:
@@ -238,6 +240,7 @@ def joined(updates: Sequence[Report]) -> Report:
         quality=reduce(StepScores.__add__, (one.quality for one in updates)),
         slices=np.sum(slices, axis=0) if slices else None,
         judged=tuple(found for one in updates for found in one.judged),
+        order=np.concatenate([one.order for one in updates]),
     )
 
 
@@ -303,11 +306,11 @@ class Measures:
             some = joined_updates([update for update, kind in zip(updates, kinds, strict=True) if kind is accepted])
             mine = numbers[: ends[-1]][of_rows == accepted]
             if mine.size == len(batch):
-                reports.append(self._add(batch, some, came_next, known, categories, log_ms))
+                reports.append(self._add(batch, some, came_next, known, categories, log_ms, mine))
                 continue
             part = CategoryPrediction(*(column[mine] for column in came_next))
             rows = np.isin(numbers, mine)
-            reports.append(self._add(batch.take(rows), some, part, known[rows], categories, log_ms))
+            reports.append(self._add(batch.take(rows), some, part, known[rows], categories, log_ms, mine))
         return joined(reports)
 
     def _add(
@@ -318,6 +321,7 @@ class Measures:
         known: Flags,
         categories: int,
         log_ms: int,
+        order: npt.NDArray[np.int64],
     ) -> Report:
         record, scores, accepted = update.record, update.scores, update.verdict is Verdict.ACCEPT
         targets, pairs = record.targets.slot >= 0, record.targets
@@ -360,4 +364,5 @@ class Measures:
             quality=found.scores,
             slices=slices if accepted else None,
             judged=(found,),
+            order=order,
         )
