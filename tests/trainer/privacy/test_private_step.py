@@ -190,8 +190,8 @@ def test_the_noise_has_its_deviation_on_everything_shared(made: PrivateTrainer) 
     moved = tables[LISTED].numpy()[np.abs(tables[LISTED].numpy()).sum(1) > 0]
     assert len(moved) == popular > 0
     assert all(not tables[name].numpy().any() for name in ("item", "context", "user"))
-    moved_crosses = np.count_nonzero(noised.crossed.rows[:, 0] != plain.crossed.rows[:, 0])
-    assert moved_crosses == np.unique(record.ids["cross"]).size - 1 > 0
+    before = made.tables[CROSS].gather(plain.rows[CROSS])
+    assert np.count_nonzero(noised.crossed.rows[:, 0] != before[:, 0]) == np.unique(record.ids["cross"]).size - 1 > 0
     dense = dict(zip(made.model.weights(), found.dense, strict=True))
     frozen = [dense.pop(name).numpy() for name in list(dense) if name.startswith(FROZEN)]
     assert frozen and not any(one.any() for one in frozen), "the tower stays as it began"
