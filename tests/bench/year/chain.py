@@ -32,7 +32,7 @@ from tests.memory_log import MemoryLog
 from tests.trainer.logs import settle
 from trainer.compactor import compact, thin, tiers_of
 from trainer.engine.step import Trainer
-from trainer.learner import Learner
+from trainer.learner import Learner, ServedModel, Surroundings
 from trainer.versions.program import build
 
 PARTITIONS = 4
@@ -197,12 +197,9 @@ class Chain:
             self.registry,
             self.trainer,
             self.log,
-            self.registry.specs.add_program(self._program),
-            shard.spec.digest,
-            about,
+            ServedModel(self.registry.specs.add_program(self._program), shard.spec.digest, about),
             TrainerMetrics(CollectorRegistry()),
-            self.clock.now_s,
-            self.clock.now_s,
+            Surroundings(clock=self.clock.now_s, elapsed=self.clock.now_s),
         )
         control = self.registry.control()
         assert control is not None
