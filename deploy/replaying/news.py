@@ -203,7 +203,7 @@ class NewsReaders:
         latest = self._latest[reader]
         if latest and random.random() < news.repeat:
             return latest[int(random.integers(len(latest)))]
-        begin, end = np.searchsorted(made.born_ms, (at_ms - news.ends_h * HOUR_MS, at_ms)).tolist()
+        begin, end = (int(np.searchsorted(made.born_ms, time_ms)) for time_ms in (at_ms - news.ends_h * HOUR_MS, at_ms))
         alive = slice(begin, end)
         ages_h = (at_ms - made.born_ms[alive]) / HOUR_MS
         likes = np.where(made.breaking[alive], 1.0 / news.sections, self._tastes[reader, made.section[alive]])

@@ -141,7 +141,8 @@ class ItemRanking:
             successors: `[n, S]` uint64, the candidates of the row.
             popular: `[P]` uint64, likewise.
         """
-        rows = np.flatnonzero((batch.item != 0) & ~(batch.label < 0.5))
+        # Clicks of probe users have no weight.
+        rows = np.flatnonzero((batch.item != 0) & (batch.weight > 0) & ~(batch.label < 0.5))
         if not rows.size:
             return
         user, at_ms = batch.user[rows], batch.at_ms[rows]

@@ -7,8 +7,7 @@ import numpy as np
 from state.ranking import item_lists
 from state.ranking.item_lists import ItemLists
 from trainer.tables.id_table import NO_CAP, IdTable
-from trainer.tables.index import F32, I32, U64
-from trainer.tables.places import grown
+from trainer.tables.index import F32, I32, U64, grown
 
 
 class ItemListTable(IdTable):

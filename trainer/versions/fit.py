@@ -8,8 +8,7 @@ from state.features.spec import FeatureSpec
 from state.registry.model_fit import differences, require_fit, version_to_go_on_from
 from state.registry.registry import Registry
 from state.rows.tables import OPTIONAL
-from trainer.engine.build import ranker_of
-from trainer.engine.own_tables import EMBEDDINGS
+from trainer.engine.build import EMBEDDINGS, ranker_of
 from trainer.model.ranker import Ranker
 from trainer.versions.program import preprocessing_of
 
