@@ -87,7 +87,7 @@ class ItemLists(NamedTuple):
     @property
     def entries(self) -> int:
         """E."""
-        return self.ids.shape[1]
+        return int(self.ids.shape[1])
 
     def take(self, rows: NDArray[np.integer]) -> ItemLists:
         """Copies of some lists."""

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 
 from state.ranking import item_lists
 from state.ranking.item_lists import ItemLists
@@ -32,7 +35,8 @@ class ItemListTable(IdTable):
 
     def put(self, rows: I32, values: F32, accum: F32) -> None:
         """Sets lists (rows `[n]` int32) from rows of a version, `[n, dim]` float32; there is no accumulator."""
-        for part, new in zip(self._lists, item_lists.unpack(values), strict=True):
+        held: list[npt.NDArray[Any]] = [*self._lists]
+        for part, new in zip(held, item_lists.unpack(values), strict=True):
             part[rows] = new
 
     def _held(self, rows: I32) -> tuple[F32, F32]:
@@ -42,7 +46,8 @@ class ItemListTable(IdTable):
         return item_lists.pack(self._lists.take(rows))
 
     def _begin(self, ids: U64, rows: I32) -> None:
-        for part in self._lists:
+        held: list[npt.NDArray[Any]] = [*self._lists]
+        for part in held:
             part[rows] = 0
 
     def _use(self) -> F32:
