@@ -42,13 +42,13 @@ from state.disk.lmdb_store import LmdbStore
 from state.errors import StoreError, UnknownVersion
 from state.features.erased import Erased
 from state.process import killpoints
-from state.ranking.item_scores import PREFIX as RECOMMEND
 from state.registry.manifest import Manifest, Visible
 from state.rows.reader import Databases, LastServed, RowReader, Served, required, stored
 from state.rows.sweep import Branch, branches_of, delete_dead_lanes, has_rows, sweep_row
 from state.rows.tables import (
     CODES,
     COUNTED,
+    ITEM_SCORE,
     LANES,
     OWN,
     TABLES,
@@ -194,7 +194,7 @@ def put_dense(
     Its weights of churn and of the item score are stored next to its dense weights.
     """
     dense = {name[6:]: np.ascontiguousarray(value) for name, value in tensors.items() if name.startswith("dense.")}
-    dense |= {f"{STORED}{name}": value for name, value in tensors.items() if name.startswith((CHURN, RECOMMEND))}
+    dense |= {f"{STORED}{name}": value for name, value in tensors.items() if name.startswith((CHURN, ITEM_SCORE))}
     popular = tensors.get("popular")
     if parent is not None:
         # Weights of a model that an upgrade replaced are not kept.

@@ -35,6 +35,9 @@ UNSERVED = frozenset({"visited"})
 OPTIONAL = frozenset({"cross", *COUNTED})
 """Tables that a version may lack, or have in another form: they then start empty."""
 
+ITEM_SCORE = "recommend."
+"""Prefix of the tensors of the item score, see `state/ranking/item_scores.py`."""
+
 TAKEN = frozenset({*TABLES, *COUNTED, "dense", "slots", "state", "popular", "churn", "recommend"})
 """Names that a ranker's own table may not have: other tensors in a version's files begin with them."""
 

@@ -26,11 +26,10 @@ from safetensors.numpy import save
 
 from state.churn import PREFIX as CHURN
 from state.probe import PREFIX
-from state.ranking.item_scores import PREFIX as RECOMMEND
 from state.registry import tensor_files
 from state.registry.registry import SERVING, TRAINING
+from state.rows.tables import ITEM_SCORE, UNSERVED, tables_in
 from state.rows.tables import TABLES as TABLES
-from state.rows.tables import UNSERVED, tables_in
 
 Array = npt.NDArray[Any]
 Tensors = Mapping[str, Array]
@@ -55,7 +54,7 @@ def encode(tensors: Tensors) -> dict[str, bytes]:
     tables = [table for table in tables_in(tensors) if table not in UNSERVED]
     served = {f"{table}.{name}" for table in tables for name in SERVED} | {"popular"}
     for name, tensor in tensors.items():
-        to = SERVING if name in served or name.startswith(("dense.", PREFIX, CHURN, RECOMMEND)) else TRAINING
+        to = SERVING if name in served or name.startswith(("dense.", PREFIX, CHURN, ITEM_SCORE)) else TRAINING
         files[to][name] = tensor
     return {name: tensor_files.pack(held) for name, held in files.items()}
 
