@@ -1,13 +1,8 @@
-"""Sends attributes of users and items from files to their compacted Kafka topics.
+"""Sends attributes of users and items from files to their compacted Kafka topics: `springtide attributes`.
 
-    python -m deploy.attributes --users FILE... --items FILE... [--columns A,B,...] [--format F] [--delimiter C]
-
-    read -> encode -> judge -> send -> acknowledged
-
-Each row becomes one record. Its key is the id, and its fields are those that `[attributes]` lists.
-
-The stream's own code validates each record before it is sent. A record that the stream would refuse
-is not sent, so the topic keeps the record it has for that id. The refused row is named and counted.
+Each row becomes one record. Its key is the id, and its fields are those that `[attributes]` lists. The stream's own
+code validates each record before it is sent. A row that the stream would refuse is reported and not sent, so the
+topic keeps the record it has for that id.
 
 If an id occurs several times, the last row wins. If a run ends early, run it again.
 """
@@ -50,7 +45,7 @@ NOT_THERE = "correct [attributes]"
 
 @dataclass(frozen=True)
 class AttributeFiles:
-    """The files of one side and what they are.
+    """The files of one side and what they contain.
 
     Attributes:
         side: user or item.
@@ -81,7 +76,7 @@ class AttributeRecords:
     Attributes:
         records: Key and value of each record that the stream accepts.
         refused: Rows that it does not, with the reason.
-        valued: Per attribute the records that have a value.
+        valued: By attribute, the number of records that have a value.
     """
 
     records: list[Record]
@@ -90,12 +85,7 @@ class AttributeRecords:
 
 
 def encode(rows: RecordedRows, files: AttributeFiles) -> AttributeRecords:
-    """The records of rows, judged as the stream judges them.
-
-    Args:
-        rows: With the columns of `files`.
-        files: What they are.
-    """
+    """Encodes rows as records, and validates them as the stream does. The rows have the columns of `files`."""
     table, made = files.table, AttributeRecords([], [], Counter())
     paths = tuple(dict.fromkeys(one.path for one in table.fields))
     columns = [rows.columns[path] for path in paths]
@@ -124,12 +114,12 @@ def _value(fields: dict[str, object], rows: RecordedRows, row: int) -> bytes:
 
 @dataclass
 class SentAttributes:
-    """What became of the rows of one side.
+    """The result of sending one side.
 
     Attributes:
         sent: Records.
         refused: Rows by reason.
-        valued: Per attribute the records that have a value.
+        valued: By attribute, the number of records that have a value.
         complete: Whether the files were read to their ends.
     """
 
@@ -150,9 +140,9 @@ def send(
 
     Args:
         files: What to send.
-        deliver: Takes records and returns when they are acknowledged.
-        progress: Receives the progress.
-        stopped: Ends it between two pieces.
+        deliver: Sends records and returns when they are acknowledged.
+        progress: Reports the progress.
+        stopped: Ends it between two batches.
         wall_ms: Unix time, the records' timestamp.
 
     Raises:
@@ -196,7 +186,7 @@ def _chunks(files: AttributeFiles) -> Iterator[tuple[int, RecordedRows]]:
 
 
 def article(side: str) -> str:
-    """A side with its article.
+    """Returns a side with its article.
 
     >>> article("user"), article("item")
     ('a user', 'an item')
@@ -205,7 +195,7 @@ def article(side: str) -> str:
 
 
 def summary(files: AttributeFiles, outcome: SentAttributes, took_s: float) -> str:
-    """What a run did.
+    """Describes the result of a run.
 
     A name without a value in any record may be misspelled; JSON lines have no header to check.
     """
@@ -224,7 +214,7 @@ def summary(files: AttributeFiles, outcome: SentAttributes, took_s: float) -> st
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's options; settings are removed from the arguments before."""
+    """Returns the parser of the command; settings have been removed from the arguments before."""
     made = argparse.ArgumentParser(
         prog="springtide attributes",
         description="Write attributes of users and items to their compacted topics. [attributes] names the topics and "
@@ -244,7 +234,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def files_of(options: argparse.Namespace, settings: Settings) -> list[AttributeFiles]:
-    """What to send according to the command line and `[attributes]`.
+    """Returns what to send, according to the command line and `[attributes]`.
 
     Raises:
         SettingsError: A side has no topic, no fields or no file, or its id no column.

@@ -200,13 +200,7 @@ class Limit(NamedTuple):
 
 
 class Sizing:
-    """The answers for one load; `sizing["hosts"]` is the value of a formula.
-
-    Args:
-        load: What the deployment has to bear.
-        settings: Their bounds and spans count.
-        constants: Name -> measured value.
-    """
+    """The answers for one load; `sizing["hosts"]` is the value of a formula."""
 
     def __init__(self, load: Load, settings: Settings, constants: Mapping[str, float] = VALUES) -> None:
         self.load = load
@@ -234,13 +228,13 @@ class Sizing:
         return eval(formula, {"__builtins__": {}}, self._values)
 
     def _changed(self, seconds: float) -> float:
-        """The number of rows that clicks change in this many seconds, if all users and all items are equally active."""
+        """Rows that clicks change in so many seconds, if all users and all items are equally active."""
         most: int = self["trainer"].max_rows
         counts = (min(self.load.users, most), min(self.load.items, most))
         return sum(-count * math.expm1(-self.load.clicks * seconds / count) for count in counts)
 
     def _kept(self, span_s: float, every_s: float) -> float:
-        """The bytes of the durable versions of a time span of which one each `every_s` is kept."""
+        """Bytes of the durable versions of a time span of which one each `every_s` is kept."""
         version = self["durable_bytes"] + self._changed(every_s) * self["durable_row_bytes"]
         return max(0.0, span_s) / every_s * float(version)
 
@@ -310,7 +304,7 @@ CPU time depends on the machine more than anything else here. A GPU, several mac
 
 
 def amount(text: str) -> float:
-    """A number above 0, also written as 1e6.
+    """Parses a number above 0, also written as 1e6.
 
     Raises:
         argparse.ArgumentTypeError: It is not.
@@ -325,7 +319,7 @@ def amount(text: str) -> float:
 
 
 def constant(text: str) -> tuple[str, float]:
-    """`NAME=VALUE`.
+    """Parses `NAME=VALUE`.
 
     Raises:
         argparse.ArgumentTypeError: There is no constant of this name, or the value is not a number above 0.
@@ -337,7 +331,7 @@ def constant(text: str) -> tuple[str, float]:
 
 
 def parser(settings: Settings) -> argparse.ArgumentParser:
-    """The options: the fields of `Load`, and how to print."""
+    """Returns the parser of the command: the fields of `Load`, and how to print."""
     found = RefusingParser(prog="springtide capacity", description=DESCRIPTION, epilog=EPILOG, allow_abbrev=False)
     defaults = {"versions": 1 / settings.trainer.publish_s, "retention_h": settings.kafka.retention_h}
     for option in fields(Load):
@@ -358,7 +352,7 @@ def parser(settings: Settings) -> argparse.ArgumentParser:
 
 
 def sizing_of(asked: argparse.Namespace, settings: Settings) -> Sizing:
-    """The sizing that a command line asks for.
+    """Returns the sizing that a command line asks for.
 
     Raises:
         SettingsError: An option is out of range.
@@ -385,7 +379,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def as_text(sizing: Sizing) -> str:
-    """The answer in Markdown: the order of each part, and the limits."""
+    """Formats the answer in Markdown: the order of each part, and the limits."""
     parts = [
         [
             part,
@@ -414,7 +408,7 @@ The stream is {"a job on Flink" if sizing["on_flink"] else "one local process"}.
 
 
 def as_document(sizing: Sizing) -> dict[str, object]:
-    """The answer for a program."""
+    """Returns the answer as JSON values."""
     orders = {part: need._asdict() for part, need in sizing.orders().items()}
     return {
         "total": orders.pop("all"),
@@ -428,7 +422,7 @@ def as_document(sizing: Sizing) -> dict[str, object]:
 
 
 def page(settings: Settings) -> str:
-    """The text of `deploy/CAPACITY.md`."""
+    """Returns the text of `deploy/CAPACITY.md`."""
     roomy = replace(
         settings,
         stream=replace(settings.stream, max_users=10**9),
@@ -483,7 +477,7 @@ def run(argv: Sequence[str]) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code."""
+    """Runs the command; returns the exit code."""
     return while_read(lambda: run(sys.argv[1:] if argv is None else argv))
 
 

@@ -1,13 +1,10 @@
 """Entry point of the command line: `springtide COMMAND [options] [--section.name VALUE ...]`.
 
-A command either becomes a process of the loop or is an operator's command that runs here. To become
-a process, it replaces the interpreter, so that signals reach the process directly.
+A command of a process replaces the interpreter, so that signals reach the process directly. An operator's command
+runs here. Settings may appear anywhere in the arguments. Exit codes: 0 done, 1 failed, 2 wrong use.
 
-Settings may appear anywhere in the arguments, as for every process: `--kafka.port 9192`, `--config
-FILE`. Exit codes: 0 done, 1 failed, 2 wrong use.
-
-`springtide config` shows the effective settings with their origin, one setting in full, or all of
-them as documentation.
+`springtide config` shows the effective settings with their origin, one setting in full, or all of them as
+documentation.
 """
 
 from __future__ import annotations
@@ -35,7 +32,7 @@ Command = Callable[[Settings, argparse.Namespace, int, Callable[[str], None]], N
 
 
 def chosen(names: Sequence[str]) -> list[KnownSetting]:
-    """The settings of these names and sections, in the order of their declaration; all if no name is given.
+    """Returns the settings of these names and sections, in the order of their declaration; all if no name is given.
 
     >>> [one.name for one in chosen(["registry", "kafka.port"])][:2]
     ['kafka.port', 'registry.durable_s']
@@ -59,7 +56,7 @@ def changed(settings: Settings, listed: Sequence[KnownSetting]) -> list[KnownSet
 
 
 def origin(settings: Settings, known: KnownSetting) -> str:
-    """Where a setting's value came from.
+    """Returns where a setting's value came from.
 
     >>> from state.config.loading import load
     >>> servers = next(known for known in known_settings() if known.name == SERVERS)
@@ -71,10 +68,9 @@ def origin(settings: Settings, known: KnownSetting) -> str:
 
 
 def as_lines(settings: Settings, listed: Sequence[KnownSetting]) -> str:
-    """The effective settings as springtide.toml would write them, each with its origin.
+    """Formats the effective settings as springtide.toml would write them, each with its origin.
 
-    What must not be read back is a comment: a masked secret, and the address of
-    the local Kafka, which names a cluster of the user's where it is set.
+    Values that must not be read back are comments: a masked secret, and the address of the local Kafka.
     """
     lines: list[str] = []
     section = ""
@@ -91,7 +87,7 @@ def as_lines(settings: Settings, listed: Sequence[KnownSetting]) -> str:
 
 
 def as_pages(settings: Settings, listed: Sequence[KnownSetting]) -> str:
-    """Each setting in full: value, origin, help, bounds, and how it is written in file, variable and flag."""
+    """Formats each setting in full: value, origin, help, bounds, and how it is written in file, variable and flag."""
     pages = [
         "\n".join(
             [
@@ -110,7 +106,7 @@ def as_pages(settings: Settings, listed: Sequence[KnownSetting]) -> str:
 
 
 def as_json(settings: Settings, listed: Sequence[KnownSetting]) -> str:
-    """The effective settings as a JSON list; secrets masked."""
+    """Formats the effective settings as a JSON list; secrets masked."""
     entries = [
         {
             "name": known.name,
@@ -128,7 +124,7 @@ def as_json(settings: Settings, listed: Sequence[KnownSetting]) -> str:
 
 
 def as_markdown() -> str:
-    """Documentation of every setting, one table per section, made from their declarations."""
+    """Documents every setting, one table per section, from their declarations."""
     lines = [
         "# Settings",
         "",
@@ -160,7 +156,7 @@ def _rows(section: str) -> Iterator[str]:
 
 
 def allowed(known: KnownSetting) -> str:
-    """The values that a setting may have by itself, in words; empty where its type is all there is.
+    """Describes the values that a setting may have; empty if its type is the only restriction.
 
     >>> by_name = {known.name: known for known in known_settings()}
     >>> [allowed(by_name[name]) for name in ("kafka.port", "trainer.device", "paths.state", "events.max_age_s")]
@@ -180,7 +176,7 @@ def allowed(known: KnownSetting) -> str:
 
 
 def as_number(bound: float) -> str:
-    """A bound without a needless point or exponent.
+    """Formats a bound without a needless point or exponent.
 
     >>> as_number(65535.0), as_number(0.01), as_number(1e-12)
     ('65535', '0.01', '1e-12')
@@ -189,7 +185,7 @@ def as_number(bound: float) -> str:
 
 
 def shown(settings: Settings, known: KnownSetting) -> Any:
-    """A setting's value as it may be shown.
+    """Returns a setting's value as it may be shown.
 
     >>> from state.config.settings import Kafka
     >>> secret = next(known for known in known_settings() if known.name == "kafka.sasl_password")
@@ -201,7 +197,7 @@ def shown(settings: Settings, known: KnownSetting) -> Any:
 
 
 def as_toml(value: Any) -> str:
-    """A value as TOML writes it.
+    """Formats a value as TOML writes it.
 
     >>> as_toml(("view", "cart")), as_toml(0.2), as_toml(7)
     ('["view", "cart"]', '0.2', '7')
@@ -224,7 +220,7 @@ def config(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Call
 
 
 def check_model(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Callable[[str], None]) -> None:
-    """Checks the functions of the user's own, and that the newest version fits the model."""
+    """Checks the custom functions, and that the newest version fits the model."""
     from deploy.startup import model_checks
     from state.registry.model_fit import require_same_model
 
@@ -235,7 +231,7 @@ def check_model(settings: Settings, asked: argparse.Namespace, now_ms: int, say:
 
 
 def operator_command(name: str) -> Command:
-    """The function of an operator's command; its imports wait until it is asked for."""
+    """Returns the function of an operator's command; its modules are imported only if it is given."""
     if name in ("config", "check-model"):
         return config if name == "config" else check_model
     if name == "rollback":
@@ -278,16 +274,10 @@ def operator_command(name: str) -> Command:
 
 
 def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: int, say: Callable[[str], None]) -> None:
-    """Runs one command line.
-
-    Args:
-        argv: The words after `springtide`.
-        become: Replaces this process by `python -m MODULE FLAGS`.
-        now_ms: Wall clock.
-        say: Prints a line.
+    """Runs one command line, the words after `springtide`; `become` replaces this process by a module's main.
 
     Raises:
-        SpringtideError: What went wrong; the message is for the operator.
+        SpringtideError: The command failed; the message is for the operator.
     """
     flags, words = split_settings(argv)
     asked, unknown = parser(words).parse_known_args(with_times(words))
@@ -305,7 +295,7 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
 
 
 def _accepted(asked: argparse.Namespace) -> list[str]:
-    """The arguments for the gaps that the operator accepts; mistakes in them are reported here too."""
+    """Returns the options for accepted gaps; mistakes in them are reported here too."""
     if asked.command not in READERS:
         return []
     from state.log import accepted_gaps
@@ -318,7 +308,6 @@ def _accepted(asked: argparse.Namespace) -> list[str]:
 
 
 def _runner(asked: argparse.Namespace) -> list[str]:
-    """The words that name another runner of the stream."""
     runner = getattr(asked, "runner", None)
     return [] if runner is None else ["--runner", runner]
 

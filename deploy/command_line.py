@@ -1,4 +1,4 @@
-"""Defines the argument parser of `springtide`: its commands, including `springtide experiment`, their options and help texts.
+"""The argument parser of `springtide`: its commands, their options and help texts.
 
 Settings are removed from the arguments before parsing; see `state.config.sources`.
 """
@@ -24,7 +24,7 @@ _UNKNOWN = re.compile(r"argument .+: invalid choice: '(.*)' \(choose from (.*)\)
 
 
 def experiment(add: Add) -> argparse.ArgumentParser:
-    """The command about experiments."""
+    """Adds `experiment` and returns its parser."""
     command = add(
         "experiment",
         "Try other settings on the same rows next to the live trainer, then on a share of the users, and promote them.",
@@ -85,11 +85,6 @@ def _percentages(text: str) -> tuple[float, ...]:
 
 
 def _span_s(text: str) -> float:
-    """Parses a duration to seconds.
-
-    >>> _span_s("30m"), _span_s("1.5s")
-    (1800.0, 1.5)
-    """
     if not (span := span_ms(text)):
         raise argparse.ArgumentTypeError(f"{text!r} is no duration: write 30m, 2h or 90s")
     return span / 1000
@@ -187,7 +182,7 @@ class RefusingParser(argparse.ArgumentParser):
     """An argument parser that raises our errors, and suggests the nearest word for an unknown one."""
 
     def error(self, message: str) -> NoReturn:
-        """Raises it.
+        """Raises a `SettingsError`.
 
         >>> RefusingParser(prog="springtide").error("argument COMMAND: invalid choice: 'statsu' (choose from 'up', 'status')")
         Traceback (most recent call last):
@@ -202,8 +197,6 @@ class RefusingParser(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Prints the release; looked up only when asked for."""
-
     def __call__(self, parser: argparse.ArgumentParser, *asked: object) -> None:
         from importlib.metadata import PackageNotFoundError, version
 
@@ -215,7 +208,7 @@ class _Version(argparse.Action):
 
 
 def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
-    """The parser of the command line; settings are removed from the arguments before.
+    """Returns the parser of the command line; settings have been removed from the arguments before.
 
     Args:
         words: The arguments to parse. Options whose import takes long (those of the log) are only added to commands

@@ -1,13 +1,11 @@
 """Measures the latency of the whole loop with clicks of probe users: `springtide probe [-o json] [--continuously]`.
 
-It runs once, or every `probe.every_s` seconds with its figures on /metrics. It sends clicks to
-Kafka like any producer and requests answers like any client, so it runs wherever both can be
-reached.
+It runs once, or every `probe.every_s` seconds with its figures on /metrics. It sends clicks to Kafka like any producer
+and requests answers like any client, so it runs wherever both can be reached.
 
 1. Request an answer, which shows that serving works and when the user's last click was.
-2. Send the click; Kafka acknowledges it at a position.
-3. Request answers until the user's features show the click, and until the version has learned from
-   its position.
+2. Send the click; Kafka acknowledges it at an offset.
+3. Request answers until the user's features show the click, and until the version has learned from its offset.
 """
 
 from __future__ import annotations
@@ -62,15 +60,15 @@ class Sent(NamedTuple):
 
 @dataclass(frozen=True)
 class Passage:
-    """What became of a probe's click.
+    """The result of one probe.
 
     Attributes:
-        source: "topic id:partition" that it was sent to; empty where it was not.
-        offset: Its offset; -1 where it was not sent.
-        feature_seconds: From sending it until an answer's features showed it; None where none did.
+        source: "topic id:partition" of the click; empty if it was not sent.
+        offset: Its offset; -1 if it was not sent.
+        feature_seconds: From sending it until an answer's features showed it; None if none did.
         weight_seconds: From sending it until an answer's version had learned from it; None if no version did.
         version: That version, or the last one that answered; 0 for none.
-        reason: Why it did not come through: kafka, answers, refused, features, weights; empty where it did.
+        reason: Why the probe failed: kafka, answers, refused, features, weights; empty if it succeeded.
         problem: The same in words.
     """
 
@@ -83,11 +81,11 @@ class Passage:
     problem: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values."""
+        """Returns the result as JSON values."""
         return asdict(self)
 
     def __str__(self) -> str:
-        """In words.
+        """Describes the result.
 
         >>> print(Passage("ab:0", 7, 0.2, 0.5, 41))
         the click at offset 7 of partition 0 was in answers after 0.20 s, and version 41 had learned from it after 0.50 s
@@ -102,7 +100,7 @@ class Passage:
 
 
 def action_of(settings: Settings) -> str:
-    """The action of probe clicks: the first that waits for no label and is no label.
+    """Returns the action of probe clicks: the first that waits for no label and is no label.
 
     >>> action_of(Settings())
     'view'
@@ -112,10 +110,10 @@ def action_of(settings: Settings) -> str:
 
 
 def click_of(user: str, at_ms: int, settings: Settings) -> bytes:
-    """A click that names nothing but its user, as the settings' producers write one.
+    """Returns a click that names only its user, as the settings' producers write one.
 
     Raises:
-        SettingsError: Clicks are not JSON here.
+        SettingsError: The settings' clicks are not JSON.
 
     >>> click_of("springtide-probe-1", 1_500, Settings())
     b'{"user": "springtide-probe-1", "action": "view", "time": 1500}'
@@ -137,13 +135,13 @@ def click_of(user: str, at_ms: int, settings: Settings) -> bytes:
 
 
 class Stopwatch:
-    """Sends clicks and times them. One thread.
+    """Sends clicks and times them. Not thread-safe.
 
     Args:
-        settings: Of the loop.
+        settings: Settings of the loop.
         send: Sends a click of a user and returns its position once it is acknowledged.
-        ask: Gives a profile with features and sources, of a user at a time.
-        now_ms: The wall clock.
+        ask: Requests a profile with features and sources, of a user at a time.
+        now_ms: Wall clock.
         clock: Monotonic seconds.
         sleep: Waits so many seconds.
         stopped: Whether to stop early.
@@ -167,7 +165,7 @@ class Stopwatch:
         """Sends one click of a probe user and waits for it, at most `probe.timeout_s`.
 
         Raises:
-            SettingsError: Clicks are not JSON here, or the tokens cannot be read.
+            SettingsError: The settings' clicks are not JSON, or the tokens cannot be read.
         """
         at_ms = self._now_ms()
         click = click_of(user, at_ms, self._settings)
@@ -236,13 +234,7 @@ def _late(found: Passage, timeout_s: float) -> Passage:
 
 
 class Probe:
-    """A stopwatch on a real loop; a probe begins with connections of its own, as after any failure.
-
-    Args:
-        settings: Of the loop.
-        stop: Ends the probe that is running.
-        first: The number of the first probe user; each probe uses the next one.
-    """
+    """A stopwatch on a real loop. Each probe opens its own connections and uses the next probe user after `first`."""
 
     def __init__(self, settings: Settings, stop: threading.Event, first: int) -> None:
         self._settings, self._stop, self._number = settings, stop, first
@@ -251,7 +243,7 @@ class Probe:
         """Times one click; connecting is not counted.
 
         Raises:
-            SettingsError: Clicks are not JSON here, or the token or certificate cannot be read.
+            SettingsError: The settings' clicks are not JSON, or the token or certificate cannot be read.
         """
         self._number += 1
         kafka = self._settings.kafka
@@ -290,7 +282,7 @@ class Probe:
 
 
 def count(found: Passage, metrics: ProbeMetrics, now_s: float) -> None:
-    """Counts what became of a probe; what it reached before it failed counts too."""
+    """Counts the result of a probe, also what it reached before it failed."""
     if found.feature_seconds is not None:
         metrics.feature_seconds.observe(found.feature_seconds)
     if found.weight_seconds is not None:
@@ -302,7 +294,7 @@ def count(found: Passage, metrics: ProbeMetrics, now_s: float) -> None:
 
 
 def run(settings: Settings, stop: threading.Event, time_one: Callable[[], Passage], metrics: ProbeMetrics) -> None:
-    """Probes each `probe.every_s` until `stop`."""
+    """Sends a probe each `probe.every_s` until `stop`."""
     for reason in REASONS:
         metrics.failures.labels(reason)
     say, every_s = SaidOnce(_log.warning), settings.probe.every_s or EVERY_S
@@ -320,7 +312,7 @@ def run(settings: Settings, stop: threading.Event, time_one: Callable[[], Passag
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command's options; settings are parsed separately."""
+    """Returns the parser of the command; settings are parsed separately."""
     made = argparse.ArgumentParser(
         prog="springtide probe",
         description="Send a click of a probe user through the loop, and measure the time until answers include it and until their "

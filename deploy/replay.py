@@ -1,14 +1,7 @@
-"""Sends clicks to the topic, from files or from synthetic shoppers whose taste drifts.
+"""Sends clicks to the topic, from files or from synthetic shoppers whose taste drifts: `springtide replay`.
 
-    python -m deploy.replay FILE... [--speed 60x|max] [--keep-time] [--limit N] [--sort memory|assume] [--dry-run]
-    python -m deploy.replay --synthetic [--rate N] [--limit N] [--speed X] [--seed N]
-    python -m deploy.replay --burst USER CATEGORY N
-
-Before Kafka is contacted, the files and the mapping are checked. The command reports which rows the
-stream will refuse, why, and by which setting. It stops if no row is a click.
-
-`replay --dry-run` sends nothing and needs no Kafka. It reports counts, the refused rows by reason
-and line, and the first events.
+Before Kafka is contacted, the files and the mapping are checked. The command reports which rows the stream will
+refuse, why, and by which setting. It stops if no row is a click. `--dry-run` sends nothing and needs no Kafka.
 """
 
 from __future__ import annotations
@@ -108,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_clicks(options: argparse.Namespace, settings: Settings, stopped: threading.Event) -> None:
-    """Sends the clicks of shoppers, or a burst of one.
+    """Sends the clicks of synthetic shoppers, or a burst of clicks of one user.
 
     Raises:
         SpringtideError: Kafka refused.
@@ -137,7 +130,7 @@ def make_clicks(options: argparse.Namespace, settings: Settings, stopped: thread
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of files; `--speed` and `--limit` are shared with the shoppers and not among them."""
+    """Adds the options of files; `--speed` and `--limit`, which synthetic shoppers have too, are added by `main`."""
     add_file_arguments(parser, "Only the columns in [events] are sent. The same command resumes where it stopped.")
     times = parser.add_mutually_exclusive_group()
     times.add_argument(
@@ -164,7 +157,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def identity(source: RecordingSource, topic: str, topic_id: str) -> dict[str, Any]:
-    """What makes two runs the same replay: files by content, mapping, order, kind of time, and the topic."""
+    """Returns what makes two runs the same replay: files by content, mapping, order, kind of time, and the topic."""
     recording, events, options = source.recording, source.events, source.options
     return {
         "files": [[digest(file.path), file.format, file.delimiter] for file in recording.files],
@@ -191,7 +184,7 @@ def send_files(
     3. Contact Kafka, and send the rows.
 
     Raises:
-        SpringtideError: Files, settings, Kafka or another replay of the same files are in the way.
+        SpringtideError: The files, the settings or Kafka cannot be used, or another replay of the same files runs.
     """
     events, topic = settings.events, settings.kafka.clicks_topic
     recording = chosen(options, events)
@@ -232,7 +225,7 @@ def send_files(
 
 
 def summary(outcome: Outcome, topic: str, took_s: float) -> str:
-    """What a run did and how to continue."""
+    """Describes the result of a run and how to continue."""
     position = outcome.position
     if position.complete and not outcome.sent:
         return f"all {position.acknowledged:,} rows are in {topic} already; --restart sends them again"
@@ -250,7 +243,7 @@ def summary(outcome: Outcome, topic: str, took_s: float) -> str:
 
 
 def report(findings: Findings, files: int, topic: str) -> str:
-    """What was found, in lines.
+    """Formats the findings of a dry run.
 
     >>> print(report(Findings(9, {"wrong_type": (3, ["a.csv:4", "a.csv:7"])}, [], ['{"user":"u"}']), 1, "clicks"))
     9 rows of 1 file: 6 clicks, 3 dead letters (3 wrong_type)
@@ -282,7 +275,7 @@ def report(findings: Findings, files: int, topic: str) -> str:
 
 
 def _listed(places: Sequence[str]) -> str:
-    """Places, the file of each only where it is another than before."""
+    """Formats lines of files, each file once for its consecutive lines."""
     files = ["", *(place.rpartition(":")[0] for place in places)]
     return ", ".join(
         place.removeprefix(before) if file == before else place

@@ -2,7 +2,7 @@
 
 `read` queries Kafka, registry, stores and disks, which takes up to some seconds. `measured` needs only the metrics of
 one poll. Each section is JSON values, or None if there is nothing to show. Its text in `TEXTS` is a keyword and a
-description, whose sentences end with semicolons.
+description, whose sentences are separated by semicolons.
 """
 
 from __future__ import annotations
@@ -37,12 +37,7 @@ Text = tuple[str, str]
 
 
 def read(settings: Settings, now_ms: int) -> dict[str, Any]:
-    """Returns the sections of Kafka, registry, stores, disks, validation and experiments.
-
-    Args:
-        settings: The loop's settings.
-        now_ms: Wall clock.
-    """
+    """Returns the sections of Kafka, registry, stores, disks, validation and experiments."""
     kafka = kafka_lag(settings)
     return {
         "kafka": kafka,
@@ -61,12 +56,7 @@ def read(settings: Settings, now_ms: int) -> dict[str, Any]:
 
 
 def measured(settings: Settings, scrapes: Mapping[str, Scrape]) -> dict[str, Any]:
-    """Returns the sections that come from the processes' metrics.
-
-    Args:
-        settings: The loop's settings.
-        scrapes: Metrics by process.
-    """
+    """Returns the sections that come from the metrics of the processes."""
     return {
         "parity": parity(scrapes["applier"]),
         "quality": quality(scrapes["trainer"]),
@@ -494,12 +484,7 @@ def churn_text(found: Mapping[str, Any]) -> Text:
 
 
 def segments(settings: Settings, scrapes: Mapping[str, Scrape]) -> dict[str, Any] | None:
-    """Returns each segment with its size, and the progress of their keeper; None if no segment is configured.
-
-    Args:
-        settings: Settings of the loop.
-        scrapes: Metrics by process, including the keeper's.
-    """
+    """Returns each segment with its size, and the progress of their process; None if no segment is configured."""
     texts, keeper = texts_of(settings), scrapes.get(SEGMENTS)
     if not texts or keeper is None:
         return None
@@ -518,7 +503,7 @@ def segments(settings: Settings, scrapes: Mapping[str, Scrape]) -> dict[str, Any
 
 
 def segments_text(found: Mapping[str, Any]) -> Text:
-    """Formats segments and the progress of their keeper.
+    """Formats segments and the progress of their process.
 
     >>> found = {"problem": "", "lag": 2.0, "waiting": 0.0, "sweep_s": 41.0, "behind": ""}
     >>> found["segments"] = [{"name": "sporty", "users": 1200, "expression": "..."}, {"name": "idle", "users": 0, "expression": "..."}]

@@ -1,7 +1,7 @@
-"""Serving on one host: starts the applier and the workers, and stops them together.
+"""Serving on one host: starts the applier and the workers, and stops them together: `springtide serve`.
 
-`python -m deploy.serve [flags]`. SIGTERM and SIGINT stop all processes. If one dies by itself, the others are stopped
-and this process ends with status 1, so that its supervisor restarts the whole host.
+If one process dies by itself, the others are stopped and this process ends with status 1, so that its supervisor
+restarts the whole host.
 """
 
 from __future__ import annotations

@@ -1,16 +1,9 @@
-"""Reports what runs and how well: `springtide status`.
+"""Reports what runs and how well: `springtide status [-o json] [--watch | --wait-for CONDITION]`.
 
-    python -m deploy.status [-o json] [--watch | --wait-for CONDITION]
+Each part is queried separately, so an unreachable part does not hide the others. Rates cover the seconds that a
+reading takes. Quantiles cover the time since each process started, and with `--watch` the last minute.
 
-Each part is queried separately, so an unreachable part does not hide the others. Rates cover the
-seconds that a reading takes. Quantiles cover the time since each process started, and with
-`--watch` the last minute.
-
-`--wait-for` polls the running loop and reports what is still missing. A poll costs some
-milliseconds, for `well` as much as a whole report; a part that does not answer counts as missing.
-
-For the clicks, the report compares Kafka's ends of partitions with the offsets that the stream has
-committed.
+`--wait-for` polls the running loop until a condition holds. A part that does not answer counts as missing.
 """
 
 from __future__ import annotations
@@ -61,12 +54,7 @@ not."""
 
 
 class Condition(NamedTuple):
-    """One condition.
-
-    Attributes:
-        meaning: What holds then, in words.
-        missing: Looks.
-    """
+    """A condition: its meaning in words, and what polls it."""
 
     meaning: str
     missing: Missing
@@ -82,7 +70,7 @@ def wait(
     """Waits for a condition, see `condition_of`; returns the seconds that it took.
 
     Raises:
-        SpringtideError: It did not come in time; with what was missing.
+        SpringtideError: It did not hold in time; the message says what was missing.
     """
     began_s = clock()
     condition = condition_of(name)
@@ -115,7 +103,7 @@ def well(settings: Settings) -> str:
 
 
 def caught_up(settings: Settings) -> str:
-    """The trainer works in control's epoch and has learned again what a rollback took back."""
+    """The trainer works in control's epoch and has relearned the clicks of a rollback."""
     registry, control = _control(settings)
     trainer = scrape.scrape({"trainer": scrape.urls(settings)["trainer"]})["trainer"]
     if trainer.problem:
@@ -160,7 +148,7 @@ def _applier(settings: Settings) -> scrape.Scrape:
 
 
 def _unlike(registry: Registry, control: Control, applier: scrape.Scrape) -> str:
-    """In what answers differ from what control wants."""
+    """Returns how answers differ from what control requires; empty if they do not."""
     if applier.problem:
         return applier.problem
     version, epoch = (applier.value(f"springtide_serving_{name}") or 0.0 for name in ("version", "epoch"))
@@ -197,7 +185,7 @@ CONDITIONS: Mapping[str, Condition] = {
 
 
 def condition_of(text: str) -> Condition:
-    """The condition that an operator wrote: one of `CONDITIONS`, or one of `NUMBERS` with = or >= and a number.
+    """Returns the condition that an operator wrote: one of `CONDITIONS`, or one of `NUMBERS` with = or >= and a number.
 
     >>> condition_of("answers=176").meaning
     'answers is 176'
@@ -274,7 +262,7 @@ FIGURES: Mapping[str, Sequence[tuple[str, str]]] = {
 
 
 def processes(scrapes: Mapping[str, Scrape], up_s: Mapping[str, float]) -> dict[str, dict[str, Any]]:
-    """Per process whether it answers, why not, since when it is up, and its figures.
+    """Returns by process whether it answers, why not, since when it is up, and its figures.
 
     >>> processes({"worker": Scrape(problem="refused")}, {})["worker"]
     {'answers': False, 'problem': 'refused', 'up_s': None, 'figures': {}}
@@ -297,12 +285,7 @@ def _figure(scraped: Scrape, series: str) -> float | None:
 
 
 def take(settings: Settings, between_s: float = BETWEEN_S) -> Snapshot:
-    """Returns a snapshot with all sections, whatever of the loop runs.
-
-    Args:
-        settings: The loop's settings.
-        between_s: Minimum time between the two polls that the rates come from.
-    """
+    """Returns a snapshot with all sections; the two polls for the rates are at least `between_s` apart."""
     poller, begin_s = Poller(settings, spread_s=None), time.monotonic()
     first = poller.poll()
     # The other parts are queried between the two polls.
@@ -349,14 +332,7 @@ def as_text(settings: Settings, snapshot: Snapshot) -> str:
 
 
 def watch(settings: Settings, screen: Screen, stop: Callable[[], bool], wait: Callable[[float], object]) -> None:
-    """Rewrites the figures until it is stopped.
-
-    Args:
-        settings: The loop's settings.
-        screen: Takes the view.
-        stop: Whether to stop.
-        wait: Waits a number of seconds, or until the stop.
-    """
+    """Redraws the figures until it is stopped; `wait` waits a number of seconds, or until the stop."""
     poller = Poller(settings)
     while not stop():
         snapshot = poller.poll()

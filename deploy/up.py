@@ -1,4 +1,4 @@
-"""Runs the whole loop on one machine: `python -m deploy.up`, `springtide up`, `make run`.
+"""Runs the whole loop on one machine: `springtide up`, `make run`.
 
 1. Check Python, the state directory's lock, disk and ports.
 2. Create the salt.
@@ -71,12 +71,7 @@ class Signals:
 
 
 class AcceptedLosses(NamedTuple):
-    """The data losses that the operator accepts, as arguments for the processes that meet them.
-
-    Attributes:
-        stream: Arguments of the stream.
-        trainer: Arguments of the trainer.
-    """
+    """The data losses that the operator accepts, as arguments for stream and trainer."""
 
     stream: Sequence[str] = ()
     trainer: Sequence[str] = ()

@@ -1,15 +1,12 @@
 """Receives Alertmanager notifications over HTTP and pins serving to the last good version: `springtide webhook`.
 
-`deploy/prometheus/README.md` shows how to configure both ends.
-The notification format is version 4 of Alertmanager's webhook JSON:
+`deploy/prometheus/README.md` shows how to configure both ends. The format is version 4 of Alertmanager's webhook JSON:
 https://prometheus.io/docs/alerting/latest/configuration/#webhook_config
 
-A firing alert pins serving to the newest version that existed before the alert began. A decision
-that an operator made is not changed. A resolved alert changes nothing: an operator checks first and
-then lets serving follow the newest version again.
+A firing alert pins serving to the newest version from before the alert. It never changes what an operator decided.
+A resolved alert changes nothing: an operator checks first and then lets serving follow the newest version again.
 
-Only POST on one path changes anything. It always needs a token of the role `operate`, even where
-read requests need no token.
+Only POST on one path changes anything. It always needs a token of the role `operate`.
 """
 
 from __future__ import annotations
@@ -72,13 +69,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Notification:
-    """The alert of a notification that began first.
-
-    Attributes:
-        alert: Its name.
-        began_ms: When it began to fire.
-        summary: Its text.
-    """
+    """The alert of a notification that began first; `summary` is its text."""
 
     alert: str
     began_ms: int
@@ -86,7 +77,7 @@ class Notification:
 
 
 def firing(body: bytes) -> Notification | None:
-    """The first of the alerts that fire; None where all are resolved.
+    """Returns the earliest alert that fires; None if all are resolved.
 
     >>> one = {"status": "firing", "labels": {"alertname": "A"}, "annotations": {}, "startsAt": "2026-05-01T00:00:00Z"}
     >>> firing(orjson.dumps({"version": "4", "alerts": [one]}))
@@ -130,16 +121,11 @@ def _alert(found: Any, number: int) -> Notification | None:
 
 
 def pin_before(registry: Registry, notification: Notification, now_ms: int) -> str:
-    """Pins serving and returns what was done; a repeated call changes nothing. Durable when it returns.
-
-    Args:
-        registry: Where versions and control are.
-        notification: The alert.
-        now_ms: Wall clock.
+    """Pins serving to a version from before an alert; returns what was done. Idempotent; durable when it returns.
 
     Raises:
         UnknownVersion: No such version is kept.
-        ControlConflict: Somebody else changed control meanwhile; Alertmanager asks again by itself.
+        ControlConflict: Another client changed control in the meantime; Alertmanager repeats the notification.
         RegistryError: There is no control yet.
     """
     control = current(registry)
@@ -161,12 +147,7 @@ def pin_before(registry: Registry, notification: Notification, now_ms: int) -> s
 
 
 class Webhook:
-    """The ASGI application: takes notifications on one path, with a token of the role `operate`.
-
-    Args:
-        settings: Where the registry is.
-        tokens: The tokens of both roles.
-        now_ms: Wall clock.
+    """The ASGI application: accepts notifications on one path, with a token of the role `operate`.
 
     Attributes:
         draining: Whether the process is about to end.
@@ -200,7 +181,6 @@ class Webhook:
         return Response(200, encode({"done": await asyncio.to_thread(self._act, body)}))
 
     def _act(self, body: bytes) -> str:
-        """Does what a notification asks for; returns what was done."""
         found = firing(body)
         if found is None:
             return "resolved; nothing was changed: `springtide follow` lets answers follow again"

@@ -29,11 +29,7 @@ _PR_SET_PDEATHSIG = 1
 def die_with(parent: int, by: signal.Signals = signal.SIGKILL) -> Callable[[], None]:
     """Returns a function that binds a child to its parent; the child calls it between fork and exec, or later.
 
-    The kernel then ends the child when the parent's thread that started it ends.
-
-    Args:
-        parent: The parent's process id.
-        by: The signal that ends the child.
+    The kernel then ends the child with the signal `by` when the parent's thread that started it ends.
     """
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 
@@ -48,12 +44,7 @@ def die_with(parent: int, by: signal.Signals = signal.SIGKILL) -> Callable[[], N
 
 
 def end(process: subprocess.Popen[bytes], timeout_s: float) -> None:
-    """Ends a child and waits for it: SIGTERM, then SIGKILL after the timeout. The child may have ended before.
-
-    Args:
-        process: The child.
-        timeout_s: How long it may take to end after SIGTERM.
-    """
+    """Ends a child and waits for it: SIGTERM, then SIGKILL after the timeout. The child may have ended before."""
     process.terminate()
     try:
         process.wait(timeout_s)

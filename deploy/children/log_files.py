@@ -83,12 +83,7 @@ class LogFile:
 
 
 class LogPump:
-    """Reads the pipes of all children into their logs.
-
-    Args:
-        most_bytes: Maximum size of one file.
-        older: How many full files of each child are kept.
-    """
+    """Reads the pipes of all children into their logs, each with `older` full files of at most `most_bytes`."""
 
     def __init__(self, most_bytes: int, older: int) -> None:
         self._most_bytes, self._older = most_bytes, older
@@ -124,7 +119,6 @@ class LogPump:
                 self.catch_up()
 
     def _read(self, key: selectors.SelectorKey) -> bool:
-        """Reads a pipe once; returns False if there was nothing to read."""
         try:
             said = os.read(key.fd, READ_BYTES)
         except BlockingIOError:

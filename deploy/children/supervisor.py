@@ -225,7 +225,6 @@ class Supervisor:
             os.close(log)
 
     def _last_line(self, name: str) -> str:
-        """Returns the last line that a process logged."""
         self._pump.catch_up()
         return last_line(self.log_path(name))
 
@@ -243,11 +242,10 @@ class Supervisor:
             child.told = line
 
     def _may_start(self, child: _Child) -> bool:
-        """Returns whether the process has work and no pending remedy; starts the remedy if there is one."""
         return (child.plan.wanted is None or child.plan.wanted()) and self._is_cured(child)
 
     def _is_cured(self, child: _Child) -> bool:
-        """Returns whether no remedy is pending; starts the remedy if there is one."""
+        """Whether no remedy is pending; starts the remedy if there is one."""
         if child.remedy is None:
             return True
         cure = self._children.get(child.remedy.name)
@@ -283,7 +281,6 @@ class Supervisor:
         self._fail(child, f"{plan.name} died ({how(status)}): {last}", last)
 
     def _fail(self, child: _Child, what: str, last_line: str = "") -> None:
-        """Counts and reports a death, and schedules the next start."""
         name = child.plan.name
         child.backoff = child.backoff.after(self._clock() - child.started_at, last_line)
         child.start_at = self._clock() + child.backoff.wait_s

@@ -1,12 +1,8 @@
-"""Serves the operator's console over HTTP: `python -m deploy.console.server [flags]`, `springtide console`.
+"""Serves the operator's console over HTTP: `springtide console`; `springtide up` starts it too.
 
-`springtide up` starts it too. It is its own process and not part of a serving worker. It reads the
-registry and Kafka, changes control, and may block for seconds, which must not delay answers to
-users.
-
-The ASGI application authorizes requests, answers them and reports errors. It logs no request path,
-because a path may contain a user id. It answers these read requests; `steering.py` has those that
-change something:
+It is its own process and not part of a serving worker: it reads the registry and Kafka, changes control, and may block
+for seconds, which must not delay answers to users. It logs no request path, because a path may contain a user id. It
+answers these read requests; `steering.py` has those that change something:
 
     GET /                   the page, and each file of `static`; all are read once and nothing is loaded from elsewhere
     GET /api/session
@@ -17,8 +13,8 @@ change something:
     GET /api/masks
     GET /api/profiles/{user_id}?label=    one user's profile, with an explanation
 
-Access control uses tokens and origins, not cookies. So a browser never sends anything on its own
-that another page could use. A request that changes something must
+Access control uses tokens and origins, not cookies, so a browser never sends anything on its own that another page
+could use. A request that changes something must
 
 - carry a token of the role `operate` in a header,
 - declare a JSON body, which an HTML form cannot,
@@ -121,7 +117,7 @@ class RequestGuard:
     """Authorizes requests, or refuses them with a reason.
 
     Args:
-        tokens: Of both roles.
+        tokens: The tokens of both roles.
         open_to_read: Whether every client that reaches the port may read.
     """
 
@@ -129,7 +125,7 @@ class RequestGuard:
         self._tokens, self.open_to_read = tokens, open_to_read
 
     def require(self, scope: Scope, endpoint: Endpoint) -> None:
-        """Lets through who may ask for this.
+        """Authorizes one request.
 
         Raises:
             Unauthorized: A token is required, and the request has none or an unknown one.
@@ -142,7 +138,7 @@ class RequestGuard:
             self._tokens.require(header(scope, b"authorization"), endpoint.role)
 
     def role(self, scope: Scope) -> str:
-        """The role of a request's token: `operate`, `read`, or nothing."""
+        """Returns the role of a request's token: `operate`, `read`, or nothing."""
         for role in (OPERATE, READ):
             try:
                 self._tokens.require(header(scope, b"authorization"), role)
@@ -162,7 +158,7 @@ def open_to_read(settings: Settings) -> bool:
 
 
 def require_own_page(scope: Scope) -> None:
-    """Refuses what a browser sends for another page.
+    """Refuses a request that a browser sends for another page.
 
     Raises:
         Forbidden: It does.
@@ -177,34 +173,25 @@ def require_own_page(scope: Scope) -> None:
 
 
 class SeriesParameters(msgspec.Struct, forbid_unknown_fields=True):
-    """Of the curves: those behind a moment, ms since 1970."""
+    """Parameters of the curves: the points after a moment, ms since 1970."""
 
     after_ms: int = 0
 
 
 class ListParameters(msgspec.Struct, forbid_unknown_fields=True):
-    """Of a list: how many of the newest."""
+    """Parameters of a list: how many of the newest."""
 
     last: Annotated[int, msgspec.Meta(ge=1, le=500)] = 40
 
 
 class ProfileLookup(msgspec.Struct, forbid_unknown_fields=True):
-    """The category of a profile that is explained; the first one if none is named."""
+    """Parameters of a profile: the category to explain; the first one if none is named."""
 
     label: str = ""
 
 
 class Reading:
-    """The endpoints that read.
-
-    Args:
-        settings: Of the system.
-        watch: Knows the loop.
-        guard: Knows roles.
-        lately: Lists read lately.
-        stores: Held while a store is open.
-        now_ms: Wall clock.
-    """
+    """The endpoints that read; `stores` is held while a store is open."""
 
     def __init__(
         self,
@@ -219,7 +206,7 @@ class Reading:
         self._lately, self._stores, self._now_ms = lately, stores, now_ms
 
     def endpoints(self) -> list[Endpoint]:
-        """What is offered."""
+        """Returns the endpoints."""
         lists = [
             Endpoint(name, METHODS, f"/api/{name}", self._list, parameters=ListParameters)
             for name in ("versions", "history")
@@ -259,7 +246,7 @@ class Reading:
         return self._lately.of(tuple(words), KEEP_S[words[0]], read)
 
     async def _profile(self, request: Request) -> Response:
-        """As serving answers; the user's id is passed on and kept nowhere."""
+        """Returns what serving answers; the user's id is passed on and stored nowhere."""
         user_id, label = request.path["user_id"], request.parameters(ProfileLookup).label
         return await asyncio.to_thread(self._looked_up, quote(user_id, safe=""), label)
 
@@ -282,7 +269,7 @@ class Reading:
 
 
 def endpoints(folder: Path = STATIC) -> list[Endpoint]:
-    """One for each file; `index.html` is the page itself.
+    """Returns one endpoint for each static file; `index.html` is the page itself.
 
     >>> [one.path for one in endpoints()][0]
     '/'
@@ -312,14 +299,9 @@ def _endpoint(name: str, path: Path) -> Endpoint:
 class Console:
     """The ASGI application.
 
-    Args:
-        settings: Of the system.
-        guard: Lets requests in.
-        now_ms: Wall clock.
-
     Attributes:
         watch: Collects the loop's figures; the caller that runs the application starts it.
-        endpoints: What is offered.
+        endpoints: All endpoints.
         draining: Whether the process is about to end: answers then end their connections.
     """
 
@@ -340,7 +322,7 @@ class Console:
         self._say = SaidOnce(_log.warning)
 
     def count_refused(self, reason: str) -> None:
-        """Says once that something was refused at the door, and why."""
+        """Logs once that a connection or request was refused, and why."""
         self._say(f"a connection or request was refused: {reason}")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -368,7 +350,7 @@ class Console:
 
 
 def outcome(status: int) -> str:
-    """What metrics call a status of HTTP.
+    """Returns the label of an HTTP status in metrics.
 
     >>> [outcome(status) for status in (200, 304, 403, 409, 503)]
     ['answered', 'answered', 'refused', 'refused', 'failed']
@@ -377,7 +359,7 @@ def outcome(status: int) -> str:
 
 
 def access_of(settings: Settings) -> tuple[Access, RequestGuard]:
-    """How the console lets in: by serving's certificate and tokens, which are made where they are missing.
+    """Returns the console's access control: serving's certificate and tokens, which are created if they are missing.
 
     Raises:
         SettingsError: The files that the settings name cannot be used.
@@ -391,10 +373,10 @@ def access_of(settings: Settings) -> tuple[Access, RequestGuard]:
 
 
 def run(settings: Settings) -> None:
-    """Answers until SIGTERM or SIGINT.
+    """Serves until SIGTERM or SIGINT.
 
     Raises:
-        PortTaken: Somebody listens on the port.
+        PortTaken: The port is in use.
         SettingsError: There is no port, or files cannot be used.
     """
     port, host = settings.console.port, settings.console.host

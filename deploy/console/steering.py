@@ -1,13 +1,11 @@
-"""Handles the console's requests that change something.
-
-Each call runs one of the operator's commands, with a reason, on control as the page showed it.
+"""Handles the console's requests that change something. Each runs one of the operator's commands, with a reason.
 
     POST /api/plan       what a rollback would do; changes nothing
     POST /api/rollback   executes a plan that was shown
     POST /api/pin /api/follow /api/hold /api/release /api/pause /api/resume /api/unmask
 
-Plans of rollbacks are kept in memory. A rollback executes only a plan that was shown, and only
-while control is the same as when it was shown.
+Plans of rollbacks are kept in memory. A rollback executes only a plan that was shown, and only while control is the
+same as when it was shown.
 """
 
 from __future__ import annotations
@@ -91,9 +89,6 @@ def status_of(error: SpringtideError) -> int:
 class ReadCache:
     """Cache of recently read values; thread-safe.
 
-    Args:
-        clock_s: Monotonic seconds.
-
     >>> now_s = [0.0]
     >>> lately, numbers = ReadCache(lambda: now_s[0]), iter(range(9))
     >>> [lately.of("versions", 2.0, lambda: next(numbers)) for _ in range(2)]
@@ -132,8 +127,8 @@ class ShownPlan:
     """A rollback as it was shown.
 
     Attributes:
-        words: The command without reason and name, all of its times written out.
-        version: The version gone back to.
+        words: The command without reason and name, with all of its times written out.
+        version: The version to roll back to.
         shown_s: When, monotonic seconds.
     """
 
@@ -143,22 +138,14 @@ class ShownPlan:
 
 
 class ShownPlans:
-    """The plans of the last quarter of an hour, by digest. Only the event loop's thread may ask.
-
-    Args:
-        clock_s: Monotonic seconds.
-    """
+    """The plans of the last quarter of an hour, by digest. Use it only in the event loop's thread."""
 
     def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
         self._clock_s = clock_s
         self._plans: OrderedDict[str, ShownPlan] = OrderedDict()
 
     def add(self, words: Sequence[str], plan: Mapping[str, Any]) -> str:
-        """Keeps one; returns its digest.
-
-        Args:
-            words: See `ShownPlan`.
-            plan: The plan's document.
+        """Stores a plan and the words of its command; returns its digest.
 
         >>> plans = ShownPlans(lambda: 0.0)
         >>> digest = plans.add(["rollback", "--to=3"], {"to": 3})
@@ -173,11 +160,7 @@ class ShownPlans:
         return digest
 
     def take(self, digest: str, confirmed: int) -> ShownPlan:
-        """The plan of a digest.
-
-        Args:
-            digest: Of `add`.
-            confirmed: The version that the operator types once more.
+        """Returns the plan of a digest; the operator confirms the version by typing it again.
 
         Raises:
             ControlConflict: No such plan was shown recently, or it rolls back to another version.
@@ -194,7 +177,7 @@ class ShownPlans:
 
 
 class PlanWanted(msgspec.Struct, forbid_unknown_fields=True):
-    """Where to go back to, and what to leave out, as `springtide rollback` has it."""
+    """The target of a rollback and what to exclude, as in `springtide rollback`."""
 
     to: Number | None = None
     before: str = ""
@@ -206,7 +189,7 @@ class PlanWanted(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Change(msgspec.Struct, forbid_unknown_fields=True):
-    """A change of control: the generation that was shown, why, and who asks."""
+    """A change of control: the generation that was shown, the reason, and the operator's name."""
 
     generation: Number
     reason: str
@@ -214,7 +197,7 @@ class Change(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class RollbackWanted(msgspec.Struct, forbid_unknown_fields=True):
-    """A plan's digest, its version once more, why, and who asks."""
+    """A plan's digest, its version once more, the reason, and the operator's name."""
 
     plan: str
     confirm: Number
@@ -223,13 +206,13 @@ class RollbackWanted(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class PinWanted(Change):
-    """Likewise, of one version."""
+    """A pin to a version."""
 
     version: Number = msgspec.field(default=0)
 
 
 class UnmaskWanted(Change):
-    """Likewise, of some masks."""
+    """The removal of masks."""
 
     masks: Annotated[list[Number], msgspec.Meta(max_length=1000)] = []
 
@@ -246,12 +229,7 @@ EXAMPLES: dict[type, str] = {
 class Steering:
     """The endpoints that change something, and the plan.
 
-    Args:
-        settings: Of the system.
-        lately: Lists read lately, which a change makes old.
-        stores: Held while a store is open.
-        changed: Called after a change, in the thread that made it.
-        now_ms: Wall clock.
+    `stores` is held while a store is open. `changed` is called after a change, in the thread that made it.
     """
 
     def __init__(
@@ -267,7 +245,7 @@ class Steering:
         self._plans = ShownPlans()
 
     def endpoints(self) -> list[Endpoint]:
-        """What is offered."""
+        """Returns the endpoints."""
         bodies: dict[str, type[msgspec.Struct]] = {
             **dict.fromkeys(("follow", *SWITCHES), Change),
             "pin": PinWanted,
@@ -284,7 +262,6 @@ class Steering:
         ]
 
     async def _plan(self, request: Request) -> Response:
-        """The plan, its digest, and the generation that it is for."""
         wanted: PlanWanted = await request.document()
         generation, words, plan = await asyncio.to_thread(self._planned, wanted)
         digest = self._plans.add([*words, f"--to={plan['to']}"], plan)
@@ -333,17 +310,13 @@ class Steering:
 
 
 def words_of(wanted: PlanWanted, now_ms: int) -> list[str]:
-    """A rollback's words without its target, each time written out, so that they mean the same later.
-
-    Args:
-        wanted: What is wanted.
-        now_ms: Wall clock.
+    """Returns the words of a rollback without its target. Times are written out, so that they mean the same later.
 
     >>> words_of(PlanWanted(skip=["0:5-9"], minutes=1, mode="exact"), 1_800_000_000_000)
     ['rollback', '--mode=exact', '--skip=0:5-9', '--skip-time=1799999940000..1800000000000']
 
     Raises:
-        SettingsError: It is not a time.
+        SettingsError: A time has an invalid form.
     """
     times = [parse_times(text, now_ms) for text in wanted.skip_time]
     if wanted.minutes is not None:
@@ -360,7 +333,7 @@ def checked(text: str, what: str, longest: int) -> str:
     'bots clicked'
 
     Raises:
-        BadRequest: It is empty, too long, or has what cannot be shown.
+        BadRequest: It is empty, too long, or not printable.
     """
     text = text.strip()
     if not text or len(text) > longest or not text.isprintable():

@@ -97,7 +97,6 @@ def experiment(settings: Settings, asked: argparse.Namespace, now_ms: int, say: 
 
 
 def _result(settings: Settings, asked: argparse.Namespace, by: By) -> tuple[Any, str]:
-    """Runs a command; returns its result as JSON values and as text."""
     verb, name, experiments = asked.what, asked.name, Experiments(settings)
     if verb == "status":
         found = [one for one in status.look(settings, by.now_ms) if name in ("", one["name"])]

@@ -86,13 +86,7 @@ def hosted(experiments: Experiments) -> str | None:
 
 
 def run(settings: Settings, registry: CollectorRegistry, stop: threading.Event) -> None:
-    """Runs the processes without `springtide up` until `stop` is set; call it from the main thread.
-
-    Args:
-        settings: Settings of the loop.
-        registry: Where metrics are registered.
-        stop: Ends this process and its children.
-    """
+    """Runs the processes without `springtide up` until `stop` is set; call it from the main thread."""
     from deploy.experiments.status import ExperimentCollector
 
     registry.register(ExperimentCollector(settings))

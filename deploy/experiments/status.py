@@ -40,10 +40,6 @@ UNWATCHED_S = 60.0
 def look(settings: Settings, now_ms: int) -> list[dict[str, Any]]:
     """Returns all experiments as JSON values, the newest last.
 
-    Args:
-        settings: Settings of the loop.
-        now_ms: Wall clock.
-
     Raises:
         RegistryError: The document is damaged.
     """
@@ -110,7 +106,6 @@ def _rollout(experiment: Experiment, report: RolloutReport | None, now_ms: int) 
 
 
 def _judged_ms(experiment: Experiment, report: RolloutReport | None) -> int:
-    """Returns when the rollout was last judged or changed, wall clock ms."""
     return max(experiment.newest.at_ms, 0 if report is None else report.judged_ms)
 
 
@@ -218,12 +213,7 @@ def _nats(value: float | None) -> str:
 
 
 def look_at_retrain(settings: Settings, now_ms: int) -> dict[str, Any] | None:
-    """Returns the schedule and the newest retrain; None if there is no schedule and never was one.
-
-    Args:
-        settings: Settings of the loop.
-        now_ms: Wall clock.
-    """
+    """Returns the schedule and the newest retrain; None if there is no schedule and never was one."""
     try:
         schedule = Experiments(settings).document().schedule
     except SpringtideError as error:
@@ -260,11 +250,7 @@ def retrain_as_text(found: Mapping[str, Any]) -> tuple[str, str]:
 
 
 class ExperimentCollector(Collector):
-    """Exports the comparison of running experiments, the reported rollout, and the retrain schedule at each scrape.
-
-    Args:
-        settings: Settings of the loop.
-    """
+    """Exports the comparison of running experiments, the reported rollout, and the retrain schedule at each scrape."""
 
     def __init__(self, settings: Settings) -> None:
         self._experiments = Experiments(settings)

@@ -54,12 +54,9 @@ OPENED = (
 
 
 def configuration(settings: FlinkSettings, directory: Path, rpc_port: int) -> str:
-    """Returns `config.yaml` of a cluster: the fixed part, then the paths, addresses and sizes of this cluster.
+    """Returns `config.yaml` of a cluster: the fixed part, then its paths, addresses and sizes.
 
-    Args:
-        settings: Ports and sizes.
-        directory: Directory of the cluster.
-        rpc_port: Port on which TaskManagers reach the JobManager.
+    TaskManagers reach the JobManager on `rpc_port`.
     """
     own: dict[str, object] = {
         "state.checkpoints.dir": (directory / CHECKPOINTS).absolute().as_uri(),
@@ -98,12 +95,7 @@ def process_plans(
 ) -> list[ProcessPlan]:
     """Returns all processes in start order; the latest started is stopped first.
 
-    Args:
-        settings: Ports and sizes.
-        directory: Directory of the cluster.
-        jar: Class path of every Java process.
-        java: The Java executable.
-        python: The interpreter of the worker pool.
+    `jar` is the class path of every Java process, and `python` the interpreter of the worker pool.
     """
     conf = ("--configDir", str(directory / CONFIGURATION))
 
@@ -176,13 +168,6 @@ def run(settings: Settings, jar: Path, say: Say, stop: Callable[[], bool], hurry
     4. Restarts processes that die.
     5. Ends jobs by savepoint, then the processes, the latest started first.
 
-    Args:
-        settings: Settings of the cluster, and of the stream whose workers run in it.
-        jar: Class path of every Java process.
-        say: Receives a line for the operator.
-        stop: Returns whether the operator asked to stop.
-        hurry: Returns whether the operator asked again.
-
     Raises:
         SpringtideError: The cluster does not start; none of its processes is left running.
     """
@@ -252,11 +237,7 @@ def _supervisor(settings: Settings, directory: Path, say: Say) -> Supervisor:
 
 
 def _wait_until_up(settings: Settings, manager: JobManager, supervisor: Supervisor, stop: Callable[[], bool]) -> bool:
-    """Returns True once a job can be submitted, False if the operator stops the cluster before.
-
-    Raises:
-        FlinkFailed: The cluster is not ready within `START_S`.
-    """
+    """Returns True once a job can be submitted, False if the operator stops the cluster before."""
     deadline_s = time.monotonic() + START_S
     while missing := _missing(settings, manager):
         if stop():
@@ -284,12 +265,6 @@ def _missing(settings: Settings, manager: JobManager) -> str:
 def end_jobs(manager: JobManager, say: Say, savepoint: bool = True, hurry: Callable[[], bool] = lambda: False) -> None:
     """Ends all jobs and reports what each can be resumed from; a job without a savepoint is cancelled.
 
-    Args:
-        manager: The JobManager of the jobs.
-        say: Receives lines for the operator.
-        savepoint: Whether to make savepoints.
-        hurry: Returns whether to stop waiting.
-
     Raises:
         FlinkFailed: The JobManager does not answer.
     """
@@ -316,11 +291,6 @@ def end_jobs(manager: JobManager, say: Say, savepoint: bool = True, hurry: Calla
 
 
 def _savepoint(manager: JobManager, job: str, hurry: Callable[[], bool]) -> str:
-    """Makes a savepoint and returns its path.
-
-    Raises:
-        FlinkFailed: The savepoint failed, or was not ready within `SAVEPOINT_S`.
-    """
     request, deadline_s = manager.begin_savepoint(job), time.monotonic() + SAVEPOINT_S
     while not (path := manager.savepoint(job, request)):
         if hurry() or time.monotonic() >= deadline_s:

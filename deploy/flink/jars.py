@@ -46,12 +46,7 @@ def java() -> str:
 
 
 def merged_jar(say: Callable[[str], None], directory: Path | None = None, lock: Path = LOCK) -> Path:
-    """Returns the path of the merged jar; creates the jar if it is missing or damaged.
-
-    Args:
-        say: Receives lines of progress.
-        directory: Where to store the merged jar; default the user's cache.
-        lock: The lock file, which names the jars to merge.
+    """Returns the path of the merged jar in `directory`, by default the user's cache; creates it if missing or damaged.
 
     Raises:
         FlinkFailed: A jar cannot be fetched or has another digest, or there is no room for the merged one.
@@ -83,11 +78,7 @@ def merged_jar(say: Callable[[str], None], directory: Path | None = None, lock: 
 
 
 def merge(paths: Sequence[Path], target: Path) -> None:
-    """Merges jars: of several files with one name the first wins, and lists of services are joined.
-
-    Args:
-        paths: The jars, in the order of a class path.
-        target: The jar to write.
+    """Merges jars, in the order of a class path: the first file of a name wins, and lists of services are joined.
 
     Raises:
         OSError: A jar cannot be read, or the disk is full.

@@ -24,11 +24,7 @@ SHOWN_ENDED = 5
 def read(settings: Settings, url: str, now_ms: int, local: bool = True) -> dict[str, Any]:
     """Returns the state of a cluster as JSON values, even if only parts of it run.
 
-    Args:
-        settings: Settings of the local cluster.
-        url: URL of the JobManager.
-        now_ms: Wall clock.
-        local: Whether the other processes are on this machine too.
+    `local` says whether the processes other than the JobManager are on this machine too.
     """
     state: dict[str, Any] = {"url": url}
     running: set[str] = set()
@@ -65,12 +61,7 @@ def _problem(job: Job, free_slots: int, now_ms: int) -> str:
 
 
 def resumable(directory: Path, running: set[str]) -> dict[str, str]:
-    """Returns the newest savepoint, and the newest checkpoint of a job that does not run, if they exist.
-
-    Args:
-        directory: Directory of the cluster.
-        running: Jobs whose checkpoints are in use.
-    """
+    """Returns the newest savepoint, and the newest checkpoint of a job that does not run, if they exist."""
     checkpoints = (directory / CHECKPOINTS).glob("*/chk-*/_metadata")
     found = {
         "savepoint": list((directory / SAVEPOINTS).glob("*/_metadata")),

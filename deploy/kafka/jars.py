@@ -37,11 +37,7 @@ def locked(lock: Path = LOCK) -> dict[str, str]:
 
 
 def resolve(wanted: Mapping[str, str] | None = None, fetch: jars.Fetch | None = None) -> list[Path]:
-    """Returns the paths of all jars of the broker, after verifying their digests.
-
-    Args:
-        wanted: Digests by coordinates; default those of `locked`.
-        fetch: Finds or fetches a jar by its coordinates.
+    """Returns the paths of all jars of the broker, after verifying their digests; `fetch` finds or fetches one.
 
     Raises:
         KafkaFailed: A jar cannot be fetched, or fails its digest.

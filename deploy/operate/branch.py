@@ -31,13 +31,7 @@ FAR_AHEAD_MS = 3_900_000
 class ServingBranch:
     """The kept versions of the serving branch, oldest first. Searches are binary, because each manifest is a file.
 
-    Args:
-        registry: The registry with the versions.
-        control: The newest control generation.
-
     Attributes:
-        registry: The registry with the versions.
-        control: The newest control generation.
         newest: The newest version of control's epoch, or the epoch's base.
 
     Raises:
@@ -200,22 +194,15 @@ def newest_learned_ms(version: Manifest, wait_ms: int) -> int:
     """Returns an upper bound of the times of all rows that the version learned, of their events and labels, ms.
 
     Times more than `FAR_AHEAD_MS` ahead are ignored; otherwise one wrong clock would make every version look newer
-    than it is.
-
-    Args:
-        version: The version's manifest; release 0.1.0 recorded the newest event time only.
-        wait_ms: How long a row may wait for its label.
+    than it is. Release 0.1.0 recorded the newest event time only, so `wait_ms`, the time for which a row may wait for
+    its label, is added to it.
     """
     found = version.metrics.get(TOLD_MS)
     return version.event_time_ms + wait_ms if found is None else min(int(found), version.event_time_ms + FAR_AHEAD_MS)
 
 
 def described(version: Manifest) -> str:
-    """Describes a version by its number and creation time.
-
-    Args:
-        version: The version's manifest.
-    """
+    """Describes a version by its number and creation time."""
     return f"version {version.version} of {iso(version.created_at_ms)}"
 
 
@@ -251,10 +238,7 @@ def choose(branch: ServingBranch, target: Target, view: LogView | None) -> Manif
     3. A requested version must be clean. Without a request, take the newest clean version. The trainer must be able
        to continue from it.
 
-    Args:
-        branch: The serving branch.
-        target: The requested version; the newest clean version if it names none.
-        view: The training log; None if Kafka does not answer.
+    `view` is None if Kafka does not answer.
 
     Raises:
         UnknownVersion: The version is not kept, or its parts are not all available any more.

@@ -18,13 +18,9 @@ Say = Callable[[str], None]
 def current(registry: Registry, if_generation: int | None = None) -> Control:
     """Returns the newest control generation.
 
-    Args:
-        registry: The registry.
-        if_generation: The generation that the caller expects; None accepts any.
-
     Raises:
         RegistryError: There is no control yet.
-        ControlConflict: The generation is another one, because control has changed since the caller read it.
+        ControlConflict: It is not `if_generation`, because control has changed since the caller read it.
     """
     control = registry.control()
     if control is None:

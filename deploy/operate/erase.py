@@ -1,17 +1,14 @@
 """`springtide erase`: erases users, and reports with `--status` what still holds their data and until when.
 
 1. Remove the users' attributes from their topic, by the plain id.
-2. Determine the positions: the ends of the clicks' partitions, and all of topics that were read
-   before.
-3. Create the next control generation, which names pseudonyms and positions, with one exclusive
-   create.
+2. Determine the positions: the ends of the clicks' partitions, and all of topics that were read before.
+3. Create the next control generation, which names pseudonyms and positions, with one exclusive create.
 
-Serving, stream, trainer and compactor read that generation and erase. The plain id is written
-nowhere else: not to control, a log, or this command's output. If the command ends early, run it
-again.
+Serving, stream, trainer and compactor read that generation and erase. The plain id is written nowhere else: not to
+control, a log, or this command's output. If the command ends early, run it again.
 
-`--status` derives its report from control, versions, the processes' reports and the ends of topics.
-For a compacted topic the ends are not enough, so its records are read.
+`--status` derives its report from control, versions, the processes' reports and the ends of topics. For a compacted
+topic the ends are not enough, so its records are read.
 """
 
 from __future__ import annotations
@@ -63,16 +60,10 @@ NOT_OURS = (
 
 
 def first_left(log: Log, topic: str, whose: Whose, erased: Erased) -> int | None:
-    """The first erasure of which the topic has a record; None where it has none.
+    """Returns the first erasure of which the topic has a record; None if it has none.
 
-    A record from before the erasure counts, and so does any tombstone, because its key names
-    the user. Records that a returning user sent after the erasure do not count.
-
-    Args:
-        log: Where the topic is. All of it is read: some 5 s for a million users.
-        topic: Its name.
-        whose: Returns the pseudonym of a record's user.
-        erased: The erasures.
+    A record from before the erasure counts, and so does any tombstone, because its key names the user. Records that a
+    returning user sent after the erasure do not count. The whole topic is read: some 5 s for a million users.
 
     Raises:
         LogError: It cannot be read, or nothing came for half a minute.
@@ -92,12 +83,12 @@ def first_left(log: Log, topic: str, whose: Whose, erased: Erased) -> int | None
 
 @dataclass(frozen=True)
 class Holding:
-    """Something that still has, or may have, data of an erased user.
+    """A place that still has, or may have, data of an erased user.
 
     Attributes:
-        where: What it is.
+        where: The place.
         erasure: The first erasure that is not done there.
-        holds: What of the users it has.
+        holds: Which data of the users it has.
         until: When that is gone, in words.
     """
 
@@ -108,7 +99,7 @@ class Holding:
 
 
 def show(settings: Settings, registry: Registry, now_ms: int, output: str, say: Say) -> None:
-    """Prints the erasures and what still holds something.
+    """Prints the erasures and what still holds data.
 
     Raises:
         RegistryError: There is no control, or a generation of it is damaged.
@@ -137,7 +128,7 @@ def show(settings: Settings, registry: Registry, now_ms: int, output: str, say: 
 
 
 def erasure_document(erasure: Erasure, by: Control) -> dict[str, Any]:
-    """An erasure as JSON values; users are counted, not listed."""
+    """Returns an erasure as JSON values; users are counted, not listed."""
     return {
         "id": erasure.id,
         "generation": erasure.generation,
@@ -149,7 +140,7 @@ def erasure_document(erasure: Erasure, by: Control) -> dict[str, Any]:
 
 
 def holdings(settings: Settings, registry: Registry, control: Control, now_ms: int) -> list[Holding]:
-    """All that still holds something, as far as can be seen from here."""
+    """Returns all that still holds data, as far as can be seen from here."""
     if not control.erased:
         return []
     reports = {report.part: report for report in all_reports(registry)}
@@ -163,7 +154,7 @@ def holdings(settings: Settings, registry: Registry, control: Control, now_ms: i
 def of_versions(
     settings: Settings, registry: Registry, control: Control, compactor: ErasureReport | None
 ) -> list[Holding]:
-    """The trainer, and versions and bases of before."""
+    """Returns holdings of the trainer, and of versions and bases from before."""
     last, found = control.erased.last, list[Holding]()
     parts = [registry.manifest(version, "base") for version in registry.bases()]
     parts += [registry.manifest(version, "delta") for version in registry.deltas()]
@@ -182,10 +173,10 @@ def of_versions(
 
 
 def of_experiments(settings: Settings, control: Control) -> list[Holding]:
-    """The trainers of experiments and their versions: their own compactors remove rows, and the end of one removes all.
+    """Returns holdings of experiments: their own compactors remove rows, and the end of an experiment removes all.
 
     Raises:
-        RegistryError: What is there cannot be read.
+        RegistryError: An experiment's registry cannot be read.
     """
     found, experiments = list[Holding](), Experiments(settings)
     for name in experiments.open():
@@ -207,13 +198,12 @@ def _may_hold(part: Manifest, last: int) -> bool:
 
 
 def _expected(settings: Settings) -> list[str]:
-    """The directories on this host whose processes should report."""
     found = [str(path.parent) for path in layout.streams(settings.state_dir)]
     return found + ([str(settings.serving_dir)] if settings.serving_dir.is_dir() else [])
 
 
 def of_processes(reports: Sequence[ErasureReport], expected: Iterable[str], last: int) -> list[Holding]:
-    """Streams and serving hosts that have not erased yet, or have not reported it.
+    """Returns streams and serving hosts that have not erased yet, or have not reported it.
 
     >>> report = ErasureReport("stream-0", "h", "state/stream-0", through=2, pages=1, at_ms=0)
     >>> [(one.where, one.erasure, one.until) for one in of_processes([report], ["state/stream-0", "state/serving"], 2)]
@@ -237,7 +227,7 @@ def of_processes(reports: Sequence[ErasureReport], expected: Iterable[str], last
 
 
 def of_topics(settings: Settings, control: Control, now_ms: int) -> list[Holding]:
-    """Clicks, training log and attributes, by where their partitions begin now."""
+    """Returns holdings of clicks, training log and attributes, by where their partitions begin now."""
     kafka, partition, holdings = settings.kafka, settings.trainer.partition, list[Holding]()
     until = "Kafka compacts the topic, by its segment.ms and delete.retention.ms"
     try:
@@ -274,11 +264,7 @@ def of_topics(settings: Settings, control: Control, now_ms: int) -> list[Holding
 
 
 def _first_attributes(settings: Settings, log: Log, control: Control) -> int | None:
-    """The first erasure whose users the topic of attributes names, by their plain ids; None if it names none.
-
-    Raises:
-        LogError: It cannot be read.
-    """
+    """Returns the first erasure whose users the topic of attributes names, by their plain ids; None if it names none."""
     try:
         salt = load_salt(settings.salt_path, create=False)
     except MissingSalt:
@@ -295,7 +281,7 @@ def _first_attributes(settings: Settings, log: Log, control: Control) -> int | N
 
 
 def of_segments(key: bytes | None) -> int:
-    """The user of a record of the topic of memberships; 0 if the key is malformed.
+    """Returns the user of a record of the topic of memberships; 0 if the key is malformed.
 
     >>> of_segments(b"00000000000000ab:sporty"), of_segments(b"x")
     (171, 0)
@@ -309,7 +295,7 @@ def _has_clicks(erasure: Erasure, word: int, begins: Mapping[int, int]) -> bool:
 
 
 def _gone_by(erasure: Erasure, config: Mapping[str, str]) -> str:
-    """When a topic created by our plan has no records from before an erasure any more."""
+    """Returns when a topic created by our plan has no records from before an erasure any more."""
     kept_ms = int(config.get("retention.ms", -1))
     return (
         "its own retention" if kept_ms < 0 else f"its retention, {iso(erasure.at_ms + kept_ms)} as Springtide makes it"
@@ -317,7 +303,7 @@ def _gone_by(erasure: Erasure, config: Mapping[str, str]) -> str:
 
 
 def set_aside(settings: Settings, registry: Registry, control: Control) -> list[Holding]:
-    """Stores set aside as damaged, or replaced, before the newest erasure: no process opens them, so none erases in them."""
+    """Returns stores set aside as damaged, or replaced, before the newest erasure: no process opens them to erase."""
     places = [registry.path / name for name in (layout.VERSIONS, layout.BASES, layout.MERGED)]
     places += [settings.state_dir, *(path.parent for path in layout.streams(settings.state_dir)), settings.serving_dir]
     found = []
@@ -330,14 +316,14 @@ def set_aside(settings: Settings, registry: Registry, control: Control) -> list[
 
 
 def erase(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Does one erasure, or shows what still holds something of erased users.
+    """Erases users, or shows what still holds data of erased users.
 
     Raises:
         SettingsError: No users are named, or no reason; or their file cannot be read.
-        MissingSalt, SaltMismatch: The salt is gone, or is not the one of the stored pseudonyms.
+        MissingSalt, SaltMismatch: The salt is missing, or is not the one of the stored pseudonyms.
         RegistryError: There is no registry or no version yet.
         LogError: Kafka does not answer: nothing was changed.
-        ControlConflict: Somebody else changed control all the time.
+        ControlConflict: Other clients kept changing control.
     """
     registry = open_registry(settings)
     if asked.status:
@@ -393,7 +379,7 @@ def _newest(registry: Registry) -> Manifest:
 
 
 def take_attributes(settings: Settings, log: Log, plain: Sequence[str]) -> int:
-    """Sends a tombstone for each user into each partition of the attributes' topic: who wrote them chose which; returns how many users.
+    """Sends a tombstone for each user into each partition of the attributes' topic; returns how many users.
 
     Raises:
         LogError: The topic does not exist, or Kafka refused the record.
@@ -412,10 +398,10 @@ def take_attributes(settings: Settings, log: Log, plain: Sequence[str]) -> int:
 
 
 def places(settings: Settings, log: Log, newest: Manifest) -> list[tuple[int, int, int]]:
-    """(topic word, partition, next offset) of the clicks: their ends now, and all of topics that were read before.
+    """Returns (topic word, partition, next offset) of the clicks: their ends now, and all of topics that were read before.
 
     Raises:
-        LogError: Kafka does not answer, or the topic is not there.
+        LogError: Kafka does not answer, or the topic does not exist.
     """
     topic = settings.kafka.clicks_topic
     with log.topics() as topics:

@@ -19,9 +19,7 @@ ASK_KAFKA_S = 1.0
 def oldest(registry: Registry, reaches: Callable[[Manifest], bool]) -> Manifest | None:
     """Returns the oldest version of the newest one's branch that a rollback can return to; None if there is none.
 
-    Args:
-        registry: The registry with the versions.
-        reaches: Returns whether the training log is complete from a version on.
+    `reaches` returns whether the training log is complete from a version on.
     """
     numbers = registry.versions()
     with suppress(CorruptVersion, UnknownVersion):

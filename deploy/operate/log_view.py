@@ -34,7 +34,6 @@ STALLED_S = 30.0
 
 
 def open_log(settings: Settings) -> Log:
-    """Opens the log of these settings."""
     return Log(settings.kafka)
 
 
@@ -173,7 +172,7 @@ def first_hit(
         reader: Reads the training log.
         partition: Its partition.
         segments: The segments of the branch, oldest first, each with its masks at that time.
-        mask: What is masked now.
+        mask: The mask.
         exact: Whether to include rows that were not learned: events for histories only, and rows already masked.
 
     Raises:

@@ -1,18 +1,14 @@
 """`springtide rollback`: rolls the whole system back to a version, and trains on without the named clicks.
 
-1. Choose the version, or refuse and say what to do (`deploy/operate/branch.py`).
+1. Choose the version, or refuse and say what to do (`deploy/operate/branch.py`). Every file that makes up the version
+   is read and its digest compared.
 2. Create the next control generation, with one exclusive create.
 3. Wait until this host answers from that version, and report when it does.
-4. Count the rest of the plan in the training log, report it, and store it next to control, where
-   the trainer adds what happened.
+4. Count the rest of the plan in the training log, report it, and store it next to control, where the trainer adds what
+   happened.
 
-A dry run does steps 1 and 4. A second identical command changes nothing. If the first one was
-killed between steps 2 and 4, the second one does step 4.
-
-Before the rollback, every file that makes up the version is read and its digest compared. The plan
-states the effects in figures and words; a dry run computes it before anything changes. For an exact
-rollback it also states requirements and costs: where the log branches, which clicks are read again,
-and which histories are rebuilt.
+A dry run does steps 1 and 4. A second identical command changes nothing. If the first one was killed between steps 2
+and 4, the second one does step 4.
 """
 
 from __future__ import annotations
@@ -136,7 +132,7 @@ class ExactPlan:
         return clicks_in(self.again)
 
     def lines(self) -> list[str]:
-        """The plan for people, one line per fact.
+        """Formats the plan, one line per fact.
 
         >>> ExactPlan(log_line.WHOLE, {}, 7).lines()[1]
         'histories     7 to be rebuilt from the training log; the others drop what they gained'
@@ -150,7 +146,7 @@ class ExactPlan:
         ]
 
     def document(self) -> dict[str, Any]:
-        """It as JSON values."""
+        """Returns the plan as JSON values."""
         return {"clicks": self.clicks, "histories": self.histories, "log_epoch": self.branch[-1].epoch}
 
 
@@ -221,7 +217,7 @@ class Plan:
         return (self.counted.rows - self.counted.masked) / self.rows_per_s
 
     def lines(self) -> list[str]:
-        """The plan for people, one line per fact."""
+        """Formats the plan, one line per fact."""
         mask = joined((*self.before.masks, *self.new), 0)
         following = (
             "they follow once the trainer has caught up"
@@ -256,7 +252,7 @@ class Plan:
         return lines
 
     def document(self) -> dict[str, Any]:
-        """The plan as JSON values; users are counted, not listed."""
+        """Returns the plan as JSON values; users are counted, not listed."""
         log = {"topic": self.topic, "partition": self.to.log.partition, "first": self.to.log.next, "end": self.end}
         document: dict[str, Any] = {
             "to": self.to.version,
@@ -287,15 +283,10 @@ class Plan:
 def exact_plan(
     registry: Registry, control: Control, to: Manifest, view: LogView | None, again: ClickRanges | None = None
 ) -> ExactPlan:
-    """Where the log branches, and what is read again; histories are not counted yet.
+    """Returns where the log branches, and what is read again; histories are not counted yet.
 
-    Args:
-        registry: Where versions are.
-        control: The one before the rollback.
-        to: The version to roll back to.
-        view: Of the log.
-        again: The clicks that are read again, where they are known; those learned since `to`, or before a rollback
-            that this one interrupts, where they are not.
+    `again` are the clicks that are read again. If it is None, they are those learned since `to`, or before a rollback that
+    this one interrupts.
 
     Raises:
         UnfitVersion: The clicks no longer reach back to the version.
@@ -326,13 +317,7 @@ def exact_plan(
 
 
 def _histories_to_rebuild(settings: Settings, branch: LogLine, to: Manifest, view: LogView) -> int | None:
-    """The number of users whose histories have lost events that they had at a version; None if it is unknown.
-
-    Args:
-        settings: All settings.
-        branch: The branch of the log before the rollback.
-        to: The version.
-        view: Of the log.
+    """Returns how many users' histories have lost events that they had at a version; None if it is unknown.
 
     Raises:
         LogError: The log cannot be read.
@@ -364,7 +349,7 @@ def _histories_to_rebuild(settings: Settings, branch: LogLine, to: Manifest, vie
 
 
 def _rows_per_s(settings: Settings) -> float | None:
-    """Rows that the trainer learned in a second of its steps since it started; None where it does not answer."""
+    """Returns the rows that the trainer learns in a second of its steps; None if it does not answer."""
     trainer = scrape({"trainer": urls(settings)["trainer"]})["trainer"]
     rows = trainer.total("springtide_trainer_rows_total", outcome=["trained", "skipped"])
     busy_s = trainer.value("springtide_trainer_step_seconds_sum")
@@ -372,7 +357,7 @@ def _rows_per_s(settings: Settings) -> float | None:
 
 
 def total_bytes(registry: Registry, version: int) -> int:
-    """The bytes of all files that a version is put together from.
+    """Returns the bytes of all files that make up a version.
 
     Raises:
         UnknownVersion, CorruptVersion: One of its parts cannot be read.
@@ -386,7 +371,7 @@ def require_sound(registry: Registry, version: Manifest) -> None:
 
     Raises:
         UnknownVersion: A part is no longer kept.
-        UnfitVersion: A file is damaged; the version before the damage is named.
+        UnfitVersion: A file is damaged; the message names the version before the damage.
     """
 
     def problem_of(part: Manifest) -> CorruptVersion | None:
@@ -406,7 +391,7 @@ def require_sound(registry: Registry, version: Manifest) -> None:
 
 
 def _before(registry: Registry, version: Manifest, bad: Manifest) -> str:
-    """The version to use instead of one whose part `bad` is damaged."""
+    """Describes the version to use instead of one whose part `bad` is damaged."""
     if bad.kind == "delta" and bad.parent is not None:
         return f"take {bad.parent}, the version before the damage"
     older = [base for base in registry.bases() if base < bad.version and sees(version.visible, base)]
@@ -416,7 +401,7 @@ def _before(registry: Registry, version: Manifest, bad: Manifest) -> str:
 
 
 def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Does one rollback; see the module.
+    """Executes or plans one rollback.
 
     Raises:
         UnknownVersion, UnfitVersion: The version is not kept, or cannot be rolled back to.
@@ -475,7 +460,7 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
 def _planned(
     settings: Settings, asked: argparse.Namespace, registry: Registry, control: Control, now_ms: int
 ) -> tuple[Plan, Control | None]:
-    """The plan, and the generation that does it: `control` itself if it is done, None if all asked is left out already."""
+    """Returns the plan and the generation that executes it; `control` itself if that is done, None if all is masked already."""
     branch, exact = ServingBranch(registry, control), asked.mode == "exact"
     is_named = asked.to is not None or asked.before is not None
     names_clicks = bool(asked.skip or asked.skip_time or asked.skip_users is not None or asked.minutes is not None)
@@ -550,14 +535,12 @@ def _count_interrupted(settings: Settings, registry: Registry, control: Control,
 
 
 def _serves(settings: Settings) -> bool:
-    """Whether an applier runs on this host, according to its metrics."""
     if not (settings.serving_dir / layout.ROWS).is_dir():
         return False
     return not scrape({"applier": urls(settings)["applier"]})["applier"].problem
 
 
 def _wait_for_answers(settings: Settings, version: int, limit_s: float) -> bool:
-    """Waits up to `limit_s` until this host serves `version`; returns whether it does."""
     until_s = time.monotonic() + limit_s
     while served_version(settings.serving_dir) != version:
         if time.monotonic() >= until_s:

@@ -1,11 +1,11 @@
 """`springtide schema`: shows the schema that live clicks are validated against, compares it, and accepts a new baseline.
 
-    show      the baseline: each feature with type, presence, values and how far it may move; --pbtxt for the schema's text
+    show      the baseline: each feature with type, presence, values and thresholds; --pbtxt for the schema's text
     diff      the newest window against the baseline and the window before, largest distance first
     accept    the newest window becomes the baseline; --schema FILE takes domains and thresholds as edited
 
-Output is text or JSON. An accepted baseline also creates a control generation that changes nothing
-else, so that `springtide history` shows who accepted it, when and why.
+An accepted baseline also creates a control generation that changes nothing else, so that `springtide history` shows who
+accepted it, when and why.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ LISTED = 12
 
 
 def present(one: FeatureNameStatistics | None) -> float:
-    """In which share of the rows a feature has a value."""
+    """Returns the share of the rows in which a feature has a value."""
     if one is None:
         return 0.0
     there, missing = common(one).num_non_missing, common(one).num_missing
@@ -48,7 +48,7 @@ def present(one: FeatureNameStatistics | None) -> float:
 
 
 def limits(feature: schema_pb2.Feature) -> dict[str, float]:
-    """How far a feature may move: from the baseline, and from the window before."""
+    """Returns how far a feature may move: from the baseline, and from the window before."""
     found = {}
     for against, comparator in (("baseline", feature.skew_comparator), ("previous", feature.drift_comparator)):
         for kind in ("infinity_norm", "jensen_shannon_divergence"):
@@ -58,7 +58,7 @@ def limits(feature: schema_pb2.Feature) -> dict[str, float]:
 
 
 def feature_document(feature: schema_pb2.Feature, one: FeatureNameStatistics | None) -> dict[str, Any]:
-    """A feature of the baseline as JSON values."""
+    """Returns a feature of the baseline as JSON values."""
     document: dict[str, Any] = {
         "name": feature.name,
         "type": schema_pb2.FeatureType.Name(feature.type),
@@ -75,7 +75,7 @@ def feature_document(feature: schema_pb2.Feature, one: FeatureNameStatistics | N
 
 
 def feature_line(feature: schema_pb2.Feature, one: FeatureNameStatistics | None, names: Mapping[str, str]) -> list[str]:
-    """A feature of the baseline as a row of a table."""
+    """Formats a feature of the baseline as a row of a table."""
     allowed = limits(feature)
     moves = ", ".join(
         f"{allowed[against]:g} from {what}"
@@ -88,7 +88,7 @@ def feature_line(feature: schema_pb2.Feature, one: FeatureNameStatistics | None,
 
 
 def typical(one: FeatureNameStatistics | None, names: Mapping[str, str]) -> str:
-    """The most frequent value of a categorical feature with its share, or the middle of a numeric one."""
+    """Returns the most frequent value of a categorical feature with its share, or the middle of a numeric one."""
     if one is None or not (there := common(one).num_non_missing):
         return "none"
     if one.HasField("num_stats"):
@@ -101,29 +101,24 @@ def typical(one: FeatureNameStatistics | None, names: Mapping[str, str]) -> str:
 
 
 def with_names(text: str, names: Mapping[str, str]) -> str:
-    """A text with the names of ids where they are known."""
+    """Replaces known ids in a text by their names."""
     for value in {word.strip(".,:()") for word in text.split()} & names.keys():
         text = text.replace(value, names[value])
     return text
 
 
 class Bootstrapped(NamedTuple):
-    """The bootstrap that the settings ask for.
-
-    Attributes:
-        name: Its name in the registry.
-        about: What the feature means.
-    """
+    """The bootstrap of the settings: its name in the registry, and its document."""
 
     name: str
     about: Mapping[str, Any]
 
 
 def schema(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Shows, compares or accepts.
+    """Shows, compares or accepts a baseline.
 
     Raises:
-        SettingsError: There is nothing to show yet, or the words do not fit together.
+        SettingsError: There is nothing to show yet, or the options do not fit together.
         RegistryError: There is no registry, or a file of it is damaged.
     """
     if asked.what != "accept" and (asked.schema or asked.reason):
@@ -217,7 +212,7 @@ def diff(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
 
 
 def _distances(anomalies: Anomalies) -> list[dict[str, Any]]:
-    """Every distance, the farthest beyond its threshold first."""
+    """Returns all distances, the farthest beyond its threshold first."""
     found = [
         {
             "feature": one.path.step[0],
@@ -240,17 +235,12 @@ def accept_window(
 ) -> AcceptedBaseline:
     """Makes the newest window the baseline.
 
-    Args:
-        settings: Of the loop.
-        who: Who does it.
-        reason: Why.
-        now_ms: Wall clock.
-        schema_file: A `schema.pbtxt` with domains and thresholds; None for what the window and the settings suggest.
+    `schema_file` has domains and thresholds; None for what the window and the settings suggest.
 
     Raises:
-        SettingsError: There is no window or no bootstrap yet, or the file holds no schema.
+        SettingsError: There is no window or no bootstrap yet, or the file contains no schema.
         RegistryError: There is no control yet.
-        ControlConflict: Somebody else did so just now.
+        ControlConflict: Another client accepted a baseline in the meantime.
     """
     registry, found = _bootstrapped(settings)
     current(registry)

@@ -179,11 +179,7 @@ def members(store: SegmentStore, segment: str) -> Iterator[pa.RecordBatch]:
 def write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], wrote: Callable[[int], None]) -> int:
     """Writes a file, or replaces an existing one; returns the number of rows.
 
-    Args:
-        path: The file.
-        schema: Schema of the rows.
-        batches: The rows.
-        wrote: Called with the number of rows written so far, after each batch.
+    `wrote` is called with the number of rows written so far, after each batch.
 
     Raises:
         OSError: The file cannot be written; an existing file stays as it was.

@@ -35,11 +35,7 @@ class JudgedUser(NamedTuple):
 
 
 class ProfileJudge:
-    """Evaluates all segments for users; use it in one thread.
-
-    Args:
-        segments: The segments by name.
-    """
+    """Evaluates all segments for users. Not thread-safe."""
 
     def __init__(self, segments: Mapping[str, Segment]) -> None:
         self._expressions = {one.name: one.expression for one in segments.values()}
@@ -49,11 +45,7 @@ class ProfileJudge:
         self._top = None if "interest" in kinds else 0
 
     def judge(self, predictor: Predictor, users: Sequence[int]) -> list[JudgedUser]:
-        """Evaluates users; each batch uses one version.
-
-        Args:
-            predictor: Computes the profiles; its queries identify users by pseudonym.
-            users: Their pseudonyms.
+        """Evaluates users by pseudonym; each batch uses one version.
 
         Raises:
             NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: As `Predictor.profiles`.

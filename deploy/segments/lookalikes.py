@@ -3,14 +3,14 @@
     v_u     the vector of user u less the mean over all users, at unit length
     s(u)    v_u . mean of v_m over the members m: the mean cosine of u with the members
 
-The mean is subtracted because all vectors share it; without this all users are near to each other. One query runs
-against all users, so all products are computed exactly; an index pays off only for many queries.
+The mean is subtracted because all vectors share it. One query runs against all users, so all products are computed
+exactly; an index pays off only for many queries.
 
-The quality is measured with held-out members. A fifth of the members, chosen by pseudonym, are added to the users who
-are not members. The measure is precision at k: the share of held-out members among the first k. It is compared with
-the order by most clicks, and with chance.
+The quality is precision at k with held-out members: a fifth of the members, chosen by pseudonym, are added to the users
+who are not members, and the measure is the share of them among the first k. It is compared with the order by most
+clicks, and with chance.
 
-Workers read one list a segment. The process that keeps members starts a child at intervals (`python -m
+Workers read one list per segment. The process of segments starts a child at intervals (`python -m
 deploy.segments.lookalikes`), which writes the lists to a temporary directory. After a successful end the parent moves
 them to their final location. A change of control removes all lists and stops the child.
 """
@@ -78,9 +78,7 @@ class UserVectors(NamedTuple):
 def vectors_of(predictor: Predictor, looked: Callable[[int], None]) -> UserVectors:
     """Computes the current vectors of all users with a history; needs 4 bytes per number and user.
 
-    Args:
-        predictor: Computes the profiles; its queries identify users by pseudonym.
-        looked: Called with the number of users read so far, after each batch.
+    `looked` is called with the number of users read so far, after each batch.
 
     Raises:
         NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: As `Predictor.profiles`.
@@ -165,12 +163,7 @@ def aside(settings: Settings) -> Path:
 
 
 class LookalikeLists:
-    """The lookalike lists of one host; used by the main thread, which keeps members.
-
-    Args:
-        settings: Settings of the loop; without `segments.lookalikes` there are no lists.
-        clock_s: A monotonic clock.
-    """
+    """The lookalike lists of one host; without `segments.lookalikes` there are none. Use it in the main thread."""
 
     def __init__(self, settings: Settings, clock_s: Callable[[], float]) -> None:
         self._settings, self._clock_s = settings, clock_s

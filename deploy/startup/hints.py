@@ -35,10 +35,6 @@ def addresses(settings: Settings, shoppers: bool) -> list[tuple[str, str]]:
 
     >>> addresses(Settings(), shoppers=True)[0]
     ('try', 'curl -s http://127.0.0.1:8501/v1/profiles/shopper-1')
-
-    Args:
-        settings: The loop's settings.
-        shoppers: Whether synthetic shoppers click.
     """
     metrics = [f"{url} ({name})" for name, url in scrape.urls(settings).items()]
     return [

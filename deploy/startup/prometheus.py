@@ -82,12 +82,7 @@ def write_configuration(settings: Settings) -> None:
 
 
 def plan(settings: Settings, program: str) -> ProcessPlan:
-    """Returns the process of Prometheus.
-
-    Args:
-        settings: The loop's settings.
-        program: The path from `require_program`.
-    """
+    """Returns the process of Prometheus; `program` is its path."""
     folder = settings.prometheus_dir
     return ProcessPlan(
         NAME,

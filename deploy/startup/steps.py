@@ -98,13 +98,13 @@ def process_plans(
     accepted: Sequence[str] = (),
     accepted_by_trainer: Sequence[str] = (),
 ) -> dict[str, ProcessPlan]:
-    """All processes by name; settings reach them by the environment.
+    """Returns all processes by name; settings reach them by the environment.
 
     Args:
         head_start: Clicks that the shoppers send at once.
         python: The interpreter.
-        accepted: Words for the stream: gaps that the operator accepts.
-        accepted_by_trainer: Words for the trainer: gaps and bad records that the operator accepts.
+        accepted: Arguments of the stream: gaps that the operator accepts.
+        accepted_by_trainer: Arguments of the trainer: gaps and bad records that the operator accepts.
 
     >>> process_plans(python="python")["stream"].command
     ('python', '-m', 'streaming.pipeline')
@@ -136,7 +136,7 @@ def process_plans(
 
 
 def left_out(settings: Settings) -> set[str]:
-    """The processes that the settings ask to do without.
+    """Returns the processes that the settings disable.
 
     >>> sorted(left_out(Settings()))
     ['probe', 'segments']
@@ -145,7 +145,7 @@ def left_out(settings: Settings) -> set[str]:
 
 
 def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[Port]:
-    """The ports that the loop is going to listen on.
+    """Returns the ports that the loop will listen on.
 
     >>> [port.setting for port in ports(Settings(), local_kafka=True)][:2]
     ['kafka.port', 'serving.port']
@@ -170,16 +170,9 @@ def ports(settings: Settings, local_kafka: bool, watched: bool = False) -> list[
 
 
 class LocalKafka:
-    """A broker that is kept alive.
+    """A broker that is restarted when it dies.
 
     A broker whose disk is full ends. It is started again when there is room; this wait does not count as a death.
-
-    Args:
-        settings: The loop's settings.
-        say: Prints a line for the operator.
-        metrics: Where deaths and starts are counted.
-        clock: Monotonic seconds.
-        storage: Metrics of its waits for free space.
     """
 
     def __init__(
@@ -265,13 +258,13 @@ class LocalKafka:
 
 
 def trained_version(settings: Settings) -> int:
-    """The version that the trainer has loaded or made; 0 without one."""
+    """Returns the version that the trainer has loaded or made; 0 without one."""
     addresses = {TRAINER: scrape.urls(settings)[TRAINER]}
     return int(scrape.scrape(addresses)[TRAINER].value("springtide_trainer_version") or 0)
 
 
 def preparing(settings: Settings, running: Collection[str]) -> str:
-    """What the running processes that do not work yet do, as the live view shows it; empty if all of them work."""
+    """Describes the phase of running processes that do not work yet; empty if all of them work."""
     urls = scrape.targets(settings)
     scrapes = scrape.scrape(
         {name: url for name, url in urls.items() if name in running}, lambda url: scrape.fetch(url, PATIENCE_S)
@@ -280,7 +273,7 @@ def preparing(settings: Settings, running: Collection[str]) -> str:
 
 
 def answered_version(settings: Settings) -> int:
-    """The version of an answer requested just now; 0 if a worker gives none or is not ready."""
+    """Returns the version of an answer requested just now; 0 if a worker gives none or is not ready."""
     if scrape.fetch(serving_address(settings, "/readyz"))[0] != 200:
         return 0
     status, answer = scrape.fetch(scrape.profile_url(settings))
@@ -290,10 +283,7 @@ def answered_version(settings: Settings) -> int:
 def ensure_topics(settings: Settings, say: Callable[[str], None], local: bool = False) -> str:
     """Creates missing topics and reports which topics the loss of one broker would harm; returns the topics as text.
 
-    Args:
-        settings: The loop's settings.
-        say: Prints a line for the operator.
-        local: Whether the Kafka is the loop's own: its topics keep to their share of `storage.budget_gb` then.
+    `local`: the Kafka is the loop's own, and its topics keep to their share of `storage.budget_gb`.
 
     Raises:
         LogError: Kafka does not answer, or refused.
@@ -322,12 +312,12 @@ class Startup:
     """One run of the loop.
 
     Args:
-        settings: The loop's settings.
+        settings: Settings of the loop.
         shoppers: Whether synthetic shoppers click.
-        screen: Takes the lines.
+        screen: Receives the lines.
         stop: Whether the operator asked to stop.
         hurry: Whether the operator asked again.
-        accepted: Words for stream and for trainer: losses that the operator accepts.
+        accepted: Arguments of stream and trainer: losses that the operator accepts.
         beside: Other processes to run, such as a Prometheus.
         clock: Monotonic seconds.
         sleep: Waits a number of seconds, or until a signal.
@@ -366,11 +356,11 @@ class Startup:
         self._steps_done = self._answered = 0
 
     def run(self) -> int:
-        """Goes up, watches, and stops when asked to; returns the exit code.
+        """Starts the loop, watches it, and stops it when asked to; returns the exit code.
 
         Raises:
-            SpringtideError: A step cannot be done, or a process was used wrongly; everything is stopped then. Once
-                all of it ran, nothing ends it but the operator.
+            SpringtideError: A step failed, or a process was used wrongly; everything is stopped then. Once the whole loop
+                ran, only the operator ends it.
         """
         state = self._settings.state_dir
         require_disk(state, LEAST_FREE_BYTES)
@@ -422,7 +412,6 @@ class Startup:
         self._say_what_to_try()
 
     def _check(self) -> None:
-        """Refuses what cannot run, and finds or makes the salt."""
         settings = self._settings
         watched = prometheus.NAME in self._plans
         if watched:
@@ -453,7 +442,6 @@ class Startup:
             )
 
     def _start(self, names: Iterable[str]) -> None:
-        """Starts the wanted processes that do not run yet."""
         supervisor = self._running()
         for name in names:
             if name in self._plans and name not in supervisor.names():
@@ -487,7 +475,7 @@ class Startup:
         self._step("bootstrap", "preprocessing constants found on the first clicks")
 
     def _notice_answer(self) -> None:
-        """Says once that serving answers, and with which version."""
+        """Reports once that serving answers, and with which version."""
         if self._answered or self._running().pid(WORKER) is None:
             return
         self._answered = answered_version(self._settings)
@@ -517,7 +505,7 @@ class Startup:
             self._sleep(LOOK_S)
 
     def _wait(self, look: Callable[[], Found], what: str) -> Found:
-        """Watches the processes until `look` returns something, and returns that; reports what it waits for if it takes long."""
+        """Watches the processes until `look` returns something, and returns that; reports what takes long."""
         remind, report = self._clock() + REMIND_S, self._clock() + PROGRESS_S
         while not (found := look()):
             self._look()
@@ -533,12 +521,7 @@ class Startup:
         return found
 
     def _look(self) -> None:
-        """Takes notice of stops and deaths.
-
-        Raises:
-            Stopped: The operator asked for it.
-            ProcessFailed: A process reports wrong use at its first start.
-        """
+        """Raises `Stopped` if the operator asked for it; restarts what died."""
         if self._stop():
             raise Stopped
         self._running().look()
@@ -546,7 +529,6 @@ class Startup:
             self._kafka.look()
 
     def _come_down(self) -> None:
-        """Stops shoppers, stream, trainer, serving and Kafka, in this order."""
         begin = self._clock()
         took: list[str] = []
 

@@ -35,11 +35,7 @@ class KeptWindow(NamedTuple):
 
 
 class KeptWindows:
-    """The windows in one directory, written by one process.
-
-    Args:
-        path: The directory `validation`; the first write creates it.
-    """
+    """The windows in the directory `validation`, written by one process; the first write creates the directory."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -2,17 +2,16 @@
 
 The order of reading makes the account exact while everything runs:
 
-1. The newest version: what became of the rows the trainer had, and the next offset of each source.
-2. The stream's store: what became of the positions it has committed.
-3. The training log from the version's position on: the rows in flight, counted up to the store's
-   position and no further.
+1. The newest version: the outcomes of the trainer's rows, and the next offset of each source.
+2. The stream's store: the outcomes of the positions it has committed.
+3. The training log from the version's position on: the rows in flight, up to the store's position.
 4. The broker's first and last offsets.
 
-A row is in the log before the store counts it, and in the store soon after. So if the version is
-ahead of the store, the store is read again.
+A row is in the log before the store counts it, and in the store soon after. So if the version is ahead of the store,
+the store is read again.
 
-If the stream runs on an engine, its stores are on the engine's machines. Its account is then what
-it shows on /metrics, up to a second old, and is not compared with the trainer's.
+If the stream runs on a distributed runner, its stores are on other machines. Its account is then what it reports on
+/metrics, up to a second old, and is not compared with the trainer's.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ def in_flight(batches: Iterable[MicroBatch], marks: Mapping[Source, int], until:
 
 
 def stream_account(counts: Counts) -> StreamAccount:
-    """The account over all sources.
+    """Returns the account over all sources.
 
     >>> one = {"first": 0, "next": 3, "rows": 2, "dead": 1, "filtered": 0, "absent": 0}
     >>> stream_account({Source("ab" * 16, 0): one, Source("ab" * 16, 1): one}).rows
@@ -95,7 +94,7 @@ def stream_account(counts: Counts) -> StreamAccount:
 
 
 def trainer_account(version: Manifest, flying: InFlight) -> TrainerAccount:
-    """The version's account, with the rows in flight after it."""
+    """Returns the version's account, including the rows in flight after it."""
     counted = {
         name: int(version.metrics.get(f"account.{name}", 0))
         for name in ("rows", "trained", "skipped", "duplicate", "masked", "gap", "other_features")
@@ -113,13 +112,7 @@ def trainer_account(version: Manifest, flying: InFlight) -> TrainerAccount:
 
 
 def comparable(counts: Counts, version: Manifest, flying: InFlight) -> str:
-    """Why the stream's rows and the trainer's cannot be compared; empty if they can.
-
-    Args:
-        counts: Of the stream's stores.
-        version: The trainer's newest version.
-        flying: The rows in flight after it.
-    """
+    """Returns why the rows of stream and trainer cannot be compared; empty if they can."""
     if not flying.complete:
         return f"the trainer is more than {LONGEST_TAIL:,} positions behind: rows in flight are not counted"
     ahead = sum(max(0, mark - counts[source]["next"]) for source, mark in version.marks.items() if source in counts)
@@ -150,7 +143,7 @@ class Stores(NamedTuple):
 
 
 def read_stores(settings: Settings) -> Stores:
-    """What the stores of this machine count.
+    """Reads what the stores of this machine count.
 
     Raises:
         SpringtideError: There is no version, or one cannot be read.
@@ -173,12 +166,12 @@ def read_stores(settings: Settings) -> Stores:
 
 
 class Shown(NamedTuple):
-    """The account that a stream shows on /metrics.
+    """The account that a stream reports on /metrics.
 
     Attributes:
-        account: Over all sources; None where no stream answers, or it has committed nothing.
+        account: Over all sources; None if no stream answers, or it has committed nothing.
         waiting: Rows that wait for their label.
-        unread: Positions of the clicks that it has still to read.
+        unread: Positions of the clicks that it has not read yet.
     """
 
     account: StreamAccount | None = None
@@ -187,10 +180,10 @@ class Shown(NamedTuple):
 
 
 def read_shown(settings: Settings) -> Shown:
-    """What the stream shows, wherever it runs.
+    """Reads the account that the stream reports, wherever it runs.
 
     Raises:
-        SettingsError: `metrics.hosts` is not written as it should be.
+        SettingsError: An entry of `metrics.hosts` has an invalid form.
     """
     stream = scrape.scrape({"stream": scrape.urls(settings)["stream"]})["stream"]
     shown = stream.by("springtide_accounting_labels", "outcome") | stream.by(
@@ -203,7 +196,7 @@ def read_shown(settings: Settings) -> Shown:
 
 
 def read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int], line: LogLine = WHOLE) -> InFlight:
-    """The rows between the version's position in the log and the stream's, along a branch of the log.
+    """Counts the rows between the version's position in the log and the stream's, along a branch of the log.
 
     Raises:
         LogError: The log cannot be read from there.
@@ -228,14 +221,14 @@ def read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int]
 
 
 def quick(settings: Settings) -> Any:
-    """The Kafka settings with a short patience."""
+    """Returns the Kafka settings with a short timeout."""
     return dataclasses.replace(settings.kafka, request_timeout_s=min(LONGEST_S, settings.kafka.request_timeout_s))
 
 
 def settled(
     settings: Settings, version: Manifest, read: Callable[[Settings], Stores] = read_stores, wait_s: float = SETTLE_S
 ) -> Stores:
-    """The stores, once they have what the version has, or after a moment."""
+    """Reads the stores until they have what the version has, for at most `wait_s`."""
     deadline_s = time.monotonic() + wait_s
     while True:
         stores = read(settings)
@@ -246,7 +239,7 @@ def settled(
 
 
 def account(settings: Settings) -> dict[str, Any]:
-    """The whole account as JSON values; a part that cannot be read has a reason, and the rest is still checked."""
+    """Returns the whole account as JSON values; a part that cannot be read has a reason, and the rest is still checked."""
     found: dict[str, Any] = {"answers": True, "problem": "", "notes": [], "faults": []}
     (version, line), counts, waiting, unread = _newest(settings, found), None, None, 0
     stream: StreamAccount | None = None
@@ -295,7 +288,6 @@ def account(settings: Settings) -> dict[str, Any]:
 
 
 def _newest(settings: Settings, found: dict[str, Any]) -> tuple[Manifest | None, LogLine]:
-    """The newest version of control's epoch, and the branch of the log that control names."""
     # 1.
     try:
         if not (settings.registry_dir / "versions").is_dir():
@@ -310,7 +302,6 @@ def _newest(settings: Settings, found: dict[str, Any]) -> tuple[Manifest | None,
 
 
 def _broker(settings: Settings, counts: Counts, found: dict[str, Any]) -> list[BrokerAccount]:
-    """What the broker keeps of each source of the topic as it is now."""
     if not counts:
         return []
     try:
@@ -328,7 +319,7 @@ def _broker(settings: Settings, counts: Counts, found: dict[str, Any]) -> list[B
 
 
 def as_text(found: Mapping[str, Any]) -> str:
-    """The account in one line.
+    """Formats the account in one line.
 
     >>> as_text({"balanced": None, "notes": ["no registry"], "faults": []})
     'no registry'

@@ -62,13 +62,7 @@ def reached(host: str) -> str:
 
 
 def address(settings: Settings, host: str, port: int, path: str = "") -> Address:
-    """Returns the address of one of our ports on this machine.
-
-    Args:
-        settings: Settings with the tokens and the certificate, which all ports share.
-        host: The address that the port listens on.
-        port: The port.
-        path: Path of the URL.
+    """Returns the address of one of our ports on this machine; all ports share the tokens and the certificate.
 
     >>> address(Settings(), "0.0.0.0", 8502)
     'http://127.0.0.1:8502'

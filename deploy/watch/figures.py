@@ -216,10 +216,6 @@ def clocks_off(stream: Scrape, wall_s: float) -> dict[str, ClocksOff]:
     ...     ("s_off_total", 2), ("_off_partition", 1), ("_off_offset", 70), ("_off_seconds", 3000), ("_off_time_seconds", 5)))
     >>> clocks_off(Scrape(parsed(chr(10).join(lines))), wall_s=9.0)
     {'ahead': ClocksOff(clicks=2.0, partition=1, offset=70, by_s=3000.0, age_s=4.0)}
-
-    Args:
-        stream: The stream's metrics.
-        wall_s: Seconds since 1970.
     """
     clicks = stream.by("springtide_stream_clocks_off_total", "direction")
     partition, offset, by_s, at_s = (
@@ -236,7 +232,7 @@ def clocks_off(stream: Scrape, wall_s: float) -> dict[str, ClocksOff]:
 
 
 def starting(scrapes: Mapping[str, Scrape]) -> dict[str, str]:
-    r"""Returns, by process that answers on /metrics but does not work yet, what it does.
+    r"""Returns the phase of each process that answers on /metrics but does not work yet.
 
     >>> from deploy.watch.scrape import parsed
     >>> kernels = "springtide_kernels_total 30\nspringtide_kernels_ready 12"
@@ -262,6 +258,8 @@ def starting(scrapes: Mapping[str, Scrape]) -> dict[str, str]:
 def falls_behind(name: str, now: Scrape, earlier: Scrape | None, elapsed_s: float) -> str:
     r"""Describes the backlog of a process that makes no progress, or too little; empty if it keeps up.
 
+    `earlier` are its metrics `elapsed_s` before; None if there was no earlier poll.
+
     >>> from deploy.watch.scrape import parsed
     >>> lag = "springtide_trainer_lag_records"
     >>> behind = [Scrape(parsed(f"{lag} {waiting}\nspringtide_trainer_rows_total {rows}"))
@@ -274,12 +272,6 @@ def falls_behind(name: str, now: Scrape, earlier: Scrape | None, elapsed_s: floa
     ''
     >>> falls_behind("trainer", behind[2], None, 0.0), falls_behind("trainer", behind[3], None, 0.0)
     ('5,673 records wait', '')
-
-    Args:
-        name: The process.
-        now: Its metrics.
-        earlier: Its metrics at an earlier poll; None if there was none.
-        elapsed_s: The time between the two polls.
     """
     backlog = BACKLOGS.get(name)
     if backlog is None or any(now.value(series) for series in STOPPED):
@@ -298,7 +290,7 @@ def falls_behind(name: str, now: Scrape, earlier: Scrape | None, elapsed_s: floa
 
 
 def segments_behind(keeper: Scrape) -> str:
-    """Describes the backlog of the keeper of segments; empty if it keeps up. The alert has the same bounds."""
+    """Describes the backlog of the process of segments; empty if it keeps up. The alert has the same bounds."""
     lag, users = (keeper.value(f"springtide_segments_{name}") or 0.0 for name in ("lag_records", "waiting"))
     return f"{shown(lag)} records and {shown(users)} users wait" if lag > FEW_RECORDS or users > FEW_USERS else ""
 
@@ -434,7 +426,7 @@ class Figures:
     spread_s: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON values; a name ends with its unit."""
+        """Returns the figures as JSON values; names end with their units."""
         found = dataclasses.asdict(self)
         found["spreads"] = {
             f"{name}_s": {key: value for key, value in one.items() if key != "most"}
@@ -443,11 +435,7 @@ class Figures:
         return found
 
     def with_kafka(self, kafka: Mapping[str, Any]) -> Figures:
-        """The figures with those of a broker: whether it answers and, if the stream does not report it, the lag.
-
-        Args:
-            kafka: Of `snapshot.kafka_lag`.
-        """
+        """Returns the figures with those of a broker (`sections.kafka_lag`): whether it answers, and the lag if it is unknown."""
         if not kafka["answers"]:
             return dataclasses.replace(self, kafka_away=self.kafka_away or kafka["away"])
         lag_events = kafka["lag"] if self.lag_events is None else self.lag_events
@@ -469,20 +457,14 @@ class Figures:
 
 @dataclass(frozen=True)
 class Seen:
-    """One process now and at an earlier poll, if there was one.
-
-    Attributes:
-        now: Its metrics.
-        earlier: Its metrics then.
-        elapsed_s: The time between.
-    """
+    """The metrics of one process now and at an earlier poll, if there was one, and the time between."""
 
     now: Scrape
     earlier: Scrape | None = None
     elapsed_s: float = 0.0
 
     def rate(self, series: str, **labels: Collection[str]) -> float | None:
-        """Growth of a counter per second; None without an earlier poll.
+        """Returns the growth of a counter per second; None without an earlier poll.
 
         >>> from deploy.watch.scrape import parsed
         >>> counted = [Scrape(parsed(f"steps_total {steps}")) for steps in (10, 30)]
@@ -495,16 +477,16 @@ class Seen:
         return grown / self.elapsed_s if grown >= 0 else None
 
     def count(self, series: str, **labels: Collection[str]) -> float | None:
-        """A counter since the process's start; 0 before its first event, None if the process is unreachable."""
+        """Returns a counter since the process's start; 0 before its first event, None if the process is unreachable."""
         return self.now.total(series, **labels) or (0.0 if self.now.values else None)
 
     def buckets(self, series: str, **labels: Collection[str]) -> Buckets:
-        """A histogram's growth; all of it without an earlier poll."""
+        """Returns a histogram's growth since the earlier poll; all of it if there was none."""
         after = self.now.buckets(series, **labels)
         return after if self.earlier is None else between(after, self.earlier.buckets(series, **labels))
 
     def mean(self, series: str) -> float | None:
-        """The mean of a histogram's observations since the earlier poll; None without an observation."""
+        """Returns the mean of a histogram's observations since the earlier poll; None without an observation."""
         total, count = (self._grown(f"{series}_{part}") for part in ("sum", "count"))
         return total / count if count > 0 else None
 
@@ -518,7 +500,7 @@ class Watch:
     """Computes figures from successive polls of the loop.
 
     Args:
-        spread_s: How far back the quantiles reach; None: to the start of each process.
+        spread_s: The period that quantiles cover; None: since the start of each process.
     """
 
     def __init__(self, spread_s: float | None = SPREAD_S) -> None:
@@ -526,10 +508,10 @@ class Watch:
         self._polls: deque[tuple[float, Mapping[str, Scrape]]] = deque()
 
     def figures(self, scrapes: Mapping[str, Scrape], now_s: float, wall_s: float) -> Figures:
-        """The figures of now.
+        """Returns the figures of one poll.
 
         Args:
-            scrapes: Process -> its metrics.
+            scrapes: Metrics by process.
             now_s: Monotonic time of the poll.
             wall_s: Seconds since 1970, for how long a process is up.
         """
@@ -573,7 +555,7 @@ class Watch:
         )
 
     def _seen(self, name: str, scrapes: Mapping[str, Scrape], now_s: float, within_s: float) -> Seen:
-        """The process now and at its oldest poll within that time, or else at its last poll."""
+        """Returns the process now and at its oldest poll within that time, or else at its last poll."""
         now = scrapes.get(name, UNREACHABLE)
         born = now.value(BORN[name])
         polls = [(at_s, seen[name]) for at_s, seen in self._polls if name in seen and not seen[name].problem]
@@ -585,7 +567,7 @@ class Watch:
 
 
 def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
-    """The figures of the four processes, without those that `Watch` adds."""
+    """Returns the figures of the four processes, without those that `Watch` adds."""
     learned = bool(trainer.now.total("springtide_trainer_steps_total"))
     dead = stream.now.by("springtide_stream_dead_letters_total", "reason")
     accounts = {"stream": stream, "trainer": trainer}.items()

@@ -47,12 +47,7 @@ MEANINGS = {
 
 
 def happenings(snapshot: Snapshot, workers: int = 1) -> list[Sequence[str]]:
-    """Returns the cells of the throughput lines: a label, the rate, and details.
-
-    Args:
-        snapshot: Of one poll.
-        workers: Worker processes of this host, whose figures are summed.
-    """
+    """Returns the cells of the throughput lines: a label, the rate, and details. Figures of workers are summed."""
     figures = snapshot.figures
     budget = figures.budget
     top1 = "-" if figures.top1 is None else f"{figures.top1:.1%}"
@@ -176,13 +171,7 @@ def aligned(cells: Sequence[str], columns: Sequence[int]) -> str:
 
 
 def panel(snapshot: Snapshot, hints: Sequence[tuple[str, str]] = (), workers: int = 1) -> list[str]:
-    """Returns the lines of the screen.
-
-    Args:
-        snapshot: Of one poll.
-        hints: What to try: a label, and what to type or to open.
-        workers: Worker processes of this host.
-    """
+    """Returns the lines of the screen; `hints` are labels, each with what to type or to open."""
     return [
         *lines(happenings(snapshot, workers)),
         "",
@@ -217,12 +206,7 @@ def live_line(snapshot: Snapshot) -> str:
 
 
 class Screen:
-    """Writes permanent lines and, on a terminal, redraws the view below them.
-
-    Args:
-        out: Where to write.
-        size: Returns columns and lines of the terminal; called for each view.
-    """
+    """Writes permanent lines and, on a terminal, redraws the view below them."""
 
     def __init__(
         self, out: TextIO | None = None, size: Callable[[], os.terminal_size] = shutil.get_terminal_size

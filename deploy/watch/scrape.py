@@ -45,11 +45,7 @@ class Scrape:
         return self.values.get((name, tuple(sorted(labels.items()))))
 
     def total(self, name: str, **labels: Collection[str]) -> float | None:
-        r"""Returns a series summed over its labels; None if it is absent.
-
-        Args:
-            name: The series.
-            labels: By label, the values to include; all values of a label that is not named.
+        r"""Returns a series summed over its labels; None if it is absent. `labels` restricts the values of a label.
 
         >>> text = 'rows_total{outcome="dead"} 2\nrows_total{outcome="rows"} 3'
         >>> Scrape(parsed(text)).total("rows_total"), Scrape(parsed(text)).total("rows_total", outcome=["dead"])
@@ -161,7 +157,7 @@ def urls(settings: Settings) -> dict[str, str]:
 
 
 def watched_urls(settings: Settings) -> dict[str, str]:
-    """Returns the metrics URLs of processes that must run: the loop, `up`, and the keeper of segments if any are named.
+    """Returns the metrics URLs of processes that must run: the loop, `up`, and the process of segments if there are any.
 
     >>> list(watched_urls(Settings()))
     ['stream', 'trainer', 'applier', 'worker', 'up']
@@ -195,12 +191,7 @@ def fetch(url: str | urllib.request.Request, timeout_s: float = TIMEOUT_S) -> tu
 
 
 def scrape(addresses: Mapping[str, str], get: Callable[[str], tuple[int, str]] = fetch) -> dict[str, Scrape]:
-    """Reads the metrics of all processes in parallel.
-
-    Args:
-        addresses: URLs by process.
-        get: Returns status and body of a URL.
-    """
+    """Reads the metrics of all processes in parallel; `get` returns status and body of a URL."""
 
     def one(url: str) -> Scrape:
         status, body = get(url)

@@ -35,7 +35,7 @@ class Problem:
     """Something that is wrong, unknown, not started, or held.
 
     Attributes:
-        severity: As of alerts. `info` is worth a look and no fault of the loop; `hold` is what an operator wants.
+        severity: As of alerts. `info` needs no action; `hold` is what an operator wants.
         text: What is wrong, in a few words.
         section: Its section of the runbook.
         stage: The stage of the loop that it concerns: clicks, stream, trainer, versions or answers; empty for others.
@@ -63,13 +63,10 @@ class Problem:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What the system looks like at one moment.
+    """What the system looks like at one moment, `at_ms`: figures and metrics by process.
 
     Attributes:
-        figures: The figures of the processes' metrics.
-        scrapes: These metrics, by process.
         sections: What Kafka, registry, stores and disks show (see `sections.read`); empty if they were not read.
-        at_ms: Wall clock of the poll.
     """
 
     figures: Figures = field(default_factory=Figures)
@@ -111,14 +108,7 @@ class Snapshot:
 
 
 class Poller:
-    """Polls the metrics of the loop's processes.
-
-    Args:
-        settings: The loop's settings.
-        spread_s: How far back quantiles reach; None: to the start of each process.
-        clock_s: Monotonic seconds.
-        now_ms: Wall clock.
-    """
+    """Polls the metrics of the loop's processes; `spread_s` as in `Watch`."""
 
     def __init__(
         self,
