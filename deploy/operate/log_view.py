@@ -34,6 +34,7 @@ STALLED_S = 30.0
 
 
 def open_log(settings: Settings) -> Log:
+    """Opens the log of these settings."""
     return Log(settings.kafka)
 
 
