@@ -21,15 +21,15 @@ from typing import TextIO
 import numpy as np
 import orjson
 
+from deploy.command_line import run_command
 from deploy.operate.options import SETTINGS_HELP
 from deploy.replaying.sender import LARGEST_VALUE, Outbox, Piece, Progress, rows_within
 from state.attributes.values import SIDES, AttributeTable, id_of, tables_of
 from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
-from state.errors import DecodeError, SettingsError, SpringtideError
+from state.errors import DecodeError, SettingsError
 from state.log import Topics, topic_plan
-from state.process.closed_output import while_read
 from state.process.ending import stop_on_signals
 from state.process.wall_clock import wall_ms
 from state.recordings.files import Recording, add_format_arguments, find
@@ -288,16 +288,15 @@ def run(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    flags, words = split_settings(sys.argv[1:] if argv is None else argv)
-    options = parser().parse_args(words)
-    stopped = stop_on_signals()
-    try:
+
+    def work(arguments: Sequence[str]) -> None:
+        flags, words = split_settings(arguments)
+        options = parser().parse_args(words)
+        stopped = stop_on_signals()
         run(options, load(flags), stopped)
-    except SpringtideError as problem:
-        print(f"springtide attributes: {problem}", file=sys.stderr)
-        return problem.exit_code
-    return 0
+
+    return run_command("springtide attributes", work, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(while_read(main))
+    sys.exit(main())

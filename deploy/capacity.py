@@ -14,13 +14,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
-from deploy.command_line import RefusingParser
+from deploy.command_line import RefusingParser, run_command
 from deploy.watch.messages import seconds
 from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
-from state.errors import SettingsError, SpringtideError
-from state.process.closed_output import while_read
+from state.errors import SettingsError
 
 SOAK = "python -m tests.e2e.soak"
 FLINK_BENCH, SERVING_BENCH = "python -m tests.bench.flink", "python -m tests.bench.serving"
@@ -458,16 +457,11 @@ def page(settings: Settings) -> str:
     )
 
 
-def run(argv: Sequence[str]) -> int:
-    """Prints the answer; returns the exit code."""
-    try:
-        flags, words = split_settings(argv)
-        settings = load(flags)
-        asked = parser(settings).parse_args(words)
-        sizing = sizing_of(asked, settings)
-    except SpringtideError as error:
-        print(f"springtide capacity: {error}", file=sys.stderr)
-        return error.exit_code
+def _run(argv: Sequence[str]) -> int:
+    flags, words = split_settings(argv)
+    settings = load(flags)
+    asked = parser(settings).parse_args(words)
+    sizing = sizing_of(asked, settings)
     if asked.markdown:
         # The page uses the defaults, whatever is set here.
         print(page(Settings()))
@@ -478,7 +472,7 @@ def run(argv: Sequence[str]) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    return while_read(lambda: run(sys.argv[1:] if argv is None else argv))
+    return run_command("springtide capacity", _run, argv)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,12 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from deploy.command_line import OWN_HELP, PROCESSES, READERS, parser, with_times
+from deploy.command_line import OWN_HELP, PROCESSES, READERS, parser, run_command, with_times
 from state.config.loading import load
 from state.config.sections import SECTIONS, KnownSetting, known_settings
 from state.config.settings import Settings
 from state.config.sources import MASK, as_text, nearest, nearest_setting, split_settings, variable
-from state.errors import SettingsError, SpringtideError
-from state.process.closed_output import while_read
+from state.errors import SettingsError
 from state.process.private_files import keep_private
 from state.process.user_code import for_children
 from state.process.wall_clock import wall_ms
@@ -327,18 +326,7 @@ def become(module: str, flags: list[str]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Entry point of `springtide`; returns the exit status."""
     keep_private()
-    return while_read(lambda: _status(sys.argv[1:] if argv is None else argv))
-
-
-def _status(argv: Sequence[str]) -> int:
-    try:
-        run(argv, become, wall_ms(), print)
-    except SpringtideError as error:
-        print(f"springtide: {error}", file=sys.stderr)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 1
-    return 0
+    return run_command("springtide", lambda words: run(words, become, wall_ms(), print), argv)
 
 
 if __name__ == "__main__":

@@ -8,14 +8,16 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from deploy.backup import options as backing_up
 from deploy.operate import options as operating
 from deploy.operate.options import SETTINGS_HELP, Add, positive
 from state.config.spans import span_ms
-from state.errors import SettingsError
+from state.errors import SettingsError, SpringtideError, of_disk
+from state.process.closed_output import while_read
 
 EXPERIMENT_VERBS = ("start", "status", "rollout", "halt", "resume", "back", "report", "promote", "stop")
 READERS = ("stream", "train", "up")  # stop at a gap; continue if the loss is accepted
@@ -176,6 +178,30 @@ OWN_HELP = (
     "capacity",
     "segments",
 )  # their modules have options of their own and explain them
+
+
+def run_command(program: str, work: Callable[[Sequence[str]], int | None], argv: Sequence[str] | None) -> int:
+    """Runs a command and prints the error that ends it; returns the exit code.
+
+    Args:
+        program: Name of the command in its errors.
+        work: Runs the command with its arguments; returns the exit code, None for 0.
+        argv: The arguments; None for those of this process.
+    """
+
+    def run() -> int:
+        try:
+            return work(sys.argv[1:] if argv is None else argv) or 0
+        except BrokenPipeError:
+            raise
+        except (SpringtideError, OSError) as problem:
+            error = of_disk(problem)
+            print(f"{program}: {error}", file=sys.stderr, flush=True)
+            return error.exit_code
+        except KeyboardInterrupt:
+            return 1
+
+    return while_read(run)
 
 
 class RefusingParser(argparse.ArgumentParser):

@@ -19,12 +19,13 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from deploy.command_line import run_command
 from deploy.operate.options import SETTINGS_HELP
 from deploy.replaying.sender import Outbox, Piece
 from deploy.serving.requests.access import READ, are_wanted, tokens_in
@@ -32,12 +33,11 @@ from deploy.watch.address import serving_address
 from springtide_client import Client, ClientError, Profile, Refused, Retries
 from state.config.loading import load
 from state.config.settings import Settings
-from state.errors import LogError, SettingsError, SpringtideError
+from state.errors import LogError, SettingsError
 from state.events.identity import SLOTS, probe_user
 from state.log import Topics
 from state.metrics import ProbeMetrics, served
 from state.process import log_lines
-from state.process.closed_output import while_read
 from state.process.ending import stop_on_signals
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
@@ -187,7 +187,6 @@ class Stopwatch:
         return (answer.features or {}).get(self._feature, NEVER)
 
     def _look(self, user: str, at_ms: int, before: int, begun_s: float, found: Passage) -> Passage:
-        values: dict[str, Any] = {}
         timeout_s = self._settings.probe.timeout_s
         while True:
             asked_s = self._clock() - begun_s
@@ -195,17 +194,18 @@ class Stopwatch:
                 answer = self._ask(user, at_ms)
             except ClientError as error:
                 if asked_s > timeout_s or self._stopped():
-                    return _unanswered(Passage(**{**asdict(found), **values}), error)
+                    return _unanswered(found, error)
             else:
-                took_s, values["version"] = self._clock() - begun_s, answer.version.number
-                if "feature_seconds" not in values and self._recency(answer) < before:
-                    values["feature_seconds"] = took_s
-                if "weight_seconds" not in values and self._learned(answer, found):
-                    values["weight_seconds"] = took_s
-                if {"feature_seconds", "weight_seconds"} <= {*values}:
-                    return Passage(**{**asdict(found), **values})
+                took_s = self._clock() - begun_s
+                found = replace(found, version=answer.version.number)
+                if found.feature_seconds is None and self._recency(answer) < before:
+                    found = replace(found, feature_seconds=took_s)
+                if found.weight_seconds is None and self._learned(answer, found):
+                    found = replace(found, weight_seconds=took_s)
+                if found.feature_seconds is not None and found.weight_seconds is not None:
+                    return found
             if asked_s > timeout_s or self._stopped():
-                return _late(Passage(**{**asdict(found), **values}), timeout_s)
+                return _late(found, timeout_s)
             self._sleep(LOOK_S)
 
     @staticmethod
@@ -215,22 +215,25 @@ class Stopwatch:
 
 def _unanswered(found: Passage, error: ClientError) -> Passage:
     refused = isinstance(error, Refused) and error.status in (401, 403)
-    return Passage(
-        **{**asdict(found), "reason": "refused" if refused else "answers", "problem": f"no answer came: {error}"}
-    )
+    return replace(found, reason="refused" if refused else "answers", problem=f"no answer came: {error}")
 
 
 def _late(found: Passage, timeout_s: float) -> Passage:
     partition = found.source.rpartition(":")[2]
     where = f"the click at offset {found.offset} of partition {partition}"
     if found.feature_seconds is None:
-        said = f"{where} is in no answer after {timeout_s:g} s: see whether it is a dead letter, and whether stream and applier run"
-        return Passage(**{**asdict(found), "reason": "features", "problem": said})
-    said = (
-        f"{where} was in answers after {found.feature_seconds:.2f} s, and version {found.version} has not learned from it "
-        f"after {timeout_s:g} s: see whether it is pinned, or training is held"
+        return replace(
+            found,
+            reason="features",
+            problem=f"{where} is in no answer after {timeout_s:g} s: see whether it is a dead letter, and whether stream and "
+            "applier run",
+        )
+    return replace(
+        found,
+        reason="weights",
+        problem=f"{where} was in answers after {found.feature_seconds:.2f} s, and version {found.version} has not learned "
+        f"from it after {timeout_s:g} s: see whether it is pinned, or training is held",
     )
-    return Passage(**{**asdict(found), "reason": "weights", "problem": said})
 
 
 class Probe:
@@ -332,24 +335,24 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    asked, flags = parser().parse_known_args(sys.argv[1:] if argv is None else argv)
+    return run_command("springtide probe", _main, argv)
+
+
+def _main(words: Sequence[str]) -> int:
+    asked, flags = parser().parse_known_args(words)
     stop = stop_on_signals()
     # A failed attempt is reported once, with what failed; the client's own messages would repeat it.
     logging.getLogger("kafka").setLevel(logging.CRITICAL)
-    try:
-        settings = load(flags)
-        probe = Probe(settings, stop, random.randrange(SLOTS))
-        if asked.continuously:
-            log_lines.begin("probe")
-            log_lines.follow(settings.logs)
-            logging.getLogger("httpx").setLevel(logging.WARNING)
-            with served(settings.probe.metrics_port, settings.metrics.host) as registry:
-                run(settings, stop, probe.time, ProbeMetrics(registry))
-            return 0
-        found = probe.time()
-    except SpringtideError as error:
-        print(f"springtide probe: {error}", file=sys.stderr)
-        return error.exit_code
+    settings = load(flags)
+    probe = Probe(settings, stop, random.randrange(SLOTS))
+    if asked.continuously:
+        log_lines.begin("probe")
+        log_lines.follow(settings.logs)
+        logging.getLogger("httpx").setLevel(logging.WARNING)
+        with served(settings.probe.metrics_port, settings.metrics.host) as registry:
+            run(settings, stop, probe.time, ProbeMetrics(registry))
+        return 0
+    found = probe.time()
     if asked.output == "json":
         print(json.dumps(found.to_json()))
     elif found.reason:
@@ -360,4 +363,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(while_read(main))
+    sys.exit(main())

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any, TextIO
 
+from deploy.command_line import run_command
 from deploy.operate.options import SETTINGS_HELP
 from deploy.replaying.clock import MAX, parse_speed
 from deploy.replaying.journal import ReplayJournal, folder_of, key_of
@@ -33,9 +34,8 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.disk.lock import DirectoryLock
-from state.errors import LogError, SettingsError, SpringtideError
+from state.errors import LogError, SettingsError
 from state.log import Topics, topic_plan
-from state.process.closed_output import while_read
 from state.process.ending import stop_on_signals
 from state.process.wall_clock import wall_ms
 from state.recordings.crowd import as_utc
@@ -45,7 +45,11 @@ from state.recordings.rows import NO_TIME, mapped_fields, shown_reasons
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    flags, words = split_settings(sys.argv[1:] if argv is None else argv)
+    return run_command("springtide replay", _main, argv)
+
+
+def _main(arguments: Sequence[str]) -> None:
+    flags, words = split_settings(arguments)
     parser = argparse.ArgumentParser(
         prog="springtide replay",
         description="Send clicks to the clicks topic: from files, or from synthetic shoppers.",
@@ -80,24 +84,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     options = parser.parse_args(words)
     stopped = stop_on_signals()
-    try:
-        if bool(options.files) + options.synthetic + bool(options.burst) != 1:
-            raise SettingsError("say what to replay: files, --synthetic, or --burst", "see `springtide replay --help`")
-        if options.files and (options.rate is not None or options.seed is not None):
-            raise SettingsError("--rate and --seed are of --synthetic", "files go at --speed")
-        if options.dry_run and not options.files:
-            raise SettingsError("--dry-run is of files", "name them")
-        settings = load([*flags, *as_settings(options)])
-        if options.files:
-            send_files(options, settings, stopped)
-        else:
-            with Topics(settings.kafka) as topics:
-                topics.ensure(*topic_plan.clicks(settings))
-            make_clicks(options, settings, stopped)
-    except SpringtideError as problem:
-        print(f"springtide replay: {problem}", file=sys.stderr)
-        return problem.exit_code
-    return 0
+    if bool(options.files) + options.synthetic + bool(options.burst) != 1:
+        raise SettingsError("name what to replay: files, --synthetic, or --burst", "see `springtide replay --help`")
+    if options.files and (options.rate is not None or options.seed is not None):
+        raise SettingsError("--rate and --seed are for --synthetic", "use --speed for files")
+    if options.dry_run and not options.files:
+        raise SettingsError("--dry-run is for files", "name them")
+    settings = load([*flags, *as_settings(options)])
+    if options.files:
+        send_files(options, settings, stopped)
+        return
+    with Topics(settings.kafka) as topics:
+        topics.ensure(*topic_plan.clicks(settings))
+    make_clicks(options, settings, stopped)
 
 
 def make_clicks(options: argparse.Namespace, settings: Settings, stopped: threading.Event) -> None:
@@ -288,4 +287,4 @@ def _span(span: tuple[int, int]) -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(while_read(main))
+    sys.exit(main())

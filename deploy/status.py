@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from deploy import sections
+from deploy.command_line import run_command
 from deploy.operate.versions import open_registry
 from deploy.startup.hints import addresses
 from deploy.watch import scrape
@@ -28,7 +29,6 @@ from deploy.watch.snapshot import Poller, Snapshot
 from state.config.loading import load
 from state.config.settings import Settings
 from state.errors import RegistryError, SettingsError, SpringtideError
-from state.process.closed_output import while_read
 from state.process.ending import stop_on_signals
 from state.process.wall_clock import wall_ms
 from state.registry.control import Control
@@ -343,6 +343,10 @@ def watch(settings: Settings, screen: Screen, stop: Callable[[], bool], wait: Ca
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Prints the state; returns the exit code."""
+    return run_command("springtide", _main, argv)
+
+
+def _main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="springtide status", allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG
     )
@@ -360,29 +364,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="S",
         help=f"maximum wait in seconds (default {TIMEOUT_S:.0f})",
     )
-    asked, flags = parser.parse_known_args(sys.argv[1:] if argv is None else argv)
-    try:
-        settings = load(flags)
-        if asked.wait_for is not None:
-            took_s = wait(settings, asked.wait_for, asked.timeout)
-            found = {"condition": asked.wait_for, "seconds": round(took_s, 3)}
-            print(json.dumps(found) if asked.output == "json" else f"{asked.wait_for} after {took_s:.1f} s")
-            return 0
-        if asked.watch:
-            if asked.output == "json":
-                raise SettingsError("argument --watch: it is for people", "ask again and again for -o json")
-            stopping = stop_on_signals()
-            watch(settings, Screen(), stopping.is_set, stopping.wait)
-            print()
-            return 0
-        snapshot = take(settings)
-    except SpringtideError as error:
-        print(f"springtide: {error}", file=sys.stderr)
-        return error.exit_code
+    asked, flags = parser.parse_known_args(words)
+    settings = load(flags)
+    if asked.wait_for is not None:
+        took_s = wait(settings, asked.wait_for, asked.timeout)
+        found = {"condition": asked.wait_for, "seconds": round(took_s, 3)}
+        print(json.dumps(found) if asked.output == "json" else f"{asked.wait_for} after {took_s:.1f} s")
+        return 0
+    if asked.watch:
+        if asked.output == "json":
+            raise SettingsError("--watch prints text only", "repeat `springtide status -o json` instead")
+        stopping = stop_on_signals()
+        watch(settings, Screen(), stopping.is_set, stopping.wait)
+        print()
+        return 0
+    snapshot = take(settings)
     as_json = asked.output == "json"
     print(json.dumps(document(settings, snapshot), indent=2) if as_json else as_text(settings, snapshot))
     return int(bool(snapshot.faults))
 
 
 if __name__ == "__main__":
-    sys.exit(while_read(main))
+    sys.exit(main())

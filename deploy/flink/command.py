@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 
 from deploy.children.ending import has_ended
+from deploy.command_line import run_command
 from deploy.flink import cluster, jars, status
 from deploy.flink.cluster import LOGS, ports
 from deploy.startup.checks import require_disk, require_ports
@@ -24,9 +25,8 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.disk.lock import DirectoryLock
-from state.errors import FlinkFailed, LockHeld, SettingsError, SpringtideError
+from state.errors import FlinkFailed, LockHeld, SettingsError
 from state.flink import JobManager, url
-from state.process.closed_output import while_read
 from state.process.private_files import keep_private
 from state.process.wall_clock import wall_ms
 
@@ -118,33 +118,27 @@ def holder(directory: Path) -> psutil.Process | None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
     keep_private()
-    return while_read(lambda: _main(sys.argv[1:] if argv is None else list(argv)))
+    return run_command("springtide", _main, argv)
 
 
 def _main(words: Sequence[str]) -> int:
-    try:
-        flags, rest = split_settings(words)
-        asked = parser().parse_args(rest)
-        if asked.url is not None and (asked.action != "status" or not asked.url.startswith(("http://", "https://"))):
-            raise SettingsError("--url is for status, and is written http://HOST:PORT")
-        if asked.no_savepoint and asked.action != "down":
-            raise SettingsError("--no-savepoint is for down")
-        settings = load(flags)
-        if asked.action == "up":
-            up(settings)
-        elif asked.action == "down":
-            down(settings, not asked.no_savepoint)
-        else:
-            now_ms, other = wall_ms(), asked.url
-            state = status.read(settings, (other or url(settings)).rstrip("/"), now_ms, local=other is None)
-            print(json.dumps(state, indent=2) if asked.output == "json" else status.as_text(state, now_ms))
-            return int(status.is_wrong(state))
-        return 0
-    except SpringtideError as error:
-        print(f"springtide: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    except KeyboardInterrupt:
-        return 1
+    flags, rest = split_settings(words)
+    asked = parser().parse_args(rest)
+    if asked.url is not None and (asked.action != "status" or not asked.url.startswith(("http://", "https://"))):
+        raise SettingsError("--url is for status, and is written http://HOST:PORT")
+    if asked.no_savepoint and asked.action != "down":
+        raise SettingsError("--no-savepoint is for down")
+    settings = load(flags)
+    if asked.action == "up":
+        up(settings)
+    elif asked.action == "down":
+        down(settings, not asked.no_savepoint)
+    else:
+        now_ms, other = wall_ms(), asked.url
+        state = status.read(settings, (other or url(settings)).rstrip("/"), now_ms, local=other is None)
+        print(json.dumps(state, indent=2) if asked.output == "json" else status.as_text(state, now_ms))
+        return int(status.is_wrong(state))
+    return 0
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 
-from deploy.command_line import RefusingParser
+from deploy.command_line import RefusingParser, run_command
 from deploy.operate.options import SETTINGS_HELP, positive
 from deploy.operate.versions import table
 from deploy.segments import process
@@ -23,8 +23,7 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.disk import files as durable
-from state.errors import NotReady, SpringtideError, UnknownSegment, of_disk
-from state.process.closed_output import while_read
+from state.errors import NotReady, UnknownSegment
 from state.process.progress_line import ProgressLine, bar
 from state.segments.expression import segments_of
 from state.segments.members import SegmentStore, all_members
@@ -202,18 +201,17 @@ def write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], wrot
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns the exit code."""
-    flags, words = split_settings(sys.argv[1:] if argv is None else argv)
-    try:
+
+    def work(arguments: Sequence[str]) -> int:
+        flags, words = split_settings(arguments)
         asked = parser().parse_args(words)
         if asked.action == "run":
             return process.main(flags)
         run(asked, load(flags), print)
-    except (SpringtideError, OSError) as problem:
-        error = of_disk(problem)
-        print(f"springtide segments: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
+        return 0
+
+    return run_command("springtide segments", work, argv)
 
 
 if __name__ == "__main__":
-    sys.exit(while_read(main))
+    sys.exit(main())

@@ -127,8 +127,8 @@ def test_files_without_header_and_actions_are_said_on_the_line(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "say what to replay"),
-        (["x.csv", "--synthetic"], "say what to replay"),
+        ([], "name what to replay"),
+        (["x.csv", "--synthetic"], "name what to replay"),
         (["x.csv", "--rate", "5"], "--rate and --seed"),
         (["--synthetic", "--dry-run"], "--dry-run is of files"),
         (["{csv}", "--speed", "fast"], "--speed fast"),
