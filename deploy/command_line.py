@@ -116,7 +116,7 @@ PROCESSES = {
         "Maintain, list and export segments of users, and find lookalikes: segments run, list, export, lookalikes.",
     ),
     "webhook": (
-        "deploy.alerting.receiver",
+        "deploy.webhook",
         "Receive Alertmanager notifications, and pin answers to a version from before the alert.",
     ),
     "flink": (

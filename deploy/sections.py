@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deploy.experiments import status as experiments
-from deploy.operate import horizon
+from deploy.operate.log_view import horizon_here, horizon_text
 from deploy.operate.versions import open_registry
 from deploy.watch import accounts, scrape
 from deploy.watch.figures import segments_behind
@@ -44,7 +44,7 @@ def read(settings: Settings, now_ms: int) -> dict[str, Any]:
         "registry": registry_state(settings, now_ms),
         "held": held_update(settings),
         "privacy": privacy_budget(settings),
-        "rollback": horizon.look(settings, now_ms) if kafka["answers"] else None,
+        "rollback": horizon_here(settings, now_ms) if kafka["answers"] else None,
         "storage": disk_usage(settings),
         "rows": row_store(settings),
         "histories": history_stores(settings),
@@ -537,7 +537,7 @@ TEXTS: Mapping[str, tuple[str, Callable[[Any], Text]]] = {
     "registry": ("registry", registry_text),
     "held": ("guard", held_text),
     "privacy": ("privacy", privacy_text),
-    "rollback": ("rollback", horizon.as_text),
+    "rollback": ("rollback", horizon_text),
     "storage": ("storage", disk_text),
     "rows": ("rows", store_text),
     "histories": ("histories", store_text),

@@ -24,8 +24,7 @@ import msgspec
 
 from deploy.command_line import parser
 from deploy.operate import control, history, rollback, versions
-from deploy.operate.commands import Say
-from deploy.operate.control import SWITCHES
+from deploy.operate.control import SWITCHES, Say
 from deploy.operate.times import parse_time, parse_times
 from deploy.operate.versions import open_registry
 from deploy.serving.requests.access import OPERATE

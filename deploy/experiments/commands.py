@@ -29,7 +29,7 @@ import msgspec
 from deploy.experiments import status
 from deploy.experiments.rollout import as_line, evaluate, roll_out
 from deploy.experiments.start import overrides_of, settings_of, start
-from deploy.operate.commands import Say, control_document, current
+from deploy.operate.control import Say, control_document, current
 from deploy.operate.versions import open_registry
 from state import layout
 from state.config.settings import Settings

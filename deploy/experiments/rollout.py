@@ -21,7 +21,7 @@ from collections.abc import Callable
 import numpy as np
 from numpy.typing import NDArray
 
-from deploy.operate.commands import Say
+from deploy.operate.control import Say
 from deploy.operate.times import age
 from state import http, layout
 from state.config.settings import Settings

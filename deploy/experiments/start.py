@@ -16,7 +16,7 @@ from typing import Any
 
 from msgspec.structs import replace
 
-from deploy.operate.commands import current
+from deploy.operate.control import current
 from deploy.operate.times import iso
 from deploy.operate.versions import open_registry
 from state import layout

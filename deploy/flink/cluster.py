@@ -177,7 +177,7 @@ def run(settings: Settings, jar: Path, say: Say, stop: Callable[[], bool], hurry
     supervisor = _supervisor(settings, directory, say)
     try:
         # 2.
-        for plan in process_plans(settings.flink, directory, jar, jars.java()):
+        for plan in process_plans(settings.flink, directory, jar, jars.flink().java()):
             supervisor.start(plan)
         # 3.
         if _wait_until_up(settings, manager, supervisor, stop):

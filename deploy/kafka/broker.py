@@ -23,8 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deploy.children.ending import die_with, end
-from deploy.kafka import jars
 from deploy.kafka.configuration import HOST, free_port, listens, properties, require_free
+from deploy.kafka.jars import KAFKA
 from state.errors import KafkaFailed, reason_of
 
 QUOTED_LINES = 5
@@ -40,7 +40,7 @@ LOOK_S = 0.05
 def command(class_path: str, log: Path, *words: str) -> list[str]:
     """Returns the command line of one of Kafka's Java tools: `words` are options of Java, the class, and its arguments."""
     return [
-        jars.java(),
+        KAFKA.java(),
         f"-Dlog4j2.configurationFile={_HERE / 'log4j2.properties'}",
         f"-Dspringtide.kafka.log={log}",
         "-cp",
@@ -213,7 +213,7 @@ class Broker:
     def _begin(self) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
         self.require_disk()
-        class_path = os.pathsep.join(str(jar) for jar in jars.resolve())
+        class_path = os.pathsep.join(str(jar) for jar in KAFKA.jars())
         lock = self._lock()
         try:
             self._log_start = self._launch(class_path, lock)

@@ -23,7 +23,7 @@ import numpy as np
 from msgspec.structs import replace as changed
 
 from deploy.operate import log_view
-from deploy.operate.commands import Say, current
+from deploy.operate.control import Say, current
 from deploy.operate.masking import ids_in, pseudonyms
 from deploy.operate.times import iso
 from deploy.operate.versions import open_registry, table

@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import Any
 
-from deploy.operate.commands import Say, control_document, current
+from deploy.operate.control import Say, control_document, current
 from deploy.operate.masking import describe
 from deploy.operate.times import age, iso
 from deploy.operate.versions import open_registry, table

@@ -7,14 +7,17 @@ the time that training on the record takes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from deploy.operate.times import age
 from state import layout
 from state.config.settings import Settings
-from state.errors import LogError, UnfitVersion
+from state.errors import CorruptVersion, LogError, SpringtideError, UnfitVersion, UnknownVersion
 from state.features.mask import Mask, MaskAt
 from state.features.masked_users import MaskedUsers
 from state.history.branch_records import branch_records
@@ -24,12 +27,13 @@ from state.microbatch.batch import MicroBatch, masked, trained, trim
 from state.microbatch.codec import glance
 from state.positions import Source
 from state.registry.log_line import LogLine, onward
-from state.registry.manifest import Manifest
+from state.registry.manifest import Manifest, sees
 from state.registry.masks import MaskEntry
 from state.registry.registry import Registry
 from state.registry.segments import LogSegment
 
 ASK_KAFKA_S = 5.0
+ASK_BRIEFLY_S = 1.0
 STALLED_S = 30.0
 
 
@@ -118,6 +122,42 @@ def look(settings: Settings, patience_s: float = ASK_KAFKA_S) -> LogView | None:
             topics.close()
     except (LogError, KeyError):
         return None
+
+
+def horizon(registry: Registry, view: LogView, now_ms: int) -> dict[str, Any] | None:
+    """Returns how far back a rollback can go: number and age of the oldest version that it can return to; None for none.
+
+    The version is of the newest one's branch, and the training log is complete from it on.
+    """
+    numbers = registry.versions()
+    with suppress(CorruptVersion, UnknownVersion):
+        branch = registry.visible(numbers[-1]) if numbers else ()
+        for number in numbers:
+            # Versions that are damaged, or removed in the meantime, are skipped.
+            with suppress(CorruptVersion, UnknownVersion):
+                if sees(branch, number) and view.reaches(registry, version := registry.manifest(number)):
+                    return {"version": number, "age_s": max(0, now_ms - version.created_at_ms) / 1000}
+    return None
+
+
+def horizon_here(settings: Settings, now_ms: int) -> dict[str, Any] | None:
+    """Returns the horizon of these settings; None if it is unknown: no registry, or no answer from Kafka."""
+    if not settings.registry_dir.is_dir():
+        return None
+    try:
+        view = look(settings, ASK_BRIEFLY_S)
+        return None if view is None else horizon(Registry(settings.registry_dir), view, now_ms)
+    except (SpringtideError, OSError):
+        return None
+
+
+def horizon_text(found: Mapping[str, Any]) -> tuple[str, str]:
+    """Formats the horizon for `springtide status`: a keyword and a description.
+
+    >>> horizon_text({"version": 7, "age_s": 5400.0})
+    ('reaches', 'back 1 h 30 min, to version 7')
+    """
+    return "reaches", f"back {age(found['age_s'])}, to version {found['version']}"
 
 
 @dataclass(frozen=True, slots=True)

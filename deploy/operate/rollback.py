@@ -23,7 +23,7 @@ from typing import Any
 import msgspec
 
 from deploy.operate.branch import ServingBranch, Target, choose
-from deploy.operate.commands import Say, control_document, current
+from deploy.operate.control import Say, control_document, current
 from deploy.operate.log_view import Counted, Counting, LogView, look, records
 from deploy.operate.masking import describe, mask_document, mask_of, require_positions
 from deploy.operate.times import age, parse_time

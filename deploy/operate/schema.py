@@ -22,7 +22,7 @@ from tensorflow_metadata.proto.v0.anomalies_pb2 import Anomalies, AnomalyInfo
 from tensorflow_metadata.proto.v0.schema_pb2 import Schema
 from tensorflow_metadata.proto.v0.statistics_pb2 import FeatureNameStatistics
 
-from deploy.operate.commands import Say, current
+from deploy.operate.control import Say, current
 from deploy.operate.times import iso
 from deploy.operate.versions import open_registry, table
 from deploy.validation.windows import KeptWindow, KeptWindows

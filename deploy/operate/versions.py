@@ -47,8 +47,7 @@ def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Ca
     if served is not None and served in numbers and served not in kept:
         kept = [served, *kept]
     # Imported here, because other commands that open a registry need no log.
-    from deploy.operate import horizon
-    from deploy.operate.log_view import look
+    from deploy.operate.log_view import horizon, horizon_text, look
 
     view = look(settings, ASK_KAFKA_S)
     listed = (_entry(registry, number, control, served, now_ms, view) for number in kept)
@@ -73,8 +72,8 @@ def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Ca
         for one in reversed(entries)
     ]
     say(table([head, *lines]))
-    if view is not None and (back := horizon.oldest(registry, lambda one: view.reaches(registry, one))) is not None:
-        say(f"a rollback reaches {horizon.as_text(horizon.of(back, now_ms))[1]}")
+    if view is not None and (back := horizon(registry, view, now_ms)) is not None:
+        say(f"a rollback reaches {horizon_text(back)[1]}")
     if len(kept) < len(numbers):
         say(f"{len(numbers) - len(kept):,} older ones are kept too; --all lists them")
 

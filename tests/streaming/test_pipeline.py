@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from deploy.kafka import broker as java
-from deploy.kafka import jars
 from deploy.kafka.configuration import free_port
+from deploy.kafka.jars import KAFKA
 from deploy.watch.scrape import Scrape, scrape
 from state.accounts import StreamAccount, check_accounts
 from state.config.sections import Events, Kafka, LogSettings
@@ -136,7 +136,7 @@ def test_clicks_become_micro_batches_and_bad_ones_dead_letters(kafka_settings: K
 def lag_of_group(kafka: Kafka) -> int:
     """The lag of the group in the topic of clicks, as Kafka's own tool tells it."""
     tool = ("org.apache.kafka.tools.consumer.group.ConsumerGroupCommand", "--describe", "--group", kafka.group)
-    class_path = os.pathsep.join(map(str, jars.resolve()))
+    class_path = os.pathsep.join(map(str, KAFKA.jars()))
     line = java.command(class_path, Path(os.devnull), *tool, "--bootstrap-server", kafka.bootstrap_servers)
     said = subprocess.run(line, capture_output=True, text=True, check=True).stdout
     head, *rows = [words.split() for words in said.splitlines() if words.strip()]

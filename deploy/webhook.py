@@ -23,7 +23,7 @@ from typing import Any
 import orjson
 
 from deploy.operate.branch import ServingBranch, described
-from deploy.operate.commands import current
+from deploy.operate.control import current
 from deploy.operate.times import iso, parse_time
 from deploy.operate.versions import open_registry
 from deploy.serving.requests.access import OPERATE, Access, Certificate, Tokens, make_missing
@@ -218,7 +218,7 @@ def run(settings: Settings) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """`python -m deploy.alerting.receiver [flags]`; returns the exit code."""
+    """Runs the receiver with the settings of `argv`; returns the exit code."""
     return run_part("webhook", run, argv, _log)
 
 
