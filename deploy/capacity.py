@@ -350,12 +350,7 @@ def parser(settings: Settings) -> argparse.ArgumentParser:
     return found
 
 
-def sizing_of(asked: argparse.Namespace, settings: Settings) -> Sizing:
-    """Returns the sizing that a command line asks for.
-
-    Raises:
-        SettingsError: An option is out of range.
-    """
+def _sizing_of(asked: argparse.Namespace, settings: Settings) -> Sizing:
     if asked.use > 1 or asked.host_cores % 1 or asked.replication % 1:
         raise SettingsError("--use is at most 1, --host-cores and --replication are whole numbers", "correct them")
     load_asked = Load(**{option.name: getattr(asked, option.name) for option in fields(Load)})
@@ -371,14 +366,12 @@ def number(value: float) -> str:
     return f"{value:.2g}" if value < 10 else f"{round(value, min(0, 3 - len(f'{value:.0f}'))):,.0f}"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = ["| " + " | ".join(row) + " |" for row in (head, *rows)]
     return "\n".join([lines[0], "|" + "---|" * len(head), *lines[1:]])
 
 
-def as_text(sizing: Sizing) -> str:
-    """Formats the answer in Markdown: the order of each part, and the limits."""
+def _as_text(sizing: Sizing) -> str:
     parts = [
         [
             part,
@@ -399,15 +392,14 @@ def as_text(sizing: Sizing) -> str:
         ]
         for limit in sizing.limits()
     ]
-    return f"""{table(["part", "instances", "cores", "memory, GB", "disk, GB"], parts)}
+    return f"""{_table(["part", "instances", "cores", "memory, GB", "disk, GB"], parts)}
 
 The stream is {"a job on Flink" if sizing["on_flink"] else "one local process"}. The clicks topic has {sizing["partitions"]} partitions, the training log 1 with {number(sizing["log_bytes_s"] / 1e6)} MB/s. A new host answers after {seconds(sizing["catch_up_s"])}.
 
-{table(["", "limit", "share", "ends at", "what helps"], limits)}"""
+{_table(["", "limit", "share", "ends at", "what helps"], limits)}"""
 
 
-def as_document(sizing: Sizing) -> dict[str, object]:
-    """Returns the answer as JSON values."""
+def _as_document(sizing: Sizing) -> dict[str, object]:
     orders = {part: need._asdict() for part, need in sizing.orders().items()}
     return {
         "total": orders.pop("all"),
@@ -450,10 +442,10 @@ def page(settings: Settings) -> str:
         for name, one in CONSTANTS.items()
     ]
     return PAGE.format(
-        shown=as_text(Sizing(EXAMPLES[2], settings)),
-        loads=table(head, loads),
-        formulas=table(["answer", "formula"], formulas),
-        constants=table(["constant", "value", "meaning", "measured by"], constants),
+        shown=_as_text(Sizing(EXAMPLES[2], settings)),
+        loads=_table(head, loads),
+        formulas=_table(["answer", "formula"], formulas),
+        constants=_table(["constant", "value", "meaning", "measured by"], constants),
     )
 
 
@@ -461,12 +453,12 @@ def _run(argv: Sequence[str]) -> int:
     flags, words = split_settings(argv)
     settings = load(flags)
     asked = parser(settings).parse_args(words)
-    sizing = sizing_of(asked, settings)
+    sizing = _sizing_of(asked, settings)
     if asked.markdown:
         # The page uses the defaults, whatever is set here.
         print(page(Settings()))
         return 0
-    print(json.dumps(as_document(sizing)) if asked.output == "json" else as_text(sizing))
+    print(json.dumps(_as_document(sizing)) if asked.output == "json" else _as_text(sizing))
     return int(sizing.limits()[0].share > 1)
 
 

@@ -49,8 +49,7 @@ def chosen(names: Sequence[str]) -> list[KnownSetting]:
     return [one for one in declared if not names or {one.name, one.name.partition(".")[0]} & {*names}]
 
 
-def changed(settings: Settings, listed: Sequence[KnownSetting]) -> list[KnownSetting]:
-    """The settings of `listed` that were set explicitly."""
+def _changed(settings: Settings, listed: Sequence[KnownSetting]) -> list[KnownSetting]:
     return [one for one in listed if one.name in settings.origins]
 
 
@@ -85,7 +84,7 @@ def as_lines(settings: Settings, listed: Sequence[KnownSetting]) -> str:
     return "\n".join(lines)
 
 
-def as_pages(settings: Settings, listed: Sequence[KnownSetting]) -> str:
+def _as_pages(settings: Settings, listed: Sequence[KnownSetting]) -> str:
     """Formats each setting in full: value, origin, help, bounds, and how it is written in file, variable and flag."""
     pages = [
         "\n".join(
@@ -104,8 +103,7 @@ def as_pages(settings: Settings, listed: Sequence[KnownSetting]) -> str:
     return "\n\n".join(pages)
 
 
-def as_json(settings: Settings, listed: Sequence[KnownSetting]) -> str:
-    """Formats the effective settings as a JSON list; secrets masked."""
+def _as_json(settings: Settings, listed: Sequence[KnownSetting]) -> str:
     entries = [
         {
             "name": known.name,
@@ -211,10 +209,10 @@ def config(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Call
         return
     listed = chosen(asked.names)
     if asked.changed:
-        listed = changed(settings, listed)
+        listed = _changed(settings, listed)
     # One setting alone is asked for to be understood.
     explain = asked.explain or any("." in name for name in asked.names)
-    show = as_json if asked.output == "json" else as_pages if explain else as_lines
+    show = _as_json if asked.output == "json" else _as_pages if explain else as_lines
     say(show(settings, listed) or "every setting has its default")
 
 
@@ -229,7 +227,7 @@ def check_model(settings: Settings, asked: argparse.Namespace, now_ms: int, say:
     model_checks.check(settings, say)
 
 
-def operator_command(name: str) -> Command:
+def _operator_command(name: str) -> Command:
     """Returns the function of an operator's command; its modules are imported only if it is given."""
     if name in ("config", "check-model"):
         return config if name == "config" else check_model
@@ -290,7 +288,7 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
             _check_tower(settings)
         become(PROCESSES[asked.command][0], [*_accepted(asked), *_runner(asked), *unknown, *flags])
         return
-    operator_command(asked.command)(load(flags), asked, now_ms, say)
+    _operator_command(asked.command)(load(flags), asked, now_ms, say)
 
 
 def _accepted(asked: argparse.Namespace) -> list[str]:

@@ -81,7 +81,7 @@ def _main(arguments: Sequence[str]) -> None:
         help="number of earlier clicks of the shoppers, which are sent at once",
     )
     parser.add_argument("--seed", type=int, help="random seed of the shoppers")
-    add_arguments(parser)
+    _add_arguments(parser)
     options = parser.parse_args(words)
     stopped = stop_on_signals()
     if bool(options.files) + options.synthetic + bool(options.burst) != 1:
@@ -92,19 +92,14 @@ def _main(arguments: Sequence[str]) -> None:
         raise SettingsError("--dry-run is for files", "name them")
     settings = load([*flags, *as_settings(options)])
     if options.files:
-        send_files(options, settings, stopped)
+        _send_files(options, settings, stopped)
         return
     with Topics(settings.kafka) as topics:
         topics.ensure(*topic_plan.clicks(settings))
-    make_clicks(options, settings, stopped)
+    _make_clicks(options, settings, stopped)
 
 
-def make_clicks(options: argparse.Namespace, settings: Settings, stopped: threading.Event) -> None:
-    """Sends the clicks of synthetic shoppers, or a burst of clicks of one user.
-
-    Raises:
-        SpringtideError: Kafka refused.
-    """
+def _make_clicks(options: argparse.Namespace, settings: Settings, stopped: threading.Event) -> None:
     with Outbox(settings.kafka, settings.kafka.clicks_topic) as outbox:
 
         def send(clicks: Clicks) -> None:
@@ -128,8 +123,7 @@ def make_clicks(options: argparse.Namespace, settings: Settings, stopped: thread
         print(f"sent {sent} clicks in {took_s:.1f} s ({sent / took_s:.0f}/s)", flush=True)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the options of files; `--speed` and `--limit`, which synthetic shoppers have too, are added by `main`."""
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add_file_arguments(parser, "Only the columns in [events] are sent. The same command resumes where it stopped.")
     times = parser.add_mutually_exclusive_group()
     times.add_argument(
@@ -169,7 +163,7 @@ def identity(source: RecordingSource, topic: str, topic_id: str) -> dict[str, An
     }
 
 
-def send_files(
+def _send_files(
     options: argparse.Namespace,
     settings: Settings,
     stopped: threading.Event,

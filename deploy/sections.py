@@ -47,7 +47,7 @@ def read(settings: Settings, now_ms: int) -> dict[str, Any]:
         "rollback": horizon_here(settings, now_ms) if kafka["answers"] else None,
         "storage": disk_usage(settings),
         "rows": row_store(settings),
-        "histories": history_stores(settings),
+        "histories": _history_stores(settings),
         "accounting": accounts.account(settings),
         "live_clicks": live_clicks(settings),
         "experiments": experiments.reported(settings),
@@ -58,9 +58,9 @@ def read(settings: Settings, now_ms: int) -> dict[str, Any]:
 def measured(settings: Settings, scrapes: Mapping[str, Scrape]) -> dict[str, Any]:
     """Returns the sections that come from the metrics of the processes."""
     return {
-        "parity": parity(scrapes["applier"]),
+        "parity": _parity(scrapes["applier"]),
         "quality": quality(scrapes["trainer"]),
-        "churn": churn(scrapes["trainer"]),
+        "churn": _churn(scrapes["trainer"]),
         "segments": segments(settings, scrapes),
     }
 
@@ -88,8 +88,7 @@ def kafka_lag(settings: Settings, connect: Callable[[Any], Topics] = Topics) -> 
     }
 
 
-def kafka_text(kafka: Mapping[str, Any]) -> Text:
-    """Formats the broker's offsets."""
+def _kafka_text(kafka: Mapping[str, Any]) -> Text:
     return "runs" if kafka["answers"] else "away", kafka["problem"] or (
         f"{kafka['servers']}; {shown(kafka['clicks'])} clicks, {shown(kafka['lag'])} not yet committed by the stream; "
         f"training log at {shown(kafka['training_log'])}"
@@ -257,7 +256,7 @@ def row_store(settings: Settings) -> dict[str, Any] | None:
     return _store(settings, settings.serving_dir / layout.ROWS, settings.serving.rows_dir, "serving starts again")
 
 
-def history_stores(settings: Settings) -> list[dict[str, Any]]:
+def _history_stores(settings: Settings) -> list[dict[str, Any]]:
     """Returns location and size of the histories of stream and serving; on disk while no process writes them."""
     links = [*layout.streams(settings.state_dir), settings.serving_dir / layout.HISTORIES]
     found = ((link, _store(settings, link, "", "their writer starts")) for link in links)
@@ -339,7 +338,7 @@ def live_clicks_text(window: Mapping[str, Any]) -> Text:
     return "CHANGED", f"{differs}; {listed}; `springtide schema diff` shows the differences"
 
 
-def parity(applier: Scrape) -> dict[str, int] | None:
+def _parity(applier: Scrape) -> dict[str, int] | None:
     """Returns sampled rows by outcome: whether serving computes the features that were trained on; None without any."""
     rows = {name: int(count) for name, count in applier.by("springtide_serving_parity_rows_total", "outcome").items()}
     return rows if any(rows.values()) else None
@@ -452,7 +451,7 @@ CHURN = {
 """By name of the figure, the suffix of its series."""
 
 
-def churn(trainer: Scrape) -> dict[str, float] | None:
+def _churn(trainer: Scrape) -> dict[str, float] | None:
     """Returns the quality of the churn prediction; None if there are no examples and none wait."""
     found = {name: trainer.value(f"springtide_trainer_churn_{end}") or 0.0 for name, end in CHURN.items()}
     return found if found["examples"] or found["waiting"] else None
@@ -533,7 +532,7 @@ def _number(value: float | None) -> str:
 
 
 TEXTS: Mapping[str, tuple[str, Callable[[Any], Text]]] = {
-    "kafka": ("kafka", kafka_text),
+    "kafka": ("kafka", _kafka_text),
     "registry": ("registry", registry_text),
     "held": ("guard", held_text),
     "privacy": ("privacy", privacy_text),

@@ -120,7 +120,7 @@ def _alert(found: Any, number: int) -> Notification | None:
     return Notification(name, began_ms, " ".join(words)[:MOST_TEXT])
 
 
-def pin_before(registry: Registry, notification: Notification, now_ms: int) -> str:
+def _pin_before(registry: Registry, notification: Notification, now_ms: int) -> str:
     """Pins serving to a version from before an alert; returns what was done. Idempotent; durable when it returns.
 
     Raises:
@@ -184,7 +184,7 @@ class Webhook:
         found = firing(body)
         if found is None:
             return "resolved; nothing was changed: `springtide follow` lets answers follow again"
-        done = pin_before(open_registry(self._settings), found, self._now_ms())
+        done = _pin_before(open_registry(self._settings), found, self._now_ms())
         _log.warning("%s fires: %s", found.alert, done)
         return done
 

@@ -133,7 +133,7 @@ class RequestGuard:
             BadRequest: It changes something and is no JSON.
         """
         if scope["method"] not in READING:
-            require_own_page(scope)
+            _require_own_page(scope)
         if endpoint.role != READ or not self.open_to_read:
             self._tokens.require(header(scope, b"authorization"), endpoint.role)
 
@@ -157,13 +157,8 @@ def open_to_read(settings: Settings) -> bool:
     return not are_wanted(settings) and not are_wanted(settings, settings.console.host)
 
 
-def require_own_page(scope: Scope) -> None:
-    """Refuses a request that a browser sends for another page.
-
-    Raises:
-        Forbidden: It does.
-        BadRequest: The body is not declared as JSON.
-    """
+def _require_own_page(scope: Scope) -> None:
+    """Refuses a request that a browser sends for another page."""
     origin, site = header(scope, b"origin"), header(scope, b"sec-fetch-site")
     foreign = origin is not None and origin.partition("://")[2] != header(scope, b"host")
     if foreign or site not in (None, "same-origin", "none"):

@@ -211,8 +211,7 @@ class ShadowRunner:
         logger.info("experiment %s: what it learned is removed", name)
 
 
-def lower_priority(cores: int) -> None:
-    """Limits this process and its children to this many cores, at low priority."""
+def _lower_priority(cores: int) -> None:
     os.nice(NICENESS)
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])
 
@@ -224,7 +223,7 @@ def run(settings: Settings, stopping: threading.Event) -> None:
         LockHeld: Another process runs them.
     """
     with DirectoryLock(settings.state_dir / layout.EXPERIMENTS):
-        lower_priority(settings.trials.cores)
+        _lower_priority(settings.trials.cores)
         runner = ShadowRunner(settings)
         try:
             while not stopping.is_set() and runner.step():

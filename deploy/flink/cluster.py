@@ -101,7 +101,7 @@ def process_plans(
 
     def flink(name: str, main: str, *options: str, words: tuple[str, ...] = ()) -> ProcessPlan:
         temporary = directory / TEMPORARY / name
-        options = (*java_options(settings.heap_mb), f"-Djava.io.tmpdir={temporary}", *options)
+        options = (*_java_options(settings.heap_mb), f"-Djava.io.tmpdir={temporary}", *options)
         return ProcessPlan(name, (*EMPTIED, str(temporary), java, *options, "-cp", str(jar), main, *words), STOP_S)
 
     def own_temporary(name: str) -> tuple[str, str]:
@@ -132,8 +132,7 @@ def process_plans(
     return [*plans, flink(JOB_SERVER, driver, words=job_server)]
 
 
-def java_options(heap_mb: int) -> list[str]:
-    """Returns the options of each Java process."""
+def _java_options(heap_mb: int) -> list[str]:
     return [
         f"-Xmx{heap_mb}m",
         "-XX:+UseSerialGC",

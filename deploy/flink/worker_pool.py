@@ -76,8 +76,7 @@ class WorkerPool(beam_fn_api_pb2_grpc.BeamFnExternalWorkerPoolServicer):
         return [process for process in self._workers.get(worker, ()) if process.poll() is None]
 
 
-def run_pool(port: str) -> None:
-    """Runs the pool until SIGTERM."""
+def _run_pool(port: str) -> None:
     log_lines.begin("workers")
     server = grpc.server(thread_pool_executor.shared_unbounded_instance(), options=OPTIONS)
     pool, stopped = WorkerPool(), threading.Event()
@@ -90,7 +89,7 @@ def run_pool(port: str) -> None:
     pool.stop()
 
 
-def run_worker(control: str, worker: str) -> None:
+def _run_worker(control: str, worker: str) -> None:
     """Runs a Beam Python worker until its TaskManager closes the connection, or the pool ends."""
     from apache_beam.runners.worker.sdk_worker import SdkHarness
 
@@ -125,9 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     keep_private()
     words = sys.argv[1:] if argv is None else argv
     if words[0] == WORKER:
-        run_worker(*words[1:])
+        _run_worker(*words[1:])
     else:
-        run_pool(*words)
+        _run_pool(*words)
     return 0
 
 

@@ -108,7 +108,7 @@ def run_for_life(command: list[str], console: Path, lock: int) -> subprocess.Pop
     return outcome
 
 
-def text_from(path: Path, start: int) -> str:
+def _text_from(path: Path, start: int) -> str:
     """Returns a file's text from byte `start` on; a negative `start` counts from its end."""
     try:
         with path.open("rb") as file:
@@ -129,7 +129,7 @@ def last_words(what: str, directory: Path, port: int, logs: Sequence[Path]) -> K
         port: Port of the broker.
         logs: The broker's log files; the last one has every line.
     """
-    lines = [line for path in logs for line in text_from(path, -20_000).splitlines()]
+    lines = [line for path in logs for line in _text_from(path, -20_000).splitlines()]
     text = "\n".join(lines)
     if "No space left on device" in text or shutil.disk_usage(directory).free < FULL_BYTES:
         advice = f"the disk of {directory} is full, free some space"
@@ -233,7 +233,7 @@ class Broker:
             raise KafkaFailed("Kafka was stopped while it started")
         failure = self.failure()
         # The port opens before the broker accepts requests; the log shows when it does.
-        if failure is None and STARTED in text_from(self.log_path, self._log_start) and listens(self.port):
+        if failure is None and STARTED in _text_from(self.log_path, self._log_start) and listens(self.port):
             return True
         if failure is None and time.monotonic() >= self._deadline_s:
             self.stop()

@@ -59,7 +59,7 @@ NOT_OURS = (
 )
 
 
-def first_left(log: Log, topic: str, whose: Whose, erased: Erased) -> int | None:
+def _first_left(log: Log, topic: str, whose: Whose, erased: Erased) -> int | None:
     """Returns the first erasure of which the topic has a record; None if it has none.
 
     A record from before the erasure counts, and so does any tombstone, because its key names the user. Records that a
@@ -106,7 +106,7 @@ def show(settings: Settings, registry: Registry, now_ms: int, output: str, say: 
     """
     control = current(registry)
     held = holdings(settings, registry, control, now_ms)
-    listed = [erasure_document(one, registry.generations.generation(one.generation)) for one in control.erased]
+    listed = [_erasure_document(one, registry.generations.generation(one.generation)) for one in control.erased]
     if output == "json":
         say(json.dumps({"erasures": listed, "holding": [asdict(one) for one in held], "note": NOT_OURS}, indent=2))
         return
@@ -127,8 +127,7 @@ def show(settings: Settings, registry: Registry, now_ms: int, output: str, say: 
     say(NOT_OURS)
 
 
-def erasure_document(erasure: Erasure, by: Control) -> dict[str, Any]:
-    """Returns an erasure as JSON values; users are counted, not listed."""
+def _erasure_document(erasure: Erasure, by: Control) -> dict[str, Any]:
     return {
         "id": erasure.id,
         "generation": erasure.generation,
@@ -144,17 +143,16 @@ def holdings(settings: Settings, registry: Registry, control: Control, now_ms: i
     if not control.erased:
         return []
     reports = {report.part: report for report in all_reports(registry)}
-    found = of_versions(settings, registry, control, reports.pop(COMPACTOR, None))
+    found = _of_versions(settings, registry, control, reports.pop(COMPACTOR, None))
     found += of_processes(list(reports.values()), _expected(settings), control.erased.last)
     found += of_experiments(settings, control)
-    found += of_topics(settings, control, now_ms)
-    return found + set_aside(settings, registry, control)
+    found += _of_topics(settings, control, now_ms)
+    return found + _set_aside(settings, registry, control)
 
 
-def of_versions(
+def _of_versions(
     settings: Settings, registry: Registry, control: Control, compactor: ErasureReport | None
 ) -> list[Holding]:
-    """Returns holdings of the trainer, and of versions and bases from before."""
     last, found = control.erased.last, list[Holding]()
     parts = [registry.manifest(version, "base") for version in registry.bases()]
     parts += [registry.manifest(version, "delta") for version in registry.deltas()]
@@ -187,7 +185,7 @@ def of_experiments(settings: Settings, control: Control) -> list[Holding]:
         own = registry.control()
         if own is not None:
             compactor = {one.part: one for one in all_reports(registry)}.get(COMPACTOR)
-            held = of_versions(settings, registry, changed(own, erased=control.erased), compactor)
+            held = _of_versions(settings, registry, changed(own, erased=control.erased), compactor)
             found += [replace(one, where=f"experiment {name}: {one.where}") for one in held]
     return found
 
@@ -226,8 +224,7 @@ def of_processes(reports: Sequence[ErasureReport], expected: Iterable[str], last
     return found + [Holding(path, 1, "histories, rows, attributes", until) for path in silent]
 
 
-def of_topics(settings: Settings, control: Control, now_ms: int) -> list[Holding]:
-    """Returns holdings of clicks, training log and attributes, by where their partitions begin now."""
+def _of_topics(settings: Settings, control: Control, now_ms: int) -> list[Holding]:
     kafka, partition, holdings = settings.kafka, settings.trainer.partition, list[Holding]()
     until = "Kafka compacts the topic, by its segment.ms and delete.retention.ms"
     try:
@@ -242,7 +239,7 @@ def of_topics(settings: Settings, control: Control, now_ms: int) -> list[Holding
             }
             has_segments = bool(settings.segments.expressions) and settings.segments.topic in topics.names()
         attributes = _first_attributes(settings, log, control) if settings.attributes.user_topic else None
-        members = first_left(log, settings.segments.topic, of_segments, control.erased) if has_segments else None
+        members = _first_left(log, settings.segments.topic, of_segments, control.erased) if has_segments else None
     except (LogError, KeyError) as error:
         return [Holding("Kafka", 1, "clicks, training log, attributes", f"it answers: {error}")]
     left = [erasure for erasure in control.erased if _has_clicks(erasure, word, clicks)]
@@ -277,7 +274,7 @@ def _first_attributes(settings: Settings, log: Log, control: Control) -> int | N
         except DecodeError:
             return 0
 
-    return first_left(log, settings.attributes.user_topic, whose, control.erased)
+    return _first_left(log, settings.attributes.user_topic, whose, control.erased)
 
 
 def of_segments(key: bytes | None) -> int:
@@ -302,7 +299,7 @@ def _gone_by(erasure: Erasure, config: Mapping[str, str]) -> str:
     )
 
 
-def set_aside(settings: Settings, registry: Registry, control: Control) -> list[Holding]:
+def _set_aside(settings: Settings, registry: Registry, control: Control) -> list[Holding]:
     """Returns stores set aside as damaged, or replaced, before the newest erasure: no process opens them to erase."""
     places = [registry.path / name for name in (layout.VERSIONS, layout.BASES, layout.MERGED)]
     places += [settings.state_dir, *(path.parent for path in layout.streams(settings.state_dir)), settings.serving_dir]
@@ -335,7 +332,7 @@ def erase(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
     users = pseudonyms(settings, plain, newest.salt)
     log = log_view.open_log(settings)
     # 1.
-    tombstones = take_attributes(settings, log, plain)
+    tombstones = _take_attributes(settings, log, plain)
     killpoints.reach("erase.attributes")
     # 2.
     until = places(settings, log, newest)
@@ -378,12 +375,8 @@ def _newest(registry: Registry) -> Manifest:
     return registry.manifest(versions[-1])
 
 
-def take_attributes(settings: Settings, log: Log, plain: Sequence[str]) -> int:
-    """Sends a tombstone for each user into each partition of the attributes' topic; returns how many users.
-
-    Raises:
-        LogError: The topic does not exist, or Kafka refused the record.
-    """
+def _take_attributes(settings: Settings, log: Log, plain: Sequence[str]) -> int:
+    """Sends a tombstone for each user into each partition of the attributes' topic; returns how many users."""
     topic = settings.attributes.user_topic
     if not topic:
         return 0

@@ -280,7 +280,7 @@ class Plan:
         return document if self.exact is None else document | {"exact": self.exact.document()}
 
 
-def exact_plan(
+def _exact_plan(
     registry: Registry, control: Control, to: Manifest, view: LogView | None, again: ClickRanges | None = None
 ) -> ExactPlan:
     """Returns where the log branches, and what is read again; histories are not counted yet.
@@ -366,13 +366,8 @@ def total_bytes(registry: Registry, version: int) -> int:
     return sum(file.bytes for part in (base, *deltas) for file in part.files.values())
 
 
-def require_sound(registry: Registry, version: Manifest) -> None:
-    """Refuses a version of which a file fails its digest.
-
-    Raises:
-        UnknownVersion: A part is no longer kept.
-        UnfitVersion: A file is damaged; the message names the version before the damage.
-    """
+def _require_sound(registry: Registry, version: Manifest) -> None:
+    """Refuses a version of which a file fails its digest."""
 
     def problem_of(part: Manifest) -> CorruptVersion | None:
         try:
@@ -420,7 +415,7 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
     plan, made = _planned(settings, asked, registry, control, now_ms)
     later = plan.switch.here and not asked.dry_run and total_bytes(registry, plan.to.version) > CHECKED_FIRST_BYTES
     if not later:
-        require_sound(registry, plan.to)
+        _require_sound(registry, plan.to)
     if asked.dry_run and made is not None:
         plan = plan.count(settings)
         show({"plan": plan.document()}, [*plan.lines(), "dry run: nothing was changed"])
@@ -443,7 +438,7 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
         answered = "" if took_s is None else f"; answers of this host come from it after {took_s:.2f} s"
         say(f"generation {made.generation}: epoch {made.epoch} starts from version {plan.to.version}{answered}")
     if later:
-        require_sound(registry, plan.to)
+        _require_sound(registry, plan.to)
     killpoints.reach("rollback.answered")
     # 4.
     document = {"plan": None, "answered_s": took_s, "changed": True, "control": control_document(made)}
@@ -491,7 +486,7 @@ def _planned(
         topic=to.log.topic or settings.kafka.microbatches_topic,
         switch=Switch.to(settings, registry, to),
         then_follow=asked.follow_when_caught_up,
-        exact=exact_plan(registry, control, to, view) if exact else None,
+        exact=_exact_plan(registry, control, to, view) if exact else None,
     )
     if done_at is not None:
         return plan, None
@@ -528,7 +523,7 @@ def _count_interrupted(settings: Settings, registry: Registry, control: Control,
         view = replace(view, end=int(stored["end"]))
     if exact is not None:
         known = None if stored is None or "again" not in stored else from_json(stored["again"])
-        exact = exact_plan(registry, before, plan.to, view, known)
+        exact = _exact_plan(registry, before, plan.to, view, known)
     new = [mask for mask in began.masks if mask.generation == began.generation]
     interrupted = replace(plan, before=before, new=new, view=view, exact=exact)
     registry.generations.add_outcome(control.epoch, "planned", interrupted.count(settings).document())

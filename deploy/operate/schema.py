@@ -47,7 +47,7 @@ def present(one: FeatureNameStatistics | None) -> float:
     return float(there / max(1, there + missing))
 
 
-def limits(feature: schema_pb2.Feature) -> dict[str, float]:
+def _limits(feature: schema_pb2.Feature) -> dict[str, float]:
     """Returns how far a feature may move: from the baseline, and from the window before."""
     found = {}
     for against, comparator in (("baseline", feature.skew_comparator), ("previous", feature.drift_comparator)):
@@ -57,14 +57,13 @@ def limits(feature: schema_pb2.Feature) -> dict[str, float]:
     return found
 
 
-def feature_document(feature: schema_pb2.Feature, one: FeatureNameStatistics | None) -> dict[str, Any]:
-    """Returns a feature of the baseline as JSON values."""
+def _feature_document(feature: schema_pb2.Feature, one: FeatureNameStatistics | None) -> dict[str, Any]:
     document: dict[str, Any] = {
         "name": feature.name,
         "type": schema_pb2.FeatureType.Name(feature.type),
         "present": present(one),
         "min_fraction": feature.presence.min_fraction,
-        "thresholds": limits(feature),
+        "thresholds": _limits(feature),
     }
     if one is not None and one.HasField("string_stats"):
         return document | {"distinct": one.string_stats.unique, "domain": len(feature.string_domain.value)}
@@ -74,9 +73,10 @@ def feature_document(feature: schema_pb2.Feature, one: FeatureNameStatistics | N
     return document
 
 
-def feature_line(feature: schema_pb2.Feature, one: FeatureNameStatistics | None, names: Mapping[str, str]) -> list[str]:
-    """Formats a feature of the baseline as a row of a table."""
-    allowed = limits(feature)
+def _feature_line(
+    feature: schema_pb2.Feature, one: FeatureNameStatistics | None, names: Mapping[str, str]
+) -> list[str]:
+    allowed = _limits(feature)
     moves = ", ".join(
         f"{allowed[against]:g} from {what}"
         for against, what in (("baseline", "it"), ("previous", "the window before"))
@@ -84,10 +84,10 @@ def feature_line(feature: schema_pb2.Feature, one: FeatureNameStatistics | None,
     )
     kind = schema_pb2.FeatureType.Name(feature.type).lower()
     there = f"{present(one):.0%} (at least {feature.presence.min_fraction:.0%})"
-    return [feature.name, kind, there, typical(one, names), moves or "anything"]
+    return [feature.name, kind, there, _typical(one, names), moves or "anything"]
 
 
-def typical(one: FeatureNameStatistics | None, names: Mapping[str, str]) -> str:
+def _typical(one: FeatureNameStatistics | None, names: Mapping[str, str]) -> str:
     """Returns the most frequent value of a categorical feature with its share, or the middle of a numeric one."""
     if one is None or not (there := common(one).num_non_missing):
         return "none"
@@ -100,8 +100,7 @@ def typical(one: FeatureNameStatistics | None, names: Mapping[str, str]) -> str:
     return f"{names.get(value, value)} {count / there:.1%} of {one.string_stats.unique:,}"
 
 
-def with_names(text: str, names: Mapping[str, str]) -> str:
-    """Replaces known ids in a text by their names."""
+def _with_names(text: str, names: Mapping[str, str]) -> str:
     for value in {word.strip(".,:()") for word in text.split()} & names.keys():
         text = text.replace(value, names[value])
     return text
@@ -151,12 +150,12 @@ def show(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
         return
     counted = by_name(baseline.statistics)
     if asked.output == "json":
-        features = [feature_document(one, counted.get(one.name)) for one in baseline.schema.feature]
+        features = [_feature_document(one, counted.get(one.name)) for one in baseline.schema.feature]
         say(json.dumps({**_about(baseline), "rows": baseline.statistics.num_examples, "features": features}, indent=2))
         return
     say(_title(baseline))
     head = ["feature", "type", "has a value", "values", "may move by"]
-    rows = [feature_line(one, counted.get(one.name), found.about.get("names", {})) for one in baseline.schema.feature]
+    rows = [_feature_line(one, counted.get(one.name), found.about.get("names", {})) for one in baseline.schema.feature]
     say(table([head, *rows]))
 
 
@@ -187,7 +186,7 @@ def diff(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
     names = found.about.get("names", {})
     say(f"the window until {iso(window.end_ms)}, {rows:,} events, against {_title(baseline)}")
     for name, reasons in wrong.items():
-        say(f"{name}: {' '.join(with_names(one['what'], names) for one in reasons)}")
+        say(f"{name}: {' '.join(_with_names(one['what'], names) for one in reasons)}")
     if not wrong:
         say("nothing is wrong with it")
     head = ["feature", "from", "distance", "may be", "here", "there"]
@@ -202,8 +201,8 @@ def diff(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
             "the baseline" if one["against"] == "baseline" else "the window before",
             f"{one['distance']:.3f}",
             f"{one['threshold']:g}",
-            typical(here.get(one["feature"]), names),
-            typical(befores[one["against"]].get(one["feature"]), names),
+            _typical(here.get(one["feature"]), names),
+            _typical(befores[one["against"]].get(one["feature"]), names),
         ]
         for one in distances[:LISTED]
     ]

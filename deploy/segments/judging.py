@@ -59,12 +59,12 @@ class ProfileJudge:
 
     def _judged(self, answer: Answer) -> JudgedUser:
         # An unknown user is in no segment, even if an expression holds for all-zero features.
-        facts = facts_of(answer)
+        facts = _facts_of(answer)
         within = (name for name, one in self._expressions.items() if answer.known and one.holds(facts))
         return JudgedUser(pseudonym(answer.user_id), answer.at_ms, answer.version["number"], frozenset(within))
 
 
-def facts_of(answer: Answer) -> ProfileFacts:
+def _facts_of(answer: Answer) -> ProfileFacts:
     """Returns what expressions can refer to in an answer; of categories with the same name the most probable counts."""
     interests: dict[str, float] = {}
     for one in answer.interests:

@@ -455,12 +455,7 @@ class SegmentKeeper:
         _log.info("erasure %d: users have left all segments", last)
 
 
-def require_segments(settings: Settings) -> None:
-    """Refuses invalid expressions, and settings without any.
-
-    Raises:
-        SettingsError: The message says which, and where.
-    """
+def _require_segments(settings: Settings) -> None:
     if not segments_of(settings):
         raise SettingsError("[segments] names no segment: there is nothing to keep", 'write NAME = "EXPRESSION" there')
 
@@ -471,7 +466,7 @@ def run(settings: Settings, log: Log, registry: CollectorRegistry, stop: threadi
     Raises:
         SettingsError: There are no segments, or an expression is invalid.
     """
-    require_segments(settings)
+    _require_segments(settings)
     metrics, say = SegmentMetrics(registry), SaidOnce(_log.warning)
     host: Host | None = None
     keeper: SegmentKeeper | None = None
@@ -509,7 +504,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(settings: Settings, stop: threading.Event) -> None:
     os.nice(NICENESS)
-    require_segments(settings)
+    _require_segments(settings)
     with (
         DirectoryLock(settings.serving_dir, SEGMENTS_LOCK),
         served(settings.segments.metrics_port, settings.metrics.host) as registry,

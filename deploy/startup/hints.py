@@ -46,7 +46,7 @@ def addresses(settings: Settings, shoppers: bool) -> list[tuple[str, str]]:
 
 def commands(settings: Settings, shoppers: bool, watched: bool = False) -> list[str]:
     """Returns the lines that `up` prints once everything runs, with or without synthetic shoppers and Prometheus."""
-    command = springtide_command()
+    command = _springtide_command()
     lines = [
         question(settings, shoppers),
         f"{command} status        {command} status --watch",
@@ -73,8 +73,7 @@ def console(settings: Settings) -> list[str]:
     return [f"page: {url}, to steer with the token in {settings.tokens_dir / OPERATE}"]
 
 
-def springtide_command() -> str:
-    """Returns the shell command that runs `springtide` from the current directory."""
+def _springtide_command() -> str:
     script = Path(sys.executable).with_name("springtide")
     if not script.exists():
         return f"{sys.executable} -m deploy.cli"

@@ -257,13 +257,12 @@ class LocalKafka:
         self._broker.stop(timeout_s)
 
 
-def trained_version(settings: Settings) -> int:
-    """Returns the version that the trainer has loaded or made; 0 without one."""
+def _trained_version(settings: Settings) -> int:
     addresses = {TRAINER: scrape.urls(settings)[TRAINER]}
     return int(scrape.scrape(addresses)[TRAINER].value("springtide_trainer_version") or 0)
 
 
-def preparing(settings: Settings, running: Collection[str]) -> str:
+def _preparing(settings: Settings, running: Collection[str]) -> str:
     """Describes the phase of running processes that do not work yet; empty if all of them work."""
     urls = scrape.targets(settings)
     scrapes = scrape.scrape(
@@ -272,7 +271,7 @@ def preparing(settings: Settings, running: Collection[str]) -> str:
     return ", ".join(f"{name} {text}" for name, text in starting(scrapes).items())
 
 
-def answered_version(settings: Settings) -> int:
+def _answered_version(settings: Settings) -> int:
     """Returns the version of an answer requested just now; 0 if a worker gives none or is not ready."""
     if scrape.fetch(serving_address(settings, "/readyz"))[0] != 200:
         return 0
@@ -280,14 +279,8 @@ def answered_version(settings: Settings) -> int:
     return int(json.loads(answer)["version"]["number"]) if status == 200 else 0
 
 
-def ensure_topics(settings: Settings, say: Callable[[str], None], local: bool = False) -> str:
-    """Creates missing topics and reports which topics the loss of one broker would harm; returns the topics as text.
-
-    `local`: the Kafka is the loop's own, and its topics keep to their share of `storage.budget_gb`.
-
-    Raises:
-        LogError: Kafka does not answer, or refused.
-    """
+def _ensure_topics(settings: Settings, say: Callable[[str], None], local: bool = False) -> str:
+    """Creates missing topics and reports which topics the loss of one broker would harm; returns the topics as text."""
     kafka = settings.kafka
     wanted = [topic_plan.clicks(settings), topic_plan.dead_letters(settings), topic_plan.microbatches(settings)]
     with Topics(kafka) as topics:
@@ -383,7 +376,7 @@ class Startup:
         # start before it: serving answers from an earlier run's data. In a fresh state directory the first answers wait
         # for Kafka and the bootstrap, so these come first. The trainer imports TensorFlow meanwhile.
         self._say_whose_kafka()
-        topics = ensure_topics(settings, self._screen.say) if self._kafka is None else ""
+        topics = _ensure_topics(settings, self._screen.say) if self._kafka is None else ""
         where = f"yours at {settings.kafka.bootstrap_servers}"
         goes_on = model_checks.is_bootstrapped(settings)
         self._supervisor = Supervisor.of(settings, self._screen.say, self._metrics, self._clock)
@@ -393,7 +386,7 @@ class Startup:
         self._start(() if goes_on else (TRAINER, *ANSWERING))
         if self._kafka is not None:
             self._wait(self._kafka.is_up, "starting Kafka")
-            topics = ensure_topics(settings, self._screen.say, local=True)
+            topics = _ensure_topics(settings, self._screen.say, local=True)
             where = f"local broker on {settings.kafka.bootstrap_servers}, data in {settings.kafka_dir}"
         self._step("Kafka", where)
         self._step("topics", topics)
@@ -403,7 +396,7 @@ class Startup:
         self._await_bootstrap()
         # No answer waits for the validation: it compares with what the bootstrap found, and reads what it missed.
         self._start({VALIDATION} - left_out(settings))
-        version = self._wait(lambda: trained_version(settings), "waiting for the trainer's first version")
+        version = self._wait(lambda: _trained_version(settings), "waiting for the trainer's first version")
         self._step("trainer", f"version {version}")
         self._wait(lambda: self._answered, "waiting for the first answer")
         # 9. What to try. The page comes last, because no other step waits for it.
@@ -478,7 +471,7 @@ class Startup:
         """Reports once that serving answers, and with which version."""
         if self._answered or self._running().pid(WORKER) is None:
             return
-        self._answered = answered_version(self._settings)
+        self._answered = _answered_version(self._settings)
         if self._answered:
             url, port = serving_address(self._settings), self._settings.serving.grpc_port
             where = f"{url} with version {self._answered}{f', gRPC on port {port}' if port else ''}"
@@ -512,7 +505,7 @@ class Startup:
             self._notice_answer()
             if self._clock() >= report:
                 report = self._clock() + PROGRESS_S
-                if progress := preparing(self._settings, self._running().names()):
+                if progress := _preparing(self._settings, self._running().names()):
                     self._screen.say(f"{self._clock() - self._begin:7.1f} s       {progress}")
             if self._clock() >= remind:
                 remind = self._clock() + REMIND_S

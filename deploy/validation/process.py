@@ -101,7 +101,7 @@ def chosen(offset: int, every: int) -> bool:
     return (offset * _SPREAD % 2**64 >> 32) % every == 0
 
 
-def log_time_ms(batch: MicroBatch) -> int:
+def _log_time_ms(batch: MicroBatch) -> int:
     """Returns the time after the last event of a batch by the clocks of many users, ms; 0 if it is unknown.
 
     Batches of 0.1.0 have no clocks: their time is that of their newest row.
@@ -126,7 +126,7 @@ class Windows:
 
     def take(self, offset: int, batch: MicroBatch) -> Window | None:
         """Counts the rows of the record at `offset`; returns the window that it ended, if it did."""
-        self._now_ms = max(self._now_ms, log_time_ms(batch))
+        self._now_ms = max(self._now_ms, _log_time_ms(batch))
         ended = None
         if self.open is None or self._now_ms >= self.open.end_ms:
             ended = self.open
@@ -184,7 +184,7 @@ class WindowJudge:
         metrics.windows.labels("judged").inc()
         metrics.baseline.set(baseline.accepted.number)
         if previous is not None and not self._settled(window):
-            previous = without_features(previous)
+            previous = _without_features(previous)
         found = validate(counted, baseline.schema, baseline.statistics, previous)
         self._show(counted, found)
         self._tell(found, rows)
@@ -227,13 +227,13 @@ class WindowJudge:
         self._clear()
         features = by_name(counted)
         labels = labels_of(features)
-        for label, against, distance in largest(found, labels):
+        for label, against, distance in _largest(found, labels):
             self._metrics.distance.labels(label, against).set(distance)
         for name, feature in features.items():
             if not name.startswith(f"{FEATURES}.") and labels[name] != OTHERS:
                 there, missing = common(feature).num_non_missing, common(feature).num_missing
                 self._metrics.missing_ratio.labels(name).set(missing / max(1, there + missing))
-        self._count(Counter(AnomalyInfo.Type.Name(kind) for kind in kinds(found)))
+        self._count(Counter(AnomalyInfo.Type.Name(kind) for kind in _kinds(found)))
 
     def _count(self, features: Mapping[str, int]) -> None:
         for kind in KINDS:
@@ -248,14 +248,13 @@ class WindowJudge:
         self._seen = now
 
 
-def without_features(statistics: DatasetFeatureStatistics) -> DatasetFeatureStatistics:
-    """Returns statistics of the inputs alone."""
+def _without_features(statistics: DatasetFeatureStatistics) -> DatasetFeatureStatistics:
     made = DatasetFeatureStatistics(name=statistics.name, num_examples=statistics.num_examples)
     made.features.extend(one for one in statistics.features if not one.path.step[0].startswith(f"{FEATURES}."))
     return made
 
 
-def largest(found: Anomalies, labels: Mapping[str, str]) -> Iterable[tuple[str, str, float]]:
+def _largest(found: Anomalies, labels: Mapping[str, str]) -> Iterable[tuple[str, str, float]]:
     """Returns label, reference, and the largest distance of the features with that label, by `labels` of features."""
     distances: dict[tuple[str, str], float] = {}
     for one in found.drift_skew_info:
@@ -267,8 +266,7 @@ def largest(found: Anomalies, labels: Mapping[str, str]) -> Iterable[tuple[str, 
     return [(label, against, distance) for (label, against), distance in sorted(distances.items())]
 
 
-def kinds(found: Anomalies) -> Iterable[int]:
-    """Returns the kinds of anomalies, each once a feature."""
+def _kinds(found: Anomalies) -> Iterable[int]:
     for info in found.anomaly_info.values():
         yield from sorted({reason.type for reason in info.reason})
 

@@ -93,8 +93,7 @@ def stream_account(counts: Counts) -> StreamAccount:
     return StreamAccount(*(sum(getattr(one, each.name) for one in parts) for each in dataclasses.fields(StreamAccount)))
 
 
-def trainer_account(version: Manifest, flying: InFlight) -> TrainerAccount:
-    """Returns the version's account, including the rows in flight after it."""
+def _trainer_account(version: Manifest, flying: InFlight) -> TrainerAccount:
     counted = {
         name: int(version.metrics.get(f"account.{name}", 0))
         for name in ("rows", "trained", "skipped", "duplicate", "masked", "gap", "other_features")
@@ -142,12 +141,7 @@ class Stores(NamedTuple):
     waiting: int
 
 
-def read_stores(settings: Settings) -> Stores:
-    """Reads what the stores of this machine count.
-
-    Raises:
-        SpringtideError: There is no version, or one cannot be read.
-    """
+def _read_stores(settings: Settings) -> Stores:
     counts: dict[Source, dict[str, int]] = {}
     accepted: list[dict[str, Any]] = []
     waiting = 0
@@ -179,12 +173,7 @@ class Shown(NamedTuple):
     unread: int = 0
 
 
-def read_shown(settings: Settings) -> Shown:
-    """Reads the account that the stream reports, wherever it runs.
-
-    Raises:
-        SettingsError: An entry of `metrics.hosts` has an invalid form.
-    """
+def _read_shown(settings: Settings) -> Shown:
     stream = scrape.scrape({"stream": scrape.urls(settings)["stream"]})["stream"]
     shown = stream.by("springtide_accounting_labels", "outcome") | stream.by(
         "springtide_accounting_positions", "outcome"
@@ -195,13 +184,9 @@ def read_shown(settings: Settings) -> Shown:
     return Shown(account, int(shown["waiting"]), int(stream.value("springtide_stream_lag_events") or 0))
 
 
-def read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int], line: LogLine = WHOLE) -> InFlight:
-    """Counts the rows between the version's position in the log and the stream's, along a branch of the log.
-
-    Raises:
-        LogError: The log cannot be read from there.
-    """
-    kafka = quick(settings)
+def _read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int], line: LogLine = WHOLE) -> InFlight:
+    """Counts the rows between the version's position in the log and the stream's, along a branch of the log."""
+    kafka = _quick(settings)
     partition, place = version.log.partition, onward(line, version.log.next)
     with Topics(kafka) as topics:
         _, end = topics.ends(version.log.topic, committed_only=True)[partition]
@@ -220,13 +205,12 @@ def read_tail(settings: Settings, version: Manifest, until: Mapping[Source, int]
     return in_flight(batches, version.marks, until)
 
 
-def quick(settings: Settings) -> Any:
-    """Returns the Kafka settings with a short timeout."""
+def _quick(settings: Settings) -> Any:
     return dataclasses.replace(settings.kafka, request_timeout_s=min(LONGEST_S, settings.kafka.request_timeout_s))
 
 
-def settled(
-    settings: Settings, version: Manifest, read: Callable[[Settings], Stores] = read_stores, wait_s: float = SETTLE_S
+def _settled(
+    settings: Settings, version: Manifest, read: Callable[[Settings], Stores] = _read_stores, wait_s: float = SETTLE_S
 ) -> Stores:
     """Reads the stores until they have what the version has, for at most `wait_s`."""
     deadline_s = time.monotonic() + wait_s
@@ -245,11 +229,11 @@ def account(settings: Settings) -> dict[str, Any]:
     stream: StreamAccount | None = None
     # 2.
     try:
-        stores = read_stores(settings) if version is None else settled(settings, version)
+        stores = _read_stores(settings) if version is None else _settled(settings, version)
         counts, found["gaps_accepted"], waiting = stores
         stream = stream_account(counts)
     except SpringtideError as error:
-        stream, waiting, unread = read_shown(settings)
+        stream, waiting, unread = _read_shown(settings)
         found["notes"].append(str(error) if stream is None else AS_SHOWN)
     # 3.
     trainer = compared = None
@@ -258,10 +242,10 @@ def account(settings: Settings) -> dict[str, Any]:
         try:
             if counts is not None:
                 until = {source: one["next"] for source, one in counts.items()}
-                flying = read_tail(settings, version, until, line)
+                flying = _read_tail(settings, version, until, line)
         except SpringtideError as error:
             found["notes"].append(f"rows in flight are not counted: {error}")
-        trainer = trainer_account(version, flying)
+        trainer = _trainer_account(version, flying)
         why = "" if counts is None else comparable(counts, version, flying)
         compared = trainer if counts is not None and not why else None
         if why:
@@ -305,7 +289,7 @@ def _broker(settings: Settings, counts: Counts, found: dict[str, Any]) -> list[B
     if not counts:
         return []
     try:
-        with Topics(quick(settings)) as topics:
+        with Topics(_quick(settings)) as topics:
             topic_id = topics.describe(settings.kafka.clicks_topic).topic_id
             ends = topics.ends(settings.kafka.clicks_topic)
     except SpringtideError as error:

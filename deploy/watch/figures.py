@@ -181,8 +181,7 @@ class BudgetLeft:
     spent: bool
 
 
-def budget_of(trainer: Scrape) -> BudgetLeft | None:
-    """Returns the budget; None if none is set, or the trainer does not report it."""
+def _budget_of(trainer: Scrape) -> BudgetLeft | None:
     epsilon, taken, held = (
         trainer.value(f"springtide_trainer_privacy_{name}") for name in ("epsilon_limit", "epsilon_spent", "held")
     )
@@ -295,7 +294,7 @@ def segments_behind(keeper: Scrape) -> str:
     return f"{shown(lag)} records and {shown(users)} users wait" if lag > FEW_RECORDS or users > FEW_USERS else ""
 
 
-def kafka_answers(scrapes: Mapping[str, Scrape]) -> bool | None:
+def _kafka_answers(scrapes: Mapping[str, Scrape]) -> bool | None:
     """Returns whether serving reaches Kafka; None if unknown."""
     applier = scrapes.get("applier", UNREACHABLE)
     if applier.value("springtide_serving_log_away"):
@@ -525,7 +524,7 @@ class Watch:
             spanned = {name: self._seen(name, scrapes, now_s, self._spread_s) for name in BORN}
         self._polls.append((now_s, scrapes))
         born = {name: scraped.value(BORN[name]) for name, scraped in scrapes.items() if name in BORN}
-        up, kafka = scrapes.get(UP, UNREACHABLE), kafka_answers(scrapes)
+        up, kafka = scrapes.get(UP, UNREACHABLE), _kafka_answers(scrapes)
         answering = {name for name, scraped in scrapes.items() if scraped.values} | ({"kafka"} if kafka else set())
         behind = {name: falls_behind(name, seen.now, seen.earlier, seen.elapsed_s) for name, seen in lately.items()}
         behind[SEGMENTS] = segments_behind(scrapes.get(SEGMENTS, UNREACHABLE))
@@ -589,7 +588,7 @@ def read(stream: Seen, trainer: Seen, applier: Seen, worker: Seen) -> Figures:
         top1=trainer.now.value("springtide_trainer_top1_ratio") if learned else None,
         skipped_per_s=trainer.rate("springtide_trainer_rows_total", outcome=("skipped",)),
         held=bool(trainer.now.value("springtide_trainer_held")),
-        budget=budget_of(trainer.now),
+        budget=_budget_of(trainer.now),
         paused=bool(trainer.now.value("springtide_trainer_paused")),
         publishing_held=bool(trainer.now.value("springtide_trainer_publishing_held")),
         # Versions and epochs begin with 1.

@@ -46,8 +46,7 @@ MEANINGS = {
 }
 
 
-def happenings(snapshot: Snapshot, workers: int = 1) -> list[Sequence[str]]:
-    """Returns the cells of the throughput lines: a label, the rate, and details. Figures of workers are summed."""
+def _happenings(snapshot: Snapshot, workers: int = 1) -> list[Sequence[str]]:
     figures = snapshot.figures
     budget = figures.budget
     top1 = "-" if figures.top1 is None else f"{figures.top1:.1%}"
@@ -96,8 +95,7 @@ def happenings(snapshot: Snapshot, workers: int = 1) -> list[Sequence[str]]:
     ]
 
 
-def distributions(figures: Figures) -> list[Sequence[str]]:
-    """Returns the cells of the latency lines: a label, the current value, median, 99th percentile, and the meaning."""
+def _distributions(figures: Figures) -> list[Sequence[str]]:
     now = {"features": duration(figures.features_s), "weights": duration(figures.weights_s)}
     means = MEANINGS | ({"features": "age of the newest, an old click"} if figures.has_old_clicks else {})
     return [
@@ -173,9 +171,9 @@ def aligned(cells: Sequence[str], columns: Sequence[int]) -> str:
 def panel(snapshot: Snapshot, hints: Sequence[tuple[str, str]] = (), workers: int = 1) -> list[str]:
     """Returns the lines of the screen; `hints` are labels, each with what to type or to open."""
     return [
-        *lines(happenings(snapshot, workers)),
+        *lines(_happenings(snapshot, workers)),
         "",
-        *lines(distributions(snapshot.figures), DISTRIBUTIONS),
+        *lines(_distributions(snapshot.figures), DISTRIBUTIONS),
         *(["", *lines(hints)] if hints else []),
     ]
 

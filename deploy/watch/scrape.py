@@ -140,9 +140,9 @@ def targets(settings: Settings) -> dict[str, str]:
     }
     elsewhere = hosts(settings)
     return {
-        **{name: metrics_url(settings, port, elsewhere.get(name)) for name, port in ports.items()},
+        **{name: _metrics_url(settings, port, elsewhere.get(name)) for name, port in ports.items()},
         "worker": serving_address(settings, "/metrics"),
-        **{name: metrics_url(settings, port, elsewhere.get(name)) for name, (port, runs) in others.items() if runs},
+        **{name: _metrics_url(settings, port, elsewhere.get(name)) for name, (port, runs) in others.items() if runs},
         **({"console": console_address(settings, "/metrics")} if settings.console.port else {}),
     }
 
@@ -165,8 +165,7 @@ def watched_urls(settings: Settings) -> dict[str, str]:
     return {name: url for name, url in targets(settings).items() if name in (*LINE, "worker", UP, SEGMENTS)}
 
 
-def metrics_url(settings: Settings, port: int, host: str | None = None) -> str:
-    """Returns the URL of `/metrics` on a port, by default on this machine."""
+def _metrics_url(settings: Settings, port: int, host: str | None = None) -> str:
     return f"http://{reached(host or settings.metrics.host)}:{port}/metrics"
 
 
