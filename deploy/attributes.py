@@ -242,7 +242,7 @@ def files_of(options: argparse.Namespace, settings: Settings) -> list[AttributeF
     asked = {side: getattr(options, sides) for side, sides in BY_SIDE.items()}
     if not any(asked.values()):
         raise SettingsError(
-            "say what to send: --users FILE... or --items FILE...", "see `springtide attributes --help`"
+            "name what to send: --users FILE... or --items FILE...", "see `springtide attributes --help`"
         )
     if all(asked.values()) and options.columns:
         raise SettingsError("--columns is of the files of one side: run the command for users and for items")

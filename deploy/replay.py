@@ -212,7 +212,7 @@ def _send_files(
         try:
             outcome = Replay(source, outbox, journal, progress, stopped, wall_ms).run()
         except LogError:
-            progress.say("Kafka stopped the replay; the same command goes on where it was")
+            progress.say("Kafka stopped the replay; the same command resumes where it stopped")
             raise
     say(summary(outcome, topic, progress.took_s))
 
@@ -229,9 +229,7 @@ def summary(outcome: Outcome, topic: str, took_s: float) -> str:
     if position.unsendable:
         parts.append(f"{position.unsendable:,} too large to send")
     of = "" if outcome.total is None else f" of {outcome.total:,}"
-    state = (
-        "complete" if position.complete else f"row {position.acknowledged:,}{of}; the same command goes on from there"
-    )
+    state = "complete" if position.complete else f"row {position.acknowledged:,}{of}; the same command resumes there"
     return f"{done}: {', '.join(parts)}; {state}"
 
 

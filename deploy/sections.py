@@ -89,7 +89,7 @@ def kafka_lag(settings: Settings, connect: Callable[[Any], Topics] = Topics) -> 
 
 
 def _kafka_text(kafka: Mapping[str, Any]) -> Text:
-    return "runs" if kafka["answers"] else "away", kafka["problem"] or (
+    return "runs" if kafka["answers"] else "unreachable", kafka["problem"] or (
         f"{kafka['servers']}; {shown(kafka['clicks'])} clicks, {shown(kafka['lag'])} not yet committed by the stream; "
         f"training log at {shown(kafka['training_log'])}"
     )
@@ -128,14 +128,14 @@ def registry_state(settings: Settings, now_ms: int) -> dict[str, Any]:
 def registry_text(registry: Mapping[str, Any]) -> Text:
     """Formats newest version and control."""
     if not registry["answers"]:
-        return "away", registry["problem"]
+        return "unreadable", registry["problem"]
     control = registry["control"]
     newest = f"newest version {shown(registry['newest'])}, {seconds(registry['newest_age_s'])} old, {registry['versions']} kept"
     if control is None:
-        return "there", f"{newest}; no control yet"
+        return "readable", f"{newest}; no control yet"
     wanted = "the newest version" if control["serving"] == "follow" else f"version {control['version']} (pinned)"
     return (
-        "there",
+        "readable",
         f"{newest}; wanted: {wanted} in epoch {control['epoch']}, by {control['actor']}'s {control['action']}: {control['reason']}",
     )
 
@@ -171,7 +171,10 @@ def held_text(held: Mapping[str, Any]) -> Text:
     serving = (
         f"answers stay at version {held['version']}" if held["followed"] else "answers stay where an operator put them"
     )
-    return "HOLDS", f"{held['words']}; {serving}; without these clicks: {roll_back}; if they are good: {release}"
+    return (
+        "HOLDS",
+        f"{held['words']}; {serving}; to roll back without these clicks: {roll_back}; to accept them: {release}",
+    )
 
 
 def privacy_budget(settings: Settings) -> dict[str, Any] | None:
@@ -214,7 +217,7 @@ def privacy_text(budget: Mapping[str, Any]) -> Text:
     )
     if not budget["held"]:
         return "counts", text
-    return "SPENT", f"{text}; training holds and answers go on; trainer/PRIVACY.md says what a larger budget means"
+    return "SPENT", f"{text}; training is held and answers continue; see trainer/PRIVACY.md about a larger budget"
 
 
 def disk_usage(settings: Settings) -> dict[str, Any] | None:
@@ -275,7 +278,7 @@ def _store(settings: Settings, link: Path, configured: str, moves_when: str) -> 
         "bytes": memory_place.size(found.path),
         "why": ""
         if intended
-        else memory_place.lack(link, memory) or f"{memory} has room now, and they move there when {moves_when}",
+        else memory_place.lack(link, memory) or f"{memory} has space now, and the store moves there when {moves_when}",
     }
 
 
@@ -320,7 +323,7 @@ def live_clicks_text(window: Mapping[str, Any]) -> Text:
     """Formats the validation's result.
 
     >>> live_clicks_text({"rows": 12000, "baseline": 0, "anomalies": {}})
-    ('as ever', 'the newest window, of 12,000 rows, is like the baseline of the bootstrap')
+    ('unchanged', 'the newest window, of 12,000 rows, is like the baseline of the bootstrap')
     >>> word, text = live_clicks_text({"rows": 500, "baseline": 2, "anomalies": {"ENUM_TYPE_UNEXPECTED_STRING_VALUES": 1}})
     >>> print(word, *text.split("; "), sep=chr(10))
     CHANGED
@@ -331,7 +334,7 @@ def live_clicks_text(window: Mapping[str, Any]) -> Text:
     baseline = f"baseline {window['baseline']}" if window["baseline"] else "the baseline of the bootstrap"
     rows, anomalies = f"the newest window, of {window['rows']:,} rows,", window["anomalies"]
     if not anomalies:
-        return "as ever", f"{rows} is like {baseline}"
+        return "unchanged", f"{rows} is like {baseline}"
     count = sum(anomalies.values())
     listed = ", ".join(f"{name} ({features})" for name, features in sorted(anomalies.items()))
     differs = f"{rows} differs from {baseline} in {count} feature{'s' * (count > 1)}"
@@ -512,10 +515,10 @@ def segments_text(found: Mapping[str, Any]) -> Text:
     sporty 1,200, idle 0 users
     2 records of the training log and 0 users wait, all users were evaluated in 41 s
     >>> segments_text(found | {"behind": "4,000 records wait"})[0], segments_text(found | {"problem": "it does not answer"})
-    ('BEHIND', ('AWAY', 'it does not answer'))
+    ('BEHIND', ('UNREACHABLE', 'it does not answer'))
     """
     if found["problem"]:
-        return "AWAY", found["problem"]
+        return "UNREACHABLE", found["problem"]
     lag, waiting, sweep_s = (found[name] or 0.0 for name in ("lag", "waiting", "sweep_s"))
     sizes = ", ".join(f"{one['name']} {one['users'] or 0:,}" for one in found["segments"])
     swept = f"all users were evaluated in {seconds(sweep_s)}" if sweep_s else "not all users are evaluated yet"

@@ -133,7 +133,7 @@ def following(settings: Settings) -> str:
     """Answers follow the newest version, and come from control's epoch already, with the histories that belong to it."""
     registry, control = _control(settings)
     if control.serving.mode != "follow":
-        return f"answers are to stay at version {control.serving.version}: `springtide follow` lets them go"
+        return f"answers are pinned to version {control.serving.version}: `springtide follow` unpins them"
     applier = _applier(settings)
     if missing := _unlike(registry, control, applier):
         return missing
@@ -316,7 +316,7 @@ def as_text(settings: Settings, snapshot: Snapshot) -> str:
     """Formats a snapshot as one screen of text: the figures, the sections, where to read more, and what to try."""
     state = document(settings, snapshot)
     rows = [
-        (name, "runs" if process["answers"] else "away", process["problem"] or f"up {seconds(process['up_s'])}")
+        (name, "runs" if process["answers"] else "unreachable", process["problem"] or f"up {seconds(process['up_s'])}")
         for name, process in state["processes"].items()
     ]
     rows += sections.labelled(state)

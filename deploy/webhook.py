@@ -183,7 +183,7 @@ class Webhook:
     def _act(self, body: bytes) -> str:
         found = firing(body)
         if found is None:
-            return "resolved; nothing was changed: `springtide follow` lets answers follow again"
+            return "resolved; nothing was changed: `springtide follow` makes answers follow the newest version again"
         done = _pin_before(open_registry(self._settings), found, self._now_ms())
         _log.warning("%s fires: %s", found.alert, done)
         return done

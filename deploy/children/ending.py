@@ -79,7 +79,7 @@ def last_line(log: Path) -> str:
             lines: Sequence[str] = file.read().decode("utf-8", "replace").splitlines()
     except OSError:
         lines = ()
-    return shortened(as_text(next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")))
+    return shortened(as_text(next((line.strip() for line in reversed(lines) if line.strip()), "no output")))
 
 
 def as_text(line: str) -> str:
@@ -149,10 +149,10 @@ class Backoff:
         longest_s = LONGEST_WAIT_FOR_OTHERS_S if self.waits_for_others else LONGEST_WAIT_S
         return min(longest_s, FIRST_WAIT_S * 2.0 ** min(self.deaths - 1, 16))
 
-    def told(self) -> str:
+    def as_text(self) -> str:
         """Describes when the next start is and how often the process died.
 
-        >>> Backoff(1).told(), Backoff(3).told()
+        >>> Backoff(1).as_text(), Backoff(3).as_text()
         ('starting it again in 0.25 s', 'starting it again in 1 s, after 3 deaths in a row')
         """
         often = f", after {self.deaths} deaths in a row" if self.deaths > 1 else ""

@@ -286,4 +286,4 @@ class Supervisor:
         child.start_at = self._clock() + child.backoff.wait_s
         self._metrics.deaths.labels(name).inc()
         self._metrics.deaths_in_a_row.labels(name).set(child.backoff.deaths)
-        self._say(f"{what}; {child.backoff.told()}")
+        self._say(f"{what}; {child.backoff.as_text()}")

@@ -184,13 +184,13 @@ def as_text(state: Mapping[str, Any], now_ms: int) -> str:
     rows: list[Sequence[str]] = [("state", "WRONG", problem) for problem in state["wrong"]]
     found, jobs = state["job_manager"], []
     if found is None:
-        rows.append(("job manager", "away", state["url"]))
+        rows.append(("job manager", "unreachable", state["url"]))
     else:
         rows.append(("job manager", "runs", f"{state['url']}, Flink {found['version']}"))
         slots = f"{found['free_slots']} of {found['slots']} slots free"
         rows.append(("task managers", str(found["task_managers"]), slots))
         jobs = found["jobs"]
-    rows += [(name, "listens" if there else "away", "") for name, there in state["listening"].items()]
+    rows += [(name, "listens" if there else "unreachable", "") for name, there in state["listening"].items()]
     ended = [job for job in jobs if Job(**job).ended]
     for job in jobs:
         if job not in ended[SHOWN_ENDED:]:

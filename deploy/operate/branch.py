@@ -300,7 +300,7 @@ def _newest_clean(branch: ServingBranch, target: Target, masks: Sequence[MaskEnt
         raise UnfitVersion(
             f"the training log begins at offset {view.begin}: what was learned between {described(sure)} and there cannot "
             f"be searched, and the trainer cannot read on from {sure.log.next}",
-            f"let answers stay at it with `springtide pin {sure.version}`, or name later clicks",
+            f"keep answers at it with `springtide pin {sure.version}`, or name later clicks",
         )
     segments = segments_to_end(branch.registry, branch.control, sure, branch.newest, view.end)
     with view.reader(max(view.begin, min(segments[0].first, view.end))) as reader:

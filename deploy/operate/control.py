@@ -35,9 +35,9 @@ def current(registry: Registry, if_generation: int | None = None) -> Control:
         raise RegistryError(f"{registry.path}: no control yet", "start the trainer first, it writes generation 1")
     if if_generation is not None and control.generation != if_generation:
         raise ControlConflict(
-            f"control is of generation {control.generation} and not {if_generation} any more: "
-            f"{control.actor} gave {control.action}: {control.reason}",
-            "look at it, then ask again if it still applies",
+            f"control is at generation {control.generation} and no longer at {if_generation}: {control.action} by "
+            f"{control.actor}, {control.reason}",
+            "check it, then repeat the command if it still applies",
         )
     return control
 
@@ -56,7 +56,7 @@ def put(registry: Registry, old: Control, new: Control, done: str, asked: argpar
     elif changed:
         say(f"generation {new.generation}: {done}")
     else:
-        say(f"generation {old.generation}: it is so already; nothing was changed")
+        say(f"generation {old.generation}: already in this state; nothing was changed")
 
 
 def control_document(control: Control) -> dict[str, Any]:
@@ -150,18 +150,22 @@ def coming_back(control: Control) -> str:
 
     >>> first = transitions.start(actor="trainer", reason="first start", now_ms=0)
     >>> coming_back(first)
-    'new clicks count again; what was left out comes back at the next exact rollback: `springtide rollback --to V --mode exact --reason TEXT`'
+    'new clicks count again; excluded clicks are learned at the next exact rollback: `springtide rollback --to V --mode exact --reason TEXT`'
     """
     base = "V" if control.base is None else control.base
     return (
-        "new clicks count again; what was left out comes back at the next exact rollback: "
+        "new clicks count again; excluded clicks are learned at the next exact rollback: "
         f"`springtide rollback --to {base} --mode exact --reason TEXT`"
     )
 
 
 SWITCHES = {
-    "hold": (transitions.publish, False, "the trainer learns on and publishes no version until `springtide release`"),
+    "hold": (
+        transitions.publish,
+        False,
+        "the trainer continues to learn and publishes no version until `springtide release`",
+    ),
     "release": (transitions.publish, True, "the trainer publishes versions again"),
-    "pause": (transitions.train, False, "the trainer takes no record until `springtide resume`; answers go on"),
-    "resume": (transitions.train, True, "the trainer takes records again"),
+    "pause": (transitions.train, False, "the trainer reads no records until `springtide resume`; answers continue"),
+    "resume": (transitions.train, True, "the trainer reads records again"),
 }

@@ -54,8 +54,8 @@ COMPACTOR = "compactor"
 TAKEN_UP_MS = 5_000
 """For this long after an erasure, a busy stream may still write rows from before it."""
 NOT_OURS = (
-    "copies that backups and you made are yours to remove, `bootstrap --examples` and savepoints of jobs among them; what "
-    "shared weights and counts learned of erased users stays in them"
+    "remove the copies that backups and you made yourself, including `bootstrap --examples` and savepoints of jobs; what "
+    "shared weights and counts learned from erased users stays in them"
 )
 
 
@@ -111,7 +111,7 @@ def show(settings: Settings, registry: Registry, now_ms: int, output: str, say: 
         say(json.dumps({"erasures": listed, "holding": [asdict(one) for one in held], "note": NOT_OURS}, indent=2))
         return
     if not listed:
-        say("nobody was erased")
+        say("no user was erased")
         return
     head = ["erasure", "at", "users", "by", "reason"]
     say(table([head, *([str(one["id"]), one["at"], str(one["users"]), one["actor"], one["reason"]] for one in listed)]))
@@ -120,9 +120,9 @@ def show(settings: Settings, registry: Registry, now_ms: int, output: str, say: 
         lines = [[one.where, str(one.erasure), one.holds, one.until] for one in held]
         say(table([["still holds", "erasure", "what", "until"], *lines]))
     else:
-        say("nothing holds anything of them any more")
+        say("no data of erased users remains")
     say(
-        f"{registry.path / layout.MASKS} and the mask of each host keep their pseudonyms: they tell old records from new ones"
+        f"{registry.path / layout.MASKS} and the mask of each host keep their pseudonyms, to tell old records from new ones"
     )
     say(NOT_OURS)
 
@@ -250,7 +250,7 @@ def _of_topics(settings: Settings, control: Control, now_ms: int) -> list[Holdin
     left = [erasure for erasure in control.erased if begin < after[erasure.id]]
     if left:
         gone = _gone_by(left[-1], topic_plan.microbatches(settings).config)
-        holds = "rows, which nobody learns again"
+        holds = "rows, which are never learned again"
         holdings.append(Holding(f"topic {kafka.microbatches_topic}", left[0].id, holds, gone))
     if attributes is not None:
         topic = f"topic {settings.attributes.user_topic}"
@@ -308,7 +308,7 @@ def _set_aside(settings: Settings, registry: Registry, control: Control) -> list
         for path in sorted(place.glob("*.bad*")) if place.is_dir() else ():
             newer = [one.id for one in control.erased if one.at_ms > path.stat().st_mtime_ns // 1_000_000]
             if newer:
-                found.append(Holding(str(path), newer[0], "whatever it had", "you remove it: nothing opens it"))
+                found.append(Holding(str(path), newer[0], "any data", "you remove it: no process opens it"))
     return found
 
 
@@ -349,19 +349,19 @@ def erase(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
         )
         return
     say(
-        f"generation {made.generation}: erasure {number} of {len(users):,} user{'s' if len(users) > 1 else ''}; answers know "
-        f"nobody of them within 2 s where an applier runs (control was at {control.generation})"
+        f"generation {made.generation}: erasure {number} of {len(users):,} user{'s' if len(users) > 1 else ''}; answers treat "
+        f"them as unknown within 2 s where an applier runs (control was at {control.generation})"
     )
     if tombstones:
-        say(f"their attributes are taken out of {settings.attributes.user_topic}")
+        say(f"their attributes are removed from {settings.attributes.user_topic}")
     say("`springtide erase --status` shows what still holds something of them, and until when")
 
 
 def _asked_for(asked: argparse.Namespace) -> list[str]:
     if (asked.user is None) == (asked.users is None):
-        raise SettingsError("say who: --user ID, or --users FILE", "see `springtide erase --help`")
+        raise SettingsError("name the users: --user ID, or --users FILE", "see `springtide erase --help`")
     if not asked.reason:
-        raise SettingsError("--reason TEXT is missing", "say why: it is kept with your name in the history")
+        raise SettingsError("--reason TEXT is missing", "give the reason: it is recorded with your name in the history")
     ids = [asked.user.strip()] if asked.users is None else ids_in(asked.users, "--users")
     if not any(ids):
         raise SettingsError("no user is named", "give an id, or a file with one id a line")

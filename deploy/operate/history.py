@@ -54,7 +54,7 @@ def history(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
         if found := outcomes[one.generation]:
             say(f"generation {one.generation}: {compared(found['outcome'])}")
     if controls and (older := controls[0].generation - 1):
-        say(f"{older:,} older {'one is' if older == 1 else 'ones are'} kept too; --all lists them")
+        say(f"{older:,} older {'generation is' if older == 1 else 'generations are'} stored too; --all lists them")
 
 
 def outcome(registry: Registry, control: Control, before: Control | None) -> dict[str, Any]:
@@ -72,12 +72,12 @@ def compared(outcome: dict[str, Any]) -> str:
     >>> compared({"planned": planned, "answered": {"seconds": 0.31}, "learned": learned})
     'answers after 0.3 s (planned 0.0 s); caught up after 3.1 s (2.4 s); 5,000 rows read again (5,000), 120 left out by the trainer (120)'
     >>> compared({"planned": {"exact": {"clicks": 700}}, "answered": None, "learned": {"seconds": 3.1, "again": {"clicks": 700}}})
-    'when answers turned is not known; caught up after 3.1 s; 700 clicks read again (700)'
+    'the time at which answers switched is unknown; caught up after 3.1 s; 700 clicks read again (700)'
     >>> compared({"planned": None, "answered": None, "learned": None})
-    'when answers turned is not known; not caught up yet'
+    'the time at which answers switched is unknown; not caught up yet'
     """
     planned, answered, learned = (outcome[part] for part in ("planned", "answered", "learned"))
-    parts = ["when answers turned is not known"]
+    parts = ["the time at which answers switched is unknown"]
     if answered is not None:
         expected = f" (planned {planned['answers']['seconds']:.1f} s)" if planned else ""
         parts = [f"answers after {answered['seconds']:.1f} s{expected}"]

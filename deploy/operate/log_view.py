@@ -88,14 +88,14 @@ class LogView:
         if to.log.topic_id and to.log.topic_id != self.topic_id:
             raise UnfitVersion(
                 f"version {to.version} was trained on topic id {to.log.topic_id}, {self.topic} is now {self.topic_id}: "
-                "it was deleted and made again, so that the trainer cannot go on from there",
-                f"let answers stay at it with `springtide pin {to.version}`, or restore the topic",
+                "the topic was recreated, so the trainer cannot continue from there",
+                f"keep answers at it with `springtide pin {to.version}`, or restore the topic",
             )
         if not self.reaches(registry, to):
             raise UnfitVersion(
-                f"version {to.version} goes on at offset {to.log.next} and the training log begins at {self.begin}: it can "
-                "serve and not be trained on from",
-                f"let answers stay at it with `springtide pin {to.version}`, or take a version that is not marked "
+                f"version {to.version} continues at offset {to.log.next} and the training log begins at {self.begin}: it can "
+                "serve, but training cannot continue from it",
+                f"keep answers at it with `springtide pin {to.version}`, or take a version that is not marked "
                 "`serve only` in `springtide versions`",
             )
 

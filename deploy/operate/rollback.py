@@ -423,7 +423,7 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
     if made is None or made is control:
         if not asked.dry_run:
             _count_interrupted(settings, registry, control, plan)
-        done = f"generation {control.generation}: it is so already; nothing was changed"
+        done = f"generation {control.generation}: already in this state; nothing was changed"
         show({"changed": False, "control": control_document(control)}, [done])
         return
     # 2.

@@ -129,7 +129,7 @@ def schema(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
     else:
         if not asked.reason:
             raise SettingsError(
-                "a new baseline needs --reason TEXT", "say why; it is kept with your name in the history"
+                "a new baseline needs --reason TEXT", "give it: it is recorded with your name in the history"
             )
         made = accept_window(settings, actor(), asked.reason, now_ms, asked.schema)
         if asked.output == "json":

@@ -75,7 +75,7 @@ def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Ca
     if view is not None and (back := horizon(registry, view, now_ms)) is not None:
         say(f"a rollback reaches {horizon_text(back)[1]}")
     if len(kept) < len(numbers):
-        say(f"{len(numbers) - len(kept):,} older ones are kept too; --all lists them")
+        say(f"{len(numbers) - len(kept):,} older versions are kept too; --all lists them")
 
 
 def open_registry(settings: Settings) -> Registry:

@@ -121,7 +121,9 @@ def lookalikes(asked: argparse.Namespace, settings: Settings, store: SegmentStor
     """Finds the users nearest to the members of a segment, and prints or writes them."""
     within = [user for page in all_members(store, asked.name) for user, _ in page]
     if not within:
-        raise NotReady(f"nobody is in {asked.name}", "look again when somebody is: `springtide segments list`")
+        raise NotReady(
+            f"segment {asked.name} has no members", "repeat this when it has some: `springtide segments list`"
+        )
     host = open_host(settings)
     progress = ProgressLine(sys.stderr, LINE_EVERY_S)
     try:
@@ -157,9 +159,9 @@ def lookalikes(asked: argparse.Namespace, settings: Settings, store: SegmentStor
     else:
         say(f"{asked.to}: the {len(near)} nearest")
     if not curve:
-        say("too few members to hold some back: how good this is, is not known")
+        say("too few members to hold some out: the precision is unknown")
         return
-    say("of the first k so many are members that were held back:")
+    say("precision at k, measured with held-out members:")
     head = ["k", "lookalikes", "most clicks", "chance"]
     say(table([head, *([str(one.k), *(f"{value:.3f}" for value in one[1:])] for one in curve)]))
 

@@ -247,7 +247,7 @@ class LocalKafka:
         self._start_at = self._clock() + self._backoff.wait_s
         self._metrics.deaths.labels(NAME).inc()
         self._metrics.deaths_in_a_row.labels(NAME).set(self._backoff.deaths)
-        self._say(f"{shortened(str(failure))}; {self._backoff.told()}")
+        self._say(f"{shortened(str(failure))}; {self._backoff.as_text()}")
 
     def _lived_s(self) -> float:
         return self._clock() - (self._started_at or 0.0)
@@ -481,7 +481,7 @@ class Startup:
         self._step("running", "try, in another terminal:")
         for line in hints.commands(self._settings, self._shoppers, prometheus.NAME in self._plans):
             self._screen.say(f"      {line}")
-        self._screen.say("Ctrl-C stops everything; the next run goes on from here.")
+        self._screen.say("Ctrl-C stops everything; the next run resumes from here.")
 
     def _watch(self) -> None:
         settings = self._settings

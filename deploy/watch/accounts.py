@@ -46,9 +46,7 @@ LONGEST_S = 3.0
 SETTLE_S = 1.0
 OUTCOMES = ("rows", "dead", "filtered", "absent", "gap")
 RARE = ("opened", "feedback", "masked")
-AS_SHOWN = (
-    "no stream has a store here: its account is what it shows on /metrics, and is not compared with the trainer's"
-)
+AS_SHOWN = "no stream has a store here: its account comes from /metrics and is not compared with the trainer's"
 
 
 @dataclass(frozen=True)
@@ -121,9 +119,9 @@ def comparable(counts: Counts, version: Manifest, flying: InFlight) -> str:
         return f"the trainer has sources that no store here counts: {', '.join(unknown)}"
     began = sum(one["first"] for source, one in counts.items() if source in flying.marks)
     if "account.before" not in version.metrics:
-        return "the version was made by a release that did not count where its line began"
+        return "the version is of a release that did not record where its branch began"
     if flying.marks.keys() == version.marks.keys() and int(version.metrics["account.before"]) != began:
-        return "the trainer's line began later than the stream's store, or earlier: its log had been cut, or the store is new"
+        return "the trainer's branch and the stream's store begin at different positions: the log was truncated, or the store is new"
     return ""
 
 

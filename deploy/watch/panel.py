@@ -1,7 +1,7 @@
 """The operator's terminal: the loop's figures as one screen of text, or one line, that is redrawn.
 
     state           nothing is wrong                      up 12 min
-    clicks          226/s       lag 0 events, 0.0 s       1,234,567 taken up
+    clicks          226/s       lag 0 events, 0.0 s       1,234,567 read
     ...
                     now       p50       p99       over the last 60 s
     weights         0.35 s    0.30 s    0.62 s    age of the newest click learned
@@ -56,7 +56,7 @@ def _happenings(snapshot: Snapshot, workers: int = 1) -> list[Sequence[str]]:
             "clicks",
             rate(figures.events_per_s),
             f"lag {shown(figures.lag_events)} events, {seconds(figures.lag_s)}",
-            f"{shown(figures.events)} taken up",
+            f"{shown(figures.events)} read",
         ),
         ("dead letters", rate(figures.dead_per_s), "-" if figures.events is None else reasons(figures.dead)),
         *(

@@ -180,7 +180,7 @@ def _of_processes(figures: Figures) -> Iterator[Problem]:
     nothing_runs = not figures.up_s and not figures.up
     # Without Kafka other processes wait or do not answer, so Kafka comes first.
     if figures.kafka_away and not nothing_runs:
-        yield Problem("critical", "Kafka away", "kafka-is-away", "clicks")
+        yield Problem("critical", "Kafka unreachable", "kafka-is-away", "clicks")
     if nothing_runs:
         yield Problem("critical", "nothing answers", "a-part-cannot-run")
     else:
@@ -189,7 +189,7 @@ def _of_processes(figures: Figures) -> Iterator[Problem]:
                 yield Problem("warning", f"{name} not started yet", "a-part-starts")
             else:
                 section = "segments-are-not-kept" if name == scrape.SEGMENTS else "a-part-cannot-run"
-                yield Problem("critical", f"{name} away", section)
+                yield Problem("critical", f"{name} unreachable", section)
     for name, text in figures.starting.items():
         yield Problem("warning", f"{name} {text}", "a-part-starts", STAGES.get(name, ""))
     for name, deaths in figures.dying.items():
@@ -228,7 +228,7 @@ def _of_sections(sections: Mapping[str, Any]) -> Iterator[Problem]:
         if rollout["stopped"]:
             yield Problem("warning", "a rollout was stopped", "a-rollout-was-stopped")
         if rollout["unwatched_s"] is not None:
-            yield Problem("warning", "nobody watches the rollout", "nobody-watches-a-rollout")
+            yield Problem("warning", "no command drives the rollout", "nobody-watches-a-rollout")
     if (retrain := sections.get("retrain")) and retrain.get("outcome") == "failed":
         yield Problem("info", "the last retrain failed", "a-retrain-fails")
     if (live_clicks := sections.get("live_clicks")) and live_clicks["anomalies"]:

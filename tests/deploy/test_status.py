@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -75,7 +76,7 @@ def test_with_everything_away_each_part_says_so(tmp_path: Path) -> None:
     assert "no broker" in state["kafka"]["problem"]
     assert "no registry" in state["registry"]["problem"]
     assert not (tmp_path / "none").exists()
-    assert shown.count("  away  ") == 6
+    assert len(re.findall(r" (unreachable|unreadable) ", shown)) == 6
     assert shown.startswith("state           nothing answers")
     assert "see             deploy/RUNBOOK.md#a-part-cannot-run (nothing answers)" in shown
     json.dumps(state, allow_nan=False)
@@ -101,7 +102,10 @@ def test_what_answers_is_shown_while_the_rest_is_away(tmp_path: Path) -> None:
     assert state["figures"]["spreads"]["weights_s"]["count"] == 1
     assert state["urls"]["profile"] == f"http://127.0.0.1:{settings.serving.port}/v1/profiles/USER"
     lines = {line[:16].strip(): line for line in shown.splitlines() if line}
-    assert "Kafka away, stream away, trainer away, worker away, applier lag unknown, " in lines["state"]
+    assert (
+        "Kafka unreachable, stream unreachable, trainer unreachable, worker unreachable, applier lag unknown, "
+        in lines["state"]
+    )
     assert "pinned by an operator" in lines["state"]
     assert lines["served version"].split() == [
         "served",
@@ -153,8 +157,8 @@ def test_segments_are_told_with_their_sizes_and_a_keeper_that_is_away_is_wrong(t
     assert "segments        kept        busy 1,200, idle 0 users" in shown
     snapshot = Poller(settings).poll()
     snapshot = Snapshot(replace(snapshot.figures, up_s={"stream": 1.0}), snapshot.scrapes)
-    assert "segments away" in snapshot.texts
-    problem = f"segments        AWAY        http://127.0.0.1:{port}/metrics does not answer"
+    assert "segments unreachable" in snapshot.texts
+    problem = f"segments        UNREACHABLE http://127.0.0.1:{port}/metrics does not answer"
     assert problem in status.as_text(settings, snapshot)
 
 
@@ -188,8 +192,8 @@ def test_a_broker_that_hangs_is_reported(tmp_path: Path) -> None:
             said = CONDITIONS["well"].missing(settings)
         finally:
             stop()
-    assert state["problems"][0]["text"] == "Kafka away"
-    assert said.startswith("Kafka away, ")
+    assert state["problems"][0]["text"] == "Kafka unreachable"
+    assert said.startswith("Kafka unreachable, ")
 
 
 def test_control_is_shown_with_who_decided_and_why(tmp_path: Path) -> None:

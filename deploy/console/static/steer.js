@@ -93,11 +93,11 @@ export function back(version) {
 
 const SWITCHES = [
   { name: "Answers", state: (c) => (c.serving.version == null ? "follow the newest version" : `stay at version ${c.serving.version}`), on: (c) => c.serving.version == null, act: ["follow", "Follow", "Answers follow the newest version of the epoch again."] },
-  { name: "Publishing", state: (c) => (c.publishing !== false ? "versions are published" : "held by an operator"), on: (c) => c.publishing !== false, off: ["hold", "Hold publishing", "The trainer learns on and publishes no version."], act: ["release", "Release publishing", "The trainer publishes versions again."] },
-  { name: "Training", state: (c, held) => (c.training === false ? "paused by an operator" : held ? "held by the guard" : "records are taken"), on: (c, held) => c.training !== false && !held, off: ["pause", "Pause training", "The trainer takes no record; answers go on."], act: ["resume", "Resume training", "The trainer takes records again."] },
+  { name: "Publishing", state: (c) => (c.publishing !== false ? "versions are published" : "held by an operator"), on: (c) => c.publishing !== false, off: ["hold", "Hold publishing", "The trainer continues to learn and publishes no version."], act: ["release", "Release publishing", "The trainer publishes versions again."] },
+  { name: "Training", state: (c, held) => (c.training === false ? "paused by an operator" : held ? "held by the guard" : "records are read"), on: (c, held) => c.training !== false && !held, off: ["pause", "Pause training", "The trainer reads no records; answers continue."], act: ["resume", "Resume training", "The trainer reads records again."] },
 ];
 
-/** Shows what control wants, by its newest generation, in which what is as ever is left out. */
+/** Shows the newest generation of control, without what is unchanged. */
 export function show(newest, held, found) {
   control = newest;
   generation = newest?.generation ?? null;

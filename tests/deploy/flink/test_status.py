@@ -97,4 +97,4 @@ def test_where_nothing_runs_it_says_so(tmp_path: Path) -> None:
     assert state["listening"] == {"job server": False, "workers": False}
     (wrong,) = state["wrong"]
     assert wrong.endswith("start one with `springtide flink up`, or correct flink.rest_port")
-    assert "job manager     away" in command.as_text(state, NOW_MS)
+    assert "job manager     unreachable" in command.as_text(state, NOW_MS)
