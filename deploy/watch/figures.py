@@ -324,7 +324,7 @@ def full_parts(scrapes: Iterable[Scrape]) -> list[str]:
 
 @dataclass(frozen=True)
 class Figures:
-    """The figures of the loop at one moment; None for unknown ones.
+    """The figures of the loop at one moment; None for unknown ones. Rates end with `_per_s`, seconds with `_s`.
 
     Attributes:
         up_s: Process -> seconds since it started, of those that answer.
@@ -332,45 +332,24 @@ class Figures:
         up: The state of `springtide up`: `starting` its processes, or `running`; empty if it does not answer.
         starting: Process that answers and does not work yet -> its phase, in words.
         behind: Process that stands still or falls behind -> the work that waits for it, in words.
-        kafka_away: Whether no broker answers, as far as known.
         events: Positions of the clicks topic read since the stream's start.
-        events_per_s: Their rate.
         lag_events: Positions of the clicks topic not yet read.
         lag_s: Wall time since the newest click read was appended to Kafka; 0 if none waits.
         dead: Reason -> dead letters since the stream's start.
-        dead_per_s: Their rate.
-        microbatches_per_s: Micro-batches written.
-        microbatch_rows: Rows of one, on average.
-        steps_per_s: Training steps.
         rows_per_s: Rows of the training log read, with any outcome.
-        trainer_lag: Positions of the training log the trainer has not read.
-        log_loss: Of the interests, scored before learning.
-        auc: Of the engagement, scored before learning.
-        top1: Share of rows whose category led, scored before learning.
-        skipped_per_s: Rows of the training log that the guard skipped.
-        held: Whether the guard holds training.
-        budget: The privacy budget; None if none is set.
-        paused: Whether an operator pauses training.
-        publishing_held: Whether an operator holds the publishing of versions.
-        version: Version that serving uses.
-        epoch: Its epoch.
-        newest_version: The trainer's newest.
-        pinned: Whether an operator pins the version.
-        serving_lag: Positions of the training log not in serving's histories.
+        trainer_lag: Positions of the training log the trainer has not read; `serving_lag` likewise of the histories.
+        log_loss: Of the interests, scored before learning, as are `auc` of the engagement and `top1`.
+        version: Version that serving uses; `newest_version` is the trainer's.
         features_s: Age of the newest click in the histories that serving uses.
         weights_s: Age of the newest click trained into the version that serving uses.
-        answers_per_s: Requests for profiles.
-        answers: Their number since the worker's start.
+        answers: Requests for profiles since the worker's start.
         failed: Those of them that failed, or were refused because a worker had too many (429).
-        failed_per_s: Their rate.
-        cold_starts: Answers for unknown users.
         faults: Accounts that do not balance.
         corrupt: Versions that serving refused for their digests.
         differing: Sampled rows that were trained with other features than serving computes.
         refused: The newest version that failed its probe, if it is newer than the served one.
         full: What waits for disk space, and which data takes almost all of a share, in words.
         dying: Process that does not answer -> how often in a row it died, of those that `springtide up` restarts.
-        shoppers: Whether `springtide up` runs synthetic shoppers.
         clocks_off: Direction -> the clicks whose clock is off.
         spreads: Name -> quantiles, in seconds.
         spread_s: The quantiles cover this many last seconds; None: since each process's start.
