@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import msgspec
 
 from deploy.command_line import RefusingParser, run_command
+from deploy.operate.options import output
 from deploy.watch.messages import seconds
 from state.config.loading import load
 from state.config.settings import Settings
@@ -247,7 +248,7 @@ def parser(settings: Settings) -> argparse.ArgumentParser:
         default=[],
         help="a constant that was measured on your machine, as NAME=VALUE; repeatable",
     )
-    found.add_argument("-o", "--output", choices=("text", "json"), default="text", help="output format (text)")
+    output(found)
     found.add_argument("--markdown", action="store_true", help="print deploy/CAPACITY.md")
     return found
 

@@ -291,9 +291,7 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
     )
     printing += [experiment(add), _history(add), _config(add)]
     for one in printing:
-        one.add_argument(
-            "-o", "--output", choices=("text", "json"), default="text", help="output format (default text)"
-        )
+        operating.output(one)
     return whole
 
 
@@ -336,9 +334,7 @@ def _verbs(add: Add) -> list[argparse.ArgumentParser]:
         add("resume", "Resume training after a pause, or after a hold by the guard."),
     ]
     for one in verbs:
-        one.add_argument(
-            "--reason", default="none given", metavar="TEXT", help="reason; recorded with your name in the history"
-        )
+        operating.reason(one, default="none given")
         operating.if_generation(one)
     return verbs
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deploy.command_line import run_command
-from deploy.operate.options import SETTINGS_HELP
+from deploy.operate.options import SETTINGS_HELP, output
 from deploy.replaying.sender import Outbox, Piece
 from deploy.serving.requests.access import READ, are_wanted, tokens_in
 from deploy.watch.address import serving_address
@@ -324,7 +324,7 @@ def parser() -> argparse.ArgumentParser:
         epilog=SETTINGS_HELP,
         allow_abbrev=False,
     )
-    made.add_argument("-o", "--output", choices=("text", "json"), default="text", help="output format (default text)")
+    output(made)
     made.add_argument(
         "--continuously",
         action="store_true",

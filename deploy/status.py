@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 
 from deploy import sections
 from deploy.command_line import run_command
+from deploy.operate.control import current
+from deploy.operate.options import output
 from deploy.operate.versions import open_registry
 from deploy.startup.hints import addresses
 from deploy.watch import scrape
@@ -28,7 +30,7 @@ from deploy.watch.scrape import Scrape
 from deploy.watch.snapshot import Poller, Snapshot
 from state.config.loading import load
 from state.config.settings import Settings
-from state.errors import RegistryError, SettingsError, SpringtideError
+from state.errors import SettingsError, SpringtideError
 from state.process.ending import stop_on_signals
 from state.process.wall_clock import wall_ms
 from state.registry.control import Control
@@ -105,7 +107,7 @@ def well(settings: Settings) -> str:
 def caught_up(settings: Settings) -> str:
     """The trainer works in control's epoch and has relearned the clicks of a rollback."""
     registry, control = _control(settings)
-    trainer = scrape.scrape({"trainer": scrape.urls(settings)["trainer"]})["trainer"]
+    trainer = scrape.scrape_one(settings, "trainer")
     if trainer.problem:
         return trainer.problem
     if (epoch := trainer.value("springtide_trainer_epoch")) != control.epoch:
@@ -126,7 +128,7 @@ def caught_up(settings: Settings) -> str:
 def answering(settings: Settings) -> str:
     """Answers of this host come from a version that control wants."""
     registry, control = _control(settings)
-    return _unlike(registry, control, _applier(settings))
+    return _unlike(registry, control, scrape.scrape_one(settings, "applier"))
 
 
 def following(settings: Settings) -> str:
@@ -134,17 +136,13 @@ def following(settings: Settings) -> str:
     registry, control = _control(settings)
     if control.serving.mode != "follow":
         return f"answers are pinned to version {control.serving.version}: `springtide follow` unpins them"
-    applier = _applier(settings)
+    applier = scrape.scrape_one(settings, "applier")
     if missing := _unlike(registry, control, applier):
         return missing
     epoch, lag = (applier.value(f"springtide_serving_{name}") for name in ("history_epoch", "microbatch_lag_records"))
     if epoch != control.log[-1].epoch:
         return f"the histories are of epoch {epoch or 0:.0f} of the log, and epoch {control.log[-1].epoch} is wanted"
     return "" if (lag or 0) <= NEAR_RECORDS else f"the histories are {lag:,.0f} records behind"
-
-
-def _applier(settings: Settings) -> scrape.Scrape:
-    return scrape.scrape({"applier": scrape.urls(settings)["applier"]})["applier"]
 
 
 def _unlike(registry: Registry, control: Control, applier: scrape.Scrape) -> str:
@@ -203,7 +201,7 @@ def condition_of(text: str) -> Condition:
     process, series = NUMBERS[name]
 
     def missing(settings: Settings) -> str:
-        found = scrape.scrape({process: scrape.urls(settings)[process]})[process]
+        found = scrape.scrape_one(settings, process)
         value = found.value(series)
         if found.problem or value is None:
             return found.problem or f"{name} is not known yet"
@@ -214,10 +212,7 @@ def condition_of(text: str) -> Condition:
 
 def _control(settings: Settings) -> tuple[Registry, Control]:
     registry = open_registry(settings)
-    control = registry.control()
-    if control is None:
-        raise RegistryError(f"{registry.path}: no control yet", "start the trainer first, it writes generation 1")
-    return registry, control
+    return registry, current(registry)
 
 
 EPILOG = (
@@ -350,7 +345,7 @@ def _main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="springtide status", allow_abbrev=False, description=DESCRIPTION, epilog=EPILOG
     )
-    parser.add_argument("-o", "--output", choices=("text", "json"), default="text", help="output format (default text)")
+    output(parser)
     parser.add_argument("-w", "--watch", action="store_true", help="refresh every second until Ctrl-C")
     parser.add_argument(
         "--wait-for",

@@ -58,6 +58,13 @@ class ProcessPlan:
     wanted: Callable[[], bool] | None = None
 
 
+def environment_of(settings: Settings) -> dict[str, str]:
+    """Returns the environment of processes with these settings, and with those of the allocator."""
+    environment = {**MALLOC, **os.environ}
+    environment = {name: value for name, value in environment.items() if not name.startswith("SPRINGTIDE_")}
+    return environment | settings.environment() | {"PYTHONUNBUFFERED": "1"}
+
+
 @dataclass
 class _Child:
     plan: ProcessPlan
@@ -114,10 +121,8 @@ class Supervisor:
         clock: Callable[[], float] = time.monotonic,
     ) -> Supervisor:
         """Creates a supervisor for these settings, which the processes receive in their environment."""
-        environment = {**MALLOC, **os.environ}
-        environment = {name: value for name, value in environment.items() if not name.startswith("SPRINGTIDE_")}
-        environment |= settings.environment() | {"PYTHONUNBUFFERED": "1"}
-        return cls(settings.logs_dir, for_children(environment), say, metrics, clock, *log_sizes(settings))
+        environment = for_children(environment_of(settings))
+        return cls(settings.logs_dir, environment, say, metrics, clock, *log_sizes(settings))
 
     @property
     def settled(self) -> bool:

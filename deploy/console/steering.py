@@ -31,7 +31,7 @@ from deploy.serving.requests.access import OPERATE
 from deploy.serving.requests.http import Endpoint, Request, Response, encode
 from state.config.settings import Settings
 from state.config.spans import UNITS_MS
-from state.errors import BadRequest, ControlConflict, RegistryError, SpringtideError
+from state.errors import BadRequest, ControlConflict, SpringtideError
 from state.process.actor import acting, actor
 
 MOST, KEEP_S = 32, 900.0
@@ -268,9 +268,7 @@ class Steering:
 
     def _planned(self, wanted: PlanWanted) -> tuple[int, list[str], dict[str, Any]]:
         now_ms = self._now_ms()
-        found = open_registry(self._settings).control()
-        if found is None:
-            raise RegistryError("no control yet", "start the trainer first, it writes generation 1")
+        found = control.current(open_registry(self._settings))
         words = [*words_of(wanted, now_ms), f"--if-generation={found.generation}"]
         target = [f"--to={wanted.to}"] if wanted.to is not None else []
         if wanted.before:

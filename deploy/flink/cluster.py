@@ -25,7 +25,7 @@ from prometheus_client import CollectorRegistry
 import deploy
 from deploy.children.ending import last_line
 from deploy.children.log_files import log_sizes
-from deploy.children.supervisor import MALLOC, ProcessPlan, Supervisor
+from deploy.children.supervisor import ProcessPlan, Supervisor, environment_of
 from deploy.flink import jars
 from deploy.kafka.configuration import free_port, listens
 from deploy.startup.checks import Port
@@ -225,9 +225,7 @@ def _supervisor(settings: Settings, directory: Path, say: Say) -> Supervisor:
 
     This release comes first in their PYTHONPATH, and its Python first in their PATH.
     """
-    environment = {**MALLOC, **os.environ}
-    environment = {name: value for name, value in environment.items() if not name.startswith("SPRINGTIDE_")}
-    environment |= settings.environment() | {"PYTHONUNBUFFERED": "1"}
+    environment = environment_of(settings)
     release = str(Path(deploy.__path__[0]).parent)
     for name, first in (("PYTHONPATH", release), ("PATH", str(Path(sys.executable).parent))):
         environment[name] = os.pathsep.join(filter(None, [first, environment.get(name)]))

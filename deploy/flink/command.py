@@ -21,6 +21,7 @@ from deploy.command_line import run_command
 from deploy.flink import cluster, jars
 from deploy.flink.cluster import CHECKPOINTS, LOGS, SAVEPOINTS, ports
 from deploy.kafka.configuration import listens
+from deploy.operate.options import output
 from deploy.startup.checks import require_disk, require_ports
 from deploy.up import Signals
 from deploy.watch.messages import seconds
@@ -62,9 +63,7 @@ def parser() -> argparse.ArgumentParser:
         help="down: cancel the jobs without a savepoint; they can resume from their newest checkpoint",
     )
     found.add_argument("--url", help="status: JobManager of another cluster, http://HOST:PORT")
-    found.add_argument(
-        "-o", "--output", choices=("text", "json"), default="text", help="status: output format (default text)"
-    )
+    output(found, of="status: ")
     return found
 
 

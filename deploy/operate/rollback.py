@@ -28,7 +28,7 @@ from deploy.operate.log_view import Counted, Counting, LogView, look, records
 from deploy.operate.masking import describe, mask_document, mask_of, require_positions
 from deploy.operate.times import age, parse_time
 from deploy.operate.versions import open_registry, served_version, versions_here
-from deploy.watch.scrape import scrape, urls
+from deploy.watch.scrape import scrape_one
 from state import layout
 from state.config.settings import Settings
 from state.errors import CorruptVersion, LogError, SettingsError, StoreError, UnfitVersion
@@ -350,7 +350,7 @@ def _histories_to_rebuild(settings: Settings, branch: LogLine, to: Manifest, vie
 
 def _rows_per_s(settings: Settings) -> float | None:
     """Returns the rows that the trainer learns in a second of its steps; None if it does not answer."""
-    trainer = scrape({"trainer": urls(settings)["trainer"]})["trainer"]
+    trainer = scrape_one(settings, "trainer")
     rows = trainer.total("springtide_trainer_rows_total", outcome=["trained", "skipped"])
     busy_s = trainer.value("springtide_trainer_step_seconds_sum")
     return rows / busy_s if rows and busy_s else None
@@ -532,7 +532,7 @@ def _count_interrupted(settings: Settings, registry: Registry, control: Control,
 def _serves(settings: Settings) -> bool:
     if not (settings.serving_dir / layout.ROWS).is_dir():
         return False
-    return not scrape({"applier": urls(settings)["applier"]})["applier"].problem
+    return not scrape_one(settings, "applier").problem
 
 
 def _wait_for_answers(settings: Settings, version: int, limit_s: float) -> bool:

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from deploy.command_line import RefusingParser, run_command
-from deploy.operate.options import SETTINGS_HELP, positive
+from deploy.operate.options import SETTINGS_HELP, output, positive
 from deploy.operate.versions import table
 from deploy.segments import process
 from deploy.segments.judging import open_host, opened
@@ -72,9 +72,7 @@ def parser() -> argparse.ArgumentParser:
         "--to", type=Path, metavar="FILE.parquet", help="write them to this file instead of printing them"
     )
     for one in (listing, export, like):
-        one.add_argument(
-            "-o", "--output", choices=("text", "json"), default="text", help="output format (default text)"
-        )
+        output(one)
     return made
 
 

@@ -258,8 +258,7 @@ class LocalKafka:
 
 
 def _trained_version(settings: Settings) -> int:
-    addresses = {TRAINER: scrape.urls(settings)[TRAINER]}
-    return int(scrape.scrape(addresses)[TRAINER].value("springtide_trainer_version") or 0)
+    return int(scrape.scrape_one(settings, TRAINER).value("springtide_trainer_version") or 0)
 
 
 def _preparing(settings: Settings, running: Collection[str]) -> str:

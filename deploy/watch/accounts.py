@@ -172,7 +172,7 @@ class Shown(NamedTuple):
 
 
 def _read_shown(settings: Settings) -> Shown:
-    stream = scrape.scrape({"stream": scrape.urls(settings)["stream"]})["stream"]
+    stream = scrape.scrape_one(settings, "stream")
     shown = stream.by("springtide_accounting_labels", "outcome") | stream.by(
         "springtide_accounting_positions", "outcome"
     )

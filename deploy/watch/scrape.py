@@ -189,6 +189,11 @@ def fetch(url: str | urllib.request.Request, timeout_s: float = TIMEOUT_S) -> tu
     return http.ask(url, timeout_s)
 
 
+def scrape_one(settings: Settings, process: str) -> Scrape:
+    """Reads the metrics of one process between a click and an answer."""
+    return scrape({process: urls(settings)[process]})[process]
+
+
 def scrape(addresses: Mapping[str, str], get: Callable[[str], tuple[int, str]] = fetch) -> dict[str, Scrape]:
     """Reads the metrics of all processes in parallel; `get` returns status and body of a URL."""
 

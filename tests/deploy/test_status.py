@@ -24,7 +24,7 @@ from state.config.loading import load
 from state.config.sections import Kafka, SegmentSettings
 from state.config.settings import Settings
 from state.log import Topics, Writer
-from state.metrics import ApplierMetrics, SegmentMetrics, SupervisorMetrics, names, serve
+from state.metrics import ApplierMetrics, SegmentMetrics, names, serve
 from state.registry import control
 from state.registry.registry import Registry
 from tests.e2e.running import until
@@ -126,20 +126,6 @@ def test_what_answers_is_shown_while_the_rest_is_away(tmp_path: Path) -> None:
 
 @NOBODY_ANSWERS
 @pytest.mark.usefixtures("collected")
-@pytest.mark.parametrize(("part", "user"), [("shoppers", "shopper-1"), ("stream", "USER")])
-def test_a_shopper_is_suggested_where_shoppers_run(tmp_path: Path, part: str, user: str) -> None:
-    settings, registry = settings_of(tmp_path), CollectorRegistry()
-    SupervisorMetrics(registry).starts.labels(part).inc()
-    stop = serve(registry, settings.up.metrics_port)
-    try:
-        _, shown = showing(settings)
-    finally:
-        stop()
-    assert f"/v1/profiles/{user}" in shown
-
-
-@NOBODY_ANSWERS
-@pytest.mark.usefixtures("collected")
 def test_segments_are_told_with_their_sizes_and_a_keeper_that_is_away_is_wrong(tmp_path: Path) -> None:
     port, own = free_port(), SegmentSettings(("busy=view.count_1h >= 2", "idle=view.count_1h == 0"))
     settings = replace(settings_of(tmp_path), segments=replace(own, metrics_port=port))
@@ -204,17 +190,3 @@ def test_control_is_shown_with_who_decided_and_why(tmp_path: Path) -> None:
     found = sections.registry_state(settings, now_ms=10)
     assert found["control"]["version"] == 7
     assert "version 7 (pinned) in epoch 1, by ann's pin: odd answers" in sections.registry_text(found)[1]
-
-
-@NOBODY_ANSWERS
-@pytest.mark.usefixtures("collected")
-def test_main_prints_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = settings_of(tmp_path / "none")
-    flags = [word for name, value in _flags(settings) for word in (f"--{name}", str(value))]
-    assert status.main(["-o", "json", *flags]) == 1, "something is wrong"
-    shown = json.loads(capsys.readouterr().out)
-    assert {"problems", "figures", "processes", "kafka", "registry", "accounting", "urls"} <= set(shown)
-
-
-def _flags(settings: Settings) -> list[tuple[str, object]]:
-    return [(name, settings.value(name)) for name in settings.origins]
