@@ -86,7 +86,7 @@ class AttributeRecords:
 
 def encode(rows: RecordedRows, files: AttributeFiles) -> AttributeRecords:
     """Encodes rows as records, and validates them as the stream does. The rows have the columns of `files`."""
-    table, made = files.table, AttributeRecords([], [], Counter())
+    table, encoded = files.table, AttributeRecords([], [], Counter())
     paths = tuple(dict.fromkeys(one.path for one in table.fields))
     columns = [rows.columns[path] for path in paths]
     for row, (one, *values) in enumerate(zip(rows.columns[files.key], *columns, strict=True)):
@@ -96,12 +96,12 @@ def encode(rows: RecordedRows, files: AttributeFiles) -> AttributeRecords:
             texts = table.read(value, files.most_bytes)
             id_of(key)
         except DecodeError as error:
-            made.refused.append((row, str(error.reason)))
+            encoded.refused.append((row, str(error.reason)))
             continue
         assert key is not None
-        made.records.append((key, value))
-        made.valued.update(name for name, text in zip(table.names, texts, strict=True) if text is not None)
-    return made
+        encoded.records.append((key, value))
+        encoded.valued.update(name for name, text in zip(table.names, texts, strict=True) if text is not None)
+    return encoded
 
 
 def _value(fields: dict[str, object], rows: RecordedRows, row: int) -> bytes:
@@ -152,19 +152,19 @@ def send(
     """
     outcome = SentAttributes(0, Counter(), Counter())
     for number, rows in _chunks(files):
-        made = encode(rows, files)
-        reasons = Counter(reason for _, reason in made.refused)
-        if not outcome.sent and not made.records and len(rows) >= ENOUGH_ROWS:
+        encoded = encode(rows, files)
+        reasons = Counter(reason for _, reason in encoded.refused)
+        if not outcome.sent and not encoded.records and len(rows) >= ENOUGH_ROWS:
             raise SettingsError(
                 f"none of the first {len(rows):,} rows of {files.recording.files[number].path} is a record of "
                 f"{article(files.side)}: {shown_reasons(reasons, REFUSED)}",
                 f"{files.recording.remedy}; nothing was sent",
             )
-        for row, reason in made.refused:
+        for row, reason in encoded.refused:
             progress.name(f"{files.recording.files[number].path}:{int(rows.lines[row])}", reason)
         outcome.refused += reasons
-        outcome.valued += made.valued
-        left = made.records
+        outcome.valued += encoded.valued
+        left = encoded.records
         while left:
             if stopped.is_set():
                 return outcome
@@ -215,7 +215,7 @@ def summary(files: AttributeFiles, outcome: SentAttributes, took_s: float) -> st
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command; settings have been removed from the arguments before."""
-    made = argparse.ArgumentParser(
+    command = argparse.ArgumentParser(
         prog="springtide attributes",
         description="Write attributes of users and items to their compacted topics. [attributes] names the topics and "
         "the columns. The last row of an id wins, and the command is idempotent.",
@@ -223,14 +223,14 @@ def parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     for side, sides in BY_SIDE.items():
-        made.add_argument(
+        command.add_argument(
             f"--{sides}", nargs="+", default=[], metavar="FILE", help=f"files or globs with attributes of {sides}: CSV, JSON lines or Parquet; .gz, .zst"
         )  # fmt: skip
-        made.add_argument(
+        command.add_argument(
             f"--{side}-id", default="", metavar="NAME", help=f"column with the {side} id (default: events.{side})"
         )
-    add_format_arguments(made, ", of one side")
-    return made
+    add_format_arguments(command, ", of one side")
+    return command
 
 
 def files_of(options: argparse.Namespace, settings: Settings) -> list[AttributeFiles]:

@@ -316,7 +316,7 @@ def run(settings: Settings, stop: threading.Event, time_one: Callable[[], Passag
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command; settings are parsed separately."""
-    made = argparse.ArgumentParser(
+    command = argparse.ArgumentParser(
         prog="springtide probe",
         description="Send a click of a probe user through the loop, and measure the time until answers include it and until their "
         "version has learned it. The click has no item and no category, so it changes no metric, candidate or weight. "
@@ -324,13 +324,13 @@ def parser() -> argparse.ArgumentParser:
         epilog=SETTINGS_HELP,
         allow_abbrev=False,
     )
-    output(made)
-    made.add_argument(
+    output(command)
+    command.add_argument(
         "--continuously",
         action="store_true",
         help=f"send a probe every probe.every_s ({EVERY_S:g} s if that is 0) until Ctrl-C, with metrics on probe.metrics_port",
     )
-    return made
+    return command
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -95,8 +95,8 @@ def _looked(condition: Condition, settings: Settings) -> str:
 
 def ready(settings: Settings) -> str:
     """Serving reports that it can answer."""
-    code, said = scrape.fetch(serving_address(settings, "/readyz"))
-    return "" if code == 200 else said or "nothing answers"
+    code, body = scrape.fetch(serving_address(settings, "/readyz"))
+    return "" if code == 200 else body or "nothing answers"
 
 
 def well(settings: Settings) -> str:

@@ -128,13 +128,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         accepted, words = take_accepted(words)
         shoppers, watched = "--no-shoppers" not in words, "--prometheus" in words
         settings = load([word for word in words if word not in ("--no-shoppers", "--prometheus")])
-        beside = processes.plans(settings)
-        beside += [prometheus.plan(settings, prometheus.require_program())] if watched else []
+        others = processes.plans(settings)
+        others += [prometheus.plan(settings, prometheus.require_program())] if watched else []
         # Before anything starts, check the segment expressions, and that the settings can load the newest version.
         segments_of(settings)
         upgrade_or_refuse(settings, upgrade, functools.partial(print, flush=True))
         signals = Signals()
-        return Startup(settings, shoppers, Screen(), signals.stop, signals.hurry, accepted, beside).run()
+        return Startup(settings, shoppers, Screen(), signals.stop, signals.hurry, accepted, others).run()
     except SpringtideError as error:
         print(f"springtide: {error}", file=sys.stderr, flush=True)
         return error.exit_code

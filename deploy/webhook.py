@@ -196,7 +196,7 @@ def server_of(settings: Settings, now_ms: Callable[[], int]) -> DrainingServer:
         SettingsError: Tokens or certificate cannot be used.
     """
     for path in make_missing(settings.tokens_dir):
-        _log.info("made a token: %s", path)
+        _log.info("created a token: %s", path)
     serving, tokens = settings.serving, Tokens(settings.tokens_dir)
     certificate = Certificate(Path(serving.tls_cert), Path(serving.tls_key)) if serving.tls_cert else None
     limits = ConnectionLimits(serving.max_head_bytes, TIMEOUT_S, CONNECTIONS)
@@ -213,7 +213,7 @@ def run(settings: Settings) -> None:
     host, port = settings.webhook.host, settings.webhook.port
     bound, server = listen(host, port, "webhook.port"), server_of(settings, wall_ms)
     server.end_on_signals()
-    _log.info("notifications are taken at %s, port %d, %s", *bound.getsockname()[:2], PATH)
+    _log.info("notifications are received at %s, port %d, %s", *bound.getsockname()[:2], PATH)
     server.run(sockets=[bound])
 
 

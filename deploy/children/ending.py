@@ -91,8 +91,8 @@ def as_text(line: str) -> str:
     ('Killed', '{no json')
     """
     try:
-        said = json.loads(line)
-        return f"{said['part']} {said['level']} {said['message']}"
+        entry = json.loads(line)
+        return f"{entry['part']} {entry['level']} {entry['message']}"
     except (ValueError, TypeError, KeyError):
         return line
 

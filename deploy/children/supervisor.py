@@ -75,8 +75,8 @@ class _Child:
     starts: int = 0
     backoff: Backoff = field(default_factory=Backoff)
     done: bool = False
-    told: str = ""
-    tell_at: float = 0.0
+    reported: str = ""
+    report_at: float = 0.0
 
 
 class Supervisor:
@@ -240,11 +240,11 @@ class Supervisor:
             self._say(f"{name} has run for {HEALTHY_S:g} s again")
             child.backoff = Backoff()
             self._metrics.deaths_in_a_row.labels(name).set(0)
-        if any(other.remedy is child.plan for other in self._children.values()) and now >= child.tell_at:
-            child.tell_at, line = now + PROGRESS_S, self._last_line(name)
-            if line != child.told and child.told:
+        if any(other.remedy is child.plan for other in self._children.values()) and now >= child.report_at:
+            child.report_at, line = now + PROGRESS_S, self._last_line(name)
+            if line != child.reported and child.reported:
                 self._say(f"{name}: {line}")
-            child.told = line
+            child.reported = line
 
     def _may_start(self, child: _Child) -> bool:
         return (child.plan.wanted is None or child.plan.wanted()) and self._is_cured(child)

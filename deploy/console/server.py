@@ -85,7 +85,7 @@ POLICY = "; ".join(
     )
 )
 """Content security policy: the page may load its own files, and nothing inline."""
-TOLD: Headers = [
+SECURITY_HEADERS: Headers = [
     (b"content-security-policy", POLICY.encode()),
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -307,7 +307,7 @@ class Console:
         self.endpoints = [
             *Reading(settings, self.watch, guard, lately, stores, now_ms).endpoints(),
             *Steering(settings, lately, stores, self.watch.changed, now_ms).endpoints(),
-            Endpoint("metrics", METHODS, "/metrics", self._told),
+            Endpoint("metrics", METHODS, "/metrics", self._show_metrics),
             *endpoints(),
         ]
         self._registry = CollectorRegistry()
@@ -335,11 +335,16 @@ class Console:
             response = failure(WorkerFailed("the console failed; its log says why", "report it with the console's log"))
         self._metrics.requests.labels(outcome(response.status)).inc()
         kept = any(one == b"cache-control" for one, _ in response.headers)
-        headers = [*response.headers, *TOLD, *(() if kept else (NO_STORE,)), *((LAST,) if self.draining else ())]
+        headers = [
+            *response.headers,
+            *SECURITY_HEADERS,
+            *(() if kept else (NO_STORE,)),
+            *((LAST,) if self.draining else ()),
+        ]
         body = b"" if scope["method"] == "HEAD" else response.body
         await answer(send, Response(response.status, body, headers))
 
-    async def _told(self, request: Request) -> Response:
+    async def _show_metrics(self, request: Request) -> Response:
         body, media_type = rendered(self._registry, header(request.scope, b"accept") or "")
         return Response(200, body, [(b"content-type", media_type.encode())])
 
@@ -361,7 +366,7 @@ def access_of(settings: Settings) -> tuple[Access, RequestGuard]:
     """
     serving = settings.serving
     for path in make_missing(settings.tokens_dir):
-        _log.warning("made a token: %s", path)
+        _log.warning("created a token: %s", path)
     tokens = Tokens(settings.tokens_dir)
     certificate = Certificate(Path(serving.tls_cert), Path(serving.tls_key)) if serving.tls_cert else None
     return Access(certificate, tokens), RequestGuard(tokens, open_to_read(settings))

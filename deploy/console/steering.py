@@ -67,11 +67,11 @@ def run_command(settings: Settings, words: Sequence[str], now_ms: int) -> Any:
         SettingsError: The arguments are invalid.
         SpringtideError: The command failed.
     """
-    said: list[str] = []
-    say: Say = said.append
+    printed: list[str] = []
+    say: Say = printed.append
     line = [*words, "--output=json"]
     COMMANDS[words[0]](settings, parser(line).parse_args(line), now_ms, say)
-    return json.loads(said[-1])
+    return json.loads(printed[-1])
 
 
 def status_of(error: SpringtideError) -> int:

@@ -63,8 +63,8 @@ def format_storage(class_path: str, log: Path, configuration: Path) -> None:
         command(class_path, log, *brief, *tool), stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     if done.returncode != 0:
-        said = (done.stderr or done.stdout).strip().splitlines()[-QUOTED_LINES:]
-        raise KafkaFailed(f"Kafka could not format {configuration.parent / 'data'}: " + " | ".join(said))
+        quoted = (done.stderr or done.stdout).strip().splitlines()[-QUOTED_LINES:]
+        raise KafkaFailed(f"Kafka could not format {configuration.parent / 'data'}: " + " | ".join(quoted))
 
 
 def run_for_life(command: list[str], console: Path, lock: int) -> subprocess.Popen[bytes]:

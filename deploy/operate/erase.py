@@ -160,8 +160,8 @@ def _of_versions(
     if newest is None or newest.erased < last:
         through = 0 if newest is None else newest.erased
         found.append(Holding("the trainer", through + 1, "rows", "it publishes its next version"))
-    looked = compactor.version if compactor is not None and compactor.through >= last else 0
-    old = [part for part in parts if part.version > looked and _may_hold(part, last)]
+    checked = compactor.version if compactor is not None and compactor.through >= last else 0
+    old = [part for part in parts if part.version > checked and _may_hold(part, last)]
     if old:
         first = 1 + min(max(part.erased, part.rewritten) for part in old)
         every = f"{settings.trainer.base_every_s:g} s"
@@ -337,19 +337,15 @@ def erase(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
     # 2.
     until = places(settings, log, newest)
     # 3.
-    made = registry.change(
-        lambda now: erase_users(now, users, until, actor=actor(), reason=asked.reason, now_ms=now_ms)
-    )
-    number = made.erased.last
+    new = registry.change(lambda now: erase_users(now, users, until, actor=actor(), reason=asked.reason, now_ms=now_ms))
+    number = new.erased.last
     if asked.output == "json":
         say(
-            json.dumps(
-                {"erasure": number, "generation": made.generation, "users": len(users), "tombstones": tombstones}
-            )
+            json.dumps({"erasure": number, "generation": new.generation, "users": len(users), "tombstones": tombstones})
         )
         return
     say(
-        f"generation {made.generation}: erasure {number} of {len(users):,} user{'s' if len(users) > 1 else ''}; answers treat "
+        f"generation {new.generation}: erasure {number} of {len(users):,} user{'s' if len(users) > 1 else ''}; answers treat "
         f"them as unknown within 2 s where an applier runs (control was at {control.generation})"
     )
     if tombstones:

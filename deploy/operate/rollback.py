@@ -412,43 +412,43 @@ def rollback(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Sa
         say(json.dumps(document, indent=2) if asked.output == "json" else "\n".join(lines))
 
     # 1.
-    plan, made = _planned(settings, asked, registry, control, now_ms)
+    plan, decided = _planned(settings, asked, registry, control, now_ms)
     later = plan.switch.here and not asked.dry_run and total_bytes(registry, plan.to.version) > CHECKED_FIRST_BYTES
     if not later:
         _require_sound(registry, plan.to)
-    if asked.dry_run and made is not None:
+    if asked.dry_run and decided is not None:
         plan = plan.count(settings)
         show({"plan": plan.document()}, [*plan.lines(), "dry run: nothing was changed"])
         return
-    if made is None or made is control:
+    if decided is None or decided is control:
         if not asked.dry_run:
             _count_interrupted(settings, registry, control, plan)
         done = f"generation {control.generation}: already in this state; nothing was changed"
         show({"changed": False, "control": control_document(control)}, [done])
         return
     # 2.
-    registry.propose(made)
+    registry.propose(decided)
     killpoints.reach("rollback.proposed")
     # 3.
     took_s = None
     if asked.wait and _serves(settings) and _wait_for_answers(settings, plan.to.version, asked.wait):
         took_s = round(time.monotonic() - began_s, 3)
-        registry.generations.add_outcome(made.epoch, "answered", {"seconds": took_s})
+        registry.generations.add_outcome(decided.epoch, "answered", {"seconds": took_s})
     if asked.output == "text":
         answered = "" if took_s is None else f"; answers of this host come from it after {took_s:.2f} s"
-        say(f"generation {made.generation}: epoch {made.epoch} starts from version {plan.to.version}{answered}")
+        say(f"generation {decided.generation}: epoch {decided.epoch} starts from version {plan.to.version}{answered}")
     if later:
         _require_sound(registry, plan.to)
     killpoints.reach("rollback.answered")
     # 4.
-    document = {"plan": None, "answered_s": took_s, "changed": True, "control": control_document(made)}
+    document = {"plan": None, "answered_s": took_s, "changed": True, "control": control_document(decided)}
     try:
         plan = plan.count(settings)
     except LogError as error:
         # The control generation exists; only the figures are missing.
         show(document | {"problem": str(error)}, [f"the plan could not be counted: {error}"])
         return
-    registry.generations.add_outcome(made.epoch, "planned", plan.document())
+    registry.generations.add_outcome(decided.epoch, "planned", plan.document())
     show(document | {"plan": plan.document()}, plan.lines())
 
 
@@ -490,7 +490,7 @@ def _planned(
     )
     if done_at is not None:
         return plan, None
-    made = roll_back(
+    decided = roll_back(
         *(control, to.version, mask),
         actor=actor(),
         reason=asked.reason,
@@ -498,10 +498,10 @@ def _planned(
         log=None if plan.exact is None else plan.exact.branch,
         then_follow=asked.follow_when_caught_up,
     )
-    if view is not None and made is not control and made.epoch != control.epoch:
+    if view is not None and decided is not control and decided.epoch != control.epoch:
         again = {} if plan.exact is None else {"again": to_json(plan.exact.again)}
-        made = msgspec.structs.replace(made, plan={"end": view.end} | again)
-    return plan, made
+        decided = msgspec.structs.replace(decided, plan={"end": view.end} | again)
+    return plan, decided
 
 
 def _count_interrupted(settings: Settings, registry: Registry, control: Control, plan: Plan) -> None:

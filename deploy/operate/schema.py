@@ -131,11 +131,11 @@ def schema(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
             raise SettingsError(
                 "a new baseline needs --reason TEXT", "give it: it is recorded with your name in the history"
             )
-        made = accept_window(settings, actor(), asked.reason, now_ms, asked.schema)
+        baseline = accept_window(settings, actor(), asked.reason, now_ms, asked.schema)
         if asked.output == "json":
-            say(json.dumps(dataclasses.asdict(made), indent=2))
+            say(json.dumps(dataclasses.asdict(baseline), indent=2))
         else:
-            say(f"baseline {made.number}: the next window is held against it; `springtide schema show` shows it")
+            say(f"baseline {baseline.number}: the next window is held against it; `springtide schema show` shows it")
 
 
 def show(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
@@ -247,10 +247,10 @@ def accept_window(
     spec = FeatureSpec.from_settings(settings)
     # From then on histories that are full are the rule.
     warm = window.end_ms - int(found.about["newest_ms"]) >= spec.windows_s[-1] * 1000
-    made = infer(window.statistics, warm) if schema_file is None else _read(schema_file)
+    edited = infer(window.statistics, warm) if schema_file is None else _read(schema_file)
     baselines = Baselines(settings.registry_dir)
     number = baselines.newest_number(found.name) + 1
-    new = baselines.add(found.name, AcceptedBaseline(number, who, reason, now_ms), made, window.statistics)
+    new = baselines.add(found.name, AcceptedBaseline(number, who, reason, now_ms), edited, window.statistics)
     registry.change(lambda control: accepted(control, new))
     return new
 

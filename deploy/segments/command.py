@@ -48,14 +48,14 @@ ROWS_AT_ONCE = 10_000
 
 def parser() -> argparse.ArgumentParser:
     """Returns the parser of the command; settings have been removed from the arguments before."""
-    made = RefusingParser(
+    command = RefusingParser(
         prog="springtide segments",
         description="Maintain, list and export segments of users, and find users similar to their members: run | list [-o json] | "
         "export NAME --to FILE.parquet | lookalikes NAME [--count N] [--to FILE.parquet].",
         epilog=SETTINGS_HELP,
         allow_abbrev=False,
     )
-    actions = made.add_subparsers(dest="action", metavar="ACTION", required=True)
+    actions = command.add_subparsers(dest="action", metavar="ACTION", required=True)
 
     def add(name: str, help: str) -> argparse.ArgumentParser:
         return actions.add_parser(name, help=help, description=help, epilog=SETTINGS_HELP, allow_abbrev=False)
@@ -73,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     )
     for one in (listing, export, like):
         output(one)
-    return made
+    return command
 
 
 def run(asked: argparse.Namespace, settings: Settings, say: Say) -> None:

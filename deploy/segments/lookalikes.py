@@ -75,10 +75,10 @@ class UserVectors(NamedTuple):
     version: int
 
 
-def vectors_of(predictor: Predictor, looked: Callable[[int], None]) -> UserVectors:
+def vectors_of(predictor: Predictor, report: Callable[[int], None]) -> UserVectors:
     """Computes the current vectors of all users with a history; needs 4 bytes per number and user.
 
-    `looked` is called with the number of users read so far, after each batch.
+    `report` is called with the number of users read so far, after each batch.
 
     Raises:
         NotReady, SaltMismatch, SpecMismatch, ProgramError, CorruptVersion: As `Predictor.profiles`.
@@ -96,7 +96,7 @@ def vectors_of(predictor: Predictor, looked: Callable[[int], None]) -> UserVecto
                 clicks.append(answer.features[_CLICKS])
                 version = answer.version["number"]
         seen += len(some)
-        looked(seen)
+        report(seen)
     stacked = np.stack(vectors) if vectors else np.empty((0, 0), np.float32)
     return UserVectors(np.array(users, np.uint64), stacked, np.array(clicks, np.int64), version)
 
@@ -230,7 +230,7 @@ def run(settings: Settings) -> None:
     host, folder = open_host(settings), aside(settings)
     folder.mkdir()
     try:
-        found = vectors_of(host.predictor(), lambda looked: None)
+        found = vectors_of(host.predictor(), lambda users: None)
     finally:
         host.close()
     with opened(settings) as store:
@@ -240,7 +240,7 @@ def run(settings: Settings) -> None:
             if not members.any():
                 continue
             near = nearest(found, members, settings.segments.lookalikes)
-            made = LookalikeList(
+            listed = LookalikeList(
                 found.version,
                 wall_ms(),
                 int(members.sum()),
@@ -248,7 +248,7 @@ def run(settings: Settings) -> None:
                 tuple(NearUser(f"{user:016x}", similarity) for user, similarity in near),
                 tuple(precision_curve(found, members)),
             )
-            write(folder, segment, made)
+            write(folder, segment, listed)
     durable.sync_directory(folder)
 
 

@@ -26,8 +26,8 @@ def require_program() -> str:
     Raises:
         SettingsError: It is not installed.
     """
-    beside = Path(sys.executable).with_name(NAME)
-    found = str(beside) if beside.exists() else shutil.which(NAME)
+    own = Path(sys.executable).with_name(NAME)
+    found = str(own) if own.exists() else shutil.which(NAME)
     if found is None:
         raise SettingsError(
             "--prometheus: there is no program `prometheus` here",

@@ -310,7 +310,7 @@ class Startup:
         stop: Whether the operator asked to stop.
         hurry: Whether the operator asked again.
         accepted: Arguments of stream and trainer: losses that the operator accepts.
-        beside: Other processes to run, such as a Prometheus.
+        others: Other processes to run, such as a Prometheus.
         clock: Monotonic seconds.
         sleep: Waits a number of seconds, or until a signal.
     """
@@ -323,7 +323,7 @@ class Startup:
         stop: Callable[[], bool],
         hurry: Callable[[], bool],
         accepted: tuple[Sequence[str], Sequence[str]] = ((), ()),
-        beside: Sequence[ProcessPlan] = (),
+        others: Sequence[ProcessPlan] = (),
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
@@ -343,7 +343,7 @@ class Startup:
             settings.bootstrap.min_rows if fresh else 0,
             accepted=[*(OF_LOCAL_KAFKA if local else ()), *stream],
             accepted_by_trainer=trainer,
-        ) | {one.name: one for one in beside}
+        ) | {one.name: one for one in others}
         self._supervisor: Supervisor | None = None
         self._steps_done = self._answered = 0
 

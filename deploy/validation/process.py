@@ -249,9 +249,9 @@ class WindowJudge:
 
 
 def _without_features(statistics: DatasetFeatureStatistics) -> DatasetFeatureStatistics:
-    made = DatasetFeatureStatistics(name=statistics.name, num_examples=statistics.num_examples)
-    made.features.extend(one for one in statistics.features if not one.path.step[0].startswith(f"{FEATURES}."))
-    return made
+    inputs = DatasetFeatureStatistics(name=statistics.name, num_examples=statistics.num_examples)
+    inputs.features.extend(one for one in statistics.features if not one.path.step[0].startswith(f"{FEATURES}."))
+    return inputs
 
 
 def _largest(found: Anomalies, labels: Mapping[str, str]) -> Iterable[tuple[str, str, float]]:

@@ -25,9 +25,9 @@ class Address(str):
 
     def __new__(cls, url: str, token_file: Path | None = None, certificate: Path | None = None) -> Self:
         """Creates the string with its attributes."""
-        made = super().__new__(cls, url)
-        made.token_file, made.certificate = token_file, certificate
-        return made
+        address = super().__new__(cls, url)
+        address.token_file, address.certificate = token_file, certificate
+        return address
 
     def request(self) -> urllib.request.Request:
         """Returns a GET request with the token.

@@ -182,10 +182,10 @@ class BudgetLeft:
 
 
 def _budget_of(trainer: Scrape) -> BudgetLeft | None:
-    epsilon, taken, held = (
+    epsilon, spent, held = (
         trainer.value(f"springtide_trainer_privacy_{name}") for name in ("epsilon_limit", "epsilon_spent", "held")
     )
-    return BudgetLeft(epsilon, max(0.0, epsilon - (taken or 0.0)), bool(held)) if epsilon else None
+    return BudgetLeft(epsilon, max(0.0, epsilon - (spent or 0.0)), bool(held)) if epsilon else None
 
 
 @dataclass(frozen=True)
@@ -317,8 +317,10 @@ def full_parts(scrapes: Iterable[Scrape]) -> list[str]:
             for part, value in scraped.by(f"springtide_storage_{name}", "part").items():
                 parts[part] = parts.get(part, 0.0) + value
     waits = [f"{WAITS.get(part, part)} waits for room" for part, count in found["waiting"].items() if count]
-    taken = {part: found["used_bytes"].get(part, 0.0) / limit for part, limit in found["limit_bytes"].items() if limit}
-    near = sorted(((share, part) for part, share in taken.items() if share > NEAR_LIMIT), reverse=True)
+    shares_used = {
+        part: found["used_bytes"].get(part, 0.0) / limit for part, limit in found["limit_bytes"].items() if limit
+    }
+    near = sorted(((share, part) for part, share in shares_used.items() if share > NEAR_LIMIT), reverse=True)
     return [*waits, *(f"{part} takes {share:.0%} of its share of the disk" for share, part in near)]
 
 
