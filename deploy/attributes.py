@@ -45,14 +45,10 @@ NOT_THERE = "correct [attributes]"
 
 @dataclass(frozen=True)
 class AttributeFiles:
-    """The files of one side and what they contain.
+    """The files of one side (user or item), the topic of their records, and `key`, the column of the id.
 
     Attributes:
-        side: user or item.
-        recording: The files.
         table: What a record contains.
-        topic: Where records go.
-        key: The column of the id.
         most_bytes: Larger records are refused.
     """
 
@@ -71,11 +67,9 @@ class AttributeFiles:
 
 @dataclass(frozen=True)
 class AttributeRecords:
-    """Rows as records.
+    """Key and value of each record that the stream accepts, and the refused rows with the reason.
 
     Attributes:
-        records: Key and value of each record that the stream accepts.
-        refused: Rows that it does not, with the reason.
         valued: By attribute, the number of records that have a value.
     """
 
@@ -114,13 +108,10 @@ def _value(fields: dict[str, object], rows: RecordedRows, row: int) -> bytes:
 
 @dataclass
 class SentAttributes:
-    """The result of sending one side.
+    """The result of sending one side: records sent, rows refused by reason, and whether all files were read.
 
     Attributes:
-        sent: Records.
-        refused: Rows by reason.
         valued: By attribute, the number of records that have a value.
-        complete: Whether the files were read to their ends.
     """
 
     sent: int
@@ -186,11 +177,7 @@ def _chunks(files: AttributeFiles) -> Iterator[tuple[int, RecordedRows]]:
 
 
 def article(side: str) -> str:
-    """Returns a side with its article.
-
-    >>> article("user"), article("item")
-    ('a user', 'an item')
-    """
+    """Returns a side with its article, such as `an item`."""
     return f"an {side}" if side == "item" else f"a {side}"
 
 

@@ -1,10 +1,7 @@
 """Entry point of the command line: `springtide COMMAND [options] [--section.name VALUE ...]`.
 
-A command of a process replaces the interpreter, so that signals reach the process directly. An operator's command
-runs here. Settings may appear anywhere in the arguments. Exit codes: 0 done, 1 failed, 2 wrong use.
-
-`springtide config` shows the effective settings with their origin, one setting in full, or all of them as
-documentation.
+A command of a process replaces the interpreter, so that signals reach the process directly. An operator's command runs
+here. Settings may appear anywhere in the arguments. Exit codes: 0 done, 1 failed, 2 wrong use.
 """
 
 from __future__ import annotations
@@ -173,22 +170,12 @@ def allowed(known: KnownSetting) -> str:
 
 
 def as_number(bound: float) -> str:
-    """Formats a bound without a needless point or exponent.
-
-    >>> as_number(65535.0), as_number(0.01), as_number(1e-12)
-    ('65535', '0.01', '1e-12')
-    """
+    """Formats a bound without a needless point or exponent."""
     return str(int(bound)) if float(bound).is_integer() else f"{bound:g}"
 
 
 def shown(settings: Settings, known: KnownSetting) -> Any:
-    """Returns a setting's value as it may be shown.
-
-    >>> from state.config.settings import Kafka
-    >>> secret = next(known for known in known_settings() if known.name == "kafka.sasl_password")
-    >>> shown(Settings(kafka=Kafka(sasl_password="hunter2")), secret)
-    '********'
-    """
+    """Returns a setting's value as it may be shown: a secret is masked."""
     value = settings.value(known.name)
     return MASK if known.secret and value else value
 

@@ -111,9 +111,8 @@ class Backoff:
     """Consecutive deaths of a process without a healthy run between them.
 
     Attributes:
-        deaths: How many deaths.
-        waits_for_others: Whether the process died because a broker, a disk or a store was unavailable. Such a start
-            fails within a second or two, and the process should run soon after the dependency is available again.
+        waits_for_others: Whether the process died because a broker, a disk or a store was unavailable. It should run soon
+            after that is available again, so its waits are shorter.
     """
 
     deaths: int = 0

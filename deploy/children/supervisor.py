@@ -1,8 +1,7 @@
 """Supervises the processes of the loop: starts them, restarts them after a death, stops them in order.
 
-A process that cannot run waits longer before each next start (`deploy/children/ending.py`), and does not affect the
-others. If a process ends with an error that has a remedy, the remedy runs first, as a process of its own. The failed
-process starts again once the remedy is done.
+A process that keeps dying waits longer before each start (`ending.py`), and does not affect the others. If a process
+ends with an error that has a remedy, the remedy runs first, as a process of its own.
 
 Every child ends with this process, however this process ends. The kernel kills a child when the thread that started
 it ends (Linux), so call `start` and `look` only from the main thread.
@@ -38,16 +37,14 @@ then grows for hours."""
 
 @dataclass(frozen=True)
 class ProcessPlan:
-    """One process of the loop.
+    """One process of the loop; its log has its name.
 
     Attributes:
-        name: Its name in messages and the name of its log.
-        command: The program and its arguments.
         stop_s: How long it may take to end after SIGTERM.
         lasting: Whether it runs forever; other processes end with status 0 when their work is done.
         remedies: By class of an error in its last log line, the process that must finish before it starts again.
         wanted: For a process that runs only now and then: returns whether there is work. It starts then, and ends with
-            status 0 when the work is done. None for all other processes.
+            status 0 when the work is done.
     """
 
     name: str

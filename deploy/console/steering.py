@@ -123,11 +123,9 @@ class ReadCache:
 
 @dataclass(frozen=True)
 class ShownPlan:
-    """A rollback as it was shown.
+    """A rollback as it was shown: its words without reason and name, with all times written out, and the version.
 
     Attributes:
-        words: The command without reason and name, with all of its times written out.
-        version: The version to roll back to.
         shown_s: When, monotonic seconds.
     """
 

@@ -1,8 +1,6 @@
 """Starts Python workers for the TaskManagers of this machine: `python -m deploy.flink.worker_pool PORT`.
 
-Beam's own pool has four problems. It listens on every network interface, where anyone can make it run a worker. It
-looks for `python` in PATH, blocks a worker that writes 64 kB to its standard output, and leaves workers behind when
-it is killed. This pool listens on loopback, starts its own interpreter and has one log for all workers. Workers
+Unlike Beam's own pool it listens on loopback only, starts its own interpreter, and has one log for all workers. Workers
 (`python -m deploy.flink.worker_pool worker CONTROL_ENDPOINT WORKER_ID`) end with the pool: each reads its standard
 input, which closes when the pool ends.
 

@@ -208,11 +208,9 @@ def described(version: Manifest) -> str:
 
 @dataclass(frozen=True)
 class Target:
-    """What the operator asks a rollback for.
+    """What the operator asks a rollback for: a version, the newest one before a moment, or neither.
 
     Attributes:
-        to: A version, or None.
-        before_ms: The newest version made before this moment, or None.
         exact: Whether the training log before the version must contain none of the masked clicks.
         new: The masks to add; an exact rollback also considers what the log still contains of older masks.
         wait_ms: How long a row may wait for its label.

@@ -86,7 +86,6 @@ class Holding:
     """A place that still has, or may have, data of an erased user.
 
     Attributes:
-        where: The place.
         erasure: The first erasure that is not done there.
         holds: Which data of the users it has.
         until: When that is gone, in words.

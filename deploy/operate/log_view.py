@@ -44,16 +44,11 @@ def open_log(settings: Settings) -> Log:
 
 @dataclass(frozen=True)
 class LogView:
-    """The state of both topics at one moment.
+    """The state of training log and clicks topic at one moment.
 
     Attributes:
-        log: The log that holds the topics.
-        topic: Name of the training log's topic.
-        topic_id: Id of that topic.
-        partition: Partition of the training log.
-        begin: Its first kept offset.
+        begin: The first kept offset of the training log's partition.
         end: The offset of its next record.
-        clicks_id: Id of the clicks topic.
         clicks: By partition of the clicks topic, its first kept and its next offset.
     """
 
@@ -162,12 +157,7 @@ def horizon_text(found: Mapping[str, Any]) -> tuple[str, str]:
 
 @dataclass(frozen=True, slots=True)
 class FirstHit:
-    """The position of the first masked row.
-
-    Attributes:
-        epoch: Control epoch in which the record was read.
-        offset: Offset of the record in the training log.
-    """
+    """The first masked row: the control epoch in which its record was read, and the record's offset in the training log."""
 
     epoch: int
     offset: int

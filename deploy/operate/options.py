@@ -163,22 +163,14 @@ def schema(add: Add) -> argparse.ArgumentParser:
 
 
 def positive(text: str) -> int:
-    """Parses an integer that is at least 1.
-
-    >>> positive("7")
-    7
-    """
+    """Parses an integer that is at least 1."""
     if not text.isascii() or not text.isdigit() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, not {text!r}")
     return int(text)
 
 
 def seconds(text: str) -> float:
-    """Parses seconds, 0 or more.
-
-    >>> seconds("2.5")
-    2.5
-    """
+    """Parses seconds, 0 or more."""
     try:
         found = float(text)
     except ValueError:

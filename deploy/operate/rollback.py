@@ -57,7 +57,7 @@ class Switch:
 
     Attributes:
         serves: Whether this host has a row store.
-        here: Whether the version is in the row store.
+        here: Whether the version is in it.
         bytes: How many bytes an applier must read from the registry if it is not.
     """
 
@@ -152,16 +152,12 @@ class ExactPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """A rollback: what it does, and, once it is counted, what that affects.
+    """A rollback from the control generation `before` to a version: what it does, and, once counted, what that affects.
 
     Attributes:
-        before: The control generation before it.
-        to: The version to roll back to.
-        age_s: Its age.
         new: The masks that the rollback adds.
         view: The topics as they are; None if Kafka does not answer.
         topic: Name of the training log.
-        switch: How serving switches to the version.
         then_follow: Whether serving follows again once the trainer has caught up.
         exact: What an exact rollback does in addition; None for a fast one.
         counted: The records from the version to the end of the log; None until `count`, or without `view`.

@@ -1,9 +1,5 @@
 """`springtide schema`: shows the schema that live clicks are validated against, compares it, and accepts a new baseline.
 
-    show      the baseline: each feature with type, presence, values and thresholds; --pbtxt for the schema's text
-    diff      the newest window against the baseline and the window before, largest distance first
-    accept    the newest window becomes the baseline; --schema FILE takes domains and thresholds as edited
-
 An accepted baseline also creates a control generation that changes nothing else, so that `springtide history` shows who
 accepted it, when and why.
 """

@@ -19,14 +19,7 @@ from state.segments.members import SegmentStore
 
 
 class JudgedUser(NamedTuple):
-    """The result of evaluating all expressions on one user's profile.
-
-    Attributes:
-        user: The pseudonym.
-        at_ms: The time for which the profile was computed.
-        version: The version that computed it.
-        within: The segments whose expression holds; empty for an unknown user.
-    """
+    """The segments whose expression holds for a user at a time, computed by a version; none for an unknown user."""
 
     user: int
     at_ms: int

@@ -31,11 +31,7 @@ def question(settings: Settings, shoppers: bool) -> str:
 
 
 def addresses(settings: Settings, shoppers: bool) -> list[tuple[str, str]]:
-    """Returns a query, the metrics address of each process and the logs, each with a keyword.
-
-    >>> addresses(Settings(), shoppers=True)[0]
-    ('try', 'curl -s http://127.0.0.1:8501/v1/profiles/shopper-1')
-    """
+    """Returns a query, the metrics address of each process and the logs, each with a keyword."""
     metrics = [f"{url} ({name})" for name, url in scrape.urls(settings).items()]
     return [
         ("try", question(settings, shoppers)),
@@ -62,11 +58,7 @@ def commands(settings: Settings, shoppers: bool, watched: bool = False) -> list[
 
 
 def console(settings: Settings) -> list[str]:
-    """Returns the address of the page and the token that it needs to control the loop; empty if the page is off.
-
-    >>> console(Settings())
-    ['page: http://127.0.0.1:8502, to steer with the token in .springtide/tokens/operate']
-    """
+    """Returns the address of the page and the token that it needs to control the loop; empty if the page is off."""
     if not settings.console.port:
         return []
     url = address(settings, settings.console.host, settings.console.port)

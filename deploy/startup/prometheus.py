@@ -37,11 +37,7 @@ def require_program() -> str:
 
 
 def address(settings: Settings) -> str:
-    """Returns the URL of this Prometheus.
-
-    >>> address(Settings())
-    'http://127.0.0.1:9090'
-    """
+    """Returns the URL of this Prometheus."""
     return f"http://127.0.0.1:{settings.up.prometheus_port}"
 
 

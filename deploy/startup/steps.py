@@ -1,10 +1,4 @@
-"""Runs the steps of `springtide up`, from the first check to the last stop.
-
-- The loop's processes on one machine: their commands, ports and stop order.
-- The local Kafka, if the loop uses one: it starts first, is restarted when it dies, and stops last.
-- The topics that the loop needs: missing ones are created.
-- The signs that the loop is up: the trainer has a version, and serving answers with one.
-"""
+"""Runs the steps of `springtide up`, from the first check to the last stop: processes, local Kafka and topics."""
 
 from __future__ import annotations
 

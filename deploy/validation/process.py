@@ -75,13 +75,11 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Window:
-    """A span of log time and what was counted in it.
+    """A span of log time and the statistics of its rows.
 
     Attributes:
         start_ms: Its beginning, a multiple of its length.
-        end_ms: When it is over.
         first: Offset of its first record in the training log.
-        statistics: Statistics of its rows.
         whole: Whether its beginning was seen.
     """
 

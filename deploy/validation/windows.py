@@ -3,8 +3,7 @@
     validation/windows/<end of the window, log time in ms>.pb    a binary DatasetFeatureStatisticsList
     validation/place.json                                       topic id, and offset of the open window's first record
 
-After a restart the process reads from that offset and counts the open window again, so it stores nothing else. If
-these files are lost, one window is lost.
+After a restart the process counts the open window again, from that offset.
 """
 
 from __future__ import annotations
@@ -23,12 +22,7 @@ WINDOWS, PLACE = "windows", "place.json"
 
 
 class KeptWindow(NamedTuple):
-    """The statistics of a window.
-
-    Attributes:
-        end_ms: End of the window, log time.
-        statistics: Statistics of its rows.
-    """
+    """The statistics of the window that ended at `end_ms`, log time."""
 
     end_ms: int
     statistics: DatasetFeatureStatistics

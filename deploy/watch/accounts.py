@@ -54,8 +54,7 @@ class InFlight:
     """Rows between the trainer's position and the stream's, counted separately.
 
     Attributes:
-        rows: New rows.
-        duplicate: Rows written again by a stream that crashed.
+        duplicate: Rows written again by a stream that crashed; `rows` are new.
         marks: The next offset of each source afterwards.
         complete: Whether the log was read to its end.
     """
@@ -126,13 +125,7 @@ def comparable(counts: Counts, version: Manifest, flying: InFlight) -> str:
 
 
 class Stores(NamedTuple):
-    """What all stores of this machine count.
-
-    Attributes:
-        counts: By source.
-        accepted: The gaps that were accepted, as JSON values.
-        waiting: Rows that wait for their label.
-    """
+    """What all stores of this machine count: by source, accepted gaps as JSON values, and rows that wait for their label."""
 
     counts: dict[Source, dict[str, int]]
     accepted: list[dict[str, Any]]
@@ -158,10 +151,9 @@ def _read_stores(settings: Settings) -> Stores:
 
 
 class Shown(NamedTuple):
-    """The account that a stream reports on /metrics.
+    """The account that a stream reports on /metrics; None if no stream answers, or it has committed nothing.
 
     Attributes:
-        account: Over all sources; None if no stream answers, or it has committed nothing.
         waiting: Rows that wait for their label.
         unread: Positions of the clicks that it has not read yet.
     """

@@ -74,20 +74,12 @@ def address(settings: Settings, host: str, port: int, path: str = "") -> Address
 
 
 def serving_address(settings: Settings, path: str = "") -> Address:
-    """Returns the address of serving on this machine.
-
-    >>> serving_address(Settings(), "/readyz")
-    'http://127.0.0.1:8501/readyz'
-    """
+    """Returns the address of serving on this machine."""
     return address(settings, settings.serving.host, settings.serving.port, path)
 
 
 def console_address(settings: Settings, path: str = "") -> Address:
-    """Returns the address of the page on this machine.
-
-    >>> console_address(Settings(), "/metrics")
-    'http://127.0.0.1:8502/metrics'
-    """
+    """Returns the address of the page on this machine."""
     found = address(settings, settings.console.host, settings.console.port, path)
     # The page shows serving's answers too, so it requires a token if either of them does.
     token_file = settings.tokens_dir / OPERATE if are_wanted(settings) else found.token_file

@@ -1,10 +1,7 @@
 """Computes the figures of the running loop from the metrics that its processes serve on /metrics. Pure.
 
 Rates cover the last `RATE_S` seconds. Quantiles cover the last minute, or, for a single poll, the time since each
-process started. Both compare with an earlier poll of the same process; a process that has restarted since then
-counts as another one. Quantiles are computed from histograms as Prometheus does.
-
-The metrics of `springtide up` add which processes keep dying and whether synthetic shoppers run.
+process started. A process that has restarted since the earlier poll counts as another one.
 """
 
 from __future__ import annotations
@@ -77,11 +74,9 @@ WAITS = {
 
 
 class Backlog(NamedTuple):
-    """The metrics that describe what waits for a process.
+    """The gauge of items that wait for a process, and the counter of processed items.
 
     Attributes:
-        waiting: Name of the gauge with the number of waiting items.
-        done: Name of the counter of processed items.
         what: Name of the items in messages.
         waiting_s: Name of the gauge with their waiting time; without one, `FEW_RECORDS` of them may wait.
     """
@@ -103,12 +98,9 @@ BACKLOGS = {
 
 @dataclass(frozen=True)
 class Spread:
-    """Summary of a distribution.
+    """Count, median and 99th percentile of a distribution; None without observations.
 
     Attributes:
-        count: Number of observations.
-        p50: The median; None without observations.
-        p99: The 99th percentile; None without observations.
         most: The highest finite bound; a quantile that reaches it may be larger.
     """
 
@@ -155,11 +147,7 @@ def between(after: Buckets, before: Buckets) -> Buckets:
 
 
 def spread(buckets: Buckets) -> Spread:
-    """Computes the median and the 99th percentile.
-
-    >>> spread({0.1: 50, 0.2: 100, math.inf: 100})
-    Spread(count=100, p50=0.1, p99=0.198, most=0.2)
-    """
+    """Computes the median and the 99th percentile."""
     finite = [bound for bound in buckets if not math.isinf(bound)]
     if not finite:
         return Spread()
@@ -190,14 +178,11 @@ def _budget_of(trainer: Scrape) -> BudgetLeft | None:
 
 @dataclass(frozen=True)
 class ClocksOff:
-    """Clicks whose clock is off in one direction.
+    """Clicks since the stream's start whose clock is off in one direction; the other figures are of the newest one.
 
     Attributes:
-        clicks: Their number since the stream's start.
-        partition: Partition of the newest one.
-        offset: Offset of the newest one.
-        by_s: How far the newest one is off, seconds; 0 if unknown.
-        age_s: How long ago the newest one was read, seconds.
+        by_s: How far it is off, seconds; 0 if unknown.
+        age_s: How long ago it was read, seconds.
     """
 
     clicks: float
@@ -231,15 +216,7 @@ def clocks_off(stream: Scrape, wall_s: float) -> dict[str, ClocksOff]:
 
 
 def starting(scrapes: Mapping[str, Scrape]) -> dict[str, str]:
-    r"""Returns the phase of each process that answers on /metrics but does not work yet.
-
-    >>> from deploy.watch.scrape import parsed
-    >>> kernels = "springtide_kernels_total 30\nspringtide_kernels_ready 12"
-    >>> starting({"stream": Scrape(parsed(kernels)), "trainer": Scrape(parsed("springtide_trainer_version 0"))})
-    {'stream': 'compiling kernels, 12 of 30', 'trainer': 'starting'}
-    >>> starting({"trainer": Scrape(parsed("springtide_trainer_version 7"))})
-    {'trainer': 'lag unknown'}
-    """
+    r"""Returns the phase of each process that answers on /metrics but does not work yet."""
     found = {}
     for name, scraped in scrapes.items():
         if not scraped.values:
@@ -258,19 +235,6 @@ def falls_behind(name: str, now: Scrape, earlier: Scrape | None, elapsed_s: floa
     r"""Describes the backlog of a process that makes no progress, or too little; empty if it keeps up.
 
     `earlier` are its metrics `elapsed_s` before; None if there was no earlier poll.
-
-    >>> from deploy.watch.scrape import parsed
-    >>> lag = "springtide_trainer_lag_records"
-    >>> behind = [Scrape(parsed(f"{lag} {waiting}\nspringtide_trainer_rows_total {rows}"))
-    ...           for waiting, rows in ((5600, 70), (5673, 70), (5673, 90), (9, 90))]
-    >>> falls_behind("trainer", behind[1], behind[0], 2.0)
-    '5,673 records wait and none is read'
-    >>> falls_behind("trainer", behind[2], behind[0], 2.0)
-    '5,673 records wait and their number grows'
-    >>> falls_behind("trainer", behind[3], behind[2], 2.0)
-    ''
-    >>> falls_behind("trainer", behind[2], None, 0.0), falls_behind("trainer", behind[3], None, 0.0)
-    ('5,673 records wait', '')
     """
     backlog = BACKLOGS.get(name)
     if backlog is None or any(now.value(series) for series in STOPPED):
@@ -303,14 +267,7 @@ def _kafka_answers(scrapes: Mapping[str, Scrape]) -> bool | None:
 
 
 def full_parts(scrapes: Iterable[Scrape]) -> list[str]:
-    r"""Describes which parts wait for disk space, and which ones use almost all of their share; the worst first.
-
-    >>> from deploy.watch.scrape import parsed
-    >>> name = "springtide_storage_"
-    >>> trainer = f'{name}waiting{{part="registry"}} 1\n{name}used_bytes{{part="registry"}} 99\n'
-    >>> full_parts([Scrape(parsed(trainer + f'{name}limit_bytes{{part="registry"}} 100')), Scrape()])
-    ['publishing waits for room', 'registry takes 99% of its share of the disk']
-    """
+    r"""Describes which parts wait for disk space, and which ones use almost all of their share; the worst first."""
     found = {name: dict[str, float]() for name in ("waiting", "used_bytes", "limit_bytes")}
     for scraped in scrapes:
         for name, parts in found.items():
@@ -424,11 +381,7 @@ class Figures:
 
     @property
     def has_old_clicks(self) -> bool:
-        """Whether incoming clicks are old themselves, as in a replay: none waits, and the newest is old.
-
-        >>> Figures(lag_s=0.1, serving_lag=2.0, features_s=1_933_200.0).has_old_clicks
-        True
-        """
+        """Whether incoming clicks are old themselves, as in a replay: none waits, and the newest is old."""
         if self.lag_s is None or self.serving_lag is None or self.kafka_away or "stream" in self.behind:
             return False
         waits = self.lag_s > QUEUED_S or self.serving_lag > FEW_RECORDS
@@ -444,13 +397,7 @@ class Seen:
     elapsed_s: float = 0.0
 
     def rate(self, series: str, **labels: Collection[str]) -> float | None:
-        """Returns the growth of a counter per second; None without an earlier poll.
-
-        >>> from deploy.watch.scrape import parsed
-        >>> counted = [Scrape(parsed(f"steps_total {steps}")) for steps in (10, 30)]
-        >>> Seen(counted[1], counted[0], 4.0).rate("steps_total")
-        5.0
-        """
+        """Returns the growth of a counter per second; None without an earlier poll."""
         if self.earlier is None or not self.elapsed_s > 0 or self.now.problem:
             return None
         grown = self._grown(series, **labels)

@@ -1,13 +1,5 @@
 """The operator's terminal: the loop's figures as one screen of text, or one line, that is redrawn.
 
-    state           nothing is wrong                      up 12 min
-    clicks          226/s       lag 0 events, 0.0 s       1,234,567 read
-    ...
-                    now       p50       p99       over the last 60 s
-    weights         0.35 s    0.30 s    0.62 s    age of the newest click learned
-    ...
-    try             curl -s http://127.0.0.1:8501/v1/profiles/shopper-1
-
 Problems come first, then throughput, then latencies. Columns keep their positions while the numbers change. If the
 terminal is small, the view is one line. If the output is not a terminal, that line is written now and then.
 """

@@ -37,11 +37,7 @@ class Scrape:
     problem: str = ""
 
     def value(self, name: str, **labels: str) -> float | None:
-        """Returns one series; None if it is absent.
-
-        >>> Scrape(parsed("held 1")).value("held")
-        1.0
-        """
+        """Returns one series; None if it is absent."""
         return self.values.get((name, tuple(sorted(labels.items()))))
 
     def total(self, name: str, **labels: Collection[str]) -> float | None:
@@ -148,20 +144,12 @@ def targets(settings: Settings) -> dict[str, str]:
 
 
 def urls(settings: Settings) -> dict[str, str]:
-    """Returns the metrics URLs of the processes between a click and an answer, in the order of the data flow.
-
-    >>> urls(Settings())["trainer"]
-    'http://127.0.0.1:9102/metrics'
-    """
+    """Returns the metrics URLs of the processes between a click and an answer, in the order of the data flow."""
     return {name: url for name, url in targets(settings).items() if name in (*LINE, "worker")}
 
 
 def watched_urls(settings: Settings) -> dict[str, str]:
-    """Returns the metrics URLs of processes that must run: the loop, `up`, and the process of segments if there are any.
-
-    >>> list(watched_urls(Settings()))
-    ['stream', 'trainer', 'applier', 'worker', 'up']
-    """
+    """Returns the metrics URLs of processes that must run: the loop, `up`, and the process of segments if there are any."""
     return {name: url for name, url in targets(settings).items() if name in (*LINE, "worker", UP, SEGMENTS)}
 
 

@@ -71,13 +71,10 @@ def quantile_ms(counts: NDArray[np.int64], share: float) -> float:
 
 @dataclass
 class StepSums:
-    """Sums of one arm in one step.
+    """Sums of one arm in one step: exposures, exposures for which it could not answer, and users.
 
     Attributes:
-        answers: Exposures.
-        failures: Exposures for which the arm could not answer.
         took: `[BINS]` int64, histogram of the latencies of answers outside of batches.
-        users: Users of the exposures.
     """
 
     answers: int = 0

@@ -80,16 +80,7 @@ class By(NamedTuple):
 
 
 class Change(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A decision about an experiment: what it is from then on, who decided, and why.
-
-    Attributes:
-        at_ms: When, wall clock.
-        stage: The stage.
-        phase: The phase of its rollout; None without one.
-        share: The share of users whom it answers, 0 to 1.
-        actor: Who decided.
-        reason: Why.
-    """
+    """A decision about an experiment: stage, phase of its rollout, and share of users (0 to 1) from then on."""
 
     at_ms: int
     stage: Stage
@@ -105,8 +96,6 @@ class Rollout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     Attributes:
         steps: Shares of the users in percent, ascending.
         every_s: Minimum duration of a step.
-        step: Index of the current step.
-        started_ms: When the rollout began, wall clock.
         since_ms: When this step began.
         exposures_from: Offset at which its exposures begin in their topic.
         log_from: Offset of the training log when the rollout began.

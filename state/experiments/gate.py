@@ -33,16 +33,10 @@ Finding = Literal["mismatch", "too early", "better", "worse", "equal", "undecide
 
 
 class ArmFigures(msgspec.Struct, frozen=True):
-    """Figures of one arm.
+    """Figures of one arm over the whole rollout; failures and latencies are those of the newest step.
 
     Attributes:
-        users: Users ever exposed in it.
-        answers: Answers over the whole rollout.
-        engagements: Engagements after its users' exposures.
         rate: Engagements per answer.
-        failures: Failures of the newest step.
-        p50_ms: Median latency of the newest step.
-        p99_ms: 99th percentile of it.
     """
 
     users: int
@@ -82,15 +76,10 @@ class RolloutReport(msgspec.Struct, frozen=True):
     """A report on a rollout, for display.
 
     Attributes:
-        name: The experiment.
-        started_ms: When the rollout began, wall clock.
-        judged_ms: When it was judged.
         arms: Figures by arm.
         difference: Engagements per answer of the trial minus those of the live arm, compared within each step.
         lift: The same relative to the live arm; None if an arm has no engagements.
         mismatch_p: P-value of the sample ratio test.
-        finding: The result in a word.
-        verdict: The result in a sentence.
     """
 
     name: str
