@@ -232,7 +232,7 @@ def files_of(options: argparse.Namespace, settings: Settings) -> list[AttributeF
             "name what to send: --users FILE... or --items FILE...", "see `springtide attributes --help`"
         )
     if all(asked.values()) and options.columns:
-        raise SettingsError("--columns is of the files of one side: run the command for users and for items")
+        raise SettingsError("--columns is for the files of one side: run the command once for users and once for items")
     tables, found = tables_of(settings.attributes), []
     for side in SIDES:
         if not asked[side]:
@@ -262,7 +262,7 @@ def run(
     """Sends the files named on the command line.
 
     Raises:
-        SpringtideError: Files, settings or Kafka are in the way.
+        SpringtideError: Files, settings or Kafka cannot be used.
     """
     for files in files_of(options, settings):
         with Topics(settings.kafka) as topics:

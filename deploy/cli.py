@@ -197,7 +197,7 @@ def config(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Call
     listed = chosen(asked.names)
     if asked.changed:
         listed = _changed(settings, listed)
-    # One setting alone is asked for to be understood.
+    # A single setting is explained in full.
     explain = asked.explain or any("." in name for name in asked.names)
     show = _as_json if asked.output == "json" else _as_pages if explain else as_lines
     say(show(settings, listed) or "every setting has its default")
@@ -228,12 +228,12 @@ def _operator_command(name: str) -> Command:
 
         return backing_up.backup if name == "backup" else backing_up.restore
     if name == "erase":
-        # Likewise: it asks Kafka where clicks end.
+        # Likewise: it reads the ends of topics.
         from deploy.operate import erase
 
         return erase.erase
     if name == "experiment":
-        # Likewise: it compares numbers.
+        # Likewise: it needs NumPy.
         from deploy.experiments import commands as experiments
 
         return experiments.experiment
@@ -271,9 +271,13 @@ def run(argv: Sequence[str], become: Callable[[str, list[str]], None], now_ms: i
         # Report a mistake here, with exit code 2, before anything starts.
         settings = load(flags)
         if asked.command == "bootstrap" and not {"--help", "-h"} & {*words}:
+            from deploy.startup import model_checks
+
             # The preprocessing is checked by the bootstrap itself.
-            _check_tower(settings)
-        become(PROCESSES[asked.command][0], [*_accepted(asked), *_runner(asked), *unknown, *flags])
+            model_checks.check_tower(settings)
+        runner = getattr(asked, "runner", None)
+        chosen_runner = [] if runner is None else ["--runner", runner]
+        become(PROCESSES[asked.command][0], [*_accepted(asked), *chosen_runner, *unknown, *flags])
         return
     _operator_command(asked.command)(load(flags), asked, now_ms, say)
 
@@ -289,17 +293,6 @@ def _accepted(asked: argparse.Namespace) -> list[str]:
     if not getattr(asked, "upgrade", False):
         return options
     return ["--upgrade", *options, *([] if "--reason" in options else ["--reason", asked.reason])]
-
-
-def _runner(asked: argparse.Namespace) -> list[str]:
-    runner = getattr(asked, "runner", None)
-    return [] if runner is None else ["--runner", runner]
-
-
-def _check_tower(settings: Settings) -> None:
-    from deploy.startup import model_checks
-
-    model_checks.check_tower(settings)
 
 
 def become(module: str, flags: list[str]) -> None:

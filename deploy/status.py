@@ -100,7 +100,7 @@ def ready(settings: Settings) -> str:
 
 
 def well(settings: Settings) -> str:
-    """No problem needs somebody to act."""
+    """No problem needs action."""
     return ", ".join(problem.text for problem in take(settings).faults)
 
 

@@ -95,7 +95,7 @@ def firing(body: bytes) -> Notification | None:
         raise BadRequest("the body is no notification of version 4", "send what Alertmanager's webhook sends")
     alerts = document.get("alerts")
     if not isinstance(alerts, list) or not alerts:
-        raise BadRequest("it has no alerts", "send what Alertmanager's webhook sends", "/alerts")
+        raise BadRequest("the notification has no alerts", "send what Alertmanager's webhook sends", "/alerts")
     found = [_alert(one, number) for number, one in enumerate(alerts)]
     return min((one for one in found if one is not None), key=lambda one: one.began_ms, default=None)
 
@@ -103,17 +103,17 @@ def firing(body: bytes) -> Notification | None:
 def _alert(found: Any, number: int) -> Notification | None:
     where = f"/alerts/{number}"
     if not isinstance(found, dict) or found.get("status") not in ("firing", "resolved"):
-        raise BadRequest("an alert has the status firing or resolved", where=f"{where}/status")
+        raise BadRequest("the status of an alert is firing or resolved", where=f"{where}/status")
     labels, annotations = found.get("labels"), found.get("annotations", {})
     name = labels.get("alertname") if isinstance(labels, dict) else None
     # The name goes into the audit log, so it must not contain a line break.
     if not isinstance(name, str) or not re.fullmatch(r"[\w:-]{1,100}", name, re.ASCII):
-        raise BadRequest("an alert has a name of letters, digits and _:-", where=f"{where}/labels/alertname")
+        raise BadRequest("the name of an alert consists of letters, digits and _:-", where=f"{where}/labels/alertname")
     summary = annotations.get("summary", "") if isinstance(annotations, dict) else ""
     try:
         began_ms = parse_time(str(found["startsAt"]), 0)
     except (KeyError, SettingsError):
-        raise BadRequest("an alert has a time at which it began", where=f"{where}/startsAt") from None
+        raise BadRequest("an alert needs the time at which it began", where=f"{where}/startsAt") from None
     if found["status"] == "resolved":
         return None
     words = "".join(one if one.isprintable() else " " for one in str(summary)).split()

@@ -280,7 +280,7 @@ def endpoints(folder: Path = STATIC) -> list[Endpoint]:
 def _endpoint(name: str, path: Path) -> Endpoint:
     content = path.read_bytes()
     tag = f'"{hashlib.sha256(content).hexdigest()[:32]}"'
-    # Asked for each time, and sent only where it is another one than before.
+    # Browsers ask each time, and get the file only if it has changed.
     headers = [(b"content-type", KINDS[path.suffix]), (b"etag", tag.encode()), (b"cache-control", b"no-cache")]
 
     async def answer(request: Request) -> Response:

@@ -211,11 +211,6 @@ class ShadowRunner:
         logger.info("experiment %s: what it learned is removed", name)
 
 
-def _lower_priority(cores: int) -> None:
-    os.nice(NICENESS)
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])
-
-
 def run(settings: Settings, stopping: threading.Event) -> None:
     """Runs the trainers until none is left, or `stopping` is set.
 
@@ -223,7 +218,8 @@ def run(settings: Settings, stopping: threading.Event) -> None:
         LockHeld: Another process runs them.
     """
     with DirectoryLock(settings.state_dir / layout.EXPERIMENTS):
-        _lower_priority(settings.trials.cores)
+        os.nice(NICENESS)
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-settings.trials.cores :])
         runner = ShadowRunner(settings)
         try:
             while not stopping.is_set() and runner.step():

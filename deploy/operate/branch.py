@@ -54,7 +54,7 @@ class ServingBranch:
         if not sees(self.newest.visible, version):
             before = [number for number in self._numbers if number < version]
             raise UnfitVersion(
-                f"version {version} is of epoch {found.epoch}, which a rollback abandoned: what is served does not descend from it",
+                f"version {version} is of epoch {found.epoch}, which a rollback abandoned: the served version does not descend from it",
                 f"take {before[-1]}, the version of the serving branch before it"
                 if before
                 else "look at `springtide versions`",

@@ -138,25 +138,16 @@ def unmask(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
     registry = open_registry(settings)
     old = current(registry, asked.if_generation)
     new = transitions.unmask(old, asked.masks, **_who(asked, now_ms))
-    put(registry, old, new, f"{', '.join(map(str, asked.masks))} lifted; {coming_back(new)}", asked, say)
+    base = "V" if new.base is None else new.base
+    done = (
+        f"{', '.join(map(str, asked.masks))} lifted; new clicks count again; excluded clicks are learned at the next exact "
+        f"rollback: `springtide rollback --to {base} --mode exact --reason TEXT`"
+    )
+    put(registry, old, new, done, asked, say)
 
 
 def _who(asked: argparse.Namespace, now_ms: int) -> dict[str, Any]:
     return {"actor": actor(), "reason": asked.reason, "now_ms": now_ms}
-
-
-def coming_back(control: Control) -> str:
-    """Describes how the clicks of lifted masks come back.
-
-    >>> first = transitions.start(actor="trainer", reason="first start", now_ms=0)
-    >>> coming_back(first)
-    'new clicks count again; excluded clicks are learned at the next exact rollback: `springtide rollback --to V --mode exact --reason TEXT`'
-    """
-    base = "V" if control.base is None else control.base
-    return (
-        "new clicks count again; excluded clicks are learned at the next exact rollback: "
-        f"`springtide rollback --to {base} --mode exact --reason TEXT`"
-    )
 
 
 SWITCHES = {

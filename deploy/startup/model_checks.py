@@ -112,7 +112,7 @@ def take_upgrade(words: Sequence[str]) -> tuple[str | None, list[str]]:
     reasons = [after for word, after in itertools.pairwise(rest) if word == "--reason"]
     reasons += [word.removeprefix("--reason=") for word in rest if word.startswith("--reason=")]
     if not reasons or not reasons[0].strip():
-        raise SettingsError("--upgrade needs --reason TEXT: an upgrade is decided by somebody, for a reason")
+        raise SettingsError("--upgrade needs --reason TEXT, which is recorded in the history")
     return reasons[0], rest
 
 

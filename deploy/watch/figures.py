@@ -27,7 +27,7 @@ SLACK_S = 0.5
 LEAST_BETWEEN_S = 0.9
 FEW_RECORDS = 100  # of the training log: about ten seconds
 QUEUED_S = 10.0
-FEW_USERS = 20_000  # who wait for the keeper of segments: evaluated within six seconds
+FEW_USERS = 20_000  # who wait for the process of segments: evaluated within six seconds
 NEAR_LIMIT = 0.9
 STALE_S = 20.0
 

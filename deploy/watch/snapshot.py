@@ -94,7 +94,7 @@ class Snapshot:
 
     @property
     def faults(self) -> list[Problem]:
-        """The problems that need somebody to act."""
+        """The problems that need action."""
         return [problem for problem in self.problems if problem.is_fault]
 
     @property
