@@ -31,16 +31,15 @@ import hashlib
 import json
 import logging
 import sys
-import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 from urllib.parse import quote, urlencode
 
 import msgspec
 from prometheus_client import CollectorRegistry
 
-from deploy.console.steering import ReadCache, Steering, run_command, status_of
+from deploy.console.steering import CommandRunner, Steering, status_of
 from deploy.console.watching import LoopWatch
 from deploy.serving.requests.access import OPEN, OPERATE, READ, Access, Certificate, Tokens, are_wanted, make_missing
 from deploy.serving.requests.connections import ConnectionLimits
@@ -94,8 +93,6 @@ SECURITY_HEADERS: Headers = [
     (b"cross-origin-resource-policy", b"same-origin"),
 ]
 """Headers of every answer."""
-KEEP_S = {"versions": 3.0, "history": 1.0, "masks": 1.0}
-"""How long each list that was read is reused, seconds."""
 ANSWER_S = 10.0
 FIELDS = "features,attributes"
 INTERESTS = "12"
@@ -186,19 +183,10 @@ class ProfileLookup(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Reading:
-    """The endpoints that read; `stores` is held while a store is open."""
+    """The endpoints that read."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        watch: LoopWatch,
-        guard: RequestGuard,
-        lately: ReadCache,
-        stores: threading.Lock,
-        now_ms: Callable[[], int],
-    ) -> None:
-        self._settings, self._watch, self._guard = settings, watch, guard
-        self._lately, self._stores, self._now_ms = lately, stores, now_ms
+    def __init__(self, watch: LoopWatch, guard: RequestGuard, commands: CommandRunner) -> None:
+        self._watch, self._guard, self._commands = watch, guard, commands
 
     def endpoints(self) -> list[Endpoint]:
         """Returns the endpoints."""
@@ -231,14 +219,7 @@ class Reading:
         words = [name]
         if name != "masks":
             words.append(f"--last={request.parameters(ListParameters).last}")
-        return Response(200, encode(await asyncio.to_thread(self._listed, words)))
-
-    def _listed(self, words: Sequence[str]) -> Any:
-        def read() -> Any:
-            with self._stores:
-                return run_command(self._settings, words, self._now_ms())
-
-        return self._lately.of(tuple(words), KEEP_S[words[0]], read)
+        return Response(200, encode(await asyncio.to_thread(self._commands.listed, words)))
 
     async def _profile(self, request: Request) -> Response:
         """Returns what serving answers; the user's id is passed on and stored nowhere."""
@@ -257,7 +238,7 @@ class Reading:
         return Response(200, encode({"profile": profile, "explanation": explanation}))
 
     def _served(self, path: str) -> tuple[int, str]:
-        status, body = scrape.fetch(serving_address(self._settings, path), ANSWER_S)
+        status, body = scrape.fetch(serving_address(self._commands.settings, path), ANSWER_S)
         if not status:
             raise NotReady(f"serving does not answer: {body}", "look at its log, or at `springtide status`")
         return status, body
@@ -301,12 +282,12 @@ class Console:
     """
 
     def __init__(self, settings: Settings, guard: RequestGuard, now_ms: Callable[[], int]) -> None:
-        stores, lately = threading.Lock(), ReadCache()
-        self.watch = LoopWatch(settings, stores, now_ms)
+        commands = CommandRunner(settings, now_ms)
+        self.watch = LoopWatch(settings, commands.stores, now_ms)
         self.draining = False
         self.endpoints = [
-            *Reading(settings, self.watch, guard, lately, stores, now_ms).endpoints(),
-            *Steering(settings, lately, stores, self.watch.changed, now_ms).endpoints(),
+            *Reading(self.watch, guard, commands).endpoints(),
+            *Steering(commands, self.watch.changed).endpoints(),
             Endpoint("metrics", METHODS, "/metrics", self._show_metrics),
             *endpoints(),
         ]
