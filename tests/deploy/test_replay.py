@@ -187,19 +187,15 @@ def test_clicks_arrive_keyed_by_user_in_order(kafka_settings: KafkaFactory) -> N
     assert [event["time"] for event in late] == list(range(START_MS + 60_000 - 29, START_MS + 60_001))
 
 
+@pytest.mark.usefixtures("undisturbed_signals")
 def test_the_command_makes_the_topic_and_sends_to_the_limit(
     kafka_settings: KafkaFactory, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     kafka = kafka_settings()
-    handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    try:
-        assert main(["--synthetic", "--rate", "0", "--limit", "300", *flags(kafka)]) == 0
-        assert main(["--burst", "u", "c", "5", *flags(kafka)]) == 0
-        assert main(["--synthetic", "--kafka.bootstrap_servrs=x"]) == 2
-    finally:
-        for number, handler in zip((signal.SIGTERM, signal.SIGINT), handlers, strict=True):
-            signal.signal(number, handler)
+    assert main(["--synthetic", "--rate", "0", "--limit", "300", *flags(kafka)]) == 0
+    assert main(["--burst", "u", "c", "5", *flags(kafka)]) == 0
+    assert main(["--synthetic", "--kafka.bootstrap_servrs=x"]) == 2
     output = capsys.readouterr()
     assert "sent 300 clicks" in output.out
     assert "sent 5 clicks of one user in c" in output.out

@@ -6,7 +6,6 @@ import gc
 import signal
 import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,14 +31,7 @@ PORTS = (
 )
 
 
-@pytest.fixture(autouse=True)
-def signals() -> Iterator[None]:
-    """`main` takes the process's signals; a test gives them back."""
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = [signal.getsignal(number) for number in numbers]
-    yield
-    for number, handler in zip(numbers, before, strict=True):
-        signal.signal(number, handler)
+pytestmark = pytest.mark.usefixtures("undisturbed_signals")
 
 
 @pytest.fixture
