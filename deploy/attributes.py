@@ -62,7 +62,7 @@ class AttributeFiles:
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns that are read."""
-        return tuple(dict.fromkeys([self.key, *(one.path for one in self.table.fields)]))
+        return tuple(dict.fromkeys([self.key, *(attribute.path for attribute in self.table.fields)]))
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class AttributeRecords:
 def encode(rows: RecordedRows, files: AttributeFiles) -> AttributeRecords:
     """Encodes rows as records, and validates them as the stream does. The rows have the columns of `files`."""
     table, encoded = files.table, AttributeRecords([], [], Counter())
-    paths = tuple(dict.fromkeys(one.path for one in table.fields))
+    paths = tuple(dict.fromkeys(attribute.path for attribute in table.fields))
     columns = [rows.columns[path] for path in paths]
     for row, (one, *values) in enumerate(zip(rows.columns[files.key], *columns, strict=True)):
         try:
@@ -192,9 +192,9 @@ def summary(files: AttributeFiles, outcome: SentAttributes, took_s: float) -> st
         f"({seen / took_s:,.0f} rows/s), {shown_reasons(outcome.refused, REFUSED)}",
     ]
     parts += [
-        f"no record has a value for {one.name}: is the field {one.path!r} spelled so?"
-        for one in files.table.fields
-        if outcome.sent and not outcome.valued[one.name]
+        f"no record has a value for {attribute.name}: is the field {attribute.path!r} spelled so?"
+        for attribute in files.table.fields
+        if outcome.sent and not outcome.valued[attribute.name]
     ]
     parts.append("complete" if outcome.complete else "stopped before the end: the same command sends all of it again")
     return "; ".join(parts)

@@ -182,8 +182,15 @@ class Sizing:
         """All limits, the nearest first."""
         limits = DATA.limits
         found = [
-            Limit(one.name, self._of(one.asked), self._of(one.most), one.unit, one.remedy, one.unit in BY_CLICKS)
-            for one in (limits.flink if self["on_flink"] else limits.local, *limits.every)
+            Limit(
+                limit.name,
+                self._of(limit.asked),
+                self._of(limit.most),
+                limit.unit,
+                limit.remedy,
+                limit.unit in BY_CLICKS,
+            )
+            for limit in (limits.flink if self["on_flink"] else limits.local, *limits.every)
         ]
         return sorted(found, key=lambda limit: -limit.share)
 

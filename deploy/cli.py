@@ -37,17 +37,17 @@ def chosen(names: Sequence[str]) -> list[KnownSetting]:
         SettingsError: There is no such section or setting.
     """
     declared = list(known_settings())
-    known = {one.name: one for one in declared}
+    known = {known_setting.name: known_setting for known_setting in declared}
     for name in names:
         if "." not in name and name not in SECTIONS:
             raise SettingsError(f"argument {name}: no such section", f"the nearest is {nearest(name, SECTIONS)}")
         if "." in name and name not in known:
             raise SettingsError(f"argument {name}: no such setting", f"the nearest is {nearest_setting(name, known)}")
-    return [one for one in declared if not names or {one.name, one.name.partition(".")[0]} & {*names}]
+    return [setting for setting in declared if not names or {setting.name, setting.name.partition(".")[0]} & {*names}]
 
 
 def _changed(settings: Settings, listed: Sequence[KnownSetting]) -> list[KnownSetting]:
-    return [one for one in listed if one.name in settings.origins]
+    return [setting for setting in listed if setting.name in settings.origins]
 
 
 def origin(settings: Settings, known: KnownSetting) -> str:

@@ -290,8 +290,8 @@ def parser(words: Sequence[str] | None = None) -> argparse.ArgumentParser:
         "Takes seconds and starts or changes nothing. up, bootstrap and train run the same check before they start.",
     )
     printing += [experiment(add), _history(add), _config(add)]
-    for one in printing:
-        operating.output(one)
+    for command in printing:
+        operating.output(command)
     return whole
 
 
@@ -333,9 +333,9 @@ def _verbs(add: Add) -> list[argparse.ArgumentParser]:
         add("pause", "Pause training. Answers continue.", "`springtide resume` undoes it."),
         add("resume", "Resume training after a pause, or after a hold by the guard."),
     ]
-    for one in verbs:
-        operating.reason(one, default="none given")
-        operating.if_generation(one)
+    for verb in verbs:
+        operating.reason(verb, default="none given")
+        operating.if_generation(verb)
     return verbs
 
 

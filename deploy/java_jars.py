@@ -103,8 +103,10 @@ class Product:
         found = jgo.build(endpoint, update=True).lockfile
         assert found is not None, "a new environment has one"
         return {
-            ":".join([one.groupId, one.artifactId, one.version, *filter(None, [one.classifier])]): str(one.sha256)
-            for one in found.dependencies
+            ":".join(
+                [artifact.groupId, artifact.artifactId, artifact.version, *filter(None, [artifact.classifier])]
+            ): str(artifact.sha256)
+            for artifact in found.dependencies
         }
 
 

@@ -106,7 +106,7 @@ def action_of(settings: Settings) -> str:
     'view'
     """
     later = {*settings.labels.impressions, *settings.labels.outcomes}
-    return next((one for one in settings.events.actions if one not in later), settings.events.actions[0])
+    return next((action for action in settings.events.actions if action not in later), settings.events.actions[0])
 
 
 def click_of(user: str, at_ms: int, settings: Settings) -> bytes:

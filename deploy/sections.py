@@ -520,7 +520,7 @@ def segments_text(found: Mapping[str, Any]) -> Text:
     if found["problem"]:
         return "UNREACHABLE", found["problem"]
     lag, waiting, sweep_s = (found[name] or 0.0 for name in ("lag", "waiting", "sweep_s"))
-    sizes = ", ".join(f"{one['name']} {one['users'] or 0:,}" for one in found["segments"])
+    sizes = ", ".join(f"{segment['name']} {segment['users'] or 0:,}" for segment in found["segments"])
     swept = f"all users were evaluated in {seconds(sweep_s)}" if sweep_s else "not all users are evaluated yet"
     text = f"{sizes} users; {lag:,.0f} records of the training log and {waiting:,.0f} users wait, {swept}"
     return "BEHIND" if found["behind"] else "kept", text
@@ -561,5 +561,5 @@ def labelled(state: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     for name, (label, text) in TEXTS.items():
         section = state.get(name) or []
         listed: Sequence[Any] = section if isinstance(section, list) else [section]
-        found += [(label, *text(one)) for one in listed]
+        found += [(label, *text(element)) for element in listed]
     return found

@@ -97,7 +97,7 @@ def firing(body: bytes) -> Notification | None:
     if not isinstance(alerts, list) or not alerts:
         raise BadRequest("the notification has no alerts", "send what Alertmanager's webhook sends", "/alerts")
     found = [_alert(one, number) for number, one in enumerate(alerts)]
-    return min((one for one in found if one is not None), key=lambda one: one.began_ms, default=None)
+    return min((alert for alert in found if alert is not None), key=lambda one: one.began_ms, default=None)
 
 
 def _alert(found: Any, number: int) -> Notification | None:
@@ -116,7 +116,7 @@ def _alert(found: Any, number: int) -> Notification | None:
         raise BadRequest("an alert needs the time at which it began", where=f"{where}/startsAt") from None
     if found["status"] == "resolved":
         return None
-    words = "".join(one if one.isprintable() else " " for one in str(summary)).split()
+    words = "".join(letter if letter.isprintable() else " " for letter in str(summary)).split()
     return Notification(name, began_ms, " ".join(words)[:MOST_TEXT])
 
 

@@ -231,7 +231,7 @@ class Reading:
         if status != 200:
             return Response(status, body.encode())
         profile, explanation = json.loads(body), None
-        label = label or next((one["label"] for one in profile["interests"]), "")
+        label = label or next((interest["label"] for interest in profile["interests"]), "")
         if label:
             status, body = self._served(f"/v1/profiles/{user}/explain?{urlencode({'label': label, 'top': INTERESTS})}")
             explanation = json.loads(body)

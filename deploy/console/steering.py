@@ -271,7 +271,10 @@ def words_of(wanted: PlanWanted, now_ms: int) -> list[str]:
     if wanted.minutes is not None:
         times.append((now_ms - wanted.minutes * UNITS_MS["m"], now_ms))
     follow = ["--follow-when-caught-up"] if wanted.follow_when_caught_up else []
-    skips = [*(f"--skip={one}" for one in wanted.skip), *(f"--skip-time={first}..{last}" for first, last in times)]
+    skips = [
+        *(f"--skip={offsets}" for offsets in wanted.skip),
+        *(f"--skip-time={first}..{last}" for first, last in times),
+    ]
     return ["rollback", f"--mode={wanted.mode}", *follow, *skips]
 
 

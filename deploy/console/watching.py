@@ -87,7 +87,7 @@ class Curves:
         >>> kept.document(1500)["at_ms"], kept.document()["curves"]["lag_events"]
         ([2000], [7.0, None])
         """
-        points = [one for one in list(self._points) if one[0] > after_ms]
+        points = [point for point in list(self._points) if point[0] > after_ms]
         names = (*CURVES, *QUANTILES, LIFT)
         return {
             "at_ms": [at_ms for at_ms, _ in points],

@@ -99,7 +99,7 @@ def experiment(settings: Settings, asked: argparse.Namespace, now_ms: int, say: 
 def _result(settings: Settings, asked: argparse.Namespace, by: By) -> tuple[Any, str]:
     verb, name, experiments = asked.what, asked.name, Experiments(settings)
     if verb == "status":
-        found = [one for one in status.look(settings, by.now_ms) if name in ("", one["name"])]
+        found = [experiment for experiment in status.look(settings, by.now_ms) if name in ("", experiment["name"])]
         lines = status.as_lines(found)
         if (retrain := status.look_at_retrain(settings, by.now_ms)) is not None:
             lines.append("retrain: " + ", ".join(status.retrain_as_text(retrain)))

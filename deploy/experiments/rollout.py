@@ -137,7 +137,7 @@ class RolloutDriver:
         # 1.
         for batch in self._exposures.poll(FETCH_S, RECORDS_AT_ONCE):
             exposures = (exposure.decode(value) for value in batch.values if value is not None)
-            self.evidence.expose(one for one in exposures if one is not None)
+            self.evidence.expose(shown for shown in exposures if shown is not None)
         # 2.
         now_ms = self._now_ms()
         for batch in self._clicks.poll(0.0, RECORDS_AT_ONCE):

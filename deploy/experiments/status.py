@@ -46,7 +46,7 @@ def look(settings: Settings, now_ms: int) -> list[dict[str, Any]]:
     experiments = Experiments(settings)
     found = experiments.document().experiments
     report = experiments.read_report(RolloutReport)
-    return [_document(experiments, one, report, now_ms) for one in found]
+    return [_document(experiments, experiment, report, now_ms) for experiment in found]
 
 
 def reported(settings: Settings) -> list[dict[str, Any]]:
@@ -55,7 +55,11 @@ def reported(settings: Settings) -> list[dict[str, Any]]:
         found = look(settings, wall_ms())
     except SpringtideError as error:
         return [{"problem": str(error)}]
-    return [one for one in found if one["stage"] in ("shadow", "rollout", "promoting") or one["share"]]
+    return [
+        experiment
+        for experiment in found
+        if experiment["stage"] in ("shadow", "rollout", "promoting") or experiment["share"]
+    ]
 
 
 def _document(
@@ -119,8 +123,8 @@ def as_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
     if not found:
         return ["there was no experiment yet: `springtide experiment start NAME --reason TEXT` begins one"]
     lines: list[str] = []
-    for one in found:
-        word, text = as_text(one)
+    for experiment in found:
+        word, text = as_text(experiment)
         first, *others = text.split("; ")
         lines += [f"{word:<18}{first}", *(f"{'':<18}{sentence}" for sentence in others)]
     return lines

@@ -106,4 +106,4 @@ def _digest(path: Path) -> str:
 
 if __name__ == "__main__":
     # `!`: each artifact has the versions that its own authors chose. Those that Flink manages lack what Beam calls.
-    write(LOCK, flink().resolved("+".join(f"{one}!" for one in CONSISTS_OF)))
+    write(LOCK, flink().resolved("+".join(f"{artifact}!" for artifact in CONSISTS_OF)))

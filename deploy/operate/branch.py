@@ -101,7 +101,7 @@ class ServingBranch:
 
     def in_log(self) -> list[MaskEntry]:
         """Returns the active masks whose clicks the training log may still contain: those of fast rollbacks."""
-        return [one for one in self.control.masks if not one.excluded]
+        return [mask for mask in self.control.masks if not mask.excluded]
 
     def surely_clean(self, entries: Sequence[MaskEntry], wait_ms: int, exact: bool = False) -> Manifest | None:
         """Returns the newest version that, by its manifest and tables, learned nothing that `entries` name.
@@ -114,14 +114,14 @@ class ServingBranch:
             exact: Whether the log before the version must also contain none of it. A manifest cannot show this for a
                 version trained under a mask whose clicks are in the log, nor for impressions that wait at the version.
         """
-        hiding = [one for one in (*self.control.masks, *self.control.lifted) if exact and not one.excluded]
-        trained_before = min((one.generation for one in hiding), default=None)
+        hiding = [mask for mask in (*self.control.masks, *self.control.lifted) if exact and not mask.excluded]
+        trained_before = min((mask.generation for mask in hiding), default=None)
         margin_ms = wait_ms if exact else 0
         firsts: dict[tuple[int, int], int] = {}
-        for topic, partition, first, _ in (one.offsets for one in entries if one.offsets):
+        for topic, partition, first, _ in (entry.offsets for entry in entries if entry.offsets):
             firsts[topic, partition] = min(first, firsts.get((topic, partition), first))
-        begin_ms = min((one.times[0] for one in entries if one.times), default=None)
-        users = [one.users for one in entries if one.users]
+        begin_ms = min((entry.times[0] for entry in entries if entry.times), default=None)
+        users = [entry.users for entry in entries if entry.users]
 
         def holds(version: Manifest) -> bool:
             if (
@@ -148,7 +148,7 @@ class ServingBranch:
     def _before(self, version: Manifest, users: Sequence[MaskedUsers]) -> Manifest | None:
         """Returns the newest base up to `version` whose tables have none of the users, pending ones included."""
         for number in reversed(
-            [one for one in self.registry.bases() if one <= version.version and one in self._numbers]
+            [base for base in self.registry.bases() if base <= version.version and base in self._numbers]
         ):
             try:
                 base = self.registry.manifest(number, "base")
@@ -159,7 +159,7 @@ class ServingBranch:
                 )
             except (CorruptVersion, UnknownVersion, OSError, SafetensorError):
                 continue
-            if not any(bool(one.has(known).any()) for one in users):
+            if not any(bool(masked.has(known).any()) for masked in users):
                 return base
         return None
 

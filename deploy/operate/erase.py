@@ -77,7 +77,11 @@ def _first_left(log: Log, topic: str, whose: Whose, erased: Erased) -> int | Non
                 keys = np.array([whose(key) for key in batch.keys], np.uint64)
                 for at in np.flatnonzero(erased.users.has(keys)).tolist():
                     user, sent_ms, is_tombstone = int(keys[at]), batch.timestamps_ms[at], batch.values[at] is None
-                    found |= {one.id for one in erased if user in one.users and (is_tombstone or sent_ms < one.at_ms)}
+                    found |= {
+                        erasure.id
+                        for erasure in erased
+                        if user in erasure.users and (is_tombstone or sent_ms < erasure.at_ms)
+                    }
     return min(found, default=None)
 
 
@@ -105,18 +109,34 @@ def show(settings: Settings, registry: Registry, now_ms: int, output: str, say: 
     """
     control = current(registry)
     held = holdings(settings, registry, control, now_ms)
-    listed = [_erasure_document(one, registry.generations.generation(one.generation)) for one in control.erased]
+    listed = [
+        _erasure_document(erasure, registry.generations.generation(erasure.generation)) for erasure in control.erased
+    ]
     if output == "json":
-        say(json.dumps({"erasures": listed, "holding": [asdict(one) for one in held], "note": NOT_OURS}, indent=2))
+        say(
+            json.dumps(
+                {"erasures": listed, "holding": [asdict(holding) for holding in held], "note": NOT_OURS}, indent=2
+            )
+        )
         return
     if not listed:
         say("no user was erased")
         return
     head = ["erasure", "at", "users", "by", "reason"]
-    say(table([head, *([str(one["id"]), one["at"], str(one["users"]), one["actor"], one["reason"]] for one in listed)]))
+    say(
+        table(
+            [
+                head,
+                *(
+                    [str(erasure["id"]), erasure["at"], str(erasure["users"]), erasure["actor"], erasure["reason"]]
+                    for erasure in listed
+                ),
+            ]
+        )
+    )
     say("")
     if held:
-        lines = [[one.where, str(one.erasure), one.holds, one.until] for one in held]
+        lines = [[holding.where, str(holding.erasure), holding.holds, holding.until] for holding in held]
         say(table([["still holds", "erasure", "what", "until"], *lines]))
     else:
         say("no data of erased users remains")
@@ -183,9 +203,9 @@ def of_experiments(settings: Settings, control: Control) -> list[Holding]:
         registry = Registry(experiments.registry(name))
         own = registry.control()
         if own is not None:
-            compactor = {one.part: one for one in all_reports(registry)}.get(COMPACTOR)
+            compactor = {report.part: report for report in all_reports(registry)}.get(COMPACTOR)
             held = _of_versions(settings, registry, changed(own, erased=control.erased), compactor)
-            found += [replace(one, where=f"experiment {name}: {one.where}") for one in held]
+            found += [replace(holding, where=f"experiment {name}: {holding.where}") for holding in held]
     return found
 
 
@@ -305,7 +325,7 @@ def _set_aside(settings: Settings, registry: Registry, control: Control) -> list
     found = []
     for place in places:
         for path in sorted(place.glob("*.bad*")) if place.is_dir() else ():
-            newer = [one.id for one in control.erased if one.at_ms > path.stat().st_mtime_ns // 1_000_000]
+            newer = [erasure.id for erasure in control.erased if erasure.at_ms > path.stat().st_mtime_ns // 1_000_000]
             if newer:
                 found.append(Holding(str(path), newer[0], "any data", "you remove it: no process opens it"))
     return found
@@ -378,9 +398,9 @@ def _take_attributes(settings: Settings, log: Log, plain: Sequence[str]) -> int:
     with log.topics() as topics:
         partitions = topics.describe(topic).partitions
     with log.writer() as writer:
-        for one in plain:
+        for user in plain:
             for partition in range(partitions):
-                writer.send(topic, partition, one.encode(), None)
+                writer.send(topic, partition, user.encode(), None)
         writer.flush()
     return len(plain)
 

@@ -32,27 +32,27 @@ def history(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
     befores = [None, *read][-1 - len(controls) : -1]
     outcomes = {one.generation: outcome(registry, one, before) for before, one in zip(befores, controls, strict=True)}
     if asked.output == "json":
-        say(json.dumps([control_document(one) | outcomes[one.generation] for one in controls], indent=2))
+        say(json.dumps([control_document(control) | outcomes[control.generation] for control in controls], indent=2))
         return
     head = ["generation", "at", "actor", "action", "epoch", "from", "answers", "left out", "reason"]
     lines = [
         [
-            str(one.generation),
-            iso(one.created_at_ms),
-            one.actor,
-            one.action,
-            str(one.epoch),
-            "nothing" if one.base is None else str(one.base),
-            "newest" if one.serving.version is None else f"version {one.serving.version}",
-            describe(one.mask),
-            one.reason,
+            str(control.generation),
+            iso(control.created_at_ms),
+            control.actor,
+            control.action,
+            str(control.epoch),
+            "nothing" if control.base is None else str(control.base),
+            "newest" if control.serving.version is None else f"version {control.serving.version}",
+            describe(control.mask),
+            control.reason,
         ]
-        for one in controls
+        for control in controls
     ]
     say(table([head, *lines]) if lines else "no control yet; the trainer writes the first")
-    for one in controls:
-        if found := outcomes[one.generation]:
-            say(f"generation {one.generation}: {compared(found['outcome'])}")
+    for control in controls:
+        if found := outcomes[control.generation]:
+            say(f"generation {control.generation}: {compared(found['outcome'])}")
     if controls and (older := controls[0].generation - 1):
         say(f"{older:,} older {'generation is' if older == 1 else 'generations are'} stored too; --all lists them")
 
@@ -107,8 +107,8 @@ def masks(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
     control = current(registry)
     held = (*control.masks, *control.lifted)
     entries = [
-        _entry(registry, one, registry.generations.generation(one.generation) if one.generation else None)
-        for one in held
+        _entry(registry, mask, registry.generations.generation(mask.generation) if mask.generation else None)
+        for mask in held
     ]
     if asked.output == "json":
         say(json.dumps(entries, indent=2))
@@ -119,16 +119,16 @@ def masks(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) 
     head = ["mask", "leaves out", "rows", "users", "set", "by", "reason", ""]
     lines = [
         [
-            str(one["id"]),
-            one["what"],
-            "?" if one["rows"] is None else f"{one['rows']:,}",
-            "?" if one["users"] is None else f"{one['users']:,}",
-            iso(one["at_ms"]) if one["at_ms"] is not None else "?",
-            one["actor"] or "?",
-            one["reason"] or "?",
-            f"lifted by generation {one['lifted']}" if one["lifted"] else "",
+            str(entry["id"]),
+            entry["what"],
+            "?" if entry["rows"] is None else f"{entry['rows']:,}",
+            "?" if entry["users"] is None else f"{entry['users']:,}",
+            iso(entry["at_ms"]) if entry["at_ms"] is not None else "?",
+            entry["actor"] or "?",
+            entry["reason"] or "?",
+            f"lifted by generation {entry['lifted']}" if entry["lifted"] else "",
         ]
-        for one in entries
+        for entry in entries
     ]
     say(table([head, *lines]))
 

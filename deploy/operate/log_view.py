@@ -233,10 +233,10 @@ class Counting:
 
     def __init__(self, marks: dict[Source, int], mask_at: MaskAt, new: Sequence[MaskEntry], longest_ms: int) -> None:
         self._marks, self._mask_at, self._longest_ms = marks, mask_at, longest_ms
-        self._new = [(one.id, one.mask) for one in new]
+        self._new = [(entry.id, entry.mask) for entry in new]
         self._poisoned: dict[int, int] = {}
         self._names = MaskedUsers.NOBODY
-        self.found = Counted(by_mask={one.id: (0, set()) for one in new})
+        self.found = Counted(by_mask={entry.id: (0, set()) for entry in new})
 
     def take(self, batch: MicroBatch) -> None:
         """Counts the next record of the branch."""

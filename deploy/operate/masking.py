@@ -82,7 +82,7 @@ def parse_place(text: str, topic_ids: Collection[str]) -> tuple[int, int, int, i
     match = re.fullmatch(r"(?:([0-9a-f]+):)?(\d+):(\d+)-(\d+)", text.strip())
     if not match or int(match[3]) > int(match[4]):
         raise SettingsError(f"--skip {text}: write PARTITION:A-B with offsets A up to B, such as 3:1000-1999")
-    found = sorted(one for one in topic_ids if one.startswith(match[1] or ""))
+    found = sorted(topic_id for topic_id in topic_ids if topic_id.startswith(match[1] or ""))
     if len(found) != 1:
         known = ", ".join(sorted(topic_ids)) or "none yet"
         raise SettingsError(

@@ -146,12 +146,15 @@ def show(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
         return
     counted = by_name(baseline.statistics)
     if asked.output == "json":
-        features = [_feature_document(one, counted.get(one.name)) for one in baseline.schema.feature]
+        features = [_feature_document(feature, counted.get(feature.name)) for feature in baseline.schema.feature]
         say(json.dumps({**_about(baseline), "rows": baseline.statistics.num_examples, "features": features}, indent=2))
         return
     say(_title(baseline))
     head = ["feature", "type", "has a value", "values", "may move by"]
-    rows = [_feature_line(one, counted.get(one.name), found.about.get("names", {})) for one in baseline.schema.feature]
+    rows = [
+        _feature_line(feature, counted.get(feature.name), found.about.get("names", {}))
+        for feature in baseline.schema.feature
+    ]
     say(table([head, *rows]))
 
 
@@ -182,7 +185,7 @@ def diff(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
     names = found.about.get("names", {})
     say(f"the window until {iso(window.end_ms)}, {rows:,} events, against {_title(baseline)}")
     for name, reasons in wrong.items():
-        say(f"{name}: {' '.join(_with_names(one['what'], names) for one in reasons)}")
+        say(f"{name}: {' '.join(_with_names(reason['what'], names) for reason in reasons)}")
     if not wrong:
         say("nothing is wrong with it")
     head = ["feature", "from", "distance", "may be", "here", "there"]
@@ -193,14 +196,14 @@ def diff(settings: Settings, asked: argparse.Namespace, say: Say) -> None:
     }
     listed = [
         [
-            one["feature"],
-            "the baseline" if one["against"] == "baseline" else "the window before",
-            f"{one['distance']:.3f}",
-            f"{one['threshold']:g}",
-            _typical(here.get(one["feature"]), names),
-            _typical(befores[one["against"]].get(one["feature"]), names),
+            distance["feature"],
+            "the baseline" if distance["against"] == "baseline" else "the window before",
+            f"{distance['distance']:.3f}",
+            f"{distance['threshold']:g}",
+            _typical(here.get(distance["feature"]), names),
+            _typical(befores[distance["against"]].get(distance["feature"]), names),
         ]
-        for one in distances[:LISTED]
+        for distance in distances[:LISTED]
     ]
     if listed:
         say(table([head, *listed]))
@@ -210,14 +213,14 @@ def _distances(anomalies: Anomalies) -> list[dict[str, Any]]:
     """Returns all distances, the farthest beyond its threshold first."""
     found = [
         {
-            "feature": one.path.step[0],
+            "feature": feature.path.step[0],
             "against": against,
             "measure": type(measurement).Type.Name(measurement.type),
             "distance": measurement.value,
             "threshold": measurement.threshold,
         }
-        for one in anomalies.drift_skew_info
-        for against, measured in (("baseline", one.skew_measurements), ("previous", one.drift_measurements))
+        for feature in anomalies.drift_skew_info
+        for against, measured in (("baseline", feature.skew_measurements), ("previous", feature.drift_measurements))
         for measurement in measured
     ]
     return sorted(

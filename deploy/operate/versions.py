@@ -61,15 +61,15 @@ def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Ca
     head = ["version", "epoch", "age", "kind", "log", *FIGURES, ""]
     lines = [
         [
-            str(one["version"]),
-            str(one.get("epoch", "?")),
-            age(one["age_s"]) if "age_s" in one else "?",
-            one.get("kind", "?"),
-            f"{one['log']['first']}-{one['log']['next']}" if "log" in one else "?",
-            *(_figure(one, name) for name in FIGURES.values()),
-            ", ".join(one["marks"]),
+            str(entry["version"]),
+            str(entry.get("epoch", "?")),
+            age(entry["age_s"]) if "age_s" in entry else "?",
+            entry.get("kind", "?"),
+            f"{entry['log']['first']}-{entry['log']['next']}" if "log" in entry else "?",
+            *(_figure(entry, name) for name in FIGURES.values()),
+            ", ".join(entry["marks"]),
         ]
-        for one in reversed(entries)
+        for entry in reversed(entries)
     ]
     say(table([head, *lines]))
     if view is not None and (back := horizon(registry, view, now_ms)) is not None:

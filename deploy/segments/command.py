@@ -64,15 +64,15 @@ def parser() -> argparse.ArgumentParser:
     listing = add("list", "List the segments with their sizes and expressions.")
     export = add("export", "Export the members of a segment to a Parquet file.")
     like = add("lookalikes", "Find the users nearest to the members of a segment, and report the precision.")
-    for one in (export, like):
-        one.add_argument("name", metavar="NAME", help="name of the segment")
+    for verb in (export, like):
+        verb.add_argument("name", metavar="NAME", help="name of the segment")
     export.add_argument("--to", required=True, type=Path, metavar="FILE.parquet", help="output file")
     like.add_argument("--count", type=positive, default=100, metavar="N", help="number of users (default 100)")
     like.add_argument(
         "--to", type=Path, metavar="FILE.parquet", help="write them to this file instead of printing them"
     )
-    for one in (listing, export, like):
-        output(one)
+    for verb in (listing, export, like):
+        output(verb)
     return command
 
 
@@ -88,10 +88,11 @@ def run(asked: argparse.Namespace, settings: Settings, say: Say) -> None:
         with opened(settings) as store:
             sizes = store.sizes()
         listed = [
-            {"name": one.name, "size": sizes.get(one.name, 0), "expression": one.text} for one in segments.values()
+            {"name": segment.name, "size": sizes.get(segment.name, 0), "expression": segment.text}
+            for segment in segments.values()
         ]
         head = ["segment", "users", "expression"]
-        rows = [[str(value) for value in one.values()] for one in listed]
+        rows = [[str(value) for value in segment.values()] for segment in listed]
         say(json.dumps(listed) if asked.output == "json" else table([head, *rows]))
         return
     if asked.name not in segments:
@@ -147,7 +148,7 @@ def lookalikes(asked: argparse.Namespace, settings: Settings, store: SegmentStor
             "members": int(members.sum()),
             "users": len(found.users),
             "lookalikes": [{"pseudonym": f"{user:016x}", "similarity": score} for user, score in near],
-            "precision": [one._asdict() for one in curve],
+            "precision": [point._asdict() for point in curve],
         }
         say(json.dumps(document))
         return
@@ -161,7 +162,7 @@ def lookalikes(asked: argparse.Namespace, settings: Settings, store: SegmentStor
         return
     say("precision at k, measured with held-out members:")
     head = ["k", "lookalikes", "most clicks", "chance"]
-    say(table([head, *([str(one.k), *(f"{value:.3f}" for value in one[1:])] for one in curve)]))
+    say(table([head, *([str(point.k), *(f"{value:.3f}" for value in point[1:])] for point in curve)]))
 
 
 def members(store: SegmentStore, segment: str) -> Iterator[pa.RecordBatch]:

@@ -31,8 +31,8 @@ class ProfileJudge:
     """Evaluates all segments for users. Not thread-safe."""
 
     def __init__(self, segments: Mapping[str, Segment]) -> None:
-        self._expressions = {one.name: one.expression for one in segments.values()}
-        kinds = frozenset[str]().union(*(one.kinds for one in self._expressions.values()))
+        self._expressions = {segment.name: segment.expression for segment in segments.values()}
+        kinds = frozenset[str]().union(*(expression.kinds for expression in self._expressions.values()))
         asked = {"feature": "features", "attribute": "attributes"}
         self._fields = frozenset(field for kind, field in asked.items() if kind in kinds)
         self._top = None if "interest" in kinds else 0
@@ -60,8 +60,8 @@ class ProfileJudge:
 def _facts_of(answer: Answer) -> ProfileFacts:
     """Returns what expressions can refer to in an answer; of categories with the same name the most probable counts."""
     interests: dict[str, float] = {}
-    for one in answer.interests:
-        interests.setdefault(one["label"], one["probability"])
+    for interest in answer.interests:
+        interests.setdefault(interest["label"], interest["probability"])
     return ProfileFacts(answer.features or {}, interests, answer.attributes or {}, answer.churn)
 
 

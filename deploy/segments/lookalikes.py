@@ -152,7 +152,7 @@ def precision_curve(found: UserVectors, members: Flags, cuts: Sequence[int] = CU
         return []
     hits = held[asked]
     orders = [similarities(found.vectors, given)[asked], found.clicks[asked]]
-    ours, most = (np.cumsum(hits[np.argsort(-one, kind="stable")]) for one in orders)
+    ours, most = (np.cumsum(hits[np.argsort(-order, kind="stable")]) for order in orders)
     chance = float(hits.mean())
     return [PrecisionAt(k, float(ours[k - 1] / k), float(most[k - 1] / k), chance) for k in cuts if k < len(hits)]
 

@@ -141,7 +141,7 @@ class Members:
             LogError: The topic cannot be written; call again with the same users.
             StoreFull: The store has no room; its content stays.
         """
-        wanted = [(name, one) for one in judged for name in self._names]
+        wanted = [(name, user) for user in judged for name in self._names]
         before = self._store.memberships([(name, one.user) for name, one in wanted])
         changes: dict[Member, Membership | None] = {}
         for (name, one), membership in zip(wanted, before, strict=True):
@@ -233,7 +233,7 @@ class ClickedUsers:
         reached = self._reached(histories)
         while self._waiting and self._waiting[0].next <= reached:
             found.update(dict.fromkeys(self._waiting.popleft().users.tolist()))
-        if sum(len(one.users) for one in self._waiting) > MOST_WAITING:
+        if sum(len(record.users) for record in self._waiting) > MOST_WAITING:
             self._waiting.clear()
             self.missed = True
         return list(found)
@@ -431,7 +431,7 @@ class SegmentKeeper:
         if control != known:
             erased = Mask.from_bytes(mask or b"{}").erased
             if erased.last > self._erased:
-                self._leaving.update(user for one in erased.after(max(self._erased, 0)) for user in one.users)
+                self._leaving.update(user for erasure in erased.after(max(self._erased, 0)) for user in erasure.users)
                 self._due = dict.fromkeys(self._leaving) | self._due
                 self._erased = erased.last
         self._sweep.hurry()
@@ -491,9 +491,9 @@ def run(settings: Settings, log: Log, registry: CollectorRegistry, stop: threadi
                     keeper.disconnect()
                 stop.wait(RETRY_S)
     finally:
-        for one in (keeper, host):
-            if one is not None:
-                one.close()
+        for opened in (keeper, host):
+            if opened is not None:
+                opened.close()
 
 
 def main(argv: list[str] | None = None) -> int:

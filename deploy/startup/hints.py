@@ -78,7 +78,11 @@ def repeated_flags(settings: Settings) -> str:
     >>> repeated_flags(Settings(origins={"kafka.port": "flag --kafka.port", "stream.cut_ms": "my shop.toml:3"}))
     " --config 'my shop.toml' --kafka.port 9092"
     """
-    files = {one.rpartition(":")[0] for one in settings.origins.values() if not one.startswith(("flag ", "variable "))}
+    files = {
+        origin.rpartition(":")[0]
+        for origin in settings.origins.values()
+        if not origin.startswith(("flag ", "variable "))
+    }
     flags = [("config", file) for file in sorted(files - {FILE})]
     flags += [
         (name, as_text(settings.value(name))) for name, origin in settings.origins.items() if origin.startswith("flag ")

@@ -126,7 +126,7 @@ def process_plans(
         plan(CONSOLE, "deploy.console.server", stop_s=15.0),
         plan(PROBE, "deploy.probe", "--continuously", stop_s=3.0),
     )
-    return {one.name: one for one in listed}
+    return {listed_plan.name: listed_plan for listed_plan in listed}
 
 
 def left_out(settings: Settings) -> set[str]:
@@ -279,11 +279,11 @@ def _ensure_topics(settings: Settings, say: Callable[[str], None], local: bool =
     with Topics(kafka) as topics:
         if settings.segments.expressions:
             wanted.append(topic_plan.segments(settings))
-        for one in [*wanted, *topic_plan.attributes(settings)]:
-            topics.ensure(*one)
+        for topic in [*wanted, *topic_plan.attributes(settings)]:
+            topics.ensure(*topic)
             # The loop's own Kafka is one broker: there is nothing to ask.
-            if not local and (weakness := topics.copies(one.name).weakness()):
-                say(f"topic {one.name}: {weakness}")
+            if not local and (weakness := topics.copies(topic.name).weakness()):
+                say(f"topic {topic.name}: {weakness}")
         for name, config in topic_plan.bounds(settings).items() if local else ():
             topics.bound(name, config)
         partitions = topics.describe(kafka.clicks_topic).partitions
@@ -337,7 +337,7 @@ class Startup:
             settings.bootstrap.min_rows if fresh else 0,
             accepted=[*(OF_LOCAL_KAFKA if local else ()), *stream],
             accepted_by_trainer=trainer,
-        ) | {one.name: one for one in others}
+        ) | {other.name: other for other in others}
         self._supervisor: Supervisor | None = None
         self._steps_done = self._answered = 0
 

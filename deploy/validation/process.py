@@ -217,8 +217,8 @@ class WindowJudge:
 
     def _clear(self) -> None:
         """Clears the metrics of the previous window, so that none of them is shown for this one."""
-        for one in (self._metrics.distance, self._metrics.missing_ratio):
-            one.clear()
+        for metric in (self._metrics.distance, self._metrics.missing_ratio):
+            metric.clear()
         self._count({})
 
     def _show(self, counted: DatasetFeatureStatistics, found: Anomalies) -> None:
@@ -248,16 +248,18 @@ class WindowJudge:
 
 def _without_features(statistics: DatasetFeatureStatistics) -> DatasetFeatureStatistics:
     inputs = DatasetFeatureStatistics(name=statistics.name, num_examples=statistics.num_examples)
-    inputs.features.extend(one for one in statistics.features if not one.path.step[0].startswith(f"{FEATURES}."))
+    inputs.features.extend(
+        feature for feature in statistics.features if not feature.path.step[0].startswith(f"{FEATURES}.")
+    )
     return inputs
 
 
 def _largest(found: Anomalies, labels: Mapping[str, str]) -> Iterable[tuple[str, str, float]]:
     """Returns label, reference, and the largest distance of the features with that label, by `labels` of features."""
     distances: dict[tuple[str, str], float] = {}
-    for one in found.drift_skew_info:
-        label = labels[one.path.step[0]]
-        for against, measured in (("baseline", one.skew_measurements), ("previous", one.drift_measurements)):
+    for feature in found.drift_skew_info:
+        label = labels[feature.path.step[0]]
+        for against, measured in (("baseline", feature.skew_measurements), ("previous", feature.drift_measurements)):
             for measurement in measured:
                 key = label, against
                 distances[key] = max(distances.get(key, 0.0), measurement.value)

@@ -47,7 +47,7 @@ class KeptWindows:
     def ends(self) -> list[int]:
         """Returns the end times of all windows, ascending."""
         folder = self._path / WINDOWS
-        return sorted(int(one.stem) for one in folder.glob("*.pb") if one.stem.isdigit()) if folder.is_dir() else []
+        return sorted(int(path.stem) for path in folder.glob("*.pb") if path.stem.isdigit()) if folder.is_dir() else []
 
     def read(self, end_ms: int) -> KeptWindow:
         """Reads one window.

@@ -86,8 +86,10 @@ def stream_account(counts: Counts) -> StreamAccount:
     >>> stream_account({Source("ab" * 16, 0): one, Source("ab" * 16, 1): one}).rows
     4
     """
-    parts = [StreamAccount.of(one) for one in counts.values()]
-    return StreamAccount(*(sum(getattr(one, each.name) for one in parts) for each in dataclasses.fields(StreamAccount)))
+    parts = [StreamAccount.of(source) for source in counts.values()]
+    return StreamAccount(
+        *(sum(getattr(part, each.name) for part in parts) for each in dataclasses.fields(StreamAccount))
+    )
 
 
 def _trainer_account(version: Manifest, flying: InFlight) -> TrainerAccount:
@@ -142,7 +144,7 @@ def _read_stores(settings: Settings) -> Stores:
             of_store, waits = store.cut()
             counts |= of_store
             waiting += waits
-            accepted += [one.to_json() for one in accepted_gaps.decode(store.extra(layout.GAPS))]
+            accepted += [gap.to_json() for gap in accepted_gaps.decode(store.extra(layout.GAPS))]
         finally:
             store.close()
     if not counts:
@@ -170,7 +172,7 @@ def _read_shown(settings: Settings) -> Shown:
     )
     if not shown.get("positions"):
         return Shown()
-    account = StreamAccount(**{one.name: int(shown[one.name]) for one in dataclasses.fields(StreamAccount)})
+    account = StreamAccount(**{outcome.name: int(shown[outcome.name]) for outcome in dataclasses.fields(StreamAccount)})
     return Shown(account, int(shown["waiting"]), int(stream.value("springtide_stream_lag_events") or 0))
 
 
@@ -248,13 +250,15 @@ def account(settings: Settings) -> dict[str, Any]:
         }
     # 4.
     broker = _broker(settings, counts or {}, found)
-    found["faults"] += [fault for one in (counts or {}).values() for fault in check_accounts(StreamAccount.of(one))]
+    found["faults"] += [
+        fault for source in (counts or {}).values() for fault in check_accounts(StreamAccount.of(source))
+    ]
     checked = check_accounts(stream, compared, broker, waiting)
     found["faults"] += [fault for fault in checked if fault not in found["faults"]]
     if trainer is not None and compared is None:
         found["faults"] += check_accounts(trainer=trainer)
     if stream is not None:
-        unread = sum(one.unread for one in broker) if counts else unread
+        unread = sum(source.unread for source in broker) if counts else unread
         found["stream"] = {**dataclasses.asdict(stream), "waiting": waiting, "unread": unread}
     found["balanced"] = None if stream is None and trainer is None else not found["faults"]
     found["compared"] = compared is not None

@@ -53,7 +53,7 @@ def as_markdown() -> str:
 def _rows(process: type[metrics.Metrics]) -> Sequence[str]:
     registry = CollectorRegistry()
     instance = process(registry)
-    labels = {one._name: one._labelnames for one in vars(instance).values() if hasattr(one, "_labelnames")}
+    labels = {metric._name: metric._labelnames for metric in vars(instance).values() if hasattr(metric, "_labelnames")}
     found = ["| name | kind | labels | description |", "|---|---|---|---|"]
     for family in registry.collect():
         named = ", ".join(f"`{label}`" for label in labels[family.name])

@@ -172,7 +172,7 @@ def panel(snapshot: Snapshot, hints: Sequence[tuple[str, str]] = (), workers: in
 
 def lines(cells: Sequence[Sequence[str]], columns: Sequence[int] = HAPPENINGS) -> list[str]:
     """Formats lines with their cells in columns."""
-    return [aligned(one, columns) for one in cells]
+    return [aligned(row, columns) for row in cells]
 
 
 def live_line(snapshot: Snapshot) -> str:

@@ -105,7 +105,7 @@ def hosts(settings: Settings) -> dict[str, str]:
     Raises:
         SettingsError: An entry has an invalid form.
     """
-    found = dict(one.partition("=")[::2] for one in settings.metrics.hosts)
+    found = dict(entry.partition("=")[::2] for entry in settings.metrics.hosts)
     if not (found.keys() <= {*ELSEWHERE} and all(found.values())):
         raise SettingsError(
             f"metrics.hosts is {','.join(settings.metrics.hosts)}",

@@ -183,7 +183,7 @@ class LossReader:
                 data = file.read()
             found = list(_frames(data))
             if found:
-                self._at += sum(_HEAD.size + _ROW_BYTES * len(one.losses) for one in found)
+                self._at += sum(_HEAD.size + _ROW_BYTES * len(record.losses) for record in found)
                 return found
         return []
 
@@ -290,10 +290,10 @@ class PairedComparison:
     def add(self, live: Iterable[RowLosses] = (), trial: Iterable[RowLosses] = ()) -> None:
         """Adds records of both sides and compares those that both have; a repeated record replaces the earlier copy."""
         for side, records in enumerate((live, trial)):
-            for one in records:
-                self._newest[side] = max(self._newest[side], one.offset)
-                if one.offset >= self.next:
-                    self._sides[side][one.offset] = one
+            for record in records:
+                self._newest[side] = max(self._newest[side], record.offset)
+                if record.offset >= self.next:
+                    self._sides[side][record.offset] = record
         lives, trials = self._sides
         both = sorted(lives.keys() & trials.keys())
         for offset in both:

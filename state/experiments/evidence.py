@@ -113,17 +113,17 @@ class Evidence:
         """Adds exposures. Skips those of other rollouts; late ones of an earlier step count only in the rates."""
         found: dict[tuple[int, Arm], list[int]] = {}
         came = dict.fromkeys(ARMS, 0)
-        for one in exposures:
-            if one.rollout != self._name:
+        for exposure in exposures:
+            if exposure.rollout != self._name:
                 continue
-            if one.step > self.step:
+            if exposure.step > self.step:
                 self._count(came)
-                self._begin(one.step, one.share)
-            if one.step == self.step:
-                self._in_newest(one, came)
-            user = int(one.user, 16)
-            if self._is_known(user, one):
-                found.setdefault((one.step, one.arm), []).append(user)
+                self._begin(exposure.step, exposure.share)
+            if exposure.step == self.step:
+                self._in_newest(exposure, came)
+            user = int(exposure.user, 16)
+            if self._is_known(user, exposure):
+                found.setdefault((exposure.step, exposure.arm), []).append(user)
         self._count(came)
         for (step, arm), users in found.items():
             self._sums(step)[arm].add(np.zeros(len(users)), np.array(users, np.uint64))

@@ -186,7 +186,7 @@ class Experiment(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def rollout_history(self) -> tuple[Change, ...]:
         """The decisions since its newest rollout began."""
         since_ms = self.history[-1].at_ms if self.rollout is None else self.rollout.started_ms
-        return tuple(one for one in self.history if one.phase is not None and one.at_ms >= since_ms)
+        return tuple(change for change in self.history if change.phase is not None and change.at_ms >= since_ms)
 
     def start_rollout(
         self, steps: tuple[float, ...], every_s: float, exposures_from: int, log_from: int, by: By
@@ -341,7 +341,7 @@ class ExperimentsDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
 
     def find(self, name: str) -> Experiment | None:
         """Returns the experiment of a name; None if there is none."""
-        return next((one for one in self.experiments if one.name == name), None)
+        return next((experiment for experiment in self.experiments if experiment.name == name), None)
 
     def get(self, name: str) -> Experiment:
         """Returns the experiment of a name.
@@ -350,7 +350,7 @@ class ExperimentsDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
             RegistryError: There is none.
         """
         if (found := self.find(name)) is None:
-            known = ", ".join(one.name for one in self.experiments) or "there is none"
+            known = ", ".join(experiment.name for experiment in self.experiments) or "there is none"
             raise RegistryError(
                 f"there is no experiment {name}", f"take one of `springtide experiment status`: {known}"
             )
@@ -359,7 +359,7 @@ class ExperimentsDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
     @property
     def rolled_out(self) -> Experiment | None:
         """The experiment whose rollout is not over; there is one at most."""
-        return next((one for one in self.experiments if one.is_hosted), None)
+        return next((experiment for experiment in self.experiments if experiment.is_hosted), None)
 
     def with_experiment(self, experiment: Experiment) -> ExperimentsDocument:
         """Returns the document with a new experiment, or with the next state of one.
@@ -369,7 +369,7 @@ class ExperimentsDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
             ControlConflict: Another rollout is open.
         """
         before = self.find(experiment.name)
-        running = [one.name for one in self.experiments if one.runs and one.name != experiment.name]
+        running = [other.name for other in self.experiments if other.runs and other.name != experiment.name]
         if before is None and len(running) >= MOST_RUNNING:
             raise RegistryError(
                 f"{len(running)} experiments run already: {', '.join(running)}", "stop one of them first"
@@ -382,7 +382,7 @@ class ExperimentsDocument(msgspec.Struct, frozen=True, forbid_unknown_fields=Tru
             )
         if before is None:
             return replace(self, experiments=(*self.experiments, experiment))
-        changed = (experiment if one.name == experiment.name else one for one in self.experiments)
+        changed = (experiment if other.name == experiment.name else other for other in self.experiments)
         return replace(self, experiments=tuple(changed))
 
 
@@ -408,7 +408,7 @@ def require_steps(steps: tuple[float, ...]) -> None:
         SettingsError: They are.
     """
     if not steps or list(steps) != sorted(set(steps)) or not 0 < steps[0] <= steps[-1] <= 100:
-        shown = ",".join(f"{one:g}" for one in steps)
+        shown = ",".join(f"{step:g}" for step in steps)
         raise SettingsError(f"--steps {shown} are no steps", "give ascending percentages above 0, such as 1,5,50,100")
 
 
