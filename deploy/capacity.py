@@ -348,8 +348,8 @@ def page(settings: Settings) -> str:
     head += ["partitions", "hosts", "limits passed"]
     formulas = [[f"`{name}`", f"`{formula}`"] for name, formula in DATA.formulas.items()]
     constants = [
-        [f"`{name}`", f"{number(one.value)} {one.unit}", one.meaning, f"`{one.bench}`"]
-        for name, one in CONSTANTS.items()
+        [f"`{name}`", f"{number(constant.value)} {constant.unit}", constant.meaning, f"`{constant.bench}`"]
+        for name, constant in CONSTANTS.items()
     ]
     return DATA.page["text"].format(
         shown=_as_text(Sizing(EXAMPLES[2], settings)),

@@ -432,9 +432,9 @@ def quality_text(found: Mapping[str, Any]) -> Text:
         f"({change}), missed {_percent(every['missed'])}",
     ]
     parts += [
-        f"{users} users: top 1 {_percent(one['top1'])}, top 5 {_percent(one['top5'])}, log loss {_number(one['log_loss'])}"
-        for users, one in model.items()
-        if users != "all" and one["top1"] is not None
+        f"{users} users: top 1 {_percent(measured['top1'])}, top 5 {_percent(measured['top5'])}, log loss {_number(measured['log_loss'])}"
+        for users, measured in model.items()
+        if users != "all" and measured["top1"] is not None
     ]
     if found["skipped"]:
         parts.append(f"of these rows {_percent(found['skipped'])} were skipped by the guard and not learned")

@@ -217,7 +217,7 @@ def _control(settings: Settings) -> tuple[Registry, Control]:
 
 EPILOG = (
     "Conditions: "
-    + "; ".join(f"{name}: {one.meaning}" for name, one in CONDITIONS.items())
+    + "; ".join(f"{name}: {condition.meaning}" for name, condition in CONDITIONS.items())
     + ". Settings are written --section.name VALUE; `springtide config` lists them. Exit codes: 0 nothing is wrong, or the "
     "condition holds; 1 something is wrong, or the condition timed out; 2 wrong use."
 )
@@ -264,12 +264,12 @@ def processes(scrapes: Mapping[str, Scrape], up_s: Mapping[str, float]) -> dict[
     """
     return {
         name: {
-            "answers": not one.problem,
-            "problem": one.problem,
+            "answers": not scraped.problem,
+            "problem": scraped.problem,
             "up_s": up_s.get(name),
-            "figures": {} if one.problem else {label: _figure(one, series) for label, series in FIGURES[name]},
+            "figures": {} if scraped.problem else {label: _figure(scraped, series) for label, series in FIGURES[name]},
         }
-        for name, one in scrapes.items()
+        for name, scraped in scrapes.items()
     }
 
 

@@ -130,7 +130,7 @@ def as_lines(found: Sequence[Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def as_text(one: Mapping[str, Any]) -> tuple[str, str]:
+def as_text(experiment: Mapping[str, Any]) -> tuple[str, str]:
     """Formats an experiment's status: a word, and a description whose sentences are separated by semicolons.
 
     The word is the first of: a document is damaged, its rollout needs attention, why it does not learn, that it is over,
@@ -150,31 +150,31 @@ def as_text(one: Mapping[str, Any]) -> tuple[str, str]:
     log loss 2.400 against 2.500 of the live trainer on the same 9 rows
     difference -0.1000 (-0.2000 to -0.0500): at most 5 % of equal experiments are reported as different
     """
-    if "name" not in one:
-        return "DAMAGED", one["problem"]
-    begins = one["origin"] if one["version"] is None else f"version {one['version']}"
-    tried = ", ".join(f"{name} {value}" for name, value in one["overrides"].items()) or "the same settings"
-    runs, rollout, figures = one["stage"] in ("shadow", "rollout"), one["rollout"], _figures(one)
-    does = "learns" if runs else f"is {one['stage']} and began"
+    if "name" not in experiment:
+        return "DAMAGED", experiment["problem"]
+    begins = experiment["origin"] if experiment["version"] is None else f"version {experiment['version']}"
+    tried = ", ".join(f"{name} {value}" for name, value in experiment["overrides"].items()) or "the same settings"
+    runs, rollout, figures = experiment["stage"] in ("shadow", "rollout"), experiment["rollout"], _figures(experiment)
+    does = "learns" if runs else f"is {experiment['stage']} and began"
     sentences = [
-        f"{one['name']} {does} from {begins} with {tried}",
-        f"{one['actor']}, {iso(one['at_ms'])}: {one['reason']}",
+        f"{experiment['name']} {does} from {begins} with {tried}",
+        f"{experiment['actor']}, {iso(experiment['at_ms'])}: {experiment['reason']}",
     ]
-    words = ["DAMAGED"] if one["problem"] else []
+    words = ["DAMAGED"] if experiment["problem"] else []
     if rollout is not None:
         words += ["UNWATCHED"] if rollout["unwatched_s"] is not None else []
         words += [STOPPED[rollout["phase"]]] if rollout["phase"] in STOPPED else []
-        sentences += _rollout_sentences(one)
-    if one["held"]:
-        sentences.append(f"held by its guard: {one['held']}")
-    elif one["standing"] == "paused":
+        sentences += _rollout_sentences(experiment)
+    if experiment["held"]:
+        sentences.append(f"held by its guard: {experiment['held']}")
+    elif experiment["standing"] == "paused":
         sentences.append("training is paused by an operator")
-    elif one["standing"] == "down":
-        sentences.append(f"its trainer does not run: see logs/shadow-{one['name']}.log")
-    words += [NOT_LEARNING[one["standing"]]] if one["standing"] in NOT_LEARNING else []
-    words += [one["stage"]] if not runs else [rollout["phase"]] if rollout is not None else []
-    if one["problem"]:
-        sentences.append(one["problem"])
+    elif experiment["standing"] == "down":
+        sentences.append(f"its trainer does not run: see logs/shadow-{experiment['name']}.log")
+    words += [NOT_LEARNING[experiment["standing"]]] if experiment["standing"] in NOT_LEARNING else []
+    words += [experiment["stage"]] if not runs else [rollout["phase"]] if rollout is not None else []
+    if experiment["problem"]:
+        sentences.append(experiment["problem"])
     if figures is None or not figures.rows:
         return [*words, "waits"][0], "; ".join([*sentences, "no row was scored by both yet"])
     sentences.append(
@@ -186,12 +186,12 @@ def as_text(one: Mapping[str, Any]) -> tuple[str, str]:
     return [*words, _verdict(figures)][0], "; ".join(sentences)
 
 
-def _rollout_sentences(one: Mapping[str, Any]) -> list[str]:
-    rollout = one["rollout"]
-    sentences = [f"it answers {100 * one['share']:.4g}% of the users"]
+def _rollout_sentences(experiment: Mapping[str, Any]) -> list[str]:
+    rollout = experiment["rollout"]
+    sentences = [f"it answers {100 * experiment['share']:.4g}% of the users"]
     if rollout["unwatched_s"] is not None:
         sentences.append(
-            f"nothing has judged its rollout for {age(rollout['unwatched_s'])}: `springtide experiment rollout {one['name']}` "
+            f"nothing has judged its rollout for {age(rollout['unwatched_s'])}: `springtide experiment rollout {experiment['name']}` "
             "continues"
         )
     if rollout["compared"] is None:
@@ -204,8 +204,8 @@ def _rollout_sentences(one: Mapping[str, Any]) -> list[str]:
     return [*sentences, rollout["compared"]["verdict"]]
 
 
-def _figures(one: Mapping[str, Any]) -> ComparisonFigures | None:
-    return None if one["compared"] is None else msgspec.convert(one["compared"], ComparisonFigures)
+def _figures(experiment: Mapping[str, Any]) -> ComparisonFigures | None:
+    return None if experiment["compared"] is None else msgspec.convert(experiment["compared"], ComparisonFigures)
 
 
 def _verdict(figures: ComparisonFigures) -> str:

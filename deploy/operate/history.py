@@ -30,7 +30,10 @@ def history(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
     read = registry.controls(None if asked.all else asked.last + 1)
     controls = read if asked.all else read[-asked.last :]
     befores = [None, *read][-1 - len(controls) : -1]
-    outcomes = {one.generation: outcome(registry, one, before) for before, one in zip(befores, controls, strict=True)}
+    outcomes = {
+        control.generation: outcome(registry, control, before)
+        for before, control in zip(befores, controls, strict=True)
+    }
     if asked.output == "json":
         say(json.dumps([control_document(control) | outcomes[control.generation] for control in controls], indent=2))
         return

@@ -35,11 +35,11 @@ from state.statistics.schema import as_text, infer, of_text
 LISTED = 12
 
 
-def present(one: FeatureNameStatistics | None) -> float:
+def present(statistics: FeatureNameStatistics | None) -> float:
     """Returns the share of the rows in which a feature has a value."""
-    if one is None:
+    if statistics is None:
         return 0.0
-    there, missing = common(one).num_non_missing, common(one).num_missing
+    there, missing = common(statistics).num_non_missing, common(statistics).num_missing
     return float(there / max(1, there + missing))
 
 
@@ -53,24 +53,24 @@ def _limits(feature: schema_pb2.Feature) -> dict[str, float]:
     return found
 
 
-def _feature_document(feature: schema_pb2.Feature, one: FeatureNameStatistics | None) -> dict[str, Any]:
+def _feature_document(feature: schema_pb2.Feature, statistics: FeatureNameStatistics | None) -> dict[str, Any]:
     document: dict[str, Any] = {
         "name": feature.name,
         "type": schema_pb2.FeatureType.Name(feature.type),
-        "present": present(one),
+        "present": present(statistics),
         "min_fraction": feature.presence.min_fraction,
         "thresholds": _limits(feature),
     }
-    if one is not None and one.HasField("string_stats"):
-        return document | {"distinct": one.string_stats.unique, "domain": len(feature.string_domain.value)}
-    if one is not None and common(one).num_non_missing:
-        numbers = one.num_stats
+    if statistics is not None and statistics.HasField("string_stats"):
+        return document | {"distinct": statistics.string_stats.unique, "domain": len(feature.string_domain.value)}
+    if statistics is not None and common(statistics).num_non_missing:
+        numbers = statistics.num_stats
         return document | {"mean": numbers.mean, "median": numbers.median, "min": numbers.min, "max": numbers.max}
     return document
 
 
 def _feature_line(
-    feature: schema_pb2.Feature, one: FeatureNameStatistics | None, names: Mapping[str, str]
+    feature: schema_pb2.Feature, statistics: FeatureNameStatistics | None, names: Mapping[str, str]
 ) -> list[str]:
     allowed = _limits(feature)
     moves = ", ".join(
@@ -79,21 +79,21 @@ def _feature_line(
         if against in allowed
     )
     kind = schema_pb2.FeatureType.Name(feature.type).lower()
-    there = f"{present(one):.0%} (at least {feature.presence.min_fraction:.0%})"
-    return [feature.name, kind, there, _typical(one, names), moves or "anything"]
+    there = f"{present(statistics):.0%} (at least {feature.presence.min_fraction:.0%})"
+    return [feature.name, kind, there, _typical(statistics, names), moves or "anything"]
 
 
-def _typical(one: FeatureNameStatistics | None, names: Mapping[str, str]) -> str:
+def _typical(statistics: FeatureNameStatistics | None, names: Mapping[str, str]) -> str:
     """Returns the most frequent value of a categorical feature with its share, or the middle of a numeric one."""
-    if one is None or not (there := common(one).num_non_missing):
+    if statistics is None or not (there := common(statistics).num_non_missing):
         return "none"
-    if one.HasField("num_stats"):
-        return f"median {one.num_stats.median:g}, {one.num_stats.min:g} to {one.num_stats.max:g}"
-    found = frequencies(one)
+    if statistics.HasField("num_stats"):
+        return f"median {statistics.num_stats.median:g}, {statistics.num_stats.min:g} to {statistics.num_stats.max:g}"
+    found = frequencies(statistics)
     if not found:
-        return f"{one.string_stats.unique:,} different"
+        return f"{statistics.string_stats.unique:,} different"
     value, count = next(iter(found.items()))
-    return f"{names.get(value, value)} {count / there:.1%} of {one.string_stats.unique:,}"
+    return f"{names.get(value, value)} {count / there:.1%} of {statistics.string_stats.unique:,}"
 
 
 def _with_names(text: str, names: Mapping[str, str]) -> str:
@@ -224,7 +224,12 @@ def _distances(anomalies: Anomalies) -> list[dict[str, Any]]:
         for measurement in measured
     ]
     return sorted(
-        found, key=lambda one: (-one["distance"] / max(one["threshold"], 1e-9), one["feature"], one["against"])
+        found,
+        key=lambda distance: (
+            -distance["distance"] / max(distance["threshold"], 1e-9),
+            distance["feature"],
+            distance["against"],
+        ),
     )
 
 

@@ -170,10 +170,12 @@ def members(store: SegmentStore, segment: str) -> Iterator[pa.RecordBatch]:
     for page in all_members(store, segment, ROWS_AT_ONCE):
         columns = [
             [f"{user:016x}" for user, _ in page],
-            [one.since_ms for _, one in page],
-            [one.version for _, one in page],
+            [membership.since_ms for _, membership in page],
+            [membership.version for _, membership in page],
         ]
-        yield pa.record_batch([pa.array(one, kind) for one, kind in zip(columns, MEMBERS.types, strict=True)], MEMBERS)
+        yield pa.record_batch(
+            [pa.array(column, kind) for column, kind in zip(columns, MEMBERS.types, strict=True)], MEMBERS
+        )
 
 
 def write(path: Path, schema: pa.Schema, batches: Iterator[pa.RecordBatch], wrote: Callable[[int], None]) -> int:

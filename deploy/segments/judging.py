@@ -53,7 +53,7 @@ class ProfileJudge:
     def _judged(self, answer: Answer) -> JudgedUser:
         # An unknown user is in no segment, even if an expression holds for all-zero features.
         facts = _facts_of(answer)
-        within = (name for name, one in self._expressions.items() if answer.known and one.holds(facts))
+        within = (name for name, expression in self._expressions.items() if answer.known and expression.holds(facts))
         return JudgedUser(pseudonym(answer.user_id), answer.at_ms, answer.version["number"], frozenset(within))
 
 

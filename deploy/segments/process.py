@@ -141,12 +141,12 @@ class Members:
             LogError: The topic cannot be written; call again with the same users.
             StoreFull: The store has no room; its content stays.
         """
-        wanted = [(name, user) for user in judged for name in self._names]
-        before = self._store.memberships([(name, one.user) for name, one in wanted])
+        wanted = [(name, result) for result in judged for name in self._names]
+        before = self._store.memberships([(name, result.user) for name, result in wanted])
         changes: dict[Member, Membership | None] = {}
-        for (name, one), membership in zip(wanted, before, strict=True):
-            if (name in one.within) != (membership is not None):
-                changes[name, one.user] = Membership(one.at_ms, one.version) if name in one.within else None
+        for (name, result), membership in zip(wanted, before, strict=True):
+            if (name in result.within) != (membership is not None):
+                changes[name, result.user] = Membership(result.at_ms, result.version) if name in result.within else None
         if changes:
             self._write(changes)
             self._show()

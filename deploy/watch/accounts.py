@@ -118,7 +118,7 @@ def comparable(counts: Counts, version: Manifest, flying: InFlight) -> str:
         return f"the trainer has {ahead:,} positions that the stream has still to commit"
     if unknown := [str(source) for source in version.marks if source not in counts]:
         return f"the trainer has sources that no store here counts: {', '.join(unknown)}"
-    began = sum(one["first"] for source, one in counts.items() if source in flying.marks)
+    began = sum(counted["first"] for source, counted in counts.items() if source in flying.marks)
     if "account.before" not in version.metrics:
         return "the version is of a release that did not record where its branch began"
     if flying.marks.keys() == version.marks.keys() and int(version.metrics["account.before"]) != began:
@@ -233,7 +233,7 @@ def account(settings: Settings) -> dict[str, Any]:
         flying = InFlight(0, 0, version.marks, complete=False)
         try:
             if counts is not None:
-                until = {source: one["next"] for source, one in counts.items()}
+                until = {source: counted["next"] for source, counted in counts.items()}
                 flying = _read_tail(settings, version, until, line)
         except SpringtideError as error:
             found["notes"].append(f"rows in flight are not counted: {error}")
@@ -290,8 +290,8 @@ def _broker(settings: Settings, counts: Counts, found: dict[str, Any]) -> list[B
         found["notes"].append(f"the broker's offsets are not known: {error}")
         return []
     return [
-        BrokerAccount(source, one["next"], *ends[source.partition])
-        for source, one in sorted(counts.items())
+        BrokerAccount(source, counted["next"], *ends[source.partition])
+        for source, counted in sorted(counts.items())
         if source.topic_id == topic_id and source.partition in ends
     ]
 
