@@ -53,5 +53,5 @@ def test_the_error_of_a_jar_that_cannot_be_fetched_is_one_line(tmp_path: Path) -
         raise OSError("no route to host\nmore about it")
 
     with pytest.raises(KafkaFailed, match=r"Maven Central.*no route to host.*bootstrap_servers") as e:
-        one_jar(tmp_path / "jars.lock", "").jars(offline)
+        one_jar(tmp_path / "jars.lock", "0").jars(offline)
     assert "\n" not in str(e.value)
