@@ -42,7 +42,7 @@ from state.process.ending import stop_on_signals
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
 
-LOOK_S = 0.02
+POLL_S = 0.02
 DECODER = "state.events.decoding:decode_json"
 NEVER = 255
 REASONS = ("kafka", "answers", "refused", "features", "weights")
@@ -206,7 +206,7 @@ class Stopwatch:
                     return found
             if asked_s > timeout_s or self._stopped():
                 return _late(found, timeout_s)
-            self._sleep(LOOK_S)
+            self._sleep(POLL_S)
 
     @staticmethod
     def _learned(answer: Profile, found: Passage) -> bool:

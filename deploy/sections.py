@@ -51,7 +51,7 @@ def read(settings: Settings, now_ms: int) -> dict[str, Any]:
         "accounting": accounts.account(settings),
         "live_clicks": live_clicks(settings),
         "experiments": experiments.reported(settings),
-        "retrain": experiments.look_at_retrain(settings, now_ms),
+        "retrain": experiments.retrain_status(settings, now_ms),
     }
 
 

@@ -17,7 +17,7 @@ from state.storage.shares import LOGS, kept_bytes
 
 LOG_BYTES, OLDER_LOGS = 10_000_000, 1
 READ_BYTES = 1 << 16
-LOOK_S = 0.5
+POLL_S = 0.5
 MOST_READS = 64  # in a row, of a child that does not stop
 CHILDREN = 16  # that the share of the logs is meant for
 
@@ -114,7 +114,7 @@ class LogPump:
 
     def _run(self) -> None:
         while True:
-            ready = self._selector.select(LOOK_S)
+            ready = self._selector.select(POLL_S)
             if ready:
                 self.catch_up()
 

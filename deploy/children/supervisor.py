@@ -4,7 +4,7 @@ A process that keeps dying waits longer before each start (`ending.py`), and doe
 ends with an error that has a remedy, the remedy runs first, as a process of its own.
 
 Every child ends with this process, however this process ends. The kernel kills a child when the thread that started
-it ends (Linux), so call `start` and `look` only from the main thread.
+it ends (Linux), so call `start` and `poll` only from the main thread.
 """
 
 from __future__ import annotations
@@ -132,14 +132,14 @@ class Supervisor:
         self._metrics.settled.set(settled)
 
     def start(self, plan: ProcessPlan) -> None:
-        """Starts a process; from now on `look` restarts it after a death."""
+        """Starts a process; from now on `poll` restarts it after a death."""
         child = self._children[plan.name] = _Child(plan)
         if plan.wanted is None:
             self._launch(child)
         else:
             child.start_at = self._clock()
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Detects deaths and starts the processes that are due; never blocks.
 
         Raises:

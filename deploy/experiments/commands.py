@@ -99,9 +99,9 @@ def experiment(settings: Settings, asked: argparse.Namespace, now_ms: int, say: 
 def _result(settings: Settings, asked: argparse.Namespace, by: By) -> tuple[Any, str]:
     verb, name, experiments = asked.what, asked.name, Experiments(settings)
     if verb == "status":
-        found = [experiment for experiment in status.look(settings, by.now_ms) if name in ("", experiment["name"])]
+        found = [experiment for experiment in status.listed(settings, by.now_ms) if name in ("", experiment["name"])]
         lines = status.as_lines(found)
-        if (retrain := status.look_at_retrain(settings, by.now_ms)) is not None:
+        if (retrain := status.retrain_status(settings, by.now_ms)) is not None:
             lines.append("retrain: " + ", ".join(status.retrain_as_text(retrain)))
         return found, "\n".join(lines)
     if verb == "report":

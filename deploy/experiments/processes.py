@@ -99,7 +99,7 @@ def run(settings: Settings, registry: CollectorRegistry, stop: threading.Event) 
             supervisor.start(plan)
     try:
         while not stop.is_set():
-            supervisor.look()
+            supervisor.poll()
             stop.wait(POLL_S)
     finally:
         supervisor.stop_all()

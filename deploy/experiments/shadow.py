@@ -149,7 +149,7 @@ class ShadowRunner:
                 continue
             except (SpringtideError, OSError) as error:
                 say(f"experiment {name}: {of_disk(error)}")
-        self._supervisor.look()
+        self._supervisor.poll()
         return bool(self._experiments.open())
 
     def close(self) -> None:

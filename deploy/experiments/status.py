@@ -37,7 +37,7 @@ UNWATCHED_S = 60.0
 """A running rollout not judged for this long has no driver; a driver judges it every two seconds."""
 
 
-def look(settings: Settings, now_ms: int) -> list[dict[str, Any]]:
+def listed(settings: Settings, now_ms: int) -> list[dict[str, Any]]:
     """Returns all experiments as JSON values, the newest last.
 
     Raises:
@@ -52,7 +52,7 @@ def look(settings: Settings, now_ms: int) -> list[dict[str, Any]]:
 def reported(settings: Settings) -> list[dict[str, Any]]:
     """Returns the experiments that run, are being promoted, or still answer users; or what is damaged."""
     try:
-        found = look(settings, wall_ms())
+        found = listed(settings, wall_ms())
     except SpringtideError as error:
         return [{"problem": str(error)}]
     return [
@@ -216,7 +216,7 @@ def _nats(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
 
 
-def look_at_retrain(settings: Settings, now_ms: int) -> dict[str, Any] | None:
+def retrain_status(settings: Settings, now_ms: int) -> dict[str, Any] | None:
     """Returns the schedule and the newest retrain; None if there is no schedule and never was one."""
     try:
         schedule = Experiments(settings).document().schedule

@@ -191,7 +191,7 @@ def run(settings: Settings, jar: Path, say: Say, stop: Callable[[], bool], hurry
             say("Ctrl-C, or `springtide flink down`, ends jobs by savepoint, then all of it")
         # 4.
         while not stop():
-            supervisor.look()
+            supervisor.poll()
             time.sleep(POLL_S)
     finally:
         # 5.
@@ -239,7 +239,7 @@ def _wait_until_up(settings: Settings, manager: JobManager, supervisor: Supervis
     while missing := _missing(settings, manager):
         if stop():
             return False
-        supervisor.look()
+        supervisor.poll()
         if time.monotonic() >= deadline_s:
             log = supervisor.log_path(missing)
             raise FlinkFailed(f"{missing} did not come up in {START_S:.0f} s", f"see {log}: {last_line(log)}")

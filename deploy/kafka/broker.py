@@ -34,7 +34,7 @@ FULL_BYTES = 1 << 20
 LEAST_FREE_BYTES = 64 * 1024 * 1024
 STARTED = "Kafka Server started"
 START_S = 120.0
-LOOK_S = 0.05
+POLL_S = 0.05
 
 
 def command(class_path: str, log: Path, *words: str) -> list[str]:
@@ -246,7 +246,7 @@ class Broker:
     def wait_until_up(self) -> None:
         """Returns when the broker that was started accepts requests; raises as `is_up` does."""
         while not self.is_up():
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
 
     def stop(self, timeout_s: float = 20.0) -> None:
         """Ends the broker: SIGTERM, and SIGKILL if it does not end in time."""

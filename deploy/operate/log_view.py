@@ -95,7 +95,7 @@ class LogView:
             )
 
 
-def look(settings: Settings, patience_s: float = ASK_KAFKA_S) -> LogView | None:
+def view_of(settings: Settings, patience_s: float = ASK_KAFKA_S) -> LogView | None:
     """Asks Kafka for the ends of both topics; returns None if it does not answer in time or a topic does not exist."""
     partition = settings.trainer.partition
     kafka = replace(settings.kafka, request_timeout_s=min(patience_s, settings.kafka.request_timeout_s))
@@ -140,7 +140,7 @@ def horizon_here(settings: Settings, now_ms: int) -> dict[str, Any] | None:
     if not settings.registry_dir.is_dir():
         return None
     try:
-        view = look(settings, ASK_BRIEFLY_S)
+        view = view_of(settings, ASK_BRIEFLY_S)
         return None if view is None else horizon(Registry(settings.registry_dir), view, now_ms)
     except (SpringtideError, OSError):
         return None

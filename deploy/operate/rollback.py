@@ -24,7 +24,7 @@ import msgspec
 
 from deploy.operate.branch import ServingBranch, Target, choose
 from deploy.operate.control import Say, control_document, current
-from deploy.operate.log_view import Counted, Counting, LogView, look, records
+from deploy.operate.log_view import Counted, Counting, LogView, records, view_of
 from deploy.operate.masking import describe, mask_document, mask_of, require_positions
 from deploy.operate.times import age, parse_time
 from deploy.operate.versions import open_registry, served_version, versions_here
@@ -462,7 +462,7 @@ def _planned(
             "write --to V, --before TIME, or what to leave out; see `springtide rollback --help`",
         )
     mask = mask_of(settings, asked, branch.newest, now_ms)
-    view = look(settings)
+    view = view_of(settings)
     if view is not None:
         require_positions(mask, view.clicks_id, view.clicks)
     new = added(control.masks, mask, control.last_mask, control.generation + 1)

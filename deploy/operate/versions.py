@@ -47,9 +47,9 @@ def versions(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Ca
     if served is not None and served in numbers and served not in kept:
         kept = [served, *kept]
     # Imported here, because other commands that open a registry need no log.
-    from deploy.operate.log_view import horizon, horizon_text, look
+    from deploy.operate.log_view import horizon, horizon_text, view_of
 
-    view = look(settings, ASK_KAFKA_S)
+    view = view_of(settings, ASK_KAFKA_S)
     listed = (_entry(registry, number, control, served, now_ms, view) for number in kept)
     entries = [entry for entry in listed if entry is not None]
     if asked.output == "json":

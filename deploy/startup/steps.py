@@ -80,7 +80,7 @@ ROOM_S = 1.0
 PATIENCE_S = 0.5
 """Timeout of a request to a process; one that compiles may answer late."""
 STEPS = 9
-LOOK_S = 0.1
+POLL_S = 0.1
 REMIND_S = 30.0
 PROGRESS_S = 5.0
 Found = TypeVar("Found")
@@ -181,7 +181,7 @@ class LocalKafka:
         self._say = say
         self._metrics = metrics
         self._clock = clock
-        # No wait in `wait_for`: `look` is called again anyway.
+        # No wait in `wait_for`: `poll` is called again anyway.
         self._room = Room(KAFKA, storage, lambda _: True, lambda form, *words: say(form % words))
         self._started_at: float | None = None
         self._start_at: float | None = None
@@ -213,7 +213,7 @@ class LocalKafka:
         self._came_up = self._broker.is_up()
         return self._came_up
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Notices its death and restarts it once that is due; failures are reported."""
         if self._start_at is None:
             # One that never came up has an end in `is_up`.
@@ -481,20 +481,20 @@ class Startup:
         poller = Poller(settings, clock_s=self._clock)
         due = self._clock()
         while True:
-            self._look()
+            self._poll()
             if self._clock() >= due:
                 due = self._clock() + self._screen.every_s
                 snapshot = poller.poll()
                 if not self._stop():
                     tries = hints.addresses(settings, self._shoppers)
                     self._screen.live(live_line(snapshot), panel(snapshot, tries, settings.serving.processes))
-            self._sleep(LOOK_S)
+            self._sleep(POLL_S)
 
     def _wait(self, look: Callable[[], Found], what: str) -> Found:
-        """Watches the processes until `look` returns something, and returns that; reports what takes long."""
+        """Watches the processes until `poll` returns something, and returns that; reports what takes long."""
         remind, report = self._clock() + REMIND_S, self._clock() + PROGRESS_S
         while not (found := look()):
-            self._look()
+            self._poll()
             self._notice_answer()
             if self._clock() >= report:
                 report = self._clock() + PROGRESS_S
@@ -503,16 +503,16 @@ class Startup:
             if self._clock() >= remind:
                 remind = self._clock() + REMIND_S
                 self._screen.say(f"{self._clock() - self._begin:7.1f} s  still {what}; see {self._settings.logs_dir}")
-            self._sleep(LOOK_S)
+            self._sleep(POLL_S)
         return found
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         """Raises `Stopped` if the operator asked for it; restarts what died."""
         if self._stop():
             raise Stopped
-        self._running().look()
+        self._running().poll()
         if self._kafka is not None:
-            self._kafka.look()
+            self._kafka.poll()
 
     def _come_down(self) -> None:
         begin = self._clock()
