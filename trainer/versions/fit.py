@@ -7,9 +7,8 @@ from state.config.settings import Settings
 from state.features.spec import FeatureSpec
 from state.registry.model_fit import differences, require_fit, version_to_go_on_from
 from state.registry.registry import Registry
-from trainer.engine.build import TRANSITION, ranker_of
+from trainer.engine.build import EMBEDDINGS, TRANSITION, ranker_of
 from trainer.engine.engine import CROSS
-from trainer.engine.own_tables import EMBEDDINGS
 from trainer.model.ranker import Ranker
 from trainer.versions.program import preprocessing_of
 
