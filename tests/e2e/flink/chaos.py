@@ -34,7 +34,7 @@ from typing import Any
 import psutil
 from prometheus_client import CollectorRegistry
 
-from deploy.flink import status
+from deploy.flink import command
 from deploy.flink.cluster import end_jobs
 from deploy.kafka.broker import Broker
 from deploy.serving.following.clicks import HistoryFollower
@@ -342,7 +342,7 @@ class FlinkChaos:
 
     def _state(self) -> dict[str, Any]:
         """What `springtide flink status` knows."""
-        return status.read(self.settings, self._manager.url, wall_ms())
+        return command.read_state(self.settings, self._manager.url, wall_ms())
 
     def _settled(self) -> dict[str, Any] | None:
         """The job, once all of its tasks run and it has a checkpoint since it last began."""
