@@ -1,8 +1,7 @@
-"""Control: the desired state of the system in numbered generations, their documents, and the transitions between them.
+"""Control: the desired state of the system in numbered generations, and the pure transitions between them.
 
-The operator writes the next generation. Serving and trainer converge to it and report what they run. A generation
-never changes, so the sequence of all generations is the audit log. `state/registry/controls.py` stores them. The
-transitions are pure. Those of an upgrade are in `state/registry/upgrades.py`.
+An operator writes the next generation. Serving and the trainer converge to it and report what they run. A generation
+never changes, so the sequence of generations is the audit log.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ class ServingChoice:
     """The version that serving uses.
 
     Attributes:
-        mode: `follow` the newest version of the control's epoch, or stay at a pinned version with `pin`.
+        mode: `follow` the newest version of the control's epoch, or `pin` one version.
         version: The pinned version; None while following.
         then_follow: Whether the trainer switches serving to `follow` once it has caught up.
     """
@@ -55,9 +54,6 @@ class SuspectClicks:
 
     Attributes:
         topic_id: The topic's id, 32 hexadecimal digits.
-        partition: The partition.
-        first: The first offset.
-        next: The offset after the last one.
     """
 
     topic_id: str
@@ -68,7 +64,7 @@ class SuspectClicks:
 
 @dataclass(frozen=True, slots=True)
 class HeldUpdate:
-    """The update that the guard holds, stored for serving, operators and a restarted trainer.
+    """The update that the guard holds.
 
     Attributes:
         rule: Name of the rule.
@@ -77,7 +73,7 @@ class HeldUpdate:
         usual: Its usual value.
         version: The newest durable version before the suspect window; 0 if there is none.
         first: Offset of the training log where the window begins.
-        next: Offset of the training log after the record at which the update was held. Training pauses there.
+        next: Offset after the record at which the update was held; training pauses there.
         first_ms: Log time where the window begins.
         next_ms: Log time where training pauses.
         clicks: The update's clicks by partition.
@@ -122,21 +118,19 @@ class Control(msgspec.Struct, frozen=True, dict=True, omit_defaults=True):
         base: The version that the epoch starts from; None if it starts from scratch.
         serving: The version that serving uses.
         masks: Masks in force: what training and windows leave out, by number.
-        lifted: Masks that were lifted since the epoch began, each with the generation that lifted it.
+        lifted: Masks that were lifted since the epoch began.
         mask_generation: Generation of the last change of `masks` or `erased`.
         last_mask: The last number given to a mask.
-        mode: Mode of the rollback that began the epoch: `exact` if the stream was rolled back too.
+        mode: `exact` if the rollback that began the epoch rolled the stream back too.
         log: The branch of the training log: the records that count.
         upgraded: Whether the epoch began with an upgrade, so that its versions have another model than its base.
         publishing: Whether the trainer publishes versions.
         training: Whether the trainer consumes records.
         labels: Names of versions, each with its version, in order.
         erased: Erased users; no generation restores one.
-        held: The update that the trainer's guard holds, None for none. Training pauses at its end.
+        held: The update that the trainer's guard holds. Training pauses at its end.
         released: End offsets, in the training log, of held updates that an operator released. They are not held again.
-        plan: Facts that the command recorded, None if there are none. A rollback records `end`, the end of the training
-            log; an exact one also `again`, the clicks that are learned again, see `state/registry/segments.py`. An upgrade
-            records its target, see `state/registry/upgrades.py`. An accepted baseline records its number.
+        plan: Facts that the command recorded, see `state/FORMATS.md`.
     """
 
     generation: int
@@ -167,15 +161,14 @@ class Control(msgspec.Struct, frozen=True, dict=True, omit_defaults=True):
 
     @cached_property
     def mask(self) -> Mask:
-        """The events that windows, stream and serving leave out. Its generation is that of the last change of masks."""
+        """The events that windows, stream and serving leave out."""
         return replace(joined(self.masks, self.mask_generation), erased=self.erased)
 
     def mask_at(self, generation: int) -> Mask:
         """The mask that training applies to a record that the stream wrote under the mask of `generation`.
 
-        A mask that was lifted since the epoch began still applies to records written
-        before that. So the offset at which it ends does not depend on when the trainer
-        polled control.
+        A mask that was lifted since the epoch began still applies to records written before that. So the offset at which it
+        ends does not depend on when the trainer polled control.
         """
         kept = tuple(one for one in self.lifted if one.lifted > generation)
         if not kept:
@@ -222,15 +215,6 @@ def encode(control: Control) -> bytes:
 def decode(data: bytes, users_of: UsersOf, erased_of: ErasedOf) -> Control:
     """Decodes the control that `encode` wrote; fields of later releases are ignored.
 
-    Args:
-        data: The JSON document.
-        users_of: Reads the users of a mask.
-        erased_of: Reads the erasures.
-
-    >>> first = start(actor="trainer", reason="first start", now_ms=0)
-    >>> decode(encode(first), lambda digest: MaskedUsers.NOBODY, lambda digest: Erased.NOBODY) == first
-    True
-
     Raises:
         ValueError: This release does not read its format, a field is missing or has another type, or a file is missing.
     """
@@ -265,7 +249,6 @@ def upgraded(document: dict[str, Any]) -> dict[str, Any]:
 
 
 def _file_of(users: MaskedUsers) -> dict[str, Any]:
-    """A mask's users as a reference to their file."""
     return {"sha256": users.digest, "count": len(users)}
 
 
@@ -278,11 +261,7 @@ class Decision(TypedDict):
 
 
 def start(*, actor: str, reason: str, now_ms: int) -> Control:
-    """Generation 1: train from scratch, serve the newest version.
-
-    >>> start(actor="trainer", reason="first start", now_ms=0).epoch
-    1
-    """
+    """Generation 1: train from scratch, serve the newest version."""
     return Control(1, now_ms, actor, reason, "start", epoch=1)
 
 
@@ -300,12 +279,7 @@ def pin(control: Control, version: int, **decision: Unpack[Decision]) -> Control
 
 
 def follow(control: Control, **decision: Unpack[Decision]) -> Control:
-    """Makes serving follow the newest version of the epoch. Returns the same control if nothing changes.
-
-    >>> first = start(actor="trainer", reason="first start", now_ms=0)
-    >>> follow(first, actor="ann", reason="no need", now_ms=5) is first
-    True
-    """
+    """Makes serving follow the newest version of the epoch. Returns the same control if nothing changes."""
     return _next(control, "follow", decision, serving=ServingChoice())
 
 
@@ -320,13 +294,9 @@ def roll_back(
 ) -> Control:
     """Rolls the whole system back: serving is pinned to version `to`, and a new epoch trains from it.
 
-    Masks in force stay in force, so that a second rollback does not bring poisoned
-    events back. If the epoch already started from `to`, with nothing new to mask
-    and no mask lifted, only the pin may change. The trainer then does not repeat
-    its work.
-
-    An exact rollback rewrites the log under all masks, so that the log has none of
-    the masked events. The caller must choose a `to` from before all of them.
+    Masks in force stay in force, so that a second rollback does not bring poisoned events back. If the epoch already
+    started from `to`, with nothing new to mask and no mask lifted, only the pin may change: the trainer does not repeat its
+    work. An exact rollback rewrites the log under all masks, so `to` must be from before all masked events.
 
     Args:
         control: The control to start from.
@@ -340,8 +310,6 @@ def roll_back(
     >>> back = roll_back(first, 40, Mask.NONE, actor="ann", reason="poison", now_ms=9)
     >>> back.epoch, back.base, back.serving.version
     (2, 40, 40)
-    >>> roll_back(back, 40, Mask.NONE, actor="ann", reason="retry", now_ms=10) is back
-    True
     """
     generation = control.generation + 1
     new = added(control.masks, mask, control.last_mask, generation)
@@ -382,19 +350,12 @@ def recover(control: Control, to: int, **decision: Unpack[Decision]) -> Control:
 
 
 def unmask(control: Control, numbers: Collection[int], **decision: Unpack[Decision]) -> Control:
-    """Lifts masks: from now on nothing that they name is left out. Returns the same control if all were lifted already.
+    """Lifts masks. Returns the same control if all were lifted already.
 
-    Events that were left out meanwhile are not learned by this. Only an exact
-    rollback brings them back.
+    Events that were left out meanwhile are not learned by this. Only an exact rollback brings them back.
 
     Raises:
         UnfitMask: One of the numbers was never given.
-
-    >>> first = start(actor="trainer", reason="first start", now_ms=0)
-    >>> back = roll_back(first, 40, Mask(times=((0, 9),)), actor="ann", reason="poison", now_ms=9)
-    >>> free = unmask(back, [1], actor="ann", reason="it was none", now_ms=10)
-    >>> bool(free.mask), bool(free.mask_at(2)), bool(free.mask_at(3))
-    (False, True, False)
     """
     unknown = [number for number in numbers if not 1 <= number <= control.last_mask]
     if unknown:
@@ -430,14 +391,14 @@ def hold(control: Control, held: HeldUpdate, **decision: Unpack[Decision]) -> Co
     Returns the same control if an update is held already, or if an operator released this one before.
 
     >>> first = start(actor="trainer", reason="first start", now_ms=0)
-    >>> found = HeldUpdate("user", "share of one user", 30.0, 1.0, 7, 40, 90, 0, 9000)
-    >>> stopped = hold(first, found, actor="guard", reason="a flood", now_ms=5)
-    >>> stopped.action, stopped.serving.version, stopped.held == found
+    >>> held = HeldUpdate("user", "share of one user", 30.0, 1.0, 7, 40, 90, 0, 9000)
+    >>> stopped = hold(first, held, actor="guard", reason="a flood", now_ms=5)
+    >>> stopped.action, stopped.serving.version, stopped.held == held
     ('hold', 7, True)
-    >>> gone_on = release(stopped, actor="ann", reason="a sale", now_ms=6)
-    >>> gone_on.action, gone_on.serving.mode, gone_on.held, gone_on.released
+    >>> resumed = release(stopped, actor="ann", reason="a sale", now_ms=6)
+    >>> resumed.action, resumed.serving.mode, resumed.held, resumed.released
     ('release', 'follow', None, (90,))
-    >>> hold(gone_on, found, actor="guard", reason="a flood", now_ms=7) is gone_on
+    >>> hold(resumed, held, actor="guard", reason="a flood", now_ms=7) is resumed
     True
     """
     if control.held is not None or held.next in control.released:
@@ -467,13 +428,7 @@ def release(
 
 
 def label(control: Control, name: str, version: int | None, **decision: Unpack[Decision]) -> Control:
-    """Gives a label to a version, or removes it. Returns the same control if nothing changes.
-
-    Args:
-        control: The control to start from.
-        name: The label.
-        version: The version that gets the label; None to remove the label.
-        **decision: Who decided, why and when.
+    """Gives a label to a version, or removes the label if `version` is None. Returns the same control if nothing changes.
 
     Raises:
         UnfitVersion: The label is malformed, or there would be too many.
@@ -533,13 +488,7 @@ def erase(
 
 
 def restored(control: Control, **decision: Unpack[Decision]) -> Control:
-    """Records that a full backup was restored: a generation that changes nothing else.
-
-    >>> first = start(actor="trainer", reason="first start", now_ms=0)
-    >>> back = restored(first, actor="ann", reason="the disk was lost", now_ms=5)
-    >>> back.generation, back.action, back.epoch
-    (2, 'restore', 1)
-    """
+    """Records that a full backup was restored: a generation that changes nothing else."""
     return following(control, "restore", **decision)
 
 
@@ -549,13 +498,8 @@ def restored_without_log(control: Control, version: int | None, lost: int, **dec
     Args:
         control: The control to start from.
         version: The version to continue from; None if there was none yet.
-        lost: Click positions between the version and the histories.
+        lost: Number of clicks between the version and the histories.
         **decision: Who decided, why and when.
-
-    >>> first = start(actor="trainer", reason="first start", now_ms=0)
-    >>> back = restored_without_log(first, 40, 7, actor="ann", reason="all was lost", now_ms=5)
-    >>> back.epoch, back.base, back.plan
-    (2, 40, {'log': 'anew', 'lost': 7})
     """
     made = restored(control, **decision)
     plan = {"log": "anew", "lost": lost}

@@ -1,9 +1,8 @@
 """The registry's directory, and the object store with which a shared registry keeps it in step.
 
-A shared registry is in an object store (`state/file_store.py`), under the file names of a registry directory. Each
-host has a directory of its own. The trainer's is the origin: what it publishes is durable there first, and is pushed
-to the store in the background. All others are copies: they fetch names of versions at once, and files when they are
-read. Control is created exclusively in the store before it takes effect anywhere.
+The store has the file names of a registry directory. Each host has a directory of its own. The trainer's is the origin:
+what it publishes is durable there first, and is pushed to the store in the background. All others are copies: they
+fetch names of versions at once, and files when they are read.
 """
 
 from __future__ import annotations
@@ -59,11 +58,7 @@ def bound(path: Path) -> Binding | None:
 
 
 class Directory:
-    """A registry's directory, with a folder for temporary files, whose names carry their writer.
-
-    Args:
-        path: The directory.
-    """
+    """A registry's directory, with a folder for temporary files, whose names carry their writer."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -92,19 +87,11 @@ class Directory:
         return self.path / layout.TEMPORARY / f"{name}-{os.urandom(4).hex()}~{durable.owner_mark()}"
 
     def create(self, path: Path, data: bytes) -> bool:
-        """Creates a file durably; False if it exists.
-
-        Raises:
-            OSError: The disk refused.
-        """
+        """Creates a file durably; False if it exists."""
         return durable.create(path, data, self.temporary(path.name))
 
     def replace(self, path: Path, data: bytes) -> None:
-        """Creates or replaces a file durably.
-
-        Raises:
-            OSError: The disk refused; the old file is unchanged.
-        """
+        """Creates or replaces a file durably."""
         durable.replace(path, data, self.temporary(path.name))
 
     @property
@@ -170,9 +157,7 @@ class Directory:
         return data
 
     def keep(self, path: Path, data: bytes) -> None:
-        """Writes fetched bytes to their file in this directory, durably; an existing file is replaced.
-
-        Nothing is written if the file's folder was removed meanwhile.
+        """Replaces a file by fetched bytes, durably. Does nothing if the file's folder was removed meanwhile.
 
         Raises:
             UnusableRegistry: The disk refused.
@@ -214,10 +199,7 @@ def sharing() -> Iterator[None]:
 
 @contextmanager
 def usable(doing: str) -> Iterator[None]:
-    """Converts an error of the operating system to an error of the registry.
-
-    A file that cannot be read is not treated as damaged: nothing is set aside, and
-    nothing older replaces it.
+    """Converts an error of the operating system to an error of the registry. The file is not treated as damaged.
 
     Raises:
         UnusableRegistry: The disk is full or read-only, or permissions are missing.

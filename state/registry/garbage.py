@@ -7,8 +7,7 @@
 | `outcomes/` (shared registry: never) | neither a kept version nor control is of its epoch |
 | `tmp/` | its writer is dead, or on another machine |
 
-The newest program or spec stays because the trainer may be about to use it. Control
-is the audit log and is never deleted, nor are the users that it names (`masks/`).
+The newest program or spec stays because the trainer may be about to use it. Control and `masks/` are never deleted.
 """
 
 from __future__ import annotations

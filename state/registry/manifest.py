@@ -1,8 +1,6 @@
 """Manifests: the description of a version, and the versions that it descends from.
 
-A version is a set of files and this manifest. The manifest carries everything
-that a restart, a rollback or serving must know without reading the weights:
-the offset in the training log, the offsets of the sources, and the descent.
+A manifest has everything that a restart, a rollback or serving must know without reading the weights.
 """
 
 from __future__ import annotations
@@ -43,8 +41,7 @@ class LogRange:
         first: The offset of the first record.
         next: The offset at which the trainer continues.
         epoch: The epoch of the log at `next`, see `state/registry/log_line.py`.
-        leader_epoch: Kafka's leader epoch of the record before `next`. It shows whether the log was truncated there.
-            -1 if unknown, as in versions of 0.1.0.
+        leader_epoch: Kafka's leader epoch of the record before `next`; -1 if unknown, as in versions of 0.1.0.
     """
 
     topic: str = ""
@@ -58,11 +55,7 @@ class LogRange:
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """Digest and size that a file of a version must have.
-
-    Attributes:
-        sha256: Digest of its bytes, hexadecimal.
-        bytes: Its size.
+    """Size and SHA-256 (hexadecimal) that a file of a version must have.
 
     >>> FileEntry(durable.digest(b"12"), 2).fits(b"12"), FileEntry("", 2).fits(b"13")
     (True, False)
@@ -81,10 +74,9 @@ class Draft:
     """The part of a manifest that its author knows; the registry adds number, descent and files.
 
     Attributes:
-        kind: `base` holds the full state, `delta` what changed since the durable version `parent`. `recent` holds what
-            serving needs of what changed since `parent`, durable or not, and is not durable.
+        kind: How it is stored.
         epoch: The control's epoch in which it was trained.
-        parent: The version it continues; None for the very first.
+        parent: The version it continues, durable unless it is `recent`; None for the very first.
         log: The range of the training log since the parent.
         sources: Per source the offset after the newest row trained; duplicates are dropped by it.
         steps: Steps since the beginning of the descent.
@@ -185,11 +177,7 @@ def complete_merged(parts: Sequence[Manifest], files: Mapping[str, bytes]) -> Ma
 
 
 def entries(files: Mapping[str, bytes]) -> dict[str, FileEntry]:
-    """Digest and size of each file.
-
-    >>> entries({"a": b"12"})["a"].bytes
-    2
-    """
+    """Digest and size of each file."""
     return {name: FileEntry(durable.digest(data), len(data)) for name, data in sorted(files.items())}
 
 

@@ -65,7 +65,7 @@ def added(held: Sequence[MaskEntry], mask: Mask, last: int, generation: int) -> 
         generation: Generation of the control that sets them.
 
     >>> held = entries(Mask(times=((0, 9),)))
-    >>> [(one.id, one.times) for one in added(held, Mask(times=((0, 9), (5, 7))), 4, 3)]
+    >>> [(entry.id, entry.times) for entry in added(held, Mask(times=((0, 9), (5, 7))), 4, 3)]
     [(5, (5, 7))]
     """
     known = {(one.offsets, one.times) for one in held}
@@ -84,11 +84,7 @@ def added(held: Sequence[MaskEntry], mask: Mask, last: int, generation: int) -> 
 
 
 def joined(held: Iterable[MaskEntry], generation: int) -> Mask:
-    """Joins all of `held` into one mask.
-
-    >>> joined(entries(Mask(2, times=((0, 9),))), 5)
-    Mask(generation=5, offsets=(), times=((0, 9),), users=MaskedUsers(0), erased=Erased(0))
-    """
+    """Joins all of `held` into one mask."""
     held = tuple(held)
     if not held:
         return replace(Mask.NONE, generation=generation)

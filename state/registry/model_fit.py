@@ -1,12 +1,7 @@
 """Checks early whether the version that training continues from fits the settings, and says what to do if not.
 
-The version's manifest names the settings that it was trained with. The headers
-of its files have the shapes of its weights. Neither needs TensorFlow.
-
-`require_same_model` checks what the settings alone decide, before anything
-starts. `require_fit` checks what only a built model knows, such as the weights
-of the user's own tower, before its program is lowered. An upgrade that an
-operator requested passes both checks.
+The version's manifest names the settings that it was trained with, and the headers of its files have the shapes of its
+weights. Neither needs TensorFlow. An upgrade that an operator requested passes all checks.
 """
 
 from __future__ import annotations
@@ -45,10 +40,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def version_to_go_on_from(registry: Registry) -> Manifest | None:
-    """The newest version of control's epoch, else the epoch's base; None if it cannot be read.
-
-    A damaged version cannot be compared. The code that loads versions sets it aside.
-    """
+    """The newest version of control's epoch, else the epoch's base; None if it cannot be read."""
     try:
         control = registry.control()
         if control is None:
@@ -181,7 +173,6 @@ def require_fit(
 
 
 def _undamaged(registry: Registry, version: Manifest) -> bool:
-    """Whether the version's serving file, from which the shapes were read, is intact."""
     try:
         registry.read(version, SERVING)
     except RegistryError:

@@ -1,8 +1,6 @@
 """The privacy ledger: which periods were charged, and how much of the log may have been learned.
 
-It is not part of a version. A version that is rolled back to knows nothing of
-later releases, but people who saw them do not forget them. So the ledger only
-grows. Pure, except for `read` and `write`.
+It is not part of a version: a rollback does not undo a release, so the ledger only grows.
 """
 
 from __future__ import annotations
@@ -47,13 +45,11 @@ class PrivacyLedger(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         key: Fingerprint of the noise key.
         unit: The unit of privacy: user or example.
         periods: The charges, oldest first.
-        epsilon: The budget in the trainer's settings.
-        delta: Likewise.
-        spent: Epsilon of all charges together, at that delta.
+        epsilon: The budget in the trainer's settings, at `delta`.
+        spent: Epsilon of all charges together, at `delta`.
         held: Whether training is held, because the next charge exceeds the budget.
         source: Topic id and partition of the training log to which `through` belongs.
         through: Records before this offset may have been learned; no record from here on was.
-        format: Format of the ledger.
     """
 
     key: str
@@ -98,23 +94,15 @@ def charged(ledger: PrivacyLedger, period: PrivacyPeriod, again: bool) -> Privac
 
 
 def encode(ledger: PrivacyLedger) -> bytes:
-    """Encodes the ledger as JSON.
-
-    >>> decode(encode(PrivacyLedger("1f", "user", (PrivacyPeriod(1, 7, 8, 2.5),))), "there").periods[0].noise
-    2.5
-    """
+    """Encodes the ledger as JSON."""
     return msgspec.json.format(msgspec.json.encode(ledger, order="sorted"), indent=1) + b"\n"
 
 
 def decode(data: bytes, where: str) -> PrivacyLedger:
-    """Decodes what `encode` wrote, in this release or an earlier one.
-
-    Args:
-        data: The bytes.
-        where: Their location, for messages.
+    """Decodes a ledger of this release or an earlier one; `where` is its location, for messages.
 
     Raises:
-        RegistryError: They are damaged, or a later release wrote them.
+        RegistryError: It is damaged, or a later release wrote it.
     """
     try:
         return msgspec.convert(upgraded(msgspec.json.decode(data, type=dict[str, Any])), PrivacyLedger)
@@ -127,7 +115,7 @@ def decode(data: bytes, where: str) -> PrivacyLedger:
 def upgraded(document: dict[str, Any]) -> dict[str, Any]:
     """Upgrades a ledger's JSON values to this format.
 
-    Charges of format 1 stay spent. They have no lines and so cover nothing, because that release added other noise.
+    Charges of format 1 stay spent, but cover nothing, because that release added other noise.
 
     Raises:
         ValueError: A later release wrote it.

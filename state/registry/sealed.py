@@ -40,11 +40,6 @@ def unseal(data: bytes) -> bytes:
 
 
 def _as_kind(data: bytes, kind: type[Document]) -> Document:
-    """Decodes JSON as a type.
-
-    Raises:
-        ValueError: It is not JSON, or has another shape.
-    """
     try:
         return msgspec.json.decode(data, type=kind)
     except msgspec.MsgspecError as error:

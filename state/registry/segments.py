@@ -1,7 +1,4 @@
-"""Ranges to learn again: of the training log, to recompute a version from a base; of the clicks, after a rollback.
-
-After a rollback, the clicks from the version rolled back to, up to the last one learned before, are learned again.
-"""
+"""Ranges to learn again: of the training log, to recompute a version from a base; of the clicks, after a rollback."""
 
 from __future__ import annotations
 
@@ -164,11 +161,7 @@ ClickRanges = Mapping[Source, tuple[int, int]]
 def learned_before(registry: Registry, epoch: int) -> dict[Source, int]:
     """For each source, the first click that was not learned when `epoch` began.
 
-    If the previous epoch had not caught up, the epochs before it count too.
-
-    Args:
-        registry: Holds versions, control and outcomes.
-        epoch: Epoch of control; its versions and those of later epochs do not count.
+    If the previous epoch had not caught up, the epochs before it count too. Versions of `epoch` and later do not count.
 
     Raises:
         CorruptVersion: A control generation or an outcome fails its digest.
@@ -214,11 +207,7 @@ def clicks_in(ranges: ClickRanges) -> int:
 
 
 def to_json(ranges: ClickRanges) -> dict[str, list[int]]:
-    """Converts ranges to JSON values.
-
-    >>> from_json(to_json({Source("ab" * 16, 0): (4, 9)}))[Source("ab" * 16, 0)]
-    (4, 9)
-    """
+    """Converts ranges to JSON values."""
     return {str(source): [first, after] for source, (first, after) in sorted(ranges.items())}
 
 

@@ -68,8 +68,7 @@ class Specs:
     def bootstrapped(self, spec: str, model: Model) -> str | None:
         """The name under which a feature spec was bootstrapped with the preprocessing of `model`; None if it was not.
 
-        The first bootstrap is named by the spec's digest, as in every release. Those with another preprocessing have a
-        number appended.
+        The first bootstrap is named by the spec's digest. Those with another preprocessing have a number appended.
 
         Raises:
             CorruptVersion: A file fails its digest.
@@ -159,9 +158,7 @@ class Specs:
 
 
 def fits(about: Mapping[str, Any], model: Model) -> bool:
-    """Whether a bootstrap was done with this preprocessing and with the options that it asked for.
-
-    Its graph contains these options. Options of a ranker or a tower may change: versions record them.
+    """Whether a bootstrap was done with this preprocessing and with the options that it asked for, which its graph contains.
 
     Args:
         about: The document that the bootstrap wrote.

@@ -58,12 +58,6 @@ def upgrade(
         reason: Why.
         now_ms: Wall clock.
         answers: The version to pin serving to until the trainer has caught up; None to leave serving as it is.
-
-    >>> from state.registry.control import start
-    >>> first = start(actor="trainer", reason="first start", now_ms=0)
-    >>> on = upgrade(first, 40, {"spec": "ab"}, actor="ann", reason="wider rows", now_ms=9)
-    >>> on.epoch, on.base, on.serving.mode
-    (2, 40, 'follow')
     """
     serving = control.serving if answers is None else ServingChoice("pin", answers, then_follow=True)
     return following(
@@ -98,7 +92,7 @@ def is_accepted(registry: Registry, control: Control, settings: Settings, spec: 
     """Whether an operator accepted that these settings continue from what others learned.
 
     Raises:
-        CorruptVersion: As `pending`.
+        CorruptVersion: A manifest or a generation fails its digest.
     """
     began = pending(registry, control)
     if began is None or began.plan is None:
