@@ -34,11 +34,7 @@ SALT_OUT = "the salt is not in it: keep a copy of {path} elsewhere, without it n
 
 
 def backup(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Makes a backup, lists those of a location, or verifies one.
-
-    Raises:
-        SpringtideError: See `make`.
-    """
+    """Makes a backup, lists those of a location, or verifies one."""
     store = open_store(asked.to)
     if asked.list:
         show(store, asked, now_ms, say)
@@ -71,11 +67,7 @@ def backup(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
 
 
 def restore(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
-    """Restores a backup.
-
-    Raises:
-        SpringtideError: See `deploy.backup.restoring.restore`.
-    """
+    """Restores a backup."""
     store, progress = open_store(asked.source), Amount("written")
     found = location.read_backup(store, asked.at)
     spec = FeatureSpec.from_settings(settings).digest
@@ -114,13 +106,10 @@ def restore(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
 
 
 def later_erasures(store: FileStore, found: Backup, registry: Path | None) -> tuple[Erased, list[str]]:
-    """What is known of erasures after a backup: by the newest one there, and by a registry that was not lost.
+    """Erasures made after a backup, as known to the newest one there and to a registry that was not lost.
 
     Returns:
-        The larger of the two, and a message if the newest backup cannot be read.
-
-    Raises:
-        BackupError: `registry` is not a registry.
+        The longer list, and a message if the newest backup cannot be read.
     """
     known, messages = [Erased.NOBODY], []
     if registry is not None:
@@ -156,7 +145,6 @@ def show(store: FileStore, asked: argparse.Namespace, now_ms: int, say: Say) -> 
 
 
 def _print(asked: argparse.Namespace, document: dict[str, Any], text: str, say: Callable[[str], None]) -> None:
-    """Prints the result as text or JSON."""
     say(json.dumps(document, indent=2) if asked.output == "json" else text)
 
 
@@ -168,7 +156,7 @@ def summary(backup: Backup) -> dict[str, Any]:
 
 
 def described(backup: Backup) -> str:
-    """What is in a backup, in words."""
+    """The content of a backup, in words."""
     newest = "no version yet" if backup.version is None else f"version {backup.version}"
     return f"{newest} of {backup.versions}, control generation {backup.generation}"
 
@@ -183,11 +171,7 @@ def size(bytes: int) -> str:
 
 
 class Amount:
-    """Shows how many bytes were done, now and then.
-
-    Args:
-        verb: What was done with them.
-    """
+    """Shows now and then how many bytes were done; `verb` says how."""
 
     def __init__(self, verb: str) -> None:
         self._verb, self._bytes, self._begun_s = verb, 0, time.monotonic()

@@ -4,9 +4,8 @@
     backups/<id>.json                     document of a backup, sealed with its digest and written last
     locks/<owner>.json                    who writes here now
 
-Files are stored in pieces of at most 4 MiB, each an object named by its SHA-256. A piece that is stored already is not
-sent again. A piece is compressed; its digest is that of the uncompressed bytes, and every read verifies it. Only one
-piece is in memory at a time, whatever the file's size.
+Files are stored in pieces of at most 4 MiB, each an object named by the SHA-256 of its uncompressed bytes, which every
+read verifies. A piece that exists is not sent again. Only one piece is in memory at a time.
 """
 
 from __future__ import annotations
@@ -78,7 +77,6 @@ class Backup(msgspec.Struct, frozen=True):
         log: The position in the training log from which the trainer continues.
         positions: By shard, the next offset of each source; the shard's histories are at least that far.
         versions: How many versions are in the backup.
-        files: All files of the backup.
         left_out: Damaged parts that are not in the backup, with the reason.
         sent_bytes: How many bytes this backup added to the object store, after compression.
     """
@@ -130,11 +128,6 @@ def is_inside(path: str) -> bool:
 
 
 def _decoded(data: bytes) -> Backup:
-    """Decodes a backup's document.
-
-    Raises:
-        ValueError: The digest does not match, this release does not read the format, or a file entry is invalid.
-    """
     backup = sealed.decode(data, Backup)
     if backup.format != FORMAT:
         raise ValueError(f"it is of format {backup.format}; this release reads {FORMAT}")
@@ -232,12 +225,7 @@ def prune(store: FileStore, keep: int) -> Pruned:
 
 
 def verify(store: FileStore, backup: Backup, progress: Callable[[int], None]) -> None:
-    """Reads a whole backup and verifies every digest.
-
-    Args:
-        store: Where the backup is stored.
-        backup: The backup.
-        progress: Called with the number of bytes of each piece read.
+    """Reads a whole backup and verifies every digest; calls `progress` with the size of each piece.
 
     Raises:
         DamagedBackup: Something is missing or fails its digest; the message names it.
@@ -274,15 +262,12 @@ class Objects:
         return self._stored.issuperset(file.pieces)
 
     def keep(self, path: str, source: BinaryIO, progress: Callable[[int], None]) -> KeptFile:
-        """Stores the content of `source`, to its end.
+        """Stores the content of `source`, to its end; returns its entry in the backup.
 
         Args:
             path: Path of the file in a restored system.
             source: The content; it may be a pipe with short reads.
-            progress: Called with the number of bytes of each piece.
-
-        Returns:
-            The entry of the file in the backup.
+            progress: Called with the size of each piece.
         """
         whole, size, pieces = hashlib.sha256(), 0, []
         while piece := _next_piece(source):
@@ -351,7 +336,6 @@ def _object_name(digest: str) -> str:
 
 
 def _digests(store: FileStore) -> list[str]:
-    """The digests of all objects in a backup location."""
     return [name.rpartition("/")[2] for name in store.names(OBJECTS)]
 
 
@@ -366,8 +350,6 @@ def _damaged(what: str, store: FileStore, how: str = " fails its digest") -> Dam
 
 
 class _Lock(msgspec.Struct):
-    """The document of a lock: host, pid and start time of its holder, and the time of its last refresh."""
-
     owner: str
     at_ms: int
 
@@ -375,15 +357,12 @@ class _Lock(msgspec.Struct):
 class Lease:
     """Context manager that holds the lock of a backup location: only one process makes a backup there or prunes.
 
-    Without it, a prune could remove objects that a backup in progress relies on.
-
     1. The writer creates a file under `locks/` with its identity and the time of its last refresh.
     2. If it then sees another lock, it removes its own and gives up. Of two writers at once both may give up, but at
        least one does.
 
-    A dead writer on this machine is recognised by its process id, one on another machine by its silence. Before a
-    backup becomes valid, its writer checks that it still holds its lock. If a writer was suspended for long, its lock
-    has been removed and the backup must be repeated.
+    A dead writer on this machine is recognised by its process id, one on another machine by its silence. Before a backup
+    becomes valid, its writer checks that it still holds its lock.
 
     Args:
         store: The backup location.

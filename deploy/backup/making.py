@@ -1,24 +1,17 @@
 """Makes a backup of a running system.
 
 1. Lock the backup location, so that nobody prunes it meanwhile.
-2. Copy the histories of each shard with their positions, each from one moment; then the files next
-   to them.
+2. Copy the histories of each shard with their positions, each from one moment; then the files next to them.
 3. Copy control, and the versions that exist under it.
-4. If this machine serves, copy serving's notes next to its histories. Upload the pieces that the
-   location lacks.
-5. Write the backup document, which makes the backup valid. After a crash before this step there is
-   no backup, but the pieces already uploaded are not sent again.
+4. If this machine serves, copy serving's notes next to its histories. Only missing pieces are sent.
+5. Write the backup document, which makes the backup valid.
 
-Histories come before control. After an outage, a stream also meets control that is newer than its
-histories, and it rolls back where it must. The trainer's position in its log and the stream's
-position in the clicks come from different moments. Both continue from those positions in Kafka, and
-repeated rows are trimmed by position.
+Histories come before control, because a stream rolls back where it meets control that is newer than its histories.
+Trainer and stream continue in Kafka from their own positions, and repeated rows are trimmed by position.
 
-`cut` selects what of a registry is copied: one consistent cut, while trainer, compactor and operator
-continue. Versions are immutable directories. They appear and disappear by one rename, and a version is
-removed only before the versions that it depends on. If every listed directory still exists once the
-list is complete, they all existed at one moment: the cut. Control is read before and after. Files of a
-later control generation are not in the cut.
+`cut` selects one consistent cut of the registry. Versions are immutable directories that appear and disappear by one
+rename, and a version is removed only before the versions that it depends on. If every listed directory still exists
+once the list is complete, they all existed at one moment: the cut.
 """
 
 from __future__ import annotations
@@ -61,10 +54,10 @@ _LEFT_ALONE = (*DURABLE, layout.RECENT, layout.TEMPORARY, layout.ERASURES)
 
 
 class Scope(NamedTuple):
-    """What is asked for.
+    """The parts to back up.
 
     Attributes:
-        with_salt: Also the secret of the pseudonyms.
+        with_salt: Include the secret of the pseudonyms.
         newest_only: Only the versions from which the trainer continues and those that control names.
     """
 
@@ -104,9 +97,9 @@ def make(settings: Settings, store: FileStore, scope: Scope, now_ms: int, progre
     """Makes a backup.
 
     Args:
-        settings: Of the system.
+        settings: All settings.
         store: Destination of the backup.
-        scope: What of it.
+        scope: The parts to back up.
         now_ms: Wall clock.
         progress: Called repeatedly with the number of bytes copied.
 
@@ -162,15 +155,13 @@ def make(settings: Settings, store: FileStore, scope: Scope, now_ms: int, progre
 
 
 def release() -> str:
-    """Of Springtide; empty where it runs from its source and is not installed."""
+    """The release of Springtide; empty where it runs from its source and is not installed."""
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version("springtide")
     return ""
 
 
 class _Making:
-    """One backup on its way."""
-
     def __init__(self, settings: Settings, store: FileStore, lease: Lease, progress: Callable[[int], None]) -> None:
         self._settings, self._lease, self._report = settings, lease, progress
         self._objects = Objects(store)
@@ -187,7 +178,6 @@ class _Making:
 
         Raises:
             CorruptStore: A power cut may have damaged them.
-            StoreError: They cannot be read.
         """
         mark, folder = clean_mark.read(path / layout.MARK), path.parent
         if mark is not None and not mark.trusts(clean_mark.boot_id()):
@@ -232,12 +222,7 @@ class _Making:
             store.close()
 
     def registry(self, newest_only: bool) -> tuple[RegistryCut, list[KeptFile]]:
-        """Copies one moment of the registry; files that the compactor removed meanwhile are looked up again.
-
-        Raises:
-            BackupError: It never holds still.
-            RegistryError: It cannot be read.
-        """
+        """Copies one moment of the registry; starts again where the compactor removed a file meanwhile."""
         registry = Registry(self._settings.registry_dir)
         for _ in range(TRIES):
             found = cut(registry, newest_only)
@@ -272,12 +257,6 @@ class _Making:
         return [*kept, self.whole(f"{layout.REGISTRY}/{folder}/{MANIFEST}", path / folder / MANIFEST)]
 
     def whole(self, name: str, path: Path) -> KeptFile:
-        """Keeps a file.
-
-        Raises:
-            FileNotFoundError: It is gone.
-            BackupError: It cannot be read.
-        """
         with usable(str(path), "be read"), path.open("rb", buffering=0) as source:
             made = self._objects.keep(name, source, self._progress)
         self._known[made.sha256] = made
@@ -371,7 +350,7 @@ def cut(registry: Registry, newest_only: bool = False) -> RegistryCut:
 
 
 def list_folders(path: Path) -> list[str]:
-    """Lists the directories of durable versions, relative to the registry at `path`; quarantined ones are left out."""
+    """The directories of durable versions, relative to the registry at `path`; quarantined ones are left out."""
     with usable(str(path), "be listed"):
         return sorted(
             f"{folder}/{one.name}"
@@ -383,7 +362,7 @@ def list_folders(path: Path) -> list[str]:
 
 
 def list_files(path: Path, generation: int) -> tuple[str, ...]:
-    """Lists all other files, relative to the registry at `path`; control files only up to `generation`."""
+    """All other files, relative to the registry at `path`; control files only up to `generation`."""
     with usable(str(path), "be listed"):
         found = [
             one
@@ -398,14 +377,11 @@ def list_files(path: Path, generation: int) -> tuple[str, ...]:
 
 
 def chain_of(parts: Mapping[str, Manifest], version: int) -> set[str] | None:
-    """Returns the directories in `parts` that make up a version, as a registry with only these parts would read it.
+    """The directories in `parts` that make up a version, as a registry with only these parts would read it; None if one is missing.
 
     Args:
         parts: Directories of versions, with their manifests.
         version: The version.
-
-    Returns:
-        The directories; None if one is missing.
     """
     bases = {one.version: name for name, one in parts.items() if one.kind == "base"}
     deltas: dict[int, str] = {}
@@ -453,7 +429,7 @@ def _manifests(path: Path, folders: Collection[str], control: Control) -> tuple[
 
 
 def _needed(parts: Mapping[str, Manifest], control: Control) -> set[str]:
-    """Returns the existing directories of the versions that the trainer needs to continue and that control names."""
+    """The existing directories of the versions that the trainer needs to continue and that control names."""
     newest = newest_whole(parts, control)
     wanted = named(control) if newest is None else named(control) | {newest.version}
     return set().union(*(chain_of(parts, one) or () for one in wanted))

@@ -1,8 +1,7 @@
 """The journal of a replay: its progress on disk, from which a second run continues.
 
-There is one small file per recording, topic and options. It is written before each piece is sent, and stores what is
-acknowledged, what is in flight, and the positions from which to look for it. After a kill, the next run searches the
-topic for the piece in flight, so that the piece is neither lost nor sent twice. The file contains numbers but no click.
+There is one small file per recording, topic and options. It is written before each piece is sent. After a kill, the
+next run searches the topic for the piece in flight, so that the piece is neither lost nor sent twice.
 """
 
 from __future__ import annotations
@@ -38,7 +37,6 @@ class Position:
         refused: By reason, the rows so far that become dead letters in the stream.
         unsendable: Rows so far that are too large for a record.
         complete: Whether the recording has ended.
-        format: Of the file.
     """
 
     now_ms: int
@@ -53,31 +51,23 @@ class Position:
     format: Literal[1] = 1
 
     def after(self, hand: Hand, ends: Mapping[int, int]) -> Position:
-        """Returns the position once the piece in flight has arrived."""
+        """The position once the piece in flight has arrived."""
         return replace(self, acknowledged=self.sending, hand=hand, ends=dict(ends))
 
 
 def key_of(identity: Mapping[str, Any]) -> str:
-    """Returns the key of a recording with its options: 16 hexadecimal digits.
-
-    >>> key_of({"files": ["ab"], "sort": "memory"}) == key_of({"sort": "memory", "files": ["ab"]})
-    True
-    """
+    """The key of a recording with its options: 16 hexadecimal digits."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
 class ReplayJournal:
-    """The position of one replay, on disk. For one process at a time: hold a lock on `folder`.
-
-    Args:
-        folder: Its directory; it must exist.
-    """
+    """The position of one replay, on disk. For one process at a time: hold a lock on `folder`, which must exist."""
 
     def __init__(self, folder: Path) -> None:
         self._path = folder / FILE
 
     def read(self) -> Position | None:
-        """Returns the stored position; None if there is none.
+        """The stored position; None if there is none.
 
         Raises:
             CorruptStore: The file cannot be read, or another release wrote it.
@@ -102,7 +92,7 @@ class ReplayJournal:
 
 
 def folder_of(state_dir: Path, key: str) -> Path:
-    """Returns the journal's directory; creates it if it is missing."""
+    """The journal's directory; creates it if it is missing."""
     folder = state_dir / layout.REPLAY / key
     folder.mkdir(parents=True, exist_ok=True)
     return folder

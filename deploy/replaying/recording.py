@@ -2,11 +2,8 @@
 
     read -> encode -> order -> stamp -> (wait) -> judge -> journal -> send -> acknowledged
 
-A journal records the progress, so that a replay that was interrupted continues where it stopped.
-
-Every row of the files ends up in the topic, where the stream makes it a click or a dead letter. A
-row that no record can hold is counted and named here instead. A dry run takes the same steps up to
-the judgement of each row.
+Every row of the files ends up in the topic, where the stream makes it a click or a dead letter. A row that no record can
+hold is counted and named here instead. A dry run takes the same steps up to the judgement of each row.
 """
 
 from __future__ import annotations
@@ -80,7 +77,7 @@ class Options:
 
 @dataclass(frozen=True)
 class RecordingSource:
-    """What is replayed, and how.
+    """A recording, and how it is replayed.
 
     Attributes:
         recording: The files.
@@ -125,11 +122,7 @@ def _behind(chunks: Iterator[EncodedRows], done: int) -> Iterator[EncodedRows]:
 
 
 class Judge:
-    """Determines which records will be dead letters, with the parser that the stream runs.
-
-    Args:
-        events: The section `[events]`.
-    """
+    """Determines which records will be dead letters, with the parser that the stream runs."""
 
     def __init__(self, events: Events) -> None:
         # Whether a record is refused does not depend on the salt, and no parsed data is kept.
@@ -212,10 +205,10 @@ class Walk:
 
     Args:
         source: The recording; if its times are rebased, the newest time is found before the first row.
-        position: Rows before it are passed over.
+        position: Rows before it are skipped.
 
     Attributes:
-        chunks: The rows that are left, in send order.
+        chunks: The remaining rows, in send order.
         total: Rows of the recording; None if they are not counted yet.
         clock: Computes the times.
         stray: Which rows are excluded from finding the newest time; empty without any.
@@ -281,12 +274,12 @@ class Walk:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run did.
+    """The result of one run.
 
     Attributes:
         sent: Rows of this run.
         late: Of these, those after a row of a later time.
-        total: Rows of the recording, where they are known.
+        total: Rows of the recording; None if they are not counted.
         position: Progress of the replay.
     """
 
@@ -318,10 +311,8 @@ class Destination(Protocol):
 class Replay:
     """Sends a recording from the journal's position to its end, `options.limit` or `stopped`.
 
-    1. Look up in the topic the piece that was in flight when the last run ended,
-       and send the part that did not arrive.
-    2. For each piece: record it in the journal, send it, and wait until all of it
-       is acknowledged.
+    1. Look up in the topic the piece that was in flight when the last run ended, and send the part that did not arrive.
+    2. For each piece: record it in the journal, send it, and wait until all of it is acknowledged.
 
     Args:
         source: The recording.
@@ -449,7 +440,7 @@ class Replay:
 
 @dataclass
 class Findings:
-    """What a replay would send.
+    """The result of a dry run.
 
     Attributes:
         rows: Rows read.
@@ -496,11 +487,11 @@ class Findings:
 
 
 def try_out(source: RecordingSource, now_ms: int) -> Findings:
-    """Does what a replay that began at `now_ms` would do, from the first row on, but sends nothing.
+    """Takes all steps of a replay that began at `now_ms`, but sends nothing.
 
     Raises:
         SettingsError: None of the first rows is a click, or they do not fit into memory.
-        UnreadableRecording: A file is cut or damaged.
+        UnreadableRecording: A file is truncated or damaged.
     """
     hand = Hand(NO_TIME, float(now_ms))
     walk = Walk(source, Position(now_ms, NO_TIME, 0, 0, hand, {}, {}))
@@ -528,18 +519,16 @@ def _wider(span: tuple[int, int], at_ms: int) -> tuple[int, int]:
 
 
 def check(recording: Recording, events: Events, latest_ms: int) -> None:
-    """Opens each file, and reads on in them until a row is a click.
-
-    Times are not compared with today here: that depends on how they are moved.
+    """Opens each file, and reads on in them until a row is a click. Times are not compared with today here.
 
     Args:
         recording: The files.
         events: How their columns are fields.
-        latest_ms: Later times are none.
+        latest_ms: A later time counts as none.
 
     Raises:
         SettingsError: A field is no column of a file, or none of the first rows is a click.
-        UnreadableRecording: A file is cut or damaged.
+        UnreadableRecording: A file is truncated or damaged.
     """
     fields = mapped_fields(events)
     for number in range(len(recording.files)):

@@ -47,13 +47,7 @@ MEMORY_SHARE = 0.7
 
 @dataclass(frozen=True)
 class RecordedFile:
-    """A file of clicks.
-
-    Attributes:
-        path: Path of the file.
-        format: csv, json or parquet.
-        delimiter: Delimiter of a CSV file.
-    """
+    """A file of clicks: its path, its format (csv, json or parquet), and the delimiter of a CSV file."""
 
     path: Path
     format: str
@@ -121,7 +115,7 @@ class Recording:
 
 
 def _opened(path: Path) -> BinaryIO:
-    """Opens a file decompressed. Unlike the gzip and zstandard readers, it refuses a cut file and reads all frames."""
+    """Opens a file decompressed. Unlike the gzip and zstandard readers, it refuses a truncated file and reads all frames."""
     return cast(BinaryIO, io.BufferedReader(pa.input_stream(str(path), compression="detect"), BUFFER_BYTES))
 
 
@@ -160,9 +154,6 @@ def _described(path: Path, format: str, delimiter: str) -> RecordedFile:
 
 def constants_of(written: Sequence[str], events: Events) -> dict[str, str]:
     """Parses constants written as `field=value`.
-
-    >>> constants_of(["action=view"], Events())
-    {'action': 'view'}
 
     Raises:
         SettingsError: A constant is malformed, or names a field that `[events]` does not have.
@@ -205,12 +196,7 @@ def refuse_beyond_memory(recording: Recording, available: int) -> None:
 
 
 def add_file_arguments(parser: argparse.ArgumentParser, about: str) -> None:
-    """Adds `FILE...` and the options for reading the files.
-
-    Args:
-        parser: The parser to extend.
-        about: What the command does with the rows, one or two sentences for its help.
-    """
+    """Adds `FILE...` and the options for reading the files; `about` tells in the help what the command does with the rows."""
     parser.add_argument(
         "files", nargs="*", metavar="FILE", help="files or globs: CSV, JSON lines or Parquet; .gz, .zst"
     )
@@ -237,12 +223,7 @@ def add_file_arguments(parser: argparse.ArgumentParser, about: str) -> None:
 
 
 def add_format_arguments(parser: argparse._ActionsContainer, of: str = "") -> None:
-    """Adds the options for the format of the files.
-
-    Args:
-        parser: The parser, or a group of its options.
-        of: Text for the help that says which files `--columns` applies to; empty for all.
-    """
+    """Adds the options for the format of the files; `of` tells in the help which files `--columns` applies to."""
     parser.add_argument(
         "--format", choices=FORMATS, default="", help="format of all files (default: from the name of each file)"
     )

@@ -108,7 +108,6 @@ def _named(stream: BinaryIO, where: str, columns: Sequence[str], delimiter: str)
 
 
 def _no_column(where: str, missing: str, names: Sequence[str]) -> str:
-    """The message for a missing column."""
     near = nearest(missing, dict.fromkeys(names or ["none"]))
     return f"{where}: no column {missing!r} (the nearest is {near!r}); it has {', '.join(names[:30])}"
 
@@ -223,7 +222,6 @@ def _json_chunk(
 
 
 def _chunks(items: Iterator[Any], count: int) -> Iterator[list[Any]]:
-    """Groups items into lists of at most `count`."""
     chunk: list[Any] = []
     for item in items:
         chunk.append(item)

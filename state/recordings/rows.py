@@ -1,9 +1,8 @@
-"""Encodes rows of a recording as records of the topic: JSON objects with the field names of `[events]`.
+"""Encodes rows of a recording as records of the topic: JSON objects with the field names of `[events]`. Pure.
 
-The time of a row is added when it is sent, since a replay shifts it. Rows that
-cannot be clicks are not dropped. A row with wrong fields is sent with them, and
-a row that cannot be split into fields is sent as its text. The stream's parser
-turns each into a dead letter. Pure.
+The time of a row is added when it is sent, since a replay shifts it. Rows that cannot be clicks are not dropped: a row
+with wrong fields is sent with them, and a row that cannot be split into fields is sent as its text. The stream's parser
+turns each into a dead letter.
 """
 
 from __future__ import annotations

@@ -50,7 +50,7 @@ def free_bytes(folder: Path) -> int:
 
 
 def disk_bytes(folder: Path) -> int:
-    """The bytes of the disk where `folder` is or will be.
+    """The size of the disk where `folder` is or will be.
 
     Raises:
         OSError: The disk cannot be queried.
@@ -92,13 +92,7 @@ class PartUse:
 
 
 def offer(collected: CollectorRegistry, settings: Settings, parts: Iterable[str]) -> StorageMetrics:
-    """Exports used bytes, limit and disk of the parts that this process owns.
-
-    Args:
-        collected: The metrics of this process.
-        settings: The effective settings.
-        parts: Names of parts in `state.storage.shares`.
-    """
+    """Exports used bytes, limit and disk of the parts that this process owns."""
     metrics = StorageMetrics(collected)
     for part in parts:
         folders = [settings.stream_dir] if part == shares.STREAM else shares.folders(settings, part)

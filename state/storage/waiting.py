@@ -36,11 +36,7 @@ def is_full(error: BaseException) -> bool:
 
 @contextmanager
 def unless_full(say: Callable[[str], object]) -> Iterator[None]:
-    """Ends the block quietly if the disk is full, and reports that. The caller has to notice and retry.
-
-    Args:
-        say: Called with the error and what to do about it.
-    """
+    """Ends the block quietly if the disk is full, and reports the error by `say`. The caller has to notice and retry."""
     try:
         yield
     except (StoreError, RegistryError, OSError) as error:
@@ -75,11 +71,7 @@ class Room:
         return self._waits
 
     def wait_for(self, act: Callable[[], Done], what: str) -> Done:
-        """Retries `act` while there is no disk space. A refused `act` must have changed nothing.
-
-        Args:
-            act: The action that needs space.
-            what: Name of the waiting activity, for the log.
+        """Retries `act` while there is no disk space. A refused `act` must have changed nothing; `what` names it in the log.
 
         Raises:
             StoreFull, UnusableRegistry, OSError: There is no space, and the wait is to end.

@@ -3,9 +3,8 @@
     signature raw     the program's own inputs, as in serving
     signature device  row indices instead of rows: an input `<name>_at` (int32) for each of `<name>`
 
-An index is a line of a list in the same file. The lists are a ZIP archive after
-the program, which is where TensorFlow Lite keeps associated files: `unzip` and
-every ZIP library read it, and LiteRT ignores it.
+An index is a line of a list in the same file. The lists are a ZIP archive after the program, where TensorFlow Lite keeps
+associated files. LiteRT ignores it.
 
     rows/<table>.txt   line n is the id at index n, 16 hexadecimal digits; index 0, "-", stands for every other id
     version.json       the version, its feature spec and context fields
@@ -127,11 +126,7 @@ def with_lists(program: bytes, rows: Mapping[str, ChosenRows], about: Mapping[st
 
 
 class DeviceProgram:
-    """Runs a device's file as the device does.
-
-    Args:
-        content: The content of the file.
-    """
+    """Runs the content of a device's file as the device does."""
 
     def __init__(self, content: bytes) -> None:
         from ai_edge_litert.interpreter import Interpreter

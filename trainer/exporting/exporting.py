@@ -1,8 +1,8 @@
 """Exports a version: writes it, compares it with serving's program on rows of the training log, and reports the result.
 
 1. The version is loaded into a trainer, as a restart would.
-2. A sample of serving's inputs is made of the latest records that the version learned, by the tables of the restored
-   trainer. If the log is unreachable, made-up rows are used.
+2. A sample of serving's inputs is made of the latest records that the version learned, or of made-up rows if the log is
+   unreachable.
 3. The SavedModel, or the device's file, is written and loaded as its user loads it. Its outputs are compared with those
    of the version's program on the same rows: by probabilities, and by which candidate comes first.
 """
@@ -59,11 +59,7 @@ Say = Callable[[str], None]
 
 
 class Replayed:
-    """The rows of some micro-batches as inputs of serving's program.
-
-    Args:
-        trainer: Restored to the version.
-        batches: One or more.
+    """The rows of one or more micro-batches as inputs of serving's program.
 
     Attributes:
         ids: By name, as a record has them.
@@ -94,7 +90,7 @@ class Replayed:
         }
 
     def _crosses(self, pairs: Values) -> F32:
-        """`[n]` float32: what the crosses of pairs add up to."""
+        """`[n]` float32: the sum of the crosses of each pair."""
         table, crosses = self._trainer.tables[CROSS], self._trainer.crosses
         assert isinstance(table, Table)
         ids = crosses.ids(pairs)
@@ -152,7 +148,7 @@ class Agreement(NamedTuple):
     """How far the outputs of two programs agree.
 
     Attributes:
-        rows: Compared.
+        rows: Number of rows compared.
         outputs: The largest difference of any output, relative to 1 + the other's value.
         probability: The largest difference of an interest's or an engagement's probability.
         first: Share of rows in which the same category is the most probable.
@@ -165,12 +161,7 @@ class Agreement(NamedTuple):
 
 
 def agreement(ours: Outputs, theirs: Outputs) -> Agreement:
-    """Compares outputs of n rows.
-
-    Args:
-        ours: Of the program under test.
-        theirs: Of the reference program, by the same names.
-    """
+    """Compares the outputs of the program under test with those of the reference program on the same rows."""
     interests = [_softmax(np.concatenate([one[name] for name in LOGITS], 1)) for one in (ours, theirs)]
     engagement = [1 / (1 + np.exp(-one["engagement_logit"].astype(np.float64))) for one in (ours, theirs)]
     apart = [np.abs(one[0] - one[1]).max() for one in (interests, engagement)]
@@ -189,13 +180,7 @@ def _softmax(logits: F32) -> npt.NDArray[np.float64]:
 
 
 def median_us(call: Callable[[int], object], rows: int, elapsed: Callable[[], float]) -> float:
-    """Median microseconds of `call(row)`, one row after another.
-
-    Args:
-        call: Answers one row.
-        rows: How many there are.
-        elapsed: Monotonic seconds.
-    """
+    """Median microseconds of `call(row)`, one row after another."""
     took = []
     for count in range(TIMED):
         began_s = elapsed()
@@ -205,13 +190,7 @@ def median_us(call: Callable[[int], object], rows: int, elapsed: Callable[[], fl
 
 
 def one_row(inputs: Mapping[str, npt.NDArray[Any]], fixed: frozenset[str], row: int) -> dict[str, npt.NDArray[Any]]:
-    """The inputs of one row alone.
-
-    Args:
-        inputs: By name, of n rows.
-        fixed: Names of inputs that all rows share.
-        row: The row's number.
-    """
+    """The inputs of one row alone; those in `fixed` are shared by all rows."""
     return {name: value if name in fixed else value[row : row + 1] for name, value in inputs.items()}
 
 
@@ -222,8 +201,8 @@ class Compared(NamedTuple):
         trainer: Restored to the version.
         version: Its manifest.
         program: What serving runs, with its weights.
-        inputs: Of the sample, by name.
-        ids: Likewise; None for made-up rows.
+        inputs: The sample's inputs by name.
+        ids: The sample's ids by name; None for made-up rows.
         of: A description of the sample.
     """
 
@@ -242,14 +221,7 @@ class Compared(NamedTuple):
 
 
 def load(registry: Registry, number: int, trainer: Trainer, spec: str, log: Log) -> Compared:
-    """Loads the version, and makes a sample for it.
-
-    Args:
-        registry: Is only read.
-        number: Of the version.
-        trainer: Is cleared first.
-        spec: Digest of the feature spec of the settings.
-        log: The log with the training log.
+    """Loads the version into `trainer`, and makes a sample for it.
 
     Raises:
         SpringtideError: The version cannot be loaded with these settings.
@@ -269,13 +241,7 @@ def load(registry: Registry, number: int, trainer: Trainer, spec: str, log: Log)
 
 
 def export_saved_model(of: Compared, folder: Path, say: Say, known: KnownAnswers | None = None) -> Path:
-    """Writes a SavedModel; returns its directory.
-
-    Args:
-        of: The version, and what to compare on.
-        folder: Of all versions.
-        say: Takes lines.
-        known: Answers by id; None for none.
+    """Writes a SavedModel into the directory of all versions; returns its path.
 
     Raises:
         ProgramError: Its outputs differ from serving's; it is not stored.
@@ -304,11 +270,11 @@ def export_device_file(of: Compared, path: Path, users: Sequence[int], most: int
 
     Args:
         of: The version, and what to compare on.
-        path: Of the file.
+        path: Path of the file.
         users: Pseudonyms, in the order of their places.
-        most: Rows of any other table.
+        most: The most rows of any other table.
         quantize: How constants are kept.
-        say: Takes lines.
+        say: Called with each line of the report.
 
     Raises:
         ProgramError: The model does not lower.

@@ -1,9 +1,8 @@
 """The signature `serving_default` of a SavedModel: serving's answers about named users and items at one moment.
 
-The model holds answers only; histories and the salt of the users' pseudonyms are
-not exported. `deploy/serving/answers/known_answers.py` asks serving for the answers and
-writes them. Any other user gets the answer for an unknown user. Requests that the
-model cannot answer (another time, an item or a category that was not named) fail.
+The model holds answers only; histories and the salt of the users' pseudonyms are not exported.
+`deploy/serving/answers/known_answers.py` asks serving for the answers and writes them. Any other user gets the answer
+for an unknown user. Requests that the model cannot answer (another time, an item or a category that was not named) fail.
 """
 
 from __future__ import annotations

@@ -115,12 +115,7 @@ def sweep(folder: Path) -> None:
 
 
 def keep_newest(folder: Path, count: int) -> list[int]:
-    """Removes all versions but the newest, each by one rename; returns the removed ones.
-
-    Args:
-        folder: The directory of all versions.
-        count: How many to keep.
-    """
+    """Removes all versions but the newest `count`, each by one rename; returns the removed ones."""
     numbers = sorted((int(path.name) for path in folder.iterdir() if path.name.isdigit()), reverse=True)
     for number in numbers[count:]:
         remove(folder / str(number))
@@ -128,11 +123,7 @@ def keep_newest(folder: Path, count: int) -> list[int]:
 
 
 class Exported:
-    """An exported version, loaded by TensorFlow.
-
-    Args:
-        path: Its directory.
-    """
+    """An exported version, loaded by TensorFlow from its directory."""
 
     def __init__(self, path: Path) -> None:
         # A signature function does not keep its model alive, so a reference is held here.

@@ -1,8 +1,7 @@
-"""Decides what another model, feature spec or release carries over from a version, and what starts from scratch.
+"""Decides what another model, feature spec or release carries over from a version, and what starts from scratch. Pure.
 
-A table is carried over if it keeps its name and width, a dense weight if it keeps its
-name and shape; the optimizer's slots follow it. Counters, metrics, popular categories
-and transition counts are facts of the log and are always carried over. Pure functions.
+A table is carried over if it keeps its name and width, a dense weight if it keeps its name and shape; the optimizer's
+slots follow it. Counters, metrics, popular categories and transition counts are facts of the log and always carried over.
 """
 
 from __future__ import annotations
@@ -26,7 +25,6 @@ class CarriedTable:
     """A table before and after.
 
     Attributes:
-        name: Its name.
         rows: The number of its rows in the version.
         was: Their width; None if the version has no such table.
         now: Their width now; None if the model reads no such table.
@@ -57,7 +55,6 @@ class CarriedWeight:
     """A dense weight before and after.
 
     Attributes:
-        name: Its name.
         was: Its shape; None if the version has none.
         now: Its shape now; None if the model has none.
     """

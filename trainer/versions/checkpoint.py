@@ -1,8 +1,4 @@
-"""Copies a trainer's state for a version, and restores a trainer from a version with the same bits.
-
-The step thread copies the changes, which takes a few milliseconds. The background
-thread encodes, digests and writes them, see `trainer/versions/publisher.py`.
-"""
+"""Copies a trainer's state for a version, and restores a trainer from a version with the same bits."""
 
 from __future__ import annotations
 
@@ -68,21 +64,12 @@ def digest(trainer: Trainer) -> str:
 
 
 def restore(versions: Registry, version: int, trainer: Trainer, spec: str) -> Manifest:
-    """Restores `trainer` to the state that published `version`, whatever its state and table layout were before.
-
-    Args:
-        versions: Where the version is stored.
-        version: Its number.
-        trainer: Is cleared first.
-        spec: Digest of the trainer's feature spec.
-
-    Returns:
-        The manifest of the version.
+    """Restores `trainer` to the state that published `version`, whatever its state was before; returns the version's manifest.
 
     Raises:
         UnknownVersion: A part of its chain is not kept.
         CorruptVersion: A file of its chain fails its digest.
-        SpecMismatch: It was trained on other features.
+        SpecMismatch: It was trained on other features than those of digest `spec`.
         SettingsError: It is of another model.
     """
     base, deltas = versions.chain(version)
@@ -133,12 +120,7 @@ def load(trainer: Trainer, tensors: content.Tensors) -> None:
 
 
 def begin(trainer: Trainer, about: Mapping[str, Any]) -> None:
-    """Makes `trainer` an untrained one that knows the popular labels of the bootstrap.
-
-    Args:
-        trainer: Is cleared first.
-        about: What the bootstrap wrote about the feature spec.
-    """
+    """Makes `trainer` an untrained one that knows the popular labels of the bootstrap, whose document is `about`."""
     trainer.clear()
     popular = sorted((int(label, 16), int(clicks)) for label, clicks in about["popular"])
     # The bootstrap's counts have no noise, so they are not used with a privacy budget.

@@ -18,11 +18,7 @@ WAITING, NO_ROWS = "state.churn.waiting.", "state.churn.waiting.counts"
 
 
 class CrossedIds:
-    """The items, categories and context values of versions, which may occur in a cross with a user.
-
-    Args:
-        crosses: With the columns of the settings.
-    """
+    """The items, categories and context values of versions, which may occur in a cross with a user."""
 
     def __init__(self, crosses: Crosses) -> None:
         self._crosses = crosses
@@ -47,13 +43,7 @@ class CrossedIds:
 
 
 def without(tensors: Tensors, users: MaskedUsers, known: CrossedIds) -> dict[str, Array]:
-    """Removes users from the tensors of a base, or of a delta from before their erasure.
-
-    Args:
-        tensors: Of every file.
-        users: The erased users.
-        known: Must have seen these tensors.
-    """
+    """Removes users from the tensors of a base, or of a delta from before their erasure. `known` must have seen these tensors."""
     found = dict(tensors)
     for table, gone in _named(tensors, users, known):
         keep = ~np.isin(tensors[f"{table}.ids"], gone)

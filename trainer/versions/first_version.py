@@ -1,12 +1,9 @@
 """Prepares a trainer for the beginning of an epoch, and builds what the epoch's first version holds.
 
 An epoch continues from its base bit for bit, or an upgrade carries the base over into another model, or the trainer
-starts from scratch.
-
-To promote an experiment, `take_over` gives the live trainer the state of its trainer at the last version. The first
-version of the epoch is then a delta of the live version that the epoch begins from, as for any upgrade. It has
-everything that the experiment learned, and removes all rows that only the live version had. So readers of versions need
-no knowledge of experiments.
+starts from scratch. To promote an experiment, the live trainer takes over the state of the experiment's trainer. The
+epoch's first version is then a delta of the live version that the epoch begins from, so readers of versions need no
+knowledge of experiments.
 """
 
 from __future__ import annotations
@@ -40,11 +37,11 @@ logger = logging.getLogger(__name__)
 def take_over(
     live: Registry, plan: Mapping[str, Any], version: int, trainer: Trainer, spec: str
 ) -> tuple[Manifest, dict[str, Array]]:
-    """Makes `trainer` the one that published the experiment's version.
+    """Restores `trainer` to the experiment's version, as the start of an epoch that begins from the live `version`.
 
     Args:
         live: The live registry.
-        plan: Of the generation that began the epoch.
+        plan: The plan of the generation that began the epoch.
         version: The live version that the epoch begins from.
         trainer: Is cleared first.
         spec: Digest of its feature spec.
@@ -107,7 +104,7 @@ class CarriedOver(NamedTuple):
     """A version that a trainer of another model continues from.
 
     Attributes:
-        manifest: Of that version.
+        manifest: Its manifest.
         planned: Which parts are carried over and which are not.
         changes: The content of the first version besides the carried parts, as `content.encode` takes it.
     """
@@ -119,11 +116,6 @@ class CarriedOver(NamedTuple):
 
 def carry_over(versions: Registry, version: int, trainer: Trainer) -> CarriedOver:
     """Loads the fitting parts of `version` into `trainer`; the rest is initialised.
-
-    Args:
-        versions: The registry of the version.
-        version: Its number.
-        trainer: Is cleared first.
 
     Raises:
         UnknownVersion: A part of its chain is not kept.
@@ -174,11 +166,6 @@ def _without_lost_log(registry: Registry, control: Control, version: Manifest) -
 
 
 def nothing_learned(trainer: Trainer, about: Mapping[str, Any]) -> dict[str, content.Array]:
-    """Clears everything that `trainer` has learned; returns what the first base holds.
-
-    Args:
-        trainer: Is cleared first.
-        about: What the bootstrap wrote about the feature spec.
-    """
+    """Clears everything that `trainer` has learned; returns what the first base holds."""
     checkpoint.begin(trainer, about)
     return checkpoint.full(trainer)

@@ -54,7 +54,7 @@ def preprocessing_of(transform: Path) -> Callable[[Any], Any]:
 
 
 def lower(ranker: Ranker) -> bytes:
-    """The LiteRT program of `ranker`. The ranker's weights are unchanged afterwards.
+    """The LiteRT program of `ranker`.
 
     Raises:
         ProgramError: An operation has no LiteRT counterpart; the message names it.
@@ -168,8 +168,8 @@ def program_of(
 ) -> str:
     """The name of the ranker's program in the registry.
 
-    Lowering takes seconds of each start. So the program of `version` is used again if that version was trained with this
-    feature spec and in this environment, and if the program still computes the ranker's outputs.
+    Lowering takes seconds. So the program of `version` is used again if that version was trained with this feature spec and
+    in this environment, and if the program still computes the ranker's outputs.
 
     Args:
         registry: Where the program is stored.

@@ -20,12 +20,7 @@ from trainer.versions import content
 
 @dataclass(frozen=True)
 class Saving:
-    """The data that makes a version durable.
-
-    Attributes:
-        draft: Its draft, relative to the previous durable version.
-        tensors: The changes since that version.
-    """
+    """The data that makes a version durable: its draft relative to the previous durable version, and the changes since then."""
 
     draft: Draft
     tensors: content.Tensors
@@ -34,8 +29,8 @@ class Saving:
 class Publisher:
     """A thread that encodes, digests and syncs versions. The step thread calls every method.
 
-    If the registry's disk is full, a version waits until there is room, while the
-    steps continue; the next version contains all of their changes.
+    If the registry's disk is full, a version waits until there is room, while the steps continue; the next version
+    contains all of their changes.
 
     Args:
         path: The registry's directory; the thread has its own registry object.
