@@ -35,7 +35,7 @@ from trainer.intake import take_in
 from trainer.place import TrainingPlace
 from trainer.resume import open_after
 from trainer.versions import checkpoint
-from trainer.versions.first_version import nothing_learned
+from trainer.versions.carrying import nothing_learned
 
 LOOK_S, PROGRESS_S = 0.2, 10.0
 PIPE_BYTES = 1 << 20

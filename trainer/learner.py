@@ -66,9 +66,8 @@ from trainer.privacy.place import NoisePlace, environment_digest
 from trainer.publications import Publications
 from trainer.records import LogRecord, records_of, take_or_leave
 from trainer.resume import resume
-from trainer.versions.draft import Drafter
-from trainer.versions.first_version import restore_or_carry
-from trainer.versions.publisher import Publisher
+from trainer.versions.carrying import restore_or_carry
+from trainer.versions.publisher import Drafter, Publisher
 
 ROUNDING = 1e-6
 """Relative tolerance of epsilon above the budget: the precision of the search."""

@@ -438,7 +438,7 @@ def go_on_in_this_release(registry: Registry, settings: Settings, spec: FeatureS
         SpringtideError: The registry cannot be used.
     """
     from trainer.upgrade import planned_for, propose
-    from trainer.versions.fit import is_of_release, require_ranker_fits
+    from trainer.versions.carrying import is_of_release, require_ranker_fits
 
     try:
         require_ranker_fits(registry, settings, spec, trainer.model)

@@ -65,24 +65,12 @@ class Scope(NamedTuple):
     newest_only: bool = False
 
 
-class Notes(NamedTuple):
-    """What serving noted next to its histories.
-
-    Attributes:
-        files: What was kept of it; none where this machine does not serve.
-        left_out: Why there are none although this machine serves.
-    """
-
-    files: tuple[KeptFile, ...] = ()
-    left_out: tuple[str, ...] = ()
-
-
 class Shard(NamedTuple):
-    """The histories of one shard.
+    """The histories of one shard, as copied.
 
     Attributes:
-        name: Of its directory.
-        files: What was kept of it.
+        name: Name of its directory.
+        files: Its files in the backup.
         positions: The next offset of each source, or further.
         salt: Fingerprint of the salt that its users have.
     """
@@ -123,8 +111,8 @@ def make(settings: Settings, store: FileStore, scope: Scope, now_ms: int, progre
         killpoints.reach("backup.histories")
         # 3. and 4.
         found, kept = making.registry(scope.newest_only)
-        notes = making.notes(shards)
-        files = [*(one for shard in shards for one in shard.files), *kept, *notes.files]
+        notes, without_notes = making.notes(shards)
+        files = [*(file for shard in shards for file in shard.files), *kept, *notes]
         if scope.with_salt:
             files.append(making.whole("salt", settings.salt_path))
         newest = newest_whole(found.parts, found.control)
@@ -143,7 +131,7 @@ def make(settings: Settings, store: FileStore, scope: Scope, now_ms: int, progre
             files=tuple(files),
             left_out=(
                 *(f"registry/{name}: {reason}" for name, reason in sorted(found.damaged.items())),
-                *notes.left_out,
+                *without_notes,
             ),
             sent_bytes=making.sent_bytes,
         )
@@ -200,24 +188,28 @@ class _Making:
         ]
         return Shard(folder.name, files, positions, salt.decode())
 
-    def notes(self, shards: Sequence[Shard]) -> Notes:
-        """Copies serving's items and names, once serving has applied the clicks of the copied histories."""
+    def notes(self, shards: Sequence[Shard]) -> tuple[list[KeptFile], list[str]]:
+        """Copies serving's notes, once serving has applied the clicks of the copied histories.
+
+        Returns:
+            The file, none where this machine does not serve; and the reason if the notes cannot be read.
+        """
         path = self._settings.serving_dir / layout.HISTORIES
         if not os.path.lexists(path):
-            return Notes()
+            return [], []
         try:
             store = HistoryStore(
                 path, self._settings.features.history, self._settings.serving.map_gb << 30, readonly=True
             )
         except StoreError as error:
-            return Notes(left_out=(f"{serving_start.NOTES_PATH}: {error.what}",))
+            return [], [f"{serving_start.NOTES_PATH}: {error.what}"]
         try:
             for shard in shards:
                 serving_start.await_clicks(store, shard.positions)
             with tempfile.TemporaryFile() as file:
                 serving_start.write_notes(store, file)
                 file.seek(0)
-                return Notes((self._objects.keep(serving_start.NOTES_PATH, file, self._progress),))
+                return [self._objects.keep(serving_start.NOTES_PATH, file, self._progress)], []
         finally:
             store.close()
 

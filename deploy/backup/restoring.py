@@ -62,38 +62,28 @@ def require_restorable(settings: Settings, backup: Backup) -> None:
     """Refuses where a backup cannot be restored; writes nothing.
 
     Raises:
-        BackupError: State is there already; the message names it.
-        MissingSalt, SaltMismatch, SettingsError: See `_require_salt`.
+        BackupError: State that would be lost or mixed with another exists already; the message names it.
+        MissingSalt: There is no salt, and the backup has none.
+        SaltMismatch: The salt is not that of the backup's users.
+        SettingsError: The salt cannot be read.
     """
-    _require_empty(settings)
-    _require_salt(settings, backup)
-
-
-def _require_empty(settings: Settings) -> None:
-    state, registry = settings.state_dir, settings.registry_dir
-    there = [
-        one for one in _entries(state) if one.name not in _MAY_BE_THERE and one not in (registry, settings.salt_path)
-    ]
-    there += [one for one in _entries(registry) if one.name not in _MAY_BE_IN_REGISTRY]
-    if settings.registry_dir != state / layout.REGISTRY:
-        there += _entries(state / layout.REGISTRY)
-    there = [one for one in there if _has_files(one)]
-    if there:
+    state, registry, salt = settings.state_dir, settings.registry_dir, settings.salt_path
+    found = [path for path in _entries(state) if path.name not in _MAY_BE_THERE and path not in (registry, salt)]
+    found += [path for path in _entries(registry) if path.name not in _MAY_BE_IN_REGISTRY]
+    if registry != state / layout.REGISTRY:
+        found += _entries(state / layout.REGISTRY)
+    if found := [path for path in found if _has_files(path)]:
         raise BackupError(
-            f"{there[0]} is there: a backup is restored on an empty machine",
+            f"{found[0]} exists: a backup is restored on an empty machine",
             "move it away, or choose another paths.state; the salt and Kafka's data may stay",
         )
-
-
-def _require_salt(settings: Settings, backup: Backup) -> None:
-    path = settings.salt_path
-    if path.exists():
-        mine = load_salt(path, create=False)
+    if salt.exists():
+        mine = load_salt(salt, create=False)
         if mine.fingerprint != backup.salt:
             raise SaltMismatch.between(f"backup {backup.id}", backup.salt, mine.fingerprint)
     elif not backup.with_salt:
         raise MissingSalt(
-            f"backup {backup.id} was made without the salt {backup.salt}, and there is none at {path}",
+            f"backup {backup.id} was made without the salt {backup.salt}, and there is none at {salt}",
             "put its copy there, mode 0600, or name it with --paths.salt_file FILE",
         )
 
@@ -125,7 +115,6 @@ class Restored(NamedTuple):
         version: The version that the trainer continues from; None without one.
     """
 
-    backup: Backup
     users: int
     positions: dict[str, dict[str, int]]
     generation: int
@@ -183,7 +172,7 @@ def restore(
             shutil.rmtree(registry.path / layout.TEMPORARY)
             # 5.
             _move_to_final_paths(aside)
-    return Restored(backup, users, positions, generation, first, len(again), version)
+    return Restored(users, positions, generation, first, len(again), version)
 
 
 @contextmanager
@@ -294,7 +283,7 @@ def _not_ahead(registry: Registry, backup: Backup, positions: Mapping[Source, in
     """The newest version on the branch that learned no click missing from the histories: such a click cannot be read again."""
     if backup.version is None:
         return None
-    line = registry.visible(backup.version)
+    line = registry.manifest(backup.version).visible
     for number in reversed(registry.versions()):
         if number <= backup.version and sees(line, number):
             marks = registry.manifest(number).marks

@@ -8,22 +8,27 @@ hold is counted and named here instead. A dry run takes the same steps up to the
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, Protocol
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
 
+import msgspec
 import numpy as np
 import psutil
 
 from deploy.replaying.clock import MAX, NO_TIMESTAMP, Clock, Hand, Stamped, stamp
-from deploy.replaying.journal import Position, ReplayJournal
-from deploy.replaying.sender import LARGEST_VALUE, Piece, Progress, Record, missing, rows_within
+from deploy.replaying.sender import LARGEST_VALUE, Outbox, Piece, Progress, missing, rows_within
+from state import layout
 from state.config.sections import Events
-from state.errors import DecodeError, SettingsError
+from state.disk import files as durable
+from state.errors import CorruptStore, DecodeError, SettingsError
 from state.events.dead_letters import DeadLetter, Reason
 from state.events.decoding import load_decoder, parse_time
 from state.events.identity import Salt
@@ -73,6 +78,84 @@ class Options:
     keep: bool = False
     limit: int | None = None
     longest_wait_s: float = 10.0
+
+
+FILE = "journal.json"
+
+
+@dataclass(frozen=True)
+class Position:
+    """The position of a replay.
+
+    Attributes:
+        now_ms: Wall clock at the start of its first run.
+        newest_ms: Latest time of the recording; NO_TIME if it was not needed.
+        acknowledged: Rows of the recording that are done.
+        sending: Rows that are done when the piece in flight has arrived; equal to `acknowledged` if there is none.
+        hand: The clock's state before the piece in flight.
+        ends: By partition, a position before which nothing of the piece in flight can be.
+        refused: By reason, the rows so far that become dead letters in the stream.
+        unsendable: Rows so far that are too large for a record.
+        complete: Whether the recording has ended.
+    """
+
+    now_ms: int
+    newest_ms: int
+    acknowledged: int
+    sending: int
+    hand: Hand
+    ends: Mapping[int, int]
+    refused: Mapping[str, int]
+    unsendable: int = 0
+    complete: bool = False
+    format: Literal[1] = 1
+
+    def after(self, hand: Hand, ends: Mapping[int, int]) -> Position:
+        """The position once the piece in flight has arrived."""
+        return replace(self, acknowledged=self.sending, hand=hand, ends=dict(ends))
+
+
+def key_of(identity: Mapping[str, Any]) -> str:
+    """The key of a recording with its options: 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+class ReplayJournal:
+    """The position of one replay, on disk. For one process at a time: hold a lock on `folder`, which must exist."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / FILE
+
+    def read(self) -> Position | None:
+        """The stored position; None if there is none.
+
+        Raises:
+            CorruptStore: The file cannot be read, or another release wrote it.
+        """
+        try:
+            return msgspec.json.decode(self._path.read_bytes(), type=Position)
+        except FileNotFoundError:
+            return None
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise CorruptStore(
+                f"{self._path}: not readable ({error})", "--restart sends the recording again from its beginning"
+            ) from None
+
+    def write(self, position: Position) -> None:
+        """Stores a position durably."""
+        durable.replace(self._path, msgspec.json.encode(position))
+
+    def forget(self) -> None:
+        """Removes the stored position, so that the replay starts again from the beginning."""
+        self._path.unlink(missing_ok=True)
+        durable.sync_directory(self._path.parent)
+
+
+def folder_of(state_dir: Path, key: str) -> Path:
+    """The journal's directory; creates it if it is missing."""
+    folder = state_dir / layout.REPLAY / key
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 @dataclass(frozen=True)
@@ -295,19 +378,6 @@ class Outcome:
         return position.acknowledged - sum(position.refused.values()) - position.unsendable
 
 
-class Destination(Protocol):
-    """Where pieces go; see `deploy.replaying.sender.Outbox`."""
-
-    def send(self, piece: Piece) -> Mapping[int, int]:
-        """Returns when the piece is acknowledged."""
-
-    def arrived_since(self, ends: Mapping[int, int]) -> list[Record]:
-        """What arrived after positions."""
-
-    def ends(self) -> Mapping[int, int]:
-        """The end of each partition."""
-
-
 class Replay:
     """Sends a recording from the journal's position to its end, `options.limit` or `stopped`.
 
@@ -326,7 +396,7 @@ class Replay:
     def __init__(
         self,
         source: RecordingSource,
-        destination: Destination,
+        destination: Outbox,
         journal: ReplayJournal,
         progress: Progress,
         stopped: threading.Event,
@@ -537,7 +607,7 @@ def check(recording: Recording, events: Events, latest_ms: int) -> None:
     judge, encoder = Judge(events), Encoder(events, recording.constants or {}, latest_ms)
     refused: dict[int, str] = {}
     seen = 0
-    with closing(_encoded(recording, fields, encoder)) as chunks:
+    with closing(recording.encoded(encoder, events, CHUNK_ROWS)) as chunks:
         for encoded in chunks:
             stamps = np.full(len(encoded), NO_TIMESTAMP, np.int64)
             found = judge.judge(Piece(encoded.keys, encoder.values(encoded, encoded.at_ms), stamps))
@@ -546,9 +616,3 @@ def check(recording: Recording, events: Events, latest_ms: int) -> None:
             if len(refused) < seen or seen >= MOST_ROWS:
                 break
     refuse_all_dead(refused, seen)
-
-
-def _encoded(recording: Recording, fields: tuple[str, ...], encoder: Encoder) -> Generator[EncodedRows]:
-    for number in range(len(recording.files)):
-        with closing(recording.rows(number, fields, CHUNK_ROWS)) as chunks:
-            yield from (encoder.encode(rows, number) for rows in chunks)

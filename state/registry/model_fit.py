@@ -63,27 +63,18 @@ def require_same_salt(registry: Registry, salt: Salt) -> None:
             raise SaltMismatch.between(f"the registry {registry.path}", stored, salt.fingerprint)
 
 
-def require_same_model(settings: Settings) -> None:
+def require_same_model(settings: Settings, features_only: bool = False) -> None:
     """Refuses settings that contradict those of the current version, as far as the settings alone show.
 
     Does nothing if nothing was trained yet or the registry cannot be read; other code reports that.
 
+    Args:
+        settings: All settings.
+        features_only: Whether only the features count, as for the stream, which knows no model.
+
     Raises:
         ModelMismatch: The features, the preprocessing, or the rows' or the layers' widths differ.
     """
-    _require(settings, features_only=False)
-
-
-def require_same_features(settings: Settings) -> None:
-    """Like `require_same_model`, but checks only the features: for the stream, which knows no model.
-
-    Raises:
-        ModelMismatch: The features differ.
-    """
-    _require(settings, features_only=True)
-
-
-def _require(settings: Settings, features_only: bool) -> None:
     if not (settings.registry_dir / layout.VERSIONS).is_dir():
         return
     registry, spec = Registry(settings.registry_dir), FeatureSpec.from_settings(settings)
@@ -164,20 +155,19 @@ def require_fit(
     # A table that an upgrade dropped still exists, with rows of width 0.
     theirs = {name.removesuffix(".rows") for name, shape in shapes.items() if name.endswith(".rows") and shape[-1]}
     wrong += [f"{table}.rows none, but in the version" for table in sorted(theirs - {*widths, *optional})]
-    if (wrong or version.spec != spec.digest) and _undamaged(registry, version):
+    if wrong or version.spec != spec.digest:
+        try:
+            registry.read(version, SERVING)
+        except RegistryError:
+            # The shapes may be damaged. The code that loads the version reports that.
+            return
         more = f" and {len(wrong) - SHOWN} more" if len(wrong) > SHOWN else ""
         differing = differences(registry, version, settings, spec)
-        said = [f"{name} {text}" for name, text in differing.items()]
+        settings_differ = [f"{name} {text}" for name, text in differing.items()]
         weights = [f"weights: {'; '.join(wrong[:SHOWN])}{more}"] if wrong else []
-        raise mismatch(version, settings, differing, [*said, *weights] or ["its windows were computed otherwise"])
-
-
-def _undamaged(registry: Registry, version: Manifest) -> bool:
-    try:
-        registry.read(version, SERVING)
-    except RegistryError:
-        return False
-    return True
+        raise mismatch(
+            version, settings, differing, [*settings_differ, *weights] or ["its windows were computed otherwise"]
+        )
 
 
 def shapes_of(registry: Registry, version: Manifest) -> Shapes | None:
@@ -189,7 +179,9 @@ def shapes_of(registry: Registry, version: Manifest) -> Shapes | None:
         return None
 
 
-def mismatch(version: Manifest, settings: Settings, differing: Mapping[str, str], told: Sequence[str]) -> ModelMismatch:
+def mismatch(
+    version: Manifest, settings: Settings, differing: Mapping[str, str], reasons: Sequence[str]
+) -> ModelMismatch:
     """Builds the error, with the commands to type."""
     before = {f"model.{name}": version.environment.get(f"model.{name}") for name in SETTINGS}
     back = [
@@ -198,7 +190,7 @@ def mismatch(version: Manifest, settings: Settings, differing: Mapping[str, str]
     back += [f"--{name} {text.split()[1]}" for name, text in differing.items() if name in FEATURES.values()]
     put_back = f"put the settings back ({' '.join(back)})" if back else "put the model's code back"
     return ModelMismatch(
-        f"version {version.version} in {settings.registry_dir} was trained with another model: {', '.join(told)}",
+        f"version {version.version} in {settings.registry_dir} was trained with another model: {', '.join(reasons)}",
         "`springtide upgrade --dry-run` says what of it goes on, `springtide upgrade --reason TEXT` (or `springtide up "
         f"--upgrade --reason TEXT`) goes on from it; or {put_back}",
     )

@@ -93,49 +93,26 @@ def charged(ledger: PrivacyLedger, period: PrivacyPeriod, again: bool) -> Privac
     return msgspec.structs.replace(ledger, periods=(*before, longer))
 
 
-def encode(ledger: PrivacyLedger) -> bytes:
-    """Encodes the ledger as JSON."""
-    return msgspec.json.format(msgspec.json.encode(ledger, order="sorted"), indent=1) + b"\n"
-
-
-def decode(data: bytes, where: str) -> PrivacyLedger:
-    """Decodes a ledger of this release or an earlier one; `where` is its location, for messages.
-
-    Raises:
-        RegistryError: It is damaged, or a later release wrote it.
-    """
-    try:
-        return msgspec.convert(upgraded(msgspec.json.decode(data, type=dict[str, Any])), PrivacyLedger)
-    except (msgspec.DecodeError, ValueError) as error:
-        raise RegistryError(
-            f"the ledger of the privacy budget at {where} cannot be read ({error})", "restore it from a backup"
-        ) from None
-
-
-def upgraded(document: dict[str, Any]) -> dict[str, Any]:
-    """Upgrades a ledger's JSON values to this format.
+def read(path: Path) -> PrivacyLedger | None:
+    """Reads a ledger of this release or an earlier one; None if the file does not exist.
 
     Charges of format 1 stay spent, but cover nothing, because that release added other noise.
-
-    Raises:
-        ValueError: A later release wrote it.
-    """
-    if (found := document.get("format", 1)) not in (1, FORMAT):
-        raise ValueError(f"its format is {found}, this release reads formats up to {FORMAT}")
-    return {**document, "format": FORMAT}
-
-
-def read(path: Path) -> PrivacyLedger | None:
-    """Reads the ledger in a file; None if the file does not exist.
 
     Raises:
         RegistryError: It is damaged, or a later release wrote it.
         OSError: The disk refused.
     """
     try:
-        return decode(path.read_bytes(), str(path))
+        document = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        if (number := document.get("format", 1)) not in (1, FORMAT):
+            raise ValueError(f"its format is {number}, this release reads formats up to {FORMAT}")
+        return msgspec.convert({**document, "format": FORMAT}, PrivacyLedger)
     except FileNotFoundError:
         return None
+    except (msgspec.DecodeError, ValueError) as error:
+        raise RegistryError(
+            f"the ledger of the privacy budget at {path} cannot be read ({error})", "restore it from a backup"
+        ) from None
 
 
 def write(path: Path, ledger: PrivacyLedger) -> None:
@@ -145,7 +122,7 @@ def write(path: Path, ledger: PrivacyLedger) -> None:
         OSError: The disk refused.
     """
     path.parent.mkdir(exist_ok=True)
-    durable.replace(path, encode(ledger))
+    durable.replace(path, msgspec.json.format(msgspec.json.encode(ledger, order="sorted"), indent=1) + b"\n")
 
 
 def _same_terms(one: PrivacyPeriod, other: PrivacyPeriod) -> bool:

@@ -1,24 +1,12 @@
 """The registry: versions, control generations that say which to use, and the files that versions refer to.
 
-    versions/<number>/         a durable version, what changed since the one before: manifest.json and its files
-    merged/<number>-<parent>/  likewise since an older one: several deltas in one, made by the compactor
-    bases/<number>/            the full state at that version: the first one, and those of the compactor
-    recent/<number>/           each version for some seconds, for followers: what changed since the one before
-    control/<generation>.json  the desired state; never changed, never deleted
-    masks/<sha256>.users       users that masks of control name, 8 bytes each in order
-    outcomes/<epoch>-*.json    the outcome of the rollback that began an epoch
-    programs/<sha256>.tflite   programs that serving runs
-    specs/<digest>/            spec.json and transform/ of the bootstrap
-    tmp/                       files being written; names carry their writer
+`state/layout.py` lists its folders. Any number of processes may read. Only the trainer, under its lock, publishes
+versions. Every process that may write the directory may propose control.
 
-Any number of processes may read. Only the trainer, under its lock, publishes versions. Every process that may write
-the directory may propose control.
-
-A version is complete or absent. It is written under `tmp/` and appears with one rename; it is removed with one rename
-too. A durable one is synced first. Every read checks the digest and never returns data that fails it. Deltas may be
-merged while somebody reads them: the merged delta appears before the others are removed, so a reader that misses a
-file finds it on its next read. In a copy of a shared registry, a version may be an empty folder. Its files are fetched
-when they are read, checked against their digests and kept.
+A version is complete or absent. It is written under `tmp/` and appears with one rename, after a sync if it is durable;
+it is removed with one rename too. Every read checks the digest and never returns data that fails it. A merged delta
+appears before the deltas that it replaces are removed, so a reader that misses a file finds it on its next read. In a
+copy of a shared registry, a version may be an empty folder. Its files are fetched when they are read, and kept.
 
 Versions between two durable ones are recent: they are stored for some seconds, without sync, and removed before the
 kernel writes their pages to disk. Nobody rolls back to one, because the training log reproduces it, bit for bit. A
@@ -32,7 +20,8 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,7 +34,7 @@ from state.registry import manifest
 from state.registry.control import Control
 from state.registry.controls import Controls
 from state.registry.directory import Directory, file_bytes, usable
-from state.registry.manifest import Draft, FileEntry, Kind, Manifest, Visible, sees
+from state.registry.manifest import Draft, FileEntry, Kind, Manifest, sees
 from state.registry.specs import Specs
 
 MANIFEST = "manifest.json"
@@ -352,17 +341,6 @@ class Registry:
                 return recent
         return None if newest is None else self.manifest(newest)
 
-    def next_after(self, version: int) -> int | None:
-        """The next version, durable or recent, with a higher number, of any epoch. Cheap enough to poll."""
-        with usable("be read"):
-            if (self.folder("recent", version + 1) / MANIFEST).exists():
-                return version + 1
-        return min((number for number in (*self.recents(), *self.versions()) if number > version), default=None)
-
-    def visible(self, version: int) -> Visible:
-        """The versions that `version` descends from, including itself, as closed intervals, newest first."""
-        return self.manifest(version).visible
-
     def chain(self, version: int) -> Chain:
         """The newest base that the durable `version` descends from (or is), and the deltas since.
 
@@ -504,8 +482,7 @@ class Registry:
                 part = manifest.complete(draft, self.next_number(), ancestors, files)
             else:
                 part = manifest.complete_twin(draft, recent, files)
-            add = self.add if part.durable else self.add_recent
-            if add(part, files, last_check=lambda: self._check_epoch(draft.epoch)):
+            if self.add(part, files, last_check=lambda: self._check_epoch(draft.epoch)):
                 return part
             if recent is not None:
                 raise RuntimeError(f"version {part.version} was published before")
@@ -522,65 +499,54 @@ class Registry:
         self.add(merged, files)
         return merged
 
-    def add_recent(
-        self, part: Manifest, files: Mapping[str, bytes], last_check: Callable[[], None] = lambda: None
-    ) -> bool:
-        """Adds a version to `recent/`, complete when this returns and never synced. False if the number is taken.
-
-        Raises:
-            UnusableRegistry: The disk refused; nothing of the version is left.
-        """
-        final, temporary = self.folder_of(part), self.directory.temporary(f"recent-{part.version}")
-        with usable(f"take version {part.version}"):
-            temporary.mkdir()
-            try:
-                for name, data in files.items():
-                    (temporary / name).write_bytes(data)
-                (temporary / MANIFEST).write_bytes(manifest.encode(part))
-                killpoints.reach("recent.written")
-                last_check()
-                if not _appears(temporary, final):
-                    return False
-                killpoints.reach("recent.renamed")
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-        self._cache(final, part)
-        return True
-
     def add(self, part: Manifest, files: Mapping[str, bytes], last_check: Callable[[], None] = lambda: None) -> bool:
-        """Adds a delta or base. It is complete and durable when this returns. False if the number is taken.
+        """Adds a version, complete when this returns, and durable unless it is recent. False if the number is taken.
 
-        1. Files and manifest are written under `tmp/` and synced.
+        1. Files and manifest are written under `tmp/`; those of a durable version are synced.
         2. `last_check` may still refuse by raising an exception.
-        3. One rename makes the version visible; the directory is synced.
+        3. One rename makes the version visible; the directory of a durable version is synced.
 
         Raises:
             UnusableRegistry: The disk refused; nothing of the version is left.
         """
         final = self.folder_of(part)
-        temporary = self.directory.temporary(f"{part.kind}-{final.name}")
-        with usable(f"take version {part.version}"):
-            temporary.mkdir()
+        # 1.
+        with usable(f"take version {part.version}"), self._staged(part, files) as temporary:
+            killpoints.reach("publish.written" if part.durable else "recent.written")
+            # 2.
+            last_check()
+            killpoints.reach("publish.checked" if part.durable else "recent.checked")
+            # 3.
             try:
-                # 1.
-                for name, data in files.items():
-                    durable.write(temporary / name, data)
-                    killpoints.reach("publish.file")
-                durable.write(temporary / MANIFEST, manifest.encode(part))
-                durable.sync_directory(temporary)
-                killpoints.reach("publish.written")
-                # 2.
-                last_check()
-                killpoints.reach("publish.checked")
-                # 3.
-                if not _appears(temporary, final):
+                temporary.rename(final)
+            except OSError:
+                if final.is_dir():
                     return False
-                killpoints.reach("publish.renamed")
+                raise
+            killpoints.reach("publish.renamed" if part.durable else "recent.renamed")
+            if part.durable:
                 durable.sync_directory(final.parent)
                 killpoints.reach("publish.synced")
-                return True
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
+            else:
+                self._cache(final, part)
+        return True
+
+    @contextmanager
+    def _staged(self, part: Manifest, files: Mapping[str, bytes]) -> Iterator[Path]:
+        """A folder under `tmp/` with a version's files, synced if it is durable; what is left of it is removed."""
+        temporary = self.directory.temporary(f"{part.kind}-{part.version}")
+        write = durable.write if part.durable else Path.write_bytes
+        try:
+            temporary.mkdir()
+            for name, data in files.items():
+                write(temporary / name, data)
+                killpoints.reach("publish.file" if part.durable else "recent.file")
+            write(temporary / MANIFEST, manifest.encode(part))
+            if part.durable:
+                durable.sync_directory(temporary)
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def _check_epoch(self, epoch: int) -> None:
         control = self.control()
@@ -589,34 +555,23 @@ class Registry:
             raise WrongEpoch(f"a version of epoch {epoch} was refused: {now}")
 
     def replace(self, part: Manifest, files: Mapping[str, bytes]) -> None:
-        """Replaces the files of a stored part; after a crash either the old or the new files are there.
+        """Replaces the files of a stored durable part; after a crash either the old or the new files are there.
 
         1. Files and manifest are written under `tmp/` and synced.
-        2. Both directories exchange names; the directories are synced.
-        3. The old files are removed.
+        2. Both directories exchange names; the directory is synced. The old files are removed.
 
         Raises:
             UnusableRegistry: The disk refused; the old files are unchanged.
         """
         final = self.folder_of(part)
-        temporary = self.directory.temporary(f"rewritten-{part.kind}-{final.name}")
-        with usable(f"rewrite version {part.version}"):
-            try:
-                # 1.
-                temporary.mkdir()
-                for name, data in files.items():
-                    durable.write(temporary / name, data)
-                durable.write(temporary / MANIFEST, manifest.encode(part))
-                durable.sync_directory(temporary)
-                killpoints.reach("rewrite.written")
-                # 2.
-                durable.exchange(temporary, final)
-                killpoints.reach("rewrite.exchanged")
-                durable.sync_directory(final.parent)
-                self._manifests.pop(final, None)
-            finally:
-                # 3.
-                shutil.rmtree(temporary, ignore_errors=True)
+        # 1.
+        with usable(f"rewrite version {part.version}"), self._staged(part, files) as temporary:
+            killpoints.reach("rewrite.written")
+            # 2.
+            durable.exchange(temporary, final)
+            killpoints.reach("rewrite.exchanged")
+            durable.sync_directory(final.parent)
+            self._manifests.pop(final, None)
 
     # Removing
 
@@ -725,14 +680,3 @@ class Registry:
             durable.write(keeper, b"")
             durable.sync_directory(keeper.parent)
         return keeper
-
-
-def _appears(temporary: Path, final: Path) -> bool:
-    """Moves a version from `tmp/` to its final path by one rename; returns False if the number is taken."""
-    try:
-        temporary.rename(final)
-    except OSError:
-        if final.is_dir():
-            return False
-        raise
-    return True

@@ -63,9 +63,3 @@ def decode(data: bytes, kind: type[Document]) -> Document:
         ValueError: It is damaged, or a document of another kind.
     """
     return _as_kind(unseal(data), kind)
-
-
-def as_values(document: Any) -> dict[str, Any]:
-    """Converts a dataclass to JSON values, for printing."""
-    found: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(document))
-    return found

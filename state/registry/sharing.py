@@ -18,7 +18,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -179,23 +179,24 @@ def _push_control(registry: Registry, store: FileStore) -> None:
 
 
 class Ownership:
-    """Whether the trainer still owns the versions; its loop polls this."""
+    """Whether the trainer still owns the versions.
 
-    def __init__(self) -> None:
-        self._failure: BaseException | None = None
+    Args:
+        senders: The threads that send versions.
+    """
 
-    def fail(self, error: BaseException) -> None:
-        """Records the error that ended the ownership: another trainer's claim, or that of a failed thread."""
-        self._failure = self._failure or error
+    def __init__(self, senders: Sequence[Repeating] = ()) -> None:
+        self._senders = senders
 
     def check(self) -> None:
-        """Raises what ended a thread.
+        """Raises the error that ended a sender.
 
         Raises:
             LockHeld: Another trainer has claimed the versions.
         """
-        if self._failure is not None:
-            raise self._failure
+        for sender in self._senders:
+            if sender.failure is not None:
+                raise sender.failure
 
 
 @contextmanager
@@ -219,24 +220,23 @@ def owning(
         SettingsError: The directory is of another registry.
         LockHeld: Another trainer owns the versions.
     """
-    ownership = Ownership()
     require_as_set(settings)
     path, url, warn_once = settings.registry_dir, settings.paths.shared_registry, SaidOnce(_log.warning)
     if not url:
-        yield ownership
+        yield Ownership()
         return
     while True:
         try:
-            found, claim = own(path, url, now_ms())
+            origin, claim = own(path, url, now_ms())
             break
         except RegistryError as error:
             warn_once(f"{error}; the trainer waits for it")
             if stopping.wait(RETRY_S):
                 raise
-    _log.info("the registry is shared at %s; its versions are this trainer's, claim %d", found.name, claim)
+    _log.info("the registry is shared at %s; this trainer owns its versions, claim %d", origin.name, claim)
     metrics, stop = SharedMetrics(collected), threading.Event()
     metrics.sent_seconds.set_to_current_time()
-    store = CountedStore(found, metrics)
+    store = CountedStore(origin, metrics)
     versions = DurableSender(path, store, claim)
     recent = RecentSender(path, store, claim, lambda: versions.serial)
     copier = HostCopier(settings, metrics)
@@ -248,13 +248,13 @@ def owning(
         return more
 
     pause_s = settings.registry.share_s
-    threads = [
-        Repeating("share-recent", lambda: recent.send() < 0, pause_s, stop, ownership.fail),
-        Repeating("share-durable", send_durable, pause_s, stop, ownership.fail),
-        *_copier_threads(settings, copier, stop),
+    senders = [
+        Repeating("share-recent", lambda: recent.send() < 0, pause_s, stop),
+        Repeating("share-durable", send_durable, pause_s, stop),
     ]
+    threads = [*senders, *_copier_threads(settings, copier, stop)]
     with _running(threads, copier, stop):
-        yield ownership
+        yield Ownership(senders)
     if not any(thread.runs for thread in threads):
         _send_the_rest(recent, versions)
 
@@ -414,18 +414,14 @@ class Repeating:
         act: The action. It returns True if there is more to do at once.
         pause_s: Pause between two calls if there is not.
         stop: Event that ends the thread.
-        failed: Called with any other error, which ends the thread.
+
+    Attributes:
+        failure: Any other error, which ended the thread.
     """
 
-    def __init__(
-        self,
-        name: str,
-        act: Callable[[], bool | None],
-        pause_s: float,
-        stop: threading.Event,
-        failed: Callable[[BaseException], None],
-    ) -> None:
-        self._act, self._pause_s, self._stop, self._failed = act, pause_s, stop, failed
+    def __init__(self, name: str, act: Callable[[], bool | None], pause_s: float, stop: threading.Event) -> None:
+        self._act, self._pause_s, self._stop = act, pause_s, stop
+        self.failure: BaseException | None = None
         self._warn_once = SaidOnce(_log.warning)
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
@@ -447,7 +443,8 @@ class Repeating:
             while not self._stop.is_set():
                 self._stop.wait(self._once())
         except BaseException as error:
-            self._failed(error)
+            self.failure = error
+            _log.error("%s has ended: %s", self._thread.name, error)
             raise
 
     def _once(self) -> float:
@@ -462,11 +459,8 @@ class Repeating:
 
 
 def _copier_threads(settings: Settings, copier: HostCopier, stop: threading.Event) -> list[Repeating]:
-    def failed(error: BaseException) -> None:
-        _log.error("the registry is not kept in step any more: %s", error)
-
     acts = (("share-copy", copier.step), ("share-control", copier.step_control))
-    return [Repeating(name, act, settings.registry.look_ms / 1000, stop, failed) for name, act in acts]
+    return [Repeating(name, act, settings.registry.look_ms / 1000, stop) for name, act in acts]
 
 
 @contextmanager

@@ -33,10 +33,9 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
 
 import msgspec
 import zstandard
@@ -66,7 +65,7 @@ AT_ONCE = 16
 
 _MARK_DIGITS = 16
 _COMPLETE = ("spec.json", "baseline.json")  # mark a folder as complete, so they are copied last
-_DIGEST_BYTES, _LENGTH_BYTES, _LEVEL = 32, 8, 1
+_DIGEST_BYTES, _LEVEL = 32, 1
 # A directory that changes twice within one tick of the file system's clock keeps its modification time.
 _TICK_NS = 100_000_000
 _log = logging.getLogger(__name__)
@@ -159,7 +158,7 @@ def _mark(data: bytes) -> str:
 # Packs
 
 
-class Pack(NamedTuple):
+class Pack(msgspec.Struct, frozen=True):
     """Several recent versions in one file, so that a host fetches them with one request a second.
 
     Attributes:
@@ -168,36 +167,21 @@ class Pack(NamedTuple):
     """
 
     serial: int
-    versions: Sequence[tuple[int, Mapping[str, bytes]]]
-
-
-class _Head(msgspec.Struct):
-    """The head of a pack: the serial number, and the names and sizes of each version's files, in order."""
-
-    catalog: int
-    versions: list[tuple[int, list[tuple[str, int]]]]
+    versions: list[tuple[int, dict[str, bytes]]]
 
 
 def pack_name(first: int) -> str:
-    """The name of the pack that begins with this version. A host that has the previous version knows it.
-
-    >>> pack_name(7)
-    'recent/000000000007'
-    """
+    """The name of the pack that begins with this version. A host that has the previous version knows it."""
     return f"{RECENT}/{first:012d}"
 
 
 def encode_pack(pack: Pack) -> bytes:
-    """Encodes a pack: the SHA-256 of a zstd frame, then the frame: the head's length (8 bytes), the head, the files.
+    """Encodes a pack: the SHA-256 of a zstd frame, then the frame: MessagePack.
 
     >>> decode_pack(encode_pack(Pack(4, [(7, {"manifest.json": b"{}", "a": b"12"})])))
     Pack(serial=4, versions=[(7, {'manifest.json': b'{}', 'a': b'12'})])
     """
-    listed = [(number, [(name, len(data)) for name, data in files.items()]) for number, files in pack.versions]
-    head = msgspec.json.encode(_Head(pack.serial, listed))
-    parts = [len(head).to_bytes(_LENGTH_BYTES, "little"), head]
-    parts += [data for _, files in pack.versions for data in files.values()]
-    frame = zstandard.ZstdCompressor(level=_LEVEL).compress(b"".join(parts))
+    frame = zstandard.ZstdCompressor(level=_LEVEL).compress(msgspec.msgpack.encode(pack))
     return hashlib.sha256(frame).digest() + frame
 
 
@@ -211,18 +195,8 @@ def decode_pack(data: bytes) -> Pack:
     if hashlib.sha256(frame).digest() != data[:_DIGEST_BYTES]:
         raise ValueError("a pack of versions fails its digest")
     if not 0 <= zstandard.frame_content_size(frame) <= MOST_PACK_BYTES:
-        raise ValueError("a pack of versions says that it is larger than any")
-    body = memoryview(zstandard.ZstdDecompressor().decompress(frame))
-    at = _LENGTH_BYTES + int.from_bytes(body[:_LENGTH_BYTES], "little")
-    head = msgspec.json.decode(body[_LENGTH_BYTES:at], type=_Head)
-    versions = []
-    for number, listed in head.versions:
-        files = {}
-        for name, size in listed:
-            files[name] = bytes(body[at : at + size])
-            at += size
-        versions.append((number, files))
-    return Pack(head.catalog, versions)
+        raise ValueError("a pack of versions is larger than any")
+    return msgspec.msgpack.decode(zstandard.ZstdDecompressor().decompress(frame), type=Pack)
 
 
 # The trainer's side
@@ -278,7 +252,7 @@ class RecentSender:
         self._remove_old()
         return len(versions)
 
-    def _complete(self, numbers: list[int]) -> Iterator[tuple[int, Mapping[str, bytes]]]:
+    def _complete(self, numbers: list[int]) -> Iterator[tuple[int, dict[str, bytes]]]:
         """The files of recent versions that still exist here; the manifest is the last file of each."""
         for number in numbers:
             folder = self._registry.folder("recent", number)
@@ -609,7 +583,7 @@ class Copier:
         added = False
         for number, files in pack.versions:
             part = manifest.decode(files[MANIFEST])
-            if self._registry.add_recent(part, {name: data for name, data in files.items() if name != MANIFEST}):
+            if self._registry.add(part, {name: data for name, data in files.items() if name != MANIFEST}):
                 self._recent.append((self._elapsed(), number))
                 added = True
         return added

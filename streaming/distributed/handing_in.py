@@ -69,7 +69,7 @@ from state.metrics import StreamMetrics
 from state.positions import UNPLACED, Range, Source, from_json, to_json
 from state.process.wall_clock import wall_ms
 from state.registry.erasing import ErasureReport
-from state.registry.model_fit import require_same_features
+from state.registry.model_fit import require_same_model
 from streaming.accounts import show_faults, show_totals
 from streaming.commit import off_clocks, show_off_clock
 from streaming.control import report_erasures
@@ -517,7 +517,7 @@ def plan_of(
     if not allowed(buckets):
         raise SettingsError(f"stream.buckets {buckets} is no divisor of 64", "take 1, 2, 4, 8, 16, 32 or 64")
     FeatureSpec.from_settings(settings)
-    require_same_features(settings)
+    require_same_model(settings, features_only=True)
     salt = own_salt(settings)
     with (log or Log(settings.kafka)).topics() as topics:
         topics.describe(settings.kafka.clicks_topic)

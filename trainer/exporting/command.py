@@ -149,8 +149,8 @@ def run(settings: Settings, asked: argparse.Namespace) -> None:
         from trainer import device
         from trainer.engine.step import Trainer
         from trainer.exporting import exporting, saved_model
-        from trainer.exporting.choosing import read_users
-        from trainer.exporting.known_answers import KnownAnswers
+        from trainer.exporting.device_file import read_users
+        from trainer.exporting.saved_model import KnownAnswers
         from trainer.versions.program import preprocessing_of
 
         chosen = read_users(asked.users, users) if users is not None and asked.tflite else []

@@ -24,10 +24,14 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from state.errors import SettingsError
+from state.events.identity import Salt, user_id
 from state.lowering import Quantize, lower_saved_model
+from trainer.engine.step import Trainer
 from trainer.exporting.saved_model import RAW, raw_signature
 from trainer.model.inputs import Input
 from trainer.model.ranker import Ranker
+from trainer.tables.table import Table
 
 DEVICE = "device"
 AT = "_at"
@@ -125,20 +129,42 @@ def with_lists(program: bytes, rows: Mapping[str, ChosenRows], about: Mapping[st
     return file.getvalue()
 
 
-class DeviceProgram:
-    """Runs the content of a device's file as the device does."""
+def read_users(path: Path, salt: Salt) -> list[int]:
+    """The pseudonyms of the users in a file, which has one raw id a line; empty lines are ignored.
 
-    def __init__(self, content: bytes) -> None:
-        from ai_edge_litert.interpreter import Interpreter
+    Raises:
+        SettingsError: The file cannot be read.
+    """
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            f"the users in {path} cannot be read ({error})", "name a file with one user id a line"
+        ) from error
+    return [user_id(salt, line.strip()) for line in lines if line.strip()]
 
-        # A runner does not keep its interpreter alive, so a reference is held here.
-        self._interpreter = Interpreter(model_content=content, num_threads=1)
-        self._run = self._interpreter.get_signature_runner(DEVICE)
 
-    def predict(self, inputs: Mapping[str, Any]) -> dict[str, F32]:
-        """The outputs of the signature `device`."""
-        outputs: dict[str, F32] = self._run(**inputs)
-        return outputs
+def choose(trainer: Trainer, users: Sequence[int], most: int) -> dict[str, ChosenRows]:
+    """The rows, by table, that a device's file contains.
+
+    Args:
+        trainer: Restored to the version.
+        users: In the order of their indices; a user without a row has zeros.
+        most: The most rows of any other table.
+    """
+    return {name: _of(trainer, name, users, most) for name in sorted({one.table for one in placed(trainer.model)})}
+
+
+def _of(trainer: Trainer, name: str, users: Sequence[int], most: int) -> ChosenRows:
+    table = trainer.tables[name]
+    assert isinstance(table, Table)
+    if name == "user":
+        ids: U64 = np.array(users, np.uint64)
+        return ChosenRows(ids, table.gather(table.find(ids)))
+    held = table.state()
+    # Newest first, ties by id, so that the same version gives the same file.
+    newest = np.lexsort((held.ids, -held.last_seen_ms))[:most]
+    return ChosenRows(held.ids[newest], held.rows[newest])
 
 
 def device_inputs(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,8 +32,8 @@ from trainer.engine.engine import CROSS
 from trainer.engine.record import Recorder
 from trainer.engine.step import Trainer
 from trainer.exporting import device_file, saved_model
-from trainer.exporting.choosing import choose
-from trainer.exporting.known_answers import KnownAnswers
+from trainer.exporting.device_file import choose
+from trainer.exporting.saved_model import KnownAnswers
 from trainer.model.attributes import Columns
 from trainer.model.inputs import Input
 from trainer.replay import SegmentReader
@@ -179,21 +179,6 @@ def _softmax(logits: F32) -> npt.NDArray[np.float64]:
     return np.asarray(grown / grown.sum(1, keepdims=True))
 
 
-def median_us(call: Callable[[int], object], rows: int, elapsed: Callable[[], float]) -> float:
-    """Median microseconds of `call(row)`, one row after another."""
-    took = []
-    for count in range(TIMED):
-        began_s = elapsed()
-        call(count % rows)
-        took.append(elapsed() - began_s)
-    return float(np.median(took)) * 1e6
-
-
-def one_row(inputs: Mapping[str, npt.NDArray[Any]], fixed: frozenset[str], row: int) -> dict[str, npt.NDArray[Any]]:
-    """The inputs of one row alone; those in `fixed` are shared by all rows."""
-    return {name: value if name in fixed else value[row : row + 1] for name, value in inputs.items()}
-
-
 class Compared(NamedTuple):
     """The sample and the program that an export is compared with.
 
@@ -256,12 +241,13 @@ def export_saved_model(of: Compared, folder: Path, say: Say, known: KnownAnswers
             f"(allowed {TOLERANCE:g})",
             "an operation of the model's is computed otherwise by LiteRT: `springtide check-model`",
         )
-    took_us = _median_us(exported.predict, of.inputs, of.kept)
+    took_us = median_us(exported.predict, of.inputs, of.kept)
     path = saved_model.publish(writing, of.version.version)
-    say(f"saved model  {path}, {saved_model.bytes_of(path) / 1e6:.2f} MB")
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    say(f"saved model  {path}, {size / 1e6:.2f} MB")
     if known is not None:
         say(f"by id        {known.users:,} users and {known.items:,} items, as of {known.at_ms} ms")
-    say(_told(found, of, took_us))
+    say(_comparison(found, of, took_us))
     return path
 
 
@@ -296,10 +282,10 @@ def export_device_file(of: Compared, path: Path, users: Sequence[int], most: int
     if of.ids is None:
         say("agreement    not taken: the training log has no rows to replay")
         return
-    program = device_file.DeviceProgram(content)
+    program = Program(content, device_file.DEVICE)
     asked = device_file.device_inputs(ranker, rows, of.ids, of.inputs, list(of.kept))
     found = agreement(program.predict(asked), of.program.predict(of.inputs))
-    say(_told(found, of, _median_us(program.predict, asked, {})))
+    say(_comparison(found, of, median_us(program.predict, asked)))
     aboard = {
         one.table: rows[one.table].places(of.ids[one.ids]) > 0
         for one in device_file.placed(ranker)
@@ -308,18 +294,25 @@ def export_device_file(of: Compared, path: Path, users: Sequence[int], most: int
     say("on board     " + ", ".join(f"{name} of {share.mean():.0%} of the rows" for name, share in aboard.items()))
 
 
-def _median_us(
+def median_us(
     predict: Callable[[Mapping[str, Any]], object],
     inputs: Mapping[str, npt.NDArray[Any]],
-    kept: Mapping[str, F32],
+    kept: Collection[str] = (),
 ) -> float:
-    fixed = frozenset(kept)
-    rows = len(next(value for name, value in inputs.items() if name not in fixed))
-    return median_us(lambda row: predict(one_row(inputs, fixed, row)), rows, time.perf_counter)
+    """Median microseconds of a prediction of one row alone; all rows share the inputs in `kept`."""
+    rows = len(next(value for name, value in inputs.items() if name not in kept))
+    took = []
+    for count in range(TIMED):
+        row = count % rows
+        asked = {name: value if name in kept else value[row : row + 1] for name, value in inputs.items()}
+        began_s = time.perf_counter()
+        predict(asked)
+        took.append(time.perf_counter() - began_s)
+    return float(np.median(took)) * 1e6
 
 
-def _told(found: Agreement, of: Compared, took_us: float) -> str:
-    ours_us = _median_us(of.program.predict, of.inputs, of.kept)
+def _comparison(found: Agreement, of: Compared, took_us: float) -> str:
+    ours_us = median_us(of.program.predict, of.inputs, of.kept)
     return (
         f"agreement    {of.of}: probabilities within {found.probability:.1g}, the same category first in {found.first:.1%}\n"
         f"latency      {took_us:.0f} us a row alone, {ours_us:.0f} us by serving's program (median)"

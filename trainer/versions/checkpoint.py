@@ -83,6 +83,17 @@ def restore(versions: Registry, version: int, trainer: Trainer, spec: str) -> Ma
     return newest
 
 
+def full_state(versions: Registry, version: int) -> tuple[Manifest, dict[str, content.Array]]:
+    """The manifest of a version, and its full state as a base holds it.
+
+    Raises:
+        UnknownVersion: A part of its chain is not kept.
+        CorruptVersion: A file of its chain fails its digest.
+    """
+    base, deltas = versions.chain(version)
+    return (deltas[-1] if deltas else base), content.merge(tensors_of(versions, part) for part in (base, *deltas))
+
+
 def tensors_of(versions: Registry, part: Manifest) -> dict[str, content.Array]:
     """The tensors of one delta or base; every file's digest is checked."""
     return content.decode(versions.read(part, name) for name in (SERVING, TRAINING))

@@ -92,20 +92,26 @@ def _own(ranker: Ranker) -> str:
 
 
 class Program:
-    """A loaded program, for checks. Serving has its own class, without TensorFlow."""
+    """A loaded program, for checks. Serving has its own class, without TensorFlow.
 
-    def __init__(self, content: bytes) -> None:
+    Args:
+        content: The program.
+        signature: The signature that `predict` runs.
+    """
+
+    def __init__(self, content: bytes, signature: str = "predict") -> None:
         from ai_edge_litert.interpreter import Interpreter
 
+        # A runner does not keep its interpreter alive, so a reference is held here.
         self._interpreter = Interpreter(model_content=content, num_threads=1)
-        self._predict = self._interpreter.get_signature_runner("predict")
-        self._load = self._interpreter.get_signature_runner("load")
+        self._predict = self._interpreter.get_signature_runner(signature)
 
     def load(self, weights: Mapping[str, F32]) -> None:
         """Sets the dense weights, named as in the model."""
-        self._load(**{argument(name): weight for name, weight in weights.items()})
+        load = self._interpreter.get_signature_runner("load")
+        load(**{argument(name): weight for name, weight in weights.items()})
 
-    def predict(self, inputs: Mapping[str, F32]) -> dict[str, F32]:
+    def predict(self, inputs: Mapping[str, Any]) -> dict[str, F32]:
         """Computes the outputs of `Ranker.predict`."""
         outputs: dict[str, F32] = self._predict(**inputs)
         return outputs

@@ -27,7 +27,7 @@ def merged(registry: Registry, version: int, parent: int) -> Manifest:
     """A delta in one piece since an older version, as the compactor makes it."""
     of = registry.manifest(version, "delta")
     made = manifest.complete(
-        draft(parent), version, registry.visible(parent), {SERVING: b"%d since %d" % (version, parent)}
+        draft(parent), version, registry.manifest(parent).visible, {SERVING: b"%d since %d" % (version, parent)}
     )
     found = replace(made, kind="merged", visible=of.visible)
     registry.add(found, {SERVING: b"%d since %d" % (version, parent)})

@@ -177,7 +177,7 @@ def test_visible_intervals_are_the_ancestors_after_any_rollbacks(plan: list[int]
             while at is not None:
                 ancestors.add(at)
                 at = parents[at]
-            line = registry.visible(version)
+            line = registry.manifest(version).visible
             assert {other for other in parents if sees(line, other)} == ancestors
             assert list(line) == sorted(line, reverse=True)
             base, deltas = registry.chain(version)

@@ -19,8 +19,7 @@ from tests.conformance.test_own_tables import EVERY, log, wanted
 from tests.trainer.clicks import SPEC, batches, small_settings
 from trainer.engine.step import Trainer
 from trainer.versions import checkpoint, content
-from trainer.versions.carrying import CarriedTable, CarriedWeight, carried, plan
-from trainer.versions.first_version import carry_over
+from trainer.versions.carrying import CarriedTable, CarriedWeight, carried, carry_over, plan
 
 OTHER_SPEC = FeatureSpec(windows_s=(1800, 604800))
 COLUMNS = ("ids", "rows", "accum", "last_seen_ms", "pending_ids", "pending_counts", "pending_seen_ms")

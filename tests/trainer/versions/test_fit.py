@@ -20,7 +20,7 @@ from tests.trainer.clicks import SALT, SPEC, batches, small_settings
 from tests.trainer.logs import write_transform
 from trainer.engine.step import Trainer
 from trainer.versions import checkpoint, content
-from trainer.versions.fit import require_ranker_fits, require_settings_fit
+from trainer.versions.carrying import require_ranker_fits, require_settings_fit
 
 HIDDEN, DIM = ("--model.hidden", "24,8"), ("--model.dim", "16")
 OWN_TOWER = ("--model.tower", "deploy.examples.own_model.tower:build")
