@@ -201,10 +201,7 @@ class Ownership:
 
 @contextmanager
 def owning(
-    settings: Settings,
-    collected: CollectorRegistry,
-    stopping: threading.Event,
-    now_ms: Callable[[], int] = wall_ms,
+    settings: Settings, collected: CollectorRegistry, stopping: threading.Event, now_ms: Callable[[], int] = wall_ms
 ) -> Iterator[Ownership]:
     """Owns the versions of a shared registry while the block runs, and sends them; does nothing if it is not shared.
 

@@ -295,9 +295,7 @@ def export_device_file(of: Compared, path: Path, users: Sequence[int], most: int
 
 
 def median_us(
-    predict: Callable[[Mapping[str, Any]], object],
-    inputs: Mapping[str, npt.NDArray[Any]],
-    kept: Collection[str] = (),
+    predict: Callable[[Mapping[str, Any]], object], inputs: Mapping[str, npt.NDArray[Any]], kept: Collection[str] = ()
 ) -> float:
     """Median microseconds of a prediction of one row alone; all rows share the inputs in `kept`."""
     rows = len(next(value for name, value in inputs.items() if name not in kept))
