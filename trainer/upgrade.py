@@ -195,7 +195,7 @@ def propose(
 
 def _anew(version: Manifest) -> list[str]:
     return [
-        "begins anew: all tables, weights, counts and measures, from what is kept of the training log",
+        "starts from scratch: all tables, weights, counts and measures, from what is kept of the training log",
         f"answers stay at version {version.version} until the trainer has caught up; histories, salt and Kafka stay",
     ]
 

@@ -56,7 +56,7 @@ def backup(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
             if made.versions and made.version is None
             else []
         ),
-        *(f"left out, it is damaged: {one}" for one in made.left_out),
+        *(f"left out, it is damaged: {part}" for part in made.left_out),
     ]
     result: dict[str, Any] = {"made": summary(made) | {"seconds": round(progress.took_s, 3)}}
     if asked.keep:
@@ -121,27 +121,27 @@ def later_erasures(store: FileStore, found: Backup, registry: Path | None) -> tu
                 known.append(restoring.erasures_known_to(newest, Objects(store, listed=False), Path(folder)))
     except DamagedBackup as error:
         messages.append(f"erasures that later backups know may be missing, repeat them: {error.what}")
-    return max(known, key=lambda one: one.last), messages
+    return max(known, key=lambda erased: erased.last), messages
 
 
 def show(store: FileStore, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
     """Lists the backups of a location, oldest first."""
-    found = [location.read_backup(store, one) for one in location.ids(store)]
+    found = [location.read_backup(store, entry) for entry in location.ids(store)]
     head = ["backup", "age", "version", "versions", "size", "sent", "salt"]
     rows = [
         [
-            one.id,
-            age((now_ms - one.created_at_ms) / 1000),
-            "none" if one.version is None else str(one.version),
-            str(one.versions),
-            size(one.bytes),
-            size(one.sent_bytes),
-            "in it" if one.with_salt else one.salt,
+            entry.id,
+            age((now_ms - entry.created_at_ms) / 1000),
+            "none" if entry.version is None else str(entry.version),
+            str(entry.versions),
+            size(entry.bytes),
+            size(entry.sent_bytes),
+            "in it" if entry.with_salt else entry.salt,
         ]
-        for one in found
+        for entry in found
     ]
     text = table([head, *rows]) if rows else f"{store.name} has no backup"
-    _print(asked, {"backups": [summary(one) for one in found]}, text, say)
+    _print(asked, {"backups": [summary(entry) for entry in found]}, text, say)
 
 
 def _print(asked: argparse.Namespace, document: dict[str, Any], text: str, say: Callable[[str], None]) -> None:

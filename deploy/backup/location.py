@@ -152,12 +152,10 @@ def read_backup(store: FileStore, wanted: str = "") -> Backup:
     """
     known = ids(store)
     if not known:
-        raise BackupError(
-            f"{store.name} has no backup", "look whether the place is right: `springtide backup TO --list`"
-        )
+        raise BackupError(f"{store.name} has no backup", "check the location: `springtide backup TO --list`")
     wanted = wanted or known[-1]
     if wanted not in known:
-        raise BackupError(f"{store.name} has no backup {wanted}", f"take one of {', '.join(known[-5:])}")
+        raise BackupError(f"{store.name} has no backup {wanted}", f"use one of {', '.join(known[-5:])}")
     name = f"{BACKUPS}/{wanted}.json"
     try:
         return _decoded(store.read(name))
@@ -175,15 +173,6 @@ def newest_backup(store: FileStore) -> Backup | None:
         except DamagedBackup:
             continue
     return None
-
-
-def write_backup(store: FileStore, backup: Backup) -> None:
-    """Writes the document of a backup, which makes it valid.
-
-    Raises:
-        UnusablePlace: The location refused.
-    """
-    store.write(f"{BACKUPS}/{backup.id}.json", sealed.encode(backup))
 
 
 class Pruned(NamedTuple):
@@ -210,10 +199,10 @@ def prune(store: FileStore, keep: int) -> Pruned:
     """
     with Lease(store) as lease:
         known = ids(store)
-        remaining = [read_backup(store, one) for one in known[-keep:]]
+        remaining = [read_backup(store, backup_id) for backup_id in known[-keep:]]
         # 1.
-        for one in known[:-keep]:
-            store.remove(f"{BACKUPS}/{one}.json")
+        for backup_id in known[:-keep]:
+            store.remove(f"{BACKUPS}/{backup_id}.json")
         killpoints.reach("prune.documents")
         # 2.
         used = {piece for backup in remaining for file in backup.files for piece in file.pieces}
@@ -342,7 +331,7 @@ def _digests(store: FileStore) -> list[str]:
 def _damaged(what: str, store: FileStore, how: str = " fails its digest") -> DamagedBackup:
     return DamagedBackup(
         f"{what} at {store.name}{how}",
-        "restore another backup; where you remove that file, the next backup sends it again if it still has it",
+        "restore another backup; if you remove that file, the next backup sends it again if it still has it",
     )
 
 
@@ -412,8 +401,8 @@ class Lease:
         """Raises BackupError if another process removed the lock as stale."""
         if self._name not in self._store.names(LOCKS):
             raise BackupError(
-                f"{self._store.name} was given to another while this one was silent",
-                "repeat it; what was sent is there",
+                f"{self._store.name} was taken over by another process while this one was suspended",
+                "repeat it; what was sent is not sent again",
             )
 
     def _write(self) -> None:

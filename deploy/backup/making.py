@@ -40,7 +40,7 @@ from state.events.identity import load_salt
 from state.file_store import FileStore
 from state.history.store import HistoryStore
 from state.process import killpoints
-from state.registry import manifest
+from state.registry import manifest, sealed
 from state.registry.control import Control, named
 from state.registry.directory import file_bytes
 from state.registry.manifest import FileEntry, Manifest, sees
@@ -127,7 +127,7 @@ def make(settings: Settings, store: FileStore, scope: Scope, now_ms: int, progre
             version=None if newest is None else newest.version,
             log=None if newest is None else newest.log,
             positions={shard.name: shard.positions for shard in shards},
-            versions=len({one.version for one in found.parts.values()}),
+            versions=len({part.version for part in found.parts.values()}),
             files=tuple(files),
             left_out=(
                 *(f"registry/{name}: {reason}" for name, reason in sorted(found.damaged.items())),
@@ -138,7 +138,7 @@ def make(settings: Settings, store: FileStore, scope: Scope, now_ms: int, progre
         # 5.
         lease.require_held()
         killpoints.reach("backup.sent")
-        location.write_backup(store, made)
+        store.write(f"{location.BACKUPS}/{made.id}.json", sealed.encode(made))
     return made
 
 
@@ -155,7 +155,7 @@ class _Making:
         self._objects = Objects(store)
         earlier = location.newest_backup(store)
         # Whole files by digest: those of versions never change, and are read once in their lives.
-        self._known = {} if earlier is None else {one.sha256: one for one in earlier.files}
+        self._known = {} if earlier is None else {file.sha256: file for file in earlier.files}
 
     @property
     def sent_bytes(self) -> int:
@@ -184,7 +184,7 @@ class _Making:
         finally:
             store.close()
         files += [
-            self.whole(f"{folder.name}/{one}", folder / one) for one in NEXT_TO_HISTORIES if (folder / one).exists()
+            self.whole(f"{folder.name}/{name}", folder / name) for name in NEXT_TO_HISTORIES if (folder / name).exists()
         ]
         return Shard(folder.name, files, positions, salt.decode())
 
@@ -345,11 +345,11 @@ def list_folders(path: Path) -> list[str]:
     """The directories of durable versions, relative to the registry at `path`; quarantined ones are left out."""
     with usable(str(path), "be listed"):
         return sorted(
-            f"{folder}/{one.name}"
+            f"{folder}/{version.name}"
             for folder in DURABLE
             if (path / folder).is_dir()
-            for one in (path / folder).iterdir()
-            if one.name.replace("-", "").isdecimal()
+            for version in (path / folder).iterdir()
+            if version.name.replace("-", "").isdecimal()
         )
 
 
@@ -357,15 +357,15 @@ def list_files(path: Path, generation: int) -> tuple[str, ...]:
     """All other files, relative to the registry at `path`; control files only up to `generation`."""
     with usable(str(path), "be listed"):
         found = [
-            one
+            file
             for folder in sorted(path.iterdir())
             if folder.is_dir() and folder.name not in _LEFT_ALONE
-            for one in sorted(folder.rglob("*"))
-            if one.is_file()
+            for file in sorted(folder.rglob("*"))
+            if file.is_file()
         ]
     kept = {f"{number:08d}.json" for number in range(generation + 1)}
-    left = {one for one in found if one.parent.name == layout.CONTROL and one.name not in kept}
-    return tuple(one.relative_to(path).as_posix() for one in found if one not in left)
+    left = {file for file in found if file.parent.name == layout.CONTROL and file.name not in kept}
+    return tuple(file.relative_to(path).as_posix() for file in found if file not in left)
 
 
 def chain_of(parts: Mapping[str, Manifest], version: int) -> set[str] | None:
@@ -375,12 +375,12 @@ def chain_of(parts: Mapping[str, Manifest], version: int) -> set[str] | None:
         parts: Directories of versions, with their manifests.
         version: The version.
     """
-    bases = {one.version: name for name, one in parts.items() if one.kind == "base"}
+    bases = {part.version: name for name, part in parts.items() if part.kind == "base"}
     deltas: dict[int, str] = {}
-    for name, one in parts.items():
-        # A merged version takes precedence over the delta, and among merged ones the one with the oldest parent.
-        if one.kind != "base" and (one.version not in deltas or _rank(one) < _rank(parts[deltas[one.version]])):
-            deltas[one.version] = name
+    for name, part in parts.items():
+        # A merged version takes precedence over the delta, and among merged ones the part with the oldest parent.
+        if part.kind != "base" and (part.version not in deltas or _rank(part) < _rank(parts[deltas[part.version]])):
+            deltas[part.version] = name
     newest = deltas.get(version) or bases.get(version)
     if newest is None:
         return None
@@ -398,7 +398,9 @@ def chain_of(parts: Mapping[str, Manifest], version: int) -> set[str] | None:
 
 def newest_whole(parts: Mapping[str, Manifest], control: Control) -> Manifest | None:
     """Returns the newest complete version of control's epoch; the epoch's base if the epoch has none."""
-    ours = {one.version: one for one in parts.values() if one.epoch == control.epoch or one.version == control.base}
+    ours = {
+        part.version: part for part in parts.values() if part.epoch == control.epoch or part.version == control.base
+    }
     return next((ours[number] for number in sorted(ours, reverse=True) if chain_of(parts, number)), None)
 
 
@@ -424,7 +426,7 @@ def _needed(parts: Mapping[str, Manifest], control: Control) -> set[str]:
     """The existing directories of the versions that the trainer needs to continue and that control names."""
     newest = newest_whole(parts, control)
     wanted = named(control) if newest is None else named(control) | {newest.version}
-    return set().union(*(chain_of(parts, one) or () for one in wanted))
+    return set().union(*(chain_of(parts, version) or () for version in wanted))
 
 
 def _rank(part: Manifest) -> tuple[bool, int]:

@@ -93,7 +93,7 @@ def _entries(folder: Path) -> list[Path]:
 
 
 def _has_files(path: Path) -> bool:
-    return not path.is_dir() or any(not one.is_dir() for one in path.rglob("*"))
+    return not path.is_dir() or any(not file.is_dir() for file in path.rglob("*"))
 
 
 class By(NamedTuple):
@@ -298,12 +298,12 @@ def _move_to_final_paths(aside: list[Path]) -> None:
         durable.sync_tree(folder)
     for folder in aside:
         # Control makes a directory a registry: the trainer creates the first control if it is missing.
-        for one in sorted(folder.iterdir(), key=lambda one: (one.name == layout.CONTROL, one.name)):
-            final = folder.parent / one.name
+        for path in sorted(folder.iterdir(), key=lambda path: (path.name == layout.CONTROL, path.name)):
+            final = folder.parent / path.name
             if final.is_dir():
                 # Of empty directories alone, as was seen before.
                 shutil.rmtree(final)
-            one.rename(final)
+            path.rename(final)
             killpoints.reach("restore.taken")
         durable.sync_directory(folder.parent)
 
@@ -353,7 +353,7 @@ def _erasures_of(controls: Controls) -> Erased:
 def _missing(here: Erased, known: Erased) -> tuple[Erasure, ...]:
     """The erasures of `known` that must be repeated, in order; refuses those of another system."""
     # A repeated erasure has another generation, so generations are not compared.
-    mine, theirs = ([(one.users, one.until) for one in erased] for erased in (here, known))
+    mine, theirs = ([(erasure.users, erasure.until) for erasure in erased] for erased in (here, known))
     shared = min(len(mine), len(theirs))
     if mine[:shared] != theirs[:shared]:
         raise BackupError(
@@ -364,10 +364,10 @@ def _missing(here: Erased, known: Erased) -> tuple[Erasure, ...]:
 
 
 def _repeat(registry: Registry, erasures: tuple[Erasure, ...], backup_id: str, actor: str, now_ms: int) -> None:
-    for one in erasures:
-        reason = f"erasure {one.id}, made after backup {backup_id}, is applied again"
+    for erasure in erasures:
+        reason = f"erasure {erasure.id}, made after backup {backup_id}, is applied again"
 
-        def decided(control: Control, one: Erasure = one, reason: str = reason) -> Control:
-            return transitions.erase(control, one.users, one.until, actor=actor, reason=reason, now_ms=now_ms)
+        def decided(control: Control, erasure: Erasure = erasure, reason: str = reason) -> Control:
+            return transitions.erase(control, erasure.users, erasure.until, actor=actor, reason=reason, now_ms=now_ms)
 
         registry.change(decided)

@@ -124,7 +124,9 @@ class Outbox:
         found: list[Record] = []
         if not left:
             return found
-        with Reader(self._kafka, self._topic, sorted(left), {one: begins[one] for one in left}) as reader:
+        with Reader(
+            self._kafka, self._topic, sorted(left), {partition: begins[partition] for partition in left}
+        ) as reader:
             ends_now = {partition: kept[partition][1] for partition in left}
             for batches in read_to(reader, ends_now, stalled_s=self._kafka.request_timeout_s):
                 for batch in batches:

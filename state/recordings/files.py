@@ -96,10 +96,10 @@ def csv_rows(
     nothing = [None] * len(names)
 
     def rows_of(chunk: list[Record]) -> RecordedRows:
-        cells = [one[2] or nothing for one in chunk]
+        cells = [record[2] or nothing for record in chunk]
         return RecordedRows(
             columns={name: [row[place] for row in cells] for name, place in places.items()},
-            lines=np.array([one[0] for one in chunk], np.int64),
+            lines=np.array([record[0] for record in chunk], np.int64),
             broken=frozenset(row for row, one in enumerate(chunk) if one[2] is None),
             text=lambda row: chunk[row][1],
         )
@@ -445,12 +445,12 @@ def constants_of(written: Sequence[str], events: Events) -> dict[str, str]:
     """
     constants: dict[str, str] = {}
     fields = mapped_fields(events)
-    for one in written:
-        name, equals, value = one.partition("=")
+    for constant in written:
+        name, equals, value = constant.partition("=")
         if not equals:
-            raise SettingsError(f"constant {one!r}: write FIELD=VALUE, such as action=view")
+            raise SettingsError(f"constant {constant!r}: write FIELD=VALUE, such as action=view")
         if name not in fields:
-            raise SettingsError(f"constant {one!r}: [events] names no field {name!r}, only {', '.join(fields)}")
+            raise SettingsError(f"constant {constant!r}: [events] names no field {name!r}, only {', '.join(fields)}")
         constants[name] = value
     return constants
 

@@ -98,7 +98,7 @@ class HeldUpdate:
         'user: share of one user is 30, usually 1, from partition 2 offset 5 on (training log 40 to 89)'
         """
         numbers = f"{self.meaning} is {self.signal:.3g}, usually {self.usual:.3g}"
-        places = ", ".join(f"partition {one.partition} offset {one.first}" for one in self.clicks)
+        places = ", ".join(f"partition {clicks.partition} offset {clicks.first}" for clicks in self.clicks)
         since = f", from {places} on" if places else ""
         return f"{self.rule}: {numbers}{since} (training log {self.first} to {self.next - 1})"
 
@@ -133,7 +133,7 @@ class MaskEntry(msgspec.Struct, frozen=True, omit_defaults=True):
 def entries(mask: Mask) -> list[MaskEntry]:
     """Splits a mask into entries, numbered from 1.
 
-    >>> [one.id for one in entries(Mask(3, times=((0, 9), (20, 30)), users=MaskedUsers.of([7])))]
+    >>> [entry.id for entry in entries(Mask(3, times=((0, 9), (20, 30)), users=MaskedUsers.of([7])))]
     [1, 2, 3]
     """
     parts: list[MaskEntry] = [MaskEntry(0, mask.generation, offsets=part) for part in sorted(set(mask.offsets))]
@@ -156,8 +156,8 @@ def added(held: Sequence[MaskEntry], mask: Mask, last: int, generation: int) -> 
     >>> [(entry.id, entry.times) for entry in added(held, Mask(times=((0, 9), (5, 7))), 4, 3)]
     [(5, (5, 7))]
     """
-    known = {(one.offsets, one.times) for one in held}
-    users = reduce(lambda all_users, one: all_users | one.users, held, MaskedUsers.NOBODY)
+    known = {(entry.offsets, entry.times) for entry in held}
+    users = reduce(lambda all_users, entry: all_users | entry.users, held, MaskedUsers.NOBODY)
     new: list[MaskEntry] = []
     for part in entries(mask):
         if part.users:
@@ -178,9 +178,9 @@ def joined(held: Iterable[MaskEntry], generation: int) -> Mask:
         return replace(Mask.NONE, generation=generation)
     return Mask(
         generation,
-        tuple(sorted(one.offsets for one in held if one.offsets is not None)),
-        tuple(sorted(one.times for one in held if one.times is not None)),
-        reduce(lambda users, one: users | one.users, held, MaskedUsers.NOBODY),
+        tuple(sorted(entry.offsets for entry in held if entry.offsets is not None)),
+        tuple(sorted(entry.times for entry in held if entry.times is not None)),
+        reduce(lambda users, entry: users | entry.users, held, MaskedUsers.NOBODY),
     )
 
 
@@ -250,7 +250,7 @@ class Control(msgspec.Struct, frozen=True, dict=True, omit_defaults=True):
         A mask that was lifted since the epoch began still applies to records written before that. So the offset at which it
         ends does not depend on when the trainer polled control.
         """
-        kept = tuple(one for one in self.lifted if one.lifted > generation)
+        kept = tuple(mask for mask in self.lifted if mask.lifted > generation)
         if not kept:
             return self.mask
         if kept not in self._masks_at:
@@ -406,7 +406,7 @@ def roll_back(
         serving=serving,
         epoch=control.epoch + 1,
         base=to,
-        masks=masks if log is None else tuple(changed(one, excluded=True) for one in masks),
+        masks=masks if log is None else tuple(changed(entry, excluded=True) for entry in masks),
         lifted=(),
         mask_generation=generation if new else control.mask_generation,
         last_mask=control.last_mask + len(new),
@@ -439,17 +439,17 @@ def unmask(control: Control, numbers: Collection[int], **decision: Unpack[Decisi
     """
     unknown = [number for number in numbers if not 1 <= number <= control.last_mask]
     if unknown:
-        known = ", ".join(str(one.id) for one in control.masks) or "none is set"
+        known = ", ".join(str(mask.id) for mask in control.masks) or "none is set"
         raise UnfitMask(f"there is no mask {unknown[0]}", f"take one of `springtide masks`: {known}")
     generation = control.generation + 1
-    gone = tuple(changed(one, lifted=generation) for one in control.masks if one.id in numbers)
+    gone = tuple(changed(mask, lifted=generation) for mask in control.masks if mask.id in numbers)
     if not gone:
         return control
     return _next(
         control,
         "unmask",
         decision,
-        masks=tuple(one for one in control.masks if one.id not in numbers),
+        masks=tuple(mask for mask in control.masks if mask.id not in numbers),
         lifted=(*control.lifted, *gone),
         mask_generation=generation,
     )
@@ -526,7 +526,7 @@ def label(control: Control, name: str, version: int | None, **decision: Unpack[D
         raise UnfitVersion(
             f"{name[:100]!r} is no label", "use up to 32 of a-z, 0-9, - and _, a letter first, such as stable or canary"
         )
-    labels = {one: number for one, number in control.labels if one != name}
+    labels = {known: number for known, number in control.labels if known != name}
     if version is not None:
         labels[name] = version
     if len(labels) > MOST_LABELS:

@@ -58,7 +58,7 @@ def counts(line: LogLine, epoch: int, offset: int) -> bool:
     >>> [counts(line, 1, 39), counts(line, 1, 40), counts(line, 1, 70), counts(line, 2, 70)]
     [True, False, False, True]
     """
-    return any(one.epoch == epoch and one.first <= offset and one.reaches(offset) for one in line)
+    return any(segment.epoch == epoch and segment.first <= offset and segment.reaches(offset) for segment in line)
 
 
 def onward(line: LogLine, offset: int) -> int:
@@ -84,7 +84,8 @@ def has(line: LogLine, epoch: int, offset: int) -> bool:
     [True, False, False, True]
     """
     return any(
-        one.epoch == epoch and one.first <= offset and (one.until is None or offset <= one.until) for one in line
+        segment.epoch == epoch and segment.first <= offset and (segment.until is None or offset <= segment.until)
+        for segment in line
     )
 
 
@@ -107,7 +108,7 @@ def turned(line: LogLine, epoch: int, offset: int, end: int, sources: Sequence[t
     """
     if not has(line, epoch, offset):
         raise ValueError(f"offset {offset} of log epoch {epoch} is not on the line {line}")
-    kept = [one for one in line if one.epoch <= epoch]
+    kept = [segment for segment in line if segment.epoch <= epoch]
     kept[-1] = kept[-1]._replace(until=offset)
     return (*kept, Stretch(line[-1].epoch + 1, max(end, offset), None, tuple(sorted(sources))))
 
@@ -140,12 +141,12 @@ def to_json(line: LogLine) -> list[dict[str, Any]]:
     """Converts a branch to JSON values."""
     return [
         {
-            "epoch": one.epoch,
-            "first": one.first,
-            "until": one.until,
-            "sources": {str(source): after for source, after in one.sources},
+            "epoch": segment.epoch,
+            "first": segment.first,
+            "until": segment.until,
+            "sources": {str(source): after for source, after in segment.sources},
         }
-        for one in line
+        for segment in line
     ]
 
 
@@ -157,14 +158,14 @@ def from_json(document: Sequence[Mapping[str, Any]]) -> LogLine:
     """
     return tuple(
         Stretch(
-            int(one["epoch"]),
-            int(one["first"]),
-            None if one["until"] is None else int(one["until"]),
-            tuple(sorted((Source.parse(source), int(after)) for source, after in one["sources"].items())),
+            int(segment["epoch"]),
+            int(segment["first"]),
+            None if segment["until"] is None else int(segment["until"]),
+            tuple(sorted((Source.parse(source), int(after)) for source, after in segment["sources"].items())),
         )
-        for one in document
+        for segment in document
     )
 
 
 def _at(line: LogLine, offset: int) -> Stretch:
-    return next(one for one in line if one.reaches(offset))
+    return next(segment for segment in line if segment.reaches(offset))

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import builtins
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
 from typing import Literal
 
 from state.disk import files as durable
@@ -156,24 +156,6 @@ def complete(draft: Draft, version: int, ancestors: Visible, contents: Mapping[s
     }
     visible = extend(ancestors, draft.parent, version)
     return Manifest(**known, version=version, visible=visible, files=entries(contents))
-
-
-def complete_twin(draft: Draft, recent: Manifest, files: Mapping[str, bytes]) -> Manifest:
-    """Builds the manifest of a version that is in `recent/` already, as `draft` stores it: same number and descent."""
-    return replace(recent, kind=draft.kind, parent=draft.parent, log=draft.log, files=entries(files))
-
-
-def complete_base(of: Manifest, files: Mapping[str, bytes]) -> Manifest:
-    """Builds the manifest of the full state at the version `of`."""
-    return replace(of, kind="base", files=entries(files))
-
-
-def complete_merged(parts: Sequence[Manifest], files: Mapping[str, bytes]) -> Manifest:
-    """Builds the manifest of one file set that merges consecutive deltas."""
-    first, last = parts[0], parts[-1]
-    log = replace(last.log, first=first.log.first)
-    rewritten = max(part.rewritten for part in parts)
-    return replace(last, kind="merged", parent=first.parent, log=log, files=entries(files), rewritten=rewritten)
 
 
 def entries(files: Mapping[str, bytes]) -> dict[str, FileEntry]:

@@ -103,12 +103,14 @@ def _decisive(own: Model, differing: Collection[str]) -> list[str]:
 
 def _asked_otherwise(registry: Registry, version: Manifest, model: Model) -> bool:
     """Whether an option differs that the version's preprocessing asked for; its graph contains the options."""
-    before = dict(one.split("=", 1) for one in ast.literal_eval(version.environment.get("model.options", "()")))
+    before = dict(option.split("=", 1) for option in ast.literal_eval(version.environment.get("model.options", "()")))
     for name in registry.specs.names():
         about = registry.specs.spec(name) if name.partition(".")[0] == version.spec else {}
         if about.get("preprocessing") == model.preprocessing:
             asked = about.get("asked", {}).items()
-            return any(before.get(one, default) != model.written.get(one, default) for one, (_, default) in asked)
+            return any(
+                before.get(option, default) != model.written.get(option, default) for option, (_, default) in asked
+            )
     return False
 
 
@@ -191,8 +193,8 @@ def mismatch(
     put_back = f"put the settings back ({' '.join(back)})" if back else "put the model's code back"
     return ModelMismatch(
         f"version {version.version} in {settings.registry_dir} was trained with another model: {', '.join(reasons)}",
-        "`springtide upgrade --dry-run` says what of it goes on, `springtide upgrade --reason TEXT` (or `springtide up "
-        f"--upgrade --reason TEXT`) goes on from it; or {put_back}",
+        "`springtide upgrade --dry-run` shows what is carried over, `springtide upgrade --reason TEXT` (or `springtide up "
+        f"--upgrade --reason TEXT`) continues from it; or {put_back}",
     )
 
 

@@ -66,7 +66,7 @@ class PrivacyLedger(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 def is_charged(ledger: PrivacyLedger, period: PrivacyPeriod) -> bool:
     """Whether a charge covers the line of `period`."""
-    return any(_same_terms(one, period) and set(period.lines) <= set(one.lines) for one in ledger.periods)
+    return any(_same_terms(charge, period) and set(period.lines) <= set(charge.lines) for charge in ledger.periods)
 
 
 def charged(ledger: PrivacyLedger, period: PrivacyPeriod, again: bool) -> PrivacyLedger:

@@ -22,6 +22,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -211,7 +212,7 @@ class Registry:
             folders.append(self.folder("merged", version, parent))
         kinds: tuple[Kind, ...] = ("delta", "base") if kind is None else (kind,)
         return folders + [
-            self.folder(one, version) for one in kinds if one != "merged" and version in self._numbers[one]
+            self.folder(stored, version) for stored in kinds if stored != "merged" and version in self._numbers[stored]
         ]
 
     def _delta_folders(self, version: int) -> list[Path]:
@@ -223,13 +224,14 @@ class Registry:
     def _not_kept(self, version: int) -> UnknownVersion:
         """The error for a version that cannot be rolled back to, with the versions to use instead."""
         kept = self.versions()
-        nearest = [*[one for one in kept if one < version][-1:], *[one for one in kept if one > version][:1]]
+        nearest = [
+            *[number for number in kept if number < version][-1:],
+            *[number for number in kept if number > version][:1],
+        ]
         message = f"version {version} is not kept in {self.path}"
         if version in self._numbers["recent"]:
-            message = (
-                f"version {version} can be followed and not gone back to: it is not durable, the log makes it again"
-            )
-        return UnknownVersion(message, f"take {' or '.join(map(str, nearest))}" if nearest else "there is none yet")
+            message = f"version {version} is recent: serving can follow it, but a rollback needs a durable version"
+        return UnknownVersion(message, f"use {' or '.join(map(str, nearest))}" if nearest else "there is none yet")
 
     # Reading
 
@@ -280,7 +282,7 @@ class Registry:
         path = self.folder_of(part) / name
         entry = part.files.get(name)
         if entry is None:
-            raise BadPart(path.parent, part.version, f"it never had a file {path}")
+            raise BadPart(path.parent, part.version, f"it has no file {path}")
         data = self._file(path, entry)
         if data is None:
             if not path.parent.is_dir():
@@ -481,7 +483,9 @@ class Registry:
             if recent is None:
                 part = manifest.complete(draft, self.next_number(), ancestors, files)
             else:
-                part = manifest.complete_twin(draft, recent, files)
+                # The same number and descent.
+                kept = manifest.entries(files)
+                part = replace(recent, kind=draft.kind, parent=draft.parent, log=draft.log, files=kept)
             if self.add(part, files, last_check=lambda: self._check_epoch(draft.epoch)):
                 return part
             if recent is not None:
@@ -489,13 +493,21 @@ class Registry:
 
     def add_base(self, of: Manifest, files: Mapping[str, bytes]) -> Manifest:
         """Stores the full state at the version `of`; does nothing if it exists."""
-        base = manifest.complete_base(of, files)
+        base = replace(of, kind="base", files=manifest.entries(files))
         self.add(base, files)
         return base
 
     def add_merged(self, parts: Sequence[Manifest], files: Mapping[str, bytes]) -> Manifest:
         """Stores `parts`, consecutive deltas, merged into one delta of the last one."""
-        merged = manifest.complete_merged(parts, files)
+        first, last = parts[0], parts[-1]
+        merged = replace(
+            last,
+            kind="merged",
+            parent=first.parent,
+            log=replace(last.log, first=first.log.first),
+            files=manifest.entries(files),
+            rewritten=max(part.rewritten for part in parts),
+        )
         self.add(merged, files)
         return merged
 

@@ -54,7 +54,7 @@ def base_of(registry: Registry, target: Manifest, wanted: int | None) -> Manifes
                 "leave --from out, or take one of `springtide versions` on its line",
             )
         return registry.manifest(wanted)
-    below = [one for one in registry.bases() if one < target.version and sees(target.visible, one)]
+    below = [number for number in registry.bases() if number < target.version and sees(target.visible, number)]
     if below:
         return registry.manifest(below[-1], "base")
     if target.parent is None:

@@ -308,7 +308,9 @@ class DurableSender:
         if changed_ns == self._settled_ns:
             return False
         here = self._here(catalog.folders)
-        unsent = [one for one in here.items() if catalog.folders.get(one[0]) != one[1] and one not in self._damaged]
+        unsent = [
+            entry for entry in here.items() if catalog.folders.get(entry[0]) != entry[1] and entry not in self._damaged
+        ]
         removed = [folder for folder in catalog.folders if folder not in here]
         if unsent:
             self._send(catalog, min((folder for folder, _ in unsent), key=_age))
@@ -496,7 +498,7 @@ class Copier:
         if not self._began:
             with sharing():
                 listed = [name.removesuffix(".json") for name in self._store.names(layout.CONTROL)]
-            numbers = sorted(int(one) for one in listed if one.isdecimal() and int(one) > at)
+            numbers = sorted(int(name) for name in listed if name.isdecimal() and int(name) > at)
             with ThreadPoolExecutor(AT_ONCE) as threads:
                 for number, data in zip(numbers, threads.map(self._fetch_generation, numbers), strict=True):
                     if data is not None:

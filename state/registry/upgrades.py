@@ -106,7 +106,7 @@ def former_specs(beginnings: Iterable[Control]) -> frozenset[str]:
     Args:
         beginnings: At least the generations that began epochs, since an upgrade begins one.
     """
-    plans = [one.plan for one in beginnings if one.action == "upgrade" and one.plan is not None]
+    plans = [began.plan for began in beginnings if began.action == "upgrade" and began.plan is not None]
     return frozenset(str(spec) for plan in plans for spec in (plan.get("spec"), plan.get("was")) if spec)
 
 
@@ -118,14 +118,14 @@ def first_after(
     Raises:
         UnknownVersion: A version that an epoch began from is no longer kept.
     """
-    began = {one.epoch: one for one in beginnings}
+    began = {control.epoch: control for control in beginnings}
     epoch = target.epoch
     while (base is None or epoch > base.epoch) and epoch in began:
-        one = began[epoch]
-        if one.base is None:
+        control = began[epoch]
+        if control.base is None:
             return None
-        if one.action == "upgrade":
+        if control.action == "upgrade":
             numbers = (number for number in registry.versions() if sees(target.visible, number))
             return next(found for number in numbers if (found := registry.manifest(number)).epoch == epoch)
-        epoch = registry.manifest(one.base).epoch
+        epoch = registry.manifest(control.base).epoch
     return None

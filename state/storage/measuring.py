@@ -27,7 +27,7 @@ def used_bytes(folders: Iterable[Path]) -> int:
     >>> used_bytes([Path("no/such/folder")])
     0
     """
-    total, left = 0, [os.fspath(one) for one in folders]
+    total, left = 0, [os.fspath(folder) for folder in folders]
     while left:
         # Files that are removed meanwhile take no space.
         with contextlib.suppress(OSError), os.scandir(left.pop()) as entries:

@@ -86,7 +86,7 @@ def map_bytes(settings: Settings, part: str, store: str, folder: Path) -> int:
 def folders(settings: Settings, part: str) -> list[Path]:
     """The directories of a part; for the stream, those of all streams under this state directory."""
     if part == STREAM:
-        return [one.parent for one in layout.streams(settings.state_dir)]
+        return [path.parent for path in layout.streams(settings.state_dir)]
     named = {
         KAFKA: settings.kafka_dir,
         REGISTRY: settings.registry_dir,

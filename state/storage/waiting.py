@@ -53,6 +53,9 @@ class Room:
         metrics: Metrics of this process.
         sleep: Sleeps for the given seconds; returns True if the wait is to end.
         say: A logger's method: takes a format string and its arguments.
+
+    Attributes:
+        waits: Whether an action was refused and has not succeeded since.
     """
 
     def __init__(
@@ -63,12 +66,7 @@ class Room:
         say: Callable[..., object] = logger.warning,
     ) -> None:
         self._part, self._metrics, self._sleep, self._say = part, metrics, sleep, say
-        self._waits = False
-
-    @property
-    def waits(self) -> bool:
-        """Whether an action was refused and has not succeeded since."""
-        return self._waits
+        self.waits = False
 
     def wait_for(self, act: Callable[[], Done], what: str) -> Done:
         """Retries `act` while there is no disk space. A refused `act` must have changed nothing; `what` names it in the log.
@@ -92,15 +90,15 @@ class Room:
 
     def refused(self, error: BaseException, what: str) -> None:
         """Records that there is no space; logs and counts it if that is new."""
-        if not self._waits:
-            self._waits = True
+        if not self.waits:
+            self.waits = True
             self._metrics.waits.labels(self._part).inc()
             self._metrics.waiting.labels(self._part).inc()
             self._say("%s waits for room: %s", what, error)
 
     def found(self, what: str) -> None:
         """Records that there is space; logs it if that is new."""
-        if self._waits:
-            self._waits = False
+        if self.waits:
+            self.waits = False
             self._metrics.waiting.labels(self._part).dec()
             self._say("%s goes on: there is room again", what)

@@ -66,7 +66,11 @@ class ChosenRows(NamedTuple):
 
 def placed(ranker: Ranker) -> list[Input]:
     """The ranker's inputs that become indices: those that are the row of one id for each row of the batch."""
-    return [one for one in ranker.inputs if one.table and not one.training and not one.mean and one.shape[0] == "B"]
+    return [
+        input_
+        for input_ in ranker.inputs
+        if input_.table and not input_.training and not input_.mean and input_.shape[0] == "B"
+    ]
 
 
 def device_signature(ranker: Ranker, rows: Mapping[str, ChosenRows], kept: Mapping[str, F32]) -> Any:
@@ -78,10 +82,10 @@ def device_signature(ranker: Ranker, rows: Mapping[str, ChosenRows], kept: Mappi
         kept: Values, by name, of inputs that do not depend on the batch row.
     """
     specs = {name: spec for name, spec in ranker.specs().items() if name not in kept}
-    tables = {one.name: one.table for one in placed(ranker)}
+    tables = {input_.name: input_.table for input_ in placed(ranker)}
     held = {
-        name: np.concatenate([np.zeros_like(one.rows[:1], shape=(1, one.rows.shape[1])), one.rows])
-        for name, one in rows.items()
+        name: np.concatenate([np.zeros_like(chosen.rows[:1], shape=(1, chosen.rows.shape[1])), chosen.rows])
+        for name, chosen in rows.items()
     }
     given = {
         name + AT if name in tables else name: tf.TensorSpec(spec.shape[:-1], tf.int32, name + AT)
@@ -122,8 +126,8 @@ def with_lists(program: bytes, rows: Mapping[str, ChosenRows], about: Mapping[st
     """The program followed by the archive of its lists."""
     file = io.BytesIO(program)
     with zipfile.ZipFile(file, "a", zipfile.ZIP_DEFLATED) as archive:
-        for table, one in rows.items():
-            lines = [OTHERS, *(f"{identity:016x}" for identity in one.ids.tolist())]
+        for table, chosen in rows.items():
+            lines = [OTHERS, *(f"{identity:016x}" for identity in chosen.ids.tolist())]
             archive.writestr(f"rows/{table}.txt", "\n".join(lines) + "\n")
         archive.writestr("version.json", json.dumps(about, indent=1))
     return file.getvalue()
@@ -152,7 +156,9 @@ def choose(trainer: Trainer, users: Sequence[int], most: int) -> dict[str, Chose
         users: In the order of their indices; a user without a row has zeros.
         most: The most rows of any other table.
     """
-    return {name: _of(trainer, name, users, most) for name in sorted({one.table for one in placed(trainer.model)})}
+    return {
+        name: _of(trainer, name, users, most) for name in sorted({input_.table for input_ in placed(trainer.model)})
+    }
 
 
 def _of(trainer: Trainer, name: str, users: Sequence[int], most: int) -> ChosenRows:
@@ -176,7 +182,7 @@ def device_inputs(
 ) -> dict[str, npt.NDArray[Any]]:
     """The inputs of the signature `device` for rows whose ids and raw inputs are known."""
     found: dict[str, npt.NDArray[Any]] = {name: value for name, value in inputs.items() if name not in kept}
-    for one in placed(ranker):
-        del found[one.name]
-        found[one.name + AT] = rows[one.table].places(ids[one.ids])
+    for input_ in placed(ranker):
+        del found[input_.name]
+        found[input_.name + AT] = rows[input_.table].places(ids[input_.ids])
     return found

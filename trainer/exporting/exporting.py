@@ -84,9 +84,9 @@ class Replayed:
         }
         values = {name: np.concatenate([held[name] for _, held in pieces])[:ROWS] for name in pieces[0][1]}
         self.inputs: dict[str, F32] = {
-            one.name: self._rows(one) if one.table else np.asarray(values[one.name], np.float32)
-            for one in trainer.model.inputs
-            if not one.training
+            input_.name: self._rows(input_) if input_.table else np.asarray(values[input_.name], np.float32)
+            for input_ in trainer.model.inputs
+            if not input_.training
         }
 
     def _crosses(self, pairs: Values) -> F32:
@@ -97,12 +97,12 @@ class Replayed:
         rows = table.gather(table.find(ids.reshape(-1))).reshape(*ids.shape, -1)
         return logits_of(rows, table.gather(table.find(crosses.shares)))
 
-    def _rows(self, one: Input) -> F32:
+    def _rows(self, input_: Input) -> F32:
         """The rows of an input, as serving finds them."""
-        found = self._looked_up(one.table, self.ids[one.ids])
-        if one.mean:
+        found = self._looked_up(input_.table, self.ids[input_.ids])
+        if input_.mean:
             found = found.sum(-2) / np.float32(max(found.shape[-2], 1))
-        if one.attributes and (attributes := self.ids[one.attributes]).shape[1]:
+        if input_.attributes and (attributes := self.ids[input_.attributes]).shape[1]:
             found = found + self._looked_up("context", attributes).sum(1) / np.float32(attributes.shape[1])
         return np.asarray(found, np.float32)
 
@@ -114,10 +114,13 @@ class Replayed:
 
 
 def latest(log: Log, version: Manifest) -> list[MicroBatch]:
-    """The latest micro-batches that a version learned; none if the log no longer has them, or is unreachable."""
-    first, found = max(0, version.log.next - 2 * RECORDS), list[MicroBatch]()
+    """The latest micro-batches that a version learned, as many as have `ROWS` rows together.
+
+    None if the log no longer has them, or is unreachable.
+    """
+    first, batches = max(0, version.log.next - 2 * RECORDS), list[MicroBatch]()
     if not version.log.topic_id:
-        return found
+        return batches
     topic, partition = version.log.topic, version.log.partition
     reader = SegmentReader(
         lambda offset: log.reader(topic, [partition], {partition: offset}), version.log, (), PATIENCE_S
@@ -126,22 +129,14 @@ def latest(log: Log, version: Manifest) -> list[MicroBatch]:
         for _, value in reader.records(LogSegment(first, version.log.next)):
             batch = None if value is None else decode(value)
             if batch is not None and len(batch) and batch.header.spec == version.spec:
-                found.append(batch)
+                batches.append(batch)
+                while sum(map(len, batches[1:])) >= ROWS:
+                    del batches[0]
     except (GapError, LogError, MicroBatchError, OSError):
-        return found
+        pass
     finally:
         reader.close()
-    return found
-
-
-def enough(batches: Sequence[MicroBatch]) -> list[MicroBatch]:
-    """The latest micro-batches that have `ROWS` rows together."""
-    kept: list[Any] = []
-    for batch in reversed(batches):
-        kept.insert(0, batch)
-        if sum(map(len, kept)) >= ROWS:
-            break
-    return kept
+    return batches
 
 
 class Agreement(NamedTuple):
@@ -162,9 +157,9 @@ class Agreement(NamedTuple):
 
 def agreement(ours: Outputs, theirs: Outputs) -> Agreement:
     """Compares the outputs of the program under test with those of the reference program on the same rows."""
-    interests = [_softmax(np.concatenate([one[name] for name in LOGITS], 1)) for one in (ours, theirs)]
-    engagement = [1 / (1 + np.exp(-one["engagement_logit"].astype(np.float64))) for one in (ours, theirs)]
-    apart = [np.abs(one[0] - one[1]).max() for one in (interests, engagement)]
+    interests = [_softmax(np.concatenate([outputs[name] for name in LOGITS], 1)) for outputs in (ours, theirs)]
+    engagement = [1 / (1 + np.exp(-outputs["engagement_logit"].astype(np.float64))) for outputs in (ours, theirs)]
+    apart = [np.abs(both[0] - both[1]).max() for both in (interests, engagement)]
     first = interests[0].argmax(1) == interests[1].argmax(1)
     return Agreement(
         len(first),
@@ -216,7 +211,7 @@ def load(registry: Registry, number: int, trainer: Trainer, spec: str, log: Log)
     program = Program(registry.specs.program(version.program))
     program.load(trainer.model.weights())
     # 2.
-    batches = enough(latest(log, version))
+    batches = latest(log, version)
     if batches:
         found = Replayed(trainer, batches)
         rows = len(found.ids["user"])
@@ -277,7 +272,7 @@ def export_device_file(of: Compared, path: Path, users: Sequence[int], most: int
     content = device_file.with_lists(lowered, rows, about)
     path.parent.mkdir(parents=True, exist_ok=True)
     durable.replace(path, content)
-    counts = ", ".join(f"{len(one.ids):,} of {name}" for name, one in rows.items())
+    counts = ", ".join(f"{len(chosen.ids):,} of {name}" for name, chosen in rows.items())
     say(f"device file  {path}, {len(content) / 1e6:.2f} MB, {quantize}; rows: {counts}")
     if of.ids is None:
         say("agreement    not taken: the training log has no rows to replay")
@@ -287,9 +282,9 @@ def export_device_file(of: Compared, path: Path, users: Sequence[int], most: int
     found = agreement(program.predict(asked), of.program.predict(of.inputs))
     say(_comparison(found, of, median_us(program.predict, asked)))
     aboard = {
-        one.table: rows[one.table].places(of.ids[one.ids]) > 0
-        for one in device_file.placed(ranker)
-        if one.ids == one.table
+        input_.table: rows[input_.table].places(of.ids[input_.ids]) > 0
+        for input_ in device_file.placed(ranker)
+        if input_.ids == input_.table
     }
     say("on board     " + ", ".join(f"{name} of {share.mean():.0%} of the rows" for name, share in aboard.items()))
 

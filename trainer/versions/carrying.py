@@ -120,42 +120,42 @@ class Carrying:
     @property
     def anew(self) -> tuple[CarriedTable | CarriedWeight, ...]:
         """The tables and weights that start from scratch."""
-        return (*self.tables_anew, *(one for one in self.weights if not one.goes_on))
+        return (*self.tables_anew, *(weight for weight in self.weights if not weight.goes_on))
 
     @property
     def tables_anew(self) -> tuple[CarriedTable, ...]:
         """The tables that start from scratch."""
-        return tuple(one for one in self.tables if not one.goes_on)
+        return tuple(table for table in self.tables if not table.goes_on)
 
     def wanting(self, optional: Collection[str] = ()) -> tuple[CarriedTable | CarriedWeight, ...]:
         """What keeps a trainer from loading the version as is: all that starts from scratch but `optional` tables."""
-        return tuple(one for one in self.anew if not (isinstance(one, CarriedTable) and one.name in optional))
+        return tuple(part for part in self.anew if not (isinstance(part, CarriedTable) and part.name in optional))
 
     def lines(self) -> list[str]:
         """The plan as text: each table, a summary of the weights, each weight that starts from scratch."""
-        weights = [one for one in self.weights if one.goes_on]
-        numbers = sum(int(np.prod(one.was or ())) for one in weights)
-        said = ["carried over:", *(f"  table {one}" for one in self.tables if one.goes_on)]
-        now = sum(one.now is not None for one in self.weights)
-        said += [
+        weights = [weight for weight in self.weights if weight.goes_on]
+        numbers = sum(int(np.prod(weight.was or ())) for weight in weights)
+        lines = ["carried over:", *(f"  table {table}" for table in self.tables if table.goes_on)]
+        now = sum(weight.now is not None for weight in self.weights)
+        lines += [
             f"  {len(weights)} of {now} dense weights, {numbers:,} numbers, with their optimizer's slots",
             f"  the counts of {self.steps:,} steps and {self.trained:,} rows, {self.popular:,} popular categories, "
             "and all measures",
         ]
         if not self.anew:
-            return [*said, "begins anew: nothing"]
-        said.append("begins anew:")
-        said += [f"  {'table' if isinstance(one, CarriedTable) else 'weight'} {one}" for one in self.anew]
-        if any(isinstance(one, CarriedWeight) for one in self.anew):
-            said.append("  the guard's running loss, with the weights")
-        return said
+            return [*lines, "starts from scratch: nothing"]
+        lines.append("starts from scratch:")
+        lines += [f"  {'table' if isinstance(part, CarriedTable) else 'weight'} {part}" for part in self.anew]
+        if any(isinstance(part, CarriedWeight) for part in self.anew):
+            lines.append("  the guard's running loss, with the weights")
+        return lines
 
     def document(self) -> dict[str, Any]:
         """As JSON values, for control."""
         return {
-            "tables": {one.name: one.rows for one in self.tables if one.goes_on},
-            "weights": sum(one.goes_on for one in self.weights),
-            "anew": [str(one) for one in self.anew],
+            "tables": {table.name: table.rows for table in self.tables if table.goes_on},
+            "weights": sum(weight.goes_on for weight in self.weights),
+            "anew": [str(part) for part in self.anew],
         }
 
 
@@ -216,8 +216,8 @@ def carried(old: Tensors, fresh: Tensors, planned: Carrying, fast: Collection[st
         planned: Their plan.
         fast: Names of the weights whose slots are kept together, as `moving.`.
     """
-    kept_weights = {one.name for one in planned.weights if one.goes_on}
-    all_kept = all(one.goes_on for one in planned.weights if one.now is not None)
+    kept_weights = {weight.name for weight in planned.weights if weight.goes_on}
+    all_kept = all(weight.goes_on for weight in planned.weights if weight.now is not None)
     found: dict[str, Array] = {}
     # 1. Tables.
     for table in planned.tables:
@@ -344,7 +344,7 @@ def ends(old: Tensors, mine: Tensors) -> dict[str, Array]:
     """
     found: dict[str, Array] = {}
     both = mine.keys() & old.keys()
-    for table in (one for one in tables_in(both) if f"{one}.ids" in both):
+    for table in (name for name in tables_in(both) if f"{name}.ids" in both):
         found[f"{table}.removed"] = np.setdiff1d(old[f"{table}.ids"], mine[f"{table}.ids"])
         waits, ours = old[f"{table}.{PENDING[0]}"], mine[f"{table}.{PENDING[0]}"]
         over = np.setdiff1d(waits, ours)
@@ -407,7 +407,7 @@ def restore_or_carry(
     if began is None:
         return _without_lost_log(registry, control, checkpoint.restore(registry, version, trainer, spec)), None
     found = carry_over(registry, version, trainer)
-    logger.info("epoch %d goes on from version %d: %s", control.epoch, version, "; ".join(found.planned.lines()))
+    logger.info("epoch %d continues from version %d: %s", control.epoch, version, "; ".join(found.planned.lines()))
     return found.manifest, found.changes
 
 
@@ -434,7 +434,7 @@ def require_ranker_fits(registry: Registry, settings: Settings, spec: FeatureSpe
         ModelMismatch: It names what differs and the command to run.
     """
     widths = dict.fromkeys(EMBEDDINGS, settings.model.dim) | dict(ranker.tables)
-    dense = {name: tuple(one.shape) for name, one in ranker.dense.items()}
+    dense = {name: tuple(variable.shape) for name, variable in ranker.dense.items()}
     require_fit(registry, settings, spec, dense, widths, (CROSS, TRANSITION))
 
 

@@ -144,7 +144,7 @@ def sample(ranker: Ranker, rows: int = 32, training: bool = False) -> dict[str, 
     """Made-up inputs of serving, or of training: the same each time, with edge cases."""
     drawn = np.random.default_rng(7)
     made: dict[str, F32] = {}
-    whole = {one.name for one in ranker.inputs if one.whole}
+    whole = {input_.name for input_ in ranker.inputs if input_.whole}
     for name, spec in ranker.specs(training).items():
         shape = [rows if size is None else size for size in spec.shape]
         if name in whole:

@@ -232,7 +232,7 @@ def test_without_the_salt_in_it_the_right_one_must_be_there(system: System, to: 
 def test_nothing_that_is_there_is_overwritten(system: System, to: Path, tmp_path: Path) -> None:
     springtide(system.settings, "backup", str(to), "--with-salt")
     before = content(system.settings)
-    with pytest.raises(BackupError, match="stream-0 is there"):
+    with pytest.raises(BackupError, match="stream-0 exists"):
         springtide(system.settings, "restore", str(to))
     assert content(system.settings) == before
     there = settings_of(tmp_path / "there")
@@ -240,7 +240,7 @@ def test_nothing_that_is_there_is_overwritten(system: System, to: Path, tmp_path
     (there.serving_dir / "rows" / "data.mdb").write_bytes(b"of another line")
     (there.kafka_dir / "data").mkdir(parents=True)
     (there.kafka_dir / "data" / "log").write_bytes(b"clicks")
-    with pytest.raises(BackupError, match="serving is there"):
+    with pytest.raises(BackupError, match="serving exists"):
         springtide(there, "restore", str(to))
     assert sorted(one.name for one in there.state_dir.iterdir()) == ["kafka", "serving"]
     (there.serving_dir / "rows" / "data.mdb").unlink()

@@ -150,7 +150,7 @@ def test_a_base_stays_readable_as_its_version_when_the_delta_is_removed(registry
     assert registry.versions() == [1, 2, 3]
     assert registry.read(2, SERVING) == b"all"
     assert registry.manifest(2).visible == ((1, 2),)
-    with pytest.raises(UnknownVersion, match="take 3"):
+    with pytest.raises(UnknownVersion, match="use 3"):
         registry.manifest(9)
 
 

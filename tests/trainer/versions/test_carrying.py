@@ -188,7 +188,7 @@ def test_plan_is_told_in_words() -> None:
         "carried over:",
         "  1 of 2 dense weights, 4 numbers, with their optimizer's slots",
         "  the counts of 7 steps and 1,234 rows, 0 popular categories, and all measures",
-        "begins anew:",
+        "starts from scratch:",
         "  table user: 3 rows of width 4, the width is now 8",
         "  weight new: the version has none",
         "  weight gone: 5, no longer read",

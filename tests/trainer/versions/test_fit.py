@@ -68,8 +68,8 @@ def test_settings_alone_tell_what_differs_and_what_to_type(
         require_same_model(changed(registry, flags))
     assert refused.value.what == f"version 2 in {registry.path} was trained with another model: {differs}"
     assert refused.value.do == (
-        "`springtide upgrade --dry-run` says what of it goes on, `springtide upgrade --reason TEXT` (or `springtide up "
-        f"--upgrade --reason TEXT`) goes on from it; or put the settings back ({back})"
+        "`springtide upgrade --dry-run` shows what is carried over, `springtide upgrade --reason TEXT` (or `springtide up "
+        f"--upgrade --reason TEXT`) continues from it; or put the settings back ({back})"
     )
 
 
