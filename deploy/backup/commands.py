@@ -39,7 +39,7 @@ def backup(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
     if asked.list:
         show(store, asked, now_ms, say)
         return
-    progress = Amount("read")
+    progress = _Amount("read")
     if asked.check:
         found = location.read_backup(store, asked.at)
         location.verify(store, found, progress)
@@ -68,11 +68,11 @@ def backup(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
 
 def restore(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say) -> None:
     """Restores a backup."""
-    store, progress = open_store(asked.source), Amount("written")
+    store, progress = open_store(asked.source), _Amount("written")
     found = location.read_backup(store, asked.at)
     spec = FeatureSpec.from_settings(settings).digest
     by = restoring.By(actor(), now_ms)
-    known, unknown = later_erasures(store, found, asked.erasures_from)
+    known, unknown = _later_erasures(store, found, asked.erasures_from)
     done = restoring.restore(settings, store, found, by, progress, known, asked.kafka_lost)
     lines = [
         f"restored backup {found.id} of {iso(found.created_at_ms)}, {age((now_ms - found.created_at_ms) / 1000)} old: "
@@ -105,12 +105,8 @@ def restore(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say
     _print(asked, result, "\n".join(lines), say)
 
 
-def later_erasures(store: FileStore, found: Backup, registry: Path | None) -> tuple[Erased, list[str]]:
-    """Erasures made after a backup, as known to the newest one there and to a registry that was not lost.
-
-    Returns:
-        The longer list, and a message if the newest backup cannot be read.
-    """
+def _later_erasures(store: FileStore, found: Backup, registry: Path | None) -> tuple[Erased, list[str]]:
+    """Erasures made after a backup, and a message if the newest backup cannot be read."""
     known, messages = [Erased.NOBODY], []
     if registry is not None:
         known.append(restoring.erasures_in(registry))
@@ -170,7 +166,7 @@ def size(bytes: int) -> str:
     return f"{bytes / 1e9:.2f} GB" if bytes >= 1e9 else f"{bytes / 1e6:.1f} MB"
 
 
-class Amount:
+class _Amount:
     """Shows now and then how many bytes were done; `verb` says how."""
 
     def __init__(self, verb: str) -> None:

@@ -118,10 +118,10 @@ def id_at(now_ms: int) -> str:
     return f"{at:%Y%m%dT%H%M%S}.{now_ms % 1000:03d}Z"
 
 
-def is_inside(path: str) -> bool:
+def _is_inside(path: str) -> bool:
     """Whether a relative path stays below its base directory.
 
-    >>> is_inside("registry/control/00000001.json"), is_inside("registry/../x"), is_inside("/etc/passwd"), is_inside("")
+    >>> _is_inside("registry/control/00000001.json"), _is_inside("registry/../x"), _is_inside("/etc/passwd"), _is_inside("")
     (True, False, False, False)
     """
     return all(part not in ("", ".", "..") and "\0" not in part for part in path.split("/"))
@@ -132,7 +132,7 @@ def _decoded(data: bytes) -> Backup:
     if backup.format != FORMAT:
         raise ValueError(f"it is of format {backup.format}; this release reads {FORMAT}")
     for file in backup.files:
-        if not is_inside(file.path) or not all(map(_DIGEST.fullmatch, (file.sha256, *file.pieces))):
+        if not _is_inside(file.path) or not all(map(_DIGEST.fullmatch, (file.sha256, *file.pieces))):
             raise ValueError(f"it names an impossible file {file.path!r}")
     return backup
 
@@ -176,12 +176,7 @@ def newest_backup(store: FileStore) -> Backup | None:
 
 
 class Pruned(NamedTuple):
-    """What `prune` removed.
-
-    Attributes:
-        backups: How many backups.
-        objects: How many objects that no remaining backup uses.
-    """
+    """How many backups `prune` removed, and how many objects that no remaining backup uses."""
 
     backups: int
     objects: int

@@ -58,15 +58,8 @@ MOST_VERSIONS_PER_S = 100
 CONTROL_FILES = tuple(f"{layout.REGISTRY}/{folder}/" for folder in (layout.CONTROL, layout.MASKS))
 
 
-def require_restorable(settings: Settings, backup: Backup) -> None:
-    """Refuses where a backup cannot be restored; writes nothing.
-
-    Raises:
-        BackupError: State that would be lost or mixed with another exists already; the message names it.
-        MissingSalt: There is no salt, and the backup has none.
-        SaltMismatch: The salt is not that of the backup's users.
-        SettingsError: The salt cannot be read.
-    """
+def _require_restorable(settings: Settings, backup: Backup) -> None:
+    """Refuses where state would be lost or mixed with another, or where the salt is missing or another."""
     state, registry, salt = settings.state_dir, settings.registry_dir, settings.salt_path
     found = [path for path in _entries(state) if path.name not in _MAY_BE_THERE and path not in (registry, salt)]
     found += [path for path in _entries(registry) if path.name not in _MAY_BE_IN_REGISTRY]
@@ -151,9 +144,9 @@ def restore(
     """
     state, registry_dir = settings.state_dir, settings.registry_dir
     # 1. Before the locks too, which would leave their files where a restore is refused.
-    require_restorable(settings, backup)
+    _require_restorable(settings, backup)
     with DirectoryLock(state), DirectoryLock(registry_dir, layout.TRAINER_LOCK):
-        require_restorable(settings, backup)
+        _require_restorable(settings, backup)
         with _built_aside(settings) as aside:
             # 2.
             _write_all(settings, store, backup, progress)

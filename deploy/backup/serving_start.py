@@ -69,7 +69,7 @@ def write_notes(store: HistoryStore, file: BinaryIO) -> None:
                 file.write(_LENGTH.pack(len(part)) + part)
 
 
-def read_notes(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
+def _read_notes(file: BinaryIO) -> Iterator[tuple[str, bytes]]:
     """Yields the notes that `write_notes` wrote; the file's digest has been verified."""
 
     def part() -> bytes:
@@ -107,7 +107,7 @@ def begin(stream: Path, serving: Path, opened: tuple[int, int], created_at_ms: i
         _commit(store, [(WHOLE_EXTRA, b"0")])
         if notes.exists():
             with notes.open("rb") as file:
-                _commit(store, read_notes(file))
+                _commit(store, _read_notes(file))
             notes.unlink()
         if store.extra(CLOCK_EXTRA) is None and (newest_ms := _newest_ms(store)):
             clock = {"event_ms": min(newest_ms, created_at_ms), "accepted_ms": created_at_ms}

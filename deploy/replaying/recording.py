@@ -177,7 +177,7 @@ class RecordingSource:
         return f"{self.recording.files[file].path}:{line}"
 
 
-def recorded_times(recording: Recording, events: Events, latest_ms: int) -> RecordedTimes:
+def _recorded_times(recording: Recording, events: Events, latest_ms: int) -> RecordedTimes:
     """Collects all recorded times; reads the time column of all files."""
     field, unit, times = events.time, events.time_unit, RecordedTimes()
     if not field:
@@ -234,17 +234,8 @@ class Judge:
         return f"{letter.reason} by {TOO_OLD}" if after_ms < -self._events.max_age_s * 1000 else str(letter.reason)
 
 
-def refuse_all_dead(refused: Mapping[int, str], count: int, oldest_s: float = 0.0) -> None:
-    """Stops before the topic is filled with dead letters.
-
-    Args:
-        refused: Row -> reason, of the first rows.
-        count: How many rows those are.
-        oldest_s: Age of the oldest record relative to its Kafka timestamp.
-
-    Raises:
-        SettingsError: None of them is a click.
-    """
+def _refuse_all_dead(refused: Mapping[int, str], count: int, oldest_s: float = 0.0) -> None:
+    """Stops if none of the first `count` rows is a click; `oldest_s` is the age of the oldest before its Kafka timestamp."""
     if count < ENOUGH_ROWS or len(refused) < count:
         return
     reasons = Counter(refused.values())
@@ -263,7 +254,7 @@ def refuse_all_dead(refused: Mapping[int, str], count: int, oldest_s: float = 0.
     )
 
 
-class JudgedPiece(NamedTuple):
+class _JudgedPiece(NamedTuple):
     """Consecutive rows, and the records that they are sent as.
 
     Attributes:
@@ -283,22 +274,14 @@ class JudgedPiece(NamedTuple):
     too_large: list[int]
 
 
-class Walk:
+class _Walk:
     """Reads a recording from a position on, and turns its rows into judged pieces.
-
-    Args:
-        source: The recording; if its times are rebased, the newest time is found before the first row.
-        position: Rows before it are skipped.
 
     Attributes:
         chunks: The remaining rows, in send order.
         total: Rows of the recording; None if they are not counted yet.
         clock: Computes the times.
         stray: Which rows are excluded from finding the newest time; empty without any.
-
-    Raises:
-        SettingsError: The files do not fit into memory, or columns are missing.
-        UnreadableRecording: A file is truncated or damaged.
     """
 
     def __init__(self, source: RecordingSource, position: Position) -> None:
@@ -318,7 +301,7 @@ class Walk:
         else:
             self.chunks = _behind(recording.encoded(self._encoder, events), position.acknowledged)
             if find_newest:
-                times = recorded_times(recording, events, latest_ms)
+                times = _recorded_times(recording, events, latest_ms)
         newest_ms = position.newest_ms
         if find_newest:
             crowd = times.crowd(round(events.max_age_s * 1000))
@@ -334,7 +317,7 @@ class Walk:
         numbers = [row for row, value in enumerate(values) if len(value) <= LARGEST_VALUE]
         return (piece, numbers) if len(numbers) == len(values) else (piece.take(numbers), numbers)
 
-    def judged(self, encoded: EncodedRows, stamped: Stamped, first: int, after: int) -> JudgedPiece:
+    def judged(self, encoded: EncodedRows, stamped: Stamped, first: int, after: int) -> _JudgedPiece:
         """The rows from `first` on and before `after`, as many as fit into a piece; at least one."""
         rows = encoded.cut(first, after)
         count = rows_within([len(key) + len(body) for key, body in zip(rows.keys, rows.bodies, strict=True)])
@@ -342,17 +325,13 @@ class Walk:
         piece, numbers = self.records(rows, stamped)
         refused = {numbers[record]: reason for record, reason in self._judge.judge(piece).items()}
         too_large = sorted({*range(count)} - {*numbers}) if len(numbers) < count else []
-        return JudgedPiece(rows, stamped.at_ms, piece, numbers, refused, too_large)
+        return _JudgedPiece(rows, stamped.at_ms, piece, numbers, refused, too_large)
 
     def require_click(self, encoded: EncodedRows, stamped: Stamped) -> None:
-        """Stops where none of the first rows is a click, however few of them are due.
-
-        Raises:
-            SettingsError: None is.
-        """
+        """Stops where none of the first rows is a click, however few of them are due."""
         if len(encoded):
             judged = self.judged(encoded, stamped, 0, len(encoded))
-            refuse_all_dead(judged.refused, len(judged.numbers), stamped.oldest_s(len(judged.rows)))
+            _refuse_all_dead(judged.refused, len(judged.numbers), stamped.oldest_s(len(judged.rows)))
 
 
 @dataclass(frozen=True)
@@ -420,7 +399,7 @@ class Replay:
             return Outcome(0, 0, stored.acknowledged, stored)
         begin = Position(now_ms, NO_TIME, 0, 0, Hand(NO_TIME, float(now_ms)), {}, {})
         self._position = replace(begin, ends=self._destination.ends()) if stored is None else stored
-        walk = Walk(self._source, self._position)
+        walk = _Walk(self._source, self._position)
         if walk.stray:
             self._progress.say(walk.stray)
         self._position = replace(self._position, newest_ms=walk.clock.newest_ms)
@@ -429,7 +408,7 @@ class Replay:
         self._journal.write(self._position)
         return Outcome(self._sent, self._late, walk.total, self._position)
 
-    def _send_all(self, walk: Walk) -> bool:
+    def _send_all(self, walk: _Walk) -> bool:
         """Sends until the end (True) or until limit or stop."""
         hand: Hand | None = None
         limit, total = self._source.options.limit, walk.total
@@ -465,7 +444,7 @@ class Replay:
                 hand = stamped.hand(len(encoded) - 1)
         return True
 
-    def _recovered(self, chunk: EncodedRows, walk: Walk) -> EncodedRows:
+    def _recovered(self, chunk: EncodedRows, walk: _Walk) -> EncodedRows:
         """Completes the piece that was in flight; returns the rows behind it."""
         position = self._position
         count = position.sending - position.acknowledged
@@ -480,7 +459,7 @@ class Replay:
         self._position = position.after(stamped.hand(count - 1), position.ends)
         return chunk.cut(count, len(chunk))
 
-    def _deliver(self, judged: JudgedPiece, stamped: Stamped, after: int) -> None:
+    def _deliver(self, judged: _JudgedPiece, stamped: Stamped, after: int) -> None:
         """Sends a piece that ends before row `after` of the stamped rows."""
         rows, count, position = judged.rows, len(judged.rows), self._position
         for row, reason in judged.refused.items():
@@ -530,7 +509,7 @@ class Findings:
     sent: tuple[int, int] = (NO_TIME, NO_TIME)
     stray: str = ""
 
-    def add(self, judged: JudgedPiece, source: RecordingSource) -> None:
+    def add(self, judged: _JudgedPiece, source: RecordingSource) -> None:
         """Adds a piece."""
         rows = judged.rows
         self.rows += len(rows)
@@ -564,7 +543,7 @@ def try_out(source: RecordingSource, now_ms: int) -> Findings:
         UnreadableRecording: A file is truncated or damaged.
     """
     hand = Hand(NO_TIME, float(now_ms))
-    walk = Walk(source, Position(now_ms, NO_TIME, 0, 0, hand, {}, {}))
+    walk = _Walk(source, Position(now_ms, NO_TIME, 0, 0, hand, {}, {}))
     findings = Findings(stray=walk.stray)
     left = math.inf if source.options.limit is None else source.options.limit
     for chunk in walk.chunks:
@@ -615,4 +594,4 @@ def check(recording: Recording, events: Events, latest_ms: int) -> None:
             seen += len(encoded)
             if len(refused) < seen or seen >= MOST_ROWS:
                 break
-    refuse_all_dead(refused, seen)
+    _refuse_all_dead(refused, seen)

@@ -260,16 +260,10 @@ def _chunks(items: Iterator[Any], count: int) -> Iterator[list[Any]]:
         yield chunk
 
 
-def parquet_rows(
+def _parquet_rows(
     path: Path, wanted: Sequence[str], chunk_rows: int = CHUNK_ROWS, remedy: str = REMEDY
 ) -> Iterator[RecordedRows]:
-    """Reads Parquet; only the wanted columns are decoded.
-
-    Raises:
-        SettingsError: The file has no column for a wanted field.
-        pyarrow.ArrowException: The file is not Parquet, or is damaged.
-        OSError: Likewise.
-    """
+    """Reads Parquet; only the wanted columns are decoded."""
     with pq.ParquetFile(path) as file:
         names = file.schema_arrow.names
         for name in wanted:
@@ -277,21 +271,17 @@ def parquet_rows(
                 raise SettingsError(_no_column(str(path), name, names), remedy)
         first = 1
         for batch in file.iter_batches(batch_size=chunk_rows, columns=list(wanted)):
-            columns = {name: as_values(batch.column(name)) for name in wanted}
+            columns = {name: _as_values(batch.column(name)) for name in wanted}
             yield RecordedRows(
                 columns, np.arange(first, first + len(batch), dtype=np.int64), frozenset(), _text_of(columns)
             )
             first += len(batch)
 
 
-def as_values(column: pa.Array) -> list[Any]:
+def _as_values(column: pa.Array) -> list[Any]:
     """Converts a column to Python values that JSON can represent; nulls and NaN become None.
 
-    pandas writes a column of integers with gaps as floats. So 7.0 becomes 7, because
-    it is likely an id.
-
-    >>> as_values(pa.array([7.0, float("nan"), 0.5])), as_values(pa.array([b"a", None]))
-    ([7, None, 0.5], ['a', None])
+    pandas writes a column of integers with gaps as floats. So 7.0 becomes 7, because it is likely an id.
     """
     kind = column.type
     if pa.types.is_dictionary(kind):
@@ -367,7 +357,7 @@ class Recording:
         last = 0
         try:
             if file.format == "parquet":
-                chunks = parquet_rows(file.path, wanted, chunk_rows, self.remedy)
+                chunks = _parquet_rows(file.path, wanted, chunk_rows, self.remedy)
             else:
                 stream = _opened(file.path)
                 where = str(file.path)

@@ -39,13 +39,8 @@ LogLine = tuple[Stretch, ...]
 WHOLE: LogLine = (Stretch(FIRST_EPOCH, 0),)
 
 
-class Parting(NamedTuple):
-    """The point at which two branches diverge.
-
-    Attributes:
-        offset: Offset of the log. From here on, the branches have different records.
-        sources: Per source the offset of the clicks up to which both branches have them.
-    """
+class _Parting(NamedTuple):
+    """The offset at which two branches diverge, and per source the offset of the clicks up to which both have them."""
 
     offset: int
     sources: tuple[tuple[Source, int], ...]
@@ -113,7 +108,7 @@ def turned(line: LogLine, epoch: int, offset: int, end: int, sources: Sequence[t
     return (*kept, Stretch(line[-1].epoch + 1, max(end, offset), None, tuple(sorted(sources))))
 
 
-def parting(mine: LogLine, now: LogLine) -> Parting | None:
+def parting(mine: LogLine, now: LogLine) -> _Parting | None:
     """The point to which a reader of branch `mine` must rewind to read `now`; None if the branches are equal.
 
     >>> once = turned(WHOLE, 1, 40, 60, ())
@@ -134,7 +129,7 @@ def parting(mine: LogLine, now: LogLine) -> Parting | None:
         raise ValueError(f"the line {now} does not go on from {mine}")
     before = now[after - 1].until
     assert before is not None, "only the last stretch is open"
-    return Parting(before, now[after].sources)
+    return _Parting(before, now[after].sources)
 
 
 def to_json(line: LogLine) -> list[dict[str, Any]]:

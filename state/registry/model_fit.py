@@ -145,7 +145,7 @@ def require_fit(
         ModelMismatch: A weight or a table is missing on one side, or has another shape; or the features differ.
     """
     version = version_to_go_on_from(registry)
-    if version is None or accepted(registry, settings, spec) or (shapes := shapes_of(registry, version)) is None:
+    if version is None or accepted(registry, settings, spec) or (shapes := _shapes_of(registry, version)) is None:
         return
     wanted = {f"dense.{name}": shape for name, shape in dense.items()}
     wanted |= {f"{table}.rows": (width,) for table, width in widths.items()}
@@ -172,8 +172,8 @@ def require_fit(
         )
 
 
-def shapes_of(registry: Registry, version: Manifest) -> Shapes | None:
-    """The shapes of the tensors that a version gives to serving, from its file's header; None if it cannot be read."""
+def _shapes_of(registry: Registry, version: Manifest) -> Shapes | None:
+    """The shapes of the tensors that a version gives to serving; None if they cannot be read."""
     try:
         return tensor_files.shapes_in(registry.path_of(version, SERVING))
     # The code that loads the version reports what is wrong with it.

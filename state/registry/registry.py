@@ -67,7 +67,7 @@ class Chain(NamedTuple):
     deltas: list[Manifest]
 
 
-class BadPart(CorruptVersion):
+class _BadPart(CorruptVersion):
     """A corrupt version, and which of its directories it is."""
 
     def __init__(self, part: Path, version: int, message: str) -> None:
@@ -251,10 +251,10 @@ class Registry:
                 read = manifest.decode(self._manifest_bytes(folder))
             except FileNotFoundError:
                 if folder.is_dir():
-                    raise BadPart(folder, version, f"{folder / MANIFEST} is missing") from None
+                    raise _BadPart(folder, version, f"{folder / MANIFEST} is missing") from None
                 continue
             except ValueError as error:
-                raise BadPart(folder, version, f"{folder / MANIFEST} is damaged: {error}") from error
+                raise _BadPart(folder, version, f"{folder / MANIFEST} is damaged: {error}") from error
             self._cache(folder, read)
             return read
         raise self._not_kept(version)
@@ -282,17 +282,17 @@ class Registry:
         path = self.folder_of(part) / name
         entry = part.files.get(name)
         if entry is None:
-            raise BadPart(path.parent, part.version, f"it has no file {path}")
+            raise _BadPart(path.parent, part.version, f"it has no file {path}")
         data = self._file(path, entry)
         if data is None:
             if not path.parent.is_dir():
                 self._manifests.pop(path.parent, None)
                 raise self._not_kept(part.version)
-            raise BadPart(path.parent, part.version, f"{path} is missing")
+            raise _BadPart(path.parent, part.version, f"{path} is missing")
         if not entry.fits(data):
             if (rewritten := self._rewritten(part)) is not None:
                 return self.read(rewritten, name)
-            raise BadPart(path.parent, part.version, f"{path} fails its digest")
+            raise _BadPart(path.parent, part.version, f"{path} fails its digest")
         return data
 
     def path_of(self, version: Manifest, name: str) -> Path:
@@ -362,7 +362,7 @@ class Registry:
                 if base not in self.bases():
                     # The compactor has just merged deltas across the base.
                     return self.chain(version)
-                raise BadPart(
+                raise _BadPart(
                     self.folder_of(delta), at, f"its parent {delta.parent} does not lie between base {base} and itself"
                 )
             deltas.append(delta)
@@ -605,7 +605,7 @@ class Registry:
                 for part in (base, *deltas):
                     self.verify(part)
                 return version
-            except BadPart as error:
+            except _BadPart as error:
                 self.set_aside(error.part, error.version, str(error))
             except UnknownVersion as error:
                 if version is None:

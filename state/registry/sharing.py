@@ -185,7 +185,7 @@ class Ownership:
         senders: The threads that send versions.
     """
 
-    def __init__(self, senders: Sequence[Repeating] = ()) -> None:
+    def __init__(self, senders: Sequence[_Repeating] = ()) -> None:
         self._senders = senders
 
     def check(self) -> None:
@@ -236,7 +236,7 @@ def owning(
     store = CountedStore(origin, metrics)
     versions = DurableSender(path, store, claim)
     recent = RecentSender(path, store, claim, lambda: versions.serial)
-    copier = HostCopier(settings, metrics)
+    copier = _HostCopier(settings, metrics)
 
     def send_durable() -> bool:
         more = versions.send()
@@ -246,8 +246,8 @@ def owning(
 
     pause_s = settings.registry.share_s
     senders = [
-        Repeating("share-recent", lambda: recent.send() < 0, pause_s, stop),
-        Repeating("share-durable", send_durable, pause_s, stop),
+        _Repeating("share-recent", lambda: recent.send() < 0, pause_s, stop),
+        _Repeating("share-durable", send_durable, pause_s, stop),
     ]
     threads = [*senders, *_copier_threads(settings, copier, stop)]
     with _running(threads, copier, stop):
@@ -289,7 +289,7 @@ def copying(settings: Settings, collected: CollectorRegistry, first: threading.E
         yield
         return
     stop = threading.Event()
-    copier = HostCopier(settings, SharedMetrics(collected))
+    copier = _HostCopier(settings, SharedMetrics(collected))
     with _running(_copier_threads(settings, copier, stop), copier, stop):
         while first is not None and not copier.polled.wait(POLL_S) and not first.is_set():
             pass
@@ -323,15 +323,10 @@ def reached_ms(registry: Path) -> int:
         return 0
 
 
-class HostCopier:
+class _HostCopier:
     """The copier of one host; one of its processes runs it and the others stand by.
 
-    Args:
-        settings: Of the whole system; `paths.shared_registry` is set.
-        metrics: Counts requests.
-
-    Attributes:
-        polled: Set once this process has polled the store, or another one of the host does so.
+    `polled` is set once this process has polled the store, or another one of the host does so.
     """
 
     def __init__(self, settings: Settings, metrics: SharedMetrics) -> None:
@@ -345,11 +340,7 @@ class HostCopier:
         self._log_once = SaidOnce(_log.info)
 
     def step(self) -> None:
-        """One round, unless another process of this host has the copier.
-
-        Raises:
-            RegistryError: The store cannot be reached, or the disk refused.
-        """
+        """One round, unless another process of this host has the copier."""
         path = self._settings.registry_dir
         if _has_own_control(path):
             self._log_once(f"{path} has versions of its own: its trainer shares them when it starts")
@@ -377,11 +368,7 @@ class HostCopier:
         self.polled.set()
 
     def step_control(self) -> None:
-        """Fetches control if this process has the copier; in a separate thread, so that versions do not delay a pin.
-
-        Raises:
-            RegistryError: The store cannot be reached, or the disk refused.
-        """
+        """Fetches control if this process has the copier; in a separate thread, so that versions do not delay a pin."""
         if self._copier is not None:
             self._copier.fetch_control()
 
@@ -396,24 +383,16 @@ class HostCopier:
                 os.utime(path, ns=(at_ms * 1_000_000, at_ms * 1_000_000))
 
     def close(self) -> None:
-        """Releases the copier for another process."""
         self._lock.release()
 
 
 # Threads
 
 
-class Repeating:
+class _Repeating:
     """A thread that repeats one action; errors of the object store, the registry and the disk are logged and retried.
 
-    Args:
-        name: Name of the thread.
-        act: The action. It returns True if there is more to do at once.
-        pause_s: Pause between two calls if there is not.
-        stop: Event that ends the thread.
-
-    Attributes:
-        failure: Any other error, which ended the thread.
+    The action returns True if there is more to do at once. Any other error ends the thread, which keeps it as `failure`.
     """
 
     def __init__(self, name: str, act: Callable[[], bool | None], pause_s: float, stop: threading.Event) -> None:
@@ -423,7 +402,6 @@ class Repeating:
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
     def start(self) -> None:
-        """Starts the thread."""
         self._thread.start()
 
     def join(self) -> None:
@@ -432,7 +410,6 @@ class Repeating:
 
     @property
     def runs(self) -> bool:
-        """Whether the thread is alive."""
         return self._thread.is_alive()
 
     def _run(self) -> None:
@@ -455,13 +432,13 @@ class Repeating:
         return 0.0 if more else self._pause_s
 
 
-def _copier_threads(settings: Settings, copier: HostCopier, stop: threading.Event) -> list[Repeating]:
+def _copier_threads(settings: Settings, copier: _HostCopier, stop: threading.Event) -> list[_Repeating]:
     acts = (("share-copy", copier.step), ("share-control", copier.step_control))
-    return [Repeating(name, act, settings.registry.look_ms / 1000, stop) for name, act in acts]
+    return [_Repeating(name, act, settings.registry.look_ms / 1000, stop) for name, act in acts]
 
 
 @contextmanager
-def _running(threads: list[Repeating], copier: HostCopier, stop: threading.Event) -> Iterator[None]:
+def _running(threads: list[_Repeating], copier: _HostCopier, stop: threading.Event) -> Iterator[None]:
     for thread in threads:
         thread.start()
     try:

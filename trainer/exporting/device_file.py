@@ -73,14 +73,8 @@ def placed(ranker: Ranker) -> list[Input]:
     ]
 
 
-def device_signature(ranker: Ranker, rows: Mapping[str, ChosenRows], kept: Mapping[str, F32]) -> Any:
-    """`Ranker.predict` with row indices instead of rows. Inputs that do not depend on the batch row are constants.
-
-    Args:
-        ranker: With the version's weights.
-        rows: By table.
-        kept: Values, by name, of inputs that do not depend on the batch row.
-    """
+def _device_signature(ranker: Ranker, rows: Mapping[str, ChosenRows], kept: Mapping[str, F32]) -> Any:
+    """`Ranker.predict` with row indices instead of rows. Inputs that do not depend on the batch row (`kept`) are constants."""
     specs = {name: spec for name, spec in ranker.specs().items() if name not in kept}
     tables = {input_.name: input_.table for input_ in placed(ranker)}
     held = {
@@ -116,7 +110,7 @@ def lower(
     module = tf.Module()
     module.model = ranker
     # LiteRT does not support default values of inputs: all are required.
-    signatures = {RAW: raw_signature(ranker, {}), DEVICE: device_signature(ranker, rows, kept)}
+    signatures = {RAW: raw_signature(ranker, {}), DEVICE: _device_signature(ranker, rows, kept)}
     with tempfile.TemporaryDirectory(prefix="springtide-device-") as folder:
         tf.saved_model.save(module, folder, signatures=signatures)
         return lower_saved_model(Path(folder), sorted(signatures), what, frozen=True, quantize=quantize)

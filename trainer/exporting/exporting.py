@@ -58,7 +58,7 @@ TOLERANCE = 1e-5
 Say = Callable[[str], None]
 
 
-class Replayed:
+class _Replayed:
     """The rows of one or more micro-batches as inputs of serving's program.
 
     Attributes:
@@ -213,7 +213,7 @@ def load(registry: Registry, number: int, trainer: Trainer, spec: str, log: Log)
     # 2.
     batches = latest(log, version)
     if batches:
-        found = Replayed(trainer, batches)
+        found = _Replayed(trainer, batches)
         rows = len(found.ids["user"])
         return Compared(trainer, version, program, found.inputs, found.ids, f"{rows} rows of the training log")
     inputs = sample(trainer.model, ROWS)
@@ -236,7 +236,7 @@ def export_saved_model(of: Compared, folder: Path, say: Say, known: KnownAnswers
             f"(allowed {TOLERANCE:g})",
             "an operation of the model's is computed otherwise by LiteRT: `springtide check-model`",
         )
-    took_us = median_us(exported.predict, of.inputs, of.kept)
+    took_us = _median_us(exported.predict, of.inputs, of.kept)
     path = saved_model.publish(writing, of.version.version)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     say(f"saved model  {path}, {size / 1e6:.2f} MB")
@@ -280,7 +280,7 @@ def export_device_file(of: Compared, path: Path, users: Sequence[int], most: int
     program = Program(content, device_file.DEVICE)
     asked = device_file.device_inputs(ranker, rows, of.ids, of.inputs, list(of.kept))
     found = agreement(program.predict(asked), of.program.predict(of.inputs))
-    say(_comparison(found, of, median_us(program.predict, asked)))
+    say(_comparison(found, of, _median_us(program.predict, asked)))
     aboard = {
         input_.table: rows[input_.table].places(of.ids[input_.ids]) > 0
         for input_ in device_file.placed(ranker)
@@ -289,7 +289,7 @@ def export_device_file(of: Compared, path: Path, users: Sequence[int], most: int
     say("on board     " + ", ".join(f"{name} of {share.mean():.0%} of the rows" for name, share in aboard.items()))
 
 
-def median_us(
+def _median_us(
     predict: Callable[[Mapping[str, Any]], object], inputs: Mapping[str, npt.NDArray[Any]], kept: Collection[str] = ()
 ) -> float:
     """Median microseconds of a prediction of one row alone; all rows share the inputs in `kept`."""
@@ -305,7 +305,7 @@ def median_us(
 
 
 def _comparison(found: Agreement, of: Compared, took_us: float) -> str:
-    ours_us = median_us(of.program.predict, of.inputs, of.kept)
+    ours_us = _median_us(of.program.predict, of.inputs, of.kept)
     return (
         f"agreement    {of.of}: probabilities within {found.probability:.1g}, the same category first in {found.first:.1%}\n"
         f"latency      {took_us:.0f} us a row alone, {ours_us:.0f} us by serving's program (median)"

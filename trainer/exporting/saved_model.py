@@ -57,7 +57,7 @@ def raw_signature(ranker: Ranker, kept: Mapping[str, F32]) -> Any:
     return tf.function(predict, autograph=False, input_signature=[specs[name] for name in names])
 
 
-def warm_up_requests(ranker: Ranker, version: int) -> list[bytes]:
+def _warm_up_requests(ranker: Ranker, version: int) -> list[bytes]:
     """Requests, on made-up rows, that TensorFlow Serving runs before it reports a version as available."""
     found = []
     for rows in WARM_UP_ROWS:
@@ -94,7 +94,7 @@ def write(
     warm_up = writing / WARM_UP
     warm_up.parent.mkdir()
     with tf.io.TFRecordWriter(str(warm_up)) as records:
-        for request in warm_up_requests(ranker, version):
+        for request in _warm_up_requests(ranker, version):
             records.write(request)
     return writing
 

@@ -293,24 +293,16 @@ EXPERIMENT = "experiment"
 logger = logging.getLogger(__name__)
 
 
-def take_over(
+def _take_over(
     live: Registry, recorded: Mapping[str, Any], version: int, trainer: Trainer, spec: str
 ) -> tuple[Manifest, dict[str, Array]]:
     """Restores `trainer` to the experiment's version, as the start of an epoch that begins from the live `version`.
-
-    Args:
-        live: The live registry.
-        recorded: The plan of the generation that began the epoch.
-        version: The live version that the epoch begins from.
-        trainer: Is cleared first.
-        spec: Digest of its feature spec.
 
     Returns:
         The experiment's manifest with the identity of the live version, and what the epoch's first version holds.
 
     Raises:
         UnknownVersion: The experiment's registry is gone, or a version of it.
-        CorruptVersion: A file fails its digest.
     """
     path = layout.experiment_registry(trainer.settings.state_dir, str(recorded[EXPERIMENT]))
     if not path.is_dir():
@@ -358,13 +350,7 @@ def ends(old: Tensors, mine: Tensors) -> dict[str, Array]:
 
 
 class CarriedOver(NamedTuple):
-    """A version that a trainer of another model continues from.
-
-    Attributes:
-        manifest: Its manifest.
-        planned: Which parts are carried over and which are not.
-        changes: The content of the first version besides the carried parts, as `content.encode` takes it.
-    """
+    """A version that a trainer of another model continues from, and what the first version holds besides the carried parts."""
 
     manifest: Manifest
     planned: Carrying
@@ -403,7 +389,7 @@ def restore_or_carry(
     began = pending(registry, control)
     if began is not None and began.plan is not None and EXPERIMENT in began.plan:
         logger.info("epoch %d continues from experiment %s", control.epoch, began.plan[EXPERIMENT])
-        return take_over(registry, began.plan, version, trainer, spec)
+        return _take_over(registry, began.plan, version, trainer, spec)
     if began is None:
         return _without_lost_log(registry, control, checkpoint.restore(registry, version, trainer, spec)), None
     found = carry_over(registry, version, trainer)
