@@ -14,13 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from state.disk.files import HOST
-from state.errors import ControlConflict, CorruptVersion, SpecMismatch, UnknownVersion, WrongEpoch
+from state.errors import ControlConflict, CorruptVersion, SaltMismatch, SpecMismatch, UnknownVersion, WrongEpoch
+from state.events.identity import Salt
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
 from state.positions import Source
 from state.process import killpoints
 from state.registry.control import Control, follow, pin, roll_back, start
 from state.registry.manifest import Draft, LogRange, Manifest, sees
+from state.registry.model_fit import require_same_salt
 from state.registry.registry import SERVING, Registry
 from tests.disks import folder_in_memory
 
@@ -261,6 +263,15 @@ def test_the_registry_of_release_1_is_still_read(tmp_path: Path) -> None:
     control = registry.control()
     assert control is not None
     assert (control.action, control.mask.users) == ("rollback", MaskedUsers.of([2**64 - 1]))
+
+
+def test_another_salt_than_that_of_the_registry_is_refused(tmp_path: Path) -> None:
+    registry, ours, other = Registry(tmp_path), Salt(b"ours" * 8), Salt(b"other" * 8)
+    require_same_salt(registry, ours)
+    registry.specs.add_spec("abc", {"salt": ours.fingerprint}, lambda folder: (folder / "transform").mkdir())
+    require_same_salt(registry, ours)
+    with pytest.raises(SaltMismatch, match=f"{ours.fingerprint}.*{other.fingerprint}"):
+        require_same_salt(registry, other)
 
 
 if __name__ == "__main__" and "--golden" in sys.argv:
