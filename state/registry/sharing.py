@@ -252,7 +252,7 @@ def owning(
     threads = [*senders, *_copier_threads(settings, copier, stop)]
     with _running(threads, copier, stop):
         yield Ownership(senders)
-    if not any(thread.runs for thread in threads):
+    if not any(thread.is_alive() for thread in threads):
         _send_the_rest(recent, versions)
 
 
@@ -389,36 +389,26 @@ class _HostCopier:
 # Threads
 
 
-class _Repeating:
+class _Repeating(threading.Thread):
     """A thread that repeats one action; errors of the object store, the registry and the disk are logged and retried.
 
     The action returns True if there is more to do at once. Any other error ends the thread, which keeps it as `failure`.
     """
 
     def __init__(self, name: str, act: Callable[[], bool | None], pause_s: float, stop: threading.Event) -> None:
-        self._act, self._pause_s, self._stop = act, pause_s, stop
+        super().__init__(name=name, daemon=True)
+        self._act, self._pause_s, self._ending = act, pause_s, stop
         self.failure: BaseException | None = None
         self._warn_once = SaidOnce(_log.warning)
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
 
-    def start(self) -> None:
-        self._thread.start()
-
-    def join(self) -> None:
-        """Waits for the thread to end. A request that hangs ends with the process."""
-        self._thread.join(JOIN_S)
-
-    @property
-    def runs(self) -> bool:
-        return self._thread.is_alive()
-
-    def _run(self) -> None:
+    def run(self) -> None:
+        """Repeats the action until the event is set."""
         try:
-            while not self._stop.is_set():
-                self._stop.wait(self._once())
+            while not self._ending.is_set():
+                self._ending.wait(self._once())
         except BaseException as error:
             self.failure = error
-            _log.error("%s has ended: %s", self._thread.name, error)
+            _log.error("%s has ended: %s", self.name, error)
             raise
 
     def _once(self) -> float:
@@ -446,5 +436,6 @@ def _running(threads: list[_Repeating], copier: _HostCopier, stop: threading.Eve
     finally:
         stop.set()
         for thread in threads:
-            thread.join()
+            # A request that hangs ends with the process.
+            thread.join(JOIN_S)
         copier.close()
