@@ -226,12 +226,8 @@ def verify(store: FileStore, backup: Backup, progress: Callable[[int], None]) ->
 class Objects:
     """The objects of a backup location, as used by one backup or one restore.
 
-    Args:
-        store: Where the objects are stored.
-        listed: Whether to list the existing objects first; a backup must, because it adds to them.
-
-    Attributes:
-        sent_bytes: Bytes added, after compression.
+    A backup must list the existing objects first (`listed`), because it adds to them. `sent_bytes` are the bytes added,
+    after compression.
     """
 
     def __init__(self, store: FileStore, listed: bool = True) -> None:

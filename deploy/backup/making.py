@@ -312,11 +312,9 @@ class RegistryCut:
 
 
 def cut(registry: Registry, newest_only: bool = False) -> RegistryCut:
-    """Takes one consistent cut of `registry`.
+    """Takes one consistent cut of a live registry.
 
-    Args:
-        registry: The live registry.
-        newest_only: Take only the versions that the trainer needs to continue and those that control names.
+    With `newest_only`, it has only the versions that the trainer needs to continue and those that control names.
 
     Raises:
         BackupError: There is no control yet, or it never stops changing.
@@ -369,11 +367,9 @@ def list_files(path: Path, generation: int) -> tuple[str, ...]:
 
 
 def chain_of(parts: Mapping[str, Manifest], version: int) -> set[str] | None:
-    """The directories in `parts` that make up a version, as a registry with only these parts would read it; None if one is missing.
+    """The directories in `parts` that make up a version, as a registry with only these parts would read it.
 
-    Args:
-        parts: Directories of versions, with their manifests.
-        version: The version.
+    None if one is missing.
     """
     bases = {part.version: name for name, part in parts.items() if part.kind == "base"}
     deltas: dict[int, str] = {}

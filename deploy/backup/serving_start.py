@@ -45,10 +45,6 @@ def await_clicks(store: HistoryStore, positions: Mapping[str, int]) -> None:
     """Waits until serving's histories have reached the backup's positions, so that the notes know all its items.
 
     It waits at most `WAIT_S`, and not at all for a store that no process writes.
-
-    Args:
-        store: The host's histories, read only.
-        positions: By source, the next offset in the backup.
     """
     deadline_s = time.monotonic() + WAIT_S
     while True:

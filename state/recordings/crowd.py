@@ -75,15 +75,12 @@ class RecordedTimes:
                 self._hours[hour] = _Hour(known.rows + count, max(known.newest_ms, newest_ms), min(known.first, place))
 
     def crowd(self, max_age_ms: int) -> Crowd:
-        """The newest time, without strays.
+        """The newest time, without strays. Rows more than `max_age_ms` before the newest time are too old.
 
         >>> times, day = RecordedTimes(), 86_400_000
         >>> times.add(np.array([*range(0, 9 * day, day), 60 * day]), 0, np.arange(2, 12))
         >>> times.crowd(30 * day)
         Crowd(newest_ms=691200000, strays=1, first=(0, 11), latest_ms=5184000000, spared=9)
-
-        Args:
-            max_age_ms: A row further before the newest time than this is refused.
         """
         if not self._hours:
             return Crowd(NO_TIME)
@@ -113,13 +110,7 @@ def as_utc(at_ms: int) -> str:
 
 
 def described(crowd: Crowd, first: str, max_age_s: float) -> str:
-    """Describes the excluded strays in a sentence.
-
-    Args:
-        crowd: A result with strays.
-        first: File and line of the first stray, as text.
-        max_age_s: The value of `events.max_age_s`.
-    """
+    """Describes the excluded strays in a sentence; `first` is file and line of the first one."""
     one = crowd.strays == 1
     rows = "1 row is" if one else f"this row and {crowd.strays - 1:,} more are"
     return (

@@ -575,11 +575,7 @@ def restored(control: Control, **decision: Unpack[Decision]) -> Control:
 def restored_without_log(control: Control, version: int | None, lost: int, **decision: Unpack[Decision]) -> Control:
     """Records that a backup was restored without its log: a new epoch continues from `version` on the new log.
 
-    Args:
-        control: The control to start from.
-        version: The version to continue from; None if there was none yet.
-        lost: Number of clicks between the version and the histories.
-        **decision: Who decided, why and when.
+    `version` is None if there was none yet. `lost` is the number of clicks between the version and the histories.
     """
     made = restored(control, **decision)
     plan = {"log": "anew", "lost": lost}

@@ -42,12 +42,7 @@ _log = logging.getLogger(__name__)
 
 
 class Controls:
-    """The generations of one registry directory. One object per thread.
-
-    Args:
-        path: The registry's directory.
-        directory: The same directory, if another part of the registry has opened it.
-    """
+    """The generations of one registry directory. One object per thread."""
 
     def __init__(self, path: Path, directory: Directory | None = None) -> None:
         self._directory = directory or Directory(path)
@@ -73,10 +68,7 @@ class Controls:
         return self._control
 
     def controls(self, last: int | None = None) -> list[Control]:
-        """The generations in order: the audit log.
-
-        Args:
-            last: How many of the newest; None for all, which can be many in an old system.
+        """The generations in order, or only the `last` newest of them: the audit log.
 
         Raises:
             CorruptVersion: A file fails its digest.
@@ -343,11 +335,7 @@ class Controls:
 
 
 class ControlPoll:
-    """Polls control for a process that keeps running without it. Use it from one thread only.
-
-    Args:
-        registry: The registry's directory, which may not exist.
-    """
+    """Polls control for a process that keeps running without it; the registry may not exist. Use it from one thread only."""
 
     def __init__(self, registry: Path) -> None:
         self._path = registry

@@ -28,11 +28,7 @@ TEMPORARY_MS = DAY_MS
 def collect(registry: Registry, keep_ms: int, now_ms: int, in_use: Collection[str] = ()) -> list[str]:
     """Removes garbage older than `keep_ms`; returns the paths, relative to the registry.
 
-    Args:
-        registry: The registry. The caller holds the compactor's lock.
-        keep_ms: How long unreferenced files are kept; files in `tmp/` are kept for a day.
-        now_ms: Wall clock.
-        in_use: Digests of specs that stay.
+    Specs whose digests are `in_use` stay. Files in `tmp/` are kept for a day. The caller holds the compactor's lock.
 
     Raises:
         CorruptVersion: A manifest or control is damaged: nothing was removed.

@@ -77,12 +77,9 @@ class _BadPart(CorruptVersion):
 
 
 class Numbers:
-    """The versions in one directory, whose entries are named `<number>` or `<number>-<parent>`.
+    """The versions in one directory, whose entries are named `<number>` or `<number>-<parent>`; none if it does not exist.
 
     They are listed again only when the directory changed.
-
-    Args:
-        path: The directory; a missing one counts as empty.
     """
 
     def __init__(self, path: Path) -> None:
@@ -134,9 +131,6 @@ class Numbers:
 
 class Registry:
     """One registry directory. Use one object per thread; only `read` may run in any thread.
-
-    Args:
-        path: The directory.
 
     Attributes:
         path: The directory.
@@ -395,9 +389,6 @@ class Registry:
 
         Returns:
             Whether the manifest changed or the folder was removed.
-
-        Raises:
-            UnusableRegistry: It cannot be read.
         """
         path = folder / MANIFEST
         if not (self.directory.is_copy and folder.parent.name in DURABLE):
@@ -434,10 +425,7 @@ class Registry:
         return data
 
     def _file(self, path: Path, entry: FileEntry) -> bytes | None:
-        """Reads a version's file, and fetches it if it is missing; None if it does not exist.
-
-        A fetched file that matches its digest is kept. The caller must check the digest of the returned bytes.
-        """
+        """Reads a version's file, and fetches it if it is missing; None if it does not exist. The caller checks the digest."""
         try:
             data = file_bytes(path)
         except FileNotFoundError:
@@ -590,9 +578,8 @@ class Registry:
     def newest_good(self, epoch: int) -> int | None:
         """The newest version of `epoch` with an intact chain: every file passes its check. None if there is none.
 
-        A corrupt version is set aside and the reason is logged, and so is a version
-        that needs one that is gone. So nothing loads them, and no fallback goes
-        unnoticed. Only the process with the trainer's lock calls it.
+        A corrupt version is set aside and the reason is logged, and so is a version that needs one that is gone. So nothing
+        loads them, and no fallback goes unnoticed. Only the process with the trainer's lock calls it.
         """
         doubted: object = None
         while True:
@@ -649,17 +636,11 @@ class Registry:
         self.directory.remove_folder(folder)
 
     def sweep_recent(self, boot: str | None = None) -> int:
-        """Removes everything in `recent/`. Only the process with the trainer's lock calls it, before it publishes.
+        """Removes everything in `recent/`; returns how many versions that were. The process with the trainer's lock calls it.
 
         1. The highest number that may have been used stays taken.
-        2. The boot id of the machine, under which numbers are taken from here on, is stored.
+        2. The boot id of the machine (`boot`, by default the kernel's), under which numbers are taken from here on, is stored.
         3. The versions are removed.
-
-        Args:
-            boot: Boot id of the machine; by default the kernel's.
-
-        Returns:
-            How many versions were removed.
 
         Raises:
             UnusableRegistry: The disk refused.

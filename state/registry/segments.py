@@ -68,14 +68,9 @@ def base_of(registry: Registry, target: Manifest, wanted: int | None) -> Manifes
 def segments_to_end(
     registry: Registry, control: Control, base: Manifest, newest: Manifest, end: int
 ) -> list[LogSegment]:
-    """The segments from `base` along the branch of `newest`, and on to offset `end` under `control`.
+    """The segments from `base` along the branch of `newest`, and on to offset `end` of the log under `control`.
 
-    Args:
-        registry: Holds versions and control.
-        control: The newest control.
-        base: A version that `newest` descends from, or `newest` itself.
-        newest: The newest version of control's epoch, or the version that the epoch begins from.
-        end: End offset of the log.
+    `newest` is the newest version of control's epoch, or the version that the epoch begins from. It descends from `base`.
 
     Raises:
         UnknownVersion: A version that an epoch began from is no longer kept.
@@ -116,13 +111,7 @@ def segments_of(
 
 
 def parted(whole: LogSegment, end: Manifest, control: Control, erased: int) -> list[LogSegment]:
-    """Splits a segment at the offsets where its epoch applied erasures.
-
-    Args:
-        whole: The segment.
-        end: The version at its end, which names those offsets.
-        control: The last control of its epoch.
-        erased: The last erasure that was applied before it.
+    """Splits the segment before version `end` at the offsets where its epoch applied erasures, after number `erased`.
 
     Raises:
         UnknownVersion: There were more erasures than a version names.

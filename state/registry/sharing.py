@@ -96,21 +96,13 @@ def _has_own_control(path: Path) -> bool:
 
 
 def own(path: Path, url: str, now_ms: int) -> tuple[FileStore, int]:
-    """Makes the directory the origin of the shared registry, or finds that it is.
+    """Makes the directory the origin of the shared registry, or finds that it is; returns the store and the claim.
 
     1. The local content is pushed if the directory was not shared before: masks, then control.
     2. The versions are claimed.
     3. The store's content is fetched: control, the names of versions, programs, small files.
     4. Numbers that the preceding trainer may have used are skipped.
-    5. The directory is bound as the origin.
-
-    Args:
-        path: The registry's directory, with the trainer's lock held.
-        url: The object store.
-        now_ms: Wall clock.
-
-    Returns:
-        The store, and the claim.
+    5. The directory is bound as the origin. The caller holds the trainer's lock.
 
     Raises:
         SettingsError: The directory is of another registry.
@@ -156,12 +148,7 @@ def own(path: Path, url: str, now_ms: int) -> tuple[FileStore, int]:
 
 
 def _push_control(registry: Registry, store: FileStore) -> None:
-    """Pushes the control of a registry that was not shared to an empty store, all generations in order.
-
-    Raises:
-        SettingsError: The store has the control of another registry.
-        UnusableRegistry: The store cannot be reached.
-    """
+    """Pushes the control of a registry that was not shared to an empty store, all generations in order."""
     newest = registry.control()
     if newest is None:
         return
@@ -179,11 +166,7 @@ def _push_control(registry: Registry, store: FileStore) -> None:
 
 
 class Ownership:
-    """Whether the trainer still owns the versions.
-
-    Args:
-        senders: The threads that send versions.
-    """
+    """Whether the trainer still owns the versions."""
 
     def __init__(self, senders: Sequence[_Repeating] = ()) -> None:
         self._senders = senders
@@ -205,13 +188,8 @@ def owning(
 ) -> Iterator[Ownership]:
     """Owns the versions of a shared registry while the block runs, and sends them; does nothing if it is not shared.
 
-    Waits for the store at the start, until `stopping`: a trainer must know that no other one trains.
-
-    Args:
-        settings: Of the whole system; the trainer's lock is held.
-        collected: The registry of the metrics.
-        stopping: The process is to end.
-        now_ms: Wall clock.
+    Waits for the store at the start, until `stopping`: a trainer must know that no other one trains. The caller holds the
+    trainer's lock.
 
     Raises:
         SettingsError: The directory is of another registry.
@@ -274,11 +252,7 @@ def _send_the_rest(recent: RecentSender, versions: DurableSender) -> None:
 def copying(settings: Settings, collected: CollectorRegistry, first: threading.Event | None = None) -> Iterator[None]:
     """Keeps this host's directory in step while the block runs; does nothing if the registry is not shared.
 
-    Args:
-        settings: Of the whole system.
-        collected: The registry of the metrics.
-        first: The block begins after the first poll of the store by a process of this host, or when this is set. None:
-            it begins at once.
+    With `first`, the block begins after the first poll of the store by a process of this host, or when `first` is set.
 
     Raises:
         SettingsError: The directory belongs to another store.
@@ -312,11 +286,7 @@ def visit(settings: Settings) -> None:
 
 
 def reached_ms(registry: Path) -> int:
-    """When a process of this host last reached the store of the shared registry, in milliseconds since 1970; 0 for never.
-
-    Args:
-        registry: The directory of this host's copy.
-    """
+    """When a process of this host last reached the store of the shared registry, in milliseconds since 1970; 0 for never."""
     try:
         return (registry / layout.SHARED_LOOKED).stat().st_mtime_ns // 1_000_000
     except FileNotFoundError:

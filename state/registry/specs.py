@@ -158,24 +158,14 @@ class Specs:
 
 
 def fits(about: Mapping[str, Any], model: Model) -> bool:
-    """Whether a bootstrap was done with this preprocessing and with the options that it asked for, which its graph contains.
-
-    Args:
-        about: The document that the bootstrap wrote.
-        model: The section `[model]`.
-    """
+    """Whether a bootstrap, whose document is `about`, was done with this preprocessing and with the options that it asked for."""
     if about.get("preprocessing", model.preprocessing) != model.preprocessing:
         return False
     return all(model.written.get(name, default) == then for name, (then, default) in about.get("asked", {}).items())
 
 
 class SpecActions:
-    """Names of actions by number, by the digest of a feature spec that was ever bootstrapped; cached.
-
-    Args:
-        registry: The registry's directory, which may not exist.
-        own: The spec of the settings.
-    """
+    """Names of actions by number, by the digest of a feature spec that was ever bootstrapped; cached. `own` is always known."""
 
     def __init__(self, registry: Path, own: FeatureSpec) -> None:
         self._registry = registry

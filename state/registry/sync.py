@@ -276,10 +276,7 @@ class RecentSender:
 class DurableSender:
     """Pushes durable versions, and deletes those that were deleted here. Use it from one thread only.
 
-    Args:
-        path: The registry's directory; the caller holds the trainer's lock.
-        store: The object store.
-        claim: The claim number under which this trainer owns the versions.
+    The arguments are those of `RecentSender`.
     """
 
     def __init__(self, path: Path, store: FileStore, claim: int) -> None:
@@ -468,10 +465,7 @@ class Copier:
         self._began = False
 
     def step(self, control: bool = True) -> None:
-        """One round.
-
-        Args:
-            control: Whether it fetches control too; another thread may do that.
+        """One round; `control` is False if another thread fetches control.
 
         Raises:
             UnusableRegistry: The store cannot be reached, or the disk refused.

@@ -26,14 +26,10 @@ SETTINGS = ("ranker", "tower", "dim", "hidden", "options", "preprocessing")
 
 
 def going_on_to(settings: Settings, spec: str) -> dict[str, Any]:
-    """The part of a plan that describes the settings.
+    """The part of a plan that describes the settings and the digest of their feature spec.
 
     >>> going_on_to(Settings(), "ab")["model"]["dim"]
     '32'
-
-    Args:
-        settings: The settings to continue with.
-        spec: Digest of their feature spec.
     """
     return {"spec": spec, "model": {name: str(getattr(settings.model, name)) for name in SETTINGS}}
 
@@ -101,11 +97,7 @@ def is_accepted(registry: Registry, control: Control, settings: Settings, spec: 
 
 
 def former_specs(beginnings: Iterable[Control]) -> frozenset[str]:
-    """The digests of all feature specs that upgrades went from and to.
-
-    Args:
-        beginnings: At least the generations that began epochs, since an upgrade begins one.
-    """
+    """The digests of all feature specs that upgrades went from and to; `beginnings` are the generations that began epochs."""
     plans = [began.plan for began in beginnings if began.action == "upgrade" and began.plan is not None]
     return frozenset(str(spec) for plan in plans for spec in (plan.get("spec"), plan.get("was")) if spec)
 

@@ -71,12 +71,7 @@ def _told(ask: Callable[[Path], int], folder: Path) -> float:
 
 
 class PartUse:
-    """The disk use of one part, measured at most every `FRESH_S`. Thread-safe.
-
-    Args:
-        folders: The part's directories.
-        clock: Monotonic seconds.
-    """
+    """The disk use of one part's directories, measured at most every `FRESH_S`. Thread-safe."""
 
     def __init__(self, folders: Sequence[Path], clock: Callable[[], float] = time.monotonic) -> None:
         self._folders, self._clock = folders, clock
