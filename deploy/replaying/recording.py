@@ -362,14 +362,6 @@ class Replay:
 
     1. Look up in the topic the piece that was in flight when the last run ended, and send the part that did not arrive.
     2. For each piece: record it in the journal, send it, and wait until all of it is acknowledged.
-
-    Args:
-        source: The recording.
-        destination: The topic.
-        journal: Keeps the position.
-        progress: Reports rows that are no clicks.
-        stopped: Ends the replay between two pieces.
-        wall_ms: Wall clock.
     """
 
     def __init__(
@@ -570,10 +562,7 @@ def _wider(span: tuple[int, int], at_ms: int) -> tuple[int, int]:
 def check(recording: Recording, events: Events, latest_ms: int) -> None:
     """Opens each file, and reads on in them until a row is a click. Times are not compared with today here.
 
-    Args:
-        recording: The files.
-        events: How their columns are fields.
-        latest_ms: A later time counts as none.
+    A time after `latest_ms` counts as none.
 
     Raises:
         SettingsError: A field is no column of a file, or none of the first rows is a click.

@@ -170,11 +170,7 @@ def progress_line(done: int, total: int | None, rate: float, bad: int, called: s
 class Progress:
     """Writes the progress of one replay: in a terminal as one updating line, otherwise as a line every ten seconds.
 
-    Args:
-        out: Where to write.
-        monotonic_s: Monotonic clock, seconds.
-        row: Name of a good row.
-        called: Name of a bad row.
+    `row` and `called` are the names of a good and a bad row.
     """
 
     def __init__(
@@ -192,11 +188,7 @@ class Progress:
     def show(self, sent: int, done: int, total: int | None, bad: int) -> None:
         """Shows the progress if an update is due.
 
-        Args:
-            sent: Rows of this run.
-            done: Rows of this run and earlier runs.
-            total: Rows of the recording; None if they are not counted yet.
-            bad: Bad rows.
+        `sent` rows are of this run, `done` rows of this and earlier runs. `total` is None if the rows are not counted yet.
         """
         self._line.show(lambda: progress_line(done, total, sent / self.took_s, bad, self._called))
 

@@ -230,15 +230,8 @@ def let_click(
 ) -> int:
     """Lets the shoppers click until `stopped` or the limit; returns the number of clicks sent.
 
-    Every tenth of a second all clicks that are due are sent together. A sender that cannot keep up falls behind in wall
-    time, never in order.
-
-    Args:
-        shoppers: The shoppers; their clock starts at `wall_s()`, less the head start.
-        send: Takes clicks and returns when they are acknowledged.
-        pace: How fast, and how many.
-        stopped: Ends it between two slices.
-        wall_s: Unix time, seconds.
+    Every tenth of a second all clicks that are due are passed to `send`, which returns once they are acknowledged. A sender
+    that cannot keep up falls behind in wall time, never in order. `wall_s` returns Unix time, in seconds.
     """
     started_s, sent = wall_s() - pace.head_start_s, 0
     while not stopped.is_set() and (pace.limit is None or sent < pace.limit):

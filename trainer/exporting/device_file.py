@@ -143,12 +143,9 @@ def read_users(path: Path, salt: Salt) -> list[int]:
 
 
 def choose(trainer: Trainer, users: Sequence[int], most: int) -> dict[str, ChosenRows]:
-    """The rows, by table, that a device's file contains.
+    """The rows, by table, that a device's file contains: of `users` in their order, and at most `most` of any other table.
 
-    Args:
-        trainer: Restored to the version.
-        users: In the order of their indices; a user without a row has zeros.
-        most: The most rows of any other table.
+    The trainer is restored to the version. A user without a row has zeros.
     """
     return {
         name: _of(trainer, name, users, most) for name in sorted({input_.table for input_ in placed(trainer.model)})

@@ -247,15 +247,7 @@ def export_saved_model(of: Compared, folder: Path, say: Say, known: KnownAnswers
 
 
 def export_device_file(of: Compared, path: Path, users: Sequence[int], most: int, quantize: Quantize, say: Say) -> None:
-    """Writes a file for a device, by one rename.
-
-    Args:
-        of: The version, and what to compare on.
-        path: Path of the file.
-        users: Pseudonyms, in the order of their places.
-        most: The most rows of any other table.
-        quantize: How constants are kept.
-        say: Called with each line of the report.
+    """Writes a file for a device, with the rows of `users` and at most `most` rows of any other table, by one rename.
 
     Raises:
         ProgramError: The model does not lower.

@@ -35,12 +35,7 @@ F32 = npt.NDArray[np.float32]
 
 
 def raw_signature(ranker: Ranker, kept: Mapping[str, F32]) -> Any:
-    """`Ranker.predict` as a function in which the inputs of `kept` are optional.
-
-    Args:
-        ranker: With the version's weights.
-        kept: Default values, by name, of inputs that do not depend on the batch row.
-    """
+    """`Ranker.predict` as a function in which the inputs of `kept`, which do not depend on the batch row, are optional."""
     specs = ranker.specs()
     # Inputs with a default come last, as in every Python signature.
     names = [*(name for name in specs if name not in kept), *kept]
@@ -77,12 +72,7 @@ def write(
 ) -> Path:
     """Writes a version to a temporary directory next to the others, and returns that directory.
 
-    Args:
-        folder: The directory of all versions.
-        version: Its number.
-        ranker: With the version's weights.
-        kept: As for `raw_signature`.
-        known: Answers by id; None for none.
+    `kept` are the default values of optional inputs, and `known` the answers by id.
     """
     writing = folder / f".writing-{version}"
     shutil.rmtree(writing, ignore_errors=True)
@@ -194,13 +184,9 @@ def _plain(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
 
 
 def _places(keys: npt.NDArray[np.bytes_], first: int, other: int, last: int | None = None) -> Any:
-    """A lookup table from keys to consecutive indices.
+    """A lookup table from keys to consecutive indices from `first` on; `other` for every other key.
 
-    Args:
-        keys: `[n]` bytes, each once.
-        first: The index of the first key.
-        other: The value for every other key.
-        last: The index of the last key, if it is out of order.
+    `last` is the index of the last key, if it is out of order.
     """
     places = np.arange(first, first + len(keys), dtype=np.int64)
     if last is not None:

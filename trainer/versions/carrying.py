@@ -160,14 +160,7 @@ class Carrying:
 
 
 def fate(name: str, was: str | None, measure: str, now: str | None, goes_on: bool) -> str:
-    """The outcome of a table or a weight as text.
-
-    Args:
-        name: Its name.
-        was: Its description in the version; None if the version has none.
-        measure: The property that must stay the same for it to be carried over.
-        now: That property in the model; None if the model has none.
-        goes_on: Whether it is carried over.
+    """The outcome of a table or a weight as text: its old description, and its `measure` now if that is another.
 
     >>> fate("item", "7 rows of width 32", "width", None, goes_on=False)
     'item: 7 rows of width 32, no longer read'
@@ -188,11 +181,9 @@ def shown(shape: tuple[int, ...]) -> str:
 
 
 def plan(old: Tensors, fresh: Tensors) -> Carrying:
-    """Plans what a model carries over from the full state `old`.
+    """Plans what a model carries over from the full state `old`, as a base holds it.
 
-    Args:
-        old: The full state, as a base holds it.
-        fresh: The full state of the untrained model; of its tables and weights only names and shapes count.
+    `fresh` is the full state of the untrained model; of its tables and weights only names and shapes count.
     """
     tables = tuple(
         CarriedTable(name, len(old.get(f"{name}.ids", ())), _width(name, old), _width(name, fresh))
@@ -208,13 +199,9 @@ def plan(old: Tensors, fresh: Tensors) -> Carrying:
 
 
 def carried(old: Tensors, fresh: Tensors, planned: Carrying, fast: Collection[str] = ()) -> dict[str, Array]:
-    """The full state with which a trainer continues.
+    """The full state with which a trainer continues: `planned` applied to the states that it was planned for.
 
-    Args:
-        old: As for `plan`.
-        fresh: As for `plan`.
-        planned: Their plan.
-        fast: Names of the weights whose slots are kept together, as `moving.`.
+    `fast` are the names of the weights whose slots are kept together, as `moving.`.
     """
     kept_weights = {weight.name for weight in planned.weights if weight.goes_on}
     all_kept = all(weight.goes_on for weight in planned.weights if weight.now is not None)
@@ -320,11 +307,7 @@ def _take_over(
 
 
 def ends(old: Tensors, mine: Tensors) -> dict[str, Array]:
-    """The removals in a delta from `old` to `mine`: rows and sightings that only `old` has, in tables that both have.
-
-    Args:
-        old: A full state.
-        mine: Another one.
+    """The removals in a delta from full state `old` to `mine`: rows and sightings that only `old` has, in tables of both.
 
     >>> ids = np.array([3, 5], np.uint64)
     >>> zeros = {"pending_counts": np.zeros(0, np.int32), "pending_seen_ms": np.zeros(0, np.int64)}

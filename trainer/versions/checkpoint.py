@@ -147,11 +147,7 @@ def environment(
 ) -> dict[str, str]:
     """What the bits of a step depend on besides the log. Versions with different environments are not comparable.
 
-    Args:
-        settings: All settings.
-        device: The device of the variables.
-        engine: The engine that computes steps; each engine rounds differently.
-        cpuinfo: The file that lists the CPU's features.
+    `device` has the variables. `cpuinfo` lists the CPU's features.
     """
     flags: set[str] = set()
     if cpuinfo.exists():

@@ -92,12 +92,7 @@ def _own(ranker: Ranker) -> str:
 
 
 class Program:
-    """A loaded program, for checks. Serving has its own class, without TensorFlow.
-
-    Args:
-        content: The program.
-        signature: The signature that `predict` runs.
-    """
+    """A loaded program, of which `predict` runs one signature, for checks. Serving has its own class, without TensorFlow."""
 
     def __init__(self, content: bytes, signature: str = "predict") -> None:
         from ai_edge_litert.interpreter import Interpreter
@@ -176,13 +171,6 @@ def program_of(
 
     Lowering takes seconds. So the program of `version` is used again if that version was trained with this feature spec and
     in this environment, and if the program still computes the ranker's outputs.
-
-    Args:
-        registry: Where the program is stored.
-        version: The version that training continues from; None lowers in any case.
-        spec: Digest of the feature spec.
-        environment: As a manifest has it.
-        ranker: The model.
 
     Raises:
         ProgramError: The model does not lower, or the outputs of program and model differ.

@@ -160,10 +160,7 @@ class Publisher:
     def offer(self, draft: Draft, served: content.Tensors, saving: Saving | None = None) -> None:
         """Starts to publish; the tensors must not change any more. Must not be called while busy.
 
-        Args:
-            draft: The draft of the recent version.
-            served: The changes since the previous version, of the tensors that serving needs.
-            saving: Makes it durable too.
+        `served` are the changes since the previous version that serving needs. `saving` makes the version durable too.
         """
         if self.busy:
             raise RuntimeError("a version is still being published")
@@ -178,8 +175,7 @@ class Publisher:
     def settle(self, wait: bool = False) -> Manifest | None:
         """The version that was published since the last call, durable if it was to be; None if there is none.
 
-        Args:
-            wait: Whether to wait for a version that is being published.
+        With `wait`, it waits for a version that is being published.
 
         Raises:
             WrongEpoch: It was refused, because control is at another epoch.
