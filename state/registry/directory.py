@@ -86,6 +86,16 @@ class Directory:
         """A path for a temporary file or folder of this process, which does not exist yet."""
         return self.path / layout.TEMPORARY / f"{name}-{os.urandom(4).hex()}~{durable.owner_mark()}"
 
+    @contextmanager
+    def staged(self, name: str) -> Iterator[Path]:
+        """A new folder under `tmp/`, for content that one rename will make visible; what is left of it is removed."""
+        folder = self.temporary(name)
+        try:
+            folder.mkdir()
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
     def create(self, path: Path, data: bytes) -> bool:
         """Creates a file durably; False if it exists."""
         return durable.create(path, data, self.temporary(path.name))
@@ -136,25 +146,31 @@ class Directory:
         return None
 
     def content(self, path: Path, sha256: str) -> bytes:
-        """Reads a file that is known by its digest; fetches and keeps it if it is missing here.
+        """Reads an immutable file that is known by its digest; fetches and keeps it if it is missing here.
+
+        A copy also fetches a file that is damaged here.
 
         Raises:
-            FileNotFoundError: It exists neither here nor in the object store.
+            FileNotFoundError: It exists neither here nor in the object store, or its folder was removed.
             ValueError: It fails its digest.
             UnusableRegistry: It cannot be read, or the object store cannot be reached.
         """
         try:
-            data, fetched = file_bytes(path), False
+            data = file_bytes(path)
+            if durable.digest(data) == sha256:
+                return data
+            if not self.is_copy:
+                raise ValueError(f"{path} fails its digest")
         except FileNotFoundError:
-            from_store = self.fetch(path)
-            if from_store is None:
+            if not path.parent.is_dir():
                 raise
-            data, fetched = from_store, True
-        if durable.digest(data) != sha256:
+        fetched = self.fetch(path)
+        if fetched is None:
+            raise FileNotFoundError(path)
+        if durable.digest(fetched) != sha256:
             raise ValueError(f"{path} fails its digest")
-        if fetched:
-            self.keep(path, data)
-        return data
+        self.keep(path, fetched)
+        return fetched
 
     def keep(self, path: Path, data: bytes) -> None:
         """Replaces a file by fetched bytes, durably. Does nothing if the file's folder was removed meanwhile.

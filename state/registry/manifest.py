@@ -5,7 +5,6 @@ A manifest has everything that a restart, a rollback or serving must know withou
 
 from __future__ import annotations
 
-import builtins
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -55,18 +54,10 @@ class LogRange:
 
 @dataclass(frozen=True, slots=True)
 class FileEntry:
-    """Size and SHA-256 (hexadecimal) that a file of a version must have.
-
-    >>> FileEntry(durable.digest(b"12"), 2).fits(b"12"), FileEntry("", 2).fits(b"13")
-    (True, False)
-    """
+    """Size and SHA-256 (hexadecimal) that a file of a version must have."""
 
     sha256: str
     bytes: int
-
-    def fits(self, data: builtins.bytes) -> bool:
-        """Whether `data` has this size and digest."""
-        return len(data) == self.bytes and durable.digest(data) == self.sha256
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -35,7 +35,7 @@ from state.registry import manifest
 from state.registry.control import Control
 from state.registry.controls import Controls
 from state.registry.directory import Directory, file_bytes, usable
-from state.registry.manifest import Draft, FileEntry, Kind, Manifest, sees
+from state.registry.manifest import Draft, Kind, Manifest, sees
 from state.registry.specs import Specs
 
 MANIFEST = "manifest.json"
@@ -273,27 +273,29 @@ class Registry:
             CorruptVersion: The file is missing or fails its digest; the message names it.
         """
         part = self.manifest(version) if isinstance(version, int) else version
-        path = self.folder_of(part) / name
-        entry = part.files.get(name)
+        folder = self.folder_of(part)
+        path, entry = folder / name, part.files.get(name)
         if entry is None:
-            raise _BadPart(path.parent, part.version, f"it has no file {path}")
-        data = self._file(path, entry)
-        if data is None:
-            if not path.parent.is_dir():
-                self._manifests.pop(path.parent, None)
-                raise self._not_kept(part.version)
-            raise _BadPart(path.parent, part.version, f"{path} is missing")
-        if not entry.fits(data):
+            raise _BadPart(folder, part.version, f"it has no file {path}")
+        try:
+            return self.directory.content(path, entry.sha256)
+        except FileNotFoundError:
+            self.refresh(folder)
+            if folder.is_dir():
+                raise _BadPart(folder, part.version, f"{path} is missing") from None
+            self._manifests.pop(folder, None)
+            raise self._not_kept(part.version) from None
+        except ValueError as error:
             if (rewritten := self._rewritten(part)) is not None:
                 return self.read(rewritten, name)
-            raise _BadPart(path.parent, part.version, f"{path} fails its digest")
-        return data
+            raise _BadPart(folder, part.version, str(error)) from None
 
     def path_of(self, version: Manifest, name: str) -> Path:
         """The path of a version's file, fetched if it is missing here. The file may still be damaged or missing."""
         path = self.folder_of(version) / name
         if not path.exists() and name in version.files:
-            self._file(path, version.files[name])
+            with suppress(FileNotFoundError, ValueError):
+                self.directory.content(path, version.files[name].sha256)
         return path
 
     def verify(self, version: Manifest) -> None:
@@ -372,6 +374,7 @@ class Registry:
         """The manifest of a part to which `replace` gave other files meanwhile; None if it is unchanged."""
         folder = self.folder_of(part)
         self._manifests.pop(folder, None)
+        self.refresh(folder)
         try:
             now = manifest.decode(file_bytes(folder / MANIFEST))
         except (OSError, ValueError):
@@ -416,39 +419,16 @@ class Registry:
         try:
             return file_bytes(path)
         except FileNotFoundError:
-            data = self.directory.fetch(path) if self._is_fetched(folder) else None
+            # In the folders of durable versions, what is missing may be in the object store.
+            if folder.parent.name not in DURABLE or not folder.is_dir():
+                raise
+            data = self.directory.fetch(path)
             if data is None:
-                if self._is_fetched(folder) and self.directory.is_copy:
+                if self.directory.is_copy:
                     self.directory.remove_folder(folder)
                 raise
         self.directory.keep(path, data)
         return data
-
-    def _file(self, path: Path, entry: FileEntry) -> bytes | None:
-        """Reads a version's file, and fetches it if it is missing; None if it does not exist. The caller checks the digest."""
-        try:
-            data = file_bytes(path)
-        except FileNotFoundError:
-            if not self._is_fetched(path.parent):
-                return None
-            fetched = self.directory.fetch(path)
-            if fetched is not None and entry.fits(fetched):
-                self.directory.keep(path, fetched)
-            else:
-                # The version was rewritten or removed meanwhile; the manifest shows which.
-                self.refresh(path.parent)
-            return fetched
-        if not entry.fits(data) and self.directory.is_copy:
-            # Damaged here, or rewritten in the object store.
-            self.refresh(path.parent)
-            with usable("be read"):
-                path.unlink(missing_ok=True)
-            return self._file(path, entry)
-        return data
-
-    def _is_fetched(self, folder: Path) -> bool:
-        """Whether what is missing in a version's folder may be in the object store."""
-        return folder.parent.name in DURABLE and folder.is_dir() and self.directory.binding is not None
 
     # Publishing
 
@@ -534,10 +514,8 @@ class Registry:
     @contextmanager
     def _staged(self, part: Manifest, files: Mapping[str, bytes]) -> Iterator[Path]:
         """A folder under `tmp/` with a version's files, synced if it is durable; what is left of it is removed."""
-        temporary = self.directory.temporary(f"{part.kind}-{part.version}")
         write = durable.write if part.durable else Path.write_bytes
-        try:
-            temporary.mkdir()
+        with self.directory.staged(f"{part.kind}-{part.version}") as temporary:
             for name, data in files.items():
                 write(temporary / name, data)
                 killpoints.reach("publish.file" if part.durable else "recent.file")
@@ -545,8 +523,6 @@ class Registry:
             if part.durable:
                 durable.sync_directory(temporary)
             yield temporary
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
     def _check_epoch(self, epoch: int) -> None:
         control = self.control()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -98,26 +97,22 @@ class Specs:
             UnusableRegistry: The disk refused.
         """
         final = self._specs / digest
-        temporary = self._directory.temporary(f"spec-{digest}")
-        with usable(f"take feature spec {digest[:12]}"):
-            temporary.mkdir()
+        with usable(f"take feature spec {digest[:12]}"), self._directory.staged(f"spec-{digest}") as temporary:
+            fill(temporary)
+            files = {
+                str(path.relative_to(temporary)): durable.digest(path.read_bytes())
+                for path in sorted(temporary.rglob("*"))
+                if path.is_file()
+            }
+            durable.write(temporary / SPEC, sealed.encode({**document, "files": files}))
+            durable.sync_tree(temporary)
+            killpoints.reach("spec.written")
             try:
-                fill(temporary)
-                files = {
-                    str(path.relative_to(temporary)): durable.digest(path.read_bytes())
-                    for path in sorted(temporary.rglob("*"))
-                    if path.is_file()
-                }
-                durable.write(temporary / SPEC, sealed.encode({**document, "files": files}))
-                durable.sync_tree(temporary)
-                killpoints.reach("spec.written")
                 temporary.rename(final)
             except OSError:
                 if not (final / SPEC).exists():
                     raise
                 return False
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
             durable.sync_directory(final.parent)
         return True
 
