@@ -135,7 +135,7 @@ def own(path: Path, url: str, now_ms: int) -> tuple[FileStore, int]:
     # 3.
     Copier(path, store).step()
     with sharing():
-        catalog = sync.catalog_of(store)
+        catalog = sync.read_catalog(lambda: store.read(sync.CATALOG))
     registry.directory.shared = store
     for digest in catalog.programs:
         registry.specs.program(digest)

@@ -130,15 +130,11 @@ class Catalog(msgspec.Struct, frozen=True):
     programs: tuple[str, ...] = ()
 
 
-def catalog_of(store: FileStore) -> Catalog:
-    """Reads the catalogue in order to update it; an empty one if it is missing or damaged.
-
-    Raises:
-        UnusablePlace: The object store cannot be reached.
-    """
+def read_catalog(read: Callable[[], bytes]) -> Catalog:
+    """The catalogue that `read` returns; an empty one if it is missing or damaged."""
     try:
-        return sealed.decode(store.read(CATALOG), Catalog)
-    except (FileNotFoundError, ValueError):
+        return sealed.decode(read(), Catalog)
+    except (OSError, ValueError):
         return Catalog()
 
 
@@ -324,7 +320,7 @@ class DurableSender:
 
     def _first_catalog(self) -> Catalog:
         """Reads the catalogue, and removes files that a killed trainer left outside it."""
-        catalog = catalog_of(self._store)
+        catalog = read_catalog(lambda: self._store.read(CATALOG))
         here = self._here(catalog.folders)
         for folder in DURABLE:
             for name in self._store.names(folder):
@@ -451,7 +447,7 @@ class Copier:
         # Of its own, because another thread may use it.
         self._controls = Controls(path)
         self._recent_s, self._elapsed = recent_s, elapsed
-        self._catalog = self._kept_catalog()
+        self._catalog = read_catalog((path / layout.SHARED_CATALOG).read_bytes)
         self._wanted_serial = self._catalog.serial
         self._next: int | None = None
         self._last_fetched = 0
@@ -620,12 +616,6 @@ class Copier:
             # 3.
             self._directory.keep(path / layout.SHARED_CATALOG, data)
         self._catalog = catalog
-
-    def _kept_catalog(self) -> Catalog:
-        try:
-            return sealed.decode((self._registry.path / layout.SHARED_CATALOG).read_bytes(), Catalog)
-        except (OSError, ValueError):
-            return Catalog()
 
     def _push_reports(self) -> None:
         """Pushes the erasure reports of this host's processes that changed."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 from prometheus_client import CollectorRegistry
 
@@ -49,23 +50,14 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(_existing(folder)).free
 
 
-def disk_bytes(folder: Path) -> int:
-    """The size of the disk where `folder` is or will be.
-
-    Raises:
-        OSError: The disk cannot be queried.
-    """
-    return shutil.disk_usage(_existing(folder)).total
-
-
 def _existing(folder: Path) -> Path:
     return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
 
 
-def _told(ask: Callable[[Path], int], folder: Path) -> float:
-    """The disk's answer; NaN if it cannot be queried, so that the other metrics are still exported."""
+def _exported(field: Literal["free", "total"], folder: Path) -> float:
+    """A property of the disk; NaN if it cannot be queried, so that the other metrics are still exported."""
     try:
-        return float(ask(folder))
+        return float(getattr(shutil.disk_usage(_existing(folder)), field))
     except OSError:
         return math.nan
 
@@ -92,8 +84,8 @@ def offer(collected: CollectorRegistry, settings: Settings, parts: Iterable[str]
     for part in parts:
         folders = [settings.stream_dir] if part == shares.STREAM else shares.folders(settings, part)
         metrics.used_bytes.labels(part).set_function(PartUse(folders))
-        metrics.free_bytes.labels(part).set_function(partial(_told, free_bytes, folders[0]))
-        metrics.disk_bytes.labels(part).set_function(partial(_told, disk_bytes, folders[0]))
+        metrics.free_bytes.labels(part).set_function(partial(_exported, "free", folders[0]))
+        metrics.disk_bytes.labels(part).set_function(partial(_exported, "total", folders[0]))
         metrics.limit_bytes.labels(part).set(shares.limit_bytes(settings, part))
         metrics.waiting.labels(part).set(0)
     return metrics
