@@ -42,8 +42,7 @@ from state.history.store import HistoryStore
 from state.process import killpoints
 from state.registry import manifest, sealed
 from state.registry.control import Control, named
-from state.registry.directory import file_bytes
-from state.registry.manifest import FileEntry, Manifest, sees
+from state.registry.manifest import Manifest, sees
 from state.registry.registry import DURABLE, MANIFEST, Registry
 
 SALT_OF = "salt"  # an extra of the stream's histories
@@ -222,7 +221,7 @@ class _Making:
                 damaged, kept = dict(found.damaged), []
                 for folder, part in found.parts.items():
                     try:
-                        kept += self._part(registry.path, folder, part.files)
+                        kept += self._part(registry, folder, part)
                     except _Differs as error:
                         damaged[folder] = str(error)
                 kept += [self.whole(f"{layout.REGISTRY}/{name}", registry.path / name) for name in found.files]
@@ -232,21 +231,21 @@ class _Making:
             return replace(found, parts=good, damaged=damaged), kept
         raise BackupError(f"{registry.path} changed while it was copied, {TRIES} times", "repeat it")
 
-    def _part(self, path: Path, folder: str, entries: dict[str, FileEntry]) -> list[KeptFile]:
+    def _part(self, registry: Registry, folder: str, part: Manifest) -> list[KeptFile]:
         """The files of one version; files that the backup location already has are not read."""
         kept = []
-        for name, entry in entries.items():
+        for name, entry in part.files.items():
             known = self._known.get(entry.sha256)
             path_in_backup = f"{layout.REGISTRY}/{folder}/{name}"
             if known is not None and self._objects.has(known):
                 kept.append(changed(known, path=path_in_backup))
                 self._progress(entry.bytes)
                 continue
-            made = self.whole(path_in_backup, path / folder / name)
+            made = self.whole(path_in_backup, registry.path_of(part, name))
             if (made.sha256, made.bytes) != (entry.sha256, entry.bytes):
                 raise _Differs(f"{name} fails its digest")
             kept.append(made)
-        return [*kept, self.whole(f"{layout.REGISTRY}/{folder}/{MANIFEST}", path / folder / MANIFEST)]
+        return [*kept, self.whole(f"{layout.REGISTRY}/{folder}/{MANIFEST}", registry.path / folder / MANIFEST)]
 
     def whole(self, name: str, path: Path) -> KeptFile:
         with usable(str(path), "be read"), path.open("rb", buffering=0) as source:
@@ -326,7 +325,7 @@ def cut(registry: Registry, newest_only: bool = False) -> RegistryCut:
             raise BackupError(f"{registry.path} has no control yet", "start the system once, then repeat it")
         try:
             folders = list_folders(registry.path)
-            parts, damaged = _manifests(registry.path, folders, control)
+            parts, damaged = _manifests(registry, folders, control)
             if newest_only:
                 wanted = _needed(parts, control)
                 parts = {name: parts[name] for name in parts if name in wanted}
@@ -400,14 +399,17 @@ def newest_whole(parts: Mapping[str, Manifest], control: Control) -> Manifest | 
     return next((ours[number] for number in sorted(ours, reverse=True) if chain_of(parts, number)), None)
 
 
-def _manifests(path: Path, folders: Collection[str], control: Control) -> tuple[dict[str, Manifest], dict[str, str]]:
+def _manifests(
+    registry: Registry, folders: Collection[str], control: Control
+) -> tuple[dict[str, Manifest], dict[str, str]]:
     parts: dict[str, Manifest] = {}
     damaged: dict[str, str] = {}
     for folder in folders:
+        path = registry.path / folder
         try:
-            found = manifest.decode(file_bytes(path / folder / MANIFEST))
+            found = manifest.decode(registry.manifest_bytes(path))
         except FileNotFoundError:
-            if not (path / folder).is_dir():
+            if not path.is_dir():
                 raise
             damaged[folder] = "its manifest is missing"
         except ValueError as error:

@@ -242,7 +242,7 @@ class Registry:
                 self._manifests[folder] = cached
                 return cached
             try:
-                read = manifest.decode(self._manifest_bytes(folder))
+                read = manifest.decode(self.manifest_bytes(folder))
             except FileNotFoundError:
                 if folder.is_dir():
                     raise _BadPart(folder, version, f"{folder / MANIFEST} is missing") from None
@@ -414,7 +414,13 @@ class Registry:
         self.directory.keep(path, data)
         return True
 
-    def _manifest_bytes(self, folder: Path) -> bytes:
+    def manifest_bytes(self, folder: Path) -> bytes:
+        """Reads the manifest in a version's folder, and fetches it if it is missing here.
+
+        Raises:
+            FileNotFoundError: It exists neither here nor in the object store.
+            UnusableRegistry: It cannot be read, or the object store cannot be reached.
+        """
         path = folder / MANIFEST
         try:
             return file_bytes(path)
