@@ -1,7 +1,7 @@
 """Branches of the training log: which records count, and where to read next when a segment ends. Pure.
 
 An exact rollback rewinds the stream, which then writes its clicks again at the log's end, in a new epoch of the log.
-Records written since the version rolled back to no longer count. A branch is a sequence of segments (`Stretch`), each
+Records written since the version rolled back to no longer count. A branch is a sequence of segments (`BranchSegment`), each
 with an epoch, which its records name, and each behind the previous one.
 """
 
@@ -15,7 +15,7 @@ from state.positions import Source
 FIRST_EPOCH = 1
 
 
-class Stretch(NamedTuple):
+class BranchSegment(NamedTuple):
     """A segment of a branch: the records of one epoch of the log at offsets `[first, until)`.
 
     Attributes:
@@ -35,8 +35,8 @@ class Stretch(NamedTuple):
         return self.until is None or offset < self.until
 
 
-LogLine = tuple[Stretch, ...]
-WHOLE: LogLine = (Stretch(FIRST_EPOCH, 0),)
+LogLine = tuple[BranchSegment, ...]
+WHOLE: LogLine = (BranchSegment(FIRST_EPOCH, 0),)
 
 
 class _Parting(NamedTuple):
@@ -102,10 +102,10 @@ def turned(line: LogLine, epoch: int, offset: int, end: int, sources: Sequence[t
         ValueError: The branch point is not on the branch.
     """
     if not has(line, epoch, offset):
-        raise ValueError(f"offset {offset} of log epoch {epoch} is not on the line {line}")
+        raise ValueError(f"offset {offset} of log epoch {epoch} is not on the branch {line}")
     kept = [segment for segment in line if segment.epoch <= epoch]
     kept[-1] = kept[-1]._replace(until=offset)
-    return (*kept, Stretch(line[-1].epoch + 1, max(end, offset), None, tuple(sorted(sources))))
+    return (*kept, BranchSegment(line[-1].epoch + 1, max(end, offset), None, tuple(sorted(sources))))
 
 
 def parting(mine: LogLine, now: LogLine) -> _Parting | None:
@@ -126,9 +126,9 @@ def parting(mine: LogLine, now: LogLine) -> _Parting | None:
     cut = shared < len(mine) and shared < len(now) and mine[shared].epoch == now[shared].epoch
     after = shared + 1 if cut else shared
     if after >= len(now):
-        raise ValueError(f"the line {now} does not go on from {mine}")
+        raise ValueError(f"the branch {now} does not continue {mine}")
     before = now[after - 1].until
-    assert before is not None, "only the last stretch is open"
+    assert before is not None, "only the last segment is open"
     return _Parting(before, now[after].sources)
 
 
@@ -152,7 +152,7 @@ def from_json(document: Sequence[Mapping[str, Any]]) -> LogLine:
         KeyError: A field is missing.
     """
     return tuple(
-        Stretch(
+        BranchSegment(
             int(segment["epoch"]),
             int(segment["first"]),
             None if segment["until"] is None else int(segment["until"]),
@@ -162,5 +162,5 @@ def from_json(document: Sequence[Mapping[str, Any]]) -> LogLine:
     )
 
 
-def _at(line: LogLine, offset: int) -> Stretch:
+def _at(line: LogLine, offset: int) -> BranchSegment:
     return next(segment for segment in line if segment.reaches(offset))

@@ -55,7 +55,7 @@ from state.positions import Gap, Source
 from state.process.wall_clock import wall_ms
 from state.registry.control import Control
 from state.registry.controls import ControlPoll
-from state.registry.log_line import FIRST_EPOCH, Stretch
+from state.registry.log_line import FIRST_EPOCH, BranchSegment
 from streaming.accounts import as_ranges, missing, require_accepted
 from streaming.alignment import AlignedReader
 from streaming.distributed.bucket import BucketRows, Cells, take_portion
@@ -334,7 +334,7 @@ class Partitions:
         logger.info("epoch %d of the training log is written from here on", now)
         return now
 
-    def _ahead_of(self, stretch: Stretch) -> list[tuple[int, int]]:
+    def _ahead_of(self, stretch: BranchSegment) -> list[tuple[int, int]]:
         """The partitions that were read beyond the start of a segment of the branch, with that start."""
         marks = dict[int, int]()
         for source, at in stretch.sources:
