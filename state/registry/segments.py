@@ -51,7 +51,7 @@ def base_of(registry: Registry, target: Manifest, wanted: int | None) -> Manifes
         if wanted > target.version or not sees(target.visible, wanted):
             raise UnknownVersion(
                 f"version {target.version} does not descend from version {wanted}",
-                "leave --from out, or take one of `springtide versions` on its line",
+                "leave --from out, or take one of `springtide versions` on its branch",
             )
         return registry.manifest(wanted)
     below = [number for number in registry.bases() if number < target.version and sees(target.visible, number)]
