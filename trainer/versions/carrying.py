@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -42,47 +42,22 @@ _GUARD = "state.guard."
 
 
 @dataclass(frozen=True, slots=True)
-class CarriedTable:
-    """A table before and after.
+class CarriedPart:
+    """A table or a dense weight, before and after.
 
     Attributes:
-        rows: The number of its rows in the version.
-        was: Their width; None if the version has no such table.
-        now: Their width now; None if the model reads no such table.
+        kind: Which of the two.
+        name: Its name.
+        was: Width of the table's rows, or shape of the weight, in the version; None if the version has none.
+        now: Likewise in the model; None if it reads no such table or has no such weight.
+        rows: The number of the table's rows in the version.
     """
 
-    name: str
-    rows: int
-    was: int | None
-    now: int | None
-
-    @property
-    def goes_on(self) -> bool:
-        """Whether its rows are kept."""
-        return self.was == self.now
-
-    def __str__(self) -> str:
-        """The table's outcome as text.
-
-        >>> str(CarriedTable("user", 1200, 32, 32)), str(CarriedTable("user", 1200, 32, 16))
-        ('user: 1,200 rows of width 32', 'user: 1,200 rows of width 32, the width is now 16')
-        """
-        rows = None if self.was is None else f"{self.rows:,} rows of width {self.was}"
-        return fate(self.name, rows, "width", None if self.now is None else str(self.now), self.goes_on)
-
-
-@dataclass(frozen=True, slots=True)
-class CarriedWeight:
-    """A dense weight before and after.
-
-    Attributes:
-        was: Its shape; None if the version has none.
-        now: Its shape now; None if the model has none.
-    """
-
+    kind: Literal["table", "weight"]
     name: str
     was: tuple[int, ...] | None
     now: tuple[int, ...] | None
+    rows: int = 0
 
     @property
     def goes_on(self) -> bool:
@@ -90,13 +65,24 @@ class CarriedWeight:
         return self.was == self.now
 
     def __str__(self) -> str:
-        """The weight's outcome as text.
+        """The outcome as text.
 
-        >>> str(CarriedWeight("query.bias", None, (8,))), str(CarriedWeight("query.bias", (8,), (4,)))
-        ('query.bias: the version has none', 'query.bias: 8, the shape is now 4')
+        >>> str(CarriedPart("table", "user", (32,), (32,), 1200)), str(CarriedPart("table", "user", (32,), None, 7))
+        ('user: 1,200 rows of width 32', 'user: 7 rows of width 32, no longer read')
+        >>> str(CarriedPart("weight", "query", None, (8, 4))), str(CarriedPart("weight", "query", (8,), (8, 4)))
+        ('query: the version has none', 'query: 8, the shape is now 8x4')
         """
-        was, now = (None if shape is None else shown(shape) for shape in (self.was, self.now))
-        return fate(self.name, was, "shape", now, self.goes_on)
+        if self.was is None:
+            return f"{self.name}: the version has none"
+        was, now = (
+            None if shape is None else "x".join(map(str, shape)) or "a number" for shape in (self.was, self.now)
+        )
+        is_table = self.kind == "table"
+        text = f"{self.name}: {self.rows:,} rows of width {was}" if is_table else f"{self.name}: {was}"
+        if self.goes_on:
+            return text
+        change = "no longer read" if now is None else f"the {'width' if is_table else 'shape'} is now {now}"
+        return f"{text}, {change}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,25 +97,20 @@ class Carrying:
         popular: The version's number of popular categories.
     """
 
-    tables: tuple[CarriedTable, ...]
-    weights: tuple[CarriedWeight, ...]
+    tables: tuple[CarriedPart, ...]
+    weights: tuple[CarriedPart, ...]
     steps: int = 0
     trained: int = 0
     popular: int = 0
 
     @property
-    def anew(self) -> tuple[CarriedTable | CarriedWeight, ...]:
+    def anew(self) -> tuple[CarriedPart, ...]:
         """The tables and weights that start from scratch."""
-        return (*self.tables_anew, *(weight for weight in self.weights if not weight.goes_on))
+        return tuple(part for part in (*self.tables, *self.weights) if not part.goes_on)
 
-    @property
-    def tables_anew(self) -> tuple[CarriedTable, ...]:
-        """The tables that start from scratch."""
-        return tuple(table for table in self.tables if not table.goes_on)
-
-    def wanting(self, optional: Collection[str] = ()) -> tuple[CarriedTable | CarriedWeight, ...]:
+    def wanting(self, optional: Collection[str] = ()) -> tuple[CarriedPart, ...]:
         """What keeps a trainer from loading the version as is: all that starts from scratch but `optional` tables."""
-        return tuple(part for part in self.anew if not (isinstance(part, CarriedTable) and part.name in optional))
+        return tuple(part for part in self.anew if not (part.kind == "table" and part.name in optional))
 
     def lines(self) -> list[str]:
         """The plan as text: each table, a summary of the weights, each weight that starts from scratch."""
@@ -145,8 +126,8 @@ class Carrying:
         if not self.anew:
             return [*lines, "starts from scratch: nothing"]
         lines.append("starts from scratch:")
-        lines += [f"  {'table' if isinstance(part, CarriedTable) else 'weight'} {part}" for part in self.anew]
-        if any(isinstance(part, CarriedWeight) for part in self.anew):
+        lines += [f"  {part.kind} {part}" for part in self.anew]
+        if any(part.kind == "weight" for part in self.anew):
             lines.append("  the guard's running loss, with the weights")
         return lines
 
@@ -159,39 +140,18 @@ class Carrying:
         }
 
 
-def fate(name: str, was: str | None, measure: str, now: str | None, goes_on: bool) -> str:
-    """The outcome of a table or a weight as text: its old description, and its `measure` now if that is another.
-
-    >>> fate("item", "7 rows of width 32", "width", None, goes_on=False)
-    'item: 7 rows of width 32, no longer read'
-    """
-    if was is None:
-        return f"{name}: the version has none"
-    change = "no longer read" if now is None else f"the {measure} is now {now}"
-    return f"{name}: {was}" if goes_on else f"{name}: {was}, {change}"
-
-
-def shown(shape: tuple[int, ...]) -> str:
-    """A shape as text.
-
-    >>> shown((128, 256)), shown(())
-    ('128x256', 'a number')
-    """
-    return "x".join(map(str, shape)) or "a number"
-
-
 def plan(old: Tensors, fresh: Tensors) -> Carrying:
     """Plans what a model carries over from the full state `old`, as a base holds it.
 
     `fresh` is the full state of the untrained model; of its tables and weights only names and shapes count.
     """
     tables = tuple(
-        CarriedTable(name, len(old.get(f"{name}.ids", ())), _width(name, old), _width(name, fresh))
+        CarriedPart("table", name, _width(name, old), _width(name, fresh), len(old.get(f"{name}.ids", ())))
         for name in _united(tables_in(fresh), tables_in(old))
         if _width(name, old) is not None or _width(name, fresh) is not None
     )
     weights = tuple(
-        CarriedWeight(name, _shape(f"dense.{name}", old), _shape(f"dense.{name}", fresh))
+        CarriedPart("weight", name, _shape(f"dense.{name}", old), _shape(f"dense.{name}", fresh))
         for name in _united(_under("dense.", fresh), _under("dense.", old))
     )
     steps, trained = (int(old.get(f"state.counters.{name}", np.int64(0))) for name in ("steps", "trained"))
@@ -241,8 +201,8 @@ def removals(old: Tensors, fresh: Tensors, planned: Carrying) -> dict[str, Array
     a table of width 0.
     """
     found: dict[str, Array] = {}
-    for table in planned.tables_anew:
-        if table.was is None:
+    for table in planned.tables:
+        if table.goes_on or table.was is None:
             continue
         if table.now is None:
             empty = {name: old[f"{table.name}.{name}"][:0] for name in COLUMNS}
@@ -254,11 +214,12 @@ def removals(old: Tensors, fresh: Tensors, planned: Carrying) -> dict[str, Array
     return found
 
 
-def _width(table: str, tensors: Tensors) -> int | None:
+def _width(table: str, tensors: Tensors) -> tuple[int, ...] | None:
     """The width of a table's rows; None if there is no such table, or an upgrade dropped it."""
     if f"{table}.ids" not in tensors:
         return None
-    return tensors[f"{table}.rows"].shape[1] or None
+    width = tensors[f"{table}.rows"].shape[1:]
+    return width if width[0] else None
 
 
 def _shape(name: str, tensors: Tensors) -> tuple[int, ...] | None:
