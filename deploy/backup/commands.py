@@ -52,7 +52,7 @@ def backup(settings: Settings, asked: argparse.Namespace, now_ms: int, say: Say)
         f"sent, in {progress.took_s:.1f} s",
         SALT_IN if made.with_salt else SALT_OUT.format(path=settings.salt_path),
         *(
-            ["no version in it can be trained on from: look at `springtide versions`"]
+            ["training cannot continue from any version in it: see `springtide versions`"]
             if made.versions and made.version is None
             else []
         ),

@@ -170,7 +170,7 @@ class _Making:
         if mark is not None and not mark.trusts(clean_mark.boot_id()):
             raise CorruptStore(
                 f"{path} was open when the machine went down, so that pages may be missing; it is not copied",
-                "start the stream first, which makes it anew",
+                "start the stream first, which rebuilds it",
             )
         map_bytes = self._settings.stream.map_gb << 30
         store = HistoryStore(path, self._settings.features.history, map_bytes, readonly=True)

@@ -246,7 +246,7 @@ def _refuse_all_dead(refused: Mapping[int, str], count: int, oldest_s: float = 0
             "leave them out, or say --keep-time"
         )
     elif most.endswith(TOO_NEW):
-        do = "their times are later than this machine's clock: look at both, and at events.time_unit"
+        do = "their times are later than this machine's clock: check both, and events.time_unit"
     else:
         do = "correct [events] (fields, actions, time_unit, decoder), --columns or --constant"
     raise SettingsError(

@@ -440,7 +440,7 @@ def unmask(control: Control, numbers: Collection[int], **decision: Unpack[Decisi
     unknown = [number for number in numbers if not 1 <= number <= control.last_mask]
     if unknown:
         known = ", ".join(str(mask.id) for mask in control.masks) or "none is set"
-        raise UnfitMask(f"there is no mask {unknown[0]}", f"take one of `springtide masks`: {known}")
+        raise UnfitMask(f"there is no mask {unknown[0]}", f"use one of `springtide masks`: {known}")
     generation = control.generation + 1
     gone = tuple(changed(mask, lifted=generation) for mask in control.masks if mask.id in numbers)
     if not gone:
@@ -531,7 +531,7 @@ def label(control: Control, name: str, version: int | None, **decision: Unpack[D
         labels[name] = version
     if len(labels) > MOST_LABELS:
         raise UnfitVersion(
-            f"there are {MOST_LABELS} labels already", "take one away with `springtide label NAME --remove`"
+            f"there are {MOST_LABELS} labels already", "remove one with `springtide label NAME --remove`"
         )
     if dict(control.labels) == labels:
         return control

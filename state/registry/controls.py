@@ -174,7 +174,7 @@ class Controls:
         if number != (newest.generation if newest else 0) + 1:
             raise ControlConflict(
                 f"control generation {number} does not follow {newest.generation if newest else 'nothing'}",
-                "look at `springtide history`, then repeat the command",
+                "see `springtide history`, then repeat the command",
             )
         data = sealed.seal(documents.encode(control))
         if len(data) > MOST_BYTES:
@@ -183,7 +183,7 @@ class Controls:
                 "name users or a span of time in place of so many ranges, or lift some: `springtide unmask`",
             )
         temporary = self._directory.temporary(f"control-{number}")
-        with usable(f"take control generation {number}"):
+        with usable(f"store control generation {number}"):
             try:
                 # 1.
                 self._keep_users_of(control)
@@ -200,7 +200,7 @@ class Controls:
         if not created and (other := self._read_control(number)) != control:
             raise ControlConflict(
                 f"control generation {number} was just created by {other.actor} ({other.action}: {other.reason})",
-                "look at `springtide history`, then repeat the command",
+                "see `springtide history`, then repeat the command",
             )
         killpoints.reach("control.linked")
         return control
@@ -226,7 +226,7 @@ class Controls:
         """
         path = self._path_of(generation)
         self._decoded(path, data)
-        with usable(f"take control generation {generation}"):
+        with usable(f"store control generation {generation}"):
             self._directory.create(path, data)
 
     # Files of users

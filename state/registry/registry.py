@@ -497,7 +497,7 @@ class Registry:
         """
         final = self.folder_of(part)
         # 1.
-        with usable(f"take version {part.version}"), self._staged(part, files) as temporary:
+        with usable(f"store version {part.version}"), self._staged(part, files) as temporary:
             killpoints.reach("publish.written" if part.durable else "recent.written")
             # 2.
             last_check()

@@ -51,7 +51,7 @@ def base_of(registry: Registry, target: Manifest, wanted: int | None) -> Manifes
         if wanted > target.version or not sees(target.visible, wanted):
             raise UnknownVersion(
                 f"version {target.version} does not descend from version {wanted}",
-                "leave --from out, or take one of `springtide versions` on its branch",
+                "leave --from out, or use one of `springtide versions` on its branch",
             )
         return registry.manifest(wanted)
     below = [number for number in registry.bases() if number < target.version and sees(target.visible, number)]
@@ -119,7 +119,7 @@ def parted(whole: LogSegment, end: Manifest, control: Control, erased: int) -> l
     if end.erasures and end.erasures[0][0] > erased + 1 and end.erased - erased > len(end.erasures):
         raise UnknownVersion(
             f"version {end.version} cannot be recomputed from so far back: it does not say where all erasures between fell",
-            "take a younger base with --from",
+            "use a younger base with --from",
         )
     found, forget = list[LogSegment](), Erased.NOBODY
     for number, offset in end.erasures:

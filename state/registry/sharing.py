@@ -114,7 +114,7 @@ def own(path: Path, url: str, now_ms: int) -> tuple[FileStore, int]:
         if store.create(EXCLUSIVE, b"") and store.create(EXCLUSIVE, b""):
             raise UnusablePlace(
                 f"{store.name} replaces a file that was to be created",
-                "take a store that heeds `If-None-Match: *`: two operators at once would both win in this one",
+                "use a store that supports `If-None-Match: *`: in this one, two operators at once would both win",
             )
     binding = bound(path)
     if binding is not None and not binding.is_copy:
@@ -161,7 +161,7 @@ def _push_control(registry: Registry, store: FileStore) -> None:
             if not store.create(name, data) and store.read(name) != data:
                 raise SettingsError(
                     f"{registry.path} and {store.name} are two registries: control generation {generation} differs",
-                    "name an empty place in paths.shared_registry, or give this host another paths.registry",
+                    "name an empty location in paths.shared_registry, or give this host another paths.registry",
                 )
 
 

@@ -97,7 +97,7 @@ class Specs:
             UnusableRegistry: The disk refused.
         """
         final = self._specs / digest
-        with usable(f"take feature spec {digest[:12]}"), self._directory.staged(f"spec-{digest}") as temporary:
+        with usable(f"store feature spec {digest[:12]}"), self._directory.staged(f"spec-{digest}") as temporary:
             fill(temporary)
             files = {
                 str(path.relative_to(temporary)): durable.digest(path.read_bytes())

@@ -600,7 +600,7 @@ class Copier:
         self._wanted_serial = catalog.serial
         if catalog == before:
             return
-        with usable("take the names of versions"):
+        with usable("store the names of versions"):
             # 1.
             for folder in catalog.folders:
                 (path / folder).mkdir(parents=True, exist_ok=True)
@@ -655,7 +655,7 @@ def exchange_small(registry: Registry, store: FileStore) -> int:
         for name in sorted(theirs - ours, key=_complete_last):
             if (data := registry.directory.fetch(root / name)) is None:
                 continue
-            with usable(f"take {folder}"):
+            with usable(f"store {folder}"):
                 (root / name).parent.mkdir(parents=True, exist_ok=True)
             registry.directory.keep(root / name, data)
             killpoints.reach("copy.small")

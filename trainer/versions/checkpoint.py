@@ -77,7 +77,7 @@ def restore(versions: Registry, version: int, trainer: Trainer, spec: str) -> Ma
     if newest.spec != spec:
         raise SpecMismatch(
             f"version {version} was trained on feature spec {newest.spec[:12]}, the settings make {spec[:12]}",
-            "put [features] and events.actions back, or go on from it: `springtide upgrade --reason TEXT`",
+            "put [features] and events.actions back, or continue from it: `springtide upgrade --reason TEXT`",
         )
     load(trainer, content.merge(tensors_of(versions, part) for part in (base, *deltas)))
     return newest
@@ -116,7 +116,7 @@ def load(trainer: Trainer, tensors: content.Tensors) -> None:
         if widths.get(name) != ours.get(name):
             raise SettingsError(
                 f"rows of {name}: expected width {ours.get(name, 'none')}, the version has {widths.get(name, 'none')}",
-                "put the [model] settings back, or go on from it: `springtide upgrade --reason TEXT`",
+                "put the [model] settings back, or continue from it: `springtide upgrade --reason TEXT`",
             )
     for name, table in trainer.tables.items():
         if name in (CROSS, TRANSITION) and widths.get(name) != table.dim:
