@@ -520,7 +520,7 @@ class Registry:
     @contextmanager
     def _staged(self, part: Manifest, files: Mapping[str, bytes]) -> Iterator[Path]:
         """A folder under `tmp/` with a version's files, synced if it is durable; what is left of it is removed."""
-        write = durable.write if part.durable else Path.write_bytes
+        write: Callable[[Path, bytes], object] = durable.write if part.durable else Path.write_bytes
         with self.directory.staged(f"{part.kind}-{part.version}") as temporary:
             for name, data in files.items():
                 write(temporary / name, data)
