@@ -49,7 +49,7 @@ from state.registry.registry import SERVING, TRAINING, Registry
 from state.storage.shares import REGISTRY, kept_bytes
 from trainer.thinning import DAY_MS, HOUR_MS, Thinning, Tiers, plan
 from trainer.versions import content
-from trainer.versions.erased_rows import CrossedIds, without, without_tombstones
+from trainer.versions.content import CrossedIds, without, without_tombstones
 
 PART = "compactor"
 NICENESS = 10

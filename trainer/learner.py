@@ -44,9 +44,9 @@ from state.process.said_once import SaidOnce
 from state.registry import privacy_ledger
 from state.registry.control import Control
 from state.registry.log_line import onward
+from state.registry.model_fit import former_specs
 from state.registry.privacy_ledger import PrivacyLedger, PrivacyPeriod
 from state.registry.registry import Registry
-from state.registry.upgrades import former_specs
 from state.storage.waiting import Room
 from trainer import accounts, gauges
 from trainer.accounts import Passages

@@ -14,9 +14,8 @@ from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.process import killpoints
 from state.registry.control import roll_back
-from state.registry.model_fit import require_same_model
+from state.registry.model_fit import former_specs, require_same_model
 from state.registry.registry import Registry
-from state.registry.upgrades import former_specs
 from tests.memory_log import MemoryLog
 from tests.trainer.clicks import SPEC, microbatch, small_settings
 from tests.trainer.logs import ABOUT, account_in, append, learner, run_to_end, started, write_transform, written

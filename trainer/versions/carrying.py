@@ -23,9 +23,8 @@ from state.errors import UnknownVersion
 from state.features.spec import FeatureSpec
 from state.registry.control import RESTORE, Control
 from state.registry.manifest import LogRange, Manifest
-from state.registry.model_fit import differences, require_fit, version_to_go_on_from
+from state.registry.model_fit import differences, pending, require_fit, version_to_go_on_from
 from state.registry.registry import Registry
-from state.registry.upgrades import pending
 from state.rows.tables import tables_in
 from trainer.engine.build import TRANSITION, ranker_of
 from trainer.engine.engine import CROSS

@@ -12,8 +12,8 @@ import pytest
 from state.features.spec import FeatureSpec
 from state.registry.control import start
 from state.registry.manifest import Draft, LogRange
+from state.registry.model_fit import upgrade
 from state.registry.registry import SERVING, Registry
-from state.registry.upgrades import upgrade
 from state.rows.store import RowStore
 from tests.conformance.test_own_tables import EVERY, log, wanted
 from tests.trainer.clicks import SPEC, batches, small_settings
