@@ -75,7 +75,7 @@ def zipf(n: int, exponent: float = POPULARITY) -> F64:
     return np.asarray(weights / weights.sum())
 
 
-def _action_shares(n: int) -> F64:
+def action_shares(n: int) -> F64:
     """`[n]` float64: how often each of n actions happens."""
     shares = np.array((ACTION_SHARES + (ACTION_SHARES[-1] / 2,) * n)[:n])
     return np.asarray(shares / shares.sum())
@@ -142,7 +142,7 @@ class ShopperCrowd:
         self._per_category = max(1, items // categories)
         self._item_ranks = np.cumsum(zipf(self._per_category))
         self._activity = np.cumsum(zipf(users, 0.6))
-        self._shares = np.cumsum(_action_shares(len(actions)))
+        self._shares = np.cumsum(action_shares(len(actions)))
         self._actions = np.array(actions, dtype=object)
         self._user_names = np.array([f"shopper-{number}" for number in range(users)], dtype=object)
         self._category_names = np.array([f"category-{number:02d}" for number in range(categories)], dtype=object)
