@@ -93,7 +93,7 @@ def test_kept_times_carry_no_timestamp(
 ) -> None:
     kafka, path = kafka_settings(), recording(tmp_path, 50)
     assert main(line(kafka, tmp_path, path, "--keep-time", "--sort", "assume", "--limit", 40)) == 0
-    assert "40 clicks, 0 dead letters; row 40; the same command goes on" in capsys.readouterr().out
+    assert "40 clicks, 0 dead letters; row 40; the same command resumes" in capsys.readouterr().out
     found = records(kafka)
     assert {kafka_ms for _, _, _, kafka_ms in found} == {-1}
     assert sorted(json.loads(value)["time"] for _, _, value, _ in found) == [(BEGIN_S + n) * 1000 for n in range(40)]
@@ -103,10 +103,10 @@ def test_kept_times_carry_no_timestamp(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "say what to replay"),
-        (["x.csv", "--synthetic"], "say what to replay"),
+        ([], "name what to replay"),
+        (["x.csv", "--synthetic"], "name what to replay"),
         (["x.csv", "--rate", "5"], "--rate and --seed"),
-        (["--synthetic", "--dry-run"], "--dry-run is of files"),
+        (["--synthetic", "--dry-run"], "--dry-run is for files"),
         (["{csv}", "--speed", "fast"], "--speed fast"),
         (["{csv}", "--longest-wait", "-1"], "--longest-wait -1"),
         (["{csv}", "--constant", "colour=red"], "no field 'colour'"),
