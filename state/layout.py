@@ -3,7 +3,7 @@
     paths.state/
     ├── lock                     the lock of `springtide up`
     ├── salt                     the secret key of pseudonyms, or at `paths.salt_file`
-    ├── privacy.key              the secret key of the noise, or at `privacy.key_file`     trainer/privacy/key.py
+    ├── privacy.key              the secret key of the noise, or at `privacy.key_file`     trainer/privacy/history.py
     ├── tokens/                  access tokens, or at `serving.tokens_dir`         deploy/serving/requests/access.py
     ├── registry/                or at `paths.registry`
     │   ├── versions/ merged/ bases/   one directory per version  state/registry/registry.py
@@ -21,7 +21,7 @@
     │   ├── tmp/                 files being written; swept
     │   └── trainer.lock, compactor.lock, shared.lock
     ├── stream-0/                lock, writer (the transactional id)   streaming/writer.py
-    │   ├── leaders.json                                          streaming/truncation.py
+    │   ├── leaders.json                                          streaming/accounts.py
     │   ├── histories            the stream's store; while the stream runs, a link to the store in memory
     │   │                        state/history/store.py, state/disk/memory_place.py, memory_store.py
     │   ├── histories.link, .saving   copies on their way into and out of memory

@@ -26,9 +26,8 @@ from state.registry.manifest import LogRange, Manifest
 from state.registry.model_fit import differences, pending, require_fit, version_to_go_on_from
 from state.registry.registry import Registry
 from state.rows.tables import tables_in
-from trainer.engine.build import TRANSITION, ranker_of
+from trainer.engine.build import EMBEDDINGS, TRANSITION, ranker_of
 from trainer.engine.engine import CROSS
-from trainer.engine.own_tables import EMBEDDINGS
 from trainer.engine.step import Trainer
 from trainer.model.ranker import Ranker
 from trainer.versions import checkpoint, content

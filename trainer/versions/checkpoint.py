@@ -24,7 +24,7 @@ from trainer.engine.build import TRANSITION, labelled
 from trainer.engine.engine import CROSS
 from trainer.engine.step import Trainer
 from trainer.model.hyperparameters import HYPERPARAMETERS, MODEL_CODE
-from trainer.privacy.key import own_key
+from trainer.privacy.history import own_key
 from trainer.tables.changes import Changes
 from trainer.tables.popular import HOUR_MS, ONE
 from trainer.versions import content
@@ -49,7 +49,7 @@ def served(trainer: Trainer) -> dict[str, content.Array]:
 def changes(trainer: Trainer) -> dict[str, content.Array]:
     """Copies the content of a durable version and resets both lists of changes. Only the step thread may call it."""
     held = _tensors(trainer, {name: table.take_changes() for name, table in trainer.tables.items()})
-    quality = trainer.progressive.state() | trainer.breakdown.state()
+    quality = trainer.measures.progressive.state() | trainer.measures.breakdown.state()
     return held | {f"{content.QUALITY}{name}": value for name, value in quality.items()}
 
 
@@ -126,7 +126,7 @@ def load(trainer: Trainer, tensors: content.Tensors) -> None:
     trainer.optimizer.set_slots(_under("slots.", tensors))
     trainer.load(_under("state.", tensors))
     trainer.guarded = _under(content.GUARDED, tensors)
-    for measures in (trainer.progressive, trainer.breakdown):
+    for measures in (trainer.measures.progressive, trainer.measures.breakdown):
         measures.load(_under(content.QUALITY, tensors))
 
 

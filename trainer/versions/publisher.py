@@ -98,9 +98,8 @@ class Drafter:
             program=self.program,
             salt=self.salt,
             mask_generation=control.mask.generation,
-            metrics=trainer.evaluation.values()
-            | trainer.progressive.values()
-            | trainer.slices.values()
+            metrics=trainer.measures.evaluation.values()
+            | trainer.measures.progressive.values()
             | dict(breakdown.values(slices))
             | ({} if trainer.churn is None else trainer.churn.values())
             | {f"account.{name}": float(value) for name, value in account.items()}

@@ -102,7 +102,7 @@ def test_what_keeps_its_name_and_shape_goes_on_and_nothing_else(
     # Facts of the log.
     assert theirs.counters == ours.counters
     assert theirs.popular.top().tolist() == ours.popular.top().tolist()
-    assert theirs.evaluation.values() == ours.evaluation.values()
+    assert theirs.measures.evaluation.values() == ours.measures.evaluation.values()
     # Another loss is to be expected.
     assert ours.guard != theirs.guard
     if spec == SPEC:

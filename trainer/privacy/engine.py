@@ -1,12 +1,10 @@
 """The TensorFlow engine of a private update: bounds the gradient of each row, and adds noise to the shared sum.
 
-A row's own gradient is needed only for its norm. The row's losses are then scaled
-to respect the bound, and the ordinary graph sums them. An update releases two
-gradients: by the dense weights other than the tower's, and by the rows of the
-popular categories, a list which is itself released. Each of these gets noise in
-each update, whatever was clicked. The tower keeps its initial values, and so do
-rows of other categories, of items and of context. A user's own row is used only
-for that user and gets no noise. `trainer/engine/private_crosses.py` handles crosses.
+A row's own gradient is needed only for its norm. The row's losses are then scaled to respect the bound, and the
+ordinary graph sums them. An update releases gradients by the dense weights other than the tower's, by the rows of the
+popular categories, and by some crosses. Each of these gets noise in each update, whatever was clicked. The tower and
+all other shared rows keep their initial values. A user's own row and crosses are used only for that user, so they get
+no noise.
 """
 
 from __future__ import annotations
@@ -19,16 +17,19 @@ import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from trainer.engine.engine import CROSS, F32, Measured
-from trainer.engine.optimizers.adam import Adam
-from trainer.engine.private_crosses import SHARE, CrossesToTell, Normal
+from state.ranking.crosses import FIRST_SHARES
+from trainer.engine.adam import Adam
+from trainer.engine.crosses import Crossed, CrossLearner, crosses
+from trainer.engine.engine import F32, I32, Measured
 from trainer.engine.record import Record
-from trainer.engine.tensorflow.engine import TensorflowEngine, TensorsFound, place_of
-from trainer.model.inputs import Input
+from trainer.engine.tensorflow_engine import TensorflowEngine, TensorsFound, place_of
 from trainer.model.ranker import Ranker, Targets
 from trainer.tables.table import Table
 
 Tensor = Any
+F64 = npt.NDArray[np.float64]
+Normal = Callable[[str, int], F64]
+"""Returns standard normal numbers of an update, by the name of their purpose and their count."""
 
 ROWS_AT_ONCE = 64
 """Rows whose gradients are in memory at the same time: 0.2 MB each at the default widths."""
@@ -36,14 +37,71 @@ ROWS_AT_ONCE = 64
 LISTED, USER = "category", "user"
 
 FROZEN = "tower."
-"""Weights with this prefix keep their initial values.
-
-The tower is a random map of the features, and the weights after it are learned. Each released number carries noise, and
-four of five would be the tower's. With a budget, few weights on features that need no learning do better than many
-(Tramer and Boneh 2021)."""
+"""Weights with this prefix keep their initial values: the tower is a random map of the features. Each released number
+carries noise, so few weights on features that need no learning do better than many (Tramer and Boneh 2021)."""
 
 LOSSES: Mapping[str, tuple[str, ...]] = {"interest": ("weight",), "engagement": ("label_weight", "negative_weight")}
 """The losses of a row, each with its factors in `Targets`; a loss is linear in its factors."""
+
+SHARE = FIRST_SHARES[0]
+"""The factor of a cross's weight in the logit."""
+
+RATE = 0.3
+"""Step size of released crosses (Adagrad); they start at 0."""
+
+
+class ReleasedCrosses(CrossLearner):
+    """The crosses of private records. The first columns are released with noise; the others are users' own.
+
+    A user's own crosses are learned exactly, one row after another. A released weight moves by the sum of its
+    derivatives with noise. Shares are not learned, because all later rows would see the effect of each row.
+
+    Args:
+        table: The table of crosses.
+        released: The number of columns that are released.
+        prior: `[T + O]` float32, the prior precision of each weight.
+    """
+
+    def __init__(self, table: Table, released: int, prior: F32) -> None:
+        super().__init__(table, prior)
+        self._released = released
+
+    def measure(self, record: Record) -> tuple[I32, Crossed]:
+        """See `CrossLearner`; rows and precision of released crosses are unchanged."""
+        rows, at, _ = self._places(record)
+        mine, prior = np.ascontiguousarray(at[:, self._released :]), self._prior[self._released : at.shape[1]]
+        none, values, precision = (
+            np.zeros_like(prior, np.int32),
+            self._table.gather(rows),
+            self._table.gather_accum(rows),
+        )
+        own = crosses(mine, none, prior, record.targets.label, values, precision, share_precision=np.inf)
+        logits: F32 = own.logits + np.float32(SHARE) * own.rows[at[:, : self._released], 0].sum(1)
+        return rows, own._replace(logits=logits)
+
+    def counts(self, record: Record) -> F32:
+        """How many released weights each row has, `[B]` float32."""
+        found: F32 = (self._at(record) != 0).sum(1).astype(np.float32)
+        return found
+
+    def derivatives(self, record: Record, logits: F32) -> tuple[I32, F64]:
+        """The released weights, as indices of the record's cross rows, and the derivatives of its losses by them.
+
+        Args:
+            record: The record, with the factors of its losses.
+            logits: `[B]` float32, of the rows' own pairs, without dropout. Logits with dropout need not be known: a
+                derivative by either is at most the factor of its loss, and the bound counts that.
+        """
+        targets, at = record.targets, self._at(record)
+        shifted = logits.astype(np.float64) + targets.label_shift
+        error = np.where(targets.label_weight > 0, 1.0 / (1.0 + np.exp(-shifted)) - targets.label, 0.0)
+        by_row = np.repeat(SHARE * targets.label_weight * error, at.shape[1])
+        found: F64 = np.bincount(at.reshape(-1), by_row, minlength=1).astype(np.float64)
+        places = np.setdiff1d(at, [0]).astype(np.int32)
+        return places, found[places]
+
+    def _at(self, record: Record) -> I32:
+        return self._places(record)[1][:, : self._released]
 
 
 class PrivateEngine(TensorflowEngine):
@@ -51,8 +109,7 @@ class PrivateEngine(TensorflowEngine):
 
     Args:
         ranker, optimizer, tables, learning_rate, device: See `TensorflowEngine`.
-        cross_precision: `[C]` float32, of the crosses that records have.
-        told: How many of the crosses are released with noise, the first ones.
+        crosses: Scores and learns crosses.
     """
 
     def __init__(
@@ -61,12 +118,11 @@ class PrivateEngine(TensorflowEngine):
         optimizer: Adam,
         tables: Mapping[str, Table],
         learning_rate: float,
-        cross_precision: F32,
+        crosses: ReleasedCrosses,
         device: str,
-        told: int,
     ) -> None:
-        super().__init__(ranker, optimizer, tables, learning_rate, cross_precision, device)
-        self.crosses = CrossesToTell(tables[CROSS], told, cross_precision)
+        super().__init__(ranker, optimizer, tables, learning_rate, crosses, device)
+        self.crosses = crosses
         self._lengths: dict[tuple[str, ...], Any] = {}
 
     def measure(self, record: Record, move: bool = True) -> Measured:
@@ -79,19 +135,12 @@ class PrivateEngine(TensorflowEngine):
             raise ValueError(
                 "a private record is measured with fast weights that do not move: make trainers by trainer_of"
             )
-        return super().measure(self.crossed(record), move)
-
-    def crossed(self, record: Record) -> Record:
-        """The record with the current contribution of crosses to its logits."""
-        if "cross" in record.values:
-            return record
-        return replace(record, values={**record.values, "cross": self.crosses.logits(record)})
+        return super().measure(record, move)
 
     def lengths(self, record: Record, losses: Sequence[str]) -> F32:
         """An upper bound of the norm of each row's gradient, per loss, over all that an update releases.
 
-        Several inputs may look up the same category row, so that their gradients
-        add up. The bound therefore sums the norms over these inputs.
+        Several inputs may look up the same category row, so the bound sums the norms over these inputs.
 
         Args:
             record: The record.
@@ -100,7 +149,7 @@ class PrivateEngine(TensorflowEngine):
         Returns:
             `[B, len(losses)]` float32; not finite where a gradient is not.
         """
-        record = self.crossed(record)
+        values = {**record.values, "cross": self.crosses.measure(record)[1].logits}
         rows, at = self._rows(record)
         inputs = [one for one in self._ranker.inputs if one.table]
         whole = {place_of(one) for one in inputs if not one.shape.startswith("B")}
@@ -110,8 +159,8 @@ class PrivateEngine(TensorflowEngine):
             if one.table == LISTED and place_of(one) not in whole
         }
         by_row = {
-            "at": {name: places for name, places in at.items() if name not in whole and not name.startswith("cross.")},
-            "values": {one.name: record.values[one.name] for one in self._ranker.inputs if self._is_value(one)},
+            "at": {name: places for name, places in at.items() if name not in whole},
+            "values": {one.name: values[one.name] for one in self._ranker.inputs if not one.table},
             "listed": listed,
             "crosses": self.crosses.counts(record),
             "targets": record.targets,
@@ -128,7 +177,7 @@ class PrivateEngine(TensorflowEngine):
                 found.append(self._traced_lengths(part, shared, tuple(losses))(part, shared).numpy())
         return np.concatenate(found)
 
-    def told(
+    def noised(
         self, measured: Measured, record: Record, normal: Normal, deviation: float, own_rows: bool = True
     ) -> Measured:
         """The private version of a measured update: noise on all that is shared, and zero for all else.
@@ -154,30 +203,25 @@ class PrivateEngine(TensorflowEngine):
         given = {name: one.numpy() for name, one in zip(self._embeddings, found.sparse, strict=True)}
         sparse = {name: one if name == USER and own_rows else np.zeros_like(one) for name, one in given.items()}
         category = given[LISTED]
-        places = self._tables[LISTED].find(self._listed(record))
-        noise = normal(LISTED, places.size * category.shape[1]).reshape(places.size, category.shape[1]) * deviation
+        listed = self._tables[LISTED].find(self._listed(record))
+        noise = normal(LISTED, listed.size * category.shape[1]).reshape(listed.size, category.shape[1]) * deviation
         order = {row: place for place, row in enumerate(measured.rows[LISTED].tolist())}
-        for row, part in zip(places.tolist(), noise, strict=True):
+        for row, part in zip(listed.tolist(), noise, strict=True):
             if row:
                 sparse[LISTED][order[row]] = category[order[row]] + part.astype(np.float32)
         logits, floor = measured.scores.engagement[: len(record)], float(self._optimizer.epsilon)
-        *crosses, squared = self.crosses.moved(record, logits, normal, deviation, floor)
+        assert measured.crossed is not None, "the default ranker reads crosses"
+        places, slopes = self.crosses.derivatives(record, logits)
+        slopes = slopes + normal("cross", places.size) * deviation
+        crossed = Crossed(*(part.copy() for part in measured.crossed))
+        crossed.precision[places, 0] += np.square(slopes)
+        crossed.rows[places, 0] -= RATE * slopes / (np.sqrt(crossed.precision[places, 0]) + floor)
+        squared = float(np.square(slopes).sum())
         squared += sum(float(np.square(one, dtype=np.float64).sum()) for one in (*dense.values(), sparse[LISTED]))
         moved = self._moved({name: dense[name] for name in self._ranker.fast_weights})
-        by_dense, by_row, by_cross = (
-            tuple(tf.constant(one) for one in parts) for parts in (dense.values(), sparse.values(), crosses)
-        )
-        return Measured(
-            measured.scores,
-            squared,
-            measured.rows,
-            found._replace(
-                dense=by_dense, sparse=by_row, squared_norm=tf.constant(squared), cross=by_cross, fast=moved
-            ),
-        )
-
-    def _is_value(self, one: Input) -> bool:
-        return not one.table
+        by_dense, by_row = (tuple(tf.constant(one) for one in parts) for parts in (dense.values(), sparse.values()))
+        released = found._replace(dense=by_dense, sparse=by_row, squared_norm=tf.constant(squared), fast=moved)
+        return replace(measured, squared_norm=squared, crossed=crossed, found=released)
 
     def _moved(self, gradients: Mapping[str, F32]) -> tuple[Tensor, ...]:
         """The slots of the fast weights after one move."""

@@ -1,39 +1,41 @@
-"""Checks a custom ranker on made-up rows, before anything is trained.
+"""Checks a custom ranker or tower on made-up rows, before anything is trained.
 
-1. It can be built. An engine and serving can provide its inputs and store its tables
-   and weights. Built twice, it has the same initial values.
-2. It returns finite scores of the right shapes, and a loss for each row. Engagement
-   matches its item_query, if it has one. Every variable that a loss depends on is
-   one of its weights.
-3. Its scores depend on row, weights and seed alone. It keeps no state, uses the seed
-   only in training, and scores a row alone as in a batch.
+1. It can be built. Its weights are float32 and, built twice, have the same initial values. An engine and serving can
+   provide a ranker's inputs and store its tables.
+2. A tower returns `[B, hidden[-1]]` float32. A ranker returns finite scores of the right shapes, and a loss for each
+   row. Its engagement matches its item_query, if it has one. Every variable that a loss depends on is one of its weights.
+3. The output depends on row, weights and seed alone. It keeps no state, uses the seed only in training, and gives the
+   same output for a row alone and in a batch.
 4. It lowers to LiteRT's built-in operations, and LiteRT computes the same.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
+from state.config.sections import Model as ModelSettings
 from state.config.settings import Settings
-from state.errors import ProgramError
+from state.errors import ProgramError, SettingsError
 from state.features.spec import FeatureSpec
-from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference
+from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference, lower_saved_model, run_lowered
 from state.process.user_code import told
 from state.rows.tables import CODES, TAKEN, is_name
-from trainer.engine.build import ranker_of
-from trainer.engine.own_tables import EMBEDDINGS
+from trainer.engine.build import EMBEDDINGS, ranker_of
 from trainer.model.inputs import INPUTS, SEQUENCES, own_rows
 from trainer.model.preprocessing import Preprocessing
 from trainer.model.ranker import Ranker, Targets
+from trainer.model.tower import load_builder, named
 from trainer.versions.program import build, sample
 
-ROWS = 32
-ALONE = 4
+ROWS, ALONE = 32, 4
+TOWER_ROWS, TOWER_ALONE = 64, 8
 SEEDS = ((0, 0), (3, 5))
 SEEDED = "draw from the seed with tf.random.stateless_*"
 CANDIDATES = {"recent": "L", "popular": "P", "successor": "S"}
@@ -57,19 +59,19 @@ def check_ranker(settings: Settings, spec: FeatureSpec, preprocessing: Preproces
     # 1.
     ranker = ranker_of(settings, spec, preprocessing)
     _check_declared(ranker, spec, what)
-    _check_weights(ranker, ranker_of(settings, spec, preprocessing), what)
+    _check_weights(ranker.dense, ranker_of(settings, spec, preprocessing).dense, what)
     # 2.
     inputs = sample(ranker, ROWS, training=True)
     plain = _scores(ranker, inputs, what)
     _check_item_query(ranker, inputs, what)
     _check_losses(ranker, inputs, _constants(spec, preprocessing), what)
     # 3.
-    held = ranker.weights()
+    before = ranker.weights()
     if any((_scores(ranker, inputs, what)[name] != plain[name]).any() for name in plain):
         raise ProgramError(f"{what}: the same rows gave two different scores", SEEDED)
     if any((_scores(ranker, inputs, what, SEEDS[1])[name] != plain[name]).any() for name in plain):
         raise ProgramError(f"{what}: without training its scores depend on the seed", "dropout is for training only")
-    if any((now != held[name]).any() for name, now in ranker.weights().items()):
+    if any((now != before[name]).any() for name, now in ranker.weights().items()):
         raise ProgramError(f"{what} changed a weight while it was called: a ranker remembers nothing between calls")
     _check_rows_apart(ranker, inputs, plain, what)
     # 4.
@@ -119,7 +121,7 @@ def _check_tables(ranker: Ranker, what: str) -> None:
         if not is_name(name):
             raise ProgramError(
                 f"{what} names a table of its own {name!r}",
-                "take small letters, digits and underscores, a letter first",
+                "use lower-case letters, digits and underscores, and start with a letter",
             )
         if name not in looked_up:
             raise ProgramError(
@@ -135,13 +137,16 @@ def _check_tables(ranker: Ranker, what: str) -> None:
             )
 
 
-def _check_weights(ranker: Ranker, again: Ranker, what: str) -> None:
-    for name, weight in ranker.dense.items():
+def _check_weights(weights: Mapping[str, Any], others: Mapping[str, Any], what: str) -> None:
+    """Checks the weights of a ranker or tower against those of another one that was built in the same way."""
+    for name, weight in weights.items():
         if weight.dtype != "float32":
             raise ProgramError(f"{what}: its weight {name} is {weight.dtype.name}", "weights are float32")
-    first, second = ranker.weights(), again.weights()
-    for name, value in first.items():
-        if name not in second or value.shape != second[name].shape or (value != second[name]).any():
+        if name not in others or weight.shape != others[name].shape:
+            raise ProgramError(
+                f"{what}: built twice it has other weights ({name})", "take no decision by chance or time"
+            )
+        if (weight.numpy() != others[name].numpy()).any():
             raise ProgramError(
                 f"{what}: built twice its weight {name} begins with other values",
                 "draw first values from a fixed seed, such as np.random.default_rng(7)",
@@ -155,7 +160,7 @@ def _called(call: Callable[[], Any], what: str, wanted: str) -> Any:
     except Exception as error:
         # The trainer runs TensorFlow in a mode that refuses nondeterministic operations.
         if "determinism" in str(error):
-            raise ProgramError(f"{what}: draws at random", SEEDED) from error
+            raise ProgramError(f"{what} draws at random", SEEDED) from error
         raise ProgramError(f"{what} raised {told(error)}", wanted) from error
 
 
@@ -258,3 +263,105 @@ def _check_rows_apart(ranker: Ranker, inputs: Mapping[str, F32], plain: Mapping[
                     f"allowed {ROWS_TOLERANCE:g})",
                     "score computes nothing over the rows of a batch, only losses may",
                 )
+
+
+def check_tower(settings: ModelSettings, width_in: int) -> str:
+    """Checks the tower that `model.tower` names; returns a one-line description.
+
+    Args:
+        settings: The section `[model]`.
+        width_in: Width of the tower's input.
+
+    Raises:
+        SettingsError: There is no such builder, or two weights have the same name.
+        ProgramError: The tower fails a check; the message says what it did and what is required.
+    """
+    what = f"model.tower {settings.tower!r}"
+    # 1.
+    tower = _built(settings, width_in, what)
+    _check_weights(named(tower), named(_built(settings, width_in, what)), what)
+    x = np.random.default_rng(7).normal(0.0, 1.0, (TOWER_ROWS, width_in)).astype(np.float32)
+    x[0], x[1] = 0.0, 10.0
+    # 2.
+    call = _CheckedTower(tower, settings.hidden[-1], what)
+    before = [variable.numpy() for variable in tower.variables]
+    plain, trained = call(x, False, SEEDS[0]), call(x, True, SEEDS[1])
+    # 3.
+    if not (np.isfinite(plain).all() and np.isfinite(trained).all()):
+        raise ProgramError(f"{what}: its output is not finite for some rows", "guard logarithms and divisions")
+    if any((now.numpy() != value).any() for now, value in zip(tower.variables, before, strict=True)):
+        raise ProgramError(
+            f"{what} changed a variable while it was called: a tower remembers nothing between calls (no moving averages)"
+        )
+    if (call(x, False, SEEDS[0]) != plain).any() or (call(x, True, SEEDS[1]) != trained).any():
+        raise ProgramError(f"{what}: the same rows and seed gave two different outputs", SEEDED)
+    if (call(x, False, SEEDS[1]) != plain).any():
+        raise ProgramError(f"{what}: without training its output depends on the seed", "dropout is for training only")
+    for row in range(TOWER_ALONE):
+        apart = difference(call(x[row : row + 1], False, SEEDS[0]), plain[row : row + 1])
+        if apart > ROWS_TOLERANCE:
+            raise ProgramError(
+                f"{what}: row {row} gives another output alone than in a batch of {TOWER_ROWS} (difference {apart:.2g}, "
+                f"allowed {ROWS_TOLERANCE:g})",
+                "nothing may be computed over the rows of a batch",
+            )
+    # 4.
+    with tempfile.TemporaryDirectory(prefix="springtide-tower-") as folder:
+        predict = tf.function(lambda x: {"vector": tower(x, False, tf.constant(SEEDS[0]))}, autograph=False)
+        module = tf.Module()
+        module.tower = tower
+        concrete = predict.get_concrete_function(tf.TensorSpec([None, width_in], tf.float32, "x"))
+        tf.saved_model.save(module, folder, signatures={"predict": concrete})
+        content = lower_saved_model(Path(folder), ["predict"], what, frozen=True)
+    apart = difference(run_lowered(content, "predict", {"x": x})["vector"], plain)
+    if apart > TOLERANCE:
+        raise ProgramError(
+            f"{what}: LiteRT's output differs from TensorFlow's by {apart:.2g} (allowed {TOLERANCE:g})",
+            "replace the operation that the two compute differently",
+        )
+    weights = ", ".join(f"{name} {list(one.shape)}" for name, one in named(tower).items())
+    return f"{what}: [B, {width_in}] to [B, {plain.shape[1]}], weights {weights or 'none'}, lowers to LiteRT, differs there by {apart:.1g}"
+
+
+def _built(settings: ModelSettings, width_in: int, what: str) -> Any:
+    wanted = "wanted is build(width_in: int, settings) -> tf.Module with __call__(x, training, seed)"
+    try:
+        tower = load_builder(settings.tower)(width_in, settings)
+    except SettingsError:
+        raise
+    except Exception as error:
+        raise ProgramError(f"{what} raised {told(error)}", wanted) from error
+    if not isinstance(tower, tf.Module) or not callable(tower):
+        raise ProgramError(f"{what} returned {type(tower).__name__}", wanted)
+    return tower
+
+
+class _CheckedTower:
+    """Calls the tower as the trainer does, checks its output, and reports its errors in the user's terms."""
+
+    def __init__(self, tower: Any, width: int, what: str) -> None:
+        self._what, self._wanted = what, f"wanted is [B, {width}] float32, the last of model.hidden"
+        self._width = width
+
+        @tf.function(autograph=False)
+        def call(x: Any, training: bool, seed: Any) -> Any:
+            return tower(x, training, seed)
+
+        self._call = call
+
+    def __call__(self, x: F32, training: bool, seed: tuple[int, int]) -> F32:
+        """`[n, width_in]` to `[n, width]` float32."""
+        found = _called(
+            lambda: self._call(tf.constant(x), training, tf.constant(seed, tf.int32)),
+            f"{self._what}: called with x {list(x.shape)} and training={training} it",
+            self._wanted,
+        )
+        if not isinstance(found, tf.Tensor):
+            raise ProgramError(f"{self._what} gave {type(found).__name__} for {len(x)} rows", self._wanted)
+        if found.dtype != tf.float32 or tuple(found.shape) != (len(x), self._width):
+            raise ProgramError(
+                f"{self._what} gave shape {list(found.shape)} and type {found.dtype.name} for {len(x)} rows",
+                self._wanted,
+            )
+        values: F32 = found.numpy()
+        return values

@@ -1,13 +1,9 @@
-"""Limits the updates of a period that each user takes part in, so that no user exceeds the privacy budget.
-
-No id is stored. A user is counted in a bucket that is a hash of the id. Users with
-the same bucket share its allowance, so no user ever gets more.
-"""
+"""Limits what private learning uses: the updates of a period that each user takes part in, and the crosses of a row."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +20,9 @@ bucket with one other on average."""
 
 class Participation:
     """Counts the updates of the period that users took part in; part of each version.
+
+    No id is stored. A user is counted in a bucket that is a hash of the id. Users with the same bucket share its
+    allowance, so no user ever gets more.
 
     Args:
         updates: The most updates of a period.
@@ -81,3 +80,39 @@ class Participation:
         if "used" in state:
             self._period, self.left_out = int(state["period"]), int(state["left_out"])
             self._used = np.array(state["used"], np.uint16)
+
+
+RELEASED = ("context", "user attribute")
+"""Kinds of crosses that are released with noise: their values are few and public, and many rows have each."""
+
+
+class LearnedCrosses(NamedTuple):
+    """The crosses of a row that are learned, by their index among all.
+
+    Attributes:
+        released: `[T]` int64, those that are released with noise.
+        own: `[O]` int64, those that contain the user; only that user's requests read them.
+    """
+
+    released: npt.NDArray[np.int64]
+    own: npt.NDArray[np.int64]
+
+    @property
+    def both(self) -> npt.NDArray[np.int64]:
+        """`[T + O]` int64, in this order."""
+        return np.concatenate(self)
+
+    @classmethod
+    def of(cls, kinds: Sequence[str], unit: str) -> LearnedCrosses:
+        """Selects from crosses of these kinds, for a setting `privacy.unit`.
+
+        With unit example no cross of a user is learned: the effect of a single row on it would be in the gradients of
+        all later rows of the user.
+
+        >>> LearnedCrosses.of(("every", "user", "context", "user*item", "user attribute"), "user").both.tolist()
+        [2, 4, 1, 3]
+        >>> LearnedCrosses.of(("user", "context", "user*item"), "example").both.tolist()
+        [1]
+        """
+        own = [unit == "user" and (kind == "user" or kind.startswith("user*")) for kind in kinds]
+        return cls(np.flatnonzero([kind in RELEASED for kind in kinds]), np.flatnonzero(own))

@@ -2,13 +2,12 @@
 
 One graph measures a record:
 
-1. Distinct rows of each table are gathered, and the ranker's inputs are taken from them.
-2. Crosses are scored and learned, row after row (`learn_crosses`): the Kalman filter of
-   `trainer/engine/optimizers/crosses.py` as a graph, on any device.
-3. `encode` runs once without dropout and once with it.
-4. `score` and `losses` run over blocks of rows (`Blocks`). After each block the fast weights move, before the next one
+1. Distinct rows of each table are gathered, and the ranker's inputs are taken from them. The logits of crosses are an
+   input (`trainer/engine/crosses.py`).
+2. `encode` runs once without dropout and once with it.
+3. `score` and `losses` run over blocks of rows (`Blocks`). After each block the fast weights move, before the next one
    is scored; without fast weights all rows are one block. Derivatives by the encoded and gathered values are collected.
-5. The derivatives go back through `encode` to dense weights and rows.
+4. The derivatives go back through `encode` to dense weights and rows.
 
 A second graph applies: Adam to the dense weights, Adagrad to the rows.
 """
@@ -21,10 +20,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
-from state.ranking.crosses import FIRST_SHARES
-from trainer.engine.engine import CROSS, F32, I32, Measured, Scores
-from trainer.engine.optimizers.adam import Adam
-from trainer.engine.optimizers.fast_weights import FastSlots
+from trainer.engine.adam import Adam, FastSlots
+from trainer.engine.crosses import CrossLearner
+from trainer.engine.engine import CROSS, I32, Measured, Scores
 from trainer.engine.record import Record
 from trainer.model import losses
 from trainer.model.hyperparameters import HYPERPARAMETERS
@@ -43,7 +41,7 @@ class Learning(NamedTuple):
         rows: Inputs of embedding rows.
         encoded: With dropout.
         plain: Without.
-        targets: What is learned.
+        targets: The training targets.
         slots: Of the fast weights before the record: fast, slow, second, moves.
     """
 
@@ -56,12 +54,7 @@ class Learning(NamedTuple):
 
 
 class Blocks:
-    """Learns records block by block.
-
-    Args:
-        ranker: Any.
-        optimizer: Has the step size of the fast weights, and their epsilon.
-    """
+    """Learns records block by block, with the optimizer's step size of the fast weights and epsilon."""
 
     def __init__(self, ranker: Ranker, optimizer: Adam) -> None:
         self._ranker, self._optimizer, self._rate = ranker, optimizer, np.float32(optimizer.fast_rate)
@@ -74,11 +67,7 @@ class Blocks:
         self._by_row = {one.name for one in ranker.inputs if one.shape.startswith("B")}
 
     def learn(self, of: Learning, move: Tensor) -> tuple[Any, ...]:
-        """Scores and derivatives of a record.
-
-        Args:
-            of: The record.
-            move: bool, whether the fast weights move.
+        """Scores and derivatives of a record; the fast weights move within it if `move` is true.
 
         Returns:
             The scores in the order of `Scores`; the derivatives by each tensor of `of.encoded`, by each of `of.rows`,
@@ -155,7 +144,7 @@ class Blocks:
         return found, by_encoded, by_rows, by_dense
 
     def moved(self, gradient: Tensor, slots: list[Tensor]) -> tuple[Tensor, ...]:
-        """One update of the fast weights, as defined in `trainer/engine/optimizers/fast_weights.py`."""
+        """One update of the fast weights, as `move` in `trainer/engine/adam.py`."""
         numbers, (fast, slow, second, moves) = HYPERPARAMETERS, slots
         count, power = moves[0] + 1.0, moves[1] * numbers.beta_2
         share = tf.maximum(1.0 / numbers.average_moves, numbers.first_moves / (count + numbers.first_moves))
@@ -195,82 +184,6 @@ def _joined(scores: list[Tensor]) -> tuple[Tensor, ...]:
     return *logits, loss, rank, tf.concat([own, drawn], 0), tf.concat([own_loss, drawn_loss], 0)
 
 
-def learn_crosses(
-    at: Tensor, share_at: Tensor, prior: Tensor, labels: Tensor, rows: Tensor, precision: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Scores the crosses of a record and learns from its labels.
-
-    Args:
-        at: `[B, C]` int32 positions in `rows`, 0 for no cross; all 0 in rows without a label.
-        share_at: `[C]` int32, the positions of shares.
-        prior: `[C]` float32, the precision of each weight before anything was learned.
-        labels: `[B]` float32.
-        rows: `[w, 2]` float32, distinct rows of the table.
-        precision: `[w, 2]` float32, how much was learned of each.
-
-    Returns:
-        `[B]` float32 logits, each before its row was learned from; rows and precision after the record.
-    """
-    first = tf.constant(FIRST_SHARES, tf.float32)
-    shares, known = tf.gather(rows, share_at) + first, tf.gather(precision, share_at)
-
-    def body(b: Tensor, state: tuple[Tensor, ...], logits: Any) -> tuple[Any, ...]:
-        rows, precision, shares, known = state
-        places = at[b]
-        numbers, learned = tf.gather(rows, places), tf.gather(precision, places)
-        live = tf.cast(places != 0, tf.float32)
-        logit = tf.reduce_sum(shares * numbers)
-
-        def learn() -> tuple[Tensor, ...]:
-            to_rows, to_precision = _weights_and_marginals(numbers, learned, live, prior, labels[b])
-            more_shares, more_known = _shares(logit, labels[b], numbers, known)
-            at_rows = tf.expand_dims(places, 1)
-            return (
-                tf.tensor_scatter_nd_add(rows, at_rows, to_rows),
-                tf.tensor_scatter_nd_add(precision, at_rows, to_precision),
-                shares + more_shares,
-                known + more_known,
-            )
-
-        state = tf.cond(tf.reduce_any(places != 0), learn, lambda: (rows, precision, shares, known))
-        return b + 1, state, logits.write(b, logit)
-
-    count = tf.shape(at)[0]
-    logits = tf.TensorArray(tf.float32, count, element_shape=[])
-    _, (rows, precision, shares, known), logits = tf.while_loop(
-        lambda b, *_: b < count, body, (0, (rows, precision, shares, known), logits)
-    )
-    places = tf.expand_dims(share_at, 1)
-    rows = tf.tensor_scatter_nd_update(rows, places, shares - first)
-    return logits.stack(), rows, tf.tensor_scatter_nd_update(precision, places, known)
-
-
-def _weights_and_marginals(
-    numbers: Tensor, learned: Tensor, live: Tensor, prior: Tensor, label: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The updates of the `[C, 2]` weights and marginal logits of a row's crosses, and of their precision."""
-    weight, marginal = numbers[:, 0], numbers[:, 1]
-    # The first cross, which every row has, learns the logit of all labels; the others what theirs add to it.
-    likely = tf.sigmoid(tf.concat([marginal[:1], marginal[1:] + marginal[0]], 0))
-    gained = likely * (1.0 - likely) * live
-    to_marginal = live * (label - likely) / (HYPERPARAMETERS.marginal_precision + learned[:, 1] + gained)
-    variance = live / (prior + learned[:, 0])
-    variances, likely = tf.reduce_sum(variance), tf.sigmoid(tf.reduce_sum(weight))
-    information = likely * (1.0 - likely)
-    error = (label - likely) / (1.0 + information * variances)
-    to_precision = live * information / (1.0 + information * (variances - variance))
-    return tf.stack([variance * error, to_marginal], 1), tf.stack([to_precision, gained], 1)
-
-
-def _shares(logit: Tensor, label: Tensor, numbers: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """The updates of the `[C, 2]` shares, and of their precision."""
-    likely = tf.sigmoid(logit)
-    information = likely * (1.0 - likely)
-    precision = HYPERPARAMETERS.share_precision + known
-    error = (label - likely) / (1.0 + information * tf.reduce_sum(numbers * numbers / precision))
-    return numbers * error / precision, information * numbers * numbers
-
-
 class TensorsFound(NamedTuple):
     """The outputs of the first graph; tensors stay on the device.
 
@@ -279,7 +192,6 @@ class TensorsFound(NamedTuple):
         dense: Derivatives by the dense weights, in their order.
         sparse: By the distinct rows of each embedding table, in the order of the tables.
         squared_norm: Of all derivatives.
-        cross: `[w, 2]` rows and `[w, 2]` precision of crosses after the record.
         fast: The slots of the fast weights after it.
     """
 
@@ -287,7 +199,6 @@ class TensorsFound(NamedTuple):
     dense: tuple[Tensor, ...]
     sparse: tuple[Tensor, ...]
     squared_norm: Tensor
-    cross: tuple[Tensor, ...]
     fast: tuple[Tensor, ...]
 
 
@@ -297,9 +208,9 @@ class TensorflowEngine:
     Args:
         ranker: Any.
         optimizer: Of its dense weights.
-        tables: Of embedding rows and of crosses, by name.
+        tables: The tables of embedding rows, by name.
         learning_rate: Step size of rows.
-        cross_precision: `[C]` float32, the precision of each cross's weight before anything was learned.
+        crosses: Scores and learns crosses, if the ranker reads them.
         device: Of the variables.
     """
 
@@ -311,11 +222,11 @@ class TensorflowEngine:
         optimizer: Adam,
         tables: Mapping[str, Table],
         learning_rate: float,
-        cross_precision: F32,
+        crosses: CrossLearner,
         device: str,
     ) -> None:
         self._ranker, self._optimizer, self._tables, self._device = ranker, optimizer, tables, device
-        self._learning_rate, self._cross_precision = learning_rate, cross_precision
+        self._learning_rate, self._crosses = learning_rate, crosses
         self._embeddings = tuple(name for name in tables if name in ranker.tables)
         self._crossed = any(one.name == "cross" for one in ranker.inputs)
         self._blocks = Blocks(ranker, optimizer)
@@ -323,43 +234,46 @@ class TensorflowEngine:
         rows = {name: tf.TensorSpec([None], tf.int32) for name in tables}
         dense = tuple(tf.TensorSpec(weight.shape, tf.float32) for weight in ranker.dense.values())
         sparse = tuple(tf.TensorSpec([None, tables[name].dim], tf.float32) for name in self._embeddings)
-        cross = (tf.TensorSpec([None, tables[CROSS].dim], tf.float32),) * 2
         fast = tf.TensorSpec([None], tf.float32)
-        self._apply = tf.function(self._apply_graph, [rows, dense, sparse, cross, fast], autograph=False)
-        # Records of any length share a trace; those with and without labels, and so crosses, do not.
-        self._traces: dict[int, Any] = {}
+        self._apply = tf.function(self._apply_graph, [rows, dense, sparse, fast], autograph=False)
+        self._trace: Any = None
 
     def measure(self, record: Record, move: bool = True) -> Measured:
         """See `Engine`."""
         rows, at = self._rows(record)
+        values, crossed, crosses = record.values, None, np.zeros(1, np.int32)
+        if self._crossed:
+            crosses, crossed = self._crosses.measure(record)
+            values = {**values, "cross": crossed.logits}
         given = {
             "rows": {name: tf.constant(found) for name, found in rows.items()},
             "at": {name: tf.constant(places) for name, places in at.items()},
-            "values": {one.name: tf.constant(record.values[one.name]) for one in self._ranker.inputs if self._is_value(one)},
+            "values": {one.name: tf.constant(values[one.name]) for one in self._ranker.inputs if not one.table},
             "targets": Targets(*(tf.constant(part) for part in record.targets)),
             "seed": tf.constant(record.seed, tf.int32),
             "fast": tuple(tf.constant(slot) for slot in self._optimizer.fast[1:]),
-        }  # fmt: skip
+        }
         with tf.device(self._device):
-            found: TensorsFound = self._traced(given, record.ids["cross"].shape[1])(given, tf.constant(move))
+            found: TensorsFound = self._traced(given)(given, tf.constant(move))
         scores = Scores(*(tensor.numpy() for tensor in found.scores))
-        return Measured(scores, float(found.squared_norm.numpy()), rows, found)
+        return Measured(scores, float(found.squared_norm.numpy()), rows | {CROSS: crosses}, crossed, found)
 
     def apply(self, measured: Measured) -> None:
         """See `Engine`."""
         found: TensorsFound = measured.found
         with tf.device(self._device):
-            at = {name: tf.constant(rows) for name, rows in measured.rows.items()}
-            self._apply(at, found.dense, found.sparse, found.cross, found.fast[0])
+            at = {name: tf.constant(measured.rows[name]) for name in self._tables}
+            self._apply(at, found.dense, found.sparse, found.fast[0])
+        if measured.crossed is not None:
+            self._crosses.apply(measured.rows[CROSS], measured.crossed)
         self._optimizer.fast = FastSlots(*(np.array(slot.numpy()) for slot in found.fast))
 
-    def _traced(self, given: Mapping[str, Any], crosses: int) -> Any:
-        """The graph for records of any length with this many crosses."""
-        if crosses not in self._traces:
+    def _traced(self, given: Mapping[str, Any]) -> Any:
+        """The graph, for records of any length."""
+        if self._trace is None:
             fixed = {
                 place_of(one) if one.table else one.name for one in self._ranker.inputs if not one.shape.startswith("B")
             }
-            fixed.add(f"{CROSS}.cross_share")
 
             def spec(tensor: Tensor, length: int | None = None) -> Any:
                 return tf.TensorSpec([length, *tensor.shape[1:]], tensor.dtype)
@@ -373,11 +287,8 @@ class TensorflowEngine:
             }
             whole = {"seed": spec(given["seed"], 2), "fast": tuple(spec(slot, slot.shape[0]) for slot in given["fast"])}
             specs = named | whole | {"targets": Targets(*(spec(part) for part in given["targets"]))}
-            self._traces[crosses] = self._measure.get_concrete_function(specs, tf.TensorSpec([], tf.bool))
-        return self._traces[crosses]
-
-    def _is_value(self, one: Input) -> bool:
-        return not one.table and one.name != "cross"
+            self._trace = self._measure.get_concrete_function(specs, tf.TensorSpec([], tf.bool))
+        return self._trace
 
     def _rows(self, record: Record) -> tuple[dict[str, I32], dict[str, I32]]:
         """Distinct rows of each table, the missing one first, and where in them each use of an id is, by `<table>.<ids>`."""
@@ -387,8 +298,6 @@ class TensorflowEngine:
                 uses[one.table][one.ids] = record.ids[one.ids]
             if one.attributes and record.ids[one.attributes].size:
                 uses["context"][one.attributes] = record.ids[one.attributes]
-        if self._crossed:
-            uses[CROSS] = {name: record.ids[name] for name in ("cross", "cross_share")}
         rows: dict[str, I32] = {}
         at: dict[str, I32] = {}
         for name, parts in uses.items():
@@ -412,36 +321,23 @@ class TensorflowEngine:
 
     def _measure_graph(self, given: Mapping[str, Any], move: Tensor) -> TensorsFound:
         # 1.
-        distinct, accum = (
-            {
-                name: tf.raw_ops.ResourceGather(resource=held, indices=given["rows"][name], dtype=tf.float32)
-                for name, held in ((name, getattr(table, part).handle) for name, table in self._tables.items())
-            }
-            for part in ("rows", "accum")
-        )
-        # 2.
+        distinct = {
+            name: tf.raw_ops.ResourceGather(resource=table.rows.handle, indices=given["rows"][name], dtype=tf.float32)
+            for name, table in self._tables.items()
+        }
         targets: Targets = given["targets"]
         values = {name: tf.cast(value, tf.float32) for name, value in given["values"].items()}
-        cross = distinct[CROSS], accum[CROSS]
-        if self._crossed and "cross" not in values:
-            at, shares = given["at"][f"{CROSS}.cross"], given["at"][f"{CROSS}.cross_share"]
-            if at.shape[-1]:
-                prior = tf.constant(self._cross_precision)
-                values["cross"], *learned = learn_crosses(at, shares, prior, targets.label, *cross)
-                cross = tuple(learned)
-            else:
-                values["cross"] = tf.zeros_like(targets.weight)
-        # 3.
+        # 2.
         embeddings = [distinct[name] for name in self._embeddings]
         with tf.GradientTape() as tape:
             tape.watch(embeddings)
             rows = {one.name: self._gather(one, distinct, given["at"]) for one in self._ranker.inputs if one.table}
             encoded = self._ranker.encode(values | rows, True, given["seed"])
         plain = self._ranker.encode(values | rows, False, given["seed"])
-        # 4.
+        # 3.
         learning = Learning(values, rows, encoded, plain, targets, given["fast"])
         scores, by_encoded, by_rows, by_dense, fast = self._blocks.learn(learning, move)
-        # 5.
+        # 4.
         weights = list(self._ranker.dense.values())
         through, sparse = tape.gradient(
             [*distinct_tensors(encoded), *rows.values()],
@@ -453,14 +349,13 @@ class TensorflowEngine:
         sparse = tuple(tf.convert_to_tensor(one) for one in sparse)
         parts = [*dense, *(one[1:] for one in sparse)]
         squared = 2.0 * tf.add_n([tf.nn.l2_loss(one) for one in parts])
-        return TensorsFound(scores, dense, sparse, squared, tuple(cross), fast)
+        return TensorsFound(scores, dense, sparse, squared, fast)
 
     def _apply_graph(
         self,
         at: Mapping[str, Tensor],
         dense: tuple[Tensor, ...],
         sparse: tuple[Tensor, ...],
-        cross: tuple[Tensor, ...],
         fast: Tensor,
     ) -> None:
         self._optimizer.apply(dense, fast)
@@ -476,10 +371,6 @@ class TensorflowEngine:
             moved = held["rows"] - self._learning_rate * gradient / (tf.sqrt(accum) + HYPERPARAMETERS.epsilon)
             tf.raw_ops.ResourceScatterUpdate(resource=gather["rows"], indices=rows, updates=moved)
             tf.raw_ops.ResourceScatterUpdate(resource=gather["accum"], indices=rows, updates=accum)
-        if self._crossed:
-            table = self._tables[CROSS]
-            for variable, values in zip((table.rows, table.accum), cross, strict=True):
-                tf.raw_ops.ResourceScatterUpdate(resource=variable.handle, indices=at[CROSS][1:], updates=values[1:])
 
 
 def place_of(one: Input) -> str:

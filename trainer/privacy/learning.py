@@ -1,45 +1,45 @@
-"""Learns a record with differential privacy (`privacy.epsilon`): rows in isolation, clipped by unit, with noise.
+"""The training step with a privacy budget (`privacy.epsilon`): rows in isolation, clipped by unit, with noise.
 
-1. A row loses what comes from other rows: its drawn negative, and another row's
-   category in its last slot.
+1. A row loses what comes from other rows: its drawn negative, and another row's category in its last slot.
 2. Users who reached their number of updates for the period take no part.
 3. The rows of each unit together are scaled to `privacy.clip`, each loss to a share of it.
-4. Noise is added. The key and the history of the record determine it. Only then
-   does the guard, an optimizer or a version see the sum.
+4. Noise is added. The key and the history of the record determine it. Only then does the guard, an optimizer or a
+   version see the sum.
 
 `trainer/PRIVACY.md` describes what this guarantees.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from state.config.settings import Settings
+from state.features.spec import FeatureSpec
+from state.microbatch.batch import MicroBatch
+from trainer.engine.adam import Adam
 from trainer.engine.build import labelled
-from trainer.engine.engine import Measured
-from trainer.engine.private_crosses import Normal
+from trainer.engine.engine import F32, Measured
 from trainer.engine.record import Record
-from trainer.engine.tensorflow.private import LOSSES, PrivateEngine
+from trainer.engine.report import Report, Update
+from trainer.engine.step import Trainer
 from trainer.model.hyperparameters import HYPERPARAMETERS
+from trainer.model.preprocessing import Preprocessing
 from trainer.privacy.accounting import COUNT_NOISE, noise_for
-from trainer.privacy.allowance import Participation
-from trainer.privacy.history import History
+from trainer.privacy.engine import LOSSES, Normal, PrivateEngine
+from trainer.privacy.history import History, NoisePlace, own_key
 from trainer.privacy.noise import Noise
+from trainer.privacy.participation import Participation
 from trainer.tables.index import U64
 from trainer.tables.popular import ONE, Popular
 
-F32 = npt.NDArray[np.float32]
-F64 = npt.NDArray[np.float64]
-
 NOISE_FLOOR = 0.3
-"""Added to the root of Adam's mean squared derivative, in units of the noise of a derivative.
-
-Adam alone moves as far along a derivative that is pure noise as along any other. With this term, the larger the share
-of noise, the smaller the step (Reddi et al. 2021, where this number sets how adaptive a step is)."""
+"""Added to the root of Adam's mean squared derivative, in units of the noise of a derivative: the larger the share of
+noise, the smaller the step (Reddi et al. 2021)."""
 
 FACTORS = tuple(name for names in LOSSES.values() for name in names)
 """Fields of `Targets`: the factors of a row's losses."""
@@ -61,7 +61,7 @@ class Units(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Update:
+class PrivateUpdate:
     """One private update of a record.
 
     Attributes:
@@ -99,7 +99,7 @@ class PrivateLearning:
         # Each loss has a share of the bound, so that the loss with the longer gradients does not displace the other.
         self._losses = tuple(LOSSES) if labelled(settings) else ("interest",)
 
-    def begin(self, users: U64, record: str, number: int) -> Update:
+    def begin(self, users: U64, record: str, number: int) -> PrivateUpdate:
         """Starts an update of a record, and counts it for each user that takes part.
 
         Args:
@@ -109,29 +109,17 @@ class PrivateLearning:
         """
         noise = f"{record} update {number}"
         if not self._by_user:
-            return Update(Units(np.arange(users.size), np.ones(users.size, np.bool_)), noise)
-        return Update(Units(np.unique(users, return_inverse=True)[1], self.allowance.admit(users)), noise)
+            return PrivateUpdate(Units(np.arange(users.size), np.ones(users.size, np.bool_)), noise)
+        return PrivateUpdate(Units(np.unique(users, return_inverse=True)[1], self.allowance.admit(users)), noise)
 
-    def measure(self, engine: PrivateEngine, record: Record, update: Update) -> Measured:
-        """The scores of a record, and the clipped gradient of an update with noise.
-
-        Args:
-            engine: The trainer's engine.
-            record: From `alone`.
-            update: From `begin`.
-        """
-        record = self.within(engine, engine.crossed(record), update.units)
+    def measure(self, engine: PrivateEngine, record: Record, update: PrivateUpdate) -> Measured:
+        """The scores of a record, and the clipped gradient of an update with noise."""
+        record = self.within(engine, record, update.units)
         measured = engine.measure(record, move=False)
-        return engine.told(measured, record, self._normal(update), self.deviation, self._by_user)
+        return engine.noised(measured, record, self._normal(update), self.deviation, self._by_user)
 
     def within(self, engine: PrivateEngine, record: Record, units: Units) -> Record:
-        """Scales the losses of a record, each loss separately, so that no unit's gradient is longer than the bound.
-
-        Args:
-            engine: The trainer's engine.
-            record: From `alone`.
-            units: The units of its rows.
-        """
+        """Scales the losses of a record, each loss separately, so that no unit's gradient is longer than the bound."""
         lengths, bound = engine.lengths(record, self._losses), self._clip / len(self._losses)
         scaled = dict.fromkeys(FACTORS, np.zeros_like(record.targets.weight))
         for loss, length in zip(self._losses, lengths.T, strict=True):
@@ -140,7 +128,7 @@ class PrivateLearning:
                 scaled[name] = np.where(factors > 0, getattr(record.targets, name) * factors, np.float32(0.0))
         return replace(record, targets=record.targets._replace(**scaled))
 
-    def count(self, popular: Popular, categories: U64, update: Update, log_ms: int) -> None:
+    def count(self, popular: Popular, categories: U64, update: PrivateUpdate, log_ms: int) -> None:
         """Counts the categories of an update, one click a unit, with noise on the count of each known category.
 
         Args:
@@ -157,7 +145,7 @@ class PrivateLearning:
         amounts += self._normal(update)("counts", known.size) * (self.noise * COUNT_NOISE)
         popular.add(known, np.rint(amounts * ONE).astype(np.int64), log_ms)
 
-    def _normal(self, update: Update) -> Normal:
+    def _normal(self, update: PrivateUpdate) -> Normal:
         return lambda name, count: self._noise.normal(f"{update.noise} {name}", count)
 
 
@@ -181,3 +169,76 @@ def clipped(lengths: F32, units: Units, clip: float) -> F32:
     factors = np.where(whole > bound, bound / np.maximum(whole, bound), 1.0)
     found: F32 = (factors[units.of] * learned).astype(np.float32)
     return found
+
+
+class PrivateTrainer(Trainer):
+    """A `Trainer` that learns with differential privacy. The metrics of a step stay exact; only the operator sees them.
+
+    Attributes:
+        private: Clips, adds noise, and remembers who took part.
+
+    Raises:
+        SettingsError: The key of the noise is missing.
+    """
+
+    def __init__(self, settings: Settings, spec: FeatureSpec, preprocessing: Preprocessing | None = None) -> None:
+        self.private = PrivateLearning(settings, own_key(settings))
+        super().__init__(settings, spec, preprocessing)
+        assert isinstance(self.optimizer, Adam)
+        self.optimizer.epsilon = np.float32(NOISE_FLOOR * self.private.deviation)
+        self._record_noise, self._number = "", 0
+        self._under_way: PrivateUpdate | None = None
+
+    def clear(self) -> None:
+        """See `Trainer`."""
+        super().clear()
+        self.private.allowance.clear()
+        self.private.history.clear()
+
+    def state(self) -> dict[str, npt.NDArray[Any]]:
+        """See `Trainer`."""
+        kept = self.private.allowance.state() | self.private.history.state()
+        return super().state() | {f"privacy.{name}": value for name, value in kept.items()}
+
+    def load(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """See `Trainer`."""
+        super().load(state)
+        mine = {name.removeprefix("privacy."): value for name, value in state.items() if name.startswith("privacy.")}
+        self.private.allowance.load(mine)
+        self.private.history.load(mine)
+
+    def step(self, batch: MicroBatch, seed: tuple[int, int] | None = None, place: NoisePlace | None = None) -> Report:
+        """See `Trainer`.
+
+        Raises:
+            TrainingHeld: The guard has held training.
+            ValueError: The batch has no row, or has no `place`. Without it, its noise would be that of another record.
+        """
+        if place is None:
+            raise ValueError("a record that is learned privately has a place in the log")
+        # A refused record leaves no trace in the history.
+        if not self.guard.held and len(batch):
+            self._record_noise, self._number = self.private.history.take(place, batch), 0
+        return super().step(batch, seed)
+
+    def _update(self, batch: MicroBatch, crosses: U64, seed: tuple[int, int] | None) -> Update:
+        assert isinstance(self.engine, PrivateEngine)
+        self.private.allowance.begin(self.counters.log_ms)
+        self._under_way = self.private.begin(batch.user, self._record_noise, self._number)
+        self._number += 1
+        record = self._record(batch, crosses, seed)
+        measured = self.private.measure(self.engine, record, self._under_way)
+        return self._judge_and_apply(batch, record, measured)
+
+    def _judged(self, loss: float) -> float:
+        # An exact loss that decided about a step would leak information. The guard's norm includes noise.
+        return 0.0
+
+    def _teaching(self, rows: int, taught: bool) -> int:
+        # Skipping a step because a row is missing would reveal that it is missing. The norm of the noise does not
+        # depend on the rows, so the guard compares updates as if each had one row.
+        return 1
+
+    def _count(self, batch: MicroBatch, record: Record) -> None:
+        assert self._under_way is not None
+        self.private.count(self.popular, batch.category, self._under_way, self.counters.log_ms)

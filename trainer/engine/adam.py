@@ -1,29 +1,83 @@
-"""Adam for the dense weights. It also stores the slots of the fast weights, which change within a record.
+"""Adam for the dense weights, and averaged Adam for the fast weights, which change within a record.
 
-`Adam` keeps weights and slots in TensorFlow variables, for the TensorFlow engine.
-`HostAdam` keeps them in host arrays, for the compiled engine. Each version
-stores the slots, so that a restored trainer continues with the same bits.
+`Adam` keeps weights and slots in TensorFlow variables, for the TensorFlow engine. `HostAdam` keeps them in host arrays,
+for the compiled engine. Each version stores the slots, so that a restored trainer continues with the same bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import tensorflow as tf
 
-from state.compiled import compiled_sums, part_of_sums
+from state.compiled import compiled_sums, layout, part_of_sums
 from state.errors import SettingsError
-from trainer.engine.optimizers.fast_weights import FastSlots
 from trainer.model.hyperparameters import HYPERPARAMETERS
 
 F32 = npt.NDArray[np.float32]
 
+AVERAGE_SHARE = np.float32(HYPERPARAMETERS.average_share)
+USER_LR_SCALE = np.float32(HYPERPARAMETERS.user_lr_scale)
+AVERAGE_MOVES, FIRST_MOVES = np.float32(HYPERPARAMETERS.average_moves), np.float32(HYPERPARAMETERS.first_moves)
 BETA_1, BETA_2 = np.float32(HYPERPARAMETERS.beta_1), np.float32(HYPERPARAMETERS.beta_2)
 EPSILON = np.float32(HYPERPARAMETERS.epsilon)
-_ONE = np.float32(1.0)
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+
+
+@layout("f4[::1], f4[::1], f4[::1], f4[::1], f4[::1]")
+class FastSlots(NamedTuple):
+    """The fast weights, concatenated, and their slots.
+
+    Attributes:
+        weights: `[m]` float32, the weights that score and that the gradient is taken at.
+        fast: `[m]` float32, the iterate that the derivatives move.
+        slow: `[m]` float32, the mean of `fast` over the latest moves.
+        second: `[m]` float32, the mean of the squared derivatives.
+        moves: `[2]` float32: the number of moves, and Adam's second beta to that power.
+    """
+
+    weights: F32
+    fast: F32
+    slow: F32
+    second: F32
+    moves: F32
+
+    @classmethod
+    def of(cls, weights: F32) -> FastSlots:
+        """The slots before the first move."""
+        moves = np.array([0.0, 1.0], np.float32)
+        return cls(weights, weights.copy(), weights.copy(), np.zeros_like(weights), moves)
+
+
+@part_of_sums
+def count_move(slots: FastSlots) -> None:
+    """Counts one more move; call it before `move`."""
+    slots.moves[0] += _ONE
+    slots.moves[1] *= BETA_2
+
+
+@part_of_sums
+def move(slots: FastSlots, gradient: F32, begin: int, end: int, rate: np.float32, users: int) -> None:
+    """One step of Adam without momentum, averaged (Defazio et al. 2024), of weights `begin` to `end`, in place.
+
+    Sets `gradient` to zero. The first `users` weights move at `USER_LR_SCALE`. Call `count_move` first.
+    """
+    step = rate * np.sqrt(_ONE - slots.moves[1])
+    share = max(_ONE / AVERAGE_MOVES, FIRST_MOVES / (slots.moves[0] + FIRST_MOVES))
+    # Loops over slices are vectorized; loops from `begin` to `end` are not.
+    weights, fast, slow = slots.weights[begin:end], slots.fast[begin:end], slots.slow[begin:end]
+    second, slopes = slots.second[begin:end], gradient[begin:end]
+    for i in range(slopes.shape[0]):
+        second[i] += (slopes[i] * slopes[i] - second[i]) * (_ONE - BETA_2)
+        scaled = step * USER_LR_SCALE if begin + i < users else step
+        fast[i] -= scaled * slopes[i] / (np.sqrt(second[i]) + EPSILON)
+        slow[i] += share * (fast[i] - slow[i])
+        weights[i] = fast[i] + AVERAGE_SHARE * (slow[i] - fast[i])
+        slopes[i] = _ZERO
+
 
 _SLOTS = FastSlots._fields[1:]
 """The slots of the fast weights. The weights themselves are among the dense weights."""
@@ -119,21 +173,16 @@ class Adam:
 
 
 class HostAdam:
-    """Adam (Kingma and Ba 2015) over named dense weights in host arrays. Not thread-safe.
+    """Adam over named dense weights in host arrays. Not thread-safe.
 
     Args:
-        weights: Initial values by name, float32.
-        learning_rate: Step size.
-        rates: Factors of the step size by prefix of a name. The longest matching prefix counts; otherwise 1.
-        fast_weights: Names, in this order, of the weights that change within a record. `apply` assigns them.
-        fast_rate: Factor of their step size.
+        weights, learning_rate, rates, fast_weights, fast_rate: See `Adam`; weights are initial values, float32.
 
     Attributes:
         weights: Every weight by name, in the order of the argument: views of two flat arrays, changed in place.
         gradient: `[m]` float32, derivatives by the weights that are not fast, read by `apply`.
         gradients: Views of it by name.
-        fast: The slots of the fast weights; its field `weights` is not read.
-        fast_rate: Step size of the fast weights.
+        fast, fast_rate: See `Adam`.
     """
 
     def __init__(

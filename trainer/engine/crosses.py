@@ -1,16 +1,13 @@
-"""The Kalman filter of crosses: scores a record's rows with their crosses, and learns from each row in turn.
+"""The Kalman filter of crosses, for every engine: scores a record's rows, and learns from each row in turn.
 
-`state/ranking/crosses.py` defines a cross and its two numbers. A row is scored
-first. If its label is known, three independent normal variables are updated
-before the next row is scored:
+`state/ranking/crosses.py` defines a cross and its two numbers. A row is scored first. If its label is known, three
+independent normal variables are updated before the next row is scored:
 
 1. Marginal logits: each cross alone, against the labels of all rows.
 2. Weights: all crosses of the row share the error of their sum.
 3. Shares: how much the weight and the marginal logit of a cross count in the logit.
 
-The second and third are steps of an extended Kalman filter with a diagonal
-covariance: an uncertain value moves far, a certain one hardly moves. There is
-no learning rate to tune, and none decays.
+The second and third are steps of an extended Kalman filter with a diagonal covariance, without a learning rate.
 """
 
 from __future__ import annotations
@@ -24,7 +21,9 @@ import numpy.typing as npt
 
 from state.compiled import compiled_sums, part_of_sums
 from state.ranking.crosses import FIRST_SHARES
+from trainer.engine.record import Record
 from trainer.model.hyperparameters import HYPERPARAMETERS
+from trainer.tables.table import Table
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -33,12 +32,12 @@ _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
 class Crossed(NamedTuple):
-    """The scores of the crosses, and the rows that they learned.
+    """The scores of a record's crosses, and what they learn from it.
 
     Attributes:
-        logits: `[B]` float32, before a row was learned from; 0 in rows without crosses.
-        rows: `[w, 2]` float32, after the step.
-        precision: `[w, 2]` float32, after the step.
+        logits: `[B]` float32, each before its row was learned from; 0 in rows without crosses.
+        rows: `[w, 2]` float32, the crosses after the record.
+        precision: `[w, 2]` float32, their precision after the record.
     """
 
     logits: F32
@@ -140,6 +139,43 @@ def first_precision(kinds: Sequence[str]) -> F32:
     return np.array([HYPERPARAMETERS.cross_precision[kind] for kind in kinds], np.float32)
 
 
+class CrossLearner:
+    """Scores and learns the crosses of records on the host, wherever the rows of the table are.
+
+    Args:
+        table: The table of crosses.
+        prior: `[C]` float32, the prior precision of each cross's weight.
+    """
+
+    def __init__(self, table: Table, prior: F32) -> None:
+        self._table, self._prior = table, prior
+
+    def measure(self, record: Record) -> tuple[I32, Crossed]:
+        """Scores a record and learns from it, without side effects; also returns the `[w]` int32 rows that it learns."""
+        rows, at, share_at = self._places(record)
+        return rows, crosses(
+            at,
+            share_at,
+            self._prior,
+            record.targets.label,
+            self._table.gather(rows),
+            self._table.gather_accum(rows),
+        )
+
+    def apply(self, rows: I32, crossed: Crossed) -> None:
+        """Stores what `measure` returned."""
+        # The missing row is never trained.
+        if rows.size > 1:
+            self._table.put(rows[1:], crossed.rows[1:], crossed.precision[1:])
+
+    def _places(self, record: Record) -> tuple[I32, I32, I32]:
+        """The record's distinct rows of the table, and where in them its `[B, C]` crosses and `[C]` shares are."""
+        ids = record.ids["cross"]
+        uses = np.concatenate([ids.reshape(-1), record.ids["cross_share"]])
+        rows, at = self._table.distinct(self._table.find(uses))
+        return rows, at[: ids.size].reshape(ids.shape), at[ids.size :]
+
+
 def crosses(
     at: I32,
     share_at: I32,
@@ -149,13 +185,13 @@ def crosses(
     precision: F32,
     share_precision: float = HYPERPARAMETERS.share_precision,
 ) -> Crossed:
-    """Scores the crosses of a step and learns from its labels.
+    """Scores the crosses of a record and learns from its labels.
 
     Args:
         at: `[B, C]` int32 indices into `rows`, 0 where there is no cross; all 0 in rows without a label.
         share_at: `[C]` int32, indices of the shares in `rows`.
         prior: `[C]` float32, the prior precision of each weight.
-        labels: `[B]` float32 or more.
+        labels: `[B]` float32.
         rows: `[w, 2]` float32, distinct rows of the table, not changed.
         precision: `[w, 2]` float32, accumulated information of each number, not changed.
         share_precision: The prior precision of a share; infinite if shares are not learned.
