@@ -64,7 +64,7 @@ class PrivacyBudget:
         metrics.privacy_epsilon_limit.set(self._wanted.epsilon)
         if self._wanted.epsilon:
             # Not at the top: the accountant's import takes a second.
-            from trainer.privacy.learning import PrivateTrainer
+            from trainer.engine.private_step import PrivateTrainer
 
             assert isinstance(trainer, PrivateTrainer), "what trainer_of makes where a budget is set"
             self._private, self._key = trainer.private, private_files.fingerprint(own_key(settings))
