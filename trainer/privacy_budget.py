@@ -1,6 +1,6 @@
 """The privacy budget: charges the ledger before records are learned, and holds training if too little is left.
 
-A record is learned only under a charge for its period and its branch (`history.py`). The order matters:
+A record is learned only under a charge for its period and its branch (`trainer/privacy/history.py`). The order matters:
 
 1. The ledger is written. It also names an offset, `through`, before which records may have been learned. It is raised
    by `RESERVED` offsets at a time.
