@@ -21,7 +21,7 @@
     │   ├── tmp/                 files being written; swept
     │   └── trainer.lock, compactor.lock, shared.lock
     ├── stream-0/                lock, writer (the transactional id)   streaming/writer.py
-    │   ├── leaders.json                                          streaming/truncation.py
+    │   ├── leaders.json                                          streaming/accounts.py
     │   ├── histories            the stream's store; while the stream runs, a link to the store in memory
     │   │                        state/history/store.py, state/disk/memory_place.py, memory_store.py
     │   ├── histories.link, .saving   copies on their way into and out of memory
