@@ -345,7 +345,7 @@ def upgrade_to_this_release(registry: Registry, settings: Settings, spec: Featur
         SpringtideError: The registry cannot be used.
     """
     from trainer.upgrade import planned_for, propose
-    from trainer.versions.fit import is_of_release, require_ranker_fits
+    from trainer.versions.carrying import is_of_release, require_ranker_fits
 
     try:
         require_ranker_fits(registry, settings, spec, trainer.model)
