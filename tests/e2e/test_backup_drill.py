@@ -159,7 +159,7 @@ def test_control_that_is_newer_than_the_histories_takes_them_back(tmp_path: Path
     assert found == never_saw(tmp_path / "alone", salt, loop.control)
 
 
-@pytest.mark.parametrize("point", ["restore.written", "restore.taken"])
+@pytest.mark.parametrize("point", [pytest.param("restore.written", marks=pytest.mark.nightly), "restore.taken"])
 def test_what_was_killed_is_repeated_or_refused_and_never_taken_for_whole(
     tmp_path: Path, salt: Path, point: str
 ) -> None:

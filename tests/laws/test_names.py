@@ -5,9 +5,10 @@ from __future__ import annotations
 import ast
 from pathlib import Path
 
-from tests.laws.sources import PACKAGES, ROOT, files, name, tree
+from tests.laws.sources import PACKAGES, ROOT, files, name, nodes, tree
 
 VAGUE = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc", "shared", "core", "tools"}
+HANDLERS = ("basicConfig", "StreamHandler")
 FILES = files(*PACKAGES, "tests")
 
 
@@ -25,3 +26,9 @@ def test_a_file_begins_with_what_it_does() -> None:
 
 def test_every_package_is_a_package() -> None:
     assert [name(path) for path in files() if not (path.parent / "__init__.py").exists()] == []
+
+
+def test_logging_is_set_up_in_one_place() -> None:
+    """Another handler or format would write lines that no machine reads."""
+    calls = [(path, node) for path in files() for node in nodes(path) if isinstance(node, ast.Call)]
+    assert [name(path) for path, call in calls if getattr(call.func, "attr", "") in HANDLERS] == []
