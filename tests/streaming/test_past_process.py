@@ -15,6 +15,7 @@ from state.log import Topics
 from state.microbatch.codec import Frames, decode
 from state.registry.control import start
 from state.registry.registry import Registry
+from tests import forked
 from tests.conftest import KafkaFactory
 from tests.streaming.distributed.shop import rows_of
 from tests.streaming.streams import FOREVER, click, following, next_offsets, running, send, settings_for, until
@@ -31,7 +32,7 @@ def child(settings: Settings, past: Past) -> subprocess.Popen[bytes]:
     write_past(registry.path, past)
     environment: Mapping[str, str] = settings.environment()
     command = [sys.executable, "-m", "streaming.past", f"--paths.registry={registry.path}"]
-    return subprocess.Popen(command, env=dict(environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    return forked.Popen(command, env=dict(environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 @pytest.fixture
@@ -60,7 +61,7 @@ def test_its_rows_are_those_in_the_training_log_and_it_ends_in_order(settings: S
 
     # Nobody reads on: its trainer was killed.
     registry = settings.state_dir / "experiments" / "anew" / "registry"
-    left = subprocess.Popen(made.args, env=settings.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    left = forked.Popen(made.args, env=settings.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert left.stdout is not None and left.stderr is not None
     assert left.stdout.read(4)
     left.stdout.close()
