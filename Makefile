@@ -52,7 +52,9 @@ style: .venv/ready-dev
 types: .venv/ready-dev
 	@$(BIN)/mypy
 
+# On a new machine one process compiles all tests before several would compile them at once.
 pytest: .venv/ready-dev
+	@ls tests/__pycache__/conftest.*.pyc >/dev/null 2>&1 || $(BIN)/python -m pytest --collect-only -qq >/dev/null
 	@$(PYTEST) $(ARGS)
 
 debian: venv ## Fetches what only tests need, where it is missing and may be: Debian's Prometheus and Chromium.
