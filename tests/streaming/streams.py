@@ -25,7 +25,7 @@ from state.microbatch.codec import decode
 from state.positions import Source
 from tests import forked
 
-DEADLINE_S = 120.0
+DEADLINE_S = 300.0
 # The clicks are old, so that the broker would soon delete them.
 FOREVER = {"retention.ms": "-1"}
 BEGIN_MS = 1_700_000_000_000
