@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("state", "streaming", "trainer", "deploy", "springtide_client")
+PACKAGES = ("state", "streaming", "trainer", "deploy", "evaluation", "springtide_client")
 
 
 @functools.cache

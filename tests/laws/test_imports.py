@@ -1,4 +1,4 @@
-"""Imports follow the data: streaming -> state <- trainer, deploy -> state, deploy -> springtide_client, and nothing else."""
+"""Imports follow the data: streaming -> state <- trainer, deploy -> state, deploy -> springtide_client, evaluation -> all, and nothing else."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ ALLOWED = {
     "streaming": {"streaming", "state"},
     "trainer": {"trainer", "state"},
     "deploy": {"deploy", "state", "springtide_client"},
+    "evaluation": {"evaluation", "deploy", "trainer", "streaming", "state"},
     "springtide_client": {"springtide_client"},
 }
 EXAMPLES = "deploy/examples/"
