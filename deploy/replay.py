@@ -23,7 +23,6 @@ from typing import Any, TextIO
 
 from deploy.operate.options import SETTINGS_HELP
 from deploy.replaying.clock import MAX, parse_speed
-from deploy.replaying.journal import ReplayJournal, folder_of, key_of
 from deploy.replaying.recording import (
     NAMED_LINES,
     Findings,
@@ -31,7 +30,10 @@ from deploy.replaying.recording import (
     Outcome,
     RecordingSource,
     Replay,
+    ReplayJournal,
     check,
+    folder_of,
+    key_of,
     try_out,
 )
 from deploy.replaying.sender import Outbox, Progress

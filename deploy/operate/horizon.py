@@ -25,7 +25,7 @@ def oldest(registry: Registry, reaches: Callable[[Manifest], bool]) -> Manifest 
     """
     numbers = registry.versions()
     with suppress(CorruptVersion, UnknownVersion):
-        line = registry.visible(numbers[-1]) if numbers else ()
+        line = registry.manifest(numbers[-1]).visible if numbers else ()
         for number in numbers:
             # Versions that are damaged, or removed in the meantime, are skipped.
             with suppress(CorruptVersion, UnknownVersion):

@@ -23,9 +23,9 @@ from state.log.accepted_gaps import Journal, past
 from state.microbatch.batch import MicroBatch, masked, trained, trim
 from state.microbatch.codec import glance
 from state.positions import Source
+from state.registry.control import MaskEntry
 from state.registry.log_line import LogLine, onward
 from state.registry.manifest import Manifest
-from state.registry.masks import MaskEntry
 from state.registry.registry import Registry
 from state.registry.segments import LogSegment
 

@@ -101,30 +101,6 @@ def test_kept_times_carry_no_timestamp(
 
 
 @pytest.mark.usefixtures("undisturbed_signals")
-def test_files_without_header_and_actions_are_said_on_the_line(
-    kafka_settings: KafkaFactory, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    kafka = kafka_settings()
-    for name in ("b", "a"):
-        (tmp_path / f"{name}.log").write_text("".join(f"{BEGIN_S + n};{name}{n};x;i;c\n" for n in range(10)))
-    words = [
-        "--format",
-        "csv",
-        "--delimiter",
-        ";",
-        "--columns",
-        "time,user,-,item,category",
-        "--constant",
-        "action=cart",
-    ]
-    assert main(line(kafka, tmp_path, str(tmp_path / "*.log"), *words)) == 0
-    assert "20 clicks" in capsys.readouterr().out
-    values = [json.loads(value) for _, _, value, _ in records(kafka)]
-    assert {value["action"] for value in values} == {"cart"}
-    assert all(set(value) == {"user", "item", "category", "action", "time"} for value in values)
-
-
-@pytest.mark.usefixtures("undisturbed_signals")
 @pytest.mark.parametrize(
     ("words", "message"),
     [
