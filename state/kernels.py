@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 def modules() -> list[str]:
     """The modules that declare kernels.
 
-    >>> {"streaming.attribution", *USED} <= {*modules()}
+    >>> {"streaming.labels", *USED} <= {*modules()}
     True
     """
     files = (file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py")))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,12 +21,13 @@ from tests.e2e.small_loop import BATCH, Dead, SmallLoop, kill_at, lowered
 from tests.streaming.streams import BEGIN_MS, click
 from tests.trainer.clicks import small_settings
 from tests.trainer.logs import ABOUT, bits_of, learner, run_to_end, trainer_of
-from trainer.beginning import PastLearning, from_past
+from trainer.beginning import FromPast
 from trainer.learner import Learner
 
 pytestmark = pytest.mark.usefixtures("no_plan")
 BEFORE, BEHIND = 6 * BATCH, 3 * BATCH
-POINTS = ("past.stepped:3", "past.learned", "publish.written", "publish.renamed", "loop.stepped:2")
+POINTS = ("past.learned", "publish.written")
+RARE_POINTS = ("past.stepped:3", "publish.renamed", "loop.stepped:2")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +64,7 @@ class PastTrial:
     def start(self) -> Learner:
         """The trial's trainer, in its epoch."""
         about = {**ABOUT, "salt": load_salt(self.loop.settings.salt_path).fingerprint}
-        begins = partial(from_past, PastLearning(self.past, self.records))
+        begins = FromPast(self.past, self.records)
         program = self.registry.specs.add_program(lowered())
         return learner(
             self.registry,
@@ -87,7 +87,9 @@ class PastTrial:
                 self.deaths.append(str(death))
 
 
-@pytest.mark.parametrize("point", ("", *POINTS))
+@pytest.mark.parametrize(
+    "point", ["", *POINTS, *(pytest.param(point, marks=pytest.mark.nightly) for point in RARE_POINTS)]
+)
 def test_each_click_is_learned_once_and_the_result_is_the_live_trainer(
     loop: tuple[SmallLoop, Past], tmp_path: Path, point: str
 ) -> None:

@@ -16,21 +16,13 @@ from state.registry.log_line import WHOLE
 from tests.trainer.batches import SPEC, micro_batch
 from tests.trainer.clicks import small_settings
 from trainer.engine.private_step import PrivateTrainer
-from trainer.privacy.place import NoisePlace
+from trainer.privacy.history import NoisePlace
 
 KEY = "ab" * 32
 BUDGET = (
-    "--events.label",
-    "clicked",
-    "--privacy.epsilon",
-    "8",
-    "--privacy.updates",
-    "6",
-    "--privacy.period_s",
-    "600",
-    "--privacy.periods",
-    "2",
-)
+    *("--events.label", "clicked", "--privacy.epsilon", "8", "--privacy.updates", "6"),
+    *("--privacy.period_s", "600", "--privacy.periods", "2"),
+)  # fmt: skip
 CONTEXT = ("--events.context", "tab")
 """What `labelled` has of context."""
 
