@@ -17,7 +17,6 @@ from typing import Any, TextIO
 from deploy.command_line import run_command
 from deploy.operate.options import SETTINGS_HELP
 from deploy.replaying.clock import MAX, parse_speed
-from deploy.replaying.journal import ReplayJournal, folder_of, key_of
 from deploy.replaying.recording import (
     NAMED_LINES,
     Findings,
@@ -25,7 +24,10 @@ from deploy.replaying.recording import (
     Outcome,
     RecordingSource,
     Replay,
+    ReplayJournal,
     check,
+    folder_of,
+    key_of,
     try_out,
 )
 from deploy.replaying.sender import Outbox, Progress

@@ -45,7 +45,7 @@
     │   │   ├── past-*/          histories of past clicks, while it learns them   streaming/past.py
     │   │   └── losses/          of rows, while an experiment runs, also in the live registry   state/experiments/comparison.py
     │   └── host/                its own serving, while its rollout runs   deploy/experiments/host.py
-    ├── replay/<key>/            lock, journal                    deploy/replaying/journal.py
+    ├── replay/<key>/            lock, journal                    deploy/replaying/recording.py
     ├── kafka/                   broker.lock, data; or at `paths.kafka`        deploy/kafka/broker.py
     ├── prometheus/              prometheus.yml, data             deploy/startup/prometheus.py
     ├── flink/                   lock, conf, checkpoints, savepoints, logs     deploy/flink/processes.py

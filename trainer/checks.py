@@ -70,7 +70,7 @@ def check_model(settings: Settings, spec: FeatureSpec, transform: Path | None) -
     """
     from trainer import device
     from trainer.model.default_ranker import DefaultRanker
-    from trainer.versions.fit import require_settings_fit
+    from trainer.versions.carrying import require_settings_fit
     from trainer.versions.program import build, preprocessing_of
 
     # Threads have to be fixed before TensorFlow's first operation, and loading the graph is one.

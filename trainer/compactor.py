@@ -51,7 +51,7 @@ from state.registry.manifest import Manifest, entries, sees
 from state.registry.registry import SERVING, TRAINING, Registry
 from state.storage.shares import REGISTRY, kept_bytes
 from trainer.versions import content
-from trainer.versions.erased_rows import CrossedIds, without, without_tombstones
+from trainer.versions.content import CrossedIds, without, without_tombstones
 
 PART = "compactor"
 NICENESS = 10

@@ -37,9 +37,8 @@ from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflo
 from state.process.wall_clock import wall_ms
 from state.registry.control import Control
 from state.registry.manifest import Manifest
-from state.registry.model_fit import accepted, differences, version_to_go_on_from
+from state.registry.model_fit import accepted, differences, going_on_to, upgrade, version_to_go_on_from
 from state.registry.registry import Registry
-from state.registry.upgrades import going_on_to, upgrade
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
@@ -114,7 +113,7 @@ def planning(
     """
     with quiet_stderr():
         from trainer import device
-        from trainer.engine.step import trainer_of
+        from trainer.engine.making import trainer_of
         from trainer.versions.program import preprocessing_of
 
         device.prepare(settings.trainer.device, settings.trainer.threads)

@@ -43,9 +43,8 @@ from state.process.actor import actor
 from state.process.ending import stop_on_signals
 from state.registry.control import Control
 from state.registry.manifest import Manifest
-from state.registry.model_fit import differences, version_to_go_on_from
+from state.registry.model_fit import differences, going_on_to, upgrade, version_to_go_on_from
 from state.registry.registry import Registry
-from state.registry.upgrades import going_on_to, upgrade
 
 WAIT_S = 60.0
 """How long a promotion waits for the experiment's trainer to end."""

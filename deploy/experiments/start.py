@@ -29,9 +29,8 @@ from state.features.spec import FeatureSpec
 from state.registry import control
 from state.registry.control import Control
 from state.registry.manifest import Manifest
-from state.registry.model_fit import differences, version_to_go_on_from
+from state.registry.model_fit import differences, going_on_to, version_to_go_on_from
 from state.registry.registry import Registry
-from state.registry.upgrades import going_on_to
 
 SECTIONS = ("model", "trainer", "guard")
 OWN = ("trainer.metrics_port", "trainer.partition", "trainer.publish_s", "trainer.device")
@@ -106,7 +105,7 @@ def first_control(live: Control, version: int | None, plan: dict[str, Any] | Non
     Args:
         live: The control of the live trainer.
         version: The version to continue from; None to start from scratch.
-        plan: Plan of an upgrade, if the experiment has another model; see `state/registry/upgrades.py`.
+        plan: Plan of an upgrade, if the experiment has another model; see `state/registry/model_fit.py`.
         by: Who began it, and why.
 
     >>> live = control.start(actor="trainer", reason="first start", now_ms=0)

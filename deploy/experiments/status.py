@@ -25,7 +25,6 @@ from state.metrics import RetrainMetrics, RolloutMetrics, TrialMetrics
 from state.process.wall_clock import wall_ms
 from state.registry.control import Control
 from state.registry.registry import Registry
-from state.registry.sealed import as_values
 
 NOT_LEARNING = {"held": "held by its guard", "paused": "paused", "down": "no trainer"}
 """Reasons why an experiment that runs does not learn, so that its comparison gets no rows."""
@@ -82,7 +81,8 @@ def _document(
     except (SpringtideError, OSError) as error:
         problem = str(error)
     decided = experiment.newest
-    return as_values(experiment) | {
+    return {
+        **msgspec.to_builtins(experiment),
         "at_ms": decided.at_ms,
         "actor": decided.actor,
         "reason": decided.reason,
@@ -102,7 +102,8 @@ def _rollout(experiment: Experiment, report: RolloutReport | None, now_ms: int) 
         return None
     watched = experiment.stage == "rollout" and experiment.phase == "running"
     unwatched_s = (now_ms - _judged_ms(experiment, report)) / 1000 if watched else 0.0
-    return as_values(experiment.rollout) | {
+    return {
+        **msgspec.to_builtins(experiment.rollout),
         "stopped": experiment.is_stopped_by_gate,
         "unwatched_s": unwatched_s if unwatched_s > UNWATCHED_S else None,
         "compared": None if report is None else msgspec.to_builtins(report),
@@ -228,7 +229,7 @@ def retrain_status(settings: Settings, now_ms: int) -> dict[str, Any] | None:
     due_ms = None if every_ms is None or schedule.under_way else schedule.due_ms(every_ms)
     due_in_s = None if due_ms is None else (due_ms - now_ms) / 1000
     found: dict[str, Any] = {"every": settings.retrain.every, "problem": "", "due_ms": due_ms, "due_in_s": due_in_s}
-    return found | as_values(schedule)
+    return {**found, **msgspec.to_builtins(schedule)}
 
 
 def retrain_as_text(found: Mapping[str, Any]) -> tuple[str, str]:

@@ -17,9 +17,8 @@ from deploy.operate.log_view import LogView, first_hit
 from deploy.operate.times import iso
 from state.errors import CorruptVersion, SettingsError, UnfitVersion, UnknownVersion
 from state.features.masked_users import MaskedUsers
-from state.registry.control import Control
+from state.registry.control import Control, MaskEntry, joined
 from state.registry.manifest import TOLD_MS, Manifest, sees
-from state.registry.masks import MaskEntry, joined
 from state.registry.registry import SERVING, TRAINING, Registry
 from state.registry.segments import segments_to_end
 from state.registry.tensor_files import tensor_in

@@ -11,9 +11,8 @@ from deploy.operate.masking import describe
 from deploy.operate.times import age, iso
 from deploy.operate.versions import open_registry, table
 from state.config.settings import Settings
-from state.registry.control import Control
+from state.registry.control import Control, MaskEntry
 from state.registry.controls import Part
-from state.registry.masks import MaskEntry
 from state.registry.registry import Registry
 
 PARTS: tuple[Part, ...] = ("planned", "answered", "learned")

@@ -26,9 +26,9 @@ from state.log.accepted_gaps import Journal, past
 from state.microbatch.batch import MicroBatch, masked, trained, trim
 from state.microbatch.codec import glance
 from state.positions import Source
+from state.registry.control import MaskEntry
 from state.registry.log_line import LogLine, onward
 from state.registry.manifest import Manifest, sees
-from state.registry.masks import MaskEntry
 from state.registry.registry import Registry
 from state.registry.segments import LogSegment
 
@@ -126,7 +126,7 @@ def horizon(registry: Registry, view: LogView, now_ms: int) -> dict[str, Any] | 
     """
     numbers = registry.versions()
     with suppress(CorruptVersion, UnknownVersion):
-        branch = registry.visible(numbers[-1]) if numbers else ()
+        branch = registry.manifest(numbers[-1]).visible if numbers else ()
         for number in numbers:
             # Versions that are damaged, or removed in the meantime, are skipped.
             with suppress(CorruptVersion, UnknownVersion):

@@ -36,10 +36,9 @@ from state.features.mask import always
 from state.process import killpoints
 from state.process.actor import actor
 from state.registry import log_line
-from state.registry.control import Control, roll_back
+from state.registry.control import Control, MaskEntry, added, joined, roll_back
 from state.registry.log_line import LogLine
 from state.registry.manifest import Manifest, sees
-from state.registry.masks import MaskEntry, added, joined
 from state.registry.registry import SERVING, Registry
 from state.registry.segments import ClickRanges, clicks_in, from_json, learned_before, to_json
 

@@ -40,7 +40,7 @@ from state.events.identity import own_salt
 from state.flink import JobManager, url
 from state.log import Log
 from state.log.accepted_gaps import Consent
-from state.registry.model_fit import require_same_features
+from state.registry.model_fit import require_same_model
 from streaming.context import NO_CONSENT, ensure_topics
 from streaming.distributed.account import KeepAccount, WriteBuckets
 from streaming.distributed.bucket import BucketRows
@@ -211,7 +211,7 @@ def plan_of(
     buckets = settings.stream.buckets
     if not allowed(buckets):
         raise SettingsError(f"stream.buckets {buckets} is no divisor of 64", "use 1, 2, 4, 8, 16, 32 or 64")
-    require_same_features(settings)
+    require_same_model(settings, features_only=True)
     salt = own_salt(settings)
     with (log or Log(settings.kafka)).topics() as topics:
         ensure_topics(settings, topics)

@@ -40,7 +40,7 @@ from state.positions import Gap, Source
 from state.process.wall_clock import wall_ms
 from state.registry.control import Control
 from state.registry.controls import ControlPoll
-from state.registry.log_line import FIRST_EPOCH, Stretch
+from state.registry.log_line import FIRST_EPOCH, BranchSegment
 from streaming import accounts
 from streaming.alignment import AlignedReader
 from streaming.distributed.bucket import BucketRows, Cells
@@ -260,7 +260,7 @@ class Partitions:
         logger.info("epoch %d of the training log is written from here on", now)
         return now
 
-    def _ahead_of(self, segment: Stretch) -> list[tuple[int, int]]:
+    def _ahead_of(self, segment: BranchSegment) -> list[tuple[int, int]]:
         """The partitions that were read beyond the start of a segment of the branch, with that start."""
         marks = dict[int, int]()
         for source, at in segment.sources:

@@ -15,7 +15,7 @@ from tests.memory_log import MemoryLog
 from tests.reading import read_until, values
 from tests.segments import cut_back
 
-TOPIC = "clicks"
+TOPIC = "truncated-clicks"
 
 
 def write(log: Log | MemoryLog, sent: list[bytes]) -> None:

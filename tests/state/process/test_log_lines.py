@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import io
 import json
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from state.config.sections import LogSettings
 from state.process.log_lines import Lines, Repeats, event_of
-
-ROOT = Path(__file__).parents[3]
-PACKAGES = ("state", "streaming", "trainer", "deploy", "evaluation", "springtide_client")
 
 
 class Said:
@@ -121,13 +116,3 @@ def test_events_without_end_take_no_memory_without_end() -> None:
     for number in range(5000):
         repeats.admits(number, 0.0)
     assert len(repeats._said) <= 1000
-
-
-def test_logging_is_set_up_in_one_place() -> None:
-    """Another handler or form would be lines that no machine reads."""
-    found = []
-    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("basicConfig", "StreamHandler"):
-                found.append(path.relative_to(ROOT).as_posix())
-    assert found == []

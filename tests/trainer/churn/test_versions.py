@@ -29,8 +29,8 @@ from trainer.churn.learning import ChurnLearner
 from trainer.engine.guard import Verdict
 from trainer.learner import Learner
 from trainer.versions import checkpoint, content
-from trainer.versions.erased_rows import CrossedIds
-from trainer.versions.erased_rows import without as without_users
+from trainer.versions.content import CrossedIds
+from trainer.versions.content import without as without_users
 
 RECORDS = [microbatch(number) for number in range(24)]
 ON = ("--churn.days", "0.002")
