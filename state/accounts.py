@@ -127,13 +127,12 @@ def check_accounts(
 
     1. In the stream each offset has one outcome.
     2. In the trainer each row of the log has one outcome.
-    3. The stream's rows equal the log's rows without duplicates: no row was
-       lost in between, and none arrived twice. If the trainer accepted a gap,
-       at most the rows of that many positions may be missing: one each, or
-       `MOST_LEARNED` each where impressions wait.
+    3. The stream's rows equal the log's rows without duplicates: no row was lost in between, and none arrived twice. If
+       the trainer accepted a gap, at most the rows of that many positions may be missing: one each, or `MOST_LEARNED`
+       each where impressions wait.
     4. The broker still has every unread offset, and its end is not before the stream's position.
-    5. Each opened impression was joined, expired or dropped, or is one of the
-       `waiting` ones, which are counted independently.
+    5. Each opened impression was joined, expired or dropped, or is one of the `waiting` ones, which are counted
+       independently.
 
     >>> check_accounts(StreamAccount(positions=10, rows=8, dead=1, absent=1), TrainerAccount(rows=8, trained=8))
     ()

@@ -9,12 +9,12 @@ row's own, bit for bit, at whatever moment churn is asked: only the age grows. W
 itself cannot be computed from a row.
 
 1. A constant.
-2. The windows of the user, without those of single categories: counts as
-   log(1 + n), recencies and gaps as they are, in octaves.
+2. The windows of the user, without those of single categories: counts as log(1 + n), recencies and gaps as they are, in
+   octaves.
 3. The action of the latest event, one-hot.
 4. The age: its logarithm, the square of the logarithm, and its share of the longest age.
-5. The logarithm of the age times the features that measure how often the user
-   comes: gaps, sessions, days. So an age is relative to the user's own pace.
+5. The logarithm of the age times the features that measure how often the user comes: gaps, sessions, days. So an age is
+   relative to the user's own pace.
 
 **Tensors.** The weights of a logistic regression, and the calibration of its logits. A version has them once
 enough was learned. Serving's store keeps them next to the dense weights, under names that no dense weight has.

@@ -25,8 +25,8 @@
     ├── WorkerFailed                HTTP 500
     └── PortTaken, UnsupportedPython, KafkaFailed, JobFailed, FlinkFailed, ProcessFailed
 
-An error states in one line what happened, to which input, and what to do,
-without a raw user id. A bad record is no error: it goes to the dead letters.
+An error states in one line what happened, to which input, and what to do, without a raw user id. A bad record is no
+error: it goes to the dead letters.
 """
 
 from __future__ import annotations

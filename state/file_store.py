@@ -2,11 +2,11 @@
 
 A file is complete or absent. `open_store` opens the store that an argument or a setting names.
 
-`DirectoryStore` writes a temporary file, syncs it, renames or links it, and syncs the directory. `ObjectStore` is an
-S3 (or compatible) bucket, Google Cloud Storage or Azure. An object is durable once the store confirms it. S3 creates
-an object exclusively by the header `If-None-Match: *`. Each operation is one request, except lists of more than a
-thousand names, and files larger than `PART_BYTES`, which are sent in parts. Each request has a time limit. A request
-that exceeds it fails, and the caller decides whether to retry.
+`DirectoryStore` writes a temporary file, syncs it, renames or links it, and syncs the directory. `ObjectStore` is an S3
+(or compatible) bucket, Google Cloud Storage or Azure. An object is durable once the store confirms it. S3 creates an
+object exclusively by the header `If-None-Match: *`. Each operation is one request, except lists of more than a thousand
+names, and files larger than `PART_BYTES`, which are sent in parts. Each request has a time limit. A request that
+exceeds it fails, and the caller decides whether to retry.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Each process prepares its own kernels when it starts. This program prepares them
 
 - An installation runs it with `--all`. It compiles the kernels of all modules into `__pycache__` next to their source
   files, with one process for each core, four at most.
-- An init container fills a shared cache, because its limit of processor time is higher than that of the other containers.
+- An init container fills a shared cache, because its limit of processor time is higher than that of the other
+  containers.
 """
 
 from __future__ import annotations

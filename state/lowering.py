@@ -1,7 +1,6 @@
 """Lowers a TensorFlow SavedModel to a LiteRT program of built-in operations, and compares outputs.
 
-TensorFlow and LiteRT are imported when they are needed, so other processes do
-not load them.
+TensorFlow and LiteRT are imported when they are needed, so other processes do not load them.
 """
 
 from __future__ import annotations

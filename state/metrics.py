@@ -1,8 +1,7 @@
 """Declares every metric with name, help, labels and buckets, one class per process.
 
-A process creates its class on its own `CollectorRegistry` and exposes it with
-`serve`. Tests check dashboards and alerts against this file. Label values are
-bounded, and no label contains an id.
+A process creates its class on its own `CollectorRegistry` and exposes it with `serve`. Tests check dashboards and
+alerts against this file. Label values are bounded, and no label contains an id.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Positions in a log: sources, ranges with the outcome of each offset, and gaps.
 
-A position names the topic by its id, never by its name: a recreated topic is
-another topic. Everything here is a value; `state/history/store.py` and
-`state/registry/registry.py` store positions in their transactions.
+A position names the topic by its id, never by its name: a recreated topic is another topic. Everything here is a value;
+`state/history/store.py` and `state/registry/registry.py` store positions in their transactions.
 """
 
 from __future__ import annotations
@@ -221,9 +220,9 @@ def split_range(
 ) -> tuple[Range, Range]:
     """Splits `whole` before offset `at`, with `rows_before` of its rows in the first part.
 
-    A range counts dead, filtered and absent offsets, but does not say which they
-    are. So the first part takes the dead first, then the filtered, the masked, the
-    absent, those elsewhere and the gap. The sums over both parts equal the whole.
+    A range counts dead, filtered and absent offsets, but does not say which they are. So the first part takes the dead
+    first, then the filtered, the masked, the absent, those elsewhere and the gap. The sums over both parts equal the
+    whole.
 
     Args:
         whole: The range.

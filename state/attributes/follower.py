@@ -3,12 +3,12 @@
 The last record of a key wins, and a tombstone removes the key.
 
 1. Records are read by position. The store keeps the positions next to the attributes.
-2. An invalid record (no key, no JSON object, a wrong type) changes nothing. It
-   is reported with a reason before the positions move.
+2. An invalid record (no key, no JSON object, a wrong type) changes nothing. It is reported with a reason before the
+   positions move.
 3. The newest record of each key and the positions are one commit.
 
-The topic is read again from its beginning if the store has other fields,
-another salt or another topic, or if its positions are out of range.
+The topic is read again from its beginning if the store has other fields, another salt or another topic, or if its
+positions are out of range.
 """
 
 from __future__ import annotations

@@ -7,10 +7,9 @@
 The later source wins. An unknown name or impossible value is a `SettingsError`. It names the file and line, the
 variable or the flag, and the nearest known name.
 
-Settings can be valid alone and impossible together; `check_together` refuses these before any process starts.
-Each rule in `RULES` is a pure function of the settings that yields conflicts. A conflict lists its settings, the
-one to change first at the front. The error points at the first of them that is set explicitly, because a default is
-never the cause.
+Settings can be valid alone and impossible together; `check_together` refuses these before any process starts. Each rule
+in `RULES` is a pure function of the settings that yields conflicts. A conflict lists its settings, the one to change
+first at the front. The error points at the first of them that is set explicitly, because a default is never the cause.
 
 `privacy` lists what differential privacy rules out. That is everything that lets one user's rows reach another user
 without a clipping bound and noise. `retrain` lists what scheduled retraining rules out.

@@ -1,8 +1,7 @@
 """The marker file of a store that is not synced at each commit: whether it was closed cleanly, and the last boot id.
 
-After kill -9 such a store is complete, since the kernel still writes its
-pages. After a power cut any pages may be missing; then the boot id in the
-marker differs from the machine's.
+After kill -9 such a store is complete, since the kernel still writes its pages. After a power cut any pages may be
+missing; then the boot id in the marker differs from the machine's.
 """
 
 from __future__ import annotations

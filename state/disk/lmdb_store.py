@@ -4,9 +4,8 @@
     data.mdb    the databases that the class names, and `meta`:
                 format -> {"format": its number, and the parameters of the store}, JSON
 
-A commit is visible to every reader at once and survives a kill. It survives a
-power cut only after the next `sync`. So a store is trusted after kill -9, and
-refused if it was open at a power cut. `compact` rewrites a store so that no
+A commit is visible to every reader at once and survives a kill. It survives a power cut only after the next `sync`. So
+a store is trusted after kill -9, and refused if it was open at a power cut. `compact` rewrites a store so that no
 deleted data remains, on free pages or in inner pages.
 """
 

@@ -1,7 +1,6 @@
 """One writer per state directory: an exclusive file lock that names its holder.
 
-The kernel releases the lock when its process ends, however it ends, so a kill
-leaves nothing to clean up.
+The kernel releases the lock when its process ends, however it ends, so a kill leaves nothing to clean up.
 """
 
 from __future__ import annotations

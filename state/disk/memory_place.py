@@ -10,11 +10,9 @@ A link in the state directory leads to the store:
     STATE/serving/histories         a link to the store in memory while its writer runs, else the store itself
     STATE/stream-0/histories        likewise
 
-On a disk each of these pages would be written again within 30 s of its last
-change. A power cut would still lose what is not synced. Rows are a copy
-of the registry: if their link is missing or dangling, they are rebuilt from
-scratch. The writer of histories saves them on the disk when it closes them
-(`state/disk/memory_store.py`).
+On a disk each of these pages would be written again within 30 s of its last change. A power cut would still lose what
+is not synced. Rows are a copy of the registry: if their link is missing or dangling, they are rebuilt from scratch. The
+writer of histories saves them on the disk when it closes them (`state/disk/memory_store.py`).
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
 """A store that lives in memory while its writer runs, and is saved to the disk on close.
 
-`enter` decides at the start. If memory is full later, commits are refused as on
-a full disk, until there is room or the writer is started again.
+`enter` decides at the start. If memory is full later, commits are refused as on a full disk, until there is room or the
+writer is started again.
 
     histories           the store on the disk while no writer runs; else a link to the store in memory
     histories.link      replaces it at a start; after the exchange it is the copy on the disk, which is removed
     histories.saving    replaces it at a clean stop; after the exchange it is the link, which is removed
 
-So after kill -9 the store in memory is used. After a power cut the link is
-dangling, and the store is refused like any store that was open then: no older
-copy is left that could be mistaken for it.
+So after kill -9 the store in memory is used. After a power cut the link is dangling, and the store is refused like any
+store that was open then: no older copy is left that could be mistaken for it.
 """
 
 from __future__ import annotations

@@ -37,9 +37,8 @@ _KINDS: dict[str, Any] = {
 def decode_json(settings: EventSettings) -> Decoder:
     """Makes the decoder of JSON objects; also the example for a decoder of your own.
 
-    `events.decoder` names a function like this one as `module:name`. The function
-    gets the section `[events]` and returns a function that maps a record's value to
-    any object with the attributes
+    `events.decoder` names a function like this one as `module:name`. The function gets the section `[events]` and
+    returns a function that maps a record's value to any object with the attributes
 
         user, item, category, action: str | int | None
         time:    int | float | str | None
@@ -48,8 +47,8 @@ def decode_json(settings: EventSettings) -> Decoder:
                  `events.context`; may be missing where none are configured
         request: str | int | None; may be missing where `events.request` is empty
 
-    None means that the field is missing; the parser checks everything else. For a value that cannot be decoded
-    the function raises ValueError, or DecodeError with one of `state.events.dead_letters.Reason`.
+    None means that the field is missing; the parser checks everything else. For a value that cannot be decoded the
+    function raises ValueError, or DecodeError with one of `state.events.dead_letters.Reason`.
 
     >>> decode_json(EventSettings(user="who"))(b'{"who": 7, "item": "a", "more": []}').user
     7

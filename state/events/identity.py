@@ -1,7 +1,7 @@
 """Ids of 64 bits: pseudonyms of users under a secret salt, and plain hashes of everything else.
 
-Two of 1e8 ids collide with probability below 3e-4. 0 means "none"; a hash of
-0 becomes 1. An id may be text or an integer: 7 and "7" are the same.
+Two of 1e8 ids collide with probability below 3e-4. 0 means "none"; a hash of 0 becomes 1. An id may be text or an
+integer: 7 and "7" are the same.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Parses records of the clicks topic into columns of events, or into dead letters with a reason.
 
-Validation is repeatable: a record is compared with its own Kafka timestamp,
-never with the current time, so reading the log again gives the same events.
-The producer sets both times, or none. So a quorum of users decides how far a
-time that passes here may affect other users (`streaming/event_clock.py`). Users
-become pseudonyms here; no raw user id leaves the parser.
+Validation is repeatable: a record is compared with its own Kafka timestamp, never with the current time, so reading the
+log again gives the same events. The producer sets both times, or none. So a quorum of users decides how far a time that
+passes here may affect other users (`streaming/event_clock.py`). Users become pseudonyms here; no raw user id leaves the
+parser.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Erasures: which users are erased, up to which offsets, and which of their rows and events that removes.
 
-An erasure names users and, for each source of clicks, the offset below which
-their clicks are gone. Later clicks create a new user with the same pseudonym.
-Erasures go by position, never by the clock: a record in a log or a copy stays
+An erasure names users and, for each source of clicks, the offset below which their clicks are gone. Later clicks create
+a new user with the same pseudonym. Erasures go by position, never by the clock: a record in a log or a copy stays
 erased whenever it is read again.
 """
 

@@ -1,8 +1,7 @@
 """The mask: which clicks an operator excludes, by log position, time or user; and the clicks of erased users.
 
-A masked event is left out of every window as if it had never happened;
-nothing is deleted. The bound on a history counts events before the mask is
-applied, so a masked event still uses one of a user's N slots.
+A masked event is left out of every window as if it had never happened; nothing is deleted. The bound on a history
+counts events before the mask is applied, so a masked event still uses one of a user's N slots.
 """
 
 from __future__ import annotations

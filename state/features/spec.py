@@ -1,20 +1,18 @@
 """The feature spec and `vectorise`: a user's recent events as named integers.
 
-The stream and serving compute windows with the one kernel of
-`state/features/kernel.py`, so the same events give the same bits. The rules:
+The stream and serving compute windows with the one kernel of `state/features/kernel.py`, so the same events give the
+same bits. The rules:
 
-- A history is the last N events in append order. The bound applies before
-  the mask; masked events are then left out as if they had never happened.
-- The window of w seconds is `(at - w, at]`. Events later than `at`, and those
-  older than the longest window, affect no output. So sweeping old events
-  cannot change an answer.
-- "Last" is by (time, offset), then by partition. The windows `of_latest_5`,
-  `of_latest_20` and `follows` of a category use the same order: the category's
-  events among the user's latest 5 and 20, and how often it came next after the
-  category of the user's latest event. An event without a category counts among
-  the latest events, but no category counts as coming next after it.
-- Every output is a uint16 that saturates. A decayed count is in 1/256 events;
-  recency is the age in steps of an eighth of an octave, 255 for never.
+- A history is the last N events in append order. The bound applies before the mask; masked events are then left out as
+  if they had never happened.
+- The window of w seconds is `(at - w, at]`. Events later than `at`, and those older than the longest window, affect no
+  output. So sweeping old events cannot change an answer.
+- "Last" is by (time, offset), then by partition. The windows `of_latest_5`, `of_latest_20` and `follows` of a category
+  use the same order: the category's events among the user's latest 5 and 20, and how often it came next after the
+  category of the user's latest event. An event without a category counts among the latest events, but no category
+  counts as coming next after it.
+- Every output is a uint16 that saturates. A decayed count is in 1/256 events; recency is the age in steps of an eighth
+  of an octave, 255 for never.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """Numbers the actions in a store of histories, independent of their order in the settings. No side effects.
 
-An event stores its action as one byte: its index in `events.actions` at the
-time of storing. The store has its own list of names, which only grows, and
-converts the numbers on write and read. So stored events keep their meaning when
-the setting changes. A name that the reader does not know becomes `OTHER`: windows
-count it among all actions, but not for any single action.
+An event stores its action as one byte: its index in `events.actions` at the time of storing. The store has its own list
+of names, which only grows, and converts the numbers on write and read. So stored events keep their meaning when the
+setting changes. A name that the reader does not know becomes `OTHER`: windows count it among all actions, but not for
+any single action.
 """
 
 from __future__ import annotations

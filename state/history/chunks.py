@@ -2,9 +2,8 @@
 
 user u64 BE, ~chunk u32 BE -> up to 16 EVENTs, in append order
 
-The chunk's number is stored inverted, so that one seek finds a user's newest
-chunk. Its number and length give the user's total number of events. An append
-rewrites that one small value. Chunks below the last N events are deleted. A
+The chunk's number is stored inverted, so that one seek finds a user's newest chunk. Its number and length give the
+user's total number of events. An append rewrites that one small value. Chunks below the last N events are deleted. A
 sweep reads the ends of users' histories, and removes old events and whole users.
 """
 

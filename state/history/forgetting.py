@@ -1,8 +1,7 @@
 """What a store of histories records of the erasures that it applied.
 
-LMDB keeps deleted data on free pages of its file until they are reused. So a
-store is compacted after an erasure, but not at each one: copying the whole file
-is expensive.
+LMDB keeps deleted data on free pages of its file until they are reused. So a store is compacted after an erasure, but
+not at each one: copying the whole file is expensive.
 """
 
 from __future__ import annotations

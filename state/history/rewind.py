@@ -1,13 +1,11 @@
 """Rewinds a store of histories to an earlier position: what changes, and how that is written.
 
-A follower of the training log that rewinds, the stream as well as each serving
-host, reads the log in two directions:
+A follower of the training log that rewinds, the stream as well as each serving host, reads the log in two directions:
 
-1. `Since`: forward from the rewind position. It finds the users that gained events
-   since, the outcomes of the positions, and the impressions that stopped waiting.
-2. `Before`: backward from that position, for what the store lacks. A history keeps
-   the last N events, so a user who gained events since has lost as many of the
-   oldest ones. Impressions whose wait has ended are missing too.
+1. `Since`: forward from the rewind position. It finds the users that gained events since, the outcomes of the
+   positions, and the impressions that stopped waiting.
+2. `Before`: backward from that position, for what the store lacks. A history keeps the last N events, so a user who
+   gained events since has lost as many of the oldest ones. Impressions whose wait has ended are missing too.
 
 Both results form a `Rewind`, which is one transaction of the store.
 """
@@ -97,8 +95,8 @@ class Since:
     def counts(self, stored: Mapping[Source, Counts]) -> dict[Source, Counts | None]:
         """The store's counts at the position; None for a source that it had not read then.
 
-        A stream that crashed may have written positions again in other ranges; it
-        counted the last ones. So the ranges are followed backward from the end.
+        A stream that crashed may have written positions again in other ranges; it counted the last ones. So the ranges
+        are followed backward from the end.
         """
         low = {source: stored[source]["next"] for source in self.sources}
         taken: dict[Source, Counter[str]] = {source: Counter() for source in low}

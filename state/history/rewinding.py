@@ -2,8 +2,8 @@
 
 1. Find where the store's branch and the new branch part, and the click positions there.
 2. Read forward from there: what the store has gained since (`Since`).
-3. Read backward from there: what the store lacks (`Before`). Stop when that is found, the log has no more
-   records, or older records are beyond every window.
+3. Read backward from there: what the store lacks (`Before`). Stop when that is found, the log has no more records, or
+   older records are beyond every window.
 4. Commit in one transaction: histories, positions, waiting rows, and the new branch.
 
 A crash before 4 leaves the store unchanged; after 4 there is nothing to do.

@@ -3,9 +3,8 @@
     key     topic id (16 bytes), partition (4, BE), offset (8, BE)
     value   the row's columns of a micro-batch, fixed widths, one after another
 
-The widths depend on the feature spec, on the context fields and on the release.
-The store keeps them as an extra. If they have changed since, each row is read
-with the old widths. A column that was missing, or had another shape, is 0, as
+The widths depend on the feature spec, on the context fields and on the release. The store keeps them as an extra. If
+they have changed since, each row is read with the old widths. A column that was missing, or had another shape, is 0, as
 for an event without a value.
 """
 

@@ -1,8 +1,7 @@
 """Access to Kafka: topics, reads by position, acknowledged writes.
 
-A log has topics, a topic has partitions, a partition has positions. A record has
-one position. A position may never have a record (a transaction marker, an
-aborted or compacted record). Records written in a transaction become visible
+A log has topics, a topic has partitions, a partition has positions. A record has one position. A position may never
+have a record (a transaction marker, an aborted or compacted record). Records written in a transaction become visible
 when it commits. Writing moves a partition's end, retention its beginning.
 
     follow         follows a topic: start, recreated topic, lost range, lag, stop; reads a topic up to an end

@@ -1,11 +1,9 @@
 """The losses in a log that an operator accepts: options, consent, and the journal of what was accepted.
 
-A gap is a range of positions that can never be read: deleted by retention
-before we read it, or covered by no record of the training log. A process that
-meets a gap stops and reports it. Restarted with `--accept-gap P:A-B --reason
-TEXT` it skips the gap, and records who accepted what, when and why.
-`--skip-record OFFSET --reason TEXT` likewise skips a record of the training log
-that is no micro-batch of this system's stream.
+A gap is a range of positions that can never be read: deleted by retention before we read it, or covered by no record of
+the training log. A process that meets a gap stops and reports it. Restarted with `--accept-gap P:A-B --reason TEXT` it
+skips the gap, and records who accepted what, when and why. `--skip-record OFFSET --reason TEXT` likewise skips a record
+of the training log that is no micro-batch of this system's stream.
 """
 
 from __future__ import annotations
@@ -164,8 +162,8 @@ class Accepted:
         actor: Who accepted it.
         reason: Why.
         at_ms: When, wall clock.
-        marks: The reader's position in each source of the rows that the gap contained, as text: rows
-            that follow each position may be missing too. Only for a gap in the training log.
+        marks: The reader's position in each source of the rows that the gap contained, as text: rows that follow each
+            position may be missing too. Only for a gap in the training log.
         record: Why the record could not be learned from; empty if there was no record.
     """
 

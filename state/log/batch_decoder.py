@@ -2,8 +2,8 @@
 
 Format: https://kafka.apache.org/documentation/#recordbatch
 
-The client builds a 13-field tuple for each record, which costs 5 us. Reading a
-batch's varints in one compiled loop costs a tenth of that. Part of `state.log`.
+The client builds a 13-field tuple for each record, which costs 5 us. Reading a batch's varints in one compiled loop
+costs a tenth of that. Part of `state.log`.
 """
 
 from __future__ import annotations
@@ -100,9 +100,8 @@ def scan_records(data: npt.NDArray[np.uint8], at: int, end: int, out: I64) -> bo
         data: `[bytes]` uint8.
         at: Start of the first record.
         end: Required end of the last record.
-        out: `[6, n]` int64, filled per record with the delta of its offset, the
-            delta of its timestamp, and start and end of its key and of its value;
-            a missing key or value ends at -1.
+        out: `[6, n]` int64, filled per record with the delta of its offset, the delta of its timestamp, and start and
+            end of its key and of its value; a missing key or value ends at -1.
 
     Returns:
         Whether exactly n whole records fill `data[at:end]`.
@@ -155,8 +154,7 @@ def decode_batches(
     Args:
         data: Whole batches, possibly followed by an incomplete one.
         position: The first position wanted; earlier records are left out.
-        aborted: (producer id, first offset) of the aborted transactions that
-            the broker reported with this part.
+        aborted: (producer id, first offset) of the aborted transactions that the broker reported with this part.
         committed_only: Leave out records of aborted transactions.
 
     Returns:
@@ -204,8 +202,7 @@ class Transactions:
     """Finds the records of aborted transactions in a fetched part. Pass it the batches in order.
 
     Args:
-        aborted: (producer id, first offset) of the aborted transactions that
-            the broker reported with the part.
+        aborted: (producer id, first offset) of the aborted transactions that the broker reported with the part.
     """
 
     def __init__(self, aborted: Sequence[tuple[int, int]]) -> None:

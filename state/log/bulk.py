@@ -145,8 +145,7 @@ def encode_batch(keys: Sequence[bytes], values: Sequence[bytes], timestamps_ms: 
 class BulkWriter:
     """Appends whole record batches to one topic.
 
-    Writes are acknowledged (acks=all) but not idempotent: after a broken
-    connection a batch may be in the log twice.
+    Writes are acknowledged (acks=all) but not idempotent: after a broken connection a batch may be in the log twice.
     """
 
     def __init__(self, settings: Kafka, topic: str) -> None:

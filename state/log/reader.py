@@ -4,9 +4,8 @@ The Kafka client returns one object per record. `BatchConsumer` makes it return
 whole record batches, by some of its private names: its version is pinned below
 3.1, and `tests/conformance/test_kafka_client.py` compares both ways of reading.
 
-A reader holds one fetch of each partition beyond the one that it delivers.
-While some partitions wait for others, no more is fetched, so that memory is
-bounded.
+A reader holds one fetch of each partition beyond the one that it delivers. While some partitions wait for others, no
+more is fetched, so that memory is bounded.
 """
 
 from __future__ import annotations
@@ -104,7 +103,8 @@ class BatchConsumer:
         committed_only: Leave out records of open and aborted transactions.
 
     Attributes:
-        refused: Whether a broker has answered a fetch with an error, so that the topic may be gone. The caller resets it.
+        refused: Whether a broker has answered a fetch with an error, so that the topic may be gone. The caller resets
+            it.
 
     Raises:
         UnreachableBroker: No broker answered in time.
@@ -362,8 +362,8 @@ class Reader:
     def leader_epoch(self, partition: int, offset: int) -> int:
         """The epoch of the leader that wrote the newest record before `offset`; -1 if unknown. Any thread may call.
 
-        Store it with a position and pass it to the reader that resumes there: it shows
-        whether the log was truncated meanwhile.
+        Store it with a position and pass it to the reader that resumes there: it shows whether the log was truncated
+        meanwhile.
         """
         return epoch_before(self._leaders.get(partition, ()), offset)
 

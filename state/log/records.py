@@ -2,12 +2,10 @@
 
 Part of `state.log`. No side effects.
 
-A partition's leader has an epoch, which increases with each election. Every
-record carries the epoch of the leader that wrote it. A log is truncated if the
-elected leader lacks records, or if a broker lost what was not on disk. If it
-grows again, offsets are used twice. Then the epoch of the record before our
-position ends before that position. The known epochs of a partition are a tuple
-of (first offset, epoch), ascending (`Known`).
+A partition's leader has an epoch, which increases with each election. Every record carries the epoch of the leader that
+wrote it. A log is truncated if the elected leader lacks records, or if a broker lost what was not on disk. If it grows
+again, offsets are used twice. Then the epoch of the record before our position ends before that position. The known
+epochs of a partition are a tuple of (first offset, epoch), ascending (`Known`).
 """
 
 from __future__ import annotations
@@ -32,13 +30,12 @@ class PartitionBatch:
         partition: Number of the partition.
         first: First position covered; earlier batches covered the one before it.
         next: Position after the last one covered.
-        offsets: `[n]` int64, ascending; positions without a record are absent
-            (transaction markers, aborted or compacted records).
+        offsets: `[n]` int64, ascending; positions without a record are absent (transaction markers, aborted or
+            compacted records).
         timestamps_ms: `[n]` int64, Kafka's timestamps.
         keys: n keys.
         values: n values.
-        corrupt: (first, next, reason) of ranges that cannot be read; they contain no
-            records.
+        corrupt: (first, next, reason) of ranges that cannot be read; they contain no records.
     """
 
     topic_id: str
@@ -89,8 +86,7 @@ class TopicInfo:
     """A topic as the cluster describes it.
 
     Attributes:
-        topic_id: 32 hexadecimal digits; a topic that was deleted and created
-            again has another id.
+        topic_id: 32 hexadecimal digits; a topic that was deleted and created again has another id.
         partitions: The number of partitions.
     """
 
@@ -148,8 +144,8 @@ class Chunk:
 
     Attributes:
         first: First position; `next` is the position after the last.
-        offsets: `[n]` int64 of the records; positions without a record are absent
-            (markers, aborted or compacted records).
+        offsets: `[n]` int64 of the records; positions without a record are absent (markers, aborted or compacted
+            records).
         timestamps_ms: `[n]` int64, Kafka's timestamps.
         keys: n keys; `values`: n values.
         corrupt: Why the batch cannot be read; empty if it can.

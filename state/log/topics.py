@@ -117,8 +117,7 @@ class Topics:
     def offset_before(self, name: str, time_ms: int) -> dict[int, int]:
         """Partition -> the first position whose record's Kafka timestamp is `time_ms` or later.
 
-        If all records are older, it is the end: a reader that starts there sees only
-        new records.
+        If all records are older, it is the end: a reader that starts there sees only new records.
 
         Raises:
             UnknownTopic: There is no such topic.

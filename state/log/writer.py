@@ -36,9 +36,8 @@ class Writer:
 
     For one thread.
 
-    With a transactional id every record belongs to a `transaction`; a second
-    writer with the same id fences the first. After an error, close the writer
-    and create another.
+    With a transactional id every record belongs to a `transaction`; a second writer with the same id fences the first.
+    After an error, close the writer and create another.
     """
 
     def __init__(self, settings: Kafka, transactional_id: str | None = None) -> None:

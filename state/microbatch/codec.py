@@ -1,8 +1,7 @@
 """Encodes micro-batches: an Arrow IPC stream (zstd) with one record batch.
 
-The schema's metadata holds a JSON header. It names the feature spec, the salt,
-the mask and, per source, the contiguous range of positions that the rows came
-from. Format 1 had one kind of row and no attributes. A micro-batch has format 3
+The schema's metadata holds a JSON header. It names the feature spec, the salt, the mask and, per source, the contiguous
+range of positions that the rows came from. Format 1 had one kind of row and no attributes. A micro-batch has format 3
 if its rows contain sequences, else format 2.
 """
 
@@ -258,9 +257,8 @@ def glance(value: bytes) -> MicroBatch:
 def split(header: Header, columns: Columns, max_record_bytes: int, max_rows: int = 2**31) -> list[bytes]:
     """Encodes the rows, in this order, as micro-batches within both limits.
 
-    Most batches fit at once. A batch that does not fit is halved by rows until its
-    parts fit. Each part's ranges end where the next part's begin. Rows with the
-    same offset stay together, even if they exceed `max_rows`.
+    Most batches fit at once. A batch that does not fit is halved by rows until its parts fit. Each part's ranges end
+    where the next part's begin. Rows with the same offset stay together, even if they exceed `max_rows`.
 
     Raises:
         MicroBatchError: The rows of a single offset exceed the limit, or the columns do not fit the header.

@@ -7,10 +7,9 @@ A directory of examples contains
     transform/transform_fn/               the preprocessing that the bootstrap analysed, a SavedModel
     spec.json                             names of the columns, and the origin of the rows; written last
 
-The rows are those that the trainer learns from. With `[labels]` an impression
-has the label that its wait determined, and the features of its own time; the
-clicks that labelled it are no rows. An impression that still waited when
-the clicks ended has no label and is left out.
+The rows are those that the trainer learns from. With `[labels]` an impression has the label that its wait determined,
+and the features of its own time; the clicks that labelled it are no rows. An impression that still waited when the
+clicks ended has no label and is left out.
 
 An example has
 
@@ -147,12 +146,10 @@ def about(path: Path) -> dict[str, Any]:
 def dataset(path: str | Path, batch_rows: int = BATCH_ROWS) -> Any:
     """A `tf.data.Dataset` over the examples of a directory, in batches of dictionaries.
 
-    Ids and numbers are as in an example. The inputs of `DefaultRanker.predict` in
-    `trainer.model.default_ranker` have the form that it expects: `features`
-    `[B, D]` float32 and `category_windows` `[B, L, F]` float32, raw integers;
-    `recent_mask` `[B, L]` float32, 1 where there is a category. A batch comes from
-    one file. Shuffle with a buffer of some batches, since the order of the rows
-    within a file is not random.
+    Ids and numbers are as in an example. The inputs of `DefaultRanker.predict` in `trainer.model.default_ranker` have
+    the form that it expects: `features` `[B, D]` float32 and `category_windows` `[B, L, F]` float32, raw integers;
+    `recent_mask` `[B, L]` float32, 1 where there is a category. A batch comes from one file. Shuffle with a buffer of
+    some batches, since the order of the rows within a file is not random.
 
     Args:
         path: The directory.

@@ -1,8 +1,7 @@
 """Named kill points: places in the code where a test can kill or stop the process, to crash it between any two steps.
 
-`SPRINGTIDE_KILL_AT=publish.renamed:3` kills the process with SIGKILL when it
-reaches that kill point for the third time. `publish.renamed:3:stop` stops it
-there with SIGSTOP. A kill point that is not armed costs one comparison.
+`SPRINGTIDE_KILL_AT=publish.renamed:3` kills the process with SIGKILL when it reaches that kill point for the third
+time. `publish.renamed:3:stop` stops it there with SIGSTOP. A kill point that is not armed costs one comparison.
 """
 
 from __future__ import annotations

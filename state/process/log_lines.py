@@ -1,9 +1,8 @@
 """Log lines of a process: one line an event, as text or JSON, with version, partition and offset where they apply.
 
-Call `begin` before the process knows its settings, and `follow` once it does.
-An event that repeats is written only a limited number of times a minute. The
-suppressed lines are counted, and the count is logged when the minute is over.
-No line contains a user id as the client sent it.
+Call `begin` before the process knows its settings, and `follow` once it does. An event that repeats is written only a
+limited number of times a minute. The suppressed lines are counted, and the count is logged when the minute is over. No
+line contains a user id as the client sent it.
 """
 
 from __future__ import annotations
@@ -37,8 +36,8 @@ def event_of(record: logging.LogRecord) -> str:
 def places(record: logging.LogRecord) -> dict[str, int]:
     """The first version, epoch, partition and offset that a line names.
 
-    The function searches the format string and the texts of errors. It does not
-    search other string arguments, such as a reason that an operator typed.
+    The function searches the format string and the texts of errors. It does not search other string arguments, such as
+    a reason that an operator typed.
 
     >>> places(logging.LogRecord("", 20, "", 0, "epoch %d: at version %d, by %s", (2, 7, "ann, version 3"), None))
     {'epoch': 2, 'version': 7}

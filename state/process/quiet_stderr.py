@@ -1,7 +1,7 @@
 """Filters the startup chatter of native libraries out of standard error.
 
-TensorFlow prints some lines before its own log level takes effect, bypassing
-Python's `sys.stderr`. An operator can do nothing about them.
+TensorFlow prints some lines before its own log level takes effect, bypassing Python's `sys.stderr`. An operator can do
+nothing about them.
 """
 
 from __future__ import annotations

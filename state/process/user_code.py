@@ -1,7 +1,7 @@
 """Imports of this process and its children: our packages from one location, and the user's own functions.
 
-`python -m` searches the current directory first, where a directory named `state` would hide ours. User modules may be in
-the current directory: it is searched last.
+`python -m` searches the current directory first, where a directory named `state` would hide ours. User modules may be
+in the current directory: it is searched last.
 """
 
 from __future__ import annotations

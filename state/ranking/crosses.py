@@ -1,21 +1,18 @@
 """Crosses: single values and pairs of values of a row, hashed to ids in the table of cross weights.
 
-A cross is a value, such as the item or the user's age band, or a pair, such as
-the user and the category. That this user likes that category is then a number
-of its own, which no product of two embedding rows has to find. The trainer and
-serving compute ids with this one function, so a row has the same ids in both.
-It uses integers only, so the bits are the same on every machine.
+A cross is a value, such as the item or the user's age band, or a pair, such as the user and the category. That this
+user likes that category is then a number of its own, which no product of two embedding rows has to find. The trainer
+and serving compute ids with this one function, so a row has the same ids in both. It uses integers only, so the bits
+are the same on every machine.
 
 Each cross has two learned numbers, both logits:
 
-- The weight is a term of the sum of all weights of a row. The weights are
-  learned together, so each explains only what the others do not.
-- The marginal logit is by how much the labels of the cross's own rows differ
-  from those of all rows. It ignores what else those rows have in common. It is
-  known after few rows, and does not move with what other crosses learn.
+- The weight is a term of the sum of all weights of a row. The weights are learned together, so each explains only what
+  the others do not.
+- The marginal logit is by how much the labels of the cross's own rows differ from those of all rows. It ignores what
+  else those rows have in common. It is known after few rows, and does not move with what other crosses learn.
 
-Their errors differ, so a mixture of both is more accurate than either. The
-crosses' part of a row's engagement logit is
+Their errors differ, so a mixture of both is more accurate than either. The crosses' part of a row's engagement logit is
 
     sum over its crosses c of  weight share of c * weight + marginal share of c * marginal logit
 
@@ -25,9 +22,8 @@ The shares are learned too, one pair for each name of a cross.
     with user   item, category, each context field, each attribute of the item
     in context  each context field with category and with each attribute of the item
 
-An answer is a banded summary of the user's labels and events so far. Examples
-are how many of how many impressions were positive, or that this event is the
-third of a session. A missing value (id 0) removes the crosses that it is part of.
+An answer is a banded summary of the user's labels and events so far. Examples are how many of how many impressions were
+positive, or that this event is the third of a session. A missing value (id 0) removes the crosses that it is part of.
 """
 
 from __future__ import annotations

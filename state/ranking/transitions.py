@@ -1,18 +1,18 @@
 """Transitions: which categories came next after a category, over all users, as features and candidates.
 
-Each category has a list of the FOLLOWERS categories that most often came next, with counts. The category itself may be in
-it. The trainer and serving read a list with `succession`: for each category of the user and each popular one, it returns
-how often it came next after the user's newest category. The SUCCESSORS most frequent followers that are neither become
-candidates of their own. It uses integers only, so the bits are the same on every machine.
+Each category has a list of the FOLLOWERS categories that most often came next, with counts. The category itself may be
+in it. The trainer and serving read a list with `succession`: for each category of the user and each popular one, it
+returns how often it came next after the user's newest category. The SUCCESSORS most frequent followers that are neither
+become candidates of their own. It uses integers only, so the bits are the same on every machine.
 
 In versions and in serving's row store, a list is a row of the table `transition`, float32 like the rows of every table.
 All values are whole numbers below 2^24, and an id takes three of them:
 
     count x FOLLOWERS | bits 42.. of the id x FOLLOWERS | bits 21..41 | bits 0..20
 
-Slots behind a list's end hold zeros. Their signs carry no information, but they exist: a new row holds numbers between -1
-and 1 times 0, like an embedding that is initialised with zero. Digests and `verify` compare bits, so the trainer keeps the
-signs next to its lists.
+Slots behind a list's end hold zeros. Their signs carry no information, but they exist: a new row holds numbers between
+-1 and 1 times 0, like an embedding that is initialised with zero. Digests and `verify` compare bits, so the trainer
+keeps the signs next to its lists.
 """
 
 from __future__ import annotations
@@ -85,10 +85,9 @@ class Succession(NamedTuple):
 def _count(counts: I32, ids: U64, category: np.uint64) -> None:
     """Counts one transition to `category` in one list and keeps the counts in descending order.
 
-    When the list is full and lacks the category, the last count is incremented. The
-    category replaces the last entry with probability 1 / new count, which keeps each
-    count unbiased (Ting 2018, Unbiased Space Saving). A hash of category and total
-    makes the choice.
+    When the list is full and lacks the category, the last count is incremented. The category replaces the last entry
+    with probability 1 / new count, which keeps each count unbiased (Ting 2018, Unbiased Space Saving). A hash of
+    category and total makes the choice.
     """
     at, total = -1, 0
     for k in range(FOLLOWERS):

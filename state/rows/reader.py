@@ -1,7 +1,7 @@
 """Reads the row store: a consistent snapshot with each applied version.
 
-The version is inverted in the keys. So one range seek per row finds the newest
-entry that is not above the requested version.
+The version is inverted in the keys. So one range seek per row finds the newest entry that is not above the requested
+version.
 """
 
 from __future__ import annotations
@@ -91,9 +91,8 @@ class Served:
 def joined(parent: Served, manifest: Manifest) -> Visible:
     """The versions that a delta sees when it is applied onto `parent`.
 
-    Recent versions between two durable ones are on one branch with both. Those that
-    are stored belong to the past of the newer one, so one interval contains them
-    all. This saves seeks: a reader seeks once for each interval.
+    Recent versions between two durable ones are on one branch with both. Those that are stored belong to the past of
+    the newer one, so one interval contains them all. This saves seeks: a reader seeks once for each interval.
     """
     (low, high), *older = parent.visible
     if high == parent.version and any(first <= high and manifest.version <= last for first, last in manifest.visible):

@@ -10,10 +10,10 @@
 A base gets a lane of its own, of which there are 32; deltas use their parent's lane. Entries of other lanes are never
 visible, and a lane without versions is deleted. A version whose writing was interrupted is rolled back (`take_back`).
 
-Old versions are forgotten in one short transaction. Rows that only they needed are deleted afterwards, a few at a
-time. What a forgotten version wrote counts as written by the next retained one. So each retained version knows which
-rows have entries since its predecessor, and only those are checked when it is forgotten too. The list of rows to
-check is in memory. If the process ends first, those rows keep one entry too many until their next check.
+Old versions are forgotten in one short transaction. Rows that only they needed are deleted afterwards, a few at a time.
+What a forgotten version wrote counts as written by the next retained one. So each retained version knows which rows
+have entries since its predecessor, and only those are checked when it is forgotten too. The list of rows to check is in
+memory. If the process ends first, those rows keep one entry too many until their next check.
 
 For erased users every earlier entry is deleted, in all lanes, whatever version still reads it.
 
@@ -360,13 +360,13 @@ class RowStore(LmdbStore):
     ) -> bool:
         """Adds one version, atomically for all readers; with `follow` serving uses it from then on.
 
-        Rows beyond WRITTEN_AT_ONCE are written before, invisible to readers. LMDB keeps the memory of as many pages as its
-        largest transaction changed, and nearly each row is on a page of its own.
+        Rows beyond WRITTEN_AT_ONCE are written before, invisible to readers. LMDB keeps the memory of as many pages as
+        its largest transaction changed, and nearly each row is on a page of its own.
 
         Args:
             manifest: The version; a base sees its own rows only, a delta its parent's too.
-            tensors: `<table>.ids` `[k]` uint64, `<table>.rows` `[k, dim]` float32, `<table>.removed` `[r]`
-                uint64, `dense.<name>`, `popular` `[P]` uint64. Where there are no dense ones, they are the parent's.
+            tensors: `<table>.ids` `[k]` uint64, `<table>.rows` `[k, dim]` float32, `<table>.removed` `[r]` uint64,
+                `dense.<name>`, `popular` `[P]` uint64. Where there are no dense ones, they are the parent's.
             now_ms: The time of application.
             follow: Moves the pointer in the same transaction.
             replace: Applies it again where it is applied already (a rebuilt lane).

@@ -1,8 +1,7 @@
 """Tables of rows (those of every version, and a ranker's own with their program inputs), and the keys of stored rows.
 
-The name of a ranker's own table has small letters, digits and underscores. Its
-rows are inputs of a program, called `<table>_of_<ids>`. So the signature of a
-program tells the runner which rows to look up.
+The name of a ranker's own table has small letters, digits and underscores. Its rows are inputs of a program, called
+`<table>_of_<ids>`. So the signature of a program tells the runner which rows to look up.
 
 >>> own_input("attended", "sequence_items"), own_rows_of("attended_of_sequence_items")
 ('attended_of_sequence_items', ('attended', 'sequence_items'))

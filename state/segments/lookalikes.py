@@ -2,8 +2,8 @@
 
     lookalikes/<segment>.json   `LookalikeList` as JSON, with its digest
 
-A file is complete or absent. The process that stores members removes all files
-when control changes. So no file has an erased user or a rolled-back version.
+A file is complete or absent. The process that stores members removes all files when control changes. So no file has an
+erased user or a rolled-back version.
 """
 
 from __future__ import annotations

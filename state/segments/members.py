@@ -5,16 +5,16 @@ A record of the topic (what other programs read; a change needs another topic):
     key     <pseudonym, 16 hexadecimal digits>:<segment>
     value   {"in": true, "since": "<ISO 8601>", "since_ms": ..., "version": ...}, or none: the user is out
 
-`since_ms` is the time of the profile by which the user joined, and `version` the version that computed it. A
-user who leaves gets a tombstone. It removes the record before when Kafka compacts the topic.
+`since_ms` is the time of the profile by which the user joined, and `version` the version that computed it. A user who
+leaves gets a tombstone. It removes the record before when Kafka compacts the topic.
 
 The copy, for workers and commands of this host:
 
     members   <segment>, 0, pseudonym u64 BE -> since i64 BE, version u64 BE
     meta      size:<segment> -> number of members; place -> `SegmentsPlace` as JSON; format
 
-A member takes some 50 bytes. The topic has all of the data. If the store cannot be trusted, it is rebuilt
-from the beginning of the topic.
+A member takes some 50 bytes. The topic has all of the data. If the store cannot be trusted, it is rebuilt from the
+beginning of the topic.
 """
 
 from __future__ import annotations

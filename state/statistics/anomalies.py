@@ -12,8 +12,8 @@ These checks of TensorFlow Data Validation exist here, under its names:
     COMPARATOR_L_INFTY_HIGH                     a categorical feature moved, see `l_infinity`
     COMPARATOR_JENSEN_SHANNON_DIVERGENCE_HIGH   a numeric one did, see `jensen_shannon`
 
-`drift_skew_info` has every distance, whether it is beyond its threshold or not. Skew is the distance from the
-baseline, drift the distance from the preceding window. Both distances are computed as in TensorFlow Data Validation
+`drift_skew_info` has every distance, whether it is beyond its threshold or not. Skew is the distance from the baseline,
+drift the distance from the preceding window. Both distances are computed as in TensorFlow Data Validation
 (`anomalies/metrics.cc` there), so a threshold means the same in both.
 """
 

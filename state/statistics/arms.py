@@ -1,12 +1,10 @@
 """Compares two arms of independent users: difference of means, and lift, with anytime-valid intervals. Pure.
 
-The difference of two running means has, at two times s < t, a covariance equal
-to its variance at t. Divided by its variance it is a random walk in the time 1 /
-variance, whatever shares of the rows the arms have and had. So the boundary of a
-single mean is valid (`confidence_sequence.py`). Its clock is the effective number
-of rows of the difference, 1 / (1 / n + 1 / m). A share that grows from 1 to
-50 % causes no bias as long as user behaviour is constant. If behaviour changes
-with the hour, `strata.py` compares within each share.
+The difference of two running means has, at two times s < t, a covariance equal to its variance at t. Divided by its
+variance it is a random walk in the time 1 / variance, whatever shares of the rows the arms have and had. So the
+boundary of a single mean is valid (`confidence_sequence.py`). Its clock is the effective number of rows of the
+difference, 1 / (1 / n + 1 / m). A share that grows from 1 to 50 % causes no bias as long as user behaviour is constant.
+If behaviour changes with the hour, `strata.py` compares within each share.
 """
 
 from __future__ import annotations

@@ -4,10 +4,9 @@
     baselines/<name>/<number>/schema.pbtxt, statistics.pb
                              /baseline.json             who accepted them, when and why
 
-`schema.pbtxt` is the text of a `Schema`. `statistics.pb` is a binary
-`DatasetFeatureStatisticsList` with one dataset. `tfdv.load_schema_text` and
-`tfdv.load_stats_binary` read them. The highest number is in force; none is
-changed or deleted.
+`schema.pbtxt` is the text of a `Schema`. `statistics.pb` is a binary `DatasetFeatureStatisticsList` with one dataset.
+`tfdv.load_schema_text` and `tfdv.load_stats_binary` read them. The highest number is in force; none is changed or
+deleted.
 """
 
 from __future__ import annotations

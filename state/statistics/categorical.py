@@ -1,10 +1,9 @@
 """Statistics of a categorical feature, whose values are ids: frequent values, distinct values, and missing values.
 
-It uses two mergeable sketches of tfx-bsl, which TensorFlow Data Validation uses
-too. Misra-Gries (Misra and Gries, Finding repeated elements, 1982) finds the most
-frequent values; it is exact while there are no more values than buckets. K
-minimum values (Bar-Yossef et al., Counting distinct elements in a data stream,
-2002) estimates the number of distinct values.
+It uses two mergeable sketches of tfx-bsl, which TensorFlow Data Validation uses too. Misra-Gries (Misra and Gries,
+Finding repeated elements, 1982) finds the most frequent values; it is exact while there are no more values than
+buckets. K minimum values (Bar-Yossef et al., Counting distinct elements in a data stream, 2002) estimates the number of
+distinct values.
 """
 
 from __future__ import annotations

@@ -9,8 +9,8 @@
     delay_s                      how much later than the event its label became known
     features.NAME                each integer of the feature spec
 
-An event counts once, in the row where it happened. Its label and its delay count
-in the row where they became known (`state/microbatch/batch.py`).
+An event counts once, in the row where it happened. Its label and its delay count in the row where they became known
+(`state/microbatch/batch.py`).
 """
 
 from __future__ import annotations

@@ -1,25 +1,21 @@
 """Confidence sequences: intervals for a mean that are valid at all times at once, however often one looks. Pure.
 
-If an interval of fixed size is computed after each row, it misses the true mean
-sooner or later. These intervals are wider by a logarithm. The probability that
-any of them ever misses the true mean is at most `alpha`. So it is valid to stop
-as soon as the result is clear, and to continue while it is not.
+If an interval of fixed size is computed after each row, it misses the true mean sooner or later. These intervals are
+wider by a logarithm. The probability that any of them ever misses the true mean is at most `alpha`. So it is valid to
+stop as soon as the result is clear, and to continue while it is not.
 
-The boundary is the two-sided normal mixture (Robbins, Statistical methods related to
-the law of the iterated logarithm, 1970; Howard, Ramdas, McAuliffe and Sekhon,
-Time-uniform, nonparametric, nonasymptotic confidence sequences, 2021, equation 14):
-S with variance process V meets |S| >= sqrt((V + r) log((V + r) / (alpha^2 r))) at
-some time with probability at most alpha. The variance is estimated, which is valid
-asymptotically (Waudby-Smith, Arbour, Sinha, Kennedy and Ramdas, Time-uniform
-central limit theory and asymptotic confidence sequences, 2021, theorem 2.2, with
-1 / rho^2 there as `r` here).
+The boundary is the two-sided normal mixture (Robbins, Statistical methods related to the law of the iterated logarithm,
+1970; Howard, Ramdas, McAuliffe and Sekhon, Time-uniform, nonparametric, nonasymptotic confidence sequences, 2021,
+equation 14): S with variance process V meets |S| >= sqrt((V + r) log((V + r) / (alpha^2 r))) at some time with
+probability at most alpha. The variance is estimated, which is valid asymptotically (Waudby-Smith, Arbour, Sinha,
+Kennedy and Ramdas, Time-uniform central limit theory and asymptotic confidence sequences, 2021, theorem 2.2, with 1 /
+rho^2 there as `r` here).
 
-Rows of one user are not independent. So all rows of a user are in one of BLOCKS
-blocks. The variance is that of the blocks' sums, whatever the dependence within
-a block (the ratio estimator of cluster sampling: Cochran, Sampling
-Techniques, 1977, chapter 9A). Sums whose later parts correlate with their earlier
-ones meet a boundary more rarely than a random walk of the same variances (Slepian,
-The one-sided barrier problem for Gaussian noise, 1962), so the sequence stays valid.
+Rows of one user are not independent. So all rows of a user are in one of BLOCKS blocks. The variance is that of the
+blocks' sums, whatever the dependence within a block (the ratio estimator of cluster sampling: Cochran, Sampling
+Techniques, 1977, chapter 9A). Sums whose later parts correlate with their earlier ones meet a boundary more rarely than
+a random walk of the same variances (Slepian, The one-sided barrier problem for Gaussian noise, 1962), so the sequence
+stays valid.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Statistics of numeric features: a histogram with fixed buckets, and exact sums.
 
-The buckets are the same for every window and every baseline. So counts can be
-added and histograms compared without assumptions about the distribution within
-a bucket. Whole numbers have one bucket each up to 7, and four buckets an octave
-from there up to 65,535. Shares have ten buckets of equal width.
+The buckets are the same for every window and every baseline. So counts can be added and histograms compared without
+assumptions about the distribution within a bucket. Whole numbers have one bucket each up to 7, and four buckets an
+octave from there up to 65,535. Shares have ten buckets of equal width.
 """
 
 from __future__ import annotations

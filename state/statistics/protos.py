@@ -1,8 +1,7 @@
 """Converts statistics to TensorFlow Metadata's `DatasetFeatureStatisticsList`, which TensorFlow Data Validation reads.
 
-A categorical feature has `string_stats`. Its values are written as 16 hexadecimal
-digits, those of an action by name. A numeric feature has `num_stats` with one
-STANDARD histogram. `rank_histogram` has the most frequent values. If a feature
+A categorical feature has `string_stats`. Its values are written as 16 hexadecimal digits, those of an action by name. A
+numeric feature has `num_stats` with one STANDARD histogram. `rank_histogram` has the most frequent values. If a feature
 has more values than that, the rest counts only in the totals.
 """
 

@@ -1,13 +1,12 @@
 """Sample ratio test: whether the split of users between the arms of an experiment matches its shares. Pure.
 
-A mismatch means that users or their events are lost on one side. Then no other
-comparison of the arms is valid. The test is valid at any time.
+A mismatch means that users or their events are lost on one side. Then no other comparison of the arms is valid. The
+test is valid at any time.
 
-The test is that of Lindon and Malek, Anytime-valid inference for multinomial
-count data, 2022. The Bayes factor of a Dirichlet mixture against the shares is a
-martingale if they are right. So it ever reaches 1 / alpha with probability at
-most alpha (Ville, 1939). When the shares change, a new factor begins with the
-next user, and the product of all factors is a martingale too.
+The test is that of Lindon and Malek, Anytime-valid inference for multinomial count data, 2022. The Bayes factor of a
+Dirichlet mixture against the shares is a martingale if they are right. So it ever reaches 1 / alpha with probability at
+most alpha (Ville, 1939). When the shares change, a new factor begins with the next user, and the product of all factors
+is a martingale too.
 """
 
 from __future__ import annotations

@@ -1,15 +1,13 @@
 """Compares two arms whose shares change over time: within each period of constant shares, then combined. Pure.
 
-User behaviour changes with the hour. If the share of one arm grows meanwhile, its
-rows are of other hours than those of the other arm. The means over all rows then
-differ although the arms do not (Simpson's paradox). Within one stratum the rows
-are of the same time.
+User behaviour changes with the hour. If the share of one arm grows meanwhile, its rows are of other hours than those of
+the other arm. The means over all rows then differ although the arms do not (Simpson's paradox). Within one stratum the
+rows are of the same time.
 
-The differences of the strata are weighted by their effective number of rows, 1 /
-(1 / n + 1 / m). This is post-stratification (Cochran, Sampling Techniques, 1977,
-chapter 5A). These numbers add up to the clock of the whole. Strata follow each
-other in time, so the weighted sum continues from one to the next, and the
-boundary of a single difference stays valid (`arms.py`).
+The differences of the strata are weighted by their effective number of rows, 1 / (1 / n + 1 / m). This is
+post-stratification (Cochran, Sampling Techniques, 1977, chapter 5A). These numbers add up to the clock of the whole.
+Strata follow each other in time, so the weighted sum continues from one to the next, and the boundary of a single
+difference stays valid (`arms.py`).
 """
 
 from __future__ import annotations
