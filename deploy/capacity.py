@@ -20,7 +20,7 @@ from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError
-from state.process.closed_output import while_read
+from state.process.ending import while_read
 
 SOAK = "python -m tests.e2e.soak"
 FLINK_BENCH, SERVING_BENCH = "python -m tests.bench.flink", "python -m tests.bench.serving"

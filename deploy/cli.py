@@ -25,7 +25,7 @@ from state.config.sections import SECTIONS, KnownSetting, known_settings
 from state.config.settings import Settings
 from state.config.sources import MASK, as_text, nearest, nearest_setting, split_settings, variable
 from state.errors import SettingsError, SpringtideError
-from state.process.closed_output import while_read
+from state.process.ending import while_read
 from state.process.private_files import keep_private
 from state.process.user_code import for_children
 from state.process.wall_clock import wall_ms

@@ -39,8 +39,7 @@ from state.events.identity import SLOTS, probe_user
 from state.log import Topics
 from state.metrics import ProbeMetrics, served
 from state.process import log_lines
-from state.process.closed_output import while_read
-from state.process.ending import stop_on_signals
+from state.process.ending import stop_on_signals, while_read
 from state.process.said_once import SaidOnce
 from state.process.wall_clock import wall_ms
 

@@ -42,11 +42,7 @@ class StreamAccount:
 
     @property
     def learnable(self) -> int:
-        """Rows that the trainer learns from: those labelled at once, and those labelled later.
-
-        >>> StreamAccount(positions=5, rows=2, opened=3, joined=1, expired=1).learnable
-        4
-        """
+        """Rows that the trainer learns from: those labelled at once, and those labelled later."""
         return self.rows + self.joined + self.expired
 
     @property
@@ -56,11 +52,7 @@ class StreamAccount:
 
     @classmethod
     def of(cls, counts: Mapping[str, int]) -> StreamAccount:
-        """Builds the account of one source from the history store's counts.
-
-        >>> StreamAccount.of({"first": 3, "next": 5, "rows": 2, "dead": 0, "filtered": 0, "absent": 0}).positions
-        2
-        """
+        """Builds the account of one source from the history store's counts."""
         outcomes = {name: counts.get(name, 0) for name in COUNTED if name != "elsewhere"}
         # For a bucket, count only its own offsets. Over all buckets of a partition each offset counts once.
         return cls(counts["next"] - counts["first"] - counts.get("elsewhere", 0), **outcomes)
@@ -93,14 +85,7 @@ class TrainerAccount:
 
 @dataclass(frozen=True)
 class BrokerAccount:
-    """The position of the stream and of the broker in one source.
-
-    Attributes:
-        source: The source.
-        next: The stream's next offset.
-        begin: The first offset that the broker keeps.
-        end: The offset after the broker's last record.
-    """
+    """The stream's next offset in one source, the first offset that the broker keeps, and the one after its last record."""
 
     source: Source
     next: int
@@ -109,11 +94,7 @@ class BrokerAccount:
 
     @property
     def unread(self) -> int:
-        """Offsets that the stream has not read yet.
-
-        >>> BrokerAccount(Source("ab" * 16, 0), next=5, begin=0, end=9).unread
-        4
-        """
+        """Offsets that the stream has not read yet."""
         return max(0, self.end - self.next)
 
 
@@ -151,7 +132,7 @@ def check_accounts(
 
 
 def _unbalanced_stream(stream: StreamAccount) -> Iterator[str]:
-    """Checks rule 1."""
+    """Rule 1."""
     outcomes = (stream.rows, stream.dead, stream.filtered, stream.absent, stream.gap, stream.opened, stream.feedback)
     total = sum(outcomes) + stream.masked
     if total != stream.positions:
@@ -163,7 +144,7 @@ def _unbalanced_stream(stream: StreamAccount) -> Iterator[str]:
 
 
 def _unbalanced_trainer(trainer: TrainerAccount) -> Iterator[str]:
-    """Checks rule 2."""
+    """Rule 2."""
     total = trainer.trained + trainer.skipped + trainer.duplicate + trainer.masked + trainer.in_flight
     total += trainer.other_features
     if total != trainer.rows:
@@ -175,7 +156,7 @@ def _unbalanced_trainer(trainer: TrainerAccount) -> Iterator[str]:
 
 
 def _lost_between(stream: StreamAccount, trainer: TrainerAccount) -> Iterator[str]:
-    """Checks rule 3."""
+    """Rule 3."""
     distinct = trainer.rows - trainer.duplicate
     lost = stream.learnable - distinct
     excused = trainer.gap * (MOST_LEARNED if stream.opened else 1)
@@ -188,7 +169,7 @@ def _lost_between(stream: StreamAccount, trainer: TrainerAccount) -> Iterator[st
 
 
 def _misplaced(one: BrokerAccount) -> Iterator[str]:
-    """Checks rule 4."""
+    """Rule 4."""
     if one.begin > one.next:
         yield (
             f"clicks {one.source}: the stream is at {one.next} and the broker begins at {one.begin}: "
@@ -202,7 +183,7 @@ def _misplaced(one: BrokerAccount) -> Iterator[str]:
 
 
 def _lost_while_waiting(stream: StreamAccount, waiting: int) -> Iterator[str]:
-    """Checks rule 5."""
+    """Rule 5."""
     if waiting != stream.waiting:
         yield (
             f"labels: {stream.opened} impressions opened, but {stream.joined} joined + {stream.expired} expired + "

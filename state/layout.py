@@ -90,11 +90,7 @@ _STREAM = "stream-"
 
 
 def stream(state: Path) -> Path:
-    """The directory of the stream, with its number from releases that had shards.
-
-    >>> stream(Path("state")).as_posix()
-    'state/stream-0'
-    """
+    """The directory of the stream, with its number from releases that had shards."""
     return state / f"{_STREAM}0"
 
 
@@ -105,11 +101,7 @@ def streams(state: Path) -> list[Path]:
 
 
 def experiment_registry(state: Path, name: str) -> Path:
-    """The registry of an experiment.
-
-    >>> experiment_registry(Path("state"), "wider").as_posix()
-    'state/experiments/wider/registry'
-    """
+    """The registry of an experiment."""
     return state / EXPERIMENTS / name / REGISTRY
 
 

@@ -25,11 +25,7 @@ ROWS_TOLERANCE = 1e-5
 
 
 def argument(name: str) -> str:
-    """The argument name for the weight `dense.<name>` in a program's signature `load`.
-
-    >>> argument("tower.kernel_0")
-    'dense_tower_kernel_0'
-    """
+    """The argument name for the weight `dense.<name>` in a program's signature `load`."""
     return f"dense.{name}".replace(".", "_")
 
 
@@ -69,11 +65,7 @@ def lower_saved_model(
 
 
 def missing_operations(message: str) -> list[str]:
-    """The operations named in a converter's error message.
-
-    >>> missing_operations("error: 'tf.BesselI0e' op is neither a custom op nor a flex op")
-    ['tf.BesselI0e']
-    """
+    """The operations named in a converter's error message."""
     named = re.findall(r"'(tf\.[A-Z]\w+)' op is neither", message) or re.findall(r"\btf\.[A-Z]\w+", message)
     return sorted(set(named)) or [
         message.strip().splitlines()[0] if message.strip() else "counterpart of some operation"
@@ -91,10 +83,6 @@ def run_lowered(content: bytes, signature: str, inputs: Mapping[str, Any]) -> di
 
 
 def difference(ours: F32, expected: F32) -> float:
-    """The largest difference, relative to 1 + the expected value; infinite if a value is NaN.
-
-    >>> difference(np.array([1.0, 3.0], np.float32), np.array([1.0, 1.0], np.float32))
-    1.0
-    """
+    """The largest difference, relative to 1 + the expected value; infinite if a value is NaN."""
     apart = np.abs(ours.astype(np.float64) - expected) / (1.0 + np.abs(expected))
     return float(np.nan_to_num(apart, nan=np.inf).max(initial=0.0))

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import math
+import platform
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
+from importlib import metadata
 from typing import Any, cast
 
 from prometheus_client import (
@@ -24,7 +26,6 @@ from prometheus_client import (
 )
 
 from state.errors import PortTaken
-from state.process.build import build
 
 SHORT_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 FRESHNESS_SECONDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 300.0)
@@ -810,6 +811,23 @@ OF_ANY_PROCESS = {
     "process_max_fds": "Maximum number of open file descriptors.",
 }
 """Standard process metrics, which every process exposes. For several workers they are sums, including the parent."""
+
+
+PACKAGES = {"version": "springtide", "tensorflow": "tensorflow", "beam": "apache-beam", "kafka": "kafka-python"}
+"""Label of `springtide_build_info` -> package. No package is imported to find its version."""
+
+
+@cache
+def build() -> dict[str, str]:
+    """The labels of the build info: Python, and `PACKAGES`; empty for a package that is not installed."""
+
+    def version(package: str) -> str:
+        try:
+            return metadata.version(package)
+        except metadata.PackageNotFoundError:
+            return ""
+
+    return {"python": platform.python_version(), **{label: version(name) for label, name in PACKAGES.items()}}
 
 
 def add_process(registry: CollectorRegistry) -> None:

@@ -38,9 +38,6 @@ WHOLE = frozenset(
 def inputs(shapes: Mapping[str, tuple[int | None, ...]]) -> dict[str, F32]:
     """The probe's inputs for a program or model.
 
-    >>> inputs({"features": (None, 2), "popular_rows": (3, 1)})["features"][:1].tolist()
-    [[0.0, 0.0]]
-
     Args:
         shapes: Input name -> shape; None or -1 means the number of rows.
     """
@@ -86,9 +83,6 @@ def without(tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[An
 def check(version: int, trained: Mapping[str, F32], answered: Mapping[str, F32]) -> float:
     """Compares a host's probe outputs with the trainer's; returns the largest difference.
 
-    >>> round(check(7, {"vector": np.array([[1.0, 3.0]])}, {"vector": np.array([[1.000008, 3.0]])}), 7)
-    2e-06
-
     Args:
         version: The version's number, for the error.
         trained: Output name -> the trainer's outputs, `[n, ...]` float32.
@@ -110,11 +104,7 @@ def check(version: int, trained: Mapping[str, F32], answered: Mapping[str, F32])
 
 
 def _scales(trained: Mapping[str, F32]) -> npt.NDArray[np.float64]:
-    """1 + the largest output of each row, `[n]`: the scale of its rounding errors.
-
-    >>> _scales({"popular_logits": np.array([[3.0, -1e9]]), "engagement_logit": np.array([-5.0])}).tolist()
-    [6.0]
-    """
+    """1 + the largest output of each row, `[n]`: the scale of its rounding errors."""
     largest = [
         np.where(np.abs(one) < _NOT_THERE, np.abs(one), 0.0).reshape(len(one), -1).max(axis=1)
         for one in trained.values()

@@ -34,7 +34,7 @@ from state.errors import ProgramError
 from state.features.spec import FeatureSpec
 from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference, lower_saved_model, run_lowered
 from state.process.part import OPTIONS_READ, run_check
-from state.process.user_code import first_line, load_named, told
+from state.process.user_code import error_line, first_line, load_named
 
 FEATURES = "features"
 CATEGORY = "category"
@@ -287,7 +287,7 @@ def _analysed(function: Preprocessing, rows: F32, output: Path, what: str, width
             failures.append(error)
             raise
         except Exception as error:
-            failures.append(ProgramError(f"{what} raised {told(error)}"))
+            failures.append(ProgramError(f"{what} raised {error_line(error)}"))
             raise
 
     try:

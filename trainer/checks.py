@@ -37,7 +37,7 @@ from state.errors import ProgramError, SettingsError
 from state.features.spec import FeatureSpec
 from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference, lower_saved_model, run_lowered
 from state.process.part import OPTIONS_READ, run_check
-from state.process.user_code import told
+from state.process.user_code import error_line
 
 ROWS = 64
 ALONE = 8
@@ -135,7 +135,7 @@ def _built(settings: ModelSettings, width_in: int, what: str) -> Any:
     except SettingsError:
         raise
     except Exception as error:
-        raise ProgramError(f"{what} raised {told(error)}", wanted) from error
+        raise ProgramError(f"{what} raised {error_line(error)}", wanted) from error
     import tensorflow as tf
 
     if not isinstance(tower, tf.Module) or not callable(tower):
@@ -187,7 +187,7 @@ class _CheckedTower:
             if "determinism" in str(error):
                 raise ProgramError(f"{self._what}: draws at random", SEEDED) from error
             raise ProgramError(
-                f"{self._what}: called with x {list(x.shape)} and training={training} it raised {told(error)}",
+                f"{self._what}: called with x {list(x.shape)} and training={training} it raised {error_line(error)}",
                 self._wanted,
             ) from error
         if not isinstance(found, tf.Tensor):

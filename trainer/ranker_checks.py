@@ -23,7 +23,7 @@ from state.config.settings import Settings
 from state.errors import ProgramError
 from state.features.spec import FeatureSpec
 from state.lowering import ROWS_TOLERANCE, TOLERANCE, difference
-from state.process.user_code import told
+from state.process.user_code import error_line
 from state.rows.tables import CODES, TAKEN, is_name
 from trainer.engine.build import ranker_of
 from trainer.engine.own_tables import EMBEDDINGS
@@ -156,7 +156,7 @@ def _called(call: Callable[[], Any], what: str, wanted: str) -> Any:
         # The trainer runs TensorFlow in a mode that refuses nondeterministic operations.
         if "determinism" in str(error):
             raise ProgramError(f"{what}: draws at random", SEEDED) from error
-        raise ProgramError(f"{what} raised {told(error)}", wanted) from error
+        raise ProgramError(f"{what} raised {error_line(error)}", wanted) from error
 
 
 def _scores(ranker: Ranker, inputs: Mapping[str, F32], what: str, seed: tuple[int, int] = SEEDS[0]) -> dict[str, F32]:

@@ -51,7 +51,6 @@ from state.errors import (
     BadRequest,
     SettingsError,
     SpringtideError,
-    TooLarge,
     UnknownVersion,
 )
 from state.process.part import run_part
@@ -188,7 +187,9 @@ class Webhook:
             self._tokens.require(header(scope, b"authorization"), endpoint.role)
             length = header(scope, b"content-length") or "0"
             if not length.isdecimal() or int(length) > MOST_BYTES:
-                raise TooLarge(f"the body has {length:.20} bytes", f"at most {MOST_BYTES} are accepted")
+                raise BadRequest(
+                    f"the body has {length:.20} bytes", f"at most {MOST_BYTES} are accepted", http_status=413
+                )
             response = await endpoint.answer(Request(scope, receive, placeholders, endpoint, MOST_BYTES))
         except SpringtideError as error:
             response = failure(error)

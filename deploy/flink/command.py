@@ -26,7 +26,7 @@ from state.config.sources import split_settings
 from state.disk.lock import DirectoryLock
 from state.errors import FlinkFailed, LockHeld, SettingsError, SpringtideError
 from state.flink import JobManager, url
-from state.process.closed_output import while_read
+from state.process.ending import while_read
 from state.process.private_files import keep_private
 from state.process.wall_clock import wall_ms
 

@@ -26,7 +26,7 @@ from state.errors import (
     UnreachableBroker,
 )
 from state.positions import Gap, Source
-from state.process.user_code import load_named, told
+from state.process.user_code import error_line, load_named
 
 # The client logs each lost connection as a warning or an error. What an operator
 # can act on reaches them as one of our errors. A program that wants the client's
@@ -150,7 +150,7 @@ class _TokenProvider(AbstractTokenProvider):
             token = self._ask()
         # User code may fail in any way.
         except Exception as error:
-            failed = f"kafka.sasl_token_provider {self._path} failed: {told(error)}"
+            failed = f"kafka.sasl_token_provider {self._path} failed: {error_line(error)}"
             self.failure = LogError(failed, "mend what it asks, or the function")
             raise self.failure from error
         if not isinstance(token, str) or not token:

@@ -99,7 +99,7 @@ def decode(value: bytes) -> MicroBatch:
     Raises:
         MicroBatchError: `value` is no micro-batch of a format that this release reads, or is inconsistent.
     """
-    with damage_told(value), pa.ipc.open_stream(pa.py_buffer(value), options=_READ) as reader:
+    with damage_reported(value), pa.ipc.open_stream(pa.py_buffer(value), options=_READ) as reader:
         document = document_of(reader.schema)
         batch = reader.read_next_batch()
         # Damage can make lists longer than their buffers.
@@ -113,7 +113,7 @@ def decode(value: bytes) -> MicroBatch:
 
 
 @contextmanager
-def damage_told(value: bytes) -> Iterator[None]:
+def damage_reported(value: bytes) -> Iterator[None]:
     """Converts the errors that Arrow raises in the block for a damaged `value` to `MicroBatchError`.
 
     Raises:
@@ -236,7 +236,7 @@ def glance(value: bytes) -> MicroBatch:
     Raises:
         MicroBatchError: `value` is no micro-batch of a format that this release reads.
     """
-    with damage_told(value), pa.ipc.open_stream(pa.py_buffer(value), options=_OPTIONS) as reader:
+    with damage_reported(value), pa.ipc.open_stream(pa.py_buffer(value), options=_OPTIONS) as reader:
         document = document_of(reader.schema)
         batch = reader.read_next_batch()
         batch.validate()

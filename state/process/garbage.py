@@ -28,9 +28,6 @@ class Holes:
 
     glibc by itself returns only memory at the end of its heap. Memory freed between live blocks is reused only if a new
     block fits. Without trimming, a trainer's heap grows for hours.
-
-    Args:
-        clock: A monotonic clock in seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

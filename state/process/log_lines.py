@@ -45,13 +45,13 @@ def places(record: logging.LogRecord) -> dict[str, int]:
     {'partition': 1, 'offset': 9}
     """
     form, found = str(record.msg).replace("%%", ""), dict[str, int]()
-    given = record.args if isinstance(record.args, tuple) else ()
+    arguments = record.args if isinstance(record.args, tuple) else ()
     bare = form == "%s"
     texts = [form]
-    for value in given:
+    for value in arguments:
         number = isinstance(value, int) and not isinstance(value, bool)
-        told = str(value) if number or bare or isinstance(value, Exception) else ""
-        texts = [*texts[:-1], *_filled(texts[-1], told)]
+        text = str(value) if number or bare or isinstance(value, Exception) else ""
+        texts = [*texts[:-1], *_filled(texts[-1], text)]
     for name, number_text in _PLACE.findall("".join(texts)):
         found.setdefault(name, int(number_text))
     return found
@@ -65,36 +65,26 @@ def _filled(form: str, value: str) -> tuple[str, str]:
     return form[: match.start()] + value, form[match.end() :]
 
 
-class OwnLine(logging.Formatter):
-    """Base class of the formatters: formats the log lines of one process.
+class LineFormatter(logging.Formatter):
+    """Formats the log lines of the process `part`: as text for people, or as JSON objects, see `state.process.log_lines`."""
 
-    Args:
-        part: Name of the process.
-    """
-
-    def __init__(self, part: str) -> None:
+    def __init__(self, part: str, json_lines: bool = False) -> None:
         super().__init__()
-        self._part = part
-
-
-class TextLine(OwnLine):
-    """Formats a line for people: time, process, level, message, and version, epoch, partition and offset."""
+        self._part, self._json_lines = part, json_lines
 
     def format(self, record: logging.LogRecord) -> str:
-        """Formats the record as one line; the lines of a message or traceback are separated by bars."""
-        told = [record.getMessage(), *([self.formatException(record.exc_info)] if record.exc_info else ())]
+        """Formats the record as one line."""
+        return self._json_line(record) if self._json_lines else self._text_line(record)
+
+    def _text_line(self, record: logging.LogRecord) -> str:
+        parts = [record.getMessage(), *([self.formatException(record.exc_info)] if record.exc_info else ())]
         where = "".join(f" {name}={value}" for name, value in places(record).items())
-        text = " | ".join(line.rstrip() for one in told for line in one.splitlines() if line.strip())
+        text = " | ".join(line.rstrip() for part in parts for line in part.splitlines() if line.strip())
         return f"{self.formatTime(record)} {self._part} {record.levelname} {text}{where}"
 
-
-class JsonLine(OwnLine):
-    """Formats a line for machines: a JSON object with time, part, level, logger, event, message and the `places`."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Formats the record as JSON. `event` is the same for all lines of one kind; times are UTC."""
+    def _json_line(self, record: logging.LogRecord) -> str:
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
-        said: dict[str, Any] = {
+        fields: dict[str, Any] = {
             "time": f"{seconds}.{int(record.msecs):03d}Z",
             "part": self._part,
             "level": record.levelname,
@@ -104,15 +94,15 @@ class JsonLine(OwnLine):
             **places(record),
         }
         if record.exc_info:
-            said["traceback"] = self.formatException(record.exc_info)
-        return json.dumps(said, ensure_ascii=False)
+            fields["traceback"] = self.formatException(record.exc_info)
+        return json.dumps(fields, ensure_ascii=False)
 
 
 @dataclass
-class _Said:
+class _Counted:
     since_s: float
     times: int = 1
-    left_out: int = 0
+    suppressed: int = 0
 
 
 class Repeats:
@@ -130,76 +120,68 @@ class Repeats:
 
     def __init__(self, most: int) -> None:
         self.most = most
-        self._said: dict[Any, _Said] = {}
+        self._counted: dict[Any, _Counted] = {}
 
     def admits(self, event: Any, now_s: float) -> bool:
         """Counts a line of this event; returns whether it is written."""
-        said = self._said.get(event)
-        if said is None or now_s - said.since_s >= MINUTE_S:
-            if len(self._said) >= MOST_EVENTS:
+        counted = self._counted.get(event)
+        if counted is None or now_s - counted.since_s >= MINUTE_S:
+            if len(self._counted) >= MOST_EVENTS:
                 # Drops the event that is known for longest.
-                del self._said[next(iter(self._said))]
-            self._said[event] = _Said(now_s)
+                del self._counted[next(iter(self._counted))]
+            self._counted[event] = _Counted(now_s)
             return True
-        said.times += 1
-        if said.times <= self.most:
+        counted.times += 1
+        if counted.times <= self.most:
             return True
-        said.left_out += 1
+        counted.suppressed += 1
         return False
 
     def over(self, now_s: float) -> Iterator[tuple[Any, int]]:
         """Yields the events whose minute is over and how many of their lines were suppressed, and forgets them."""
-        done = [event for event, said in self._said.items() if said.left_out and now_s - said.since_s >= MINUTE_S]
+        done = [
+            event
+            for event, counted in self._counted.items()
+            if counted.suppressed and now_s - counted.since_s >= MINUTE_S
+        ]
         for event in done:
-            yield event, self._said.pop(event).left_out
+            yield event, self._counted.pop(event).suppressed
 
 
 class Lines(logging.StreamHandler[TextIO]):
-    """The log handler of a process; thread-safe.
-
-    Args:
-        part: Name of the process.
-        stream: Where the lines are written.
-        clock_s: A monotonic clock.
-    """
+    """The log handler of a process; thread-safe."""
 
     def __init__(self, part: str, stream: TextIO, clock_s: Callable[[], float] = time.monotonic) -> None:
         super().__init__(stream)
         self._part, self._clock_s = part, clock_s
         self._repeats = Repeats(LogSettings().repeats)
-        self.setFormatter(TextLine(part))
+        self.setFormatter(LineFormatter(part))
 
     def use(self, logs: LogSettings) -> None:
         """Applies the log settings: format and rate limit."""
         self._repeats.most = logs.repeats
-        self.setFormatter(JsonLine(self._part) if logs.format == "json" else TextLine(self._part))
+        self.setFormatter(LineFormatter(self._part, logs.format == "json"))
 
     def emit(self, record: logging.LogRecord) -> None:
         """Writes a line unless its event exceeds the rate limit; counts of suppressed lines that are due come first."""
         now_s = self._clock_s()
-        self._say_left_out(now_s)
+        self._report_suppressed(now_s)
         if self._repeats.admits((record.name, record.levelno, event_of(record)), now_s):
             super().emit(record)
 
     def close(self) -> None:
         """Writes the counts of suppressed lines that are left, and closes the handler."""
-        self._say_left_out(float("inf"))
+        self._report_suppressed(float("inf"))
         super().close()
 
-    def _say_left_out(self, now_s: float) -> None:
+    def _report_suppressed(self, now_s: float) -> None:
         for (name, level, event), count in self._repeats.over(now_s):
-            form = "said %d times more within a minute: %s"
+            form = "repeated %d more times within a minute: %s"
             super().emit(logging.LogRecord(name, level, "", 0, form, (count, event), None))
 
 
 def begin(part: str, stream: TextIO | None = None, level: int = logging.INFO) -> None:
-    """Starts logging to standard error, as text until `follow` is called. Keeps handlers that exist already.
-
-    Args:
-        part: Name of the process in each line.
-        stream: Where to write instead of standard error.
-        level: The lowest level that is logged.
-    """
+    """Starts logging to standard error, or `stream`, as text until `follow` is called. Keeps handlers that exist already."""
     root = logging.getLogger()
     if not root.handlers:
         root.addHandler(Lines(part, stream or sys.stderr))

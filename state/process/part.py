@@ -28,14 +28,7 @@ OPTIONS_READ = "options_read.json"
 def run_part(
     name: str, work: Callable[[Settings], int | None], argv: Sequence[str] | None, logger: logging.Logger
 ) -> int:
-    """Runs a process whose command line has only settings, see `run_process`.
-
-    Args:
-        name: Name of the process in its log lines.
-        work: Runs the process with its settings. It returns the exit code, None for 0.
-        argv: The flags; None for those of this process.
-        logger: Logs the error that ended the process.
-    """
+    """Runs a process whose command line has only settings, see `run_process`."""
 
     def start(words: Sequence[str]) -> tuple[Settings, Work]:
         settings = load(words)
@@ -96,10 +89,10 @@ def run_check(argv: Sequence[str] | None, option: str, check: Check) -> int:
     try:
         settings = load(flags, os.environ)
         with quiet_stderr():
-            said = check(settings, asked.folder)
+            result = check(settings, asked.folder)
     except (SpringtideError, OSError) as problem:
         error = of_disk(problem)
         print(error, file=errors)
         return error.exit_code
-    print(said)
+    print(result)
     return 0

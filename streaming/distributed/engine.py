@@ -20,7 +20,7 @@ from apache_beam.options.pipeline_options import FlinkRunnerOptions, GoogleCloud
 
 from state import errors
 from state.config.settings import Settings
-from state.errors import FlinkFailed, GapError, LineTurned, SaltMismatch, SettingsError
+from state.errors import FlinkFailed, GapError, RewoundLog, SaltMismatch, SettingsError
 from state.flink import JobManager, url
 
 LOCAL, FLINK, PRISM = "local", "flink", "prism"
@@ -104,7 +104,7 @@ def _word(name: str, value: object) -> str:
     return f"--{name}" if value is True else f"--{name}={value}"
 
 
-UNMENDED = (GapError, LineTurned, SaltMismatch, SettingsError)
+UNMENDED = (GapError, RewoundLog, SaltMismatch, SettingsError)
 """Errors that only a new job can fix: one with other settings or consent, or from an older checkpoint."""
 OF_CLUSTER = "[auto]"
 TRIES, LOOK_S = 6, 0.25
@@ -183,8 +183,8 @@ class FlinkJob:
 def unmended(failure: str) -> str:
     r"""The class and message of the `UNMENDED` error that a failure ends with; empty for any other failure.
 
-    >>> unmended("a.B: c\nstate.errors.LineTurned: turned off; resume it [while running 'Read']\n\n\tat a.B")
-    'LineTurned: turned off; resume it'
+    >>> unmended("a.B: c\nstate.errors.RewoundLog: turned off; resume it [while running 'Read']\n\n\tat a.B")
+    'RewoundLog: turned off; resume it'
     >>> unmended("state.errors.UnreachableBroker: no broker answers")
     ''
     """

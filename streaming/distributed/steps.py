@@ -44,7 +44,7 @@ from apache_beam.transforms.userstate import BagStateSpec, ReadModifyWriteStateS
 from apache_beam.transforms.window import TimestampedValue
 from apache_beam.utils.timestamp import Timestamp
 
-from state.errors import GapError, LineTurned, StoreError, TruncatedLog, UnreachableBroker
+from state.errors import GapError, RewoundLog, StoreError, TruncatedLog, UnreachableBroker
 from state.events.parser import EventBatch, Parser
 from state.features.mask import Mask
 from state.log import PartitionBatch, Reader, accepted_gaps
@@ -259,7 +259,7 @@ class Partitions:
 
         Raises:
             GapError, LogError: As at opening; or the topic was recreated.
-            LineTurned: Control asks for an older position of the log.
+            RewoundLog: Control asks for an older position of the log.
         """
         control = self._control.poll()
         log_epoch = self._epoch(control)
@@ -324,7 +324,7 @@ class Partitions:
             )
         ahead = sorted({one for stretch in line if stretch.epoch > mine for one in self._ahead_of(stretch)})
         if ahead:
-            raise LineTurned(
+            raise RewoundLog(
                 f"control's line of the training log turned off, into epoch {now}, before what this job has read: partition "
                 + ", ".join(f"{partition} at {at}" for partition, at in ahead),
                 "stop the job without a savepoint, and resume it from a savepoint or checkpoint that had read no further "

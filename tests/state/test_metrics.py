@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import socket
 import urllib.request
+from importlib import metadata
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -69,6 +70,7 @@ def test_metrics_are_offered_until_stopped() -> None:
         stop()
     assert 'springtide_stream_dead_letters_total{reason="undecodable"} 3.0' in text
     assert f'python="{platform.python_version()}"' in text
+    assert f'kafka="{metadata.version("kafka-python")}"' in text
     offered = {line.split()[0] for line in text.splitlines()}
     assert set(OF_ANY_PROCESS) <= offered
     assert set(OF_ANY_PROCESS) <= names()

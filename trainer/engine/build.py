@@ -25,7 +25,7 @@ from state.config.sections import Model as ModelSettings
 from state.config.settings import Settings
 from state.errors import ProgramError, SettingsError
 from state.features.spec import FeatureSpec
-from state.process.user_code import load_named, told
+from state.process.user_code import error_line, load_named
 from state.ranking.crosses import WIDTH, Crosses
 from trainer.engine.compiled.arrays import (
     F32,
@@ -354,7 +354,7 @@ def ranker_of(settings: Settings, spec: FeatureSpec, preprocessing: Preprocessin
         raise ProgramError(f"model.ranker {path!r}: {error.what}", error.do) from error
     # A ranker of the user's own may fail in any way.
     except Exception as error:
-        raise ProgramError(f"model.ranker {path!r} raised {told(error)}", WANTED) from error
+        raise ProgramError(f"model.ranker {path!r} raised {error_line(error)}", WANTED) from error
     if not isinstance(found, Ranker):
         raise ProgramError(f"model.ranker {path!r} returned {type(found).__name__}", WANTED)
     found.origin = f"model.ranker {path!r}"

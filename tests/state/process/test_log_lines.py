@@ -95,7 +95,7 @@ def test_what_is_said_too_often_is_counted(said: Said) -> None:
     said.now_s = 60.0
     said.log.warning("the broker is away: %s", 10)
     assert said.text()[3:] == [
-        "trainer WARNING said 8 times more within a minute: the broker is away: %s",
+        "trainer WARNING repeated 8 more times within a minute: the broker is away: %s",
         "trainer WARNING the broker is away: 10",
     ]
 
@@ -105,7 +105,7 @@ def test_what_was_left_out_is_told_at_the_end(said: Said) -> None:
     for _ in range(3):
         said.log.warning("again")
     said.lines.close()
-    assert said.text()[-1] == "trainer WARNING said 2 times more within a minute: again"
+    assert said.text()[-1] == "trainer WARNING repeated 2 more times within a minute: again"
 
 
 def test_lines_that_differ_in_numbers_alone_are_one_event() -> None:
@@ -120,7 +120,7 @@ def test_events_without_end_take_no_memory_without_end() -> None:
     repeats = Repeats(most=1)
     for number in range(5000):
         repeats.admits(number, 0.0)
-    assert len(repeats._said) <= 1000
+    assert len(repeats._counted) <= 1000
 
 
 def test_logging_is_set_up_in_one_place() -> None:
