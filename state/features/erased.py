@@ -52,11 +52,7 @@ class Erasure:
         return out
 
     def to_bytes(self, before: str) -> bytes:
-        """Encodes the erasure as a file, which names the previous one: a line of JSON, then the bytes of `users`.
-
-        Args:
-            before: SHA-256 of the file of the previous erasure; empty for the first.
-        """
+        """Encodes the erasure as a file, which names the previous one: a line of JSON, then the bytes of `users`."""
         head = {
             "id": self.id,
             "generation": self.generation,
@@ -143,9 +139,6 @@ class Erased:
             source: `[n]` uint16 indices into `ranges`.
             offset: `[n]` int64.
             ranges: The batch's source ranges.
-
-        Returns:
-            `[n]` bool.
         """
         out = np.zeros(len(user), np.bool_)
         # Erased users rarely come back: compute the rest only for their rows.

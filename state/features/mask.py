@@ -92,9 +92,6 @@ class Mask:
             source: `[n]` uint16 indices into `ranges`.
             offset: `[n]` int64.
             ranges: The batch's source ranges.
-
-        Returns:
-            `[n]` bool, True where the row is masked.
         """
         words = [part.source.topic for part in ranges] or [0]
         partitions = [part.source.partition for part in ranges] or [0]

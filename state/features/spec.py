@@ -59,11 +59,7 @@ Events = NDArray[Any]
 
 
 def _span(seconds: int) -> str:
-    """The name of a duration.
-
-    >>> [_span(s) for s in (1800, 3600, 604800, 90)]
-    ['30m', '1h', '7d', '90s']
-    """
+    """The name of a duration."""
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds % size == 0:
             return f"{seconds // size}{unit}"
@@ -197,11 +193,7 @@ class FeatureSpec:
         )
 
     def empty(self, rows: int) -> Vector:
-        """Empty arrays for so many rows, for a kernel to fill.
-
-        >>> FeatureSpec(sequence=20).empty(3).sequence_items.shape
-        (3, 20)
-        """
+        """Empty arrays for so many rows, for a kernel to fill."""
         recent, events = (rows, self.recent_categories), (rows, self.sequence)
         return Vector(
             features=np.empty((rows, len(self.names)), np.uint16),
@@ -265,12 +257,6 @@ def vectorise(history: Events, at_ms: int, before: int | None, mask: Mask, spec:
         mask: The events to leave out.
         spec: The feature spec.
         user: The pseudonym, for masks that name users.
-
-    >>> click = np.zeros(1, EVENT)
-    >>> click["at_ms"], click["category"] = 1_000, 7
-    >>> row = vectorise(click, 2_000, None, Mask.NONE, FeatureSpec())
-    >>> int(row.features[0]), int(row.recent_categories[0]), int(row.recent_categories[1])
-    (1, 7, 0)
     """
     events = history if before is None else history[:before]
     return Vector(*[column[0] for column in vectorise_many([events], [at_ms], mask, spec, [user])])

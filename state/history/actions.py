@@ -25,11 +25,7 @@ Numbers = NDArray[np.uint8]
 
 
 def grown(held: Sequence[str], actions: Sequence[str]) -> tuple[str, ...]:
-    """The store's names, extended by new `actions`.
-
-    >>> grown(("view", "cart"), ("cart", "wish"))
-    ('view', 'cart', 'wish')
-    """
+    """The store's names, extended by new `actions`."""
     return (*held, *(name for name in actions if name not in held))
 
 
@@ -66,12 +62,7 @@ def renumbered(batch: MicroBatch, then: Sequence[str], now: Sequence[str]) -> Mi
 
 @dataclass(frozen=True)
 class Numbering:
-    """The conversions between a store's action numbers and those of the settings.
-
-    Attributes:
-        into: The table from settings to store; None if the numbers are the same.
-        out_of: The table from store to settings.
-    """
+    """The conversions between a store's action numbers and those of the settings; a table is None if the numbers are the same."""
 
     into: Numbers | None = None
     out_of: Numbers | None = None
@@ -94,9 +85,6 @@ def numbered(
         stored: The store's extra `ACTIONS`.
         actions: The actions in the order of the settings.
         before: The names in a store of a release that did not keep them; by default `actions`.
-
-    >>> numbered(None, ("cart", "view"), before=("view", "cart"))[1]
-    {'actions': b'["view", "cart"]'}
     """
     held = tuple(json.loads(stored)) if stored is not None else tuple(before or actions)
     now = grown(held, actions)

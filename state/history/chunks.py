@@ -39,11 +39,7 @@ def key_of(prefix: bytes, chunk: int) -> bytes:
 
 
 def number_of(key: bytes) -> int:
-    """The chunk's number.
-
-    >>> number_of(key_of(prefix_of(258), 3))
-    3
-    """
+    """The chunk's number."""
     return _INVERT - int.from_bytes(key[8:12], "big")
 
 
@@ -68,11 +64,7 @@ def read(cursor: lmdb.Cursor, prefix: bytes, history: int) -> tuple[bytes, int]:
 
 
 def append(cursor: lmdb.Cursor, appends: Appends, history: int) -> int:
-    """Writes the chunks that changed, and deletes the chunks before the last `history` events.
-
-    Returns:
-        The number of new users.
-    """
+    """Writes the chunks that changed, and deletes the chunks before the last `history` events. Returns the number of new users."""
     data = appends.events.tobytes()
     prefixes = appends.users.astype(">u8").tobytes()
     written: Chunks = []
@@ -130,11 +122,7 @@ def by_user(cursor: lmdb.Cursor, start: bytes = b"") -> Iterator[tuple[bytes, Ch
 
 
 def total_of(chunks: Chunks) -> int:
-    """A user's total number of events, from its chunks, newest first.
-
-    >>> total_of([(key_of(prefix_of(7), 2), bytes(3 * EVENT_BYTES))])
-    35
-    """
+    """A user's total number of events, from its chunks, newest first."""
     key, newest = chunks[0]
     return number_of(key) * CHUNK + len(newest) // EVENT_BYTES
 
@@ -238,13 +226,7 @@ def leading_old(chunks: Chunks, is_old: Callable[[Events], NDArray[np.bool_]]) -
 
 
 class Removed(NamedTuple):
-    """Counts of removed events and users.
-
-    Attributes:
-        events: Old events removed.
-        aged: Users removed because all their events were old.
-        evicted: Users evicted.
-    """
+    """Counts of old events removed, of users removed because all their events were old, and of users evicted."""
 
     events: int = 0
     aged: int = 0

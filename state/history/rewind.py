@@ -268,14 +268,7 @@ class Rewind:
 
 
 def kept(history: Events, user: int, marks: Mapping[Source, int], sources: Iterable[Source]) -> NDArray[np.bool_]:
-    """Which events of a history are before the marks, `[m]` bool.
-
-    Args:
-        history: `[m]` EVENT.
-        user: The user.
-        marks: The next offset of each source; all events of a source without one count as after it.
-        sources: The sources that rewind; events of other sources stay.
-    """
+    """Which events of a history are before the marks, `[m]` bool."""
     stays = np.ones(len(history), np.bool_)
     for source in sources:
         if not source.has(user):

@@ -60,11 +60,7 @@ class WentBack:
     waiting: int = 0
 
     def __str__(self) -> str:
-        """A summary for people.
-
-        >>> str(WentBack(positions=900, users=40, rebuilt=3, short=1))
-        '900 positions of 40 users taken back, 3 histories rebuilt from the log, 1 of them without its oldest events'
-        """
+        """A summary for people."""
         short = f", {self.short:,} of them without its oldest events" if self.short else ""
         waits = f", {self.waiting:,} impressions wait again" if self.waiting else ""
         return f"{self.positions:,} positions of {self.users:,} users taken back, {self.rebuilt:,} histories rebuilt from the log{short}{waits}"

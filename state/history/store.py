@@ -274,9 +274,6 @@ class HistoryStore(MemoryStore):
 
         The writer calls it while no other thread of this process reads the store.
 
-        Args:
-            now_ms: Wall clock.
-
         Raises:
             StoreFull: There is no room for both files; the store is unchanged.
         """
@@ -364,11 +361,6 @@ logger = logging.getLogger(__name__)
 
 def open_history_store(settings: Settings, part: str, folder: Path) -> HistoryStore:
     """Opens the histories in `folder`, whose lock this process holds; closing them saves them to the disk.
-
-    Args:
-        settings: The effective settings.
-        part: `stream` or `serving`: the part whose share of the disk limits them, even in memory.
-        folder: The directory of the stream, or of serving.
 
     Raises:
         CorruptStore: A power cut removed them or may have damaged them.

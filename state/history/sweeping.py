@@ -37,11 +37,7 @@ _OFFSETS = 1 << 45  # offsets per source; with 16 bits for sources they fit into
 
 
 class ReadTimes:
-    """Marks per source, at most some 65 each if `mark` creates and drops them.
-
-    Args:
-        marks: Source -> (log time in ms, next offset), both ascending.
-    """
+    """Marks per source, (log time in ms, next offset), both ascending; at most some 65 each if `mark` creates and drops them."""
 
     def __init__(self, marks: Mapping[Source, Sequence[tuple[int, int]]] = {}) -> None:
         self._marks: Marks = {source: list(theirs) for source, theirs in marks.items()}
@@ -57,11 +53,6 @@ class ReadTimes:
 
         Of the marks older than `keep_ms` only the newest stays: it bounds everything read before it. Marks ahead of a
         clock or a position that was set back are dropped.
-
-        Args:
-            positions: The next offset of each source.
-            clock_ms: Log time.
-            keep_ms: How far back read times matter.
         """
         before = dict(self._marks)
         for source, position in positions.items():
@@ -74,14 +65,7 @@ class ReadTimes:
         return self._marks != before
 
     def at_latest(self, events: Events, clock_ms: int) -> I64:
-        """Upper bound of each event's read time, `[m]` int64 log time; `clock_ms` for events after the last mark.
-
-        >>> from state.features.spec import EVENT
-        >>> source, events = Source("ab" * 16, 0), np.zeros(3, EVENT)
-        >>> events["topic"], events["offset"] = source.topic, [0, 9, 10]
-        >>> ReadTimes({source: [(1000, 5), (2000, 10)]}).at_latest(events, 2500).tolist()
-        [1000, 2000, 2500]
-        """
+        """Upper bound of each event's read time, `[m]` int64 log time; `clock_ms` for events after the last mark."""
         return self._bounds(events, clock_ms)[1]
 
     def are_old(self, events: Events, horizon_ms: int, clock_ms: int) -> NDArray[np.bool_]:
@@ -136,11 +120,7 @@ class ReadTimes:
 
     @classmethod
     def from_json(cls, value: bytes | None) -> ReadTimes:
-        """Decodes the output of `to_json`; None means no marks.
-
-        >>> ReadTimes.from_json(ReadTimes({Source("ab" * 16, 0): [(10, 5)]}).to_json()).newest_ms
-        10
-        """
+        """Decodes the output of `to_json`; None means no marks."""
         stored = json.loads(value or b"{}")
         return cls({Source.parse(name): [(int(a), int(b)) for a, b in theirs] for name, theirs in stored.items()})
 
@@ -245,11 +225,7 @@ class Sweeper:
         return self._take(self._pass, clock_ms)
 
     def hurry(self, clock_ms: int) -> None:
-        """Runs many steps at once, because the store refused a commit and so has too many users.
-
-        Raises:
-            StoreFull, UnusableDisk: As `look` does.
-        """
+        """Runs many steps at once, because the store refused a commit and so has too many users."""
         self._hurried = True
         try:
             for _ in range(HURRIED_LOOKS):

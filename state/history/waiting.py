@@ -32,11 +32,7 @@ Extra = dict[str, bytes]
 
 
 def key_of(source: Source, offset: int) -> bytes:
-    """The key of the row at `offset`.
-
-    >>> place_of(key_of(Source("ab" * 16, 3), 70))
-    (Source(topic_id='abababababababababababababababab', partition=3, bucket=0, buckets=1), 70)
-    """
+    """The key of the row at `offset`."""
     return bytes.fromhex(source.topic_id) + source.partition.to_bytes(4, "big") + offset.to_bytes(8, "big")
 
 
@@ -53,10 +49,6 @@ class RowFormat:
 
     Raises:
         CorruptStore: This release does not know a column.
-
-    >>> made = RowFormat({"user": (), "features": (2,)})
-    >>> made.dtype.itemsize, RowFormat.from_json(made.to_json()) == made
-    (12, True)
     """
 
     def __init__(self, shapes: Mapping[str, Sequence[int]]) -> None:

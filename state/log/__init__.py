@@ -30,11 +30,7 @@ from state.log.writer import Writer, partition_of
 
 
 class Log:
-    """The cluster that the settings name; each reader, writer and topics object has its own connections.
-
-    Args:
-        settings: The section `[kafka]`.
-    """
+    """The cluster that the section `[kafka]` names; each reader, writer and topics object has its own connections."""
 
     def __init__(self, settings: Kafka) -> None:
         self._settings = settings

@@ -26,14 +26,7 @@ _FORM = re.compile(r"(?:([0-9a-f]{8,32}):)?(\d+):(\d+)-(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Allowance:
-    """A loss that an operator accepts in advance: any missing part of `[first, next)`.
-
-    Attributes:
-        partition: The partition.
-        first: The first position.
-        next: The position after the last.
-        topic: Prefix of the topic's id; empty for the topic that the process reads.
-    """
+    """A loss that an operator accepts in advance: any missing part of `[first, next)` of a partition. `topic` is a prefix of the topic's id; empty for the topic that the process reads."""
 
     partition: int
     first: int
@@ -49,10 +42,6 @@ class Allowance:
         (True, False)
         >>> parse_allowance("abababab:3:0-99").covers(gap, "cd" * 16), parse_allowance("3:0-99").covers(gap, "cd" * 16)
         (True, False)
-
-        Args:
-            gap: The missing range.
-            read_topic: Id of the topic that the process reads.
         """
         source = gap.source
         return (
@@ -79,9 +68,6 @@ def parse_allowance(text: str) -> Allowance:
 
 def parse_records(text: str) -> range:
     """Parses `OFFSET`, or `A-B` with both ends included, as a range of offsets.
-
-    >>> parse_records("7"), parse_records("7-9")
-    (range(7, 8), range(7, 10))
 
     Raises:
         SettingsError: The text has another form.
@@ -113,25 +99,16 @@ class Consent:
     cut_back: bool = False
 
     def covers(self, gap: Gap, read_topic: str) -> bool:
-        """Whether `gap` may be skipped."""
+        """Whether `gap` may be skipped by a process that reads the topic with the id `read_topic`."""
         return any(one.covers(gap, read_topic) for one in self.allowances)
 
     def leaves_out(self, offset: int) -> bool:
-        """Whether the record at `offset` of the training log may be skipped.
-
-        >>> Consent(records=(parse_records("7-9"),)).leaves_out(9)
-        True
-        """
+        """Whether the record at `offset` of the training log may be skipped."""
         return any(offset in one for one in self.records)
 
 
 def in_words(lost: TruncatedLog) -> str:
-    """Describes what a truncated log lost, short enough for a reason.
-
-    >>> from state.positions import Source
-    >>> in_words(TruncatedLog("", "", [Gap(Source("ab" * 16, 0), 60, 90)]))
-    'was cut back to offset 60, and we were at 90'
-    """
+    """Describes what a truncated log lost, short enough for a reason."""
     return f"was cut back to offset {lost.kept}, and we were at {lost.gaps[0].next}"
 
 
@@ -142,10 +119,6 @@ def how_to_go_on(error: GapError, command: str) -> GapError:
     >>> gap = Gap(Source("ab" * 16, 3), 10, 20)
     >>> print(how_to_go_on(GapError("10 positions are gone", "restore them", [gap]), "springtide stream (or up)"))
     10 positions are gone; restore them; to go on without them: springtide stream (or up) --accept-gap abababab:3:10-19 --reason TEXT
-
-    Args:
-        error: The error that stopped the process.
-        command: The command that starts the process, to which the options are added.
     """
     if not error.gaps:
         return error
@@ -175,12 +148,7 @@ class Accepted:
     record: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """The gap as JSON values.
-
-        >>> one = Accepted(Gap(Source("ab" * 16, 3), 10, 20), "ann", "old", 5)
-        >>> Accepted.from_json(one.to_json()) == one
-        True
-        """
+        """The gap as JSON values."""
         gap = {"source": str(self.gap.source), "first": self.gap.first, "next": self.gap.next}
         who = {"actor": self.actor, "reason": self.reason, "at_ms": self.at_ms}
         what = {"record": self.record} if self.record else {}
@@ -196,11 +164,7 @@ class Accepted:
 
 
 def encode(accepted: Iterable[Accepted]) -> bytes:
-    """Encodes accepted gaps.
-
-    >>> decode(encode([])), decode(None)
-    ([], [])
-    """
+    """Encodes accepted gaps."""
     return json.dumps([one.to_json() for one in accepted], sort_keys=True).encode()
 
 
@@ -210,11 +174,7 @@ def decode(data: bytes | None) -> list[Accepted]:
 
 
 class Journal:
-    """The gaps that the trainer skipped: one immutable file each in a directory. One writer, under its lock.
-
-    Args:
-        path: The directory; created with the first gap.
-    """
+    """The gaps that the trainer skipped: one immutable file each in a directory. One writer, under its lock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -250,13 +210,7 @@ def past(accepted: Iterable[Accepted], source: Source, offset: int) -> int:
 
 
 def left_out(accepted: Iterable[Accepted], source: Source, offset: int) -> bool:
-    """Whether the record at `offset` is skipped, whatever it contains.
-
-    >>> log = Source("cd" * 16, 0)
-    >>> one = Accepted(Gap(log, 10, 11), "ann", "a test wrote it", 5, record="no micro-batch")
-    >>> left_out([one], log, 10), left_out([one], log, 11)
-    (True, False)
-    """
+    """Whether the record at `offset` is skipped, whatever it contains."""
     return any(
         bool(one.record) and one.gap.source == source and one.gap.first <= offset < one.gap.next for one in accepted
     )

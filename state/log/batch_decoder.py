@@ -199,11 +199,7 @@ def decode_batches(
 
 
 class Transactions:
-    """Finds the records of aborted transactions in a fetched part. Pass it the batches in order.
-
-    Args:
-        aborted: (producer id, first offset) of the aborted transactions that the broker reported with the part.
-    """
+    """Finds the records of aborted transactions in a fetched part. Pass it the batches in order."""
 
     def __init__(self, aborted: Sequence[tuple[int, int]]) -> None:
         self._begun = sorted(aborted, key=lambda transaction: transaction[1], reverse=True)

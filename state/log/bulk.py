@@ -101,13 +101,7 @@ def put_records(
 
 
 def encode_batch(keys: Sequence[bytes], values: Sequence[bytes], timestamps_ms: Sequence[int] | I64) -> bytes:
-    """Encodes one uncompressed record batch, as a producer without transactions does.
-
-    Args:
-        keys: n keys.
-        values: n values.
-        timestamps_ms: `[n]` int64, when each record was made.
-    """
+    """Encodes one uncompressed record batch, as a producer without transactions does, from n keys, values and timestamps."""
     count = len(values)
     times = np.asarray(timestamps_ms, np.int64)
     key_sizes = np.fromiter(map(len, keys), np.int64, count)
@@ -253,15 +247,7 @@ def append_encoded(
     timestamps_ms: I64,
     partitions: Sequence[int] | I64,
 ) -> None:
-    """Appends records in whole batches, one per partition; each partition keeps the order of its records.
-
-    Args:
-        writer: The writer of the topic.
-        keys: n keys.
-        values: n values.
-        timestamps_ms: `[n]` int64, Kafka's timestamps.
-        partitions: `[n]` the partition of each record (see `partition_of`).
-    """
+    """Appends records in whole batches, one per partition of `partitions` (see `partition_of`); each partition keeps the order of its records."""
     rows: dict[int, list[int]] = {}
     for row, partition in enumerate(partitions):
         rows.setdefault(int(partition), []).append(row)

@@ -96,12 +96,7 @@ class ClientSelector(selectors.DefaultSelector):
 
 
 def client_options(settings: Kafka) -> dict[str, Any]:
-    """The options of every client: servers, time-outs, SASL and TLS.
-
-    >>> options = client_options(Kafka(sasl_mechanism="PLAIN", sasl_username="ada"))
-    >>> options["sasl_plain_username"], "ssl_cafile" in options
-    ('ada', False)
-    """
+    """The options of every client: servers, time-outs, SASL and TLS."""
     request_ms = int(settings.request_timeout_s * 1000)
     options: dict[str, Any] = {
         "bootstrap_servers": [server.strip() for server in settings.bootstrap_servers.split(",") if server.strip()],
@@ -129,11 +124,7 @@ def client_options(settings: Kafka) -> dict[str, Any]:
 
 
 class _TokenProvider(AbstractTokenProvider):
-    """Calls the user's function for a token whenever a connection needs one.
-
-    Args:
-        path: The function, as `module:name`.
-    """
+    """Calls the user's function, `module:name`, for a token whenever a connection needs one."""
 
     def __init__(self, path: str) -> None:
         super().__init__()
@@ -196,10 +187,6 @@ def connect(settings: Kafka, doing: str, make: Callable[..., Any], **options: ob
 @contextmanager
 def translated(settings: Kafka, doing: str) -> Iterator[None]:
     """Translates exceptions of the Kafka client into one of our errors, with a message of one line.
-
-    Args:
-        settings: Contains the servers for the message.
-        doing: What was attempted, such as "describe topic clicks".
 
     Raises:
         UnreachableBroker: No broker answered in time.
@@ -273,16 +260,7 @@ def fenced(doing: str) -> FencedWriter:
 
 
 def gap(topic: str, topic_id: str, partition: int, ours: int, begin: int, end: int) -> GapError:
-    """The error for a position outside a partition: deleted before we read it, or truncated.
-
-    Args:
-        topic: The topic's name.
-        topic_id: Its id.
-        partition: Number of the partition.
-        ours: Our position.
-        begin: The first position kept.
-        end: The position of the next record.
-    """
+    """The error for our position `ours` outside a partition `[begin, end)`: deleted before we read it, or truncated."""
     if ours < begin:
         return GapError(
             f"topic {topic} partition {partition}: we were at {ours}, but the log now begins at {begin}: "
@@ -305,16 +283,7 @@ def require_kept(topic: str, topic_id: str, partition: int, ours: int, begin: in
 
 
 def truncated(topic: str, topic_id: str, partition: int, ours: int, kept: int, end: int) -> TruncatedLog:
-    """The error for a partition that was truncated below our position, and may have grown again since.
-
-    Args:
-        topic: The topic's name.
-        topic_id: Its id.
-        partition: Number of the partition.
-        ours: Our position.
-        kept: The offset up to which the log is still the one that was read.
-        end: The position of the next record.
-    """
+    """The error for a partition that was truncated to `kept`, below our position `ours`, and may have grown again to `end`."""
     again = f" and has grown again to {end}" if end > kept else ""
     return TruncatedLog(
         f"topic {topic} partition {partition}: we were at {ours}, but what we read ends at {kept}: the log was cut back"

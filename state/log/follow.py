@@ -43,12 +43,7 @@ class Position:
     leaders: Mapping[int, int] = field(default_factory=dict)
 
     def to_json(self) -> bytes:
-        """Encodes the position.
-
-        >>> position = Position("ab" * 16, {0: 7}, {0: 2})
-        >>> Position.from_json(position.to_json()) == position, Position.from_json(None)
-        (True, None)
-        """
+        """Encodes the position."""
         columns = {"next": self.next, "leaders": self.leaders}
         named = {name: {str(one): at for one, at in column.items()} for name, column in columns.items()}
         return json.dumps({"topic_id": self.topic_id, **named}).encode()
@@ -118,11 +113,6 @@ def open_topic(
         partitions: The partitions to read; None for all, including later ones.
         stored: Where reading resumes; partitions that it does not name start at their beginning.
         lost: Returns the offset at which to continue after a loss, or raises.
-
-    Raises:
-        UnknownTopic: There is no such topic or partition.
-        LogError: The log cannot be read.
-        GapError: From `lost`.
     """
     while True:
         with log.topics() as topics:
@@ -255,13 +245,6 @@ def read_to(
     poll: Callable[[], list[PartitionBatch]] | None = None,
 ) -> Iterator[list[PartitionBatch]]:
     """Yields what each poll finds, until all partitions are read to their ends; the last batch may go beyond.
-
-    Args:
-        reader: Reads the partitions.
-        ends: Partition -> the offset up to which it is read, which the log has reached.
-        max_records: The most records of a poll.
-        stalled_s: The longest wait for records.
-        poll: Polls the reader in another way.
 
     Raises:
         LogError: Nothing arrived for `stalled_s`, or the log cannot be read.

@@ -56,12 +56,7 @@ class PartitionBatch:
         return True
 
     def one_by_one(self) -> Iterator[PartitionBatch]:
-        """Splits the batch into one batch per record, covering the same positions; one batch if there are no records.
-
-        >>> found = PartitionBatch("ab" * 16, 0, 3, 9, np.array([4, 6]), np.array([1, 1]), [None] * 2, [b"x", b"y"], ((3, 4, "cut"),))
-        >>> [(one.first, one.next, one.values, one.corrupt) for one in found.one_by_one()]
-        [(3, 5, [b'x'], ((3, 4, 'cut'),)), (5, 9, [b'y'], ())]
-        """
+        """Splits the batch into one batch per record, covering the same positions; one batch if there are no records."""
         begin = self.first
         for end in [*(self.offsets[:-1] + 1).tolist(), self.next]:
             yield self.between(begin, end)
@@ -140,17 +135,7 @@ _NOTHING: I64 = np.empty(0, np.int64)
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One record batch as a reader sees it: the positions [first, next) and the records there.
-
-    Attributes:
-        first: First position; `next` is the position after the last.
-        offsets: `[n]` int64 of the records; positions without a record are absent (markers, aborted or compacted
-            records).
-        timestamps_ms: `[n]` int64, Kafka's timestamps.
-        keys: n keys; `values`: n values.
-        corrupt: Why the batch cannot be read; empty if it can.
-        leader_epoch: Epoch of the leader that wrote it.
-    """
+    """One record batch as a reader sees it: the positions `[first, next)`, and columns like those of `PartitionBatch`. `corrupt` says why the batch cannot be read; empty if it can."""
 
     first: int
     next: int
@@ -163,12 +148,7 @@ class Chunk:
 
 
 def split(chunk: Chunk, records: int) -> tuple[Chunk, Chunk]:
-    """Splits a chunk into its first `records` records and the rest.
-
-    >>> whole = Chunk(5, 9, np.array([6, 8]), np.array([0, 0]), [b"a", b"b"], [b"", b""])
-    >>> [(part.first, part.next, part.keys) for part in split(whole, 1)]
-    [(5, 8, [b'a']), (8, 9, [b'b'])]
-    """
+    """Splits a chunk into its first `records` records and the rest."""
     at = int(chunk.offsets[records])
 
     def part(first: int, after: int, rows: slice) -> Chunk:
@@ -197,14 +177,7 @@ def take(chunks: deque[Chunk], max_records: int) -> list[Chunk]:
 
 
 def as_batch(topic_id: str, partition: int, first: int, chunks: Sequence[Chunk]) -> PartitionBatch:
-    """Joins contiguous chunks into one batch.
-
-    Args:
-        topic_id: 32 hexadecimal digits.
-        partition: Number of the partition.
-        first: The position at which reading resumed.
-        chunks: At least one.
-    """
+    """Joins contiguous chunks, at least one, into one batch that begins at `first`, where reading resumed."""
     return PartitionBatch(
         topic_id=topic_id,
         partition=partition,

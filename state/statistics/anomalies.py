@@ -43,12 +43,7 @@ _TYPES = {
 
 
 class Largest(NamedTuple):
-    """A distance and the value that makes it.
-
-    Attributes:
-        distance: From 0 to 1.
-        value: The value whose share differs most; empty if nothing was counted.
-    """
+    """A distance from 0 to 1, and the value whose share differs most; empty if nothing was counted."""
 
     distance: float
     value: str
@@ -138,13 +133,7 @@ def aligned(
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong with a feature.
-
-    Attributes:
-        kind: Which, of `AnomalyInfo.Type`.
-        short: In a few words.
-        description: With numbers.
-    """
+    """One thing that is wrong with a feature: its `AnomalyInfo.Type`, in a few words, and with numbers."""
 
     kind: int
     short: str
@@ -157,14 +146,7 @@ def validate(
     baseline: DatasetFeatureStatistics | None = None,
     previous: DatasetFeatureStatistics | None = None,
 ) -> Anomalies:
-    """Compares a window with the schema, the baseline and the preceding window.
-
-    Args:
-        statistics: Of the window.
-        schema: With the thresholds.
-        baseline: The statistics that `skew_comparator` compares with; None for no comparison.
-        previous: Those that `drift_comparator` compares with, likewise.
-    """
+    """Compares a window with the schema, the baseline and the preceding window."""
     found = Anomalies(baseline=schema)
     here = by_name(statistics)
     befores = [None if one is None else by_name(one) for one in (baseline, previous)]

@@ -36,13 +36,7 @@ class ArmMean(Protocol):
 
 
 class Contrast(NamedTuple):
-    """The comparison of an arm with the other.
-
-    Attributes:
-        value: The estimate.
-        low: Lower end of the interval.
-        high: Upper end of the interval.
-    """
+    """The comparison of an arm with the other: the estimate, and the ends of its interval."""
 
     value: float
     low: float

@@ -110,12 +110,7 @@ class BlockSums:
         self.counts += np.bincount(blocks, minlength=BLOCKS)
 
     def credit(self, values: NDArray[np.floating[Any]], users: NDArray[np.uint64]) -> None:
-        """Adds to the values of rows that were added before, such as clicks on items that were shown.
-
-        Args:
-            values: `[n]` float, finite.
-            users: `[n]` uint64, the users of these rows.
-        """
+        """Adds `[n]` float values to rows of `[n]` uint64 users that were added before, such as clicks on items that were shown."""
         self.totals += np.bincount((users % np.uint64(BLOCKS)).astype(np.int64), values, BLOCKS)
 
     @property
@@ -211,16 +206,12 @@ class ConfidenceSequence:
         return self.mean - half, self.mean + half
 
     def document(self) -> dict[str, Any]:
-        """The whole state as JSON values; a sequence restored from it continues as if nothing had happened."""
+        """The whole state as JSON values."""
         return {"alpha": self.alpha, "planned_rows": self.planned_rows, **self._sums.document()}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> ConfidenceSequence:
-        """Restores the sequence that `document` returned.
-
-        Raises:
-            KeyError, ValueError: The document is not a sequence, or has another number of blocks.
-        """
+        """Restores the sequence that `document` returned."""
         sequence = cls(document["alpha"], document["planned_rows"])
         sequence._sums = BlockSums.from_json(document)
         return sequence

@@ -110,10 +110,6 @@ def _count(
 def median(counts: NDArray[np.int64], edges: NDArray[np.int64] | NDArray[np.float64]) -> float:
     """The median of a histogram, as if the values of a bucket were evenly distributed in it.
 
-    Args:
-        counts: `[buckets]` int64, not all 0.
-        edges: `[buckets + 1]`, bounds of the buckets.
-
     >>> median(np.array([2, 2]), np.array([0, 10, 30]))
     10.0
     """

@@ -30,10 +30,6 @@ TOP_VALUES = 10
 def dataset(statistics: Statistics, name: str) -> DatasetFeatureStatistics:
     """Converts the statistics to one dataset of TensorFlow Data Validation.
 
-    Args:
-        statistics: The statistics.
-        name: Name of the dataset.
-
     >>> made = dataset(Statistics(("view",), ()), "none")
     >>> made.name, made.num_examples, [one.path.step[0] for one in made.features]
     ('none', 0, ['delay_s', 'label'])

@@ -82,11 +82,7 @@ class SampleRatio:
         return math.exp(-self._most)
 
     def mismatch(self, alpha: float) -> bool:
-        """Whether the split of users contradicts the shares.
-
-        Args:
-            alpha: The rate of false alarms over all looks together.
-        """
+        """Whether the split of users contradicts the shares, with a rate of false alarms `alpha` over all times together."""
         return self.p_value <= alpha
 
     def document(self) -> dict[str, Any]:
@@ -95,11 +91,7 @@ class SampleRatio:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> SampleRatio:
-        """Restores the state that `document` returned.
-
-        Raises:
-            KeyError: The document is not a sample ratio.
-        """
+        """Restores the state that `document` returned."""
         ratio = cls(document["shares"])
         ratio._counts, ratio._before, ratio._most = list(document["counts"]), document["before"], document["most"]
         return ratio

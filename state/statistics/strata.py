@@ -41,12 +41,6 @@ def stratified(strata: Sequence[tuple[BlockSums, BlockSums]]) -> tuple[Stratifie
 
     Args:
         strata: The sums of both arms in each stratum. A stratum without rows of one arm is ignored.
-
-    >>> one, other = BlockSums(), BlockSums()
-    >>> one.add(np.array([1.0, 3.0]))
-    >>> other.add(np.array([0.0, 2.0]))
-    >>> [arm[:3] for arm in stratified([(one, other), (one, BlockSums())])]
-    [(2.0, 2.0, 1.0), (2.0, 1.0, 1.0)]
     """
     known = [pair for pair in strata if pair[0].rows and pair[1].rows]
     worths = [1 / (1 / one.rows + 1 / other.rows) for one, other in known]
