@@ -89,8 +89,8 @@ FORMULAS: Mapping[str, str] = {
     "table_bytes": "2 * rows * (model.dim * 8 + 32)",
     "base_bytes": "durable_bytes + rows * base_row_bytes",
     "registry_bytes": "2 * base_bytes + kept(registry.delta_keep_s, registry.durable_s) + "
-    "kept(registry.base_keep_h * 3600 - registry.delta_keep_s, registry.thin_s) + "
-    "kept(registry.base_keep_d * 86400 - registry.base_keep_h * 3600, registry.sparse_s)",
+    "kept(registry.base_keep_h * 3600 - registry.delta_keep_s, 600) + "
+    "kept(registry.base_keep_d * 86400 - registry.base_keep_h * 3600, 3600)",
     "local_streams": "clicks / (stream_most * use)",
     "on_flink": "runner == 'flink' or runner == 'auto' and local_streams > 1",
     "stream_cores": "clicks * (flink_us if on_flink else stream_us) / 1e6",

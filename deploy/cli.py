@@ -21,9 +21,8 @@ from typing import Any
 
 from deploy.command_line import OWN_HELP, PROCESSES, READERS, parser, with_times
 from state.config.loading import load
-from state.config.sections import SECTIONS, KnownSetting, known_settings
-from state.config.settings import Settings
-from state.config.sources import MASK, as_text, nearest, nearest_setting, split_settings, variable
+from state.config.settings import SECTIONS, KnownSetting, Settings, as_text, known_settings, variable
+from state.config.sources import MASK, nearest, nearest_setting, split_settings
 from state.errors import SettingsError, SpringtideError
 from state.process.ending import while_read
 from state.process.private_files import keep_private
@@ -191,7 +190,7 @@ def as_number(bound: float) -> str:
 def shown(settings: Settings, known: KnownSetting) -> Any:
     """A setting's value as it may be shown.
 
-    >>> from state.config.settings import Kafka
+    >>> from state.config.sections import Kafka
     >>> secret = next(known for known in known_settings() if known.name == "kafka.sasl_password")
     >>> shown(Settings(kafka=Kafka(sasl_password="hunter2")), secret)
     '********'

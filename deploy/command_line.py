@@ -14,7 +14,7 @@ from typing import NoReturn
 from deploy.backup import options as backing_up
 from deploy.operate import options as operating
 from deploy.operate.options import SETTINGS_HELP, Add, positive
-from state.config.spans import span_ms
+from state.config.sources import span_ms
 from state.errors import SettingsError
 
 EXPERIMENT_VERBS = ("start", "status", "rollout", "halt", "resume", "back", "report", "promote", "stop")

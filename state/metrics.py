@@ -288,7 +288,7 @@ class TrainerMetrics(Metrics):
     churn_waiting = gauge("springtide_trainer_churn_waiting", "Rows that wait for their churn label.")
     churn_dropped = gauge(
         "springtide_trainer_churn_dropped",
-        "Waiting rows that were dropped, together with their users, since the epoch began, because `churn.examples` was reached.",
+        "Waiting rows that were dropped, together with their users, since the epoch began, because 20,000 rows wait.",
     )
     churn_left_ratio = gauge("springtide_trainer_churn_left_ratio", "Share of recent examples whose user churned.")
     churn_log_loss = gauge("springtide_trainer_churn_log_loss", "Log loss of churn, computed before learning.")

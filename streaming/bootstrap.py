@@ -42,8 +42,8 @@ from apache_beam.io.filesystem import CompressionTypes
 from apache_beam.io.tfrecordio import WriteToTFRecord
 from apache_beam.pvalue import PCollection
 
-from state.config.asked_model import AskedModel
 from state.config.loading import load
+from state.config.sections import AskedModel
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.disk import files as durable
@@ -76,7 +76,7 @@ from streaming.rows import Rows
 from streaming.sample import ComputeWindows, ReadSample, Sample, Say, open_sample
 from streaming.steps import ParseEvents
 
-COMPRESSIONS = {"gzip": CompressionTypes.GZIP, "none": CompressionTypes.UNCOMPRESSED}
+COMPRESSION = "gzip"
 
 
 class EncodeExamples(beam.DoFn):
@@ -103,13 +103,12 @@ def require_empty(folder: Path) -> None:
         raise SettingsError(f"--examples {folder}: is there already", "name a new or empty directory")
 
 
-def write_examples(rows: PCollection[Rows], folder: Path, compression: str, shards: int) -> None:
+def write_examples(rows: PCollection[Rows], folder: Path, shards: int) -> None:
     """Adds the steps to a job that write the rows as examples into `folder`; `describe` completes it.
 
     Args:
         rows: Batches of rows.
         folder: Output directory.
-        compression: gzip or none.
         shards: Number of files.
     """
     (
@@ -118,9 +117,9 @@ def write_examples(rows: PCollection[Rows], folder: Path, compression: str, shar
         | "Write examples"
         >> WriteToTFRecord(
             str(folder / PREFIX),
-            file_name_suffix=SUFFIXES[compression],
+            file_name_suffix=SUFFIXES[COMPRESSION],
             num_shards=shards,
-            compression_type=COMPRESSIONS[compression],
+            compression_type=CompressionTypes.GZIP,
         )
     )
 
@@ -200,7 +199,7 @@ def build(pipeline: beam.Pipeline, handle: Handle[Sample], wanted: Wanted, outpu
         list_categories(categories, output / "categories")
     if wanted.examples is not None:
         shards = math.ceil(settings.bootstrap.sample_rows / settings.bootstrap.shard_rows)
-        write_examples(rows, wanted.examples, settings.bootstrap.compression, shards)
+        write_examples(rows, wanted.examples, shards)
 
 
 def run_job(handle: Handle[Sample], wanted: Wanted, output: Path | None) -> None:
@@ -290,7 +289,7 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
                 "rows": sample.tally.examples,
                 "created_at_ms": now_ms,
             }
-            about |= {"compression": settings.bootstrap.compression, "preprocessing": settings.model.preprocessing}
+            about |= {"compression": COMPRESSION, "preprocessing": settings.model.preprocessing}
             describe(wanted.examples, spec, settings.events.context, about)
             left_out = f"; {unlabelled}" if (unlabelled := sample.unlabelled) else ""
             say(f"{sample.tally.examples:,} examples in {wanted.examples}{left_out}")

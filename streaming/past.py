@@ -142,9 +142,7 @@ def of_topic(
     if not begins:
         return
     with log.reader(topic, sorted(begins), begins) as reader:
-        aligned = AlignedReader(
-            reader, lambda one: reached(Source(stretch.topic_id, one)), settings.stream.max_skew_s, elapsed
-        )
+        aligned = AlignedReader(reader, lambda one: reached(Source(stretch.topic_id, one)), elapsed)
 
         def poll() -> list[PartitionBatch]:
             aligned.begin(settings.stream.cut_rows)

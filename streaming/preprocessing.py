@@ -27,8 +27,7 @@ import pyarrow as pa
 from apache_beam.pvalue import PCollection
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
-from state.config.asked_model import AskedModel
-from state.config.sections import Model
+from state.config.sections import AskedModel, Model
 from state.config.settings import Settings
 from state.errors import ProgramError
 from state.features.spec import FeatureSpec

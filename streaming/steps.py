@@ -138,9 +138,7 @@ class ClickReader:
         self._away = False
         # By the next poll, everything read before has become rows, so the clock includes it.
         clock, topic_id = context.clock, context.topic_id
-        self._reader = AlignedReader(
-            context.reader, lambda one: clock.reached(Source(topic_id, one)), context.settings.stream.max_skew_s
-        )
+        self._reader = AlignedReader(context.reader, lambda one: clock.reached(Source(topic_id, one)))
 
     def poll(self) -> list[PartitionBatch]:
         """Returns the next batches, in order within a partition and of similar event times.

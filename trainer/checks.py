@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from state.config.asked_model import AskedModel
+from state.config.sections import AskedModel
 from state.config.sections import Model as ModelSettings
 from state.config.settings import Settings
 from state.errors import ProgramError, SettingsError

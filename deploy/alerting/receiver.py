@@ -220,7 +220,7 @@ def server_of(settings: Settings, now_ms: Callable[[], int]) -> DrainingServer:
         _log.info("made a token: %s", path)
     serving, tokens = settings.serving, Tokens(settings.tokens_dir)
     certificate = Certificate(Path(serving.tls_cert), Path(serving.tls_key)) if serving.tls_cert else None
-    limits = ConnectionLimits(serving.max_head_bytes, TIMEOUT_S, CONNECTIONS)
+    limits = ConnectionLimits(TIMEOUT_S, CONNECTIONS)
     return DrainingServer(Webhook(settings, tokens, now_ms), limits, 0.0, access=Access(certificate, tokens))
 
 

@@ -22,10 +22,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from state.config.sections import SECTIONS, KnownSetting
+from state.config.settings import PREFIX, SECTIONS, KnownSetting, as_text, variable
 from state.errors import SettingsError, reason_of
 
-PREFIX = "SPRINGTIDE_"
 MASK = "********"
 NO_SETTINGS = ("SPRINGTIDE_CONFIG", "SPRINGTIDE_KILL_AT")
 SHORT_FLAGS = {"bootstrap-servers": "kafka.bootstrap_servers", "state": "paths.state"}
@@ -39,10 +38,16 @@ RENAMED = {"features.labels": "features.recent_categories"}
 SHARDS = {"stream.shard": "0", "stream.shards": "1"}
 """Former settings that shared the partitions among several streams, and their values for a single stream."""
 
-_CUT = "a store that was open in a power cut is made anew"
+_CUT = "a store that was open in a power cut is rebuilt"
 _ONE = "one stream reads all partitions"
-GONE = {"stream.sync_s": _CUT, "serving.sync_s": _CUT, **dict.fromkeys(SHARDS, _ONE)}
-"""Settings that no longer have an effect, and why."""
+_ZIPPED = "examples are always compressed"
+GONE = {
+    "stream.sync_s": _CUT,
+    "serving.sync_s": _CUT,
+    **dict.fromkeys(SHARDS, _ONE),
+    "bootstrap.compression": _ZIPPED,
+}
+"""Settings that were removed and are ignored, and why."""
 
 _logger = logging.getLogger(__name__)
 
@@ -88,35 +93,13 @@ def is_gone(name: str, value: Any, origin: str) -> bool:
     """
     if name in SHARDS and str(value).strip() != SHARDS[name]:
         raise SettingsError(
-            f"{origin}: there is no {name} any more: {_ONE}",
-            "stop all streams of this deployment, leave the setting out and start one; where histories of other shards "
-            "lie beside its own it asks for `springtide rebuild-history`, which `springtide up` runs by itself",
+            f"{origin}: {name} was removed: {_ONE}",
+            "stop all streams of this deployment, leave the setting out and start one stream. If histories of other shards "
+            "exist, it asks for `springtide rebuild-history`, which `springtide up` runs by itself",
         )
     if name in GONE:
-        _logger.warning("%s: %s decides nothing any more: %s; leave it out", origin, name, GONE[name])
+        _logger.warning("%s: %s was removed and is ignored: %s; leave it out", origin, name, GONE[name])
     return name in GONE
-
-
-def variable(name: str) -> str:
-    """The environment variable of a dotted name.
-
-    >>> variable("kafka.sasl_password")
-    'SPRINGTIDE_KAFKA_SASL_PASSWORD'
-    """
-    return PREFIX + name.replace(".", "_", 1).upper()
-
-
-def as_text(value: Any) -> str:
-    """A value as a variable or a flag writes it.
-
-    >>> as_text((3600, 86400)), as_text(0.2), as_text(("category=a,b",))
-    ('3600,86400', '0.2', '["category=a,b"]')
-    """
-    if not isinstance(value, tuple):
-        return str(value)
-    words = [str(one) for one in value]
-    plain = all("," not in word and word == word.strip("[] ") for word in words)
-    return ",".join(words) if plain else json.dumps(value, ensure_ascii=False)
 
 
 def as_list(text: str) -> list[Any]:
@@ -353,3 +336,16 @@ def _in_bounds(known: KnownSetting, value: Any, where: str) -> Any:
 
 def _shown(known: KnownSetting, value: Any) -> str:
     return MASK if known.secret else repr(value)
+
+
+UNITS_MS = {"ms": 1, "s": 1000, "m": 60_000, "h": 3_600_000, "d": 86_400_000}
+
+
+def span_ms(text: str) -> float | None:
+    """The milliseconds of a time span such as `30m`; None if the text is no time span.
+
+    >>> span_ms("30m"), span_ms("1.5s"), span_ms("30")
+    (1800000.0, 1500.0, None)
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h|d)", text)
+    return float(found[1]) * UNITS_MS[found[2]] if found else None

@@ -29,6 +29,9 @@ LEAST_FAILURES = 10
 LEAST_ANSWERS = 500
 """Minimum answers of each arm before latencies are compared, so that the slowest hundredth is a few answers."""
 
+EQUAL_WITHIN = 0.05
+"""Arms are equal if the whole interval of the lift is within plus and minus this."""
+
 Finding = Literal["mismatch", "too early", "better", "worse", "equal", "undecided"]
 
 
@@ -167,18 +170,11 @@ def _failing(sums: StepSums) -> float:
     return sums.failures / max(sums.answers, 1)
 
 
-def report(experiment: Experiment, evidence: Evidence, equal_within: float, now_ms: int) -> RolloutReport:
-    """Builds the report on the newest rollout of an experiment.
-
-    Args:
-        experiment: The experiment; it has a rollout.
-        evidence: Evidence about the arms.
-        equal_within: Arms are equal if the whole interval of the lift is within plus and minus this.
-        now_ms: Wall clock.
-    """
+def report(experiment: Experiment, evidence: Evidence, now_ms: int) -> RolloutReport:
+    """Builds the report on the newest rollout of an experiment, which has one, from the evidence about its arms."""
     assert experiment.rollout is not None
     lift = evidence.lift()
-    finding, verdict = _verdict(evidence, lift, equal_within)
+    finding, verdict = _verdict(evidence, lift)
     return RolloutReport(
         name=experiment.name,
         started_ms=experiment.rollout.started_ms,
@@ -205,7 +201,7 @@ def _figures(evidence: Evidence, arm: Literal["trial", "live"]) -> ArmFigures:
     )
 
 
-def _verdict(evidence: Evidence, lift: Contrast | None, equal_within: float) -> tuple[Finding, str]:
+def _verdict(evidence: Evidence, lift: Contrast | None) -> tuple[Finding, str]:
     if evidence.mismatch:
         return (
             "mismatch",
@@ -219,8 +215,8 @@ def _verdict(evidence: Evidence, lift: Contrast | None, equal_within: float) -> 
         return "better", f"better: {between}"
     if lift.high < 0:
         return "worse", f"worse: {between}"
-    if -equal_within < lift.low and lift.high < equal_within:
-        return "equal", f"equal within {equal_within:.0%}: {between}"
+    if lift.low > -EQUAL_WITHIN and lift.high < EQUAL_WITHIN:
+        return "equal", f"equal within {EQUAL_WITHIN:.0%}: {between}"
     return "undecided", f"undecided: {between}"
 
 

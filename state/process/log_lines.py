@@ -24,6 +24,8 @@ NOISY = ("kafka", "apache_beam", "absl", "tensorflow")
 _PLACE = re.compile(rf"\b({'|'.join(FIELDS)}) (\d+)\b")
 _CONVERSION = re.compile(r"%[-+ #0-9.]*[a-zA-Z]")
 MINUTE_S = 60.0
+MOST_A_MINUTE = 20
+"""Lines of one event that are written in a minute; further ones are counted in one line."""
 MOST_EVENTS = 1000
 
 
@@ -119,7 +121,7 @@ class Repeats:
     """
 
     def __init__(self, most: int) -> None:
-        self.most = most
+        self._most = most
         self._counted: dict[Any, _Counted] = {}
 
     def admits(self, event: Any, now_s: float) -> bool:
@@ -132,7 +134,7 @@ class Repeats:
             self._counted[event] = _Counted(now_s)
             return True
         counted.times += 1
-        if counted.times <= self.most:
+        if counted.times <= self._most:
             return True
         counted.suppressed += 1
         return False
@@ -151,15 +153,16 @@ class Repeats:
 class Lines(logging.StreamHandler[TextIO]):
     """The log handler of a process; thread-safe."""
 
-    def __init__(self, part: str, stream: TextIO, clock_s: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, part: str, stream: TextIO, clock_s: Callable[[], float] = time.monotonic, most: int = MOST_A_MINUTE
+    ) -> None:
         super().__init__(stream)
         self._part, self._clock_s = part, clock_s
-        self._repeats = Repeats(LogSettings().repeats)
+        self._repeats = Repeats(most)
         self.setFormatter(LineFormatter(part))
 
     def use(self, logs: LogSettings) -> None:
-        """Applies the log settings: format and rate limit."""
-        self._repeats.most = logs.repeats
+        """Applies the log settings."""
         self.setFormatter(LineFormatter(self._part, logs.format == "json"))
 
     def emit(self, record: logging.LogRecord) -> None:

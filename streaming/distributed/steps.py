@@ -251,8 +251,7 @@ class Partitions:
         self._reader: Reader | None = reader
         self._aligned: AlignedReader | None = None
         if reader is not None:
-            skew_s = self._settings.stream.max_skew_s
-            self._aligned = AlignedReader(reader, lambda one: clock.reached(Source(topic_id, one)), skew_s)
+            self._aligned = AlignedReader(reader, lambda one: clock.reached(Source(topic_id, one)))
 
     def read(self, moment_s: float) -> tuple[list[Portion], SourceReading | None]:
         """The clicks of a moment by bucket, and the new reading; empty and None if nothing is new.

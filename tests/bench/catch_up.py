@@ -1,6 +1,6 @@
 """What a backlog teaches: through four partitions at full speed as much as through one, and in large steps as in small.
 
-    python -m tests.bench.catch_up [--only taobao|kuairand|news] [--partitions N] [--stream.max_skew_s S ...]
+    python -m tests.bench.catch_up [--only taobao|kuairand|news] [--partitions N] [--stream.cut_rows N ...]
 
 Each log is written into a topic of a real Kafka, in order of time, the user its
 key, and the real stream drains it; its micro-batches are learned one by one, as

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from state.config.settings import Settings, StorageSettings
+from state.config.sections import StorageSettings
+from state.config.settings import Settings
 from state.disk.memory_place import MEMORY
 from state.history.store import open_history_store
 from state.layout import HISTORIES, MARK

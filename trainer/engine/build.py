@@ -401,8 +401,7 @@ def tables_of(ranker: Ranker, settings: Settings, device: str | None) -> dict[st
         for name in EMBEDDINGS
     }
     # A cross begins at nothing: a weight and a marginal logit of 0, of which nothing was learned.
-    admit_after = trainer.admit_crosses_after or trainer.admit_after
-    tables[CROSS] = table_of(device, CROSS, WIDTH, trainer.capacity, 0.0, admit_after, 0.0, trainer.max_crosses)
+    tables[CROSS] = table_of(device, CROSS, WIDTH, trainer.capacity, 0.0, trainer.admit_after, 0.0, trainer.max_crosses)
     return tables | own_tables(ranker, settings, device)
 
 

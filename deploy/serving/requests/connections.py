@@ -40,6 +40,7 @@ from deploy.serving.requests.http import JSON, LAST, Response, answer, failure
 from state.errors import BadRequest, Forbidden, Overloaded, SpringtideError
 
 PIPELINED = 16
+MAX_HEAD_BYTES = 32_768
 """Requests of one connection that may wait behind the current one; parsing stops at this number."""
 PIECE_BYTES = 2048
 """Bytes parsed at once. The parser cannot stop inside a piece, so one piece may exceed `PIPELINED` by its requests."""
@@ -88,16 +89,16 @@ class ConnectionLimits(NamedTuple):
     """What a connection may do.
 
     Attributes:
-        head_bytes: Size of request line and headers together.
         timeout_s: See the module.
         connections: Of one worker at a time.
         own_hosts: Whether a request must name an address or localhost as its host.
+        head_bytes: Size of request line and headers together.
     """
 
-    head_bytes: int
     timeout_s: float
     connections: int
     own_hosts: bool = False
+    head_bytes: int = MAX_HEAD_BYTES
 
 
 class _Flow(FlowControl):

@@ -10,9 +10,7 @@ import pytest
 
 from deploy.cli import as_toml
 from state.config.loading import load
-from state.config.sections import KnownSetting, known_settings
-from state.config.settings import Settings
-from state.config.sources import as_text, variable
+from state.config.settings import KnownSetting, Settings, as_text, known_settings, variable
 from state.errors import SettingsError
 
 SETTINGS = list(known_settings())
@@ -135,8 +133,8 @@ def test_the_bounds_themselves_are_possible(known: KnownSetting, tmp_path: Path)
         ("[model]\nhidden = [128, 0]\n", 2, "at least 1"),
         ("[model]\ntower = 'mine'\n", 2, "module:name"),
         ("[model]\ntower = 'my tower:build'\n", 2, "module:name"),
-        ("[stream]\nshard = 1\n", 2, "there is no stream.shard any more: one stream reads all partitions"),
-        ("[stream]\nshards = 4\n", 2, "there is no stream.shards any more: one stream reads all partitions"),
+        ("[stream]\nshard = 1\n", 2, "stream.shard was removed: one stream reads all partitions"),
+        ("[stream]\nshards = 4\n", 2, "stream.shards was removed: one stream reads all partitions"),
         ("[stream]\nmax_record_bytes = 100_000_000\n", 2, "at most"),
         ("[kafka]\nclicks_topic = ''\n", 2, "no name of a topic"),
         ("[kafka]\nclicks_topic = 'my clicks'\n", 2, "no name of a topic"),

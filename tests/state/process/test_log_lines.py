@@ -22,9 +22,9 @@ PACKAGES = ("state", "streaming", "trainer", "deploy", "springtide_client")
 class Said:
     """A logger of a process, on a clock that one sets."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = 20) -> None:
         self.stream, self.now_s = io.StringIO(), 0.0
-        self.lines = Lines("trainer", self.stream, lambda: self.now_s)
+        self.lines = Lines("trainer", self.stream, lambda: self.now_s, most)
         self.log = logging.Logger("trainer.learner")
         self.log.addHandler(self.lines)
 
@@ -86,8 +86,8 @@ def test_a_traceback_is_part_of_its_line(said: Said, form: str) -> None:
     assert "a request failed" in line and "second line" in line and "Traceback" in line
 
 
-def test_what_is_said_too_often_is_counted(said: Said) -> None:
-    said.lines.use(LogSettings(repeats=2))
+def test_what_is_said_too_often_is_counted() -> None:
+    said = Said(most=2)
     for number in range(10):
         said.log.warning("the broker is away: %s", number)
     said.log.warning("something else")
@@ -100,8 +100,8 @@ def test_what_is_said_too_often_is_counted(said: Said) -> None:
     ]
 
 
-def test_what_was_left_out_is_told_at_the_end(said: Said) -> None:
-    said.lines.use(LogSettings(repeats=1))
+def test_what_was_left_out_is_told_at_the_end() -> None:
+    said = Said(most=1)
     for _ in range(3):
         said.log.warning("again")
     said.lines.close()
