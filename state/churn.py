@@ -56,12 +56,7 @@ class Horizon(NamedTuple):
 
     @classmethod
     def of(cls, span_ms: int, spec: FeatureSpec) -> Horizon:
-        """The horizon for a span. A user without an event in the longest window is unknown, so the reach ends there.
-
-        >>> days = [part / 86_400_000 for part in Horizon.of(2 * 86_400_000, FeatureSpec())]
-        >>> days
-        [2.0, 1.0, 7.0]
-        """
+        """The horizon for a span. A user without an event in the longest window is unknown, so the reach ends there."""
         longest_ms = spec.windows_s[-1] * 1000
         stride_ms = min(DAY_MS, span_ms, longest_ms)
         return cls(span_ms, stride_ms, min(longest_ms, MOST_STRIDES * stride_ms))
@@ -90,11 +85,6 @@ class ChurnInputs:
         columns: `[C]` int64, the indices of the features that are inputs.
         width: I, the number of inputs.
         digest: 63-bit digest of the inputs' meaning.
-
-    >>> made = ChurnInputs(FeatureSpec(), Horizon.of(86_400_000, FeatureSpec()))
-    >>> one = np.zeros((1, len(made.columns)), np.uint16)
-    >>> made.of(one, np.array([0], np.uint8), np.array([0])).shape == (1, made.width)
-    True
     """
 
     def __init__(self, spec: FeatureSpec, horizon: Horizon) -> None:
@@ -174,11 +164,7 @@ class ChurnWeights:
 
 
 def calibrated(logits: F64, slope: float, intercept: float) -> F64:
-    """Calibrated probabilities, `[n]` float64, of `[n]` float64 logits, after Platt (1999).
-
-    >>> calibrated(np.array([0.0, 1e9]), 1.0, 0.0).round(4).tolist()
-    [0.5, 1.0]
-    """
+    """Calibrated probabilities, `[n]` float64, of `[n]` float64 logits, after Platt (1999)."""
     logits = np.clip(logits, -STEEPEST_LOGIT, STEEPEST_LOGIT)
     return np.asarray(1.0 / (1.0 + np.exp(-(slope * logits + intercept))))
 
@@ -193,12 +179,7 @@ def tensors_of(weights: ChurnWeights) -> dict[str, NDArray[Any]]:
 
 
 def weights_in(stored: Mapping[str, NDArray[Any]], spec: FeatureSpec) -> ChurnWeights | None:
-    """Decodes the churn weights of a version; None if it has none, or its inputs are not those of this release.
-
-    Args:
-        stored: The tensors stored with the version's dense weights.
-        spec: The feature spec of the version.
-    """
+    """Decodes the churn weights of a version; None if it has none, or its inputs are not those of this release."""
     about, held = (stored.get(f"{STORED}{PREFIX}{name}") for name in ("about", "weights"))
     if about is None or held is None or int(about[0]) != CODE:
         return None

@@ -83,7 +83,7 @@ FLINK = "flink"
 WRITER, LEADERS = "writer", "leaders.json"
 HISTORIES, ATTRIBUTES, ROWS, SEGMENTS = "histories", "attributes", "rows", "segments"
 LOOKALIKES = "lookalikes"
-ROWS_DISK, WORKER_COUNTERS, CURRENT, EXPOSURES = "rows.disk", "counters", "current", "exposures"
+WORKER_COUNTERS, CURRENT, EXPOSURES = "counters", "current", "exposures"
 DATA, MARK = "data.mdb", "mark.json"
 
 _STREAM = "stream-"

@@ -7,7 +7,7 @@ A position names the topic by its id, never by its name: a recreated topic is an
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
@@ -253,8 +253,3 @@ def from_json(document: Mapping[str, Any]) -> Range:
         numbers[name] = number
     source = Source(topic_id, numbers.pop("partition"), numbers.pop("bucket"), numbers.pop("buckets"))
     return Range(source, **numbers)
-
-
-def positions_after(ranges: Iterable[Range]) -> dict[Source, int]:
-    """The next offset of each source after `ranges`, which are in order."""
-    return {part.source: part.next for part in ranges}

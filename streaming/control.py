@@ -25,11 +25,11 @@ import numpy as np
 
 from state.config.settings import Settings
 from state.disk.files import HOST
+from state.disk.lmdb_store import PAGES_MS
 from state.errors import StoreError, StoreFull
 from state.features.erased import Erased
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
-from state.history.forgetting import PAGES_MS
 from state.history.rewind import Before
 from state.history.rewinding import go_back
 from state.history.store import HistoryStore

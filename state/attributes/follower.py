@@ -86,12 +86,7 @@ class AttributeFollower:
         return sum(max(0, end - self.place.next.get(partition, 0)) for partition, end in self._ends.items())
 
     def connect(self) -> None:
-        """Starts to read at the position that the store holds.
-
-        Raises:
-            UnknownTopic: There is no such topic.
-            LogError: No broker answered, or the cluster refused the request.
-        """
+        """Starts to read at the position that the store holds."""
         self._log.connect()
 
     def disconnect(self) -> None:
@@ -180,14 +175,7 @@ class AttributeFollower:
 
 
 def follow(followers: Sequence[AttributeFollower], timeout_s: float) -> dict[str, list[int]]:
-    """Runs one step of each follower.
-
-    Returns:
-        The ids whose attributes changed, by side.
-
-    Raises:
-        LogError: A topic cannot be read now; what was committed stays.
-    """
+    """Runs one step of each follower; returns the ids whose attributes changed, by side."""
     return {one.side: one.step(timeout_s) for one in followers}
 
 

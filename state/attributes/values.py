@@ -71,9 +71,6 @@ def band(value: float, edges: Sequence[float]) -> str:
 def id_of(key: bytes | None) -> str:
     """Decodes the plain id in a record's key.
 
-    >>> id_of(b"ada")
-    'ada'
-
     Raises:
         DecodeError: The key is missing, empty, or not valid UTF-8.
     """
@@ -170,11 +167,7 @@ def _text(one: Field, value: Any) -> str | None:
 
 
 def tables_of(settings: Attributes) -> dict[str, AttributeTable]:
-    """The tables of the sides that have a topic, users first.
-
-    >>> list(tables_of(Attributes(item_topic="items", item_fields=("brand",))))
-    ['item']
-    """
+    """The tables of the sides that have a topic, users first."""
     return {
         side: AttributeTable(side, fields_of(getattr(settings, f"{side}_fields")))
         for side in SIDES

@@ -55,11 +55,7 @@ class Kernels:
         return f"compiling kernels, {self.ready} of {self.total}"
 
     def prepare(self, stopping: Callable[[], bool] = lambda: False) -> None:
-        """Prepares all kernels in this thread; returns early if the process is stopping.
-
-        Args:
-            stopping: Whether the process is stopping.
-        """
+        """Prepares all kernels in this thread; returns early if the process is stopping."""
         waiting = deque(self.wanted())
         begin_s = said_s = time.monotonic()
         self.total, self.ready = len(waiting), 0

@@ -53,9 +53,5 @@ def field_of(written: str) -> Field:
 
 
 def fields_of(written: Sequence[str]) -> tuple[Field, ...]:
-    """Parses the attributes of one side, in order.
-
-    Raises:
-        ValueError: An attribute has another form.
-    """
+    """Parses the attributes of one side, in order."""
     return tuple(field_of(one) for one in written)

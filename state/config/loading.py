@@ -346,11 +346,7 @@ def _unused(settings: Settings, names: Sequence[str], wanted: str) -> Iterator[C
 
 
 def repeated(values: Sequence[str]) -> str | None:
-    """The first value that is repeated; None if all differ.
-
-    >>> repeated(["view", "cart", "view"]), repeated(["view"])
-    ('view', None)
-    """
+    """The first value that is repeated; None if all differ."""
     return next((one for place, one in enumerate(values) if one in values[:place]), None)
 
 

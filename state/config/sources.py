@@ -103,11 +103,7 @@ def is_gone(name: str, value: Any, origin: str) -> bool:
 
 
 def as_list(text: str) -> list[Any]:
-    """The elements of a list written as text: with commas, or as JSON where an element has one.
-
-    >>> as_list("view, cart"), as_list("[60, 120]"), as_list('["category=a,b"]')
-    (['view', 'cart'], [60, 120], ['category=a,b'])
-    """
+    """The elements of a list written as text: with commas, or as JSON where an element has one."""
     if text.lstrip().startswith("["):
         with contextlib.suppress(ValueError):
             return list(json.loads(text))
@@ -247,20 +243,12 @@ def _nearest_key(key: str, known: Mapping[str, object]) -> str:
 
 
 def nearest(name: str, candidates: Mapping[str, object]) -> str:
-    """The candidate most similar to `name`.
-
-    >>> nearest("kafka.prot", {"kafka.port": 1, "kafka.group": 2})
-    'kafka.port'
-    """
+    """The candidate most similar to `name`."""
     return difflib.get_close_matches(name, list(candidates), n=1, cutoff=0.0)[0]
 
 
 def line_numbers(text: str) -> dict[str, int]:
-    r"""The line of each `[section]` and of each key of a TOML text; tomllib keeps none.
-
-    >>> line_numbers("[kafka]\n\nport = 9192\n")
-    {'kafka': 1, 'kafka.port': 3}
-    """
+    r"""The line of each `[section]` and of each key of a TOML text; tomllib keeps none."""
     lines: dict[str, int] = {}
     section = ""
     for number, line in enumerate(text.splitlines(), 1):

@@ -31,12 +31,7 @@ def write(path: Path, data: bytes) -> None:
 
 
 def replace(path: Path, data: bytes, temporary: Path | None = None) -> None:
-    """Creates or replaces a file; durable when this returns.
-
-    Args:
-        path: The file.
-        data: Its new content.
-        temporary: A path on the same file system that no other writer uses; None if the file has one writer at a time.
+    """Creates or replaces a file; durable when this returns. Without `temporary` the file must have one writer at a time.
 
     Raises:
         OSError: The disk refused; the old file is unchanged.
@@ -53,12 +48,7 @@ def replace(path: Path, data: bytes, temporary: Path | None = None) -> None:
 
 
 def create(path: Path, data: bytes, temporary: Path) -> bool:
-    """Creates a file durably and returns True, or False if it exists. Of concurrent callers one gets True.
-
-    Args:
-        path: The file.
-        data: Its content.
-        temporary: A path on the same file system that no other writer uses.
+    """Creates a file durably and returns True, or False if it exists. Of concurrent callers one gets True. No other writer may use `temporary`.
 
     Raises:
         OSError: The disk refused; nothing was created.
@@ -117,11 +107,7 @@ def sync_tree(path: Path) -> None:
 
 
 def exchange(one: Path, other: Path) -> None:
-    """Exchanges the names of two directories, atomically if the file system can; else `other` is missing for a moment.
-
-    Raises:
-        OSError: The exchange failed.
-    """
+    """Exchanges the names of two directories, atomically if the file system can; else `other` is missing for a moment."""
     renamed = _LIBC.renameat2(_HERE, os.fsencode(one.absolute()), _HERE, os.fsencode(other.absolute()), _EXCHANGE)
     if renamed == 0:
         return
@@ -137,11 +123,7 @@ def owner_mark() -> str:
 
 
 def is_dead(mark: str) -> bool:
-    """Whether the process that `owner_mark` identified has ended; a process of another host counts as alive.
-
-    >>> is_dead(owner_mark()), is_dead(f"{HOST}@{2**22 + 1}@0.00")
-    (False, True)
-    """
+    """Whether the process that `owner_mark` identified has ended; a process of another host counts as alive."""
     host, pid, started = mark.rsplit("@", 2)
     if host != HOST:
         return False

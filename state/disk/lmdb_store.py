@@ -35,6 +35,9 @@ MAX_READERS = 512
 AT_ONCE = 4096
 """Entries per transaction of `compact`. LMDB keeps memory for as many pages as its largest transaction changed."""
 
+PAGES_MS = 600_000
+"""Least time between two compactions of a store after erasures: LMDB keeps deleted data on free pages of its file."""
+
 FORMAT = b"format"
 _DAMAGED = (lmdb.CorruptedError, lmdb.InvalidError, lmdb.PageNotFoundError, lmdb.VersionMismatchError)
 _logger = logging.getLogger(__name__)
@@ -131,10 +134,6 @@ class LmdbStore:
     def open_anew(cls, path: Path, *arguments: Any) -> Self:
         """Opens a derived store for its writer; a store that cannot be trusted is replaced by an empty one.
 
-        Args:
-            path: Its directory.
-            *arguments: The other arguments of the class.
-
         Raises:
             StoreError: The store cannot be opened.
         """
@@ -202,10 +201,6 @@ class LmdbStore:
         """Writes a snapshot of the store to an open file or pipe. Unchanged pages keep their position and content.
 
         Commits continue meanwhile, but pages that they free are not reused until the copy ends.
-
-        Raises:
-            StoreFull: The disk is full.
-            UnusableDisk: The disk refused for another reason.
         """
         try:
             self._env.copyfd(handle)
@@ -279,13 +274,7 @@ class LmdbStore:
 
     @contextmanager
     def _write(self) -> Iterator[lmdb.Transaction]:
-        """A write transaction, committed at the end of the block; an exception leaves the store unchanged.
-
-        Raises:
-            StoreFull: The map or the disk is full; nothing was changed.
-            CorruptStore: The store is damaged.
-            UnusableDisk: The disk refused the write; nothing was changed.
-        """
+        """A write transaction, committed at the end of the block; an exception leaves the store unchanged."""
         try:
             with self._env.begin(write=True) as transaction:
                 yield transaction
@@ -400,9 +389,5 @@ def keys_with(cursor: lmdb.Cursor, prefix: bytes, start: bytes, limit: int) -> l
 
 
 def pages_bytes(stat: Mapping[str, Any]) -> int:
-    """The size of the pages that a database uses, from LMDB's statistics.
-
-    >>> pages_bytes({"psize": 4096, "branch_pages": 1, "leaf_pages": 3, "overflow_pages": 0})
-    16384
-    """
+    """The size of the pages that a database uses, from LMDB's statistics."""
     return int(stat["psize"] * (stat["branch_pages"] + stat["leaf_pages"] + stat["overflow_pages"]))

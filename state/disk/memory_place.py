@@ -44,13 +44,7 @@ IN_MEMORY = ("tmpfs", "ramfs")
 
 @dataclass(frozen=True)
 class Place:
-    """The location of one store.
-
-    Attributes:
-        path: The store's own directory.
-        in_memory: Whether it is in memory.
-        why: Why it is not in memory, if the settings do not ask for that; else empty.
-    """
+    """The location of one store. `why` says why it is not in memory, if the settings do not ask for that."""
 
     path: Path
     in_memory: bool
@@ -110,9 +104,6 @@ def home(parent: Path, link: Path) -> Path:
     """The path of a link's store in `parent`, in a directory that no other link has.
 
     A link at the same path in another container gets another directory.
-
-    Raises:
-        OSError: The link's directory is missing.
     """
     whole = link.parent.resolve()
     status = whole.stat()
@@ -121,11 +112,7 @@ def home(parent: Path, link: Path) -> Path:
 
 
 def own(store: Path) -> Path:
-    """Creates the directory that contains a store, accessible only by its owner; returns `store`.
-
-    Raises:
-        OSError: It cannot be created, or belongs to another user.
-    """
+    """Creates the directory that contains a store, accessible only by its owner; returns `store`."""
     folder = store.parent
     try:
         folder.mkdir(mode=0o700)
@@ -152,15 +139,11 @@ def current(link: Path) -> Place | None:
 
 
 def settle(link: Path, place: Place) -> None:
-    """Points the link to `place`, and removes every other store of this link.
+    """Points the link to `place`, and removes every other store of this link. The caller holds the directory's lock.
 
     1. An existing store at `place` that the link does not point to is stale, and removed.
     2. The link is replaced atomically: a reader finds the old store or the new one.
     3. The other stores are removed; processes that have them open can still read them.
-
-    Args:
-        link: A link in a directory whose lock is held.
-        place: The new location.
 
     Raises:
         OSError: The disk refused.
@@ -187,11 +170,7 @@ def settle(link: Path, place: Place) -> None:
 
 
 def note(store: Path, link: Path) -> None:
-    """Records next to a store in memory which link leads to it. If that link is gone, the store may be removed.
-
-    Raises:
-        OSError: There is no room.
-    """
+    """Records next to a store in memory which link leads to it. If that link is gone, the store may be removed."""
     (store.parent / LINK).write_text(str(link.absolute()))
 
 
@@ -231,12 +210,7 @@ def is_open(store: Path) -> bool:
 
 
 def remove_forgotten(memory: str, now_s: float | None = None) -> list[Path]:
-    """Removes stores in memory whose link is gone or leads elsewhere; returns their directories.
-
-    Args:
-        memory: The directory to search, `storage.memory_dir`.
-        now_s: Wall clock; directories younger than a minute stay.
-    """
+    """Removes stores in `memory` whose link is gone or leads elsewhere; returns their directories. Those younger than a minute stay."""
     now_s = time.time() if now_s is None else now_s
     return [one for one in _folders_in(memory) if _is_forgotten(one, now_s) and _gone(one)]
 
@@ -250,11 +224,7 @@ def size(store: Path) -> int:
 
 
 def disk_kind(path: Path) -> str:
-    """The file system type of `path`, such as ext4 or tmpfs; empty if it is unknown.
-
-    Raises:
-        OSError: There is no such path.
-    """
+    """The file system type of `path`, such as ext4 or tmpfs; empty if it is unknown."""
     path = path.resolve(strict=True)
     mounts = {Path(one.mountpoint): one.fstype for one in psutil.disk_partitions(all=True)}
     return next((mounts[one] for one in (path, *path.parents) if one in mounts), "")

@@ -96,16 +96,13 @@ class MemoryStore(LmdbStore):
 def enter(link: Path, memory: str, boot_id: str | None = None) -> Place:
     """Moves a link's store into memory if there is room, before its writer opens it; else it stays on the disk.
 
+    The caller holds the lock of the link's directory.
+
     1. Remove what a crash left next to the link.
     2. A store already in memory stays there if it has room to grow. A store that a power cut removed, or may have
        damaged, stays as it is: opening it reports the error.
     3. Copy a store on the disk into memory. Move a store in memory without room to the disk, if that has room.
     4. Replace the store by the link, durably before the first commit, and remove the source of the copy.
-
-    Args:
-        link: A link in a directory whose lock is held.
-        memory: `storage.memory_dir`.
-        boot_id: The boot id of this machine; by default the kernel's.
 
     Raises:
         StoreError: The store belongs to another state directory that is in use.
@@ -169,11 +166,7 @@ def _load(link: Path, place: Place) -> str:
 
 
 def land(link: Path, copy: Path) -> None:
-    """Replaces a link by a directory next to it, and removes the store in memory; open readers can still read that.
-
-    Raises:
-        OSError: The disk refused.
-    """
+    """Replaces a link by a directory next to it, and removes the store in memory; open readers can still read that."""
     before = memory_place.target_of(link)
     _exchange(copy, link)
     killpoints.reach("memory.landed")
@@ -183,11 +176,7 @@ def land(link: Path, copy: Path) -> None:
 
 
 def bring_back(link: Path) -> None:
-    """Moves a link's store, which no process writes, from memory to the disk; removes a dangling link.
-
-    Raises:
-        OSError: There is no room.
-    """
+    """Moves a link's store, which no process writes, from memory to the disk; removes a dangling link."""
     before = memory_place.target_of(link)
     if before is None:
         return

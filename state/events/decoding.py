@@ -103,11 +103,7 @@ def why(value: bytes, error: Exception) -> Reason:
 
 
 def load_decoder(settings: EventSettings) -> Decoder:
-    """Loads the decoder that `events.decoder` names.
-
-    Raises:
-        SettingsError: There is no such function.
-    """
+    """Loads the decoder that `events.decoder` names."""
     return cast(Decoder, load_named(settings.decoder, "events.decoder")(settings))
 
 

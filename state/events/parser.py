@@ -216,12 +216,7 @@ class _Columns(NamedTuple):
 
 
 class Parser:
-    """Turns records into events. For one thread; its only state is caches and announced names.
-
-    Args:
-        settings: The section `[events]`.
-        salt: The salt of the user pseudonyms.
-    """
+    """Turns records into events under the section `[events]`. For one thread; its only state is caches and announced names."""
 
     def __init__(self, settings: EventSettings, salt: Salt) -> None:
         self._settings = settings
@@ -242,11 +237,7 @@ class Parser:
         self._contexts: dict[tuple[str, str], int] = {}
 
     def parse(self, batches: Sequence[PartitionBatch]) -> EventBatch:
-        """Turns the result of one poll into events and dead letters, with the outcomes of every position.
-
-        Args:
-            batches: Contiguous ranges of partitions with their records.
-        """
+        """Turns the result of one poll into events and dead letters, with the outcomes of every position."""
         for table in (self._users, self._items, self._categories):
             table.begin()
         found: list[_Columns] = []
@@ -496,11 +487,7 @@ class Parser:
 
 
 def label_column(labels: list[Any]) -> NDArray[np.float32] | None:
-    """A column of labels, `[n]` float32 with NaN for None; None if a label is invalid.
-
-    >>> label_column([None, True, 0.5]), label_column([2.0])
-    (array([nan, 1. , 0.5], dtype=float32), None)
-    """
+    """A column of labels, `[n]` float32 with NaN for None; None if a label is invalid."""
     unknown = labels.count(None)
     if unknown == len(labels):
         return np.full(unknown, np.nan, np.float32)

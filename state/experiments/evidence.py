@@ -3,7 +3,7 @@
 An engagement counts for the arm and the step of its user's last exposure before
 it became known. Times are by the clocks of this system's own processes. The rate
 is engagements per answer. Arms are compared within each step, because users behave
-differently at different hours (`state/statistics/strata.py`). The variance is
+differently at different hours (`state/statistics/arms.py`). The variance is
 that of sums per user.
 
 Failures, latencies and the sample ratio are those of the newest step. A user who
@@ -22,10 +22,9 @@ from numpy.typing import NDArray
 
 from state.experiments.exposure import ARMS, LIVE, TRIAL, Arm, Exposure
 from state.statistics import arms
-from state.statistics.arms import Contrast
+from state.statistics.arms import Contrast, StratifiedArm, stratified
 from state.statistics.confidence_sequence import ALPHA, BlockSums
 from state.statistics.sample_ratio import SampleRatio
-from state.statistics.strata import StratifiedArm, stratified
 
 MOST_USERS = 1_000_000
 """Users that are tracked, up to 500 bytes each. Later users count only for failures and latencies."""

@@ -12,7 +12,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import lmdb
@@ -21,7 +21,7 @@ import numpy as np
 from state.config.settings import Settings
 from state.disk import memory_place
 from state.disk.clean_mark import CleanMark
-from state.disk.lmdb_store import keys_with, pages_bytes, put_all
+from state.disk.lmdb_store import PAGES_MS, keys_with, pages_bytes, put_all
 from state.disk.memory_store import MemoryStore, enter
 from state.errors import CorruptStore
 from state.features.erased import Erased
@@ -31,12 +31,41 @@ from state.history.actions import Numbering
 from state.history.appends import Appends
 from state.history.chunks import EVENT_BYTES, Ends, IsOld, Removed, by_user, prefix_of, remove
 from state.history.counts import Counts, move, summed
-from state.history.forgetting import FORGOTTEN, ForgottenUsers
 from state.history.rewind import Rewind, Since, lacking, write_back
 from state.history.waiting import WaitingRows, place_of
 from state.layout import HISTORIES
 from state.positions import Range, Source
 from state.storage.shares import map_bytes
+
+FORGOTTEN = "erased"  # name of the store's extra
+
+
+@dataclass(frozen=True)
+class ForgottenUsers:
+    """How far a store has applied erasures.
+
+    Attributes:
+        through: The last erasure whose users' records are removed.
+        pages: The last erasure whose users' records are also gone from free pages.
+        paged_ms: When the store was last compacted, wall clock.
+    """
+
+    through: int = 0
+    pages: int = 0
+    paged_ms: int = 0
+
+    def due_ms(self) -> int | None:
+        """When the store is due for compaction; None if it is not needed."""
+        return None if self.pages >= self.through else self.paged_ms + PAGES_MS
+
+    def to_json(self) -> bytes:
+        """Encodes it as the store keeps it."""
+        return json.dumps(asdict(self)).encode()
+
+    @classmethod
+    def from_json(cls, value: bytes | None) -> ForgottenUsers:
+        """Decodes the output of `to_json`; None if nothing was erased yet."""
+        return cls() if value is None else cls(**json.loads(value))
 
 
 class HistoryStore(MemoryStore):

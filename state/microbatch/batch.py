@@ -126,21 +126,13 @@ class Known:
 
 
 def happened(kind: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which rows are events at their own offset, for histories.
-
-    >>> happened(np.array([Kind.ROW, Kind.FEEDBACK, Kind.JOINED], np.uint8)).tolist()
-    [True, True, False]
-    """
+    """Which rows are events at their own offset, for histories."""
     found: NDArray[np.bool_] = kind < Kind.JOINED
     return found
 
 
 def trained(kind: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Which rows are learned from.
-
-    >>> trained(np.array([Kind.ROW, Kind.OPENED, Kind.EXPIRED], np.uint8)).tolist()
-    [True, False, True]
-    """
+    """Which rows are learned from."""
     found: NDArray[np.bool_] = (kind == Kind.ROW) | (kind >= Kind.JOINED)
     return found
 

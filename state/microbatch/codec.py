@@ -94,11 +94,7 @@ def encode(header: Header, columns: Columns) -> bytes:
 
 
 def decode(value: bytes) -> MicroBatch:
-    """Decodes a micro-batch; its arrays are read-only views of the decoded buffers.
-
-    Raises:
-        MicroBatchError: `value` is no micro-batch of a format that this release reads, or is inconsistent.
-    """
+    """Decodes a micro-batch; its arrays are read-only views of the decoded buffers."""
     with damage_reported(value), pa.ipc.open_stream(pa.py_buffer(value), options=_READ) as reader:
         document = document_of(reader.schema)
         batch = reader.read_next_batch()
@@ -114,11 +110,7 @@ def decode(value: bytes) -> MicroBatch:
 
 @contextmanager
 def damage_reported(value: bytes) -> Iterator[None]:
-    """Converts the errors that Arrow raises in the block for a damaged `value` to `MicroBatchError`.
-
-    Raises:
-        MicroBatchError: `value` is no micro-batch.
-    """
+    """Converts the errors that Arrow raises in the block for a damaged `value` to `MicroBatchError`."""
     try:
         yield
     # Arrow raises its own tree, OSError, StopIteration and KeyError for a damaged stream.
@@ -231,11 +223,7 @@ _OPTIONS = pa.ipc.IpcReadOptions(use_threads=False, included_fields=_NUMBERS)
 
 
 def glance(value: bytes) -> MicroBatch:
-    """The micro-batch in `value` with only the columns `LOOKED_AT`; the other columns are zero or empty.
-
-    Raises:
-        MicroBatchError: `value` is no micro-batch of a format that this release reads.
-    """
+    """The micro-batch in `value` with only the columns `LOOKED_AT`; the other columns are zero or empty."""
     with damage_reported(value), pa.ipc.open_stream(pa.py_buffer(value), options=_OPTIONS) as reader:
         document = document_of(reader.schema)
         batch = reader.read_next_batch()
@@ -337,10 +325,6 @@ class Frames:
 
     Attributes:
         ended: Whether the end marker has arrived.
-
-    >>> frames = Frames()
-    >>> [list(frames.take(part)) for part in (framed(b"one") + framed(b"two")[:5], b"wo" + END)], frames.ended
-    ([[b'one'], [b'two']], True)
     """
 
     def __init__(self) -> None:

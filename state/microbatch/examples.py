@@ -54,15 +54,7 @@ BATCH_ROWS = 1024
 
 
 def shapes(spec: FeatureSpec, fields: int) -> dict[str, tuple[type, tuple[int, ...]]]:
-    """Type and shape of each feature of an example, in order.
-
-    Args:
-        spec: Defines the D features, the L categories and the F windows of each.
-        fields: K, the number of context fields.
-
-    >>> shapes(FeatureSpec(), 0)["label_windows"]
-    (<class 'int'>, (360,))
-    """
+    """Type and shape of each feature of an example, in order."""
     found: dict[str, tuple[type, tuple[int, ...]]] = {
         **dict.fromkeys((*IDS, "action", "at_ms", "offset"), (int, ())),
         "label": (float, ()),
@@ -93,11 +85,7 @@ def schema(spec: FeatureSpec, fields: int) -> Any:
 
 
 def record_batch(every: Columns) -> pa.RecordBatch:
-    """Converts the rows that are learned from to the Arrow columns that tfx-bsl encodes as examples.
-
-    Args:
-        every: The columns of a micro-batch by name.
-    """
+    """Converts the rows that are learned from to the Arrow columns that tfx-bsl encodes as examples."""
     keep = trained(every["kind"])
     found = {name: column[keep] for name, column in every.items()}
     count = int(keep.sum())

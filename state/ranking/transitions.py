@@ -310,10 +310,6 @@ def from_stored(stored: Sequence[bytes | None]) -> tuple[I32, Lists]:
 
     Returns:
         `[n]` int32, the index of each category's list, 0 for none; and the lists. List 0 is that of no category.
-
-    >>> at, lists = from_stored([None, np.ones(WIDTH, "<f4").tobytes(), b"1234"])
-    >>> at.tolist(), lists.counts[:, 0].tolist()
-    ([0, 1, 0], [0, 1])
     """
     fitting = [place for place, row in enumerate(stored) if row is not None and len(row) == 4 * WIDTH]
     at = np.zeros(len(stored), np.int32)

@@ -105,12 +105,7 @@ Databases = Mapping[str, lmdb._Database]
 
 @dataclass
 class LastServed:
-    """Cache of the last parsed version record, which most readers request again.
-
-    Attributes:
-        pointer: Version and serial that the store's pointer had then.
-        record: The record of that version.
-    """
+    """Cache of the last parsed version record, which most readers request again, and of the pointer that it was read for."""
 
     pointer: bytes = b""
     record: Served | None = None
@@ -123,11 +118,7 @@ def stored(transaction: lmdb.Transaction, key: bytes, database: lmdb._Database) 
 
 
 def required(transaction: lmdb.Transaction, version: int, database: lmdb._Database) -> bytes:
-    """The value that a database has for an applied version.
-
-    Raises:
-        UnknownVersion: The version is not applied.
-    """
+    """The value that a database has for an applied version."""
     value = stored(transaction, u64(version), database)
     if value is None:
         raise UnknownVersion(f"version {version} is not applied here", "apply it before it is served")
@@ -135,13 +126,7 @@ def required(transaction: lmdb.Transaction, version: int, database: lmdb._Databa
 
 
 class RowReader:
-    """One read transaction: everything it returns is of one snapshot. Use it from one thread only.
-
-    Args:
-        transaction: The transaction.
-        databases: The store's databases, by name.
-        last: Cache that the store's readers share.
-    """
+    """One read transaction: everything it returns is of one snapshot. Use it from one thread only. Readers of a store share `last`."""
 
     def __init__(self, transaction: lmdb.Transaction, databases: Databases, last: LastServed) -> None:
         self._transaction = transaction

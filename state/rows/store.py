@@ -10,10 +10,15 @@
 A base gets a lane of its own, of which there are 32; deltas use their parent's lane. Entries of other lanes are never
 visible, and a lane without versions is deleted. A version whose writing was interrupted is rolled back (`take_back`).
 
-Old versions are forgotten in one short transaction. Rows that only they needed are deleted afterwards, a few at a time.
-What a forgotten version wrote counts as written by the next retained one. So each retained version knows which rows
-have entries since its predecessor, and only those are checked when it is forgotten too. The list of rows to check is in
+Old versions are dropped in one short transaction. Rows that only they needed are deleted afterwards, a few at a time.
+What a dropped version wrote counts as written by the next retained one. So each retained version knows which rows
+have entries since its predecessor, and only those are checked when it is dropped too. The list of rows to check is in
 memory. If the process ends first, those rows keep one entry too many until their next check.
+
+Each retained version must keep reading the same values of an embedding row. Version numbers only grow. After a rollback
+to version 30 the next epoch begins at, say, 51 with parent 30. The versions that version 52 may see are then closed
+intervals, newest first: `((51, 52), (1, 30))`. Versions 31 to 50 are abandoned: their rows may still be stored, but no
+reader of 52 sees them.
 
 For erased users every earlier entry is deleted, in all lanes, whatever version still reads it.
 
@@ -42,10 +47,22 @@ from state.disk.lmdb_store import LmdbStore
 from state.errors import StoreError, UnknownVersion
 from state.features.erased import Erased
 from state.process import killpoints
-from state.registry.manifest import Manifest, Visible
+from state.registry.manifest import Manifest, Visible, sees
 from state.rows.reader import Databases, LastServed, RowReader, Served, required, stored
-from state.rows.sweep import Branch, branches_of, delete_dead_lanes, has_rows, sweep_row
-from state.rows.tables import CODES, LANES, OWN, TABLES, TOP, lane_of, row_keys, stem, tables_in, u64, version_of
+from state.rows.tables import (
+    CODES,
+    LANES,
+    OWN,
+    TABLES,
+    TOP,
+    lane_of,
+    lane_start,
+    row_keys,
+    stem,
+    tables_in,
+    u64,
+    version_of,
+)
 
 if TYPE_CHECKING:
     # Its kernels load a compiler, which commands do without.
@@ -71,11 +88,7 @@ WRITTEN_AT_ONCE = 250
 
 
 def rows_of(parts: Sequence[Changes]) -> Changes:
-    """Each row once, by table and id.
-
-    >>> rows_of([np.array([[1, 1], [9, 7]], np.uint64), np.array([[1], [9]], np.uint64)]).tolist()
-    [[1, 1], [7, 9]]
-    """
+    """Each row once, by table and id."""
     tables, ids = np.concatenate([np.empty((2, 0), np.uint64), *parts], axis=1)
     found = [np.empty((2, 0), np.uint64)]
     for table in np.unique(tables):
@@ -85,11 +98,7 @@ def rows_of(parts: Sequence[Changes]) -> Changes:
 
 
 def heirs_of(gone: Sequence[int], stay: Sequence[int]) -> dict[int | None, list[int]]:
-    """The forgotten versions by the next retained one, None if there is none; both ascending.
-
-    >>> heirs_of([1, 2, 4, 9], [3, 7])
-    {3: [1, 2], 7: [4], None: [9]}
-    """
+    """The dropped versions by the next retained one, None if there is none; both ascending."""
     found: dict[int | None, list[int]] = {}
     for version in gone:
         place = bisect_left(stay, version)
@@ -98,13 +107,7 @@ def heirs_of(gone: Sequence[int], stay: Sequence[int]) -> dict[int | None, list[
 
 
 class Entries(NamedTuple):
-    """The rows of one version.
-
-    Attributes:
-        pairs: Key and value of each, those of a table in the order of their keys.
-        changes: `[2, k]` uint64, table and id of each.
-        dims: By table the width of its rows, of tables that have some.
-    """
+    """The rows of one version: key and value of each, `[2, k]` uint64 table and id of each, and the width of each table's rows."""
 
     pairs: list[tuple[bytes, bytes]]
     changes: NDArray[np.uint64]
@@ -112,13 +115,7 @@ class Entries(NamedTuple):
 
 
 def entries_of(tensors: Mapping[str, NDArray[Any]], lane: int, version: int) -> Entries:
-    """The entries of a version's rows, and empty ones of those that it removed.
-
-    Args:
-        tensors: `<table>.ids` `[k]` uint64, `<table>.rows` `[k, dim]` float32, `<table>.removed` `[r]` uint64.
-        lane: The lane of the entries.
-        version: The version that wrote them.
-    """
+    """The entries of a version's rows, and empty ones of those that it removed."""
     pairs, dims = list[tuple[bytes, bytes]](), dict[str, int]()
     changes = [np.empty((2, 0), np.uint64)]
     for name in tables_in(tensors):
@@ -138,11 +135,7 @@ def entries_of(tensors: Mapping[str, NDArray[Any]], lane: int, version: int) -> 
 
 
 def pieces(text: bytes, size: int) -> list[bytes]:
-    """`text` in pieces of `size` bytes.
-
-    >>> pieces(b"abcdef", 2)
-    [b'ab', b'cd', b'ef']
-    """
+    """`text` in pieces of `size` bytes."""
     return [text[at : at + size] for at in range(0, len(text), size)]
 
 
@@ -190,24 +183,14 @@ def put_dense(
     transaction.put(u64(version), listed.tobytes(), db=databases["popular"])
 
 
-def erase(
+def forget(
     transaction: lmdb.Transaction,
     databases: Mapping[str, lmdb._Database],
     erased: Erased,
     crosses: Crosses,
     version: int | None = None,
 ) -> int:
-    """Deletes entries of erased users that versions from before the erasures wrote; returns how many.
-
-    Serving at such a version leaves these users' rows out anyway.
-
-    Args:
-        transaction: Of the store.
-        databases: The store's, by name.
-        erased: The erasures.
-        crosses: With the columns of the settings.
-        version: Only what this version wrote; None for all stored versions, which is recorded.
-    """
+    """See `RowStore.forget`."""
     rows, deleted = databases["rows"], 0
     records = [Served.parse(record) for _, record in transaction.cursor(databases["versions"])]
     known = [ids_in(transaction, rows, table) for table in ("item", "category", "context")]
@@ -279,6 +262,114 @@ def _lanes(cursor: lmdb.Cursor) -> Iterator[int]:
         lane = lane_of(bytes(cursor.key()))
         yield lane
         found = cursor.set_range(bytes([lane << 3 | OWN]) + b"\xff" * 21)
+
+
+class Branch(NamedTuple):
+    """Retained versions of one branch, ascending, its first version after the branch point, and the intervals that they see before it."""
+
+    start: int
+    before: Visible
+    versions: list[int]
+
+
+def branches_of(retained: Mapping[int, Visible]) -> list[Branch]:
+    """The branches that the `retained` versions are on.
+
+    >>> branches_of({52: ((51, 52), (1, 30)), 29: ((1, 29),), 30: ((1, 30),)})
+    [Branch(start=1, before=(), versions=[29, 30]), Branch(start=51, before=((1, 30),), versions=[52])]
+    """
+    found: dict[tuple[int, Visible], list[int]] = {}
+    for version in sorted(retained):
+        (start, _), *before = retained[version]
+        found.setdefault((start, tuple(before)), []).append(version)
+    return [Branch(*line, versions) for line, versions in found.items()]
+
+
+def newest_visible(versions: Iterable[int], visible: Visible) -> int | None:
+    """The first of `versions` (newest first) that is inside `visible`, or None.
+
+    >>> newest_visible([52, 44, 12, 3], ((51, 51), (1, 30)))
+    12
+    """
+    for version in versions:
+        if sees(visible, version):
+            return version
+    return None
+
+
+def needed(versions: Sequence[int], branches: Iterable[Branch]) -> set[int]:
+    """The entries of one row (their versions, newest first) that some retained version reads.
+
+    >>> needed([9, 7, 5, 2], [Branch(1, (), [6, 7, 8])]) == {7, 5}
+    True
+    >>> needed([52, 44, 12, 3], [Branch(51, ((1, 30),), [51, 53])]) == {52, 12}
+    True
+    """
+    kept: set[int] = set()
+    for start, before, readers in branches:
+        newer: int | None = None
+        for version in versions:
+            if version < start:
+                break
+            # The oldest reader that may see it reads it, unless a newer entry hides it.
+            place = bisect_left(readers, version)
+            if place < len(readers) and (newer is None or readers[place] < newer):
+                kept.add(version)
+            newer = version
+        if before and (newer is None or newer > readers[0]):
+            oldest = newest_visible(versions, before)
+            if oldest is not None:
+                kept.add(oldest)
+    return kept
+
+
+def sweep_row(cursor: lmdb.Cursor, start: bytes, branches: Sequence[Branch]) -> int:
+    """Deletes the entries of one row that no version reads.
+
+    Returns:
+        The newest tombstone that was dropped: no version up to it may be applied to this lane again. 0 if none was.
+    """
+    size = len(start)
+    entries: list[tuple[int, bool]] = []
+    found = cursor.set_range(start)
+    while found and (key := bytes(cursor.key()))[:size] == start:
+        entries.append((version_of(key), not cursor.value()))
+        found = cursor.next()
+    floor = 0
+    kept = needed([version for version, _ in entries], branches)
+    for version, empty in reversed(entries):
+        # A tombstone with nothing older under it is redundant, but no version up to it may be applied here again.
+        if version in kept and not empty:
+            break
+        if version in kept:
+            floor = max(floor, version)
+            kept.discard(version)
+    for version, _ in entries:
+        if version not in kept and cursor.set_key(start + u64(TOP - version)):
+            cursor.delete()
+    return floor
+
+
+def has_rows(transaction: lmdb.Transaction, rows: lmdb._Database, lane: int) -> bool:
+    """Whether a lane has any rows."""
+    cursor = transaction.cursor(rows)
+    return bool(cursor.set_range(lane_start(lane))) and lane_of(bytes(cursor.key())) == lane
+
+
+def delete_dead_lanes(transaction: lmdb.Transaction, rows: lmdb._Database, alive: set[int], at_most: int) -> set[int]:
+    """Deletes at most `at_most` rows of lanes without versions; returns those of these lanes that are empty then."""
+    empty = set(range(LANES)) - alive
+    for lane in sorted(empty):
+        cursor = transaction.cursor(rows)
+        cursor.set_range(lane_start(lane))
+        # The cursor has an empty key after the last row of all.
+        while (key := bytes(cursor.key())) and lane_of(key) == lane:
+            if not at_most:
+                empty.discard(lane)
+                break
+            cursor.delete()
+            at_most -= 1
+    return empty
 
 
 class RowStore(LmdbStore):
@@ -398,7 +489,7 @@ class RowStore(LmdbStore):
             killpoints.reach("rows.begun")
         with self._write() as transaction:
             # Its changes in the former lane count as written by the next version there.
-            _, left = self._forget(transaction, {manifest.version}) if is_here else (0, [])
+            _, left = self._drop(transaction, {manifest.version}) if is_here else (0, [])
             transaction.cursor(self._rows).putmulti(entries.pairs)
             transaction.delete(BEGUN, db=self._meta)
             transaction.put(u64(manifest.version), entries.changes.tobytes(), db=self._changes)
@@ -435,11 +526,7 @@ class RowStore(LmdbStore):
         transaction.put(b"served", u64(version) + u64(record.serial), db=self._meta)
 
     def serve(self, version: int) -> None:
-        """Moves the pointer: from now on serving uses `version`.
-
-        Raises:
-            UnknownVersion: It is not applied here.
-        """
+        """Moves the pointer: from now on serving uses `version`. Raises UnknownVersion if it is not applied here."""
         self.steer({}, version)
 
     def steer(self, notes: Mapping[str, bytes], version: int | None = None) -> None:
@@ -467,46 +554,27 @@ class RowStore(LmdbStore):
         )
 
     def sweep(self, horizon_ms: int, keep: Sequence[int] = ()) -> int:
-        """Forgets versions applied before `horizon_ms`, and deletes the rows that only they could see.
-
-        The served version and those of `keep` stay.
-
-        Args:
-            horizon_ms: Versions applied at or after this time stay.
-            keep: Versions that stay whatever their age.
-
-        Returns:
-            How many versions were forgotten.
-        """
+        """Drops versions applied before `horizon_ms` except the served one and those of `keep`, and deletes the rows that only they could see. Returns how many."""
         with self.reader() as reader:
             old = [one.version for one in reader.versions() if one.applied_at_ms < horizon_ms]
-        forgotten = self.forget(set(old) - {*keep})
+        dropped = self.drop(set(old) - {*keep})
         while self.tidy():
             pass
-        return forgotten
+        return dropped
 
-    def forget(self, versions: Collection[int]) -> int:
-        """Forgets these versions except the served one, with their dense weights; `tidy` deletes their leftover rows.
-
-        Returns:
-            How many there were.
-
-        Raises:
-            StoreFull: Nothing was changed.
-        """
+    def drop(self, versions: Collection[int]) -> int:
+        """Drops these versions except the served one, with their dense weights; `tidy` deletes their leftover rows. Returns how many there were."""
         with self._write() as transaction:
             served = stored(transaction, b"served", self._meta) or bytes(8)
-            forgotten, left = self._forget(transaction, {*versions} - {int.from_bytes(served[:8], "big")})
+            dropped, left = self._drop(transaction, {*versions} - {int.from_bytes(served[:8], "big")})
         self._left += left
-        return forgotten
+        return dropped
 
     def _records(self, transaction: lmdb.Transaction) -> list[Served]:
         return [Served.parse(record) for _, record in transaction.cursor(self._versions)]
 
-    def _forget(
-        self, transaction: lmdb.Transaction, versions: Collection[int]
-    ) -> tuple[int, list[tuple[int, Changes]]]:
-        """Forgets versions; returns how many were stored, and by lane the rows to check once that is committed."""
+    def _drop(self, transaction: lmdb.Transaction, versions: Collection[int]) -> tuple[int, list[tuple[int, Changes]]]:
+        """Drops versions; returns how many were stored, and by lane the rows to check once that is committed."""
         records = self._records(transaction)
         gone = [one for one in records if one.version in versions]
         left: list[tuple[int, Changes]] = []
@@ -523,7 +591,7 @@ class RowStore(LmdbStore):
     def _hand_on(
         self, transaction: lmdb.Transaction, gone: Sequence[int], stay: Mapping[int, Visible]
     ) -> list[Changes]:
-        """Adds what forgotten versions of a lane wrote to what the next ones wrote; returns the rows to check."""
+        """Adds what dropped versions of a lane wrote to what the next ones wrote; returns the rows to check."""
         found = list[Changes]()
         one_branch = len(branches_of(stay)) == 1
 
@@ -546,14 +614,7 @@ class RowStore(LmdbStore):
         return bool(self._left) or self._dead_lanes
 
     def tidy(self, at_most: int | None = None) -> bool:
-        """Checks some rows of forgotten versions and deletes unread entries; returns whether rows are left to check.
-
-        Args:
-            at_most: How many rows, so that no version waits long; None for ROWS_AT_ONCE, and more if many are left.
-
-        Raises:
-            StoreFull: Unchecked rows are left to check.
-        """
+        """Checks at most `at_most` rows of dropped versions (by default ROWS_AT_ONCE or more), and deletes unread entries; returns whether rows are left to check."""
         if not self._has_left:
             return False
         if at_most is None:
@@ -595,10 +656,18 @@ class RowStore(LmdbStore):
                 self._put_floors(transaction, kept)
         self._dead_lanes = len(empty) + len(retained) < LANES
 
-    def erase(self, erased: Erased, crosses: Crosses, version: int | None = None) -> int:
-        """Deletes entries of erased users, of all versions or of one; see `erase`. Returns how many."""
+    def forget(self, erased: Erased, crosses: Crosses, version: int | None = None) -> int:
+        """Deletes entries of erased users that versions from before the erasures wrote; returns how many.
+
+        Serving at such a version leaves these users' rows out anyway.
+
+        Args:
+            erased: The erasures.
+            crosses: The crosses of the settings.
+            version: Only what this version wrote; None for all stored versions, which is recorded, see `erased`.
+        """
         with self._write() as transaction:
-            return erase(transaction, self._databases, erased, crosses, version)
+            return forget(transaction, self._databases, erased, crosses, version)
 
     def erased(self) -> int:
         """The last erasure whose users have no earlier entries here."""

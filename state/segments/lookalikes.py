@@ -55,20 +55,12 @@ class LookalikeList(msgspec.Struct, frozen=True):
 
 
 def write(folder: Path, segment: str, found: LookalikeList) -> None:
-    """Writes a segment's list; durable once its directory is in place and synced.
-
-    Raises:
-        OSError: The disk refused.
-    """
+    """Writes a segment's list; durable once its directory is in place and synced."""
     durable.write(folder / f"{segment}.json", sealed.encode(found))
 
 
 def read(folder: Path, segment: str) -> LookalikeList | None:
-    """Reads a segment's list; None if there is none.
-
-    Raises:
-        CorruptStore: It is damaged.
-    """
+    """Reads a segment's list; None if there is none."""
     path = folder / f"{segment}.json"
     try:
         return sealed.decode(path.read_bytes(), LookalikeList)

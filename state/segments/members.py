@@ -46,11 +46,7 @@ Member = tuple[str, int]
 
 
 def key_of(member: Member) -> bytes:
-    """The key of a record.
-
-    >>> key_of(("sporty", 0xAB))
-    b'00000000000000ab:sporty'
-    """
+    """The key of a record."""
     segment, user = member
     return b"%016x:%b" % (user, segment.encode())
 
@@ -103,12 +99,7 @@ LAST_USER = (1 << 64) - 1
 
 @dataclass(frozen=True)
 class SegmentsPlace:
-    """Position up to which the topic was read.
-
-    Attributes:
-        topic_id: Id of the topic; positions in another topic do not count.
-        next: Partition -> next offset.
-    """
+    """The topic, by its id, and the next offset of each partition up to which it was read."""
 
     topic_id: str
     next: Mapping[int, int]

@@ -4,19 +4,37 @@ The difference of two running means has, at two times s < t, a covariance equal 
 variance it is a random walk in the time 1 / variance, whatever shares of the rows the arms have and had. So the
 boundary of a single mean is valid (`confidence_sequence.py`). Its clock is the effective number of rows of the
 difference, 1 / (1 / n + 1 / m). A share that grows from 1 to 50 % causes no bias as long as user behaviour is constant.
-If behaviour changes with the hour, `strata.py` compares within each share.
+If behaviour changes with the hour meanwhile, the means over all rows differ although the arms do not (Simpson's
+paradox). So `stratified` compares within each period of constant shares, a stratum, and combines the results.
+
+The differences of the strata are weighted by their effective number of rows, 1 / (1 / n + 1 / m). This is
+post-stratification (Cochran, Sampling Techniques, 1977, chapter 5A). These numbers add up to the clock of the whole.
+Strata follow each other in time, so the weighted sum continues from one to the next, and the boundary of a single
+difference stays valid.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from state.statistics.confidence_sequence import ALPHA, PLANNED_ROWS, UNBOUNDED, half_width, tuning
+import numpy as np
+
+from state.statistics.confidence_sequence import (
+    ALPHA,
+    BLOCKS,
+    PLANNED_ROWS,
+    TELLING_BLOCKS,
+    UNBOUNDED,
+    BlockSums,
+    half_width,
+    tuning,
+)
 
 
 class ArmMean(Protocol):
-    """The mean of an arm: `BlockSums`, or those of several strata (`strata.py`)."""
+    """The mean of an arm: `BlockSums`, or a `StratifiedArm`."""
 
     @property
     def rows(self) -> float:
@@ -91,3 +109,44 @@ def lift(arm: ArmMean, other: ArmMean, alpha: float = ALPHA, planned_rows: float
 def _half(variance: float, arm: ArmMean, other: ArmMean, alpha: float, planned_rows: float) -> float:
     worth = 1 / (1 / arm.rows + 1 / other.rows)
     return half_width(variance, worth, tuning(planned_rows, alpha), alpha)
+
+
+class StratifiedArm(NamedTuple):
+    """An arm over all strata, in the form that `arms.difference` and `arms.lift` take.
+
+    Attributes:
+        rows: Effective number of rows of both arms together, as rows of each of two arms of equal size.
+        mean: The weighted mean of the strata's means.
+        variance: Variance of the mean, by blocks of users, whose rows may be in several strata.
+        telling: Whether enough blocks have enough data for an interval.
+    """
+
+    rows: float
+    mean: float
+    variance: float
+    telling: bool
+
+
+def stratified(strata: Sequence[tuple[BlockSums, BlockSums]]) -> tuple[StratifiedArm, StratifiedArm]:
+    """Combines both arms over all strata.
+
+    Args:
+        strata: The sums of both arms in each stratum. A stratum without rows of one arm is ignored.
+    """
+    known = [pair for pair in strata if pair[0].rows and pair[1].rows]
+    worths = [1 / (1 / one.rows + 1 / other.rows) for one, other in known]
+    whole = sum(worths)
+    first, second = (_arm([pair[place] for pair in known], [worth / whole for worth in worths]) for place in (0, 1))
+    return first._replace(rows=2 * whole), second._replace(rows=2 * whole)
+
+
+def _arm(sums: Sequence[BlockSums], weights: Sequence[float]) -> StratifiedArm:
+    totals, rows, apart = np.zeros(BLOCKS), np.zeros(BLOCKS, np.int64), np.zeros(BLOCKS)
+    for one, weight in zip(sums, weights, strict=True):
+        totals += one.totals
+        rows += one.counts
+        apart += weight * (one.totals - one.mean * one.counts) / one.rows
+    used = int(np.count_nonzero(rows))
+    variance = float((apart * apart).sum()) * used / (used - 1) if used > 1 else 0.0
+    mean = sum(weight * one.mean for one, weight in zip(sums, weights, strict=True))
+    return StratifiedArm(0.0, mean, variance, int(np.count_nonzero(totals)) >= TELLING_BLOCKS)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from state.positions import Range, Source, from_json, merge_ranges, positions_after, split_range, to_json
+from state.positions import Range, Source, from_json, merge_ranges, split_range, to_json
 
 CLICKS = Source("ab" * 16, 2)
 counts = st.integers(0, 50)
@@ -77,9 +77,3 @@ def test_a_bucket_survives_json_and_text() -> None:
 def test_a_damaged_range_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"topic_id|integer"):
         from_json(to_json(Range(CLICKS, 0, 1, rows=1)) | change)
-
-
-def test_the_next_position_is_that_of_the_last_range() -> None:
-    other = Source("ab" * 16, 0)
-    done = [Range(CLICKS, 0, 2, rows=2), Range(other, 4, 5, dead=1), Range(CLICKS, 2, 3, absent=1)]
-    assert positions_after(done) == {CLICKS: 3, other: 5}

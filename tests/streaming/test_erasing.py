@@ -6,11 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from state.disk.lmdb_store import LmdbStore
+from state.disk.lmdb_store import PAGES_MS, LmdbStore
 from state.errors import StoreFull
 from state.features.erased import Erased
 from state.features.masked_users import MaskedUsers
-from state.history.forgetting import PAGES_MS
 from state.history.rewinding import line_of
 from state.layout import CONTROL, HISTORIES
 from state.process import killpoints

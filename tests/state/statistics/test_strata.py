@@ -7,9 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from state.statistics.arms import difference, lift
+from state.statistics.arms import difference, lift, stratified
 from state.statistics.confidence_sequence import BlockSums
-from state.statistics.strata import stratified
 
 ALPHA, PLANNED = 0.05, 2_000
 TRIALS = 300
