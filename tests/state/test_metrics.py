@@ -18,7 +18,6 @@ from state.metrics import (
     PROCESSES,
     BuildMetrics,
     StreamMetrics,
-    WorkerMetrics,
     names,
     serve,
 )
@@ -50,12 +49,6 @@ def test_processes_do_not_share_a_name() -> None:
     for process in (*PROCESSES, *OF_EACH_PROCESS):
         process(registry)  # raises on a duplicate
     assert {"springtide_serving_weight_freshness_seconds", "springtide_serving_feature_freshness_seconds"} <= names()
-
-
-def test_two_registries_count_apart() -> None:
-    one, two = WorkerMetrics(CollectorRegistry()), WorkerMetrics(CollectorRegistry())
-    one.cold_starts.inc()
-    assert (one.cold_starts._value.get(), two.cold_starts._value.get()) == (1.0, 0.0)
 
 
 def test_metrics_are_offered_until_stopped() -> None:

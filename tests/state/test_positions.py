@@ -19,19 +19,14 @@ def ranges(draw: st.DrawFn, source: Source = CLICKS) -> Range:
     return Range(source, first, first + rows + dead + filtered + absent, rows, dead, filtered, absent)
 
 
-def test_an_offset_without_an_outcome_is_refused() -> None:
+@pytest.mark.parametrize(
+    ("next_offset", "rows", "dead"),
+    [(3, 1, 1), (1, 1, 1), (1, 2, -1)],
+    ids=["an offset without an outcome", "an offset with two", "a negative count hides a difference"],
+)
+def test_outcomes_that_do_not_add_up_are_refused(next_offset: int, rows: int, dead: int) -> None:
     with pytest.raises(ValueError, match="do not add up"):
-        Range(CLICKS, 0, 3, rows=1, dead=1)
-
-
-def test_an_offset_with_two_outcomes_is_refused() -> None:
-    with pytest.raises(ValueError, match="do not add up"):
-        Range(CLICKS, 0, 1, rows=1, dead=1)
-
-
-def test_negative_counts_cannot_hide_a_difference() -> None:
-    with pytest.raises(ValueError, match="do not add up"):
-        Range(CLICKS, 0, 1, rows=2, dead=-1)
+        Range(CLICKS, 0, next_offset, rows=rows, dead=dead)
 
 
 @given(ranges(), ranges())
@@ -42,14 +37,10 @@ def test_merging_adjacent_ranges_keeps_each_outcome(earlier: Range, other: Range
     assert merged.outcomes == {name: earlier.outcomes[name] + later.outcomes[name] for name in merged.outcomes}
 
 
-def test_ranges_with_a_hole_between_them_do_not_merge() -> None:
+@pytest.mark.parametrize(("source", "first"), [(CLICKS, 3), (Source("cd" * 16, 2), 2)], ids=["hole", "recreated topic"])
+def test_ranges_that_are_not_adjacent_do_not_merge(source: Source, first: int) -> None:
     with pytest.raises(ValueError, match="not adjacent"):
-        merge_ranges(Range(CLICKS, 0, 2, rows=2), Range(CLICKS, 3, 4, rows=1))
-
-
-def test_ranges_of_a_recreated_topic_do_not_merge() -> None:
-    with pytest.raises(ValueError, match="not adjacent"):
-        merge_ranges(Range(CLICKS, 0, 2, rows=2), Range(Source("cd" * 16, 2), 2, 3, rows=1))
+        merge_ranges(Range(CLICKS, 0, 2, rows=2), Range(source, first, first + 1, rows=1))
 
 
 @given(ranges(), st.data())
