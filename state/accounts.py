@@ -10,22 +10,7 @@ from state.positions import COUNTED, MOST_LEARNED, Source
 
 @dataclass(frozen=True)
 class StreamAccount:
-    """What the stream has committed, for one source or summed over sources.
-
-    Attributes:
-        positions: Offsets passed: from the first offset ever read to the next one.
-        rows: Offsets that became rows.
-        dead: Offsets sent to the dead letters.
-        filtered: Offsets left out on purpose.
-        absent: Offsets without a record.
-        gap: Offsets deleted unread, a loss that an operator accepted.
-        opened: Impressions whose label arrives later.
-        feedback: Outcomes, which update only the histories.
-        joined: Impressions that an outcome labelled.
-        expired: Impressions whose wait ended without an outcome.
-        dropped: Impressions that could not wait.
-        masked: Offsets that the mask of the control file left out.
-    """
+    """What the stream has committed, for one source or summed over sources: the outcomes of `Range`, and offsets passed."""
 
     positions: int
     rows: int
@@ -69,7 +54,7 @@ class TrainerAccount:
         duplicate: Rows seen before, by source position.
         in_flight: Rows not yet consumed, counted independently (log end minus the trainer's offset).
         masked: Rows that a mask left out.
-        gap: Source offsets that no record of the log contained, a loss that an operator accepted.
+        gap: Source offsets that no record contained, a loss that an operator accepted.
         other_features: Rows of a former feature spec, which an upgrade skipped.
     """
 

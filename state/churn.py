@@ -47,7 +47,7 @@ class Horizon(NamedTuple):
     Attributes:
         span_ms: The time without an event that counts as churn.
         stride_ms: The time between two moments of one user.
-        reach_ms: After this time without an event nothing is learned or answered.
+        reach_ms: The age from which on nothing is learned or answered.
     """
 
     span_ms: int
@@ -76,10 +76,6 @@ _MINUTE_MS = 60_000
 
 class ChurnInputs:
     """Computes the churn inputs for one feature spec.
-
-    Args:
-        spec: The feature spec.
-        horizon: The churn horizon.
 
     Attributes:
         columns: `[C]` int64, the indices of the features that are inputs.

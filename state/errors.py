@@ -44,13 +44,6 @@ class SpringtideError(Exception):
         what: What happened, to which input.
         do: What to do; by default the advice of the class.
 
-    Attributes:
-        what: What happened, to which input.
-        do: What to do.
-        exit_code: 1 for a failure, 2 for wrong use.
-        http_status: The status of an HTTP response for this error.
-        http_headers: Further headers of that response.
-
     >>> error = StoreFull("rows/ is full", "free space")
     >>> str(error), error.what, error.do
     ('rows/ is full; free space', 'rows/ is full', 'free space')
@@ -252,11 +245,7 @@ class NotReady(SpringtideError):
 class BadRequest(SpringtideError):
     """A request cannot be answered as it is. Correct it as the answer says.
 
-    Args:
-        what: What happened, to which input.
-        do: What to do.
-        where: A JSON pointer into the body, or a parameter's name; empty if the error concerns the whole request.
-        http_status: The status of the response: 400, or a more specific one from 404 on.
+    `where` is a JSON pointer into the body, or a parameter's name; empty if the error concerns the whole request.
     """
 
     exit_code = 2

@@ -18,15 +18,7 @@ ENDED = ("FINISHED", "CANCELED", "FAILED")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A completed checkpoint.
-
-    Attributes:
-        number: Its number within the job, from 1 on.
-        at_ms: When it was triggered.
-        took_ms: Its duration.
-        state_bytes: The size of its state.
-        path: The path from which a job can be resumed.
-    """
+    """A completed checkpoint; `number` counts from 1 within the job, and `path` is what a job can be resumed from."""
 
     number: int
     at_ms: int

@@ -854,10 +854,7 @@ def serve(registry: CollectorRegistry, port: int, host: str = "127.0.0.1") -> Ca
 def offer(registry: CollectorRegistry, port: int, host: str) -> Callable[[], None]:
     """Exposes `registry` on http://host:port/metrics from a daemon thread; returns a function that stops it.
 
-    Clients that request OpenMetrics get that format.
-
-    Raises:
-        PortTaken: The port is in use.
+    Clients that request OpenMetrics get that format. Raises `PortTaken`.
     """
     try:
         server, thread = start_http_server(port, addr=host, registry=registry)

@@ -188,24 +188,15 @@ def merge_ranges(earlier: Range, later: Range) -> Range:
 def split_range(
     whole: Range, at: int, rows_before: int, others: Mapping[str, int] | None = None
 ) -> tuple[Range, Range]:
-    """Splits `whole` before offset `at`, with `rows_before` of its rows in the first part.
+    """Splits `whole` before offset `at`, with `rows_before` of its rows in the first part; ValueError if that cannot be.
 
     A range counts dead, filtered and absent offsets, but does not say which they are. So the first part takes the dead
     first, then the filtered, the masked, the absent, those elsewhere and the gap. The sums over both parts equal the
-    whole.
-
-    Args:
-        whole: The range.
-        at: The first offset of the later part.
-        rows_before: Its `rows` below `at`.
-        others: Its `opened`, `feedback`, `joined`, `expired`, `dropped` below `at`; by default none.
+    whole. `others` has the `opened`, `feedback`, `joined`, `expired` and `dropped` below `at`.
 
     >>> before, after = split_range(Range(Source("ab" * 16, 0), 0, 10, rows=7, dead=1, absent=2), at=5, rows_before=3)
     >>> before.outcomes, after.outcomes["rows"], after.outcomes["absent"]
     ({'rows': 3, 'dead': 1, 'filtered': 0, 'absent': 1}, 4, 1)
-
-    Raises:
-        ValueError: The rows and outcomes cannot be divided this way.
     """
     before = {"opened": 0, "feedback": 0, **(others or {}), "rows": rows_before}
     rest = at - whole.first - rows_before - before["opened"] - before["feedback"]

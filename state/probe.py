@@ -81,12 +81,7 @@ def without(tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, npt.NDArray[An
 
 
 def check(version: int, trained: Mapping[str, F32], answered: Mapping[str, F32]) -> float:
-    """Compares a host's probe outputs with the trainer's; returns the largest difference.
-
-    Args:
-        version: The version's number, for the error.
-        trained: Output name -> the trainer's outputs, `[n, ...]` float32.
-        answered: Output name -> the outputs to compare.
+    """Compares a host's probe outputs with the trainer's, by name; returns the largest difference.
 
     Raises:
         ProgramError: An output differs by more than `TOLERANCE`, or is missing.

@@ -1,14 +1,8 @@
-"""Follows a compacted topic of attributes and writes them to the store.
+"""Follows a compacted topic of attributes and writes them to the store: the last record of a key wins, a tombstone removes it.
 
-The last record of a key wins, and a tombstone removes the key.
-
-1. Records are read by position. The store keeps the positions next to the attributes.
-2. An invalid record (no key, no JSON object, a wrong type) changes nothing. It is reported with a reason before the
-   positions move.
-3. The newest record of each key and the positions are one commit.
-
-The topic is read again from its beginning if the store has other fields, another salt or another topic, or if its
-positions are out of range.
+An invalid record (no key, no JSON object, a wrong type) changes nothing; it is reported with a reason before the
+positions move. The newest record of each key and the positions are one commit. The topic is read from its beginning if
+the store has other fields, another salt or another topic, or if its positions are out of range.
 """
 
 from __future__ import annotations
@@ -190,13 +184,10 @@ def keep_following(
 
     Args:
         followers: The followers of both sides.
-        stop: Set it to end the loop.
+        stop: Ends the loop.
         take: Called with a side and the ids whose attributes changed.
         meanwhile: What continues while a topic cannot be read, for the log message.
         room: Counts how often the store was full.
-
-    Raises:
-        StoreError: The store cannot be written, though it is not full.
     """
     say = SaidOnce(logger.warning)
     while not stop.is_set():

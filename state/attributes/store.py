@@ -42,18 +42,7 @@ class TopicPosition:
 
 
 class AttributeStore(LmdbStore):
-    """Attributes by side and id. One thread commits; any thread of any process may read.
-
-    Args:
-        path: The store's directory.
-        map_bytes: Its maximum size.
-        readonly: True for readers; the writer must have created the store.
-        boot_id: The boot id of this machine; by default the kernel's.
-
-    Raises:
-        CorruptStore: The store cannot be trusted; see `open_anew`.
-        StoreError: The store cannot be opened.
-    """
+    """Attributes by side and id. One thread commits; any thread of any process may read. Arguments as for `LmdbStore`."""
 
     noun = "attributes"
     databases = SIDES
@@ -82,12 +71,7 @@ class AttributeStore(LmdbStore):
             return int(transaction.stat(self._databases[side])["entries"])
 
     def commit(self, side: str, changes: Mapping[int, bytes | None], place: TopicPosition) -> None:
-        """Sets or removes (None) the changed values and stores the position, in one transaction.
-
-        Raises:
-            StoreFull: The map or the disk is full; nothing was changed.
-            UnusableDisk: The disk refused the write; nothing was changed.
-        """
+        """Sets or removes (None) the changed values and stores the position, in one transaction; if it raises, nothing changed."""
         with self._write() as transaction:
             for one, value in changes.items():
                 key = one.to_bytes(8, "big")

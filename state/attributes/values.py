@@ -1,13 +1,10 @@
 """Attributes of users and items: decodes the records of their compacted topics, and derives the ids of the values.
 
-Each attribute of a user or an item is one of
-
-    a value     the id of "user:age_band=25-34"
+    a value     the id of "user:age_band=25-34"; numbers become bands
     none        the id of "user:age_band": there is a record, but it has no such value (null, "" or missing)
     unknown     the id of "user:age_band?": there is no record, or a tombstone removed it
 
-To the model, none and unknown are values like any other: a user who does not state an age differs from a user that the
-CRM does not know. Numbers become bands. The last record of a key wins. The module has no side effects.
+To the model, none and unknown are values like any other. No side effects.
 """
 
 from __future__ import annotations

@@ -59,8 +59,7 @@ def compiled(kernel: Any, /, *more: str) -> Any:
     """Compiles a kernel: for its declared argument types at the start of the process, for others at their first call.
 
     The machine code is cached in `__pycache__` next to the source file, or in the user's cache folder if that is
-    read-only. Machine code that an installation left in `__pycache__` is found in both cases. All processes share the
-    cache: one compiles, the others wait and load.
+    read-only. All processes share the cache: one compiles, the others wait and load.
 
     A kernel is compiled again if its file changed, or the file of a kernel that it calls, or a constant or named tuple
     that it uses. Define these above it. The kernel runs without the GIL. Division follows NumPy, not Python.
@@ -122,13 +121,7 @@ def layout(types: str) -> Callable[[Class], Class]:
 
 
 class Declared(NamedTuple):
-    """A kernel that declares its argument types.
-
-    Attributes:
-        dispatcher: Numba's dispatcher.
-        signatures: The declared signatures.
-        names: The global names of its module.
-    """
+    """A kernel that declares its argument types: Numba's dispatcher, the signatures, and the global names of its module."""
 
     dispatcher: Any
     signatures: tuple[str, ...]
@@ -188,14 +181,7 @@ _LOCKED: set[Path] = set()
 
 
 class _CacheFile(IndexDataCacheFile):
-    """Numba's cache file of a kernel, with the installation's cache, which may be read-only, as a fallback.
-
-    Args:
-        folder: Where new machine code is written.
-        installed: The folder that the installation wrote to.
-        name: Base name of the files.
-        stamp: Digest of the sources of the machine code.
-    """
+    """Numba's cache file of a kernel; new machine code goes to `folder`, and `installed`, which may be read-only, is the fallback."""
 
     def __init__(self, folder: str, installed: str, name: str, stamp: str) -> None:
         super().__init__(folder, name, stamp)

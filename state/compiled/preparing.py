@@ -17,13 +17,10 @@ SAY_S = 2.0
 
 
 class Kernels:
-    """The kernels of all modules that this process has imported.
-
-    Processes that start together share the work: a kernel that one of them has compiled is loaded by the others.
+    """The kernels of all modules that this process has imported. Processes that start together share the work.
 
     Args:
-        registry: Registry of the metrics for the number of kernels and of ready ones. Create this object as soon as the
-            registry is served.
+        registry: Registry of the metrics. Create this object as soon as the registry is served.
         logger: Logs the progress.
         without: Modules whose kernels the settings leave unused.
         uses: Modules that are imported late, and whose kernels are prepared too.

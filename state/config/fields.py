@@ -27,15 +27,12 @@ class Field:
 
 
 def field_of(written: str) -> Field:
-    """Parses one attribute.
+    """Parses one attribute; another form raises ValueError.
 
     >>> field_of("age=ageBand")
     Field(name='age', path='ageBand', edges=())
     >>> field_of("price:10|50").edges
     (10.0, 50.0)
-
-    Raises:
-        ValueError: The text has another form.
     """
     head, colon, edges = written.partition(":")
     name, equals, path = head.partition("=")

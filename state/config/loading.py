@@ -4,12 +4,9 @@
     environment       SPRINGTIDE_KAFKA_PORT=9192
     flags             --kafka.port 9192
 
-The later source wins. An unknown name or impossible value is a `SettingsError`. It names the file and line, the
-variable or the flag, and the nearest known name.
-
-Settings can be valid alone and impossible together; `check_together` refuses these before any process starts. Each rule
-in `RULES` is a pure function of the settings that yields conflicts. A conflict lists its settings, the one to change
-first at the front. The error points at the first of them that is set explicitly, because a default is never the cause.
+The later source wins. Each rule in `RULES` yields conflicts of settings that are valid alone. A conflict lists its
+settings, the one to change first at the front; the error points at the first of them that is set explicitly, because a
+default is never the cause.
 """
 
 from __future__ import annotations

@@ -373,10 +373,7 @@ class Model:
 
 @dataclass(frozen=True)
 class AskedModel(Model):
-    """The section `[model]` for user code, with a record of the options that the code reads.
-
-    Attributes:
-        asked: Option name -> the effective value and the default, both as text.
+    """The section `[model]` for user code; `asked` records each option that the code reads, as effective value and default.
 
     >>> given = AskedModel.of(Model(options=("buckets=16", "heads=4")), {})
     >>> given.option("buckets", 8), given.option("even", True), given.asked

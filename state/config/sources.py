@@ -1,11 +1,8 @@
 """Reads single settings from a TOML file, from environment variables and from flags, and checks each value.
 
-Every reader yields (dotted name, value, origin); `state.config.settings` puts them together. Unknown names and
-impossible values are refused here, with their origin and the nearest known name.
-
-Settings of earlier releases are handled here too: `RENAMED` maps them to their present names, and `GONE` lists those
-that no longer have an effect. A setting that is a list of `name=value` may also be written in the file as keys of its
-section: `name = "value"` (`NAMED`).
+Every reader yields (dotted name, value, origin). `RENAMED` maps settings of earlier releases to their present names;
+those in `GONE` no longer have an effect. A setting that is a list of `name=value` may also be written in the file as
+keys of its section: `name = "value"` (`NAMED`).
 """
 
 from __future__ import annotations
@@ -57,15 +54,6 @@ def listed(section: str, table: Mapping[str, Any], path: Path, lines: Mapping[st
 
     >>> listed("segments", {"busy": "events.visible > 20"}, Path(), {})
     {'expressions': ['busy=events.visible > 20']}
-
-    Args:
-        section: Its name.
-        table: Its keys and values in the file.
-        path: The file.
-        lines: The line of each key.
-
-    Raises:
-        SettingsError: The value of such a key is not a string.
     """
     if section not in NAMED:
         return table

@@ -5,8 +5,7 @@
                 format -> {"format": its number, and the parameters of the store}, JSON
 
 A commit is visible to every reader at once and survives a kill. It survives a power cut only after the next `sync`. So
-a store is trusted after kill -9, and refused if it was open at a power cut. `compact` rewrites a store so that no
-deleted data remains, on free pages or in inner pages.
+a store is trusted after kill -9, and refused if it was open at a power cut.
 """
 
 from __future__ import annotations
@@ -46,10 +45,8 @@ _logger = logging.getLogger(__name__)
 class LmdbStore:
     """An open store. One thread writes; any thread of any process may read.
 
-    Subclasses set the class attributes.
-
     Attributes:
-        noun: What the store holds, for messages.
+        noun: What the store holds, for messages. Subclasses set this and the following attributes.
         databases: The names of its databases, besides `meta`.
         later: Those of `databases` that a store of an older release may lack.
         number: The number of its format.
@@ -168,24 +165,14 @@ class LmdbStore:
         return mark is not None and mark.clean
 
     def sync(self) -> None:
-        """Makes all commits durable against a power cut.
-
-        Raises:
-            StoreFull: The disk is full; nothing is lost as long as the machine runs.
-            UnusableDisk: The disk refused for another reason; likewise.
-        """
+        """Makes all commits durable against a power cut. `StoreFull` and `UnusableDisk` lose nothing as long as the machine runs."""
         try:
             self._env.sync(True)
         except (lmdb.Error, OSError) as error:
             raise self._refused(error, "synced") from error
 
     def close(self) -> None:
-        """Syncs a writer's commits, closes the store and marks it as closed cleanly.
-
-        Raises:
-            StoreFull: The disk is full; the store is closed without the mark, as after a kill.
-            UnusableDisk: The disk refused for another reason; likewise.
-        """
+        """Syncs a writer's commits, closes the store and marks it as closed cleanly; without the mark if the disk refuses."""
         try:
             if not self.readonly:
                 self.sync()
@@ -208,14 +195,11 @@ class LmdbStore:
             raise self._refused(error, "copied") from error
 
     def compact(self) -> None:
-        """Copies the live entries one by one to a new store, and replaces the old one with it.
+        """Copies the live entries one by one to a new store, and replaces the old one with it; no deleted data remains.
 
-        LMDB's own compacting copy leaves free pages out but takes inner pages as they are. An inner page names the
-        first key that the page below it had when it was created, even if that key was deleted since. Copying a million
-        entries of 600 bytes takes 1.2 s of a core, four times as long as LMDB's copy.
-
-        The writer calls it while no other thread of this process reads the store. Readers in other processes have the
-        old file until they open the store again, which they do when the file was replaced.
+        LMDB's own compacting copy would keep inner pages, which name keys that were deleted since. The writer calls
+        this while no other thread of this process reads the store. Readers in other processes have the old file until
+        they open the store again, which they do when the file was replaced.
 
         Raises:
             StoreFull: The disk has no room for both; nothing was changed.

@@ -33,12 +33,7 @@ class DirectoryLock:
         self._handle: int | None = None
 
     def acquire(self, wait_s: float = 0.0) -> DirectoryLock:
-        """Takes the lock within `wait_s`, and writes host, pid and start time into the lock file.
-
-        Raises:
-            LockHeld: Another process holds it, or another lock object of this process.
-            UnusableDisk: The directory cannot be created or written.
-        """
+        """Takes the lock within `wait_s`, else raises `LockHeld`; the lock file names host, pid and start time."""
         end_s = time.monotonic() + wait_s
         while True:
             try:

@@ -1,7 +1,5 @@
 """Chooses the location of a store whose pages change all the time: in memory if there is room, else on the disk.
 
-A link in the state directory leads to the store:
-
     /dev/shm/springtide_<digest>/   mode 0700; the digest is derived from the link
     ├── link                        the path of the link that leads here
     └── <name of the link>/         the store
@@ -10,9 +8,8 @@ A link in the state directory leads to the store:
     STATE/serving/histories         a link to the store in memory while its writer runs, else the store itself
     STATE/stream-0/histories        likewise
 
-On a disk each of these pages would be written again within 30 s of its last change. A power cut would still lose what
-is not synced. Rows are a copy of the registry: if their link is missing or dangling, they are rebuilt from scratch. The
-writer of histories saves them on the disk when it closes them (`state/disk/memory_store.py`).
+Rows are a copy of the registry: if their link is missing or dangling, they are rebuilt from scratch. The writer of
+histories saves them on the disk when it closes them (`state/disk/memory_store.py`).
 """
 
 from __future__ import annotations
@@ -56,13 +53,9 @@ def choose(link: Path, asked: str, memory: str, least_bytes: int | None = None) 
 
     Args:
         link: A link in a directory whose lock is held.
-        asked: `serving.rows_dir`: a directory to use in any case, or empty.
+        asked: `serving.rows_dir`: a directory to use in any case, or empty; `UnusableDisk` if it cannot be used.
         memory: `storage.memory_dir`, used if it has room; empty if nothing may be in memory.
-        least_bytes: The least room required, `LEAST_BYTES` by default. An existing store also requires a quarter more
-            than its size.
-
-    Raises:
-        UnusableDisk: The directory that `asked` names cannot be used.
+        least_bytes: The least room required. An existing store also requires a quarter more than its size.
     """
     link.parent.mkdir(parents=True, exist_ok=True)
     if asked:
@@ -144,9 +137,6 @@ def settle(link: Path, place: Place) -> None:
     1. An existing store at `place` that the link does not point to is stale, and removed.
     2. The link is replaced atomically: a reader finds the old store or the new one.
     3. The other stores are removed; processes that have them open can still read them.
-
-    Raises:
-        OSError: The disk refused.
     """
     before = target_of(link)
     inside = place.path.is_relative_to(link.parent)

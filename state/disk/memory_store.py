@@ -52,9 +52,7 @@ class MemoryStore(LmdbStore):
     def close(self) -> None:
         """Closes the store. When this returns, a store in memory is on the disk, durable and marked as closed cleanly.
 
-        Raises:
-            StoreFull: The disk is full; the store stays in memory, as after a kill.
-            UnusableDisk: The disk refused for another reason; likewise.
+        If the disk refuses, it stays in memory, as after a kill.
         """
         if self.readonly or not self.in_memory:
             super().close()
@@ -69,13 +67,7 @@ class MemoryStore(LmdbStore):
             raise self._refused(error, "saved") from error
 
     def _saved(self) -> Path:
-        """Copies the store next to the link, page by page, so that the next backup finds most pages unchanged.
-
-        The copy is synced, and marked as closed cleanly.
-
-        Raises:
-            StoreFull, UnusableDisk: As `LmdbStore.close` does; no copy is left.
-        """
+        """Copies the store next to the link, page by page, so that the next backup finds most pages unchanged; syncs and marks it."""
         copy = _beside(self.path, _SAVING)
         try:
             _clear(copy)
@@ -106,7 +98,6 @@ def enter(link: Path, memory: str, boot_id: str | None = None) -> Place:
 
     Raises:
         StoreError: The store belongs to another state directory that is in use.
-        OSError: The disk refused.
     """
     link.parent.mkdir(parents=True, exist_ok=True)
     # 1.

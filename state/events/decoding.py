@@ -110,15 +110,10 @@ def load_decoder(settings: EventSettings) -> Decoder:
 def parse_time(value: Any, unit: str) -> int:
     """Parses an event's time to milliseconds since 1970, UTC.
 
-    Args:
-        value: A number, or text with a number or an ISO 8601 time; without a zone it is UTC.
-        unit: auto, ms, s or iso.
+    `value` is a number, or text with a number or an ISO 8601 time, without a zone in UTC; `unit` is auto, ms, s or iso.
 
     >>> [parse_time(value, "auto") for value in (1_700_000_000, 1.7e12, "1700000000.5", "2023-11-14T22:13:20Z")]
     [1700000000000, 1700000000000, 1700000000500, 1700000000000]
-
-    Raises:
-        DecodeError: The value is no time in that unit.
     """
     kind = type(value)
     if kind is str:

@@ -88,12 +88,7 @@ def context_id(name: str, text: str) -> int:
 
 
 def own_salt(settings: Settings) -> Salt:
-    """The salt of a state directory. It is created at the first start, and never again once users are stored there.
-
-    Raises:
-        MissingSalt: The file is missing; with a new salt none of the stored users would be found.
-        SettingsError: The file cannot be read, or the key is too short.
-    """
+    """The salt of a state directory, see `load_salt`; created at the first start, and never once users are stored there."""
     return load_salt(settings.salt_path, create=not layout.has_users(settings.state_dir, settings.registry_dir))
 
 

@@ -78,10 +78,7 @@ class Erasure:
 
 @dataclass(frozen=True)
 class Erased:
-    """All erasures so far; immutable.
-
-    Attributes:
-        entries: The erasures in order.
+    """All erasures so far, in order; immutable.
 
     >>> gone = Erased((Erasure(1, 5, 0, MaskedUsers.of([7]), ((42, 0, 100),)),))
     >>> gone.last, gone.hides(7, through=0), gone.hides(7, through=1), gone.hides(8, through=0)
@@ -132,14 +129,7 @@ class Erased:
         offset: NDArray[np.int64],
         ranges: Sequence[Range],
     ) -> Flags:
-        """Which rows of a batch are erased.
-
-        Args:
-            user: `[n]` uint64 pseudonyms.
-            source: `[n]` uint16 indices into `ranges`.
-            offset: `[n]` int64.
-            ranges: The batch's source ranges.
-        """
+        """Which rows of a batch are erased; arguments as for `Mask.rows`."""
         out = np.zeros(len(user), np.bool_)
         # Erased users rarely come back: compute the rest only for their rows.
         theirs = np.flatnonzero(self.users.has(user))

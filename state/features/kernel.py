@@ -501,9 +501,9 @@ def many_rows(events: I64, starts: I64, at_ms: I64, tables: Tables, hidden: Hidd
         events: `[m, 5]` int64, the histories one after another, each at most N events in append order.
         starts: `[n + 1]` int64, where each of them begins, and the end of the last.
         at_ms: `[n]` int64, the time each row speaks of.
-        tables: the spec's constants.
-        hidden: the mask.
-        rows: of n rows, written.
+        tables: The spec's constants.
+        hidden: The mask.
+        rows: Of n rows, written.
     """
     work = scratch_of(tables)
     for n in range(at_ms.shape[0]):

@@ -17,10 +17,7 @@ STORED = np.dtype("<u8")
 
 
 class MaskedUsers:
-    """Pseudonyms of users; immutable.
-
-    Args:
-        ids: `[n]` uint64, ascending and unique.
+    """Pseudonyms of users, `[n]` uint64, ascending and unique; immutable.
 
     >>> users = MaskedUsers.of([9, 3, 9])
     >>> len(users), 3 in users, 4 in users, users.has(np.array([9, 1], np.uint64)).tolist()

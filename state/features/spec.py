@@ -248,11 +248,11 @@ def _plain(value: Any) -> Any:
 
 
 def vectorise(history: Events, at_ms: int, before: int | None, mask: Mask, spec: FeatureSpec, user: int = 0) -> Vector:
-    """Computes one user's row as of `at_ms`.
+    """Computes one user's row as of `at_ms`, milliseconds.
 
     Args:
         history: `[m]` EVENT in append order; only the last N count.
-        at_ms: The time of the answer, milliseconds.
+        at_ms: The time of the answer.
         before: How many leading events of `history` are visible; None for all.
         mask: The events to leave out.
         spec: The feature spec.
@@ -265,17 +265,14 @@ def vectorise(history: Events, at_ms: int, before: int | None, mask: Mask, spec:
 def vectorise_many(
     histories: Sequence[Events], at_ms: Sequence[int], mask: Mask, spec: FeatureSpec, users: Sequence[int]
 ) -> Vector:
-    """Computes the rows of n users, each as of its own time.
+    """Computes the rows of n users, each as of its own time in milliseconds: `[n, ...]` of each array.
 
     Args:
         histories: n times `[m]` EVENT in append order; only the last N events of each count.
-        at_ms: n times, milliseconds.
+        at_ms: n times.
         mask: The events to leave out.
         spec: The feature spec.
         users: n pseudonyms, for masks that name users.
-
-    Returns:
-        `[n, ...]` of each array.
 
     >>> click = np.zeros(1, EVENT)
     >>> click["at_ms"], click["category"] = 1_000, 7

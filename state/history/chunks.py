@@ -166,10 +166,10 @@ _USERS = 1 << 64
 
 
 class Ends(NamedTuple):
-    """The first and last events of some users' histories, ordered by pseudonym.
+    """The first and last events of k users' histories, ordered by pseudonym.
 
     Attributes:
-        users: k pseudonyms.
+        users: The pseudonyms.
         newest: `[k]` EVENT, the last event appended for each user.
         oldest: `[k]` EVENT, the first event kept for each user.
         following: The next user in the store; None at its end.

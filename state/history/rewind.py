@@ -131,11 +131,10 @@ class Before:
         timed: Sources whose latest clicks are needed, because their clock is rewound.
 
     Attributes:
-        categories: Item -> the category in its latest click, as far as found.
+        categories: Item -> the category in its latest click, if found.
         opened: The impressions found, each as a micro-batch of one row.
-        latest: The events of the nearest block, record by record, in order. Before them come the events of `timed`
-            sources of which that block has too few.
-        timed: The argument.
+        latest: The events of the nearest block, record by record, in order, after the events of `timed` sources of
+            which that block has too few.
     """
 
     def __init__(

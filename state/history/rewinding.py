@@ -48,8 +48,7 @@ class WentBack:
         positions: Click positions rolled back.
         users: Users who had gained events.
         rebuilt: Those of them whose history had lost events, which are restored.
-        short: Those of these whose oldest events are gone from the log too, or may be: for an evicted user the earlier
-            number of events is unknown.
+        short: Those of these whose oldest events are gone from the log too, or may be, as for an evicted user.
         waiting: Impressions that wait again.
     """
 
@@ -88,7 +87,7 @@ def go_back(
     extra: Extras = lambda _, __: {},
     timed: bool = False,
 ) -> WentBack | None:
-    """Rewinds `store` to the branch `line`; committed when this returns.
+    """Rewinds `store` to the branch `line`; returns what was rolled back, None if the store was on that branch already.
 
     Args:
         store: The store; only its writer may call.
@@ -100,9 +99,6 @@ def go_back(
         mask: The clicks that will not be replayed, if the owner keeps the categories of items.
         extra: Returns more extras to commit.
         timed: Whether `extra` needs the latest clicks of each source that rewinds.
-
-    Returns:
-        What was rolled back; None if the store was on that branch already.
 
     Raises:
         GapError: The log no longer reaches back to the branch point.
@@ -152,9 +148,6 @@ def look_back(reader: Reader, partition: int, end: int, line: LogLine, before: B
 
     Only for categories of items and clocks of sources, it reads at most `BLOCKS_FOR_ITEMS` blocks: a flood may have
     named new items, and a partition may have had no click for a long time.
-
-    Raises:
-        LogError: The log cannot be read.
     """
     size, newest_ms, blocks = BLOCK, None, 0
     while end > 0 and (newest_ms is None or not before.done):

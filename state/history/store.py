@@ -71,16 +71,8 @@ class ForgottenUsers:
 class HistoryStore(MemoryStore):
     """The histories of one process. One thread commits; any thread of any process may read.
 
-    Args:
-        path: The store's directory.
-        history: N, the events kept per user. Histories stored under another N stay as they are.
-        map_bytes: The store's maximum size.
-        readonly: True for readers; the writer must have created the store.
-        boot_id: The boot id of this machine; by default the kernel's.
-
-    Raises:
-        CorruptStore: It is damaged, or a power cut may have damaged it.
-        StoreError: It cannot be opened.
+    `history` is N, the events kept per user; histories stored under another N stay as they are. Other arguments and
+    errors as for `LmdbStore`.
     """
 
     noun = "histories"
@@ -227,8 +219,7 @@ class HistoryStore(MemoryStore):
 
         Raises:
             PositionConflict: A range does not begin at its source's next offset.
-            StoreFull: The map or the disk is full; nothing was changed.
-            UnusableDisk: The disk refused the write; nothing was changed.
+            StoreFull, UnusableDisk: Nothing was changed.
         """
         appends = replace(appends, events=self.numbering.inwards(appends.events))
         with self._write() as transaction:
@@ -266,11 +257,8 @@ class HistoryStore(MemoryStore):
     def forget(self, erased: Erased) -> ForgottenUsers:
         """Removes the data of users erased since the last call, in one transaction like that of `commit`.
 
-        Waiting rows are checked every time, since a rewind may have restored some.
-
-        Raises:
-            CorruptStore: A waiting row cannot be read.
-            StoreFull, UnusableDisk: Nothing was changed.
+        Waiting rows are checked every time, since a rewind may have restored some; `CorruptStore` if one cannot be
+        read.
         """
         before = self.forgotten
         waiting = WaitingRows(self).of_erased(erased) if erased else []
@@ -299,13 +287,7 @@ class HistoryStore(MemoryStore):
         return now
 
     def compact_if_due(self, now_ms: int) -> ForgottenUsers:
-        """Compacts the store if an erasure requires it, so that free pages hold nothing of erased users.
-
-        The writer calls it while no other thread of this process reads the store.
-
-        Raises:
-            StoreFull: There is no room for both files; the store is unchanged.
-        """
+        """Compacts the store if an erasure requires it, so that free pages hold nothing of erased users; see `compact`."""
         done = self.forgotten
         due_ms = done.due_ms()
         if due_ms is None or now_ms < due_ms:
@@ -352,10 +334,8 @@ class HistoryStore(MemoryStore):
     def copy_to(self, path: Path) -> None:
         """Writes a snapshot of the store to the directory `path`, synced and marked as closed cleanly.
 
-        Commits continue meanwhile, but pages that they free are not reused until the copy ends.
-
-        Raises:
-            StoreFull, UnusableDisk: The disk is full, or refused for another reason; the content of `path` is unusable.
+        Commits continue meanwhile, but pages that they free are not reused until the copy ends. If the disk refuses,
+        the content of `path` is unusable.
         """
         try:
             path.mkdir(parents=True)
@@ -367,12 +347,7 @@ class HistoryStore(MemoryStore):
 
     @classmethod
     def copied(cls, source: Path, path: Path, history: int, map_bytes: int) -> None:
-        """Copies a store that was closed cleanly to `path`; the source is unchanged.
-
-        Raises:
-            CorruptStore: The store was not closed cleanly, so pages may be missing.
-            StoreError: The store cannot be read or copied.
-        """
+        """Copies a store that was closed cleanly, else `CorruptStore`, to `path`; the source is unchanged."""
         store = cls(source, history, map_bytes, readonly=True)
         try:
             if not store.closed_in_order():
@@ -394,7 +369,6 @@ def open_history_store(settings: Settings, part: str, folder: Path) -> HistorySt
     Raises:
         CorruptStore: A power cut removed them or may have damaged them.
         StoreError: They cannot be opened.
-        OSError: The disk refused.
     """
     link, memory = folder / HISTORIES, settings.storage.memory_dir
     for gone in memory_place.remove_forgotten(memory):
@@ -411,12 +385,7 @@ def open_history_store(settings: Settings, part: str, folder: Path) -> HistorySt
 
 
 def open_or_replace(settings: Settings, part: str, folder: Path) -> HistoryStore:
-    """Like `open_history_store`, but replaces unusable histories by empty ones: they are derived from the training log.
-
-    Raises:
-        StoreError: They cannot be opened.
-        OSError: The disk refused.
-    """
+    """Like `open_history_store`, but replaces unusable histories by empty ones: they are derived from the training log."""
     try:
         return open_history_store(settings, part, folder)
     except CorruptStore as error:

@@ -3,9 +3,8 @@
     key     topic id (16 bytes), partition (4, BE), offset (8, BE)
     value   the row's columns of a micro-batch, fixed widths, one after another
 
-The widths depend on the feature spec, on the context fields and on the release. The store keeps them as an extra. If
-they have changed since, each row is read with the old widths. A column that was missing, or had another shape, is 0, as
-for an event without a value.
+The store keeps the widths as an extra. If they have changed since (feature spec, context fields, release), each row is
+read with the old widths. A column that was missing, or had another shape, is 0, as for an event without a value.
 """
 
 from __future__ import annotations
@@ -42,10 +41,7 @@ def place_of(key: bytes) -> tuple[Source, int]:
 
 
 class RowFormat:
-    """The column widths of waiting rows; encodes and decodes rows.
-
-    Args:
-        shapes: Column -> its shape without the row dimension.
+    """The column widths of waiting rows, by column without the row dimension; encodes and decodes rows.
 
     Raises:
         CorruptStore: This release does not know a column.

@@ -4,15 +4,6 @@ A log has topics, a topic has partitions, a partition has positions. A record ha
 have a record (a transaction marker, an aborted or compacted record). Records written in a transaction become visible
 when it commits. Writing moves a partition's end, retention its beginning.
 
-    follow         follows a topic: start, recreated topic, lost range, lag, stop; reads a topic up to an end
-    reader         partitions as columns, by position; `batch_decoder` decodes whole record batches
-    writer         acknowledged records, transactions
-    topics         creates and describes topics; their ends, positions of groups; `topic_plan` how each is created
-    accepted_gaps  losses that an operator accepts
-    bulk           whole record batches, for load generators
-    client         connections, and one function per kind of error
-    records        the data of a partition
-
 Only the files of this package import the Kafka client. `tests/conformance/test_logs.py` tests what a log promises,
 against Kafka and a log in memory.
 """

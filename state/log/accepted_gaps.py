@@ -2,8 +2,8 @@
 
 A gap is a range of positions that can never be read: deleted by retention before we read it, or covered by no record of
 the training log. A process that meets a gap stops and reports it. Restarted with `--accept-gap P:A-B --reason TEXT` it
-skips the gap, and records who accepted what, when and why. `--skip-record OFFSET --reason TEXT` likewise skips a record
-of the training log that is no micro-batch of this system's stream.
+skips the gap, and records who accepted what, when and why. `--skip-record OFFSET` does so for a record of the training
+log that is no micro-batch of this system's stream.
 """
 
 from __future__ import annotations
@@ -272,8 +272,6 @@ def as_options(asked: argparse.Namespace, records: bool = True) -> list[str]:
     >>> parser = argparse.ArgumentParser()
     >>> add_options(parser, records=True)
     >>> asked = parser.parse_args(["--accept-gap", "0:5-9", "--skip-record", "7", "--reason", "old"])
-    >>> as_options(asked)
-    ['--accept-gap', '0:5-9', '--skip-record', '7', '--reason', 'old']
     >>> as_options(asked, records=False)
     ['--accept-gap', '0:5-9', '--reason', 'old']
     """
@@ -290,9 +288,6 @@ def take_options(argv: Sequence[str], actor: str, records: bool = False) -> tupl
     >>> consent, rest = take_options(["--accept-gap", "0:5-9", "--reason", "old", "--kafka.port", "9"], "ann")
     >>> consent.allowances[0].first, consent.reason, rest
     (5, 'old', ['--kafka.port', '9'])
-
-    Raises:
-        SettingsError: A loss has the wrong form, or there is no reason.
     """
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     add_options(parser, records)

@@ -143,12 +143,7 @@ class BulkWriter:
     """
 
     def __init__(self, settings: Kafka, topic: str) -> None:
-        """Connects.
-
-        Raises:
-            UnreachableBroker: No broker answered in time.
-            UnknownTopic: There is no such topic.
-        """
+        """Connects; `UnknownTopic` if there is no such topic."""
         self._settings = settings
         self.topic = topic
         with Topics(settings) as topics:
@@ -160,11 +155,8 @@ class BulkWriter:
     def append(self, batches: dict[int, bytes]) -> dict[int, int]:
         """Appends one encoded batch per partition and waits for all acknowledgements.
 
-        Args:
-            batches: Partition -> a batch made by `encode_batch`.
-
-        Returns:
-            Partition -> the offset of its batch's first record.
+        `batches` has a batch made by `encode_batch` for each partition. Returns the offset of each batch's first
+        record.
 
         Raises:
             UnreachableBroker: No acknowledgement arrived in time.

@@ -153,16 +153,13 @@ class _TokenProvider(AbstractTokenProvider):
 
 
 def connect(settings: Kafka, doing: str, make: Callable[..., Any], **options: object) -> Any:
-    """Creates a client of kafka-python; if it cannot connect, its threads and sockets are closed.
+    """Creates a client of kafka-python; if it cannot connect, its threads and sockets are closed. Errors as of `translated`.
 
     Args:
         settings: Connection settings.
         doing: The purpose; see `translated`.
         make: One of the client's classes.
         options: Options in addition to `client_options`.
-
-    Raises:
-        UnreachableBroker, LogError: See `translated`.
     """
     begun: list[Any] = []
 
@@ -272,12 +269,7 @@ def gap(topic: str, topic_id: str, partition: int, ours: int, begin: int, end: i
 
 
 def require_kept(topic: str, topic_id: str, partition: int, ours: int, begin: int, end: int) -> None:
-    """Checks that a partition with the positions `[begin, end)` can be read from `ours` on.
-
-    Raises:
-        GapError: The position is before `begin`.
-        TruncatedLog: The position is after `end`.
-    """
+    """Checks that a partition with the positions `[begin, end)` can be read from `ours` on: else `GapError` or `TruncatedLog`."""
     if not begin <= ours <= end:
         raise gap(topic, topic_id, partition, ours, begin, end)
 

@@ -1,13 +1,9 @@
 """Follows a topic from a stored position, and reads a topic up to an end. Part of `state.log`.
 
-Every process that follows a topic uses `Follower`, so these rules exist once:
-
 - A position belongs to a topic's id. In a recreated topic reading starts at the beginning.
 - If records were deleted before they were read, or the log was truncated below the position, `lost` decides where
   reading continues: by default at the first record that is kept, or where the log is still the one that was read.
 - After a loss or an error the reader is closed and another is opened, from the position that is stored by then.
-
-`read_to` is for those who read up to an end: rebuilds, scans, rewinds.
 """
 
 from __future__ import annotations
@@ -197,10 +193,8 @@ class Follower:
     def poll(self, timeout_s: float, max_records: int = 10_000) -> list[PartitionBatch]:
         """Connects if needed, and waits up to `timeout_s` for new records or positions.
 
-        After a loss it opens the topic again, where it was stored and `lost` decides, and returns nothing.
-
-        Raises:
-            LogError: The topic cannot be read; it is closed, and the next call opens it where it was stored.
+        After a loss it opens the topic again, where it was stored and `lost` decides, and returns nothing. After a
+        LogError the topic is closed, and the next call opens it where it was stored.
         """
         try:
             self.connect()

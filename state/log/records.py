@@ -1,11 +1,9 @@
 """The data that a log returns: records of a partition as columns, descriptions of topics, and known leader epochs.
 
-Part of `state.log`. No side effects.
-
 A partition's leader has an epoch, which increases with each election. Every record carries the epoch of the leader that
-wrote it. A log is truncated if the elected leader lacks records, or if a broker lost what was not on disk. If it grows
-again, offsets are used twice. Then the epoch of the record before our position ends before that position. The known
-epochs of a partition are a tuple of (first offset, epoch), ascending (`Known`).
+wrote it. If a truncated log grows again, offsets are used twice; then the epoch of the record before our position ends
+before that position. The known epochs of a partition are a tuple of (first offset, epoch), ascending (`Known`). Part of
+`state.log`. No side effects.
 """
 
 from __future__ import annotations
@@ -80,9 +78,7 @@ class PartitionBatch:
 class TopicInfo:
     """A topic as the cluster describes it.
 
-    Attributes:
-        topic_id: 32 hexadecimal digits; a topic that was deleted and created again has another id.
-        partitions: The number of partitions.
+    `topic_id` has 32 hexadecimal digits; a topic that was deleted and created again has another id.
     """
 
     topic_id: str

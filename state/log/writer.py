@@ -32,21 +32,14 @@ PATIENCE = 3
 
 
 class Writer:
-    """Sends records that all replicas acknowledge (acks=all), without duplicates (idempotent).
-
-    For one thread.
+    """Sends records that all replicas acknowledge (acks=all), without duplicates (idempotent). For one thread.
 
     With a transactional id every record belongs to a `transaction`; a second writer with the same id fences the first.
     After an error, close the writer and create another.
     """
 
     def __init__(self, settings: Kafka, transactional_id: str | None = None) -> None:
-        """Connects; with a transactional id this also aborts its predecessor's open transaction.
-
-        Raises:
-            UnreachableBroker: No broker answered in time.
-            LogError: The cluster refused.
-        """
+        """Connects; with a transactional id this also aborts its predecessor's open transaction."""
         self._settings = settings
         self._patience_s = settings.request_timeout_s / PATIENCE
         self._known: set[str] = set()

@@ -288,14 +288,11 @@ class MicroBatch:
 
 
 def trim(batch: MicroBatch, marks: Mapping[Source, int]) -> tuple[NDArray[np.bool_], dict[Source, int]]:
-    """Finds the rows that are new to a reader that has everything below `marks`, and its marks afterwards.
+    """Finds the rows that are new to a reader that has everything below `marks`, `[n]` bool, and its marks afterwards.
 
     After a crash the stream writes rows again; their source positions identify them. A source that `marks` does not
     name is new. So all its rows are new, except those that came earlier in other buckets, if a partition was divided
     into another number of buckets.
-
-    Returns:
-        `[n]` bool, and the next offset of each source.
     """
     ranges = batch.header.ranges
     floors = np.array([marks.get(part.source, 0) for part in ranges] or [0], np.int64)

@@ -245,8 +245,8 @@ def glance(value: bytes) -> MicroBatch:
 def split(header: Header, columns: Columns, max_record_bytes: int, max_rows: int = 2**31) -> list[bytes]:
     """Encodes the rows, in this order, as micro-batches within both limits.
 
-    Most batches fit at once. A batch that does not fit is halved by rows until its parts fit. Each part's ranges end
-    where the next part's begin. Rows with the same offset stay together, even if they exceed `max_rows`.
+    A batch that does not fit is halved by rows until its parts fit. Each part's ranges end where the next part's begin.
+    Rows with the same offset stay together, even if they exceed `max_rows`.
 
     Raises:
         MicroBatchError: The rows of a single offset exceed the limit, or the columns do not fit the header.

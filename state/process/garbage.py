@@ -13,9 +13,8 @@ EVERY_S = 10.0
 def keep_what_is_there() -> None:
     """Excludes all existing objects, such as modules, from garbage collection; call it once a process is set up.
 
-    Python collects old objects only when the new long-lived objects reach a quarter of them. With TensorFlow's million
-    objects that is rare: cycles hold whole arrays meanwhile, and a collection takes half a second. Afterwards there are
-    few old objects, so that collections are frequent and cheap.
+    Python collects old objects only when the new long-lived objects reach a quarter of them, which is rare beside
+    TensorFlow's million objects. Afterwards collections are frequent and cheap.
     """
     gc.collect()
     gc.freeze()

@@ -1,8 +1,7 @@
 """Log lines of a process: one line an event, as text or JSON, with version, partition and offset where they apply.
 
 Call `begin` before the process knows its settings, and `follow` once it does. An event that repeats is written only a
-limited number of times a minute. The suppressed lines are counted, and the count is logged when the minute is over. No
-line contains a user id as the client sent it.
+limited number of times a minute; the suppressed lines are counted. No line contains a user id as the client sent it.
 """
 
 from __future__ import annotations
@@ -36,10 +35,7 @@ def event_of(record: logging.LogRecord) -> str:
 
 
 def places(record: logging.LogRecord) -> dict[str, int]:
-    """The first version, epoch, partition and offset that a line names.
-
-    The function searches the format string and the texts of errors. It does not search other string arguments, such as
-    a reason that an operator typed.
+    """The first version, epoch, partition and offset that a line names, in its format string or in an error's text.
 
     >>> places(logging.LogRecord("", 20, "", 0, "epoch %d: at version %d, by %s", (2, 7, "ann, version 3"), None))
     {'epoch': 2, 'version': 7}
@@ -108,10 +104,7 @@ class _Counted:
 
 
 class Repeats:
-    """Rate limit: counts how often each event is logged within a minute.
-
-    Args:
-        most: Lines of one event that are written in a minute.
+    """Rate limit: admits `most` lines of each event within a minute and counts the others.
 
     >>> repeats = Repeats(most=2)
     >>> [repeats.admits("the broker is away", now_s) for now_s in (0.0, 1.0, 2.0, 3.0)]

@@ -38,13 +38,10 @@ def search_here_last() -> None:
 
 
 def load_named(path: str, setting: str) -> Any:
-    """Loads the function that `path` names, from a module on Python's path or in the current directory.
+    """Loads the function that `path` names, from a module on Python's path or in the current directory; else SettingsError.
 
     >>> load_named("state.process.user_code:error_line", "model.tower").__name__
     'error_line'
-
-    Raises:
-        SettingsError: The function cannot be loaded.
     """
     module, _, name = path.partition(":")
     search_here_last()

@@ -143,14 +143,10 @@ def _hashed(kind: str, names: Sequence[str]) -> U64:
 
 
 def logits_of(rows: F32, shares: F32) -> F32:
-    """The logit that a row's crosses contribute.
+    """The logit that a row's crosses contribute, `[n]` float32.
 
-    Args:
-        rows: `[n, C, 2]` float32 weights and marginal logits, 0 where there is no cross.
-        shares: `[C, 2]` float32, learned offsets to the initial shares.
-
-    Returns:
-        `[n]` float32.
+    `rows` has the weights and marginal logits, `[n, C, 2]` float32, 0 where there is no cross; `shares`, `[C, 2]`
+    float32, the learned offsets to the initial shares.
     """
     found: F32 = ((shares + np.array(FIRST_SHARES, np.float32)) * rows).sum((1, 2))
     return found
@@ -229,11 +225,7 @@ class Crosses:
     def of_user(self, user: int, items: U64, categories: U64, contexts: U64) -> U64:
         """The ids of all crosses of one user with the given values, `[n]` uint64. Only these may have a row.
 
-        Args:
-            user: The pseudonym.
-            items: `[i]` uint64, the known items.
-            categories: `[c]` uint64, the known categories.
-            contexts: `[k]` uint64, the known values of context fields and of attributes.
+        `contexts` are the known values of context fields and of attributes.
 
         >>> crosses, values = Crosses(FeatureSpec(), ("tab",)), np.arange(2, 9, dtype=np.uint64)
         >>> found = crosses.of_user(1, values[:2], values[2:3], values[3:5])

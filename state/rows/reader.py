@@ -193,16 +193,10 @@ class RowReader:
     def rows_from(
         self, table: str, start: int, most: int, at: Served
     ) -> tuple[NDArray[np.uint64], NDArray[np.float32], int | None]:
-        """Rows of a table at version `at`, in the order of their ids.
+        """`[k]` uint64 ids and `[k, dim]` float32 rows of a table at version `at`, from id `start` on in the order of ids.
 
-        Args:
-            table: One of `TABLES`.
-            start: The first id.
-            most: How many ids to check, including those without a row at `at`.
-            at: An applied version.
-
-        Returns:
-            `[k]` uint64 ids and `[k, dim]` float32 rows, and the id to continue from; None at the end.
+        Checks at most `most` ids, including those without a row at `at`. Also returns the id to continue from; None at
+        the end.
         """
         code, dim, following = CODES[table], at.dims.get(table, 0), None
         cursor, found = self._transaction.cursor(self._databases["rows"]), dict[int, bytes | None]()

@@ -11,18 +11,16 @@ A base gets a lane of its own, of which there are 32; deltas use their parent's 
 visible, and a lane without versions is deleted. A version whose writing was interrupted is rolled back (`take_back`).
 
 Old versions are dropped in one short transaction. Rows that only they needed are deleted afterwards, a few at a time.
-What a dropped version wrote counts as written by the next retained one. So each retained version knows which rows
-have entries since its predecessor, and only those are checked when it is dropped too. The list of rows to check is in
-memory. If the process ends first, those rows keep one entry too many until their next check.
+What a dropped version wrote counts as written by the next retained one, so only rows with entries since its predecessor
+are checked when that is dropped too. The list of rows to check is in memory: if the process ends first, those rows keep
+one entry too many until their next check.
 
-Each retained version must keep reading the same values of an embedding row. Version numbers only grow. After a rollback
-to version 30 the next epoch begins at, say, 51 with parent 30. The versions that version 52 may see are then closed
-intervals, newest first: `((51, 52), (1, 30))`. Versions 31 to 50 are abandoned: their rows may still be stored, but no
-reader of 52 sees them.
+Version numbers only grow. After a rollback to version 30 the next epoch begins at, say, 51 with parent 30. The versions
+that version 52 may see are then closed intervals, newest first: `((51, 52), (1, 30))`. Versions 31 to 50 are abandoned:
+their rows may still be stored, but no reader of 52 sees them.
 
-For erased users every earlier entry is deleted, in all lanes, whatever version still reads it.
-
-The store is a copy of the registry. After a power cut it is rebuilt.
+For erased users every earlier entry is deleted, in all lanes, whatever version still reads it. The store is a copy of
+the registry. After a power cut it is rebuilt.
 """
 
 from __future__ import annotations
@@ -373,18 +371,7 @@ def delete_dead_lanes(transaction: lmdb.Transaction, rows: lmdb._Database, alive
 
 
 class RowStore(LmdbStore):
-    """The store; one process writes (one thread of it), any number of processes read.
-
-    Args:
-        path: Its directory, created if it is missing.
-        map_bytes: Upper bound of its size; address space, not memory.
-        readonly: Opens an existing store for reading only.
-        boot_id: Which start of the machine this is; by default the kernel's.
-
-    Raises:
-        CorruptStore: It cannot be trusted; see `open_anew`.
-        StoreError: It cannot be opened; with `readonly`, there may be none yet.
-    """
+    """The store; one process writes (one thread of it), any number of processes read. Arguments and errors as for `LmdbStore`."""
 
     noun = "rows"
     databases = ("rows", "versions", "dense", "popular", "changes")
@@ -449,7 +436,7 @@ class RowStore(LmdbStore):
     def apply(
         self, manifest: Manifest, tensors: Tensors, now_ms: int, follow: bool = False, replace: bool = False
     ) -> bool:
-        """Adds one version, atomically for all readers; with `follow` serving uses it from then on.
+        """Adds one version, atomically for all readers; returns False if it was stored already.
 
         Rows beyond WRITTEN_AT_ONCE are written before, invisible to readers. LMDB keeps the memory of as many pages as
         its largest transaction changed, and nearly each row is on a page of its own.
@@ -459,16 +446,12 @@ class RowStore(LmdbStore):
             tensors: `<table>.ids` `[k]` uint64, `<table>.rows` `[k, dim]` float32, `<table>.removed` `[r]` uint64,
                 `dense.<name>`, `popular` `[P]` uint64. Where there are no dense ones, they are the parent's.
             now_ms: The time of application.
-            follow: Moves the pointer in the same transaction.
+            follow: Makes serving use the version from then on, in the same transaction.
             replace: Applies it again where it is applied already (a rebuilt lane).
-
-        Returns:
-            Whether it was added; False if it was stored already.
 
         Raises:
             UnknownVersion: The parent is not stored, or entries that the delta needs were deleted.
-            StoreFull: Disk or map are full; no visible row was changed.
-            UnusableDisk: The disk refused; no visible row was changed.
+            StoreFull, UnusableDisk: No visible row was changed.
         """
         with self._write() as transaction:
             take_back(transaction, self._databases)
@@ -659,12 +642,8 @@ class RowStore(LmdbStore):
     def forget(self, erased: Erased, crosses: Crosses, version: int | None = None) -> int:
         """Deletes entries of erased users that versions from before the erasures wrote; returns how many.
 
-        Serving at such a version leaves these users' rows out anyway.
-
-        Args:
-            erased: The erasures.
-            crosses: The crosses of the settings.
-            version: Only what this version wrote; None for all stored versions, which is recorded, see `erased`.
+        `crosses` are those of the settings. With `version` it checks only what that version wrote; else all stored
+        versions, which is recorded, see `erased`. Serving at such a version leaves these users' rows out anyway.
         """
         with self._write() as transaction:
             return forget(transaction, self._databases, erased, crosses, version)

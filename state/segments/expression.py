@@ -84,19 +84,12 @@ class _Operand(NamedTuple):
 
 
 def parse(text: str, known: Vocabulary) -> Expression:
-    """Checks an expression.
+    """Checks an expression; `known` has the names that it may use.
 
     >>> known = Vocabulary(["view.count_7d"], ["age_band"])
     >>> asked = parse("view.count_7d>=5 and(not interest['Sport'] < 0.3)", known)
     >>> asked.holds(ProfileFacts({"view.count_7d": 5}, {"Sport": 0.4}, {})), sorted(asked.kinds)
     (True, ['feature', 'interest'])
-    >>> parse("view.count_7d >= 5 and views > 1", known)
-    Traceback (most recent call last):
-    ValueError: column 24: views is no feature; the nearest is view.count_7d
-
-    Args:
-        text: The expression.
-        known: The names that it may use.
 
     Raises:
         ValueError: It is not an expression, or uses an unknown name; the message begins with the column, from 1 on.

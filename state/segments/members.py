@@ -75,13 +75,10 @@ def member_of(key: bytes | None) -> Member | None:
 
 
 def membership_of(value: bytes | None) -> Membership | None:
-    """The membership in a record's value; None for a tombstone.
+    """The membership in a record's value; None for a tombstone, ValueError if it is not a record of a membership.
 
     >>> membership_of(value_of(Membership(1500, 7))), membership_of(None)
     (Membership(since_ms=1500, version=7), None)
-
-    Raises:
-        ValueError: It is not a record of a membership.
     """
     if value is None:
         return None
@@ -106,18 +103,7 @@ class SegmentsPlace:
 
 
 class SegmentStore(LmdbStore):
-    """Members by segment and pseudonym. One thread commits; any thread of any process may read.
-
-    Args:
-        path: The store's directory.
-        map_bytes: Maximum size.
-        readonly: For readers; the writer must have created the store.
-        boot_id: Boot id of the machine; by default the kernel's.
-
-    Raises:
-        CorruptStore: It cannot be trusted; see `open_anew`.
-        StoreError: It cannot be opened.
-    """
+    """Members by segment and pseudonym. One thread commits; any thread of any process may read. Arguments as for `LmdbStore`."""
 
     noun = "members of segments"
     databases = ("members",)
@@ -167,12 +153,7 @@ class SegmentStore(LmdbStore):
         return found
 
     def commit(self, changes: Mapping[Member, Membership | None], place: SegmentsPlace | None = None) -> None:
-        """Adds members, or removes those with None, and stores `place`, if given, as the position: all or nothing.
-
-        Raises:
-            StoreFull: The map or the disk is full; nothing changed.
-            UnusableDisk: The disk refused; nothing changed.
-        """
+        """Adds members, or removes those with None, and stores `place`, if given, as the position: all or nothing."""
         moved = dict[str, int]()
         with self._write() as transaction:
             for member, membership in changes.items():

@@ -52,10 +52,6 @@ class Largest(NamedTuple):
 def l_infinity(one: Mapping[str, float], other: Mapping[str, float]) -> Largest:
     """The largest difference of any value's share: max over v of |P(v) - Q(v)|, P and Q each of sum 1.
 
-    Args:
-        one: Counts by value.
-        other: Likewise.
-
     >>> l_infinity({"a": 3, "b": 1}, {"a": 1, "b": 1, "c": 2})
     Largest(distance=0.5, value='a')
 
@@ -72,14 +68,10 @@ def l_infinity(one: Mapping[str, float], other: Mapping[str, float]) -> Largest:
 
 
 def jensen_shannon(one: NDArray[np.float64], other: NDArray[np.float64]) -> float:
-    """Jensen-Shannon divergence of two histograms over the same buckets, in bits, so from 0 to 1.
+    """Jensen-Shannon divergence of two histograms, `[buckets]` float64 counts each, in bits, so from 0 to 1.
 
     JSD(P, Q) = (D(P | M) + D(Q | M)) / 2 with M = (P + Q) / 2 and D(P | M) = sum of P log2(P / M) (Lin, Divergence
     measures based on the Shannon entropy, 1991).
-
-    Args:
-        one: `[buckets]` float64 counts.
-        other: `[buckets]` float64.
 
     >>> jensen_shannon(np.array([1.0, 0.0]), np.array([0.0, 2.0])), jensen_shannon(np.array([1.0, 2.0]), np.array([2.0, 4.0]))
     (1.0, 0.0)
@@ -104,14 +96,8 @@ def aligned(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Two histograms over the bounds of both, as if the values of a bucket were spread over it evenly.
 
-    Histograms of Springtide have the same bounds everywhere and are only merged; those of another origin are split.
-
-    Args:
-        one: Counts by bucket, (lower, upper) bound, none of them infinite.
-        other: Likewise.
-
-    Returns:
-        Two `[buckets]` float64: first the buckets between all bounds, then the single points.
+    Both are counts by bucket, (lower, upper) bound, none of them infinite. Returns two `[buckets]` float64: first the
+    buckets between all bounds, then the single points.
 
     >>> [counts.tolist() for counts in aligned({(0, 2): 4.0}, {(0, 1): 1.0, (1, 3): 2.0})]
     [[2.0, 2.0, 0.0], [1.0, 1.0, 1.0]]

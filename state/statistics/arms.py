@@ -2,15 +2,13 @@
 
 The difference of two running means has, at two times s < t, a covariance equal to its variance at t. Divided by its
 variance it is a random walk in the time 1 / variance, whatever shares of the rows the arms have and had. So the
-boundary of a single mean is valid (`confidence_sequence.py`). Its clock is the effective number of rows of the
-difference, 1 / (1 / n + 1 / m). A share that grows from 1 to 50 % causes no bias as long as user behaviour is constant.
-If behaviour changes with the hour meanwhile, the means over all rows differ although the arms do not (Simpson's
-paradox). So `stratified` compares within each period of constant shares, a stratum, and combines the results.
+boundary of a single mean is valid (`confidence_sequence.py`), with the effective number of rows of the difference, 1 /
+(1 / n + 1 / m), as its clock.
 
-The differences of the strata are weighted by their effective number of rows, 1 / (1 / n + 1 / m). This is
-post-stratification (Cochran, Sampling Techniques, 1977, chapter 5A). These numbers add up to the clock of the whole.
-Strata follow each other in time, so the weighted sum continues from one to the next, and the boundary of a single
-difference stays valid.
+If behaviour changes with the hour while a share grows, the means over all rows differ although the arms do not
+(Simpson's paradox). So `stratified` compares within each period of constant shares, a stratum, and weights the strata
+by their effective number of rows: post-stratification (Cochran, Sampling Techniques, 1977, chapter 5A). These numbers
+add up to the clock of the whole. Strata follow each other in time, so the boundary of a single difference stays valid.
 """
 
 from __future__ import annotations
@@ -62,7 +60,7 @@ class Contrast(NamedTuple):
 
 
 def difference(arm: ArmMean, other: ArmMean, alpha: float = ALPHA, planned_rows: float = PLANNED_ROWS) -> Contrast:
-    """The mean of an arm minus that of the other.
+    """The mean of an arm minus that of the other; infinite ends until both have values other than 0 in enough blocks.
 
     Args:
         arm: Values of its rows, by blocks of its users. For a click rate, a value is 1 for a click and else 0.
@@ -70,9 +68,6 @@ def difference(arm: ArmMean, other: ArmMean, alpha: float = ALPHA, planned_rows:
         alpha: The rate of false alarms over all looks together.
         planned_rows: Effective number of rows, 1 / (1 / n + 1 / m), for which the interval is tuned to be narrowest.
             Fixed before the first look.
-
-    Returns:
-        Infinite ends until both arms have values other than 0 in enough blocks.
     """
     value = arm.mean - other.mean
     if not (arm.telling and other.telling):
@@ -82,19 +77,11 @@ def difference(arm: ArmMean, other: ArmMean, alpha: float = ALPHA, planned_rows:
 
 
 def lift(arm: ArmMean, other: ArmMean, alpha: float = ALPHA, planned_rows: float = PLANNED_ROWS) -> Contrast | None:
-    """The relative difference of the mean of an arm to that of the other: 0.1 is a tenth more.
+    """The relative difference of the mean of an arm to that of the other: 0.1 is a tenth more. Arguments as of `difference`.
 
     The interval is that of the difference of logarithms. Their variances are those of the means over the means' squares
-    (the delta method).
-
-    Args:
-        arm: Nonnegative values, as in `difference`.
-        other: Likewise.
-        alpha: The rate of false alarms over all looks together.
-        planned_rows: As in `difference`.
-
-    Returns:
-        None if an arm has only zeros, as there is no ratio. The ends are -1 and infinite until both have enough data.
+    (the delta method). None if an arm has only zeros, as there is no ratio. The ends are -1 and infinite until both
+    arms have enough data.
     """
     if arm.mean <= 0 or other.mean <= 0:
         return None

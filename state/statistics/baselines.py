@@ -105,12 +105,7 @@ class Baselines:
     def add(
         self, spec: str, accepted: AcceptedBaseline, schema: Schema, statistics: DatasetFeatureStatistics
     ) -> AcceptedBaseline:
-        """Stores a baseline, durably; from then on it is in force.
-
-        Raises:
-            ControlConflict: Another baseline with this number was just accepted.
-            UnusableRegistry: The disk refused.
-        """
+        """Stores a baseline, durably; from then on it is in force. `ControlConflict` if another one got this number just before."""
         files = baseline_files(schema, statistics)
         about = {
             "actor": accepted.actor,

@@ -39,15 +39,12 @@ DISTINCT_BUCKETS = 2048
 
 
 class Categorical:
-    """Counts the ids of one feature; 0 is a missing value.
+    """Counts the ids of one feature; 0 is a missing value. Of users (`listed` is False) only the number of distinct ids is stored.
 
-    It uses two mergeable sketches of tfx-bsl, which TensorFlow Data Validation uses too. Misra-Gries (Misra and Gries,
-    Finding repeated elements, 1982) finds the most frequent values; it is exact while there are no more values than
-    buckets. K minimum values (Bar-Yossef et al., Counting distinct elements in a data stream, 2002) estimates the number
-    of distinct values.
-
-    Args:
-        listed: Whether the most frequent values are stored. For users only the number of distinct ids is.
+    It uses two mergeable sketches of tfx-bsl, as TensorFlow Data Validation does. Misra-Gries (Finding repeated
+    elements, 1982) finds the most frequent values; it is exact while there are no more values than buckets. K minimum
+    values (Bar-Yossef et al., Counting distinct elements in a data stream, 2002) estimates the number of distinct
+    values.
 
     >>> counted = Categorical()
     >>> counted.add(np.array([7, 9, 7, 0], np.uint64))
@@ -101,13 +98,12 @@ class Categorical:
 
 @dataclass
 class Statistics:
-    """Statistics of some rows.
+    """Statistics of some rows, each event counted once.
 
     Attributes:
         actions: Names of the actions, in the order of their numbers.
         names: Names of the D features of the spec.
         context: Names of the K fields of `events.context`.
-        rows: Number of events, each counted once.
         categorical: Statistics of ids, by feature name.
         label: Statistics of the label.
         delay: Statistics of the delay in whole seconds.
@@ -127,12 +123,7 @@ class Statistics:
         self.features = Numeric(len(self.names))
 
     def add(self, columns: Columns, attributes: Sequence[Sequence[str]] = ((), ())) -> None:
-        """Counts rows.
-
-        Args:
-            columns: Columns of a micro-batch by name, `[n, ...]` each.
-            attributes: Names of the attributes of users and of items, in the order of their columns.
-        """
+        """Counts rows: `[n, ...]` columns of a micro-batch by name, with the names of the attributes in the order of their columns."""
         kinds = columns["kind"]
         here = happened(kinds)
         every = bool(here.all())

@@ -1,8 +1,7 @@
 """Confidence sequences: intervals for a mean that are valid at all times at once, however often one looks. Pure.
 
-If an interval of fixed size is computed after each row, it misses the true mean sooner or later. These intervals are
-wider by a logarithm. The probability that any of them ever misses the true mean is at most `alpha`. So it is valid to
-stop as soon as the result is clear, and to continue while it is not.
+The probability that any of them ever misses the true mean is at most `alpha`. So it is valid to stop as soon as the
+result is clear, and to continue while it is not.
 
 The boundary is the two-sided normal mixture (Robbins, Statistical methods related to the law of the iterated logarithm,
 1970; Howard, Ramdas, McAuliffe and Sekhon, Time-uniform, nonparametric, nonasymptotic confidence sequences, 2021,
@@ -11,11 +10,10 @@ probability at most alpha. The variance is estimated, which is valid asymptotica
 Kennedy and Ramdas, Time-uniform central limit theory and asymptotic confidence sequences, 2021, theorem 2.2, with 1 /
 rho^2 there as `r` here).
 
-Rows of one user are not independent. So all rows of a user are in one of BLOCKS blocks. The variance is that of the
-blocks' sums, whatever the dependence within a block (the ratio estimator of cluster sampling: Cochran, Sampling
-Techniques, 1977, chapter 9A). Sums whose later parts correlate with their earlier ones meet a boundary more rarely than
-a random walk of the same variances (Slepian, The one-sided barrier problem for Gaussian noise, 1962), so the sequence
-stays valid.
+Rows of one user are not independent. So all rows of a user are in one of BLOCKS blocks, and the variance is that of the
+blocks' sums (the ratio estimator of cluster sampling: Cochran, Sampling Techniques, 1977, chapter 9A). Sums whose later
+parts correlate with their earlier ones meet a boundary more rarely than a random walk of the same variances (Slepian,
+The one-sided barrier problem for Gaussian noise, 1962), so the sequence stays valid.
 """
 
 from __future__ import annotations
@@ -46,12 +44,8 @@ def tuning(planned_rows: float, alpha: float) -> float:
     """The `r` of the normal mixture for which intervals are about as narrow as possible after `planned_rows` rows.
 
     r = n / (log(1 / alpha^2) + log(1 + log(1 / alpha^2))) (Howard et al. 2021, section 3.5). It must be fixed before
-    the first row. At other times intervals are wider than the narrowest possible ones: by a quarter after a tenth of
-    the rows, by 7 % after ten times as many.
-
-    Args:
-        planned_rows: More than 0.
-        alpha: The rate of false alarms, between 0 and 1.
+    the first row. Intervals are wider than the narrowest possible ones by a quarter after a tenth of the rows, and by 7
+    % after ten times as many.
 
     >>> round(tuning(1000, 0.05), 1)
     126.0
@@ -61,9 +55,7 @@ def tuning(planned_rows: float, alpha: float) -> float:
 
 
 def half_width(variance: float, rows: float, tuned: float, alpha: float) -> float:
-    """Half the width of the interval of a mean.
-
-    It is the boundary above, divided by the rows: sqrt(variance (1 + r / n) log((n + r) / (alpha^2 r))).
+    """Half the width of the interval of a mean: sqrt(variance (1 + r / n) log((n + r) / (alpha^2 r))), see above.
 
     Args:
         variance: Estimated variance of the mean.
@@ -78,11 +70,7 @@ def half_width(variance: float, rows: float, tuned: float, alpha: float) -> floa
 
 
 class BlockSums:
-    """Sums of values and numbers of rows, by blocks of users.
-
-    Attributes:
-        totals: `[BLOCKS]` float64, the sum of the values of each block.
-        counts: `[BLOCKS]` int64, the number of rows of each block.
+    """Sums of values (`totals`, float64) and numbers of rows (`counts`, int64), `[BLOCKS]` by blocks of users.
 
     >>> sums = BlockSums()
     >>> sums.add(np.array([1.0, 3.0]))
@@ -95,12 +83,9 @@ class BlockSums:
         self.counts: NDArray[np.int64] = np.zeros(BLOCKS, np.int64)
 
     def add(self, values: NDArray[np.floating[Any]], users: NDArray[np.uint64] | None = None) -> None:
-        """Adds rows.
+        """Adds rows: finite values `[n]`, and `[n]` uint64 pseudonyms, whose low bits are evenly distributed.
 
-        Args:
-            values: `[n]` float, finite.
-            users: `[n]` uint64 pseudonyms, whose low bits are evenly distributed. Without them each row counts as
-                independent of all others.
+        Without pseudonyms each row counts as independent of all others.
         """
         if users is None:
             blocks = ((self.rows + np.arange(len(values))) % BLOCKS).astype(np.int64)
@@ -175,11 +160,9 @@ class ConfidenceSequence:
         self._sums, self._tuned = BlockSums(), tuning(planned_rows, alpha)
 
     def add(self, differences: NDArray[np.floating[Any]], users: NDArray[np.uint64] | None = None) -> None:
-        """Adds rows.
+        """Adds rows: `[n]` differences, such as the loss of one ranker minus that of the other, and `[n]` uint64 pseudonyms.
 
-        Args:
-            differences: `[n]` float, one a row, such as the loss of one ranker minus that of the other.
-            users: `[n]` uint64 pseudonyms of their users. Always pass them: a user has several rows, which correlate.
+        Always pass the pseudonyms: a user has several rows, which correlate.
         """
         self._sums.add(differences, users)
 
@@ -196,9 +179,8 @@ class ConfidenceSequence:
     def interval(self) -> tuple[float, float]:
         """The interval of the true mean, valid at this look and at all others.
 
-        Returns:
-            Lower and upper end; infinite until `TELLING_BLOCKS` blocks have a sum other than 0. So if no row differs,
-            there is no interval, however many rows there are, and the mean is 0.
+        The ends are infinite until `TELLING_BLOCKS` blocks have a sum other than 0. So if no row differs, there is no
+        interval, however many rows there are, and the mean is 0.
         """
         if not self._sums.telling:
             return UNBOUNDED

@@ -20,14 +20,10 @@ CONCENTRATION = 100.0
 
 
 def log_evidence(counts: Sequence[int], shares: Sequence[float], concentration: float = CONCENTRATION) -> float:
-    """The logarithm of the Bayes factor against the shares.
+    """The logarithm of the Bayes factor against the shares: log B(c p + n) - log B(c p) - sum of n_i log p_i.
 
-    log B(c p + n) - log B(c p) - sum of n_i log p_i, with B the multivariate beta function.
-
-    Args:
-        counts: Users of each arm, n.
-        shares: Expected shares p; each more than 0, with sum 1.
-        concentration: c.
+    B is the multivariate beta function, n the users of each arm, p the expected shares, each more than 0, with sum 1,
+    and c the `concentration`.
 
     >>> round(log_evidence([500, 500], [0.5, 0.5]), 2), round(log_evidence([450, 550], [0.5, 0.5]), 2)
     (-1.2, 3.35)
@@ -46,10 +42,7 @@ def log_evidence(counts: Sequence[int], shares: Sequence[float], concentration: 
 class SampleRatio:
     """Test state: the users of each arm since the shares last changed, and the evidence before.
 
-    A user counts once under the same shares.
-
-    Args:
-        shares: Expected shares, each more than 0, with sum 1.
+    A user counts once under the same shares; each share is more than 0, and their sum 1.
 
     >>> ratio = SampleRatio([0.5, 0.5])
     >>> ratio.add([480, 520])

@@ -29,12 +29,10 @@ _BOUNDS = {"is_last": 1, "truncated": 1, "same_label": 1, "recency": 255, "age":
 
 
 def infer(statistics: DatasetFeatureStatistics, warm: bool) -> Schema:
-    """Infers the schema of `statistics`.
+    """Infers the schema of the statistics of a baseline.
 
-    Args:
-        statistics: Statistics of a baseline.
-        warm: Whether windows were full. Only then are their integers compared with the baseline too. A bootstrap's are
-            not, since its histories begin with its first click.
+    `warm` says whether windows were full. Only then are their integers compared with the baseline too: a bootstrap's
+    histories begin with its first click.
     """
     schema = Schema()
     for one in statistics.features:
