@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from state.positions import COUNTED, MOST_LEARNED, Source
@@ -107,70 +107,50 @@ def check_accounts(
     >>> check_accounts(StreamAccount(positions=8, rows=8), TrainerAccount(rows=7, trained=7))
     ('log: the stream made 8 rows, but the log holds 7 without duplicates: 1 lost',)
     """
-    return (
-        *([] if stream is None else _unbalanced_stream(stream)),
-        *([] if trainer is None else _unbalanced_trainer(trainer)),
-        *([] if stream is None or trainer is None else _lost_between(stream, trainer)),
-        *(fault for one in broker for fault in _misplaced(one)),
-        *([] if stream is None or waiting is None else _lost_while_waiting(stream, waiting)),
-    )
-
-
-def _unbalanced_stream(stream: StreamAccount) -> Iterator[str]:
-    """Rule 1."""
-    outcomes = (stream.rows, stream.dead, stream.filtered, stream.absent, stream.gap, stream.opened, stream.feedback)
-    total = sum(outcomes) + stream.masked
-    if total != stream.positions:
-        yield (
-            f"stream: {stream.positions} positions, but {stream.rows} rows + {stream.dead} dead + "
-            f"{stream.filtered} filtered + {stream.absent} absent + {stream.gap} gap + {stream.opened} opened + "
-            f"{stream.feedback} feedback + {stream.masked} masked = {total}"
-        )
-
-
-def _unbalanced_trainer(trainer: TrainerAccount) -> Iterator[str]:
-    """Rule 2."""
-    total = trainer.trained + trainer.skipped + trainer.duplicate + trainer.masked + trainer.in_flight
-    total += trainer.other_features
-    if total != trainer.rows:
-        other = f"{trainer.other_features} of other features + " if trainer.other_features else ""
-        yield (
-            f"trainer: {trainer.rows} rows, but {trainer.trained} trained + {trainer.skipped} skipped + "
-            f"{trainer.duplicate} duplicate + {trainer.masked} masked + {other}{trainer.in_flight} in flight = {total}"
-        )
-
-
-def _lost_between(stream: StreamAccount, trainer: TrainerAccount) -> Iterator[str]:
-    """Rule 3."""
-    distinct = trainer.rows - trainer.duplicate
-    lost = stream.learnable - distinct
-    excused = trainer.gap * (MOST_LEARNED if stream.opened else 1)
-    if not 0 <= lost <= excused:
-        what = f"{-lost} came twice" if lost < 0 else f"{lost - excused} lost"
-        accepted = f", and a gap of {trainer.gap} was accepted" if trainer.gap else ""
-        yield (
-            f"log: the stream made {stream.learnable} rows, but the log holds {distinct} without duplicates{accepted}: {what}"
-        )
-
-
-def _misplaced(one: BrokerAccount) -> Iterator[str]:
-    """Rule 4."""
-    if one.begin > one.next:
-        yield (
-            f"clicks {one.source}: the stream is at {one.next} and the broker begins at {one.begin}: "
-            f"{one.begin - one.next} positions were deleted unread"
-        )
-    elif one.end < one.next:
-        yield (
-            f"clicks {one.source}: the stream is at {one.next} and the broker ends at {one.end}: "
-            "it lost its newest records, or another cluster answers"
-        )
-
-
-def _lost_while_waiting(stream: StreamAccount, waiting: int) -> Iterator[str]:
-    """Rule 5."""
-    if waiting != stream.waiting:
-        yield (
+    found: list[str] = []
+    if stream is not None:
+        outcomes = (stream.rows, stream.dead, stream.filtered, stream.absent, stream.gap, stream.opened)
+        total = sum(outcomes) + stream.feedback + stream.masked
+        if total != stream.positions:
+            found.append(
+                f"stream: {stream.positions} positions, but {stream.rows} rows + {stream.dead} dead + "
+                f"{stream.filtered} filtered + {stream.absent} absent + {stream.gap} gap + {stream.opened} opened + "
+                f"{stream.feedback} feedback + {stream.masked} masked = {total}"
+            )
+    if trainer is not None:
+        total = trainer.trained + trainer.skipped + trainer.duplicate + trainer.masked + trainer.in_flight
+        total += trainer.other_features
+        if total != trainer.rows:
+            other = f"{trainer.other_features} of other features + " if trainer.other_features else ""
+            found.append(
+                f"trainer: {trainer.rows} rows, but {trainer.trained} trained + {trainer.skipped} skipped + "
+                f"{trainer.duplicate} duplicate + {trainer.masked} masked + {other}{trainer.in_flight} in flight = {total}"
+            )
+    if stream is not None and trainer is not None:
+        distinct = trainer.rows - trainer.duplicate
+        lost = stream.learnable - distinct
+        excused = trainer.gap * (MOST_LEARNED if stream.opened else 1)
+        if not 0 <= lost <= excused:
+            what = f"{-lost} came twice" if lost < 0 else f"{lost - excused} lost"
+            accepted = f", and a gap of {trainer.gap} was accepted" if trainer.gap else ""
+            found.append(
+                f"log: the stream made {stream.learnable} rows, but the log holds {distinct} without duplicates"
+                f"{accepted}: {what}"
+            )
+    for one in broker:
+        if one.begin > one.next:
+            found.append(
+                f"clicks {one.source}: the stream is at {one.next} and the broker begins at {one.begin}: "
+                f"{one.begin - one.next} positions were deleted unread"
+            )
+        elif one.end < one.next:
+            found.append(
+                f"clicks {one.source}: the stream is at {one.next} and the broker ends at {one.end}: "
+                "it lost its newest records, or another cluster answers"
+            )
+    if stream is not None and waiting is not None and waiting != stream.waiting:
+        found.append(
             f"labels: {stream.opened} impressions opened, but {stream.joined} joined + {stream.expired} expired + "
             f"{stream.dropped} dropped + {waiting} waiting = {stream.opened - stream.waiting + waiting}"
         )
+    return tuple(found)

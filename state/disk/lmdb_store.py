@@ -75,7 +75,9 @@ class LmdbStore:
     remedy: ClassVar[str]
     origin: ClassVar[str]
 
-    def __init__(self, path: Path, map_bytes: int, readonly: bool = False, boot_id: str | None = None) -> None:
+    def __init__(
+        self, path: Path, map_bytes: int = 1 << 34, readonly: bool = False, boot_id: str | None = None
+    ) -> None:
         self.path, self.readonly = Path(path), readonly
         self._boot_id = boot_id or clean_mark.boot_id()
         self._swapping = threading.Lock()

@@ -230,22 +230,3 @@ class BulkWriter:
                 for partition in topic.partition_responses:
                     answers[partition.index] = (partition.error_code, partition.base_offset)
         return answers
-
-
-def append_encoded(
-    writer: BulkWriter,
-    keys: Sequence[bytes],
-    values: Sequence[bytes],
-    timestamps_ms: I64,
-    partitions: Sequence[int] | I64,
-) -> None:
-    """Appends records in whole batches, one per partition of `partitions` (see `partition_of`); each partition keeps the order of its records."""
-    rows: dict[int, list[int]] = {}
-    for row, partition in enumerate(partitions):
-        rows.setdefault(int(partition), []).append(row)
-    writer.append(
-        {
-            partition: encode_batch([keys[row] for row in mine], [values[row] for row in mine], timestamps_ms[mine])
-            for partition, mine in rows.items()
-        }
-    )

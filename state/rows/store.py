@@ -30,7 +30,6 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import lmdb
@@ -95,15 +94,6 @@ def rows_of(parts: Sequence[Changes]) -> Changes:
     return np.concatenate(found, axis=1)
 
 
-def heirs_of(gone: Sequence[int], stay: Sequence[int]) -> dict[int | None, list[int]]:
-    """The dropped versions by the next retained one, None if there is none; both ascending."""
-    found: dict[int | None, list[int]] = {}
-    for version in gone:
-        place = bisect_left(stay, version)
-        found.setdefault(stay[place] if place < len(stay) else None, []).append(version)
-    return found
-
-
 class Entries(NamedTuple):
     """The rows of one version: key and value of each, `[2, k]` uint64 table and id of each, and the width of each table's rows."""
 
@@ -135,13 +125,6 @@ def entries_of(tensors: Mapping[str, NDArray[Any]], lane: int, version: int) -> 
 def pieces(text: bytes, size: int) -> list[bytes]:
     """`text` in pieces of `size` bytes."""
     return [text[at : at + size] for at in range(0, len(text), size)]
-
-
-def begin(
-    transaction: lmdb.Transaction, databases: Databases, version: int, lane: int, changes: NDArray[np.uint64]
-) -> None:
-    """Records that a version's rows are being written, before the first of them is."""
-    transaction.put(BEGUN, u64(version) + u64(lane) + changes.tobytes(), db=databases["meta"])
 
 
 def take_back(transaction: lmdb.Transaction, databases: Databases) -> None:
@@ -179,46 +162,6 @@ def put_dense(
     transaction.put(u64(version), save_tensors(dense), db=databases["dense"])
     listed = np.asarray(() if popular is None else popular, "<u8")
     transaction.put(u64(version), listed.tobytes(), db=databases["popular"])
-
-
-def forget(
-    transaction: lmdb.Transaction,
-    databases: Mapping[str, lmdb._Database],
-    erased: Erased,
-    crosses: Crosses,
-    version: int | None = None,
-) -> int:
-    """See `RowStore.forget`."""
-    rows, deleted = databases["rows"], 0
-    records = [Served.parse(record) for _, record in transaction.cursor(databases["versions"])]
-    known = [ids_in(transaction, rows, table) for table in ("item", "category", "context")]
-    for one in erased:
-        later = min((record.version for record in records if record.erased >= one.id), default=1 << 63)
-        wrote = (0, later) if version is None else (version, version + 1)
-        gone = dict.fromkeys(user_tables(records), one.users.ids)
-        pairs = [crosses.of_user(user, *known) for user in one.users]
-        gone["cross"] = np.concatenate([np.empty(0, np.uint64), *pairs])
-        deleted += delete_entries(transaction, rows, gone, *wrote)
-        before = [one_of.version for one_of in records if one_of.erased < one.id]
-        changes = databases["changes"]
-        _leave_out(transaction, changes, before if version is None else [version], np.concatenate([*gone.values()]))
-    if version is None:
-        transaction.put(b"erased", u64(erased.last), db=databases["meta"])
-    return deleted
-
-
-def _leave_out(transaction: lmdb.Transaction, changes: lmdb._Database, versions: Iterable[int], ids: U64) -> None:
-    """Removes ids from the lists of what versions changed, because they have no entries any more."""
-    for version in versions:
-        written = np.frombuffer(transaction.get(u64(version), b"", db=changes), np.uint64).reshape(2, -1)
-        theirs = np.isin(written[1], ids)
-        if theirs.any():
-            transaction.put(u64(version), written[:, ~theirs].tobytes(), db=changes)
-
-
-def user_tables(records: Iterable[Served]) -> set[str]:
-    """The tables that may have rows of users: the user table, and a ranker's own tables with user ids only."""
-    return {"user", *(name for record in records for name in record.dims if name not in TABLES)}
 
 
 def ids_in(transaction: lmdb.Transaction, rows: lmdb._Database, table: str) -> U64:
@@ -283,18 +226,6 @@ def branches_of(retained: Mapping[int, Visible]) -> list[Branch]:
     return [Branch(*line, versions) for line, versions in found.items()]
 
 
-def newest_visible(versions: Iterable[int], visible: Visible) -> int | None:
-    """The first of `versions` (newest first) that is inside `visible`, or None.
-
-    >>> newest_visible([52, 44, 12, 3], ((51, 51), (1, 30)))
-    12
-    """
-    for version in versions:
-        if sees(visible, version):
-            return version
-    return None
-
-
 def needed(versions: Sequence[int], branches: Iterable[Branch]) -> set[int]:
     """The entries of one row (their versions, newest first) that some retained version reads.
 
@@ -315,7 +246,7 @@ def needed(versions: Sequence[int], branches: Iterable[Branch]) -> set[int]:
                 kept.add(version)
             newer = version
         if before and (newer is None or newer > readers[0]):
-            oldest = newest_visible(versions, before)
+            oldest = next((version for version in versions if sees(before, version)), None)
             if oldest is not None:
                 kept.add(oldest)
     return kept
@@ -354,22 +285,6 @@ def has_rows(transaction: lmdb.Transaction, rows: lmdb._Database, lane: int) -> 
     return bool(cursor.set_range(lane_start(lane))) and lane_of(bytes(cursor.key())) == lane
 
 
-def delete_dead_lanes(transaction: lmdb.Transaction, rows: lmdb._Database, alive: set[int], at_most: int) -> set[int]:
-    """Deletes at most `at_most` rows of lanes without versions; returns those of these lanes that are empty then."""
-    empty = set(range(LANES)) - alive
-    for lane in sorted(empty):
-        cursor = transaction.cursor(rows)
-        cursor.set_range(lane_start(lane))
-        # The cursor has an empty key after the last row of all.
-        while (key := bytes(cursor.key())) and lane_of(key) == lane:
-            if not at_most:
-                empty.discard(lane)
-                break
-            cursor.delete()
-            at_most -= 1
-    return empty
-
-
 class RowStore(LmdbStore):
     """The store; one process writes (one thread of it), any number of processes read. Arguments and errors as for `LmdbStore`."""
 
@@ -379,11 +294,6 @@ class RowStore(LmdbStore):
     writer = "the applier"
     remedy = "remove it: the applier makes it anew from the registry"
     origin = "the registry"
-
-    def __init__(
-        self, path: Path, map_bytes: int = 1 << 34, readonly: bool = False, boot_id: str | None = None
-    ) -> None:
-        super().__init__(path, map_bytes, readonly, boot_id)
 
     def _bind(self) -> None:
         opened = self._databases
@@ -411,18 +321,6 @@ class RowStore(LmdbStore):
         parent = None if record is None else Served.parse(record)
         if parent is None or manifest.version <= self._floors(transaction).get(str(parent.lane), 0):
             return None
-        return parent
-
-    def _required_parent(self, manifest: Manifest, transaction: lmdb.Transaction) -> Served | None:
-        """The stored parent of a delta; None for a base."""
-        if manifest.kind == "base":
-            return None
-        parent = self._parent(manifest, transaction)
-        if parent is None:
-            raise UnknownVersion(
-                f"version {manifest.version} builds on version {manifest.parent}, whose rows are not here",
-                "apply its base",
-            )
         return parent
 
     def _floors(self, transaction: lmdb.Transaction) -> dict[str, int]:
@@ -460,11 +358,17 @@ class RowStore(LmdbStore):
                 if follow:
                     self._point(manifest.version, transaction)
                 return False
-            parent = self._required_parent(manifest, transaction)
+            parent = None if manifest.kind == "base" else self._parent(manifest, transaction)
+            if parent is None and manifest.kind != "base":
+                raise UnknownVersion(
+                    f"version {manifest.version} builds on version {manifest.parent}, whose rows are not here",
+                    "apply its base",
+                )
             lane = self._begin_lane(transaction) if parent is None else parent.lane
             entries = entries_of(tensors, lane, manifest.version)
             if len(entries.pairs) > WRITTEN_AT_ONCE:
-                begin(transaction, self._databases, manifest.version, lane, entries.changes)
+                begun = u64(manifest.version) + u64(lane) + entries.changes.tobytes()
+                transaction.put(BEGUN, begun, db=self._meta)
         while len(entries.pairs) > WRITTEN_AT_ONCE:
             with self._write() as transaction:
                 transaction.cursor(self._rows).putmulti(entries.pairs[:WRITTEN_AT_ONCE])
@@ -536,15 +440,6 @@ class RowStore(LmdbStore):
             f"all {LANES} lanes of {self.path} hold versions", "lower serving.keep_s so that old ones are swept"
         )
 
-    def sweep(self, horizon_ms: int, keep: Sequence[int] = ()) -> int:
-        """Drops versions applied before `horizon_ms` except the served one and those of `keep`, and deletes the rows that only they could see. Returns how many."""
-        with self.reader() as reader:
-            old = [one.version for one in reader.versions() if one.applied_at_ms < horizon_ms]
-        dropped = self.drop(set(old) - {*keep})
-        while self.tidy():
-            pass
-        return dropped
-
     def drop(self, versions: Collection[int]) -> int:
         """Drops these versions except the served one, with their dense weights; `tidy` deletes their leftover rows. Returns how many there were."""
         with self._write() as transaction:
@@ -581,7 +476,11 @@ class RowStore(LmdbStore):
         def wrote(version: int) -> Changes:
             return np.frombuffer(required(transaction, version, self._changes), np.uint64).reshape(2, -1)
 
-        for heir, theirs in heirs_of(gone, sorted(stay)).items():
+        # The dropped versions by the next retained one, None if there is none.
+        heirs: dict[int | None, list[int]] = {}
+        for version in gone:
+            heirs.setdefault(min((one for one in stay if one > version), default=None), []).append(version)
+        for heir, theirs in heirs.items():
             # Rows that the oldest version of a branch reads are useless only if later versions wrote them too.
             oldest = one_branch and heir == min(stay)
             rows = rows_of([*map(wrote, theirs[1:] if oldest else theirs), *([] if heir is None else [wrote(heir)])])
@@ -591,14 +490,9 @@ class RowStore(LmdbStore):
                 found.append(rows)
         return found
 
-    @property
-    def _has_left(self) -> bool:
-        """Whether rows are left to check."""
-        return bool(self._left) or self._dead_lanes
-
     def tidy(self, at_most: int | None = None) -> bool:
         """Checks at most `at_most` rows of dropped versions (by default ROWS_AT_ONCE or more), and deletes unread entries; returns whether rows are left to check."""
-        if not self._has_left:
+        if not self._left and not self._dead_lanes:
             return False
         if at_most is None:
             at_most = max(ROWS_AT_ONCE, sum(rows.shape[1] for _, rows in self._left) // ROUNDS)
@@ -611,7 +505,7 @@ class RowStore(LmdbStore):
             at_most -= self._check_rows(retained, min(at_most, ROWS_IN_TRANSACTION))
         if at_most > 0 and self._dead_lanes and not self._left:
             self._delete_dead_lanes(retained)
-        return self._has_left
+        return bool(self._left) or self._dead_lanes
 
     def _check_rows(self, retained: Mapping[int, Sequence[Branch]], at_most: int) -> int:
         """Deletes unread entries of the next `at_most` rows; returns how many rows it checked."""
@@ -631,8 +525,18 @@ class RowStore(LmdbStore):
 
     def _delete_dead_lanes(self, retained: Mapping[int, Sequence[Branch]]) -> None:
         """Deletes some rows of lanes without versions, once no row is left to check."""
+        empty, at_most = set(range(LANES)) - {*retained}, LANE_ROWS_AT_ONCE
         with self._write() as transaction:
-            empty = delete_dead_lanes(transaction, self._rows, {*retained}, LANE_ROWS_AT_ONCE)
+            for lane in sorted(empty):
+                cursor = transaction.cursor(self._rows)
+                cursor.set_range(lane_start(lane))
+                # The cursor has an empty key after the last row of all.
+                while (key := bytes(cursor.key())) and lane_of(key) == lane:
+                    if not at_most:
+                        empty.discard(lane)
+                        break
+                    cursor.delete()
+                    at_most -= 1
             floors = self._floors(transaction)
             kept = {lane: floor for lane, floor in floors.items() if int(lane) not in empty}
             if kept != floors:
@@ -645,8 +549,32 @@ class RowStore(LmdbStore):
         `crosses` are those of the settings. With `version` it checks only what that version wrote; else all stored
         versions, which is recorded, see `erased`. Serving at such a version leaves these users' rows out anyway.
         """
+        deleted = 0
         with self._write() as transaction:
-            return forget(transaction, self._databases, erased, crosses, version)
+            records = self._records(transaction)
+            known = [ids_in(transaction, self._rows, table) for table in ("item", "category", "context")]
+            # The tables that may have rows of users: the user table, and a ranker's own tables.
+            tables = {"user", *(name for record in records for name in record.dims if name not in TABLES)}
+            for one in erased:
+                later = min((record.version for record in records if record.erased >= one.id), default=1 << 63)
+                wrote = (0, later) if version is None else (version, version + 1)
+                gone = dict.fromkeys(tables, one.users.ids)
+                pairs = [crosses.of_user(user, *known) for user in one.users]
+                gone["cross"] = np.concatenate([np.empty(0, np.uint64), *pairs])
+                deleted += delete_entries(transaction, self._rows, gone, *wrote)
+                before = [record.version for record in records if record.erased < one.id]
+                for writer in before if version is None else [version]:
+                    self._leave_out(transaction, writer, np.concatenate([*gone.values()]))
+            if version is None:
+                transaction.put(b"erased", u64(erased.last), db=self._meta)
+        return deleted
+
+    def _leave_out(self, transaction: lmdb.Transaction, version: int, ids: U64) -> None:
+        """Removes ids from the list of what a version changed, because they have no entries any more."""
+        written = np.frombuffer(transaction.get(u64(version), b"", db=self._changes), np.uint64).reshape(2, -1)
+        theirs = np.isin(written[1], ids)
+        if theirs.any():
+            transaction.put(u64(version), written[:, ~theirs].tobytes(), db=self._changes)
 
     def erased(self) -> int:
         """The last erasure whose users have no earlier entries here."""

@@ -29,7 +29,7 @@ from state.config.sections import Attributes, Kafka, Paths
 from state.config.settings import Settings
 from state.features.spec import EVENT, FeatureSpec
 from state.log import Reader, Topics, partition_of
-from state.log.bulk import BulkWriter, append_encoded
+from state.log.bulk import BulkWriter
 from state.microbatch.batch import MicroBatch, in_log_time
 from state.microbatch.codec import decode
 from state.positions import Range
@@ -47,6 +47,7 @@ from tests.bench.recorded import (
 )
 from tests.bench.report import Figure, Stages, report
 from tests.bench.stream import passed, start, stop
+from tests.reading import append_encoded
 from trainer.device import prepare
 from trainer.engine.step import Trainer
 from trainer.model.preprocessing import Preprocessing

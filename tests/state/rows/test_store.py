@@ -20,6 +20,7 @@ from state.process import killpoints
 from state.registry.manifest import Kind, LogRange, Manifest
 from state.rows.reader import RowReader, Served
 from state.rows.store import ROWS_AT_ONCE, WRITTEN_AT_ONCE, RowStore
+from tests.conformance.kept import sweep
 from tests.disks import folder_in_memory
 
 DIM = 4
@@ -159,7 +160,7 @@ def test_any_history_reads_as_its_replay(operations: list[tuple[str, Any, Any]])
                 case "serve":
                     store.serve(here[first % len(here)])
                 case "sweep":
-                    store.sweep(clock - first, keep=[*second, head])
+                    sweep(store, clock - first, keep=[*second, head])
                 case "forget":
                     # Some at any place, and what they leave not to its end.
                     store.drop({here[one % len(here)] for one in first} - {head})
@@ -227,7 +228,7 @@ def test_versions_of_two_lifetimes_leave_one_entry_a_row_between_those_that_stay
                 assert len(values) <= store.entries() <= most
         last = len(steps) + 2
         store.apply(manifest(last, last - 1), {}, now_ms=last, follow=True)
-        store.sweep(last)
+        sweep(store, last)
         assert store.entries() == len(truth[last - 1]), "no tombstone, and one entry a row"
 
 
@@ -285,7 +286,7 @@ def test_where_nothing_is_to_be_deleted_nothing_is_written(tmp_path: Path) -> No
     store.apply(manifest(1, None, "base"), tensors({("user", 1): 1.0}), now_ms=1, follow=True)
     store.tidy()
     before = store._env.info()["last_txnid"]
-    assert store.drop([1, 7]) == 0 and not store.tidy() and store.sweep(99) == 0
+    assert store.drop([1, 7]) == 0 and not store.tidy() and sweep(store, 99) == 0
     assert store._env.info()["last_txnid"] == before
 
 
