@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from state.attributes.values import SIDES
-from state.disk.lmdb_store import LmdbStore
+from state.disk.lmdb_store import LmdbStore, put_all
 
 OUTCOMES = ("value", "removed", "dead", "absent")
 
@@ -60,10 +61,7 @@ class AttributeStore(LmdbStore):
         """The position in the side's topic; None if nothing was read yet."""
         with self._env.begin(db=self._meta) as transaction:
             stored = transaction.get(side.encode())
-        if stored is None:
-            return None
-        fields = json.loads(bytes(stored))
-        return TopicPosition(**fields | {"next": {int(partition): at for partition, at in fields["next"].items()}})
+        return None if stored is None else msgspec.json.decode(stored, type=TopicPosition)
 
     def count(self, side: str) -> int:
         """The number of ids that have attributes."""
@@ -73,19 +71,15 @@ class AttributeStore(LmdbStore):
     def commit(self, side: str, changes: Mapping[int, bytes | None], place: TopicPosition) -> None:
         """Sets or removes (None) the changed values and stores the position, in one transaction; if it raises, nothing changed."""
         with self._write() as transaction:
-            for one, value in changes.items():
-                key = one.to_bytes(8, "big")
-                if value is None:
-                    transaction.delete(key, db=self._databases[side])
-                else:
-                    transaction.put(key, value, db=self._databases[side])
-            transaction.put(side.encode(), json.dumps(asdict(place)).encode(), db=self._meta)
+            values = {one.to_bytes(8, "big"): value for one, value in changes.items()}
+            put_all(transaction, self._databases[side], values)
+            transaction.put(side.encode(), msgspec.json.encode(place), db=self._meta)
 
     def begin_anew(self, side: str, place: TopicPosition) -> None:
         """Clears a side and sets its position; the topic is read again from `place`."""
         with self._write() as transaction:
             transaction.drop(self._databases[side], delete=False)
-            transaction.put(side.encode(), json.dumps(asdict(place)).encode(), db=self._meta)
+            transaction.put(side.encode(), msgspec.json.encode(place), db=self._meta)
 
 
 def pack(ids: Sequence[int], texts: Sequence[str | None]) -> bytes:

@@ -363,8 +363,8 @@ def put_all(transaction: lmdb.Transaction, database: Any, values: Mapping[bytes,
             transaction.put(key, value, db=database)
 
 
-def keys_with(cursor: lmdb.Cursor, prefix: bytes, start: bytes, limit: int) -> list[tuple[bytes, bytes]]:
-    """The first `limit` entries from key `start` on whose key begins with `prefix`, as (key, value)."""
+def keys_with(cursor: lmdb.Cursor, prefix: bytes, start: bytes, limit: int | None = None) -> list[tuple[bytes, bytes]]:
+    """The first `limit` entries, or all, from key `start` on whose key begins with `prefix`, as (key, value)."""
     found: list[tuple[bytes, bytes]] = []
     if cursor.set_range(start):
         for key, value in cursor:

@@ -8,11 +8,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+
+import msgspec
 
 from state.errors import GapError, LogError, TruncatedLog
 from state.log import Log, PartitionBatch, Reader
@@ -40,18 +41,12 @@ class Position:
 
     def to_json(self) -> bytes:
         """Encodes the position."""
-        columns = {"next": self.next, "leaders": self.leaders}
-        named = {name: {str(one): at for one, at in column.items()} for name, column in columns.items()}
-        return json.dumps({"topic_id": self.topic_id, **named}).encode()
+        return msgspec.json.encode(self)
 
     @classmethod
     def from_json(cls, data: bytes | None) -> Position | None:
         """Decodes the output of `to_json`; None for no data."""
-        if not data:
-            return None
-        document = json.loads(data)
-        columns = (document["next"], document.get("leaders", {}))
-        return cls(document["topic_id"], *({int(one): int(at) for one, at in column.items()} for column in columns))
+        return msgspec.json.decode(data, type=cls) if data else None
 
 
 @dataclass(frozen=True, slots=True)

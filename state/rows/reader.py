@@ -6,12 +6,12 @@ version.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import lmdb
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 from safetensors.numpy import load as load_tensors
@@ -54,13 +54,11 @@ class Served:
     @classmethod
     def parse(cls, record: bytes | memoryview) -> Served:
         """Parses the record that `to_json` wrote."""
-        fields = json.loads(bytes(record))
-        fields["visible"] = tuple((low, high) for low, high in fields["visible"])
-        return cls(**fields)
+        return msgspec.json.decode(record, type=cls)
 
     def to_json(self) -> bytes:
         """Encodes this record as a JSON object."""
-        return json.dumps(asdict(self)).encode()
+        return msgspec.json.encode(self)
 
     @classmethod
     def of(

@@ -23,13 +23,14 @@ import json
 import re
 import struct
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import NamedTuple
 
 import lmdb
+import msgspec
 
-from state.disk.lmdb_store import LmdbStore
+from state.disk.lmdb_store import LmdbStore, keys_with
 
 _KEY = re.compile(rb"([0-9a-f]{16}):([A-Za-z0-9_-]{1,64})")
 
@@ -117,40 +118,27 @@ class SegmentStore(LmdbStore):
 
     def place(self) -> SegmentsPlace | None:
         """The position up to which the topic was read; None before anything was read."""
-        if (stored := self._stored(_PLACE)) is None:
-            return None
-        fields = json.loads(stored)
-        return SegmentsPlace(fields["topic_id"], {int(partition): at for partition, at in fields["next"].items()})
+        stored = self._stored(_PLACE)
+        return None if stored is None else msgspec.json.decode(stored, type=SegmentsPlace)
 
     def sizes(self) -> dict[str, int]:
         """The number of members of each segment, in one snapshot; empty segments may be missing."""
-        found = {}
         with self._env.begin(db=self._meta) as transaction:
-            cursor = transaction.cursor()
-            if cursor.set_range(_SIZE):
-                for key, value in cursor:
-                    if not bytes(key).startswith(_SIZE):
-                        break
-                    found[bytes(key)[len(_SIZE) :].decode()] = int(bytes(value))
-        return found
+            found = keys_with(transaction.cursor(), _SIZE, _SIZE)
+        return {key[len(_SIZE) :].decode(): int(value) for key, value in found}
 
     def memberships(self, members: Sequence[Member]) -> list[Membership | None]:
         """The membership of each user in the segment, in one snapshot; None for a user who is not in it."""
         with self._env.begin(db=self._members) as transaction:
-            return [_membership(transaction.get(_key(one))) for one in members]
+            found = [transaction.get(_key(one)) for one in members]
+        return [None if value is None else Membership(*_VALUE.unpack(value)) for value in found]
 
     def page(self, segment: str, start: int, most: int) -> list[tuple[int, Membership]]:
         """The first `most` members of a segment from the pseudonym `start` on, in the order of pseudonyms."""
-        found: list[tuple[int, Membership]] = []
         prefix = _prefix(segment)
         with self._env.begin(db=self._members) as transaction:
-            cursor = transaction.cursor()
-            if cursor.set_range(_key((segment, start))):
-                for key, value in cursor:
-                    if len(found) == most or not bytes(key).startswith(prefix):
-                        break
-                    found.append((int.from_bytes(bytes(key)[len(prefix) :], "big"), Membership(*_VALUE.unpack(value))))
-        return found
+            found = keys_with(transaction.cursor(), prefix, _key((segment, start)), most)
+        return [(int.from_bytes(key[len(prefix) :], "big"), Membership(*_VALUE.unpack(value))) for key, value in found]
 
     def commit(self, changes: Mapping[Member, Membership | None], place: SegmentsPlace | None = None) -> None:
         """Adds members, or removes those with None, and stores `place`, if given, as the position: all or nothing."""
@@ -182,7 +170,7 @@ class SegmentStore(LmdbStore):
             else:
                 transaction.delete(key, db=self._meta)
         if place is not None:
-            transaction.put(_PLACE, json.dumps(asdict(place)).encode(), db=self._meta)
+            transaction.put(_PLACE, msgspec.json.encode(place), db=self._meta)
 
 
 def all_members(store: SegmentStore, segment: str, at_once: int = 1000) -> Iterator[list[tuple[int, Membership]]]:
@@ -202,7 +190,3 @@ def _prefix(segment: str) -> bytes:
 def _key(member: Member) -> bytes:
     segment, user = member
     return _prefix(segment) + user.to_bytes(8, "big")
-
-
-def _membership(value: bytes | None) -> Membership | None:
-    return None if value is None else Membership(*_VALUE.unpack(value))
