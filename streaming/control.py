@@ -31,7 +31,7 @@ from state.features.erased import Erased
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.history.rewind import Before
-from state.history.rewinding import go_back
+from state.history.rewinding import rewind
 from state.history.store import HistoryStore
 from state.log import Log, Reader
 from state.microbatch.batch import trim
@@ -162,7 +162,7 @@ def roll_back_histories(
     def open_at(offset: int) -> Reader:
         return log.reader(settings.kafka.microbatches_topic, [PARTITION], {PARTITION: offset})
 
-    found = go_back(store, desired.line, open_at, PARTITION, spec.reach_ms(settings.events), extra=extra, timed=True)
+    found = rewind(store, desired.line, open_at, PARTITION, spec.reach_ms(settings.events), extra=extra, timed=True)
     if found is not None:
         logger.info("epoch %d of the training log: %s", desired.log_epoch, found)
     return written_letters(store)

@@ -31,7 +31,7 @@ from state.events.identity import Salt
 from state.events.parser import Parser
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
-from state.history.rewinding import line_of
+from state.history.rewinding import branch_of
 from state.history.store import HistoryStore
 from state.layout import ATTRIBUTES
 from state.log import KERNELS, Log, Reader, TopicInfo, Topics, topic_plan
@@ -91,7 +91,7 @@ def open_shard(
         # 3.
         clicks = ensure_topics(settings, topics := stack.enter_context(log.topics()))
         # 4.
-        desired = (watch := ControlWatch(settings.registry_dir, line_of(store))).desired
+        desired = (watch := ControlWatch(settings.registry_dir, branch_of(store))).desired
         # 5.
         writer = ShardWriter(settings, spec.digest, salt.fingerprint, stopping, partial(open_writer, log=log), desired)
         stack.callback(writer.close)

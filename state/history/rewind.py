@@ -186,7 +186,9 @@ class Before:
             named = np.isin(events.item, self._items) & (events.category != 0)
             narrow.append(events.take(np.isin(events.user, self._users) | named))
         for events in latest:
-            self._count_turns(events)
+            for number, part in enumerate(events.header.ranges):
+                users = events.user[events.source == number]
+                self._turns[part.source] += int((users[1:] != users[:-1]).sum()) + (len(users) > 0)
         self.latest = [*latest, *self.latest]
         for events in reversed(narrow):
             for item, category in zip(events.item[::-1].tolist(), events.category[::-1].tolist(), strict=True):
@@ -194,11 +196,6 @@ class Before:
                     self.categories.setdefault(item, category)
             self._take(events)
         return max(times) or None
-
-    def _count_turns(self, events: MicroBatch) -> None:
-        for number, part in enumerate(events.header.ranges):
-            users = events.user[events.source == number]
-            self._turns[part.source] += int((users[1:] != users[:-1]).sum()) + (len(users) > 0)
 
     def _find_opened(self, batch: MicroBatch) -> None:
         for row in np.flatnonzero(batch.kind == Kind.OPENED).tolist() if self.waited else ():

@@ -12,10 +12,11 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import lmdb
+import msgspec
 import numpy as np
 
 from state.config.settings import Settings
@@ -60,12 +61,12 @@ class ForgottenUsers:
 
     def to_json(self) -> bytes:
         """Encodes it as the store keeps it."""
-        return json.dumps(asdict(self)).encode()
+        return msgspec.json.encode(self)
 
     @classmethod
     def from_json(cls, value: bytes | None) -> ForgottenUsers:
         """Decodes the output of `to_json`; None if nothing was erased yet."""
-        return cls() if value is None else cls(**json.loads(value))
+        return cls() if value is None else msgspec.json.decode(value, type=cls)
 
 
 class HistoryStore(MemoryStore):
@@ -147,16 +148,10 @@ class HistoryStore(MemoryStore):
 
     def cut(self) -> tuple[dict[Source, Counts], int]:
         """The counts and the number of waiting rows, from one snapshot."""
-        found = {}
         with self._begin("meta") as transaction:
             waits = 0 if self._waiting is None else int(transaction.stat(self._waiting)["entries"])
-            cursor = transaction.cursor()
-            if cursor.set_range(b"p:"):
-                for key, value in cursor:
-                    if not key.startswith(b"p:"):
-                        break
-                    found[Source.parse(bytes(key[2:]).decode())] = json.loads(bytes(value))
-        return found, waits
+            found = keys_with(transaction.cursor(), b"p:", b"p:")
+        return {Source.parse(key[2:].decode()): json.loads(value) for key, value in found}, waits
 
     def positions(self) -> dict[Source, int]:
         """The next offset of each source."""
@@ -169,8 +164,7 @@ class HistoryStore(MemoryStore):
 
     def extra(self, name: str) -> bytes | None:
         """The value that the last commit stored for extra `name`; None if there is none."""
-        with self._begin("meta") as transaction:
-            return None if (value := transaction.get(b"x:" + name.encode())) is None else bytes(value)
+        return self.extra_of_each([name])[0]
 
     def extra_of_each(self, names: Sequence[str]) -> list[bytes | None]:
         """The values of n extras, from one snapshot; see `extra`."""
@@ -242,7 +236,7 @@ class HistoryStore(MemoryStore):
         with self._env.begin() as transaction:
             return lacking(transaction, self._databases, since, marks, self.history)
 
-    def go_back(self, back: Rewind) -> None:
+    def rewind(self, back: Rewind) -> None:
         """Rewinds events and positions in one transaction; visibility, durability and errors are those of `commit`."""
         rebuilt = {user: self.numbering.inwards(events) for user, events in back.rebuilt.items()}
         back = replace(back, rebuilt=rebuilt)
