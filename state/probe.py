@@ -92,7 +92,7 @@ def check(version: int, trained: Mapping[str, F32], answered: Mapping[str, F32])
         if apart > TOLERANCE:
             raise ProgramError(
                 f"version {version} answers otherwise than its trainer: {name} differs by {apart:.2g} (allowed {TOLERANCE:g})",
-                "answers stay at the last good version; look after this host, and whether its packages are the trainer's",
+                "answers stay at the last good version; check this host, and that its packages are those of the trainer",
             )
         largest = max(largest, apart)
     return largest

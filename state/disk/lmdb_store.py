@@ -139,7 +139,7 @@ class LmdbStore:
         try:
             return cls(path, *arguments)
         except CorruptStore as error:
-            _logger.warning("the %s at %s are begun anew from %s: %s", cls.noun, path, cls.origin, error.what)
+            _logger.warning("the %s at %s are rebuilt from %s: %s", cls.noun, path, cls.origin, error.what)
             shutil.rmtree(path)
             return cls(path, *arguments)
 
@@ -184,7 +184,7 @@ class LmdbStore:
             try:
                 clean_mark.write(self._mark_path, CleanMark(True, self._boot_id))
             except OSError as error:
-                raise self._refused(error, "marked as closed in order") from error
+                raise self._refused(error, "marked as closed cleanly") from error
 
     def copy_as_is(self, handle: int) -> None:
         """Writes a snapshot of the store to an open file or pipe. Unchanged pages keep their position and content.
@@ -214,7 +214,7 @@ class LmdbStore:
                 self._copy_alive(self._aside)
                 clean_mark.write(self._aside / layout.MARK, CleanMark(False, self._boot_id))
             except (lmdb.Error, OSError) as error:
-                refused = self._refused(error, "written anew")
+                refused = self._refused(error, "rewritten")
                 shutil.rmtree(self._aside, ignore_errors=True)
                 raise refused from error
             killpoints.reach("compact.copied")
@@ -343,7 +343,7 @@ class LmdbStore:
                 do = f"free space in memory, or start {self.writer} again: the store is on the disk if memory has no room"
                 return StoreFull(f"{what}: memory is full", do)
             return StoreFull(what, "free space on its disk")
-        return UnusableDisk(what, "look after its disk and its access rights, and start again")
+        return UnusableDisk(what, "check its disk and its access rights, and start again")
 
 
 def _is_full(error: Exception, path: Path) -> bool:

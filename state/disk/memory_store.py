@@ -44,7 +44,7 @@ class MemoryStore(LmdbStore):
     def _open(self, map_bytes: int) -> None:
         if not self.readonly and self.in_memory and not self.path.exists():
             raise CorruptStore(
-                f"{self.path} lay in memory, {self.path.readlink()}, which is gone: the machine or its container went down",
+                f"{self.path} was in memory, {self.path.readlink()}, which is gone: the machine or its container went down",
                 self.remedy,
             )
         super()._open(map_bytes)

@@ -225,7 +225,7 @@ class FeatureSpec:
         if document["code"] != CODE:
             raise ValueError(
                 f"feature spec of code version {document['code']}; this program computes version {CODE}; "
-                "read it with the release that wrote it, or make it anew with this one"
+                "read it with the release that wrote it, or compute it again with this one"
             )
         return cls(
             actions=tuple(document["actions"]),

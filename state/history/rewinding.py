@@ -62,7 +62,7 @@ class Rewound:
         """A summary for people."""
         short = f", {self.short:,} of them without its oldest events" if self.short else ""
         waits = f", {self.waiting:,} impressions wait again" if self.waiting else ""
-        return f"{self.positions:,} positions of {self.users:,} users taken back, {self.rebuilt:,} histories rebuilt from the log{short}{waits}"
+        return f"{self.positions:,} positions of {self.users:,} users rolled back, {self.rebuilt:,} histories rebuilt from the log{short}{waits}"
 
 
 def branch_of(store: HistoryStore) -> LogLine:

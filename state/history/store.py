@@ -81,7 +81,7 @@ class HistoryStore(MemoryStore):
     later = frozenset({"waiting"})
     map_setting = "stream.map_gb or serving.map_gb"
     writer = "the stream or the applier"
-    remedy = "`springtide rebuild-history` makes the stream's histories anew from Kafka"
+    remedy = "`springtide rebuild-history` rebuilds the stream's histories from Kafka"
     origin = "the micro-batch topic"
 
     def __init__(
@@ -346,7 +346,7 @@ class HistoryStore(MemoryStore):
         try:
             if not store.closed_in_order():
                 raise CorruptStore(
-                    f"{source} was not closed in order, so that pages may be missing; it is not used",
+                    f"{source} was not closed cleanly, so that pages may be missing; it is not used",
                     "name another copy, or rebuild without one",
                 )
             store.copy_to(path)
@@ -370,7 +370,7 @@ def open_history_store(settings: Settings, part: str, folder: Path) -> HistorySt
     place = enter(link, memory)
     if place.why:
         logger.warning(
-            "the histories lie on the disk, %s: %s. Each page that a click changes is written there, at 5,000 clicks/s "
+            "the histories are on the disk, %s: %s. Each page that a click changes is written there, at 5,000 clicks/s "
             "some 8 GB an hour",
             link,
             place.why,
@@ -383,6 +383,6 @@ def open_or_replace(settings: Settings, part: str, folder: Path) -> HistoryStore
     try:
         return open_history_store(settings, part, folder)
     except CorruptStore as error:
-        logger.warning("the histories at %s are begun anew from %s: %s", folder, HistoryStore.origin, error.what)
+        logger.warning("the histories at %s are rebuilt from %s: %s", folder, HistoryStore.origin, error.what)
         memory_place.forget(folder / HISTORIES)
         return open_history_store(settings, part, folder)

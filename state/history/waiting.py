@@ -98,7 +98,7 @@ class RowFormat:
         if any(len(value) != self.dtype.itemsize for value in values):
             raise CorruptStore(
                 f"a row that waits has not {self.dtype.itemsize} bytes",
-                "`springtide rebuild-history` makes the store anew",
+                "`springtide rebuild-history` rebuilds the store",
             )
         rows = np.frombuffer(b"".join(values), self.dtype)
         return {name: np.ascontiguousarray(rows[name]) for name in self.shapes}

@@ -142,7 +142,7 @@ class _TokenProvider(AbstractTokenProvider):
         # User code may fail in any way.
         except Exception as error:
             failed = f"kafka.sasl_token_provider {self._path} failed: {error_line(error)}"
-            self.failure = LogError(failed, "mend what it asks, or the function")
+            self.failure = LogError(failed, "correct the function, or the service that it asks")
             raise self.failure from error
         if not isinstance(token, str) or not token:
             self.failure = LogError(
@@ -280,8 +280,8 @@ def truncated(topic: str, topic_id: str, partition: int, ours: int, kept: int, e
     return TruncatedLog(
         f"topic {topic} partition {partition}: we were at {ours}, but what we read ends at {kept}: the log was cut back"
         f"{again}, so that offsets {kept} to {ours - 1} are used twice (a leader was elected that lacked records, a broker "
-        "lost what was not on disk, the topic was made again, or another cluster answers)",
-        "look after the brokers (unclean.leader.election.enable=false, min.insync.replicas) and restore the log if you can",
+        "lost what was not on disk, the topic was deleted and made again, or another cluster answers)",
+        "check the brokers (unclean.leader.election.enable=false, min.insync.replicas) and restore the log if you can",
         [Gap(Source(topic_id, partition), kept, ours)],
     )
 

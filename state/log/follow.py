@@ -249,5 +249,5 @@ def read_to(
             raise LogError(
                 f"topic {reader.topic} gave nothing for {stalled_s:g} s at offset {reader.position(partition)} of {end} of "
                 f"partition {partition}",
-                "look after the broker and try again: a transaction may still be open",
+                "check the broker and try again: a transaction may still be open",
             )

@@ -65,8 +65,8 @@ class Topics:
         self.describe(name)
         wanted, doing = ConfigResource(ConfigResourceType.TOPIC, name, dict(config)), f"set what bounds topic {name}"
         answer = self._call(doing, lambda: self._admin.alter_configs([wanted], raise_on_unknown=False))
-        if (said := answer["topic"][name]) != "OK":
-            raise LogError(f"Kafka does not {doing} ({said})", "let this client alter configurations")
+        if (status := answer["topic"][name]) != "OK":
+            raise LogError(f"Kafka does not {doing} ({status})", "let this client alter configurations")
 
     def describe(self, name: str) -> TopicInfo:
         """The topic's id and number of partitions.

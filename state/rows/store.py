@@ -292,7 +292,7 @@ class RowStore(LmdbStore):
     databases = ("rows", "versions", "dense", "popular", "changes")
     map_setting = "serving.map_gb"
     writer = "the applier"
-    remedy = "remove it: the applier makes it anew from the registry"
+    remedy = "remove it: the applier rebuilds it from the registry"
     origin = "the registry"
 
     def _bind(self) -> None:

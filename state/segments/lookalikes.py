@@ -67,4 +67,4 @@ def read(folder: Path, segment: str) -> LookalikeList | None:
     except FileNotFoundError:
         return None
     except ValueError as error:
-        raise CorruptStore(f"{path} is damaged ({error})", "remove it: it is made again") from error
+        raise CorruptStore(f"{path} is damaged ({error})", "remove it: it is computed again") from error

@@ -192,7 +192,7 @@ def test_what_cannot_be_used_is_begun_anew_aloud(
     crash(store)
     with caplog.at_level(logging.WARNING):
         anew = kept.open_anew(tmp_path / "s")
-    assert f"begun anew from {kept.kind.origin}" in caplog.text
+    assert f"rebuilt from {kept.kind.origin}" in caplog.text
     assert kept.seen(anew) == 0
     kept.commit(anew, 1)
     anew.close()
