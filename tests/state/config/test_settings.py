@@ -281,6 +281,8 @@ def test_the_bounds_themselves_are_possible(known: KnownSetting, tmp_path: Path)
         ("[kafka]\nsasl_mechanism = 'SCRAM'\n", 2, "one of PLAIN, SCRAM-SHA-256"),
         ("[kafka]\nsecurity_protocol = 'SSL'\nssl_cafile = 'no/ca.pem'\n", 3, "no such file"),
         ("[kafka]\nssl_cafile = 'ca.pem'\n", 2, "does not use it"),
+        ("[kafka]\nsecurity_protocol = 'SASL_SSL'\nsasl_mechanism = 'OAUTHBEARER'\n", 3, "need each other"),
+        ("[kafka]\nreplication = 2\nmin_insync_replicas = 3\n", 3, "3 is more than kafka.replication 2"),
         ("[serving]\nhost = ''\n", 2, "must not be empty"),
         ("[rollout]\naddress = 'localhost:8601'\n", 2, "must be http://HOST:PORT"),
         ("[kafka]\nport = 1\nport = 2\n", 3, "TOML"),

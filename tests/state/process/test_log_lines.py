@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from state.config.sections import LogSettings
-from state.process.log_lines import Lines, Repeats, event_of
+from state.process.log_lines import Lines, event_of
 
 ROOT = Path(__file__).parents[3]
 PACKAGES = ("state", "streaming", "trainer", "deploy", "springtide_client")
@@ -114,13 +114,6 @@ def test_lines_that_differ_in_numbers_alone_are_one_event() -> None:
         logging.LogRecord("", 20, "", 0, "%s", (f"version {number} is rebuilt",), None) for number in (7, 8)
     )
     assert event_of(first) == event_of(second)
-
-
-def test_events_without_end_take_no_memory_without_end() -> None:
-    repeats = Repeats(most=1)
-    for number in range(5000):
-        repeats.admits(number, 0.0)
-    assert len(repeats._counted) <= 1000
 
 
 def test_logging_is_set_up_in_one_place() -> None:

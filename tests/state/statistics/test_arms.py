@@ -1,38 +1,20 @@
-"""Two arms are told apart where they differ, and no more often than stated where they do not, also while their shares change."""
+"""Two arms are told apart where they differ, and no more often than stated where they do not, also while share and hour change."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
+import pytest
 
-from state.statistics.arms import difference, lift
+from state.statistics.arms import difference, lift, stratified
 from state.statistics.confidence_sequence import UNBOUNDED, BlockSums
 
-ALPHA = 0.05
-TRIALS = 500
+ALPHA, PLANNED = 0.05, 2_000
+TRIALS = 300
 MOST_ALARMS = ALPHA * TRIALS + 3 * math.sqrt(TRIALS * ALPHA * (1 - ALPHA))
-
-
-def test_two_equal_arms_are_told_apart_no_more_often_than_stated_while_the_share_grows() -> None:
-    random = np.random.default_rng(1)
-    different = lifted = fixed = 0
-    for _ in range(TRIALS):
-        arm, other = BlockSums(), BlockSums()
-        alarms = np.zeros(3, np.bool_)
-        for look in range(40):
-            clicked = (random.random(300) < 0.3).astype(np.float64)
-            rows = 30 if look < 20 else 150
-            arm.add(clicked[:rows])
-            other.add(clicked[rows:])
-            found, ratio = difference(arm, other, ALPHA, 2_000), lift(arm, other, ALPHA, 2_000)
-            assert ratio is not None
-            spread = 1.96 * math.sqrt(arm.variance + other.variance)
-            alarms |= (not found.low <= 0 <= found.high, not ratio.low <= 0 <= ratio.high, abs(found.value) > spread)
-        different, lifted, fixed = np.array((different, lifted, fixed)) + alarms
-    assert different <= MOST_ALARMS
-    assert lifted <= MOST_ALARMS
-    assert fixed > 2 * MOST_ALARMS, "intervals of fixed size would have done"
+HOURS = ((0.02, 0.2), (0.1, 0.3), (0.5, 0.5))
+"""The share of the first arm, and what all users do."""
 
 
 def test_a_better_arm_is_found_with_its_lift() -> None:
@@ -57,3 +39,52 @@ def test_arms_without_clicks_have_no_lift_and_few_have_no_end() -> None:
     found, ratio = difference(arm, other), lift(arm, other)
     assert (found.low, found.high) == UNBOUNDED
     assert ratio is not None and (ratio.low, ratio.high) == (-1.0, math.inf)
+
+
+def test_one_stratum_is_what_it_is_without_any() -> None:
+    random, (one, other) = np.random.default_rng(1), (BlockSums(), BlockSums())
+    for sums, rows in ((one, 3_000), (other, 9_000)):
+        sums.add((random.random(rows) < 0.3).astype(np.float64), random.integers(1, 2**63, rows, np.uint64))
+    alone, whole = difference(one, other, ALPHA, PLANNED), difference(*stratified([(one, other)]), ALPHA, PLANNED)
+    assert whole == pytest.approx(alone)
+    assert lift(*stratified([(one, other)]), ALPHA, PLANNED) == pytest.approx(lift(one, other, ALPHA, PLANNED))
+
+
+def test_equal_arms_are_told_apart_no_more_often_than_stated_while_share_and_hour_change() -> None:
+    random, alarms, fooled = np.random.default_rng(2), np.zeros(2, np.int64), 0
+    for _ in range(TRIALS):
+        strata = [(BlockSums(), BlockSums()) for _ in HOURS]
+        alarm = np.zeros(2, np.bool_)
+        for (one, other), (share, rate) in zip(strata, HOURS, strict=True):
+            for _ in range(10):
+                clicked, rows = (random.random(1_000) < rate).astype(np.float64), int(1_000 * share)
+                one.add(clicked[:rows])
+                other.add(clicked[rows:])
+                arms = stratified(strata)
+                found, ratio = difference(*arms, ALPHA, PLANNED), lift(*arms, ALPHA, PLANNED)
+                alarm |= (
+                    not found.low <= 0 <= found.high,
+                    ratio is not None and not ratio.low <= 0 <= ratio.high,
+                )
+        alarms += alarm
+        together = BlockSums(), BlockSums()
+        for pair in strata:
+            for whole, part in zip(together, pair, strict=True):
+                whole.totals += part.totals
+                whole.counts += part.counts
+        fooled += difference(*together, ALPHA, PLANNED).low > 0
+    assert alarms.max() <= MOST_ALARMS
+    assert fooled > 0.9 * TRIALS, "all rows together would have called them different"
+
+
+def test_a_better_arm_is_found_over_all_strata() -> None:
+    random, strata = np.random.default_rng(3), []
+    for share, rate in HOURS:
+        one, other = BlockSums(), BlockSums()
+        rows = int(20_000 * share)
+        one.add((random.random(rows) < 1.2 * rate).astype(np.float64), random.integers(1, 2**63, rows, np.uint64))
+        rest = 20_000 - rows
+        other.add((random.random(rest) < rate).astype(np.float64), random.integers(1, 2**63, rest, np.uint64))
+        strata.append((one, other))
+    found = lift(*stratified([*strata, (BlockSums(), strata[0][1])]), ALPHA, PLANNED)
+    assert found is not None and 0 < found.low < 0.2 < found.high
