@@ -8,11 +8,10 @@ from itertools import count
 import pytest
 
 from state.log import Reader
-from streaming.alignment import AlignedReader, Reached
+from streaming.alignment import MAX_SKEW_MS, AlignedReader, Reached
 from tests.memory_log import MemoryLog
 
 CLICKS = "clicks"
-SKEW_S = 30.0
 
 
 @pytest.fixture
@@ -35,7 +34,7 @@ def read(reader: Reader, most: int) -> Iterator[dict[int, list[int]]]:
     """By partition the times that each poll finds, until one finds nothing."""
     reached: dict[int, int] = {}
     seconds = count()
-    aligned = AlignedReader(reader, lambda one: Reached(reached.get(one), False), SKEW_S, lambda: next(seconds) / 1000)
+    aligned = AlignedReader(reader, lambda one: Reached(reached.get(one), False), lambda: next(seconds) / 1000)
     while True:
         aligned.begin(most)
         if not (batches := aligned.poll(0.0)):
@@ -67,7 +66,7 @@ def test_a_partition_that_comes_later_is_read_when_its_time_has_come(log: Memory
     assert all(2 not in one for one in before)
     new = [number for number, one in enumerate(polls_after) if 2 in one]
     reached = [max(one[0][-1] for one in polls_after[: number + 1] if 0 in one) for number in new[1:]]
-    assert min(reached) >= 200_000 - SKEW_S * 1000 - 30 * 1000
+    assert min(reached) >= 200_000 - MAX_SKEW_MS - 30 * 1000
     assert sum(len(one.get(2, [])) for one in polls_after) == 100
 
 
@@ -76,14 +75,14 @@ def test_of_one_partition_nothing_is_asked() -> None:
     log.topics().ensure(CLICKS, 1)
     write(log, 0, [0, 1])
     with log.reader(CLICKS) as reader:
-        aligned = AlignedReader(reader, lambda one: pytest.fail("the clock was asked"), SKEW_S)
+        aligned = AlignedReader(reader, lambda one: pytest.fail("the clock was asked"))
         aligned.begin(10)
         assert [len(batch) for batch in aligned.poll(0.0)] == [2]
 
 
 def test_what_was_decided_is_read_in_as_many_polls_as_it_takes_and_no_more(log: MemoryLog) -> None:
     with log.reader(CLICKS) as reader:
-        aligned = AlignedReader(reader, lambda _: Reached(None, False), SKEW_S)
+        aligned = AlignedReader(reader, lambda _: Reached(None, False))
         aligned.begin(20)
         found: list[int] = []
         while not aligned.is_done:
