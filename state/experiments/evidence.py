@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from state.experiments.exposure import ARMS, LIVE, TRIAL, Arm, Exposure
 from state.statistics import arms
-from state.statistics.arms import Contrast, StratifiedArm, stratified
+from state.statistics.arms import Contrast, Strata
 from state.statistics.confidence_sequence import ALPHA, BlockSums
 from state.statistics.sample_ratio import SampleRatio
 
@@ -154,11 +154,11 @@ class Evidence:
 
     def difference(self) -> Contrast:
         """Engagements per answer of the trial, minus those of the live arm."""
-        return arms.difference(*self._both(), ALPHA, self._planned)
+        return arms.difference(self._strata(), ALPHA, self._planned)
 
     def lift(self) -> Contrast | None:
         """The relative difference of the trial's rate to the live arm's; None if an arm has no engagements."""
-        return arms.lift(*self._both(), ALPHA, self._planned)
+        return arms.lift(self._strata(), ALPHA, self._planned)
 
     @property
     def mismatch(self) -> bool:
@@ -178,8 +178,8 @@ class Evidence:
         """Engagements that followed an arm's exposures."""
         return round(sum(float(of_step[arm].totals.sum()) for of_step in self.rates.values()))
 
-    def _both(self) -> tuple[StratifiedArm, StratifiedArm]:
-        return stratified([(of_step[TRIAL], of_step[LIVE]) for of_step in self.rates.values()])
+    def _strata(self) -> Strata:
+        return [(of_step[TRIAL], of_step[LIVE]) for of_step in self.rates.values()]
 
     def _sums(self, step: int) -> dict[Arm, BlockSums]:
         return self.rates.setdefault(step, {arm: BlockSums() for arm in ARMS})

@@ -6,49 +6,24 @@ boundary of a single mean is valid (`confidence_sequence.py`), with the effectiv
 (1 / n + 1 / m), as its clock.
 
 If behaviour changes with the hour while a share grows, the means over all rows differ although the arms do not
-(Simpson's paradox). So `stratified` compares within each period of constant shares, a stratum, and weights the strata
-by their effective number of rows: post-stratification (Cochran, Sampling Techniques, 1977, chapter 5A). These numbers
-add up to the clock of the whole. Strata follow each other in time, so the boundary of a single difference stays valid.
+(Simpson's paradox). So the arms are compared within each period of constant shares, a stratum, and the strata are
+weighted by their effective number of rows: post-stratification (Cochran, Sampling Techniques, 1977, chapter 5A). These
+numbers add up to the clock of the whole. Strata follow each other in time, so the boundary of a single difference stays
+valid.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 
-from state.statistics.confidence_sequence import (
-    ALPHA,
-    BLOCKS,
-    PLANNED_ROWS,
-    TELLING_BLOCKS,
-    UNBOUNDED,
-    BlockSums,
-    half_width,
-    tuning,
-)
+from state.statistics.confidence_sequence import BLOCKS, TELLING_BLOCKS, UNBOUNDED, BlockSums, half_width, tuning
 
-
-class ArmMean(Protocol):
-    """The mean of an arm: `BlockSums`, or a `StratifiedArm`."""
-
-    @property
-    def rows(self) -> float:
-        """Number of rows."""
-
-    @property
-    def mean(self) -> float:
-        """Mean of all values."""
-
-    @property
-    def variance(self) -> float:
-        """Variance of the mean."""
-
-    @property
-    def telling(self) -> bool:
-        """Whether there is enough data for an interval."""
+Strata = Sequence[tuple[BlockSums, BlockSums]]
+"""The sums of both arms in each stratum, by blocks of their users; one without rows of one arm is ignored."""
 
 
 class Contrast(NamedTuple):
@@ -59,75 +34,60 @@ class Contrast(NamedTuple):
     high: float
 
 
-def difference(arm: ArmMean, other: ArmMean, alpha: float = ALPHA, planned_rows: float = PLANNED_ROWS) -> Contrast:
-    """The mean of an arm minus that of the other; infinite ends until both have values other than 0 in enough blocks.
+def difference(strata: Strata, alpha: float, planned_rows: float) -> Contrast:
+    """The mean of the first arm minus that of the other; infinite ends until both have values other than 0 in enough blocks.
 
     Args:
-        arm: Values of its rows, by blocks of its users. For a click rate, a value is 1 for a click and else 0.
-        other: Likewise, of other users.
+        strata: The values of both arms. For a click rate, a value is 1 for a click and else 0.
         alpha: The rate of false alarms over all looks together.
         planned_rows: Effective number of rows, 1 / (1 / n + 1 / m), for which the interval is tuned to be narrowest.
             Fixed before the first look.
     """
+    arm, other, rows = _combined(strata)
     value = arm.mean - other.mean
     if not (arm.telling and other.telling):
         return Contrast(value, *UNBOUNDED)
-    half = _half(arm.variance + other.variance, arm, other, alpha, planned_rows)
+    half = half_width(arm.variance + other.variance, rows, tuning(planned_rows, alpha), alpha)
     return Contrast(value, value - half, value + half)
 
 
-def lift(arm: ArmMean, other: ArmMean, alpha: float = ALPHA, planned_rows: float = PLANNED_ROWS) -> Contrast | None:
-    """The relative difference of the mean of an arm to that of the other: 0.1 is a tenth more. Arguments as of `difference`.
+def lift(strata: Strata, alpha: float, planned_rows: float) -> Contrast | None:
+    """The relative difference of the mean of the first arm to that of the other: 0.1 is a tenth more.
 
-    The interval is that of the difference of logarithms. Their variances are those of the means over the means' squares
-    (the delta method). None if an arm has only zeros, as there is no ratio. The ends are -1 and infinite until both
-    arms have enough data.
+    Arguments as of `difference`. The interval is that of the difference of logarithms. Their variances are those of the
+    means over the means' squares (the delta method). None if an arm has only zeros, as there is no ratio. The ends are
+    -1 and infinite until both arms have enough data.
     """
+    arm, other, rows = _combined(strata)
     if arm.mean <= 0 or other.mean <= 0:
         return None
     ratio = math.log(arm.mean / other.mean)
     if not (arm.telling and other.telling):
         return Contrast(math.expm1(ratio), -1.0, math.inf)
     spread = arm.variance / arm.mean**2 + other.variance / other.mean**2
-    half = _half(spread, arm, other, alpha, planned_rows)
+    half = half_width(spread, rows, tuning(planned_rows, alpha), alpha)
     return Contrast(math.expm1(ratio), math.expm1(ratio - half), math.expm1(ratio + half))
 
 
-def _half(variance: float, arm: ArmMean, other: ArmMean, alpha: float, planned_rows: float) -> float:
-    worth = 1 / (1 / arm.rows + 1 / other.rows)
-    return half_width(variance, worth, tuning(planned_rows, alpha), alpha)
+class _Arm(NamedTuple):
+    """An arm over all strata: the weighted mean of their means, its variance, and whether there is enough data for an interval."""
 
-
-class StratifiedArm(NamedTuple):
-    """An arm over all strata, in the form that `arms.difference` and `arms.lift` take.
-
-    Attributes:
-        rows: Effective number of rows of both arms together, as rows of each of two arms of equal size.
-        mean: The weighted mean of the strata's means.
-        variance: Variance of the mean, by blocks of users, whose rows may be in several strata.
-        telling: Whether enough blocks have enough data for an interval.
-    """
-
-    rows: float
     mean: float
     variance: float
     telling: bool
 
 
-def stratified(strata: Sequence[tuple[BlockSums, BlockSums]]) -> tuple[StratifiedArm, StratifiedArm]:
-    """Combines both arms over all strata.
-
-    Args:
-        strata: The sums of both arms in each stratum. A stratum without rows of one arm is ignored.
-    """
+def _combined(strata: Strata) -> tuple[_Arm, _Arm, float]:
+    """Both arms over all strata, and the effective number of rows."""
     known = [pair for pair in strata if pair[0].rows and pair[1].rows]
     worths = [1 / (1 / one.rows + 1 / other.rows) for one, other in known]
     whole = sum(worths)
     first, second = (_arm([pair[place] for pair in known], [worth / whole for worth in worths]) for place in (0, 1))
-    return first._replace(rows=2 * whole), second._replace(rows=2 * whole)
+    return first, second, whole
 
 
-def _arm(sums: Sequence[BlockSums], weights: Sequence[float]) -> StratifiedArm:
+def _arm(sums: Sequence[BlockSums], weights: Sequence[float]) -> _Arm:
+    """Combines one arm; rows of a user may be in several strata, so the variance is by blocks over all of them."""
     totals, rows, apart = np.zeros(BLOCKS), np.zeros(BLOCKS, np.int64), np.zeros(BLOCKS)
     for one, weight in zip(sums, weights, strict=True):
         totals += one.totals
@@ -136,4 +96,4 @@ def _arm(sums: Sequence[BlockSums], weights: Sequence[float]) -> StratifiedArm:
     used = int(np.count_nonzero(rows))
     variance = float((apart * apart).sum()) * used / (used - 1) if used > 1 else 0.0
     mean = sum(weight * one.mean for one, weight in zip(sums, weights, strict=True))
-    return StratifiedArm(0.0, mean, variance, int(np.count_nonzero(totals)) >= TELLING_BLOCKS)
+    return _Arm(mean, variance, int(np.count_nonzero(totals)) >= TELLING_BLOCKS)

@@ -142,8 +142,10 @@ class BlockSums:
         return sums
 
 
-class ConfidenceSequence:
+class ConfidenceSequence(BlockSums):
     """The mean of paired differences, one a row, with an interval that is valid at all times at once.
+
+    Always add the users too: a user has several rows, which correlate.
 
     Args:
         alpha: The rate of false alarms over all looks together.
@@ -156,25 +158,9 @@ class ConfidenceSequence:
     """
 
     def __init__(self, alpha: float = ALPHA, planned_rows: int = PLANNED_ROWS) -> None:
+        super().__init__()
         self.alpha, self.planned_rows = alpha, planned_rows
-        self._sums, self._tuned = BlockSums(), tuning(planned_rows, alpha)
-
-    def add(self, differences: NDArray[np.floating[Any]], users: NDArray[np.uint64] | None = None) -> None:
-        """Adds rows: `[n]` differences, such as the loss of one ranker minus that of the other, and `[n]` uint64 pseudonyms.
-
-        Always pass the pseudonyms: a user has several rows, which correlate.
-        """
-        self._sums.add(differences, users)
-
-    @property
-    def rows(self) -> int:
-        """Number of rows added."""
-        return self._sums.rows
-
-    @property
-    def mean(self) -> float:
-        """Mean of all differences; 0 if there are none."""
-        return self._sums.mean
+        self._tuned = tuning(planned_rows, alpha)
 
     def interval(self) -> tuple[float, float]:
         """The interval of the true mean, valid at this look and at all others.
@@ -182,18 +168,18 @@ class ConfidenceSequence:
         The ends are infinite until `TELLING_BLOCKS` blocks have a sum other than 0. So if no row differs, there is no
         interval, however many rows there are, and the mean is 0.
         """
-        if not self._sums.telling:
+        if not self.telling:
             return UNBOUNDED
-        half = half_width(self._sums.variance, self.rows, self._tuned, self.alpha)
+        half = half_width(self.variance, self.rows, self._tuned, self.alpha)
         return self.mean - half, self.mean + half
 
     def document(self) -> dict[str, Any]:
         """The whole state as JSON values."""
-        return {"alpha": self.alpha, "planned_rows": self.planned_rows, **self._sums.document()}
+        return {"alpha": self.alpha, "planned_rows": self.planned_rows, **super().document()}
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> ConfidenceSequence:
         """Restores the sequence that `document` returned."""
-        sequence = cls(document["alpha"], document["planned_rows"])
-        sequence._sums = BlockSums.from_json(document)
+        sequence, sums = cls(document["alpha"], document["planned_rows"]), BlockSums.from_json(document)
+        sequence.totals, sequence.counts = sums.totals, sums.counts
         return sequence

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from state.statistics.arms import difference, lift, stratified
-from state.statistics.confidence_sequence import UNBOUNDED, BlockSums
+from state.statistics.arms import difference, lift
+from state.statistics.confidence_sequence import UNBOUNDED, BlockSums, half_width, tuning
 
 ALPHA, PLANNED = 0.05, 2_000
 TRIALS = 300
@@ -23,31 +23,25 @@ def test_a_better_arm_is_found_with_its_lift() -> None:
     for sums, rate in ((arm, 0.12), (other, 0.10)):
         users = random.integers(1, 2**63, 20_000, np.uint64)
         sums.add((random.random(20_000) < rate).astype(np.float64), users)
-    found, ratio = difference(arm, other, ALPHA, 10_000), lift(arm, other, ALPHA, 10_000)
+    found, ratio = difference([(arm, other)], ALPHA, 10_000), lift([(arm, other)], ALPHA, 10_000)
     assert 0 < found.low < 0.02 < found.high
+    assert found.value == pytest.approx(arm.mean - other.mean)
+    half = half_width(arm.variance + other.variance, 10_000, tuning(10_000, ALPHA), ALPHA)
+    assert found.high - found.value == pytest.approx(half)
     assert ratio is not None and 0 < ratio.low < 0.2 < ratio.high
-    turned = lift(other, arm, ALPHA, 10_000)
+    turned = lift([(other, arm)], ALPHA, 10_000)
     assert turned is not None and turned.high < 0
     assert math.isclose((1 + turned.value) * (1 + ratio.value), 1)
 
 
 def test_arms_without_clicks_have_no_lift_and_few_have_no_end() -> None:
     arm, other = BlockSums(), BlockSums()
-    assert lift(arm, other) is None
+    assert lift([(arm, other)], ALPHA, PLANNED) is None
     arm.add(np.ones(1_000))
     other.add(np.ones(10))
-    found, ratio = difference(arm, other), lift(arm, other)
+    found, ratio = difference([(arm, other)], ALPHA, PLANNED), lift([(arm, other)], ALPHA, PLANNED)
     assert (found.low, found.high) == UNBOUNDED
     assert ratio is not None and (ratio.low, ratio.high) == (-1.0, math.inf)
-
-
-def test_one_stratum_is_what_it_is_without_any() -> None:
-    random, (one, other) = np.random.default_rng(1), (BlockSums(), BlockSums())
-    for sums, rows in ((one, 3_000), (other, 9_000)):
-        sums.add((random.random(rows) < 0.3).astype(np.float64), random.integers(1, 2**63, rows, np.uint64))
-    alone, whole = difference(one, other, ALPHA, PLANNED), difference(*stratified([(one, other)]), ALPHA, PLANNED)
-    assert whole == pytest.approx(alone)
-    assert lift(*stratified([(one, other)]), ALPHA, PLANNED) == pytest.approx(lift(one, other, ALPHA, PLANNED))
 
 
 def test_equal_arms_are_told_apart_no_more_often_than_stated_while_share_and_hour_change() -> None:
@@ -60,8 +54,7 @@ def test_equal_arms_are_told_apart_no_more_often_than_stated_while_share_and_hou
                 clicked, rows = (random.random(1_000) < rate).astype(np.float64), int(1_000 * share)
                 one.add(clicked[:rows])
                 other.add(clicked[rows:])
-                arms = stratified(strata)
-                found, ratio = difference(*arms, ALPHA, PLANNED), lift(*arms, ALPHA, PLANNED)
+                found, ratio = difference(strata, ALPHA, PLANNED), lift(strata, ALPHA, PLANNED)
                 alarm |= (
                     not found.low <= 0 <= found.high,
                     ratio is not None and not ratio.low <= 0 <= ratio.high,
@@ -72,7 +65,7 @@ def test_equal_arms_are_told_apart_no_more_often_than_stated_while_share_and_hou
             for whole, part in zip(together, pair, strict=True):
                 whole.totals += part.totals
                 whole.counts += part.counts
-        fooled += difference(*together, ALPHA, PLANNED).low > 0
+        fooled += difference([together], ALPHA, PLANNED).low > 0
     assert alarms.max() <= MOST_ALARMS
     assert fooled > 0.9 * TRIALS, "all rows together would have called them different"
 
@@ -86,5 +79,5 @@ def test_a_better_arm_is_found_over_all_strata() -> None:
         rest = 20_000 - rows
         other.add((random.random(rest) < rate).astype(np.float64), random.integers(1, 2**63, rest, np.uint64))
         strata.append((one, other))
-    found = lift(*stratified([*strata, (BlockSums(), strata[0][1])]), ALPHA, PLANNED)
+    found = lift([*strata, (BlockSums(), strata[0][1])], ALPHA, PLANNED)
     assert found is not None and 0 < found.low < 0.2 < found.high
