@@ -31,7 +31,7 @@
     │   ├── rows                 a link to the rows, in memory    state/disk/memory_place.py, state/rows/store.py
     │   ├── rows.disk/           the rows if memory has no room
     │   ├── histories attributes/   as for the stream
-    │   ├── segments/            members of segments              state/segments/store.py
+    │   ├── segments/            members of segments              state/segments/members.py
     │   ├── lookalikes/          the newest list for each segment state/segments/lookalikes.py
     │   ├── current.version, current.histories   times only       deploy/serving/notes.py
     │   ├── exposures/           exposures that workers have not sent to Kafka yet   deploy/serving/exposures.py

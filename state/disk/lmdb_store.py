@@ -143,12 +143,6 @@ class LmdbStore:
             shutil.rmtree(path)
             return cls(path, *arguments)
 
-    def bytes_used(self) -> int:
-        """The size of the part of the map that holds data or once did; waits for a running `compact`."""
-        with self._swapping:
-            info, stat = self._env.info(), self._env.stat()
-        return int((info["last_pgno"] + 1) * stat["psize"])
-
     def bytes_limit(self) -> int:
         """The maximum size of the store."""
         return int(self._env.info()["map_size"])

@@ -63,14 +63,10 @@ class ReadTimes:
         self._arrange()
         return self._marks != before
 
-    def at_latest(self, events: Events, clock_ms: int) -> I64:
-        """Upper bound of each event's read time, `[m]` int64 log time; `clock_ms` for events after the last mark."""
-        return self._bounds(events, clock_ms)[1]
-
     def are_old(self, events: Events, horizon_ms: int, clock_ms: int) -> NDArray[np.bool_]:
         """Which of `[m]` events both happened and were read by `horizon_ms`, `[m]` bool."""
         old = events["at_ms"] <= horizon_ms
-        return old & (self.at_latest(events, clock_ms) <= horizon_ms) if old.any() else old
+        return old & (self._bounds(events, clock_ms)[1] <= horizon_ms) if old.any() else old
 
     def about(self, events: Events, clock_ms: int) -> I64:
         """Estimated read time of each event, `[m]` int64 log time, interpolated between two marks.
@@ -89,7 +85,7 @@ class ReadTimes:
         return np.where(after < 0, latest, earliest + ((latest - earliest) * (passed / steps)).astype(np.int64))
 
     def _bounds(self, events: Events, clock_ms: int) -> tuple[I64, I64, I64]:
-        """Per event the index of the mark after it, that mark's time, and the index of the mark before it; or -1."""
+        """Per event the index of the mark after it, that mark's time (else `clock_ms`), and the index of the mark before it; or -1."""
         keys = _keys(events["topic"], events["partition"])
         number = np.minimum(np.searchsorted(self._sources, keys), max(0, len(self._sources) - 1))
         known = self._sources[number] == keys if len(self._sources) else np.zeros(len(events), np.bool_)
