@@ -72,11 +72,7 @@ class FileStore(Protocol):
         ...
 
     def remove(self, name: str) -> None:
-        """Removes a file; no error if it does not exist.
-
-        Raises:
-            UnusablePlace: The request failed.
-        """
+        """Removes a file; no error if it does not exist. UnusablePlace if the request failed."""
         ...
 
 

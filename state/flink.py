@@ -128,11 +128,7 @@ class JobManager:
         return str(self._ask(f"/jobs/{job}/savepoints", {"cancel-job": True})["request-id"])
 
     def savepoint(self, job: str, request: str) -> str:
-        """The location of a requested savepoint; empty while it is in progress.
-
-        Raises:
-            FlinkFailed: It could not be made.
-        """
+        """The location of a requested savepoint; empty while it is in progress. FlinkFailed if it could not be made."""
         found = self._ask(f"/jobs/{job}/savepoints/{request}")
         if found["status"]["id"] != "COMPLETED":
             return ""

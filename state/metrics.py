@@ -842,11 +842,7 @@ def say_build(registry: CollectorRegistry) -> None:
 
 
 def serve(registry: CollectorRegistry, port: int, host: str = "127.0.0.1") -> Callable[[], None]:
-    """Adds the process metrics to `registry` and exposes it, as `offer` does.
-
-    Raises:
-        PortTaken: The port is in use.
-    """
+    """Adds the process metrics to `registry` and exposes it, as `offer` does; PortTaken if the port is in use."""
     add_process(registry)
     return offer(registry, port, host)
 
@@ -875,11 +871,7 @@ def offer(registry: CollectorRegistry, port: int, host: str) -> Callable[[], Non
 
 @contextmanager
 def served(port: int, host: str = "127.0.0.1") -> Iterator[CollectorRegistry]:
-    """A registry that is exposed on http://host:port/metrics within the block.
-
-    Raises:
-        PortTaken: The port is in use.
-    """
+    """A registry that is exposed on http://host:port/metrics within the block; PortTaken if the port is in use."""
     registry = CollectorRegistry()
     stop = serve(registry, port, host)
     try:

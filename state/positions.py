@@ -59,11 +59,7 @@ class Source(NamedTuple):
 
     @classmethod
     def parse(cls, text: str) -> Source:
-        """Parses the output of `str`.
-
-        Raises:
-            ValueError: `text` is no source.
-        """
+        """Parses the output of `str`; ValueError if `text` is no source."""
         topic_id, partition, *share = text.split(":")
         if not _TOPIC_ID.fullmatch(topic_id) or len(share) > 1:
             raise ValueError(f"{text!r} is no source: expected <32 hex digits>:<partition>[:<bucket>/<buckets>]")
@@ -167,11 +163,7 @@ COUNTED = tuple(one.name for one in fields(Range))[3:]
 
 
 def merge_ranges(earlier: Range, later: Range) -> Range:
-    """Merges two adjacent ranges of a source.
-
-    Raises:
-        ValueError: The sources differ, or `later` does not begin where `earlier` ends.
-    """
+    """Merges two adjacent ranges of a source; ValueError if the sources differ, or `later` does not begin where `earlier` ends."""
     if earlier.source != later.source or earlier.next != later.first:
         raise ValueError(
             f"[{earlier.first}, {earlier.next}) of {earlier.source} and "
@@ -227,11 +219,7 @@ def to_json(part: Range) -> dict[str, Any]:
 
 
 def from_json(document: Mapping[str, Any]) -> Range:
-    """Decodes the output of `to_json`.
-
-    Raises:
-        ValueError: A field is missing or has another type, or the outcomes do not add up.
-    """
+    """Decodes the output of `to_json`; ValueError if a field is missing or has another type, or the outcomes do not add up."""
     topic_id = document.get("topic_id")
     if not isinstance(topic_id, str) or not _TOPIC_ID.fullmatch(topic_id):
         raise ValueError(f"topic_id {topic_id!r} is not 32 hexadecimal digits")

@@ -66,11 +66,7 @@ def band(value: float, edges: Sequence[float]) -> str:
 
 
 def id_of(key: bytes | None) -> str:
-    """Decodes the plain id in a record's key.
-
-    Raises:
-        DecodeError: The key is missing, empty, or not valid UTF-8.
-    """
+    """Decodes the plain id in a record's key; DecodeError if the key is missing, empty, or not valid UTF-8."""
     if not key:
         raise DecodeError(Reason.MISSING_FIELD if key is None else Reason.EMPTY_ID)
     try:
@@ -143,11 +139,7 @@ class AttributeTable:
 
 
 def _text(one: Field, value: Any) -> str | None:
-    """A value as text, or the band of a number.
-
-    Raises:
-        DecodeError: The type is not allowed, or the number is not finite.
-    """
+    """A value as text, or the band of a number; DecodeError if the type is not allowed, or the number is not finite."""
     if value is None or value == "":
         return None
     if not isinstance(value, str | bool | int | float):

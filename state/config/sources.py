@@ -253,11 +253,7 @@ def line_numbers(text: str) -> dict[str, int]:
 
 
 def checked(known: KnownSetting, value: Any, origin: str) -> Any:
-    """The value in the setting's type and bounds.
-
-    Raises:
-        SettingsError: It is not of the type, or out of bounds.
-    """
+    """The value in the setting's type and bounds; SettingsError if it is not of the type, or out of bounds."""
     where = f"{origin}: {known.name}"
     value = 0 if known.auto and value == "auto" else value
     if isinstance(known.default, tuple):

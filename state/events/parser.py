@@ -113,11 +113,7 @@ class IdTable:
             self._forget()
 
     def column(self, values: Sequence[Any]) -> NDArray[np.uint64] | None:
-        """The ids of n values, `[n]` uint64; None if the values must be read one by one.
-
-        Raises:
-            DecodeError: A text is empty.
-        """
+        """The ids of n values, `[n]` uint64; None if the values must be read one by one. DecodeError if a text is empty."""
         if not {*map(type, values)} <= _ID_TYPES:
             return None
         try:
@@ -132,11 +128,7 @@ class IdTable:
         return self._ids[numbers]
 
     def id_of(self, value: str | int) -> int:
-        """The id of one value.
-
-        Raises:
-            DecodeError: The text is empty.
-        """
+        """The id of one value; DecodeError if the text is empty."""
         number = self._numbers.get(value)
         if number is None:
             number = self._add(value)

@@ -64,11 +64,7 @@ class Erasure:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> tuple[Erasure, str]:
-        """Decodes the output of `to_bytes`: the erasure, and the SHA-256 of the previous file.
-
-        Raises:
-            ValueError: The data is no such file.
-        """
+        """Decodes the output of `to_bytes`: the erasure, and the SHA-256 of the previous file; ValueError if the data is no such file."""
         line, _, users = data.partition(b"\n")
         head = json.loads(line)
         until = tuple((int(word), int(part), int(after)) for word, part, after in head["until"])
@@ -172,11 +168,7 @@ class Erased:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Erased:
-        """Decodes the output of `to_bytes`.
-
-        Raises:
-            ValueError: The data is no such value.
-        """
+        """Decodes the output of `to_bytes`; ValueError if the data is no such value."""
         found, at = [], 0
         while at < len(data):
             size = int.from_bytes(data[at : at + 8], "big")

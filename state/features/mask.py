@@ -137,11 +137,7 @@ class Mask:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Mask:
-        """Decodes the output of `to_bytes`, or the JSON of `to_json` as release 0.1.0 wrote it.
-
-        Raises:
-            ValueError: The data is neither.
-        """
+        """Decodes the output of `to_bytes`, or the JSON of `to_json` as release 0.1.0 wrote it; ValueError if the data is neither."""
         line, _, users = data.partition(b"\n")
         document = json.loads(line)
         if "users" in document:

@@ -37,11 +37,7 @@ class MaskedUsers:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> MaskedUsers:
-        """Decodes the output of `to_bytes`.
-
-        Raises:
-            ValueError: The pseudonyms are not in order.
-        """
+        """Decodes the output of `to_bytes`; ValueError if the pseudonyms are not in order."""
         ids = np.frombuffer(data, STORED).astype(np.uint64)
         if not np.all(ids[1:] > ids[:-1]):
             raise ValueError("users of a mask are not in order")

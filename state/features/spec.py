@@ -117,11 +117,7 @@ class FeatureSpec:
 
     @classmethod
     def from_settings(cls, settings: Settings) -> FeatureSpec:
-        """Builds the spec from the sections `events` and `features` of the settings.
-
-        Raises:
-            SettingsError: The settings give no valid spec.
-        """
+        """Builds the spec from the sections `events` and `features` of the settings; SettingsError if the settings give no valid spec."""
         features = settings.features
         try:
             return cls(
@@ -216,11 +212,7 @@ class FeatureSpec:
 
     @classmethod
     def from_json(cls, values: dict[str, Any] | str) -> FeatureSpec:
-        """Decodes the output of `to_json`, as values or as text.
-
-        Raises:
-            ValueError: Another code version wrote it, whose integers have another meaning.
-        """
+        """Decodes the output of `to_json`, as values or as text; ValueError if another code version wrote it, whose integers have another meaning."""
         document: dict[str, Any] = json.loads(values) if isinstance(values, str) else values
         if document["code"] != CODE:
             raise ValueError(

@@ -16,11 +16,7 @@ Counts = dict[str, int]
 
 
 def advanced(counts: Mapping[str, int] | None, part: Range, holder: str) -> Counts:
-    """The counts of a source after reading `part`.
-
-    Raises:
-        PositionConflict: The range begins at another offset.
-    """
+    """The counts of a source after reading `part`; PositionConflict if the range begins at another offset."""
     found = {"first": part.first, "next": part.first, **dict.fromkeys(OUTCOMES, 0)} if counts is None else dict(counts)
     if found["next"] != part.first:
         raise PositionConflict(

@@ -72,11 +72,7 @@ class RowFormat:
 
     @classmethod
     def from_json(cls, value: bytes) -> RowFormat:
-        """Decodes the output of `to_json`.
-
-        Raises:
-            CorruptStore: A later release wrote it.
-        """
+        """Decodes the output of `to_json`; CorruptStore if a later release wrote it."""
         names = {written: name for name, written in WRITTEN.items()}
         return cls({names.get(name, name): shape for name, shape in json.loads(value).items()})
 
@@ -90,11 +86,7 @@ class RowFormat:
         return [data[at : at + size] for at in range(0, len(data), size)]
 
     def unpack(self, values: Sequence[bytes]) -> dict[str, NDArray[Any]]:
-        """Decodes rows to columns.
-
-        Raises:
-            CorruptStore: A value has another length.
-        """
+        """Decodes rows to columns; CorruptStore if a value has another length."""
         if any(len(value) != self.dtype.itemsize for value in values):
             raise CorruptStore(
                 f"a row that waits has not {self.dtype.itemsize} bytes",
@@ -156,11 +148,7 @@ class WaitingRows:
         return [changes[key] if key in changes else stored[key] for key in keys]
 
     def of_erased(self, erased: Erased) -> list[bytes]:
-        """The keys of the waiting rows of erased users.
-
-        Raises:
-            CorruptStore: A row cannot be read.
-        """
+        """The keys of the waiting rows of erased users; CorruptStore if a row cannot be read."""
         rows = dict(self._store.waiting()) if self.format is not None else {}
         if self.format is None or not rows:
             return []

@@ -53,11 +53,7 @@ class Allowance:
 
 
 def parse_allowance(text: str) -> Allowance:
-    """Parses `P:A-B` or `TOPIC_ID:P:A-B`, both ends included.
-
-    Raises:
-        SettingsError: The text has another form.
-    """
+    """Parses `P:A-B` or `TOPIC_ID:P:A-B`, both ends included; SettingsError if the text has another form."""
     match = _FORM.fullmatch(text.strip())
     if not match or int(match[3]) > int(match[4]):
         raise SettingsError(
@@ -67,11 +63,7 @@ def parse_allowance(text: str) -> Allowance:
 
 
 def parse_records(text: str) -> range:
-    """Parses `OFFSET`, or `A-B` with both ends included, as a range of offsets.
-
-    Raises:
-        SettingsError: The text has another form.
-    """
+    """Parses `OFFSET`, or `A-B` with both ends included, as a range of offsets; SettingsError if the text has another form."""
     match = _RECORDS.fullmatch(text.strip())
     if not match or int(match[1]) > int(match[2] or match[1]):
         raise SettingsError(

@@ -85,11 +85,7 @@ class ClientSelector(selectors.DefaultSelector):
         return key
 
     def get_key(self, fileobj: Any) -> selectors.SelectorKey:
-        """Returns the key of a registered socket.
-
-        Raises:
-            KeyError: It is not registered.
-        """
+        """Returns the key of a registered socket; KeyError if it is not registered."""
         number = fileobj if isinstance(fileobj, int) else fileobj.fileno()
         # A closed socket has no number, and may still be registered.
         return self._keys[number] if number >= 0 else super().get_key(fileobj)

@@ -113,11 +113,7 @@ def _lists(column: Any) -> pa.Array:
 
 
 def about(path: Path) -> dict[str, Any]:
-    """Reads spec.json of a directory of examples.
-
-    Raises:
-        SettingsError: The directory holds no complete examples, or another format.
-    """
+    """Reads spec.json of a directory of examples; SettingsError if the directory holds no complete examples, or another format."""
     try:
         document: dict[str, Any] = json.loads((path / SPEC).read_text())
     except (OSError, ValueError) as error:

@@ -82,11 +82,7 @@ class Baselines:
         return max(found, default=0)
 
     def newest(self, spec: str) -> Baseline | None:
-        """The baseline in force; None if the bootstrap is of a release that wrote none.
-
-        Raises:
-            CorruptVersion: A file is missing or fails its digest.
-        """
+        """The baseline in force; None if the bootstrap is of a release that wrote none. CorruptVersion if a file is missing or fails its digest."""
         number = self.newest_number(spec)
         folder = self._folder(spec, number) if number else self.path / layout.SPECS / spec
         about = self._about(folder / (ABOUT if number else SPEC))

@@ -74,11 +74,7 @@ def as_text(schema: Schema) -> str:
 
 
 def of_text(text: str) -> Schema:
-    """Parses the text of a `schema.pbtxt`.
-
-    Raises:
-        ValueError: The text is not a schema.
-    """
+    """Parses the text of a `schema.pbtxt`; ValueError if the text is not a schema."""
     try:
         return text_format.Parse(text, Schema())
     except text_format.ParseError as error:
