@@ -1,23 +1,21 @@
 """The churn model's contract between trainer and serving: its moments, its inputs, and its tensors in a version.
 
-**Moments.** A user has churned at a moment if no event follows within the span. After each event come
-moments, up to the user's next event: the first is drawn at random, the others follow one stride apart. So
-each user is sampled once a stride, at any time of day, and mostly not at a click.
+**Moments.** A user has churned at a moment if no event follows within the span. After each event come moments, up to
+the user's next event: the first is drawn at random, the others follow one stride apart. So each user is sampled once a
+stride, at any time of day, and mostly not at a click.
 
-**Inputs.** The windows before a user's latest event, that event's action, and its age. The windows are the
-row's own, bit for bit, at whatever moment churn is asked: only the age grows. Windows as of the moment
-itself cannot be computed from a row.
+**Inputs.** The windows before a user's latest event, that event's action, and its age. The windows are the row's own,
+bit for bit, at whatever moment churn is asked: only the age grows.
 
 1. A constant.
 2. The windows of the user, without those of single categories: counts as log(1 + n), recencies and gaps as they are, in
    octaves.
 3. The action of the latest event, one-hot.
 4. The age: its logarithm, the square of the logarithm, and its share of the longest age.
-5. The logarithm of the age times the features that measure how often the user comes: gaps, sessions, days. So an age is
-   relative to the user's own pace.
+5. The logarithm of the age times the features that measure how often the user comes: gaps, sessions, days.
 
-**Tensors.** The weights of a logistic regression, and the calibration of its logits. A version has them once
-enough was learned. Serving's store keeps them next to the dense weights, under names that no dense weight has.
+**Tensors.** A version has them once enough was learned. Serving's store keeps them next to the dense weights, under
+names that no dense weight has.
 
     churn.about    `[3]` int64: the code of the inputs, the span in ms, the digest of the inputs
     churn.weights  `[2 + I]` float64: slope and intercept of the calibration, then a weight for each input

@@ -36,19 +36,14 @@ Answer = TypeVar("Answer")
 
 
 class FileStore(Protocol):
-    """A file store. Names are relative paths with `/` between their parts. Any thread may call.
-
-    Attributes:
-        name: Its name in messages, without a password.
-    """
+    """A file store. Its `name` is for messages. Names of files are relative paths with `/` between their parts. Any thread may call."""
 
     name: str
 
     def names(self, folder: str) -> list[str]:
         """The names of all files below `folder`, relative to it, ascending; empty if there is no such folder.
 
-        Raises:
-            UnusablePlace: The files cannot be listed.
+        Like every other method it raises `UnusablePlace` if the request failed.
         """
         ...
 
@@ -59,8 +54,7 @@ class FileStore(Protocol):
     def write(self, name: str, data: bytes) -> None:
         """Creates or replaces a file as a whole; durable when this returns.
 
-        Raises:
-            UnusablePlace: The request failed. The file is unchanged, or new if only the response was lost.
+        If it fails, the file is unchanged, or new if only the response was lost.
         """
         ...
 
@@ -72,7 +66,7 @@ class FileStore(Protocol):
         ...
 
     def remove(self, name: str) -> None:
-        """Removes a file; no error if it does not exist. UnusablePlace if the request failed."""
+        """Removes a file; no error if it does not exist."""
         ...
 
 

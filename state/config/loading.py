@@ -92,11 +92,7 @@ Rule = Callable[["Settings"], Iterator[Conflict]]
 
 
 def check_together(settings: Settings) -> None:
-    """Refuses the first conflict.
-
-    Raises:
-        SettingsError: Two settings conflict; the error names the setting to change, its origin, and why.
-    """
+    """Refuses the first conflict: the SettingsError names the setting to change, its origin, and why."""
     for rule in RULES:
         for names, why, do in rule(settings):
             name = next((one for one in names if one in settings.origins), names[0])

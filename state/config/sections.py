@@ -693,11 +693,7 @@ class ServingSettings:
 
     @property
     def processes(self) -> int:
-        """How many workers there are.
-
-        >>> ServingSettings(workers=3).processes
-        3
-        """
+        """How many workers there are."""
         return self.workers or len(os.sched_getaffinity(0))
 
 

@@ -16,11 +16,7 @@ PREFIX = "SPRINGTIDE_"
 
 @dataclass(frozen=True)
 class Settings:
-    """The effective settings, one attribute per section, and where each value came from.
-
-    Attributes:
-        origins: Dotted name -> where its value came from; names with their default value are absent.
-    """
+    """The effective settings, one attribute per section; `origins` says where each value came from that is not the default."""
 
     paths: sections.Paths = field(default_factory=sections.Paths)
     kafka: sections.Kafka = field(default_factory=sections.Kafka)

@@ -31,10 +31,9 @@ def write(path: Path, data: bytes) -> None:
 
 
 def replace(path: Path, data: bytes, temporary: Path | None = None) -> None:
-    """Creates or replaces a file; durable when this returns. Without `temporary` the file must have one writer at a time.
+    """Creates or replaces a file; durable when this returns. If the disk refuses (OSError), the old file is unchanged.
 
-    Raises:
-        OSError: The disk refused; the old file is unchanged.
+    Without `temporary` the file must have one writer at a time.
     """
     if temporary is None:
         temporary = path.with_name(f".{path.name}.new")
@@ -48,10 +47,9 @@ def replace(path: Path, data: bytes, temporary: Path | None = None) -> None:
 
 
 def create(path: Path, data: bytes, temporary: Path) -> bool:
-    """Creates a file durably and returns True, or False if it exists. Of concurrent callers one gets True. No other writer may use `temporary`.
+    """Creates a file durably and returns True, or False if it exists. Of concurrent callers one gets True.
 
-    Raises:
-        OSError: The disk refused; nothing was created.
+    No other writer may use `temporary`. An OSError means that nothing was created.
     """
     try:
         write(temporary, data)

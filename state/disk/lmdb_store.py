@@ -131,11 +131,7 @@ class LmdbStore:
 
     @classmethod
     def open_anew(cls, path: Path, *arguments: Any) -> Self:
-        """Opens a derived store for its writer; a store that cannot be trusted is replaced by an empty one.
-
-        Raises:
-            StoreError: The store cannot be opened.
-        """
+        """Opens a derived store for its writer; a store that cannot be trusted is replaced by an empty one."""
         try:
             return cls(path, *arguments)
         except CorruptStore as error:

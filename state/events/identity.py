@@ -25,11 +25,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Salt:
-    """The secret key of the pseudonyms.
-
-    Attributes:
-        key: The secret; never printed.
-    """
+    """The secret key of the pseudonyms; it is never printed."""
 
     key: bytes = field(repr=False)
 

@@ -1,7 +1,4 @@
-"""A set of users as sorted pseudonyms, as masks and their files hold it.
-
-A million users take 8 MB. Lookup is a binary search. All masks that name the same file share one set.
-"""
+"""A set of users as sorted pseudonyms, as masks and their files hold it; all masks that name the same file share one set."""
 
 from __future__ import annotations
 

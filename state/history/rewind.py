@@ -1,6 +1,6 @@
 """Rewinds a store of histories to an earlier position: what changes, and how that is written.
 
-A follower of the training log that rewinds, the stream as well as each serving host, reads the log in two directions:
+A follower of the training log that rewinds reads the log in two directions:
 
 1. `Since`: forward from the rewind position. It finds the users that gained events since, the outcomes of the
    positions, and the impressions that stopped waiting.

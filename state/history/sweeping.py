@@ -199,11 +199,7 @@ class Sweeper:
         self.due_s = 0.0
 
     def look(self, clock_ms: int) -> Removed:
-        """Runs one step if it is due: processes some users and removes what may go. Takes a few milliseconds at most.
-
-        Raises:
-            StoreFull, UnusableDisk: Nothing was changed.
-        """
+        """Runs one step if it is due: processes some users and removes what may go. Takes a few milliseconds at most."""
         now_s = self._elapsed()
         # Do not wait for a clock that was set back.
         if 0 < self.due_s - now_s <= REST_S:
