@@ -34,6 +34,9 @@ from trainer.versions.publisher import Publisher, Saving
 LATE_PACES = 5
 """Intervals between two versions where learning is late."""
 
+PROBE_S = 1.0
+"""Least seconds between recent versions that carry a probe: computing one costs the trainer and each host several ms."""
+
 
 class ProbedRanker:
     """Answers the probe with the current weights; only the step thread may call it.
@@ -88,7 +91,7 @@ class Publications:
         self._publisher, self._drafter, self._trainer = publisher, drafter, trainer
         self._metrics, self._pace_s, self._clock, self._elapsed = metrics, pace_s, clock, elapsed
         self._durable_s, self._probed = durable_s, ProbedRanker(trainer.model)
-        self._last_s = self._saved_s = float("-inf")
+        self._last_s = self._saved_s = self._probed_s = float("-inf")
 
     @property
     def busy(self) -> bool:
@@ -145,7 +148,9 @@ class Publications:
             or self._elapsed() - self._saved_s >= self._durable_s
             or place.parent - place.durable >= MOST_BETWEEN - 1
         )
-        probe = self._probed.answers()
+        probe = {}
+        if durable or self._elapsed() - self._probed_s >= PROBE_S:
+            probe, self._probed_s = self._probed.answers(), self._elapsed()
         served = checkpoint.served(self._trainer) | probe
         if (at := onward(control.log, place.next)) != place.next:
             # The leader epochs of the skipped records are unknown.

@@ -420,7 +420,7 @@ class TrainerSettings:
         help="Rows of one update of all weights and rows, about: a micro-batch is learned in equal updates; 0: in one.",
     )
     publish_s: float = setting(
-        0.2,
+        0.1,
         "s",
         least=0.01,
         most=3600.0,

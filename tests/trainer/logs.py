@@ -73,10 +73,11 @@ def learner(
     room: Room | None = None,
     spec: FeatureSpec = SPEC,
     begins: Begins = from_nothing,
+    tick_s: float = 1.0,
 ) -> Learner:
     """A learner in control's epoch; it publishes at every look, a durable version, unless flags say otherwise.
 
-    Each look at its clock is a second later than the one before.
+    Each reading of its clock is `tick_s` later than the one before.
     """
     pace = ("--trainer.publish_s", "0.01", "--registry.durable_s", "0.01", "--registry.recent_s", "3600")
     settings = small_settings(*pace, *flags)
@@ -91,7 +92,7 @@ def learner(
         about,
         TrainerMetrics(CollectorRegistry()),
         clock=lambda: 0.0,
-        elapsed=lambda: float(next(ticks)),
+        elapsed=lambda: tick_s * next(ticks),
         consent=consent,
         room=room,
         begins=begins,

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from state import probe
 from state.registry.registry import MOST_BETWEEN, SERVING, Registry
 from state.registry.tensor_files import unpack
 from state.rows.tables import tables_in
@@ -126,6 +127,21 @@ def test_a_clean_stop_and_silence_leave_nothing_that_is_not_durable(tmp_path: Pa
     assert running.place.unsaved
     running.close()
     assert registry.manifest(registry.newest(1) or 0).log.next == running.place.next
+
+
+def test_one_recent_version_a_second_and_each_durable_one_carry_a_probe(tmp_path: Path) -> None:
+    registry = started(tmp_path)
+    running = learner(registry, written(RECORDS), "--registry.durable_s", "2", tick_s=0.02)
+    run_to_end(running)
+    running.close()
+    recents, durable = registry.recents(), registry.versions()
+    probed = [
+        version
+        for version in recents
+        if probe.answers_in(unpack(registry.read(registry.manifest(version, "recent"), SERVING)))
+    ]
+    assert 2 <= len(probed) <= len(recents) / 3
+    assert all(probe.answers_in(unpack(registry.read(registry.manifest(version), SERVING))) for version in durable)
 
 
 def test_recent_versions_go_after_a_while(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

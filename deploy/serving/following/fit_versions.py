@@ -1,5 +1,7 @@
 """Tracks which versions in a host's rows may serve answers: those that did not fail their probe.
 
+A version without a probe has the verdict of the version it builds on.
+
 Before a version answers anybody, its program is asked the questions that its trainer asked the
 model. A version whose answers differ stays in the rows, because later versions build on it. A note
 next to the rows excludes it from serving, also after a restart.
@@ -111,6 +113,9 @@ class FitVersions:
         """
         version = manifest.version
         if version not in self._refused:
+            if manifest.parent in self._refused and not probe.answers_in(tensors):
+                self._note({**self._refused, version: self._refused[manifest.parent]})
+                return False
             try:
                 self._probing.check(version, manifest.program, tensors)
             except ProgramError as error:

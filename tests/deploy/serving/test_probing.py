@@ -99,13 +99,25 @@ def test_a_program_that_cannot_run_is_refused(trainer: Trainer, host: HostWriter
     assert host.settle() == good and host.metrics.refused_version._value.get() == bad
 
 
-def test_a_version_of_a_release_without_probes_is_taken(trainer: Trainer, host: HostWriter) -> None:
-    def without(tensors: dict[str, Any]) -> None:
-        for name in [one for one in tensors if one.startswith(probe.PREFIX)]:
-            del tensors[name]
+def without_probe(tensors: dict[str, Any]) -> None:
+    for name in [name for name in tensors if name.startswith(probe.PREFIX)]:
+        del tensors[name]
 
-    version = trainer.publish(spoil=without)
-    assert host.settle() == version
+
+def test_a_version_without_a_probe_has_the_verdict_of_the_version_it_builds_on(
+    trainer: Trainer, host: HostWriter
+) -> None:
+    good = trainer.publish(spoil=without_probe)
+    assert host.settle() == good
+    trainer.publish(spoil=spoiled)
+    assert host.settle() == good
+    unprobed = trainer.publish(spoil=without_probe)
+    assert host.settle() == good and host.metrics.refused_version._value.get() == unprobed
+    host.restart()
+    trainer.publish(spoil=without_probe)
+    assert host.settle() == good
+    better = trainer.publish()
+    assert host.settle() == better
 
 
 def test_the_first_version_is_refused_too(trainer: Trainer, host: HostWriter) -> None:
