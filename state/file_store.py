@@ -96,10 +96,15 @@ class DirectoryStore:
     def names(self, folder: str) -> list[str]:
         """See `FileStore`."""
         root = self._path / folder
+
+        def raise_unless_missing(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
         with usable(self.name, "be listed"):
             found = [
                 Path(at, name).relative_to(root).as_posix()
-                for at, _, names in os.walk(root, onerror=_raise_unless_missing)
+                for at, _, names in os.walk(root, onerror=raise_unless_missing)
                 for name in names
                 if not durable.is_temporary(name)
             ]
@@ -133,11 +138,6 @@ class DirectoryStore:
             path.parent.mkdir(parents=True, exist_ok=True)
             durable.sync_directory(path.parent.parent)
         return path
-
-
-def _raise_unless_missing(error: OSError) -> None:
-    if not isinstance(error, FileNotFoundError):
-        raise error
 
 
 class ObjectStore:

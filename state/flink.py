@@ -26,17 +26,6 @@ class Checkpoint:
     state_bytes: int
     path: str
 
-    @classmethod
-    def of(cls, document: Mapping[str, Any]) -> Checkpoint:
-        """Decodes a checkpoint of the REST interface."""
-        return cls(
-            document["id"],
-            document["trigger_timestamp"],
-            document["end_to_end_duration"],
-            document["state_size"],
-            document["external_path"],
-        )
-
 
 @dataclass(frozen=True)
 class Job:
@@ -146,8 +135,15 @@ class JobManager:
 
     def _job(self, listed: Mapping[str, Any]) -> Job:
         checkpoints = self._ask(f"/jobs/{listed['jid']}/checkpoints")
-        latest = checkpoints["latest"]["completed"]
-        tasks = listed["tasks"]
+        latest, tasks = checkpoints["latest"]["completed"], listed["tasks"]
+        checkpoint = latest and Checkpoint(
+            latest["id"],
+            latest["trigger_timestamp"],
+            latest["end_to_end_duration"],
+            latest["state_size"],
+            latest["external_path"],
+        )
+        metrics = self._ask(f"/jobs/{listed['jid']}/metrics?get=numRestarts")
         return Job(
             listed["jid"],
             listed["name"],
@@ -155,15 +151,11 @@ class JobManager:
             int(listed["start-time"]),
             tasks["running"],
             tasks["total"],
-            self._restarts(listed["jid"]),
-            Checkpoint.of(latest) if latest else None,
+            # A job that has ended has no metrics.
+            next((int(float(one["value"])) for one in metrics), None),
+            checkpoint,
             checkpoints["counts"]["failed"],
         )
-
-    def _restarts(self, job: str) -> int | None:
-        found = self._ask(f"/jobs/{job}/metrics?get=numRestarts")
-        # A job that has ended has no metrics.
-        return next((int(float(one["value"])) for one in found), None)
 
     def _ask(self, path: str, body: object = None, method: str | None = None) -> Any:
         content = None if body is None else json.dumps(body).encode()

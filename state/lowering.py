@@ -58,18 +58,12 @@ def lower_saved_model(
         return bytes(converter.convert())
     # The converter raises several types, none of them public.
     except Exception as error:
+        text = str(error).strip()
+        named = re.findall(r"'(tf\.[A-Z]\w+)' op is neither", text) or re.findall(r"\btf\.[A-Z]\w+", text)
+        missing = ", ".join(sorted(set(named))) or text.partition("\n")[0] or "counterpart of some operation"
         raise ProgramError(
-            f"{what} does not lower to LiteRT: it has no {', '.join(missing_operations(str(error)))}",
-            "use operations that LiteRT has built in",
+            f"{what} does not lower to LiteRT: it has no {missing}", "use operations that LiteRT has built in"
         ) from error
-
-
-def missing_operations(message: str) -> list[str]:
-    """The operations named in a converter's error message."""
-    named = re.findall(r"'(tf\.[A-Z]\w+)' op is neither", message) or re.findall(r"\btf\.[A-Z]\w+", message)
-    return sorted(set(named)) or [
-        message.strip().splitlines()[0] if message.strip() else "counterpart of some operation"
-    ]
 
 
 def run_lowered(content: bytes, signature: str, inputs: Mapping[str, Any]) -> dict[str, F32]:

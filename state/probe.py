@@ -41,15 +41,21 @@ def inputs(shapes: Mapping[str, tuple[int | None, ...]]) -> dict[str, F32]:
     Args:
         shapes: Input name -> shape; None or -1 means the number of rows.
     """
-    return {name: _values(name, tuple(_size(one) for one in shape)) for name, shape in shapes.items()}
-
-
-def _size(of: int | None) -> int:
-    return ROWS if of is None or of < 0 else of
+    return {
+        name: _values(name, tuple(ROWS if size is None or size < 0 else size for size in shape))
+        for name, shape in shapes.items()
+    }
 
 
 def _values(name: str, shape: tuple[int, ...]) -> F32:
-    drawn = _drawn(name, int(np.prod(shape))).reshape(shape)
+    # Pseudorandom 64-bit numbers: SplitMix64's finaliser applied to a counter.
+    with np.errstate(over="ignore"):
+        drawn = np.arange(int(np.prod(shape)), dtype=np.uint64) + (
+            np.uint64(zlib.crc32(name.encode())) << np.uint64(32)
+        )
+        drawn = (drawn ^ (drawn >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        drawn = (drawn ^ (drawn >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        drawn = (drawn ^ (drawn >> np.uint64(31))).reshape(shape)
     if name in WHOLE:
         # Twelve bits, shifted right at random: windows of all magnitudes.
         whole = (drawn >> np.uint64(52)) >> (drawn & np.uint64(7))
@@ -58,16 +64,6 @@ def _values(name: str, shape: tuple[int, ...]) -> F32:
     if name.endswith("_mask"):
         return (drawn & np.uint64(1)).astype(np.float32)
     return (0.4 * ((drawn >> np.uint64(40)).astype(np.float64) / 2.0**24 - 0.5)).astype(np.float32)
-
-
-def _drawn(name: str, count: int) -> npt.NDArray[np.uint64]:
-    """`count` pseudorandom 64-bit numbers: SplitMix64's finaliser applied to a counter."""
-    with np.errstate(over="ignore"):
-        mixed = np.arange(count, dtype=np.uint64) + (np.uint64(zlib.crc32(name.encode())) << np.uint64(32))
-        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        mixed ^= mixed >> np.uint64(31)
-    return mixed
 
 
 def answers_in(tensors: Mapping[str, npt.NDArray[Any]]) -> dict[str, F32]:

@@ -221,12 +221,9 @@ def nearest_setting(name: str, known: Mapping[str, object]) -> str:
         return RENAMED[name]
     section, _, key = name.rpartition(".")
     same = [one for one in known if one.partition(".")[2] == key]
-    return nearest(name, dict.fromkeys(same, 1) or known) if same or section else _nearest_key(name, known)
-
-
-def _nearest_key(key: str, known: Mapping[str, object]) -> str:
-    """The setting whose key, without its section, is most similar to `key`."""
-    near = nearest(key, {one.partition(".")[2]: 1 for one in known})
+    if same or section:
+        return nearest(name, dict.fromkeys(same, 1) or known)
+    near = nearest(name, {one.partition(".")[2]: 1 for one in known})
     return next(one for one in known if one.partition(".")[2] == near)
 
 
@@ -263,14 +260,10 @@ def checked(known: KnownSetting, value: Any, origin: str) -> Any:
             raise SettingsError(
                 f"{where} must be a list, such as {as_text(known.default) or 'one,two'}, not {_shown(known, value)}"
             )
-        kind = _element_kind(known)
+        # An empty default is a list of strings.
+        kind = type(known.default[0]) if known.default else str
         return tuple(_in_bounds(known, _scalar(known, kind, one, where), where) for one in value)
     return _in_bounds(known, _scalar(known, type(known.default), value, where), where)
-
-
-def _element_kind(known: KnownSetting) -> type:
-    """The type of a list's elements; an empty default is a list of strings."""
-    return type(known.default[0]) if known.default else str
 
 
 def _scalar(known: KnownSetting, kind: type, value: Any, where: str) -> Any:

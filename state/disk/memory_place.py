@@ -20,7 +20,6 @@ import os
 import shutil
 import stat
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -201,8 +200,18 @@ def is_open(store: Path) -> bool:
 
 def remove_forgotten(memory: str, now_s: float | None = None) -> list[Path]:
     """Removes stores in `memory` whose link is gone or leads elsewhere; returns their directories. Those younger than a minute stay."""
-    now_s = time.time() if now_s is None else now_s
-    return [one for one in _folders_in(memory) if _is_forgotten(one, now_s) and _gone(one)]
+    now_s, removed = time.time() if now_s is None else now_s, list[Path]()
+    for folder in sorted(Path(memory).glob(f"{NAME}*")) if memory else ():
+        try:
+            found = folder.lstat()
+        except FileNotFoundError:  # Another process removed it since the directory was read.
+            continue
+        ours = stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid()
+        if ours and now_s - found.st_mtime >= FORGOTTEN_S and _is_forgotten(folder):
+            shutil.rmtree(folder, ignore_errors=True)
+            if not folder.exists():
+                removed.append(folder)
+    return removed
 
 
 def size(store: Path) -> int:
@@ -233,23 +242,8 @@ def _beside(link: Path) -> Path:
     return link.with_name(f"{link.name}.disk")
 
 
-def _folders_in(memory: str) -> Iterator[Path]:
-    """Directories of stores in `memory` that this user owns."""
-    for folder in sorted(Path(memory).glob(f"{NAME}*")) if memory else ():
-        try:
-            found = folder.lstat()
-        except FileNotFoundError:  # Another process removed it since the directory was read.
-            continue
-        if stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid():
-            yield folder
-
-
-def _is_forgotten(folder: Path, now_s: float) -> bool:
-    try:
-        if now_s - folder.stat().st_mtime < FORGOTTEN_S:
-            return False
-    except FileNotFoundError:
-        return False
+def _is_forgotten(folder: Path) -> bool:
+    """Whether the link of a directory of a store is gone or leads elsewhere, and no process has the store open."""
     try:
         link = Path((folder / LINK).read_text())
         if target_of(link) == folder / link.name:
@@ -257,11 +251,6 @@ def _is_forgotten(folder: Path, now_s: float) -> bool:
     except OSError:
         pass
     return not any(is_open(store) for store in folder.glob("*/"))
-
-
-def _gone(folder: Path) -> bool:
-    shutil.rmtree(folder, ignore_errors=True)
-    return not folder.exists()
 
 
 def _mb(count: int) -> str:

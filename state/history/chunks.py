@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import takewhile
 from typing import NamedTuple, cast
 
 import lmdb
@@ -213,18 +214,6 @@ def all_of(cursor: lmdb.Cursor, user: int) -> Chunks:
     return theirs if found == prefix else []
 
 
-def leading_old(chunks: Chunks, is_old: Callable[[Events], NDArray[np.bool_]]) -> tuple[list[bytes], int]:
-    """The keys of a user's leading chunks that contain only old events, and the number of these events."""
-    keys: list[bytes] = []
-    events = 0
-    for key, value in reversed(chunks):
-        if not is_old(events_in(value)).all():
-            break
-        keys.append(key)
-        events += len(value) // EVENT_BYTES
-    return keys, events
-
-
 class Removed(NamedTuple):
     """Counts of old events removed, of users removed because all their events were old, and of users evicted."""
 
@@ -240,9 +229,9 @@ def remove(cursor: lmdb.Cursor, aged: Sequence[int], is_old: IsOld, evicted: Seq
     events = gone = 0
     for user in aged:
         theirs = all_of(cursor, user)
-        old, deleted = leading_old(theirs, is_old)
-        keys.append(old)
-        events += deleted
+        old = list(takewhile(lambda chunk: is_old(events_in(chunk[1])).all(), reversed(theirs)))
+        keys.append([key for key, _ in old])
+        events += sum(len(value) for _, value in old) // EVENT_BYTES
         gone += bool(theirs) and len(old) == len(theirs)
     for key in (key for theirs in keys for key in theirs):
         cursor.pop(key)

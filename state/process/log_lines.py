@@ -72,15 +72,11 @@ class LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         """Formats the record as one line."""
-        return self._json_line(record) if self._json_lines else self._text_line(record)
-
-    def _text_line(self, record: logging.LogRecord) -> str:
-        parts = [record.getMessage(), *([self.formatException(record.exc_info)] if record.exc_info else ())]
-        where = "".join(f" {name}={value}" for name, value in places(record).items())
-        text = " | ".join(line.rstrip() for part in parts for line in part.splitlines() if line.strip())
-        return f"{self.formatTime(record)} {self._part} {record.levelname} {text}{where}"
-
-    def _json_line(self, record: logging.LogRecord) -> str:
+        if not self._json_lines:
+            parts = [record.getMessage(), *([self.formatException(record.exc_info)] if record.exc_info else ())]
+            where = "".join(f" {name}={value}" for name, value in places(record).items())
+            text = " | ".join(line.rstrip() for part in parts for line in part.splitlines() if line.strip())
+            return f"{self.formatTime(record)} {self._part} {record.levelname} {text}{where}"
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         fields: dict[str, Any] = {
             "time": f"{seconds}.{int(record.msecs):03d}Z",

@@ -8,8 +8,6 @@ FILE`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from google.protobuf import text_format
 from tensorflow_metadata.proto.v0 import schema_pb2
 from tensorflow_metadata.proto.v0.schema_pb2 import Schema
@@ -101,14 +99,10 @@ def _numeric(feature: schema_pb2.Feature, name: str, warm: bool) -> None:
         feature.int_domain.min, feature.int_domain.max = 0, LARGEST
     else:
         feature.int_domain.min, feature.int_domain.max = bounds(name)
-    for comparator in _comparators(feature, name, warm):
-        comparator.jensen_shannon_divergence.threshold = MAX_DIVERGENCE
-
-
-def _comparators(feature: schema_pb2.Feature, name: str, warm: bool) -> Sequence[schema_pb2.FeatureComparator]:
-    if not name.startswith(f"{FEATURES}."):
-        return feature.skew_comparator, feature.drift_comparator
+    of_spec = name.startswith(f"{FEATURES}.")
     # The hour differs between windows. A history's age is the age of the log until the history is full.
-    if name.removeprefix(f"{FEATURES}.").startswith(("clock.", "events.", "sessions.count")):
-        return ()
-    return (feature.skew_comparator, feature.drift_comparator) if warm else (feature.drift_comparator,)
+    if of_spec and name.removeprefix(f"{FEATURES}.").startswith(("clock.", "events.", "sessions.count")):
+        return
+    feature.drift_comparator.jensen_shannon_divergence.threshold = MAX_DIVERGENCE
+    if warm or not of_spec:
+        feature.skew_comparator.jensen_shannon_divergence.threshold = MAX_DIVERGENCE
