@@ -194,10 +194,7 @@ def translated(settings: Kafka, doing: str) -> Iterator[None]:
     except _FENCED as problem:
         raise fenced(doing) from problem
     except kafka_errors.UnknownTopicOrPartitionError as problem:
-        raise UnknownTopic(
-            f"cannot {doing}: it does not exist on {settings.bootstrap_servers}",
-            "create it, or correct its name in [kafka]",
-        ) from problem
+        raise unknown_topic(settings, doing) from problem
     except _REFUSED as problem:
         raise LogError(
             f"cannot {doing}: {settings.bootstrap_servers} refused us ({first_line(problem)})",
@@ -221,6 +218,14 @@ def unreachable(settings: Kafka, doing: str, cause: BaseException | str) -> Unre
         f"cannot {doing}: no broker at {settings.bootstrap_servers} answered in time ({why})",
         "check that it runs and that "
         "kafka.bootstrap_servers, kafka.security_protocol, kafka.sasl_* and kafka.ssl_* are right",
+    )
+
+
+def unknown_topic(settings: Kafka, doing: str) -> UnknownTopic:
+    """The error for a topic that does not exist; topics are never created implicitly."""
+    return UnknownTopic(
+        f"cannot {doing}: it does not exist on {settings.bootstrap_servers}",
+        "create it, or correct its name in [kafka]",
     )
 
 
