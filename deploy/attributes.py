@@ -160,7 +160,7 @@ def send(
         LogError: Kafka refused, or did not answer: run it again.
     """
     outcome = SentAttributes(0, Counter(), Counter())
-    for number, rows in _chunks(files):
+    for number, rows in rows_of_files(files):
         made = encode(rows, files)
         reasons = Counter(reason for _, reason in made.refused)
         if not outcome.sent and not made.records and len(rows) >= ENOUGH_ROWS:
@@ -188,7 +188,8 @@ def send(
     return outcome
 
 
-def _chunks(files: AttributeFiles) -> Iterator[tuple[int, RecordedRows]]:
+def rows_of_files(files: AttributeFiles) -> Iterator[tuple[int, RecordedRows]]:
+    """The rows of all files, each part with the number of its file."""
     for number in range(len(files.recording.files)):
         for rows in files.recording.rows(number, files.columns):
             yield number, rows
@@ -231,15 +232,20 @@ def parser() -> argparse.ArgumentParser:
         epilog=SETTINGS_HELP,
         allow_abbrev=False,
     )
-    for side, sides in BY_SIDE.items():
-        made.add_argument(
-            f"--{sides}", nargs="+", default=[], metavar="FILE", help=f"files or globs with attributes of {sides}: CSV, JSON lines or Parquet; .gz, .zst"
-        )  # fmt: skip
-        made.add_argument(
-            f"--{side}-id", default="", metavar="NAME", help=f"column with the {side} id (default: events.{side})"
-        )
+    add_sides(made)
     add_format_arguments(made, ", of one side")
     return made
+
+
+def add_sides(parser: argparse._ActionsContainer) -> None:
+    """Adds the options that name the files of users and items, and the columns of their ids."""
+    for side, sides in BY_SIDE.items():
+        parser.add_argument(
+            f"--{sides}", nargs="+", default=[], metavar="FILE", help=f"files or globs with attributes of {sides}: CSV, JSON lines or Parquet; .gz, .zst"
+        )  # fmt: skip
+        parser.add_argument(
+            f"--{side}-id", default="", metavar="NAME", help=f"column with the {side} id (default: events.{side})"
+        )
 
 
 def files_of(options: argparse.Namespace, settings: Settings) -> list[AttributeFiles]:

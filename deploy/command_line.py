@@ -161,6 +161,10 @@ PROCESSES = {
         "deploy.replay",
         "Send clicks to the clicks topic, from files (CSV, JSON lines, Parquet) or from --synthetic shoppers.",
     ),
+    "evaluate": (
+        "evaluation.command",
+        "Score interests, engagement and recommendations on recorded clicks, next to simple baselines. Needs no Kafka.",
+    ),
     "attributes": (
         "deploy.attributes",
         "Write attributes from files (CSV, JSON lines, Parquet) to their topics: --users FILE... --items FILE...",
@@ -173,6 +177,7 @@ OWN_HELP = (
     "probe",
     "verify",
     "replay",
+    "evaluate",
     "attributes",
     "bootstrap",
     "rebuild-history",

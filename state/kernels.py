@@ -28,7 +28,7 @@ ALL = "--all"
 MOST_PROCESSES = 4
 """Of `--all`: each imports TensorFlow, and the largest kernel takes as long as a quarter of all."""
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("state", "streaming", "trainer", "deploy")
+PACKAGES = ("state", "streaming", "trainer", "deploy", "evaluation")
 DECLARES = re.compile(r"^@compiled(_sums)?\(", re.MULTILINE)
 _log = logging.getLogger(__name__)
 

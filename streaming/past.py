@@ -179,7 +179,7 @@ def of_files(
         UnreadableRecording: A file is cut or damaged.
     """
     done, most = 0, settings.stream.cut_rows
-    for batches in recorded_batches(settings.events, recording, "memory", time.time(), say, lambda: most):
+    for batches in recorded_batches(settings.events, recording, "memory", time.time(), say, lambda _: most):
         yield batches
         done += sum(map(len, batches))
         reach(done)

@@ -240,7 +240,7 @@ def of_recording(sample: Sample, recording: Recording, sort: str) -> Batches:
         SpringtideError: No row is a click.
     """
     clicks = recorded_batches(
-        sample.settings.events, recording, sort, sample.clock_s(), sample.say, lambda: sample.left
+        sample.settings.events, recording, sort, sample.clock_s(), sample.say, lambda _: sample.left
     )
     for batches in clicks:
         yield batches
@@ -255,7 +255,7 @@ def of_recording(sample: Sample, recording: Recording, sort: str) -> Batches:
 
 
 def recorded_batches(
-    events: Events, recording: Recording, sort: str, now_s: float, say: Say, most: Callable[[], int]
+    events: Events, recording: Recording, sort: str, now_s: float, say: Say, size: Callable[[I64], int]
 ) -> Batches:
     """Yields the rows of files with their recorded times, as one partition.
 
@@ -265,7 +265,7 @@ def recorded_batches(
         sort: memory (read everything, then order by time) or assume (the files are in order).
         now_s: Wall clock; a later time counts as none.
         say: Receives a message about strays.
-        most: Maximum number of rows of the next batch; 0 ends the reading.
+        size: Maximum number of rows of the next batch, by the times of the rows that are left; 0 ends the reading.
 
     Raises:
         SettingsError: The columns do not fit, or the files do not fit in memory.
@@ -284,7 +284,7 @@ def recorded_batches(
     topic_id, first = topic_of(recording), 0
     for chunk in chunks:
         at = 0
-        while at < len(chunk) and (count := most()) > 0:
+        while at < len(chunk) and (count := size(chunk.at_ms[at:])) > 0:
             part = chunk.cut(at, at + count)
             at += len(part)
             values = encoder.values(part, part.at_ms)

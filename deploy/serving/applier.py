@@ -389,7 +389,7 @@ class Applier:
         self.clicks = HistoryFollower(
             self._histories,
             spec,
-            settings.events.max_age_s,
+            spec.reach_ms(settings.events),
             self.metrics,
             now_ms,
             Journal(settings.registry_dir / GAPS).accepted,

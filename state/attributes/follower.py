@@ -130,12 +130,12 @@ class AttributeFollower:
         counts: Counter[str] = Counter(dict(self.place.counts))
         for offset, key, value in zip(batch.offsets.tolist(), batch.keys, batch.values, strict=True):
             try:
-                one, packed = self._id(key), None if value is None else self._pack(value)
+                one, stored = self._id(key), None if value is None else packed(self._table, value, self._most_bytes)
             except DecodeError as error:
                 bad.append(DeadLetter(source, offset, Reason(error.reason), key, value))
                 continue
-            changes[one] = packed
-            counts["removed" if packed is None else "value"] += 1
+            changes[one] = stored
+            counts["removed" if stored is None else "value"] += 1
         for first, after, _ in batch.corrupt:
             bad += [DeadLetter(source, lost, Reason.CORRUPT_RECORD, None, None) for lost in range(first, after)]
         counts["dead"] += len(bad)
@@ -163,9 +163,15 @@ class AttributeFollower:
         text = id_of(key)
         return user_id(self._salt, text) if self.side == "user" else public_id(text)
 
-    def _pack(self, value: bytes) -> bytes:
-        texts = self._table.read(value, self._most_bytes)
-        return pack(self._table.ids(texts), [text and text[:TEXT_CHARACTERS] for text in texts])
+
+def packed(table: AttributeTable, value: bytes, most_bytes: int) -> bytes:
+    """A record's value as the store keeps it.
+
+    Raises:
+        DecodeError: The record is invalid, or larger than `most_bytes`.
+    """
+    texts = table.read(value, most_bytes)
+    return pack(table.ids(texts), [text and text[:TEXT_CHARACTERS] for text in texts])
 
 
 def follow(followers: Sequence[AttributeFollower], timeout_s: float) -> dict[str, list[int]]:

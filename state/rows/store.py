@@ -84,12 +84,18 @@ WRITTEN_AT_ONCE = 250
 """Rows of a version per transaction; as fast as a thousand."""
 
 
-def rows_of(parts: Sequence[Changes]) -> Changes:
-    """Each row once, by table and id."""
+def rows_of(parts: Sequence[Changes], at_least: int = 1) -> Changes:
+    """The rows that are in at least so many of the parts, each once, by table and id.
+
+    >>> parts = [np.array([[1, 1], [9, 7]], np.uint64), np.array([[1], [9]], np.uint64)]
+    >>> rows_of(parts).tolist(), rows_of(parts, at_least=2).tolist()
+    ([[1, 1], [7, 9]], [[1], [9]])
+    """
     tables, ids = np.concatenate([np.empty((2, 0), np.uint64), *parts], axis=1)
     found = [np.empty((2, 0), np.uint64)]
     for table in np.unique(tables):
-        own = np.unique(ids[tables == table])
+        own, counts = np.unique(ids[tables == table], return_counts=True)
+        own = own[counts >= at_least]
         found.append(np.stack((np.full(len(own), table, np.uint64), own)))
     return np.concatenate(found, axis=1)
 
@@ -483,9 +489,13 @@ class RowStore(LmdbStore):
         for heir, theirs in heirs.items():
             # Rows that the oldest version of a branch reads are useless only if later versions wrote them too.
             oldest = one_branch and heir == min(stay)
-            rows = rows_of([*map(wrote, theirs[1:] if oldest else theirs), *([] if heir is None else [wrote(heir)])])
+            parts = [*map(wrote, theirs[1:] if oldest else theirs), *([] if heir is None else [wrote(heir)])]
+            rows = rows_of(parts)
             if heir is not None:
                 transaction.put(u64(heir), rows.tobytes(), db=self._changes)
+            if one_branch and heir is not None and not oldest:
+                # The heir reads the entry of a row written once since the version before, which reads the one below.
+                rows = rows_of(parts, at_least=2)
             if rows.shape[1]:
                 found.append(rows)
         return found

@@ -30,6 +30,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from evaluation.measures import area_under_curve
 from state.compiled.mixing import mixed
 from state.config.loading import load
 from state.config.settings import Settings
@@ -37,7 +38,7 @@ from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
 from state.registry.log_line import WHOLE
-from tests.bench.quality import analysis, area_under_curve
+from tests.bench.quality import analysis
 from tests.bench.recorded import KUAIRAND_SETTINGS, Recorded, micro_batches, read_clicks, read_impressions
 from tests.bench.report import Figure, Stages, report
 from trainer.engine.making import trainer_of
@@ -131,11 +132,18 @@ class Run:
             logits, hits = np.concatenate(scores), np.concatenate(positive)
             late = np.arange(logits.size) >= logits.size // 2
             losses = np.logaddexp(0.0, np.where(hits, -logits, logits).astype(np.float64))
-            return found | {"auc": area_under_curve(logits[late], hits[late]), "log_loss": float(losses[late].mean())}
+            return found | {
+                "auc": area_under_curve(logits[late], hits[late]).value,
+                "log_loss": float(losses[late].mean()),
+            }
         pairs = np.concatenate([*own, *others])
         of_own = np.arange(pairs.size) < pairs.size // 2
         names = {"top1": "total.known.top1", "log_loss": "total.log_loss"}
-        return found | {name: measures[one] for name, one in names.items()} | {"auc": area_under_curve(pairs, of_own)}
+        return (
+            found
+            | {name: measures[one] for name, one in names.items()}
+            | {"auc": area_under_curve(pairs, of_own).value}
+        )
 
     def attack(self) -> dict[str, float]:
         """Learns half of the users, and tells them from the others by their losses."""
@@ -156,7 +164,7 @@ class Run:
         rows = np.bincount(of)
         mean = np.bincount(of, losses) / rows
         enough = rows >= LATE_ROWS_OF_A_USER
-        found = area_under_curve(-mean[enough].astype(np.float32), _is_member(each[enough]))
+        found = area_under_curve(-mean[enough], _is_member(each[enough])).value
         return {"attack auc": found, "attacked users": float(enough.sum())}
 
     def _batches(self) -> Iterator[MicroBatch]:

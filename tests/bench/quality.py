@@ -1,4 +1,4 @@
-"""Quality in one pass over real logs: each row is scored, then learned from.
+"""Quality in one pass over real logs: each row is scored, then learned from, by the core of `springtide evaluate`.
 
     python -m tests.bench.quality [--steps N] [--only taobao|kuairand|shoppers] [--trainer.engine tensorflow]
     python -m tests.bench.quality --ranker din|two_tower
@@ -7,8 +7,7 @@ Flags with a dot are settings; with some the figures are no goals.
 
 Taobao's clicks: the next category, and whose item it was (`tests/bench/recorded.py`
 makes micro-batches of 1,024 rows of them), with the features' means and
-variances of its beginning, as the bootstrap finds them. Baselines see the same rows in the
-same run: the biggest category so far, and the user's previous one. KuaiRand's
+variances of its beginning, as the bootstrap finds them. KuaiRand's
 impressions: whether the video was clicked, over the rows of the last three days.
 Synthetic shoppers, whose tastes drift: against the same model frozen at half time.
 """
@@ -18,13 +17,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import tempfile
-from collections import Counter
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
+from evaluation.measures import OURS, Table, area_under_curve
+from evaluation.progressive import Plan, ProgressiveValidation
+from evaluation.report import engagement_tables, interests_tables
 from state.config.loading import load
 from state.config.settings import Settings
 from state.features.spec import FeatureSpec
@@ -52,22 +52,6 @@ SHOPPERS_CLICKS = 240 * STEP_ROWS
 """Some twenty minutes of them at their default rate."""
 
 
-def baselines(users: npt.NDArray[np.uint64], categories: npt.NDArray[np.uint64], since: int = 0) -> tuple[float, float]:
-    """Top-1, over the rows from `since` on, of the biggest category so far and of the user's previous one."""
-    last: dict[int, int] = {}
-    sizes: Counter[int] = Counter()
-    biggest, biggest_hits, last_hits = 0, 0, 0
-    for row, (user, category) in enumerate(zip(users.tolist(), categories.tolist(), strict=True)):
-        if row >= since:
-            biggest_hits += biggest == category
-            last_hits += last.get(user) == category
-        last[user] = category
-        sizes[category] += 1
-        if sizes[category] > sizes[biggest]:
-            biggest = category
-    return biggest_hits / (users.size - since), last_hits / (users.size - since)
-
-
 def analysis(recorded: Recorded, spec: FeatureSpec, settings: Settings, steps: int | None = None) -> Preprocessing:
     """What the bootstrap makes of a log before anything is trained: the preprocessing, analysed over its beginning."""
     # Threads are fixed before TensorFlow's first operation, which the analysis is.
@@ -83,72 +67,52 @@ def analysis(recorded: Recorded, spec: FeatureSpec, settings: Settings, steps: i
         return preprocessing_of(Path(folder))
 
 
-def train(steps: int | None = None, settings: Settings | None = None) -> dict[str, float]:
-    """Trains in one pass; the measures over all rows and over the second half."""
-    settings = settings or Settings()
+def validated(
+    recorded: Recorded, settings: Settings, trainer: Trainer, steps: int | None, begin: int = 0
+) -> ProgressiveValidation:
+    """Predicts and learns the first steps of a log; the rows from offset `begin` on are evaluated."""
+    validation = ProgressiveValidation(settings, trainer, None, Plan(begin, every=0))
     spec = FeatureSpec.from_settings(settings)
-    recorded = read_clicks()
-    users, events = recorded.users, recorded.events
-    weights = settings.events.action_weights
+    for batch in islice(micro_batches(recorded, spec, settings.events.action_weights), steps):
+        validation.take(batch)
+    return validation
+
+
+def figures_of(table: Table) -> dict[str, float]:
+    """The figures of a table: those of a baseline begin with its name, and Springtide's advantage over it is `above`."""
+    found = {}
+    for score in table.scores:
+        where = "" if score.name == OURS else f"{score.name}."
+        found |= {f"{where}{name}": figure.value for name, figure in score.figures.items() if figure.value is not None}
+        for name, apart in score.difference.items():
+            if apart.value is not None and apart.interval is not None:
+                found |= {f"above {where}{name}": apart.value, f"above {where}{name}.interval": apart.interval}
+    return found | {"rows": float(table.rows)}
+
+
+def train(steps: int | None = None, settings: Settings | None = None) -> dict[str, float]:
+    """Trains in one pass over Taobao's clicks; the measures over all rows, and over those of users with earlier clicks."""
+    settings = settings or Settings()
+    spec, recorded = FeatureSpec.from_settings(settings), read_clicks()
     trainer = Trainer(settings, spec, analysis(recorded, spec, settings, steps))
-    late_from = users.size // 2 // STEP_ROWS * STEP_ROWS
-    hits = targets = late_hits = late_targets = 0
-    for number, batch in enumerate(micro_batches(recorded, spec, weights)):
-        if steps is not None and number >= steps:
-            break
-        done = trainer.step(batch)
-        hits, targets = hits + done.top1, targets + done.targets
-        if batch.offset[0] >= late_from:
-            late_hits, late_targets = late_hits + done.top1, late_targets + done.targets
+    validation = validated(recorded, settings, trainer, steps)
+    every, known = interests_tables(validation.interests)
     measures = trainer.evaluation.values() | trainer.progressive.values()
-    biggest, last = baselines(users[:targets], events["category"][:targets])
-    found = {f"total.{name}": measures[f"total.{name}"] for name in ("top1", "top5", "log_loss", "auc")}
-    # Those of whom something is known; the baselines of a user's first click are no prediction.
-    found |= {f"total.known.{name}": measures[f"total.known.{name}"] for name in ("top1", "top5", "rows")}
-    # What is simple, as the trainer itself measures it beside the model.
-    found |= {name: value for name, value in measures.items() if name.startswith(("total.baseline.", "total.lift."))}
-    found |= {"baseline.biggest": biggest, "baseline.previous": last, "rows": float(targets)}
-    if late_targets:
-        found["second_half.top1"] = late_hits / late_targets
-        found["second_half.baseline.previous"] = baselines(users, events["category"], late_from)[1]
-    return found
-
-
-def area_under_curve(scores: npt.NDArray[np.float32], positive: npt.NDArray[np.bool_]) -> float:
-    """The exact one: how often a positive's score is above a negative's, equal ones counting half.
-
-    >>> area_under_curve(np.array([0.1, 0.9, 0.9], np.float32), np.array([False, True, False]))
-    0.75
-    """
-    _, at, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[at]
-    hits = int(positive.sum())
-    return float((ranks[positive].sum() - hits * (hits + 1) / 2) / (hits * (scores.size - hits)))
+    names = ("known.top1", "known.top5", "known.rows", "auc", "log_loss", "lift.top1", "lift.log_loss")
+    found = {f"total.{name}": measures[f"total.{name}"] for name in names}
+    found |= {f"with earlier clicks, {name}": value for name, value in figures_of(known).items()}
+    return found | figures_of(every)
 
 
 def train_impressions(steps: int | None = None, settings: Settings | None = None) -> dict[str, float]:
-    """Trains in one pass over KuaiRand; AUC and log loss of the clicks over the measured rows."""
+    """Trains in one pass over KuaiRand; the engagement over the measured rows, which are its last."""
     settings = settings or kuairand_settings()
-    spec = FeatureSpec.from_settings(settings)
     recorded = read_impressions(settings)
-    trainer = Trainer(settings, spec)
-    scores, positive = [], []
-    for number, batch in enumerate(micro_batches(recorded, spec, settings.events.action_weights)):
-        if steps is not None and number >= steps:
-            break
-        done = trainer.step(batch)
-        scores.append(done.scores)
-        positive.append(done.positive)
-    every, clicked = np.concatenate(scores), np.concatenate(positive)
-    measured = recorded.measured[: every.size] if steps is None else np.ones(every.size, np.bool_)
-    logits, hits = every[measured], clicked[measured]
-    losses = np.logaddexp(0.0, np.where(hits, -logits, logits).astype(np.float64))
-    return {
-        "auc": area_under_curve(logits, hits),
-        "log_loss": float(losses.mean()),
-        "rows": float(hits.size),
-        "clicked": float(hits.mean()),
-    }
+    trainer = Trainer(settings, FeatureSpec.from_settings(settings))
+    begin = int(np.argmax(recorded.measured)) if steps is None else 0
+    validation = validated(recorded, settings, trainer, steps, begin)
+    clicked = np.concatenate(validation.engagements.clicked)[begin:]
+    return figures_of(engagement_tables(validation.engagements)[0]) | {"clicked": float(clicked.mean())}
 
 
 def train_shoppers(clicks: int = SHOPPERS_CLICKS, settings: Settings | None = None) -> dict[str, float]:
@@ -178,7 +142,7 @@ def train_shoppers(clicks: int = SHOPPERS_CLICKS, settings: Settings | None = No
     found = {"rows": float(sum(report.rows for report in done["live"]))}
     for name, reports in done.items():
         scores, positive = (np.concatenate([getattr(one, part) for one in reports]) for part in ("scores", "positive"))
-        found[f"{name}.auc"] = area_under_curve(scores, positive)
+        found[f"{name}.auc"] = area_under_curve(scores, positive).value
         found[f"{name}.top1"] = sum(one.top1 for one in reports) / sum(one.targets for one in reports)
     found["above frozen.auc"] = found["live.auc"] - found["frozen.auc"]
     return found | {"above still.auc": found["live.auc"] - found["still.auc"]}

@@ -1,191 +1,103 @@
 """How good recommendations are, how much of the best they find, and how fast they and rankings are.
 
-Taobao's clicks in one pass: after each tenth step of 1,024 rows the trainer's version and the clicks so far go into a
-serving host's stores, and users of the next step are asked for 20 items as of their next click. A hit is the item of
-that click among them, beside the 20 most clicked items so far and the user's own 20 latest. Then rows like the learned
-ones, and notes of clicks, of so many made-up items are added. Of the 20 items nearest to a user among all of them it is
-said how many the index finds; answers and rankings are timed.
+Taobao's clicks in one pass of the core of `springtide evaluate`, in steps of 1,024 rows: before some of the clicks the
+user is asked for 20 items. Then rows like the learned ones, and clicks, of so many made-up items are added. Of the 20
+items nearest to a user among all of them it is said how many the index finds; answers and rankings are timed.
 
-    python -m tests.bench.recommend [--steps 82] [--asked 200] [--items 1000000]
+    python -m tests.bench.recommend [--steps 82] [--asked 1600] [--items 1000000]
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from deploy.serving.answers.item_index import ItemSources
-from deploy.serving.answers.items import SIMILAR_CANDIDATES, Recommendations, SimilarItems, rank, recommend, similar
-from deploy.serving.answers.predictor import Predictor
+from deploy.serving.answers.items import SIMILAR_CANDIDATES, Recommendations, SimilarItems, rank, similar
 from deploy.serving.answers.query import Cap, NamedItem, Query, WantedItems
-from deploy.serving.following.remembered import Remembered
-from deploy.serving.item_feed import MOST_ITEMS, ItemFeed
-from deploy.serving.version_files import program_path
+from deploy.serving.item_feed import MOST_ITEMS
+from evaluation.host import ServingHost, finished
+from evaluation.measures import OURS
+from evaluation.progressive import Plan, ProgressiveValidation
+from evaluation.recording import SALT
+from evaluation.report import recommendation_tables
 from state.config.settings import Settings
-from state.events.identity import load_salt, public_id, user_id
+from state.events.identity import public_id
 from state.features.spec import EVENT, FeatureSpec
-from state.history.appends import Appends
-from state.history.store import HistoryStore
-from state.layout import HISTORIES, PROGRAMS, ROWS
 from state.process.wall_clock import wall_ms
-from state.registry.manifest import LogRange, Manifest
-from state.rows.store import RowStore
 from tests.bench.quality import analysis
-from tests.bench.recorded import SOURCE, STEP_ROWS, Recorded, micro_batches, read_clicks
+from tests.bench.recorded import SOURCE, STEP_ROWS, micro_batches, read_clicks
 from tests.bench.report import Figure, Stages, report
 from trainer.engine.step import Trainer
 from trainer.versions import checkpoint
 from trainer.versions.program import build
 
 SHOWN = 20
-EVERY = 10
 USUAL = WantedItems(SHOWN)
 STAGES = Stages("recommend")
 
 
-@dataclass
-class Hits:
-    """Of so many answers, those with the item of the next click in them; and the rows that were learned in the end."""
+class Bench(ServingHost):
+    """A serving host that also finds similar items and ranks."""
 
-    asked: int = 0
-    ours: int = 0
-    popular: int = 0
-    latest: int = 0
-    rows: Any = None
+    def recommended(self, user: int, wanted: WantedItems = USUAL) -> Recommendations:
+        """Recommendations as of now."""
+        return self.recommend(user, wall_ms(), wanted)
 
+    def near(self, user: int) -> SimilarItems:
+        """Similar items as of now."""
+        return similar(self.predictor, self.sources.near, Query(str(user), top=0), WantedItems(SHOWN))
 
-class ServingHost:
-    """The stores of one host with what answers from them, filled as the applier does."""
-
-    def __init__(self, settings: Settings, spec: FeatureSpec) -> None:
-        folder = settings.serving_dir
-        self._salt, self._spec = load_salt(settings.salt_path), spec
-        self.rows = RowStore(folder / ROWS, settings.serving.map_gb << 30)
-        self.histories = HistoryStore(folder / HISTORIES, settings.features.history, settings.serving.map_gb << 30)
-        self.programs = folder / PROGRAMS
-        self.programs.mkdir()
-        self._remembered = Remembered(self.histories, 90, 10_000_000)
-        self._feed = ItemFeed(self.histories)
-        self.sources = ItemSources(self.histories, self.rows)
-        self.predictor = Predictor(self.rows, self.histories, self.programs, spec, self._salt, (), "wall", wall_ms)
-
-    def click(self, users: Any, events: Any) -> None:
-        """Takes clicks, as of one micro-batch."""
-        clock_ms = int(events["at_ms"].max())
-        found = self._remembered.news(events, {}, clock_ms)
-        self.histories.commit(Appends.of(users, events), (), found | self._feed.news(events, found, clock_ms))
-        self.follow()
-
-    def follow(self) -> None:
-        """Lets the worker read all that is not read yet."""
-        while self.sources.turn():
-            pass
-
-    def serve(self, version: int, tensors: dict[str, Any], program: bytes) -> None:
-        """Answers by a version from now on."""
-        digest = hashlib.sha256(program).hexdigest()
-        program_path(self.programs, digest).write_bytes(program)
-        manifest = Manifest(
-            version=version, kind="base", epoch=1, parent=None, visible=((1, version),), log=LogRange(),
-            sources=((SOURCE, version),), steps=1, rows=1, created_at_ms=1, event_time_ms=1, spec=self._spec.digest,
-            program=digest, salt=self._salt.fingerprint, mask_generation=0, metrics={}, environment={}, files={},
-        )  # fmt: skip
-        self.rows.apply(manifest, tensors, wall_ms(), follow=True)
-
-    def recommended(self, user: str, at_ms: int | None = None, wanted: WantedItems = USUAL) -> Recommendations:
-        """An answer of HTTP, without HTTP."""
-        return finished(recommend(self.predictor, self.sources, Query(user, at_ms=at_ms), wanted))
-
-    def near(self, user: str) -> SimilarItems:
-        """Likewise of similar items."""
-        return similar(self.predictor, self.sources.near, Query(user, top=0), WantedItems(SHOWN))
-
-    def query(self, user: str) -> Any:
+    def query(self, user: int) -> Any:
         """What items are near to for a user."""
         with self.predictor.reading() as reader:
-            prepared = self.predictor.prepare([Query(user)], reader)
+            prepared = self.predictor.prepare([Query(str(user))], reader)
             return prepared.version.program.predict(prepared.inputs)["item_query"][0].copy()
 
 
-def finished(steps: Generator[None, None, Any]) -> Any:
-    """What a generator returns."""
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            return end.value
+class Trained(NamedTuple):
+    """A host that serves what was learned in one pass.
+
+    Attributes:
+        host: The host.
+        validation: The pass.
+        rows: `[k, dim]` float32, the learned rows of items.
+        users: The pseudonyms of all users.
+    """
+
+    host: Bench
+    validation: ProgressiveValidation
+    rows: Any
+    users: list[int]
 
 
-def named(recorded: Recorded, salt: Any) -> tuple[Recorded, dict[int, str]]:
-    """The clicks by users whose raw ids are known, and these ids by pseudonym."""
-    found, at = np.unique(recorded.users, return_inverse=True)
-    names = [f"user-{number}" for number in range(len(found))]
-    users = np.array([user_id(salt, name) for name in names], np.uint64)
-    return replace(recorded, users=users[at]), dict(zip(users.tolist(), names, strict=True))
-
-
-def ask(host: ServingHost, hits: Hits, rows: Any, names: dict[int, str], clicks: Counter[int], latest: Any) -> None:
-    """Asks as of each of some clicks, which nothing has learned from."""
-    popular = {item for item, _ in clicks.most_common(SHOWN)}
-    for user, event in rows:
-        item, at_ms = int(event["item"]), int(event["at_ms"])
-        found = host.recommended(names[user], at_ms).items
-        hits.asked += 1
-        hits.popular += item in popular
-        hits.latest += item in latest.get(user, [])[-SHOWN:]
-        hits.ours += f"{item:016x}" in {one["id"] for one in found}
-
-
-def quality(host: ServingHost, settings: Settings, spec: FeatureSpec, steps: int, asked: int) -> Hits:
-    """Trains in one pass and asks on the way."""
+def trained_host(settings: Settings, spec: FeatureSpec, steps: int, asked: int) -> Trained:
+    """Trains in one pass over Taobao's clicks, and asks for recommendations before about `asked` of them."""
     STAGES.say("the model")
-    recorded, names = named(read_clicks(), load_salt(settings.salt_path))
+    recorded = read_clicks()
     trainer = Trainer(settings, spec, analysis(recorded, spec, settings, steps))
-    program, hits, clicks = build(trainer.model), Hits(), Counter[int]()
-    latest: dict[int, list[int]] = {}
-    rng = np.random.default_rng(3)
-    for number, batch in enumerate(micro_batches(recorded, spec, settings.events.action_weights)):
-        if number >= steps:
-            break
-        part = slice(number * STEP_ROWS, number * STEP_ROWS + len(batch.user))
-        users, events = recorded.users[part], recorded.events[part]
-        if number and number % EVERY == 0:
-            STAGES.say("clicks", f"{number * STEP_ROWS:,} of {len(recorded.users):,}")
-            host.serve(number, checkpoint.full(trainer), program)
-            host.follow()
-            # A user's first click of the step: all clicks before it are known.
-            _, first = np.unique(users, return_index=True)
-            some = rng.choice(first, min(asked, len(first)), replace=False)
-            ask(host, hits, [(int(users[row]), events[row]) for row in some], names, clicks, latest)
-        trainer.step(batch)
-        host.click(users, events)
-        clicks.update(events["item"].tolist())
-        for user, item in zip(users.tolist(), events["item"].tolist(), strict=True):
-            mine = latest.setdefault(user, [])
-            if item in mine:
-                mine.remove(item)
-            mine.append(item)
+    host = Bench(settings, spec, SALT, build(trainer.model))
+    plan = Plan(every=max(1, steps * STEP_ROWS // asked) if asked else 0)
+    validation = ProgressiveValidation(settings, trainer, host, plan)
+    batches = micro_batches(recorded, spec, settings.events.action_weights)
+    for number, batch in enumerate(islice(batches, steps)):
+        STAGES.say("clicks", f"{number * STEP_ROWS:,} of {len(recorded.users):,}")
+        validation.take(batch)
     learned = checkpoint.full(trainer)
-    host.serve(steps, learned, program)
-    hits.rows = learned["item.rows"]
-    return hits
+    host.serve(learned, whole=True)
+    return Trained(host, validation, learned["item.rows"], np.unique(recorded.users[: steps * STEP_ROWS]).tolist())
 
 
-def grow(host: ServingHost, items: int, version: int, like: Any) -> None:
+def grow(host: Bench, items: int, like: Any) -> None:
     """Rows of so many more items, like some that were learned, in the categories that there are, and a click of each."""
     rng, now_ms = np.random.default_rng(5), wall_ms()
-    with host.rows.reader() as reader:
-        served = reader.served()
-    assert served is not None
     made = np.array([public_id(f"made-{number}") for number in range(items)], np.uint64)
     categories = rng.choice(np.unique(read_clicks().events["category"]), items)
     for first in range(0, items, MOST_ITEMS):
@@ -194,15 +106,11 @@ def grow(host: ServingHost, items: int, version: int, like: Any) -> None:
         events["item"], events["category"] = made[first : first + MOST_ITEMS], categories[first : first + MOST_ITEMS]
         events["at_ms"], events["topic"] = now_ms, SOURCE.topic
         host.click(np.full(len(events), 1, np.uint64), events)
+        host.follow()
     rows = like[rng.integers(0, len(like), items)] * rng.normal(1.0, 0.2, (items, 1))
     rows = (rows + rng.normal(0, 0.3 * like.std(), rows.shape)).astype(np.float32)
     STAGES.say("rows of made-up items")
-    manifest = Manifest(
-        version=version + 1, kind="delta", epoch=1, parent=version, visible=((1, version + 1),), log=LogRange(),
-        sources=((SOURCE, version),), steps=1, rows=1, created_at_ms=1, event_time_ms=1, spec=served.spec,
-        program=served.program, salt=served.salt, mask_generation=0, metrics={}, environment={}, files={},
-    )  # fmt: skip
-    host.rows.apply(manifest, {"item.ids": made, "item.rows": rows}, now_ms, follow=True)
+    host.serve({"item.ids": made, "item.rows": rows})
 
 
 def timed(act: Callable[[int], object], times: int) -> dict[str, float]:
@@ -218,7 +126,7 @@ def timed(act: Callable[[int], object], times: int) -> dict[str, float]:
     return {name: float(value) for name, value in {**found, "cpu p99": np.percentile(used, 99)}.items()}
 
 
-def recall(host: ServingHost, users: list[str]) -> float:
+def recall(host: Bench, users: list[int]) -> float:
     """Of the 20 items nearest to a user by all rows, those that the index finds."""
     parts, following = list[tuple[Any, Any]](), 0
     with host.rows.reader() as reader:
@@ -242,34 +150,34 @@ def main(steps: int, asked: int, items: int) -> None:
         settings = Settings()
         settings = replace(settings, paths=replace(settings.paths, state=str(Path(folder))))
         spec = FeatureSpec.from_settings(settings)
-        host = ServingHost(settings, spec)
-        hits = quality(host, settings, spec, steps, asked)
-        grow(host, items - len(hits.rows), steps, hits.rows)
+        host, validation, rows, users = trained_host(settings, spec, steps, asked)
+        grow(host, items - len(rows), rows)
+        users = users[:200]
         STAGES.say("the index of items")
         begun_s = time.process_time()
         host.follow()
         index_s = time.process_time() - begun_s
-        users = [f"user-{number}" for number in range(200)]
         STAGES.say("times")
         found = recall(host, users[:100])
         queries = [host.query(user) for user in users]
-        nearest = timed(lambda number: host.sources.near.nearest(queries[number % 200], SIMILAR_CANDIDATES), 300)
-        similars = timed(lambda number: host.near(users[number % 200]), 300)
-        recommending = timed(lambda number: host.recommended(users[number % 200]), 300)
+        nearest = timed(lambda number: host.sources.near.nearest(queries[number % len(users)], SIMILAR_CANDIDATES), 300)
+        similars = timed(lambda number: host.near(users[number % len(users)]), 300)
+        recommending = timed(lambda number: host.recommended(users[number % len(users)]), 300)
         listed = [NamedItem(f"made-{number}") for number in range(1000)]
-        ranking = timed(lambda number: finished(rank(host.predictor, Query(users[number % 200]), listed)), 50)
+        ranking = timed(
+            lambda number: finished(rank(host.predictor, Query(str(users[number % len(users)])), listed)), 50
+        )
         ads = [one._replace(bid=0.1 + number % 7, cap=Cap(3, 86_400.0)) for number, one in enumerate(listed)]
-        bidding = timed(lambda number: finished(rank(host.predictor, Query(users[number % 200]), ads)), 50)
+        bidding = timed(lambda number: finished(rank(host.predictor, Query(str(users[number % len(users)])), ads)), 50)
         fresh = timed(lambda number: first_click(host, number), 50)
-        host.histories.close()
-        host.rows.close()
-    latest = hits.latest / hits.asked
+        host.close()
+    scores = {score.name: score.figures["recall@20"] for score in recommendation_tables(validation.asked)[0].scores}
+    shares = {name: figure.value or 0.0 for name, figure in scores.items()}
     report(
         "recommend",
         {
-            "hit rate at 20": Figure(hits.ours / hits.asked, "ratio", f">= {latest:.4f}"),
-            "hit rate at 20, the user's own latest": Figure(latest, "ratio"),
-            "hit rate at 20, most clicked items": Figure(hits.popular / hits.asked, "ratio"),
+            "recall@20": Figure(shares.pop(OURS), "ratio", f">= {shares['own items']:.4f}"),
+            **{f"recall@20, {name}": Figure(share, "ratio") for name, share in shares.items()},
             "recall of the 20 items nearest of all": Figure(found, "ratio", ">= 0.95"),
             "processor time of the index of all items": Figure(index_s, "s"),
             "nearest items p50": Figure(nearest["p50"], "ms"),
@@ -286,26 +194,27 @@ def main(steps: int, asked: int, items: int) -> None:
             ),
             "first click committed to recommended, p99": Figure(fresh["p99"], "ms", "<= 2000"),
         },
-        {"steps": steps, "asked": hits.asked, "items": items, "data": "Taobao UserBehavior"},
+        {"steps": steps, "asked": len(validation.asked), "items": items, "data": "Taobao UserBehavior"},
     )
 
 
-def first_click(host: ServingHost, number: int) -> None:
+def first_click(host: Bench, number: int) -> None:
     """A new item's first click, until somebody else who asks for its category is answered it."""
     events = np.zeros(1, EVENT)
     item = public_id(f"new-{time.time_ns()}-{number}")
     events["item"], events["category"], events["topic"] = item, public_id(f"category-{number}"), SOURCE.topic
     events["at_ms"] = wall_ms()
     host.click(np.full(1, 1, np.uint64), events)
+    host.follow()
     wanted = WantedItems(SHOWN, f"category-{number}")
-    while f"{item:016x}" not in {one["id"] for one in host.recommended("user-3", None, wanted).items}:
+    while f"{item:016x}" not in {one["id"] for one in host.recommended(3, wanted).items}:
         pass
 
 
 if __name__ == "__main__":
     flags = argparse.ArgumentParser(description=__doc__)
-    flags.add_argument("--steps", type=int, default=82, help="steps of 1,024 rows, at least 11")
-    flags.add_argument("--asked", type=int, default=200, help="users asked after each tenth step")
+    flags.add_argument("--steps", type=int, default=82, help="steps of 1,024 rows, at least 1")
+    flags.add_argument("--asked", type=int, default=1600, help="clicks before which the user is asked")
     flags.add_argument("--items", type=int, default=1_000_000, help="items at the times, made-up ones included")
     given = flags.parse_args()
     main(given.steps, given.asked, given.items)

@@ -3,7 +3,7 @@
 Taobao's UserBehavior.csv (user, item, category, behaviour, seconds) and
 KuaiRand-Pure's impressions with their clicks, each beside the repository in
 `../shared/data`; see `deploy/examples` for the settings that read them. Beside
-them the clicks of synthetic shoppers.
+them the clicks of synthetic shoppers and of readers of a newspaper.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from deploy.replaying.shoppers import ShopperCrowd
+from deploy.replaying.news import NewsReaders
+from deploy.replaying.shoppers import Clicks, ShopperCrowd
 from state.attributes.values import AttributeTable
 from state.config.fields import fields_of
 from state.config.loading import load
@@ -107,9 +108,20 @@ def plain(users: U64, events: npt.NDArray[Any]) -> Recorded:
 
 def made_clicks(settings: Settings, clicks: int, seed: int | None = None) -> Recorded:
     """The first clicks of synthetic shoppers, whose tastes drift."""
-    made = ShopperCrowd.from_settings(settings, seed, settings.shoppers.rate, START_MS).click(clicks)
-    events = np.zeros(clicks, EVENT)
-    events["at_ms"], events["offset"], events["topic"] = made.at_ms, np.arange(clicks), SOURCE.topic
+    crowd = ShopperCrowd.from_settings(settings, seed, settings.shoppers.rate, START_MS)
+    return as_recorded(crowd.click(clicks), settings)
+
+
+def news_clicks(settings: Settings, clicks: int = 120_000, seed: int = 7) -> Recorded:
+    """Five days of clicks of synthetic readers of a newspaper; the category is the story."""
+    readers = NewsReaders(seed=seed, begin_ms=START_MS, actions=settings.events.actions, by_story=True)
+    return as_recorded(readers.click(clicks), settings)
+
+
+def as_recorded(made: Clicks, settings: Settings) -> Recorded:
+    """Synthetic clicks as events."""
+    events = np.zeros(len(made), EVENT)
+    events["at_ms"], events["offset"], events["topic"] = made.at_ms, np.arange(len(made)), SOURCE.topic
     events["item"], events["category"] = _hashed(made.items), _hashed(made.categories)
     actions = {name: number for number, name in enumerate(settings.events.actions)}
     events["action"] = [actions[name] for name in made.actions]

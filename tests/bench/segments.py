@@ -20,15 +20,15 @@ import numpy as np
 from deploy.segments.judging import ProfileJudge, pseudonym
 from deploy.segments.lookalikes import UserVectors, precision_curve, vectors_of
 from deploy.serving.answers.predictor import Predictor
+from evaluation.recording import SALT
 from state.config.sections import SegmentSettings
 from state.config.settings import Settings
-from state.events.identity import load_salt
 from state.features.spec import FeatureSpec
 from state.layout import DATA
 from state.segments.expression import segments_of
 from state.segments.lookalikes import PrecisionAt
 from state.segments.members import Membership, SegmentStore
-from tests.bench.recommend import ServingHost, quality
+from tests.bench.recommend import trained_host
 from tests.bench.recorded import read_clicks
 from tests.bench.report import Figure, Stages, report
 
@@ -65,13 +65,12 @@ def main(steps: int) -> None:
         settings = replace(settings, paths=replace(settings.paths, state=folder))
         wanted = SegmentSettings((*DEEDS, *interests(settings)))
         spec = FeatureSpec.from_settings(settings)
-        host = ServingHost(settings, spec)
-        quality(host, settings, spec, steps, 0)
+        host = trained_host(settings, spec, steps, 0).host
         users = host.histories.users()
         recorded = read_clicks()
         last_ms = int(recorded.events["at_ms"][: steps * 1024].max())
         predictor = Predictor(
-            host.rows, host.histories, host.programs, spec, load_salt(settings.salt_path), (), "wall", lambda: last_ms, None,
+            host.rows, host.histories, host.programs, spec, SALT, (), "wall", lambda: last_ms, None,
             pseudonym,
         )  # fmt: skip
         STAGES.say("vectors")
@@ -87,8 +86,7 @@ def main(steps: int) -> None:
                 within.setdefault(name, set()).add(one.user)
         made = curves(found, within)
         member_bytes = stored_bytes(Path(folder))
-        host.histories.close()
-        host.rows.close()
+        host.close()
     at = {k: [one for curve in made.values() for one in curve if one.k == k] for k in CUTS}
     figures = {
         f"precision at {k}, {name.replace('_', ' ')}": Figure(

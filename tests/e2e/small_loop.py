@@ -160,7 +160,7 @@ class Applying:
             self._registry, self._rows, folder / PROGRAMS, metrics, settings.serving.keep_s, lambda: 0
         )
         spec = FeatureSpec.from_settings(settings)
-        self._clicks = HistoryFollower(self._histories, spec, settings.events.max_age_s, metrics, lambda: 0)
+        self._clicks = HistoryFollower(self._histories, spec, spec.reach_ms(settings.events), metrics, lambda: 0)
 
     @property
     def served(self) -> int | None:

@@ -10,7 +10,7 @@ from state import errors
 from state.errors import SpringtideError
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("state", "streaming", "trainer", "deploy", "springtide_client")
+PACKAGES = ("state", "streaming", "trainer", "deploy", "evaluation", "springtide_client")
 KINDS = {name for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, SpringtideError)}
 
 

@@ -1,4 +1,4 @@
-"""Imports follow the data: streaming -> state <- trainer, deploy -> state, deploy -> springtide_client, and nothing else."""
+"""Imports follow the data: streaming -> state <- trainer, deploy -> state, deploy -> springtide_client, evaluation -> all, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("state", "streaming", "trainer", "deploy", "springtide_client")
+PACKAGES = ("state", "streaming", "trainer", "deploy", "evaluation", "springtide_client")
 ALLOWED = {
     "state": {"state"},
     "streaming": {"streaming", "state"},
     "trainer": {"trainer", "state"},
     "deploy": {"deploy", "state", "springtide_client"},
+    "evaluation": {"evaluation", "deploy", "trainer", "streaming", "state"},
     "springtide_client": {"springtide_client"},
 }
 EXAMPLES = "deploy/examples/"

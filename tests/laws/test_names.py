@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-PACKAGES = ("state", "streaming", "trainer", "deploy", "springtide_client")
+PACKAGES = ("state", "streaming", "trainer", "deploy", "evaluation", "springtide_client")
 VAGUE = {"utils", "util", "helpers", "helper", "common", "base", "manager", "misc", "shared", "core", "tools"}
 FILES = sorted(path for package in (*PACKAGES, "tests") for path in (ROOT / package).rglob("*.py"))
 OURS = [path for path in FILES if path.relative_to(ROOT).parts[0] in PACKAGES]

@@ -83,7 +83,8 @@ class Report:
         seconds: Duration of the step.
         quality: Scores of the model and of simple baselines before learning, as sums.
         slices: `[loss, dimension, place, 3]` float64, see `Breakdown.update`; None if the step was skipped.
-        judged: The predictions for its rows, of each update.
+        judged: The predictions for its rows: of accepted updates, and of skipped ones.
+        order: `[n]` int64, the place in the record of each row of `judged`.
     """
 
     rows: int
@@ -102,6 +103,7 @@ class Report:
     quality: StepScores
     slices: F64 | None
     judged: tuple[Judged, ...]
+    order: npt.NDArray[np.int64]
 
 
 def joined(updates: Sequence[Report]) -> Report:
@@ -126,6 +128,7 @@ def joined(updates: Sequence[Report]) -> Report:
         quality=joined_scores([one.quality for one in updates]),
         slices=np.sum(slices, axis=0) if slices else None,
         judged=tuple(said for one in updates for said in one.judged),
+        order=np.concatenate([one.order for one in updates]),
     )
 
 

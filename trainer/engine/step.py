@@ -400,7 +400,7 @@ class Trainer:
             mine = numbers[: ends[-1]][of_rows == kind]
             rows = batch if mine.size == len(batch) else batch.take(np.isin(numbers, mine))
             said = came_next if mine.size == len(batch) else CategoryPrediction(*(part[mine] for part in came_next))
-            reports.append(self._measured(rows, joined_updates(some), said, kind))
+            reports.append(replace(self._measured(rows, joined_updates(some), said, kind), order=mine))
         return replace(joined(reports), seconds=self._clock() - began)
 
     def _measured(self, batch: MicroBatch, update: Update, came_next: CategoryPrediction, accepted: bool) -> Report:
@@ -450,6 +450,7 @@ class Trainer:
             quality=found.scores,
             slices=slices if accepted else None,
             judged=(found,),
+            order=np.arange(len(batch)),
         )
 
     def _judged(self, loss: float) -> float:

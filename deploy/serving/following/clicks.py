@@ -131,8 +131,8 @@ class HistoryFollower:
 
     Args:
         store: The host's histories.
-        spec: Its longest window determines how long an event counts.
-        max_age_s: How late an event may arrive.
+        spec: The host's features.
+        reach_ms: How much older than the newest event one can be that still matters; see `FeatureSpec.reach_ms`.
         metrics: Of the applier.
         now_ms: The wall clock.
         accepted: The losses that operators accepted, including records that the trainer leaves out.
@@ -145,7 +145,7 @@ class HistoryFollower:
         self,
         store: HistoryStore,
         spec: FeatureSpec,
-        max_age_s: float,
+        reach_ms: int,
         metrics: ApplierMetrics,
         now_ms: Callable[[], int],
         accepted: Callable[[], Sequence[Accepted]] = tuple,
@@ -157,9 +157,9 @@ class HistoryFollower:
         self._accepted, self._named, self._actions = accepted, actions, spec.actions
         self._metrics = metrics
         self._now_ms = now_ms
-        self._horizon_ms = 1000 * round(spec.windows_s[-1] + max_age_s)
-        self._parity = Parity(store, spec, self._horizon_ms, kept, metrics, now_ms)
-        self._upkeep = Upkeep(store, self._horizon_ms, kept, metrics, now_ms, self._parity.lose)
+        self._reach_ms = reach_ms
+        self._parity = Parity(store, spec, self._reach_ms, kept, metrics, now_ms)
+        self._upkeep = Upkeep(store, self._reach_ms, kept, metrics, now_ms, self._parity.lose)
         self._log: Follower | None = None
         self._positions: dict[int, int] = {}
         self._marks = store.positions()
@@ -224,7 +224,7 @@ class HistoryFollower:
         self._erased, self._parity.mask = mask.erased, mask
         if line == self._line:
             return False
-        went = take_back(self._store, line, mask, partition, open_at, self._horizon_ms, self._now_ms())
+        went = take_back(self._store, line, mask, partition, open_at, self._reach_ms, self._now_ms())
         _log.info("epoch %d of the training log: %s", line[-1].epoch, went)
         self.disconnect()
         if went is not None and went.short:

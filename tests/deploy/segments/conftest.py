@@ -68,7 +68,13 @@ class KeptHost:
         with Topics(kafka) as topics:
             topics.ensure(*topic_plan.microbatches(self.settings))
         metrics = ApplierMetrics(CollectorRegistry())
-        self._follower = HistoryFollower(self.stores.histories, FeatureSpec(), 3600.0, metrics, lambda: self.now_ms)
+        self._follower = HistoryFollower(
+            self.stores.histories,
+            FeatureSpec(),
+            FeatureSpec().reach_ms(Settings().events),
+            metrics,
+            lambda: self.now_ms,
+        )
         self._follower.connect(self.log, kafka.microbatches_topic)
         programs = self.stores.settings.serving_dir / PROGRAMS
         self.predictor = Predictor(

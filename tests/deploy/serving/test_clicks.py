@@ -28,6 +28,7 @@ from tests.memory_log import MemoryLog
 MAP = 1 << 27
 TOPIC = "cd" * 16
 LOG = "microbatches"
+REACH_MS = 1000 * (FeatureSpec().windows_s[-1] + 3600)
 SOURCE = Source("ab" * 16, 3)
 
 
@@ -100,7 +101,7 @@ class Following:
         self.store = HistoryStore(self.path, map_bytes=MAP)
         self.metrics = ApplierMetrics(CollectorRegistry())
         own = {"own_salt": self.own_salt}
-        self.follower = HistoryFollower(self.store, FeatureSpec(), 3600.0, self.metrics, self.clock, **own)
+        self.follower = HistoryFollower(self.store, FeatureSpec(), REACH_MS, self.metrics, self.clock, **own)
         self.connect()
 
     def connect(self) -> None:

@@ -31,7 +31,7 @@ from tests.streaming.test_profile import BASE_MS, SOURCES, SPEC, batches_of
 
 LOG = "microbatches"
 FIRST_USER, USERS = 2**63, 6
-REACH_S = 3600.0
+REACH_MS = 1000 * SPEC.windows_s[-1] + 3_600_000
 CLICKS = 400
 MASK = Mask(3, offsets=((SOURCES[0].topic, 0, 20, 60),), times=((BASE_MS - 90_000, BASE_MS - 60_000),))
 
@@ -90,7 +90,7 @@ class Host:
         self.store = HistoryStore(self.path, SPEC.history, 1 << 26)
         self.metrics = ApplierMetrics(CollectorRegistry())
         kept = ServingSettings(parity_every_s=self.every_s, max_users=self.max_users)
-        self.follower = HistoryFollower(self.store, SPEC, REACH_S, self.metrics, self.now_ms, kept=kept)
+        self.follower = HistoryFollower(self.store, SPEC, REACH_MS, self.metrics, self.now_ms, kept=kept)
 
     def drain(self) -> None:
         if not self.follower.connected:
@@ -196,7 +196,7 @@ def test_a_host_that_began_in_the_middle_cannot_know_of_users_whose_events_it_la
     assert ours.counted["unknown"] > 10
     assert sum(ours.counted.values()) == len(records) - 20
     since_ms = json.loads(ours.store.extra(WHOLE_EXTRA) or b"0")
-    later = 1 + (since_ms + round(1000 * REACH_S) + 1000 * SPEC.windows_s[-1] - BASE_MS) // 30_000
+    later = 1 + (since_ms + REACH_MS - BASE_MS) // 30_000
     more = [*clicks, *((user, later + n, 1, 0, 0) for n in range(30) for user in range(USERS))]
     unknown = ours.counted["unknown"]
     append(ours, streamed(tmp_path / "again", more)[len(records) - 1 :])

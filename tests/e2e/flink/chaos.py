@@ -179,7 +179,7 @@ def histories_of_log(settings: Settings) -> Histories:
     follower = HistoryFollower(
         store,
         spec,
-        settings.events.max_age_s,
+        spec.reach_ms(settings.events),
         ApplierMetrics(CollectorRegistry()),
         wall_ms,
         actions=lambda digest: spec.actions if digest == spec.digest else None,

@@ -13,7 +13,7 @@ import pytest
 from state.process import user_code
 from state.process.user_code import ROOT, for_children
 
-OURS = ("deploy", "springtide_client", "state", "streaming", "trainer")
+OURS = ("deploy", "evaluation", "springtide_client", "state", "streaming", "trainer")
 
 
 @pytest.fixture

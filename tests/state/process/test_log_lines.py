@@ -16,7 +16,7 @@ from state.config.sections import LogSettings
 from state.process.log_lines import Lines, event_of
 
 ROOT = Path(__file__).parents[3]
-PACKAGES = ("state", "streaming", "trainer", "deploy", "springtide_client")
+PACKAGES = ("state", "streaming", "trainer", "deploy", "evaluation", "springtide_client")
 
 
 class Said:

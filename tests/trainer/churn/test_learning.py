@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from evaluation.measures import area_under_curve
 from state.churn import PREFIX, STORED, weights_in
 from state.features.spec import FeatureSpec
 from state.microbatch.batch import MicroBatch
-from tests.bench.quality import area_under_curve
 from tests.trainer.churn.leavers import DAY_MS, Leavers, batches, joined, leavers, taken
 from trainer.churn.learning import FEW, TENTHS, ChurnLearner, KnownExamples
 from trainer.churn.regression import OnlineRegression
@@ -42,7 +42,7 @@ def progressive() -> tuple[KnownExamples, F64]:
 def test_it_knows_better_than_recency_who_leaves() -> None:
     known, told = progressive()
     assert known.left.size > 2000
-    ours, recency = (area_under_curve(scores, known.left) for scores in (told, known.age_ms.astype(np.float64)))
+    ours, recency = (area_under_curve(scores, known.left).value for scores in (told, known.age_ms.astype(np.float64)))
     assert ours > recency + 0.02
     assert ours > 0.8
 
@@ -53,7 +53,7 @@ def test_it_knows_better_than_recency_who_has_left_already() -> None:
     gone = np.array(
         [left_ms[user] <= at for user, at in zip(known.user.tolist(), known.moment_ms.tolist(), strict=True)]
     )
-    ours, recency = (area_under_curve(scores, gone) for scores in (told, known.age_ms.astype(np.float64)))
+    ours, recency = (area_under_curve(scores, gone).value for scores in (told, known.age_ms.astype(np.float64)))
     assert ours > recency + 0.02
 
 
@@ -78,7 +78,7 @@ def test_measures_are_those_of_the_examples() -> None:
     assert found["churn.total.rows"] == told.size
     assert found["churn.total.log_loss"] == pytest.approx(-np.log(np.where(known.left, told, 1 - told)).mean())
     assert found["churn.total.calibration"] == pytest.approx(told.sum() / known.left.sum())
-    assert found["churn.total.auc"] == pytest.approx(area_under_curve(told, known.left), abs=0.005)
+    assert found["churn.total.auc"] == pytest.approx(area_under_curve(told, known.left).value, abs=0.005)
     assert found["churn.total.left"] == pytest.approx(known.left.mean())
     assert 0 < found["churn.calibration_error"] < 0.1
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from prometheus_client import CollectorRegistry
 
+from evaluation.measures import area_under_curve
 from state.metrics import TrainerMetrics
-from tests.bench.quality import area_under_curve
 from trainer import gauges
 from trainer.measures import intervals
 from trainer.measures.breakdown import DECILES, Breakdown, SliceMeasures, gap, values
@@ -76,7 +76,7 @@ def test_each_slice_has_the_measures_of_its_rows() -> None:
             off = sum(abs((w * (predicted - positive))[decile == d].sum()) for d in range(DECILES)) / w.sum()
             assert one.figures["calibration_error"] == pytest.approx(off)
             # The weights differ by less than 2 %: the unweighted area and its variance are close.
-            area = area_under_curve(logits.astype(np.float32), positive)
+            area = area_under_curve(logits, positive).value
             assert one.figures["auc"] == pytest.approx(area, abs=0.005)
             low, high = one.intervals["auc"]
             assert (high - low) / 2 == pytest.approx(1.959964 * np.sqrt(delong(logits, positive)), rel=0.05)

@@ -1,0 +1,479 @@
+"""Simple baselines of `springtide evaluate`. Each predicts a click from the clicks before it, then learns the click.
+
+Next item (`ItemBaseline`), for one request at a time:
+
+    popular so far         most clicks of all users
+    popular now (30m)      clicks that halve in 30 minutes, also 6 h and 1 day; items new to the user come first
+    last category          most clicks in the category of the user's last click
+    own items              the user's items: each event counts 1 / sqrt(k), k = 1 for the newest
+    item-kNN               cosine of decayed co-visits with the user's latest items
+
+Next category (`CategoryBaseline`), for the rows of a record:
+
+    popular so far, popular now (1h), previous category (and the ones before it, newest first)
+
+Engagement (`click_rates`): the click rate so far, and the decayed click rate of the item.
+
+Decayed counts never shrink. A click weighs 2 ** ((time - begin) / half-life), which orders items in the same way, so the
+best items can be kept in order. All weights are divided when they become too large.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from state.compiled import compiled
+from trainer.measures.predictions import NONE, CategoryPrediction
+
+F64 = NDArray[np.float64]
+I32 = NDArray[np.int32]
+I64 = NDArray[np.int64]
+U64 = NDArray[np.uint64]
+
+HOUR_MS = 3_600_000
+HALF_LIVES_MS = {"30m": HOUR_MS // 2, "6h": 6 * HOUR_MS, "1d": 24 * HOUR_MS}
+LISTED = 1024
+"""Items in the ordered list of a popularity; of a category an eighth of it."""
+LARGEST_EXPONENT = 256.0
+REMEMBERED = 256
+"""Events of a user that count for own items."""
+COVISITED, NEIGHBOURS = 5, 128
+"""Earlier items of the user with which a click counts as a co-visit, and how many co-visited items an item keeps."""
+ASKED_ITEMS, FALLING = 10, 0.8
+"""Latest items of a user whose neighbours are proposed; each next one weighs so much less."""
+
+
+@dataclass(slots=True)
+class UserPast:
+    """The earlier events of one user.
+
+    Attributes:
+        items: The items of the latest events, oldest first.
+        seen: All items.
+        category: The category of the last click; 0 for none.
+        clicks: Number of clicks.
+    """
+
+    items: deque[int] = field(default_factory=lambda: deque(maxlen=REMEMBERED))
+    seen: set[int] = field(default_factory=set)
+    category: int = 0
+    clicks: int = 0
+
+    def latest(self, most: int) -> list[int]:
+        """The latest distinct items, newest first."""
+        return list(islice(dict.fromkeys(reversed(self.items)), most))
+
+
+class ItemClick(NamedTuple):
+    """One click."""
+
+    item: int
+    category: int
+    at_ms: int
+
+
+class ItemBaseline(Protocol):
+    """Proposes items for a user's next click."""
+
+    name: str
+
+    def propose(self, past: UserPast) -> Iterator[int]:
+        """Returns items, best first, each once; may include items that the user has seen."""
+
+    def learn(self, click: ItemClick, past: UserPast) -> None:
+        """Learns a click of a user with this past, which does not include the click."""
+
+
+class Growing:
+    """The weight of a click, which doubles with each half-life; infinite half-lives weigh 1.
+
+    Args:
+        half_life_ms: The half-life.
+    """
+
+    def __init__(self, half_life_ms: float) -> None:
+        self._half_life_ms, self._begin_ms = half_life_ms, 0
+
+    def weight(self, at_ms: int) -> tuple[float, float]:
+        """Returns the weight of a click, and the factor for all earlier weights, which is nearly always 1."""
+        if math.isinf(self._half_life_ms):
+            return 1.0, 1.0
+        self._begin_ms = self._begin_ms or at_ms
+        exponent = (at_ms - self._begin_ms) / self._half_life_ms
+        if exponent <= LARGEST_EXPONENT:
+            return 2.0 ** max(exponent, -LARGEST_EXPONENT), 1.0
+        self._begin_ms = at_ms
+        return 1.0, 2.0 ** -min(exponent, 1000.0)
+
+
+class Ordered:
+    """Weights that only grow, and the items with the largest ones in order.
+
+    >>> ordered = Ordered(2)
+    >>> for item in (7, 8, 8, 9):
+    ...     ordered.add(item, 1.0)
+    >>> ordered.best
+    [8, 7]
+
+    Args:
+        most: Length of the list.
+
+    Attributes:
+        best: Items by falling weight.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most, self._weights, self._places = most, dict[int, float](), dict[int, int]()
+        self.best: list[int] = []
+
+    def add(self, item: int, weight: float) -> None:
+        """Adds to the weight of an item."""
+        weights, places, best = self._weights, self._places, self.best
+        total = weights[item] = weights.get(item, 0.0) + weight
+        place = places.get(item)
+        if place is None:
+            if len(best) < self._most:
+                best.append(item)
+            elif total > weights[best[-1]]:
+                del places[best[-1]]
+                best[-1] = item
+            else:
+                return
+            place = len(best) - 1
+        while place and weights[best[place - 1]] < total:
+            best[place] = best[place - 1]
+            places[best[place]] = place
+            place -= 1
+        best[place] = item
+        places[item] = place
+
+    def scale(self, factor: float) -> None:
+        """Multiplies all weights; items whose weight becomes 0 are dropped unless they are in the list."""
+        self._weights = {
+            item: weight * factor
+            for item, weight in self._weights.items()
+            if weight * factor > 0.0 or item in self._places
+        }
+
+
+class PopularItems:
+    """The most clicked items of all users.
+
+    Args:
+        name: Of the baseline.
+        half_life_ms: Half-life of a click.
+        new_first: Whether items that are new to the user come first.
+    """
+
+    def __init__(self, name: str, half_life_ms: float = math.inf, new_first: bool = False) -> None:
+        self.name, self._new_first = name, new_first
+        self._growing, self._items = Growing(half_life_ms), Ordered(LISTED)
+
+    def propose(self, past: UserPast) -> Iterator[int]:
+        """See `ItemBaseline`."""
+        best = self._items.best
+        if not self._new_first:
+            return iter(best)
+        return chain(
+            (item for item in best if item not in past.seen),
+            (item for item in best if item in past.seen),
+        )
+
+    def learn(self, click: ItemClick, past: UserPast) -> None:
+        """See `ItemBaseline`."""
+        weight, factor = self._growing.weight(click.at_ms)
+        if factor < 1.0:
+            self._items.scale(factor)
+        self._items.add(click.item, weight)
+
+
+class LastCategory:
+    """The most clicked items of the category of the user's last click."""
+
+    name = "last category"
+
+    def __init__(self) -> None:
+        self._categories: dict[int, Ordered] = {}
+
+    def propose(self, past: UserPast) -> Iterator[int]:
+        """See `ItemBaseline`."""
+        ordered = self._categories.get(past.category)
+        return iter(() if ordered is None else ordered.best)
+
+    def learn(self, click: ItemClick, past: UserPast) -> None:
+        """See `ItemBaseline`."""
+        if click.category not in self._categories:
+            self._categories[click.category] = Ordered(LISTED // 8)
+        self._categories[click.category].add(click.item, 1.0)
+
+
+class OwnItems:
+    """The user's own items, by recency and visits."""
+
+    name = "own items"
+
+    def propose(self, past: UserPast) -> Iterator[int]:
+        """See `ItemBaseline`."""
+        sums: dict[int, float] = {}
+        for k, item in enumerate(reversed(past.items), 1):
+            sums[item] = sums.get(item, 0.0) + 1.0 / math.sqrt(k)
+        return iter(sorted(sums, key=lambda item: -sums[item]))
+
+    def learn(self, click: ItemClick, past: UserPast) -> None:
+        """See `ItemBaseline`: the past has all that it needs."""
+
+
+class ItemNeighbours:
+    """Items that users clicked next to the user's latest items.
+
+    The similarity of items i and j is w(i, j) / sqrt(w(i) w(j)), where w(i, j) sums the decayed co-visits and w(i) the
+    decayed clicks (item-based collaborative filtering, Sarwar et al. 2001, with decay).
+
+    Args:
+        half_life_ms: Half-life of a click and of a co-visit.
+    """
+
+    name = "item-kNN"
+
+    def __init__(self, half_life_ms: float = HALF_LIVES_MS["1d"]) -> None:
+        self._growing = Growing(half_life_ms)
+        self._clicks: dict[int, float] = {}
+        self._covisits: dict[int, dict[int, float]] = {}
+
+    def propose(self, past: UserPast) -> Iterator[int]:
+        """See `ItemBaseline`."""
+        scores: dict[int, float] = {}
+        share = 1.0
+        for item in past.latest(ASKED_ITEMS):
+            for other, weight in self._covisits.get(item, {}).items():
+                similarity = weight / math.sqrt(self._clicks[item] * self._clicks[other])
+                scores[other] = scores.get(other, 0.0) + share * similarity
+            share *= FALLING
+        return iter(sorted(scores, key=lambda item: -scores[item]))
+
+    def learn(self, click: ItemClick, past: UserPast) -> None:
+        """See `ItemBaseline`."""
+        weight, factor = self._growing.weight(click.at_ms)
+        if factor < 1.0:
+            self._scale(factor)
+        self._clicks[click.item] = self._clicks.get(click.item, 0.0) + weight
+        for other in past.latest(COVISITED):
+            if other != click.item and other in self._clicks:
+                self._count(other, click.item, weight)
+                self._count(click.item, other, weight)
+
+    def _count(self, item: int, other: int, weight: float) -> None:
+        covisits = self._covisits.setdefault(item, {})
+        covisits[other] = covisits.get(other, 0.0) + weight
+        if len(covisits) > 2 * NEIGHBOURS:
+            kept = sorted(covisits, key=lambda one: -covisits[one])[:NEIGHBOURS]
+            self._covisits[item] = {one: covisits[one] for one in kept}
+
+    def _scale(self, factor: float) -> None:
+        """Multiplies all weights; items whose clicks become 0 are dropped."""
+        clicks = {item: weight * factor for item, weight in self._clicks.items() if weight * factor > 0.0}
+        self._clicks = clicks
+        self._covisits = {
+            item: {other: weight * factor for other, weight in covisits.items() if other in clicks}
+            for item, covisits in self._covisits.items()
+            if item in clicks
+        }
+
+
+def item_baselines() -> list[ItemBaseline]:
+    """A new set of all baselines of the next item."""
+    now = [PopularItems(f"popular now ({name})", half, new_first=True) for name, half in HALF_LIVES_MS.items()]
+    return [PopularItems("popular so far"), *now, LastCategory(), OwnItems(), ItemNeighbours()]
+
+
+class CategoryRows(NamedTuple):
+    """t rows whose category is predicted, in the order of the log.
+
+    Attributes:
+        category: `[t]` int64, the number of what was clicked, counted from 0 in order of appearance.
+        recent: `[t, 5]` int64, numbers of the user's latest categories, newest first; -1 pads.
+        at_ms: `[t]` int64.
+    """
+
+    category: I64
+    recent: I64
+    at_ms: I64
+
+
+class CategoryBaseline(Protocol):
+    """Predicts the category of the next click."""
+
+    name: str
+
+    def predict(self, rows: CategoryRows, categories: int) -> CategoryPrediction:
+        """Predicts each row, then learns it before the next one.
+
+        Args:
+            rows: The rows.
+            categories: More than any number in `rows`.
+        """
+
+
+class PopularCategories:
+    """All categories, by their clicks.
+
+    Args:
+        name: Of the baseline.
+        half_life_ms: Half-life of a click.
+    """
+
+    def __init__(self, name: str, half_life_ms: float = math.inf) -> None:
+        self.name, self._half_life_ms = name, half_life_ms
+        self._counts, self._state = np.zeros(1024), np.zeros(3)
+
+    def predict(self, rows: CategoryRows, categories: int) -> CategoryPrediction:
+        """See `CategoryBaseline`."""
+        while len(self._counts) < categories:
+            self._counts = np.concatenate([self._counts, np.zeros_like(self._counts)])
+        size = rows.category.size
+        made = CategoryPrediction(np.empty(size, np.int32), np.empty(size), np.empty(size, np.int32))
+        _popular(rows.category, rows.at_ms, self._counts, self._state, self._half_life_ms, *made)
+        return made
+
+
+@compiled("i8[::1], i8[::1], f8[::1], f8[::1], f8, i4[::1], f8[::1], i4[::1]")
+def _popular(
+    category: I64, at_ms: I64, counts: F64, state: F64, half_life_ms: float, rank: I32, log_share: F64, candidates: I32
+) -> None:
+    """`state` has the sum of the counts, the begin of time, and how many categories have a count."""
+    for row in range(category.shape[0]):
+        mine, known = category[row], np.int64(state[2])
+        count = counts[mine]
+        rank[row], log_share[row], candidates[row] = NONE, 0.0, known
+        if count > 0.0:
+            log_share[row] = np.log(count / state[0])
+            before = 0
+            for other in range(counts.shape[0]):
+                if counts[other] > count or (counts[other] == count and other < mine):
+                    before += 1
+                    # Only the first ranks matter.
+                    if before == 100:
+                        break
+            rank[row] = before
+        else:
+            state[2] += 1.0
+        weight = 1.0
+        if not np.isinf(half_life_ms):
+            if state[1] == 0.0:
+                state[1] = at_ms[row]
+            exponent = (at_ms[row] - state[1]) / half_life_ms
+            if exponent > LARGEST_EXPONENT:
+                # A count that became 0 would be one of an unknown category.
+                counts[:] = np.where(counts > 0.0, np.maximum(counts * 2.0**-exponent, 1e-290), 0.0)
+                state[0], state[1], exponent = counts.sum(), at_ms[row], 0.0
+            weight = 2.0 ** max(exponent, -LARGEST_EXPONENT)
+        counts[mine] += weight
+        state[0] += weight
+
+
+class PreviousCategories:
+    """The user's latest categories, newest first. The share of each place is how often it was right so far."""
+
+    name = "previous category"
+
+    def __init__(self) -> None:
+        self._hits = np.full(5, 0.5)
+
+    def predict(self, rows: CategoryRows, categories: int) -> CategoryPrediction:
+        """See `CategoryBaseline`; the shares are learned after the record."""
+        there, right = rows.recent >= 0, rows.recent == rows.category[:, None]
+        hit, place = right.any(1), right.argmax(1)
+        total = (there * self._hits).sum(1)
+        log_share = np.zeros(len(hit))
+        log_share[hit] = np.log(self._hits[place[hit]] / total[hit])
+        self._hits = self._hits + np.bincount(place[hit], minlength=5)
+        return CategoryPrediction(np.where(hit, place, NONE).astype(np.int32), log_share, there.sum(1).astype(np.int32))
+
+
+def category_baselines() -> list[CategoryBaseline]:
+    """A new set of all baselines of the next category."""
+    return [PopularCategories("popular so far"), PopularCategories("popular now (1h)", HOUR_MS), PreviousCategories()]
+
+
+RATE_SO_FAR, RATE_OF_ITEM = "click rate so far", "click rate of the item (1d)"
+PRIOR_ROWS = 10.0
+"""An item's click rate begins as if so many rows had had the click rate of all items."""
+
+
+class ClickRates:
+    """The click rate of all rows so far, and that of the item, of which rows halve each day."""
+
+    def __init__(self) -> None:
+        self._items, self._state = np.zeros((1024, 3)), np.array([0.5, 1.0])
+
+    def predict(self, item: I64, clicked: NDArray[np.bool_], at_ms: I64, items: int) -> dict[str, F64]:
+        """The click probability of each of n rows by both baselines, `[n]` float64; each row is then learned.
+
+        Args:
+            item: `[n]` int64 number of the item.
+            clicked: `[n]` bool.
+            at_ms: `[n]` int64.
+            items: More than any number in `item`.
+        """
+        while len(self._items) < items:
+            self._items = np.concatenate([self._items, np.zeros_like(self._items)])
+        overall, own = np.empty(item.size), np.empty(item.size)
+        _rates(item, clicked, at_ms, self._items, self._state, float(HALF_LIVES_MS["1d"]), overall, own)
+        return {RATE_SO_FAR: overall, RATE_OF_ITEM: own}
+
+
+@compiled("i8[::1], bool[::1], i8[::1], f8[:, ::1], f8[::1], f8, f8[::1], f8[::1]")
+def _rates(
+    item: I64,
+    clicked: NDArray[np.bool_],
+    at_ms: I64,
+    items: F64,
+    state: F64,
+    half_life_ms: float,
+    overall: F64,
+    own: F64,
+) -> None:
+    """`items` has clicks, rows and the time of the last row of each item, `state` clicks and rows of all."""
+    for row in range(item.shape[0]):
+        of_item = items[item[row]]
+        left = 2.0 ** (-max(at_ms[row] - of_item[2], 0.0) / half_life_ms)
+        of_item[0] *= left
+        of_item[1] *= left
+        of_item[2] = max(of_item[2], float(at_ms[row]))
+        overall[row] = state[0] / state[1]
+        own[row] = (of_item[0] + PRIOR_ROWS * overall[row]) / (of_item[1] + PRIOR_ROWS)
+        hit = 1.0 if clicked[row] else 0.0
+        of_item[0] += hit
+        of_item[1] += 1.0
+        state[0] += hit
+        state[1] += 1.0
+
+
+class Numbers:
+    """Numbers ids from 0 on, in order of appearance.
+
+    >>> numbers = Numbers()
+    >>> numbers.of(np.array([70, 90, 70], np.uint64)).tolist(), len(numbers)
+    ([0, 1, 0], 2)
+    """
+
+    def __init__(self) -> None:
+        self._numbers: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    def of(self, ids: U64) -> I64:
+        """The numbers of ids, of the same shape, int64; -1 for id 0."""
+        numbers, flat = self._numbers, ids.reshape(-1)
+        unique, places = np.unique(flat, return_inverse=True)
+        mine = [numbers.setdefault(one, len(numbers)) if one else -1 for one in unique.tolist()]
+        return np.array(mine, np.int64)[places].reshape(ids.shape)

@@ -1,0 +1,183 @@
+"""Scores the model on a recording, next to simple baselines: `springtide evaluate FILE... | --synthetic news|shoppers`.
+
+It needs no Kafka, and reads and writes nothing of a running loop. Exit codes: 0 done, 1 failed, 2 wrong use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import msgspec
+
+from deploy.attributes import add_sides, files_of
+from deploy.operate.options import SETTINGS_HELP
+from deploy.operate.times import parse_time
+from deploy.replaying.news import NewsReaders
+from deploy.replaying.shoppers import ShopperCrowd
+from state.config.loading import load
+from state.config.settings import Settings
+from state.config.sources import split_settings
+from state.errors import SettingsError, SpringtideError, of_disk
+from state.process import log_lines
+from state.process.closed_output import while_read
+from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
+from state.process.wall_clock import wall_ms
+from state.recordings.files import add_file_arguments, as_settings, chosen
+
+if TYPE_CHECKING:
+    from evaluation.recording import RecordedEvents, RecordLimits
+
+SYNTHETIC = ("news", "shoppers")
+CLICKS = 100_000
+BEGIN_MS = 1_790_000_000_000
+"""The time of the first synthetic click, so that each run is the same."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of `springtide evaluate`; settings are removed from the arguments before."""
+    made = argparse.ArgumentParser(
+        prog="springtide evaluate",
+        allow_abbrev=False,
+        description="Score interests, engagement and recommendations on recorded clicks, next to simple baselines. Each click "
+        "is predicted first and learned afterwards, in order of time, by the code of the stream, the trainer and serving. "
+        "Needs no Kafka.",
+        epilog=SETTINGS_HELP,
+    )
+    add_file_arguments(made, "The same options as for `springtide replay`.")
+    made.add_argument("--synthetic", choices=SYNTHETIC, help="evaluate synthetic clicks instead of files")
+    made.add_argument(
+        "--clicks", type=int, default=CLICKS, metavar="N", help=f"number of synthetic clicks (default {CLICKS:,})"
+    )
+    add_sides(made.add_argument_group("attributes", "The columns that [attributes] names."))
+    made.add_argument("--ranker", metavar="MODULE:FUNCTION", help="ranker to evaluate (model.ranker)")
+    part = made.add_mutually_exclusive_group()
+    part.add_argument("--last", type=int, metavar="N", help="evaluate only the last N clicks; the others only train")
+    part.add_argument(
+        "--from",
+        dest="begin",
+        metavar="TIME",
+        help="evaluate only clicks from TIME (ISO 8601) on; the others only train",
+    )
+    made.add_argument(
+        "--requests",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="ask for recommendations before about N of the evaluated clicks (default 2000; 0: none)",
+    )
+    made.add_argument(
+        "--seed", type=int, default=7, metavar="N", help="random seed of these clicks, and of synthetic ones"
+    )
+    made.add_argument(
+        "--record-rows", type=int, default=512, metavar="N", help="maximum clicks of a training step (default 512)"
+    )
+    made.add_argument(
+        "--record-s",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="maximum log time of a training step, in seconds (default 300)",
+    )
+    made.add_argument("-o", "--output", choices=("text", "json"), default="text", help="output format (default text)")
+    made.add_argument("--json", type=Path, metavar="FILE", help="also write the result as JSON to FILE")
+    made.add_argument("--chart", type=Path, metavar="FILE.svg", help="also draw the figures over time to FILE.svg")
+    return made
+
+
+def settings_of(options: argparse.Namespace, flags: Sequence[str]) -> Settings:
+    """The effective settings.
+
+    Raises:
+        SettingsError: An option or a setting is invalid.
+    """
+    if bool(options.files) == bool(options.synthetic):
+        raise SettingsError("say what to evaluate: files, or --synthetic", "see `springtide evaluate --help`")
+    for name in ("clicks", "record_rows"):
+        if getattr(options, name) < 1:
+            raise SettingsError(f"--{name.replace('_', '-')} {getattr(options, name)}: write a number above 0")
+    if options.requests < 0 or options.seed < 0 or not options.record_s >= 0:
+        raise SettingsError("--requests, --seed and --record-s: write 0 or more")
+    ranker = [] if options.ranker is None else [f"--model.ranker={options.ranker}"]
+    return load([*flags, *as_settings(options), *ranker], os.environ)
+
+
+def read(options: argparse.Namespace, settings: Settings, limits: RecordLimits, errors: TextIO) -> RecordedEvents:
+    """Reads the files, or generates the clicks, that the command line names.
+
+    Raises:
+        SpringtideError: They cannot be read, or contain no click.
+    """
+    from evaluation import recording
+
+    def say(line: str) -> None:
+        print(line, file=errors, flush=True)
+
+    if options.files:
+        return recording.read_files(settings, chosen(options, settings.events), options.sort, limits, say)
+    name = f"synthetic {options.synthetic} (seed {options.seed})"
+    if options.synthetic == "news":
+        readers = NewsReaders(seed=options.seed, begin_ms=BEGIN_MS, actions=settings.events.actions)
+        return recording.synthetic(settings, name, readers.click, options.clicks, limits)
+    shoppers = ShopperCrowd.from_settings(settings, options.seed, settings.shoppers.rate, BEGIN_MS)
+    return recording.synthetic(settings, name, shoppers.click, options.clicks, limits)
+
+
+def run(options: argparse.Namespace, flags: Sequence[str], errors: TextIO) -> str:
+    """Evaluates, writes the files that were asked for, and returns the output.
+
+    Raises:
+        SpringtideError: What went wrong.
+        OSError: A file cannot be written.
+    """
+    settings = settings_of(options, flags)
+    log_lines.follow(settings.logs)
+    begin_ms = None if options.begin is None else parse_time(options.begin, wall_ms())
+    for path in (options.json, options.chart):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise SettingsError(f"{path}: there is no directory {path.absolute().parent}", "create it")
+    # TensorFlow and Beam are loaded only once the command line is known to be right.
+    with quiet_stderr():
+        from evaluation.chart import svg
+        from evaluation.recording import RecordLimits
+        from evaluation.report import as_text
+        from evaluation.run import Wanted, evaluate
+    limits = RecordLimits(options.record_rows, options.record_s)
+    events = read(options, settings, limits, errors)
+    wanted = Wanted(options.last, begin_ms, options.requests, options.seed)
+    # The format of the clicks is not that of the attributes.
+    of_sides = argparse.Namespace(**{**vars(options), "columns": "", "format": "", "delimiter": ""})
+    known = files_of(of_sides, settings) if options.users or options.items else []
+    found = evaluate(settings, events, wanted, limits, errors, known)
+    document = msgspec.json.format(msgspec.json.encode(found), indent=2).decode()
+    if options.json is not None:
+        options.json.write_text(document + "\n")
+    if options.chart is not None:
+        options.chart.write_text(svg(found.periods))
+    return document if options.output == "json" else as_text(found)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit code."""
+    flags, words = split_settings(sys.argv[1:] if argv is None else argv)
+    options = parser().parse_args(words)
+    with own_stderr() as errors:
+        log_lines.begin("evaluate", errors, logging.WARNING)
+        quiet_tensorflow(os.environ)
+        try:
+            output = run(options, flags, errors)
+        except (SpringtideError, OSError) as problem:
+            error = of_disk(problem)
+            print(f"springtide evaluate: {error}", file=errors)
+            return error.exit_code
+    print(output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(while_read(main))

@@ -1,0 +1,144 @@
+"""One serving host in this process: the stores that the applier writes, and the code by which a worker recommends."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Generator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, TypeVar
+
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry
+
+from deploy.serving.answers.item_index import ItemSources
+from deploy.serving.answers.items import Recommendations, recommend
+from deploy.serving.answers.predictor import KnownAttributes, Predictor
+from deploy.serving.answers.query import Query, WantedItems
+from deploy.serving.following.clicks import Upkeep
+from deploy.serving.version_files import program_path
+from state.config.settings import Settings
+from state.events.identity import Salt
+from state.features.spec import Events, FeatureSpec
+from state.history.appends import Appends
+from state.history.store import HistoryStore
+from state.layout import HISTORIES, PROGRAMS, ROWS
+from state.metrics import ApplierMetrics
+from state.process.wall_clock import wall_ms
+from state.registry.manifest import LogRange, Manifest
+from state.rows.store import RowStore
+
+U64 = NDArray[Any]
+Answer = TypeVar("Answer")
+KEPT_VERSIONS = 2
+
+
+class ServingHost:
+    """The stores of one host, and what answers from them. One thread.
+
+    Args:
+        settings: The effective settings; `paths.state` is a directory of its own.
+        spec: The feature spec of histories and versions.
+        salt: The salt of the users' pseudonyms.
+        program: The LiteRT program that fits the versions.
+        attributes: The attributes of users and items; None without any.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        spec: FeatureSpec,
+        salt: Salt,
+        program: bytes,
+        attributes: KnownAttributes | None = None,
+    ) -> None:
+        folder, map_bytes = settings.serving_dir, settings.serving.map_gb << 30
+        self._spec, self._salt, self._digest = spec, salt, hashlib.sha256(program).hexdigest()
+        self.rows = RowStore(folder / ROWS, map_bytes)
+        self.histories = HistoryStore(folder / HISTORIES, settings.features.history, map_bytes)
+        self.programs: Path = folder / PROGRAMS
+        self.programs.mkdir(exist_ok=True)
+        program_path(self.programs, self._digest).write_bytes(program)
+        metrics = ApplierMetrics(CollectorRegistry())
+        self._upkeep = Upkeep(self.histories, spec.reach_ms(settings.events), settings.serving, metrics, wall_ms)
+        self._version = 0
+        self.sources = ItemSources(self.histories, self.rows)
+        self.predictor = Predictor(
+            self.rows,
+            self.histories,
+            self.programs,
+            spec,
+            salt,
+            settings.events.context,
+            "wall",
+            wall_ms,
+            attributes,
+            int,
+        )
+
+    def click(self, users: U64, events: Events) -> None:
+        """Commits clicks of one commit of the applier: `[m]` uint64 pseudonyms and `[m]` EVENT."""
+        if not len(users):
+            return
+        extras = self._upkeep.news(events, {}, int(events["at_ms"].max()))
+        self.histories.commit(Appends.of(users, events), (), extras)
+
+    def follow(self) -> None:
+        """Lets the worker's candidate sources read all that they have not read yet."""
+        while self.sources.turn():
+            pass
+
+    def serve(self, tensors: Mapping[str, Any], whole: bool = False) -> None:
+        """Applies the next version; answers use it from now on.
+
+        Args:
+            tensors: Its content, as in a registry.
+            whole: Whether it is a base; otherwise it has the changes since the version before.
+        """
+        parent, self._version = self._version, self._version + 1
+        manifest = Manifest(
+            version=self._version,
+            kind="base" if whole else "delta",
+            epoch=1,
+            parent=None if whole else parent,
+            visible=((1, self._version),),
+            log=LogRange(),
+            sources=(),
+            steps=1,
+            rows=1,
+            created_at_ms=1,
+            event_time_ms=1,
+            spec=self._spec.digest,
+            program=self._digest,
+            salt=self._salt.fingerprint,
+            mask_generation=0,
+            metrics={},
+            environment={},
+            files={},
+        )
+        self.rows.apply(manifest, tensors, wall_ms(), follow=True)
+        self.rows.forget({self._version - KEPT_VERSIONS})
+        while self.rows.tidy():
+            pass
+
+    def recommend(
+        self, user: int, at_ms: int, wanted: WantedItems, context: Mapping[str, str] = MappingProxyType({})
+    ) -> Recommendations:
+        """What a worker answers to `/v1/recommendations` for a pseudonym at a time."""
+        query = Query(str(user), context=context, at_ms=at_ms)
+        return finished(recommend(self.predictor, self.sources, query, wanted))
+
+    def close(self) -> None:
+        """Closes the stores."""
+        self.histories.close()
+        self.rows.close()
+
+
+def finished(steps: Generator[None, None, Answer]) -> Answer:
+    """The return value of a generator."""
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            answer: Answer = end.value
+            return answer

@@ -1,0 +1,376 @@
+"""Progressive validation: each click is predicted by what was learned from the clicks before it, then learned.
+
+For each record of the training log, in order:
+
+1. Before each sampled click, the clicks before it go into the serving host's histories, the changes of the trainer into
+   its rows, and the host recommends items. The baselines have learned the same clicks.
+2. The trainer scores all rows of the record and then learns them. The baselines of interests and engagement predict and
+   learn the rows one after another.
+
+So histories are as fresh as in a loop without delay, and weights are at most one record old.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from itertools import islice
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploy.serving.answers.items import MOST_CANDIDATES
+from deploy.serving.answers.query import WantedItems
+from evaluation.baselines import (
+    CategoryRows,
+    ClickRates,
+    ItemClick,
+    Numbers,
+    UserPast,
+    category_baselines,
+    item_baselines,
+)
+from evaluation.host import ServingHost
+from evaluation.measures import OURS
+from state.compiled.mixing import mixed
+from state.config.settings import Settings
+from state.features.spec import Events
+from state.history.appends import events_of
+from state.microbatch.batch import MicroBatch, happened, in_log_time, trained
+from trainer.engine.report import Report
+from trainer.engine.step import Trainer
+from trainer.measures.evaluation import fade
+from trainer.measures.predictions import CategoryPrediction
+from trainer.measures.progressive import row_sums
+from trainer.measures.step_scores import SUMS, no_sums
+from trainer.versions import checkpoint
+
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+U64 = NDArray[np.uint64]
+Flags = NDArray[np.bool_]
+
+SHOWN = 20
+ABSENT = -1
+"""The rank of an item that is not in a list."""
+INTERESTS = ("top1", "top5", "log_loss")
+_COLUMNS = [SUMS.index(name) for name in INTERESTS]
+_OFFERED, _MISSED = SUMS.index("offered"), SUMS.index("missed")
+
+
+class Plan(NamedTuple):
+    """Which clicks are evaluated.
+
+    Attributes:
+        begin: Offset of the first evaluated event; earlier ones are only learned.
+        every: About one evaluated click in so many is a request for recommendations; 0 for none.
+        seed: Chooses them.
+    """
+
+    begin: int = 0
+    every: int = 1
+    seed: int = 7
+
+    def asks(self, offsets: I64) -> Flags:
+        """Which clicks are requests, `[n]` bool: those whose hash is divisible by `every`."""
+        if not self.every:
+            return np.zeros(offsets.size, np.bool_)
+        seed = np.uint64(self.seed * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
+        hashes = mixed(offsets.astype(np.uint64) + seed)
+        chosen: Flags = (hashes % np.uint64(self.every) == 0) & (offsets >= self.begin)
+        return chosen
+
+
+@dataclass
+class Interests:
+    """The predictions of categories for evaluated rows.
+
+    Attributes:
+        users, at_ms, evaluated: Of each row.
+        scores: By predictor `[t, 3]` float64, `INTERESTS` of each row.
+    """
+
+    users: list[U64] = field(default_factory=list)
+    at_ms: list[I64] = field(default_factory=list)
+    evaluated: list[Flags] = field(default_factory=list)
+    known: list[Flags] = field(default_factory=list)
+    scores: dict[str, list[F64]] = field(default_factory=dict)
+
+
+@dataclass
+class Engagements:
+    """The predicted click probabilities of labelled rows.
+
+    Attributes:
+        users, at_ms, evaluated, clicked: Of each row.
+        predicted: By predictor `[m]` float64 probabilities.
+        losses: By predictor `[m]` float64.
+    """
+
+    users: list[U64] = field(default_factory=list)
+    at_ms: list[I64] = field(default_factory=list)
+    evaluated: list[Flags] = field(default_factory=list)
+    clicked: list[Flags] = field(default_factory=list)
+    predicted: dict[str, list[F64]] = field(default_factory=dict)
+
+
+class RequestOf(NamedTuple):
+    """The click that a request precedes.
+
+    Attributes:
+        user: The pseudonym.
+        item: The clicked item.
+        at_ms: The time.
+        context: Values of context fields by name.
+    """
+
+    user: int
+    item: int
+    at_ms: int
+    context: Mapping[str, str]
+
+
+class Asked(NamedTuple):
+    """One request for recommendations as of a click.
+
+    Attributes:
+        user: The pseudonym.
+        at_ms: The time of the click.
+        seen: Whether the user had an event with the clicked item before.
+        history: Number of the user's clicks before.
+        ranks: By predictor the place of the clicked item in the list, from 0; ABSENT if it is not in it.
+        unseen_ranks: Likewise for lists without items that the user has seen; empty if the item was seen.
+        candidate: The source that proposed the clicked item to the ranking; empty if none did.
+        hit: The source of the clicked item in our list; empty without a hit.
+        unseen_hit: Likewise in our list without seen items.
+    """
+
+    user: int
+    at_ms: int
+    seen: bool
+    history: int
+    ranks: dict[str, int]
+    unseen_ranks: dict[str, int]
+    candidate: str
+    hit: str
+    unseen_hit: str
+
+
+@dataclass
+class Lists:
+    """The recommended lists of one kind of request.
+
+    Attributes:
+        items: By predictor all recommended items.
+        listed: Recommended items of Springtide by source.
+        candidates: Items that were ranked, by source.
+    """
+
+    items: dict[str, set[int]] = field(default_factory=dict)
+    listed: Counter[str] = field(default_factory=Counter)
+    candidates: Counter[str] = field(default_factory=Counter)
+
+
+class ProgressiveValidation:
+    """Predicts and learns the records of a log in order. One thread.
+
+    Args:
+        settings: The effective settings.
+        trainer: New; learns each record.
+        host: Recommends; None if nobody asks for recommendations.
+        plan: Which clicks are evaluated.
+        contexts: By id the name and the text of each value of a context field.
+
+    Attributes:
+        interests, engagements, asked: The predictions so far.
+        lists, unseen_lists: The recommended items so far, and those of requests without seen items.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        trainer: Trainer,
+        host: ServingHost | None,
+        plan: Plan,
+        contexts: Mapping[int, tuple[str, str]] = MappingProxyType({}),
+    ) -> None:
+        self._trainer, self._host, self._plan, self._contexts = trainer, host, plan, contexts
+        impressions = {*settings.labels.impressions}
+        self._clickable = np.array([name not in impressions for name in settings.events.actions], np.bool_)
+        self._past: dict[int, UserPast] = {}
+        self._item_baselines = item_baselines()
+        self._category_baselines = category_baselines()
+        self._sums = {baseline.name: no_sums()[0] for baseline in self._category_baselines}
+        self._rates, self._categories, self._items = ClickRates(), Numbers(), Numbers()
+        self._first, self._changed = True, True
+        self.interests, self.engagements, self.asked = Interests(), Engagements(), list[Asked]()
+        self.lists, self.unseen_lists = Lists(), Lists()
+
+    def take(self, batch: MicroBatch) -> Report | None:
+        """Takes one record; returns the report of the step, None if no row is learned.
+
+        Args:
+            batch: As it comes from the training log.
+        """
+        # 1.
+        if self._host is not None:
+            self._ask(batch.take(happened(batch.kind)))
+        # 2.
+        learned = in_log_time(batch)
+        learned = learned.take(trained(learned.kind))
+        if not len(learned):
+            return None
+        report = self._trainer.step(learned)
+        self._changed = True
+        self._judge(learned, report)
+        return report
+
+    def _ask(self, batch: MicroBatch) -> None:
+        assert self._host is not None
+        events = events_of(batch, batch.header.ranges)
+        clicks = (batch.item != 0) & ~(batch.label < 0.5) & self._clickable[batch.action]
+        done = 0
+        for row in np.flatnonzero(clicks & self._plan.asks(batch.offset)).tolist():
+            self._learn(batch, events, clicks, done, row)
+            done = row
+            context = dict(self._contexts[one] for one in batch.context[row].tolist() if one in self._contexts)
+            about = RequestOf(int(batch.user[row]), int(batch.item[row]), int(batch.at_ms[row]), context)
+            self._request(about)
+        self._learn(batch, events, clicks, done, len(batch))
+
+    def _learn(self, batch: MicroBatch, events: Events, clicks: Flags, first: int, after: int) -> None:
+        """Shows events to the host and to the baselines of items."""
+        if first == after:
+            return
+        assert self._host is not None
+        part = slice(first, after)
+        self._host.click(batch.user[part], events[part])
+        columns = (batch.user, batch.item, batch.category, batch.at_ms, clicks)
+        for user, item, category, at_ms, is_click in zip(*(column[part].tolist() for column in columns), strict=True):
+            past = self._past.get(user)
+            if past is None:
+                past = self._past[user] = UserPast()
+            if is_click:
+                click = ItemClick(item, category, at_ms)
+                for baseline in self._item_baselines:
+                    baseline.learn(click, past)
+                past.category = category or past.category
+                past.clicks += 1
+            if item:
+                past.items.append(item)
+                past.seen.add(item)
+
+    def _request(self, about: RequestOf) -> None:
+        assert self._host is not None
+        if self._changed:
+            changes = checkpoint.served(self._trainer)
+            self._host.serve(checkpoint.full(self._trainer) if self._first else changes, whole=self._first)
+            self._first = self._changed = False
+        self._host.follow()
+        past = self._past.get(about.user, UserPast())
+        seen = about.item in past.seen
+        wanted = WantedItems(MOST_CANDIDATES)
+        candidates = self._host.recommend(about.user, about.at_ms, wanted, about.context).items
+        self.lists.candidates.update(one["reason"] for one in candidates)
+        proposed = {int(one["id"], 16): str(one["reason"]) for one in candidates}
+        ranks, hit = self._ranks(about, past, False, self.lists)
+        unseen_ranks, unseen_hit = ({}, "") if seen else self._ranks(about, past, True, self.unseen_lists)
+        self.asked.append(
+            Asked(
+                about.user,
+                about.at_ms,
+                seen,
+                past.clicks,
+                ranks,
+                unseen_ranks,
+                proposed.get(about.item, ""),
+                hit,
+                unseen_hit,
+            )
+        )
+
+    def _ranks(self, about: RequestOf, past: UserPast, exclude_seen: bool, lists: Lists) -> tuple[dict[str, int], str]:
+        """The place of the item in each predictor's list, and its source in ours."""
+        assert self._host is not None
+        wanted = WantedItems(SHOWN, None, exclude_seen)
+        answer = self._host.recommend(about.user, about.at_ms, wanted, about.context).items
+        lists.listed.update(one["reason"] for one in answer)
+        made = {OURS: [int(one["id"], 16) for one in answer]}
+        for baseline in self._item_baselines:
+            proposed = baseline.propose(past)
+            if exclude_seen:
+                proposed = (one for one in proposed if one not in past.seen)
+            made[baseline.name] = list(islice(proposed, SHOWN))
+        ranks = {}
+        for name, items in made.items():
+            lists.items.setdefault(name, set()).update(items)
+            ranks[name] = items.index(about.item) if about.item in items else ABSENT
+        return ranks, answer[ranks[OURS]]["reason"] if ranks[OURS] >= 0 else ""
+
+    def _judge(self, batch: MicroBatch, report: Report) -> None:
+        """Scores the interests and the engagement of a record's rows."""
+        order = report.order
+        targets = np.concatenate([judged.targets for judged in report.judged])
+        rows = order[targets]
+        evaluated = batch.opened >= self._plan.begin
+        self._judge_interests(batch, rows, evaluated, np.concatenate([judged.rows for judged in report.judged]))
+        labelled = ~np.isnan(batch.label)
+        if labelled.any():
+            self._judge_engagement(batch, report, labelled, evaluated)
+
+    def _judge_interests(self, batch: MicroBatch, rows: I64, evaluated: Flags, ours: F64) -> None:
+        if not rows.size:
+            return
+        # Baselines learn in the order of the log.
+        rows, ours = np.sort(rows), ours[np.argsort(rows, kind="stable")]
+        known = batch.recent_categories[rows, 0] != 0
+        numbered = CategoryRows(
+            self._categories.of(batch.category[rows]),
+            self._categories.of(batch.recent_categories[rows, :5]),
+            batch.at_ms[rows],
+        )
+        interests, categories = self.interests, len(self._trainer.tables["category"])
+        interests.users.append(batch.user[rows])
+        interests.at_ms.append(numbered.at_ms)
+        interests.evaluated.append(evaluated[rows])
+        interests.known.append(known)
+        interests.scores.setdefault(OURS, []).append(ours[:, _COLUMNS])
+        for baseline in self._category_baselines:
+            predicted = baseline.predict(numbered, len(self._categories))
+            scored = self._scored(baseline.name, predicted, known, categories)
+            interests.scores.setdefault(baseline.name, []).append(scored)
+
+    def _scored(self, name: str, predicted: CategoryPrediction, known: Flags, categories: int) -> F64:
+        """INTERESTS of each row; a category that is no candidate costs the same as for the model."""
+        sums = self._sums[name]
+        recent = sums[1:]
+        without = recent[:, SUMS.index("rows")] - recent[:, _OFFERED]
+        miss = (recent[:, _MISSED] - without + 0.5) / (recent[:, _OFFERED] + 1.0)
+        fade(sums, known.size)
+        return row_sums(predicted, known, miss, categories, sums)[:, _COLUMNS]
+
+    def _judge_engagement(self, batch: MicroBatch, report: Report, labelled: Flags, evaluated: Flags) -> None:
+        clicked = batch.label >= 0.5
+        rates = self._rates.predict(
+            np.maximum(self._items.of(batch.item), 0),
+            clicked,
+            np.array(batch.at_ms),
+            max(len(self._items), 1),
+        )
+        ours, first = np.full(len(batch), np.nan), 0
+        for judged in report.judged:
+            mine = report.order[first : first + judged.targets.size]
+            own = judged.pairs.scored[: mine.size]
+            ours[mine[own]] = judged.pairs.predicted[: int(own.sum())]
+            first += mine.size
+        rows = np.flatnonzero(labelled & ~np.isnan(ours))
+        engagements = self.engagements
+        engagements.users.append(batch.user[rows])
+        engagements.at_ms.append(batch.at_ms[rows])
+        engagements.evaluated.append(evaluated[rows])
+        engagements.clicked.append(clicked[rows])
+        for name, predicted in {OURS: ours, **rates}.items():
+            engagements.predicted.setdefault(name, []).append(predicted[rows])

@@ -1,0 +1,364 @@
+"""The result of an evaluation: as a document for JSON, and as tables for people."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import msgspec
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.measures import Estimate, Figure, Score, Table, area_under_curve, mean, ratio, table
+from evaluation.progressive import INTERESTS, SHOWN, Asked, Engagements, Interests, Lists, ProgressiveValidation
+
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+Flags = NDArray[np.bool_]
+
+PERIODS = 40
+"""Most periods of equal length over which figures are shown."""
+FEWEST_IN_PERIOD = 20
+HISTORIES = ((0, 0), (1, 4), (5, 19), (20, 1 << 62))
+BY_HISTORY = {
+    "users without earlier clicks": "none",
+    "users with 1 to 4 earlier clicks": "1 to 4",
+    "users with 5 to 19 earlier clicks": "5 to 19",
+    "users with 20 or more earlier clicks": "20 or more",
+}
+"""The tables by the number of a user's earlier clicks, and their columns in the text."""
+IN_PERCENT = {"top1", "top5", "auc", "recall@10", "recall@20", "mrr", "ndcg@20", "coverage"}
+NAMES = {"top1": "top-1", "top5": "top-5", "log_loss": "log loss", "auc": "AUC", "mrr": "MRR", "ndcg@20": "NDCG@20"}
+
+
+class Source(msgspec.Struct, frozen=True):
+    """What one source of candidates contributed to Springtide's lists.
+
+    Attributes:
+        candidates: Items that it proposed to the ranking; each item counts for one source.
+        found: Clicked items among them.
+        listed: Recommended items of it.
+        hits: Clicked items among them.
+    """
+
+    candidates: int
+    found: int
+    listed: int
+    hits: int
+
+
+class Period(msgspec.Struct, frozen=True):
+    """Figures of a part of the evaluated time, without intervals.
+
+    Attributes:
+        begin_ms, end_ms: The part.
+        interests, engagement, recommendation: By measure and predictor.
+    """
+
+    begin_ms: int
+    end_ms: int
+    interests: dict[str, dict[str, float]]
+    engagement: dict[str, dict[str, float]]
+    recommendation: dict[str, dict[str, float]]
+
+
+class Evaluation(msgspec.Struct, frozen=True):
+    """The result of one run.
+
+    Attributes:
+        recording: What was read: names, counts of events, users, items, categories and refused records, and times.
+        evaluated: The evaluated part: its first and last time, and its number of events.
+        options: How it was evaluated.
+        interests, engagement, recommendation: The tables; the first one of each is of all evaluated rows.
+        sources: By name what each source contributed to the first table of recommendations.
+        unseen_sources: Likewise to lists without items that the user has seen.
+        periods: Figures over time.
+        took_s: Duration of the pass, s.
+    """
+
+    recording: dict[str, Any]
+    evaluated: dict[str, Any]
+    options: dict[str, Any]
+    interests: list[Table]
+    engagement: list[Table]
+    recommendation: list[Table]
+    sources: dict[str, Source]
+    unseen_sources: dict[str, Source]
+    periods: list[Period]
+    took_s: float
+
+
+def joined(parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    """The parts as one array; empty without parts."""
+    return np.concatenate(parts) if parts else np.empty(0)
+
+
+def interests_tables(interests: Interests) -> list[Table]:
+    """Tables of the next category: all evaluated rows, users with earlier clicks, and all rows if some only trained."""
+    if not interests.users:
+        return []
+    users, evaluated, known = (joined(part) for part in (interests.users, interests.evaluated, interests.known))
+    scores = {name: joined(parts) for name, parts in interests.scores.items()}
+    groups = {"all clicks": evaluated, "users with earlier clicks": evaluated & known}
+    if not evaluated.all():
+        groups["all clicks of the recording, with those that only trained"] = np.ones_like(evaluated)
+    return [
+        table(
+            about,
+            users[rows],
+            {
+                name: {measure: mean(columns[rows, place]) for place, measure in enumerate(INTERESTS)}
+                for name, columns in scores.items()
+            },
+        )
+        for about, rows in groups.items()
+        if rows.any()
+    ]
+
+
+def engagement_tables(engagements: Engagements) -> list[Table]:
+    """Tables of labelled rows: the evaluated ones, and all if some only trained."""
+    if not engagements.users:
+        return []
+    users, evaluated, clicked = (
+        joined(part) for part in (engagements.users, engagements.evaluated, engagements.clicked)
+    )
+    predicted = {name: joined(parts) for name, parts in engagements.predicted.items()}
+    groups = {"all impressions": evaluated}
+    if not evaluated.all():
+        groups["all impressions of the recording, with those that only trained"] = np.ones_like(evaluated)
+    return [
+        table(
+            about,
+            users[rows],
+            {name: engagement_estimates(columns[rows], clicked[rows]) for name, columns in predicted.items()},
+        )
+        for about, rows in groups.items()
+        if rows.any()
+    ]
+
+
+def engagement_estimates(predicted: F64, clicked: Flags) -> dict[str, Estimate]:
+    """AUC, log loss, and calibration: predicted over observed clicks."""
+    sure = np.clip(np.where(clicked, predicted, 1.0 - predicted), 1e-15, 1.0)
+    return {
+        "auc": area_under_curve(predicted, clicked),
+        "log_loss": mean(-np.log(sure)),
+        "calibration": ratio(predicted, clicked),
+    }
+
+
+def rank_estimates(ranks: I64) -> dict[str, Estimate]:
+    """Recall, MRR and NDCG for `[n]` places of the clicked item, from 0; negative where it is not in the list.
+
+    >>> {name: round(one.value, 3) for name, one in rank_estimates(np.array([0, 2, -1, 15])).items()}
+    {'recall@10': 0.5, 'recall@20': 0.75, 'mrr': 0.349, 'ndcg@20': 0.436}
+    """
+    hit, places = ranks >= 0, np.maximum(ranks, 0)
+    return {
+        "recall@10": mean(hit & (ranks < 10)),
+        "recall@20": mean(hit & (ranks < 20)),
+        "mrr": mean(np.where(hit, 1.0 / (1.0 + places), 0.0)),
+        "ndcg@20": mean(np.where(hit, 1.0 / np.log2(2.0 + places), 0.0)),
+    }
+
+
+def recommendation_tables(asked: Sequence[Asked]) -> list[Table]:
+    """Tables of the next item: all requests, items that are new to the user, and by the length of the user's history."""
+    new = [one for one in asked if not one.seen]
+    groups: list[tuple[str, Sequence[Asked], Callable[[Asked], dict[str, int]]]] = [
+        ("all clicks", asked, lambda one: one.ranks),
+        ("clicks on items that are new to the user", new, lambda one: one.ranks),
+        ("clicks on items that are new to the user, with exclude_seen", new, lambda one: one.unseen_ranks),
+    ]
+    for (least, most), about in zip(HISTORIES, BY_HISTORY, strict=True):
+        groups.append((about, [one for one in asked if least <= one.history <= most], lambda one: one.ranks))
+    return [_rank_table(about, some, ranks) for about, some, ranks in groups if some]
+
+
+def _rank_table(about: str, asked: Sequence[Asked], ranks: Callable[[Asked], dict[str, int]]) -> Table:
+    users = np.array([one.user for one in asked], np.uint64)
+    estimates = {
+        name: rank_estimates(np.array([ranks(one)[name] for one in asked], np.int64)) for name in ranks(asked[0])
+    }
+    return table(about, users, estimates)
+
+
+def with_coverage(shown: Table, lists: Lists, items: int) -> Table:
+    """The table with the share of the recording's items that each predictor recommended at least once."""
+    scores = [
+        msgspec.structs.replace(
+            score, figures={**score.figures, "coverage": Figure(len(lists.items.get(score.name, ())) / items, None)}
+        )
+        for score in shown.scores
+    ]
+    return msgspec.structs.replace(shown, scores=scores)
+
+
+def sources_of(lists: Lists, found: Sequence[str], hits: Sequence[str]) -> dict[str, Source]:
+    """What each source contributed, the one with most hits first.
+
+    Args:
+        lists: All lists.
+        found: By request the source that proposed the clicked item; empty if none did.
+        hits: By request the source of the clicked item in the list; empty without a hit.
+    """
+    names = {**lists.listed, **lists.candidates}
+    sources = {
+        name: Source(lists.candidates[name], found.count(name), lists.listed[name], hits.count(name)) for name in names
+    }
+    return dict(sorted(sources.items(), key=lambda entry: -entry[1].hits))
+
+
+def periods(validation: ProgressiveValidation) -> list[Period]:
+    """The figures of parts of equal length of the evaluated time."""
+    interests, engagements, asked = validation.interests, validation.engagements, validation.asked
+    kinds = [(interests.at_ms, interests.evaluated), (engagements.at_ms, engagements.evaluated)]
+    times = [joined(at_ms)[joined(evaluated).astype(bool)] for at_ms, evaluated in kinds]
+    asked_ms = np.array([one.at_ms for one in asked], np.int64)
+    every = np.concatenate([*times, asked_ms])
+    if not every.size:
+        return []
+    fewest = max(asked_ms.size if asked_ms.size else every.size, 1)
+    count = int(np.clip(fewest // FEWEST_IN_PERIOD, 1, PERIODS))
+    edges = np.linspace(every.min(), every.max() + 1, count + 1)
+
+    def parts(at_ms: NDArray[Any]) -> NDArray[np.intp]:
+        return np.clip(np.searchsorted(edges, at_ms, "right") - 1, 0, count - 1)
+
+    found = [Period(int(edges[n]), int(edges[n + 1]), {}, {}, {}) for n in range(count)]
+    if times[0].size:
+        chosen, part = joined(interests.evaluated), parts(times[0])
+        for name, scores in interests.scores.items():
+            _add_means(found, "interests", name, INTERESTS, joined(scores)[chosen], part)
+    if times[1].size:
+        chosen, part = joined(engagements.evaluated), parts(times[1])
+        clicked = joined(engagements.clicked)[chosen]
+        for name, columns in engagements.predicted.items():
+            predicted = joined(columns)[chosen]
+            for number in np.unique(part).tolist():
+                estimates = engagement_estimates(predicted[part == number], clicked[part == number])
+                for measure, estimate in estimates.items():
+                    if np.isfinite(estimate.value):
+                        found[number].engagement.setdefault(measure, {})[name] = estimate.value
+    if asked:
+        part = parts(asked_ms)
+        for name in asked[0].ranks:
+            ranks = np.array([one.ranks[name] for one in asked])
+            hits = np.stack([(ranks >= 0) & (ranks < most) for most in (10, 20)], 1)
+            _add_means(found, "recommendation", name, ("recall@10", "recall@20"), hits, part)
+    return found
+
+
+def _add_means(
+    found: Sequence[Period],
+    task: str,
+    predictor: str,
+    measures: Sequence[str],
+    values: NDArray[Any],
+    part: NDArray[np.intp],
+) -> None:
+    rows = np.bincount(part, minlength=len(found))
+    for place, measure in enumerate(measures):
+        sums = np.bincount(part, values[:, place], len(found))
+        for number in np.flatnonzero(rows).tolist():
+            figures: dict[str, dict[str, float]] = getattr(found[number], task)
+            figures.setdefault(measure, {})[predictor] = float(sums[number] / rows[number])
+
+
+def as_text(evaluation: Evaluation) -> str:
+    """The tables for people."""
+    recording, evaluated, options = evaluation.recording, evaluation.evaluated, evaluation.options
+    lines = [
+        f"{recording['source']}: {recording['events']:,} events of {recording['users']:,} users, "
+        f"{recording['items']:,} items in {recording['categories']:,} categories, "
+        f"{recording['begin']} to {recording['end']}{recording['refused']}",
+        f"evaluated: {evaluated['events']:,} events, {evaluated['begin']} to {evaluated['end']}; "
+        "each is predicted before it is learned",
+        "± is a 95 % confidence interval over users; (+a ±b) is springtide minus the baseline, for the same clicks",
+    ]
+    for title, tables in (
+        ("Interests: the category of the next click", evaluation.interests),
+        ("Engagement: whether an impression is clicked", evaluation.engagement),
+        (
+            f"Recommendation: the next item among {SHOWN}, asked before about one click in {options['every']} "
+            f"(seed {options['seed']})",
+            evaluation.recommendation,
+        ),
+    ):
+        if tables:
+            lines += ["", title]
+        for shown in tables:
+            if shown.about not in BY_HISTORY:
+                lines += ["", *_table_lines(shown)]
+    if by_history := [shown for shown in evaluation.recommendation if shown.about in BY_HISTORY]:
+        lines += ["", *_history_lines(by_history)]
+    for title, about, sources in (
+        ("What each source of candidates of springtide contributed", 0, evaluation.sources),
+        ("The same with exclude_seen, for items that are new to the user", 2, evaluation.unseen_sources),
+    ):
+        if sources:
+            lines += ["", title, *_source_lines(sources, evaluation.recommendation[about].rows)]
+    return "\n".join(lines)
+
+
+def _table_lines(shown: Table) -> Iterator[str]:
+    measures = list(shown.scores[0].figures)
+    yield f"  {shown.about}: {shown.rows:,} of {shown.users:,} users"
+    cells = [["", *(NAMES.get(measure, measure) for measure in measures)]]
+    cells += [[score.name, *(_cell(score, measure) for measure in measures)] for score in shown.scores]
+    yield from _aligned(cells)
+
+
+def _history_lines(tables: Sequence[Table]) -> Iterator[str]:
+    """One column for each table."""
+    yield "  recall@20 by the number of earlier clicks of the user"
+    cells = [["", *(BY_HISTORY[shown.about] for shown in tables)]]
+    cells.append(["clicks", *(f"{shown.rows:,}" for shown in tables)])
+    for scores in zip(*(shown.scores for shown in tables), strict=True):
+        cells.append([scores[0].name, *(_cell(score, "recall@20") for score in scores)])
+    yield from _aligned(cells)
+
+
+def _cell(score: Score, measure: str) -> str:
+    scale = 100.0 if measure in IN_PERCENT else 1.0
+    text = _shown(score.figures[measure], scale)
+    if measure not in score.difference:
+        return text
+    return f"{text} ({_shown(score.difference[measure], scale, signed=True)})"
+
+
+def _shown(figure: Figure, scale: float, signed: bool = False) -> str:
+    """A figure with its interval.
+
+    >>> _shown(Figure(0.128, 0.0151), 100.0), _shown(Figure(0.5, None), 1.0, signed=True), _shown(Figure(None, None), 1.0)
+    ('12.8 ±1.5', '+0.500', '-')
+    """
+    if figure.value is None:
+        return "-"
+    digits = 1 if scale > 1 else 3
+    text = f"{figure.value * scale:{'+' if signed else ''}.{digits}f}"
+    return text if figure.interval is None else f"{text} ±{figure.interval * scale:.{digits}f}"
+
+
+def _source_lines(sources: Mapping[str, Source], requests: int) -> Iterator[str]:
+    candidates, listed = (sum(getattr(one, name) for one in sources.values()) for name in ("candidates", "listed"))
+    cells = [["", "candidates", "clicked item among them", "listed items", "clicked item among them"]]
+    for name, one in sources.items():
+        cells.append([name])
+        for part, whole, hits in ((one.candidates, candidates, one.found), (one.listed, listed, one.hits)):
+            cells[-1] += [_share(part, whole), f"{hits:,} = {_share(hits, requests)}"] if whole else ["-", "-"]
+    yield from _aligned(cells)
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "-"
+
+
+def _aligned(cells: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of columns: the first one flush left, the others flush right."""
+    widths = [max(len(row[place]) for row in cells) for place in range(len(cells[0]))]
+    for first, *others in cells:
+        yield "    " + "  ".join(
+            [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))]
+        )

@@ -1,0 +1,258 @@
+"""One evaluation: reads the recording, makes a new model as a bootstrap would, and passes over all records once."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from deploy.attributes import AttributeFiles
+from deploy.operate.times import iso
+from deploy.serving.answers.predictor import KnownAttributes
+from evaluation import report
+from evaluation.host import ServingHost
+from evaluation.progressive import Plan, ProgressiveValidation
+from evaluation.recording import SALT, KnownFields, RecordedEvents, RecordLimits, micro_batches, open_attributes
+from evaluation.report import Evaluation
+from state.config.settings import Settings
+from state.errors import SettingsError
+from state.events.parser import EventBatch
+from state.features.spec import FeatureSpec
+from state.microbatch.batch import MicroBatch, happened
+from state.process.progress_line import ProgressLine, bar
+from state.process.quiet_stderr import quiet_stderr
+from state.recordings.rows import shown_reasons
+from streaming.preprocessing import analysed, load_preprocessing
+from trainer.device import prepare
+from trainer.engine.making import trainer_of
+from trainer.engine.step import Trainer
+from trainer.model.preprocessing import Preprocessing
+from trainer.versions.program import build, preprocessing_of
+
+LINE_EVERY_S = 10.0
+BAR = 20
+DECIDING = ("events.", "features.", "labels.", "model.", "trainer.")
+"""Sections whose changed settings are part of the result."""
+
+
+class Wanted(NamedTuple):
+    """What to evaluate.
+
+    Attributes:
+        last: Only the last so many events are evaluated; None for all.
+        from_ms: Only events from this time on; None for all.
+        requests: About so many clicks are requests for recommendations; 0 for none.
+        seed: Chooses them.
+    """
+
+    last: int | None = None
+    from_ms: int | None = None
+    requests: int = 2000
+    seed: int = 7
+
+
+def begin_of(events: RecordedEvents, wanted: Wanted) -> int:
+    """The place of the first evaluated event.
+
+    Raises:
+        SettingsError: No event is evaluated.
+    """
+    count = len(events)
+    if wanted.last is not None:
+        if wanted.last < 1:
+            raise SettingsError(f"--last {wanted.last}: write how many clicks, 1 or more")
+        return max(0, count - wanted.last)
+    if wanted.from_ms is None:
+        return 0
+    times = np.maximum.accumulate(events.column("at_ms"))
+    begin = int(np.searchsorted(times, wanted.from_ms))
+    if begin == count:
+        raise SettingsError(
+            f"--from {iso(wanted.from_ms)} is after the last click of the recording, {iso(int(times[-1]))}",
+            "write an earlier time",
+        )
+    return begin
+
+
+def analyse(
+    settings: Settings, spec: FeatureSpec, events: RecordedEvents, attributes: KnownFields | None
+) -> Preprocessing:
+    """The preprocessing with the feature constants of the first `bootstrap.sample_rows` rows, as a bootstrap finds them."""
+    first = list[EventBatch]()
+    for batch in events.batches:
+        if sum(map(len, first)) >= settings.bootstrap.sample_rows:
+            break
+        first.append(batch)
+    with (
+        quiet_stderr(),
+        tempfile.TemporaryDirectory(prefix="springtide-evaluate-") as folder,
+        micro_batches(settings, spec, events, attributes, first) as batches,
+    ):
+        # Threads are fixed before TensorFlow's first operation, which the analysis is.
+        prepare(settings.trainer.device, settings.trainer.threads)
+        features = np.concatenate([batch.features for batch in batches])
+        analysed([features], load_preprocessing(settings.model.preprocessing, settings.model), Path(folder))
+        return preprocessing_of(Path(folder))
+
+
+def evaluate(
+    settings: Settings,
+    events: RecordedEvents,
+    wanted: Wanted,
+    limits: RecordLimits,
+    progress_to: TextIO,
+    attributes: Sequence[AttributeFiles] = (),
+) -> Evaluation:
+    """Evaluates a recording.
+
+    Args:
+        settings: The effective settings; nothing is written to their directories.
+        events: The recording.
+        wanted: What to evaluate.
+        limits: Where records ended when it was read.
+        progress_to: Receives the progress.
+        attributes: The files with attributes of users and items.
+
+    Raises:
+        SettingsError: Nothing can be evaluated.
+        ProgramError: The model cannot be lowered.
+        TrainingHeld: The guard of updates held training.
+    """
+    if settings.privacy.epsilon:
+        raise SettingsError(
+            "an evaluation learns without the noise of privacy.epsilon", "set --privacy.epsilon 0 to evaluate the model"
+        )
+    begin, clicks = begin_of(events, wanted), clicks_of(settings, events)
+    if wanted.requests and not clicks.any():
+        raise SettingsError(
+            "no click has an item: there is nothing to recommend",
+            "name the field in events.item, or say --requests 0 to evaluate interests alone",
+        )
+    offsets: NDArray[Any] = events.column("offset")
+    evaluated = int(clicks[begin:].sum())
+    every = max(1, round(evaluated / wanted.requests)) if wanted.requests else 0
+    plan = Plan(int(offsets[begin]), every, wanted.seed)
+    progress = ProgressLine(progress_to, LINE_EVERY_S, at_once=True)
+    spec = FeatureSpec.from_settings(settings)
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="springtide-evaluate-"))
+        own = replace(settings, paths=replace(settings.paths, state=folder))
+        progress.say(f"analysing the features of the first {min(len(events), settings.bootstrap.sample_rows):,} events")
+        known = stack.enter_context(open_attributes(own, attributes))
+        trainer = trainer_of(own, spec, analyse(own, spec, events, known))
+        host = None
+        if every:
+            host = open_host(own, spec, trainer, known)
+            stack.callback(host.close)
+        validation = ProgressiveValidation(own, trainer, host, plan, events.contexts)
+        took_s = learn_all(
+            validation, stack.enter_context(micro_batches(own, spec, events, known)), len(events), progress
+        )
+    return result(settings, events, begin, plan, limits, validation, took_s)
+
+
+def learn_all(
+    validation: ProgressiveValidation, batches: Iterable[MicroBatch], events: int, progress: ProgressLine
+) -> float:
+    """Predicts and learns all records; returns how long it took, s."""
+    began_s, done = time.monotonic(), 0
+
+    def line() -> str:
+        return progress_line(done, events, time.monotonic() - began_s)
+
+    for batch in batches:
+        validation.take(batch)
+        done += int(happened(batch.kind).sum())
+        progress.show(line)
+    progress.show(line, last=True)
+    return time.monotonic() - began_s
+
+
+def open_host(
+    settings: Settings, spec: FeatureSpec, trainer: Trainer, attributes: KnownFields | None = None
+) -> ServingHost:
+    """A serving host for the versions of a trainer."""
+    known = None if attributes is None else KnownAttributes(attributes.store, attributes.tables)
+    with quiet_stderr():
+        return ServingHost(settings, spec, SALT, build(trainer.model), known)
+
+
+def clicks_of(settings: Settings, events: RecordedEvents) -> NDArray[np.bool_]:
+    """Which events are clicks on an item, `[n]` bool; an impression is not one unless its label says so."""
+    impressions = {*settings.labels.impressions}
+    clickable = np.array([name not in impressions for name in settings.events.actions], np.bool_)
+    action: NDArray[Any] = events.column("action")
+    labels: NDArray[Any] = events.column("label")
+    found: NDArray[np.bool_] = (events.column("item") != 0) & ~(labels < 0.5) & clickable[action]
+    return found
+
+
+def progress_line(done: int, total: int, took_s: float) -> str:
+    """The progress as one line.
+
+    >>> progress_line(500, 2000, 0.1)
+    '[#####---------------]  25 %  500 of 2,000 events  5,000 events/s  0 s left'
+    """
+    rate = done / max(took_s, 1e-9)
+    left = f"  {(total - done) / rate:,.0f} s left" if done < total and rate else f"  {took_s:,.0f} s"
+    return f"{bar(done, total, BAR)}  {done:,} of {total:,} events  {rate:,.0f} events/s{left}"
+
+
+def result(
+    settings: Settings,
+    events: RecordedEvents,
+    begin: int,
+    plan: Plan,
+    limits: RecordLimits,
+    validation: ProgressiveValidation,
+    took_s: float,
+) -> Evaluation:
+    """The tables of a finished pass."""
+    at_ms: NDArray[Any] = events.column("at_ms")
+    items = np.unique(events.column("item"))
+    item_count = int(items.size - (items[:1] == 0).sum())
+    recommendation = report.recommendation_tables(validation.asked)
+    if recommendation:
+        recommendation[0] = report.with_coverage(recommendation[0], validation.lists, item_count)
+    refused = f"; {shown_reasons(events.refused)}" if events.refused else ""
+    return Evaluation(
+        recording={
+            "source": events.source,
+            "events": len(events),
+            "users": len(np.unique(events.column("user"))),
+            "items": item_count,
+            "categories": int(np.count_nonzero(np.unique(events.column("category")))),
+            "refused": refused,
+            "begin": iso(int(at_ms.min())),
+            "end": iso(int(at_ms.max())),
+        },
+        evaluated={
+            "events": len(events) - begin,
+            "begin": iso(int(at_ms[begin])),
+            "end": iso(int(at_ms[begin:].max())),
+        },
+        options={
+            "every": plan.every,
+            "seed": plan.seed,
+            "record_rows": limits.rows,
+            "record_s": limits.span_s,
+            "ranker": settings.model.ranker or "default",
+            "settings": {name: str(settings.value(name)) for name in settings.origins if name.startswith(DECIDING)},
+        },
+        interests=report.interests_tables(validation.interests),
+        engagement=report.engagement_tables(validation.engagements),
+        recommendation=recommendation,
+        sources=report.sources_of(
+            validation.lists, [one.candidate for one in validation.asked], [one.hit for one in validation.asked]
+        ),
+        unseen_sources=report.sources_of(validation.unseen_lists, [], [one.unseen_hit for one in validation.asked]),
+        periods=report.periods(validation),
+        took_s=took_s,
+    )
