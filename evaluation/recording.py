@@ -13,7 +13,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,7 +32,6 @@ from state.errors import DecodeError, SettingsError
 from state.events.decoding import Decoder, load_decoder
 from state.events.identity import Salt, context_id, context_text, pseudonyms, public_id
 from state.events.parser import EventBatch, Parser
-from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.log import PartitionBatch
@@ -43,11 +42,9 @@ from state.process.wall_clock import wall_ms
 from state.recordings.files import Recording
 from state.recordings.rows import NO_TIME, shown_reasons
 from streaming.attributes import Join
-from streaming.cut import Cut, encode_cut
-from streaming.open_shard import open_job
-from streaming.sample import recorded_batches, topic_of
-from streaming.steps import rows_of
-from streaming.unlogged import commit_rows
+from streaming.context import open_job
+from streaming.cut import Cut, Encoding, encode_cut
+from streaming.past import recorded_batches, topic_of
 
 I64 = NDArray[np.int64]
 SALT = Salt(b"springtide evaluate: pseudonyms that are the same in each run")
@@ -253,15 +250,15 @@ def micro_batches(
     with tempfile.TemporaryDirectory(prefix="springtide-evaluate-") as folder:
         store = HistoryStore(Path(folder), spec.history, settings.stream.map_gb << 30)
         join = None if attributes is None else attributes.join
-        job = open_job(settings, spec, store, SALT, events.topic_id, Mask.NONE)
+        job = replace(open_job(settings, store, SALT, events.topic_id), join=join)
+        encoding = Encoding(spec.digest, SALT.fingerprint, 1 << 16, settings.stream.max_record_bytes)
 
         def made() -> Iterator[MicroBatch]:
-            now_ms, most_bytes = wall_ms(), settings.stream.max_record_bytes
+            now_ms = wall_ms()
             for batch in events.batches if batches is None else batches:
-                rows = commit_rows(store, job.profiler, job.labels, rows_of(job, join, batch, now_ms))
+                rows = job.commit(job.make_rows(batch, now_ms))
                 if len(rows):
-                    cut = Cut((rows,), now_ms)
-                    for record in encode_cut(cut, spec.digest, SALT.fingerprint, 1 << 16, most_bytes):
+                    for record in encode_cut(Cut((rows,), now_ms), encoding):
                         yield decode(record)
 
         try:

@@ -3,7 +3,7 @@
     paths.state/
     ├── lock                     the lock of `springtide up`
     ├── salt                     the secret key of pseudonyms, or at `paths.salt_file`
-    ├── privacy.key              the secret key of the noise, or at `privacy.key_file`     trainer/privacy/key.py
+    ├── privacy.key              the secret key of the noise, or at `privacy.key_file`     trainer/privacy/history.py
     ├── tokens/                  access tokens, or at `serving.tokens_dir`         deploy/serving/requests/access.py
     ├── registry/                or at `paths.registry`
     │   ├── versions/ merged/ bases/   one directory per version  state/registry/registry.py
@@ -21,7 +21,7 @@
     │   ├── tmp/                 files being written; swept
     │   └── trainer.lock, compactor.lock, shared.lock
     ├── stream-0/                lock, writer (the transactional id)   streaming/writer.py
-    │   ├── leaders.json                                          streaming/truncation.py
+    │   ├── leaders.json                                          streaming/accounts.py
     │   ├── histories            the stream's store; while the stream runs, a link to the store in memory
     │   │                        state/history/store.py, state/disk/memory_place.py, memory_store.py
     │   ├── histories.link, .saving   copies on their way into and out of memory
@@ -45,7 +45,7 @@
     │   │   ├── past-*/          histories of past clicks, while it learns them   streaming/past.py
     │   │   └── losses/          of rows, while an experiment runs, also in the live registry   state/experiments/comparison.py
     │   └── host/                its own serving, while its rollout runs   deploy/experiments/host.py
-    ├── replay/<key>/            lock, journal                    deploy/replaying/journal.py
+    ├── replay/<key>/            lock, journal                    deploy/replaying/recording.py
     ├── kafka/                   broker.lock, data; or at `paths.kafka`        deploy/kafka/broker.py
     ├── prometheus/              prometheus.yml, data             deploy/startup/prometheus.py
     ├── flink/                   lock, conf, checkpoints, savepoints, logs     deploy/flink/processes.py

@@ -1,28 +1,42 @@
-"""Accounts for every position of the clicks: outcomes, imbalances, and gaps (positions deleted before they were read).
+"""Accounts for every position of the clicks: outcomes, imbalances, gaps and truncations.
 
-A gap that an operator accepts takes the same two steps as clicks do:
-first a micro-batch without rows names it in its ranges, in the training log.
-Then the store moves past it, and records who accepted it, in one commit.
+A gap is a range of positions that were deleted before they were read. An accepted gap takes two steps, as clicks do:
+a micro-batch without rows names it in the training log, then one commit of the store moves past it and records who
+accepted it.
+
+A log can lose its tail and grow again, so that an offset is used twice. Downstream, each offset is one position. So the
+stream never reads an offset twice: it continues at the old position. If the log now ends before that position, it is
+first filled with empty records. To detect a truncation, the leader epochs of the clicks are stored with the histories:
+
+    leaders.json   {"<topic id>:<partition>": [[first offset, leader's epoch], ...]}
 """
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 from state.accounts import StreamAccount, check_accounts
-from state.errors import GapError
+from state.config.sections import Kafka
+from state.disk import files as durable
+from state.errors import GapError, TruncatedLog
 from state.history.appends import Appends
 from state.history.counts import OUTCOMES
 from state.history.store import HistoryStore
-from state.layout import GAPS
-from state.log import accepted_gaps
+from state.layout import GAPS, LEADERS
+from state.log import Log, Reader, accepted_gaps
 from state.log.accepted_gaps import Accepted, Consent
+from state.log.follow import Position, open_topic
+from state.log.records import Known, epoch_before, noted
 from state.metrics import StreamMetrics
 from state.positions import RARE, Gap, Range, Source
 from state.process import killpoints
 
 OF_LABELS = ("opened", "feedback")
+FILLER = b"springtide-filler"
+FILLERS_PER_FLUSH = 1000
 logger = logging.getLogger(__name__)
 
 
@@ -50,76 +64,188 @@ def positions_in(store: HistoryStore, topic_id: str) -> dict[int, int]:
     return {source.partition: after for source, after in store.positions().items() if source.topic_id == topic_id}
 
 
-def as_ranges(found: Sequence[Gap]) -> tuple[Range, ...]:
+def as_ranges(gaps: Sequence[Gap]) -> tuple[Range, ...]:
     """Converts gaps to ranges in which every position counts as a gap."""
-    return tuple(Range(gap.source, gap.first, gap.next, gap=gap.positions) for gap in found)
+    return tuple(Range(gap.source, gap.first, gap.next, gap=gap.positions) for gap in gaps)
 
 
 def accepted(store: HistoryStore) -> list[Accepted]:
-    """All gaps that were ever accepted, oldest first."""
+    """All losses that were ever accepted, oldest first."""
     return accepted_gaps.decode(store.extra(GAPS))
 
 
-def require_accepted(found: Sequence[Gap], consent: Consent, topic: str) -> None:
-    """Raises an error for gaps that `consent` does not cover.
+def accept_gaps(gaps: Sequence[Gap], consent: Consent, topic: str, now_ms: int) -> list[Accepted]:
+    """Returns the records of accepted gaps, and logs them.
 
     Raises:
-        GapError: At least one gap is not covered.
+        GapError: `consent` does not cover all of them.
     """
-    refused = [gap for gap in found if not consent.covers(gap, gap.source.topic_id)]
+    refused = [gap for gap in gaps if not consent.covers(gap, gap.source.topic_id)]
     if refused:
         raise GapError(
             f"topic {topic}: positions were deleted before the stream read them: {'; '.join(map(str, refused))}",
             "restore them, or raise the topic's retention.ms for the next time",
             refused,
         )
+    for gap in gaps:
+        logger.warning("gap accepted by %s (%s): topic %s, %s", consent.actor, consent.reason, topic, gap)
+    return [accepted_gaps.accept(gap, consent, now_ms) for gap in gaps]
 
 
 def pass_gaps(
     store: HistoryStore,
-    found: Sequence[Gap],
+    gaps: Sequence[Gap],
     consent: Consent,
     topic: str,
     now_ms: int,
     write: Callable[[Sequence[Gap], int], None],
 ) -> None:
-    """Moves the stream past gaps that `consent` covers; does nothing if there are none.
+    """Moves the stream past accepted gaps; does nothing if there are none.
 
-    1. `write` adds the gaps to the training log. After a crash here it adds them twice, and readers drop the duplicate.
+    1. `write` adds the gaps to the training log, created at the given time in ms, and returns once that is acknowledged.
+       After a crash here it adds them twice, and readers drop the duplicate.
     2. The store moves on, counts the positions as `gap` and records who accepted them.
 
-    Args:
-        store: The stream's store.
-        found: The gaps.
-        consent: What the operator accepts.
-        topic: The topic's name, for the message.
-        now_ms: Wall clock.
-        write: Writes the micro-batch with the gaps, created at that time; returns once it is acknowledged.
-
     Raises:
-        GapError: One of them is not accepted; nothing was changed.
+        GapError: `consent` does not cover all of them; nothing was changed.
     """
-    if not found:
+    if not gaps:
         return
-    require_accepted(found, consent, topic)
+    records = accept_gaps(gaps, consent, topic, now_ms)
     # 1.
-    write(found, now_ms)
+    write(gaps, now_ms)
     killpoints.reach("gaps.written")
     # 2.
-    record = [*accepted(store), *(accepted_gaps.accept(gap, consent, now_ms) for gap in found)]
-    store.commit(Appends.none(), as_ranges(found), {GAPS: accepted_gaps.encode(record)})
+    store.commit(Appends.none(), as_ranges(gaps), {GAPS: accepted_gaps.encode([*accepted(store), *records])})
     killpoints.reach("gaps.committed")
     store.sync()
-    for gap in found:
-        logger.warning("gap accepted by %s (%s): topic %s, %s", consent.actor, consent.reason, topic, gap)
+
+
+class Leaders:
+    """The leader epochs of the clicks that were read, in an existing directory. Only one thread may call `note`."""
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LEADERS
+        document = json.loads(self._path.read_bytes()) if self._path.exists() else {}
+        self._known: dict[Source, Known] = {
+            Source.parse(source): tuple((int(first), int(epoch)) for first, epoch in known)
+            for source, known in document.items()
+        }
+        self._unwritten = False
+
+    def at(self, topic_id: str, positions: Mapping[int, int]) -> dict[int, int]:
+        """By partition the epoch of the record before its position, where it is known."""
+        epochs = {
+            partition: epoch_before(self._known.get(Source(topic_id, partition), ()), offset)
+            for partition, offset in positions.items()
+        }
+        return {partition: epoch for partition, epoch in epochs.items() if epoch >= 0}
+
+    def note(self, ranges: Iterable[Range], reader: Reader) -> None:
+        """Stores the epochs of the last records of `ranges`, as `reader` read them; durable when this returns.
+
+        It must run before anything of these ranges is committed.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
+        for part in ranges:
+            known = self._known.get(part.source, ())
+            epoch = reader.leader_epoch(part.source.partition, part.next)
+            if epoch >= 0 and epoch_before(known, part.next) != epoch:
+                # From the first record on: a rollback may end inside the range, and an epoch that ended before that
+                # position would look like a truncated log.
+                self._known[part.source] = noted(known, part.first, epoch)
+                self._unwritten = True
+        if self._unwritten:
+            document = {str(source): known for source, known in self._known.items()}
+            durable.replace(self._path, json.dumps(document, sort_keys=True).encode())
+            self._unwritten = False
+
+
+def open_clicks(
+    log: Log,
+    kafka: Kafka,
+    partitions: Sequence[int] | None,
+    position: Position,
+    accept: Callable[[TruncatedLog], None],
+) -> Reader:
+    """Opens the clicks at the position read so far, past any truncation that was accepted.
+
+    Args:
+        log: Contains the clicks.
+        kafka: Names their topic.
+        partitions: The partitions to read; None for all, including later ones.
+        position: The position read so far.
+        accept: Records who accepted a truncation, or raises it.
+
+    Raises:
+        TruncatedLog: From `accept`.
+        LogError: Kafka is unreachable.
+    """
+
+    def lost(error: GapError) -> int:
+        if not isinstance(error, TruncatedLog):
+            raise error
+        (gap,) = error.gaps
+        accept(error)
+        _fill(log, kafka.clicks_topic, gap)
+        return gap.next
+
+    return open_topic(log, kafka.clicks_topic, partitions, position, lost)[0]
+
+
+def accept_truncation(store: HistoryStore, consent: Consent, now_ms: int, lost: TruncatedLog) -> None:
+    """Durably records who accepted the truncation; does nothing if it was accepted before.
+
+    Raises:
+        TruncatedLog: The truncation is not accepted; nothing was changed.
+    """
+    known = accepted(store)
+    if new := newly_accepted(known, consent, now_ms, lost):
+        store.commit(Appends.none(), (), {GAPS: accepted_gaps.encode([*known, *new])})
+        store.sync()
+
+
+def newly_accepted(known: Sequence[Accepted], consent: Consent, now_ms: int, lost: TruncatedLog) -> list[Accepted]:
+    """The records to store for an accepted truncation; empty if it was accepted before.
+
+    Raises:
+        TruncatedLog: The truncation is not accepted.
+    """
+    (gap,) = lost.gaps
+    if any(record.gap == gap for record in known):
+        return []
+    if not (consent.cut_back or consent.covers(gap, gap.source.topic_id)):
+        raise TruncatedLog(
+            lost.what,
+            f"{lost.do}. Clicks that are at these offsets now are never read: send them again, they get offsets of their own",
+            lost.gaps,
+        )
+    logger.warning(
+        "accepted by %s (%s): %s; reading continues at %d", consent.actor, consent.reason, lost.what, gap.next
+    )
+    return [accepted_gaps.accept(gap, consent, now_ms)]
+
+
+def _fill(log: Log, topic: str, gap: Gap) -> None:
+    """Appends empty records to the clicks until they reach the end of `gap`."""
+    partition = gap.source.partition
+    with log.topics() as topics:
+        while (end := topics.ends(topic)[partition][1]) < gap.next:
+            with log.writer() as writer:
+                for _ in range(min(FILLERS_PER_FLUSH, gap.next - end)):
+                    writer.send(topic, partition, FILLER, None)
+                writer.flush()
+            logger.info("topic %s, partition %d: filled from %d towards %d", topic, partition, end, gap.next)
 
 
 def faults(store: HistoryStore) -> tuple[str, ...]:
     """Describes where the store's accounts do not balance: by source, and for all waiting impressions together."""
     counts, waiting = store.cut()
-    accounts = {source: StreamAccount.of(one) for source, one in counts.items()}
-    found = [f"{source}: {fault}" for source, one in accounts.items() for fault in check_accounts(one)]
-    must_wait = sum(one.waiting for one in accounts.values())
+    accounts = {source: StreamAccount.of(count) for source, count in counts.items()}
+    found = [f"{source}: {fault}" for source, account in accounts.items() for fault in check_accounts(account)]
+    must_wait = sum(account.waiting for account in accounts.values())
     if must_wait != waiting:
         found.append(f"{must_wait} impressions must be waiting for their label, and {waiting} are")
     return tuple(found)
@@ -132,13 +258,7 @@ def show(store: HistoryStore, metrics: StreamMetrics, known: tuple[str, ...] = (
 
 
 def show_totals(metrics: StreamMetrics, counts: Mapping[str, int], waiting: int) -> None:
-    """Sets the gauges of an account.
-
-    Args:
-        metrics: Of the process.
-        counts: The result of `state.history.counts.summed`.
-        waiting: Number of waiting impressions.
-    """
+    """Sets the gauges of an account from the result of `state.history.counts.summed`, and the number of waiting impressions."""
     totals = dict.fromkeys(RARE, 0) | dict(counts)
     for name in ("positions", *OUTCOMES, *OF_LABELS, "gap", "masked"):
         metrics.accounting_positions.labels(name).set(totals[name])

@@ -1,19 +1,17 @@
-"""Decides how much to read of each partition next, so that a backlog is read in approximate event-time order. Pure.
+"""Decides how much to read of each partition next, so that a backlog is read in approximate event-time order.
 
 The clock of a partition is the median event time of its latest users (`streaming/event_clock.py`). So no single user's
 wrong clock, and no Kafka timestamp of a record, can block a partition or release it.
 
 1. A partition waits while its clock is more than the maximum skew ahead of a partition that holds it back.
 2. A partition holds others back while it has unread records that arrive. It stops at its end, or after a second of
-   polls without records (its broker is away, or a transaction is open), until it returns records again.
+   polls without records (its broker is unreachable, or a transaction is open), until it returns records again.
 3. A partition holds no others back while it reads clicks that are late by its own clock, such as those of an old file.
    These are read as they arrive, in parallel with the others.
 4. A partition never waits for records that were appended after its wait began. So a clock that is permanently ahead or
    behind can disturb the order, but never blocks reading.
 5. Partitions that are read are advanced to one common event time, estimated from the event time that their latest
    records took. So their clocks differ by at most the maximum skew and what one poll returns.
-
-The state is a few numbers for each partition and, for one that waits, the end offsets of the others.
 """
 
 from __future__ import annotations
@@ -35,12 +33,7 @@ AT_END_SHARE = 4  # partitions at their end, or silent, share one such part (1/4
 
 
 class ReadingPlace(NamedTuple):
-    """The read position of a partition.
-
-    Attributes:
-        position: Of the next record.
-        unread: Number of positions before its end, as last reported.
-    """
+    """The next position of a partition, and the number of positions before its end, as last reported."""
 
     position: int
     unread: int
@@ -68,7 +61,7 @@ class _Partition:
         pace_ms: Event time that a record takes; None until two batches were read.
         late: Whether it reads late clicks.
         begun: Whether anything was read.
-        vain_s: For how long polls of it returned nothing.
+        silent_s: For how long polls of it returned nothing.
         ends: End offsets of the partitions when it began to wait; None while it does not wait.
     """
 
@@ -77,15 +70,31 @@ class _Partition:
     pace_ms: float | None = None
     late: bool = False
     begun: bool = False
-    vain_s: float = 0.0
+    silent_s: float = 0.0
     ends: Mapping[int, int] | None = None
+
+    @property
+    def holds(self) -> bool:
+        """Whether it holds others back unless it is at its end: rules 2 and 3; one without a clock does not."""
+        return self.silent_s < SILENT_S and not self.late and (self.clock_ms is not None or not self.begun)
+
+    @property
+    def is_new(self) -> bool:
+        """Whether its pace is still unknown."""
+        return not self.late and self.pace_ms is None and (self.clock_ms is not None or not self.begun)
+
+    def ahead_ms(self, other: _Partition) -> float:
+        """How far it is ahead of `other`, which holds others back; infinite if `other` was never read."""
+        if self.late or self.clock_ms is None:
+            return 0.0
+        return float("inf") if other.clock_ms is None else self.clock_ms - other.clock_ms
 
 
 @dataclass
 class Alignment:
     """Decides which partitions to read, and how much of each. Not thread-safe.
 
-    Call `shares` before each poll and `asked` after it. Call `follow` once the rows show a partition's event time.
+    Call `shares` before each poll and `polled` after it. Call `follow` once the rows show a partition's event time.
 
     Attributes:
         max_skew_ms: How far a partition that is read may be ahead of another one.
@@ -100,25 +109,25 @@ class Alignment:
 
     def follow(self, partition: int, records: int, reached: Reached) -> None:
         """Updates the clock of a partition after `records` more records; 0 where a reader begins."""
-        one = self._known.setdefault(partition, _Partition())
-        one.begun = one.begun or records > 0
+        state = self._known.setdefault(partition, _Partition())
+        state.begun = state.begun or records > 0
         if reached.crowd_ms is None:
             return
-        if one.clock_ms is not None and records:
-            pace_ms = max(reached.crowd_ms - one.clock_ms, 0) / records
-            share = 1.0 if one.pace_ms is None else records / (records + PACE_RECORDS)
-            one.pace_ms = (1 - share) * (one.pace_ms or 0.0) + share * pace_ms
-        one.clock_ms = reached.crowd_ms
-        one.newest_ms = max(one.clock_ms, one.clock_ms if one.newest_ms is None else one.newest_ms)
-        one.late = reached.late or one.clock_ms < one.newest_ms - TOLERANCE_MS
+        if state.clock_ms is not None and records:
+            pace_ms = max(reached.crowd_ms - state.clock_ms, 0) / records
+            share = 1.0 if state.pace_ms is None else records / (records + PACE_RECORDS)
+            state.pace_ms = (1 - share) * (state.pace_ms or 0.0) + share * pace_ms
+        state.clock_ms = reached.crowd_ms
+        state.newest_ms = max(state.clock_ms, state.clock_ms if state.newest_ms is None else state.newest_ms)
+        state.late = reached.late or state.clock_ms < state.newest_ms - TOLERANCE_MS
 
-    def asked(self, shares: Iterable[int], came: Iterable[int], took_s: float) -> None:
+    def polled(self, shares: Iterable[int], returned: Iterable[int], took_s: float) -> None:
         """Records which partitions a poll of `took_s` seconds requested, and which of them returned records."""
-        given = set(came)
+        returning = set(returned)
         for partition in shares:
-            one = self._known.setdefault(partition, _Partition())
-            one.vain_s = 0.0 if partition in given else one.vain_s + took_s
-            one.ends = None if partition in given else one.ends
+            state = self._known.setdefault(partition, _Partition())
+            state.silent_s = 0.0 if partition in returning else state.silent_s + took_s
+            state.ends = None if partition in returning else state.ends
 
     def shares(self, places: Mapping[int, ReadingPlace], most: int) -> dict[int, int]:
         """Returns how many records to read of each partition; partitions that wait are absent.
@@ -133,41 +142,30 @@ class Alignment:
             most: Maximum number of records over all partitions.
         """
         known = {number: self._known.setdefault(number, _Partition()) for number in places}
-        holders = [number for number, place in places.items() if place.unread > 0 and _holds(known[number])]
-        going = [number for number in places if self._may_go(number, known, holders, places)]
-        behind = [one for one, place in places.items() if place.unread > 0 and known[one].vain_s < SILENT_S]
+        unread = [number for number, place in places.items() if place.unread > 0]
+        holders = [number for number in unread if known[number].holds]
+        reading = [number for number in places if self._may_read(number, known, holders, places)]
+        behind = [number for number in unread if known[number].silent_s < SILENT_S]
         if not behind:
-            return dict.fromkeys(going, most)
-        at_end = {one: max(1, most // (AT_END_SHARE * len(places))) for one in going if one not in behind}
+            return dict.fromkeys(reading, most)
+        at_end = {number: max(1, most // (AT_END_SHARE * len(places))) for number in reading if number not in behind}
         # The parts of waiting partitions are not given to others; otherwise a single one would run far ahead of them.
-        found = _divided(known, behind, max(1, most - sum(at_end.values())))
-        return {one: found[one] for one in behind if one in going and found[one] > 0} | at_end
+        parts = _divided(known, behind, max(1, most - sum(at_end.values())))
+        return {number: parts[number] for number in behind if number in reading and parts[number] > 0} | at_end
 
-    def _may_go(
+    def _may_read(
         self, number: int, known: Mapping[int, _Partition], holders: Sequence[int], places: Mapping[int, ReadingPlace]
     ) -> bool:
         """Whether no other partition holds this one back; records the end offsets when a wait begins."""
-        one = known[number]
-        ahead = [other for other in holders if _ahead_ms(one, known[other]) > self.max_skew_ms]
-        if not ahead:
-            one.ends = None
+        state = known[number]
+        behind = [other for other in holders if state.ahead_ms(known[other]) > self.max_skew_ms]
+        if not behind:
+            state.ends = None
             return True
-        if one.ends is None:
-            one.ends = {other: place.position + place.unread for other, place in places.items()}
+        if state.ends is None:
+            state.ends = {other: place.position + place.unread for other, place in places.items()}
         # 4.
-        return not any(places[other].position < one.ends.get(other, 0) for other in ahead)
-
-
-def _holds(one: _Partition) -> bool:
-    """Whether a partition that is not at its end holds others back: rules 2 and 3; one without a clock does not."""
-    return one.vain_s < SILENT_S and not one.late and (one.clock_ms is not None or not one.begun)
-
-
-def _ahead_ms(one: _Partition, other: _Partition) -> float:
-    """How far `one` is ahead of `other`, which holds others back; infinite if `other` was never read."""
-    if one.late or one.clock_ms is None:
-        return 0.0
-    return float("inf") if other.clock_ms is None else one.clock_ms - other.clock_ms
+        return not any(places[other].position < state.ends.get(other, 0) for other in behind)
 
 
 def _divided(known: Mapping[int, _Partition], behind: Sequence[int], most: int) -> dict[int, int]:
@@ -175,16 +173,11 @@ def _divided(known: Mapping[int, _Partition], behind: Sequence[int], most: int) 
     timed = [number for number in behind if known[number].pace_ms is not None and not known[number].late]
     equal = max(1, most // len(behind))
     # If the pace is unknown, so is how much event time its records cover.
-    found = {one: min(equal, PROBE) if _is_new(known[one]) else equal for one in behind if one not in timed}
+    parts = {number: min(equal, PROBE) if known[number].is_new else equal for number in behind if number not in timed}
     if timed:
-        clocks = [(known[one].clock_ms or 0, max(known[one].pace_ms or 0.0, LEAST_PACE_MS)) for one in timed]
-        found |= dict(zip(timed, to_one_time(clocks, max(1, most - sum(found.values()))), strict=True))
-    return found
-
-
-def _is_new(one: _Partition) -> bool:
-    """Whether the pace of a partition is still unknown."""
-    return not one.late and one.pace_ms is None and (one.clock_ms is not None or not one.begun)
+        clocks = [(known[number].clock_ms or 0, max(known[number].pace_ms or 0.0, LEAST_PACE_MS)) for number in timed]
+        parts |= dict(zip(timed, to_one_time(clocks, max(1, most - sum(parts.values()))), strict=True))
+    return parts
 
 
 def to_one_time(clocks: Sequence[tuple[int, float]], most: int) -> list[int]:
@@ -197,18 +190,18 @@ def to_one_time(clocks: Sequence[tuple[int, float]], most: int) -> list[int]:
     >>> to_one_time([(0, 10.0), (0, 30.0)], 100), to_one_time([(0, 10.0), (500, 10.0), (9_999, 10.0)], 100)
     ([75, 25], [75, 25, 0])
     """
-    order = sorted(range(len(clocks)), key=lambda one: clocks[one][0])
+    order = sorted(range(len(clocks)), key=lambda number: clocks[number][0])
     first_ms = clocks[order[0]][0]
     records, rate, until_ms = float(most), 0.0, 0.0
-    for place, one in enumerate(order):
-        since_ms, pace_ms = clocks[one][0] - first_ms, clocks[one][1]
+    for place, number in enumerate(order):
+        since_ms, pace_ms = clocks[number][0] - first_ms, clocks[number][1]
         records, rate = records + since_ms / pace_ms, rate + 1 / pace_ms
         until_ms = records / rate
         if place + 1 < len(order) and until_ms <= clocks[order[place + 1]][0] - first_ms:
             break
-    found = [max(0, int((until_ms - (at_ms - first_ms)) / pace_ms + 1e-6)) for at_ms, pace_ms in clocks]
-    found[order[0]] = max(1, found[order[0]])
-    return found
+    parts = [max(0, int((until_ms - (at_ms - first_ms)) / pace_ms + 1e-6)) for at_ms, pace_ms in clocks]
+    parts[order[0]] = max(1, parts[order[0]])
+    return parts
 
 
 class AlignedReader:
@@ -233,10 +226,7 @@ class AlignedReader:
         self._most = 0
 
     def begin(self, most: int) -> None:
-        """Decides what the next polls read together: at most `most` records over all partitions.
-
-        By now `reached` must include everything read before.
-        """
+        """Decides what the next polls read together: at most `most` records over all partitions."""
         reader, partitions = self._reader, self._reader.partitions
         self._left, self._most = None, most
         if len(partitions) < 2:
@@ -246,13 +236,11 @@ class AlignedReader:
             if partition in self._read or not self._alignment.knows(partition):
                 self._alignment.follow(partition, self._read.get(partition, 0), self._reached(partition))
         self._read = {}
-        places = {one: ReadingPlace(reader.position(one), reader.unread(one)) for one in partitions}
+        places = {number: ReadingPlace(reader.position(number), reader.unread(number)) for number in partitions}
         self._left = self._alignment.shares(places, most)
 
     def poll(self, timeout_s: float) -> list[PartitionBatch]:
-        """Returns the next batches of those decided, in order within a partition.
-
-        The list is empty after `timeout_s` without records.
+        """Returns the next batches of those decided, in order within a partition; none after `timeout_s` without records.
 
         Raises:
             LogError: See `Reader.poll`.
@@ -261,9 +249,10 @@ class AlignedReader:
             batches = self._reader.poll(timeout_s, self._most)
             self._most -= sum(map(len, batches))
             return batches
-        shares, begun_s = {one: left for one, left in self._left.items() if left > 0}, self._clock_s()
+        shares = {number: left for number, left in self._left.items() if left > 0}
+        begun_s = self._clock_s()
         batches = self._reader.poll(timeout_s, self._most, shares)
-        self._alignment.asked(shares, [batch.partition for batch in batches], self._clock_s() - begun_s)
+        self._alignment.polled(shares, [batch.partition for batch in batches], self._clock_s() - begun_s)
         for batch in batches:
             self._read[batch.partition] = self._read.get(batch.partition, 0) + len(batch)
             self._left[batch.partition] -= len(batch)

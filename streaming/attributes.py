@@ -7,8 +7,6 @@ At the start the topics are read to their ends before the first click. From then
 read by that moment. The joined ids are part of the micro-batch, so every reader of the log gets the same ones.
 Clicks read again after a crash may be joined with newer attributes. The rows written first count, because readers
 drop the others by their positions.
-
-`Recent` keeps the newest attributes of recent ids in memory, so a batch of rows asks the store only for the others.
 """
 
 from __future__ import annotations
@@ -30,12 +28,12 @@ from state.metrics import StreamMetrics
 from streaming.rows import Rows
 
 REMEMBERED = 200_000
-TOLD_S = 5.0
+PROGRESS_S = 5.0
 logger = logging.getLogger(__name__)
 
 
 class Recent:
-    """The newest attributes of one side's recent ids. One thread calls `take`, any calls `forget`.
+    """Caches the newest attributes of one side's recent ids. One thread calls `take`, any calls `forget`.
 
     Args:
         store: The newest attributes of all ids.
@@ -61,43 +59,43 @@ class Recent:
 
     def take(self, ids: U64) -> U64:
         """The attributes of `[n]` ids as of now, `[n, A]` uint64; zeros for id 0, which is none."""
-        # The store had each new value before its id was reported here, so the values read below are at least as new.
+        # The store has each new value before `forget`, so the values read below are at least as new.
         while self._changed:
             self._slots.pop(self._changed.popleft(), None)
         wanted = ids.tolist()
-        # Those without a record share one place among the values, and have their own among the slots.
+        # Ids without a record share one entry of the values, and each has a slot.
         if max(self._used, len(self._slots)) + len(wanted) > self._remembered + 2:
             self._clear()
         slots = self._slots
-        missing = [one for one in dict.fromkeys(wanted) if one not in slots]
+        missing = [key for key in dict.fromkeys(wanted) if key not in slots]
         if missing:
             self._read(missing)
-        return self._values[[slots[one] for one in wanted]]
+        return self._values[[slots[key] for key in wanted]]
 
-    def news(self, values: U64, newest_ms: int) -> dict[int, str]:
-        """The texts of measured values in `[n, A]` ids that were not announced for ten minutes of event time."""
+    def announce(self, values: U64, newest_ms: int) -> dict[int, str]:
+        """The texts of measured values in `[n, A]` ids that were not announced within ten minutes of event time."""
         if not self._measured or not len(values):
             return {}
         announced, texts = self._announced, self._texts
         due = [
-            one
-            for one in np.unique(values[:, self._measured]).tolist()
-            if one in texts and abs(newest_ms - announced.get(one, -ANNOUNCE_MS)) >= ANNOUNCE_MS
+            value
+            for value in np.unique(values[:, self._measured]).tolist()
+            if value in texts and abs(newest_ms - announced.get(value, -ANNOUNCE_MS)) >= ANNOUNCE_MS
         ]
         announced.update(dict.fromkeys(due, newest_ms))
-        return {one: texts[one] for one in due}
+        return {value: texts[value] for value in due}
 
     def _read(self, missing: list[int]) -> None:
-        """Takes ids into memory; all without a record share one slot."""
+        """Reads ids into memory; all without a record share one entry of the values."""
         width = len(self._table.names)
         while self._used + len(missing) > len(self._values):
             self._values = np.concatenate([self._values, np.empty_like(self._values)])
-        for one, value in zip(missing, self._store.read_many(self._table.side, missing), strict=True):
+        for key, value in zip(missing, self._store.read_many(self._table.side, missing), strict=True):
             if value is None:
-                self._slots[one] = 0
+                self._slots[key] = 0
                 continue
             self._values[self._used] = ids = ids_in(value, width)
-            self._slots[one] = self._used
+            self._slots[key] = self._used
             self._used += 1
             if self._measured:
                 texts = texts_in(value, width)
@@ -115,8 +113,8 @@ class Recent:
 class Join:
     """Joins rows with the attributes of users and items, and follows their topics.
 
-    `rows` is called by the Beam thread. `catch_up` and then `start` are called
-    once, `close` at the end; an error of the thread surfaces in `rows`.
+    `rows` is called by the Beam thread. `catch_up` and then `start` are called once, `close` at the end; an error of
+    the thread surfaces in `rows`.
 
     Args:
         store: Keeps the attributes; closed with this.
@@ -156,7 +154,7 @@ class Join:
         for side, ids in zip(SIDES, (batch.user, batch.item), strict=True):
             recent = self._recent.get(side)
             values = np.empty((len(ids), 0), np.uint64) if recent is None else recent.take(ids)
-            names |= {} if recent is None else recent.news(values, newest_ms)
+            names |= {} if recent is None else recent.announce(values, newest_ms)
             found.append(values)
         return replace(rows, attributes=Joined(found[0], found[1], names, self._fields))
 
@@ -166,16 +164,16 @@ class Join:
         Raises:
             LogError: A topic is missing or cannot be read.
         """
-        for one in self._followers:
-            one.connect()
-        begun_s = told_s = clock()
-        while unread := sum(one.unread for one in self._followers):
+        for follower in self._followers:
+            follower.connect()
+        begun_s = reported_s = clock()
+        while unread := sum(follower.unread for follower in self._followers):
             follow(self._followers, POLL_S)
-            if clock() - told_s >= TOLD_S:
-                told_s = clock()
-                logger.info("reading attributes before the first click: %d records to go", unread)
+            if clock() - reported_s >= PROGRESS_S:
+                reported_s = clock()
+                logger.info("reading attributes before the first click: %d records left", unread)
         self._show()
-        known = ", ".join(f"{self._store.count(one.side)} {one.side}s" for one in self._followers)
+        known = ", ".join(f"{self._store.count(follower.side)} {follower.side}s" for follower in self._followers)
         logger.info("attributes of %s are known after %.1f s", known, clock() - begun_s)
 
     def start(self) -> None:
@@ -187,8 +185,8 @@ class Join:
         self._stopping.set()
         if self._thread.is_alive():
             self._thread.join()
-        for one in self._followers:
-            one.disconnect()
+        for follower in self._followers:
+            follower.disconnect()
         self._store.close()
 
     def _run(self) -> None:
@@ -206,7 +204,7 @@ class Join:
             self._show()
 
     def _show(self) -> None:
-        for one in self._followers:
-            for outcome, count in one.place.counts.items():
-                self._metrics.attribute_records.labels(one.side, outcome).set(count)
-            self._metrics.attributes_known.labels(one.side).set(self._store.count(one.side))
+        for follower in self._followers:
+            for outcome, count in follower.place.counts.items():
+                self._metrics.attribute_records.labels(follower.side, outcome).set(count)
+            self._metrics.attributes_known.labels(follower.side).set(self._store.count(follower.side))

@@ -32,8 +32,10 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -47,20 +49,27 @@ from state.config.sections import AskedModel
 from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.disk import files as durable
-from state.errors import SettingsError
+from state.errors import SettingsError, SpringtideError, UnknownTopic, UnreachableBroker
 from state.events.identity import Salt, own_salt
+from state.events.parser import EventBatch
 from state.features.spec import FeatureSpec
+from state.history.store import HistoryStore
+from state.log import Reader
+from state.microbatch.batch import Kind, trained
 from state.microbatch.examples import FORMAT, PREFIX, SCHEMA, SPEC, SUFFIXES, schema
 from state.microbatch.examples import record_batch as example_batch
 from state.process.part import Work, run_process
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.recordings.files import Recording, add_file_arguments, as_settings, chosen
+from state.recordings.rows import shown_reasons
 from state.registry.model_fit import require_same_salt
 from state.registry.registry import Registry
 from state.statistics.baselines import baseline_files
+from state.statistics.collecting import Statistics
 from state.statistics.protos import dataset
 from state.statistics.schema import infer
-from streaming.context import Handle
+from streaming.context import JobContext, open_job, parts_of
+from streaming.past import Batches, recorded_batches
 from streaming.preprocessing import (
     analyse,
     analysis,
@@ -73,10 +82,238 @@ from streaming.preprocessing import (
     record_batch,
 )
 from streaming.rows import Rows
-from streaming.sample import ComputeWindows, ReadSample, Sample, Say, open_sample
-from streaming.steps import ParseEvents
+from streaming.steps import Handle, ParseEvents, Step, opened
 
+POLL_S = 0.2
+PROGRESS_S = 2.0
 COMPRESSION = "gzip"
+Say = Callable[[str], None]
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The input and output of a bootstrap.
+
+    Attributes:
+        recording: Files; None for the clicks topic.
+        sort: memory (read everything, then order by time) or assume (the files are in order).
+        examples: Directory for tf.Examples; None for none.
+        of_up: Whether `up` started this: it has checked the preprocessing, and creates the topic once its Kafka runs.
+    """
+
+    recording: Recording | None = None
+    sort: str = "memory"
+    examples: Path | None = None
+    of_up: bool = False
+
+
+TOPIC = Wanted()
+
+
+@dataclass
+class Tally:
+    """Counts of a sample so far.
+
+    Attributes:
+        clicks: Events.
+        examples: Rows used for training: events, except impressions without a label yet and their outcomes.
+        dropped: Impressions that could not wait.
+        records: Records, refused ones included.
+        refused: Records that are not clicks, by reason.
+        names: Names of category ids.
+        newest_ms: Time of the newest click.
+        reported_s: When progress was last reported.
+    """
+
+    clicks: int = 0
+    examples: int = 0
+    dropped: int = 0
+    records: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+    names: dict[int, str] = field(default_factory=dict)
+    newest_ms: int = 0
+    reported_s: float = 0.0
+
+    def count_events(self, events: EventBatch) -> None:
+        """Counts parsed records."""
+        self.clicks += len(events)
+        self.records += len(events) + len(events.dead)
+        self.refused.update(str(letter.reason) for letter in events.dead)
+        self.names.update(events.names)
+        self.newest_ms = max(self.newest_ms, int(events.at_ms.max(initial=0)))
+
+    def count_rows(self, rows: Rows) -> None:
+        """Counts the rows of a batch."""
+        kinds = rows.columns["kind"]
+        self.examples += int(trained(kinds).sum())
+        self.dropped += int((kinds == Kind.DROPPED).sum())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample(JobContext):
+    """The context of one bootstrap; its store is deleted afterwards.
+
+    Attributes:
+        say: Receives progress messages.
+        clock_s: Wall clock, seconds.
+        began_s: When reading began.
+        tally: Counts so far.
+        statistics: Of the rows so far.
+        asked: The options that the preprocessing read, of `AskedModel`.
+    """
+
+    say: Say
+    clock_s: Callable[[], float]
+    began_s: float
+    statistics: Statistics
+    tally: Tally = field(default_factory=Tally)
+    asked: dict[str, list[str]] = field(default_factory=dict)
+
+    @property
+    def left(self) -> int:
+        """Maximum number of records of the next batch."""
+        return min(self.settings.stream.batch_events, self.settings.bootstrap.sample_rows - self.tally.clicks)
+
+    def progress(self, wanted: str) -> None:
+        """Reports the progress, at most once every two seconds."""
+        now_s = self.clock_s()
+        if now_s - max(self.tally.reported_s, self.began_s) >= PROGRESS_S:
+            self.tally.reported_s = now_s
+            self.say(f"{self.tally.clicks:,} {wanted} read, {self._rate(now_s):,.0f} rows/s")
+
+    def end(self) -> None:
+        """Reports what was read; called after the last record."""
+        now_s, tally = self.clock_s(), self.tally
+        dead = f" and {shown_reasons(tally.refused)}" if tally.refused else ""
+        self.say(
+            f"{tally.clicks:,} clicks{dead} read in {now_s - self.began_s:.1f} s ({self._rate(now_s):,.0f} rows/s)"
+        )
+
+    @property
+    def unlabelled(self) -> str:
+        """Describes the impressions that got no label; empty if there are none."""
+        waiting, dropped = self.store.waiting_rows(), self.tally.dropped
+        parts = [
+            f"{waiting:,} impressions still waited for their label when the clicks ended" * (waiting > 0),
+            f"{dropped:,} could not wait" * (dropped > 0),
+        ]
+        return ", ".join(filter(None, parts))
+
+    def _rate(self, now_s: float) -> float:
+        return self.tally.records / max(now_s - self.began_s, 1e-9)
+
+
+@contextmanager
+def open_sample(settings: Settings, salt: Salt, clock: Callable[[], float], say: Say) -> Iterator[Handle[Sample]]:
+    """Yields a new sample, whose store is deleted after the block."""
+    with tempfile.TemporaryDirectory(prefix="springtide-bootstrap-") as folder:
+        store = HistoryStore(Path(folder), settings.features.history, map_bytes=settings.stream.map_gb << 30)
+        try:
+            job = open_job(settings, store, salt, topic_id="")
+            statistics = Statistics(job.spec.actions, job.spec.names, settings.events.context)
+            sample = Sample(**parts_of(job), say=say, clock_s=clock, began_s=clock(), statistics=statistics)
+            with opened(sample) as handle:
+                yield handle
+        finally:
+            store.close()
+
+
+class ComputeWindows(Step[Sample]):
+    """Turns events into rows, as in the stream: impressions wait for their label, in event time."""
+
+    def process(self, events: EventBatch) -> Iterator[Rows]:
+        """Yields the rows of one batch and of earlier impressions that it labels; skips batches without events."""
+        with self.handle.watched() as sample:
+            sample.tally.count_events(events)
+            rows = sample.commit(sample.make_rows(events, round(sample.clock_s() * 1000)))
+            sample.tally.count_rows(rows)
+            sample.statistics.add(rows.columns)
+        if len(events):
+            yield rows
+
+
+def of_topic(sample: Sample, await_topic: bool = False) -> Batches:
+    """Reads the clicks topic from its beginning; ends when there are enough clicks and no more are waiting.
+
+    Args:
+        sample: Counts what was read so far.
+        await_topic: Whether to wait for Kafka and the topic, up to `bootstrap.timeout_s`.
+
+    Raises:
+        SpringtideError: `bootstrap.timeout_s` passed with fewer than `bootstrap.min_rows` clicks.
+        LogError: The topic cannot be read.
+    """
+    settings, wanted = sample.settings, sample.settings.bootstrap
+    topic = settings.kafka.clicks_topic
+    with _reader(sample, await_topic) as reader:
+        began_s = sample.clock_s()
+        while sample.left > 0:
+            batches = reader.poll(POLL_S, sample.left)
+            if batches:
+                yield batches
+            # While clicks keep arriving no poll is empty, so a lag of less than one batch is enough.
+            if sample.tally.clicks >= wanted.min_rows and sum(reader.lag().values()) < settings.stream.batch_events:
+                break
+            sample.progress(f"of at least {wanted.min_rows:,} clicks of {topic}")
+            if sample.clock_s() - began_s > wanted.timeout_s and sample.tally.clicks < wanted.min_rows:
+                raise SpringtideError(
+                    f"after {wanted.timeout_s} s topic {topic} holds {sample.tally.clicks} usable clicks of the "
+                    f"{wanted.min_rows} needed",
+                    "start the producer, check the dead letters, lower "
+                    "bootstrap.min_rows, or name files of recorded clicks: `springtide bootstrap FILE...`",
+                )
+    sample.end()
+
+
+def _reader(sample: Sample, await_topic: bool) -> Reader:
+    settings = sample.settings
+    while True:
+        try:
+            return Reader(settings.kafka, settings.kafka.clicks_topic)
+        except (UnreachableBroker, UnknownTopic):
+            if not await_topic or sample.clock_s() - sample.began_s > settings.bootstrap.timeout_s:
+                raise
+            time.sleep(POLL_S)
+
+
+def of_recording(sample: Sample, recording: Recording, sort: str) -> Batches:
+    """Reads the rows of files with their recorded times, as one partition; see `recorded_batches`.
+
+    Raises:
+        SettingsError, UnreadableRecording: See `recorded_batches`.
+        SpringtideError: No row is a click.
+    """
+    clicks = recorded_batches(
+        sample.settings.events, recording, sort, sample.clock_s(), sample.say, lambda _: sample.left
+    )
+    for batches in clicks:
+        yield batches
+        sample.progress("clicks of the files")
+    if not sample.tally.clicks:
+        raise SpringtideError(
+            f"no row of {', '.join(str(file.path) for file in recording.files)} is a click: "
+            f"{shown_reasons(sample.tally.refused)}",
+            "correct [events] (fields, actions, time_unit, decoder), --columns or --constant",
+        )
+    sample.end()
+
+
+class ReadSample(Step[Sample]):
+    """Yields lists of partition batches until the sample is complete."""
+
+    def __init__(self, handle: Handle[Sample], wanted: Wanted) -> None:
+        super().__init__(handle)
+        self._wanted = wanted
+
+    def process(self, start: bytes) -> Batches:
+        """Reads the clicks; the next steps process a batch before the next one is read."""
+        wanted = self._wanted
+        with self.handle.watched() as sample:
+            if wanted.recording is None:
+                yield from of_topic(sample, wanted.of_up)
+            else:
+                yield from of_recording(sample, wanted.recording, wanted.sort)
 
 
 class EncodeExamples(beam.DoFn):
@@ -93,24 +330,15 @@ class EncodeExamples(beam.DoFn):
         yield from self._encoder.encode(example_batch(rows.columns))
 
 
-def require_empty(folder: Path) -> None:
-    """Refuses a directory that is not empty: examples of two runs must not mix.
-
-    Raises:
-        SettingsError: It is not empty.
-    """
+def _require_empty(folder: Path) -> None:
+    """Refuses a directory that is not empty: examples of two runs must not mix."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise SettingsError(f"--examples {folder}: is there already", "name a new or empty directory")
+        raise SettingsError(f"--examples {folder}: already exists", "name a new or empty directory")
 
 
-def write_examples(rows: PCollection[Rows], folder: Path, shards: int) -> None:
-    """Adds the steps to a job that write the rows as examples into `folder`; `describe` completes it.
-
-    Args:
-        rows: Batches of rows.
-        folder: Output directory.
-        shards: Number of files.
-    """
+def _write_examples(rows: PCollection[Rows], settings: Settings, folder: Path) -> None:
+    """Adds the steps to a job that write the rows as examples into `folder`; `_describe` completes it."""
+    bootstrap = settings.bootstrap
     (
         rows
         | "Encode examples" >> beam.ParDo(EncodeExamples())
@@ -118,116 +346,67 @@ def write_examples(rows: PCollection[Rows], folder: Path, shards: int) -> None:
         >> WriteToTFRecord(
             str(folder / PREFIX),
             file_name_suffix=SUFFIXES[COMPRESSION],
-            num_shards=shards,
+            num_shards=math.ceil(bootstrap.sample_rows / bootstrap.shard_rows),
             compression_type=CompressionTypes.GZIP,
         )
     )
 
 
-def describe(folder: Path, spec: FeatureSpec, context: tuple[str, ...], about: Mapping[str, Any]) -> None:
-    """Writes schema.pbtxt and then spec.json next to the examples, durably; after that the examples are complete.
-
-    Args:
-        folder: Directory of the examples.
-        spec: Spec of their features.
-        context: The names of the K context fields.
-        about: Origin of the examples; becomes part of spec.json.
-    """
-    durable.write(folder / SCHEMA, str(schema(spec, len(context))).encode())
-    document = {
+def _describe(folder: Path, sample: Sample, about: Mapping[str, Any]) -> None:
+    """Writes schema.pbtxt and then spec.json next to the examples, durably; after that the examples are complete."""
+    context = sample.settings.events.context
+    durable.write(folder / SCHEMA, str(schema(sample.spec, len(context))).encode())
+    content = {
         "format": FORMAT,
-        "spec": spec.to_json(),
-        "features": list(spec.names),
-        "label_windows": list(spec.window_names),
-        "actions": list(spec.actions),
+        **_named(sample.spec),
+        "actions": list(sample.spec.actions),
         "context": list(context),
+        "rows": sample.tally.examples,
+        "compression": COMPRESSION,
+        "preprocessing": sample.settings.model.preprocessing,
         **about,
     }
-    durable.write(folder / SPEC, json.dumps(document, indent=1, sort_keys=True).encode())
+    durable.write(folder / SPEC, json.dumps(content, indent=1, sort_keys=True).encode())
     durable.sync_directory(folder)
 
 
-logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """The input and output of a bootstrap.
-
-    Attributes:
-        recording: Files; None for the clicks topic.
-        sort: How files are ordered: memory or assume.
-        examples: Directory for tf.Examples; None for none.
-        of_up: Whether `up` started this: it has checked the preprocessing, and creates the topic once its Kafka runs.
-    """
-
-    recording: Recording | None = None
-    sort: str = "memory"
-    examples: Path | None = None
-    of_up: bool = False
-
-
-TOPIC = Wanted()
+def _named(spec: FeatureSpec) -> dict[str, Any]:
+    return {"spec": spec.to_json(), "features": list(spec.names), "label_windows": list(spec.window_names)}
 
 
 def build(pipeline: beam.Pipeline, handle: Handle[Sample], wanted: Wanted, output: Path | None) -> None:
-    """Applies the job to `pipeline`, which is one of `analysis`.
-
-    Args:
-        pipeline: What to add to.
-        handle: Of the sample.
-        wanted: What to read and make.
-        output: Directory of the analyses; None if they were done before.
-    """
+    """Applies the job to `pipeline`, which is one of `analysis`; `output` is None if the analyses were done before."""
     settings, spec = handle.context.settings, handle.context.spec
     rows = (
         pipeline
         | "Start" >> beam.Impulse()
-        | "Read the sample" >> beam.ParDo(ReadSample(handle, wanted.recording, wanted.sort, wanted.of_up))
+        | "Read the sample" >> beam.ParDo(ReadSample(handle, wanted))
         | "Parse events" >> beam.ParDo(ParseEvents(handle))
         | "Compute windows" >> beam.ParDo(ComputeWindows(handle))
     )
     if output is not None:
-        features = rows | "Take features" >> beam.Map(lambda one: record_batch(one.vectors.features))
+        features = rows | "Take features" >> beam.Map(lambda batch: record_batch(batch.vectors.features))
         analyse(
             features,
             len(spec.names),
             load_preprocessing(settings.model.preprocessing, AskedModel.of(settings.model, handle.context.asked)),
             output / "transform",
         )
-        categories = rows | "Take categories" >> beam.Map(lambda one: category_batch(one.batch.category))
+        categories = rows | "Take categories" >> beam.Map(lambda batch: category_batch(batch.batch.category))
         list_categories(categories, output / "categories")
     if wanted.examples is not None:
-        shards = math.ceil(settings.bootstrap.sample_rows / settings.bootstrap.shard_rows)
-        write_examples(rows, wanted.examples, shards)
-
-
-def run_job(handle: Handle[Sample], wanted: Wanted, output: Path | None) -> None:
-    """Runs the job over the sample in this process.
-
-    Raises:
-        SpringtideError: A step failed.
-    """
-    with handle.as_raised(), analysis() as pipeline:
-        build(pipeline, handle, wanted, output)
+        _write_examples(rows, settings, wanted.examples)
 
 
 def document(sample: Sample, salt: Salt, categories: Mapping[int, int], now_ms: int) -> dict[str, Any]:
     """The content of `spec.json` next to the graph.
 
-    Args:
-        sample: The clicks analysed.
-        salt: The salt of the users' pseudonyms.
-        categories: Clicks by category id. As many are listed as `model.popular`
-            says: most clicked first, lower id first among equals.
-        now_ms: Wall clock.
+    It lists `model.popular` of the `categories` (clicks by id): most clicked first, lower id first among equals.
     """
-    model, spec, tally = sample.settings.model, sample.spec, sample.tally
+    model, tally = sample.settings.model, sample.tally
     ranked = sorted(categories.items(), key=lambda entry: (-entry[1], entry[0]))[: model.popular]
     return {
-        "spec": spec.to_json(),
-        "features": list(spec.names),
-        "label_windows": list(spec.window_names),
+        **_named(sample.spec),
         "salt": salt.fingerprint,
         "preprocessing": model.preprocessing,
         "options": list(model.options),
@@ -256,7 +435,7 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
     if known is not None and wanted.examples is None:
         return False
     if wanted.examples is not None:
-        require_empty(wanted.examples)
+        _require_empty(wanted.examples)
     # 1.
     if is_own(settings.model.preprocessing) and known is None and not wanted.of_up:
         with quiet_stderr():
@@ -268,12 +447,12 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
     imports.join(None if wanted.recording else 0)
     with (
         tempfile.TemporaryDirectory(prefix="springtide-specs-") as folder,
-        open_sample(settings, spec, salt, clock, say) as handle,
+        open_sample(settings, salt, clock, say) as handle,
     ):
         # 2.
         output = None if known is not None else Path(folder)
-        with quiet_stderr():
-            run_job(handle, wanted, output)
+        with quiet_stderr(), handle.as_raised(), analysis() as pipeline:
+            build(pipeline, handle, wanted, output)
         sample = handle.context
         now_ms = int(clock() * 1000)
         # 3.
@@ -282,15 +461,9 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
             known = registry.specs.free_name(spec.digest)
             registry.specs.add_spec(known, about, lambda place: _keep(sample, output / "transform", place))
         if wanted.examples is not None:
-            _copy(registry.specs.transform(known or spec.digest), wanted.examples / "transform")
-            about = {
-                "digest": spec.digest,
-                "salt": salt.fingerprint,
-                "rows": sample.tally.examples,
-                "created_at_ms": now_ms,
-            }
-            about |= {"compression": COMPRESSION, "preprocessing": settings.model.preprocessing}
-            describe(wanted.examples, spec, settings.events.context, about)
+            shutil.copytree(registry.specs.transform(known or spec.digest), wanted.examples / "transform")
+            about = {"digest": spec.digest, "salt": salt.fingerprint, "created_at_ms": now_ms}
+            _describe(wanted.examples, sample, about)
             left_out = f"; {unlabelled}" if (unlabelled := sample.unlabelled) else ""
             say(f"{sample.tally.examples:,} examples in {wanted.examples}{left_out}")
     return True
@@ -298,24 +471,17 @@ def run(settings: Settings, say: Say, wanted: Wanted = TOPIC, clock: Callable[[]
 
 def _keep(sample: Sample, transform: Path, place: Path) -> None:
     """Writes graph, schema and statistics of a sample to the new directory `place`."""
-    _copy(transform, place / "transform")
+    shutil.copytree(transform, place / "transform")
     statistics = dataset(sample.statistics, "bootstrap")
     schema = infer(statistics, warm=False)
     for name, data in baseline_files(schema, statistics).items():
         (place / name).write_bytes(data)
 
 
-def _copy(source: Path, target: Path) -> None:
-    shutil.copytree(source, target)
-
-
 def _import_analysis() -> None:
     with quiet_stderr():
-        for module in (
-            "tensorflow_transform.beam.tft_beam_io.transform_fn_io",
-            "tfx_bsl.tfxio.tensor_adapter",
-        ):
-            importlib.import_module(module)
+        importlib.import_module("tensorflow_transform.beam.tft_beam_io.transform_fn_io")
+        importlib.import_module("tfx_bsl.tfxio.tensor_adapter")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -330,7 +496,6 @@ def asked(argv: Sequence[str]) -> tuple[Settings, Wanted]:
 
     Raises:
         SettingsError: The command line is wrong.
-        SystemExit: It asked for help.
     """
     flags, words = split_settings(argv)
     parser = _Parser(
@@ -364,11 +529,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings, wanted = asked(words)
 
         def work() -> None:
-            done = run(settings, logger.info, wanted)
-            logger.info(
-                "done in %.1f s" if done else "nothing to do: these feature settings were bootstrapped before (%.1f s)",
-                time.monotonic() - began,
-            )
+            if run(settings, logger.info, wanted):
+                logger.info("done in %.1f s", time.monotonic() - began)
+            else:
+                logger.info("nothing to do: these feature settings were bootstrapped before")
 
         return settings, work
 

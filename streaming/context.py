@@ -1,50 +1,86 @@
-"""The resources that the steps of a job share in one process, and how a step reaches them.
+"""The resources of one stream process, and the order in which they are opened.
 
-Beam builds the steps of a job from pickles, and a store, a Kafka consumer or a thread cannot be pickled. So main opens
-a context and the steps carry its `Handle`, a number that identifies it in the process that opened it. Each job is one
-fused stage in that one process.
+`open_stream` opens them so that a mistake is found before it does harm:
+
+1. The directory with the store, which must have this salt; the features must be those of the model.
+2. The metrics' port, then the kernels.
+3. The topics; a missing topic of clicks is an error, the two others are created.
+4. Control: the mask, and the branch of the training log.
+5. The writer, which fences one with the same transactional id; attributes, read to the ends of their topics.
+6. The histories are rolled back to the branch point, and erased users are removed from them.
+7. Gaps that the operator accepts are passed and recorded; any other gap ends the process.
+8. The reader, at the store's positions.
 """
 
 from __future__ import annotations
 
-import itertools
+import logging
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Generic, TypeVar
+from dataclasses import dataclass, fields, replace
+from functools import partial
+from typing import Any
 
-import apache_beam as beam
+from prometheus_client import CollectorRegistry
 
+from state import metrics
+from state.attributes.follower import AttributeFollower, Report
+from state.attributes.store import AttributeStore
+from state.attributes.values import tables_of
+from state.compiled.preparing import Kernels
 from state.config.settings import Settings
-from state.events.parser import Parser
+from state.events.identity import Salt
+from state.events.parser import EventBatch, Parser
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
+from state.history.rewinding import branch_of
 from state.history.store import HistoryStore
-from state.log import Reader
+from state.history.waiting import Changes, Extra
+from state.layout import ATTRIBUTES
+from state.log import KERNELS, Log, PartitionBatch, Reader, TopicInfo, Topics, topic_plan
+from state.log.accepted_gaps import Consent
+from state.log.follow import Position
 from state.metrics import StreamMetrics
+from state.positions import Gap
+from state.process import killpoints
+from state.process.wall_clock import wall_ms
+from state.registry.sharing import copying
+from state.storage.measuring import offer
+from state.storage.shares import STREAM, map_bytes
 from state.storage.waiting import Room
+from streaming import accounts, control
+from streaming.accounts import Leaders
 from streaming.attributes import Join
-from streaming.control import ControlWatch
+from streaming.control import ControlWatch, roll_back_histories
+from streaming.cut import Cut, Encoding
 from streaming.event_clock import EventClock
-from streaming.labels import Labels
+from streaming.histories import open_histories
+from streaming.labels import Labels, open_labels, unused_kernels
 from streaming.profile import Profiler
-from streaming.truncation import Leaders
-from streaming.writer import ShardWriter
+from streaming.rows import Rows, in_order, leave_out
+from streaming.writer import StreamWriter, open_writer, report_to
+
+logger = logging.getLogger(__name__)
+
+NO_CONSENT = Consent()
 
 
 @dataclass(frozen=True, kw_only=True)
 class JobContext:
-    """What turns records into rows, in the stream and in the bootstrap.
+    """What turns records into rows, in the stream, the bootstrap and a rebuild.
+
+    The Beam thread uses it. The commit thread uses the store, tells the profiler what was committed, and looks up labels.
 
     Attributes:
         settings: The effective settings.
         spec: The feature spec.
         store: Histories, positions and waiting impressions.
-        parser: Parses records into events; used by the Beam thread only.
-        profiler: Histories in memory; used by the Beam thread, and notified of commits by the commit thread.
-        clock: The event clock; used by the Beam thread only.
-        labels: Waiting impressions; None if none can wait. The Beam thread attributes, the commit thread looks up.
+        parser: Parses records into events.
+        profiler: Histories in memory.
+        clock: The event clock.
+        labels: Waiting impressions; None if none can wait.
+        join: Attributes of users and items; None if none are configured.
         mask: The clicks that are left out.
     """
 
@@ -55,12 +91,42 @@ class JobContext:
     profiler: Profiler
     clock: EventClock
     labels: Labels | None
+    join: Join | None = None
     mask: Mask = Mask.NONE
+
+    def parse(self, batches: Sequence[PartitionBatch]) -> EventBatch:
+        """Decodes, validates and pseudonymises records; bad ones become dead letters, masked ones are left out."""
+        return leave_out(self.parser.parse(batches), self.mask)
+
+    def make_rows(self, batch: EventBatch, now_ms: int) -> Rows:
+        """Computes the rows of a batch in order of arrival: event clock, windows, then attributes, then delayed labels."""
+        batch, clock = in_order(batch, self.clock.follow(batch, batch.ranges, now_ms))
+        rows = replace(self.profiler.update(batch), clock=clock)
+        if self.join is not None:
+            rows = self.join.rows(rows)
+        return rows if self.labels is None else self.labels.attribute(rows)
+
+    def commit(self, rows: Rows) -> Rows:
+        """Commits rows to the store without a micro-batch; returns them complete.
+
+        Raises:
+            CorruptStore: The store lacks a waiting impression.
+            PositionConflict: The rows do not start at the store's positions.
+            StoreFull: The store or its disk is full.
+        """
+        waiting: Changes = {}
+        extra: Extra = {}
+        if self.labels is not None:
+            rows = self.labels.complete(rows, waiting, extra)
+        state = {} if rows.clock is None else rows.clock.state
+        self.store.commit(rows.appends, rows.batch.ranges, {**extra, **state}, waiting)
+        self.profiler.committed(rows)
+        return rows
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamContext(JobContext):
-    """All resources of one stream process; created by `open_shard`.
+    """All resources of one stream process; created by `open_stream`.
 
     Attributes:
         topic_id: The id of the topic of clicks.
@@ -69,7 +135,6 @@ class StreamContext(JobContext):
         writer: Writes micro-batches and dead letters; used by the commit thread only.
         metrics: Metrics of the process.
         room: Lets a commit wait for disk space; used by the commit thread only.
-        join: Attributes of users and items; None if none are configured.
         closing: Callbacks that run, last in first out, before the above is closed.
         stopping: Set by a signal; no further poll begins then.
         watch: Control, as polled by the Beam thread; no further poll begins once it has changed.
@@ -78,79 +143,200 @@ class StreamContext(JobContext):
     topic_id: str
     reader: Reader
     leaders: Leaders
-    writer: ShardWriter
+    writer: StreamWriter
     metrics: StreamMetrics
     room: Room
-    join: Join | None
     closing: ExitStack
     stopping: threading.Event
     watch: ControlWatch
 
 
-Context = TypeVar("Context", covariant=True)
-Owned = TypeVar("Owned")
-
-
-@dataclass
-class _Open:
-    context: Any
-    failure: BaseException | None = field(default=None)
-
-
-_open: dict[int, _Open] = {}
-_numbers = itertools.count()
-
-
-class Handle(Generic[Context]):
-    """A picklable reference to a context that this process has open; steps of a job carry it.
+@contextmanager
+def open_stream(
+    settings: Settings, consent: Consent = NO_CONSENT, stopping: threading.Event | None = None, log: Log | None = None
+) -> Iterator[StreamContext]:
+    """Opens a stream process's context in the order of this module, and closes it in reverse order.
 
     Args:
-        number: Of `opened`.
+        settings: The effective settings.
+        consent: The losses that the operator accepts.
+        stopping: Set by a signal; created here by default.
+        log: Contains clicks and micro-batches; by default the cluster of the settings.
+
+    Raises:
+        LockHeld: Another process has the directory.
+        ModelMismatch, SaltMismatch, SpecMismatch: See `streaming.histories.open_histories`.
+        SettingsError, PortTaken: The salt cannot be read, or the metrics' port is in use.
+        GapError: Positions were deleted, and the gap is not accepted.
+        RegistryError, StoreError, LogError: Control, the store or Kafka cannot be read, or a topic is missing.
     """
+    spec, stopping = FeatureSpec.from_settings(settings), stopping or threading.Event()
+    log = log or Log(settings.kafka)
+    with ExitStack() as stack:
+        # 1.
+        store, salt = stack.enter_context(open_histories(settings, spec))
+        # 2.
+        counted, room = _serve_metrics(settings, stack, stopping)
+        # 3.
+        topics = stack.enter_context(log.topics())
+        clicks = ensure_topics(settings, topics)
+        # 4.
+        watch = ControlWatch(settings.registry_dir, branch_of(store))
+        desired = watch.desired
+        # 5.
+        encoding = Encoding.of(settings.stream, spec.digest, salt.fingerprint)
+        encoding = replace(encoding, mask_generation=desired.mask.generation, log_epoch=desired.log_epoch)
+        writer = StreamWriter(settings, encoding, stopping, partial(open_writer, log=log))
+        stack.callback(writer.close)
+        now_ms = wall_ms()
+        rewrite = control.compaction_is_due(store, desired.mask.erased, now_ms)
+        join = open_join(settings, salt, counted, stack, rewrite)
+        # 6.
+        writer.skip_letters(roll_back_histories(log, settings, spec, store, desired))
+        watch.open_again_in(control.apply_erasures(store, settings.registry_dir, desired.mask.erased, now_ms))
+        # 7.
+        job = replace(open_job(settings, store, salt, clicks.topic_id, desired.mask), join=join)
+        gaps = accounts.missing(clicks.topic_id, store.positions(), topics.ends(settings.kafka.clicks_topic))
+        write = partial(_write_gaps, writer, job)
+        accounts.pass_gaps(store, gaps, consent, settings.kafka.clicks_topic, now_ms, write)
+        # 8.
+        leaders = Leaders(settings.stream_dir)
+        positions = _start_positions(store, clicks, settings.kafka.clicks_topic)
+        reader = accounts.open_clicks(
+            log,
+            settings.kafka,
+            None,
+            Position(clicks.topic_id, positions, leaders.at(clicks.topic_id, positions)),
+            partial(accounts.accept_truncation, store, consent, now_ms),
+        )
+        stack.enter_context(reader)
+        killpoints.reach("stream.opened")
+        context = StreamContext(
+            **parts_of(job),
+            topic_id=clicks.topic_id,
+            reader=reader,
+            leaders=leaders,
+            writer=writer,
+            metrics=counted,
+            room=room,
+            closing=stack,
+            stopping=stopping,
+            watch=watch,
+        )
+        _report_start(context, clicks)
+        yield context
 
-    def __init__(self, number: int) -> None:
-        self._number = number
 
-    @property
-    def context(self) -> Context:
-        """The context that the handle refers to."""
-        found: Context = _open[self._number].context
-        return found
-
-    @contextmanager
-    def watched(self) -> Iterator[Context]:
-        """Yields the context, and records the first exception that leaves the block."""
-        here = _open[self._number]
-        try:
-            yield here.context
-        except Exception as error:
-            here.failure = here.failure or error
-            raise
-
-    @contextmanager
-    def as_raised(self) -> Iterator[None]:
-        """Wraps the run of a job: re-raises the original exception that left a `watched` block of a step."""
-        try:
-            yield
-        # Beam turns an exception of a step into a RuntimeError with the traceback as text.
-        except RuntimeError as error:
-            raise _open[self._number].failure or error from None
+def open_job(settings: Settings, store: HistoryStore, salt: Salt, topic_id: str, mask: Mask = Mask.NONE) -> JobContext:
+    """Creates what turns clicks into rows, starting from the state of the store; without attributes."""
+    spec = FeatureSpec.from_settings(settings)
+    return JobContext(
+        settings=settings,
+        spec=spec,
+        store=store,
+        parser=Parser(settings.events, salt),
+        profiler=Profiler(store, spec, settings.stream.cache_users, mask),
+        clock=EventClock(store.extra),
+        labels=open_labels(settings, store, topic_id),
+        mask=mask,
+    )
 
 
-@contextmanager
-def opened(context: Owned) -> Iterator[Handle[Owned]]:
-    """Registers `context` for the block, and yields the handle by which the steps of a job reach it."""
-    number = next(_numbers)
-    _open[number] = _Open(context)
-    try:
-        yield Handle(number)
-    finally:
-        del _open[number]
+def parts_of(job: JobContext) -> dict[str, Any]:
+    """The fields of a context by name, for a context that has more."""
+    return {field.name: getattr(job, field.name) for field in fields(JobContext)}
 
 
-class Step(beam.DoFn, Generic[Context]):
-    """A step of a job that uses the process's context."""
+def _serve_metrics(settings: Settings, stack: ExitStack, stopping: threading.Event) -> tuple[StreamMetrics, Room]:
+    """Serves this process's metrics on `stream.metrics_port` (0: off) until `stack` closes, and prepares the kernels."""
+    registry = CollectorRegistry()
+    counted, storage = StreamMetrics(registry), offer(registry, settings, [STREAM])
+    if port := settings.stream.metrics_port:
+        stack.callback(metrics.serve(registry, port, settings.metrics.host))
+    stack.enter_context(copying(settings, registry, first=stopping))
+    Kernels(registry, logger, unused_kernels(settings), [KERNELS]).prepare(stopping.is_set)
+    return counted, Room(STREAM, storage, stopping.wait)
 
-    def __init__(self, handle: Handle[Context]) -> None:
-        super().__init__()
-        self.handle = handle
+
+def ensure_topics(settings: Settings, topics: Topics) -> TopicInfo:
+    """Creates the topics that the stream writes to, and describes the one it reads.
+
+    Raises:
+        LogError: The topic of clicks is missing, or Kafka is unreachable.
+    """
+    clicks = topics.describe(settings.kafka.clicks_topic)
+    topics.ensure(*topic_plan.dead_letters(settings))
+    topics.ensure(*topic_plan.microbatches(settings))
+    return clicks
+
+
+def _write_gaps(writer: StreamWriter, job: JobContext, gaps: Sequence[Gap], now_ms: int) -> None:
+    """Writes a micro-batch without rows, whose ranges tell readers of the training log about the gaps."""
+    nothing = replace(job.parser.parse([]), ranges=accounts.as_ranges(gaps))
+    writer.write_once(Cut((job.profiler.update(nothing),), now_ms))
+
+
+def open_join(
+    settings: Settings,
+    salt: Salt,
+    counted: StreamMetrics,
+    stack: ExitStack,
+    rewrite: bool = False,
+    reports: Callable[[str], Report] | None = None,
+) -> Join | None:
+    """Opens the attributes, up to date with their topics, and their follower; None if none are configured.
+
+    Args:
+        settings: The effective settings.
+        salt: Of the users' pseudonyms.
+        counted: Metrics of the process.
+        stack: Ends the follower.
+        rewrite: Whether to rewrite the store without free pages.
+        reports: Returns what handles the refused records of a topic; by default they become dead letters.
+
+    Raises:
+        LogError: A topic is missing or cannot be read.
+        StoreError: The store cannot be opened.
+    """
+    tables, wanted = tables_of(settings.attributes), settings.attributes
+    if not tables:
+        return None
+    folder = settings.stream_dir / ATTRIBUTES
+    store = AttributeStore.open_anew(folder, map_bytes(settings, STREAM, ATTRIBUTES, folder))
+    reports = reports or (lambda topic: report_to(settings.kafka, counted))
+    topics = {"user": wanted.user_topic, "item": wanted.item_topic}
+    followers = [
+        AttributeFollower(
+            settings.kafka, topics[side], table, salt, store, reports(topics[side]), settings.events.max_event_bytes
+        )
+        for side, table in tables.items()
+    ]
+    join = Join(store, followers, tables, wanted.slices, counted)
+    stack.callback(join.close)
+    join.catch_up()
+    if rewrite:
+        store.compact()
+    join.start()
+    return join
+
+
+def _start_positions(store: HistoryStore, clicks: TopicInfo, topic: str) -> dict[int, int]:
+    """By partition where reading starts; partitions that are not named start at their beginning."""
+    positions = accounts.positions_in(store, clicks.topic_id)
+    if store.positions() and not positions:
+        logger.warning("topic %s was recreated: reading it from its beginning", topic)
+    return positions
+
+
+def _report_start(context: StreamContext, clicks: TopicInfo) -> None:
+    """Shows the account, logs the start positions, and sets the metric of gaps ever accepted."""
+    accounts.show(context.store, context.metrics)
+    context.metrics.gaps_accepted.inc(len(accounts.accepted(context.store)))
+    positions = accounts.positions_in(context.store, clicks.topic_id)
+    logger.info(
+        "reading %s (%d partitions) from %s, feature spec %s",
+        context.settings.kafka.clicks_topic,
+        clicks.partitions,
+        {partition: positions[partition] for partition in sorted(positions)} or "its beginning",
+        context.spec.digest[:12],
+    )

@@ -1,15 +1,16 @@
-"""Brings the stream to what control asks: masked clicks, branch of the training log, rollback, and erased users.
+"""Applies control to the stream: masked clicks, branch of the training log, rollback, and erased users.
 
 A stream without a registry leaves no clicks out, and continues in the epoch of its histories. A running stream polls
 control ten times a second. When control changes, the job ends in order and is opened again in the same process, as
-after a restart. Then, before any click is read, the histories are rolled back to the branch point, and erased users are
-removed from them.
+after a restart. Before any click is read:
 
-The writer of the stream is opened first, which fences any other one. So the log contains all that the stream wrote on
-its old branch. A crash before the histories are rolled back leaves the same to be done, with another writer that fences
-this one. After that, the first record that is written has the new epoch.
+1. The writer of the stream is opened, which fences any other one. So the log contains all that the stream wrote on its
+   old branch.
+2. The histories are rolled back to the branch point in one commit. After a crash before it, the same is due again.
+3. Erased users are removed from them.
 
-Dead letters are in their topic only once: those already written are recorded, and not written again.
+The first record that is written after that has the new epoch. Dead letters that are already in their topic are
+recorded at the rollback, and not written again.
 """
 
 from __future__ import annotations
@@ -40,10 +41,13 @@ from state.process import killpoints
 from state.registry.control import Control
 from state.registry.controls import ControlPoll
 from state.registry.erasing import ErasureReport, report
-from state.registry.log_line import WHOLE, LogLine
+from state.registry.log_line import LogLine
 from streaming.event_clock import EventClock, clock_names
 
-LOOK_S = 0.1
+POLL_S = 0.1
+LETTERS = "letters"  # name of the store's extra
+PARTITION = 0
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,33 +55,25 @@ class Desired:
     """What control asks of the stream.
 
     Attributes:
-        line: The branch of the training log; the stream writes its last epoch.
+        branch: The branch of the training log; the stream writes its last epoch.
         mask: The clicks that are left out.
     """
 
-    line: LogLine
+    branch: LogLine
     mask: Mask = Mask.NONE
 
     @property
     def log_epoch(self) -> int:
-        """The epoch of the training log that is written.
-
-        >>> from state.registry.log_line import WHOLE
-        >>> Desired(WHOLE).log_epoch
-        1
-        """
-        return self.line[-1].epoch
-
-
-NOTHING_DESIRED = Desired(WHOLE)
+        """The epoch of the training log that is written."""
+        return self.branch[-1].epoch
 
 
 class ControlWatch:
-    """Polls control for one shard. Not thread-safe.
+    """Polls control for one stream. Not thread-safe.
 
     Args:
         registry: The registry's directory, which need not exist.
-        own: The branch that the histories belong to.
+        own: The branch of the histories.
         clock: Monotonic clock in seconds.
 
     Raises:
@@ -88,36 +84,31 @@ class ControlWatch:
     def __init__(self, registry: Path, own: LogLine, clock: Callable[[], float] = time.monotonic) -> None:
         self._own, self._clock = own, clock
         self._control = ControlPoll(registry)
-        self._looked_s, self._again_s = float("-inf"), float("inf")
+        self._polled_s, self._again_s = float("-inf"), float("inf")
         self.desired = self._wanted(self._control.read())
         if self.desired.log_epoch < own[-1].epoch:
             raise StoreError(
                 f"the histories are of epoch {own[-1].epoch} of the training log, and control in {registry} knows "
                 f"{self.desired.log_epoch}: it is another registry, or an older copy of it",
-                "restore the registry, or run `springtide rebuild-history`, which makes the histories of its epoch",
+                "restore the registry, or run `springtide rebuild-history`, which rebuilds the histories of its epoch",
             )
 
     def open_again_in(self, seconds: float | None) -> None:
-        """Schedules the shard to be opened again in `seconds`, whatever control asks for; None cancels it."""
+        """Schedules the stream to be opened again in `seconds`, whatever control asks for; None cancels it."""
         self._again_s = float("inf") if seconds is None else self._clock() + seconds
 
     def changed(self) -> bool:
-        """Whether control has changed, or the shard is to be opened again; polls control at most once per `LOOK_S`."""
+        """Whether control has changed, or the stream is to be opened again; polls control at most once per `POLL_S`."""
         now_s = self._clock()
         if now_s >= self._again_s:
             return True
-        if now_s - self._looked_s < LOOK_S:
+        if now_s - self._polled_s < POLL_S:
             return False
-        self._looked_s = now_s
+        self._polled_s = now_s
         return self._wanted(self._control.poll()) != self.desired
 
     def _wanted(self, control: Control | None) -> Desired:
         return Desired(self._own) if control is None else Desired(control.log, control.mask)
-
-
-LETTERS = "letters"  # name of the store's extra
-PARTITION = 0
-logger = logging.getLogger(__name__)
 
 
 def written_letters(store: HistoryStore) -> dict[Source, int]:
@@ -151,47 +142,43 @@ def roll_back_histories(
         StoreFull: Nothing was changed.
     """
     killpoints.reach("stream.fenced")
-    told = written_letters(store)
-    told |= {source: max(after, told.get(source, 0)) for source, after in store.positions().items()}
-    letters = {LETTERS: json.dumps({str(source): after for source, after in told.items()}).encode()}
-    ours = store.positions().keys()
+    ours = store.positions()
+    written = written_letters(store)
+    written |= {source: max(after, written.get(source, 0)) for source, after in ours.items()}
+    letters = {LETTERS: json.dumps({str(source): after for source, after in written.items()}).encode()}
 
     def extra(_: int, before: Before) -> dict[str, bytes | None]:
-        return {**letters, **clocks_after(before, ours)}
+        return {**letters, **clocks_after(before, ours.keys())}
 
     def open_at(offset: int) -> Reader:
         return log.reader(settings.kafka.microbatches_topic, [PARTITION], {PARTITION: offset})
 
-    found = rewind(store, desired.line, open_at, PARTITION, spec.reach_ms(settings.events), extra=extra, timed=True)
-    if found is not None:
-        logger.info("epoch %d of the training log: %s", desired.log_epoch, found)
+    result = rewind(store, desired.branch, open_at, PARTITION, spec.reach_ms(settings.events), extra=extra, timed=True)
+    if result is not None:
+        logger.info("epoch %d of the training log: %s", desired.log_epoch, result)
     return written_letters(store)
 
 
-def report_erasures(registry: Path, told: ErasureReport, say: Callable[[str], None]) -> bool:
-    """Reports to the registry which erasures were applied; returns whether it succeeded, and calls `say` if not."""
+def report_erasures(registry: Path, applied: ErasureReport, warn: Callable[[str], None]) -> bool:
+    """Reports to the registry which erasures were applied; returns whether it succeeded, and calls `warn` if not."""
     try:
-        report(registry, told)
+        report(registry, applied)
     except OSError as error:
-        say(f"how far erasures are taken into account cannot be told in {registry}: {error}")
+        warn(f"applied erasures cannot be reported in {registry}: {error}")
         return False
     return True
 
 
 def compaction_is_due(store: HistoryStore, erased: Erased, now_ms: int) -> bool:
-    """Whether the stores of this shard must be rewritten, so that free pages contain no data of erased users."""
-    told = store.forgotten
-    return told.pages < erased.last and now_ms >= told.paged_ms + PAGES_MS
+    """Whether the stream's stores must be rewritten, so that free pages contain no data of erased users."""
+    forgotten = store.forgotten
+    return forgotten.pages < erased.last and now_ms >= forgotten.paged_ms + PAGES_MS
 
 
 def apply_erasures(store: HistoryStore, registry: Path, erased: Erased, now_ms: int) -> float | None:
     """Removes erased users from `store`, and reports it; after a crash in between, the same work is due again.
 
-    Args:
-        store: The shard's store, already rolled back to its branch of the log.
-        registry: Where to report.
-        erased: All erasures.
-        now_ms: Wall clock.
+    The store must already be rolled back to its branch of the log.
 
     Returns:
         In how many seconds the store must be rewritten; None if it need not be.
@@ -202,22 +189,21 @@ def apply_erasures(store: HistoryStore, registry: Path, erased: Erased, now_ms: 
     """
     if not erased:
         return None
-    before, told = store.forgotten, store.forget(erased)
+    before, after = store.forgotten, store.forget(erased)
     killpoints.reach("stream.forgotten")
-    if told.through > before.through:
-        logger.info("erasure %d: users are forgotten here", told.through)
+    if after.through > before.through:
+        logger.info("erasure %d: users are removed from the histories", after.through)
     began_s = time.monotonic()
     try:
-        told = store.compact_if_due(now_ms)
+        after = store.compact_if_due(now_ms)
     except StoreFull as full:
         logger.warning("free pages keep bytes of erased users: %s", full)
-    if told.pages > before.pages:
-        logger.info("the histories are written anew, without free pages, in %.1f s", time.monotonic() - began_s)
-    shard = store.path.parent
-    report_erasures(
-        registry, ErasureReport(shard.name, HOST, str(shard), told.through, told.pages, 0, now_ms), logger.warning
-    )
-    due_ms = told.due_ms()
+    if after.pages > before.pages:
+        logger.info("the histories were rewritten without free pages in %.1f s", time.monotonic() - began_s)
+    folder = store.path.parent
+    applied = ErasureReport(folder.name, HOST, str(folder), after.through, after.pages, 0, now_ms)
+    report_erasures(registry, applied, logger.warning)
+    due_ms = after.due_ms()
     if due_ms is None:
         return None
     # If there was no space, it is tried again later.

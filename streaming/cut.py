@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from state.config.sections import Stream
 from state.history.appends import Appends
 from state.microbatch.batch import Header
 from state.microbatch.codec import split
@@ -22,12 +23,7 @@ from streaming.rows import Rows
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """The batches that are written together, in log order.
-
-    Attributes:
-        pieces: The batches with their windows.
-        created_ms: When the cut was made, wall clock, ms.
-    """
+    """The batches that are written together, in log order, and when they were cut: wall clock, ms."""
 
     pieces: tuple[Rows, ...]
     created_ms: int
@@ -97,12 +93,12 @@ def merge_all(ranges: Iterable[Range]) -> tuple[Range, ...]:
 
 
 def clocks_of(cut: Cut) -> tuple[tuple[int, int], ...]:
-    """For each merged range, the event clock before and after it; empty if one of the batches has no clock."""
+    """For each merged range, the time that readers may believe before and after it; empty if a batch has no clock."""
     merged: dict[Source, tuple[int, int]] = {}
     for piece in cut.pieces:
-        if piece.told is None:
+        if piece.clock is None:
             return ()
-        for part, (begin, end) in zip(piece.batch.ranges, piece.told.clocks, strict=True):
+        for part, (begin, end) in zip(piece.batch.ranges, piece.clock.believed, strict=True):
             merged[part.source] = merged.get(part.source, (begin, end))[0], end
     return tuple(merged.values())
 
@@ -122,44 +118,62 @@ def gather(cut: Cut) -> tuple[tuple[Range, ...], dict[str, NDArray[Any]]]:
     return ranges, {name: np.concatenate([columns[name] for columns in parts]) for name in parts[0]}
 
 
-def encode_cut(
-    cut: Cut,
-    spec: str,
-    salt: str,
-    max_rows: int,
-    max_record_bytes: int,
-    mask_generation: int = 0,
-    log_epoch: int = 1,
-) -> list[bytes]:
-    """Encodes a cut as micro-batch records: one, unless a limit requires more.
+@dataclass(frozen=True)
+class Encoding:
+    """What the records of a cut have in common.
 
-    Args:
-        cut: The collected batches.
+    Attributes:
         spec: Digest of the feature spec.
         salt: Fingerprint of the salt.
         max_rows: Maximum number of rows of one record.
         max_record_bytes: Maximum size of one record in bytes.
-        mask_generation: Generation of the mask that its windows were computed with.
-        log_epoch: The epoch of the training log that it is written in.
+        mask_generation: Generation of the mask that the windows were computed with.
+        log_epoch: The epoch of the training log that is written.
+    """
+
+    spec: str
+    salt: str
+    max_rows: int
+    max_record_bytes: int
+    mask_generation: int = 0
+    log_epoch: int = 1
+
+    @classmethod
+    def of(cls, stream: Stream, spec: str, salt: str) -> Encoding:
+        """The encoding of a stream with these settings, without a mask."""
+        return cls(spec, salt, stream.cut_rows, stream.max_record_bytes)
+
+
+def encode_cut(cut: Cut, encoding: Encoding) -> list[bytes]:
+    """Encodes a cut as micro-batch records: one, unless a limit requires more.
 
     Raises:
-        MicroBatchError: One row exceeds `max_record_bytes`.
+        MicroBatchError: One row exceeds the maximum size of a record.
     """
     ranges, columns = gather(cut)
     names = {key: name for piece in cut.pieces for key, name in (piece.batch.item_names | piece.batch.names).items()}
     attributes = [piece.attributes for piece in cut.pieces if piece.attributes is not None]
     for joined in attributes:
         names |= joined.names
-    fields = attributes[0].fields if attributes else ((), ())
-    header = Header(spec, salt, ranges, cut.created_ms, mask_generation, names, fields, log_epoch, clocks_of(cut))
-    return split(header, columns, max_record_bytes, max_rows)
+    header = Header(
+        encoding.spec,
+        encoding.salt,
+        ranges,
+        cut.created_ms,
+        encoding.mask_generation,
+        names,
+        attributes[0].fields if attributes else ((), ()),
+        encoding.log_epoch,
+        clocks_of(cut),
+    )
+    return split(header, columns, encoding.max_record_bytes, encoding.max_rows)
 
 
 def merge_appends(parts: Sequence[Appends]) -> Appends:
     """Merges appends into one set; a user's events keep the order of `parts`."""
+    if not parts:
+        return Appends.none()
     if len(parts) == 1:
         return parts[0]
-    users = [np.repeat(part.users, part.lengths) for part in parts]
-    return (
-        Appends.of(np.concatenate(users), np.concatenate([part.events for part in parts])) if parts else Appends.none()
-    )
+    users = np.concatenate([np.repeat(part.users, part.lengths) for part in parts])
+    return Appends.of(users, np.concatenate([part.events for part in parts]))

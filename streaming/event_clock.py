@@ -1,20 +1,20 @@
 """The event clock: event time of each partition, from the clicks of many users, so that no single user can move it.
 
-A witness is a user whose clicks vote on a partition's time (the watermark quorum). The witnesses of a partition are the
-users of its last `TURNS` turns, each with the time of the latest click. Consecutive clicks of one user are one turn, so
-a thousand of them weigh no more than one.
+The users whose clicks decide a partition's clock are its watermark quorum: the users of its last `TURNS` turns, each
+with the time of the latest click. Consecutive clicks of one user are one turn, so a thousand of them weigh no more than
+one.
 
-1. The crowd's time is the lower median of the witnesses' times: at least half of them report that time or a later one.
+1. The crowd's time is the lower median of the quorum's times: at least half of them report that time or a later one.
 2. A time is believed up to `TOLERANCE_MS` after the crowd's. The clock is the newest time that was believed. If all
    users' clocks are right, it is the newest event time.
-3. A clock that `QUORUM` witnesses agree on does not go back. A click far behind it is late, and late clicks, even a
+3. A clock that `AGREEING` users agree on does not go back. A click far behind it is late, and late clicks, even a
    whole file of them, do not affect the clock. Only after `PATIENCE` turns of nothing else does the clock start again.
 4. A clock that fewer agree on, such as that of a first click, holds until two others contradict it.
 
 This clock depends on the log of the partition alone, however it is read. The time that a micro-batch reports to its
-readers (`believe`) also uses the time when each click was read. A witness's time advances with the wall clock, so that
-the first click after a quiet night is believed at once. The wall clock is a witness too. No time beyond it is believed
-unless there are `QUORUM` witnesses. If a partition has fewer than `ENOUGH` witnesses, those of all partitions together,
+readers (`believe`) also uses the time when each click was read. The quorum's times advance with the wall clock, so that
+the first click after a quiet night is believed at once. The wall clock has a vote too. No time beyond it is believed
+unless there are `AGREEING` users. If a partition has fewer than `ENOUGH` users, those of all partitions together,
 under key 0, replace them.
 
 `EventClock` is updated by one thread, batch by batch. Its state is committed with the positions of the batch, so that
@@ -40,7 +40,7 @@ from streaming.alignment import Reached
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
 
-TURNS, QUORUM, ENOUGH, PATIENCE = 15, 8, 3, 1000
+TURNS, AGREEING, ENOUGH, PATIENCE = 15, 8, 3, 1000
 ALL = 0  # the key of all partitions together
 NEVER_MS = np.iinfo(np.int64).min
 AHEAD, BEHIND = 1, 2
@@ -49,33 +49,31 @@ _TURNS, _CLOCK, _BELIEVED, _AGREED, _LATE, _LATE_USER = 0, 1, 2, 3, 4, 5
 
 
 @layout("i8[:, :, ::1], i8[:, ::1]")
-class Witnesses(NamedTuple):
-    """The witnesses and the clocks of K keys: all partitions together, then each partition.
+class Quorum(NamedTuple):
+    """The votes and the clocks of K keys: all partitions together, then each partition.
 
     Attributes:
-        said: `[K, TURNS, 4]` int64: the user, the time of the latest click, when it was read, and its turn; turn 0
-            marks an empty entry.
-        marks: `[K, 6]` int64: turns so far, the clock, the newest time that readers were told to believe, 1 once
-            `QUORUM` agreed, turns of late clicks since the last one that was not late, and the user of the last late
-            one.
+        votes: `[K, TURNS, 4]` int64: the user, the time of the latest click, when it was read, and its turn (0: empty).
+        marks: `[K, 6]` int64: turns so far, the clock, the newest time that readers may believe, 1 once `AGREEING`
+            agreed, turns of late clicks since the last one that was not late, and the user of the last late one.
     """
 
-    said: I64
+    votes: I64
     marks: I64
 
     @classmethod
-    def of(cls, keys: int) -> Witnesses:
+    def of(cls, keys: int) -> Quorum:
         """Creates the state before any click."""
         marks = np.zeros((keys, 6), np.int64)
         marks[:, [_CLOCK, _BELIEVED]] = NEVER_MS
         return cls(np.zeros((keys, TURNS, 4), np.int64), marks)
 
-    def with_space(self, keys: int) -> Witnesses:
-        """Returns a copy with space for `keys` keys; itself if there is enough."""
+    def with_space(self, keys: int) -> Quorum:
+        """Returns itself, or a copy with space for `keys` keys."""
         if len(self.marks) >= keys:
             return self
-        grown = Witnesses.of(max(keys, 2 * len(self.marks)))
-        grown.said[: len(self.said)] = self.said
+        grown = Quorum.of(max(keys, 2 * len(self.marks)))
+        grown.votes[: len(self.votes)] = self.votes
         grown.marks[: len(self.marks)] = self.marks
         return grown
 
@@ -83,41 +81,25 @@ class Witnesses(NamedTuple):
         """Number of turns so far."""
         return int(self.marks[key, _TURNS])
 
-    def clocks(self, keys: I64) -> I64:
-        """`[r]` int64, the clock of each of `[r]` keys; `NEVER_MS` if there was no click yet."""
-        found: I64 = self.marks[keys, _CLOCK]
-        return found
-
-    def set_clock(self, key: int, clock_ms: int | None) -> None:
-        """Sets a clock whose witnesses are not stored; None leaves it unchanged."""
-        if clock_ms is not None:
-            self.marks[key, _CLOCK] = clock_ms
-
     def pack(self, key: int) -> bytes:
-        """Encodes the state of one key as int64 little-endian: `marks`, then `said`."""
-        return np.concatenate([self.marks[key], self.said[key].ravel()]).astype("<i8").tobytes()
+        """Encodes the state of one key as int64 little-endian: `marks`, then `votes`."""
+        return np.concatenate([self.marks[key], self.votes[key].ravel()]).astype("<i8").tobytes()
 
     def unpack(self, key: int, value: bytes) -> None:
         """Restores the result of `pack`; a value of another release is ignored."""
         found = np.frombuffer(value, "<i8")
         if len(found) == 6 + TURNS * 4:
-            self.marks[key], self.said[key] = found[:6], found[6:].reshape(TURNS, 4)
+            self.marks[key], self.votes[key] = found[:6], found[6:].reshape(TURNS, 4)
 
 
 def believed_in(packed: bytes | None) -> int | None:
-    """The newest time that readers were told to believe, ms, from a result of `Witnesses.pack`; None if there is none.
-
-    >>> known = Witnesses.of(1)
-    >>> known.marks[0, _BELIEVED] = 70
-    >>> believed_in(known.pack(0)), believed_in(None)
-    (70, None)
-    """
-    told = np.frombuffer(packed or b"", "<i8")
-    return int(told[_BELIEVED]) if len(told) > _BELIEVED and told[_BELIEVED] > NEVER_MS else None
+    """The newest time that readers may believe, ms, from a result of `Quorum.pack`; None if there is none."""
+    state = np.frombuffer(packed or b"", "<i8")
+    return int(state[_BELIEVED]) if len(state) > _BELIEVED and state[_BELIEVED] > NEVER_MS else None
 
 
-def hear(known: Witnesses, key: I64, user: NDArray[np.uint64], at_ms: I64, read_ms: int) -> I64:
-    """Adds clicks in order of arrival; returns `[n]` int64, for each click its partition's clock after it.
+def hear(known: Quorum, key: I64, user: NDArray[np.uint64], at_ms: I64, read_ms: int) -> I64:
+    """Adds clicks to `known` in order of arrival; returns `[n]` int64, for each click its partition's clock after it.
 
     Args:
         known: Changed.
@@ -131,7 +113,7 @@ def hear(known: Witnesses, key: I64, user: NDArray[np.uint64], at_ms: I64, read_
     return clock
 
 
-def believe(known: Witnesses, keys: I64, source: I64, at_ms: I64, now_ms: int) -> tuple[I64, U8]:
+def believe(known: Quorum, keys: I64, source: I64, at_ms: I64, now_ms: int) -> tuple[I64, U8]:
     """The event time that readers may believe in each partition; call it after `hear` with the same clicks.
 
     Args:
@@ -150,47 +132,47 @@ def believe(known: Witnesses, keys: I64, source: I64, at_ms: I64, now_ms: int) -
     return clocks, off
 
 
-def crowd(known: Witnesses, key: int) -> tuple[int | None, int]:
-    """The lower median of a key's witnesses, ms, None if there are none; and its consecutive turns of late clicks."""
-    said = known.said[key]
-    heard = np.sort(said[said[:, _TURN] > max(known.turns(key) - TURNS, 0), _AT])
-    return (int(heard[(len(heard) - 1) // 2]) if len(heard) else None), int(known.marks[key, _LATE])
+def crowd(known: Quorum, key: int) -> tuple[int | None, int]:
+    """The lower median of a key's votes, ms, None if there are none; and its consecutive turns of late clicks."""
+    votes = known.votes[key]
+    times = np.sort(votes[votes[:, _TURN] > max(known.turns(key) - TURNS, 0), _AT])
+    return (int(times[(len(times) - 1) // 2]) if len(times) else None), int(known.marks[key, _LATE])
 
 
 @compiled
-def _take(known: Witnesses, key: int, user: int, at_ms: int, read_ms: int) -> None:
+def _take(known: Quorum, key: int, user: int, at_ms: int, read_ms: int) -> None:
     """Records a user's click; a user's later click replaces the earlier one."""
     turn = known.marks[key, _TURNS]
     slot = oldest = 0
     same = False
-    for one in range(TURNS):
-        if known.said[key, one, _TURN] > 0 and known.said[key, one, _USER] == user:
-            slot = one
+    for entry in range(TURNS):
+        if known.votes[key, entry, _TURN] > 0 and known.votes[key, entry, _USER] == user:
+            slot = entry
             same = True
             break
-        if known.said[key, one, _TURN] < known.said[key, oldest, _TURN]:
-            oldest = one
+        if known.votes[key, entry, _TURN] < known.votes[key, oldest, _TURN]:
+            oldest = entry
     if not same:
         slot = oldest
-    if not same or known.said[key, slot, _TURN] != turn:
+    if not same or known.votes[key, slot, _TURN] != turn:
         turn += 1
         known.marks[key, _TURNS] = turn
-    known.said[key, slot, _USER] = user
-    known.said[key, slot, _AT] = at_ms
-    known.said[key, slot, _READ] = read_ms
-    known.said[key, slot, _TURN] = turn
+    known.votes[key, slot, _USER] = user
+    known.votes[key, slot, _AT] = at_ms
+    known.votes[key, slot, _READ] = read_ms
+    known.votes[key, slot, _TURN] = turn
 
 
 @compiled
-def _sorted(known: Witnesses, key: int, now_ms: int, times: I64) -> int:
-    """Writes the witnesses' times, advanced to `now_ms`, to `times` in ascending order; returns their number."""
+def _sorted(known: Quorum, key: int, now_ms: int, times: I64) -> int:
+    """Writes the quorum's times, advanced to `now_ms`, to `times` in ascending order; returns their number."""
     count = 0
     since = known.marks[key, _TURNS] - TURNS
-    for one in range(TURNS):
-        turn = known.said[key, one, _TURN]
+    for entry in range(TURNS):
+        turn = known.votes[key, entry, _TURN]
         if turn <= max(since, 0):
             continue
-        time = known.said[key, one, _AT] + max(0, now_ms - known.said[key, one, _READ])
+        time = known.votes[key, entry, _AT] + max(0, now_ms - known.votes[key, entry, _READ])
         place = count
         while place > 0 and times[place - 1] > time:
             times[place] = times[place - 1]
@@ -201,7 +183,7 @@ def _sorted(known: Witnesses, key: int, now_ms: int, times: I64) -> int:
 
 
 @compiled
-def _is_late(known: Witnesses, key: int, user: int, at_ms: int) -> bool:
+def _is_late(known: Quorum, key: int, user: int, at_ms: int) -> bool:
     """Whether a late click must not affect the clock; after `PATIENCE` turns of late clicks, the state is reset."""
     mark = known.marks[key]
     if mark[_AGREED] == 0 or at_ms >= mark[_CLOCK] - TOLERANCE_MS:
@@ -214,13 +196,13 @@ def _is_late(known: Witnesses, key: int, user: int, at_ms: int) -> bool:
         return True
     mark[_LATE] = mark[_AGREED] = 0
     mark[_CLOCK] = NEVER_MS
-    known.said[key, :, _TURN] = 0
+    known.votes[key, :, _TURN] = 0
     return False
 
 
 @compiled
-def _settle(known: Witnesses, key: int, times: I64) -> int:
-    """Computes the clock from the witnesses' times."""
+def _settle(known: Quorum, key: int, times: I64) -> int:
+    """Computes the clock from the quorum's times."""
     # 1.
     count = _sorted(known, key, 0, times)
     latest = times[(count - 1) // 2] + TOLERANCE_MS
@@ -229,18 +211,18 @@ def _settle(known: Witnesses, key: int, times: I64) -> int:
     if clock > latest and known.marks[key, _AGREED] == 0 and (count < 2 or times[count - 2] < clock - TOLERANCE_MS):
         clock = latest - TOLERANCE_MS
     # 2.
-    for one in range(count):
-        if times[one] <= latest:
-            clock = max(clock, times[one])
+    for entry in range(count):
+        if times[entry] <= latest:
+            clock = max(clock, times[entry])
     # 3.
-    if count >= QUORUM and times[count - QUORUM] >= clock - TOLERANCE_MS:
+    if count >= AGREEING and times[count - AGREEING] >= clock - TOLERANCE_MS:
         known.marks[key, _AGREED] = 1
     known.marks[key, _CLOCK] = clock
     return int(clock)
 
 
-@compiled("Witnesses, i8[::1], i8[::1], i8[::1], i8, i8[::1]")
-def _hear(known: Witnesses, key: I64, user: I64, at_ms: I64, read_ms: int, clock_ms: I64) -> None:
+@compiled("Quorum, i8[::1], i8[::1], i8[::1], i8, i8[::1]")
+def _hear(known: Quorum, key: I64, user: I64, at_ms: I64, read_ms: int, clock_ms: I64) -> None:
     times = np.empty(TURNS, np.int64)
     heard = False
     for n in range(key.shape[0]):
@@ -272,12 +254,12 @@ def _with_wall_clock(times: I64, count: int, now_ms: int) -> int:
 def _limit(crowd: int, count: int, now_ms: int) -> int:
     """The latest time that is believed."""
     if crowd > now_ms:
-        return crowd if count >= QUORUM else now_ms
+        return crowd if count >= AGREEING else now_ms
     return min(now_ms, crowd + TOLERANCE_MS)
 
 
-@compiled("Witnesses, i8[::1], i8[::1], i8[::1], i8, i8[:, ::1], u1[::1]")
-def _believe(known: Witnesses, keys: I64, source: I64, at_ms: I64, now_ms: int, clocks: I64, off: U8) -> None:
+@compiled("Quorum, i8[::1], i8[::1], i8[::1], i8, i8[:, ::1], u1[::1]")
+def _believe(known: Quorum, keys: I64, source: I64, at_ms: I64, now_ms: int, clocks: I64, off: U8) -> None:
     times = np.empty(TURNS, np.int64)
     limits, crowds = np.empty(keys.shape[0], np.int64), np.empty(keys.shape[0], np.int64)
     count_of_all = _sorted(known, ALL, now_ms, times)
@@ -347,8 +329,7 @@ class Moves(NamedTuple):
     """Where the clocks of partitions move: each entry gives the clock from its offset on.
 
     Attributes:
-        source: `[m]` uint16, an index of the ranges, ascending; the first entry of a range is the clock at its
-            beginning.
+        source: `[m]` uint16, an index of the ranges, ascending; a range's first entry is the clock at its beginning.
         offset: `[m]` int64, ascending in a range.
         clock_ms: `[m]` int64.
     """
@@ -359,33 +340,26 @@ class Moves(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Told:
+class BatchClock:
     """The event clock during a batch of events.
 
     Attributes:
         clock_ms: `[n]` int64, for each event its partition's clock after it.
         moves: Where that clock moves; also for consumers that have only a part of the events.
-        clocks: For each range the time that readers may believe, before its first and after its last event, ms.
+        believed: For each range the time that readers may believe, before its first and after its last event, ms.
         state: Names of the store's extras and their values, to commit with the batch.
         off: The clocks that are wrong.
     """
 
     clock_ms: NDArray[np.int64]
     moves: Moves
-    clocks: tuple[tuple[int, int], ...]
+    believed: tuple[tuple[int, int], ...]
     state: Mapping[str, bytes]
     off: tuple[OffClock, ...]
 
 
 class _Suspect(NamedTuple):
-    """Clicks of one user that were ahead of the believed time, but may only be the first after a quiet period.
-
-    Attributes:
-        at_ms: Time of the newest.
-        offset: Its offset.
-        turn: Number of turns of the partition before the first of them.
-        clicks: Number of these clicks.
-    """
+    """Clicks of one user that were ahead of the believed time, but may only be the first after a quiet period."""
 
     at_ms: int
     offset: int
@@ -428,24 +402,20 @@ def clock_of_all(clocks: Mapping[Source, int], reach_ms: int) -> int:
 
 
 class EventClock:
-    """The event clock of each partition. Not thread-safe.
-
-    Args:
-        extra: Returns an extra of the store by name.
-    """
+    """The event clock of each partition; `extra` returns its stored state by name. Not thread-safe."""
 
     def __init__(self, extra: Callable[[str], bytes | None]) -> None:
         self._extra = extra
         self._keys: dict[Source, int] = {}
         self._suspects: dict[int, dict[int, _Suspect]] = {}  # by key and user
-        self._known = Witnesses.of(8)
+        self._known = Quorum.of(8)
         self._load(ALL, "all")
         # Compile the kernels, or load their machine code, before the first event.
         nothing = np.empty(0, np.int64)
         hear(self._known, nothing, nothing.view(np.uint64), nothing, 0)
         believe(self._known, nothing, nothing, nothing, 0)
 
-    def follow(self, clicks: Clicks, ranges: Sequence[Range], now_ms: int) -> Told:
+    def follow(self, clicks: Clicks, ranges: Sequence[Range], now_ms: int) -> BatchClock:
         """Updates the clocks with a batch of events, and returns them.
 
         Args:
@@ -456,7 +426,7 @@ class EventClock:
         keys = np.array([self._key(part.source) for part in ranges], np.int64)
         # Copies: for read-only or non-contiguous arrays the kernels would be compiled again.
         source, at_ms, user = clicks.source.astype(np.int64), clicks.at_ms.copy(), clicks.user.copy()
-        begin_ms = self._known.clocks(keys)
+        begin_ms = self._known.marks[keys, _CLOCK]
         clock_ms = hear(self._known, keys[source] if len(source) else source, user, at_ms, now_ms)
         clocks, off = believe(self._known, keys, source, at_ms, now_ms)
         names = {PREFIX + str(part.source): key for part, key in zip(ranges, keys.tolist(), strict=True)}
@@ -465,12 +435,12 @@ class EventClock:
         state = {name: self._known.pack(key) for name, key in {PREFIX + "all": ALL, **names}.items()}
         reached = tuple((int(begin), int(end)) for begin, end in clocks.tolist())
         moves = moves_of(ranges, begin_ms, clicks, clock_ms)
-        return Told(clock_ms, moves, reached, state, self._off(clicks, ranges, keys, clocks, off, now_ms))
+        return BatchClock(clock_ms, moves, reached, state, self._off(clicks, ranges, keys, clocks, off, now_ms))
 
     def reached(self, source: Source) -> Reached:
         """The event time of a source so far, as its crowd reports it; no single user decides it."""
         crowd_ms, late = crowd(self._known, self._key(source))
-        return Reached(crowd_ms, late >= QUORUM)
+        return Reached(crowd_ms, late >= AGREEING)
 
     def _key(self, source: Source) -> int:
         key = self._keys.get(source)
@@ -479,8 +449,8 @@ class EventClock:
             self._known = self._known.with_space(key + 1)
             self._load(key, str(source))
             if not self._known.turns(key):
-                # Before the watermark quorum existed, the clock of waiting rows was the newest event time.
-                self._known.set_clock(key, decode_clocks(self._extra(CLOCKS)).get(source))
+                # 0.1.0 had no watermark quorum: the clock of waiting rows was the newest event time.
+                self._known.marks[key, _CLOCK] = decode_clocks(self._extra(CLOCKS)).get(source, NEVER_MS)
         return key
 
     def _load(self, key: int, name: str) -> None:

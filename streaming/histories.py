@@ -9,8 +9,8 @@ Both the stream and the rebuild call `finish` under the directory's lock before 
 with an empty store between two renames.
 
 Earlier releases split the partitions among shards. A stream never continues next to histories of former shards. A
-rebuild creates one store of all partitions. It ends the open transactions of the shards' writers and fences them, also
-those on other hosts. Once the new store is in place, theirs are set aside.
+rebuild creates one store of all partitions, fences the writers of the shards, also those on other hosts, and sets their
+stores aside once the new store is in use.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from state.history.store import HistoryStore, open_history_store
 from state.layout import HISTORIES, MARK
 from state.log import Log
 from state.process import killpoints
-from state.registry.model_fit import require_same_features
+from state.registry.model_fit import require_same_model
 from state.registry.specs import SpecActions
 from state.storage.shares import STREAM
 from streaming.writer import id_of_first_release, last_id, note_first_release, transactional_id
@@ -45,18 +45,20 @@ from streaming.writer import id_of_first_release, last_id, note_first_release, t
 REBUILDING = f"{HISTORIES}.rebuilding"
 REBUILT = f"{HISTORIES}.rebuilt"
 BAD = f"{HISTORIES}.bad"
+SPEC, SALT = "spec", "salt"  # names of the store's extras
+logger = logging.getLogger(__name__)
 
 
 def begin(folder: Path) -> Path:
     """Returns an empty path to build a store at; removes the remains of an earlier attempt."""
-    place = folder / REBUILDING
-    if place.exists():
-        shutil.rmtree(place)
-    return place
+    path = folder / REBUILDING
+    if path.exists():
+        shutil.rmtree(path)
+    return path
 
 
 def promise(folder: Path) -> None:
-    """Declares the closed and synced store `histories.rebuilding` complete: from now on it will replace the old one."""
+    """Declares the closed store `histories.rebuilding` complete: from now on it will replace the old one."""
     durable.sync_tree(folder / REBUILDING)
     (folder / REBUILDING).rename(folder / REBUILT)
     durable.sync_directory(folder)
@@ -107,62 +109,51 @@ def set_aside(place: Path) -> Path | None:
     return aside
 
 
-logger = logging.getLogger(__name__)
-
-
 def former_shards(state: Path) -> list[Path]:
     """The directories of all shards but the first that still have histories, by name."""
-    return [one.parent for one in layout.streams(state) if one.parent != layout.stream(state)]
+    return [store.parent for store in layout.streams(state) if store.parent != layout.stream(state)]
 
 
-def refuse_beside(state: Path) -> None:
-    """Refuses to continue while histories of former shards exist.
-
-    Raises:
-        CorruptStore: There are such histories.
-    """
-    if found := former_shards(state):
+def _refuse_former_shards(state: Path) -> None:
+    if shards := former_shards(state):
         raise CorruptStore(
-            f"{', '.join(map(str, found))}: histories of partitions that one stream reads now",
-            "stop the streams of all shards, and run `springtide rebuild-history`: it makes one store of all partitions",
+            f"{', '.join(map(str, shards))}: histories of partitions that one stream reads now",
+            "stop the streams of all shards, and run `springtide rebuild-history`: it builds one store of all partitions",
         )
 
 
 @contextmanager
-def replaced(settings: Settings, log: Log) -> Iterator[None]:
-    """Wraps a rebuild: locks the shards' directories, fences their writers, and then sets their stores aside.
+def replacing_shards(settings: Settings, log: Log) -> Iterator[None]:
+    """Wraps a rebuild: locks the former shards' directories, fences their writers, and then sets their stores aside.
 
     Raises:
         LockHeld: A shard's stream runs here.
         LogError: Kafka is unreachable, or a topic is missing.
     """
-    found = former_shards(settings.state_dir)
+    shards = former_shards(settings.state_dir)
     with ExitStack() as stack:
-        for folder in found:
+        for folder in shards:
             stack.enter_context(DirectoryLock(folder))
-        if found:
-            _fence(settings, log, found)
+        if shards:
+            _fence(settings, log, shards)
         yield
-        for folder in found:
+        for folder in shards:
             aside = set_aside(folder / layout.HISTORIES)
-            logger.info("%s is part of the rebuilt histories; the store before them is %s", folder, aside)
+            logger.info("%s is part of the rebuilt histories; its old store is %s", folder, aside)
 
 
-def _fence(settings: Settings, log: Log, found: list[Path]) -> None:
+def _fence(settings: Settings, log: Log, shards: list[Path]) -> None:
     """Takes over the transactional id of each possible shard; a shard beyond the number of partitions read nothing."""
     kafka = settings.kafka
     with log.topics() as topics:
         clicks, microbatches = topics.describe(kafka.clicks_topic), topics.describe(kafka.microbatches_topic)
-    ids = {last_id(folder) or id_of_first_release(int(folder.name.rpartition("-")[2])) for folder in found}
+    ids = {last_id(folder) or id_of_first_release(int(folder.name.rpartition("-")[2])) for folder in shards}
     ids |= {
         transactional_id(clicks.topic_id, microbatches.topic_id, kafka.group, shard)
         for shard in range(1, clicks.partitions)
     }
-    for one in sorted(ids):
-        log.writer(one).close()
-
-
-SPEC, SALT = "spec", "salt"  # names of the store's extras
+    for transactional in sorted(ids):
+        log.writer(transactional).close()
 
 
 @contextmanager
@@ -173,8 +164,7 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
     2. Load the salt, which is created at the first start.
     3. Complete a rebuild that was interrupted after its store was finished. Refuse to continue next to histories of
        shards of an earlier release.
-    4. Open the store, in memory if there is space. It must have been filled with this salt. Its events do not depend on
-       a feature spec: windows of another spec are computed from them, once the model continues with it.
+    4. Open the store, in memory if there is space. It must have been filled with this salt.
 
     Raises:
         LockHeld: Another process has the directory.
@@ -187,7 +177,7 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
     """
     folder = settings.stream_dir
     # Windows that the model does not use yet are not written to the training log.
-    require_same_features(settings)
+    require_same_model(settings, features_only=True)
     # 1.
     folder.mkdir(parents=True, exist_ok=True)
     with DirectoryLock(folder):
@@ -195,9 +185,9 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
         salt = own_salt(settings)
         # 3.
         if (aside := finish(folder)) is not None:
-            logger.info("using the histories of a rebuild that was cut short; the store before them is %s", aside)
+            logger.info("using the histories of an interrupted rebuild; the old store is %s", aside)
         note_first_release(folder)
-        refuse_beside(settings.state_dir)
+        _refuse_former_shards(settings.state_dir)
         # 4.
         store = open_history_store(settings, STREAM, folder)
         try:
@@ -210,11 +200,8 @@ def open_histories(settings: Settings, spec: FeatureSpec) -> Iterator[tuple[Hist
 def check_identity(store: HistoryStore, spec: FeatureSpec, salt: str, known: SpecActions) -> None:
     """Binds a store to the features of the settings, and permanently to the salt of its users.
 
-    Args:
-        store: The store, filled under any features.
-        spec: Of the settings.
-        salt: The salt's fingerprint.
-        known: Names the actions of former features.
+    Its events do not depend on a feature spec: windows of another spec are computed from them. `known` names the actions
+    of former features.
 
     Raises:
         SaltMismatch: The store was filled with another salt.
@@ -230,11 +217,11 @@ def check_identity(store: HistoryStore, spec: FeatureSpec, salt: str, known: Spe
             raise SpecMismatch(
                 f"{store.path} was filled by 0.1.0 under feature spec {(stored_spec or b'').decode()[:12]}, which the "
                 "registry does not know",
-                "start the stream once with the events.actions of then, and then with the new ones",
+                "start the stream once with the former events.actions, and then with the new ones",
             )
     store.numbering, extra = numbered(store.extra(ACTIONS), spec.actions, before)
     extra |= {SPEC: spec.digest.encode(), SALT: salt.encode()}
     if changed := {name: value for name, value in extra.items() if store.extra(name) != value}:
         if stored_spec is not None and SPEC in changed:
-            logger.info("histories of feature spec %s go on with %s", stored_spec.decode()[:12], spec.digest[:12])
+            logger.info("histories of feature spec %s continue with %s", stored_spec.decode()[:12], spec.digest[:12])
         store.commit(Appends.none(), (), changed)

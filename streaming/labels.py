@@ -1,9 +1,23 @@
-"""Delayed labels: the impressions of a stream that wait for an outcome, by the rules of `streaming.attribution`.
+"""Delayed labels: which impressions wait for an outcome, which event labels them, and when their wait ends.
 
-A batch of events passes twice. In the Beam thread, `attribute` decides which of its events wait, and which earlier
-impressions they label. In the commit thread, `look_up` reads those impressions from the store, or from the current
-cuts. The changes to the waiting rows are committed with histories and positions. So after a crash both continue from
-the same event.
+Positions are processed in the order of a partition's log, by the clock of `streaming.event_clock`. That clock is the
+newest event time so far, unless some user's clock is wrong.
+
+1. An outcome labels the latest waiting impression of the same pair whose time is not after the outcome's, and whose
+   wait is not over.
+2. An impression begins to wait at its time, or at the clock if its time is ahead of the clock. It does not wait if its
+   wait would already be over, since no outcome could join it, or if too many wait.
+3. Impressions of a share of the users expire in order of arrival once their wait is over: at an event of the first
+   one's own user, or at the share's turn. The turn is at each `SHARES`th offset, whatever that offset contains, a click
+   or nothing. So no other user's click, late or not, decides where a wait ends. At most `MOST_EXPIRED` expire at once,
+   so that one position yields few rows.
+
+Nothing here depends on the time of day, on batch boundaries, or on other shares. So any division of the log into
+batches, and of the users into shares, gives the same result.
+
+A batch of events passes `Labels` twice. In the Beam thread, `attribute` applies the rules. In the commit thread,
+`look_up` reads the labelled impressions from the store, or from the current cuts. The changes to the waiting rows are
+committed with histories and positions, so after a crash both continue from the same event.
 """
 
 from __future__ import annotations
@@ -18,40 +32,436 @@ import numpy as np
 from numpy.typing import NDArray
 
 from state.accounts import StreamAccount
+from state.compiled import compiled, layout
+from state.compiled.mixing import mixed
 from state.config.settings import Settings
 from state.errors import CorruptStore
 from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.history.waiting import Changes, Extra, WaitingRows, WaitingStore, keys_of, place_of
 from state.microbatch.batch import Kind, Known, counts_by_range
-from state.positions import SHARES, Range, Source
-from streaming.attribution import (
-    IMPRESSION,
-    OUTCOME,
-    PLAIN,
-    Arrived,
-    Queue,
-    Stretches,
-    WaitingImpressions,
-    attribute,
-    enter,
-    pairs,
-)
+from state.positions import Range, Source
 from streaming.cut import Cut
 from streaming.rows import Rows
+
+I64 = NDArray[np.int64]
+U64 = NDArray[np.uint64]
+U8 = NDArray[np.uint8]
+
+SHARES = 64  # as in `state.positions`; a test compares the two
+MOST_EXPIRED = 8
+NONE = -1
+NEVER_MS = np.iinfo(np.int64).min
+_FREE = 0
+
+# Roles of actions, and the kinds of `state.microbatch.batch`; a test compares the numbers.
+PLAIN, IMPRESSION, OUTCOME = 0, 1, 2
+OPENED, DROPPED, FEEDBACK, JOINED, EXPIRED = 1, 2, 3, 4, 5
 
 LOADED_AT_ONCE = 10_000
 logger = logging.getLogger(__name__)
 
 
-class LookedUp(NamedTuple):
-    """Completed cuts, and what is committed with them.
+@layout(
+    "i8[::1], i8[::1], i8[::1], u8[::1], u8[::1], i8[::1], i8[:, ::1], i8[::1], i8[:, ::1], i8[::1], i8[::1], i8[::1]"
+)
+class Queue(NamedTuple):
+    """The waiting impressions, each in a slot; slots are linked into two chains, by share of a partition and by pair.
+
+    An impression takes about 100 bytes here; its row is in the store.
 
     Attributes:
-        cuts: Including the columns of earlier impressions.
-        waiting: Rows that begin to wait, by key; None for a row whose wait ends.
-        extra: Values of the store's owner.
+        offset: `[S]` int64.
+        at_ms: `[S]` int64.
+        begun_ms: `[S]` int64, when it began to wait.
+        pair: `[S]` uint64.
+        user: `[S]` uint64.
+        share: `[S]` int64, `SHARES` times the number of the partition, plus the index of the share in it.
+        chain: `[S, 4]` int64: next and previous slot of the share, older and newer slot of the bucket.
+        buckets: `[B]` int64, for each bucket the newest slot of its pairs; B is a power of two.
+        first: `[Q, 2]` int64, the oldest and the newest slot of each share.
+        waiting: `[Q]` int64, number of waiting impressions.
+        free: `[S]` int64, the free slots; the first `sizes[0]` entries are valid.
+        sizes: `[1]` int64.
     """
+
+    offset: I64
+    at_ms: I64
+    begun_ms: I64
+    pair: U64
+    user: U64
+    share: I64
+    chain: I64
+    buckets: I64
+    first: I64
+    waiting: I64
+    free: I64
+    sizes: I64
+
+    @classmethod
+    def of(cls, slots: int, partitions: int) -> Queue:
+        """An empty queue."""
+        buckets = 1 << max(4, (slots - 1).bit_length())
+        return cls(
+            np.zeros(slots, np.int64),
+            np.zeros(slots, np.int64),
+            np.zeros(slots, np.int64),
+            np.zeros(slots, np.uint64),
+            np.zeros(slots, np.uint64),
+            np.zeros(slots, np.int64),
+            np.full((slots, 4), NONE, np.int64),
+            np.full(buckets, NONE, np.int64),
+            np.full((partitions * SHARES, 2), NONE, np.int64),
+            np.zeros(partitions * SHARES, np.int64),
+            np.arange(slots, dtype=np.int64)[::-1].copy(),
+            np.array([slots], np.int64),
+        )
+
+    @property
+    def free_slots(self) -> int:
+        """How many more impressions fit."""
+        return int(self.sizes[_FREE])
+
+    def rows(self) -> WaitingImpressions:
+        """All waiting impressions, those of a share in order."""
+        found: list[int] = []
+        for slot in self.first[:, 0].tolist():
+            while slot != NONE:
+                found.append(slot)
+                slot = int(self.chain[slot, 0])
+        at = np.array(found, np.int64)
+        return WaitingImpressions(
+            self.offset[at], self.at_ms[at], self.begun_ms[at], self.pair[at], self.user[at], self.share[at] // SHARES
+        )
+
+
+@layout("i8[::1], i8[::1], i8[::1], u8[::1], u8[::1], i8[::1]")
+class WaitingImpressions(NamedTuple):
+    """Waiting impressions, those of a share in the order of their offsets.
+
+    Attributes:
+        offset: `[n]` int64.
+        at_ms: `[n]` int64.
+        begun_ms: `[n]` int64, when each began to wait.
+        pair: `[n]` uint64 of `pairs`.
+        user: `[n]` uint64.
+        partition: `[n]` int64, its number.
+    """
+
+    offset: I64
+    at_ms: I64
+    begun_ms: I64
+    pair: U64
+    user: U64
+    partition: I64
+
+
+def with_space(queue: Queue, more: int, partitions: int) -> Queue:
+    """Returns a queue with space for `more` impressions and `partitions` partitions; `queue` itself if it has that."""
+    slots, known = len(queue.offset), len(queue.waiting) // SHARES
+    if queue.free_slots >= more and known >= partitions:
+        return queue
+    used = slots - queue.free_slots
+    grown = Queue.of(max(slots, 2 * (used + more)) if used + more > slots else slots, max(known, partitions))
+    _enter(grown, queue.rows())
+    return grown
+
+
+def enter(queue: Queue, waiting: WaitingImpressions) -> Queue:
+    """Adds impressions that already wait."""
+    queue = with_space(queue, len(waiting.offset), int(waiting.partition.max(initial=-1)) + 1)
+    # Copies: arrays from a store are read-only, which would be another type to compile for.
+    _enter(queue, WaitingImpressions._make(map(np.array, waiting)))
+    return queue
+
+
+@compiled
+def share_number(partition: int, user: int) -> int:
+    """The number of the share in which a user's impressions of a partition wait."""
+    return partition * SHARES + int(np.int64(np.uint64(user) % np.uint64(SHARES)))
+
+
+@compiled
+def begin(queue: Queue, offset: int, at_ms: int, begun_ms: int, pair: int, user: int, share: int) -> None:
+    """Adds an impression as the newest of its share."""
+    queue.sizes[_FREE] -= 1
+    slot = queue.free[queue.sizes[_FREE]]
+    queue.offset[slot] = offset
+    queue.at_ms[slot] = at_ms
+    queue.begun_ms[slot] = begun_ms
+    queue.pair[slot] = pair
+    queue.user[slot] = user
+    queue.share[slot] = share
+    # 1. The newest of its share.
+    last = queue.first[share, 1]
+    queue.chain[slot, 0] = NONE
+    queue.chain[slot, 1] = last
+    if last == NONE:
+        queue.first[share, 0] = slot
+    else:
+        queue.chain[last, 0] = slot
+    queue.first[share, 1] = slot
+    # 2. The newest of its bucket.
+    bucket = np.int64(np.uint64(pair) & np.uint64(queue.buckets.shape[0] - 1))
+    older = queue.buckets[bucket]
+    queue.chain[slot, 2] = older
+    queue.chain[slot, 3] = NONE
+    if older != NONE:
+        queue.chain[older, 3] = slot
+    queue.buckets[bucket] = slot
+    queue.waiting[share] += 1
+
+
+@compiled
+def close(queue: Queue, slot: int) -> None:
+    """Removes the impression in a slot."""
+    share = queue.share[slot]
+    after, before, older, newer = queue.chain[slot, 0], queue.chain[slot, 1], queue.chain[slot, 2], queue.chain[slot, 3]
+    if before == NONE:
+        queue.first[share, 0] = after
+    else:
+        queue.chain[before, 0] = after
+    if after == NONE:
+        queue.first[share, 1] = before
+    else:
+        queue.chain[after, 1] = before
+    if newer == NONE:
+        queue.buckets[np.int64(queue.pair[slot] & np.uint64(queue.buckets.shape[0] - 1))] = older
+    else:
+        queue.chain[newer, 2] = older
+    if older != NONE:
+        queue.chain[older, 3] = newer
+    queue.waiting[share] -= 1
+    queue.free[queue.sizes[_FREE]] = slot
+    queue.sizes[_FREE] += 1
+
+
+@compiled("Queue, WaitingImpressions")
+def _enter(queue: Queue, waiting: WaitingImpressions) -> None:
+    for n in range(waiting.offset.shape[0]):
+        user = waiting.user[n]
+        share = share_number(waiting.partition[n], user)
+        begin(queue, waiting.offset[n], waiting.at_ms[n], waiting.begun_ms[n], waiting.pair[n], user, share)
+
+
+@layout("u1[::1], i8[::1], i8[::1], i8[::1], i8[::1], u8[::1], u8[::1]")
+class Arrived(NamedTuple):
+    """Events; those of a segment are in order of arrival.
+
+    Attributes:
+        role: `[n]` uint8: PLAIN, IMPRESSION or OUTCOME.
+        segment: `[n]` int64, index of the segment that contains it.
+        offset: `[n]` int64.
+        at_ms: `[n]` int64.
+        clock_ms: `[n]` int64, its partition's clock after it.
+        pair: `[n]` uint64 of `pairs`.
+        user: `[n]` uint64.
+    """
+
+    role: U8
+    segment: I64
+    offset: I64
+    at_ms: I64
+    clock_ms: I64
+    pair: U64
+    user: U64
+
+
+@layout("i8[::1], i8[::1], i8[::1], i8[::1], i8[::1], i8[::1]")
+class Segments(NamedTuple):
+    """Segments of partitions, each processed from its first position to its last.
+
+    Attributes:
+        partition: `[r]` int64, its number.
+        first: `[r]` int64 offset.
+        next: `[r]` int64, the offset after the last one.
+        move_segment: `[m]` int64, ascending: the segment in which the clock moved,
+        move_offset: `[m]` int64, the offset from which on it moved, ascending in a segment,
+        move_ms: `[m]` int64, and its new time.
+    """
+
+    partition: I64
+    first: I64
+    next: I64
+    move_segment: I64
+    move_offset: I64
+    move_ms: I64
+
+
+@layout("u1[::1], i8[::1], i8[::1], i8[::1], i8[::1], u1[::1], i8[::1]")
+class Attributed(NamedTuple):
+    """The kind of each event, and the labels that became known at which positions: segment by segment, in order.
+
+    Attributes:
+        kind: `[n]` uint8 `Kind` of each event.
+        by: `[m]` int64, the last event of the segment that is not after the position; `NONE` before the first one.
+        segment: `[m]` int64, the segment of the position.
+        at: `[m]` int64 offset of the position.
+        opened: `[m]` int64 offset of the impression.
+        known: `[m]` uint8, JOINED or EXPIRED.
+        opened_ms: `[m]` int64, time of the impression.
+    """
+
+    kind: U8
+    by: I64
+    segment: I64
+    at: I64
+    opened: I64
+    known: U8
+    opened_ms: I64
+
+
+def pairs(user: U64, item: U64, request: U64) -> U64:
+    """`[n]` uint64 keys that pair an impression with its outcome.
+
+    A pair collides with one of 1e6 others with probability below 1e-13.
+
+    >>> ids = np.array([1, 1, 2], np.uint64)
+    >>> len(set(pairs(ids, ids[::-1].copy(), ids).tolist()))
+    3
+    """
+    sums = np.zeros(len(user), np.uint64)
+    for part in (user, item, request):
+        sums = mixed(sums + np.uint64(0x9E3779B97F4A7C15) + part)
+    return sums
+
+
+def attribute(queue: Queue, arrived: Arrived, segments: Segments, wait_ms: int, most: int) -> tuple[Queue, Attributed]:
+    """Processes segments of partitions; returns the queue to continue with, and the labels that became known.
+
+    Args:
+        queue: The waiting impressions; changed.
+        arrived: The events in the segments.
+        segments: Each continues where an earlier one of its partition ended.
+        wait_ms: The maximum wait.
+        most: Maximum number of waiting impressions of a share of a partition.
+    """
+    events, impressions = len(arrived.role), int((arrived.role == IMPRESSION).sum())
+    queue = with_space(queue, impressions, int(segments.partition.max(initial=-1)) + 1)
+    waiting = len(queue.offset) - queue.free_slots
+    positions = int((segments.next - segments.first).sum())
+    most_known = min((1 + MOST_EXPIRED) * events + MOST_EXPIRED * positions, waiting + impressions)
+    by, segment, at, opened, opened_ms = (np.empty(most_known, np.int64) for _ in range(5))
+    result = Attributed(np.zeros(events, np.uint8), by, segment, at, opened, np.empty(most_known, np.uint8), opened_ms)
+    order = np.argsort(arrived.segment, kind="stable")
+    numbers = np.arange(len(segments.first) + 1)
+    begins = np.searchsorted(arrived.segment[order], numbers)
+    moves = np.searchsorted(segments.move_segment, numbers)
+    count = _attribute(queue, arrived, segments, order, begins, moves, wait_ms, most, result)
+    known = result.known[:count]
+    return queue, Attributed(
+        result.kind, by[:count], segment[:count], at[:count], opened[:count], known, opened_ms[:count]
+    )
+
+
+@compiled
+def _resolve(
+    queue: Queue, result: Attributed, count: int, by: int, segment: int, at: int, slot: int, known: int
+) -> int:
+    result.by[count] = by
+    result.segment[count] = segment
+    result.at[count] = at
+    result.opened[count] = queue.offset[slot]
+    result.known[count] = known
+    result.opened_ms[count] = queue.at_ms[slot]
+    close(queue, slot)
+    return count + 1
+
+
+@compiled
+def _join(queue: Queue, arrived: Arrived, n: int, share: int, wait_ms: int, result: Attributed, count: int) -> int:
+    time, over_ms = arrived.at_ms[n], arrived.clock_ms[n] - wait_ms
+    slot = queue.buckets[np.int64(arrived.pair[n] & np.uint64(queue.buckets.shape[0] - 1))]
+    while slot != NONE:
+        mine = queue.pair[slot] == arrived.pair[n] and queue.share[slot] == share
+        # The user's own clock counts too: it may be ahead of the others' or behind them.
+        if mine and over_ms <= queue.begun_ms[slot] and time - wait_ms <= queue.at_ms[slot] <= time:
+            return _resolve(queue, result, count, n, arrived.segment[n], arrived.offset[n], slot, JOINED)
+        slot = queue.chain[slot, 2]
+    return count
+
+
+@compiled
+def _end(
+    queue: Queue,
+    share: int,
+    over_ms: int,
+    by: int,
+    segment: int,
+    at: int,
+    arrived: Arrived,
+    own: bool,
+    result: Attributed,
+    count: int,
+) -> int:
+    """Expires waits of a share that are over, oldest first; `own`: only those of the user of the event `by`."""
+    for _ in range(MOST_EXPIRED):
+        slot = queue.first[share, 0]
+        if slot == NONE or queue.begun_ms[slot] >= over_ms or (own and queue.user[slot] != arrived.user[by]):
+            break
+        count = _resolve(queue, result, count, by, segment, at, slot, EXPIRED)
+    return count
+
+
+@compiled("Queue, Arrived, Segments, i8[::1], i8[::1], i8[::1], i8, i8, Attributed")
+def _attribute(
+    queue: Queue,
+    arrived: Arrived,
+    segments: Segments,
+    order: I64,
+    begins: I64,
+    moves: I64,
+    wait_ms: int,
+    most: int,
+    result: Attributed,
+) -> int:
+    count = 0
+    for r in range(segments.first.shape[0]):
+        partition, at, move, last = segments.partition[r], segments.first[r], moves[r], NONE
+        turn_over_ms = NEVER_MS
+        for number in range(begins[r], begins[r + 1] + 1):
+            n = order[number] if number < begins[r + 1] else NONE
+            to = arrived.offset[n] if n != NONE else segments.next[r]
+            # 3. at the turn of a share, starting from the previous event.
+            while at < to:
+                while move < moves[r + 1] and segments.move_offset[move] <= at:
+                    turn_over_ms = segments.move_ms[move] - wait_ms
+                    move += 1
+                until = min(to, segments.move_offset[move]) if move < moves[r + 1] else to
+                idle = 0
+                # Once the turn of each share expired nothing, no further turn can.
+                while at < until and idle < SHARES:
+                    before = count
+                    share = partition * SHARES + at % SHARES
+                    count = _end(queue, share, turn_over_ms, last, r, at, arrived, False, result, count)
+                    idle = idle + 1 if count == before else 0
+                    at += 1
+                at = until
+            if n == NONE:
+                break
+            share = share_number(partition, arrived.user[n])
+            over_ms = arrived.clock_ms[n] - wait_ms
+            # 1.
+            if arrived.role[n] == OUTCOME:
+                result.kind[n] = FEEDBACK
+                count = _join(queue, arrived, n, share, wait_ms, result, count)
+            # 2.
+            elif arrived.role[n] == IMPRESSION:
+                begun_ms = min(arrived.at_ms[n], arrived.clock_ms[n])
+                if begun_ms < over_ms or queue.waiting[share] >= most:
+                    result.kind[n] = DROPPED
+                else:
+                    result.kind[n] = OPENED
+                    user = arrived.user[n]
+                    begin(queue, arrived.offset[n], arrived.at_ms[n], begun_ms, arrived.pair[n], user, share)
+            # 3. at an event of its own user.
+            count = _end(queue, share, over_ms, n, r, to, arrived, True, result, count)
+            last = n
+    return count
+
+
+class LookedUp(NamedTuple):
+    """Completed cuts, and what is committed with them: changes of waiting rows, and values of the store's owner."""
 
     cuts: list[Cut]
     waiting: Changes
@@ -61,11 +471,7 @@ class LookedUp(NamedTuple):
 class Labels:
     """The waiting impressions of one stream, or of one bucket of its users.
 
-    One thread calls `attribute`. One thread calls `look_up`, and commits its result before it calls again.
-
-    Args:
-        settings: `[labels]` and the actions are used.
-        store: The committed waiting rows.
+    One thread calls `attribute`. One thread calls `look_up` or `complete`, and commits before it calls again.
     """
 
     def __init__(self, settings: Settings, store: WaitingStore) -> None:
@@ -95,51 +501,53 @@ class Labels:
     def _number(self, sources: Sequence[Source]) -> NDArray[np.int64]:
         """`[n]` int64, a number for the partition of each source, the same for all its buckets."""
         known = self._numbers
-        return np.array([known.setdefault((one.topic_id, one.partition), len(known)) for one in sources], np.int64)
+        return np.array(
+            [known.setdefault((source.topic_id, source.partition), len(known)) for source in sources], np.int64
+        )
 
     def attribute(self, rows: Rows) -> Rows:
-        """Decides which events wait, and which earlier impressions become known, by the clocks of `rows.told`."""
-        batch, told = rows.batch, rows.told
+        """Decides which events wait, and which earlier impressions become known, by the clocks of `rows.clock`."""
+        batch, clock = rows.batch, rows.clock
         if not batch.ranges:
             return rows
-        assert told is not None, "the event clock comes before the labels"
+        assert clock is not None, "the event clock comes before the labels"
         role = self._roles[batch.action]
         role[(role == IMPRESSION) & ~np.isnan(batch.label)] = PLAIN
         request = batch.request if len(batch.request) else np.zeros(len(batch), np.uint64)
         pair = pairs(batch.user, batch.item, request)
         source = batch.source.astype(np.int64)
-        self._queue, made = attribute(
+        self._queue, result = attribute(
             self._queue,
-            Arrived(role, source, batch.offset, batch.at_ms, told.clock_ms, pair, batch.user),
-            Stretches(
+            Arrived(role, source, batch.offset, batch.at_ms, clock.clock_ms, pair, batch.user),
+            Segments(
                 self._number([part.source for part in batch.ranges]),
                 np.array([part.first for part in batch.ranges], np.int64),
                 np.array([part.next for part in batch.ranges], np.int64),
-                told.moves.source.astype(np.int64),
-                told.moves.offset,
-                told.moves.clock_ms,
+                clock.moves.source.astype(np.int64),
+                clock.moves.offset,
+                clock.moves.clock_ms,
             ),
             self._wait_ms,
             self._most,
         )
-        joined = np.flatnonzero(made.known == Kind.JOINED)
-        by, count = made.by[joined], len(made.by)
+        joined = np.flatnonzero(result.known == Kind.JOINED)
+        by, count = result.by[joined], len(result.by)
         known = Known(
-            by=made.by,
-            source=made.stretch.astype(np.uint16),
-            offset=made.at,
-            opened=made.opened,
-            kind=made.known,
+            by=result.by,
+            source=result.segment.astype(np.uint16),
+            offset=result.at,
+            opened=result.opened,
+            kind=result.known,
             label=np.zeros(count, np.float32),
             weight=np.full(count, np.nan, np.float32),
-            at_ms=made.opened_ms + self._wait_ms,
+            at_ms=result.opened_ms + self._wait_ms,
         )
         known.label[joined] = np.where(np.isnan(batch.label[by]), np.float32(1.0), batch.label[by])
         known.weight[joined] = batch.weight[by]
         known.at_ms[joined] = batch.at_ms[by]
-        ranges = counted(batch.ranges, batch.source, made.kind, known.source, made.known)
-        delay_ms = np.where(made.kind == Kind.OPENED, np.minimum(told.clock_ms - batch.at_ms, 0), 0)
-        return replace(rows, batch=replace(batch, ranges=ranges), kind=made.kind, known=known, delay_ms=delay_ms)
+        ranges = _counted(batch.ranges, batch.source, result.kind, known.source, result.known)
+        delay_ms = np.where(result.kind == Kind.OPENED, np.minimum(clock.clock_ms - batch.at_ms, 0), 0)
+        return replace(rows, batch=replace(batch, ranges=ranges), kind=result.kind, known=known, delay_ms=delay_ms)
 
     def look_up(self, cuts: Sequence[Cut]) -> LookedUp:
         """Completes cuts with the columns of the earlier impressions.
@@ -149,43 +557,46 @@ class Labels:
         """
         found = LookedUp([], {}, {})
         for cut in cuts:
-            pieces = []
-            for piece in cut.pieces:
-                if piece.known is not None:
-                    piece = replace(piece, known=self._complete(piece, piece.known, found))
-                pieces.append(piece)
-            found.cuts.append(replace(cut, pieces=tuple(pieces)))
+            pieces = tuple(self.complete(piece, found.waiting, found.extra) for piece in cut.pieces)
+            found.cuts.append(replace(cut, pieces=pieces))
         return found
 
-    def _complete(self, piece: Rows, known: Known, found: LookedUp) -> Known:
-        batch, events = piece.batch, piece.events
+    def complete(self, rows: Rows, waiting: Changes, extra: Extra) -> Rows:
+        """Completes the rows of `attribute` with the columns of the earlier impressions.
+
+        Args:
+            rows: The next batch to commit.
+            waiting: Uncommitted changes of waiting rows, by key; those of this batch are added, None for a wait that ends.
+            extra: Uncommitted values of the store's owner; those of this batch are added.
+
+        Raises:
+            CorruptStore: The store lacks an earlier impression.
+        """
+        if rows.known is None:
+            return rows
+        batch, events, known = rows.batch, rows.events, rows.known
         sources = [part.source for part in batch.ranges]
-        now = self._rows.adopt(events, found.waiting, found.extra)
-        waits = np.flatnonzero(piece.kind == Kind.OPENED)
+        now = self._rows.adopt(events, waiting, extra)
+        waits = np.flatnonzero(rows.kind == Kind.OPENED)
         if len(waits):
             keys = keys_of(sources, batch.source[waits], batch.offset[waits])
-            rows = now.pack({name: column[waits] for name, column in events.items()})
-            found.waiting.update(zip(keys, rows, strict=True))
+            packed = now.pack({name: column[waits] for name, column in events.items()})
+            waiting.update(zip(keys, packed, strict=True))
         if not len(known):
-            return replace(known, columns={})
+            return replace(rows, known=replace(known, columns={}))
         keys = keys_of(sources, known.source, known.opened)
-        values = [value for value in self._rows.values(keys, found.waiting) if value is not None]
+        values = [value for value in self._rows.values(keys, waiting) if value is not None]
         if len(values) != len(keys):
             raise CorruptStore(
                 f"{len(keys) - len(values)} rows that wait are not in the store",
-                "`springtide rebuild-history` makes it anew",
+                "`springtide rebuild-history` rebuilds it",
             )
-        found.waiting.update(dict.fromkeys(keys))
-        return replace(known, columns=relabelled(now.unpack(values), known))
+        waiting.update(dict.fromkeys(keys))
+        return replace(rows, known=replace(known, columns=_relabelled(now.unpack(values), known)))
 
 
-def relabelled(opened: dict[str, NDArray[Any]], known: Known) -> dict[str, NDArray[Any]]:
-    """The columns of impressions with their labels, at the position where the labels became known.
-
-    Args:
-        opened: Their columns as they began to wait, `[m]`.
-        known: Their labels.
-    """
+def _relabelled(opened: dict[str, NDArray[Any]], known: Known) -> dict[str, NDArray[Any]]:
+    """The columns of impressions with their labels, at the position where the labels became known."""
     return opened | {
         "kind": known.kind,
         "label": known.label,
@@ -198,7 +609,7 @@ def relabelled(opened: dict[str, NDArray[Any]], known: Known) -> dict[str, NDArr
     }
 
 
-def counted(
+def _counted(
     ranges: Sequence[Range],
     source: NDArray[np.uint16],
     kind: NDArray[np.uint8],
@@ -227,13 +638,13 @@ def forget_other_topics(store: HistoryStore, topic_id: str) -> int:
     at = store.positions()
     ranges = [Range(source, at[source], at[source], dropped=count) for source, count in dropped.items()]
     store.commit(Appends.none(), ranges, waiting=ended)
-    logger.warning("%d impressions of a topic that was made anew since then wait no longer: dropped", len(ended))
+    logger.warning("the topic was recreated: %d waiting impressions of the earlier topic are dropped", len(ended))
     return len(ended)
 
 
 def unused_kernels(settings: Settings) -> Sequence[str]:
     """The modules with kernels that a stream of these settings does not call, unless earlier impressions still wait."""
-    return () if settings.labels.impressions else ("streaming.attribution",)
+    return () if settings.labels.impressions else ("streaming.labels",)
 
 
 def open_labels(settings: Settings, store: HistoryStore, topic_id: str) -> Labels | None:

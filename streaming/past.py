@@ -1,15 +1,14 @@
 """Makes rows of past clicks again, for a trainer that learns them: `python -m streaming.past`, its child process.
 
-The settings are those of the experiment's trainer; its registry holds the request (`state/experiments/past.py`). Past clicks
-come from files or from the topic. From the topic it reads up to the cut, and starts early enough to fill the windows
-of the first requested row.
+The settings are those of the experiment's trainer; its registry holds the request (`state/experiments/past.py`). Past
+clicks come from files or from the topic. From the topic it reads up to the cut, and starts early enough to fill the
+windows of the first requested row.
 
 Micro-batches go to the standard output, framed as in `state/microbatch/codec.py`; log lines go to the standard error.
 The process exits with 0 after the last micro-batch, or when its reader has closed the pipe.
 
-Histories begin empty and grow by the stream's own code. How clicks are batched changes no bit of a row, see
-`streaming/profile.py`. So a row equals the stream's row of that click, as far as its history reaches back. Only
-attributes differ: they are the ones known now.
+Histories begin empty and grow by the stream's own code. How clicks are batched changes no bit of a row. So a row equals
+the stream's row of that click, as far as its history reaches back. Only attributes differ: they are the ones known now.
 
 Histories and attributes are kept in a temporary directory of that registry and deleted at the end. The next run
 deletes what a killed process left.
@@ -17,6 +16,7 @@ deletes what a killed process left.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import shutil
@@ -25,17 +25,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
+import numpy as np
 from prometheus_client import CollectorRegistry
 
+from state.config.sections import Events
 from state.config.settings import Settings
 from state.errors import RegistryError, UnknownTopic
 from state.events.identity import load_salt
 from state.experiments.past import Past, read_past
-from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
 from state.layout import HISTORIES
 from state.log import Log, PartitionBatch, Topics
@@ -45,29 +46,27 @@ from state.microbatch.codec import END, framed
 from state.positions import Source
 from state.process.part import run_part
 from state.process.wall_clock import wall_ms
-from state.recordings.files import Recording, constants_of, find
+from state.recordings.crowd import RecordedTimes, described
+from state.recordings.files import Recording, constants_of, find, refuse_beyond_memory
+from state.recordings.rows import I64, EncodedRows, Encoder, joined, order
 from state.registry.log_line import WHOLE
 from state.storage.shares import STREAM, map_bytes
 from streaming.alignment import AlignedReader, Reached
-from streaming.attributes import Join
-from streaming.context import JobContext
+from streaming.commit import StreamSweep
+from streaming.context import JobContext, open_job, open_join
 from streaming.control import ControlWatch
-from streaming.cut import Cut, Cutter, clocks_of, encode_cut
-from streaming.open_shard import open_job, open_join
-from streaming.rows import leave_out
-from streaming.sample import recorded_batches, topic_of
-from streaming.steps import rows_of
-from streaming.sweeping import StreamSweep
-from streaming.unlogged import commit_rows
+from streaming.cut import Cut, Cutter, Encoding, clocks_of, encode_cut
 
 POLL_S = 0.5
 PROGRESS_S = 5.0
 NEVER_MS = 1 << 62
+NO_TIMESTAMP = -1
 KEPT = "past-"
+Batches = Iterator[list[PartitionBatch]]
 logger = logging.getLogger(__name__)
 
 
-class ClicksStretch(NamedTuple):
+class ClicksSegment(NamedTuple):
     """The part of the clicks topic that is read.
 
     Attributes:
@@ -82,15 +81,11 @@ class ClicksStretch(NamedTuple):
 
     @property
     def positions(self) -> int:
-        """How many there are."""
-        return sum(self.ends[one] - begin for one, begin in self.begins.items())
-
-    def done(self, position: Callable[[int], int]) -> int:
-        """How many are read if `position` gives each partition's position."""
-        return sum(min(position(one), self.ends[one]) - begin for one, begin in self.begins.items())
+        """How many positions it has."""
+        return sum(self.ends[partition] - begin for partition, begin in self.begins.items())
 
 
-def stretch_of(settings: Settings, past: Past, topics: Topics) -> ClicksStretch:
+def segment_of(settings: Settings, past: Past, topics: Topics) -> ClicksSegment:
     """The part to read: it starts one longest window before the first requested row, if the topic has that.
 
     Record timestamps decide. If they are later than the clicks' own times, as in a replay, more is read.
@@ -108,127 +103,134 @@ def stretch_of(settings: Settings, past: Past, topics: Topics) -> ClicksStretch:
             ends[source.partition] = max(mark, ends.get(source.partition, 0))
     if not ends:
         raise UnknownTopic(
-            f"version {past.version} learned nothing of topic {topic} with id {topic_id}: it was made anew since then",
+            f"version {past.version} learned nothing of topic {topic} with id {topic_id}: it was recreated since then",
             "stop the experiment, and start another once the live trainer has learned from the new topic; or name files in retrain.files",
         )
     kept, since = topics.ends(topic), topics.offset_before(topic, max(0, past.begin_ms - reach_ms))
-    begins = {one: min(max(since[one], kept[one][0]), end) for one, end in ends.items()}
-    return ClicksStretch(topic_id, {one: at for one, at in begins.items() if at < ends[one]}, ends)
+    begins = {partition: min(max(since[partition], kept[partition][0]), end) for partition, end in ends.items()}
+    return ClicksSegment(topic_id, {partition: at for partition, at in begins.items() if at < ends[partition]}, ends)
 
 
-def of_topic(
-    settings: Settings,
-    stretch: ClicksStretch,
-    log: Log,
-    reached: Callable[[Source], Reached],
-    reach: Callable[[int], None] = lambda _: None,
-    elapsed: Callable[[], float] = time.monotonic,
-) -> Iterator[list[PartitionBatch]]:
+def of_topic(settings: Settings, segment: ClicksSegment, log: Log, reached: Callable[[Source], Reached]) -> Batches:
     """The clicks of a segment in the order in which they happened, and some after it.
 
     Args:
-        settings: All settings.
-        stretch: The segment of the topic.
+        settings: Of the experiment's trainer.
+        segment: What to read.
         log: The log that has the topic.
         reached: Returns the time that a source has reached, once the yielded clicks are processed.
-        reach: Called with the number of positions that are read.
-        elapsed: Monotonic seconds.
 
     Raises:
         GapError: Clicks of it were deleted meanwhile.
         LogError: No record arrived from Kafka for a minute.
     """
-    topic, begins = settings.kafka.clicks_topic, dict(stretch.begins)
+    topic, begins = settings.kafka.clicks_topic, dict(segment.begins)
     if not begins:
         return
     with log.reader(topic, sorted(begins), begins) as reader:
-        aligned = AlignedReader(reader, lambda one: reached(Source(stretch.topic_id, one)), elapsed)
+        aligned = AlignedReader(reader, lambda partition: reached(Source(segment.topic_id, partition)))
 
         def poll() -> list[PartitionBatch]:
             aligned.begin(settings.stream.cut_rows)
             return aligned.poll(POLL_S)
 
-        for batches in read_to(reader, {one: stretch.ends[one] for one in begins}, poll=poll):
-            yield batches
-            reach(stretch.done(reader.position))
+        yield from read_to(reader, {partition: segment.ends[partition] for partition in begins}, poll=poll)
 
 
-def recording_of(settings: Settings, past: Past) -> Recording:
-    """The files of a past.
-
-    Raises:
-        SettingsError: There is no such file, or its name has no known format.
-    """
-    events = settings.events
-    return Recording(find(past.files), events.columns, constants_of(events.constants, events))
-
-
-def of_files(
-    settings: Settings, recording: Recording, say: Callable[[str], None], reach: Callable[[int], None] = lambda _: None
-) -> Iterator[list[PartitionBatch]]:
-    """The clicks of files, ordered by time.
+def recorded_batches(
+    events: Events,
+    recording: Recording,
+    sort: str,
+    now_s: float,
+    say: Callable[[str], None],
+    size: Callable[[I64], int],
+) -> Batches:
+    """Yields the rows of files with their recorded times, as one partition.
 
     Args:
-        settings: All settings.
+        events: Names of fields, and which times are believed.
         recording: The files.
-        say: Called with a message about stray rows.
-        reach: Called with the number of rows that are read.
+        sort: memory (read everything, then order by time) or assume (the files are in order).
+        now_s: Wall clock; a later time counts as none.
+        say: Receives a message about strays.
+        size: Maximum number of rows of the next batch, by the times of the rows that are left; 0 ends the reading.
 
     Raises:
-        SettingsError: The columns do not fit, or memory does not hold the files.
+        SettingsError: The columns do not fit, or the files do not fit in memory.
         UnreadableRecording: A file is cut or damaged.
     """
-    done, most = 0, settings.stream.cut_rows
-    for batches in recorded_batches(settings.events, recording, "memory", time.time(), say, lambda _: most):
-        yield batches
-        done += sum(map(len, batches))
-        reach(done)
+    encoder = Encoder(events, recording.constants or {}, round((now_s + events.max_future_s) * 1000))
+    chunks: Iterator[EncodedRows] = recording.encoded(encoder, events)
+    newest_ms = NO_TIMESTAMP
+    if sort == "memory":
+        import psutil
+
+        refuse_beyond_memory(recording, psutil.virtual_memory().available)
+        whole = joined(list(chunks))
+        newest_ms = _newest(events, recording, whole, say)
+        chunks = iter([whole.take(order(whole.at_ms))])
+    topic_id, first = topic_of(recording), 0
+    for chunk in chunks:
+        at = 0
+        while at < len(chunk) and (count := size(chunk.at_ms[at:])) > 0:
+            part = chunk.cut(at, at + count)
+            at += len(part)
+            values = encoder.values(part, part.at_ms)
+            yield [_partition_batch(topic_id, first, part, values, max(newest_ms, NO_TIMESTAMP))]
+            first += len(part)
 
 
-@dataclass(frozen=True, kw_only=True)
-class PastContext(JobContext):
-    """The parts that make rows of past clicks; the store is new, and deleted afterwards.
+def _newest(events: Events, recording: Recording, whole: EncodedRows, say: Callable[[str], None]) -> int:
+    """The newest time, which the others are compared with; reports strays."""
+    times, max_age_s = RecordedTimes(), events.max_age_s
+    times.add(whole.at_ms, whole.file, whole.line)
+    crowd = times.crowd(round(max_age_s * 1000))
+    if crowd.first is not None:
+        file, line = crowd.first
+        say(described(crowd, f"{recording.files[file].path}:{line}", max_age_s))
+    return crowd.newest_ms
 
-    Attributes:
-        join: Attributes of users and items; None if none are configured.
-        metrics: Not served.
-    """
 
-    join: Join | None
-    metrics: StreamMetrics
+def topic_of(recording: Recording) -> str:
+    """A stand-in for a topic id, derived from the files' names and sizes."""
+    named = "\n".join(f"{file.path.name} {file.path.stat().st_size}" for file in recording.files)
+    return hashlib.sha256(named.encode()).hexdigest()[:32]
+
+
+def _partition_batch(
+    topic_id: str, first: int, part: EncodedRows, values: Sequence[bytes], newest_ms: int
+) -> PartitionBatch:
+    count = len(part)
+    offsets: I64 = np.arange(first, first + count, dtype=np.int64)
+    stamps = np.full(count, newest_ms, np.int64)
+    return PartitionBatch(topic_id, 0, first, first + count, offsets, stamps, list(part.keys), list(values))
 
 
 class PastRows:
     """Makes micro-batches of clicks that arrive in the order of their partitions. One thread.
 
     Args:
-        context: Makes their rows.
+        context: Makes their rows; its store is new.
+        metrics: Not served.
         salt: Fingerprint of the users' salt.
         begin_ms: Micro-batches that end before this log time are left out: they only fill histories.
     """
 
-    def __init__(self, context: PastContext, salt: str, begin_ms: int) -> None:
-        self._context, self._salt, self._begin_ms = context, salt, begin_ms
-        self._cutter, self._sweep = (
-            Cutter(context.settings.stream.cut_rows, NEVER_MS),
-            StreamSweep(context, context.metrics),
-        )
+    def __init__(self, context: JobContext, metrics: StreamMetrics, salt: str, begin_ms: int) -> None:
+        self._context, self._begin_ms = context, begin_ms
+        stream = context.settings.stream
+        encoding = Encoding.of(stream, context.spec.digest, salt)
+        self._encoding = replace(encoding, mask_generation=context.mask.generation)
+        self._cutter = Cutter(stream.cut_rows, NEVER_MS)
+        self._sweep = StreamSweep(context, metrics)
 
     def take(self, batches: list[PartitionBatch]) -> list[bytes]:
-        """Takes the records of a poll; returns the micro-batches that are full.
-
-        Raises:
-            StoreError: The store of histories cannot take it.
-            MicroBatchError: A row is larger than a record may be.
-            SpringtideError: The follower of attributes failed.
-        """
+        """Takes the records of a poll; returns the micro-batches that are full."""
         context, now_ms = self._context, wall_ms()
-        events = leave_out(context.parser.parse(batches), context.mask)
-        made = rows_of(context, context.join, events, now_ms)
-        rows = commit_rows(context.store, context.profiler, context.labels, made)
+        rows = context.commit(context.make_rows(context.parse(batches), now_ms))
         self._sweep.note([rows])
         if (due_s := self._sweep.due_s) is not None and time.monotonic() >= due_s:
-            self._sweep.look()
+            self._sweep.sweep()
         return self._encoded(self._cutter.add(rows, now_ms))
 
     def flush(self) -> list[bytes]:
@@ -240,38 +242,25 @@ class PastRows:
         return self._context.clock.reached(source)
 
     def _encoded(self, cuts: Sequence[Cut]) -> list[bytes]:
-        context, stream = self._context, self._context.settings.stream
-        limits = stream.cut_rows, stream.max_record_bytes, context.mask.generation
         wanted = [cut for cut in cuts if max((end for _, end in clocks_of(cut)), default=NEVER_MS) >= self._begin_ms]
-        return [value for cut in wanted for value in encode_cut(cut, context.spec.digest, self._salt, *limits)]
+        return [value for cut in wanted for value in encode_cut(cut, self._encoding)]
 
 
-class ReadingProgress:
-    """Logs the progress of reading from time to time.
-
-    Args:
-        total: Positions to read; None if that is not known.
-        elapsed: Monotonic seconds.
-    """
-
-    def __init__(self, total: int | None, elapsed: Callable[[], float] = time.monotonic) -> None:
-        self._total, self._elapsed = total, elapsed
-        self._said_s = elapsed()
-        self._began: tuple[float, int] | None = None
-
-    def reach(self, done: int) -> None:
-        """Records that this many positions are read."""
-        now_s = self._elapsed()
-        # The first rows load the kernels: the pace is measured from there.
-        self._began = began_s, began = self._began or (now_s, done)
-        if now_s - self._said_s < PROGRESS_S or done == began:
-            return
-        self._said_s, rate = now_s, (done - began) / max(now_s - began_s, 1e-9)
-        if self._total is None:
-            logger.info("%s rows of files are read, %s/s", f"{done:,}", f"{rate:,.0f}")
-        else:
-            left = f"{(self._total - done) / rate:,.0f} s left"
-            logger.info("%s of %s clicks are read, %s/s, %s", f"{done:,}", f"{self._total:,}", f"{rate:,.0f}", left)
+def logged(clicks: Batches, total: int | None, clock_s: Callable[[], float] = time.monotonic) -> Batches:
+    """Passes batches on, and logs the progress from time to time; `total` is None if it is not known."""
+    done = first = 0
+    began_s: float | None = None
+    reported_s = clock_s()
+    for batches in clicks:
+        yield batches
+        done, now_s = done + sum(batch.next - batch.first for batch in batches), clock_s()
+        if began_s is None:
+            # The first rows load the kernels: the pace is measured from there.
+            began_s, first = now_s, done
+        elif now_s - reported_s >= PROGRESS_S and done > first:
+            reported_s, rate = now_s, (done - first) / max(now_s - began_s, 1e-9)
+            left = "" if total is None else f", {max(0, total - done) / rate:,.0f} s left"
+            logger.info("%s past clicks are read, %s/s%s", f"{done:,}", f"{rate:,.0f}", left)
 
 
 def run(settings: Settings, wanted: Past, log: Log, out: Callable[[bytes], object]) -> None:
@@ -287,33 +276,34 @@ def run(settings: Settings, wanted: Past, log: Log, out: Callable[[bytes], objec
         SpringtideError: Clicks, files or the disk cannot be used.
         OSError: The disk refused, or the reader has closed the pipe.
     """
-    spec, salt = FeatureSpec.from_settings(settings), load_salt(settings.salt_path, create=False)
+    salt, history = load_salt(settings.salt_path, create=False), settings.features.history
     with ExitStack() as stack:
         folder = _own_folder(settings.registry_dir, stack)
         histories = folder / HISTORIES
         histories.mkdir()
-        store = HistoryStore(histories, spec.history, map_bytes(settings, STREAM, HISTORIES, histories))
+        store = HistoryStore(histories, history, map_bytes(settings, STREAM, HISTORIES, histories))
         stack.callback(store.close)
         mask = ControlWatch(settings.registry_dir, WHOLE).desired.mask
-        place = replace(settings, paths=replace(settings.paths, state=str(folder)))
+        own_paths = replace(settings, paths=replace(settings.paths, state=str(folder)))
         metrics = StreamMetrics(CollectorRegistry())
-        join = open_join(place, salt, metrics, stack, reports=lambda _: lambda letters: None)
+        join = open_join(own_paths, salt, metrics, stack, reports=lambda _: lambda letters: None)
+
+        def maker(topic_id: str) -> PastRows:
+            job = replace(open_job(settings, store, salt, topic_id, mask), join=join)
+            return PastRows(job, metrics, salt.fingerprint, wanted.begin_ms)
+
+        total: int | None = None
         if wanted.files:
-            recording = recording_of(settings, wanted)
-            topic_id, progress = topic_of(recording), ReadingProgress(None)
+            events, rows_per_batch = settings.events, settings.stream.cut_rows
+            recording = Recording(find(wanted.files), events.columns, constants_of(events.constants, events))
+            rows = maker(topic_of(recording))
+            clicks = recorded_batches(events, recording, "memory", time.time(), logger.info, lambda _: rows_per_batch)
         else:
             with log.topics() as topics:
-                stretch = stretch_of(settings, wanted, topics)
-            topic_id, progress = stretch.topic_id, ReadingProgress(stretch.positions)
-        job = open_job(settings, spec, store, salt, topic_id, mask)
-        parts = {one.name: getattr(job, one.name) for one in fields(job)}
-        rows = PastRows(PastContext(**parts, join=join, metrics=metrics), salt.fingerprint, wanted.begin_ms)
-        clicks: Iterator[list[PartitionBatch]]
-        if wanted.files:
-            clicks = of_files(settings, recording, logger.info, progress.reach)
-        else:
-            clicks = of_topic(settings, stretch, log, rows.reached, progress.reach)
-        for batches in clicks:
+                segment = segment_of(settings, wanted, topics)
+            rows, total = maker(segment.topic_id), segment.positions
+            clicks = of_topic(settings, segment, log, rows.reached)
+        for batches in logged(clicks, total):
             for value in rows.take(batches):
                 out(value)
         for value in rows.flush():
@@ -321,7 +311,7 @@ def run(settings: Settings, wanted: Past, log: Log, out: Callable[[bytes], objec
 
 
 def _own_folder(registry: Path, stack: ExitStack) -> Path:
-    """A directory that is deleted after the block; those of killed processes are deleted now."""
+    """A directory that is deleted with `stack`; those of killed processes are deleted now."""
     for left in registry.glob(f"{KEPT}*"):
         shutil.rmtree(left, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=KEPT, dir=registry))
@@ -333,7 +323,7 @@ def _write_all(settings: Settings, out: BinaryIO) -> None:
     wanted = read_past(settings.registry_dir)
     if wanted is None:
         raise RegistryError(
-            f"{settings.registry_dir} wants no past clicks",
+            f"{settings.registry_dir} requests no past clicks",
             "it is a part of `springtide experiment start NAME --from clicks`",
         )
     try:
@@ -341,7 +331,7 @@ def _write_all(settings: Settings, out: BinaryIO) -> None:
         out.write(END)
         out.flush()
     except BrokenPipeError:
-        logger.warning("nobody reads on: the trainer ended")
+        logger.warning("the trainer closed the pipe: it has ended")
         # Unwritten data is discarded: closing must not try again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
 

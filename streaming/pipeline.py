@@ -8,13 +8,11 @@ exits with 0. Any other end is one line on the standard error and exit code 1 (2
 
 With `--runner flink`, `prism` or another of Beam's runners the same code runs as a job of that engine
 (`streaming/distributed`); Beam's options pass through.
-
-The sink cuts batches of rows. A thread commits the cuts while the next rows are made, and publishes what it committed
-at most once a second. Without a cut it wakes only to publish or sync what is left, and then sleeps until the next cut.
 """
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
@@ -25,28 +23,26 @@ from collections.abc import Callable, Iterator, Sequence
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.pvalue import PCollection
 from apache_beam.runners.portability.fn_api_runner.fn_runner import FnApiRunner
 
 from state.config.loading import load
 from state.config.settings import Settings
 from state.config.sources import split_settings
-from state.errors import GapError
+from state.errors import GapError, SettingsError
 from state.log.accepted_gaps import Consent, how_to_go_on, take_options
 from state.process.actor import actor
 from state.process.ending import stop_on_signals
 from state.process.part import Work, run_process
 from state.process.wall_clock import wall_ms
 from streaming.commit import Committer
-from streaming.context import Handle, Step, StreamContext
+from streaming.context import StreamContext, open_stream
 from streaming.cut import Cut, Cutter
-from streaming.distributed.engine import LOCAL, take_runner
-from streaming.open_shard import open_shard
 from streaming.rows import Rows
-from streaming.steps import ParseEvents, ReadClicks, UpdateProfiles
+from streaming.steps import Handle, ParseEvents, ReadClicks, Step, UpdateProfiles, opened
 
 # One cut is written while two wait; a longer queue would only delay the data of serving.
 QUEUED_CUTS = 2
+LOCAL = "local"
 
 logger = logging.getLogger(__name__)
 
@@ -54,11 +50,8 @@ logger = logging.getLogger(__name__)
 class CommitThread:
     """Writes and commits cuts in the order in which they were put, in a thread of its own.
 
-    `put`, `flush` and `close` are called by the Beam thread. An exception ends
-    the thread and surfaces in the next call of `put`, `check` or `flush`.
-
-    Args:
-        committer: Used by the thread to commit.
+    Without a cut it wakes only to publish or sweep what is due. `put`, `flush` and `close` are called by the Beam
+    thread. An exception ends the thread and surfaces in the next call of `put`, `check` or `flush`.
     """
 
     def __init__(self, committer: Committer) -> None:
@@ -141,7 +134,7 @@ class CommitThread:
 
 
 class WriteMicroBatches(Step[StreamContext]):
-    """Cuts by rows and time and hands the cuts to the commit thread; yields nothing."""
+    """Cuts by rows and time, and passes the cuts to the commit thread; yields nothing."""
 
     _cutter: Cutter
     _commits: CommitThread
@@ -169,43 +162,62 @@ class WriteMicroBatches(Step[StreamContext]):
             self._commits.flush()
 
 
-def build(pipeline: beam.Pipeline, shard: Handle[StreamContext]) -> PCollection[None]:
-    """Applies the job to `pipeline`: one fused stage, because no stage may follow an endless source."""
-    written: PCollection[None] = (
-        pipeline
-        | "Start" >> beam.Impulse()
-        | "Read clicks" >> beam.ParDo(ReadClicks(shard))
-        | "Parse events" >> beam.ParDo(ParseEvents(shard))
-        | "Update profiles" >> beam.ParDo(UpdateProfiles(shard))
-        | "Write micro-batches" >> beam.ParDo(WriteMicroBatches(shard))
-    )
-    return written
-
-
-def run(shard: Handle[StreamContext]) -> None:
-    """Runs the job in this process until the shard is `stopping` or control has changed; returns when all is committed.
+def run(handle: Handle[StreamContext]) -> None:
+    """Runs the job in this process until the stream is `stopping` or control has changed; then all is committed.
 
     Raises:
         SpringtideError: A step failed.
     """
     # Named: DirectRunner would first try to download another runner.
     pipeline = beam.Pipeline(runner=FnApiRunner(), options=PipelineOptions(["--streaming"]))
-    build(pipeline, shard)
-    with shard.as_raised():
+    # One fused stage, because no stage may follow an endless source.
+    (
+        pipeline
+        | "Start" >> beam.Impulse()
+        | "Read clicks" >> beam.ParDo(ReadClicks(handle))
+        | "Parse events" >> beam.ParDo(ParseEvents(handle))
+        | "Update profiles" >> beam.ParDo(UpdateProfiles(handle))
+        | "Write micro-batches" >> beam.ParDo(WriteMicroBatches(handle))
+    )
+    with handle.as_raised():
         pipeline.run().wait_until_finish()
 
 
-def run_here(settings: Settings, consent: Consent, stopping: threading.Event) -> None:
+def run_local(settings: Settings, consent: Consent, stopping: threading.Event) -> None:
     """Runs the stream in this process until it is asked to stop.
 
     Raises:
         SpringtideError: The stream failed.
     """
     while not stopping.is_set():
-        # Again if control has changed: opening the shard applies the new control.
-        with open_shard(settings, consent, stopping) as shard:
-            run(shard)
+        # Again if control has changed: opening the stream applies the new control.
+        with open_stream(settings, consent, stopping) as context, opened(context) as handle:
+            run(handle)
     logger.info("stopped; everything read is committed")
+
+
+def take_runner(words: Sequence[str]) -> tuple[str, list[str]]:
+    """Takes `--runner` off a command line; returns the runner and the remaining words, which are Beam's options.
+
+    >>> take_runner(["--parallelism=2", "--runner", "flink"]), take_runner([])
+    (('flink', ['--parallelism=2']), ('local', []))
+
+    Raises:
+        SettingsError: The local form does not have such an option.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--runner", default=LOCAL)
+    try:
+        asked, rest = parser.parse_known_args(list(words))
+    except argparse.ArgumentError as error:
+        raise SettingsError(
+            str(error), "write --runner local, flink or prism, or the name of another Beam runner"
+        ) from None
+    if asked.runner == LOCAL and rest:
+        raise SettingsError(
+            f"unknown argument {rest[0]}", "options of Beam go with --runner flink, prism or another of its runners"
+        )
+    return asked.runner, rest
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -221,11 +233,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         def work() -> None:
             try:
                 if runner == LOCAL:
-                    run_here(settings, consent, stopping)
+                    run_local(settings, consent, stopping)
                 else:
-                    from streaming.distributed.handing_in import run_elsewhere
+                    from streaming.distributed.job import run_on_engine
 
-                    run_elsewhere(settings, consent, runner, options, stopping)
+                    run_on_engine(settings, consent, runner, options, stopping)
             except GapError as gap:
                 raise how_to_go_on(gap, "springtide stream (or up)") from gap
 

@@ -18,7 +18,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import apache_beam as beam
 import numpy as np
@@ -43,8 +43,12 @@ LEAST_DEVIATION = 0.25
 
 CLIP = 6.0
 DEFAULT = Model()
-
+ROWS = 256
+ALONE = 8
+F32 = npt.NDArray[np.float32]
 Preprocessing = Callable[[Mapping[str, Any]], Mapping[str, Any]]
+_FEATURES = pa.schema([(FEATURES, pa.list_(pa.float32()))])
+_CATEGORIES = pa.schema([(CATEGORY, pa.list_(pa.binary()))])
 
 
 def preprocessing_fn(inputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -79,16 +83,10 @@ def load_preprocessing(path: str, settings: Model = DEFAULT) -> Preprocessing:
     Raises:
         SettingsError: There is no such function.
     """
-    found: Any = load_named(path, "model.preprocessing")
-    if not callable(found) or len(inspect.signature(found).parameters) < 2:
-        function: Preprocessing = found
-        return function
-
-    def with_settings(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
-        made: Mapping[str, Any] = found(inputs, settings)
-        return made
-
-    return with_settings
+    function: Any = load_named(path, "model.preprocessing")
+    if callable(function) and len(inspect.signature(function).parameters) >= 2:
+        return lambda inputs: cast(Mapping[str, Any], function(inputs, settings))
+    return cast(Preprocessing, function)
 
 
 @contextmanager
@@ -114,16 +112,12 @@ def analyse(features: PCollection[pa.RecordBatch], width: int, preprocessing: Pr
         preprocessing: A TensorFlow Transform preprocessing function of one input, `features`.
         output: Output directory.
     """
-    import tensorflow_transform.beam as tft_beam
     from tensorflow_metadata.proto.v0 import schema_pb2
-    from tensorflow_transform.beam.tft_beam_io.transform_fn_io import WriteTransformFn
-    from tfx_bsl.tfxio.tensor_adapter import TensorAdapterConfig
 
     dense = schema_pb2.TensorRepresentation.DenseTensor(column_name=FEATURES)
     dense.shape.dim.add().size = width
-    adapter = TensorAdapterConfig(_SCHEMA, {FEATURES: schema_pb2.TensorRepresentation(dense_tensor=dense)})
-    transform = (features, adapter) | "Analyse features" >> tft_beam.AnalyzeDataset(preprocessing)
-    transform | "Write the graph" >> WriteTransformFn(str(output))
+    representation = schema_pb2.TensorRepresentation(dense_tensor=dense)
+    _analyse(features, _FEATURES, representation, preprocessing, output)
 
 
 def list_categories(categories: PCollection[pa.RecordBatch], output: Path) -> None:
@@ -134,20 +128,34 @@ def list_categories(categories: PCollection[pa.RecordBatch], output: Path) -> No
         output: Output directory; `read_categories` reads it.
     """
     import tensorflow_transform as tft
-    import tensorflow_transform.beam as tft_beam
     from tensorflow_metadata.proto.v0 import schema_pb2
-    from tensorflow_transform.beam.tft_beam_io.transform_fn_io import WriteTransformFn
-    from tfx_bsl.tfxio.tensor_adapter import TensorAdapterConfig
 
     ragged = schema_pb2.TensorRepresentation.VarLenSparseTensor(column_name=CATEGORY)
-    adapter = TensorAdapterConfig(_CATEGORIES, {CATEGORY: schema_pb2.TensorRepresentation(varlen_sparse_tensor=ragged)})
+    representation = schema_pb2.TensorRepresentation(varlen_sparse_tensor=ragged)
 
     def vocabulary(inputs: Mapping[str, Any]) -> dict[str, Any]:
         tft.vocabulary(inputs[CATEGORY], vocab_filename=VOCABULARY, store_frequency=True)
         return {CATEGORY: inputs[CATEGORY]}
 
-    counted = (categories, adapter) | "Count categories" >> tft_beam.AnalyzeDataset(vocabulary)
-    counted | "Write the categories" >> WriteTransformFn(str(output))
+    _analyse(categories, _CATEGORIES, representation, vocabulary, output)
+
+
+def _analyse(
+    batches: PCollection[pa.RecordBatch],
+    schema: pa.Schema,
+    representation: Any,
+    preprocessing: Preprocessing,
+    output: Path,
+) -> None:
+    """Adds the analysis of the only column of `schema`."""
+    import tensorflow_transform.beam as tft_beam
+    from tensorflow_transform.beam.tft_beam_io.transform_fn_io import WriteTransformFn
+    from tfx_bsl.tfxio.tensor_adapter import TensorAdapterConfig
+
+    (column,) = schema.names
+    adapter = TensorAdapterConfig(schema, {column: representation})
+    transform = (batches, adapter) | f"Analyse {column}" >> tft_beam.AnalyzeDataset(preprocessing)
+    transform | f"Write the graph of {column}" >> WriteTransformFn(str(output))
 
 
 def read_categories(output: Path) -> dict[int, int]:
@@ -169,10 +177,6 @@ def analysed(features: Iterable[npt.NDArray[np.uint16]], preprocessing: Preproce
         analyse(batches, chunks[0].shape[1], preprocessing, output)
 
 
-_SCHEMA = pa.schema([(FEATURES, pa.list_(pa.float32()))])
-_CATEGORIES = pa.schema([(CATEGORY, pa.list_(pa.binary()))])
-
-
 def record_batch(features: npt.NDArray[np.uint16]) -> pa.RecordBatch:
     """Converts `[n, D]` uint16 to the Arrow column that TensorFlow Transform takes.
 
@@ -182,7 +186,7 @@ def record_batch(features: npt.NDArray[np.uint16]) -> pa.RecordBatch:
     rows, width = features.shape
     values = pa.array(features.astype(np.float32).reshape(-1))
     offsets = pa.array(np.arange(0, (rows + 1) * width, width, dtype=np.int32))
-    return pa.RecordBatch.from_arrays([pa.ListArray.from_arrays(offsets, values)], schema=_SCHEMA)
+    return pa.RecordBatch.from_arrays([pa.ListArray.from_arrays(offsets, values)], schema=_FEATURES)
 
 
 def category_batch(categories: npt.NDArray[np.uint64]) -> pa.RecordBatch:
@@ -191,21 +195,13 @@ def category_batch(categories: npt.NDArray[np.uint64]) -> pa.RecordBatch:
     >>> category_batch(np.array([255, 0], np.uint64)).to_pydict()
     {'category': [[b'00000000000000ff']]}
     """
-    values = [b"%016x" % category for category in categories[categories != 0].tolist()]
-    offsets = pa.array(np.arange(len(values) + 1, dtype=np.int32))
-    return pa.RecordBatch.from_arrays(
-        [pa.ListArray.from_arrays(offsets, pa.array(values, pa.binary()))], schema=_CATEGORIES
-    )
-
-
-ROWS = 256
-ALONE = 8
-F32 = npt.NDArray[np.float32]
+    values = [[b"%016x" % category] for category in categories[categories != 0].tolist()]
+    return pa.RecordBatch.from_arrays([pa.array(values, pa.list_(pa.binary()))], schema=_CATEGORIES)
 
 
 def is_own(path: str) -> bool:
     """Whether `model.preprocessing` differs from the default, which needs no check."""
-    return path != Model().preprocessing
+    return path != DEFAULT.preprocessing
 
 
 def check_preprocessing(path: str, spec: FeatureSpec, keep: Path | None = None, settings: Model = DEFAULT) -> str:
@@ -228,7 +224,7 @@ def check_preprocessing(path: str, spec: FeatureSpec, keep: Path | None = None, 
         first, second = keep or Path(folder, "first"), Path(folder, "second")
         # 1.
         for output in (first, second):
-            _analysed(function, rows, output, what, len(spec.names))
+            _analysed(function, rows, output, what)
         # 2.
         transform = _Transform(first)
         found = transform(rows)
@@ -275,13 +271,13 @@ def made_up(spec: FeatureSpec) -> F32:
     return np.floor(rows).astype(np.float32)
 
 
-def _analysed(function: Preprocessing, rows: F32, output: Path, what: str, width: int) -> None:
+def _analysed(function: Preprocessing, rows: F32, output: Path, what: str) -> None:
     """Runs the analysis; an error in the user's function is reported as such."""
     failures: list[ProgramError] = []
 
     def checked(inputs: Mapping[str, Any]) -> Mapping[str, Any]:
         try:
-            return _checked_output(function(inputs), what, width)
+            return _checked_output(function(inputs), what, rows.shape[1])
         except ProgramError as error:
             failures.append(error)
             raise
@@ -314,11 +310,7 @@ def _checked_output(output: Any, what: str, width: int) -> Mapping[str, Any]:
 
 
 class _Transform:
-    """An analysed graph.
-
-    Args:
-        output: The directory with `transform_fn/`.
-    """
+    """The analysed graph in a directory with `transform_fn/`: `[n, D]` to `[n, D']` float32."""
 
     def __init__(self, output: Path) -> None:
         import tensorflow as tf
@@ -326,7 +318,6 @@ class _Transform:
         self.graph = tf.saved_model.load(str(output / "transform_fn"))
 
     def __call__(self, rows: F32) -> F32:
-        """`[n, D]` to `[n, D']` float32."""
         import tensorflow as tf
 
         found: F32 = self.graph.transform_fn({FEATURES: tf.constant(rows)})[FEATURES].numpy()
@@ -354,10 +345,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def check_and_keep(settings: Settings, keep: Path | None) -> str:
     """Runs `check_preprocessing`; also writes the names of the options that the function read to `keep`."""
     model = AskedModel.of(settings.model, {})
-    said = check_preprocessing(model.preprocessing, FeatureSpec.from_settings(settings), keep, model)
+    result = check_preprocessing(model.preprocessing, FeatureSpec.from_settings(settings), keep, model)
     if keep is not None:
         (keep / OPTIONS_READ).write_text(json.dumps(sorted(model.asked)))
-    return said
+    return result
 
 
 if __name__ == "__main__":

@@ -1,17 +1,14 @@
-"""Reads histories, computes windows and makes rows, in an arena that holds each recent user's last N events as a ring.
+"""Computes the windows of each event from the events before it, in memory.
 
-A user who is not in the arena is read from the store. A user may leave only when the store has all of that user's
-events, so leaving affects only the time, not the result.
-
-`SlotTable` maps users to slots. It is a hash table with open addressing that finds whole columns of users in compiled
-code.
+An arena holds each recent user's last N events as a ring. A user who is not in it is read from the store. A user may
+leave only when the store has all of that user's events, so leaving changes no result.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,10 +22,11 @@ from state.history.appends import Appends, events_of
 from streaming.rows import Rows
 
 ABSENT = -1
+I64 = NDArray[np.int64]
 
 
 class SlotTable:
-    """Which slot each user has. One thread.
+    """Maps users to slots: a hash table with open addressing that finds whole columns of users. One thread.
 
     Users are pseudonyms, whose bits are random, so that they need no further hashing.
 
@@ -62,7 +60,7 @@ class SlotTable:
         _put(self._table, _keys(users), np.ascontiguousarray(slots))
 
     def remove(self, users: Iterable[int]) -> None:
-        """Takes the slots of users, who have one each, away."""
+        """Removes users, who have a slot each."""
         gone = np.fromiter(users, np.uint64)
         self._count -= len(gone)
         _remove(self._table, _keys(gone))
@@ -124,11 +122,8 @@ def _remove(table: I64, users: I64) -> None:
         table[gap, 1] = ABSENT
 
 
-I64 = NDArray[np.int64]
-
-
 class Histories(Protocol):
-    """Where committed histories are read from."""
+    """A store of committed histories: of the stream, or of a bucket."""
 
     def read_many(self, users: Sequence[int]) -> list[Events]:
         """The histories of several users, each `[m <= N]` EVENT in append order, as of one moment."""
@@ -138,8 +133,8 @@ class Histories(Protocol):
 class Profiler:
     """Computes each event's row from the events before it, and appends it to its user's history.
 
-    `update` is called by one thread; `committed` and `forget` by any. Which batches events
-    come in, and which users are in memory, changes no bit of a row.
+    `update` is called by one thread; `committed` and `forget` by any. Which batches events come in, and which users are
+    in memory, changes no bit of a row.
 
     Args:
         store: The committed histories.
@@ -194,16 +189,16 @@ class Profiler:
         # 3. Rows and appends, event by event.
         return Rows(batch, self._compute(by_row, events), Appends(users, starts, lengths, events[order]))
 
-    def turn(self, mask: Mask) -> None:
-        """Leaves other events out of the rows of the next batches; the thread that calls `update` does."""
+    def set_mask(self, mask: Mask) -> None:
+        """Sets the events that no row of the next batches may use; called by the thread that calls `update`."""
         self._hidden = mask.hidden
 
     def committed(self, rows: Rows) -> None:
-        """Tells that the store has the appends of `rows`, each `Rows` once; any thread may call it."""
+        """Must be called once the store has the appends of `rows`; any thread may call it."""
         self._committed.append(rows.appends.users)
 
     def forget(self, users: Sequence[int]) -> None:
-        """Tells that the store has lost users whose events rows could still see; any thread may call it.
+        """Must be called once the store has removed events of users that rows could still see; any thread may call it.
 
         They are read again from there, those with uncommitted events once these are committed.
         """
@@ -215,7 +210,7 @@ class Profiler:
         return rows
 
     def _settle(self) -> None:
-        """Takes note of what was committed since the last batch."""
+        """Applies `committed` and `forget` since the last batch."""
         while self._committed:
             # No user twice: these are the users of one `Rows`.
             self._pending[self._slots.find(self._committed.popleft())] -= 1
@@ -229,7 +224,7 @@ class Profiler:
                     self._release([user], [slot])
 
     def _places(self, users: NDArray[np.uint64]) -> I64:
-        """Gives the ring of each of `users` (unique), read from the store where it is not in memory."""
+        """The ring of each of `users` (unique), read from the store if it is not in memory."""
         slots = self._slots.find(users)
         missing = np.flatnonzero(slots == ABSENT)
         if not len(missing):
@@ -253,7 +248,7 @@ class Profiler:
         """Frees at least `needed` rings: those longest unused among the committed; else the arena grows."""
         if len(self._free) >= needed:
             return
-        # 1. Somewhat more than needed leave at once, since the search looks at all.
+        # 1. More than needed leave at once, since the search checks all.
         capacity = len(self._ends)
         may_go = np.flatnonzero((self._pending == 0) & (self._used < self._clock) & (self._used > 0))
         leaving = min(len(may_go), max(needed, capacity // 16))
@@ -275,7 +270,7 @@ class Profiler:
         rings = np.empty((capacity + more, *self._rings.shape[1:]), np.int64)
         rings[:capacity] = self._rings
         self._rings = rings
-        added: NDArray[Any] = np.zeros(more, np.int64)
+        added = np.zeros(more, np.int64)
         self._ends = np.concatenate((self._ends, added))
         self._counts = np.concatenate((self._counts, added))
         self._users = np.concatenate((self._users, added))

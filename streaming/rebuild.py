@@ -1,7 +1,7 @@
 """Rebuilds a stream's lost histories from Kafka: `springtide rebuild-history [--from COPY] [--if-lost]`.
 
 1. Takes the directory's lock and fences the stream's writer, so that the micro-batch log has an end. If an earlier
-   release had shards, their writers are fenced too.
+   release had shards, their writers are fenced too. A transaction that a power cut left open at that end is repaired.
 2. Reads the micro-batch log to its end, from a copy's positions or from the beginning, along the branch that control
    names. Its rows are what the lost store had; its ranges are the positions. Impressions that it opens and does not
    close wait again.
@@ -11,9 +11,6 @@
 
 The result equals the lost store, event by event and offset by offset, if that had committed everything it wrote.
 Otherwise it is what the store would have been.
-
-The end of the training log is repaired too, because a power cut may have left a transaction open there. Acknowledged
-records stay visible, and no reader waits behind that transaction.
 """
 
 from __future__ import annotations
@@ -24,28 +21,21 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
 import numpy as np
+from numpy.typing import NDArray
 
 from state.config.loading import load
 from state.config.sections import Kafka
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
-from state.errors import (
-    MicroBatchError,
-    SaltMismatch,
-    SettingsError,
-    SpecMismatch,
-    UnknownTopic,
-)
+from state.errors import MicroBatchError, SaltMismatch, SettingsError, SpecMismatch, UnknownTopic
 from state.events.identity import Salt, load_salt
-from state.events.parser import EventBatch, Parser
 from state.features.erased import Flags
-from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.history.actions import renumbered
 from state.history.appends import Appends, events_of
@@ -67,18 +57,22 @@ from state.registry.log_line import counts
 from state.registry.specs import SpecActions
 from state.storage.shares import STREAM, map_bytes
 from streaming import histories
-from streaming.control import NOTHING_DESIRED, ControlWatch, Desired, roll_back_histories
+from streaming.context import open_job
+from streaming.control import ControlWatch, Desired, roll_back_histories
 from streaming.cut import merge_all, merge_appends
 from streaming.event_clock import EventClock
-from streaming.histories import check_identity, former_shards, replaced
-from streaming.labels import Labels, open_labels
-from streaming.profile import Profiler
-from streaming.rows import leave_out
-from streaming.unlogged import commit_at_once
+from streaming.histories import check_identity, former_shards, replacing_shards
 from streaming.writer import note_first_release, open_writer
 
 BAR = 30
 LINE_EVERY_S = 5.0
+CLICKS_AT_ONCE, RECORDS_AT_ONCE = 20_000, 64
+ENDED_S = 3.0
+POLL_S = 0.1
+TAIL = 64
+"""Last positions that are searched for hidden records; a transaction has two or three."""
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -106,23 +100,22 @@ class Rebuilt:
     incomplete: int = 0
     aside: Path | None = None
 
+    def in_words(self, path: Path) -> str:
+        """Formats the result in one line, with the path of the new store.
 
-def told(found: Rebuilt, place: Path) -> str:
-    """Formats the result in one line.
-
-    >>> told(Rebuilt(records=10, rows=500, users=17), Path("histories"))
-    'histories: 17 users, 500 rows of 10 records of the log; complete'
-    >>> told(Rebuilt(records=10, rows=500, clicks=40, lost=60, users=17, incomplete=3), Path("h"))
-    'h: 17 users, 500 rows of 10 records of the log and 40 positions of the clicks; 60 positions are gone from both: 3 users may lack their oldest events'
-    """
-    read = f"{found.rows:,} rows of {found.records:,} records of the log"
-    read += f" and {found.clicks:,} positions of the clicks" if found.clicks else ""
-    read += f" ({found.unreadable:,} records unreadable)" if found.unreadable else ""
-    gone = "complete"
-    if found.lost:
-        gone = f"{found.lost:,} positions are gone from both: {found.incomplete:,} users may lack their oldest events"
-    aside = f"; the old store is {found.aside}, remove it when you like" if found.aside else ""
-    return f"{place}: {found.users:,} users, {read}; {gone}{aside}"
+        >>> Rebuilt(records=10, rows=500, users=17).in_words(Path("histories"))
+        'histories: 17 users, 500 rows of 10 records of the log; complete'
+        >>> Rebuilt(records=10, rows=500, clicks=40, lost=60, users=17, incomplete=3).in_words(Path("h"))
+        'h: 17 users, 500 rows of 10 records of the log and 40 positions of the clicks; 60 positions are gone from both: 3 users may lack their oldest events'
+        """
+        read = f"{self.rows:,} rows of {self.records:,} records of the log"
+        read += f" and {self.clicks:,} positions of the clicks" if self.clicks else ""
+        read += f" ({self.unreadable:,} records unreadable)" if self.unreadable else ""
+        gone = "complete"
+        if self.lost:
+            gone = f"{self.lost:,} positions are gone from both: {self.incomplete:,} users may lack their oldest events"
+        aside = f"; the old store is {self.aside}, remove it when you like" if self.aside else ""
+        return f"{path}: {self.users:,} users, {read}; {gone}{aside}"
 
 
 def progress_line(done: int, total: int, rows: int, seconds: float) -> str:
@@ -140,95 +133,6 @@ def progress_on(out: TextIO) -> ProgressLine:
     return ProgressLine(out, LINE_EVERY_S, at_once=True)
 
 
-CLICKS_AT_ONCE, RECORDS_AT_ONCE = 20_000, 64
-logger = logging.getLogger(__name__)
-
-
-class ClicksLeft:
-    """What the topic of clicks still holds, and what the stream had read of it according to its group's offsets.
-
-    Args:
-        settings: Of the stream.
-        store: Being rebuilt.
-        clock: Of its clicks.
-        salt: Of the users' pseudonyms.
-        topics: Of the cluster.
-        found: Counts positions that are read and that are lost.
-        mask: The clicks that are left out.
-
-    Raises:
-        LogError: Kafka is not reachable.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        store: HistoryStore,
-        clock: EventClock,
-        salt: Salt,
-        topics: Topics,
-        found: Rebuilt,
-        mask: Mask = Mask.NONE,
-    ) -> None:
-        self._settings, self._store, self._clock = settings, store, clock
-        self._found, self._mask = found, mask
-        self._parser = Parser(settings.events, salt)
-        self._topic_id: str | None = None
-        self._kept: Mapping[int, tuple[int, int]] = {}
-        self._group: Mapping[int, int] = {}
-        kafka = settings.kafka
-        try:
-            self._topic_id = topics.describe(kafka.clicks_topic).topic_id
-            self._kept = topics.ends(kafka.clicks_topic)
-            self._group = topics.committed(kafka.group, kafka.clicks_topic)
-        except UnknownTopic as error:
-            logger.warning("%s; only what the micro-batch log holds is rebuilt", error)
-
-    def committed(self) -> dict[Source, int]:
-        """The next offset of each source as the group has it, in the order of the partitions."""
-        if self._topic_id is None:
-            return {}
-        return {Source(self._topic_id, partition): after for partition, after in sorted(self._group.items())}
-
-    def has(self, source: Source, mark: int | None, after: int) -> bool:
-        """Whether the clicks may still hold positions of `source` from `mark` (None: its first) to below `after`."""
-        if source.topic_id != self._topic_id or source.partition not in self._kept:
-            return False
-        return self._kept[source.partition][0] < after or mark is None
-
-    def fill(self, source: Source, mark: int | None, after: int) -> None:
-        """Reads the positions of `source` from `mark` up to `after` into the store; counts those that are gone.
-
-        Raises:
-            LogError: Kafka is not reachable, or stops answering.
-        """
-        at = mark or 0
-        first = min(max(at, self._kept[source.partition][0]), after)
-        self._found.lost += first - at
-        if mark is not None and first > at:
-            self._store.commit(Appends.none(), [Range(source, at, first, absent=first - at)])
-        if first == after:
-            return
-        logger.info("the log does not hold positions %d to %d of %s: reading the clicks", first, after, source)
-        self._found.clicks += after - first
-        labels = open_labels(self._settings, self._store, source.topic_id)
-        profiler = Profiler(self._store, FeatureSpec.from_settings(self._settings), 1, self._mask) if labels else None
-        kafka, partition = self._settings.kafka, source.partition
-        with Reader(kafka, kafka.clicks_topic, [partition], {partition: first}) as reader:
-            for batches in read_to(reader, {partition: after}, CLICKS_AT_ONCE):
-                events = self._parser.parse([one.between(one.first, min(after, one.next)) for one in batches])
-                self._take(leave_out(events, self._mask), profiler, labels)
-
-    def _take(self, events: EventBatch, profiler: Profiler | None, labels: Labels | None) -> None:
-        """One commit for clicks; impressions among them may still wait, with the windows of that time."""
-        now_ms = wall_ms()
-        if profiler is None or labels is None:
-            told = self._clock.follow(events, events.ranges, now_ms)
-            self._store.commit(Appends.of(events.user, events_of(events, events.ranges)), events.ranges, told.state)
-        else:
-            commit_at_once(self._store, profiler, self._clock, labels, events, now_ms)
-
-
 class Waits:
     """Gathers from micro-batches which rows begin and end to wait, until they are committed. One thread."""
 
@@ -240,15 +144,10 @@ class Waits:
         self._erased: set[bytes] = set()
 
     def follow(self, batch: MicroBatch, erased: Flags, ranges: Sequence[Range]) -> list[Range]:
-        """Takes the new rows of a micro-batch; returns its ranges without closings of rows that were never opened here.
+        """Takes the rows of a micro-batch that the store does not have; returns its ranges without closings of unknown rows.
 
         If the log no longer holds an impression but holds its label, the row never waited in this store; its account
-        leaves both out. Impressions of an erased user do not wait, and count as opened.
-
-        Args:
-            batch: Rows that the store does not have.
-            erased: `[n]` bool, whether each row is of a user who was erased since.
-            ranges: The ranges that the rows came from.
+        leaves both out. Impressions of erased users (`erased`, `[n]` bool) do not wait, and count as opened.
         """
         rows = self._rows = self._rows or WaitingRows(self._store)
         closing = np.flatnonzero(~happened(batch.kind))
@@ -262,12 +161,13 @@ class Waits:
             self._changes.update(zip(keys, now.pack(batch.take(waits).columns), strict=True))
         self._erased.update(keys_of(sources, batch.source[opened & erased], batch.offset[opened & erased]))
         keys = keys_of(sources, batch.source[closing], batch.opened[closing])
-        found = zip(keys, rows.values(keys, self._changes), strict=True)
-        known = np.array([value is not None or key in self._erased for key, value in found], np.bool_)
+        values = zip(keys, rows.values(keys, self._changes), strict=True)
+        known = np.array([value is not None or key in self._erased for key, value in values], np.bool_)
         self._changes.update(dict.fromkeys(keys))
         self._erased.difference_update(keys)
-        lost = closing[~known]
-        return [_without(part, batch.take(_named(lost, len(batch)))) for part in ranges] if len(lost) else list(ranges)
+        lost = np.zeros(len(batch), np.bool_)
+        lost[closing[~known]] = True
+        return [_without(part, batch.take(lost)) for part in ranges] if lost.any() else list(ranges)
 
     def to_commit(self) -> tuple[Changes, Extra]:
         """Returns the rows to commit and forgets them; later lookups read the store again."""
@@ -280,16 +180,10 @@ class Waits:
         return [Range(source, marks[source], marks[source], dropped=count) for source, count in counted.items()]
 
 
-def _named(rows: np.ndarray[tuple[int], np.dtype[np.int64]], count: int) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
-    named = np.zeros(count, np.bool_)
-    named[rows] = True
-    return named
-
-
 def _without(part: Range, lost: MicroBatch) -> Range:
     """A range without those of its closings that are in `lost`."""
-    sources = [one.source for one in lost.header.ranges]
-    mine = np.array([sources[number] == part.source for number in lost.source.tolist()], np.bool_)
+    sources = [each.source for each in lost.header.ranges]
+    mine: NDArray[np.bool_] = np.array([sources[number] == part.source for number in lost.source.tolist()], np.bool_)
     mine &= (lost.offset >= part.first) & (lost.offset < part.next)
     joined, expired = (int((lost.kind[mine] == kind).sum()) for kind in (Kind.JOINED, Kind.EXPIRED))
     return replace(part, joined=part.joined - joined, expired=part.expired - expired)
@@ -318,17 +212,20 @@ class Rebuild:
         actions: SpecActions,
         salt: Salt,
         progress: ProgressLine,
-        desired: Desired = NOTHING_DESIRED,
+        desired: Desired,
     ) -> None:
         self._settings, self._store, self._actions, self._salt = settings, store, actions, salt
         self._progress, self._desired = progress, desired
         self._accepted = Journal(settings.registry_dir / GAPS).accepted()
         self._marks = store.positions()
         self._waits, self._clock = Waits(store), EventClock(store.extra)
+        # By source the first position that the clicks still have, and the next one of the group.
+        self._kept: Mapping[Source, int] = {}
+        self._group: Mapping[Source, int] = {}
         self._clocks: dict[str, bytes] = {}
         self._appends: list[Appends] = []
         self._ranges: list[Range] = []
-        self.found = Rebuilt()
+        self._result = Rebuilt()
 
     def run(self) -> Rebuilt:
         """Reads everything available; the store holds it when this returns.
@@ -340,84 +237,111 @@ class Rebuild:
             StoreFull: The store or its disk is full.
             LogError: Kafka is not reachable, or stops answering.
         """
-        kafka, found = self._settings.kafka, self.found
+        kafka, result = self._settings.kafka, self._result
+        begin = end = 0
         with Topics(kafka) as topics:
-            clicks = ClicksLeft(self._settings, self._store, self._clock, self._salt, topics, found, self._desired.mask)
+            try:
+                topic_id, ends = topics.describe(kafka.clicks_topic).topic_id, topics.ends(kafka.clicks_topic)
+                group = topics.committed(kafka.group, kafka.clicks_topic)
+                self._kept = {Source(topic_id, partition): first for partition, (first, _) in ends.items()}
+                self._group = {Source(topic_id, partition): after for partition, after in sorted(group.items())}
+            except UnknownTopic as error:
+                logger.warning("%s; only what the micro-batch log holds is rebuilt", error)
             try:
                 begin, end = topics.ends(kafka.microbatches_topic)[0]
             except UnknownTopic as error:
-                logger.warning("%s; there is only the group's word for what the stream had read", error)
-                begin = end = 0
+                logger.warning("%s; only the group's offsets say what the stream had read", error)
         # 1. and 2.
         if end > begin:
-            self._read(begin, end, clicks)
+            self._read(begin, end)
             self._ranges = self._waits.dropped(self._marks)
             self._commit()
         # 3.
-        for source, after in clicks.committed().items():
+        for source, after in self._group.items():
             if source not in self._marks:
-                clicks.fill(source, None, after)
-                self._marks[source] = after
-        found.users = self._store.users()
-        found.incomplete = self._store.users_below(self._settings.features.history) if found.lost else 0
-        return found
+                self._fill(source, None, after)
+        result.users = self._store.users()
+        result.incomplete = self._store.users_below(self._settings.features.history) if result.lost else 0
+        return result
 
-    def _read(self, begin: int, end: int, clicks: ClicksLeft) -> None:
+    def _read(self, begin: int, end: int) -> None:
         kafka = self._settings.kafka
         with Reader(kafka, kafka.microbatches_topic, [0]) as reader:
             for batches in read_to(reader, {0: end}, RECORDS_AT_ONCE):
                 for batch in batches:
-                    self._take(batch, clicks)
+                    self._take(batch)
                 self._show(min(reader.position(0), end) - begin, end - begin)
         self._show(end - begin, end - begin, last=True)
 
     def _show(self, done: int, total: int, last: bool = False) -> None:
-        self._progress.show(lambda: progress_line(done, total, self.found.rows, self._progress.took_s), last)
+        self._progress.show(lambda: progress_line(done, total, self._result.rows, self._progress.took_s), last)
 
-    def _take(self, batch: PartitionBatch, clicks: ClicksLeft) -> None:
+    def _take(self, batch: PartitionBatch) -> None:
         """One commit for the records of one poll, and one before each segment of clicks."""
         for first, after, reason in batch.corrupt:
-            self.found.unreadable += 1
+            self._result.unreadable += 1
             logger.error("the micro-batch log's positions [%d, %d) are corrupt: %s", first, after, reason)
         log = Source(batch.topic_id, batch.partition)
         for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
-            self.found.records += 1
+            self._result.records += 1
             # Records that the trainer skips for good do not count here either.
             if accepted_gaps.left_out(self._accepted, log, offset):
-                self.found.unreadable += 1
+                self._result.unreadable += 1
                 continue
             mine = self._decode(value, offset)
             if mine is None:
                 continue
             # 2.
             for part in mine.header.ranges:
-                self._fill_before(part, clicks)
+                self._fill_before(part)
             # 1.
             keep, after_marks = trim(mine, self._marks)
             erased = erased_rows(mine, self._desired.mask.erased)
             parts, missing = new_ranges(mine, self._marks)
-            self.found.lost += missing
+            self._result.lost += missing
             parts = self._waits.follow(mine.take(keep), erased[keep], parts)
             kept = mine.take(keep & ~erased & happened(mine.kind))
             self._clocks |= self._clock.follow(kept, kept.header.ranges, kept.header.created_ms).state
             self._appends.append(Appends.of(kept.user, events_of(kept, kept.header.ranges)))
             self._ranges += parts
             self._marks = after_marks
-            self.found.rows += len(kept)
+            self._result.rows += len(kept)
         self._commit()
         killpoints.reach("rebuild.committed")
 
-    def _fill_before(self, part: Range, clicks: ClicksLeft) -> None:
+    def _fill_before(self, part: Range) -> None:
         """Reads the positions between the mark of a range's source and the range from the clicks."""
-        mark = self._marks.get(part.source)
+        source, mark = part.source, self._marks.get(part.source)
         if mark is not None and mark >= part.first:
             return
-        if clicks.has(part.source, mark, part.first):
+        if source in self._kept and (self._kept[source] < part.first or mark is None):
             self._commit()
-            clicks.fill(part.source, mark, part.first)
-            self._marks[part.source] = part.first
+            self._fill(source, mark, part.first)
         elif mark is None:
-            self.found.lost += part.first
+            self._result.lost += part.first
+
+    def _fill(self, source: Source, mark: int | None, after: int) -> None:
+        """Reads the clicks of `source` from `mark` up to `after` into the store; counts those that are gone.
+
+        Impressions among them may still wait, with the windows of that time.
+        """
+        at = mark or 0
+        first = min(max(at, self._kept[source]), after)
+        self._result.lost += first - at
+        self._result.clicks += after - first
+        self._marks[source] = after
+        if mark is not None and first > at:
+            self._store.commit(Appends.none(), [Range(source, at, first, absent=first - at)])
+        if first == after:
+            return
+        logger.info("the log does not hold positions %d to %d of %s: reading the clicks", first, after, source)
+        job = open_job(self._settings, self._store, self._salt, source.topic_id, self._desired.mask)
+        job = replace(job, clock=self._clock)
+        kafka, partition = self._settings.kafka, source.partition
+        with Reader(kafka, kafka.clicks_topic, [partition], {partition: first}) as reader:
+            for batches in read_to(reader, {partition: after}, CLICKS_AT_ONCE):
+                events = job.parse([batch.between(batch.first, min(after, batch.next)) for batch in batches])
+                job.commit(job.make_rows(events, wall_ms()))
 
     def _commit(self) -> None:
         waiting, extra = self._waits.to_commit()
@@ -431,11 +355,11 @@ class Rebuild:
         try:
             whole = decode(value or b"")
         except MicroBatchError as error:
-            self.found.unreadable += 1
-            logger.error("%s is left out, its clicks are read again: %s", where, error)
+            self._result.unreadable += 1
+            logger.error("%s is skipped, its clicks are read again: %s", where, error)
             return None
         header = whole.header
-        if not counts(self._desired.line, header.log_epoch, offset):
+        if not counts(self._desired.branch, header.log_epoch, offset):
             return None
         if header.salt != self._salt.fingerprint:
             raise SaltMismatch.between(where, header.salt, self._salt.fingerprint)
@@ -449,14 +373,6 @@ class Rebuild:
         return renumbered(whole, named, self._settings.events.actions)
 
 
-ENDED_S = 3.0
-LOOK_S = 0.1
-TAIL = 64
-"""Last positions that are searched for hidden records; a transaction has two or three."""
-
-Say = Callable[[str], None]
-
-
 class KeptRecord(NamedTuple):
     """A record of the training log."""
 
@@ -464,7 +380,7 @@ class KeptRecord(NamedTuple):
     value: bytes
 
 
-def end_hanging(settings: Settings, writer: Writer) -> None:
+def end_open_transaction(settings: Settings, writer: Writer) -> None:
     """Repairs the end of the training log after a power cut.
 
     Acknowledged records stay visible, and no reader waits behind them. The newest transaction may have lost its
@@ -489,7 +405,7 @@ def end_hanging(settings: Settings, writer: Writer) -> None:
             (begin, end), (_, stable) = (topics.ends(topic, committed_only=only)[0] for only in (False, True))
             if stable >= end or time.monotonic() >= deadline_s:
                 break
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
     # 1.
     if stable < end:
         empty = next(map(_without_rows, read(kafka, stable, end, committed_only=False).values()), None)
@@ -498,52 +414,39 @@ def end_hanging(settings: Settings, writer: Writer) -> None:
         with writer.transaction():
             writer.send(topic, 0, None, empty)
         logger.warning(
-            "positions %d to %d of %s belonged to a transaction that nobody ended, as after a power cut; it is committed",
+            "positions %d to %d of %s belonged to a transaction that was left open, as after a power cut; it is committed",
             *(stable, end - 1, topic),
         )
         return
     # 2.
-    if hidden := hidden_at_the_end(kafka, begin, end):
+    if hidden := _hidden_at_the_end(kafka, begin, end):
         with writer.transaction():
             for record in hidden.values():
                 writer.send(topic, 0, None, record.value, [], record.timestamp_ms)
         logger.warning(
-            "positions %d to %d of %s belonged to a transaction that was given up, as after a power cut; they are written once more",
+            "positions %d to %d of %s belonged to an aborted transaction, as after a power cut; they are written again",
             *(min(hidden), max(hidden), topic),
         )
 
 
-def hidden_at_the_end(kafka: Kafka, begin: int, end: int) -> dict[int, KeptRecord]:
-    """By position the micro-batches after the last one that readers see.
-
-    Args:
-        kafka: Where the training log is; no transaction is open there.
-        begin: Its first position.
-        end: The position after its last one.
-
-    Raises:
-        LogError: Kafka is not reachable.
-    """
+def _hidden_at_the_end(kafka: Kafka, begin: int, end: int) -> dict[int, KeptRecord]:
+    """By position the micro-batches after the last one that readers see; no transaction is open."""
     first = max(begin, end - TAIL)
     seen = max(read(kafka, first, end, committed_only=True), default=first - 1)
     return {at: record for at, record in read(kafka, first, end, committed_only=False).items() if at > seen}
 
 
 def read(kafka: Kafka, first: int, end: int, committed_only: bool) -> Mapping[int, KeptRecord]:
-    """By position the micro-batches at the positions `[first, end)`; other records are left out.
-
-    Raises:
-        LogError: Kafka is not reachable.
-    """
-    found: dict[int, KeptRecord] = {}
+    """By position the micro-batches at the positions `[first, end)`; other records are left out."""
+    records: dict[int, KeptRecord] = {}
     with Reader(kafka, kafka.microbatches_topic, [0], {0: first}, committed_only=committed_only) as reader:
         for batches in read_to(reader, {0: end}, stalled_s=kafka.request_timeout_s):
             for batch in batches:
                 times = batch.timestamps_ms.tolist()
                 for at, time_ms, value in zip(batch.offsets.tolist(), times, batch.values, strict=True):
                     if at < end and _decoded(value) is not None:
-                        found[at] = KeptRecord(time_ms, value or b"")
-    return found
+                        records[at] = KeptRecord(time_ms, value or b"")
+    return records
 
 
 def _decoded(value: bytes | None) -> MicroBatch | None:
@@ -559,7 +462,7 @@ def _without_rows(record: KeptRecord) -> bytes:
     return encode(replace(whole.header, ranges=(), clocks=()), whole.take(np.zeros(len(whole), np.bool_)).columns)
 
 
-def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine, say: Say) -> Rebuilt:
+def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine) -> Rebuilt:
     """Rebuilds the stream's histories and puts them in place.
 
     Raises:
@@ -570,33 +473,34 @@ def rebuild(settings: Settings, copy: Path | None, progress: ProgressLine, say: 
     folder, spec = settings.stream_dir, FeatureSpec.from_settings(settings)
     log = Log(settings.kafka)
     # 1.
-    with DirectoryLock(folder), replaced(settings, log):
+    with DirectoryLock(folder), replacing_shards(settings, log):
         salt = load_salt(settings.salt_path, create=False)
         if (aside := histories.finish(folder)) is not None:
-            say(f"an earlier rebuild was complete and is in use now; the store before it is {aside}")
+            logger.info("an earlier rebuild was complete and is in use now; its old store is %s", aside)
         note_first_release(folder)
         try:
             with open_writer(settings) as writer:
-                end_hanging(settings, writer)
+                end_open_transaction(settings, writer)
         except UnknownTopic as error:
             logger.warning("no writer is fenced: %s", error)
-        place = histories.begin(folder)
-        most = map_bytes(settings, STREAM, HISTORIES, copy or place)
+        path = histories.begin(folder)
+        most = map_bytes(settings, STREAM, HISTORIES, copy or path)
         if copy is not None:
-            HistoryStore.copied(copy, place, spec.history, most)
-        store = HistoryStore(place, spec.history, most)
+            HistoryStore.copied(copy, path, spec.history, most)
+        store = HistoryStore(path, spec.history, most)
         try:
-            check_identity(store, spec, salt.fingerprint, actions := SpecActions(settings.registry_dir, spec))
+            actions = SpecActions(settings.registry_dir, spec)
+            check_identity(store, spec, salt.fingerprint, actions)
             desired = ControlWatch(settings.registry_dir, branch_of(store)).desired
             roll_back_histories(log, settings, spec, store, desired)
             # 2. and 3.
-            found = Rebuild(settings, store, actions, salt, progress, desired).run()
+            result = Rebuild(settings, store, actions, salt, progress, desired).run()
         finally:
             store.close()
         # 4.
         histories.promise(folder)
-        found.aside = histories.finish(folder)
-    return found
+        result.aside = histories.finish(folder)
+    return result
 
 
 def are_lost(settings: Settings) -> bool:
@@ -610,28 +514,11 @@ def are_lost(settings: Settings) -> bool:
         return histories.is_lost(settings.stream_dir) or bool(former_shards(settings.state_dir))
 
 
-class RebuildLine(NamedTuple):
-    """The arguments of `rebuild-history`.
-
-    Attributes:
-        copy: A store to begin with.
-        if_lost: Whether to do nothing if the histories can be opened.
-        flags: Flags of settings.
-    """
-
-    copy: Path | None
-    if_lost: bool
-    flags: list[str]
-
-
-def asked(argv: Sequence[str]) -> RebuildLine:
-    """Parses a command line.
+def asked(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parses a command line; returns `copy` and `if_lost`, and the flags of settings.
 
     >>> asked(["--from", "copy", "--kafka.port", "9192"])
-    RebuildLine(copy=PosixPath('copy'), if_lost=False, flags=['--kafka.port', '9192'])
-
-    Raises:
-        SettingsError: The command line is wrong.
+    (Namespace(copy=PosixPath('copy'), if_lost=False), ['--kafka.port', '9192'])
     """
     parser = argparse.ArgumentParser(prog="springtide rebuild-history", description=__doc__, allow_abbrev=False)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -643,25 +530,24 @@ def asked(argv: Sequence[str]) -> RebuildLine:
         action="store_true",
         help="rebuild only if the histories were lost with the machine or its container",
     )
-    found, flags = parser.parse_known_args(argv)
-    return RebuildLine(found.copy, found.if_lost, flags)
+    return parser.parse_known_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Rebuilds once; returns the exit code."""
 
     def start(words: Sequence[str]) -> tuple[Settings, Work]:
-        copy, if_lost, flags = asked(words)
+        options, flags = asked(words)
         settings = load(flags, os.environ)
 
         def work() -> None:
-            if copy is not None and not copy.is_dir():
-                raise SettingsError(f"--from {copy} is no directory", "name the directory of a history store")
-            if if_lost and not are_lost(settings):
+            if options.copy is not None and not options.copy.is_dir():
+                raise SettingsError(f"--from {options.copy} is no directory", "name the directory of a history store")
+            if options.if_lost and not are_lost(settings):
                 print(f"the histories in {settings.stream_dir} are not lost: nothing is rebuilt")
                 return
-            found = rebuild(settings, copy, progress_on(sys.stderr), logger.info)
-            print(told(found, settings.stream_dir / HISTORIES))
+            result = rebuild(settings, options.copy, progress_on(sys.stderr))
+            print(result.in_words(settings.stream_dir / HISTORIES))
 
         return settings, work
 

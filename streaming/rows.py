@@ -19,11 +19,7 @@ from state.features.arrays import Vector
 from state.features.mask import Mask
 from state.history.appends import Appends
 from state.microbatch.batch import LISTS, SCALARS, SINCE_2, Known, absent_column
-from streaming.event_clock import Told
-
-
-def _each_event_is_a_row() -> NDArray[np.uint8]:
-    return np.empty(0, np.uint8)
+from streaming.event_clock import BatchClock
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,7 +33,7 @@ class Rows:
         kind: `[n]` uint8 `Kind`; by default each event is a row.
         known: Earlier impressions whose label became known.
         attributes: Attributes of users and items; None if none are configured.
-        told: The event clock; None if it is not needed.
+        clock: The event clock; None if it is not needed.
         delay_ms: `[n]` int64, how far an impression's time is ahead of its partition's clock, at most 0; empty by
             default.
     """
@@ -45,10 +41,10 @@ class Rows:
     batch: EventBatch
     vectors: Vector
     appends: Appends
-    kind: NDArray[np.uint8] = field(default_factory=_each_event_is_a_row)
+    kind: NDArray[np.uint8] = field(default_factory=lambda: np.empty(0, np.uint8))
     known: Known | None = None
     attributes: Joined | None = None
-    told: Told | None = None
+    clock: BatchClock | None = None
     delay_ms: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))
 
     def __len__(self) -> int:
@@ -113,20 +109,20 @@ def leave_out(batch: EventBatch, mask: Mask) -> EventBatch:
     return replace(batch, ranges=ranges, **kept)
 
 
-def in_order(batch: EventBatch, told: Told) -> tuple[EventBatch, Told]:
+def in_order(batch: EventBatch, clock: BatchClock) -> tuple[EventBatch, BatchClock]:
     """Returns the batch with its rows in order of time, and their event clock in the same order.
 
     Args:
         batch: Rows partition by partition, each in log order.
-        told: The result of `EventClock.follow` for the batch.
+        clock: The result of `EventClock.follow` for the batch.
     """
     if len(batch.ranges) < 2 or not len(batch):
-        return batch, told
-    reached_ms = told.clock_ms.copy()
+        return batch, clock
+    reached_ms = clock.clock_ms.copy()
     for number in range(len(batch.ranges)):
         mine = batch.source == number
         reached_ms[mine] = np.maximum.accumulate(reached_ms[mine])
     order = np.argsort(reached_ms, kind="stable")
     columns = {name: getattr(batch, name) for name in COLUMNS}
     sorted_columns = {name: column[order] for name, column in columns.items() if len(column) == len(order)}
-    return replace(batch, **sorted_columns), replace(told, clock_ms=told.clock_ms[order])
+    return replace(batch, **sorted_columns), replace(clock, clock_ms=clock.clock_ms[order])

@@ -1,18 +1,22 @@
 """The Beam steps of the stream up to the rows: clicks are read, become events, and events become rows.
 
-The source is one unbounded element of a splittable DoFn. It blocks in `poll` and never defers. An unbounded source that
-defers costs 5-200 ms a bundle and leaks; one that blocks does neither. One element reads all partitions. With one
-element for each partition, the last one would wait for the others.
+Beam builds the steps of a job from pickles, and a store, a Kafka consumer or a thread cannot be pickled. So steps carry
+a `Handle`, a number that identifies a context in the process that opened it. Each job is one fused stage in one process.
+
+The source is one unbounded element of a splittable DoFn, which reads all partitions. It blocks in `poll` and never
+defers: an unbounded source that defers costs 5-200 ms a bundle and leaks.
 """
 
 from __future__ import annotations
 
+import itertools
 import logging
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import apache_beam as beam
 import numpy as np
@@ -26,47 +30,95 @@ from state.microbatch.batch import TOLERANCE_MS
 from state.positions import Source
 from state.process.wall_clock import wall_ms
 from streaming.alignment import AlignedReader
-from streaming.attributes import Join
-from streaming.context import JobContext, Step, StreamContext
-from streaming.rows import Rows, in_order, leave_out
+from streaming.context import JobContext, StreamContext
+from streaming.rows import Rows
+
+Context = TypeVar("Context", covariant=True)
+Owned = TypeVar("Owned")
+
+
+@dataclass
+class _Open:
+    context: Any
+    failure: BaseException | None = None
+
+
+_open: dict[int, _Open] = {}
+_numbers = itertools.count()
+
+
+class Handle(Generic[Context]):
+    """A picklable reference to a context that this process has open.
+
+    Args:
+        number: Of `opened`.
+    """
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    @property
+    def context(self) -> Context:
+        """The context that the handle refers to."""
+        context: Context = _open[self._number].context
+        return context
+
+    @contextmanager
+    def watched(self) -> Iterator[Context]:
+        """Yields the context, and records the first exception that leaves the block."""
+        here = _open[self._number]
+        try:
+            yield here.context
+        except Exception as error:
+            here.failure = here.failure or error
+            raise
+
+    @contextmanager
+    def as_raised(self) -> Iterator[None]:
+        """Wraps the run of a job: re-raises the original exception that left a `watched` block of a step."""
+        try:
+            yield
+        # Beam turns an exception of a step into a RuntimeError with the traceback as text.
+        except RuntimeError as error:
+            raise _open[self._number].failure or error from None
+
+
+@contextmanager
+def opened(context: Owned) -> Iterator[Handle[Owned]]:
+    """Registers `context` for the block, and yields the handle by which the steps of a job reach it."""
+    number = next(_numbers)
+    _open[number] = _Open(context)
+    try:
+        yield Handle(number)
+    finally:
+        del _open[number]
+
+
+class Step(beam.DoFn, Generic[Context]):
+    """A step of a job that uses the process's context."""
+
+    def __init__(self, handle: Handle[Context]) -> None:
+        super().__init__()
+        self.handle = handle
 
 
 class ParseEvents(Step[JobContext]):
-    """Parses each list of partition batches into one `EventBatch`.
-
-    Bad records become dead letters in it; masked events are left out.
-    """
+    """Parses each list of partition batches into one `EventBatch`; see `JobContext.parse`."""
 
     def process(self, batches: list[PartitionBatch]) -> Iterator[EventBatch]:
-        """Decodes, validates and pseudonymises."""
+        """Yields the events of one poll."""
         with self.handle.watched() as context:
-            events = leave_out(context.parser.parse(batches), context.mask)
+            events = context.parse(batches)
         yield events
 
 
-def rows_of(context: JobContext, join: Join | None, batch: EventBatch, now_ms: int) -> Rows:
-    """Computes the rows of one batch: event clock, windows, then attributes, then delayed labels.
-
-    Args:
-        context: Provides the clock, histories and waiting impressions, and is updated.
-        join: Attributes of users and items; None if none are configured.
-        batch: In order of arrival.
-        now_ms: Wall clock.
-    """
-    batch, told = in_order(batch, context.clock.follow(batch, batch.ranges, now_ms))
-    rows = replace(context.profiler.update(batch), told=told)
-    if join is not None:
-        rows = join.rows(rows)
-    return rows if context.labels is None else context.labels.attribute(rows)
-
-
 class UpdateProfiles(Step[StreamContext]):
-    """Turns events into rows; see `rows_of`."""
+    """Turns events into rows; see `JobContext.make_rows`."""
 
     def process(self, batch: EventBatch) -> Iterator[Rows]:
         """Yields the rows of one batch; an empty batch is passed on."""
         with self.handle.watched() as context:
-            rows = rows_of(context, context.join, batch, wall_ms())
+            rows = context.make_rows(batch, wall_ms())
             context.metrics.cached_users.set(context.profiler.cached_users)
         yield rows
 
@@ -74,21 +126,19 @@ class UpdateProfiles(Step[StreamContext]):
 logger = logging.getLogger(__name__)
 
 UPKEEP_S = 1.0
-LATEST = 15
+LATEST_RECORDS = 15
 
 
-class UntilStopped(RestrictionTracker):
+class _UntilStopped(RestrictionTracker):
     """An unbounded restriction that is done when the process was asked to end the job; it never splits."""
 
     def __init__(self) -> None:
         self._done = False
 
     def current_restriction(self) -> bool:
-        """True, as a placeholder: the restriction has no bounds."""
         return True
 
     def current_progress(self) -> RestrictionProgress:
-        """Zero until it is done, then one."""
         return RestrictionProgress(fraction=float(self._done))
 
     def try_claim(self, stopping: bool) -> bool:
@@ -100,45 +150,38 @@ class UntilStopped(RestrictionTracker):
         """Refuses: the partitions belong to one process."""
 
     def check_done(self) -> None:
-        """Raises ValueError if the DoFn returned without a request to stop."""
         if not self._done:
             raise ValueError("reading ended without a request to stop")
 
     def is_bounded(self) -> bool:
-        """False: it never ends by itself."""
         return False
 
 
-class Forever(RestrictionProvider):
-    """Provides the restriction of the element."""
-
+class _Forever(RestrictionProvider):
     def initial_restriction(self, element: Any) -> bool:
-        """The whole restriction."""
         return True
 
-    def create_tracker(self, restriction: bool) -> UntilStopped:
-        """A tracker of the whole restriction."""
-        return UntilStopped()
+    def create_tracker(self, restriction: bool) -> _UntilStopped:
+        return _UntilStopped()
 
     def restriction_size(self, element: Any, restriction: bool) -> int:
-        """Always one, because there is only one restriction."""
         return 1
 
 
 class ClickReader:
-    """Polls the partitions, and does periodic upkeep: new partitions and lag metrics.
-
-    Everything here runs in the Beam thread, because a Kafka consumer belongs to one thread.
-    """
+    """Polls the partitions; once a second it finds new ones and updates the lag metrics. Used by the Beam thread only."""
 
     def __init__(self, context: StreamContext) -> None:
         self._context = context
         self._due_s = 0.0
         self._lag = Lag()
-        self._away = False
+        self._unreachable = False
         # By the next poll, everything read before has become rows, so the clock includes it.
         clock, topic_id = context.clock, context.topic_id
-        self._reader = AlignedReader(context.reader, lambda one: clock.reached(Source(topic_id, one)))
+        self._reader = AlignedReader(
+            context.reader,
+            lambda partition: clock.reached(Source(topic_id, partition)),
+        )
 
     def poll(self) -> list[PartitionBatch]:
         """Returns the next batches, in order within a partition and of similar event times.
@@ -156,22 +199,22 @@ class ClickReader:
         now_s = time.monotonic()
         if now_s >= self._due_s:
             self._due_s = now_s + UPKEEP_S
-            self._look_after()
+            self._do_upkeep()
         return batches
 
-    def _look_after(self) -> None:
-        """Looks for new partitions, and updates the lag metrics; runs once a second."""
+    def _do_upkeep(self) -> None:
+        """Finds new partitions, and updates the lag metrics."""
         context, reader = self._context, self._context.reader
         try:
             for partition in reader.refresh():
                 logger.info("reading new partition %d of %s", partition, context.settings.kafka.clicks_topic)
             unread = sum(reader.lag().values())
-            self._away = False
+            self._unreachable = False
         # A temporary outage of the broker only costs time, here as in poll.
         except UnreachableBroker as error:
-            if not self._away:
+            if not self._unreachable:
                 logger.warning("new partitions and lag are unknown for now: %s", error)
-            self._away = True
+            self._unreachable = True
             return
         waiting = unread + self._lag.uncommitted(context.store.positions())
         context.metrics.lag_events.set(waiting)
@@ -183,7 +226,7 @@ def appended_ms(batch: PartitionBatch, now_ms: int) -> int:
 
     A producer may set any timestamp, so one that is far ahead of the others is ignored.
     """
-    last = batch.timestamps_ms[-LATEST:]
+    last = batch.timestamps_ms[-LATEST_RECORDS:]
     return min(int(last[last <= np.median(last) + TOLERANCE_MS].max()), now_ms) if len(last) else 0
 
 
@@ -233,7 +276,7 @@ class ReadClicks(Step[StreamContext]):
     def process(
         self,
         element: bytes,
-        tracker: Any = beam.DoFn.RestrictionParam(Forever()),  # noqa: B008  # Beam reads the default
+        tracker: Any = beam.DoFn.RestrictionParam(_Forever()),  # noqa: B008  # Beam reads the default
     ) -> Iterator[list[PartitionBatch]]:
         """Polls until the process was asked to stop, or control has changed."""
         context = self.handle.context

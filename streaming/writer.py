@@ -1,17 +1,15 @@
 """Writes the stream's micro-batches and dead letters in acknowledged transactions, fenced against zombies.
 
-Kafka fences zombies of this stream by its transactional id, but no stream of another deployment. The id is derived from
-the topics' ids and the consumer group. So two deployments on one Kafka have different ids, whatever their names. A
-restarted stream, here or from a copy of its state, keeps its id. The last id is stored next to the histories. It
+Kafka fences zombies of this stream by its transactional id. The id is derived from the topics' ids and the consumer
+group, so no other deployment has it, and a restarted stream keeps it. The last id is stored next to the histories. It
 differs if a topic was recreated, if the group was renamed, or if the release was 0.1.0, whose id was the same in every
 deployment. Then the writer of the last id is fenced first: its open transaction ends, and a zombie with that id cannot
 write.
 
-A dead letter has the coordinates of a refused record and the reason (`state.events.dead_letters.Reason`) in its
-headers, and its key is the refused record's position. It contains neither that record's key, which is a user's id, nor
-its value. A letter may occur more than once; readers count distinct keys. The local form writes letters in the
-transaction of their rows. So it repeats them only after an unknown outcome, or a crash before the histories are
-committed. A distributed job repeats those since the engine's last checkpoint.
+A dead letter has the coordinates of a refused record and the reason in its headers, and the record's position as key.
+It contains neither that record's key, which is a user's id, nor its value. A letter may occur more than once; readers
+count distinct keys. The local form writes letters in the transaction of their rows, and so repeats them only with
+their rows. A distributed job repeats those since the engine's last checkpoint.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
@@ -34,55 +31,40 @@ from state.log import Log, Writer
 from state.metrics import StreamMetrics
 from state.positions import Source
 from state.process import killpoints
-from streaming.control import NOTHING_DESIRED, Desired
-from streaming.cut import Cut, encode_cut
+from streaming.cut import Cut, Encoding, encode_cut
 
 logger = logging.getLogger(__name__)
 
 
 def transactional_id(clicks: str, microbatches: str, group: str, shard: int = 0) -> str:
-    """The id with which Kafka fences a zombie.
+    """The id with which Kafka fences a zombie, from the ids of the two topics and the consumer group.
 
     >>> transactional_id("ab" * 16, "cd" * 16, "springtide-stream")
     'springtide-stream-91d1bb5e31a6fa6b-0'
 
-    Args:
-        clicks: Id of the topic of clicks.
-        microbatches: Id of the topic of micro-batches.
-        group: The consumer group.
-        shard: 0; another number for a shard of an earlier release.
+    Another shard than 0 is one of an earlier release.
     """
     digest = hashlib.sha256("\n".join((clicks, microbatches, group)).encode()).hexdigest()
     return f"springtide-stream-{digest[:16]}-{shard}"
 
 
 def id_of_first_release(shard: int = 0) -> str:
-    """The id that 0.1.0 used.
-
-    >>> id_of_first_release()
-    'springtide-stream-0'
-    """
+    """The id that 0.1.0 used."""
     return f"springtide-stream-{shard}"
 
 
 def open_writer(settings: Settings, log: Log | None = None) -> Writer:
     """Opens the writer of the stream; this ends a predecessor's open transaction, and fences the predecessor.
 
-    Args:
-        settings: The effective settings.
-        log: Where to write; by default the cluster of the settings.
-
     Raises:
         UnknownTopic: The topic of clicks or of micro-batches is missing.
-        UnreachableBroker: No broker answered in time.
-        LogError: The cluster refused.
+        LogError: No broker answered in time, or the cluster refused.
         OSError: The id cannot be stored.
     """
     kafka, log = settings.kafka, log or Log(settings.kafka)
     with log.topics() as topics:
-        clicks, microbatches = (
-            topics.describe(name).topic_id for name in (kafka.clicks_topic, kafka.microbatches_topic)
-        )
+        clicks = topics.describe(kafka.clicks_topic).topic_id
+        microbatches = topics.describe(kafka.microbatches_topic).topic_id
     mine = transactional_id(clicks, microbatches, kafka.group)
     before = last_id(settings.stream_dir)
     if before not in (None, mine):
@@ -95,36 +77,24 @@ def open_writer(settings: Settings, log: Log | None = None) -> Writer:
 
 
 def note_first_release(folder: Path) -> None:
-    """Stores the id of 0.1.0 if that release left histories; must run before new histories are created.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Stores the id of 0.1.0 if that release left histories; must run before new histories are created."""
     if (folder / HISTORIES).exists() and not (folder / WRITER).exists():
         keep_id(folder, id_of_first_release())
 
 
 def last_id(folder: Path) -> str | None:
     """The last id of the stream of `folder`; None if it never ran."""
-    place = folder / WRITER
-    return place.read_text().strip() if place.exists() else None
+    path = folder / WRITER
+    return path.read_text().strip() if path.exists() else None
 
 
 def keep_id(folder: Path, mine: str) -> None:
-    """Stores the id; durable when this returns.
-
-    Raises:
-        OSError: It cannot be written.
-    """
+    """Stores the id; durable when this returns."""
     folder.mkdir(parents=True, exist_ok=True)
     durable.replace(folder / WRITER, mine.encode())
 
 
-Headers = list[tuple[str, bytes]]
-
-
-def letter_headers(letter: DeadLetter) -> Headers:
-    """The coordinates and the reason of a dead letter; never its key, which is a user's id."""
+def _headers(letter: DeadLetter) -> list[tuple[str, bytes]]:
     return [
         ("reason", str(letter.reason).encode()),
         ("topic_id", letter.source.topic_id.encode()),
@@ -134,7 +104,7 @@ def letter_headers(letter: DeadLetter) -> Headers:
 
 
 def letter_key(letter: DeadLetter) -> bytes:
-    """The key of a dead letter: the refused record's position. Letters with the same key refer to the same record.
+    """The key of a dead letter: the refused record's position.
 
     >>> from state.events.dead_letters import Reason
     >>> from state.positions import Source
@@ -144,72 +114,58 @@ def letter_key(letter: DeadLetter) -> bytes:
     return f"{letter.source.topic_id}:{letter.source.partition}:{letter.offset}".encode()
 
 
-def send_letters(writer: Writer, topic: str, letters: Sequence[DeadLetter], at_ms: int | None = None) -> None:
-    """Passes letters to `writer`; they are acknowledged with its flush or transaction.
+def send_records(
+    writer: Writer, kafka: Kafka, values: Sequence[bytes], letters: Sequence[DeadLetter], at_ms: int | None = None
+) -> None:
+    """Passes micro-batches and dead letters to `writer`; they are acknowledged with its flush or transaction.
 
     Args:
         writer: Of the process.
-        topic: The topic of dead letters.
+        kafka: Names the topics.
+        values: Encoded micro-batches.
         letters: Refused records.
         at_ms: Their timestamp; None for the time of writing.
-
-    Raises:
-        LogError: The cluster refused.
     """
+    for value in values:
+        writer.send(kafka.microbatches_topic, 0, None, value, [], at_ms)
     for letter in letters:
-        writer.send(topic, 0, letter_key(letter), b"", letter_headers(letter), at_ms)
-
-
-def count_letters(metrics: StreamMetrics, letters: Sequence[DeadLetter]) -> None:
-    """Counts letters by reason."""
-    for reason, count in Counter(str(letter.reason) for letter in letters).items():
-        metrics.dead_letters.labels(reason).inc(count)
+        writer.send(kafka.dead_letters_topic, 0, letter_key(letter), b"", _headers(letter), at_ms)
 
 
 def report_to(kafka: Kafka, metrics: StreamMetrics) -> Report:
-    """Returns a function that writes refused records of attributes as dead letters, acknowledged, and counts them.
-
-    Args:
-        kafka: How to connect, and the topic of dead letters.
-        metrics: Of the stream.
-    """
+    """Returns a function that writes refused records of attributes as dead letters, acknowledged, and counts them."""
 
     def report(bad: Sequence[DeadLetter]) -> None:
         with Writer(kafka) as writer:
-            send_letters(writer, kafka.dead_letters_topic, bad)
+            send_records(writer, kafka, (), bad)
             writer.flush()
-        count_letters(metrics, bad)
+        for letter in bad:
+            metrics.dead_letters.labels(str(letter.reason)).inc()
 
     return report
 
 
-class ShardWriter:
+class StreamWriter:
     """Writes cuts, each call in one transaction. Not thread-safe.
 
     Args:
         settings: The effective settings.
-        spec: Digest of the feature spec.
-        salt: Fingerprint of the salt.
+        encoding: Of the micro-batches.
         stopping: Set once the stream was asked to stop; from then on it does not wait for an outage to end.
-        opens: Creates a writer of the shard, here and after each outage.
-        desired: Provides the mask and the epoch of the log.
+        opens: Opens a fencing writer, here and after each outage.
 
     Raises:
-        UnreachableBroker: No broker answered in time.
-        LogError: The cluster refused.
+        LogError: See `open_writer`.
     """
 
     def __init__(
         self,
         settings: Settings,
-        spec: str,
-        salt: str,
+        encoding: Encoding,
         stopping: threading.Event,
         opens: Callable[[Settings], Writer] = open_writer,
-        desired: Desired = NOTHING_DESIRED,
     ) -> None:
-        self._settings, self._spec, self._salt = settings, spec, salt
-        self._stopping, self._opens, self._desired = stopping, opens, desired
+        self._settings, self._encoding, self._stopping, self._opens = settings, encoding, stopping, opens
         self._written_letters: Mapping[Source, int] = {}
         self._writer = opens(settings)
 
@@ -231,15 +187,13 @@ class ShardWriter:
             MicroBatchError: A row is larger than a record may be.
             LogError: The cluster refused; or the broker is unreachable and the stream was asked to stop.
         """
-        values = [value for cut in cuts for value in self._encoded(cut)]
+        values = [value for cut in cuts for value in encode_cut(cut, self._encoding)]
         dead = (letter for cut in cuts for piece in cut.pieces for letter in piece.batch.dead)
         letters = [letter for letter in dead if letter.offset >= self._written_letters.get(letter.source, 0)]
-        created_ms = cuts[-1].created_ms
         while True:
             try:
                 with self._writer.transaction():
-                    self._send(values, created_ms)
-                    send_letters(self._writer, self._settings.kafka.dead_letters_topic, letters, created_ms)
+                    send_records(self._writer, self._settings.kafka, values, letters, cuts[-1].created_ms)
                     killpoints.reach("stream.sent")
                 return len(values)
             except UnreachableBroker as error:
@@ -249,27 +203,14 @@ class ShardWriter:
                 self._reopen()
 
     def write_once(self, cut: Cut) -> None:
-        """Writes the micro-batches of a cut, acknowledged when it returns; does not wait for an unreachable broker.
-
-        Raises:
-            UnreachableBroker: No broker answered in time.
-            LogError: The cluster refused.
-        """
+        """Writes the micro-batches of a cut, acknowledged when it returns; does not wait for an unreachable broker."""
         with self._writer.transaction():
-            self._send(self._encoded(cut), cut.created_ms)
+            values = encode_cut(cut, self._encoding)
+            send_records(self._writer, self._settings.kafka, values, (), cut.created_ms)
 
     def close(self) -> None:
         """Closes the connection; an open transaction is discarded."""
         self._writer.close()
-
-    def _encoded(self, cut: Cut) -> list[bytes]:
-        stream, desired = self._settings.stream, self._desired
-        limits = stream.cut_rows, stream.max_record_bytes
-        return encode_cut(cut, self._spec, self._salt, *limits, desired.mask.generation, desired.log_epoch)
-
-    def _send(self, values: Sequence[bytes], created_ms: int) -> None:
-        for value in values:
-            self._writer.send(self._settings.kafka.microbatches_topic, 0, None, value, [], created_ms)
 
     def _reopen(self) -> None:
         """Opens a new writer as soon as a broker answers."""

@@ -1,13 +1,8 @@
-"""Counts the outcome of each row, and records the gaps that an operator accepts.
+"""Counts the outcome of each row, and records the gaps that an operator accepts. Two kinds of gap stop the trainer:
 
-Two kinds of gap stop the trainer:
-
-- A gap in the training log. Retention deleted records before the trainer read
-  them, or a record cannot be learned from. Such a record is damaged, is not a
-  micro-batch, or has other features or another salt.
-- A gap in a source. No record of the log covers some positions of the clicks.
-
-A gap of the first kind explains the gap of the second kind that follows it.
+- A gap in the training log: retention deleted records before the trainer read them, or a record cannot be learned from
+  (damaged, no micro-batch, other features, another salt).
+- A gap in a source: no record of the log covers some positions of the clicks. A gap of the first kind explains it.
 """
 
 from __future__ import annotations
@@ -76,13 +71,13 @@ class Passages:
             problem: Why the record cannot be learned from; it names the offset.
 
         Raises:
-            SpringtideError: The operator does not accept the skip. It is `problem` plus the command to skip the record.
+            SpringtideError: The operator does not accept the skip; `problem` plus the command to skip the record.
         """
         if not all(self._consent.leaves_out(offset) for offset in range(place.first, place.next)):
             flag = f"{place.first}" if place.positions == 1 else f"{place.first}-{place.next - 1}"
             raise type(problem)(
                 problem.what,
-                f"{problem.do}; to go on without this record: {COMMAND} --skip-record {flag} --reason TEXT",
+                f"{problem.do}; to continue without this record: {COMMAND} --skip-record {flag} --reason TEXT",
             ) from problem
         self._keep(accepted_gaps.accept(place, self._consent, int(self._clock() * 1000), marks, problem.what))
 
@@ -105,7 +100,7 @@ class Passages:
                 new,
                 GapError(
                     f"{where}: no record before it holds these clicks: {what}",
-                    "they were lost before the training log: look after the stream's log file, or accept the loss",
+                    "they were lost before the training log: check the stream's log file, or accept the loss",
                     new,
                 ),
                 read_topic,
@@ -117,8 +112,8 @@ class Passages:
     ) -> None:
         refused = [gap for gap in found if not self._consent.covers(gap, read_topic)]
         if refused:
-            told = how_to_go_on(error, COMMAND)
-            raise GapError(told.what, told.do, refused)
+            refusal = how_to_go_on(error, COMMAND)
+            raise GapError(refusal.what, refusal.do, refused)
         for gap in found:
             self._keep(accepted_gaps.accept(gap, self._consent, int(self._clock() * 1000), marks))
 
@@ -136,13 +131,7 @@ class Passages:
 
 
 def show(account: Mapping[str, int], metrics: TrainerMetrics, known: tuple[str, ...] = ()) -> tuple[str, ...]:
-    """Sets the gauges of the row account, and logs an imbalance that is not in `known`.
-
-    Args:
-        account: Rows by outcome, with the keys `NAMES`.
-        metrics: Where the gauges are.
-        known: What the last call returned.
-    """
+    """Sets the gauges of the row account, and logs an imbalance that is not in `known`, the result of the last call."""
     counted = {name: account.get(name, 0) for name in NAMES}
     for name, rows in counted.items():
         metrics.accounting_rows.labels(name).set(rows)

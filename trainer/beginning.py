@@ -1,9 +1,8 @@
-"""Where a trainer without a version to start from begins: with no knowledge, or, for some experiments, with past clicks.
+"""Where a trainer begins: from a version, with no knowledge, or, for some experiments, with past clicks.
 
-Past clicks are learned before the training log. A child process makes their micro-batches (`streaming/past.py`); each
-one is one step. They are the stream's micro-batches of the same clicks; `state.experiments.past.Past` defines which of
-their rows count. No version is kept before all of the past is learned. After a crash the next start learns it
-again from the first click.
+Past clicks are learned before the training log. A child process makes their micro-batches (`streaming/past.py`), and
+each one is one step. `state.experiments.past.Past` defines which of their rows count. No version is kept before all of
+the past is learned, so after a crash the next start learns it again from the first click.
 """
 
 from __future__ import annotations
@@ -17,67 +16,131 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from state.config.settings import Settings
-from state.errors import ProcessFailed
+from state.errors import GapError, ProcessFailed, UnknownTopic
 from state.experiments.past import Past, read_past
 from state.features.spec import FeatureSpec
 from state.log import Log, Reader
+from state.log.follow import Position, open_topic
 from state.microbatch.codec import Frames
+from state.positions import Source
 from state.process import killpoints
 from state.registry.control import Control
-from state.registry.log_line import onward
+from state.registry.log_line import LogLine, onward
+from state.registry.manifest import LogRange, Manifest
 from state.registry.registry import Registry
+from trainer.accounts import Passages
 from trainer.engine.step import Trainer
 from trainer.intake import take_in
 from trainer.place import TrainingPlace
-from trainer.resume import open_after
 from trainer.versions import checkpoint
-from trainer.versions.first_version import nothing_learned
+from trainer.versions.carrying import nothing_learned
 
-LOOK_S, PROGRESS_S = 0.2, 10.0
+POLL_S, PROGRESS_S = 0.2, 10.0
 PIPE_BYTES = 1 << 20
 CHILD = "streaming.past"
 logger = logging.getLogger(__name__)
 
-Records = Callable[[], AbstractContextManager[Iterator[bytes]]]
-"""A context manager that yields the encoded micro-batches of the past."""
+
+class Beginning(NamedTuple):
+    """The position at which a trainer begins.
+
+    Attributes:
+        log: The training log, open at the position.
+        place: The position.
+        tensors: What the first base holds.
+    """
+
+    log: Reader
+    place: TrainingPlace
+    tensors: Mapping[str, Any]
 
 
-class PastLearning:
-    """Lets a trainer learn past clicks. One thread.
+Begins = Callable[[Settings, Trainer, Mapping[str, Any], Log, Control], Beginning]
+"""Prepares a trainer for the first epoch: settings, the trainer, which is cleared first, the bootstrap's document of the
+feature spec, the log with the training log, and the generation whose epoch begins."""
 
-    Args:
+
+def from_nothing(
+    settings: Settings, trainer: Trainer, about: Mapping[str, Any], log: Log, control: Control
+) -> Beginning:
+    """Starts from scratch, with the training log from its beginning; see `Begins`."""
+    reader = log.reader(settings.kafka.microbatches_topic, [settings.trainer.partition])
+    begin = reader.position(settings.trainer.partition)
+    place = TrainingPlace(control.epoch, parent=0, first=begin, next=begin, durable_first=begin)
+    return Beginning(reader, place, nothing_learned(trainer, about))
+
+
+@dataclass(frozen=True)
+class FromPast:
+    """Starts with past clicks, and the training log from the cut on.
+
+    Attributes:
         past: The clicks and the cut.
-        records: Gives their micro-batches.
+        records: A context manager that yields their encoded micro-batches.
         elapsed: Monotonic seconds.
     """
 
-    def __init__(self, past: Past, records: Records, elapsed: Callable[[], float] = time.monotonic) -> None:
-        self._past, self._records, self._elapsed = past, records, elapsed
+    past: Past
+    records: Callable[[], AbstractContextManager[Iterator[bytes]]]
+    elapsed: Callable[[], float] = time.monotonic
 
-    def learn(self, settings: Settings, trainer: Trainer, salt: str, control: Control) -> TrainingPlace:
-        """Lets `trainer` learn the past; returns the position at the cut.
+    def __call__(
+        self, settings: Settings, trainer: Trainer, about: Mapping[str, Any], log: Log, control: Control
+    ) -> Beginning:
+        """See `Begins`.
 
-        Args:
-            settings: All settings.
-            trainer: Has learned nothing.
-            salt: Fingerprint of the users' salt.
-            control: Its masks count, and its erasures are taken into account.
+        1. The past is learned; after a crash here it is learned again.
+        2. The log is opened at the cut.
 
         Raises:
             MicroBatchError, SpecMismatch, SaltMismatch: The micro-batches do not fit this trainer.
             ProcessFailed, SystemExit: See `from_child`.
+            GapError: The log does not reach back to the cut any more.
+            UnknownTopic: The log was recreated since the cut.
         """
-        spec, past, began_s = FeatureSpec.from_settings(settings).digest, self._past, self._elapsed()
-        said_s, rows, records, told_ms = began_s, 0, 0, 0
+        # 1.
+        checkpoint.begin(trainer, about)
+        rows, told_ms = self._learn(FeatureSpec.from_settings(settings).digest, trainer, str(about["salt"]), control)
+        killpoints.reach("past.learned")
+        # 2.
+        cut = self.past.log
+        at = onward(control.log, cut.next)
+        reader = open_after(
+            log,
+            settings,
+            cut,
+            at,
+            f"the past ends at offset {cut.next} of",
+            "stop the experiment, and start another: `springtide experiment stop NAME --reason TEXT`",
+        )
+        place = TrainingPlace(
+            control.epoch,
+            parent=0,
+            first=at,
+            next=at,
+            marks=self.past.marks,
+            rows=rows,
+            durable_first=at,
+            told_ms=told_ms,
+            # The users of these erasures were left out.
+            erased=control.erased.last,
+        )
+        # The next version need not repeat the content of this one.
+        return Beginning(reader, place, checkpoint.changes(trainer) | checkpoint.full(trainer))
+
+    def _learn(self, spec: str, trainer: Trainer, salt: str, control: Control) -> tuple[int, int]:
+        """Learns the past; returns the number of its rows and the newest time that they report."""
+        past, began_s = self.past, self.elapsed()
+        logged_s, rows, told_ms = began_s, 0, 0
         logger.info("learning past clicks up to live version %d, offset %d", past.version, past.log.next)
-        with self._records() as made:
-            for value in made:
-                records += 1
-                found = take_in(value, {}, control.mask_at, spec, salt, f"micro-batch {records} of past clicks")
+        with self.records() as records:
+            for number, value in enumerate(records, 1):
+                found = take_in(value, {}, control.mask_at, spec, salt, f"micro-batch {number} of past clicks")
                 batch = found.batch.take(past.has(found.batch))
                 if len(batch):
                     if trainer.guard.held:
@@ -86,42 +149,12 @@ class PastLearning:
                     trainer.step(batch)
                     rows, told_ms = rows + len(batch), max(told_ms, found.told_ms)
                     killpoints.reach("past.stepped")
-                if self._elapsed() - said_s >= PROGRESS_S:
-                    said_s = self._elapsed()
-                    logger.info("%s rows of past clicks are learned in %.0f s", f"{rows:,}", said_s - began_s)
-        took_s, skipped = self._elapsed() - began_s, trainer.counters.skipped
+                if self.elapsed() - logged_s >= PROGRESS_S:
+                    logged_s = self.elapsed()
+                    logger.info("%s rows of past clicks are learned in %.0f s", f"{rows:,}", logged_s - began_s)
+        took_s, skipped = self.elapsed() - began_s, trainer.counters.skipped
         logger.info("all %s rows of past clicks are learned in %.1f s, %d skipped", f"{rows:,}", took_s, skipped)
-        killpoints.reach("past.learned")
-        at = onward(control.log, past.log.next)
-        return TrainingPlace(
-            control.epoch,
-            parent=0,
-            first=at,
-            next=at,
-            marks=past.marks,
-            rows=rows,
-            durable_first=at,
-            told_ms=told_ms,
-            # The users of these erasures were left out.
-            erased=control.erased.last,
-        )
-
-    def open_behind(self, log: Log, settings: Settings, control: Control) -> Reader:
-        """The training log at the cut.
-
-        Raises:
-            GapError: It does not reach back to the cut any more.
-            UnknownTopic: It was recreated since the cut.
-        """
-        cut = self._past.log
-        return open_after(
-            log,
-            settings,
-            cut,
-            onward(control.log, cut.next),
-            f"the past ends at offset {cut.next} of",
-            "stop the experiment, and start another: `springtide experiment stop NAME --reason TEXT`",
-        )
+        return rows, told_ms
 
 
 @contextmanager
@@ -153,7 +186,7 @@ def _read(child: subprocess.Popen[bytes], stopping: threading.Event) -> Iterator
         if stopping.is_set():
             logger.info("stopped; past clicks are learned from the first one at the next start")
             raise SystemExit(0)
-        if not select.select([pipe], [], [], LOOK_S)[0]:
+        if not select.select([pipe], [], [], POLL_S)[0]:
             continue
         data = os.read(pipe, PIPE_BYTES)
         if not data:
@@ -162,75 +195,6 @@ def _read(child: subprocess.Popen[bytes], stopping: threading.Event) -> Iterator
                 "read the lines before this one; it begins again by itself",
             )
         yield from frames.take(data)
-
-
-class Beginning(NamedTuple):
-    """The position at which a trainer begins.
-
-    Attributes:
-        log: The training log, open at the position.
-        place: The position.
-        tensors: What the first base holds.
-    """
-
-    log: Reader
-    place: TrainingPlace
-    tensors: Mapping[str, Any]
-
-
-class Begins(Protocol):
-    """Prepares a trainer for its first epoch."""
-
-    def __call__(
-        self, settings: Settings, trainer: Trainer, about: Mapping[str, Any], log: Log, control: Control
-    ) -> Beginning:
-        """When this returns, the trainer has learned everything that it begins with.
-
-        Args:
-            settings: All settings.
-            trainer: Is cleared first.
-            about: The bootstrap's document of the feature spec.
-            log: The log with the training log.
-            control: The generation whose epoch begins.
-        """
-        ...
-
-
-def from_nothing(
-    settings: Settings, trainer: Trainer, about: Mapping[str, Any], log: Log, control: Control
-) -> Beginning:
-    """Starts from scratch, with the training log from its beginning."""
-    reader = log.reader(settings.kafka.microbatches_topic, [settings.trainer.partition])
-    begin = reader.position(settings.trainer.partition)
-    place = TrainingPlace(control.epoch, parent=0, first=begin, next=begin, durable_first=begin)
-    return Beginning(reader, place, nothing_learned(trainer, about))
-
-
-def from_past(
-    learning: PastLearning,
-    settings: Settings,
-    trainer: Trainer,
-    about: Mapping[str, Any],
-    log: Log,
-    control: Control,
-) -> Beginning:
-    """Starts with past clicks, and the training log from the cut on.
-
-    1. The past is learned; after a crash here it is learned again.
-    2. The log is opened at the cut.
-
-    Raises:
-        GapError: The log does not reach back to the cut any more.
-        UnknownTopic: The log was recreated since the cut.
-        SpringtideError: See `PastLearning.learn`.
-    """
-    # 1.
-    checkpoint.begin(trainer, about)
-    place = learning.learn(settings, trainer, str(about["salt"]), control)
-    # 2.
-    reader = learning.open_behind(log, settings, control)
-    # The next version need not repeat the content of this one.
-    return Beginning(reader, place, checkpoint.changes(trainer) | checkpoint.full(trainer))
 
 
 def beginning_of(registry: Registry, arguments: Sequence[str], stopping: threading.Event) -> Begins:
@@ -245,6 +209,79 @@ def beginning_of(registry: Registry, arguments: Sequence[str], stopping: threadi
         RegistryError: The request for past clicks cannot be read.
     """
     past = read_past(registry.path)
-    if past is None:
-        return from_nothing
-    return partial(from_past, PastLearning(past, partial(from_child, arguments, stopping)))
+    return from_nothing if past is None else FromPast(past, partial(from_child, arguments, stopping))
+
+
+def refuse(error: GapError) -> int:
+    """Accepts no loss."""
+    raise error
+
+
+def open_after(
+    log: Log,
+    settings: Settings,
+    end: LogRange,
+    at: int,
+    what: str,
+    do: str,
+    lost: Callable[[GapError], int] = refuse,
+) -> Reader:
+    """Opens the training log after the range that something was learned from.
+
+    Args:
+        log: Contains the training log.
+        settings: Name its topic.
+        end: The range.
+        at: The offset at which to continue: that of the range, or after records that are skipped.
+        what: What was learned from the range, for the message that the topic was recreated.
+        do: What to do then.
+        lost: See `open_topic`.
+
+    Raises:
+        UnknownTopic: The topic was recreated since.
+        GapError: The log does not continue from there: deleted, or truncated (TruncatedLog).
+    """
+    topic, partition = settings.kafka.microbatches_topic, end.partition
+    # The leader epochs of skipped records are unknown.
+    leaders = {partition: end.leader_epoch} if at == end.next else {}
+    reader, opening = open_topic(log, topic, [partition], Position(end.topic_id, {partition: at}, leaders), lost)
+    if opening.recreated:
+        reader.close()
+        raise UnknownTopic(
+            f"{what} topic id {end.topic_id}, {topic} is now {opening.topic_id}: it was deleted and made again", do
+        )
+    return reader
+
+
+def resume(restored: Manifest, line: LogLine, log: Log, settings: Settings, passages: Passages) -> Reader:
+    """Opens the log at the offset where `restored` continues along `line`.
+
+    1. The version is loaded.
+    2. The log is open at its offset.
+
+    Nothing is written up to here: a crash leaves the same work to do.
+
+    Raises:
+        UnknownTopic: The log was recreated since that version.
+        GapError: It no longer reaches back to that version, and the operator does not accept the gap.
+        TruncatedLog: It was truncated before the version's end.
+    """
+    # 1.
+    killpoints.reach("enter.restored")
+    end = restored.log
+    if not end.topic_id:
+        # The version's log was lost with Kafka: the new log is read from its beginning.
+        return log.reader(settings.kafka.microbatches_topic, [end.partition])
+    at = passages.past(Source(end.topic_id, end.partition), onward(line, end.next))
+    reader = open_after(
+        log,
+        settings,
+        end,
+        at,
+        f"version {restored.version} was trained on",
+        "restore the topic, or learn what the new one holds: `springtide upgrade --learn-anew --reason TEXT`",
+        lambda error: onward(line, passages.pass_log(error, restored.marks)),
+    )
+    # 2.
+    killpoints.reach("enter.opened")
+    return reader

@@ -1,7 +1,6 @@
 """Detects the end of a rollback: the trainer has relearned all that it is meant to relearn.
 
-It then writes the outcome next to control, where the plan is. Serving follows
-the trainer again if the rollback asked for it.
+It then writes the outcome next to control. Serving follows the trainer again if the rollback asked for it.
 """
 
 from __future__ import annotations
@@ -28,13 +27,7 @@ logger = logging.getLogger(__name__)
 
 
 class CatchingUp:
-    """Follows one epoch from its start until the trainer has caught up. The step thread calls every method.
-
-    Args:
-        registry: Where control, versions and outcomes are stored.
-        clock: Wall clock in seconds.
-        elapsed: Monotonic clock in seconds.
-    """
+    """Follows one epoch from its start until the trainer has caught up. The step thread calls every method."""
 
     def __init__(self, registry: Registry, clock: Callable[[], float], elapsed: Callable[[], float]) -> None:
         self._registry, self._clock, self._elapsed = registry, clock, elapsed
@@ -65,16 +58,11 @@ class CatchingUp:
         if self._watched and self._again is None and self._is_again(place, offset):
             self._again = self._since_base(place)
 
-    def look(self, place: TrainingPlace, control: Control, busy: bool) -> None:
+    def check(self, place: TrainingPlace, control: Control, busy: bool) -> None:
         """Runs between two records, after the end of the log was reached. A failed write is retried at a later call.
 
         1. The clicks are as far as before the rollback: write the outcome.
-        2. All of them are published: let serving follow, if the rollback asked for it.
-
-        Args:
-            place: The trainer's position.
-            control: The newest control that the trainer knows.
-            busy: Whether a version is being written.
+        2. All of them are published (`busy` is false): let serving follow, if the rollback asked for it.
         """
         if not self._watched:
             return
@@ -165,5 +153,5 @@ class CatchingUp:
             if is_full(error):
                 raise
             self._refused_s = self._elapsed()
-            self._say(f"{error}; answers follow once control can be written")
+            self._say(f"{error}; serving follows once control can be written")
             return False

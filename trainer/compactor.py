@@ -2,20 +2,22 @@
 
 0. Rows of erased users are removed from all that is kept (`rewrite`).
 1. If much is read beyond the newest base, it and the deltas since are merged into another base. It is bit-equal to
-   the state of the trainer that published them. This needs no TensorFlow and no pause of the trainer. The base appears
-   at once.
-2. Deltas of versions that are too old to be kept each are merged into that of the next kept one
-   (`trainer/thinning.py`). The rest is loaded with the same bits. The merged delta appears at once.
+   the state of the trainer that published them. The base appears at once.
+2. Deltas of versions that are too old to be kept each are merged into that of the next kept one (`plan`). Loading it
+   gives the same bits. The merged delta appears at once.
 3. The merged parts are removed. Then whatever exceeds its time or the bytes is removed, the oldest first.
 4. Garbage is removed by age (`state/registry/garbage.py`).
 
 Versions that control names are never removed. A crash at any step leaves all kept versions loadable, and the rest of
-the work for the next run.
+the work for the next run. Neither TensorFlow nor a pause of the trainer is needed.
 
 For step 0, a version records how far its trainer had applied erasures when it was made. Earlier versions are rewritten
 without the users' rows, the oldest first. Then the delta that removed those rows is rewritten without the ids of the
 removed rows. Loading such a version gives the same result: a trainer forgets the users as it enters the epoch, and
 serving does not use their rows.
+
+Every version stays while it is young. Later the newest of each ten minutes stays, then the newest of each hour. A base is
+removed if the previous base and the deltas since then also load quickly.
 """
 
 from __future__ import annotations
@@ -24,8 +26,9 @@ import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from msgspec.structs import replace as changed
 
@@ -44,25 +47,205 @@ from state.ranking.crosses import Crosses, crosses_of
 from state.registry.control import Control, named
 from state.registry.erasing import ErasureReport, report, reports
 from state.registry.garbage import collect
-from state.registry.manifest import Manifest, entries
+from state.registry.manifest import Manifest, entries, sees
 from state.registry.registry import SERVING, TRAINING, Registry
 from state.storage.shares import REGISTRY, kept_bytes
-from trainer.thinning import DAY_MS, HOUR_MS, Thinning, Tiers, plan
 from trainer.versions import content
-from trainer.versions.erased_rows import CrossedIds, without, without_tombstones
+from trainer.versions.content import CrossedIds, without, without_tombstones
 
 PART = "compactor"
 NICENESS = 10
 GARBAGE_KEEP_D = 30  # of damaged versions and of files that no kept version refers to
 PATIENCE_S, WAIT_S = 300.0, 0.5
 THIN_EVERY_MS = 600_000  # between versions older than `registry.delta_keep_s`
+HOUR_MS = 3_600_000
+DAY_MS = 24 * HOUR_MS
+SPARE_BASES = 2
+"""The newest bases always stay: if one is damaged, the one before it is used."""
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Tiers:
+    """The retention times of versions.
+
+    Attributes:
+        each_ms: Every durable version is kept this long.
+        thin_ms: One version in `thin_every_ms` is kept this long.
+        sparse_ms: One version in `sparse_every_ms` is kept this long.
+        thin_every_ms: The distance of versions older than `each_ms`.
+        sparse_every_ms: The distance of versions older than `thin_ms`.
+        most_bytes: The most bytes of all versions together.
+        load_bytes: Bytes of deltas that a load may read after its base; more if the base is larger than this.
+    """
+
+    each_ms: int
+    thin_ms: int
+    sparse_ms: int
+    thin_every_ms: int = 600_000
+    sparse_every_ms: int = HOUR_MS
+    most_bytes: int = 1 << 60
+    load_bytes: int = 64_000_000
+
+
+class Merge(NamedTuple):
+    """Deltas to merge into one.
+
+    Attributes:
+        path: The versions, oldest first; the last one stays.
+        parent: The version that the first one continues.
+    """
+
+    path: tuple[int, ...]
+    parent: int
+
+
+class Thinning(NamedTuple):
+    """A retention plan, in the order in which to apply it.
+
+    Attributes:
+        merges: Deltas to merge.
+        deltas: Versions whose deltas are removed.
+        bases: Versions whose bases are removed.
+    """
+
+    merges: list[Merge]
+    deltas: list[int]
+    bases: list[int]
+
+
+def plan(
+    deltas: Sequence[Manifest], bases: Sequence[Manifest], keep: Collection[int], tiers: Tiers, now_ms: int
+) -> Thinning:
+    """Plans what to merge and what to remove, so that all remaining versions can be loaded.
+
+    Args:
+        deltas: Manifests of the deltas, ascending.
+        bases: Manifests of the bases, ascending.
+        keep: Versions that stay whatever their age.
+        tiers: The retention times.
+        now_ms: Wall clock.
+    """
+    held = _Held(deltas, bases)
+    if not held.all:
+        return Thinning([], [], [])
+    must = {*keep, max(held.all)}
+    wanted = _young_enough(held, tiers, now_ms) | must
+    expired = {version for version, one in held.bases.items() if now_ms - one.created_at_ms > tiers.sparse_ms}
+    found = _thinned(held, wanted, expired, tiers)
+    for base in bases[1:]:
+        if held.bytes_after(found) <= tiers.most_bytes:
+            break
+        # The oldest versions are removed first, with the base that they start from.
+        wanted = {version for version in wanted if version >= base.version or version in must}
+        found = _thinned(held, wanted, expired, tiers)
+    return found
+
+
+class _Held:
+    """The existing versions."""
+
+    def __init__(self, deltas: Sequence[Manifest], bases: Sequence[Manifest]) -> None:
+        self.deltas = {one.version: one for one in deltas}
+        self.bases = {one.version: one for one in bases}
+        self.all: Mapping[int, Manifest] = self.bases | self.deltas
+
+    def path(self, version: int, stops: Collection[int]) -> tuple[list[int], int | None]:
+        """The deltas from `version` back to one of `stops`, newest first, and that stop; None if none is reached."""
+        path: list[int] = []
+        at: int | None = version
+        while at is not None and (at == version or at not in stops):
+            if at not in self.deltas:
+                return path, None
+            path.append(at)
+            at = self.deltas[at].parent
+        return path, at
+
+    def start(self, version: int, bases: Collection[int]) -> int | None:
+        """The one of ascending `bases` that `version` is loaded from."""
+        line = self.all[version].visible
+        return max((one for one in bases if one <= version and sees(line, one)), default=None)
+
+    def weight(self, versions: Collection[int]) -> int:
+        """The total bytes of deltas."""
+        return sum(_bytes(self.deltas[version]) for version in versions)
+
+    def bytes_after(self, plan: Thinning) -> int:
+        """An upper bound of the bytes of all versions after the plan."""
+        merged = {version for merge in plan.merges for version in merge.path}
+        gone = set(plan.deltas) - merged
+        kept = [one for version, one in self.bases.items() if version not in plan.bases]
+        return self.weight(self.deltas.keys() - gone) + sum(map(_bytes, kept))
+
+
+def _young_enough(held: _Held, tiers: Tiers, now_ms: int) -> set[int]:
+    """Versions that stay by their age, and those around branch points: each epoch has its own branch of the log."""
+    newest: dict[tuple[int, int, int], int] = {}
+    for version, one in sorted(held.all.items()):
+        for every in (tiers.thin_every_ms, tiers.sparse_every_ms):
+            newest[one.epoch, every, one.created_at_ms // every] = version
+    found = set()
+    for version, one in held.all.items():
+        age_ms = now_ms - one.created_at_ms
+        every = tiers.thin_every_ms if age_ms <= tiers.thin_ms else tiers.sparse_every_ms
+        stays = newest[one.epoch, every, one.created_at_ms // every] == version
+        if age_ms <= tiers.each_ms or (stays and age_ms <= tiers.sparse_ms):
+            found.add(version)
+    for version, one in held.deltas.items():
+        before = None if one.parent is None else held.all.get(one.parent)
+        if before is not None and before.epoch != one.epoch and now_ms - one.created_at_ms <= tiers.sparse_ms:
+            found |= {before.version, version}
+    return found
+
+
+def _thinned(held: _Held, wanted: Collection[int], expired: Collection[int], tiers: Tiers) -> Thinning:
+    wanted = {version for version in wanted if version in held.all}
+    kept = _needed_bases(held, wanted, expired, tiers)
+    stops = wanted | kept
+    merges: list[Merge] = []
+    live: set[int] = set()
+    for version in sorted(stops & held.deltas.keys()):
+        path, parent = held.path(version, stops)
+        if parent is None:
+            # It is loaded from its own base; or a delta that it needs is missing, and it is no target to load.
+            if version not in kept:
+                live.add(version)
+            continue
+        live.add(version)
+        if len(path) > 1:
+            merges.append(Merge(tuple(reversed(path)), parent))
+    gone = sorted(held.deltas.keys() - live)
+    return Thinning(merges, gone, sorted(held.bases.keys() - kept))
+
+
+def _needed_bases(held: _Held, wanted: Collection[int], expired: Collection[int], tiers: Tiers) -> set[int]:
+    """The bases that `wanted` versions start from, without those for which an earlier, lasting base is near enough."""
+    every = sorted(held.bases)
+    starts: dict[int, set[int]] = {}
+    for version in wanted:
+        if (start := held.start(version, every)) is not None:
+            starts.setdefault(start, set()).add(version)
+    kept = sorted({*starts, *every[-SPARE_BASES:]})
+    for base in kept[1:-SPARE_BASES]:
+        others = [one for one in kept if one != base]
+        before = held.start(base, others)
+        path, end = held.path(base, {before} if before is not None else ())
+        if before is None or before in expired or end != before or base not in held.deltas:
+            continue
+        most = max(tiers.load_bytes, _bytes(held.bases[before]))
+        beyond = [held.path(version, {base}) for version in starts.get(base, ()) if version != base]
+        if all(end == base for _, end in beyond):
+            furthest = max((held.weight(one) for one, _ in beyond), default=0)
+            if held.weight(path) + furthest <= most:
+                kept = others
+                starts.setdefault(before, set()).update(starts.pop(base, ()))
+    return set(kept)
 
 
 def reported(registry: Registry) -> ErasureReport:
     """The last report of the compactor."""
-    said = [one for one in reports(registry.path) if one.part == PART]
-    return said[0] if said else ErasureReport(PART, HOST, str(registry.path), 0, 0)
+    found = [report for report in reports(registry.path) if report.part == PART]
+    return found[0] if found else ErasureReport(PART, HOST, str(registry.path), 0, 0)
 
 
 def rewrite(registry: Registry, crosses: Crosses, now_ms: Callable[[], int] = wall_ms) -> int:
@@ -75,21 +258,24 @@ def rewrite(registry: Registry, crosses: Crosses, now_ms: Callable[[], int] = wa
     control = registry.control()
     if control is None or not control.erased:
         return 0
-    erased, said, count = control.erased, reported(registry), 0
+    erased, last_report, count = control.erased, reported(registry), 0
     parts = [registry.manifest(version, "base") for version in registry.bases()]
     parts += [registry.manifest(version, "delta") for version in registry.deltas()]
     parts.sort(key=lambda part: part.version)
-    looked = said.version if said.through >= erased.last else 0
-    if any(_theirs(part, erased) for part in parts if part.version > looked):
+    done = last_report.version if last_report.through >= erased.last else 0
+    if any(_theirs(part, erased) for part in parts if part.version > done):
         # The oldest first: when the id of a removed row is left out, the row itself is gone already.
         known = CrossedIds(crosses)
         for part in parts:
             count += _rewritten(registry, part, erased, known)
     last = parts[-1].version if parts else 0
-    if (said.through, said.version) != (erased.last, last):
-        report(registry.path, changed(said, through=erased.last, pages=erased.last, version=last, at_ms=now_ms()))
+    if (last_report.through, last_report.version) != (erased.last, last):
+        report(
+            registry.path,
+            changed(last_report, through=erased.last, pages=erased.last, version=last, at_ms=now_ms()),
+        )
     if count:
-        logger.info("%d versions and bases written anew without rows of erased users", count)
+        logger.info("%d versions and bases rewritten without rows of erased users", count)
     return count
 
 

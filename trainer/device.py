@@ -14,17 +14,14 @@ LOG = logging.getLogger(__name__)
 
 
 def prepare(device: str = "auto", threads: int = 1) -> str:
-    """Fixes threads and determinism for the process and chooses the device.
+    """Fixes threads and determinism for the process; returns the name of the chosen device for `tf.device`.
 
-    Call it before anything else of TensorFlow: threads cannot be changed once
-    an operation has run. A second call with the same values does nothing.
+    Call it before anything else of TensorFlow: threads cannot be changed once an operation has run. A second call with the
+    same values does nothing.
 
     Args:
         device: `auto`, `cpu` or `gpu`.
         threads: Threads within and between operations.
-
-    Returns:
-        The device's name for `tf.device`.
 
     Raises:
         SettingsError: `device` is `gpu` and there is none.
@@ -50,12 +47,7 @@ def prepare(device: str = "auto", threads: int = 1) -> str:
 
 
 def show(device: str, metrics: TrainerMetrics) -> None:
-    """Exports TensorFlow's GPU memory use as metrics, read at each scrape. Does nothing on a CPU.
-
-    Args:
-        device: The name that `prepare` returned.
-        metrics: The trainer's metrics.
-    """
+    """Exports TensorFlow's GPU memory use as metrics, read at each scrape. Does nothing on a CPU."""
     if "GPU" not in device:
         return
     for kind in ("current", "peak"):
@@ -77,6 +69,6 @@ def pick(device: str, gpus: list[str]) -> str:
     """
     if device == "gpu" and not gpus:
         raise SettingsError(
-            "trainer.device is gpu, but TensorFlow finds no GPU here", "set it to auto or cpu, or look after the driver"
+            "trainer.device is gpu, but TensorFlow finds no GPU here", "set it to auto or cpu, or check the driver"
         )
     return "/GPU:0" if gpus and device in ("auto", "gpu") else "/CPU:0"

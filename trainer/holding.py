@@ -1,18 +1,15 @@
 """Passes each record to the guard, withholds versions while one is suspect, and asks control to hold bad ones.
 
-If control cannot be written, for example while the store of a shared registry is unreachable, the hold waits. Until it
-is written, no version is published and no record is learned, so that a held update never serves traffic.
+If control cannot be written, the hold waits. Until it is written, no version is published and no record is learned, so
+that a held update never serves traffic.
 
 `WindowWatch` judges each step of the training log by the preceding windows: pass, suspect or hold.
 
 - Windows follow each other in log time. A window ends when it has its length and enough rows to judge. From that many
   rows on, the open window is judged with each step.
-- The remembered windows are a function of the log. A trainer that restarts, or reads the log again, reaches the same
+- The remembered windows are a function of the log, so a trainer that restarts or reads the log again reaches the same
   verdicts at the same offsets. An operator's actions change none of them.
 - At a hold everything is forgotten, because later steps are compared with what the operator let pass.
-
-`figures_of` computes what the guard receives of a record. `version_before` and `suspect_clicks` find the version and
-the clicks that a hold names.
 """
 
 from __future__ import annotations
@@ -23,28 +20,29 @@ import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import convert
 
+from state.config.sections import GuardSettings
 from state.config.settings import Settings
-from state.errors import UnknownVersion, UnusableRegistry
+from state.errors import UnusableRegistry
 from state.metrics import TrainerMetrics
 from state.microbatch.batch import MicroBatch
+from state.positions import Source
 from state.process.said_once import SaidOnce
 from state.registry.control import Control, HeldUpdate, SuspectClicks, hold
-from state.registry.manifest import sees
 from state.registry.registry import Registry
 from trainer import gauges
 from trainer.engine.guard import Verdict
 from trainer.engine.report import Report
-from trainer.guard.figures import BUCKETS, CROWDS, StepFigures, crowds_of
 from trainer.guard.rules import LIMIT, NAMES, RULES, SLICE, SUSPECT, Rule, deviation, summed, usual
 from trainer.guard.slice_watch import OffSlice, SliceWatch, SliceWords, named
-from trainer.guard.window import F64, OpenWindow, WindowStart
+from trainer.guard.window import BUCKETS, CROWDS, F64, OpenWindow, StepFigures, WindowStart, crowds_of
 from trainer.measures.breakdown import LOSSES
-from trainer.place import TrainingPlace
+from trainer.place import TrainingPlace, newest_before
 from trainer.versions.content import GUARDED
 
 F32 = npt.NDArray[np.float32]
@@ -90,7 +88,7 @@ class Judgement:
         signal: Its value in this window, or in the preceding one if this one has too few rows; not logarithmic.
         usual: Its usual value.
         total: The sum of deviations beyond the slack; LIMIT is too much.
-        since: The beginning of the window before the first deviating one: everything from there on is suspect.
+        since: The start of the window before the first deviating one: everything from there on is suspect.
         place: For rule `slice`, the slice: measure, dimension and index in it.
     """
 
@@ -106,32 +104,15 @@ class Judgement:
 PASSED = Judgement(Standing.PASS)
 
 
-@dataclass(frozen=True)
-class WatchLimits:
-    """The settings of the guard, see `[guard]`.
-
-    Attributes:
-        window_s: Least log time of a window.
-        window_rows: Least rows of a window that is judged.
-        users: Usual users per window below which nothing is judged.
-        warm_up: Windows before the first judgement.
-    """
-
-    window_s: float = 10.0
-    window_rows: int = 1024
-    users: int = 20
-    warm_up: int = 30
-
-
 class WindowWatch:
     """Remembers the windows of one branch of the training log. One thread.
 
     Args:
-        limits: The settings.
+        limits: The section `[guard]`.
         slices: Describes the slice numbers; state of another description is dropped.
     """
 
-    def __init__(self, limits: WatchLimits, slices: str = "") -> None:
+    def __init__(self, limits: GuardSettings, slices: str = "") -> None:
         self._limits, self._of, self._slices = limits, slices, SliceWatch(limits.warm_up)
         self.clear()
 
@@ -149,19 +130,14 @@ class WindowWatch:
         self._slices.clear()
 
     def take(self, step: StepFigures, start: WindowStart) -> Judgement:
-        """Adds one record and judges the update that it made.
-
-        Args:
-            step: The figures of the record.
-            start: Where it begins, with the log time before it.
-        """
+        """Adds one record, which begins at `start`, and judges the update that it made."""
         if self._open is None:
             self._open = OpenWindow(start)
         window = self._open
         window.add(step)
         if window.rows < self._limits.window_rows:
             return self._in_time(self._standing(self._sums, None, None), step.log_ms)
-        signals, words = window.signals(self._shares), self._slices.look(window.slices)
+        signals, words = window.signals(self._shares), self._slices.judge(window.slices)
         sums = self._summed(signals)
         found = self._in_time(self._standing(sums, signals, words), step.log_ms)
         if found.standing is Standing.HOLD:
@@ -246,9 +222,9 @@ class WindowWatch:
         window, (remembered, arrays) = self._open, self._slices.state()
         about = {
             "names": NAMES,
-            "since": {name: one.told() for name, one in self._since.items()},
-            "before": None if self._before is None else self._before.told(),
-            "open": None if window is None else window.start.told(),
+            "since": self._since,
+            "before": self._before,
+            "open": None if window is None else window.start,
             "doubt_ms": self._doubt_ms,
             "slices": {"of": self._of, **remembered},
         }
@@ -273,11 +249,13 @@ class WindowWatch:
             return
         self._past, self._users = np.array(state["past"]), np.array(state["users"])
         self._shares, self._sums = np.array(state["shares"]), np.array(state["sums"])
-        self._since = {name: WindowStart.of(one) for name, one in about["since"].items()}
-        self._before = None if about["before"] is None else WindowStart.of(about["before"])
+        self._since = convert(about["since"], dict[str, WindowStart])
+        self._before = convert(about["before"], WindowStart | None)
         self._doubt_ms = about["doubt_ms"]
         if about["open"] is not None:
-            self._open = OpenWindow(WindowStart.of(about["open"]), np.array(state["added"]), np.array(state["crowds"]))
+            self._open = OpenWindow(
+                convert(about["open"], WindowStart), np.array(state["added"]), np.array(state["crowds"])
+            )
         if about.get("slices", {}).get("of") == self._of:
             arrays = {name.removeprefix(SLICES): one for name, one in state.items() if name.startswith(SLICES)}
             self._slices.load(about["slices"], arrays, self._crowded)
@@ -300,13 +278,7 @@ def _of_slice(off: OffSlice, says: bool) -> Judgement:
 
 
 def figures_of(batch: MicroBatch, report: Report | None, log_ms: int) -> StepFigures:
-    """The figures of one record for the guard.
-
-    Args:
-        batch: The rows that were learned.
-        report: Of the step; None without a row.
-        log_ms: Log time after it.
-    """
+    """The figures of one record for the guard; `report` is None without a row, `log_ms` is log time after the record."""
     ranges = batch.header.ranges
     covered, dead = sum(part.next - part.first for part in ranges), sum(part.dead for part in ranges)
     if report is None:
@@ -338,17 +310,9 @@ def version_before(registry: Registry, place: TrainingPlace, offset: int) -> int
     """The newest durable version of the trainer's branch that learned nothing from `offset` of the log on; 0 for none."""
     if not place.durable:
         return 0
-    visible = registry.manifest(place.durable).visible
-    for number in reversed(registry.versions()):
-        if not sees(visible, number):
-            continue
-        try:
-            if registry.manifest(number).log.next <= offset and registry.chain(number):
-                return number
-        except UnknownVersion:
-            # Its base was removed; an older version may have one.
-            continue
-    return 0
+    branch = registry.manifest(place.durable)
+    found = newest_before(registry, branch, Source(branch.log.topic_id, branch.log.partition), offset)
+    return 0 if found is None else found.version
 
 
 def clicks_learned(place: TrainingPlace) -> tuple[tuple[str, int, int], ...]:
@@ -361,7 +325,7 @@ def clicks_learned(place: TrainingPlace) -> tuple[tuple[str, int, int], ...]:
 
 
 def suspect_clicks(since: WindowStart, after: TrainingPlace) -> tuple[SuspectClicks, ...]:
-    """The clicks between both positions."""
+    """The clicks between the start of a window and a later position."""
     first, ends = {(topic, part): at for topic, part, at in since.clicks}, dict[tuple[str, int], int]()
     for source, at in after.marks.items():
         name = (source.topic_id, source.partition)
@@ -371,18 +335,6 @@ def suspect_clicks(since: WindowStart, after: TrainingPlace) -> tuple[SuspectCli
     )
 
 
-class UnwrittenHold(NamedTuple):
-    """A hold that is not in control yet.
-
-    Attributes:
-        held: The held update.
-        after: The trainer's position then.
-    """
-
-    held: HeldUpdate
-    after: TrainingPlace
-
-
 class UpdateGuard:
     """The guard of one trainer. The step thread calls every method.
 
@@ -390,8 +342,7 @@ class UpdateGuard:
         settings: All settings.
         registry: The registry of control and versions.
         metrics: The trainer's metrics.
-        clock: Wall clock in seconds.
-        elapsed: Monotonic seconds.
+        clock, elapsed: Wall clock and monotonic clock in seconds.
         shown: By slice dimension the present names of its slices.
     """
 
@@ -405,21 +356,17 @@ class UpdateGuard:
         shown: Callable[[], Mapping[str, Sequence[str]]],
     ) -> None:
         wanted, self._shown = settings.guard, shown
-        limits = WatchLimits(wanted.window_s, wanted.window_rows, wanted.users, wanted.warm_up)
         places = {name: len(values) for name, values in shown().items()}
-        self._watch = WindowWatch(limits, json.dumps([places, settings.events.actions]))
+        self._watch = WindowWatch(wanted, json.dumps([places, settings.events.actions]))
         self._enabled, self._registry, self._metrics, self._clock = wanted.mode == "on", registry, metrics, clock
         self._last, self._elapsed = PASSED, elapsed
         self._skipped, self._skipped_since = 0, WindowStart(0, 0)
-        self._unwritten: UnwrittenHold | None = None
+        # A hold that is not in control yet, and the trainer's position then.
+        self._unwritten: tuple[HeldUpdate, TrainingPlace] | None = None
         self._tried_s, self._say = float("-inf"), SaidOnce(logger.error)
 
     def enter(self, kept: Mapping[str, npt.NDArray[Any]]) -> None:
-        """At the beginning of an epoch, or after a start: restores the guard's state at the loaded version.
-
-        Args:
-            kept: The guard state in that version, without the prefix; empty if it has none.
-        """
+        """Restores the guard's state of the loaded version, at the beginning of an epoch or after a start; empty if it has none."""
         self._watch.load(kept)
         self._last, self._skipped, self._unwritten = PASSED, 0, None
 
@@ -468,7 +415,7 @@ class UpdateGuard:
         self._last = found
         if found.standing is not Standing.HOLD:
             return False
-        self._unwritten, self._tried_s = UnwrittenHold(self._held(found, after, log_ms[1]), after), float("-inf")
+        self._unwritten, self._tried_s = (self._held(found, after, log_ms[1]), after), float("-inf")
         return self.write()
 
     def write(self) -> bool:
@@ -477,31 +424,24 @@ class UpdateGuard:
         Raises:
             ControlConflict: Other processes kept changing control.
         """
-        waiting = self._unwritten
-        if waiting is None or self._elapsed() - self._tried_s < AGAIN_S:
+        if self._unwritten is None or self._elapsed() - self._tried_s < AGAIN_S:
             return False
-        self._show_held(waiting.held)
+        held, after = self._unwritten
+        self._show_held(held)
         try:
-            written = self._hold(*waiting)
+            written = self._hold(held, after)
         except UnusableRegistry as error:
             self._tried_s = self._elapsed()
-            self._say(
-                f"{waiting.held.in_words()}, and its hold cannot be written: {error}; nothing is published until it is"
-            )
+            self._say(f"{held.in_words()}, and its hold cannot be written: {error}; nothing is published until it is")
             return False
         self._say.clear()
         self._unwritten = None
-        self._show_held(waiting.held if written else None)
+        self._show_held(held if written else None)
         return written
 
-    def look(self, control: Control, version: int) -> None:
-        """Applies new control: an update that an operator released passes, until the guard judges otherwise.
-
-        Args:
-            control: The newest.
-            version: The trainer's newest version.
-        """
-        held = control.held if self._unwritten is None else self._unwritten.held
+    def follow(self, control: Control, version: int) -> None:
+        """Applies new control; `version` is the trainer's newest. An update that an operator released passes."""
+        held = control.held if self._unwritten is None else self._unwritten[0]
         if held is None and self._last.standing is Standing.HOLD:
             self._last = PASSED
         gauges.show_control(control, version, self._metrics)
@@ -525,7 +465,7 @@ class UpdateGuard:
     # What a version reports and keeps
 
     def verdict(self) -> tuple[str, dict[str, float]]:
-        """The guard's entry in a new version: that it passed, and how near each rule is to a hold; empty if it is off."""
+        """The guard's entry in a new version: its verdict, and how near each rule is to a hold; empty if it is off."""
         if not self._enabled:
             return "", {}
         near = {rule: round(share, 4) for rule, share in self._watch.shares_of_limit().items() if share > 0}
@@ -574,11 +514,11 @@ class UpdateGuard:
 
         control = self._registry.change(asked)
         if control.held is None:
-            logger.info("what the guard would hold at offset %d was let go on before", after.next)
+            logger.info("an operator already released the update that the guard would hold at offset %d", after.next)
             self._last = PASSED
             return False
         logger.error(
-            "training is held: %s; answers stay at version %d; `springtide status` says what to type",
+            "training is held: %s; serving stays at version %d; see `springtide status` for the next command",
             *(held.in_words(), held.version),
         )
         return True

@@ -1,21 +1,26 @@
-"""Selects the rows of a training record to learn from: of the right kind, new, and not masked. Pure functions."""
+"""Iterates over the records of the training log, and selects their rows to learn from: new ones that are not masked."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from state.errors import MicroBatchError, SaltMismatch, SpecMismatch
 from state.features.mask import MaskAt
+from state.log import PartitionBatch
 from state.microbatch.batch import MicroBatch, gaps, in_log_time, masked, trained, trim
 from state.microbatch.codec import decode
-from state.positions import Source
+from state.positions import Gap, Source
 from state.registry.log_line import WHOLE, LogLine, counts
+from trainer.accounts import Passages
 
-Bools = NDArray[np.bool_]
+BAD = (MicroBatchError, SpecMismatch, SaltMismatch)
+"""The errors that concern a single record."""
+
+Taken = TypeVar("Taken")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +56,7 @@ def never(spec: str) -> bool:
 def former(specs: Collection[str], steps: Callable[[], int]) -> Callable[[str], bool]:
     """Returns a predicate for the feature specs whose records a trainer skips.
 
-    Args:
-        specs: Digests of the specs that upgrades replaced.
-        steps: Steps that the trainer has taken. Before the first one it skips to the first record of its own spec.
+    Those are `specs`, which upgrades replaced, and before the first of the trainer's steps all but its own spec.
 
     >>> [former({"ab"}, lambda: steps)(spec) for steps in (0, 9) for spec in ("ab", "cd")]
     [True, True, True, False]
@@ -92,10 +95,12 @@ def take_in(
         SpecMismatch: It has other features, and `is_former` does not accept them.
         SaltMismatch: It has another salt, and `is_former` does not accept it.
     """
-    whole = _decoded(value, where)
+    try:
+        whole = decode(value or b"")
+    except MicroBatchError as error:
+        raise MicroBatchError(f"{where}: {error.what}", error.do) from error
     if not counts(line, whole.header.log_epoch, offset):
-        nothing = whole.take(np.zeros(len(whole), np.bool_))
-        return Intake(replace(nothing, header=replace(whole.header, ranges=())), dict(marks), 0, 0, 0, [])
+        return Intake(replace(_without_rows(whole), header=replace(whole.header, ranges=())), dict(marks), 0, 0, 0, [])
     is_ours = _is_ours(whole, spec, salt, where, is_former)
     unseen, after = trim(whole, marks)
     ours = trained(whole.kind)
@@ -103,7 +108,8 @@ def take_in(
     if not is_ours:
         # Sources without a mark stay so: their clicks may still come, perhaps from the beginning.
         known = {source: after[source] for source in marks}
-        return _passed_over(whole, ours, unseen, known, gaps(whole.header, marks))
+        rows, new = int(ours.sum()), int(fresh.sum())
+        return Intake(_without_rows(whole), known, rows, rows - new, 0, gaps(whole.header, marks), other_features=new)
     mask = mask_at(whole.header.mask_generation)
     allowed = unseen & ~masked(whole, mask) if mask else unseen
     keep = ours & allowed
@@ -119,11 +125,8 @@ def take_in(
     )
 
 
-def _decoded(value: bytes | None, where: str) -> MicroBatch:
-    try:
-        return decode(value or b"")
-    except MicroBatchError as error:
-        raise MicroBatchError(f"{where}: {error.what}", error.do) from error
+def _without_rows(whole: MicroBatch) -> MicroBatch:
+    return whole.take(np.zeros(len(whole), np.bool_))
 
 
 def _is_ours(whole: MicroBatch, spec: str, salt: str, where: str, is_former: Callable[[str], bool]) -> bool:
@@ -139,10 +142,73 @@ def _is_ours(whole: MicroBatch, spec: str, salt: str, where: str, is_former: Cal
     return (found.spec, found.salt) == (spec, salt)
 
 
-def _passed_over(
-    whole: MicroBatch, ours: Bools, unseen: Bools, marks: dict[Source, int], found: list[tuple[Source, int, int]]
-) -> Intake:
-    """Skips a record: its clicks count as seen, and its new rows are counted."""
-    nothing = whole.take(np.zeros(len(whole), np.bool_))
-    new, rows = int((ours & unseen).sum()), int(ours.sum())
-    return Intake(nothing, marks, rows, rows - new, 0, found, other_features=new)
+class LogRecord(NamedTuple):
+    """A record of the training log, or the records of a batch that cannot be read.
+
+    Attributes:
+        first: Its offset.
+        next: The offset after it.
+        value: Its value.
+        damage: Why it cannot be read; empty if it can.
+    """
+
+    first: int
+    next: int
+    value: bytes | None = None
+    damage: str = ""
+
+    def require_whole(self, where: str) -> None:
+        """Raises MicroBatchError if the record is damaged; `where` names its offset."""
+        if self.damage:
+            raise MicroBatchError(
+                f"{where} cannot be read: {self.damage}",
+                "check the broker's disk, and restore the topic if you can",
+            )
+
+
+def records_of(batch: PartitionBatch) -> Iterator[LogRecord]:
+    """All records of a poll, in log order.
+
+    >>> import numpy as np
+    >>> at = np.array([4, 9])
+    >>> batch = PartitionBatch("ab" * 16, 0, 4, 11, at, at, [None] * 2, [b"a", b"b"], corrupt=((5, 9, "checksum"),))
+    >>> [(one.first, one.next, one.value) for one in records_of(batch)]
+    [(4, 5, b'a'), (5, 9, None), (9, 10, b'b')]
+    """
+    read = zip(batch.offsets.tolist(), batch.values, strict=True)
+    damaged = [LogRecord(first, after, damage=reason) for first, after, reason in batch.corrupt]
+    if not damaged:
+        yield from (LogRecord(offset, offset + 1, value) for offset, value in read)
+        return
+    yield from sorted([*damaged, *(LogRecord(offset, offset + 1, value) for offset, value in read)])
+
+
+def take_or_leave(
+    record: LogRecord,
+    where: str,
+    source: Source,
+    marks: Mapping[Source, int],
+    passages: Passages,
+    take: Callable[[bytes | None], Taken],
+) -> Taken | None:
+    """Calls `take` on a record and returns its result; None if the record is skipped, which is permanent.
+
+    Args:
+        record: The record.
+        where: Its offset, for messages.
+        source: The training log's partition.
+        marks: The next offset of each source of clicks.
+        passages: Knows which records were skipped, and skips those that an operator accepts.
+        take: Learns the record's value; raises one of `BAD` if it cannot.
+
+    Raises:
+        SpringtideError: From `take`, if the operator does not accept to skip the record.
+    """
+    if passages.is_left_out(source, record.first):
+        return None
+    try:
+        record.require_whole(where)
+        return take(record.value)
+    except BAD as problem:
+        passages.leave_out(Gap(source, record.first, record.next), marks, problem)
+        return None

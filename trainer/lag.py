@@ -1,7 +1,6 @@
 """Reports the trainer's lag behind the training log, in positions and seconds, to metrics and a Kafka consumer group.
 
-A separate thread polls once a second. Lag is therefore visible while an operator
-or the guard holds training, and Kafka's replies do not delay a step.
+A separate thread polls once a second, so lag is visible while training is held, and Kafka does not delay a step.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from state.log import Log, Topics
 from state.metrics import TrainerMetrics
 from state.process.said_once import SaidOnce
 
-LOOK_S = 1.0
+POLL_S = 1.0
 logger = logging.getLogger(__name__)
 
 
@@ -61,7 +60,7 @@ class TrainingLag:
         self._kafka, self._partition, self._taken, self._metrics = kafka, partition, taken, metrics
         self._log, self._wall_s = log or Log(kafka), wall_s
         self._topics: Topics | None = None
-        self._told = -1
+        self._committed = -1
         self.records: int | None = None
         self._say = SaidOnce(logger.warning)
         self._closing = threading.Event()
@@ -75,7 +74,7 @@ class TrainingLag:
         """Stops without a final poll, which an unreachable broker would delay."""
         self._closing.set()
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Polls once: sets the gauges and commits the group's offset to Kafka.
 
         Raises:
@@ -92,14 +91,14 @@ class TrainingLag:
         self.records = lag
         waits = lag and taken.at_ms
         self._metrics.lag_seconds.set(max(0.0, self._wall_s() - taken.at_ms / 1000) if waits else 0.0)
-        if taken.next != self._told:
+        if taken.next != self._committed:
             self._topics.commit(self._kafka.group, topic, {self._partition: taken.next})
-            self._told = taken.next
+            self._committed = taken.next
 
     def _run(self) -> None:
-        while not self._closing.wait(LOOK_S):
+        while not self._closing.wait(POLL_S):
             try:
-                self.look()
+                self.poll()
                 self._say.clear()
             except LogError as error:
                 self._say(f"the lag of the training log is unknown for now: {error}")

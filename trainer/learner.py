@@ -2,81 +2,56 @@
 
 The weights are a function of (base, log range, mask). A restart or a rollback therefore comes down to one operation:
 load a version and read on from its position in the log.
-
-`PrivacyBudget` charges the ledger before records are learned, and holds training if too little of the budget is left.
-A record is learned only under a charge for its period and its branch (`trainer/privacy/history.py`). The order matters:
-
-1. The ledger is written. It also names an offset, `through`, before which records may have been learned. It is raised
-   by `RESERVED` offsets at a time.
-2. The record is learned.
-
-A change at or after `through` costs no budget, because no record from there on was learned before.
-
-`LossRecorder` records the loss of each row, as it was scored before it was learned, for comparison with another
-trainer. Without a reader it neither writes nor copies anything (`state/experiments/comparison.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import msgspec
 import numpy as np
 import numpy.typing as npt
 
 from state import layout
 from state.config.settings import Settings
-from state.errors import GapError, RegistryError, SettingsError, WrongEpoch
+from state.errors import GapError, WrongEpoch
 from state.experiments import comparison
 from state.experiments.comparison import LossWriter, RowLosses
 from state.log import Log, Reader
 from state.log.accepted_gaps import Consent, Journal
 from state.metrics import TrainerMetrics
 from state.positions import Source
-from state.process import killpoints, private_files
+from state.process import killpoints
 from state.process.said_once import SaidOnce
-from state.registry import privacy_ledger
 from state.registry.control import Control
 from state.registry.log_line import onward
-from state.registry.privacy_ledger import PrivacyLedger, PrivacyPeriod
+from state.registry.model_fit import former_specs
 from state.registry.registry import Registry
-from state.registry.upgrades import former_specs
 from state.storage.waiting import Room
 from trainer import accounts, gauges
 from trainer.accounts import Passages
-from trainer.beginning import Begins, from_nothing
+from trainer.beginning import Begins, from_nothing, resume
 from trainer.catching_up import CatchingUp
 from trainer.engine.guard import Verdict
 from trainer.engine.report import Report
 from trainer.engine.step import Trainer
-from trainer.forgetting import take_up
 from trainer.holding import UpdateGuard
-from trainer.intake import Intake, former, take_in
-from trainer.measures.breakdown import shown_of
+from trainer.intake import LogRecord, former, records_of, take_in, take_or_leave
 from trainer.measures.step_scores import SUMS
 from trainer.place import TrainingPlace
-from trainer.privacy.key import own_key
-from trainer.privacy.place import NoisePlace, environment_digest
+from trainer.privacy.budget import PrivacyBudget
 from trainer.publications import Publications
-from trainer.records import LogRecord, records_of, take_or_leave
-from trainer.resume import resume
-from trainer.versions.draft import Drafter
-from trainer.versions.first_version import restore_or_carry
-from trainer.versions.publisher import Publisher
+from trainer.versions.carrying import restore_or_carry
+from trainer.versions.publisher import Drafter, Publisher
 
-ROUNDING = 1e-6
-"""Relative tolerance of epsilon above the budget: the precision of the search."""
+REMEMBERED = 32
+"""The most erasures of an epoch that a version records with their offsets."""
 
-RESERVED = 256
-"""Offsets of the training log that one write of the ledger reserves."""
-
-LOOK_S = 1.0
+POLL_S = 1.0
 """Between two checks for a reader of row losses."""
 
 AGAIN_S = 10.0
@@ -88,157 +63,19 @@ NO_CONSENT = Consent()
 logger = logging.getLogger(__name__)
 
 
-class PrivacyBudget:
-    """The budget of one trainer. The step thread calls every method.
-
-    Args:
-        settings: All settings; with `privacy.epsilon` 0 there is no budget.
-        trainer: The trainer of the records.
-        metrics: The trainer's metrics.
-        environment: What the bits of a step depend on besides the log, as in manifests.
-
-    Attributes:
-        held: Whether training holds, because the next period would cost more than is left.
-    """
-
-    def __init__(
-        self, settings: Settings, trainer: Trainer, metrics: TrainerMetrics, environment: Mapping[str, str]
-    ) -> None:
-        self._wanted, self._path, self._metrics = settings.privacy, settings.privacy_ledger_path, metrics
-        self._trainer, self.held = trainer, False
-        self._ledger: PrivacyLedger | None = None
-        self._environment = environment_digest(environment)
-        self._allowed: PrivacyPeriod | None = None
-        self._learned: tuple[str, int] | None = None
-        metrics.privacy_epsilon_limit.set(self._wanted.epsilon)
-        if self._wanted.epsilon:
-            # Not at the top: the accountant's import takes a second.
-            from trainer.engine.private_step import PrivateTrainer
-
-            assert isinstance(trainer, PrivateTrainer), "what trainer_of makes where a budget is set"
-            self._private, self._key = trainer.private, private_files.fingerprint(own_key(settings))
-
-    def enter(self) -> None:
-        """At the beginning of an epoch, or after a start: reads the spent budget.
-
-        Raises:
-            RegistryError: The ledger is gone or damaged.
-            SettingsError: It has another key, or another unit.
-        """
-        if not self._wanted.epsilon:
-            return
-        found, ours = privacy_ledger.read(self._path), (self._key, self._wanted.unit)
-        if found is None and self._private.allowance.began:
-            raise RegistryError(
-                f"there is no ledger of the privacy budget at {self._path}, and versions were learned under one",
-                "restore it from a backup, or begin a new state directory (paths.state)",
-            )
-        if found is not None and (found.key, found.unit) != ours:
-            names = ("privacy.key_file", "privacy.unit")
-            name, was, now = next(
-                one for one in zip(names, (found.key, found.unit), ours, strict=True) if one[1] != one[2]
-            )
-            raise SettingsError(
-                f"the ledger of the privacy budget at {self._path} has {was} for {name}, and the trainer has {now}",
-                f"put {name} back, or begin a new state directory (paths.state)",
-            )
-        self._ledger, self.held = found or PrivacyLedger(*ours), False
-        # Source and offset before which other trainers may have learned; None if there were none.
-        self._learned = (self._ledger.source, self._ledger.through) if self._ledger.periods else None
-        self._allowed = None
-        self._show()
-
-    def noise_place(self, found: Intake, source: Source, offset: int, control: Control) -> NoisePlace:
-        """The identity of the record at `offset` for its noise.
-
-        Args:
-            found: The rows that are learned.
-            source: Of the training log.
-            offset: Of the record.
-            control: The generation that the trainer follows.
-        """
-        mask = control.mask_at(found.batch.header.mask_generation)
-        return NoisePlace(
-            source.topic_id, source.partition, offset, control.epoch, control.log, mask, self._environment
-        )
-
-    def allows(self, at: NoisePlace, found: Intake, place: TrainingPlace, leader_epoch: int) -> bool:
-        """Whether a record may be learned; when this returns True, the ledger has its charge durably.
-
-        Args:
-            at: Of `noise_place`.
-            found: The rows that are learned; without rows there is no charge.
-            place: The position before the record.
-            leader_epoch: Kafka's epoch of the leader that wrote the record.
-
-        Raises:
-            OSError: The disk refused.
-        """
-        if self._ledger is None or not len(found.batch):
-            return True
-        self._metrics.privacy_rows_left_out.set(self._private.allowance.left_out)
-        log_ms = max(self._trainer.counters.log_ms, int(found.batch.at_ms.max()))
-        number = int(log_ms // (1000 * self._wanted.period_s)) if self._wanted.unit == "user" else 0
-        # A rewritten log and accepted losses change which records a branch has; the history sees them only afterwards.
-        lost = place.left_out + place.gap + sum(first - mark for _, mark, first in found.gaps)
-        line = self._private.history.line_at(at) + f"leader {leader_epoch} lost {lost}".encode()
-        name = hashlib.blake2b(line, digest_size=16).hexdigest()
-        period = PrivacyPeriod(at.epoch, number, self._private.updates, self._private.noise, (name,))
-        source = f"{at.topic_id}:{at.partition}"
-        reserved = source == self._ledger.source and at.offset < self._ledger.through
-        if period == self._allowed and reserved:
-            return True
-        ledger = self._ledger
-        if not privacy_ledger.is_charged(ledger, period):
-            again = self._learned is not None and (source != self._learned[0] or at.offset < self._learned[1])
-            ledger = self._paid(privacy_ledger.charged(ledger, period, again))
-        if not self.held and not reserved:
-            ledger = msgspec.structs.replace(ledger, source=source, through=at.offset + RESERVED)
-        if ledger != self._ledger:
-            privacy_ledger.write(self._path, ledger)
-        self._ledger, self._allowed = ledger, None if self.held else period
-        self._show()
-        return not self.held
-
-    def _paid(self, ledger: PrivacyLedger) -> PrivacyLedger:
-        """`ledger` with the cost of its charges; or the present one, held, if the cost exceeds the budget."""
-        from trainer.privacy.accounting import spent
-
-        assert self._ledger is not None
-        wanted, present = self._wanted, self._ledger
-        after, before = spent(ledger.periods, wanted.delta), spent(present.periods, wanted.delta)
-        self.held = len(ledger.periods) > len(present.periods) and after > wanted.epsilon * (1.0 + ROUNDING)
-        if self.held:
-            logger.error(
-                "training holds: the privacy budget is spent, epsilon %.3g of %.3g after %d periods; answers go on; see "
-                "trainer/PRIVACY.md for what a larger budget means",
-                *(before, wanted.epsilon, len(present.periods)),
-            )
-        return msgspec.structs.replace(
-            present if self.held else ledger,
-            epsilon=wanted.epsilon,
-            delta=wanted.delta,
-            spent=before if self.held else after,
-            held=self.held,
-        )
-
-    def _show(self) -> None:
-        if self._ledger is not None:
-            self._metrics.privacy_epsilon_spent.set(self._ledger.spent)
-            self._metrics.privacy_held.set(self.held)
-
-
 class LossRecorder:
-    """Writes the losses of one trainer. The step thread calls every method.
+    """Writes the loss of each row, as it was scored before it was learned, for comparison with another trainer.
+
+    Without a reader it neither writes nor copies anything (`state/experiments/comparison.py`).
 
     Args:
-        registry: The trainer's registry; its lock is held.
+        registry: The path of the trainer's registry; its lock is held.
         elapsed: Monotonic seconds.
     """
 
     def __init__(self, registry: Path, elapsed: Callable[[], float] = time.monotonic) -> None:
         self._registry, self._elapsed = registry, elapsed
-        self._look_s, self._writer = float("-inf"), LossWriter(registry)
+        self._polled_s, self._writer = float("-inf"), LossWriter(registry)
         self._wanted = True
         self._say = SaidOnce(logger.warning)
 
@@ -252,9 +89,7 @@ class LossRecorder:
             users: `[n]` uint64, of the rows that the step took.
             report: Of the step.
         """
-        if not self._is_wanted():
-            return
-        if report.verdict is not Verdict.ACCEPT:
+        if not self._has_reader() or report.verdict is not Verdict.ACCEPT:
             return
         targets = np.concatenate([one.targets for one in report.judged])
         losses = np.concatenate([one.rows[:, _LOG_LOSS] for one in report.judged])
@@ -262,18 +97,68 @@ class LossRecorder:
             self._writer.append(RowLosses(offset, comparison.blocks_of(users[targets]), losses))
         except OSError as error:
             self._say(f"losses of rows are not written, and no experiment is compared meanwhile: {error}")
-            self._wanted, self._look_s = False, self._elapsed() + AGAIN_S - LOOK_S
+            self._wanted, self._polled_s = False, self._elapsed() + AGAIN_S - POLL_S
 
-    def _is_wanted(self) -> bool:
+    def _has_reader(self) -> bool:
         now_s = self._elapsed()
-        if now_s - self._look_s >= LOOK_S:
+        if now_s - self._polled_s >= POLL_S:
             before, self._wanted = self._wanted, comparison.is_wanted(self._registry)
-            self._look_s = now_s
+            self._polled_s = now_s
             if before and not self._wanted:
                 # Also at the start: an earlier process may have left some.
                 self._writer.close()
                 comparison.remove_all(self._registry)
         return self._wanted
+
+
+def erased_up_to(control: Control, trainer: Trainer, place: TrainingPlace) -> TrainingPlace:
+    """Forgets the users of control's new erasures. Returns the new place, marked as changed so that a version records it.
+
+    From the place's offset on, the mask excludes these users' rows of the training log. A version records its erasures
+    with their offsets, so that a replay applies them at the same offsets.
+    """
+    new = control.erased.after(place.erased)
+    if not new:
+        return place
+    rows = trainer.forget(new.users.ids)
+    logger.info(
+        "erasure %d: %d users are forgotten, %d rows of theirs at offset %d", new.last, len(new.users), rows, place.next
+    )
+    erasures = (*place.erasures, (new.last, place.next))[-REMEMBERED:]
+    return replace(place, erased=new.last, erasures=erasures).stepped()
+
+
+class ServedModel(NamedTuple):
+    """What all versions of a trainer have in common.
+
+    Attributes:
+        program: SHA-256 of the program that fits the model.
+        spec: Digest of the feature spec.
+        about: The bootstrap's document of it.
+    """
+
+    program: str
+    spec: str
+    about: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """How a learner starts, and what it waits and asks for.
+
+    Attributes:
+        consent: The losses that the operator accepts.
+        room: Lets a version wait for disk space; None: a full disk ends the trainer.
+        begins: Prepares the trainer if there is no version to continue from.
+        clock: Wall clock in seconds, for times in manifests.
+        elapsed: Monotonic seconds, for the pace of publishing and the retention of recent versions.
+    """
+
+    consent: Consent = NO_CONSENT
+    room: Room | None = None
+    begins: Begins = from_nothing
+    clock: Callable[[], float] = time.time
+    elapsed: Callable[[], float] = time.monotonic
 
 
 class Learner:
@@ -284,15 +169,9 @@ class Learner:
         registry: The registry of versions and control; the trainer's lock is held.
         trainer: The weights and the step.
         log: The log with the training log.
-        program: SHA-256 of the program that fits the model.
-        spec: Digest of the feature spec.
-        about: The bootstrap's document of it.
+        model: What its versions have in common.
         metrics: The trainer's metrics.
-        clock, elapsed: Wall clock in seconds, for times in manifests. Monotonic seconds, for the pace of publishing and
-            the retention of recent versions.
-        consent: The losses that the operator accepts.
-        room: Lets a version wait for disk space; None: a full disk ends the trainer.
-        begins: Prepares the trainer if there is no version to continue from.
+        surroundings: How it starts, and its clocks.
     """
 
     def __init__(
@@ -301,27 +180,22 @@ class Learner:
         registry: Registry,
         trainer: Trainer,
         log: Log,
-        program: str,
-        spec: str,
-        about: Mapping[str, Any],
+        model: ServedModel,
         metrics: TrainerMetrics,
-        clock: Callable[[], float] = time.time,
-        elapsed: Callable[[], float] = time.monotonic,
-        consent: Consent = NO_CONSENT,
-        room: Room | None = None,
-        begins: Begins = from_nothing,
+        surroundings: Surroundings = Surroundings(),
     ) -> None:
+        clock, elapsed = surroundings.clock, surroundings.elapsed
         self._settings, self._registry, self._trainer = settings, registry, trainer
-        self._kafka, self._spec, self._about, self._begins = log, spec, about, begins
+        self._kafka, self._spec, self._about, self._begins = log, model.spec, model.about, surroundings.begins
+        self._salt, self._partition = str(model.about["salt"]), settings.trainer.partition
         self._metrics, self._clock, self._elapsed = metrics, clock, elapsed
-        drafter = Drafter.of(settings, trainer, spec, program, str(about["salt"]))
-        self._passages = Passages(Journal(registry.path / layout.GAPS), consent, metrics, clock)
-        times = settings.trainer.publish_s, settings.registry.durable_s, clock, elapsed
-        self._publisher = Publisher(registry.path, metrics, settings.registry.recent_s, room, elapsed)
-        self._updates = UpdateGuard(
-            settings, registry, metrics, clock, elapsed, lambda: shown_of(settings.events.actions, trainer.slices)
+        drafter = Drafter.of(settings, trainer, model.spec, model.program, self._salt)
+        self._passages = Passages(Journal(registry.path / layout.GAPS), surroundings.consent, metrics, clock)
+        self._publisher = Publisher(registry.path, metrics, settings.registry.recent_s, surroundings.room, elapsed)
+        self._updates = UpdateGuard(settings, registry, metrics, clock, elapsed, lambda: trainer.measures.shown())
+        self._publications = Publications(
+            settings, self._publisher, drafter, trainer, metrics, self._updates, clock, elapsed
         )
-        self._publications = Publications(self._publisher, drafter, trainer, metrics, *times, self._updates)
         self._catching_up = CatchingUp(registry, clock, elapsed)
         self._losses = LossRecorder(registry.path)
         self._budget = PrivacyBudget(settings, trainer, metrics, drafter.environment)
@@ -329,7 +203,7 @@ class Learner:
         self.control: Control
         self.place: TrainingPlace
         self._faults: tuple[str, ...] = ()
-        self._looked, self.caught_up, self.taken_ms = float("-inf"), False, 0
+        self._polled_s, self.caught_up, self.taken_ms = float("-inf"), False, 0
         self._behind = False
 
     def enter(self, control: Control) -> None:
@@ -358,11 +232,11 @@ class Learner:
         if first is not None:
             place, topic = self.place, self._reader.topic_id
             self.place = self._publications.publish_first(place, control, self._account(), topic, first)
-        self.place, self.caught_up = take_up(self._trainer, self.place, control), False
+        self.place, self.caught_up = erased_up_to(control, self._trainer, self.place), False
         self._publications.begin()
         self._catching_up.enter(control, self.place)
-        self._updates.look(control, self.place.parent)
-        self._let_go()
+        self._updates.follow(control, self.place.parent)
+        self._release_guard()
         where = (control.epoch, self.place.parent, self.place.next)
         logger.info("epoch %d: at version %d, reading the training log from offset %d", *where)
 
@@ -380,8 +254,8 @@ class Learner:
         if self._resting:
             time.sleep(min(wait_s, CONTROL_S))
             return 0
-        taken, partition, line = 0, self._settings.trainer.partition, self.control.log
-        if self._reader.position(partition) != (at := onward(line, self.place.next)):
+        taken, partition, branch = 0, self._partition, self.control.log
+        if self._reader.position(partition) != (at := onward(branch, self.place.next)):
             self._reader.seek(partition, at)
             self.place = replace(self.place, next=at)
         try:
@@ -393,7 +267,7 @@ class Learner:
             return 0
         for batch in batches:
             for record in records_of(batch):
-                if onward(line, record.first) != record.first:
+                if onward(branch, record.first) != record.first:
                     self.place = replace(self.place, next=record.first)
                     return taken
                 self._take(record)
@@ -411,7 +285,7 @@ class Learner:
             if not self.caught_up:
                 self.caught_up = True
                 logger.info("epoch %d: caught up at offset %d", self.place.epoch, self.place.next)
-            self._catching_up.look(self.place, self.control, self._publications.busy)
+            self._catching_up.check(self.place, self.control, self._publications.busy)
         self._metrics.caught_up.set(self.caught_up)
         self._faults = accounts.show(self._account(), self._metrics, self._faults)
         self._updates.show()
@@ -424,14 +298,20 @@ class Learner:
 
     def _take(self, record: LogRecord) -> None:
         """Takes one record, as one step if a row is left to learn from."""
-        offset, marks, control, salt = record.first, self.place.marks, self.control, str(self._about["salt"])
+        offset, marks, control = record.first, self.place.marks, self.control
         self._catching_up.pass_by(offset, self.place)
-        source = Source(self._reader.topic_id, self._settings.trainer.partition)
+        source = Source(self._reader.topic_id, self._partition)
         where = f"{self._settings.kafka.microbatches_topic}:{source.partition} offset {offset}"
         found = take_or_leave(
-            record, where, source, marks, self._passages,
-            lambda value: take_in(value, marks, control.mask_at, self._spec, salt, where, control.log, offset, self._is_former),
-        )  # fmt: skip
+            record,
+            where,
+            source,
+            marks,
+            self._passages,
+            lambda value: take_in(
+                value, marks, control.mask_at, self._spec, self._salt, where, control.log, offset, self._is_former
+            ),
+        )
         if found is None:
             self.place = self.place.past(record.next)
             return
@@ -449,12 +329,12 @@ class Learner:
             gauges.show_step(report, offset, self._metrics)
             self._losses.take(offset, found.batch.user, report)
         if self._updates.take(found.batch, report, before, self.place, (began_ms, self._trainer.counters.log_ms)):
-            self._looked = float("-inf")
+            self._polled_s = float("-inf")
 
-    def _let_go(self) -> None:
+    def _release_guard(self) -> None:
         """Releases the step guard if control holds nothing: an operator released it, now or before a restart."""
         if self._trainer.guard.held and self.control.held is None and not self._updates.waits:
-            logger.info("training goes on after %d skipped steps", self._trainer.guard.skipped)
+            logger.info("training continues after %d skipped steps", self._trainer.guard.skipped)
             self._trainer.guard = self._trainer.guard.released()
 
     @property
@@ -466,19 +346,19 @@ class Learner:
     def _between(self) -> bool:
         """Runs between two records; returns True if the epoch changed."""
         self._publish_if_due()
-        self._looked = float("-inf") if self._updates.write() else self._looked
-        return self._look_at_control()
+        self._polled_s = float("-inf") if self._updates.write() else self._polled_s
+        return self._poll_control()
 
-    def _look_at_control(self) -> bool:
+    def _poll_control(self) -> bool:
         """Converges to the newest control, polled a few times a second; returns True if the epoch changed."""
-        if self._elapsed() - self._looked < CONTROL_S:
+        if self._elapsed() - self._polled_s < CONTROL_S:
             return False
-        self._looked = self._elapsed()
+        self._polled_s = self._elapsed()
         control = self._registry.control()
         if control is None:
             return False
         if control == self.control:
-            self._let_go()
+            self._release_guard()
             return False
         logger.info("control %d: %s by %s (%s)", control.generation, control.action, control.actor, control.reason)
         return self._converge(control)
@@ -492,9 +372,9 @@ class Learner:
                 logger.info("%s", refused)
             self.enter(control)
             return True
-        self.control, self.place = control, take_up(self._trainer, self.place, control)
-        self._updates.look(control, self.place.parent)
-        self._let_go()
+        self.control, self.place = control, erased_up_to(control, self._trainer, self.place)
+        self._updates.follow(control, self.place.parent)
+        self._release_guard()
         return False
 
     # Publishing
@@ -506,7 +386,7 @@ class Learner:
                 self.publish()
         except WrongEpoch as refused:
             logger.info("%s", refused)
-            self._looked = float("-inf")
+            self._polled_s = float("-inf")
 
     @property
     def _late_s(self) -> float:
@@ -515,7 +395,7 @@ class Learner:
 
     def publish(self, last: bool = False) -> None:
         """Hands the changes to the publisher; the copy is made here, in the step thread. The `last` one is durable."""
-        leader = self._reader.leader_epoch(self._settings.trainer.partition, self.place.next)
+        leader = self._reader.leader_epoch(self._partition, self.place.next)
         place, topic_id = replace(self.place, leader_epoch=leader), self._reader.topic_id
         self.place = self._publications.publish(place, self.control, self._account(), topic_id, last)
 

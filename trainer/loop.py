@@ -17,16 +17,13 @@ If records of the training log, or clicks before it, are gone, it ends and lists
 Any other end is one line on the standard error and exit code 1 (2 for a wrong setting). A restarted trainer continues
 from the newest version.
 
-Two child processes run next to the trainer from time to time: the compactor (`Compaction`), and an export if
-`export.every_s` is set (`ScheduledExports`). A failed compaction makes the trainer check the version (`doubt`).
-`Phases` reports the phase of the start, as a gauge and in the log, so that a slow restart shows its cause.
+Two child processes run next to the trainer from time to time (`Scheduled`): the compactor, and an export if
+`export.every_s` is set. A failed compaction makes the trainer check the version (`doubt`).
 
-A trainer can be ahead of its log. A published version is on disk, but the newest records of the training log may not
-be. A broker that loses power without other replicas loses them, and so does the election of a leader without them.
-Other records then take their offsets. Weights that learned the lost records are no longer a function of the log. So
-the trainer writes a control generation of its own. It has the next epoch, and starts from the newest version of the
-branch that learned nothing beyond the remaining log. Everything else stays unchanged. `springtide verify` recomputes
-the following versions bit for bit, and `springtide history` shows who rewound and why.
+A trainer can be ahead of its log: a broker that loses power without other replicas loses the newest records, and so
+does the election of a leader without them. Other records then take their offsets, and weights that learned the lost
+records are no longer a function of the log. So the trainer writes a control generation of its own. It has the next
+epoch, and starts from the newest version of the branch that learned nothing beyond the remaining log.
 """
 
 from __future__ import annotations
@@ -50,7 +47,7 @@ from state.config.loading import load
 from state.config.sections import Model
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
-from state.errors import CorruptVersion, ModelMismatch, TruncatedLog, UnknownVersion, UnusableRegistry
+from state.errors import CorruptVersion, ModelMismatch, TruncatedLog, UnusableRegistry
 from state.features.spec import FeatureSpec
 from state.log import KERNELS as LOG_KERNELS
 from state.log import Log
@@ -64,7 +61,6 @@ from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflo
 from state.process.wall_clock import wall_ms
 from state.registry import control as transitions
 from state.registry.control import Control, start
-from state.registry.manifest import Manifest, sees
 from state.registry.model_fit import require_same_model, version_to_go_on_from
 from state.registry.registry import Registry
 from state.registry.sharing import owning
@@ -73,6 +69,7 @@ from state.storage.shares import REGISTRY
 from state.storage.waiting import Room, is_full
 from trainer.checks import check_own, is_own
 from trainer.lag import Taken, TrainingLag
+from trainer.place import newest_before
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
@@ -90,71 +87,54 @@ CATCHING_UP = "catching up"
 LEARNING = "learning"
 PHASES = (IMPORTS, KERNELS, BOOTSTRAP, MODEL, PROGRAM, VERSION, CATCHING_UP, LEARNING)
 
-SAY_S = 5.0
+LOG_S = 5.0
 WAIT_S = 0.02
-PROGRESS_S = 5.0
-LOOK_S = 0.2
+POLL_S = 0.2
 NO_CONSENT = Consent()
 logger = logging.getLogger(__name__)
 
 
-class Compaction:
-    """Starts the compactor at an interval, one at a time, with the trainer's own settings.
+class Scheduled:
+    """Runs a module at an interval in a child process, one run at a time, with the trainer's own settings.
 
     Args:
+        module: The module.
         arguments: The command line of this process.
-        every_s: Seconds from one start to the next.
-        on_failure: Check that runs when one fails.
-        metrics: Reports how many failed in a row.
+        every_s: Seconds from one start to the next; 0: never.
+        on_end: Called with the exit code of a run that ended, and the number of failed runs in a row.
         elapsed: Monotonic seconds.
-
-    If publishing waits for disk space, one is started sooner, because it removes what is beyond its tier.
     """
 
     def __init__(
         self,
+        module: str,
         arguments: Sequence[str],
         every_s: float,
-        on_failure: Callable[[], None] = lambda: None,
-        metrics: TrainerMetrics | None = None,
+        on_end: Callable[[int, int], None],
         elapsed: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._command = [sys.executable, "-m", "trainer.compactor", *arguments]
-        self._every_s, self._elapsed, self._on_failure = every_s, elapsed, on_failure
-        self._last_s = elapsed()
+        self._command = [sys.executable, "-m", module, *arguments]
+        self._every_s, self._on_end, self._elapsed = every_s, on_end, elapsed
+        self._last_s, self._failures = elapsed(), 0
         self._next_s = self._last_s + every_s
         self._child: subprocess.Popen[bytes] | None = None
-        self._metrics, self._failures = metrics, 0
 
     def tick(self, hurry: bool = False) -> None:
-        """Starts a compactor that is due, and records the end of one.
-
-        Args:
-            hurry: Whether the disk is full.
-
-        Raises:
-            SpringtideError: `on_failure` found damage.
-        """
+        """Starts a run that is due, or with `hurry` one after `HURRY_S`; reports the end of one."""
         if self._child is not None:
             code = self._child.poll()
             if code is None:
                 return
-            if code != 0:
-                logger.error("the compactor failed with exit code %d; versions take room until one succeeds", code)
-            self._child = None
-            self._failures = self._failures + 1 if code != 0 else 0
-            if self._metrics is not None:
-                self._metrics.compactor_failures.set(self._failures)
-            if code != 0:
-                self._on_failure()
+            self._child, self._failures = None, self._failures + 1 if code else 0
+            self._on_end(code, self._failures)
         due_s = min(self._next_s, self._last_s + HURRY_S) if hurry else self._next_s
-        if self._elapsed() >= due_s:
+        if self._every_s and self._elapsed() >= due_s:
             self._last_s = self._elapsed()
             self._next_s = self._last_s + self._every_s
             self._child = subprocess.Popen(self._command)
 
     def close(self) -> None:
-        """Ends a child; its unfinished work is absent."""
+        """Ends a child; its unfinished work does not appear."""
         if self._child is not None:
             self._child.terminate()
             self._child.wait()
@@ -196,9 +176,12 @@ def recover(registry: Registry, control: Control, lost: TruncatedLog, actor: str
         raise _hopeless(
             lost,
             f"the last exact rollback begins at {control.log[-1].first}, which is gone: repeat it with "
-            "`springtide rollback --to V --mode exact --reason TEXT`, and look at `springtide history`",
+            "`springtide rollback --to V --mode exact --reason TEXT`, and see `springtide history`",
         )
-    found = newest_within(registry, control, lost)
+    (gap,) = lost.gaps
+    newest = registry.newest_good(control.epoch)
+    start = control.base if newest is None else newest
+    found = None if start is None else newest_before(registry, registry.manifest(start), gap.source, kept)
     if found is None:
         raise _hopeless(
             lost,
@@ -206,7 +189,7 @@ def recover(registry: Registry, control: Control, lost: TruncatedLog, actor: str
             "beginning: `springtide upgrade --learn-anew --reason TEXT`",
         )
     reason = f"the training log {in_words(lost)}; version {found.version} learned nothing beyond"
-    logger.warning("%s: going back to version %d, epoch %d", lost.what, found.version, control.epoch + 1)
+    logger.warning("%s: rewinding to version %d, epoch %d", lost.what, found.version, control.epoch + 1)
     return registry.change(
         lambda now: (
             now
@@ -216,43 +199,16 @@ def recover(registry: Registry, control: Control, lost: TruncatedLog, actor: str
     )
 
 
-def newest_within(registry: Registry, control: Control, lost: TruncatedLog) -> Manifest | None:
-    """The newest version on control's branch that learned nothing beyond the remaining log; None if there is none."""
-    (gap,) = lost.gaps
-    newest = registry.newest_good(control.epoch)
-    start = control.base if newest is None else newest
-    if start is None:
-        return None
-    visible = registry.manifest(start).visible
-    for number in reversed(registry.versions()):
-        if not sees(visible, number):
-            continue
-        one = registry.manifest(number)
-        if (one.log.topic_id, one.log.partition) != (gap.source.topic_id, gap.source.partition):
-            continue
-        try:
-            if one.log.next <= lost.kept and registry.chain(number):
-                return one
-        except UnknownVersion:
-            # Its base was removed; an older version may have one.
-            continue
-    return None
-
-
 def _hopeless(lost: TruncatedLog, do: str) -> TruncatedLog:
     return TruncatedLog(lost.what, do, lost.gaps)
 
 
 class Phases:
-    """The phase of a trainer's start.
-
-    Args:
-        metrics: Of the trainer.
-    """
+    """The phase of a trainer's start, as a gauge and in the log: a slow restart shows its cause."""
 
     def __init__(self, metrics: TrainerMetrics) -> None:
         self._metrics, self._phase = metrics, ""
-        self._since_s = self._said_s = time.monotonic()
+        self._since_s = self._logged_s = time.monotonic()
 
     def enter(self, phase: str) -> None:
         """Shows the phase, and logs how long the preceding one took; entering the present phase again does nothing."""
@@ -261,73 +217,29 @@ class Phases:
         now_s = time.monotonic()
         if self._phase:
             logger.info("%s: %.1f s; now %s", self._phase, now_s - self._since_s, phase)
-        self._phase, self._since_s, self._said_s = phase, now_s, now_s
+        self._phase, self._since_s, self._logged_s = phase, now_s, now_s
         for one in PHASES:
             self._metrics.phase.labels(one).set(one == phase)
 
     def follow(self, caught_up: bool, records_left: int | None) -> None:
-        """Shows whether the trainer has read the log to its end; until then logs the records left, every few seconds.
+        """Shows whether the trainer has read the log to its end; until then logs `records_left` every few seconds.
 
-        Args:
-            caught_up: Whether it has.
-            records_left: Positions of the log that it has not taken; None if that is not known yet.
+        None stands for an unknown number of records.
         """
         self.enter(LEARNING if caught_up else CATCHING_UP)
-        if not caught_up and time.monotonic() >= self._said_s + SAY_S:
-            self._said_s = time.monotonic()
+        if not caught_up and time.monotonic() >= self._logged_s + LOG_S:
+            self._logged_s = time.monotonic()
             logger.info("catching up, %s records left", "unknown" if records_left is None else f"{records_left:,}")
-
-
-class ScheduledExports:
-    """Starts `springtide export` at an interval, one at a time, with the trainer's own settings.
-
-    Args:
-        arguments: The command line of this process.
-        every_s: Seconds from one start to the next; 0: never.
-        elapsed: Monotonic seconds.
-        module: The module that is run.
-    """
-
-    def __init__(
-        self,
-        arguments: Sequence[str],
-        every_s: float,
-        elapsed: Callable[[], float] = time.monotonic,
-        module: str = "trainer.exporting.command",
-    ) -> None:
-        self._command = [sys.executable, "-m", module, *arguments]
-        self._every_s, self._elapsed = every_s, elapsed
-        self._next_s = elapsed() + every_s
-        self._child: subprocess.Popen[bytes] | None = None
-
-    def tick(self) -> None:
-        """Starts an export that is due. Logs the failure of one that ended; the next one starts at its usual time."""
-        if self._child is not None:
-            code = self._child.poll()
-            if code is None:
-                return
-            if code != 0:
-                logger.error("an export failed with exit code %d; the next one is tried in %g s", code, self._every_s)
-            self._child = None
-        if self._every_s and self._elapsed() >= self._next_s:
-            self._next_s = self._elapsed() + self._every_s
-            self._child = subprocess.Popen(self._command)
-
-    def close(self) -> None:
-        """Ends a child; an unfinished export does not appear."""
-        if self._child is not None:
-            self._child.terminate()
-            self._child.wait()
 
 
 def await_spec(registry: Registry, digest: str, model: Model, stopping: threading.Event) -> bool:
     """Waits for the bootstrap of feature spec `digest` and logs that; returns False if the process is to stop instead."""
-    said = float("-inf")
+    logged_s = float("-inf")
     while registry.specs.bootstrapped(digest, model) is None:
-        if time.monotonic() - said >= PROGRESS_S:
-            said = time.monotonic()
+        if time.monotonic() - logged_s >= LOG_S:
+            logged_s = time.monotonic()
             logger.info("waiting for the bootstrap of feature spec %s: `springtide bootstrap`", digest[:12])
-        if stopping.wait(LOOK_S):
+        if stopping.wait(POLL_S):
             return False
     return True
 
@@ -342,15 +254,14 @@ def unused_kernels(settings: Settings) -> list[str]:
 
 def _import_model(kernels: Kernels, phases: Phases, stopping: threading.Event) -> None:
     """Imports TensorFlow and the model, and prepares the kernels of the engine."""
-    begun_s, begun_cpu_s = time.monotonic(), time.process_time()
+    began_s, began_cpu_s = time.monotonic(), time.process_time()
     with quiet_stderr():
         importlib.import_module("trainer.learner")
         importlib.import_module("trainer.versions.program")
-        importlib.import_module("trainer.engine.making")
     logger.info(
         "TensorFlow loaded in %.1f s, %.1f s of processor time",
-        time.monotonic() - begun_s,
-        time.process_time() - begun_cpu_s,
+        time.monotonic() - began_s,
+        time.process_time() - began_cpu_s,
     )
     phases.enter(KERNELS)
     kernels.prepare(stopping.is_set)
@@ -367,8 +278,8 @@ def _check_own(settings: Settings) -> None:
         from trainer import device
 
         device.prepare(settings.trainer.device, settings.trainer.threads)
-        said = check_own(settings, FeatureSpec.from_settings(settings))
-    logger.info("%s", said)
+        result = check_own(settings, FeatureSpec.from_settings(settings))
+    logger.info("%s", result)
 
 
 def prepare(
@@ -393,8 +304,8 @@ def prepare(
     with quiet_stderr():
         from trainer import device
         from trainer.beginning import beginning_of
-        from trainer.engine.making import trainer_of
-        from trainer.learner import Learner
+        from trainer.engine.step import trainer_of
+        from trainer.learner import Learner, ServedModel, Surroundings
         from trainer.versions import checkpoint
         from trainer.versions.program import preprocessing_of, program_of
 
@@ -404,7 +315,7 @@ def prepare(
         name = registry.specs.bootstrapped(spec.digest, settings.model) or spec.digest
         # 3.
         trainer = trainer_of(settings, spec, preprocessing_of(registry.specs.transform(name)))
-        go_on_in_this_release(registry, settings, spec, trainer)
+        upgrade_to_this_release(registry, settings, spec, trainer)
         phases.enter(PROGRAM)
         # Custom code may have changed without a sign in the environment.
         version = None if is_own(settings.model) else version_to_go_on_from(registry)
@@ -417,20 +328,16 @@ def prepare(
     if control is None:
         control = registry.propose(start(actor=f"trainer:{getpass.getuser()}", reason="first start", now_ms=wall_ms()))
 
-    about, begins = registry.specs.spec(name), beginning_of(registry, arguments, stopping)
-    learner = Learner(
-        *(settings, registry, trainer, Log(settings.kafka), program, spec.digest, about, metrics),
-        consent=consent,
-        room=room,
-        begins=begins,
-    )
+    model = ServedModel(program, spec.digest, registry.specs.spec(name))
+    surroundings = Surroundings(consent, room, beginning_of(registry, arguments, stopping))
+    learner = Learner(settings, registry, trainer, Log(settings.kafka), model, metrics, surroundings)
     # 5.
     phases.enter(VERSION)
     enter(learner, registry, control)
     return learner
 
 
-def go_on_in_this_release(registry: Registry, settings: Settings, spec: FeatureSpec, trainer: Trainer) -> None:
+def upgrade_to_this_release(registry: Registry, settings: Settings, spec: FeatureSpec, trainer: Trainer) -> None:
     """Begins an epoch automatically if only this release's own code keeps the newest version from being loaded.
 
     Raises:
@@ -438,7 +345,7 @@ def go_on_in_this_release(registry: Registry, settings: Settings, spec: FeatureS
         SpringtideError: The registry cannot be used.
     """
     from trainer.upgrade import planned_for, propose
-    from trainer.versions.fit import is_of_release, require_ranker_fits
+    from trainer.versions.carrying import is_of_release, require_ranker_fits
 
     try:
         require_ranker_fits(registry, settings, spec, trainer.model)
@@ -450,7 +357,7 @@ def go_on_in_this_release(registry: Registry, settings: Settings, spec: FeatureS
         who, now_ms = f"trainer:{getpass.getuser()}", wall_ms()
         reason = f"this release has another model than version {version.version}"
         propose(registry, settings, spec, version, planned.document(), who, reason, now_ms)
-        logger.warning("%s; this release goes on from it: %s", other.what, "; ".join(planned.lines()))
+        logger.warning("%s; this release continues from it: %s", other.what, "; ".join(planned.lines()))
 
 
 def enter(learner: Learner, registry: Registry, control: Control) -> None:
@@ -506,14 +413,25 @@ def run(settings: Settings, arguments: Sequence[str], stopping: threading.Event,
         if not await_spec(registry, FeatureSpec.from_settings(settings).digest, settings.model, stopping):
             return
         while imports.is_alive() and not stopping.is_set():
-            imports.join(LOOK_S)
+            imports.join(POLL_S)
         if stopping.is_set():
             return
         learner = prepare(settings, registry, metrics, consent, room, arguments, stopping, phases)
-        compaction = Compaction(
-            arguments, settings.trainer.base_every_s, lambda: doubt(registry, learner.place.durable), metrics
-        )
-        exports = ScheduledExports(arguments, settings.export.every_s)
+
+        def compacted(code: int, failures: int) -> None:
+            metrics.compactor_failures.set(failures)
+            if code:
+                logger.error(
+                    "the compactor failed with exit code %d; versions use more disk space until one succeeds", code
+                )
+                doubt(registry, learner.place.durable)
+
+        def exported(code: int, failures: int) -> None:
+            if code:
+                logger.error("an export failed with exit code %d; the next one starts at its usual time", code)
+
+        compaction = Scheduled("trainer.compactor", arguments, settings.trainer.base_every_s, compacted)
+        exports = Scheduled("trainer.exporting.command", arguments, settings.export.every_s, exported)
         lag = TrainingLag(
             settings.kafka, settings.trainer.partition, lambda: Taken(learner.place.next, learner.taken_ms), metrics
         )

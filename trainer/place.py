@@ -1,4 +1,4 @@
-"""The trainer's position in the training log, and the account of the rows up to it. Pure functions."""
+"""The trainer's position in the training log, the account of the rows up to it, and the version before an offset."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from state.errors import UnknownVersion
 from state.positions import Source
-from state.registry.manifest import TOLD_MS, Manifest
+from state.registry.manifest import TOLD_MS, Manifest, sees
+from state.registry.registry import Registry
 from trainer.intake import Intake
 
 COUNTS = ("rows", "duplicate", "masked", "gap", "before")
@@ -38,7 +40,7 @@ class TrainingPlace:
         unsaved: Whether there was a step since `durable`.
         erased: The last erasure of control that was applied.
         erasures: (erasure, offset) of the newest erasures that were applied in this epoch.
-        told_ms: The newest time that a learned row reported. A rollback uses it to tell what a version cannot contain.
+        told_ms: The newest time that a learned row reported, by which a rollback tells what a version cannot contain.
     """
 
     epoch: int
@@ -116,3 +118,26 @@ class TrainingPlace:
         """
         found = {name: getattr(self, name) for name in COUNTS}
         return found | {name: count for name in RARE if (count := getattr(self, name))}
+
+
+def newest_before(registry: Registry, branch: Manifest, partition: Source, offset: int) -> Manifest | None:
+    """The newest version that learned nothing from `offset` of the training log on; None if none can be loaded.
+
+    Args:
+        registry: Holds the versions.
+        branch: The version whose predecessors are searched, itself included.
+        partition: Of the training log; versions that were trained on another one do not count.
+        offset: An offset of it.
+    """
+    for number in reversed(registry.versions()):
+        if not sees(branch.visible, number):
+            continue
+        try:
+            found = registry.manifest(number)
+            learned = Source(found.log.topic_id, found.log.partition)
+            if learned == partition and found.log.next <= offset and registry.chain(number):
+                return found
+        except UnknownVersion:
+            # Its base was removed; an older version may have one.
+            continue
+    return None

@@ -1,8 +1,4 @@
-"""Decides when the learner's work becomes a version, recent or durable, and copies its data in the step thread.
-
-`ProbedRanker` computes the trainer's own answers to a version's probe, see `state/probe.py`. A process that serves the
-version compares its answers with them.
-"""
+"""Decides when the learner's work becomes a version, recent or durable, and copies its data in the step thread."""
 
 from __future__ import annotations
 
@@ -15,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from state import probe
+from state.config.settings import Settings
 from state.metrics import TrainerMetrics
 from state.registry.control import Control
 from state.registry.log_line import onward
@@ -23,13 +20,12 @@ from state.registry.registry import MOST_BETWEEN
 from trainer import gauges
 from trainer.engine.step import Trainer
 from trainer.holding import UpdateGuard
-from trainer.measures.breakdown import SliceMeasures, shown_of
+from trainer.measures.breakdown import SliceMeasures
 from trainer.model.ranker import Ranker
 from trainer.place import TrainingPlace
 from trainer.versions import checkpoint
 from trainer.versions.content import Array
-from trainer.versions.draft import Drafter
-from trainer.versions.publisher import Publisher, Saving
+from trainer.versions.publisher import Drafter, Publisher, Saving
 
 LATE_PACES = 5
 """Intervals between two versions where learning is late."""
@@ -39,18 +35,17 @@ PROBE_S = 1.0
 
 
 class ProbedRanker:
-    """Answers the probe with the current weights; only the step thread may call it.
+    """Answers a version's probe with the current weights; serving compares its answers with these (`state/probe.py`).
 
-    Args:
-        ranker: The model.
+    Only the step thread may call it.
     """
 
     def __init__(self, ranker: Ranker) -> None:
         # On the CPU, because serving runs there and an accelerator may round differently.
         with tf.device("/CPU:0"):
             shapes = {name: tuple(spec.shape) for name, spec in ranker.specs().items()}
-            given = {name: tf.constant(value) for name, value in probe.inputs(shapes).items()}
-        self._ranker, self._predict = ranker, tf.function(lambda: ranker.predict(given), autograph=False)
+            inputs = {name: tf.constant(value) for name, value in probe.inputs(shapes).items()}
+        self._ranker, self._predict = ranker, tf.function(lambda: ranker.predict(inputs), autograph=False)
 
     def answers(self) -> dict[str, Array]:
         """The tensors `probe.<output>` of a version with these weights."""
@@ -61,57 +56,49 @@ class ProbedRanker:
 
 
 class Publications:
-    """The learner's versions, one under way at most. The step thread calls every method.
+    """The learner's versions, at most one of them being written. The step thread calls every method.
 
     Args:
+        settings: Pace of versions, and of durable ones.
         publisher: Writes them in the background.
         drafter: Fills in what all manifests have.
         trainer: The weights.
         metrics: The trainer's metrics.
-        pace_s: Least seconds between two.
-        durable_s: Least seconds between two durable ones.
-        clock: Wall clock in seconds.
-        elapsed: Monotonic seconds.
         updates: Judges what becomes a version.
+        clock, elapsed: Wall clock and monotonic clock in seconds.
     """
 
     def __init__(
         self,
+        settings: Settings,
         publisher: Publisher,
         drafter: Drafter,
         trainer: Trainer,
         metrics: TrainerMetrics,
-        pace_s: float,
-        durable_s: float,
+        updates: UpdateGuard,
         clock: Callable[[], float],
         elapsed: Callable[[], float],
-        updates: UpdateGuard,
     ) -> None:
         self._updates = updates
         self._publisher, self._drafter, self._trainer = publisher, drafter, trainer
-        self._metrics, self._pace_s, self._clock, self._elapsed = metrics, pace_s, clock, elapsed
-        self._durable_s, self._probed = durable_s, ProbedRanker(trainer.model)
+        self._metrics, self._pace_s, self._clock, self._elapsed = metrics, settings.trainer.publish_s, clock, elapsed
+        self._durable_s, self._probed = settings.registry.durable_s, ProbedRanker(trainer.model)
         self._last_s = self._saved_s = self._probed_s = float("-inf")
 
     @property
     def busy(self) -> bool:
-        """Whether a version is under way, or was not settled yet."""
+        """Whether a version is being written, or was not settled yet."""
         return self._publisher.busy
 
     def begin(self) -> None:
-        """At the beginning of an epoch, or after a start: the first version is due a pace later, and durable."""
+        """Begins an epoch, or continues after a start: the first version is due a pace later, and durable."""
         self._last_s, self._saved_s = self._elapsed(), float("-inf")
 
     def due(self, place: TrainingPlace, control: Control, late_s: float = 0.0) -> bool:
         """Whether a version, or a durable one, is due now.
 
-        Each version costs the trainer and every serving host time, whatever it learned. Where learning is late, versions
-        are therefore as far apart as it is late, up to `LATE_PACES` times the usual interval.
-
-        Args:
-            place: The trainer's position.
-            control: The generation that it learns under.
-            late_s: How long the last record that was taken had waited in the log.
+        Each version costs the trainer and every serving host time. If learning is late by `late_s`, versions are
+        therefore that far apart, up to `LATE_PACES` times the usual interval.
         """
         if not (place.changed or place.unsaved) or not control.publishing or self.busy or not self._updates.passes:
             return False
@@ -125,22 +112,22 @@ class Publications:
             WrongEpoch: It was refused, because control is at another epoch.
             OSError: The disk refused.
         """
-        made = self._publisher.settle(wait)
-        if made is not None:
-            self._metrics.version.set(made.version)
-        return made
+        published = self._publisher.settle(wait)
+        if published is not None:
+            self._metrics.version.set(published.version)
+        return published
 
     def publish(
         self, place: TrainingPlace, control: Control, account: Mapping[str, int], topic_id: str, last: bool = False
     ) -> TrainingPlace:
-        """Hands the changes to the publisher; the copy is made here. Returns the position afterwards.
+        """Hands a copy of the changes to the publisher. Returns the position afterwards.
 
         Args:
             place: The trainer's position.
             control: The generation that it learned under.
             account: The outcomes of the rows.
             topic_id: Of the training log.
-            last: Makes it durable, whenever the last durable one was.
+            last: Whether the version is durable in any case.
         """
         began = time.perf_counter()
         durable = (
@@ -155,7 +142,7 @@ class Publications:
         if (at := onward(control.log, place.next)) != place.next:
             # The leader epochs of the skipped records are unknown.
             place = replace(place, next=at, leader_epoch=-1)
-        slices = self.slices() if durable else ()
+        slices = self._trainer.measures.of_slices() if durable else ()
         draft = self.draft("recent", place, control, account, topic_id, slices)
         saving = None
         if durable:
@@ -184,23 +171,18 @@ class Publications:
     ) -> TrainingPlace:
         """Publishes the first version of an epoch that does not just continue; returns the position once it is durable.
 
-        So serving has a version to use. It is a base if there is no version before it.
+        It is a base if there is no version before it.
 
         Raises:
             WrongEpoch: Control is at another epoch by now.
             OSError: The disk refused.
         """
         kind: Kind = "delta" if place.parent else "base"
-        draft = self.draft(kind, place, control, account, topic_id, self.slices())
+        draft = self.draft(kind, place, control, account, topic_id, self._trainer.measures.of_slices())
         self._publisher.save(Saving(draft, {**tensors, **self._probed.answers()}))
-        made = self.settle(wait=True)
-        assert made is not None, "it was offered"
-        return place.at_version(made).handed_over(True)
-
-    def slices(self) -> Sequence[SliceMeasures]:
-        """The present measures of slices."""
-        trainer = self._trainer
-        return trainer.breakdown.measures(shown_of(trainer.settings.events.actions, trainer.slices))
+        published = self.settle(wait=True)
+        assert published is not None, "it was offered"
+        return place.at_version(published).handed_over(True)
 
     def draft(
         self,

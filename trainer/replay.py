@@ -14,9 +14,8 @@ from state.log.follow import read_to
 from state.positions import Source
 from state.registry.manifest import LogRange, Manifest
 from state.registry.segments import LogSegment
-from trainer.intake import former, take_in
-from trainer.privacy.place import NoisePlace, environment_digest
-from trainer.records import records_of
+from trainer.intake import former, records_of, take_in
+from trainer.privacy.history import NoisePlace, environment_digest
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
@@ -24,9 +23,6 @@ if TYPE_CHECKING:
 RECORDS = 64
 PROGRESS_S = 1.0
 ACCOUNT = ("rows", "duplicate", "masked")
-
-Learn = Callable[[int, bytes | None, LogSegment], None]
-"""Learns a record: offset, value, and its segment."""
 
 
 class Replay:
@@ -40,7 +36,10 @@ class Replay:
         lost: Erasures whose users' rows were removed from the base after it was made.
 
     Attributes:
-        unlike: Rows of such users that were learned before their erasure. With any of them the result differs.
+        marks: The next offset of each source.
+        account: Rows by outcome, with the keys `ACCOUNT`.
+        steps, rows: Steps done, rows read.
+        unlike: Rows of the users in `lost` that were learned before their erasure. With any the result differs.
     """
 
     def __init__(
@@ -61,19 +60,46 @@ class Replay:
         self.account = {name: int(counted.get(f"account.{name}", 0)) for name in ACCOUNT}
         self.steps = self.rows = 0
 
-    def begin(self, segment: LogSegment) -> None:
-        """Runs before the first record of a segment. Forgets the users whose erasure is at its start."""
-        if segment.forget:
-            from trainer.forgetting import forget
+    def run(self, reader: SegmentReader, segments: Sequence[LogSegment], say: Callable[[str], None]) -> None:
+        """Learns the records of the segments, oldest first. Reports the progress and the remaining time once a second.
 
-            forget(self._trainer, segment.forget.users.ids)
-
-    def take(self, offset: int, value: bytes | None, segment: LogSegment) -> None:
-        """Learns one record in one step, as in the trainer's loop.
+        Args:
+            reader: Reads the log; closed at the end.
+            segments: Oldest first.
+            say: Receives the lines.
 
         Raises:
-            MicroBatchError: The record cannot be read.
+            GapError: Records were deleted.
+            LogError: Records do not arrive in time.
+            MicroBatchError: A record cannot be read.
         """
+        total, done = sum(segment.next - segment.first for segment in segments), 0
+        said_s = time.monotonic()
+        began: tuple[float, int] | None = None
+        try:
+            for segment in segments:
+                # The users whose erasure is at its start.
+                if segment.forget:
+                    self._trainer.forget(segment.forget.users.ids)
+                for offset, value in reader.records(segment):
+                    self._learn(offset, value, segment)
+                    now_s, positions = time.monotonic(), done + offset - segment.first
+                    # The first step compiles, so the pace is measured from its end.
+                    began = began_s, first = began or (now_s, positions)
+                    if now_s - said_s < PROGRESS_S or positions <= first:
+                        continue
+                    said_s = now_s
+                    left_s = (now_s - began_s) / (positions - first) * max(0, total - positions)
+                    say(
+                        f"verify: {positions} of {total} positions, {self.steps} steps, {self.rows:,} rows, "
+                        f"{left_s:.0f} s left"
+                    )
+                done += segment.next - segment.first
+        finally:
+            reader.close()
+
+    def _learn(self, offset: int, value: bytes | None, segment: LogSegment) -> None:
+        """Learns one record in one step, as in the trainer's loop."""
         where = f"{self._where} offset {offset}"
         found = take_in(
             value, self.marks, segment.mask_at, self._spec, self._salt, where, segment.line, offset, self._is_former
@@ -160,67 +186,3 @@ class SegmentReader:
             self.close()
             self._log = self._open_at(offset)
         return self._log
-
-
-class ReplayProgress:
-    """Reports the progress and the remaining time of a replay once a second.
-
-    Args:
-        total: Positions to replay.
-        done: The replay, which counts steps and rows.
-        say: Receives the lines.
-        elapsed: Monotonic clock in seconds.
-    """
-
-    def __init__(
-        self, total: int, done: Replay, say: Callable[[str], None], elapsed: Callable[[], float] = time.monotonic
-    ) -> None:
-        self._total, self._done, self._say, self._elapsed = total, done, say, elapsed
-        self._said_s = elapsed()
-        self._began: tuple[float, int] | None = None
-
-    def reach(self, positions: int) -> None:
-        """Reports that this many positions are done."""
-        now_s = self._elapsed()
-        # The first step compiles, so the pace is measured from its end.
-        self._began = began_s, began = self._began or (now_s, positions)
-        if now_s - self._said_s < PROGRESS_S or positions <= began:
-            return
-        self._said_s = now_s
-        left_s = (now_s - began_s) / (positions - began) * max(0, self._total - positions)
-        self._say(
-            f"verify: {positions} of {self._total} positions, {self._done.steps} steps, {self._done.rows:,} rows, "
-            f"{left_s:.0f} s left"
-        )
-
-
-def replay(
-    reader: SegmentReader,
-    segments: Sequence[LogSegment],
-    begin: Callable[[LogSegment], None],
-    learn: Learn,
-    reach: Callable[[int], None],
-) -> None:
-    """Passes each record of the segments to `learn`, in order; closes the reader.
-
-    Args:
-        reader: Reads the log.
-        segments: Oldest first.
-        begin: Called with each segment before its first record.
-        learn: Called with each record.
-        reach: Called with the number of positions done.
-
-    Raises:
-        GapError: Records were deleted.
-        LogError: Records do not arrive in time.
-    """
-    done = 0
-    try:
-        for segment in segments:
-            begin(segment)
-            for offset, value in reader.records(segment):
-                learn(offset, value, segment)
-                reach(done + offset - segment.first)
-            done += segment.next - segment.first
-    finally:
-        reader.close()

@@ -1,19 +1,16 @@
 """Continues training with another model, preprocessing or feature spec: `springtide upgrade`.
 
 1. The newest version is read, and the model of the settings is built.
-2. The command reports what is carried over and what starts from scratch;
-   `--dry-run` ends here.
-3. The next control generation begins an epoch that continues from the version, by
-   one exclusive create. Nothing else is changed.
+2. The command reports what is carried over and what starts from scratch; `--dry-run` ends here.
+3. The next control generation begins an epoch that continues from the version, by one exclusive create. Nothing else
+   is changed.
 
-The trainer, started with these settings, makes the epoch's first version. Until
-then serving uses the old version, with its own features. With `--learn-anew` the
-epoch starts from scratch and learns all retained records of the training log.
+The trainer, started with these settings, makes the epoch's first version. Until then serving uses the old version, with
+its own features. With `--learn-anew` the epoch starts from scratch and learns all retained records of the training log.
 Serving stays at its version until the trainer has caught up.
 
-The command needs the trainer's lock, because anything that the trainer learned
-meanwhile with the old settings would be lost: stop the trainer first. Serving
-continues. Exit codes: 0 done, 1 failed, 2 wrong use.
+The command needs the trainer's lock, because anything that the trainer learned meanwhile with the old settings would be
+lost: stop the trainer first. Serving continues. Exit codes: 0 done, 1 failed, 2 wrong use.
 """
 
 from __future__ import annotations
@@ -40,9 +37,8 @@ from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflo
 from state.process.wall_clock import wall_ms
 from state.registry.control import Control
 from state.registry.manifest import Manifest
-from state.registry.model_fit import accepted, differences, version_to_go_on_from
+from state.registry.model_fit import accepted, differences, going_on_to, upgrade, version_to_go_on_from
 from state.registry.registry import Registry
-from state.registry.upgrades import going_on_to, upgrade
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
@@ -77,18 +73,22 @@ def run(settings: Settings, dry_run: bool, learn_anew: bool, reason: str, say: S
             raise RegistryError(f"nothing was learned in {registry.path}", "`springtide up` begins")
         # 1. 2.
         if learn_anew:
-            said = [f"version {version.version}, epoch {version.epoch}: nothing of it is carried over", *_anew(version)]
+            lines = [
+                f"version {version.version}, epoch {version.epoch}: nothing of it is carried over",
+                "starts from scratch: all tables, weights, counts and measures, from the retained training log",
+                f"serving stays at version {version.version} until the trainer has caught up; histories, salt and Kafka are kept",
+            ]
             plan = {"carried": {}, "anew": ["everything"]}
         else:
             planned, lines = planning(registry, version, settings, spec)
-            said, plan = lines, planned.document()
+            plan = planned.document()
             if not differences(registry, version, settings, spec) and not planned.wanting(("cross", "transition")):
                 say(f"version {version.version} fits these settings: there is nothing to upgrade")
                 return None
             if accepted(registry, settings, spec):
                 say(f"generation {control.generation}: the upgrade from version {version.version} is decided already")
                 return None
-        for line in said:
+        for line in lines:
             say(line)
         if dry_run:
             say("dry run: nothing was changed")
@@ -113,7 +113,7 @@ def planning(
     """
     with quiet_stderr():
         from trainer import device
-        from trainer.engine.making import trainer_of
+        from trainer.engine.step import trainer_of
         from trainer.versions.program import preprocessing_of
 
         device.prepare(settings.trainer.device, settings.trainer.threads)
@@ -122,17 +122,17 @@ def planning(
         preprocessing = None if name is None else preprocessing_of(registry.specs.transform(name))
         trainer = trainer_of(settings, spec, preprocessing)
     planned = planned_for(registry, version, trainer)
-    said = [f"from version {version.version}, epoch {version.epoch}:"]
-    said += [f"  {one} {text}" for one, text in differences(registry, version, settings, spec).items()]
-    said += planned.lines()
+    lines = [f"from version {version.version}, epoch {version.epoch}:"]
+    lines += [f"  {one} {text}" for one, text in differences(registry, version, settings, spec).items()]
+    lines += planned.lines()
     if version.spec != spec.digest:
-        said.append("  every window, computed again out of the histories, which stay; records of the log with the old")
-        said.append("  windows that were not learned yet are passed over and counted")
+        lines.append("  every window, computed again out of the histories, which stay; records of the log with the old")
+        lines.append("  windows that were not learned yet are passed over and counted")
     if name is None:
-        said.append("  the preprocessing's constants: the bootstrap analyses the clicks that Kafka keeps")
+        lines.append("  the preprocessing's constants: the bootstrap analyses the clicks that Kafka keeps")
         if settings.model.preprocessing != type(settings.model)().preprocessing:
-            said.append("  what reads its columns may begin anew too: their number is known only then")
-    return planned, said
+            lines.append("  parts that read its columns may start from scratch too: their number is known only then")
+    return planned, lines
 
 
 def planned_for(registry: Registry, version: Manifest, trainer: Trainer) -> Carrying:
@@ -168,8 +168,8 @@ def propose(
         spec: Their feature spec.
         version: The version to continue from; None starts from scratch.
         plan: What is carried over.
-        who: The actor.
-        reason: The reason for the upgrade.
+        who: The actor, for the history.
+        reason: For the history.
         now_ms: Wall clock.
 
     Raises:
@@ -191,13 +191,6 @@ def propose(
         )
 
     return registry.change(decided)
-
-
-def _anew(version: Manifest) -> list[str]:
-    return [
-        "begins anew: all tables, weights, counts and measures, from what is kept of the training log",
-        f"answers stay at version {version.version} until the trainer has caught up; histories, salt and Kafka stay",
-    ]
 
 
 def main(argv: Sequence[str] | None = None) -> int:

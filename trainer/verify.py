@@ -8,8 +8,6 @@
    Rows of erased users are left out if they were removed from the version's files. The two are not comparable if those
    rows were removed from the base, and the log has clicks of those users that were learned.
 
-The result (`Comparison`) is equal, different with the first difference, or not comparable.
-
 It runs next to the live system: it reads the registry and the log with its own reader, takes no lock and writes
 nothing. Exit codes: 0 equal, 1 different, not comparable, or not replayable any more; 2 wrong use.
 """
@@ -23,7 +21,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -41,17 +39,16 @@ from state.process.ending import while_read
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.registry.control import Control
 from state.registry.manifest import Manifest
+from state.registry.model_fit import first_after, former_specs
 from state.registry.registry import Registry
 from state.registry.segments import base_of, segments_of
-from state.registry.upgrades import first_after, former_specs
-from trainer.replay import ACCOUNT, Replay, ReplayProgress, SegmentReader, replay
+from trainer.replay import ACCOUNT, Replay, SegmentReader
 
 if TYPE_CHECKING:
     from trainer.engine.step import Trainer
     from trainer.versions.difference import Difference
 
 NICENESS = 10
-"""Opens the training log, by the name of its topic, at an offset."""
 
 
 @dataclass(frozen=True)
@@ -91,26 +88,13 @@ class Comparison:
         """The start of the replay, in words."""
         return f"version {self.base}" if self.base else "nothing"
 
-    def with_result(self, done: Replay, difference: Difference | None, digest: str, seconds: float) -> Comparison:
-        """The same, once the replay is done and compared."""
-        return replace(
-            self,
-            steps=done.steps,
-            rows=done.rows,
-            outcome="not comparable" if done.unlike else "equal" if difference is None else "different",
-            erased_rows=done.unlike,
-            difference=None if done.unlike else difference,
-            digest=digest,
-            seconds=seconds,
-        )
-
     def text(self) -> str:
         """The result for people, in one line."""
         what = f"recomputed from {self.origin}, training log offsets {self.first} to {self.next}: {self.steps} steps, {self.rows:,} rows"
         if self.erased_rows:
             return (
                 f"version {self.version}: not comparable, because it learned {self.erased_rows:,} clicks of users who were "
-                f"erased since, and version {self.base} has their rows no more; take a version made after the erasure"
+                f"erased since, and version {self.base} no longer has their rows; use a version made after the erasure"
             )
         if self.outcome == "not comparable":
             return f"version {self.version}: not comparable, because the environment differs: {'; '.join(self.environment)}"
@@ -120,34 +104,19 @@ class Comparison:
 
     def document(self) -> dict[str, Any]:
         """The result as JSON values."""
-        difference = self.difference and {
-            "table": self.difference.table,
-            "field": self.difference.field,
-            "id": None if self.difference.id is None else f"{self.difference.id:016x}",
-            "position": self.difference.position,
-            "kept": self.difference.kept,
-            "recomputed": self.difference.recomputed,
-        }
-        return {
-            "version": self.version,
-            "outcome": self.outcome,
-            "base": self.base,
-            "log": {"first": self.first, "next": self.next},
-            "steps": self.steps,
-            "rows": self.rows,
-            "environment": list(self.environment),
-            "erased_rows": self.erased_rows,
-            "difference": difference,
-            "digest": self.digest,
-            "seconds": round(self.seconds, 3),
-        }
+        found = asdict(self)
+        log = {"first": found.pop("first"), "next": found.pop("next")}
+        difference = found["difference"]
+        if difference is not None and difference["id"] is not None:
+            difference["id"] = f"{difference['id']:016x}"
+        return {**found, "log": log, "environment": list(self.environment), "seconds": round(self.seconds, 3)}
 
 
 def compare(registry: Registry, target: Manifest, trainer: Trainer, done: Replay) -> tuple[Difference | None, str]:
     """The first difference between the version and the recomputed one, and the version's digest."""
     from trainer.versions import checkpoint, content
+    from trainer.versions.content import CrossedIds, without
     from trainer.versions.difference import Difference, first_difference, marks_difference
-    from trainer.versions.erased_rows import CrossedIds, without
 
     base, deltas = registry.chain(target.version)
     # The probe of a version is not part of its state.
@@ -172,7 +141,6 @@ def verify(
     make_trainer: Callable[[], Trainer],
     log: Log,
     say: Callable[[str], None] = lambda _: None,
-    elapsed: Callable[[], float] = time.monotonic,
 ) -> Comparison:
     """Recomputes `version`; see the module.
 
@@ -184,14 +152,13 @@ def verify(
         make_trainer: Makes a new trainer; called once.
         log: The log with the training log.
         say: Takes progress lines.
-        elapsed: Monotonic seconds.
 
     Raises:
         UnknownVersion: It, or a part of its chain, is not kept.
         GapError: The log does not reach back to the base any more.
         SpringtideError: Registry or log cannot be read.
     """
-    began_s = elapsed()
+    began_s = time.monotonic()
     # 1.
     target, beginnings = registry.manifest(version), registry.generations.beginnings()
     base = origin_of(registry, beginnings, target, wanted_base)
@@ -208,7 +175,7 @@ def verify(
 
     now = checkpoint.environment(settings, trainer.device, trainer.engine.name)
     if differs := environment_differences(target.environment, now):
-        return replace(found, outcome="not comparable", environment=tuple(differs), seconds=elapsed() - began_s)
+        return replace(found, outcome="not comparable", environment=tuple(differs), seconds=time.monotonic() - began_s)
     # 3.
     if base is None:
         checkpoint.begin(
@@ -221,10 +188,19 @@ def verify(
         accepted = Journal(registry.path / layout.GAPS).accepted()
         opens = partial(open_at, log, target, found.origin)
         reader = SegmentReader(opens, target.log, accepted, settings.kafka.request_timeout_s)
-        replay(reader, segments, done.begin, done.take, ReplayProgress(total, done, say, elapsed).reach)
+        done.run(reader, segments, say)
     # 4.
     difference, digest = compare(registry, target, trainer, done)
-    return found.with_result(done, difference, digest, elapsed() - began_s)
+    return replace(
+        found,
+        steps=done.steps,
+        rows=done.rows,
+        outcome="not comparable" if done.unlike else "equal" if difference is None else "different",
+        erased_rows=done.unlike,
+        difference=None if done.unlike else difference,
+        digest=digest,
+        seconds=time.monotonic() - began_s,
+    )
 
 
 def origin_of(
@@ -240,8 +216,8 @@ def origin_of(
         return base
     if wanted_base is not None:
         raise UnknownVersion(
-            f"an upgrade lies between versions {wanted_base} and {target.version}: another model learned what is before it",
-            f"take --from {upgraded.version}, or leave it out",
+            f"there is an upgrade between versions {wanted_base} and {target.version}: another model learned the records before it",
+            f"use --from {upgraded.version}, or leave it out",
         )
     return upgraded
 
@@ -268,7 +244,7 @@ def open_at(log: Log, target: Manifest, origin: str, offset: int) -> Reader:
         raise GapError(
             f"version {target.version} cannot be recomputed from {origin}: the training log no longer "
             f"reaches back ({error})",
-            "take a younger base with --from, or a younger version",
+            "use a newer base with --from, or a newer version",
         ) from error
 
     position = Position(trained.topic_id, {partition: offset})
@@ -303,7 +279,7 @@ def run(settings: Settings, version: int, wanted_base: int | None, say: Callable
         # TensorFlow is loaded only once the version is known to exist.
         with quiet_stderr():
             from trainer import device
-            from trainer.engine.making import trainer_of
+            from trainer.engine.step import trainer_of
             from trainer.versions.program import preprocessing_of
 
             device.prepare(settings.trainer.device, settings.trainer.threads)

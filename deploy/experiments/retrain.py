@@ -123,12 +123,7 @@ def judge(
 
 
 class Retrainer:
-    """Runs the schedule. One thread.
-
-    Args:
-        settings: Of the loop.
-        now_ms: Wall clock.
-    """
+    """Runs the schedule. Not thread-safe."""
 
     def __init__(self, settings: Settings, now_ms: Callable[[], int] = wall_ms) -> None:
         self._settings, self._now_ms = settings, now_ms

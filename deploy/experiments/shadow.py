@@ -54,13 +54,7 @@ logger = logging.getLogger(__name__)
 
 
 class LossComparison:
-    """The comparison of one running experiment; used by one thread.
-
-    Args:
-        folder: The experiment's directory.
-        live: The registry of the live trainer.
-        own: The registry of the experiment's trainer.
-        elapsed: Monotonic seconds.
+    """The comparison of one running experiment with the live trainer, by their registries. Not thread-safe.
 
     Raises:
         CorruptStore: The stored comparison cannot be read.
@@ -114,23 +108,16 @@ def is_taken_over(live: Registry, experiment: Experiment) -> bool:
 
 
 def _part_of(name: str) -> str:
-    """Name of an experiment's trainer among the processes, and of its log."""
     return f"shadow-{name}"
 
 
 class _Running(NamedTuple):
-    """The registry and the comparison of an experiment that runs."""
-
     registry: Registry
     compared: LossComparison
 
 
 class ShadowRunner:
-    """Runs the trainers of experiments. One thread, the main one.
-
-    Args:
-        settings: Of the loop.
-    """
+    """Runs the trainers of experiments. Use it from the main thread."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings, self._experiments = settings, Experiments(settings)
@@ -160,7 +147,7 @@ class ShadowRunner:
                 continue
             except (SpringtideError, OSError) as error:
                 say(f"experiment {name}: {of_disk(error)}")
-        self._supervisor.look()
+        self._supervisor.poll()
         return bool(self._experiments.open())
 
     def close(self) -> None:
@@ -222,12 +209,6 @@ class ShadowRunner:
         logger.info("experiment %s: what it learned is removed", name)
 
 
-def lower_priority(cores: int) -> None:
-    """Limits this process and its children to this many cores, at low priority."""
-    os.nice(NICENESS)
-    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-cores:])
-
-
 def run(settings: Settings, stopping: threading.Event) -> None:
     """Runs the trainers until none is left, or `stopping` is set.
 
@@ -235,7 +216,8 @@ def run(settings: Settings, stopping: threading.Event) -> None:
         LockHeld: Another process runs them.
     """
     with DirectoryLock(settings.state_dir / layout.EXPERIMENTS):
-        lower_priority(settings.trials.cores)
+        os.nice(NICENESS)
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[-settings.trials.cores :])
         runner = ShadowRunner(settings)
         try:
             while not stopping.is_set() and runner.step():

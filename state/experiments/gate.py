@@ -36,16 +36,10 @@ Finding = Literal["mismatch", "too early", "better", "worse", "equal", "undecide
 
 
 class ArmFigures(msgspec.Struct, frozen=True):
-    """Figures of one arm.
+    """Figures of one arm over the whole rollout; failures and latencies are those of the newest step.
 
     Attributes:
-        users: Users ever exposed in it.
-        answers: Answers over the whole rollout.
-        engagements: Engagements after its users' exposures.
         rate: Engagements per answer.
-        failures: Failures of the newest step.
-        p50_ms: Median latency of the newest step.
-        p99_ms: 99th percentile of it.
     """
 
     users: int
@@ -66,7 +60,7 @@ class Interval(msgspec.Struct, frozen=True):
 
     @classmethod
     def of(cls, contrast: Contrast) -> Interval:
-        """The interval of a contrast."""
+        """Returns the interval of a contrast."""
         return cls(*(end if math.isfinite(end) else None for end in (contrast.value, contrast.low, contrast.high)))
 
     def as_text(self, form: str) -> str:
@@ -85,15 +79,10 @@ class RolloutReport(msgspec.Struct, frozen=True):
     """A report on a rollout, for display.
 
     Attributes:
-        name: The experiment.
-        started_ms: When the rollout began, wall clock.
-        judged_ms: When it was judged.
         arms: Figures by arm.
         difference: Engagements per answer of the trial minus those of the live arm, compared within each step.
         lift: The same relative to the live arm; None if an arm has no engagements.
         mismatch_p: P-value of the sample ratio test.
-        finding: The result in a word.
-        verdict: The result in a sentence.
     """
 
     name: str
@@ -120,14 +109,7 @@ class Decision(NamedTuple):
 
 
 def decide(experiment: Experiment, evidence: Evidence, settings: RolloutSettings, now_ms: int) -> Decision | None:
-    """Decides the next action; None for no action.
-
-    Args:
-        experiment: The experiment in its newest state.
-        evidence: Evidence about its arms.
-        settings: The bounds.
-        now_ms: Wall clock.
-    """
+    """Decides the next action for a rollout from the evidence; None for no action."""
     rollout = experiment.rollout
     if rollout is None or experiment.stage != "rollout" or rollout.phase not in ("running", "halted"):
         return None
@@ -171,7 +153,7 @@ def _failing(sums: StepSums) -> float:
 
 
 def report(experiment: Experiment, evidence: Evidence, now_ms: int) -> RolloutReport:
-    """Builds the report on the newest rollout of an experiment, which has one, from the evidence about its arms."""
+    """Builds the report on the newest rollout of an experiment, which must have one."""
     assert experiment.rollout is not None
     lift = evidence.lift()
     finding, verdict = _verdict(evidence, lift)
@@ -221,7 +203,7 @@ def _verdict(evidence: Evidence, lift: Contrast | None) -> tuple[Finding, str]:
 
 
 def as_document(found: RolloutReport, experiment: Experiment) -> dict[str, Any]:
-    """The report as JSON values, with the history of the rollout."""
+    """Returns the report as JSON values, with the history of the rollout."""
     return {
         **msgspec.to_builtins(found),
         "phase": experiment.phase,
@@ -231,7 +213,7 @@ def as_document(found: RolloutReport, experiment: Experiment) -> dict[str, Any]:
 
 
 def as_lines(found: RolloutReport, experiment: Experiment) -> list[str]:
-    """The report as text lines."""
+    """Formats the report as lines of text."""
     newest = experiment.newest
     lines = [f"{found.name}: {experiment.phase}, {experiment.share:g} of the users ({newest.actor}: {newest.reason})"]
     lines.append(

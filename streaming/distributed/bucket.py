@@ -2,7 +2,7 @@
 
 `BucketCore` is independent of Beam and any engine. Its output for a portion depends on the log alone. So after an
 engine restores a bucket from a checkpoint, here or on another machine, the bucket produces the same rows again. Readers
-drop them by their positions. `take_portion` keeps it in the engine's state:
+drop them by their positions. `Buckets.take` keeps it in the engine's state:
 
     head      the token, the bucket's positions, the sizes of snapshot and deltas
     snapshot  the store at some earlier time, in parts
@@ -14,43 +14,212 @@ bundle back, the token that the bundle left in the cache differs from that of th
 
 from __future__ import annotations
 
-import json
+import secrets
 import threading
+import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
+import msgspec
 import numpy as np
+from numpy.typing import NDArray
 
 from state.config.settings import Settings
-from state.errors import PositionConflict, SaltMismatch
+from state.errors import CorruptStore, PositionConflict, SaltMismatch
+from state.features.erased import Erased
 from state.features.mask import Mask
-from state.features.spec import FeatureSpec
+from state.features.spec import EVENT, Events, FeatureSpec
+from state.history.actions import ACTIONS, Numbering, numbered
+from state.history.appends import Appends
 from state.history.sweeping import READ_TIMES, SPARE, STEPS, ReadTimes
-from state.history.waiting import place_of
+from state.history.waiting import Changes, Extra, WaitingRows, place_of
 from state.positions import Range, Source
-from streaming.cut import Cut
-from streaming.distributed.bucket_store import BucketStore, Delta, decode, encode
-from streaming.distributed.buckets import Portion
+from streaming.distributed.portions import Portion, decode, encode
 from streaming.event_clock import clock_of_all
-from streaming.labels import Labels, LookedUp
+from streaming.labels import Labels
 from streaming.profile import Profiler
 from streaming.rows import Rows
 
 SALT = "salt"  # name of the store's extra
+FORMAT = 1
+PART_BYTES = 900_000  # of one part of a snapshot; engines handle values of several megabytes badly
+LEAST_BYTES = 1_000_000  # of deltas, before a new snapshot is written
+IDLE_S = 300.0  # a cached bucket without a portion for this long has moved to another process
+TOKEN_BYTES = 16
+_EVENT_BYTES = EVENT.itemsize
 
 Joins = Callable[[Rows], Rows]
 """Adds the attributes of users and items."""
 
 
-class BucketPlace(NamedTuple):
-    """The position of a bucket in a source.
+@dataclass(frozen=True, slots=True, eq=False)
+class Delta:
+    """One change to a bucket's store.
 
     Attributes:
-        next: The next offset.
-        clock_ms: The event clock at that position, as readers were told, ms.
+        appends: New events by user.
+        waiting: Rows that begin to wait, by key; None for a row whose wait ends.
+        extra: Values of the owner to replace.
     """
+
+    appends: Appends = field(default_factory=Appends.none)
+    waiting: Mapping[bytes, bytes | None] = field(default_factory=dict)
+    extra: Mapping[str, bytes] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        """Whether it changes anything."""
+        return bool(len(self.appends.events) or self.waiting or self.extra)
+
+
+class BucketStore:
+    """The in-memory store of one bucket: its users' histories and waiting rows. Not thread-safe.
+
+    A snapshot has the form of deltas: it is the change to an empty store, in parts. Actions in its events are numbered
+    by the names met so far, as in `state.history.store`, so the setting may change between a savepoint and the next job.
+
+    Args:
+        history: N, the number of events kept for a user.
+    """
+
+    def __init__(self, history: int) -> None:
+        self._history = history
+        self._events: dict[int, bytes] = {}
+        self._waiting: dict[bytes, bytes] = {}
+        self._extra: dict[str, bytes] = {}
+        self._numbering = Numbering()
+
+    def name_actions(self, actions: Sequence[str]) -> dict[str, bytes]:
+        """Numbers the actions of the settings; returns the extra values to store."""
+        self._numbering, extra = numbered(self.extra(ACTIONS), actions)
+        self._extra |= extra
+        return extra
+
+    @property
+    def users(self) -> int:
+        """How many users have a history."""
+        return len(self._events)
+
+    def read_many(self, users: Sequence[int]) -> list[Events]:
+        """The histories of several users, each `[m <= N]` EVENT in append order."""
+        known, outwards = self._events, self._numbering.outwards
+        return [outwards(np.frombuffer(known.get(user, b""), EVENT)) for user in users]
+
+    def extra(self, name: str) -> bytes | None:
+        """A named value of the store's owner; None if it is not set."""
+        return self._extra.get(name)
+
+    def waiting(self) -> Iterator[tuple[bytes, bytes]]:
+        """The waiting rows as pairs of key and value, sorted by key."""
+        return iter(sorted(self._waiting.items()))
+
+    def waiting_values(self, keys: Sequence[bytes]) -> list[bytes | None]:
+        """The rows under `keys`; None for a row that does not wait."""
+        return [self._waiting.get(key) for key in keys]
+
+    def waiting_rows(self) -> int:
+        """How many rows wait."""
+        return len(self._waiting)
+
+    def inwards(self, appends: Appends) -> Appends:
+        """Converts appends to the store's numbering of actions."""
+        events = self._numbering.inwards(appends.events)
+        return appends if events is appends.events else replace(appends, events=events)
+
+    def take(self, delta: Delta) -> None:
+        """Applies a delta; its events are already numbered by `inwards`."""
+        appends, most = delta.appends, self._history * _EVENT_BYTES
+        data, known = appends.events.tobytes(), self._events
+        starts, ends = (appends.starts * _EVENT_BYTES), (appends.starts + appends.lengths) * _EVENT_BYTES
+        for user, start, end in zip(appends.users.tolist(), starts.tolist(), ends.tolist(), strict=True):
+            before = known.get(user)
+            known[user] = (data[start:end] if before is None else before + data[start:end])[-most:]
+        for key, value in delta.waiting.items():
+            if value is None:
+                self._waiting.pop(key, None)
+            else:
+                self._waiting[key] = value
+        self._extra |= delta.extra
+
+    def leave_old(self, is_old: Callable[[Events], NDArray[np.bool_]]) -> int:
+        """Removes the leading old events of each user; returns how many users have none left.
+
+        It removes only leading events: a history keeps the last N events, and which ones these are must not change.
+        """
+        users, lengths = [*self._events], np.array([len(events) for events in self._events.values()], np.int64)
+        if not users:
+            return 0
+        fresh = ~is_old(np.frombuffer(b"".join(self._events.values()), EVENT))
+        ends = np.cumsum(lengths // _EVENT_BYTES)
+        # For each index, the index of the first event at or after it that is not old.
+        places = np.where(fresh, np.arange(len(fresh)), len(fresh))
+        following = np.minimum.accumulate(places[::-1])[::-1]
+        starts = ends - lengths // _EVENT_BYTES
+        kept = np.minimum(following[starts], ends)
+        gone = 0
+        for at in np.flatnonzero(kept > starts).tolist():
+            user, left = users[at], int(ends[at] - kept[at])
+            if left:
+                self._events[user] = self._events[user][-left * _EVENT_BYTES :]
+            else:
+                del self._events[user]
+                gone += 1
+        return gone
+
+    def newest(self) -> tuple[list[int], Events]:
+        """All users, and the newest event of each, `[k]` EVENT."""
+        tails = b"".join(events[-_EVENT_BYTES:] for events in self._events.values())
+        return [*self._events], np.frombuffer(tails, EVENT)
+
+    def evict(self, users: Sequence[int]) -> None:
+        """Removes users; they are then unknown, as before their first click."""
+        for user in users:
+            del self._events[user]
+
+    def forget(self, erased: Erased) -> list[bytes]:
+        """Removes the events and waiting rows of erased users; returns the keys of these rows."""
+        for user in erased.users:
+            if (stored := self._events.get(user)) is not None:
+                events = np.frombuffer(stored, EVENT)
+                kept = events[~erased.events(events, user)]
+                if len(kept):
+                    self._events[user] = kept.tobytes()
+                else:
+                    del self._events[user]
+        keys = WaitingRows(self).of_erased(erased)
+        for key in keys:
+            del self._waiting[key]
+        return keys
+
+    def snapshot(self) -> Iterator[Delta]:
+        """Yields the whole content as deltas to an empty store, in parts of about `PART_BYTES`."""
+        yield Delta(extra=dict(self._extra))
+        for users in _parts(self._events):
+            stored = [self._events[user] for user in users]
+            lengths = np.array([len(events) // _EVENT_BYTES for events in stored], np.int64)
+            events = np.frombuffer(b"".join(stored), EVENT)
+            yield Delta(Appends(np.array(users, np.uint64), np.cumsum(lengths) - lengths, lengths, events))
+        for keys in _parts(self._waiting):
+            yield Delta(waiting={key: self._waiting[key] for key in keys})
+
+
+def _parts(values: Mapping[Any, bytes]) -> Iterator[list[Any]]:
+    """The keys in groups whose values have about `PART_BYTES` together."""
+    keys: list[Any] = []
+    size = 0
+    for key, value in values.items():
+        keys.append(key)
+        size += len(value)
+        if size >= PART_BYTES:
+            yield keys
+            keys, size = [], 0
+    if keys:
+        yield keys
+
+
+class BucketPlace(NamedTuple):
+    """The next offset of a bucket in a source, and the time that readers may believe there, ms."""
 
     next: int
     clock_ms: int
@@ -107,9 +276,10 @@ class BucketCore:
         erased: int = 0,
     ) -> None:
         self._settings, self._spec, self.store = settings, spec, store
-        if (held := store.extra(SALT)) not in (None, salt.encode()):
-            raise SaltMismatch.between("the job's state", (held or b"").decode(), salt)
-        self._new: dict[str, bytes] = {**({SALT: salt.encode()} if held is None else {})}
+        stored_salt = store.extra(SALT)
+        if stored_salt not in (None, salt.encode()):
+            raise SaltMismatch.between("the job's state", (stored_salt or b"").decode(), salt)
+        self._new: Extra = {SALT: salt.encode()} if stored_salt is None else {}
         self._new |= store.name_actions(spec.actions)
         self.places, self.erased = places, erased
         stream = settings.stream
@@ -125,18 +295,10 @@ class BucketCore:
         return self._profiler.cached_users
 
     def update(self, portion: Portion, mask: Mask, join: Joins) -> tuple[BucketRows, Delta]:
-        """Computes the rows of a portion; the store includes them when it returns.
-
-        Args:
-            portion: Starts at the bucket's positions.
-            mask: The clicks that no row may use.
-            join: Adds the attributes of users and items.
-
-        Returns:
-            What to write, and what was added to the store.
+        """Computes the rows of a portion; returns them and what was added to the store, which includes it when this returns.
 
         Raises:
-            PositionConflict: The portion starts at another position.
+            PositionConflict: The portion does not start at the bucket's positions.
             CorruptStore: The store lacks a waiting impression.
         """
         batch = portion.batch
@@ -144,18 +306,16 @@ class BucketCore:
             # Another source may not have applied an erasure yet. Its events are forgotten with the next portion of a
             # source that has.
             self.erased = min(self.erased, mask.erased.last)
-        ended = self._of_topics_gone(batch.ranges)
+        ended = self._waits_of_old_topics(batch.ranges)
         dropped = self._end_waits(ended)
-        self._go_on(batch.ranges, portion.told.clocks)
-        self._profiler.turn(mask)
-        rows = join(replace(self._profiler.update(batch), told=portion.told))
-        found = LookedUp([], {}, {})
+        self._advance(batch.ranges, portion.clock.believed)
+        self._profiler.set_mask(mask)
+        rows = join(replace(self._profiler.update(batch), clock=portion.clock))
+        waiting: Changes = dict.fromkeys(ended)
+        extra, self._new = self._new, {}
         if self._labels is not None:
-            found = self._labels.look_up([Cut((self._labels.attribute(rows),), 0)])
-            ((rows,),) = (cut.pieces for cut in found.cuts)
-        new, self._new = self._new, {}
-        waiting = {**dict.fromkeys(ended), **found.waiting}
-        delta = Delta(self.store.inwards(rows.appends), waiting, {**new, **found.extra, **self._marked()})
+            rows = self._labels.complete(self._labels.attribute(rows), waiting, extra)
+        delta = Delta(self.store.inwards(rows.appends), waiting, {**extra, **self._marked()})
         self.store.take(delta)
         self._profiler.committed(rows)
         made = BucketRows(rows, mask.generation, portion.log_epoch, dropped, self.store.users, portion.appended_ms)
@@ -191,7 +351,7 @@ class BucketCore:
         self.store.evict(evicted)
         self._profiler.forget(evicted)
 
-    def _of_topics_gone(self, ranges: Sequence[Range]) -> list[bytes]:
+    def _waits_of_old_topics(self, ranges: Sequence[Range]) -> list[bytes]:
         """The keys of rows that wait for outcomes of a topic that was replaced by a new one."""
         new = {part.source.topic_id for part in ranges if part.source not in self.places}
         if not new - {source.topic_id for source in self.places}:
@@ -204,16 +364,16 @@ class BucketCore:
             return ()
         self.store.take(Delta(waiting=dict.fromkeys(keys)))
         self._labels = Labels(self._settings, self.store)
-        at = {(one.topic_id, one.partition): (one, place.next) for one, place in self.places.items()}
+        at = {(source.topic_id, source.partition): (source, place.next) for source, place in self.places.items()}
         counted = Counter(at[source.topic_id, source.partition] for source, _ in map(place_of, keys))
         return tuple(Range(source, place, place, dropped=count) for (source, place), count in counted.items())
 
-    def _go_on(self, ranges: Sequence[Range], clocks: Sequence[tuple[int, int]]) -> None:
+    def _advance(self, ranges: Sequence[Range], clocks: Sequence[tuple[int, int]]) -> None:
         for part, (_, end_ms) in zip(ranges, clocks, strict=True):
             known = self.places.get(part.source)
             if known is not None and known.next != part.first:
                 raise PositionConflict(
-                    f"bucket {part.source.bucket} has {part.source} up to {known.next}, and what comes begins at {part.first}",
+                    f"bucket {part.source.bucket} has {part.source} up to {known.next}, and the next portion begins at {part.first}",
                     "the engine lost or repeated an element of this job: resume it from its last savepoint",
                 )
             self.places[part.source] = BucketPlace(part.next, end_ms)
@@ -232,41 +392,13 @@ class BucketCore:
         return {READ_TIMES: self._read.to_json()} if self._read.mark(positions, clock_ms, self._reach_ms) else {}
 
 
-LEAST_BYTES = 1_000_000  # of deltas, before a new snapshot is written
-IDLE_S = 300.0  # a cached bucket without a portion for this long has moved to another process
-
-
-class Cell(Protocol):
-    """A single value in the state of a key."""
-
-    def read(self) -> Any:
-        """The value; None if there is none."""
-
-    def write(self, value: bytes) -> None:
-        """Replaces the value."""
-
-
-class Bag(Protocol):
-    """An unordered collection of values in the state of a key."""
-
-    def read(self) -> Iterable[Any]:
-        """All values."""
-        ...
-
-    def add(self, value: bytes) -> None:
-        """Adds one value."""
-
-    def clear(self) -> None:
-        """Removes all values."""
-
-
 @dataclass(frozen=True)
 class Cells:
-    """The state of one bucket in the engine."""
+    """The state of one bucket in the engine: a value, and two bags whose values are in no order."""
 
-    head: Cell
-    snapshot: Bag
-    deltas: Bag
+    head: Any
+    snapshot: Any
+    deltas: Any
 
 
 @dataclass
@@ -274,7 +406,7 @@ class Head:
     """The metadata of a bucket, read before its store.
 
     Attributes:
-        token: Identifies exactly this state.
+        token: Identifies exactly this state; empty before the first portion.
         places: The bucket's positions by source.
         number: Of the next delta.
         snapshot_bytes: Size of the snapshot.
@@ -289,151 +421,120 @@ class Head:
     delta_bytes: int = 0
     erased: int = 0
 
-    def to_bytes(self) -> bytes:
-        """Encodes it for the engine's state."""
-        values = {**vars(self), "places": {str(source): place for source, place in self.places.items()}}
-        return json.dumps(values).encode()
-
     @classmethod
-    def from_bytes(cls, value: bytes | None) -> Head:
-        """Decodes the result of `to_bytes`; None stands for a bucket that never received a portion.
-
-        >>> one = Head("ab", {Source("ab" * 16, 0, 1, 2): BucketPlace(7, 1000)}, 3)
-        >>> Head.from_bytes(one.to_bytes()) == one
-        True
-        """
-        if value is None:
-            return cls()
-        told = json.loads(value)
-        places = {Source.parse(name): BucketPlace(*place) for name, place in told.pop("places").items()}
-        return cls(places=places, **told)
-
-
-class Cache:
-    """The buckets in this process's memory. Thread-safe; a thread that has taken a bucket owns it exclusively.
-
-    Args:
-        clock: Monotonic clock in seconds.
-    """
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._held: dict[int, tuple[str, BucketCore, float]] = {}
-        self._lock = threading.Lock()
-
-    def take(self, bucket: int, token: str) -> BucketCore | None:
-        """Removes and returns the bucket if it is cached at `token`; otherwise None."""
-        with self._lock:
-            found = self._held.pop(bucket, None)
-        return found[1] if found is not None and found[0] == token else None
-
-    def keep(self, bucket: int, token: str, core: BucketCore) -> None:
-        """Puts a bucket back, and drops buckets that were not used for `IDLE_S`."""
-        now_s = self._clock()
-        with self._lock:
-            self._held[bucket] = (token, core, now_s)
-            for other in [one for one, (_, _, used_s) in self._held.items() if now_s - used_s > IDLE_S]:
-                del self._held[other]
-
-    def clear(self) -> None:
-        """Drops all buckets."""
-        with self._lock:
-            self._held.clear()
-
-    @property
-    def users(self) -> int:
-        """Number of users whose histories are cached in memory."""
-        with self._lock:
-            return sum(core.cached_users for _, core, _ in self._held.values())
+    def of(cls, cells: Cells) -> Head:
+        """Reads the head of a bucket."""
+        value = cells.head.read()
+        return cls() if value is None else decode(value, cls)
 
 
 Opens = Callable[[BucketStore, dict[Source, BucketPlace], int], BucketCore]
 """Creates the core of a bucket from its store, its positions, and its last erasure."""
 
 
-def take_portion(
-    bucket: int,
-    portion: Portion,
-    cells: Cells,
-    cache: Cache,
-    opens: Opens,
-    history: int,
-    mask: Mask,
-    join: Joins,
-    new_token: Callable[[], str],
-) -> BucketRows:
-    """Computes the rows of a bucket's portion, and writes the bucket's change to the engine's state.
+class Buckets:
+    """The buckets that this process computes, cached in memory. Thread-safe; one thread at a time uses a bucket."""
 
-    1. Get the bucket from the cache or from the state.
-    2. Forget users who were erased since.
-    3. Compute the rows.
-    4. Write the state: a delta or, if the deltas have become larger than the snapshot, a new snapshot.
+    def __init__(self, opens: Opens, history: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._opens, self._history, self._clock = opens, history, clock
+        self._held: dict[int, tuple[str, BucketCore, float]] = {}
+        self._lock = threading.Lock()
 
-    Args:
-        bucket: Its number.
-        portion: The portion to process.
-        cells: The bucket's state in the engine.
-        cache: Of this process.
-        opens: Creates its core.
-        history: N, the number of events kept for a user.
-        mask: The mask of the portion's generation of control.
-        join: Adds the attributes of users and items.
-        new_token: Returns a token that was never used before.
+    def take(self, bucket: int, portion: Portion, cells: Cells, mask: Mask, join: Joins) -> BucketRows:
+        """Computes the rows of a bucket's portion, and writes the bucket's change to the engine's state.
+
+        1. Get the bucket from the cache or from the state.
+        2. Forget users who were erased since.
+        3. Compute the rows.
+        4. Write the state: a delta or, if the deltas have become larger than the snapshot, a new snapshot.
+
+        Raises:
+            CorruptStore: The state cannot be read, or lacks a waiting impression.
+            PositionConflict: The portion does not start at the bucket's positions.
+            SaltMismatch: The state was written with another salt.
+        """
+        head = Head.of(cells)
+        # 1.
+        core = self._from_cache(bucket, head.token)
+        if core is None:
+            core = self._opens(restored(cells, self._history), head.places, head.erased)
+        # 2.
+        erases = mask.erased.last > core.erased
+        dropped = core.forget(mask) if erases else ()
+        # 3.
+        made, delta = core.update(portion, mask, join)
+        # 4.
+        value = encode((FORMAT, head.number, delta)) if delta and not erases else b""
+        if erases or head.delta_bytes + len(value) > max(head.snapshot_bytes, LEAST_BYTES):
+            core.sweep()
+            head.snapshot_bytes, head.delta_bytes = _write_snapshot(cells, core.store), 0
+        elif value:
+            cells.deltas.add(value)
+            head.delta_bytes += len(value)
+            head.number += 1
+        head.token, head.places, head.erased = secrets.token_hex(TOKEN_BYTES), core.places, core.erased
+        cells.head.write(encode(head))
+        self._keep(bucket, head.token, core)
+        return replace(made, bucket=bucket, erased=core.erased, dropped=(*dropped, *made.dropped))
+
+    @property
+    def cached_users(self) -> int:
+        """Number of users whose histories are cached in memory."""
+        with self._lock:
+            return sum(core.cached_users for _, core, _ in self._held.values())
+
+    def clear(self) -> None:
+        """Drops all cached buckets."""
+        with self._lock:
+            self._held.clear()
+
+    def _from_cache(self, bucket: int, token: str) -> BucketCore | None:
+        """Removes and returns the bucket if it is cached at `token`; otherwise None."""
+        with self._lock:
+            held = self._held.pop(bucket, None)
+        return held[1] if held is not None and held[0] == token else None
+
+    def _keep(self, bucket: int, token: str, core: BucketCore) -> None:
+        """Puts a bucket back, and drops buckets that were not used for `IDLE_S`."""
+        now_s = self._clock()
+        with self._lock:
+            self._held[bucket] = (token, core, now_s)
+            for other in [key for key, (_, _, used_s) in self._held.items() if now_s - used_s > IDLE_S]:
+                del self._held[other]
+
+
+def restored(cells: Cells, history: int) -> BucketStore:
+    """Rebuilds a bucket's store from the engine's state.
 
     Raises:
-        CorruptStore: The state cannot be read, or lacks a waiting impression.
-        PositionConflict: The portion does not start at the bucket's positions.
-        SaltMismatch: The state was written with another salt.
-    """
-    head = Head.from_bytes(cells.head.read())
-    # 1.
-    core = cache.take(bucket, head.token) if head.token else None
-    if core is None:
-        core = restored(cells, history, head, opens)
-    # 2.
-    erases = mask.erased.last > core.erased
-    dropped = core.forget(mask) if erases else ()
-    # 3.
-    made, delta = core.update(portion, mask, join)
-    # 4.
-    size = 0
-    if delta and not erases:
-        value = encode(delta, head.number)
-        size = len(value)
-    if erases or head.delta_bytes + size > max(head.snapshot_bytes, LEAST_BYTES):
-        core.sweep()
-        head.snapshot_bytes, head.delta_bytes = write_snapshot(cells, core.store), 0
-    elif size:
-        cells.deltas.add(value)
-        head.delta_bytes += size
-        head.number += 1
-    head.token, head.places, head.erased = new_token(), core.places, core.erased
-    cells.head.write(head.to_bytes())
-    cache.keep(bucket, head.token, core)
-    return replace(made, bucket=bucket, erased=core.erased, dropped=(*dropped, *made.dropped))
-
-
-def restored(cells: Cells, history: int, head: Head, opens: Opens) -> BucketCore:
-    """Rebuilds a bucket from the engine's state.
-
-    Raises:
-        CorruptStore: A later release wrote it.
-        SaltMismatch: It was written with another salt.
+        CorruptStore: Another release wrote it.
     """
     store = BucketStore(history)
     for values in (cells.snapshot.read(), cells.deltas.read()):
-        for _, delta in sorted(map(decode, values), key=lambda one: one[0]):
+        # An engine may return the values in another order.
+        for _, delta in sorted(map(_decode_delta, values), key=lambda numbered: numbered[0]):
             store.take(delta)
-    return opens(store, head.places, head.erased)
+    return store
 
 
-def write_snapshot(cells: Cells, store: BucketStore) -> int:
+def _decode_delta(value: bytes) -> tuple[int, Delta]:
+    try:
+        version, number, delta = decode(value, tuple[int, int, Delta])
+    except msgspec.ValidationError:
+        version = 0
+    if version != FORMAT:
+        raise CorruptStore(
+            f"the state of a bucket has another format than {FORMAT}, which this release reads",
+            "resume the job with the release that wrote its savepoint",
+        )
+    return number, delta
+
+
+def _write_snapshot(cells: Cells, store: BucketStore) -> int:
     """Replaces snapshot and deltas by a new snapshot of the store; returns its size in bytes."""
     cells.snapshot.clear()
     cells.deltas.clear()
-    size = 0
-    for number, part in enumerate(store.snapshot()):
-        value = encode(part, number)
+    values = [encode((FORMAT, number, part)) for number, part in enumerate(store.snapshot())]
+    for value in values:
         cells.snapshot.add(value)
-        size += len(value)
-    return size
+    return sum(map(len, values))

@@ -2,7 +2,7 @@
 
 An engine starts processes as it likes, unpickles the steps in them, and runs several bundles at once, each in a
 thread. So steps carry a `JobPlan` and ask for the process's `JobWorker`, which lives as long as the process. Each
-part that only one thread may use is taken from the worker and returned to it.
+resource that only one thread may use is taken from the worker and returned to it.
 
 Every process of a job follows the topics of attributes, but only one reports their dead letters: the one that reads
 the first source. How far it has reported is stored in Kafka, as offsets of a separate group. A process that
@@ -16,7 +16,6 @@ import logging
 import os
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -40,10 +39,9 @@ from state.positions import Source
 from state.registry.controls import Controls
 from state.registry.sharing import copying
 from streaming.attributes import Join
-from streaming.distributed.bucket import BucketCore, BucketPlace, Cache
-from streaming.distributed.bucket_store import BucketStore
+from streaming.context import open_join
+from streaming.distributed.bucket import BucketCore, BucketPlace, Buckets, BucketStore
 from streaming.labels import unused_kernels
-from streaming.open_shard import open_join
 from streaming.rows import Rows
 from streaming.writer import report_to
 
@@ -60,30 +58,26 @@ def group_of(kafka: Kafka) -> str:
     return f"{kafka.group}-attribute-letters"
 
 
-def told_once(kafka: Kafka, topic: str, log: Log, report: Report, tells: Callable[[], bool]) -> Report:
-    """Reports the refused records of a topic of attributes, each one once.
+def report_once(kafka: Kafka, topic: str, log: Log, report: Report, reports: Callable[[], bool]) -> Report:
+    """Returns a handler that reports the refused records of a topic of attributes, each one once.
 
-    Args:
-        kafka: Names the group.
-        topic: Their topic.
-        log: Where the group's offsets are.
-        report: Reports dead letters durably.
-        tells: Whether this process is the one that reports.
+    How far they were reported is stored as offsets of the group `group_of`. `reports` says whether this process reports.
     """
 
-    def tell(bad: Sequence[DeadLetter]) -> None:
-        if not tells():
+    def report_new(bad: Sequence[DeadLetter]) -> None:
+        if not reports():
             return
         with log.topics() as topics:
-            told = topics.committed(group_of(kafka), topic)
-            new = [one for one in bad if one.offset >= told.get(one.source.partition, 0)]
+            reported = topics.committed(group_of(kafka), topic)
+            new = [letter for letter in bad if letter.offset >= reported.get(letter.source.partition, 0)]
             if new:
                 report(new)
                 # Of each partition the last offset counts.
-                ends = {one.source.partition: one.offset + 1 for one in sorted(new, key=lambda one: one.offset)}
+                in_order = sorted(new, key=lambda letter: letter.offset)
+                ends = {letter.source.partition: letter.offset + 1 for letter in in_order}
                 topics.commit(group_of(kafka), topic, ends)
 
-    return tell
+    return report_new
 
 
 class Closable(Protocol):
@@ -98,11 +92,11 @@ class JobPlan:
     """The parameters of every step, fixed when the job is submitted.
 
     Attributes:
-        job: Id of this job: a process that serves another job next starts from scratch.
+        job: Id of this job.
         settings: The effective settings, without secrets: each process has those in its own environment.
         salt: Fingerprint of the salt, which each process reads from `paths.salt_file`.
         consent: The losses that the operator accepts.
-        until: By partition the offset at which reading ends; None for never, which a test or a backfill is not.
+        until: By partition the offset at which reading ends; None for never.
     """
 
     job: str
@@ -119,7 +113,7 @@ def without_secrets(settings: Settings) -> Settings:
     >>> without_secrets(Settings(kafka=Kafka(sasl_password="x"))).kafka.sasl_password
     ''
     """
-    return replace(_with(settings, {one.name: "" for one in known_settings() if one.secret}), origins={})
+    return replace(_with(settings, {known.name: "" for known in known_settings() if known.secret}), origins={})
 
 
 def with_secrets(settings: Settings, env: Mapping[str, str]) -> Settings:
@@ -128,7 +122,7 @@ def with_secrets(settings: Settings, env: Mapping[str, str]) -> Settings:
     >>> with_secrets(Settings(), {"SPRINGTIDE_KAFKA_SASL_PASSWORD": "x"}).kafka.sasl_password
     'x'
     """
-    secrets = {one.name: variable(one.name) for one in known_settings() if one.secret}
+    secrets = {known.name: variable(known.name) for known in known_settings() if known.secret}
     return _with(settings, {name: env[named] for name, named in secrets.items() if named in env})
 
 
@@ -162,13 +156,13 @@ class JobWorker:
             raise SaltMismatch.between(str(self.settings.salt_path), self.salt.fingerprint, plan.salt)
         self.registry = CollectorRegistry()
         self.metrics = StreamMetrics(self.registry)
-        self.cache = Cache(time.monotonic)
+        self.buckets = Buckets(self.open_core, self.spec.history)
         self.closing = ExitStack()
         self._lock, self._joining = threading.Lock(), threading.Lock()
         self._reading: dict[int, Closable] = {}
         self._masks: dict[int, Mask] = {}
         self._join = self._given = join
-        self._following, self._tells = ExitStack(), False
+        self._following, self._reports = ExitStack(), False
         self._kept: dict[str, Closable] = {}
         # A remote host has a copy of control, and reads nothing before it has polled for it.
         self.closing.enter_context(copying(self.settings, self.registry, first=threading.Event()))
@@ -190,11 +184,7 @@ class JobWorker:
             return self._masks[control]
 
     def join(self, rows: Rows) -> Rows:
-        """The rows with the present attributes of users and items; unchanged if none are configured.
-
-        Raises:
-            SpringtideError: The topics cannot be read.
-        """
+        """The rows with the present attributes of users and items; unchanged if none are configured."""
         settings = self.settings.attributes
         if not (settings.user_topic or settings.item_topic):
             return rows
@@ -202,36 +192,32 @@ class JobWorker:
             self._join = self._join or self._open_join()
             return self._join.rows(rows)
 
-    def tell_letters(self) -> None:
+    def report_letters(self) -> None:
         """From here on this process reports refused records of attributes; it reads earlier ones again."""
         with self._joining:
-            if not self._tells:
-                self._tells, self._join = True, self._given
+            if not self._reports:
+                self._reports, self._join = True, self._given
                 self._following.close()
 
     def _open_join(self) -> Join:
         """The attributes of the topics, in a directory of this process, and their follower."""
         scratch = self._following.enter_context(tempfile.TemporaryDirectory(prefix="springtide-attributes-"))
-        there = replace(self.settings, paths=replace(self.settings.paths, state=scratch))
+        own_paths = replace(self.settings, paths=replace(self.settings.paths, state=scratch))
         kafka, metrics = self.settings.kafka, self.metrics
 
         def reports(topic: str) -> Report:
-            return told_once(kafka, topic, self.log, report_to(kafka, metrics), lambda: self._tells)
+            return report_once(kafka, topic, self.log, report_to(kafka, metrics), lambda: self._reports)
 
-        found = open_join(there, self.salt, metrics, self._following, reports=reports)
-        assert found is not None, "asked only where topics are configured"
-        return found
+        join = open_join(own_paths, self.salt, metrics, self._following, reports=reports)
+        assert join is not None, "called only if topics are configured"
+        return join
 
     def open_core(self, store: BucketStore, places: dict[Source, BucketPlace], erased: int) -> BucketCore:
-        """The core of a bucket, from the engine's state of it.
-
-        Raises:
-            SaltMismatch: The state has another salt.
-        """
+        """The core of a bucket, from the engine's state of it."""
         return BucketCore(self.settings, self.spec, self.plan.salt, store, places, erased)
 
     def take_reading(self, source: int) -> Closable | None:
-        """Takes the open partitions of a source for exclusive use; None if they are not here."""
+        """Takes the open partitions of a source for exclusive use; None if this process has none."""
         with self._lock:
             return self._reading.pop(source, None)
 
@@ -254,9 +240,9 @@ class JobWorker:
         with self._lock:
             opened = [*self._reading.values(), *self._kept.values()]
             self._reading, self._kept = {}, {}
-        for one in opened:
-            one.close()
-        self.cache.clear()
+        for resource in opened:
+            resource.close()
+        self.buckets.clear()
         self._following.close()
         self.closing.close()
 
@@ -268,13 +254,7 @@ _opening = threading.Lock()
 def worker_of(plan: JobPlan, log: Log | None = None, join: Join | None = None) -> JobWorker:
     """This process's worker of a job; those of other jobs end, because a process serves one at a time.
 
-    Args:
-        plan: Of the job.
-        log: See `JobWorker`; used if the worker is opened here.
-        join: Likewise.
-
-    Raises:
-        SpringtideError: It cannot be opened.
+    `log` and `join` of `JobWorker` are used if the worker is opened here.
     """
     with _opening:
         if plan.job not in _workers:

@@ -150,7 +150,7 @@ def learned(batches: Iterator[MicroBatch], settings: Settings, preprocessing: Pr
     trainer = Trainer(settings, FeatureSpec.from_settings(settings), preprocessing)
     done = [trainer.step(batch) for batch in batches]
     scores, positive = (np.concatenate([getattr(one, part) for one in done]) for part in ("scores", "positive"))
-    measures = trainer.evaluation.values()
+    measures = trainer.measures.evaluation.values()
     return {"top-1": 100 * measures["total.known.top1"], "AUC": 100 * area_under_curve(scores, positive).value}
 
 

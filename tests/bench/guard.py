@@ -52,7 +52,7 @@ from tests.bench.recorded import (
 from tests.bench.report import Figure, Stages, report
 from trainer.engine.step import Trainer
 from trainer.guard.window import WindowStart
-from trainer.holding import Standing, WatchLimits, WindowWatch, figures_of
+from trainer.holding import Standing, WindowWatch, figures_of
 from trainer.versions import checkpoint
 
 WEEK_S = 7 * 86_400
@@ -261,7 +261,7 @@ class Judged:
     def __init__(self, clean: Traffic) -> None:
         limits = clean.settings.guard
         self._trainer = Trainer(clean.settings, FeatureSpec.from_settings(clean.settings))
-        self._watch = WindowWatch(WatchLimits(limits.window_s, limits.window_rows, limits.users, limits.warm_up))
+        self._watch = WindowWatch(limits)
         self._offset = 0
 
     def keep(self) -> Callable[[], None]:

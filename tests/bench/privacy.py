@@ -41,13 +41,12 @@ from state.registry.log_line import WHOLE
 from tests.bench.quality import analysis
 from tests.bench.recorded import KUAIRAND_SETTINGS, Recorded, micro_batches, read_clicks, read_impressions
 from tests.bench.report import Figure, Stages, report
-from trainer.engine.making import trainer_of
-from trainer.engine.optimizers.adam import EPSILON
-from trainer.engine.private_step import PrivateTrainer
+from trainer.engine.adam import EPSILON
 from trainer.engine.record import Recorder
-from trainer.engine.step import Trainer
+from trainer.engine.step import Trainer, trainer_of
 from trainer.model.preprocessing import Preprocessing
-from trainer.privacy.place import NoisePlace
+from trainer.privacy.history import NoisePlace
+from trainer.privacy.learning import PrivateTrainer
 
 F32 = npt.NDArray[np.float32]
 
@@ -126,7 +125,7 @@ class Run:
             positive.append(done.positive)
             learned += len(batch)
             self._stages.say(self._name, f"{learned:,} of {self._rows:,} rows")
-        measures = trainer.evaluation.values() | trainer.progressive.values()
+        measures = trainer.measures.evaluation.values() | trainer.measures.progressive.values()
         found = {"rows/s": learned / seconds}
         if self._labelled:
             logits, hits = np.concatenate(scores), np.concatenate(positive)

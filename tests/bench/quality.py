@@ -97,7 +97,7 @@ def train(steps: int | None = None, settings: Settings | None = None) -> dict[st
     trainer = Trainer(settings, spec, analysis(recorded, spec, settings, steps))
     validation = validated(recorded, settings, trainer, steps)
     every, known = interests_tables(validation.interests)
-    measures = trainer.evaluation.values() | trainer.progressive.values()
+    measures = trainer.measures.evaluation.values() | trainer.measures.progressive.values()
     names = ("known.top1", "known.top5", "known.rows", "auc", "log_loss", "lift.top1", "lift.log_loss")
     found = {f"total.{name}": measures[f"total.{name}"] for name in names}
     found |= {f"with earlier clicks, {name}": value for name, value in figures_of(known).items()}

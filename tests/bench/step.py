@@ -53,7 +53,7 @@ def predicted_speed_up(parts: Mapping[str, float], threads: int) -> float:
 
 def measure_parts(users: int, rows: int = ROWS) -> dict[str, float]:
     """Processor milliseconds of the parts of one step on one thread."""
-    from trainer.engine.build import CompiledEngine
+    from trainer.engine.compiled.engine import CompiledEngine
     from trainer.engine.compiled.threads import Threads, Work
 
     class TimedThreads(Threads):

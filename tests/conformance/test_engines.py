@@ -18,9 +18,9 @@ from state.microbatch.batch import MicroBatch
 from tests.trainer.batches import SPEC, micro_batch
 from tests.trainer.engine.test_step import settings as trainer_settings
 from tests.trainer.model.test_attributes import WANTED, with_attributes
+from trainer.engine.adam import FastSlots
 from trainer.engine.build import engine_name
 from trainer.engine.engine import Measured
-from trainer.engine.optimizers.fast_weights import FastSlots
 from trainer.engine.step import Trainer
 from trainer.model.default_ranker import FAST_WEIGHTS, DefaultRanker
 from trainer.model.ranker import MASKED, Ranker

@@ -21,8 +21,7 @@ from state.rows.tables import TABLES
 from tests.conformance.kept import sweep
 from tests.conformance.test_rankers import CONFIGURED, batches, settings_of
 from trainer.checks import check_own
-from trainer.engine.build import ranker_of
-from trainer.engine.own_tables import grown_by
+from trainer.engine.build import grown_by, ranker_of
 from trainer.engine.step import Trainer
 from trainer.model.ranker import Ranker
 from trainer.versions import checkpoint, content

@@ -59,4 +59,4 @@ def test_it_is_a_ranker_and_what_it_learned_goes_on_from_a_version_with_the_same
     whole, gone_on = digests(learned(log[2:], trainer)), digests(learned(log[2:], half))
     assert whole == gone_on
     assert whole != first
-    assert all(np.isfinite(one) for one in list(trainer.evaluation.values().values()))
+    assert all(np.isfinite(one) for one in list(trainer.measures.evaluation.values().values()))

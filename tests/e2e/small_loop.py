@@ -38,9 +38,9 @@ from state.registry.manifest import Manifest
 from state.registry.registry import Registry
 from state.rows.store import RowStore
 from streaming.commit import Committer
+from streaming.context import open_stream
 from streaming.cut import Cutter
-from streaming.open_shard import open_shard
-from streaming.steps import ParseEvents, UpdateProfiles
+from streaming.steps import ParseEvents, UpdateProfiles, opened
 from tests.e2e.evidence import serving_differs
 from tests.memory_log import MemoryLog
 from tests.trainer.clicks import small_settings
@@ -77,19 +77,20 @@ class Stream:
         self._open()
 
     def _open(self) -> None:
-        self._shard = self._stack.enter_context(open_shard(self._settings, log=self._log))
-        self._committer = Committer(self._shard.context)
-        self._parse, self._update = ParseEvents(self._shard), UpdateProfiles(self._shard)
+        self._context = self._stack.enter_context(open_stream(self._settings, log=self._log))
+        handle = self._stack.enter_context(opened(self._context))
+        self._committer = Committer(self._context)
+        self._parse, self._update = ParseEvents(handle), UpdateProfiles(handle)
 
     @property
     def store(self) -> HistoryStore:
         """Its histories."""
-        return self._shard.context.store
+        return self._context.store
 
     def step(self) -> bool:
         """Takes a batch, or becomes what control asks for."""
-        context = self._shard.context
-        context.watch._looked_s = float("-inf")
+        context = self._context
+        context.watch._polled_s = float("-inf")
         if context.watch.changed():
             self.close()
             self._open()

@@ -188,7 +188,7 @@ def test_what_was_killed_is_repeated_or_refused_and_never_taken_for_whole(
     assert killed.returncode == -9
     assert Registry(loop.settings.registry_dir).control() is None
     if point == "restore.taken":
-        with pytest.raises(BackupError, match="serving is there"):
+        with pytest.raises(BackupError, match="serving exists"):
             bring_back(loop, backups)
         shutil.rmtree(tmp_path / "there")
     assert subprocess.run(line, cwd=ROOT, env=environment, check=False).returncode == 0

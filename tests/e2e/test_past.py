@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,7 +21,7 @@ from tests.e2e.small_loop import BATCH, Dead, SmallLoop, kill_at, lowered
 from tests.streaming.streams import BEGIN_MS, click
 from tests.trainer.clicks import small_settings
 from tests.trainer.logs import ABOUT, bits_of, learner, run_to_end, trainer_of
-from trainer.beginning import PastLearning, from_past
+from trainer.beginning import FromPast
 from trainer.learner import Learner
 
 pytestmark = pytest.mark.usefixtures("no_plan")
@@ -64,7 +63,7 @@ class PastTrial:
     def start(self) -> Learner:
         """The trial's trainer, in its epoch."""
         about = {**ABOUT, "salt": load_salt(self.loop.settings.salt_path).fingerprint}
-        begins = partial(from_past, PastLearning(self.past, self.records))
+        begins = FromPast(self.past, self.records)
         program = self.registry.specs.add_program(lowered())
         return learner(
             self.registry,

@@ -117,7 +117,7 @@ def test_taobao_its_cut_line_and_its_rows_out_of_range_are_dead_letters(
     settings = settings_of("taobao.toml", kafka_settings, tmp_path / "state")
     lines = TAOBAO.read_bytes().splitlines()
     # Two runs: the second goes on where the first one's limit was.
-    assert "row 3,000 of 84,476; the same command goes on" in replay(settings, TAOBAO, "--limit", "3000")
+    assert "row 3,000 of 84,476; the same command resumes" in replay(settings, TAOBAO, "--limit", "3000")
     assert sent(settings) == 3000
     last = replay(settings, TAOBAO)
     assert "84,440 clicks, 36 dead letters (35 implausible_time by events.max_age_s, 1 wrong_type); complete" in last

@@ -458,7 +458,7 @@ def test_of_two_operators_at_once_one_wins_and_the_other_is_told_what_to_do(tmp_
     for one in operators:
         one.join()
     (refused,) = (one for one in found.values() if isinstance(one, ControlConflict))
-    assert "look at `springtide history`, then repeat the command" in str(refused)
+    assert "see `springtide history`, then repeat the command" in str(refused)
     assert len(loop.registry.controls()) == 2
     loser = next(who for who, one in found.items() if one is refused)
     go_back(loop, to, bots(salt, int(loser[-1])), "exact")

@@ -28,7 +28,7 @@ from state.log import PartitionBatch
 from state.metrics import ApplierMetrics
 from state.microbatch.batch import log_times
 from state.microbatch.codec import decode
-from streaming.cut import Cut, encode_cut
+from streaming.cut import Cut, Encoding, encode_cut
 from streaming.event_clock import EventClock, OffClock
 from streaming.labels import Labels
 from streaming.profile import Profiler
@@ -190,9 +190,9 @@ class Loop:
         self.seen.refused |= {(one.source.partition, one.offset): str(one.reason) for one in events.dead}
         told = self._clock.follow(events, events.ranges, self._wall_ms)
         self.seen.off += told.off
-        rows = self._labels.attribute(replace(self._profiler.update(events), told=told))
+        rows = self._labels.attribute(replace(self._profiler.update(events), clock=told))
         found = self._labels.look_up([Cut((rows,), self._wall_ms)])
-        values = encode_cut(found.cuts[0], SPEC.digest, SALT.fingerprint, 4096, 900_000)
+        values = encode_cut(found.cuts[0], Encoding(SPEC.digest, SALT.fingerprint, 4096, 900_000))
         self._store.commit(rows.appends, rows.batch.ranges, {**found.extra, **told.state}, found.waiting)
         self._profiler.committed(rows)
         for number, offset, user in zip(

@@ -28,7 +28,7 @@ from tests.golden.archive import (
 )
 from tests.golden.learning import new_trainer
 from tests.streaming.streams import following, next_offsets, running, until
-from trainer.learner import Learner
+from trainer.learner import Learner, ServedModel, Surroundings
 from trainer.versions.program import build
 
 
@@ -89,12 +89,9 @@ class Training:
             self.registry,
             self.trainer,
             Log(self._settings.kafka),
-            self._program,
-            self._spec,
-            self.registry.specs.spec(self._spec),
+            ServedModel(self._program, self._spec, self.registry.specs.spec(self._spec)),
             TrainerMetrics(CollectorRegistry()),
-            clock=lambda: self._now_ms / 1000,
-            elapsed=lambda: 0.0,
+            Surroundings(clock=lambda: self._now_ms / 1000, elapsed=lambda: 0.0),
         )
         control = self.registry.control()
         assert control is not None

@@ -33,7 +33,7 @@ from tests.memory_log import MemoryLog
 from tests.trainer.logs import account_in, append, run_to_end
 from trainer import upgrade
 from trainer.engine.step import Trainer
-from trainer.learner import Learner
+from trainer.learner import Learner, ServedModel, Surroundings
 from trainer.versions import checkpoint
 
 FOLDER = HERE / "0.1.0"
@@ -70,9 +70,14 @@ def learner(settings: Settings, registry: Registry, trainer: Trainer, log: Memor
     ticks = iter(range(10**9))
     about = {"salt": RUN["registry"]["salt"], "popular": [], "newest_ms": 0}
     made = Learner(
-        settings, registry, trainer, log, RUN["registry"]["program"], spec, about,
-        TrainerMetrics(CollectorRegistry()), clock=lambda: 0.0, elapsed=lambda: float(next(ticks)),
-    )  # fmt: skip
+        settings,
+        registry,
+        trainer,
+        log,
+        ServedModel(RUN["registry"]["program"], spec, about),
+        TrainerMetrics(CollectorRegistry()),
+        Surroundings(clock=lambda: 0.0, elapsed=lambda: float(next(ticks))),
+    )
     control = registry.control()
     assert control is not None
     made.enter(control)

@@ -22,9 +22,10 @@ from state.log import Writer, topic_plan
 from state.metrics import StorageMetrics, StreamMetrics
 from state.storage.waiting import Room
 from streaming.commit import Committer
+from streaming.cut import Cut, Encoding
 from streaming.pipeline import CommitThread
 from streaming.rows import Rows
-from streaming.writer import ShardWriter
+from streaming.writer import StreamWriter
 from tests.memory_log import MemoryLog
 from tests.streaming.pieces import ZERO, context_of
 
@@ -54,11 +55,27 @@ def sink(path: Path, refused: int = 0) -> Iterator[Any]:
         "metrics": StreamMetrics(CollectorRegistry()),
         "room": Room("stream", storage, stopping.wait),
     }
-    writer = ShardWriter(settings, "spec", "salt", stopping, opens)
+    writer = StreamWriter(settings, Encoding.of(settings.stream, "spec", "salt"), stopping, opens)
     committer = Committer(context_of(**owned, writer=writer, stopping=stopping))
     commits = CommitThread(committer)
+
+    def put(rows: Rows) -> None:
+        commits.put(Cut((rows,), 0))
+
+    def take(rows: Rows) -> None:
+        put(rows)
+        commits.flush()
+
     yield SimpleNamespace(
-        **owned, commits=commits, committer=committer, log=log, stopping=stopping, told=told, storage=storage
+        put=put,
+        take=take,
+        **owned,
+        commits=commits,
+        committer=committer,
+        log=log,
+        stopping=stopping,
+        told=told,
+        storage=storage,
     )
     commits.close()
     store.close()

@@ -1,19 +1,17 @@
-"""What tests of the stream share: a broker of one's own."""
+"""What tests of the stream share: compiled kernels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
-
 import pytest
 
-from deploy.kafka.broker import Broker
-from deploy.kafka.configuration import free_port
+from state.features.spec import FeatureSpec
+from state.history.store import HistoryStore
+from streaming.profile import Profiler
 
 
-@pytest.fixture
-def own(tmp_path: Path) -> Iterator[Broker]:
-    """A broker that may die."""
-    broker = Broker(tmp_path / "kafka", free_port(), heap_mb=256).start()
-    yield broker
-    broker.stop()
+@pytest.fixture(scope="session", autouse=True)
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Compiles the kernels once, so that each process only loads them."""
+    store = HistoryStore(tmp_path_factory.mktemp("kernels"), map_bytes=1 << 24)
+    Profiler(store, FeatureSpec(), cache_users=1)
+    store.close()

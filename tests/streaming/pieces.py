@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from state.positions import Range, Source
 from streaming.context import StreamContext
 from streaming.rows import Rows
 
-ZERO, ONE = Source("ab" * 16, 0), Source("ab" * 16, 1)
+ZERO, ONE = SOURCES = Source("ab" * 16, 0), Source("ab" * 16, 1)
 
 
 def context_of(**owned: Any) -> StreamContext:
@@ -30,27 +31,59 @@ def context_of(**owned: Any) -> StreamContext:
     return StreamContext(**dict.fromkeys(one.name for one in fields(StreamContext)) | calm | owned)
 
 
+def batch_of(
+    partitions: Sequence[int], following: list[int], absent: Sequence[bool] = (), **columns: Any
+) -> EventBatch:
+    """Events at the next offsets of `SOURCES`; `following` keeps these.
+
+    Args:
+        partitions: Of each position.
+        following: By partition its next offset.
+        absent: Whether nothing is at a position; by default all have an event.
+        columns: Those of the events.
+    """
+    known, first, offsets, source = sorted(set(partitions)), list(following), list[int](), list[int]()
+    for place, partition in enumerate(partitions):
+        if not (absent and absent[place]):
+            offsets.append(following[partition])
+            source.append(known.index(partition))
+        following[partition] += 1
+    rows = [source.count(number) for number in range(len(known))]
+    ranges = tuple(
+        Range(SOURCES[one], first[one], following[one], rows=count, absent=following[one] - first[one] - count)
+        for one, count in zip(known, rows, strict=True)
+    )
+    return events(
+        len(offsets), source=np.array(source, np.uint16), offset=np.array(offsets, np.int64), ranges=ranges, **columns
+    )
+
+
+def events(count: int, **columns: Any) -> EventBatch:
+    """A batch with these columns; the others are empty or 0."""
+    kinds = {"user": np.uint64, "item": np.uint64, "category": np.uint64, "action": np.uint8, "at_ms": np.int64}
+    plain = {
+        **{name: np.zeros(count, kind) for name, kind in kinds.items()},
+        "label": np.full(count, np.nan, np.float32),
+        "weight": np.ones(count, np.float32),
+        "context": np.zeros((count, 0), np.uint64),
+        "dead": (),
+        "names": {},
+    }
+    typed = {name: np.array(column, kinds[name]) if name in kinds else column for name, column in columns.items()}
+    return EventBatch(**plain | typed)
+
+
 def piece(*parts: tuple[Source, int, int], dead: int = 0, appends: Appends | None = None) -> Rows:
     """A batch of (source, first offset, rows), each followed by `dead` dead offsets."""
     count = sum(rows for _, _, rows in parts)
-    offset = np.concatenate([np.arange(first, first + rows) for _, first, rows in parts] or [np.zeros(0)]).astype(
-        np.int64
-    )
-    number = np.repeat(np.arange(len(parts)), [rows for _, _, rows in parts]).astype(np.uint16)
-    batch = EventBatch(
-        user=offset.astype(np.uint64),
-        item=np.zeros(count, np.uint64),
-        category=np.zeros(count, np.uint64),
-        action=np.zeros(count, np.uint8),
+    offset = np.array([at for _, first, rows in parts for at in range(first, first + rows)], np.int64)
+    batch = events(
+        count,
+        user=offset,
         at_ms=offset * 10,
-        label=np.full(count, np.nan, np.float32),
-        weight=np.ones(count, np.float32),
-        context=np.zeros((count, 0), np.uint64),
-        source=number,
+        source=np.repeat(np.arange(len(parts)), [rows for _, _, rows in parts]).astype(np.uint16),
         offset=offset,
         ranges=tuple(Range(source, first, first + rows + dead, rows=rows, dead=dead) for source, first, rows in parts),
-        dead=(),
-        names={},
     )
     rng = np.random.default_rng(count)
     return Rows(

@@ -18,6 +18,8 @@ from kafka import KafkaConsumer, TopicPartition
 
 from state.config.sections import Kafka, Paths, Stream
 from state.config.settings import Settings
+from state.history.store import HistoryStore
+from state.layout import HISTORIES
 from state.log import PartitionBatch, Reader, Topics, Writer, client_options
 from state.microbatch.batch import NAMES, MicroBatch, trim
 from state.microbatch.codec import decode
@@ -168,6 +170,16 @@ def headers_of(kafka: Kafka, topic: str) -> list[dict[str, str]]:
 def _polled(consumer: KafkaConsumer) -> list[dict[str, str]]:
     records = consumer.poll(timeout_ms=50)
     return [{name: value.decode() for name, value in one.headers} for each in records.values() for one in each]
+
+
+@contextmanager
+def histories_of(settings: Settings) -> Iterator[HistoryStore]:
+    """The histories of a stream that has ended, or is not writing."""
+    store = HistoryStore(settings.stream_dir / HISTORIES, settings.features.history, 1 << 30)
+    try:
+        yield store
+    finally:
+        store.close()
 
 
 def next_offsets(values: Sequence[bytes]) -> dict[int, int]:

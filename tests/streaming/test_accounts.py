@@ -22,7 +22,17 @@ from state.microbatch.codec import decode
 from state.positions import Gap, Range, Source
 from streaming import accounts
 from tests.conftest import KafkaFactory
-from tests.streaming.streams import FOREVER, click, following, next_offsets, running, send, settings_for, until
+from tests.streaming.streams import (
+    FOREVER,
+    click,
+    following,
+    histories_of,
+    next_offsets,
+    running,
+    send,
+    settings_for,
+    until,
+)
 
 CLICKS = Source("ab" * 16, 0)
 ANN = Consent((parse_allowance("0:4-9"),), "ann", "old clicks")
@@ -122,11 +132,10 @@ def test_deleted_clicks_stop_the_stream_until_somebody_accepts_them(
             assert stream.stop() == 0, stream.lines
         assert any("gap accepted by" in line and "old clicks" in line for line in stream.lines)
         # 4. The account balances, and so do the ranges of the log.
-        store = HistoryStore(settings.stream_dir / "histories", map_bytes=1 << 30)
-        assert store.totals == {"positions": 60, "rows": 53, "dead": 0, "filtered": 0, "absent": 0, "gap": 7}
-        assert accounts.faults(store) == ()
-        assert [one.gap.positions for one in accounts.accepted(store)] == [5, 2]
-        store.close()
+        with histories_of(settings) as store:
+            assert store.totals == {"positions": 60, "rows": 53, "dead": 0, "filtered": 0, "absent": 0, "gap": 7}
+            assert accounts.faults(store) == ()
+            assert [one.gap.positions for one in accounts.accepted(store)] == [5, 2]
         marks: dict[Source, int] = {}
         for value in log.poll():
             header = decode(value).header

@@ -1,24 +1,26 @@
-"""Attributes joined in the stream: as of the row, newest first, and the same for whoever reads the log again."""
+"""Attributes joined in the stream: as of the row, newest first, and the same for all readers of the log."""
 
 from __future__ import annotations
 
 import json
 import signal
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from state.attributes.store import AttributeStore, TopicPosition, pack
 from state.attributes.values import AttributeTable
 from state.config.fields import fields_of
 from state.config.sections import Attributes, Kafka
 from state.config.settings import Settings
 from state.events.identity import load_salt, public_id, user_id
-from state.features.spec import FeatureSpec
-from state.history.store import HistoryStore
+from state.events.parser import ANNOUNCE_MS
 from state.log import Topics, Writer
 from state.microbatch.batch import MicroBatch
-from streaming.profile import Profiler
+from streaming.attributes import Recent
 from tests.conftest import KafkaFactory
 from tests.streaming.streams import (
     FOREVER,
@@ -33,17 +35,73 @@ from tests.streaming.streams import (
     settings_for,
     until,
 )
-from tests.streaming.test_recent_attributes import CRM, age
+
+CRM = AttributeTable("user", fields_of(["age", "level"]))
+PLACE = TopicPosition("identity", "ab" * 16, {0: 1})
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[AttributeStore]:
+    made = AttributeStore(tmp_path / "store", 1 << 24)
+    yield made
+    made.close()
+
+
+def put(store: AttributeStore, user: int, age: str | None) -> None:
+    store.commit("user", {user: pack(CRM.ids([age, "1"]), [age, "1"])}, PLACE)
+
+
+def ages(recent: Recent, *users: int) -> list[int]:
+    found: list[int] = recent.take(np.array(users, np.uint64))[:, 0].tolist()
+    return found
+
+
+def age(text: str | None) -> int:
+    return CRM.ids([text, None])[0]
+
+
+def test_a_value_null_and_a_missing_record_are_three_things(store: AttributeStore) -> None:
+    put(store, 7, "25-34")
+    put(store, 8, None)
+    assert ages(Recent(store, CRM), 7, 8, 9, 0) == [age("25-34"), CRM.none_id("age"), CRM.unknown_id("age"), 0]
+
+
+def test_a_change_counts_from_when_it_is_told(store: AttributeStore) -> None:
+    recent = Recent(store, CRM)
+    put(store, 7, "18-24")
+    assert ages(recent, 7, 8) == [age("18-24"), CRM.unknown_id("age")]
+    put(store, 7, "25-34")
+    put(store, 8, "65+")
+    recent.forget([7, 8])
+    assert ages(recent, 7, 8) == [age("25-34"), age("65+")]
+
+
+def test_more_ids_than_are_held_change_no_answer(store: AttributeStore) -> None:
+    recent = Recent(store, CRM, remembered=8)
+    for user in range(1, 50):
+        put(store, user, str(user))
+    for first in range(1, 44):
+        assert ages(recent, *range(first, first + 6)) == [age(str(user)) for user in range(first, first + 6)]
+
+
+def test_values_of_a_slice_are_announced_once_in_ten_minutes(store: AttributeStore) -> None:
+    recent = Recent(store, CRM, slices=["age"])
+    put(store, 7, "25-34")
+    values = recent.take(np.array([7, 7, 8], np.uint64))
+    assert recent.announce(values, 1_000) == {age("25-34"): "25-34"}
+    assert recent.announce(values, ANNOUNCE_MS) == {}
+    assert recent.announce(values, 1_000 + ANNOUNCE_MS) == {age("25-34"): "25-34"}
+    assert Recent(store, CRM).announce(values, 1_000) == {}
+
+
+def test_ids_without_a_record_take_no_memory_for_ever(store: AttributeStore) -> None:
+    recent = Recent(store, CRM, remembered=100)
+    for start in range(1, 10_000, 50):
+        assert set(ages(recent, *range(start, start + 50))) == {CRM.unknown_id("age")}
+    assert len(recent._slots) <= 103
+
 
 GOODS = AttributeTable("item", fields_of(["brand"]))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Compiles the kernels once, so that each process only loads them."""
-    store = HistoryStore(tmp_path_factory.mktemp("kernels"), map_bytes=1 << 24)
-    Profiler(store, FeatureSpec(), cache_users=1)
-    store.close()
 
 
 def tell(kafka: Kafka, topic: str, *records: tuple[str, object]) -> None:

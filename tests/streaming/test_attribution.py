@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from state import positions
 from state.microbatch.batch import Kind
 from state.positions import MOST_LEARNED
-from streaming import attribution
-from streaming.attribution import (
+from streaming import labels
+from streaming.labels import (
     IMPRESSION,
     MOST_EXPIRED,
     OUTCOME,
@@ -22,7 +22,7 @@ from streaming.attribution import (
     SHARES,
     Arrived,
     Queue,
-    Stretches,
+    Segments,
     attribute,
     enter,
     pairs,
@@ -147,7 +147,7 @@ def by_kernel(
                     np.array([batch[number].pair for number in mine], np.uint64),
                     np.array([batch[number].user for number in mine], np.uint64),
                 ),
-                Stretches(
+                Segments(
                     np.arange(2),
                     np.array([first[0], first[1]], np.int64),
                     np.array([reached[0], reached[1]], np.int64),
@@ -157,7 +157,7 @@ def by_kernel(
                 most,
             )
             made_kinds |= dict(zip(mine, made.kind.tolist(), strict=True))
-            columns = (made.by, made.stretch, made.at, made.opened, made.known)
+            columns = (made.by, made.segment, made.at, made.opened, made.known)
             for by, source, offset, opened, known in zip(*(column.tolist() for column in columns), strict=True):
                 before = [number for number in mine if batch[number].source == source and offsets[number] <= offset]
                 assert by == (mine.index(before[-1]) if before else -1)
@@ -271,7 +271,7 @@ def test_another_partition_does_not_end_a_wait() -> None:
 def test_a_stretch_of_any_length_without_events_costs_no_more_than_what_waits() -> None:
     queue, nobody = Queue.of(1, 1), np.empty(0, np.int64)
     none = Arrived(np.empty(0, np.uint8), *[nobody] * 4, *[nobody.view(np.uint64)] * 2)
-    whole = Stretches(*(np.array([one]) for one in (0, 0, 10**15, 0, 7, 500)))
+    whole = Segments(*(np.array([one]) for one in (0, 0, 10**15, 0, 7, 500)))
     assert len(attribute(queue, none, whole, WAIT_MS, 9)[1].by) == 0
 
 
@@ -284,7 +284,7 @@ def test_the_accounts_know_how_many_rows_one_position_can_have() -> None:
 
 def test_the_kernels_numbers_are_those_of_the_kinds() -> None:
     for name in ("OPENED", "DROPPED", "FEEDBACK", "JOINED", "EXPIRED"):
-        assert getattr(attribution, name) == Kind[name]
+        assert getattr(labels, name) == Kind[name]
     assert SHARES == positions.SHARES
 
 

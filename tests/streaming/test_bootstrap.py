@@ -17,7 +17,7 @@ import pytest
 from state.config.loading import load
 from state.config.sections import Model
 from state.config.settings import Settings
-from state.errors import SaltMismatch, SettingsError, SpringtideError, UnknownTopic, UnreachableBroker
+from state.errors import SaltMismatch, SpringtideError, UnknownTopic, UnreachableBroker
 from state.events.identity import load_salt
 from state.features.spec import FeatureSpec
 from state.log import PartitionBatch, Topics, Writer
@@ -26,12 +26,10 @@ from state.registry.specs import fits
 from state.statistics.anomalies import validate
 from state.statistics.baselines import Baselines
 from state.statistics.protos import by_name, frequencies
-from streaming.bootstrap import Wanted, run
-from streaming.context import Handle
-from streaming.preprocessing import CLIP, analysed, load_preprocessing, preprocessing_fn
+from streaming.bootstrap import ComputeWindows, Sample, Wanted, of_topic, open_sample, run
+from streaming.preprocessing import CLIP, analysed, preprocessing_fn
 from streaming.rows import Rows
-from streaming.sample import ComputeWindows, Sample, of_topic, open_sample
-from streaming.steps import ParseEvents
+from streaming.steps import Handle, ParseEvents
 from tests.conftest import KafkaFactory
 
 START_MS = 1_790_000_000_000
@@ -124,7 +122,7 @@ def test_one_that_up_started_waits_for_the_topic_and_the_first_clicks_become_con
     from trainer.versions.program import preprocessing_of
 
     transform = preprocessing_of(registry.specs.transform(spec.digest))
-    with open_sample(settings, spec, load_salt(settings.salt_path), lambda: 0.0, silent) as sample:
+    with open_sample(settings, load_salt(settings.salt_path), lambda: 0.0, silent) as sample:
         ours = np.concatenate([rows.vectors.features for rows in rows_of(sample, of_topic(sample.context))]).astype(
             np.float32
         )
@@ -202,11 +200,6 @@ def test_an_option_that_the_preprocessing_asked_for_makes_another_graph_and_othe
     assert registry.specs.transform(f"{spec}.2").is_dir()
     # What an earlier release wrote names no options.
     assert fits({"preprocessing": f"{__name__}:scaled"}, wanted("scale=2").model)
-
-
-def test_an_unknown_preprocessing_is_a_wrong_setting() -> None:
-    with pytest.raises(SettingsError, match="module:name"):
-        load_preprocessing("streaming.preprocessing:nothing")
 
 
 def test_a_broker_that_is_away_is_reported_in_one_line(tmp_path: Path) -> None:

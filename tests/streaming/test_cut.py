@@ -1,4 +1,4 @@
-"""Cuts: made in time, in the order of the log, with every position exactly once."""
+"""Rows in order of time, and cuts: made in time, with every position exactly once."""
 
 from __future__ import annotations
 
@@ -10,10 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from state.events.parser import EventBatch
 from state.features.spec import EVENT
 from state.history.appends import Appends
 from state.microbatch.codec import decode
-from streaming.cut import Cut, Cutter, encode_cut, gather, merge_appends
+from state.positions import Source
+from streaming.cut import Cut, Cutter, Encoding, encode_cut, gather, merge_appends
+from streaming.event_clock import EventClock
+from streaming.rows import in_order
 from tests.streaming.pieces import ONE, ZERO, piece
 
 
@@ -67,7 +71,7 @@ def test_every_position_is_in_exactly_one_cut_in_order(steps: list[tuple[int, in
 
 def test_a_cut_of_several_batches_is_one_micro_batch_with_one_range_a_source() -> None:
     cut = Cut((piece((ZERO, 0, 2), (ONE, 5, 1), dead=1), piece((ONE, 7, 1)), piece((ZERO, 3, 2))), 77)
-    (value,) = encode_cut(cut, "spec", "salt", 100, 900_000)
+    (value,) = encode_cut(cut, Encoding("spec", "salt", 100, 900_000))
     batch = decode(value)
     assert batch.header.created_ms == 77
     assert [(part.source, part.first, part.next, part.dead) for part in batch.header.ranges] == [
@@ -83,12 +87,12 @@ def test_names_of_categories_and_items_go_with_the_cut() -> None:
     first, second = piece((ZERO, 0, 2)), piece((ZERO, 2, 2))
     first = replace(first, batch=replace(first.batch, names={7: "hats"}, item_names={1: "i1"}))
     second = replace(second, batch=replace(second.batch, item_names={2: "i2", 1: "i1"}))
-    (value,) = encode_cut(Cut((first, second), 0), "spec", "salt", 100, 900_000)
+    (value,) = encode_cut(Cut((first, second), 0), Encoding("spec", "salt", 100, 900_000))
     assert decode(value).header.names == {7: "hats", 1: "i1", 2: "i2"}
 
 
 def test_a_batch_larger_than_a_record_is_written_in_parts() -> None:
-    values = encode_cut(Cut((piece((ZERO, 0, 25)),), 0), "spec", "salt", 10, 900_000)
+    values = encode_cut(Cut((piece((ZERO, 0, 25)),), 0), Encoding("spec", "salt", 10, 900_000))
     parts = [decode(value) for value in values]
     assert max(map(len, parts)) <= 10
     assert np.concatenate([part.offset for part in parts]).tolist() == list(range(25))
@@ -124,3 +128,58 @@ def test_merged_appends_hold_each_users_events_in_order(parts: list[dict[int, li
     }
     assert len(merged.users) == len(got)
     assert got == expected
+
+
+TOPIC = "ab" * 16
+NOW_MS = 1_800_000_000_000
+BEGIN_MS = 1_700_000_000_000
+USERS = 20
+
+
+def batch(*times: list[int], users: int = USERS) -> EventBatch:
+    """A batch of one range for each list of times; each partition has its own users."""
+    made = piece(*((Source(TOPIC, number), 100, len(one)) for number, one in enumerate(times))).batch
+    made.at_ms[:] = [BEGIN_MS + at for one in times for at in one]
+    made.user[:] = [1000 * number + place % users for number, one in enumerate(times) for place in range(len(one))]
+    return made
+
+
+def ordered(made: EventBatch, *before: EventBatch) -> EventBatch:
+    clock = EventClock(lambda _: None)
+    for one in before:
+        clock.follow(one, one.ranges, NOW_MS)
+    return in_order(made, clock.follow(made, made.ranges, NOW_MS))[0]
+
+
+@given(st.lists(st.lists(st.integers(0, 10_000), max_size=60), min_size=1, max_size=4))
+def test_no_row_is_lost_and_none_passes_another_of_its_partition(times: list[list[int]]) -> None:
+    made = batch(*times)
+    found = ordered(made)
+    for number, one in enumerate(times):
+        assert found.offset[found.source == number].tolist() == list(range(100, 100 + len(one)))
+    rows = np.argsort(found.source, kind="stable")
+    for name in ("user", "item", "at_ms", "label", "weight", "action", "category"):
+        assert np.array_equal(getattr(found, name)[rows], getattr(made, name), equal_nan=name == "label")
+    assert found.ranges == made.ranges
+
+
+@given(st.lists(st.lists(st.integers(0, 10_000), max_size=60).map(sorted), min_size=2, max_size=4))
+def test_with_right_clocks_the_rows_come_in_the_order_of_time(times: list[list[int]]) -> None:
+    found = ordered(batch(*times)).at_ms
+    assert (np.diff(found) >= 0).all()
+
+
+def test_a_wrong_clock_moves_nobody_elses_rows() -> None:
+    times = [list(range(0, 6000, 100)), list(range(50, 6000, 100))]
+    before, made = batch(*([at - 6000 for at in one] for one in times)), batch(*times)
+    wrong = np.flatnonzero(made.user == 3)
+
+    def others() -> list[tuple[int, int]]:
+        found = ordered(made, before)
+        return [row[:2] for row in zip(found.source, found.offset, found.user, strict=True) if row[2] != 3]
+
+    right = others()
+    for off_ms in (-5 * 3_600_000, 5 * 3_600_000):
+        made.at_ms[wrong] += off_ms
+        assert others() == right
+        made.at_ms[wrong] -= off_ms

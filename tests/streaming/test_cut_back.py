@@ -18,7 +18,7 @@ from state.log.accepted_gaps import Consent, parse_allowance
 from state.log.follow import Position
 from state.positions import Range, Source
 from streaming import accounts
-from streaming.truncation import FILLER, Leaders, accept, fill, open_behind
+from streaming.accounts import FILLER, Leaders, accept_truncation, open_clicks
 from tests.memory_log import MemoryLog
 from tests.streaming.pieces import ZERO
 
@@ -50,8 +50,7 @@ class Shard:
 
     def opened(self, consent: Consent = Consent()) -> Reader:  # noqa: B008 - it is frozen
         position = Position(ZERO.topic_id, {0: 10}, self.leaders.at(ZERO.topic_id, {0: 10}))
-        fills = partial(fill, KAFKA, self.log.topics(), self.log.writer)
-        return open_behind(self.log, TOPIC, None, position, partial(accept, self.store, consent, 7), fills)
+        return open_clicks(self.log, KAFKA, None, position, partial(accept_truncation, self.store, consent, 7))
 
 
 @pytest.fixture
@@ -133,19 +132,3 @@ def test_a_rollback_into_a_commit_with_two_leaders_takes_it_for_no_cut(tmp_path:
         told = Leaders(tmp_path).at(ZERO.topic_id, {0: position})
         with log.reader(TOPIC, None, {0: position}, leaders=told) as again:
             assert again.poll(0.0) or position == 8
-
-
-def test_a_reader_that_passes_over_a_change_of_leaders_takes_it_for_no_cut() -> None:
-    """As those of the training log do after an exact rollback: what the stream abandoned is passed over."""
-    log = MemoryLog(ids=lambda: ZERO.topic_id)
-    log.topics().ensure(TOPIC, 1)
-    for _ in range(3):
-        with log.writer() as writer:
-            for _ in range(2):
-                writer.send(TOPIC, 0, None, b"x")
-        log.cut_back(TOPIC, {0: log.topics().ends(TOPIC)[0][1]})
-    with log.reader(TOPIC) as reader:
-        assert len(reader.poll(0.0, 2)[0]) == 2
-        reader.seek(0, 4)
-        assert reader.leader_epoch(0, 4) == -1
-        assert len(reader.poll(0.0, 2)[0]) == 2

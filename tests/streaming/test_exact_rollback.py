@@ -1,187 +1,96 @@
-"""After an exact rollback a stream with labels is, record by record, one that never saw the masked clicks.
+"""An exact rollback on a real Kafka: the process reverts its histories by itself, and a rebuild follows the same branch.
 
-Kills on the way, and rollbacks without labels, are in `tests/e2e/test_rollback_steps.py`.
+That rows, histories and accounts are those of a stream that never saw the masked clicks is proved in
+`tests/e2e/test_rollback_steps.py`.
 """
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from state import layout
-from state.config.sections import Features, LabelSettings
+from state.config.sections import LabelSettings
 from state.config.settings import Settings
-from state.events.identity import load_salt, user_id
 from state.features.mask import Mask
-from state.features.masked_users import MaskedUsers
-from state.history.store import HistoryStore
-from state.log import Reader, Topics
-from state.microbatch.batch import MicroBatch
+from state.log import Topics
 from state.microbatch.codec import decode
 from state.positions import Source
 from state.registry.control import roll_back, start
 from state.registry.controls import Controls
-from state.registry.log_line import WHOLE, LogLine, counts, turned
+from state.registry.log_line import WHOLE, turned
 from streaming.rebuild import progress_on, rebuild
 from tests.conftest import KafkaFactory
-from tests.streaming.streams import BEGIN_MS, FOREVER, click, headers_of, running, send, settings_for, until
+from tests.streaming.streams import (
+    BEGIN_MS,
+    FOREVER,
+    click,
+    following,
+    headers_of,
+    histories_of,
+    next_offsets,
+    running,
+    send,
+    settings_for,
+    until,
+)
 
-BATCH = 50
-GOOD, ALL = 12 * BATCH, 24 * BATCH
-WHO: dict[str, Any] = {"actor": "ann", "reason": "bots", "now_ms": 5}
+GOOD, ALL = 600, 1200
+MASKED_S = GOOD + 100, GOOD + 160
 
 
-def clicks() -> list[bytes]:
-    """Good clicks; then 60 s of flipped actions, a flood of one category by fifty users, and a user gone mad among them."""
-    made = [
-        click(number, action="favorite" if number % 5 == 0 else ("view", "cart")[number % 2]) for number in range(GOOD)
-    ]
-    for number in range(GOOD, ALL):
-        if GOOD + 100 <= number < GOOD + 160:
-            made.append(click(number, action="purchase"))
-        elif GOOD + 200 <= number < GOOD + 400 and number % 2:
-            made.append(click(number, user=f"bot-{number % 50}", category="flooded", item="flooded-item"))
-        elif number % 9 == 0 and number < ALL - BATCH:
-            made.append(click(number, user="mad"))
-        else:
-            made.append(click(number, action="favorite" if number % 5 == 0 else ("view", "cart")[number % 2]))
-    made[GOOD + 7] = made[7] = b"{not json"
+def values() -> list[bytes]:
+    actions = ("favorite", "cart", "view", "view", "view")
+    made = [click(number, action=actions[number % 5]) for number in range(ALL)]
+    made[7] = made[GOOD + 7] = b"{not json"
     return made
 
 
-@dataclass
-class Deployment:
-    """One stream with a registry beside it."""
-
-    settings: Settings
-    log: Path
-
-    @property
-    def controls(self) -> Controls:
-        return Controls(self.settings.registry_dir)
-
-    def store(self) -> HistoryStore:
-        return HistoryStore(self.settings.stream_dir / layout.HISTORIES, self.settings.features.history, 1 << 30, True)
-
-    def end(self) -> int:
-        with Topics(self.settings.kafka) as topics:
-            return topics.ends(self.settings.kafka.microbatches_topic)[0][1]
-
-    def has(self, position: int, epoch: int = 1) -> bool:
-        """Whether so many clicks are committed, in that epoch of the log."""
-        if not self.log.exists() or " reading " not in self.log.read_text():
-            return False
-        store = self.store()
-        try:
-            line = store.extra("log_line") or b""
-            return max(store.positions().values(), default=0) >= position and (
-                epoch == 1 or b'"epoch": %d' % epoch in line
-            )
-        finally:
-            store.close()
+def content(settings: Settings) -> dict[str, Any]:
+    with histories_of(settings) as store:
+        return {"digest": store.digest(), "counts": store.counts(), "waiting": dict(store.waiting())}
 
 
-def mask_of(settings: Settings, topic_id: str) -> Mask:
-    salt = load_salt(settings.salt_path)
-    bots = [f"bot-{number}" for number in range(50)]
-    word = Source(topic_id, 0).topic
-    return Mask(
-        generation=2,
-        offsets=((word, 0, GOOD + 300, GOOD + 310),),
-        times=((BEGIN_MS + (GOOD + 100) * 1000, BEGIN_MS + (GOOD + 160) * 1000),),
-        users=MaskedUsers.of([user_id(salt, one) for one in [*bots, "mad"]]),
-    )
-
-
-def records(settings: Settings, line: LogLine) -> list[MicroBatch]:
-    """What counts in a log."""
-    with Topics(settings.kafka) as topics:
-        end = topics.ends(settings.kafka.microbatches_topic)[0][1]
-    found: list[MicroBatch] = []
-    with Reader(settings.kafka, settings.kafka.microbatches_topic, [0]) as reader:
-        while reader.position(0) < end:
-            for batch in reader.poll(0.2):
-                for offset, value in zip(batch.offsets.tolist(), batch.values, strict=True):
-                    made = decode(value or b"")
-                    if counts(line, made.header.log_epoch, offset):
-                        found.append(made)
-    return found
-
-
-def contents(batches: Sequence[MicroBatch]) -> list[tuple[Any, ...]]:
-    """Of each micro-batch its ranges, and its columns as bytes."""
-    return [(one.header.ranges, {name: column.tobytes() for name, column in one.columns.items()}) for one in batches]
-
-
-def content(one: Deployment) -> dict[str, Any]:
-    store = one.store()
-    try:
-        return {
-            "digest": store.digest(),
-            "counts": store.counts(),
-            "users": store.users(),
-            "waiting": dict(store.waiting()),
-        }
-    finally:
-        store.close()
-
-
-def made(kafka_settings: KafkaFactory, tmp_path: Path, name: str, topic: str, labels: bool) -> Deployment:
-    settings = settings_for(
-        kafka_settings(clicks_topic=topic), tmp_path / name, tmp_path / "salt",
-        cut_ms=60_000, cut_rows=BATCH, batch_events=BATCH,
-    )  # fmt: skip
-    settings = replace(settings, features=Features(history=24))
-    if labels:
-        settings = replace(settings, labels=LabelSettings(impressions=("favorite",), outcomes=("cart",), wait_s=90.0))
-    one = Deployment(settings, tmp_path / f"{name}-log")
-    one.controls.propose(start(actor="trainer", reason="first start", now_ms=0))
-    return one
-
-
-def test_the_log_histories_and_accounts_are_those_of_a_stream_that_never_saw_the_masked_clicks(
+def test_the_stream_reverts_reads_again_and_is_rebuilt_along_the_new_branch(
     kafka_settings: KafkaFactory, tmp_path: Path
 ) -> None:
-    topic = kafka_settings().clicks_topic
-    ours = made(kafka_settings, tmp_path, "ours", topic, labels=True)
-    kafka, values = ours.settings.kafka, clicks()
-    with Topics(kafka) as topics:
-        topic_id = topics.ensure(topic, 1, FOREVER).topic_id
-    mask = mask_of(ours.settings, topic_id)
-    send(kafka, values[:GOOD], partition=lambda _: 0)
-    # 1. The good clicks; a version stands at their end. Then the poison.
-    with running(ours.settings, ours.log) as stream:
-        until(lambda: ours.has(GOOD), "the good clicks are not committed", 30.0)
-        place = ours.end()
-        send(kafka, values[GOOD:], GOOD, partition=lambda _: 0)
-        until(lambda: ours.has(ALL - BATCH), "the poison is not committed", 30.0)
-        # 2. Control goes back.
-        line = turned(WHOLE, 1, place, ours.end(), ((Source(topic_id, 0), GOOD),))
-        ours.controls.change(lambda now: roll_back(now, 3, mask, **WHO, log=line))
-        until(lambda: ours.has(ALL, epoch=2), "the stream did not go back and read again")
-        assert stream.stop() == 0, stream.lines
-        assert any("histories rebuilt from the log" in said for said in stream.lines)
-        assert not any("0 histories rebuilt" in said for said in stream.lines), "somebody had overflowed"
+    settings = settings_for(kafka_settings(), tmp_path / "state", tmp_path / "salt")
+    labels = LabelSettings(impressions=("favorite",), outcomes=("cart",), wait_s=90.0)
+    settings = replace(settings, labels=labels)
+    kafka, controls = settings.kafka, Controls(settings.registry_dir)
+    controls.propose(start(actor="trainer", reason="first start", now_ms=0))
 
-    # 3. A stream that has the mask from the beginning.
-    theirs = made(kafka_settings, tmp_path, "theirs", topic, labels=True)
-    theirs.controls.change(lambda now: roll_back(now, 3, mask, **WHO))
-    with running(theirs.settings, theirs.log) as stream:
-        until(lambda: theirs.has(ALL), "the other stream did not read all")
-        assert stream.stop() == 0, stream.lines
+    with Topics(kafka) as topics, following(kafka, kafka.microbatches_topic) as log:
+        source = Source(topics.ensure(kafka.clicks_topic, 1, FOREVER).topic_id, 0)
+        send(kafka, values()[:GOOD], partition=lambda _: 0)
+        with running(settings, tmp_path / "log") as stream:
+            # 1. A version stands at the end of the good clicks.
+            until(lambda: next_offsets(log.poll()) == {0: GOOD}, "the good clicks")
+            place = topics.ends(kafka.microbatches_topic)[0][1]
+            send(kafka, values()[GOOD:], GOOD, partition=lambda _: 0)
+            until(lambda: next_offsets(log.poll()) == {0: ALL}, "the later clicks")
+            # 2. Control goes back there.
+            branch = turned(WHOLE, 1, place, topics.ends(kafka.microbatches_topic)[0][1], ((source, GOOD),))
+            mask = Mask(generation=2, times=((BEGIN_MS + MASKED_S[0] * 1000, BEGIN_MS + MASKED_S[1] * 1000),))
+            controls.change(lambda now: roll_back(now, 3, mask, actor="ann", reason="bots", now_ms=5, log=branch))
+            until(lambda: topics.committed(kafka.group, kafka.clicks_topic) == {0: ALL}, "the clicks are committed")
+            until(lambda: sum(" reading " in line for line in stream.lines) == 2, "the stream is opened again")
+            until(lambda: _masked(log.poll()) == MASKED_S[1] - MASKED_S[0], "they are read again")
+            assert stream.stop() == 0, stream.lines
+    before = content(settings)
+    assert before["counts"][source]["masked"] == MASKED_S[1] - MASKED_S[0]
+    assert before["counts"][source]["next"] == ALL and before["waiting"]
+    # 3. Each dead letter is written once.
+    offsets = [letter["offset"] for letter in headers_of(kafka, kafka.dead_letters_topic)]
+    assert offsets == ["7", str(GOOD + 7)]
+    # 4. A lost store comes back along the branch.
+    rebuild(settings, None, progress_on(io.StringIO()))
+    assert content(settings) == before
 
-    assert content(ours) == content(theirs)
-    (found,) = content(ours)["counts"].values()
-    assert found["masked"] > 200
-    outcomes = ("rows", "dead", "filtered", "absent", "masked", "opened", "feedback")
-    assert sum(found.get(name, 0) for name in outcomes) == ALL
-    assert contents(records(ours.settings, line)) == contents(records(theirs.settings, WHOLE))
-    # 4. A store that is lost now comes back along the same line.
-    before = content(ours)
-    rebuild(ours.settings, None, progress_on(io.StringIO()), lambda _: None)
-    assert content(ours) == before
-    letters = [headers_of(one.settings.kafka, one.settings.kafka.dead_letters_topic) for one in (ours, theirs)]
-    assert [one["offset"] for one in letters[0]] == [one["offset"] for one in letters[1]] == ["7", str(GOOD + 7)]
+
+def _masked(records: list[bytes]) -> int:
+    """Masked positions in the micro-batches of the second epoch, once all of it is there."""
+    headers = [header for record in records if (header := decode(record).header).log_epoch == 2]
+    reached = max((part.next for header in headers for part in header.ranges), default=0)
+    return sum(part.masked for header in headers for part in header.ranges) if reached == ALL else -1

@@ -17,7 +17,7 @@ from state.config.settings import Settings
 from state.errors import UnreachableBroker
 from state.log import Topics
 from state.microbatch.codec import decode
-from streaming.rebuild import end_hanging, read
+from streaming.rebuild import end_open_transaction, read
 from streaming.writer import open_writer
 from tests.segments import cut_back
 from tests.trainer.clicks import microbatch
@@ -80,7 +80,7 @@ def test_records_whose_marker_is_lost_are_seen_once_more(
     with pytest.raises(AssertionError, match="nobody reads past"):
         seen(settings, patience_s=3.0)
     with caplog.at_level(logging.WARNING, "streaming.rebuild"), open_writer(settings) as writer:
-        end_hanging(settings, writer)
+        end_open_transaction(settings, writer)
     assert "positions 0 to 0 of" in caplog.text and "it is committed" in caplog.text
     assert seen(settings) == [first]
 
@@ -100,10 +100,10 @@ def test_records_whose_marker_is_lost_are_seen_once_more(
     own.start()
     with caplog.at_level(logging.WARNING, "streaming.rebuild"), open_writer(settings) as writer:
         assert seen(settings) == [first], "Kafka gave it up when the writer began"
-        end_hanging(settings, writer)
-        assert f"positions {end - 2} to {end - 2} of" in caplog.text and "written once more" in caplog.text
+        end_open_transaction(settings, writer)
+        assert f"positions {end - 2} to {end - 2} of" in caplog.text and "written again" in caplog.text
         assert seen(settings) == [first, second]
         # 3. Nothing hangs, nothing is hidden: nothing is done.
-        end_hanging(settings, writer)
+        end_open_transaction(settings, writer)
     assert seen(settings) == [first, second]
     assert len([one for one in caplog.records if one.name == "streaming.rebuild"]) == 2

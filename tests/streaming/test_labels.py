@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,27 +25,27 @@ from state.history.store import HistoryStore
 from state.history.waiting import RowFormat, key_of
 from state.microbatch.batch import Kind, MicroBatch, erased_rows, happened, new_ranges, trained, trim
 from state.microbatch.codec import decode
-from state.positions import SHARES, Range, Source
+from state.positions import SHARES, Source
 from streaming import labels as streaming_labels
 from streaming.accounts import faults
-from streaming.attribution import IMPRESSION, OUTCOME, PLAIN
-from streaming.cut import Cut, encode_cut, merge_all, merge_appends
+from streaming.cut import Cut, Encoding, encode_cut, merge_all, merge_appends
 from streaming.event_clock import PREFIX, EventClock
 from streaming.labels import open_labels
 from streaming.profile import Profiler
 from streaming.rebuild import Waits
 from streaming.rows import Rows
+from tests.streaming import pieces
+from tests.streaming.pieces import SOURCES
 from tests.streaming.test_attribution import NOTHING, Event, Resolved, by_hand
 
 SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=16, recent_categories=5)
-SOURCES = (Source("ab" * 16, 0), Source("ab" * 16, 1))
 ACTIONS = ("view", "impression", "click")
 WEIGHTS = np.array([1.0, 0.25, 3.0], np.float32)
 SETTINGS = Settings(
     events=Events(actions=ACTIONS, action_weights=(1.0, 0.25, 3.0)),
     labels=LabelSettings(impressions=("impression",), outcomes=("click",), wait_s=0.1, max_waiting=8 * SHARES),
 )
-ROLE_OF = {0: PLAIN, 1: IMPRESSION, 2: OUTCOME, NOTHING: NOTHING}
+ROLE_OF = {0: streaming_labels.PLAIN, 1: streaming_labels.IMPRESSION, 2: streaming_labels.OUTCOME, NOTHING: NOTHING}
 BASE_MS = 1_700_000_000_000
 NOW_MS = BASE_MS + 1_000_000
 
@@ -70,33 +71,19 @@ def user_of(event: Event) -> int:
 
 def batch_of(positions: list[Event], following: list[int], context: int = 0) -> EventBatch:
     """A batch, `pair` as item; `following` keeps the next offsets."""
-    partitions = sorted({event.source for event in positions})
-    first = list(following)
-    log, offsets = [], []
-    for event in positions:
-        if event.role != NOTHING:
-            log.append(event)
-            offsets.append(following[event.source])
-        following[event.source] += 1
-    rows = [sum(event.source == one for event in log) for one in partitions]
-    action = np.array([event.role for event in log], np.uint8)
-    return EventBatch(
-        user=np.array([user_of(event) for event in log], np.uint64),
-        item=np.array([event.pair + 1 for event in log], np.uint64),
-        category=np.array([event.pair + 100 for event in log], np.uint64),
+    log = [event for event in positions if event.role != NOTHING]
+    pair, action = np.array([event.pair for event in log], np.uint64), [event.role for event in log]
+    return pieces.batch_of(
+        [event.source for event in positions],
+        following,
+        [event.role == NOTHING for event in positions],
+        user=[user_of(event) for event in log],
+        item=pair + np.uint64(1),
+        category=pair + np.uint64(100),
         action=action,
         at_ms=BASE_MS + np.array([event.at_ms for event in log], np.int64),
-        label=np.full(len(log), np.nan, np.float32),
-        weight=WEIGHTS[action],
+        weight=WEIGHTS[np.array(action, np.int64)],
         context=np.full((len(log), context), 5, np.uint64),
-        source=np.array([partitions.index(event.source) for event in log], np.uint16),
-        offset=np.array(offsets, np.int64),
-        ranges=tuple(
-            Range(SOURCES[one], first[one], following[one], rows=count, absent=following[one] - first[one] - count)
-            for one, count in zip(partitions, rows, strict=True)
-        ),
-        dead=(),
-        names={},
     )
 
 
@@ -121,7 +108,7 @@ class Run:
 
     def update(self, batch: EventBatch, attributes: Joined | None = None) -> None:
         told = self.clock.follow(batch, batch.ranges, NOW_MS)
-        rows = replace(self.profiler.update(batch), attributes=attributes, told=told)
+        rows = replace(self.profiler.update(batch), attributes=attributes, clock=told)
         self.queue.append(rows if self.labels is None else self.labels.attribute(rows))
 
     def commit(self, cuts: int = 1, dies: bool = False) -> None:
@@ -132,18 +119,22 @@ class Run:
         if not made:
             return
         done = self.labels.look_up(made) if self.labels is not None else streaming_labels.LookedUp(made, {}, {})
-        self.values += [value for cut in done.cuts for value in encode_cut(cut, "spec", "salt", 5, 900_000)]
+        self.values += [value for cut in done.cuts for value in encode_cut(cut, Encoding("spec", "salt", 5, 900_000))]
         if dies:
             return
         ready = [piece for cut in done.cuts for piece in cut.pieces]
         ranges = merge_all(part for piece in ready for part in piece.batch.ranges)
-        clocks = {name: value for piece in ready if piece.told for name, value in piece.told.state.items()}
+        clocks = {name: value for piece in ready if piece.clock for name, value in piece.clock.state.items()}
         self.store.commit(
             merge_appends([piece.appends for piece in ready]), ranges, {**done.extra, **clocks}, done.waiting
         )
         for piece in ready:
             self.profiler.committed(piece)
         self.queue.clear()
+
+    def take(self, batch: EventBatch, attributes: Joined | None = None) -> None:
+        self.update(batch, attributes)
+        self.commit()
 
     def rows(self) -> dict[tuple[int, int], tuple[object, ...]]:
         """What is learned from: (partition, own offset) -> all it says; each once."""
@@ -285,30 +276,31 @@ def rebuilt(path: Path, values: list[bytes], erased: Erased = Erased.NOBODY) -> 
     return store
 
 
+@pytest.fixture
+def run(tmp_path: Path) -> Iterator[Run]:
+    made = Run(tmp_path / "run")
+    made.open()
+    yield made
+    made.store.close()
+
+
 SHOWN, CLICKED, PASSED = Event(1, 0, 0, 3), Event(2, 0, 50, 3), Event(0, 0, 500, 0)
 
 
-def test_a_closing_whose_opening_the_log_no_longer_holds_leaves_the_account_balanced(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
-    run.open()
+def test_a_closing_whose_opening_the_log_no_longer_holds_leaves_the_account_balanced(run: Run, tmp_path: Path) -> None:
     following = [0, 0]
     for event in (SHOWN, CLICKED):
-        run.update(batch_of([event], following))
-        run.commit()
+        run.take(batch_of([event], following))
     held = rebuilt(tmp_path / "rebuilt", run.values[1:])
     assert (held.totals["feedback"], held.totals.get("joined", 0), faults(held)) == (1, 0, ())
     held.close()
-    run.store.close()
 
 
-def test_what_an_erased_user_was_shown_waits_no_more_and_the_account_says_so(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
-    run.open()
+def test_what_an_erased_user_was_shown_waits_no_more_and_the_account_says_so(run: Run, tmp_path: Path) -> None:
     following = [0, 0]
     another = SHOWN._replace(pair=4)
     for event in (SHOWN, another, CLICKED, SHOWN._replace(source=1)):
-        run.update(batch_of([event], following))
-        run.commit()
+        run.take(batch_of([event], following))
     assert run.store.waiting_rows() == 2
     erased = Erased.NOBODY.and_also(MaskedUsers.of([7]), [(SOURCES[0].topic, 0, 3)], 2, 3)
     held = rebuilt(tmp_path / "rebuilt", run.values, erased)
@@ -319,33 +311,23 @@ def test_what_an_erased_user_was_shown_waits_no_more_and_the_account_says_so(tmp
     assert list(held.waiting()) == list(run.store.waiting())
     assert held.counts() == run.store.counts()
     held.close()
-    run.store.close()
 
 
-def test_an_outcome_with_a_label_of_its_own_gives_it_and_an_impression_with_one_does_not_wait(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.open()
+def test_an_outcome_with_a_label_of_its_own_gives_it_and_an_impression_with_one_does_not_wait(run: Run) -> None:
     batch = batch_of([SHOWN, CLICKED, SHOWN._replace(at_ms=60)], [0, 0])
     batch.label[1:] = [0.5, 0.0]
-    run.update(batch)
-    run.commit()
+    run.take(batch)
     assert [(row[0], row[2]) for row in run.rows().values()] == [(Kind.JOINED, 0.5), (Kind.ROW, 0.0)]
-    run.store.close()
 
 
-def test_the_request_pairs_where_there_is_one(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.open()
+def test_the_request_pairs_where_there_is_one(run: Run) -> None:
     batch = replace(batch_of([SHOWN, SHOWN, CLICKED], [0, 0]), request=np.array([8, 9, 8], np.uint64))
-    run.update(batch)
-    run.commit()
+    run.take(batch)
     assert list(run.rows()) == [(0, 0)]
     run.crash()
     # The other one waits on over a restart, under its own request.
-    run.update(replace(batch_of([CLICKED, CLICKED], [3, 0]), request=np.array([8, 9], np.uint64)))
-    run.commit()
+    run.take(replace(batch_of([CLICKED, CLICKED], [3, 0]), request=np.array([8, 9], np.uint64)))
     assert {place: row[1] for place, row in run.rows().items()} == {(0, 0): 2, (0, 1): 4}
-    run.store.close()
 
 
 def test_without_labels_nothing_waits_and_what_waited_before_still_ends(tmp_path: Path) -> None:
@@ -354,12 +336,10 @@ def test_without_labels_nothing_waits_and_what_waited_before_still_ends(tmp_path
     assert run.labels is None
     run.settings = SETTINGS
     run.crash()
-    run.update(batch_of([SHOWN], [0, 0]))
-    run.commit()
+    run.take(batch_of([SHOWN], [0, 0]))
     run.settings = replace(SETTINGS, labels=LabelSettings(wait_s=0.1))
     run.crash()
-    run.update(batch_of([SHOWN, PASSED], [1, 0]))
-    run.commit()
+    run.take(batch_of([SHOWN, PASSED], [1, 0]))
     assert {place: row[0] for place, row in run.rows().items()} == {
         (0, 0): Kind.EXPIRED,
         (0, 1): Kind.ROW,
@@ -371,24 +351,19 @@ def test_without_labels_nothing_waits_and_what_waited_before_still_ends(tmp_path
     run.store.close()
 
 
-def test_rows_wait_on_where_a_field_of_context_was_added(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.open()
-    run.update(batch_of([SHOWN], [0, 0]))
-    run.commit()
+def test_rows_wait_on_where_a_field_of_context_was_added(run: Run) -> None:
+    run.take(batch_of([SHOWN], [0, 0]))
     run.crash()
     run.update(batch_of([SHOWN, CLICKED], [1, 0], context=2))
-    run.update(batch_of([CLICKED], [3, 0], context=2))
-    run.commit()
+    run.take(batch_of([CLICKED], [3, 0], context=2))
     assert set(run.rows()) == {(0, 0), (0, 1)}
     contexts = {
         int(at): row.tolist() for batch in run.new() for at, row in zip(batch.opened, batch.context, strict=True)
     }
     assert (contexts[0], contexts[1]) == ([0, 0], [5, 5])
-    run.store.close()
 
 
-def test_an_impression_keeps_the_attributes_of_its_own_moment(tmp_path: Path) -> None:
+def test_an_impression_keeps_the_attributes_of_its_own_moment(run: Run) -> None:
     """What became of the user until the click is not what the impression was shown to."""
 
     def known(user: int) -> Joined:
@@ -396,42 +371,29 @@ def test_an_impression_keeps_the_attributes_of_its_own_moment(tmp_path: Path) ->
             np.full((1, 2), user, np.uint64), np.full((1, 1), 9, np.uint64), {}, (("age", "city"), ("brand",))
         )
 
-    run = Run(tmp_path)
-    run.open()
-    run.update(batch_of([SHOWN], [0, 0]), known(3))
-    run.commit()
+    run.take(batch_of([SHOWN], [0, 0]), known(3))
     run.crash()
-    run.update(batch_of([CLICKED], [1, 0]), known(4))
-    run.commit()
+    run.take(batch_of([CLICKED], [1, 0]), known(4))
     (joined,) = [batch.take(batch.kind == Kind.JOINED) for batch in run.new() if (batch.kind == Kind.JOINED).any()]
     assert joined.header.attributes == (("age", "city"), ("brand",))
     assert joined.user_attributes.tolist() == [[3, 3]] and joined.item_attributes.tolist() == [[9]]
-    run.store.close()
 
 
-def test_impressions_of_a_topic_that_was_made_anew_are_dropped(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.open()
-    run.update(batch_of([SHOWN, SHOWN], [0, 0]))
-    run.commit()
+def test_impressions_of_a_topic_that_was_made_anew_are_dropped(run: Run) -> None:
+    run.take(batch_of([SHOWN, SHOWN], [0, 0]))
     assert streaming_labels.forget_other_topics(run.store, "cd" * 16) == 2
     assert (run.store.waiting_rows(), run.store.totals["dropped"], faults(run.store)) == (0, 2, ())
     assert streaming_labels.forget_other_topics(run.store, "cd" * 16) == 0
-    run.store.close()
 
 
-def test_a_row_that_is_lost_from_the_store_is_a_fault_and_ends_the_stream_when_it_is_needed(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.open()
-    run.update(batch_of([SHOWN], [0, 0]))
-    run.commit()
+def test_a_row_that_is_lost_from_the_store_is_a_fault_and_ends_the_stream_when_it_is_needed(run: Run) -> None:
+    run.take(batch_of([SHOWN], [0, 0]))
     run.store.commit(Appends.none(), waiting={key_of(SOURCES[0], 0): None})
     (fault,) = faults(run.store)
     assert "1 impressions must be waiting" in fault
     run.update(batch_of([CLICKED], [1, 0]))
     with pytest.raises(CorruptStore, match="1 rows that wait are not in the store"):
         run.commit()
-    run.store.close()
 
 
 def test_rows_of_a_later_release_are_refused() -> None:

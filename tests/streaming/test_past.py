@@ -1,11 +1,13 @@
-"""Past clicks made into rows once more are the rows that the stream made of them, and the cut divides them: each row once."""
+"""Rows of past clicks are the rows that the stream made of them, and the cut divides them: each row once."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +20,23 @@ from state.config.sections import Attributes, RetrainSettings
 from state.config.settings import Settings
 from state.errors import UnknownTopic
 from state.events.identity import load_salt
-from state.experiments.past import Past
+from state.experiments.past import Past, write_past
 from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
+from state.log import Topics
 from state.metrics import StreamMetrics
 from state.microbatch.batch import in_log_time, trained, trim
-from state.microbatch.codec import decode
+from state.microbatch.codec import Frames, decode
 from state.positions import Source
 from state.registry.control import start
 from state.registry.controls import Controls
 from state.registry.manifest import LogRange
+from state.registry.registry import Registry
 from streaming.attributes import Join
-from streaming.open_shard import open_job
-from streaming.past import PastContext, PastRows, of_topic, run, stretch_of
+from streaming.context import open_job
+from streaming.past import PastRows, of_topic, run, segment_of
+from tests.conftest import KafkaFactory
 from tests.memory_log import MemoryLog
 from tests.streaming.distributed.shop import (
     ACTIONS,
@@ -47,6 +52,7 @@ from tests.streaming.distributed.shop import (
     settings_of,
     written,
 )
+from tests.streaming.streams import FOREVER, click, following, next_offsets, running, send, settings_for, until
 
 HOUR_MS = 3_600_000
 LOG = LogRange("microbatches", "cd" * 16, 0, 0, 7)
@@ -61,18 +67,16 @@ def maker(folder: Path, wanted: Settings, join: Join | None, mask: Mask, begin_m
     """What makes rows of past clicks, over a store of its own."""
     spec, salt = FeatureSpec.from_settings(wanted), load_salt(wanted.salt_path)
     store = HistoryStore(folder, spec.history, 16 << 20)
-    job = open_job(wanted, spec, store, salt, TOPIC, mask)
-    parts = {one.name: getattr(job, one.name) for one in fields(job)}
-    metrics = StreamMetrics(CollectorRegistry())
-    yield PastRows(PastContext(**parts, join=join, metrics=metrics), salt.fingerprint, begin_ms)
+    job = replace(open_job(wanted, store, salt, TOPIC, mask), join=join)
+    yield PastRows(job, StreamMetrics(CollectorRegistry()), salt.fingerprint, begin_ms)
     store.close()
 
 
 def made_of(rows: PastRows, wanted: Settings, past: Past, log: MemoryLog) -> list[bytes]:
     """The micro-batches of the past."""
     with log.topics() as topics:
-        stretch = stretch_of(wanted, past, topics)
-    made = [value for batches in of_topic(wanted, stretch, log, rows.reached) for value in rows.take(batches)]
+        segment = segment_of(wanted, past, topics)
+    made = [value for batches in of_topic(wanted, segment, log, rows.reached) for value in rows.take(batches)]
     return made + rows.flush()
 
 
@@ -197,7 +201,7 @@ def test_files_give_the_rows_that_the_topic_gives(tmp_path: Path) -> None:
 
 def test_a_topic_that_was_made_anew_is_not_taken_for_the_old_one(tmp_path: Path) -> None:
     wanted = plain(tmp_path)
-    with pytest.raises(UnknownTopic, match="made anew"):
+    with pytest.raises(UnknownTopic, match="recreated"):
         values_of(wanted, past_of({Source("ef" * 16, 0): 4}), written(a_day(), 1, wanted))
 
 
@@ -217,3 +221,52 @@ def test_buckets_that_are_ahead_of_each_other_are_cut_user_by_user(tmp_path: Pat
             assert fresh[row] == (offset >= marks[Source(TOPIC, 0, user % 2, 2)])
             assert ((TOPIC, 0, offset, 0, offset) in before) != fresh[row]
     assert before
+
+
+CLICKS = 600
+
+
+def child(settings: Settings, past: Past) -> subprocess.Popen[bytes]:
+    """The process, with what it is asked for in a trial's registry."""
+    registry = Registry(settings.state_dir / "experiments" / "anew" / "registry")
+    if registry.control() is None:
+        registry.propose(start(actor="ann", reason="to see", now_ms=0))
+    write_past(registry.path, past)
+    environment: Mapping[str, str] = settings.environment()
+    command = [sys.executable, "-m", "streaming.past", f"--paths.registry={registry.path}"]
+    return subprocess.Popen(command, env=dict(environment), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+@pytest.fixture
+def settings(kafka_settings: KafkaFactory, tmp_path: Path) -> Settings:
+    kafka = kafka_settings()
+    with Topics(kafka) as topics:
+        topics.ensure(kafka.clicks_topic, 2, FOREVER)
+    send(kafka, [click(number) for number in range(CLICKS)])
+    return settings_for(kafka, tmp_path / "state", tmp_path / "salt")
+
+
+def test_its_rows_are_those_in_the_training_log_and_it_ends_in_order(settings: Settings, tmp_path: Path) -> None:
+    with (
+        following(settings.kafka, settings.kafka.microbatches_topic) as log,
+        running(settings, tmp_path / "log") as stream,
+    ):
+        until(lambda: next_offsets(log.poll()) == {0: CLICKS // 2, 1: CLICKS // 2}, "all clicks in the log")
+        assert stream.stop() == 0, stream.lines
+        written = log.poll()
+    sources = {part.source for value in written for part in decode(value).header.ranges}
+    made, frames = child(settings, past_of(dict.fromkeys(sources, CLICKS // 2))), Frames()
+    out, errors = made.communicate(timeout=240)
+    values = list(frames.take(out))
+    assert (made.returncode, frames.ended) == (0, True), errors.decode()
+    assert rows_of(values) == rows_of(written) and len(rows_of(values)) == CLICKS
+
+    # Nobody reads on: its trainer was killed.
+    registry = settings.state_dir / "experiments" / "anew" / "registry"
+    left = subprocess.Popen(made.args, env=settings.environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert left.stdout is not None and left.stderr is not None
+    assert left.stdout.read(4)
+    left.stdout.close()
+    assert left.wait(240) == 0 and "closed the pipe" in left.stderr.read().decode()
+    left.stderr.close()
+    assert list(registry.glob("past-*")) == []

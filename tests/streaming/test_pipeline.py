@@ -5,27 +5,18 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from deploy.kafka import broker as java
-from deploy.kafka import jars
-from deploy.kafka.configuration import free_port
-from deploy.watch.scrape import Scrape, scrape
 from state.accounts import StreamAccount, check_accounts
-from state.config.sections import Events, Kafka, LogSettings
-from state.config.settings import Settings
+from state.config.sections import Events, LogSettings
 from state.events.decoding import Decoder, decode_json
-from state.features.spec import FeatureSpec
-from state.history.store import HistoryStore
 from state.log import Topics
 from state.microbatch.batch import gaps
 from state.microbatch.codec import decode
 from state.positions import Source
-from streaming.profile import Profiler
 from tests.conftest import KafkaFactory
 from tests.streaming.streams import (
     FOREVER,
@@ -33,6 +24,7 @@ from tests.streaming.streams import (
     deduplicated,
     following,
     headers_of,
+    histories_of,
     next_offsets,
     rows_by_source,
     running,
@@ -47,19 +39,6 @@ BAD = {
     "unknown_action": click(2, action="stare"),
     "wrong_type": click(3, item=[1]),
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def kernels(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Compiles the kernels once, so that each process only loads them."""
-    store = HistoryStore(tmp_path_factory.mktemp("kernels"), map_bytes=1 << 24)
-    Profiler(store, FeatureSpec(), cache_users=1)
-    store.close()
-
-
-def store_of(settings: Settings) -> HistoryStore:
-    """The store of a stream that has ended."""
-    return HistoryStore(settings.stream_dir / "histories", map_bytes=1 << 30)
 
 
 def test_clicks_become_micro_batches_and_bad_ones_dead_letters(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
@@ -100,12 +79,11 @@ def test_clicks_become_micro_batches_and_bad_ones_dead_letters(kafka_settings: K
         assert not (settings.stream_dir / "attributes").exists()
 
         # The store agrees with the log.
-        store = store_of(settings)
-        assert store.positions() == marks
-        assert store.totals == {"positions": 404, "rows": 400, "dead": 4, "filtered": 0, "absent": 0}
-        assert check_accounts(StreamAccount(**store.totals)) == ()
-        assert store.users() == 17
-        store.close()
+        with histories_of(settings) as store:
+            assert store.positions() == marks
+            assert store.totals == {"positions": 404, "rows": 400, "dead": 4, "filtered": 0, "absent": 0}
+            assert check_accounts(StreamAccount(**store.totals)) == ()
+            assert store.users() == 17
 
         # A dead letter names reason and coordinates, also by its key, and holds nothing of the record.
         assert set(letters.poll()) == {b""}
@@ -131,46 +109,6 @@ def test_clicks_become_micro_batches_and_bad_ones_dead_letters(kafka_settings: K
         later = [decode(value) for value in log.poll()[before:]]
         assert sum(map(len, later)) == 20
         assert all(part.first >= 202 for batch in later for part in batch.header.ranges)
-
-
-def lag_of_group(kafka: Kafka) -> int:
-    """The lag of the group in the topic of clicks, as Kafka's own tool tells it."""
-    tool = ("org.apache.kafka.tools.consumer.group.ConsumerGroupCommand", "--describe", "--group", kafka.group)
-    class_path = os.pathsep.join(map(str, jars.resolve()))
-    line = java.command(class_path, Path(os.devnull), *tool, "--bootstrap-server", kafka.bootstrap_servers)
-    said = subprocess.run(line, capture_output=True, text=True, check=True).stdout
-    head, *rows = [words.split() for words in said.splitlines() if words.strip()]
-    found = [dict(zip(head, row, strict=False)) for row in rows]
-    return sum(int(one["LAG"]) for one in found if one["TOPIC"] == kafka.clicks_topic)
-
-
-def test_at_rest_the_group_and_the_metrics_say_what_is_committed(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
-    kafka = kafka_settings()
-    cuts = {"cut_rows": 400, "cut_ms": 60_000}
-    settings = settings_for(kafka, tmp_path / "state", tmp_path / "salt", metrics_port=free_port(), **cuts)
-
-    def seen() -> Scrape:
-        (scraped,) = scrape({"stream": f"http://127.0.0.1:{settings.stream.metrics_port}/metrics"}).values()
-        return scraped
-
-    def accounted() -> dict[str, float]:
-        return dict(seen().by("springtide_accounting_positions", "outcome"))
-
-    with Topics(kafka) as topics:
-        topics.ensure(kafka.clicks_topic, 2, FOREVER)
-        with running(settings, tmp_path / "log") as stream:
-            send(kafka, [click(number) for number in range(400)])
-            until(lambda: accounted().get("positions") == 400, "the account of all clicks")
-            until(lambda: topics.committed(kafka.group, kafka.clicks_topic) == {0: 200, 1: 200}, "the group's offsets")
-            until(lambda: accounted().get("rows") == 400, "the account of all rows")
-            # Kafka's tool agrees: also about clicks that were read, and wait for a cut that does not come.
-            send(kafka, [click(number) for number in range(400, 440)], 400)
-            until(lambda: seen().value("springtide_stream_lag_events") == 40, "the lag of clicks that wait")
-            assert lag_of_group(kafka) == 40
-            for name in ("springtide_stream_lag_seconds", "springtide_stream_busy_seconds_total"):
-                until(lambda name=name: (seen().value(name) or 0.0) > 0.0, name)
-            assert stream.stop() == 0, stream.lines
-        assert topics.committed(kafka.group, kafka.clicks_topic) == {0: 220, 1: 220}
 
 
 def test_a_new_partition_is_taken_up_from_its_beginning(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
@@ -220,9 +158,8 @@ def test_after_kill_9_the_rows_are_those_of_an_undisturbed_run(
                 assert stream.stop() == 0, stream.lines
             undisturbed["rows"] = rows_by_source(deduplicated(log.poll())[0])
             undisturbed["clicks"] = kafka.clicks_topic
-            store = store_of(settings)
-            undisturbed["digest"] = store.digest()
-            store.close()
+            with histories_of(settings) as store:
+                undisturbed["digest"] = store.digest()
     kafka = kafka_settings(clicks_topic=undisturbed["clicks"])
     settings = settings_for(kafka, tmp_path / "state", salt)
     with following(kafka, kafka.microbatches_topic) as log:
@@ -233,29 +170,9 @@ def test_after_kill_9_the_rows_are_those_of_an_undisturbed_run(
             assert stream.stop() == 0, stream.lines
         rows = rows_by_source(deduplicated(log.poll())[0])
     assert rows == undisturbed["rows"]
-    store = store_of(settings)
-    assert store.digest() == undisturbed["digest"]
-    assert store.totals["rows"] == store.totals["positions"] == 1000
-    store.close()
-
-
-def test_a_zombie_with_another_directory_is_fenced(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
-    kafka = kafka_settings()
-    with Topics(kafka) as topics:
-        topics.ensure(kafka.clicks_topic, 2, FOREVER)
-    one, two = (settings_for(kafka, tmp_path / name, tmp_path / "salt") for name in ("one", "two"))
-    with running(one, tmp_path / "log-one") as zombie:
-        until(lambda: any("reading" in line for line in zombie.lines), "the zombie reads")
-        with running(two, tmp_path / "log-two") as heir, following(kafka, kafka.microbatches_topic) as log:
-            until(lambda: any("reading" in line for line in heir.lines), "the heir reads")
-            send(kafka, [click(number) for number in range(20)])
-            assert zombie.wait() == 1
-            until(lambda: next_offsets(log.poll()) == {0: 10, 1: 10}, "the heir's rows")
-            assert heir.stop() == 0, heir.lines
-            assert sum(len(decode(value)) for value in log.poll()) == 20
-    assert "FencedWriter" in zombie.lines[-1]
-    assert sum(" ERROR " in line for line in zombie.lines) == 1
-    assert not any("Traceback" in line for line in zombie.lines), zombie.lines
+    with histories_of(settings) as store:
+        assert store.digest() == undisturbed["digest"]
+        assert store.totals["rows"] == store.totals["positions"] == 1000
 
 
 def asked_to_stop(settings: Events) -> Decoder:

@@ -1,4 +1,4 @@
-"""Claims about the profiler: cuts, cache and crashes change no bit; each row is `vectorise` of what came before."""
+"""The profiler: cuts, cache and crashes change no bit; each row is `vectorise` of what came before."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ from state.features.arrays import Vector
 from state.features.spec import EVENT, Events, FeatureSpec, Mask, vectorise
 from state.history.appends import events_of
 from state.history.store import HistoryStore
-from state.positions import Range, Source
-from streaming.profile import Profiler
+from streaming.profile import ABSENT, Profiler, SlotTable
 from streaming.rows import Rows
+from tests.streaming import pieces
 
 SPEC = FeatureSpec(windows_s=(60, 600, 7200), half_lives_s=(30, 900), history=16, recent_categories=5, sequence=7)
-SOURCES = (Source("ab" * 16, 0), Source("ab" * 16, 1))
 BASE_MS = 1_700_000_000_000
 
 Click = tuple[int, int, int, int, int]
@@ -42,29 +41,16 @@ streams = st.lists(
 
 def batch_of(clicks: list[Click], following: list[int]) -> EventBatch:
     """A batch with one range for each partition it has; `following` keeps the next offsets."""
-    partitions = sorted({click[3] for click in clicks})
-    first = {partition: following[partition] for partition in partitions}
-    offsets = []
-    for click in clicks:
-        offsets.append(following[click[3]])
-        following[click[3]] += 1
     user, step, category, partition, label = (list(column) for column in zip(*clicks, strict=True))
-    return EventBatch(
+    return pieces.batch_of(
+        partition,
+        following,
         user=np.array(user, np.uint64) + np.uint64(2**63),
-        item=np.array(category, np.uint64),
-        category=np.array(category, np.uint64),
-        action=np.array(user, np.uint8) % 4,
+        item=category,
+        category=category,
+        action=np.array(user) % 4,
         at_ms=BASE_MS + 30_000 * np.array(step, np.int64),
         label=np.array(label, np.float32),
-        weight=np.ones(len(clicks), np.float32),
-        context=np.empty((len(clicks), 0), np.uint64),
-        source=np.array([partitions.index(one) for one in partition], np.uint16),
-        offset=np.array(offsets, np.int64),
-        ranges=tuple(
-            Range(SOURCES[one], first[one], following[one], rows=following[one] - first[one]) for one in partitions
-        ),
-        dead=(),
-        names={},
     )
 
 
@@ -174,3 +160,22 @@ def test_users_leave_memory_only_when_committed(tmp_path: Path) -> None:
 def test_labels_become_flags() -> None:
     batch = batch_of([(1, 0, 1, 0, label) for label in (np.nan, 0.0, 0.49, 0.5, 1.0)], [0, 0])
     assert events_of(batch, batch.ranges)["flags"].tolist() == [0, 1, 1, 3, 3]
+
+
+@pytest.mark.parametrize("crowded", [False, True])
+def test_it_finds_what_a_dictionary_finds(crowded: bool) -> None:
+    """Crowded: most users would have one of a few slots of the table, so that gaps must be closed."""
+    rng = np.random.default_rng(5)
+    spread = rng.integers(0, 1 << 63, 4000).astype(np.uint64)
+    users = (np.arange(600, dtype=np.uint64) << np.uint64(32)) + spread[:600] % np.uint64(4) if crowded else spread
+    table, known = SlotTable(), dict[int, int]()
+    for number in range(60):
+        absent = [user for user in rng.permutation(users).tolist() if user not in known][: int(rng.integers(0, 200))]
+        table.put(np.array(absent, np.uint64), number + np.arange(len(absent)))
+        known |= dict(zip(absent, range(number, number + len(absent)), strict=True))
+        gone = rng.permutation(np.array(list(known), np.uint64))[: int(rng.integers(0, len(known) // 2 + 1))].tolist()
+        table.remove(gone)
+        for user in gone:
+            del known[user]
+        assert table.find(users).tolist() == [known.get(user, ABSENT) for user in users.tolist()]
+        assert len(table) == len(known)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from state.config.sections import Kafka
+from state.config.sections import Events, Kafka, LabelSettings
 from state.config.settings import Settings
 from state.disk.lock import DirectoryLock
 from state.errors import CorruptStore, LockHeld, SaltMismatch, StoreError
@@ -24,9 +24,21 @@ from state.microbatch.codec import decode
 from state.positions import Source
 from state.process import killpoints
 from streaming import histories
+from streaming.accounts import faults
 from streaming.rebuild import Rebuilt, progress_on, rebuild
+from tests.conftest import KafkaFactory
 from tests.one_kafka import Running
-from tests.streaming.streams import FOREVER, click, following, next_offsets, running, send, settings_for, until
+from tests.streaming.streams import (
+    FOREVER,
+    click,
+    following,
+    histories_of,
+    next_offsets,
+    running,
+    send,
+    settings_for,
+    until,
+)
 
 CLICKS = 1200
 USERS = 16  # each of whom clicks in one of the two partitions
@@ -70,26 +82,17 @@ def lost(kafka: Running, tmp_path_factory: pytest.TempPathFactory) -> Lost:
             assert stream.stop() == 0, stream.lines
         records = len(log.poll())
         assert sum(len(decode(value)) for value in log.poll()) > CLICKS - len(BAD), "the crash wrote rows twice"
-    store = opened(settings)
-    made = Lost(settings, store.digest(), store.counts(), records)
-    store.close()
-    return made
-
-
-def opened(settings: Settings) -> HistoryStore:
-    return HistoryStore(settings.stream_dir / HISTORIES, settings.features.history, 1 << 30)
+    with histories_of(settings) as store:
+        return Lost(settings, store.digest(), store.counts(), records)
 
 
 def rebuilt(settings: Settings, copy: Path | None = None) -> Rebuilt:
-    return rebuild(settings, copy, progress_on(io.StringIO()), lambda text: None)
+    return rebuild(settings, copy, progress_on(io.StringIO()))
 
 
 def held(settings: Settings) -> tuple[str, dict[Source, dict[str, int]]]:
-    store = opened(settings)
-    try:
+    with histories_of(settings) as store:
         return store.digest(), store.counts()
-    finally:
-        store.close()
 
 
 @pytest.fixture
@@ -162,20 +165,19 @@ def test_what_is_gone_from_both_is_counted(lost: Lost, copied_log: Settings, kaf
         topics.delete_before(settings.kafka.microbatches_topic, {0: 5})
     # The clicks of the log's topic id are not there at all: all below the log's first ranges is gone.
     found = rebuilt(settings)
-    store = opened(settings)
-    assert found.lost == sum(count["first"] for count in store.counts().values()) > 0
-    assert found.incomplete == found.users == store.users() == USERS
-    assert {source: count["next"] for source, count in store.counts().items()} == {
-        source: count["next"] for source, count in lost.counts.items()
-    }
-    store.close()
+    with histories_of(settings) as store:
+        assert found.lost == sum(count["first"] for count in store.counts().values()) > 0
+        assert found.incomplete == found.users == store.users() == USERS
+        assert {source: count["next"] for source, count in store.counts().items()} == {
+            source: count["next"] for source, count in lost.counts.items()
+        }
 
 
 def test_a_copy_is_gone_on_from_and_one_not_closed_in_order_is_refused(lost: Lost, tmp_path: Path) -> None:
     first = lost.elsewhere(tmp_path / "first")
     rebuilt(first)
     copy = tmp_path / "copy"
-    store = opened(first)
+    store = HistoryStore(first.stream_dir / HISTORIES, first.features.history, 1 << 30)
     store.copy_to(copy)
     store._env.close()  # as a kill does
     with pytest.raises(CorruptStore, match="was not closed cleanly"):
@@ -223,9 +225,47 @@ def test_a_rebuild_cut_short_leaves_the_old_store_or_the_new_one(
     with pytest.raises(Died):
         rebuilt(settings)
     histories.finish(settings.stream_dir)
-    store = opened(settings)
-    assert store.users() == (0 if point == "rebuild.committed" else USERS)
-    store.close()
+    with histories_of(settings) as store:
+        assert store.users() == (0 if point == "rebuild.committed" else USERS)
     found = rebuilt(settings)
     assert found.users == USERS
     assert held(settings) == (lost.digest, lost.counts)
+
+
+def test_impressions_that_wait_come_back_from_the_log_and_if_that_is_gone_from_the_clicks(
+    kafka_settings: KafkaFactory, tmp_path: Path
+) -> None:
+    actions = ("impression", "view", "click", "impression")
+    settings = replace(
+        settings_for(kafka_settings(), tmp_path / "state", tmp_path / "salt"),
+        events=Events(actions=("view", "impression", "click"), action_weights=(1.0, 1.0, 3.0)),
+        labels=LabelSettings(impressions=("impression",), outcomes=("click",), wait_s=60),
+    )
+    kafka, count = settings.kafka, 400
+
+    def stored(settings: Settings) -> tuple[object, ...]:
+        with histories_of(settings) as store:
+            assert faults(store) == ()
+            return list(store.waiting()), store.cut(), store.digest()
+
+    with Topics(kafka) as topics, following(kafka, kafka.microbatches_topic) as log:
+        topics.ensure(kafka.clicks_topic, 2, FOREVER)
+        # Each user in turn: an impression, a view, a click (of every third user on that impression), an impression.
+        clicks = []
+        for number in range(count):
+            turn, user = divmod(number, 10)
+            item = f"item-{turn - 2 if turn % 4 == 2 and user % 3 == 0 else turn}"
+            clicks.append(click(number, user=f"user-{user}", item=item, action=actions[turn % 4]))
+        send(kafka, clicks)
+        with running(settings, tmp_path / "log", "stream.acknowledged:3") as stream:
+            assert stream.wait() == -9, stream.lines
+        with running(settings, tmp_path / "log") as stream:
+            until(lambda: next_offsets(log.poll()) == {0: count / 2, 1: count / 2}, "all clicks in the log")
+            assert stream.stop() == 0, stream.lines
+        before = stored(settings)
+        assert before[0]
+        for name in ("from-log", "from-clicks"):
+            elsewhere = replace(settings, paths=replace(settings.paths, state=str(tmp_path / name)))
+            rebuilt(elsewhere)
+            assert stored(elsewhere) == before
+            topics.delete_before(kafka.microbatches_topic, {0: topics.ends(kafka.microbatches_topic)[0][1]})

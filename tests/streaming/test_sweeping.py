@@ -19,11 +19,11 @@ from state.history.appends import Appends
 from state.history.store import HistoryStore
 from state.history.sweeping import READ_TIMES, Sweeper
 from state.metrics import StreamMetrics
+from streaming.commit import StreamSweep
 from streaming.cut import Cut
-from streaming.event_clock import PREFIX, Moves, Told, Witnesses, believe
+from streaming.event_clock import PREFIX, BatchClock, Moves, Quorum, believe
 from streaming.profile import Profiler
 from streaming.rows import Rows
-from streaming.sweeping import StreamSweep
 from tests.streaming.committing import sink, with_history
 from tests.streaming.pieces import ONE, ZERO, context_of, piece
 from tests.streaming.streams import until
@@ -102,7 +102,7 @@ def told(rows: Rows, clock_ms: int) -> Rows:
     appends.events["topic"] = ZERO.topic
     nothing = np.empty(0, np.int64)
     moves = Moves(nothing.astype(np.uint16), nothing, nothing)
-    return replace(rows, appends=appends, told=Told(nothing, moves, ((clock_ms, clock_ms),), {}, ()))
+    return replace(rows, appends=appends, clock=BatchClock(nothing, moves, ((clock_ms, clock_ms),), {}, ()))
 
 
 def test_the_commit_thread_sweeps_at_rest_too_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +136,7 @@ def test_a_store_at_the_end_of_its_map_makes_room_for_the_commit_that_it_refused
         appends = Appends.of(pseudonyms[60 * number :][:60], rows.appends.events)
         for _ in range(100):
             try:
-                with sweep.making_room():
+                with sweep.freeing_space():
                     store.commit(appends, rows.batch.ranges)
                 break
             except StoreFull:
@@ -151,7 +151,7 @@ def test_a_store_at_the_end_of_its_map_makes_room_for_the_commit_that_it_refused
 def test_a_partition_that_was_not_read_on_yet_holds_the_sweep_back(tmp_path: Path) -> None:
     store = HistoryStore(tmp_path / "store", map_bytes=1 << 24)
     first = told(piece((ONE, 0, 1)), BASE_MS)
-    witnesses = Witnesses.of(1)
+    witnesses = Quorum.of(1)
     believe(witnesses, np.zeros(1, np.int64), np.zeros(1, np.int64), np.array([BASE_MS]), BASE_MS)
     store.commit(first.appends, first.batch.ranges, {PREFIX + str(ONE): witnesses.pack(0)})
     spec = FeatureSpec(windows_s=(3600, 7200, 10800))

@@ -14,8 +14,6 @@ import pytest
 from state.accounts import StreamAccount, check_accounts
 from state.config.settings import Settings
 from state.events.identity import load_salt, user_id
-from state.history.store import HistoryStore
-from state.layout import HISTORIES
 from state.log import Reader, Topics, Writer
 from state.microbatch.codec import decode
 from state.positions import Source
@@ -28,6 +26,7 @@ from tests.streaming.streams import (
     deduplicated,
     following,
     headers_of,
+    histories_of,
     next_offsets,
     running,
     send,
@@ -38,9 +37,8 @@ from tests.streaming.streams import (
 
 def totals(settings: Settings) -> dict[str, int]:
     """The accounts of a stream that has ended; they add up."""
-    store = HistoryStore(settings.stream_dir / HISTORIES, map_bytes=1 << 30)
-    found = store.totals
-    store.close()
+    with histories_of(settings) as store:
+        found = store.totals
     assert check_accounts(StreamAccount(**found)) == ()
     return found
 
@@ -121,12 +119,11 @@ def test_clicks_deleted_and_made_again_are_another_topic(kafka_settings: KafkaFa
         with running(settings, tmp_path / "again") as stream:
             until(lambda: sum(len(decode(value)) for value in log.poll()) == 26, "the new topic's clicks")
             assert stream.stop() == 0, stream.lines
-        assert any("another one than before: reading it from its beginning" in line for line in stream.lines)
-        store = HistoryStore(settings.stream_dir / HISTORIES, map_bytes=1 << 30)
-        assert store.positions() == {
-            Source(old, 0): 10, Source(old, 1): 10, Source(new, 0): 3, Source(new, 1): 3,
-        }  # fmt: skip
-        store.close()
+        assert any("was recreated: reading it from its beginning" in line for line in stream.lines)
+        with histories_of(settings) as store:
+            assert store.positions() == {
+                Source(old, 0): 10, Source(old, 1): 10, Source(new, 0): 3, Source(new, 1): 3,
+            }  # fmt: skip
         _, marks = deduplicated(log.poll())
         assert {source.topic_id for source in marks} == {old, new}
 

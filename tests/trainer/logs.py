@@ -26,7 +26,7 @@ from tests.memory_log import MemoryLog
 from tests.trainer.clicks import SALT, SPEC, small_settings
 from trainer.beginning import Begins, from_nothing
 from trainer.engine.step import Trainer
-from trainer.learner import NO_CONSENT, Learner
+from trainer.learner import NO_CONSENT, Learner, ServedModel, Surroundings
 from trainer.versions import checkpoint
 
 TOPIC_ID = "cd" * 16
@@ -87,15 +87,9 @@ def learner(
         registry,
         trainer or fresh(*flags),
         log,
-        program,
-        spec.digest,
-        about,
+        ServedModel(program, spec.digest, about),
         TrainerMetrics(CollectorRegistry()),
-        clock=lambda: 0.0,
-        elapsed=lambda: tick_s * next(ticks),
-        consent=consent,
-        room=room,
-        begins=begins,
+        Surroundings(consent, room, begins, clock=lambda: 0.0, elapsed=lambda: tick_s * next(ticks)),
     )
     control = registry.control()
     assert control is not None

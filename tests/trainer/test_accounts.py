@@ -82,7 +82,7 @@ def test_a_row_lost_on_the_way_is_found(tmp_path: Path) -> None:
     assert fault == f"log: the stream made 480 rows, but the log holds {480 - lost} without duplicates: {lost} lost"
 
 
-def test_a_counter_that_misses_a_row_is_said_aloud(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_counter_that_misses_a_row_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     registry = CollectorRegistry()
     metrics = TrainerMetrics(registry)
     account = dict.fromkeys(accounts.NAMES, 0) | {"rows": 9, "trained": 8}
@@ -148,7 +148,7 @@ def test_records_deleted_from_the_log_stop_the_trainer_until_somebody_accepts_th
     again.close()
 
 
-def test_records_deleted_under_way_are_a_gap_too(tmp_path: Path) -> None:
+def test_records_deleted_while_reading_are_a_gap_too(tmp_path: Path) -> None:
     log = written(RECORDS[:4])
     running = learner(started(tmp_path), log, consent=ann("0:0-99"))
     run_to_end(running)
@@ -207,7 +207,7 @@ def test_between_the_two_only_an_accepted_gap_explains_missing_rows(
 
 
 @given(st.integers(0, 30), st.integers(0, 3))
-def test_where_impressions_wait_a_lost_position_may_have_had_the_rows_of_several(missing: int, gap: int) -> None:
+def test_with_impressions_a_lost_position_may_have_had_several_rows(missing: int, gap: int) -> None:
     # Two plain rows are left of a log in which a gap held what the waits of five impressions had made known.
     stream = StreamAccount(positions=7, rows=2, opened=5, joined=1, expired=missing)
     found = check_accounts(stream, TrainerAccount(rows=3, trained=3, gap=gap))

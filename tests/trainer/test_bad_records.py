@@ -67,7 +67,7 @@ def test_a_stray_record_is_named_left_out_and_changes_nothing(
         run_to_end(running)
     assert said in str(raised.value) and f"offset {BAD}" in raised.value.what
     assert raised.value.do.endswith(
-        f"to go on without this record: springtide train (or up) --skip-record {BAD} --reason TEXT"
+        f"to continue without this record: springtide train (or up) --skip-record {BAD} --reason TEXT"
     )
     # It stands before the record; the consent for another one does not help.
     assert running.place.next == BAD - 1

@@ -18,8 +18,9 @@ from state.process.part import OPTIONS_READ
 from tests.trainer.clicks import SPEC, batches, small_settings
 from tests.trainer.logs import fresh, write_transform
 from trainer import loop
-from trainer.checks import check_model, check_tower
+from trainer.checks import check_model
 from trainer.model.tower import width_in
+from trainer.model_checks import check_tower
 from trainer.versions.program import build as build_program
 
 EXAMPLE = "deploy.examples.own_model.tower:build"
@@ -116,7 +117,7 @@ def check(name: str) -> str:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_no_tower_is_refused_by_name_with_what_is_wanted(name: str) -> None:
+def test_a_wrong_tower_is_refused_with_what_is_expected(name: str) -> None:
     with pytest.raises(ProgramError, match=REFUSED[name]) as caught:
         check(f"{__name__}:{name}")
     assert str(caught.value).startswith(f"model.tower '{__name__}:{name}'")
@@ -176,7 +177,7 @@ def test_an_option_that_the_default_functions_do_not_read_is_refused(tmp_path: P
         check_model(settings, FeatureSpec.from_settings(settings), None)
 
 
-def test_a_tower_of_ones_own_trains_and_its_program_answers_as_it_does() -> None:
+def test_a_custom_tower_trains_and_its_program_gives_the_same_answers() -> None:
     trainer = fresh("--model.tower", EXAMPLE)
     before = trainer.model.weights()
     losses = [trainer.step(batch).interest_log_loss for batch in batches(0, 40)]
@@ -187,7 +188,7 @@ def test_a_tower_of_ones_own_trains_and_its_program_answers_as_it_does() -> None
     build_program(trainer.model)
 
 
-def test_the_trainer_refuses_it_before_it_waits_for_anything(tmp_path: Path) -> None:
+def test_the_trainer_refuses_it_before_any_wait(tmp_path: Path) -> None:
     settings = small_settings(
         "--model.tower", f"{__name__}:build_bessel", "--trainer.metrics_port", "0", "--paths.state", str(tmp_path)
     )

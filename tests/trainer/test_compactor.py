@@ -20,9 +20,8 @@ from state.registry.manifest import Draft, FileEntry, LogRange, Manifest, extend
 from state.registry.registry import Registry
 from tests.trainer.clicks import SPEC, batches, small_settings
 from trainer import compactor
-from trainer.compactor import compact, thin
+from trainer.compactor import DAY_MS, HOUR_MS, Tiers, compact, plan, thin
 from trainer.engine.step import Trainer
-from trainer.thinning import DAY_MS, HOUR_MS, Tiers, plan
 from trainer.versions import checkpoint, content
 
 WHO = {"actor": "test", "reason": "test", "now_ms": 0}
@@ -123,7 +122,7 @@ class Line:
         return [start, *reversed(found)]
 
 
-def test_for_an_hour_each_stays_for_a_day_ten_minutes_and_for_a_week_an_hour() -> None:
+def test_versions_are_thinned_after_an_hour_and_again_after_a_day() -> None:
     """Ten days of a version each minute, thinned each ten minutes as the trainer has it done."""
     line, version, last = Line(), 1, ((1, 1),)
     tiers = replace(TIERS, load_bytes=5_000)
@@ -159,7 +158,7 @@ def test_for_an_hour_each_stays_for_a_day_ten_minutes_and_for_a_week_an_hour() -
     st.integers(100, 4000),
     st.integers(100, 1000),
 )
-def test_what_stays_can_be_restored(
+def test_every_kept_version_can_be_restored(
     steps: list[int], based: set[int], keep: set[int], now: int, most: int, load: int
 ) -> None:
     """A line of deltas with rollbacks (numbers of `steps`), one a millisecond, and bases at `based`; thinned three times."""

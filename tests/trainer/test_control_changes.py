@@ -80,7 +80,7 @@ def test_a_paused_trainer_takes_no_record_and_a_resumed_one_has_the_same_bits(tm
     assert state(running) == state(whole)
 
 
-def test_a_trainer_whose_publishing_is_held_learns_on_and_publishes_it_all_at_the_release(tmp_path: Path) -> None:
+def test_a_trainer_with_held_publishing_learns_on_and_publishes_everything_at_the_release(tmp_path: Path) -> None:
     registry, log = started(tmp_path), written(RECORDS[:4])
     running = learner(registry, log)
     last = published(running)
@@ -137,7 +137,7 @@ def test_the_outcome_counts_what_was_read_before_a_restart(tmp_path: Path) -> No
     assert (found["rows"], found["masked"]) == (16 * 40, again.place.masked)
 
 
-def test_answers_follow_once_all_that_was_learned_before_is_published(tmp_path: Path) -> None:
+def test_serving_follows_once_everything_learned_before_is_published(tmp_path: Path) -> None:
     registry, log = started(tmp_path), written(RECORDS[:8])
     running = learner(registry, log)
     to = published(running)
@@ -151,7 +151,7 @@ def test_answers_follow_once_all_that_was_learned_before_is_published(tmp_path: 
     assert registry.manifest(registry.newest(2) or 0).rows == 24 * 40 - running.place.masked
 
 
-def test_while_the_place_of_a_shared_registry_is_away_answers_wait_and_follow_when_it_is_back(tmp_path: Path) -> None:
+def test_while_a_shared_registry_is_away_serving_waits_and_follows_later(tmp_path: Path) -> None:
     registry, log, url = started(tmp_path / "trainer"), written(RECORDS[:8]), tmp_path / "place"
     registry.directory.shared, _ = sharing.own(registry.path, str(url), 7)
     running = learner(registry, log)
@@ -170,7 +170,7 @@ def test_while_the_place_of_a_shared_registry_is_away_answers_wait_and_follow_wh
     assert control is not None and control.action == "follow"
 
 
-def test_who_pins_meanwhile_stays_pinned(tmp_path: Path) -> None:
+def test_a_version_pinned_meanwhile_stays_pinned(tmp_path: Path) -> None:
     registry, log = started(tmp_path), written(RECORDS[:8])
     running = learner(registry, log)
     to = published(running)

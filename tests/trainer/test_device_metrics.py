@@ -12,14 +12,14 @@ from trainer import device
 HELD = "springtide_trainer_device_memory_bytes"
 
 
-def test_nothing_is_told_of_a_cpu() -> None:
+def test_a_cpu_has_no_device_metrics() -> None:
     registry = CollectorRegistry()
     device.show("/CPU:0", TrainerMetrics(registry))
     assert registry.get_sample_value(HELD, {"kind": "current"}) is None
 
 
 @pytest.mark.skipif(not tf.config.list_physical_devices("GPU"), reason="TensorFlow finds no GPU here")
-def test_what_a_gpu_holds_is_told() -> None:
+def test_the_memory_of_a_gpu_is_shown() -> None:
     registry = CollectorRegistry()
     device.show("/GPU:0", TrainerMetrics(registry))
     with tf.device("/GPU:0"):

@@ -105,7 +105,7 @@ def compared(live: Live, name: str) -> ComparisonFigures:
     return one.figures()
 
 
-def test_a_trial_of_the_same_settings_from_the_live_version_is_the_same_to_the_last_bit(live: Live) -> None:
+def test_a_trial_with_the_live_settings_and_version_has_the_same_bits(live: Live) -> None:
     log = written(RECORDS[:6])
     live.learn(log).close()
     made = live.asks("start", "again")
@@ -210,7 +210,9 @@ def test_a_trial_of_the_same_model_goes_live_while_the_live_trainer_runs(live: L
     assert checkpoint.digest(live.trainers["live"]) == restored
 
 
-def test_an_erasure_reaches_a_trial_and_is_told_until_it_has(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_erasure_reaches_a_trial_and_is_reported_as_pending_until_then(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = written(RECORDS[:6])
     live.learn(log).close()
     live.asks("start", "again")
@@ -237,7 +239,7 @@ def test_an_erasure_reaches_a_trial_and_is_told_until_it_has(live: Live, monkeyp
     assert of_experiments(settings, control) == [] and live.registry.versions()
 
 
-def test_wrong_words_are_refused_with_what_to_do(live: Live) -> None:
+def test_wrong_arguments_are_refused_with_what_to_do(live: Live) -> None:
     live.learn(written(RECORDS[:4])).close()
     for words, refusal in {
         ("features.history=8",): "cannot be tried",

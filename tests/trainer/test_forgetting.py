@@ -93,7 +93,7 @@ def erased(path: Path) -> tuple[Registry, Any, Learner, int]:
     return registry, log, running, before
 
 
-def test_rows_and_crosses_go_before_the_next_record_and_clicks_of_before_are_not_learned(tmp_path: Path) -> None:
+def test_an_erased_users_rows_and_crosses_are_removed_and_older_clicks_are_not_learned(tmp_path: Path) -> None:
     registry, log, running, before = erased(tmp_path)
     running.tick(0.0)
     assert held(running) == (False, 0) and running.place.erased == 1
@@ -118,7 +118,7 @@ def test_rows_and_crosses_go_before_the_next_record_and_clicks_of_before_are_not
     running.close()
 
 
-def test_a_user_is_forgotten_while_training_rests_and_no_click_comes(tmp_path: Path) -> None:
+def test_a_user_is_forgotten_without_a_new_record(tmp_path: Path) -> None:
     registry, _, running, before = erased(tmp_path)
     run_to_end(running)
     published(running)
@@ -131,7 +131,7 @@ def test_a_user_is_forgotten_while_training_rests_and_no_click_comes(tmp_path: P
 
 
 @pytest.mark.parametrize("rewritten", [False, True])
-def test_a_version_of_before_is_gone_back_to_without_the_user(tmp_path: Path, rewritten: bool) -> None:
+def test_an_earlier_version_is_restored_without_the_user(tmp_path: Path, rewritten: bool) -> None:
     registry, log, running, before = erased(tmp_path)
     append(log, RECORDS[READ:])
     run_to_end(running)
@@ -149,9 +149,7 @@ def test_a_version_of_before_is_gone_back_to_without_the_user(tmp_path: Path, re
     running.close()
 
 
-def test_a_trainer_killed_before_it_told_a_version_forgets_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_trainer_killed_before_its_version_forgets_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     registry, log, running, before = erased(tmp_path)
     monkeypatch.setattr(running, "_publish_if_due", lambda: None)
     run_to_end(running)

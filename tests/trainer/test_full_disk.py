@@ -32,7 +32,7 @@ def waits(metrics: StorageMetrics) -> float:
     return float(metrics.waiting.labels("registry")._value.get())
 
 
-def test_the_trainer_learns_on_and_publishes_all_of_it_once_there_is_room(
+def test_the_trainer_learns_on_and_publishes_everything_once_there_is_space(
     tmp_path: Path, metrics: StorageMetrics, caplog: pytest.LogCaptureFixture
 ) -> None:
     undisturbed = learner(started(tmp_path / "whole"), written(RECORDS))
@@ -62,7 +62,7 @@ def test_the_trainer_learns_on_and_publishes_all_of_it_once_there_is_room(
         assert bits_of(again) == expected
 
 
-def test_a_trainer_that_is_asked_to_stop_waits_for_no_room_and_learns_the_rest_again(
+def test_a_stopping_trainer_does_not_wait_for_disk_space_and_learns_the_rest_again(
     tmp_path: Path, metrics: StorageMetrics
 ) -> None:
     stopping = threading.Event()
@@ -86,9 +86,7 @@ def test_a_trainer_that_is_asked_to_stop_waits_for_no_room_and_learns_the_rest_a
         assert (bits_of(again), again.place.marks) == learned
 
 
-def test_a_version_that_waits_is_given_up_where_control_goes_back_meanwhile(
-    tmp_path: Path, metrics: StorageMetrics
-) -> None:
+def test_a_waiting_version_is_dropped_at_a_rollback(tmp_path: Path, metrics: StorageMetrics) -> None:
     with small_disk(tmp_path / "disk", "32m") as disk:
         registry, log = started(disk.path / "registry"), written(RECORDS[:4])
         turned = threading.Event()
@@ -113,7 +111,7 @@ def test_a_version_that_waits_is_given_up_where_control_goes_back_meanwhile(
         assert running.place.epoch == 2
 
 
-def test_what_is_no_want_of_room_is_not_waited_for(metrics: StorageMetrics) -> None:
+def test_other_disk_errors_are_not_awaited(metrics: StorageMetrics) -> None:
     tried = []
 
     def act() -> None:

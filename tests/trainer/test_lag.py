@@ -34,7 +34,7 @@ class Trainer:
 
     def shown(self) -> tuple[float, float]:
         """Positions and seconds."""
-        self.lag.look()
+        self.lag.poll()
         return self.metrics.lag_records._value.get(), self.metrics.lag_seconds._value.get()
 
 
@@ -46,22 +46,22 @@ def test_lag_is_in_positions_and_in_seconds_since_the_newest_record_taken() -> N
     assert trainer.shown() == (0, 0.0)
 
 
-def test_before_its_first_record_nobody_knows_seconds() -> None:
+def test_before_the_first_record_the_seconds_are_unknown() -> None:
     assert Trainer(9).shown() == (9, 0.0)
 
 
-def test_a_broker_that_is_away_is_said_once_and_stops_nothing(
+def test_an_unreachable_broker_is_logged_once_and_stops_nothing(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("trainer.lag.LOOK_S", 0.001)
+    monkeypatch.setattr("trainer.lag.POLL_S", 0.001)
     trainer = Trainer(3)
-    trainer.lag.look()
+    trainer.lag.poll()
     trainer.log.go_away()
-    looks: list[int] = []
-    trainer.lag._taken = lambda: (looks.append(0), trainer.taken)[1]
+    polls: list[int] = []
+    trainer.lag._taken = lambda: (polls.append(0), trainer.taken)[1]
     with caplog.at_level(logging.WARNING):
         trainer.lag.start()
-        assert eventually(lambda: len(looks) > 5)
+        assert eventually(lambda: len(polls) > 5)
         trainer.taken = Taken(2, 1)
         trainer.log.come_back()
         assert eventually(lambda: trainer.metrics.lag_records._value.get() == 1)
@@ -78,7 +78,7 @@ def test_the_groups_lag_of_any_client_is_that_of_the_metric(kafka_settings: Kafk
         for _ in range(7):
             writer.send(kafka.microbatches_topic, 0, None, b"")
         writer.flush()
-    TrainingLag(kafka, 0, lambda: Taken(3, 1), metrics).look()
+    TrainingLag(kafka, 0, lambda: Taken(3, 1), metrics).poll()
     where = TopicPartition(kafka.microbatches_topic, 0)
     asked = KafkaConsumer(bootstrap_servers=kafka.bootstrap_servers, group_id=kafka.group, enable_auto_commit=False)
     seen = asked.end_offsets([where])[where] - asked.committed(where)

@@ -14,7 +14,7 @@ from state.features.mask import Mask
 from state.positions import Source
 from state.process import killpoints
 from state.registry.control import Control, follow, pin, release, roll_back
-from state.registry.registry import SERVING, Registry
+from state.registry.registry import Registry
 from tests.trainer.clicks import SALT, SPEC, START_MS, TOPIC, microbatch
 from tests.trainer.logs import (
     append,
@@ -80,7 +80,7 @@ def _first_of(registry: Registry, epoch: int) -> int:
     return min(version for version in registry.versions() if registry.manifest(version).epoch == epoch)
 
 
-def test_a_restart_goes_on_with_the_same_bits_in_another_layout(tmp_path: Path) -> None:
+def test_a_restart_continues_with_the_same_bits_in_another_layout(tmp_path: Path) -> None:
     whole = learner(started(tmp_path / "whole"), written(RECORDS))
     run_to_end(whole)
     expected = state(whole)
@@ -94,28 +94,6 @@ def test_a_restart_goes_on_with_the_same_bits_in_another_layout(tmp_path: Path) 
         kill(running)
     assert state(running) == expected
     assert (running.place.rows, running.place.duplicate) == (whole.place.rows, 0)
-
-
-def test_rows_written_again_by_a_crashed_stream_change_nothing(tmp_path: Path) -> None:
-    once = learner(started(tmp_path / "once"), written(RECORDS[:6]))
-    run_to_end(once)
-    expected = state(once)
-    again = learner(started(tmp_path / "again"), written([*RECORDS[:4], *RECORDS[2:6]]))
-    run_to_end(again)
-    assert (state(again)[0], again.place.marks) == (expected[0], expected[2])
-    assert again.place.duplicate == 80
-    assert again.place.rows == trainer_of(again).counters.trained + again.place.duplicate
-
-
-def test_nothing_is_published_when_nothing_changed(tmp_path: Path) -> None:
-    registry = started(tmp_path)
-    running = learner(registry, written(RECORDS[:2]))
-    publish_all(running)
-    before = registry.versions()
-    for _ in range(20):
-        running.tick(0.0)
-    running.close()
-    assert registry.versions() == before
 
 
 def test_a_version_says_what_it_was_trained_on(tmp_path: Path) -> None:
@@ -198,21 +176,6 @@ def test_a_held_trainer_says_what_to_do_and_is_not_held_again_once_it_is_release
     assert again.place.next == 24 and again.control.held is None
     assert trainer_of(again).counters == trainer_of(running).counters
     again.close()
-
-
-def test_a_corrupt_newest_version_is_learned_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    registry, log = started(tmp_path), written(RECORDS[:9])
-    first = learner(registry, log)
-    run_to_end(first)
-    first.close()
-    expected = state(first)
-    newest = registry.newest(1) or 0
-    (registry.folder("delta", newest) / SERVING).write_bytes(b"spoiled")
-    second = learner(Registry(tmp_path), log)
-    assert second.place.parent < newest
-    assert ".bad" in caplog.text
-    run_to_end(second)
-    assert state(second) == expected
 
 
 def test_a_log_made_anew_or_cut_off_is_not_read_on(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from trainer import loop
 from trainer.loop import await_spec
 
 
-def test_the_wait_for_the_bootstrap_says_so_and_can_be_stopped(
+def test_the_wait_for_the_bootstrap_is_logged_and_can_be_stopped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stopping = threading.Event()

@@ -36,7 +36,7 @@ def read(registry: Registry) -> list[RowLosses]:
     return found
 
 
-def test_nothing_is_written_while_nobody_reads(registry: Registry) -> None:
+def test_nothing_is_written_without_a_reader(registry: Registry) -> None:
     learned(registry).close()
     assert not (registry.path / "losses").exists()
 
@@ -48,7 +48,7 @@ def test_each_row_with_a_category_has_the_loss_that_the_measures_count(registry:
     # A record lies at each even offset.
     assert [one.offset for one in found] == list(range(0, 2 * len(RECORDS), 2))
     losses = np.concatenate([one.losses for one in found])
-    total = trainer_of(running).progressive.values()["total.log_loss"]
+    total = trainer_of(running).measures.progressive.values()["total.log_loss"]
     assert losses.mean() == pytest.approx(total, rel=1e-12)
     assert all(len(one.blocks) == len(one.losses) > 0 for one in found)
     running.close()
@@ -82,7 +82,7 @@ def test_what_is_learned_again_after_a_crash_has_the_same_losses(registry: Regis
     assert sorted(by_offset) == list(range(0, 2 * len(RECORDS), 2))
 
 
-def test_files_go_once_nobody_reads_any_more(registry: Registry) -> None:
+def test_files_are_removed_once_there_is_no_reader(registry: Registry) -> None:
     want(registry.path, "wider")
     running = learned(registry, 2)
     assert segments(registry.path)
@@ -105,12 +105,12 @@ def _batch(number: int) -> MicroBatch:
     return in_log_time(batches(number, number + 1)[0])
 
 
-def test_what_the_disk_refuses_stops_no_training(registry: Registry, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_disk_error_stops_no_training(registry: Registry, caplog: pytest.LogCaptureFixture) -> None:
     want(registry.path, "wider")
     running = learned(registry, 2)
     recorder = LossRecorder(registry.path, lambda: 0.0)
     report = trainer_of(running).step(_batch(3))
-    assert recorder._is_wanted()
+    recorder.take(5, _batch(3).user, report)
     shutil.rmtree(registry.path / "losses")
     recorder.take(6, _batch(3).user, report)
     recorder.take(8, _batch(3).user, report)

@@ -13,7 +13,7 @@ from trainer.loop import CATCHING_UP, LEARNING, PHASES, VERSION, Phases
 def test_one_phase_is_shown_at_a_time_and_records_left_are_logged(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(phases, "SAY_S", 0.0)
+    monkeypatch.setattr(phases, "LOG_S", 0.0)
     caplog.set_level("INFO")
     registry = CollectorRegistry()
     shown = Phases(TrainerMetrics(registry))

@@ -80,7 +80,7 @@ def test_each_version_is_what_the_trainer_was(tmp_path: Path, monkeypatch: pytes
     assert [one.first for one in logs[1:]] == [one.next for one in logs[:-1]]
 
 
-def test_what_was_not_durable_is_learned_again_under_new_numbers(
+def test_recent_versions_lost_in_a_crash_are_learned_again_under_new_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = learner(started(tmp_path / "whole"), written(RECORDS))

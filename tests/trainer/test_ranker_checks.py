@@ -21,7 +21,7 @@ from tests.trainer.clicks import small_settings
 from trainer.engine.build import engine_name
 from trainer.engine.step import Trainer
 from trainer.model.inputs import Input, own_rows, pick
-from trainer.ranker_checks import check_ranker
+from trainer.model_checks import check_ranker
 
 EXAMPLES = Path(__file__).parents[2] / "deploy" / "examples"
 FLAGS = ("--features.sequence", "6", "--model.hidden", "8", "--model.dim", "8")
@@ -159,7 +159,7 @@ def refused(name: str, *flags: str) -> str:
         ("Chance", "begins with other values; draw first values from a fixed seed"),
         ("taken", "names a table of its own 'cross', which is taken; give it another name"),
         ("reserved", "names a table of its own 'dense', which is taken; give it another name"),
-        ("misnamed", "names a table of its own 'Items'; take small letters, digits and underscores"),
+        ("misnamed", "names a table of its own 'Items'; use lower-case letters, digits and underscores"),
         ("empty", "rows of its table 'items' have the width 0; give them 1 or more"),
         ("broken", "rows of its table 'items' have the width 1.5"),
         ("alone", "no input looks up its table 'items'; add own_rows('items', ...), or take it out of tables"),
@@ -174,7 +174,7 @@ def refused(name: str, *flags: str) -> str:
         ("failing", "raised KeyError: 'heads' (test_ranker_checks.py:"),
     ],
 )
-def test_what_is_no_ranker_is_refused_in_one_line(name: str, said: str) -> None:
+def test_a_wrong_ranker_is_refused_in_one_line(name: str, said: str) -> None:
     message = refused(name)
     assert said in message
     assert "\n" not in message

@@ -42,7 +42,7 @@ def entered(registry: Registry, log: MemoryLog) -> Learner:
 
 
 @pytest.mark.parametrize("again", [0, 3, 12], ids=["not grown", "shorter than before", "longer than before"])
-def test_it_learns_what_is_left_and_what_came_instead(tmp_path: Path, again: int) -> None:
+def test_what_remains_and_what_replaced_lost_records_is_learned(tmp_path: Path, again: int) -> None:
     registry, log = started_with_spec(tmp_path / "registry"), written(RECORDS[:10])
     learned(registry, log)
     log.cut_back(LOG, {0: KEPT})
@@ -93,7 +93,7 @@ def test_a_pinned_version_stays_pinned(tmp_path: Path) -> None:
     assert (control.epoch, control.serving.mode, control.serving.version) == (2, "pin", newest)
 
 
-def test_where_no_version_is_left_it_says_what_to_do_and_changes_nothing(tmp_path: Path) -> None:
+def test_without_a_version_left_the_error_says_what_to_do(tmp_path: Path) -> None:
     registry, log = started_with_spec(tmp_path), written(RECORDS[:10])
     newest = learned(registry, log).place.parent
     # Only the newest version is kept, as a base.

@@ -15,7 +15,7 @@ from tests.disks import ROOT, small_disk
 from tests.trainer.clicks import microbatch, small_settings
 from tests.trainer.logs import bits_of, learner, run_to_end, started, written
 from trainer import compactor
-from trainer.loop import Compaction, doubt
+from trainer.loop import Scheduled, doubt
 
 RECORDS = [microbatch(number) for number in range(10)]
 
@@ -48,9 +48,8 @@ def test_a_trainer_that_builds_on_a_damaged_version_ends_when_its_compactor_fail
     file = registry.folder("delta", damaged) / "training.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     now = 0.0
-    compaction = Compaction(
-        ["--paths.state", str(tmp_path)], every_s=1, elapsed=lambda: now, on_failure=lambda: doubt(registry, newest)
-    )
+    arguments = ["--paths.state", str(tmp_path)]
+    compaction = Scheduled("trainer.compactor", arguments, 1.0, lambda *_: doubt(registry, newest), lambda: now)
     now = 2.0
     compaction.tick()
     assert compaction._child is not None and compaction._child.wait() == 1

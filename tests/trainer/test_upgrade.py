@@ -14,16 +14,15 @@ from state.features.mask import Mask
 from state.features.spec import FeatureSpec
 from state.process import killpoints
 from state.registry.control import roll_back
-from state.registry.model_fit import require_same_features, require_same_model
+from state.registry.model_fit import former_specs, require_same_model
 from state.registry.registry import Registry
-from state.registry.upgrades import former_specs
 from tests.memory_log import MemoryLog
 from tests.trainer.clicks import SPEC, microbatch, small_settings
 from tests.trainer.logs import ABOUT, account_in, append, learner, run_to_end, started, write_transform, written
 from trainer import upgrade
 from trainer.engine.step import Trainer
 from trainer.learner import Learner
-from trainer.loop import go_on_in_this_release
+from trainer.loop import upgrade_to_this_release
 from trainer.verify import verify
 from trainer.versions import checkpoint
 
@@ -67,7 +66,7 @@ def learned(registry: Registry, log: MemoryLog, trainer: Trainer, **more: Any) -
     return running
 
 
-def test_an_upgrade_goes_on_where_the_old_model_was_and_back_again(
+def test_an_upgrade_continues_where_the_old_model_was_and_back_again(
     registry: Registry, trainers: dict[str, Trainer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log = written(RECORDS[:6])
@@ -126,9 +125,7 @@ def dies() -> None:
     raise Died
 
 
-def test_records_with_former_windows_are_passed_over_and_counted_and_all_others_learned(
-    registry: Registry, trainers: dict[str, Trainer]
-) -> None:
+def test_records_with_former_windows_are_skipped_and_counted(registry: Registry, trainers: dict[str, Trainer]) -> None:
     log = written(RECORDS[:4])
     before = learned(registry, log, trainers["old"])
     # The old trainer was stopped a little before the stream: one record of the old windows was not learned.
@@ -139,10 +136,10 @@ def test_records_with_former_windows_are_passed_over_and_counted_and_all_others_
     behind.close()
     assert trainers["old"].counters.steps == 5  # nothing of the stream's new records is lost
     with pytest.raises(ModelMismatch, match=r"features.windows_s was 3600,86400,604800 and is 1800,604800"):
-        require_same_features(settings(registry, *WINDOWS))
+        require_same_model(settings(registry, *WINDOWS), features_only=True)
     said = decided(registry, *WINDOWS)
     assert "  features.windows_s was 3600,86400,604800 and is 1800,604800" in said
-    require_same_features(settings(registry, *WINDOWS))
+    require_same_model(settings(registry, *WINDOWS), features_only=True)
     # A record of the old windows that came late.
     append(log, [RECORDS[7], microbatch(8, spec=OTHER)])
     ours = learned(registry, log, trainers["windows"], spec=OTHER)
@@ -175,14 +172,14 @@ def test_versions_behind_an_upgrade_are_recomputed_from_it(registry: Registry, t
     wanted = small_settings(*WINDOWS)
     found = verify(wanted, registry, ours.place.parent, None, lambda: trainers["windows"], log)
     assert (found.outcome, found.steps) == ("equal", 5)
-    with pytest.raises(UnknownVersion, match="an upgrade lies between"):
+    with pytest.raises(UnknownVersion, match="there is an upgrade between"):
         verify(
             wanted, registry, ours.place.parent, before.place.parent, lambda: trainers["windows"],
             log,
         )  # fmt: skip
 
 
-def test_learning_anew_begins_from_nothing_and_answers_wait_until_it_has_caught_up(
+def test_learning_anew_starts_from_scratch_and_serving_waits_until_it_has_caught_up(
     registry: Registry, trainers: dict[str, Trainer]
 ) -> None:
     log = written(RECORDS[:6])
@@ -235,18 +232,18 @@ def test_a_new_state_directory_on_an_old_log_learns_what_its_own_stream_reads_ag
     again.close()
 
 
-def test_a_release_with_another_model_goes_on_by_itself_and_other_settings_do_not(
+def test_a_release_with_another_model_upgrades_automatically_and_other_settings_do_not(
     registry: Registry, trainers: dict[str, Trainer]
 ) -> None:
     log = written(RECORDS[:3])
     learned(registry, log, trainers["old"])
     here = settings(registry)
-    go_on_in_this_release(registry, here, SPEC, trainers["old"])
+    upgrade_to_this_release(registry, here, SPEC, trainers["old"])
     assert len(registry.controls()) == 1
     with pytest.raises(ModelMismatch):
-        go_on_in_this_release(registry, settings(registry, *HIDDEN), SPEC, trainers["hidden"])
+        upgrade_to_this_release(registry, settings(registry, *HIDDEN), SPEC, trainers["hidden"])
     # The settings are the version's, and the weights of this release are others.
-    go_on_in_this_release(registry, here, SPEC, trainers["hidden"])
+    upgrade_to_this_release(registry, here, SPEC, trainers["hidden"])
     control = registry.control()
     assert control is not None
     assert (control.action, control.epoch, control.actor.startswith("trainer:")) == ("upgrade", 2, True)

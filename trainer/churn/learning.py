@@ -1,8 +1,7 @@
 """Learns the probability that a user leaves (churn), from the rows of the trainer's steps.
 
-A row shows that its user was active, even if the guard skips its step, because that is a fact of the log. A row with
-a delayed label stands for its impression, or, where an outcome made the label, for the outcome: the user was active
-then. An outcome without a waiting impression has no row in the training log, so nothing is learned from it.
+A row shows that its user was active, even if the guard skips its step. A row with a delayed label stands for its
+impression, or, if an outcome made the label, for the outcome.
 
 Rows wait until it is known whether their users left (`ChurnWaiting`). Which rows wait is a function of the log:
 
@@ -18,10 +17,6 @@ A row that is older than its user's newest one is ignored.
 
 Two regressions are learned in sequence: one from inputs to a logit, then one with two weights from logits to
 calibrated probabilities (Platt 1999). The second uses logits from before their examples were learned.
-
-`ChurnMeasures` scores each example before it is learned. It keeps sums twice: since the beginning, and with the
-half-life of `trainer/measures/evaluation.py`. AUC comes from histograms of logits as there; calibration is measured by
-tenths of the probability.
 """
 
 from __future__ import annotations
@@ -269,7 +264,7 @@ class ChurnWaiting:
 
 
 class ChurnMeasures:
-    """The running measures."""
+    """The running measures of examples before they are learned, since the beginning and with the half-life of `Evaluation`."""
 
     def __init__(self) -> None:
         # [total and recent, sum]; [total and recent, stayed and left, bin]; [tenth, rows and predicted and left].
@@ -306,8 +301,8 @@ class ChurnMeasures:
         """The measures by name, `churn.` before it: recent ones plain, those since the beginning under `churn.total.`.
 
         rows; log_loss; left, the share that left; auc; calibration, predicted over observed; and, of recent ones,
-        calibration_error, the mean distance of predicted and observed over tenths of the probability. A measure without
-        rows is absent.
+        calibration_error, the mean distance of predicted and observed over tenths of the probability. A measure without rows is
+        absent.
         """
         found: dict[str, float] = {}
         for when, prefix in ((1, "churn."), (0, "churn.total.")):
@@ -395,9 +390,11 @@ class ChurnLearner:
         """Scores examples and learns them, one after another; returns their calibrated probabilities before that, `[m]` float64."""
         logits = self._regression.learn(self._inputs.of(known.windows, known.action, known.age_ms), known.left)
         logits = np.clip(logits, -STEEPEST_LOGIT, STEEPEST_LOGIT)
-        told = calibrated(self._calibration.learn(np.stack([logits, np.ones(logits.size)], 1), known.left), 1.0, 0.0)
-        self.measures.update(told, known.left)
-        return told
+        predicted = calibrated(
+            self._calibration.learn(np.stack([logits, np.ones(logits.size)], 1), known.left), 1.0, 0.0
+        )
+        self.measures.update(predicted, known.left)
+        return predicted
 
     def weights(self) -> ChurnWeights | None:
         """The weights for serving; None before enough was learned."""
@@ -437,7 +434,7 @@ class ChurnLearner:
         if not state:
             return
         if not np.array_equal(state["about"], self._about):
-            logger.info("churn begins anew: the version learned it of another span, spec or release")
+            logger.info("churn starts from scratch: the version has another span, feature spec or release")
             return
 
         def part(name: str) -> dict[str, npt.NDArray[Any]]:

@@ -1,18 +1,15 @@
 """An online logistic regression. It learns example by example, as well as one that is refitted to all examples.
 
-It keeps a Gaussian over the weights: mean and covariance. After an example with
-inputs x and outcome y, the mean is the maximum of the prior Gaussian times the
-likelihood of the example. The covariance is that of the curvature there
-(Spiegelhalter and Lauritzen 1990, with their Laplace step taken at the mode).
-With g = C x, v = x C x and s the logit before:
+It keeps a Gaussian over the weights. After an example with inputs x and outcome y, the mean is the maximum of the prior
+Gaussian times the likelihood of the example, and the covariance is that of the curvature there (Spiegelhalter and
+Lauritzen 1990, with their Laplace step taken at the mode). With g = C x, v = x C x and s the logit before:
 
     s' = s + v (y - sigma(s'))            the logit at the mode, by bisection
     mean += g (y - sigma(s'))
     C    -= g g' r / (1 + r v)            r = sigma(s') (1 - sigma(s'))
 
-There is nothing to tune: no learning rate, no scale of the inputs, no number of
-passes. Each variance grows slightly with each example, up to its initial value,
-so that the model can follow users whose behaviour changes.
+There is no learning rate. Each variance grows slightly with each example, up to its initial value, so that the model can
+follow users whose behaviour changes.
 """
 
 from __future__ import annotations
@@ -51,14 +48,9 @@ class OnlineRegression:
         self._covariance: F64 = np.eye(self.mean.size) * self._variance
 
     def learn(self, inputs: F64, outcome: npt.NDArray[np.bool_]) -> F64:
-        """Learns examples one after another.
+        """Learns `[n, I]` float64 inputs and their `[n]` bool outcomes one after another.
 
-        Args:
-            inputs: `[n, I]` float64.
-            outcome: `[n]` bool.
-
-        Returns:
-            `[n]` float64, the logit of each example before it was learned.
+        Returns `[n]` float64, the logit of each example before it was learned.
         """
         logits = np.empty(len(outcome))
         inputs, outcomes = np.ascontiguousarray(inputs), outcome.astype(np.float64)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from state.compiled import layout
+from trainer.engine.crosses import Crossed
 from trainer.engine.record import Record
 
 F32 = npt.NDArray[np.float32]
@@ -49,13 +50,15 @@ class Measured:
     Attributes:
         scores: Before learning.
         squared_norm: Squared norm of the whole gradient.
-        rows: By table, `[u]` int32, the rows that applying the update changes, the missing row first.
+        rows: By table, `[u]` int32, the rows that the update changes, the missing row first.
+        crossed: What the crosses learn; None if the ranker does not read them.
         found: Engine-specific data that `apply` needs.
     """
 
     scores: Scores
     squared_norm: float
     rows: Mapping[str, I32]
+    crossed: Crossed | None
     found: Any
 
 
@@ -67,9 +70,7 @@ class Engine(Protocol):
     def measure(self, record: Record, move: bool = True) -> Measured:
         """Scores a record and computes its gradient, without side effects.
 
-        Args:
-            record: Built from the trainer's current tables.
-            move: Whether fast weights move within the record, as in training. Otherwise all rows see the same weights.
+        With `move` fast weights move within the record, as in training. Otherwise all rows see the same weights.
         """
 
     def apply(self, measured: Measured) -> None:

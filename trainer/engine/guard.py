@@ -1,23 +1,15 @@
 """Judges each update before it changes a weight: accept it, skip it, or hold training. Pure functions.
 
-The guard skips an update of n rows if its loss or gradient is not finite. It also
-skips one in which either far exceeds the expectation:
+The guard skips an update of n rows if its loss or gradient is not finite, or if either far exceeds the expectation:
 
-- The expected mean loss is the running mean of earlier updates. It is at least
-  the logarithm of the number of candidates, the loss of a row about which the
-  model knows nothing.
-- The expected norm of the gradient is at most n times the gradient of one row,
-  because n gradients may all point in the same direction. The gradient of one
-  row is the running norm per square root of rows, divided by 1 - exp(-running
-  loss). The reason for the divisor: a row that the model predicts well has hardly
-  any gradient, which is no measure of the gradient of an unknown row.
+- The expected mean loss is the running mean of earlier updates, and at least the logarithm of the number of
+  candidates, the loss of a row about which the model knows nothing.
+- The expected norm of the gradient is at most n times that of one row: the running norm per square root of rows,
+  divided by 1 - exp(-running loss), because a row that the model predicts well has hardly any gradient.
 
-The limit is `factor` times the expectation, plus 1 / sqrt(n) times that, because
-the mean of n rows varies that much by chance. An update that is
-skipped for its size raises the running values as if it had been at the limit.
-The guard therefore accepts a lasting change after a few updates, and the windows
-of `trainer/guard` judge it. `patience` consecutive skips hold training: the
-updates are not finite, or keep growing.
+The limit is `factor` times the expectation, plus 1 / sqrt(n) times that. An update that is skipped for its size raises
+the running values as if it had been at the limit, so a lasting change is accepted after a few updates. `patience`
+consecutive skips hold training.
 """
 
 from __future__ import annotations
@@ -79,19 +71,16 @@ class GuardState:
 def judge(
     state: GuardState, loss: float, norm: float, rows: int, candidates: int, factor: float, patience: int
 ) -> tuple[Verdict, GuardState]:
-    """Judges one update and returns the new state.
+    """Judges one update and returns the verdict and the new state. HOLD is a skip after which no update may follow.
 
     Args:
         state: The guard's state.
         loss: Mean loss over the update's rows.
         norm: Norm of the gradient of the summed loss.
-        rows: Rows of the update; 0 if no row is learned from, so that there is nothing to judge.
+        rows: Rows of the update; 0 if there is nothing to learn and to judge.
         candidates: Candidates of a row.
         factor: How many times the expectation is too much.
         patience: Consecutive skips at which training is held.
-
-    Returns:
-        The verdict and the new state. HOLD is a skip after which no update may follow.
 
     >>> verdict, state = judge(GuardState(), 2.0, 1.0, 1, 64, factor=8.0, patience=2)
     >>> verdict.value, state.accepted

@@ -1,8 +1,7 @@
 """A record as the host prepares it before any engine computes: ids, values, masks and targets, by name.
 
-The names are those of the table of inputs (`trainer/model/inputs.py`). An input
-with a table consists of the rows of the ids of that name. Any other input is the
-value of its own name.
+The names are those of the table of inputs (`trainer/model/inputs.py`). An input with a table consists of the rows of
+the ids of that name. Any other input is the value of its own name.
 """
 
 from __future__ import annotations
@@ -14,16 +13,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from state.compiled import compiled
+from state.compiled.mixing import mix
 from state.config.settings import Settings
 from state.microbatch.batch import MicroBatch
 from state.ranking.crosses import Crosses, Values
-from trainer.engine.sums import dropout
 from trainer.model.attributes import Columns
 from trainer.model.candidates import candidates, partners, seed_of
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.losses import NEGATIVE_SHIFT
 from trainer.model.ranker import Targets
-from trainer.privacy.learned_crosses import LearnedCrosses
+from trainer.privacy.participation import LearnedCrosses
 from trainer.tables.count_table import CountTable
 from trainer.tables.index import I32, U64
 
@@ -82,8 +82,8 @@ class Recorder:
     def crosses_of(self, batch: MicroBatch) -> U64:
         """The crosses of each row, `[n, C]` uint64, 0 in rows without a label; `[n, 0]` if no row has one.
 
-        Crosses learn from labels only: it is not known that a drawn negative was shown to anybody. With a privacy
-        budget only the crosses of `LearnedCrosses` are returned.
+        Crosses learn from labels only: a drawn negative may never have been shown. With a privacy budget only the crosses of
+        `LearnedCrosses` are returned.
         """
         known = ~np.isnan(batch.label)
         if not known.any():
@@ -112,7 +112,7 @@ class Recorder:
         Args:
             batch: One row or more.
             crosses: From `crosses_of`.
-            popular: `[P]` uint64, the popular categories, padded with 0.
+            popular: `[P]` uint64, padded with 0.
             transitions: What came next after each category.
             seed: The seed of dropout; None hashes the first row's position.
         """
@@ -167,7 +167,7 @@ class Recorder:
 def _targets(batch: MicroBatch, slot: I32, partner: npt.NDArray[np.int64]) -> Targets:
     """The targets: the clicked candidate, the label of the row's pair, and label 0 for its negative.
 
-    A row with a label has no negative, and its logit is not shifted. A row without an item forms no pair.
+    A row with a label has no negative and no shift. A row without an item forms no pair.
     """
     numbers, known = HYPERPARAMETERS, ~np.isnan(batch.label)
     negative = ~known & (batch.item != batch.item[partner]) & (partner != np.arange(len(batch)))
@@ -189,9 +189,8 @@ def _targets(batch: MicroBatch, slot: I32, partner: npt.NDArray[np.int64]) -> Ta
 def alone(record: Record) -> Record:
     """Removes from each row what comes from other rows, as private learning requires.
 
-    A row loses its negative, so that engagement learns nothing from a log without labels. It also loses another row's
-    category in its last slot. If a row's own category is in that slot, it would be a certain winner, so the row teaches
-    nothing.
+    A row loses its negative, and another row's category in its last slot. If its own category is in that slot, it would be
+    a certain winner, so the row teaches nothing. Without negatives, engagement learns from labels alone.
     """
     ids, values, targets = dict(record.ids), dict(record.values), record.targets
     nothing, zero = np.zeros(len(record), np.uint64), np.float32(0.0)
@@ -233,3 +232,30 @@ def parts(batch: MicroBatch, crosses: U64, size: int) -> Iterator[tuple[MicroBat
     for number in range(count):
         part = slice(number * len(batch) // count, (number + 1) * len(batch) // count)
         yield batch.rows(part), crosses[part]
+
+
+@compiled("u8, i8, f4, f4[::1]")
+def _drop(seed: np.uint64, least: int, factor: np.float32, kept: F32) -> None:
+    word, left = np.uint64(0), 0
+    for i in range(kept.shape[0]):
+        if left == 0:
+            seed = seed + np.uint64(0x9E3779B97F4A7C15)
+            word, left = mix(seed), 8
+        kept[i] = factor if np.int64(word & np.uint64(255)) >= least else np.float32(0.0)
+        word = word >> np.uint64(8)
+        left -= 1
+
+
+def dropout(seed: tuple[int, int], rows: int, width: int, share: float) -> F32:
+    """Draws dropout factors, `[rows, width]` float32: 0 for a `share` of the units, else the compensating factor.
+
+    The share is in [0, 1), rounded to 1/256.
+
+    >>> dropout((1, 2), 1, 4, 0.0).tolist()
+    [[1.0, 1.0, 1.0, 1.0]]
+    """
+    least = round(256 * share)
+    kept = np.empty((rows, width), np.float32)
+    state = np.uint64((seed[0] << 32 | seed[1]) & (2**64 - 1))
+    _drop(state, least, np.float32(256.0 / (256 - least)), kept.reshape(-1))
+    return kept

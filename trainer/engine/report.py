@@ -1,20 +1,135 @@
-"""The report of a training step: its scores, the guard's verdict and its metrics."""
+"""The report of a training step, and the running measures that its rows are added to."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from trainer.engine.engine import Scores
+from state.compiled import compiled_sums
+from state.config.settings import Settings
+from state.microbatch.batch import MicroBatch
+from trainer.engine.compiled.rows import exponentials, highest_of
+from trainer.engine.engine import F32, Scores
 from trainer.engine.guard import Verdict
 from trainer.engine.record import Record, joined_records
-from trainer.measures.step_scores import Judged, StepScores, joined_scores
+from trainer.measures.breakdown import Breakdown, SliceMeasures, shown_of
+from trainer.measures.evaluation import Evaluation
+from trainer.measures.predictions import NONE, CategoryPrediction, of_popular, of_previous
+from trainer.measures.progressive import Progressive
+from trainer.measures.slices import Scored, Slices
+from trainer.measures.step_scores import Judged, ScoredPairs, StepScores
+from trainer.model.attributes import Columns
+from trainer.model.ranker import MASKED
+from trainer.tables.id_table import MISSING
+from trainer.tables.index import I32, U64
 
 F64 = npt.NDArray[np.float64]
+Flags = npt.NDArray[np.bool_]
+
+
+LOGIT_MOST = 50.0
+"""Beyond plus and minus this a probability is 0 or 1."""
+
+_THERE = np.float32(MASKED / 2)
+
+
+def judged(
+    progressive: Progressive,
+    record: Record,
+    scores: Scores,
+    came_next: CategoryPrediction,
+    known: Flags,
+    categories: int,
+    scored: Flags,
+) -> Judged:
+    """Scores the predictions of the model and the baselines for a record of n rows, before anything learns from it.
+
+    Args:
+        progressive: The running measures; they are not changed.
+        record: The rows.
+        scores: Of the model.
+        came_next: The prediction by transitions, for the n rows.
+        known: `[n]` bool, whether the user is known.
+        categories: The number of known categories, with those of the record.
+        scored: `[2 n]` bool, the pairs whose engagement counts, of rows and then of their negatives.
+    """
+    targets = record.targets
+    rows = targets.slot >= 0
+    aimed, newest = record.ids["category"][rows], np.ascontiguousarray(record.ids["recent"][rows, 0])
+    predictions = {
+        "model": of_model(scores, targets.slot),
+        "popular": of_popular(progressive.popular, aimed),
+        "previous": of_previous(newest, aimed),
+        "came_next": CategoryPrediction(*(part[rows] for part in came_next)),
+    }
+    shift = np.concatenate([targets.label_shift, targets.negative_shift])[scored]
+    labels = np.concatenate([targets.label, np.zeros_like(targets.label)])[scored]
+    logits = np.clip((scores.engagement[scored] + shift).astype(np.float64), -LOGIT_MOST, LOGIT_MOST)
+    losses = scores.engagement_loss[scored].astype(np.float64)
+    pairs = ScoredPairs(scored, logits, 1.0 / (1.0 + np.exp(-logits)), labels >= 0.5, losses)
+    return progressive.score(predictions, rows, known, categories, pairs)
+
+
+def of_model(scores: Scores, slot: I32) -> CategoryPrediction:
+    """The model's prediction for the rows with a category: softmax over the candidates that serving has.
+
+    Args:
+        scores: Of n rows.
+        slot: `[n]` int32, see `trainer/model/candidates.py`; the last slot is no candidate.
+    """
+    at = np.flatnonzero(slot >= 0)
+    found = CategoryPrediction(np.empty(at.size, np.int32), np.empty(at.size), np.empty(at.size, np.int32))
+    width = sum(part.shape[1] for part in (scores.recent_logits, scores.popular_logits, scores.successor_logits))
+    bits = np.empty(width, np.int32)
+    recent, popular = np.ascontiguousarray(scores.recent_logits), np.ascontiguousarray(scores.popular_logits)
+    successor = np.ascontiguousarray(scores.successor_logits)
+    _model(recent, popular, successor, np.ascontiguousarray(slot), at, bits, bits.view(np.float32), *found)
+    if not (finite := np.isfinite(found.log_share)).all():
+        # Logits that are not finite name no candidate.
+        found.rank[~finite], found.log_share[~finite], found.candidates[~finite] = NONE, 0.0, 0
+    return found
+
+
+@compiled_sums("f4[:, ::1], f4[:, ::1], f4[:, ::1], i4[::1], i8[::1], i4[::1], f4[::1], i4[::1], f8[::1], i4[::1]")
+def _model(
+    recent: F32,
+    popular: F32,
+    successor: F32,
+    slot: I32,
+    at: npt.NDArray[np.int64],
+    bits: I32,
+    scale: F32,
+    rank: I32,
+    log_share: F64,
+    candidates: I32,
+) -> None:
+    own, ranks, last = recent.shape[1], popular.shape[1], successor.shape[1]
+    logits, shares = np.empty(own + ranks + last, np.float32), np.empty(own + ranks + last, np.float32)
+    for i in range(at.shape[0]):
+        row, count = at[i], 0
+        logits[:own] = recent[row]
+        logits[own : own + ranks] = popular[row]
+        logits[own + ranks :] = successor[row]
+        for j in range(logits.shape[0]):
+            if logits[j] > _THERE:
+                count += 1
+        candidates[i], rank[i], log_share[i] = count, NONE, 0.0
+        target = slot[row]
+        if target < logits.shape[0]:
+            highest = highest_of(logits)
+            total = exponentials(logits, highest, shares, bits, scale)
+            log_share[i] = float(logits[target] - highest) - np.log(float(total))
+            before = 0
+            for j in range(logits.shape[0]):
+                if logits[j] > logits[target] or (logits[j] == logits[target] and j < target):
+                    before += 1
+            rank[i] = before
 
 
 class Update(NamedTuple):
@@ -70,7 +185,7 @@ class Report:
     Attributes:
         rows: Rows of the step.
         skipped: Of them, rows of updates that the guard skipped.
-        verdict: The guard's verdict; weights change only after ACCEPT. The worst one if there are several updates.
+        verdict: The guard's verdict, the worst one of several updates. Weights change only after ACCEPT.
         interest_log_loss: Mean over rows with a category, before learning; NaN without any.
         engagement_log_loss: Mean over scored pairs, before learning.
         top1: Rows whose category was the best candidate.
@@ -78,8 +193,7 @@ class Report:
         targets: Rows with a category.
         scores: `[m]` float32 engagement logits, before learning.
         positive: `[m]` bool, their outcomes.
-        grad_norm: Norm of the whole gradient; the largest one if there are several updates.
-        event_time_ms: Newest event time of the step.
+        grad_norm: Norm of the whole gradient, the largest one of several updates.
         seconds: Duration of the step.
         quality: Scores of the model and of simple baselines before learning, as sums.
         slices: `[loss, dimension, place, 3]` float64, see `Breakdown.update`; None if the step was skipped.
@@ -98,7 +212,6 @@ class Report:
     scores: npt.NDArray[np.float32]
     positive: npt.NDArray[np.bool_]
     grad_norm: float
-    event_time_ms: int
     seconds: float
     quality: StepScores
     slices: F64 | None
@@ -123,11 +236,10 @@ def joined(updates: Sequence[Report]) -> Report:
         scores=np.concatenate([one.scores for one in updates]),
         positive=np.concatenate([one.positive for one in updates]),
         grad_norm=max(one.grad_norm for one in updates),
-        event_time_ms=max(one.event_time_ms for one in updates),
         seconds=sum(one.seconds for one in updates),
-        quality=joined_scores([one.quality for one in updates]),
+        quality=reduce(StepScores.__add__, (one.quality for one in updates)),
         slices=np.sum(slices, axis=0) if slices else None,
-        judged=tuple(said for one in updates for said in one.judged),
+        judged=tuple(found for one in updates for found in one.judged),
         order=np.concatenate([one.order for one in updates]),
     )
 
@@ -140,3 +252,117 @@ def _mean(parts: Sequence[tuple[float, int]]) -> float:
     """
     count = sum(some for _, some in parts)
     return sum(mean * some for mean, some in parts if some) / count if count else float("nan")
+
+
+class Measures:
+    """The running measures of a trainer: of the model against baselines, and of slices. They decide nothing.
+
+    Attributes:
+        evaluation, slices: Sums that are part of a version's digest.
+        progressive, breakdown: Measures that a durable version stores separately.
+    """
+
+    def __init__(self, settings: Settings, columns: Columns) -> None:
+        self._columns, self._actions = columns, settings.events.actions
+        self.evaluation, self.progressive = Evaluation(), Progressive()
+        self.slices = Slices(settings.attributes, columns)
+        self.breakdown = Breakdown.of(settings, self.slices)
+
+    def shown(self) -> dict[str, Sequence[str]]:
+        """The present names of the slices, by dimension."""
+        return shown_of(self._actions, self.slices)
+
+    def of_slices(self) -> list[SliceMeasures]:
+        """The present measures of slices."""
+        return self.breakdown.measures(self.shown())
+
+    def report(
+        self,
+        batch: MicroBatch,
+        updates: Sequence[Update],
+        came_next: CategoryPrediction,
+        new_users: U64,
+        categories: int,
+        log_ms: int,
+    ) -> Report:
+        """Adds the rows of a step's updates, accepted ones and skipped ones separately, and reports on them.
+
+        Args:
+            batch: The rows of the step.
+            updates: In the order of the rows; rows after the last one were not scored.
+            came_next: The prediction by transitions, for the rows.
+            new_users: `[k]` uint64, users of the batch who had no row before it.
+            categories: The number of known categories, with those of the batch.
+            log_ms: Log time.
+        """
+        kinds = [update.verdict is Verdict.ACCEPT for update in updates]
+        numbers = np.arange(len(batch))
+        ends = np.cumsum([len(update.record) for update in updates])
+        of_rows = np.repeat(kinds, np.diff(ends, prepend=0))
+        known = batch.recent_categories[:, 0] != MISSING
+        known[~known] = ~np.isin(batch.user[~known], new_users)
+        reports = []
+        for accepted in dict.fromkeys(kinds):
+            some = joined_updates([update for update, kind in zip(updates, kinds, strict=True) if kind is accepted])
+            mine = numbers[: ends[-1]][of_rows == accepted]
+            if mine.size == len(batch):
+                reports.append(self._add(batch, some, came_next, known, categories, log_ms, mine))
+                continue
+            part = CategoryPrediction(*(column[mine] for column in came_next))
+            rows = np.isin(numbers, mine)
+            reports.append(self._add(batch.take(rows), some, part, known[rows], categories, log_ms, mine))
+        return joined(reports)
+
+    def _add(
+        self,
+        batch: MicroBatch,
+        update: Update,
+        came_next: CategoryPrediction,
+        known: Flags,
+        categories: int,
+        log_ms: int,
+        order: npt.NDArray[np.int64],
+    ) -> Report:
+        record, scores, accepted = update.record, update.scores, update.verdict is Verdict.ACCEPT
+        targets, pairs = record.targets.slot >= 0, record.targets
+        scored = np.concatenate([pairs.label_weight, pairs.negative_weight]) > 0
+        losses, engagement_losses = scores.interest_loss[targets], scores.engagement_loss[scored]
+        loss = float(losses.mean()) if losses.size else float("nan")
+        top1, top5 = (scores.rank[targets] < most for most in (1, 5))
+        if not accepted:
+            # The measures count rows of skipped steps too. A row without a finite loss counts as a random guess; a pair
+            # without one is left out.
+            finite = np.isfinite(losses)
+            losses = np.where(finite, losses, np.float32(math.log(candidates_of(scores))))
+            top1, top5 = top1 & finite, top5 & finite
+            scored &= np.isfinite(scores.engagement_loss)
+            engagement_losses = scores.engagement_loss[scored]
+        labels = np.concatenate([pairs.label, np.zeros(len(batch), np.float32)])
+        logits, positive = scores.engagement[scored], labels[scored] >= 0.5
+        found = judged(self.progressive, record, scores, came_next, known, categories, scored)
+        self.progressive.update(found.scores, batch.category, log_ms, accepted)
+        self.evaluation.update(losses, top1, top5, known[targets], logits, positive, engagement_losses)
+        places: list[npt.NDArray[Any]] = [batch.action, known]
+        if self.slices:
+            seen = Scored(targets, losses, top1, scored, record.partner, logits, positive, engagement_losses)
+            users, items = self._columns.users_of(batch), self._columns.items_of(batch)
+            places += self.slices.update(users, items, batch.header.names, seen)
+        slices = self.breakdown.update(places, record.partner, found)
+        return Report(
+            rows=len(batch),
+            skipped=0 if accepted else len(batch),
+            verdict=update.verdict,
+            interest_log_loss=loss,
+            engagement_log_loss=float(engagement_losses.mean()) if engagement_losses.size else float("nan"),
+            top1=int(top1.sum()),
+            top5=int(top5.sum()),
+            targets=int(targets.sum()),
+            scores=logits,
+            positive=positive,
+            grad_norm=update.norm,
+            seconds=0.0,
+            quality=found.scores,
+            slices=slices if accepted else None,
+            judged=(found,),
+            order=order,
+        )

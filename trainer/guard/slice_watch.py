@@ -1,19 +1,12 @@
 """Compares each slice with its own past: its excess loss over that of all rows. Pure functions.
 
-A slice's signal is the logarithm of its mean log loss over that of all rows of
-the same windows. A rise of the loss everywhere is thus no deviation of any slice.
-A slice reports a signal once it has enough rows, in one window or in several
-together. If it has too few in `PATIENCE` windows, it counts as usual. Otherwise
-a slice that deviated and then disappeared would be suspect forever.
+A slice's signal is the logarithm of its mean log loss over that of all rows of the same windows. A slice reports a signal
+once it has enough rows, in one window or in several together. If it has too few in `PATIENCE` windows, it counts as
+usual. A signal is compared with the slice's earlier signals as in `rules.py`, with two differences:
 
-A signal is compared with the slice's earlier signals as in `rules.py`, with two
-differences:
-
-- A slice has few rows. The usual deviation is therefore at least the standard
-  error of the signal.
-- The largest deviation of k slices is large by chance. Usual deviations are
-  widened so that the largest exceeds the slack as rarely as a single slice would
-  (Bonferroni).
+- A slice has few rows, so the usual deviation is at least the standard error of the signal.
+- The largest deviation of k slices is large by chance. Usual deviations are widened so that the largest exceeds the
+  slack as rarely as a single slice would (Bonferroni).
 
 Each slice has its own sum; the largest is the sum of the rule.
 """
@@ -26,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from msgspec import convert
 
 from trainer.guard.rules import MOST, NORMAL, SLACK, SLICE
 from trainer.guard.window import FEWEST_OF_A_KIND, WindowStart
@@ -106,7 +100,7 @@ class SliceWatch:
         self._starts: list[WindowStart] = []
         self._compare(False)
 
-    def look(self, opened: F64 | None) -> SliceWords:
+    def judge(self, opened: F64 | None) -> SliceWords:
         """The signal of each slice, including the open window.
 
         Args:
@@ -192,8 +186,8 @@ class SliceWatch:
     def state(self) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
         """The whole state: as JSON, and arrays by name."""
         about = {
-            "since": {str(at): one.told() for at, one in sorted(self._since.items())},
-            "starts": [one.told() for one in self._starts],
+            "since": {str(at): one for at, one in sorted(self._since.items())},
+            "starts": self._starts,
         }
         return about, {name: getattr(self, f"_{name}").copy() for name in ARRAYS}
 
@@ -204,8 +198,8 @@ class SliceWatch:
             return
         for name in ARRAYS:
             setattr(self, f"_{name}", np.array(arrays[name]))
-        self._since = {int(at): WindowStart.of(one) for at, one in about["since"].items()}
-        self._starts = [WindowStart.of(one) for one in about["starts"]]
+        self._since = convert(about["since"], dict[int, WindowStart], strict=False)
+        self._starts = convert(about["starts"], list[WindowStart])
         self._compare(judged)
 
 

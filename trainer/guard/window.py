@@ -1,20 +1,26 @@
-"""A window of log time: the sums of its steps, and the signals that the rules use. Pure functions."""
+"""What one step reports to the guard, and a window of log time: the sums of its steps, and the signals of the rules."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from trainer.guard.figures import BUCKETS, CROWDS, I32, StepFigures
+from state.microbatch.batch import MicroBatch
 from trainer.guard.rules import NAMES
 
+I32 = npt.NDArray[np.int32]
 F32 = npt.NDArray[np.float32]
 F64 = npt.NDArray[np.float64]
+
+CROWDS = ("user", "item", "category")
+BUCKETS = 1024
+"""Ids are counted by their lowest bits. Ids are digests, so each bucket gets its share of them (a count-min sketch of
+one row, Cormode & Muthukrishnan 2005). A share is never underestimated. It is overestimated by 0.1 % on average. No id
+is kept."""
 
 FEWEST_OF_A_KIND = 128
 """Rows of new users, pairs or positives below which a window gives no signal for them."""
@@ -31,13 +37,65 @@ SUMS = (
 )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class StepFigures:
+    """Counts and sums of one record of the training log.
+
+    Attributes:
+        log_ms: Log time after the record.
+        rows: Rows learned from or skipped.
+        skipped: Of them, rows of updates that were skipped as not finite or exploding.
+        positions: Clicks that the record covers, whatever their outcome.
+        dead: Of them, those that were refused.
+        known: (rows, summed log loss) of rows with a category whose user is known, before learning.
+        new: The same of new users.
+        pairs: Pairs whose engagement was scored.
+        engagement_loss: Summed log loss of these pairs.
+        predicted: Their summed probability.
+        positives: How many of them were positive.
+        squared_norm: Sum over rows of the squared norm of the gradient per square root of rows.
+        crowds: `[3, BUCKETS]` int32, rows by bucket of user, item and category.
+        slices: `[measure, dimension, place, 3]` float64, see `Breakdown.update`.
+    """
+
+    log_ms: int
+    rows: int
+    skipped: int = 0
+    positions: int = 0
+    dead: int = 0
+    known: tuple[int, float] = (0, 0.0)
+    new: tuple[int, float] = (0, 0.0)
+    pairs: int = 0
+    engagement_loss: float = 0.0
+    predicted: float = 0.0
+    positives: int = 0
+    squared_norm: float = 0.0
+    crowds: I32 | None = None
+    slices: F64 | None = None
+
+
+def crowds_of(batch: MicroBatch) -> I32:
+    """`[3, BUCKETS]` int32: a micro-batch's rows by bucket of user, item and category. Id 0 (none) is not counted."""
+    return np.stack([_counted(getattr(batch, name)) for name in CROWDS])
+
+
+def _counted(ids: npt.NDArray[np.uint64]) -> I32:
+    """Rows by bucket.
+
+    >>> _counted(np.array([5, 5, BUCKETS + 5, 0], np.uint64))[:6].tolist()
+    [0, 0, 0, 0, 0, 3]
+    """
+    found = np.bincount((ids & np.uint64(BUCKETS - 1)).astype(np.int64), minlength=BUCKETS)
+    found[0] -= int((ids == 0).sum())
+    return found.astype(np.int32)
+
+
 def _no_crowds() -> I32:
     return np.zeros((len(CROWDS), BUCKETS), np.int32)
 
 
-@dataclass(frozen=True, slots=True)
-class WindowStart:
-    """The start of a window.
+class WindowStart(NamedTuple):
+    """The start of a window, stored as a JSON list.
 
     Attributes:
         offset: Its first record in the training log.
@@ -48,21 +106,6 @@ class WindowStart:
     offset: int
     log_ms: int
     clicks: tuple[tuple[str, int, int], ...] = ()
-
-    def told(self) -> list[Any]:
-        """The JSON form.
-
-        >>> start = WindowStart(7, 900, (("ab" * 16, 0, 5),))
-        >>> WindowStart.of(start.told()) == start
-        True
-        """
-        return [self.offset, self.log_ms, self.clicks]
-
-    @classmethod
-    def of(cls, told: Sequence[Any]) -> WindowStart:
-        """The inverse of `told`."""
-        offset, log_ms, clicks = told
-        return cls(offset, log_ms, tuple((str(topic), int(part), int(at)) for topic, part, at in clicks))
 
 
 @dataclass(slots=True)

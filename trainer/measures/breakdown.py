@@ -1,13 +1,11 @@
 """Slices: metrics of subsets of rows, by action, by new and known users, and by attribute values.
 
-Each row belongs to one slice of each dimension. The metrics use the predictions of
-`progressive.py` and of the engagement head before learning. Each dimension has a
-bounded number of slices (`slices.py` assigns those of attributes). The metrics and
-their labels are therefore bounded, and a function of the log.
+Each row belongs to one slice of each dimension. The metrics use the predictions of `progressive.py` and of the
+engagement head before learning. Each dimension has a bounded number of slices (`slices.py` assigns those of attributes),
+so the metrics are bounded, and a function of the log.
 
-Metrics are recent, with the half-life of `Evaluation`, and have 95 % confidence
-intervals (`intervals.py`). They influence no decision. Each durable version stores
-them, as it stores those of `progressive.py`.
+Metrics are recent, with the half-life of `Evaluation`, and have 95 % confidence intervals (`intervals.py`). They
+influence no decision. Each durable version stores them.
 """
 
 from __future__ import annotations
@@ -130,11 +128,7 @@ class Breakdown:
         return step
 
     def measures(self, shown: Mapping[str, Sequence[str]]) -> list[SliceMeasures]:
-        """The metrics of each slice that has had a row.
-
-        Args:
-            shown: The names of each dimension's slices.
-        """
+        """The metrics of each slice that has had a row; `shown` has the names of each dimension's slices."""
         return [
             SliceMeasures(name, shown[name][place], *self._of(number, place))
             for number, name in enumerate(self.dimensions)
@@ -277,8 +271,8 @@ GAPS = {"log_loss": -1, "auc": 1}
 def gap(measures: Sequence[SliceMeasures], dimension: str, name: str) -> SliceGap | None:
     """The gap of a dimension in one of GAPS, over slices with at least LEAST rows; None if there are fewer than two.
 
-    Some of many slices differ by chance alone. The intervals of the best and the worst of k are therefore widened to
-    1 - 0.05 / k (Bonferroni), as a factor of the normal distribution's width.
+    Some of many slices differ by chance alone, so the intervals of the best and the worst of k are widened to 1 - 0.05 / k
+    (Bonferroni).
 
     >>> one = SliceMeasures("age", "old", {"rows": 900.0, "log_loss": 3.0}, {"log_loss": (2.9, 3.1)})
     >>> other = SliceMeasures("age", "young", {"rows": 900.0, "log_loss": 2.0}, {"log_loss": (1.9, 2.1)})

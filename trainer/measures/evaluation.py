@@ -1,8 +1,7 @@
 """Progressive validation: each row is scored before it is learned from.
 
-Sums are kept in two forms, since the beginning and with a half-life in rows, and by
-slice: users without a label yet, and users with some. AUC is computed from
-histograms of the scores, so that its state is small and its value repeatable.
+Sums are kept since the beginning and with a half-life in rows, for all users, new ones and known ones. AUC is computed
+from histograms of the scores, so that its state is small and its value repeatable.
 """
 
 from __future__ import annotations
@@ -108,9 +107,7 @@ class Evaluation:
 
 
 def fade(sums: F64, rows: int, power: int = 1) -> None:
-    """Decays recent sums by a number of rows, in place; values that underflow become 0.
-
-    Otherwise a slice without new rows ends with denormal numbers, which a CPU processes a hundred times more slowly.
+    """Decays recent sums by a number of rows, in place; values that underflow become 0, because a CPU is slow with denormals.
 
     Args:
         sums: Contiguous float64, none negative.
@@ -133,13 +130,10 @@ def _fade(sums: F64, left: float) -> None:
 
 
 def area_under_curve(negatives: F64, positives: F64) -> float | None:
-    """Area under the ROC curve of two histograms over the same ascending bins; ties count half.
+    """Area under the ROC curve of two histograms over the same ascending bins; ties count half. None without one outcome.
 
     >>> area_under_curve(np.array([1.0, 1.0]), np.array([0.0, 2.0]))
     0.75
-
-    Returns:
-        None if one outcome has no weight.
     """
     pairs = float(negatives.sum() * positives.sum())
     if pairs <= 0:

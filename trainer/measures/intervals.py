@@ -1,8 +1,7 @@
 """95 % confidence intervals of metrics over weighted rows.
 
-Recent sums give a row less weight the older it is. Rows with weights w count as
-(sum of w) ** 2 / (sum of w ** 2) rows of equal weight (Kish 1965, Survey Sampling).
-This effective sample size stands for n in every formula here.
+Rows with weights w count as (sum of w) ** 2 / (sum of w ** 2) rows of equal weight (Kish 1965, Survey Sampling). This
+effective sample size stands for n in every formula here.
 """
 
 from __future__ import annotations
@@ -22,12 +21,7 @@ Interval = tuple[float, float]
 
 
 def of_mean(mean: float, mean_square: float, rows: float) -> Interval:
-    """The interval of a mean, by the normal approximation.
-
-    Args:
-        mean: Of the values.
-        mean_square: Mean of their squares.
-        rows: Effective sample size.
+    """The interval of a mean, by the normal approximation, of the mean, the mean square and the effective sample size.
 
     >>> [round(end, 3) for end in of_mean(2.0, 5.0, 100.0)]
     [1.804, 2.196]
@@ -65,8 +59,8 @@ def of_ratio(predicted: float, observed: float, pairs: float) -> Interval:
 def of_area(negatives: F64, positives: F64, worth: float) -> Interval | None:
     """The interval of the area under the ROC curve, by the variance of DeLong, DeLong and Clarke-Pearson (1988).
 
-    Each score has a rank among the scores of the other outcome. The variance of the area follows from the variance of
-    these ranks over positives and over negatives. Scores in the same bin are ties and count half.
+    Each score has a rank among the scores of the other outcome. The variance of the area follows from that of the ranks.
+    Scores in the same bin are ties and count half.
 
     Args:
         negatives: `[bins]` float64, weights of the pairs that were not clicked, in ascending order of scores.
@@ -91,11 +85,7 @@ def of_area(negatives: F64, positives: F64, worth: float) -> Interval | None:
 
 
 def widened(count: int, z: float = Z) -> float:
-    """The factor that widens an interval so that it holds for all of `count` intervals at once (Bonferroni).
-
-    Args:
-        count: How many intervals.
-        z: Half-width of one interval, in standard deviations of the normal distribution.
+    """The factor that widens an interval of half-width `z` deviations so that `count` intervals hold at once (Bonferroni).
 
     >>> round(widened(1), 6), round(widened(2), 3), round(widened(2, 3.0), 3)
     (1.0, 1.144, 1.068)

@@ -1,15 +1,12 @@
-"""Predictions of each row's category, by the model and by simple baselines, before the category was known.
-
-Four predictors see the same rows in the same order:
+"""Predictions of each row's category, by the model and by simple baselines, before the category was known:
 
     model      the candidates that serving has, by their logits; the last slot of training is not among them
     popular    all categories by their clicks over all users, halved each hour of log time
     previous   the one category of the user's previous event
     came_next  what came next after that one, by the counts of transitions (`state/ranking/transitions.py`)
 
-Each predictor ranks candidates and assigns them shares that add up to 1.
-`progressive.py` defines the cost of a category that is no candidate. All are
-functions of the log alone: of integers, and for the model of its logits.
+Each predictor ranks candidates and assigns them shares that add up to 1. `progressive.py` defines the cost of a category
+that is no candidate.
 """
 
 from __future__ import annotations
@@ -34,7 +31,7 @@ NONE = -1
 """The rank of a category that is no candidate."""
 
 LISTED = 64
-"""Popular categories whose order is kept. Any other counted category gets the next rank, which is slightly too good."""
+"""Popular categories whose order is kept. Any other counted category gets the next rank."""
 
 COUNTED = 8192
 """The most categories that are counted for the popular ones."""

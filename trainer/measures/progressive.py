@@ -1,22 +1,15 @@
 """Compares the model with simple baselines: all of them score each row before any learns from it.
 
-**A miss counts as a miss.** A predictor assigns shares p, which add up to 1, to its
-candidates. Let m be its probability of a miss. A category that is a candidate then
-has the probability (1 - m) p. m is spread evenly over the known categories that are
-no candidates, and over one more that stands for all unknown categories. If there is
-no candidate, m is 1.
+**A miss counts as a miss.** A predictor assigns shares p, which add up to 1, to its candidates. Let m be its probability
+of a miss. A category that is a candidate then has the probability (1 - m) p. m is spread evenly over the known
+categories that are no candidates, and over one more that stands for all unknown categories. If there is no candidate,
+m is 1. So each predictor is one distribution over the same outcomes, and log losses are comparable.
 
-So each predictor is one distribution over the same outcomes. Log losses are
-comparable between predictors and logs, and pure noise costs its entropy, not less.
+m is the escape probability of prediction by partial matching (Cleary and Witten 1984). Its estimate over the earlier
+rows is (misses + 1/2) / (rows + 1) (Krichevsky and Trofimov 1981). New and known users have separate estimates.
 
-m is the escape probability of prediction by partial matching (Cleary and Witten
-1984). Its estimate over the earlier rows is (misses + 1/2) / (rows + 1)
-(Krichevsky and Trofimov 1981). New and known users have separate estimates, because
-their rates differ.
-
-Sums are kept in two forms, since the beginning and with the half-life of
-`Evaluation`. Each durable version stores them and the popular categories of the last
-hour, because a restart continues from there and does not read the hour before.
+Sums are kept since the beginning and with the half-life of `Evaluation`. Each durable version stores them and the popular
+categories of the last hour.
 """
 
 from __future__ import annotations
@@ -59,12 +52,17 @@ class Progressive:
         self.popular = hourly_popular()
 
     def score(
-        self, said: Mapping[str, CategoryPrediction], targets: Flags, known: Flags, categories: int, pairs: ScoredPairs
+        self,
+        predictions: Mapping[str, CategoryPrediction],
+        targets: Flags,
+        known: Flags,
+        categories: int,
+        pairs: ScoredPairs,
     ) -> Judged:
         """Scores the predictions for n rows before anything learns from them; has no side effects.
 
         Args:
-            said: The predictions of each of PREDICTORS for the rows with a category.
+            predictions: The predictions of each of PREDICTORS for the rows with a category.
             targets: `[n]` bool, which rows have a category.
             known: `[n]` bool, whether the user is known.
             categories: The number of known categories, with those of these rows: otherwise new ones would cost nothing.
@@ -72,7 +70,8 @@ class Progressive:
         """
         kinds, misses, sums = known[targets], self.miss_shares(), no_sums()
         of_rows = [
-            row_sums(said[name], kinds, misses[place], categories, sums[place]) for place, name in enumerate(PREDICTORS)
+            row_sums(predictions[name], kinds, misses[place], categories, sums[place])
+            for place, name in enumerate(PREDICTORS)
         ]
         clicked, predicted, losses = int(pairs.positive.sum()), float(pairs.predicted.sum()), float(pairs.losses.sum())
         return Judged(StepScores(sums, pairs.losses.size, clicked, predicted, losses), targets, of_rows[0], pairs)
@@ -151,11 +150,11 @@ def where_of(predictor: str, users: str) -> str:
     return ("" if predictor == "model" else f"baseline.{predictor}.") + ("" if users == "all" else f"{users}.")
 
 
-def row_sums(said: CategoryPrediction, known: Flags, miss: F64, categories: int, sums: F64) -> F64:
+def row_sums(prediction: CategoryPrediction, known: Flags, miss: F64, categories: int, sums: F64) -> F64:
     """SUMS of each of t rows, `[t, sum]` float64.
 
     Args:
-        said: The predictions for the rows.
+        prediction: For the rows.
         known: `[t]` bool, whether the user is known.
         miss: `[2]` float64, the miss probability if there are candidates, of new users and of known ones.
         categories: The number of known categories.
@@ -171,7 +170,7 @@ def row_sums(said: CategoryPrediction, known: Flags, miss: F64, categories: int,
     0.033333
     """
     found = np.zeros((known.size, len(SUMS)))
-    _judge(said.rank, said.log_share, said.candidates, known, miss, categories, found, sums)
+    _judge(prediction.rank, prediction.log_share, prediction.candidates, known, miss, categories, found, sums)
     return found
 
 

@@ -1,13 +1,9 @@
-"""Progressive validation by attribute value: metrics of each value, scored before learning.
+"""Assigns slices to attribute values, and keeps their sums.
 
-A slice attribute has one slice for unknown values and one for no value. Each of the
-first other values gets its own slice, in the order of occurrence. Once these are used
-up, all other values share one slice. The metrics and their labels are therefore bounded, and
-a function of the log like the weights.
+An attribute has one slice for unknown values and one for no value. Each of the first other values gets its own slice, in
+the order of occurrence. All further values share one slice. So the slices are bounded, and a function of the log.
 
-Sums are recent, with the half-life of `Evaluation`; rows are also counted since the
-beginning. Since 0.1.0 these sums are part of a version's digest. Durable versions
-contain the metrics of `breakdown.py` instead, which have intervals.
+The sums are part of a version's digest since 0.1.0. The metrics of versions are those of `breakdown.py`.
 """
 
 from __future__ import annotations
@@ -21,7 +17,7 @@ import numpy.typing as npt
 
 from state.attributes.values import U64
 from state.config.sections import Attributes
-from trainer.measures.evaluation import LOGIT_RANGE, SOME, area_under_curve, fade
+from trainer.measures.evaluation import LOGIT_RANGE, fade
 from trainer.model.attributes import Columns
 
 F32 = npt.NDArray[np.float32]
@@ -32,20 +28,6 @@ BINS = 64
 UNKNOWN, NONE, OTHER, FIRST = 0, 1, 2, 3
 SHOWN = ("(unknown)", "(none)", "(other)")
 SUMS = ("rows", "targets", "log_loss", "top1", "pairs", "engagement_log_loss")
-
-
-class Measure(NamedTuple):
-    """The metrics of one value of an attribute.
-
-    Attributes:
-        attribute: Name of the attribute.
-        value: Its text.
-        figures: By name: total.rows, rows, and if there is enough data log_loss, top1, engagement_log_loss, auc.
-    """
-
-    attribute: str
-    value: str
-    figures: dict[str, float]
 
 
 class Scored(NamedTuple):
@@ -172,31 +154,6 @@ class Slices:
         placed = np.clip((scored.logits + LOGIT_RANGE) * (BINS / (2 * LOGIT_RANGE)), 0, BINS - 1).astype(np.int64)
         cells = (paired * 2 + scored.positive) * BINS + placed
         self._bins[number] += np.bincount(cells, minlength=count * 2 * BINS).reshape(count, 2, BINS)
-
-    def measures(self) -> list[Measure]:
-        """The metrics of each value that has had a row."""
-        found = []
-        for number, name in enumerate(self.names):
-            for place in np.flatnonzero(self._total[number]).tolist():
-                rows, targets, log_loss, top1, pairs, engagement = self._sums[number, place].tolist()
-                figures = {"total.rows": float(self._total[number, place]), "rows": rows}
-                if targets >= SOME:
-                    figures |= {"log_loss": log_loss / targets, "top1": top1 / targets}
-                if pairs >= SOME:
-                    figures["engagement_log_loss"] = engagement / pairs
-                area = area_under_curve(*self._bins[number, place])
-                if area is not None:
-                    figures["auc"] = area
-                found.append(Measure(name, self._text(number, place), figures))
-        return found
-
-    def values(self) -> dict[str, float]:
-        """The metrics as `slice.<attribute>.<value>.<metric>`, for a version's manifest."""
-        return {
-            f"slice.{one.attribute}.{one.value}.{name}": figure
-            for one in self.measures()
-            for name, figure in one.figures.items()
-        }
 
     def state(self) -> dict[str, npt.NDArray[Any]]:
         """All sums, to be stored in a version; empty without slice attributes."""

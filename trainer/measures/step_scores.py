@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,22 +56,6 @@ class StepScores:
         """One entry of SUMS."""
         return float(self.sums[PREDICTORS.index(predictor), USERS.index(users), SUMS.index(name)])
 
-    def mean(self, name: str, predictor: str = "model", users: str = "all") -> float:
-        """The mean over the rows of one entry of SUMS; NaN without rows.
-
-        >>> rows = np.zeros((len(PREDICTORS), len(USERS), len(SUMS)))
-        >>> rows[0, 0, :2] = 4, 10.0
-        >>> StepScores(rows, 0, 0, 0.0, 0.0).mean("log_loss")
-        2.5
-        """
-        rows = self.total("rows", predictor, users)
-        return self.total(name, predictor, users) / rows if rows else float("nan")
-
-    @property
-    def calibration(self) -> float:
-        """Predicted over observed clicks: 1 is calibrated, above 1 is too high; NaN if nothing was clicked."""
-        return self.predicted / self.positives if self.positives else float("nan")
-
 
 class ScoredPairs(NamedTuple):
     """The (user, item) pairs whose engagement was scored.
@@ -106,11 +89,6 @@ class Judged(NamedTuple):
     targets: Flags
     rows: F64
     pairs: ScoredPairs
-
-
-def joined_scores(parts: list[StepScores]) -> StepScores:
-    """Adds the scores of a record that was learned in several updates."""
-    return reduce(StepScores.__add__, parts)
 
 
 def no_sums(*first: int) -> npt.NDArray[Any]:

@@ -1,10 +1,8 @@
-"""Attributes in a training step: rows of the context table, for the tower (users) and next to the item's row (items).
+"""Attributes in a training step: rows of the context table, for the tower (users) and added to the item's row (items).
 
-A user's attributes join the context fields of the row; the mean of all of them is an
-input of the tower. The mean of an item's attributes is added to the item's own row.
-Only the engagement head reads that sum; the interest head does not. An item's vector
-thus depends on the row, so the head gets one row for each combination of item and
-attributes in the step.
+The mean of a user's attributes and the context fields is an input of the tower. The mean of an item's attributes is
+added to the item's row, which only the engagement head reads. An item's vector thus depends on the row, so the head gets
+one row for each combination of item and attributes in the step.
 """
 
 from __future__ import annotations

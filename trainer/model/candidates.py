@@ -5,12 +5,10 @@ The candidates of a row are:
 - its user's categories (L slots, newest first)
 - the popular categories that are not among them (P slots)
 - what came next most often after the newest category, over all users (S slots)
-- one more slot
+- one more slot: the row's own category if no other slot has it, otherwise a category that another row of the batch
+  clicked, so that the model learns the value of "something else"
 
-The last slot holds the row's own category if no other slot has it. Otherwise it
-holds a category that another row of the batch clicked, so that the model learns the
-value of "something else". Only the target slot and the last slot depend on the row's
-own event.
+Only the target slot and the last slot depend on the row's own event.
 """
 
 from __future__ import annotations
@@ -106,15 +104,9 @@ def _compete(
 
 
 def partners(topics: U64, partitions: U64, offsets: I64) -> I64:
-    """Chooses for each row another row of the batch, by a hash of its source position.
+    """Chooses for each row another row of the batch, by a hash of its source position: topic, partition and offset, `[n]` each.
 
-    Args:
-        topics: `[n]` uint64 short numbers of the rows' topics.
-        partitions: `[n]` uint64.
-        offsets: `[n]` int64.
-
-    Returns:
-        `[n]` int64 indices, none its own; 0 for the only row of a batch.
+    Returns `[n]` int64 indices, none its own; 0 for the only row of a batch.
 
     >>> found = partners(np.zeros(3, np.uint64), np.zeros(3, np.uint64), np.arange(3))
     >>> bool((found != np.arange(3)).all())

@@ -83,10 +83,9 @@ class DefaultRanker(Ranker):
     Args:
         settings: The section `[model]`.
         spec: Names the D features and the F windows of each of the L categories.
-        preprocessing: `[B, D]` float32 raw integers to `[B, D']` float32; None
-            takes logarithms.
-        labelled: Whether engagement is learned from labels. All parts of it but the crosses then
-            start at zero, and the network learns the residual of the crosses.
+        preprocessing: `[B, D]` float32 raw integers to `[B, D']` float32; None takes logarithms.
+        labelled: Whether engagement is learned from labels. All parts of it but the crosses then start at zero, and the
+            network learns the residual of the crosses.
     """
 
     def __init__(
@@ -200,11 +199,7 @@ class DefaultRanker(Ranker):
         return tf.nn.bias_add(tf.matmul(vector, self.dense["query.kernel"]), self.dense["query.bias"]) + user
 
     def _user_hidden(self, user_features: Tensor) -> Tensor:
-        """The user's part of the hidden units of both nets, `[B, NET_HIDDEN + NEXT_HIDDEN]`.
-
-        The importance of windows depends on the user: some users return to the
-        same categories, others move on to new ones.
-        """
+        """The user's part of the hidden units of both nets, `[B, NET_HIDDEN + NEXT_HIDDEN]`."""
         user = tf.matmul(user_features, self.dense["interest.user_kernel"])
         return tf.nn.bias_add(user, self.dense["interest.bias"])
 
@@ -253,11 +248,9 @@ class DefaultRanker(Ranker):
     def _engagement(
         self, encoded: Encoded, interest: Mapping[str, Tensor], inputs: Mapping[str, Tensor], item: Tensor, category: Tensor
     ) -> Tensor:  # fmt: skip
-        """The engagement logit `[B]` without crosses.
+        """The engagement logit `[B]` without crosses, with the interest logits of the item's category as its prior.
 
-        The interest logits are the prior of the item's category; their gradient is
-        stopped. The last slot depends on the row's own event, which serving does
-        not know, so the sum leaves it out.
+        Their gradient is stopped. The sum leaves out the last slot, which depends on the row's own event.
         """
         dim, queries = self.settings.dim, encoded.queries
         recent, popular, successors = (

@@ -28,16 +28,11 @@ def fixed(name: str, values: Any) -> Any:
 
 
 def recency_prior(window_names: tuple[str, ...]) -> F32:
-    """Initial weights of a category's windows, `[F]`: recent and frequent categories come first.
+    """Initial weights of a category's windows, `[F]` float32, by their names: recent and frequent categories come first.
 
-    Before the first click is learned, the latest category wins, followed by those of
-    the last hour: already a fair guess of the next click. The prior assumes that a
-    category's probability is proportional to how often it was clicked. The exponents
-    of all counts therefore add up to about one, and half of it goes to the latest
-    events. How often the category came next after the newest one counts as much again.
-
-    Args:
-        window_names: Names of a category's windows, such as `count_1h`.
+    The prior assumes that a category's probability is proportional to how often it was clicked. The exponents of all counts
+    therefore add up to about one, half of it for the latest events. How often it came next after the newest one counts as
+    much again.
     """
     weights = np.zeros(len(window_names), np.float32)
     halved = 1.0

@@ -1,8 +1,7 @@
 """All tuned constants of the trainer that are not settings, in one frozen record that each version stores.
 
-Two versions are comparable only if these are equal. `trainer/MODEL.md` documents the
-origin of each number. Changing a number changes what a click teaches. For a change
-of the formula itself, raise `MODEL_CODE`.
+Two versions are comparable only if these are equal. `trainer/MODEL.md` documents the origin of each number. For a
+change of the formula itself, raise `MODEL_CODE`.
 """
 
 from __future__ import annotations
@@ -23,9 +22,8 @@ class Hyperparameters:
         latest: The user's newest categories whose mean row is an input of the tower.
         net_hidden: Hidden units of the net over a category's windows.
         next_hidden: Hidden units of the net over how often a candidate came next.
-        user_limit: Clipping limit of a user's features in both nets, in both directions. Without it, twenty purchases
-            in a minute make that part ten times as large as those the weights learned from. Each early step of Adam
-            then moves that user's logits by the same factor.
+        user_limit: Clipping limit of a user's features in both nets, in both directions: a burst of events would otherwise
+            move the user's logits by a multiple in each early step of Adam.
         window_scaling: By prefix of a window's name: factor of its logarithm, factor of the integer, shift.
         recency_prior: Initial weights of a category's windows, by prefix of their names.
         first_query: Range of the initial weights of the engagement query.
@@ -41,21 +39,19 @@ class Hyperparameters:
         loss_scale: The loss of a step is the sum over its rows, divided by this.
         engagement_share: Weight of the engagement loss relative to the interest loss.
         assumed_click_rate: Clicks per impression in a log without impressions.
-        learning_rates: Factors of Adam's step size by prefix of a weight's name, in a log without labels: the few
-            weights of the popular ranks see every row, those of engagement every pair.
-        labelled_learning_rates: The same in a log with labels, where crosses explain most; the rest is mostly chance.
+        learning_rates: Factors of Adam's step size by prefix of a weight's name, in a log without labels.
+        labelled_learning_rates: The same in a log with labels, where crosses explain most.
         beta_1: Of Adam.
         beta_2: Of Adam, and of the fast weights.
         epsilon: Of Adam, of the fast weights and of Adagrad.
-        fast_rows: Rows of a record after which the fast weights move. They are few, and one move a record is too slow.
+        fast_rows: Rows of a record after which the fast weights move.
         fast_learning_rate: Factor of their step size.
         user_lr_scale: Factor of it for the weights of the user's features, of which there are many more.
         average_share: Weight of the mean over the latest moves in the scoring weights; the rest is the last iterate.
         average_moves: Moves over which that mean is taken.
         first_moves: Reduces the weight of the first moves in that mean.
-        cross_precision: Prior precision of a cross's weight (1 / variance of a logit), by the kind of its values.
-            Contexts differ most from each other, then a user's taste for a recurring item; what an age band has in
-            common differs least. Four labels add at most one unit of precision.
+        cross_precision: Prior precision of a cross's weight (1 / variance of a logit), by the kind of its values. Four
+            labels add at most one unit of precision.
         marginal_precision: Prior precision of a marginal logit: four labels, if half of all are positive.
         share_precision: Prior precision of what is added to an initial share.
         guard_warm_up: Accepted steps before the guard compares.

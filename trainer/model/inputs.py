@@ -1,15 +1,10 @@
-"""The table of all inputs: what a ranker may read, its shape, and its source.
+"""The table of all inputs: what a ranker may read, its shape, and its source. Letters of shapes:
 
-The signature of the serving program, the gathering of rows in training, checks and
-tests use it. Letters of shapes:
-
-    B rows of a record, users of a request     D features          K context fields, users' attributes among them
-    L recent categories, newest first          F windows of each   A attributes of an item
-    P popular categories                       S successors        N numbers of a transition (`COLUMNS`)
-    H units of the tower's first layer         E width of the rows of the input's table
-    T latest events (`features.sequence`)
-
-A ranker's own tables are looked up by the ids of `IDS`.
+B rows of a record, users of a request     D features          K context fields, users' attributes among them
+L recent categories, newest first          F windows of each   A attributes of an item
+P popular categories                       S successors        N numbers of a transition (`COLUMNS`)
+H units of the tower's first layer         E width of the rows of the input's table
+T latest events (`features.sequence`)
 """
 
 from __future__ import annotations
@@ -159,13 +154,7 @@ def sizes(settings: ModelSettings, spec: FeatureSpec) -> dict[str, int | None]:
 
 
 def specs(inputs: tuple[Input, ...], sizes: Mapping[str, int | None], tables: Mapping[str, int]) -> dict[str, Any]:
-    """The `tf.TensorSpec` of each input by name.
-
-    Args:
-        inputs: A ranker's inputs.
-        sizes: From `sizes`.
-        tables: Width of the rows of each table.
-    """
+    """The `tf.TensorSpec` of each input by name; `tables` has the width of the rows of each table."""
     return {
         one.name: tf.TensorSpec([tables[one.table] if letter == "E" else sizes[letter] for letter in one.shape], tf.float32, one.name)
         for one in inputs

@@ -45,8 +45,7 @@ class Logarithms:
 class WindowScaling:
     """Scales the windows of categories, `[n, F]` raw integers to about [-2, 4]: log(1 + x), centred by their kind.
 
-    The kinds differ more than the categories of one user do. Without this scaling, Adam
-    needed longer to learn three points of top-5 on Taobao's clicks.
+    The kinds differ more than the categories of one user do.
 
     Args:
         names: Names of the F windows.

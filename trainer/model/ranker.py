@@ -1,9 +1,7 @@
 """The ranker interface: scores of candidates and pairs as a function of inputs and weights, and the loss.
 
-The default one is `trainer/model/default_ranker.py`. An engine (`trainer/engine`)
-gathers what `inputs` names, differentiates `losses`, and updates weights and rows. A
-version stores `dense` and the rows of `tables`. Serving runs the program of
-`predict`.
+An engine (`trainer/engine`) gathers what `inputs` names, differentiates `losses`, and updates weights and rows. A version
+stores `dense` and the rows of `tables`. Serving runs the program of `predict`.
 """
 
 from __future__ import annotations

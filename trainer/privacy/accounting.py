@@ -1,13 +1,9 @@
 """The privacy accountant: epsilon of all updates that one unit may take part in, and the noise that a budget requires.
 
-Each update releases two values that depend on a unit, each with Gaussian noise: its
-clipped gradient, and its part of the counts. A unit takes part in a limited number of
-updates, and each update may depend on the results of earlier ones. Gaussian noise
-composes exactly: k updates with noise s reveal as much as one with noise s / sqrt(k)
-(Dong, Roth and Su 2022, corollary 3.3), even if each is chosen adaptively. The cost
-of one release has a closed form (Balle and Wang 2018), which `dp-accounting`
-computes. There is no amplification by sampling, because rows come in the order of
-the log.
+Each update releases two values that depend on a unit, each with Gaussian noise: its clipped gradient, and its part of the
+counts. Gaussian noise composes exactly: k updates with noise s reveal as much as one with noise s / sqrt(k) (Dong, Roth
+and Su 2022, corollary 3.3), even if each is chosen adaptively. The cost of one release has a closed form (Balle and Wang
+2018), which `dp-accounting` computes. There is no amplification by sampling, because rows come in the order of the log.
 """
 
 from __future__ import annotations
@@ -45,8 +41,8 @@ def together(periods: Iterable[PrivacyPeriod]) -> float:
     >>> together([]), round(together([PrivacyPeriod(1, 0, 17, 8.0), PrivacyPeriod(1, 1, 17, 8.0)]), 3)
     (inf, 1.331)
     """
-    told = sum(one.updates * _OF_ONE / one.noise**2 for one in periods)
-    return 1.0 / math.sqrt(told) if told else math.inf
+    squared = sum(one.updates * _OF_ONE / one.noise**2 for one in periods)
+    return 1.0 / math.sqrt(squared) if squared else math.inf
 
 
 def spent(periods: Iterable[PrivacyPeriod], delta: float) -> float:

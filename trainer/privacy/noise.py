@@ -1,9 +1,7 @@
-"""Normal numbers as a function of a secret key and a name, and of nothing else.
+"""Normal numbers as a function of a secret key and a name alone.
 
-Each name gets its own key (keyed BLAKE2b, RFC 7693), with which ChaCha20 (RFC 8439)
-makes a stream of bits. Two words of 53 bits make two normal numbers (Box and Muller
-1958). A process that reads the log again with the key makes the same noise. Without
-the key the stream is indistinguishable from random, as that of a cipher.
+Each name gets its own key (keyed BLAKE2b, RFC 7693), with which ChaCha20 (RFC 8439) makes a stream of bits. Two words
+of 53 bits make two normal numbers (Box and Muller 1958). So a process that reads the log again makes the same noise.
 """
 
 from __future__ import annotations
@@ -20,28 +18,20 @@ _UNIT = 2.0**-53
 
 
 class Noise:
-    """The noise of one key.
-
-    Args:
-        key: The secret key.
-    """
+    """The noise of one key."""
 
     def __init__(self, key: bytes) -> None:
         # BLAKE2b accepts keys of at most 64 bytes.
         self._key = hashlib.blake2b(key, digest_size=64, person=b"springtide noise").digest()
 
     def normal(self, name: str, count: int) -> F64:
-        """Standard normal numbers, `[count]` float64. The first ones are the same for any `count`.
+        """Standard normal numbers, `[count]` float64. The first ones are the same for any `count`; `name` is unique to their use.
 
         >>> one, other = Noise(b"a key of a test"), Noise(b"another one")
         >>> bool((one.normal("here", 3) == one.normal("here", 8)[:3]).all())
         True
         >>> bool((one.normal("here", 3) == other.normal("here", 3)).any() or (one.normal("there", 3) == one.normal("here", 3)).any())
         False
-
-        Args:
-            name: Name of the numbers; it must be unique to their use.
-            count: How many.
         """
         own = hashlib.blake2b(name.encode(), key=self._key, digest_size=32).digest()
         pairs = -(-count // 2)

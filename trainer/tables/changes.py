@@ -1,7 +1,4 @@
-"""What changed in a table since a point: rows by id, and ids that were removed or wait.
-
-Steps only list ids, each once per take, and keep running meanwhile. A take returns the rows.
-"""
+"""What changed in a table since a point: rows by id, and ids that were removed or wait. Steps only list ids."""
 
 from __future__ import annotations
 
@@ -11,9 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from trainer.tables.index import F32, I32, U64
-from trainer.tables.places import grown
-from trainer.tables.rows_used import mark_rows
+from state.compiled import compiled
+from trainer.tables.index import F32, I32, U64, grown
 
 I64 = npt.NDArray[np.int64]
 _FOLD = 65_536
@@ -84,15 +80,24 @@ class Changes:
         return sha.hexdigest()
 
 
-class ChangeList:
-    """What changed in a table since a point, each row once; steps list rows, and nothing is copied.
+@compiled("i4[::1], u1[::1], i4[::1], i8")
+def mark_rows(rows: I32, flags: npt.NDArray[np.uint8], listed: I32, count: int) -> int:
+    """Appends those of `[n]` rows that are not in `flags` to the first `count` of `listed`; returns the new count."""
+    for i in range(rows.shape[0]):
+        row = rows[i]
+        if row != 0 and flags[row] == 0:
+            flags[row] = 1
+            listed[count] = row
+            count += 1
+    return count
 
-    Args:
-        capacity: Row slots of the table.
+
+class ChangeList:
+    """What changed in a table of `capacity` row slots since a point, each row once; nothing is copied.
 
     Attributes:
         removed: Ids whose rows were removed; those that returned since have a row.
-        pending: Ids without a row that were seen, or are not waiting any more.
+        pending: Ids without a row that were seen, or are no longer waiting.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -110,12 +115,12 @@ class ChangeList:
         return self._listed[: self._count]
 
     def clear(self) -> None:
-        """Starts the list again from now."""
+        """Empties the list."""
         self._flags[self.rows()] = 0
         self._count, self.removed, self.pending = 0, ListedIds(), ListedIds()
 
     def move_to(self, older: ChangeList) -> None:
-        """Adds all of it to a list since an earlier point, and starts this list again from now."""
+        """Adds all of it to a list since an earlier point, and clears this list."""
         older.touch(self.rows())
         older.removed.add(self.removed.distinct())
         older.pending.add(self.pending.distinct())

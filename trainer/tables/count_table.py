@@ -1,7 +1,6 @@
 """Counts what came next after each category, over all users: typed lists on the host, without learned weights.
 
-Lists are converted to and from float32 rows only when a version is made or loaded
-(`state/ranking/transitions.py`).
+Lists are converted to and from float32 rows only for a version (`state/ranking/transitions.py`).
 """
 
 from __future__ import annotations
@@ -12,19 +11,11 @@ import numpy.typing as npt
 from state.ranking import transitions
 from state.ranking.transitions import Lists, Succession
 from trainer.tables.id_table import NO_CAP, IdTable
-from trainer.tables.index import F32, I32, U64, hashed_uniform
-from trainer.tables.places import grown
+from trainer.tables.index import F32, I32, U64, grown, hashed_uniform
 
 
 class CountTable(IdTable):
-    """A table with one list of followers per category.
-
-    Args:
-        name: The table's name in versions.
-        capacity: Initial capacity in lists. It doubles when the table is full, and shrinks when few lists are left.
-        admit_after: Occurrences that a category needs before it gets a list.
-        max_rows: The most categories with a list.
-    """
+    """A table with one list of followers per category; see `IdTable`."""
 
     def __init__(self, name: str, capacity: int = 1024, admit_after: int = 1, max_rows: int = NO_CAP) -> None:
         super().__init__(name, transitions.WIDTH, capacity, admit_after, max_rows)
@@ -45,14 +36,14 @@ class CountTable(IdTable):
 
         Args:
             rows: `[n]` int32, the row of each user's newest category; MISSING for none.
-            recent_categories: `[n, L]` uint64, the users' categories, padded with 0.
+            recent_categories: `[n, L]` uint64, padded with 0.
             popular: `[P]` uint64, padded with 0.
         """
         distinct, at = self.distinct(rows)
         return transitions.succession(at, self._lists, recent_categories, popular, distinct)
 
     def count(self, rows: I32, followers: U64) -> None:
-        """Counts transitions in the order of the rows of a batch, and marks all of `rows` as changed.
+        """Counts transitions in the order of a batch, and marks all of `rows` as changed.
 
         Args:
             rows: `[n]` int32, the row of the newest category before each event; MISSING for none.

@@ -1,14 +1,8 @@
 """Manages which ids of a table have a row: admission, dating, expiry, eviction and change lists.
 
-A subclass defines what a row holds. The id -> row index, admission and expiry run on the host in compiled loops. The
-position of a row is private: every value that leaves a table is ordered by id. So two tables with different
-capacities, or a restored one, continue with the same bits. Evictions, too, follow from the contents of a version.
-
-Changes are listed since the last version and, once that was taken, since the last durable one. A step lists a row once.
-
-`Pending` holds the ids with too few sightings for a row, and their counts. It is bounded, and forgets by log time.
-
-Only the trainer's step thread uses these classes.
+A subclass defines what a row holds. The position of a row is private: every value that leaves a table is ordered by id.
+So two tables with different capacities, or a restored one, continue with the same bits. Evictions, too, follow from the
+contents of a version. Only the trainer's step thread uses these classes.
 """
 
 from __future__ import annotations
@@ -19,11 +13,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from state.compiled import compiled
 from trainer.tables.changes import ChangeList, Changes
-from trainer.tables.index import F32, I32, U64
+from trainer.tables.index import F32, I32, U64, Places, grown
 from trainer.tables.least_used import excess, least_used
-from trainer.tables.places import Places, grown
-from trainer.tables.rows_used import distinct_rows, first_occurrences, see
 
 I64 = npt.NDArray[np.int64]
 
@@ -49,7 +42,7 @@ class Sightings(NamedTuple):
 
 
 def sightings(ids: U64, at_ms: I64) -> Sightings:
-    """One sighting for each of `[n]` ids at `[n]` log times, put together.
+    """Combines the sightings of `[n]` ids at `[n]` log times.
 
     >>> sightings(np.array([7, 3, 7], np.uint64), np.array([5, 1, 4]))
     Sightings(ids=array([3, 7], dtype=uint64), counts=array([1, 2], dtype=int32), seen_ms=array([1, 5]))
@@ -60,13 +53,49 @@ def sightings(ids: U64, at_ms: I64) -> Sightings:
     return Sightings(distinct, counts.astype(np.int32), newest)
 
 
-class Pending:
-    """Ids that wait for a row, with their sightings.
+@compiled("i4[::1], const(i8[::1]), i8[::1]", "i4[::1], i8[::1], i8[::1]")
+def see(rows: I32, at_ms: I64, last_seen_ms: I64) -> None:
+    """Raises the last-seen time of each of `[n]` rows to the newest of its log times, in ms."""
+    for i in range(rows.shape[0]):
+        if at_ms[i] > last_seen_ms[rows[i]]:
+            last_seen_ms[rows[i]] = at_ms[i]
 
-    Args:
-        admit_after: Sightings an id needs.
-        most: Most ids that wait; the least used are dropped first.
+
+@compiled("i4[::1], i4[::1], i4[::1], i4[::1]")
+def distinct_rows(rows: I32, scratch: I32, unique: I32, positions: I32) -> int:
+    """Distinct rows in order of first use, after the missing row 0, and the position of each of `[n]` rows among them.
+
+    Returns their number. `scratch` has a 0 for each row of the table, before and after.
     """
+    unique[0] = 0
+    count = 1
+    for i in range(rows.shape[0]):
+        row = rows[i]
+        if row == 0:
+            positions[i] = 0
+            continue
+        if scratch[row] == 0:
+            scratch[row] = count
+            unique[count] = row
+            count += 1
+        positions[i] = scratch[row]
+    for k in range(1, count):
+        scratch[unique[k]] = 0
+    return count
+
+
+def first_occurrences(ids: U64) -> U64:
+    """Distinct ids in the order in which they first occur.
+
+    >>> first_occurrences(np.array([9, 3, 9, 1], np.uint64)).tolist()
+    [9, 3, 1]
+    """
+    _, first = np.unique(ids, return_index=True)
+    return ids[np.sort(first)]
+
+
+class Pending:
+    """At most `most` ids with fewer than `admit_after` sightings, which wait for a row. The least used are dropped first."""
 
     def __init__(self, admit_after: int, most: int) -> None:
         self._admit_after, self._most = admit_after, most
@@ -80,15 +109,11 @@ class Pending:
 
     @property
     def capacity(self) -> int:
-        """Number of ids that fit."""
+        """The number of ids that fit."""
         return self._places.capacity
 
     def count(self, seen: Sightings) -> tuple[U64, U64]:
-        """Counts sightings.
-
-        Returns:
-            The ids whose counts changed, and those among them that are due a row and no longer wait.
-        """
+        """Counts sightings; returns the ids whose counts changed, and those among them that are due a row and no longer wait."""
         before = self.of(seen.ids)
         counts, seen_ms = before.counts + seen.counts, np.maximum(before.seen_ms, seen.seen_ms)
         due = counts >= self._admit_after
@@ -149,11 +174,11 @@ class IdTable(ABC):
     """The rows of one kind of id.
 
     Args:
-        name: Of the table in versions; part of the hash that a new row starts from.
+        name: The table's name in versions; part of the hash that initialises a new row.
         dim: Width of a row in versions.
         capacity: Initial number of rows; it doubles when full, and shrinks when few are left.
-        admit_after: Sightings an id needs before it gets a row.
-        max_rows: Most ids that have a row or wait for one.
+        admit_after: Sightings that an id needs before it gets a row.
+        max_rows: The most ids that have a row, and the most that wait for one.
     """
 
     def __init__(self, name: str, dim: int, capacity: int, admit_after: int, max_rows: int = NO_CAP) -> None:
@@ -184,12 +209,12 @@ class IdTable(ABC):
 
     @property
     def capacity(self) -> int:
-        """Number of rows that fit, the missing one included."""
+        """The number of rows that fit, the missing one included."""
         return self._places.capacity
 
     @property
     def pending(self) -> int:
-        """Ids that were seen and have no row yet."""
+        """The number of ids that were seen and have no row yet."""
         return len(self._pending)
 
     def find(self, ids: U64) -> I32:
@@ -205,10 +230,10 @@ class IdTable(ABC):
         return bool(self.find(ids).any() or self._pending.of(ids).counts.any())
 
     def observe(self, ids: U64, at_ms: I64) -> I32:
-        """Counts one sighting of each id at log time, admits those seen often enough.
+        """Counts one sighting of each id at log time, and admits those seen often enough.
 
         Args:
-            ids: `[n]` uint64, one for each event, repeated as they occur; 0 is ignored.
+            ids: `[n]` uint64, one for each event; 0 is ignored.
             at_ms: `[n]` int64 milliseconds since the epoch.
 
         Returns:
@@ -235,16 +260,10 @@ class IdTable(ABC):
         self._since_version.touch(rows)
 
     def distinct(self, rows: I32) -> tuple[I32, I32]:
-        """Each row once, in order of first occurrence, and where each argument went.
+        """Each of `[n]` int32 rows once, in order of first occurrence, MISSING first; and the `[n]` int32 positions among them.
 
-        The order depends on the events only, never on the position of a row: sums of gradients have the same bits in
-        every layout. The missing row always comes first, so that applying a step can leave it out.
-
-        Args:
-            rows: `[n]` int32.
-
-        Returns:
-            `[u]` int32 distinct rows with MISSING first, and `[n]` int32 positions in it.
+        The order depends on the events only, never on the position of a row, so sums of gradients have the same bits in every
+        layout.
         """
         unique = np.empty(rows.size + 1, np.int32)
         positions = np.empty(rows.size, np.int32)
@@ -285,7 +304,7 @@ class IdTable(ABC):
         return {"ids": self._places.ids[rows], "rows": self._served(rows), "removed": removed}
 
     def take_changes(self) -> Changes:
-        """The changes since the last take of this kind; both lists start again."""
+        """The changes for a durable version since the last call; both lists start again."""
         since = self._since_durable
         self._since_version.move_to(since)
         changes = self._collect(self._ordered(since.rows()), self._gone(since), since.pending.distinct())
@@ -298,10 +317,7 @@ class IdTable(ABC):
         return self._collect(held, np.empty(0, np.uint64), self._pending.ids())
 
     def load(self, changes: Changes) -> None:
-        """Applies `changes` to the present rows, and lists none of them as changed.
-
-        Call `clear` first for a base; deltas follow in their order.
-        """
+        """Applies `changes` to the present rows, and lists none of them as changed. Call `clear` first for a base."""
         self._places.drop(changes.removed)
         self._place(changes.ids[self.find(changes.ids) == MISSING])
         rows = self.find(changes.ids)
@@ -320,7 +336,7 @@ class IdTable(ABC):
         Args:
             rows: `[n]` int32.
             values: `[n, dim]` float32.
-            accum: Their accumulators, `[n, dim]` float32; `[n, 0]` where rows have none.
+            accum: Their accumulators, `[n, dim]` float32; `[n, 0]` if rows have none.
         """
 
     @abstractmethod
@@ -337,16 +353,11 @@ class IdTable(ABC):
 
     @abstractmethod
     def _use(self) -> F32:
-        """How much each row was used, `[capacity]` float32, out of what versions hold of it; only doublings count."""
+        """How much each row was used, `[capacity]` float32, computed from what versions hold; only doublings count."""
 
     @abstractmethod
     def _resize(self, capacity: int, former: I32 | None = None) -> None:
-        """Makes room for so many rows.
-
-        Args:
-            capacity: Rows.
-            former: The former positions of rows 0, 1, 2 ..; None if all stay.
-        """
+        """Changes the capacity. `former`: the former positions of rows 0, 1, 2 ..; None if all stay."""
 
     def _place(self, ids: U64) -> I32:
         before = self.capacity

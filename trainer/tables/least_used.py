@@ -1,9 +1,7 @@
 """Chooses the ids to evict from a full table: those used least and longest ago, a function of a version's content.
 
-An id ranks by the log time of its last occurrence, plus a day for each doubling of
-its use. An id that was used a thousand times is thus kept ten days longer than one
-that occurred once, and a flood of new ids evicts itself. Ties evict the smaller id
-first.
+An id ranks by the log time of its last occurrence, plus a day for each doubling of its use. A flood of new ids thus
+evicts itself. Ties evict the smaller id first.
 """
 
 from __future__ import annotations
@@ -73,16 +71,13 @@ def _below(ids: U64, last_seen_ms: I64, bits: I32, bound: int, width: int, found
 
 
 def least_used(ids: U64, last_seen_ms: I64, use: F32, leaving: int) -> I32:
-    """Chooses the ids to evict.
+    """Chooses the ids to evict: `[leaving]` int32 indices, in arbitrary order.
 
     Args:
         ids: `[n]` uint64, distinct, the id at each index; 0 where there is none.
         last_seen_ms: `[n]` int64.
         use: `[n]` float32, the amount of use.
-        leaving: How many, at least one, and no more than there are.
-
-    Returns:
-        `[leaving]` int32, their indices, in arbitrary order.
+        leaving: At least one, and no more than there are.
 
     >>> ids, seen = np.array([0, 5, 6, 7], np.uint64), np.array([0, 3, 1, 2])
     >>> least_used(ids, seen, np.array([0, 1, 4, 1], np.float32), 2).tolist()

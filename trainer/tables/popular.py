@@ -1,9 +1,7 @@
 """The popular categories: a bounded list of categories by decayed count at log time, in integers.
 
-A count is in units of 1/65536 clicks. Each hour of log time multiplies it by a fixed
-ratio. The same log thus gives the same list on every machine. Only the categories
-of a batch update the list. The hourly decay, which can make counts equal, ranks all
-categories again.
+A count is in units of 1/65536 clicks. Each hour of log time multiplies it by a fixed ratio, so the same log gives the
+same list on every machine. A batch updates the ranks of its categories; the hourly decay ranks all of them again.
 """
 
 from __future__ import annotations
@@ -108,12 +106,7 @@ class Popular:
         return self._used - 1
 
     def standing_of(self, ids: U64) -> tuple[I64, I32, int]:
-        """Counts and ranks of `[n]` categories.
-
-        Returns:
-            `[n]` int64 counts, 0 for a category without one; `[n]` int32 ranks, P for categories that are not listed;
-            the sum of all counts.
-        """
+        """`[n]` int64 counts of categories, 0 for one without; `[n]` int32 ranks, P if not listed; and the sum of all counts."""
         places = self._index.find(ids)
         ranks = np.full(self._used, self._size, np.int32)
         ranks[self._top] = np.arange(self._top.size, dtype=np.int32)

@@ -1,9 +1,6 @@
 """Embedding tables: one learned row per id, with an Adagrad accumulator.
 
-`Table` keeps rows and accumulators in host arrays, for the compiled engine.
-`DeviceTable` keeps them in TensorFlow variables on the trainer's device, for the
-TensorFlow engine. `id_table.py` maps ids to rows. A new row is initialised from a
-hash of its id and the table's name.
+`Table` keeps rows and accumulators in host arrays, `DeviceTable` in TensorFlow variables on the trainer's device.
 """
 
 from __future__ import annotations
@@ -26,13 +23,9 @@ class Table(IdTable):
     """The rows of one kind of id, in host arrays.
 
     Args:
-        name: Part of the hash that initialises a new row.
-        dim: Width of a row.
-        capacity: Initial capacity in rows. It doubles when the table is full, and shrinks when few are left.
+        name, dim, capacity, admit_after, max_rows: See `IdTable`.
         initial_accumulator: Initial value of each Adagrad accumulator.
-        admit_after: Occurrences that an id needs before it gets a row.
-        initial_range: A new row is uniform in plus and minus this.
-        max_rows: The most ids with a row.
+        initial_range: A new row is uniform in plus and minus this, by a hash of its id and the table's name.
 
     Attributes:
         rows: `[capacity, dim]` float32; row 0, the missing one, is zero.
@@ -100,12 +93,7 @@ class Table(IdTable):
 
 
 class DeviceTable(Table):
-    """A `Table` with `rows` and `accum` in TensorFlow variables on `device`.
-
-    Args:
-        device: TensorFlow device of the variables.
-        arguments: Those of `Table`.
-    """
+    """A `Table` with `rows` and `accum` in TensorFlow variables on `device`; the other arguments are those of `Table`."""
 
     def __init__(self, device: str, *arguments: Any) -> None:
         self.device = device

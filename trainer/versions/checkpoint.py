@@ -1,8 +1,4 @@
-"""Copies a trainer's state for a version, and restores a trainer from a version with the same bits.
-
-The step thread copies the changes, which takes a few milliseconds. The background
-thread encodes, digests and writes them, see `trainer/versions/publisher.py`.
-"""
+"""Copies a trainer's state for a version, and restores a trainer from a version with the same bits."""
 
 from __future__ import annotations
 
@@ -28,7 +24,7 @@ from trainer.engine.build import TRANSITION, labelled
 from trainer.engine.engine import CROSS
 from trainer.engine.step import Trainer
 from trainer.model.hyperparameters import HYPERPARAMETERS, MODEL_CODE
-from trainer.privacy.key import own_key
+from trainer.privacy.history import own_key
 from trainer.tables.changes import Changes
 from trainer.tables.popular import HOUR_MS, ONE
 from trainer.versions import content
@@ -53,7 +49,7 @@ def served(trainer: Trainer) -> dict[str, content.Array]:
 def changes(trainer: Trainer) -> dict[str, content.Array]:
     """Copies the content of a durable version and resets both lists of changes. Only the step thread may call it."""
     held = _tensors(trainer, {name: table.take_changes() for name, table in trainer.tables.items()})
-    quality = trainer.progressive.state() | trainer.breakdown.state()
+    quality = trainer.measures.progressive.state() | trainer.measures.breakdown.state()
     return held | {f"{content.QUALITY}{name}": value for name, value in quality.items()}
 
 
@@ -68,21 +64,12 @@ def digest(trainer: Trainer) -> str:
 
 
 def restore(versions: Registry, version: int, trainer: Trainer, spec: str) -> Manifest:
-    """Restores `trainer` to the state that published `version`, whatever its state and table layout were before.
-
-    Args:
-        versions: Where the version is stored.
-        version: Its number.
-        trainer: Is cleared first.
-        spec: Digest of the trainer's feature spec.
-
-    Returns:
-        The manifest of the version.
+    """Restores `trainer` to the state that published `version`, whatever its state was before; returns the version's manifest.
 
     Raises:
         UnknownVersion: A part of its chain is not kept.
         CorruptVersion: A file of its chain fails its digest.
-        SpecMismatch: It was trained on other features.
+        SpecMismatch: It was trained on other features than those of digest `spec`.
         SettingsError: It is of another model.
     """
     base, deltas = versions.chain(version)
@@ -90,10 +77,21 @@ def restore(versions: Registry, version: int, trainer: Trainer, spec: str) -> Ma
     if newest.spec != spec:
         raise SpecMismatch(
             f"version {version} was trained on feature spec {newest.spec[:12]}, the settings make {spec[:12]}",
-            "put [features] and events.actions back, or go on from it: `springtide upgrade --reason TEXT`",
+            "put [features] and events.actions back, or continue from it: `springtide upgrade --reason TEXT`",
         )
     load(trainer, content.merge(tensors_of(versions, part) for part in (base, *deltas)))
     return newest
+
+
+def full_state(versions: Registry, version: int) -> tuple[Manifest, dict[str, content.Array]]:
+    """The manifest of a version, and its full state as a base holds it.
+
+    Raises:
+        UnknownVersion: A part of its chain is not kept.
+        CorruptVersion: A file of its chain fails its digest.
+    """
+    base, deltas = versions.chain(version)
+    return (deltas[-1] if deltas else base), content.merge(tensors_of(versions, part) for part in (base, *deltas))
 
 
 def tensors_of(versions: Registry, part: Manifest) -> dict[str, content.Array]:
@@ -118,7 +116,7 @@ def load(trainer: Trainer, tensors: content.Tensors) -> None:
         if widths.get(name) != ours.get(name):
             raise SettingsError(
                 f"rows of {name}: expected width {ours.get(name, 'none')}, the version has {widths.get(name, 'none')}",
-                "put the [model] settings back, or go on from it: `springtide upgrade --reason TEXT`",
+                "put the [model] settings back, or continue from it: `springtide upgrade --reason TEXT`",
             )
     for name, table in trainer.tables.items():
         if name in (CROSS, TRANSITION) and widths.get(name) != table.dim:
@@ -128,17 +126,12 @@ def load(trainer: Trainer, tensors: content.Tensors) -> None:
     trainer.optimizer.set_slots(_under("slots.", tensors))
     trainer.load(_under("state.", tensors))
     trainer.guarded = _under(content.GUARDED, tensors)
-    for measures in (trainer.progressive, trainer.breakdown):
+    for measures in (trainer.measures.progressive, trainer.measures.breakdown):
         measures.load(_under(content.QUALITY, tensors))
 
 
 def begin(trainer: Trainer, about: Mapping[str, Any]) -> None:
-    """Makes `trainer` an untrained one that knows the popular labels of the bootstrap.
-
-    Args:
-        trainer: Is cleared first.
-        about: What the bootstrap wrote about the feature spec.
-    """
+    """Makes `trainer` an untrained one that knows the popular labels of the bootstrap, whose document is `about`."""
     trainer.clear()
     popular = sorted((int(label, 16), int(clicks)) for label, clicks in about["popular"])
     # The bootstrap's counts have no noise, so they are not used with a privacy budget.
@@ -154,11 +147,7 @@ def environment(
 ) -> dict[str, str]:
     """What the bits of a step depend on besides the log. Versions with different environments are not comparable.
 
-    Args:
-        settings: All settings.
-        device: The device of the variables.
-        engine: The engine that computes steps; each engine rounds differently.
-        cpuinfo: The file that lists the CPU's features.
+    `device` has the variables. `cpuinfo` lists the CPU's features.
     """
     flags: set[str] = set()
     if cpuinfo.exists():

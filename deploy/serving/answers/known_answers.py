@@ -2,7 +2,7 @@
 
 `python -m deploy.serving.answers.known_answers --users FILE [--items FILE] --version V --to FILE`
 reads the host's stores in parallel with its workers, and writes an `.npz` file.
-`trainer/exporting/known_answers.py` defines the format.
+`trainer/exporting/saved_model.py` defines the format.
 """
 
 from __future__ import annotations

@@ -25,15 +25,14 @@ from state.registry.control import start
 from state.registry.registry import Registry
 from state.rows.store import RowStore
 from streaming.commit import Committer
-from streaming.context import Handle, StreamContext
+from streaming.context import StreamContext, open_stream
 from streaming.cut import Cutter
-from streaming.open_shard import open_shard
-from streaming.steps import ClickReader, ParseEvents, UpdateProfiles
+from streaming.steps import ClickReader, Handle, ParseEvents, UpdateProfiles, opened
 from tests.memory_log import MemoryLog
 from tests.trainer.logs import settle
 from trainer.compactor import compact, thin, tiers_of
 from trainer.engine.step import Trainer
-from trainer.learner import Learner
+from trainer.learner import Learner, ServedModel, Surroundings
 from trainer.versions.program import build
 
 PARTITIONS = 4
@@ -88,7 +87,7 @@ class Stream:
         sweep = self._committer._sweep
         while sweep.due_s is not None and sweep._sweeper is not None:
             sweep._sweeper.due_s = 0.0
-            sweep.look()
+            sweep.sweep()
 
 
 class Serving:
@@ -151,13 +150,13 @@ class Chain:
     def __enter__(self) -> Self:
         topics, settings = self.log.topics(), self.settings
         topics.ensure(settings.kafka.clicks_topic, PARTITIONS, topic_plan.clicks(settings)[2])
-        shard = self._closing.enter_context(open_shard(settings, log=self.log))
-        self.stream = Stream(shard, self.clock)
+        context = self._closing.enter_context(open_stream(settings, log=self.log))
+        self.stream = Stream(self._closing.enter_context(opened(context)), self.clock)
         self.registry = Registry(settings.registry_dir)
         self.registry.propose(start(actor="bench", reason="a year", now_ms=self.clock.now_ms()))
-        self.trainer = Trainer(settings, shard.context.spec)
+        self.trainer = Trainer(settings, context.spec)
         self._program = build(self.trainer.model)
-        self.learner = self._learner(shard.context)
+        self.learner = self._learner(context)
         self._closing.callback(self.learner.close)
         self.serving = Serving(settings, self.log, self.clock)
         self._closing.callback(self.serving.close)
@@ -192,18 +191,15 @@ class Chain:
 
     def _learner(self, shard: StreamContext) -> Learner:
         settings = self.settings
-        about = {"salt": shard.writer._salt, "popular": [], "newest_ms": self.clock.now_ms()}
+        about = {"salt": shard.writer._encoding.salt, "popular": [], "newest_ms": self.clock.now_ms()}
         learner = Learner(
             settings,
             self.registry,
             self.trainer,
             self.log,
-            self.registry.specs.add_program(self._program),
-            shard.spec.digest,
-            about,
+            ServedModel(self.registry.specs.add_program(self._program), shard.spec.digest, about),
             TrainerMetrics(CollectorRegistry()),
-            self.clock.now_s,
-            self.clock.now_s,
+            Surroundings(clock=self.clock.now_s, elapsed=self.clock.now_s),
         )
         control = self.registry.control()
         assert control is not None

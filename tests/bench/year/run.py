@@ -120,7 +120,7 @@ def live(
                 chain.take(sorted(clicks, key=lambda click: click[0]), until_ms)
             chain.end_day()
             found.days.append(sizes.of(chain))
-            found.sums.append(_since_the_beginning(chain.trainer.evaluation))
+            found.sums.append(_since_the_beginning(chain.trainer.measures.evaluation))
             say(day, found.days[-1])
     return found
 

@@ -18,7 +18,8 @@ from deploy.watch import scrape
 from state import layout
 from state.config.sections import SegmentSettings
 from state.storage import shares
-from streaming.distributed.engine import FLINK, FlinkJob, beam_options, take_runner
+from streaming.distributed.job import FLINK, FlinkJob, beam_options
+from streaming.pipeline import take_runner
 from tests.manifests import (
     BASE,
     FOLDER,

@@ -27,7 +27,8 @@ from state.registry.log_line import WHOLE, turned
 from streaming.profile import Profiler
 from streaming.rows import leave_out
 from tests.memory_log import MemoryLog
-from tests.streaming.test_profile import BASE_MS, SOURCES, SPEC, batches_of
+from tests.streaming.pieces import SOURCES
+from tests.streaming.test_profile import BASE_MS, SPEC, batches_of
 
 LOG = "microbatches"
 FIRST_USER, USERS = 2**63, 6

@@ -22,7 +22,7 @@ def test_status_says_what_the_trainer_measured() -> None:
     trainer.clear()
     for number in range(3):
         trainer.step(micro_batch(64, first=64 * number))
-    measured = trainer.progressive.values()
+    measured = trainer.measures.progressive.values()
     gauges.show_quality(measured, metrics)
     found = sections.quality(Scrape(parsed(generate_latest(registry).decode())))
     assert found is not None

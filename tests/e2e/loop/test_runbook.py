@@ -265,7 +265,7 @@ def a_release_goes_in(terminal: Terminal, section: Section) -> None:
     look, start, wait = section.commands
     epoch = new_release.stopped(loop)
     planned = terminal.type(look)
-    assert "begins anew:" in planned and "  table user: " in planned.partition("begins anew:")[0]
+    assert "starts from scratch:" in planned and "  table user: " in planned.partition("starts from scratch:")[0]
     terminal.type(start)
     with new_release.asking(loop) as seen:
         loop.start("--upgrade", "--reason", "the drill")

@@ -13,8 +13,8 @@ from dataclasses import replace
 import pytest
 
 from deploy.kafka import broker as java
-from deploy.kafka import jars
 from deploy.kafka.configuration import HOST, free_port, listens, properties
+from deploy.kafka.jars import KAFKA
 from state.config.sections import Kafka
 from state.errors import LogError
 from state.log import Topics
@@ -60,7 +60,7 @@ def secured(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kafka]:
     fixed = properties(plain, controller, folder / "data", 1)
     # The later of two lines counts.
     configuration.write_text(fixed + LISTENER.format(host=HOST, port=port, plain=plain, controller=controller))
-    class_path = os.pathsep.join(map(str, jars.resolve()))
+    class_path = os.pathsep.join(map(str, KAFKA.jars()))
     java.format_storage(class_path, log, configuration)
     words = java.command(class_path, log, "-Xmx256m", "kafka.Kafka", str(configuration))
     broker = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)

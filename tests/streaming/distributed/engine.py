@@ -12,12 +12,11 @@ import copy
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from apache_beam.utils.timestamp import Timestamp
 
-from streaming.distributed.buckets import unpack
-from streaming.distributed.handing_in import Account, WriteBuckets
+from streaming.distributed.account import Account, BundleReport, WriteBuckets
+from streaming.distributed.portions import decode, encode
 from streaming.distributed.steps import ReadPartitions, UpdateBuckets
 from streaming.distributed.worker import JobPlan, worker_of
 
@@ -129,10 +128,9 @@ class Engine:
         """Finishes the bundle of a writing task, whose account is told."""
         writer = self._writers[sink]
         for one in writer.finish_bundle():
-            told: dict[str, Any] = unpack(one.value[1])[0]
-            account = Account.from_bytes(self.now.account)
-            account.take_bundle(told)
-            self.now.account = account.to_bytes()
+            account = Account.of(self.now.account)
+            account.take_bundle(decode(one.value[1], BundleReport))
+            self.now.account = encode(account)
         writer.start_bundle()
 
     def checkpoint(self) -> None:

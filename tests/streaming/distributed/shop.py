@@ -17,12 +17,10 @@ from state.attributes.values import AttributeTable, tables_of
 from state.config.sections import Attributes, Events, Features, Kafka, LabelSettings, Paths, Stream
 from state.config.settings import Settings
 from state.events.identity import Salt, load_salt, public_id, user_id
-from state.events.parser import Parser
 from state.features.mask import Mask
 from state.features.masked_users import MaskedUsers
-from state.features.spec import FeatureSpec
 from state.history.store import HistoryStore
-from state.log import PartitionBatch, topic_plan
+from state.log import topic_plan
 from state.metrics import StreamMetrics
 from state.microbatch.batch import trim
 from state.microbatch.codec import decode
@@ -30,11 +28,8 @@ from state.positions import Source
 from state.registry.control import roll_back, start
 from state.registry.controls import Controls
 from streaming.attributes import Join
-from streaming.cut import Cut, encode_cut
-from streaming.event_clock import EventClock
-from streaming.labels import LookedUp, open_labels
-from streaming.profile import Profiler
-from streaming.rows import leave_out
+from streaming.context import open_job
+from streaming.cut import Cut, Encoding, encode_cut
 from tests.memory_log import MemoryLog
 
 TOPIC = "ab" * 16
@@ -192,28 +187,16 @@ def rows_of(values: Sequence[bytes]) -> dict[Place, bytes]:
 
 def local_form(path: Path, settings: Settings, log: MemoryLog, join: Join, mask: Mask, batch_events: int) -> Outcome:
     """What the local form makes of the clicks, in batches of at most so many."""
-    spec, salt = FeatureSpec.from_settings(settings), load_salt(settings.salt_path)
-    store = HistoryStore(path, spec.history, 16 << 20)
-    profiler, clock = Profiler(store, spec, settings.stream.cache_users, mask), EventClock(store.extra)
-    parser, values = Parser(settings.events, salt), list[bytes]()
-    labels = open_labels(settings, store, TOPIC)
-    for batches in polled(log, settings, batch_events):
-        events = leave_out(parser.parse(batches), mask)
-        rows = replace(profiler.update(events), told=clock.follow(events, events.ranges, BASE_MS))
-        rows = join.rows(rows)
-        found = LookedUp([Cut((rows,), 0)], {}, {})
-        if labels is not None:
-            found = labels.look_up([Cut((labels.attribute(rows),), 0)])
-        (cut,) = found.cuts
-        (rows,) = cut.pieces
-        values += encode_cut(cut, spec.digest, salt.fingerprint, settings.stream.cut_rows, 900_000)
-        assert rows.told is not None
-        store.commit(rows.appends, rows.batch.ranges, {**found.extra, **rows.told.state}, found.waiting)
-        profiler.committed(rows)
-    histories = {user: store.read(user).tobytes() for user in users_of(salt)}
-    made = Outcome(
-        rows_of(values), {one: two for one, two in histories.items() if two}, list(store.waiting()), store.totals
-    )
+    salt = load_salt(settings.salt_path)
+    store = HistoryStore(path, settings.features.history, 16 << 20)
+    job = replace(open_job(settings, store, salt, TOPIC, mask), join=join)
+    encoding, values = Encoding.of(settings.stream, job.spec.digest, salt.fingerprint), list[bytes]()
+    with log.reader(settings.kafka.clicks_topic) as reader:
+        while batches := reader.poll(0.0, batch_events):
+            rows = job.commit(job.make_rows(job.parse(batches), BASE_MS))
+            values += encode_cut(Cut((rows,), 0), encoding)
+    histories = {user: events for user in users_of(salt) if (events := store.read(user).tobytes())}
+    made = Outcome(rows_of(values), histories, list(store.waiting()), store.totals)
     store.close()
     return made
 
@@ -221,10 +204,3 @@ def local_form(path: Path, settings: Settings, log: MemoryLog, join: Join, mask:
 def users_of(salt: Salt) -> Iterator[int]:
     """The pseudonyms of the shop's users."""
     return (user_id(salt, f"user-{number}") for number in range(12))
-
-
-def polled(log: MemoryLog, settings: Settings, most: int) -> Iterator[list[PartitionBatch]]:
-    """What a reader of the clicks gets, until there is no more."""
-    with log.reader(settings.kafka.clicks_topic) as reader:
-        while found := reader.poll(0.0, most):
-            yield found

@@ -10,8 +10,8 @@ import pytest
 from state.config.settings import Settings
 from state.events.parser import Parser
 from state.microbatch.codec import decode
-from streaming.distributed.bucket_store import BucketStore
-from streaming.distributed.handing_in import plan_of
+from streaming.distributed.bucket import BucketStore
+from streaming.distributed.job import plan_of
 from streaming.distributed.worker import JobWorker, close_workers
 from streaming.profile import Profiler
 from tests.conftest import KafkaFactory
@@ -76,7 +76,7 @@ def test_of_several_processes_the_one_that_reads_the_first_source_tells_and_who_
     first, second = JobWorker(plan), JobWorker(plan)
     join_nothing(second)
     assert letters_in(shop) == []
-    first.tell_letters()
+    first.report_letters()
     join_nothing(first)
     assert letters_in(shop) == REFUSED
     tell(shop.kafka, crm, ("user-5", b"no json"), ("user-5", {"level": 1}))
@@ -88,7 +88,7 @@ def test_of_several_processes_the_one_that_reads_the_first_source_tells_and_who_
     # What comes while nobody tells is read again by the next one.
     tell(shop.kafka, crm, ("user-6", b"no json"), ("user-6", {"level": 1}))
     until(lambda: dead.get() == 3, "the second one has read it")
-    second.tell_letters()
+    second.report_letters()
     join_nothing(second)
     assert letters_in(shop) == sorted([*REFUSED, ("undecodable", "6"), ("undecodable", "8")])
     second.close()

@@ -28,8 +28,9 @@ from state.registry.control import start
 from state.registry.controls import Controls
 from state.registry.erasing import reports
 from state.registry.registry import Registry
-from streaming.distributed.bucket import Head
-from streaming.distributed.handing_in import PART, Account, build_distributed, plan_of
+from streaming.distributed.account import PART, Account
+from streaming.distributed.bucket import Cells, Head
+from streaming.distributed.job import build_distributed, plan_of
 from streaming.distributed.worker import JobPlan, close_workers, worker_of
 from tests.conftest import KafkaFactory
 from tests.deploy.operating import draft
@@ -88,7 +89,7 @@ class Shop:
 
     @property
     def account(self) -> Account:
-        account = Account.from_bytes(self.engine.now.account)
+        account = Account.of(self.engine.now.account)
         assert account.faults() == ()
         return account
 
@@ -134,7 +135,9 @@ def test_what_a_source_brings_that_had_not_heard_of_it_is_forgotten_too(tmp_path
     assert shop.kept and shop.account.forgotten(BUCKETS) == 0
     shop.read(1)
     assert (shop.kept, shop.account.forgotten(BUCKETS)) == (0, 1)
-    assert {Head.from_bytes(one.head.value).erased for one in shop.engine.now.buckets.values()} == {1}
+    assert {Head.of(Cells(one.head, one.snapshot, one.deltas)).erased for one in shop.engine.now.buckets.values()} == {
+        1
+    }
 
 
 @pytest.fixture

@@ -28,8 +28,7 @@ from state.positions import Source
 from state.registry.control import roll_back, start
 from state.registry.controls import Controls
 from state.registry.log_line import turned
-from streaming.distributed.engine import PRISM, beam_options
-from streaming.distributed.handing_in import build_distributed, plan_of
+from streaming.distributed.job import PRISM, beam_options, build_distributed, plan_of
 from streaming.distributed.steps import Partitions, SourceReading
 from streaming.distributed.worker import JobPlan, close_workers, worker_of
 from tests.conftest import KafkaFactory
@@ -193,7 +192,7 @@ def test_where_the_line_turned_off_a_job_that_is_ahead_stops_and_an_older_savepo
     assert early is not None and late is not None
     assert (early.next, late.next, late.log_epoch) == ({0: 4}, {0: 8}, 1)
     turn(settings, {0: 6}, late.topic_id)
-    with pytest.raises(RewoundLog, match="into epoch 2, before what this job has read: partition 0 at 6"):
+    with pytest.raises(RewoundLog, match="into epoch 2 before what this job has read: partition 0 at 6"):
         partitions.read(1.0)
     partitions.close()
     again = reading(settings, 2, log, early)

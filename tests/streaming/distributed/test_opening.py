@@ -14,7 +14,9 @@ from state.errors import GapError, UnknownTopic
 from state.log import Topics
 from state.log.accepted_gaps import Consent, parse_allowance
 from state.microbatch.codec import decode
-from streaming.distributed.handing_in import NO_CONSENT, Account, plan_of
+from streaming.context import NO_CONSENT
+from streaming.distributed.account import Account
+from streaming.distributed.job import plan_of
 from streaming.distributed.steps import SourceReading
 from streaming.distributed.worker import JobPlan, worker_of
 from tests.conftest import KafkaFactory
@@ -64,13 +66,13 @@ def shop(tmp_path: Path) -> Shop:
 
 
 def account_of(engine: Engine) -> Account:
-    account = Account.from_bytes(engine.now.account)
+    account = Account.of(engine.now.account)
     assert account.faults() == ()
     return account
 
 
 def reading_of(engine: Engine) -> SourceReading:
-    return SourceReading.from_bytes(engine.now.readings[0].value)
+    return SourceReading.of(engine.now.readings[0])
 
 
 def read_to(engine: Engine, positions: int) -> None:

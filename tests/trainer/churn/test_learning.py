@@ -39,7 +39,7 @@ def progressive() -> tuple[KnownExamples, F64]:
     return known.take(begun), told[begun]
 
 
-def test_it_knows_better_than_recency_who_leaves() -> None:
+def test_churn_predictions_beat_recency() -> None:
     known, told = progressive()
     assert known.left.size > 2000
     ours, recency = (area_under_curve(scores, known.left).value for scores in (told, known.age_ms.astype(np.float64)))
@@ -47,17 +47,7 @@ def test_it_knows_better_than_recency_who_leaves() -> None:
     assert ours > 0.8
 
 
-def test_it_knows_better_than_recency_who_has_left_already() -> None:
-    known, told = progressive()
-    left_ms = shoppers()[0].left_ms
-    gone = np.array(
-        [left_ms[user] <= at for user, at in zip(known.user.tolist(), known.moment_ms.tolist(), strict=True)]
-    )
-    ours, recency = (area_under_curve(scores, gone).value for scores in (told, known.age_ms.astype(np.float64)))
-    assert ours > recency + 0.02
-
-
-def test_as_many_leave_as_it_says_in_each_tenth() -> None:
+def test_as_many_users_leave_as_predicted_in_each_decile() -> None:
     known, told = progressive()
     tenth = np.minimum((told * TENTHS).astype(int), TENTHS - 1)
     seen = 0
@@ -83,17 +73,7 @@ def test_measures_are_those_of_the_examples() -> None:
     assert 0 < found["churn.calibration_error"] < 0.1
 
 
-def test_another_span_begins_anew() -> None:
-    ours, other = learner(), ChurnLearner(SPEC, 2 * DAY_MS, 0, 100_000)
-    for batch in shoppers()[1][:40]:
-        ours.take(batch, int(batch.at_ms.max()))
-    fresh = {name: one.tobytes() for name, one in other.state().items()}
-    other.load(ours.state())
-    assert {name: one.tobytes() for name, one in other.state().items()} == fresh
-    assert len(ours.waiting) > 0
-
-
-def test_a_version_tells_it_once_enough_was_learned_and_answers_by_it_alike() -> None:
+def test_a_version_predicts_churn_once_enough_was_learned_and_serving_agrees() -> None:
     ours, said = learner(), []
     for known, _ in taken(ours, iter(shoppers()[1])):
         if not said and min(ours.measures.seen) >= FEW:
@@ -114,7 +94,7 @@ def test_a_version_tells_it_once_enough_was_learned_and_answers_by_it_alike() ->
     assert weights_in(older, SPEC) is None, "of another release"
 
 
-def test_the_regression_is_as_good_as_one_that_is_fitted_to_all() -> None:
+def test_the_regression_is_as_good_as_one_fitted_to_all_examples() -> None:
     """Its weights are those of the posterior that Newton's method finds over all examples at once."""
     drawn = np.random.default_rng(5)
     inputs = np.concatenate([np.ones((4000, 1)), drawn.normal(0, 1, (4000, 5))], 1)

@@ -27,11 +27,10 @@ from tests.trainer.test_verify import started_with_spec
 from trainer import verify
 from trainer.churn.learning import ChurnLearner
 from trainer.engine.guard import Verdict
-from trainer.forgetting import forget
 from trainer.learner import Learner
 from trainer.versions import checkpoint, content
-from trainer.versions.erased_rows import CrossedIds
-from trainer.versions.erased_rows import without as without_users
+from trainer.versions.content import CrossedIds
+from trainer.versions.content import without as without_users
 
 RECORDS = [microbatch(number) for number in range(24)]
 ON = ("--churn.days", "0.002")
@@ -48,7 +47,7 @@ def bits(held: dict[str, npt.NDArray[np.generic]]) -> dict[str, bytes]:
     return {name: one.tobytes() for name, one in held.items()}
 
 
-def test_a_restart_goes_on_with_the_same_bits(tmp_path: Path) -> None:
+def test_a_restart_continues_with_the_same_bits(tmp_path: Path) -> None:
     whole = learner(started(tmp_path / "whole"), written(RECORDS), *ON)
     run_to_end(whole)
     expected, learned = state(whole), bits(churn_of(whole).state())
@@ -103,7 +102,7 @@ def test_a_skipped_step_counts_as_one_that_was_learned() -> None:
     assert found[0][1] == found[1][1]
 
 
-def test_an_erased_user_waits_no_more_in_the_trainer_and_in_versions_of_before() -> None:
+def test_an_erased_user_waits_neither_in_the_trainer_nor_in_earlier_versions() -> None:
     trainer = fresh(*ON)
     for value in RECORDS[:8]:
         trainer.step(decode(value))
@@ -111,7 +110,7 @@ def test_an_erased_user_waits_no_more_in_the_trainer_and_in_versions_of_before()
     before = checkpoint.full(trainer)
     user = before["state.churn.waiting.user"][:1].copy()
     rewritten = without_users(before, MaskedUsers.of(user.tolist()), CrossedIds(trainer.crosses).see(before))
-    forget(trainer, user)
+    trainer.forget(user)
     held = checkpoint.full(trainer)
     for kept in (rewritten, held):
         assert user[0] not in kept["state.churn.waiting.user"]
@@ -121,7 +120,7 @@ def test_an_erased_user_waits_no_more_in_the_trainer_and_in_versions_of_before()
         } == {len(kept["state.churn.waiting.user"])}
 
 
-def test_it_is_switched_on_off_and_to_another_span(tmp_path: Path) -> None:
+def test_churn_is_switched_on_off_and_to_another_span(tmp_path: Path) -> None:
     registry, log, spans = started(tmp_path), written([]), ((), ON, ("--churn.days", "0.004"), ())
     for number, flags in enumerate(spans):
         append(log, RECORDS[6 * number : 6 * number + 6])
@@ -138,7 +137,7 @@ def test_it_is_switched_on_off_and_to_another_span(tmp_path: Path) -> None:
             assert len(churn_of(running).waiting) > 0
 
 
-def test_nothing_of_it_is_anywhere_while_it_is_off() -> None:
+def test_without_churn_days_a_version_has_nothing_of_churn() -> None:
     trainer = fresh()
     trainer.step(decode(RECORDS[0]))
     assert trainer.churn is None

@@ -91,7 +91,7 @@ def take(waiting: ChurnWaiting, parts: Sequence[Part], first: int = 0, log_ms: i
     return found
 
 
-def test_examples_and_labels_are_those_that_one_reads_off_the_log() -> None:
+def test_examples_and_labels_equal_a_plain_reading_of_the_log() -> None:
     parts = log()
     expected = read(parts)
     assert sorted(take(ChurnWaiting(HORIZON, LATE_MS, MANY, COLUMNS), parts)) == expected
@@ -117,7 +117,7 @@ def test_a_restart_in_between_gives_the_same_examples_and_the_same_state() -> No
     assert {name: one.tobytes() for name, one in ours.items()} == {name: one.tobytes() for name, one in theirs.items()}
 
 
-def test_no_more_wait_than_may_and_what_is_left_is_true() -> None:
+def test_waiting_examples_are_limited_and_the_rest_stays_right() -> None:
     parts, small, large = (
         log(4, users=400),
         ChurnWaiting(HORIZON, LATE_MS, 60, COLUMNS),
@@ -134,7 +134,7 @@ def test_no_more_wait_than_may_and_what_is_left_is_true() -> None:
     assert set(found) <= every
 
 
-def test_of_a_forgotten_user_nothing_waits() -> None:
+def test_no_example_of_a_forgotten_user_waits() -> None:
     parts, waiting = log(5), ChurnWaiting(HORIZON, LATE_MS, MANY, COLUMNS)
     take(waiting, parts[:30])
     user = waiting.state()["user"][:1]

@@ -11,7 +11,7 @@ import tensorflow as tf
 from state.config.sections import Model
 from state.features.spec import FeatureSpec
 from streaming.preprocessing import analysed, preprocessing_fn
-from trainer.engine.build import prepared_by
+from trainer.engine.compiled.engine import prepared_by
 from trainer.versions.program import preprocessing_of
 
 DEFAULT = Model().preprocessing

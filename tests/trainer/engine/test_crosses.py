@@ -12,9 +12,9 @@ from state.ranking.crosses import FIRST_SHARES, Crosses, Values, logits_of
 from tests.trainer.batches import SPEC, micro_batch, spread
 from tests.trainer.engine.test_step import learned, settings
 from tests.trainer.model.test_attributes import WANTED, with_attributes
+from trainer.engine.crosses import crosses, first_precision
 from trainer.engine.engine import CROSS
 from trainer.engine.guard import Verdict
-from trainer.engine.optimizers.crosses import crosses, first_precision
 from trainer.engine.step import Trainer
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.versions import checkpoint, content
@@ -147,22 +147,6 @@ def test_serving_adds_up_a_versions_rows_as_the_trainer_scores_the_next_row() ->
     assert abs(scored[0] - logits_of(without[places[:1]], without[places[1]])[0]) > 1e-3
 
 
-def test_a_margin_is_what_labels_of_a_cross_say_alone() -> None:
-    """Positives are rare, one in fifty, and in one of two contexts ten times as many as in the other."""
-    rng = np.random.default_rng(4)
-    trainer = fresh()
-    for number in range(60):
-        seen = np.arange(64) % 2
-        label = (rng.random(64) < np.where(seen == 1, 0.2 / 5.5, 0.02 / 5.5)).astype(np.float32)
-        batch = dataclasses.replace(impressions(first=number * 64), context=spread(seen + 1)[:, None], label=label)
-        trainer.step(batch)
-    table, ids = trainer.tables[CROSS], crosses_of(batch)
-    margins = table.gather(table.find(ids[:2].reshape(-1)))[:, 1].reshape(2, -1)
-    expected = np.log(np.array([0.02 / 5.5, 0.2 / 5.5]))
-    of_context = margins[:, 0] + margins[:, NAMES.names.index("context.tab")]
-    np.testing.assert_allclose(of_context, expected, atol=0.6)
-
-
 def test_a_users_taste_for_a_category_is_learned() -> None:
     """Each user likes half of the categories, and no user or category is liked more than another."""
     trainer, rng = fresh(), np.random.default_rng(1)
@@ -201,7 +185,7 @@ def _rows(trainer: Trainer) -> tuple[list[int], np.ndarray[tuple[int, ...], np.d
 
 
 @pytest.mark.parametrize("left", ["nothing", "others"])
-def test_crosses_of_a_release_with_others_or_none_are_not_taken_up_nor_laid_under_those_of_now(left: str) -> None:
+def test_crosses_of_a_release_with_other_columns_are_not_loaded(left: str) -> None:
     old = checkpoint.full(learned(log(3), fresh()))
     if left == "nothing":
         old = {name: value for name, value in old.items() if not name.startswith(f"{CROSS}.")}

@@ -57,7 +57,7 @@ def test_the_bits_are_those_of_another_layout_and_of_a_restart_with_full_tables(
     assert digests(learned(batches[5:], again)) == whole
 
 
-def test_versions_on_top_of_each_other_are_the_state_with_its_tombstones() -> None:
+def test_merged_versions_are_the_state_with_its_tombstones() -> None:
     trainer = small(64)
     parts, removed = [checkpoint.full(trainer)], 0
     for batch in log():
@@ -78,6 +78,6 @@ def test_a_cap_that_is_not_reached_changes_no_bit() -> None:
     assert digests(learned(batches, small(64))) != whole
 
 
-def test_shares_of_crosses_are_never_the_least_used() -> None:
+def test_shares_of_crosses_are_never_evicted() -> None:
     trainer = learned(log(), small(64))
     assert np.all(trainer.tables["cross"].find(NAMES.shares) != 0)

@@ -89,7 +89,7 @@ def test_a_burst_of_one_category_is_learned_and_so_is_ordinary_traffic_after_it(
         assert verdict is Verdict.ACCEPT
 
 
-def test_one_row_may_vary_more_than_many() -> None:
+def test_a_window_of_few_rows_may_deviate_more() -> None:
     loss = 12 * UNKNOWN
     assert judged(settled(), loss, 1.0, 1)[0] is Verdict.ACCEPT
     assert judged(settled(), loss, 1.0, 245)[0] is Verdict.SKIP
@@ -121,7 +121,7 @@ def test_one_good_step_renews_the_patience() -> None:
     assert renewed.skipped == 0
 
 
-def test_once_released_training_is_not_held_again_for_the_same_steps() -> None:
+def test_released_training_is_not_held_again_for_the_same_steps() -> None:
     state = settled()
     while not state.held:
         _, state = judged(state, 1e9, 32.0, 1024)

@@ -134,7 +134,7 @@ def test_skipped_step_changes_no_weight_and_keeps_its_sightings() -> None:
 @pytest.mark.parametrize("weight", [1.0, np.inf, np.nan])
 def test_measures_count_the_rows_of_skipped_steps(weight: float) -> None:
     trainer = learned(log(22, rows=16), fresh())
-    before = trainer.progressive.values()
+    before = trainer.measures.progressive.values()
     assert before["total.skipped"] == before["skipped"] == 0
     trainer.guard = dataclasses.replace(trainer.guard, norm=1e-9)
     batch = micro_batch(16, first=5000)
@@ -142,33 +142,23 @@ def test_measures_count_the_rows_of_skipped_steps(weight: float) -> None:
     batch = dataclasses.replace(batch, category=spread(np.arange(1, 17) + 7000), weight=np.full(16, weight, np.float32))
     report = trainer.step(batch)
     assert report.verdict is Verdict.SKIP
-    after, rows = trainer.progressive.values(), trainer.evaluation.values()
+    after, rows = trainer.measures.progressive.values(), trainer.measures.evaluation.values()
     assert rows["total.rows"] == 22 * 16 + 16
     assert after["total.skipped"] == pytest.approx(16 / (23 * 16))
     assert after["total.log_loss"] > before["total.log_loss"]
     assert all(np.isfinite(value) for value in (*after.values(), *rows.values()))
 
 
-def test_a_model_whose_numbers_are_not_finite_counts_as_one_that_knows_nothing() -> None:
+def test_a_model_with_logits_that_are_not_finite_names_no_candidate() -> None:
     trainer = learned(log(2), fresh())
     weights = trainer.model.weights()
     trainer.model.set_weights({name: np.full_like(weight, np.nan) for name, weight in weights.items()})
     report = trainer.step(micro_batch(64, first=5000))
     assert report.verdict is Verdict.SKIP
-    measured = trainer.progressive.values() | trainer.evaluation.values()
+    measured = trainer.measures.progressive.values() | trainer.measures.evaluation.values()
     assert all(np.isfinite(value) for value in measured.values())
     assert (measured["total.rows"], measured["total.skipped"]) == (192, pytest.approx(1 / 3))
     assert report.top1 == report.top5 == 0
-
-
-def easy(rows: int, first: int, labels: int = 1) -> MicroBatch:
-    """Rows of one user who clicks the same item again and again."""
-    one = np.zeros(rows, np.int64)
-    batch, like = micro_batch(rows, first=first), micro_batch(1, first=77)
-    same = {name: getattr(like, name)[one] for name in ("user", "item", "features", "category_windows")}
-    label = np.zeros_like(batch.recent_categories)
-    label[:, :labels] = spread(np.arange(1, labels + 1))
-    return dataclasses.replace(batch, **same, recent_categories=label, category=label[:, 0])
 
 
 def test_held_trainer_refuses_until_its_state_is_replaced() -> None:
@@ -186,11 +176,6 @@ def test_no_row_is_no_step() -> None:
         fresh().step(micro_batch(4).take(np.zeros(4, bool)))
 
 
-def test_one_row_is_a_step() -> None:
-    report = fresh().step(micro_batch(1))
-    assert report.rows == 1 and report.scores.size == 1
-
-
 def test_ids_expire_by_log_time() -> None:
     trainer = fresh(expire_s=3600.0)
     trainer.step(micro_batch(16))
@@ -204,13 +189,13 @@ def test_a_user_whose_windows_are_empty_again_is_known_and_one_never_seen_is_new
     first = micro_batch(8)
     silent = dataclasses.replace(first, recent_categories=np.zeros_like(first.recent_categories))
     trainer.step(silent)
-    measured = trainer.evaluation.values()
+    measured = trainer.measures.evaluation.values()
     assert (measured["total.known.rows"], measured["total.new.rows"]) == (0, 8)
     # Eight days later, of nobody a category is left in the windows.
     later = micro_batch(8, first=8, at_ms=1_700_000_000_000 + 8 * 86_400_000)
     user = np.where(np.arange(8) < 6, silent.user, spread(np.arange(10_000, 10_008)))
     trainer.step(dataclasses.replace(later, user=user, recent_categories=silent.recent_categories))
-    measured = trainer.evaluation.values()
+    measured = trainer.measures.evaluation.values()
     assert (measured["total.known.rows"], measured["total.new.rows"]) == (6, 10)
 
 
@@ -218,15 +203,6 @@ def test_known_labels_are_learned_instead_of_drawn_negatives() -> None:
     batch = dataclasses.replace(micro_batch(8), label=np.array([0, 1] * 4, np.float32))
     report = fresh().step(batch)
     assert report.positive.tolist() == [False, True] * 4
-
-
-def test_context_rows_are_trained() -> None:
-    trainer = fresh(context=("device", "country"))
-    trainer.step(micro_batch(32, context=2))
-    before = trainer.tables["context"].digest()
-    trainer.step(micro_batch(32, first=32, context=2))
-    assert 0 < len(trainer.tables["context"]) <= 8
-    assert trainer.tables["context"].digest() != before
 
 
 def test_candidates_agree_with_a_plain_definition() -> None:
@@ -296,7 +272,7 @@ def test_a_click_of_a_probe_user_is_measured_by_nobody_and_no_half_of_a_pair() -
     batch = nameless(micro_batch(64), slice(5, 6))
     trainer = fresh()
     trainer.step(batch)
-    assert trainer.evaluation.values()["rows"] == 63
+    assert trainer.measures.evaluation.values()["rows"] == 63
     source = np.zeros(64, np.uint64)
     partner = partners(source, source, batch.opened)
     targets = _targets(batch, np.zeros(64, np.int32), partner)

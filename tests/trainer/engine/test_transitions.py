@@ -103,7 +103,7 @@ def test_a_skipped_step_counts_nothing() -> None:
 
 
 @pytest.mark.parametrize("left", ["nothing", "narrow"])
-def test_a_version_of_a_release_without_lists_or_with_others_is_taken_up_without_any(left: str) -> None:
+def test_a_version_of_a_release_without_these_lists_is_loaded_without_any(left: str) -> None:
     old = checkpoint.full(learned(log(3), fresh()))
     if left == "nothing":
         old = {name: value for name, value in old.items() if not name.startswith(f"{TRANSITION}.")}

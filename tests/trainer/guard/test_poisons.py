@@ -11,7 +11,7 @@ FLAGS = (
 )  # fmt: skip
 
 
-def test_each_poison_is_held_and_nothing_else_is() -> None:
+def test_each_poison_is_held_and_clean_traffic_is_not() -> None:
     figures = measure("shoppers", traffic("shoppers", 20_480, FLAGS), Stages("guard", 60.0))
     assert {name: one.value for name, one in figures.items() if one.reached is False} == {}
     held = {name: one.value for name, one in figures.items() if name.endswith("delay")}

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from tests.trainer.guard.test_watch import LIMITS, POISONS, clean, start
-from trainer.guard.figures import StepFigures
 from trainer.guard.slice_watch import PATIENCE, medians
+from trainer.guard.window import StepFigures
 from trainer.holding import Judgement, Standing, WindowWatch
 
 SHARES = ((0.9, 0.1), (0.45, 0.2, 0.15, 0.1, 0.06, 0.04))
@@ -64,7 +64,7 @@ def held(found: list[Judgement]) -> tuple[int, Judgement]:
 
 
 @pytest.mark.parametrize("loss", [0, 1])
-def test_a_slice_that_falls_apart_is_held_and_named_where_all_rows_hardly_move(loss: int) -> None:
+def test_a_failing_slice_is_held_and_named_although_the_whole_hardly_changes(loss: int) -> None:
     watch = settled()
     at, found = held(taken(watch, 320, 360, {(1, 3): 2.0}, loss))
     assert (found.rule, found.place) == ("slice", (loss, 1, 3))
@@ -74,7 +74,7 @@ def test_a_slice_that_falls_apart_is_held_and_named_where_all_rows_hardly_move(l
     assert watch.shares_of_limit()["slice"] == 0.0, "after a hold all begins anew"
 
 
-def test_a_small_slice_has_its_word_once_some_windows_have_rows_enough() -> None:
+def test_a_small_slice_is_judged_once_several_windows_have_enough_rows() -> None:
     watch = settled(1200)
     at, found = held(taken(watch, 1200, 1440, {(1, 5): 3.0}))
     assert (found.rule, found.place) == ("slice", (0, 1, 5))
@@ -82,7 +82,7 @@ def test_a_small_slice_has_its_word_once_some_windows_have_rows_enough() -> None
     assert found.since is not None and 1200 - 10 * (PATIENCE + 1) <= found.since.offset <= 1200
 
 
-def test_what_rises_everywhere_is_no_slices() -> None:
+def test_a_general_rise_is_no_slices() -> None:
     everywhere = {(0, place): 1.8 for place in range(2)}
     watch = settled()
     _, found = held(taken(watch, 320, 360, everywhere))
@@ -93,12 +93,12 @@ def test_what_rises_everywhere_is_no_slices() -> None:
     assert watch.shares_of_limit()["slice"] == 0.0
 
 
-def test_clean_traffic_passes_for_long() -> None:
+def test_clean_traffic_passes() -> None:
     watch = WindowWatch(LIMITS)
     assert {one.standing for one in taken(watch, 0, 3000)} == {Standing.PASS}
 
 
-def test_one_odd_window_makes_versions_wait_and_a_slice_that_is_gone_is_not_suspect_for_ever() -> None:
+def test_one_deviating_window_delays_versions_and_a_vanished_slice_is_suspect_only_briefly() -> None:
     def without(step: StepFigures, number: int) -> StepFigures:
         assert step.slices is not None
         slices = step.slices.copy()
@@ -113,8 +113,8 @@ def test_one_odd_window_makes_versions_wait_and_a_slice_that_is_gone_is_not_susp
     assert watch.shares_of_limit()["slice"] == 0.0
 
 
-@pytest.mark.parametrize("at", [315, 320, 327, 330, 339])
-def test_a_restart_comes_to_the_same_verdicts(at: int) -> None:
+@pytest.mark.parametrize("at", [315, 327])
+def test_a_restart_gives_the_same_verdicts(at: int) -> None:
     times = {(1, 3): 1.7, (1, 5): 3.0}
 
     def poisoned(watch: WindowWatch, first: int, last: int) -> list[Judgement]:
@@ -132,7 +132,7 @@ def test_a_restart_comes_to_the_same_verdicts(at: int) -> None:
     assert before + poisoned(again, at, 400) == whole
 
 
-def test_records_cut_otherwise_come_to_the_same_verdict() -> None:
+def test_records_cut_differently_give_the_same_verdict() -> None:
     def halves(number: int, times: Times | None) -> list[StepFigures]:
         """The same sums in two records."""
         step = sliced(number, times)
@@ -152,7 +152,7 @@ def test_records_cut_otherwise_come_to_the_same_verdict() -> None:
     assert same.signal == pytest.approx(found.signal, rel=0.1)
 
 
-def test_a_version_of_a_release_without_slices_goes_on_with_everything_else() -> None:
+def test_a_version_of_a_release_without_slices_keeps_everything_else() -> None:
     state = settled().state()
     about = json.loads(state["about"].tobytes())
     del about["slices"]
@@ -166,7 +166,7 @@ def test_a_version_of_a_release_without_slices_goes_on_with_everything_else() ->
     assert {one.standing for one in taken(watch, 320, 400, {(1, 3): 2.0})} == {Standing.PASS}, "it must learn first"
 
 
-def test_of_other_slices_nothing_is_remembered_and_of_all_else_everything() -> None:
+def test_other_slices_start_from_scratch_and_everything_else_is_restored() -> None:
     state = settled(of="by city").state()
     watch = WindowWatch(LIMITS, "by country")
     watch.load(state)

@@ -82,7 +82,7 @@ def test_each_slice_has_the_measures_of_its_rows() -> None:
             assert (high - low) / 2 == pytest.approx(1.959964 * np.sqrt(delong(logits, positive)), rel=0.05)
 
 
-def test_state_goes_on_with_the_same_bits_and_other_slices_begin_anew() -> None:
+def test_state_continues_with_the_same_bits_and_other_slices_start_from_scratch() -> None:
     rng, one = np.random.default_rng(4), Breakdown(("action",), (2,), (False,))
     places, partner = np.zeros((1, 50), np.uint8), np.arange(50)
     one.update(places, partner, judged(rng, 50))
@@ -97,7 +97,7 @@ def test_state_goes_on_with_the_same_bits_and_other_slices_begin_anew() -> None:
     assert third.measures(shown) == []
 
 
-def test_a_slice_that_no_row_comes_to_any_more_says_nothing_whatever_comes_to_others() -> None:
+def test_a_slice_without_new_rows_loses_its_figures() -> None:
     """A day of an eager shop: the squares of its weights are 0 long before its rows are, and a share of them is 0 sooner."""
     rng, one = np.random.default_rng(8), Breakdown(("users",), (2,), (False,))
     shown, rows, told = {"users": ("new", "known")}, HALF_LIFE_ROWS // 2, set()
@@ -115,7 +115,7 @@ def test_a_slice_that_no_row_comes_to_any_more_says_nothing_whatever_comes_to_ot
 
 
 @pytest.mark.parametrize("share", [0.02, 0.3])
-def test_intervals_hold_what_is_true_as_often_as_they_say(share: float) -> None:
+def test_intervals_contain_the_true_value_at_their_confidence(share: float) -> None:
     """Wilson's, and the mean's, over samples of a known truth."""
     rng, samples, rows = np.random.default_rng(5), 2000, 200
     hits = rng.binomial(rows, share, samples) / rows
@@ -126,7 +126,7 @@ def test_intervals_hold_what_is_true_as_often_as_they_say(share: float) -> None:
     assert 0.92 < np.mean([low <= 1.0 <= high for low, high in ends]) < 0.97
 
 
-def test_the_areas_interval_holds_the_true_area() -> None:
+def test_the_interval_of_the_area_contains_the_true_area() -> None:
     """Normal scores one standard deviation apart: the true area is 0.760."""
     rng, edges, held = np.random.default_rng(6), np.linspace(-6, 6, 65), []
     for _ in range(400):

@@ -54,7 +54,7 @@ def test_recent_measures_forget_and_totals_do_not() -> None:
     assert values["top1"] < 0.01
 
 
-def test_state_goes_on_with_the_same_bits() -> None:
+def test_state_continues_with_the_same_bits() -> None:
     one, other, rng = Evaluation(), Evaluation(), np.random.default_rng(5)
     updated(one, rng, 50)
     other.load(one.state())

@@ -17,11 +17,11 @@ from tests.trainer.clicks import SPEC
 from tests.trainer.logs import fresh
 from trainer.engine.engine import Scores
 from trainer.engine.record import Record
-from trainer.engine.step import judged
+from trainer.engine.report import judged
 from trainer.measures.evaluation import HALF_LIFE_ROWS
 from trainer.measures.predictions import BASELINES, KEPT, LISTED, PREDICTORS, SPAN_MS, of_came_next
 from trainer.measures.progressive import Progressive
-from trainer.measures.step_scores import SUMS, USERS, StepScores, joined_scores
+from trainer.measures.step_scores import SUMS, USERS
 from trainer.model.ranker import MASKED, Targets
 from trainer.tables.count_table import CountTable
 from trainer.versions import checkpoint, content
@@ -169,7 +169,7 @@ def test_sums_equal_brute_force(steps: list[tuple[list[Row], int, int]]) -> None
         theirs.learn(rows, at_ms, wanted)
 
 
-def test_noise_costs_its_entropy_and_not_less() -> None:
+def test_the_cost_of_noise_is_at_least_its_entropy() -> None:
     """Uniform over 136 categories, ln 136 = 4.91: whatever is learned, nobody pays less than that, but for the sample."""
     trainer, categories, steps, rows = fresh(), 136, 40, 256
     rng = np.random.default_rng(7)
@@ -177,31 +177,24 @@ def test_noise_costs_its_entropy_and_not_less() -> None:
         batch = micro_batch(rows, first=number * rows)
         recent = spread(rng.integers(1, categories + 1, batch.recent_categories.shape))
         trainer.step(replace(batch, category=spread(rng.integers(1, categories + 1, rows)), recent_categories=recent))
-    values, entropy = trainer.progressive.values(), math.log(categories)
+    values, entropy = trainer.measures.progressive.values(), math.log(categories)
     for name in ("", *(f"baseline.{one}." for one in BASELINES)):
         assert entropy - 0.02 < values[f"total.{name}log_loss"] < entropy + 0.6, name
     # The loss that training minimises puts the category in as a candidate, and so says less.
-    assert trainer.evaluation.values()["total.training_loss"] < entropy - 1
+    assert trainer.measures.evaluation.values()["total.training_loss"] < entropy - 1
     assert values["total.missed"] > 0.5
     assert abs(values["total.lift.top1"]) < 0.01
 
 
-def test_a_version_without_these_measures_is_loaded_and_they_begin_anew() -> None:
+def test_a_version_without_these_measures_is_loaded_and_they_start_from_scratch() -> None:
     trainer = fresh()
     trainer.step(micro_batch(40))
     old, digest = checkpoint.full(trainer), checkpoint.digest(trainer)
     assert not any(name.startswith(content.QUALITY) for name in old)
     checkpoint.load(trainer, old)
-    assert trainer.progressive.values() == {}
+    assert trainer.measures.progressive.values() == {}
     assert checkpoint.digest(trainer) == digest
     assert content.digest(old | {f"{content.QUALITY}sums": np.ones(3)}) == digest
-
-
-def test_scores_of_parts_add_up_to_those_of_the_step() -> None:
-    parts = [StepScores(np.full((4, 3, 8), float(n)), n, n, n / 2, float(n)) for n in (1, 2, 3)]
-    joined = joined_scores(parts)
-    assert (joined.sums == 6).all() and joined.pairs == 6 and joined.calibration == 0.5
-    assert math.isnan(StepScores(np.zeros((4, 3, 8)), 0, 0, 0.0, 0.0).mean("log_loss"))
 
 
 def test_a_step_in_several_updates_is_scored_row_for_row() -> None:

@@ -23,7 +23,7 @@ def test_one_pass_beats_the_previous_category_within_forty_steps() -> None:
 
 
 @pytest.mark.skipif(not KUAIRAND.exists(), reason="needs KuaiRand-Pure at ../shared/data/kuairand")
-def test_one_pass_over_impressions_tells_clicks_within_twenty_steps() -> None:
+def test_one_pass_over_impressions_predicts_clicks_within_twenty_steps() -> None:
     found = train_impressions(steps=20)
     assert found["auc"] > 0.68
     assert found["log_loss"] < 0.63

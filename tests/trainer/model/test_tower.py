@@ -17,5 +17,5 @@ def test_dropout_repeats_with_its_seed_and_keeps_the_expected_share() -> None:
     assert abs((kept > 0).mean() - 0.7) < 0.01 and abs(kept.mean() - 1) < 0.01
 
 
-def test_what_earlier_releases_called_the_default_tower_is_the_default_tower() -> None:
+def test_earlier_names_of_the_default_tower_still_mean_it() -> None:
     assert [load_builder(path) for path in FORMER_TOWERS] == [build] * len(FORMER_TOWERS)

@@ -15,22 +15,14 @@ from state.microbatch.batch import MicroBatch
 from state.registry.log_line import WHOLE
 from tests.trainer.batches import SPEC, micro_batch
 from tests.trainer.clicks import small_settings
-from trainer.engine.private_step import PrivateTrainer
-from trainer.privacy.place import NoisePlace
+from trainer.privacy.history import NoisePlace
+from trainer.privacy.learning import PrivateTrainer
 
 KEY = "ab" * 32
 BUDGET = (
-    "--events.label",
-    "clicked",
-    "--privacy.epsilon",
-    "8",
-    "--privacy.updates",
-    "6",
-    "--privacy.period_s",
-    "600",
-    "--privacy.periods",
-    "2",
-)
+    *("--events.label", "clicked", "--privacy.epsilon", "8", "--privacy.updates", "6"),
+    *("--privacy.period_s", "600", "--privacy.periods", "2"),
+)  # fmt: skip
 CONTEXT = ("--events.context", "tab")
 """What `labelled` has of context."""
 

@@ -42,7 +42,7 @@ def test_one_update_costs_what_the_closed_form_says(noise: float, delta: float) 
     assert abs(epsilon_of(noise, delta) - exact(noise, delta)) < 1e-6 * exact(noise, delta)
 
 
-def test_many_updates_of_different_noise_cost_what_they_do_one_by_one() -> None:
+def test_updates_with_different_noise_cost_the_same_together_as_one_by_one() -> None:
     periods = [PrivacyPeriod(1, 0, 8, 6.0), PrivacyPeriod(1, 1, 8, 6.0), PrivacyPeriod(2, 1, 3, 11.0)]
     found = spent(periods, 1e-6)
     pld, rdp = PLDAccountant(value_discretization_interval=2e-3), RdpAccountant()
@@ -55,7 +55,7 @@ def test_many_updates_of_different_noise_cost_what_they_do_one_by_one() -> None:
 
 @pytest.mark.parametrize("epsilon", [0.5, 1.0, 4.0, 8.0])
 @pytest.mark.parametrize("updates", [1, 240])
-def test_the_noise_of_a_budget_spends_it_and_no_more(epsilon: float, updates: int) -> None:
+def test_the_noise_of_a_budget_spends_exactly_the_budget(epsilon: float, updates: int) -> None:
     noise = noise_for(epsilon, 1e-6, updates)
     found = spent([PrivacyPeriod(1, 0, updates, noise)], 1e-6)
     assert abs(found - epsilon) < 1e-9 * epsilon

@@ -14,9 +14,8 @@ from state.features.masked_users import MaskedUsers
 from state.microbatch.batch import MicroBatch
 from state.registry.log_line import WHOLE, turned
 from tests.trainer.privacy.batches import labelled, settings
-from trainer.privacy import place as place_module
-from trainer.privacy.history import History
-from trainer.privacy.place import NoisePlace, environment_digest
+from trainer.privacy import history as history_module
+from trainer.privacy.history import History, NoisePlace, environment_digest
 from trainer.versions import checkpoint
 
 KEY = bytes(range(32))
@@ -92,11 +91,11 @@ def test_code_of_another_format_makes_other_noise_and_another_line(
 ) -> None:
     some = records(tmp_path)
     before = told(some)
-    monkeypatch.setattr(place_module, "FORMAT", place_module.FORMAT + 1)
+    monkeypatch.setattr(history_module, "FORMAT", history_module.FORMAT + 1)
     assert {one for pair in before for one in pair}.isdisjoint(one for pair in told(some) for one in pair)
 
 
-def test_other_rows_make_other_noise_on_all_that_follows(tmp_path: Path) -> None:
+def test_other_rows_change_the_noise_of_everything_after_them(tmp_path: Path) -> None:
     some = records(tmp_path)
     before = told(some)
     place, batch = some[1]

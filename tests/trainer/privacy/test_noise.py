@@ -11,14 +11,14 @@ from scipy import stats
 
 from state.config.loading import load
 from state.errors import SettingsError
-from trainer.privacy.key import own_key
+from trainer.privacy.history import own_key
 from trainer.privacy.noise import Noise
 
 KEY = bytes(range(32))
 COUNT = 400_001
 
 
-def test_the_same_key_and_name_make_the_same_bits_however_many_are_asked_for() -> None:
+def test_the_same_key_and_name_make_the_same_bits_for_any_count() -> None:
     first = Noise(KEY).normal("a name", COUNT)
     assert Noise(KEY).normal("a name", COUNT).tobytes() == first.tobytes()
     for count in (1, 2, 7, 1000):
@@ -32,7 +32,7 @@ def test_another_key_or_name_makes_noise_that_has_nothing_to_do_with_it() -> Non
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_it_is_normal_in_mean_variance_tails_and_shape(seed: int) -> None:
+def test_the_noise_is_normal_in_mean_variance_tails_and_shape(seed: int) -> None:
     found = Noise(bytes([seed] * 32)).normal("a name", COUNT)
     assert abs(found.mean()) < 5 / np.sqrt(COUNT)
     assert abs(found.var() - 1.0) < 5 * np.sqrt(2 / COUNT)

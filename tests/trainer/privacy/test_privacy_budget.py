@@ -40,7 +40,7 @@ def gauge(running: Learner, name: str) -> float:
     return float(getattr(running._metrics, f"privacy_{name}")._value.get())
 
 
-def test_at_its_end_training_holds_also_after_a_restart_and_goes_on_with_a_larger_one(tmp_path: Path) -> None:
+def test_a_spent_budget_holds_training_also_after_a_restart_until_it_is_raised(tmp_path: Path) -> None:
     own = settings(tmp_path / "state")
     registry, log = started(own.registry_dir), written(RECORDS)
     running = run(registry, log, tmp_path / "state")
@@ -75,7 +75,7 @@ def test_at_its_end_training_holds_also_after_a_restart_and_goes_on_with_a_large
     running.close()
 
 
-def test_a_rollback_tells_its_rows_again_and_spends_for_it(tmp_path: Path) -> None:
+def test_a_rollback_releases_its_rows_again_and_is_charged_for_them(tmp_path: Path) -> None:
     own = settings(tmp_path / "state")
     registry, log = started(own.registry_dir), written(RECORDS[:3])
     running = run(registry, log, tmp_path / "state")
@@ -129,20 +129,11 @@ def differ(one: dict[str, np.ndarray], other: dict[str, np.ndarray]) -> bool:
     return any((value != other[name]).any() for name, value in one.items())
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        ("--privacy.clip", "2"),
-        ("--privacy.learning_rate", "0.05"),
-        ("--trainer.rows_per_update", "7"),
-        ("--trainer.guard_factor", "9"),
-    ],
-    ids=lambda flags: flags[0],
-)
 def test_records_that_are_learned_again_with_other_settings_get_other_noise_and_are_charged_again(
-    tmp_path: Path, flags: tuple[str, str]
+    tmp_path: Path,
 ) -> None:
-    path = tmp_path / "state"
+    """`test_history.py` has the other settings of which this is true."""
+    path, flags = tmp_path / "state", ("--trainer.guard_factor", "9")
     registry, log = started(settings(path).registry_dir), written(RECORDS[:6])
     first, weights, _ = crashed(registry, log, path)
     same, again, _ = crashed(registry, log, path)
@@ -211,6 +202,7 @@ def test_a_ledger_of_the_first_format_is_loaded_stays_spent_and_covers_nothing(t
 @pytest.mark.parametrize(
     "document", [b'{"key": "1f", "unit": "user", "format": 3}', b'{"key": "1f", "unit": "user", "x": 1}']
 )
-def test_a_ledger_with_what_this_release_does_not_know_is_refused(document: bytes) -> None:
+def test_a_ledger_with_what_this_release_does_not_know_is_refused(tmp_path: Path, document: bytes) -> None:
+    (tmp_path / "ledger.json").write_bytes(document)
     with pytest.raises(RegistryError, match="cannot be read"):
-        privacy_ledger.decode(document, "there")
+        privacy_ledger.read(tmp_path / "ledger.json")

@@ -11,14 +11,13 @@ from state.microbatch.batch import MicroBatch
 from state.ranking.crosses import Values
 from tests.trainer.privacy.batches import CONTEXT, labelled, place, shared
 from trainer.engine.engine import CROSS
-from trainer.engine.private import ROUNDING, Units, clipped
-from trainer.engine.private_step import PrivateTrainer
 from trainer.engine.record import Record
-from trainer.engine.tensorflow.private import FROZEN, LISTED, LOSSES, USER
 from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.ranker import Targets
-from trainer.privacy.learned_crosses import LearnedCrosses
+from trainer.privacy.engine import FROZEN, LISTED, LOSSES, USER
+from trainer.privacy.learning import ROUNDING, PrivateTrainer, Units, clipped
 from trainer.privacy.noise import Noise
+from trainer.privacy.participation import LearnedCrosses
 from trainer.versions import checkpoint
 
 CLIP = 1.0 / HYPERPARAMETERS.loss_scale
@@ -48,7 +47,7 @@ def records_of(one: PrivateTrainer, *batches: MicroBatch) -> list[Record]:
 def told(one: PrivateTrainer, record: Record) -> np.ndarray:
     """The sum of the gradients of a record by all that an update tells, without noise."""
     measured = one.engine.measure(record, move=False)
-    silent = one.engine.told(measured, record, lambda name, count: np.zeros(count), 0.0).found
+    silent = one.engine.noised(measured, record, lambda name, count: np.zeros(count), 0.0).found
     rows = dict(zip(one.engine._embeddings, silent.sparse, strict=True))[LISTED].numpy()
     # In the order of the popular categories: which rows come first depends on the others.
     places = one.tables[LISTED].find(record.ids["popular"])
@@ -93,7 +92,7 @@ def test_the_same_key_and_log_make_the_same_digests_and_another_key_others(made:
     assert any((value != weights[name]).any() for name, value in made.model.weights().items())
 
 
-def test_a_trainer_that_is_restored_in_between_comes_to_the_same_bits(made: PrivateTrainer) -> None:
+def test_a_trainer_restored_in_between_has_the_same_bits(made: PrivateTrainer) -> None:
     learned(made, 0, 2)
     kept = {name: np.array(value) for name, value in made.state().items()}
     assert kept["privacy.used"].sum() > 0
@@ -110,7 +109,7 @@ def test_a_trainer_that_is_restored_in_between_comes_to_the_same_bits(made: Priv
 
 
 @pytest.mark.parametrize("by_user", [True, False])
-def test_no_unit_moves_what_is_told_by_more_than_the_bound(made: PrivateTrainer, by_user: bool) -> None:
+def test_no_unit_changes_a_release_by_more_than_the_bound(made: PrivateTrainer, by_user: bool) -> None:
     learned(made, 0, 2)
     drawn = np.random.default_rng(3)
     # Weights far from where they began, and rows with the largest features there are.
@@ -143,7 +142,7 @@ def test_no_unit_moves_what_is_told_by_more_than_the_bound(made: PrivateTrainer,
     assert max(longest) > 0.3 * CLIP, "some are clipped"
 
 
-def test_opposite_rows_cannot_hide_behind_each_other_and_who_takes_no_part_moves_nothing() -> None:
+def test_rows_of_a_unit_are_clipped_together_and_excluded_rows_change_nothing() -> None:
     units = Units(np.array([0, 0, 1, 2, 3]), np.array([True, True, True, False, True]))
     factors = clipped(np.array([5e8, 5e8, 0.1, 7.0, np.inf], np.float32), units, 2.0)
     assert factors[0] * 5e8 + factors[1] * 5e8 <= 2.0 and factors[0] * 1e9 > 2.0 * (1 - 3 * ROUNDING)
@@ -172,28 +171,27 @@ def test_a_users_own_crosses_are_learned_row_after_row_and_read_no_row_of_others
     batch, first = labelled(7, 48), np.arange(48) < 24
     batch = dataclasses.replace(batch, user=np.where(first, np.uint64(1), np.uint64(2)))
     otherwise = dataclasses.replace(batch, label=np.where(first, 1 - batch.label, batch.label).astype(np.float32))
-    one, other = (made.engine.crosses.logits(record) for record in records_of(made, batch, otherwise))
+    one, other = (made.engine.crosses.measure(record)[1].logits for record in records_of(made, batch, otherwise))
     assert (one[first] != other[first]).any() and one[~first].any()
     assert (one[~first] == other[~first]).all()
 
 
-def test_the_noise_is_as_large_as_it_is_said_and_on_all_that_is_shared(made: PrivateTrainer) -> None:
+def test_the_noise_has_its_deviation_on_everything_shared(made: PrivateTrainer) -> None:
     learned(made, 0, 2)
     (record,) = records_of(made, labelled(8))
     update = made.private.begin(labelled(8).user, "a record", 0)
     record = only(record, np.zeros(len(record), bool), np.zeros(len(record)))
     plain = made.engine.measure(record, move=False)
     deviation = made.private.noise * CLIP
-    found = made.engine.told(plain, record, made.private._normal(update), deviation).found
+    noised = made.engine.noised(plain, record, made.private._normal(update), deviation)
+    found = noised.found
     tables = dict(zip(made.engine._embeddings, found.sparse, strict=True))
     popular = (record.ids["popular"] != 0).sum()
     moved = tables[LISTED].numpy()[np.abs(tables[LISTED].numpy()).sum(1) > 0]
     assert len(moved) == popular > 0
     assert all(not tables[name].numpy().any() for name in ("item", "context", "user"))
-    crosses = found.cross[0].numpy()[:, 0]
-    assert (
-        np.count_nonzero(crosses != plain.found.cross[0].numpy()[:, 0]) == np.unique(record.ids["cross"]).size - 1 > 0
-    )
+    before = made.tables[CROSS].gather(plain.rows[CROSS])
+    assert np.count_nonzero(noised.crossed.rows[:, 0] != before[:, 0]) == np.unique(record.ids["cross"]).size - 1 > 0
     dense = dict(zip(made.model.weights(), found.dense, strict=True))
     frozen = [dense.pop(name).numpy() for name in list(dense) if name.startswith(FROZEN)]
     assert frozen and not any(one.any() for one in frozen), "the tower stays as it began"
@@ -231,7 +229,7 @@ def test_nothing_is_learned_of_transitions_nor_of_crosses_of_items_and_counts_ha
     assert len(counts) > 4 and (counts % 65_536 != 0).all()
 
 
-def test_a_user_takes_part_in_so_many_updates_and_then_teaches_nothing(made: PrivateTrainer) -> None:
+def test_a_user_takes_part_in_a_limited_number_of_updates(made: PrivateTrainer) -> None:
     one_user = dataclasses.replace(labelled(0), user=np.full(96, 77, np.uint64))
     for number in range(made.private.updates):
         made.step(one_user, place=place(number))

@@ -73,7 +73,7 @@ def test_a_new_list_is_empty_and_its_row_begins_as_a_hash_times_nothing() -> Non
     assert np.signbit(held.rows).any() and held.accum.shape == (1, 0)
 
 
-def test_halving_a_list_leaves_plain_zeros_in_its_row_and_no_others() -> None:
+def test_halving_a_list_leaves_positive_zeros_in_its_row() -> None:
     table = CountTable("transition")
     rows = table.observe(ids(7, 8), np.ones(2, np.int64))
     table.count(rows[:1].repeat(MOST - 1), ids(5).repeat(MOST - 1))
@@ -85,7 +85,7 @@ def test_halving_a_list_leaves_plain_zeros_in_its_row_and_no_others() -> None:
     assert after[1].tobytes() == before[1].tobytes() and after[0, :2].tolist() == [MOST // 2, 0]
 
 
-def test_what_came_next_is_counted_where_there_is_a_list_and_listed_as_changed() -> None:
+def test_what_came_next_is_counted_for_listed_labels_and_marked_as_changed() -> None:
     table = CountTable("transition", capacity=2)
     table.observe(ids(1, 2, 3), np.ones(3, np.int64))
     table.take_changes()
@@ -98,7 +98,7 @@ def test_what_came_next_is_counted_where_there_is_a_list_and_listed_as_changed()
     assert table.take_changes().ids.tolist() == [1, 2]
 
 
-def test_what_lists_say_is_that_of_all_counts_while_they_have_room() -> None:
+def test_predictions_of_lists_equal_those_of_all_counts_while_lists_have_space() -> None:
     table = CountTable("transition")
     before, after, times = clicks(0)
     few = after % np.uint64(FOLLOWERS)

@@ -36,7 +36,7 @@ def test_new_taste_replaces_the_old_one_in_log_time() -> None:
     assert popular.top().tolist() == [2]
 
 
-def test_event_out_of_order_does_not_turn_the_clock_back() -> None:
+def test_an_event_out_of_order_does_not_move_the_clock_back() -> None:
     popular = Popular(2)
     popular.update(np.array([1], np.uint64), 50 * HOUR_MS)
     popular.update(np.array([2], np.uint64), 10 * HOUR_MS)
@@ -50,7 +50,7 @@ def test_forgotten_label_leaves_the_state() -> None:
     assert popular.state()["ids"].tolist() == [2]
 
 
-def test_no_more_categories_are_counted_than_may_be_and_the_list_is_of_the_largest() -> None:
+def test_counted_categories_are_limited_and_the_list_has_the_largest() -> None:
     popular, every = Popular(4, most=64), Popular(4)
     for number in range(200):
         clicked = np.array([1, 1, 2, 3, 4, 1000 + number], np.uint64)

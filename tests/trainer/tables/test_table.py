@@ -36,14 +36,14 @@ def test_index_agrees_with_a_dict(changes: list[tuple[bool, int]]) -> None:
     assert len(index) == len(model)
 
 
-def test_index_grows_past_its_first_size() -> None:
+def test_the_index_grows_past_its_first_size() -> None:
     index = IdIndex(10)
     keys = np.random.default_rng(0).integers(1, 2**64, 20_000, dtype=np.uint64)
     index.insert(keys, np.arange(1, 20_001, dtype=np.int32))
     assert (index.find(keys) == np.arange(1, 20_001)).all()
 
 
-def test_index_gives_room_back_and_still_finds_what_is_left() -> None:
+def test_the_index_reuses_freed_places_and_finds_the_remaining_ids() -> None:
     index = IdIndex(10)
     keys = np.random.default_rng(0).integers(1, 2**64, 50_000, dtype=np.uint64)
     rows = np.arange(1, 50_001, dtype=np.int32)

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from state.compiled import layout
-from trainer.engine.optimizers.fast_weights import FastSlots
+from trainer.model.default_ranker import NET_HIDDEN, NEXT_HIDDEN
 
 F32 = npt.NDArray[np.float32]
 I32 = npt.NDArray[np.int32]
@@ -27,7 +27,7 @@ def read_only(values: U16) -> U16:
 
 
 @layout(
-    "const(u2[:, :, ::1]), u2[:, :, ::1], f4[::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], u2[:, :, ::1], u2[:, :, ::1], i4[:, ::1], i4[:, ::1], i4[::1], i4[::1], i4[::1], i4[::1], f4[::1], f4[::1], f4[::1], f4[::1], i4[:, ::1], i4[::1], f4[::1]"
+    "const(u2[:, :, ::1]), u2[:, :, ::1], f4[::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], u2[:, :, ::1], u2[:, :, ::1], i4[:, ::1], i4[:, ::1], i4[::1], i4[::1], i4[::1], i4[::1], f4[::1], f4[::1], f4[::1], f4[::1]"
 )
 class Facts(NamedTuple):
     """The host's data of a step. A row index counts the distinct rows of a table; index 0 is the missing row.
@@ -54,9 +54,6 @@ class Facts(NamedTuple):
         engaged: `[2 B]` float32 outcomes.
         engaged_shift: `[2 B]` float32, added to the score of a pair before its loss.
         engaged_weight: `[2 B]` float32, factor of a pair's loss; 0 leaves the pair out.
-        cross_at: `[B, C]` int32 cross rows of each row's own pair; the missing row where it is not learned from.
-        share_at: `[C]` int32 cross rows that hold the shares of each cross.
-        cross_prior: `[C]` float32, the prior precision of the weights of each cross.
     """
 
     windows: U16
@@ -80,9 +77,6 @@ class Facts(NamedTuple):
     engaged: F32
     engaged_shift: F32
     engaged_weight: F32
-    cross_at: I32
-    share_at: I32
-    cross_prior: F32
 
 
 @layout("f4[:, ::1], f4[::1], f4[::1], f4[:, ::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[::1], f4[::1]")
@@ -152,7 +146,7 @@ FROM_HEADS = {
 
 
 @layout(
-    "f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1], FastWeights"
+    "f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[::1], f4[::1], f4[::1], FastWeights"
 )
 class HeadInputs(NamedTuple):
     """The inputs of the heads from the tower, the tables and the dense weights, float32.
@@ -168,8 +162,7 @@ class HeadInputs(NamedTuple):
         prior: `[3]` factors: of a known label, of its log probability, of the log probability of another label.
         item_bias: `[dim]`
         category_bias: `[dim]`
-        cross: `[w, 2]` distinct weights and marginal logits of crosses, and their shares.
-        cross_precision: `[w, 2]`, accumulated information of each.
+        crossed: `[B]` logit of the crosses of each row's own pair.
         fast: The weights that change within the step.
     """
 
@@ -183,8 +176,7 @@ class HeadInputs(NamedTuple):
     prior: F32
     item_bias: F32
     category_bias: F32
-    cross: F32
-    cross_precision: F32
+    crossed: F32
     fast: FastWeights
 
 
@@ -206,15 +198,56 @@ class Gradients(NamedTuple):
     fast: FastWeights
 
 
-class Learned(NamedTuple):
-    """What the heads learned themselves; applied when the guard accepts the step.
+BLOCK = 16
+"""Rows whose candidates pass through the nets together, so that loops cover several hundred of them in cache."""
+
+
+@layout(
+    "i4[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[:, ::1], f4[::1], f4[:, ::1], f4[:, ::1], f4[:, ::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1]"
+)
+class Workspace(NamedTuple):
+    """Scratch arrays for a block of `n` rows.
 
     Attributes:
-        cross: `HeadInputs.cross` after the step.
-        cross_precision: `HeadInputs.cross_precision` after the step.
-        fast: The weights that changed within the step.
+        firsts: `[n + 1]` int32, the index of each row's first category among the categories of the block.
+        newest: `[n, F]` float32, the scaled windows of each row's newest category.
+        windows: `[n * L, F]`, the scaled windows of all categories.
+        hidden: `[n * L, H]`, the hidden units of the window net.
+        window_logits: `[n * L]`, the logit of each category from its windows.
+        user_hidden: `[n, H + K]`, the users' part of the hidden units of both nets.
+        window_gradient: `[n * L]`, the derivative by `window_logits`.
+        user_gradient: `[n, H + K]`, the derivative by `user_hidden`.
+        next_logs: `[2, n * (P + S)]`, logarithms of how often popular categories and successors came next.
+        next_hidden: `[K, n * (P + S)]`, the hidden units of the net over `next_logs`.
+        transition_logits: `[n * (P + S)]`, the logit of each candidate from how often it came next.
+        transition_gradient: `[n * (P + S)]`, the derivative by `transition_logits`.
+        net_gradient: `[F, H]`, the derivative by the first layer of the window net.
+        features_gradient: `[U, H + K]`, the derivative by the weights of the users' features.
     """
 
-    cross: F32
-    cross_precision: F32
-    fast: FastSlots
+    firsts: I32
+    newest: F32
+    windows: F32
+    hidden: F32
+    window_logits: F32
+    user_hidden: F32
+    window_gradient: F32
+    user_gradient: F32
+    next_logs: F32
+    next_hidden: F32
+    transition_logits: F32
+    transition_gradient: F32
+    net_gradient: F32
+    features_gradient: F32
+
+    @classmethod
+    def of(cls, facts: Facts, user_width: int) -> Workspace:
+        """Scratch arrays for blocks of `BLOCK` rows of `facts`."""
+        recent_categories, width = facts.windows.shape[1], facts.log_scale.size
+        rows, both, most = BLOCK, NET_HIDDEN + NEXT_HIDDEN, BLOCK * recent_categories
+        places = rows * (facts.popular_mask.shape[1] + facts.successor_mask.shape[1])
+        columns = facts.popular_next.shape[2]
+        shapes = [(rows, width), (most, width), (most, NET_HIDDEN), (most,), (rows, both), (most,), (rows, both)]
+        shapes += [(columns, places), (NEXT_HIDDEN, places), (places,), (places,)]
+        shapes += [(width, NET_HIDDEN), (user_width, both)]
+        return cls(np.zeros(rows + 1, np.int32), *(np.zeros(shape, np.float32) for shape in shapes))

@@ -1,21 +1,19 @@
 """Loss and gradients of both heads for one step: compiled loops over rows, candidates and pairs.
 
 `trainer/model/default_ranker.py` defines the heads. Here the same sums are computed with their derivatives, a block of
-rows at a time. So the block's data stays in the nearest cache. As some three hundred TensorFlow operations over
-`[B * L, F]` they cost more than the tower. A test compares logits and every derivative with TensorFlow's own.
+rows at a time, so that its data stays in the nearest cache. A test compares them with TensorFlow's.
 
 For each row, in the order of the batch:
 
 1. Windows and transitions become logits, a block of rows at a time (`window_net.py`, `transition_net`). The transition
    net reads how often a candidate came next after the user's newest category.
 2. Candidates are scored without dropout for the measures: softmax, log loss, rank of the target (`measure_interest`).
-3. Engagement: the row's own item, and its negative if one was drawn. The contribution of its crosses is computed
-   before (`trainer/engine/optimizers/crosses.py`).
+3. Engagement: the row's own item, and its negative if one was drawn. The contribution of its crosses is an input.
 4. The derivatives of interest, with dropout if there is any (`learn_interest`).
 5. After each `FAST_ROWS` rows the fast weights move, before the next row is scored.
 
-A block has `BLOCK` rows. Threads share the blocks between two moves. Each block has sums of its own, which are added
-in the order of the blocks. So sums have the same bits for any number of threads, and for any order of rows in a table.
+Threads share the blocks of `BLOCK` rows between two moves. Each block has sums of its own, which are added in the order
+of the blocks. So sums have the same bits for any number of threads, and for any order of rows in a table.
 """
 
 from __future__ import annotations
@@ -26,22 +24,20 @@ from typing import NamedTuple
 import numpy as np
 
 from state.compiled import compiled_sums, layout, part_of_sums
-from trainer.engine.compiled.arrays import F32, I32, I64, Facts, FastWeights, Gradients, HeadInputs, Learned
-from trainer.engine.compiled.engagement import engage
-from trainer.engine.compiled.rows import add, dot
-from trainer.engine.compiled.softmax import exponentials, highest_of, normaliser_of, rank_of
+from trainer.engine.adam import FastSlots, count_move, move
+from trainer.engine.compiled.arrays import BLOCK, F32, I32, I64, Facts, FastWeights, Gradients, HeadInputs, Workspace
+from trainer.engine.compiled.rows import add, dot, exponentials, highest_of, normaliser_of, rank_of
 from trainer.engine.compiled.threads import Threads, Work, meet
 from trainer.engine.compiled.window_net import LOGARITHMS, user_hidden_of, window_net, window_net_gradients
-from trainer.engine.compiled.workspace import BLOCK, Workspace
 from trainer.engine.engine import Scores
-from trainer.engine.optimizers.crosses import crosses
-from trainer.engine.optimizers.fast_weights import FastSlots, count_move, move
 from trainer.model import ranker
 from trainer.model.default_ranker import NET_HIDDEN, NEXT_HIDDEN
 from trainer.model.hyperparameters import HYPERPARAMETERS
 
 MASKED = np.float32(ranker.MASKED)
-"""The logit of a candidate that is not there."""
+"""The logit of a masked candidate."""
+
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
 @part_of_sums
@@ -156,6 +152,70 @@ def learn_interest(
 
 
 @part_of_sums
+def engage(
+    b: int,
+    lane: int,
+    facts: Facts,
+    inputs: HeadInputs,
+    weights: FastWeights,
+    biases: tuple[F32, F32],
+    logits: F32,
+    normaliser: np.float32,
+    scores: Scores,
+    gradients: Gradients,
+) -> None:
+    """Scores row `b`'s pair and its negative pair without dropout, and computes their gradients with dropout.
+
+    logits: interest logits without dropout. biases: of items and categories, `[1, dim]` each. One call handles both pairs,
+    because each array that a call unpacks costs time.
+    """
+    plain, queries, prior = inputs.plain_queries, inputs.queries, inputs.prior
+    item, category, dim = inputs.item, inputs.category, inputs.category.shape[1]
+    item_bias, category_bias = biases
+    of_items, of_categories = lane * item.shape[0], lane * category.shape[0]
+    rows = facts.target.shape[0]
+    for at in range(b, 2 * rows, rows):
+        category_at, item_at = facts.pair_category_at[at], facts.pair_item_at[at]
+        known = -1
+        if category_at != 0:
+            for j in range(facts.recent_mask.shape[1]):
+                if facts.recent_at[b, j] == category_at and facts.recent_mask[b, j] != _ZERO:
+                    known = j
+        if known >= 0:
+            likely = logits[known] - normaliser
+            fixed = prior[0] + prior[1] * likely
+        else:
+            likely = weights.other[0] + dot(plain, b, 0, category, category_at) - normaliser
+            fixed = prior[2] * likely
+        fixed += dot(item_bias, 0, 0, item, item_at) + dot(category_bias, 0, 0, category, category_at)
+        if at == b:
+            fixed += inputs.crossed[b]
+        score = fixed + plain[b, 2 * dim] + dot(plain, b, dim, item, item_at)
+        shifted = score + facts.engaged_shift[at]
+        scores.engagement[at] = score
+        scores.engagement_loss[at] = (
+            max(shifted, _ZERO) - shifted * facts.engaged[at] + np.float32(math.log1p(math.exp(-abs(shifted))))
+        )
+        if facts.engaged_weight[at] == _ZERO:
+            continue
+        shifted = fixed + queries[b, 2 * dim] + dot(queries, b, dim, item, item_at) + facts.engaged_shift[at]
+        g = (_ONE / (_ONE + np.float32(math.exp(-shifted))) - facts.engaged[at]) * facts.engaged_weight[at]
+        if known >= 0:
+            gradients.prior[lane, 0] += g
+            gradients.prior[lane, 1] += g * likely
+        else:
+            gradients.prior[lane, 2] += g * likely
+        gradients.queries[b, 2 * dim] += g
+        # A loop that writes two arrays would not be vectorized.
+        add(gradients.queries, b, dim, g, item, item_at, 0, dim)
+        add(gradients.item_bias, lane, 0, g, item, item_at, 0, dim)
+        add(gradients.category_bias, lane, 0, g, category, category_at, 0, dim)
+        add(gradients.item, of_items + item_at, 0, g, queries, b, dim, dim)
+        add(gradients.item, of_items + item_at, 0, g, item_bias, 0, 0, dim)
+        add(gradients.category, of_categories + category_at, 0, g, category_bias, 0, 0, dim)
+
+
+@part_of_sums
 def transition_net(
     begin: int, end: int, facts: Facts, weights: FastWeights, logarithms: F32, workspace: Workspace
 ) -> None:
@@ -239,8 +299,6 @@ LANES = FAST_ROWS // BLOCK
 _PART = 64
 """The fast weights are divided among threads in multiples of this: whole vectors."""
 
-_ZERO = np.float32(0.0)
-
 
 @layout("f4[:, ::1], f4[:, ::1]")
 class Biases(NamedTuple):
@@ -280,7 +338,7 @@ def _add_lanes(thread: int, threads: int, held: F32) -> None:
 
 
 @compiled_sums(
-    "i8, i8, i8[::1], Facts, HeadInputs, Biases, f4[::1], f4[::1], Scores, Gradients, f4[:, ::1], Own, FastWeights, "
+    "i8, i8, i8[::1], Facts, HeadInputs, Biases, f4[::1], Scores, Gradients, f4[:, ::1], Own, FastWeights, "
     "FastSlots, f4[::1], f4, bool"
 )
 def _heads(
@@ -291,7 +349,6 @@ def _heads(
     inputs: HeadInputs,
     biases: Biases,
     logarithms: F32,
-    crossed: F32,
     scores: Scores,
     gradients: Gradients,
     of_lanes: F32,
@@ -335,7 +392,7 @@ def _heads(
                 measure_interest(b, facts, logits, sum_of_shares, highest, scores)
                 # 3. The last slot was chosen by the row's own event, which serving does not know.
                 normaliser = normaliser_of(max(sum_of_shares - shares[count - 1], _ZERO), highest)
-                engage(b, lane, facts, inputs, weights, biases, crossed, logits, normaliser, scores, gradients)
+                engage(b, lane, facts, inputs, weights, biases, logits, normaliser, scores, gradients)
                 # 4.
                 if facts.target[b] >= 0 and facts.weight[b] != _ZERO:
                     if apart:
@@ -379,41 +436,24 @@ def _sum_lanes(thread: int, threads: int, gradients: Gradients) -> None:
 
 
 class Heads:
-    """The heads with their working memory. One caller at a time; gradients are valid until the next call.
-
-    Args:
-        threads: That share the blocks of rows.
-    """
+    """The heads with their working memory. One caller at a time; gradients are valid until the next call."""
 
     def __init__(self, threads: Threads) -> None:
         self._threads = threads
         self._owns: tuple[Own, ...] = ()
         self._buffers = dict[str, F32]()
 
-    def __call__(
-        self,
-        facts: Facts,
-        inputs: HeadInputs,
-        slots: FastSlots | None = None,
-        rate: float = 0.0,
-        apart: bool = True,
-    ) -> tuple[Scores, Gradients, Learned]:
-        """As `prepare`, with the work done."""
-        scores, gradients, learned, work = self.prepare(facts, inputs, slots, rate, apart)
-        self._threads.run(work)
-        return scores, gradients, learned
-
     def prepare(
         self, facts: Facts, inputs: HeadInputs, slots: FastSlots | None, rate: float, apart: bool
-    ) -> tuple[Scores, Gradients, Learned, Work]:
-        """Scores and gradients of a step, and what was learned within it, once all threads have done the work.
+    ) -> tuple[Scores, Gradients, FastSlots, Work]:
+        """Scores and gradients of a step, and the fast weights after it, once all threads have done the returned work.
 
         Args:
-            facts: What the host knows.
-            inputs: What the tower computed.
+            facts: Prepared by the host.
+            inputs: Computed by the tower.
             slots: The slots of the fast weights before the step, not changed; its weights are not read. None moves nothing.
             rate: Step size of the fast weights.
-            apart: Whether what learns is not what scores, because of dropout.
+            apart: Whether training inputs differ from scoring inputs, because of dropout.
         """
         flat = inputs.fast.flat()
         moved = FastSlots.of(flat) if slots is None else FastSlots(flat, *(slot.copy() for slot in slots[1:]))
@@ -428,9 +468,6 @@ class Heads:
             np.full(rows, candidates, np.int32),
             np.empty(2 * rows, np.float32),
             np.empty(2 * rows, np.float32),
-        )
-        crossed = crosses(
-            facts.cross_at, facts.share_at, facts.cross_prior, facts.engaged, inputs.cross, inputs.cross_precision
         )
         total = np.zeros_like(flat)
         gradients = Gradients(
@@ -451,7 +488,7 @@ class Heads:
 
         def work(thread: int) -> None:
             _heads(
-                thread, self._threads.count, self._threads.meeting, facts, inputs, biases, LOGARITHMS, crossed.logits,
+                thread, self._threads.count, self._threads.meeting, facts, inputs, biases, LOGARITHMS,
                 scores, gradients, of_lanes, self._owns[thread], weights, moved, total, step, apart,
             )  # fmt: skip
             _sum_lanes(thread, self._threads.count, gradients)
@@ -462,7 +499,7 @@ class Heads:
             )
             for name in ("category", "item", "prior", "item_bias", "category_bias")
         }
-        return scores, gradients._replace(**summed), Learned(crossed.rows, crossed.precision, moved), work
+        return scores, gradients._replace(**summed), moved, work
 
     @staticmethod
     def _own(facts: Facts, inputs: HeadInputs, candidates: int) -> Own:
@@ -476,7 +513,7 @@ class Heads:
         )
 
     def _zeros(self, name: str, *shape: int) -> F32:
-        """Working memory, kept from call to call: fresh pages cost more than to clear these."""
+        """Working memory, kept from call to call: clearing it costs less than fresh pages."""
         size = math.prod(shape)
         held = self._buffers.get(name)
         if held is None or held.size < size:

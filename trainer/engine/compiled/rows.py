@@ -1,16 +1,22 @@
-"""Dot products and sums over matrix rows.
+"""Loops over one row: dot products, sums, softmax over candidates, rank of the target, the log normaliser.
 
-A row is passed as its matrix and an index, because each view would be reference-counted.
+A row of a matrix is passed as the matrix and an index, because each view would be reference-counted.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
 from state.compiled import part_of_sums
-from trainer.engine.compiled.arrays import F32
+from trainer.engine.compiled.arrays import F32, I32
 
-_ZERO = np.float32(0.0)
+_ZERO, _HALF, _ONE = np.float32(0.0), np.float32(0.5), np.float32(1.0)
+_LOWEST = np.float32(-87.0)
+_LOG2_E, _LN2_HIGH, _LN2_LOW = np.float32(1.44269504), np.float32(0.693359375), np.float32(-2.12194440e-4)
+_P0, _P1, _P2 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
+_P3, _P4, _P5 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
 
 
 @part_of_sums
@@ -27,3 +33,51 @@ def add(out: F32, at: int, to: int, factor: np.float32, a: F32, row: int, first:
     """Adds `factor` times `width` numbers of `a[row]`, beginning at `first`, to `out[at]`, beginning at `to`."""
     for d in range(width):
         out[at, to + d] += factor * a[row, first + d]
+
+
+@part_of_sums
+def exponentials(x: F32, highest: np.float32, out: F32, bits: I32, scale: F32) -> np.float32:
+    """Writes exp(x - highest) (Cephes' expf) to `out`; returns the sum. `scale` is `bits` viewed as float32."""
+    for i in range(x.shape[0]):
+        value = max(x[i] - highest, _LOWEST)
+        n = np.floor(value * _LOG2_E + _HALF)
+        r = value - n * _LN2_HIGH - n * _LN2_LOW
+        poly = ((((_P0 * r + _P1) * r + _P2) * r + _P3) * r + _P4) * r + _P5
+        out[i] = poly * r * r + r + _ONE
+        bits[i] = (np.int32(n) + np.int32(127)) << np.int32(23)
+    total = _ZERO
+    for i in range(x.shape[0]):
+        # Values at or below exp(-87), and masked slots, are treated as zero.
+        out[i] = out[i] * scale[i] if x[i] - highest > _LOWEST else _ZERO
+        total += out[i]
+    return total
+
+
+@part_of_sums
+def highest_of(x: F32) -> np.float32:
+    """The maximum of `[n]`."""
+    found: np.float32 = x[0]
+    for i in range(1, x.shape[0]):
+        found = max(found, x[i])
+    return found
+
+
+@part_of_sums
+def rank_of(logits: F32, target: int) -> int:
+    """The number of candidates ranked before the target, without the last slot. On a tie the lower slot ranks first."""
+    slots: int = logits.shape[0] - 1
+    if target >= slots:
+        return slots
+    own, before = logits[target], 0
+    for i in range(slots):
+        if logits[i] > own or (logits[i] == own and i < target):
+            before += 1
+    return before
+
+
+@part_of_sums
+def normaliser_of(total: np.float32, highest: np.float32) -> np.float32:
+    """log(1 + sum of exp(logit)): 0 if there is no candidate."""
+    if highest > _ZERO:
+        return highest + np.float32(math.log(total + math.exp(-highest)))
+    return np.float32(math.log1p(total * math.exp(highest)))

@@ -1,8 +1,7 @@
 """Threads that share the loops of a step.
 
-A loop is divided into fixed blocks; thread `i` of `n` takes blocks `i`, `i + n`, ...
-The assignment of blocks to threads changes no sum, so any number of threads
-gives the same bits. Within a compiled loop, `meet` is the barrier.
+A loop is divided into fixed blocks; thread `i` of `n` takes blocks `i`, `i + n`, ... So any number of threads gives the
+same bits. Within a compiled loop, `meet` is the barrier.
 """
 
 from __future__ import annotations
@@ -34,9 +33,6 @@ _yield = types.ExternalFunction("sched_yield", types.int32())
 class Threads:
     """Runs a function once per thread. The calling thread is one of them.
 
-    Args:
-        count: Threads.
-
     Attributes:
         count: Threads.
         meeting: `[2]` int64, state of the barrier `meet`: arrived threads, and completed meetings.
@@ -50,10 +46,7 @@ class Threads:
         self._pool = ThreadPoolExecutor(count - 1, "step") if count > 1 else None
 
     def run(self, *works: Work) -> None:
-        """Calls `work(thread)` on all threads in parallel; returns when all calls have returned.
-
-        Args:
-            works: Run in order. Each one starts when all threads have finished the one before.
+        """Calls each `work(thread)` on all threads in parallel, one work after another; returns when all calls have returned.
 
         Raises:
             Exception: What the first failed call raised.

@@ -8,14 +8,13 @@ Forward, of rows x = [prepared features | user row | mean latest category row | 
 
 With dropout the layers after the first run twice: once without it, for the scores, and once with it, to learn.
 
-Every matrix product is over a fixed block of rows (forward) or of weights (derivatives). So a sum has the same bits
-however many threads share the blocks. The block size follows from the shapes and the kind of processor alone, never
-from the number of threads (`rows_of_block`, `weights_of_block`).
+Every matrix product is over a fixed block of rows (forward) or of weights (derivatives), whose size follows from the
+shapes and the kind of processor alone. So a sum has the same bits however many threads share the blocks.
 
-Before it multiplies, OpenBLAS copies both matrices into its own layout. For a block of 64 rows that takes a quarter of
-the time. For processors with AVX-512 it has kernels for small products that copy nothing. They apply if rows, columns
-and depth multiply to at most `SMALL`, and neither matrix is transposed. There the blocks are that small, and transposed
-copies are kept for them (`transpose`). On other processors the blocks are large.
+Before it multiplies, OpenBLAS copies both matrices into its own layout, a quarter of the time for a block of 64 rows.
+For processors with AVX-512 it has kernels for small products that copy nothing. They apply if rows, columns and depth
+multiply to at most `SMALL`, and neither matrix is transposed. There the blocks are that small, and transposed copies
+are kept for them (`transpose`). On other processors the blocks are large.
 """
 
 from __future__ import annotations
@@ -182,7 +181,7 @@ class Tower:
     Args:
         ranker: The default one, with a dense tower.
         weights: Dense weights by name.
-        gradients: Where their derivatives go, by name.
+        gradients: Receive their derivatives, by name.
         threads: That share its blocks.
     """
 

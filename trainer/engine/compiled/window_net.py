@@ -5,8 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from state.compiled import part_of_sums
-from trainer.engine.compiled.arrays import F32, Facts, FastWeights
-from trainer.engine.compiled.workspace import Workspace
+from trainer.engine.compiled.arrays import F32, Facts, FastWeights, Workspace
 from trainer.model.default_ranker import NET_HIDDEN, NEXT_HIDDEN
 
 USER_HIDDEN = NET_HIDDEN + NEXT_HIDDEN

@@ -1,0 +1,398 @@
+"""Writes the rows of a distributed job, keeps the account of all buckets, and publishes it.
+
+The sink puts the rows that the buckets of a bundle made into micro-batches. They are acknowledged before the bundle
+ends:
+
+    process        gathers
+    finish_bundle  1. cuts and encodes   2. writes, acknowledged   3. reports to the account
+
+An engine that rolls back a bundle makes its rows again, perhaps in other bundles; readers drop them by their
+positions. Each writer of a bucket's rows started from a checkpoint, before which all of them were acknowledged. So
+the log has all of a bucket's positions up to the newest, even if an older writer is still active.
+
+`Account` has the fate of each click position, over all buckets. A partition counts as read up to the lowest position
+of any of its buckets. Each offset is counted by the bucket of its user; an offset without a user by the first bucket.
+
+`Publisher` publishes what is committed: the gauges of the account, the lag, the group's offsets for lag tools, and the
+progress of erasures. The process that has the account's one key does so once a second, in a thread, also when no clicks
+arrive. If the key has moved to another process, the group is ahead of this one. This process then leaves the metrics
+port to the other.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, cast
+
+import apache_beam as beam
+from apache_beam.coders import BytesCoder
+from apache_beam.transforms.userstate import ReadModifyWriteStateSpec
+from apache_beam.transforms.window import GlobalWindow
+from apache_beam.utils.timestamp import Timestamp
+from apache_beam.utils.windowed_value import WindowedValue
+
+from state import metrics
+from state.accounts import StreamAccount, check_accounts
+from state.disk.files import HOST
+from state.errors import PortTaken, PositionConflict, SpringtideError, UnreachableBroker
+from state.events.dead_letters import DeadLetter
+from state.history.counts import Counts, advanced, summed
+from state.log import Writer
+from state.positions import Range, Source
+from state.process.wall_clock import wall_ms
+from state.registry.erasing import ErasureReport
+from streaming.accounts import show_faults, show_totals
+from streaming.commit import CommitReport, truncated_columns
+from streaming.control import report_erasures
+from streaming.cut import Cut, Encoding, encode_cut
+from streaming.distributed.bucket import BucketRows
+from streaming.distributed.portions import decode, encode
+from streaming.distributed.steps import WorkerStep
+from streaming.distributed.worker import JobWorker
+from streaming.writer import send_records
+
+SHOW_S = 1.0
+PART, WHERE = "stream-job", "the engine's state"  # of the report of erasures
+ACCOUNT = 0  # the only key of the step that keeps the account
+TRIES = 10
+WAIT_S = 1.0
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class BundleReport:
+    """The sink's report of a bundle.
+
+    Attributes:
+        written: What it wrote; the ranges include those without positions, of impressions that no longer wait.
+        appended_ms: When Kafka received the newest click; 0 for none.
+        users: By bucket the number of users with a history.
+        erased: By bucket the last erasure that it has applied.
+    """
+
+    written: CommitReport
+    appended_ms: int
+    users: dict[int, int]
+    erased: dict[int, int]
+
+    @classmethod
+    def of(cls, made: Sequence[BucketRows], records: int, seconds: float, truncated: Sequence[int]) -> BundleReport:
+        """Summarises a bundle; see `CommitReport.of`."""
+        written = CommitReport.of([bucket.rows for bucket in made], records, seconds, truncated)
+        ranges = tuple(part for bucket in made for part in (*bucket.dropped, *bucket.rows.batch.ranges))
+        return cls(
+            replace(written, ranges=ranges),
+            max((bucket.appended_ms for bucket in made), default=0),
+            {bucket.bucket: bucket.users for bucket in made},
+            {bucket.bucket: bucket.erased for bucket in made},
+        )
+
+
+@dataclass
+class Account:
+    """The counts of all buckets.
+
+    Attributes:
+        counts: By source, counted as in the histories of the local stream.
+        conflicts: Ranges that did not continue from their source's position: the engine lost or repeated something.
+        erased: By bucket the last erasure that it has applied.
+    """
+
+    counts: dict[Source, Counts] = field(default_factory=dict)
+    conflicts: int = 0
+    erased: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, value: bytes | None) -> Account:
+        """Decodes what the engine keeps; None is an empty account."""
+        return cls() if value is None else decode(value, cls)
+
+    def take_bundle(self, report: BundleReport) -> None:
+        """Takes the report of a bundle."""
+        self.take(report.written.ranges)
+        self.erased |= report.erased
+
+    def take(self, ranges: Iterable[Range]) -> None:
+        """Takes ranges, those of one source in order."""
+        for part in ranges:
+            before = self.counts.get(part.source)
+            try:
+                self.counts[part.source] = advanced(before, part, "the account")
+            except PositionConflict:
+                assert before is not None
+                self.conflicts += 1
+                self.counts[part.source] = advanced({**before, "next": part.first}, part, "the account")
+
+    def reached(self, topic_id: str) -> dict[int, int]:
+        """By partition of a topic the offset up to which all buckets have it."""
+        ends: dict[int, list[int]] = {}
+        wanted: dict[int, int] = {}
+        for source, counts in self.counts.items():
+            if source.topic_id == topic_id:
+                ends.setdefault(source.partition, []).append(counts["next"])
+                wanted[source.partition] = source.buckets
+        return {partition: min(nexts) for partition, nexts in sorted(ends.items()) if len(nexts) >= wanted[partition]}
+
+    def forgotten(self, buckets: int) -> int:
+        """The last erasure that all of this many buckets have applied.
+
+        >>> Account(erased={0: 2, 1: 1}).forgotten(2), Account(erased={0: 2}).forgotten(2)
+        (1, 0)
+        """
+        return min(self.erased.get(bucket, 0) for bucket in range(buckets))
+
+    @property
+    def totals(self) -> Counts:
+        """Outcomes over all sources, with `positions`, their sum."""
+        return summed(self.counts.values())
+
+    @property
+    def waiting(self) -> int:
+        """Impressions that wait for their label."""
+        return sum(StreamAccount.of(counts).waiting for counts in self.counts.values())
+
+    def faults(self) -> tuple[str, ...]:
+        """The faults: ranges that did not continue, and partitions whose buckets do not add up to their offsets."""
+        found = [f"{self.conflicts} ranges did not begin where their bucket was"] if self.conflicts else []
+        partitions: dict[tuple[str, int, int], list[Mapping[str, int]]] = {}
+        for source, counts in self.counts.items():
+            found += [f"{source}: {fault}" for fault in check_accounts(StreamAccount.of(counts))]
+            partitions.setdefault((source.topic_id, source.partition, source.buckets), []).append(counts)
+        for (topic_id, partition, buckets), theirs in partitions.items():
+            spans = {(counts["first"], counts["next"]) for counts in theirs}
+            # While some buckets are ahead of others, their parts do not add up.
+            if len(spans) == 1 and len(theirs) == buckets:
+                ((first, after),) = spans
+                passed = summed(theirs)["positions"]
+                if passed != after - first:
+                    found.append(
+                        f"{topic_id}:{partition}: {after - first} offsets, and its buckets have {passed} of their own"
+                    )
+        return tuple(found)
+
+
+class Publisher:
+    """Publishes the account and the metrics of a worker. `take` is called by one thread at a time, `close` by any."""
+
+    def __init__(self, worker: JobWorker) -> None:
+        self._worker, self._settings, self._metrics = worker, worker.settings, worker.metrics
+        self._latest: Account | None = None
+        self._is_new = False
+        self._users: dict[int, int] = {}
+        self._appended_ms = 0
+        self._committed: Mapping[int, int] = {}
+        self._faults: tuple[str, ...] = ()
+        self._warned: dict[str, str] = {}
+        self._forgotten: int | None = None
+        self._stop_offering: Callable[[], None] | None = None
+        self._stopping = threading.Event()
+        metrics.add_process(worker.registry)
+        self._thread = threading.Thread(target=self._run, name="account", daemon=True)
+        self._thread.start()
+
+    def take(self, account: Account, report: BundleReport) -> None:
+        """Takes the account after a bundle, and counts the bundle."""
+        report.written.count(self._metrics)
+        self._users |= report.users
+        self._appended_ms = max(self._appended_ms, report.appended_ms)
+        self._latest, self._is_new = account, True
+
+    def close(self) -> None:
+        """Publishes the last account, and ends the thread."""
+        self._stopping.set()
+        self._thread.join()
+        self.show()
+        self._leave_port()
+
+    def show(self) -> None:
+        """Sets the gauges and commits the group's offsets; an unreachable cluster is logged once, and retried."""
+        account, is_new = self._latest, self._is_new
+        if account is None:
+            return
+        self._is_new = False
+        self._take_port()
+        show_totals(self._metrics, account.totals, account.waiting)
+        self._metrics.history_users.set(sum(self._users.values()))
+        self._metrics.cached_users.set(self._worker.buckets.cached_users)
+        self._faults = show_faults(self._metrics, account.faults(), self._faults)
+        self._report_erasures(account.forgotten(self._settings.stream.buckets))
+        self._commit_group(account, is_new)
+
+    def _report_erasures(self, through: int) -> None:
+        """Reports the last erasure that all buckets have applied; reports 0 too, so that the job is known."""
+        registry = self._settings.registry_dir
+        if through == self._forgotten or not registry.is_dir():
+            return
+        applied = ErasureReport(PART, HOST, WHERE, through, through, 0, wall_ms())
+        if report_erasures(registry, applied, partial(self._warn, "erasures")):
+            self._forgotten = through
+            self._warned.pop("erasures", None)
+
+    def _take_port(self) -> None:
+        """Serves the metrics as soon as no other process of this host uses their port."""
+        port = self._settings.stream.metrics_port
+        if not port or self._stop_offering is not None:
+            return
+        try:
+            self._stop_offering = metrics.offer(self._worker.registry, port, self._settings.metrics.host)
+            self._warned.pop("port", None)
+        except PortTaken as error:
+            self._warn("port", f"the stream's metrics are not shown yet: {error}")
+
+    def _leave_port(self) -> None:
+        if self._stop_offering is not None:
+            self._stop_offering()
+            self._stop_offering = None
+
+    def _commit_group(self, account: Account, is_new: bool) -> None:
+        """Commits the offsets that all buckets have to the group, and sets the lag."""
+        kafka = self._settings.kafka
+        try:
+            with self._worker.log.topics() as topics:
+                reached = account.reached(topics.describe(kafka.clicks_topic).topic_id)
+                if not is_new and _is_behind(reached, topics.committed(kafka.group, kafka.clicks_topic)):
+                    self._let_go(account)
+                    return
+                if reached and reached != self._committed:
+                    topics.commit(kafka.group, kafka.clicks_topic, reached)
+                    self._committed = reached
+                ends = topics.ends(kafka.clicks_topic)
+        except SpringtideError as error:
+            self._warn("group", f"offsets of group {kafka.group} are not up to date: {error}")
+            return
+        self._warned.pop("group", None)
+        lag = sum(max(0, end - reached.get(partition, begin)) for partition, (begin, end) in ends.items())
+        self._metrics.lag_events.set(lag)
+        self._metrics.lag_seconds.set(max(0.0, time.time() - self._appended_ms / 1000) if lag else 0.0)
+
+    def _let_go(self, account: Account) -> None:
+        """Stops publishing, unless clicks come here again."""
+        if self._latest is account:
+            self._latest = None
+        self._leave_port()
+        logger.info("another process has the account now, and publishes it")
+
+    def _warn(self, what: str, warning: str) -> None:
+        """Logs a problem, once as long as it stays the same."""
+        if warning != self._warned.get(what):
+            logger.warning("%s", warning)
+        self._warned[what] = warning
+
+    def _run(self) -> None:
+        while not self._stopping.wait(SHOW_S):
+            try:
+                self.show()
+            # The edge of the thread: a failure to publish must not end the job.
+            except Exception:
+                logger.exception("the account cannot be shown")
+
+
+def _is_behind(ours: Mapping[int, int], group: Mapping[int, int]) -> bool:
+    """Whether a group is ahead of this process in a partition that both know.
+
+    >>> _is_behind({0: 5}, {0: 7, 1: 9}), _is_behind({0: 5}, {0: 5, 1: 9}), _is_behind({}, {0: 1})
+    (True, False, False)
+    """
+    return any(group.get(partition, 0) > at for partition, at in ours.items())
+
+
+def records_of(made: Sequence[BucketRows], worker: JobWorker, now_ms: int) -> list[bytes]:
+    """The micro-batches of a bundle; rows under different masks or epochs of the log are not mixed."""
+    groups: dict[Encoding, list[BucketRows]] = {}
+    plain = Encoding.of(worker.settings.stream, worker.spec.digest, worker.salt.fingerprint)
+    for bucket in made:
+        # A portion without ranges only reported an erasure to its bucket.
+        if bucket.rows.batch.ranges:
+            encoding = replace(plain, mask_generation=bucket.mask_generation, log_epoch=bucket.log_epoch)
+            groups.setdefault(encoding, []).append(bucket)
+    return [
+        value
+        for encoding, group in groups.items()
+        for value in encode_cut(Cut(tuple(bucket.rows for bucket in group), now_ms), encoding)
+    ]
+
+
+class WriteBuckets(WorkerStep):
+    """Writes the rows of a bundle, and emits the report for the account."""
+
+    _writer: Writer | None = None
+
+    def start_bundle(self) -> None:
+        """Starts with no gathered rows."""
+        self._made: list[BucketRows] = []
+
+    def process(self, element: BucketRows) -> Iterator[tuple[int, bytes]]:
+        """Gathers."""
+        self._made.append(element)
+        yield from ()
+
+    def finish_bundle(self) -> Iterator[WindowedValue]:
+        """Writes the gathered rows.
+
+        Raises:
+            LogError: The cluster refused, or was unreachable for long: the engine rolls back to its checkpoint.
+        """
+        made, self._made = self._made, []
+        if not made:
+            return
+        worker, begun_s = self.worker, time.perf_counter()
+        now_ms = wall_ms()
+        values = records_of(made, worker, now_ms)
+        letters = [letter for bucket in made for letter in bucket.rows.batch.dead]
+        self._write(worker, values, letters, now_ms)
+        truncated = truncated_columns(worker.spec.names)
+        report = BundleReport.of(made, len(values), time.perf_counter() - begun_s, truncated)
+        yield WindowedValue((ACCOUNT, encode(report)), Timestamp.now(), (GlobalWindow(),))
+
+    def teardown(self) -> None:
+        """Closes the connection."""
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _write(self, worker: JobWorker, values: Sequence[bytes], letters: Sequence[DeadLetter], now_ms: int) -> None:
+        """Writes, acknowledged when it returns; a broker that is briefly unreachable costs only time.
+
+        If the outcome is unknown, a new writer writes again: records may then be in the log twice, with the same positions.
+        """
+        for left in reversed(range(TRIES)):
+            try:
+                self._writer = self._writer or worker.log.writer()
+                send_records(self._writer, worker.settings.kafka, values, letters, now_ms)
+                self._writer.flush()
+                return
+            except UnreachableBroker as error:
+                if self._writer is not None:
+                    self._writer.close(0.0)
+                self._writer = None
+                if not left:
+                    raise
+                logger.warning("%s; these rows are written again as soon as it is back", error)
+                time.sleep(WAIT_S)
+
+
+class KeepAccount(WorkerStep):
+    """Keeps the account of all buckets under one key, and publishes it."""
+
+    ACCOUNT = ReadModifyWriteStateSpec("account", BytesCoder())
+
+    def process(
+        self,
+        element: tuple[int, bytes],
+        kept: Any = beam.DoFn.StateParam(ACCOUNT),  # noqa: B008  # Beam reads the default
+    ) -> Iterator[None]:
+        """Takes the report of a bundle."""
+        report = decode(element[1], BundleReport)
+        account = Account.of(kept.read())
+        account.take_bundle(report)
+        kept.write(encode(account))
+        worker = self.worker
+        # Owned by the process, not by this step: an engine drops steps that were idle for a minute.
+        publisher = cast(Publisher, worker.kept("publisher", lambda: Publisher(worker)))
+        publisher.take(account, report)
+        yield from ()

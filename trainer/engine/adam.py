@@ -1,0 +1,294 @@
+"""Adam for the dense weights, and averaged Adam for the fast weights, which change within a record.
+
+`Adam` keeps weights and slots in TensorFlow variables, for the TensorFlow engine. `HostAdam` keeps them in host arrays,
+for the compiled engine. Each version stores the slots, so that a restored trainer continues with the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from state.compiled import compiled_sums, layout, part_of_sums
+from state.errors import SettingsError
+from trainer.model.hyperparameters import HYPERPARAMETERS
+
+F32 = npt.NDArray[np.float32]
+
+AVERAGE_SHARE = np.float32(HYPERPARAMETERS.average_share)
+USER_LR_SCALE = np.float32(HYPERPARAMETERS.user_lr_scale)
+AVERAGE_MOVES, FIRST_MOVES = np.float32(HYPERPARAMETERS.average_moves), np.float32(HYPERPARAMETERS.first_moves)
+BETA_1, BETA_2 = np.float32(HYPERPARAMETERS.beta_1), np.float32(HYPERPARAMETERS.beta_2)
+EPSILON = np.float32(HYPERPARAMETERS.epsilon)
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+
+
+@layout("f4[::1], f4[::1], f4[::1], f4[::1], f4[::1]")
+class FastSlots(NamedTuple):
+    """The fast weights, concatenated, and their slots.
+
+    Attributes:
+        weights: `[m]` float32, the weights that score and that the gradient is taken at.
+        fast: `[m]` float32, the iterate that the derivatives move.
+        slow: `[m]` float32, the mean of `fast` over the latest moves.
+        second: `[m]` float32, the mean of the squared derivatives.
+        moves: `[2]` float32: the number of moves, and Adam's second beta to that power.
+    """
+
+    weights: F32
+    fast: F32
+    slow: F32
+    second: F32
+    moves: F32
+
+    @classmethod
+    def of(cls, weights: F32) -> FastSlots:
+        """The slots before the first move."""
+        moves = np.array([0.0, 1.0], np.float32)
+        return cls(weights, weights.copy(), weights.copy(), np.zeros_like(weights), moves)
+
+
+@part_of_sums
+def count_move(slots: FastSlots) -> None:
+    """Counts one more move; call it before `move`."""
+    slots.moves[0] += _ONE
+    slots.moves[1] *= BETA_2
+
+
+@part_of_sums
+def move(slots: FastSlots, gradient: F32, begin: int, end: int, rate: np.float32, users: int) -> None:
+    """One step of Adam without momentum, averaged (Defazio et al. 2024), of weights `begin` to `end`, in place.
+
+    Sets `gradient` to zero. The first `users` weights move at `USER_LR_SCALE`. Call `count_move` first.
+    """
+    step = rate * np.sqrt(_ONE - slots.moves[1])
+    share = max(_ONE / AVERAGE_MOVES, FIRST_MOVES / (slots.moves[0] + FIRST_MOVES))
+    # Loops over slices are vectorized; loops from `begin` to `end` are not.
+    weights, fast, slow = slots.weights[begin:end], slots.fast[begin:end], slots.slow[begin:end]
+    second, slopes = slots.second[begin:end], gradient[begin:end]
+    for i in range(slopes.shape[0]):
+        second[i] += (slopes[i] * slopes[i] - second[i]) * (_ONE - BETA_2)
+        scaled = step * USER_LR_SCALE if begin + i < users else step
+        fast[i] -= scaled * slopes[i] / (np.sqrt(second[i]) + EPSILON)
+        slow[i] += share * (fast[i] - slow[i])
+        weights[i] = fast[i] + AVERAGE_SHARE * (slow[i] - fast[i])
+        slopes[i] = _ZERO
+
+
+_SLOTS = FastSlots._fields[1:]
+"""The slots of the fast weights. The weights themselves are among the dense weights."""
+
+
+class Adam:
+    """Adam (Kingma and Ba 2015) over named dense weights in TensorFlow variables.
+
+    Args:
+        weights: The variables by name.
+        learning_rate: Step size.
+        rates: Factors of the step size by prefix of a name. The longest matching prefix counts; otherwise 1.
+        fast_weights: Names, in this order, of the weights that change within a record. `apply` assigns them.
+        fast_rate: Factor of their step size.
+
+    Attributes:
+        fast: The slots of the fast weights; its field `weights` is not read.
+        fast_rate: Step size of the fast weights.
+        epsilon: Added to the root of the mean squared derivative. Read at the first step.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Any],
+        learning_rate: float,
+        rates: Mapping[str, float] | None = None,
+        fast_weights: Sequence[str] = (),
+        fast_rate: float = 0.0,
+    ) -> None:
+        self._weights = dict(weights)
+        self.fast = FastSlots.of(
+            np.concatenate([weights[name].numpy().reshape(-1) for name in fast_weights] or [np.zeros(0, np.float32)])
+        )
+        self.fast_rate, self._fast = learning_rate * fast_rate, {name: weights[name] for name in fast_weights}
+        self._rates = step_sizes(weights, learning_rate, rates)
+        others = {name: weight for name, weight in weights.items() if name not in fast_weights}
+        self._first = {name: tf.Variable(tf.zeros_like(w), trainable=False) for name, w in others.items()}
+        self._second = {name: tf.Variable(tf.zeros_like(w), trainable=False) for name, w in others.items()}
+        self._powers = tf.Variable(np.array([BETA_1, BETA_2]), trainable=False)
+        self.epsilon = EPSILON
+
+    def apply(self, gradients: Sequence[Any], moved: Any) -> None:
+        """One step, inside a tf.function.
+
+        Args:
+            gradients: In the order of the weights; those of fast weights are not read.
+            moved: `[m]` float32, the new fast weights, concatenated.
+        """
+        sizes = np.array([int(np.prod(weight.shape)) for weight in self._fast.values()], np.int32)
+        parts = tf.split(moved, sizes) if sizes.size else ()
+        for weight, part in zip(self._fast.values(), parts, strict=True):
+            weight.assign(tf.reshape(part, weight.shape))
+        powers = self._powers.read_value()
+        for (name, weight), gradient in zip(self._weights.items(), gradients, strict=True):
+            if name in self._fast:
+                continue
+            tf.raw_ops.ResourceApplyAdam(
+                var=weight.handle,
+                m=self._first[name].handle,
+                v=self._second[name].handle,
+                beta1_power=powers[0],
+                beta2_power=powers[1],
+                lr=self._rates[name],
+                beta1=BETA_1,
+                beta2=BETA_2,
+                epsilon=self.epsilon,
+                grad=gradient,
+                use_locking=True,
+            )
+        self._powers.assign(powers * np.array([BETA_1, BETA_2]))
+
+    def slots(self) -> dict[str, F32]:
+        """A host copy of the state by name: `<weight>.m`, `<weight>.v`, `powers` of both betas, and `moving.<slot>`."""
+        held = {f"{name}.m": slot for name, slot in self._first.items()}
+        held |= {f"{name}.v": slot for name, slot in self._second.items()}
+        found = {name: np.array(slot.numpy()) for name, slot in (held | {"powers": self._powers}).items()}
+        return found | {f"moving.{name}": getattr(self.fast, name) for name in _SLOTS}
+
+    def set_slots(self, slots: Mapping[str, F32]) -> None:
+        """Restores the whole state.
+
+        Raises:
+            SettingsError: A slot is missing or has another shape: the version is of another model.
+        """
+        try:
+            self.fast = moving_slots(slots, self.fast)
+            for name in self._first:
+                self._first[name].assign(slots[f"{name}.m"])
+                self._second[name].assign(slots[f"{name}.v"])
+            self._powers.assign(slots["powers"])
+        except (KeyError, ValueError) as error:
+            raise misfit(error) from error
+
+
+class HostAdam:
+    """Adam over named dense weights in host arrays. Not thread-safe.
+
+    Args:
+        weights, learning_rate, rates, fast_weights, fast_rate: See `Adam`; weights are initial values, float32.
+
+    Attributes:
+        weights: Every weight by name, in the order of the argument: views of two flat arrays, changed in place.
+        gradient: `[m]` float32, derivatives by the weights that are not fast, read by `apply`.
+        gradients: Views of it by name.
+        fast, fast_rate: See `Adam`.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, F32],
+        learning_rate: float,
+        rates: Mapping[str, float] | None = None,
+        fast_weights: Sequence[str] = (),
+        fast_rate: float = 0.0,
+    ) -> None:
+        moved = [name for name in weights if name not in fast_weights]
+        sizes = [weights[name].size for name in moved]
+        self._bounds = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        by_name = step_sizes(weights, learning_rate, rates)
+        self._rates = np.array([by_name[name] for name in moved], np.float32)
+        self._flat = _flat(weights, moved)
+        self._fast_flat = _flat(weights, fast_weights)
+        self.gradient, self._first, self._second = (np.zeros_like(self._flat) for _ in range(3))
+        shapes = {name: weights[name].shape for name in weights}
+        of_moved, of_fast = ({name: shapes[name] for name in names} for names in (moved, fast_weights))
+        views = _views(self._flat, of_moved) | _views(self._fast_flat, of_fast)
+        self.weights = {name: views[name] for name in weights}
+        self.gradients = _views(self.gradient, of_moved)
+        self._slots = {"m": _views(self._first, of_moved), "v": _views(self._second, of_moved)}
+        self._powers = np.array([BETA_1, BETA_2])
+        self.fast, self.fast_rate = FastSlots.of(self._fast_flat.copy()), learning_rate * fast_rate
+
+    def apply(self, fast: FastSlots) -> None:
+        """One step with `gradient`; `fast` replaces the fast weights and their slots."""
+        _adam(self._flat, self._first, self._second, self.gradient, self._bounds, self._rates, self._powers)
+        self._powers *= np.array([BETA_1, BETA_2])
+        self._fast_flat[:] = fast.weights
+        self.fast = fast
+
+    def slots(self) -> dict[str, F32]:
+        """See `Adam`."""
+        found = {f"{name}.{kind}": view.copy() for kind, views in self._slots.items() for name, view in views.items()}
+        return found | {"powers": self._powers.copy()} | {f"moving.{name}": getattr(self.fast, name) for name in _SLOTS}
+
+    def set_slots(self, slots: Mapping[str, F32]) -> None:
+        """See `Adam`."""
+        try:
+            self.fast = moving_slots(slots, self.fast)
+            for kind, views in self._slots.items():
+                for name, view in views.items():
+                    view[...] = slots[f"{name}.{kind}"]
+            self._powers = np.array(slots["powers"], np.float32)
+        except (KeyError, ValueError) as error:
+            raise misfit(error) from error
+
+
+@compiled_sums("f4[::1], f4[::1], f4[::1], f4[::1], i8[::1], f4[::1], f4[::1]")
+def _adam(
+    weights: F32, first: F32, second: F32, gradient: F32, bounds: npt.NDArray[np.int64], rates: F32, powers: F32
+) -> None:
+    correction = np.sqrt(_ONE - powers[1]) / (_ONE - powers[0])
+    for part in range(rates.shape[0]):
+        begin, end = bounds[part], bounds[part + 1]
+        _move(weights[begin:end], first[begin:end], second[begin:end], gradient[begin:end], rates[part] * correction)
+
+
+@part_of_sums
+def _move(weights: F32, first: F32, second: F32, gradient: F32, rate: np.float32) -> None:
+    for i in range(weights.shape[0]):
+        first[i] += (gradient[i] - first[i]) * (_ONE - BETA_1)
+        second[i] += (gradient[i] * gradient[i] - second[i]) * (_ONE - BETA_2)
+        weights[i] -= rate * first[i] / (np.sqrt(second[i]) + EPSILON)
+
+
+def _flat(weights: Mapping[str, F32], names: Sequence[str]) -> F32:
+    return np.concatenate([np.zeros(0, np.float32), *(weights[name].reshape(-1) for name in names)])
+
+
+def _views(flat: F32, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, F32]:
+    ends = np.cumsum([int(np.prod(shape)) for shape in shapes.values()])
+    parts = np.split(flat, ends[:-1]) if shapes else []
+    return {name: part.reshape(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+
+
+def step_sizes(names: Iterable[str], learning_rate: float, rates: Mapping[str, float] | None) -> dict[str, np.float32]:
+    """The step size of each weight: `learning_rate` times the factor of the longest matching prefix in `rates`.
+
+    >>> {name: float(size) for name, size in step_sizes(["a.b", "a.c", "d"], 1.0, {"a.": 2.0, "a.c": 4.0}).items()}
+    {'a.b': 2.0, 'a.c': 4.0, 'd': 1.0}
+    """
+    known = sorted((rates or {}).items(), key=lambda each: -len(each[0]))
+    factors = {name: next((factor for prefix, factor in known if name.startswith(prefix)), 1.0) for name in names}
+    return {name: np.float32(learning_rate * factor) for name, factor in factors.items()}
+
+
+def moving_slots(slots: Mapping[str, F32], like: FastSlots) -> FastSlots:
+    """Reads the slots of the fast weights from a version. The field `weights` is zero and not read.
+
+    Raises:
+        KeyError: A slot is missing.
+        ValueError: A slot has another shape than in `like`.
+    """
+    moving = [np.array(slots[f"moving.{name}"]) for name in _SLOTS]
+    if moving[0].shape != like.fast.shape:
+        raise ValueError(f"moving.{_SLOTS[0]} of shape {moving[0].shape}")
+    return FastSlots(np.zeros_like(moving[0]), *moving)
+
+
+def misfit(error: Exception) -> SettingsError:
+    """The error for slots that do not fit the model."""
+    return SettingsError(
+        f"optimizer slot {error} does not fit this model",
+        "put the [model] settings back, or `springtide upgrade`",
+    )

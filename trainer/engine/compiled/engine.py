@@ -1,0 +1,347 @@
+"""The compiled engine: the default ranker's step on a CPU, in compiled loops and matrix products.
+
+1. Distinct rows of each table are found and gathered, and crosses are scored (`trainer/engine/crosses.py`).
+2. The tower runs forward (`tower.py`).
+3. The heads score candidates and pairs, and learn within the record (`heads.py`).
+4. The tower runs backward; derivatives are gathered by distinct row.
+5. `apply` moves the gathered rows by Adagrad and the dense weights by Adam.
+
+A step calls TensorFlow only for a custom `model.preprocessing`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from state.compiled import compiled, compiled_sums
+from state.config.sections import Model as ModelSettings
+from trainer.engine.adam import FastSlots, HostAdam
+from trainer.engine.compiled.arrays import (
+    F32,
+    FAST,
+    FROM_HEADS,
+    I32,
+    U16,
+    Facts,
+    FastWeights,
+    Gradients,
+    HeadInputs,
+    read_only,
+)
+from trainer.engine.compiled.heads import Heads
+from trainer.engine.compiled.threads import Threads
+from trainer.engine.compiled.tower import Embedded, Passed, Tower, scatter_rows
+from trainer.engine.compiled.window_net import LOGARITHMS
+from trainer.engine.crosses import CrossLearner
+from trainer.engine.engine import CROSS, Measured
+from trainer.engine.record import Record
+from trainer.model.attributes import combine
+from trainer.model.default_ranker import DefaultRanker
+from trainer.model.hyperparameters import HYPERPARAMETERS
+from trainer.model.preprocessing import Logarithms, Preprocessing
+from trainer.tables.table import Table
+
+EPSILON = np.float32(HYPERPARAMETERS.epsilon)
+
+_USES = {
+    "user": ("user",),
+    "item": ("item", "negative_item"),
+    "category": ("recent", "popular", "successor", "category", "negative_category", "other"),
+    "context": ("context",),
+}
+"""The ids of each table. Their order decides in which order rows first occur, and with it the bits of the gradient's norm."""
+
+
+class Found(NamedTuple):
+    """What `apply` needs of a measured record.
+
+    Attributes:
+        sparse: Derivatives by the distinct rows of embedding tables.
+        dense: Derivatives by the dense weights, by name; valid until the next record is measured.
+        fast: The fast weights, which the heads have moved.
+    """
+
+    sparse: Mapping[str, F32]
+    dense: Mapping[str, F32]
+    fast: FastSlots
+
+
+class CompiledEngine:
+    """See `trainer/engine/engine.py`.
+
+    Args:
+        ranker: The default one, with a dense tower.
+        optimizer: Of its dense weights.
+        tables: The tables of embedding rows, by name.
+        crosses: Scores and learns crosses.
+        attributes: A, of an item.
+        threads: That share its loops.
+    """
+
+    name = "compiled"
+
+    def __init__(
+        self,
+        ranker: DefaultRanker,
+        optimizer: HostAdam,
+        tables: Mapping[str, Table],
+        crosses: CrossLearner,
+        attributes: int,
+        threads: Threads,
+    ) -> None:
+        self._ranker, self._optimizer, self._tables = ranker, optimizer, tables
+        self._crosses, self._attributes = crosses, attributes
+        ranker.hold(optimizer.weights)
+        self._tower = Tower(ranker, optimizer.weights, optimizer.gradients, threads)
+        self._prepare = prepared_by(ranker.preprocessing, ranker.sizes["D"] or 0, ranker.settings.preprocessing)
+        self._heads, self.threads = Heads(threads), threads
+        self._weights = {name: optimizer.weights[weight] for weight, name in FROM_HEADS.items()}
+
+    def measure(self, record: Record, move: bool = True) -> Measured:
+        """See `Engine`."""
+        rows, at = self._rows(record)
+        distinct = {name: table.gather(rows[name]) for name, table in self._tables.items()}
+        rows[CROSS], crossed = self._crosses.measure(record)
+        embedded = Embedded(
+            user=distinct["user"],
+            user_at=at["user"],
+            category=distinct["category"],
+            latest_at=np.ascontiguousarray(at["recent"][:, : HYPERPARAMETERS.latest]),
+            popular_at=at["popular"],
+            context=distinct["context"],
+            context_at=at["context"].reshape(len(record), -1),
+        )
+        passed, forward = self._tower.forward(
+            self._prepare(record.values["features"]), embedded, record.values["tower_kept"]
+        )
+        inputs = self._inputs(passed, distinct, crossed.logits, at)
+        slots = self._optimizer.fast if move else None
+        facts = self._facts(record, at)
+        scores, gradients, fast, heads = self._heads.prepare(
+            facts, inputs, slots, self._optimizer.fast_rate, self._ranker.drops
+        )
+        by_rows, by_popular_rows, backward = self._tower.backward(passed, gradients.queries, gradients.popular_logits)
+        self.threads.run(forward, heads, *backward)
+        sparse = self._sparse(distinct, at, gradients)
+        into = sparse["user"], sparse["category"], sparse["context"]
+        scatter_rows(embedded, by_rows, gradients.queries, by_popular_rows, *into)
+        dense = {
+            weight: getattr(gradients.fast if name in FAST else gradients, name) for weight, name in FROM_HEADS.items()
+        }
+        for weight, own in self._optimizer.gradients.items():
+            if weight in dense:
+                own[...] = dense[weight]
+            dense[weight] = own
+        squared = square(self._optimizer.gradient[None]) + sum(square(part.reshape(1, -1)) for part in gradients.fast)
+        squared += sum(square(gradient[1:]) for gradient in sparse.values())
+        return Measured(scores, squared, rows, crossed, Found(sparse, dense, fast))
+
+    def apply(self, measured: Measured) -> None:
+        """See `Engine`."""
+        found: Found = measured.found
+        for name, table in self._tables.items():
+            at = measured.rows[name][1:]
+            # The missing row is never trained.
+            if at.size:
+                adagrad(table.rows, table.accum, at, found.sparse[name][1:], self._ranker.settings.learning_rate)
+        if measured.crossed is not None:
+            self._crosses.apply(measured.rows[CROSS], measured.crossed)
+        self._optimizer.apply(found.fast)
+
+    def _rows(self, record: Record) -> tuple[dict[str, I32], dict[str, I32]]:
+        """Distinct rows of each table, and where in them each use of an id is, by the name of the ids.
+
+        With attributes the heads get one row for each combination of item and attributes.
+        """
+        uses = {table: {name: record.ids[name].reshape(-1) for name in names} for table, names in _USES.items()}
+        combined = combine(record.ids["item"], record.ids["item_attributes"]) if self._attributes else None
+        if combined is not None:
+            uses["item"] = {"combined_item": combined.item}
+            uses["context"]["item_attributes"] = combined.attributes.reshape(-1)
+        rows: dict[str, I32] = {}
+        at: dict[str, I32] = {}
+        for name, parts in uses.items():
+            table = self._tables[name]
+            rows[name], places = table.distinct(table.find(np.concatenate(list(parts.values()))))
+            ends = np.cumsum([part.size for part in parts.values()])
+            at |= dict(zip(parts, np.split(places, ends[:-1]), strict=True))
+        if combined is not None:
+            at |= {"item": combined.at, "negative_item": combined.at[record.partner]}
+        shaped = ("recent", "successor")
+        return rows, at | {name: at[name].reshape(record.ids[name].shape) for name in shaped}
+
+    def _facts(self, record: Record, at: Mapping[str, I32]) -> Facts:
+        values, targets, scaling = record.values, record.targets, self._ranker.window_scaling
+        return Facts(
+            windows=read_only(values["category_windows"]),
+            recent_next=values["recent_next"],
+            log_scale=scaling.log_scale,
+            scale=scaling.scale,
+            shift=scaling.shift,
+            recent_mask=values["recent_mask"],
+            popular_mask=values["popular_mask"],
+            successor_mask=values["successor_mask"],
+            other_mask=values["other_mask"],
+            popular_next=values["popular_next"],
+            successor_next=values["successor_next"],
+            recent_at=at["recent"],
+            successor_at=at["successor"],
+            other_at=at["other"],
+            pair_category_at=np.concatenate([at["category"], at["negative_category"]]),
+            pair_item_at=np.concatenate([at["item"], at["negative_item"]]),
+            target=targets.slot,
+            weight=targets.weight,
+            engaged=np.concatenate([targets.label, np.zeros(len(record), np.float32)]),
+            engaged_shift=np.concatenate([targets.label_shift, targets.negative_shift]),
+            engaged_weight=np.concatenate([targets.label_weight, targets.negative_weight]),
+        )
+
+    def _inputs(self, passed: Passed, distinct: Mapping[str, F32], crossed: F32, at: Mapping[str, I32]) -> HeadInputs:
+        weights = self._weights
+        return HeadInputs(
+            plain_queries=passed.plain_queries,
+            queries=passed.queries,
+            plain_popular=passed.plain_popular,
+            popular_logits=passed.popular,
+            user_features=passed.user_features,
+            category=distinct["category"],
+            item=self._items(distinct, at),
+            prior=weights["prior"],
+            item_bias=weights["item_bias"],
+            category_bias=weights["category_bias"],
+            crossed=crossed,
+            fast=FastWeights(*(weights[name] for name in FAST)),
+        )
+
+    def _items(self, distinct: Mapping[str, F32], at: Mapping[str, I32]) -> F32:
+        """The rows of items that pairs name; with attributes the item's own plus the mean of theirs."""
+        if not self._attributes:
+            return distinct["item"]
+        rows = distinct["context"][at["item_attributes"]].reshape(-1, self._attributes, self._ranker.settings.dim)
+        found: F32 = distinct["item"][at["combined_item"]] + rows.mean(1)
+        return found
+
+    def _sparse(self, distinct: Mapping[str, F32], at: Mapping[str, I32], gradients: Gradients) -> dict[str, F32]:
+        """The derivatives by the distinct rows of each embedding table that the heads found."""
+        sparse = {"user": np.zeros_like(distinct["user"]), "item": gradients.item, "category": gradients.category}
+        sparse["context"] = np.zeros_like(distinct["context"])
+        if self._attributes:
+            sparse["item"] = np.zeros_like(distinct["item"])
+            gather(sparse["item"], at["combined_item"], gradients.item)
+            shares = np.repeat(gradients.item / np.float32(self._attributes), self._attributes, 0)
+            gather(sparse["context"], at["item_attributes"], shares)
+        return sparse
+
+
+def prepared_by(preprocessing: Preprocessing, features: int, name: str) -> Callable[[U16], F32]:
+    """Compiles a preprocessing: `[B, D]` uint16 features to `[B, D']` float32.
+
+    `Logarithms` and the default one take each feature by itself, and a feature has 65,536 values: all are computed once,
+    which is faster than a call of TensorFlow's graph in each update.
+
+    Args:
+        preprocessing: `[B, D]` float32 raw integers to `[B, D']` float32.
+        features: D.
+        name: The setting `model.preprocessing`.
+    """
+    values = np.arange(1 << 16, dtype=np.uint16)[:, None]
+    if isinstance(preprocessing, Logarithms):
+        return _by_table(
+            LOGARITHMS[:, None] * preprocessing.log_scale + values.astype(np.float32) * preprocessing.scale
+        )
+    signature = [tf.TensorSpec([None, features], tf.uint16)]
+    graph = tf.function(lambda raw: preprocessing(tf.cast(raw, tf.float32)), signature, autograph=False)
+    concrete = graph.get_concrete_function()
+
+    def by_tensorflow(raw: U16) -> F32:
+        return np.ascontiguousarray(concrete(tf.constant(raw)).numpy(), np.float32)
+
+    if name != ModelSettings().preprocessing:
+        return by_tensorflow
+    table = by_tensorflow(np.repeat(values, features, 1))
+    by_table = _by_table(table)
+    # The settings may name another function than the one that the bootstrap analysed.
+    sample = np.random.default_rng(0).geometric(1e-3, (256, features)).astype(np.uint16)
+    same = table.shape[1] == features and np.allclose(by_table(sample), by_tensorflow(sample), 1e-5, 1e-5)
+    return by_table if same else by_tensorflow
+
+
+def _by_table(table: F32) -> Callable[[U16], F32]:
+    """Looks features up in `[65536, D]` float32, the value of each feature for each raw integer."""
+
+    def look_up(raw: U16) -> F32:
+        found = np.empty(raw.shape, np.float32)
+        _look_up(read_only(raw), table, found)
+        return found
+
+    return look_up
+
+
+@compiled("const(u2[:, ::1]), f4[:, ::1], f4[:, ::1]")
+def _look_up(raw: U16, table: F32, out: F32) -> None:
+    for b in range(raw.shape[0]):
+        for d in range(raw.shape[1]):
+            out[b, d] = table[raw[b, d], d]
+
+
+@compiled_sums("f4[:, ::1], f4[:, ::1], i4[::1], f4[:, ::1], f4, f4")
+def _adagrad(rows: F32, accum: F32, at: I32, gradient: F32, learning_rate: np.float32, epsilon: np.float32) -> None:
+    for i in range(at.shape[0]):
+        row = at[i]
+        for d in range(rows.shape[1]):
+            accum[row, d] += gradient[i, d] * gradient[i, d]
+            rows[row, d] -= learning_rate * gradient[i, d] / (np.sqrt(accum[row, d]) + epsilon)
+
+
+def adagrad(rows: F32, accum: F32, at: I32, gradient: F32, learning_rate: float) -> None:
+    """Adagrad (Duchi, Hazan and Singer 2011) on some rows of a table, in place.
+
+    Args:
+        rows: `[n, dim]` float32, the table.
+        accum: `[n, dim]` float32, the sums of squared derivatives.
+        at: `[u]` int32, indices of the rows; each at most once.
+        gradient: `[u, dim]` float32, the derivatives by these rows.
+        learning_rate: Step size.
+
+    >>> rows, accum = np.zeros((2, 1), np.float32), np.zeros((2, 1), np.float32)
+    >>> adagrad(rows, accum, np.array([1], np.int32), np.full((1, 1), -3.0, np.float32), 0.5)
+    >>> rows.round(4).tolist(), accum.tolist()
+    ([[0.0], [0.5]], [[0.0], [9.0]])
+    """
+    _adagrad(rows, accum, at, gradient, np.float32(learning_rate), EPSILON)
+
+
+@compiled_sums("f4[:, ::1], i4[::1], f4[:, ::1]")
+def _gather(sums: F32, at: I32, slopes: F32) -> None:
+    for i in range(at.shape[0]):
+        for d in range(slopes.shape[1]):
+            sums[at[i], d] += slopes[i, d]
+
+
+@compiled_sums("f4[:, ::1]")
+def _square(slopes: F32) -> float:
+    total = 0.0
+    for i in range(slopes.shape[0]):
+        row = np.float32(0.0)
+        for d in range(slopes.shape[1]):
+            row += slopes[i, d] * slopes[i, d]
+        total += float(row)
+    return total
+
+
+def gather(sums: F32, at: I32, slopes: F32) -> None:
+    """Adds each of `slopes` `[n, dim]` to the row of `sums` `[u, dim]` with the index in `at` `[n]`, in order."""
+    _gather(sums, at, slopes)
+
+
+def square(slopes: F32) -> float:
+    """The sum of the squares of `[u, dim]`.
+
+    >>> square(np.array([[3.0, 4.0]], np.float32))
+    25.0
+    """
+    return float(_square(slopes))

@@ -1,0 +1,203 @@
+"""The Kalman filter of crosses, for every engine: scores a record's rows, and learns from each row in turn.
+
+`state/ranking/crosses.py` defines a cross and its two numbers. A row is scored first. If its label is known, three
+independent normal variables are updated before the next row is scored:
+
+1. Marginal logits: each cross alone, against the labels of all rows.
+2. Weights: all crosses of the row share the error of their sum.
+3. Shares: how much the weight and the marginal logit of a cross count in the logit.
+
+The second and third are steps of an extended Kalman filter with a diagonal covariance, without a learning rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from state.compiled import compiled_sums, part_of_sums
+from state.ranking.crosses import FIRST_SHARES
+from trainer.engine.record import Record
+from trainer.model.hyperparameters import HYPERPARAMETERS
+from trainer.tables.table import Table
+
+F32 = npt.NDArray[np.float32]
+I32 = npt.NDArray[np.int32]
+
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+
+
+class Crossed(NamedTuple):
+    """The scores of a record's crosses, and what they learn from it.
+
+    Attributes:
+        logits: `[B]` float32, each before its row was learned from; 0 in rows without crosses.
+        rows: `[w, 2]` float32, the crosses after the record.
+        precision: `[w, 2]` float32, their precision after the record.
+    """
+
+    logits: F32
+    rows: F32
+    precision: F32
+
+
+@part_of_sums
+def _sigmoid(logit: np.float32) -> np.float32:
+    return _ONE / (_ONE + np.float32(math.exp(-logit)))
+
+
+@part_of_sums
+def _learn_marginals(
+    b: int, at: I32, label: np.float32, first: np.float32, marginal: F32, rows: F32, precision: F32
+) -> None:
+    """1. The first cross, which every row has, learns the logit of all labels; the others learn what they add to it."""
+    for c in range(at.shape[1]):
+        place = at[b, c]
+        if place != 0:
+            likely = _sigmoid(marginal[0] + marginal[c] if c > 0 else marginal[0])
+            precision[place, 1] += likely * (_ONE - likely)
+            rows[place, 1] += (label - likely) / (first + precision[place, 1])
+
+
+@part_of_sums
+def _learn_weights(b: int, at: I32, label: np.float32, variance: F32, weight: F32, rows: F32, precision: F32) -> None:
+    """2. `variance` and `weight` are those of the row's crosses, 0 where there is none."""
+    logit, variances = _ZERO, _ZERO
+    for c in range(at.shape[1]):
+        logit += weight[c]
+        variances += variance[c]
+    likely = _sigmoid(logit)
+    information = likely * (_ONE - likely)
+    error = (label - likely) / (_ONE + information * variances)
+    for c in range(at.shape[1]):
+        place = at[b, c]
+        if place != 0:
+            rows[place, 0] += variance[c] * error
+            precision[place, 0] += information / (_ONE + information * (variances - variance[c]))
+
+
+@part_of_sums
+def _learn_shares(
+    logit: np.float32, label: np.float32, numbers: F32, first: np.float32, shares: F32, known: F32
+) -> None:
+    """3. `numbers` `[2 C]`: weights, then marginal logits. `shares`: their factors. `known`: the factors' precision."""
+    likely, variances = _sigmoid(logit), _ZERO
+    information = likely * (_ONE - likely)
+    for c in range(numbers.shape[0]):
+        variances += numbers[c] * numbers[c] / (first + known[c])
+    error = (label - likely) / (_ONE + information * variances)
+    for c in range(numbers.shape[0]):
+        shares[c] += numbers[c] * error / (first + known[c])
+        known[c] += information * numbers[c] * numbers[c]
+
+
+@compiled_sums("i4[:, ::1], i4[::1], f4[::1], f4[::1], f4[::1], f4[::1], f4[:, ::1], f4[:, ::1]")
+def _crosses(
+    at: I32, share_at: I32, prior: F32, firsts: F32, labels: F32, logits: F32, rows: F32, precision: F32
+) -> None:
+    """`firsts`: the initial shares of weight and marginal, then the prior precision of a marginal and of a share."""
+    count = at.shape[1]
+    numbers, variance = np.zeros(2 * count, np.float32), np.zeros(count, np.float32)
+    weight, marginal = numbers[:count], numbers[count:]
+    # Shares change with every row. One row of the table holds both shares of a cross.
+    shares, known = np.zeros(2 * count, np.float32), np.zeros(2 * count, np.float32)
+    for c in range(count):
+        for k in range(2):
+            shares[k * count + c] = firsts[k] + rows[share_at[c], k]
+            known[k * count + c] = precision[share_at[c], k]
+    for b in range(at.shape[0]):
+        crosses = 0
+        for c in range(count):
+            place = at[b, c]
+            weight[c], marginal[c] = rows[place, 0], rows[place, 1]
+            variance[c] = _ONE / (prior[c] + precision[place, 0])
+            if place == 0:
+                variance[c] = _ZERO
+            else:
+                crosses += 1
+        logit = _ZERO
+        for c in range(2 * count):
+            logit += shares[c] * numbers[c]
+        logits[b] = logit
+        if crosses > 0:
+            _learn_marginals(b, at, labels[b], firsts[2], marginal, rows, precision)
+            _learn_weights(b, at, labels[b], variance, weight, rows, precision)
+            _learn_shares(logit, labels[b], numbers, firsts[3], shares, known)
+    for c in range(count):
+        if share_at[c] != 0:
+            for k in range(2):
+                rows[share_at[c], k] = shares[k * count + c] - firsts[k]
+                precision[share_at[c], k] = known[k * count + c]
+
+
+def first_precision(kinds: Sequence[str]) -> F32:
+    """`[C]` float32, the prior precision of the weights of crosses of these kinds."""
+    return np.array([HYPERPARAMETERS.cross_precision[kind] for kind in kinds], np.float32)
+
+
+class CrossLearner:
+    """Scores and learns the crosses of records on the host, wherever the rows of the table are.
+
+    Args:
+        table: The table of crosses.
+        prior: `[C]` float32, the prior precision of each cross's weight.
+    """
+
+    def __init__(self, table: Table, prior: F32) -> None:
+        self._table, self._prior = table, prior
+
+    def measure(self, record: Record) -> tuple[I32, Crossed]:
+        """Scores a record and learns from it, without side effects; also returns the `[w]` int32 rows that it learns."""
+        rows, at, share_at = self._places(record)
+        return rows, crosses(
+            at,
+            share_at,
+            self._prior,
+            record.targets.label,
+            self._table.gather(rows),
+            self._table.gather_accum(rows),
+        )
+
+    def apply(self, rows: I32, crossed: Crossed) -> None:
+        """Stores what `measure` returned."""
+        # The missing row is never trained.
+        if rows.size > 1:
+            self._table.put(rows[1:], crossed.rows[1:], crossed.precision[1:])
+
+    def _places(self, record: Record) -> tuple[I32, I32, I32]:
+        """The record's distinct rows of the table, and where in them its `[B, C]` crosses and `[C]` shares are."""
+        ids = record.ids["cross"]
+        uses = np.concatenate([ids.reshape(-1), record.ids["cross_share"]])
+        rows, at = self._table.distinct(self._table.find(uses))
+        return rows, at[: ids.size].reshape(ids.shape), at[ids.size :]
+
+
+def crosses(
+    at: I32,
+    share_at: I32,
+    prior: F32,
+    labels: F32,
+    rows: F32,
+    precision: F32,
+    share_precision: float = HYPERPARAMETERS.share_precision,
+) -> Crossed:
+    """Scores the crosses of a record and learns from its labels.
+
+    Args:
+        at: `[B, C]` int32 indices into `rows`, 0 where there is no cross; all 0 in rows without a label.
+        share_at: `[C]` int32, indices of the shares in `rows`.
+        prior: `[C]` float32, the prior precision of each weight.
+        labels: `[B]` float32.
+        rows: `[w, 2]` float32, distinct rows of the table, not changed.
+        precision: `[w, 2]` float32, accumulated information of each number, not changed.
+        share_precision: The prior precision of a share; infinite if shares are not learned.
+    """
+    found = Crossed(np.zeros(len(at), np.float32), rows.copy(), precision.copy())
+    if at.shape[1]:
+        firsts = np.array([*FIRST_SHARES, HYPERPARAMETERS.marginal_precision, share_precision], np.float32)
+        _crosses(at, share_at, prior, firsts, labels, *found)
+    return found

@@ -1,0 +1,378 @@
+"""The TensorFlow engine: gathers a ranker's inputs, differentiates its losses, and moves weights and rows on the device.
+
+One graph measures a record:
+
+1. Distinct rows of each table are gathered, and the ranker's inputs are taken from them. The logits of crosses are an
+   input (`trainer/engine/crosses.py`).
+2. `encode` runs once without dropout and once with it.
+3. `score` and `losses` run over blocks of rows (`Blocks`). After each block the fast weights move, before the next one
+   is scored; without fast weights all rows are one block. Derivatives by the encoded and gathered values are collected.
+4. The derivatives go back through `encode` to dense weights and rows.
+
+A second graph applies: Adam to the dense weights, Adagrad to the rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.engine.adam import Adam, FastSlots
+from trainer.engine.crosses import CrossLearner
+from trainer.engine.engine import CROSS, I32, Measured, Scores
+from trainer.engine.record import Record
+from trainer.model import losses
+from trainer.model.hyperparameters import HYPERPARAMETERS
+from trainer.model.inputs import Input
+from trainer.model.ranker import Ranker, Targets
+from trainer.tables.table import Table
+
+Tensor = Any
+
+
+class Learning(NamedTuple):
+    """The inputs of the blocks of a record.
+
+    Attributes:
+        values: Inputs that are values, by name.
+        rows: Inputs of embedding rows.
+        encoded: With dropout.
+        plain: Without.
+        targets: The training targets.
+        slots: Of the fast weights before the record: fast, slow, second, moves.
+    """
+
+    values: Mapping[str, Tensor]
+    rows: Mapping[str, Tensor]
+    encoded: Any
+    plain: Any
+    targets: Targets
+    slots: tuple[Tensor, ...]
+
+
+class Blocks:
+    """Learns records block by block, with the optimizer's step size of the fast weights and epsilon."""
+
+    def __init__(self, ranker: Ranker, optimizer: Adam) -> None:
+        self._ranker, self._optimizer, self._rate = ranker, optimizer, np.float32(optimizer.fast_rate)
+        self._fast = [ranker.dense[name] for name in ranker.fast_weights]
+        # In the shape of the flat weights: factors of the step size, chosen by the longest matching prefix.
+        known = sorted(ranker.fast_learning_rates.items(), key=lambda each: len(each[0]))
+        factors = [next((f for p, f in reversed(known) if name.startswith(p)), 1.0) for name in ranker.fast_weights]
+        sizes = [int(np.prod(weight.shape)) for weight in self._fast]
+        self._sizes, self._factors = sizes, np.repeat(np.array(factors, np.float32), sizes)
+        self._by_row = {one.name for one in ranker.inputs if one.shape.startswith("B")}
+
+    def learn(self, of: Learning, move: Tensor) -> tuple[Any, ...]:
+        """Scores and derivatives of a record; the fast weights move within it if `move` is true.
+
+        Returns:
+            The scores in the order of `Scores`; the derivatives by each tensor of `of.encoded`, by each of `of.rows`,
+            by each dense weight; and the slots of the fast weights after the record, themselves first.
+        """
+        count, size = tf.shape(of.targets.slot)[0], HYPERPARAMETERS.fast_rows
+        if not self._fast:
+            scores, by_encoded, by_rows, by_dense = self._block(of, 0, count)
+            return _joined(scores), by_encoded, by_rows, by_dense, (tf.zeros([0]), *of.slots)
+        blocks, before = (count + size - 1) // size, self._flat(self._fast)
+        # Derivatives by rows that the whole record shares are summed; all others are concatenated by block.
+        shared = [name not in self._by_row for name in of.rows]
+        rows = [
+            tf.zeros_like(each) if whole else _array(each, blocks)
+            for each, whole in zip(of.rows.values(), shared, strict=True)
+        ]
+        kinds = [_array(each, blocks) for each in self._kinds(of)]
+        encoded = [_array(each, blocks) for each in distinct_tensors(of.encoded)]
+        totals = [tf.zeros(weight.shape) for weight in self._ranker.dense.values()]
+
+        def body(number: Tensor, *state: Any) -> tuple[Any, ...]:
+            kinds, encoded, rows, totals, weights, slots = state
+            self._assign(weights)
+            begin = number * size
+            scores, by_encoded, by_rows, by_dense = self._block(of, begin, tf.minimum(begin + size, count))
+            kinds = [array.write(number, part) for array, part in zip(kinds, scores, strict=True)]
+            encoded = [array.write(number, part) for array, part in zip(encoded, by_encoded, strict=True)]
+            rows = [
+                held + part if whole else held.write(number, part)
+                for held, part, whole in zip(rows, by_rows, shared, strict=True)
+            ]
+            totals = [total + part for total, part in zip(totals, by_dense, strict=True)]
+            named = dict(zip(self._ranker.dense, by_dense, strict=True))
+            gradient = self._flat([named[name] for name in self._ranker.fast_weights])
+            weights, *slots = tf.cond(move, lambda: self.moved(gradient, slots), lambda: (weights, *slots))
+            return number + 1, kinds, encoded, rows, totals, weights, slots
+
+        state = (0, kinds, encoded, rows, totals, before, list(of.slots))
+        _, kinds, encoded, rows, totals, weights, slots = tf.while_loop(lambda n, *_: n < blocks, body, state)
+        self._assign(before)
+        by_rows = [held if whole else held.concat() for held, whole in zip(rows, shared, strict=True)]
+        scores = _joined([array.concat() for array in kinds])
+        return scores, [array.concat() for array in encoded], by_rows, totals, (weights, *slots)
+
+    def _kinds(self, of: Learning) -> list[Tensor]:
+        """Tensors with the types and row shapes of the scores of `_block`."""
+        row = of.targets.weight
+        sizes = [self._ranker.sizes[letter] for letter in "LPS"]
+        logits = [tf.zeros([0, size]) for size in sizes]
+        return [*logits, row, tf.zeros([0], tf.int32), row, row, row, row]
+
+    def _block(self, of: Learning, begin: Tensor, end: Tensor) -> tuple[Any, ...]:
+        """Scores and losses of rows `begin` to `end`, and derivatives by encoded values, rows and dense weights."""
+        values, rows = (
+            {name: part[begin:end] if name in self._by_row else part for name, part in parts.items()}
+            for parts in (of.values, of.rows)
+        )
+        targets, encoded, plain = (_cut(part, begin, end) for part in (of.targets, of.encoded, of.plain))
+        flat = distinct_tensors(encoded)
+        with tf.GradientTape() as tape:
+            tape.watch([flat, list(rows.values())])
+            loss = tf.reduce_sum(self._ranker.losses(encoded, values | rows, targets))
+        by_encoded, by_rows, by_dense = tape.gradient(
+            loss,
+            [flat, list(rows.values()), list(self._ranker.dense.values())],
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+        by_dense = [tf.convert_to_tensor(each) for each in by_dense]
+        scores = self._ranker.score(plain, values | rows)
+        own, drawn = losses.engagement_losses(scores, targets)
+        found = [scores[name] for name in ("recent_logits", "popular_logits", "successor_logits")]
+        found += [losses.interest_loss(scores, targets.slot), losses.rank(scores, targets.slot)]
+        found += [scores["engagement_logit"], scores["negative_logit"], own, drawn]
+        return found, by_encoded, by_rows, by_dense
+
+    def moved(self, gradient: Tensor, slots: list[Tensor]) -> tuple[Tensor, ...]:
+        """One update of the fast weights, as `move` in `trainer/engine/adam.py`."""
+        numbers, (fast, slow, second, moves) = HYPERPARAMETERS, slots
+        count, power = moves[0] + 1.0, moves[1] * numbers.beta_2
+        share = tf.maximum(1.0 / numbers.average_moves, numbers.first_moves / (count + numbers.first_moves))
+        second += (gradient * gradient - second) * (1.0 - numbers.beta_2)
+        step = self._rate * tf.sqrt(1.0 - power) * self._factors
+        fast -= step * gradient / (tf.sqrt(second) + self._optimizer.epsilon)
+        slow += share * (fast - slow)
+        return fast + numbers.average_share * (slow - fast), fast, slow, second, tf.stack([count, power])
+
+    def _flat(self, parts: list[Tensor]) -> Tensor:
+        return tf.concat([tf.reshape(part, [-1]) for part in parts], 0)
+
+    def _assign(self, flat: Tensor) -> None:
+        for weight, part in zip(self._fast, tf.split(flat, self._sizes), strict=True):
+            weight.assign(tf.reshape(part, weight.shape))
+
+
+def distinct_tensors(structure: Any) -> list[Tensor]:
+    """Each tensor of a structure once, in the order of the structure."""
+    return list({id(tensor): tensor for tensor in tf.nest.flatten(structure)}.values())
+
+
+def _cut(structure: Any, begin: Tensor, end: Tensor) -> Any:
+    """The structure of rows `begin` to `end`; a tensor that occurs twice still does so."""
+    cut = {id(tensor): tensor[begin:end] for tensor in tf.nest.flatten(structure)}
+    return tf.nest.map_structure(lambda tensor: cut[id(tensor)], structure)
+
+
+def _array(like: Tensor, blocks: Tensor) -> Any:
+    """An array of blocks of rows of the type and shape of those of `like`."""
+    return tf.TensorArray(like.dtype, blocks, element_shape=[None, *like.shape[1:]], infer_shape=False)
+
+
+def _joined(scores: list[Tensor]) -> tuple[Tensor, ...]:
+    """In the order of `Scores`: the rows' own pairs and then their negatives."""
+    *logits, loss, rank, own, drawn, own_loss, drawn_loss = scores
+    return *logits, loss, rank, tf.concat([own, drawn], 0), tf.concat([own_loss, drawn_loss], 0)
+
+
+class TensorsFound(NamedTuple):
+    """The outputs of the first graph; tensors stay on the device.
+
+    Attributes:
+        scores: Without dropout, in the order of `Scores`.
+        dense: Derivatives by the dense weights, in their order.
+        sparse: By the distinct rows of each embedding table, in the order of the tables.
+        squared_norm: Of all derivatives.
+        fast: The slots of the fast weights after it.
+    """
+
+    scores: tuple[Tensor, ...]
+    dense: tuple[Tensor, ...]
+    sparse: tuple[Tensor, ...]
+    squared_norm: Tensor
+    fast: tuple[Tensor, ...]
+
+
+class TensorflowEngine:
+    """See `trainer/engine/engine.py`.
+
+    Args:
+        ranker: Any.
+        optimizer: Of its dense weights.
+        tables: The tables of embedding rows, by name.
+        learning_rate: Step size of rows.
+        crosses: Scores and learns crosses, if the ranker reads them.
+        device: Of the variables.
+    """
+
+    name = "tensorflow"
+
+    def __init__(
+        self,
+        ranker: Ranker,
+        optimizer: Adam,
+        tables: Mapping[str, Table],
+        learning_rate: float,
+        crosses: CrossLearner,
+        device: str,
+    ) -> None:
+        self._ranker, self._optimizer, self._tables, self._device = ranker, optimizer, tables, device
+        self._learning_rate, self._crosses = learning_rate, crosses
+        self._embeddings = tuple(name for name in tables if name in ranker.tables)
+        self._crossed = any(one.name == "cross" for one in ranker.inputs)
+        self._blocks = Blocks(ranker, optimizer)
+        self._measure = tf.function(self._measure_graph, autograph=False)
+        rows = {name: tf.TensorSpec([None], tf.int32) for name in tables}
+        dense = tuple(tf.TensorSpec(weight.shape, tf.float32) for weight in ranker.dense.values())
+        sparse = tuple(tf.TensorSpec([None, tables[name].dim], tf.float32) for name in self._embeddings)
+        fast = tf.TensorSpec([None], tf.float32)
+        self._apply = tf.function(self._apply_graph, [rows, dense, sparse, fast], autograph=False)
+        self._trace: Any = None
+
+    def measure(self, record: Record, move: bool = True) -> Measured:
+        """See `Engine`."""
+        rows, at = self._rows(record)
+        values, crossed, crosses = record.values, None, np.zeros(1, np.int32)
+        if self._crossed:
+            crosses, crossed = self._crosses.measure(record)
+            values = {**values, "cross": crossed.logits}
+        given = {
+            "rows": {name: tf.constant(found) for name, found in rows.items()},
+            "at": {name: tf.constant(places) for name, places in at.items()},
+            "values": {one.name: tf.constant(values[one.name]) for one in self._ranker.inputs if not one.table},
+            "targets": Targets(*(tf.constant(part) for part in record.targets)),
+            "seed": tf.constant(record.seed, tf.int32),
+            "fast": tuple(tf.constant(slot) for slot in self._optimizer.fast[1:]),
+        }
+        with tf.device(self._device):
+            found: TensorsFound = self._traced(given)(given, tf.constant(move))
+        scores = Scores(*(tensor.numpy() for tensor in found.scores))
+        return Measured(scores, float(found.squared_norm.numpy()), rows | {CROSS: crosses}, crossed, found)
+
+    def apply(self, measured: Measured) -> None:
+        """See `Engine`."""
+        found: TensorsFound = measured.found
+        with tf.device(self._device):
+            at = {name: tf.constant(measured.rows[name]) for name in self._tables}
+            self._apply(at, found.dense, found.sparse, found.fast[0])
+        if measured.crossed is not None:
+            self._crosses.apply(measured.rows[CROSS], measured.crossed)
+        self._optimizer.fast = FastSlots(*(np.array(slot.numpy()) for slot in found.fast))
+
+    def _traced(self, given: Mapping[str, Any]) -> Any:
+        """The graph, for records of any length."""
+        if self._trace is None:
+            fixed = {
+                place_of(one) if one.table else one.name for one in self._ranker.inputs if not one.shape.startswith("B")
+            }
+
+            def spec(tensor: Tensor, length: int | None = None) -> Any:
+                return tf.TensorSpec([length, *tensor.shape[1:]], tensor.dtype)
+
+            named = {
+                part: {
+                    name: spec(tensor, tensor.shape[0] if name in fixed and part != "rows" else None)
+                    for name, tensor in given[part].items()
+                }
+                for part in ("rows", "at", "values")
+            }
+            whole = {"seed": spec(given["seed"], 2), "fast": tuple(spec(slot, slot.shape[0]) for slot in given["fast"])}
+            specs = named | whole | {"targets": Targets(*(spec(part) for part in given["targets"]))}
+            self._trace = self._measure.get_concrete_function(specs, tf.TensorSpec([], tf.bool))
+        return self._trace
+
+    def _rows(self, record: Record) -> tuple[dict[str, I32], dict[str, I32]]:
+        """Distinct rows of each table, the missing one first, and where in them each use of an id is, by `<table>.<ids>`."""
+        uses: dict[str, dict[str, Any]] = {name: {} for name in self._tables}
+        for one in self._ranker.inputs:
+            if one.table:
+                uses[one.table][one.ids] = record.ids[one.ids]
+            if one.attributes and record.ids[one.attributes].size:
+                uses["context"][one.attributes] = record.ids[one.attributes]
+        rows: dict[str, I32] = {}
+        at: dict[str, I32] = {}
+        for name, parts in uses.items():
+            ids = np.concatenate([np.zeros(0, np.uint64), *(part.reshape(-1) for part in parts.values())])
+            rows[name], places = self._tables[name].distinct(self._tables[name].find(ids))
+            ends = np.cumsum([part.size for part in parts.values()])
+            found = np.split(places, ends[:-1]) if parts else []
+            at |= {f"{name}.{ids}": each.reshape(parts[ids].shape) for ids, each in zip(parts, found, strict=True)}
+        return rows, at
+
+    def _gather(self, one: Input, distinct: Mapping[str, Tensor], at: Mapping[str, Tensor]) -> Tensor:
+        """The rows of one input."""
+        places = at[place_of(one)]
+        rows = tf.gather(distinct[one.table], places)
+        if one.mean:
+            # Without any ids the mean is the missing row.
+            rows = tf.reduce_mean(rows, -2) if places.shape[-1] else tf.reduce_sum(rows, -2)
+        if (attributes := f"context.{one.attributes}") in at:
+            rows += tf.reduce_mean(tf.gather(distinct["context"], at[attributes]), -2)
+        return rows
+
+    def _measure_graph(self, given: Mapping[str, Any], move: Tensor) -> TensorsFound:
+        # 1.
+        distinct = {
+            name: tf.raw_ops.ResourceGather(resource=table.rows.handle, indices=given["rows"][name], dtype=tf.float32)
+            for name, table in self._tables.items()
+        }
+        targets: Targets = given["targets"]
+        values = {name: tf.cast(value, tf.float32) for name, value in given["values"].items()}
+        # 2.
+        embeddings = [distinct[name] for name in self._embeddings]
+        with tf.GradientTape() as tape:
+            tape.watch(embeddings)
+            rows = {one.name: self._gather(one, distinct, given["at"]) for one in self._ranker.inputs if one.table}
+            encoded = self._ranker.encode(values | rows, True, given["seed"])
+        plain = self._ranker.encode(values | rows, False, given["seed"])
+        # 3.
+        learning = Learning(values, rows, encoded, plain, targets, given["fast"])
+        scores, by_encoded, by_rows, by_dense, fast = self._blocks.learn(learning, move)
+        # 4.
+        weights = list(self._ranker.dense.values())
+        through, sparse = tape.gradient(
+            [*distinct_tensors(encoded), *rows.values()],
+            [weights, embeddings],
+            output_gradients=[*by_encoded, *by_rows],
+            unconnected_gradients=tf.UnconnectedGradients.ZERO,
+        )
+        dense = tuple(tf.convert_to_tensor(one) + other for one, other in zip(through, by_dense, strict=True))
+        sparse = tuple(tf.convert_to_tensor(one) for one in sparse)
+        parts = [*dense, *(one[1:] for one in sparse)]
+        squared = 2.0 * tf.add_n([tf.nn.l2_loss(one) for one in parts])
+        return TensorsFound(scores, dense, sparse, squared, fast)
+
+    def _apply_graph(
+        self,
+        at: Mapping[str, Tensor],
+        dense: tuple[Tensor, ...],
+        sparse: tuple[Tensor, ...],
+        fast: Tensor,
+    ) -> None:
+        self._optimizer.apply(dense, fast)
+        for name, gradient in zip(self._embeddings, sparse, strict=True):
+            # The missing row is never trained.
+            table, rows, gradient = self._tables[name], at[name][1:], gradient[1:]
+            gather = {part: getattr(table, part).handle for part in ("rows", "accum")}
+            held = {
+                part: tf.raw_ops.ResourceGather(resource=handle, indices=rows, dtype=tf.float32)
+                for part, handle in gather.items()
+            }
+            accum = held["accum"] + gradient * gradient
+            moved = held["rows"] - self._learning_rate * gradient / (tf.sqrt(accum) + HYPERPARAMETERS.epsilon)
+            tf.raw_ops.ResourceScatterUpdate(resource=gather["rows"], indices=rows, updates=moved)
+            tf.raw_ops.ResourceScatterUpdate(resource=gather["accum"], indices=rows, updates=accum)
+
+
+def place_of(one: Input) -> str:
+    """The name of the positions of an input's rows; several tables may be read by the same ids."""
+    return f"{one.table}.{one.ids}"

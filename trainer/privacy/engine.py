@@ -1,0 +1,299 @@
+"""The TensorFlow engine of a private update: bounds the gradient of each row, and adds noise to the shared sum.
+
+A row's own gradient is needed only for its norm. The row's losses are then scaled to respect the bound, and the
+ordinary graph sums them. An update releases gradients by the dense weights other than the tower's, by the rows of the
+popular categories, and by some crosses. Each of these gets noise in each update, whatever was clicked. The tower and
+all other shared rows keep their initial values. A user's own row and crosses are used only for that user, so they get
+no noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import tensorflow as tf
+
+from state.ranking.crosses import FIRST_SHARES
+from trainer.engine.adam import Adam
+from trainer.engine.crosses import Crossed, CrossLearner, crosses
+from trainer.engine.engine import F32, I32, Measured
+from trainer.engine.record import Record
+from trainer.engine.tensorflow_engine import TensorflowEngine, TensorsFound, place_of
+from trainer.model.ranker import Ranker, Targets
+from trainer.tables.table import Table
+
+Tensor = Any
+F64 = npt.NDArray[np.float64]
+Normal = Callable[[str, int], F64]
+"""Returns standard normal numbers of an update, by the name of their purpose and their count."""
+
+ROWS_AT_ONCE = 64
+"""Rows whose gradients are in memory at the same time: 0.2 MB each at the default widths."""
+
+LISTED, USER = "category", "user"
+
+FROZEN = "tower."
+"""Weights with this prefix keep their initial values: the tower is a random map of the features. Each released number
+carries noise, so few weights on features that need no learning do better than many (Tramer and Boneh 2021)."""
+
+LOSSES: Mapping[str, tuple[str, ...]] = {"interest": ("weight",), "engagement": ("label_weight", "negative_weight")}
+"""The losses of a row, each with its factors in `Targets`; a loss is linear in its factors."""
+
+SHARE = FIRST_SHARES[0]
+"""The factor of a cross's weight in the logit."""
+
+RATE = 0.3
+"""Step size of released crosses (Adagrad); they start at 0."""
+
+
+class ReleasedCrosses(CrossLearner):
+    """The crosses of private records. The first columns are released with noise; the others are users' own.
+
+    A user's own crosses are learned exactly, one row after another. A released weight moves by the sum of its
+    derivatives with noise. Shares are not learned, because all later rows would see the effect of each row.
+
+    Args:
+        table: The table of crosses.
+        released: The number of columns that are released.
+        prior: `[T + O]` float32, the prior precision of each weight.
+    """
+
+    def __init__(self, table: Table, released: int, prior: F32) -> None:
+        super().__init__(table, prior)
+        self._released = released
+
+    def measure(self, record: Record) -> tuple[I32, Crossed]:
+        """See `CrossLearner`; rows and precision of released crosses are unchanged."""
+        rows, at, _ = self._places(record)
+        mine, prior = np.ascontiguousarray(at[:, self._released :]), self._prior[self._released : at.shape[1]]
+        none, values, precision = (
+            np.zeros_like(prior, np.int32),
+            self._table.gather(rows),
+            self._table.gather_accum(rows),
+        )
+        own = crosses(mine, none, prior, record.targets.label, values, precision, share_precision=np.inf)
+        logits: F32 = own.logits + np.float32(SHARE) * own.rows[at[:, : self._released], 0].sum(1)
+        return rows, own._replace(logits=logits)
+
+    def counts(self, record: Record) -> F32:
+        """How many released weights each row has, `[B]` float32."""
+        found: F32 = (self._at(record) != 0).sum(1).astype(np.float32)
+        return found
+
+    def derivatives(self, record: Record, logits: F32) -> tuple[I32, F64]:
+        """The released weights, as indices of the record's cross rows, and the derivatives of its losses by them.
+
+        Args:
+            record: The record, with the factors of its losses.
+            logits: `[B]` float32, of the rows' own pairs, without dropout. Logits with dropout need not be known: a
+                derivative by either is at most the factor of its loss, and the bound counts that.
+        """
+        targets, at = record.targets, self._at(record)
+        shifted = logits.astype(np.float64) + targets.label_shift
+        error = np.where(targets.label_weight > 0, 1.0 / (1.0 + np.exp(-shifted)) - targets.label, 0.0)
+        by_row = np.repeat(SHARE * targets.label_weight * error, at.shape[1])
+        found: F64 = np.bincount(at.reshape(-1), by_row, minlength=1).astype(np.float64)
+        places = np.setdiff1d(at, [0]).astype(np.int32)
+        return places, found[places]
+
+    def _at(self, record: Record) -> I32:
+        return self._places(record)[1][:, : self._released]
+
+
+class PrivateEngine(TensorflowEngine):
+    """A `TensorflowEngine` of the default ranker, in which a row's loss reads only its own row and weights.
+
+    Args:
+        ranker, optimizer, tables, learning_rate, device: See `TensorflowEngine`.
+        crosses: Scores and learns crosses.
+    """
+
+    def __init__(
+        self,
+        ranker: Ranker,
+        optimizer: Adam,
+        tables: Mapping[str, Table],
+        learning_rate: float,
+        crosses: ReleasedCrosses,
+        device: str,
+    ) -> None:
+        super().__init__(ranker, optimizer, tables, learning_rate, crosses, device)
+        self.crosses = crosses
+        self._lengths: dict[tuple[str, ...], Any] = {}
+
+    def measure(self, record: Record, move: bool = True) -> Measured:
+        """See `Engine`.
+
+        Raises:
+            ValueError: `move` is set: weights would move before anything is clipped.
+        """
+        if move:
+            raise ValueError(
+                "a private record is measured with fast weights that do not move: make trainers by trainer_of"
+            )
+        return super().measure(record, move)
+
+    def lengths(self, record: Record, losses: Sequence[str]) -> F32:
+        """An upper bound of the norm of each row's gradient, per loss, over all that an update releases.
+
+        Several inputs may look up the same category row, so the bound sums the norms over these inputs.
+
+        Args:
+            record: The record.
+            losses: Names in `LOSSES`.
+
+        Returns:
+            `[B, len(losses)]` float32; not finite where a gradient is not.
+        """
+        values = {**record.values, "cross": self.crosses.measure(record)[1].logits}
+        rows, at = self._rows(record)
+        inputs = [one for one in self._ranker.inputs if one.table]
+        whole = {place_of(one) for one in inputs if not one.shape.startswith("B")}
+        listed = {
+            one.name: np.isin(record.ids[one.ids], self._listed(record)).astype(np.float32)
+            for one in inputs
+            if one.table == LISTED and place_of(one) not in whole
+        }
+        by_row = {
+            "at": {name: places for name, places in at.items() if name not in whole},
+            "values": {one.name: values[one.name] for one in self._ranker.inputs if not one.table},
+            "listed": listed,
+            "crosses": self.crosses.counts(record),
+            "targets": record.targets,
+        }
+        shared = {
+            "rows": {name: tf.constant(found) for name, found in rows.items()},
+            "whole": {name: tf.constant(at[name]) for name in whole},
+            "seed": tf.constant(record.seed, tf.int32),
+        }
+        found = []
+        for begin in range(0, len(record), ROWS_AT_ONCE):
+            part = tf.nest.map_structure(lambda one, b=begin: tf.constant(one[b : b + ROWS_AT_ONCE]), by_row)
+            with tf.device(self._device):
+                found.append(self._traced_lengths(part, shared, tuple(losses))(part, shared).numpy())
+        return np.concatenate(found)
+
+    def noised(
+        self, measured: Measured, record: Record, normal: Normal, deviation: float, own_rows: bool = True
+    ) -> Measured:
+        """The private version of a measured update: noise on all that is shared, and zero for all else.
+
+        Args:
+            measured: With fast weights that do not move.
+            record: The measured record, with the factors of its losses.
+            normal: Makes the noise.
+            deviation: Standard deviation of the noise.
+            own_rows: Whether users' own rows are learned, exactly. A user's later rows then depend on the user's row.
+        """
+        found: TensorsFound = measured.found
+        by_weight = dict(zip(self._ranker.dense, found.dense, strict=True))
+        learned = [name for name in by_weight if not name.startswith(FROZEN)]
+        ends = np.cumsum([int(np.prod(by_weight[name].shape)) for name in learned])
+        parts = dict(zip(learned, np.split(normal("dense", int(ends[-1])) * deviation, ends[:-1]), strict=True))
+        dense = {
+            name: gradient.numpy() + parts[name].reshape(gradient.shape).astype(np.float32)
+            if name in parts
+            else np.zeros(gradient.shape, np.float32)
+            for name, gradient in by_weight.items()
+        }
+        given = {name: one.numpy() for name, one in zip(self._embeddings, found.sparse, strict=True)}
+        sparse = {name: one if name == USER and own_rows else np.zeros_like(one) for name, one in given.items()}
+        category = given[LISTED]
+        listed = self._tables[LISTED].find(self._listed(record))
+        noise = normal(LISTED, listed.size * category.shape[1]).reshape(listed.size, category.shape[1]) * deviation
+        order = {row: place for place, row in enumerate(measured.rows[LISTED].tolist())}
+        for row, part in zip(listed.tolist(), noise, strict=True):
+            if row:
+                sparse[LISTED][order[row]] = category[order[row]] + part.astype(np.float32)
+        logits, floor = measured.scores.engagement[: len(record)], float(self._optimizer.epsilon)
+        assert measured.crossed is not None, "the default ranker reads crosses"
+        places, slopes = self.crosses.derivatives(record, logits)
+        slopes = slopes + normal("cross", places.size) * deviation
+        crossed = Crossed(*(part.copy() for part in measured.crossed))
+        crossed.precision[places, 0] += np.square(slopes)
+        crossed.rows[places, 0] -= RATE * slopes / (np.sqrt(crossed.precision[places, 0]) + floor)
+        squared = float(np.square(slopes).sum())
+        squared += sum(float(np.square(one, dtype=np.float64).sum()) for one in (*dense.values(), sparse[LISTED]))
+        moved = self._moved({name: dense[name] for name in self._ranker.fast_weights})
+        by_dense, by_row = (tuple(tf.constant(one) for one in parts) for parts in (dense.values(), sparse.values()))
+        released = found._replace(dense=by_dense, sparse=by_row, squared_norm=tf.constant(squared), fast=moved)
+        return replace(measured, squared_norm=squared, crossed=crossed, found=released)
+
+    def _moved(self, gradients: Mapping[str, F32]) -> tuple[Tensor, ...]:
+        """The slots of the fast weights after one move."""
+        flat = np.concatenate([one.reshape(-1) for one in gradients.values()])
+        with tf.device(self._device):
+            return self._blocks.moved(tf.constant(flat), [tf.constant(slot) for slot in self._optimizer.fast[1:]])
+
+    def _listed(self, record: Record) -> npt.NDArray[np.uint64]:
+        """The popular categories, without padding."""
+        popular = record.ids["popular"]
+        found: npt.NDArray[np.uint64] = popular[popular != 0]
+        return found
+
+    def _traced_lengths(self, part: Mapping[str, Any], shared: Mapping[str, Any], losses: tuple[str, ...]) -> Any:
+        """The traced graph, for parts of any length."""
+        if losses not in self._lengths:
+
+            def spec(length: int | None) -> Callable[[Tensor], Any]:
+                return lambda one: tf.TensorSpec([length, *one.shape[1:]], one.dtype)
+
+            any_length = {
+                "rows": tf.nest.map_structure(spec(None), shared["rows"]),
+                "whole": {name: tf.TensorSpec(one.shape, one.dtype) for name, one in shared["whole"].items()},
+                "seed": tf.TensorSpec([2], tf.int32),
+            }
+            graph = tf.function(lambda part, shared: self._lengths_graph(part, shared, losses), autograph=False)
+            self._lengths[losses] = graph.get_concrete_function(tf.nest.map_structure(spec(None), part), any_length)
+        return self._lengths[losses]
+
+    def _lengths_graph(self, part: Mapping[str, Any], shared: Mapping[str, Any], losses: tuple[str, ...]) -> Tensor:
+        distinct = {
+            name: tf.raw_ops.ResourceGather(resource=self._tables[name].rows.handle, indices=rows, dtype=tf.float32)
+            for name, rows in shared["rows"].items()
+        }
+        inputs = [one for one in self._ranker.inputs if one.table]
+        rows = {one.name: self._gather(one, distinct, part["at"] | shared["whole"]) for one in inputs}
+        whole = {one.name: rows.pop(one.name) for one in inputs if place_of(one) in shared["whole"]}
+        values = {name: tf.cast(one, tf.float32) for name, one in part["values"].items()}
+        weights = [weight for name, weight in self._ranker.dense.items() if not name.startswith(FROZEN)]
+
+        def of_row(row: Mapping[str, Any]) -> Tensor:
+            # The batch dimension of a record with one row is added.
+            mine = {name: one[None] for name, one in row["rows"].items()} | whole
+            given = mine | {name: one[None] for name, one in row["values"].items()}
+            targets = Targets(*(one[None] for one in row["targets"]))
+            watched = {name: mine[name] for name in (*row["listed"], *whole)}
+            with tf.GradientTape(persistent=True) as tape:
+                tape.watch(list(watched.values()))
+                encoded = self._ranker.encode(given, True, shared["seed"])
+                each = [tf.reduce_sum(self._ranker.losses(encoded, given, only(targets, name))) for name in losses]
+
+            def length(name: str, loss: Tensor) -> Tensor:
+                by_dense, by_rows = tape.gradient(
+                    loss, [weights, list(watched.values())], unconnected_gradients=tf.UnconnectedGradients.ZERO
+                )
+                lengths = [
+                    tf.norm(by_row * tf.expand_dims(row["listed"][name], -1) if name in row["listed"] else by_row)
+                    for name, by_row in zip(watched, by_rows, strict=True)
+                ]
+                squared = tf.add_n([tf.reduce_sum(tf.square(tf.convert_to_tensor(one))) for one in by_dense])
+                if name == "engagement":
+                    # The derivative by a logit is at most the factor of its loss.
+                    squared += row["crosses"] * tf.square(SHARE * row["targets"].label_weight)
+                return tf.sqrt(squared + tf.square(tf.add_n(lengths)))
+
+            return tf.stack([length(name, one) for name, one in zip(losses, each, strict=True)])
+
+        by_row = {name: part[name] for name in ("listed", "crosses", "targets")}
+        return tf.vectorized_map(of_row, {"rows": rows, "values": values, **by_row})
+
+
+def only(targets: Targets, loss: str) -> Targets:
+    """The targets with only one loss of `LOSSES`; the factors of the others are 0."""
+    others = [factor for name, factors in LOSSES.items() if name != loss for factor in factors]
+    return targets._replace(**{name: tf.zeros_like(getattr(targets, name)) for name in others})
