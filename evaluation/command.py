@@ -25,7 +25,7 @@ from state.config.settings import Settings
 from state.config.sources import split_settings
 from state.errors import SettingsError, SpringtideError, of_disk
 from state.process import log_lines
-from state.process.ending import while_read
+from state.process.ending import stop_on_signals, while_read
 from state.process.quiet_stderr import own_stderr, quiet_stderr, quiet_tensorflow
 from state.process.wall_clock import wall_ms
 from state.recordings.files import add_file_arguments, as_settings, chosen
@@ -153,7 +153,7 @@ def run(options: argparse.Namespace, flags: Sequence[str], errors: TextIO) -> st
     # The format of the clicks is not that of the attributes.
     of_sides = argparse.Namespace(**{**vars(options), "columns": "", "format": "", "delimiter": ""})
     known = files_of(of_sides, settings) if options.users or options.items else []
-    found = evaluate(settings, events, wanted, limits, errors, known)
+    found = evaluate(settings, events, wanted, limits, errors, stop_on_signals(), known)
     document = msgspec.json.format(msgspec.json.encode(found), indent=2).decode()
     if options.json is not None:
         options.json.write_text(document + "\n")

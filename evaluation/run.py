@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
@@ -31,7 +32,8 @@ from state.process.quiet_stderr import quiet_stderr
 from state.recordings.rows import shown_reasons
 from streaming.preprocessing import analysed, load_preprocessing
 from trainer.device import prepare
-from trainer.engine.step import Trainer, trainer_of
+from trainer.engine.making import trainer_of
+from trainer.engine.step import Trainer
 from trainer.model.preprocessing import Preprocessing
 from trainer.versions.program import build, preprocessing_of
 
@@ -107,6 +109,7 @@ def evaluate(
     wanted: Wanted,
     limits: RecordLimits,
     progress_to: TextIO,
+    stopped: threading.Event,
     attributes: Sequence[AttributeFiles] = (),
 ) -> Evaluation:
     """Evaluates a recording.
@@ -117,6 +120,7 @@ def evaluate(
         wanted: What to evaluate.
         limits: Where records ended when it was read.
         progress_to: Receives the progress.
+        stopped: Ends the pass early; the result is of the events until then.
         attributes: The files with attributes of users and items.
 
     Raises:
@@ -151,16 +155,21 @@ def evaluate(
             host = open_host(own, spec, trainer, known)
             stack.callback(host.close)
         validation = ProgressiveValidation(own, trainer, host, plan, events.contexts)
-        took_s = learn_all(
-            validation, stack.enter_context(micro_batches(own, spec, events, known)), len(events), progress
-        )
-    return result(settings, events, begin, plan, limits, validation, took_s)
+        batches = stack.enter_context(micro_batches(own, spec, events, known))
+        done, took_s = learn_all(validation, batches, len(events), progress, stopped)
+    if done <= begin:
+        raise SettingsError(f"stopped after {done:,} events, before the first evaluated one", "let it run on")
+    return result(settings, events, (begin, done), plan, limits, validation, took_s)
 
 
 def learn_all(
-    validation: ProgressiveValidation, batches: Iterable[MicroBatch], events: int, progress: ProgressLine
-) -> float:
-    """Predicts and learns all records; returns how long it took, s."""
+    validation: ProgressiveValidation,
+    batches: Iterable[MicroBatch],
+    events: int,
+    progress: ProgressLine,
+    stopped: threading.Event,
+) -> tuple[int, float]:
+    """Predicts and learns all records, or those before `stopped`; returns how many events they have, and the time in s."""
     began_s, done = time.monotonic(), 0
 
     def line() -> str:
@@ -170,8 +179,11 @@ def learn_all(
         validation.take(batch)
         done += int(happened(batch.kind).sum())
         progress.show(line)
+        if stopped.is_set():
+            progress.say(f"stopped: the figures are those of the first {done:,} events")
+            break
     progress.show(line, last=True)
-    return time.monotonic() - began_s
+    return done, time.monotonic() - began_s
 
 
 def open_host(
@@ -207,13 +219,14 @@ def progress_line(done: int, total: int, took_s: float) -> str:
 def result(
     settings: Settings,
     events: RecordedEvents,
-    begin: int,
+    part: tuple[int, int],
     plan: Plan,
     limits: RecordLimits,
     validation: ProgressiveValidation,
     took_s: float,
 ) -> Evaluation:
     """The tables of a finished pass."""
+    begin, end = part
     at_ms: NDArray[Any] = events.column("at_ms")
     items = np.unique(events.column("item"))
     item_count = int(items.size - (items[:1] == 0).sum())
@@ -233,9 +246,9 @@ def result(
             "end": iso(int(at_ms.max())),
         },
         evaluated={
-            "events": len(events) - begin,
+            "events": end - begin,
             "begin": iso(int(at_ms[begin])),
-            "end": iso(int(at_ms[begin:].max())),
+            "end": iso(int(at_ms[begin:end].max())),
         },
         options={
             "every": plan.every,

@@ -43,7 +43,7 @@ from trainer.holding import UpdateGuard
 from trainer.intake import LogRecord, former, records_of, take_in, take_or_leave
 from trainer.measures.step_scores import SUMS
 from trainer.place import TrainingPlace
-from trainer.privacy.budget import PrivacyBudget
+from trainer.privacy_budget import PrivacyBudget
 from trainer.publications import Publications
 from trainer.versions.carrying import restore_or_carry
 from trainer.versions.publisher import Drafter, Publisher

@@ -304,7 +304,7 @@ def prepare(
     with quiet_stderr():
         from trainer import device
         from trainer.beginning import beginning_of
-        from trainer.engine.step import trainer_of
+        from trainer.engine.making import trainer_of
         from trainer.learner import Learner, ServedModel, Surroundings
         from trainer.versions import checkpoint
         from trainer.versions.program import preprocessing_of, program_of

@@ -113,7 +113,7 @@ def planning(
     """
     with quiet_stderr():
         from trainer import device
-        from trainer.engine.step import trainer_of
+        from trainer.engine.making import trainer_of
         from trainer.versions.program import preprocessing_of
 
         device.prepare(settings.trainer.device, settings.trainer.threads)

@@ -279,7 +279,7 @@ def run(settings: Settings, version: int, wanted_base: int | None, say: Callable
         # TensorFlow is loaded only once the version is known to exist.
         with quiet_stderr():
             from trainer import device
-            from trainer.engine.step import trainer_of
+            from trainer.engine.making import trainer_of
             from trainer.versions.program import preprocessing_of
 
             device.prepare(settings.trainer.device, settings.trainer.threads)

@@ -24,6 +24,7 @@ from deploy.replaying.shoppers import Clicks, Pace, ShopperCrowd, encode, let_cl
 from state.config.sections import Events, Kafka, Shoppers
 from state.config.settings import Settings
 from state.log import Reader, Topics
+from tests import forked
 
 KafkaFactory = Callable[..., Kafka]
 START_MS = 1_700_000_000_000
@@ -180,7 +181,7 @@ def test_the_command_makes_the_topic_and_sends_to_the_limit(
 
 def test_a_replay_stops_cleanly_on_sigterm(kafka_settings: KafkaFactory, tmp_path: Path) -> None:
     kafka = kafka_settings()
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-m", "deploy.replay", "--synthetic", "--rate", "500", *flags(kafka)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

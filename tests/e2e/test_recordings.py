@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import os
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -25,6 +24,7 @@ from state.events.identity import public_id
 from state.history.store import HistoryStore
 from state.log import Topics
 from state.microbatch.batch import MicroBatch
+from tests import forked
 from tests.conftest import KafkaFactory
 from tests.streaming.streams import deduplicated, following, headers_of, running, until
 
@@ -72,7 +72,7 @@ def replay(settings: Settings, path: Path, *words: str) -> str:
 
 def springtide(settings: Settings, *words: str) -> list[str]:
     """Runs a command; returns its lines."""
-    done = subprocess.run(
+    done = forked.run(
         [sys.executable, "-m", "deploy.cli", *words],
         cwd=ROOT,
         env={**os.environ, **settings.environment()},

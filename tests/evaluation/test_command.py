@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,15 @@ BASELINES = {
     "own items",
     "item-kNN",
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def undisturbed_signals() -> Iterator[None]:
+    """Puts back the signal handlers that `main` sets."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -100,19 +111,26 @@ def test_the_chart_draws_each_predictor(evaluated: tuple[Evaluation, Path]) -> N
     assert {"springtide", *BASELINES, "next item: recall@20 (%)", "next category: top-5 (%)"} <= texts
 
 
-def test_impressions_give_tables_of_engagement(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_impressions_with_context_and_attributes_give_tables_of_engagement(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    impressions, items = tmp_path / "shown.jsonl", tmp_path / "items.csv"
     lines = [
-        json.dumps({"user": f"u{n % 30}", "item": f"i{n % 7}", "category": "c", "action": "view", "time": n + 1_700_000_000, "hit": n % 7 < 3})
+        {"user": f"u{n % 30}", "item": f"i{n % 7}", "category": "c", "action": "view", "time": n + 1_700_000_000}
+        | {"hit": n % 7 < 3, "tab": n % 2}
         for n in range(900)
-    ]  # fmt: skip
-    path = tmp_path / "shown.jsonl"
-    path.write_text("\n".join([*lines, ""]))
-    assert main([str(path), "--events.label", "hit", "--requests", "0", "-o", "json"]) == 0
+    ]
+    impressions.write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    items.write_text("item,brand\n" + "".join(f"i{number},b{number % 2}\n" for number in range(7)))
+    words = ["--events.label", "hit", "--events.context", "tab", "--requests", "30", "-o", "json"]
+    words += ["--items", str(items), "--attributes.item_topic", "items", "--attributes.item_fields", "brand"]
+    assert main([str(impressions), *words]) == 0
     found: dict[str, Any] = json.loads(capfd.readouterr().out)
-    assert found["recommendation"] == []
     scores = {score["name"]: score["figures"] for score in found["engagement"][0]["scores"]}
     assert scores["click rate of the item (1d)"]["auc"]["value"] > 0.9
     assert scores["springtide"]["log_loss"]["value"] < scores["click rate so far"]["log_loss"]["value"]
+    # Only clicked impressions are requests.
+    assert 5 < found["recommendation"][0]["rows"] < 60
 
 
 @pytest.mark.parametrize(

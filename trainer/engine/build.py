@@ -19,6 +19,7 @@ from trainer.engine.compiled.engine import CompiledEngine
 from trainer.engine.compiled.threads import Threads
 from trainer.engine.crosses import CrossLearner, first_precision
 from trainer.engine.engine import CROSS, Engine
+from trainer.engine.private_engine import PrivateEngine, ReleasedCrosses
 from trainer.engine.tensorflow_engine import TensorflowEngine
 from trainer.model.attributes import Columns
 from trainer.model.default_ranker import DefaultRanker
@@ -26,7 +27,6 @@ from trainer.model.hyperparameters import HYPERPARAMETERS
 from trainer.model.preprocessing import Preprocessing
 from trainer.model.ranker import Ranker
 from trainer.model.tower import DenseTower
-from trainer.privacy.engine import PrivateEngine, ReleasedCrosses
 from trainer.privacy.participation import LearnedCrosses
 from trainer.tables.count_table import CountTable
 from trainer.tables.index import U64

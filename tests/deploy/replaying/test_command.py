@@ -18,6 +18,7 @@ from deploy.replaying.sender import Progress
 from state.config.sections import Kafka
 from state.log import Reader, Topics, partition_of
 from state.process.killpoints import VARIABLE
+from tests import forked
 from tests.conftest import KafkaFactory
 
 ROOT = Path(__file__).parents[3]
@@ -42,7 +43,7 @@ def line(kafka: Kafka, folder: Path, *words: object) -> list[str]:
 
 
 def process(kafka: Kafka, folder: Path, *words: object, kill_at: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
+    return forked.run(
         [sys.executable, "-m", "deploy.replay", *line(kafka, folder, *words)],
         cwd=ROOT,
         env={**os.environ, **({VARIABLE: kill_at} if kill_at else {})},

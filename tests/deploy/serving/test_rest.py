@@ -21,6 +21,7 @@ from deploy.serving.requests.connections import ConnectionLimits
 from deploy.serving.requests.server import DrainingServer
 from deploy.serving.rest import App
 from state.events.identity import Salt
+from tests import forked
 from tests.deploy.serving.stocked import NOW_MS, SALT_KEY, Stores, digest_of, manifest, tensors
 
 
@@ -35,7 +36,7 @@ def worker(
     } | more  # fmt: skip
     environment = os.environ | {f"SPRINGTIDE_SERVING_{name.upper()}": value for name, value in given.items()}
     environment["SPRINGTIDE_PATHS_STATE"] = stores.settings.paths.state
-    process = subprocess.Popen(
+    process = forked.Popen(
         [sys.executable, "-m", "deploy.serving.rest"], env=environment, stderr=subprocess.PIPE, text=True
     )
     try:

@@ -14,7 +14,7 @@ from state.positions import Gap, Source
 from tests.reading import read_until, values
 from tests.segments import cut_back
 
-TOPIC = "clicks"
+TOPIC = "truncated-clicks"
 
 
 def write(log: Log, sent: list[bytes]) -> None:

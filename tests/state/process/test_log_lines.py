@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import ast
 import io
 import json
 import logging
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from state.config.sections import LogSettings
 from state.process.log_lines import Lines, event_of
-
-ROOT = Path(__file__).parents[3]
-PACKAGES = ("state", "streaming", "trainer", "deploy", "evaluation", "springtide_client")
 
 
 class Said:
@@ -114,13 +109,3 @@ def test_lines_that_differ_in_numbers_alone_are_one_event() -> None:
         logging.LogRecord("", 20, "", 0, "%s", (f"version {number} is rebuilt",), None) for number in (7, 8)
     )
     assert event_of(first) == event_of(second)
-
-
-def test_logging_is_set_up_in_one_place() -> None:
-    """Another handler or form would be lines that no machine reads."""
-    found = []
-    for path in (path for package in PACKAGES for path in (ROOT / package).rglob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("basicConfig", "StreamHandler"):
-                found.append(path.relative_to(ROOT).as_posix())
-    assert found == []
